@@ -1,0 +1,114 @@
+"""What the registry knows of a model: everything a planner or a worker needs, and never a path of a user.
+
+A manifest is immutable; files are named by sha256 and fetched as blobs. Heads name the trunk they sit on by
+its digest, and that is what makes tasks fuse.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, fields
+from typing import Any, Literal
+
+#: What a model can answer, and so which task kinds may use it (see ANSWERS).
+Answer = Literal["label", "labels", "number", "vector", "spans", "json"]
+
+#: Task kind -> answers that satisfy it.
+ANSWERS: Mapping[str, frozenset[str]] = {
+    "classify": frozenset({"label", "labels"}),
+    "number": frozenset({"number"}),
+    "embed": frozenset({"vector"}),
+    "entities": frozenset({"spans"}),
+    "function": frozenset({"json"}),
+}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Manifest:
+    """One model of one version. ``engine`` names an entry point of the group ``motet.engines``."""
+
+    name: str
+    version: str
+    #: Entry point that runs it: ``encoder``, ``classifier``, or a user's own.
+    engine: str
+    answers: Answer
+    #: Relative path -> sha256 of every file of this model (a head's own files only).
+    files: Mapping[str, str] = field(default_factory=dict)
+    #: Relative path -> bytes, for memory estimates and caches.
+    sizes: Mapping[str, int] = field(default_factory=dict)
+    #: Digest of the trunk: an encoder's own, the one a head sits on, or "" where nothing can be shared.
+    trunk: str = ""
+    #: The trunk model's ``name@version``, for heads; "" otherwise.
+    trunk_model: str = ""
+    #: Tokens read at most, special ones included; 0 where tokens mean nothing.
+    max_tokens: int = 0
+    #: Vector length of the trunk's pooled output; 0 where there is none.
+    dim: int = 0
+    pooling: Literal["mean", "cls", ""] = ""
+    labels: tuple[str, ...] = ()
+    #: Multi-label heads: a label is given when its score reaches its threshold.
+    thresholds: tuple[float, ...] = ()
+    #: Parameters of the trunk (or whole model), for predictions of memory and cost.
+    parameters: int = 0
+    #: Formats beside fp32 whose accuracy check passed at registration, such as ("bf16",).
+    formats: tuple[str, ...] = ()
+    #: The same input gives the same answer, so columns may be reused.
+    deterministic: bool = True
+    licence: str = ""
+    #: Where it came from: {"package": …} | {"folder": …} | {"hub": …}; told to people, never loaded from.
+    source: Mapping[str, str] = field(default_factory=dict)
+    #: Measured scores and how they were measured.
+    scores: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def ref(self) -> str:
+        """``name@version``, the way a job records exactly what it used."""
+        return f"{self.name}@{self.version}"
+
+    @property
+    def digest(self) -> str:
+        """Sha256 of all that decides the answers: files, engine, labels, thresholds, pooling, trunk."""
+        decisive = {
+            "engine": self.engine,
+            "answers": self.answers,
+            "files": dict(sorted(self.files.items())),
+            "trunk": self.trunk,
+            "max_tokens": self.max_tokens,
+            "pooling": self.pooling,
+            "labels": list(self.labels),
+            "thresholds": list(self.thresholds),
+            "function": self.source.get("function", ""),
+        }
+        return hashlib.sha256(json.dumps(decisive, sort_keys=True).encode()).hexdigest()
+
+    @property
+    def bytes(self) -> int:
+        """Size of all its files."""
+        return sum(self.sizes.values())
+
+    def to_json(self) -> dict[str, Any]:
+        return {
+            **asdict(self),
+            "labels": list(self.labels),
+            "thresholds": list(self.thresholds),
+            "formats": list(self.formats),
+        }
+
+    @classmethod
+    def from_json(cls, spec: Mapping[str, Any]) -> Manifest:
+        """Build from JSON written by ``to_json``; unknown keys are ignored, so that old readers read new files."""
+        known = {f.name for f in fields(cls)}
+        values = {k: v for k, v in spec.items() if k in known}
+        for key in ("labels", "thresholds", "formats"):
+            values[key] = tuple(values.get(key, ()))
+        return cls(**values)
+
+
+def trunk_digest(*, weights_sha256: str, tokenizer_sha256: str, config_sha256: str) -> str:
+    """The digest two models must share for their tasks to fuse: weights, tokenizer and shape.
+
+    ``tokenizer_sha256`` is that of ``tokenizer.json``, ``config_sha256`` that of ``config.json``.
+    """
+    return hashlib.sha256(f"{weights_sha256}\n{tokenizer_sha256}\n{config_sha256}".encode()).hexdigest()

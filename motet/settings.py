@@ -1,0 +1,109 @@
+"""All settings of motet's processes: read once, at the edge, from the environment, failing loudly.
+
+Every setting is an environment variable ``MOTET_<NAME>``; secrets may come from a file named by
+``MOTET_<NAME>_FILE`` instead, so that they stand neither in ``ps`` nor in a compose file.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any, get_type_hints
+
+from motet.errors import SetupError
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Settings:
+    """One frozen bag of settings. Every process takes what it needs and nothing else reads the environment."""
+
+    #: SQLAlchemy URL of Postgres. The scheduler side only: workers never see it.
+    database_url: str = ""
+    #: Redis URL of this process' own role (the ACL user differs between scheduler and workers).
+    redis_url: str = ""
+    #: Where the API is reached, by clients and by workers that fetch blobs.
+    url: str = "http://127.0.0.1:8700"
+    #: The token that this client or worker shows.
+    token: str = ""
+    #: Where the API listens. Loopback unless an operator decides otherwise.
+    api_host: str = "127.0.0.1"
+    api_port: int = 8700
+    #: Content-addressed files behind the API.
+    blob_dir: str = ""
+    #: The worker's verified copies of blobs; least recently used ones go first.
+    cache_dir: str = ""
+    cache_mb: int = 20_000
+
+    # -- limits at the door: small enough to protect the API, large enough for real documents
+    max_rows: int = 100_000_000
+    max_tasks: int = 64
+    max_row_bytes: int = 256 * 1024
+    max_part_bytes: int = 32 * 1024 * 1024
+    max_active_jobs: int = 1000
+
+    # -- storage
+    #: Rows of a block: more amortise storage and padding, fewer stream earlier and reuse finer.
+    block_rows: int = 1024
+    #: UTF-8 bytes of a block, whichever comes first.
+    block_bytes: int = 1024 * 1024
+    retention_days: float = 30.0
+
+    # -- protocol timers; lease >= 2 x dead, leader lease >= 5 x tick (reference: reliability 7)
+    tick_s: float = 0.5
+    beat_s: float = 1.0
+    #: A worker whose beat has not changed for so long is dead.
+    dead_s: float = 4.0
+    lease_s: float = 8.0
+    leader_lease_s: float = 5.0
+    #: Another aggregator's unfinished entries are taken over after so long; longer than any merge.
+    reclaim_s: float = 6.0
+    payload_ttl_s: int = 900
+
+    # -- carving
+    #: Seconds of predicted work in a sub-task: longer costs less overhead, shorter balances better.
+    subtask_s: float = 2.0
+    #: Bulk sub-tasks at one worker, the running one included.
+    depth: int = 3
+
+    # -- worker
+    #: Seconds that a worker may go on after SIGTERM before its leases are given back.
+    grace_s: float = 20.0
+    #: Share of a device's memory that models may hold.
+    memory_share: float = 0.92
+    log_level: str = "INFO"
+
+    @classmethod
+    def from_env(cls, env: Mapping[str, str] | None = None) -> Settings:
+        """Read the environment. Raises SetupError that names the variable and what was expected."""
+        env = os.environ if env is None else env
+        hints = get_type_hints(cls)
+        found: dict[str, Any] = {}
+        for field in fields(cls):
+            name = f"MOTET_{field.name.upper()}"
+            text = env.get(name)
+            if text is None and f"{name}_FILE" in env:
+                try:
+                    text = Path(env[f"{name}_FILE"]).read_text("utf-8").strip()
+                except OSError as error:
+                    raise SetupError(
+                        f"{name}_FILE: cannot read {env[f'{name}_FILE']!r}: {error.strerror}"
+                    ) from None
+            if text is None:
+                continue
+            kind = hints[field.name]
+            try:
+                found[field.name] = kind(text)
+            except ValueError:
+                raise SetupError(f"{name}: got {text!r}; expected {kind.__name__}") from None
+        return cls(**found)
+
+    def need(self, *names: str) -> Settings:
+        """Return self if each of these settings is set. Raises SetupError that names the first missing one."""
+        for name in names:
+            if not getattr(self, name):
+                raise SetupError(
+                    f"MOTET_{name.upper()} is not set; set it, or run `motet up`, which sets all of them"
+                )
+        return self

@@ -1,0 +1,541 @@
+"""Redis, and every key in it. Transport only: all of it may be lost at any moment and no row is.
+
+Two implementations keep one contract, proved by one suite: `RedisTransport`, and `MemoryTransport` for tests
+and the simulator. Keys:
+
+    motet:workers                      set of worker names that ever beat
+    motet:w:<worker>:beat              newest Beat, expires
+    motet:w:<worker>:control           newest Control, expires
+    motet:w:<worker>:running           Running: rows of the micro-batch under way (evidence for poison)
+    motet:w:<worker>:in:<sub>:<att>    payload of one attempt, expires
+    motet:outcomes                     stream of outcomes, read by the group "aggregators"
+    motet:dead                         the last few entries that could not be read
+    motet:canary                       random value; another one means that Redis was emptied
+    motet.gpu.<worker>                 Celery's queue of the worker: ids and counts only
+"""
+
+from __future__ import annotations
+
+import base64
+import json
+import secrets
+import time
+import uuid
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, Protocol
+
+from motet.wire import Assignment, BadMessage, Beat, Control, Running
+
+if TYPE_CHECKING:
+    import redis
+
+#: The Celery task that workers register; the scheduler publishes it by name and never imports it.
+ENTRY_POINT = "motet.run"
+OUTCOMES, DEAD, WORKERS, CANARY = "motet:outcomes", "motet:dead", "motet:workers", "motet:canary"
+GROUP = "aggregators"
+#: Unreadable entries kept for an operator to look at.
+DEAD_KEPT = 100
+
+
+def queue_name(worker: str) -> str:
+    """Celery queue of one worker."""
+    return f"motet.gpu.{worker}"
+
+
+def _key(worker: str, *rest: object) -> str:
+    return ":".join(("motet:w", worker, *map(str, rest)))
+
+
+@dataclass(frozen=True, slots=True)
+class Entry:
+    """One entry of the outcome stream, not yet acknowledged."""
+
+    id: str
+    body: bytes
+
+
+class TransportLost(Exception):
+    """Redis does not answer; nothing is known about what was under way. Try again later."""
+
+
+class SchedulerTransport(Protocol):
+    """What the dispatcher and the aggregator need. Every method may raise TransportLost."""
+
+    def identity(self) -> str:
+        """Changes when Redis was restarted or emptied: then whatever was under way in it is gone."""
+        ...
+
+    def beats(self) -> dict[str, Beat]:
+        """Newest beat of every worker that has one."""
+        ...
+
+    def publish(self, worker: str, assignments: Sequence[Assignment]) -> None:
+        """Payload, then Celery message, for each. Twice is harmless: the worker runs an attempt once."""
+        ...
+
+    def queued(self, worker: str) -> set[tuple[int, int]]:
+        """Attempts whose message still waits in the worker's queue."""
+        ...
+
+    def control(self, controls: Mapping[str, Control]) -> None:
+        """Replace the control word of these workers."""
+        ...
+
+    def running(self, worker: str) -> Running | None:
+        """Rows that ran in the worker's last micro-batch, if it never said that the batch ended."""
+        ...
+
+    def forget(self, worker: str) -> None:
+        """Drop everything of a worker that is gone: its queue, payloads and words."""
+        ...
+
+    def read_outcomes(self, consumer: str, count: int, block_s: float, reclaim_s: float) -> list[Entry]:
+        """Entries for this consumer: first those another consumer left for ``reclaim_s``, then new ones."""
+        ...
+
+    def acknowledge(self, entries: Iterable[str]) -> None:
+        """Remove entries whose outcome is committed. Only ever call this after COMMIT."""
+        ...
+
+    def bury(self, entry: Entry, why: str) -> None:
+        """Remove an entry that cannot be read and keep it, with the reason, among the last DEAD_KEPT."""
+        ...
+
+    def waiting_outcomes(self, limit: int = 1000) -> set[tuple[int, int]]:
+        """(sub-task, attempt) of outcomes on the stream: these must not be rescued, only merged."""
+        ...
+
+    def outcome_backlog(self) -> int:
+        """Entries on the stream."""
+        ...
+
+
+class WorkerTransport(Protocol):
+    """What one worker needs. Every method may raise TransportLost."""
+
+    def beat(self, beat: Beat) -> Control | None:
+        """Say the beat, hear the newest control word."""
+        ...
+
+    def fetch(self, subtask: int, attempt: int) -> bytes | None:
+        """Payload of an attempt, or None where it has expired or was lost."""
+        ...
+
+    def mark_running(self, running: Running | None) -> None:
+        """Before a micro-batch: its rows. After it: None."""
+        ...
+
+    def report(self, subtask: int, attempt: int, outcome: bytes) -> None:
+        """Put an encoded outcome on the stream, and drop the attempt's payload."""
+        ...
+
+
+class _Redis:
+    """A connection pool that turns every connection trouble into TransportLost."""
+
+    def __init__(self, url: str) -> None:
+        import redis
+        from redis.backoff import NoBackoff
+        from redis.retry import Retry
+
+        from motet.redis_url import redis_py_url
+
+        self._errors = (redis.RedisError, OSError)
+        self.client: redis.Redis = redis.Redis.from_url(
+            redis_py_url(url),
+            # Without these a half-open connection hangs for ever (reference: reliability 0.4).
+            socket_timeout=5,
+            socket_connect_timeout=3,
+            health_check_interval=5,
+            retry=Retry(NoBackoff(), 1),
+        )
+
+    def call(self, act: Callable[[redis.Redis], Any]) -> Any:
+        try:
+            return act(self.client)
+        except self._errors as error:
+            raise TransportLost(type(error).__name__) from error
+
+    def close(self) -> None:
+        self.client.close()
+
+
+class RedisTransport:
+    """The scheduler's side of Redis."""
+
+    def __init__(self, url: str, *, payload_ttl_s: int = 900) -> None:
+        self._redis = _Redis(url)
+        self._payload_ttl_s = payload_ttl_s
+        self._group_made = False
+
+    def close(self) -> None:
+        self._redis.close()
+
+    def ping(self) -> None:
+        self._redis.call(lambda r: r.ping())
+
+    def identity(self) -> str:
+        def ask(r: redis.Redis) -> str:
+            r.set(CANARY, secrets.token_hex(8), nx=True)
+            pipe = r.pipeline(transaction=False)
+            pipe.info("server")
+            pipe.get(CANARY)
+            info, canary = pipe.execute()
+            return f"{info['run_id']}:{(canary or b'').decode()}"
+
+        return str(self._redis.call(ask))
+
+    def beats(self) -> dict[str, Beat]:
+        def ask(r: redis.Redis) -> tuple[list[str], list[bytes | None]]:
+            names = sorted(n.decode("utf-8", "replace") for n in r.smembers(WORKERS))
+            return names, r.mget([_key(n, "beat") for n in names]) if names else []
+
+        names, raw = self._redis.call(ask)
+        found: dict[str, Beat] = {}
+        for name, body in zip(names, raw, strict=True):
+            if body is None:
+                continue
+            try:
+                beat = Beat.decode(body)
+            except BadMessage:
+                continue
+            if beat.worker == name:
+                found[name] = beat
+        return found
+
+    def publish(self, worker: str, assignments: Sequence[Assignment]) -> None:
+        def send(r: redis.Redis) -> None:
+            pipe = r.pipeline(transaction=False)
+            for a in assignments:
+                pipe.set(_key(worker, "in", a.subtask, a.attempt), a.encode(), ex=self._payload_ttl_s)
+            # Kombu's own list format, written here so that a batch is one round trip and no connection of
+            # Celery's is needed on this side; the contract suite reads it back with a real Celery worker.
+            pipe.lpush(queue_name(worker), *(celery_message(worker, a) for a in assignments))
+            pipe.execute()
+
+        if assignments:
+            self._redis.call(send)
+
+    def queued(self, worker: str) -> set[tuple[int, int]]:
+        raw = self._redis.call(lambda r: r.lrange(queue_name(worker), 0, -1))
+        return {key for body in raw if (key := _key_of_message(body)) is not None}
+
+    def control(self, controls: Mapping[str, Control]) -> None:
+        def send(r: redis.Redis) -> None:
+            pipe = r.pipeline(transaction=False)
+            for worker, control in controls.items():
+                pipe.set(_key(worker, "control"), control.encode(), ex=60)
+            pipe.execute()
+
+        if controls:
+            self._redis.call(send)
+
+    def running(self, worker: str) -> Running | None:
+        raw = self._redis.call(lambda r: r.get(_key(worker, "running")))
+        try:
+            return Running.decode(raw) if raw else None
+        except BadMessage:
+            return None
+
+    def forget(self, worker: str) -> None:
+        def drop(r: redis.Redis) -> None:
+            keys = [queue_name(worker), *r.scan_iter(match=_key(_glob_safe(worker), "*"), count=1000)]
+            r.unlink(*keys)
+            r.srem(WORKERS, worker)
+
+        self._redis.call(drop)
+
+    def read_outcomes(self, consumer: str, count: int, block_s: float, reclaim_s: float) -> list[Entry]:
+        def read(r: redis.Redis) -> list[Entry]:
+            if not self._group_made:
+                self._make_group(r)
+            claimed = r.xautoclaim(OUTCOMES, GROUP, consumer, int(reclaim_s * 1000), count=count)[1]
+            found = [_entry(i, fields) for i, fields in claimed if fields]
+            if not found:
+                # Blocking longer than the socket's own time-out would look like a lost connection.
+                fresh = r.xreadgroup(
+                    GROUP, consumer, {OUTCOMES: ">"}, count=count, block=max(1, int(min(block_s, 4.0) * 1000))
+                )
+                found = [_entry(i, fields) for _, entries in _pairs(fresh) for i, fields in entries]
+            return found
+
+        try:
+            return self._redis.call(read)  # type: ignore[no-any-return]
+        except TransportLost as lost:
+            if "NOGROUP" in str(lost.__cause__):
+                self._group_made = False
+                return []
+            raise
+
+    def acknowledge(self, entries: Iterable[str]) -> None:
+        ids = list(entries)
+
+        def settle(r: redis.Redis) -> None:
+            pipe = r.pipeline(transaction=True)
+            pipe.xack(OUTCOMES, GROUP, *ids)
+            pipe.xdel(OUTCOMES, *ids)
+            pipe.execute()
+
+        if ids:
+            self._redis.call(settle)
+
+    def bury(self, entry: Entry, why: str) -> None:
+        def move(r: redis.Redis) -> None:
+            pipe = r.pipeline(transaction=True)
+            # The body may hold a user's text: its length and the reason are kept, the bytes are not.
+            pipe.lpush(DEAD, json.dumps({"id": entry.id, "bytes": len(entry.body), "why": why}))
+            pipe.ltrim(DEAD, 0, DEAD_KEPT - 1)
+            pipe.xack(OUTCOMES, GROUP, entry.id)
+            pipe.xdel(OUTCOMES, entry.id)
+            pipe.execute()
+
+        self._redis.call(move)
+
+    def waiting_outcomes(self, limit: int = 1000) -> set[tuple[int, int]]:
+        raw = self._redis.call(lambda r: r.xrange(OUTCOMES, count=limit))
+        return {key for _, fields in raw if (key := _key_of_outcome(fields)) is not None}
+
+    def outcome_backlog(self) -> int:
+        return int(self._redis.call(lambda r: r.xlen(OUTCOMES)))
+
+    def memory_share(self) -> float:
+        """Used share of Redis' own memory limit; 0 where it has none."""
+        info = self._redis.call(lambda r: r.info("memory"))
+        return float(info["used_memory"]) / float(info["maxmemory"]) if info.get("maxmemory") else 0.0
+
+    def _make_group(self, r: redis.Redis) -> None:
+        import redis as library
+
+        try:
+            r.xgroup_create(OUTCOMES, GROUP, id="0", mkstream=True)
+        except library.ResponseError as error:
+            if "BUSYGROUP" not in str(error):
+                raise
+        self._group_made = True
+
+
+class RedisWorkerTransport:
+    """One worker's side of Redis."""
+
+    def __init__(self, url: str, worker: str) -> None:
+        self._redis = _Redis(url)
+        self._worker = worker
+
+    def close(self) -> None:
+        self._redis.close()
+
+    def beat(self, beat: Beat) -> Control | None:
+        def say(r: redis.Redis) -> bytes | None:
+            pipe = r.pipeline(transaction=False)
+            pipe.set(_key(self._worker, "beat"), beat.encode(), ex=60)
+            pipe.sadd(WORKERS, self._worker)
+            pipe.get(_key(self._worker, "control"))
+            return pipe.execute()[2]  # type: ignore[no-any-return]
+
+        raw = self._redis.call(say)
+        try:
+            return Control.decode(raw) if raw else None
+        except BadMessage:
+            return None
+
+    def fetch(self, subtask: int, attempt: int) -> bytes | None:
+        return self._redis.call(lambda r: r.get(_key(self._worker, "in", subtask, attempt)))  # type: ignore[no-any-return]
+
+    def mark_running(self, running: Running | None) -> None:
+        key = _key(self._worker, "running")
+        if running is None:
+            self._redis.call(lambda r: r.delete(key))
+        else:
+            self._redis.call(lambda r: r.set(key, running.encode(), ex=3600))
+
+    def report(self, subtask: int, attempt: int, outcome: bytes) -> None:
+        def send(r: redis.Redis) -> None:
+            pipe = r.pipeline(transaction=True)
+            pipe.xadd(OUTCOMES, {"s": subtask, "a": attempt, "m": outcome})
+            pipe.delete(_key(self._worker, "in", subtask, attempt))
+            pipe.execute()
+
+        self._redis.call(send)
+
+
+@dataclass
+class MemoryTransport:
+    """The same contract without Redis: the scheduler's side, and a worker's side through ``worker(name)``."""
+
+    payloads: dict[tuple[str, int, int], bytes] = field(default_factory=dict)
+    queues: dict[str, list[tuple[int, int]]] = field(default_factory=dict)
+    newest_beats: dict[str, Beat] = field(default_factory=dict)
+    controls: dict[str, Control] = field(default_factory=dict)
+    under_way: dict[str, Running] = field(default_factory=dict)
+    entries: dict[str, tuple[tuple[int, int], bytes]] = field(default_factory=dict)
+    #: Entry -> (consumer, when it was read).
+    pending: dict[str, tuple[str, float]] = field(default_factory=dict)
+    buried: list[tuple[Entry, str]] = field(default_factory=list)
+    clock: Callable[[], float] = time.monotonic
+    canary: str = "0"
+    _next: int = 0
+
+    def identity(self) -> str:
+        return self.canary
+
+    def beats(self) -> dict[str, Beat]:
+        return dict(self.newest_beats)
+
+    def publish(self, worker: str, assignments: Sequence[Assignment]) -> None:
+        for a in assignments:
+            self.payloads[worker, a.subtask, a.attempt] = a.encode()
+            self.queues.setdefault(worker, []).append(a.key)
+
+    def queued(self, worker: str) -> set[tuple[int, int]]:
+        return set(self.queues.get(worker, ()))
+
+    def control(self, controls: Mapping[str, Control]) -> None:
+        self.controls.update(controls)
+
+    def running(self, worker: str) -> Running | None:
+        return self.under_way.get(worker)
+
+    def forget(self, worker: str) -> None:
+        for store in (self.queues, self.newest_beats, self.controls, self.under_way):
+            store.pop(worker, None)  # type: ignore[attr-defined]
+        self.payloads = {key: p for key, p in self.payloads.items() if key[0] != worker}
+
+    def read_outcomes(self, consumer: str, count: int, block_s: float, reclaim_s: float) -> list[Entry]:
+        now = self.clock()
+        idle = [i for i, (_, since) in self.pending.items() if now - since >= reclaim_s]
+        chosen = (idle or [i for i in self.entries if i not in self.pending])[:count]
+        self.pending.update((i, (consumer, now)) for i in chosen)
+        return [Entry(i, self.entries[i][1]) for i in chosen]
+
+    def acknowledge(self, entries: Iterable[str]) -> None:
+        for i in entries:
+            self.entries.pop(i, None)
+            self.pending.pop(i, None)
+
+    def bury(self, entry: Entry, why: str) -> None:
+        self.buried.append((entry, why))
+        self.acknowledge([entry.id])
+
+    def waiting_outcomes(self, limit: int = 1000) -> set[tuple[int, int]]:
+        return {key for key, _ in list(self.entries.values())[:limit]}
+
+    def outcome_backlog(self) -> int:
+        return len(self.entries)
+
+    def memory_share(self) -> float:
+        return 0.0
+
+    def empty(self) -> None:
+        """Lose everything, as FLUSHALL or a restart of Redis does."""
+        for store in (self.payloads, self.queues, self.newest_beats, self.controls, self.under_way):
+            store.clear()  # type: ignore[attr-defined]
+        self.entries.clear()
+        self.pending.clear()
+        self.canary = str(int(self.canary) + 1)
+
+    def worker(self, name: str) -> MemoryWorkerTransport:
+        return MemoryWorkerTransport(self, name)
+
+
+@dataclass
+class MemoryWorkerTransport:
+    """One worker's side of a MemoryTransport."""
+
+    shared: MemoryTransport
+    name: str
+
+    def beat(self, beat: Beat) -> Control | None:
+        self.shared.newest_beats[self.name] = beat
+        return self.shared.controls.get(self.name)
+
+    def fetch(self, subtask: int, attempt: int) -> bytes | None:
+        return self.shared.payloads.get((self.name, subtask, attempt))
+
+    def mark_running(self, running: Running | None) -> None:
+        if running is None:
+            self.shared.under_way.pop(self.name, None)
+        else:
+            self.shared.under_way[self.name] = running
+
+    def report(self, subtask: int, attempt: int, outcome: bytes) -> None:
+        self.shared._next += 1
+        self.shared.entries[f"{self.shared._next}-0"] = ((subtask, attempt), outcome)
+        self.shared.payloads.pop((self.name, subtask, attempt), None)
+
+    def take(self) -> tuple[int, int] | None:
+        """Pop the next message, as Celery does for a real worker."""
+        queue = self.shared.queues.get(self.name)
+        return queue.pop(0) if queue else None
+
+
+def celery_message(worker: str, assignment: Assignment) -> str:
+    """One Celery message (protocol 2) as kombu stores it in a Redis list. Ids and counts, no text."""
+    a = assignment
+    task_id = str(uuid.uuid4())
+    args = [a.subtask, a.attempt, a.job, len(a.texts)]
+    body = json.dumps([args, {}, {"callbacks": None, "errbacks": None, "chain": None, "chord": None}])
+    return json.dumps(
+        {
+            "body": base64.b64encode(body.encode()).decode(),
+            "content-encoding": "utf-8",
+            "content-type": "application/json",
+            "headers": {
+                "lang": "py",
+                "task": ENTRY_POINT,
+                "id": task_id,
+                "root_id": task_id,
+                "parent_id": None,
+                "group": None,
+                "shadow": a.pass_kind,
+                "eta": None,
+                "expires": None,
+                "retries": 0,
+                "timelimit": [None, None],
+                "argsrepr": f"(subtask={a.subtask}, attempt={a.attempt}, rows={len(a.texts)})",
+                "kwargsrepr": "{}",
+                "origin": "motet-dispatcher",
+                "ignore_result": True,
+                "motet": [a.subtask, a.attempt],
+            },
+            "properties": {
+                "correlation_id": task_id,
+                "reply_to": "",
+                "delivery_mode": 2,
+                "delivery_info": {"exchange": "", "routing_key": queue_name(worker)},
+                "priority": 0,
+                "body_encoding": "base64",
+                "delivery_tag": str(uuid.uuid4()),
+            },
+        }
+    )
+
+
+def _key_of_message(body: bytes) -> tuple[int, int] | None:
+    try:
+        subtask, attempt = json.loads(body)["headers"]["motet"]
+        return int(subtask), int(attempt)
+    except (ValueError, TypeError, KeyError):
+        return None
+
+
+def _key_of_outcome(fields: Mapping[bytes, bytes]) -> tuple[int, int] | None:
+    try:
+        return int(fields[b"s"]), int(fields[b"a"])
+    except (ValueError, KeyError):
+        return None
+
+
+def _entry(entry_id: bytes, fields: Mapping[bytes, bytes]) -> Entry:
+    return Entry(entry_id.decode(), fields.get(b"m", b""))
+
+
+def _pairs(read: Any) -> Iterable[tuple[Any, Any]]:
+    """XREADGROUP answers a list of pairs under RESP2 and a mapping under RESP3."""
+    if isinstance(read, Mapping):
+        return [(name, [e for batch in batches for e in batch]) for name, batches in read.items()]
+    return read or []
+
+
+def _glob_safe(worker: str) -> str:
+    return "".join(f"[{c}]" if c in "*?[]\\" else c for c in worker)

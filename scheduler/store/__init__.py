@@ -1,0 +1,5 @@
+"""Every SQL statement of motet, by what it serves: registry, jobs, leases, outcomes, columns.
+
+Functions take an open `Connection` where they are part of a larger transaction, and a `Database` where they
+are one. All clocks are the database's.
+"""

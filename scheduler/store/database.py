@@ -1,0 +1,85 @@
+"""The connection to Postgres: one pool, short transactions, and one error for "not now"."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from sqlalchemy import Connection, Engine, create_engine, exc, text
+from sqlalchemy.engine import make_url
+
+#: Dispatchers listen here: there is new work, or room for it.
+WORK = "motet_work"
+#: Watchers listen here; the payload is a job's id.
+JOB = "motet_job"
+
+
+class StoreUnavailable(Exception):
+    """Postgres does not answer, restarted, or cut the transaction. Nothing was recorded, or nobody knows:
+    whoever meets this tries again, and every write is made so that a second time is harmless."""
+
+
+class Database:
+    """A pool of connections. Safe to share between threads."""
+
+    def __init__(self, url: str, *, pool: int = 5) -> None:
+        self._url = make_url(url)
+        self.engine: Engine = create_engine(
+            self._url,
+            pool_size=pool,
+            max_overflow=pool,
+            pool_timeout=5,
+            # A connection that a restart of Postgres killed is replaced before use, not handed out.
+            pool_pre_ping=True,
+            # An autobegin transaction only ever inside `transaction`.
+            isolation_level="READ COMMITTED",
+            connect_args={"connect_timeout": 3, "application_name": "motet"},
+            # A parameter may be a user's text: never in a log, never in an exception.
+            hide_parameters=True,
+        )
+
+    @property
+    def libpq_url(self) -> str:
+        """The URL for psycopg itself (LISTEN needs a connection of its own)."""
+        return self._url.set(drivername="postgresql").render_as_string(hide_password=False)
+
+    @contextmanager
+    def transaction(self) -> Iterator[Connection]:
+        """One transaction: committed at the end, rolled back on any error.
+
+        Raises StoreUnavailable where Postgres is away, restarted, too slow, or broke a deadlock.
+        """
+        try:
+            with self.engine.begin() as connection:
+                yield connection
+        except exc.DBAPIError as error:
+            if _transient(error):
+                raise StoreUnavailable(type(error.orig).__name__) from None
+            raise
+        except exc.TimeoutError:
+            raise StoreUnavailable("no free connection") from None
+
+    def ping(self) -> None:
+        """Raise StoreUnavailable unless Postgres answers."""
+        with self.transaction() as connection:
+            connection.execute(text("SELECT 1"))
+
+    def close(self) -> None:
+        self.engine.dispose()
+
+
+#: Classes of SQLSTATE that pass by themselves: connection trouble, serialisation and deadlock, no resources
+#: (a full disk, too many connections), operator intervention (shutdown, cancelled statement), lock not available.
+_TRANSIENT_CLASSES = ("08", "40", "53", "57", "55P03", "25P0", "XX", "58")
+
+
+def _transient(error: exc.DBAPIError) -> bool:
+    state = getattr(error.orig, "sqlstate", None)
+    if state is None:
+        return isinstance(error, (exc.OperationalError, exc.InterfaceError, exc.InternalError))
+    return str(state).startswith(_TRANSIENT_CLASSES)
+
+
+def notify(connection: Connection, channel: str, payload: str = "") -> None:
+    """Wake listeners when (and only if) this transaction commits."""
+    connection.execute(text("SELECT pg_notify(:channel, :payload)"), {"channel": channel, "payload": payload})

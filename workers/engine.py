@@ -1,0 +1,89 @@
+"""The contract between the executor and an engine: load, run, unload, and pure estimates.
+
+An engine is one file and one entry point of the group ``motet.engines``: a class that keeps this protocol, or
+a plain function ``texts -> values`` (see workers/engines/function.py). Row errors are values: one bad row never
+fails its neighbours. An engine never retries, never batches across calls and never talks to Redis.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+from motet.columns import CellError, Column
+from motet.manifest import Manifest
+from motet.wire import TaskOrder
+
+
+class OutOfMemory(Exception):
+    """The device has no room for this micro-batch. The executor halves it and remembers the ceiling."""
+
+
+class DeviceBroken(Exception):
+    """The device's context is poisoned (a sticky CUDA error): the process must be replaced."""
+
+
+class CannotLoad(Exception):
+    """The model cannot be loaded here, and never will be: the message says why, without a user's text."""
+
+
+@dataclass(frozen=True, slots=True)
+class Prepared:
+    """One row made ready by the engine: tokenised once, with its true length."""
+
+    #: Position in the sub-task.
+    row: int
+    #: Tokens that the model will read; 1 where tokens mean nothing. Micro-batches are packed by it.
+    length: int
+    #: The input was cut.
+    truncated: bool
+    #: Whatever the engine's ``run`` wants: token ids, text ….
+    inputs: Any
+
+
+@dataclass(frozen=True, slots=True)
+class Pass:
+    """One fused pass: a loaded model, the tasks it answers, and how many tokens are read per row."""
+
+    handle: Any
+    tasks: tuple[TaskOrder, ...]
+    max_tokens: int
+
+
+class Engine(Protocol):
+    """What runs a pass. One instance per worker process; one thread calls it."""
+
+    def memory_mb(self, model: Manifest, format: str) -> int:
+        """Predicted memory of the loaded model. Pure."""
+        ...
+
+    def load(
+        self,
+        model: Manifest,
+        heads: Sequence[TaskOrder],
+        files: Mapping[str, Path],
+        *,
+        device: str,
+        format: str,
+    ) -> Any:
+        """Load the trunk onto the device ("cpu", "cuda:0") in a numeric format. ``files``: the model folder's
+        files by relative path. Raises CannotLoad, OutOfMemory."""
+        ...
+
+    def attach(self, handle: Any, task: TaskOrder, files: Mapping[str, Path]) -> None:
+        """Load a task's head beside the trunk, if it has one. Twice is harmless. Raises CannotLoad."""
+        ...
+
+    def prepare(self, pass_: Pass, texts: Sequence[str]) -> list[Prepared | CellError]:
+        """Tokenise every row once, in order. A row that cannot be run is its error; a long one is cut and marked."""
+        ...
+
+    def run(self, pass_: Pass, batch: Sequence[Prepared]) -> Mapping[str, Column]:
+        """One micro-batch: task name -> column over ``batch`` in its order. Raises OutOfMemory, DeviceBroken."""
+        ...
+
+    def unload(self, handle: Any) -> None:
+        """Free the device's memory."""
+        ...
