@@ -188,8 +188,10 @@ class RedisTransport:
 
     def beats(self) -> dict[str, Beat]:
         def ask(r: redis.Redis) -> tuple[list[str], list[bytes | None]]:
-            names = sorted(n.decode("utf-8", "replace") for n in r.smembers(WORKERS))
-            return names, r.mget([_key(n, "beat") for n in names]) if names else []
+            members: Any = r.smembers(WORKERS)
+            names = sorted(bytes(n).decode("utf-8", "replace") for n in members)
+            raw: Any = r.mget([_key(n, "beat") for n in names]) if names else []
+            return names, raw
 
         names, raw = self._redis.call(ask)
         found: dict[str, Beat] = {}
@@ -398,7 +400,7 @@ class MemoryTransport:
 
     def forget(self, worker: str) -> None:
         for store in (self.queues, self.newest_beats, self.controls, self.under_way):
-            store.pop(worker, None)  # type: ignore[attr-defined]
+            store.pop(worker, None)
         self.payloads = {key: p for key, p in self.payloads.items() if key[0] != worker}
 
     def read_outcomes(self, consumer: str, count: int, block_s: float, reclaim_s: float) -> list[Entry]:
@@ -429,7 +431,7 @@ class MemoryTransport:
     def empty(self) -> None:
         """Lose everything, as FLUSHALL or a restart of Redis does."""
         for store in (self.payloads, self.queues, self.newest_beats, self.controls, self.under_way):
-            store.clear()  # type: ignore[attr-defined]
+            store.clear()
         self.entries.clear()
         self.pending.clear()
         self.canary = str(int(self.canary) + 1)

@@ -136,6 +136,8 @@ COMMENT ON TABLE pass IS 'One model pass that answers several tasks at once: wha
 COMMENT ON COLUMN pass.kind IS 'The name that Flower shows; few in number, never an id.';
 COMMENT ON COLUMN pass.rows_waiting IS 'Rows beyond the cursors of ready blocks, pieces included.';
 
+CREATE INDEX pass_waiting ON pass (job_id, number) WHERE rows_waiting > 0;
+
 CREATE TABLE task (
   job_id      uuid NOT NULL REFERENCES job ON DELETE CASCADE,
   number      smallint NOT NULL,
@@ -164,6 +166,7 @@ CREATE TABLE block (
   lengths   bytea NOT NULL,
   payload   bytea NOT NULL,
   bad       jsonb NOT NULL DEFAULT '{}',
+  keys      bytea[] NOT NULL DEFAULT '{}',
   passes_open smallint NOT NULL,
   done_number int,
   PRIMARY KEY (job_id, number)
@@ -176,6 +179,7 @@ COMMENT ON COLUMN block.row_order IS 'uint32 little-endian: offsets of the rows 
 COMMENT ON COLUMN block.lengths IS 'uint32 little-endian: UTF-8 bytes of each field, all rows of the first field, then the next.';
 COMMENT ON COLUMN block.payload IS 'msgpack under zstd: field -> texts in row order.';
 COMMENT ON COLUMN block.bad IS 'Offset -> [error, message] of rows that came in broken: error cells of every task.';
+COMMENT ON COLUMN block.keys IS 'Reuse key of each task number (element 1 is task 0); NULL: this column is not for reuse.';
 COMMENT ON COLUMN block.done_number IS 'The how-manieth block of its job to be finished, from 1.';
 
 CREATE TABLE block_pass (
@@ -226,6 +230,7 @@ CREATE TABLE subtask (
   blocks      int[] NOT NULL,
   los         int[] NOT NULL,
   his         int[] NOT NULL,
+  sizes       bigint[] NOT NULL,
   todo        bigint NOT NULL,
   n_rows      int NOT NULL,
   bytes       bigint NOT NULL,
@@ -243,6 +248,7 @@ CREATE TABLE subtask (
 CREATE INDEX subtask_open ON subtask (job_id, pass_number) WHERE state = 'open';
 CREATE INDEX subtask_by_job ON subtask (job_id, id);
 COMMENT ON TABLE subtask IS 'A slice of rows x one pass: the unit of queueing, lease and retry. It closes once.';
+COMMENT ON COLUMN subtask.sizes IS 'UTF-8 bytes of each range.';
 COMMENT ON COLUMN subtask.blocks IS 'With los and his: the ranges [lo, hi) of each block''s order, in sub-task order.';
 
 CREATE TABLE lease (
@@ -251,6 +257,7 @@ CREATE TABLE lease (
   worker      text NOT NULL,
   boot        text NOT NULL,
   nonce       text NOT NULL,
+  device      text NOT NULL DEFAULT '',
   predicted_s real NOT NULL,
   leased      timestamptz NOT NULL DEFAULT clock_timestamp(),
   until       timestamptz NOT NULL,
@@ -315,6 +322,19 @@ CREATE TABLE block_column (
   FOREIGN KEY (job_id, block_number) REFERENCES block ON DELETE CASCADE
 );
 CREATE INDEX block_column_by_column ON block_column (column_id);
+
+CREATE INDEX block_pass_unsealed ON block_pass (job_id, pass_number, block_number)
+  WHERE state = 'ready' AND done = n;
+
+CREATE TABLE refusal (
+  model_id bigint NOT NULL REFERENCES model ON DELETE CASCADE,
+  worker   text NOT NULL,
+  boot     text NOT NULL,
+  why      text NOT NULL,
+  at       timestamptz NOT NULL DEFAULT clock_timestamp(),
+  PRIMARY KEY (model_id, worker)
+);
+COMMENT ON TABLE refusal IS 'Workers that cannot load a model, as of that boot: it is not placed there again.';
 
 CREATE TABLE rate (
   trunk             text NOT NULL,
@@ -416,7 +436,7 @@ COMMENT ON VIEW merged IS 'One line per row, with all its cells.';
 DOWN = """
 DROP VIEW merged, results;
 DROP FUNCTION column_cells, vector_at, single_to_real, half_to_real;
-DROP TABLE rate, block_column, sealed_column, cells, lease, subtask, piece, block_pass, block, task, pass, part,
+DROP TABLE refusal, rate, block_column, sealed_column, cells, lease, subtask, piece, block_pass, block, task, pass, part,
   job, model, blob, token, tenant, leader;
 """
 

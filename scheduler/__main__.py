@@ -1,0 +1,99 @@
+"""``python -m scheduler api | dispatch | aggregate | migrate | bootstrap``: one process each."""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import signal
+import sys
+import threading
+from pathlib import Path
+
+from motet.errors import SetupError
+from motet.logs import configure
+from motet.settings import Settings
+
+log = logging.getLogger("motet.scheduler")
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run one of the scheduler's processes until it is told to stop. The exit status."""
+    parser = argparse.ArgumentParser(prog="python -m scheduler", description=__doc__)
+    parser.add_argument("process", choices=sorted(PROCESSES))
+    parser.add_argument("--tokens", type=Path, help="bootstrap: file that the first tokens are written to")
+    arguments = parser.parse_args(argv)
+    try:
+        settings = Settings.from_env()
+        configure(arguments.process, settings.log_level)
+        PROCESSES[arguments.process](settings, arguments)
+    except SetupError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except Exception:
+        log.exception("stopped by an unexpected error")
+        return 1
+    return 0
+
+
+def _api(settings: Settings, _: argparse.Namespace) -> None:
+    from scheduler.api import serve
+
+    serve(settings.need("database_url", "redis_url", "blob_dir"))
+
+
+def _dispatch(settings: Settings, _: argparse.Namespace) -> None:
+    from motet.transport import RedisTransport
+    from scheduler.dispatcher import Dispatcher, Listener, run
+    from scheduler.store.database import Database
+
+    settings.need("database_url", "redis_url")
+    database = Database(settings.database_url, pool=2)
+    transport = RedisTransport(settings.redis_url, payload_ttl_s=settings.payload_ttl_s)
+    run(Dispatcher(database, transport, settings), Listener(database), _stopping())
+    database.close()
+
+
+def _aggregate(settings: Settings, _: argparse.Namespace) -> None:
+    from motet.transport import RedisTransport
+    from scheduler.aggregator import Aggregator, run
+    from scheduler.store.database import Database
+
+    settings.need("database_url", "redis_url")
+    database = Database(settings.database_url, pool=2)
+    run(Aggregator(database, RedisTransport(settings.redis_url), settings), _stopping())
+    database.close()
+
+
+def _migrate(settings: Settings, _: argparse.Namespace) -> None:
+    from scheduler.migrate import upgrade
+
+    upgrade(settings.need("database_url").database_url)
+
+
+def _bootstrap(settings: Settings, arguments: argparse.Namespace) -> None:
+    from scheduler.bootstrap import bootstrap
+
+    if arguments.tokens is None:
+        raise SetupError("bootstrap needs --tokens FILE, where the first tokens are written to")
+    bootstrap(settings.need("database_url").database_url, arguments.tokens)
+
+
+PROCESSES = {
+    "api": _api,
+    "dispatch": _dispatch,
+    "aggregate": _aggregate,
+    "migrate": _migrate,
+    "bootstrap": _bootstrap,
+}
+
+
+def _stopping() -> threading.Event:
+    """An event that SIGTERM and SIGINT set."""
+    stopping = threading.Event()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, lambda *_: stopping.set())
+    return stopping
+
+
+if __name__ == "__main__":
+    sys.exit(main())

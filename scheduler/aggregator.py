@@ -1,0 +1,65 @@
+"""The aggregator: outcomes in, cells out. Stateless; any number may run."""
+
+from __future__ import annotations
+
+import logging
+import socket
+import threading
+import time
+import uuid
+from dataclasses import dataclass, field
+
+from motet.settings import Settings
+from motet.transport import SchedulerTransport, TransportLost
+from motet.wire import BadMessage, Outcome
+from scheduler.store.database import Database, StoreUnavailable
+from scheduler.store.outcomes import record
+
+log = logging.getLogger("motet.aggregator")
+
+#: Entries taken at once: enough to share a commit, few enough to stay far below the reclaim time.
+BATCH = 64
+#: Seconds that one read waits for the first entry.
+BLOCK_S = 2.0
+
+
+@dataclass
+class Aggregator:
+    """One aggregator process. ``step`` is the whole of it."""
+
+    database: Database
+    transport: SchedulerTransport
+    settings: Settings
+    me: str = field(default_factory=lambda: f"{socket.gethostname()}:{uuid.uuid4().hex[:8]}")
+
+    def step(self, block_s: float = BLOCK_S) -> int:
+        """Take what waits, commit it, only then acknowledge it. The number of entries dealt with."""
+        entries = self.transport.read_outcomes(self.me, BATCH, block_s, self.settings.reclaim_s)
+        outcomes: list[Outcome] = []
+        read: list[str] = []
+        for entry in entries:
+            try:
+                outcomes.append(Outcome.decode(entry.body))
+                read.append(entry.id)
+            except BadMessage as bad:
+                log.warning("buried an unreadable outcome", extra={"entry": entry.id, "why": str(bad)[:200]})
+                self.transport.bury(entry, str(bad)[:200])
+        if outcomes:
+            done = record(self.database, outcomes)
+            self.transport.acknowledge(read)
+            if done.dropped or done.failed:
+                log.info(
+                    "recorded",
+                    extra={"accepted": done.accepted, "dropped": done.dropped, "failed": done.failed},
+                )
+        return len(entries)
+
+
+def run(aggregator: Aggregator, stopping: threading.Event) -> None:
+    """Step until ``stopping``. Trouble with Postgres or Redis is waited out: entries stay until they are committed."""
+    while not stopping.is_set():
+        try:
+            aggregator.step()
+        except (StoreUnavailable, TransportLost) as trouble:
+            log.warning("waiting for a service", extra={"trouble": f"{type(trouble).__name__}: {trouble}"})
+            time.sleep(0.5)

@@ -1,0 +1,44 @@
+"""Predicted seconds of work, from what was learned. Pure.
+
+One number per (trunk, device, format) for now: seconds per token, an exponentially weighted mean over
+outcomes. The seam is final: whoever asks gets seconds for bytes on a device.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+#: Before anything was learned: English text under a word-piece tokenizer.
+PRIOR_BYTES_PER_TOKEN = 4.0
+#: Before anything was learned: 2 multiply-adds a parameter and token, at a quarter of a modest device's speed.
+_PRIOR_FLOPS = {"cpu": 2e10, "cuda": 4e13}
+_PRIOR_PARAMETERS = 25_000_000
+#: Weight of a new observation against all that came before.
+LEARNING_RATE = 0.3
+
+
+@dataclass(frozen=True, slots=True)
+class Rate:
+    """What was learned of one trunk on one kind of device."""
+
+    seconds_per_token: float
+    bytes_per_token: float
+
+
+@dataclass(frozen=True, slots=True)
+class Rates:
+    """All that was learned, by (trunk, device name)."""
+
+    learned: Mapping[tuple[str, str], Rate]
+
+    def of(self, trunk: str, device: str, device_kind: str, parameters: int) -> Rate:
+        """The rate of a trunk on a device; another device's bytes-to-tokens ratio and a prior where unknown."""
+        known = self.learned.get((trunk, device))
+        if known is not None:
+            return known
+        ratio = next(
+            (r.bytes_per_token for (t, _), r in self.learned.items() if t == trunk), PRIOR_BYTES_PER_TOKEN
+        )
+        flops = _PRIOR_FLOPS.get(device_kind, _PRIOR_FLOPS["cpu"])
+        return Rate(2 * (parameters or _PRIOR_PARAMETERS) / flops, ratio)

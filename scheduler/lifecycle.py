@@ -1,0 +1,118 @@
+"""What becomes of rows whose attempt did not answer them: which return, when, and which are given up. Pure."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+from scheduler.carve import Range
+
+#: A row with a retriable error is tried so often in all; then its error is final.
+MAX_TRIES = 5
+#: A single row that killed its process so often, running alone, is poison.
+MAX_DEATHS_ALONE = 2
+
+
+@dataclass(frozen=True, slots=True)
+class Return:
+    """Rows to put back as one piece."""
+
+    range: Range
+    tries: int = 0
+    deaths: int = 0
+    exclusive: bool = False
+    #: Seconds until they may be carved again.
+    after_s: float = 0.0
+
+
+@dataclass(frozen=True, slots=True)
+class GivenUp:
+    """One row whose cells become errors."""
+
+    block: int
+    position: int
+    error: str
+    message: str
+
+
+def backoff_s(tries: int) -> float:
+    """Seconds before the next try: 0.5, 1, 2, 4."""
+    return float(0.5 * 2 ** max(0, tries - 1))
+
+
+def runs(positions: Iterable[int]) -> list[tuple[int, int]]:
+    """Positions as maximal [lo, hi) runs, ascending."""
+    found: list[tuple[int, int]] = []
+    for p in sorted(set(positions)):
+        if found and found[-1][1] == p:
+            found[-1] = (found[-1][0], p + 1)
+        else:
+            found.append((p, p + 1))
+    return found
+
+
+def lost(
+    ranges: Sequence[Range], *, tries: int, deaths: int, exclusive: bool, suspects: Sequence[int], died: bool
+) -> tuple[list[Return], list[GivenUp]]:
+    """Rows of a sub-task whose last live lease is gone.
+
+    ``died``: its process ended while it was there. ``suspects``: positions in the sub-task of the rows that
+    were in the running micro-batch then. Only those are blamed; nothing that ran beside others is condemned.
+    """
+    if not (died and suspects):
+        return [Return(r, tries=tries, deaths=deaths, exclusive=exclusive) for r in ranges], []
+    if exclusive:
+        return _halve(ranges, tries=tries, deaths=deaths)
+    back: list[Return] = []
+    start = 0
+    for r in ranges:
+        inside = [r.lo + p - start for p in suspects if start <= p < start + len(r)]
+        start += len(r)
+        if not inside:
+            back.append(Return(r, tries=tries))
+            continue
+        # One piece from the first suspect to the last: rows between them lose nothing by running apart.
+        lo, hi = min(inside), max(inside) + 1
+        back.append(Return(part(r, lo, hi), tries=tries, exclusive=True))
+        back.extend(Return(part(r, a, b), tries=tries) for a, b in ((r.lo, lo), (hi, r.hi)) if b > a)
+    return back, []
+
+
+def _halve(ranges: Sequence[Range], *, tries: int, deaths: int) -> tuple[list[Return], list[GivenUp]]:
+    """An exclusive sub-task killed its process: split it, or give its single row up after two deaths alone."""
+    back: list[Return] = []
+    given_up: list[GivenUp] = []
+    for r in ranges:
+        if len(r) > 1:
+            middle = (r.lo + r.hi) // 2
+            back.extend(
+                Return(part(r, a, b), tries=tries, exclusive=True)
+                for a, b in ((r.lo, middle), (middle, r.hi))
+            )
+        elif deaths + 1 < MAX_DEATHS_ALONE:
+            back.append(Return(r, tries=tries, deaths=deaths + 1, exclusive=True))
+        else:
+            given_up.append(
+                GivenUp(r.block, r.lo, "poison", f"its process died {deaths + 1} times while it ran alone")
+            )
+    return back, given_up
+
+
+def failed(
+    ranges: Sequence[Range], *, tries: int, deaths: int, exclusive: bool, error: str, blameless: bool
+) -> tuple[list[Return], list[GivenUp]]:
+    """Rows of an attempt that failed as a whole. ``blameless``: the transport's or worker's fault, not theirs."""
+    if blameless:
+        return [Return(r, tries=tries, deaths=deaths, exclusive=exclusive, after_s=0.2) for r in ranges], []
+    if tries + 1 >= MAX_TRIES:
+        message = f"the attempt failed {tries + 1} times"
+        return [], [GivenUp(r.block, p, error, message) for r in ranges for p in range(r.lo, r.hi)]
+    after_s = backoff_s(tries + 1)
+    return [
+        Return(r, tries=tries + 1, deaths=deaths, exclusive=exclusive, after_s=after_s) for r in ranges
+    ], []
+
+
+def part(r: Range, lo: int, hi: int) -> Range:
+    """[lo, hi) of a range; its bytes are the range's, by share of rows (they are of like length)."""
+    return Range(r.block, lo, hi, r.bytes * (hi - lo) // max(1, len(r)))

@@ -1,0 +1,46 @@
+"""Who is alive: a worker whose (boot, seq) has changed lately, by the leader's own monotonic clock. Pure.
+
+A beat's own time is never read, so a wrong clock on a worker changes nothing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from collections.abc import Set as AbstractSet
+from dataclasses import dataclass, field
+
+from motet.wire import PROTOCOL, Beat
+
+
+@dataclass
+class Watch:
+    """What the leader has seen of each worker's beats."""
+
+    dead_s: float
+    _newest: dict[str, tuple[str, int]] = field(default_factory=dict)
+    _changed: dict[str, float] = field(default_factory=dict)
+
+    def see(self, beats: Mapping[str, Beat], now: float) -> dict[str, Beat]:
+        """Take in the newest beats; return those of live workers."""
+        for name, beat in beats.items():
+            mark = (beat.boot, beat.seq)
+            if self._newest.get(name) != mark:
+                self._newest[name] = mark
+                self._changed[name] = now
+        for name in [n for n in self._newest if n not in beats]:
+            del self._newest[name], self._changed[name]
+        return {name: b for name, b in beats.items() if now - self._changed[name] < self.dead_s}
+
+    def silent(self, now: float, for_s: float) -> list[str]:
+        """Workers known but without a fresh beat for so long."""
+        return [name for name, since in self._changed.items() if now - since >= for_s]
+
+
+def usable(live: Mapping[str, Beat]) -> dict[str, Beat]:
+    """Live workers that may be given work: of our protocol, and not draining."""
+    return {name: b for name, b in live.items() if b.protocol == PROTOCOL and b.state == "ready"}
+
+
+def drops(beat: Beat, leased: AbstractSet[tuple[int, int]]) -> tuple[tuple[int, int], ...]:
+    """Attempts that a worker holds without a live lease: cancelled, lost, or done elsewhere."""
+    return tuple(key for key in beat.held if key not in leased)

@@ -1,0 +1,59 @@
+"""Which dispatcher leads: one lease row with an epoch, checked first in every transaction of the scheduler.
+
+Not an advisory lock: a frozen leader would keep one for ever (reference: reliability 2.1).
+"""
+
+from __future__ import annotations
+
+from sqlalchemy import Connection, text
+
+from scheduler.store.database import Database
+
+
+class NotLeading(Exception):
+    """Another dispatcher leads, or the lease ran out: stop writing and stand by."""
+
+
+_TAKE = text("""
+    UPDATE leader SET epoch = epoch + 1, holder = :me, until = clock_timestamp() + make_interval(secs => :lease_s)
+     WHERE id = 1 AND until < clock_timestamp() RETURNING epoch""")
+_RENEW = text("""
+    UPDATE leader SET until = clock_timestamp() + make_interval(secs => :lease_s)
+     WHERE id = 1 AND holder = :me AND epoch = :epoch AND until > clock_timestamp() RETURNING epoch""")
+_RESIGN = text("UPDATE leader SET until = '-infinity' WHERE id = 1 AND holder = :me AND epoch = :epoch")
+# FOR SHARE conflicts with a take-over: an old leader commits before the new epoch begins, or not at all.
+_FENCE = text("SELECT 1 FROM leader WHERE id = 1 AND epoch = :epoch AND until > clock_timestamp() FOR SHARE")
+_SEEN = text("SELECT transport FROM leader WHERE id = 1")
+_SEE = text("UPDATE leader SET transport = :identity WHERE id = 1 AND epoch = :epoch")
+
+
+def lead(database: Database, me: str, epoch: int | None, lease_s: float) -> int | None:
+    """Renew the lease of ``epoch``, or take it where it has run out. The epoch we lead in, or None."""
+    with database.transaction() as connection:
+        if epoch is not None:
+            kept = connection.execute(_RENEW, {"me": me, "epoch": epoch, "lease_s": lease_s}).scalar()
+            if kept is not None:
+                return epoch
+        return connection.execute(_TAKE, {"me": me, "lease_s": lease_s}).scalar()
+
+
+def resign(database: Database, me: str, epoch: int) -> None:
+    """Let a standby lead at once."""
+    with database.transaction() as connection:
+        connection.execute(_RESIGN, {"me": me, "epoch": epoch})
+
+
+def fence(connection: Connection, epoch: int) -> None:
+    """The first statement of every transaction of the dispatcher. Raises NotLeading."""
+    if connection.execute(_FENCE, {"epoch": epoch}).first() is None:
+        raise NotLeading
+
+
+def transport_seen(connection: Connection) -> str:
+    """Identity of Redis as some leader last dealt with it."""
+    return str(connection.execute(_SEEN).scalar_one())
+
+
+def see_transport(connection: Connection, epoch: int, identity: str) -> None:
+    """Record Redis' identity, in the transaction that drew the consequences of its change."""
+    connection.execute(_SEE, {"identity": identity, "epoch": epoch})

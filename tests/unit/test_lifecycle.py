@@ -1,0 +1,97 @@
+"""What becomes of rows that were not answered."""
+
+from __future__ import annotations
+
+import itertools
+
+from hypothesis import given
+from hypothesis import strategies as st
+
+from scheduler.carve import Range
+from scheduler.lifecycle import MAX_TRIES, GivenUp, Return, failed, lost, runs
+
+RANGES = (Range(0, 10, 20, 100), Range(1, 0, 4, 40))
+
+
+def covered(returns: list[Return]) -> list[tuple[int, int]]:
+    return sorted((r.range.block, i) for r in returns for i in range(r.range.lo, r.range.hi))
+
+
+ALL = sorted((r.block, i) for r in RANGES for i in range(r.lo, r.hi))
+
+
+def test_rows_of_a_silent_worker_return_blameless() -> None:
+    returns, given_up = lost(RANGES, tries=1, deaths=0, exclusive=False, suspects=(), died=False)
+    assert returns == [Return(RANGES[0], tries=1), Return(RANGES[1], tries=1)]
+    assert not given_up
+
+
+def test_only_rows_of_the_running_micro_batch_are_suspected_of_a_death() -> None:
+    returns, given_up = lost(RANGES, tries=0, deaths=0, exclusive=False, suspects=(2, 3, 5), died=True)
+    suspected = [r for r in returns if r.exclusive]
+    assert [(r.range.block, r.range.lo, r.range.hi) for r in suspected] == [(0, 12, 16)]
+    assert covered(returns) == ALL
+    assert not given_up
+
+
+def test_a_suspect_piece_that_kills_again_splits_in_half() -> None:
+    returns, _ = lost((Range(0, 0, 9, 90),), tries=0, deaths=0, exclusive=True, suspects=(1,), died=True)
+    assert [(r.range.lo, r.range.hi, r.exclusive) for r in returns] == [(0, 4, True), (4, 9, True)]
+
+
+def test_a_single_row_is_poison_after_two_deaths_alone_and_not_after_one() -> None:
+    row = (Range(0, 3, 4, 9),)
+    returns, given_up = lost(row, tries=0, deaths=0, exclusive=True, suspects=(0,), died=True)
+    assert (returns[0].deaths, given_up) == (1, [])
+    returns, given_up = lost(row, tries=0, deaths=1, exclusive=True, suspects=(0,), died=True)
+    assert returns == []
+    assert [(g.block, g.position, g.error) for g in given_up] == [(0, 3, "poison")]
+
+
+def test_an_exclusive_piece_whose_worker_was_killed_before_it_began_is_not_blamed() -> None:
+    returns, _ = lost((Range(0, 0, 8, 80),), tries=0, deaths=0, exclusive=True, suspects=(), died=True)
+    assert returns == [Return(Range(0, 0, 8, 80), exclusive=True)]
+
+
+def test_a_failed_attempt_returns_later_and_later_and_then_becomes_errors() -> None:
+    first, _ = failed(RANGES, tries=0, deaths=0, exclusive=False, error="engine", blameless=False)
+    third, _ = failed(RANGES, tries=2, deaths=0, exclusive=False, error="engine", blameless=False)
+    assert first[0].after_s < third[0].after_s
+    returns, given_up = failed(
+        RANGES, tries=MAX_TRIES - 1, deaths=0, exclusive=False, error="engine", blameless=False
+    )
+    assert returns == []
+    assert sorted((g.block, g.position) for g in given_up) == ALL
+
+
+def test_a_failure_of_the_transport_costs_no_try() -> None:
+    returns, given_up = failed(
+        RANGES, tries=4, deaths=0, exclusive=False, error="missing_payload", blameless=True
+    )
+    assert [r.tries for r in returns] == [4, 4]
+    assert not given_up
+
+
+@given(
+    st.lists(st.tuples(st.integers(0, 30), st.integers(1, 12)), min_size=1, max_size=4),
+    st.sets(st.integers(0, 60)),
+    st.booleans(),
+    st.booleans(),
+    st.integers(0, 1),
+)
+def test_no_row_is_lost_or_doubled_by_a_death(
+    spans: list[tuple[int, int]], suspects: set[int], exclusive: bool, died: bool, deaths: int
+) -> None:
+    ranges = tuple(Range(b, lo, lo + n, n * 7) for b, (lo, n) in enumerate(spans))
+    inside = tuple(s for s in suspects if s < sum(map(len, ranges)))
+    returns, given_up = lost(ranges, tries=0, deaths=deaths, exclusive=exclusive, suspects=inside, died=died)
+    rows = covered(returns) + [(g.block, g.position) for g in given_up]
+    assert sorted(rows) == sorted((r.block, i) for r in ranges for i in range(r.lo, r.hi))
+    assert all(isinstance(g, GivenUp) and exclusive and died and inside for g in given_up)
+
+
+@given(st.sets(st.integers(0, 50)))
+def test_runs_cover_exactly_the_positions(positions: set[int]) -> None:
+    found = runs(positions)
+    assert {i for lo, hi in found for i in range(lo, hi)} == positions
+    assert all(a[1] < b[0] for a, b in itertools.pairwise(found))

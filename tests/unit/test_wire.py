@@ -1,0 +1,113 @@
+"""Messages: they survive the wire, and a torn or forged one is only ever BadMessage."""
+
+from __future__ import annotations
+
+import struct
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from motet.columns import ERROR, TRUNCATED, CellError, Column, values
+from motet.manifest import Manifest
+from motet.wire import Assignment, BadMessage, Beat, Control, Outcome, Running, TaskOrder, Usage, pack
+
+MODEL = Manifest(name="m", version="1", engine="encoder", answers="label", labels=("a", "b"), trunk="t")
+COLUMN = Column(
+    kind="label",
+    status=bytes([0, ERROR, TRUNCATED]),
+    arrays={"codes": struct.pack("<3h", 1, 0, 0), "scores": struct.pack("<3f", 0.5, 0, 0.25)},
+    errors={1: CellError("too_long", "600 tokens")},
+)
+MESSAGES = [
+    Assignment(
+        subtask=1,
+        attempt=2,
+        nonce="n",
+        job="j",
+        tenant="t",
+        pass_kind="encoder m",
+        model=MODEL,
+        numerics="fast",
+        max_tokens=256,
+        tasks=(TaskOrder(name="topic", spec={"kind": "classify"}, manifest=MODEL),),
+        texts=("one", "zwei 💡"),
+    ),
+    Outcome(
+        subtask=1,
+        attempt=2,
+        nonce="n",
+        worker="w",
+        boot="b",
+        verdict="done",
+        columns={"topic": COLUMN},
+        usage=Usage(tokens=9, computed_tokens=12, busy_s=0.5, format="bf16"),
+    ),
+    Outcome(
+        subtask=1,
+        attempt=2,
+        nonce="n",
+        worker="w",
+        boot="b",
+        verdict="failed",
+        error=("cannot_load", "x"),
+        permanent=True,
+    ),
+    Beat(
+        worker="w", boot="b", seq=3, held=((1, 2),), resident=("d",), engines=("encoder",), formats=("bf16",)
+    ),
+    Control(epoch=4, drop=((1, 2),), drain=True),
+    Running(boot="b", rows={(1, 2): (3, 4)}),
+]
+
+
+@pytest.mark.parametrize("message", MESSAGES, ids=lambda m: type(m).__name__)
+def test_a_message_survives_the_wire(message: Assignment | Outcome | Beat | Control | Running) -> None:
+    assert type(message).decode(message.encode()) == message
+
+
+@pytest.mark.parametrize("kind", [Assignment, Outcome, Beat, Control, Running])
+@given(raw=st.binary(max_size=200))
+def test_garbage_is_a_bad_message_and_nothing_worse(kind: type[Assignment], raw: bytes) -> None:
+    for body in (raw, pack({"v": 1}), pack({"v": 2}), pack(list(raw))):
+        with pytest.raises(BadMessage):
+            kind.decode(body)
+
+
+@pytest.mark.parametrize("message", MESSAGES[:3], ids=lambda m: type(m).__name__)
+def test_a_torn_message_is_a_bad_message(message: Assignment | Outcome) -> None:
+    raw = message.encode()
+    for length in range(0, len(raw) - 1, 7):
+        with pytest.raises(BadMessage):
+            type(message).decode(raw[:length])
+
+
+def test_another_version_of_the_protocol_is_refused_by_name() -> None:
+    with pytest.raises(BadMessage, match="protocol 99"):
+        Outcome.decode(pack({"v": 99}))
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"kind": "labelz"},
+        {"status": b"\x07\0\0"},
+        {"arrays": {"codes": b"\0\0", "scores": bytes(12)}},
+        {"arrays": {"codes": bytes(6), "scores": bytes(12), "extra": b""}},
+        {"arrays": {"codes": bytes(6), "scores": bytes(12), "all": bytes(5)}},
+        {"errors": {9: ["x", "y", False]}},
+        {"kind": "labels"},
+        {
+            "kind": "labels",
+            "arrays": {"offsets": struct.pack("<4i", 0, 2, 1, 2), "codes": bytes(4), "scores": bytes(8)},
+        },
+        {"kind": "vector", "arrays": {"vectors": bytes(5)}, "dim": 2, "dtype": "fp32"},
+    ],
+)
+def test_a_column_whose_lengths_disagree_is_refused(change: dict[str, object]) -> None:
+    with pytest.raises(ValueError, match="column"):
+        Column.from_wire(COLUMN.to_wire() | change)
+
+
+def test_values_are_in_row_order_and_none_where_a_row_has_no_answer() -> None:
+    assert list(values(COLUMN, MODEL.labels)) == [("b", 0.5), None, ("a", 0.25)]
