@@ -389,7 +389,9 @@ DECLARE
   offsets int4[] := c.offsets; codes int2[] := c.codes; scores real[] := c.scores;
   numbers float8[] := c.numbers; starts int4[] := c.starts; ends int4[] := c.ends;
 BEGIN
-  FOR i IN 0 .. c.n_rows - 1 LOOP
+  -- A loop's variable hides an output column of the same name: hence k beside i.
+  FOR k IN 0 .. c.n_rows - 1 LOOP
+    i := k;
     s := CASE WHEN c.status IS NULL THEN 0 ELSE get_byte(c.status, i) & 15 END;
     status := CASE s WHEN 0 THEN 'ok' WHEN 1 THEN 'error' ELSE 'skipped' END;
     value := NULL;

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import secrets
-from array import array
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
@@ -18,7 +17,7 @@ from uuid import UUID
 from sqlalchemy import Connection, text
 
 from motet.manifest import Manifest
-from scheduler.blocks import row_order
+from scheduler.blocks import row_order, uint32s
 from scheduler.carve import Carved, Frontier, OpenBlock, Piece, Range
 from scheduler.cost import Rate, Rates
 from scheduler.lifecycle import Return
@@ -72,7 +71,7 @@ _DEMAND = text("""
            p.bytes_waiting - coalesce(later.bytes, 0) AS bytes,
            row_number() OVER (ORDER BY j.created, j.id) AS age
       FROM pass p JOIN job j ON j.id = p.job_id JOIN tenant t ON t.id = j.tenant_id JOIN model m ON m.id = p.model_id
-      LEFT JOIN LATERAL (SELECT sum(hi - lo) AS n_rows, sum(bytes) AS bytes FROM piece
+      LEFT JOIN LATERAL (SELECT sum(hi - lo) AS n_rows, CAST(sum(bytes) AS bigint) AS bytes FROM piece
                           WHERE piece.job_id = p.job_id AND piece.pass_number = p.number
                             AND not_before > clock_timestamp()) later ON true
      WHERE j.state = 'running' AND p.rows_waiting > 0
@@ -151,7 +150,7 @@ def frontier(connection: Connection, job: str, pass_number: int, limit: int = 16
 
 def _cumulative(order: bytes, lengths: bytes, n_rows: int) -> list[int]:
     """Bytes of the first i rows in order, all fields together."""
-    per_field = array("I", lengths)
+    per_field = uint32s(lengths)
     total = [sum(per_field[i::n_rows]) for i in range(n_rows)] if len(per_field) > n_rows else per_field
     return [0, *accumulate(total[i] for i in row_order(order))]
 

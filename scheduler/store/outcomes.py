@@ -111,7 +111,7 @@ _COUNT = text("""
 #: Outcomes shorter than this teach nothing about speed.
 _LEARN_FROM_TOKENS = 128
 #: Failures that say nothing about the rows: what was asked never reached the engine.
-_BLAMELESS = frozenset({"missing_payload", "draining", "cannot_load", "cannot_fetch"})
+_BLAMELESS = frozenset({"missing_payload", "cannot_fetch"})
 
 
 def record(database: Database, outcomes: Sequence[Outcome]) -> Recorded:
@@ -188,7 +188,7 @@ def _take_in(
             deaths=subtask.deaths,
             exclusive=subtask.exclusive,
             error=error[0],
-            blameless=error[0] in _BLAMELESS,
+            blameless=error[0] in _BLAMELESS or outcome.permanent,
         )
         answers = give_up(subtask.job, subtask.pass_number, subtask.id, given_up, asked)
     else:

@@ -1,0 +1,179 @@
+"""Blocks: a part of rows is cut, ordered by length, encoded, and given its reuse keys. Pure.
+
+A block is the unit of storage, sealing and reuse. What is stored of one: the texts (``payload``), the order in
+which work is done on its rows, and the UTF-8 length of every field, so that nothing needs the texts to carve.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import struct
+import sys
+from array import array
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+
+from motet.wire import pack, unpack
+
+#: Offset of a row -> (error class, message) of its cells. A message never holds a user's text.
+Bad = Mapping[int, tuple[str, str]]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Part:
+    """Rows as they came in, already checked: the same number of texts in every column."""
+
+    #: Field -> a text per row, "" where the row is bad. Only fields that some task reads.
+    columns: Mapping[str, Sequence[str]]
+    bad: Bad = field(default_factory=dict)
+
+    def __len__(self) -> int:
+        return len(next(iter(self.columns.values())))
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Reader:
+    """What a block needs to know of a task to name its column's reuse key."""
+
+    #: Names of the fields that its template reads.
+    reads: tuple[str, ...]
+    #: ``scheduler.plan.task_digest``.
+    digest: bytes
+    #: The answers may be kept for another job.
+    reusable: bool
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Block:
+    """One block, encoded, without its place in the job."""
+
+    n_rows: int
+    #: Rows that work is done on: all but the bad ones.
+    n_work: int
+    #: UTF-8 bytes of all fields of all rows.
+    bytes: int
+    #: uint32 little-endian: offsets of the rows that work is done on, longest first, ties by row.
+    row_order: bytes
+    #: uint32 little-endian: UTF-8 bytes, all rows of the first field, then the next.
+    lengths: bytes
+    payload: bytes
+    bad: Bad
+    #: Reuse key per task of the job; None where its column is not for reuse.
+    keys: tuple[bytes | None, ...]
+
+
+def blocks_of(
+    part: Part, readers: Sequence[Reader], *, block_rows: int, block_bytes: int
+) -> tuple[Block, ...]:
+    """Cut a part into blocks and encode them. The same part gives the same blocks, wherever it stands in a job."""
+    lengths = {name: _byte_lengths(texts) for name, texts in part.columns.items()}
+    totals = [sum(row) for row in zip(*lengths.values(), strict=True)]
+    return tuple(
+        _encode(part, lengths, totals, lo, hi, readers) for lo, hi in cut(totals, block_rows, block_bytes)
+    )
+
+
+def cut(sizes: Sequence[int], block_rows: int, block_bytes: int) -> Iterator[tuple[int, int]]:
+    """[lo, hi) of consecutive blocks: as many rows as fit by rows and by bytes, at least one."""
+    lo = held = 0
+    for i, size in enumerate(sizes):
+        if i > lo and (i - lo == block_rows or held + size > block_bytes):
+            yield lo, i
+            lo, held = i, 0
+        held += size
+    if sizes:
+        yield lo, len(sizes)
+
+
+def _encode(
+    part: Part,
+    lengths: Mapping[str, Sequence[int]],
+    totals: Sequence[int],
+    lo: int,
+    hi: int,
+    readers: Sequence[Reader],
+) -> Block:
+    columns = {name: list(texts[lo:hi]) for name, texts in part.columns.items()}
+    bad = {i - lo: why for i, why in part.bad.items() if lo <= i < hi}
+    sizes = totals[lo:hi]
+    # Stable even in reverse: rows of one length stay in row order.
+    order = sorted((i for i in range(hi - lo) if i not in bad), key=sizes.__getitem__, reverse=True)
+    digests: dict[tuple[str, ...], bytes] = {}
+    for reader in readers:
+        if reader.reusable and reader.reads not in digests:
+            digests[reader.reads] = fields_digest(columns, bad, reader.reads)
+    return Block(
+        n_rows=hi - lo,
+        n_work=len(order),
+        bytes=sum(sizes),
+        row_order=_uint32(order),
+        lengths=b"".join(_uint32(lengths[name][lo:hi]) for name in columns),
+        payload=pack({"columns": columns}),
+        bad=bad,
+        keys=tuple(reuse_key(digests[r.reads], r.digest) if r.reusable else None for r in readers),
+    )
+
+
+def decode_block(payload: bytes) -> dict[str, list[str]]:
+    """Field -> texts by offset in the block. Raises motet.wire.BadMessage where the bytes are no payload."""
+    columns: dict[str, list[str]] = unpack(payload)["columns"]
+    return columns
+
+
+def row_order(raw: bytes) -> array[int]:
+    """Offsets of the rows that work is done on, in the order in which it is carved."""
+    return uint32s(raw)
+
+
+def uint32s(raw: bytes) -> array[int]:
+    """Little-endian bytes as numbers, whatever this machine's byte order."""
+    numbers = array("I", raw)
+    if sys.byteorder == "big":
+        numbers.byteswap()
+    return numbers
+
+
+def fields_digest(columns: Mapping[str, Sequence[str]], bad: Bad, reads: Sequence[str]) -> bytes:
+    """Sha256 of what a template that reads these fields can see of a block, bad rows' marks included.
+
+    Every text is preceded by its length, so that no two blocks spell the same bytes.
+    """
+    seen = hashlib.sha256(b"motet block 1\0")
+    for name in sorted(reads):
+        texts = columns[name]
+        raw = name.encode()
+        seen.update(struct.pack("<II", len(raw), len(texts)))
+        seen.update(raw)
+        seen.update(_uint32(_byte_lengths(texts)))
+        seen.update("".join(texts).encode())
+    for offset in sorted(bad):
+        for word in bad[offset]:
+            raw = word.encode()
+            seen.update(struct.pack("<II", offset, len(raw)))
+            seen.update(raw)
+    return seen.digest()
+
+
+def reuse_key(fields: bytes, task: bytes) -> bytes:
+    """The name of a column: of what was read, and of all that decides the answers."""
+    return hashlib.sha256(fields + task).digest()
+
+
+def task_bits(numbers: Sequence[int]) -> int:
+    """Task numbers (0 to 63) as the bit mask of ``block_pass.todo``: a signed 64-bit number.
+
+    ``mask >> number & 1`` reads it in Python and in SQL, for number 63 too.
+    """
+    mask = sum(1 << n for n in set(numbers))
+    return mask - (1 << 64) if mask >> 63 else mask
+
+
+def _byte_lengths(texts: Sequence[str]) -> list[int]:
+    return [len(text.encode()) for text in texts]
+
+
+def _uint32(numbers: Sequence[int]) -> bytes:
+    packed = array("I", numbers)
+    if sys.byteorder == "big":
+        packed.byteswap()
+    return packed.tobytes()

@@ -1,0 +1,697 @@
+"""Jobs from opening to closing: the spec, rows that land part by part, and how a job looks from outside.
+
+Lock order: the job's row first, then shared columns by id, then blocks and passes. What may arrive twice (a
+submission, a part, a close) is answered as it was the first time.
+"""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from collections.abc import AsyncIterator, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from datetime import datetime
+from typing import Any, Literal
+from uuid import UUID
+
+import psycopg
+from psycopg.types.json import Jsonb
+from sqlalchemy import Connection, Row, text
+
+from motet.columns import CellError, Kind
+from motet.errors import Conflict, InvalidJob, NotFound, Overloaded, Problem
+from motet.manifest import Manifest
+from motet.tasks import placeholders
+from scheduler.blocks import Block, Reader, task_bits
+from scheduler.merge import errors_column
+from scheduler.store.database import JOB, WORK, notify
+from scheduler.store.endings import delete_job, end_job
+from scheduler.store.outcomes import _store as store_column
+
+PRIORITIES: Mapping[str, int] = {"interactive": 0, "normal": 1, "bulk": 2}
+#: Rows of an interactive job at most: more would not be interactive for anyone.
+INTERACTIVE_ROWS = 256
+
+State = Literal["loading", "running", "succeeded", "failed", "cancelled"]
+UNFINISHED = ("loading", "running")
+
+
+# -- opening ---------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class NewTask:
+    """A task of a job that is being opened."""
+
+    name: str
+    pass_number: int
+    model_id: int
+    kind: str
+    spec: Mapping[str, Any]
+    labels: tuple[str, ...]
+    digest: bytes
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class NewPass:
+    """A pass of a job that is being opened; its number is its place."""
+
+    kind: str
+    model_id: int
+    numerics: str
+    max_tokens: int
+    input: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class NewJob:
+    """A job that is being opened, planned and checked."""
+
+    id: UUID
+    tenant: UUID
+    name: str
+    priority: int
+    reuse: bool
+    bad_rows: Literal["refuse", "error"]
+    #: Fields that some task reads, in order of first use: what is stored of a row.
+    fields: tuple[str, ...]
+    tasks: tuple[NewTask, ...]
+    passes: tuple[NewPass, ...]
+    #: Sha256 of what was asked, and the client's name for asking it.
+    request_digest: bytes
+    idempotency_key: str | None = None
+
+
+_BY_KEY = text("""
+    SELECT id, request_digest, state FROM job WHERE tenant_id = :tenant AND idempotency_key = :key""")
+_UNFINISHED_JOBS = text("""
+    SELECT count(*) FROM job WHERE tenant_id = :tenant AND state IN ('loading', 'running')""")
+_STILL_THERE = text("""
+    SELECT id FROM model WHERE id = ANY(:ids) AND NOT manifest ? 'removed' ORDER BY id FOR KEY SHARE""")
+_OPEN = text("""
+    INSERT INTO job (id, tenant_id, name, priority, reuse, bad_rows, fields, n_tasks, idempotency_key, request_digest)
+    VALUES (:id, :tenant, :name, :priority, :reuse, :bad_rows, :fields, :n_tasks, :key, :digest)
+    ON CONFLICT (tenant_id, idempotency_key) DO NOTHING RETURNING id""")
+_ADD_PASS = text("""
+    INSERT INTO pass (job_id, number, kind, model_id, numerics, max_tokens, input)
+    VALUES (:job, :number, :kind, :model_id, :numerics, :max_tokens, :input)""")
+_ADD_TASK = text("""
+    INSERT INTO task (job_id, number, name, pass_number, model_id, kind, spec, labels, digest)
+    VALUES (:job, :number, :name, :pass_number, :model_id, :kind, CAST(:spec AS jsonb), :labels, :digest)""")
+
+
+def opened_before(connection: Connection, tenant: UUID, key: str, request_digest: bytes) -> UUID | None:
+    """The job that this Idempotency-Key opened, if any. Raises Conflict where it opened another one."""
+    row = connection.execute(_BY_KEY, {"tenant": tenant, "key": key}).first()
+    if row is None:
+        return None
+    if bytes(row.request_digest) != request_digest:
+        raise Conflict(f"this Idempotency-Key opened job {row.id}, from another body; use a new key")
+    found: UUID = row.id
+    return found
+
+
+def open_job(connection: Connection, job: NewJob, *, max_active_jobs: int) -> UUID:
+    """Open a job, or find the one that the same key and body opened. Its id.
+
+    Raises Overloaded beyond ``max_active_jobs`` of the tenant, Conflict where a model has just been removed
+    or the key belongs to another body.
+    """
+    if job.idempotency_key is not None:
+        before = opened_before(connection, job.tenant, job.idempotency_key, job.request_digest)
+        if before is not None:
+            return before
+    if connection.execute(_UNFINISHED_JOBS, {"tenant": job.tenant}).scalar_one() >= max_active_jobs:
+        raise Overloaded(f"{max_active_jobs} jobs are unfinished; wait for one, or cancel it", 10.0)
+    models = {t.model_id for t in job.tasks} | {p.model_id for p in job.passes}
+    if len(connection.execute(_STILL_THERE, {"ids": sorted(models)}).all()) != len(models):
+        raise Conflict("a model of this job was removed just now; submit it again")
+    made = connection.execute(
+        _OPEN,
+        {
+            "id": job.id,
+            "tenant": job.tenant,
+            "name": job.name,
+            "priority": job.priority,
+            "reuse": job.reuse,
+            "bad_rows": job.bad_rows,
+            "fields": list(job.fields),
+            "n_tasks": len(job.tasks),
+            "key": job.idempotency_key,
+            "digest": job.request_digest,
+        },
+    ).first()
+    if made is None:
+        # The same request, sent twice at once: the other one has committed by now.
+        assert job.idempotency_key is not None
+        before = opened_before(connection, job.tenant, job.idempotency_key, job.request_digest)
+        if before is None:
+            raise Conflict("the same request is under way; send it again")
+        return before
+    connection.execute(
+        _ADD_PASS,
+        [
+            {
+                "job": job.id,
+                "number": number,
+                "kind": p.kind,
+                "model_id": p.model_id,
+                "numerics": p.numerics,
+                "max_tokens": p.max_tokens,
+                "input": p.input,
+            }
+            for number, p in enumerate(job.passes)
+        ],
+    )
+    connection.execute(
+        _ADD_TASK,
+        [
+            {
+                "job": job.id,
+                "number": number,
+                "name": t.name,
+                "pass_number": t.pass_number,
+                "model_id": t.model_id,
+                "kind": t.kind,
+                "spec": json.dumps(t.spec),
+                "labels": list(t.labels),
+                "digest": t.digest,
+            }
+            for number, t in enumerate(job.tasks)
+        ],
+    )
+    return job.id
+
+
+# -- landing ---------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Loading:
+    """What never changes of a job while it is being loaded: enough to check and encode its rows."""
+
+    id: UUID
+    tenant: UUID
+    fields: tuple[str, ...]
+    bad_rows: Literal["refuse", "error"]
+    interactive: bool
+    reuse: bool
+    #: In order of task number.
+    readers: tuple[Reader, ...]
+    #: Kind of each task's column.
+    kinds: tuple[Kind, ...]
+    #: Task numbers of each pass, in order of pass number.
+    passes: tuple[tuple[int, ...], ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Landed:
+    """The answer to a part, the first time and every other."""
+
+    part: int
+    rows: int
+    #: Rows of the job up to and with this part.
+    total_rows: int
+    bad_rows: int
+
+
+_LOADING = text("SELECT id, tenant_id, fields, bad_rows, priority, reuse FROM job WHERE id = :job AND tenant_id = :tenant")
+_READERS = text("""
+    SELECT t.number, t.pass_number, t.spec ->> 'input' AS input, t.digest, m.manifest, l.manifest AS loaded
+      FROM task t JOIN model m ON m.id = t.model_id
+      JOIN pass p ON p.job_id = t.job_id AND p.number = t.pass_number JOIN model l ON l.id = p.model_id
+     WHERE t.job_id = :job ORDER BY t.number""")
+
+
+def loading(connection: Connection, tenant: UUID, job: UUID) -> Loading:
+    """The unchanging facts of a job. Raises NotFound."""
+    found = connection.execute(_LOADING, {"job": job, "tenant": tenant}).first()
+    if found is None:
+        raise NotFound(f"no job {job}")
+    readers: list[Reader] = []
+    kinds: list[Kind] = []
+    passes: dict[int, list[int]] = {}
+    for row in connection.execute(_READERS, {"job": job}):
+        model, loaded = Manifest.from_json(row.manifest), Manifest.from_json(row.loaded)
+        readers.append(
+            Reader(
+                reads=placeholders(row.input),
+                digest=bytes(row.digest),
+                reusable=found.reuse and model.deterministic and loaded.deterministic,
+            )
+        )
+        kinds.append(model.answers)
+        passes.setdefault(row.pass_number, []).append(row.number)
+    return Loading(
+        id=found.id,
+        tenant=found.tenant_id,
+        fields=tuple(found.fields),
+        bad_rows=found.bad_rows,
+        interactive=found.priority == PRIORITIES["interactive"],
+        reuse=found.reuse,
+        readers=tuple(readers),
+        kinds=tuple(kinds),
+        passes=tuple(tuple(passes[number]) for number in sorted(passes)),
+    )
+
+
+_LOCK = text("""
+    SELECT j.state, j.n_rows, j.n_blocks, j.n_parts, j.blocks_done, j.started, t.row_quota
+      FROM job j JOIN tenant t ON t.id = j.tenant_id
+     WHERE j.id = :job AND j.tenant_id = :tenant FOR NO KEY UPDATE OF j""")
+_PART = text("""
+    SELECT digest, n_rows, n_bad,
+           (SELECT sum(n_rows) FROM part WHERE job_id = :job AND number <= :number) AS total_rows
+      FROM part WHERE job_id = :job AND number = :number""")
+_ROWS_HELD = text("""
+    SELECT coalesce(sum(n_rows), 0) FROM job WHERE tenant_id = :tenant AND state IN ('loading', 'running')""")
+_ADD_PART = text("""
+    INSERT INTO part (job_id, number, digest, n_rows, n_bad) VALUES (:job, :number, :digest, :n_rows, :n_bad)""")
+_FIND_COLUMNS = text("""
+    SELECT id, key, n_rows, n_ok, n_error, n_skipped FROM sealed_column
+     WHERE tenant_id = :tenant AND key = ANY(:keys) ORDER BY id FOR NO KEY UPDATE""")
+_SHARE_COLUMNS = text("""
+    UPDATE sealed_column c SET refs = c.refs + k.n
+      FROM unnest(CAST(:ids AS bigint[]), CAST(:counts AS int[])) k (id, n) WHERE c.id = k.id""")
+_MORE_WAITS = text("""
+    UPDATE pass SET rows_waiting = rows_waiting + k.n_rows, bytes_waiting = bytes_waiting + k.bytes
+      FROM unnest(CAST(:passes AS smallint[]), CAST(:rows AS bigint[]), CAST(:bytes AS bigint[])) k (number, n_rows, bytes)
+     WHERE pass.job_id = :job AND pass.number = k.number""")
+_GROW = text("""
+    UPDATE job SET n_rows = n_rows + :rows, n_blocks = n_blocks + :blocks, n_parts = n_parts + 1,
+           blocks_done = blocks_done + :done, cells_ok = cells_ok + :ok, cells_error = cells_error + :error,
+           cells_skipped = cells_skipped + :skipped, cells_reused = cells_reused + :reused,
+           version = version + 1, touched = clock_timestamp()
+     WHERE id = :job""")
+
+_COPY_BLOCK = (
+    "COPY block (job_id, number, first_row, n_rows, n_work, bytes, row_order, lengths, payload, bad, keys,"
+    " passes_open, done_number) FROM STDIN (FORMAT BINARY)",
+    ("uuid", "int4", "int8", "int4", "int4", "int8", "bytea", "bytea", "bytea", "jsonb", "bytea[]", "int2", "int4"),
+)
+_COPY_BLOCK_PASS = (
+    "COPY block_pass (job_id, pass_number, block_number, state, todo, n, cursor, done) FROM STDIN (FORMAT BINARY)",
+    ("uuid", "int2", "int4", "text", "int8", "int4", "int4", "int4"),
+)
+_COPY_BLOCK_COLUMN = (
+    "COPY block_column (job_id, block_number, task_number, column_id) FROM STDIN (FORMAT BINARY)",
+    ("uuid", "int4", "int2", "int8"),
+)
+
+
+def land_part(
+    connection: Connection,
+    job: Loading,
+    number: int,
+    digest: bytes,
+    blocks: Sequence[Block],
+    *,
+    first_row: int | None,
+    max_rows: int,
+) -> Landed:
+    """Store one part: its blocks, what waits of them, and what is answered already. One transaction, the caller's.
+
+    A (block, task) whose reuse key names a stored column of the tenant shows that column and is not run again.
+    Bad rows are counted as error cells here, once, but for reused columns, whose own counts hold them.
+    Raises Conflict for a part out of order (``next_part``), or sent before with other bytes, or sent to a job
+    that takes no more; InvalidJob beyond ``max_rows``; Overloaded beyond the tenant's quota.
+    """
+    n_rows = sum(b.n_rows for b in blocks)
+    n_bad = sum(len(b.bad) for b in blocks)
+    held = connection.execute(_LOCK, {"job": job.id, "tenant": job.tenant}).first()
+    if held is None:
+        raise NotFound(f"no job {job.id}")
+    before = connection.execute(_PART, {"job": job.id, "number": number}).first()
+    if before is not None:
+        if bytes(before.digest) != digest:
+            raise Conflict(f"part {number} is stored with other bytes; open a new job for other rows")
+        return Landed(
+            part=number, rows=before.n_rows, total_rows=int(before.total_rows), bad_rows=before.n_bad
+        )
+    _check_order(job, held, number, first_row)
+    _check_limits(connection, job, held, n_rows, max_rows)
+    landing = _arrange(connection, job, held, blocks)
+    connection.execute(
+        _ADD_PART, {"job": job.id, "number": number, "digest": digest, "n_rows": n_rows, "n_bad": n_bad}
+    )
+    _copy(connection, _COPY_BLOCK, landing.blocks)
+    _copy(connection, _COPY_BLOCK_PASS, landing.block_passes)
+    _copy(connection, _COPY_BLOCK_COLUMN, landing.block_columns)
+    waiting = sorted(landing.rows_waiting)
+    if waiting:
+        connection.execute(
+            _MORE_WAITS,
+            {
+                "job": job.id,
+                "passes": waiting,
+                "rows": [landing.rows_waiting[p] for p in waiting],
+                "bytes": [landing.bytes_waiting[p] for p in waiting],
+            },
+        )
+    cells = landing.cells
+    connection.execute(
+        _GROW,
+        {
+            "job": job.id,
+            "rows": n_rows,
+            "blocks": len(blocks),
+            "done": landing.blocks_done,
+            **{name: cells[name] for name in ("ok", "error", "skipped", "reused")},
+        },
+    )
+    notify(connection, JOB, str(job.id))
+    return Landed(part=number, rows=n_rows, total_rows=held.n_rows + n_rows, bad_rows=n_bad)
+
+
+def _check_order(job: Loading, held: Row[Any], number: int, first_row: int | None) -> None:
+    if held.state != "loading":
+        raise Conflict(f"job {job.id} is {held.state} and takes no more parts; open a new one")
+    if number != held.n_parts:
+        conflict = Conflict(f"part {number} is out of order; part {held.n_parts} comes next")
+        conflict.next_part = held.n_parts
+        raise conflict
+    if first_row is not None and first_row != held.n_rows:
+        conflict = Conflict(f"part {number} begins at row {first_row}, but the job has {held.n_rows} rows so far")
+        conflict.next_part = held.n_parts
+        raise conflict
+
+
+def _check_limits(connection: Connection, job: Loading, held: Row[Any], n_rows: int, max_rows: int) -> None:
+    total = held.n_rows + n_rows
+    most = min(max_rows, INTERACTIVE_ROWS) if job.interactive else max_rows
+    if total > most:
+        what, remedy = f"at most {most:,} rows in a job", "submit the rest as another job"
+        if job.interactive:
+            what, remedy = f"at most {most:,} rows in an interactive job", 'submit it with priority="normal"'
+        raise InvalidJob(Problem("rows", f"{total:,} rows", what, remedy))
+    if held.row_quota is not None:
+        waiting = int(connection.execute(_ROWS_HELD, {"tenant": job.tenant}).scalar_one())
+        if waiting + n_rows > held.row_quota:
+            raise Overloaded(f"the tenant's quota is {held.row_quota:,} rows in unfinished jobs", 30.0)
+
+
+@dataclass
+class _Landing:
+    """Rows for every table that a part touches, and what they add up to."""
+
+    blocks: list[tuple[Any, ...]]
+    block_passes: list[tuple[Any, ...]]
+    block_columns: list[tuple[Any, ...]]
+    rows_waiting: Counter[int]
+    bytes_waiting: Counter[int]
+    cells: Counter[str]
+    blocks_done: int = 0
+
+
+def _arrange(connection: Connection, job: Loading, held: Row[Any], blocks: Sequence[Block]) -> _Landing:
+    """Where each block stands, what of it is answered, and what waits."""
+    stored = _stored_columns(connection, job, blocks)
+    landing = _Landing([], [], [], Counter(), Counter(), Counter())
+    shared: Counter[int] = Counter()
+    first_row = held.n_rows
+    for number, block in enumerate(blocks, held.n_blocks):
+        todo: list[int] = []
+        for task, key in enumerate(block.keys):
+            column = stored.get(key) if key is not None else None
+            if column is not None and column.n_rows == block.n_rows:
+                shared[column.id] += 1
+                landing.block_columns.append((job.id, number, task, column.id))
+                landing.cells.update(
+                    ok=column.n_ok, error=column.n_error, skipped=column.n_skipped, reused=block.n_rows
+                )
+            else:
+                todo.append(task)
+                landing.cells["error"] += len(block.bad)
+                if not block.n_work:
+                    landing.block_columns.append((job.id, number, task, _all_bad(connection, job, task, block)))
+        open_passes = _add_passes(landing, job, number, block, todo)
+        landing.blocks_done += not open_passes
+        landing.blocks.append(
+            (
+                job.id,
+                number,
+                first_row,
+                block.n_rows,
+                block.n_work,
+                block.bytes,
+                block.row_order,
+                block.lengths,
+                block.payload,
+                Jsonb({str(offset): list(why) for offset, why in block.bad.items()}),
+                list(block.keys) if job.reuse else [],
+                open_passes,
+                None if open_passes else held.blocks_done + landing.blocks_done,
+            )
+        )
+        first_row += block.n_rows
+    if shared:
+        connection.execute(_SHARE_COLUMNS, {"ids": list(shared), "counts": list(shared.values())})
+    return landing
+
+
+def _add_passes(landing: _Landing, job: Loading, number: int, block: Block, todo: Sequence[int]) -> int:
+    """The block's passes; how many of them are open. One with nothing to do is sealed at once."""
+    open_passes = 0
+    for pass_number, tasks in enumerate(job.passes):
+        asked = [t for t in tasks if t in todo]
+        n = block.n_work
+        if asked and n:
+            open_passes += 1
+            landing.rows_waiting[pass_number] += n
+            landing.bytes_waiting[pass_number] += block.bytes
+            state, settled = "ready", 0
+        else:
+            state, settled = "sealed", n
+        landing.block_passes.append((job.id, pass_number, number, state, task_bits(asked), n, settled, settled))
+    return open_passes
+
+
+def _stored_columns(connection: Connection, job: Loading, blocks: Sequence[Block]) -> dict[bytes, Row[Any]]:
+    """Reuse key -> stored column, for those of these blocks that the tenant has.
+
+    The rows stay locked: a deletion at the same moment either is over, and they are not found, or waits.
+    """
+    keys = {key for block in blocks for key in block.keys if key is not None}
+    if not keys:
+        return {}
+    found = connection.execute(_FIND_COLUMNS, {"tenant": job.tenant, "keys": sorted(keys)})
+    return {bytes(row.key): row for row in found}
+
+
+def _all_bad(connection: Connection, job: Loading, task: int, block: Block) -> int:
+    """The column of a block without a good row: nobody will ever run it, so it is sealed here."""
+    errors = [CellError(*block.bad[i]) for i in range(block.n_rows)]
+    return store_column(connection, job.tenant, errors_column(job.kinds[task], errors), block.keys[task])
+
+
+def _copy(connection: Connection, table: tuple[str, Sequence[str]], rows: Iterable[Sequence[Any]]) -> None:
+    """COPY in the binary format, over the same connection and so in the same transaction."""
+    statement, types = table
+    driver: Any = connection.connection.driver_connection
+    with driver.cursor() as cursor, cursor.copy(statement) as copy:
+        copy.set_types(types)
+        for row in rows:
+            copy.write_row(row)
+
+
+# -- closing, cancelling, deleting -----------------------------------------------------------------
+
+_CLOSE = text("""
+    UPDATE job SET state = CASE WHEN blocks_done = n_blocks THEN 'succeeded' ELSE 'running' END,
+           started = clock_timestamp(), touched = clock_timestamp(), version = version + 1,
+           finished = CASE WHEN blocks_done = n_blocks THEN clock_timestamp() END
+     WHERE id = :job""")
+
+
+def close_job(connection: Connection, tenant: UUID, job: UUID, *, parts: int, rows: int) -> None:
+    """All parts are here: let the job run, or end it at once where every block is answered. Twice is harmless.
+
+    Raises NotFound; Conflict where parts or rows differ from what is stored, or the job ended before;
+    InvalidJob for a job without rows, which goes on loading.
+    """
+    held = connection.execute(_LOCK, {"job": job, "tenant": tenant}).first()
+    if held is None:
+        raise NotFound(f"no job {job}")
+    if held.started is None and held.state != "loading":
+        raise Conflict(f"job {job} is {held.state}; it cannot be closed any more")
+    if (parts, rows) != (held.n_parts, held.n_rows):
+        conflict = Conflict(
+            f"job {job} has {held.n_rows} rows in {held.n_parts} parts, not {rows} rows in {parts} parts"
+        )
+        conflict.next_part = held.n_parts
+        raise conflict
+    if held.state != "loading":
+        return
+    if not held.n_rows:
+        raise InvalidJob(Problem("rows", "no row", "at least one row", "send a part, or cancel the job"))
+    connection.execute(_CLOSE, {"job": job})
+    notify(connection, WORK)
+    notify(connection, JOB, str(job))
+
+
+_MINE = text("SELECT id FROM job WHERE id = :job AND tenant_id = :tenant")
+
+
+def cancel_job(connection: Connection, tenant: UUID, job: UUID) -> None:
+    """End a job; what is answered stays. Harmless where it has ended. Raises NotFound."""
+    _must_be_mine(connection, tenant, job)
+    end_job(connection, job, "cancelled", "cancelled on request")
+
+
+def remove_job(connection: Connection, tenant: UUID, job: UUID) -> None:
+    """Remove a job and its results for good, ending it first. Raises NotFound."""
+    _must_be_mine(connection, tenant, job)
+    end_job(connection, job, "cancelled", "deleted on request")
+    delete_job(connection, job)
+
+
+def _must_be_mine(connection: Connection, tenant: UUID, job: UUID) -> None:
+    if connection.execute(_MINE, {"job": job, "tenant": tenant}).first() is None:
+        raise NotFound(f"no job {job}")
+
+
+# -- looking ---------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TaskEntry:
+    """A task as its job shows it."""
+
+    name: str
+    spec: Mapping[str, Any]
+    model_ref: str
+    labels: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PassEntry:
+    """A pass as its job shows it."""
+
+    kind: str
+    tasks: tuple[str, ...]
+    model_ref: str
+    numerics: str
+    max_tokens: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class JobEntry:
+    """A job as it is shown."""
+
+    id: UUID
+    name: str
+    kind: str
+    state: State
+    reason: str
+    priority: int
+    n_rows: int
+    n_tasks: int
+    n_blocks: int
+    blocks_done: int
+    cells_ok: int
+    cells_error: int
+    cells_skipped: int
+    cells_reused: int
+    tokens: int
+    computed_tokens: int
+    busy_s: float
+    subtasks: int
+    attempts_lost: int
+    version: int
+    created: datetime
+    started: datetime | None
+    finished: datetime | None
+    #: Seconds since it was closed, by the database's clock; None before.
+    running_s: float | None
+    tasks: tuple[TaskEntry, ...] = ()
+    passes: tuple[PassEntry, ...] = ()
+
+
+_ENTRY = """
+    SELECT id, name, kind, state, reason, priority, n_rows, n_tasks, n_blocks, blocks_done, cells_ok, cells_error,
+           cells_skipped, cells_reused, tokens, computed_tokens, busy_s, subtasks, attempts_lost, version,
+           created, started, finished,
+           CAST(extract(epoch FROM clock_timestamp() - started) AS double precision) AS running_s
+      FROM job WHERE tenant_id = :tenant"""
+_ONE = text(f"{_ENTRY} AND id = :job")
+_NEWEST = " ORDER BY created DESC, id DESC LIMIT :limit"
+_AFTER = " AND (created, id) < (SELECT created, id FROM job WHERE id = :after AND tenant_id = :tenant)"
+_STATE = " AND state = :state"
+_LISTS = {
+    (after, state): text(_ENTRY + (_AFTER if after else "") + (_STATE if state else "") + _NEWEST)
+    for after in (False, True)
+    for state in (False, True)
+}
+_TASKS_OF = text("""
+    SELECT t.job_id, t.name, t.pass_number, t.spec, t.labels, m.name || '@' || m.version AS ref
+      FROM task t JOIN model m ON m.id = t.model_id WHERE t.job_id = ANY(:jobs) ORDER BY t.job_id, t.number""")
+_PASSES_OF = text("""
+    SELECT p.job_id, p.number, p.kind, p.numerics, p.max_tokens, m.name || '@' || m.version AS ref
+      FROM pass p JOIN model m ON m.id = p.model_id WHERE p.job_id = ANY(:jobs) ORDER BY p.job_id, p.number""")
+_VERSION = text("SELECT version, state FROM job WHERE id = :job AND tenant_id = :tenant")
+
+
+def job_entry(connection: Connection, tenant: UUID, job: UUID) -> JobEntry:
+    """One job. Raises NotFound."""
+    row = connection.execute(_ONE, {"tenant": tenant, "job": job}).first()
+    if row is None:
+        raise NotFound(f"no job {job}")
+    return _entries(connection, [row])[0]
+
+
+def job_entries(
+    connection: Connection, tenant: UUID, *, limit: int, after: UUID | None = None, state: str | None = None
+) -> list[JobEntry]:
+    """Jobs, newest first; those before ``after``, those in ``state``."""
+    at = {"tenant": tenant, "limit": limit, "after": after, "state": state}
+    query = _LISTS[after is not None, state is not None]
+    return _entries(connection, connection.execute(query, {k: v for k, v in at.items() if v is not None}).all())
+
+
+def job_version(connection: Connection, tenant: UUID, job: UUID) -> tuple[int, str]:
+    """(version, state) of a job: all that a watcher needs to see that nothing has changed. Raises NotFound."""
+    row = connection.execute(_VERSION, {"tenant": tenant, "job": job}).first()
+    if row is None:
+        raise NotFound(f"no job {job}")
+    return row.version, row.state
+
+
+def _entries(connection: Connection, rows: Sequence[Row[Any]]) -> list[JobEntry]:
+    ids = [row.id for row in rows]
+    tasks: dict[UUID, list[TaskEntry]] = {i: [] for i in ids}
+    names: dict[tuple[UUID, int], list[str]] = {}
+    for t in connection.execute(_TASKS_OF, {"jobs": ids}) if ids else ():
+        tasks[t.job_id].append(TaskEntry(name=t.name, spec=t.spec, model_ref=t.ref, labels=tuple(t.labels)))
+        names.setdefault((t.job_id, t.pass_number), []).append(t.name)
+    passes: dict[UUID, list[PassEntry]] = {i: [] for i in ids}
+    for p in connection.execute(_PASSES_OF, {"jobs": ids}) if ids else ():
+        passes[p.job_id].append(
+            PassEntry(
+                kind=p.kind,
+                tasks=tuple(names.get((p.job_id, p.number), ())),
+                model_ref=p.ref,
+                numerics=p.numerics,
+                max_tokens=p.max_tokens,
+            )
+        )
+    return [
+        JobEntry(**row._mapping, tasks=tuple(tasks[row.id]), passes=tuple(passes[row.id])) for row in rows
+    ]
+
+
+async def job_changes(libpq_url: str) -> AsyncIterator[UUID | None]:
+    """Ids of jobs as they change, for ever; None once, when listening has begun. Raises psycopg.Error.
+
+    The connection is its own: LISTEN belongs to a session.
+    """
+    connection = await psycopg.AsyncConnection.connect(
+        libpq_url, autocommit=True, connect_timeout=3, application_name="motet-watch"
+    )
+    async with connection:
+        await connection.execute(f"LISTEN {JOB}")
+        yield None
+        async for note in connection.notifies():
+            try:
+                yield UUID(note.payload)
+            except ValueError:
+                continue

@@ -1,0 +1,247 @@
+"""Tenants, tokens, blobs and models: who may ask, and what may be loaded."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Collection, Iterable, Mapping
+from dataclasses import dataclass
+from datetime import datetime
+from uuid import UUID
+
+from sqlalchemy import Connection, text
+
+from motet.errors import Conflict
+from motet.manifest import Manifest
+
+# -- tenants and tokens ----------------------------------------------------------------------------
+
+_FIND_TOKEN = text("""
+    SELECT id, tenant_id, scope, secret_sha256, revoked IS NOT NULL AS revoked,
+           coalesce(expires <= clock_timestamp(), false) AS expired
+      FROM token WHERE id = :id""")
+_TENANT = text("SELECT id FROM tenant WHERE name = :name")
+_MAKE_TENANT = text("INSERT INTO tenant (name) VALUES (:name) ON CONFLICT (name) DO NOTHING")
+_ADD_TOKEN = text("""
+    INSERT INTO token (id, tenant_id, name, scope, secret_sha256, expires)
+    VALUES (:id, :tenant, :name, :scope, :secret_sha256,
+            clock_timestamp() + make_interval(secs => CAST(:expires_s AS double precision)))
+    ON CONFLICT (id) DO NOTHING""")
+_TOKENS = text("""
+    SELECT k.id, k.name, k.scope, t.name AS tenant, k.created, k.expires, k.revoked
+      FROM token k JOIN tenant t ON t.id = k.tenant_id ORDER BY k.created, k.id""")
+_REVOKE = text("UPDATE token SET revoked = coalesce(revoked, clock_timestamp()) WHERE id = :id RETURNING id")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StoredToken:
+    """A token as it is checked: its secret only as a digest."""
+
+    id: str
+    tenant: UUID
+    scope: str
+    secret_sha256: bytes
+    revoked: bool
+    expired: bool
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TokenEntry:
+    """A token as it is listed: nothing that would let anyone in."""
+
+    id: str
+    name: str
+    scope: str
+    tenant: str
+    created: datetime
+    expires: datetime | None
+    revoked: datetime | None
+
+
+def find_token(connection: Connection, token_id: str) -> StoredToken | None:
+    """The token of this id, valid or not."""
+    row = connection.execute(_FIND_TOKEN, {"id": token_id}).first()
+    if row is None:
+        return None
+    return StoredToken(
+        id=row.id,
+        tenant=row.tenant_id,
+        scope=row.scope,
+        secret_sha256=bytes(row.secret_sha256),
+        revoked=row.revoked,
+        expired=row.expired,
+    )
+
+
+def tenant_named(connection: Connection, name: str) -> UUID:
+    """The tenant of this name, made if there is none."""
+    connection.execute(_MAKE_TENANT, {"name": name})
+    tenant: UUID = connection.execute(_TENANT, {"name": name}).scalar_one()
+    return tenant
+
+
+def add_token(
+    connection: Connection,
+    *,
+    token_id: str,
+    tenant: UUID,
+    name: str,
+    scope: str,
+    secret_sha256: bytes,
+    expires_s: float | None = None,
+) -> None:
+    """Store a token. One of this id that is there already stays as it is, revoked or not."""
+    connection.execute(
+        _ADD_TOKEN,
+        {
+            "id": token_id,
+            "tenant": tenant,
+            "name": name,
+            "scope": scope,
+            "secret_sha256": secret_sha256,
+            "expires_s": expires_s,
+        },
+    )
+
+
+def tokens(connection: Connection) -> list[TokenEntry]:
+    """Every token, revoked ones included, oldest first."""
+    return [TokenEntry(**row._mapping) for row in connection.execute(_TOKENS)]
+
+
+def revoke_token(connection: Connection, token_id: str) -> bool:
+    """Revoke a token for good; again is harmless. False where there is none."""
+    return connection.execute(_REVOKE, {"id": token_id}).first() is not None
+
+
+# -- blobs -----------------------------------------------------------------------------------------
+
+_BLOB_SIZES = text("SELECT sha256, bytes FROM blob WHERE sha256 = ANY(:shas)")
+_ADD_BLOB = text("INSERT INTO blob (sha256, bytes) VALUES (:sha256, :bytes) ON CONFLICT (sha256) DO NOTHING")
+_LIVE_LEASE = text("""
+    SELECT 1 FROM lease WHERE subtask_id = :subtask AND attempt = :attempt AND nonce = :nonce
+       AND until > clock_timestamp()""")
+
+
+def blob_sizes(connection: Connection, shas: Collection[str]) -> dict[str, int]:
+    """Digest -> bytes of those blobs that are stored."""
+    return {row.sha256: row.bytes for row in connection.execute(_BLOB_SIZES, {"shas": list(shas)})}
+
+
+def add_blob(connection: Connection, sha256: str, size: int) -> None:
+    """Record a blob whose file is in place. Twice is harmless."""
+    connection.execute(_ADD_BLOB, {"sha256": sha256, "bytes": size})
+
+
+def has_live_lease(connection: Connection, subtask: int, attempt: int, nonce: str) -> bool:
+    """Whether an attempt that knows its nonce still holds its lease."""
+    at = {"subtask": subtask, "attempt": attempt, "nonce": nonce}
+    return connection.execute(_LIVE_LEASE, at).first() is not None
+
+
+# -- models ----------------------------------------------------------------------------------------
+
+#: A model that finished jobs used cannot go, for their answers name it: its row stays, marked and unseen.
+_SEEN = "NOT manifest ? 'removed'"
+# ``name@version`` is that model; a bare name is the newest of it.
+_FIND_MODELS = text(f"""
+    SELECT DISTINCT ON (asked.ref) asked.ref, m.id, m.manifest
+      FROM unnest(CAST(:refs AS text[])) asked (ref)
+      JOIN model m ON m.name = split_part(asked.ref, '@', 1)
+                  AND (strpos(asked.ref, '@') = 0 OR m.version = substr(asked.ref, strpos(asked.ref, '@') + 1))
+     WHERE {_SEEN} ORDER BY asked.ref, m.id DESC""")
+_ALL_MODELS = text(f"SELECT id, manifest FROM model WHERE {_SEEN} ORDER BY name, id")
+_REFS = text(f"SELECT name || '@' || version FROM model WHERE {_SEEN} ORDER BY name, id LIMIT 10000")
+_ADD_MODEL = text("""
+    INSERT INTO model (name, version, digest, trunk, manifest)
+    VALUES (:name, :version, :digest, :trunk, CAST(:manifest AS jsonb)) ON CONFLICT (name, version) DO NOTHING
+    RETURNING id""")
+_THE_MODEL = text("SELECT id, manifest FROM model WHERE name = :name AND version = :version FOR UPDATE")
+_SHOW_MODEL = text("UPDATE model SET manifest = manifest - 'removed' WHERE id = :id")
+_HIDE_MODEL = text("UPDATE model SET manifest = manifest || '{\"removed\": true}' WHERE id = :id")
+_DELETE_MODEL = text("DELETE FROM model WHERE id = :id")
+_USED_BY = text("""
+    SELECT j.id, j.state IN ('loading', 'running') AS unfinished FROM job j
+     WHERE j.id IN (SELECT job_id FROM task WHERE model_id = :id UNION SELECT job_id FROM pass WHERE model_id = :id)
+     ORDER BY unfinished DESC LIMIT 1""")
+_SITS_ON = text(f"SELECT name || '@' || version FROM model WHERE {_SEEN} AND manifest ->> 'trunk_model' = :ref LIMIT 1")
+
+
+@dataclass(frozen=True, slots=True)
+class Registered:
+    """A model of the registry, with the id that jobs refer to."""
+
+    id: int
+    manifest: Manifest
+
+
+def find_models(connection: Connection, refs: Iterable[str]) -> dict[str, Registered]:
+    """``name`` or ``name@version`` -> its model, for those that are registered. A bare name is its newest version."""
+    rows = connection.execute(_FIND_MODELS, {"refs": sorted(set(refs))})
+    return {row.ref: Registered(row.id, Manifest.from_json(row.manifest)) for row in rows}
+
+
+def models(connection: Connection) -> list[Registered]:
+    """Every registered model, by name, oldest version first."""
+    return [Registered(row.id, Manifest.from_json(row.manifest)) for row in connection.execute(_ALL_MODELS)]
+
+
+def model_refs(connection: Connection) -> list[str]:
+    """``name@version`` of every registered model."""
+    return [str(ref) for ref in connection.execute(_REFS).scalars()]
+
+
+def add_model(connection: Connection, manifest: Manifest) -> bool:
+    """Register a model; the same manifest again is harmless. False where it was there.
+
+    A version never changes its meaning, for finished jobs name it, even after it was removed. Raises Conflict
+    where this name and version mean something else.
+    """
+    spec = manifest.to_json()
+    values = {
+        "name": manifest.name,
+        "version": manifest.version,
+        "digest": manifest.digest,
+        "trunk": manifest.trunk,
+        "manifest": json.dumps(spec),
+    }
+    if connection.execute(_ADD_MODEL, values).first() is not None:
+        return True
+    known = connection.execute(_THE_MODEL, {"name": manifest.name, "version": manifest.version}).one()
+    if _plain(known.manifest) != json.loads(values["manifest"]):
+        raise Conflict(f"{manifest.ref} is registered with other content; register it under another version")
+    connection.execute(_SHOW_MODEL, {"id": known.id})
+    return False
+
+
+def remove_model(connection: Connection, ref: str) -> bool:
+    """Take ``name@version`` out of the registry. False where it is not there.
+
+    Its row is deleted where no job names it, else only hidden: finished jobs keep their record of what
+    answered. Raises Conflict while an unfinished job uses it, or a registered head sits on it.
+    """
+    name, _, version = ref.partition("@")
+    found = connection.execute(_THE_MODEL, {"name": name, "version": version}).first()
+    if found is None or "removed" in found.manifest:
+        return False
+    head = connection.execute(_SITS_ON, {"ref": ref}).scalar()
+    if head is not None:
+        raise Conflict(f"{head} sits on {ref}; remove that first")
+    user = connection.execute(_USED_BY, {"id": found.id}).first()
+    if user is not None and user.unfinished:
+        raise Conflict(f"job {user.id} uses {ref}; wait for it, or cancel it")
+    connection.execute(_DELETE_MODEL if user is None else _HIDE_MODEL, {"id": found.id})
+    return True
+
+
+def _plain(manifest: Mapping[str, object]) -> dict[str, object]:
+    return {key: value for key, value in manifest.items() if key != "removed"}
+
+
+# -- the cluster -----------------------------------------------------------------------------------
+
+_LEADER = text("SELECT until > clock_timestamp() FROM leader WHERE id = 1")
+
+
+def has_leader(connection: Connection) -> bool:
+    """Whether some dispatcher leads now."""
+    return bool(connection.execute(_LEADER).scalar())

@@ -1,0 +1,601 @@
+"""The protocol, driven step by step: real Postgres, the live dispatcher and aggregator, an obedient worker.
+
+Nothing sleeps: the test decides when a process steps, dies or is late.
+"""
+
+from __future__ import annotations
+
+import struct
+from collections.abc import Iterator
+from dataclasses import dataclass, field, replace
+from typing import Any
+from uuid import UUID
+
+import pytest
+from sqlalchemy import text
+
+from motet.columns import ERROR, CellError, Column
+from motet.errors import Problem
+from motet.manifest import Manifest
+from motet.settings import Settings
+from motet.tasks import Classify
+from motet.transport import MemoryTransport
+from motet.wire import Assignment, Beat, Outcome, Running, Usage
+from scheduler.aggregator import Aggregator
+from scheduler.dispatcher import Dispatcher
+from scheduler.store.database import Database
+from scheduler.store.endings import delete_job, end_job
+from scheduler.store.leadership import NotLeading
+from tests.integration.landing import land, register
+
+TRUNK = Manifest(
+    name="trunk", version="1", engine="encoder", answers="vector", trunk="t", max_tokens=256, dim=4
+)
+HEAD = Manifest(
+    name="length",
+    version="1",
+    engine="encoder",
+    answers="label",
+    trunk="t",
+    trunk_model="trunk@1",
+    max_tokens=256,
+    labels=("short", "middle", "long"),
+)
+TASKS = {"size": Classify("length"), "again": Classify("length", scores=False)}
+
+
+def label_of(text_: str) -> int:
+    """What the obedient worker answers, computed here a second time by the oracle."""
+    return min(2, len(text_) // 10)
+
+
+def column(texts: list[str]) -> Column:
+    n = len(texts)
+    return Column(
+        kind="label",
+        status=bytes(n),
+        arrays={
+            "codes": struct.pack(f"<{n}h", *map(label_of, texts)),
+            "scores": struct.pack(f"<{n}f", *([0.5] * n)),
+        },
+    )
+
+
+@dataclass
+class Hand:
+    """A worker in the test's hands: it beats, takes messages and answers when told to."""
+
+    transport: MemoryTransport
+    name: str
+    boot: str = "boot-1"
+    seq: int = 0
+    holding: dict[tuple[int, int], Assignment] = field(default_factory=dict)
+    dropped: set[tuple[int, int]] = field(default_factory=set)
+
+    def beat(self) -> None:
+        self.seq += 1
+        control = self.transport.worker(self.name).beat(
+            Beat(
+                worker=self.name,
+                boot=self.boot,
+                seq=self.seq,
+                engines=("encoder",),
+                device_name="hand",
+                held=tuple(self.holding),
+            )
+        )
+        for key in control.drop if control else ():
+            self.dropped.add(key)
+            self.holding.pop(key, None)
+
+    def take_all(self) -> list[Assignment]:
+        side = self.transport.worker(self.name)
+        taken = []
+        while (key := side.take()) is not None:
+            raw = side.fetch(*key)
+            if raw is not None:
+                self.holding[key] = Assignment.decode(raw)
+                taken.append(self.holding[key])
+        return taken
+
+    def outcome(self, a: Assignment, **kw: Any) -> Outcome:
+        facts: dict[str, Any] = {
+            "verdict": "done",
+            "columns": {t.name: column(list(a.texts)) for t in a.tasks},
+            "usage": Usage(tokens=len(a.texts), computed_tokens=len(a.texts), busy_s=0.001, micro_batches=1),
+        }
+        return Outcome(
+            subtask=a.subtask,
+            attempt=a.attempt,
+            nonce=a.nonce,
+            worker=self.name,
+            boot=self.boot,
+            **(facts | kw),
+        )
+
+    def report(self, outcome: Outcome) -> None:
+        self.transport.worker(self.name).report(outcome.subtask, outcome.attempt, outcome.encode())
+        self.holding.pop((outcome.subtask, outcome.attempt), None)
+
+    def die(self) -> None:
+        """SIGKILL and restart: another boot, nothing held; the queue and the evidence stay in Redis."""
+        self.boot = f"boot-{int(self.boot[5:]) + 1}"
+        self.holding.clear()
+
+
+@dataclass
+class House:
+    """One cluster whose every move is a method call."""
+
+    database: Database
+    transport: MemoryTransport
+    dispatcher: Dispatcher
+    aggregator: Aggregator
+    hands: list[Hand]
+    now: float = 0.0
+
+    def tick(self) -> int:
+        """Every worker beats, then the dispatcher steps once."""
+        self.now += 1.0
+        for hand in self.hands:
+            hand.beat()
+        return self.dispatcher.step(self.now)
+
+    def aggregate(self) -> None:
+        while self.aggregator.step(block_s=0.0):
+            pass
+
+    def work(self) -> int:
+        """One round in which every worker answers whatever it has."""
+        self.tick()
+        answered = 0
+        for hand in self.hands:
+            for a in hand.take_all():
+                hand.report(hand.outcome(a))
+                answered += 1
+        self.aggregate()
+        return answered
+
+    def finish(self, job: UUID, rounds: int = 60) -> Any:
+        """Work until the job ends."""
+        for _ in range(rounds):
+            if self.job(job).state not in ("loading", "running"):
+                break
+            self.work()
+        return self.job(job)
+
+    def job(self, job: UUID) -> Any:
+        return self.sql("SELECT * FROM job WHERE id = :job", job=job)[0]
+
+    def sql(self, statement: str, **at: Any) -> list[Any]:
+        with self.database.transaction() as connection:
+            result = connection.execute(text(statement), at)
+            return list(result) if result.returns_rows else []
+
+    def labels(self, job: UUID, task: str = "size") -> list[str | None]:
+        rows = self.sql(
+            "SELECT row, status, value FROM results WHERE job_id = :job AND task = :task ORDER BY row",
+            job=job,
+            task=task,
+        )
+        assert [r.row for r in rows] == list(range(len(rows)))
+        return [r.value["label"] if r.status == "ok" else r.value["error"] for r in rows]
+
+    def expire_leases(self) -> None:
+        self.sql("UPDATE lease SET until = clock_timestamp() - interval '1 s'")
+
+    def due(self) -> None:
+        """The back-off of every piece has passed."""
+        self.sql("UPDATE piece SET not_before = '-infinity'")
+
+
+@pytest.fixture
+def house(database_url: str) -> Iterator[House]:
+    database = Database(database_url)
+    transport = MemoryTransport()
+    settings = Settings(subtask_s=0.25, depth=3, leader_lease_s=30.0, reclaim_s=0.0)
+    register(database, TRUNK, HEAD)
+    yield House(
+        database,
+        transport,
+        Dispatcher(database, transport, settings),
+        Aggregator(database, transport, settings),
+        [Hand(transport, "w1"), Hand(transport, "w2")],
+    )
+    database.close()
+
+
+def texts(n: int) -> list[str]:
+    return ["x" * (i * 7 % 31) + str(i) for i in range(n)]
+
+
+def expected(rows: list[str]) -> list[str]:
+    return [HEAD.labels[label_of(t)] for t in rows]
+
+
+def assert_accounted_for(house: House, job: UUID, rows: int) -> None:
+    """The promise, in SQL: every cell once, the counters true, nothing left lying about."""
+    j = house.job(job)
+    assert j.cells_ok + j.cells_error + j.cells_skipped == rows * j.n_tasks
+    [counted] = house.sql(
+        "SELECT count(*) FILTER (WHERE status = 'ok') AS ok, count(*) FILTER (WHERE status = 'error') AS error,"
+        " count(DISTINCT (row, task)) AS different, count(*) AS cells FROM results WHERE job_id = :job",
+        job=job,
+    )
+    assert (counted.ok, counted.error) == (j.cells_ok, j.cells_error)
+    assert counted.cells == counted.different == rows * j.n_tasks
+    for table in ("piece", "lease", "cells"):
+        assert house.sql(f"SELECT count(*) AS n FROM {table}")[0].n == 0
+    assert house.sql("SELECT count(*) AS n FROM subtask WHERE state = 'open'")[0].n == 0
+    assert house.sql("SELECT coalesce(sum(rows_waiting), 0) AS n FROM pass")[0].n == 0
+
+
+def test_a_job_goes_from_rows_to_merged_results(house: House) -> None:
+    rows = texts(300)
+    job = land(house.database, rows, TASKS, block_rows=64)
+    assert house.finish(job).state == "succeeded"
+    assert house.labels(job) == expected(rows)
+    assert_accounted_for(house, job, 300)
+    [merged] = house.sql("SELECT cells FROM merged WHERE job_id = :job AND row = 7", job=job)
+    assert merged.cells["again"]["value"]["label"] == expected(rows)[7]
+
+
+def test_two_tasks_on_one_trunk_cost_one_pass(house: House) -> None:
+    land(house.database, texts(10), TASKS)
+    house.tick()
+    sent = [a for hand in house.hands for a in hand.take_all()]
+    assert {t.name for a in sent for t in a.tasks} == {"size", "again"}
+    assert sum(len(a.texts) for a in sent) == 10
+
+
+def test_rows_of_a_killed_worker_are_done_elsewhere_and_its_late_outcome_changes_nothing(
+    house: House,
+) -> None:
+    rows = texts(200)
+    job = land(house.database, rows, TASKS, block_rows=64)
+    house.tick()
+    victim = house.hands[0]
+    lost = victim.take_all()
+    assert lost
+    stale = [victim.outcome(a) for a in lost]
+    victim.die()
+    house.tick()
+    for outcome in stale:
+        victim.report(outcome)
+    house.aggregate()
+    assert house.job(job).cells_ok == 0
+    assert house.finish(job).state == "succeeded"
+    assert house.labels(job) == expected(rows)
+    assert house.job(job).attempts_lost == len(lost)
+    assert_accounted_for(house, job, 200)
+
+
+def test_a_silent_worker_keeps_its_lease_until_it_expires_and_no_longer(house: House) -> None:
+    rows = texts(20)
+    job = land(house.database, rows, TASKS)
+    house.tick()
+    silent = house.hands.pop(0)
+    held = silent.take_all()
+    assert held
+    house.tick()
+    assert house.job(job).attempts_lost == 0
+    house.now += 60
+    house.expire_leases()
+    assert house.finish(job).state == "succeeded"
+    assert house.job(job).attempts_lost == len(held)
+    assert_accounted_for(house, job, 20)
+
+
+def test_a_message_that_was_never_sent_is_rescued(house: House) -> None:
+    job = land(house.database, texts(20), TASKS)
+    house.tick()
+    house.transport.queues.clear()
+    house.transport.payloads.clear()
+    house.tick()
+    house.expire_leases()
+    assert house.finish(job).state == "succeeded"
+    assert_accounted_for(house, job, 20)
+
+
+def test_losing_all_of_redis_costs_repeated_work_and_no_row(house: House) -> None:
+    rows = texts(200)
+    job = land(house.database, rows, TASKS, block_rows=64)
+    house.work()
+    house.tick()
+    house.transport.empty()
+    for hand in house.hands:
+        hand.holding.clear()
+    assert house.finish(job).state == "succeeded"
+    assert house.labels(job) == expected(rows)
+    assert_accounted_for(house, job, 200)
+
+
+def test_an_outcome_that_waits_on_the_stream_is_merged_and_never_rescued(house: House) -> None:
+    job = land(house.database, texts(20), TASKS)
+    house.tick()
+    for hand in house.hands:
+        for a in hand.take_all():
+            hand.report(hand.outcome(a))
+    house.expire_leases()
+    house.tick()
+    assert house.job(job).attempts_lost == 0
+    house.aggregate()
+    assert house.job(job).cells_ok > 0
+
+
+def test_an_outcome_read_twice_counts_once(house: House) -> None:
+    job = land(house.database, texts(20), TASKS)
+    house.tick()
+    for hand in house.hands:
+        for a in hand.take_all():
+            hand.report(hand.outcome(a))
+            hand.report(hand.outcome(a))
+    second = Aggregator(house.database, house.transport, house.aggregator.settings)
+    entries = house.transport.read_outcomes("a", 64, 0.0, 0.0)
+    house.aggregate()
+    assert entries
+    assert second.step(0.0) == 0
+    assert house.finish(job).state == "succeeded"
+    assert_accounted_for(house, job, 20)
+
+
+@pytest.mark.parametrize(
+    "forge",
+    [
+        lambda o: replace(o, nonce="guessed"),
+        lambda o: replace(o, attempt=o.attempt + 1),
+        lambda o: replace(o, subtask=o.subtask + 1000),
+    ],
+)
+def test_a_forged_outcome_is_dropped(house: House, forge: Any) -> None:
+    job = land(house.database, texts(20), TASKS)
+    house.tick()
+    hand = next(h for h in house.hands if house.transport.queues.get(h.name))
+    a = hand.take_all()[0]
+    house.transport.worker(hand.name).report(a.subtask, a.attempt, forge(hand.outcome(a)).encode())
+    house.aggregate()
+    assert house.job(job).cells_ok == 0
+
+
+@pytest.mark.parametrize(
+    "spoil",
+    [
+        lambda o: replace(o, columns={}),
+        lambda o: replace(o, columns={name: column(["x"]) for name in o.columns}),
+        lambda o: replace(
+            o,
+            columns={
+                n: replace(c, arrays={**c.arrays, "codes": c.arrays["codes"].replace(b"\0\0", b"\x09\0")})
+                for n, c in o.columns.items()
+            },
+        ),
+    ],
+    ids=["no columns", "another length", "a label that is none"],
+)
+def test_a_wrong_outcome_of_a_true_worker_is_a_failed_attempt(house: House, spoil: Any) -> None:
+    job = land(house.database, ["short", "rows"] * 10, TASKS)
+    house.tick()
+    for hand in house.hands:
+        for a in hand.take_all():
+            hand.report(spoil(hand.outcome(a)))
+    house.aggregate()
+    assert house.job(job).cells_ok == 0
+    house.due()
+    assert house.finish(job).state == "succeeded"
+    assert_accounted_for(house, job, 20)
+
+
+def test_rows_with_a_retriable_error_come_back_and_their_neighbours_do_not(house: House) -> None:
+    rows = texts(20)
+    job = land(house.database, rows, TASKS)
+    house.hands.pop()
+    house.tick()
+    [hand] = house.hands
+    asked = hand.take_all()
+    for a in asked:
+        sound = column(list(a.texts))
+        flaky = replace(
+            sound,
+            status=bytes([ERROR]) + sound.status[1:],
+            errors={0: CellError("engine", "the device hiccuped", retriable=True)},
+        )
+        hand.report(hand.outcome(a, columns={"size": flaky, "again": sound}))
+    house.aggregate()
+    assert house.job(job).cells_ok == 2 * (sum(len(a.texts) for a in asked) - len(asked))
+    assert house.sql("SELECT sum(hi - lo) AS n, max(tries) AS tries FROM piece")[0] == (len(asked), 1)
+    house.due()
+    assert house.finish(job).state == "succeeded"
+    assert house.labels(job) == expected(rows)
+    assert_accounted_for(house, job, 20)
+
+
+def test_a_row_that_always_fails_becomes_an_error_after_five_tries(house: House) -> None:
+    rows = [*texts(9), "the bad one"]
+    job = land(house.database, rows, {"size": Classify("length")})
+    for _ in range(12):
+        house.due()
+        house.tick()
+        for hand in house.hands:
+            for a in hand.take_all():
+                good = column(list(a.texts))
+                status = bytes(ERROR if t == "the bad one" else 0 for t in a.texts)
+                errors = {
+                    i: CellError("engine", "RuntimeError", retriable=True)
+                    for i, t in enumerate(a.texts)
+                    if t == "the bad one"
+                }
+                hand.report(hand.outcome(a, columns={"size": replace(good, status=status, errors=errors)}))
+        house.aggregate()
+    j = house.job(job)
+    assert (j.state, j.cells_ok, j.cells_error) == ("succeeded", 9, 1)
+    assert house.labels(job) == [*expected(rows[:9]), "engine"]
+    assert_accounted_for(house, job, 10)
+
+
+def test_a_row_that_kills_its_worker_is_found_and_no_other_row_is_blamed(house: House) -> None:
+    rows = [*texts(15), "poison!"]
+    job = land(house.database, rows, {"size": Classify("length")})
+    house.hands.pop()
+    [hand] = house.hands
+    deaths = 0
+    for _ in range(80):
+        if house.job(job).state != "running":
+            break
+        house.due()
+        house.tick()
+        for a in hand.take_all():
+            if a.key not in hand.holding:
+                continue
+            if "poison!" in a.texts:
+                house.transport.worker("w1").mark_running(
+                    Running(boot=hand.boot, rows={a.key: tuple(range(len(a.texts)))})
+                )
+                hand.die()
+                deaths += 1
+                break
+            hand.report(hand.outcome(a))
+            house.transport.worker("w1").mark_running(None)
+        house.aggregate()
+    j = house.job(job)
+    assert (j.state, j.cells_ok, j.cells_error) == ("succeeded", 15, 1)
+    assert house.labels(job) == [*expected(rows[:15]), "poison"]
+    assert deaths <= 2 * 4 + 3
+    assert_accounted_for(house, job, 16)
+
+
+def test_cancelling_freezes_the_counts_and_frees_the_device(house: House) -> None:
+    job = land(house.database, texts(300), TASKS, block_rows=64)
+    house.work()
+    house.tick()
+    hand = house.hands[0]
+    running = hand.take_all()
+    assert running
+    with house.database.transaction() as connection:
+        assert end_job(connection, job, "cancelled", "asked")
+    frozen = house.job(job)
+    assert frozen.cells_ok + frozen.cells_error + frozen.cells_skipped == 300 * 2
+    house.tick()
+    hand.beat()
+    assert hand.dropped == {a.key for a in running}
+    for a in running:
+        hand.report(hand.outcome(a))
+    house.aggregate()
+    after = house.job(job)
+    assert (after.cells_ok, after.version) == (frozen.cells_ok, frozen.version)
+    house.work()
+    assert house.work() == 0
+
+
+def test_a_deleted_job_leaves_nothing_and_its_late_outcomes_find_nothing(house: House) -> None:
+    job = land(house.database, texts(100), TASKS, block_rows=32)
+    house.work()
+    house.tick()
+    running = [(h, a) for h in house.hands for a in h.take_all()]
+    with house.database.transaction() as connection:
+        end_job(connection, job, "cancelled", "asked")
+        assert delete_job(connection, job)
+    for hand, a in running:
+        hand.report(hand.outcome(a))
+    house.aggregate()
+    for table in (
+        "job",
+        "block",
+        "block_pass",
+        "piece",
+        "subtask",
+        "lease",
+        "cells",
+        "sealed_column",
+        "block_column",
+    ):
+        assert house.sql(f"SELECT count(*) AS n FROM {table}")[0].n == 0, table
+
+
+def test_a_standby_leads_when_the_leader_is_late_and_the_old_one_writes_nothing(house: House) -> None:
+    job = land(house.database, texts(50), TASKS)
+    house.tick()
+    standby = Dispatcher(house.database, house.transport, house.dispatcher.settings)
+    assert standby.step(house.now) == 0
+    assert standby.epoch is None
+    house.sql("UPDATE leader SET until = clock_timestamp() - interval '1 s'")
+    standby.step(house.now)
+    assert standby.epoch == house.dispatcher.epoch + 1 if house.dispatcher.epoch else False
+    house.expire_leases()
+    house.transport.queues.clear()
+    before = house.sql("SELECT count(*) AS n FROM subtask")[0].n
+    house.now += 0.01
+    with pytest.raises(NotLeading):
+        house.dispatcher.step(house.now)
+    assert house.sql("SELECT count(*) AS n FROM subtask")[0].n == before
+    house.dispatcher = standby
+    assert house.finish(job).state == "succeeded"
+    assert_accounted_for(house, job, 50)
+
+
+def test_a_job_that_no_worker_can_load_fails_with_the_reason(house: House) -> None:
+    job = land(house.database, texts(5), TASKS)
+    for _ in range(4):
+        house.tick()
+        for hand in house.hands:
+            for a in hand.take_all():
+                hand.report(
+                    hand.outcome(
+                        a, verdict="failed", columns={}, error=("cannot_load", "needs a GPU"), permanent=True
+                    )
+                )
+        house.aggregate()
+        house.due()
+        house.now += 10
+    j = house.job(job)
+    assert j.state == "failed"
+    assert j.reason == "no worker can load trunk@1: needs a GPU"
+    assert j.cells_skipped == 10
+
+
+def test_resubmitting_a_finished_job_runs_nothing(house: House) -> None:
+    rows = texts(150)
+    first = land(house.database, rows, TASKS, block_rows=64)
+    house.finish(first)
+    again = land(house.database, rows, TASKS, block_rows=64)
+    j = house.job(again)
+    assert (j.state, j.cells_reused, j.subtasks) == ("succeeded", 300, 0)
+    assert house.labels(again) == house.labels(first)
+
+
+def test_a_cancelled_job_resumes_where_it_was(house: House) -> None:
+    rows = texts(300)
+    first = land(house.database, rows, TASKS, block_rows=32)
+    for _ in range(40):
+        if house.job(first).blocks_done >= 3:
+            break
+        house.work()
+    done = house.job(first).blocks_done
+    with house.database.transaction() as connection:
+        end_job(connection, first, "cancelled", "asked")
+    again = land(house.database, rows, TASKS, block_rows=32)
+    assert house.job(again).blocks_done == done
+    assert house.finish(again).state == "succeeded"
+    assert house.job(again).cells_reused == done * 32 * 2
+    assert house.labels(again) == expected(rows)
+
+
+def test_an_added_task_runs_only_its_own_column(house: House) -> None:
+    rows = texts(100)
+    house.finish(land(house.database, rows, {"size": TASKS["size"]}, block_rows=64))
+    job = land(
+        house.database, rows, {"size": TASKS["size"], "wide": Classify("length", scores=True)}, block_rows=64
+    )
+    house.tick()
+    asked = {t.name for h in house.hands for a in h.take_all() for t in a.tasks}
+    assert asked == {"wide"}
+    assert house.job(job).cells_reused == 100
+
+
+def test_a_broken_row_is_an_error_of_every_task_and_the_rest_is_done(house: House) -> None:
+    rows: list[Any] = [*texts(9), Problem("text", "NUL", "text", "remove it", row=9)]
+    job = land(house.database, rows, TASKS, block_rows=4)
+    assert house.finish(job).state == "succeeded"
+    j = house.job(job)
+    assert (j.cells_ok, j.cells_error) == (18, 2)
+    assert house.labels(job) == [*expected(rows[:9]), "bad_row"]
+    assert_accounted_for(house, job, 10)

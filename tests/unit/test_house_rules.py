@@ -1,0 +1,107 @@
+"""The rules of the house, kept by reading the code: who may import whom, and where torch and SQL may stand."""
+
+from __future__ import annotations
+
+import ast
+import re
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+PACKAGES = ("motet", "scheduler", "workers")
+#: The pure core: no clock, no I/O, nothing but the standard library, numpy and other pure modules.
+PURE = (
+    *(
+        f"scheduler/{n}.py"
+        for n in ("plan", "carve", "cost", "place", "lifecycle", "liveness", "merge", "blocks")
+    ),
+    *(f"workers/{n}.py" for n in ("batching", "residency")),
+)
+IMPURE = {
+    "time",
+    "os",
+    "socket",
+    "threading",
+    "subprocess",
+    "random",
+    "sqlalchemy",
+    "redis",
+    "celery",
+    "httpx",
+    "torch",
+}
+
+
+def files(*packages: str) -> Iterator[Path]:
+    for package in packages:
+        yield from sorted((ROOT / package).rglob("*.py"))
+
+
+def imports(path: Path) -> set[str]:
+    """Every module named by an import statement anywhere in a file, inside functions too."""
+    found: set[str] = set()
+    for node in ast.walk(ast.parse(path.read_text("utf-8"))):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.module and not node.level:
+            found |= {node.module, *(f"{node.module}.{alias.name}" for alias in node.names)}
+    return found
+
+
+def tops(path: Path) -> set[str]:
+    return {name.split(".")[0] for name in imports(path)}
+
+
+@pytest.mark.parametrize(
+    ("package", "forbidden"),
+    [
+        ("motet", {"scheduler", "workers", "torch", "transformers", "sqlalchemy"}),
+        ("scheduler", {"workers", "torch", "transformers"}),
+        ("workers", {"scheduler", "sqlalchemy", "psycopg"}),
+    ],
+)
+def test_packages_point_inward(package: str, forbidden: set[str]) -> None:
+    broken = {str(f.relative_to(ROOT)): tops(f) & forbidden for f in files(package)}
+    assert not {name: found for name, found in broken.items() if found}
+
+
+def test_torch_is_imported_by_engines_and_the_device_alone() -> None:
+    users = {str(f.relative_to(ROOT)) for f in files("workers") if tops(f) & {"torch", "transformers"}}
+    assert all(u.startswith("workers/engines/") or u == "workers/device.py" for u in users), users
+
+
+@pytest.mark.parametrize("name", PURE)
+def test_the_pure_core_has_no_clock_and_no_io(name: str) -> None:
+    assert not tops(ROOT / name) & IMPURE
+
+
+def test_sql_stands_in_the_store_alone() -> None:
+    statement = re.compile(r"\b(SELECT .+ FROM|INSERT INTO|UPDATE \w+ SET|DELETE FROM)\b")
+    users = {
+        str(f.relative_to(ROOT))
+        for f in files(*PACKAGES)
+        for node in ast.walk(ast.parse(f.read_text("utf-8")))
+        if isinstance(node, ast.Constant) and isinstance(node.value, str) and statement.search(node.value)
+    }
+    assert {u for u in users if not u.startswith("scheduler/store/")} == set()
+
+
+def test_redis_keys_are_known_to_the_transport_alone() -> None:
+    key = re.compile(r"motet:(w|outcomes|workers|canary|dead)\b|motet\.gpu\.")
+    allowed = {"motet/transport.py", "motet/embedded/valkey.py"}
+    users = {
+        str(f.relative_to(ROOT))
+        for f in files(*PACKAGES)
+        for node in ast.walk(ast.parse(f.read_text("utf-8")))
+        if isinstance(node, ast.Constant) and isinstance(node.value, str) and key.search(node.value)
+    }
+    assert users <= allowed, users - allowed
+
+
+def test_pickle_is_nowhere() -> None:
+    users = [
+        f.name for f in files(*PACKAGES) if tops(f) & {"pickle", "dill", "cloudpickle", "marshal", "shelve"}
+    ]
+    assert users == []
