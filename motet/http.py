@@ -1,0 +1,314 @@
+"""The client's line to the API: where it is, tokens, time limits, retries with back-off, and errors as types.
+
+The contract is docs/http.md. Everything that waits or rolls dice is passed in, so tests need no patience.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import threading
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+from urllib.parse import urlsplit
+
+from motet.errors import (
+    Conflict,
+    InvalidJob,
+    MotetError,
+    NotFound,
+    Overloaded,
+    Problem,
+    SetupError,
+    Unauthorized,
+    Unreachable,
+)
+
+if TYPE_CHECKING:
+    import httpx
+
+DEFAULT_URL = "http://127.0.0.1:8700"
+#: Longest that the API holds a request open for something to happen.
+MAX_WAIT_S = 30.0
+#: A server that has never answered gets this long: long enough for one that is starting to listen.
+_FIRST_CONTACT_S = 2.0
+_FIRST_DELAY_S = 0.25
+_LAST_DELAY_S = 8.0
+#: Nothing was done with such a request, or doing it again is harmless.
+_COME_BACK = frozenset({429, 502, 503, 504})
+_LOOPBACK = frozenset({"127.0.0.1", "localhost", "::1"})
+
+
+def home(env: Mapping[str, str] | None = None) -> Path:
+    """The data folder of `motet up`: ``$MOTET_HOME``, or else ``~/.local/share/motet``."""
+    env = os.environ if env is None else env
+    return (
+        Path(env["MOTET_HOME"]).expanduser()
+        if env.get("MOTET_HOME")
+        else Path.home() / ".local" / "share" / "motet"
+    )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Address:
+    """Where the API is, and the token to show there."""
+
+    url: str
+    token: str
+
+    def __repr__(self) -> str:
+        return f"Address(url={self.url!r}, token=…)"
+
+    @classmethod
+    def find(
+        cls,
+        url: str | None = None,
+        token: str | None = None,
+        *,
+        admin: bool = False,
+        env: Mapping[str, str] | None = None,
+    ) -> Address:
+        """Find what is not given in ``MOTET_URL`` and ``MOTET_TOKEN``, else where `motet up` wrote it.
+
+        What `motet up` wrote is shown to that server only, never to another address. ``admin`` takes its
+        administrator's token. Raises SetupError where nothing is known, Unauthorized where there is no token.
+        """
+        env = os.environ if env is None else env
+        local = _read_local(home(env) / "client.json")
+        url = (url or env.get("MOTET_URL") or local.get("url") or DEFAULT_URL).rstrip("/")
+        parts = urlsplit(url)
+        if parts.scheme not in ("http", "https") or not parts.hostname or parts.username or parts.query:
+            raise SetupError(f"got {url!r} as the API's address; expected one like {DEFAULT_URL}")
+        token = token or env.get("MOTET_TOKEN") or _token_file(env)
+        if not token and url == local.get("url", "").rstrip("/"):
+            token = local.get("admin_token" if admin else "token")
+        if not token:
+            raise Unauthorized(
+                f"no token for {url}; set MOTET_TOKEN, or run `motet up` on this machine, which makes one"
+            )
+        token = token.strip()
+        if not token.isascii() or not token.isprintable() or " " in token:
+            raise SetupError("the token holds characters that no token has; copy it again, as <id>.<secret>")
+        return cls(url=url, token=token)
+
+
+class Http:
+    """Requests to one API. Safe to use from several threads.
+
+    ``timeout_s`` is how long one call goes on trying, retries included, while the API is away or overloaded;
+    it does not limit how long a call waits for a job.
+    """
+
+    def __init__(
+        self,
+        address: Address,
+        *,
+        timeout_s: float = 60.0,
+        sleep: Callable[[float], object] = time.sleep,
+        clock: Callable[[], float] = time.monotonic,
+        dice: Callable[[], float] = random.random,
+    ) -> None:
+        import httpx
+
+        self.address = address
+        self.timeout_s = timeout_s
+        self._sleep, self._clock, self._dice = sleep, clock, dice
+        self._met = False
+        self._patience = httpx.Timeout(min(30.0, timeout_s), connect=min(5.0, timeout_s))
+        self._line = httpx.Client(
+            base_url=address.url,
+            headers={"Authorization": f"Bearer {address.token}", "User-Agent": "motet"},
+            timeout=self._patience,
+            # A proxy has no business between two processes of one machine.
+            trust_env=urlsplit(address.url).hostname not in _LOOPBACK,
+        )
+
+    def close(self) -> None:
+        self._line.close()
+
+    def get(self, path: str, *, wait_s: float = 0.0, **params: object) -> Any:
+        """The JSON of a GET; with ``wait_s`` the API may take that long to answer."""
+        query = {name: value for name, value in params.items() if value is not None}
+        return _json(self.request("GET", path, params=query, wait_s=wait_s))
+
+    def post(self, path: str, body: object = None, *, key: str | None = None, again: bool = True) -> Any:
+        """The JSON of a POST. ``key`` is its Idempotency-Key; ``again=False`` where repeating would do harm."""
+        headers = {"Idempotency-Key": key} if key else {}
+        content = None
+        if body is not None:
+            headers["Content-Type"] = "application/json"
+            content = json.dumps(body, ensure_ascii=False, allow_nan=False).encode()
+        return _json(self.request("POST", path, content=content, headers=headers, again=again))
+
+    def request(
+        self,
+        method: str,
+        path: str,
+        *,
+        params: Mapping[str, Any] | None = None,
+        content: bytes | None = None,
+        headers: Mapping[str, str] | None = None,
+        again: bool = True,
+        wait_s: float = 0.0,
+        stop: threading.Event | None = None,
+    ) -> httpx.Response:
+        """Send until there is an answer, and return it whole if it is a good one.
+
+        Lost connections and 429, 502, 503, 504 are tried again with jittered back-off, as late as
+        Retry-After asks, for ``timeout_s`` in all; ``stop`` ends that early. ``again=False`` tries again only
+        where the request cannot have been taken. Raises the errors of motet.errors, by docs/http.md.
+        """
+        import httpx
+
+        if wait_s:
+            params = {**(params or {}), "wait_s": round(wait_s, 3)}
+        patience = httpx.Timeout((self._patience.read or 0.0) + wait_s, connect=self._patience.connect)
+        start = self._clock()
+        for attempt in range(1_000_000):
+            refusal: MotetError
+            try:
+                answer = self._line.request(
+                    method, path, params=params, content=content, headers=headers, timeout=patience
+                )
+            except httpx.RequestError as error:
+                unsent = isinstance(error, httpx.ConnectError | httpx.ConnectTimeout | httpx.PoolTimeout)
+                refusal = Unreachable(self._out_of_reach(error))
+                if not isinstance(error, httpx.TransportError) or not (again or unsent):
+                    raise refusal from None
+                limit_s = self.timeout_s if self._met or not unsent else min(_FIRST_CONTACT_S, self.timeout_s)
+                delay_s = 0.0
+            else:
+                self._met = True
+                if answer.is_success:
+                    return answer
+                refusal = error_of(answer)
+                if answer.status_code not in _COME_BACK or not (again or answer.status_code in (429, 503)):
+                    raise refusal
+                limit_s = self.timeout_s
+                delay_s = refusal.retry_after_s if isinstance(refusal, Overloaded) else 0.0
+            # Full jitter on the upper half: clients that were cut off together do not come back together.
+            back_off_s = min(_LAST_DELAY_S, _FIRST_DELAY_S * 2 ** min(attempt, 10)) * (0.5 + self._dice() / 2)
+            delay_s = max(delay_s, back_off_s)
+            if self._clock() - start + delay_s > limit_s or (stop is not None and stop.is_set()):
+                raise refusal from None
+            (self._sleep if stop is None else stop.wait)(delay_s)
+        raise AssertionError("a million attempts within one time limit")
+
+    def _out_of_reach(self, error: httpx.RequestError) -> str:
+        """Who did not answer and what to do. Only our own words: an exception's may hold a peer's."""
+        import httpx
+
+        if isinstance(error, httpx.TimeoutException):
+            why = "no answer in time"
+        elif "CERTIFICATE" in str(error):
+            return (
+                f"the certificate of {self.address.url} is not trusted here; "
+                "set SSL_CERT_FILE to your authority's certificate"
+            )
+        elif isinstance(error, httpx.ConnectError):
+            why = "no connection"
+        else:
+            why = "the connection was lost"
+        return f"{self.address.url}: {why}; start the server with `motet up`, or set MOTET_URL to where it is"
+
+
+def error_of(answer: httpx.Response) -> MotetError:
+    """The error that an answer means. Its words are the API's own; any other body is not repeated."""
+    status = answer.status_code
+    said = _error_body(answer)
+    message = _printable(str(said.get("message") or "")) or f"the server answered {status} without saying why"
+    if status in (401, 403):
+        return Unauthorized(message)
+    if status == 404:
+        return NotFound(message)
+    if status == 409:
+        conflict = Conflict(message)
+        if isinstance(said.get("next_part"), int):
+            conflict.next_part = said["next_part"]
+        return conflict
+    if status in (429, 503):
+        return Overloaded(message, _retry_after_s(answer.headers.get("Retry-After")))
+    if status in (400, 405, 413, 415, 422):
+        problems = [_problem(p) for p in said.get("problems") or () if isinstance(p, dict)]
+        invalid = InvalidJob(problems)
+        if not problems:
+            invalid.args = (message,)
+        return invalid
+    if status in (502, 504):
+        return Unreachable(f"a proxy before {answer.url.host} cannot reach the server ({status})")
+    if status < 400:
+        return SetupError(
+            f"{answer.url.host} answers {status}, which motet's API never does; check MOTET_URL"
+        )
+    return MotetError(f"the server failed ({status}): {message}; its log says more")
+
+
+def _error_body(answer: httpx.Response) -> dict[str, Any]:
+    """The API's error object, ``next_part`` included wherever it stands; {} for any other body."""
+    try:
+        body = answer.json()
+        error = body["error"]
+        return {**({"next_part": body["next_part"]} if "next_part" in body else {}), **error}
+    except (ValueError, TypeError, KeyError):
+        return {}
+
+
+def _problem(said: Mapping[str, Any]) -> Problem:
+    row = said.get("row")
+    field, got, expected, remedy = (
+        _printable(str(said.get(name, ""))) for name in ("field", "got", "expected", "remedy")
+    )
+    return Problem(field, got, expected, remedy, row if isinstance(row, int) else None)
+
+
+def _printable(text: str, limit: int = 2000) -> str:
+    """Text that may be shown on a terminal: no control characters, and not without end."""
+    return "".join(c if c.isprintable() or c == "\n" else "\N{REPLACEMENT CHARACTER}" for c in text[:limit])
+
+
+def _retry_after_s(header: str | None) -> float:
+    try:
+        return min(max(float(header or 1.0), 0.0), 3600.0)
+    except ValueError:
+        # A date, which motet's API never sends: a proxy's. It may be wrong by the clocks' difference.
+        return 1.0
+
+
+def _json(answer: httpx.Response) -> Any:
+    if not answer.content:
+        return None
+    try:
+        return answer.json()
+    except ValueError:
+        raise SetupError(
+            f"{answer.url.host} answers in another language than JSON; check MOTET_URL"
+        ) from None
+
+
+def _read_local(path: Path) -> dict[str, str]:
+    """What `motet up` wrote, or {} where it never ran."""
+    try:
+        said = json.loads(path.read_text("utf-8"))
+    except (FileNotFoundError, NotADirectoryError):
+        return {}
+    except (OSError, ValueError) as error:
+        raise SetupError(f"cannot read {path}: {error}; delete it and run `motet up` again") from None
+    return (
+        {name: value for name, value in said.items() if isinstance(value, str)}
+        if isinstance(said, dict)
+        else {}
+    )
+
+
+def _token_file(env: Mapping[str, str]) -> str | None:
+    name = env.get("MOTET_TOKEN_FILE")
+    if not name:
+        return None
+    try:
+        return Path(name).read_text("utf-8").strip()
+    except (OSError, ValueError) as error:
+        raise SetupError(f"MOTET_TOKEN_FILE: cannot read {name!r}: {error}") from None

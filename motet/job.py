@@ -1,0 +1,417 @@
+"""A job on the server, as the client holds it: watch it, stream its merged rows, export them, end it.
+
+A ``Job`` is a handle: the job outlives it, and ``client.job(id)`` makes another one.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, fields
+from typing import TYPE_CHECKING, Any, Literal
+
+from motet.errors import JobFailed, MotetError, NotFound
+from motet.http import MAX_WAIT_S, Http
+from motet.progress import ENDED, Bar, Progress
+from motet.results import Block, Row, read_frames
+from motet.wire import BadMessage
+
+if TYPE_CHECKING:
+    import pandas
+    import pyarrow
+
+Order = Literal["row", "done"]
+
+#: A bar is redrawn about this often, and a job's record is read no oftener.
+_GLANCE_S = 0.5
+#: Errors asked for in one request.
+_PAGE = 1000
+#: A torn answer is asked for this many times before the server is taken for another program.
+_READS = 3
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PlannedPass:
+    """One model pass over the rows, and the tasks that it answers together."""
+
+    kind: str
+    tasks: tuple[str, ...]
+    model: str
+    numerics: str = "fast"
+    #: Tokens read per row at most, special ones included.
+    max_tokens: int = 0
+    #: Tokens of all rows in this pass, after truncation; the same with padding, as a device computes them; and
+    #: what a pass per task would read.
+    tokens: int = 0
+    computed_tokens: int = 0
+    unfused_tokens: int = 0
+    #: Predicted seconds on the devices that are there now; None where nothing was measured yet.
+    seconds: float | None = None
+    #: Predicted number of sub-tasks.
+    subtasks: int | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Plan:
+    """What a submission would run: a dry run's answer. Totals are estimated from a sample of the rows."""
+
+    rows: int
+    passes: tuple[PlannedPass, ...]
+    tokens: int = 0
+    #: The same with padding, as devices compute them.
+    computed_tokens: int = 0
+    #: What the same tasks would read with a pass each.
+    unfused_tokens: int = 0
+    seconds: float | None = None
+    #: Rows longer than a pass reads: cut and marked, or errors, as each task says.
+    truncated_rows: int = 0
+    #: The answer as the API gave it.
+    record: Mapping[str, Any]
+
+    @property
+    def tasks(self) -> int:
+        """How many tasks the passes answer."""
+        return sum(len(p.tasks) for p in self.passes)
+
+    @classmethod
+    def of(cls, record: Mapping[str, Any]) -> Plan:
+        """Read it from the API's answer."""
+        return cls(
+            rows=record["rows"],
+            passes=tuple(_planned(p) for p in record["passes"]),
+            tokens=record.get("tokens") or 0,
+            computed_tokens=record.get("computed_tokens") or 0,
+            unfused_tokens=record.get("unfused_tokens") or 0,
+            seconds=record.get("seconds"),
+            truncated_rows=record.get("truncated_rows") or 0,
+            record=record,
+        )
+
+    def __str__(self) -> str:
+        lines = [
+            f"{count(self.tasks, 'task')} → {count(len(self.passes), 'pass', 'passes')}, {self.rows:,} rows"
+        ]
+        lines += [f"  {p.kind}: {', '.join(p.tasks)} (~{p.tokens:,} tokens)" for p in self.passes]
+        lines.append(f"  ~{self.tokens:,} tokens in all; with a pass per task ~{self.unfused_tokens:,}")
+        if self.truncated_rows:
+            lines.append(f"  ~{self.truncated_rows:,} rows are longer than a model reads")
+        return "\n".join(lines)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class FailedCell:
+    """One cell without an answer."""
+
+    row: int
+    task: str
+    #: Class of the error, such as ``too_long`` or ``bad_row``.
+    error: str
+    message: str
+
+
+class Job:
+    """One job. Properties that can change ask the server while the job runs, and no more once it has ended."""
+
+    def __init__(
+        self,
+        http: Http,
+        record: Mapping[str, Any],
+        *,
+        progress: bool | None = None,
+        clock: Callable[[], float] = time.monotonic,
+        sleep: Callable[[float], object] = time.sleep,
+    ) -> None:
+        self._http = http
+        self._record = dict(record)
+        self._bar_wanted = progress
+        self._clock, self._sleep = clock, sleep
+
+    # -- what it is
+
+    @property
+    def id(self) -> str:
+        return str(self._record["id"])
+
+    @property
+    def name(self) -> str:
+        return str(self._record.get("name") or "")
+
+    @property
+    def tasks(self) -> dict[str, dict[str, Any]]:
+        """Task name -> its spec, with the exact model (``model_ref``) and labels that it uses."""
+        return dict(self._record["tasks"])
+
+    @property
+    def rows(self) -> int:
+        """Rows of the job; while it loads, those that have arrived."""
+        return int(self._record["rows"])
+
+    @property
+    def passes(self) -> tuple[PlannedPass, ...]:
+        """The model passes that answer its tasks: which of them were fused."""
+        return tuple(_planned(p) for p in self._record.get("passes") or ())
+
+    @property
+    def record(self) -> dict[str, Any]:
+        """The job as the API last described it (docs/http.md)."""
+        return dict(self._record)
+
+    @property
+    def shows_a_bar(self) -> bool | None:
+        """What ``submit(progress=…)`` said; None leaves it to whether stderr is a terminal."""
+        return self._bar_wanted
+
+    # -- how far it is
+
+    @property
+    def state(self) -> str:
+        """``loading``, ``running``, ``succeeded``, ``failed`` or ``cancelled``."""
+        return str(self.refresh()._record["state"])
+
+    @property
+    def progress(self) -> Progress:
+        """Its cells counted, with the rate and the seconds left."""
+        return Progress.of(self.refresh()._record)
+
+    @property
+    def partial(self) -> bool:
+        """True for a succeeded job some of whose cells are errors or skipped."""
+        return bool(self.refresh()._record.get("partial"))
+
+    @property
+    def reason(self) -> str:
+        """Why it failed or was cancelled; "" otherwise."""
+        return str(self.refresh()._record.get("reason") or "")
+
+    @property
+    def usage(self) -> dict[str, Any]:
+        """Real and computed tokens, seconds of devices, sub-tasks and lost attempts, so far."""
+        return dict(self.refresh()._record.get("usage") or {})
+
+    def refresh(self) -> Job:
+        """Ask the server how the job stands, unless it has ended. Returns itself."""
+        if not self._ended:
+            self._record = self._http.get(self._path)
+        return self
+
+    def watch(self, timeout: float | None = None) -> Iterator[Progress]:
+        """Yield how the job stands now, and again each time that has changed, until it has ended.
+
+        Raises TimeoutError after ``timeout`` seconds, while the job goes on.
+        """
+        end = None if timeout is None else self._clock() + timeout
+        yield Progress.of(self.refresh()._record)
+        while not self._ended:
+            left_s = MAX_WAIT_S if end is None else end - self._clock()
+            if left_s <= 0:
+                raise TimeoutError(f"job {self.id} goes on after {timeout:g} s; wait again to pick it up")
+            self._next_version(min(left_s, MAX_WAIT_S))
+            yield Progress.of(self._record)
+
+    def wait(self, check: bool = True, timeout: float | None = None) -> Job:
+        """Wait until the job has ended and return it. A bar shows the way on a terminal.
+
+        Raises JobFailed where it failed or was cancelled, unless ``check`` is off; TimeoutError after
+        ``timeout`` seconds, while the job goes on. Ctrl-C leaves the job running too.
+        """
+        with Bar("waiting", wanted=self._bar_wanted) as bar, self._left_running():
+            for progress in self.watch(timeout):
+                bar.show(progress, share=progress.share)
+        if check:
+            self._check()
+        return self
+
+    # -- what it found
+
+    def results(
+        self, tasks: Sequence[str] | None = None, order: Order = "row", *, check: bool = True
+    ) -> Iterator[Row]:
+        """Stream the merged rows while the job runs, and to its end; all ``tasks``, or those named.
+
+        ``order="row"`` gives them by index, ``"done"`` as blocks of them are finished. Raises JobFailed
+        behind the last row of a job that failed or was cancelled, unless ``check`` is off.
+        """
+        for block in self.blocks(tasks, order, check=check):
+            yield from block
+
+    def blocks(
+        self,
+        tasks: Sequence[str] | None = None,
+        order: Order = "row",
+        *,
+        check: bool = True,
+        bar: Bar | None = None,
+    ) -> Iterator[Block]:
+        """As ``results``, a block of contiguous rows at a time, in the typed arrays that they came in.
+
+        A lost connection resumes at the block that is wanted next: none comes twice, none is left out.
+        """
+        specs = self._specs(tasks)
+        asked = None if tasks is None else ",".join(tasks)
+        after = 0
+        own_bar = Bar("waiting", wanted=self._bar_wanted) if bar is None else bar
+        with own_bar, self._left_running():
+            while True:
+                frames, end = self._read(asked, order, after, _GLANCE_S if own_bar.wanted else MAX_WAIT_S)
+                for frame in frames:
+                    block = Block.from_wire(frame, specs)
+                    if bar is None:
+                        own_bar.hide()
+                    yield block
+                after = int(end["next"])
+                if end["complete"] or (end["state"] in ENDED and not frames):
+                    break
+                if own_bar.wanted:
+                    self.refresh()
+                own_bar.show(Progress.of(self._record), share=Progress.of(self._record).share)
+        self.refresh()
+        if check:
+            self._check()
+
+    def errors(self) -> Iterator[FailedCell]:
+        """The cells that have no answer so far, by row: errors, and those skipped for another's error."""
+        after: int | None = None
+        while True:
+            page = self._http.get(f"{self._path}/errors", limit=_PAGE, after=after)
+            for cell in page["errors"]:
+                yield FailedCell(**{f.name: cell[f.name] for f in fields(FailedCell)})
+            after = page["next"]
+            if after is None:
+                return
+
+    # -- taking it away
+
+    def to_arrow(self, tasks: Sequence[str] | None = None) -> pyarrow.Table:
+        """Wait for the job and return its rows as an Arrow table; motet.export names the columns.
+
+        Raises SetupError without pyarrow, JobFailed as ``results`` does.
+        """
+        from motet import export
+
+        return export.to_arrow(self, tasks)
+
+    def to_pandas(self, tasks: Sequence[str] | None = None) -> pandas.DataFrame:
+        """As ``to_arrow``, as a DataFrame whose index is the row. Raises SetupError without pandas."""
+        from motet import export
+
+        return export.to_pandas(self, tasks)
+
+    def to_parquet(self, path: str | os.PathLike[str], tasks: Sequence[str] | None = None) -> int:
+        """Write the rows as Parquet while they come, in flat memory; return how many there are.
+
+        The file appears under its name when it is whole.
+        """
+        from motet import export
+
+        return export.to_parquet(self, path, tasks)
+
+    def to_jsonl(self, path: str | os.PathLike[str], tasks: Sequence[str] | None = None) -> int:
+        """Write a JSON object per row, with the names of ``to_arrow``; return how many there are.
+
+        The file appears under its name when it is whole.
+        """
+        from motet import export
+
+        return export.to_jsonl(self, path, tasks)
+
+    def to_csv(self, path: str | os.PathLike[str], tasks: Sequence[str] | None = None) -> int:
+        """Write a table for spreadsheets: no text in it can act as a formula; return how many rows there are."""
+        from motet import export
+
+        return export.to_csv(self, path, tasks)
+
+    # -- ending it
+
+    def cancel(self) -> Job:
+        """End the job; cells that are done stay. Harmless where it has ended. Returns itself."""
+        self._record = self._http.post(f"{self._path}/cancel")
+        return self
+
+    def delete(self) -> None:
+        """Remove the job and its results from the server, cancelling it first."""
+        self._http.request("DELETE", self._path)
+
+    def __repr__(self) -> str:
+        return f"<Job {self.id} {Progress.of(self._record)}>"
+
+    # -- inside
+
+    @property
+    def _path(self) -> str:
+        return f"/v1/jobs/{self.id}"
+
+    @property
+    def _ended(self) -> bool:
+        return self._record["state"] in ENDED
+
+    def _check(self) -> None:
+        if self._record["state"] in ("failed", "cancelled"):
+            reason = self._record.get("reason") or "no reason was given"
+            raise JobFailed(self.id, f"{self._record['state']}: {reason}")
+
+    def _specs(self, tasks: Sequence[str] | None) -> dict[str, Mapping[str, Any]]:
+        """The specs of these tasks, or of all. Raises NotFound for a task that the job does not have."""
+        if isinstance(tasks, str):
+            raise TypeError(f"got tasks={tasks!r}; expected a list of task names, such as [{tasks!r}]")
+        known = self._record["tasks"]
+        for name in tasks or ():
+            if name not in known:
+                raise NotFound(f"job {self.id} has no task {name!r}; it has {', '.join(known)}")
+        return {name: known[name] for name in (known if tasks is None else tasks)}
+
+    def _next_version(self, wait_s: float) -> None:
+        """Wait until the job differs from what is known here, but never ask again within a glance."""
+        start = self._clock()
+        version = self._record.get("version")
+        self._record = self._http.get(self._path, wait_s=wait_s, version=version)
+        if not self._ended:
+            self._sleep(max(0.0, min(_GLANCE_S, wait_s) - (self._clock() - start)))
+
+    def _read(
+        self, tasks: str | None, order: Order, after: int, wait_s: float
+    ) -> tuple[list[Mapping[str, Any]], Mapping[str, Any]]:
+        """One answer of results: the blocks that are ready, and the frame that ends it."""
+        params = {"order": order, "after": after, **({"tasks": tasks} if tasks is not None else {})}
+        for attempt in range(_READS):
+            answer = self._http.request(
+                "GET",
+                f"{self._path}/results",
+                params=params,
+                headers={"Accept": "application/msgpack"},
+                wait_s=wait_s,
+            )
+            try:
+                *frames, end = read_frames(answer.content)
+                if not end.get("end"):
+                    raise BadMessage("a results stream without its last frame")
+            except (BadMessage, ValueError) as error:
+                # A server that dies while it streams ends its answer early; a proxy may hide that.
+                if attempt == _READS - 1:
+                    raise MotetError(f"job {self.id}: unreadable results: {error}") from None
+                self._sleep(_GLANCE_S)
+            else:
+                return frames, end
+        raise AssertionError("the last read returns or raises")
+
+    @contextmanager
+    def _left_running(self) -> Iterator[None]:
+        """Say on Ctrl-C that the job goes on, and how to pick it up."""
+        try:
+            yield
+        except KeyboardInterrupt:
+            if not self._ended:
+                print(f"job {self.id} goes on; pick it up with: motet watch {self.id}", file=sys.stderr)
+            raise
+
+
+def _planned(record: Mapping[str, Any]) -> PlannedPass:
+    known = {f.name: record[f.name] for f in fields(PlannedPass) if record.get(f.name) is not None}
+    return PlannedPass(**{**known, "tasks": tuple(record["tasks"])})
+
+
+def count(number: int, noun: str, nouns: str = "") -> str:
+    """A number with its noun: ``1 pass``, ``4 tasks``."""
+    return f"{number:,} {noun if number == 1 else nouns or noun + 's'}"

@@ -1,0 +1,339 @@
+"""Merged rows as the user meets them: ``Row`` and ``Cell``, views of a block's columns.
+
+A block arrives as typed arrays and stays so: a column is decoded when its first cell is asked for, and a
+``Cell`` is two references. The arrays' format is motet.columns'.
+"""
+
+from __future__ import annotations
+
+import json
+import struct
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from motet.columns import OK, STATE_MASK, STATES, TRUNCATED, CellError, Column, values
+from motet.wire import BadMessage, unpack
+
+if TYPE_CHECKING:
+    import numpy
+    import numpy.typing
+
+#: Struct code and bytes of a vector's element.
+_ELEMENT = {"fp32": ("f", 4), "fp16": ("e", 2)}
+
+
+class Span(NamedTuple):
+    """One entity: where it stands in the rendered input, in code points, what it is, and how sure that is."""
+
+    start: int
+    end: int
+    label: str
+    score: float
+
+
+class Answers:
+    """A column with its labels: one task's answers in a block, decoded once and only if asked for."""
+
+    __slots__ = ("_decoded", "column", "every", "labels")
+
+    def __init__(self, column: Column, labels: Sequence[str] = (), *, every: bool = False) -> None:
+        self.column = column
+        self.labels = labels
+        #: The task asked for every label's score.
+        self.every = every
+        self._decoded: list[Any] | None = None
+
+    def decoded(self, offset: int) -> Any:
+        """The plain value at a row, in the form of ``motet.columns.values``; None where it is not ok."""
+        if self._decoded is None:
+            self._decoded = list(values(self.column, self.labels))
+        return self._decoded[offset]
+
+    def vector_bytes(self, offset: int) -> memoryview:
+        """The bytes of one vector, not copied."""
+        size = self.column.dim * _ELEMENT[self.column.dtype][1]
+        return memoryview(self.column.arrays["vectors"])[offset * size : (offset + 1) * size]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Block:
+    """Contiguous rows of a job with the answers of the tasks that were asked for."""
+
+    number: int
+    #: Index in the job of its first row.
+    first_row: int
+    rows: int
+    #: The place of this block among the finished ones; None before it is known.
+    done: int | None
+    answers: Mapping[str, Answers]
+
+    def __len__(self) -> int:
+        return self.rows
+
+    def __iter__(self) -> Iterator[Row]:
+        return (Row(self, offset) for offset in range(self.rows))
+
+    @classmethod
+    def from_wire(cls, frame: Mapping[str, Any], tasks: Mapping[str, Mapping[str, Any]]) -> Block:
+        """Build from a frame of ``GET /v1/jobs/{id}/results`` and the specs of the tasks asked for, in order.
+
+        Raises ValueError where it is not one.
+        """
+        rows, columns = int(frame["rows"]), frame["columns"]
+        answers = {
+            task: Answers(
+                Column.from_wire(columns[task]), spec.get("labels") or (), every=bool(spec.get("scores"))
+            )
+            for task, spec in tasks.items()
+            if task in columns
+        }
+        if any(len(a.column) != rows for a in answers.values()):
+            raise ValueError("a column of another length than its block")
+        done = frame.get("done")
+        return cls(
+            number=int(frame["block"]),
+            first_row=int(frame["first_row"]),
+            rows=rows,
+            done=None if done is None else int(done),
+            answers=answers,
+        )
+
+
+class Row(Mapping[str, "Cell"]):
+    """The merged answers for one input: a mapping of task name to ``Cell``.
+
+    ``row["topic"]`` raises KeyError, naming the tasks that there are, for one that there is not.
+    """
+
+    __slots__ = ("_block", "_offset")
+
+    def __init__(self, block: Block, offset: int) -> None:
+        self._block = block
+        self._offset = offset
+
+    @property
+    def index(self) -> int:
+        """The row's place in the job, from 0."""
+        return self._block.first_row + self._offset
+
+    @property
+    def errors(self) -> dict[str, CellError]:
+        """Task -> why it has no answer here; empty for a row that is whole."""
+        return {task: cell.error for task, cell in self.items() if cell.error is not None}
+
+    @property
+    def ok(self) -> bool:
+        """True where every task has answered."""
+        return all(cell.ok for cell in self.values())
+
+    def __getitem__(self, task: str) -> Cell:
+        try:
+            return Cell(self._block.answers[task], self._offset)
+        except KeyError:
+            raise KeyError(f"no task {task!r} here; there are {', '.join(self._block.answers)}") from None
+
+    def __contains__(self, task: object) -> bool:
+        return task in self._block.answers
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._block.answers)
+
+    def __len__(self) -> int:
+        return len(self._block.answers)
+
+    def __repr__(self) -> str:
+        cells = ", ".join(f"{task}: {cell}" for task, cell in self.items())
+        return f"<Row {self.index} {cells}>"
+
+
+class Cell:
+    """The answer of one task for one row.
+
+    ``str(cell)`` is the label where there is one, and a cell equals its value: ``row["topic"] == "sport"``.
+    A cell without an answer has ``value`` None and says why in ``error``; reading it never raises.
+    """
+
+    __slots__ = ("_offset", "answers")
+
+    def __init__(self, answers: Answers, offset: int) -> None:
+        #: The column that it is a view of.
+        self.answers = answers
+        self._offset = offset
+
+    @property
+    def kind(self) -> str:
+        """What answers look like: ``label``, ``labels``, ``number``, ``vector``, ``spans`` or ``json``."""
+        return self.answers.column.kind
+
+    @property
+    def status(self) -> str:
+        """``ok``, ``error`` or ``skipped``."""
+        return STATES[self._state]
+
+    @property
+    def ok(self) -> bool:
+        return self._state == OK
+
+    @property
+    def truncated(self) -> bool:
+        """True where the input was cut to what the model reads."""
+        return bool(self.answers.column.status[self._offset] & TRUNCATED)
+
+    @property
+    def error(self) -> CellError | None:
+        """Why there is no answer; None where there is one."""
+        if self.ok:
+            return None
+        return self.answers.column.errors.get(self._offset) or CellError(self.status, "")
+
+    @property
+    def value(self) -> Any:
+        """The answer as plain data, or None where there is none.
+
+        Classify: the label; multi-label: a list of (label, score). Number: a float. Embed: a list of floats.
+        Entities: a list of Span. Function: what the function returned.
+        """
+        if not self.ok:
+            return None
+        match self.answers.column.kind:
+            case "vector":
+                return self.vector
+            case "label":
+                return self._plain[0]
+            case "labels":
+                return self._pairs
+            case "spans":
+                return [Span(*span) for span in self._plain]
+            case _:
+                return self._plain
+
+    @property
+    def label(self) -> str | None:
+        """The winning label; of several the surest; None where there is none."""
+        match self.answers.column.kind:
+            case "label" if self.ok:
+                return str(self._plain[0])
+            case "labels" if self.ok and self._pairs:
+                return str(max(self._pairs, key=lambda pair: pair[1])[0])
+            case _:
+                return None
+
+    @property
+    def labels(self) -> tuple[str, ...]:
+        """The labels given: one for a single-label task, any number for a multi-label one."""
+        if self.answers.column.kind == "labels" and self.ok:
+            return tuple(label for label, _ in self._pairs)
+        return (self.label,) if self.label is not None else ()
+
+    @property
+    def score(self) -> float | None:
+        """How sure the winning label is, 0 to 1; None where the answer has no score."""
+        match self.answers.column.kind:
+            case "label" if self.ok:
+                return float(self._plain[1])
+            case "labels" if self.ok and self._pairs:
+                return float(max(score for _, score in self._pairs))
+            case _:
+                return None
+
+    @property
+    def scores(self) -> dict[str, float] | None:
+        """Every label's score where the task asked for them (``Classify(scores=True)``), else None."""
+        if not self.ok or not self.answers.column.arrays.get("all"):
+            return None
+        plain = self._plain[-1]
+        return plain if isinstance(plain, dict) else None
+
+    @property
+    def vector(self) -> list[float] | None:
+        """The vector of an Embed task as floats, or None."""
+        column = self.answers.column
+        if not self.ok or column.kind != "vector":
+            return None
+        code, _ = _ELEMENT[column.dtype]
+        return list(struct.unpack(f"<{column.dim}{code}", self.answers.vector_bytes(self._offset)))
+
+    def numpy(self) -> numpy.typing.NDArray[numpy.floating[Any]]:
+        """The vector as a read-only array of its own type, float16 or float32, not copied.
+
+        Raises TypeError where the cell holds no vector.
+        """
+        column = self.answers.column
+        if not self.ok or column.kind != "vector":
+            raise TypeError(f"got a cell of kind {column.kind} that is {self.status}; expected a vector")
+        import numpy
+
+        code, _ = _ELEMENT[column.dtype]
+        return numpy.frombuffer(self.answers.vector_bytes(self._offset), dtype=f"<{code}")
+
+    @property
+    def _state(self) -> int:
+        return self.answers.column.status[self._offset] & STATE_MASK
+
+    @property
+    def _plain(self) -> Any:
+        return self.answers.decoded(self._offset)
+
+    @property
+    def _pairs(self) -> list[tuple[str, float]]:
+        plain = self._plain
+        return plain[0] if isinstance(plain, tuple) else plain  # type: ignore[no-any-return]
+
+    def __str__(self) -> str:
+        if self.error is not None:
+            return f"<{self.status}: {self.error.error}>" if self.status == "error" else f"<{self.status}>"
+        match self.answers.column.kind:
+            case "label":
+                return str(self._plain[0])
+            case "labels":
+                return ", ".join(self.labels)
+            case "number":
+                return f"{self._plain:g}"
+            case "vector":
+                return f"<{self.answers.column.dim} × {self.answers.column.dtype}>"
+            case "spans":
+                return ", ".join(f"{span.label}[{span.start}:{span.end}]" for span in self.value)
+            case _:
+                return json.dumps(self._plain, ensure_ascii=False)
+
+    def __repr__(self) -> str:
+        return f"<Cell {self}>"
+
+    def __format__(self, spec: str) -> str:
+        return format(self.value if isinstance(self.value, float) and spec else str(self), spec)
+
+    def __float__(self) -> float:
+        if isinstance(self.value, float):
+            return self.value
+        raise TypeError(
+            f"got a cell of kind {self.answers.column.kind} that is {self.status}; expected a number"
+        )
+
+    def __eq__(self, other: object) -> bool:
+        if isinstance(other, Cell):
+            return (self.status, self.value, self.error) == (other.status, other.value, other.error)
+        return self.ok and bool(self.value == other)
+
+    def __hash__(self) -> int:
+        return hash(self.value)
+
+
+def read_frames(body: bytes) -> Iterator[Mapping[str, Any]]:
+    """The frames of a results answer: 4 bytes of length, big-endian, then zstd of msgpack.
+
+    Raises BadMessage where the body is torn or no such stream.
+    """
+    at = 0
+    while at < len(body):
+        if at + 4 > len(body):
+            raise BadMessage("a results stream that ends within a length")
+        size = int.from_bytes(body[at : at + 4], "big")
+        at += 4
+        if at + size > len(body):
+            raise BadMessage(f"a results stream that ends {at + size - len(body)} bytes early")
+        frame = unpack(body[at : at + size])
+        if not isinstance(frame, dict):
+            raise BadMessage("a frame that is no mapping")
+        yield frame
+        at += size

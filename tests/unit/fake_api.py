@@ -1,0 +1,431 @@
+"""A small motet API in this process, over a real socket: docs/http.md in memory, with faults on demand.
+
+It answers every row at once: ``topic`` is "sport" for even rows and "tech" for odd ones, bad rows are errors.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import socket
+import struct
+import threading
+from array import array
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from typing import Any
+from urllib.parse import parse_qs, urlsplit
+
+import msgpack
+
+from motet.columns import ERROR, OK, CellError, Column
+from motet.wire import pack, zstd
+
+LABELS = {"topic": ["sport", "tech"], "tone": ["glad", "sad", "loud"]}
+TOKEN = "user.secret"
+ADMIN = "admin.secret"
+
+#: (method, path) -> None to do nothing, a status to answer with, or "lost" (before it is done), "unheard" (after
+#: it is done, the answer is lost) and "torn" (half of the answer's body arrives).
+Fault = Callable[[str, str], "int | str | None"]
+
+
+@dataclass
+class FakeJob:
+    id: str
+    tasks: dict[str, dict[str, Any]]
+    opening: dict[str, Any]
+    state: str = "loading"
+    reason: str = ""
+    version: int = 1
+    #: Digest of each part's body.
+    digests: list[str] = field(default_factory=list)
+    #: (first row, number of rows, offsets of bad rows) of each part.
+    blocks: list[tuple[int, int, dict[int, Any]]] = field(default_factory=list)
+    columns: list[dict[str, list[str]]] = field(default_factory=list)
+    #: Blocks in the order in which they are finished; what is not in it is not ready.
+    done: list[int] = field(default_factory=list)
+
+    @property
+    def rows(self) -> int:
+        return sum(n for _, n, _ in self.blocks)
+
+    def record(self) -> dict[str, Any]:
+        done = [self.blocks[b] for b in self.done]
+        bad = sum(len(bad) for _, _, bad in done) * len(self.tasks)
+        total = self.rows * len(self.tasks)
+        ok = sum(n for _, n, _ in done) * len(self.tasks) - bad
+        return {
+            "id": self.id,
+            "name": self.opening.get("name", ""),
+            "state": self.state,
+            "kind": "infer",
+            "reason": self.reason,
+            "priority": self.opening.get("priority", "normal"),
+            "rows": self.rows,
+            "tasks": self.tasks,
+            "cells": {
+                "total": total,
+                "ok": ok,
+                "error": bad,
+                "skipped": total - ok - bad if self.state in ("failed", "cancelled") else 0,
+                "reused": 0,
+            },
+            "passes": [
+                {"kind": "encoder fake", "tasks": list(self.tasks), "model": "fake@1", "numerics": "fast"}
+            ],
+            "blocks": {"total": len(self.blocks), "done": len(self.done)},
+            "version": self.version,
+            "partial": self.state == "succeeded" and bad > 0,
+            "usage": {"tokens": 90, "computed_tokens": 100, "busy_s": 1.0, "subtasks": 1, "attempts_lost": 0},
+            "created": "2026-11-23T18:33:00Z",
+            "started": "2026-11-23T18:33:01Z",
+            "finished": "2026-11-23T18:33:03Z" if self.state != "running" else None,
+            "eta_s": None,
+        }
+
+
+class FakeApi:
+    """The state of the server; tests look at it and change it."""
+
+    def __init__(self) -> None:
+        self.jobs: dict[str, FakeJob] = {}
+        self.keys: dict[str, tuple[str, str]] = {}
+        self.opened = 0
+        self.requests: list[tuple[str, str]] = []
+        self.fault: Fault = lambda method, path: None
+        #: Finish jobs as soon as they are closed.
+        self.eager = True
+        #: Blocks in one answer of results.
+        self.blocks_per_answer = 2
+        self.url = ""
+        self.lock = threading.Lock()
+
+    def count(self, method: str, end: str) -> int:
+        return sum(m == method and p.endswith(end) for m, p in self.requests)
+
+    def fail_once(self, method: str, end: str, how: int | str, times: int = 1) -> None:
+        """Let the next ``times`` requests of this kind fail in this way."""
+        left = [times]
+
+        def fault(m: str, p: str) -> int | str | None:
+            if m == method and p.endswith(end) and left[0]:
+                left[0] -= 1
+                return how
+            return None
+
+        self.fault = fault
+
+    def finish(self, job: FakeJob, blocks: list[int] | None = None) -> None:
+        """Answer these blocks, or all; the job ends with its last one."""
+        job.done += [b for b in (range(len(job.blocks)) if blocks is None else blocks) if b not in job.done]
+        job.version += 1
+        if len(job.done) == len(job.blocks):
+            job.state = "succeeded"
+
+    # -- routes
+
+    def answer(
+        self, method: str, path: str, query: dict[str, str], body: bytes, key: str | None
+    ) -> tuple[int, Any]:
+        match method, path.strip("/").split("/")[1:]:
+            case "POST", ["jobs"]:
+                return self._open(body, key)
+            case "GET", ["jobs"]:
+                return self._list(query)
+            case "POST", ["plan"]:
+                return self._plan(json.loads(body))
+            case "GET", ["models"]:
+                return 200, {"models": [MODEL]}
+            case "GET", ["models", name]:
+                return (
+                    (200, MODEL)
+                    if name in ("news-topics", "news-topics@1")
+                    else _error(404, f"no model {name}")
+                )
+            case "DELETE", ["models", _]:
+                return _error(409, "news-topics@1 is used by a running job; cancel it first")
+            case "GET", ["workers"]:
+                return 200, {"workers": [WORKER]}
+            case "GET", ["tokens"]:
+                return 200, {"tokens": [{"id": "t1", "name": "laptop", "scope": "user", "tenant": "home"}]}
+            case "POST", ["tokens"]:
+                return 201, {"id": "t2", "token": "t2.made", **json.loads(body)}
+            case "DELETE", ["tokens", _]:
+                return 204, None
+            case _, ["jobs", job_id, *rest] if job_id in self.jobs:
+                return self._job(self.jobs[job_id], method, rest, query, body)
+        return _error(404, "no such thing")
+
+    def _open(self, body: bytes, key: str | None) -> tuple[int, Any]:
+        digest = hashlib.sha256(body).hexdigest()
+        if key in self.keys:
+            job_id, before = self.keys[key]
+            if before != digest:
+                return _error(409, "this Idempotency-Key belongs to another job")
+            return 200, self.jobs[job_id].record()
+        opening = json.loads(body)
+        for name, spec in opening["tasks"].items():
+            if spec["model"] == "unknown":
+                field = f"tasks.{name}.model"
+                problem = {
+                    "field": field,
+                    "row": None,
+                    "got": "unknown",
+                    "expected": "a model",
+                    "remedy": "look",
+                }
+                return _error(422, "one problem", problems=[problem])
+        tasks = {
+            name: {**spec, "model_ref": f"{spec['model']}@1", "labels": LABELS.get(name, [])}
+            for name, spec in opening["tasks"].items()
+        }
+        self.opened += 1
+        job = FakeJob(id=f"job-{self.opened}", tasks=tasks, opening=opening)
+        self.jobs[job.id] = job
+        if key:
+            self.keys[key] = (job.id, digest)
+        if "rows" not in opening:
+            return 201, job.record()
+        rows = opening["rows"]
+        self._land(job, {name: [row[name] for row in rows] for name in rows[0]}, {}, "inline")
+        self._start(job)
+        return 202, job.record()
+
+    def _land(self, job: FakeJob, columns: dict[str, list[str]], bad: dict[int, Any], digest: str) -> None:
+        n = len(next(iter(columns.values())))
+        job.blocks.append((job.rows, n, bad))
+        job.columns.append(columns)
+        job.digests.append(digest)
+
+    def _start(self, job: FakeJob) -> None:
+        job.state = "running"
+        if self.eager:
+            self.finish(job)
+
+    def _job(
+        self, job: FakeJob, method: str, rest: list[str], query: dict[str, str], body: bytes
+    ) -> tuple[int, Any]:
+        match method, rest:
+            case "GET", []:
+                return 200, job.record()
+            case "DELETE", []:
+                del self.jobs[job.id]
+                return 204, None
+            case "PUT", ["parts", number]:
+                return self._part(job, int(number), body)
+            case "POST", ["close"]:
+                said = json.loads(body)
+                if (said["parts"], said["rows"]) != (len(job.blocks), job.rows):
+                    return _error(409, "other parts than sent")
+                if job.state == "loading":
+                    self._start(job)
+                return 202, job.record()
+            case "POST", ["cancel"]:
+                if job.state in ("loading", "running"):
+                    job.state, job.reason = "cancelled", "cancelled by its owner"
+                return 200, job.record()
+            case "GET", ["errors"]:
+                return self._errors(job, int(query.get("after", -1)), 2)
+            case "GET", ["results"]:
+                return 200, self._results(job, query)
+        return _error(404, "no such route")
+
+    def _part(self, job: FakeJob, number: int, raw: bytes) -> tuple[int, Any]:
+        digest = hashlib.sha256(raw).hexdigest()
+        body = msgpack.unpackb(raw, strict_map_key=False)
+        if number > len(job.blocks):
+            return _error(409, "a part out of order", next_part=len(job.blocks))
+        if number < len(job.blocks):
+            if job.digests[number] != digest:
+                return _error(409, "other bytes than before", next_part=len(job.blocks))
+        else:
+            self._land(job, body["columns"], body.get("bad", {}), digest)
+        n = job.blocks[number][1]
+        return 200, {
+            "part": number,
+            "rows": n,
+            "total_rows": job.rows,
+            "bad_rows": 0,
+            "next_part": number + 1,
+        }
+
+    def _list(self, query: dict[str, str]) -> tuple[int, Any]:
+        found = [j for j in reversed(self.jobs.values()) if query.get("state") in (None, j.state)]
+        ids = [j.id for j in found]
+        start = ids.index(query["after"]) + 1 if "after" in query else 0
+        page = found[start : start + int(query["limit"])]
+        more = start + len(page) < len(found)
+        return 200, {"jobs": [j.record() for j in page], "next": page[-1].id if more else None}
+
+    def _plan(self, asked: dict[str, Any]) -> tuple[int, Any]:
+        k, tokens = len(asked["tasks"]), asked["total_bytes"] // 4
+        one = {"kind": "encoder fake", "tasks": list(asked["tasks"]), "model": "fake@1", "numerics": "fast"}
+        one |= {
+            "max_tokens": 256,
+            "tokens": tokens,
+            "unfused_tokens": k * tokens,
+            "seconds": 1.5,
+            "subtasks": 2,
+        }
+        plan = {"rows": asked["total_rows"], "estimate": True, "passes": [one], "tokens": tokens}
+        plan |= {"unfused_tokens": k * tokens, "seconds": 1.5, "truncated_rows": 1, "devices": 2}
+        return 200, plan
+
+    def _errors(self, job: FakeJob, after: int, limit: int) -> tuple[int, Any]:
+        found = [
+            {"row": first + i, "task": task, "error": why[0], "message": why[1]}
+            for first, _, bad in job.blocks
+            for i, why in bad.items()
+            for task in job.tasks
+            if first + i > after
+        ]
+        page = [e for e in found if e["row"] in sorted({e["row"] for e in found})[:limit]]
+        return 200, {"errors": page, "next": page[-1]["row"] if len(page) < len(found) else None}
+
+    def _results(self, job: FakeJob, query: dict[str, str]) -> bytes:
+        tasks = query["tasks"].split(",") if "tasks" in query else list(job.tasks)
+        after = int(query["after"])
+        if query["order"] == "row":
+            ready = [b for b in range(after, len(job.blocks)) if set(range(after, b + 1)) <= set(job.done)]
+            sent = ready[: self.blocks_per_answer]
+            end = after + len(sent)
+        else:
+            sent = job.done[after : after + self.blocks_per_answer]
+            end = after + len(sent)
+        frames = []
+        for b in sent:
+            first, n, bad = job.blocks[b]
+            columns = {task: column(task, first, n, bad).to_wire() for task in tasks}
+            frames.append(
+                {"block": b, "first_row": first, "rows": n, "done": job.done.index(b) + 1, "columns": columns}
+            )
+        complete = job.state not in ("loading", "running") and end >= len(job.done)
+        frames.append({"end": True, "next": end, "state": job.state, "complete": complete})
+        packed = [pack(frame) for frame in frames]
+        return b"".join(struct.pack(">I", len(p)) + p for p in packed)
+
+
+def column(task: str, first: int, n: int, bad: dict[int, Any]) -> Column:
+    """What the fake answers for rows first … first + n - 1."""
+    status = bytes(ERROR if i in bad else OK for i in range(n))
+    errors = {i: CellError(*why) for i, why in bad.items()}
+    if task == "tone":
+        counts = [0 if i in bad else (first + i) % 3 for i in range(n)]
+        offsets = array("i", [0])
+        for c in counts:
+            offsets.append(offsets[-1] + c)
+        arrays = {
+            "offsets": offsets.tobytes(),
+            "codes": array("h", [k for c in counts for k in range(c)]).tobytes(),
+            "scores": array("f", [0.5 + k / 4 for c in counts for k in range(c)]).tobytes(),
+        }
+        return Column(kind="labels", status=status, arrays=arrays, errors=errors)
+    if task == "vector":
+        halves = struct.pack(f"<{2 * n}e", *(x for i in range(n) for x in (first + i, 0.5)))
+        return Column(
+            kind="vector", status=status, arrays={"vectors": halves}, errors=errors, dim=2, dtype="fp16"
+        )
+    arrays = {
+        "codes": array("h", [(first + i) % 2 for i in range(n)]).tobytes(),
+        "scores": array("f", [0.75] * n).tobytes(),
+    }
+    return Column(kind="label", status=status, arrays=arrays, errors=errors)
+
+
+@contextmanager
+def serving() -> Iterator[FakeApi]:
+    """Run the fake on a free port of this machine."""
+    api = FakeApi()
+
+    class Route(BaseHTTPRequestHandler):
+        protocol_version = "HTTP/1.1"
+        # Head and body in one packet: two would wait for an acknowledgement in between.
+        wbufsize = -1
+
+        def serve(self) -> None:
+            parts = urlsplit(self.path)
+            query = {name: values[-1] for name, values in parse_qs(parts.query).items()}
+            body = self.rfile.read(int(self.headers.get("Content-Length") or 0))
+            if self.headers.get("Content-Encoding") == "zstd":
+                body = zstd.decompress(body)
+            with api.lock:
+                api.requests.append((self.command, parts.path))
+                fault = api.fault(self.command, parts.path)
+                if fault == "lost":
+                    self.hang_up()
+                    return
+                if isinstance(fault, int):
+                    status, said = _error(fault, "come back later" if fault == 503 else "as asked")
+                elif self.headers.get("Authorization") not in (f"Bearer {TOKEN}", f"Bearer {ADMIN}"):
+                    status, said = _error(401, "the token is not known; ask for another")
+                else:
+                    key = self.headers.get("Idempotency-Key")
+                    status, said = api.answer(self.command, parts.path, query, body, key)
+            if fault == "unheard":
+                self.hang_up()
+                return
+            raw = b"" if said is None else said if isinstance(said, bytes) else json.dumps(said).encode()
+            self.send_response(status)
+            self.send_header("Content-Length", str(len(raw)))
+            if status in (429, 503):
+                self.send_header("Retry-After", "0.01")
+            self.end_headers()
+            self.wfile.write(raw[: len(raw) // 2] if fault == "torn" else raw)
+            if fault == "torn":
+                self.hang_up()
+
+        def hang_up(self) -> None:
+            self.close_connection = True
+            self.wfile.flush()
+            self.connection.shutdown(socket.SHUT_RDWR)
+
+        do_GET = do_POST = do_PUT = do_DELETE = serve  # noqa: N815
+
+        def log_message(self, format: str, *args: object) -> None:  # noqa: A002
+            pass
+
+    with ThreadingHTTPServer(("127.0.0.1", 0), Route) as server:
+        server.daemon_threads = True
+        api.url = f"http://127.0.0.1:{server.server_address[1]}"
+        thread = threading.Thread(target=server.serve_forever, args=(0.02,), daemon=True)
+        thread.start()
+        try:
+            yield api
+        finally:
+            server.shutdown()
+            thread.join()
+
+
+def _error(status: int, message: str, **more: Any) -> tuple[int, Any]:
+    kind = {404: "not_found", 409: "conflict", 422: "invalid_job", 401: "unauthorized"}.get(
+        status, "unavailable"
+    )
+    return status, {"error": {"type": kind, "message": message, **more}}
+
+
+MODEL = {
+    "name": "news-topics",
+    "version": "1",
+    "engine": "encoder",
+    "answers": "label",
+    "labels": LABELS["topic"],
+}
+WORKER = {
+    "worker": "w1",
+    "host": "here",
+    "state": "ready",
+    "device_kind": "cpu",
+    "device_name": "CPU slot",
+    "memory_mb": 2048,
+    "memory_used_mb": 512,
+    "utilisation": 0.5,
+    "resident": ["fake@1"],
+    "backlog_s": 1.5,
+    "held": 1,
+    "rows_done": 12,
+    "rate_tokens_s": None,
+    "from_a_newer_server": True,
+}

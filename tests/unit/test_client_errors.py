@@ -1,0 +1,149 @@
+"""Every answer that is no success becomes one typed error, in the API's own words and no one else's."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+
+from motet.errors import (
+    Conflict,
+    InvalidJob,
+    MotetError,
+    NotFound,
+    Overloaded,
+    SetupError,
+    Unauthorized,
+    Unreachable,
+)
+from motet.http import Address, error_of
+
+
+def answer(status: int, body: Any = None, **headers: str) -> httpx.Response:
+    raw = body if isinstance(body, bytes) else json.dumps(body).encode()
+    request = httpx.Request("GET", "http://api.test/v1/jobs")
+    return httpx.Response(status, content=raw, headers=headers, request=request)
+
+
+def said(message: str, **more: Any) -> dict[str, Any]:
+    return {"error": {"type": "t", "message": message, **more}}
+
+
+@pytest.mark.parametrize(
+    ("status", "kind"),
+    [
+        (401, Unauthorized),
+        (403, Unauthorized),
+        (404, NotFound),
+        (409, Conflict),
+        (413, InvalidJob),
+        (422, InvalidJob),
+        (429, Overloaded),
+        (503, Overloaded),
+        (502, Unreachable),
+        (504, Unreachable),
+        (500, MotetError),
+        (302, SetupError),
+    ],
+)
+def test_a_status_is_an_error_type(status: int, kind: type[MotetError]) -> None:
+    assert type(error_of(answer(status, said("in the API's words")))) is kind
+
+
+@pytest.mark.parametrize("status", [401, 404, 409, 413, 422, 429, 503])
+def test_the_words_are_the_apis(status: int) -> None:
+    assert str(error_of(answer(status, said("say this")))) == "say this"
+
+
+@pytest.mark.parametrize("status", [400, 401, 404, 409, 422, 500, 502, 503])
+@pytest.mark.parametrize(
+    "body", [b"<html>Traceback: secret</html>", b"\xff\xfe", b"[]", b'{"error": 3}', b"null"]
+)
+def test_a_body_of_another_server_is_never_repeated(status: int, body: bytes) -> None:
+    words = str(error_of(answer(status, body)))
+    assert "secret" not in words
+    assert str(status) in words
+
+
+def test_control_characters_do_not_reach_a_terminal() -> None:
+    assert "\x1b" not in str(error_of(answer(404, said("\x1b[2Jgone"))))
+
+
+def test_problems_are_told_one_by_one() -> None:
+    problem = {"field": "rows.text", "row": 3, "got": "int", "expected": "text", "remedy": "mend it"}
+    error = error_of(answer(422, said("one problem", problems=[problem, "no object"])))
+    assert isinstance(error, InvalidJob)
+    assert str(error) == "row 3, rows.text: got int; expected text; mend it"
+
+
+@pytest.mark.parametrize("body", [said("m", next_part=4), {**said("m"), "next_part": 4}])
+def test_a_conflict_knows_the_part_that_is_wanted(body: Any) -> None:
+    error = error_of(answer(409, body))
+    assert isinstance(error, Conflict)
+    assert error.next_part == 4
+
+
+@pytest.mark.parametrize(
+    ("header", "seconds"),
+    [("7", 7.0), ("0.5", 0.5), (None, 1.0), ("-3", 0.0), ("1e9", 3600.0), ("tomorrow", 1.0)],
+)
+def test_retry_after_is_read_and_bounded(header: str | None, seconds: float) -> None:
+    error = error_of(answer(429, said("m"), **({"Retry-After": header} if header else {})))
+    assert isinstance(error, Overloaded)
+    assert error.retry_after_s == seconds
+
+
+# -- where the server is
+
+
+def test_what_is_given_wins_over_the_environment_and_that_over_the_file(tmp_path: Path) -> None:
+    local = {"url": "http://127.0.0.1:8700", "token": "a.user", "admin_token": "a.admin"}
+    (tmp_path / "client.json").write_text(json.dumps(local))
+    env = {"MOTET_HOME": str(tmp_path)}
+    assert Address.find(env=env) == Address(url="http://127.0.0.1:8700", token="a.user")
+    assert Address.find(env=env, admin=True).token == "a.admin"
+    env |= {"MOTET_URL": "https://api.test/", "MOTET_TOKEN": "b.user"}
+    assert Address.find(env=env) == Address(url="https://api.test", token="b.user")
+    assert Address.find("http://c.test", "c.user", env=env) == Address(url="http://c.test", token="c.user")
+
+
+def test_the_token_of_this_machine_is_never_shown_to_another(tmp_path: Path) -> None:
+    (tmp_path / "client.json").write_text(json.dumps({"url": "http://127.0.0.1:8700", "token": "a.user"}))
+    with pytest.raises(Unauthorized, match="MOTET_TOKEN"):
+        Address.find("https://elsewhere.test", env={"MOTET_HOME": str(tmp_path)})
+
+
+def test_a_token_can_come_from_a_file(tmp_path: Path) -> None:
+    (tmp_path / "token").write_text("a.user\n")
+    env = {"MOTET_HOME": str(tmp_path), "MOTET_TOKEN_FILE": str(tmp_path / "token")}
+    assert Address.find(env=env).token == "a.user"
+    with pytest.raises(SetupError, match="MOTET_TOKEN_FILE"):
+        Address.find(env=env | {"MOTET_TOKEN_FILE": str(tmp_path / "none")})
+
+
+@pytest.mark.parametrize(
+    "url", ["api.test", "ftp://api.test", "http://", "http://me:pw@api.test", "http://a?b=c"]
+)
+def test_an_address_that_is_none_is_refused(tmp_path: Path, url: str) -> None:
+    with pytest.raises(SetupError, match="expected one like"):
+        Address.find(url, "a.user", env={"MOTET_HOME": str(tmp_path)})
+
+
+@pytest.mark.parametrize("token", ["a b", "a\nX-Other: 1", "é"])
+def test_a_token_that_is_none_is_refused_without_repeating_it(tmp_path: Path, token: str) -> None:
+    with pytest.raises(SetupError, match="copy it again") as caught:
+        Address.find("http://a.test", token, env={"MOTET_HOME": str(tmp_path)})
+    assert token not in str(caught.value)
+
+
+def test_a_broken_file_is_told(tmp_path: Path) -> None:
+    (tmp_path / "client.json").write_text("{")
+    with pytest.raises(SetupError, match=r"client\.json"):
+        Address.find(env={"MOTET_HOME": str(tmp_path)})
+
+
+def test_an_address_never_prints_its_token() -> None:
+    assert "secret" not in repr(Address(url="http://a.test", token="id.secret"))

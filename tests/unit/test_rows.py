@@ -1,0 +1,276 @@
+from __future__ import annotations
+
+import csv
+import gzip
+import json
+import math
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from motet import rows as rows_module
+from motet.errors import InvalidJob
+from motet.rows import MAX_ROW_BYTES, PART_BYTES, PART_ROWS, Part, cut, survey
+from motet.settings import Settings
+from motet.wire import unpack
+
+FIELDS = ["text"]
+
+
+def texts(source: Any, fields: list[str] | None = None, **options: Any) -> list[list[str]]:
+    """Every row of a source as the texts of its fields."""
+    return [list(row.values()) for part in cut(source, fields or FIELDS, **options) for row in part.rows()]
+
+
+def test_parts_are_the_blocks_of_the_server() -> None:
+    settings = Settings()
+    assert (settings.block_rows, settings.block_bytes) == (PART_ROWS, PART_BYTES)
+    assert settings.max_row_bytes == MAX_ROW_BYTES
+
+
+def test_a_part_ends_at_1024_rows() -> None:
+    parts = list(cut((str(i) for i in range(2500)), FIELDS))
+    assert [(p.number, p.first_row, len(p)) for p in parts] == [(0, 0, 1024), (1, 1024, 1024), (2, 2048, 452)]
+
+
+def test_a_part_ends_before_the_row_that_would_take_it_beyond_a_mebibyte() -> None:
+    row = "é" * 100_000  # 200,000 bytes
+    parts = list(cut([row] * 12, FIELDS))
+    assert [len(p) for p in parts] == [5, 5, 2]
+    assert all(p.text_bytes <= PART_BYTES for p in parts)
+
+
+def test_the_same_rows_give_the_same_bytes_from_any_kind_of_source(tmp_path: Path) -> None:
+    rows = [{"text": f"row {i}", "other": i} for i in range(1500)]
+    path = tmp_path / "rows.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    packed = tmp_path / "rows.jsonl.gz"
+    packed.write_bytes(gzip.compress(path.read_bytes()))
+    expected = [p.encode() for p in cut(rows, FIELDS)]
+    for source in (path, str(path), packed, [r["text"] for r in rows], (r for r in rows)):
+        assert [p.encode() for p in cut(source, FIELDS)] == expected
+
+
+def test_only_the_fields_that_tasks_read_are_kept() -> None:
+    [part] = cut([{"body": "b", "title": "t", "secret": "s"}], ["title", "body"])
+    assert unpack(part.encode()) == {"columns": {"title": ["t"], "body": ["b"]}, "first_row": 0}
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "expected"),
+    [
+        ("a.txt", b"one\n\ntwo\r\nlast", ["one", "", "two", "last"]),
+        ("bom.txt", b"\xef\xbb\xbfone\n", ["one"]),
+        ("a.ndjson", b'{"text": "one"}\n\n"two"\n', ["one", "two"]),
+        ("a.csv", b'id,text\n1,"one, and\nmore"\n\n2,two\n', ["one, and\nmore", "two"]),
+        ("bom.csv", b"\xef\xbb\xbftext\none\n", ["one"]),
+        ("a.TSV", b"text\tid\none\t1\n", ["one"]),
+        ("unicode.txt", "a\u2028b\x0bc\n".encode(), ["a\u2028b\x0bc"]),
+        ("empty.jsonl", b"", []),
+        ("header.csv", b"text\n", []),
+    ],
+)
+def test_files_of_text_are_read(tmp_path: Path, name: str, content: bytes, expected: list[str]) -> None:
+    path = tmp_path / name
+    path.write_bytes(content)
+    assert texts(path) == [[text] for text in expected]
+
+
+def test_a_csv_field_may_be_as_long_as_a_row_may_be(tmp_path: Path) -> None:
+    path = tmp_path / "long.csv"
+    path.write_text("text\n" + "x" * 250_000 + "\n")
+    before = csv.field_size_limit(1000)
+    try:
+        assert texts(path) == [["x" * 250_000]]
+    finally:
+        csv.field_size_limit(before)
+
+
+BAD_ROWS = [
+    pytest.param(3, "rows", "int", id="a number for a row"),
+    pytest.param({"text": 2**63}, "rows.text", "int", id="2**63"),
+    pytest.param({"text": math.nan}, "rows.text", "NaN", id="NaN"),
+    pytest.param({"text": None}, "rows.text", "None", id="None"),
+    pytest.param({"text": ["a"]}, "rows.text", "list", id="a list"),
+    pytest.param({"text": b"bytes"}, "rows.text", "bytes", id="bytes"),
+    pytest.param({"body": "b"}, "rows.text", "no such field", id="a missing field"),
+    pytest.param({}, "rows.text", "no such field", id="no field"),
+    pytest.param("a\0b", "rows.text", "NUL", id="NUL"),
+    pytest.param("a\ud800b", "rows.text", "surrogate", id="a lone surrogate"),
+    pytest.param("x" * 300_000, "rows.text", "300,000 bytes", id="300 kB"),
+    pytest.param("é" * (MAX_ROW_BYTES // 2 + 1), "rows.text", "bytes", id="too many bytes, not characters"),
+]
+
+
+@pytest.mark.parametrize(("row", "field", "got"), BAD_ROWS)
+def test_a_bad_row_is_refused_with_its_place_and_never_repeated(row: Any, field: str, got: str) -> None:
+    with pytest.raises(InvalidJob) as caught:
+        list(cut(["good", row, "good"], FIELDS))
+    [problem] = caught.value.problems
+    assert (problem.row, problem.field) == (1, field)
+    assert got in problem.got
+    assert problem.remedy
+    assert len(str(problem)) < 300
+
+
+@pytest.mark.parametrize(("row", "field", "got"), BAD_ROWS)
+def test_a_bad_row_can_become_a_mark_instead_and_the_others_keep_their_index(
+    row: Any, field: str, got: str
+) -> None:
+    [part] = cut(["good", row, "good"], FIELDS, bad_rows="error")
+    assert part.columns == {"text": ["good", "", "good"]}
+    [(offset, (error, message))] = part.bad.items()
+    assert (offset, error) == (1, "bad_row")
+    assert got in message
+    assert unpack(part.encode())["bad"] == {1: ["bad_row", message]}
+    assert message.isprintable()
+    assert len(message) <= 500
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "line", "got"),
+    [
+        ("a.jsonl", b'{"text": "a"}\n\n{"text": \n{"text": "b"}\n', 3, "broken JSON"),
+        ("deep.jsonl", b'{"text": "a"}\n' + b"[" * 100_000 + b"\n", 2, "broken JSON"),
+        ("digits.jsonl", b'{"text": "a"}\n' + b"9" * 5000 + b"\n", 2, "broken JSON"),
+        ("latin.jsonl", b'{"text": "a"}\n{"text": "\xe9"}\n', 2, "UTF-8"),
+        ("latin.txt", b"a\n\xe9\n", 2, "UTF-8"),
+        ("latin.csv", b"text\na\n\xe9\n", 3, "surrogate"),
+        ("short.csv", b"id,text\n1,a\n2\n", 3, "1 fields"),
+        ("surrogate.jsonl", b'{"text": "a"}\n{"text": "\\ud800"}\n', 2, "surrogate"),
+        ("nul.txt", b"a\nb\0c\n", 2, "NUL"),
+        ("number.jsonl", b'{"text": "a"}\n{"text": 9223372036854775808}\n', 2, "int"),
+        ("nan.jsonl", b'{"text": "a"}\n{"text": NaN}\n', 2, "NaN"),
+    ],
+)
+def test_a_bad_row_of_a_file_is_told_with_its_line(
+    tmp_path: Path, name: str, content: bytes, line: int, got: str
+) -> None:
+    path = tmp_path / name
+    path.write_bytes(content)
+    with pytest.raises(InvalidJob) as caught:
+        list(cut(path, FIELDS))
+    [problem] = caught.value.problems
+    assert problem.row == 1
+    assert got in problem.got
+    assert f"(line {line})" in problem.got
+    [part] = cut(path, FIELDS, bad_rows="error")
+    assert len(part.bad) == 1
+
+
+def test_a_line_without_end_is_one_bad_row(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(rows_module, "_MAX_LINE_BYTES", 64)
+    path = tmp_path / "endless.txt"
+    path.write_bytes(b"short\n" + b"x" * 1000 + b"\nshort again\n")
+    [part] = cut(path, FIELDS, bad_rows="error")
+    assert part.columns["text"] == ["short", "", "short again"]
+    assert list(part.bad) == [1]
+
+
+def test_the_first_twenty_problems_are_listed_and_nothing_is_yielded_after_the_first() -> None:
+    source = ["good"] * 3000 + [1] * 50
+    parts: list[Part] = []
+    with pytest.raises(InvalidJob) as caught:
+        parts.extend(cut(source, FIELDS))
+    assert [p.row for p in caught.value.problems] == list(range(3000, 3020))
+
+
+def test_a_refusal_comes_soon_in_a_source_that_never_ends() -> None:
+    def endless() -> Iterator[Any]:
+        yield 1
+        while True:
+            yield "good"
+
+    with pytest.raises(InvalidJob) as caught:
+        list(cut(endless(), FIELDS))
+    assert len(caught.value.problems) == 1
+
+
+@pytest.mark.parametrize(
+    ("source", "words"),
+    [
+        ("no-such-file.jsonl", "no such file"),
+        ("picture.png", "ends in"),
+        ("just some text", "put it into a list"),
+        (b"bytes", "into a list"),
+        ({"text": "one row"}, "into a list"),
+        (42, "int"),
+        (None, "NoneType"),
+        (".", "ends in"),
+    ],
+)
+def test_a_source_that_is_none_is_refused_with_a_remedy(source: Any, words: str) -> None:
+    with pytest.raises(InvalidJob, match=words):
+        list(cut(source, FIELDS))
+
+
+def test_a_folder_and_broken_archives_are_refused_as_sources(tmp_path: Path) -> None:
+    (tmp_path / "folder.jsonl").mkdir()
+    (tmp_path / "not.txt.gz").write_bytes(b"plain")
+    (tmp_path / "cut.txt.gz").write_bytes(gzip.compress(b"text\n" * 1000)[:-10])
+    for name in ("folder.jsonl", "not.txt.gz", "cut.txt.gz"):
+        with pytest.raises(InvalidJob) as caught:
+            list(cut(tmp_path / name, FIELDS))
+        assert caught.value.problems[0].field == "source"
+
+
+def test_a_table_without_the_field_is_refused_with_the_names_that_it_has(tmp_path: Path) -> None:
+    path = tmp_path / "a.csv"
+    path.write_text("id,body\n1,b\n")
+    with pytest.raises(InvalidJob, match="one of id, body"):
+        list(cut(path, FIELDS, bad_rows="error"))
+
+
+def test_what_an_iterable_raises_is_not_hidden() -> None:
+    def breaks() -> Iterator[str]:
+        yield "good"
+        raise RuntimeError("the database is gone")
+
+    with pytest.raises(RuntimeError, match="the database is gone"):
+        list(cut(breaks(), FIELDS))
+
+
+def test_a_data_frame_is_read_by_position_whatever_its_index() -> None:
+    pandas = pytest.importorskip("pandas")
+    frame = pandas.DataFrame({"text": ["a", "b"], "n": [1, 2]}, index=[7, 7])
+    assert texts(frame) == [["a"], ["b"]]
+    with pytest.raises(InvalidJob) as caught:
+        list(cut(pandas.DataFrame({"text": ["a", None]}), FIELDS))
+    assert caught.value.problems[0].row == 1
+    with pytest.raises(InvalidJob, match="no such column"):
+        list(cut(frame, ["body"]))
+
+
+def test_arrow_tables_and_parquet_files_are_read(tmp_path: Path) -> None:
+    arrow = pytest.importorskip("pyarrow")
+    parquet = pytest.importorskip("pyarrow.parquet")
+    table = arrow.table({"n": [1, 2, 3], "text": ["a", "b", "c"]})
+    path = tmp_path / "a.parquet"
+    parquet.write_table(table, path)
+    for source in (table, table.to_batches()[0], path):
+        assert texts(source) == [["a"], ["b"], ["c"]]
+    [part] = cut(table, ["n"], bad_rows="error")
+    assert sorted(part.bad) == [0, 1, 2]
+    with pytest.raises(InvalidJob, match="one of n, text"):
+        list(cut(path, ["body"]))
+    (tmp_path / "broken.parquet").write_bytes(b"PAR1 not really")
+    with pytest.raises(InvalidJob, match="a Parquet file"):
+        list(cut(tmp_path / "broken.parquet", FIELDS))
+
+
+def test_a_survey_counts_all_rows_and_draws_the_same_sample_each_time() -> None:
+    source = [f"row {i}" for i in range(5000)]
+    first, again = (survey(source, FIELDS, sample=50) for _ in range(2))
+    assert (first.rows, first.text_bytes) == (5000, sum(map(len, source)))
+    assert first == again
+    drawn = sorted(int(row["text"].split()[1]) for row in first.sample)
+    assert len(set(drawn)) == 50
+    assert drawn[0] < 1000 < 4000 < drawn[-1]
+
+
+def test_a_survey_leaves_bad_rows_out_of_its_sample_but_counts_them() -> None:
+    found = survey(["a", 1, "b"], FIELDS, bad_rows="error")
+    assert found.rows == 3
+    assert [row["text"] for row in found.sample] == ["a", "b"]
