@@ -1,4 +1,4 @@
-"""The contract between the executor and an engine: load, run, unload, and pure estimates.
+"""The contract between the executor and an engine: load, run, unload, and a pure estimate of memory.
 
 An engine is one file and one entry point of the group ``motet.engines``: a class that keeps this protocol, or
 a plain function ``texts -> values`` (see workers/engines/function.py). Row errors are values: one bad row never
@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 from motet.columns import CellError, Column
 from motet.manifest import Manifest
@@ -45,7 +45,11 @@ class Prepared:
 
 @dataclass(frozen=True, slots=True)
 class Pass:
-    """One fused pass: a loaded model, the tasks it answers, and how many tokens are read per row."""
+    """One fused pass: a loaded model, the tasks it answers, and how many tokens are read per row.
+
+    The executor names the tasks anew (two jobs that ask the same thing under other names share a pass), so
+    an engine takes a task's name for nothing but the key of its column.
+    """
 
     handle: Any
     tasks: tuple[TaskOrder, ...]
@@ -53,27 +57,25 @@ class Pass:
 
 
 class Engine(Protocol):
-    """What runs a pass. One instance per worker process; one thread calls it."""
+    """What runs a pass. One instance per worker process.
 
-    def memory_mb(self, model: Manifest, format: str) -> int:
+    One thread, which owns the device, calls every method but ``prepare``; that one is also called by several
+    other threads at once, while a pass runs, and must not touch the device.
+    """
+
+    def memory_mb(self, model: Manifest, in_format: str) -> int:
         """Predicted memory of the loaded model. Pure."""
         ...
 
-    def load(
-        self,
-        model: Manifest,
-        heads: Sequence[TaskOrder],
-        files: Mapping[str, Path],
-        *,
-        device: str,
-        format: str,
-    ) -> Any:
-        """Load the trunk onto the device ("cpu", "cuda:0") in a numeric format. ``files``: the model folder's
-        files by relative path. Raises CannotLoad, OutOfMemory."""
+    def load(self, model: Manifest, files: Mapping[str, Path], *, device: str, in_format: str) -> Any:
+        """Load the trunk onto the device ("cpu", "cuda:0") in a numeric format and return its handle.
+
+        ``files``: the model folder's files by relative path; they may vanish after this call. Raises
+        CannotLoad, OutOfMemory, DeviceBroken."""
         ...
 
     def attach(self, handle: Any, task: TaskOrder, files: Mapping[str, Path]) -> None:
-        """Load a task's head beside the trunk, if it has one. Twice is harmless. Raises CannotLoad."""
+        """Load a task's head beside the trunk. Twice is harmless. Raises CannotLoad, OutOfMemory, DeviceBroken."""
         ...
 
     def prepare(self, pass_: Pass, texts: Sequence[str]) -> list[Prepared | CellError]:
@@ -86,4 +88,13 @@ class Engine(Protocol):
 
     def unload(self, handle: Any) -> None:
         """Free the device's memory."""
+        ...
+
+
+@runtime_checkable
+class SelfDescribing(Protocol):
+    """An engine that brings its model along, such as a Python function: it needs no files, only a name."""
+
+    def describe(self, name: str, version: str) -> Manifest:
+        """The manifest to register it under. Raises CannotLoad where it is not installed."""
         ...

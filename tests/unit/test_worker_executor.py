@@ -1,0 +1,809 @@
+"""The executor, driven step by step with a fake engine: no threads, no device, no Redis."""
+
+from __future__ import annotations
+
+import itertools
+import struct
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from motet.columns import ERROR, OK, STATE_MASK, TRUNCATED, CellError, Column, values
+from motet.manifest import Manifest
+from motet.tasks import Classify, Number, Task
+from motet.transport import MemoryTransport, MemoryWorkerTransport, TransportLost
+from motet.wire import Assignment, Outcome, Running, TaskOrder
+from workers.attempts import Attempts, Key
+from workers.batching import Budget, Cost
+from workers.blobs import CannotFetch
+from workers.device import Device
+from workers.engine import CannotLoad, DeviceBroken, OutOfMemory, Pass, Prepared
+from workers.executor import PREPARE_S, RUN_S, Executor
+from workers.reporter import Reporter
+
+TRUNK = Manifest(name="trunk", version="1", engine="fake", answers="number", trunk="t", formats=("bf16",))
+OTHER = Manifest(name="other", version="1", engine="fake", answers="number", trunk="o")
+
+
+class Clock:
+    """Time that passes only when somebody works."""
+
+    def __init__(self) -> None:
+        self.now = 1000.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+@dataclass
+class FakeEngine:
+    """Answers each text with its length, in `second_per_row` seconds; some words make it fail."""
+
+    clock: Clock
+    second_per_row: float = 0.001
+    #: Token budget of its memory; None has room for all.
+    room: int | None = None
+    size_mb: int = 10
+    loads: list[str] = field(default_factory=list)
+    unloads: list[str] = field(default_factory=list)
+    attached: list[str] = field(default_factory=list)
+    batches: list[list[str]] = field(default_factory=list)
+    #: Called while a micro-batch runs.
+    during: Callable[[], None] = lambda: None
+    formats: list[str] = field(default_factory=list)
+
+    def memory_mb(self, model: Manifest, in_format: str) -> int:
+        return self.size_mb
+
+    def load(self, model: Manifest, files: Mapping[str, Path], *, device: str, in_format: str) -> str:
+        if model.name == "broken":
+            raise CannotLoad("it is not a model")
+        self.loads.append(model.name)
+        self.formats.append(in_format)
+        return model.name
+
+    def attach(self, handle: str, task: TaskOrder, files: Mapping[str, Path]) -> None:
+        self.attached.append(task.manifest.name)
+
+    def prepare(self, pass_: Pass, texts: Sequence[str]) -> list[Prepared | CellError]:
+        if any("panic" in text for text in texts):
+            raise ValueError("a text that must not be logged")
+        most = pass_.max_tokens or 10_000
+        return [
+            CellError("bad_row", "cannot be read")
+            if text == "unreadable"
+            else Prepared(row, min(len(text), most), len(text) > most, text)
+            for row, text in enumerate(texts)
+        ]
+
+    def run(self, pass_: Pass, batch: Sequence[Prepared]) -> Mapping[str, Column]:
+        texts = [row.inputs for row in batch]
+        self.batches.append(texts)
+        self.clock.now += self.second_per_row * len(batch)
+        self.during()
+        if self.room is not None and max(r.length for r in batch) * len(batch) > self.room:
+            raise OutOfMemory
+        if any("bomb" in text for text in texts):
+            raise RuntimeError("a text that must not be logged")
+        if any("short circuit" in text for text in texts):
+            raise DeviceBroken
+        numbers = struct.pack(f"<{len(texts)}d", *map(len, texts))
+        return {
+            t.name: Column(kind="number", status=bytes([OK]) * len(texts), arrays={"numbers": numbers})
+            for t in pass_.tasks
+        }
+
+    def unload(self, handle: str) -> None:
+        self.unloads.append(handle)
+
+
+class FakeFiles:
+    """Files that are always there."""
+
+    def fetch(self, model: Manifest) -> None:
+        if model.name == "lost":
+            raise CannotFetch("blob 0123…: the API answered 503")
+
+    @contextmanager
+    def folder(self, model: Manifest) -> Iterator[Mapping[str, Path]]:
+        yield {}
+
+
+@dataclass
+class House:
+    """An executor with everything around it, and short words for what tests do."""
+
+    formats: tuple[str, ...] = ()
+    budget_mb: int = 100
+    clock: Clock = field(default_factory=Clock)
+    broken: int = 0
+
+    def __post_init__(self) -> None:
+        self.engine = FakeEngine(self.clock)
+        self.redis = MemoryTransport()
+        self.transport: MemoryWorkerTransport = self.redis.worker("w")
+        self.attempts = Attempts()
+        self.reporter = Reporter(self.transport, self.attempts)
+        #: Tokenising that waits to be done; None does it at once.
+        self.pending: list[Callable[[], None]] | None = None
+        self.executor = Executor(
+            worker="w",
+            boot="b",
+            device=Device("cpu", "a fake", "cpu", 1000, self.formats),
+            engines=self,
+            files=FakeFiles(),
+            transport=self.transport,
+            attempts=self.attempts,
+            reporter=self.reporter,
+            budget_mb=self.budget_mb,
+            broken=self._broken,
+            spawn=self._spawn,
+            clock=self.clock,
+        )
+
+    def find(self, name: str) -> FakeEngine:
+        if name != "fake":
+            raise CannotLoad(f"no engine {name!r} here")
+        return self.engine
+
+    def submit(self, order: Assignment) -> None:
+        self.attempts.receive(order.key)
+        assert self.attempts.begin(order.key)
+        self.executor.submit(order)
+
+    def steps(self, most: int = 10_000) -> int:
+        """Step until there is nothing to do; return how many did something."""
+        return sum(1 for _ in itertools.takewhile(lambda _: self.executor.step(), range(most)))
+
+    def outcomes(self) -> dict[Key, Outcome]:
+        while self.reporter.step():
+            pass
+        return {key: Outcome.decode(body) for key, body in self.redis.entries.values()}
+
+    def known_cost(self, model: Manifest = TRUNK, each: float = 0.001) -> None:
+        """Let the executor know the model's cost and budget, so that no probe is needed."""
+        self.executor._costs[model.digest, "fp32"] = Cost().observed(1000, 1000 * each)
+        self.executor._budgets[model.digest, "fp32"] = Budget(1024, settled=True)
+
+    def _spawn(self, job: Callable[[], None]) -> None:
+        if self.pending is None:
+            job()
+        else:
+            self.pending.append(job)
+
+    def _broken(self) -> None:
+        self.broken += 1
+
+
+ATTEMPTS = itertools.count(1)
+
+
+def an_order(
+    *texts: str,
+    model: Manifest = TRUNK,
+    tasks: Mapping[str, Task] | None = None,
+    heads: Mapping[str, Manifest] | None = None,
+    **more: Any,
+) -> Assignment:
+    """An assignment of one number task, unless told otherwise."""
+    asked = tasks or {"size": Number(model.ref)}
+    return Assignment(
+        **{
+            "subtask": next(ATTEMPTS),
+            "attempt": 1,
+            "nonce": "n",
+            "job": "j",
+            "tenant": "t",
+            "pass_kind": "fake",
+            "model": model,
+            "numerics": "fast",
+            "max_tokens": 0,
+            "tasks": tuple(
+                TaskOrder(name=name, spec=task.to_json(), manifest=(heads or {}).get(name, model))
+                for name, task in asked.items()
+            ),
+            "texts": texts,
+            **more,
+        }
+    )
+
+
+def answers(outcome: Outcome, task: str = "size") -> list[Any]:
+    return list(values(outcome.columns[task]))
+
+
+@pytest.fixture
+def house() -> House:
+    return House()
+
+
+# -- the ordinary way
+
+
+def test_an_attempt_is_loaded_run_and_reported_in_its_own_row_order(house: House) -> None:
+    order = an_order("aaa", "a", "aaaaa", "aa")
+    house.submit(order)
+    assert house.attempts.held() == (order.key,)
+    house.steps()
+    outcome = house.outcomes()[order.key]
+    assert (outcome.verdict, answers(outcome)) == ("done", [3.0, 1.0, 5.0, 2.0])
+    assert house.engine.batches == [["aaaaa", "aaa", "aa", "a"]]
+    assert (outcome.worker, outcome.boot, outcome.nonce) == ("w", "b", "n")
+    assert house.attempts.held() == ()
+
+
+def test_usage_counts_tokens_padding_bytes_and_seconds(house: House) -> None:
+    house.known_cost()
+    order = an_order("é" * 600, "a" * 600, "a" * 300)
+    house.submit(order)
+    house.steps()
+    usage = house.outcomes()[order.key].usage
+    assert (usage.tokens, usage.text_bytes, usage.micro_batches) == (1500, 2100, 3)
+    assert usage.computed_tokens == 600 + 600 + 300
+    assert usage.busy_s == pytest.approx(0.003)
+    assert usage.format == "fp32"
+
+
+def test_padding_is_computed_tokens_beyond_tokens(house: House) -> None:
+    house.known_cost()
+    order = an_order("a" * 100, "a" * 50)
+    house.submit(order)
+    house.steps()
+    usage = house.outcomes()[order.key].usage
+    assert (usage.tokens, usage.computed_tokens, usage.micro_batches) == (150, 200, 1)
+
+
+def test_the_last_micro_batch_of_a_sub_task_is_filled_up_with_the_next_one_of_the_same_pass(house: House) -> None:
+    house.known_cost()
+    first, second = an_order(*["a" * 300] * 4), an_order(*["b" * 290] * 4)
+    house.submit(first)
+    house.submit(second)
+    house.steps()
+    assert [[text[0] for text in batch] for batch in house.engine.batches] == [
+        ["a", "a", "a"],
+        ["a", "b", "b"],
+        ["b", "b"],
+    ]
+    assert list(house.outcomes()) == [first.key, second.key]
+
+
+def test_rows_much_shorter_than_the_longest_do_not_fill_up_a_micro_batch(house: House) -> None:
+    house.known_cost()
+    house.submit(an_order("a" * 300))
+    house.submit(an_order("b" * 30))
+    house.steps()
+    assert [len(batch) for batch in house.engine.batches] == [1, 1]
+
+
+def test_two_jobs_that_ask_the_same_under_other_names_share_a_micro_batch(house: House) -> None:
+    house.known_cost()
+    first = an_order("aaaa", tasks={"size": Number("trunk@1")})
+    second = an_order("bbbb", tasks={"length": Number("trunk@1", too_long="error"), "again": Number("trunk@1")})
+    house.submit(first)
+    house.submit(second)
+    house.steps()
+    assert house.engine.batches == [["aaaa", "bbbb"]]
+    outcomes = house.outcomes()
+    assert answers(outcomes[first.key], "size") == [4.0]
+    assert answers(outcomes[second.key], "length") == answers(outcomes[second.key], "again") == [4.0]
+
+
+def test_other_tasks_other_lengths_or_other_numerics_do_not_share_one() -> None:
+    house = House(formats=("bf16",))
+    for order in (an_order("aaaa"), an_order("bbbb", max_tokens=3), an_order("cccc", numerics="exact")):
+        house.submit(order)
+    house.steps()
+    assert [len(batch) for batch in house.engine.batches] == [1, 1, 1]
+    assert house.engine.formats == ["bf16", "fp32"]
+
+
+def test_a_pass_runs_in_fp32_unless_every_head_passed_the_other_format() -> None:
+    house = House(formats=("bf16",))
+    head = Manifest(
+        name="head", version="1", engine="fake", answers="number", trunk="t", trunk_model="trunk@1"
+    )
+    order = an_order("aa", tasks={"size": Number("trunk@1"), "head": Number("head@1")}, heads={"head": head})
+    house.submit(order)
+    house.steps()
+    assert house.outcomes()[order.key].usage.format == "fp32"
+    checked = replace(head, formats=("bf16",))
+    order = an_order("aa", tasks={"head": Number("head@1")}, heads={"head": checked})
+    house.submit(order)
+    house.steps()
+    assert house.outcomes()[order.key].usage.format == "bf16"
+
+
+def test_heads_are_attached_once_beside_a_resident_trunk(house: House) -> None:
+    head = Manifest(
+        name="head", version="1", engine="fake", answers="number", trunk="t", trunk_model="trunk@1"
+    )
+    house.submit(an_order("aa"))
+    house.steps()
+    for _ in range(2):
+        house.submit(an_order("aa", tasks={"head": Number("head@1")}, heads={"head": head}))
+        house.steps()
+    assert (house.engine.loads, house.engine.attached) == (["trunk"], ["head"])
+
+
+def test_the_next_sub_task_is_tokenised_while_the_device_runs(house: House) -> None:
+    house.submit(an_order("aa"))
+    house.steps()
+    house.pending = []
+    house.submit(an_order("bb"))
+    assert len(house.pending) == 1  # before any step
+    house.pending.pop()()
+    house.steps()
+    assert house.engine.batches[-1] == ["bb"]
+
+
+# -- rows that go wrong
+
+
+def test_a_bad_row_is_found_by_halving_and_its_neighbours_are_answered(house: House) -> None:
+    house.known_cost()
+    texts = [f"row {i}" for i in range(32)]
+    texts[13] = "bomb"
+    order = an_order(*texts)
+    house.submit(order)
+    house.steps()
+    column = house.outcomes()[order.key].columns["size"]
+    assert column.counts() == (31, 1, 0, 0)
+    assert column.errors == {13: CellError("engine", "RuntimeError")}
+    assert len(house.engine.batches) <= 1 + 2 * 5
+
+
+def test_every_row_bad_is_every_row_an_error(house: House) -> None:
+    order = an_order("bomb 1", "bomb 2", "bomb 3")
+    house.submit(order)
+    house.steps()
+    column = house.outcomes()[order.key].columns["size"]
+    assert column.counts() == (0, 3, 0, 0)
+    column.check()
+
+
+def test_a_row_that_cannot_be_prepared_is_its_own_error(house: House) -> None:
+    order = an_order("fine", "unreadable", "panic", "also fine")
+    house.submit(order)
+    house.steps()
+    column = house.outcomes()[order.key].columns["size"]
+    assert {i: e.error for i, e in column.errors.items()} == {1: "bad_row", 2: "engine"}
+    assert answers(house.outcomes()[order.key]) == [4.0, None, None, 9.0]
+
+
+def test_out_of_memory_halves_and_the_ceiling_is_remembered(house: House) -> None:
+    house.known_cost()
+    house.engine.room = 300
+    first = an_order(*["a" * 100] * 10)
+    house.submit(first)
+    house.steps()
+    assert house.outcomes()[first.key].columns["size"].counts() == (10, 0, 0, 0)
+    assert [len(b) for b in house.engine.batches] == [10, 5, 2, 2, 2, 2, 2]
+    house.engine.batches.clear()
+    house.submit(an_order(*["a" * 100] * 4))
+    house.steps()
+    assert [len(b) for b in house.engine.batches] == [2, 2]
+
+
+def test_one_row_that_does_not_fit_is_an_error_and_the_others_are_answered(house: House) -> None:
+    house.known_cost()
+    house.engine.room = 200
+    order = an_order("a" * 500, "a" * 100, "a" * 50)
+    house.submit(order)
+    house.steps()
+    column = house.outcomes()[order.key].columns["size"]
+    assert {i: (e.error, e.retriable) for i, e in column.errors.items()} == {0: ("out_of_memory", True)}
+    assert column.counts() == (2, 1, 0, 0)
+
+
+def test_models_nobody_uses_give_way_before_a_row_is_given_up(house: House) -> None:
+    house.submit(an_order("a", model=OTHER))
+    house.steps()
+    house.engine.room = 200
+    house.engine.during = lambda: setattr(house.engine, "room", 200 if "other" not in house.engine.unloads else None)
+    order = an_order("a" * 500)
+    house.submit(order)
+    house.steps()
+    assert house.outcomes()[order.key].columns["size"].counts() == (1, 0, 0, 0)
+    assert house.engine.unloads == ["other"]
+
+
+def test_a_long_row_is_cut_and_marked_or_an_error_as_each_task_says(house: House) -> None:
+    order = an_order(
+        "a" * 9,
+        "a" * 4,
+        tasks={"cut": Number("trunk@1"), "strict": Number("trunk@1", too_long="error")},
+        max_tokens=5,
+    )
+    house.submit(order)
+    house.steps()
+    columns = house.outcomes()[order.key].columns
+    assert columns["cut"].status == bytes([OK | TRUNCATED, OK])
+    assert columns["strict"].status[0] & STATE_MASK == ERROR
+    assert columns["strict"].errors[0].error == "too_long"
+    assert list(values(columns["strict"])) == [None, 4.0]
+
+
+def test_a_long_row_that_every_task_refuses_never_reaches_the_device(house: House) -> None:
+    order = an_order("a" * 9, tasks={"strict": Number("trunk@1", too_long="error")}, max_tokens=5)
+    house.submit(order)
+    house.steps()
+    assert house.engine.batches == []
+    assert house.outcomes()[order.key].columns["strict"].errors[0].error == "too_long"
+
+
+def test_an_engine_that_answers_nonsense_is_an_error_of_its_rows(house: House) -> None:
+    order = an_order("aa", tasks={"label": Classify("trunk@1")}, model=replace(TRUNK, answers="label"))
+    house.submit(order)
+    house.steps()
+    assert house.outcomes()[order.key].columns["label"].errors == {0: CellError("engine", "ValueError")}
+
+
+# -- attempts that go wrong
+
+
+@pytest.mark.parametrize(
+    ("model", "error", "permanent"),
+    [
+        (replace(TRUNK, name="broken"), "cannot_load", True),
+        (replace(TRUNK, engine="unknown"), "cannot_load", True),
+        (replace(TRUNK, name="lost"), "cannot_fetch", False),
+    ],
+)
+def test_a_model_that_cannot_be_had_fails_the_attempt_not_the_worker(
+    house: House, model: Manifest, error: str, permanent: bool
+) -> None:
+    order, fine = an_order("aa", model=model), an_order("aa")
+    house.submit(order)
+    house.submit(fine)
+    house.steps()
+    outcomes = house.outcomes()
+    assert outcomes[order.key].verdict == "failed"
+    assert (outcomes[order.key].error or ("",))[0] == error
+    assert outcomes[order.key].permanent is permanent
+    assert outcomes[fine.key].verdict == "done"
+    assert house.attempts.held() == ()
+
+
+def test_a_model_larger_than_the_device_says_what_it_needs(house: House) -> None:
+    house.engine.size_mb = 5000
+    order = an_order("aa")
+    house.submit(order)
+    house.steps()
+    outcome = house.outcomes()[order.key]
+    assert outcome.error == ("cannot_load", "trunk@1: needs 5000 MB, models may hold 100 MB here")
+    assert outcome.permanent
+
+
+def test_a_broken_device_reports_nothing_and_ends_the_process(house: House) -> None:
+    order = an_order("short circuit")
+    house.submit(order)
+    house.steps(3)
+    assert house.broken
+    assert house.outcomes() == {}
+    assert house.attempts.held() == (order.key,)
+
+
+# -- who goes first
+
+
+def test_interactive_work_goes_first_at_the_next_micro_batch(house: House) -> None:
+    house.known_cost()
+    house.submit(an_order(*["b" * 900] * 6))
+    house.executor.step()  # load
+    house.executor.step()
+    house.submit(an_order("now", interactive=True))
+    house.executor.step()
+    assert house.engine.batches[-1] == ["now"]
+
+
+def test_bulk_is_cut_short_while_somebody_waited_lately_and_not_for_ever(house: House) -> None:
+    house.known_cost(each=0.001)  # 50 tokens in 50 ms
+    house.submit(an_order("i", interactive=True))
+    house.steps()
+    house.submit(an_order(*["b" * 10] * 60))
+    house.executor.step()
+    cut = len(house.engine.batches[-1])
+    assert cut in (4, 5)
+    house.clock.now += 11
+    house.executor.step()
+    assert len(house.engine.batches[-1]) == 60 - cut
+
+
+def test_a_row_longer_than_the_cut_still_runs(house: House) -> None:
+    house.known_cost(each=0.001)
+    house.submit(an_order("i", interactive=True))
+    house.submit(an_order("b" * 500, "b" * 500))
+    house.steps()
+    assert [len(b) for b in house.engine.batches] == [1, 1, 1]
+
+
+def test_halves_of_a_failed_micro_batch_do_not_hold_up_interactive_work(house: House) -> None:
+    house.known_cost()
+    house.submit(an_order("bomb", "b2", "b3", "b4"))
+    house.executor.step()
+    house.executor.step()  # fails, is halved
+    house.submit(an_order("now", interactive=True))
+    house.executor.step()
+    assert house.engine.batches[-1] == ["now"]
+
+
+def test_an_exclusive_attempt_shares_no_micro_batch(house: House) -> None:
+    house.known_cost()
+    house.submit(an_order("aaaa"))
+    house.submit(an_order("eeee", exclusive=True))
+    house.submit(an_order("bbbb"))
+    house.steps()
+    assert sorted(map(sorted, house.engine.batches)) == [["aaaa", "bbbb"], ["eeee"]]
+
+
+def test_an_exclusive_attempt_is_evidence_from_its_first_touch(house: House) -> None:
+    seen: list[Running | None] = []
+    house.submit(an_order("warm"))
+    house.steps()
+    order = an_order("eeee", "ee", exclusive=True)
+    house.submit(order)
+    prepare = house.engine.prepare
+
+    def spy(pass_: Pass, texts: Sequence[str]) -> list[Prepared | CellError]:
+        seen.append(house.redis.running("w"))
+        return prepare(pass_, texts)
+
+    house.engine.prepare = spy  # type: ignore[method-assign]
+    house.steps()
+    assert [r and dict(r.rows) for r in seen] == [{order.key: (0, 1)}]
+
+
+def test_nothing_is_tokenised_beside_an_exclusive_micro_batch(house: House) -> None:
+    house.submit(an_order("warm"))
+    house.steps()
+    house.submit(an_order("eeee", exclusive=True))
+    order, alone = an_order("late"), []
+    house.pending = []
+
+    def arrive() -> None:
+        house.engine.during = lambda: None
+        house.submit(order)
+        alone.append(house.executor._alone)
+
+    house.engine.during = arrive
+    house.executor.step()
+    house.executor.step()
+    assert alone == [True]
+    assert not house.executor._alone
+
+
+# -- dropping
+
+
+def test_a_dropped_attempt_stops_at_the_boundary_and_reports_nothing(house: House) -> None:
+    house.known_cost()
+    order, other = an_order(*["a" * 900] * 5), an_order("other")
+    house.submit(order)
+    house.submit(other)
+    house.executor.step()
+    house.engine.during = lambda: house.executor.drop(house.attempts.drop([order.key]))
+    house.steps()
+    assert list(house.outcomes()) == [other.key]
+    assert len([b for b in house.engine.batches if b[0][0] == "a"]) == 1
+    assert house.attempts.held() == ()
+
+
+def test_halves_of_a_dropped_attempt_do_not_run(house: House) -> None:
+    house.known_cost()
+    order = an_order("bomb", "b2", "b3", "b4")
+    house.submit(order)
+    house.executor.step()
+    house.executor.step()
+    house.executor.drop(house.attempts.drop([order.key]))
+    count = len(house.engine.batches)
+    house.steps()
+    assert len(house.engine.batches) == count
+
+
+def test_an_outcome_of_a_dropped_attempt_is_not_sent(house: House) -> None:
+    order = an_order("a")
+    house.submit(order)
+    house.steps()
+    house.attempts.drop([order.key])
+    assert house.outcomes() == {}
+    assert house.attempts.held() == ()
+
+
+def test_an_attempt_dropped_while_it_is_tokenised_is_forgotten(house: House) -> None:
+    house.submit(an_order("warm"))
+    house.steps()
+    house.pending = []
+    order = an_order("b")
+    house.submit(order)
+    house.executor.drop(house.attempts.drop([order.key]))
+    house.pending.pop()()
+    assert house.steps() == 0
+    assert len(house.outcomes()) == 1
+
+
+# -- models in memory
+
+
+def test_the_least_recently_used_model_is_evicted_for_another(house: House) -> None:
+    house.engine.size_mb = 50
+    third = replace(OTHER, name="third", trunk="3")
+    for model in (TRUNK, OTHER, TRUNK, third):
+        house.submit(an_order("a", model=model))
+        house.steps()
+    assert house.engine.unloads == ["other"]
+    assert set(house.executor.resident()) == {TRUNK.digest, third.digest}
+
+
+def test_a_model_in_use_is_not_evicted_and_the_load_comes_as_soon_as_it_is_free(house: House) -> None:
+    house.engine.size_mb = 60
+    house.known_cost()
+    house.submit(an_order(*["a" * 900] * 3))
+    house.executor.step()
+    house.submit(an_order("o", model=OTHER))
+    late = an_order("late")
+    house.submit(late)  # younger, of the model in memory: it must not keep the other out for ever
+    house.steps()
+    assert house.engine.loads == ["trunk", "other", "trunk"]
+    assert house.engine.batches[-1] == ["late"]
+    assert len(house.outcomes()) == 3
+
+
+# -- evidence, progress, backlog
+
+
+def test_rows_are_marked_before_they_run_and_the_mark_ends_when_all_is_done(house: House) -> None:
+    house.known_cost()
+    seen: list[Mapping[Key, tuple[int, ...]]] = []
+    order = an_order("a" * 600, "a" * 900)
+    house.engine.during = lambda: seen.append(dict(house.redis.under_way["w"].rows))
+    house.submit(order)
+    house.steps()
+    assert seen == [{order.key: (1,)}, {order.key: (0,)}]
+    assert house.redis.running("w") is None
+
+
+def test_no_rows_are_suspected_while_a_model_is_loaded(house: House) -> None:
+    house.known_cost()
+    house.submit(an_order("a"))
+    house.submit(an_order("o", model=OTHER))
+    seen: list[Running | None] = []
+    load = house.engine.load
+
+    def spy(*args: Any, **kwargs: Any) -> str:
+        seen.append(house.redis.running("w"))
+        return load(*args, **kwargs)
+
+    house.engine.load = spy  # type: ignore[method-assign]
+    house.steps()
+    assert seen == [None, None]
+
+
+def test_work_goes_on_without_evidence_while_redis_is_away(house: House) -> None:
+    tries = []
+
+    def lost(running: Running | None) -> None:
+        tries.append(running)
+        raise TransportLost
+
+    house.transport.mark_running = lost  # type: ignore[method-assign]
+    house.known_cost()
+    order = an_order(*["a" * 900] * 4)
+    house.submit(order)
+    house.steps()
+    assert house.outcomes()[order.key].verdict == "done"
+    assert len(tries) == 1  # and not once per micro-batch, each waiting for a time-out
+
+
+def test_the_watchdog_sees_a_micro_batch_that_never_ends(house: House) -> None:
+    house.known_cost()
+    words: list[str | None] = []
+
+    def hang() -> None:
+        words.append(house.executor.stuck())
+        house.clock.now += RUN_S + 1
+        words.append(house.executor.stuck())
+
+    house.engine.during = hang
+    house.submit(an_order("a"))
+    house.steps()
+    assert words[0] is None
+    assert "running for 9 s" in (words[1] or "")
+    assert house.executor.stuck() is None
+
+
+def test_a_slow_but_predicted_micro_batch_is_left_alone(house: House) -> None:
+    house.known_cost(each=2.0)
+    house.engine.during = lambda: setattr(house.clock, "now", house.clock.now + 15)
+    words: list[str | None] = []
+    house.submit(an_order("a"))
+    house.executor.step()
+    house.engine.during = lambda: (
+        setattr(house.clock, "now", house.clock.now + 15),
+        words.append(house.executor.stuck()),
+    )[1]
+    house.executor.step()
+    assert words == [None]
+
+
+def test_tokenising_has_a_deadline_too(house: House) -> None:
+    house.submit(an_order("warm"))
+    house.steps()
+    prepare = house.engine.prepare
+    words: list[str | None] = []
+
+    def hang(pass_: Pass, texts: Sequence[str]) -> list[Prepared | CellError]:
+        house.clock.now += PREPARE_S + 1
+        words.append(house.executor.stuck())
+        return prepare(pass_, texts)
+
+    house.engine.prepare = hang  # type: ignore[method-assign]
+    house.submit(an_order("a"))
+    assert "preparing" in (words[0] or "")
+
+
+def test_backlog_is_what_the_scheduler_predicts_until_the_worker_knows_better(house: House) -> None:
+    house.pending = []
+    house.engine.second_per_row = 0.9
+    house.submit(an_order("a" * 900, "a" * 900, predicted_s=7.0))
+    assert house.executor.backlog_s() == 7.0
+    house.known_cost(each=0.001)
+    house.steps()
+    house.pending.pop()()
+    assert house.executor.backlog_s() == pytest.approx(1.8)
+    house.executor.step()
+    assert house.executor.backlog_s() == pytest.approx(0.9)
+    house.steps()
+    assert house.executor.backlog_s() == 0
+
+
+# -- whatever happens
+
+
+@settings(deadline=None, max_examples=60)
+@given(st.data())
+def test_whatever_fails_each_row_has_one_right_answer_or_one_error(data: st.DataObject) -> None:
+    house = House()
+    house.engine.size_mb = data.draw(st.sampled_from([10, 60]))
+    house.engine.room = data.draw(st.sampled_from([None, 40, 400]))
+    words = st.sampled_from(["a", "bb" * 9, "c" * 70, "unreadable", "panic", "bomb", "d" * 30])
+    orders, dropped = [], set()
+    for _ in range(data.draw(st.integers(1, 6))):
+        order = an_order(
+            *data.draw(st.lists(words, min_size=1, max_size=12)),
+            model=data.draw(st.sampled_from([TRUNK, OTHER])),
+            exclusive=data.draw(st.booleans()),
+            interactive=data.draw(st.booleans()),
+        )
+        orders.append(order)
+        house.submit(order)
+        house.steps(data.draw(st.integers(0, 5)))
+        if data.draw(st.integers(0, 4)) == 0:
+            dropped.add(order.key)
+            house.executor.drop(house.attempts.drop(dropped))
+    house.steps()
+    outcomes = house.outcomes()
+    assert house.attempts.held() == ()
+    for order in orders:
+        if order.key not in outcomes:
+            assert order.key in dropped
+            continue
+        column = outcomes[order.key].columns["size"]
+        for text, value, row in zip(order.texts, values(column), range(len(column)), strict=True):
+            error = column.errors.get(row)
+            assert (value == len(text)) if error is None else (value is None)
+            assert error is None or error.error in ("bad_row", "engine", "out_of_memory")
+            if text in ("bomb", "panic", "unreadable"):
+                assert error is not None
+            elif house.engine.room is None or len(text) <= house.engine.room:
+                assert error is None
+
+
+def test_an_idle_executor_has_nothing_to_do(house: House) -> None:
+    assert house.steps() == 0
+    assert house.executor.stuck() is None

@@ -1,0 +1,356 @@
+"""One worker process: `python -m workers.app NAME --device cpu|cuda`, started by the launcher, one per device.
+
+Celery's threads take messages and wait; the executor's one thread owns the device. What Celery may do here is
+little: it delivers an id. Leases in Postgres own redelivery, and nothing is returned through it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import os
+import secrets
+import sys
+import threading
+import time
+import warnings
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from motet.errors import SetupError
+from motet.settings import Settings
+from motet.transport import ENTRY_POINT, RedisWorkerTransport, TransportLost, WorkerTransport, queue_name
+from motet.wire import Assignment, BadMessage, Outcome
+from workers.attempts import Attempts, Key
+from workers.beat import Heart, Watchdog
+from workers.blobs import BlobCache, HttpBlobs
+from workers.device import Device, probe, use_threads
+from workers.engines import InstalledEngines
+from workers.executor import Executor
+from workers.log import configure, event
+from workers.reporter import Reporter
+
+if TYPE_CHECKING:
+    from celery import Celery
+
+#: By name: this module runs as __main__.
+log = logging.getLogger("workers.app")
+
+#: Celery threads: waiting ones are free, and the dispatcher sends at most three bulk sub-tasks and little more.
+THREADS = 16
+#: Threads that tokenise; a GPU is hungrier than a CPU slot, which has only its own core.
+PREPARING = {"cpu": 1, "cuda": 4}
+#: How long a payload is asked for while Redis is away. Afterwards its lease has ended anyway.
+FETCH_S = 30.0
+RETRY_S = 0.25
+
+#: Why a worker ended, for its launcher's log. 0 is a drained worker.
+EXIT_SETUP, EXIT_DEVICE, EXIT_STUCK, EXIT_FAULT, EXIT_ORPHAN = 2, 71, 72, 73, 74
+
+
+class Worker:
+    """Everything of a worker process but Celery."""
+
+    def __init__(
+        self,
+        name: str,
+        settings: Settings,
+        device: Device,
+        transport: WorkerTransport,
+        *,
+        parent: int = 0,
+        exit_now: Callable[[int], None] = os._exit,
+    ) -> None:
+        self.name, self.boot = name, secrets.token_hex(8)
+        self.attempts = Attempts()
+        #: Starts or stops taking messages; Celery's consumer sets it once it runs.
+        self.consume: Callable[[bool], None] = lambda on: None
+        self._transport, self._exit = transport, exit_now
+        self._grace_s, self._beat_s = settings.grace_s, settings.beat_s
+        self._reporter = Reporter(transport, self.attempts)
+        self._pool = ThreadPoolExecutor(PREPARING[device.kind], thread_name_prefix="prepare")
+        engines = InstalledEngines()
+        self._executor = Executor(
+            worker=name,
+            boot=self.boot,
+            device=device,
+            engines=engines,
+            files=BlobCache(
+                _cache_dir(settings), HttpBlobs(settings.url, settings.token), limit_mb=settings.cache_mb
+            ),
+            transport=transport,
+            attempts=self.attempts,
+            reporter=self._reporter,
+            budget_mb=int(settings.memory_share * device.memory_mb),
+            broken=lambda: exit_now(EXIT_DEVICE),
+            spawn=lambda job: self._pool.submit(self._vital, job),
+        )
+        self._heart = Heart(
+            worker=name,
+            boot=self.boot,
+            device=device,
+            engines=engines.names(),
+            transport=transport,
+            attempts=self.attempts,
+            executor=self._executor,
+            consume=lambda on: self.consume(on),
+        )
+        self._watchdog = Watchdog(
+            self._executor,
+            stuck=lambda: exit_now(EXIT_STUCK),
+            orphaned=lambda: exit_now(EXIT_ORPHAN),
+            parent=parent,
+        )
+        self._stopped = threading.Event()
+        self._leaving = threading.Event()
+        self._threads: list[threading.Thread] = []
+
+    def start(self) -> None:
+        """Start the threads. From here on the scheduler knows this worker."""
+        self._heart.step()
+        self._thread("executor", self._executor.run)
+        self._thread("reporter", self._reporter.run)
+        self._thread("heart", lambda: self._heart.run(self._stopped, self._beat_s))
+        self._thread("watchdog", lambda: self._watchdog.run(self._stopped))
+        self._thread("grace", self._wait_for_grace)
+
+    def run_attempt(self, subtask: int, attempt: int) -> None:
+        """Run one attempt and return when its outcome is on the stream, or when nobody waits for one.
+
+        Twice is harmless: an attempt that was begun before is left alone.
+        """
+        key = (subtask, attempt)
+        if not self.attempts.begin(key):
+            event(log, "attempt left alone", subtask=subtask, attempt=attempt)
+            return
+        try:
+            payload = self._payload(key)
+        except TransportLost:
+            # Neither held nor queued: the scheduler sees that it is lost.
+            event(log, "payload out of reach", logging.WARNING, subtask=subtask, attempt=attempt)
+            self.attempts.release(key)
+            return
+        if payload is None:
+            self._refuse(key, "missing_payload", "its payload has expired or was lost")
+            return
+        try:
+            order = Assignment.decode(payload)
+        except BadMessage:
+            self._refuse(key, "bad_payload", "its payload cannot be decoded")
+            return
+        if order.key != key:
+            self._refuse(key, "bad_payload", "the payload belongs to another attempt")
+            return
+        event(
+            log,
+            "taken",
+            subtask=subtask,
+            attempt=attempt,
+            job=order.job,
+            rows=len(order.texts),
+            tasks=len(order.tasks),
+        )
+        self._executor.submit(order).finished.wait()
+
+    def leave(self) -> None:
+        """Begin to drain: take nothing more, finish what is held within the grace period. Safe in a signal handler."""
+        self._heart.leave()
+        self._leaving.set()
+
+    def finish(self) -> None:
+        """Stop the threads after everything was reported, and say so in a last beat."""
+        self._stopped.set()
+        self._executor.stop()
+        self._reporter.stop()
+        for thread in self._threads:
+            thread.join(timeout=2.0)
+        self._say_goodbye()
+
+    def _wait_for_grace(self) -> None:
+        self._leaving.wait()
+        event(log, "draining", held=len(self.attempts.held()), grace_s=self._grace_s)
+        if not self._stopped.wait(self._grace_s):
+            event(log, "grace is over", logging.WARNING, held=len(self.attempts.held()))
+            self._say_goodbye()
+            self._exit(0)
+
+    def _say_goodbye(self) -> None:
+        try:
+            # The rows that run now did not kill us.
+            self._transport.mark_running(None)
+            self._heart.step()
+        except TransportLost:
+            pass
+
+    def _payload(self, key: Key) -> bytes | None:
+        """The attempt's payload. Raises TransportLost where Redis stays away, or nobody wants the attempt any more."""
+        give_up = time.monotonic() + FETCH_S
+        while True:
+            try:
+                return self._transport.fetch(*key)
+            except TransportLost:
+                if time.monotonic() > give_up or self.attempts.dropped(key):
+                    raise
+            self._stopped.wait(RETRY_S)
+
+    def _refuse(self, key: Key, error: str, words: str) -> None:
+        """Report an attempt that never reached the executor. Its nonce came with the payload, so there is none."""
+        event(log, "attempt refused", logging.WARNING, subtask=key[0], attempt=key[1], error=error)
+        sent = threading.Event()
+        outcome = Outcome(
+            subtask=key[0],
+            attempt=key[1],
+            nonce="",
+            worker=self.name,
+            boot=self.boot,
+            verdict="failed",
+            error=(error, words),
+        )
+        self._reporter.put(key, lambda: outcome, sent)
+        sent.wait()
+
+    def _thread(self, name: str, target: Callable[[], None]) -> None:
+        thread = threading.Thread(target=self._vital, args=(target,), name=name, daemon=True)
+        thread.start()
+        self._threads.append(thread)
+
+    def _vital(self, job: Callable[[], None]) -> None:
+        """Run what the worker cannot live without: if it fails, a fresh process is better than half of one."""
+        try:
+            job()
+        except Exception as error:  # noqa: BLE001 - the outermost loop of this thread
+            where = error.__traceback__
+            while where and where.tb_next:
+                where = where.tb_next
+            at = f"{Path(where.tb_frame.f_code.co_filename).name}:{where.tb_lineno}" if where else ""
+            event(log, "fault", logging.CRITICAL, error=type(error).__name__, at=at)
+            self._exit(EXIT_FAULT)
+
+
+def celery_app(redis_url: str, worker: Worker) -> Celery:
+    """The Celery application of one worker: its own queue, one entry point (reference: reliability 7)."""
+    from celery import Celery
+    from kombu.entity import Exchange, Queue
+
+    app = Celery("motet", broker=redis_url, set_as_current=False)
+    queue = queue_name(worker.name)
+    app.conf.update(
+        broker_transport_options={
+            # Leases in Postgres own redelivery: no unacked hash, no visibility timeout, no wall clock.
+            "ack_emulation": False,
+            # One list per queue, so that its length and its keys are what they seem.
+            "priority_steps": [0],
+            # Without these a half-open connection hangs for ever.
+            "socket_timeout": 5,
+            "socket_connect_timeout": 3,
+            "socket_keepalive": True,
+            "health_check_interval": 5,
+        },
+        broker_connection_retry_on_startup=True,
+        broker_connection_max_retries=None,
+        # Work goes on while Redis is away; its outcome is put on the stream later.
+        worker_cancel_long_running_tasks_on_connection_loss=False,
+        task_queues=[Queue(queue, Exchange(""), routing_key=queue)],  # type: ignore[no-untyped-call]
+        task_default_queue=queue,
+        task_create_missing_queues=False,
+        task_acks_late=False,
+        worker_disable_prefetch=True,
+        worker_prefetch_multiplier=1,
+        worker_pool="threads",
+        worker_concurrency=THREADS,
+        task_ignore_result=True,
+        result_backend=None,
+        accept_content=["json"],
+        task_serializer="json",
+        # No remote shutdown or revoke; the worker's rights in Redis do not hold the channel either.
+        worker_enable_remote_control=False,
+        # For Flower only. Names are pass kinds; arguments are ids and counts.
+        worker_send_task_events=True,
+        worker_hijack_root_logger=False,
+        worker_redirect_stdouts=False,
+    )
+
+    @app.task(name=ENTRY_POINT, ignore_result=True)  # type: ignore[untyped-decorator]
+    def run(subtask: int, attempt: int, job: str, rows: int) -> None:
+        worker.run_attempt(int(subtask), int(attempt))
+
+    return app
+
+
+def serve(app: Celery, worker: Worker) -> None:
+    """Take messages until SIGTERM, then until all that was taken is done."""
+    from celery import signals
+
+    def received(request: Any = None, **_: Any) -> None:
+        # Before a thread has it: from here on it is no longer in the queue, so it must be in the beat.
+        key = request.message.headers.get("motet") if request else None
+        if isinstance(key, list) and len(key) == 2:
+            worker.attempts.receive((int(key[0]), int(key[1])))
+
+    def ready(sender: Any = None, **_: Any) -> None:
+        def consume(on: bool) -> None:
+            act = sender.add_task_queue if on else sender.cancel_task_queue
+            sender.call_soon(act, queue_name(worker.name))
+
+        worker.consume = consume
+        event(log, "ready", boot=worker.boot)
+
+    signals.task_received.connect(received, weak=False)
+    signals.worker_ready.connect(ready, weak=False)
+    signals.worker_shutting_down.connect(lambda **_: worker.leave(), weak=False)
+    # Any receiver keeps Celery from setting up logging of its own.
+    signals.setup_logging.connect(lambda **_: None, weak=False)
+    warnings.filterwarnings("ignore", message=".*superuser privileges.*")
+    warnings.filterwarnings("ignore", category=DeprecationWarning)
+    worker.start()
+    app.Worker(
+        hostname=f"motet@{worker.name}",
+        task_events=True,
+        without_gossip=True,
+        without_mingle=True,
+        quiet=True,
+    ).start()
+    worker.finish()
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """The process' whole life. Returns 0 once drained."""
+    options = _options(arguments)
+    configure("INFO", options.name)
+    try:
+        settings = Settings.from_env().need("redis_url")
+        configure(settings.log_level, options.name)
+        use_threads(options.threads)
+        device = probe(options.device, options.slots)
+        event(
+            log, "device", kind=device.kind, device=device.name, mb=device.memory_mb, formats=device.formats
+        )
+        transport = RedisWorkerTransport(settings.redis_url, options.name)
+        worker = Worker(options.name, settings, device, transport, parent=options.parent)
+        serve(celery_app(settings.redis_url, worker), worker)
+    except SetupError as error:
+        event(log, str(error), logging.ERROR)
+        return EXIT_SETUP
+    return 0
+
+
+def _options(arguments: Sequence[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        prog="python -m workers.app", description=(__doc__ or "").splitlines()[0]
+    )
+    parser.add_argument("name")
+    parser.add_argument("--device", choices=["cpu", "cuda"], required=True)
+    parser.add_argument("--slots", type=int, default=1, help="CPU slots that share this host's memory")
+    parser.add_argument("--threads", type=int, default=1, help="threads of one matrix product")
+    parser.add_argument("--parent", type=int, default=0, help="end when this process is no longer our parent")
+    return parser.parse_args(arguments)
+
+
+def _cache_dir(settings: Settings) -> Path:
+    return Path(settings.cache_dir).expanduser() if settings.cache_dir else Path.home() / ".cache" / "motet"
+
+
+if __name__ == "__main__":
+    sys.exit(main())

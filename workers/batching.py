@@ -1,0 +1,174 @@
+"""Micro-batches: which rows run together, under a token budget and a time limit that are learned. Pure.
+
+Rows of like length together, the longest first, so that little is padding and a lack of memory shows early;
+the budget is found by doubling (reference: performance 4.6). Nothing here reads a clock: seconds come in.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Protocol, TypeVar
+
+#: Where the search for the budget starts: the best size measured for one CPU core, and for a GPU the size
+#: below which launching kernels costs more than running them.
+START_TOKENS = {"cpu": 1024, "cuda": 16_384}
+#: No budget grows beyond this, whatever it gains.
+MOST_TOKENS = 1 << 20
+#: No micro-batch has more rows than this.
+MOST_ROWS = 4096
+#: The first micro-batch of a model whose cost nobody knows: small, since a row may take seconds.
+PROBE_TOKENS, PROBE_ROWS = 512, 8
+#: Longest bulk micro-batch while somebody waits interactively, and at any time (progress must be seen).
+INTERACTIVE_CUT_S, LONGEST_S = 0.05, 2.0
+
+#: Micro-batches that must have filled a budget before it is judged.
+SAMPLES = 4
+#: Share of the budget that a micro-batch must fill to count.
+FILLED = 0.75
+#: Doubling goes on while it gains this much.
+GAIN = 1.05
+#: Weight that the past keeps at each observation of seconds.
+MEMORY = 0.9
+
+
+class Sized(Protocol):
+    @property
+    def length(self) -> int: ...
+
+
+Row = TypeVar("Row", bound=Sized)
+
+
+def longest_first(rows: Sequence[Row]) -> list[Row]:
+    """Sort by length, longest first; rows of one length keep their order."""
+    return sorted(rows, key=lambda row: -row.length)
+
+
+def fitting(rows: Sequence[Row], *, tokens: int, max_rows: int = MOST_ROWS) -> int:
+    """How many of the leading rows, sorted longest first, fit into ``tokens`` with padding: at least one."""
+    if not rows:
+        return 0
+    return min(len(rows), max(1, min(max_rows, tokens // max(1, rows[0].length))))
+
+
+def pack(rows: Sequence[Row], *, tokens: int, max_rows: int = MOST_ROWS) -> list[list[Row]]:
+    """Cut rows into micro-batches, longest first: ``longest * count <= tokens``, or one row alone."""
+    waiting = longest_first(rows)
+    batches = []
+    while waiting:
+        count = fitting(waiting, tokens=tokens, max_rows=max_rows)
+        batches.append(waiting[:count])
+        waiting = waiting[count:]
+    return batches
+
+
+def padded_tokens(rows: Sequence[Sized]) -> int:
+    """Tokens that are computed when these rows run as one micro-batch."""
+    return max((row.length for row in rows), default=0) * len(rows)
+
+
+@dataclass(frozen=True, slots=True)
+class Budget:
+    """The learned number of tokens of a micro-batch, for one model in one format on one device."""
+
+    tokens: int
+    #: Best tokens per second seen at ``tokens``, over ``seen`` micro-batches that filled it.
+    rate: float = 0.0
+    seen: int = 0
+    #: The level below, and its rate; None at the first level.
+    below: tuple[int, float] | None = None
+    #: The search has ended.
+    settled: bool = False
+    #: Tokens that are known to fit into memory, once something did not.
+    ceiling: int | None = None
+
+    def observed(self, padded: int, tokens: int, seconds: float) -> Budget:
+        """Learn from one micro-batch. The best of a level counts: neighbours on the machine only ever slow us."""
+        if self.settled or padded < FILLED * self.tokens or seconds <= 0:
+            return self
+        level = replace(self, rate=max(self.rate, tokens / seconds), seen=self.seen + 1)
+        return level if level.seen < SAMPLES else level._judged()
+
+    def out_of_memory(self, padded: int) -> Budget:
+        """Remember that ``padded`` tokens did not fit: half of them is the most from now on."""
+        ceiling = max(1, min(padded // 2, self.ceiling or padded))
+        return replace(self, tokens=min(self.tokens, ceiling), ceiling=ceiling, settled=True)
+
+    def _judged(self) -> Budget:
+        if self.below is None or self.rate >= GAIN * self.below[1]:
+            doubled = 2 * self.tokens
+            if doubled > MOST_TOKENS or (self.ceiling is not None and doubled > self.ceiling):
+                return replace(self, settled=True)
+            return Budget(doubled, below=(self.tokens, self.rate), ceiling=self.ceiling)
+        best = self.tokens if self.rate >= self.below[1] else self.below[0]
+        return replace(self, tokens=best, settled=True)
+
+
+@dataclass(frozen=True, slots=True)
+class Cost:
+    """Seconds of a micro-batch by its padded tokens: ``fixed + each * tokens``, from sums that fade.
+
+    Both terms are needed: with the ratio alone, interactive micro-batches of a few tokens would make bulk look
+    a hundred times dearer than it is on a GPU.
+    """
+
+    count: float = 0.0
+    t: float = 0.0
+    s: float = 0.0
+    tt: float = 0.0
+    ts: float = 0.0
+
+    @property
+    def known(self) -> bool:
+        return self.t > 0
+
+    def observed(self, tokens: int, seconds: float) -> Cost:
+        """Learn from one micro-batch. What came before the first one twice as fast was a cold start: forget it."""
+        kept = 0.0 if self.known and seconds < self.seconds(tokens) / 2 else MEMORY
+        return Cost(
+            count=kept * self.count + 1,
+            t=kept * self.t + tokens,
+            s=kept * self.s + seconds,
+            tt=kept * self.tt + tokens * tokens,
+            ts=kept * self.ts + tokens * seconds,
+        )
+
+    def seconds(self, tokens: int) -> float:
+        """Predicted seconds of one micro-batch; 0 while nothing is known."""
+        fixed, each = self._terms()
+        return fixed + each * tokens
+
+    def backlog_s(self, tokens: int) -> float:
+        """Predicted seconds of this many tokens in micro-batches like the recent ones; 0 while nothing is known."""
+        return tokens * self.s / self.t if self.known else 0.0
+
+    def tokens_in(self, seconds: float) -> int:
+        """Tokens of a micro-batch that takes this long; at least 1. Only when ``known``."""
+        fixed, each = self._terms()
+        return max(1, int((seconds - fixed) / each)) if each > 0 else MOST_TOKENS
+
+    def _terms(self) -> tuple[float, float]:
+        if not self.known:
+            return 0.0, 0.0
+        mean_t, mean_s, ratio = self.t / self.count, self.s / self.count, self.s / self.t
+        variance = self.tt / self.count - mean_t * mean_t
+        if variance < (0.25 * mean_t) ** 2:
+            return 0.0, ratio
+        each = (self.ts / self.count - mean_t * mean_s) / variance
+        if each <= 0:
+            return 0.0, ratio
+        fixed = mean_s - each * mean_t
+        return (fixed, each) if fixed > 0 else (0.0, ratio)
+
+
+def limit(budget: Budget, cost: Cost, *, interactive_waits: bool) -> tuple[int, int]:
+    """Most tokens and rows of the next bulk micro-batch.
+
+    The budget; cut to about 50 ms while somebody waits interactively, to 2 s at any time, and to a probe
+    while the cost is unknown.
+    """
+    if not cost.known:
+        return min(budget.tokens, PROBE_TOKENS), PROBE_ROWS
+    longest_s = INTERACTIVE_CUT_S if interactive_waits else LONGEST_S
+    return min(budget.tokens, cost.tokens_in(longest_s)), MOST_ROWS

@@ -1,0 +1,202 @@
+"""The device that a worker owns: what it is, what it is fast at, and how busy it is. torch is imported inside."""
+
+from __future__ import annotations
+
+import os
+import platform
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Any, Literal
+
+from motet.errors import SetupError
+
+#: A format counts as fast where it beats fp32 by this factor: less is not worth another rounding.
+FAST = 1.3
+#: Tokens × width × inner width of MiniLM's larger matrix product.
+SHAPE = (1024, 384, 1536)
+#: Rounds of the comparison, each format once a round; the best time counts.
+ROUNDS = 3
+MB = 1 << 20
+
+
+@dataclass(frozen=True, slots=True)
+class Device:
+    """One GPU, a group of GPUs, or a CPU slot, as this process sees it under its mask."""
+
+    kind: Literal["cpu", "cuda"]
+    #: The name people know.
+    name: str
+    #: What torch calls it; the first of a group.
+    torch_name: str
+    #: All its memory; a CPU slot's share of the host's.
+    memory_mb: int
+    #: Formats it is fast at, beside fp32.
+    formats: tuple[str, ...] = ()
+    #: NVML handles, one per GPU; empty where there is no telemetry.
+    nvml: tuple[Any, ...] = field(default=(), repr=False, compare=False)
+
+    def memory_used_mb(self) -> int:
+        """Memory in use now: of a GPU by anybody, of a CPU slot by this process."""
+        if self.nvml:
+            import pynvml
+
+            try:
+                return sum(int(pynvml.nvmlDeviceGetMemoryInfo(h).used) for h in self.nvml) // MB
+            except pynvml.NVMLError:
+                pass  # telemetry is a comfort: torch knows too
+        if self.kind == "cuda":
+            import torch
+
+            free, total = torch.cuda.mem_get_info(self.torch_name)
+            return int(total - free) // MB
+        import psutil
+
+        return int(psutil.Process().memory_info().rss) // MB
+
+    def utilisation(self) -> float | None:
+        """Busy share as the driver measures it, 0 to 1; None where only the executor knows."""
+        if not self.nvml:
+            return None
+        import pynvml
+
+        try:
+            rates = [float(pynvml.nvmlDeviceGetUtilizationRates(h).gpu) for h in self.nvml]
+        except pynvml.NVMLError:
+            return None
+        return sum(rates) / len(rates) / 100
+
+
+def probe(kind: Literal["cpu", "cuda"], slots: int = 1) -> Device:
+    """Look at the device that this process was given; of a CPU, one of ``slots`` shares. Raises SetupError."""
+    return _probe_cuda() if kind == "cuda" else _probe_cpu(slots)
+
+
+def use_threads(count: int) -> None:
+    """Let one matrix product use so many cores: more than are free is the largest trap there is (models.md 4e)."""
+    import torch
+
+    torch.set_num_threads(max(1, count))
+
+
+def _probe_cpu(slots: int) -> Device:
+    return Device(
+        kind="cpu",
+        name=_cpu_name(),
+        torch_name="cpu",
+        memory_mb=_host_memory() // MB // max(1, slots),
+        formats=fast_formats("cpu"),
+    )
+
+
+def _probe_cuda() -> Device:
+    import torch
+
+    if not torch.cuda.is_available():
+        raise SetupError(
+            "torch sees no GPU here; install a CUDA build of torch and the driver, or use --cpus instead of --gpus"
+        )
+    # fp32 means fp32: "exact" promises it.
+    torch.backends.cuda.matmul.allow_tf32 = False
+    torch.backends.cudnn.allow_tf32 = False
+    every = [torch.cuda.get_device_properties(i) for i in range(torch.cuda.device_count())]
+    return Device(
+        kind="cuda",
+        name=every[0].name if len(every) == 1 else f"{len(every)} x {every[0].name}",
+        torch_name="cuda:0",
+        memory_mb=sum(int(p.total_memory) for p in every) // MB,
+        formats=fast_formats("cuda:0"),
+        nvml=_nvml_handles([str(getattr(p, "uuid", "")) for p in every]),
+    )
+
+
+def fast_formats(torch_name: str, rounds: int = ROUNDS) -> tuple[str, ...]:
+    """The formats in which a typical matrix product is at least FAST times as fast as in fp32: about 50 ms of work."""
+    import torch
+
+    rows, width, inner = SHAPE
+    operands = {
+        name: (
+            torch.ones(rows, width, dtype=dtype, device=torch_name),
+            torch.ones(width, inner, dtype=dtype, device=torch_name),
+        )
+        for name, dtype in {"fp32": torch.float32, "bf16": torch.bfloat16}.items()
+    }
+    settle = torch.cuda.synchronize if torch_name.startswith("cuda") else _nothing
+    best = dict.fromkeys(operands, float("inf"))
+    for pair in operands.values():
+        _seconds(partial(torch.mm, *pair), settle)  # warm up
+    # Formats take turns, so that a neighbour's burst of work hits all of them alike.
+    for _ in range(rounds):
+        for name, pair in operands.items():
+            best[name] = min(best[name], _seconds(partial(torch.mm, *pair), settle))
+    return tuple(name for name in ("bf16",) if best["fp32"] >= FAST * best[name])
+
+
+def _seconds(work: Callable[[], object], settle: Callable[[], object]) -> float:
+    began = time.perf_counter()
+    work()
+    settle()
+    return time.perf_counter() - began
+
+
+def _nothing() -> None:
+    return None
+
+
+def _nvml_handles(uuids: Sequence[str]) -> tuple[Any, ...]:
+    """Telemetry of the GPUs with these ids; () where NVML or an id is missing, or inside a MIG slice."""
+    try:
+        import pynvml
+
+        pynvml.nvmlInit()
+        return tuple(
+            pynvml.nvmlDeviceGetHandleByUUID(uuid if uuid.startswith("GPU-") else f"GPU-{uuid}")
+            for uuid in uuids
+        )
+    except Exception:  # noqa: BLE001 - telemetry is a comfort; the library has its own error types or is absent
+        return ()
+
+
+def _cpu_name() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text("utf-8", "replace").splitlines()
+    except OSError:
+        lines = []
+    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.processor() or platform.machine()
+
+
+def _host_memory() -> int:
+    """Bytes that this host, or the container we are in, has for us."""
+    import psutil
+
+    total = int(psutil.virtual_memory().total)
+    for path in ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes"):
+        try:
+            total = min(total, int(Path(path).read_text()))
+        except (OSError, ValueError):
+            continue
+    return total
+
+
+def cores() -> int:
+    """CPU cores that this process may really use: its affinity, bounded by the container's quota."""
+    allowed = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return max(1, min(allowed, int(_quota() or allowed)))
+
+
+def _quota() -> float | None:
+    try:
+        quota, period = Path("/sys/fs/cgroup/cpu.max").read_text().split()
+        return None if quota == "max" else int(quota) / int(period)
+    except (OSError, ValueError):
+        pass
+    try:
+        folder = Path("/sys/fs/cgroup/cpu")
+        quota_us = int((folder / "cpu.cfs_quota_us").read_text())
+        return quota_us / int((folder / "cpu.cfs_period_us").read_text()) if quota_us > 0 else None
+    except (OSError, ValueError):
+        return None

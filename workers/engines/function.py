@@ -1,0 +1,118 @@
+"""A plain Python function as an engine: ``texts -> values``, one JSON value per text.
+
+    def shout(texts: list[str]) -> list[str]:
+        return [text.upper() for text in texts]
+
+registered as an entry point of the group ``motet.engines``. A function that takes one text and returns one
+value says so with an attribute: ``shout.per_row = True``. It runs in the worker's process: it is code that the
+operator installed, never a user's.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from array import array
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from motet.columns import ERROR, OK, CellError, Column
+from motet.manifest import Manifest
+from motet.wire import TaskOrder
+from workers.engine import OutOfMemory, Pass, Prepared
+
+
+class FunctionEngine:
+    """Runs one function. Values that are not strict JSON (NaN, bytes, own classes) are errors of their row."""
+
+    def __init__(self, function: Callable[[Any], Any], *, engine: str = "", origin: str = "") -> None:
+        """``engine``: its entry point. ``origin``: package and version, so that an upgrade changes the digest."""
+        self._function = function
+        self._engine = engine or getattr(function, "__name__", "function")
+        self._origin = origin or self._engine
+        self._per_row = bool(getattr(function, "per_row", False))
+
+    def describe(self, name: str, version: str) -> Manifest:
+        return Manifest(
+            name=name,
+            version=version,
+            engine=self._engine,
+            answers="json",
+            deterministic=bool(getattr(self._function, "deterministic", True)),
+            source={"function": self._origin},
+        )
+
+    def memory_mb(self, model: Manifest, in_format: str) -> int:
+        return 0
+
+    def load(self, model: Manifest, files: Mapping[str, Path], *, device: str, in_format: str) -> None:
+        return None
+
+    def attach(self, handle: Any, task: TaskOrder, files: Mapping[str, Path]) -> None:
+        return None
+
+    def prepare(self, pass_: Pass, texts: Sequence[str]) -> list[Prepared | CellError]:
+        return [Prepared(row, 1, False, text) for row, text in enumerate(texts)]
+
+    def run(self, pass_: Pass, batch: Sequence[Prepared]) -> Mapping[str, Column]:
+        try:
+            column = json_column(self._values([row.inputs for row in batch]))
+        except MemoryError:
+            raise OutOfMemory from None
+        return {task.name: column for task in pass_.tasks}
+
+    def unload(self, handle: Any) -> None:
+        return None
+
+    def _values(self, texts: list[str]) -> Sequence[Any]:
+        if self._per_row:
+            return [self._value(text) for text in texts]
+        values = self._function(texts)
+        if not isinstance(values, Sequence) or isinstance(values, str | bytes) or len(values) != len(texts):
+            raise TypeError(f"{self._engine} must return one value per text")
+        return values
+
+    def _value(self, text: str) -> Any:
+        try:
+            return self._function(text)
+        except MemoryError:
+            raise
+        except Exception as error:  # noqa: BLE001 - the row's own error
+            return CellError("engine", type(error).__name__)
+
+
+def json_column(values: Sequence[Any]) -> Column:
+    """A column of kind json. A CellError among the values, or a value that is not strict JSON, is that row's error."""
+    status, errors = bytearray(), dict[int, CellError]()
+    bodies: list[bytes] = []
+    for row, value in enumerate(values):
+        body = value if isinstance(value, CellError) else _strict_json(value)
+        if isinstance(body, CellError):
+            errors[row], body = body, b""
+        status.append(ERROR if row in errors else OK)
+        bodies.append(body)
+    offsets = array("i", [0])
+    for body in bodies:
+        offsets.append(offsets[-1] + len(body))
+    return Column(
+        kind="json",
+        status=bytes(status),
+        arrays={"offsets": little_endian(offsets), "bytes": b"".join(bodies)},
+        errors=errors,
+    )
+
+
+def little_endian(values: array[int]) -> bytes:
+    """The bytes of an array as columns hold them."""
+    if sys.byteorder == "big":
+        values = values[:]
+        values.byteswap()
+    return values.tobytes()
+
+
+def _strict_json(value: object) -> bytes | CellError:
+    try:
+        return json.dumps(value, ensure_ascii=False, allow_nan=False).encode("utf-8")
+    except (TypeError, ValueError, RecursionError):
+        return CellError("bad_value", f"the function returned {type(value).__name__}, not a JSON value")

@@ -1,0 +1,195 @@
+"""What the transformer engines share: load a folder safely, tokenise, pad, and name torch's errors.
+
+A folder is loaded from safetensors only and never runs code of its own: no ``auto_map``, no pickles.
+"""
+
+from __future__ import annotations
+
+import json
+import threading
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from motet.columns import CellError
+from motet.manifest import Manifest
+from workers.engine import CannotLoad, DeviceBroken, OutOfMemory, Prepared
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+#: Bytes of one parameter.
+WIDTHS = {"fp32": 4, "bf16": 2}
+MB = 1 << 20
+#: Memory of a loaded model beside its weights: code, caches, a small micro-batch.
+OVERHEAD_MB = 64
+#: A text is cut to so many characters per token read before it is tokenised; English has four to five.
+CHARS_PER_TOKEN = 16
+
+
+def memory_mb(model: Manifest, in_format: str) -> int:
+    """Predicted memory of a transformer's weights in a format, and what comes with them."""
+    weights = model.parameters * WIDTHS[in_format] if model.parameters else model.bytes
+    return int(1.1 * weights) // MB + OVERHEAD_MB
+
+
+def folder_of(files: Mapping[str, Path]) -> Path:
+    """The folder that holds a model's files. Raises CannotLoad where it names code to run, or has no weights."""
+    for needed in ("config.json", "tokenizer.json"):
+        if needed not in files:
+            raise CannotLoad(f"the model has no {needed}")
+    if not any(name.endswith(".safetensors") for name in files):
+        raise CannotLoad("the model has no .safetensors weights")
+    for name in ("config.json", "tokenizer_config.json"):
+        if name in files and "auto_map" in json.loads(files[name].read_text("utf-8")):
+            raise CannotLoad(f"{name} names code to run (auto_map), which is never done")
+    return files["config.json"].parent
+
+
+def load_transformer(
+    auto_class: str, files: Mapping[str, Path], *, device: str, in_format: str, may_miss: tuple[str, ...] = ()
+) -> Any:
+    """``transformers.<auto_class>`` from a folder, in evaluation mode on the device.
+
+    Weights may be absent only where their name starts with one of ``may_miss``: others would be random.
+    Raises CannotLoad, OutOfMemory, DeviceBroken.
+    """
+    import transformers
+
+    transformers.logging.set_verbosity_error()  # type: ignore[no-untyped-call]
+    transformers.logging.disable_progress_bar()  # type: ignore[no-untyped-call]
+    folder = folder_of(files)
+    try:
+        with torch_errors():
+            model, told = getattr(transformers, auto_class).from_pretrained(
+                folder,
+                local_files_only=True,
+                use_safetensors=True,
+                trust_remote_code=False,
+                attn_implementation="sdpa",
+                dtype=DTYPES[in_format],
+                output_loading_info=True,
+            )
+            absent = sorted(k for k in told["missing_keys"] if not k.startswith(may_miss))
+            if absent:
+                raise CannotLoad(f"the weights lack {', '.join(absent[:3])}")
+            return model.eval().requires_grad_(False).to(device)
+    except (OutOfMemory, DeviceBroken, CannotLoad):
+        raise
+    except Exception as error:
+        raise CannotLoad(f"{auto_class} cannot be loaded from this folder: {type(error).__name__}") from error
+
+
+class Tokens:
+    """A fast tokenizer that reads at most so many tokens. Any number of threads may call it."""
+
+    def __init__(self, path: Path, most: int) -> None:
+        """``most``: tokens that the model can read. Raises CannotLoad."""
+        try:
+            self._json = path.read_text("utf-8")
+            self._cut: dict[int, Any] = {}
+            self._lock = threading.Lock()
+            self._most = most
+            self.pad = _pad_id(json.loads(self._json))
+            self._reader(most)
+        except Exception as error:
+            raise CannotLoad(f"tokenizer.json cannot be read: {type(error).__name__}") from error
+
+    def prepare(self, texts: Sequence[str], max_tokens: int) -> list[Prepared | CellError]:
+        """Tokenise in one call; a text with more than ``max_tokens`` (0: the model's own limit) is cut and marked."""
+        most = min(max_tokens or self._most, self._most)
+        reader = self._reader(most)
+        openings = [_opening(text, most * CHARS_PER_TOKEN) for text in texts]
+        read = reader.encode_batch_fast(openings)
+        # An opening that did not fill the model after all: only the whole text can tell.
+        short = [
+            i
+            for i, (text, opening) in enumerate(zip(texts, openings, strict=True))
+            if len(opening) < len(text) and not read[i].overflowing
+        ]
+        for i, again in zip(short, reader.encode_batch_fast([texts[i] for i in short]), strict=True):
+            read[i] = again
+        return [
+            Prepared(row, len(one.ids), bool(one.overflowing), np.asarray(one.ids, np.int32))
+            for row, one in enumerate(read)
+        ]
+
+    def _reader(self, most: int) -> Any:
+        """A tokenizer of its own for each limit: its limit is state that threads would share."""
+        with self._lock:
+            if most not in self._cut:
+                from tokenizers import Tokenizer
+
+                tokenizer = Tokenizer.from_str(self._json)
+                tokenizer.no_padding()
+                tokenizer.enable_truncation(most)
+                self._cut[most] = tokenizer
+            return self._cut[most]
+
+
+def padded(batch: Sequence[Prepared], pad: int, device: str) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """Token ids (n, longest) and their mask on the device; None for a mask where nothing is padding."""
+    longest = max(row.length for row in batch)
+    ids = np.full((len(batch), longest), pad, np.int64)
+    lengths = np.array([row.length for row in batch])
+    for i, row in enumerate(batch):
+        ids[i, : row.length] = row.inputs
+    mask = None if int(lengths.min()) == longest else (np.arange(longest) < lengths[:, None])
+    return _onto(ids, device), None if mask is None else _onto(mask.astype(np.int64), device)
+
+
+@contextmanager
+def torch_errors() -> Iterator[None]:
+    """Turn what torch raises into what the executor knows: OutOfMemory, DeviceBroken; the rest passes."""
+    try:
+        yield
+    except torch.cuda.OutOfMemoryError:
+        torch.cuda.empty_cache()
+        raise OutOfMemory from None
+    except MemoryError:
+        raise OutOfMemory from None
+    except RuntimeError as error:
+        known = _meaning(error)
+        if known is OutOfMemory and torch.cuda.is_available():
+            torch.cuda.empty_cache()
+        if known is None:
+            raise
+        raise known from None
+
+
+def _meaning(error: RuntimeError) -> type[Exception] | None:
+    """torch tells these apart by their words only."""
+    words = str(error)
+    if "can't allocate memory" in words or "out of memory" in words or "CUBLAS_STATUS_ALLOC_FAILED" in words:
+        return OutOfMemory
+    sticky = type(error).__name__ == "AcceleratorError" or any(
+        sign in words for sign in ("CUDA error", "CUBLAS_STATUS", "CUDNN_STATUS", "cuDNN error", "NCCL error")
+    )
+    return DeviceBroken if sticky else None
+
+
+def _onto(values: NDArray[Any], device: str) -> torch.Tensor:
+    tensor = torch.from_numpy(values)
+    return tensor if device == "cpu" else tensor.pin_memory().to(device, non_blocking=True)
+
+
+def _opening(text: str, chars: int) -> str:
+    """The beginning of a long text, up to a space: all that can matter of a document that will be cut anyway."""
+    if len(text) <= chars:
+        return text
+    space = text.rfind(" ", chars // 2, chars)
+    return text[:space] if space > 0 else text
+
+
+def _pad_id(tokenizer: Mapping[str, Any]) -> int:
+    """The id that fills a batch; it is masked, but some models count positions by it."""
+    padding = tokenizer.get("padding")
+    if padding:
+        return int(padding["pad_id"])
+    for token in tokenizer.get("added_tokens") or ():
+        if token["content"] in ("[PAD]", "<pad>", "<|pad|>"):
+            return int(token["id"])
+    return 0
