@@ -51,7 +51,7 @@ class Block:
     #: Rows that work is done on: all but the bad ones.
     n_work: int
     #: UTF-8 bytes of all fields of all rows.
-    bytes: int
+    text_bytes: int
     #: uint32 little-endian: offsets of the rows that work is done on, longest first, ties by row.
     row_order: bytes
     #: uint32 little-endian: UTF-8 bytes, all rows of the first field, then the next.
@@ -105,7 +105,7 @@ def _encode(
     return Block(
         n_rows=hi - lo,
         n_work=len(order),
-        bytes=sum(sizes),
+        text_bytes=sum(sizes),
         row_order=_uint32(order),
         lengths=b"".join(_uint32(lengths[name][lo:hi]) for name in columns),
         payload=pack({"columns": columns}),

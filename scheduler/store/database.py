@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+import psycopg
 from sqlalchemy import Connection, Engine, create_engine, exc, text
 from sqlalchemy.engine import make_url
 
@@ -53,8 +54,13 @@ class Database:
             with self.engine.begin() as connection:
                 yield connection
         except exc.DBAPIError as error:
-            if _transient(error):
+            if _transient(error.orig):
                 raise StoreUnavailable(type(error.orig).__name__) from None
+            raise
+        except psycopg.Error as error:
+            # COPY speaks to the driver itself, so its errors come as they are.
+            if _transient(error):
+                raise StoreUnavailable(type(error).__name__) from None
             raise
         except exc.TimeoutError:
             raise StoreUnavailable("no free connection") from None
@@ -73,10 +79,10 @@ class Database:
 _TRANSIENT_CLASSES = ("08", "40", "53", "57", "55P03", "25P0", "XX", "58")
 
 
-def _transient(error: exc.DBAPIError) -> bool:
-    state = getattr(error.orig, "sqlstate", None)
+def _transient(error: BaseException | None) -> bool:
+    state = getattr(error, "sqlstate", None)
     if state is None:
-        return isinstance(error, (exc.OperationalError, exc.InterfaceError, exc.InternalError))
+        return isinstance(error, (psycopg.OperationalError, psycopg.InterfaceError, psycopg.InternalError))
     return str(state).startswith(_TRANSIENT_CLASSES)
 
 

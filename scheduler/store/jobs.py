@@ -215,7 +215,9 @@ class Landed:
     bad_rows: int
 
 
-_LOADING = text("SELECT id, tenant_id, fields, bad_rows, priority, reuse FROM job WHERE id = :job AND tenant_id = :tenant")
+_LOADING = text(
+    "SELECT id, tenant_id, fields, bad_rows, priority, reuse FROM job WHERE id = :job AND tenant_id = :tenant"
+)
 _READERS = text("""
     SELECT t.number, t.pass_number, t.spec ->> 'input' AS input, t.digest, m.manifest, l.manifest AS loaded
       FROM task t JOIN model m ON m.id = t.model_id
@@ -287,7 +289,21 @@ _GROW = text("""
 _COPY_BLOCK = (
     "COPY block (job_id, number, first_row, n_rows, n_work, bytes, row_order, lengths, payload, bad, keys,"
     " passes_open, done_number) FROM STDIN (FORMAT BINARY)",
-    ("uuid", "int4", "int8", "int4", "int4", "int8", "bytea", "bytea", "bytea", "jsonb", "bytea[]", "int2", "int4"),
+    (
+        "uuid",
+        "int4",
+        "int8",
+        "int4",
+        "int4",
+        "int8",
+        "bytea",
+        "bytea",
+        "bytea",
+        "jsonb",
+        "bytea[]",
+        "int2",
+        "int4",
+    ),
 )
 _COPY_BLOCK_PASS = (
     "COPY block_pass (job_id, pass_number, block_number, state, todo, n, cursor, done) FROM STDIN (FORMAT BINARY)",
@@ -371,7 +387,9 @@ def _check_order(job: Loading, held: Row[Any], number: int, first_row: int | Non
         conflict.next_part = held.n_parts
         raise conflict
     if first_row is not None and first_row != held.n_rows:
-        conflict = Conflict(f"part {number} begins at row {first_row}, but the job has {held.n_rows} rows so far")
+        conflict = Conflict(
+            f"part {number} begins at row {first_row}, but the job has {held.n_rows} rows so far"
+        )
         conflict.next_part = held.n_parts
         raise conflict
 
@@ -423,7 +441,9 @@ def _arrange(connection: Connection, job: Loading, held: Row[Any], blocks: Seque
                 todo.append(task)
                 landing.cells["error"] += len(block.bad)
                 if not block.n_work:
-                    landing.block_columns.append((job.id, number, task, _all_bad(connection, job, task, block)))
+                    landing.block_columns.append(
+                        (job.id, number, task, _all_bad(connection, job, task, block))
+                    )
         open_passes = _add_passes(landing, job, number, block, todo)
         landing.blocks_done += not open_passes
         landing.blocks.append(
@@ -433,7 +453,7 @@ def _arrange(connection: Connection, job: Loading, held: Row[Any], blocks: Seque
                 first_row,
                 block.n_rows,
                 block.n_work,
-                block.bytes,
+                block.text_bytes,
                 block.row_order,
                 block.lengths,
                 block.payload,
@@ -458,11 +478,13 @@ def _add_passes(landing: _Landing, job: Loading, number: int, block: Block, todo
         if asked and n:
             open_passes += 1
             landing.rows_waiting[pass_number] += n
-            landing.bytes_waiting[pass_number] += block.bytes
+            landing.bytes_waiting[pass_number] += block.text_bytes
             state, settled = "ready", 0
         else:
             state, settled = "sealed", n
-        landing.block_passes.append((job.id, pass_number, number, state, task_bits(asked), n, settled, settled))
+        landing.block_passes.append(
+            (job.id, pass_number, number, state, task_bits(asked), n, settled, settled)
+        )
     return open_passes
 
 
@@ -645,7 +667,9 @@ def job_entries(
     """Jobs, newest first; those before ``after``, those in ``state``."""
     at = {"tenant": tenant, "limit": limit, "after": after, "state": state}
     query = _LISTS[after is not None, state is not None]
-    return _entries(connection, connection.execute(query, {k: v for k, v in at.items() if v is not None}).all())
+    return _entries(
+        connection, connection.execute(query, {k: v for k, v in at.items() if v is not None}).all()
+    )
 
 
 def job_version(connection: Connection, tenant: UUID, job: UUID) -> tuple[int, str]:

@@ -163,7 +163,9 @@ _USED_BY = text("""
     SELECT j.id, j.state IN ('loading', 'running') AS unfinished FROM job j
      WHERE j.id IN (SELECT job_id FROM task WHERE model_id = :id UNION SELECT job_id FROM pass WHERE model_id = :id)
      ORDER BY unfinished DESC LIMIT 1""")
-_SITS_ON = text(f"SELECT name || '@' || version FROM model WHERE {_SEEN} AND manifest ->> 'trunk_model' = :ref LIMIT 1")
+_SITS_ON = text(
+    f"SELECT name || '@' || version FROM model WHERE {_SEEN} AND manifest ->> 'trunk_model' = :ref LIMIT 1"
+)
 
 
 @dataclass(frozen=True, slots=True)

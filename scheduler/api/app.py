@@ -1,0 +1,156 @@
+"""The API: FastAPI over the store, closed by default, and the server that runs it.
+
+One process holds no state that another could miss: any number of them may stand behind one address.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+import uuid
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager, suppress
+from types import FrameType
+
+import uvicorn
+from fastapi import Depends, FastAPI
+from fastapi.exceptions import RequestValidationError
+from starlette.exceptions import HTTPException
+from starlette.requests import ClientDisconnect, Request
+from starlette.responses import Response
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from motet.errors import MotetError
+from motet.settings import Settings
+from motet.transport import TransportLost
+from scheduler.api import blobs, cluster, jobs, models, results, tokens
+from scheduler.api.auth import authenticate
+from scheduler.api.refusals import refusal
+from scheduler.api.resources import Resources
+from scheduler.store.database import StoreUnavailable
+
+log = logging.getLogger("motet.api")
+
+#: Errors that have an answer of their own; anything else is ours, and told to the log.
+_EXPECTED = (MotetError, StoreUnavailable, TransportLost, RequestValidationError, HTTPException)
+_DESCRIPTION = """Submit rows × tasks as one job, stream merged rows while it runs.
+Every route but `/healthz`, `/readyz` and this description needs `Authorization: Bearer <id>.<secret>`."""
+
+
+def create_app(settings: Settings) -> FastAPI:
+    """The application. Needs ``database_url`` and ``blob_dir``; connects to nothing until it is asked."""
+    use = Resources.of(settings)
+
+    @asynccontextmanager
+    async def lifespan(_: FastAPI) -> AsyncIterator[None]:
+        use.blobs.sweep()
+        listening = asyncio.create_task(use.bell.run())
+        try:
+            yield
+        finally:
+            use.bell.stop()
+            listening.cancel()
+            with suppress(asyncio.CancelledError):
+                await listening
+            use.close()
+
+    app = FastAPI(
+        title="motet",
+        version="0.1.0",
+        description=_DESCRIPTION,
+        lifespan=lifespan,
+        # Of every route, also of one that somebody adds and forgets to think about.
+        dependencies=[Depends(authenticate)],
+        redoc_url=None,
+    )
+    app.state.resources = use
+    for module in (jobs, results, models, blobs, tokens, cluster):
+        app.include_router(module.routes)
+    for kind in _EXPECTED:
+        app.add_exception_handler(kind, _refuse)
+    app.add_middleware(Recorded)
+    return app
+
+
+async def _refuse(_: Request, error: Exception) -> Response:
+    return refusal(error)
+
+
+class Recorded:
+    """One log line per request, with an id that the answer carries too; the last to catch what nobody expected."""
+
+    def __init__(self, app: ASGIApp) -> None:
+        self._app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        request_id = uuid.uuid4().hex[:16]
+        start = time.monotonic()
+        status = 0
+
+        async def sending(message: Message) -> None:
+            nonlocal status
+            if message["type"] == "http.response.start":
+                status = message["status"]
+                message["headers"] = [*message["headers"], (b"x-request-id", request_id.encode())]
+            await send(message)
+
+        try:
+            await self._app(scope, receive, sending)
+        except ClientDisconnect:
+            status = status or 499
+        except Exception as error:
+            log.error("request failed", exc_info=error, extra={"request": request_id})
+            if status:
+                # The answer has begun: cutting it off is the only way left to say that it is not whole.
+                raise ConnectionAbortedError from None
+            await refusal(error)(scope, receive, sending)
+        finally:
+            log.info(
+                "request",
+                extra={
+                    "request": request_id,
+                    "method": scope["method"],
+                    # The route, not the path: a path may hold anything, and a query is nobody's business here.
+                    "route": getattr(scope.get("route"), "path", "-"),
+                    "status": status,
+                    "ms": round((time.monotonic() - start) * 1000, 1),
+                    "tenant": scope.get("state", {}).get("tenant"),
+                },
+            )
+
+
+class Server(uvicorn.Server):
+    """Sends those home who wait for news, so that a shutdown does not wait for them."""
+
+    def __init__(self, config: uvicorn.Config, use: Resources) -> None:
+        super().__init__(config)
+        self._use = use
+
+    def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+        self._use.bell.stop()
+        super().handle_exit(sig, frame)
+
+
+def serve(settings: Settings) -> None:
+    """Run the API until SIGTERM or SIGINT; requests under way are finished first."""
+    app = create_app(settings)
+    config = uvicorn.Config(
+        app,
+        host=settings.api_host,
+        port=settings.api_port,
+        log_config=None,
+        access_log=False,
+        server_header=False,
+        # Whoever stands in front of us may lie about who asked; nothing here depends on it.
+        proxy_headers=False,
+        # Waiting requests cost no thread, so this is far above what the thread pool takes at once.
+        limit_concurrency=2000,
+        timeout_keep_alive=30,
+        timeout_graceful_shutdown=10,
+        h11_max_incomplete_event_size=64 * 1024,
+    )
+    Server(config, app.state.resources).run()

@@ -1,0 +1,148 @@
+"""Who asks, and what they may ask for: one literal table of every route. What is not in it is refused.
+
+A token is ``<id>.<secret>``; the secret has 256 random bits, so its plain digest is what is stored.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import hmac
+import re
+import secrets
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Annotated
+from uuid import UUID
+
+from fastapi import Depends, Request, Security
+from fastapi.security import HTTPAuthorizationCredentials, HTTPBearer
+
+from motet.errors import Unauthorized
+from scheduler.api.refusals import Forbidden
+from scheduler.api.resources import Use
+from scheduler.store.registry import find_token
+
+SCOPES = ("user", "read", "admin", "worker")
+
+_OPEN = frozenset({"anyone"})
+_ANY = frozenset(SCOPES)
+_SUBMIT = frozenset({"user", "admin"})
+_LOOK = _SUBMIT | {"read"}
+_ADMIN = frozenset({"admin"})
+_BLOBS = frozenset({"worker", "admin"})
+
+#: (method, path) -> scopes that may use the route. ``admin`` is an operator's, yet sees its own tenant's jobs only.
+ALLOWED: Mapping[tuple[str, str], frozenset[str]] = {
+    ("GET", "/healthz"): _OPEN,
+    ("GET", "/readyz"): _OPEN,
+    ("POST", "/v1/jobs"): _SUBMIT,
+    ("GET", "/v1/jobs"): _LOOK,
+    ("PUT", "/v1/jobs/{job}/parts/{number}"): _SUBMIT,
+    ("POST", "/v1/jobs/{job}/close"): _SUBMIT,
+    ("POST", "/v1/jobs/{job}/cancel"): _SUBMIT,
+    ("POST", "/v1/plan"): _SUBMIT,
+    ("GET", "/v1/jobs/{job}"): _LOOK,
+    ("GET", "/v1/jobs/{job}/results"): _LOOK,
+    ("GET", "/v1/jobs/{job}/errors"): _LOOK,
+    ("DELETE", "/v1/jobs/{job}"): _SUBMIT,
+    ("GET", "/v1/models"): _ANY,
+    ("GET", "/v1/models/{ref}"): _ANY,
+    ("POST", "/v1/models"): _ADMIN,
+    ("DELETE", "/v1/models/{ref}"): _ADMIN,
+    ("GET", "/v1/workers"): _ANY,
+    ("GET", "/v1/tokens"): _ADMIN,
+    ("POST", "/v1/tokens"): _ADMIN,
+    ("DELETE", "/v1/tokens/{token}"): _ADMIN,
+    ("HEAD", "/v1/blobs/{sha256}"): _BLOBS,
+    ("GET", "/v1/blobs/{sha256}"): _BLOBS,
+    ("PUT", "/v1/blobs/{sha256}"): _BLOBS,
+}
+
+_FORM = re.compile(r"([A-Za-z0-9_-]{1,64})\.([A-Za-z0-9_-]{1,128})")
+#: Compared with where no token has the id, so that a miss takes as long as a wrong secret.
+_NOBODY = bytes(32)
+
+
+@dataclass(frozen=True, slots=True)
+class NewToken:
+    """A token that was just made: the only moment at which its secret is known."""
+
+    id: str
+    secret: str
+
+    @property
+    def shown(self) -> str:
+        """What its owner sends."""
+        return f"{self.id}.{self.secret}"
+
+    @property
+    def digest(self) -> bytes:
+        return secret_digest(self.secret)
+
+
+def new_token() -> NewToken:
+    """Draw a token: 48 bits to find it by, 256 bits to prove it."""
+    return NewToken(secrets.token_hex(6), secrets.token_urlsafe(32))
+
+
+def secret_digest(secret: str) -> bytes:
+    """What is stored of a secret."""
+    return hashlib.sha256(secret.encode()).digest()
+
+
+def split_token(shown: str) -> NewToken | None:
+    """The two halves of ``<id>.<secret>``, or None where it has no such form."""
+    match = _FORM.fullmatch(shown)
+    return NewToken(match[1], match[2]) if match else None
+
+
+@dataclass(frozen=True, slots=True)
+class Identity:
+    """Who asks."""
+
+    token: str
+    tenant: UUID
+    scope: str
+
+
+_BEARER = HTTPBearer(auto_error=False, description="`<id>.<secret>`, from `motet token create`.")
+_REFUSED = (
+    "the token is missing, wrong, expired or revoked; bring another as Authorization: Bearer <id>.<secret>"
+)
+
+
+def authenticate(
+    request: Request,
+    use: Use,
+    credentials: Annotated[HTTPAuthorizationCredentials | None, Security(_BEARER)] = None,
+) -> Identity | None:
+    """Who asks; None on the few open routes. Raises Unauthorized, or Forbidden where the scope is not enough.
+
+    Why a token is not good is never told: it would help to guess.
+    """
+    route = request.scope.get("route")
+    scopes = ALLOWED.get((request.method, getattr(route, "path", "")), frozenset())
+    if scopes is _OPEN:
+        return None
+    shown = split_token(credentials.credentials) if credentials else None
+    if shown is None:
+        raise Unauthorized(_REFUSED)
+    with use.database.transaction() as connection:
+        stored = find_token(connection, shown.id)
+    proved = hmac.compare_digest(shown.digest, stored.secret_sha256 if stored else _NOBODY)
+    if stored is None or not proved or stored.revoked or stored.expired:
+        raise Unauthorized(_REFUSED)
+    request.state.tenant = stored.tenant
+    if stored.scope not in scopes:
+        raise Forbidden(f"a token of scope {stored.scope} may not do this; {' or '.join(sorted(scopes))} may")
+    return Identity(stored.id, stored.tenant, stored.scope)
+
+
+def _identity(identity: Annotated[Identity | None, Depends(authenticate)]) -> Identity:
+    if identity is None:
+        raise Unauthorized(_REFUSED)
+    return identity
+
+
+#: Whoever asks, as an argument of a route.
+Caller = Annotated[Identity, Depends(_identity)]

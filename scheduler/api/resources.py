@@ -1,0 +1,108 @@
+"""What every route of the API stands on: settings, Postgres, Redis, blobs, and the bell for those who wait."""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from dataclasses import dataclass, field
+from pathlib import Path
+from threading import Lock
+from typing import Annotated, Generic, TypeVar, cast
+from uuid import UUID
+
+from fastapi import Depends, Request
+
+from motet.errors import NotFound
+from motet.settings import Settings
+from motet.transport import RedisTransport
+from scheduler.api.bell import Bell
+from scheduler.api.blob_folder import BlobFolder
+from scheduler.api.token_counts import TokenCounter
+from scheduler.api.workers_seen import WorkersSeen
+from scheduler.store.database import Database
+from scheduler.store.jobs import Loading
+
+K = TypeVar("K")
+V = TypeVar("V")
+
+#: Connections to Postgres of one API process, and as many again under load.
+POOL = 8
+#: Bytes of bodies in one process at a time: beyond it new ones are asked to come back.
+MAX_BODIES_BYTES = 512 * 1024 * 1024
+
+
+class Recent(Generic[K, V]):
+    """The last few things of a kind, for what never changes once it is known. Safe between threads."""
+
+    def __init__(self, size: int) -> None:
+        self._size = size
+        self._kept: OrderedDict[K, V] = OrderedDict()
+        self._lock = Lock()
+
+    def get(self, key: K) -> V | None:
+        with self._lock:
+            if key in self._kept:
+                self._kept.move_to_end(key)
+            return self._kept.get(key)
+
+    def put(self, key: K, value: V) -> None:
+        with self._lock:
+            self._kept[key] = value
+            self._kept.move_to_end(key)
+            while len(self._kept) > self._size:
+                self._kept.popitem(last=False)
+
+
+@dataclass
+class Resources:
+    """One per process."""
+
+    settings: Settings
+    database: Database
+    #: None where no Redis is configured.
+    transport: RedisTransport | None
+    blobs: BlobFolder
+    bell: Bell
+    counter: TokenCounter
+    workers: WorkersSeen
+    #: Jobs whose parts are coming in, by tenant and id.
+    loading: Recent[tuple[UUID, UUID], Loading] = field(default_factory=lambda: Recent(1024))
+    #: Bytes of bodies that are being read or worked on now.
+    bodies_bytes: int = 0
+
+    @classmethod
+    def of(cls, settings: Settings) -> Resources:
+        """Connects to nothing yet: a server that starts before its database answers 503 until it is there."""
+        database = Database(settings.need("database_url").database_url, pool=POOL)
+        transport = RedisTransport(settings.redis_url) if settings.redis_url else None
+        blobs = BlobFolder(Path(settings.need("blob_dir").blob_dir))
+        return cls(
+            settings=settings,
+            database=database,
+            transport=transport,
+            blobs=blobs,
+            bell=Bell(database.libpq_url),
+            counter=TokenCounter(blobs),
+            workers=WorkersSeen(dead_s=settings.dead_s),
+        )
+
+    def close(self) -> None:
+        """Let go of every connection."""
+        self.database.close()
+        if self.transport is not None:
+            self.transport.close()
+
+
+def resources(request: Request) -> Resources:
+    """The process' resources, as a dependency."""
+    return cast(Resources, request.app.state.resources)
+
+
+Use = Annotated[Resources, Depends(resources)]
+
+
+def job_id(text: str) -> UUID:
+    """A job's id from a path. What is no id names no job. Raises NotFound."""
+    try:
+        return UUID(text)
+    except ValueError:
+        raise NotFound("no job of this id") from None

@@ -1,0 +1,288 @@
+"""Rows from strangers: the bodies of parts, read into columns of clean text with the bad rows marked. Pure.
+
+Three forms give the same: columns in msgpack, rows as JSON lines, rows inline. A bad row is one that no task
+can read; it says which field, what stands there and what should, and never repeats the text.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import msgpack
+
+from motet.errors import InvalidJob, Problem
+from motet.tasks import short
+from scheduler.api.strict_json import BrokenJson, Doubled, Mark, flaw, loads, text_flaw
+from scheduler.blocks import Part
+
+#: Rows of one part at most: a guard for memory, far above any real part.
+MAX_PART_ROWS = 1 << 20
+#: Lists and maps in one msgpack body at most: empty ones cost a byte to send and sixty to hold.
+_MAX_CONTAINERS = 100_000
+#: A refusal names so many rows.
+MAX_PROBLEMS = 20
+
+_SKIP = 'mend the row, or submit with bad_rows="error" to get error cells for it'
+_CODE = re.compile(r"[a-z][a-z_]{0,39}")
+
+
+@dataclass(frozen=True, slots=True)
+class BadRow:
+    """Why a row is no row."""
+
+    #: The row's field, or "" where the row as a whole is wrong.
+    field: str
+    got: str
+    expected: str
+    remedy: str = _SKIP
+    #: Class of the error that its cells become.
+    error: str = "bad_row"
+
+    @property
+    def message(self) -> str:
+        """What its cells say."""
+        what = f"got {self.got}; expected {self.expected}" if self.expected else self.got
+        return f"{self.field}: {what}" if self.field else what
+
+    def at(self, row: int) -> Problem:
+        where = f"rows.{self.field}" if self.field else "rows"
+        return Problem(where, self.got, self.expected or "a row that every task can read", self.remedy, row)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Incoming:
+    """A part as it was read, good and bad rows together."""
+
+    columns: Mapping[str, Sequence[str]]
+    bad: Mapping[int, BadRow] = field(default_factory=dict)
+    #: Index of its first row, where the sender says it.
+    first_row: int | None = None
+
+    def part(self) -> Part:
+        """What is stored: a bad row keeps its place, without text."""
+        return Part(columns=self.columns, bad={i: (b.error, b.message) for i, b in self.bad.items()})
+
+    def refuse_bad_rows(self, first_row: int) -> None:
+        """Raise InvalidJob that names the first bad rows, if there are any."""
+        if self.bad:
+            raise InvalidJob([self.bad[i].at(first_row + i) for i in sorted(self.bad)[:MAX_PROBLEMS]])
+
+
+def read_columns(raw: bytes, fields: Sequence[str], max_row_bytes: int) -> Incoming:
+    """``{"columns": {field: [text, …]}, "first_row"?: i, "bad"?: {offset: [error, message]}}`` in msgpack.
+
+    Raises InvalidJob where the body is not of that form.
+    """
+    left = _MAX_CONTAINERS
+
+    def count(container: Any) -> Any:
+        nonlocal left
+        left -= 1
+        if left < 0:
+            raise ValueError("too many lists and maps")
+        return container
+
+    try:
+        # Bytes that are not UTF-8 become lone surrogates, which are found where every text is checked.
+        body = msgpack.unpackb(
+            raw,
+            strict_map_key=False,
+            unicode_errors="surrogateescape",
+            max_array_len=MAX_PART_ROWS,
+            list_hook=count,
+            object_hook=count,
+        )
+    except Exception as error:  # noqa: BLE001 - any stranger's bytes: every decoder error means the same thing
+        raise _malformed(f"bytes that are no msgpack ({type(error).__name__})") from None
+    columns = body.get("columns") if isinstance(body, dict) else None
+    if not isinstance(columns, dict) or not all(isinstance(c, list) for c in columns.values()):
+        raise _malformed("no columns of rows")
+    lengths = {len(c) for c in columns.values()}
+    if len(lengths) != 1 or lengths == {0}:
+        raise _malformed("columns of different lengths" if len(lengths) > 1 else "no row")
+    first_row = body.get("first_row")
+    if first_row is not None and not _is_index(first_row, 1 << 62):
+        raise _malformed("a first_row that is no index")
+    n = lengths.pop()
+    bad = _told_bad(body.get("bad"), n)
+    missing = [name for name in fields if name not in columns]
+    if missing:
+        why = _missing(missing[0], columns)
+        return Incoming(
+            columns={name: [""] * n for name in fields},
+            bad=dict.fromkeys(range(n), why) | bad,
+            first_row=first_row,
+        )
+    kept = {name: columns[name] for name in fields}
+    return _checked(kept, bad, first_row, max_row_bytes)
+
+
+def read_lines(raw: bytes, fields: Sequence[str], max_row_bytes: int) -> Incoming:
+    """JSON lines: an object, or a string, which is ``{"text": …}``, per line. Empty lines are no rows.
+
+    Raises InvalidJob for no row at all; anything wrong in a line is that row's.
+    """
+    return read_rows(_lines(raw, 8 * max_row_bytes), fields, max_row_bytes)
+
+
+def _lines(raw: bytes, max_line_bytes: int) -> Iterator[Any]:
+    """One parsed row at a time, so that what a row holds beside its fields is soon forgotten."""
+    for number, line in enumerate(raw.removeprefix(b"\xef\xbb\xbf").split(b"\n"), 1):
+        if not line or line.isspace():
+            continue
+        if len(line) > max_line_bytes:
+            limit = f"at most {max_line_bytes:,} bytes a line"
+            yield BadRow(
+                "", f"{len(line):,} bytes in line {number}", limit, "leave out fields that no task reads"
+            )
+            continue
+        try:
+            yield loads(line)
+        except BrokenJson as broken:
+            yield BadRow("", f"{broken} in line {number}", "a JSON object per line")
+
+
+def read_rows(rows: Iterable[Any], fields: Sequence[str], max_row_bytes: int) -> Incoming:
+    """Rows that are parsed JSON already. Raises InvalidJob where there is none."""
+    columns: dict[str, list[Any]] = {name: [] for name in fields}
+    bad: dict[int, BadRow] = {}
+    n = 0
+    for n, row in enumerate(rows, 1):
+        if n > MAX_PART_ROWS:
+            raise _malformed(f"more than {MAX_PART_ROWS:,} rows in one part")
+        texts = _texts(row, fields)
+        if isinstance(texts, BadRow):
+            bad[n - 1] = texts
+            texts = [""] * len(fields)
+        for column, value in zip(columns.values(), texts, strict=True):
+            column.append(value)
+    if not n:
+        raise _malformed("no row")
+    return _checked(columns, bad, None, max_row_bytes)
+
+
+def _texts(row: Any, fields: Sequence[str]) -> Sequence[Any] | BadRow:
+    """The values of the fields, or what is wrong with the row as a whole."""
+    if isinstance(row, str):
+        row = {"text": row}
+    elif isinstance(row, BadRow):
+        return row
+    elif not isinstance(row, dict):
+        return BadRow("", _kind(row), "text, or an object of field to text")
+    elif isinstance(row, Doubled):
+        return BadRow("", f"the key {short(row.key)} twice", "an object whose keys stand there once")
+    for name, value in row.items():
+        # Fields that no task reads are dropped, but what is not JSON is not a row.
+        if name not in fields and not isinstance(value, str) and (found := flaw(value)):
+            return BadRow(short(name), found[1], "JSON that other programs can read")
+    for name in fields:
+        if name not in row:
+            return _missing(name, row)
+    return [row[name] for name in fields]
+
+
+def _checked(
+    columns: Mapping[str, list[Any]], bad: dict[int, BadRow], first_row: int | None, max_row_bytes: int
+) -> Incoming:
+    """Check every text. The way of clean rows costs one look at each; only a column with a flaw is searched."""
+    for offset in bad:
+        for texts in columns.values():
+            texts[offset] = ""
+    for name, texts in columns.items():
+        if not _all_clean(texts):
+            for i, value in enumerate(texts):
+                if i not in bad and (why := _bad_text(name, value)):
+                    bad[i] = why
+    for offset in bad:
+        for texts in columns.values():
+            texts[offset] = ""
+    _refuse_long(columns, bad, max_row_bytes)
+    return Incoming(columns=columns, bad=bad, first_row=first_row)
+
+
+def _refuse_long(columns: Mapping[str, list[str]], bad: dict[int, BadRow], max_row_bytes: int) -> None:
+    """Mark rows beyond the limit. A character has at most four bytes, so most rows need no counting."""
+    if sum(max(map(len, texts)) for texts in columns.values()) * 4 <= max_row_bytes:
+        return
+    for i in range(len(next(iter(columns.values())))):
+        if sum(len(texts[i]) for texts in columns.values()) * 4 <= max_row_bytes:
+            continue
+        size = sum(len(texts[i].encode()) for texts in columns.values())
+        if size > max_row_bytes:
+            limit = f"at most {max_row_bytes:,} bytes a row"
+            bad[i] = BadRow(next(iter(columns)), f"{size:,} bytes", limit, "split the text")
+            for texts in columns.values():
+                texts[i] = ""
+
+
+def _all_clean(texts: Sequence[Any]) -> bool:
+    try:
+        whole = "".join(texts)
+        whole.encode()
+    except (TypeError, UnicodeEncodeError):
+        return False
+    return "\0" not in whole
+
+
+def _bad_text(name: str, value: object) -> BadRow | None:
+    if not isinstance(value, str):
+        return BadRow(name, _kind(value), "text", "convert it to text, or leave the row out")
+    words = text_flaw(value)
+    if words is None:
+        return None
+    remedy = "remove it" if "NUL" in words else "decode the source as UTF-8"
+    return BadRow(name, words, "text that UTF-8 and Postgres can hold", remedy)
+
+
+def _missing(name: str, row: Mapping[Any, Any]) -> BadRow:
+    has = ", ".join(short(key) for key in list(row)[:8]) or "no fields at all"
+    return BadRow(name, "no such field", f"text (the row has {has})", "name a field that rows have")
+
+
+def _kind(value: object) -> str:
+    """What a value is, in words, and never the value: it may be as private as a text."""
+    if value is None:
+        return "null"
+    if isinstance(value, Mark):
+        return value.words
+    if isinstance(value, float) and value != value:
+        return "NaN"
+    words = {bool: "true or false", int: "a number", float: "a number", list: "a list", bytes: "bytes"}
+    return words.get(type(value), "an object" if isinstance(value, dict) else "a value that is no text")
+
+
+def _told_bad(told: object, n: int) -> dict[int, BadRow]:
+    """Rows that the sender found bad before us: ``{offset: [error, message]}``."""
+    if told is None:
+        return {}
+    if not isinstance(told, dict) or len(told) > n:
+        raise _malformed("marks of bad rows that are no object of offset to [error, message]")
+    bad: dict[int, BadRow] = {}
+    for offset, why in told.items():
+        if not _is_index(offset, n) or not isinstance(why, list) or len(why) != 2:
+            raise _malformed("a mark of a bad row that is not an offset with [error, message]")
+        error, message = why
+        clean = isinstance(message, str) and text_flaw(message) is None and len(message) <= 500
+        if not (isinstance(error, str) and _CODE.fullmatch(error) and clean):
+            raise _malformed("a mark of a bad row without a short class and message")
+        # The sender's words stand as they are.
+        bad[offset] = BadRow("", message, "", error=error)
+    return bad
+
+
+def _is_index(value: object, below: int) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and 0 <= value < below
+
+
+def _malformed(got: str) -> InvalidJob:
+    return InvalidJob(
+        Problem(
+            "rows",
+            got,
+            "rows in one of the forms of docs/http.md",
+            "send {field: [text, …]}, or a row a line",
+        )
+    )

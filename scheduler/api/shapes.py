@@ -1,0 +1,395 @@
+"""The shapes of answers and requests, for the interactive description at /docs. Nothing is computed from them.
+
+A test holds real answers against these models, so that the description cannot drift from what is sent.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict
+
+
+class Shape(BaseModel):
+    """Closed: an answer with a field that is not described fails the test."""
+
+    model_config = ConfigDict(extra="forbid")
+
+
+class ProblemShape(Shape):
+    field: str
+    row: int | None
+    got: str
+    expected: str
+    remedy: str
+
+
+class ErrorShape(Shape):
+    type: str
+    message: str
+    problems: list[ProblemShape] | None = None
+    next_part: int | None = None
+
+
+class ErrorBody(Shape):
+    error: ErrorShape
+
+
+class CellsShape(Shape):
+    total: int
+    ok: int
+    error: int
+    skipped: int
+    reused: int
+
+
+class PassShape(Shape):
+    kind: str
+    tasks: list[str]
+    model: str
+    numerics: Literal["fast", "exact"]
+    max_tokens: int
+
+
+class BlocksShape(Shape):
+    total: int
+    done: int
+
+
+class UsageShape(Shape):
+    tokens: int
+    computed_tokens: int
+    busy_s: float
+    subtasks: int
+    attempts_lost: int
+
+
+class JobShape(Shape):
+    id: str
+    name: str
+    state: Literal["loading", "running", "succeeded", "failed", "cancelled"]
+    kind: Literal["infer", "train"]
+    reason: str
+    priority: Literal["interactive", "normal", "bulk"]
+    rows: int
+    tasks: dict[str, dict[str, Any]]
+    cells: CellsShape
+    passes: list[PassShape]
+    blocks: BlocksShape
+    version: int
+    partial: bool
+    usage: UsageShape
+    created: str
+    started: str | None
+    finished: str | None
+    eta_s: float | None
+
+
+class JobsShape(Shape):
+    jobs: list[JobShape]
+    next: str | None
+
+
+class PartShape(Shape):
+    part: int
+    rows: int
+    total_rows: int
+    bad_rows: int
+    next_part: int
+
+
+class PlannedPassShape(PassShape):
+    tokens: int
+    computed_tokens: int
+    unfused_tokens: int
+    seconds: float | None
+    subtasks: int
+
+
+class PlanShape(Shape):
+    rows: int
+    estimate: Literal[True]
+    passes: list[PlannedPassShape]
+    tokens: int
+    computed_tokens: int
+    unfused_tokens: int
+    seconds: float | None
+    truncated_rows: int
+    devices: int
+
+
+class CellErrorShape(Shape):
+    row: int
+    task: str
+    error: str
+    message: str
+
+
+class ErrorsShape(Shape):
+    errors: list[CellErrorShape]
+    next: int | None
+
+
+class ModelShape(BaseModel):
+    """A manifest; ``motet.manifest.Manifest`` tells each field's meaning."""
+
+    model_config = ConfigDict(extra="allow")
+
+    name: str
+    version: str
+    ref: str
+    digest: str
+    engine: str
+    answers: str
+    files: dict[str, str]
+    sizes: dict[str, int]
+    labels: list[str]
+
+
+class ModelsShape(Shape):
+    models: list[ModelShape]
+
+
+class WorkerShape(Shape):
+    worker: str
+    host: str
+    state: Literal["ready", "draining", "silent"]
+    device_kind: str
+    device_name: str
+    memory_mb: int
+    memory_used_mb: int
+    utilisation: float
+    resident: list[str]
+    backlog_s: float
+    held: int
+    rows_done: int
+    rate_tokens_s: float | None
+
+
+class WorkersShape(Shape):
+    workers: list[WorkerShape]
+
+
+class TokenShape(Shape):
+    id: str
+    name: str
+    scope: str
+    tenant: str
+    created: str
+    expires: str | None
+    revoked: str | None
+
+
+class NewTokenShape(TokenShape):
+    token: str
+
+
+class TokensShape(Shape):
+    tokens: list[TokenShape]
+
+
+class ReadyShape(Shape):
+    ready: bool
+    postgres: bool
+    redis: bool
+    leader: bool
+
+
+_CLASSIFY = {
+    "kind": "classify",
+    "model": "news-topics",
+    "input": "{text}",
+    "too_long": "truncate",
+    "max_tokens": None,
+    "numerics": "fast",
+    "scores": False,
+}
+_PASS = {
+    "kind": "encoder all-MiniLM-L6-v2",
+    "tasks": ["topic", "vector"],
+    "model": "all-MiniLM-L6-v2@1",
+    "numerics": "fast",
+    "max_tokens": 256,
+}
+SUBMISSION = {
+    "name": "tickets",
+    "tasks": {
+        "topic": {"kind": "classify", "model": "news-topics"},
+        "vector": {"kind": "embed", "model": "all-MiniLM-L6-v2", "dtype": "fp16"},
+    },
+    "priority": "normal",
+    "bad_rows": "refuse",
+    "rows": [
+        {"text": "Shares rose after the central bank held its rate."},
+        {"text": "The cup final went to extra time."},
+    ],
+}
+JOB = {
+    "id": "0b9f3c1e-6f0c-4f0e-9b0a-2f6f0a3c8d11",
+    "name": "tickets",
+    "state": "running",
+    "kind": "infer",
+    "reason": "",
+    "priority": "normal",
+    "rows": 3000,
+    "tasks": {
+        "topic": {**_CLASSIFY, "model_ref": "news-topics@1", "labels": ["business", "sports"]},
+    },
+    "cells": {"total": 3000, "ok": 1024, "error": 0, "skipped": 0, "reused": 0},
+    "passes": [{**_PASS, "tasks": ["topic"]}],
+    "blocks": {"total": 3, "done": 1},
+    "version": 17,
+    "partial": False,
+    "usage": {"tokens": 41234, "computed_tokens": 42001, "busy_s": 3.9, "subtasks": 4, "attempts_lost": 0},
+    "created": "2026-11-23T18:33:00Z",
+    "started": "2026-11-23T18:33:01Z",
+    "finished": None,
+    "eta_s": 7.4,
+}
+PLAN_REQUEST = {
+    "tasks": SUBMISSION["tasks"],
+    "rows": SUBMISSION["rows"],
+    "total_rows": 3000,
+    "total_bytes": 250000,
+}
+PLAN = {
+    "rows": 3000,
+    "estimate": True,
+    "passes": [
+        {
+            **_PASS,
+            "tokens": 62000,
+            "computed_tokens": 63100,
+            "unfused_tokens": 124000,
+            "seconds": 6.2,
+            "subtasks": 4,
+        }
+    ],
+    "tokens": 62000,
+    "computed_tokens": 63100,
+    "unfused_tokens": 124000,
+    "seconds": 6.2,
+    "truncated_rows": 0,
+    "devices": 2,
+}
+PART = {"part": 0, "rows": 1024, "total_rows": 1024, "bad_rows": 0, "next_part": 1}
+CELL_ERRORS = {
+    "errors": [{"row": 41, "task": "topic", "error": "bad_row", "message": "text: got null; expected text"}],
+    "next": None,
+}
+MODEL = {
+    "name": "news-topics",
+    "version": "1",
+    "engine": "encoder",
+    "answers": "label",
+    "files": {"head.safetensors": "9f86d081884c7d659a2feaa0c55ad015a3bf4f1b2b0b822cd15d6c15b0f00a08"},
+    "trunk": "60303ae22b998861bce3b28f33eec1be758a213c86c93c076dbe9f558c11c752",
+    "trunk_model": "all-MiniLM-L6-v2@1",
+    "max_tokens": 256,
+    "pooling": "mean",
+    "labels": ["business", "entertainment", "politics", "sports", "tech"],
+    "licence": "Apache-2.0",
+}
+WORKER = {
+    "worker": "gpu-host-0",
+    "host": "gpu-host",
+    "state": "ready",
+    "device_kind": "cuda",
+    "device_name": "NVIDIA H200",
+    "memory_mb": 143771,
+    "memory_used_mb": 2048,
+    "utilisation": 0.97,
+    "resident": ["all-MiniLM-L6-v2@1"],
+    "backlog_s": 3.8,
+    "held": 2,
+    "rows_done": 120000,
+    "rate_tokens_s": 1250000.0,
+}
+TOKEN = {
+    "id": "5f0c1d2e3a4b",
+    "name": "nightly batch",
+    "scope": "user",
+    "tenant": "default",
+    "created": "2026-11-23T18:33:00Z",
+    "expires": None,
+    "revoked": None,
+}
+READY = {"ready": True, "postgres": True, "redis": True, "leader": True}
+
+_ERRORS: dict[int, tuple[str, dict[str, Any]]] = {
+    401: (
+        "No token, or one that is wrong, expired or revoked.",
+        {"type": "unauthorized", "message": "the token is missing, wrong, expired or revoked"},
+    ),
+    403: (
+        "The token's scope does not allow this.",
+        {"type": "forbidden", "message": "a token of scope read may not do this; admin or user may"},
+    ),
+    404: (
+        "It does not exist, or belongs to another tenant.",
+        {"type": "not_found", "message": "no job of this id"},
+    ),
+    409: (
+        "It does not fit the present state.",
+        {"type": "conflict", "message": "part 3 is out of order; part 1 comes next", "next_part": 1},
+    ),
+    413: (
+        "Too many bytes.",
+        {"type": "too_large", "message": "body: got more than 33,554,432 bytes", "problems": []},
+    ),
+    422: (
+        "The request is wrong; `problems` says where.",
+        {
+            "type": "invalid_job",
+            "message": "tasks.topic.model: got nws-topics; expected a registered model; did you mean news-topics?",
+            "problems": [
+                {
+                    "field": "tasks.topic.model",
+                    "row": None,
+                    "got": "nws-topics",
+                    "expected": "a registered model",
+                    "remedy": "did you mean news-topics? see `motet models`",
+                }
+            ],
+        },
+    ),
+    429: (
+        "Too much is under way; come back after `Retry-After` seconds.",
+        {"type": "overloaded", "message": "1000 jobs are unfinished; wait for one, or cancel it"},
+    ),
+    503: (
+        "Postgres or Redis does not answer; come back after `Retry-After` seconds.",
+        {"type": "unavailable", "message": "the database does not answer; nothing is lost, try again"},
+    ),
+}
+
+
+def answers(
+    status: int, shape: type[BaseModel] | None, example: Any, says: str, *errors: int
+) -> dict[int | str, dict[str, Any]]:
+    """``responses=`` of a route: its good answer with an example, and the errors that it may give."""
+    good: dict[str, Any] = {"description": says}
+    if shape is not None:
+        good |= {"model": shape, "content": {"application/json": {"example": example}}}
+    described: dict[int | str, dict[str, Any]] = {status: good}
+    for code in sorted({401, 503, *errors}):
+        words, error = _ERRORS[code]
+        described[code] = {
+            "model": ErrorBody,
+            "description": words,
+            "content": {"application/json": {"example": {"error": error}}},
+        }
+    return described
+
+
+def takes(example: Any, says: str, content: str = "application/json", **more: str) -> dict[str, Any]:
+    """``openapi_extra=`` of a route that reads its own body; ``more``: other content types and what they hold."""
+    schema = {"type": "object"} if content == "application/json" else {"type": "string", "format": "binary"}
+    forms: dict[str, Any] = {content: {"schema": schema}}
+    if example is not None:
+        forms[content]["example"] = example
+    for name, words in more.items():
+        forms[name.replace("__", "/").replace("_", "-")] = {
+            "schema": {"type": "string", "description": words}
+        }
+    return {"requestBody": {"required": True, "description": says, "content": forms}}

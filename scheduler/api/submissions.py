@@ -1,0 +1,209 @@
+"""Submissions: the JSON that opens a job or asks for a plan, checked and planned. Pure.
+
+The task specs themselves are checked by ``motet.tasks.parse``; whether their models exist, by ``scheduler.plan``.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+from uuid import UUID
+
+from motet.errors import InvalidJob, Problem
+from motet.manifest import Manifest
+from motet.tasks import Task, parse, short
+from scheduler.api.bodies import clean_object
+from scheduler.api.strict_json import MAX_DEPTH, Doubled, text_flaw
+from scheduler.plan import PlannedPass, loaded_model, plan, task_digest
+from scheduler.store.jobs import PRIORITIES, NewJob, NewPass, NewTask
+from scheduler.store.registry import Registered
+
+#: Rows that a job may bring along in its first request.
+MAX_INLINE_ROWS = 1024
+_MAX_NAME = 200
+_OPTIONS = ("tasks", "name", "priority", "reuse", "bad_rows", "rows")
+_PLAN_OPTIONS = (*_OPTIONS, "total_rows", "total_bytes")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Submission:
+    """What a client asks for, checked for form."""
+
+    tasks: Mapping[str, Task]
+    name: str
+    priority: int
+    reuse: bool
+    bad_rows: Literal["refuse", "error"]
+    #: Rows brought along, not yet checked; None: they come in parts.
+    rows: Sequence[Any] | None
+    total_rows: int | None
+    total_bytes: int | None
+    #: Of the whole request: the same request gives the same digest, however its JSON was laid out.
+    digest: bytes
+
+    @property
+    def fields(self) -> tuple[str, ...]:
+        """Fields that some task reads, in order of first use."""
+        return tuple(dict.fromkeys(name for task in self.tasks.values() for name in task.reads))
+
+
+def read_submission(body: Any, *, max_tasks: int, dry_run: bool = False) -> Submission:
+    """Check a parsed body. Raises InvalidJob with every problem found, but for those of its rows."""
+    if isinstance(body, dict) and isinstance(body.get("tasks"), Doubled):
+        again = body["tasks"].key
+        raise InvalidJob(
+            Problem("tasks", f"two tasks named {short(again)}", "a name for each task", "rename one of them")
+        )
+    rows = body.get("rows") if isinstance(body, dict) else None
+    # Rows are looked at one by one later: theirs may be bad without the submission being so.
+    clean_object({k: v for k, v in body.items() if k != "rows"} if type(body) is dict else body)
+    known = _PLAN_OPTIONS if dry_run else _OPTIONS
+    problems = [
+        Problem(short(key), "an unknown option", f"one of {', '.join(known)}", "remove it")
+        for key in body
+        if key not in known
+    ]
+    for key, ok, words in _checks(body, rows, dry_run):
+        if not ok:
+            problems.append(
+                Problem(key, short(body.get(key)) if key != "rows" else _rows_got(rows), words, "mend it")
+            )
+    try:
+        tasks = parse(body.get("tasks"))
+    except InvalidJob as error:
+        raise InvalidJob([*problems, *error.problems]) from None
+    if len(tasks) > max_tasks:
+        many = Problem("tasks", f"{len(tasks)} tasks", f"at most {max_tasks}", "split them over two jobs")
+        problems.append(many)
+    if problems:
+        raise InvalidJob(problems)
+    return Submission(
+        tasks=tasks,
+        name=body.get("name", ""),
+        priority=PRIORITIES[body.get("priority", "normal")],
+        reuse=body.get("reuse", True),
+        bad_rows=body.get("bad_rows", "refuse"),
+        rows=rows,
+        total_rows=body.get("total_rows"),
+        total_bytes=body.get("total_bytes"),
+        digest=_digest(body),
+    )
+
+
+def _digest(body: Mapping[str, Any]) -> bytes:
+    try:
+        return hashlib.sha256(json.dumps(body, sort_keys=True, default=repr).encode()).digest()
+    except RecursionError:
+        deep = Problem("rows", f"JSON nested deeper than {MAX_DEPTH}", "rows of text", "mend the rows")
+        raise InvalidJob(deep) from None
+
+
+def _checks(body: Mapping[str, Any], rows: Any, dry_run: bool) -> list[tuple[str, bool, str]]:
+    """(option, whether it may be so, what was expected) of every option beside the tasks."""
+    name = body.get("name", "")
+    total_rows, total_bytes = body.get("total_rows"), body.get("total_bytes")
+    least = 0 if dry_run else 1
+    inline = isinstance(rows, list) and least <= len(rows) <= MAX_INLINE_ROWS
+    return [
+        ("name", isinstance(name, str) and len(name) <= _MAX_NAME, f"text of at most {_MAX_NAME} characters"),
+        ("priority", _one_of(body.get("priority", "normal"), PRIORITIES), f"one of {', '.join(PRIORITIES)}"),
+        ("reuse", isinstance(body.get("reuse", True), bool), "true or false"),
+        ("bad_rows", _one_of(body.get("bad_rows", "refuse"), ("refuse", "error")), "refuse or error"),
+        ("rows", inline or "rows" not in body, f"a list of {least} to {MAX_INLINE_ROWS:,} rows"),
+        ("total_rows", _count_or_none(total_rows), "a whole number"),
+        ("total_bytes", _count_or_none(total_bytes), "a whole number"),
+    ]
+
+
+def _one_of(value: Any, allowed: Mapping[str, int] | Sequence[str]) -> bool:
+    return isinstance(value, str) and value in allowed
+
+
+def _count_or_none(value: Any) -> bool:
+    return value is None or (isinstance(value, int) and not isinstance(value, bool) and 0 <= value <= 10**15)
+
+
+def _rows_got(rows: Any) -> str:
+    return f"{len(rows):,} rows" if isinstance(rows, list) else "no list"
+
+
+def wanted_models(tasks: Mapping[str, Task]) -> set[str]:
+    """``name`` or ``name@version`` of every model that tasks name. One that cannot be in any registry is left out."""
+    return {task.model for task in tasks.values() if text_flaw(task.model) is None}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Planned:
+    """A submission with its models found and its passes made."""
+
+    passes: tuple[PlannedPass, ...]
+    #: Task name -> its model.
+    models: Mapping[str, Registered]
+    #: ``name@version`` -> trunk, for the heads among them.
+    trunks: Mapping[str, Registered]
+
+    def loaded_id(self, planned: PlannedPass) -> int:
+        """Registry id of the model that a pass loads."""
+        by_ref = {**self.trunks, **{m.manifest.ref: m for m in self.models.values()}}
+        return by_ref[planned.model.ref].id
+
+
+def plan_submission(
+    tasks: Mapping[str, Task],
+    found: Mapping[str, Registered],
+    trunks: Mapping[str, Registered],
+    registered: Sequence[str],
+) -> Planned:
+    """Plan with what the registry knows: ``found`` by the refs that tasks name. Raises InvalidJob."""
+    models = {name: found[task.model] for name, task in tasks.items() if task.model in found}
+    passes = plan(tasks, _manifests(models), _manifests(trunks), registered=registered)
+    return Planned(passes=passes, models=models, trunks=trunks)
+
+
+def _manifests(registered: Mapping[str, Registered]) -> dict[str, Manifest]:
+    return {name: r.manifest for name, r in registered.items()}
+
+
+def new_job(job: UUID, tenant: UUID, asked: Submission, planned: Planned, key: str | None) -> NewJob:
+    """What the store needs to open the job."""
+    pass_of = {number: p.number for p in planned.passes for number in p.tasks}
+    trunks = _manifests(planned.trunks)
+    tasks = []
+    for number, (name, task) in enumerate(asked.tasks.items()):
+        model = planned.models[name]
+        tasks.append(
+            NewTask(
+                name=name,
+                pass_number=pass_of[number],
+                model_id=model.id,
+                kind=task.kind,
+                spec=task.to_json(),
+                labels=model.manifest.labels,
+                digest=task_digest(task, model.manifest, loaded_model(model.manifest, trunks)),
+            )
+        )
+    return NewJob(
+        id=job,
+        tenant=tenant,
+        name=asked.name,
+        priority=asked.priority,
+        reuse=asked.reuse,
+        bad_rows=asked.bad_rows,
+        fields=asked.fields,
+        tasks=tuple(tasks),
+        passes=tuple(
+            NewPass(
+                kind=p.kind,
+                model_id=planned.loaded_id(p),
+                numerics=p.numerics,
+                max_tokens=p.max_tokens,
+                input=p.input,
+            )
+            for p in planned.passes
+        ),
+        request_digest=asked.digest,
+        idempotency_key=key,
+    )

@@ -1,0 +1,244 @@
+"""Results: sealed columns of blocks, in row order or as they were finished, and the cells without an answer."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+from uuid import UUID
+
+import numpy as np
+from sqlalchemy import Connection, Row, text
+
+from motet.columns import LAYOUT, CellError, Column
+from motet.errors import NotFound
+
+Order = Literal["row", "done"]
+ENDED = ("succeeded", "failed", "cancelled")
+
+
+@dataclass(frozen=True, slots=True)
+class ShownTask:
+    """A task whose answers are asked for."""
+
+    number: int
+    name: str
+    labels: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Shown:
+    """The job whose results are read, as of one moment: its state first, then what is ready."""
+
+    id: UUID
+    state: str
+    n_blocks: int
+    tasks: tuple[ShownTask, ...]
+
+    @property
+    def ended(self) -> bool:
+        return self.state in ENDED
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ReadyBlock:
+    """A block in which every asked task is sealed."""
+
+    number: int
+    first_row: int
+    n_rows: int
+    #: The how-manieth block of its job to be finished; None while other tasks of it are under way.
+    done: int | None
+    #: Column id of each asked task, in their order.
+    columns: tuple[int, ...]
+    #: About how many bytes its columns take.
+    bytes: int
+
+    def cursor(self, order: Order) -> int:
+        """``after`` of the request that follows this block."""
+        return self.number + 1 if order == "row" else self.done or 0
+
+
+_JOB = text("SELECT id, state, n_blocks FROM job WHERE id = :job AND tenant_id = :tenant")
+_TASKS = text("SELECT number, name, labels FROM task WHERE job_id = :job ORDER BY number")
+_READY = """
+    SELECT b.number, b.first_row, b.n_rows, b.done_number, c.ids, c.bytes
+      FROM block b CROSS JOIN LATERAL (
+           SELECT array_agg(bc.column_id ORDER BY bc.task_number) AS ids, count(*) AS n,
+                  sum(12 * s.n_rows + coalesce(octet_length(s.vectors), 0) + coalesce(octet_length(s.texts), 0)
+                      + coalesce(pg_column_size(s.all_scores), 0) + coalesce(pg_column_size(s.codes), 0)) AS bytes
+             FROM block_column bc JOIN sealed_column s ON s.id = bc.column_id
+            WHERE bc.job_id = b.job_id AND bc.block_number = b.number AND bc.task_number = ANY(:tasks)) c
+     WHERE b.job_id = :job AND c.n = :n AND """
+#: A running job is read on without a gap, so only the next few blocks are looked at.
+_NEXT_ROWS = text(f"{_READY} b.number >= :after AND b.number < :after + :limit ORDER BY b.number")
+#: An ended job has gaps where blocks were never finished: these are passed over.
+_ALL_ROWS = text(f"{_READY} b.number >= :after ORDER BY b.number LIMIT :limit")
+_NEXT_DONE = text(f"{_READY} b.done_number > :after ORDER BY b.done_number LIMIT :limit")
+
+
+def shown(connection: Connection, tenant: UUID, job: UUID, tasks: Sequence[str] | None = None) -> Shown:
+    """The job and the tasks asked for (None: all of them). Raises NotFound, for an unknown task too."""
+    found = connection.execute(_JOB, {"job": job, "tenant": tenant}).first()
+    if found is None:
+        raise NotFound(f"no job {job}")
+    every = {
+        row.name: ShownTask(row.number, row.name, tuple(row.labels))
+        for row in connection.execute(_TASKS, {"job": job})
+    }
+    for name in tasks or ():
+        if name not in every:
+            raise NotFound(f"job {job} has no task of this name; it has {', '.join(every)}")
+    asked = every.values() if tasks is None else {name: every[name] for name in tasks}.values()
+    return Shown(
+        id=found.id,
+        state=found.state,
+        n_blocks=found.n_blocks,
+        tasks=tuple(sorted(asked, key=lambda t: t.number)),
+    )
+
+
+def ready_blocks(
+    connection: Connection, job: Shown, order: Order, after: int, limit: int = 256
+) -> list[ReadyBlock]:
+    """The next blocks in which all asked tasks are sealed, in the order asked for.
+
+    By row: from block ``after`` on, without a gap while the job runs. By done: those finished after ``after``.
+    """
+    at = {
+        "job": job.id,
+        "tasks": [t.number for t in job.tasks],
+        "n": len(job.tasks),
+        "after": after,
+        "limit": limit,
+    }
+    query = _NEXT_DONE if order == "done" else _ALL_ROWS if job.ended else _NEXT_ROWS
+    found = [
+        ReadyBlock(
+            number=row.number,
+            first_row=row.first_row,
+            n_rows=row.n_rows,
+            done=row.done_number,
+            columns=tuple(row.ids),
+            bytes=int(row.bytes),
+        )
+        for row in connection.execute(query, at)
+    ]
+    if order == "done" or job.ended:
+        return found
+    return [block for i, block in enumerate(found) if block.number == after + i]
+
+
+#: array_send gives a typed array's bytes, so that no cell becomes a Python object on its way.
+_COLUMNS = """
+    SELECT id, kind, n_rows, status, CAST(errors AS text), array_send(offsets), array_send(codes), array_send(scores),
+           array_send(all_scores), array_send(numbers), array_send(starts), array_send(ends), texts, vectors, dim, dtype
+      FROM sealed_column WHERE id = ANY(%s)"""
+_STORED = ("offsets", "codes", "scores", "all", "numbers", "starts", "ends", "bytes", "vectors")
+_DTYPES = {"h": ("i2", 2), "i": ("i4", 4), "f": ("f4", 4), "d": ("f8", 8)}
+
+
+def read_columns(connection: Connection, ids: Sequence[int]) -> dict[int, Column]:
+    """Column id -> column, for those that are there."""
+    driver: Any = connection.connection.driver_connection
+    with driver.cursor(binary=True) as cursor:
+        cursor.execute(_COLUMNS, (list(ids),))
+        return {row[0]: _column(row) for row in cursor}
+
+
+def _column(row: Sequence[Any]) -> Column:
+    _, kind, n_rows, status, errors, *stored, dim, dtype = row
+    found = dict(zip(_STORED, stored, strict=True))
+    arrays: dict[str, bytes] = {}
+    for name, code in LAYOUT[kind]:
+        raw = found[name]
+        if raw is not None:
+            arrays[name] = bytes(raw) if code == "B" else flat(raw, code)
+        elif name != "all":
+            arrays[name] = b""
+    return Column(
+        kind=kind,
+        status=bytes(n_rows) if status is None else bytes(status),
+        arrays=arrays,
+        errors={int(i): CellError(e["error"], e["message"]) for i, e in json.loads(errors or "{}").items()},
+        dim=dim,
+        dtype=dtype,
+    )
+
+
+#: Of an array in Postgres' binary format: dimensions, nulls, type; then of one dimension, its length and first index.
+_EMPTY_BYTES, _HEAD_BYTES = 12, 20
+
+
+def flat(raw: bytes, code: str) -> bytes:
+    """Elements of a one-dimensional array without NULLs, from Postgres' binary format, little-endian end to end."""
+    dtype, size = _DTYPES[code]
+    if len(raw) == _EMPTY_BYTES:
+        return b""
+    elements = np.frombuffer(raw, [("size", ">i4"), ("value", f">{dtype}")], offset=_HEAD_BYTES)
+    assert int.from_bytes(raw[:4], "big") == 1, "an array of more dimensions"
+    assert (elements["size"] == size).all(), "an array that holds NULL"
+    return elements["value"].astype(f"<{dtype}").tobytes()
+
+
+# -- cells without an answer -----------------------------------------------------------------------
+
+_ERRORS = text("""
+    SELECT b.first_row, t.name, s.errors FROM block b
+      JOIN block_column bc ON bc.job_id = b.job_id AND bc.block_number = b.number
+      JOIN sealed_column s ON s.id = bc.column_id AND s.n_error + s.n_skipped > 0
+      JOIN task t ON t.job_id = bc.job_id AND t.number = bc.task_number
+     WHERE b.job_id = :job AND b.number = :block ORDER BY t.number""")
+_BLOCKS_WITH_ERRORS = text("""
+    SELECT DISTINCT b.number FROM block b
+      JOIN block_column bc ON bc.job_id = b.job_id AND bc.block_number = b.number
+      JOIN sealed_column s ON s.id = bc.column_id AND s.n_error + s.n_skipped > 0
+     WHERE b.job_id = :job AND b.first_row + b.n_rows > :after + 1 ORDER BY b.number LIMIT :limit""")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class UnansweredCell:
+    """A cell of a sealed column that is an error or was skipped."""
+
+    row: int
+    task: str
+    error: CellError
+
+
+def unanswered(
+    connection: Connection, tenant: UUID, job: UUID, *, after: int, limit: int
+) -> tuple[list[UnansweredCell], int | None]:
+    """Cells without an answer of rows beyond ``after``, by row, and the ``after`` for those that follow, or None.
+
+    About ``limit`` of them: those of one row stay together. Raises NotFound.
+    """
+    if connection.execute(_JOB, {"job": job, "tenant": tenant}).first() is None:
+        raise NotFound(f"no job {job}")
+    cells: list[UnansweredCell] = []
+    for cell in _unanswered(connection, job, after, limit):
+        if len(cells) >= limit and cell.row != cells[-1].row:
+            return cells, cells[-1].row
+        cells.append(cell)
+    return cells, None
+
+
+def _unanswered(connection: Connection, job: UUID, after: int, limit: int) -> Iterator[UnansweredCell]:
+    # Every such block gives a cell at least, so one more block than cells is always enough.
+    blocks = connection.execute(
+        _BLOCKS_WITH_ERRORS, {"job": job, "after": after, "limit": limit + 2}
+    ).scalars()
+    for block in blocks.all():
+        rows = connection.execute(_ERRORS, {"job": job, "block": block}).all()
+        yield from sorted(
+            (cell for row in rows for cell in _cells(row) if cell.row > after),
+            key=lambda cell: cell.row,
+        )
+
+
+def _cells(row: Row[Any]) -> Iterator[UnansweredCell]:
+    errors: Mapping[str, Any] = row.errors or {}
+    for offset, e in errors.items():
+        yield UnansweredCell(
+            row=row.first_row + int(offset), task=row.name, error=CellError(e["error"], e["message"])
+        )
