@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import importlib.util
 import logging
-import os
 import random
 import sys
 import time
@@ -118,7 +117,7 @@ def _run_job(client: Client, texts: Sequence[Text], data: Path, story: _Story) -
         seconds = time.monotonic() - start
         note(str(job.progress))
 
-    story.show(result_table(list(islice(job.results(), _ROWS_SHOWN)), source))
+    story.show(result_table(list(islice(job.results(), _ROWS_SHOWN)), source, width=console().width))
     out = data / (
         "motet-demo-results.parquet" if importlib.util.find_spec("pyarrow") else "motet-demo-results.jsonl"
     )
@@ -236,4 +235,4 @@ def _until_interrupted() -> None:
 
 def _shell(data: Path) -> str:
     """The variable that points the command line at this cluster."""
-    return f"MOTET_HOME={os.path.relpath(data)}"
+    return f"MOTET_HOME={data}"

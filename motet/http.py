@@ -46,11 +46,8 @@ _LOOPBACK = frozenset({"127.0.0.1", "localhost", "::1"})
 def home(env: Mapping[str, str] | None = None) -> Path:
     """The data folder of `motet up`: ``$MOTET_HOME``, or else ``~/.local/share/motet``."""
     env = os.environ if env is None else env
-    return (
-        Path(env["MOTET_HOME"]).expanduser()
-        if env.get("MOTET_HOME")
-        else Path.home() / ".local" / "share" / "motet"
-    )
+    # Not Path.home(): that raises where a container's user has no home.
+    return Path(os.path.expanduser(env.get("MOTET_HOME") or "~/.local/share/motet"))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -78,12 +75,12 @@ class Address:
         administrator's token. Raises SetupError where nothing is known, Unauthorized where there is no token.
         """
         env = os.environ if env is None else env
-        local = _read_local(home(env) / "client.json")
+        token = token or env.get("MOTET_TOKEN") or _token_file(env)
+        local = {} if token and (url or env.get("MOTET_URL")) else _read_local(home(env) / "client.json")
         url = (url or env.get("MOTET_URL") or local.get("url") or DEFAULT_URL).rstrip("/")
         parts = urlsplit(url)
         if parts.scheme not in ("http", "https") or not parts.hostname or parts.username or parts.query:
             raise SetupError(f"got {url!r} as the API's address; expected one like {DEFAULT_URL}")
-        token = token or env.get("MOTET_TOKEN") or _token_file(env)
         if not token and url == local.get("url", "").rstrip("/"):
             token = local.get("admin_token" if admin else "token")
         if not token:

@@ -265,8 +265,10 @@ class Job:
                 if end["complete"] or (end["state"] in ENDED and not frames):
                     break
                 if own_bar.wanted:
-                    self.refresh()
-                own_bar.show(Progress.of(self._record), share=Progress.of(self._record).share)
+                    progress = Progress.of(self.refresh()._record)
+                    # Rows of an ended job come at once: a bar between them would only flicker.
+                    if bar is not None or not self._ended:
+                        own_bar.show(progress, share=progress.share)
         self.refresh()
         if check:
             self._check()

@@ -10,6 +10,7 @@ import argparse
 import logging
 import os
 import secrets
+import signal
 import sys
 import threading
 import time
@@ -45,6 +46,8 @@ PREPARING = {"cpu": 1, "cuda": 4}
 #: How long a payload is asked for while Redis is away. Afterwards its lease has ended anyway.
 FETCH_S = 30.0
 RETRY_S = 0.25
+#: Longest that one read of the queue waits for a message (kombu's BRPOP: one second).
+QUEUE_READ_S = 1.2
 
 #: Why a worker ended, for its launcher's log. 0 is a drained worker.
 EXIT_SETUP, EXIT_DEVICE, EXIT_STUCK, EXIT_FAULT, EXIT_ORPHAN = 2, 71, 72, 73, 74
@@ -60,14 +63,16 @@ class Worker:
         device: Device,
         transport: WorkerTransport,
         *,
+        end_celery: Callable[[], None],
         parent: int = 0,
         exit_now: Callable[[int], None] = os._exit,
     ) -> None:
+        """``end_celery``: makes `serve` return, once no thread of Celery's works."""
         self.name, self.boot = name, secrets.token_hex(8)
         self.attempts = Attempts()
-        #: Starts or stops taking messages; Celery's consumer sets it once it runs.
-        self.consume: Callable[[bool], None] = lambda on: None
-        self._transport, self._exit = transport, exit_now
+        #: Whether messages are taken from the queue.
+        self.tap_open = True
+        self._transport, self._end_celery, self._exit = transport, end_celery, exit_now
         self._grace_s, self._beat_s = settings.grace_s, settings.beat_s
         self._reporter = Reporter(transport, self.attempts)
         self._pool = ThreadPoolExecutor(PREPARING[device.kind], thread_name_prefix="prepare")
@@ -95,7 +100,7 @@ class Worker:
             transport=transport,
             attempts=self.attempts,
             executor=self._executor,
-            consume=lambda on: self.consume(on),
+            consume=self._turn_tap,
         )
         self._watchdog = Watchdog(
             self._executor,
@@ -114,7 +119,7 @@ class Worker:
         self._thread("reporter", self._reporter.run)
         self._thread("heart", lambda: self._heart.run(self._stopped, self._beat_s))
         self._thread("watchdog", lambda: self._watchdog.run(self._stopped))
-        self._thread("grace", self._wait_for_grace)
+        self._thread("drain", self._drain_when_told)
 
     def run_attempt(self, subtask: int, attempt: int) -> None:
         """Run one attempt and return when its outcome is on the stream, or when nobody waits for one.
@@ -156,7 +161,6 @@ class Worker:
 
     def leave(self) -> None:
         """Begin to drain: take nothing more, finish what is held within the grace period. Safe in a signal handler."""
-        self._heart.leave()
         self._leaving.set()
 
     def finish(self) -> None:
@@ -168,13 +172,25 @@ class Worker:
             thread.join(timeout=2.0)
         self._say_goodbye()
 
-    def _wait_for_grace(self) -> None:
+    def _drain_when_told(self) -> None:
+        """Wait for `leave`; then let what is held be finished, and end what Celery runs, or the process."""
         self._leaving.wait()
+        give_up = time.monotonic() + self._grace_s
+        self._heart.leave()
+        self._turn_tap(False)
         event(log, "draining", held=len(self.attempts.held()), grace_s=self._grace_s)
-        if not self._stopped.wait(self._grace_s):
+        # A read of the queue may be under way: whatever it brings is still ours.
+        self._stopped.wait(min(QUEUE_READ_S, self._grace_s))
+        while self.attempts.held() and time.monotonic() < give_up:
+            self._stopped.wait(0.02)
+        if self.attempts.held():
             event(log, "grace is over", logging.WARNING, held=len(self.attempts.held()))
             self._say_goodbye()
             self._exit(0)
+        self._end_celery()
+
+    def _turn_tap(self, open_: bool) -> None:
+        self.tap_open = open_ and not self._leaving.is_set()
 
     def _say_goodbye(self) -> None:
         try:
@@ -281,7 +297,18 @@ def celery_app(redis_url: str, worker: Worker) -> Celery:
 
 def serve(app: Celery, worker: Worker) -> None:
     """Take messages until SIGTERM, then until all that was taken is done."""
-    from celery import signals
+    from celery import bootsteps, signals
+
+    class Tap(bootsteps.StartStopStep):  # type: ignore[misc]
+        """Lets the queue be left alone without cancelling its consumer, which would throw back what it reads."""
+
+        requires = ("celery.worker.consumer.tasks:Tasks",)
+
+        def start(self, consumer: Any) -> None:
+            """Also after each reconnection, which makes a new channel."""
+            qos = consumer.task_consumer.channel.qos
+            has_room = qos.can_consume
+            qos.can_consume = lambda: worker.tap_open and has_room()
 
     def received(request: Any = None, **_: Any) -> None:
         # Before a thread has it: from here on it is no longer in the queue, so it must be in the beat.
@@ -289,22 +316,20 @@ def serve(app: Celery, worker: Worker) -> None:
         if isinstance(key, list) and len(key) == 2:
             worker.attempts.receive((int(key[0]), int(key[1])))
 
-    def ready(sender: Any = None, **_: Any) -> None:
-        def consume(on: bool) -> None:
-            act = sender.add_task_queue if on else sender.cancel_task_queue
-            sender.call_soon(act, queue_name(worker.name))
-
-        worker.consume = consume
+    def ready(**_: Any) -> None:
+        # In place of Celery's: it would stop reading in the middle of a read.
+        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
+            signal.signal(number, lambda *_: worker.leave())
+        worker.start()
         event(log, "ready", boot=worker.boot)
 
+    app.steps["consumer"].add(Tap)
     signals.task_received.connect(received, weak=False)
     signals.worker_ready.connect(ready, weak=False)
-    signals.worker_shutting_down.connect(lambda **_: worker.leave(), weak=False)
     # Any receiver keeps Celery from setting up logging of its own.
     signals.setup_logging.connect(lambda **_: None, weak=False)
     warnings.filterwarnings("ignore", message=".*superuser privileges.*")
     warnings.filterwarnings("ignore", category=DeprecationWarning)
-    worker.start()
     app.Worker(
         hostname=f"motet@{worker.name}",
         task_events=True,
@@ -313,6 +338,13 @@ def serve(app: Celery, worker: Worker) -> None:
         quiet=True,
     ).start()
     worker.finish()
+
+
+def end_celery() -> None:
+    """Ask Celery's loop to return."""
+    from celery.worker import state
+
+    state.should_stop = 0
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -328,7 +360,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
             log, "device", kind=device.kind, device=device.name, mb=device.memory_mb, formats=device.formats
         )
         transport = RedisWorkerTransport(settings.redis_url, options.name)
-        worker = Worker(options.name, settings, device, transport, parent=options.parent)
+        worker = Worker(
+            options.name, settings, device, transport, end_celery=end_celery, parent=options.parent
+        )
         serve(celery_app(settings.redis_url, worker), worker)
     except SetupError as error:
         event(log, str(error), logging.ERROR)

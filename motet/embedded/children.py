@@ -162,9 +162,11 @@ def marked(mark: str) -> set[int]:
     return _processes(lambda proc: wanted in (proc / "environ").read_bytes().split(b"\0"))
 
 
-def working_in(folder: Path) -> set[int]:
-    """The processes whose working directory is ``folder``. Linux only."""
-    return _processes(lambda proc: (proc / "cwd").samefile(folder))
+def working_in(folder: Path, program: str) -> set[int]:
+    """The processes of ``program`` whose working directory is ``folder``. Linux only."""
+    return _processes(
+        lambda proc: (proc / "comm").read_text().strip() == program and (proc / "cwd").samefile(folder)
+    )
 
 
 def _processes(match: Callable[[Path], bool]) -> set[int]:

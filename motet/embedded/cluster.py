@@ -21,7 +21,6 @@ from pathlib import Path
 from types import TracebackType
 from typing import Protocol, Self
 
-from motet.embedded import default_data_dir
 from motet.embedded.children import MARK, Child, evict, marked
 from motet.embedded.places import Lock, free_port, write_private
 from motet.embedded.postgres import STOP_S, Postgres
@@ -79,14 +78,14 @@ class Cluster:
 
     def __init__(
         self,
-        data: Path | None = None,
+        data: Path,
         *,
         cpus: int = 0,
         gpus: str = "",
         port: int = 8700,
         flower_port: int | None = None,
     ) -> None:
-        self.data = (data or default_data_dir()).resolve()
+        self.data = data.resolve()
         self._workers = [*(("--cpus", str(cpus)) if cpus else ()), *(("--gpus", gpus) if gpus else ())]
         self._port = port
         self._flower_port = flower_port
@@ -137,8 +136,10 @@ class Cluster:
             self._thread.join()
 
     def run_forever(self) -> None:
-        """Run in the foreground until SIGINT or SIGTERM, then stop in order; the second one kills."""
-        signal.signal(signal.SIGTERM, signal.default_int_handler)
+        """Run in the foreground until SIGINT, SIGTERM or SIGHUP, then stop in order; the second one kills."""
+        for sign in (signal.SIGTERM, signal.SIGHUP):
+            if signal.getsignal(sign) is signal.SIG_DFL:  # and not ignored, as under nohup
+                signal.signal(sign, signal.default_int_handler)
         with contextlib.suppress(KeyboardInterrupt), self:
             self._ended.result()
 
@@ -167,7 +168,8 @@ class Cluster:
                 self._stop_all()
             self._ended.set_result(None)
         except BaseException as error:
-            log.debug("the cluster ended", exc_info=True)
+            if outcome is self._ended:
+                log.exception("the cluster stopped, because its supervisor failed")
             outcome.set_exception(error)
 
     def step(self, now: float) -> None:
@@ -189,7 +191,7 @@ class Cluster:
                 one.restart_at, one.started_at = None, now
                 try:
                     one.service.start()
-                except SetupError as error:
+                except (SetupError, OSError) as error:  # a full disk must not end what still runs
                     log.warning("%s", error)
 
     def _take_folder(self) -> None:
@@ -211,11 +213,13 @@ class Cluster:
             URL=self.url,
             API_PORT=str(port),
             BLOB_DIR=str(self.data / "blobs"),
-            HOME=str(self.data),
         )
         self._run_once("migrate", self.command("scheduler", "migrate"), scheduler)
-        self._run_once("bootstrap", self.command("scheduler", "bootstrap"), scheduler)
-        self.tokens = json.loads((self.data / "tokens.json").read_text("utf-8"))
+        tokens = self.data / "tokens.json"
+        self._run_once(
+            "bootstrap", self.command("scheduler", "bootstrap", "--tokens", str(tokens)), scheduler
+        )
+        self.tokens = json.loads(tokens.read_text("utf-8"))
 
         for name in ("api", "dispatch", "aggregate"):
             self._watch(self._child(name, self.command("scheduler", name), scheduler), GRACE_S)
@@ -267,15 +271,15 @@ class Cluster:
 
     def _await_ready(self, port: int) -> None:
         deadline = time.monotonic() + READY_S
-        while not _answers(port, "/readyz"):
-            self._pause(0.05)
+        while True:
             for one in self._watched:
                 if isinstance(one.service, Child) and not one.service.alive:
                     raise SetupError(_obituary(one.service))
+            if _answers(port, "/readyz"):
+                return
             if time.monotonic() > deadline:
-                raise SetupError(
-                    f"the API is not ready after {READY_S:.0f} s; see the logs in {self._log('api').parent}"
-                )
+                raise SetupError(f"the API is not ready after {READY_S:.0f} s; see {self._log('api')}")
+            self._pause(0.05)
 
     def _pause(self, seconds: float = 0) -> None:
         if self._stopping.wait(seconds):

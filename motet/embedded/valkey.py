@@ -121,7 +121,8 @@ class Valkey:
         """Stop the server; all that it held is gone. Harmless if it does not run."""
         if self._server:
             self._server.stop(grace_s)
-        self._sockets.remove()
+        if self._socket:
+            self._sockets.remove()
         self._socket = None
         self._server = None
         self._lock.release()

@@ -63,6 +63,8 @@ def create_app(settings: Settings) -> FastAPI:
         # Of every route, also of one that somebody adds and forgets to think about.
         dependencies=[Depends(authenticate)],
         redoc_url=None,
+        # A path is right or wrong: a redirect would be built from a header that the client wrote.
+        redirect_slashes=False,
     )
     app.state.resources = use
     for module in (jobs, results, models, blobs, tokens, cluster):
@@ -128,15 +130,15 @@ class Server(uvicorn.Server):
 
     def __init__(self, config: uvicorn.Config, use: Resources) -> None:
         super().__init__(config)
-        self._use = use
+        self.use = use
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
-        self._use.bell.stop()
+        self.use.bell.stop()
         super().handle_exit(sig, frame)
 
 
-def serve(settings: Settings) -> None:
-    """Run the API until SIGTERM or SIGINT; requests under way are finished first."""
+def server(settings: Settings) -> Server:
+    """The server, not yet running: limits that protect it, and none of its own logs of what was asked."""
     app = create_app(settings)
     config = uvicorn.Config(
         app,
@@ -153,4 +155,11 @@ def serve(settings: Settings) -> None:
         timeout_graceful_shutdown=10,
         h11_max_incomplete_event_size=64 * 1024,
     )
-    Server(config, app.state.resources).run()
+    # Its lines would hold queries; ours (Recorded) hold routes.
+    logging.getLogger("uvicorn.access").disabled = True
+    return Server(config, app.state.resources)
+
+
+def serve(settings: Settings) -> None:
+    """Run the API until SIGTERM or SIGINT; requests under way are finished first."""
+    server(settings).run()

@@ -50,7 +50,7 @@ routes = APIRouter(tags=["jobs"])
 JobPath = Annotated[str, Path(description="The job's id.", examples=["0b9f3c1e-6f0c-4f0e-9b0a-2f6f0a3c8d11"])]
 WaitS = Annotated[float, Query(ge=0, le=MAX_WAIT_S, description="Seconds to wait for something new.")]
 
-_KEY = re.compile(r"[\x21-\x7e]{1,200}")
+_KEY = re.compile(r"[\x20-\x7e\xa0-\xff]{1,200}")
 _PRIORITY_NAMES = {number: name for name, number in PRIORITIES.items()}
 _MAX_COUNT = 2**31 - 1
 

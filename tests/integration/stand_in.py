@@ -20,6 +20,8 @@ from motet.embedded.cluster import Cluster
 
 class StandIn(Cluster):
     def command(self, module: str, *arguments: str) -> list[str]:
+        if module not in ("scheduler", "workers"):
+            return super().command(module, *arguments)
         return [sys.executable, __file__, module, *arguments]
 
 
@@ -29,14 +31,14 @@ def main(*arguments: str) -> None:
             logging.basicConfig(level="INFO")
             StandIn(Path(data), cpus=1, port=0).run_forever()
             return
-    note_start("-".join(arguments))
+    note_start("-".join(arguments[:2]))
     match arguments:
-        case [_, command] if command == os.environ.get("STAND_IN_FAILS"):
+        case [_, command, *_] if command == os.environ.get("STAND_IN_FAILS"):
             sys.exit(f"{command} has no luck today")
         case ["scheduler", "migrate"]:
             pass
-        case ["scheduler", "bootstrap"]:
-            Path(os.environ["MOTET_HOME"], "tokens.json").write_text(
+        case ["scheduler", "bootstrap", "--tokens", file]:
+            Path(file).write_text(
                 json.dumps({scope: f"token of {scope}" for scope in ("admin", "user", "worker")})
             )
         case ["scheduler", "api"]:

@@ -259,7 +259,9 @@ def test_padding_is_computed_tokens_beyond_tokens(house: House) -> None:
     assert (usage.tokens, usage.computed_tokens, usage.micro_batches) == (150, 200, 1)
 
 
-def test_the_last_micro_batch_of_a_sub_task_is_filled_up_with_the_next_one_of_the_same_pass(house: House) -> None:
+def test_the_last_micro_batch_of_a_sub_task_is_filled_up_with_the_next_one_of_the_same_pass(
+    house: House,
+) -> None:
     house.known_cost()
     first, second = an_order(*["a" * 300] * 4), an_order(*["b" * 290] * 4)
     house.submit(first)
@@ -284,7 +286,9 @@ def test_rows_much_shorter_than_the_longest_do_not_fill_up_a_micro_batch(house: 
 def test_two_jobs_that_ask_the_same_under_other_names_share_a_micro_batch(house: House) -> None:
     house.known_cost()
     first = an_order("aaaa", tasks={"size": Number("trunk@1")})
-    second = an_order("bbbb", tasks={"length": Number("trunk@1", too_long="error"), "again": Number("trunk@1")})
+    second = an_order(
+        "bbbb", tasks={"length": Number("trunk@1", too_long="error"), "again": Number("trunk@1")}
+    )
     house.submit(first)
     house.submit(second)
     house.steps()
@@ -405,7 +409,9 @@ def test_models_nobody_uses_give_way_before_a_row_is_given_up(house: House) -> N
     house.submit(an_order("a", model=OTHER))
     house.steps()
     house.engine.room = 200
-    house.engine.during = lambda: setattr(house.engine, "room", 200 if "other" not in house.engine.unloads else None)
+    house.engine.during = lambda: setattr(
+        house.engine, "room", 200 if "other" not in house.engine.unloads else None
+    )
     order = an_order("a" * 500)
     house.submit(order)
     house.steps()

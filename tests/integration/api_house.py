@@ -1,0 +1,281 @@
+"""A running API over a real Postgres, with a registry of small models and a hand that answers blocks. For tests."""
+
+from __future__ import annotations
+
+import json
+import struct
+import threading
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+from uuid import UUID
+
+import httpx
+import msgpack
+import pytest
+from sqlalchemy import text
+
+from motet.columns import CellError, Column
+from motet.manifest import Manifest
+from motet.results import Block, read_frames
+from motet.settings import Settings
+from motet.wire import zstd
+from scheduler.api.app import server as api_server
+from scheduler.api.auth import new_token
+from scheduler.merge import errors_column
+from scheduler.store import outcomes, registry
+from scheduler.store.database import JOB, Database, notify
+
+TRUNK = "a" * 64
+TINY = Manifest(
+    name="tiny",
+    version="1",
+    engine="encoder",
+    answers="vector",
+    trunk=TRUNK,
+    max_tokens=16,
+    dim=2,
+    pooling="mean",
+)
+TOPICS = Manifest(
+    name="topics",
+    version="1",
+    engine="encoder",
+    answers="label",
+    files={"head.safetensors": "b" * 64},
+    trunk=TRUNK,
+    trunk_model="tiny@1",
+    max_tokens=16,
+    labels=("business", "sport"),
+)
+TONES = Manifest(
+    name="tones",
+    version="1",
+    engine="encoder",
+    answers="labels",
+    files={"head.safetensors": "c" * 64},
+    trunk=TRUNK,
+    trunk_model="tiny@1",
+    max_tokens=16,
+    labels=("glad", "sad"),
+    thresholds=(0.5, 0.5),
+)
+DICE = Manifest(
+    name="dice",
+    version="1",
+    engine="dice",
+    answers="json",
+    deterministic=False,
+    source={"function": "dice:roll"},
+)
+MODELS = (TINY, TOPICS, TONES, DICE)
+
+CLASSIFY = {"topic": {"kind": "classify", "model": "topics"}}
+TWO = {**CLASSIFY, "vector": {"kind": "embed", "model": "tiny"}}
+
+
+@dataclass
+class House:
+    """One API with its database. ``call`` speaks as the user of the first tenant unless told otherwise."""
+
+    url: str
+    settings: Settings
+    database: Database
+    tokens: dict[str, str] = field(default_factory=dict)
+    tenants: dict[str, UUID] = field(default_factory=dict)
+
+    def call(self, method: str, path: str, *, token: str | None = "user", **more: Any) -> httpx.Response:
+        headers = dict(more.pop("headers", {}))
+        if token is not None:
+            headers["Authorization"] = f"Bearer {self.tokens.get(token, token)}"
+        return httpx.request(method, self.url + path, headers=headers, timeout=60, trust_env=False, **more)
+
+    def open(
+        self, tasks: Mapping[str, Any] = CLASSIFY, *, key: str | None = None, **options: Any
+    ) -> dict[str, Any]:
+        """The record of a job that waits for its parts, or that ran off with its rows."""
+        headers = {"Idempotency-Key": key} if key else {}
+        answer = self.call("POST", "/v1/jobs", json={"tasks": tasks, **options}, headers=headers)
+        assert answer.status_code in (201, 202), answer.text
+        return answer.json()
+
+    def put(
+        self, job: str, number: int, texts: Sequence[Any], *, first_row: int | None = None, **more: Any
+    ) -> httpx.Response:
+        """One part of msgpack columns, of the field ``text``."""
+        body: dict[str, Any] = {"columns": {"text": list(texts)}, **more}
+        if first_row is not None:
+            body["first_row"] = first_row
+        return self.put_raw(job, number, msgpack.packb(body, unicode_errors="surrogatepass"))
+
+    def put_raw(
+        self, job: str, number: int, raw: bytes, kind: str = "application/msgpack", coding: str | None = None
+    ) -> httpx.Response:
+        headers = {"Content-Type": kind, **({"Content-Encoding": coding} if coding else {})}
+        return self.call("PUT", f"/v1/jobs/{job}/parts/{number}", content=raw, headers=headers)
+
+    def close(self, job: str, parts: int, rows: int) -> httpx.Response:
+        return self.call("POST", f"/v1/jobs/{job}/close", json={"parts": parts, "rows": rows})
+
+    def submit(
+        self, texts: Sequence[str], tasks: Mapping[str, Any] = CLASSIFY, **options: Any
+    ) -> dict[str, Any]:
+        """A running job, loaded in parts of 1,024 rows."""
+        job = self.open(tasks, **options)["id"]
+        starts = range(0, len(texts), 1024)
+        for number, lo in enumerate(starts):
+            answer = self.put(job, number, texts[lo : lo + 1024], first_row=lo)
+            assert answer.status_code == 200, answer.text
+        closed = self.close(job, len(starts), len(texts))
+        assert closed.status_code == 202, closed.text
+        return closed.json()
+
+    def job(self, job: str) -> dict[str, Any]:
+        return self.call("GET", f"/v1/jobs/{job}").json()
+
+    def results(self, job: str, **params: Any) -> tuple[list[Block], dict[str, Any]]:
+        """The blocks of one answer, and its end."""
+        answer = self.call("GET", f"/v1/jobs/{job}/results", params=params)
+        assert answer.status_code == 200, answer.text
+        *frames, end = read_frames(answer.content)
+        tasks = self.job(job)["tasks"]
+        return [Block.from_wire(frame, tasks) for frame in frames], dict(end)
+
+    def sql(self, statement: str, **values: Any) -> list[Any]:
+        with self.database.transaction() as connection:
+            result = connection.execute(text(statement), values)
+            return list(result.all()) if result.returns_rows else []
+
+    def answer(self, job: str, block: int, failing: Mapping[int, CellError] | None = None) -> None:
+        """Seal every open pass of a block, as the aggregator does when the last of its rows came back."""
+        with self.database.transaction() as connection:
+            at = {"job": UUID(job), "block": block}
+            one = connection.execute(
+                text("SELECT * FROM block WHERE job_id = :job AND number = :block"), at
+            ).one()
+            tenant = connection.execute(text("SELECT tenant_id FROM job WHERE id = :job"), at).scalar_one()
+            tasks = connection.execute(text(_TASKS), at).all()
+            absent = {int(i): CellError(*why) for i, why in one.bad.items()} | dict(failing or {})
+            for task in tasks:
+                column = answers_of(task.manifest["answers"], one.n_rows, absent)
+                stored = outcomes._store(connection, tenant, column, one.keys[task.number])
+                connection.execute(text(_SHOW), {**at, "task": task.number, "column": stored})
+                ok, error, _, _ = column.counts()
+                connection.execute(text(_COUNT), {**at, "ok": ok, "error": error - len(one.bad)})
+            connection.execute(text(_SEAL), at)
+            connection.execute(text(_FINISH), at)
+            connection.execute(outcomes._SUCCEED, {"jobs": [UUID(job)]})
+            notify(connection, JOB, job)
+
+
+_TASKS = """
+    SELECT t.number, m.manifest FROM task t JOIN model m ON m.id = t.model_id
+      JOIN block_pass p ON p.job_id = t.job_id AND p.pass_number = t.pass_number AND p.block_number = :block
+     WHERE t.job_id = :job AND p.state = 'ready' AND (p.todo >> t.number) & 1 = 1 ORDER BY t.number"""
+_SHOW = "INSERT INTO block_column VALUES (:job, :block, :task, :column)"
+_COUNT = "UPDATE job SET cells_ok = cells_ok + :ok, cells_error = cells_error + :error, version = version + 1 WHERE id = :job"
+_SEAL = """
+    UPDATE block_pass SET state = 'sealed', cursor = n, done = n WHERE job_id = :job AND block_number = :block"""
+_FINISH = """
+    WITH j AS (UPDATE job SET blocks_done = blocks_done + 1 WHERE id = :job RETURNING blocks_done)
+    UPDATE block SET done_number = j.blocks_done, passes_open = 0 FROM j WHERE job_id = :job AND number = :block"""
+
+
+def answers_of(kind: Any, n: int, absent: Mapping[int, CellError]) -> Column:
+    """A column that can be told by heart: label i % 2, score i / n; tones glad, both or none; vector (i, 0.5)."""
+    status = bytes(1 if i in absent else 0 for i in range(n))
+    match kind:
+        case "label":
+            arrays = {
+                "codes": struct.pack(f"<{n}h", *(i % 2 for i in range(n))),
+                "scores": struct.pack(f"<{n}f", *(i / n for i in range(n))),
+            }
+        case "labels":
+            given = [[], [0], [0, 1]]
+            chosen = [[] if i in absent else given[i % 3] for i in range(n)]
+            codes = [c for one in chosen for c in one]
+            ends = [sum(len(c) for c in chosen[:i]) for i in range(n + 1)]
+            arrays = {
+                "offsets": struct.pack(f"<{n + 1}i", *ends),
+                "codes": struct.pack(f"<{len(codes)}h", *codes),
+                "scores": struct.pack(f"<{len(codes)}f", *(0.75 for _ in codes)),
+            }
+        case "vector":
+            return Column(
+                kind=kind,
+                status=status,
+                arrays={"vectors": b"".join(struct.pack("<2f", i, 0.5) for i in range(n))},
+                errors=absent,
+                dim=2,
+                dtype="fp32",
+            )
+        case "json":
+            values = [json.dumps({"row": i}).encode() for i in range(n)]
+            ends = [sum(len(v) for v in values[:i]) for i in range(n + 1)]
+            arrays = {"offsets": struct.pack(f"<{n + 1}i", *ends), "bytes": b"".join(values)}
+        case _:
+            return errors_column(kind, [CellError("engine", "not made by this hand")] * n)
+    return Column(kind=kind, status=status, arrays=arrays, errors=absent)
+
+
+@contextmanager
+def running(settings: Settings) -> Iterator[str]:
+    """A real uvicorn with this API in a thread; its URL."""
+    server = api_server(settings)
+    thread = threading.Thread(target=server.run, daemon=True)
+    thread.start()
+    try:
+        while not server.started:
+            assert thread.is_alive(), "the server did not start"
+            time.sleep(0.005)
+        yield f"http://127.0.0.1:{server.servers[0].sockets[0].getsockname()[1]}"
+    finally:
+        server.use.bell.stopping = True
+        server.should_exit = True
+        thread.join(20)
+
+
+@contextmanager
+def a_house(database_url: str, folder: Path, **settings: Any) -> Iterator[House]:
+    """A house with two tenants, a token of each scope, and MODELS registered."""
+    chosen = Settings(database_url=database_url, blob_dir=str(folder / "blobs"), api_port=0, **settings)
+    database = Database(database_url, pool=2)
+    with running(chosen) as url:
+        house = House(url, chosen, database)
+        with database.transaction() as connection:
+            for tenant, names in (("default", ("user", "read", "admin", "worker")), ("other", ("stranger",))):
+                house.tenants[tenant] = registry.tenant_named(connection, tenant)
+                for name in names:
+                    token = new_token()
+                    house.tokens[name] = token.shown
+                    registry.add_token(
+                        connection,
+                        token_id=token.id,
+                        tenant=house.tenants[tenant],
+                        name=name,
+                        scope="user" if name == "stranger" else name,
+                        secret_sha256=token.digest,
+                    )
+            for model in MODELS:
+                registry.add_model(connection, model)
+        yield house
+    database.close()
+
+
+@pytest.fixture
+def house(database_url: str, tmp_path: Path) -> Iterator[House]:
+    with a_house(database_url, tmp_path) as house:
+        yield house
+
+
+def problems(answer: httpx.Response, status: int = 422) -> list[dict[str, Any]]:
+    """The problems of a refusal."""
+    assert answer.status_code == status, answer.text
+    return answer.json()["error"]["problems"]
+
+
+def squeezed(raw: bytes) -> bytes:
+    return zstd.compress(raw, 1)

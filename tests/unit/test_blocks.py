@@ -1,0 +1,300 @@
+"""Blocks: what goes in comes out, cut and ordered as promised, and named by what it holds."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import msgpack
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from motet.errors import InvalidJob
+from motet.tasks import placeholders
+from motet.wire import BadMessage
+from scheduler.api.rows import Incoming, read_columns, read_lines, read_rows
+from scheduler.blocks import (
+    Block,
+    Part,
+    Reader,
+    blocks_of,
+    cut,
+    decode_block,
+    fields_digest,
+    reuse_key,
+    row_order,
+    task_bits,
+    uint32s,
+)
+
+TEXTS = st.text(st.characters(codec="utf-8", exclude_characters="\0"), max_size=40)
+ROW_BYTES = 256 * 1024
+
+
+def reader(template: str = "{text}", digest: bytes = b"task", reusable: bool = True) -> Reader:
+    return Reader(reads=placeholders(template), digest=digest, reusable=reusable)
+
+
+def blocks(part: Part, *readers: Reader, rows: int = 1024, size: int = 1 << 20) -> tuple[Block, ...]:
+    return blocks_of(part, readers or (reader(),), block_rows=rows, block_bytes=size)
+
+
+@st.composite
+def parts(draw: st.DrawFn) -> Part:
+    n = draw(st.integers(1, 30))
+    bad = draw(st.sets(st.integers(0, n - 1)))
+    columns = {}
+    for name in ("title", "text"):
+        texts = draw(st.lists(TEXTS, min_size=n, max_size=n))
+        columns[name] = ["" if i in bad else t for i, t in enumerate(texts)]
+    return Part(columns=columns, bad={i: ("bad_row", f"why {i}") for i in bad})
+
+
+@given(parts(), st.integers(1, 8), st.integers(1, 200))
+def test_blocks_hold_every_row_once_and_in_order(part: Part, rows: int, size: int) -> None:
+    made = blocks(part, rows=rows, size=size)
+    texts = [decode_block(b.payload) for b in made]
+    for name, column in part.columns.items():
+        assert [t for block in texts for t in block[name]] == list(column)
+    start = 0
+    for block in made:
+        assert {start + i: why for i, why in block.bad.items()} == {
+            i: why for i, why in part.bad.items() if start <= i < start + block.n_rows
+        }
+        start += block.n_rows
+    assert start == len(part)
+
+
+@given(parts(), st.integers(1, 8), st.integers(1, 200))
+def test_work_is_ordered_longest_first_with_ties_by_row_and_without_bad_rows(
+    part: Part, rows: int, size: int
+) -> None:
+    for block in blocks(part, rows=rows, size=size):
+        lengths = uint32s(block.lengths)
+        assert len(lengths) == 2 * block.n_rows
+        texts = decode_block(block.payload)
+        assert list(lengths) == [len(t.encode()) for name in texts for t in texts[name]]
+        total = [lengths[i] + lengths[i + block.n_rows] for i in range(block.n_rows)]
+        order = list(row_order(block.row_order))
+        assert order == sorted(set(range(block.n_rows)) - set(block.bad), key=lambda i: (-total[i], i))
+        assert block.n_work == len(order)
+        assert block.text_bytes == sum(total)
+
+
+@given(st.lists(st.integers(0, 50), max_size=60), st.integers(1, 10), st.integers(1, 100))
+def test_a_cut_is_greedy_and_a_row_is_never_stuck(sizes: list[int], rows: int, size: int) -> None:
+    cuts = list(cut(sizes, rows, size))
+    assert [i for lo, hi in cuts for i in range(lo, hi)] == list(range(len(sizes)))
+    for lo, hi in cuts:
+        assert hi - lo <= rows
+        assert sum(sizes[lo:hi]) <= size or hi - lo == 1
+        # One row more would not have fitted.
+        assert hi == len(sizes) or hi - lo == rows or sum(sizes[lo : hi + 1]) > size
+
+
+def test_the_clients_part_is_one_block() -> None:
+    (one,) = blocks(Part(columns={"text": ["x" * 1024] * 1024}))
+    assert (one.n_rows, one.text_bytes) == (1024, 1 << 20)
+
+
+@given(parts())
+def test_the_same_rows_have_the_same_keys_wherever_they_stand(part: Part) -> None:
+    once, again = blocks(part), blocks(part)
+    assert once[0].keys == again[0].keys
+    doubled = Part(
+        columns={name: [*texts, *texts] for name, texts in part.columns.items()},
+        bad={**part.bad, **{i + len(part): why for i, why in part.bad.items()}},
+    )
+    first, second = blocks(doubled, rows=len(part))
+    assert first.keys == second.keys == once[0].keys
+
+
+def test_a_key_depends_on_the_fields_that_are_read_and_on_no_other() -> None:
+    titled = reader("{title}")
+    both = reader("{title} {text}")
+    one = blocks(Part(columns={"title": ["a"], "text": ["x"]}), titled, both)[0]
+    other = blocks(Part(columns={"title": ["a"], "text": ["y"]}), titled, both)[0]
+    assert one.keys[0] == other.keys[0]
+    assert one.keys[1] != other.keys[1]
+
+
+def test_a_key_depends_on_the_task_and_is_none_where_nothing_may_be_reused() -> None:
+    part = Part(columns={"text": ["a"]})
+    (block,) = blocks(part, reader(digest=b"a"), reader(digest=b"b"), reader(reusable=False))
+    first, second, third = block.keys
+    assert first != second
+    assert third is None
+    assert first == reuse_key(fields_digest(part.columns, {}, ("text",)), b"a")
+
+
+@pytest.mark.parametrize(
+    ("one", "other"),
+    [
+        (Part(columns={"text": ["ab", "c"]}), Part(columns={"text": ["a", "bc"]})),
+        (Part(columns={"text": ["", "a"]}), Part(columns={"text": ["a", ""]})),
+        (Part(columns={"text": [""]}), Part(columns={"text": [""]}, bad={0: ("bad_row", "gone")})),
+        (
+            Part(columns={"text": [""]}, bad={0: ("bad_row", "a")}),
+            Part(columns={"text": [""]}, bad={0: ("bad_row", "b")}),
+        ),
+    ],
+)
+def test_blocks_that_differ_have_different_keys(one: Part, other: Part) -> None:
+    assert blocks(one)[0].keys != blocks(other)[0].keys
+
+
+def test_a_block_of_bad_rows_alone_has_no_work() -> None:
+    (block,) = blocks(Part(columns={"text": ["", ""]}, bad={0: ("bad_row", "a"), 1: ("bad_row", "b")}))
+    assert (block.n_rows, block.n_work, block.row_order) == (2, 0, b"")
+
+
+def test_a_torn_payload_is_told_and_not_guessed_at() -> None:
+    (block,) = blocks(Part(columns={"text": ["hello"]}))
+    with pytest.raises(BadMessage):
+        decode_block(block.payload[:-3])
+
+
+@given(st.sets(st.integers(0, 63)))
+def test_task_bits_fit_a_signed_column_and_are_read_alike(numbers: set[int]) -> None:
+    mask = task_bits(sorted(numbers))
+    assert -(2**63) <= mask < 2**63
+    assert {n for n in range(64) if mask >> n & 1} == numbers
+
+
+# -- rows on their way in
+
+
+def as_columns(rows: list[str], **more: Any) -> Incoming:
+    raw = msgpack.packb({"columns": {"text": rows}, **more}, unicode_errors="surrogatepass")
+    return read_columns(raw, ("text",), ROW_BYTES)
+
+
+@given(st.lists(TEXTS, min_size=1, max_size=20))
+def test_columns_lines_and_inline_rows_are_three_ways_to_say_the_same(texts: list[str]) -> None:
+    lines = "\n".join(json.dumps({"text": t, "id": i}) for i, t in enumerate(texts)).encode()
+    strings = "\n".join(json.dumps(t, ensure_ascii=False) for t in texts).encode()
+    inline = read_rows([{"text": t} for t in texts], ("text",), ROW_BYTES)
+    for other in (
+        as_columns(texts),
+        read_lines(lines, ("text",), ROW_BYTES),
+        read_lines(strings, ("text",), ROW_BYTES),
+    ):
+        assert other.bad == inline.bad == {}
+        assert dict(other.columns) == dict(inline.columns) == {"text": texts}
+
+
+BROKEN_LINES = [
+    (b'{"text": 1}', "text", "a number"),
+    (b'{"text": null}', "text", "null"),
+    (b'{"text": ["x"]}', "text", "a list"),
+    (b'{"text": NaN}', "text", "NaN"),
+    (b'{"text": 9223372036854775808}', "text", "64 bits"),
+    (b'{"title": "x"}', "text", "no such field"),
+    (b'{"text": "a\\u0000b"}', "text", "NUL"),
+    (b'{"text": "\\ud800"}', "text", "surrogate"),
+    (b'{"text": "x", "n": 9223372036854775808}', "n", "64 bits"),
+    (b'{"text": "x", "n": -Infinity}', "n", "infinite"),
+    (b'{"text": "x", "n": 1e999}', "n", "double precision"),
+    (b'{"text": "x", "n": ' + b"[" * 40 + b"]" * 40 + b"}", "n", "deeper than 32"),
+    (b'{"text": "x", "n": ' + b"[" * 100_000, "", "line 2"),
+    (b'{"text": "a", "text": "b"}', "", "twice"),
+    (b'{"text": "x"', "", "broken JSON"),
+    (b"12", "", "a number"),
+    (b"[]", "", "a list"),
+    (b'{"text": "\xff"}', "", "not UTF-8"),
+    (b'{"text": "' + b"x" * (ROW_BYTES + 1) + b'"}', "text", "262,145 bytes"),
+    (b'{"text": "x", "more": "' + b"x" * (8 * ROW_BYTES) + b'"}', "", "bytes in line 2"),
+]
+
+
+@pytest.mark.parametrize(("line", "field", "words"), BROKEN_LINES, ids=[w for _, _, w in BROKEN_LINES])
+def test_a_broken_line_is_one_bad_row_among_good_ones(line: bytes, field: str, words: str) -> None:
+    found = read_lines(b'{"text": "before"}\n' + line + b'\n\n"after"\n', ("text",), ROW_BYTES)
+    assert set(found.bad) == {1}
+    assert found.bad[1].field == field
+    assert words in found.bad[1].got
+    assert found.columns["text"] == ["before", "", "after"]
+    with pytest.raises(InvalidJob) as caught:
+        found.refuse_bad_rows(1000)
+    assert [p.row for p in caught.value.problems] == [1001]
+
+
+@pytest.mark.parametrize(
+    ("value", "words"),
+    [
+        (None, "null"),
+        (3.5, "a number"),
+        (float("nan"), "NaN"),
+        (b"raw", "bytes"),
+        ({"a": 1}, "an object"),
+        ("a\0b", "NUL"),
+        ("\udfff", "surrogate"),
+        ("é" * (ROW_BYTES // 2 + 1), "262,146 bytes"),
+    ],
+)
+def test_columns_and_lines_find_the_same_values_bad(value: Any, words: str) -> None:
+    found = as_columns(["before", value, "after"])
+    assert set(found.bad) == {1}
+    assert words in found.bad[1].got
+    assert found.columns["text"] == ["before", "", "after"]
+
+
+def test_a_bad_row_never_repeats_the_text() -> None:
+    found = as_columns(["secret \0 text", "secret \ud800 text", "secret" * 100_000])
+    assert len(found.bad) == 3
+    assert all("secret" not in f"{why} {why.message} {why.at(0)}" for why in found.bad.values())
+
+
+def test_rows_that_the_sender_found_bad_keep_its_words() -> None:
+    found = as_columns(["a", "", "c"], bad={1: ["bad_row", "text: got null; expected text"]})
+    assert found.part().bad == {1: ("bad_row", "text: got null; expected text")}
+
+
+@pytest.mark.parametrize(
+    "bad",
+    [
+        {7: ["bad_row", "x"]},
+        {-1: ["bad_row", "x"]},
+        {0: ["BAD ROW", "x"]},
+        {0: ["bad_row", "\0"]},
+        {0: "x"},
+        [0],
+        {"0": ["bad_row", "x"]},
+    ],
+)
+def test_marks_of_bad_rows_that_are_none_are_refused(bad: Any) -> None:
+    with pytest.raises(InvalidJob):
+        as_columns(["a", "b"], bad=bad)
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        b"",
+        b"\xc1",
+        b"not msgpack at all",
+        msgpack.packb([]),
+        msgpack.packb({}),
+        msgpack.packb({"columns": {}}),
+        msgpack.packb({"columns": {"text": []}}),
+        msgpack.packb({"columns": {"text": "abc"}}),
+        msgpack.packb({"columns": {"text": ["a"], "title": ["a", "b"]}}),
+        msgpack.packb({"columns": {"text": ["a"]}, "first_row": -1}),
+        msgpack.packb({"columns": {"text": ["a"]}, "first_row": "0"}),
+        msgpack.packb({"columns": {"text": [[] for _ in range(100_001)]}}),
+    ],
+)
+def test_a_body_of_no_known_form_is_refused(body: bytes) -> None:
+    with pytest.raises(InvalidJob):
+        read_columns(body, ("text",), ROW_BYTES)
+
+
+@given(st.binary(max_size=300))
+def test_no_bytes_provoke_anything_but_a_refusal(raw: bytes) -> None:
+    for read in (read_columns, read_lines):
+        try:
+            found = read(raw, ("text",), ROW_BYTES)
+        except InvalidJob:
+            continue
+        blocks(found.part())
