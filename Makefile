@@ -49,3 +49,4 @@ $(INSTALLED): pyproject.toml
 		echo '$(PYTHON) cannot make virtual environments; on Debian and Ubuntu: apt install python3-venv' >&2; exit 1; }
 	$(BIN)/python -m pip install --disable-pip-version-check --no-compile -q -e '.[dev]'
 	@touch $@
+	@echo 'motet is installed; see: make demo, $(BIN)/motet --help'

@@ -6,6 +6,7 @@ the API streams them and the client reads them. Arrays are little-endian bytes, 
 
 from __future__ import annotations
 
+import itertools
 import json
 import struct
 import sys
@@ -123,7 +124,7 @@ class Column:
             if (
                 len(offsets) != n + 1
                 or offsets[0] != 0
-                or any(a > b for a, b in zip(offsets, offsets[1:], strict=False))
+                or any(a > b for a, b in itertools.pairwise(offsets))
             ):
                 raise ValueError("column offsets are not n + 1 ascending numbers from 0")
             count = offsets[-1]

@@ -7,13 +7,13 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from motet.columns import Column, values
+from motet.columns import CellError, Column, values
 from motet.manifest import Manifest
 from motet.wire import TaskOrder
 from workers.assemble import assemble
@@ -49,40 +49,40 @@ SENTENCES: tuple[str, ...] = tuple(
 )
 
 
-@dataclass
+@dataclass(frozen=True)
 class Trial:
-    """One model loaded in several formats, to see whether they answer alike."""
+    """A model and tasks on it, asked in one pass, to see whether it answers alike in several formats."""
 
     engine: Engine
     model: Manifest
     files: Mapping[str, Path]
+    #: Each task with the files of its own head.
+    tasks: Sequence[tuple[TaskOrder, Mapping[str, Path]]]
     device: str = "cpu"
-    _handles: dict[str, Any] = field(default_factory=dict)
-    _rows: list[Prepared] = field(default_factory=list)
 
-    def answers(self, task: TaskOrder, head: Mapping[str, Path], in_format: str) -> Column:
-        """The task's answers to SENTENCES in a format. Raises what engines raise."""
-        handle = self._loaded(in_format)
-        self.engine.attach(handle, task, head)
-        pass_ = Pass(handle, (task,), 0)
-        if not self._rows:
-            self._rows = [r for r in self.engine.prepare(pass_, SENTENCES) if isinstance(r, Prepared)]
-        batches = pack(self._rows, tokens=BATCH_TOKENS)
-        parts = [([row.row for row in batch], self.engine.run(pass_, batch)[task.name]) for batch in batches]
-        first = parts[0][1]
-        return assemble(task.manifest.answers, len(SENTENCES), parts, {}, dim=first.dim, dtype=first.dtype)
-
-    def close(self) -> None:
-        for handle in self._handles.values():
+    def answers(self, in_format: str) -> dict[str, Column]:
+        """The answers to SENTENCES by task name. Raises what engines raise."""
+        handle = self.engine.load(self.model, self.files, device=self.device, in_format=in_format)
+        try:
+            for task, head in self.tasks:
+                self.engine.attach(handle, task, head)
+            return self._run(Pass(handle, tuple(task for task, _ in self.tasks), 0))
+        finally:
             self.engine.unload(handle)
-        self._handles.clear()
 
-    def _loaded(self, in_format: str) -> Any:
-        if in_format not in self._handles:
-            self._handles[in_format] = self.engine.load(
-                self.model, self.files, device=self.device, in_format=in_format
+    def _run(self, pass_: Pass) -> dict[str, Column]:
+        prepared = self.engine.prepare(pass_, SENTENCES)
+        errors = {i: row for i, row in enumerate(prepared) if isinstance(row, CellError)}
+        batches = pack([row for row in prepared if isinstance(row, Prepared)], tokens=BATCH_TOKENS)
+        parts = [([row.row for row in batch], self.engine.run(pass_, batch)) for batch in batches]
+        answers = {}
+        for task in pass_.tasks:
+            columns = [(rows, part[task.name]) for rows, part in parts]
+            dim, dtype = max(((c.dim, c.dtype) for _, c in columns), default=(0, ""))
+            answers[task.name] = assemble(
+                task.manifest.answers, len(SENTENCES), columns, errors, dim=dim, dtype=dtype
             )
-        return self._handles[in_format]
+        return answers
 
 
 def compare(exact: Column, fast: Column, labels: Sequence[str]) -> tuple[bool, dict[str, float]]:

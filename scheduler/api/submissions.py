@@ -16,7 +16,7 @@ from motet.errors import InvalidJob, Problem
 from motet.manifest import Manifest
 from motet.tasks import Task, parse, short
 from scheduler.api.bodies import clean_object
-from scheduler.api.strict_json import MAX_DEPTH, Doubled, text_flaw
+from scheduler.api.strict_json import MAX_DEPTH, Doubled
 from scheduler.plan import PlannedPass, loaded_model, plan, task_digest
 from scheduler.store.jobs import PRIORITIES, NewJob, NewPass, NewTask
 from scheduler.store.registry import Registered
@@ -128,11 +128,6 @@ def _count_or_none(value: Any) -> bool:
 
 def _rows_got(rows: Any) -> str:
     return f"{len(rows):,} rows" if isinstance(rows, list) else "no list"
-
-
-def wanted_models(tasks: Mapping[str, Task]) -> set[str]:
-    """``name`` or ``name@version`` of every model that tasks name. One that cannot be in any registry is left out."""
-    return {task.model for task in tasks.values() if text_flaw(task.model) is None}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -84,6 +84,7 @@ class House:
     url: str
     settings: Settings
     database: Database
+    line: httpx.Client
     tokens: dict[str, str] = field(default_factory=dict)
     tenants: dict[str, UUID] = field(default_factory=dict)
 
@@ -91,7 +92,7 @@ class House:
         headers = dict(more.pop("headers", {}))
         if token is not None:
             headers["Authorization"] = f"Bearer {self.tokens.get(token, token)}"
-        return httpx.request(method, self.url + path, headers=headers, timeout=60, trust_env=False, **more)
+        return self.line.request(method, self.url + path, headers=headers, **more)
 
     def open(
         self, tasks: Mapping[str, Any] = CLASSIFY, *, key: str | None = None, **options: Any
@@ -243,8 +244,9 @@ def a_house(database_url: str, folder: Path, **settings: Any) -> Iterator[House]
     """A house with two tenants, a token of each scope, and MODELS registered."""
     chosen = Settings(database_url=database_url, blob_dir=str(folder / "blobs"), api_port=0, **settings)
     database = Database(database_url, pool=2)
-    with running(chosen) as url:
-        house = House(url, chosen, database)
+    # No certificates to read: it speaks plain HTTP to this machine, and reading them takes longer than most tests.
+    with running(chosen) as url, httpx.Client(timeout=60, trust_env=False, verify=False) as line:
+        house = House(url, chosen, database, line)
         with database.transaction() as connection:
             for tenant, names in (("default", ("user", "read", "admin", "worker")), ("other", ("stranger",))):
                 house.tenants[tenant] = registry.tenant_named(connection, tenant)

@@ -89,6 +89,33 @@ def as_role(urls: ValkeyUrls, role: str) -> redis.Redis:
     return redis.Redis.from_url(redis_py_url(getattr(urls, role)), decode_responses=True)
 
 
+# -- any child
+
+
+def test_a_child_that_ignores_the_request_to_end_is_killed(tmp_path: Path):
+    deaf = Child("deaf", ["/bin/sh", "-c", "trap '' TERM; echo ready; sleep 600"], log=tmp_path / "deaf.log")
+    deaf.start()
+    until(lambda: deaf.tail() == "ready")
+    deaf.stop(0.1)
+    assert deaf.exit_code == -signal.SIGKILL
+
+
+def test_a_log_that_has_grown_is_set_aside_when_its_process_starts_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr("motet.embedded.children.LOG_BYTES", 3)
+    talker = Child("talker", ["/bin/echo", "hello"], log=tmp_path / "talker.log")
+    for _ in range(2):
+        talker.start()
+        talker.wait()
+    assert (tmp_path / "talker.log.1").read_text() == talker.log.read_text() == "hello\n"
+
+
+def test_a_program_that_is_missing_is_named():
+    with pytest.raises(SetupError, match="ghost: cannot run /no/such/program: No such file"):
+        Child("ghost", ["/no/such/program"]).start()
+
+
 # -- Postgres
 
 

@@ -159,6 +159,11 @@ class Stage:
 
         return eventually(alive)  # type: ignore[return-value]
 
+    def beats_pass(self, name: str, count: int) -> None:
+        """Wait for so many beats; a worker reads its control word at each."""
+        seen = self.beat(name).seq
+        eventually(lambda: self.beat(name).seq > seen + count)
+
     def order(self, engine: str, *texts: str, **more: Any) -> Assignment:
         model = Manifest(name=engine, version="1", engine=engine, answers="json", source={"function": engine})
         return Assignment(
@@ -277,11 +282,9 @@ def test_a_dropped_attempt_ends_without_an_outcome_and_an_old_leader_is_not_obey
     stage.scheduler.publish("w", [order])
     eventually(lambda: stage.beat("w").held == (order.key,))
     stage.scheduler.control({"w": Control(epoch=7)})
-    seen = stage.beat("w").seq
-    eventually(lambda: stage.beat("w").seq > seen + 2)
+    stage.beats_pass("w", 2)
     stage.scheduler.control({"w": Control(epoch=6, drop=(order.key,))})
-    seen = stage.beat("w").seq
-    eventually(lambda: stage.beat("w").seq > seen + 2)
+    stage.beats_pass("w", 2)
     assert stage.beat("w").held == (order.key,)
     stage.scheduler.control({"w": Control(epoch=7, drop=(order.key,))})
     eventually(lambda: not stage.beat("w").held)
@@ -304,8 +307,7 @@ def test_a_drained_worker_leaves_its_queue_alone_until_it_is_told_to_work_again(
     probes = [stage.order("upper", f"probe {i}") for i in range(3)]
     for probe in probes:
         stage.scheduler.publish("w", [probe])
-        seen = stage.beat("w").seq
-        eventually(lambda: stage.beat("w").seq > seen + 15)
+        stage.beats_pass("w", 15)
     waiting = stage.scheduler.queued("w")
     assert probes[-1].key in waiting
     stage.scheduler.control({"w": Control(epoch=1)})
@@ -391,33 +393,41 @@ def test_a_real_encoder_comes_through_http_and_answers(stage: Stage) -> None:
     assert (stage.outcome(absent).error or ("",))[0] == "cannot_fetch"
 
 
-def test_work_goes_on_while_redis_is_away_and_is_reported_when_it_is_back(
-    tmp_path: Path, blobs: Blobs
-) -> None:
+@pytest.fixture
+def own_valkey(tmp_path: Path) -> Iterator[Valkey]:
+    """A server that a test may kill."""
     server = Valkey(tmp_path / "valkey")
-    urls = server.start()
-    try:
-        folder = tmp_path / "stage"
-        folder.mkdir()
-        for stage in set_up(folder, urls, blobs):
-            process = stage.worker("w")
-            boot = stage.beat("w").boot
-            order = stage.order("gated", *["wait"] * 10)
-            stage.scheduler.publish("w", [order])
-            eventually(lambda: stage.scheduler.running("w"))
-            os.kill(server.pid or 0, signal.SIGKILL)
-            stage.gate.touch()
-            eventually(lambda: "redis lost" in stage.log)
-            server.start()
-            # All that Redis held is gone, the message and the payload too; the outcome comes nevertheless.
-            assert stage.outcome(order).verdict == "done"
-            later = stage.order("upper", "later")
-            stage.scheduler.publish("w", [later])
-            assert stage.outcome(later).verdict == "done"
-            assert stage.beat("w").boot == boot
-            assert process.poll() is None
-    finally:
-        server.stop()
+    yield server
+    server.stop()
+
+
+@pytest.fixture
+def frail(tmp_path: Path, own_valkey: Valkey, blobs: Blobs) -> Iterator[Stage]:
+    """A stage on a server that a test may kill."""
+    folder = tmp_path / "stage"
+    folder.mkdir()
+    yield from set_up(folder, own_valkey.start(), blobs)
+
+
+def test_work_goes_on_while_redis_is_away_and_is_reported_when_it_is_back(
+    frail: Stage, own_valkey: Valkey
+) -> None:
+    process = frail.worker("w")
+    boot = frail.beat("w").boot
+    order = frail.order("gated", *["wait"] * 10)
+    frail.scheduler.publish("w", [order])
+    eventually(lambda: frail.scheduler.running("w"))
+    os.kill(own_valkey.pid or 0, signal.SIGKILL)
+    frail.gate.touch()
+    eventually(lambda: "redis lost" in frail.log)
+    own_valkey.start()
+    # All that Redis held is gone, the message and the payload too; the outcome comes nevertheless.
+    assert frail.outcome(order).verdict == "done"
+    later = frail.order("upper", "later")
+    frail.scheduler.publish("w", [later])
+    assert frail.outcome(later).verdict == "done"
+    assert frail.beat("w").boot == boot
+    assert process.poll() is None
 
 
 # -- the launcher

@@ -1,0 +1,128 @@
+"""The real client against the real API: both were written to docs/http.md, and here they meet."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from motet import Classify, Client, Embed
+from motet.columns import CellError
+from motet.errors import Conflict, InvalidJob, JobFailed, NotFound, Overloaded, Unauthorized
+from tests.integration.api_house import House, a_house, house
+
+__all__ = ["house"]
+
+TASKS = {"topic": Classify("topics"), "vector": Embed("tiny")}
+TEXTS = [f"text {i}" for i in range(2500)]
+
+
+@pytest.fixture
+def client(house: House) -> Iterator[Client]:
+    with Client(house.url, house.tokens["user"], timeout=20) as client:
+        yield client
+
+
+def test_a_long_source_goes_in_by_parts_and_its_rows_come_back(house: House, client: Client) -> None:
+    job = client.submit(TEXTS, TASKS, name="long")
+    assert (job.state, job.rows, job.name) == ("running", 2500, "long")
+    assert house.sql("SELECT n_rows FROM part ORDER BY number") == [(1024,), (1024,), (452,)]
+
+    def work() -> None:
+        for block in (2, 0, 1):
+            house.answer(
+                job.id, block, failing={5: CellError("too_long", "17 tokens")} if block == 1 else None
+            )
+
+    hand = threading.Timer(0.2, work)
+    hand.start()
+    rows = list(job.results())
+    hand.join()
+    assert [r.index for r in rows] == list(range(2500))
+    assert str(rows[1]["topic"]) == "sport"
+    assert rows[7]["vector"].vector == [7.0, 0.5]
+    assert [r.index for r in rows if not r.ok] == [1029]
+    assert [(e.row, e.task, e.error) for e in job.errors()] == [
+        (1029, "topic", "too_long"),
+        (1029, "vector", "too_long"),
+    ]
+    assert job.wait().state == "succeeded"
+    assert job.partial
+    assert {r.index for r in job.results(order="done", tasks=["topic"])} == set(range(2500))
+    assert client.job(job.id).rows == 2500
+
+
+def test_a_small_source_is_one_request_and_the_same_again_runs_nothing(house: House, client: Client) -> None:
+    first = client.submit([{"text": "a", "id": "1"}, {"text": "b", "id": "2"}], TASKS)
+    house.answer(first.id, 0)
+    again = client.submit(["a", "b"], TASKS)
+    assert again.state == "succeeded"
+    assert [str(r["topic"]) for r in again.results()] == ["business", "sport"]
+    assert [j.id for j in client.jobs()] == [again.id, first.id]
+
+
+def test_bad_rows_are_refused_or_become_errors_as_asked(house: House, client: Client) -> None:
+    rows: list[Any] = ["a", None, {"title": "no text"}, "nul \0"]
+    with pytest.raises(InvalidJob) as caught:
+        client.submit(rows, TASKS)
+    assert [p.row for p in caught.value.problems] == [1, 2, 3]
+    job = client.submit(rows, TASKS, bad_rows="error")
+    house.answer(job.id, 0)
+    assert [r.ok for r in job.results()] == [True, False, False, False]
+    assert {e.error for e in job.errors()} == {"bad_row"}
+
+
+def test_a_broken_upload_goes_on_under_the_same_key(house: House, client: Client) -> None:
+    def breaks() -> Iterator[str]:
+        yield from TEXTS[:2100]
+        raise OSError("the disk is gone")
+
+    with pytest.raises(OSError, match="disk"):
+        client.submit(breaks(), TASKS, key="nightly run")
+    (job,) = client.jobs()
+    assert job.state == "loading"
+    assert job.rows in (1024, 2048), "the part in flight may not have arrived"
+    whole = client.submit(TEXTS, TASKS, key="nightly run")
+    assert (whole.id, whole.state, whole.rows) == (job.id, "running", 2500)
+    with pytest.raises(Conflict):
+        client.submit(TEXTS, {"topic": TASKS["topic"]}, key="nightly run")
+
+
+def test_a_plan_a_cancellation_and_errors_as_types(house: House, client: Client) -> None:
+    plan = client.plan(TEXTS, TASKS)
+    assert (plan.rows, [p.tasks for p in plan.passes]) == (2500, [("topic", "vector")])
+    assert plan.unfused_tokens == 2 * plan.tokens > 0
+    job = client.submit(TEXTS, TASKS)
+    house.answer(job.id, 0)
+    job.cancel()
+    assert [r.index for r in job.results(check=False)] == list(range(1024))
+    with pytest.raises(JobFailed):
+        list(job.results())
+    job.delete()
+    with pytest.raises(NotFound):
+        client.job(job.id)
+    with pytest.raises(InvalidJob, match="did you mean topics"):
+        client.submit(["a"], {"t": Classify("topcis")})
+    with pytest.raises(Unauthorized):
+        list(Client(house.url, "abc.def").jobs())
+
+
+def test_models_tokens_and_overload(database_url: str, tmp_path: Path) -> None:
+    with a_house(database_url, tmp_path, max_active_jobs=1) as house:
+        admin = Client(house.url, house.tokens["admin"])
+        assert {m.name for m in admin.models()} == {"tiny", "topics", "tones", "dice"}
+        assert admin.model("topics").ref == "topics@1"
+        token = admin.create_token("mine", "user", expires_days=1)
+        assert token.token
+        mine = Client(house.url, token.token, timeout=0.5)
+        mine.submit(["a"], TASKS)
+        with pytest.raises(Overloaded) as caught:
+            mine.submit(["b"], TASKS)
+        assert caught.value.retry_after > 0
+        admin.revoke_token(token.id)
+        with pytest.raises(Unauthorized):
+            mine.models()
+        assert [t.revoked is None for t in admin.tokens() if t.id == token.id] == [False]

