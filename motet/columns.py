@@ -121,11 +121,7 @@ class Column:
         count = n
         if "offsets" in names:
             offsets = typed("i", self.arrays.get("offsets", b""))
-            if (
-                len(offsets) != n + 1
-                or offsets[0] != 0
-                or any(a > b for a, b in itertools.pairwise(offsets))
-            ):
+            if len(offsets) != n + 1 or offsets[0] != 0 or any(a > b for a, b in itertools.pairwise(offsets)):
                 raise ValueError("column offsets are not n + 1 ascending numbers from 0")
             count = offsets[-1]
         for name, code in LAYOUT[self.kind]:

@@ -248,7 +248,8 @@ class Beat:
     protocol: int = PROTOCOL
     host: str = ""
     pid: int = 0
-    state: Literal["ready", "draining"] = "ready"
+    #: ``starting`` says that the process before it is gone; it takes no work yet.
+    state: Literal["starting", "ready", "draining"] = "ready"
     #: ``cuda`` or ``cpu``; the name people know, such as "NVIDIA H200".
     device_kind: str = "cpu"
     device_name: str = ""

@@ -71,11 +71,13 @@ def _migrate(settings: Settings, _: argparse.Namespace) -> None:
 
 
 def _bootstrap(settings: Settings, arguments: argparse.Namespace) -> None:
+    """Migrate, and make the first tokens: one process where both are wanted, for an import costs a second."""
     from scheduler.bootstrap import bootstrap
 
     if arguments.tokens is None:
         raise SetupError("bootstrap needs --tokens FILE, where the first tokens are written to")
-    bootstrap(settings.need("database_url").database_url, arguments.tokens)
+    _migrate(settings, arguments)
+    bootstrap(settings.database_url, arguments.tokens)
 
 
 PROCESSES = {

@@ -19,8 +19,8 @@ log = logging.getLogger("motet.aggregator")
 
 #: Entries taken at once: enough to share a commit, few enough to stay far below the reclaim time.
 BATCH = 64
-#: Seconds that one read waits for the first entry.
-BLOCK_S = 2.0
+#: Seconds that one read waits for the first entry; also how long a stop may wait for it.
+BLOCK_S = 0.5
 
 
 @dataclass

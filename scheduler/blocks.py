@@ -67,7 +67,7 @@ def blocks_of(
 ) -> tuple[Block, ...]:
     """Cut a part into blocks and encode them. The same part gives the same blocks, wherever it stands in a job."""
     lengths = {name: _byte_lengths(texts) for name, texts in part.columns.items()}
-    totals = [sum(row) for row in zip(*lengths.values(), strict=True)]
+    totals = list(map(sum, zip(*lengths.values(), strict=True)))
     return tuple(
         _encode(part, lengths, totals, lo, hi, readers) for lo, hi in cut(totals, block_rows, block_bytes)
     )

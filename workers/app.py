@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING, Any
 from motet.errors import SetupError
 from motet.settings import Settings
 from motet.transport import ENTRY_POINT, RedisWorkerTransport, TransportLost, WorkerTransport, queue_name
-from motet.wire import Assignment, BadMessage, Outcome
+from motet.wire import Assignment, BadMessage, Beat, Outcome
 from workers.attempts import Attempts, Key
 from workers.beat import Heart, Watchdog
 from workers.blobs import BlobCache, HttpBlobs
@@ -59,6 +59,7 @@ class Worker:
     def __init__(
         self,
         name: str,
+        boot: str,
         settings: Settings,
         device: Device,
         transport: WorkerTransport,
@@ -67,8 +68,8 @@ class Worker:
         parent: int = 0,
         exit_now: Callable[[int], None] = os._exit,
     ) -> None:
-        """``end_celery``: makes `serve` return, once no thread of Celery's works."""
-        self.name, self.boot = name, secrets.token_hex(8)
+        """``boot``: random per process. ``end_celery``: makes `serve` return, once no thread of Celery's works."""
+        self.name, self.boot = name, boot
         self.attempts = Attempts()
         #: Whether messages are taken from the queue.
         self.tap_open = True
@@ -76,7 +77,7 @@ class Worker:
         self._grace_s, self._beat_s = settings.grace_s, settings.beat_s
         self._reporter = Reporter(transport, self.attempts)
         self._pool = ThreadPoolExecutor(PREPARING[device.kind], thread_name_prefix="prepare")
-        engines = InstalledEngines()
+        self._engines = engines = InstalledEngines()
         self._executor = Executor(
             worker=name,
             boot=self.boot,
@@ -115,7 +116,7 @@ class Worker:
     def start(self) -> None:
         """Start the threads. From here on the scheduler knows this worker."""
         self._heart.step()
-        self._thread("executor", self._executor.run)
+        self._thread("executor", self._own_the_device)
         self._thread("reporter", self._reporter.run)
         self._thread("heart", lambda: self._heart.run(self._stopped, self._beat_s))
         self._thread("watchdog", lambda: self._watchdog.run(self._stopped))
@@ -158,6 +159,15 @@ class Worker:
             tasks=len(order.tasks),
         )
         self._executor.submit(order).finished.wait()
+
+    def _own_the_device(self) -> None:
+        # On the one thread that also loads models: transformers breaks when two import it at once.
+        self._engines.preload()
+        self._executor.run()
+
+    @property
+    def leaving(self) -> bool:
+        return self._leaving.is_set()
 
     def leave(self) -> None:
         """Begin to drain: take nothing more, finish what is held within the grace period. Safe in a signal handler."""
@@ -310,6 +320,17 @@ def serve(app: Celery, worker: Worker) -> None:
             has_room = qos.can_consume
             qos.can_consume = lambda: worker.tap_open and has_room()
 
+    class End(bootsteps.StartStopStep):  # type: ignore[misc]
+        """Drains when Celery ends on its own: a message that is no message stops its loop for good."""
+
+        def start(self, controller: Any) -> None:
+            return None
+
+        def stop(self, controller: Any) -> None:
+            if not worker.leaving:
+                event(log, "celery ended", logging.ERROR)
+                worker.leave()
+
     def received(request: Any = None, **_: Any) -> None:
         # Before a thread has it: from here on it is no longer in the queue, so it must be in the beat.
         key = request.message.headers.get("motet") if request else None
@@ -324,6 +345,7 @@ def serve(app: Celery, worker: Worker) -> None:
         event(log, "ready", boot=worker.boot)
 
     app.steps["consumer"].add(Tap)
+    app.steps["worker"].add(End)
     signals.task_received.connect(received, weak=False)
     signals.worker_ready.connect(ready, weak=False)
     # Any receiver keeps Celery from setting up logging of its own.
@@ -354,20 +376,30 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         settings = Settings.from_env().need("redis_url")
         configure(settings.log_level, options.name)
+        transport = RedisWorkerTransport(settings.redis_url, options.name)
+        boot = secrets.token_hex(8)
+        _say_hello(transport, options.name, boot)
         use_threads(options.threads)
         device = probe(options.device, options.slots)
         event(
             log, "device", kind=device.kind, device=device.name, mb=device.memory_mb, formats=device.formats
         )
-        transport = RedisWorkerTransport(settings.redis_url, options.name)
         worker = Worker(
-            options.name, settings, device, transport, end_celery=end_celery, parent=options.parent
+            options.name, boot, settings, device, transport, end_celery=end_celery, parent=options.parent
         )
         serve(celery_app(settings.redis_url, worker), worker)
     except SetupError as error:
         event(log, str(error), logging.ERROR)
         return EXIT_SETUP
     return 0
+
+
+def _say_hello(transport: WorkerTransport, name: str, boot: str) -> None:
+    """Before torch is imported, which takes seconds: whatever a process of this name held is lost, rescue it now."""
+    try:
+        transport.beat(Beat(worker=name, boot=boot, seq=0, state="starting"))
+    except TransportLost:
+        event(log, "redis lost", logging.WARNING)
 
 
 def _options(arguments: Sequence[str] | None) -> argparse.Namespace:

@@ -290,6 +290,8 @@ class Executor:
 
         So sub-tasks end one after the other, and not all at the same time with the device idle behind them.
         """
+        if first.order.interactive:
+            self._interactive_at = self._clock()
         tokens, max_rows = limit(
             self._budgets[_model(first.key)],
             self._costs[_model(first.key)],

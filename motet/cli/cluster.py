@@ -6,8 +6,6 @@ import logging
 import os
 import signal
 import sys
-import threading
-import time
 from collections.abc import Sequence
 from importlib.util import find_spec
 from pathlib import Path
@@ -72,24 +70,26 @@ def up(cpus: int | None, gpus: str, port: int, data: Path | None, flower: int | 
     logging.getLogger("motet.cluster").setLevel(logging.INFO)
     folder = data or home()
     cluster = Cluster(folder, cpus=cpus, gpus=gpus, port=port, flower_port=flower)
-    known = folder / "client.json"
-    before = _written(known)
 
     def announce() -> None:
-        # Written when everything answers: the same file that tells clients where the cluster is.
-        while _written(known) in (None, before):
-            time.sleep(0.1)
         if as_json:
-            put_json({"url": cluster.url, "data": str(folder), "flower": cluster.flower_url})
+            put_json(
+                {
+                    "url": cluster.url,
+                    "data": str(folder),
+                    "database": cluster.database_url,
+                    "flower": cluster.flower_url,
+                }
+            )
             return
         click.echo(f"ready at {cluster.url}, documented at {cluster.url}/docs; Ctrl-C stops it")
+        click.echo(f'SQL: psql "{cluster.database_url}"')
         if cluster.flower_url:
             click.echo(f"Flower at {cluster.flower_url}")
         if data is not None:
             click.echo(f"in another shell: export MOTET_HOME={folder.resolve()}")
 
-    threading.Thread(target=announce, daemon=True).start()
-    cluster.run_forever()
+    cluster.run_forever(announce)
 
 
 @click.command(
@@ -177,14 +177,6 @@ def workers(as_json: bool) -> None:
         ),
         empty="no workers; start some with: motet worker --gpus all",
     )
-
-
-def _written(path: Path) -> int | None:
-    """When a file was written, in ns; None where there is none."""
-    try:
-        return path.stat().st_mtime_ns
-    except OSError:
-        return None
 
 
 def execute_workers(arguments: Sequence[str], *, admin: bool) -> NoReturn:

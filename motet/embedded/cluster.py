@@ -13,7 +13,7 @@ import socket
 import sys
 import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from concurrent.futures import Future
 from dataclasses import dataclass, field
 from importlib import metadata
@@ -93,6 +93,8 @@ class Cluster:
         self.url = ""
         #: Where Flower is, with name and password; empty without ``flower_port``.
         self.flower_url = ""
+        #: The database, as psql and libpq take it; over a socket that only this user opens.
+        self.database_url = ""
         #: By scope: ``admin``, ``user``, ``worker``.
         self.tokens: Mapping[str, str] = {}
         self._lock = Lock(self.data / "lock")
@@ -135,12 +137,16 @@ class Cluster:
             evict(self._left_behind, patience_s=0)
             self._thread.join()
 
-    def run_forever(self) -> None:
-        """Run in the foreground until SIGINT, SIGTERM or SIGHUP, then stop in order; the second one kills."""
+    def run_forever(self, ready: Callable[[], object] = lambda: None) -> None:
+        """Run in the foreground until SIGINT, SIGTERM or SIGHUP, then stop in order; the second one kills.
+
+        ``ready`` is called once, when everything answers.
+        """
         for sign in (signal.SIGTERM, signal.SIGHUP):
             if signal.getsignal(sign) is signal.SIG_DFL:  # and not ignored, as under nohup
                 signal.signal(sign, signal.default_int_handler)
         with contextlib.suppress(KeyboardInterrupt), self:
+            ready()
             self._ended.result()
 
     def __enter__(self) -> Self:
@@ -207,6 +213,7 @@ class Cluster:
         postgres = Postgres(self.data / "postgres", self._log("postgres"))
         self._watch(valkey, GRACE_S)
         self._watch(postgres, STOP_S)
+        self.database_url = postgres.url.replace("+psycopg", "")
         scheduler = self._env(
             DATABASE_URL=postgres.url,
             REDIS_URL=valkey.urls.scheduler,
@@ -214,7 +221,6 @@ class Cluster:
             API_PORT=str(port),
             BLOB_DIR=str(self.data / "blobs"),
         )
-        self._run_once("migrate", self.command("scheduler", "migrate"), scheduler)
         tokens = self.data / "tokens.json"
         self._run_once(
             "bootstrap", self.command("scheduler", "bootstrap", "--tokens", str(tokens)), scheduler
@@ -226,7 +232,10 @@ class Cluster:
         worker = self._env(URL=self.url, CACHE_DIR=str(self.data / "cache"))
         if self._workers:
             env = {**worker, "MOTET_TOKEN": self.tokens["worker"], "MOTET_REDIS_URL": valkey.urls.worker}
-            launcher = self._child("workers", self.command("workers", *self._workers), env)
+            # Without us there is no Redis either: nothing can be drained, so it ends at once, and its workers with it.
+            launcher = self._child(
+                "workers", self.command("workers", *self._workers), env, orphaned=signal.SIGKILL
+            )
             self._watch(launcher, Settings.from_env(env).grace_s + 5)
         if self._flower_port is not None:
             self._watch(self._flower(_open_port(self._flower_port, "--flower"), valkey.urls), GRACE_S)
@@ -285,8 +294,10 @@ class Cluster:
         if self._stopping.wait(seconds):
             raise SetupError("stopped while it was starting")
 
-    def _child(self, name: str, command: list[str], env: Mapping[str, str]) -> Child:
-        return Child(name, command, env=env, log=self._log(name))
+    def _child(
+        self, name: str, command: list[str], env: Mapping[str, str], orphaned: signal.Signals | None = None
+    ) -> Child:
+        return Child(name, command, env=env, log=self._log(name), orphaned=orphaned)
 
     def _flower(self, port: int, urls: ValkeyUrls) -> Child:
         password = secrets.token_urlsafe(12)

@@ -30,7 +30,7 @@ def healthz() -> PlainTextResponse:
 @routes.get(
     "/readyz",
     summary="Postgres, Redis and a leader are there",
-    responses=shapes.answers(200, shapes.ReadyShape, shapes.READY, "All three are there."),
+    responses=shapes.answers(200, shapes.ReadyShape, shapes.READY, "All three are there.", anyone=True),
 )
 def readyz(use: Use) -> JSONResponse:
     postgres, leader = _postgres(use)

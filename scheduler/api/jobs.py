@@ -158,7 +158,7 @@ def _plan(use: Resources, asked: Submission) -> Planned:
         None,
         'Msgpack of `{"columns": {field: [text, …]}, "first_row": i}`, or a row a line.',
         "application/msgpack",
-        application__x_ndjson="A JSON object, or a string, per line.",
+        {"application/x-ndjson": "A JSON object, or a string, per line."},
     ),
 )
 async def put_part(

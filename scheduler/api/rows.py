@@ -173,11 +173,11 @@ def _texts(row: Any, fields: Sequence[str]) -> Sequence[Any] | BadRow:
     elif not isinstance(row, dict):
         return BadRow("", _kind(row), "text, or an object of field to text")
     elif isinstance(row, Doubled):
-        return BadRow("", f"the key {short(row.key)} twice", "an object whose keys stand there once")
+        return BadRow("", f"the key {_shown(row.key)} twice", "an object whose keys stand there once")
     for name, value in row.items():
         # Fields that no task reads are dropped, but what is not JSON is not a row.
         if name not in fields and not isinstance(value, str) and (found := flaw(value)):
-            return BadRow(short(name), found[1], "JSON that other programs can read")
+            return BadRow(_shown(name), found[1], "JSON that other programs can read")
     for name in fields:
         if name not in row:
             return _missing(name, row)
@@ -238,8 +238,13 @@ def _bad_text(name: str, value: object) -> BadRow | None:
 
 
 def _missing(name: str, row: Mapping[Any, Any]) -> BadRow:
-    has = ", ".join(short(key) for key in list(row)[:8]) or "no fields at all"
+    has = ", ".join(_shown(key) for key in list(row)[:8]) or "no fields at all"
     return BadRow(name, "no such field", f"text (the row has {has})", "name a field that rows have")
+
+
+def _shown(key: object) -> str:
+    """A stranger's name of a field, as it may stand in a message that is stored: short, and printable."""
+    return "".join(c if c.isprintable() else "\N{REPLACEMENT CHARACTER}" for c in short(key))
 
 
 def _kind(value: object) -> str:

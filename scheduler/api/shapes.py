@@ -5,6 +5,7 @@ A test holds real answers against these models, so that the description cannot d
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict
@@ -153,7 +154,7 @@ class ModelsShape(Shape):
 class WorkerShape(Shape):
     worker: str
     host: str
-    state: Literal["ready", "draining", "silent"]
+    state: Literal["starting", "ready", "draining", "silent"]
     device_kind: str
     device_name: str
     memory_mb: int
@@ -365,14 +366,17 @@ _ERRORS: dict[int, tuple[str, dict[str, Any]]] = {
 
 
 def answers(
-    status: int, shape: type[BaseModel] | None, example: Any, says: str, *errors: int
+    status: int, shape: type[BaseModel] | None, example: Any, says: str, *errors: int, anyone: bool = False
 ) -> dict[int | str, dict[str, Any]]:
-    """``responses=`` of a route: its good answer with an example, and the errors that it may give."""
+    """``responses=`` of a route: its good answer with an example, and the errors that it may give.
+
+    ``anyone``: the route needs no token.
+    """
     good: dict[str, Any] = {"description": says}
     if shape is not None:
         good |= {"model": shape, "content": {"application/json": {"example": example}}}
     described: dict[int | str, dict[str, Any]] = {status: good}
-    for code in sorted({401, 503, *errors}):
+    for code in sorted({401, 503, *errors} - ({401} if anyone else set())):
         words, error = _ERRORS[code]
         described[code] = {
             "model": ErrorBody,
@@ -382,14 +386,14 @@ def answers(
     return described
 
 
-def takes(example: Any, says: str, content: str = "application/json", **more: str) -> dict[str, Any]:
-    """``openapi_extra=`` of a route that reads its own body; ``more``: other content types and what they hold."""
+def takes(
+    example: Any, says: str, content: str = "application/json", also: Mapping[str, str] | None = None
+) -> dict[str, Any]:
+    """``openapi_extra=`` of a route that reads its own body; ``also``: other content types and what they hold."""
     schema = {"type": "object"} if content == "application/json" else {"type": "string", "format": "binary"}
     forms: dict[str, Any] = {content: {"schema": schema}}
     if example is not None:
         forms[content]["example"] = example
-    for name, words in more.items():
-        forms[name.replace("__", "/").replace("_", "-")] = {
-            "schema": {"type": "string", "description": words}
-        }
+    for name, words in (also or {}).items():
+        forms[name] = {"schema": {"type": "string", "description": words}}
     return {"requestBody": {"required": True, "description": says, "content": forms}}

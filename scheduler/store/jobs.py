@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import AsyncIterator, Iterable, Mapping, Sequence
+from collections.abc import AsyncIterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from typing import Any, Literal
@@ -506,8 +506,10 @@ def _all_bad(connection: Connection, job: Loading, task: int, block: Block) -> i
     return store_column(connection, job.tenant, errors_column(job.kinds[task], errors), block.keys[task])
 
 
-def _copy(connection: Connection, table: tuple[str, Sequence[str]], rows: Iterable[Sequence[Any]]) -> None:
+def _copy(connection: Connection, table: tuple[str, Sequence[str]], rows: Sequence[Sequence[Any]]) -> None:
     """COPY in the binary format, over the same connection and so in the same transaction."""
+    if not rows:
+        return
     statement, types = table
     driver: Any = connection.connection.driver_connection
     with driver.cursor() as cursor, cursor.copy(statement) as copy:

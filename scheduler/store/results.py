@@ -100,7 +100,7 @@ def shown(connection: Connection, tenant: UUID, job: UUID, tasks: Sequence[str] 
 
 
 def ready_blocks(
-    connection: Connection, job: Shown, order: Order, after: int, limit: int = 256
+    connection: Connection, job: Shown, order: Order, after: int, limit: int = 64
 ) -> list[ReadyBlock]:
     """The next blocks in which all asked tasks are sealed, in the order asked for.
 

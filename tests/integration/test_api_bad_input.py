@@ -194,9 +194,11 @@ def doors(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
         yield house, line, house.open()["id"]
 
 
+#: Every code point, NUL and lone surrogates too.
+ANY_TEXT = st.text(st.characters(), max_size=8)
 JSON = st.recursive(
-    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=8),
-    lambda inner: st.lists(inner, max_size=4) | st.dictionaries(st.text(max_size=8), inner, max_size=4),
+    st.none() | st.booleans() | st.integers() | st.floats() | ANY_TEXT,
+    lambda inner: st.lists(inner, max_size=4) | st.dictionaries(ANY_TEXT, inner, max_size=4),
     max_leaves=12,
 )
 SPEC = st.fixed_dictionaries(
@@ -228,6 +230,9 @@ BODY = st.fixed_dictionaries(
         "total_bytes": st.integers() | JSON,
     },
 )
+ROWS = st.lists(ANY_TEXT | st.dictionaries(st.just("text") | ANY_TEXT, JSON, max_size=3) | JSON, max_size=4)
+#: Only the rows are odd, so that they reach Postgres.
+TAKEN = st.fixed_dictionaries({"tasks": st.just(CLASSIFY), "bad_rows": st.just("error"), "rows": ROWS})
 MODEL = st.dictionaries(
     st.sampled_from(
         [
@@ -246,6 +251,12 @@ MODEL = st.dictionaries(
     ),
     st.sampled_from(["a", "1", "encoder", "label", {"a.json": "0" * 64}, ["x", "y"], 3]) | JSON,
 )
+
+
+def as_lines(rows: list[Any]) -> bytes:
+    return "\n".join(json.dumps(row) for row in rows).encode()
+
+
 FUZZ = settings(max_examples=150, deadline=None, suppress_health_check=list(HealthCheck))
 ADDRESSES = (
     "/v1/jobs",
@@ -260,6 +271,7 @@ ADDRESSES = (
 @given(
     st.sampled_from(ADDRESSES),
     BODY
+    | TAKEN
     | MODEL
     | JSON
     | st.dictionaries(st.sampled_from(["parts", "rows", "name", "scope", "expires_days", "tenant"]), JSON),
@@ -281,6 +293,7 @@ def test_no_json_provokes_a_500(doors: Any, address: str, body: Any) -> None:
     st.sampled_from(["application/msgpack", "application/x-ndjson"]),
     st.sampled_from([None, "zstd", "gzip"]),
     st.binary(max_size=200)
+    | ROWS.map(as_lines)
     | st.builds(
         msgpack.packb,
         st.fixed_dictionaries(
@@ -297,7 +310,8 @@ def test_no_json_provokes_a_500(doors: Any, address: str, body: Any) -> None:
     ),
 )
 def test_no_part_provokes_a_500(doors: Any, kind: str, coding: str | None, raw: bytes) -> None:
-    house, line, job = doors
+    house, line, _ = doors
+    job = house.open(bad_rows="error")["id"]
     headers = {"Authorization": f"Bearer {house.tokens['user']}", "Content-Type": kind}
     headers |= {"Content-Encoding": coding} if coding else {}
     answer = line.put(f"{house.url}/v1/jobs/{job}/parts/0", content=raw, headers=headers)

@@ -433,6 +433,36 @@ def test_work_goes_on_while_redis_is_away_and_is_reported_when_it_is_back(
 # -- the launcher
 
 
+@pytest.mark.parametrize(
+    "body",
+    [
+        b"not json",
+        b"{}",
+        b"[]",
+        b"\x80\x04cnt\nsystem\n.",
+        b'{"body": "!!", "headers": {}, "properties": {}}',
+        b'{"body": "e30=", "content-type": "application/x-python-serialize", "content-encoding": "binary",'
+        b' "headers": {"task": "motet.run", "id": "1"}, "properties": {"delivery_tag": "1", "body_encoding": "base64",'
+        b' "delivery_info": {"exchange": "", "routing_key": "x"}}}',
+    ],
+    ids=["text", "empty", "list", "pickle", "torn", "pickle-typed"],
+)
+def test_a_message_that_is_none_costs_at_most_a_restart(
+    stage: Stage, launched: subprocess.Popen[bytes], body: bytes
+) -> None:
+    name = "test-host-cpu0"
+    held, after = stage.order("gated", "wait"), stage.order("upper", "after")
+    stage.scheduler.publish(name, [held])
+    eventually(lambda: stage.beat(name).held == (held.key,))
+    stage.scheduler._redis.client.lpush(queue_name(name), body)
+    eventually(lambda: stage.scheduler._redis.client.llen(queue_name(name)) == 0)
+    stage.gate.touch()
+    # What it held is finished first, and what comes after is done by it or by its successor.
+    assert stage.outcome(held).verdict == "done"
+    stage.scheduler.publish(name, [after])
+    assert stage.outcome(after).verdict == "done"
+
+
 @pytest.fixture
 def launched(stage: Stage) -> subprocess.Popen[bytes]:
     """A launcher with one CPU slot whose worker is up."""

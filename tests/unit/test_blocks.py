@@ -246,6 +246,15 @@ def test_a_bad_row_never_repeats_the_text() -> None:
     assert all("secret" not in f"{why} {why.message} {why.at(0)}" for why in found.bad.values())
 
 
+def test_a_field_name_that_cannot_be_stored_is_not_stored_with_its_row() -> None:
+    lines = b'{"a\\u0000b": "x"}\n{"\\ud800": NaN, "text": "x"}\n{"\\u0000": 1, "\\u0000": 2}'
+    found = read_lines(lines, ("text",), ROW_BYTES)
+    assert len(found.bad) == 3
+    for why in found.bad.values():
+        assert "\0" not in why.message
+        why.message.encode()
+
+
 def test_rows_that_the_sender_found_bad_keep_its_words() -> None:
     found = as_columns(["a", "", "c"], bad={1: ["bad_row", "text: got null; expected text"]})
     assert found.part().bad == {1: ("bad_row", "text: got null; expected text")}

@@ -176,8 +176,8 @@ def test_many_heads_in_one_pass_answer_as_each_alone_and_as_by_hand(
         assert score == pytest.approx(softmax[row].max(), abs=1e-4)
         assert list(every.values()) == pytest.approx(list(softmax[row]), abs=1e-4)
     sigmoid = 1 / (1 + np.exp(-by_hand["multi"]))
-    for row, (given, every) in enumerate(fused["multi"]):
-        assert {label for label, _ in given} == {f"l{i}" for i in np.nonzero(sigmoid[row] >= 0.5)[0]}
+    for row, (labels, every) in enumerate(fused["multi"]):
+        assert {label for label, _ in labels} == {f"l{i}" for i in np.nonzero(sigmoid[row] >= 0.5)[0]}
         assert list(every.values()) == pytest.approx(list(sigmoid[row]), abs=1e-4)
     assert fused["number"] == pytest.approx(list(by_hand["number"][:, 0]), abs=1e-3)
 
@@ -222,7 +222,7 @@ def test_the_first_token_is_pooled_where_the_manifest_says_so(engine: EncoderEng
 
 def test_what_cannot_be_loaded_says_why(engine: EncoderEngine, loaded: Encoder, tmp_path: Path) -> None:
     files = files_in(trunk_folder())
-    with pytest.raises(CannotLoad, match="no config.json"):
+    with pytest.raises(CannotLoad, match=r"no config\.json"):
         engine.load(MINILM, {}, device="cpu", in_format="fp32")
     with pytest.raises(CannotLoad, match=r"no \.safetensors"):
         engine.load(

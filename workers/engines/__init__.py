@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import threading
 from importlib.metadata import EntryPoint, entry_points
 from typing import cast
@@ -22,6 +23,13 @@ class InstalledEngines:
 
     def names(self) -> tuple[str, ...]:
         return tuple(sorted(self._points))
+
+    def preload(self) -> None:
+        """Import what the encoder needs, if that is installed: some ten seconds, while there is nothing else to do."""
+        with contextlib.suppress(ImportError):
+            from workers.engines.trunk import preload
+
+            preload()
 
     def find(self, name: str) -> Engine:
         """Raises CannotLoad where no such engine is installed, or where importing it fails."""

@@ -49,6 +49,11 @@ def folder_of(files: Mapping[str, Path]) -> Path:
     return files["config.json"].parent
 
 
+def preload() -> None:
+    """Import what loading any model will need."""
+    import transformers.models.bert.modeling_bert  # noqa: F401
+
+
 def load_transformer(
     auto_class: str, files: Mapping[str, Path], *, device: str, in_format: str, may_miss: tuple[str, ...] = ()
 ) -> Any:
