@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import re
 import struct
 import sys
 from array import array
@@ -54,7 +55,30 @@ class CellError:
 
     @classmethod
     def from_wire(cls, wire: Sequence[Any]) -> CellError:
-        return cls(str(wire[0]), str(wire[1]), bool(wire[2]))
+        return cls(storable(wire[0]), storable(wire[1]), bool(wire[2]))
+
+
+def storable(words: object, limit: int = 500) -> str:
+    """Words of a stranger as text that Postgres takes: bounded, without NUL."""
+    return str(words)[:limit].replace("\0", "\ufffd")
+
+
+#: NUL as JSON spells it, and not a backslash that is spelled out before a ``u0000``.
+_NUL = re.compile(rb"(?<!\\)(?:\\\\)*\\u0000")
+
+
+def is_storable_json(raw: bytes) -> bool:
+    """Whether these bytes are one JSON value that Postgres takes as well: no NaN, no NUL, no lone surrogate."""
+    try:
+        value = json.loads(raw.decode("utf-8"), parse_constant=_refuse)
+        json.dumps(value, ensure_ascii=False).encode("utf-8")
+    except (ValueError, RecursionError):
+        return False
+    return _NUL.search(raw) is None
+
+
+def _refuse(constant: str) -> None:
+    raise ValueError(constant)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

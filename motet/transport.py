@@ -23,6 +23,7 @@ import time
 import uuid
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import TYPE_CHECKING, Any, Protocol
 
 from motet.wire import Assignment, BadMessage, Beat, Control, Running
@@ -36,6 +37,10 @@ OUTCOMES, DEAD, WORKERS, CANARY = "motet:outcomes", "motet:dead", "motet:workers
 GROUP = "aggregators"
 #: Unreadable entries kept for an operator to look at.
 DEAD_KEPT = 100
+#: Entries of the stream read at once when only their names are wanted.
+_PAGE = 50
+#: A beat that was not renewed for so long expires, and its worker is forgotten.
+_BEAT_EXPIRES_S = 60
 
 
 def queue_name(worker: str) -> str:
@@ -67,7 +72,7 @@ class SchedulerTransport(Protocol):
         ...
 
     def beats(self) -> dict[str, Beat]:
-        """Newest beat of every worker that has one."""
+        """Newest beat of every worker that has one. One whose beat has expired is forgotten."""
         ...
 
     def publish(self, worker: str, assignments: Sequence[Assignment]) -> None:
@@ -102,12 +107,16 @@ class SchedulerTransport(Protocol):
         """Remove an entry that cannot be read and keep it, with the reason, among the last DEAD_KEPT."""
         ...
 
-    def waiting_outcomes(self, limit: int = 1000) -> set[tuple[int, int]]:
+    def waiting_outcomes(self) -> set[tuple[int, int]]:
         """(sub-task, attempt) of outcomes on the stream: these must not be rescued, only merged."""
         ...
 
     def outcome_backlog(self) -> int:
         """Entries on the stream."""
+        ...
+
+    def memory_share(self) -> float:
+        """Used share of Redis' own memory limit; 0 where it has none."""
         ...
 
 
@@ -197,6 +206,7 @@ class RedisTransport:
         found: dict[str, Beat] = {}
         for name, body in zip(names, raw, strict=True):
             if body is None:
+                self.forget(name)
                 continue
             try:
                 beat = Beat.decode(body)
@@ -294,9 +304,14 @@ class RedisTransport:
 
         self._redis.call(move)
 
-    def waiting_outcomes(self, limit: int = 1000) -> set[tuple[int, int]]:
-        raw = self._redis.call(lambda r: r.xrange(OUTCOMES, count=limit))
-        return {key for _, fields in raw if (key := _key_of_outcome(fields)) is not None}
+    def waiting_outcomes(self) -> set[tuple[int, int]]:
+        found: set[tuple[int, int]] = set()
+        start = "-"
+        # Page by page: an entry holds a whole outcome, and there may be many.
+        while page := self._redis.call(partial(_page_from, start)):
+            found.update(key for _, fields in page if (key := _key_of_outcome(fields)) is not None)
+            start = f"({page[-1][0].decode()}"
+        return found
 
     def outcome_backlog(self) -> int:
         return int(self._redis.call(lambda r: r.xlen(OUTCOMES)))
@@ -330,7 +345,7 @@ class RedisWorkerTransport:
     def beat(self, beat: Beat) -> Control | None:
         def say(r: redis.Redis) -> bytes | None:
             pipe = r.pipeline(transaction=False)
-            pipe.set(_key(self._worker, "beat"), beat.encode(), ex=60)
+            pipe.set(_key(self._worker, "beat"), beat.encode(), ex=_BEAT_EXPIRES_S)
             pipe.sadd(WORKERS, self._worker)
             pipe.get(_key(self._worker, "control"))
             return pipe.execute()[2]  # type: ignore[no-any-return]
@@ -419,8 +434,8 @@ class MemoryTransport:
         self.buried.append((entry, why))
         self.acknowledge([entry.id])
 
-    def waiting_outcomes(self, limit: int = 1000) -> set[tuple[int, int]]:
-        return {key for key, _ in list(self.entries.values())[:limit]}
+    def waiting_outcomes(self) -> set[tuple[int, int]]:
+        return {key for key, _ in self.entries.values()}
 
     def outcome_backlog(self) -> int:
         return len(self.entries)
@@ -511,6 +526,10 @@ def celery_message(worker: str, assignment: Assignment) -> str:
             },
         }
     )
+
+
+def _page_from(start: str, r: redis.Redis) -> Any:
+    return r.xrange(OUTCOMES, min=start, count=_PAGE)
 
 
 def _key_of_message(body: bytes) -> tuple[int, int] | None:

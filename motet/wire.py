@@ -14,7 +14,7 @@ from typing import Any, Literal
 
 import msgpack
 
-from motet.columns import Column
+from motet.columns import Column, storable
 from motet.manifest import Manifest
 
 if sys.version_info >= (3, 14):
@@ -176,8 +176,8 @@ class Outcome:
     columns: Mapping[str, Column] = field(default_factory=dict)
     #: Class of the failure and words for people: ("missing_payload", "…"), ("cannot_load", "…").
     error: tuple[str, str] | None = None
-    #: The failure would happen on every attempt (a model that cannot be loaded here).
-    permanent: bool = False
+    #: Digest of the model that cannot be loaded on this worker, now or ever; "" for any other failure.
+    refused: str = ""
     usage: Usage = field(default_factory=Usage)
 
     def encode(self) -> bytes:
@@ -193,7 +193,7 @@ class Outcome:
                 "verdict": self.verdict,
                 "columns": {name: c.to_wire() for name, c in self.columns.items()},
                 "error": list(self.error) if self.error else None,
-                "permanent": self.permanent,
+                "refused": self.refused,
                 "usage": [
                     u.tokens,
                     u.computed_tokens,
@@ -223,16 +223,16 @@ class Outcome:
                 boot=str(wire["boot"]),
                 verdict=wire["verdict"],
                 columns={str(name): Column.from_wire(c) for name, c in wire["columns"].items()},
-                error=(str(wire["error"][0]), str(wire["error"][1])) if wire["error"] else None,
-                permanent=bool(wire["permanent"]),
+                error=(storable(wire["error"][0]), storable(wire["error"][1])) if wire["error"] else None,
+                refused=str(wire["refused"]),
                 usage=Usage(
-                    tokens=int(usage[0]),
-                    computed_tokens=int(usage[1]),
-                    text_bytes=int(usage[2]),
-                    micro_batches=int(usage[3]),
-                    busy_s=float(usage[4]),
-                    load_s=float(usage[5]),
-                    format=str(usage[6]),
+                    tokens=_count(usage[0]),
+                    computed_tokens=_count(usage[1]),
+                    text_bytes=_count(usage[2]),
+                    micro_batches=_count(usage[3]),
+                    busy_s=_seconds(usage[4]),
+                    load_s=_seconds(usage[5]),
+                    format=storable(usage[6], 20),
                 ),
             )
 
@@ -343,7 +343,22 @@ def _believing() -> Iterator[None]:
     except BadMessage:
         raise
     except Exception as error:  # noqa: BLE001 - any stranger's bytes
-        raise BadMessage(f"{type(error).__name__}: {error}") from None
+        # The class alone: the message of a ValueError repeats what it was given.
+        raise BadMessage(type(error).__name__) from None
+
+
+def _count(value: Any) -> int:
+    """A number of things that one attempt can have used."""
+    if not 0 <= int(value) < 1 << 40:
+        raise ValueError
+    return int(value)
+
+
+def _seconds(value: Any) -> float:
+    """Seconds that one attempt can have taken. NaN is refused by the comparison."""
+    if not 0 <= float(value) < 1e7:
+        raise ValueError
+    return float(value)
 
 
 def _same_version(wire: Mapping[str, Any]) -> None:

@@ -7,13 +7,14 @@ import socket
 import threading
 import time
 import uuid
-from dataclasses import dataclass, field
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
 
 from motet.settings import Settings
 from motet.transport import SchedulerTransport, TransportLost
-from motet.wire import BadMessage, Outcome
+from motet.wire import BadMessage, Outcome, Usage
 from scheduler.store.database import Database, StoreUnavailable
-from scheduler.store.outcomes import record
+from scheduler.store.outcomes import Recorded, record
 
 log = logging.getLogger("motet.aggregator")
 
@@ -45,7 +46,7 @@ class Aggregator:
                 log.warning("buried an unreadable outcome", extra={"entry": entry.id, "why": str(bad)[:200]})
                 self.transport.bury(entry, str(bad)[:200])
         if outcomes:
-            done = record(self.database, outcomes)
+            done = self._record(outcomes)
             self.transport.acknowledge(read)
             if done.dropped or done.failed:
                 log.info(
@@ -53,6 +54,25 @@ class Aggregator:
                     extra={"accepted": done.accepted, "dropped": done.dropped, "failed": done.failed},
                 )
         return len(entries)
+
+    def _record(self, outcomes: Sequence[Outcome]) -> Recorded:
+        """Record them together; if that fails for a reason nobody foresaw, one by one, so that one cannot stop all."""
+        try:
+            return record(self.database, outcomes)
+        except StoreUnavailable:
+            raise
+        except Exception as error:
+            log.exception("outcomes could not be recorded", extra={"outcomes": len(outcomes)})
+            if len(outcomes) == 1:
+                why = ("bad_outcome", type(error).__name__)
+                failed = replace(
+                    outcomes[0], verdict="failed", columns={}, usage=Usage(), error=why, refused=""
+                )
+                return record(self.database, [failed])
+        done = Recorded()
+        for outcome in outcomes:
+            done.add(self._record([outcome]))
+        return done
 
 
 def run(aggregator: Aggregator, stopping: threading.Event) -> None:

@@ -1,7 +1,7 @@
 """Predicted seconds of work, from what was learned. Pure.
 
-One number per (trunk, device, format) for now: seconds per token, an exponentially weighted mean over
-outcomes. The seam is final: whoever asks gets seconds for bytes on a device.
+One number per (trunk, device, numeric class) for now: seconds per token, an exponentially weighted mean
+over outcomes. The seam is final: whoever asks gets seconds for bytes on a device.
 """
 
 from __future__ import annotations
@@ -28,17 +28,15 @@ class Rate:
 
 @dataclass(frozen=True, slots=True)
 class Rates:
-    """All that was learned, by (trunk, device name)."""
+    """All that was learned, by (trunk, device name, numeric class)."""
 
-    learned: Mapping[tuple[str, str], Rate]
+    learned: Mapping[tuple[str, str, str], Rate]
 
-    def of(self, trunk: str, device: str, device_kind: str, parameters: int) -> Rate:
-        """The rate of a trunk on a device; another device's bytes-to-tokens ratio and a prior where unknown."""
-        known = self.learned.get((trunk, device))
+    def of(self, key: tuple[str, str, str], *, device_kind: str, parameters: int) -> Rate:
+        """The rate under this key; where it is unknown a prior, with another device's bytes-to-tokens ratio."""
+        known = self.learned.get(key)
         if known is not None:
             return known
-        ratio = next(
-            (r.bytes_per_token for (t, _), r in self.learned.items() if t == trunk), PRIOR_BYTES_PER_TOKEN
-        )
+        ratios = (rate.bytes_per_token for (trunk, _, _), rate in self.learned.items() if trunk == key[0])
         flops = _PRIOR_FLOPS.get(device_kind, _PRIOR_FLOPS["cpu"])
-        return Rate(2 * (parameters or _PRIOR_PARAMETERS) / flops, ratio)
+        return Rate(2 * (parameters or _PRIOR_PARAMETERS) / flops, next(ratios, PRIOR_BYTES_PER_TOKEN))

@@ -25,14 +25,14 @@ from motet.wire import Assignment, Beat, Control, TaskOrder
 from scheduler.blocks import decode_block, row_order
 from scheduler.carve import Carved, Frontier, carve
 from scheduler.cost import Rates
-from scheduler.lifecycle import lost
+from scheduler.lifecycle import Refusal, hopeless, lost
 from scheduler.liveness import Watch, drops, usable
 from scheduler.place import INTERACTIVE, Demand, Placement, Worker, place
 from scheduler.store import leases
 from scheduler.store.database import WORK, Database, StoreUnavailable
 from scheduler.store.endings import end_job
 from scheduler.store.leadership import NotLeading, fence, lead, resign, transport_seen
-from scheduler.store.leases import Cut, Held, Leased, Refusal
+from scheduler.store.leases import Cut, Held, Leased
 from scheduler.store.outcomes import record_given_up
 
 log = logging.getLogger("motet.dispatcher")
@@ -43,8 +43,10 @@ UPLOAD_SILENT_S = 3600.0
 _CACHE_BYTES = 64 * 1024 * 1024
 #: Chores that need no haste (overdue jobs, forgotten workers) are done this often.
 _CHORES_S = 5.0
-#: A worker silent for so long is forgotten: its queue and payloads go.
-_FORGET_S = 60.0
+#: Beyond so many outcomes that wait, or so full a Redis, nothing more is sent: what is under way must land first.
+_MAX_BACKLOG, _MAX_MEMORY = 1000, 0.7
+#: After Redis was emptied a worker's first new beats say what it still holds.
+_HEAR_AGAIN_S = 2.5
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -73,6 +75,8 @@ class Dispatcher:
         self._watch = Watch(self.settings.dead_s)
         self._payloads = _Payloads(self.database)
         self._renew_at = 0.0
+        #: When leases of live workers that did not survive an emptied Redis are given up; None: it was not emptied.
+        self._hear_again_at: float | None = None
         self._chores_at = 0.0
         self._controls: dict[str, Control] = {}
 
@@ -85,13 +89,13 @@ class Dispatcher:
         # Beats before leases: an attempt that a beat names and no lease does has truly ended.
         live = self._watch.see(self.transport.beats(), now)
         facts = self._read()
-        if self._rescue(epoch, live, facts):
+        if self._rescue(epoch, live, facts, now):
             facts = self._read()
         sent = self._send(epoch, self._decide(usable(live), facts))
         self._tell(epoch, live, facts)
         if now >= self._chores_at:
             self._chores_at = now + _CHORES_S
-            self._chores(epoch, live, facts, now)
+            self._chores(epoch, live, facts)
         return sent
 
     def stop(self) -> None:
@@ -130,22 +134,32 @@ class Dispatcher:
 
     # -- rescue --------------------------------------------------------------------------------
 
-    def _rescue(self, epoch: int, live: Mapping[str, Beat], facts: Facts) -> bool:
+    def _rescue(self, epoch: int, live: Mapping[str, Beat], facts: Facts, now: float) -> bool:
         """Extend the leases of attempts that are seen alive; close those that are gone, and return their rows."""
-        identity = self.transport.identity()
-        emptied = identity != facts.transport
         seen = self._seen_alive(facts.held, live)
         late = [h.key for h in facts.held if h.key in seen and h.left_s < self.settings.lease_s / 2]
         if late:
             leases.extend(self.database, epoch, late, self.settings.lease_s)
+        wiped = self._was_emptied(epoch, facts, now)
         gone = [
-            h for h in facts.held if h.key not in seen and (h.expired or emptied or _another_boot(h, live))
+            h
+            for h in facts.held
+            if h.key not in seen and (h.expired or _another_boot(h, live) or (wiped and h.worker in live))
         ]
-        closed = bool(gone) and self._close(epoch, gone, live)
-        if emptied:
+        return bool(gone) and self._close(epoch, gone, live)
+
+    def _was_emptied(self, epoch: int, facts: Facts, now: float) -> bool:
+        """True once for each time that Redis was restarted or emptied, when live workers have beaten again."""
+        identity = self.transport.identity()
+        if identity != facts.transport:
             log.warning("redis is new, was restarted or emptied")
             leases.record_transport(self.database, epoch, identity)
-        return closed
+            self._controls.clear()
+            self._hear_again_at = now + _HEAR_AGAIN_S
+        if self._hear_again_at is None or now < self._hear_again_at:
+            return False
+        self._hear_again_at = None
+        return True
 
     def _seen_alive(self, held: Sequence[Held], live: Mapping[str, Beat]) -> set[tuple[int, int]]:
         """Leases whose attempt a live worker holds, or whose message still waits in a live worker's queue."""
@@ -173,8 +187,10 @@ class Dispatcher:
             for orphan in leases.close_lost(connection, gone):
                 h = by_subtask[orphan.id]
                 running = evidence[h.worker]
-                died = running is not None and running.boot == h.boot and _is_dead(h, live)
-                suspects = running.rows.get(h.key, ()) if running is not None and died else ()
+                # Silence is no death: only another process in its place proves one.
+                died = _another_boot(h, live)
+                seen = running is not None and running.boot == h.boot
+                suspects = running.rows.get(h.key, ()) if running is not None and seen else ()
                 returns, given_up = lost(
                     orphan.ranges,
                     tries=orphan.tries,
@@ -204,7 +220,7 @@ class Dispatcher:
 
     def _decide(self, beats: Mapping[str, Beat], facts: Facts) -> list[Cut]:
         """Facts in, sub-tasks out; nothing is changed yet."""
-        if not beats or not facts.demand:
+        if not beats or not facts.demand or self._congested():
             return []
         refused = {
             name: frozenset(r.model_id for r in facts.refusals if r.worker == name and r.boot == beat.boot)
@@ -230,6 +246,9 @@ class Dispatcher:
                     cuts.append(_cut(p, carved))
         return cuts
 
+    def _congested(self) -> bool:
+        return self.transport.outcome_backlog() > _MAX_BACKLOG or self.transport.memory_share() > _MAX_MEMORY
+
     def _send(self, epoch: int, cuts: Sequence[Cut]) -> int:
         if not cuts:
             return 0
@@ -253,44 +272,19 @@ class Dispatcher:
         self.transport.control({name: c for name, c in words.items() if self._controls.get(name) != c})
         self._controls = words
 
-    def _chores(self, epoch: int, live: Mapping[str, Beat], facts: Facts, now: float) -> None:
+    def _chores(self, epoch: int, live: Mapping[str, Beat], facts: Facts) -> None:
         with self.database.transaction() as connection:
             fence(connection, epoch)
             ending = leases.overdue(connection, UPLOAD_SILENT_S) | hopeless(
                 facts.demand, facts.refusals, live
             )
-            for job, why in ending.items():
+            for job, why in sorted(ending.items()):
                 end_job(connection, job, "failed", why)
-        for name in self._watch.silent(now, _FORGET_S):
-            log.info("forgetting a silent worker", extra={"worker": name})
-            self.transport.forget(name)
-
-
-def hopeless(
-    demand: Sequence[Demand], refusals: Sequence[Refusal], live: Mapping[str, Beat]
-) -> dict[uuid.UUID, str]:
-    """Jobs with a pass whose model every live worker that has its engine has refused to load, and why."""
-    found: dict[uuid.UUID, str] = {}
-    for d in demand:
-        able = [name for name, beat in live.items() if d.model.engine in beat.engines]
-        whys = {
-            r.worker: r.why
-            for r in refusals
-            if r.model_id == d.model_id and r.worker in live and live[r.worker].boot == r.boot
-        }
-        if able and all(name in whys for name in able):
-            found[uuid.UUID(d.job)] = f"no worker can load {d.model.ref}: {whys[able[0]]}"
-    return found
 
 
 def _another_boot(held: Held, live: Mapping[str, Beat]) -> bool:
     """Another process beats in the place of the one that held this lease."""
     return held.worker in live and live[held.worker].boot != held.boot
-
-
-def _is_dead(held: Held, live: Mapping[str, Beat]) -> bool:
-    """The process that held this lease has ended, or nobody hears it."""
-    return held.worker not in live or _another_boot(held, live)
 
 
 def _cut(p: Placement, carved: Carved) -> Cut:

@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from uuid import UUID
 
+from motet.wire import Beat
 from scheduler.carve import Range
+from scheduler.place import Demand
 
 #: A row with a retriable error is tried so often in all; then its error is final.
 MAX_TRIES = 5
+#: A sub-task whose worker died so often before it ran any row of it is given up: loading or reading it kills.
+MAX_DEATHS_UNSEEN = 10
 #: A single row that killed its process so often, running alone, is poison.
 MAX_DEATHS_ALONE = 2
 
@@ -59,8 +64,10 @@ def lost(
     ``died``: its process ended while it was there. ``suspects``: positions in the sub-task of the rows that
     were in the running micro-batch then. Only those are blamed; nothing that ran beside others is condemned.
     """
-    if not (died and suspects):
+    if not died:
         return [Return(r, tries=tries, deaths=deaths, exclusive=exclusive) for r in ranges], []
+    if not suspects:
+        return _unseen(ranges, tries=tries, deaths=deaths, exclusive=exclusive)
     if exclusive:
         return _halve(ranges, tries=tries, deaths=deaths)
     back: list[Return] = []
@@ -76,6 +83,22 @@ def lost(
         back.append(Return(part(r, lo, hi), tries=tries, exclusive=True))
         back.extend(Return(part(r, a, b), tries=tries) for a, b in ((r.lo, lo), (hi, r.hi)) if b > a)
     return back, []
+
+
+def _unseen(
+    ranges: Sequence[Range], *, tries: int, deaths: int, exclusive: bool
+) -> tuple[list[Return], list[GivenUp]]:
+    """The process died while they waited there. That is nobody's fault, until it happens again and again.
+
+    An exclusive sub-task keeps its count: that is of deaths seen while it ran alone.
+    """
+    if exclusive:
+        return [Return(r, tries=tries, deaths=deaths, exclusive=True) for r in ranges], []
+    if deaths + 1 < MAX_DEATHS_UNSEEN:
+        after_s = 0.0 if deaths == 0 else min(8.0, backoff_s(deaths))
+        return [Return(r, tries=tries, deaths=deaths + 1, after_s=after_s) for r in ranges], []
+    message = f"its process died {deaths + 1} times before a row of it ran"
+    return [], [GivenUp(r.block, p, "worker_died", message) for r in ranges for p in range(r.lo, r.hi)]
 
 
 def _halve(ranges: Sequence[Range], *, tries: int, deaths: int) -> tuple[list[Return], list[GivenUp]]:
@@ -111,6 +134,33 @@ def failed(
     return [
         Return(r, tries=tries + 1, deaths=deaths, exclusive=exclusive, after_s=after_s) for r in ranges
     ], []
+
+
+@dataclass(frozen=True, slots=True)
+class Refusal:
+    """A worker that could not load a model, as of one boot."""
+
+    model_id: int
+    worker: str
+    boot: str
+    why: str
+
+
+def hopeless(
+    demand: Sequence[Demand], refusals: Sequence[Refusal], live: Mapping[str, Beat]
+) -> dict[UUID, str]:
+    """Jobs with a pass whose model every live worker that has its engine has refused to load, and why."""
+    found: dict[UUID, str] = {}
+    for d in demand:
+        able = [name for name, beat in live.items() if d.model.engine in beat.engines]
+        whys = {
+            r.worker: r.why
+            for r in refusals
+            if r.model_id in d.model_ids and r.worker in live and live[r.worker].boot == r.boot
+        }
+        if able and all(name in whys for name in able):
+            found[UUID(d.job)] = f"no worker can load {d.model.ref}: {whys[able[0]]}"
+    return found
 
 
 def part(r: Range, lo: int, hi: int) -> Range:

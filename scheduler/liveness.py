@@ -19,9 +19,15 @@ class Watch:
     dead_s: float
     _newest: dict[str, tuple[str, int]] = field(default_factory=dict)
     _changed: dict[str, float] = field(default_factory=dict)
+    #: When we looked last.
+    _looked: float = float("-inf")
 
     def see(self, beats: Mapping[str, Beat], now: float) -> dict[str, Beat]:
         """Take in the newest beats; return those of live workers."""
+        if now - self._looked > self.dead_s / 2:
+            # We were away (Redis or Postgres was), so nobody's silence counts: all are given their time again.
+            self._changed = dict.fromkeys(self._changed, now)
+        self._looked = now
         for name, beat in beats.items():
             mark = (beat.boot, beat.seq)
             if self._newest.get(name) != mark:
@@ -30,10 +36,6 @@ class Watch:
         for name in [n for n in self._newest if n not in beats]:
             del self._newest[name], self._changed[name]
         return {name: b for name, b in beats.items() if now - self._changed[name] < self.dead_s}
-
-    def silent(self, now: float, for_s: float) -> list[str]:
-        """Workers known but without a fresh beat for so long."""
-        return [name for name, since in self._changed.items() if now - since >= for_s]
 
 
 def usable(live: Mapping[str, Beat]) -> dict[str, Beat]:

@@ -7,12 +7,24 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
-from motet.columns import ERROR, LAYOUT, RETURNED, SKIPPED, STATE_MASK, CellError, Column, Kind
+from motet.columns import (
+    ERROR,
+    LAYOUT,
+    OK,
+    RETURNED,
+    SKIPPED,
+    STATE_MASK,
+    CellError,
+    Column,
+    Kind,
+    is_storable_json,
+)
 
 _DTYPES = {"h": "<i2", "i": "<i4", "f": "<f4", "d": "<f8", "B": "u1"}
 Positions = npt.NDArray[np.int64]
@@ -30,8 +42,13 @@ class Part:
     column: Column
 
 
-def check(column: Column, *, kind: str, n_rows: int, n_labels: int) -> None:
-    """Raise BadColumn unless the column can be the answer of this task for so many rows."""
+def check(
+    column: Column, *, kind: str, n_rows: int, n_labels: int, dim: int = 0, dtype: str = "fp32"
+) -> None:
+    """Raise BadColumn unless the column can be the answer of this task for so many rows.
+
+    ``dim`` and ``dtype``: what the task's vectors are; ``n_labels``: 0 where any label code is believed.
+    """
     if column.kind != kind:
         raise BadColumn(f"kind {column.kind}, not {kind}")
     if len(column) != n_rows:
@@ -43,12 +60,26 @@ def check(column: Column, *, kind: str, n_rows: int, n_labels: int) -> None:
     for name in ("scores", "all", "numbers"):
         if name in column.arrays and not np.isfinite(array_of(column, name)).all():
             raise BadColumn(f"{name} that are not finite")
+    every = len(column.arrays.get("all", b""))
+    if every and every != 4 * n_rows * n_labels:
+        raise BadColumn(f"all scores of another number of labels than {n_labels}")
     states = np.frombuffer(column.status, "u1") & STATE_MASK
-    if np.any(states == SKIPPED):
-        raise BadColumn("a worker cannot skip a row")
+    if np.any((states == SKIPPED) | (states == RETURNED)):
+        raise BadColumn("a worker can neither skip nor return a row")
+    if kind == "vector" and np.any(states == OK) and (column.dim, column.dtype) != (dim, dtype):
+        raise BadColumn(f"vectors of {column.dim} x {column.dtype}, not {dim} x {dtype}")
+    if kind == "json":
+        _check_json(column)
     unanswered = np.flatnonzero(states == ERROR)
     if set(unanswered.tolist()) - set(column.errors):
         raise BadColumn("an error without its reason")
+
+
+def _check_json(column: Column) -> None:
+    raw = column.arrays.get("bytes", b"")
+    for lo, hi in pairwise(array_of(column, "offsets").tolist()):
+        if hi > lo and not is_storable_json(raw[lo:hi]):
+            raise BadColumn("a value that is not JSON, or that Postgres does not take")
 
 
 def returned_rows(columns: Sequence[Column]) -> Positions:

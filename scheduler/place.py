@@ -10,6 +10,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from motet.manifest import Manifest
+from scheduler.carve import size_s
 from scheduler.cost import Rates
 
 INTERACTIVE, NORMAL, BULK = 0, 1, 2
@@ -26,8 +27,10 @@ class Demand:
     priority: int
     #: Position by submission: older first among equals.
     age: int
-    model_id: int
+    #: Ids of all models that the pass needs: the one that is loaded, and its heads.
+    model_ids: frozenset[int]
     model: Manifest
+    numerics: str = "fast"
     rows_waiting: int
     bytes_waiting: int
     #: Open sub-tasks of the job and of its tenant, as the share of work under way.
@@ -50,7 +53,6 @@ class Worker:
     leased_s: float
     #: An exclusive sub-task is under way: nothing may be put beside it.
     exclusive: bool = False
-    draining: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,7 +66,7 @@ class Placement:
 
 
 @dataclass
-class Rows:
+class _Remaining:
     """How one call of ``place`` sees waiting work shrink as it hands it out."""
 
     left: dict[tuple[str, int], float] = field(default_factory=dict)
@@ -86,16 +88,14 @@ def place(
     A worker takes bulk work while it holds fewer than ``depth`` sub-tasks and less than two sub-tasks' seconds;
     an interactive row may go one deeper, so that it never waits for a slot.
     """
-    from scheduler.carve import size_s
-
-    state = Rows(
+    state = _Remaining(
         left={(d.job, d.pass_number): float(d.bytes_waiting) for d in demands},
         job_open={d.job: float(d.job_open) for d in demands},
         tenant_open={d.tenant: float(d.tenant_open) for d in demands},
     )
     rows_left = {(d.job, d.pass_number): d.rows_waiting for d in demands}
     load = {w.name: (w.leases, w.leased_s) for w in workers}
-    able = [w for w in workers if not w.draining and not w.exclusive]
+    able = [w for w in workers if not w.exclusive]
     while True:
         # The emptiest worker asks first, so that work spreads before it deepens.
         able.sort(key=lambda w: (load[w.name][0], load[w.name][1], w.name))
@@ -111,10 +111,9 @@ def place(
             return
         key = (demand.job, demand.pass_number)
         rate = rates.of(
-            demand.model.trunk or demand.model.digest,
-            worker.device_name,
-            worker.device_kind,
-            demand.model.parameters,
+            (demand.model.trunk or demand.model.digest, worker.device_name, demand.numerics),
+            device_kind=worker.device_kind,
+            parameters=demand.model.parameters,
         )
         per_byte = rate.seconds_per_token / rate.bytes_per_token
         budget_s = size_s(subtask_s, state.left[key] * per_byte, len(able))
@@ -133,7 +132,7 @@ def _choose(
     worker: Worker,
     refused: frozenset[int],
     rows_left: Mapping[tuple[str, int], int],
-    state: Rows,
+    state: _Remaining,
     full: bool,
     leases: int,
     depth: int,
@@ -144,7 +143,7 @@ def _choose(
         return (
             rows_left[d.job, d.pass_number] > 0
             and d.model.engine in worker.engines
-            and d.model_id not in refused
+            and not d.model_ids & refused
             and (not full or (d.priority == INTERACTIVE and leases < 2 * depth))
         )
 

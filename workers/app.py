@@ -7,6 +7,7 @@ little: it delivers an id. Leases in Postgres own redelivery, and nothing is ret
 from __future__ import annotations
 
 import argparse
+import faulthandler
 import logging
 import os
 import secrets
@@ -23,7 +24,7 @@ from typing import TYPE_CHECKING, Any
 from motet.errors import SetupError
 from motet.settings import Settings
 from motet.transport import ENTRY_POINT, RedisWorkerTransport, TransportLost, WorkerTransport, queue_name
-from motet.wire import Assignment, BadMessage, Beat, Outcome
+from motet.wire import Assignment, BadMessage, Beat
 from workers.attempts import Attempts, Key
 from workers.beat import Heart, Watchdog
 from workers.blobs import BlobCache, HttpBlobs
@@ -134,20 +135,18 @@ class Worker:
         try:
             payload = self._payload(key)
         except TransportLost:
-            # Neither held nor queued: the scheduler sees that it is lost.
-            event(log, "payload out of reach", logging.WARNING, subtask=subtask, attempt=attempt)
-            self.attempts.release(key)
+            self._leave_to_rescue(key, "payload out of reach")
             return
         if payload is None:
-            self._refuse(key, "missing_payload", "its payload has expired or was lost")
+            self._leave_to_rescue(key, "payload expired or lost")
             return
         try:
             order = Assignment.decode(payload)
         except BadMessage:
-            self._refuse(key, "bad_payload", "its payload cannot be decoded")
+            self._leave_to_rescue(key, "payload cannot be decoded")
             return
         if order.key != key:
-            self._refuse(key, "bad_payload", "the payload belongs to another attempt")
+            self._leave_to_rescue(key, "payload of another attempt")
             return
         event(
             log,
@@ -221,21 +220,13 @@ class Worker:
                     raise
             self._stopped.wait(RETRY_S)
 
-    def _refuse(self, key: Key, error: str, words: str) -> None:
-        """Report an attempt that never reached the executor. Its nonce came with the payload, so there is none."""
-        event(log, "attempt refused", logging.WARNING, subtask=key[0], attempt=key[1], error=error)
-        sent = threading.Event()
-        outcome = Outcome(
-            subtask=key[0],
-            attempt=key[1],
-            nonce="",
-            worker=self.name,
-            boot=self.boot,
-            verdict="failed",
-            error=(error, words),
-        )
-        self._reporter.put(key, lambda: outcome, sent)
-        sent.wait()
+    def _leave_to_rescue(self, key: Key, why: str) -> None:
+        """An attempt that cannot begin: its nonce came with the payload, so nothing could be said that counts.
+
+        It is neither held nor queued from now on: the scheduler sees that it is lost.
+        """
+        event(log, why, logging.WARNING, subtask=key[0], attempt=key[1])
+        self.attempts.release(key)
 
     def _thread(self, name: str, target: Callable[[], None]) -> None:
         thread = threading.Thread(target=self._vital, args=(target,), name=name, daemon=True)
@@ -341,6 +332,8 @@ def serve(app: Celery, worker: Worker) -> None:
         # In place of Celery's: it would stop reading in the middle of a read.
         for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
             signal.signal(number, lambda *_: worker.leave())
+        # In place of Celery's too, which prints local variables: rows' texts.
+        faulthandler.register(signal.SIGUSR1)
         worker.start()
         event(log, "ready", boot=worker.boot)
 

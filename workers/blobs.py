@@ -167,9 +167,12 @@ class BlobCache:
                 if left == 0:
                     raise
                 time.sleep(0.2 * 2 ** (TRIES - left))
-        partial.flush()
-        os.fsync(partial.fileno())
-        os.rename(partial.name, path)
+        try:
+            partial.flush()
+            os.fsync(partial.fileno())
+            os.rename(partial.name, path)
+        except OSError as error:
+            raise CannotFetch(f"blob {sha256[:12]}…: cannot be written: {error.strerror}") from None
         event(
             log, "blob fetched", blob=sha256[:12], mb=size >> 20, seconds=round(time.monotonic() - began, 2)
         )

@@ -25,7 +25,7 @@ from motet.wire import Assignment, Running
 from workers.assemble import cut
 from workers.attempts import Attempts, Key
 from workers.batching import START_TOKENS, Budget, Cost, fitting, limit, longest_first
-from workers.blobs import CannotFetch
+from workers.blobs import CannotFetch, Refused
 from workers.device import Device
 from workers.engine import CannotLoad, DeviceBroken, Engine, OutOfMemory, Pass, Prepared
 from workers.log import event
@@ -175,16 +175,20 @@ class Executor:
             self._works[order.key] = work
             if order.interactive:
                 self._interactive_at = self._clock()
+        model = order.model
         try:
             # Importing an engine may take seconds: better here than under the lock.
-            self._engines.find(order.model.engine)
+            self._engines.find(model.engine)
             for model in self._missing(work):
                 self._files.fetch(model)
-        except CannotLoad as error:
-            self._fail(work, "cannot_load", f"{order.model.ref}: {error}", permanent=True)
+        except (CannotLoad, Refused) as error:
+            self._refuse(work, model, error)
             return work
         except CannotFetch as error:
-            self._fail(work, "cannot_fetch", str(error), permanent=False)
+            self._fail(work, "cannot_fetch", str(error))
+            return work
+        except Exception as error:  # noqa: BLE001 - whatever it is, the attempt must not stay held without an end
+            self._fail(work, "engine", type(error).__name__)
             return work
         with self._changed:
             work.stage = Stage.STAGED
@@ -410,7 +414,11 @@ class Executor:
         if work.unanswered == 0 and self._remove(work):
             self._reporter.put(work.order.key, partial(work.outcome, self._worker, self._boot), work.finished)
 
-    def _fail(self, work: Work, error: str, words: str, *, permanent: bool) -> None:
+    def _refuse(self, work: Work, model: Manifest, why: Exception) -> None:
+        """This model cannot be loaded here, now or later."""
+        self._fail(work, "cannot_load", f"{model.ref}: {why}", refused=model.digest)
+
+    def _fail(self, work: Work, error: str, words: str, *, refused: str = "") -> None:
         """The attempt as a whole cannot be run here."""
         event(
             log,
@@ -422,7 +430,7 @@ class Executor:
             why=words,
         )
         if self._remove(work):
-            outcome = work.failure(self._worker, self._boot, (error, words), permanent=permanent)
+            outcome = work.failure(self._worker, self._boot, (error, words), refused=refused)
             self._reporter.put(work.order.key, lambda: outcome, work.finished)
 
     # -- models
@@ -433,30 +441,31 @@ class Executor:
         self._mark(None)
         began = self._clock()
         self._activity = Activity("loading", began, LOAD_S)
+        model = work.order.model
         try:
-            self._make_resident(work)
-        except (CannotLoad, NeverFits) as error:
-            self._fail(work, "cannot_load", f"{work.order.model.ref}: {error}", permanent=True)
+            for model in self._missing(work):
+                self._make_resident(work, model)
+        except (CannotLoad, NeverFits, Refused) as error:
+            self._refuse(work, model, error)
         except CannotFetch as error:
-            self._fail(work, "cannot_fetch", str(error), permanent=False)
+            self._fail(work, "cannot_fetch", str(error))
         except OutOfMemory:
             if not self._evict_unused(but=_model(work.key)):
-                self._fail(work, "out_of_memory", f"{work.order.model.ref} does not fit now", permanent=False)
+                self._fail(work, "out_of_memory", f"{model.ref} does not fit now")
         except DeviceBroken:
             self._lost_device()
         except Exception as error:  # noqa: BLE001 - a stranger's engine
-            self._fail(
-                work, "cannot_load", f"{work.order.model.ref}: {type(error).__name__}", permanent=False
-            )
+            self._fail(work, "cannot_load", f"{model.ref}: {type(error).__name__}")
         finally:
             took = self._clock() - began
             self._busy_s += took
             self._activity = None
             work.charge_load(took)
 
-    def _make_resident(self, work: Work) -> None:
-        key, model = _model(work.key), work.order.model
-        if key not in self._loaded:
+    def _make_resident(self, work: Work, model: Manifest) -> None:
+        """Load the work's model, or attach one of its heads to it."""
+        key = _model(work.key)
+        if model == work.order.model:
             engine = self._engines.find(model.engine)
             need_mb = engine.memory_mb(model, work.key.format)
             for victim in self._evictions(need_mb) or ():
@@ -467,14 +476,14 @@ class Executor:
             with self._changed:
                 self._loaded[key] = Loaded(engine, handle, model, need_mb, self._clock(), set())
             event(log, "loaded", model=model.ref, format=key[1], seconds=round(self._clock() - began, 3))
+            return
         loaded = self._loaded[key]
-        for task in work.heads:
-            if task.manifest.digest not in loaded.heads:
-                if task.manifest.trunk != model.trunk:
-                    raise CannotLoad(f"head {task.manifest.ref} sits on another trunk")
-                with self._files.folder(task.manifest) as files:
-                    loaded.engine.attach(loaded.handle, task, files)
-                loaded.heads.add(task.manifest.digest)
+        if model.trunk != work.order.model.trunk:
+            raise CannotLoad("it sits on another trunk")
+        task = next(t for t in work.heads if t.manifest.digest == model.digest)
+        with self._files.folder(model) as files:
+            loaded.engine.attach(loaded.handle, task, files)
+        loaded.heads.add(model.digest)
 
     def _missing(self, work: Work) -> list[Manifest]:
         """The models of this work that are not in memory."""

@@ -155,8 +155,8 @@ class Work:
             usage=self.usage,
         )
 
-    def failure(self, worker: str, boot: str, error: tuple[str, str], *, permanent: bool) -> Outcome:
-        """What it reports when it cannot run at all."""
+    def failure(self, worker: str, boot: str, error: tuple[str, str], *, refused: str) -> Outcome:
+        """What it reports when it cannot run at all. ``refused``: digest of the model that cannot be loaded here."""
         o = self.order
         return Outcome(
             subtask=o.subtask,
@@ -166,7 +166,7 @@ class Work:
             boot=boot,
             verdict="failed",
             error=error,
-            permanent=permanent,
+            refused=refused,
             usage=self.usage,
         )
 

@@ -339,12 +339,12 @@ COMMENT ON TABLE refusal IS 'Workers that cannot load a model, as of that boot: 
 CREATE TABLE rate (
   trunk             text NOT NULL,
   device            text NOT NULL,
-  format            text NOT NULL,
+  numerics          text NOT NULL,
   seconds_per_token double precision NOT NULL,
   bytes_per_token   double precision NOT NULL,
   observations      bigint NOT NULL,
   updated           timestamptz NOT NULL DEFAULT clock_timestamp(),
-  PRIMARY KEY (trunk, device, format)
+  PRIMARY KEY (trunk, device, numerics)
 );
 COMMENT ON TABLE rate IS 'What was learned of speed, so that a restart forgets nothing.';
 """

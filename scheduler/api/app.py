@@ -111,13 +111,16 @@ class Recorded:
                 raise ConnectionAbortedError from None
             await refusal(error)(scope, receive, sending)
         finally:
-            log.info(
+            route = getattr(scope.get("route"), "path", "-")
+            log.log(
+                # Probes ask every few seconds; what they ask is no news.
+                logging.DEBUG if route in ("/healthz", "/readyz") else logging.INFO,
                 "request",
                 extra={
                     "request": request_id,
                     "method": scope["method"],
                     # The route, not the path: a path may hold anything, and a query is nobody's business here.
-                    "route": getattr(scope.get("route"), "path", "-"),
+                    "route": route,
                     "status": status,
                     "ms": round((time.monotonic() - start) * 1000, 1),
                     "tenant": scope.get("state", {}).get("tenant"),

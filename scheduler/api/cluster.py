@@ -118,6 +118,6 @@ def refs_by_digest(registered: list[Registered]) -> Mapping[str, str]:
 def _speeds(connection: Connection) -> dict[str, float]:
     """Device name -> tokens per second, as learned of the model that it runs fastest."""
     speeds: dict[str, float] = {}
-    for (_, device), rate in rates(connection).learned.items():
+    for (_, device, _), rate in rates(connection).learned.items():
         speeds[device] = max(speeds.get(device, 0.0), 1 / rate.seconds_per_token)
     return speeds

@@ -316,14 +316,16 @@ def _dry_run(use: Resources, raw: bytes) -> Response:
         lengths = use.counter.lengths(p.model, [render(p.input, row) for row in rows])
         too_long.update(i for i, n in enumerate(lengths) if p.max_tokens and n > p.max_tokens)
         speeds = [
-            rates.of(p.trunk, name, kind, p.model.parameters).seconds_per_token for name, kind in devices
+            rates.of((p.trunk, name, p.numerics), device_kind=kind, parameters=p.model.parameters)
+            for name, kind in devices
         ]
+        prior = rates.of((p.trunk, "", p.numerics), device_kind="cpu", parameters=p.model.parameters)
         guess = estimate(
             p,
             lengths,
             sample,
-            seconds_per_token=speeds,
-            prior_s=rates.of(p.trunk, "", "cpu", p.model.parameters).seconds_per_token,
+            seconds_per_token=[rate.seconds_per_token for rate in speeds],
+            prior_s=prior.seconds_per_token,
             subtask_s=use.settings.subtask_s,
         )
         estimates.append(guess)

@@ -34,7 +34,14 @@ class Database:
             pool_pre_ping=True,
             # An autobegin transaction only ever inside `transaction`.
             isolation_level="READ COMMITTED",
-            connect_args={"connect_timeout": 3, "application_name": "motet"},
+            connect_args={
+                "connect_timeout": 3,
+                "application_name": "motet",
+                # Whoever freezes inside a transaction, the leader above all, must not hold its locks for ever.
+                "options": "-c idle_in_transaction_session_timeout=5s -c lock_timeout=3s -c statement_timeout=30s",
+                "keepalives_idle": 10,
+                "tcp_user_timeout": 15_000,
+            },
             # A parameter may be a user's text: never in a log, never in an exception.
             hide_parameters=True,
         )

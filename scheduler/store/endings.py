@@ -10,12 +10,16 @@ from sqlalchemy import Connection, text
 
 from scheduler.store.database import JOB, WORK, notify
 
-#: One UPDATE freezes the counts: what is not answered by now is skipped, and never changes again.
+_LOCK = text("SELECT id FROM job WHERE id = :job FOR UPDATE")
+#: One UPDATE freezes the counts: what is in no sealed column by now is skipped, and never changes again.
 _END = text("""
     UPDATE job SET state = :state, reason = :reason, finished = clock_timestamp(), version = version + 1,
-           cells_skipped = n_rows * n_tasks - cells_ok - cells_error
+           cells_ok = k.ok, cells_error = k.error, cells_skipped = n_rows * n_tasks - k.ok - k.error
+      FROM (SELECT CAST(coalesce(sum(s.n_ok), 0) AS bigint) AS ok, CAST(coalesce(sum(s.n_error), 0) AS bigint) AS error
+              FROM block_column b JOIN sealed_column s ON s.id = b.column_id WHERE b.job_id = :job) k
      WHERE id = :job AND state IN ('loading', 'running')
  RETURNING id""")
+_DROP_CELLS = text("DELETE FROM cells WHERE job_id = :job")
 _CLOSE_SUBTASKS = text("""
     UPDATE subtask SET state = 'lost', closed = clock_timestamp() WHERE job_id = :job AND state = 'open'""")
 _DROP_LEASES = text("""
@@ -30,19 +34,21 @@ def end_job(connection: Connection, job: UUID, state: Literal["cancelled", "fail
     The row lock on the job serialises this with the aggregator: an outcome is counted before the end or not
     at all. Returns False, and changes nothing, where the job had ended already.
     """
+    # First the lock, then a look at what is sealed: an outcome under way is in the counts or comes too late.
+    connection.execute(_LOCK, {"job": job})
     if connection.execute(_END, {"job": job, "state": state, "reason": reason}).first() is None:
         return False
-    for statement in (_DROP_LEASES, _CLOSE_SUBTASKS, _DROP_PIECES, _NOTHING_WAITS):
+    for statement in (_DROP_LEASES, _CLOSE_SUBTASKS, _DROP_PIECES, _DROP_CELLS, _NOTHING_WAITS):
         connection.execute(statement, {"job": job})
     notify(connection, WORK)
     notify(connection, JOB, str(job))
     return True
 
 
-_LOCK = text("SELECT id FROM job WHERE id = :job FOR UPDATE")
-_ITS_COLUMNS = text(
-    "SELECT column_id, count(*) AS n FROM block_column WHERE job_id = :job GROUP BY column_id"
-)
+# In one order, since two jobs may show the same columns.
+_ITS_COLUMNS = text("""
+    SELECT id FROM sealed_column
+     WHERE id IN (SELECT column_id FROM block_column WHERE job_id = :job) ORDER BY id FOR NO KEY UPDATE""")
 _RELEASE = text("""
     UPDATE sealed_column c SET refs = c.refs - r.n
       FROM (SELECT column_id, count(*) AS n FROM block_column WHERE job_id = :job GROUP BY column_id) r
@@ -58,7 +64,7 @@ def delete_job(connection: Connection, job: UUID) -> bool:
     """
     if connection.execute(_LOCK, {"job": job}).first() is None:
         return False
-    ids: Sequence[int] = [row.column_id for row in connection.execute(_ITS_COLUMNS, {"job": job})]
+    ids: Sequence[int] = [row.id for row in connection.execute(_ITS_COLUMNS, {"job": job})]
     connection.execute(_RELEASE, {"job": job})
     connection.execute(_DELETE_JOB, {"job": job})
     connection.execute(_DELETE_COLUMNS, {"ids": ids})

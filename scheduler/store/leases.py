@@ -20,7 +20,7 @@ from motet.manifest import Manifest
 from scheduler.blocks import row_order, uint32s
 from scheduler.carve import Carved, Frontier, OpenBlock, Piece, Range
 from scheduler.cost import Rate, Rates
-from scheduler.lifecycle import Return
+from scheduler.lifecycle import Refusal, Return
 from scheduler.place import Demand
 from scheduler.store.database import Database
 from scheduler.store.leadership import fence, see_transport
@@ -66,7 +66,9 @@ class Leased:
 # -- what waits ------------------------------------------------------------------------------------
 
 _DEMAND = text("""
-    SELECT p.job_id, p.number, j.tenant_id, t.weight, j.priority, p.model_id, m.manifest,
+    SELECT p.job_id, p.number, j.tenant_id, t.weight, j.priority, p.numerics, m.manifest,
+           array_prepend(p.model_id, ARRAY(SELECT k.model_id FROM task k
+                                            WHERE k.job_id = p.job_id AND k.pass_number = p.number)) AS model_ids,
            p.rows_waiting - coalesce(later.n_rows, 0) AS n_rows,
            p.bytes_waiting - coalesce(later.bytes, 0) AS bytes,
            row_number() OVER (ORDER BY j.created, j.id) AS age
@@ -96,7 +98,8 @@ def demand(connection: Connection, limit: int = 500) -> list[Demand]:
             weight=row.weight,
             priority=row.priority,
             age=row.age,
-            model_id=row.model_id,
+            model_ids=frozenset(row.model_ids),
+            numerics=row.numerics,
             model=Manifest.from_json(row.manifest),
             rows_waiting=row.n_rows,
             bytes_waiting=row.bytes,
@@ -450,7 +453,7 @@ def pass_of(connection: Connection, job: str, pass_number: int) -> tuple[Any, li
 
 # -- what was learned ------------------------------------------------------------------------------
 
-_RATES = text("SELECT trunk, device, seconds_per_token, bytes_per_token FROM rate")
+_RATES = text("SELECT trunk, device, numerics, seconds_per_token, bytes_per_token FROM rate")
 _REFUSALS = text("SELECT model_id, worker, boot, why FROM refusal")
 _STALE = text("""
     SELECT id FROM job WHERE state = 'loading' AND touched < clock_timestamp() - make_interval(secs => :silent_s)""")
@@ -458,23 +461,13 @@ _OVERDUE = text("SELECT id FROM job WHERE state = 'running' AND deadline < clock
 
 
 def rates(connection: Connection) -> Rates:
-    """Learned rates by (trunk, device)."""
+    """All learned rates."""
     return Rates(
         {
-            (row.trunk, row.device): Rate(row.seconds_per_token, row.bytes_per_token)
+            (row.trunk, row.device, row.numerics): Rate(row.seconds_per_token, row.bytes_per_token)
             for row in connection.execute(_RATES)
         }
     )
-
-
-@dataclass(frozen=True, slots=True)
-class Refusal:
-    """A worker that could not load a model, as of one boot."""
-
-    model_id: int
-    worker: str
-    boot: str
-    why: str
 
 
 def refusals(connection: Connection) -> list[Refusal]:

@@ -16,9 +16,9 @@ from uuid import UUID
 import numpy as np
 from sqlalchemy import Connection, text
 
-from motet.columns import CellError, Column
+from motet.columns import CellError, Column, Kind
 from motet.manifest import Manifest
-from motet.wire import Outcome, pack, unpack
+from motet.wire import Outcome, Usage, pack, unpack
 from scheduler.blocks import row_order
 from scheduler.cost import LEARNING_RATE
 from scheduler.lifecycle import MAX_TRIES, GivenUp, Return, backoff_s, failed, part, runs
@@ -43,8 +43,11 @@ class TaskShape:
 
     number: int
     name: str
-    kind: str
+    kind: Kind
     n_labels: int
+    #: Of its vectors, where it has any.
+    dim: int
+    dtype: str
     deterministic: bool
 
 
@@ -73,17 +76,23 @@ class Recorded:
     failed: int = 0
     rows: int = 0
     sealed: int = 0
-    jobs: set[UUID] = field(default_factory=set)
+
+    def add(self, other: Recorded) -> None:
+        """Count another transaction with this one."""
+        for name in ("accepted", "dropped", "failed", "rows", "sealed"):
+            setattr(self, name, getattr(self, name) + getattr(other, name))
 
 
 _JOBS_OF = text("SELECT DISTINCT job_id FROM subtask WHERE id = ANY(:ids)")
 _LIVE = text("""
-    SELECT s.*, l.attempt, l.nonce, l.worker AS holder, l.boot, l.device
+    SELECT s.*, l.attempt, l.nonce, l.worker AS holder, l.boot, l.device, p.numerics,
+           CASE WHEN m.trunk = '' THEN m.digest ELSE m.trunk END AS trunk
       FROM subtask s JOIN lease l ON l.subtask_id = s.id JOIN job j ON j.id = s.job_id
+      JOIN pass p ON p.job_id = s.job_id AND p.number = s.pass_number JOIN model m ON m.id = p.model_id
      WHERE s.id = ANY(:ids) AND s.state = 'open' AND j.state = 'running'
      ORDER BY s.id FOR UPDATE OF s""")
 _SHAPES = text("""
-    SELECT t.number, t.name, cardinality(t.labels) AS n_labels, m.manifest FROM task t JOIN model m ON m.id = t.model_id
+    SELECT t.number, t.name, t.spec, cardinality(t.labels) AS n_labels, m.manifest FROM task t JOIN model m ON m.id = t.model_id
      WHERE t.job_id = :job AND t.pass_number = :pass ORDER BY t.number""")
 _CLOSE = text("""
     UPDATE subtask SET state = :state, closed = clock_timestamp(), worker = :worker, busy_s = :busy_s, tokens = :tokens
@@ -91,16 +100,15 @@ _CLOSE = text("""
 _DROP = text("DELETE FROM lease WHERE subtask_id = :id")
 _REFUSE = text("""
     INSERT INTO refusal (model_id, worker, boot, why)
-    SELECT model_id, :worker, :boot, :why FROM pass WHERE job_id = :job AND number = :pass
+    SELECT id, :worker, :boot, :why FROM model WHERE digest = :digest ORDER BY id
     ON CONFLICT (model_id, worker) DO UPDATE SET boot = excluded.boot, why = excluded.why, at = clock_timestamp()""")
 _LEARN = text(f"""
-    INSERT INTO rate AS r (trunk, device, format, seconds_per_token, bytes_per_token, observations)
-    SELECT CASE WHEN m.trunk = '' THEN m.digest ELSE m.trunk END, :device, :format, :seconds, :ratio, 1
-      FROM pass p JOIN model m ON m.id = p.model_id WHERE p.job_id = :job AND p.number = :pass
-    ON CONFLICT (trunk, device, format) DO UPDATE SET
+    INSERT INTO rate AS r (trunk, device, numerics, seconds_per_token, bytes_per_token, observations)
+    VALUES (:trunk, :device, :numerics, :seconds, :ratio, :n)
+    ON CONFLICT (trunk, device, numerics) DO UPDATE SET
       seconds_per_token = r.seconds_per_token + {LEARNING_RATE} * (excluded.seconds_per_token - r.seconds_per_token),
       bytes_per_token = r.bytes_per_token + {LEARNING_RATE} * (excluded.bytes_per_token - r.bytes_per_token),
-      observations = r.observations + 1, updated = clock_timestamp()""")
+      observations = r.observations + excluded.observations, updated = clock_timestamp()""")
 _COUNT = text("""
     UPDATE job SET cells_ok = cells_ok + :ok, cells_error = cells_error + :error, version = version + 1,
            tokens = tokens + :tokens, computed_tokens = computed_tokens + :computed, text_bytes = text_bytes + :bytes,
@@ -111,7 +119,7 @@ _COUNT = text("""
 #: Outcomes shorter than this teach nothing about speed.
 _LEARN_FROM_TOKENS = 128
 #: Failures that say nothing about the rows: what was asked never reached the engine.
-_BLAMELESS = frozenset({"missing_payload", "cannot_fetch"})
+_BLAMELESS = frozenset({"cannot_fetch"})
 
 
 def record(database: Database, outcomes: Sequence[Outcome]) -> Recorded:
@@ -126,6 +134,7 @@ def record(database: Database, outcomes: Sequence[Outcome]) -> Recorded:
         closed: set[int] = set()
         shapes: dict[tuple[UUID, int], list[TaskShape]] = {}
         totals: dict[UUID, Counter[str]] = defaultdict(Counter)
+        learned = _Learned()
         for outcome in outcomes:
             row = live.get((outcome.subtask, outcome.attempt))
             if row is None or outcome.subtask in closed or row.nonce != outcome.nonce:
@@ -136,12 +145,15 @@ def record(database: Database, outcomes: Sequence[Outcome]) -> Recorded:
             where = (subtask.job, subtask.pass_number)
             if where not in shapes:
                 shapes[where] = _shapes(connection, *where)
-            answers += _take_in(connection, outcome, subtask, row, shapes[where], totals[subtask.job], done)
+            answers += _take_in(
+                connection, outcome, subtask, row, shapes[where], totals[subtask.job], learned, done
+            )
         done.rows += sum(a.final for a in answers)
         for job, total in totals.items():
             _count(connection, job, total, [a for a in answers if a.job == job])
         done.sealed += append(connection, answers, shapes)
-        done.jobs = set(totals)
+        # Last, and in one order: these few rows are shared by all aggregators.
+        learned.store(connection)
         for job in totals:
             notify(connection, JOB, str(job))
         if totals:
@@ -153,7 +165,17 @@ def _shapes(connection: Connection, job: UUID, pass_number: int) -> list[TaskSha
     found = []
     for row in connection.execute(_SHAPES, {"job": job, "pass": pass_number}):
         manifest = Manifest.from_json(row.manifest)
-        found.append(TaskShape(row.number, row.name, manifest.answers, row.n_labels, manifest.deterministic))
+        found.append(
+            TaskShape(
+                row.number,
+                row.name,
+                manifest.answers,
+                row.n_labels,
+                manifest.dim,
+                row.spec.get("dtype", "fp32"),
+                manifest.deterministic,
+            )
+        )
     return found
 
 
@@ -164,6 +186,7 @@ def _take_in(
     row: Any,
     shapes: Sequence[TaskShape],
     total: Counter[str],
+    learned: _Learned,
     done: Recorded,
 ) -> list[Answer]:
     """Close the sub-task by what its outcome says; its rows become answers or pieces."""
@@ -179,21 +202,20 @@ def _take_in(
             verdict, error = "failed", ("bad_outcome", str(bad))
     if verdict == "failed":
         done.failed += 1
-        if outcome.permanent:
-            at = {"job": subtask.job, "pass": subtask.pass_number}
-            connection.execute(_REFUSE, {**at, "worker": row.holder, "boot": row.boot, "why": error[1]})
+        if outcome.refused:
+            learned.refusals[outcome.refused, row.holder] = (row.boot, error[1])
         returns, given_up = failed(
             subtask.ranges,
             tries=subtask.tries,
             deaths=subtask.deaths,
             exclusive=subtask.exclusive,
             error=error[0],
-            blameless=error[0] in _BLAMELESS or outcome.permanent,
+            blameless=error[0] in _BLAMELESS or bool(outcome.refused),
         )
         answers = give_up(subtask.job, subtask.pass_number, subtask.id, given_up, asked)
     else:
         done.accepted += 1
-        _learn(connection, outcome, subtask, row.device)
+        learned.see(row, outcome.usage)
     u = outcome.usage
     connection.execute(
         _CLOSE,
@@ -216,7 +238,9 @@ def _answered(
         column = outcome.columns.get(shape.name)
         if column is None:
             raise BadColumn(f"no column for task {shape.name}")
-        check(column, kind=shape.kind, n_rows=n_rows, n_labels=shape.n_labels)
+        check(
+            column, kind=shape.kind, n_rows=n_rows, n_labels=shape.n_labels, dim=shape.dim, dtype=shape.dtype
+        )
         columns[shape.number] = column
     again = returned_rows(list(columns.values()))
     if subtask.tries + 1 >= MAX_TRIES:
@@ -236,7 +260,11 @@ def _answered(
         )
         returns.extend(
             Return(
-                part(r, r.lo + lo, r.lo + hi), tries=subtask.tries + 1, after_s=backoff_s(subtask.tries + 1)
+                part(r, r.lo + lo, r.lo + hi),
+                tries=subtask.tries + 1,
+                deaths=subtask.deaths,
+                exclusive=subtask.exclusive,
+                after_s=backoff_s(subtask.tries + 1),
             )
             for lo, hi in runs(mine)
         )
@@ -256,7 +284,7 @@ def give_up(
             subtask,
             r.position,
             r.position + 1,
-            {s.number: errors_column(s.kind, [CellError(r.error, r.message)]) for s in asked},  # type: ignore[arg-type]
+            {s.number: errors_column(s.kind, [CellError(r.error, r.message)]) for s in asked},
             1,
         )
         for r in rows
@@ -273,21 +301,37 @@ def record_given_up(connection: Connection, orphan: Orphan, rows: Sequence[Given
     notify(connection, JOB, str(orphan.job))
 
 
-def _learn(connection: Connection, outcome: Outcome, subtask: Orphan, device: str) -> None:
-    u = outcome.usage
-    if u.tokens < _LEARN_FROM_TOKENS or u.busy_s <= 0:
-        return
-    connection.execute(
-        _LEARN,
-        {
-            "job": subtask.job,
-            "pass": subtask.pass_number,
-            "device": device,
-            "format": u.format,
-            "seconds": u.busy_s / u.tokens,
-            "ratio": max(0.1, u.text_bytes / u.tokens),
-        },
-    )
+@dataclass
+class _Learned:
+    """What the outcomes of one transaction say about devices, folded."""
+
+    #: (trunk, device, numeric class) -> seconds, tokens, bytes, outcomes.
+    rates: dict[tuple[str, str, str], list[float]] = field(default_factory=dict)
+    #: (digest of a model, worker) -> boot, why.
+    refusals: dict[tuple[str, str], tuple[str, str]] = field(default_factory=dict)
+
+    def see(self, row: Any, u: Usage) -> None:
+        if u.tokens < _LEARN_FROM_TOKENS or u.busy_s <= 0:
+            return
+        sums = self.rates.setdefault((row.trunk, row.device, row.numerics), [0.0, 0.0, 0.0, 0.0])
+        for i, amount in enumerate((u.busy_s, u.tokens, u.text_bytes, 1)):
+            sums[i] += amount
+
+    def store(self, connection: Connection) -> None:
+        for (trunk, device, numerics), (seconds, tokens, size, n) in sorted(self.rates.items()):
+            connection.execute(
+                _LEARN,
+                {
+                    "trunk": trunk,
+                    "device": device,
+                    "numerics": numerics,
+                    "seconds": seconds / tokens,
+                    "ratio": max(0.1, size / tokens),
+                    "n": int(n),
+                },
+            )
+        for (digest, worker), (boot, why) in sorted(self.refusals.items()):
+            connection.execute(_REFUSE, {"digest": digest, "worker": worker, "boot": boot, "why": why})
 
 
 def _count(connection: Connection, job: UUID, total: Counter[str], answers: Sequence[Answer]) -> None:
@@ -393,7 +437,7 @@ def _seal(
     absent = {int(i): CellError(str(e[0]), str(e[1])) for i, e in block.bad.items()}
     for shape in asked:
         parts = [Part(order[lo:hi], columns[shape.number]) for lo, hi, columns in pieces]
-        column = merge(shape.kind, block.n_rows, parts, absent=absent)  # type: ignore[arg-type]
+        column = merge(shape.kind, block.n_rows, parts, absent=absent)
         key = block.keys[shape.number] if shape.deterministic and shape.number < len(block.keys) else None
         stored = _store(connection, tenant, column, key)
         connection.execute(_SHOW, {**at, "task": shape.number, "column": stored})

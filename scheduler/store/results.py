@@ -72,10 +72,12 @@ _READY = """
             WHERE bc.job_id = b.job_id AND bc.block_number = b.number AND bc.task_number = ANY(:tasks)) c
      WHERE b.job_id = :job AND c.n = :n AND """
 #: A running job is read on without a gap, so only the next few blocks are looked at.
-_NEXT_ROWS = text(f"{_READY} b.number >= :after AND b.number < :after + :limit ORDER BY b.number")
+_NEXT_ROWS = text(
+    f"{_READY} b.number >= CAST(:after AS bigint) AND b.number < CAST(:after AS bigint) + :limit ORDER BY b.number"
+)
 #: An ended job has gaps where blocks were never finished: these are passed over.
-_ALL_ROWS = text(f"{_READY} b.number >= :after ORDER BY b.number LIMIT :limit")
-_NEXT_DONE = text(f"{_READY} b.done_number > :after ORDER BY b.done_number LIMIT :limit")
+_ALL_ROWS = text(f"{_READY} b.number >= CAST(:after AS bigint) ORDER BY b.number LIMIT :limit")
+_NEXT_DONE = text(f"{_READY} b.done_number > CAST(:after AS bigint) ORDER BY b.done_number LIMIT :limit")
 
 
 def shown(connection: Connection, tenant: UUID, job: UUID, tasks: Sequence[str] | None = None) -> Shown:
@@ -194,7 +196,7 @@ _BLOCKS_WITH_ERRORS = text("""
     SELECT DISTINCT b.number FROM block b
       JOIN block_column bc ON bc.job_id = b.job_id AND bc.block_number = b.number
       JOIN sealed_column s ON s.id = bc.column_id AND s.n_error + s.n_skipped > 0
-     WHERE b.job_id = :job AND b.first_row + b.n_rows > :after + 1 ORDER BY b.number LIMIT :limit""")
+     WHERE b.job_id = :job AND b.first_row + b.n_rows > CAST(:after AS bigint) + 1 ORDER BY b.number LIMIT :limit""")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

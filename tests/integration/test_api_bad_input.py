@@ -173,6 +173,15 @@ def test_unknown_routes_and_methods_are_told_in_json(house: House) -> None:
     assert house.call("PATCH", "/v1/jobs").json()["error"]["type"] == "method_not_allowed"
 
 
+def test_a_field_name_that_postgres_cannot_hold_is_told_without_it(house: House) -> None:
+    rows = [{"a\0b": "x"}, {"\ud800": "x"}, {"text": "x", "\0": 2**63}]
+    body = json.dumps({"tasks": CLASSIFY, "rows": rows, "bad_rows": "error"})
+    answer = house.call("POST", "/v1/jobs", content=body)
+    assert answer.status_code == 202, answer.text
+    errors = house.call("GET", f"/v1/jobs/{answer.json()['id']}/errors").json()["errors"]
+    assert [e["row"] for e in errors] == [0, 1, 2]
+
+
 # -- fuzzing
 
 
@@ -194,8 +203,8 @@ def doors(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
         yield house, line, house.open()["id"]
 
 
-#: Every code point, NUL and lone surrogates too.
-ANY_TEXT = st.text(st.characters(), max_size=8)
+#: Every code point, and often those that Postgres or UTF-8 cannot hold.
+ANY_TEXT = st.text(st.characters() | st.sampled_from("\0\ud800"), max_size=8)
 JSON = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats() | ANY_TEXT,
     lambda inner: st.lists(inner, max_size=4) | st.dictionaries(ANY_TEXT, inner, max_size=4),
@@ -286,6 +295,15 @@ def test_no_json_provokes_a_500(doors: Any, address: str, body: Any) -> None:
     )
     assert answer.status_code < 500, (address, raw, answer.text)
     assert answer.status_code < 300 or answer.json()["error"]["message"]
+
+
+@FUZZ
+@given(TAKEN)
+def test_no_row_provokes_a_500(doors: Any, body: Any) -> None:
+    house, line, _ = doors
+    headers = {"Authorization": f"Bearer {house.tokens['user']}"}
+    answer = line.post(f"{house.url}/v1/jobs", content=json.dumps(body), headers=headers)
+    assert answer.status_code == (202 if body["rows"] else 422), (body, answer.text)
 
 
 @FUZZ

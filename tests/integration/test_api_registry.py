@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import struct
+import time
 from pathlib import Path
 from typing import Any
 
@@ -321,7 +322,7 @@ def test_a_token_that_is_wrong_is_not_made(house: House) -> None:
 
 
 def test_workers_are_those_that_beat(database_url: str, redis_url: str, tmp_path: Path) -> None:
-    with a_house(database_url, tmp_path, redis_url=redis_url, dead_s=0.05) as house:
+    with a_house(database_url, tmp_path, redis_url=redis_url, dead_s=0.6) as house:
         assert house.call("GET", "/v1/workers", token="worker").json() == {"workers": []}
         line = RedisWorkerTransport(redis_url, "w0")
         beat = Beat(
@@ -341,9 +342,11 @@ def test_workers_are_those_that_beat(database_url: str, redis_url: str, tmp_path
         assert (shown["worker"], shown["state"], shown["held"], shown["backlog_s"]) == ("w0", "ready", 2, 1.5)
         assert shown["resident"] == ["tiny@1", "f" * 12]
         assert shown["rate_tokens_s"] == pytest.approx(1000)
-        import time
-
-        time.sleep(0.06)
+        plan = house.call(
+            "POST", "/v1/plan", json={"tasks": CLASSIFY, "rows": ["x" * 40], "total_rows": 10}
+        ).json()
+        assert (plan["devices"], plan["seconds"] > 0) == (1, True)
+        time.sleep(0.7)
         (shown,) = house.call("GET", "/v1/workers").json()["workers"]
         assert shown["state"] == "silent", "the same beat as a while ago"
         line.close()

@@ -279,10 +279,11 @@ def test_a_silent_worker_keeps_its_lease_until_it_expires_and_no_longer(house: H
     assert held
     house.tick()
     assert house.job(job).attempts_lost == 0
-    house.now += 60
+    for _ in range(6):
+        house.tick()
     house.expire_leases()
     assert house.finish(job).state == "succeeded"
-    assert house.job(job).attempts_lost == len(held)
+    assert house.job(job).attempts_lost >= len(held)
     assert_accounted_for(house, job, 20)
 
 
@@ -540,7 +541,11 @@ def test_a_job_that_no_worker_can_load_fails_with_the_reason(house: House) -> No
             for a in hand.take_all():
                 hand.report(
                     hand.outcome(
-                        a, verdict="failed", columns={}, error=("cannot_load", "needs a GPU"), permanent=True
+                        a,
+                        verdict="failed",
+                        columns={},
+                        error=("cannot_load", "needs a GPU"),
+                        refused=TRUNK.digest,
                     )
                 )
         house.aggregate()
@@ -599,3 +604,137 @@ def test_a_broken_row_is_an_error_of_every_task_and_the_rest_is_done(house: Hous
     assert (j.cells_ok, j.cells_error) == (18, 2)
     assert house.labels(job) == [*expected(rows[:9]), "bad_row"]
     assert_accounted_for(house, job, 10)
+
+
+def hurt(kind: str) -> dict[str, Any]:
+    """What a broken or spiteful engine may report."""
+    match kind:
+        case "NUL in an error's words":
+            return {"verdict": "failed", "columns": {}, "error": ("engine", "a\0b")}
+        case "NUL in a refusal":
+            return {"verdict": "failed", "columns": {}, "error": ("x", "\0"), "refused": TRUNK.digest}
+        case "NaN seconds":
+            return {"usage": Usage(tokens=200, busy_s=float("nan"))}
+        case "more tokens than there are":
+            return {"usage": Usage(tokens=2**63, busy_s=1.0)}
+        case _:
+            return {"usage": Usage(tokens=2**39, computed_tokens=2**39, text_bytes=2**39, busy_s=9e6)}
+
+
+@pytest.mark.parametrize(
+    "kind",
+    [
+        "NUL in an error's words",
+        "NUL in a refusal",
+        "NaN seconds",
+        "more tokens than there are",
+        "much of everything",
+    ],
+)
+def test_no_outcome_can_stop_the_aggregator(house: House, kind: str) -> None:
+    hurtful = land(house.database, texts(5), TASKS)
+    healthy = land(house.database, texts(50), TASKS)
+    house.tick()
+    for hand in house.hands:
+        for a in hand.take_all():
+            hand.report(hand.outcome(a, **(hurt(kind) if a.job == str(hurtful) else {})))
+    house.aggregate()
+    for _ in range(3):
+        house.due()
+        house.work()
+        house.expire_leases()
+    assert house.finish(healthy).state == "succeeded"
+    assert_accounted_for_all(house, healthy, 50)
+
+
+def assert_accounted_for_all(house: House, job: UUID, rows: int) -> None:
+    j = house.job(job)
+    assert j.cells_ok + j.cells_error + j.cells_skipped == rows * j.n_tasks
+
+
+def test_a_head_that_cannot_be_attached_fails_its_own_job_and_no_other(house: House) -> None:
+    register(house.database, replace(HEAD, name="broken", labels=("a", "b")))
+    broken = land(house.database, texts(5), {"x": Classify("broken")})
+    healthy = land(house.database, texts(5), {"size": Classify("length")}, tenant="another")
+    for _ in range(5):
+        house.tick()
+        for hand in house.hands:
+            for a in hand.take_all():
+                if a.job == str(broken):
+                    refused = a.tasks[0].manifest.digest
+                    error = ("cannot_load", "broken@1: its weights are missing")
+                    hand.report(hand.outcome(a, verdict="failed", columns={}, error=error, refused=refused))
+                else:
+                    hand.report(hand.outcome(a))
+        house.aggregate()
+        house.due()
+        house.now += 10
+    assert house.job(healthy).state == "succeeded"
+    j = house.job(broken)
+    assert (j.state, "broken@1" in j.reason) == ("failed", True)
+
+
+def test_a_pause_of_redis_condemns_nobody(house: House) -> None:
+    job = land(house.database, ["one row"], {"size": Classify("length")})
+    house.hands.pop()
+    [hand] = house.hands
+    for _ in range(4):
+        house.tick()
+        for a in hand.take_all():
+            house.transport.worker("w1").mark_running(Running(boot=hand.boot, rows={a.key: (0,)}))
+        house.now += 20
+        house.expire_leases()
+        house.dispatcher.step(house.now)
+        house.now += 5
+        house.dispatcher.step(house.now)
+    house.transport.worker("w1").mark_running(None)
+    hand.holding.clear()
+    assert house.finish(job).state == "succeeded"
+    assert house.job(job).cells_ok == 1
+
+
+def test_cancelling_counts_only_cells_that_can_be_read(house: House) -> None:
+    job = land(house.database, texts(64), TASKS, block_rows=64)
+    house.hands.pop()
+    house.tick()
+    [hand] = house.hands
+    first = hand.take_all()[0]
+    hand.report(hand.outcome(first))
+    house.aggregate()
+    with house.database.transaction() as connection:
+        end_job(connection, job, "cancelled", "asked")
+    j = house.job(job)
+    readable = house.sql("SELECT count(*) AS n FROM results WHERE job_id = :job AND status = 'ok'", job=job)[
+        0
+    ].n
+    assert (j.cells_ok, j.cells_ok + j.cells_skipped) == (readable, 128)
+    assert house.sql("SELECT count(*) AS n FROM cells")[0].n == 0
+
+
+def test_work_is_not_sent_while_outcomes_pile_up(house: House) -> None:
+    land(house.database, texts(50), TASKS)
+    house.transport.entries.update({f"0-{i}": ((i, 1), b"") for i in range(1001)})
+    assert house.tick() == 0
+    house.transport.entries.clear()
+    assert house.tick() > 0
+
+
+def test_a_suspect_with_a_retriable_error_stays_alone(house: House) -> None:
+    job = land(house.database, ["suspect"], {"size": Classify("length")})
+    house.hands.pop()
+    [hand] = house.hands
+    house.tick()
+    [a] = hand.take_all()
+    house.transport.worker("w1").mark_running(Running(boot=hand.boot, rows={a.key: (0,)}))
+    hand.die()
+    house.tick()
+    house.due()
+    house.tick()
+    [a] = hand.take_all()
+    assert a.exclusive
+    again = replace(
+        column(["suspect"]), status=bytes([ERROR]), errors={0: CellError("out_of_memory", "", retriable=True)}
+    )
+    hand.report(hand.outcome(a, columns={"size": again}))
+    house.aggregate()
+    assert house.sql("SELECT exclusive FROM piece WHERE job_id = :job", job=job)[0].exclusive

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -124,17 +124,17 @@ def test_the_demo_stops_its_cluster_whatever_happens(
 def test_up_says_where_it_is_when_it_is_ready(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    said: list[str] = []
-
-    def run_forever(self: FakeCluster) -> None:
+    def run_forever(self: FakeCluster, ready: Callable[[], object]) -> None:
         """Ready after a while, as the real one; then ended by Ctrl-C."""
         self.url, self.flower_url = "http://127.0.0.1:9", "http://motet:pw@127.0.0.1:5555"
-        (tmp_path / "client.json").write_text("{}")
-        while "MOTET_HOME" not in "".join(said):
-            said.append(capsys.readouterr().out)
+        self.database_url = "postgresql://motet@/motet?host=/tmp/x"
+        ready()
 
     monkeypatch.setattr(FakeCluster, "run_forever", run_forever, raising=False)
     assert run("up", "--cpus", "3", "--port", "0", "--data", str(tmp_path), "--flower") == 0
-    assert "ready at http://127.0.0.1:9" in "".join(said)
-    assert "Flower at http://motet" in "".join(said)
+    said = capsys.readouterr().out
+    assert "ready at http://127.0.0.1:9" in said
+    assert 'psql "postgresql://motet@/motet?host=/tmp/x"' in said
+    assert "Flower at http://motet" in said
+    assert f"MOTET_HOME={tmp_path}" in said
     assert FakeCluster.made[0].options == (3, "", 0, 5555)

@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from scheduler.carve import Range
-from scheduler.lifecycle import MAX_TRIES, GivenUp, Return, failed, lost, runs
+from scheduler.lifecycle import MAX_DEATHS_UNSEEN, MAX_TRIES, GivenUp, Return, failed, lost, runs
 
 RANGES = (Range(0, 10, 20, 100), Range(1, 0, 4, 40))
 
@@ -88,6 +88,16 @@ def test_no_row_is_lost_or_doubled_by_a_death(
     rows = covered(returns) + [(g.block, g.position) for g in given_up]
     assert sorted(rows) == sorted((r.block, i) for r in ranges for i in range(r.lo, r.hi))
     assert all(isinstance(g, GivenUp) and exclusive and died and inside for g in given_up)
+
+
+def test_rows_whose_workers_die_before_they_run_are_given_up_in_the_end() -> None:
+    deaths, given_up = 0, []
+    while not given_up:
+        returns, given_up = lost(RANGES, tries=0, deaths=deaths, exclusive=False, suspects=(), died=True)
+        deaths += 1
+        assert all(r.deaths == deaths and not r.exclusive for r in returns)
+    assert deaths == MAX_DEATHS_UNSEEN
+    assert {g.error for g in given_up} == {"worker_died"}
 
 
 @given(st.sets(st.integers(0, 50)))

@@ -11,7 +11,7 @@ ENCODER = Manifest(
 )
 OTHER = Manifest(name="other", version="1", engine="encoder", answers="vector", trunk="u", parameters=1000)
 #: One second a kilobyte.
-RATES = Rates({(trunk, "box"): Rate(0.004, 4.0) for trunk in ("t", "u")})
+RATES = Rates({(trunk, "box", "fast"): Rate(0.004, 4.0) for trunk in ("t", "u")})
 
 
 def demand(job: str, **kw: object) -> Demand:
@@ -21,7 +21,7 @@ def demand(job: str, **kw: object) -> Demand:
         "weight": 1.0,
         "priority": NORMAL,
         "age": 1,
-        "model_id": 1,
+        "model_ids": frozenset({1}),
         "model": ENCODER,
         "rows_waiting": 1000,
         "bytes_waiting": 1_000_000,
@@ -75,7 +75,7 @@ def test_a_tenant_with_less_under_way_goes_first_by_weight() -> None:
 
 
 def test_a_model_in_memory_is_preferred_among_equal_jobs() -> None:
-    cold = demand("cold", model=OTHER, model_id=2, age=1)
+    cold = demand("cold", model=OTHER, model_ids=frozenset({2}), age=1)
     warm = demand("warm", age=2)
     got = placed([cold, warm], [worker("a", resident=(ENCODER.digest,))])
     assert got[0].demand.job == "warm"
@@ -86,8 +86,14 @@ def test_a_worker_is_never_given_a_model_that_it_cannot_run() -> None:
     assert placed([demand("j")], [worker("a")], refused={"a": frozenset({1})}) == []
 
 
-def test_nothing_is_put_beside_a_suspect_or_on_a_draining_worker() -> None:
-    assert placed([demand("j")], [worker("a", exclusive=True), worker("b", draining=True)]) == []
+def test_a_head_that_a_worker_cannot_load_keeps_its_pass_away_from_it_and_no_other_pass() -> None:
+    headed = demand("headed", model_ids=frozenset({1, 7}))
+    got = placed([headed, demand("plain")], [worker("a")], refused={"a": frozenset({7})})
+    assert {p.demand.job for p in got} == {"plain"}
+
+
+def test_nothing_is_put_beside_a_suspect() -> None:
+    assert placed([demand("j")], [worker("a", exclusive=True)]) == []
 
 
 def test_no_more_is_placed_than_waits() -> None:

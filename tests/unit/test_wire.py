@@ -51,7 +51,7 @@ MESSAGES = [
         boot="b",
         verdict="failed",
         error=("cannot_load", "x"),
-        permanent=True,
+        refused="digest",
     ),
     Beat(
         worker="w", boot="b", seq=3, held=((1, 2),), resident=("d",), engines=("encoder",), formats=("bf16",)

@@ -454,7 +454,7 @@ def test_an_engine_that_answers_nonsense_is_an_error_of_its_rows(house: House) -
 
 
 @pytest.mark.parametrize(
-    ("model", "error", "permanent"),
+    ("model", "error", "refused"),
     [
         (replace(TRUNK, name="broken"), "cannot_load", True),
         (replace(TRUNK, engine="unknown"), "cannot_load", True),
@@ -462,7 +462,7 @@ def test_an_engine_that_answers_nonsense_is_an_error_of_its_rows(house: House) -
     ],
 )
 def test_a_model_that_cannot_be_had_fails_the_attempt_not_the_worker(
-    house: House, model: Manifest, error: str, permanent: bool
+    house: House, model: Manifest, error: str, refused: bool
 ) -> None:
     order, fine = an_order("aa", model=model), an_order("aa")
     house.submit(order)
@@ -471,7 +471,7 @@ def test_a_model_that_cannot_be_had_fails_the_attempt_not_the_worker(
     outcomes = house.outcomes()
     assert outcomes[order.key].verdict == "failed"
     assert (outcomes[order.key].error or ("",))[0] == error
-    assert outcomes[order.key].permanent is permanent
+    assert outcomes[order.key].refused == (model.digest if refused else "")
     assert outcomes[fine.key].verdict == "done"
     assert house.attempts.held() == ()
 
@@ -483,7 +483,7 @@ def test_a_model_larger_than_the_device_says_what_it_needs(house: House) -> None
     house.steps()
     outcome = house.outcomes()[order.key]
     assert outcome.error == ("cannot_load", "trunk@1: needs 5000 MB, models may hold 100 MB here")
-    assert outcome.permanent
+    assert outcome.refused == TRUNK.digest
 
 
 def test_a_broken_device_reports_nothing_and_ends_the_process(house: House) -> None:

@@ -17,7 +17,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from motet.columns import ERROR, OK, CellError, Column
+from motet.columns import ERROR, OK, CellError, Column, is_storable_json
 from motet.manifest import Manifest
 from motet.wire import TaskOrder
 from workers.engine import OutOfMemory, Pass, Prepared
@@ -113,6 +113,9 @@ def little_endian(values: array[int]) -> bytes:
 
 def _strict_json(value: object) -> bytes | CellError:
     try:
-        return json.dumps(value, ensure_ascii=False, allow_nan=False).encode("utf-8")
+        body = json.dumps(value, ensure_ascii=False, allow_nan=False).encode("utf-8")
     except (TypeError, ValueError, RecursionError):
+        body = b""
+    if not is_storable_json(body):
         return CellError("bad_value", f"the function returned {type(value).__name__}, not a JSON value")
+    return body
