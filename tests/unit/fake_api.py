@@ -100,6 +100,8 @@ class FakeApi:
         self.eager = True
         #: Blocks in one answer of results.
         self.blocks_per_answer = 2
+        #: Workers that are ready.
+        self.workers = 1
         self.url = ""
         self.lock = threading.Lock()
 
@@ -148,7 +150,7 @@ class FakeApi:
             case "DELETE", ["models", _]:
                 return _error(409, "news-topics@1 is used by a running job; cancel it first")
             case "GET", ["workers"]:
-                return 200, {"workers": [WORKER]}
+                return 200, {"workers": [WORKER] * self.workers}
             case "GET", ["tokens"]:
                 return 200, {"tokens": [{"id": "t1", "name": "laptop", "scope": "user", "tenant": "home"}]}
             case "POST", ["tokens"]:

@@ -17,6 +17,7 @@ import pytest
 
 from motet.cli import command, main
 from motet.cli.jobs import parse_tasks
+from motet.cli.show import connect, fitted, program, result_table
 from tests.unit.fake_api import ADMIN, TOKEN, FakeApi, serving
 
 
@@ -152,6 +153,76 @@ def test_jobs_are_listed_watched_cancelled_and_removed(api: FakeApi, motet: Shel
     assert [json.loads(line)["state"] for line in lines] == ["succeeded"]
 
 
+def test_the_beginning_of_an_id_stands_for_it_while_it_is_the_only_one(
+    api: FakeApi, motet: Shell, tickets: str
+) -> None:
+    for _ in range(2):
+        motet("submit", tickets, *TOPIC)
+    api.jobs = {f"0198f2c4-{i}-whole": job for i, job in enumerate(api.jobs.values())}
+    for job_id, job in api.jobs.items():
+        job.id = job_id
+    assert motet("watch", "0198f2c4-1").code == 0
+    assert "2 jobs have ids that begin with 0198" in motet("watch", "0198").err
+    for no_id in ("019", "0198f2c4-9"):
+        assert "no job of this id" in motet("watch", no_id).err
+    assert json.loads(motet("rm", "0198f2c4-1", "--json").out) == {"removed": ["0198f2c4-1-whole"]}
+
+
+def test_cells_that_were_skipped_are_not_shown_as_done(api: FakeApi, motet: Shell, tickets: str) -> None:
+    api.eager = False
+    motet("submit", tickets, *TOPIC)
+    assert "skipped" not in motet("jobs").out
+    motet("cancel", "job-1")
+    listed = motet("jobs").out
+    assert "0/30" in listed
+    assert "skipped" in listed
+
+
+def test_a_narrow_table_drops_columns_in_order_and_never_shrinks_an_id() -> None:
+    columns = ("!job", "name", "#cells", "created")
+    rows = [["j" * 36, "a name of several words, which may go on in the next line", "12/12", "2026-11-23"]]
+    drop = ("created", "#cells")
+    assert fitted(columns, rows, drop, 80)[0] == list(columns)
+    assert fitted(columns, rows, drop, 75)[0] == ["!job", "name", "#cells"]
+    assert fitted(columns, rows, drop, 40) == (["!job", "name"], [rows[0][:2]])
+
+
+def test_a_narrow_table_of_results_leaves_out_vectors_and_scores(
+    api: FakeApi, motet: Shell, tickets: str
+) -> None:
+    motet("submit", tickets, *TWO)
+    with connect() as client:
+        rows = list(client.job("job-1").results())
+        assert [c.header for c in result_table(rows, width=80).columns] == ["row", "topic"]
+        assert list(result_table(rows, width=80).columns[1].cells)[:2] == ["sport", "tech"]
+        assert [c.header for c in result_table(rows, width=120).columns] == ["row", "topic", "vector"]
+        only = list(client.job("job-1").results(["vector"]))
+        assert [c.header for c in result_table(only, width=80).columns] == ["row", "vector"]
+
+
+def test_the_command_is_named_as_it_was_called(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    script = tmp_path / "my env" / "bin" / "motet"
+    script.parent.mkdir(parents=True)
+    script.touch(mode=0o755)
+    monkeypatch.setattr(sys, "argv", [str(script)])
+    monkeypatch.setenv("PATH", "/nowhere")
+    monkeypatch.chdir(tmp_path)
+    assert program() == "'my env/bin/motet'"
+    monkeypatch.chdir(script.parent)
+    assert program() == "./motet"
+    monkeypatch.chdir("/")
+    assert program() in (f"'{script}'", f"'{str(script)[1:]}'")
+    monkeypatch.setenv("PATH", str(script.parent))
+    assert program() == "motet"
+    monkeypatch.setattr(sys, "argv", ["-c"])
+    assert program() == "motet"
+
+
+def test_the_help_cuts_no_summary(motet: Shell) -> None:
+    listed = motet("--help").out.partition("Commands:")[2].partition("Start here")[0]
+    assert "..." not in listed
+
+
 def test_results_are_a_table_for_people_and_lines_for_programs(
     api: FakeApi, motet: Shell, tickets: str
 ) -> None:
@@ -182,7 +253,7 @@ def test_models_workers_and_tokens_are_shown(api: FakeApi, motet: Shell) -> None
 
 def test_an_error_is_one_line_with_a_remedy(api: FakeApi, motet: Shell, tickets: str, tmp_path: Path) -> None:
     for args, words in [
-        (("watch", "nope"), "no such thing"),
+        (("watch", "nope"), "no job of this id; see `motet jobs`"),
         (("submit", "none.jsonl", *TOPIC), "check the path"),
         (("submit", tickets, "--task", "topic=classify:unknown"), "tasks.topic.model"),
         (("submit", tickets, "--task", "topic=guess:m"), "one of classify"),
@@ -198,9 +269,13 @@ def test_many_problems_are_listed_below_each_other(api: FakeApi, motet: Shell, t
     path = tmp_path / "bad.jsonl"
     path.write_text('{"text": 1}\n{"text": 2}\n')
     ran = motet("submit", str(path), *TOPIC)
-    assert ran.err.splitlines()[0] == "error: 2 problems:"
+    assert ran.err.splitlines()[0] == "error: 2 problems (rows count from 0):"
+    assert "--bad-rows error" in ran.err
     assert "(line 2)" in ran.err
-    assert motet("submit", str(path), *TOPIC, "--bad-rows", "error").code == 0
+    ran = motet("submit", str(path), *TOPIC, "--bad-rows", "error", "--wait")
+    assert ran.code == 0
+    assert "motet results job-1" in ran.err
+    assert "<bad_row: text: got a value of type int" in motet("results", "job-1", "--format", "table").out
 
 
 @pytest.mark.parametrize(
@@ -243,7 +318,7 @@ def test_no_server_is_told_with_how_to_start_one(
     monkeypatch.setenv("MOTET_URL", "http://127.0.0.1:9")
     ran = motet("jobs")
     assert ran.code == 1
-    assert "no connection; start the server with `motet up`" in ran.err
+    assert "does not answer: no connection; start it with `motet up`" in ran.err
 
 
 def test_a_bug_is_one_line_too(api: FakeApi, motet: Shell, monkeypatch: pytest.MonkeyPatch) -> None:

