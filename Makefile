@@ -7,6 +7,7 @@ NEW_ENOUGH := import sys; sys.exit(sys.version_info < (3, 11))
 
 BIN := .venv/bin
 INSTALLED := .venv/.motet-installed
+BENCHES := $(wildcard bench/*.py)
 
 .DEFAULT_GOAL := help
 .PHONY: help install demo test check lint format bench clean
@@ -35,7 +36,7 @@ format: $(INSTALLED) ## format the code and mend what can be mended
 	$(BIN)/ruff format
 
 bench: $(INSTALLED) ## list the benchmarks and how to run them
-	@for file in bench/*.py; do \
+	@test -n '$(BENCHES)' || echo 'no benchmarks yet'; for file in $(BENCHES); do \
 		printf '$(BIN)/python %-28s %s\n' "$$file" "$$(sed -n '1s/"""//gp' "$$file")"; done
 
 clean: ## remove .venv and all caches
@@ -47,6 +48,7 @@ $(INSTALLED): pyproject.toml
 		echo 'motet needs Python 3.11 or newer, and found none; name it with: make PYTHON=/path/to/python3' >&2; exit 1; }
 	@$(BIN)/python -m pip --version >/dev/null 2>&1 || $(PYTHON) -m venv --clear .venv || { rm -rf .venv; \
 		echo '$(PYTHON) cannot make virtual environments; on Debian and Ubuntu: apt install python3-venv' >&2; exit 1; }
-	$(BIN)/python -m pip install --disable-pip-version-check --no-compile -q -e '.[dev]'
+	@echo 'installing motet and PyTorch into .venv (once, about 1.6 GB) …'
+	@$(BIN)/python -m pip install --disable-pip-version-check --no-compile -q -e '.[dev]'
 	@touch $@
 	@echo 'motet is installed; see: make demo, $(BIN)/motet --help'

@@ -18,5 +18,5 @@ with Client() as client:
     job = client.submit(TEXTS, {"topic": Classify("news-topics"), "who": Entities("spacy-entities")})
     for row in job.results():
         print(f"{row['topic']:<14} {TEXTS[row.index]}")
-        for span in row["who"]:
+        for span in row["who"].value or []:
             print(f"{'':<14} {TEXTS[row.index][span.start : span.end]} ({span.label})")

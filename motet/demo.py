@@ -8,7 +8,9 @@ from __future__ import annotations
 import importlib.util
 import logging
 import random
+import shlex
 import sys
+import textwrap
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -18,9 +20,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from motet import datasets
-from motet.cli.show import console, plan_line, plan_table, result_table
-from motet.client import Client
-from motet.job import Job, Plan
+from motet.cli.show import console, plan_line, plan_table, program, result_table
+from motet.client import Client, State
+from motet.job import Job, Plan, count
 from motet.tasks import Classify, Embed, Task
 
 if TYPE_CHECKING:
@@ -35,6 +37,10 @@ TASKS: Mapping[str, Task] = {
 #: One article among so many texts; the others are sentences and tweets.
 _ARTICLE_EACH = 10
 _ROWS_SHOWN = 8
+_NAME = "motet demo"
+_UNFINISHED: Sequence[State] = ("loading", "running")
+#: The plan's seconds are those of the workers that are there: it waits so long for all of them.
+_WORKERS_S = 20.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -66,17 +72,22 @@ def run(
         note(f"ready at {cluster.url}; logs in {data / 'logs'}")
     try:
         with Client(cluster.url, cluster.tokens["user"]) as client:
+            _cancel_unfinished(client, story)
+            _await_workers(client, cpus, story)
             measured = _run_job(client, texts, data, story)
         if keep:
-            story.say(f"\nthe cluster runs on at {cluster.url}; in another shell: {_shell(data)} motet jobs")
-            story.say("Ctrl-C stops it")
+            story.say(f"\nthe cluster runs on at {cluster.url}, until Ctrl-C; in another shell:")
+            story.command(f"{_shell(data)} {program()} jobs")
             _until_interrupted()
     finally:
-        with story.phase("stopping everything"):
+        with story.phase("ending the demo", slow=True) as note:
             cluster.stop()
+            note("everything is stopped")
     if not keep:
-        story.say(f"\nlook on:  motet up --data {data}")
-        story.say(f"          {_shell(data)} motet results {measured['job']}")
+        story.say("\nto look on, start the cluster again in one shell:")
+        story.command(f"{program()} up --data {shlex.quote(str(data.resolve()))}")
+        story.say("and read the results in another:")
+        story.command(f"{_shell(data)} {program()} results {measured['job'][:8]}")
     return measured
 
 
@@ -96,6 +107,25 @@ def choose(rows: int, cache: Path | None = None) -> list[Text]:
     return picked
 
 
+def _cancel_unfinished(client: Client, story: _Story) -> None:
+    """End what a demo that was killed has left: it would take the workers from this one."""
+    left = [job for state in _UNFINISHED for job in client.jobs(state) if job.name == _NAME]
+    for job in left:
+        job.cancel()
+    if left:
+        story.say(f"         cancelled {count(len(left), 'job')} of an earlier demo")
+
+
+def _await_workers(client: Client, wanted: int, story: _Story) -> None:
+    with story.phase("waiting for the workers") as note:
+        end = time.monotonic() + _WORKERS_S
+        while (ready := sum(w.state == "ready" for w in client.workers())) < wanted:
+            if time.monotonic() >= end:
+                break
+            time.sleep(0.2)
+        note(f"{ready} of {wanted} ready")
+
+
 def _run_job(client: Client, texts: Sequence[Text], data: Path, story: _Story) -> dict[str, Any]:
     source = [t.text for t in texts]
     with story.phase("planning") as note:
@@ -110,10 +140,8 @@ def _run_job(client: Client, texts: Sequence[Text], data: Path, story: _Story) -
     start = time.monotonic()
     # Without reuse, so that every run of the demo computes; with it, the second one would only look up.
     with story.phase("running the job", slow=True) as note:
-        job = client.submit(
-            source, TASKS, name="motet demo", reuse=False, progress=False if story.quiet else None
-        )
-        job.wait()
+        job = client.submit(source, TASKS, name=_NAME, reuse=False, progress=False if story.quiet else None)
+        _follow(job, story)
         seconds = time.monotonic() - start
         note(str(job.progress))
 
@@ -121,12 +149,25 @@ def _run_job(client: Client, texts: Sequence[Text], data: Path, story: _Story) -
     out = data / (
         "motet-demo-results.parquet" if importlib.util.find_spec("pyarrow") else "motet-demo-results.jsonl"
     )
-    with story.phase("writing the merged rows") as note:
+    with story.phase("writing the merged rows", slow=True) as note:
         (job.to_parquet if out.suffix == ".parquet" else job.to_jsonl)(out)
         note(f"{out}, {out.stat().st_size / 1e6:.1f} MB")
     measured = _measure(job, plan, texts, seconds) | {"results": str(out)}
     story.say(_summary(measured))
     return measured
+
+
+def _follow(job: Job, story: _Story) -> None:
+    """Wait for the job. It ends with the demo: nobody would come back for it. Raises JobFailed."""
+    try:
+        with job.bar() as bar:
+            for progress in job.watch():
+                bar.track(progress)
+    except KeyboardInterrupt:
+        story.say("         interrupted: cancelling the job …")
+        job.cancel()
+        raise
+    job.wait()
 
 
 def _measure(job: Job, plan: Plan, texts: Sequence[Text], seconds: float) -> dict[str, Any]:
@@ -180,9 +221,18 @@ class _Story:
     def __init__(self, quiet: bool) -> None:
         self.quiet = quiet
 
-    def say(self, line: str) -> None:
+    def say(self, lines: str) -> None:
+        """Print lines; those that are too wide for the terminal go on in the next one, between words."""
+        if self.quiet:
+            return
+        width = console().width
+        for line in lines.split("\n"):
+            print(_folded(line, width), flush=True)
+
+    def command(self, line: str) -> None:
+        """Print a command, whole, so that it can be pasted."""
         if not self.quiet:
-            print(line, flush=True)
+            print(f"  {line}", flush=True)
 
     def show(self, thing: RenderableType) -> None:
         if not self.quiet:
@@ -198,6 +248,17 @@ class _Story:
             yield note
         ended = note.words if slow else ": ".join(filter(None, (words, note.words)))
         self.say(f"{time.monotonic() - start:6.1f} s {ended}")
+
+
+def _folded(line: str, width: int) -> str:
+    return textwrap.fill(
+        line,
+        width,
+        subsequent_indent=" " * 11,
+        break_long_words=False,
+        break_on_hyphens=False,
+        replace_whitespace=False,
+    )
 
 
 class _Note:
@@ -235,4 +296,4 @@ def _until_interrupted() -> None:
 
 def _shell(data: Path) -> str:
     """The variable that points the command line at this cluster."""
-    return f"MOTET_HOME={data}"
+    return f"MOTET_HOME={shlex.quote(str(data.resolve()))}"

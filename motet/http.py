@@ -210,7 +210,10 @@ class Http:
             why = "no connection"
         else:
             why = "the connection was lost"
-        return f"{self.address.url}: {why}; start the server with `motet up`, or set MOTET_URL to where it is"
+        return (
+            f"the server at {self.address.url} does not answer: {why}; "
+            "start it with `motet up`, or set MOTET_URL to where it is"
+        )
 
 
 def error_of(answer: httpx.Response) -> MotetError:

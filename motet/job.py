@@ -17,6 +17,7 @@ from motet.errors import JobFailed, MotetError, NotFound
 from motet.http import MAX_WAIT_S, Http
 from motet.progress import ENDED, Bar, Progress
 from motet.results import Block, Row, read_frames
+from motet.tasks import short
 from motet.wire import BadMessage
 
 if TYPE_CHECKING:
@@ -164,6 +165,10 @@ class Job:
         """What ``submit(progress=…)`` said; None leaves it to whether stderr is a terminal."""
         return self._bar_wanted
 
+    def bar(self) -> Bar:
+        """A progress bar under the job's name, silent where none is wanted."""
+        return Bar(short(self.name, 20).strip("'") if self.name else "job", wanted=self._bar_wanted)
+
     # -- how far it is
 
     @property
@@ -217,9 +222,9 @@ class Job:
         Raises JobFailed where it failed or was cancelled, unless ``check`` is off; TimeoutError after
         ``timeout`` seconds, while the job goes on. Ctrl-C leaves the job running too.
         """
-        with Bar("waiting", wanted=self._bar_wanted) as bar, self._left_running():
+        with self.bar() as bar, self._left_running():
             for progress in self.watch(timeout):
-                bar.show(progress, share=progress.share)
+                bar.track(progress)
         if check:
             self._check()
         return self
@@ -252,7 +257,7 @@ class Job:
         specs = self._specs(tasks)
         asked = None if tasks is None else ",".join(tasks)
         after = 0
-        own_bar = Bar("waiting", wanted=self._bar_wanted) if bar is None else bar
+        own_bar = self.bar() if bar is None else bar
         with own_bar, self._left_running():
             while True:
                 frames, end = self._read(asked, order, after, _GLANCE_S if own_bar.wanted else MAX_WAIT_S)
@@ -268,7 +273,7 @@ class Job:
                     progress = Progress.of(self.refresh()._record)
                     # Rows of an ended job come at once: a bar between them would only flicker.
                     if bar is not None or not self._ended:
-                        own_bar.show(progress, share=progress.share)
+                        own_bar.track(progress)
         self.refresh()
         if check:
             self._check()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import logging
 import re
@@ -9,9 +10,32 @@ import sys
 import time
 from typing import Any
 
+from motet.errors import SetupError
+
 _STANDARD = frozenset(vars(logging.makeLogRecord({}))) | {"message", "asctime", "taskName"}
 #: Secrets that could slip into a message: bearer tokens and passwords inside URLs.
 _SECRET = re.compile(r"(?i)(bearer\s+)\S+|(://[^:/@\s]*:)[^@\s]+@")
+
+
+#: Packages whose records are told in full. Of others only the template is kept: their arguments may hold a text.
+_OURS = ("motet", "scheduler", "workers", "py")
+
+
+def event(logger: logging.Logger, name: str, level: int = logging.INFO, **ids: object) -> None:
+    """Log that something happened: ``event(log, "loaded", model=…, seconds=…)``."""
+    logger.log(level, name, extra=ids)
+
+
+def configure(process: str, level: str = "INFO") -> None:
+    """Send every log record of this process to stderr as JSON lines. Raises SetupError for an unknown level."""
+    if level.upper() not in logging.getLevelNamesMapping():
+        raise SetupError(f"MOTET_LOG_LEVEL: got {level!r}; expected DEBUG, INFO, WARNING or ERROR")
+    handler = logging.StreamHandler(sys.stderr)
+    handler.setFormatter(JsonFormatter(process))
+    logging.basicConfig(level=logging.WARNING, handlers=[handler], force=True)
+    for ours in _OURS:
+        logging.getLogger(ours).setLevel(level.upper())
+    logging.captureWarnings(True)
 
 
 class JsonFormatter(logging.Formatter):
@@ -22,6 +46,10 @@ class JsonFormatter(logging.Formatter):
         self._process = process
 
     def format(self, record: logging.LogRecord) -> str:
+        if record.name.split(".")[0] not in _OURS:
+            record = copy.copy(record)
+            record.args = ()
+            record.msg = record.msg[:200] if isinstance(record.msg, str) else type(record.msg).__name__
         line: dict[str, Any] = {
             "at": time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(record.created))
             + f".{int(record.msecs):03d}Z",
@@ -44,12 +72,3 @@ def _where(traceback: Any) -> list[str]:
         frames.append(f"{code.co_filename.rsplit('/', 1)[-1]}:{traceback.tb_lineno} {code.co_name}")
         traceback = traceback.tb_next
     return frames[-6:]
-
-
-def configure(process: str, level: str = "INFO") -> None:
-    """Send every log record of this process to stderr as JSON lines."""
-    handler = logging.StreamHandler(sys.stderr)
-    handler.setFormatter(JsonFormatter(process))
-    logging.basicConfig(level=level.upper(), handlers=[handler], force=True)
-    for noisy in ("httpx", "httpcore", "urllib3", "alembic"):
-        logging.getLogger(noisy).setLevel(logging.WARNING)

@@ -129,6 +129,14 @@ class Bar:
             self._bar.start()
         self._bar.update(self._line, total=total, completed=completed, words=str(words))
 
+    def track(self, progress: Progress) -> None:
+        """Draw how far a job is; before its first cell there is no share that could be told."""
+        if progress.state == "running" and not progress.done:
+            self.show(f"starting: workers load the model · {progress.total:,} cells")
+        else:
+            words = str(progress).removeprefix("running · ")
+            self.show(words, share=progress.share)
+
     def hide(self) -> None:
         """Take it off the screen until it is shown again."""
         if self._bar is not None:
@@ -152,11 +160,12 @@ def _bar() -> rich.progress.Progress:
     from rich.console import Console
     from rich.progress import BarColumn, Progress, TextColumn
 
+    console = Console(stderr=True)
     return Progress(
         TextColumn("{task.description}", markup=False),
-        BarColumn(bar_width=30),
+        BarColumn(bar_width=30 if console.width >= 100 else 12),
         TextColumn("{task.fields[words]}", markup=False),
-        console=Console(stderr=True),
+        console=console,
         transient=True,
         # It is hidden before a caller prints, so nobody's stdout needs to be caught.
         redirect_stdout=False,

@@ -226,7 +226,9 @@ class _Bad:
         return "".join(c if c.isprintable() else "\N{REPLACEMENT CHARACTER}" for c in words[:400])
 
 
-_SKIP = 'mend the row, or submit with bad_rows="error" to get error cells for it'
+#: The way out for whoever cannot mend the rows, in Python's words and in the shell's.
+_OR_ERROR = 'or get error cells for such rows with bad_rows="error" (--bad-rows error)'
+_SKIP = f"mend the row, {_OR_ERROR}"
 
 
 def _texts(row: object, fields: Sequence[str]) -> tuple[list[str], int] | _Bad:
@@ -244,24 +246,41 @@ def _texts(row: object, fields: Sequence[str]) -> tuple[list[str], int] | _Bad:
         if not isinstance(value, str):
             if value is None and name not in row:
                 has = ", ".join(short(key) for key in list(row)[:8]) or "no fields at all"
-                return _Bad(name, "no such field", f"text (the row has {has})", "name a field that rows have")
-            return _Bad(name, _kind(value), "text", "convert it with str(), or leave the row out")
+                return _Bad(
+                    name,
+                    "no such field",
+                    f"text (the row has {has})",
+                    f"name a field that rows have, {_OR_ERROR}",
+                )
+            return _Bad(name, _kind(value), "text", f"make it text or leave the row out, {_OR_ERROR}")
         try:
             size += len(value.encode())
         except UnicodeEncodeError:
-            return _Bad(name, "a lone surrogate", "text that UTF-8 can hold", "decode the source as UTF-8")
+            return _Bad(
+                name, "a lone surrogate", "text that UTF-8 can hold", f"save the source as UTF-8, {_OR_ERROR}"
+            )
         if "\0" in value:
-            return _Bad(name, "a NUL character", "text without NUL", 'remove it: text.replace("\\0", "")')
+            return _Bad(
+                name,
+                "a NUL character",
+                "text without NUL",
+                f"remove the NUL characters (bytes of value 0), {_OR_ERROR}",
+            )
         texts.append(value)
     if size > MAX_ROW_BYTES:
-        return _Bad(fields[0], f"{size:,} bytes", f"at most {MAX_ROW_BYTES:,} bytes a row", "split the text")
+        return _Bad(
+            fields[0],
+            f"{size:,} bytes",
+            f"at most {MAX_ROW_BYTES:,} bytes a row",
+            f"split the text, {_OR_ERROR}",
+        )
     return texts, size
 
 
 def _kind(value: object) -> str:
     """What a value is, in words, and never the value: it may be as private as a text."""
     if value is None:
-        return "None"
+        return "null (None)"
     if isinstance(value, float) and math.isnan(value):
         return "NaN"
     return f"a value of type {short(type(value).__name__)}"

@@ -13,7 +13,7 @@ from motet.errors import SetupError
 from motet.logs import configure
 from motet.settings import Settings
 
-log = logging.getLogger("motet.scheduler")
+log = logging.getLogger("scheduler")
 
 
 def main(argv: list[str] | None = None) -> int:

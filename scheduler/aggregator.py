@@ -16,7 +16,7 @@ from motet.wire import BadMessage, Outcome, Usage
 from scheduler.store.database import Database, StoreUnavailable
 from scheduler.store.outcomes import Recorded, record
 
-log = logging.getLogger("motet.aggregator")
+log = logging.getLogger(__name__)
 
 #: Entries taken at once: enough to share a commit, few enough to stay far below the reclaim time.
 BATCH = 64

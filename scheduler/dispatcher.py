@@ -35,7 +35,7 @@ from scheduler.store.leadership import NotLeading, fence, lead, resign, transpor
 from scheduler.store.leases import Cut, Held, Leased
 from scheduler.store.outcomes import record_given_up
 
-log = logging.getLogger("motet.dispatcher")
+log = logging.getLogger(__name__)
 
 #: An upload that stays silent for so long is abandoned.
 UPLOAD_SILENT_S = 3600.0
@@ -184,29 +184,29 @@ class Dispatcher:
         by_subtask = {h.subtask: h for h in gone}
         with self.database.transaction() as connection:
             fence(connection, epoch)
-            for orphan in leases.close_lost(connection, gone):
-                h = by_subtask[orphan.id]
+            for subtask in leases.close_lost(connection, gone):
+                h = by_subtask[subtask.id]
                 running = evidence[h.worker]
                 # Silence is no death: only another process in its place proves one.
                 died = _another_boot(h, live)
                 seen = running is not None and running.boot == h.boot
                 suspects = running.rows.get(h.key, ()) if running is not None and seen else ()
                 returns, given_up = lost(
-                    orphan.ranges,
-                    tries=orphan.tries,
-                    deaths=orphan.deaths,
-                    exclusive=orphan.exclusive,
+                    subtask.ranges,
+                    tries=subtask.tries,
+                    deaths=subtask.deaths,
+                    exclusive=subtask.exclusive,
                     suspects=suspects,
                     died=died,
                 )
-                leases.put_back(connection, orphan.job, orphan.pass_number, returns)
+                leases.put_back(connection, subtask.job, subtask.pass_number, returns)
                 if given_up:
-                    record_given_up(connection, orphan, given_up)
+                    record_given_up(connection, subtask, given_up)
                 log.warning(
                     "rescued",
                     extra={
-                        "job": str(orphan.job),
-                        "subtask": orphan.id,
+                        "job": str(subtask.job),
+                        "subtask": subtask.id,
                         "attempt": h.attempt,
                         "worker": h.worker,
                         "died": died,

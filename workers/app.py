@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from motet.errors import SetupError
+from motet.logs import configure, event
 from motet.settings import Settings
 from motet.transport import ENTRY_POINT, RedisWorkerTransport, TransportLost, WorkerTransport, queue_name
 from motet.wire import Assignment, BadMessage, Beat
@@ -31,7 +32,6 @@ from workers.blobs import BlobCache, HttpBlobs
 from workers.device import Device, probe, use_threads
 from workers.engines import InstalledEngines
 from workers.executor import Executor
-from workers.log import configure, event
 from workers.reporter import Reporter
 
 if TYPE_CHECKING:
@@ -365,10 +365,10 @@ def end_celery() -> None:
 def main(arguments: Sequence[str] | None = None) -> int:
     """The process' whole life. Returns 0 once drained."""
     options = _options(arguments)
-    configure("INFO", options.name)
+    configure(options.name, "INFO")
     try:
         settings = Settings.from_env().need("redis_url")
-        configure(settings.log_level, options.name)
+        configure(options.name, settings.log_level)
         transport = RedisWorkerTransport(settings.redis_url, options.name)
         boot = secrets.token_hex(8)
         _say_hello(transport, options.name, boot)

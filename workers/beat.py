@@ -12,12 +12,12 @@ import threading
 import time
 from collections.abc import Callable
 
+from motet.logs import event
 from motet.transport import TransportLost, WorkerTransport
 from motet.wire import Beat, Control
 from workers.attempts import Attempts
 from workers.device import Device
 from workers.executor import Executor
-from workers.log import event
 
 log = logging.getLogger(__name__)
 

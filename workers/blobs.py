@@ -21,9 +21,9 @@ from pathlib import Path, PurePosixPath
 from typing import IO, Protocol
 from urllib.parse import urlsplit
 
+from motet.logs import event
 from motet.manifest import Manifest
 from workers.engine import CannotLoad
-from workers.log import event
 
 log = logging.getLogger(__name__)
 
@@ -72,7 +72,8 @@ class HttpBlobs:
                 trust_env=trust_env,
             ) as answer:
                 if answer.status_code != 200:
-                    final = 400 <= answer.status_code < 500 and answer.status_code != 429
+                    # A wrong token is for an operator to mend: the model may still be loaded later.
+                    final = answer.status_code == 404
                     words = f"blob {sha256[:12]}…: the API answered {answer.status_code}"
                     raise Refused(words) if final else CannotFetch(words)
                 yield from answer.iter_bytes(CHUNK)

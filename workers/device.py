@@ -8,6 +8,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Literal
 
@@ -76,6 +77,8 @@ def probe(kind: Literal["cpu", "cuda"], slots: int = 1) -> Device:
 
 def use_threads(count: int) -> None:
     """Let one matrix product use so many cores: more than are free is the largest trap there is (models.md 4e)."""
+    if find_spec("torch") is None:
+        return
     import torch
 
     torch.set_num_threads(max(1, count))
@@ -87,7 +90,8 @@ def _probe_cpu(slots: int) -> Device:
         name=_cpu_name(),
         torch_name="cpu",
         memory_mb=_host_memory() // MB // max(1, slots),
-        formats=fast_formats("cpu"),
+        # A worker that only runs functions needs no torch.
+        formats=fast_formats("cpu") if find_spec("torch") else (),
     )
 
 

@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from motet.columns import CellError, Column
+from motet.logs import event
 from motet.manifest import Manifest
 from motet.transport import TransportLost, WorkerTransport
 from motet.wire import Assignment, Running
@@ -28,7 +29,6 @@ from workers.batching import START_TOKENS, Budget, Cost, fitting, limit, longest
 from workers.blobs import CannotFetch, Refused
 from workers.device import Device
 from workers.engine import CannotLoad, DeviceBroken, Engine, OutOfMemory, Pass, Prepared
-from workers.log import event
 from workers.reporter import Reporter
 from workers.residency import NeverFits, Resident, evictions
 from workers.work import PassKey, Stage, Work, format_for

@@ -23,8 +23,8 @@ from typing import Literal
 from motet.embedded.children import Child
 from motet.embedded.places import Lock
 from motet.errors import SetupError
+from motet.logs import configure, event
 from motet.settings import Settings
-from workers.log import configure, event
 
 log = logging.getLogger(__name__)
 
@@ -246,7 +246,7 @@ def launch(*, name: str | None, cpus: int | None, gpus: str | None, threads: int
     from workers.device import cores
 
     settings = Settings.from_env().need("redis_url", "token")
-    configure(settings.log_level, "launcher")
+    configure("launcher", settings.log_level)
     visible = visible_gpus(os.environ)
     if cpus is None and gpus is None:
         gpus = "all"

@@ -7,10 +7,10 @@ import queue
 import threading
 from collections.abc import Callable
 
+from motet.logs import event
 from motet.transport import TransportLost, WorkerTransport
 from motet.wire import Outcome
 from workers.attempts import Attempts, Key
-from workers.log import event
 
 log = logging.getLogger(__name__)
 

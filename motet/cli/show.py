@@ -4,6 +4,10 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
+import re
+import shlex
+import shutil
 import sys
 from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Any
@@ -15,8 +19,15 @@ if TYPE_CHECKING:
     from rich.table import Table
 
     from motet.client import Client
-    from motet.job import Plan
+    from motet.job import Job, Plan
     from motet.results import Row
+
+#: The beginning of a job's id that may stand for it.
+_PREFIX = re.compile(r"[0-9a-z-]{4,35}")
+#: Below so many characters a table of results leaves out what says least.
+_NARROW = 110
+#: A column of words is given this much before others are dropped for it.
+_WORDS = 18
 
 as_json = click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 
@@ -27,6 +38,33 @@ def connect(*, admin: bool = False) -> Client:
     from motet.http import Address, Http
 
     return Client.over(Http(Address.find(admin=admin)))
+
+
+def find_job(client: Client, job: str) -> Job:
+    """The job of this id, or the one whose id alone begins so. Raises NotFound."""
+    from motet.errors import NotFound
+
+    try:
+        return client.job(job)
+    except NotFound:
+        found = [one for one in client.jobs() if one.id.startswith(job)] if _PREFIX.fullmatch(job) else []
+    if len(found) > 1:
+        raise NotFound(f"{len(found):,} jobs have ids that begin with {job}; give more of it")
+    if not found:
+        raise NotFound(f"no job of this id; see `{program()} jobs`")
+    return found[0]
+
+
+def program() -> str:
+    """The command as it can be typed again here: ``motet``, or where it was called, such as ``.venv/bin/motet``."""
+    called = sys.argv[0]
+    if os.path.basename(called) != "motet" or not os.path.isfile(called):
+        return "motet"
+    at = os.path.abspath(called)
+    if (known := shutil.which("motet")) and os.path.abspath(known) == at:
+        return "motet"
+    near = os.path.relpath(at)
+    return shlex.quote(at if near.startswith("..") else near if os.sep in near else os.path.join(".", near))
 
 
 def console() -> Console:
@@ -44,17 +82,46 @@ def put_json(value: Any) -> None:
     )
 
 
-def put_table(columns: Sequence[str], rows: Iterable[Sequence[object]], *, empty: str) -> None:
-    """Print a table; a column whose name begins with ``#`` holds numbers. ``empty`` is said without rows."""
-    built = table(columns, rows)
-    if built.row_count:
-        console().print(built)
-    else:
+def put_table(
+    columns: Sequence[str], rows: Iterable[Sequence[object]], *, empty: str, drop: Sequence[str] = ()
+) -> None:
+    """Print a table of columns as ``table`` takes them. ``empty`` is said without rows.
+
+    On a terminal too narrow for all of it, columns are left out in the order of ``drop``.
+    """
+    lines = [[str(cell) for cell in row] for row in rows]
+    if not lines:
         click.echo(empty, err=True)
+        return
+    out = console()
+    if out.is_terminal:
+        columns, lines = fitted(columns, lines, drop, out.width)
+    out.print(table(columns, lines))
+
+
+def fitted(
+    columns: Sequence[str], rows: Sequence[Sequence[str]], drop: Sequence[str], width: int
+) -> tuple[list[str], list[list[str]]]:
+    """The columns that fit into ``width`` characters, less those of ``drop``, in its order, that must go."""
+
+    def needed(column: int) -> int:
+        name = columns[column]
+        widest = max(len(name.strip("#!")), *(len(row[column]) for row in rows))
+        return widest if name[0] in "#!" else min(widest, _WORDS)
+
+    kept = list(range(len(columns)))
+    for name in drop:
+        if sum(needed(i) + 3 for i in kept) - 3 <= width:
+            break
+        kept.remove(columns.index(name))
+    return [columns[i] for i in kept], [[row[i] for i in kept] for row in rows]
 
 
 def table(columns: Sequence[str], rows: Iterable[Sequence[object]]) -> Table:
-    """A table of plain cells; control characters in them are made visible."""
+    """A table of plain cells; control characters in them are made visible.
+
+    A column whose name begins with ``#`` holds numbers, one with ``!`` what must stay in one line.
+    """
     from rich import box
     from rich.table import Table
 
@@ -62,9 +129,9 @@ def table(columns: Sequence[str], rows: Iterable[Sequence[object]]) -> Table:
     for name in columns:
         numbers = name.startswith("#")
         built.add_column(
-            name.removeprefix("#"),
+            name.lstrip("#!"),
             justify="right" if numbers else "left",
-            no_wrap=numbers,
+            no_wrap=name[0] in "#!",
             overflow="ellipsis",
         )
     for row in rows:
@@ -74,16 +141,18 @@ def table(columns: Sequence[str], rows: Iterable[Sequence[object]]) -> Table:
 
 def plan_table(plan: Plan) -> Table:
     """The passes of a plan: which tasks each answers, and what a pass per task would have read."""
+    estimated = any(p.seconds is not None for p in plan.passes)
     return table(
-        ("pass", "tasks", "model", "#tokens", "#with a pass per task", "#seconds"),
+        ("engine", "!model", "tasks", "#tokens", "#instead of", *(["#seconds"] if estimated else [])),
         (
             (
-                p.kind,
-                ", ".join(p.tasks),
+                # A pass is called by its engine and its model; the model has a column of its own.
+                p.kind.partition(" ")[0],
                 p.model,
+                ", ".join(p.tasks),
                 f"~{p.tokens:,}",
                 f"~{p.unfused_tokens:,}",
-                "–" if p.seconds is None else f"~{p.seconds:,.1f}",
+                *(["–" if p.seconds is None else f"~{p.seconds:,.1f}"] if estimated else []),
             )
             for p in plan.passes
         ),
@@ -102,10 +171,14 @@ def plan_line(plan: Plan) -> str:
 def result_table(rows: Sequence[Row], texts: Sequence[str] | None = None, *, width: int = 120) -> Table:
     """Merged rows: a line per row, a column per task, scores beside labels.
 
-    ``texts`` are the inputs by row index; they get what the answers leave of ``width`` characters.
+    ``texts`` are the inputs by row index; they get what the answers leave of ``width`` characters. A narrow
+    table leaves out scores, and vectors beside other answers, which it only could name.
     """
+    narrow = width < _NARROW
     tasks = list(rows[0]) if rows else []
-    answers = [[_with_score(row, task) for task in tasks] for row in rows]
+    if narrow:
+        tasks = [task for task in tasks if rows[0][task].kind != "vector"] or tasks
+    answers = [[_answer(row, task, narrow) for task in tasks] for row in rows]
     if texts is None:
         return table(
             ["#row", *tasks], ([f"{row.index:,}", *line] for row, line in zip(rows, answers, strict=True))
@@ -116,23 +189,26 @@ def result_table(rows: Sequence[Row], texts: Sequence[str] | None = None, *, wid
     )
     limit = max(16, min(60, width - taken - 10))
     return table(
-        ["#row", "text", *tasks],
+        ["#row", "!text", *tasks],
         (
-            [f"{row.index:,}", _cut(texts[row.index], limit), *line]
+            [f"{row.index:,}", cut(texts[row.index], limit), *line]
             for row, line in zip(rows, answers, strict=True)
         ),
     )
 
 
-def _with_score(row: Row, task: str) -> str:
-    cell = row[task]
-    text = _cut(str(cell), 60)
-    if cell.kind == "label" and cell.score is not None:
+def _answer(row: Row, task: str, narrow: bool) -> str:
+    cell, limit = row[task], 24 if narrow else 60
+    if cell.error is not None and cell.error.message:
+        return cut(f"<{cell.error.error}: {cell.error.message}>", limit)
+    text = cut(str(cell), limit)
+    if cell.kind == "label" and cell.score is not None and not narrow:
         text += f" {cell.score:.2f}"
-    return text + (" (cut)" if cell.truncated else "")
+    return text + (" (cut)" if cell.truncated and not narrow else "")
 
 
-def _cut(text: str, limit: int) -> str:
+def cut(text: str, limit: int) -> str:
+    """The text in one line, its end replaced by … where it is longer than ``limit``."""
     text = " ".join(text[: 4 * limit].split())
     return text if len(text) <= limit else text[: limit - 1] + "…"
 

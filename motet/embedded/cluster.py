@@ -129,6 +129,8 @@ class Cluster:
 
     def stop(self) -> None:
         """Stop everything, workers first. Ctrl-C meanwhile kills what still runs."""
+        if self._thread.is_alive() and not self._stopping.is_set():
+            log.info("stopping everything; Ctrl-C again kills")
         self._stopping.set()
         try:
             self._thread.join()
@@ -201,6 +203,9 @@ class Cluster:
                     log.warning("%s", error)
 
     def _take_folder(self) -> None:
+        if not self.data.exists():
+            # Nobody runs on a folder that is not there, and one that cannot start should not leave one behind.
+            _open_port(self._port, "--port")
         self.data.mkdir(mode=0o700, parents=True, exist_ok=True)
         self._lock.take()
         evict(self._left_behind, patience_s=0)
@@ -223,7 +228,10 @@ class Cluster:
         )
         tokens = self.data / "tokens.json"
         self._run_once(
-            "bootstrap", self.command("scheduler", "bootstrap", "--tokens", str(tokens)), scheduler
+            "bootstrap",
+            "preparing the database",
+            self.command("scheduler", "bootstrap", "--tokens", str(tokens)),
+            scheduler,
         )
         self.tokens = json.loads(tokens.read_text("utf-8"))
 
@@ -244,7 +252,12 @@ class Cluster:
         registered = self.data / f"registered-{_version()}"
         if not registered.exists():
             env = {**worker, "MOTET_TOKEN": self.tokens["admin"]}
-            self._run_once("register", self.command("workers", "register", "--builtin"), env)
+            self._run_once(
+                "register",
+                "registering the model and its heads (once)",
+                self.command("workers", "register", "--builtin"),
+                env,
+            )
             registered.touch()
         client = {"url": self.url, "token": self.tokens["user"], "admin_token": self.tokens["admin"]}
         write_private(self.data / "client.json", json.dumps(client))
@@ -266,8 +279,8 @@ class Cluster:
         self._watched.append(Watched(service, grace_s))
         service.start()
 
-    def _run_once(self, name: str, command: list[str], env: Mapping[str, str]) -> None:
-        log.info("%s", name)
+    def _run_once(self, name: str, words: str, command: list[str], env: Mapping[str, str]) -> None:
+        log.info("%s", words)
         child = self._child(name, command, env)
         child.start()
         try:

@@ -30,7 +30,7 @@ from scheduler.api.refusals import refusal
 from scheduler.api.resources import Resources
 from scheduler.store.database import StoreUnavailable
 
-log = logging.getLogger("motet.api")
+log = logging.getLogger(__name__)
 
 #: Errors that have an answer of their own; anything else is ours, and told to the log.
 _EXPECTED = (MotetError, StoreUnavailable, TransportLost, RequestValidationError, HTTPException)

@@ -107,7 +107,8 @@ class Identity:
 
 _BEARER = HTTPBearer(auto_error=False, description="`<id>.<secret>`, from `motet token create`.")
 _REFUSED = (
-    "the token is missing, wrong, expired or revoked; bring another as Authorization: Bearer <id>.<secret>"
+    "the token is missing, wrong, expired or revoked; "
+    "set MOTET_TOKEN to another; make one with `motet token create`"
 )
 
 

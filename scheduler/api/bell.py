@@ -20,7 +20,7 @@ from scheduler.store.jobs import job_changes
 
 T = TypeVar("T")
 
-log = logging.getLogger("motet.api")
+log = logging.getLogger(__name__)
 
 #: Longest that a request may ask to wait.
 MAX_WAIT_S = 30.0

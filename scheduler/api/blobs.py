@@ -19,7 +19,7 @@ from scheduler.api.refusals import Forbidden
 from scheduler.api.resources import Resources, Use
 from scheduler.store.registry import add_blob, has_live_lease
 
-log = logging.getLogger("motet.api")
+log = logging.getLogger(__name__)
 routes = APIRouter(tags=["blobs"])
 
 BlobPath = Annotated[str, Path(description="Sha256 of the file, in lower-case hex.", examples=["9f86d081…"])]

@@ -43,13 +43,15 @@ from scheduler.store.jobs import PRIORITIES, JobEntry, Loading
 from scheduler.store.leases import rates as learned_rates
 from scheduler.store.registry import find_models, model_refs
 
-log = logging.getLogger("motet.api")
+log = logging.getLogger(__name__)
 routes = APIRouter(tags=["jobs"])
 
 JobPath = Annotated[str, Path(description="The job's id.", examples=["0b9f3c1e-6f0c-4f0e-9b0a-2f6f0a3c8d11"])]
 WaitS = Annotated[float, Query(ge=0, le=MAX_WAIT_S, description="Seconds to wait for something new.")]
 
 _KEY = re.compile(r"[\x20-\x7e\xa0-\xff]{1,200}")
+#: Share of the cells from which on their pace says how long the others will take.
+_PACE_SHARE = 0.03
 _PRIORITY_NAMES = {number: name for name, number in PRIORITIES.items()}
 _MAX_COUNT = 2**31 - 1
 
@@ -509,10 +511,13 @@ def describe(job: JobEntry) -> dict[str, Any]:
 
 
 def eta_s(job: JobEntry) -> float | None:
-    """Seconds left at the pace so far, reused cells apart; None where there is no pace yet."""
+    """Seconds left at the pace so far, reused cells apart; None where there is no pace yet.
+
+    The first few cells have waited for their model to load: they are no pace.
+    """
     done = job.cells_ok + job.cells_error + job.cells_skipped - job.cells_reused
     left = job.n_rows * job.n_tasks - job.cells_reused - done
-    if job.state != "running" or not job.running_s or done <= 0:
+    if job.state != "running" or not job.running_s or done < _PACE_SHARE * (done + left) or done <= 0:
         return None
     return round(job.running_s * left / done, 1)
 

@@ -28,7 +28,7 @@ from scheduler.api.manifests import (
 from scheduler.api.resources import Resources, Use
 from scheduler.store.registry import add_model, blob_sizes, find_models, models, remove_model
 
-log = logging.getLogger("motet.api")
+log = logging.getLogger(__name__)
 routes = APIRouter(tags=["models"])
 
 RefPath = Annotated[

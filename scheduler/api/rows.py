@@ -25,7 +25,9 @@ _MAX_CONTAINERS = 100_000
 #: A refusal names so many rows.
 MAX_PROBLEMS = 20
 
-_SKIP = 'mend the row, or submit with bad_rows="error" to get error cells for it'
+#: The way out for whoever cannot mend the rows, in Python's words and in the shell's.
+_OR_ERROR = 'or get error cells for such rows with bad_rows="error" (--bad-rows error)'
+_SKIP = f"mend the row, {_OR_ERROR}"
 _CODE = re.compile(r"[a-z][a-z_]{0,39}")
 
 
@@ -213,7 +215,7 @@ def _refuse_long(columns: Mapping[str, list[str]], bad: dict[int, BadRow], max_r
         size = sum(len(texts[i].encode()) for texts in columns.values())
         if size > max_row_bytes:
             limit = f"at most {max_row_bytes:,} bytes a row"
-            bad[i] = BadRow(next(iter(columns)), f"{size:,} bytes", limit, "split the text")
+            bad[i] = BadRow(next(iter(columns)), f"{size:,} bytes", limit, f"split the text, {_OR_ERROR}")
             for texts in columns.values():
                 texts[i] = ""
 
@@ -229,17 +231,19 @@ def _all_clean(texts: Sequence[Any]) -> bool:
 
 def _bad_text(name: str, value: object) -> BadRow | None:
     if not isinstance(value, str):
-        return BadRow(name, _kind(value), "text", "convert it to text, or leave the row out")
+        return BadRow(name, _kind(value), "text", f"make it text or leave the row out, {_OR_ERROR}")
     words = text_flaw(value)
     if words is None:
         return None
-    remedy = "remove it" if "NUL" in words else "decode the source as UTF-8"
-    return BadRow(name, words, "text that UTF-8 and Postgres can hold", remedy)
+    mend = "remove the NUL characters (bytes of value 0)" if "NUL" in words else "save the source as UTF-8"
+    return BadRow(name, words, "text that UTF-8 and Postgres can hold", f"{mend}, {_OR_ERROR}")
 
 
 def _missing(name: str, row: Mapping[Any, Any]) -> BadRow:
     has = ", ".join(_shown(key) for key in list(row)[:8]) or "no fields at all"
-    return BadRow(name, "no such field", f"text (the row has {has})", "name a field that rows have")
+    return BadRow(
+        name, "no such field", f"text (the row has {has})", f"name a field that rows have, {_OR_ERROR}"
+    )
 
 
 def _shown(key: object) -> str:

@@ -19,7 +19,7 @@ from scheduler.api.jobs import moment
 from scheduler.api.resources import Resources, Use
 from scheduler.store.registry import TokenEntry, add_token, revoke_token, tenant_named, tokens
 
-log = logging.getLogger("motet.api")
+log = logging.getLogger(__name__)
 routes = APIRouter(tags=["tokens"])
 
 _TENANT = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,63}")

@@ -26,7 +26,7 @@ from scheduler.blocks import Block, Reader, task_bits
 from scheduler.merge import errors_column
 from scheduler.store.database import JOB, WORK, notify
 from scheduler.store.endings import delete_job, end_job
-from scheduler.store.outcomes import _store as store_column
+from scheduler.store.sealing import store_column
 
 PRIORITIES: Mapping[str, int] = {"interactive": 0, "normal": 1, "bulk": 2}
 #: Rows of an interactive job at most: more would not be interactive for anyone.

@@ -339,8 +339,8 @@ _COUNT_LOST = text("""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Orphan:
-    """A sub-task just closed as lost, whose rows must be put back in the same transaction."""
+class OpenSubtask:
+    """A sub-task that is about to close: what is needed to put its rows back, or to take its answers in."""
 
     id: int
     job: UUID
@@ -352,22 +352,22 @@ class Orphan:
     exclusive: bool
 
 
-def close_lost(connection: Connection, lost: Sequence[Held]) -> list[Orphan]:
+def close_lost(connection: Connection, lost: Sequence[Held]) -> list[OpenSubtask]:
     """Drop these leases and close the sub-tasks that have no other. The caller returns their rows, same transaction."""
     connection.execute(LOCK_JOBS, {"jobs": sorted({h.job for h in lost})})
     dropped = connection.execute(
         _DROP_LEASES, {"subtasks": [h.subtask for h in lost], "attempts": [h.attempt for h in lost]}
     )
     ids = sorted({row.subtask_id for row in dropped})
-    orphans = [orphan_of(row) for row in connection.execute(_LEFT_ALONE, {"ids": ids})]
-    connection.execute(_CLOSE, {"ids": [o.id for o in orphans], "state": "lost"})
-    connection.execute(_COUNT_LOST, {"ids": [o.id for o in orphans]})
-    return orphans
+    closed = [open_subtask(row) for row in connection.execute(_LEFT_ALONE, {"ids": ids})]
+    connection.execute(_CLOSE, {"ids": [s.id for s in closed], "state": "lost"})
+    connection.execute(_COUNT_LOST, {"ids": [s.id for s in closed]})
+    return closed
 
 
-def orphan_of(row: Any) -> Orphan:
+def open_subtask(row: Any) -> OpenSubtask:
     """A sub-task row as data."""
-    return Orphan(
+    return OpenSubtask(
         id=row.id,
         job=row.job_id,
         pass_number=row.pass_number,

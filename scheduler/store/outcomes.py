@@ -1,4 +1,4 @@
-"""Outcomes become cells, cells become sealed columns, and a job completes: all in one transaction.
+"""Outcomes come in: fenced, cut by block, counted, and handed to sealing, all in one transaction.
 
 Fence first (an outcome counts only under a live lease of an open sub-task of a running job), then append,
 count and seal. Reading an entry twice, or two aggregators at once, is harmless: the sub-task is closed by then.
@@ -6,64 +6,30 @@ count and seal. Reading an entry twice, or two aggregators at once, is harmless:
 
 from __future__ import annotations
 
-import json
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 from uuid import UUID
 
-import numpy as np
 from sqlalchemy import Connection, text
 
-from motet.columns import CellError, Column, Kind
+from motet.columns import CellError, Column
 from motet.manifest import Manifest
-from motet.wire import Outcome, Usage, pack, unpack
-from scheduler.blocks import row_order
+from motet.wire import Outcome, Usage
 from scheduler.cost import LEARNING_RATE
 from scheduler.lifecycle import MAX_TRIES, GivenUp, Return, backoff_s, failed, part, runs
 from scheduler.merge import (
     BadColumn,
-    Part,
-    array_of,
     check,
     cut,
     errors_column,
     mark_returned,
-    merge,
     returned_rows,
 )
 from scheduler.store.database import JOB, WORK, Database, notify
-from scheduler.store.leases import LOCK_JOBS, Orphan, orphan_of, put_back
-
-
-@dataclass(frozen=True, slots=True)
-class TaskShape:
-    """What an outcome's column must look like to be a task's answer."""
-
-    number: int
-    name: str
-    kind: Kind
-    n_labels: int
-    #: Of its vectors, where it has any.
-    dim: int
-    dtype: str
-    deterministic: bool
-
-
-@dataclass(frozen=True, slots=True)
-class Answer:
-    """Final or returned answers for [lo, hi) of one block's order: one column per task number."""
-
-    job: UUID
-    pass_number: int
-    block: int
-    subtask: int
-    lo: int
-    hi: int
-    columns: Mapping[int, Column]
-    #: Rows of it that are answered for good.
-    final: int
+from scheduler.store.leases import LOCK_JOBS, OpenSubtask, open_subtask, put_back
+from scheduler.store.sealing import Answer, TaskShape, append
 
 
 @dataclass
@@ -141,7 +107,7 @@ def record(database: Database, outcomes: Sequence[Outcome]) -> Recorded:
                 done.dropped += 1
                 continue
             closed.add(outcome.subtask)
-            subtask = orphan_of(row)
+            subtask = open_subtask(row)
             where = (subtask.job, subtask.pass_number)
             if where not in shapes:
                 shapes[where] = _shapes(connection, *where)
@@ -182,7 +148,7 @@ def _shapes(connection: Connection, job: UUID, pass_number: int) -> list[TaskSha
 def _take_in(
     connection: Connection,
     outcome: Outcome,
-    subtask: Orphan,
+    subtask: OpenSubtask,
     row: Any,
     shapes: Sequence[TaskShape],
     total: Counter[str],
@@ -229,7 +195,7 @@ def _take_in(
 
 
 def _answered(
-    outcome: Outcome, subtask: Orphan, asked: Sequence[TaskShape]
+    outcome: Outcome, subtask: OpenSubtask, asked: Sequence[TaskShape]
 ) -> tuple[list[Answer], list[Return]]:
     """A done outcome, cut by block. Raises BadColumn. Rows with a retriable error return, until their tries are spent."""
     n_rows = sum(map(len, subtask.ranges))
@@ -291,14 +257,14 @@ def give_up(
     ]
 
 
-def record_given_up(connection: Connection, orphan: Orphan, rows: Sequence[GivenUp]) -> None:
+def record_given_up(connection: Connection, subtask: OpenSubtask, rows: Sequence[GivenUp]) -> None:
     """Write error cells for rows that the dispatcher gives up, in the transaction that closed their sub-task."""
-    shapes = _shapes(connection, orphan.job, orphan.pass_number)
-    asked = [s for s in shapes if orphan.todo >> s.number & 1]
-    answers = give_up(orphan.job, orphan.pass_number, orphan.id, rows, asked)
-    _count(connection, orphan.job, Counter(), answers)
-    append(connection, answers, {(orphan.job, orphan.pass_number): shapes})
-    notify(connection, JOB, str(orphan.job))
+    shapes = _shapes(connection, subtask.job, subtask.pass_number)
+    asked = [s for s in shapes if subtask.todo >> s.number & 1]
+    answers = give_up(subtask.job, subtask.pass_number, subtask.id, rows, asked)
+    _count(connection, subtask.job, Counter(), answers)
+    append(connection, answers, {(subtask.job, subtask.pass_number): shapes})
+    notify(connection, JOB, str(subtask.job))
 
 
 @dataclass
@@ -354,146 +320,3 @@ def _count(connection: Connection, job: UUID, total: Counter[str], answers: Sequ
             "subtasks": total["subtasks"],
         },
     )
-
-
-# -- cells, sealing, completion --------------------------------------------------------------------
-
-_DONE = text("""
-    UPDATE block_pass SET done = done + :final
-     WHERE job_id = :job AND pass_number = :pass AND block_number = :block RETURNING done = n AS full, todo""")
-_CELLS = text("""
-    INSERT INTO cells (job_id, pass_number, block_number, subtask_id, lo, hi, columns)
-    VALUES (:job, :pass, :block, :subtask, :lo, :hi, :columns)""")
-_TAKE_CELLS = text("""
-    DELETE FROM cells WHERE job_id = :job AND pass_number = :pass AND block_number = :block
-    RETURNING lo, hi, columns""")
-_BLOCK = text("SELECT n_rows, row_order, bad, keys FROM block WHERE job_id = :job AND number = :block")
-_TENANT = text("SELECT tenant_id FROM job WHERE id = :job")
-# A column with this key may be there already (the same work done twice at once): then ours is kept without one.
-_SEALED = text("""
-    INSERT INTO sealed_column (tenant_id, key, kind, n_rows, n_ok, n_error, n_skipped, status, errors, offsets, codes,
-                               scores, all_scores, numbers, starts, ends, texts, vectors, dim, dtype)
-    SELECT :tenant, CASE WHEN EXISTS (SELECT 1 FROM sealed_column WHERE tenant_id = :tenant AND key = :key)
-                         THEN NULL ELSE CAST(:key AS bytea) END,
-           :kind, :n_rows, :n_ok, :n_error, :n_skipped, :status, CAST(:errors AS jsonb), CAST(:offsets AS int4[]),
-           CAST(:codes AS int2[]), CAST(:scores AS real[]), CAST(:all_scores AS real[]),
-           CAST(:numbers AS double precision[]), CAST(:starts AS int4[]), CAST(:ends AS int4[]), :texts, :vectors,
-           :dim, :dtype
-    ON CONFLICT (tenant_id, key) WHERE key IS NOT NULL DO NOTHING
-    RETURNING id""")
-_SHOW = text("""
-    INSERT INTO block_column (job_id, block_number, task_number, column_id) VALUES (:job, :block, :task, :column)""")
-_SEAL = text("""
-    UPDATE block_pass SET state = 'sealed' WHERE job_id = :job AND pass_number = :pass AND block_number = :block""")
-_PASS_SEALED = text("""
-    UPDATE block SET passes_open = passes_open - 1 WHERE job_id = :job AND number = :block RETURNING passes_open""")
-_BLOCK_DONE = text("""
-    WITH j AS (UPDATE job SET blocks_done = blocks_done + 1 WHERE id = :job RETURNING blocks_done)
-    UPDATE block SET done_number = j.blocks_done FROM j WHERE job_id = :job AND number = :block""")
-_SUCCEED = text("""
-    UPDATE job SET state = 'succeeded', finished = clock_timestamp(), version = version + 1
-     WHERE id = ANY(:jobs) AND state = 'running' AND blocks_done = n_blocks
-       AND cells_ok + cells_error + cells_skipped = n_rows * n_tasks""")
-_STORED_ARRAYS = {"all": "all_scores", "bytes": "texts"}
-
-
-def append(
-    connection: Connection, answers: Sequence[Answer], shapes: Mapping[tuple[UUID, int], Sequence[TaskShape]]
-) -> int:
-    """Store answers; seal every (block, pass) that is thereby full; complete jobs. The number of sealed columns."""
-    by_place: dict[tuple[UUID, int, int], list[Answer]] = defaultdict(list)
-    for a in answers:
-        by_place[a.job, a.pass_number, a.block].append(a)
-    kept: list[dict[str, Any]] = []
-    sealed = 0
-    finished: set[UUID] = set()
-    for (job, pass_number, block), here in sorted(by_place.items()):
-        at = {"job": job, "pass": pass_number, "block": block}
-        state = connection.execute(_DONE, {**at, "final": sum(a.final for a in here)}).one()
-        if not state.full:
-            kept.extend(
-                {**at, "subtask": a.subtask, "lo": a.lo, "hi": a.hi, "columns": _packed(a)} for a in here
-            )
-            continue
-        asked = [s for s in shapes[job, pass_number] if state.todo >> s.number & 1]
-        sealed += _seal(connection, at, asked, here)
-        finished.add(job)
-    if kept:
-        connection.execute(_CELLS, kept)
-    if finished:
-        connection.execute(_SUCCEED, {"jobs": sorted(finished)})
-    return sealed
-
-
-def _seal(
-    connection: Connection, at: Mapping[str, Any], asked: Sequence[TaskShape], last: Sequence[Answer]
-) -> int:
-    """Merge all answers of a (block, pass) into one column per task; ``last`` was never stored on its own."""
-    block = connection.execute(_BLOCK, at).one()
-    tenant = connection.execute(_TENANT, at).scalar_one()
-    order = np.array(row_order(bytes(block.row_order)), dtype=np.int64)
-    pieces = [(a.lo, a.hi, a.columns) for a in last]
-    pieces += [(row.lo, row.hi, _unpacked(bytes(row.columns))) for row in connection.execute(_TAKE_CELLS, at)]
-    absent = {int(i): CellError(str(e[0]), str(e[1])) for i, e in block.bad.items()}
-    for shape in asked:
-        parts = [Part(order[lo:hi], columns[shape.number]) for lo, hi, columns in pieces]
-        column = merge(shape.kind, block.n_rows, parts, absent=absent)
-        key = block.keys[shape.number] if shape.deterministic and shape.number < len(block.keys) else None
-        stored = _store(connection, tenant, column, key)
-        connection.execute(_SHOW, {**at, "task": shape.number, "column": stored})
-    connection.execute(_SEAL, at)
-    if connection.execute(_PASS_SEALED, at).scalar_one() == 0:
-        connection.execute(_BLOCK_DONE, at)
-    return len(asked)
-
-
-#: Errors that the same input will always meet; a column with any other is not offered for reuse.
-_LASTING = frozenset({"too_long", "bad_row"})
-
-
-def _store(connection: Connection, tenant: UUID, column: Column, key: bytes | None) -> int:
-    if any(e.error not in _LASTING for e in column.errors.values()):
-        key = None
-    values = sealed_values(column)
-    stored = connection.execute(_SEALED, {**values, "tenant": tenant, "key": key}).scalar()
-    if stored is None:
-        # Another transaction sealed the same key between our look and our insert.
-        stored = connection.execute(_SEALED, {**values, "tenant": tenant, "key": None}).scalar_one()
-    return int(stored)
-
-
-def sealed_values(column: Column) -> dict[str, Any]:
-    """A column as values for the table sealed_column: typed arrays, sparse errors, no status where all is ok."""
-    ok, error, skipped, _ = column.counts()
-    values: dict[str, Any] = dict.fromkeys(
-        ("offsets", "codes", "scores", "all_scores", "numbers", "starts", "ends", "texts", "vectors")
-    )
-    for name, raw in column.arrays.items():
-        if name in ("bytes", "vectors"):
-            values[_STORED_ARRAYS.get(name, name)] = raw
-        elif raw or name == "offsets":
-            values[_STORED_ARRAYS.get(name, name)] = array_of(column, name).tolist()
-    return {
-        **values,
-        "kind": column.kind,
-        "n_rows": len(column),
-        "n_ok": ok,
-        "n_error": error,
-        "n_skipped": skipped,
-        "status": column.status if any(column.status) else None,
-        "errors": json.dumps(
-            {str(i): {"error": e.error, "message": e.message} for i, e in column.errors.items()}
-        )
-        if column.errors
-        else None,
-        "dim": column.dim,
-        "dtype": column.dtype,
-    }
-
-
-def _packed(answer: Answer) -> bytes:
-    return pack({number: c.to_wire() for number, c in answer.columns.items()})
-
-
-def _unpacked(raw: bytes) -> dict[int, Column]:
-    return {int(number): Column.from_wire(wire) for number, wire in unpack(raw).items()}

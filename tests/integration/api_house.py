@@ -26,7 +26,7 @@ from motet.wire import zstd
 from scheduler.api.app import server as api_server
 from scheduler.api.auth import new_token
 from scheduler.merge import errors_column
-from scheduler.store import outcomes, registry
+from scheduler.store import registry, sealing
 from scheduler.store.database import JOB, Database, notify
 
 TRUNK = "a" * 64
@@ -162,13 +162,13 @@ class House:
             absent = {int(i): CellError(*why) for i, why in one.bad.items()} | dict(failing or {})
             for task in tasks:
                 column = answers_of(task.manifest["answers"], one.n_rows, absent)
-                stored = outcomes._store(connection, tenant, column, one.keys[task.number])
+                stored = sealing.store_column(connection, tenant, column, one.keys[task.number])
                 connection.execute(text(_SHOW), {**at, "task": task.number, "column": stored})
                 ok, error, _, _ = column.counts()
                 connection.execute(text(_COUNT), {**at, "ok": ok, "error": error - len(one.bad)})
             connection.execute(text(_SEAL), at)
             connection.execute(text(_FINISH), at)
-            connection.execute(outcomes._SUCCEED, {"jobs": [UUID(job)]})
+            connection.execute(sealing._SUCCEED, {"jobs": [UUID(job)]})
             notify(connection, JOB, job)
 
 

@@ -441,7 +441,7 @@ def test_what_is_no_job_is_not_found(house: House, spell: str) -> None:
 def test_an_answer_is_json_with_an_id_that_the_log_knows(
     house: House, caplog: pytest.LogCaptureFixture
 ) -> None:
-    caplog.set_level("INFO", "motet.api")
+    caplog.set_level("INFO", "scheduler")
     answer = house.call("GET", "/v1/jobs", params={"state": "loading"})
     # The line is written when the answer has been sent, so it may come a moment later.
     until = time.monotonic() + 5

@@ -12,7 +12,7 @@ import pytest
 from motet.columns import CellError, Column
 from motet.results import Block
 from scheduler.api import results as route
-from scheduler.store import outcomes
+from scheduler.store import sealing
 from scheduler.store.results import read_columns
 from tests.integration.api_house import TWO, House, answers_of, house
 
@@ -80,7 +80,7 @@ def test_all_arrays_survive_the_way_through_postgres(house: House) -> None:
         answers_of("json", 3, {}),
     ]
     with house.database.transaction() as connection:
-        ids = [outcomes._store(connection, house.tenants["default"], c, None) for c in columns]
+        ids = [sealing.store_column(connection, house.tenants["default"], c, None) for c in columns]
         found = read_columns(connection, ids)
     for stored, column in zip(ids, columns, strict=True):
         back = found[stored]

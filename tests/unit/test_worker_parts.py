@@ -17,6 +17,7 @@ from hypothesis import strategies as st
 
 from motet.columns import ERROR, OK, TRUNCATED, CellError, Column, values
 from motet.errors import SetupError
+from motet.logs import configure, event
 from motet.transport import MemoryTransport, TransportLost
 from motet.wire import Beat, Control, Outcome
 from workers.assemble import assemble, cut
@@ -25,7 +26,6 @@ from workers.beat import Heart, Watchdog
 from workers.device import Device
 from workers.engines.answers import label_column, labels_column, number_column, vector_column
 from workers.engines.function import json_column
-from workers.log import configure, event
 from workers.reporter import Reporter
 
 # -- columns
@@ -372,7 +372,7 @@ def test_logs_are_json_lines_without_what_libraries_were_given(capsys: pytest.Ca
     root = logging.getLogger()
     before = root.handlers[:], root.level
     try:
-        configure("INFO", "w")
+        configure("w", "INFO")
         event(logging.getLogger("workers.x"), "loaded", model="m@1")
         logging.getLogger("celery.x").error("body: %r", "a user's text")
         try:
@@ -389,7 +389,7 @@ def test_logs_are_json_lines_without_what_libraries_were_given(capsys: pytest.Ca
     assert lines[2]["error"] == "ValueError"
     assert "a user's text" not in raw
     with pytest.raises(SetupError, match="MOTET_LOG_LEVEL"):
-        configure("LOUD", "w")
+        configure("w", "LOUD")
 
 
 def test_statuses_are_one_byte_a_row() -> None:
