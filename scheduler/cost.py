@@ -11,8 +11,9 @@ from dataclasses import dataclass
 
 #: Before anything was learned: English text under a word-piece tokenizer.
 PRIOR_BYTES_PER_TOKEN = 4.0
-#: Before anything was learned: 2 multiply-adds a parameter and token, at a quarter of a modest device's speed.
-_PRIOR_FLOPS = {"cpu": 2e10, "cuda": 4e13}
+#: Before anything was learned: 2 operations a parameter and token, at half of what a modest device does. Too low
+#: a guess costs a few short sub-tasks; too high a guess makes the first one long.
+_PRIOR_FLOPS = {"cpu": 1e11, "cuda": 4e13}
 _PRIOR_PARAMETERS = 25_000_000
 #: Weight of a new observation against all that came before.
 LEARNING_RATE = 0.3

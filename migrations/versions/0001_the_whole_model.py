@@ -29,6 +29,7 @@ CREATE TABLE tenant (
   row_quota bigint,
   created   timestamptz NOT NULL DEFAULT clock_timestamp()
 );
+COMMENT ON TABLE tenant IS 'Whose jobs, tokens and columns these are; nothing is shared across tenants.';
 COMMENT ON COLUMN tenant.weight IS 'Share of device-seconds relative to other tenants.';
 COMMENT ON COLUMN tenant.row_quota IS 'Rows in unfinished jobs at most; NULL: no limit.';
 
@@ -42,6 +43,7 @@ CREATE TABLE token (
   expires       timestamptz,
   revoked       timestamptz
 );
+COMMENT ON TABLE token IS 'Who may ask: an id in clear, and the hash of its secret.';
 COMMENT ON COLUMN token.secret_sha256 IS 'The secret has 256 random bits, so a plain hash is enough.';
 
 CREATE TABLE blob (
@@ -61,6 +63,7 @@ CREATE TABLE model (
   created  timestamptz NOT NULL DEFAULT clock_timestamp(),
   UNIQUE (name, version)
 );
+COMMENT ON TABLE model IS 'The registry: what may be loaded. A version never changes its meaning.';
 COMMENT ON COLUMN model.digest IS 'Sha256 of all that decides its answers: part of every reuse key.';
 COMMENT ON COLUMN model.trunk IS 'Tasks whose models have one trunk fuse into one pass.';
 
@@ -151,6 +154,7 @@ CREATE TABLE task (
   PRIMARY KEY (job_id, number),
   UNIQUE (job_id, name)
 );
+COMMENT ON TABLE task IS 'One named AI operation asked of every row of a job, and the model that answers it.';
 COMMENT ON COLUMN task.digest IS 'Of the spec and its model: with the digest of a block''s fields, the reuse key.';
 CREATE INDEX task_by_model ON task (model_id);
 CREATE INDEX pass_by_model ON pass (model_id);
@@ -321,6 +325,7 @@ CREATE TABLE block_column (
   PRIMARY KEY (job_id, block_number, task_number),
   FOREIGN KEY (job_id, block_number) REFERENCES block ON DELETE CASCADE
 );
+COMMENT ON TABLE block_column IS 'Which sealed column a block of a job shows for a task.';
 CREATE INDEX block_column_by_column ON block_column (column_id);
 
 CREATE INDEX block_pass_unsealed ON block_pass (job_id, pass_number, block_number)
@@ -427,12 +432,12 @@ CREATE VIEW results AS
     JOIN task t ON t.job_id = bc.job_id AND t.number = bc.task_number
     JOIN sealed_column c ON c.id = bc.column_id,
     LATERAL column_cells(c, t.labels) v;
-COMMENT ON VIEW results IS 'One line per sealed cell: job_id, row, task, status, value.';
+COMMENT ON VIEW results IS 'One line per sealed cell: job_id, row, task, status, value. Ask for one job_id.';
 
 CREATE VIEW merged AS
   SELECT job_id, row, jsonb_object_agg(task, jsonb_build_object('status', status, 'value', value)) AS cells
     FROM results GROUP BY job_id, row;
-COMMENT ON VIEW merged IS 'One line per row, with all its cells.';
+COMMENT ON VIEW merged IS 'One line per row, with all its cells. Ask for one job_id: others would be merged as well.';
 """
 
 DOWN = """
