@@ -29,7 +29,15 @@ from scheduler.store.leadership import NotLeading
 from tests.integration.landing import land, register
 
 TRUNK = Manifest(
-    name="trunk", version="1", engine="encoder", answers="vector", trunk="t", max_tokens=256, dim=4
+    name="trunk",
+    version="1",
+    engine="encoder",
+    answers="vector",
+    trunk="t",
+    max_tokens=256,
+    dim=4,
+    # So large that it is believed slow: small jobs make several sub-tasks.
+    parameters=125_000_000,
 )
 HEAD = Manifest(
     name="length",
