@@ -178,6 +178,42 @@ def typed(code: str, raw: bytes) -> array[Any]:
     return values
 
 
+def little_endian(values: array[Any]) -> bytes:
+    """The bytes of an array as columns hold them."""
+    if sys.byteorder == "big":
+        values = values[:]
+        values.byteswap()
+    return values.tobytes()
+
+
+def cut(column: Column, lo: int, hi: int) -> Column:
+    """Rows [lo, hi) of a column, as a column."""
+    if (lo, hi) == (0, len(column)):
+        return column
+    layout = dict(LAYOUT[column.kind])
+    arrays: dict[str, bytes] = {}
+    first, last = lo, hi
+    if "offsets" in layout:
+        offsets = typed("i", column.arrays["offsets"])
+        first, last = offsets[lo], offsets[hi]
+        arrays["offsets"] = little_endian(array("i", (end - first for end in offsets[lo : hi + 1])))
+    for name, raw in column.arrays.items():
+        if name in ("all", "vectors"):
+            width = len(raw) // len(column)
+            arrays[name] = raw[lo * width : hi * width]
+        elif name != "offsets":
+            size = struct.calcsize(f"<{layout[name]}")
+            arrays[name] = raw[first * size : last * size]
+    return Column(
+        kind=column.kind,
+        status=column.status[lo:hi],
+        arrays=arrays,
+        errors={i - lo: e for i, e in column.errors.items() if lo <= i < hi},
+        dim=column.dim,
+        dtype=column.dtype,
+    )
+
+
 def values(column: Column, labels: Sequence[str] = ()) -> Iterator[Any]:
     """The plain values of a column in row order; None where a row is not ok.
 

@@ -1,6 +1,6 @@
 """Merge: parts of a column, in whatever order they came, into one column in row order. Pure, numpy.
 
-Sealing calls ``merge`` once per (block, task); the aggregator calls ``cut`` to split an outcome by blocks.
+Sealing calls ``merge`` once per (block, task).
 """
 
 from __future__ import annotations
@@ -127,39 +127,6 @@ def errors_column(kind: Kind, errors: Sequence[CellError]) -> Column:
         errors=dict(enumerate(errors)),
         dim=0,
         dtype="fp32" if kind == "vector" else "",
-    )
-
-
-def cut(column: Column, lo: int, hi: int) -> Column:
-    """Rows [lo, hi) of a column."""
-    n = len(column)
-    if (lo, hi) == (0, n):
-        return column
-    arrays: dict[str, bytes] = {}
-    first, last = lo, hi
-    if _variable(column.kind):
-        offsets = array_of(column, "offsets")
-        first, last = int(offsets[lo]), int(offsets[hi])
-        arrays["offsets"] = (offsets[lo : hi + 1] - offsets[lo]).astype("<i4").tobytes()
-    for name, code in LAYOUT[column.kind]:
-        raw = column.arrays.get(name, b"")
-        if name == "offsets" or not raw:
-            continue
-        if name in ("all", "vectors"):
-            width = len(raw) // n
-            arrays[name] = raw[lo * width : hi * width]
-        else:
-            size = np.dtype(_DTYPES[code]).itemsize
-            arrays[name] = raw[first * size : last * size]
-    for name in column.arrays:
-        arrays.setdefault(name, b"")
-    return Column(
-        kind=column.kind,
-        status=column.status[lo:hi],
-        arrays=arrays,
-        errors={i - lo: e for i, e in column.errors.items() if lo <= i < hi},
-        dim=column.dim,
-        dtype=column.dtype,
     )
 
 

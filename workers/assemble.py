@@ -14,20 +14,6 @@ from motet.columns import ERROR, LAYOUT, STATE_MASK, TRUNCATED, CellError, Colum
 _PER_ROW = "all"
 
 
-def cut(column: Column, lo: int, hi: int) -> Column:
-    """Rows ``lo`` to ``hi`` of a column, as a column."""
-    if (lo, hi) == (0, len(column)):
-        return column
-    return Column(
-        kind=column.kind,
-        status=column.status[lo:hi],
-        arrays={name: _cut_array(column, name, lo, hi) for name in column.arrays},
-        errors={i - lo: e for i, e in column.errors.items() if lo <= i < hi},
-        dim=column.dim,
-        dtype=column.dtype,
-    )
-
-
 def assemble(
     kind: Kind,
     rows: int,
@@ -128,16 +114,3 @@ def _ragged(
             part.arrays[name][lo * size : hi * size] for part, lo, hi in filter(None, places)
         )
     return arrays
-
-
-def _cut_array(column: Column, name: str, lo: int, hi: int) -> bytes:
-    layout = dict(LAYOUT[column.kind])
-    raw = column.arrays[name]
-    if "offsets" not in layout or name == _PER_ROW:
-        width = len(raw) // len(column)
-        return raw[lo * width : hi * width]
-    offsets = np.frombuffer(column.arrays["offsets"], "<i4")
-    if name == "offsets":
-        return bytes((offsets[lo : hi + 1] - offsets[lo]).astype("<i4"))
-    size = struct.calcsize(layout[name])
-    return raw[offsets[lo] * size : offsets[hi] * size]

@@ -18,12 +18,11 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
 
-from motet.columns import CellError, Column
+from motet.columns import CellError, Column, cut
 from motet.logs import event
 from motet.manifest import Manifest
 from motet.transport import TransportLost, WorkerTransport
 from motet.wire import Assignment, Running
-from workers.assemble import cut
 from workers.attempts import Attempts, Key
 from workers.batching import START_TOKENS, Budget, Cost, fitting, limit, longest_first
 from workers.blobs import CannotFetch, Refused

@@ -14,7 +14,7 @@ from uuid import UUID
 
 from sqlalchemy import Connection, text
 
-from motet.columns import CellError, Column
+from motet.columns import CellError, Column, cut
 from motet.manifest import Manifest
 from motet.wire import Outcome, Usage
 from scheduler.cost import LEARNING_RATE
@@ -22,7 +22,6 @@ from scheduler.lifecycle import MAX_TRIES, GivenUp, Return, backoff_s, failed, p
 from scheduler.merge import (
     BadColumn,
     check,
-    cut,
     errors_column,
     mark_returned,
     returned_rows,

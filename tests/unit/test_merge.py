@@ -11,8 +11,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from motet.columns import ERROR, RETURNED, CellError, Column, Kind, values
-from scheduler.merge import BadColumn, Part, check, cut, errors_column, mark_returned, merge, returned_rows
+from motet.columns import ERROR, RETURNED, CellError, Column, Kind, cut, values
+from scheduler.merge import BadColumn, Part, check, errors_column, mark_returned, merge, returned_rows
 
 LABELS = ("a", "b", "c")
 

@@ -15,12 +15,12 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from motet.columns import ERROR, OK, TRUNCATED, CellError, Column, values
+from motet.columns import ERROR, OK, TRUNCATED, CellError, Column, cut, values
 from motet.errors import SetupError
 from motet.logs import configure, event
 from motet.transport import MemoryTransport, TransportLost
 from motet.wire import Beat, Control, Outcome
-from workers.assemble import assemble, cut
+from workers.assemble import assemble
 from workers.attempts import REMEMBERED, Attempts, Key
 from workers.beat import Heart, Watchdog
 from workers.device import Device

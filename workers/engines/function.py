@@ -11,13 +11,12 @@ operator installed, never a user's.
 from __future__ import annotations
 
 import json
-import sys
 from array import array
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from motet.columns import ERROR, OK, CellError, Column, is_storable_json
+from motet.columns import ERROR, OK, CellError, Column, is_storable_json, little_endian
 from motet.manifest import Manifest
 from motet.wire import TaskOrder
 from workers.engine import OutOfMemory, Pass, Prepared
@@ -101,14 +100,6 @@ def json_column(values: Sequence[Any]) -> Column:
         arrays={"offsets": little_endian(offsets), "bytes": b"".join(bodies)},
         errors=errors,
     )
-
-
-def little_endian(values: array[int]) -> bytes:
-    """The bytes of an array as columns hold them."""
-    if sys.byteorder == "big":
-        values = values[:]
-        values.byteswap()
-    return values.tobytes()
 
 
 def _strict_json(value: object) -> bytes | CellError:
