@@ -96,6 +96,18 @@ def test_killed_scheduler_processes_come_back_and_the_job_ends(cluster: Cluster,
     assert job.progress.ok == 600
 
 
+@pytest.mark.parametrize("server", ["valkey", "postgres"])
+def test_a_killed_server_comes_back_and_no_cell_is_lost(
+    cluster: Cluster, client: Client, server: str
+) -> None:
+    job = client.submit(rows(600, server), TASKS)
+    until(lambda: any(w.held for w in client.workers()), 60, "work under way")
+    os.kill(cluster.pids[server], signal.SIGKILL)
+    job.wait(timeout=180)
+    assert (job.state, job.progress.ok) == ("succeeded", 2400)
+    assert [row.index for row in job.results()] == list(range(600))
+
+
 def test_results_and_merged_answer_to_sql(cluster: Cluster, client: Client) -> None:
     job = client.submit(["A fine match.", "The prime minister resigned."], TASKS)
     job.wait()
