@@ -34,6 +34,7 @@ from redis.retry import Retry
 from motet.embedded import postgres as embedded_postgres
 from motet.embedded.children import Child, marked
 from motet.embedded.cluster import Cluster, Watched
+from motet.embedded.places import SocketDir
 from motet.embedded.postgres import Postgres, _installations
 from motet.embedded.valkey import Valkey, ValkeyUrls
 from motet.errors import SetupError
@@ -365,8 +366,12 @@ def test_a_celery_worker_works_and_reports_to_flower_with_the_rights_of_these_ro
 
 
 @pytest.fixture
-def data(tmp_path: Path) -> Path:
-    return tmp_path / "data"
+def data(tmp_path: Path) -> Iterator[Path]:
+    folder = tmp_path / "data"
+    yield folder
+    # A cluster that was killed leaves its folders for sockets to the next one; here there is none.
+    for link in folder.glob("*/run"):
+        SocketDir(link.parent).remove()
 
 
 def starts(data: Path, name: str) -> list[dict[str, Any]]:
