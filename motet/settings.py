@@ -48,7 +48,6 @@ class Settings:
     block_rows: int = 1024
     #: UTF-8 bytes of a block, whichever comes first.
     block_bytes: int = 1024 * 1024
-    retention_days: float = 30.0
 
     # -- protocol timers; lease >= 2 x dead, leader lease >= 5 x tick (reference: reliability 7)
     tick_s: float = 0.5

@@ -69,6 +69,7 @@ class Placement:
 class _Remaining:
     """How one call of ``place`` sees waiting work shrink as it hands it out."""
 
+    rows: dict[tuple[str, int], int] = field(default_factory=dict)
     left: dict[tuple[str, int], float] = field(default_factory=dict)
     job_open: dict[str, float] = field(default_factory=dict)
     tenant_open: dict[str, float] = field(default_factory=dict)
@@ -86,14 +87,14 @@ def place(
     """Placements in the order they should be carved. ``refused``: worker -> ids of models it cannot load.
 
     A worker takes bulk work while it holds fewer than ``depth`` sub-tasks and less than two sub-tasks' seconds;
-    an interactive row may go one deeper, so that it never waits for a slot.
+    interactive work may go twice as deep, so that it never waits for a slot.
     """
     state = _Remaining(
+        rows={(d.job, d.pass_number): d.rows_waiting for d in demands},
         left={(d.job, d.pass_number): float(d.bytes_waiting) for d in demands},
         job_open={d.job: float(d.job_open) for d in demands},
         tenant_open={d.tenant: float(d.tenant_open) for d in demands},
     )
-    rows_left = {(d.job, d.pass_number): d.rows_waiting for d in demands}
     load = {w.name: (w.leases, w.leased_s) for w in workers}
     able = [w for w in workers if not w.exclusive]
     while True:
@@ -103,7 +104,7 @@ def place(
             leases, leased_s = load[worker.name]
             full = leases >= depth or leased_s >= 2 * subtask_s
             demand = _choose(
-                demands, worker, refused.get(worker.name, frozenset()), rows_left, state, full, leases, depth
+                demands, worker, refused.get(worker.name, frozenset()), state, full, leases, depth
             )
             if demand is not None:
                 break
@@ -120,7 +121,7 @@ def place(
         budget_bytes = max(1.0, budget_s / per_byte)
         taken = min(budget_bytes, state.left[key])
         yield Placement(worker, demand, budget_bytes, per_byte)
-        rows_left[key] -= max(1, int(demand.rows_waiting * taken / max(1, demand.bytes_waiting)))
+        state.rows[key] -= max(1, int(demand.rows_waiting * taken / max(1, demand.bytes_waiting)))
         state.left[key] -= taken
         state.job_open[demand.job] += 1
         state.tenant_open[demand.tenant] += 1
@@ -131,7 +132,6 @@ def _choose(
     demands: Sequence[Demand],
     worker: Worker,
     refused: frozenset[int],
-    rows_left: Mapping[tuple[str, int], int],
     state: _Remaining,
     full: bool,
     leases: int,
@@ -141,7 +141,7 @@ def _choose(
 
     def wanted(d: Demand) -> bool:
         return (
-            rows_left[d.job, d.pass_number] > 0
+            state.rows[d.job, d.pass_number] > 0
             and d.model.engine in worker.engines
             and not d.model_ids & refused
             and (not full or (d.priority == INTERACTIVE and leases < 2 * depth))

@@ -9,6 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from motet.columns import ERROR, OK, CellError, Column
+from motet.wire import TaskOrder
 
 Floats = NDArray[np.float32]
 
@@ -100,3 +101,17 @@ def _sigmoid(logits: Floats) -> Floats:
     with np.errstate(over="ignore"):
         scores: Floats = np.divide(1, 1 + np.exp(-logits), dtype=np.float32)
     return scores
+
+
+def logits_column(task: TaskOrder, logits: Floats) -> Column:
+    """What a task's own logits (rows, labels) say, by the kind of answer that its manifest names."""
+    every_score = bool(task.spec.get("scores"))
+    match task.manifest.answers:
+        case "label":
+            return label_column(logits, every_score=every_score)
+        case "labels":
+            return labels_column(logits, task.manifest.thresholds, every_score=every_score)
+        case "number":
+            return number_column(logits)
+        case other:
+            raise ValueError(f"a model with logits cannot answer {other}")

@@ -18,7 +18,7 @@ from motet.columns import CellError, Column
 from motet.manifest import Manifest
 from motet.wire import TaskOrder
 from workers.engine import CannotLoad, Pass, Prepared
-from workers.engines.answers import Floats, label_column, labels_column, number_column
+from workers.engines.answers import Floats, logits_column
 from workers.engines.trunk import Tokens, load_transformer, memory_mb, padded, torch_errors
 
 
@@ -59,7 +59,7 @@ class ClassifierEngine:
 
     def run(self, pass_: Pass, batch: Sequence[Prepared]) -> Mapping[str, Column]:
         logits = self._logits(pass_.handle, batch)
-        return {task.name: _column(task, logits) for task in pass_.tasks}
+        return {task.name: logits_column(task, logits) for task in pass_.tasks}
 
     def unload(self, handle: Classifier) -> None:
         handle.model = None
@@ -73,16 +73,3 @@ class ClassifierEngine:
             mask = torch.ones_like(ids) if mask is None else mask
             logits: Floats = handle.model(input_ids=ids, attention_mask=mask).logits.float().cpu().numpy()
             return logits
-
-
-def _column(task: TaskOrder, logits: Floats) -> Column:
-    every_score = bool(task.spec.get("scores"))
-    match task.manifest.answers:
-        case "label":
-            return label_column(logits, every_score=every_score)
-        case "labels":
-            return labels_column(logits, task.manifest.thresholds, every_score=every_score)
-        case "number":
-            return number_column(logits)
-        case other:
-            raise ValueError(f"a classifier cannot answer {other}")

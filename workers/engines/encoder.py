@@ -19,7 +19,7 @@ from motet.columns import CellError, Column
 from motet.manifest import Manifest
 from motet.wire import TaskOrder
 from workers.engine import CannotLoad, Pass, Prepared
-from workers.engines.answers import Floats, label_column, labels_column, number_column, vector_column
+from workers.engines.answers import Floats, logits_column, vector_column
 from workers.engines.trunk import Tokens, load_transformer, memory_mb, padded, torch_errors
 
 
@@ -83,7 +83,7 @@ class EncoderEngine:
         lo = 0
         for task in heads:
             hi = lo + len(handle.heads[task.manifest.digest][1])
-            columns[task.name] = _head_column(task, answers[:, lo:hi])
+            columns[task.name] = logits_column(task, answers[:, lo:hi])
             lo = hi
         for task in vectors:
             columns[task.name] = _vector_column(task, answers[:, lo:])
@@ -122,19 +122,6 @@ class EncoderEngine:
                 else (torch.empty(0), torch.empty(0))
             )
         return handle.fused[key]
-
-
-def _head_column(task: TaskOrder, logits: Floats) -> Column:
-    every_score = bool(task.spec.get("scores"))
-    match task.manifest.answers:
-        case "label":
-            return label_column(logits, every_score=every_score)
-        case "labels":
-            return labels_column(logits, task.manifest.thresholds, every_score=every_score)
-        case "number":
-            return number_column(logits)
-        case other:
-            raise ValueError(f"a head cannot answer {other}")
 
 
 def _vector_column(task: TaskOrder, pooled: Floats) -> Column:
