@@ -13,6 +13,8 @@ from typing import Protocol, TypeVar
 #: Where the search for the budget starts: the best size measured for one CPU core, and for a GPU the size
 #: below which launching kernels costs more than running them.
 START_TOKENS = {"cpu": 1024, "cuda": 16_384}
+#: What starting a micro-batch costs, in tokens, before it was measured: its share of that first budget.
+OVERHEAD_SHARE = 1 / 16
 #: No budget grows beyond this, whatever it gains.
 MOST_TOKENS = 1 << 20
 #: No micro-batch has more rows than this.
@@ -45,11 +47,28 @@ def longest_first(rows: Sequence[Row]) -> list[Row]:
     return sorted(rows, key=lambda row: -row.length)
 
 
-def fitting(rows: Sequence[Row], *, tokens: int, max_rows: int = MOST_ROWS) -> int:
-    """How many of the leading rows, sorted longest first, fit into ``tokens`` with padding: at least one."""
+def fitting(
+    rows: Sequence[Row], *, tokens: int, max_rows: int = MOST_ROWS, overhead_tokens: float = 0.0
+) -> int:
+    """How many of the leading rows, sorted longest first, to run as one micro-batch: at least one.
+
+    As many as fit into ``tokens`` with padding; fewer where the cut wastes less. A micro-batch costs what its padded
+    tokens cost and ``overhead_tokens`` more, so the best cut has the most real tokens for that. With 0 nothing
+    is known of the overhead, and the budget is filled.
+    """
     if not rows:
         return 0
-    return min(len(rows), max(1, min(max_rows, tokens // max(1, rows[0].length))))
+    longest = max(1, rows[0].length)
+    most = min(len(rows), max(1, min(max_rows, tokens // longest)))
+    if not overhead_tokens:
+        return most
+    best, best_worth, real = 1, 0.0, 0
+    for count in range(1, most + 1):
+        real += rows[count - 1].length
+        worth = real / (overhead_tokens + longest * count)
+        if worth >= best_worth:
+            best, best_worth = count, worth
+    return best
 
 
 def pack(rows: Sequence[Row], *, tokens: int, max_rows: int = MOST_ROWS) -> list[list[Row]]:
@@ -134,6 +153,12 @@ class Cost:
             ts=kept * self.ts + tokens * seconds,
         )
 
+    @property
+    def overhead_tokens(self) -> float | None:
+        """What starting a micro-batch costs, in tokens that could run meanwhile; None while nothing tells."""
+        fixed, each = self._terms()
+        return fixed / each if fixed > 0 and each > 0 else None
+
     def seconds(self, tokens: int) -> float:
         """Predicted seconds of one micro-batch; 0 while nothing is known."""
         fixed, each = self._terms()
@@ -172,3 +197,10 @@ def limit(budget: Budget, cost: Cost, *, interactive_waits: bool) -> tuple[int, 
         return min(budget.tokens, PROBE_TOKENS), PROBE_ROWS
     longest_s = INTERACTIVE_CUT_S if interactive_waits else LONGEST_S
     return min(budget.tokens, cost.tokens_in(longest_s)), MOST_ROWS
+
+
+def overhead_tokens(budget: Budget, cost: Cost, device_kind: str) -> float:
+    """What a micro-batch costs beside its tokens, for `fitting`; 0 while the budget is sought, which wants it filled."""
+    if not budget.settled:
+        return 0.0
+    return cost.overhead_tokens or OVERHEAD_SHARE * START_TOKENS[device_kind]

@@ -24,7 +24,7 @@ from motet.manifest import Manifest
 from motet.transport import TransportLost, WorkerTransport
 from motet.wire import Assignment, Running
 from workers.attempts import Attempts, Key
-from workers.batching import START_TOKENS, Budget, Cost, fitting, limit, longest_first
+from workers.batching import START_TOKENS, Budget, Cost, fitting, limit, longest_first, overhead_tokens
 from workers.blobs import CannotFetch, Refused
 from workers.device import Device
 from workers.engine import CannotLoad, DeviceBroken, Engine, OutOfMemory, Pass, Prepared
@@ -295,13 +295,13 @@ class Executor:
         """
         if first.order.interactive:
             self._interactive_at = self._clock()
+        budget, cost = self._budgets[_model(first.key)], self._costs[_model(first.key)]
         tokens, max_rows = limit(
-            self._budgets[_model(first.key)],
-            self._costs[_model(first.key)],
-            interactive_waits=self._clock() - self._interactive_at < INTERACTIVE_S,
+            budget, cost, interactive_waits=self._clock() - self._interactive_at < INTERACTIVE_S
         )
         longest = first.rows[0].length
-        room = fitting(first.rows, tokens=tokens, max_rows=max_rows)
+        overhead = overhead_tokens(budget, cost, self._device.kind)
+        room = fitting(first.rows, tokens=tokens, max_rows=max_rows, overhead_tokens=overhead)
         rows = [(first, row) for row in _take(first, 0, room)]
         room = min(max_rows, tokens // max(1, longest)) - len(rows)
         for work in self._beside(first):

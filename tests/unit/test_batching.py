@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -18,6 +19,7 @@ from workers.batching import (
     fitting,
     limit,
     longest_first,
+    overhead_tokens,
     pack,
     padded_tokens,
 )
@@ -50,6 +52,37 @@ def test_every_batch_but_the_last_is_full(lengths: list[int], tokens: int) -> No
     batches = pack([Row(n) for n in lengths], tokens=tokens)
     for batch in batches[:-1]:
         assert batch[0].length * (len(batch) + 1) > tokens or len(batch) == MOST_ROWS
+
+
+@given(LENGTHS.filter(bool), st.integers(1, 5000), st.floats(0.5, 500))
+def test_the_cut_has_the_most_real_tokens_for_what_it_costs(
+    lengths: list[int], tokens: int, overhead: float
+) -> None:
+    rows = longest_first([Row(n) for n in lengths])
+    most = fitting(rows, tokens=tokens)
+
+    def worth(count: int) -> float:
+        return sum(r.length for r in rows[:count]) / (overhead + max(1, rows[0].length) * count)
+
+    found = fitting(rows, tokens=tokens, overhead_tokens=overhead)
+    assert 1 <= found <= most
+    assert worth(found) == max(worth(count) for count in range(1, most + 1))
+
+
+def test_a_cut_stands_before_rows_that_are_much_shorter_unless_starting_again_costs_more() -> None:
+    rows = [Row(100)] * 4 + [Row(20)] * 20
+    assert fitting(rows, tokens=2400, overhead_tokens=64) == 4
+    assert fitting(rows, tokens=2400, overhead_tokens=4000) == 24
+
+
+def test_a_budget_that_is_still_sought_is_filled() -> None:
+    cost = Cost()
+    for tokens in (100, 1000, 200, 900):
+        cost = cost.observed(tokens, 0.01 + tokens / 5000)
+    assert overhead_tokens(Budget(1024), cost, "cpu") == 0.0
+    settled = Budget(1024, settled=True)
+    assert overhead_tokens(settled, cost, "cpu") == pytest.approx(50)
+    assert overhead_tokens(settled, Cost(), "cpu") == 64
 
 
 def test_rows_of_one_length_keep_their_order() -> None:

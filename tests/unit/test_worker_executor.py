@@ -252,11 +252,20 @@ def test_usage_counts_tokens_padding_bytes_and_seconds(house: House) -> None:
 
 def test_padding_is_computed_tokens_beyond_tokens(house: House) -> None:
     house.known_cost()
-    order = an_order("a" * 100, "a" * 50)
+    order = an_order("a" * 100, "a" * 80)
     house.submit(order)
     house.steps()
     usage = house.outcomes()[order.key].usage
-    assert (usage.tokens, usage.computed_tokens, usage.micro_batches) == (150, 200, 1)
+    assert (usage.tokens, usage.computed_tokens, usage.micro_batches) == (180, 200, 1)
+
+
+def test_rows_that_are_much_shorter_wait_for_the_next_micro_batch(house: House) -> None:
+    house.known_cost()
+    order = an_order("a" * 300, "a" * 10)
+    house.submit(order)
+    house.steps()
+    usage = house.outcomes()[order.key].usage
+    assert (usage.tokens, usage.computed_tokens, usage.micro_batches) == (310, 310, 2)
 
 
 def test_the_last_micro_batch_of_a_sub_task_is_filled_up_with_the_next_one_of_the_same_pass(
