@@ -7,6 +7,7 @@ It knows the API's routes (docs/http.md) and nothing of what is behind them. htt
 from __future__ import annotations
 
 import inspect
+import math
 import re
 import secrets
 import threading
@@ -43,7 +44,9 @@ class Worker:
 
     worker: str
     host: str = ""
-    #: ``ready``, ``draining``, or ``silent`` where its heartbeat has stopped.
+    #: ``starting``, ``ready``, ``draining`` (finishes what it holds, gets no more), ``drained`` (holds nothing),
+    #: ``silent`` (its heartbeat has stopped), ``incompatible`` (speaks another protocol and gets no work), or
+    #: ``gone`` (drained, and not there).
     state: str = ""
     device_kind: str = ""
     device_name: str = ""
@@ -60,6 +63,15 @@ class Worker:
     rows_done: int = 0
     #: Learned tokens per second; None before it was measured.
     rate_tokens_s: float | None = None
+    #: Major of the protocol that it speaks, and the version of motet that is installed there.
+    protocol: int | None = None
+    version: str = ""
+    #: ``since`` when and ``by`` which token it was drained; None where it was not.
+    drained: Mapping[str, str] | None = None
+    #: What it runs of the tenant's own jobs: ``job``, ``pass`` (its kind), ``subtasks``, ``rows``; and how many
+    #: sub-tasks of other tenants.
+    running: Sequence[Mapping[str, Any]] = ()
+    running_other: int = 0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -113,6 +125,8 @@ class Client:
         priority: Priority = "normal",
         reuse: bool = True,
         bad_rows: BadRows = "refuse",
+        deadline_s: float | None = None,
+        retention_days: float | None = None,
         progress: bool | None = None,
         key: str | None = None,
     ) -> Job:
@@ -122,8 +136,10 @@ class Client:
         any iterable of texts or mappings (read once, in flat memory), a DataFrame or an Arrow table. Only the
         fields that tasks read leave this machine. ``bad_rows="error"`` gives error cells for rows that are
         none; ``"refuse"`` raises InvalidJob that lists them, and nothing stays behind on the server.
-        ``reuse=False`` computes everything anew. ``progress`` forces the bar on or off. Submitting again with
-        the same ``key`` gives the same job, or goes on with its upload where that broke off.
+        ``reuse=False`` computes everything anew. A job that has not ended ``deadline_s`` seconds from now fails;
+        what is done by then can be read. ``retention_days`` after its end it is deleted with its results, or
+        sooner where the server keeps jobs no longer. ``progress`` forces the bar on or off. Submitting again
+        with the same ``key`` gives the same job, or goes on with its upload where that broke off.
 
         Raises InvalidJob, Unauthorized, Conflict (the key belongs to another job), Overloaded, Unreachable.
         """
@@ -136,6 +152,7 @@ class Client:
             "reuse": reuse,
             "bad_rows": bad_rows,
         }
+        opening |= _amounts(deadline_s=deadline_s, retention_days=retention_days)
         own_key = key or secrets.token_hex(16)
         parts = cut(source, fields_read, bad_rows=bad_rows)
         # Two parts are cut before anything is sent: a small job is one request, and a source that cannot be
@@ -223,6 +240,21 @@ class Client:
 
     # -- for administrators
 
+    def drain(self, name: str) -> list[Worker]:
+        """Give a worker, or all workers of a host, no more work; they finish what they hold, and stay so.
+
+        Returns them as they are now: ``draining``, then ``drained``. Again is harmless. Raises NotFound.
+        """
+        return self._tell_workers(name, "drain")
+
+    def resume(self, name: str) -> list[Worker]:
+        """Give a drained worker, or all workers of a host, work again. Again is harmless. Raises NotFound."""
+        return self._tell_workers(name, "resume")
+
+    def _tell_workers(self, name: str, what: str) -> list[Worker]:
+        answer = self._http.post(f"/v1/workers/{_segment('worker', name)}/{what}", {})
+        return [_known(Worker, worker) for worker in answer["workers"]]
+
     def remove_model(self, ref: str) -> None:
         """Take ``name@version`` from the registry. Raises Conflict while a running job uses it."""
         self._http.request("DELETE", f"/v1/models/{_segment('model', ref)}")
@@ -285,7 +317,7 @@ class Client:
                 for part in parts:
                     number, rows = part.number + 1, part.first_row + len(part)
                     if rows > there:
-                        body = part.encode()
+                        body = part.encode(squeeze=not self._http.stays_here)
                         wanted = max(wanted, _landed(in_flight))
                         if part.number >= wanted:
                             in_flight = sender.submit(self._put, job, part, body, stop)
@@ -305,7 +337,10 @@ class Client:
                 "PUT",
                 f"/v1/jobs/{job.id}/parts/{part.number}",
                 content=body,
-                headers={"Content-Type": "application/msgpack", "Content-Encoding": "zstd"},
+                headers={
+                    "Content-Type": "application/msgpack",
+                    "Content-Encoding": "identity" if self._http.stays_here else "zstd",
+                },
                 stop=stop,
             )
         except Conflict as conflict:
@@ -333,6 +368,19 @@ def _specs(tasks: object) -> dict[str, Task]:
     if isinstance(tasks, Mapping):
         tasks = {name: spec.to_json() if isinstance(spec, Task) else spec for name, spec in tasks.items()}
     return parse(tasks)
+
+
+def _amounts(**options: object) -> dict[str, float]:
+    """Those options that are given. Raises InvalidJob for what is no number; its limits are the server's to know."""
+    given = {name: value for name, value in options.items() if value is not None}
+    problems = [
+        Problem(name, short(value), "a finite number", "leave it out for none")
+        for name, value in given.items()
+        if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value)
+    ]
+    if problems:
+        raise InvalidJob(problems)
+    return given  # type: ignore[return-value]
 
 
 def _landed(part: Future[int] | None) -> int:

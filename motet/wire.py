@@ -6,8 +6,9 @@ reader drops and counts such a message, it never guesses.
 
 from __future__ import annotations
 
+import math
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, Literal
@@ -22,7 +23,9 @@ if sys.version_info >= (3, 14):
 else:
     from backports import zstd
 
-#: Major of the protocol: a worker of another major gets no work.
+#: Major of the protocol: a worker of another major gets no work. It grows when a message changes its meaning, or
+#: loses or gains a field that a reader cannot do without. Anything else is a minor change and needs no number:
+#: a reader passes over fields that it does not know, and takes the default of those that are not there.
 PROTOCOL = 1
 #: Decoded payloads beyond this are refused: a guard against bombs, far above any real sub-task.
 MAX_DECODED_BYTES = 1 << 30
@@ -136,9 +139,9 @@ class Assignment:
                     for t in wire["tasks"]
                 ),
                 texts=tuple(wire["texts"]),
-                exclusive=bool(wire["exclusive"]),
-                interactive=bool(wire["interactive"]),
-                predicted_s=float(wire["predicted_s"]),
+                exclusive=bool(wire.get("exclusive", False)),
+                interactive=bool(wire.get("interactive", False)),
+                predicted_s=float(wire.get("predicted_s", 0.0)),
             )
 
 
@@ -223,8 +226,8 @@ class Outcome:
                 boot=str(wire["boot"]),
                 verdict=wire["verdict"],
                 columns={str(name): Column.from_wire(c) for name, c in wire["columns"].items()},
-                error=(storable(wire["error"][0]), storable(wire["error"][1])) if wire["error"] else None,
-                refused=str(wire["refused"]),
+                error=(storable(error[0]), storable(error[1])) if (error := wire.get("error")) else None,
+                refused=str(wire.get("refused", "")),
                 usage=Usage(
                     tokens=_count(usage[0]),
                     computed_tokens=_count(usage[1]),
@@ -239,13 +242,18 @@ class Outcome:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Beat:
-    """What a worker says each second. A beat is alive when (boot, seq) has changed; its clock is never read."""
+    """What a worker says each second. A beat is alive when (boot, seq) has changed; its clock is never read.
+
+    ``worker``, ``boot``, ``seq`` and ``protocol`` are said alike by every major, for that is how one is told.
+    """
 
     worker: str
     #: Random per process start.
     boot: str
     seq: int
     protocol: int = PROTOCOL
+    #: Of the installed package, for people.
+    version: str = ""
     host: str = ""
     pid: int = 0
     #: ``starting`` says that the process before it is gone; it takes no work yet.
@@ -277,13 +285,46 @@ class Beat:
 
     @classmethod
     def decode(cls, raw: bytes) -> Beat:
-        """Raises BadMessage."""
+        """Raises BadMessage. Fields of a newer minor are passed over, those that an older one lacks are their defaults."""
         with _believing():
             wire = msgpack.unpackb(raw)
-            for name in ("formats", "engines", "resident"):
-                wire[name] = tuple(map(str, wire[name]))
-            wire["held"] = tuple((int(s), int(a)) for s, a in wire["held"])
-            return cls(**{name: wire[name] for name in cls.__slots__ if name in wire})
+            return cls(**{name: _BEAT_FIELDS[name](wire[name]) for name in cls.__slots__ if name in wire})
+
+
+def _words(value: Any) -> tuple[str, ...]:
+    return tuple(map(str, value))
+
+
+def _keys(value: Any) -> tuple[tuple[int, int], ...]:
+    return tuple((int(s), int(a)) for s, a in value)
+
+
+def _finite(value: Any) -> float:
+    """A number that JSON can hold: one worker's NaN must not spoil the list of all of them."""
+    return float(value) if math.isfinite(float(value)) else 0.0
+
+
+_BEAT_FIELDS: Mapping[str, Callable[[Any], Any]] = {
+    "worker": str,
+    "boot": str,
+    "seq": int,
+    "protocol": int,
+    "version": str,
+    "host": str,
+    "pid": int,
+    "state": str,
+    "device_kind": str,
+    "device_name": str,
+    "memory_mb": int,
+    "memory_used_mb": int,
+    "utilisation": _finite,
+    "formats": _words,
+    "engines": _words,
+    "resident": _words,
+    "backlog_s": _finite,
+    "held": _keys,
+    "rows_done": int,
+}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -307,8 +348,8 @@ class Control:
             wire = msgpack.unpackb(raw)
             return cls(
                 epoch=int(wire["epoch"]),
-                drop=tuple((int(s), int(a)) for s, a in wire["drop"]),
-                drain=bool(wire["drain"]),
+                drop=_keys(wire.get("drop", ())),
+                drain=bool(wire.get("drain", False)),
             )
 
 

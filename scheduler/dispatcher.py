@@ -17,18 +17,19 @@ from dataclasses import dataclass, field
 
 import psycopg
 
+from motet import traces
 from motet.manifest import Manifest
 from motet.settings import Settings
 from motet.tasks import render
 from motet.transport import SchedulerTransport, TransportLost
-from motet.wire import Assignment, Beat, Control, TaskOrder
+from motet.wire import PROTOCOL, Assignment, Beat, Control, TaskOrder
 from scheduler.blocks import decode_block, row_order
 from scheduler.carve import Carved, Frontier, carve
 from scheduler.cost import Rates
 from scheduler.lifecycle import Refusal, hopeless, lost
-from scheduler.liveness import Watch, drops, usable
+from scheduler.liveness import Watch, attuned, drops, speaks, usable
 from scheduler.place import INTERACTIVE, Demand, Placement, Worker, place
-from scheduler.store import leases
+from scheduler.store import drains, endings, leases
 from scheduler.store.database import WORK, Database, StoreUnavailable
 from scheduler.store.endings import end_job
 from scheduler.store.leadership import NotLeading, fence, lead, resign, transport_seen
@@ -39,10 +40,12 @@ log = logging.getLogger(__name__)
 
 #: An upload that stays silent for so long is abandoned.
 UPLOAD_SILENT_S = 3600.0
-#: Decoded blocks kept between payloads, in bytes of their texts.
-_CACHE_BYTES = 64 * 1024 * 1024
+#: Decoded blocks kept between payloads, in bytes of their texts: those of a step, and those that are carved on.
+_CACHE_BYTES = 16 * 1024 * 1024
 #: Chores that need no haste (overdue jobs, forgotten workers) are done this often.
 _CHORES_S = 5.0
+#: The sweeper looks so often for jobs to delete; while it finds some it goes on in the next step.
+_SWEEP_S = 30.0
 #: Beyond so many outcomes that wait, or so full a Redis, nothing more is sent: what is under way must land first.
 _MAX_BACKLOG, _MAX_MEMORY = 1000, 0.7
 #: After Redis was emptied a worker's first new beats say what it still holds.
@@ -57,6 +60,8 @@ class Facts:
     demand: list[Demand]
     refusals: list[Refusal]
     rates: Rates
+    #: Workers that an operator drained: they get no more work.
+    drained: frozenset[str]
     #: Identity of Redis as a leader last dealt with it.
     transport: str
 
@@ -78,7 +83,10 @@ class Dispatcher:
         #: When leases of live workers that did not survive an emptied Redis are given up; None: it was not emptied.
         self._hear_again_at: float | None = None
         self._chores_at = 0.0
+        self._sweep_at = 0.0
         self._controls: dict[str, Control] = {}
+        #: (worker, boot) of those whose protocol was told to the log.
+        self._strangers: set[tuple[str, str]] = set()
 
     def step(self, now: float) -> int:
         """One round at monotonic time ``now``. The number of sub-tasks sent; 0 for a standby."""
@@ -91,11 +99,15 @@ class Dispatcher:
         facts = self._read()
         if self._rescue(epoch, live, facts, now):
             facts = self._read()
-        sent = self._send(epoch, self._decide(usable(live), facts))
+        self._note_strangers(live)
+        sent = self._send(epoch, self._decide(usable(live, facts.drained), facts))
         self._tell(epoch, live, facts)
         if now >= self._chores_at:
             self._chores_at = now + _CHORES_S
             self._chores(epoch, live, facts)
+        if now >= self._sweep_at:
+            # A slice a step: a job of millions of rows goes while all others are served.
+            self._sweep_at = now if self._sweep(epoch) else now + _SWEEP_S
         return sent
 
     def stop(self) -> None:
@@ -129,6 +141,7 @@ class Dispatcher:
                 demand=leases.demand(connection),
                 refusals=leases.refusals(connection),
                 rates=leases.rates(connection),
+                drained=drains.drained(connection),
                 transport=transport_seen(connection),
             )
 
@@ -136,7 +149,8 @@ class Dispatcher:
 
     def _rescue(self, epoch: int, live: Mapping[str, Beat], facts: Facts, now: float) -> bool:
         """Extend the leases of attempts that are seen alive; close those that are gone, and return their rows."""
-        seen = self._seen_alive(facts.held, live)
+        seen, waiting = self._seen_alive(facts.held, live)
+        seen -= waiting
         late = [h.key for h in facts.held if h.key in seen and h.left_s < self.settings.lease_s / 2]
         if late:
             leases.extend(self.database, epoch, late, self.settings.lease_s)
@@ -144,7 +158,8 @@ class Dispatcher:
         gone = [
             h
             for h in facts.held
-            if h.key not in seen and (h.expired or _another_boot(h, live) or (wiped and h.worker in live))
+            if h.key not in seen
+            and (h.expired or h.key in waiting or _another_boot(h, live) or (wiped and h.worker in live))
         ]
         return bool(gone) and self._close(epoch, gone, live)
 
@@ -161,9 +176,15 @@ class Dispatcher:
         self._hear_again_at = None
         return True
 
-    def _seen_alive(self, held: Sequence[Held], live: Mapping[str, Beat]) -> set[tuple[int, int]]:
-        """Leases whose attempt a live worker holds, or whose message still waits in a live worker's queue."""
+    def _seen_alive(
+        self, held: Sequence[Held], live: Mapping[str, Beat]
+    ) -> tuple[set[tuple[int, int]], set[tuple[int, int]]]:
+        """Leases whose attempt a live worker holds, or whose message still waits in a live worker's queue.
+
+        And those among them that wait at a worker that drains: it takes no more, so they are better off elsewhere.
+        """
         seen: set[tuple[int, int]] = set()
+        waiting: set[tuple[int, int]] = set()
         for name in {h.worker for h in held}:
             beat = live.get(name)
             if beat is None:
@@ -171,8 +192,11 @@ class Dispatcher:
             mine = {h.key for h in held if h.worker == name and h.boot == beat.boot}
             seen |= mine & set(beat.held)
             if mine - seen:
-                seen |= mine & self.transport.queued(name)
-        return seen
+                queued = mine & self.transport.queued(name)
+                if beat.state == "draining":
+                    waiting |= queued - seen
+                seen |= queued
+        return seen, waiting
 
     def _close(self, epoch: int, gone: Sequence[Held], live: Mapping[str, Beat]) -> bool:
         # An outcome on the stream is as good as a result: it is merged, never rescued.
@@ -252,6 +276,7 @@ class Dispatcher:
     def _send(self, epoch: int, cuts: Sequence[Cut]) -> int:
         if not cuts:
             return 0
+        began = time.time()
         # Rows before messages: a crash in between leaves a lease to rescue, never a message without a row.
         leased = leases.lease(self.database, epoch, cuts, self.settings.lease_s)
         by_worker: dict[str, list[Assignment]] = {}
@@ -261,16 +286,46 @@ class Dispatcher:
                 by_worker.setdefault(item.worker, []).append(assignment)
         for name, assignments in by_worker.items():
             self.transport.publish(name, assignments)
+        for item in leased:
+            _trace_sent(item, began)
         return len(leased)
 
     # -- control and chores --------------------------------------------------------------------
 
     def _tell(self, epoch: int, live: Mapping[str, Beat], facts: Facts) -> None:
-        """Tell each worker which of its attempts have no lease any more."""
+        """Tell each worker which of its attempts have no lease any more, and whether it is to drain."""
         leased = {h.key for h in facts.held}
-        words = {name: Control(epoch=epoch, drop=drops(beat, leased)) for name, beat in live.items()}
-        self.transport.control({name: c for name, c in words.items() if self._controls.get(name) != c})
+        words: dict[str, Control] = {}
+        changed: dict[str, Control] = {}
+        for name, beat in live.items():
+            drop = drops(beat, leased)
+            if beat.state == "draining":
+                # What was taken back from its queue still lies there: it must not run it when it works again.
+                drop = tuple(sorted({*drop, *(self.transport.queued(name) - leased)}))
+            drain = name in facts.drained
+            words[name] = Control(epoch=epoch, drop=drop, drain=drain)
+            if self._controls.get(name) != words[name] or not attuned(beat, drain):
+                changed[name] = words[name]
+        self.transport.control(changed)
         self._controls = words
+
+    def _note_strangers(self, live: Mapping[str, Beat]) -> None:
+        """Say once of each process that speaks another major that it gets no work, and why."""
+        strangers = {(name, beat.boot) for name, beat in live.items() if not speaks(beat)}
+        for name, boot in sorted(strangers - self._strangers):
+            beat = live[name]
+            log.warning(
+                "incompatible worker: it gets no work until it is upgraded, or we are",
+                extra={
+                    "worker": name,
+                    "boot": boot,
+                    "host": beat.host,
+                    "version": beat.version,
+                    "protocol": beat.protocol,
+                    "ours": PROTOCOL,
+                },
+            )
+        self._strangers = strangers
 
     def _chores(self, epoch: int, live: Mapping[str, Beat], facts: Facts) -> None:
         with self.database.transaction() as connection:
@@ -280,11 +335,45 @@ class Dispatcher:
             )
             for job, why in sorted(ending.items()):
                 end_job(connection, job, "failed", why)
+            drains.forget_the_gone(connection, list(live))
+
+    def _sweep(self, epoch: int) -> bool:
+        """Delete some of what is no longer kept, in short transactions. True where more of it may be left."""
+        with self.database.transaction() as connection:
+            fence(connection, epoch)
+            due = endings.due_for_deletion(connection, self.settings.retention_days)
+            columns = endings.sweep_columns(connection)
+        left = endings.SLICE_BLOCKS
+        for job in due:
+            with self.database.transaction() as connection:
+                fence(connection, epoch)
+                gone = endings.delete_slice(connection, job.id)
+            if gone:
+                log.info("job deleted", extra={"job": str(job.id), "why": job.why, "blocks": job.n_blocks})
+            left -= max(1, job.n_blocks)
+            if left <= 0:
+                break
+        return bool(due or columns)
 
 
 def _another_boot(held: Held, live: Mapping[str, Beat]) -> bool:
     """Another process beats in the place of the one that held this lease."""
     return held.worker in live and live[held.worker].boot != held.boot
+
+
+def _trace_sent(item: Leased, began: float) -> None:
+    traces.add(
+        item.job,
+        traces.SEND,
+        began,
+        subtask=item.subtask,
+        attempt=item.attempt,
+        pass_number=item.pass_number,
+        worker=item.worker,
+        rows=item.carved.rows,
+        bytes=item.carved.bytes,
+        predicted_s=item.predicted_s,
+    )
 
 
 def _cut(p: Placement, carved: Carved) -> Cut:

@@ -5,7 +5,7 @@ A beat's own time is never read, so a wrong clock on a worker changes nothing.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Container, Mapping
 from collections.abc import Set as AbstractSet
 from dataclasses import dataclass, field
 
@@ -38,9 +38,19 @@ class Watch:
         return {name: b for name, b in beats.items() if now - self._changed[name] < self.dead_s}
 
 
-def usable(live: Mapping[str, Beat]) -> dict[str, Beat]:
-    """Live workers that may be given work: of our protocol, and not draining."""
-    return {name: b for name, b in live.items() if b.protocol == PROTOCOL and b.state == "ready"}
+def speaks(beat: Beat) -> bool:
+    """Whether a worker's protocol is of our major: what it is sent it understands, and what it says is what we read."""
+    return beat.protocol == PROTOCOL
+
+
+def usable(live: Mapping[str, Beat], drained: Container[str] = ()) -> dict[str, Beat]:
+    """Live workers that may be given work: of our protocol, ready, and not drained by an operator."""
+    return {name: b for name, b in live.items() if speaks(b) and b.state == "ready" and name not in drained}
+
+
+def attuned(beat: Beat, drain: bool) -> bool:
+    """Whether a worker does what the flag says. One that does not is told again: its word was lost, or is of old."""
+    return (beat.state == "draining") == drain
 
 
 def drops(beat: Beat, leased: AbstractSet[tuple[int, int]]) -> tuple[tuple[int, int], ...]:

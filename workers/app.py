@@ -21,6 +21,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from motet import traces
 from motet.errors import SetupError
 from motet.logs import configure, event
 from motet.settings import Settings
@@ -33,6 +34,7 @@ from workers.device import Device, probe, use_threads
 from workers.engines import InstalledEngines
 from workers.executor import Executor
 from workers.reporter import Reporter
+from workers.work import Work
 
 if TYPE_CHECKING:
     from celery import Celery
@@ -75,6 +77,7 @@ class Worker:
         #: Whether messages are taken from the queue.
         self.tap_open = True
         self._transport, self._end_celery, self._exit = transport, end_celery, exit_now
+        self._device = device
         self._grace_s, self._beat_s = settings.grace_s, settings.beat_s
         self._reporter = Reporter(transport, self.attempts)
         self._pool = ThreadPoolExecutor(PREPARING[device.kind], thread_name_prefix="prepare")
@@ -129,6 +132,7 @@ class Worker:
         Twice is harmless: an attempt that was begun before is left alone.
         """
         key = (subtask, attempt)
+        began = time.time()
         if not self.attempts.begin(key):
             event(log, "attempt left alone", subtask=subtask, attempt=attempt)
             return
@@ -157,7 +161,27 @@ class Worker:
             rows=len(order.texts),
             tasks=len(order.tasks),
         )
-        self._executor.submit(order).finished.wait()
+        work = self._executor.submit(order)
+        work.finished.wait()
+        self._trace(work, began)
+
+    def _trace(self, work: Work, began: float) -> None:
+        u, order = work.usage, work.order
+        traces.add(
+            order.job,
+            "execute",
+            began,
+            subtask=order.subtask,
+            attempt=order.attempt,
+            worker=self.name,
+            device=self._device.name,
+            pass_kind=order.pass_kind,
+            rows=len(order.texts),
+            tokens=u.tokens,
+            micro_batches=u.micro_batches,
+            busy_s=u.busy_s,
+            load_s=u.load_s,
+        )
 
     def _own_the_device(self) -> None:
         # On the one thread that also loads models: transformers breaks when two import it at once.
@@ -369,6 +393,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         settings = Settings.from_env().need("redis_url")
         configure(options.name, settings.log_level)
+        traces.configure("worker", settings.traces, options.name)
         transport = RedisWorkerTransport(settings.redis_url, options.name)
         boot = secrets.token_hex(8)
         _say_hello(transport, options.name, boot)

@@ -11,6 +11,8 @@ import socket
 import threading
 import time
 from collections.abc import Callable
+from functools import cache
+from importlib import metadata
 
 from motet.logs import event
 from motet.transport import TransportLost, WorkerTransport
@@ -82,6 +84,7 @@ class Heart:
             worker=self._worker,
             boot=self._boot,
             seq=self._seq,
+            version=_version(),
             host=socket.gethostname(),
             pid=os.getpid(),
             state="draining" if self._leaving or self._told_to_drain else "ready",
@@ -117,6 +120,15 @@ class Heart:
         if measured is not None:
             return round(measured, 3)
         return round(min(1.0, max(0.0, (busy - before) / (now - then))), 3) if now > then else 0.0
+
+
+@cache
+def _version() -> str:
+    """The installed version of motet; "" where it runs from a bare folder."""
+    try:
+        return metadata.version("motet")
+    except metadata.PackageNotFoundError:
+        return ""
 
 
 class Watchdog:

@@ -1,4 +1,4 @@
-"""Commands on machines: up, demo, worker, workers."""
+"""Commands on machines: up, demo, worker, workers, drain, resume."""
 
 from __future__ import annotations
 
@@ -6,14 +6,21 @@ import logging
 import os
 import signal
 import sys
+import time
 from collections.abc import Sequence
 from importlib.util import find_spec
 from pathlib import Path
-from typing import NoReturn
+from typing import TYPE_CHECKING, NoReturn
 
 import click
 
 from motet.cli.show import as_json, connect, put_json, put_table
+
+if TYPE_CHECKING:
+    from motet.client import Client, Worker
+
+#: Workers beat each second: asked oftener they say the same.
+_GLANCE_S = 0.5
 
 
 def _default_cpus() -> int:
@@ -158,30 +165,144 @@ Example:
 )
 @as_json
 def workers(as_json: bool) -> None:
-    """List the workers and how fast they are."""
+    """List the workers: what they do, and how fast they are.
+
+    State is ready, starting, draining (finishes what it holds and gets no more), drained, silent (its heartbeat
+    has stopped), incompatible (speaks another protocol: upgrade it, or the server), or gone (drained, not there).
+    """
     with connect() as client:
         found = client.workers()
     if as_json:
         put_json(found)
         return
+    _put_workers(found)
+
+
+_wait = click.option("--wait", is_flag=True, help="Wait until it holds nothing any more.")
+_timeout = click.option(
+    "--timeout",
+    type=click.FloatRange(0, min_open=True),
+    metavar="SECONDS",
+    help="Wait no longer than this, then fail; it goes on draining.",
+)
+
+
+@click.command(
+    epilog="""\b
+Examples:
+  motet drain gpu-host-7-gpu0
+  motet drain gpu-host-7 --wait && ssh gpu-host-7 sudo reboot"""
+)
+@click.argument("name", metavar="WORKER|HOST")
+@_wait
+@_timeout
+@as_json
+def drain(name: str, wait: bool, timeout: float | None, as_json: bool) -> None:
+    """Give a worker, or all workers of a host, no more work.
+
+    They finish what they hold, and stay drained until `motet resume`, restarted or not. What they were sent and
+    have not taken yet goes to others. Needs an administrator's token.
+    """
+    with connect(admin=True) as client:
+        found = client.drain(name)
+        if wait or timeout is not None:
+            found = _wait_until_drained(client, [w.worker for w in found], timeout)
+    if as_json:
+        put_json(found)
+    else:
+        _put_workers(found)
+
+
+@click.command(
+    epilog="""\b
+Examples:
+  motet resume gpu-host-7-gpu0
+  motet resume gpu-host-7"""
+)
+@click.argument("name", metavar="WORKER|HOST")
+@as_json
+def resume(name: str, as_json: bool) -> None:
+    """Give a drained worker, or all workers of a host, work again.
+
+    Needs an administrator's token.
+    """
+    with connect(admin=True) as client:
+        found = client.resume(name)
+    if as_json:
+        put_json(found)
+        return
+    _put_workers(found)
+    if any(w.state == "draining" for w in found):
+        click.echo("they are told so at their next heartbeat", err=True)
+
+
+def _wait_until_drained(client: Client, names: Sequence[str], timeout_s: float | None) -> list[Worker]:
+    """The workers once none of them holds anything. Raises TimeoutError; Ctrl-C leaves them draining."""
+    from motet.errors import Conflict
+    from motet.job import count
+    from motet.progress import Bar
+
+    give_up = None if timeout_s is None else time.monotonic() + timeout_s
+    with Bar("draining") as bar:
+        while True:
+            found = [w for w in client.workers() if w.worker in names]
+            busy = [w for w in found if not _is_empty(w)]
+            if not busy:
+                return found
+            if resumed := [w.worker for w in busy if w.drained is None]:
+                raise Conflict(f"somebody resumed {', '.join(resumed)} meanwhile")
+            held = sum(w.held for w in busy)
+            bar.show(
+                f"{count(len(busy), 'worker')} of {len(names):,} with {count(held, 'sub-task')},"
+                f" {sum(w.backlog_s for w in busy):.1f} s of work"
+            )
+            if give_up is not None and time.monotonic() > give_up:
+                words = ", ".join(f"{w.worker} ({w.state}, {count(w.held, 'sub-task')})" for w in busy)
+                raise TimeoutError(f"not drained within {timeout_s:g} s: {words}; they go on draining")
+            time.sleep(_GLANCE_S)
+
+
+def _is_empty(worker: Worker) -> bool:
+    """Nothing of it is lost when it is switched off. One that has stopped beating holds its leases a little longer."""
+    return worker.state in ("drained", "gone") or (worker.state == "incompatible" and not worker.held)
+
+
+def _put_workers(found: Sequence[Worker]) -> None:
+    versions = {w.version for w in found if w.version}
+    # Worth a column only where somebody must do something about it.
+    mixed = len(versions) > 1 or any(w.state == "incompatible" for w in found)
     put_table(
-        ("!worker", "state", "device", "#memory", "#busy", "#backlog", "#tokens/s", "#rows done", "resident"),
+        (
+            "!worker",
+            "state",
+            "device",
+            "#held",
+            "#memory",
+            "#busy",
+            "#backlog",
+            "#tokens/s",
+            "#rows done",
+            *(["version"] if mixed else []),
+            "resident",
+        ),
         (
             (
                 w.worker,
                 w.state,
-                w.device_name or w.device_kind,
-                f"{w.memory_used_mb / 1024:.1f} of {w.memory_mb / 1024:.1f} GiB",
+                w.device_name or w.device_kind or "–",
+                f"{w.held:,}",
+                f"{w.memory_used_mb / 1024:.1f} of {w.memory_mb / 1024:.1f} GiB" if w.memory_mb else "–",
                 f"{w.utilisation:.0%}",
                 f"{w.backlog_s:.1f} s",
                 "–" if w.rate_tokens_s is None else f"{w.rate_tokens_s:,.0f}",
                 f"{w.rows_done:,}",
+                *([f"{w.version or '?'} (protocol {w.protocol or '?'})"] if mixed else []),
                 ", ".join(w.resident),
             )
             for w in found
         ),
         empty="no workers; start some with: motet worker --gpus all",
-        drop=("resident", "#backlog", "#memory", "#busy", "device"),
+        drop=("resident", "#backlog", "#memory", "#busy", "#held", "device"),
     )
 
 

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import asyncio
 import logging
 import re
+import time
+from contextlib import suppress
 from typing import Annotated
 
 from fastapi import APIRouter, Path, Request, Response
@@ -15,9 +18,11 @@ from scheduler.api import shapes
 from scheduler.api.auth import Caller
 from scheduler.api.blob_folder import SHA256
 from scheduler.api.bodies import chunks
-from scheduler.api.refusals import Forbidden
+from scheduler.api.refusals import Forbidden, Unavailable
 from scheduler.api.resources import Resources, Use
-from scheduler.store.registry import add_blob, has_live_lease
+from scheduler.store import blobs as store
+from scheduler.store.database import StoreUnavailable
+from scheduler.store.registry import has_live_lease
 
 log = logging.getLogger(__name__)
 routes = APIRouter(tags=["blobs"])
@@ -51,7 +56,11 @@ def get_blob(use: Use, caller: Caller, sha256: BlobPath) -> Response:
     responses=shapes.answers(200, None, None, "It is; `Content-Length` is its size.", 403, 404),
 )
 def has_blob(use: Use, caller: Caller, sha256: BlobPath) -> Response:
-    return _file(use, sha256)
+    found = _file(use, sha256)
+    # Whoever asks is about to name it in a manifest, and will not send it again.
+    with use.database.transaction() as connection:
+        store.touch_blob(connection, sha256)
+    return found
 
 
 def _file(use: Resources, sha256: str) -> Response:
@@ -80,6 +89,9 @@ async def put_blob(request: Request, use: Use, caller: Caller, sha256: BlobPath)
         await run_in_threadpool(_need_lease, use, request.headers.get(LEASE_HEADER, ""))
     size = await use.blobs.receive(sha256, chunks(request))
     await run_in_threadpool(_record, use, sha256, size)
+    if use.blobs.find(sha256) is None:
+        # A sweep took the file of before in the moment between; from here on none takes it.
+        raise Unavailable("the file was swept while it came in; send it again")
     log.info("blob stored", extra={"blob": sha256, "bytes": size, "token": caller.token})
     return JSONResponse({"sha256": sha256, "bytes": size}, 201)
 
@@ -96,4 +108,59 @@ def _need_lease(use: Resources, shown: str) -> None:
 
 def _record(use: Resources, sha256: str, size: int) -> None:
     with use.database.transaction() as connection:
-        add_blob(connection, sha256, size)
+        store.record_blob(connection, sha256, size)
+
+
+#: How often each API process looks for files that nothing needs.
+SWEEP_S = 3600.0
+#: A file that nothing names is kept for so long: its manifest may be on its way.
+KEPT_S = 24 * 3600.0
+#: Files of one transaction.
+_AT_ONCE = 100
+
+
+def sweep(use: Resources, *, kept_s: float = KEPT_S) -> int:
+    """Delete the blobs that no model names and nobody asked for lately; and abandoned uploads. How many blobs.
+
+    The file goes while its row is locked: a PUT of the same content at that moment waits for the row, and then
+    looks whether its file is there. Several processes may sweep one folder.
+    """
+    use.blobs.sweep()
+    _adopt(use)
+    swept = 0
+    while True:
+        with use.database.transaction() as connection:
+            found = store.take_unnamed_blobs(connection, kept_s, _AT_ONCE)
+            for sha256 in found:
+                path = use.blobs.find(sha256)
+                if path is not None:
+                    path.unlink(missing_ok=True)
+        swept += len(found)
+        if len(found) < _AT_ONCE:
+            break
+    if swept:
+        log.info("blobs swept", extra={"blobs": swept})
+    return swept
+
+
+def _adopt(use: Resources) -> None:
+    """Record files that have no row: their PUT ended in between, or another sweep did. They age like all others."""
+    files = [path for path in use.blobs.root.glob("??/??/*") if SHA256.fullmatch(path.name)]
+    for start in range(0, len(files), _AT_ONCE):
+        known = []
+        for path in files[start : start + _AT_ONCE]:
+            with suppress(FileNotFoundError):
+                stat = path.stat()
+                known.append((path.name, stat.st_size, max(0.0, time.time() - stat.st_mtime)))
+        with use.database.transaction() as connection:
+            store.adopt_blobs(connection, known)
+
+
+async def keep_swept(use: Resources) -> None:
+    """Sweep at once, and then every hour, for ever. What cannot be done now is done in an hour."""
+    while True:
+        try:
+            await run_in_threadpool(sweep, use)
+        except (StoreUnavailable, OSError) as trouble:
+            log.warning("blobs not swept", extra={"trouble": type(trouble).__name__})
+        await asyncio.sleep(SWEEP_S)

@@ -1,25 +1,44 @@
-"""Routes that look at the cluster: is the process up, is it ready, and which workers are there."""
+"""Routes of the cluster: is the process up, is it ready, which workers are there; and to drain and resume them."""
 
 from __future__ import annotations
 
+import logging
+import re
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from typing import Annotated, Any
+from uuid import UUID
 
-from fastapi import APIRouter
+from fastapi import APIRouter, Path
 from sqlalchemy import Connection
 from starlette.responses import JSONResponse, PlainTextResponse
 
+from motet.errors import NotFound
+from motet.tasks import short
 from motet.transport import TransportLost
 from motet.wire import Beat
 from scheduler.api import shapes
 from scheduler.api.auth import Caller
 from scheduler.api.refusals import Unavailable, refusal
 from scheduler.api.resources import Resources, Use
+from scheduler.liveness import speaks
+from scheduler.store import drains
 from scheduler.store.database import StoreUnavailable
-from scheduler.store.leases import rates
+from scheduler.store.drains import Drain
+from scheduler.store.leases import Run, rates, runs_by_worker
 from scheduler.store.registry import Registered, has_leader, models
 
+log = logging.getLogger(__name__)
 routes = APIRouter(tags=["cluster"])
+
+WorkerPath = Annotated[
+    str, Path(description="A worker's name, or a host's for all of its workers.", examples=["gpu-host-gpu0"])
+]
+_DRAINING = {
+    **shapes.WORKER,
+    "state": "draining",
+    "drained": {"since": "2026-11-23T18:33:00.000000Z", "by": "administrator"},
+}
 
 
 @routes.get("/healthz", summary="The process is up", response_class=PlainTextResponse)
@@ -65,35 +84,135 @@ def _redis(use: Resources) -> bool:
     responses=shapes.answers(200, shapes.WorkersShape, {"workers": [shapes.WORKER]}, "Every worker."),
 )
 def list_workers(use: Use, caller: Caller) -> JSONResponse:
+    return JSONResponse({"workers": list(_workers(use, caller.tenant).values())})
+
+
+@routes.post(
+    "/v1/workers/{worker}/drain",
+    summary="Let a worker, or all of a host, finish what it has and give it no more",
+    responses=shapes.answers(
+        200,
+        shapes.WorkersShape,
+        {"workers": [_DRAINING]},
+        "The worker, or those of the host; it is `drained` once it holds nothing.",
+        403,
+        404,
+    ),
+)
+def drain_worker(use: Use, caller: Caller, worker: WorkerPath) -> JSONResponse:
+    """It stays so, restarted or not, until it is resumed. Again is harmless."""
+    named = _named(use, worker, caller.tenant)
+    with use.database.transaction() as connection:
+        drains.drain(connection, {name: record["host"] for name, record in named.items()}, caller.token)
+    log.info("drained", extra={"workers": sorted(named), "token": caller.token})
+    return _shown(use, named, caller.tenant)
+
+
+@routes.post(
+    "/v1/workers/{worker}/resume",
+    summary="Let a drained worker, or all of a host, have work again",
+    responses=shapes.answers(
+        200, shapes.WorkersShape, {"workers": [shapes.WORKER]}, "The worker, or those of the host.", 403, 404
+    ),
+)
+def resume_worker(use: Use, caller: Caller, worker: WorkerPath) -> JSONResponse:
+    """Again is harmless."""
+    named = _named(use, worker, caller.tenant)
+    with use.database.transaction() as connection:
+        drains.resume(connection, list(named))
+    log.info("resumed", extra={"workers": sorted(named), "token": caller.token})
+    return _shown(use, named, caller.tenant)
+
+
+def _named(use: Resources, name: str, tenant: UUID) -> dict[str, dict[str, Any]]:
+    """The worker of this name, or else those of the host of this name. Raises NotFound."""
+    every = _workers(use, tenant)
+    if name in every:
+        return {name: every[name]}
+    found = {worker: record for worker, record in every.items() if on_host(worker, record["host"], name)}
+    if not found:
+        raise NotFound(f"no worker and no host named {short(name)}; see `motet workers`")
+    return found
+
+
+def on_host(worker: str, host: str, name: str) -> bool:
+    """Whether this worker is on the host of this name: the machine's own, with its domain or without, or the one
+    that its launcher was given (``build-7`` of ``build-7-gpu0``)."""
+    launched = re.fullmatch(r"(.+)-(?:cpu|gpu)[0-9-]+", worker)
+    return bool(name) and name in (host, host.partition(".")[0], launched[1] if launched else "")
+
+
+def _shown(use: Resources, named: Mapping[str, Mapping[str, Any]], tenant: UUID) -> JSONResponse:
+    """These workers as they are now; one that was forgotten meanwhile as it was."""
+    now = _workers(use, tenant)
+    return JSONResponse({"workers": [now.get(name, {**was, "drained": None}) for name, was in named.items()]})
+
+
+def _workers(use: Resources, tenant: UUID) -> dict[str, dict[str, Any]]:
+    """Every worker that beats or is drained, by name, as docs/http.md shows it. Raises TransportLost."""
     if use.transport is None:
         raise Unavailable("no Redis is configured; set MOTET_REDIS_URL")
+    # Beats before leases: whoever says that it drains was told by a leader that gives it no more.
     beats = use.transport.beats()
     silent = use.workers.silent(beats, time.monotonic())
     with use.database.transaction() as connection:
         refs = refs_by_digest(models(connection))
         speeds = _speeds(connection)
-    return JSONResponse(
-        {
-            "workers": [
-                {
-                    "worker": name,
-                    "host": beat.host,
-                    "state": "silent" if name in silent else beat.state,
-                    "device_kind": beat.device_kind,
-                    "device_name": beat.device_name,
-                    "memory_mb": beat.memory_mb,
-                    "memory_used_mb": beat.memory_used_mb,
-                    "utilisation": beat.utilisation,
-                    "resident": [refs.get(digest, digest[:12]) for digest in beat.resident],
-                    "backlog_s": beat.backlog_s,
-                    "held": len(beat.held),
-                    "rows_done": beat.rows_done,
-                    "rate_tokens_s": speeds.get(beat.device_name),
-                }
-                for name, beat in sorted(beats.items())
-            ]
+        drained = drains.drains(connection)
+        holding = drains.holding(connection)
+        runs = runs_by_worker(connection, tenant)
+    gone = {name: Beat(worker=name, boot="", seq=0, host=d.host) for name, d in drained.items()}
+    return {
+        name: {
+            "worker": name,
+            "host": beat.host,
+            "state": _state(beat, silent=name in silent, drained=name in drained, holding=name in holding)
+            if name in beats
+            else "gone",
+            "device_kind": beat.device_kind if name in beats else "",
+            "device_name": beat.device_name,
+            "memory_mb": beat.memory_mb,
+            "memory_used_mb": beat.memory_used_mb,
+            "utilisation": beat.utilisation,
+            "resident": [refs.get(digest, digest[:12]) for digest in beat.resident],
+            "backlog_s": beat.backlog_s,
+            "held": len(beat.held),
+            "rows_done": beat.rows_done,
+            "rate_tokens_s": speeds.get(beat.device_name),
+            "protocol": beat.protocol if name in beats else None,
+            "version": beat.version,
+            "drained": _when(drained.get(name)),
+            **_running(runs.get(name, ())),
         }
-    )
+        for name, beat in sorted({**gone, **beats}.items())
+    }
+
+
+def _running(runs: Sequence[Run]) -> dict[str, Any]:
+    """What a worker runs: jobs of the caller's tenant by name, those of others as a number of sub-tasks."""
+    own = [run for run in runs if run.job is not None]
+    return {
+        "running": [
+            {"job": str(run.job), "pass": run.pass_kind, "subtasks": run.subtasks, "rows": run.rows}
+            for run in own
+        ],
+        "running_other": sum(run.subtasks for run in runs if run.job is None),
+    }
+
+
+def _when(drain: Drain | None) -> dict[str, str] | None:
+    return None if drain is None else {"since": drain.since, "by": drain.by}
+
+
+def _state(beat: Beat, *, silent: bool, drained: bool, holding: bool) -> str:
+    """A worker's state in one word. ``drained``: the flag is set, it has said so, and nothing of it is left there."""
+    if silent:
+        return "silent"
+    if not speaks(beat):
+        return "incompatible"
+    if drained and beat.state != "starting":
+        return "drained" if beat.state == "draining" and not (beat.held or holding) else "draining"
+    return beat.state
 
 
 def live_workers(use: Resources) -> dict[str, Beat]:

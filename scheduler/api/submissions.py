@@ -14,6 +14,7 @@ from uuid import UUID
 
 from motet.errors import InvalidJob, Problem
 from motet.manifest import Manifest
+from motet.settings import MAX_RETENTION_DAYS
 from motet.tasks import Task, parse, short
 from scheduler.api.bodies import clean_object
 from scheduler.api.strict_json import MAX_DEPTH, Doubled
@@ -24,7 +25,9 @@ from scheduler.store.registry import Registered
 #: Rows that a job may bring along in its first request.
 MAX_INLINE_ROWS = 1024
 _MAX_NAME = 200
-_OPTIONS = ("tasks", "name", "priority", "reuse", "bad_rows", "rows")
+#: A deadline farther away than a year is a slip of the hand.
+_MAX_DEADLINE_S = 366 * 86_400
+_OPTIONS = ("tasks", "name", "priority", "reuse", "bad_rows", "rows", "deadline_s", "retention_days")
 _PLAN_OPTIONS = (*_OPTIONS, "total_rows", "total_bytes")
 
 
@@ -39,6 +42,10 @@ class Submission:
     bad_rows: Literal["refuse", "error"]
     #: Rows brought along, not yet checked; None: they come in parts.
     rows: Sequence[Any] | None
+    #: Seconds in which it must end, or it fails; None: no hurry.
+    deadline_s: float | None
+    #: Days for which it is kept after its end, where the cluster does not delete it sooner.
+    retention_days: float | None
     total_rows: int | None
     total_bytes: int | None
     #: Of the whole request: the same request gives the same digest, however its JSON was laid out.
@@ -87,6 +94,8 @@ def read_submission(body: Any, *, max_tasks: int, dry_run: bool = False) -> Subm
         reuse=body.get("reuse", True),
         bad_rows=body.get("bad_rows", "refuse"),
         rows=rows,
+        deadline_s=body.get("deadline_s"),
+        retention_days=body.get("retention_days"),
         total_rows=body.get("total_rows"),
         total_bytes=body.get("total_bytes"),
         digest=_digest(body),
@@ -113,6 +122,16 @@ def _checks(body: Mapping[str, Any], rows: Any, dry_run: bool) -> list[tuple[str
         ("reuse", isinstance(body.get("reuse", True), bool), "true or false"),
         ("bad_rows", _one_of(body.get("bad_rows", "refuse"), ("refuse", "error")), "refuse or error"),
         ("rows", inline or "rows" not in body, f"a list of {least} to {MAX_INLINE_ROWS:,} rows"),
+        (
+            "deadline_s",
+            _amount_or_none(body.get("deadline_s"), _MAX_DEADLINE_S),
+            f"seconds from now, more than 0 and at most {_MAX_DEADLINE_S:,}",
+        ),
+        (
+            "retention_days",
+            _amount_or_none(body.get("retention_days"), MAX_RETENTION_DAYS),
+            f"days, more than 0 and at most {MAX_RETENTION_DAYS:,}",
+        ),
         ("total_rows", _count_or_none(total_rows), "a whole number"),
         ("total_bytes", _count_or_none(total_bytes), "a whole number"),
     ]
@@ -124,6 +143,12 @@ def _one_of(value: Any, allowed: Mapping[str, int] | Sequence[str]) -> bool:
 
 def _count_or_none(value: Any) -> bool:
     return value is None or (isinstance(value, int) and not isinstance(value, bool) and 0 <= value <= 10**15)
+
+
+def _amount_or_none(value: Any, most: float) -> bool:
+    return value is None or (
+        isinstance(value, int | float) and not isinstance(value, bool) and 0 < value <= most
+    )
 
 
 def _rows_got(rows: Any) -> str:
@@ -201,4 +226,6 @@ def new_job(job: UUID, tenant: UUID, asked: Submission, planned: Planned, key: s
         ),
         request_digest=asked.digest,
         idempotency_key=key,
+        deadline_s=asked.deadline_s,
+        retention_days=asked.retention_days,
     )

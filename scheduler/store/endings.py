@@ -1,24 +1,31 @@
-"""How a job ends before its time: cancelled by a person, failed by the scheduler, removed for good."""
+"""How a job ends before its time: cancelled by a person, failed by the scheduler, removed for good.
+
+And how storage is freed: by whoever removes a small job, by the sweeper of the leading dispatcher for all else.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Literal
+from dataclasses import dataclass
+from typing import Any, Literal
 from uuid import UUID
 
-from sqlalchemy import Connection, text
+from sqlalchemy import Connection, Row, text
 
+from motet import traces
 from scheduler.store.database import JOB, WORK, notify
 
+#: What is told of a job that ends, wherever it does.
+ENDED = "id, state, created, finished, n_rows, n_tasks, cells_ok, cells_error, cells_skipped"
 _LOCK = text("SELECT id FROM job WHERE id = :job FOR UPDATE")
 #: One UPDATE freezes the counts: what is in no sealed column by now is skipped, and never changes again.
-_END = text("""
+_END = text(f"""
     UPDATE job SET state = :state, reason = :reason, finished = clock_timestamp(), version = version + 1,
            cells_ok = k.ok, cells_error = k.error, cells_skipped = n_rows * n_tasks - k.ok - k.error
       FROM (SELECT CAST(coalesce(sum(s.n_ok), 0) AS bigint) AS ok, CAST(coalesce(sum(s.n_error), 0) AS bigint) AS error
               FROM block_column b JOIN sealed_column s ON s.id = b.column_id WHERE b.job_id = :job) k
      WHERE id = :job AND state IN ('loading', 'running')
- RETURNING id""")
+ RETURNING {ENDED}""")
 _DROP_CELLS = text("DELETE FROM cells WHERE job_id = :job")
 _CLOSE_SUBTASKS = text("""
     UPDATE subtask SET state = 'lost', closed = clock_timestamp() WHERE job_id = :job AND state = 'open'""")
@@ -36,8 +43,10 @@ def end_job(connection: Connection, job: UUID, state: Literal["cancelled", "fail
     """
     # First the lock, then a look at what is sealed: an outcome under way is in the counts or comes too late.
     connection.execute(_LOCK, {"job": job})
-    if connection.execute(_END, {"job": job, "state": state, "reason": reason}).first() is None:
+    ended = connection.execute(_END, {"job": job, "state": state, "reason": reason}).first()
+    if ended is None:
         return False
+    trace_end(ended)
     for statement in (_DROP_LEASES, _CLOSE_SUBTASKS, _DROP_PIECES, _DROP_CELLS, _NOTHING_WAITS):
         connection.execute(statement, {"job": job})
     notify(connection, WORK)
@@ -45,28 +54,147 @@ def end_job(connection: Connection, job: UUID, state: Literal["cancelled", "fail
     return True
 
 
+def trace_end(job: Row[Any]) -> None:
+    """The span that all others of a job hang from, once its end is committed. ``job``: the columns ENDED."""
+    counts = {name: getattr(job, name) for name in ENDED.split(", ")[4:]}
+    traces.add(job.id, traces.JOB, job.created, job.finished, state=job.state, **counts)
+
+
+# -- removing --------------------------------------------------------------------------------------
+
+#: Blocks deleted in one transaction: some tens of milliseconds of work.
+SLICE_BLOCKS = 128
+#: Closed sub-tasks deleted in one transaction.
+SLICE_SUBTASKS = 5_000
+_LAST_BLOCKS = text("""
+    SELECT min(number) AS first, count(*) AS n
+      FROM (SELECT number FROM block WHERE job_id = :job ORDER BY number DESC LIMIT :limit) k""")
 # In one order, since two jobs may show the same columns.
 _ITS_COLUMNS = text("""
     SELECT id FROM sealed_column
-     WHERE id IN (SELECT column_id FROM block_column WHERE job_id = :job) ORDER BY id FOR NO KEY UPDATE""")
+     WHERE id IN (SELECT column_id FROM block_column WHERE job_id = :job AND block_number >= :first)
+     ORDER BY id FOR NO KEY UPDATE""")
 _RELEASE = text("""
     UPDATE sealed_column c SET refs = c.refs - r.n
-      FROM (SELECT column_id, count(*) AS n FROM block_column WHERE job_id = :job GROUP BY column_id) r
+      FROM (SELECT column_id, count(*) AS n FROM block_column WHERE job_id = :job AND block_number >= :first
+             GROUP BY column_id) r
      WHERE c.id = r.column_id""")
-_DELETE_JOB = text("DELETE FROM job WHERE id = :job")
+# Set by set and children first: a cascade would ask for each row by itself.
+_DELETE_BLOCKS = tuple(
+    text(f"DELETE FROM {table} WHERE job_id = :job AND {number} >= :first")
+    for table, number in (
+        ("cells", "block_number"),
+        ("piece", "block_number"),
+        ("block_column", "block_number"),
+        ("block_pass", "block_number"),
+        ("block", "number"),
+    )
+)
 _DELETE_COLUMNS = text("DELETE FROM sealed_column WHERE id = ANY(:ids) AND refs <= 0")
+_DELETE_SUBTASKS = text("""
+    DELETE FROM subtask WHERE id IN (SELECT id FROM subtask WHERE job_id = :job ORDER BY id LIMIT :limit)""")
+_DELETE_JOB = text("DELETE FROM job WHERE id = :job")
+_N_BLOCKS = text("SELECT n_blocks FROM job WHERE id = :job")
+# Its tasks go at once, and with them all that the views of SQL users show of it.
+_GIVE_AWAY = text("""
+    UPDATE job SET tenant_id = (SELECT id FROM tenant WHERE name = ''), idempotency_key = NULL WHERE id = :job""")
+_DROP_TASKS = text("DELETE FROM task WHERE job_id = :job")
 
 
 def delete_job(connection: Connection, job: UUID) -> bool:
     """Remove a job, its texts and those of its columns that no other job shows. False where there is none.
 
-    Late outcomes find no sub-task and are dropped; ids are never used again.
+    Late outcomes find no sub-task and are dropped; ids are never used again. A job of many blocks takes long:
+    see ``remove_job`` and ``delete_slice``.
     """
     if connection.execute(_LOCK, {"job": job}).first() is None:
         return False
-    ids: Sequence[int] = [row.id for row in connection.execute(_ITS_COLUMNS, {"job": job})]
-    connection.execute(_RELEASE, {"job": job})
+    while not _delete_slice(connection, job):
+        pass
+    return True
+
+
+def remove_job(connection: Connection, job: UUID) -> None:
+    """Remove an ended job from sight: a small one is deleted, a large one left to nobody and the sweeper.
+
+    From here on neither its owner nor an administrator finds it, and its Idempotency-Key is free.
+    """
+    if connection.execute(_LOCK, {"job": job}).first() is None:
+        return
+    if connection.execute(_N_BLOCKS, {"job": job}).scalar_one() <= SLICE_BLOCKS:
+        delete_job(connection, job)
+        return
+    connection.execute(_GIVE_AWAY, {"job": job})
+    connection.execute(_DROP_TASKS, {"job": job})
+    notify(connection, WORK)
+
+
+def delete_slice(connection: Connection, job: UUID) -> bool:
+    """Delete up to SLICE_BLOCKS blocks of an ended job, from its end; True when nothing of it is left.
+
+    Each slice is whole: the columns of its blocks are released with them, so a crash between two slices leaves
+    a smaller job and no column without an owner.
+    """
+    if connection.execute(_LOCK, {"job": job}).first() is None:
+        return True
+    return _delete_slice(connection, job)
+
+
+def _delete_slice(connection: Connection, job: UUID) -> bool:
+    last = connection.execute(_LAST_BLOCKS, {"job": job, "limit": SLICE_BLOCKS}).one()
+    if last.n:
+        at = {"job": job, "first": last.first}
+        ids: Sequence[int] = [row.id for row in connection.execute(_ITS_COLUMNS, at)]
+        connection.execute(_RELEASE, at)
+        for statement in _DELETE_BLOCKS:
+            connection.execute(statement, at)
+        connection.execute(_DELETE_COLUMNS, {"ids": ids})
+        if last.n == SLICE_BLOCKS:
+            return False
+    if connection.execute(_DELETE_SUBTASKS, {"job": job, "limit": SLICE_SUBTASKS}).rowcount == SLICE_SUBTASKS:
+        return False
     connection.execute(_DELETE_JOB, {"job": job})
-    connection.execute(_DELETE_COLUMNS, {"ids": ids})
     notify(connection, WORK)
     return True
+
+
+# -- sweeping --------------------------------------------------------------------------------------
+
+#: Jobs looked at in one round of the sweeper.
+_ROUND = 16
+# least() passes over NULL: the sooner of what the job and what the cluster says, or never where neither does.
+_DUE = text("""
+    SELECT j.id, j.n_blocks, CASE WHEN t.name = '' THEN 'removed' ELSE 'retention' END AS why FROM job j JOIN tenant t ON t.id = j.tenant_id
+     WHERE j.finished IS NOT NULL
+       AND (t.name = ''
+            OR j.finished < clock_timestamp() - 86400 * make_interval(secs => least(j.retention_days, :days)))
+     ORDER BY j.finished, j.id LIMIT :limit""")
+_UNSHOWN = text("""
+    DELETE FROM sealed_column WHERE id IN (
+      SELECT c.id FROM sealed_column c
+       WHERE c.refs <= 0 AND NOT EXISTS (SELECT 1 FROM block_column b WHERE b.column_id = c.id)
+       ORDER BY c.id LIMIT :limit FOR UPDATE SKIP LOCKED)""")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Due:
+    """An ended job that is to be deleted."""
+
+    id: UUID
+    n_blocks: int
+    #: ``removed``: by its owner; ``retention``: it was kept long enough.
+    why: str
+
+
+def due_for_deletion(connection: Connection, retention_days: float) -> list[Due]:
+    """The first few ended jobs that were removed by their owner, or that have been kept long enough.
+
+    ``retention_days``: of the cluster; 0 keeps what does not say otherwise itself.
+    """
+    at = {"days": retention_days or None, "limit": _ROUND}
+    return [Due(**row._mapping) for row in connection.execute(_DUE, at)]
+
+
+def sweep_columns(connection: Connection, limit: int = 500) -> int:
+    """Delete sealed columns that no block shows. Those go with their last block; this is for what slipped by."""
+    return int(connection.execute(_UNSHOWN, {"limit": limit}).rowcount)

@@ -184,6 +184,35 @@ def held(connection: Connection) -> list[Held]:
     ]
 
 
+_RUNS = text("""
+    SELECT l.worker, CASE WHEN j.tenant_id = :tenant THEN s.job_id END AS job,
+           CASE WHEN j.tenant_id = :tenant THEN p.kind ELSE '' END AS pass_kind,
+           count(*) AS subtasks, sum(s.n_rows) AS n_rows
+      FROM lease l JOIN subtask s ON s.id = l.subtask_id JOIN job j ON j.id = s.job_id
+      JOIN pass p ON p.job_id = s.job_id AND p.number = s.pass_number
+     GROUP BY 1, 2, 3 ORDER BY 1, min(l.leased)""")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Run:
+    """Sub-tasks of one job and pass kind that a worker holds leases of."""
+
+    #: None for jobs of other tenants, which are counted and not named.
+    job: UUID | None
+    pass_kind: str
+    subtasks: int
+    rows: int
+
+
+def runs_by_worker(connection: Connection, tenant: UUID) -> dict[str, list[Run]]:
+    """Who runs what now, by live leases: worker -> the tenant's jobs, oldest lease first, and all others."""
+    found: dict[str, list[Run]] = {}
+    for row in connection.execute(_RUNS, {"tenant": tenant}):
+        run = Run(job=row.job, pass_kind=row.pass_kind, subtasks=row.subtasks, rows=int(row.n_rows))
+        found.setdefault(row.worker, []).append(run)
+    return found
+
+
 _EXTEND = text("""
     UPDATE lease SET until = clock_timestamp() + make_interval(secs => :lease_s)
       FROM unnest(CAST(:subtasks AS bigint[]), CAST(:attempts AS smallint[])) k (subtask_id, attempt)
@@ -457,7 +486,9 @@ _RATES = text("SELECT trunk, device, numerics, seconds_per_token, bytes_per_toke
 _REFUSALS = text("SELECT model_id, worker, boot, why FROM refusal")
 _STALE = text("""
     SELECT id FROM job WHERE state = 'loading' AND touched < clock_timestamp() - make_interval(secs => :silent_s)""")
-_OVERDUE = text("SELECT id FROM job WHERE state = 'running' AND deadline < clock_timestamp()")
+_OVERDUE = text("""
+    SELECT id, to_char(deadline AT TIME ZONE 'UTC', 'YYYY-MM-DD"T"HH24:MI:SS"Z"') AS at FROM job
+     WHERE state IN ('loading', 'running') AND deadline < clock_timestamp()""")
 
 
 def rates(connection: Connection) -> Rates:
@@ -477,7 +508,9 @@ def refusals(connection: Connection) -> list[Refusal]:
 
 def overdue(connection: Connection, silent_s: float) -> dict[UUID, str]:
     """Jobs whose deadline passed, or whose upload fell silent, with the reason they fail for."""
-    found: dict[UUID, str] = {row.id: "the deadline passed" for row in connection.execute(_OVERDUE)}
+    found: dict[UUID, str] = {}
     for row in connection.execute(_STALE, {"silent_s": silent_s}):
         found[row.id] = f"the upload was abandoned: no part for {silent_s:.0f} s"
+    for row in connection.execute(_OVERDUE):
+        found[row.id] = f"its deadline passed: {row.at}; what was done by then can be read"
     return found

@@ -43,6 +43,29 @@ def test_downgrading_leaves_nothing_and_upgrading_brings_all_back(empty_url: str
     assert things(empty_url) == there
 
 
+def test_a_database_with_jobs_in_it_goes_up_and_down_a_version_and_keeps_them(empty_url: str) -> None:
+    upgrade(empty_url, "0001")
+    engine = create_engine(empty_url)
+    with engine.begin() as connection:
+        connection.execute(text("INSERT INTO tenant (name) VALUES ('default')"))
+        connection.execute(
+            text(
+                "INSERT INTO job (id, tenant_id, fields, n_tasks, request_digest)"
+                " SELECT gen_random_uuid(), id, '{text}', 1, 'x' FROM tenant"
+            )
+        )
+    for go in (upgrade, lambda url: downgrade(url, "0001"), upgrade):
+        go(empty_url)
+        with engine.connect() as connection:
+            kept = connection.execute(
+                text("SELECT count(*) FROM job JOIN tenant t ON t.id = tenant_id AND t.name = 'default'")
+            )
+            assert kept.scalar_one() == 1
+    with engine.connect() as connection:
+        assert connection.execute(text("SELECT retention_days FROM job")).scalar_one() is None
+    engine.dispose()
+
+
 def test_two_processes_that_migrate_at_once_take_turns(empty_url: str) -> None:
     failures: list[BaseException] = []
 
