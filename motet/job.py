@@ -289,6 +289,14 @@ class Job:
             if after is None:
                 return
 
+    def activity(self, timeline: int = 500) -> Mapping[str, Any]:
+        """What happens in it as of one moment: passes, devices, the newest ``timeline`` sub-tasks in time,
+        throughput, errors by class; docs/http.md names every field. Times are seconds since it was created.
+        """
+        found: Mapping[str, Any] = self._http.get(f"{self._path}/activity", timeline=timeline)
+        self._record = dict(found["job"])
+        return found
+
     # -- taking it away
 
     def to_arrow(self, tasks: Sequence[str] | None = None) -> pyarrow.Table:

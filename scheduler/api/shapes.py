@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, Field
 
 
 class Shape(BaseModel):
@@ -83,6 +83,8 @@ class JobShape(Shape):
     created: str
     started: str | None
     finished: str | None
+    deadline: str | None
+    retention_days: float | None
     eta_s: float | None
 
 
@@ -131,6 +133,91 @@ class ErrorsShape(Shape):
     next: int | None
 
 
+class PassBlocksShape(Shape):
+    total: int
+    sealed: int
+
+
+class PassRowsShape(Shape):
+    total: int
+    waiting: int
+    open: int
+    done: int
+
+
+class PassSubtasksShape(Shape):
+    open: int
+    done: int
+    lost: int
+    failed: int
+
+
+class PassActivityShape(Shape):
+    number: int
+    kind: str
+    tasks: list[str]
+    blocks: PassBlocksShape
+    rows: PassRowsShape
+    subtasks: PassSubtasksShape
+    tokens: int
+    unfused_tokens: int
+    busy_s: float
+
+
+class DeviceActivityShape(Shape):
+    worker: str
+    device_name: str
+    state: Literal["starting", "ready", "draining", "silent", "gone"]
+    subtasks: int
+    open: int
+    rows: int
+    tokens: int
+    busy_s: float
+    tokens_s: float
+    share: float
+    utilisation: float | None
+    backlog_s: float | None
+
+
+class SubtaskActivityShape(Shape):
+    subtask: int
+    worker: str
+    #: A keyword of Python, hence the alias.
+    pass_: int = Field(alias="pass")
+    state: Literal["open", "done", "lost", "failed"]
+    exclusive: bool
+    carved_s: float
+    start_s: float
+    end_s: float | None
+    rows: int
+    tokens: int
+    busy_s: float
+
+
+class ThroughputShape(Shape):
+    at_s: float
+    tokens_s: float
+    rows_s: float
+
+
+class ErrorClassShape(Shape):
+    task: str
+    error: str
+    count: int
+    first_row: int
+    message: str
+
+
+class ActivityShape(Shape):
+    job: JobShape
+    now_s: float
+    passes: list[PassActivityShape]
+    devices: list[DeviceActivityShape]
+    timeline: list[SubtaskActivityShape]
+    throughput: list[ThroughputShape]
+    errors: list[ErrorClassShape]
+
+
 class ModelShape(BaseModel):
     """A manifest; ``motet.manifest.Manifest`` tells each field's meaning."""
 
@@ -151,10 +238,22 @@ class ModelsShape(Shape):
     models: list[ModelShape]
 
 
+class DrainedShape(Shape):
+    since: str
+    by: str
+
+
+class RunShape(Shape):
+    job: str
+    pass_: str = Field(alias="pass")
+    subtasks: int
+    rows: int
+
+
 class WorkerShape(Shape):
     worker: str
     host: str
-    state: Literal["starting", "ready", "draining", "silent"]
+    state: Literal["starting", "ready", "draining", "drained", "silent", "incompatible", "gone"]
     device_kind: str
     device_name: str
     memory_mb: int
@@ -165,6 +264,11 @@ class WorkerShape(Shape):
     held: int
     rows_done: int
     rate_tokens_s: float | None
+    protocol: int | None
+    version: str
+    drained: DrainedShape | None
+    running: list[RunShape]
+    running_other: int
 
 
 class WorkersShape(Shape):
@@ -245,6 +349,8 @@ JOB = {
     "created": "2026-11-23T18:33:00Z",
     "started": "2026-11-23T18:33:01Z",
     "finished": None,
+    "deadline": None,
+    "retention_days": None,
     "eta_s": 7.4,
 }
 PLAN_REQUEST = {
@@ -274,6 +380,56 @@ PLAN = {
     "devices": 2,
 }
 PART = {"part": 0, "rows": 1024, "total_rows": 1024, "bad_rows": 0, "next_part": 1}
+ACTIVITY = {
+    "job": JOB,
+    "now_s": 4.1,
+    "passes": [
+        {
+            "number": 0,
+            "kind": "encoder all-MiniLM-L6-v2",
+            "tasks": ["topic"],
+            "blocks": {"total": 3, "sealed": 1},
+            "rows": {"total": 3000, "waiting": 952, "open": 1024, "done": 1024},
+            "subtasks": {"open": 1, "done": 4, "lost": 0, "failed": 0},
+            "tokens": 41234,
+            "unfused_tokens": 41234,
+            "busy_s": 3.9,
+        }
+    ],
+    "devices": [
+        {
+            "worker": "host-cpu0",
+            "device_name": "CPU",
+            "state": "ready",
+            "subtasks": 4,
+            "open": 1,
+            "rows": 1024,
+            "tokens": 41234,
+            "busy_s": 3.9,
+            "tokens_s": 10572.8,
+            "share": 0.975,
+            "utilisation": 0.98,
+            "backlog_s": 2.1,
+        }
+    ],
+    "timeline": [
+        {
+            "subtask": 7,
+            "worker": "host-cpu0",
+            "pass": 0,
+            "state": "done",
+            "exclusive": False,
+            "carved_s": 0.12,
+            "start_s": 0.2,
+            "end_s": 1.9,
+            "rows": 256,
+            "tokens": 10310,
+            "busy_s": 1.7,
+        }
+    ],
+    "throughput": [{"at_s": 2.0, "tokens_s": 10310.0, "rows_s": 256.0}],
+    "errors": [{"task": "topic", "error": "too_long", "count": 3, "first_row": 17, "message": "301 tokens"}],
+}
 CELL_ERRORS = {
     "errors": [{"row": 41, "task": "topic", "error": "bad_row", "message": "text: got null; expected text"}],
     "next": None,
@@ -305,6 +461,18 @@ WORKER = {
     "held": 2,
     "rows_done": 120000,
     "rate_tokens_s": 1250000.0,
+    "protocol": 1,
+    "version": "0.1.0",
+    "drained": None,
+    "running": [
+        {
+            "job": "0198f2c4-7a51-7c3e-9d2b-0a4c6f1e8b57",
+            "pass": "encoder all-MiniLM-L6-v2",
+            "subtasks": 2,
+            "rows": 4096,
+        }
+    ],
+    "running_other": 1,
 }
 TOKEN = {
     "id": "5f0c1d2e3a4b",

@@ -5,10 +5,11 @@ from __future__ import annotations
 import logging
 from typing import Any
 
+import httpx
 import pytest
 from fastapi.routing import APIRoute
 
-from scheduler.api.auth import ALLOWED, SCOPES
+from scheduler.api.auth import ALLOWED, PAGES, SCOPES
 from tests.integration.api_house import CLASSIFY, House, house
 
 __all__ = ["house"]
@@ -77,7 +78,7 @@ def test_every_route_refuses_every_token_that_is_not_good_enough(house: House) -
     for (method, path), scopes in ALLOWED.items():
         if (method, path) in OPEN:
             continue
-        address = path.format(job=job, number=0, ref="topics", token="none", sha256="0" * 64)
+        address = path.format(job=job, number=0, ref="topics", token="none", sha256="0" * 64, worker="none")
         for name, token in bad.items():
             answer = ask(house, method, address, token)
             assert answer.status_code == 401, (method, path, name, answer.text)
@@ -127,6 +128,18 @@ def test_another_way_to_say_who_one_is_does_not_count(house: House) -> None:
     assert house.call(
         "GET", "/v1/jobs", token=None, headers={"Authorization": f"bearer {house.tokens['user']}"}
     ).is_success
+
+
+def test_the_pages_alone_take_basic_which_a_browser_repeats_unasked(house: House) -> None:
+    job = house.submit(["a"])["id"]
+    basic = {"Authorization": httpx.BasicAuth(*house.tokens["admin"].split("."))._auth_header}
+    for method, path in ALLOWED:
+        if (method, path) in OPEN:
+            continue
+        address = path.format(job=job, number=0, ref="topics", token="none", sha256="0" * 64, worker="none")
+        answer = house.call(method, address, token=None, headers=basic)
+        assert answer.status_code == (200 if (method, path) in PAGES else 401), (method, path)
+    assert {method for method, _ in PAGES} == {"GET"}
 
 
 def test_a_wrong_token_is_refused_before_its_body_is_read(house: House) -> None:

@@ -1,0 +1,237 @@
+"""What happens in a job: for programs as JSON, and for people as pages that need no JavaScript."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Mapping
+from typing import Annotated, Any
+from uuid import UUID
+
+from fastapi import APIRouter, Query
+from starlette.responses import HTMLResponse, JSONResponse, Response
+
+from motet.transport import TransportLost
+from motet.wire import Beat
+from scheduler.api import page, shapes
+from scheduler.api.auth import Caller
+from scheduler.api.jobs import JobPath, describe
+from scheduler.api.markup import POLICY
+from scheduler.api.refusals import refusal
+from scheduler.api.resources import Resources, Use, job_id
+from scheduler.store import activity as store
+from scheduler.store.activity import Activity, DeviceActivity
+from scheduler.store.jobs import job_entries
+
+routes = APIRouter()
+
+#: Sub-tasks of a timeline at most.
+MAX_TIMELINE = 2000
+
+
+@routes.get(
+    "/v1/jobs/{job}/activity",
+    summary="What happens in a job: passes, devices, sub-tasks in time, throughput, errors",
+    tags=["jobs"],
+    responses=shapes.answers(
+        200, shapes.ActivityShape, shapes.ACTIVITY, "The job as of one moment.", 403, 404, 422
+    ),
+)
+def show_activity(
+    use: Use,
+    caller: Caller,
+    job: JobPath,
+    timeline: Annotated[
+        int, Query(ge=0, le=MAX_TIMELINE, description="Newest sub-tasks to show; open ones come first.")
+    ] = 500,
+) -> Response:
+    return JSONResponse(facts_of(use, caller.tenant, job_id(job), timeline=timeline))
+
+
+# -- pages
+
+
+def _html(says: str, *errors: int) -> dict[int | str, dict[str, Any]]:
+    """``responses=`` of a page: it is HTML, and so are its refusals."""
+    words = {
+        200: says,
+        401: "How to sign in.",
+        **dict.fromkeys((403, 422, 503, *errors), "Why not, in words."),
+    }
+    return {
+        code: {"description": said, "content": {"text/html": {"schema": {"type": "string"}}}}
+        for code, said in words.items()
+    }
+
+
+_HEADERS = {
+    "Cache-Control": "no-store",
+    "Content-Security-Policy": POLICY,
+    "Cross-Origin-Opener-Policy": "same-origin",
+    "Cross-Origin-Resource-Policy": "same-origin",
+    "Referrer-Policy": "no-referrer",
+    "X-Content-Type-Options": "nosniff",
+    "X-Frame-Options": "DENY",
+}
+#: Sub-tasks that are drawn: more would be thinner than a pixel.
+_DRAWN = 600
+
+
+@routes.get(
+    "/jobs",
+    summary="The page of jobs, for people",
+    tags=["pages"],
+    response_class=HTMLResponse,
+    responses=_html("Jobs, newest first. HTTP Basic does as well: the token's id and its secret."),
+)
+def jobs_page(
+    use: Use,
+    caller: Caller,
+    limit: Annotated[int, Query(ge=1, le=500, description="Jobs of a page.")] = 50,
+    after: Annotated[UUID | None, Query(description="The last job of the page before.")] = None,
+    state: Annotated[page.State | None, Query(description="Only jobs in this state.")] = None,
+) -> Response:
+    with use.database.transaction() as connection:
+        entries = job_entries(connection, caller.tenant, limit=limit + 1, after=after, state=state)
+    following = str(entries[limit - 1].id) if len(entries) > limit else None
+    shown = [describe(e) for e in entries[:limit]]
+    return _page(page.jobs_page(shown, following=following, state=state, limit=limit, first=after is None))
+
+
+@routes.get(
+    "/jobs/{job}",
+    summary="The page of a job, for people",
+    tags=["pages"],
+    response_class=HTMLResponse,
+    responses=_html("What happens in it. HTTP Basic does as well: the token's id and its secret.", 404),
+)
+def job_page(use: Use, caller: Caller, job: JobPath) -> Response:
+    return _page(page.job_page(facts_of(use, caller.tenant, job_id(job), timeline=_DRAWN)))
+
+
+def refused(error: Exception) -> Response:
+    """The refusal of a page: in words, and with a way to sign in."""
+    told = refusal(error)
+    headers = {k: v for k, v in told.headers.items() if k in ("retry-after",)}
+    if told.status_code == 401:
+        headers["WWW-Authenticate"] = 'Basic realm="motet", charset="UTF-8"'
+    message = json.loads(bytes(told.body))["error"]["message"]
+    return _page(page.refused_page(told.status_code, message), told.status_code, headers)
+
+
+def _page(content: str, status: int = 200, headers: Mapping[str, str] | None = None) -> Response:
+    return HTMLResponse(content, status, {**_HEADERS, **(headers or {})})
+
+
+# -- facts
+
+
+def facts_of(use: Resources, tenant: UUID, job: UUID, *, timeline: int) -> dict[str, Any]:
+    """A job's activity as docs/http.md shows it. Raises NotFound."""
+    with use.database.transaction() as connection:
+        found = store.activity(connection, tenant, job, timeline=timeline)
+    return {
+        "job": describe(found.job),
+        "now_s": _s(found.now_s),
+        "passes": _passes(found),
+        "devices": _devices(use, found),
+        "timeline": [
+            {
+                "subtask": s.id,
+                "worker": s.worker,
+                "pass": s.pass_number,
+                "state": s.state,
+                "exclusive": s.exclusive,
+                "carved_s": _s(s.carved_s),
+                "start_s": _s(s.start_s),
+                "end_s": None if s.end_s is None else _s(s.end_s),
+                "rows": s.rows,
+                "tokens": s.tokens,
+                "busy_s": _s(s.busy_s),
+            }
+            for s in found.timeline
+        ],
+        "throughput": [
+            {"at_s": _s(t.at_s), "tokens_s": round(t.tokens_s, 1), "rows_s": round(t.rows_s, 1)}
+            for t in found.throughput
+        ],
+        "errors": [
+            {
+                "task": e.task,
+                "error": e.error,
+                "count": e.count,
+                "first_row": e.first_row,
+                "message": e.message,
+            }
+            for e in found.errors
+        ],
+    }
+
+
+def _passes(found: Activity) -> list[dict[str, Any]]:
+    return [
+        {
+            "number": p.number,
+            "kind": p.kind,
+            "tasks": list(p.tasks),
+            "blocks": {"total": p.blocks, "sealed": p.blocks_sealed},
+            "rows": {
+                "total": p.rows,
+                "waiting": store.waiting(found.job, p),
+                "open": p.rows_open,
+                "done": p.rows_done,
+            },
+            "subtasks": {
+                "open": p.subtasks_open,
+                "done": p.subtasks_done,
+                "lost": p.subtasks_lost,
+                "failed": p.subtasks_failed,
+            },
+            "tokens": p.tokens,
+            "unfused_tokens": p.unfused_tokens,
+            "busy_s": _s(p.busy_s),
+        }
+        for p in found.passes
+    ]
+
+
+def _devices(use: Resources, found: Activity) -> list[dict[str, Any]]:
+    beats = _beats(use)
+    silent = use.workers.silent(beats, time.monotonic()) if beats else set()
+    return [_device(d, beats, silent) for d in found.devices]
+
+
+def _device(d: DeviceActivity, beats: Mapping[str, Beat] | None, silent: set[str]) -> dict[str, Any]:
+    beat = beats.get(d.worker) if beats else None
+    if beats is None or d.worker in silent:
+        state = "silent"
+    else:
+        state = beat.state if beat else "gone"
+    return {
+        "worker": d.worker,
+        "device_name": beat.device_name if beat else d.device_name,
+        "state": state,
+        "subtasks": d.subtasks,
+        "open": d.open,
+        "rows": d.rows,
+        "tokens": d.tokens,
+        "busy_s": _s(d.busy_s),
+        "tokens_s": round(d.tokens / d.busy_s, 1) if d.busy_s > 0 else 0.0,
+        "share": round(d.busy_s / d.span_s, 3) if d.span_s > 0 else 0.0,
+        "utilisation": beat.utilisation if beat else None,
+        "backlog_s": beat.backlog_s if beat else None,
+    }
+
+
+def _beats(use: Resources) -> dict[str, Beat] | None:
+    """Newest beat of each worker; None where Redis is away, and nobody can be heard."""
+    if use.transport is None:
+        return None
+    try:
+        return use.transport.beats()
+    except TransportLost:
+        return None
+
+
+def _s(seconds: float) -> float:
+    return round(seconds, 3)
