@@ -60,6 +60,16 @@ class Entry:
     body: bytes
 
 
+@dataclass(frozen=True, slots=True)
+class Lag:
+    """How far the aggregators are behind."""
+
+    #: Entries on the outcome stream.
+    entries: int
+    #: Seconds that the oldest of them has been there; 0 where there is none.
+    oldest_s: float
+
+
 class TransportLost(Exception):
     """Redis does not answer; nothing is known about what was under way. Try again later."""
 
@@ -113,6 +123,14 @@ class SchedulerTransport(Protocol):
 
     def outcome_backlog(self) -> int:
         """Entries on the stream."""
+        ...
+
+    def outcome_lag(self) -> Lag:
+        """Entries on the stream, and how long the oldest has waited there by the transport's own clock."""
+        ...
+
+    def dead_letters(self) -> int:
+        """Unreadable entries that are kept, at most DEAD_KEPT."""
         ...
 
     def memory_share(self) -> float:
@@ -316,6 +334,34 @@ class RedisTransport:
     def outcome_backlog(self) -> int:
         return int(self._redis.call(lambda r: r.xlen(OUTCOMES)))
 
+    def outcome_lag(self) -> Lag:
+        def ask(r: redis.Redis) -> list[Any]:
+            pipe = r.pipeline(transaction=False)
+            pipe.time()
+            pipe.xlen(OUTCOMES)
+            pipe.xrange(OUTCOMES, count=1)
+            return pipe.execute()
+
+        (seconds, micros), entries, oldest = self._redis.call(ask)
+        if not oldest:
+            return Lag(0, 0.0)
+        # An entry's id begins with Redis' own clock in milliseconds.
+        since_ms = int(oldest[0][0].partition(b"-")[0])
+        return Lag(int(entries), max(0.0, seconds + micros / 1e6 - since_ms / 1000))
+
+    def dead_letters(self) -> int:
+        return int(self._redis.call(lambda r: r.llen(DEAD)))
+
+    def readers(self) -> dict[str, float]:
+        """Every aggregator that ever asked for outcomes -> seconds since it last did. For health checks."""
+
+        def ask(r: redis.Redis) -> Any:
+            if not self._group_made:
+                self._make_group(r)
+            return r.xinfo_consumers(OUTCOMES, GROUP)
+
+        return {bytes(one["name"]).decode(): one["idle"] / 1000 for one in self._redis.call(ask)}
+
     def memory_share(self) -> float:
         """Used share of Redis' own memory limit; 0 where it has none."""
         info = self._redis.call(lambda r: r.info("memory"))
@@ -376,6 +422,48 @@ class RedisWorkerTransport:
         self._redis.call(send)
 
 
+@dataclass(frozen=True, slots=True)
+class Seen:
+    """A worker as a looker-on sees it."""
+
+    beat: Beat
+    #: Messages that wait in its queue.
+    queued: int
+
+
+class RedisReader:
+    """A looker-on's side of Redis: Flower's, whose rights hold nothing that changes anything."""
+
+    def __init__(self, url: str) -> None:
+        self._redis = _Redis(url)
+
+    def close(self) -> None:
+        self._redis.close()
+
+    def workers(self) -> dict[str, Seen]:
+        """Newest beat and length of the queue of every worker that beats. Raises TransportLost."""
+
+        def ask(r: redis.Redis) -> tuple[list[str], list[Any]]:
+            members: Any = r.smembers(WORKERS)
+            names = sorted(bytes(n).decode("utf-8", "replace") for n in members)
+            pipe = r.pipeline(transaction=False)
+            for name in names:
+                pipe.get(_key(name, "beat"))
+                pipe.llen(queue_name(name))
+            return names, pipe.execute()
+
+        names, answers = self._redis.call(ask)
+        found: dict[str, Seen] = {}
+        for name, raw, queued in zip(names, answers[::2], answers[1::2], strict=True):
+            try:
+                beat = Beat.decode(raw or b"")
+            except BadMessage:
+                continue
+            if beat.worker == name:
+                found[name] = Seen(beat, int(queued))
+        return found
+
+
 @dataclass
 class MemoryTransport:
     """The same contract without Redis: the scheduler's side, and a worker's side through ``worker(name)``."""
@@ -388,6 +476,8 @@ class MemoryTransport:
     entries: dict[str, tuple[tuple[int, int], bytes]] = field(default_factory=dict)
     #: Entry -> (consumer, when it was read).
     pending: dict[str, tuple[str, float]] = field(default_factory=dict)
+    #: Entry -> when it was put on the stream.
+    reported_at: dict[str, float] = field(default_factory=dict)
     buried: list[tuple[Entry, str]] = field(default_factory=list)
     clock: Callable[[], float] = time.monotonic
     canary: str = "0"
@@ -427,8 +517,8 @@ class MemoryTransport:
 
     def acknowledge(self, entries: Iterable[str]) -> None:
         for i in entries:
-            self.entries.pop(i, None)
-            self.pending.pop(i, None)
+            for store in (self.entries, self.pending, self.reported_at):
+                store.pop(i, None)
 
     def bury(self, entry: Entry, why: str) -> None:
         self.buried.append((entry, why))
@@ -440,6 +530,13 @@ class MemoryTransport:
     def outcome_backlog(self) -> int:
         return len(self.entries)
 
+    def outcome_lag(self) -> Lag:
+        oldest = min(self.reported_at.values(), default=None)
+        return Lag(len(self.entries), 0.0 if oldest is None else max(0.0, self.clock() - oldest))
+
+    def dead_letters(self) -> int:
+        return min(len(self.buried), DEAD_KEPT)
+
     def memory_share(self) -> float:
         return 0.0
 
@@ -447,8 +544,9 @@ class MemoryTransport:
         """Lose everything, as FLUSHALL or a restart of Redis does."""
         for store in (self.payloads, self.queues, self.newest_beats, self.controls, self.under_way):
             store.clear()
-        self.entries.clear()
-        self.pending.clear()
+        for kept in (self.entries, self.pending, self.reported_at):
+            kept.clear()
+        self.buried.clear()
         self.canary = str(int(self.canary) + 1)
 
     def worker(self, name: str) -> MemoryWorkerTransport:
@@ -477,7 +575,9 @@ class MemoryWorkerTransport:
 
     def report(self, subtask: int, attempt: int, outcome: bytes) -> None:
         self.shared._next += 1
-        self.shared.entries[f"{self.shared._next}-0"] = ((subtask, attempt), outcome)
+        entry = f"{self.shared._next}-0"
+        self.shared.entries[entry] = ((subtask, attempt), outcome)
+        self.shared.reported_at[entry] = self.shared.clock()
         self.shared.payloads.pop((self.name, subtask, attempt), None)
 
     def take(self) -> tuple[int, int] | None:

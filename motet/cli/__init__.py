@@ -12,9 +12,12 @@ from collections.abc import Sequence
 
 import click
 
-from motet.cli.cluster import demo, up, worker, workers
-from motet.cli.jobs import cancel, jobs, plan, results, rm, submit, watch
+from motet.cli.cluster import demo, drain, resume, up, worker, workers
+from motet.cli.doctor import doctor
+from motet.cli.jobs import cancel, jobs, plan, results, rm, submit
 from motet.cli.registry import models, token
+from motet.cli.top import top
+from motet.cli.watch import watch
 from motet.errors import InvalidJob, MotetError
 
 
@@ -32,7 +35,10 @@ def command() -> None:
     """Several AI tasks at once over one shared model pass, merged into one row per input."""
 
 
-for part in (up, demo, submit, plan, jobs, watch, results, cancel, rm, models, workers, worker, token):
+for part in (
+    *(up, demo, submit, plan, jobs, watch, top, results, cancel, rm),
+    *(models, workers, worker, drain, resume, token, doctor),
+):
     command.add_command(part)
 
 

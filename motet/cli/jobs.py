@@ -1,4 +1,4 @@
-"""Commands on jobs: submit, plan, jobs, watch, results, cancel, rm."""
+"""Commands on jobs: submit, plan, jobs, results, cancel, rm. What follows a job is in motet.cli.watch."""
 
 from __future__ import annotations
 
@@ -41,6 +41,20 @@ _task = click.option(
     metavar="NAME=KIND:MODEL[,OPTION=VALUE…]",
     help="A task to ask of every row; give it several times. Kinds: classify, number, embed, entities, function.",
 )
+#: What stands behind the number of a duration, and its seconds.
+_UNITS = {"s": 1.0, "m": 60.0, "h": 3600.0, "d": 86_400.0, "w": 7 * 86_400.0}
+
+
+def duration(context: click.Context, param: click.Parameter, value: str | None) -> float | None:
+    """Seconds of ``90s``, ``15m``, ``2h``, ``30d`` or ``1w``. Raises BadParameter."""
+    if value is None:
+        return None
+    number, unit = value[:-1], value[-1:]
+    if unit not in _UNITS or not re.fullmatch(r"[0-9]{1,9}(\.[0-9]{1,9})?", number) or float(number) <= 0:
+        raise click.BadParameter(f"got {value!r}; expected a number and a unit, such as 90s, 15m, 2h or 30d")
+    return float(number) * _UNITS[unit]
+
+
 _bad_rows = click.option(
     "--bad-rows",
     type=click.Choice(["refuse", "error"]),
@@ -65,6 +79,18 @@ Examples:
 @_priority
 @click.option("--reuse/--no-reuse", default=True, show_default=True, help="Take answers of earlier jobs.")
 @_bad_rows
+@click.option(
+    "--deadline",
+    callback=duration,
+    metavar="2h",
+    help="Fail if it has not ended by then; what is done stays.",
+)
+@click.option(
+    "--retention-days",
+    type=click.FloatRange(0, min_open=True),
+    metavar="DAYS",
+    help="Delete it so long after its end, or sooner where the server keeps jobs no longer.",
+)
 @click.option("--key", help="Submitting again with the same key gives the same job, or resumes its upload.")
 @click.option("--wait", is_flag=True, help="Wait until the job has ended; fail if it fails.")
 @click.option("--out", metavar="FILE", help="Wait, and write the rows to a .parquet, .jsonl or .csv file.")
@@ -76,6 +102,8 @@ def submit(
     priority: Any,
     reuse: bool,
     bad_rows: Any,
+    deadline: float | None,
+    retention_days: float | None,
     key: str | None,
     wait: bool,
     out: str | None,
@@ -90,7 +118,15 @@ def submit(
     export = _exporter(out) if out else None
     with connect() as client:
         job = client.submit(
-            file, specs, name=name, priority=priority, reuse=reuse, bad_rows=bad_rows, key=key
+            file,
+            specs,
+            name=name,
+            priority=priority,
+            reuse=reuse,
+            bad_rows=bad_rows,
+            deadline_s=deadline,
+            retention_days=retention_days,
+            key=key,
         )
         if not as_json:
             click.echo(job.id)
@@ -179,31 +215,6 @@ def jobs(state: Any, limit: int, as_json: bool) -> None:
 
 @click.command(
     epilog="""\b
-Example:
-  motet watch 0198f2c4-7a51-7c3e-9d2b-0a4c6f1e8b57"""
-)
-@click.argument("job")
-@as_json
-def watch(job: str, as_json: bool) -> None:
-    """Follow JOB until it has ended; fail if it fails. Ctrl-C leaves it running.
-
-    With --json: an object per line each time that something has changed.
-    """
-    import dataclasses
-    import json
-
-    with connect() as client:
-        found = find_job(client, job)
-        if as_json:
-            for progress in found.watch():
-                click.echo(json.dumps(dataclasses.asdict(progress)))
-        found.wait()
-        if not as_json:
-            click.echo(str(found.progress))
-
-
-@click.command(
-    epilog="""\b
 Examples:
   motet results 0198f2c4-7a51-7c3e-9d2b-0a4c6f1e8b57 --limit 5
   motet results 0198f2c4-7a51-7c3e-9d2b-0a4c6f1e8b57 --format csv > rows.csv"""
@@ -264,22 +275,80 @@ def cancel(job: str, as_json: bool) -> None:
 
 @click.command(
     epilog="""\b
-Example:
-  motet rm 0198f2c4-7a51-7c3e-9d2b-0a4c6f1e8b57"""
+Examples:
+  motet rm 0198f2c4-7a51-7c3e-9d2b-0a4c6f1e8b57
+  motet rm --finished --older-than 30d
+  motet rm --finished --older-than 7d --yes --json"""
 )
-@click.argument("jobs", nargs=-1, required=True, metavar="JOB…")
+@click.argument("jobs", nargs=-1, metavar="[JOB…]")
+@click.option("--finished", is_flag=True, help="Every job that has succeeded, failed or been cancelled.")
+@click.option(
+    "--older-than",
+    callback=duration,
+    metavar="30d",
+    help="With --finished: only those that ended so long ago.",
+)
+@click.option("--yes", "-y", is_flag=True, help="Do not ask.")
 @as_json
-def rm(jobs: Sequence[str], as_json: bool) -> None:
-    """Remove jobs and their results.
+def rm(jobs: Sequence[str], finished: bool, older_than: float | None, yes: bool, as_json: bool) -> None:
+    """Remove jobs and their results for good.
 
-    Those that run are cancelled first.
+    Those that are named and still run are cancelled first. On a terminal it asks before; in a script, --finished
+    needs --yes. MOTET_RETENTION_DAYS lets the server do this by itself.
     """
+    if bool(jobs) == finished:
+        raise click.UsageError("name the jobs to remove, or give --finished for all that have ended")
+    if older_than is not None and not finished:
+        raise click.UsageError("--older-than goes with --finished; a job that is named is removed anyway")
     with connect() as client:
-        found = [find_job(client, job) for job in jobs]
-        for job in found:
-            job.delete()
+        named = {job.id: job for job in (find_job(client, job) for job in jobs)}
+        found = (
+            [job for job in client.jobs() if _ended_before(job, older_than)]
+            if finished
+            else [*named.values()]
+        )
+        if found and not yes:
+            _ask_to_remove(found, finished)
+        removed = [job.id for job in found if _removed(job)]
     if as_json:
-        put_json({"removed": [job.id for job in found]})
+        put_json({"removed": removed})
+    elif finished:
+        click.echo(f"{len(removed):,} removed")
+
+
+def _ended_before(job: Job, age_s: float | None) -> bool:
+    """Whether it has ended, and that at least so long ago by this machine's clock."""
+    from datetime import UTC, datetime
+
+    ended = job.record.get("finished")
+    if not ended:
+        return False
+    return age_s is None or (datetime.now(UTC) - datetime.fromisoformat(ended)).total_seconds() >= age_s
+
+
+def _ask_to_remove(found: Sequence[Job], selected: bool) -> None:
+    """Say what will be gone, and ask. Raises Abort; UsageError where nobody is there to answer."""
+    from motet.job import count
+
+    if not sys.stdin.isatty():
+        if selected:
+            raise click.UsageError(f"this removes {count(len(found), 'job')}; say --yes to do it in a script")
+        return
+    running = sum(job.record["state"] in ("loading", "running") for job in found)
+    rows = sum(job.rows for job in found)
+    words = f"remove {count(len(found), 'job')} with {count(rows, 'row')} and all results"
+    click.confirm(words + (f" ({running:,} still running)" if running else ""), abort=True, err=True)
+
+
+def _removed(job: Job) -> bool:
+    """Remove it. False where somebody else, or the server's own retention, was faster."""
+    from motet.errors import NotFound
+
+    try:
+        job.delete()
+    except NotFound:
+        return False
+    return True
 
 
 def parse_tasks(specs: Sequence[str]) -> dict[str, dict[str, Any]]:

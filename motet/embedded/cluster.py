@@ -39,7 +39,10 @@ SETTLED_S = 30.0
 GRACE_S = 10.0
 
 #: Settings that the cluster gives to its processes; those of the surrounding environment are for other clusters.
-GIVEN = ("DATABASE_URL", "REDIS_URL", "TOKEN", "URL", "API_HOST", "API_PORT", "BLOB_DIR", "CACHE_DIR", "HOME")
+GIVEN = (
+    *("DATABASE_URL", "REDIS_URL", "TOKEN", "URL", "API_HOST", "API_PORT", "BLOB_DIR", "CACHE_DIR", "HOME"),
+    *("FLOWER_USER", "FLOWER_PASSWORD", "FLOWER_COOKIE_SECRET", "FLOWER_ADDRESS", "FLOWER_PORT"),
+)
 
 
 class Service(Protocol):
@@ -313,15 +316,26 @@ class Cluster:
         return Child(name, command, env=env, log=self._log(name), orphaned=orphaned)
 
     def _flower(self, port: int, urls: ValkeyUrls) -> Child:
-        password = secrets.token_urlsafe(12)
-        self.flower_url = f"http://motet:{password}@127.0.0.1:{port}"
-        env = self._env(REDIS_URL=urls.flower) | {
-            "FLOWER_ADDRESS": "127.0.0.1",
-            "FLOWER_PORT": str(port),
-            "FLOWER_BASIC_AUTH": f"motet:{password}",
-            "FLOWER_READ_ONLY": "true",
-        }
-        return self._child("flower", self.command("celery", "--app=motet.embedded.flower", "flower"), env)
+        kept = self.data / "flower.json"
+        if not kept.exists():
+            # Kept, so that a bookmark still opens after the next start.
+            write_private(
+                kept,
+                json.dumps(
+                    {"password": secrets.token_urlsafe(12), "cookie_secret": secrets.token_urlsafe(48)}
+                ),
+            )
+        own = json.loads(kept.read_text("utf-8"))
+        self.flower_url = f"http://motet:{own['password']}@127.0.0.1:{port}"
+        env = self._env(
+            REDIS_URL=urls.flower,
+            FLOWER_USER="motet",
+            FLOWER_PASSWORD=own["password"],
+            FLOWER_COOKIE_SECRET=own["cookie_secret"],
+            FLOWER_ADDRESS="127.0.0.1",
+            FLOWER_PORT=str(port),
+        )
+        return self._child("flower", self.command("motet.flower"), env)
 
     def _env(self, **settings: str) -> dict[str, str]:
         """Our own environment without what is meant for another cluster or database, then the given settings."""

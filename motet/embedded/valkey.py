@@ -36,12 +36,15 @@ RIGHTS = {
         " (~_kombu.binding* +sadd +smembers)"
         " (&/0.celeryev/* +publish)"
     ),
-    # It listens to events, counts queues, and asks workers (which answer only where remote control is on).
+    # It listens to events, reads beats and counts queues. Flower insists on asking for events when it starts; nobody
+    # hears it (remote control is off), and answers are not among its rights.
     "flower": (
         "+hello +auth +ping +echo +select +quit +client|setinfo +client|setname +multi +exec +discard"
-        " (~motet.gpu.* ~celery* +llen +exists)"
+        " (~motet:workers +smembers)"
+        " (~motet:w:*:beat +get)"
+        " (~motet.gpu.* +llen)"
         " (~_kombu.binding* +sadd +srem +smembers)"
-        " (~*.reply.celery.pidbox* ~celeryev.* +brpop +rpop +llen +exists +del)"
+        " (~celeryev.* +brpop +rpop +llen +exists +del)"
         " (&/0.celeryev/* +psubscribe +punsubscribe)"
         " (&/0.celery.pidbox +publish)"
     ),
@@ -49,6 +52,20 @@ RIGHTS = {
 
 START_S = 30.0
 STOP_S = 10.0
+
+
+def acl(passwords: Mapping[str, str]) -> list[str]:
+    """A line for each user, as a configuration or an ACL file of the server takes it; of passwords their digests.
+
+    Here for ``motet up``, and for compose (deploy/compose/prepare.py, which needs nothing but this and Python).
+    """
+    return [
+        "user default off",
+        *(
+            f"user {role} on #{sha256(passwords[role].encode()).hexdigest()} resetchannels {rights}"
+            for role, rights in RIGHTS.items()
+        ),
+    ]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -135,10 +152,6 @@ class Valkey:
         return passwords
 
     def _config(self, socket_path: Path, passwords: Mapping[str, str]) -> str:
-        users = [
-            f"user {role} on #{sha256(passwords[role].encode()).hexdigest()} resetchannels {rights}"
-            for role, rights in RIGHTS.items()
-        ]
         return "\n".join(
             (
                 "bind 127.0.0.1",
@@ -155,8 +168,7 @@ class Valkey:
                 "proto-max-bulk-len 64mb",
                 "client-output-buffer-limit pubsub 32mb 8mb 60",
                 "tcp-keepalive 30",
-                "user default off",
-                *users,
+                *acl(passwords),
                 "",
             )
         )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -11,6 +12,7 @@ import pytest
 from motet.manifest import Manifest
 from motet.transport import (
     Entry,
+    Lag,
     MemoryTransport,
     RedisTransport,
     RedisWorkerTransport,
@@ -131,8 +133,29 @@ def test_an_unreadable_entry_is_buried_not_read_again(pair: Pair) -> None:
     read(pair)
     pair.worker("w").report(1, 1, b"garbage")
     [entry] = read(pair)
+    assert pair.scheduler.dead_letters() == 0
     pair.scheduler.bury(entry, "cannot decode")
     assert pair.scheduler.outcome_backlog() == 0
+    assert pair.scheduler.dead_letters() == 1
+
+
+def test_the_lag_is_the_age_of_the_oldest_entry_and_ends_with_it(pair: Pair) -> None:
+    assert pair.scheduler.outcome_lag() == Lag(0, 0.0)
+    worker = pair.worker("w")
+    read(pair)
+    worker.report(1, 1, outcome(1))
+    [first] = read(pair)
+    before = pair.scheduler.outcome_lag()
+    worker.report(2, 1, outcome(2))
+    time.sleep(0.02)
+    both = pair.scheduler.outcome_lag()
+    assert (before.entries, both.entries) == (1, 2)
+    assert both.oldest_s > before.oldest_s, "read is not yet recorded: it goes on waiting"
+    pair.scheduler.acknowledge([first.id])
+    assert pair.scheduler.outcome_lag().entries == 1
+    [second] = read(pair)
+    pair.scheduler.acknowledge([second.id])
+    assert pair.scheduler.outcome_lag() == Lag(0, 0.0)
 
 
 def test_the_rows_of_a_running_micro_batch_outlive_their_process(pair: Pair) -> None:
