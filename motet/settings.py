@@ -14,6 +14,9 @@ from typing import Any, get_type_hints
 
 from motet.errors import SetupError
 
+#: A hundred years: more is a slip of the hand.
+MAX_RETENTION_DAYS = 36_500
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Settings:
@@ -48,6 +51,8 @@ class Settings:
     block_rows: int = 1024
     #: UTF-8 bytes of a block, whichever comes first.
     block_bytes: int = 1024 * 1024
+    #: Days after its end at which a job and its results are deleted; 0 keeps them until somebody removes them.
+    retention_days: float = 0.0
 
     # -- protocol timers; lease >= 2 x dead, leader lease >= 5 x tick (reference: reliability 7)
     tick_s: float = 0.5
@@ -72,6 +77,18 @@ class Settings:
     #: Share of a device's memory that models may hold.
     memory_share: float = 0.92
     log_level: str = "INFO"
+
+    # -- watching
+    #: OTLP/HTTP receiver of traces, such as http://127.0.0.1:4318/v1/traces. Empty: no traces, and no cost.
+    traces: str = ""
+
+    def __post_init__(self) -> None:
+        # Also refuses NaN. A sign or an exponent gone wrong would delete everything.
+        if not 0 <= self.retention_days <= MAX_RETENTION_DAYS:
+            raise SetupError(
+                f"MOTET_RETENTION_DAYS: got {self.retention_days}; expected days from 0 (keep for ever)"
+                f" to {MAX_RETENTION_DAYS:,}"
+            )
 
     @classmethod
     def from_env(cls, env: Mapping[str, str] | None = None) -> Settings:

@@ -1,4 +1,7 @@
-"""``python -m scheduler api | dispatch | aggregate | migrate | bootstrap``: one process each."""
+"""``python -m scheduler api | dispatch | aggregate | migrate | bootstrap``: one process each.
+
+``python -m scheduler health api | dispatch | aggregate`` asks from beside one whether it does its work.
+"""
 
 from __future__ import annotations
 
@@ -9,7 +12,8 @@ import sys
 import threading
 from pathlib import Path
 
-from motet.errors import SetupError
+from motet import traces
+from motet.errors import MotetError, SetupError
 from motet.logs import configure
 from motet.settings import Settings
 
@@ -20,6 +24,7 @@ def main(argv: list[str] | None = None) -> int:
     """Run one of the scheduler's processes until it is told to stop. The exit status."""
     parser = argparse.ArgumentParser(prog="python -m scheduler", description=__doc__)
     parser.add_argument("process", choices=sorted(PROCESSES))
+    parser.add_argument("of", nargs="?", metavar="PROCESS", help="health: the process that is asked about")
     parser.add_argument("--tokens", type=Path, help="bootstrap: file that the first tokens are written to")
     arguments = parser.parse_args(argv)
     try:
@@ -29,6 +34,9 @@ def main(argv: list[str] | None = None) -> int:
     except SetupError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
+    except MotetError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
     except Exception:
         log.exception("stopped by an unexpected error")
         return 1
@@ -38,6 +46,7 @@ def main(argv: list[str] | None = None) -> int:
 def _api(settings: Settings, _: argparse.Namespace) -> None:
     from scheduler.api import serve
 
+    traces.configure("api", settings.traces)
     serve(settings.need("database_url", "redis_url", "blob_dir"))
 
 
@@ -49,6 +58,7 @@ def _dispatch(settings: Settings, _: argparse.Namespace) -> None:
     settings.need("database_url", "redis_url")
     database = Database(settings.database_url, pool=2)
     transport = RedisTransport(settings.redis_url, payload_ttl_s=settings.payload_ttl_s)
+    traces.configure("dispatch", settings.traces)
     run(Dispatcher(database, transport, settings), Listener(database), _stopping())
     database.close()
 
@@ -60,6 +70,7 @@ def _aggregate(settings: Settings, _: argparse.Namespace) -> None:
 
     settings.need("database_url", "redis_url")
     database = Database(settings.database_url, pool=2)
+    traces.configure("aggregate", settings.traces)
     run(Aggregator(database, RedisTransport(settings.redis_url), settings), _stopping())
     database.close()
 
@@ -80,12 +91,21 @@ def _bootstrap(settings: Settings, arguments: argparse.Namespace) -> None:
     bootstrap(settings.database_url, arguments.tokens)
 
 
+def _health(settings: Settings, arguments: argparse.Namespace) -> None:
+    from scheduler import health
+
+    if arguments.of not in health.PROCESSES:
+        raise SetupError(f"health: got {arguments.of!r}; expected one of {', '.join(health.PROCESSES)}")
+    print(health.check(arguments.of, settings))
+
+
 PROCESSES = {
     "api": _api,
     "dispatch": _dispatch,
     "aggregate": _aggregate,
     "migrate": _migrate,
     "bootstrap": _bootstrap,
+    "health": _health,
 }
 
 

@@ -24,8 +24,8 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from motet.errors import MotetError
 from motet.settings import Settings
 from motet.transport import TransportLost
-from scheduler.api import blobs, cluster, jobs, models, results, tokens
-from scheduler.api.auth import authenticate
+from scheduler.api import activity, blobs, cluster, doctor, jobs, metrics, models, results, tokens
+from scheduler.api.auth import authenticate, is_page
 from scheduler.api.refusals import refusal
 from scheduler.api.resources import Resources
 from scheduler.store.database import StoreUnavailable
@@ -44,15 +44,16 @@ def create_app(settings: Settings) -> FastAPI:
 
     @asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
-        use.blobs.sweep()
         listening = asyncio.create_task(use.bell.run())
+        sweeping = asyncio.create_task(blobs.keep_swept(use))
         try:
             yield
         finally:
             use.bell.stop()
-            listening.cancel()
-            with suppress(asyncio.CancelledError):
-                await listening
+            for task in (listening, sweeping):
+                task.cancel()
+                with suppress(asyncio.CancelledError):
+                    await task
             use.close()
 
     app = FastAPI(
@@ -67,23 +68,25 @@ def create_app(settings: Settings) -> FastAPI:
         redirect_slashes=False,
     )
     app.state.resources = use
-    for module in (jobs, results, models, blobs, tokens, cluster):
+    for module in (jobs, activity, results, models, blobs, tokens, cluster, doctor, metrics):
         app.include_router(module.routes)
     for kind in _EXPECTED:
         app.add_exception_handler(kind, _refuse)
-    app.add_middleware(Recorded)
+    app.state.figures = metrics.Figures(use)
+    app.add_middleware(Recorded, requests=app.state.figures.requests)
     return app
 
 
-async def _refuse(_: Request, error: Exception) -> Response:
-    return refusal(error)
+async def _refuse(request: Request, error: Exception) -> Response:
+    return activity.refused(error) if is_page(request) else refusal(error)
 
 
 class Recorded:
     """One log line per request, with an id that the answer carries too; the last to catch what nobody expected."""
 
-    def __init__(self, app: ASGIApp) -> None:
+    def __init__(self, app: ASGIApp, requests: metrics.Requests) -> None:
         self._app = app
+        self._requests = requests
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -112,9 +115,11 @@ class Recorded:
             await refusal(error)(scope, receive, sending)
         finally:
             route = getattr(scope.get("route"), "path", "-")
+            took_s = time.monotonic() - start
+            self._requests.saw(scope["method"], route, status, took_s)
             log.log(
                 # Probes ask every few seconds; what they ask is no news.
-                logging.DEBUG if route in ("/healthz", "/readyz") else logging.INFO,
+                logging.DEBUG if route in ("/healthz", "/readyz", "/metrics") else logging.INFO,
                 "request",
                 extra={
                     "request": request_id,
@@ -122,7 +127,7 @@ class Recorded:
                     # The route, not the path: a path may hold anything, and a query is nobody's business here.
                     "route": route,
                     "status": status,
-                    "ms": round((time.monotonic() - start) * 1000, 1),
+                    "ms": round(took_s * 1000, 1),
                     "tenant": scope.get("state", {}).get("tenant"),
                 },
             )

@@ -8,6 +8,7 @@ from __future__ import annotations
 import hashlib
 import logging
 import re
+import time
 import uuid
 from datetime import UTC, datetime
 from typing import Annotated, Any, Literal
@@ -18,6 +19,7 @@ from sqlalchemy import Connection
 from starlette.concurrency import run_in_threadpool
 from starlette.responses import JSONResponse
 
+from motet import traces
 from motet.errors import InvalidJob, Problem
 from motet.tasks import render, short
 from motet.transport import TransportLost
@@ -107,8 +109,10 @@ def _open(use: Resources, tenant: UUID, raw: bytes, key: str | None) -> Response
         if before is not None:
             return JSONResponse(describe(store.job_entry(connection, tenant, before)), status)
     incoming = _inline_rows(use, asked)
+    began = time.time()
     planned = _plan(use, asked)
     job = new_job(uuid.uuid4(), tenant, asked, planned, key)
+    ready = time.time()
     with use.database.transaction() as connection:
         opened = store.open_job(connection, job, max_active_jobs=use.settings.max_active_jobs)
         if opened == job.id and incoming is not None:
@@ -116,6 +120,8 @@ def _open(use: Resources, tenant: UUID, raw: bytes, key: str | None) -> Response
             landed = _land(use, connection, facts, 0, asked.digest, incoming)
             store.close_job(connection, tenant, opened, parts=1, rows=landed.rows)
         entry = store.job_entry(connection, tenant, opened)
+    if opened == job.id:
+        traces.add(opened, "plan", began, ready, tasks=entry.n_tasks, passes=len(entry.passes))
     log.info(
         "job opened",
         extra={
@@ -190,7 +196,7 @@ def _put_part(use: Resources, tenant: UUID, job: UUID, number: int, kind: str, r
     incoming = read(raw, facts.fields, use.settings.max_row_bytes)
     if facts.bad_rows == "refuse" and incoming.bad:
         incoming.refuse_bad_rows(_first_row(use, facts, incoming))
-    with use.database.transaction() as connection:
+    with traces.span(job, "land", part=number), use.database.transaction() as connection:
         landed = _land(use, connection, facts, number, hashlib.sha256(raw).digest(), incoming)
     log.debug(
         "part landed", extra={"job": job, "part": number, "rows": landed.rows, "bad_rows": landed.bad_rows}
@@ -506,6 +512,8 @@ def describe(job: JobEntry) -> dict[str, Any]:
         "created": moment(job.created),
         "started": moment(job.started),
         "finished": moment(job.finished),
+        "deadline": moment(job.deadline),
+        "retention_days": job.retention_days,
         "eta_s": eta_s(job),
     }
 

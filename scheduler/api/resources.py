@@ -20,6 +20,7 @@ from scheduler.api.token_counts import TokenCounter
 from scheduler.api.workers_seen import WorkersSeen
 from scheduler.store.database import Database
 from scheduler.store.jobs import Loading
+from scheduler.store.registry import StoredToken
 
 K = TypeVar("K")
 V = TypeVar("V")
@@ -66,6 +67,8 @@ class Resources:
     workers: WorkersSeen
     #: Jobs whose parts are coming in, by tenant and id.
     loading: Recent[tuple[UUID, UUID], Loading] = field(default_factory=lambda: Recent(1024))
+    #: Tokens that read the figures lately, and when: they may while Postgres, which knows them, is away.
+    readers: Recent[str, tuple[StoredToken, float]] = field(default_factory=lambda: Recent(64))
     #: Bytes of bodies that are being read or worked on now.
     bodies_bytes: int = 0
 

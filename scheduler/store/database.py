@@ -9,6 +9,8 @@ import psycopg
 from sqlalchemy import Connection, Engine, create_engine, exc, text
 from sqlalchemy.engine import make_url
 
+from motet import traces
+
 #: Dispatchers listen here: there is new work, or room for it.
 WORK = "motet_work"
 #: Watchers listen here; the payload is a job's id.
@@ -58,7 +60,8 @@ class Database:
         Raises StoreUnavailable where Postgres is away, restarted, too slow, or broke a deadlock.
         """
         try:
-            with self.engine.begin() as connection:
+            # Spans of what a transaction did are told once it has committed.
+            with traces.together(), self.engine.begin() as connection:
                 yield connection
         except exc.DBAPIError as error:
             if _transient(error.orig):
