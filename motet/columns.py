@@ -6,7 +6,6 @@ the API streams them and the client reads them. Arrays are little-endian bytes, 
 
 from __future__ import annotations
 
-import itertools
 import json
 import re
 import struct
@@ -24,6 +23,9 @@ STATE_MASK = 0x0F
 #: The input was cut to the model's length.
 TRUNCATED = 0x10
 STATES = ("ok", "error", "skipped", "returned")
+#: Every byte that a status may hold, and how each loses its mark: whole statuses are looked at, not row by row.
+_KNOWN = bytes(state | mark for state in (OK, ERROR, SKIPPED, RETURNED) for mark in (0, TRUNCATED))
+_WITHOUT_MARK = bytes(byte & STATE_MASK for byte in range(256))
 
 #: Typed arrays of each kind, as (name, struct code). A variable-length kind starts with ``offsets`` (n + 1 long).
 LAYOUT: Mapping[str, tuple[tuple[str, str], ...]] = {
@@ -138,14 +140,14 @@ class Column:
             raise ValueError(
                 f"column of kind {self.kind} has unknown arrays {sorted(set(self.arrays) - names)}"
             )
-        if any(s & STATE_MASK > RETURNED or s & ~(STATE_MASK | TRUNCATED) for s in self.status):
+        if self.status.translate(None, _KNOWN):
             raise ValueError("column has an unknown row state")
         if any(not 0 <= i < n for i in self.errors):
             raise ValueError("column error outside its rows")
         count = n
         if "offsets" in names:
-            offsets = typed("i", self.arrays.get("offsets", b""))
-            if len(offsets) != n + 1 or offsets[0] != 0 or any(a > b for a, b in itertools.pairwise(offsets)):
+            offsets = typed("i", self.arrays.get("offsets", b"")).tolist()
+            if len(offsets) != n + 1 or offsets[0] != 0 or offsets != sorted(offsets):
                 raise ValueError("column offsets are not n + 1 ascending numbers from 0")
             count = offsets[-1]
         for name, code in LAYOUT[self.kind]:
@@ -165,7 +167,7 @@ class Column:
 
     def counts(self) -> tuple[int, int, int, int]:
         """Rows that are ok, error, skipped, returned."""
-        states = bytes(s & STATE_MASK for s in self.status)
+        states = self.status.translate(_WITHOUT_MARK)
         return states.count(OK), states.count(ERROR), states.count(SKIPPED), states.count(RETURNED)
 
 

@@ -124,6 +124,11 @@ class Http:
             trust_env=urlsplit(address.url).hostname not in _LOOPBACK,
         )
 
+    @property
+    def stays_here(self) -> bool:
+        """Whether the API is on this machine: bytes are free then, and packing them is not."""
+        return urlsplit(self.address.url).hostname in _LOOPBACK
+
     def close(self) -> None:
         self._line.close()
 

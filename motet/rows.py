@@ -1,6 +1,6 @@
 """Rows on their way to the server: read any source, keep the fields that tasks read, cut them into parts.
 
-A part is exactly one block of the server, cut by the rows alone: the same rows give the same parts, so a
+A part is some whole blocks of the server, cut by the rows alone: the same rows give the same parts, so a
 broken upload finds its place again and stored columns are found for reuse. Memory stays flat however long
 the source is. Reading is pure but for the source itself; sending is the client's.
 """
@@ -22,14 +22,21 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO, Any, Literal, TypeAlias
 
+import msgpack
+
 from motet.errors import InvalidJob, Problem, SetupError
 from motet.tasks import short
 from motet.wire import pack
 
-#: The server's block, and so the most a part holds: whichever of rows and UTF-8 bytes comes first. The same
-#: numbers as ``Settings.block_rows`` and ``block_bytes``; parts of another size only make reuse rarer.
-PART_ROWS = 1024
-PART_BYTES = 1024 * 1024
+#: The server's block: whichever of rows and UTF-8 bytes comes first. The same numbers as ``Settings.block_rows``
+#: and ``block_bytes``; blocks of another size only make reuse rarer.
+BLOCK_ROWS = 1024
+BLOCK_BYTES = 1024 * 1024
+#: Blocks of the first parts, then of every further one. A part costs the server a request and a commit, as much
+#: as the rows of several blocks; but a bad source should be refused before much of it was read and sent.
+PART_BLOCKS = (1, 1, 1, 1, 2, 4, 8, 16)
+#: UTF-8 bytes that a part holds at most, where a block is not larger: what both sides keep in memory.
+PART_BYTES = 4 * 1024 * 1024
 #: UTF-8 bytes of the fields that are read from one row.
 MAX_ROW_BYTES = 256 * 1024
 #: A refused submission lists this many problems …
@@ -52,7 +59,7 @@ _SUFFIXES = ".jsonl, .ndjson, .csv, .tsv, .txt (also with .gz), .parquet"
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Part:
-    """One block of rows: columns of text, ready to be sent as ``PUT /v1/jobs/{id}/parts/{number}``."""
+    """Some whole blocks of rows: columns of text, ready to be sent as ``PUT /v1/jobs/{id}/parts/{number}``."""
 
     number: int
     #: Index in the job of its first row.
@@ -66,15 +73,15 @@ class Part:
     def __len__(self) -> int:
         return len(next(iter(self.columns.values())))
 
-    def encode(self) -> bytes:
-        """The body to send: msgpack under zstd. The same rows give the same bytes."""
+    def encode(self, *, squeeze: bool = True) -> bytes:
+        """The body to send: msgpack, under zstd unless told otherwise. The same rows give the same bytes."""
         body: dict[str, Any] = {
             "columns": {name: list(texts) for name, texts in self.columns.items()},
             "first_row": self.first_row,
         }
         if self.bad:
             body["bad"] = {offset: list(why) for offset, why in self.bad.items()}
-        return pack(body)
+        return pack(body) if squeeze else msgpack.packb(body, use_bin_type=True)
 
     def rows(self) -> list[dict[str, str]]:
         """The same rows as mappings, for requests that carry a few rows inline."""
@@ -151,7 +158,7 @@ def survey(
                 drawn.append(row)
             elif (place := dice.randrange(seen)) < sample:
                 drawn[place] = row
-    return Survey(rows=total, text_bytes=text_bytes, sample=tuple(_first_that_fit(drawn, 8 * PART_BYTES)))
+    return Survey(rows=total, text_bytes=text_bytes, sample=tuple(_first_that_fit(drawn, 8 * BLOCK_BYTES)))
 
 
 def _first_that_fit(rows: Iterable[dict[str, str]], budget_bytes: int) -> Iterator[dict[str, str]]:
@@ -176,10 +183,23 @@ class _Filling:
         self.bad: dict[int, tuple[str, str]] = {}
         self.rows = 0
         self.bytes = 0
+        self._blocks_left = PART_BLOCKS[min(self.number, len(PART_BLOCKS) - 1)]
+        self._start_block()
+
+    def _start_block(self) -> None:
+        self._blocks_left -= 1
+        # Where the block in hand ends, in rows and bytes of the part. A row is always smaller than a block.
+        self._last_row = self.rows + BLOCK_ROWS
+        self._last_byte = self.bytes + BLOCK_BYTES
 
     def is_full(self, size: int) -> bool:
-        """True where a row of ``size`` bytes belongs into the next part."""
-        return self.rows == PART_ROWS or (self.rows > 0 and self.bytes + size > PART_BYTES)
+        """True where a row of ``size`` bytes belongs into the next part; begins the next block where it should."""
+        if self.rows < self._last_row and self.bytes + size <= self._last_byte:
+            return False
+        if not self._blocks_left or self.bytes + BLOCK_BYTES > PART_BYTES:
+            return True
+        self._start_block()
+        return False
 
     def add(self, texts: Sequence[str], size: int) -> None:
         for column, text in zip(self.columns, texts, strict=True):
@@ -237,7 +257,7 @@ def _texts(row: object, fields: Sequence[str]) -> tuple[list[str], int] | _Bad:
         row = {"text": row}
     elif isinstance(row, _Bad):
         return row
-    elif not isinstance(row, Mapping):
+    elif type(row) is not dict and not isinstance(row, Mapping):  # the first look is the cheap one
         return _Bad("", _kind(row), "text, or a mapping of field to text", _SKIP)
     texts: list[str] = []
     size = 0
@@ -254,7 +274,7 @@ def _texts(row: object, fields: Sequence[str]) -> tuple[list[str], int] | _Bad:
                 )
             return _Bad(name, _kind(value), "text", f"make it text or leave the row out, {_OR_ERROR}")
         try:
-            size += len(value.encode())
+            size += len(value) if value.isascii() else len(value.encode())
         except UnicodeEncodeError:
             return _Bad(
                 name, "a lone surrogate", "text that UTF-8 can hold", f"save the source as UTF-8, {_OR_ERROR}"
@@ -418,8 +438,8 @@ def _read_csv(file: IO[bytes] | gzip.GzipFile, fields: Sequence[str], delimiter:
 
 def _read_frame(frame: Any, fields: Sequence[str]) -> _Rows:
     _check_names([name for name in frame.columns if isinstance(name, str)], fields)
-    for lo in range(0, len(frame), PART_ROWS):
-        window = frame.iloc[lo : lo + PART_ROWS]
+    for lo in range(0, len(frame), BLOCK_ROWS):
+        window = frame.iloc[lo : lo + BLOCK_ROWS]
         columns = [window[name].tolist() for name in fields]
         for values in zip(*columns, strict=True):
             yield dict(zip(fields, values, strict=True)), None
@@ -434,7 +454,7 @@ def _read_parquet(path: Path, fields: Sequence[str]) -> _Rows:
         try:
             with pyarrow.parquet.ParquetFile(raw) as file:
                 _check_names(file.schema_arrow.names, fields)
-                for batch in file.iter_batches(batch_size=PART_ROWS, columns=list(fields)):
+                for batch in file.iter_batches(batch_size=BLOCK_ROWS, columns=list(fields)):
                     yield from _read_batch(batch, fields)
         except arrow.ArrowException as error:
             raise _unreadable(
@@ -445,8 +465,8 @@ def _read_parquet(path: Path, fields: Sequence[str]) -> _Rows:
 def _read_arrow(reader: Any, fields: Sequence[str]) -> _Rows:
     _check_names(reader.schema.names, fields)
     for batch in reader:
-        for lo in range(0, batch.num_rows, PART_ROWS):
-            yield from _read_batch(batch.slice(lo, PART_ROWS), fields)
+        for lo in range(0, batch.num_rows, BLOCK_ROWS):
+            yield from _read_batch(batch.slice(lo, BLOCK_ROWS), fields)
 
 
 def _read_batch(batch: Any, fields: Sequence[str]) -> _Rows:

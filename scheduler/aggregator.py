@@ -7,11 +7,11 @@ import socket
 import threading
 import time
 import uuid
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 
 from motet.settings import Settings
-from motet.transport import SchedulerTransport, TransportLost
+from motet.transport import Entry, SchedulerTransport, TransportLost
 from motet.wire import BadMessage, Outcome, Usage
 from scheduler.store.database import Database, StoreUnavailable
 from scheduler.store.outcomes import Recorded, record
@@ -20,6 +20,8 @@ log = logging.getLogger(__name__)
 
 #: Entries taken at once: enough to share a commit, few enough to stay far below the reclaim time.
 BATCH = 64
+#: Bytes of outcomes in one transaction, where one is not larger: labels never come near it, vectors do.
+BATCH_BYTES = 16 * 1024 * 1024
 #: Seconds that one read waits for the first entry; also how long a stop may wait for it.
 BLOCK_S = 0.5
 
@@ -36,6 +38,12 @@ class Aggregator:
     def step(self, block_s: float = BLOCK_S) -> int:
         """Take what waits, commit it, only then acknowledge it. The number of entries dealt with."""
         entries = self.transport.read_outcomes(self.me, BATCH, block_s, self.settings.reclaim_s)
+        for batch in batches(entries):
+            self._settle(batch)
+        return len(entries)
+
+    def _settle(self, entries: Sequence[Entry]) -> None:
+        """Commit what these entries say, then acknowledge them."""
         outcomes: list[Outcome] = []
         read: list[str] = []
         for entry in entries:
@@ -53,7 +61,6 @@ class Aggregator:
                     "recorded",
                     extra={"accepted": done.accepted, "dropped": done.dropped, "failed": done.failed},
                 )
-        return len(entries)
 
     def _record(self, outcomes: Sequence[Outcome]) -> Recorded:
         """Record them together; if that fails for a reason nobody foresaw, one by one, so that one cannot stop all."""
@@ -73,6 +80,20 @@ class Aggregator:
         for outcome in outcomes:
             done.add(self._record([outcome]))
         return done
+
+
+def batches(entries: Sequence[Entry], most_bytes: int = BATCH_BYTES) -> Iterator[list[Entry]]:
+    """Entries in order, as many together as fit, one at least: what is decoded at a time stays bounded."""
+    batch: list[Entry] = []
+    size = 0
+    for entry in entries:
+        if batch and size + len(entry.body) > most_bytes:
+            yield batch
+            batch, size = [], 0
+        batch.append(entry)
+        size += len(entry.body)
+    if batch:
+        yield batch
 
 
 def run(aggregator: Aggregator, stopping: threading.Event) -> None:

@@ -94,6 +94,7 @@ def _encode(
     readers: Sequence[Reader],
 ) -> Block:
     columns = {name: list(texts[lo:hi]) for name, texts in part.columns.items()}
+    packed = {name: _uint32(lengths[name][lo:hi]) for name in columns}
     bad = {i - lo: why for i, why in part.bad.items() if lo <= i < hi}
     sizes = totals[lo:hi]
     # Stable even in reverse: rows of one length stay in row order.
@@ -101,13 +102,13 @@ def _encode(
     digests: dict[tuple[str, ...], bytes] = {}
     for reader in readers:
         if reader.reusable and reader.reads not in digests:
-            digests[reader.reads] = fields_digest(columns, bad, reader.reads)
+            digests[reader.reads] = _fields_digest(columns, packed, bad, reader.reads)
     return Block(
         n_rows=hi - lo,
         n_work=len(order),
         text_bytes=sum(sizes),
         row_order=_uint32(order),
-        lengths=b"".join(_uint32(lengths[name][lo:hi]) for name in columns),
+        lengths=b"".join(packed.values()),
         payload=pack({"columns": columns}),
         bad=bad,
         keys=tuple(reuse_key(digests[r.reads], r.digest) if r.reusable else None for r in readers),
@@ -138,13 +139,21 @@ def fields_digest(columns: Mapping[str, Sequence[str]], bad: Bad, reads: Sequenc
 
     Every text is preceded by its length, so that no two blocks spell the same bytes.
     """
+    packed = {name: _uint32(_byte_lengths(columns[name])) for name in reads}
+    return _fields_digest(columns, packed, bad, reads)
+
+
+def _fields_digest(
+    columns: Mapping[str, Sequence[str]], packed: Mapping[str, bytes], bad: Bad, reads: Sequence[str]
+) -> bytes:
+    """As ``fields_digest``, where the byte lengths are known and packed already."""
     seen = hashlib.sha256(b"motet block 1\0")
     for name in sorted(reads):
         texts = columns[name]
         raw = name.encode()
         seen.update(struct.pack("<II", len(raw), len(texts)))
         seen.update(raw)
-        seen.update(_uint32(_byte_lengths(texts)))
+        seen.update(packed[name])
         seen.update("".join(texts).encode())
     for offset in sorted(bad):
         for word in bad[offset]:
@@ -169,7 +178,8 @@ def task_bits(numbers: Sequence[int]) -> int:
 
 
 def _byte_lengths(texts: Sequence[str]) -> list[int]:
-    return [len(text.encode()) for text in texts]
+    # Most texts are ASCII, which each knows of itself: nothing is encoded to count its bytes.
+    return [len(text) if text.isascii() else len(text.encode()) for text in texts]
 
 
 def _uint32(numbers: Sequence[int]) -> bytes:

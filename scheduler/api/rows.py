@@ -223,7 +223,8 @@ def _refuse_long(columns: Mapping[str, list[str]], bad: dict[int, BadRow], max_r
 def _all_clean(texts: Sequence[Any]) -> bool:
     try:
         whole = "".join(texts)
-        whole.encode()
+        if not whole.isascii():
+            whole.encode()
     except (TypeError, UnicodeEncodeError):
         return False
     return "\0" not in whole

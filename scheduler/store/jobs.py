@@ -18,14 +18,16 @@ import psycopg
 from psycopg.types.json import Jsonb
 from sqlalchemy import Connection, Row, text
 
+from motet import traces
 from motet.columns import CellError, Kind
 from motet.errors import Conflict, InvalidJob, NotFound, Overloaded, Problem
 from motet.manifest import Manifest
 from motet.tasks import placeholders
 from scheduler.blocks import Block, Reader, task_bits
 from scheduler.merge import errors_column
+from scheduler.store import endings
 from scheduler.store.database import JOB, WORK, notify
-from scheduler.store.endings import delete_job, end_job
+from scheduler.store.endings import ENDED, end_job, trace_end
 from scheduler.store.sealing import store_column
 
 PRIORITIES: Mapping[str, int] = {"interactive": 0, "normal": 1, "bulk": 2}
@@ -80,6 +82,10 @@ class NewJob:
     #: Sha256 of what was asked, and the client's name for asking it.
     request_digest: bytes
     idempotency_key: str | None = None
+    #: Seconds from now in which it must end, or it fails; None: no hurry.
+    deadline_s: float | None = None
+    #: Days after its end at which it is deleted, where the cluster does not delete it sooner; None: as all others.
+    retention_days: float | None = None
 
 
 _BY_KEY = text("""
@@ -89,8 +95,10 @@ _UNFINISHED_JOBS = text("""
 _STILL_THERE = text("""
     SELECT id FROM model WHERE id = ANY(:ids) AND NOT manifest ? 'removed' ORDER BY id FOR KEY SHARE""")
 _OPEN = text("""
-    INSERT INTO job (id, tenant_id, name, priority, reuse, bad_rows, fields, n_tasks, idempotency_key, request_digest)
-    VALUES (:id, :tenant, :name, :priority, :reuse, :bad_rows, :fields, :n_tasks, :key, :digest)
+    INSERT INTO job (id, tenant_id, name, priority, reuse, bad_rows, fields, n_tasks, idempotency_key, request_digest,
+                     deadline, retention_days)
+    VALUES (:id, :tenant, :name, :priority, :reuse, :bad_rows, :fields, :n_tasks, :key, :digest,
+            clock_timestamp() + make_interval(secs => CAST(:deadline_s AS double precision)), :retention_days)
     ON CONFLICT (tenant_id, idempotency_key) DO NOTHING RETURNING id""")
 _ADD_PASS = text("""
     INSERT INTO pass (job_id, number, kind, model_id, numerics, max_tokens, input)
@@ -139,6 +147,8 @@ def open_job(connection: Connection, job: NewJob, *, max_active_jobs: int) -> UU
             "n_tasks": len(job.tasks),
             "key": job.idempotency_key,
             "digest": job.request_digest,
+            "deadline_s": job.deadline_s,
+            "retention_days": job.retention_days,
         },
     ).first()
     if made is None:
@@ -520,11 +530,11 @@ def _copy(connection: Connection, table: tuple[str, Sequence[str]], rows: Sequen
 
 # -- closing, cancelling, deleting -----------------------------------------------------------------
 
-_CLOSE = text("""
+_CLOSE = text(f"""
     UPDATE job SET state = CASE WHEN blocks_done = n_blocks THEN 'succeeded' ELSE 'running' END,
            started = clock_timestamp(), touched = clock_timestamp(), version = version + 1,
            finished = CASE WHEN blocks_done = n_blocks THEN clock_timestamp() END
-     WHERE id = :job""")
+     WHERE id = :job RETURNING {ENDED}, started""")
 
 
 def close_job(connection: Connection, tenant: UUID, job: UUID, *, parts: int, rows: int) -> None:
@@ -548,7 +558,10 @@ def close_job(connection: Connection, tenant: UUID, job: UUID, *, parts: int, ro
         return
     if not held.n_rows:
         raise InvalidJob(Problem("rows", "no row", "at least one row", "send a part, or cancel the job"))
-    connection.execute(_CLOSE, {"job": job})
+    closed = connection.execute(_CLOSE, {"job": job}).one()
+    traces.add(job, traces.SUBMIT, closed.created, closed.started, rows=rows, parts=parts)
+    if closed.finished is not None:
+        trace_end(closed)
     notify(connection, WORK)
     notify(connection, JOB, str(job))
 
@@ -566,7 +579,7 @@ def remove_job(connection: Connection, tenant: UUID, job: UUID) -> None:
     """Remove a job and its results for good, ending it first. Raises NotFound."""
     _must_be_mine(connection, tenant, job)
     end_job(connection, job, "cancelled", "deleted on request")
-    delete_job(connection, job)
+    endings.remove_job(connection, job)
 
 
 def _must_be_mine(connection: Connection, tenant: UUID, job: UUID) -> None:
@@ -625,6 +638,10 @@ class JobEntry:
     created: datetime
     started: datetime | None
     finished: datetime | None
+    #: It fails where it has not ended by then; None: no hurry.
+    deadline: datetime | None
+    #: Days after its end at which it is deleted; None: when the cluster deletes all others, if ever.
+    retention_days: float | None
     #: Seconds since it was closed, by the database's clock; None before.
     running_s: float | None
     tasks: tuple[TaskEntry, ...] = ()
@@ -634,7 +651,7 @@ class JobEntry:
 _ENTRY = """
     SELECT id, name, kind, state, reason, priority, n_rows, n_tasks, n_blocks, blocks_done, cells_ok, cells_error,
            cells_skipped, cells_reused, tokens, computed_tokens, busy_s, subtasks, attempts_lost, version,
-           created, started, finished,
+           created, started, finished, deadline, retention_days,
            CAST(extract(epoch FROM clock_timestamp() - started) AS double precision) AS running_s
       FROM job WHERE tenant_id = :tenant"""
 _ONE = text(f"{_ENTRY} AND id = :job")

@@ -6,6 +6,7 @@ count and seal. Reading an entry twice, or two aggregators at once, is harmless:
 
 from __future__ import annotations
 
+import time
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
@@ -14,6 +15,7 @@ from uuid import UUID
 
 from sqlalchemy import Connection, text
 
+from motet import traces
 from motet.columns import CellError, Column, cut
 from motet.manifest import Manifest
 from motet.wire import Outcome, Usage
@@ -90,6 +92,7 @@ _BLAMELESS = frozenset({"cannot_fetch"})
 def record(database: Database, outcomes: Sequence[Outcome]) -> Recorded:
     """Take in these outcomes, in one transaction. Acknowledge their entries only when this has returned."""
     done = Recorded()
+    began = time.time()
     with database.transaction() as connection:
         ids = sorted({o.subtask for o in outcomes})
         jobs = [row.job_id for row in connection.execute(_JOBS_OF, {"ids": ids})]
@@ -123,6 +126,8 @@ def record(database: Database, outcomes: Sequence[Outcome]) -> Recorded:
             notify(connection, JOB, str(job))
         if totals:
             notify(connection, WORK)
+    for job, total in totals.items():
+        traces.add(job, "record", began, subtasks=total["subtasks"], tokens=total["tokens"])
     return done
 
 

@@ -8,11 +8,11 @@ from dataclasses import dataclass
 from typing import Any, Literal
 from uuid import UUID
 
-import numpy as np
 from sqlalchemy import Connection, Row, text
 
 from motet.columns import LAYOUT, CellError, Column
 from motet.errors import NotFound
+from scheduler.store.arrays import flat
 
 Order = Literal["row", "done"]
 ENDED = ("succeeded", "failed", "cancelled")
@@ -138,7 +138,6 @@ _COLUMNS = """
            array_send(all_scores), array_send(numbers), array_send(starts), array_send(ends), texts, vectors, dim, dtype
       FROM sealed_column WHERE id = ANY(%s)"""
 _STORED = ("offsets", "codes", "scores", "all", "numbers", "starts", "ends", "bytes", "vectors")
-_DTYPES = {"h": ("i2", 2), "i": ("i4", 4), "f": ("f4", 4), "d": ("f8", 8)}
 
 
 def read_columns(connection: Connection, ids: Sequence[int]) -> dict[int, Column]:
@@ -167,21 +166,6 @@ def _column(row: Sequence[Any]) -> Column:
         dim=dim,
         dtype=dtype,
     )
-
-
-#: Of an array in Postgres' binary format: dimensions, nulls, type; then of one dimension, its length and first index.
-_EMPTY_BYTES, _HEAD_BYTES = 12, 20
-
-
-def flat(raw: bytes, code: str) -> bytes:
-    """Elements of a one-dimensional array without NULLs, from Postgres' binary format, little-endian end to end."""
-    dtype, size = _DTYPES[code]
-    if len(raw) == _EMPTY_BYTES:
-        return b""
-    elements = np.frombuffer(raw, [("size", ">i4"), ("value", f">{dtype}")], offset=_HEAD_BYTES)
-    assert int.from_bytes(raw[:4], "big") == 1, "an array of more dimensions"
-    assert (elements["size"] == size).all(), "an array that holds NULL"
-    return elements["value"].astype(f"<{dtype}").tobytes()
 
 
 # -- cells without an answer -----------------------------------------------------------------------

@@ -6,19 +6,22 @@ All functions work inside the caller's transaction, which holds the locks of the
 from __future__ import annotations
 
 import json
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 from uuid import UUID
 
 import numpy as np
-from sqlalchemy import Connection, text
+from sqlalchemy import Connection, Row, text
 
-from motet.columns import CellError, Column, Kind
+from motet import traces
+from motet.columns import LAYOUT, CellError, Column, Kind
 from motet.wire import pack, unpack
 from scheduler.blocks import row_order
 from scheduler.merge import Part, array_of, merge
+from scheduler.store.arrays import Elements
+from scheduler.store.endings import ENDED, trace_end
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,109 +53,209 @@ class Answer:
     final: int
 
 
-_DONE = text("""
-    UPDATE block_pass SET done = done + :final
-     WHERE job_id = :job AND pass_number = :pass AND block_number = :block RETURNING done = n AS full, todo""")
+#: A (block, pass): job, pass number, block number.
+Place = tuple[UUID, int, int]
+
+# Every statement is for all places of a transaction at once: what a block costs is then its bytes, not its round trips.
+_PLACES = "unnest(CAST(:jobs AS uuid[]), CAST(:passes AS smallint[]), CAST(:blocks AS int[]))"
+_HERE = "p.job_id = k.job AND p.pass_number = k.pass AND p.block_number = k.block"
+_DONE = text(f"""
+    UPDATE block_pass p SET done = p.done + k.final
+      FROM (SELECT * FROM ROWS FROM ({_PLACES}, unnest(CAST(:finals AS int[])))) k (job, pass, block, final)
+     WHERE {_HERE} RETURNING p.job_id, p.pass_number, p.block_number, p.done = p.n AS full, p.todo""")
 _CELLS = text("""
     INSERT INTO cells (job_id, pass_number, block_number, subtask_id, lo, hi, columns)
     VALUES (:job, :pass, :block, :subtask, :lo, :hi, :columns)""")
-_TAKE_CELLS = text("""
-    DELETE FROM cells WHERE job_id = :job AND pass_number = :pass AND block_number = :block
-    RETURNING lo, hi, columns""")
-_BLOCK = text("SELECT n_rows, row_order, bad, keys FROM block WHERE job_id = :job AND number = :block")
-_TENANT = text("SELECT tenant_id FROM job WHERE id = :job")
-# A column with this key may be there already (the same work done twice at once): then ours is kept without one.
-_SEALED = text("""
-    INSERT INTO sealed_column (tenant_id, key, kind, n_rows, n_ok, n_error, n_skipped, status, errors, offsets, codes,
-                               scores, all_scores, numbers, starts, ends, texts, vectors, dim, dtype)
-    SELECT :tenant, CASE WHEN EXISTS (SELECT 1 FROM sealed_column WHERE tenant_id = :tenant AND key = :key)
-                         THEN NULL ELSE CAST(:key AS bytea) END,
-           :kind, :n_rows, :n_ok, :n_error, :n_skipped, :status, CAST(:errors AS jsonb), CAST(:offsets AS int4[]),
-           CAST(:codes AS int2[]), CAST(:scores AS real[]), CAST(:all_scores AS real[]),
-           CAST(:numbers AS double precision[]), CAST(:starts AS int4[]), CAST(:ends AS int4[]), :texts, :vectors,
-           :dim, :dtype
-    ON CONFLICT (tenant_id, key) WHERE key IS NOT NULL DO NOTHING
-    RETURNING id""")
+_TAKE_CELLS = text(f"""
+    DELETE FROM cells p USING {_PLACES} k (job, pass, block) WHERE {_HERE}
+    RETURNING p.job_id, p.pass_number, p.block_number, p.lo, p.hi, p.columns""")
+_BLOCKS = text("""
+    SELECT b.job_id, b.number, b.n_rows, b.row_order, b.bad, b.keys, b.passes_open, j.tenant_id
+      FROM unnest(CAST(:jobs AS uuid[]), CAST(:blocks AS int[])) k (job, block)
+      JOIN block b ON b.job_id = k.job AND b.number = k.block JOIN job j ON j.id = b.job_id""")
 _SHOW = text("""
-    INSERT INTO block_column (job_id, block_number, task_number, column_id) VALUES (:job, :block, :task, :column)""")
-_SEAL = text("""
-    UPDATE block_pass SET state = 'sealed' WHERE job_id = :job AND pass_number = :pass AND block_number = :block""")
-_PASS_SEALED = text("""
-    UPDATE block SET passes_open = passes_open - 1 WHERE job_id = :job AND number = :block RETURNING passes_open""")
-_BLOCK_DONE = text("""
-    WITH j AS (UPDATE job SET blocks_done = blocks_done + 1 WHERE id = :job RETURNING blocks_done)
-    UPDATE block SET done_number = j.blocks_done FROM j WHERE job_id = :job AND number = :block""")
-_SUCCEED = text("""
+    INSERT INTO block_column (job_id, block_number, task_number, column_id)
+    SELECT * FROM unnest(CAST(:jobs AS uuid[]), CAST(:blocks AS int[]), CAST(:tasks AS smallint[]),
+                         CAST(:columns AS bigint[]))""")
+_SEAL = text(f"UPDATE block_pass p SET state = 'sealed' FROM {_PLACES} k (job, pass, block) WHERE {_HERE}")
+_COUNT_DONE = text("UPDATE job SET blocks_done = blocks_done + :n WHERE id = :job RETURNING blocks_done")
+_PASSES_SEALED = text("""
+    UPDATE block SET passes_open = k.passes_open, done_number = k.done_number
+      FROM unnest(CAST(:jobs AS uuid[]), CAST(:blocks AS int[]), CAST(:opens AS smallint[]), CAST(:dones AS int[]))
+           k (job, number, passes_open, done_number)
+     WHERE block.job_id = k.job AND block.number = k.number""")
+_SUCCEED = text(f"""
     UPDATE job SET state = 'succeeded', finished = clock_timestamp(), version = version + 1
      WHERE id = ANY(:jobs) AND state = 'running' AND blocks_done = n_blocks
-       AND cells_ok + cells_error + cells_skipped = n_rows * n_tasks""")
-_STORED_ARRAYS = {"all": "all_scores", "bytes": "texts"}
+       AND cells_ok + cells_error + cells_skipped = n_rows * n_tasks
+ RETURNING {ENDED}""")
 
 
 def append(
     connection: Connection, answers: Sequence[Answer], shapes: Mapping[tuple[UUID, int], Sequence[TaskShape]]
 ) -> int:
     """Store answers; seal every (block, pass) that is thereby full; complete jobs. The number of sealed columns."""
-    by_place: dict[tuple[UUID, int, int], list[Answer]] = defaultdict(list)
+    if not answers:
+        return 0
+    by_place: dict[Place, list[Answer]] = defaultdict(list)
     for a in answers:
         by_place[a.job, a.pass_number, a.block].append(a)
-    kept: list[dict[str, Any]] = []
-    sealed = 0
-    finished: set[UUID] = set()
-    for (job, pass_number, block), here in sorted(by_place.items()):
-        at = {"job": job, "pass": pass_number, "block": block}
-        state = connection.execute(_DONE, {**at, "final": sum(a.final for a in here)}).one()
-        if not state.full:
-            kept.extend(
-                {**at, "subtask": a.subtask, "lo": a.lo, "hi": a.hi, "columns": _packed(a)} for a in here
-            )
-            continue
-        asked = [s for s in shapes[job, pass_number] if state.todo >> s.number & 1]
-        sealed += _seal(connection, at, asked, here)
-        finished.add(job)
+    finals = [sum(a.final for a in here) for here in by_place.values()]
+    counted = connection.execute(_DONE, {**_at(list(by_place)), "finals": finals}).all()
+    assert len(counted) == len(by_place), "answers for a block that is not there"
+    full = sorted((p.job_id, p.pass_number, p.block_number, p.todo) for p in counted if p.full)
+    asked = {
+        (job, number, block): [s for s in shapes[job, number] if todo >> s.number & 1]
+        for job, number, block, todo in full
+    }
+    kept = [_cells(a) for place, here in by_place.items() if place not in asked for a in here]
     if kept:
         connection.execute(_CELLS, kept)
-    if finished:
-        connection.execute(_SUCCEED, {"jobs": sorted(finished)})
+    if not asked:
+        return 0
+    sealed = _seal(connection, asked, by_place)
+    for ended in connection.execute(_SUCCEED, {"jobs": sorted({job for job, _, _ in asked})}):
+        trace_end(ended)
     return sealed
 
 
+def _at(places: Sequence[Place]) -> dict[str, list[Any]]:
+    """Places as the parameters that ``_PLACES`` names."""
+    jobs, passes, blocks = zip(*places, strict=True)
+    return {"jobs": list(jobs), "passes": list(passes), "blocks": list(blocks)}
+
+
+def _cells(a: Answer) -> dict[str, Any]:
+    at = {"job": a.job, "pass": a.pass_number, "block": a.block, "subtask": a.subtask}
+    return {**at, "lo": a.lo, "hi": a.hi, "columns": _packed(a)}
+
+
 def _seal(
-    connection: Connection, at: Mapping[str, Any], asked: Sequence[TaskShape], last: Sequence[Answer]
+    connection: Connection,
+    asked: Mapping[Place, Sequence[TaskShape]],
+    last: Mapping[Place, Sequence[Answer]],
 ) -> int:
-    """Merge all answers of a (block, pass) into one column per task; ``last`` was never stored on its own."""
-    block = connection.execute(_BLOCK, at).one()
-    tenant = connection.execute(_TENANT, at).scalar_one()
+    """Merge all answers of these full places into one column per task; ``last`` were never stored on their own."""
+    places = list(asked)
+    of_blocks = sorted({(job, block) for job, _, block in places})
+    blocks = {(row.job_id, row.number): row for row in connection.execute(_BLOCKS, _pairs(of_blocks))}
+    pieces: dict[Place, list[_Piece]] = {p: [(a.lo, a.hi, a.columns) for a in last[p]] for p in places}
+    for row in connection.execute(_TAKE_CELLS, _at(places)):
+        pieces[row.job_id, row.pass_number, row.block_number].append(
+            (row.lo, row.hi, _unpacked(bytes(row.columns)))
+        )
+    columns: list[Keyed] = []
+    shown: list[tuple[UUID, int, int]] = []
+    for place, shapes in asked.items():
+        job, pass_number, number = place
+        with traces.span(job, "seal", pass_number=pass_number, block=number, tasks=len(shapes)):
+            columns += _merged(blocks[job, number], shapes, pieces.pop(place))
+        shown += ((job, number, shape.number) for shape in shapes)
+    stored = store_columns(connection, columns)
+    jobs, numbers, tasks = zip(*shown, strict=True)
+    connection.execute(
+        _SHOW, {"jobs": list(jobs), "blocks": list(numbers), "tasks": list(tasks), "columns": stored}
+    )
+    connection.execute(_SEAL, _at(places))
+    _count_sealed(connection, blocks, Counter((job, block) for job, _, block in places))
+    return len(columns)
+
+
+def _merged(block: Row[Any], shapes: Sequence[TaskShape], pieces: Sequence[_Piece]) -> list[Keyed]:
+    """The columns of a (block, pass), one per task, with the keys that they may be reused under."""
     order = np.array(row_order(bytes(block.row_order)), dtype=np.int64)
-    pieces = [(a.lo, a.hi, a.columns) for a in last]
-    pieces += [(row.lo, row.hi, _unpacked(bytes(row.columns))) for row in connection.execute(_TAKE_CELLS, at)]
     absent = {int(i): CellError(str(e[0]), str(e[1])) for i, e in block.bad.items()}
-    for shape in asked:
+    found = []
+    for shape in shapes:
         parts = [Part(order[lo:hi], columns[shape.number]) for lo, hi, columns in pieces]
         column = merge(shape.kind, block.n_rows, parts, absent=absent)
         key = block.keys[shape.number] if shape.deterministic and shape.number < len(block.keys) else None
-        stored = store_column(connection, tenant, column, key)
-        connection.execute(_SHOW, {**at, "task": shape.number, "column": stored})
-    connection.execute(_SEAL, at)
-    if connection.execute(_PASS_SEALED, at).scalar_one() == 0:
-        connection.execute(_BLOCK_DONE, at)
-    return len(asked)
+        found.append(Keyed(block.tenant_id, column, None if key is None else bytes(key)))
+    return found
 
+
+def _count_sealed(
+    connection: Connection,
+    blocks: Mapping[tuple[UUID, int], Row[Any]],
+    sealed: Mapping[tuple[UUID, int], int],
+) -> None:
+    """Blocks have so many passes less to do; those that have none left get the next numbers of their job."""
+    opens = {place: blocks[place].passes_open - sealed[place] for place in sorted(sealed)}
+    dones: dict[tuple[UUID, int], int] = {}
+    for job in sorted({job for job, _ in opens}):
+        finished = [place for place, left in opens.items() if place[0] == job and not left]
+        if finished:
+            total = connection.execute(_COUNT_DONE, {"job": job, "n": len(finished)}).scalar_one()
+            dones.update(zip(finished, range(total - len(finished) + 1, total + 1), strict=True))
+    connection.execute(
+        _PASSES_SEALED,
+        {**_pairs(list(opens)), "opens": list(opens.values()), "dones": [dones.get(p) for p in opens]},
+    )
+
+
+def _pairs(blocks: Sequence[tuple[UUID, int]]) -> dict[str, list[Any]]:
+    return {"jobs": [job for job, _ in blocks], "blocks": [number for _, number in blocks]}
+
+
+# -- columns ---------------------------------------------------------------------------------------
 
 #: Errors that the same input will always meet; a column with any other is not offered for reuse.
 _LASTING = frozenset({"too_long", "bad_row"})
+_NEXT_IDS = text("""
+    SELECT nextval(pg_get_serial_sequence('sealed_column', 'id')) AS id FROM generate_series(1, :n)""")
+_TAKEN = text("SELECT tenant_id, key FROM sealed_column WHERE key = ANY(:keys)")
+_INSERT = text("""
+    INSERT INTO sealed_column (id, tenant_id, key, kind, n_rows, n_ok, n_error, n_skipped, status, errors, offsets,
+                               codes, scores, all_scores, numbers, starts, ends, texts, vectors, dim, dtype)
+    OVERRIDING SYSTEM VALUE
+    VALUES (:id, :tenant, :key, :kind, :n_rows, :n_ok, :n_error, :n_skipped, :status, CAST(:errors AS jsonb),
+            CAST(:offsets AS int4[]), CAST(:codes AS int2[]), CAST(:scores AS real[]), CAST(:all_scores AS real[]),
+            CAST(:numbers AS double precision[]), CAST(:starts AS int4[]), CAST(:ends AS int4[]), :texts, :vectors,
+            :dim, :dtype)
+    ON CONFLICT (tenant_id, key) WHERE key IS NOT NULL DO NOTHING""")
+_INSERTED = text("SELECT id FROM sealed_column WHERE id = ANY(:ids)")
+_STORED_ARRAYS = {"all": "all_scores", "bytes": "texts"}
+
+
+@dataclass(frozen=True, slots=True)
+class Keyed:
+    """A sealed column on its way into the store, with its reuse key, if it is for reuse."""
+
+    tenant: UUID
+    column: Column
+    key: bytes | None
 
 
 def store_column(connection: Connection, tenant: UUID, column: Column, key: bytes | None) -> int:
     """Store a sealed column, under its reuse key where it may be reused. Its id."""
-    if any(e.error not in _LASTING for e in column.errors.values()):
-        key = None
-    values = _values(column)
-    stored = connection.execute(_SEALED, {**values, "tenant": tenant, "key": key}).scalar()
-    if stored is None:
-        # Another transaction sealed the same key between our look and our insert.
-        stored = connection.execute(_SEALED, {**values, "tenant": tenant, "key": None}).scalar_one()
-    return int(stored)
+    return store_columns(connection, [Keyed(tenant, column, key)])[0]
+
+
+def store_columns(connection: Connection, columns: Sequence[Keyed]) -> list[int]:
+    """Store sealed columns, each under its reuse key where it may be reused. Their ids, in order.
+
+    A column with this key may be there already (the same work done twice at once): then ours is kept without one.
+    """
+    ids = list(connection.execute(_NEXT_IDS, {"n": len(columns)}).scalars())
+    keys = [
+        None if any(e.error not in _LASTING for e in c.column.errors.values()) else c.key for c in columns
+    ]
+    wanted = sorted({key for key in keys if key is not None})
+    found = connection.execute(_TAKEN, {"keys": wanted}).all() if wanted else ()
+    taken = {(row.tenant_id, bytes(row.key)) for row in found}
+    rows: list[dict[str, Any]] = []
+    for at, column, key in zip(ids, columns, keys, strict=True):
+        named = None if key is None or (column.tenant, key) in taken else key
+        if named is not None:
+            taken.add((column.tenant, named))
+        rows.append({**_values(column.column), "id": at, "tenant": column.tenant, "key": named})
+    # By key: two aggregators that seal the same work at once then wait for each other in one order.
+    rows.sort(key=lambda row: (row["key"] or b"", row["id"]))
+    if connection.execute(_INSERT, rows).rowcount < len(rows):
+        # Another transaction stored one of these keys between our look and our insert.
+        there = set(connection.execute(_INSERTED, {"ids": ids}).scalars())
+        connection.execute(_INSERT, [{**row, "key": None} for row in rows if row["id"] not in there])
+    return ids
 
 
 def _values(column: Column) -> dict[str, Any]:
@@ -161,11 +264,12 @@ def _values(column: Column) -> dict[str, Any]:
     values: dict[str, Any] = dict.fromkeys(
         ("offsets", "codes", "scores", "all_scores", "numbers", "starts", "ends", "texts", "vectors")
     )
+    codes = dict(LAYOUT[column.kind])
     for name, raw in column.arrays.items():
         if name in ("bytes", "vectors"):
             values[_STORED_ARRAYS.get(name, name)] = raw
         elif raw or name == "offsets":
-            values[_STORED_ARRAYS.get(name, name)] = array_of(column, name).tolist()
+            values[_STORED_ARRAYS.get(name, name)] = Elements(codes[name], array_of(column, name))
     return {
         **values,
         "kind": column.kind,
@@ -182,6 +286,10 @@ def _values(column: Column) -> dict[str, Any]:
         "dim": column.dim,
         "dtype": column.dtype,
     }
+
+
+#: Answers for [lo, hi) of a block's order: a column per task number.
+_Piece = tuple[int, int, Mapping[int, Column]]
 
 
 def _packed(answer: Answer) -> bytes:

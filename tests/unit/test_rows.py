@@ -8,13 +8,17 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import msgpack
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from motet import rows as rows_module
 from motet.errors import InvalidJob
-from motet.rows import MAX_ROW_BYTES, PART_BYTES, PART_ROWS, Part, cut, survey
+from motet.rows import BLOCK_BYTES, BLOCK_ROWS, MAX_ROW_BYTES, PART_BYTES, Part, cut, survey
 from motet.settings import Settings
 from motet.wire import unpack
+from scheduler import blocks
 
 FIELDS = ["text"]
 
@@ -24,13 +28,14 @@ def texts(source: Any, fields: list[str] | None = None, **options: Any) -> list[
     return [list(row.values()) for part in cut(source, fields or FIELDS, **options) for row in part.rows()]
 
 
-def test_parts_are_the_blocks_of_the_server() -> None:
-    settings = Settings()
-    assert (settings.block_rows, settings.block_bytes) == (PART_ROWS, PART_BYTES)
-    assert settings.max_row_bytes == MAX_ROW_BYTES
+def test_blocks_are_the_blocks_of_the_server() -> None:
+    server = Settings()
+    assert (server.block_rows, server.block_bytes) == (BLOCK_ROWS, BLOCK_BYTES)
+    assert server.max_row_bytes == MAX_ROW_BYTES
+    assert server.max_part_bytes > 2 * PART_BYTES
 
 
-def test_a_part_ends_at_1024_rows() -> None:
+def test_the_first_parts_end_at_1024_rows() -> None:
     parts = list(cut((str(i) for i in range(2500)), FIELDS))
     assert [(p.number, p.first_row, len(p)) for p in parts] == [(0, 0, 1024), (1, 1024, 1024), (2, 2048, 452)]
 
@@ -39,7 +44,31 @@ def test_a_part_ends_before_the_row_that_would_take_it_beyond_a_mebibyte() -> No
     row = "é" * 100_000  # 200,000 bytes
     parts = list(cut([row] * 12, FIELDS))
     assert [len(p) for p in parts] == [5, 5, 2]
+    assert all(p.text_bytes <= BLOCK_BYTES for p in parts)
+
+
+def test_parts_grow_block_by_block_until_they_hold_sixteen() -> None:
+    parts = list(cut((str(i) for i in range(52_000)), FIELDS))
+    assert [len(p) / BLOCK_ROWS for p in parts[:-1]] == [1, 1, 1, 1, 2, 4, 8, 16, 16]
+    assert (sum(map(len, parts)), parts[-1].first_row) == (52_000, 50 * BLOCK_ROWS)
+
+
+@settings(max_examples=50, deadline=None)
+@given(st.lists(st.sampled_from([0, 1, 900, 20_000, 262_144]), min_size=1, max_size=60), st.integers(1, 400))
+def test_the_server_cuts_the_same_blocks_out_of_parts_as_out_of_the_whole(
+    sizes: list[int], times: int
+) -> None:
+    sizes = (sizes * times)[:9000]
+    while sum(sizes) > 30 * BLOCK_BYTES:
+        sizes = sizes[: len(sizes) // 2]
+    parts = list(cut(["x" * size for size in sizes], FIELDS))
     assert all(p.text_bytes <= PART_BYTES for p in parts)
+    of_parts = [
+        (p.first_row + lo, p.first_row + hi)
+        for p in parts
+        for lo, hi in blocks.cut([len(text) for text in p.columns["text"]], BLOCK_ROWS, BLOCK_BYTES)
+    ]
+    assert of_parts == list(blocks.cut(sizes, BLOCK_ROWS, BLOCK_BYTES))
 
 
 def test_the_same_rows_give_the_same_bytes_from_any_kind_of_source(tmp_path: Path) -> None:
@@ -56,6 +85,7 @@ def test_the_same_rows_give_the_same_bytes_from_any_kind_of_source(tmp_path: Pat
 def test_only_the_fields_that_tasks_read_are_kept() -> None:
     [part] = cut([{"body": "b", "title": "t", "secret": "s"}], ["title", "body"])
     assert unpack(part.encode()) == {"columns": {"title": ["t"], "body": ["b"]}, "first_row": 0}
+    assert msgpack.unpackb(part.encode(squeeze=False)) == unpack(part.encode())
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,198 @@
+"""What the benchmarks share: their options, sides taken in turn, the hardware they ran on, and one last line of JSON."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import shutil
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import replace
+from datetime import UTC, datetime
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import psutil
+from rich.console import Console
+from rich.table import Table
+
+from motet import Client
+from motet.demo import TASKS, choose
+from motet.embedded.cluster import Cluster
+from motet.tasks import Task
+
+ROOT = Path(__file__).resolve().parent.parent
+RESULTS = ROOT / "bench" / "results"
+#: The demo's four tasks in fp32 on any machine, so that all sides compute the same.
+EXACT: Mapping[str, Task] = {name: replace(task, numerics="exact") for name, task in TASKS.items()}
+
+
+def options(doc: str | None) -> argparse.ArgumentParser:
+    """A parser whose help is the benchmark's own text, with ``--quick``, which every benchmark has."""
+    parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--quick", action="store_true", help="a smaller run, within 60 s on two cores")
+    return parser
+
+
+def in_turn(
+    sides: Mapping[str, Callable[[], float]],
+    rounds: int,
+    told: Callable[[str, float], object] = lambda side, amount: say(f"  {side:<24}{amount:10.3f}"),
+) -> dict[str, list[float]]:
+    """Run every side once a round and keep what it returns (seconds, or a rate), each second round in reverse.
+
+    A machine that slows down or is disturbed then does so to all sides alike; compare by `ratio`.
+    """
+    names = list(sides)
+    found: dict[str, list[float]] = {name: [] for name in names}
+    for i in range(rounds):
+        for name in names if i % 2 == 0 else reversed(names):
+            amount = sides[name]()
+            told(name, amount)
+            found[name].append(amount)
+    return found
+
+
+def ratio(found: Mapping[str, Sequence[float]], over: str, under: str) -> float:
+    """Median of the ratios within each round: noise that lasts longer than a round cancels out."""
+    return statistics.median(a / b for a, b in zip(found[over], found[under], strict=True))
+
+
+def timed(work: Callable[[], object]) -> float:
+    """Seconds that the work took."""
+    start = time.perf_counter()
+    work()
+    return time.perf_counter() - start
+
+
+def say(words: str) -> None:
+    """A line of the story, on stdout at once."""
+    print(words, flush=True)
+
+
+def table(title: str, head: Sequence[str], rows: Iterable[Sequence[object]]) -> None:
+    """Print a table; all columns but the first are figures."""
+    drawn = Table(title=title, title_justify="left", box=None, pad_edge=False, header_style="bold")
+    for i, name in enumerate(head):
+        drawn.add_column(name, justify="left" if i == 0 else "right", no_wrap=True)
+    for row in rows:
+        drawn.add_row(*map(str, row))
+    Console(width=max(100, shutil.get_terminal_size().columns)).print(drawn)
+
+
+def finish(
+    name: str, keys: Mapping[str, Any], *, quick: bool, details: Mapping[str, Any] | None = None
+) -> None:
+    """Keep a full run's figures, its details and the hardware in bench/results/, and print the keys as the last line."""
+    if not quick:
+        RESULTS.mkdir(exist_ok=True)
+        kept = {"bench": name, **keys, "details": details or {}, "hardware": hardware()}
+        (RESULTS / f"{name}.json").write_text(json.dumps(kept, indent=2) + "\n", "utf-8")
+    print(json.dumps(dict(keys)), flush=True)
+
+
+def hardware() -> dict[str, Any]:
+    """What these figures were measured on, and with which versions."""
+    cpu = next(iter(_proc("/proc/cpuinfo", "model name")), platform.processor())
+    flags = next(iter(_proc("/proc/cpuinfo", "flags")), "").split()
+    memory = next(iter(_proc("/proc/meminfo", "MemTotal")), "0 kB")
+    return {
+        "date": datetime.now(UTC).strftime("%Y-%m-%d"),
+        "cpu": cpu,
+        "cores": len(os.sched_getaffinity(0)),
+        "features": [f for f in ("avx2", "avx512f", "avx512_bf16", "amx_bf16") if f in flags],
+        "memory_gib": round(int(memory.split()[0]) / 2**20, 1),
+        "gpus": _gpus(),
+        "os": platform.platform(),
+        "python": platform.python_version(),
+        "packages": {p: _version(p) for p in ("motet", "torch", "transformers", "celery", "sqlalchemy")},
+        "commit": _commit(),
+        "load_1m": round(os.getloadavg()[0], 2),
+    }
+
+
+def cpu_s(pids: Iterable[int]) -> float:
+    """CPU seconds, user and system, of these processes and all their children, living or ended."""
+    total = 0.0
+    for pid in pids:
+        with suppress(psutil.NoSuchProcess):
+            family = psutil.Process(pid)
+            for one in (family, *family.children(recursive=True)):
+                with suppress(psutil.NoSuchProcess):
+                    total += sum(one.cpu_times()[:4])
+    return total
+
+
+def idle_share(pids: Iterable[int], seconds: float = 4.0) -> float:
+    """CPU that these processes take while nobody asks anything of them, as a share of one core."""
+    pids = list(pids)
+    before = cpu_s(pids)
+    time.sleep(seconds)
+    return (cpu_s(pids) - before) / seconds
+
+
+def peak_rss_mb(pid: int) -> float:
+    """Largest resident set that a process has had so far."""
+    return next((int(kb.split()[0]) / 1024 for kb in _proc(f"/proc/{pid}/status", "VmHWM")), 0.0)
+
+
+@contextmanager
+def cluster(cpus: int = 2) -> Iterator[Cluster]:
+    """A whole cluster in a folder of its own, with all its workers there."""
+    with scratch() as data, Cluster(data, cpus=cpus, port=0) as running:
+        with Client(running.url, running.tokens["user"]) as client:
+            while sum(w.state == "ready" for w in client.workers()) < cpus:
+                time.sleep(0.2)
+        yield running
+
+
+def texts(rows: int) -> list[str]:
+    """Texts of the demo, tweets among news articles: lengths with a long tail. From the start again where they run out."""
+    chosen = [one.text for one in choose(rows)]
+    return (chosen * (rows // len(chosen) + 1))[:rows]
+
+
+@contextmanager
+def scratch() -> Iterator[Path]:
+    """A folder for a cluster's data, removed at the end, also after Ctrl-C."""
+    with tempfile.TemporaryDirectory(prefix="motet-bench-", ignore_cleanup_errors=True) as folder:
+        yield Path(folder)
+
+
+def _proc(path: str, key: str) -> Iterator[str]:
+    try:
+        lines = Path(path).read_text("utf-8", "replace").splitlines()
+    except OSError:
+        return
+    yield from (line.partition(":")[2].strip() for line in lines if line.startswith(key))
+
+
+def _gpus() -> list[str]:
+    if shutil.which("nvidia-smi") is None:
+        return []
+    query = ["nvidia-smi", "--query-gpu=name,memory.total,driver_version", "--format=csv,noheader"]
+    return subprocess.run(query, capture_output=True, text=True, check=False).stdout.splitlines()
+
+
+def _version(package: str) -> str:
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return ""
+
+
+def _commit() -> str:
+    git = ["git", "-C", str(ROOT), "describe", "--always", "--dirty"]
+    return subprocess.run(git, capture_output=True, text=True, check=False).stdout.strip()
+
+
+if __name__ == "__main__":
+    sys.exit("this is what the benchmarks share; see: make bench")

@@ -1,0 +1,65 @@
+"""What one row waits for beside the model: submit -> result in hand, on an idle cluster, less the bare engine call.
+
+one_row_overhead_ms  median of (a job of one row and four tasks through API, Postgres, dispatcher, Redis, worker,
+                     aggregator and back, in the client's hand) - median of (the engine's own prepare and run of the
+                     same text, in this process), both in milliseconds and taken in turn
+"""
+
+from __future__ import annotations
+
+import statistics
+import time
+
+from engine import Alone
+from harness import EXACT, cluster, finish, options, say, table, texts, timed
+
+from motet import Client
+
+#: So long the cluster is left alone before each job.
+PAUSE_S = 0.2
+
+
+def main() -> None:
+    arguments = options(__doc__).parse_args()
+    calls = 25 if arguments.quick else 200
+    sample = texts(calls)
+    engine = Alone(EXACT)
+    jobs, bare = [], []
+    with cluster() as running, Client(running.url, running.tokens["user"]) as client:
+
+        def one(text: str) -> None:
+            job = client.submit([text], EXACT, priority="interactive", reuse=False, progress=False)
+            (row,) = job.results()
+            assert not row.errors
+
+        for text in sample[:10]:
+            one(text)
+        for text in sample:
+            time.sleep(PAUSE_S)
+            jobs.append(timed(lambda text=text: one(text)) * 1000)
+            bare.append(timed(lambda text=text: engine.run(engine.prepare([text]))) * 1000)
+    overhead = statistics.median(jobs) - statistics.median(bare)
+    table(
+        "one row of four tasks, milliseconds",
+        ("", "median", "p90", "best"),
+        [
+            (
+                side,
+                f"{statistics.median(ms):.1f}",
+                f"{statistics.quantiles(ms, n=10)[-1]:.1f}",
+                f"{min(ms):.1f}",
+            )
+            for side, ms in (("submit to result", jobs), ("bare engine", bare))
+        ],
+    )
+    say(f"{overhead:.1f} ms beside the model")
+    finish(
+        "latency",
+        {"one_row_overhead_ms": round(overhead, 2)},
+        quick=arguments.quick,
+        details={"calls": calls, "job_ms": jobs, "bare_ms": bare},
+    )
+
+
+if __name__ == "__main__":
+    main()
