@@ -145,6 +145,18 @@ class Assignment:
             )
 
 
+#: UTF-8 bytes that a token stands for, at the most that is counted on.
+_BYTES_PER_TOKEN = 5
+
+
+def bytes_read(size: int, max_tokens: int) -> int:
+    """Of a text's UTF-8 bytes those that a model reads which cuts it after ``max_tokens`` (0: never).
+
+    Both sides count work by it: a document of a thousand pages costs no more than its first one.
+    """
+    return min(size, _BYTES_PER_TOKEN * max_tokens) if max_tokens else size
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Usage:
     """What an attempt consumed. Counts are exact; seconds are the worker's monotonic clock."""
@@ -153,7 +165,7 @@ class Usage:
     tokens: int = 0
     #: Tokens computed, padding included.
     computed_tokens: int = 0
-    #: UTF-8 bytes of the texts, for the bytes-to-tokens ratio.
+    #: ``bytes_read`` of the texts, for the bytes-to-tokens ratio.
     text_bytes: int = 0
     micro_batches: int = 0
     #: Seconds that the device worked for this attempt.

@@ -13,7 +13,7 @@ from array import array
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
-from motet.wire import pack, unpack
+from motet.wire import bytes_read, pack, unpack
 
 #: Offset of a row -> (error class, message) of its cells. A message never holds a user's text.
 Bad = Mapping[int, tuple[str, str]]
@@ -124,6 +124,13 @@ def decode_block(payload: bytes) -> dict[str, list[str]]:
 def row_order(raw: bytes) -> array[int]:
     """Offsets of the rows that work is done on, in the order in which it is carved."""
     return uint32s(raw)
+
+
+def read_in_order(order: bytes, lengths: bytes, n_rows: int, max_tokens: int) -> list[int]:
+    """Bytes that a pass reads of each row that work is done on, in the order in which it is carved."""
+    per_field = uint32s(lengths)
+    sizes = [sum(per_field[i::n_rows]) for i in range(n_rows)] if len(per_field) > n_rows else per_field
+    return [bytes_read(sizes[i], max_tokens) for i in row_order(order)]
 
 
 def uint32s(raw: bytes) -> array[int]:

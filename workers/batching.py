@@ -199,8 +199,7 @@ def limit(budget: Budget, cost: Cost, *, interactive_waits: bool) -> tuple[int, 
     return min(budget.tokens, cost.tokens_in(longest_s)), MOST_ROWS
 
 
-def overhead_tokens(budget: Budget, cost: Cost, device_kind: str) -> float:
-    """What a micro-batch costs beside its tokens, for `fitting`; 0 while the budget is sought, which wants it filled."""
-    if not budget.settled:
-        return 0.0
-    return cost.overhead_tokens or OVERHEAD_SHARE * START_TOKENS[device_kind]
+def overhead_tokens(cost: Cost, device_kind: str) -> float:
+    """What a micro-batch costs beside its tokens, for `fitting`: as measured, not far below the guess before."""
+    guess = OVERHEAD_SHARE * START_TOKENS[device_kind]
+    return max(guess / 4, cost.overhead_tokens or guess)

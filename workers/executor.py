@@ -300,7 +300,7 @@ class Executor:
             budget, cost, interactive_waits=self._clock() - self._interactive_at < INTERACTIVE_S
         )
         longest = first.rows[0].length
-        overhead = overhead_tokens(budget, cost, self._device.kind)
+        overhead = overhead_tokens(cost, self._device.kind)
         room = fitting(first.rows, tokens=tokens, max_rows=max_rows, overhead_tokens=overhead)
         rows = [(first, row) for row in _take(first, 0, room)]
         room = min(max_rows, tokens // max(1, longest)) - len(rows)

@@ -11,7 +11,7 @@ from enum import Enum
 
 from motet.columns import CellError, Column
 from motet.manifest import Manifest
-from motet.wire import Assignment, Outcome, TaskOrder, Usage
+from motet.wire import Assignment, Outcome, TaskOrder, Usage, bytes_read
 from workers.assemble import assemble
 from workers.batching import longest_first
 from workers.engine import Prepared
@@ -87,7 +87,10 @@ class Work:
             arrived=arrived,
             unanswered=len(order.texts),
             usage=Usage(
-                text_bytes=sum(len(t.encode("utf-8", "replace")) for t in order.texts), format=in_format
+                text_bytes=sum(
+                    bytes_read(len(t.encode("utf-8", "replace")), order.max_tokens) for t in order.texts
+                ),
+                format=in_format,
             ),
         )
 

@@ -23,7 +23,7 @@ from motet.columns import CellError, Kind
 from motet.errors import Conflict, InvalidJob, NotFound, Overloaded, Problem
 from motet.manifest import Manifest
 from motet.tasks import placeholders
-from scheduler.blocks import Block, Reader, task_bits
+from scheduler.blocks import Block, Reader, read_in_order, task_bits
 from scheduler.merge import errors_column
 from scheduler.store import endings
 from scheduler.store.database import JOB, WORK, notify
@@ -212,6 +212,8 @@ class Loading:
     kinds: tuple[Kind, ...]
     #: Task numbers of each pass, in order of pass number.
     passes: tuple[tuple[int, ...], ...]
+    #: Tokens that each pass reads of a row at most; 0: all.
+    max_tokens: tuple[int, ...]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -229,7 +231,7 @@ _LOADING = text(
     "SELECT id, tenant_id, fields, bad_rows, priority, reuse FROM job WHERE id = :job AND tenant_id = :tenant"
 )
 _READERS = text("""
-    SELECT t.number, t.pass_number, t.spec ->> 'input' AS input, t.digest, m.manifest, l.manifest AS loaded
+    SELECT t.number, t.pass_number, t.spec ->> 'input' AS input, t.digest, m.manifest, l.manifest AS loaded, p.max_tokens
       FROM task t JOIN model m ON m.id = t.model_id
       JOIN pass p ON p.job_id = t.job_id AND p.number = t.pass_number JOIN model l ON l.id = p.model_id
      WHERE t.job_id = :job ORDER BY t.number""")
@@ -243,6 +245,7 @@ def loading(connection: Connection, tenant: UUID, job: UUID) -> Loading:
     readers: list[Reader] = []
     kinds: list[Kind] = []
     passes: dict[int, list[int]] = {}
+    max_tokens: dict[int, int] = {}
     for row in connection.execute(_READERS, {"job": job}):
         model, loaded = Manifest.from_json(row.manifest), Manifest.from_json(row.loaded)
         readers.append(
@@ -254,6 +257,7 @@ def loading(connection: Connection, tenant: UUID, job: UUID) -> Loading:
         )
         kinds.append(model.answers)
         passes.setdefault(row.pass_number, []).append(row.number)
+        max_tokens[row.pass_number] = row.max_tokens
     return Loading(
         id=found.id,
         tenant=found.tenant_id,
@@ -264,6 +268,7 @@ def loading(connection: Connection, tenant: UUID, job: UUID) -> Loading:
         readers=tuple(readers),
         kinds=tuple(kinds),
         passes=tuple(tuple(passes[number]) for number in sorted(passes)),
+        max_tokens=tuple(max_tokens[number] for number in sorted(passes)),
     )
 
 
@@ -488,7 +493,8 @@ def _add_passes(landing: _Landing, job: Loading, number: int, block: Block, todo
         if asked and n:
             open_passes += 1
             landing.rows_waiting[pass_number] += n
-            landing.bytes_waiting[pass_number] += block.text_bytes
+            read = read_in_order(block.row_order, block.lengths, block.n_rows, job.max_tokens[pass_number])
+            landing.bytes_waiting[pass_number] += sum(read)
             state, settled = "ready", 0
         else:
             state, settled = "sealed", n

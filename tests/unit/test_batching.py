@@ -75,14 +75,14 @@ def test_a_cut_stands_before_rows_that_are_much_shorter_unless_starting_again_co
     assert fitting(rows, tokens=2400, overhead_tokens=4000) == 24
 
 
-def test_a_budget_that_is_still_sought_is_filled() -> None:
-    cost = Cost()
+def test_the_overhead_is_measured_and_never_far_below_the_guess() -> None:
+    cost = free = Cost()
     for tokens in (100, 1000, 200, 900):
         cost = cost.observed(tokens, 0.01 + tokens / 5000)
-    assert overhead_tokens(Budget(1024), cost, "cpu") == 0.0
-    settled = Budget(1024, settled=True)
-    assert overhead_tokens(settled, cost, "cpu") == pytest.approx(50)
-    assert overhead_tokens(settled, Cost(), "cpu") == 64
+        free = free.observed(tokens, 1e-5 + tokens / 5000)
+    assert overhead_tokens(cost, "cpu") == pytest.approx(50)
+    assert overhead_tokens(Cost(), "cpu") == 64
+    assert overhead_tokens(free, "cpu") == 16
 
 
 def test_rows_of_one_length_keep_their_order() -> None:

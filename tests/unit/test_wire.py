@@ -10,7 +10,18 @@ from hypothesis import strategies as st
 
 from motet.columns import ERROR, TRUNCATED, CellError, Column, values
 from motet.manifest import Manifest
-from motet.wire import Assignment, BadMessage, Beat, Control, Outcome, Running, TaskOrder, Usage, pack
+from motet.wire import (
+    Assignment,
+    BadMessage,
+    Beat,
+    Control,
+    Outcome,
+    Running,
+    TaskOrder,
+    Usage,
+    bytes_read,
+    pack,
+)
 
 MODEL = Manifest(name="m", version="1", engine="encoder", answers="label", labels=("a", "b"), trunk="t")
 COLUMN = Column(
@@ -59,6 +70,13 @@ MESSAGES = [
     Control(epoch=4, drop=((1, 2),), drain=True),
     Running(boot="b", rows={(1, 2): (3, 4)}),
 ]
+
+
+@pytest.mark.parametrize(
+    ("size", "max_tokens", "read"), [(100, 256, 100), (9000, 256, 1280), (9000, 0, 9000)]
+)
+def test_what_is_cut_off_is_no_work(size: int, max_tokens: int, read: int) -> None:
+    assert bytes_read(size, max_tokens) == read
 
 
 @pytest.mark.parametrize("message", MESSAGES, ids=lambda m: type(m).__name__)
