@@ -24,7 +24,7 @@ import uuid
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 from motet.wire import Assignment, BadMessage, Beat, Control, Running
 
@@ -420,6 +420,12 @@ class RedisWorkerTransport:
             pipe.execute()
 
         self._redis.call(send)
+
+    def probe(self, what: Literal["queue", "outcomes"]) -> int:
+        """How many wait in its own queue, or on the stream of outcomes. For ``motet doctor``, which tries its rights."""
+        if what == "queue":
+            return int(self._redis.call(lambda r: r.llen(queue_name(self._worker))))
+        return int(self._redis.call(lambda r: r.xlen(OUTCOMES)))
 
 
 @dataclass(frozen=True, slots=True)

@@ -327,7 +327,7 @@ def _version(client: redis_py.Redis, info: Mapping[str, Any], library: Any) -> s
 
 def _try_rights(url: str, role: Role) -> tuple[str, ...]:
     """What a role does all day, done for a worker that does not exist. Names of what it may not do."""
-    from motet.transport import OUTCOMES, RedisTransport, RedisWorkerTransport, TransportLost, queue_name
+    from motet.transport import RedisTransport, RedisWorkerTransport, TransportLost
     from motet.wire import Control, Running
 
     nobody = f"doctor-{secrets.token_hex(6)}"
@@ -347,9 +347,8 @@ def _try_rights(url: str, role: Role) -> tuple[str, ...]:
             attempt("write its keys", lambda: mine.mark_running(Running(boot=nobody, rows={})))
             attempt("remove its keys", lambda: mine.mark_running(None))
             attempt("fetch payloads", lambda: mine.fetch(0, 0))
-            line = mine._redis
-            attempt("read its queue", lambda: line.call(lambda r: r.llen(queue_name(nobody))))
-            attempt("see outcomes", lambda: line.call(lambda r: r.xlen(OUTCOMES)))
+            attempt("read its queue", lambda: mine.probe("queue"))
+            attempt("see outcomes", lambda: mine.probe("outcomes"))
         return tuple(denied)
     theirs = RedisTransport(url)
     with contextlib.closing(theirs):

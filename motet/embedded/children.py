@@ -6,6 +6,7 @@ import contextlib
 import ctypes
 import os
 import pwd
+import shutil
 import signal
 import subprocess
 import sys
@@ -16,7 +17,7 @@ from typing import BinaryIO
 
 from motet.errors import SetupError
 
-#: A log that has grown beyond this is set aside, as ``<name>.log.1``, when its process starts again.
+#: A log that has grown beyond this is set aside, as ``<name>.log.1``: see ``rotate``, and whenever its process starts.
 LOG_BYTES = 8 * 1024 * 1024
 
 #: Set in the environment of motet's processes, and so in that of all their descendants.
@@ -129,6 +130,19 @@ class Child:
         with self.log.open("rb") as file:
             file.seek(max(0, self.log.stat().st_size - 16_384))
             return "\n".join(file.read().decode("utf-8", "replace").splitlines()[-lines:])
+
+
+def rotate(log: Path) -> None:
+    """Set a log that has grown beyond LOG_BYTES aside, as ``<name>.log.1``, while its process goes on writing to it.
+
+    By copying and emptying, which is safe because logs are opened for appending; a line that comes in between is
+    lost. Never raises: a full disk costs the copy, not the process.
+    """
+    with contextlib.suppress(OSError):
+        if log.stat().st_size > LOG_BYTES:
+            with contextlib.suppress(OSError):
+                shutil.copyfile(log, f"{log}.1")
+            os.truncate(log, 0)
 
 
 def group_of(user: int | None) -> int | None:

@@ -21,7 +21,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Protocol, Self
 
-from motet.embedded.children import MARK, Child, evict, marked
+from motet.embedded.children import MARK, Child, evict, marked, rotate
 from motet.embedded.places import Lock, free_port, write_private
 from motet.embedded.postgres import STOP_S, Postgres
 from motet.embedded.valkey import Valkey, ValkeyUrls
@@ -184,8 +184,9 @@ class Cluster:
             outcome.set_exception(error)
 
     def step(self, now: float) -> None:
-        """Start again what has died, after a pause that grows while it keeps dying."""
+        """Start again what has died, after a pause that grows while it keeps dying; and keep the logs short."""
         for one in self._watched:
+            rotate(self._log(one.service.name))
             if one.service.alive:
                 continue
             if one.restart_at is None:

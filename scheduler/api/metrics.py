@@ -83,7 +83,9 @@ FAMILIES: Mapping[str, Family] = {
     "motet_busy_seconds_total": Family("counter", "Seconds that devices worked for jobs"),
     "motet_leases": Family("gauge", "Live leases"),
     "motet_oldest_lease_seconds": Family("gauge", "Age of the oldest live lease; 0 where there is none"),
-    "motet_leader_epoch": Family("gauge", "Grows by one each time that another dispatcher takes the lead"),
+    "motet_leader_epoch": Family(
+        "gauge", "Second in which the lead was taken; grows each time that a dispatcher takes it"
+    ),
     "motet_leader_lease_remaining_seconds": Family(
         "gauge", "Seconds until the leader's lease runs out; 0 where nobody leads"
     ),

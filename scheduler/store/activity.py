@@ -68,7 +68,7 @@ class SubtaskActivity:
     """One sub-task in time."""
 
     id: int
-    #: "" for a lost one, which nobody brought to an end.
+    #: Who did it, has it, or lost it; "" where no lease is known any more.
     worker: str
     pass_number: int
     state: Literal["open", "done", "lost", "failed"]

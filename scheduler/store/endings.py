@@ -28,7 +28,10 @@ _END = text(f"""
  RETURNING {ENDED}""")
 _DROP_CELLS = text("DELETE FROM cells WHERE job_id = :job")
 _CLOSE_SUBTASKS = text("""
-    UPDATE subtask SET state = 'lost', closed = clock_timestamp() WHERE job_id = :job AND state = 'open'""")
+    UPDATE subtask SET state = 'lost', closed = clock_timestamp(),
+           worker = coalesce((SELECT l.worker FROM lease l WHERE l.subtask_id = subtask.id
+                             ORDER BY l.attempt LIMIT 1), worker)
+     WHERE job_id = :job AND state = 'open'""")
 _DROP_LEASES = text("""
     DELETE FROM lease USING subtask s WHERE lease.subtask_id = s.id AND s.job_id = :job""")
 _DROP_PIECES = text("DELETE FROM piece WHERE job_id = :job")
@@ -47,7 +50,8 @@ def end_job(connection: Connection, job: UUID, state: Literal["cancelled", "fail
     if ended is None:
         return False
     trace_end(ended)
-    for statement in (_DROP_LEASES, _CLOSE_SUBTASKS, _DROP_PIECES, _DROP_CELLS, _NOTHING_WAITS):
+    # Sub-tasks before leases, which know their workers.
+    for statement in (_CLOSE_SUBTASKS, _DROP_LEASES, _DROP_PIECES, _DROP_CELLS, _NOTHING_WAITS):
         connection.execute(statement, {"job": job})
     notify(connection, WORK)
     notify(connection, JOB, str(job))

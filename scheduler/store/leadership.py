@@ -14,8 +14,10 @@ class NotLeading(Exception):
     """Another dispatcher leads, or the lease ran out: stop writing and stand by."""
 
 
+# The clock, because an older dump brings an older epoch back: workers that lived through it obey no smaller one.
 _TAKE = text("""
-    UPDATE leader SET epoch = epoch + 1, holder = :me, until = clock_timestamp() + make_interval(secs => :lease_s)
+    UPDATE leader SET epoch = greatest(epoch + 1, CAST(floor(date_part('epoch', clock_timestamp())) AS bigint)),
+           holder = :me, until = clock_timestamp() + make_interval(secs => :lease_s)
      WHERE id = 1 AND until < clock_timestamp() RETURNING epoch""")
 _RENEW = text("""
     UPDATE leader SET until = clock_timestamp() + make_interval(secs => :lease_s)
@@ -28,7 +30,10 @@ _SEE = text("UPDATE leader SET transport = :identity WHERE id = 1 AND epoch = :e
 
 
 def lead(database: Database, me: str, epoch: int | None, lease_s: float) -> int | None:
-    """Renew the lease of ``epoch``, or take it where it has run out. The epoch we lead in, or None."""
+    """Renew the lease of ``epoch``, or take it where it has run out. The epoch we lead in, or None.
+
+    An epoch is the second of Postgres' clock in which it was taken, and at the least one more than the last.
+    """
     with database.transaction() as connection:
         if epoch is not None:
             kept = connection.execute(_RENEW, {"me": me, "epoch": epoch, "lease_s": lease_s}).scalar()

@@ -17,7 +17,7 @@ from uuid import UUID
 from sqlalchemy import Connection, text
 
 from motet.manifest import Manifest
-from scheduler.blocks import row_order, uint32s
+from scheduler.blocks import read_in_order
 from scheduler.carve import Carved, Frontier, OpenBlock, Piece, Range
 from scheduler.cost import Rate, Rates
 from scheduler.lifecycle import Refusal, Return
@@ -117,8 +117,9 @@ _PIECES = text("""
      WHERE p.job_id = :job AND p.pass_number = :pass AND p.not_before <= clock_timestamp()
      ORDER BY p.block_number, p.lo LIMIT :limit""")
 _OPEN_BLOCKS = text("""
-    SELECT bp.block_number, bp.cursor, bp.n, bp.todo, b.row_order, b.lengths, b.n_rows
+    SELECT bp.block_number, bp.cursor, bp.n, bp.todo, b.row_order, b.lengths, b.n_rows, p.max_tokens
       FROM block_pass bp JOIN block b ON b.job_id = bp.job_id AND b.number = bp.block_number
+      JOIN pass p ON p.job_id = bp.job_id AND p.number = bp.pass_number
      WHERE bp.job_id = :job AND bp.pass_number = :pass AND bp.state = 'ready' AND bp.cursor < bp.n
      ORDER BY bp.block_number LIMIT :limit""")
 
@@ -144,18 +145,11 @@ def frontier(connection: Connection, job: str, pass_number: int, limit: int = 16
                 row.cursor,
                 row.n,
                 row.todo,
-                _cumulative(bytes(row.row_order), bytes(row.lengths), row.n_rows),
+                [0, *accumulate(read_in_order(row.row_order, row.lengths, row.n_rows, row.max_tokens))],
             )
             for row in connection.execute(_OPEN_BLOCKS, at)
         ],
     )
-
-
-def _cumulative(order: bytes, lengths: bytes, n_rows: int) -> list[int]:
-    """Bytes of the first i rows in order, all fields together."""
-    per_field = uint32s(lengths)
-    total = [sum(per_field[i::n_rows]) for i in range(n_rows)] if len(per_field) > n_rows else per_field
-    return [0, *accumulate(total[i] for i in row_order(order))]
 
 
 # -- leases ----------------------------------------------------------------------------------------
@@ -356,12 +350,15 @@ def _ranges(ranges: Sequence[Range]) -> dict[str, list[int]]:
 LOCK_JOBS = text("SELECT id, state FROM job WHERE id = ANY(:jobs) ORDER BY id FOR NO KEY UPDATE")
 _DROP_LEASES = text("""
     DELETE FROM lease USING unnest(CAST(:subtasks AS bigint[]), CAST(:attempts AS smallint[])) k (subtask_id, attempt)
-     WHERE lease.subtask_id = k.subtask_id AND lease.attempt = k.attempt RETURNING lease.subtask_id""")
+     WHERE lease.subtask_id = k.subtask_id AND lease.attempt = k.attempt
+ RETURNING lease.subtask_id, lease.worker""")
 _LEFT_ALONE = text("""
     SELECT s.* FROM subtask s
      WHERE s.id = ANY(:ids) AND s.state = 'open' AND NOT EXISTS (SELECT 1 FROM lease l WHERE l.subtask_id = s.id)
      ORDER BY s.id FOR UPDATE""")
-_CLOSE = text("UPDATE subtask SET state = :state, closed = clock_timestamp() WHERE id = ANY(:ids)")
+_CLOSE = text("""
+    UPDATE subtask SET state = 'lost', closed = clock_timestamp(), worker = k.worker
+      FROM unnest(CAST(:ids AS bigint[]), CAST(:workers AS text[])) k (id, worker) WHERE subtask.id = k.id""")
 _COUNT_LOST = text("""
     UPDATE job SET attempts_lost = attempts_lost + k.n
       FROM (SELECT job_id, count(*) AS n FROM subtask WHERE id = ANY(:ids) GROUP BY job_id) k WHERE job.id = k.job_id""")
@@ -382,15 +379,19 @@ class OpenSubtask:
 
 
 def close_lost(connection: Connection, lost: Sequence[Held]) -> list[OpenSubtask]:
-    """Drop these leases and close the sub-tasks that have no other. The caller returns their rows, same transaction."""
+    """Drop these leases and close the sub-tasks that have no other, each with the name of the worker that had it.
+
+    The caller returns their rows, in the same transaction.
+    """
     connection.execute(LOCK_JOBS, {"jobs": sorted({h.job for h in lost})})
     dropped = connection.execute(
         _DROP_LEASES, {"subtasks": [h.subtask for h in lost], "attempts": [h.attempt for h in lost]}
     )
-    ids = sorted({row.subtask_id for row in dropped})
-    closed = [open_subtask(row) for row in connection.execute(_LEFT_ALONE, {"ids": ids})]
-    connection.execute(_CLOSE, {"ids": [s.id for s in closed], "state": "lost"})
-    connection.execute(_COUNT_LOST, {"ids": [s.id for s in closed]})
+    worker = {row.subtask_id: row.worker for row in dropped}
+    closed = [open_subtask(row) for row in connection.execute(_LEFT_ALONE, {"ids": sorted(worker)})]
+    ids = [s.id for s in closed]
+    connection.execute(_CLOSE, {"ids": ids, "workers": [worker[i] for i in ids]})
+    connection.execute(_COUNT_LOST, {"ids": ids})
     return closed
 
 

@@ -115,21 +115,22 @@ def revoke_token(connection: Connection, token_id: str) -> bool:
 
 # -- blobs -----------------------------------------------------------------------------------------
 
-_BLOB_SIZES = text("SELECT sha256, bytes FROM blob WHERE sha256 = ANY(:shas)")
-_ADD_BLOB = text("INSERT INTO blob (sha256, bytes) VALUES (:sha256, :bytes) ON CONFLICT (sha256) DO NOTHING")
+# Ordered, since two manifests may name the same files.
+_BLOB_SIZES = text("""
+    WITH asked AS (SELECT sha256 FROM blob WHERE sha256 = ANY(:shas) ORDER BY sha256 FOR UPDATE)
+    UPDATE blob SET created = clock_timestamp() FROM asked WHERE blob.sha256 = asked.sha256
+ RETURNING blob.sha256, blob.bytes""")
 _LIVE_LEASE = text("""
     SELECT 1 FROM lease WHERE subtask_id = :subtask AND attempt = :attempt AND nonce = :nonce
        AND until > clock_timestamp()""")
 
 
 def blob_sizes(connection: Connection, shas: Collection[str]) -> dict[str, int]:
-    """Digest -> bytes of those blobs that are stored."""
+    """Digest -> bytes of those blobs that are stored.
+
+    They are young again: no sweep takes one between this look and the model that will name it.
+    """
     return {row.sha256: row.bytes for row in connection.execute(_BLOB_SIZES, {"shas": list(shas)})}
-
-
-def add_blob(connection: Connection, sha256: str, size: int) -> None:
-    """Record a blob whose file is in place. Twice is harmless."""
-    connection.execute(_ADD_BLOB, {"sha256": sha256, "bytes": size})
 
 
 def has_live_lease(connection: Connection, subtask: int, attempt: int, nonce: str) -> bool:

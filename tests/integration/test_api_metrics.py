@@ -145,7 +145,7 @@ def test_the_figures_are_those_of_sql_from_the_first_row_to_the_last(works: Work
     assert value(under_way, "motet_leases") == works.one("SELECT count(*) FROM lease")[0] == len(sent) > 0
     assert value(under_way, "motet_subtasks_open") == len(sent)
     assert value(under_way, "motet_rows_waiting") == 300 - sum(len(a.texts) for a in sent)
-    assert value(under_way, "motet_leader_epoch") == works.one("SELECT epoch FROM leader")[0] == 1
+    assert value(under_way, "motet_leader_epoch") == works.one("SELECT epoch FROM leader")[0] > 0
     assert 0 < value(under_way, "motet_leader_lease_remaining_seconds") <= 30
     (age,) = works.one("SELECT extract(epoch FROM clock_timestamp() - min(leased)) FROM lease")
     assert 0 < value(under_way, "motet_oldest_lease_seconds") <= age

@@ -133,7 +133,9 @@ def test_a_sub_task_that_was_lost_is_shown_and_its_rows_wait_again(works: Works)
     seen = works.look(job)
     assert seen["passes"][0]["subtasks"]["lost"] == len(lost) == seen["job"]["usage"]["attempts_lost"]
     gone = [s for s in seen["timeline"] if s["state"] == "lost"]
-    assert {s["subtask"] for s in gone} == {a.subtask for a in lost}
+    assert {(s["subtask"], s["worker"]) for s in gone} == {
+        (a.subtask, works.cluster.hands[0].name) for a in lost
+    }
     assert all(s["start_s"] == s["carved_s"] <= s["end_s"] for s in gone)
     rows = seen["passes"][0]["rows"]
     assert rows["waiting"] + rows["open"] + rows["done"] == 200

@@ -112,6 +112,37 @@ def test_a_log_that_has_grown_is_set_aside_when_its_process_starts_again(
     assert (tmp_path / "talker.log.1").read_text() == talker.log.read_text() == "hello\n"
 
 
+def test_a_log_that_grows_while_its_process_runs_is_cut_and_the_process_goes_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr("motet.embedded.children.LOG_BYTES", 6)
+    cluster = StandIn(tmp_path)
+    log = tmp_path / "logs/echo.log"
+    # Says a line whenever its queue has one.
+    os.mkfifo(tmp_path / "queue")
+    echo = Child(
+        "echo", ["/bin/sh", "-c", f"while read line; do echo $line; done <>{tmp_path}/queue"], log=log
+    )
+    cluster._watched.append(Watched(echo, grace_s=1))
+    echo.start()
+    try:
+        for line, kept in (
+            ("first", ""),
+            ("second", "first second"),
+            ("third", "first second"),
+            ("fourth", "third fourth"),
+        ):
+            with (tmp_path / "queue").open("w") as queue:
+                queue.write(f"{line}\n")
+            until(lambda line=line: echo.tail().endswith(line))
+            cluster.step(0)
+            old = Path(f"{log}.1")
+            assert (" ".join(old.read_text().split()) if old.exists() else "") == kept
+        assert log.read_text() == "", "and no hole where the old lines were"
+    finally:
+        echo.stop(0)
+
+
 def test_a_program_that_is_missing_is_named():
     with pytest.raises(SetupError, match="ghost: cannot run /no/such/program: No such file"):
         Child("ghost", ["/no/such/program"]).start()

@@ -858,6 +858,22 @@ def test_a_blob_goes_when_no_model_names_it_and_nobody_asked_for_it_for_a_day(
         use.close()
 
 
+def test_a_blob_that_a_new_manifest_names_is_not_swept_before_the_model_is_there(
+    server: api_house.House,
+) -> None:
+    named, unnamed = put(server, b"1"), put(server, b"22")
+    age_blobs(server)
+    use = resources(server)
+    try:
+        with server.database.transaction() as connection:
+            assert registry.blob_sizes(connection, {named, "0" * 64}) == {named: 1}
+        assert blobs.sweep(use) == 1
+        assert file_of(server, named).is_file()
+        assert not file_of(server, unnamed).exists()
+    finally:
+        use.close()
+
+
 def age_blobs_of(server: api_house.House, sha: str) -> None:
     server.sql("UPDATE blob SET created = created - interval '2 days' WHERE sha256 = :sha", sha=sha)
 

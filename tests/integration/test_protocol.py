@@ -483,6 +483,9 @@ def test_cancelling_freezes_the_counts_and_frees_the_device(house: House) -> Non
         assert end_job(connection, job, "cancelled", "asked")
     frozen = house.job(job)
     assert frozen.cells_ok + frozen.cells_error + frozen.cells_skipped == 300 * 2
+    lost = dict(house.sql("SELECT id, worker FROM subtask WHERE state = 'lost'"))
+    assert {lost[a.subtask] for a in running} == {hand.name}
+    assert "" not in lost.values(), "each names the worker that had it"
     house.tick()
     hand.beat()
     assert hand.dropped == {a.key for a in running}
@@ -528,7 +531,9 @@ def test_a_standby_leads_when_the_leader_is_late_and_the_old_one_writes_nothing(
     assert standby.epoch is None
     house.sql("UPDATE leader SET until = clock_timestamp() - interval '1 s'")
     standby.step(house.now)
-    assert standby.epoch == house.dispatcher.epoch + 1 if house.dispatcher.epoch else False
+    assert standby.epoch is not None
+    assert house.dispatcher.epoch is not None
+    assert standby.epoch > house.dispatcher.epoch
     house.expire_leases()
     house.transport.queues.clear()
     before = house.sql("SELECT count(*) AS n FROM subtask")[0].n
@@ -539,6 +544,24 @@ def test_a_standby_leads_when_the_leader_is_late_and_the_old_one_writes_nothing(
     house.dispatcher = standby
     assert house.finish(job).state == "succeeded"
     assert_accounted_for(house, job, 50)
+
+
+def test_after_a_restore_of_an_older_dump_the_lead_is_taken_in_a_later_epoch_all_the_same(
+    house: House,
+) -> None:
+    house.tick()
+    before = house.dispatcher.epoch
+    assert before is not None
+    house.sql("UPDATE leader SET epoch = 3, until = '-infinity'")
+    restored = Dispatcher(house.database, house.transport, house.dispatcher.settings)
+    restored.step(house.now)
+    assert restored.epoch is not None
+    # Equal within one second, and a worker obeys that too.
+    assert restored.epoch >= before
+    ahead = restored.epoch + 3600
+    house.sql(f"UPDATE leader SET epoch = {ahead}, until = '-infinity'")
+    restored.step(house.now + 60)
+    assert restored.epoch == ahead + 1, "nor does it go back where the clock did"
 
 
 def test_a_job_that_no_worker_can_load_fails_with_the_reason(house: House) -> None:
