@@ -80,7 +80,8 @@ def say(words: str) -> None:
 
 def table(title: str, head: Sequence[str], rows: Iterable[Sequence[object]]) -> None:
     """Print a table; all columns but the first are figures."""
-    drawn = Table(title=title, title_justify="left", box=None, pad_edge=False, header_style="bold")
+    say(f"\n{title}")
+    drawn = Table(box=None, pad_edge=False, header_style="bold")
     for i, name in enumerate(head):
         drawn.add_column(name, justify="left" if i == 0 else "right", no_wrap=True)
     for row in rows:
