@@ -14,6 +14,7 @@ import uuid
 from collections import OrderedDict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import islice
 
 import psycopg
 
@@ -46,6 +47,8 @@ _CACHE_BYTES = 16 * 1024 * 1024
 _CHORES_S = 5.0
 #: The sweeper looks so often for jobs to delete; while it finds some it goes on in the next step.
 _SWEEP_S = 30.0
+#: Sub-tasks sent in one step: with many workers a step must still be much shorter than the leader's lease.
+MOST_PER_STEP = 64
 #: Beyond so many outcomes that wait, or so full a Redis, nothing more is sent: what is under way must land first.
 _MAX_BACKLOG, _MAX_MEMORY = 1000, 0.7
 #: After Redis was emptied a worker's first new beats say what it still holds.
@@ -261,7 +264,7 @@ class Dispatcher:
         frontiers: dict[tuple[str, int], Frontier] = {}
         cuts: list[Cut] = []
         with self.database.transaction() as connection:
-            for p in placements:
+            for p in islice(placements, MOST_PER_STEP):
                 where = (p.demand.job, p.demand.pass_number)
                 if where not in frontiers:
                     frontiers[where] = leases.frontier(connection, *where)
@@ -390,6 +393,9 @@ def _cut(p: Placement, carved: Carved) -> Cut:
 
 def _workers(beats: Mapping[str, Beat], held: Sequence[Held]) -> list[Worker]:
     """Beats and live leases as what the placement policy sees."""
+    theirs: dict[str, list[Held]] = {name: [] for name in beats}
+    for h in held:
+        theirs.get(h.worker, []).append(h)
     return [
         Worker(
             name=name,
@@ -398,9 +404,9 @@ def _workers(beats: Mapping[str, Beat], held: Sequence[Held]) -> list[Worker]:
             device_name=b.device_name,
             engines=b.engines,
             resident=b.resident,
-            leases=sum(h.worker == name for h in held),
-            leased_s=sum(h.predicted_s for h in held if h.worker == name),
-            exclusive=any(h.exclusive for h in held if h.worker == name),
+            leases=len(theirs[name]),
+            leased_s=sum(h.predicted_s for h in theirs[name]),
+            exclusive=any(h.exclusive for h in theirs[name]),
         )
         for name, b in beats.items()
     ]
@@ -545,7 +551,8 @@ def run(dispatcher: Dispatcher, wake: Listener, stopping: threading.Event) -> No
     tick_s = dispatcher.settings.tick_s
     while not stopping.is_set():
         try:
-            dispatcher.step(time.monotonic())
+            if dispatcher.step(time.monotonic()) == MOST_PER_STEP:
+                continue  # there may be room for more
         except NotLeading:
             dispatcher.epoch = None
         except (StoreUnavailable, TransportLost) as trouble:
