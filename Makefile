@@ -10,11 +10,11 @@ INSTALLED := .venv/.motet-installed
 BENCHES := $(wildcard bench/*.py)
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test check lint format bench clean
+.PHONY: help install demo test check lint format bench env compose-test clean
 
 help: ## list the targets
-	@sed -n 's/^\([a-z]*\):[^#]*## \(.*\)/  make \1@\2/p' $(MAKEFILE_LIST) | while IFS=@ read -r name text; do \
-		printf '%-16s%s\n' "$$name" "$$text"; done
+	@sed -n 's/^\([a-z-]*\):[^#]*## \(.*\)/  make \1@\2/p' $(MAKEFILE_LIST) | while IFS=@ read -r name text; do \
+		printf '%-20s%s\n' "$$name" "$$text"; done
 
 install: $(INSTALLED) ## make .venv and install motet with all extras into it, once
 
@@ -38,6 +38,12 @@ format: $(INSTALLED) ## format the code and mend what can be mended
 bench: $(INSTALLED) ## list the benchmarks and how to run them
 	@test -n '$(BENCHES)' || echo 'no benchmarks yet'; for file in $(BENCHES); do \
 		printf '$(BIN)/python %-28s %s\n' "$$file" "$$(sed -n '1s/"""//gp' "$$file")"; done
+
+env: ## make secrets/ and .env for docker compose, once; needs Python alone
+	@$(or $(PYTHON),python3) deploy/compose/prepare.py
+
+compose-test: $(INSTALLED) ## prove docker-compose.yml on a real engine: start, kill, scale, take down (minutes)
+	$(BIN)/python tests/compose/check.py
 
 clean: ## remove .venv and all caches
 	rm -rf .venv .mypy_cache .ruff_cache .pytest_cache .hypothesis build dist *.egg-info

@@ -1,4 +1,5 @@
 """`python -m workers`: the launcher of this host's workers. `python -m workers register`: make a model known.
+`python -m workers health`: whether the workers of this host beat.
 
 MOTET_REDIS_URL=… MOTET_URL=… MOTET_TOKEN=… python -m workers --gpus all
 python -m workers --cpus 2 --name build-7
@@ -23,6 +24,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
             from workers.register import main as register
 
             return register(arguments[1:])
+        if arguments[:1] == ["health"]:
+            from workers.health import main as health
+
+            return health(arguments[1:])
         return _launch(arguments)
     except MotetError as error:
         print(f"error: {error}", file=sys.stderr)
