@@ -26,9 +26,9 @@ HEAD = "news-topics"
 
 def main() -> None:
     arguments = options(__doc__).parse_args()
-    rows, rounds = (160, 1) if arguments.quick else (2000, 3)
+    rows, rounds = (600, 1) if arguments.quick else (2000, 2)
     sample = texts(rows)
-    alone = one_head(sample[: 60 if arguments.quick else 400], 5 if arguments.quick else 15)
+    alone = one_head(sample[: 60 if arguments.quick else 200], 5 if arguments.quick else 9)
     shares: list[float] = []
     computed: dict[str, int] = {}
     with cluster() as running, Client(running.url, running.tokens["user"]) as client:

@@ -34,11 +34,11 @@ from motet.job import Job
 
 def main() -> None:
     parser = options(__doc__)
-    parser.add_argument("--rows", type=int, help="texts of a job  [default: 4,800, or 500 if quick]")
-    parser.add_argument("--rounds", type=int, help="[default: 5, or 2 if quick]")
+    parser.add_argument("--rows", type=int, help="texts of a job  [default: 6,600, or 500 if quick]")
+    parser.add_argument("--rounds", type=int, help="[default: 3, or 2 if quick]")
     arguments = parser.parse_args()
-    rows = arguments.rows or (500 if arguments.quick else 4800)
-    rounds = arguments.rounds or (2 if arguments.quick else 5)
+    rows = arguments.rows or (500 if arguments.quick else 6600)
+    rounds = arguments.rounds or (2 if arguments.quick else 3)
     sample = texts(rows)
     few = sample[: min(rows, 400)]
     with (

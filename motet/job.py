@@ -274,7 +274,10 @@ class Job:
                     # Rows of an ended job come at once: a bar between them would only flicker.
                     if bar is not None or not self._ended:
                         own_bar.track(progress)
-        self.refresh()
+        if end.get("job"):
+            self._record = dict(end["job"])
+        else:
+            self.refresh()
         if check:
             self._check()
 

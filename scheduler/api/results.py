@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import chain
 from typing import Annotated, Any, Literal
@@ -22,9 +22,10 @@ from motet.errors import NotFound
 from motet.wire import pack
 from scheduler.api import shapes
 from scheduler.api.auth import Caller
-from scheduler.api.jobs import JobPath, WaitS
+from scheduler.api.jobs import JobPath, WaitS, describe
 from scheduler.api.resources import Resources, Use, job_id
 from scheduler.store.database import StoreUnavailable
+from scheduler.store.jobs import job_entry
 from scheduler.store.results import Order, ReadyBlock, Shown, read_columns, ready_blocks, shown, unanswered
 
 routes = APIRouter(tags=["results"])
@@ -80,6 +81,8 @@ class End:
     after: int
     state: str
     complete: bool
+    #: The job as ``GET /v1/jobs/{id}`` tells it, behind the last block of all: that saves a question.
+    job: Mapping[str, Any] | None = None
 
 
 def look_for(asked: Asked, after: int) -> Look:
@@ -114,7 +117,17 @@ def read_on(asked: Asked, look: Look, after: int, budget: float) -> Iterator[Mer
             raise
         yield End(after, look.job.state, complete=False)
     else:
-        yield End(after, look.job.state, look.complete(after))
+        complete = look.complete(after)
+        yield End(after, look.job.state, complete, _as_it_ended(asked) if complete else None)
+
+
+def _as_it_ended(asked: Asked) -> Mapping[str, Any] | None:
+    """The job now; None where it cannot be told, and must be asked for."""
+    try:
+        with asked.use.database.transaction() as connection:
+            return describe(job_entry(connection, asked.tenant, asked.job))
+    except (StoreUnavailable, NotFound):
+        return None
 
 
 def _fitting(blocks: Sequence[ReadyBlock], budget: float) -> Sequence[ReadyBlock]:
@@ -179,7 +192,8 @@ async def show_results(
 def as_frame(piece: Merged | End) -> bytes:
     """A block, or the end, as a frame of docs/http.md."""
     if isinstance(piece, End):
-        body = pack({"end": True, "next": piece.after, "state": piece.state, "complete": piece.complete})
+        end = {"end": True, "next": piece.after, "state": piece.state, "complete": piece.complete}
+        body = pack(end | ({"job": piece.job} if piece.job else {}))
     else:
         tasks = zip(piece.job.tasks, piece.columns, strict=True)
         body = pack(
