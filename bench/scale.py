@@ -106,7 +106,7 @@ def dispatching(stage: Stage, counts: tuple[int, ...], rows: int) -> tuple[list[
                         leases=int(str(held[0])) if held else 0,
                     )
                 )
-                say(f"  {found[-1]}")
+                say(f"  {count:,} workers: the longest step took {found[-1].longest_s:.2f} s")
     finally:
         transport.close()
         valkey.close()

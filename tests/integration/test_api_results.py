@@ -30,7 +30,9 @@ def test_every_kind_of_column_comes_back_as_it_was_sealed(house: House) -> None:
     job = house.submit(TEXTS[:7], ALL)["id"]
     house.answer(job, 0, failing={3: CellError("too_long", "17 tokens")})
     (block,), end = house.results(job)
+    told = end.pop("job")
     assert end == {"end": True, "next": 1, "state": "succeeded", "complete": True}
+    assert told == house.job(job)
     rows = list(block)
     assert [r.index for r in rows] == list(range(7))
     assert [str(r["topic"]) for r in rows if r.ok] == [
@@ -108,10 +110,7 @@ def test_row_order_waits_for_the_next_block_and_done_order_does_not(house: House
     assert blocks[0].first_row == 0
     house.answer(job, 1)
     blocks, end = house.results(job, after=1)
-    assert (numbers(blocks), end) == (
-        [1, 2],
-        {"end": True, "next": 3, "state": "succeeded", "complete": True},
-    )
+    assert (numbers(blocks), end["next"], end["state"], end["complete"]) == ([1, 2], 3, "succeeded", True)
     blocks, end = house.results(job, order="done", after=1)
     assert (numbers(blocks), end["next"], end["complete"]) == ([0, 1], 3, True)
     blocks, end = house.results(job, after=3)
