@@ -42,7 +42,7 @@ from motet.errors import SetupError
 
 HERE = Path(__file__).resolve().parent
 PROCESSES = 2
-QUICK_ROWS, ROWS, WARM_UP_ROWS = 300, 2000, 64
+QUICK_ROWS, ROWS, WARM_UP_ROWS = 300, 1000, 64
 #: A system that takes longer than this is given up.
 LIMIT_S = 1800.0
 #: What it may take to end in order before it is killed.
