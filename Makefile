@@ -7,7 +7,7 @@ NEW_ENOUGH := import sys; sys.exit(sys.version_info < (3, 11))
 
 BIN := .venv/bin
 INSTALLED := .venv/.motet-installed
-BENCHES := $(wildcard bench/*.py)
+BENCHES := $(patsubst %,bench/%.py,tax fusion latency storage memory scale rivals)
 
 .DEFAULT_GOAL := help
 .PHONY: help install demo test check lint format bench env compose-test clean
@@ -36,7 +36,7 @@ format: $(INSTALLED) ## format the code and mend what can be mended
 	$(BIN)/ruff format
 
 bench: $(INSTALLED) ## list the benchmarks and how to run them
-	@test -n '$(BENCHES)' || echo 'no benchmarks yet'; for file in $(BENCHES); do \
+	@for file in $(BENCHES); do \
 		printf '$(BIN)/python %-28s %s\n' "$$file" "$$(sed -n '1s/"""//gp' "$$file")"; done
 
 env: ## make secrets/ and .env for docker compose, once; needs Python alone
