@@ -140,12 +140,12 @@ class Loop:
     def pids(self) -> list[int]:
         return [child.pid for child in self._children if child.pid]
 
-    def warm_up(self, texts: Sequence[str]) -> int:
+    def warm_up(self, texts: Sequence[str], budgets: Sequence[int] = BUDGETS) -> int:
         """Wait until all have loaded, and find the token budget that is fastest here."""
         for pipe in self._pipes:
             pipe.recv()
         seconds = {}
-        for budget in BUDGETS:
+        for budget in budgets:
             self.run(texts, budget)
             seconds[budget] = self.run(texts, budget)
         return min(seconds, key=lambda budget: seconds[budget])

@@ -12,7 +12,7 @@ from __future__ import annotations
 import statistics
 from collections.abc import Callable
 
-from bare import Loop
+from bare import BUDGETS, Loop
 from harness import (
     EXACT,
     cluster,
@@ -34,11 +34,11 @@ from motet.job import Job
 
 def main() -> None:
     parser = options(__doc__)
-    parser.add_argument("--rows", type=int, help="texts of a job  [default: 6,600, or 500 if quick]")
-    parser.add_argument("--rounds", type=int, help="[default: 3, or 2 if quick]")
+    parser.add_argument("--rows", type=int, help="texts of a job  [default: 6,600, or 1,000 if quick]")
+    parser.add_argument("--rounds", type=int, help="[default: 3, or 1 if quick]")
     arguments = parser.parse_args()
-    rows = arguments.rows or (500 if arguments.quick else 6600)
-    rounds = arguments.rounds or (2 if arguments.quick else 3)
+    rows = arguments.rows or (1000 if arguments.quick else 6600)
+    rounds = arguments.rounds or (1 if arguments.quick else 3)
     sample = texts(rows)
     few = sample[: 120 if arguments.quick else 400]
     with (
@@ -65,7 +65,7 @@ def main() -> None:
             spent[side] += cpu_s(pids()) - before
             return seconds
 
-        budget = loop.warm_up(few)
+        budget = loop.warm_up(few, (512, 1024) if arguments.quick else BUDGETS)
         client.submit(few, EXACT, reuse=False, progress=False).wait()
         client.submit(few, EXACT, reuse=False, progress=False).wait()
         idle = idle_share(running.pids.values())
