@@ -178,7 +178,7 @@ def drive(stage: Stage, rows: int, *, workers: int = 2, tasks: int = 4) -> Run:
         stack.callback(_end, stand_ins)
         pids = {**stage.pids, "stand-ins": stand_ins.pid}
         sql = stack.enter_context(stage.sql())
-        before = {name: _cpu_s(name, pid) for name, pid in pids.items()}
+        before = {name: cpu_s([pid]) for name, pid in pids.items()}
         wal, stored = _one(sql, _WAL), table_bytes(sql)
         client = subprocess.run(
             [sys.executable, str(HERE / "client.py"), f"--rows={rows}", f"--tasks={tasks}"],
@@ -197,7 +197,7 @@ def drive(stage: Stage, rows: int, *, workers: int = 2, tasks: int = 4) -> Run:
         redis_line = redis.Redis.from_url(redis_py_url(stage.redis.scheduler))
         redis_peak_mb = redis_line.info("memory")["used_memory_peak"] / 2**20
         redis_line.close()
-        cpu = {name: _cpu_s(name, pid) - before[name] for name, pid in pids.items()}
+        cpu = {name: cpu_s([pid]) - before[name] for name, pid in pids.items()}
         return Run(
             rows=rows,
             cells=told["cells"],
@@ -233,16 +233,6 @@ def table_bytes(sql: psycopg.Connection[Any]) -> int:
 def _end(process: subprocess.Popen[bytes]) -> None:
     process.terminate()
     process.wait(10)
-
-
-def family_cpu_s(pid: int) -> float:
-    """CPU seconds of a server with the processes that it has forked, those that have ended included."""
-    children = Path(f"/proc/{pid}/task/{pid}/children").read_text("utf-8").split()
-    return cpu_s([pid, *map(int, children)])
-
-
-def _cpu_s(name: str, pid: int) -> float:
-    return family_cpu_s(pid) if name == "postgres" else cpu_s([pid])
 
 
 def pss_mb(pid: int) -> float:

@@ -41,7 +41,7 @@ import psycopg
 sys.path.insert(0, str(Path(__file__).parent))
 
 from harness import cpu_s, finish, in_turn, options, ratio, say, scratch, table
-from stage import LABELS, Stage, family_cpu_s, label_tasks, mixed_texts, short_texts, size_of, table_bytes
+from stage import LABELS, Stage, label_tasks, mixed_texts, short_texts, size_of, table_bytes
 
 from motet.client import Client
 from motet.columns import Column
@@ -233,7 +233,7 @@ class Bench:
         api, postgres = [self.stage.pids["api"]], self.stage.pids["postgres"]
         wal = "SELECT pg_current_wal_insert_lsn() - '0/0'"
         wal_before = self.sql.execute(wal).fetchone()
-        began = (time.process_time(), cpu_s(api), family_cpu_s(postgres))
+        began = (time.process_time(), cpu_s(api), cpu_s([postgres]))
         start = time.perf_counter()
         work()
         seconds = time.perf_counter() - start
@@ -243,7 +243,7 @@ class Bench:
         cost.things += things
         cost.client_s += time.process_time() - began[0]
         cost.api_s += cpu_s(api) - began[1]
-        cost.postgres_s += family_cpu_s(postgres) - began[2]
+        cost.postgres_s += cpu_s([postgres]) - began[2]
         cost.wal_bytes += int(wal_after[0] - wal_before[0])
         return things / seconds
 
