@@ -7,18 +7,20 @@ It knows the API's routes (docs/http.md) and nothing of what is behind them. htt
 from __future__ import annotations
 
 import inspect
+import logging
 import math
 import re
 import secrets
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
+from functools import partial
 from itertools import chain
 from types import TracebackType
 from typing import Any, Literal, TypeVar
 
-from motet.errors import Conflict, InvalidJob, MotetError, NotFound, Problem
+from motet.errors import Conflict, InvalidJob, MotetError, NotFound, Overloaded, Problem
 from motet.http import Address, Http
 from motet.job import Job, Plan
 from motet.manifest import Manifest
@@ -31,9 +33,13 @@ State = Literal["loading", "running", "succeeded", "failed", "cancelled"]
 Scope = Literal["user", "read", "admin", "worker"]
 Tasks = Mapping[str, Task | Mapping[str, Any]]
 
+log = logging.getLogger(__name__)
+
 _T = TypeVar("_T")
 
 _PAGE = 50
+#: How often somebody who waits for a part looks whether it was refused.
+_GLANCE_S = 0.25
 #: What an id or a model's name looks like.
 _SEGMENT = re.compile(r"[A-Za-z0-9_.@+:-]{1,200}")
 
@@ -141,7 +147,9 @@ class Client:
         sooner where the server keeps jobs no longer. ``progress`` forces the bar on or off. Submitting again
         with the same ``key`` gives the same job, or goes on with its upload where that broke off.
 
-        Raises InvalidJob, Unauthorized, Conflict (the key belongs to another job), Overloaded, Unreachable.
+        While the cluster takes no more rows it waits, and says so on the bar or in the log. Raises InvalidJob,
+        Unauthorized, Conflict (the key belongs to another job), Overloaded where that lasts longer than the
+        client's ``timeout``, Unreachable.
         """
         specs = _specs(tasks)
         fields_read = fields_of(specs)
@@ -161,15 +169,19 @@ class Client:
         if first is None:
             raise InvalidJob(Problem("rows", "no rows", "at least one row", "check the source"))
         second = next(parts, None)
-        if second is None and not first.bad:
-            record = self._http.post("/v1/jobs", {**opening, "rows": first.rows()}, key=own_key)
+        bar = Bar("sending", wanted=progress)
+        whole = second is None and not first.bad
+        if whole:
+            opening["rows"] = first.rows()
+        with bar:
+            record = self._http.post("/v1/jobs", opening, key=own_key, refused=partial(_tell, bar))
+        if whole:
             return Job(self._http, record, progress=progress)
-        record = self._http.post("/v1/jobs", opening, key=own_key)
         job = Job(self._http, record, progress=progress)
         if record["state"] == "loading":
             try:
                 total = chain([first] if second is None else [first, second], parts)
-                record = self._upload(job, total, Bar("sending", wanted=progress))
+                record = self._upload(job, total, bar)
             except BaseException as error:
                 # Only a caller who gave the key can come back to go on.
                 if key is None or isinstance(error, InvalidJob):
@@ -311,18 +323,27 @@ class Client:
         wanted = 0
         stop = threading.Event()
         in_flight: Future[int] | None = None
+        refusals: list[Overloaded] = []
         sender = ThreadPoolExecutor(1, thread_name_prefix="motet-upload")
+
+        def landed() -> int:
+            """Wait for the part in flight, and say here, where the bar is drawn, what it waits for."""
+            while in_flight is not None and not wait((in_flight,), _GLANCE_S).done:
+                while refusals:
+                    _tell(bar, refusals.pop())
+            return 0 if in_flight is None else in_flight.result()
+
         try:
             with bar:
                 for part in parts:
                     number, rows = part.number + 1, part.first_row + len(part)
                     if rows > there:
                         body = part.encode(squeeze=not self._http.stays_here)
-                        wanted = max(wanted, _landed(in_flight))
+                        wanted = max(wanted, landed())
                         if part.number >= wanted:
-                            in_flight = sender.submit(self._put, job, part, body, stop)
+                            in_flight = sender.submit(self._put, job, part, body, stop, refusals.append)
                     bar.show(f"{rows:,} rows")
-                _landed(in_flight)
+                landed()
                 return self._http.post(  # type: ignore[no-any-return]
                     f"/v1/jobs/{job.id}/close", {"parts": number, "rows": rows}
                 )
@@ -330,7 +351,14 @@ class Client:
             stop.set()
             sender.shutdown(wait=False, cancel_futures=True)
 
-    def _put(self, job: Job, part: Part, body: bytes, stop: threading.Event) -> int:
+    def _put(
+        self,
+        job: Job,
+        part: Part,
+        body: bytes,
+        stop: threading.Event,
+        refused: Callable[[Overloaded], object],
+    ) -> int:
         """Send one part, again where an answer was lost (the same bytes are harmless); the next one wanted."""
         try:
             answer = self._http.request(
@@ -342,6 +370,7 @@ class Client:
                     "Content-Encoding": "identity" if self._http.stays_here else "zstd",
                 },
                 stop=stop,
+                refused=refused,
             )
         except Conflict as conflict:
             # The server is further than we knew: an earlier try of ours had arrived.
@@ -383,9 +412,12 @@ def _amounts(**options: object) -> dict[str, float]:
     return given  # type: ignore[return-value]
 
 
-def _landed(part: Future[int] | None) -> int:
-    """Wait for a part that is in flight; return the number of the one that the server wants next."""
-    return 0 if part is None else part.result()
+def _tell(bar: Bar, refusal: Overloaded) -> None:
+    """Say what is waited for: on the bar, which has room for the reason alone, else in the log."""
+    if bar.wanted:
+        bar.show(f"waiting: {str(refusal).partition(';')[0]}")
+    else:
+        log.warning("waiting to send rows: %s", refusal)
 
 
 def _segment(what: str, name: str) -> str:

@@ -137,14 +137,24 @@ class Http:
         query = {name: value for name, value in params.items() if value is not None}
         return _json(self.request("GET", path, params=query, wait_s=wait_s))
 
-    def post(self, path: str, body: object = None, *, key: str | None = None, again: bool = True) -> Any:
+    def post(
+        self,
+        path: str,
+        body: object = None,
+        *,
+        key: str | None = None,
+        again: bool = True,
+        refused: Callable[[Overloaded], object] | None = None,
+    ) -> Any:
         """The JSON of a POST. ``key`` is its Idempotency-Key; ``again=False`` where repeating would do harm."""
         headers = {"Idempotency-Key": key} if key else {}
         content = None
         if body is not None:
             headers["Content-Type"] = "application/json"
             content = json.dumps(body, ensure_ascii=False, allow_nan=False).encode()
-        return _json(self.request("POST", path, content=content, headers=headers, again=again))
+        return _json(
+            self.request("POST", path, content=content, headers=headers, again=again, refused=refused)
+        )
 
     def request(
         self,
@@ -157,12 +167,14 @@ class Http:
         again: bool = True,
         wait_s: float = 0.0,
         stop: threading.Event | None = None,
+        refused: Callable[[Overloaded], object] | None = None,
     ) -> httpx.Response:
         """Send until there is an answer, and return it whole if it is a good one.
 
         Lost connections and 429, 502, 503, 504 are tried again with jittered back-off, as late as
-        Retry-After asks, for ``timeout_s`` in all; ``stop`` ends that early. ``again=False`` tries again only
-        where the request cannot have been taken. Raises the errors of motet.errors, by docs/http.md.
+        Retry-After asks, for ``timeout_s`` in all; ``stop`` ends that early. ``refused`` is told of the first
+        refusal that is waited out. ``again=False`` tries again only where the request cannot have been taken.
+        Raises the errors of motet.errors, by docs/http.md.
         """
         import httpx
 
@@ -195,9 +207,16 @@ class Http:
             # Full jitter on the upper half: clients that were cut off together do not come back together.
             back_off_s = min(_LAST_DELAY_S, _FIRST_DELAY_S * 2 ** min(attempt, 10)) * (0.5 + self._dice() / 2)
             delay_s = max(delay_s, back_off_s)
-            if self._clock() - start + delay_s > limit_s or (stop is not None and stop.is_set()):
+            waited_s = self._clock() - start
+            if waited_s + delay_s > limit_s:
+                raise _patience_is_over(refusal, waited_s) from None
+            if isinstance(refusal, Overloaded) and refused is not None:
+                refused(refusal)
+                refused = None
+            if stop is None:
+                self._sleep(delay_s)
+            elif stop.wait(delay_s):
                 raise refusal from None
-            (self._sleep if stop is None else stop.wait)(delay_s)
         raise AssertionError("a million attempts within one time limit")
 
     def _out_of_reach(self, error: httpx.RequestError) -> str:
@@ -250,6 +269,14 @@ def error_of(answer: httpx.Response) -> MotetError:
             f"{answer.url.host} answers {status}, which motet's API never does; check MOTET_URL"
         )
     return MotetError(f"the server failed ({status}): {message}; its log says more")
+
+
+def _patience_is_over(refusal: MotetError, waited_s: float) -> MotetError:
+    """The last refusal, which says of an overload how long it was waited for and what else to do."""
+    if not isinstance(refusal, Overloaded):
+        return refusal
+    then = f"come back in {refusal.retry_after_s:.0f} s, or give the client a longer timeout"
+    return Overloaded(f"{refusal} (still so after {waited_s:.0f} s: {then})", refusal.retry_after_s)
 
 
 def _error_body(answer: httpx.Response) -> dict[str, Any]:

@@ -45,6 +45,10 @@ class Settings:
     max_row_bytes: int = 256 * 1024
     max_part_bytes: int = 32 * 1024 * 1024
     max_active_jobs: int = 1000
+    #: Unfinished rows of all tenants; beyond it new jobs are refused, interactive ones apart.
+    max_waiting_rows: int = 1_000_000_000
+    #: Room that must stay free on the disk of Postgres, where the API sees it; 0: it does not look.
+    min_free_mb: int = 500
 
     # -- storage
     #: Rows of a block: more amortise storage and padding, fewer stream earlier and reuse finer.
@@ -68,7 +72,10 @@ class Settings:
     # -- carving
     #: Seconds of predicted work in a sub-task: longer costs less overhead, shorter balances better.
     subtask_s: float = 2.0
-    #: Bulk sub-tasks at one worker, the running one included.
+    #: A worker gets its next sub-task when it has less predicted work than this left. Longer is safer against slow
+    #: messages, shorter decides later.
+    ahead_s: float = 0.5
+    #: Bulk sub-tasks at one worker at most, the running one included.
     depth: int = 3
 
     # -- worker
@@ -89,6 +96,11 @@ class Settings:
                 f"MOTET_RETENTION_DAYS: got {self.retention_days}; expected days from 0 (keep for ever)"
                 f" to {MAX_RETENTION_DAYS:,}"
             )
+        for name, least in (("max_waiting_rows", 1), ("min_free_mb", 0)):
+            if getattr(self, name) < least:
+                raise SetupError(
+                    f"MOTET_{name.upper()}: got {getattr(self, name)}; expected a number from {least}"
+                )
 
     @classmethod
     def from_env(cls, env: Mapping[str, str] | None = None) -> Settings:

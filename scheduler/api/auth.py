@@ -62,6 +62,7 @@ ALLOWED: Mapping[tuple[str, str], frozenset[str]] = {
     ("GET", "/v1/models/{ref}"): _ANY,
     ("POST", "/v1/models"): _ADMIN,
     ("DELETE", "/v1/models/{ref}"): _ADMIN,
+    ("GET", "/v1/cluster"): _ANY,
     ("GET", "/v1/workers"): _ANY,
     ("POST", "/v1/workers/{worker}/drain"): _ADMIN,
     ("POST", "/v1/workers/{worker}/resume"): _ADMIN,

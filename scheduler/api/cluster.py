@@ -22,10 +22,12 @@ from scheduler.api.auth import Caller
 from scheduler.api.refusals import Unavailable, refusal
 from scheduler.api.resources import Resources, Use
 from scheduler.liveness import speaks
+from scheduler.pressure import overloads, pressures, throttle
 from scheduler.store import drains
 from scheduler.store.database import StoreUnavailable
 from scheduler.store.drains import Drain
-from scheduler.store.leases import Run, rates, runs_by_worker
+from scheduler.store.leases import Run, runs_by_worker
+from scheduler.store.rates import rates
 from scheduler.store.registry import Registered, has_leader, models
 
 log = logging.getLogger(__name__)
@@ -76,6 +78,31 @@ def _redis(use: Resources) -> bool:
         return use.transport is not None
     except TransportLost:
         return False
+
+
+@routes.get(
+    "/v1/cluster",
+    summary="How pressed the cluster is, and whether it takes new rows",
+    responses=shapes.answers(200, shapes.ClusterShape, shapes.CLUSTER, "As of about a second ago."),
+)
+def show_cluster(use: Use, caller: Caller) -> JSONResponse:
+    facts = use.door.look()
+    lag, memory_share = facts.lag, facts.memory_share
+    return JSONResponse(
+        {
+            "pressure": pressures(facts),
+            "throttle": None if lag is None or memory_share is None else throttle(lag.entries, memory_share),
+            "refused": [
+                {
+                    "reason": overload.reason,
+                    "what": overload.what,
+                    "remedy": overload.remedy,
+                    "retry_after_s": overload.retry_after_s,
+                }
+                for overload in overloads(facts)
+            ],
+        }
+    )
 
 
 @routes.get(

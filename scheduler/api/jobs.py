@@ -42,7 +42,7 @@ from scheduler.cost import Rates
 from scheduler.plan import Sample, estimate
 from scheduler.store import jobs as store
 from scheduler.store.jobs import PRIORITIES, JobEntry, Loading
-from scheduler.store.leases import rates as learned_rates
+from scheduler.store.rates import rates as learned_rates
 from scheduler.store.registry import find_models, model_refs
 
 log = logging.getLogger(__name__)
@@ -108,6 +108,7 @@ def _open(use: Resources, tenant: UUID, raw: bytes, key: str | None) -> Response
         before = store.opened_before(connection, tenant, key, asked.digest) if key else None
         if before is not None:
             return JSONResponse(describe(store.job_entry(connection, tenant, before)), status)
+    use.door.admit(interactive=asked.priority == PRIORITIES["interactive"])
     incoming = _inline_rows(use, asked)
     began = time.time()
     planned = _plan(use, asked)
@@ -177,12 +178,19 @@ async def put_part(
     number: Annotated[int, Path(ge=0, le=_MAX_COUNT, description="From 0, in order.", examples=[0])],
 ) -> Response:
     kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
+    # Before its body is read: what is refused costs no memory.
+    facts = await run_in_threadpool(_admitted, use, caller.tenant, job_id(job))
     async with whole_body(request, use, use.settings.max_part_bytes) as raw:
-        return await run_in_threadpool(_put_part, use, caller.tenant, job_id(job), number, kind, raw)
+        return await run_in_threadpool(_put_part, use, facts, number, kind, raw)
 
 
-def _put_part(use: Resources, tenant: UUID, job: UUID, number: int, kind: str, raw: bytes) -> Response:
+def _admitted(use: Resources, tenant: UUID, job: UUID) -> Loading:
     facts = _loading(use, tenant, job)
+    use.door.admit(interactive=facts.interactive, uploading=True)
+    return facts
+
+
+def _put_part(use: Resources, facts: Loading, number: int, kind: str, raw: bytes) -> Response:
     read = {"application/msgpack": read_columns, "application/x-ndjson": read_lines}.get(kind)
     if read is None:
         raise InvalidJob(
@@ -196,10 +204,11 @@ def _put_part(use: Resources, tenant: UUID, job: UUID, number: int, kind: str, r
     incoming = read(raw, facts.fields, use.settings.max_row_bytes)
     if facts.bad_rows == "refuse" and incoming.bad:
         incoming.refuse_bad_rows(_first_row(use, facts, incoming))
-    with traces.span(job, "land", part=number), use.database.transaction() as connection:
+    with traces.span(facts.id, "land", part=number), use.database.transaction() as connection:
         landed = _land(use, connection, facts, number, hashlib.sha256(raw).digest(), incoming)
     log.debug(
-        "part landed", extra={"job": job, "part": number, "rows": landed.rows, "bad_rows": landed.bad_rows}
+        "part landed",
+        extra={"job": facts.id, "part": number, "rows": landed.rows, "bad_rows": landed.bad_rows},
     )
     return JSONResponse(
         {

@@ -38,6 +38,7 @@ from scheduler.api import shapes
 from scheduler.api.auth import Caller
 from scheduler.api.resources import Resources
 from scheduler.liveness import speaks
+from scheduler.pressure import Reason, pressures
 from scheduler.store import metrics as store
 from scheduler.store.database import StoreUnavailable
 from scheduler.store.metrics import MARGIN, JobFigures, StoreFigures
@@ -97,6 +98,12 @@ FAMILIES: Mapping[str, Family] = {
     ),
     "motet_dead_letters": Family("gauge", "Outcomes that could not be read; the last hundred are kept"),
     "motet_redis_memory_ratio": Family("gauge", "Used share of Redis' memory limit; 0 where it has none"),
+    # -- of both
+    "motet_pressure": Family(
+        "gauge",
+        "Way from a soft limit, 0, to the hard one, 1, from which on new rows are refused",
+        ("reason",),
+    ),
     # -- of the workers' beats
     "motet_worker_info": Family(
         "info",
@@ -242,6 +249,8 @@ class Figures(Collector):
         page.add("motet_up", stored is not None, service="postgres")
         if stored is not None:
             _show_store(page, stored[0], stored[1])
+            for reason, pressure in self._pressures().items():
+                page.add("motet_pressure", pressure, reason=reason)
         moving = self._moving()
         page.add("motet_up", moving is not None, service="redis")
         if moving is not None:
@@ -260,6 +269,12 @@ class Figures(Collector):
             self._since = found.now - MARGIN
             self._tally.look(found.jobs)
             return found, Tally(self._tally.totals.copy(), self._tally.ended.copy())
+
+    def _pressures(self) -> Mapping[Reason, float]:
+        try:
+            return pressures(self._use.door.look())
+        except StoreUnavailable:
+            return {}
 
     def _moving(self) -> Moving | None:
         transport = self._use.transport

@@ -16,6 +16,7 @@ from motet.settings import Settings
 from motet.transport import RedisTransport
 from scheduler.api.bell import Bell
 from scheduler.api.blob_folder import BlobFolder
+from scheduler.api.door import Door
 from scheduler.api.token_counts import TokenCounter
 from scheduler.api.workers_seen import WorkersSeen
 from scheduler.store.database import Database
@@ -65,6 +66,7 @@ class Resources:
     bell: Bell
     counter: TokenCounter
     workers: WorkersSeen
+    door: Door
     #: Jobs whose parts are coming in, by tenant and id.
     loading: Recent[tuple[UUID, UUID], Loading] = field(default_factory=lambda: Recent(1024))
     #: Tokens that read the figures lately, and when: they may while Postgres, which knows them, is away.
@@ -86,6 +88,7 @@ class Resources:
             bell=Bell(database.libpq_url),
             counter=TokenCounter(blobs),
             workers=WorkersSeen(dead_s=settings.dead_s),
+            door=Door(database, transport, settings),
         )
 
     def close(self) -> None:

@@ -275,6 +275,19 @@ class WorkersShape(Shape):
     workers: list[WorkerShape]
 
 
+class OverloadShape(Shape):
+    reason: Literal["disk", "redis_memory", "outcomes", "rows"]
+    what: str
+    remedy: str
+    retry_after_s: float
+
+
+class ClusterShape(Shape):
+    pressure: dict[Literal["disk", "redis_memory", "outcomes", "rows"], float]
+    throttle: float | None
+    refused: list[OverloadShape]
+
+
 class TokenShape(Shape):
     id: str
     name: str
@@ -482,6 +495,18 @@ TOKEN = {
     "created": "2026-11-23T18:33:00Z",
     "expires": None,
     "revoked": None,
+}
+CLUSTER = {
+    "pressure": {"rows": 0.0, "outcomes": 1.0, "redis_memory": 0.1, "disk": 0.0},
+    "throttle": 0.0,
+    "refused": [
+        {
+            "reason": "outcomes",
+            "what": "1,204 outcomes wait to be recorded, the oldest for 17 s",
+            "remedy": "wait until they are, or start another aggregator",
+            "retry_after_s": 5.0,
+        }
+    ],
 }
 READY = {"ready": True, "postgres": True, "redis": True, "leader": True}
 

@@ -133,6 +133,7 @@ def test_examples_and_real_answers_have_the_shapes_that_are_described(house: Hou
         (shapes.WorkerShape, shapes.WORKER),
         (shapes.TokenShape, shapes.TOKEN),
         (shapes.ReadyShape, shapes.READY),
+        (shapes.ClusterShape, shapes.CLUSTER),
     ):
         shape.model_validate(example)
     job = house.submit(["a"], TWO)["id"]
@@ -142,6 +143,7 @@ def test_examples_and_real_answers_have_the_shapes_that_are_described(house: Hou
     shapes.PartShape.model_validate(house.put(house.open()["id"], 0, ["a"]).json())
     shapes.ErrorsShape.model_validate(house.call("GET", f"/v1/jobs/{job}/errors").json())
     shapes.ModelsShape.model_validate(house.call("GET", "/v1/models").json())
+    shapes.ClusterShape.model_validate(house.call("GET", "/v1/cluster").json())
     shapes.TokensShape.model_validate(house.call("GET", "/v1/tokens", token="admin").json())
     made = house.call("POST", "/v1/tokens", token="admin", json={"name": "a", "scope": "read"})
     shapes.NewTokenShape.model_validate(made.json())

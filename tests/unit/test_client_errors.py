@@ -3,12 +3,18 @@
 from __future__ import annotations
 
 import json
+import logging
+import signal
+import threading
+import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import httpx
 import pytest
 
+from motet.client import Client
 from motet.errors import (
     Conflict,
     InvalidJob,
@@ -19,7 +25,10 @@ from motet.errors import (
     Unauthorized,
     Unreachable,
 )
-from motet.http import Address, error_of
+from motet.http import Address, Http, error_of
+from motet.progress import Bar
+from motet.tasks import Classify
+from tests.unit.fake_api import TOKEN, FakeApi, serving
 
 
 def answer(status: int, body: Any = None, **headers: str) -> httpx.Response:
@@ -94,6 +103,97 @@ def test_retry_after_is_read_and_bounded(header: str | None, seconds: float) -> 
     error = error_of(answer(429, said("m"), **({"Retry-After": header} if header else {})))
     assert isinstance(error, Overloaded)
     assert error.retry_after_s == seconds
+
+
+# -- a server that takes no more now
+
+
+@pytest.fixture
+def api() -> Iterator[FakeApi]:
+    with serving() as fake:
+        yield fake
+
+
+@pytest.fixture
+def client(api: FakeApi) -> Client:
+    return Client.over(Http(Address(url=api.url, token=TOKEN)))
+
+
+def rows(n: int) -> Iterator[str]:
+    return (f"row {i}" for i in range(n))
+
+
+TOPIC = {"topic": Classify("news-topics")}
+
+
+def test_an_upload_that_is_refused_for_a_while_goes_on_at_its_part(
+    api: FakeApi, client: Client, caplog: pytest.LogCaptureFixture
+) -> None:
+    api.fail_once("PUT", "/parts/1", 429, times=3)
+    job = client.submit(rows(4000), TOPIC)
+    assert [api.count("PUT", f"/parts/{n}") for n in range(4)] == [1, 4, 1, 1]
+    assert api.jobs[job.id].rows == 4000
+    assert [(r.name, r.levelno, r.getMessage()) for r in caplog.records if r.name.startswith("motet")] == [
+        ("motet.client", logging.WARNING, "waiting to send rows: as asked")
+    ], "said once for each part that waits"
+
+
+@pytest.mark.parametrize(("n", "path"), [(1, "/v1/jobs"), (4000, "/v1/jobs"), (4000, "/parts/2")])
+def test_the_bar_says_what_is_waited_for(
+    api: FakeApi,
+    client: Client,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+    n: int,
+    path: str,
+) -> None:
+    shown: list[tuple[str, threading.Thread]] = []
+    show = Bar.show
+
+    def seen(self: Bar, words: object, *, share: float | None = None) -> None:
+        shown.append((str(words), threading.current_thread()))
+        show(self, words, share=share)
+
+    monkeypatch.setattr(Bar, "show", seen)
+    api.fail_once("PUT" if "parts" in path else "POST", path, 429, times=2)
+    client.submit(rows(n), TOPIC, progress=True)
+    assert [words for words, _ in shown].count("waiting: as asked") == 1
+    assert {thread for _, thread in shown} == {threading.main_thread()}
+    assert not [r for r in caplog.records if r.name.startswith("motet")]
+
+
+@pytest.mark.parametrize("key", [None, "nightly"])
+def test_ctrl_c_ends_an_upload_that_waits_at_once(api: FakeApi, client: Client, key: str | None) -> None:
+    api.fail_once("PUT", "/parts/1", 429, times=1000)
+    interrupt = threading.Timer(1.0, signal.pthread_kill, (threading.get_ident(), signal.SIGINT))
+    interrupt.start()
+    began = time.monotonic()
+    with pytest.raises(KeyboardInterrupt):
+        client.submit(rows(4000), TOPIC, key=key)
+    tried = api.count("PUT", "/parts/1")
+    assert time.monotonic() - began < 4
+    for thread in threading.enumerate():
+        if thread.name.startswith("motet-upload"):
+            thread.join(4)
+            assert not thread.is_alive()
+    assert api.count("PUT", "/parts/1") == tried, "it does not try once more"
+    assert [job.rows for job in api.jobs.values()] == ([] if key is None else [1024]), "a key can go on"
+
+
+def test_the_end_of_patience_says_how_long_it_was_and_what_else_to_do(api: FakeApi) -> None:
+    now = [0.0]
+
+    def sleep(seconds: float) -> None:
+        now[0] += seconds
+
+    api.fail_once("POST", "/v1/jobs", 429, times=1000)
+    http = Http(
+        Address(url=api.url, token=TOKEN), timeout_s=30.0, sleep=sleep, clock=lambda: now[0], dice=lambda: 1.0
+    )
+    with Client.over(http) as client, pytest.raises(Overloaded) as caught:
+        client.submit(["a"], TOPIC)
+    assert str(caught.value).startswith("as asked (still so after 24 s: come back in ")
+    assert str(caught.value).endswith("or give the client a longer timeout)")
 
 
 # -- where the server is
