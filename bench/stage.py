@@ -21,6 +21,7 @@ from typing import Any
 import psycopg
 import redis
 from harness import cpu_s, peak_rss_mb
+from stand_in import ROW_S
 
 from motet import datasets
 from motet.demo import choose
@@ -166,12 +167,15 @@ class Run:
         return self.rows / self.total_s
 
 
-def drive(stage: Stage, rows: int, *, workers: int = 2, tasks: int = 4) -> Run:
-    """Run a job of short rows through this stage, with stand-ins for workers and a client in processes of their own."""
+def drive(stage: Stage, rows: int, *, workers: int = 2, tasks: int = 4, row_s: float = ROW_S) -> Run:
+    """Run a job of short rows through this stage, with stand-ins for workers and a client in processes of their own.
+
+    ``row_s``: device seconds that the stand-ins say a row took; the slower, the smaller the sub-tasks.
+    """
     env = {**os.environ, "MOTET_REDIS_URL": stage.redis.worker}
     with ExitStack() as stack:
         stand_ins = subprocess.Popen(
-            [sys.executable, str(HERE / "stand_in.py"), f"--workers={workers}"],
+            [sys.executable, str(HERE / "stand_in.py"), f"--workers={workers}", f"--row-s={row_s}"],
             env=env,
             start_new_session=True,
         )

@@ -31,6 +31,8 @@ from motet.wire import Assignment, Beat, Outcome, Usage
 
 ENGINES = ("encoder",)
 BEAT_S = 1.0
+#: Seconds that a row is said to take, unless a benchmark wants slower devices and so smaller sub-tasks.
+ROW_S = 1e-6
 
 
 @dataclass
@@ -43,6 +45,8 @@ class StandIn:
     resident: tuple[str, ...] = ()
     seq: int = 0
     rows_done: int = 0
+    #: Device seconds that it says a row took.
+    row_s: float = ROW_S
     held: set[tuple[int, int]] = field(default_factory=set)
 
     def beat(self) -> None:
@@ -72,13 +76,13 @@ class StandIn:
             if payload is not None:
                 assignment = Assignment.decode(payload)
                 self.resident = (assignment.model.digest,)
-                self.transport.report(*key, answer(assignment, self.name).encode())
+                self.transport.report(*key, answer(assignment, self.name, self.row_s).encode())
                 self.rows_done += len(assignment.texts)
         finally:
             self.held.discard(key)
 
 
-def answer(assignment: Assignment, worker: str) -> Outcome:
+def answer(assignment: Assignment, worker: str, row_s: float) -> Outcome:
     """A label and a score per row and task, by the length of the text."""
     began = time.perf_counter()
     lengths = np.fromiter(map(len, assignment.texts), np.int64, len(assignment.texts))
@@ -96,7 +100,7 @@ def answer(assignment: Assignment, worker: str) -> Outcome:
     }
     tokens = max(1, size // 4)
     usage = Usage(
-        tokens=tokens, computed_tokens=tokens, text_bytes=size, busy_s=time.perf_counter() - began + 1e-6 * n
+        tokens=tokens, computed_tokens=tokens, text_bytes=size, busy_s=time.perf_counter() - began + row_s * n
     )
     return Outcome(
         subtask=assignment.subtask,
@@ -110,14 +114,14 @@ def answer(assignment: Assignment, worker: str) -> Outcome:
     )
 
 
-def workers_of(url: str, count: int, device: str = "stand-in") -> list[StandIn]:
+def workers_of(url: str, count: int, device: str = "stand-in", *, row_s: float = ROW_S) -> list[StandIn]:
     """So many workers over one line to Redis."""
     line = RedisWorkerTransport(url, "")
     workers = []
     for i in range(count):
         transport = copy.copy(line)
         transport._worker = f"stand-in-{i}"
-        workers.append(StandIn(transport._worker, transport, device))
+        workers.append(StandIn(transport._worker, transport, device, row_s=row_s))
     return workers
 
 
@@ -126,8 +130,11 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--workers", type=int, default=1)
-    url = os.environ["MOTET_REDIS_URL"]
-    workers = {queue_name(w.name): w for w in workers_of(url, parser.parse_args().workers)}
+    parser.add_argument(
+        "--row-s", type=float, default=ROW_S, help="device seconds that a row is said to take"
+    )
+    url, arguments = os.environ["MOTET_REDIS_URL"], parser.parse_args()
+    workers = {queue_name(w.name): w for w in workers_of(url, arguments.workers, row_s=arguments.row_s)}
     stopping = threading.Event()
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: stopping.set())

@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import dataclass, field, fields
 from typing import Any, Literal
 
 #: What a model can answer, and so which task kinds may use it (see ANSWERS).
@@ -23,6 +23,12 @@ ANSWERS: Mapping[str, frozenset[str]] = {
     "entities": frozenset({"spans"}),
     "function": frozenset({"json"}),
 }
+
+
+#: Bytes of one parameter, by numeric format.
+WIDTHS: Mapping[str, int] = {"fp32": 4, "bf16": 2}
+#: Memory of a loaded model beside its weights: code, caches, a small micro-batch.
+OVERHEAD_MB = 64
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -88,9 +94,18 @@ class Manifest:
         """Size of all its files."""
         return sum(self.sizes.values())
 
+    def weights_bytes(self, in_format: str = "fp32") -> int:
+        """Bytes of its weights once they are loaded in a numeric format."""
+        return self.parameters * WIDTHS[in_format] if self.parameters else self.bytes
+
+    def memory_mb(self, in_format: str = "fp32") -> int:
+        """Predicted memory of its weights in a numeric format, and of what comes with them."""
+        return int(1.1 * self.weights_bytes(in_format) / (1 << 20)) + OVERHEAD_MB
+
     def to_json(self) -> dict[str, Any]:
         return {
-            **asdict(self),
+            # Not asdict, whose deep copies cost more than all else of a message.
+            **{name: getattr(self, name) for name in _FIELDS},
             "labels": list(self.labels),
             "thresholds": list(self.thresholds),
             "formats": list(self.formats),
@@ -99,11 +114,14 @@ class Manifest:
     @classmethod
     def from_json(cls, spec: Mapping[str, Any]) -> Manifest:
         """Build from JSON written by ``to_json``; unknown keys are ignored, so that old readers read new files."""
-        known = {f.name for f in fields(cls)}
-        values = {k: v for k, v in spec.items() if k in known}
+        values = {k: v for k, v in spec.items() if k in _FIELDS}
         for key in ("labels", "thresholds", "formats"):
             values[key] = tuple(values.get(key, ()))
         return cls(**values)
+
+
+#: Once and not for each message, of which most hold several manifests.
+_FIELDS = dict.fromkeys(f.name for f in fields(Manifest))
 
 
 def trunk_digest(*, weights_sha256: str, tokenizer_sha256: str, config_sha256: str) -> str:

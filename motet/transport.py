@@ -39,6 +39,8 @@ GROUP = "aggregators"
 DEAD_KEPT = 100
 #: Entries of the stream read at once when only their names are wanted.
 _PAGE = 50
+#: Bytes of payloads that are held encoded at once while a step is sent.
+_SENT_AT_ONCE = 8 * 1024 * 1024
 #: A beat that was not renewed for so long expires, and its worker is forgotten.
 _BEAT_EXPIRES_S = 60
 
@@ -85,8 +87,11 @@ class SchedulerTransport(Protocol):
         """Newest beat of every worker that has one. One whose beat has expired is forgotten."""
         ...
 
-    def publish(self, worker: str, assignments: Sequence[Assignment]) -> None:
-        """Payload, then Celery message, for each. Twice is harmless: the worker runs an attempt once."""
+    def publish_all(self, by_worker: Mapping[str, Sequence[Assignment]]) -> None:
+        """Payload, then Celery message, for each. Twice is harmless: the worker runs an attempt once.
+
+        What Redis refuses for one worker is sent to the others all the same, before TransportLost is raised.
+        """
         ...
 
     def queued(self, worker: str) -> set[tuple[int, int]]:
@@ -234,17 +239,31 @@ class RedisTransport:
                 found[name] = beat
         return found
 
-    def publish(self, worker: str, assignments: Sequence[Assignment]) -> None:
+    def publish_all(self, by_worker: Mapping[str, Sequence[Assignment]]) -> None:
         def send(r: redis.Redis) -> None:
-            pipe = r.pipeline(transaction=False)
-            for a in assignments:
-                pipe.set(_key(worker, "in", a.subtask, a.attempt), a.encode(), ex=self._payload_ttl_s)
-            # Kombu's own list format, written here so that a batch is one round trip and no connection of
-            # Celery's is needed on this side; the contract suite reads it back with a real Celery worker.
-            pipe.lpush(queue_name(worker), *(celery_message(worker, a) for a in assignments))
-            pipe.execute()
+            refused: list[Exception] = []
+            pipe, held = r.pipeline(transaction=False), 0
 
-        if assignments:
+            def flush() -> None:
+                answers = pipe.execute(raise_on_error=False)
+                refused.extend(answer for answer in answers if isinstance(answer, Exception))
+
+            for worker, assignments in by_worker.items():
+                for a in assignments:
+                    payload = a.encode()
+                    pipe.set(_key(worker, "in", a.subtask, a.attempt), payload, ex=self._payload_ttl_s)
+                    # Kombu's own list format, written here so that a step is one round trip and no connection of
+                    # Celery's is needed on this side; the contract suite reads it back with a real Celery worker.
+                    pipe.lpush(queue_name(worker), celery_message(worker, a))
+                    held += len(payload)
+                    if held > _SENT_AT_ONCE:
+                        flush()
+                        held = 0
+            flush()
+            if refused:
+                raise refused[0]
+
+        if by_worker:
             self._redis.call(send)
 
     def queued(self, worker: str) -> set[tuple[int, int]]:
@@ -495,10 +514,11 @@ class MemoryTransport:
     def beats(self) -> dict[str, Beat]:
         return dict(self.newest_beats)
 
-    def publish(self, worker: str, assignments: Sequence[Assignment]) -> None:
-        for a in assignments:
-            self.payloads[worker, a.subtask, a.attempt] = a.encode()
-            self.queues.setdefault(worker, []).append(a.key)
+    def publish_all(self, by_worker: Mapping[str, Sequence[Assignment]]) -> None:
+        for worker, assignments in by_worker.items():
+            for a in assignments:
+                self.payloads[worker, a.subtask, a.attempt] = a.encode()
+                self.queues.setdefault(worker, []).append(a.key)
 
     def queued(self, worker: str) -> set[tuple[int, int]]:
         return set(self.queues.get(worker, ()))

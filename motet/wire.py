@@ -174,6 +174,8 @@ class Usage:
     load_s: float = 0.0
     #: The numeric format it ran in: "fp32", "bf16" ….
     format: str = "fp32"
+    #: Sum over the rows of (a row's tokens)²: what attention costs.
+    squares: int = 0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -217,6 +219,7 @@ class Outcome:
                     u.busy_s,
                     u.load_s,
                     u.format,
+                    u.squares,
                 ],
             }
         )
@@ -248,6 +251,7 @@ class Outcome:
                     busy_s=_seconds(usage[4]),
                     load_s=_seconds(usage[5]),
                     format=storable(usage[6], 20),
+                    squares=_count(usage[7], most=1 << 60) if len(usage) > 7 else 0,
                 ),
             )
 
@@ -400,9 +404,9 @@ def _believing() -> Iterator[None]:
         raise BadMessage(type(error).__name__) from None
 
 
-def _count(value: Any) -> int:
+def _count(value: Any, most: int = 1 << 40) -> int:
     """A number of things that one attempt can have used."""
-    if not 0 <= int(value) < 1 << 40:
+    if not 0 <= int(value) < most:
         raise ValueError
     return int(value)
 

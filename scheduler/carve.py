@@ -10,6 +10,8 @@ from bisect import bisect_right
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
+from scheduler.cost import Price
+
 #: A sub-task is never shorter than this, unless nothing more is there: below it messages cost too much.
 MIN_S = 0.25
 #: Rows of one sub-task at most, whatever they cost: bounds a payload and what one death repeats.
@@ -53,6 +55,8 @@ class OpenBlock:
     todo: int
     #: ``cumulative[i]``: bytes of the first i rows in order; n + 1 numbers.
     cumulative: Sequence[int]
+    #: Where groups of rows with a common prefix begin, ascending from 0; empty where rows share nothing.
+    bounds: Sequence[int] = ()
 
     def bytes_between(self, lo: int, hi: int) -> int:
         return self.cumulative[hi] - self.cumulative[lo]
@@ -91,7 +95,7 @@ class Frontier:
         return not self.pieces and not self.blocks
 
 
-def size_s(cap_s: float, remaining_s: float, devices: int) -> float:
+def size_s(cap_s: float, remaining_s: float, devices: float) -> float:
     """Seconds of work for the next sub-task: half of a fair share of what remains, so that all end together.
 
     Capped factoring (Hummel, Schonberg, Flynn, CACM 1992; reference: performance 4.2).
@@ -99,33 +103,32 @@ def size_s(cap_s: float, remaining_s: float, devices: int) -> float:
     return max(MIN_S, min(cap_s, remaining_s / (2 * max(1, devices))))
 
 
-def carve(frontier: Frontier, budget_bytes: float) -> Carved | None:
-    """Cut about ``budget_bytes`` of rows, at least one. Eats from the frontier; None where nothing waits.
+def carve(frontier: Frontier, budget_s: float, price: Price, *, cap_s: float = 0.0) -> Carved | None:
+    """Cut about ``budget_s`` seconds of rows, at least one. Eats from the frontier; None where nothing waits.
 
     Pieces go first: their blocks are waited for. A piece that is exclusive, or was tried before, goes alone.
+    Rows with a common prefix stay together up to ``cap_s`` seconds, even beyond the budget.
     """
     if frontier.pieces:
-        return _from_pieces(frontier, budget_bytes)
+        return _from_pieces(frontier, budget_s, price)
     if frontier.blocks:
-        return _from_blocks(frontier, budget_bytes)
+        return _from_blocks(frontier, budget_s, max(budget_s, cap_s), price)
     return None
 
 
-def _from_pieces(frontier: Frontier, budget_bytes: float) -> Carved:
+def _from_pieces(frontier: Frontier, budget_s: float, price: Price) -> Carved:
     first = frontier.pieces.pop(0)
     taken = [first]
     if not (first.exclusive or first.tries or first.deaths):
         size, rows = first.range.bytes, len(first.range)
         for other in list(frontier.pieces):
-            fits = (
-                size + other.range.bytes <= min(budget_bytes, MAX_BYTES)
-                and rows + len(other.range) <= MAX_ROWS
-            )
+            more, longer = rows + len(other.range), size + other.range.bytes
+            fits = price.of(more, longer) <= budget_s and longer <= MAX_BYTES and more <= MAX_ROWS
             blameless = not (other.exclusive or other.tries or other.deaths)
             if fits and blameless and other.todo == first.todo:
                 taken.append(other)
                 frontier.pieces.remove(other)
-                size, rows = size + other.range.bytes, rows + len(other.range)
+                size, rows = longer, more
     return Carved(
         ranges=tuple(p.range for p in taken),
         todo=first.todo,
@@ -136,22 +139,52 @@ def _from_pieces(frontier: Frontier, budget_bytes: float) -> Carved:
     )
 
 
-def _from_blocks(frontier: Frontier, budget_bytes: float) -> Carved:
+def _from_blocks(frontier: Frontier, budget_s: float, cap_s: float, price: Price) -> Carved:
     todo = frontier.blocks[0].todo
-    left_bytes, left_rows = min(budget_bytes, MAX_BYTES), MAX_ROWS
+    left_s, left_bytes, left_rows = budget_s - price.start_s, MAX_BYTES, MAX_ROWS
     ranges: list[Range] = []
     while frontier.blocks and frontier.blocks[0].todo == todo and left_rows > 0:
         block = frontier.blocks[0]
-        # The furthest cut whose bytes fit; at least one row, so that a long row is never stuck.
-        fitting = bisect_right(block.cumulative, block.cumulative[block.cursor] + left_bytes) - 1
-        hi = min(block.n, block.cursor + left_rows, max(fitting, block.cursor + (0 if ranges else 1)))
+        hi = _furthest(block, left_s, left_bytes, left_rows, price)
+        if block.bounds and hi < block.n:
+            group = _furthest(block, cap_s, left_bytes, left_rows, price)
+            hi = _between_groups(block, hi, bool(ranges), group)
+        if not ranges:
+            # At least one row, so that a long row is never stuck.
+            hi = max(hi, block.cursor + 1)
         if hi <= block.cursor:
             break
         cut = Range(block.number, block.cursor, hi, block.bytes_between(block.cursor, hi))
         ranges.append(cut)
+        left_s -= price.of(len(cut), cut.bytes) - price.start_s
         left_bytes, left_rows = left_bytes - cut.bytes, left_rows - len(cut)
         if hi < block.n:
-            frontier.blocks[0] = OpenBlock(block.number, hi, block.n, block.todo, block.cumulative)
+            frontier.blocks[0] = OpenBlock(
+                block.number, hi, block.n, block.todo, block.cumulative, block.bounds
+            )
             break
         frontier.blocks.pop(0)
     return Carved(ranges=tuple(ranges), todo=todo)
+
+
+def _furthest(block: OpenBlock, left_s: float, left_bytes: float, left_rows: int, price: Price) -> int:
+    """The furthest cut whose rows fit; the cursor where not even one does."""
+    lo, before = block.cursor, block.cumulative[block.cursor]
+    most = min(block.n, lo + left_rows, bisect_right(block.cumulative, before + left_bytes) - 1)
+
+    def cost_s(hi: int) -> float:
+        return price.of(hi - lo, block.cumulative[hi] - before) - price.start_s
+
+    if most <= lo or cost_s(most) <= left_s:
+        return max(lo, most)
+    return bisect_right(range(most), left_s, lo=lo + 1, key=cost_s) - 1
+
+
+def _between_groups(block: OpenBlock, hi: int, begun: bool, furthest: int) -> int:
+    """The last cut up to ``hi`` that parts no group; a first group may reach as far as ``furthest``, and is cut there."""
+    whole = block.bounds[bisect_right(block.bounds, hi) - 1]
+    if whole > block.cursor or begun:
+        return max(whole, block.cursor)
+    after = bisect_right(block.bounds, block.cursor)
+    end = block.bounds[after] if after < len(block.bounds) else block.n
+    return min(end, furthest)

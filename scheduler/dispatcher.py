@@ -11,46 +11,46 @@ import socket
 import threading
 import time
 import uuid
-from collections import OrderedDict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from itertools import islice
+from itertools import count, islice
+from typing import cast
 
 import psycopg
 
 from motet import traces
-from motet.manifest import Manifest
 from motet.settings import Settings
-from motet.tasks import render
 from motet.transport import SchedulerTransport, TransportLost
-from motet.wire import PROTOCOL, Assignment, Beat, Control, TaskOrder
-from scheduler.blocks import decode_block, row_order
-from scheduler.carve import Carved, Frontier, carve
+from motet.wire import PROTOCOL, Beat, Control
+from scheduler.carve import MAX_ROWS, Carved, Frontier, carve
 from scheduler.cost import Rates
 from scheduler.lifecycle import Refusal, hopeless, lost
 from scheduler.liveness import Watch, attuned, drops, speaks, usable
-from scheduler.place import INTERACTIVE, Demand, Placement, Worker, place
+from scheduler.payloads import Payloads
+from scheduler.place import Clone, Demand, Flight, Placement, Placer, Recall, UnderWay, Worker
+from scheduler.pressure import throttle
 from scheduler.store import drains, endings, leases
 from scheduler.store.database import WORK, Database, StoreUnavailable
 from scheduler.store.endings import end_job
 from scheduler.store.leadership import NotLeading, fence, lead, resign, transport_seen
 from scheduler.store.leases import Cut, Held, Leased
 from scheduler.store.outcomes import record_given_up
+from scheduler.store.rates import rates
 
 log = logging.getLogger(__name__)
 
 #: An upload that stays silent for so long is abandoned.
 UPLOAD_SILENT_S = 3600.0
-#: Decoded blocks kept between payloads, in bytes of their texts: those of a step, and those that are carved on.
-_CACHE_BYTES = 16 * 1024 * 1024
 #: Chores that need no haste (overdue jobs, forgotten workers) are done this often.
 _CHORES_S = 5.0
 #: The sweeper looks so often for jobs to delete; while it finds some it goes on in the next step.
 _SWEEP_S = 30.0
 #: Sub-tasks sent in one step: with many workers a step must still be much shorter than the leader's lease.
 MOST_PER_STEP = 64
-#: Beyond so many outcomes that wait, or so full a Redis, nothing more is sent: what is under way must land first.
-_MAX_BACKLOG, _MAX_MEMORY = 1000, 0.7
+#: Who is owed a load, and which deadline comes near, is looked at so often; what idle workers may take over, so often.
+_TEND_S, _LATE_S = 1.0, 0.25
+#: After a wake-up nothing more is done for so long: what comes in bursts is dealt with together.
+_BREATH_S = 0.01
 #: After Redis was emptied a worker's first new beats say what it still holds.
 _HEAR_AGAIN_S = 2.5
 
@@ -81,12 +81,19 @@ class Dispatcher:
 
     def __post_init__(self) -> None:
         self._watch = Watch(self.settings.dead_s)
-        self._payloads = _Payloads(self.database)
+        self._payloads = Payloads(self.database)
         self._renew_at = 0.0
         #: When leases of live workers that did not survive an emptied Redis are given up; None: it was not emptied.
         self._hear_again_at: float | None = None
         self._chores_at = 0.0
         self._sweep_at = 0.0
+        self._tend_at = self._late_at = 0.0
+        self._placer = self._new_placer()
+        self._flight_numbers = count()
+        #: The last step left something that it could have placed.
+        self._more = False
+        #: Attempts taken back from a worker, until when it is told so: their messages may still lie in its queue.
+        self._recalled: dict[str, dict[leases.Key, float]] = {}
         self._controls: dict[str, Control] = {}
         #: (worker, boot) of those whose protocol was told to the log.
         self._strangers: set[tuple[str, str]] = set()
@@ -99,12 +106,16 @@ class Dispatcher:
         assert epoch is not None
         # Beats before leases: an attempt that a beat names and no lease does has truly ended.
         live = self._watch.see(self.transport.beats(), now)
-        facts = self._read()
+        facts = self._read(now)
         if self._rescue(epoch, live, facts, now):
-            facts = self._read()
+            facts = self._read(now)
         self._note_strangers(live)
-        sent = self._send(epoch, self._decide(usable(live, facts.drained), facts))
-        self._tell(epoch, live, facts)
+        self._learn_of(usable(live, facts.drained), facts, now)
+        sent = self._send(epoch, self._decide(now))
+        if now >= self._late_at:
+            self._late_at = now + _LATE_S
+            sent += self._take_over(epoch, facts, now)
+        self._tell(epoch, live, facts, now)
         if now >= self._chores_at:
             self._chores_at = now + _CHORES_S
             self._chores(epoch, live, facts)
@@ -112,6 +123,11 @@ class Dispatcher:
             # A slice a step: a job of millions of rows goes while all others are served.
             self._sweep_at = now if self._sweep(epoch) else now + _SWEEP_S
         return sent
+
+    def rest_s(self, now: float) -> float:
+        """Seconds until there may be something to do that nobody tells us of."""
+        due_s = 0.0 if self._more else self._placer.next_due() - now
+        return min(self.settings.tick_s, max(_BREATH_S, due_s))
 
     def stop(self) -> None:
         """Hand the lead over at once."""
@@ -134,16 +150,21 @@ class Dispatcher:
         log.info("leading", extra={"epoch": epoch})
         self._watch = Watch(self.settings.dead_s)
         self._controls.clear()
+        self._placer = self._new_placer()
         # We have heard no beat yet, so nobody is late by our clock.
         leases.extend_all(self.database, epoch, self.settings.lease_s)
 
-    def _read(self) -> Facts:
+    def _new_placer(self) -> Placer:
+        s = self.settings
+        return Placer(Rates(), subtask_s=s.subtask_s, ahead_s=s.ahead_s, depth=s.depth)
+
+    def _read(self, now: float) -> Facts:
         with self.database.transaction() as connection:
             return Facts(
                 held=leases.held(connection),
-                demand=leases.demand(connection),
+                demand=leases.demand(connection, now),
                 refusals=leases.refusals(connection),
-                rates=leases.rates(connection),
+                rates=rates(connection),
                 drained=drains.drained(connection),
                 transport=transport_seen(connection),
             )
@@ -245,59 +266,167 @@ class Dispatcher:
 
     # -- place, carve, lease, send -------------------------------------------------------------
 
-    def _decide(self, beats: Mapping[str, Beat], facts: Facts) -> list[Cut]:
-        """Facts in, sub-tasks out; nothing is changed yet."""
-        if not beats or not facts.demand or self._congested():
-            return []
-        refused = {
-            name: frozenset(r.model_id for r in facts.refusals if r.worker == name and r.boot == beat.boot)
-            for name, beat in beats.items()
-        }
-        placements = place(
-            facts.demand,
-            _workers(beats, facts.held),
-            facts.rates,
-            refused,
-            subtask_s=self.settings.subtask_s,
-            depth=self.settings.depth,
-        )
+    def _learn_of(self, beats: Mapping[str, Beat], facts: Facts, now: float) -> None:
+        """Tell the policy what has changed since the last step."""
+        placer = self._placer
+        placer.rates = facts.rates
+        held = {h.key: h for h in facts.held}
+        for demand in facts.demand:
+            placer.want(demand)
+        for id_ in placer.wants() - {demand.id for demand in facts.demand}:
+            placer.unwanted(id_)
+        self._learn_of_workers(beats, facts, now)
+        ended = placer.flights() - held.keys()
+        if ended:
+            with self.database.transaction() as connection:
+                spent = leases.spent(connection, {cast("leases.Key", key)[0] for key in ended})
+            for key in ended:
+                state, worker, busy_s = spent.get(cast("leases.Key", key)[0], ("", "", 0.0))
+                flight = placer.flight(key)
+                mine = flight is not None and flight.worker.name == worker and state == "done"
+                placer.closed(key, now, busy_s if mine else None)
+        known = placer.flights()
+        demands = {demand.id: demand for demand in facts.demand}
+        for key, h in held.items():
+            wanted = demands.get((str(h.job), h.pass_number))
+            if key not in known and wanted is not None:
+                placer.adopt(wanted, h.worker, _under_way(h), now)
+
+    def _learn_of_workers(self, beats: Mapping[str, Beat], facts: Facts, now: float) -> None:
+        # A suspect that another leader sent, of a pass of which nothing waits: nothing is put beside it.
+        taboo = {h.worker for h in facts.held if h.exclusive and self._placer.flight(h.key) is None}
+        refused: dict[tuple[str, str], set[int]] = {}
+        for r in facts.refusals:
+            refused.setdefault((r.worker, r.boot), set()).add(r.model_id)
+        able = {name: beat for name, beat in beats.items() if name not in taboo}
+        for name in self._placer.workers() - able.keys():
+            self._placer.gone(name)
+        for name, b in able.items():
+            self._placer.worker(
+                Worker(
+                    name=name,
+                    boot=b.boot,
+                    device_kind=b.device_kind,
+                    device_name=b.device_name,
+                    engines=b.engines,
+                    memory_mb=int(self.settings.memory_share * b.memory_mb),
+                    formats=b.formats,
+                    resident=b.resident,
+                    refused=frozenset(refused.get((name, b.boot), ())),
+                ),
+                now,
+            )
+
+    def _decide(self, now: float) -> list[tuple[Cut, Flight]]:
+        """What to send now; nothing is changed yet but in the policy's mind."""
+        if now >= self._tend_at:
+            self._tend_at = now + _TEND_S
+            self._placer.tend(now)
+        most = self._most_to_send()
+        self._more = False
         frontiers: dict[tuple[str, int], Frontier] = {}
-        cuts: list[Cut] = []
+        decided: list[tuple[Cut, Flight]] = []
+        if most == 0 or self._placer.next_due() > now:
+            return decided
         with self.database.transaction() as connection:
-            for p in islice(placements, MOST_PER_STEP):
-                where = (p.demand.job, p.demand.pass_number)
-                if where not in frontiers:
-                    frontiers[where] = leases.frontier(connection, *where)
-                carved = carve(frontiers[where], p.budget_bytes)
-                if carved is not None:
-                    cuts.append(_cut(p, carved))
-        return cuts
+            for p in islice(self._placer.place(now), most):
+                at = p.demand.id
+                if at not in frontiers:
+                    frontiers[at] = leases.frontier(connection, *at, rows=_rows_wanted(p, most), limit=most)
+                carved = carve(frontiers[at], p.budget_s, p.price, cap_s=self.settings.subtask_s)
+                if carved is None:
+                    # More may lie behind what was read of it: the next step will see.
+                    self._placer.nothing(p, now)
+                    self._more = True
+                    continue
+                cut = _cut(p, carved)
+                flight = self._placer.opened(
+                    p,
+                    next(self._flight_numbers),
+                    now,
+                    rows=carved.rows,
+                    size=carved.bytes,
+                    seconds=cut.predicted_s,
+                    exclusive=carved.exclusive,
+                    harmless=carved.deaths == 0,
+                )
+                decided.append((cut, flight))
+        return decided
 
-    def _congested(self) -> bool:
-        return self.transport.outcome_backlog() > _MAX_BACKLOG or self.transport.memory_share() > _MAX_MEMORY
+    def _most_to_send(self) -> int:
+        """Sub-tasks of this step at most: fewer while outcomes pile up, or Redis fills."""
+        open_share = throttle(self.transport.outcome_backlog(), self.transport.memory_share())
+        return int(MOST_PER_STEP * open_share)
 
-    def _send(self, epoch: int, cuts: Sequence[Cut]) -> int:
-        if not cuts:
+    def _send(self, epoch: int, decided: Sequence[tuple[Cut, Flight]]) -> int:
+        if not decided:
             return 0
-        began = time.time()
         # Rows before messages: a crash in between leaves a lease to rescue, never a message without a row.
-        leased = leases.lease(self.database, epoch, cuts, self.settings.lease_s)
-        by_worker: dict[str, list[Assignment]] = {}
+        leased = leases.lease(self.database, epoch, [cut for cut, _ in decided], self.settings.lease_s)
+        flights = {id(cut.carved): flight for cut, flight in decided}
         for item in leased:
-            assignment = self._payloads.assignment(item)
-            if assignment is not None:
-                by_worker.setdefault(item.worker, []).append(assignment)
-        for name, assignments in by_worker.items():
-            self.transport.publish(name, assignments)
+            self._placer.keyed(flights.pop(id(item.carved)), (item.subtask, item.attempt))
+        # What is left was taken by others, or its job has ended: the next step sees that nothing holds it.
+        self._publish(leased)
+        return len(leased)
+
+    def _publish(self, leased: Sequence[Leased]) -> None:
+        began = time.time()
+        self.transport.publish_all(self._payloads.assignments(leased))
         for item in leased:
             _trace_sent(item, began)
+
+    def _take_over(self, epoch: int, facts: Facts, now: float) -> int:
+        """Near the end of a pass: give idle workers what waits elsewhere, or a second lease of what lags. How many."""
+        words = self._placer.late(now)
+        held = {h.key: h for h in facts.held}
+        back = [held[w.flight.key] for w in words if isinstance(w, Recall) and w.flight.key in held]
+        if back:
+            # An outcome on the stream is as good as a result.
+            waiting = self.transport.waiting_outcomes()
+            back = [h for h in back if h.key not in waiting]
+        if back:
+            leases.recall(self.database, epoch, back)
+            for h in back:
+                self._recalled.setdefault(h.worker, {})[h.key] = now + self.settings.lease_s
+                log.info("recalled", extra={"subtask": h.subtask, "attempt": h.attempt, "worker": h.worker})
+        return len(back) + self._clone(epoch, [w for w in words if isinstance(w, Clone)], now)
+
+    def _clone(self, epoch: int, words: Sequence[Clone], now: float) -> int:
+        asked = {cast("leases.Key", w.flight.key)[0]: w for w in words}
+        if not asked:
+            return 0
+        clones = [
+            leases.Clone(
+                subtask=subtask,
+                worker=w.worker.name,
+                boot=w.worker.boot,
+                device=w.worker.device_name,
+                device_kind=w.worker.device_kind,
+                predicted_s=w.seconds,
+            )
+            for subtask, w in asked.items()
+        ]
+        leased = leases.clone(self.database, epoch, clones, self.settings.lease_s)
+        for item in leased:
+            self._placer.cloned(asked[item.subtask], (item.subtask, item.attempt), now)
+            log.info(
+                "cloned",
+                extra={"subtask": item.subtask, "attempt": item.attempt, "worker": item.worker},
+            )
+        self._publish(leased)
         return len(leased)
 
     # -- control and chores --------------------------------------------------------------------
 
-    def _tell(self, epoch: int, live: Mapping[str, Beat], facts: Facts) -> None:
+    def _tell(self, epoch: int, live: Mapping[str, Beat], facts: Facts, now: float) -> None:
         """Tell each worker which of its attempts have no lease any more, and whether it is to drain."""
         leased = {h.key for h in facts.held}
+        self._recalled = {
+            name: kept
+            for name, keys in self._recalled.items()
+            if (kept := {key: until for key, until in keys.items() if until > now})
+        }
         words: dict[str, Control] = {}
         changed: dict[str, Control] = {}
         for name, beat in live.items():
@@ -305,6 +434,8 @@ class Dispatcher:
             if beat.state == "draining":
                 # What was taken back from its queue still lies there: it must not run it when it works again.
                 drop = tuple(sorted({*drop, *(self.transport.queued(name) - leased)}))
+            if name in self._recalled:
+                drop = tuple(sorted({*drop, *self._recalled[name]}))
             drain = name in facts.drained
             words[name] = Control(epoch=epoch, drop=drop, drain=drain)
             if self._controls.get(name) != words[name] or not attuned(beat, drain):
@@ -386,134 +517,28 @@ def _cut(p: Placement, carved: Carved) -> Cut:
         worker=p.worker.name,
         boot=p.worker.boot,
         device=p.worker.device_name,
-        predicted_s=carved.bytes * p.seconds_per_byte,
+        device_kind=p.worker.device_kind,
+        predicted_s=p.price.of(carved.rows, carved.bytes),
         carved=carved,
     )
 
 
-def _workers(beats: Mapping[str, Beat], held: Sequence[Held]) -> list[Worker]:
-    """Beats and live leases as what the placement policy sees."""
-    theirs: dict[str, list[Held]] = {name: [] for name in beats}
-    for h in held:
-        theirs.get(h.worker, []).append(h)
-    return [
-        Worker(
-            name=name,
-            boot=b.boot,
-            device_kind=b.device_kind,
-            device_name=b.device_name,
-            engines=b.engines,
-            resident=b.resident,
-            leases=len(theirs[name]),
-            leased_s=sum(h.predicted_s for h in theirs[name]),
-            exclusive=any(h.exclusive for h in theirs[name]),
-        )
-        for name, b in beats.items()
-    ]
+def _rows_wanted(p: Placement, subtasks: int) -> int:
+    """Rows that this many sub-tasks like the one placed would take."""
+    row_s = max(1e-9, p.price.of(1, p.demand.bytes_waiting / max(1, p.demand.rows_waiting)) - p.price.start_s)
+    return subtasks * min(MAX_ROWS, 1 + int(p.budget_s / row_s))
 
 
-@dataclass
-class _Payloads:
-    """Builds assignments; keeps the blocks and passes it decoded lately."""
-
-    database: Database
-
-    def __post_init__(self) -> None:
-        self._blocks: OrderedDict[tuple[str, int], tuple[dict[str, list[str]], Sequence[int], int]] = (
-            OrderedDict()
-        )
-        self._passes: OrderedDict[tuple[str, int], _Pass] = OrderedDict()
-
-    def assignment(self, leased: Leased) -> Assignment | None:
-        """The message of a leased sub-task; None where its job was removed meanwhile."""
-        p = self._pass(leased.job, leased.pass_number)
-        if p is None:
-            return None
-        texts: list[str] = []
-        blocks = self._texts(leased.job, sorted({r.block for r in leased.carved.ranges}))
-        for r in leased.carved.ranges:
-            if r.block not in blocks:
-                return None
-            columns, order = blocks[r.block]
-            texts += (
-                render(p.input, {f: column[order[i]] for f, column in columns.items()})
-                for i in range(r.lo, r.hi)
-            )
-        return Assignment(
-            subtask=leased.subtask,
-            attempt=leased.attempt,
-            nonce=leased.nonce,
-            job=leased.job,
-            tenant=p.tenant,
-            pass_kind=p.kind,
-            model=p.model,
-            numerics=p.numerics,  # type: ignore[arg-type]
-            max_tokens=p.max_tokens,
-            tasks=tuple(order for number, order in p.tasks if leased.carved.todo >> number & 1),
-            texts=tuple(texts),
-            exclusive=leased.carved.exclusive,
-            interactive=p.priority == INTERACTIVE,
-            predicted_s=leased.predicted_s,
-        )
-
-    def _pass(self, job: str, number: int) -> _Pass | None:
-        known = self._passes.get((job, number))
-        if known is not None:
-            return known
-        with self.database.transaction() as connection:
-            found = leases.pass_of(connection, job, number)
-        if found is None:
-            return None
-        row, tasks = found
-        known = _Pass(
-            kind=row.kind,
-            numerics=row.numerics,
-            max_tokens=row.max_tokens,
-            input=row.input,
-            model=Manifest.from_json(row.manifest),
-            tenant=str(row.tenant_id),
-            priority=row.priority,
-            tasks=tuple(
-                (t.number, TaskOrder(name=t.name, spec=t.spec, manifest=Manifest.from_json(t.manifest)))
-                for t in tasks
-            ),
-        )
-        self._passes[job, number] = known
-        while len(self._passes) > 256:
-            self._passes.popitem(last=False)
-        return known
-
-    def _texts(
-        self, job: str, numbers: Sequence[int]
-    ) -> dict[int, tuple[dict[str, list[str]], Sequence[int]]]:
-        missing = [n for n in numbers if (job, n) not in self._blocks]
-        if missing:
-            with self.database.transaction() as connection:
-                fetched = leases.block_texts(connection, job, missing)
-            for number, (payload, order) in fetched.items():
-                self._blocks[job, number] = (decode_block(payload), row_order(order), len(payload) * 4)
-        found = {}
-        for n in numbers:
-            if (job, n) in self._blocks:
-                self._blocks.move_to_end((job, n))
-                found[n] = self._blocks[job, n][:2]
-        while sum(size for _, _, size in self._blocks.values()) > _CACHE_BYTES and len(self._blocks) > len(
-            numbers
-        ):
-            self._blocks.popitem(last=False)
-        return found
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class _Pass:
-    kind: str
-    numerics: str
-    max_tokens: int
-    input: str
-    model: Manifest
-    tenant: str
-    priority: int
-    tasks: tuple[tuple[int, TaskOrder], ...]
+def _under_way(h: Held) -> UnderWay:
+    return UnderWay(
+        key=h.key,
+        rows=h.n_rows,
+        bytes=h.bytes,
+        seconds=h.predicted_s,
+        age_s=h.age_s,
+        exclusive=h.exclusive,
+        clone=h.clone,
+    )
 
 
 @dataclass
@@ -558,7 +583,7 @@ def run(dispatcher: Dispatcher, wake: Listener, stopping: threading.Event) -> No
         except (StoreUnavailable, TransportLost) as trouble:
             log.warning("waiting for a service", extra={"trouble": f"{type(trouble).__name__}: {trouble}"})
             stopping.wait(tick_s)
-        wake.wait(tick_s)
+        wake.wait(dispatcher.rest_s(time.monotonic()))
     wake.close()
     try:
         dispatcher.stop()

@@ -80,7 +80,11 @@ class Worker:
         self._device = device
         self._grace_s, self._beat_s = settings.grace_s, settings.beat_s
         self._reporter = Reporter(transport, self.attempts)
-        self._pool = ThreadPoolExecutor(PREPARING[device.kind], thread_name_prefix="prepare")
+        #: By whether it is for interactive rows: they must not wait for a whole bulk sub-task to be tokenised.
+        self._pools = {
+            True: ThreadPoolExecutor(1, thread_name_prefix="prepare-interactive"),
+            False: ThreadPoolExecutor(PREPARING[device.kind], thread_name_prefix="prepare"),
+        }
         self._engines = engines = InstalledEngines()
         self._executor = Executor(
             worker=name,
@@ -95,7 +99,7 @@ class Worker:
             reporter=self._reporter,
             budget_mb=int(settings.memory_share * device.memory_mb),
             broken=lambda: exit_now(EXIT_DEVICE),
-            spawn=lambda job: self._pool.submit(self._vital, job),
+            spawn=lambda job, interactive: self._pools[interactive].submit(self._vital, job),
         )
         self._heart = Heart(
             worker=name,

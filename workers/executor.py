@@ -1,7 +1,8 @@
 """The executor: one thread that owns the device and keeps rows of several sub-tasks in flight.
 
 A Celery message only brings work here (reference: performance 4.8). Each `step` loads one model or runs one
-micro-batch, formed across sub-tasks of the same pass; whoever waits interactively goes first at each step.
+micro-batch, formed across sub-tasks of the same pass; whoever waits interactively goes first at each step, as long
+as the lane has not had its share (workers/lane.py).
 """
 
 from __future__ import annotations
@@ -28,8 +29,9 @@ from workers.batching import START_TOKENS, Budget, Cost, fitting, limit, longest
 from workers.blobs import CannotFetch, Refused
 from workers.device import Device
 from workers.engine import CannotLoad, DeviceBroken, Engine, OutOfMemory, Pass, Prepared
+from workers.lane import Lane
 from workers.reporter import Reporter
-from workers.residency import NeverFits, Resident, evictions
+from motet.residency import NeverFits, Resident, evictions
 from workers.work import PassKey, Stage, Work, format_for
 
 log = logging.getLogger(__name__)
@@ -91,6 +93,10 @@ class Batch:
         return [row for _, row in self.rows]
 
     @property
+    def interactive(self) -> bool:
+        return self.rows[0][0].interactive
+
+    @property
     def padded_tokens(self) -> int:
         return max(row.length for _, row in self.rows) * len(self.rows)
 
@@ -132,11 +138,11 @@ class Executor:
         reporter: Reporter,
         budget_mb: int,
         broken: Callable[[], None],
-        spawn: Callable[[Callable[[], None]], object],
+        spawn: Callable[[Callable[[], None], bool], object],
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         """``budget_mb``: memory that models may hold. ``broken``: ends the process, for a device that is lost.
-        ``spawn``: runs a function away from the device's thread."""
+        ``spawn``: runs a function away from the device's thread; True: not behind those that came with False."""
         self._worker, self._boot, self._device = worker, boot, device
         self._engines, self._files = engines, files
         self._transport, self._attempts, self._reporter = transport, attempts, reporter
@@ -156,6 +162,7 @@ class Executor:
         #: Parts of micro-batches that failed for an unknown reason: they run as they are, to find the row.
         self._halves: list[Batch] = []
         self._interactive_at = float("-inf")
+        self._lane = Lane()
         self._activity: Activity | None = None
         self._preparing: dict[Work, float] = {}
         #: A suspect runs: nothing may be prepared beside it.
@@ -253,7 +260,12 @@ class Executor:
         """Load one model, or run one micro-batch. False: there is nothing to do now."""
         self._prepare_soon(self._admit_all())
         with self._changed:
-            turn = self._turn()
+            self._halves = [kept for half in self._halves if (kept := self._still_held(half)).rows]
+            able = sorted(filter(self._can_go_on, self._works.values()), key=lambda work: work.arrived)
+            waiting: list[Batch | Work] = [*self._halves, *able]
+            bulk_waits = not all(one.interactive for one in waiting)
+            turn = self._turn(able, lane_open=not bulk_waits or self._lane.open(self._clock()))
+        began = self._clock()
         if turn is None:
             self._mark(None)
         elif isinstance(turn, Batch):
@@ -262,25 +274,26 @@ class Executor:
             self._load(turn)
         else:
             self._prepare_alone(turn)
+        if turn is not None and turn.interactive and bulk_waits:
+            self._lane = self._lane.took(self._clock() - began, self._clock())
         return turn is not None
 
-    def _turn(self) -> Batch | Work | None:
+    def _turn(self, able: Sequence[Work], *, lane_open: bool) -> Batch | Work | None:
         """Whose turn it is: a micro-batch to run, or a work to load a model for (or, a suspect, to prepare).
 
-        Whoever waits interactively, then what is left of failed micro-batches, then the oldest.
+        Whoever waits interactively, then what is left of failed micro-batches, then the oldest. While the lane is
+        closed no interactive work, but for one that a model was just loaded for.
         """
-        first = min(
-            (work for work in self._works.values() if self._can_go_on(work)),
-            key=lambda work: (not work.order.interactive, work.arrived),
-            default=None,
-        )
-        if first is None or not first.order.interactive:
-            while self._halves:
-                half = self._halves.pop()
-                kept = tuple((work, row) for work, row in half.rows if self._holds(work))
-                if kept:
-                    return Batch(half.key, kept)
+        first = next((w for w in able if w.interactive and (lane_open or w.loaded_for)), None)
+        if first is None:
+            for i in reversed(range(len(self._halves))):
+                if lane_open or not self._halves[i].interactive:
+                    return self._halves.pop(i)
+            first = next((w for w in able if not w.interactive), None)
         return self._batch(first) if first and first.stage is Stage.READY else first
+
+    def _still_held(self, half: Batch) -> Batch:
+        return Batch(half.key, tuple((work, row) for work, row in half.rows if self._holds(work)))
 
     def _can_go_on(self, work: Work) -> bool:
         """Its rows can run, or its model can be loaded now."""
@@ -293,7 +306,7 @@ class Executor:
 
         So sub-tasks end one after the other, and not all at the same time with the device idle behind them.
         """
-        if first.order.interactive:
+        if first.interactive:
             self._interactive_at = self._clock()
         budget, cost = self._budgets[_model(first.key)], self._costs[_model(first.key)]
         tokens, max_rows = limit(
@@ -323,7 +336,7 @@ class Executor:
             if w is not first
             and w.stage is Stage.READY
             and w.key == first.key
-            and w.order.interactive == first.order.interactive
+            and w.interactive == first.interactive
             and not w.order.exclusive
         ]
 
@@ -547,14 +560,14 @@ class Executor:
         ]
         if work.stage is not Stage.STAGED or work.order.exclusive or self._missing(work):
             return []
-        if older and not work.order.interactive:
+        if older and not work.interactive:
             return []
         work.stage = Stage.PREPARING
         return [work]
 
     def _prepare_soon(self, admitted: Sequence[Work]) -> None:
         for work in admitted:
-            self._spawn(partial(self._prepare, work))
+            self._spawn(partial(self._prepare, work), work.interactive)
 
     def _prepare(self, work: Work) -> None:
         """Tokenise, on another thread, while the device runs."""

@@ -95,6 +95,15 @@ class Work:
         )
 
     @property
+    def interactive(self) -> bool:
+        return self.order.interactive
+
+    @property
+    def loaded_for(self) -> bool:
+        """A model was loaded for it, and it has not run yet."""
+        return self.usage.load_s > 0 and not self.answers
+
+    @property
     def heads(self) -> list[TaskOrder]:
         """Tasks with a head of their own, each once."""
         return [task for task in self.tasks if task.manifest.trunk_model]
@@ -139,6 +148,7 @@ class Work:
             computed_tokens=u.computed_tokens + computed_tokens,
             micro_batches=u.micro_batches + 1,
             busy_s=u.busy_s + busy_s,
+            squares=u.squares + sum(row.length**2 for row in rows),
         )
 
     def charge_load(self, load_s: float) -> None:

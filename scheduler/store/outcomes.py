@@ -19,7 +19,7 @@ from motet import traces
 from motet.columns import CellError, Column, cut
 from motet.manifest import Manifest
 from motet.wire import Outcome, Usage
-from scheduler.cost import LEARNING_RATE
+from scheduler.cost import LoadKey, Work
 from scheduler.lifecycle import MAX_TRIES, GivenUp, Return, backoff_s, failed, part, runs
 from scheduler.merge import (
     BadColumn,
@@ -30,6 +30,7 @@ from scheduler.merge import (
 )
 from scheduler.store.database import JOB, WORK, Database, notify
 from scheduler.store.leases import LOCK_JOBS, OpenSubtask, open_subtask, put_back
+from scheduler.store.rates import Timed, learn
 from scheduler.store.sealing import Answer, TaskShape, append
 
 
@@ -52,8 +53,9 @@ class Recorded:
 
 _JOBS_OF = text("SELECT DISTINCT job_id FROM subtask WHERE id = ANY(:ids)")
 _LIVE = text("""
-    SELECT s.*, l.attempt, l.nonce, l.worker AS holder, l.boot, l.device, p.numerics,
-           CASE WHEN m.trunk = '' THEN m.digest ELSE m.trunk END AS trunk
+    SELECT s.*, l.attempt, l.nonce, l.worker AS holder, l.boot, l.device, l.device_kind, l.clone, p.numerics,
+           m.digest AS model, CASE WHEN m.trunk = '' THEN m.digest ELSE m.trunk END AS trunk,
+           coalesce(CAST(m.manifest ->> 'parameters' AS bigint), 0) AS parameters
       FROM subtask s JOIN lease l ON l.subtask_id = s.id JOIN job j ON j.id = s.job_id
       JOIN pass p ON p.job_id = s.job_id AND p.number = s.pass_number JOIN model m ON m.id = p.model_id
      WHERE s.id = ANY(:ids) AND s.state = 'open' AND j.state = 'running'
@@ -69,13 +71,6 @@ _REFUSE = text("""
     INSERT INTO refusal (model_id, worker, boot, why)
     SELECT id, :worker, :boot, :why FROM model WHERE digest = :digest ORDER BY id
     ON CONFLICT (model_id, worker) DO UPDATE SET boot = excluded.boot, why = excluded.why, at = clock_timestamp()""")
-_LEARN = text(f"""
-    INSERT INTO rate AS r (trunk, device, numerics, seconds_per_token, bytes_per_token, observations)
-    VALUES (:trunk, :device, :numerics, :seconds, :ratio, :n)
-    ON CONFLICT (trunk, device, numerics) DO UPDATE SET
-      seconds_per_token = r.seconds_per_token + {LEARNING_RATE} * (excluded.seconds_per_token - r.seconds_per_token),
-      bytes_per_token = r.bytes_per_token + {LEARNING_RATE} * (excluded.bytes_per_token - r.bytes_per_token),
-      observations = r.observations + excluded.observations, updated = clock_timestamp()""")
 _COUNT = text("""
     UPDATE job SET cells_ok = cells_ok + :ok, cells_error = cells_error + :error, version = version + 1,
            tokens = tokens + :tokens, computed_tokens = computed_tokens + :computed, text_bytes = text_bytes + :bytes,
@@ -273,33 +268,36 @@ def record_given_up(connection: Connection, subtask: OpenSubtask, rows: Sequence
 
 @dataclass
 class _Learned:
-    """What the outcomes of one transaction say about devices, folded."""
+    """What the outcomes of one transaction say about devices."""
 
-    #: (trunk, device, numeric class) -> seconds, tokens, bytes, outcomes.
-    rates: dict[tuple[str, str, str], list[float]] = field(default_factory=dict)
+    timed: list[Timed] = field(default_factory=list)
+    loads: list[tuple[LoadKey, float]] = field(default_factory=list)
     #: (digest of a model, worker) -> boot, why.
     refusals: dict[tuple[str, str], tuple[str, str]] = field(default_factory=dict)
 
     def see(self, row: Any, u: Usage) -> None:
-        if u.tokens < _LEARN_FROM_TOKENS or u.busy_s <= 0:
+        """Learn from an accepted outcome. A clone ran where it should not have; what loaded also ran cold."""
+        if row.clone:
             return
-        sums = self.rates.setdefault((row.trunk, row.device, row.numerics), [0.0, 0.0, 0.0, 0.0])
-        for i, amount in enumerate((u.busy_s, u.tokens, u.text_bytes, 1)):
-            sums[i] += amount
+        if u.load_s > 0:
+            self.loads.append(((row.model, row.device), u.load_s))
+        elif u.tokens >= _LEARN_FROM_TOKENS and u.busy_s > 0:
+            # Within what is possible, for a worker of an older minor does not count them: rows of one length, one row.
+            squares = min(max(u.squares, u.tokens**2 / row.n_rows), u.tokens**2)
+            self.timed.append(
+                Timed(
+                    key=(row.trunk, row.device, row.numerics),
+                    worker=row.holder,
+                    device_kind=row.device_kind,
+                    parameters=row.parameters,
+                    work=Work(row.n_rows, u.tokens, squares),
+                    seconds=u.busy_s,
+                    text_bytes=u.text_bytes,
+                )
+            )
 
     def store(self, connection: Connection) -> None:
-        for (trunk, device, numerics), (seconds, tokens, size, n) in sorted(self.rates.items()):
-            connection.execute(
-                _LEARN,
-                {
-                    "trunk": trunk,
-                    "device": device,
-                    "numerics": numerics,
-                    "seconds": seconds / tokens,
-                    "ratio": max(0.1, size / tokens),
-                    "n": int(n),
-                },
-            )
+        learn(connection, self.timed, self.loads)
         for (digest, worker), (boot, why) in sorted(self.refusals.items()):
             connection.execute(_REFUSE, {"digest": digest, "worker": worker, "boot": boot, "why": why})
 

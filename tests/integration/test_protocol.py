@@ -22,10 +22,14 @@ from motet.tasks import Classify
 from motet.transport import MemoryTransport
 from motet.wire import Assignment, Beat, Outcome, Running, Usage
 from scheduler.aggregator import Aggregator
+from scheduler.carve import Carved, Frontier, Range
 from scheduler.dispatcher import Dispatcher
+from scheduler.payloads import Payloads
+from scheduler.store import leases
 from scheduler.store.database import Database
 from scheduler.store.endings import delete_job, end_job
 from scheduler.store.leadership import NotLeading
+from scheduler.store.leases import Clone, Cut, Held, Leased
 from tests.integration.landing import land, register
 
 TRUNK = Manifest(
@@ -370,7 +374,7 @@ def test_a_forged_outcome_is_dropped(house: House, forge: Any) -> None:
     "spoil",
     [
         lambda o: replace(o, columns={}),
-        lambda o: replace(o, columns={name: column(["x"]) for name in o.columns}),
+        lambda o: replace(o, columns={name: column(["x"] * 99) for name in o.columns}),
         lambda o: replace(
             o,
             columns={
@@ -769,3 +773,331 @@ def test_a_suspect_with_a_retriable_error_stays_alone(house: House) -> None:
     hand.report(hand.outcome(a, columns={"size": again}))
     house.aggregate()
     assert house.sql("SELECT exclusive FROM piece WHERE job_id = :job", job=job)[0].exclusive
+
+
+# -- leases, clones and recalls, between the dispatcher's decision and its transaction ---------------
+
+
+def led(house: House) -> int:
+    """The epoch in which the house's dispatcher leads; its workers are not heard, so it sends nothing itself."""
+    house.dispatcher.step(house.now)
+    assert house.dispatcher.epoch is not None
+    return house.dispatcher.epoch
+
+
+def frontier(house: House, job: UUID, rows: int = 1000) -> Frontier:
+    with house.database.transaction() as connection:
+        return leases.frontier(connection, str(job), 0, rows=rows)
+
+
+def cut(house: House, job: UUID, *ranges: tuple[int, int, int], worker: str = "w1") -> Cut:
+    """A sub-task of these (block, lo, hi), as the dispatcher would have decided it."""
+    blocks = {b.number: b for b in frontier(house, job).blocks}
+    return Cut(
+        job=str(job),
+        pass_number=0,
+        worker=worker,
+        boot="boot-1",
+        device="hand",
+        device_kind="cpu",
+        predicted_s=0.5,
+        carved=Carved(
+            ranges=tuple(Range(b, lo, hi, blocks[b].bytes_between(lo, hi)) for b, lo, hi in ranges),
+            todo=0b11,
+        ),
+    )
+
+
+def lease(house: House, *cuts: Cut) -> list[Leased]:
+    return leases.lease(house.database, led(house), cuts, 8.0)
+
+
+def clone(house: House, *subtasks: int, worker: str = "w2") -> list[Leased]:
+    asked = [
+        Clone(subtask=s, worker=worker, boot="boot-1", device="hand", device_kind="cpu", predicted_s=0.25)
+        for s in subtasks
+    ]
+    return leases.clone(house.database, led(house), asked, 8.0)
+
+
+def held(house: House) -> list[Held]:
+    with house.database.transaction() as connection:
+        return sorted(leases.held(connection), key=lambda h: h.key)
+
+
+def send(house: House, *leased: Leased) -> list[Assignment]:
+    """Publish, and let each worker take what is its."""
+    house.transport.publish_all(Payloads(house.database).assignments(leased))
+    return [a for hand in house.hands for a in hand.take_all()]
+
+
+def assert_each_row_is_in_one_place(house: House, job: UUID) -> None:
+    """Beyond the cursor, in a piece, in one open sub-task, or done; and the pass' counters say the same."""
+    [there] = house.sql(
+        "SELECT n_rows, coalesce((SELECT sum(n - cursor) FROM block_pass WHERE job_id = :job), 0) AS uncarved,"
+        " coalesce((SELECT sum(hi - lo) FROM piece WHERE job_id = :job), 0) AS pieces,"
+        " coalesce((SELECT sum(n_rows) FROM subtask WHERE job_id = :job AND state = 'open'), 0) AS open,"
+        " coalesce((SELECT sum(done) FROM block_pass WHERE job_id = :job), 0) AS done,"
+        " (SELECT sum(rows_waiting) FROM pass WHERE job_id = :job) AS waiting,"
+        " (SELECT sum(bytes_waiting) FROM pass WHERE job_id = :job) AS bytes,"
+        " (SELECT sum(bytes) FROM block WHERE job_id = :job) AS all_bytes,"
+        " coalesce((SELECT sum(bytes) FROM subtask WHERE job_id = :job AND state IN ('open', 'done')), 0) AS taken"
+        " FROM job WHERE id = :job",
+        job=job,
+    )
+    assert there.uncarved + there.pieces + there.open + there.done == there.n_rows
+    assert there.waiting == there.uncarved + there.pieces
+    assert there.bytes + there.taken == there.all_bytes
+
+
+def test_sub_tasks_of_one_step_are_leased_in_order_each_with_its_own_nonce(house: House) -> None:
+    job = land(house.database, texts(100), TASKS, block_rows=50)
+    leased = lease(
+        house,
+        cut(house, job, (0, 0, 20)),
+        cut(house, job, (0, 20, 50), (1, 0, 10), worker="w2"),
+        cut(house, job, (1, 10, 11)),
+    )
+    assert [(one.worker, one.attempt, one.carved.rows) for one in leased] == [
+        ("w1", 1, 20),
+        ("w2", 1, 40),
+        ("w1", 1, 1),
+    ]
+    assert [one.subtask for one in leased] == sorted({one.subtask for one in leased})
+    assert len({one.nonce for one in leased}) == 3
+    now = held(house)
+    assert [h.key for h in now] == [(one.subtask, 1) for one in leased]
+    assert [(h.job, h.pass_number, h.n_rows, h.bytes, h.clone) for h in now] == [
+        (job, 0, one.carved.rows, one.carved.bytes, False) for one in leased
+    ]
+    assert all(0 <= h.age_s < 5 and 3 < h.left_s <= 8 and not h.expired for h in now)
+    assert_each_row_is_in_one_place(house, job)
+    house.transport.publish_all(Payloads(house.database).assignments(leased))
+    assert house.finish(job).state == "succeeded"
+    assert_accounted_for(house, job, 100)
+
+
+def test_a_job_that_ended_between_decision_and_lease_gets_none_and_the_others_theirs(house: House) -> None:
+    ended, going = (land(house.database, texts(20), TASKS) for _ in range(2))
+    cuts = [cut(house, ended, (0, 0, 10)), cut(house, going, (0, 0, 10))]
+    with house.database.transaction() as connection:
+        end_job(connection, ended, "cancelled", "asked")
+    assert [one.job for one in lease(house, *cuts)] == [str(going)]
+    assert house.sql("SELECT count(*) AS n FROM subtask WHERE job_id = :job", job=ended)[0].n == 0
+    assert_each_row_is_in_one_place(house, going)
+
+
+def test_a_stale_cut_is_left_out_whole_and_its_neighbours_are_not(house: House) -> None:
+    job = land(house.database, texts(60), TASKS, block_rows=20)
+    first, then = cut(house, job, (0, 0, 5)), cut(house, job, (0, 5, 20))
+    stale = [cut(house, job, (0, 5, 9)), cut(house, job, (2, 0, 4), (0, 0, 5)), cut(house, job, (1, 3, 9))]
+    sound = cut(house, job, (2, 0, 20))
+    leased = lease(house, first, then, *stale, sound)
+    assert [one.carved for one in leased] == [first.carved, then.carved, sound.carved]
+    assert_each_row_is_in_one_place(house, job)
+    assert lease(house, first, then, sound) == []
+    assert lease(house) == []
+    assert_each_row_is_in_one_place(house, job)
+
+
+def test_a_piece_is_eaten_once(house: House) -> None:
+    job = land(house.database, texts(30), TASKS)
+    lease(house, cut(house, job, (0, 0, 10)), cut(house, job, (0, 10, 20)))
+    assert leases.recall(house.database, led(house), held(house)) == 2
+    one, other = frontier(house, job).pieces
+    base = cut(house, job, (0, 20, 30))
+    both = replace(base, carved=Carved(ranges=(one.range, other.range), todo=0b11, pieces=(one.id, other.id)))
+    again = replace(base, carved=Carved(ranges=(other.range,), todo=0b11, pieces=(other.id,)))
+    assert [found.carved for found in lease(house, both, again)] == [both.carved]
+    assert lease(house, again, both) == []
+    assert frontier(house, job).pieces == []
+    assert_each_row_is_in_one_place(house, job)
+
+
+def test_a_piece_of_another_job_is_not_eaten(house: House) -> None:
+    job, another = (land(house.database, texts(20), TASKS) for _ in range(2))
+    lease(house, cut(house, job, (0, 0, 10)))
+    leases.recall(house.database, led(house), held(house))
+    [piece] = frontier(house, job).pieces
+    strange = replace(
+        cut(house, another, (0, 0, 5)), carved=Carved(ranges=(piece.range,), todo=0b11, pieces=(piece.id,))
+    )
+    assert lease(house, strange) == []
+    assert_each_row_is_in_one_place(house, job)
+    assert_each_row_is_in_one_place(house, another)
+
+
+def test_the_frontier_reads_as_many_blocks_as_are_asked_for(house: House) -> None:
+    job = land(house.database, texts(100), TASKS, block_rows=10)
+    assert [b.number for b in frontier(house, job, rows=25).blocks] == [0, 1, 2]
+    lease(house, cut(house, job, (0, 0, 10), (1, 0, 7)))
+    blocks = frontier(house, job, rows=4).blocks
+    assert [(b.number, b.cursor, b.n) for b in blocks] == [(1, 7, 10), (2, 0, 10)]
+    assert [b.bytes_between(0, 10) for b in frontier(house, job).blocks] == [
+        row.bytes
+        for row in house.sql(
+            "SELECT bytes FROM block WHERE job_id = :job AND number > 0 ORDER BY number", job=job
+        )
+    ]
+
+
+def test_a_clone_runs_beside_the_first_and_whoever_answers_first_is_believed(house: House) -> None:
+    rows = texts(20)
+    job = land(house.database, rows, TASKS)
+    [first] = lease(house, cut(house, job, (0, 0, 20)))
+    [second] = clone(house, first.subtask)
+    assert (second.subtask, second.attempt, second.worker) == (first.subtask, 2, "w2")
+    assert second.nonce != first.nonce
+    assert second.carved.ranges == first.carved.ranges
+    assert [h.clone for h in held(house)] == [False, True]
+    assert house.sql("SELECT DISTINCT device, device_kind FROM lease") == [("hand", "cpu")]
+    assert_each_row_is_in_one_place(house, job)
+    original, copy = send(house, first, second)
+    assert replace(copy, attempt=1, nonce=first.nonce, predicted_s=first.predicted_s) == original
+    slow, fast = house.hands
+    fast.report(fast.outcome(copy))
+    house.aggregate()
+    assert held(house) == []
+    with house.database.transaction() as connection:
+        found = leases.spent(connection, [first.subtask, first.subtask + 1])
+    assert found == {first.subtask: ("done", "w2", pytest.approx(0.001))}
+    version = house.job(job).version
+    slow.report(slow.outcome(original))
+    house.aggregate()
+    j = house.job(job)
+    assert (j.state, j.version, j.attempts_lost) == ("succeeded", version, 0)
+    assert house.labels(job) == expected(rows)
+    assert_accounted_for(house, job, 20)
+
+
+def test_a_clone_that_fails_ends_both_and_the_rows_are_done_again(house: House) -> None:
+    job = land(house.database, texts(20), TASKS)
+    [first] = lease(house, cut(house, job, (0, 0, 20)))
+    original, copy = send(house, first, *clone(house, first.subtask))
+    slow, fast = house.hands
+    fast.report(fast.outcome(copy, verdict="failed", columns={}, error=("engine", "it broke")))
+    slow.report(slow.outcome(original))
+    house.aggregate()
+    assert (held(house), house.job(job).cells_ok) == ([], 0)
+    assert_each_row_is_in_one_place(house, job)
+    house.due()
+    assert house.finish(job).state == "succeeded"
+    assert_accounted_for(house, job, 20)
+
+
+def test_nothing_is_cloned_twice_or_onto_its_own_worker_or_after_its_end(house: House) -> None:
+    job = land(house.database, texts(30), TASKS)
+    first, suspect, done = lease(
+        house, cut(house, job, (0, 0, 10)), cut(house, job, (0, 10, 20)), cut(house, job, (0, 20, 30))
+    )
+    house.sql("UPDATE subtask SET exclusive = true WHERE id = :id", id=suspect.subtask)
+    [hand, _] = house.hands
+    for a in send(house, done):
+        hand.report(hand.outcome(a))
+    house.aggregate()
+    assert clone(house, first.subtask, worker="w1") == []
+    assert clone(house, suspect.subtask, done.subtask, done.subtask + 100) == []
+    house.sql("UPDATE subtask SET exclusive = false, deaths = 1 WHERE id = :id", id=suspect.subtask)
+    assert clone(house, suspect.subtask) == []
+    assert len(clone(house, first.subtask, first.subtask)) == 1
+    assert clone(house, first.subtask, worker="w3") == []
+    assert clone(house) == []
+    assert len(held(house)) == 3
+    with house.database.transaction() as connection:
+        end_job(connection, job, "cancelled", "asked")
+    assert held(house) == []
+    assert clone(house, suspect.subtask) == []
+
+
+def test_when_one_of_two_leases_is_lost_the_other_goes_on(house: House) -> None:
+    job = land(house.database, texts(20), TASKS)
+    [first] = lease(house, cut(house, job, (0, 0, 20)))
+    _, copy = send(house, first, *clone(house, first.subtask))
+    slow, fast = house.hands
+    slow.die()
+    house.tick()
+    assert [h.key for h in held(house)] == [copy.key]
+    assert house.job(job).attempts_lost == 0
+    fast.report(fast.outcome(copy))
+    house.aggregate()
+    assert house.job(job).state == "succeeded"
+    assert_accounted_for(house, job, 20)
+
+
+def test_recalled_rows_return_as_if_nothing_had_been_and_a_late_outcome_is_dropped(house: House) -> None:
+    rows = texts(40)
+    job = land(house.database, rows, TASKS, block_rows=20)
+    leased = lease(house, cut(house, job, (0, 0, 20), (1, 0, 5)), cut(house, job, (1, 5, 20)))
+    house.sql("UPDATE subtask SET tries = 2, deaths = 3 WHERE id = :id", id=leased[0].subtask)
+    sent = send(house, *leased)
+    assert leases.recall(house.database, led(house), held(house)) == 2
+    assert held(house) == []
+    assert house.sql("SELECT count(*) AS n FROM subtask")[0].n == 0
+    assert house.job(job).attempts_lost == 0
+    found = [(p.range.block, p.range.lo, p.range.hi, p.tries, p.deaths) for p in frontier(house, job).pieces]
+    assert found == [(0, 0, 20, 2, 3), (1, 0, 5, 2, 3), (1, 5, 20, 0, 0)]
+    assert_each_row_is_in_one_place(house, job)
+    for a in sent:
+        house.hands[0].report(house.hands[0].outcome(a))
+    house.aggregate()
+    assert house.job(job).cells_ok == 0
+    assert_each_row_is_in_one_place(house, job)
+    assert house.finish(job).state == "succeeded"
+    assert house.labels(job) == expected(rows)
+    assert_accounted_for(house, job, 40)
+
+
+def test_recalling_one_of_two_leases_leaves_the_other_and_recalling_twice_is_harmless(house: House) -> None:
+    job = land(house.database, texts(20), TASKS)
+    [first] = lease(house, cut(house, job, (0, 0, 20)))
+    clone(house, first.subtask)
+    both = held(house)
+    assert leases.recall(house.database, led(house), both[1:]) == 0
+    assert held(house)[0].key == both[0].key
+    assert [one.attempt for one in clone(house, first.subtask)] == [3], "no attempt is counted twice"
+    assert leases.recall(house.database, led(house), [*held(house), *both]) == 1
+    assert leases.recall(house.database, led(house), both) == 0
+    assert leases.recall(house.database, led(house), []) == 0
+    assert_each_row_is_in_one_place(house, job)
+    assert house.finish(job).state == "succeeded"
+    assert_accounted_for(house, job, 20)
+
+
+def test_what_was_answered_before_its_recall_stays_answered(house: House) -> None:
+    job = land(house.database, texts(20), TASKS)
+    leased = lease(house, cut(house, job, (0, 0, 20)))
+    waiting = held(house)
+    [hand, _] = house.hands
+    for a in send(house, *leased):
+        hand.report(hand.outcome(a))
+    house.aggregate()
+    assert leases.recall(house.database, led(house), waiting) == 0
+    assert_accounted_for(house, job, 20)
+
+
+def test_an_old_leader_leases_clones_and_recalls_nothing(house: House) -> None:
+    job = land(house.database, texts(20), TASKS)
+    [first] = lease(house, cut(house, job, (0, 0, 10)))
+    more = cut(house, job, (0, 10, 20))
+    old = led(house) - 1
+    with pytest.raises(NotLeading):
+        leases.lease(house.database, old, [more], 8.0)
+    with pytest.raises(NotLeading):
+        leases.clone(
+            house.database,
+            old,
+            [
+                Clone(
+                    subtask=first.subtask,
+                    worker="w2",
+                    boot="b",
+                    device="d",
+                    device_kind="cpu",
+                    predicted_s=1.0,
+                )
+            ],
+            8.0,
+        )
+    with pytest.raises(NotLeading):
+        leases.recall(house.database, old, held(house))
+    assert [h.key for h in held(house)] == [(first.subtask, 1)]

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 
+from motet import transport
 from motet.manifest import Manifest
 from motet.transport import (
     Entry,
@@ -17,6 +18,7 @@ from motet.transport import (
     RedisTransport,
     RedisWorkerTransport,
     SchedulerTransport,
+    TransportLost,
     WorkerTransport,
 )
 from motet.wire import Assignment, Beat, Control, Outcome, Running
@@ -93,13 +95,35 @@ def test_a_beat_is_heard_and_answered_with_the_newest_control_word(pair: Pair) -
 
 
 def test_a_published_attempt_waits_in_its_workers_queue_with_its_payload(pair: Pair) -> None:
-    pair.scheduler.publish("w1", [assignment(1), assignment(2, attempt=3)])
+    pair.scheduler.publish_all({"w1": [assignment(1), assignment(2, attempt=3)]})
     assert pair.scheduler.queued("w1") == {(1, 1), (2, 3)}
     assert pair.scheduler.queued("w2") == set()
     raw = pair.worker("w1").fetch(2, 3)
     assert raw is not None
     assert Assignment.decode(raw) == assignment(2, attempt=3)
     assert pair.worker("w1").fetch(2, 1) is None
+
+
+def test_the_messages_of_a_step_reach_every_worker_in_order(pair: Pair) -> None:
+    pair.scheduler.publish_all({})
+    pair.scheduler.publish_all({"w1": [assignment(1), assignment(3)], "w2": [assignment(2)], "w3": []})
+    assert [pair.scheduler.queued(name) for name in ("w1", "w2", "w3")] == [{(1, 1), (3, 1)}, {(2, 1)}, set()]
+    for name, subtask in (("w1", 1), ("w1", 3), ("w2", 2)):
+        raw = pair.worker(name).fetch(subtask, 1)
+        assert raw is not None
+        assert Assignment.decode(raw) == assignment(subtask)
+
+
+def test_what_redis_refuses_for_one_worker_is_sent_to_the_others(
+    redis_url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(transport, "_SENT_AT_ONCE", 1)
+    scheduler = RedisTransport(redis_url)
+    scheduler._redis.client.set(transport.queue_name("w1"), "no list")
+    with pytest.raises(TransportLost):
+        scheduler.publish_all({"w1": [assignment(1)], "w2": [assignment(2), assignment(3)]})
+    assert scheduler.queued("w2") == {(2, 1), (3, 1)}
+    scheduler.close()
 
 
 def test_an_outcome_is_pending_until_it_is_acknowledged(pair: Pair) -> None:
@@ -124,7 +148,7 @@ def test_what_a_dead_aggregator_left_is_taken_over(pair: Pair) -> None:
 
 
 def test_reporting_drops_the_payload(pair: Pair) -> None:
-    pair.scheduler.publish("w", [assignment(1)])
+    pair.scheduler.publish_all({"w": [assignment(1)]})
     pair.worker("w").report(1, 1, outcome(1))
     assert pair.worker("w").fetch(1, 1) is None
 
@@ -181,7 +205,7 @@ def test_identity_changes_when_everything_was_lost_and_work_goes_on(pair: Pair) 
 def test_a_forgotten_worker_leaves_nothing(pair: Pair) -> None:
     worker = pair.worker("w1")
     worker.beat(Beat(worker="w1", boot="b", seq=1))
-    pair.scheduler.publish("w1", [assignment(1)])
+    pair.scheduler.publish_all({"w1": [assignment(1)]})
     pair.scheduler.forget("w1")
     assert pair.scheduler.beats() == {}
     assert pair.scheduler.queued("w1") == set()

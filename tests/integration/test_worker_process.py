@@ -240,7 +240,7 @@ def running(pid: int) -> bool:
 def test_a_worker_runs_what_is_published_and_shows_no_text_anywhere(stage: Stage) -> None:
     order = stage.order("upper", "ab", "c")
     # Published before anybody listens, and twice: it waits in the queue, and runs once.
-    stage.scheduler.publish("w", [order, order])
+    stage.scheduler.publish_all({"w": [order, order]})
     assert stage.scheduler.queued("w") == {order.key}
     message = celery_message("w", order)
     assert CANARY not in message
@@ -251,7 +251,7 @@ def test_a_worker_runs_what_is_published_and_shows_no_text_anywhere(stage: Stage
     assert outcome.usage.text_bytes == sum(map(len, order.texts))
 
     later = stage.order("upper", "d")
-    stage.scheduler.publish("w", [later])
+    stage.scheduler.publish_all({"w": [later]})
     stage.outcome(later)
     beat = eventually(lambda: b if not (b := stage.beat("w")).held and b.rows_done == 3 else None)
     assert (beat.state, beat.device_kind) == ("ready", "cpu")
@@ -271,7 +271,7 @@ def test_an_attempt_whose_payload_is_lost_or_broken_is_let_go_and_the_next_one_r
     client = stage.scheduler._redis.client
     client.set(f"motet:w:w:in:{broken.subtask}:{broken.attempt}", b"nonsense")
     client.lpush(queue_name("w"), celery_message("w", lost), celery_message("w", broken))
-    stage.scheduler.publish("w", [later])
+    stage.scheduler.publish_all({"w": [later]})
     assert stage.outcome(later).verdict == "done"
     # Neither held, nor queued, nor on the stream: that is how the scheduler sees that they are lost.
     eventually(lambda: stage.beat("w").held == ())
@@ -284,7 +284,7 @@ def test_an_attempt_whose_payload_is_lost_or_broken_is_let_go_and_the_next_one_r
 def test_a_dropped_attempt_ends_without_an_outcome_and_an_old_leader_is_not_obeyed(stage: Stage) -> None:
     stage.worker("w")
     order = stage.order("gated", *[f"wait {i}" for i in range(40)])
-    stage.scheduler.publish("w", [order])
+    stage.scheduler.publish_all({"w": [order]})
     eventually(lambda: stage.beat("w").held == (order.key,))
     stage.scheduler.control({"w": Control(epoch=7)})
     stage.beats_pass("w", 2)
@@ -295,7 +295,7 @@ def test_a_dropped_attempt_ends_without_an_outcome_and_an_old_leader_is_not_obey
     eventually(lambda: not stage.beat("w").held)
     stage.gate.touch()
     after = stage.order("gated", "after")
-    stage.scheduler.publish("w", [after])
+    stage.scheduler.publish_all({"w": [after]})
     assert stage.outcome(after).verdict == "done"
     assert stage.scheduler.outcome_backlog() == 0
 
@@ -303,7 +303,7 @@ def test_a_dropped_attempt_ends_without_an_outcome_and_an_old_leader_is_not_obey
 def test_a_drained_worker_leaves_its_queue_alone_until_it_is_told_to_work_again(stage: Stage) -> None:
     stage.worker("w")
     first = stage.order("upper", "first")
-    stage.scheduler.publish("w", [first])
+    stage.scheduler.publish_all({"w": [first]})
     stage.outcome(first)
     stage.scheduler.control({"w": Control(epoch=1, drain=True)})
     eventually(lambda: stage.beat("w").state == "draining")
@@ -311,7 +311,7 @@ def test_a_drained_worker_leaves_its_queue_alone_until_it_is_told_to_work_again(
     # One read of the queue may be under way; it ends, and no other begins.
     probes = [stage.order("upper", f"probe {i}") for i in range(3)]
     for probe in probes:
-        stage.scheduler.publish("w", [probe])
+        stage.scheduler.publish_all({"w": [probe]})
         stage.beats_pass("w", 15)
     waiting = stage.scheduler.queued("w")
     assert probes[-1].key in waiting
@@ -324,7 +324,7 @@ def test_a_drained_worker_leaves_its_queue_alone_until_it_is_told_to_work_again(
 def test_sigterm_lets_it_finish_what_it_holds_and_take_no_more(stage: Stage) -> None:
     process = stage.worker("w")
     order = stage.order("gated", "wait")
-    stage.scheduler.publish("w", [order])
+    stage.scheduler.publish_all({"w": [order]})
     eventually(lambda: stage.scheduler.running("w"))
     process.send_signal(signal.SIGTERM)
     eventually(lambda: stage.beat("w").state == "draining")
@@ -337,7 +337,7 @@ def test_sigterm_lets_it_finish_what_it_holds_and_take_no_more(stage: Stage) -> 
 
 def test_beyond_its_grace_period_it_leaves_what_it_holds_unreported_and_blames_no_row(stage: Stage) -> None:
     process = stage.worker("w", MOTET_GRACE_S="0.5")
-    stage.scheduler.publish("w", [stage.order("gated", "wait")])
+    stage.scheduler.publish_all({"w": [stage.order("gated", "wait")]})
     eventually(lambda: stage.scheduler.running("w"))
     process.send_signal(signal.SIGTERM)
     assert process.wait(PATIENCE_S) == 0
@@ -348,10 +348,10 @@ def test_beyond_its_grace_period_it_leaves_what_it_holds_unreported_and_blames_n
 def test_a_micro_batch_that_hangs_ends_the_process_and_leaves_its_rows_as_evidence(stage: Stage) -> None:
     process = stage.worker("w")
     known = stage.order("gated", *["quick"] * 20)
-    stage.scheduler.publish("w", [known])
+    stage.scheduler.publish_all({"w": [known]})
     stage.outcome(known)
     order = stage.order("gated", "wait")
-    stage.scheduler.publish("w", [order])
+    stage.scheduler.publish_all({"w": [order]})
     assert process.wait(PATIENCE_S) == EXIT_STUCK
     evidence = stage.scheduler.running("w")
     assert evidence is not None
@@ -382,7 +382,7 @@ def test_a_real_encoder_comes_through_http_and_answers(stage: Stage) -> None:
     )
     (stage.folder / "transformers.py").unlink()
     stage.worker("w")
-    stage.scheduler.publish("w", [order])
+    stage.scheduler.publish_all({"w": [order]})
     outcome = stage.outcome(order)
     first, again, other = values(outcome.columns["vector"])
     assert sum(a * b for a, b in zip(first, again, strict=True)) == pytest.approx(1)
@@ -395,7 +395,7 @@ def test_a_real_encoder_comes_through_http_and_answers(stage: Stage) -> None:
     absent = replace(
         order, subtask=next(NUMBERS), model=replace(model, files={**model.files, "x.json": "0" * 64})
     )
-    stage.scheduler.publish("w", [absent])
+    stage.scheduler.publish_all({"w": [absent]})
     refusal = stage.outcome(absent)
     assert (refusal.error or ("",))[0] == "cannot_load"
     assert refusal.refused == absent.model.digest
@@ -423,7 +423,7 @@ def test_work_goes_on_while_redis_is_away_and_is_reported_when_it_is_back(
     process = frail.worker("w")
     boot = frail.beat("w").boot
     order = frail.order("gated", *["wait"] * 10)
-    frail.scheduler.publish("w", [order])
+    frail.scheduler.publish_all({"w": [order]})
     eventually(lambda: frail.scheduler.running("w"))
     os.kill(own_valkey.pid or 0, signal.SIGKILL)
     frail.gate.touch()
@@ -432,7 +432,7 @@ def test_work_goes_on_while_redis_is_away_and_is_reported_when_it_is_back(
     # All that Redis held is gone, the message and the payload too; the outcome comes nevertheless.
     assert frail.outcome(order).verdict == "done"
     later = frail.order("upper", "later")
-    frail.scheduler.publish("w", [later])
+    frail.scheduler.publish_all({"w": [later]})
     assert frail.outcome(later).verdict == "done"
     assert frail.beat("w").boot == boot
     assert process.poll() is None
@@ -463,14 +463,14 @@ def test_messages_that_are_none_cost_at_most_a_restart(
     for body in (b"not json", b"{}", b"\x80\x04cnt\nsystem\n.", json.dumps(pickled).encode()):
         stage.gate.unlink(missing_ok=True)
         held, after = stage.order("gated", "wait"), stage.order("upper", "after")
-        stage.scheduler.publish(name, [held])
+        stage.scheduler.publish_all({name: [held]})
         eventually(lambda: stage.scheduler.running(name))
         client.lpush(queue_name(name), body)
         eventually(lambda: client.llen(queue_name(name)) == 0)
         stage.gate.touch()
         # What it held is finished first, and what comes after is done by it or by its successor.
         assert stage.outcome(held).verdict == "done"
-        stage.scheduler.publish(name, [after])
+        stage.scheduler.publish_all({name: [after]})
         assert stage.outcome(after).verdict == "done"
 
 
@@ -480,7 +480,7 @@ def test_a_killed_worker_is_replaced_and_its_rows_are_evidence(
     name = "test-host-cpu0"
     before = stage.beat(name)
     order = stage.order("gated", "fine", "die")
-    stage.scheduler.publish(name, [order])
+    stage.scheduler.publish_all({name: [order]})
     after = stage.beat(name, unlike=before.boot)
     assert after.pid != before.pid
     assert after.held == ()
@@ -489,7 +489,7 @@ def test_a_killed_worker_is_replaced_and_its_rows_are_evidence(
     assert evidence.boot == before.boot
     assert dict(evidence.rows)[order.key]
     again = stage.order("upper", "again")
-    stage.scheduler.publish(name, [again])
+    stage.scheduler.publish_all({name: [again]})
     assert stage.outcome(again).verdict == "done"
 
 
@@ -503,7 +503,7 @@ def test_sigterm_to_the_launcher_drains_its_workers(stage: Stage, launched: subp
 
 def test_a_killed_launcher_leaves_no_orphan(stage: Stage, launched: subprocess.Popen[bytes]) -> None:
     child = stage.beat("test-host-cpu0").pid
-    stage.scheduler.publish("test-host-cpu0", [stage.order("gated", "wait")])
+    stage.scheduler.publish_all({"test-host-cpu0": [stage.order("gated", "wait")]})
     eventually(lambda: stage.scheduler.running("test-host-cpu0"))
     launched.kill()
     launched.wait()

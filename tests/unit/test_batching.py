@@ -183,6 +183,6 @@ def test_a_model_nobody_has_timed_yet_starts_with_a_small_probe() -> None:
     assert limit(Budget(16_384), Cost(), interactive_waits=False) == (PROBE_TOKENS, PROBE_ROWS)
 
 
-def test_no_micro_batch_hides_progress_for_long() -> None:
-    slow = Cost().observed(10, 10.0)  # a function that takes a second for each row
+def test_no_micro_batch_keeps_the_first_interactive_row_waiting_for_long() -> None:
+    slow = Cost().observed(10, 1.0)  # a function that takes a tenth of a second for each row
     assert limit(Budget(1024), slow, interactive_waits=False)[0] == 2

@@ -15,9 +15,21 @@ PACKAGES = ("motet", "scheduler", "workers")
 PURE = (
     *(
         f"scheduler/{n}.py"
-        for n in ("plan", "carve", "cost", "place", "lifecycle", "liveness", "merge", "blocks")
+        for n in (
+            "plan",
+            "carve",
+            "cost",
+            "fairness",
+            "place",
+            "pressure",
+            "lifecycle",
+            "liveness",
+            "merge",
+            "blocks",
+        )
     ),
-    *(f"workers/{n}.py" for n in ("batching", "residency")),
+    "motet/residency.py",
+    *(f"workers/{n}.py" for n in ("batching",)),
 )
 IMPURE = {
     "time",

@@ -21,6 +21,7 @@ from motet.wire import (
     Usage,
     bytes_read,
     pack,
+    unpack,
 )
 
 MODEL = Manifest(name="m", version="1", engine="encoder", answers="label", labels=("a", "b"), trunk="t")
@@ -52,7 +53,7 @@ MESSAGES = [
         boot="b",
         verdict="done",
         columns={"topic": COLUMN},
-        usage=Usage(tokens=9, computed_tokens=12, busy_s=0.5, format="bf16"),
+        usage=Usage(tokens=9, computed_tokens=12, busy_s=0.5, format="bf16", squares=45),
     ),
     Outcome(
         subtask=1,
@@ -98,6 +99,22 @@ def test_a_torn_message_is_a_bad_message(message: Assignment | Outcome) -> None:
     for length in range(0, len(raw) - 1, 7):
         with pytest.raises(BadMessage):
             type(message).decode(raw[:length])
+
+
+def test_a_worker_that_counts_no_squares_is_read_and_one_that_counts_more_than_we_know_too() -> None:
+    message = MESSAGES[1]
+    wire = unpack(message.encode())
+    counted = wire["usage"]
+    assert Outcome.decode(pack(wire | {"usage": counted[:7]})).usage.squares == 0
+    assert Outcome.decode(pack(wire | {"usage": [*counted, "later"]})) == message
+
+
+@pytest.mark.parametrize("squares", [-1, 1 << 60, float("nan"), "many"])
+def test_squares_that_no_attempt_can_have_are_a_bad_message(squares: object) -> None:
+    wire = unpack(MESSAGES[1].encode())
+    wire["usage"][7] = squares
+    with pytest.raises(BadMessage):
+        Outcome.decode(pack(wire))
 
 
 def test_another_version_of_the_protocol_is_refused_by_name() -> None:

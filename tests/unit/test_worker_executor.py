@@ -166,12 +166,12 @@ class House:
             pass
         return {key: Outcome.decode(body) for key, body in self.redis.entries.values()}
 
-    def known_cost(self, model: Manifest = TRUNK, each: float = 0.001) -> None:
+    def known_cost(self, model: Manifest = TRUNK, each: float = 0.0001) -> None:
         """Let the executor know the model's cost and budget, so that no probe is needed."""
         self.executor._costs[model.digest, "fp32"] = Cost().observed(1000, 1000 * each)
         self.executor._budgets[model.digest, "fp32"] = Budget(1024, settled=True)
 
-    def _spawn(self, job: Callable[[], None]) -> None:
+    def _spawn(self, job: Callable[[], None], interactive: bool) -> None:
         if self.pending is None:
             job()
         else:

@@ -19,7 +19,7 @@ from motet.manifest import Manifest
 from motet.wire import TaskOrder
 from workers.engine import CannotLoad, Pass, Prepared
 from workers.engines.answers import Floats, logits_column
-from workers.engines.trunk import Tokens, load_transformer, memory_mb, padded, torch_errors
+from workers.engines.trunk import Tokens, load_transformer, padded, torch_errors
 
 
 @dataclass(slots=True)
@@ -36,7 +36,7 @@ class ClassifierEngine:
     """Answers classify and number."""
 
     def memory_mb(self, model: Manifest, in_format: str) -> int:
-        return memory_mb(model, in_format)
+        return model.memory_mb(in_format)
 
     def load(self, model: Manifest, files: Mapping[str, Path], *, device: str, in_format: str) -> Classifier:
         loaded = load_transformer(

@@ -20,7 +20,7 @@ from motet.manifest import Manifest
 from motet.wire import TaskOrder
 from workers.engine import CannotLoad, Pass, Prepared
 from workers.engines.answers import Floats, logits_column, vector_column
-from workers.engines.trunk import Tokens, load_transformer, memory_mb, padded, torch_errors
+from workers.engines.trunk import Tokens, load_transformer, padded, torch_errors
 
 
 @dataclass(slots=True)
@@ -41,7 +41,7 @@ class EncoderEngine:
     """Answers classify, number and embed."""
 
     def memory_mb(self, model: Manifest, in_format: str) -> int:
-        return memory_mb(model, in_format)
+        return model.memory_mb(in_format)
 
     def load(self, model: Manifest, files: Mapping[str, Path], *, device: str, in_format: str) -> Encoder:
         if model.pooling not in ("mean", "cls"):

@@ -21,19 +21,8 @@ from motet.manifest import Manifest
 from workers.engine import CannotLoad, DeviceBroken, OutOfMemory, Prepared
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
-#: Bytes of one parameter.
-WIDTHS = {"fp32": 4, "bf16": 2}
-MB = 1 << 20
-#: Memory of a loaded model beside its weights: code, caches, a small micro-batch.
-OVERHEAD_MB = 64
 #: A text is cut to so many characters per token read before it is tokenised; English has four to five.
 CHARS_PER_TOKEN = 16
-
-
-def memory_mb(model: Manifest, in_format: str) -> int:
-    """Predicted memory of a transformer's weights in a format, and what comes with them."""
-    weights = model.parameters * WIDTHS[in_format] if model.parameters else model.bytes
-    return int(1.1 * weights) // MB + OVERHEAD_MB
 
 
 def folder_of(files: Mapping[str, Path]) -> Path:

@@ -1,0 +1,1 @@
+"""A cluster on a virtual clock: the dispatcher's own policy, and devices that are only numbers."""

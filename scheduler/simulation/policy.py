@@ -1,0 +1,218 @@
+"""The dispatcher's policy on the virtual clock: the same `Placer`, `carve` and `Rates`, with a store that is a list."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from itertools import count
+
+from scheduler.carve import MAX_ROWS, Carved, Frontier, OpenBlock, Piece, Range, carve
+from scheduler.cost import Rates, Work
+from scheduler.place import Clone, Demand, Flight, Placement, Placer, Worker
+from scheduler.simulation.cluster import BYTES_PER_TOKEN, Device, Job, Rows, Scenario
+from scheduler.simulation.events import Attempt, Subtask
+
+#: The dispatcher tends to those who are owed something so often.
+TEND_S = 1.0
+
+
+@dataclass(slots=True, eq=False)
+class _Pass:
+    """A job's only pass, and where it stands."""
+
+    job: Job
+    rows: Rows
+    frontier: Frontier
+    waiting_rows: int
+    waiting_bytes: int
+    age: int
+
+
+@dataclass
+class Motet:
+    """How motet decides, driven by a `Simulation`."""
+
+    subtask_s: float = 2.0
+    ahead_s: float = 0.5
+    depth: int = 3
+    #: Mechanisms that can be turned off, for ablations.
+    recall: bool = True
+    clone: bool = True
+    pace: bool = True
+    rates: Rates = field(default_factory=Rates)
+
+    def begin(self, scenario: Scenario) -> None:
+        self.placer = Placer(self.rates, subtask_s=self.subtask_s, ahead_s=self.ahead_s, depth=self.depth)
+        self._scenario = scenario
+        self._passes: dict[str, _Pass] = {}
+        self._manifests = {name: model.manifest() for name, model in scenario.models.items()}
+        self._devices: dict[str, Device] = {}
+        #: Live leases: attempt -> it, and sub-task -> its attempts.
+        self._attempts: dict[int, Attempt] = {}
+        self._leases: dict[int, set[int]] = {}
+        #: Decided, and not yet on its way.
+        self._deciding: Flight | None = None
+        self._ids, self._pieces, self._ages = count(), count(), count()
+        self._tended_s = 0.0
+        self.recalled = self.cloned = 0
+        priors = {d.kind: d.speed for d in scenario.devices}
+        for name, model in scenario.models.items():
+            for kind, speed in priors.items():
+                # The registry's guess: wrong by a factor until the first outcomes are in.
+                key = (name, kind, "fast")
+                if key not in self.rates.learned:
+                    prior = self.rates.of(key, device_kind="cpu", parameters=0)
+                    self.rates.learned[key] = type(prior).prior(model.token_s / speed * scenario.prior_off)
+                self.rates.loads.setdefault((self._manifests[name].digest, kind), model.load_s)
+
+    def joined(self, device: Device, now: float) -> None:
+        self._devices[device.name] = device
+        worker = Worker(
+            name=device.name,
+            boot="1",
+            device_kind="cuda",
+            device_name=device.kind,
+            engines=("encoder",),
+            memory_mb=device.memory_mb,
+        )
+        self.placer.worker(worker, now)
+
+    def died(self, device: Device, now: float) -> None:
+        self.placer.gone(device.name)
+
+    def arrived(self, job: Job, rows: Rows, now: float) -> None:
+        n_rows, size = rows.total()
+        self._passes[job.name] = _Pass(job, rows, Frontier(), n_rows, size, next(self._ages))
+        self._want(self._passes[job.name])
+
+    def ended(self, attempt: Attempt, now: float, busy_s: float | None, load_s: float) -> None:
+        if self._attempts.pop(attempt.id, None) is None:
+            return
+        subtask = attempt.subtask
+        leases = self._leases[subtask.id]
+        leases.discard(attempt.id)
+        flight = self.placer.flight(attempt.id)
+        clone = flight is not None and flight.clone
+        self.placer.closed(attempt.id, now, busy_s)
+        if subtask.done:
+            # The first outcome closes the sub-task: its other lease is void.
+            for other in leases:
+                self.placer.closed(other, now, None)
+                self._attempts.pop(other).dropped = True
+            leases.clear()
+        if not leases:
+            del self._leases[subtask.id]
+            if not subtask.done:
+                self._put_back(subtask)
+        if busy_s and not clone:
+            self._learn(attempt, busy_s, load_s)
+
+    def decide(self, now: float) -> Iterator[tuple[Subtask, str]]:
+        for placement in self.placer.place(now):
+            subtask = self._carve(placement)
+            if subtask is None:
+                self.placer.nothing(placement, now)
+                continue
+            seconds = placement.price.of(subtask.rows, subtask.bytes)
+            self._deciding = self.placer.opened(
+                placement, "new", now, rows=subtask.rows, size=subtask.bytes, seconds=seconds
+            )
+            yield subtask, placement.worker.name
+
+    def sent(self, attempt: Attempt) -> None:
+        if self._deciding is not None:
+            self.placer.keyed(self._deciding, attempt.id)
+            self._deciding = None
+        self._attempts[attempt.id] = attempt
+        self._leases.setdefault(attempt.subtask.id, set()).add(attempt.id)
+
+    def tick(self, now: float) -> Iterator[tuple[Subtask, str] | Attempt]:
+        if now - self._tended_s >= TEND_S:
+            self._tended_s = now
+            self.placer.tend(now)
+        for word in self.placer.late(now):
+            attempt = self._attempts[word.flight.key]  # type: ignore[index]
+            if isinstance(word, Clone):
+                if self.clone:
+                    self.cloned += 1
+                    self._deciding = self.placer.cloned(word, "new", now)
+                    yield attempt.subtask, word.worker.name
+            elif self.recall:
+                self.recalled += 1
+                yield attempt
+                self.ended(attempt, now, None, 0.0)
+
+    def next_due(self) -> float:
+        return self.placer.next_due()
+
+    # -- the store
+
+    def _carve(self, placement: Placement) -> Subtask | None:
+        pass_ = self._passes[placement.demand.job]
+        self._refill(pass_)
+        carved = carve(pass_.frontier, placement.budget_s, placement.price, cap_s=self.subtask_s)
+        if carved is None:
+            return None
+        pass_.waiting_rows -= carved.rows
+        pass_.waiting_bytes -= carved.bytes
+        return self._subtask(pass_, carved)
+
+    def _refill(self, pass_: _Pass) -> None:
+        """Bring as many blocks to the frontier as one sub-task can take rows of."""
+        rows = pass_.rows
+        while (
+            len(pass_.frontier.blocks) * rows.block_rows < MAX_ROWS + rows.block_rows
+            and rows.block < rows.blocks
+        ):
+            number = rows.block
+            rows.block += 1
+            pass_.frontier.blocks.append(OpenBlock(number, 0, rows.rows_of(number), 1, rows.cumulative))
+
+    def _subtask(self, pass_: _Pass, carved: Carved) -> Subtask:
+        works = [pass_.rows.work(r.lo, r.hi) for r in carved.ranges]
+        work = (
+            works[0]
+            if len(works) == 1
+            else Work(sum(w.rows for w in works), sum(w.tokens for w in works), sum(w.squares for w in works))
+        )
+        ranges = tuple((r.block, r.lo, r.hi) for r in carved.ranges)
+        return Subtask(next(self._ids), pass_.job, ranges, carved.rows, carved.bytes, work)
+
+    def _put_back(self, subtask: Subtask) -> None:
+        pass_ = self._passes[subtask.job.name]
+        cumulative = pass_.rows.cumulative
+        for block, lo, hi in subtask.ranges:
+            r = Range(block, lo, hi, cumulative[hi] - cumulative[lo])
+            pass_.frontier.pieces.append(Piece(next(self._pieces), r, 1))
+        pass_.waiting_rows += subtask.rows
+        pass_.waiting_bytes += subtask.bytes
+        self._want(pass_)
+
+    def _want(self, pass_: _Pass) -> None:
+        job = pass_.job
+        self.placer.want(
+            Demand(
+                job=job.name,
+                pass_number=0,
+                tenant=job.tenant,
+                weight=job.weight,
+                priority=job.priority,
+                age=pass_.age,
+                model_ids=frozenset(),
+                model=self._manifests[job.model],
+                rows_waiting=pass_.waiting_rows,
+                bytes_waiting=pass_.waiting_bytes,
+                bytes_per_token=float(BYTES_PER_TOKEN),
+                deadline=job.deadline_s,
+            )
+        )
+
+    def _learn(self, attempt: Attempt, busy_s: float, load_s: float) -> None:
+        device, subtask = self._devices[attempt.device], attempt.subtask
+        model = subtask.job.model
+        if load_s:
+            self.rates.loaded((self._manifests[model].digest, device.kind), load_s)
+        key = (model, device.kind, "fast")
+        self.rates.observe(key, device.name, self.rates.learned[key], subtask.work, busy_s, subtask.bytes)
+        if not self.pace:
+            self.rates.paces.clear()

@@ -1,0 +1,150 @@
+"""What was learned of speed, kept in Postgres. How it is learned says scheduler/cost.py, and nobody else."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from sqlalchemy import Connection, text
+
+from scheduler.cost import LoadKey, Rate, RateKey, Rates, Work
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Timed:
+    """What one accepted outcome, which loaded nothing, says of speed."""
+
+    key: RateKey
+    worker: str
+    device_kind: str
+    #: Of the loaded model, for a first guess.
+    parameters: int
+    work: Work
+    seconds: float
+    text_bytes: int
+
+
+_RATES = text("""
+    SELECT trunk, device, numerics, coefficients, covariance, bytes_per_token, tokens_per_row, observations FROM rate""")
+_PACES = text("SELECT worker, pace, observations FROM pace")
+_LOADS = text("SELECT model, device, seconds FROM load_time")
+
+
+def rates(connection: Connection) -> Rates:
+    """All that was learned."""
+    return Rates(
+        {(row.trunk, row.device, row.numerics): _rate(row) for row in connection.execute(_RATES)},
+        {row.worker: (row.pace, row.observations) for row in connection.execute(_PACES)},
+        {(row.model, row.device): row.seconds for row in connection.execute(_LOADS)},
+    )
+
+
+# Each of these makes the row if there is none, locks it and reads it, in one statement: of two aggregators that
+# learn at once the second waits, and goes on from what the first has learned.
+_HOLD_RATE = text("""
+    INSERT INTO rate (trunk, device, numerics, coefficients, covariance, bytes_per_token, tokens_per_row, observations)
+    VALUES (:trunk, :device, :numerics, :coefficients, :covariance, :bytes_per_token, :tokens_per_row, 0)
+    ON CONFLICT (trunk, device, numerics) DO UPDATE SET updated = clock_timestamp()
+    RETURNING coefficients, covariance, bytes_per_token, tokens_per_row, observations""")
+_HOLD_PACES = text("""
+    INSERT INTO pace (worker, pace, observations)
+    SELECT worker, :pace, 0 FROM unnest(CAST(:workers AS text[])) WITH ORDINALITY k (worker, i) ORDER BY i
+    ON CONFLICT (worker) DO UPDATE SET updated = clock_timestamp()
+    RETURNING worker, pace, observations""")
+_HOLD_LOAD = text("""
+    INSERT INTO load_time (model, device, seconds) VALUES (:model, :device, :seconds)
+    ON CONFLICT (model, device) DO UPDATE SET updated = clock_timestamp() RETURNING seconds""")
+_KEEP_RATE = text("""
+    UPDATE rate SET coefficients = :coefficients, covariance = :covariance, bytes_per_token = :bytes_per_token,
+           tokens_per_row = :tokens_per_row, observations = :observations
+     WHERE trunk = :trunk AND device = :device AND numerics = :numerics""")
+_KEEP_PACES = text("""
+    UPDATE pace SET pace = k.pace, observations = k.observations
+      FROM unnest(CAST(:workers AS text[]), CAST(:paces AS float8[]), CAST(:observations AS bigint[]))
+           k (worker, pace, observations)
+     WHERE pace.worker = k.worker""")
+_KEEP_LOAD = text("UPDATE load_time SET seconds = :seconds WHERE model = :model AND device = :device")
+
+
+def learn(connection: Connection, timed: Sequence[Timed], loads: Sequence[tuple[LoadKey, float]]) -> None:
+    """Learn from outcomes, in their order. Last in a transaction: these few rows are shared by all aggregators.
+
+    Everybody locks them in one order, so nobody waits in a circle: rates, paces, load times, each by key.
+    """
+    if not timed and not loads:
+        return
+    known = Rates(
+        _hold_rates(connection, timed),
+        _hold_paces(connection, {t.worker for t in timed}),
+        _hold_loads(connection, dict(reversed(loads))),
+    )
+    for t in timed:
+        known.observe(t.key, t.worker, known.learned[t.key], t.work, t.seconds, t.text_bytes)
+    for load, seconds in loads:
+        known.loaded(load, seconds)
+    _keep(connection, known)
+
+
+def _hold_rates(connection: Connection, timed: Sequence[Timed]) -> dict[RateKey, Rate]:
+    priors = {
+        t.key: Rates().of(t.key, device_kind=t.device_kind, parameters=t.parameters) for t in reversed(timed)
+    }
+    return {
+        key: _rate(connection.execute(_HOLD_RATE, _rate_values(key, prior)).one())
+        for key, prior in sorted(priors.items())
+    }
+
+
+def _hold_paces(connection: Connection, workers: Iterable[str]) -> dict[str, tuple[float, int]]:
+    held = connection.execute(_HOLD_PACES, {"workers": sorted(workers), "pace": Rates().pace("")})
+    return {row.worker: (row.pace, row.observations) for row in held}
+
+
+def _hold_loads(connection: Connection, first: Mapping[LoadKey, float]) -> dict[LoadKey, float]:
+    return {
+        (model, device): connection.execute(
+            _HOLD_LOAD, {"model": model, "device": device, "seconds": seconds}
+        ).scalar_one()
+        for (model, device), seconds in sorted(first.items())
+    }
+
+
+def _keep(connection: Connection, rates: Rates) -> None:
+    for key, rate in rates.learned.items():
+        connection.execute(_KEEP_RATE, _rate_values(key, rate))
+    paces = rates.paces
+    connection.execute(
+        _KEEP_PACES,
+        {
+            "workers": list(paces),
+            "paces": [pace for pace, _ in paces.values()],
+            "observations": [seen for _, seen in paces.values()],
+        },
+    )
+    for (model, device), seconds in rates.loads.items():
+        connection.execute(_KEEP_LOAD, {"model": model, "device": device, "seconds": seconds})
+
+
+def _rate(row: Any) -> Rate:
+    return Rate(
+        tuple(row.coefficients),
+        tuple(row.covariance),
+        row.bytes_per_token,
+        row.tokens_per_row,
+        row.observations,
+    )
+
+
+def _rate_values(key: RateKey, rate: Rate) -> dict[str, Any]:
+    trunk, device, numerics = key
+    return {
+        "trunk": trunk,
+        "device": device,
+        "numerics": numerics,
+        "coefficients": list(rate.coefficients),
+        "covariance": list(rate.covariance),
+        "bytes_per_token": rate.bytes_per_token,
+        "tokens_per_row": rate.tokens_per_row,
+        "observations": rate.observations,
+    }
