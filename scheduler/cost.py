@@ -7,7 +7,7 @@ reference: performance 4.1). A device that is slower than its kind has a `pace` 
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from math import isfinite
 
@@ -105,33 +105,36 @@ class Rate:
         """Learn from one sub-task at the pace of its kind. Errors count relative to what was predicted."""
         if work.tokens <= 0 or seconds <= 0 or not isfinite(seconds):
             return self
+        c = self.coefficients
         expected = max(self.seconds(work), 1e-9)
-        x = (1 / expected, work.rows / expected, work.tokens / expected, work.squares / expected)
+        # Relative to what was predicted: then a long sub-task counts no more than a short one.
+        x0, x1, x2, x3 = 1 / expected, work.rows / expected, work.tokens / expected, work.squares / expected
         y = seconds / expected
         p = self.covariance
         if self.observations < _YOUNG and not 1 / _FAR_OFF < y < _FAR_OFF:
-            p = _diagonal([max(p[5 * i], (_DOUBT * c) ** 2) for i, c in enumerate(self.coefficients)])
-        px = [sum(p[4 * i + j] * x[j] for j in range(4)) for i in range(4)]
-        gain = FORGETTING * NOISE**2 + sum(x[i] * px[i] for i in range(4))
-        error = y - sum(x[i] * self.coefficients[i] for i in range(4))
-        new = tuple(max(0.0, c + px[i] * error / gain) for i, c in enumerate(self.coefficients))
-        start, row, token, square = new
-        covariance = [(p[4 * i + j] - px[i] * px[j] / gain) / FORGETTING for i in range(4) for j in range(4)]
-        # Rows of one length tell tokens from rows by nothing: doubt must not grow without bound meanwhile.
+            p = _diagonal([max(p[5 * i], (_DOUBT * value) ** 2) for i, value in enumerate(c)])
+        # The covariance is symmetric: its rows are its columns.
+        px = [p[i] * x0 + p[i + 1] * x1 + p[i + 2] * x2 + p[i + 3] * x3 for i in (0, 4, 8, 12)]
+        scale = FORGETTING * NOISE**2 + x0 * px[0] + x1 * px[1] + x2 * px[2] + x3 * px[3]
+        step = (y - (x0 * c[0] + x1 * c[1] + x2 * c[2] + x3 * c[3])) / scale
+        start = max(0.0, c[0] + px[0] * step)
+        row = max(0.0, c[1] + px[1] * step)
+        token = max(0.0, c[2] + px[2] * step)
+        square = max(0.0, c[3] + px[3] * step)
+        least = 1e-3 * expected
+        most = (
+            max(start, least),
+            max(row, least / max(1.0, work.rows)),
+            max(token, least / work.tokens),
+            max(square, least / max(1.0, work.squares)),
+        )
+        weight = 1.0 if self.observations == 0 else _RATIO_WEIGHT
         ratio = self.bytes_per_token
         if text_bytes > 0:
-            weight = 1.0 if self.observations == 0 else _RATIO_WEIGHT
             ratio += weight * (max(0.1, text_bytes / work.tokens) - ratio)
-        weight = 1.0 if self.observations == 0 else _RATIO_WEIGHT
         return Rate(
             (start, row, token, square),
-            _bounded(
-                covariance,
-                [
-                    (_DOUBT * max(c, expected * 1e-3 / f)) ** 2
-                    for c, f in zip(new, _features(work), strict=True)
-                ],
-            ),
+            _shrunk(p, px, scale, most),
             ratio,
             self.tokens_per_row + weight * (work.tokens / max(1.0, work.rows) - self.tokens_per_row),
             self.observations + 1,
@@ -186,10 +189,6 @@ class Rates:
         self.loads[key] = known + _LOAD_WEIGHT * (seconds - known)
 
 
-def _features(work: Work) -> tuple[float, float, float, float]:
-    return (1.0, max(1.0, work.rows), max(1.0, work.tokens), max(1.0, work.squares))
-
-
 def _diagonal(values: Iterable[float]) -> tuple[float, ...]:
     flat = [0.0] * 16
     for i, value in enumerate(values):
@@ -197,7 +196,18 @@ def _diagonal(values: Iterable[float]) -> tuple[float, ...]:
     return tuple(flat)
 
 
-def _bounded(p: list[float], most: list[float]) -> tuple[float, ...]:
-    """A covariance with no variance above its bound: rows and columns are scaled down together."""
-    scale = [(limit / p[5 * i]) ** 0.5 if p[5 * i] > limit else 1.0 for i, limit in enumerate(most)]
-    return tuple(p[4 * i + j] * scale[i] * scale[j] for i in range(4) for j in range(4))
+def _shrunk(
+    p: Sequence[float], px: Sequence[float], scale: float, most: Sequence[float]
+) -> tuple[float, ...]:
+    """The covariance after an observation.
+
+    Rows of one length tell tokens from rows by nothing, so doubt in the difference would grow without bound while
+    the past is forgotten: no variance may exceed that of ten times the coefficient.
+    """
+    variances = [(p[5 * i] - px[i] * px[i] / scale) / FORGETTING for i in range(4)]
+    bounds = [(_DOUBT * value) ** 2 for value in most]
+    f = [(b / v) ** 0.5 if v > b else 1.0 for v, b in zip(variances, bounds, strict=True)]
+    g = [value / FORGETTING for value in f]
+    return tuple(
+        [(p[4 * i + j] - px[i] * px[j] / scale) * g[i] * f[j] for i in (0, 1, 2, 3) for j in (0, 1, 2, 3)]
+    )
