@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from bisect import bisect_right
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from scheduler.cost import Price
 
@@ -16,6 +16,8 @@ from scheduler.cost import Price
 MIN_S = 0.25
 #: Rows of one sub-task at most, whatever they cost: bounds a payload and what one death repeats.
 MAX_ROWS = 8192
+#: A piece is split where less than this share of it fits.
+_SPLIT = 0.75
 MAX_BYTES = 4 * 1024 * 1024
 
 
@@ -30,6 +32,11 @@ class Range:
 
     def __len__(self) -> int:
         return self.hi - self.lo
+
+
+def part(r: Range, lo: int, hi: int) -> Range:
+    """[lo, hi) of a range; its bytes are the range's, by share of rows (they are of like length)."""
+    return Range(r.block, lo, hi, r.bytes * (hi - lo) // max(1, len(r)))
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,8 +75,9 @@ class Carved:
 
     ranges: tuple[Range, ...]
     todo: int
-    #: Pieces used up by it, by id.
+    #: Pieces used up by it, by id, and what it left of its only one.
     pieces: tuple[int, ...] = ()
+    leftover: Range | None = None
     tries: int = 0
     deaths: int = 0
     exclusive: bool = False
@@ -106,7 +114,8 @@ def size_s(cap_s: float, remaining_s: float, devices: float) -> float:
 def carve(frontier: Frontier, budget_s: float, price: Price, *, cap_s: float = 0.0) -> Carved | None:
     """Cut about ``budget_s`` seconds of rows, at least one. Eats from the frontier; None where nothing waits.
 
-    Pieces go first: their blocks are waited for. A piece that is exclusive, or was tried before, goes alone.
+    Pieces go first: their blocks are waited for. A piece that is exclusive, or was tried before, goes alone and whole;
+    of any other that is too long, since it was cut for a faster device, ``Carved.leftover`` is to become a piece.
     Rows with a common prefix stay together up to ``cap_s`` seconds, even beyond the budget.
     """
     if frontier.pieces:
@@ -119,9 +128,15 @@ def carve(frontier: Frontier, budget_s: float, price: Price, *, cap_s: float = 0
 def _from_pieces(frontier: Frontier, budget_s: float, price: Price) -> Carved:
     first = frontier.pieces.pop(0)
     taken = [first]
+    leftover = None
     if not (first.exclusive or first.tries or first.deaths):
         size, rows = first.range.bytes, len(first.range)
-        for other in list(frontier.pieces):
+        fitting = int(rows * budget_s / max(1e-9, price.of(rows, size)))
+        if rows > 1 and fitting < _SPLIT * rows:
+            middle = first.range.lo + max(1, fitting)
+            taken = [replace(first, range=part(first.range, first.range.lo, middle))]
+            leftover = part(first.range, middle, first.range.hi)
+        for other in list(frontier.pieces) if leftover is None else ():
             more, longer = rows + len(other.range), size + other.range.bytes
             fits = price.of(more, longer) <= budget_s and longer <= MAX_BYTES and more <= MAX_ROWS
             blameless = not (other.exclusive or other.tries or other.deaths)
@@ -133,6 +148,7 @@ def _from_pieces(frontier: Frontier, budget_s: float, price: Price) -> Carved:
         ranges=tuple(p.range for p in taken),
         todo=first.todo,
         pieces=tuple(p.id for p in taken),
+        leftover=leftover,
         tries=first.tries,
         deaths=first.deaths,
         exclusive=first.exclusive,
@@ -172,8 +188,12 @@ def _furthest(block: OpenBlock, left_s: float, left_bytes: float, left_rows: int
     lo, before = block.cursor, block.cumulative[block.cursor]
     most = min(block.n, lo + left_rows, bisect_right(block.cumulative, before + left_bytes) - 1)
 
+    row, byte, square, cumulative = price.per_row, price.per_byte, price.per_square, block.cumulative
+
     def cost_s(hi: int) -> float:
-        return price.of(hi - lo, block.cumulative[hi] - before) - price.start_s
+        # Price.of without its start, spelled out: this is asked ten times for each block.
+        rows, size = hi - lo, cumulative[hi] - before
+        return rows * row + size * (byte + square * size / rows)
 
     if most <= lo or cost_s(most) <= left_s:
         return max(lo, most)

@@ -1,18 +1,19 @@
 """Predicted seconds of work, learned online from what devices report. Pure.
 
 A `Rate` is what is known of one trunk on one kind of device in one numeric class: seconds from rows, tokens and
-squared lengths, fitted by recursive least squares to relative errors (Haykin, Adaptive Filter Theory, ch. 10;
-reference: performance 4.1). A device that is slower than its kind has a `pace` of its own; loading is apart.
+squared lengths, fitted to relative errors by recursive least squares in its Kalman form (Haykin, Adaptive Filter
+Theory, ch. 10; reference: performance 4.1). A device that is slower than its kind has a `pace` of its own; loading is apart.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from math import isfinite
 
 #: (trunk, device name, numeric class).
 RateKey = tuple[str, str, str]
+#: Seconds of a sub-task, a row, a token, a squared length.
+Coefficients = tuple[float, float, float, float]
 #: (model digest, device name).
 LoadKey = tuple[str, str]
 
@@ -28,14 +29,15 @@ _PRIOR_LOAD_S, _PRIOR_LOAD_BYTES_PER_S = 1.0, 5e8
 #: Tokens of a row that a speed in tokens per second is told for, before rows were seen.
 _PRIOR_TOKENS_PER_ROW = 64.0
 
-#: Weight that the past keeps at each outcome, and the relative noise of one.
-FORGETTING, NOISE = 0.98, 0.3
-#: Relative doubt in each coefficient of the prior.
-_DOUBT = 10.0
-#: While so few outcomes were seen one that is far off opens the mind again.
+#: Relative noise of one outcome; how much all coefficients may change together from one to the next, as a variance: about
+#: thirty outcomes are remembered; and the doubt in the seconds of a sub-task as such.
+NOISE, _DRIFT, _START_DOUBT_S = 0.3, 8e-5, 0.01
+#: While so few outcomes were seen one that is far off overrules all before it.
 _YOUNG, _FAR_OFF = 20, 2.0
 #: Weight of a new observation of a pace, of a load time, and of a bytes-to-tokens ratio.
-_PACE_WEIGHT, _LOAD_WEIGHT, _RATIO_WEIGHT = 0.25, 0.5, 0.3
+_PACE_WEIGHT, _LOAD_WEIGHT, _RATIO_WEIGHT = 0.12, 0.5, 0.3
+#: An outcome that is so far off its prediction tells of another pace, not of noise, and counts for more.
+_PACE_FAR_OFF, _PACE_JUMP, _FARTHEST = 2.5, 0.5, 4.0
 #: Each observation draws a pace this much back to 1, so that a kind's rate and its devices' paces cannot drift apart.
 _PACE_LEAK = 0.02
 PACE_RANGE = (0.5, 8.0)
@@ -71,7 +73,7 @@ class Rate:
     """What was learned of one trunk on one kind of device. ``observed`` gives the next one."""
 
     #: Seconds of a sub-task, a row, a token, a squared length; none is negative.
-    coefficients: tuple[float, float, float, float]
+    coefficients: Coefficients
     #: Their covariance, row by row.
     covariance: tuple[float, ...]
     bytes_per_token: float = PRIOR_BYTES_PER_TOKEN
@@ -82,7 +84,7 @@ class Rate:
     def prior(cls, seconds_per_token: float, bytes_per_token: float = PRIOR_BYTES_PER_TOKEN) -> Rate:
         """A guess that the first outcomes overrule. A row costs as much as four tokens, a length of 4,096 doubles it."""
         guess = (_PRIOR_START_S, 4 * seconds_per_token, seconds_per_token, seconds_per_token / 4096)
-        return cls(guess, _diagonal([(_DOUBT * c) ** 2 for c in guess]), bytes_per_token)
+        return cls(guess, _doubt(guess), bytes_per_token)
 
     @property
     def seconds_per_token(self) -> float:
@@ -105,36 +107,44 @@ class Rate:
         """Learn from one sub-task at the pace of its kind. Errors count relative to what was predicted."""
         if work.tokens <= 0 or seconds <= 0 or not isfinite(seconds):
             return self
-        c = self.coefficients
+        c, p = self.coefficients, self.covariance
         expected = max(self.seconds(work), 1e-9)
-        # Relative to what was predicted: then a long sub-task counts no more than a short one.
-        x0, x1, x2, x3 = 1 / expected, work.rows / expected, work.tokens / expected, work.squares / expected
         y = seconds / expected
-        p = self.covariance
         if self.observations < _YOUNG and not 1 / _FAR_OFF < y < _FAR_OFF:
-            p = _diagonal([max(p[5 * i], (_DOUBT * value) ** 2) for i, value in enumerate(c)])
-        # The covariance is symmetric: its rows are its columns.
-        px = [p[i] * x0 + p[i + 1] * x1 + p[i + 2] * x2 + p[i + 3] * x3 for i in (0, 4, 8, 12)]
-        scale = FORGETTING * NOISE**2 + x0 * px[0] + x1 * px[1] + x2 * px[2] + x3 * px[3]
-        step = (y - (x0 * c[0] + x1 * c[1] + x2 * c[2] + x3 * c[3])) / scale
-        start = max(0.0, c[0] + px[0] * step)
-        row = max(0.0, c[1] + px[1] * step)
-        token = max(0.0, c[2] + px[2] * step)
-        square = max(0.0, c[3] + px[3] * step)
-        least = 1e-3 * expected
-        most = (
-            max(start, least),
-            max(row, least / max(1.0, work.rows)),
-            max(token, least / work.tokens),
-            max(square, least / max(1.0, work.squares)),
-        )
+            # The guess was wrong by a factor, and so were all its parts.
+            known = min(c[0], seconds / 2)
+            factor = (seconds - known) / max(1e-12, expected - c[0])
+            c = (known, c[1] * factor, c[2] * factor, c[3] * factor)
+            p = _doubt(c)
+        else:
+            # Relative to what was predicted: then a long sub-task counts no more than a short one.
+            x = (1 / expected, work.rows / expected, work.tokens / expected, work.squares / expected)
+            px = [p[i] * x[0] + p[i + 1] * x[1] + p[i + 2] * x[2] + p[i + 3] * x[3] for i in (0, 4, 8, 12)]
+            scale = NOISE**2 + x[0] * px[0] + x[1] * px[1] + x[2] * px[2] + x[3] * px[3]
+            step = (y - self.seconds(work) / expected) / scale
+            c = (
+                max(0.0, c[0] + px[0] * step),
+                max(0.0, c[1] + px[1] * step),
+                max(0.0, c[2] + px[2] * step),
+                max(0.0, c[3] + px[3] * step),
+            )
+            # What was learned of their proportions stays; that all of them change together is always possible. (With
+            # an ordinary forgetting factor doubt grows without bound in whatever the data do not tell, and sub-tasks
+            # are cut to like seconds: they do not tell rows from tokens, nor either from a constant.)
+            p = tuple(
+                [
+                    p[4 * i + j] - px[i] * px[j] / scale + _DRIFT * c[i] * c[j]
+                    for i in range(4)
+                    for j in range(4)
+                ]
+            )
         weight = 1.0 if self.observations == 0 else _RATIO_WEIGHT
         ratio = self.bytes_per_token
         if text_bytes > 0:
             ratio += weight * (max(0.1, text_bytes / work.tokens) - ratio)
         return Rate(
-            (start, row, token, square),
-            _shrunk(p, px, scale, most),
+            c,
+            p,
             ratio,
             self.tokens_per_row + weight * (work.tokens / max(1.0, work.rows) - self.tokens_per_row),
             self.observations + 1,
@@ -178,8 +188,10 @@ class Rates:
         expected = rate.seconds(work) * pace
         if rate.observations >= _YOUNG // 4 and expected > 0 and seconds > 0:
             least, most = PACE_RANGE
-            off = min(16.0, max(1 / 16, seconds / expected))
-            grown = (pace * off**_PACE_WEIGHT) ** (1 - _PACE_LEAK)
+            off = min(_FARTHEST, seconds / expected)
+            weight = _PACE_JUMP if off > _PACE_FAR_OFF or off < 1 / _PACE_FAR_OFF else _PACE_WEIGHT
+            # The mean, not that of the logarithms, which noise drags down.
+            grown = (pace * (1 + weight * (off - 1))) ** (1 - _PACE_LEAK)
             self.paces[worker] = (min(most, max(least, grown)), seen + 1)
         self.learned[key] = rate.observed(work, seconds / pace, text_bytes)
 
@@ -189,25 +201,10 @@ class Rates:
         self.loads[key] = known + _LOAD_WEIGHT * (seconds - known)
 
 
-def _diagonal(values: Iterable[float]) -> tuple[float, ...]:
+def _doubt(coefficients: Coefficients) -> tuple[float, ...]:
+    """The covariance of a guess: each part may as well be nothing, or twice as much."""
     flat = [0.0] * 16
-    for i, value in enumerate(values):
-        flat[5 * i] = value
+    flat[0] = _START_DOUBT_S**2
+    for i in (1, 2, 3):
+        flat[5 * i] = coefficients[i] ** 2
     return tuple(flat)
-
-
-def _shrunk(
-    p: Sequence[float], px: Sequence[float], scale: float, most: Sequence[float]
-) -> tuple[float, ...]:
-    """The covariance after an observation.
-
-    Rows of one length tell tokens from rows by nothing, so doubt in the difference would grow without bound while
-    the past is forgotten: no variance may exceed that of ten times the coefficient.
-    """
-    variances = [(p[5 * i] - px[i] * px[i] / scale) / FORGETTING for i in range(4)]
-    bounds = [(_DOUBT * value) ** 2 for value in most]
-    f = [(b / v) ** 0.5 if v > b else 1.0 for v, b in zip(variances, bounds, strict=True)]
-    g = [value / FORGETTING for value in f]
-    return tuple(
-        [(p[4 * i + j] - px[i] * px[j] / scale) * g[i] * f[j] for i in (0, 1, 2, 3) for j in (0, 1, 2, 3)]
-    )

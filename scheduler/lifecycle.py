@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from uuid import UUID
 
 from motet.wire import Beat
-from scheduler.carve import Range
+from scheduler.carve import Range, part
 from scheduler.place import Demand
 
 #: A row with a retriable error is tried so often in all; then its error is final.
@@ -161,8 +161,3 @@ def hopeless(
         if able and all(name in whys for name in able):
             found[UUID(d.job)] = f"no worker can load {d.model.ref}: {whys[able[0]]}"
     return found
-
-
-def part(r: Range, lo: int, hi: int) -> Range:
-    """[lo, hi) of a range; its bytes are the range's, by share of rows (they are of like length)."""
-    return Range(r.block, lo, hi, r.bytes * (hi - lo) // max(1, len(r)))

@@ -10,7 +10,7 @@ The dispatcher and the simulator drive the same class. It has no clock: ``now`` 
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Iterator
+from collections.abc import Hashable, Iterable, Iterator
 from dataclasses import dataclass, field
 from heapq import heappop, heappush
 from itertools import count, islice
@@ -135,9 +135,9 @@ class Flight:
     opened: float
     #: When its worker came to it, as far as is known.
     began: float
+    exclusive: bool = False
     #: May be doubled: not suspected of anything.
     harmless: bool = True
-    exclusive: bool = False
     #: This lease is a second one.
     clone: bool = False
     cloned: bool = False
@@ -203,9 +203,11 @@ class _Tenant:
 
     account: Account
     line: Line[_Waiting] = field(default_factory=lambda: Line(_Waiting.key, _Waiting.waits))
+    #: Passes that wait.
+    waiting: int = 0
 
     def waits(self) -> bool:
-        return self.line.first() is not None
+        return self.waiting > 0
 
     def key(self) -> tuple[float, ...]:
         return (self.account.start,)
@@ -229,6 +231,8 @@ class _Pool:
     #: Workers that hold the model, or are told to load it.
     hosts: dict[str, _Place] = field(default_factory=dict)
     flights: dict[int, Flight] = field(default_factory=dict)
+    #: Workers counted as devices of a kind, as of a moment ago: it is asked for each sub-task, and changes slowly.
+    devices: dict[Kind, tuple[float, float]] = field(default_factory=dict)
 
     def first(self, class_: int) -> _Waiting | None:
         line = self.classes.get(class_)
@@ -243,6 +247,9 @@ class _Place:
     worker: Worker
     number: int
     flights: list[Flight] = field(default_factory=list)
+    #: Of these the ones that are not interactive, and those that nothing may run beside.
+    bulk: int = 0
+    exclusive: int = 0
     #: When all of that will be done.
     drain: float = 0.0
     #: Digest of each model that it holds, or will by then, and when it was used last.
@@ -274,7 +281,10 @@ class Placer:
         #: Pools in which more waits than at the last look.
         self._fresh: dict[tuple[str, str], _Pool] = {}
         self._root = Account(1.0)
-        self._classes = {c: Account(w, self._root) for c, w in CLASS_WEIGHTS.items()}
+        # Interactive work is no part of the others' clock: it is served before its turn.
+        self._classes = {
+            c: Account(w, None if c == INTERACTIVE else self._root) for c, w in CLASS_WEIGHTS.items()
+        }
         self._tenants: dict[tuple[int, str], Account] = {}
         self._jobs: dict[str, _Job] = {}
         self._flights: dict[Hashable, Flight] = {}
@@ -290,6 +300,9 @@ class Placer:
     def worker(self, worker: Worker, now: float) -> None:
         """A worker that may be given work: a new one, or what is new of it."""
         place = self._places.get(worker.name)
+        if place is not None and place.worker.kind != worker.kind:
+            self.gone(worker.name)
+            place = None
         if place is None:
             place = self._places[worker.name] = _Place(worker, next(self._numbers), drain=now)
             self._hold(place, dict.fromkeys(worker.resident, now))
@@ -300,8 +313,12 @@ class Placer:
         if place.worker.refused != worker.refused or place.worker.boot != worker.boot:
             place.can.clear()
         place.worker = worker
-        held = {flight.of.pool.digest for flight in place.flights}
-        self._hold(place, {d: place.resident.get(d, now) for d in {*worker.resident, *held}})
+        self._hold(place, {d: place.resident.get(d, -inf) for d in worker.resident})
+        for flight in place.flights:
+            # The beat is older than what is still to be loaded.
+            if flight.of.pool.digest not in place.resident:
+                self._make_room(place, flight.of.pool, now)
+                place.resident[flight.of.pool.digest] = now
 
     def gone(self, name: str) -> None:
         """A worker that gets no more work. What is under way there stays so until it is `closed`."""
@@ -371,12 +388,14 @@ class Placer:
             self._fresh[key] = pool
         if rows > 0 and before <= 0:
             pool.waiting += 1
+            waiting.tenant.waiting += 1
             waiting.job.come()
             waiting.tenant.line.join(waiting)
             pool.classes[waiting.demand.priority].join(waiting.tenant)
             self._active[key] = pool
         elif rows <= 0 < before:
             pool.waiting -= 1
+            waiting.tenant.waiting -= 1
             waiting.job.go()
             if pool.waiting == 0:
                 del self._active[key]
@@ -409,8 +428,8 @@ class Placer:
         """What was placed was carved: so many rows and bytes, predicted to take so long."""
         waiting, place = self._passes[placement.demand.id], self._places[placement.worker.name]
         self._set(waiting, max(0, waiting.rows - rows), max(0, waiting.bytes - size))
-        flight = self._fly(waiting, place, key, now, rows, size, seconds)
-        flight.exclusive, flight.harmless = exclusive, harmless
+        flight = self._fly(waiting, place, key, now, rows, size, seconds, exclusive)
+        flight.harmless = harmless
         waiting.job.charge(seconds)
         return flight
 
@@ -434,15 +453,19 @@ class Placer:
         if waiting is None:
             waiting = self._passes[demand.id] = self._new(demand)
         u = under_way
-        flight = self._fly(waiting, place, u.key, now, u.rows, u.bytes, u.seconds)
+        flight = self._fly(waiting, place, u.key, now, u.rows, u.bytes, u.seconds, u.exclusive)
         flight.opened -= u.age_s
-        flight.exclusive, flight.harmless = u.exclusive, not u.exclusive
+        flight.harmless = not u.exclusive
         flight.clone = flight.cloned = u.clone
+        if u.clone:
+            self._cloned_s += u.seconds
+        else:
+            waiting.job.charge(u.seconds)
         return flight
 
     def nothing(self, placement: Placement, now: float) -> None:
         """What was placed could not be carved: nothing of it waits after all, until `want` says otherwise."""
-        self._set(self._passes[placement.demand.id], 0, 0)
+        self.unwanted(placement.demand.id)
         self._ask_at(self._places[placement.worker.name], now)
 
     def keyed(self, flight: Flight, key: Hashable) -> None:
@@ -468,6 +491,8 @@ class Placer:
         waiting.pool.flights.pop(id(flight), None)
         was_head = place.flights[0] is flight
         place.flights.remove(flight)
+        place.bulk -= flight.demand.priority != INTERACTIVE
+        place.exclusive -= flight.exclusive
         if was_head and place.flights:
             place.flights[0].began = now
         if flight.clone:
@@ -478,6 +503,9 @@ class Placer:
                 waiting.tenant.line.again(waiting)
                 waiting.pool.classes[waiting.demand.priority].again(waiting.tenant)
         self._spent_s += busy_s or 0.0
+        if flight.demand.priority == INTERACTIVE and waiting.pool.waiting:
+            # More of it may wait for the place in the lane that is free now.
+            self._fresh[waiting.pool.digest, waiting.pool.numerics] = waiting.pool
         if self._places.get(place.worker.name) is place:
             place.drain = self._end_of(place, now)
             self._ask_later(place)
@@ -492,6 +520,7 @@ class Placer:
         rows: int,
         size: int,
         seconds: float,
+        exclusive: bool = False,
     ) -> Flight:
         self._unpark(place)
         load_s = 0.0
@@ -501,11 +530,13 @@ class Placer:
             self._make_room(place, pool, now)
         place.resident[pool.digest] = now
         began = max(now, place.drain if place.flights else now)
-        flight = Flight(key, place, waiting, rows, size, seconds, load_s, now, began)
+        flight = Flight(key, place, waiting, rows, size, seconds, load_s, now, began, exclusive)
         self._flights[key] = flight
         waiting.flights += 1
         pool.flights[id(flight)] = flight
         place.flights.append(flight)
+        place.bulk += waiting.demand.priority != INTERACTIVE
+        place.exclusive += exclusive
         place.drain = began + load_s + seconds
         if place.forced is pool:
             place.forced = None
@@ -518,10 +549,12 @@ class Placer:
 
     def place(self, now: float) -> Iterator[Placement]:
         """Placements in the order they should be carved. Call `opened` or `nothing` for each before the next one."""
-        fresh, self._fresh = self._fresh, {}
-        for pool in fresh.values():
+        while self._fresh:
+            # It stays fresh until it was gone through: whoever stops asking here comes back to it.
+            key, pool = next(iter(self._fresh.items()))
             self._wake(pool)
             yield from self._express(pool, now)
+            self._fresh.pop(key, None)
         while self._due and self._due[0][0] <= now:
             _, _, _, turn, place = heappop(self._due)
             if turn != place.turn:
@@ -542,10 +575,7 @@ class Placer:
 
     def _answer(self, place: _Place, now: float) -> Placement | None:
         """What this worker should do next."""
-        if any(f.exclusive for f in place.flights):
-            return None
-        bulk = sum(1 for f in place.flights if f.demand.priority != INTERACTIVE)
-        if bulk >= self.depth:
+        if place.exclusive or place.bulk >= self.depth or self._express_full(place):
             return None
         waiting = self._of_residents(place)
         if place.forced is not None and (place.forced.rows <= 0 or not self._fits(place, place.forced)):
@@ -554,7 +584,7 @@ class Placer:
             pool = place.forced or self._to_load(place, now)
             if pool is not None:
                 waiting = self._first(pool, place)
-        return self._placement(place, waiting) if waiting is not None else None
+        return self._placement(place, waiting, now) if waiting is not None else None
 
     def _of_residents(self, place: _Place) -> _Waiting | None:
         """The fairest pass among those whose model the worker holds."""
@@ -619,18 +649,21 @@ class Placer:
                 best, best_key = pool, key
         return best
 
-    def _placement(self, place: _Place, waiting: _Waiting) -> Placement:
+    def _placement(self, place: _Place, waiting: _Waiting, now: float) -> Placement:
         price = self._price(place, waiting)
         pool = waiting.pool
         work_s = price.of(waiting.rows, waiting.bytes)
-        budget_s = size_s(self.subtask_s, work_s, self._devices(pool, place, price) / pool.waiting)
-        return Placement(place.worker, waiting.demand, budget_s, price)
+        devices = self._devices(pool, place, now) / pool.waiting
+        return Placement(place.worker, waiting.demand, size_s(self.subtask_s, work_s, devices), price)
 
-    def _devices(self, pool: _Pool, place: _Place, price: Price) -> float:
+    def _devices(self, pool: _Pool, place: _Place, now: float) -> float:
         """How many devices as fast as this one work for a pool, at least one."""
-        mine = price.of(pool.rows, pool.bytes)
-        others = sum(n * mine / max(1e-9, self._kind_s(pool, kind)) for kind, n in pool.power.items())
-        return max(1.0, others)
+        at, usual = pool.devices.get(place.worker.kind, (-inf, 0.0))
+        if now > at + _TRIP_S:
+            mine = self._kind_s(pool, place.worker.kind)
+            usual = sum(n * mine / max(1e-9, self._kind_s(pool, kind)) for kind, n in pool.power.items())
+            pool.devices[place.worker.kind] = (now, usual)
+        return max(1.0, usual * self.rates.pace(place.worker.name))
 
     def _ends_s(self, pool: _Pool) -> float:
         """Seconds until those who serve it have done all that waits in a pool."""
@@ -669,7 +702,7 @@ class Placer:
             place = self._soonest(pool, waiting, now)
             if place is None:
                 return
-            yield self._placement(place, waiting)
+            yield self._placement(place, waiting, now)
 
     def _soonest(self, pool: _Pool, waiting: _Waiting, now: float) -> _Place | None:
         """The worker where a row is answered first: a few hosts of the model, then a few others, are looked at."""
@@ -680,12 +713,20 @@ class Placer:
             for kind in self._idle.get(held, {}).values()
             for place in islice(kind.values(), 2)
         ]
-        others = [] if hosts or idle else list(islice(self._places.values(), 4 * _SAMPLE))
+        best = self._quickest((*idle, *hosts), pool, waiting) or self._quickest(
+            islice(self._places.values(), 4 * _SAMPLE), pool, waiting
+        )
+        if best is not None and best.worker.name in pool.hosts:
+            # To the end of the line, so that the sample is another one next time.
+            pool.hosts[best.worker.name] = pool.hosts.pop(best.worker.name)
+        return best
+
+    def _quickest(self, places: Iterable[_Place], pool: _Pool, waiting: _Waiting) -> _Place | None:
         best, best_s = None, inf
-        for place in (*idle, *hosts, *others):
-            express = [f for f in place.flights if f.demand.priority == INTERACTIVE]
-            if len(express) >= 2 * self.depth or any(f.exclusive for f in place.flights):
+        for place in places:
+            if place.exclusive or self._express_full(place):
                 continue
+            express = [f for f in place.flights if f.demand.priority == INTERACTIVE]
             if not self._fits(place, pool) or waiting.demand.model_ids & place.worker.refused:
                 continue
             wait_s = sum(f.seconds for f in express) + (0.05 if len(place.flights) > len(express) else 0.0)
@@ -694,9 +735,6 @@ class Placer:
             wait_s += self._price(place, waiting).of(waiting.rows, waiting.bytes)
             if wait_s < best_s:
                 best, best_s = place, wait_s
-        if best is not None and best.worker.name in pool.hosts:
-            # To the end of the line, so that the sample is another one next time.
-            pool.hosts[best.worker.name] = pool.hosts.pop(best.worker.name)
         return best
 
     # -- fairness against residency, deadlines: once a second
@@ -717,8 +755,8 @@ class Placer:
                 if place is None:
                     return
                 load_s = self._load_s(pool, place)
-                others = tenant.parent is not None and tenant.owed > _OWED_TENANT * load_s
-                if others or waiting.job.owed > _OWED_JOB * load_s:
+                owed_s = max(tenant.owed, self._classes[waiting.demand.priority].owed)
+                if owed_s > _OWED_TENANT * load_s or waiting.job.owed > _OWED_JOB * load_s:
                     self._force(pool, waiting, now)
         for key, pool in self._active.items():
             if pool.first(INTERACTIVE) is not None:
@@ -762,17 +800,24 @@ class Placer:
         found: list[Recall | Clone] = []
         if not any(self._idle.get("", {}).values()):
             return found
+        clones_s = _CLONE_SHARE * self._spent_s + self.subtask_s - self._cloned_s
         for pool in list(self._pools.values()):
             if pool.rows == 0 and pool.flights:
-                found += self._late(pool, now)
+                for word in self._late(pool, now):
+                    if isinstance(word, Clone):
+                        if word.seconds > clones_s:
+                            continue
+                        clones_s -= word.seconds
+                    found.append(word)
         return found
 
     def _late(self, pool: _Pool, now: float) -> Iterator[Recall | Clone]:
+        any_of = next(iter(pool.flights.values()))
         idle = [
-            (self._kind_pace(pool, place), place)
+            (self._price(place, any_of.of).of(any_of.rows, any_of.bytes), place)
             for kind in self._idle.get(pool.digest, {}).values()
             for place in islice(kind.values(), _SAMPLE)
-            if not place.flights
+            if not place.flights and self._fits(place, pool)
         ]
         idle.sort(key=lambda pair: (pair[0], pair[1].number))
         ends = {
@@ -808,11 +853,7 @@ class Placer:
             and not flight.cloned
             and taken > _OVERDUE * flight.seconds
             and end - now > _CLONE_GAIN * (seconds + _TRIP_S)
-            and self._cloned_s + seconds <= _CLONE_SHARE * self._spent_s + self.subtask_s
         )
-
-    def _kind_pace(self, pool: _Pool, place: _Place) -> float:
-        return self._kind_s(pool, place.worker.kind) * self.rates.pace(place.worker.name)
 
     def _ends(self, place: _Place, now: float) -> dict[int, tuple[float, float]]:
         """When each sub-task at a worker starts and ends, as far as can be told."""
@@ -831,6 +872,9 @@ class Placer:
         return found
 
     # -- small parts
+
+    def _express_full(self, place: _Place) -> bool:
+        return len(place.flights) - place.bulk >= 2 * self.depth
 
     def _fits(self, place: _Place, pool: _Pool) -> bool:
         key = (pool.digest, pool.numerics)
@@ -924,10 +968,9 @@ class Placer:
 
     def _ask_later(self, place: _Place) -> None:
         """It will ask when it has little left, or too few to go on with."""
-        bulk = sum(1 for f in place.flights if f.demand.priority != INTERACTIVE)
-        if bulk < min(_READY, self.depth):
+        if place.bulk < min(_READY, self.depth):
             self._ask_at(place, -inf)
-        elif bulk < self.depth:
+        elif place.bulk < self.depth:
             self._ask_at(place, place.drain - self.ahead_s)
         else:
             place.turn += 1
@@ -967,6 +1010,11 @@ class Placer:
             kinds = self._idle.get(held, {})
             for kind in sorted(kinds, key=lambda kind: self._kind_s(pool, kind)):
                 most = ceil(min(left, self._kind_s(pool, kind) / MIN_S + 1))
-                for place in list(islice(kinds.get(kind, {}).values(), most)):
+                able = (
+                    place
+                    for place in kinds.get(kind, {}).values()
+                    if self._fits(place, pool) and self._first(pool, place) is not None
+                )
+                for place in list(islice(able, most)):
                     self._ask_at(place, -inf)
                     left -= 1

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from itertools import accumulate
 from math import log
@@ -21,10 +22,11 @@ class Model:
     """What a model costs, in truth."""
 
     name: str
-    #: Seconds of a token on a device of speed 1, of a row, and of a squared length.
+    #: Seconds of a token on a device of speed 1, of a row, of a squared length, and of a sub-task.
     token_s: float
     row_s: float = 0.0
     square_s: float = 0.0
+    start_s: float = 0.0
     #: Seconds to load it.
     load_s: float = 10.0
     memory_mb: int = 1000
@@ -43,7 +45,9 @@ class Model:
         )
 
     def seconds(self, work: Work) -> float:
-        return self.row_s * work.rows + self.token_s * work.tokens + self.square_s * work.squares
+        return (
+            self.start_s + self.row_s * work.rows + self.token_s * work.tokens + self.square_s * work.squares
+        )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -58,6 +62,9 @@ class Device:
     memory_mb: int = 80_000
     #: It dies at this time; its sub-tasks are rescued later.
     dies_s: float = float("inf")
+    #: Models that it holds at the beginning, and those that it cannot load.
+    resident: tuple[str, ...] = ()
+    refuses: frozenset[str] = frozenset()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -70,6 +77,8 @@ class Job:
     #: Mean tokens of a row; lengths are lognormal around it.
     tokens: float = 64.0
     spread: float = 0.7
+    #: Tokens of rows, equally many of each, where they were recorded: in place of ``tokens`` and ``spread``.
+    recorded: tuple[float, ...] = ()
     tenant: str = "all"
     weight: float = 1.0
     priority: int = 1
@@ -79,10 +88,22 @@ class Job:
     def lengths(self) -> list[int]:
         """Bytes of the rows of one block, longest first: quantiles of a lognormal, so that nothing is random."""
         n = min(BLOCK_ROWS, max(1, self.rows))
+        if self.recorded:
+            known = sorted(self.recorded, reverse=True)
+            return [round(BYTES_PER_TOKEN * known[i * len(known) // n]) for i in range(n)]
         rng = Random(f"{self.name}:{self.tokens}:{self.spread}")
         mu = log(max(1.0, self.tokens)) - self.spread**2 / 2
         found = (min(512, max(2, round(rng.lognormvariate(mu, self.spread)))) for _ in range(n))
         return sorted((BYTES_PER_TOKEN * tokens for tokens in found), reverse=True)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Begun:
+    """A sub-task that is under way at the beginning: what is left of it, beside the rows of its job."""
+
+    device: str
+    job: str
+    tokens: float
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -92,6 +113,10 @@ class Scenario:
     devices: tuple[Device, ...]
     models: dict[str, Model]
     jobs: tuple[Job, ...]
+    #: (model, kind of device) -> the model as it is there, where its speed alone does not tell.
+    measured: Mapping[tuple[str, str], Model] = field(default_factory=dict)
+    #: Earlier ones first, of one device.
+    begun: tuple[Begun, ...] = ()
     #: Sigma of the lognormal noise on each sub-task, mean 1; and on each load.
     noise: float = 0.3
     load_noise: float = 0.1
@@ -105,6 +130,10 @@ class Scenario:
     lease_s: float = 8.0
     #: What the cost model believes of a token before it has seen one, as a factor of the truth.
     prior_off: float = 3.0
+
+    def model(self, name: str, device: Device) -> Model:
+        """What a model costs on a device of speed 1 of this kind."""
+        return self.measured.get((name, device.kind), self.models[name])
 
 
 @dataclass(slots=True)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass, field
 from heapq import heappop, heappush
 from itertools import count
@@ -12,12 +12,17 @@ from typing import Protocol
 
 from motet.residency import Resident, evictions
 from scheduler.cost import Work
-from scheduler.simulation.cluster import Device, Job, Model, Rows, Scenario
+from scheduler.fairness import INTERACTIVE
+from scheduler.simulation.cluster import Begun, Device, Job, Model, Rows, Scenario
 
-#: Bulk is interrupted at the end of its micro-batch while somebody waits interactively.
+#: Bulk is interrupted at the end of its micro-batch while somebody waits interactively, and where it is dropped.
 MICRO_BATCH_S = 0.05
-#: Rows that a device never finishes are looked for so often.
+#: Idle devices are looked after so often.
 TICK_S = 0.25
+#: A device hears so often what nobody wants of it any more.
+BEAT_S = 1.0
+#: So long without an event, while jobs wait, means that nothing will ever happen.
+_STUCK_S = 10_000.0
 
 
 @dataclass(slots=True, eq=False)
@@ -31,7 +36,8 @@ class Subtask:
     bytes: int
     work: Work
     done: bool = False
-    tries: int = 0
+    #: Its live leases.
+    attempts: list[Attempt] = field(default_factory=list)
 
 
 @dataclass(slots=True, eq=False)
@@ -42,7 +48,10 @@ class Attempt:
     subtask: Subtask
     device: str
     sent_s: float
+    #: Its lease has ended: no outcome of it is wanted.
     dropped: bool = False
+    #: An outcome of it was heard.
+    heard: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,8 +78,12 @@ class Policy(Protocol):
 
     def arrived(self, job: Job, rows: Rows, now: float) -> None: ...
 
+    def begun(self, begun: Begun, now: float) -> Subtask:
+        """What was under way at the beginning, as a sub-task; asked only where a scenario has any."""
+        ...
+
     def ended(self, attempt: Attempt, now: float, busy_s: float | None, load_s: float) -> None:
-        """An attempt has ended. ``busy_s``: None where it was lost."""
+        """An attempt has ended that nobody had dropped. ``busy_s``: None where it was lost."""
         ...
 
     def decide(self, now: float) -> Iterable[tuple[Subtask, str]]:
@@ -93,37 +106,57 @@ class _Machine:
     """A device at work."""
 
     device: Device
+    #: Model -> when it was used last.
+    loaded: dict[str, float]
     queue: list[Attempt] = field(default_factory=list)
+    #: Its messages come in the order in which they were sent.
+    reached_s: float = 0.0
     running: Attempt | None = None
     began_s: float = 0.0
     ends_s: float = 0.0
     load_s: float = 0.0
-    loaded: dict[str, float] = field(default_factory=dict)
+    #: Counts changes of `ends_s`: an older end is void.
     version: int = 0
     alive: bool = True
-    busy_s: float = 0.0
+
+
+@dataclass(frozen=True, slots=True)
+class _Report:
+    """What a device says of an attempt that has ended there."""
+
+    attempt: Attempt
+    busy_s: float
+    load_s: float
+    ended_s: float
 
 
 @dataclass(slots=True)
 class Outcome:
     """What a simulated run came to."""
 
+    #: When the last device was done with the last row.
     makespan_s: float = 0.0
     loads: int = 0
     #: Distinct (device, model) that were loaded.
     pairs: set[tuple[str, str]] = field(default_factory=set)
     load_s: float = 0.0
+    #: Device-seconds of work whose result counted, and of work whose result was not wanted any more.
     busy_s: float = 0.0
-    #: Of work whose result was not wanted any more.
     wasted_s: float = 0.0
     subtasks: int = 0
     attempts: int = 0
     recalled: int = 0
     cloned: int = 0
     lost: int = 0
+    #: Model -> seconds of its work as it turned out, on a device of speed 1, without what was wasted.
+    work_s: dict[str, float] = field(default_factory=dict)
+    #: Device -> most memory that models held there.
+    peak_mb: dict[str, int] = field(default_factory=dict)
+    #: Job -> rows done; when its first row was begun, its last row was under way, its last row was done.
     rows: dict[str, int] = field(default_factory=dict)
-    ended_s: dict[str, float] = field(default_factory=dict)
     first_s: dict[str, float] = field(default_factory=dict)
+    backlogged_s: dict[str, float] = field(default_factory=dict)
+    ended_s: dict[str, float] = field(default_factory=dict)
     spans: list[Span] = field(default_factory=list)
 
 
@@ -136,62 +169,88 @@ class Simulation:
         self._spans = spans
         self._events: list[tuple[float, int, str, object]] = []
         self._ids, self._attempt_ids = count(), count()
-        self._machines = {d.name: _Machine(d) for d in scenario.devices}
-        self._left: dict[str, int] = {}
+        self._machines = {d.name: _Machine(d, dict.fromkeys(d.resident, 0.0)) for d in scenario.devices}
+        #: Rows that are not done, and rows that were never sent, by job.
+        self._left = {job.name: job.rows for job in scenario.jobs}
+        self._unsent = dict(self._left)
+        #: Jobs that have arrived and are not done.
+        self._waiting: set[str] = set()
         self._woken_at = inf
         #: Something happened that nobody has decided upon.
         self._changed = False
         self.outcome = Outcome()
 
-    def run(self) -> Outcome:
-        """Until every row of every job is done. Raises RuntimeError where that will never be."""
+    def run(self, until: Collection[str] = (), most_attempts: float = inf) -> Outcome:
+        """Until every row of every job is done, or of those named, or so much was sent.
+
+        Raises RuntimeError where that will never be.
+        """
         self.policy.begin(self.scenario)
         for device in self.scenario.devices:
             self.policy.joined(device, 0.0)
             if device.dies_s < inf:
                 self._at(device.dies_s, "die", device)
         for job in self.scenario.jobs:
-            self._left[job.name] = job.rows
             self._at(job.at_s, "arrive", job)
+        for begun in self.scenario.begun:
+            self._left[begun.job] += 1
+            self._at(0.0, "resume", begun)
         self._at(TICK_S, "tick", None)
-        quiet = 0
-        while self._left and self._events:
+        last_s = 0.0
+        while self._left:
+            if self.outcome.attempts >= most_attempts or (until and not any(n in self._left for n in until)):
+                break
             now, _, what, about = heappop(self._events)
-            if what == "tick":
-                quiet += 1
-                if quiet > 40_000:
-                    raise RuntimeError(
-                        f"nothing happens any more at {now:.0f} s: {len(self._left)} jobs wait"
-                    )
-            elif what != "wake":
-                quiet = 0
+            if what not in ("tick", "wake") or not self._waiting:
+                last_s = now
+            elif now - last_s > _STUCK_S:
+                waiting = ", ".join(sorted(self._waiting))
+                raise RuntimeError(
+                    f"nothing has happened since {last_s:.0f} s, and these jobs wait: {waiting}"
+                )
             getattr(self, f"_{what}")(about, now)
             if self._changed and (not self._events or self._events[0][0] > now):
                 # All that happens at one moment is known before anything is decided.
                 self._changed = False
                 self._decide(now)
-        if self._left:
-            raise RuntimeError(f"{len(self._left)} jobs were never finished")
         return self.outcome
 
     # -- events
 
     def _arrive(self, job: Job, now: float) -> None:
+        self._waiting.add(job.name)
         self.policy.arrived(job, Rows(job), now)
         self._changed = True
+
+    def _resume(self, begun: Begun, now: float) -> None:
+        """What was under way at the beginning goes on."""
+        attempt = Attempt(next(self._attempt_ids), self.policy.begun(begun, now), begun.device, now)
+        attempt.subtask.attempts.append(attempt)
+        self.policy.sent(attempt)
+        machine = self._machines[begun.device]
+        machine.queue.append(attempt)
+        self._next(machine, now)
 
     def _die(self, device: Device, now: float) -> None:
         machine = self._machines[device.name]
         machine.alive = False
         machine.version += 1
-        held = [*([machine.running] if machine.running else []), *machine.queue]
+        held = machine.queue
+        if machine.running is not None:
+            held = [machine.running, *held]
+            self._spend(machine.running, now, max(0.0, now - machine.began_s), wasted=True)
         machine.queue, machine.running = [], None
         self.policy.died(device, now)
         for attempt in held:
             self._at(now + self.scenario.lease_s, "expire", attempt)
+        self._changed = True
 
     def _expire(self, attempt: Attempt, now: float) -> None:
         """Its lease has run out, and nobody has heard of it."""
+        if attempt.dropped:
+            return
+        attempt.dropped = True
+        attempt.subtask.attempts.remove(attempt)
         self.outcome.lost += 1
         self.policy.ended(attempt, now, None, 0.0)
         self._changed = True
@@ -202,10 +261,12 @@ class Simulation:
         if not machine.alive:
             self._at(now + self.scenario.lease_s, "expire", attempt)
             return
-        if attempt.subtask.job.priority == 0:
+        if attempt.subtask.job.priority != INTERACTIVE:
+            machine.queue.append(attempt)
+        elif machine.running is None:
+            machine.queue.insert(0, attempt)
+        else:
             self._interrupt(machine, attempt, now)
-            return
-        machine.queue.append(attempt)
         self._next(machine, now)
 
     def _finish(self, about: tuple[_Machine, int], now: float) -> None:
@@ -213,34 +274,47 @@ class Simulation:
         if version != machine.version or machine.running is None:
             return
         attempt, machine.running = machine.running, None
-        self._reported(machine, attempt, now, now - machine.began_s, machine.load_s)
+        self._say(_Report(attempt, now - machine.began_s, machine.load_s, now), now)
         self._next(machine, now)
 
-    def _hear(self, about: tuple[Attempt, float, float], now: float) -> None:
-        """An outcome has reached the aggregator, and the dispatcher knows of it."""
-        attempt, busy_s, load_s = about
-        subtask = attempt.subtask
-        if subtask.done or attempt.dropped:
-            self.outcome.wasted_s += busy_s
-            if not attempt.dropped:
-                self.policy.ended(attempt, now, busy_s, load_s)
-            attempt.dropped = True
-        else:
-            subtask.done = True
-            job = subtask.job.name
-            self.outcome.rows[job] = self.outcome.rows.get(job, 0) + subtask.rows
-            self.outcome.subtasks += 1
-            self._left[job] -= subtask.rows
-            attempt.dropped = True
-            self.policy.ended(attempt, now, busy_s, load_s)
-            if self._left[job] <= 0:
-                del self._left[job]
-                self.outcome.ended_s[job] = now
+    def _say(self, report: _Report, now: float) -> None:
+        """A device tells of an attempt that has ended there."""
+        self._at(now + self._trip_s() / 2, "hear", report)
+        if self._unkind(self.scenario.doubled):
+            self._at(now + self._trip_s(), "hear", report)
+
+    def _hear(self, report: _Report, now: float) -> None:
+        """An outcome has reached the aggregator, and the dispatcher knows of it. The first of a sub-task counts."""
+        attempt, subtask, outcome = report.attempt, report.attempt.subtask, self.outcome
+        if attempt.heard:
+            return
+        attempt.heard = True
+        if attempt.dropped:
+            self._spend(attempt, report.ended_s, report.busy_s, wasted=True)
+            return
+        attempt.dropped = subtask.done = True
+        for other in subtask.attempts:
+            if other is not attempt:
+                self._drop(other, now)
+        subtask.attempts.clear()
+        outcome.subtasks += 1
+        outcome.makespan_s = max(outcome.makespan_s, report.ended_s)
+        self._spend(attempt, report.ended_s, report.busy_s, wasted=False)
+        job = subtask.job.name
+        outcome.rows[job] = outcome.rows.get(job, 0) + subtask.rows
+        self._left[job] -= subtask.rows
+        self.policy.ended(attempt, now, report.busy_s, report.load_s)
+        if self._left[job] <= 0:
+            del self._left[job]
+            self._waiting.discard(job)
+            outcome.ended_s[job] = now
         self._changed = True
 
     def _tick(self, _: None, now: float) -> None:
         for word in self.policy.tick(now):
             if isinstance(word, Attempt):
+                self.outcome.recalled += 1
+                word.subtask.attempts.remove(word)
                 self._drop(word, now)
             else:
                 self._send(*word, now)
@@ -251,6 +325,16 @@ class Simulation:
         if now >= self._woken_at:
             self._woken_at = inf
         self._changed = True
+
+    def _forget(self, attempt: Attempt, now: float) -> None:
+        """A device has heard that nobody wants this: it does not begin it, or stops at the end of a micro-batch."""
+        machine = self._machines[attempt.device]
+        if attempt in machine.queue:
+            machine.queue.remove(attempt)
+        elif machine.running is attempt:
+            stops_s = max(now, machine.began_s) + self._rng.random() * MICRO_BATCH_S
+            if stops_s < machine.ends_s:
+                self._end_at(machine, stops_s)
 
     # -- what follows from them
 
@@ -264,97 +348,96 @@ class Simulation:
 
     def _send(self, subtask: Subtask, device: str, now: float) -> None:
         attempt = Attempt(next(self._attempt_ids), subtask, device, now)
-        subtask.tries += 1
         self.outcome.attempts += 1
+        self.outcome.cloned += bool(subtask.attempts)
+        if not subtask.attempts:
+            self._unsent[subtask.job.name] -= subtask.rows
+            if self._unsent[subtask.job.name] <= 0:
+                self.outcome.backlogged_s.setdefault(subtask.job.name, now)
+        subtask.attempts.append(attempt)
         self.policy.sent(attempt)
-        if self.scenario.lost and self._rng.random() < self.scenario.lost:
+        if self._unkind(self.scenario.lost):
             self._at(now + self.scenario.lease_s, "expire", attempt)
             return
-        self._at(now + self._trip_s() / 2, "reach", attempt)
+        machine = self._machines[device]
+        machine.reached_s = max(machine.reached_s, now + self._trip_s() / 2)
+        self._at(machine.reached_s, "reach", attempt)
 
     def _drop(self, attempt: Attempt, now: float) -> None:
-        """Nobody wants it any more: if it has not begun where it waits, it never will."""
+        """Nobody wants it any more. Its device hears of it with its next beat."""
         attempt.dropped = True
-        machine = self._machines[attempt.device]
-        if attempt in machine.queue:
-            machine.queue.remove(attempt)
+        self._at(now + self._rng.random() * BEAT_S, "forget", attempt)
 
     def _next(self, machine: _Machine, now: float) -> None:
-        while machine.running is None and machine.queue:
-            attempt = machine.queue.pop(0)
-            if attempt.dropped or attempt.subtask.done:
-                self._reported(machine, attempt, now, 0.0, 0.0)
-                continue
-            model = self.scenario.models[attempt.subtask.job.model]
-            machine.load_s = self._load(machine, model, now)
-            run_s = self._run_s(attempt, model, machine.device)
-            machine.running, machine.began_s = attempt, now + machine.load_s
-            machine.ends_s = machine.began_s + run_s
-            self.outcome.first_s.setdefault(attempt.subtask.job.name, machine.began_s)
-            machine.version += 1
-            self._at(machine.ends_s, "finish", (machine, machine.version))
+        if machine.running is not None or not machine.queue:
+            return
+        attempt = machine.queue.pop(0)
+        model = self.scenario.model(attempt.subtask.job.model, machine.device)
+        machine.load_s = self._load(machine, model, now)
+        machine.running, machine.began_s = attempt, now + machine.load_s
+        self.outcome.first_s.setdefault(attempt.subtask.job.name, machine.began_s)
+        self._end_at(machine, machine.began_s + self._run_s(attempt, model, machine.device))
+
+    def _end_at(self, machine: _Machine, when: float) -> None:
+        machine.ends_s = when
+        machine.version += 1
+        self._at(when, "finish", (machine, machine.version))
 
     def _interrupt(self, machine: _Machine, attempt: Attempt, now: float) -> None:
         """Interactive rows run at the next boundary of micro-batches, and hold up what runs."""
-        model = self.scenario.models[attempt.subtask.job.model]
+        model = self.scenario.model(attempt.subtask.job.model, machine.device)
+        starts_s = max(now, machine.began_s) + self._rng.random() * MICRO_BATCH_S
         load_s = self._load(machine, model, now)
         run_s = self._run_s(attempt, model, machine.device)
-        wait_s = 0.0
-        if machine.running is not None:
-            wait_s = self._rng.random() * MICRO_BATCH_S + max(0.0, machine.began_s - now)
-            machine.ends_s += run_s + load_s
-            machine.began_s += run_s + load_s
-            machine.version += 1
-            self._at(machine.ends_s, "finish", (machine, machine.version))
-        self.outcome.first_s.setdefault(attempt.subtask.job.name, now + wait_s + load_s)
-        self.outcome.busy_s += run_s
-        self._at(now + wait_s + load_s + run_s + self._trip_s() / 2, "hear", (attempt, run_s, load_s))
+        machine.began_s += load_s + run_s
+        self._end_at(machine, machine.ends_s + load_s + run_s)
+        self.outcome.first_s.setdefault(attempt.subtask.job.name, starts_s + load_s)
+        ends_s = starts_s + load_s + run_s
+        self._at(ends_s, "say", _Report(attempt, run_s, load_s, ends_s))
 
     def _load(self, machine: _Machine, model: Model, now: float) -> float:
-        machine.loaded[model.name] = machine.loaded.pop(model.name, -1.0)
-        if machine.loaded[model.name] >= 0:
-            machine.loaded[model.name] = now
-            return 0.0
-        del machine.loaded[model.name]
-        models = self.scenario.models
-        residents = [Resident(name, models[name].memory_mb, used) for name, used in machine.loaded.items()]
-        for victim in evictions(residents, model.memory_mb, machine.device.memory_mb, ()) or ():
-            del machine.loaded[victim]
+        """Make a model resident. The seconds that takes."""
+        resident = model.name in machine.loaded
         machine.loaded[model.name] = now
+        if resident:
+            return 0.0
+        models, outcome, device = self.scenario.models, self.outcome, machine.device
+        others = [Resident(name, models[name].memory_mb, used) for name, used in machine.loaded.items()]
+        for victim in evictions(others[:-1], model.memory_mb, device.memory_mb, ()) or ():
+            del machine.loaded[victim]
+        held_mb = sum(models[name].memory_mb for name in machine.loaded)
+        outcome.peak_mb[device.name] = max(outcome.peak_mb.get(device.name, 0), held_mb)
         sigma = self.scenario.load_noise
         seconds = model.load_s * self._rng.lognormvariate(-(sigma**2) / 2, sigma)
-        self.outcome.loads += 1
-        self.outcome.load_s += seconds
-        self.outcome.pairs.add((machine.device.name, model.name))
+        outcome.loads += 1
+        outcome.load_s += seconds
+        outcome.pairs.add((device.name, model.name))
         if self._spans:
-            self.outcome.spans.append(Span(machine.device.name, now, now + seconds, "", model.name, True))
+            outcome.spans.append(Span(device.name, now, now + seconds, "", model.name, True))
         return seconds
 
     def _run_s(self, attempt: Attempt, model: Model, device: Device) -> float:
         sigma = self.scenario.noise
         seconds = model.seconds(attempt.subtask.work) / device.true_speed
         seconds *= self._rng.lognormvariate(-(sigma**2) / 2, sigma) if sigma else 1.0
-        if self.scenario.stragglers and self._rng.random() < self.scenario.stragglers:
-            seconds *= 8
-        return seconds
+        return seconds * (8 if self._unkind(self.scenario.stragglers) else 1)
 
-    def _reported(
-        self, machine: _Machine, attempt: Attempt, now: float, busy_s: float, load_s: float
-    ) -> None:
-        machine.busy_s += busy_s
-        self.outcome.busy_s += busy_s
-        self.outcome.makespan_s = (
-            max(self.outcome.makespan_s, now) if not attempt.subtask.done else self.outcome.makespan_s
-        )
-        if self._spans and busy_s:
-            wasted = attempt.subtask.done or attempt.dropped
-            job = attempt.subtask.job
-            self.outcome.spans.append(
-                Span(machine.device.name, now - busy_s, now, job.name, job.model, False, wasted)
+    def _spend(self, attempt: Attempt, ended_s: float, busy_s: float, *, wasted: bool) -> None:
+        """A device was busy with this until then."""
+        job, outcome = attempt.subtask.job, self.outcome
+        if wasted:
+            outcome.wasted_s += busy_s
+        else:
+            speed = self._machines[attempt.device].device.true_speed
+            outcome.busy_s += busy_s
+            outcome.work_s[job.model] = outcome.work_s.get(job.model, 0.0) + busy_s * speed
+        if self._spans and busy_s > 0:
+            outcome.spans.append(
+                Span(attempt.device, ended_s - busy_s, ended_s, job.name, job.model, False, wasted)
             )
-        self._at(now + self._trip_s() / 2, "hear", (attempt, busy_s, load_s))
-        if self.scenario.doubled and self._rng.random() < self.scenario.doubled:
-            self._at(now + self._trip_s(), "hear", (attempt, busy_s, load_s))
+
+    def _unkind(self, share: float) -> bool:
+        return share > 0 and self._rng.random() < share
 
     def _trip_s(self) -> float:
         mean = self.scenario.trip_s

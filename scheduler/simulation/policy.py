@@ -8,8 +8,8 @@ from itertools import count
 
 from scheduler.carve import MAX_ROWS, Carved, Frontier, OpenBlock, Piece, Range, carve
 from scheduler.cost import Rates, Work
-from scheduler.place import Clone, Demand, Flight, Placement, Placer, Worker
-from scheduler.simulation.cluster import BYTES_PER_TOKEN, Device, Job, Rows, Scenario
+from scheduler.place import Clone, Demand, Flight, Placement, Placer, UnderWay, Worker
+from scheduler.simulation.cluster import BYTES_PER_TOKEN, Begun, Device, Job, Rows, Scenario
 from scheduler.simulation.events import Attempt, Subtask
 
 #: The dispatcher tends to those who are owed something so often.
@@ -55,14 +55,17 @@ class Motet:
         self._ids, self._pieces, self._ages = count(), count(), count()
         self._tended_s = 0.0
         self.recalled = self.cloned = 0
-        priors = {d.kind: d.speed for d in scenario.devices}
-        for name, model in scenario.models.items():
-            for kind, speed in priors.items():
+        self._numbers = {name: number for number, name in enumerate(scenario.models)}
+        for name in scenario.models:
+            for kind, device in {d.kind: d for d in scenario.devices}.items():
+                model = scenario.model(name, device)
                 # The registry's guess: wrong by a factor until the first outcomes are in.
                 key = (name, kind, "fast")
                 if key not in self.rates.learned:
                     prior = self.rates.of(key, device_kind="cpu", parameters=0)
-                    self.rates.learned[key] = type(prior).prior(model.token_s / speed * scenario.prior_off)
+                    self.rates.learned[key] = type(prior).prior(
+                        model.token_s / device.speed * scenario.prior_off
+                    )
                 self.rates.loads.setdefault((self._manifests[name].digest, kind), model.load_s)
 
     def joined(self, device: Device, now: float) -> None:
@@ -74,6 +77,8 @@ class Motet:
             device_name=device.kind,
             engines=("encoder",),
             memory_mb=device.memory_mb,
+            resident=tuple(self._manifests[model].digest for model in device.resident),
+            refused=frozenset(self._numbers[model] for model in device.refuses),
         )
         self.placer.worker(worker, now)
 
@@ -84,6 +89,15 @@ class Motet:
         n_rows, size = rows.total()
         self._passes[job.name] = _Pass(job, rows, Frontier(), n_rows, size, next(self._ages))
         self._want(self._passes[job.name])
+
+    def begun(self, begun: Begun, now: float) -> Subtask:
+        pass_, tokens = self._passes[begun.job], begun.tokens
+        size, work = round(BYTES_PER_TOKEN * tokens), Work(1, tokens, 0)
+        model = self._scenario.model(pass_.job.model, self._devices[begun.device])
+        seconds = model.seconds(work) / self._devices[begun.device].speed
+        under_way = UnderWay(key="new", rows=1, bytes=size, seconds=seconds, age_s=0.0)
+        self._deciding = self.placer.adopt(self._demand(pass_), begun.device, under_way, now)
+        return Subtask(next(self._ids), pass_.job, (), 1, size, work)
 
     def ended(self, attempt: Attempt, now: float, busy_s: float | None, load_s: float) -> None:
         if self._attempts.pop(attempt.id, None) is None:
@@ -153,6 +167,8 @@ class Motet:
         carved = carve(pass_.frontier, placement.budget_s, placement.price, cap_s=self.subtask_s)
         if carved is None:
             return None
+        if carved.leftover is not None:
+            pass_.frontier.pieces.append(Piece(next(self._pieces), carved.leftover, 1))
         pass_.waiting_rows -= carved.rows
         pass_.waiting_bytes -= carved.bytes
         return self._subtask(pass_, carved)
@@ -189,22 +205,23 @@ class Motet:
         self._want(pass_)
 
     def _want(self, pass_: _Pass) -> None:
+        self.placer.want(self._demand(pass_))
+
+    def _demand(self, pass_: _Pass) -> Demand:
         job = pass_.job
-        self.placer.want(
-            Demand(
-                job=job.name,
-                pass_number=0,
-                tenant=job.tenant,
-                weight=job.weight,
-                priority=job.priority,
-                age=pass_.age,
-                model_ids=frozenset(),
-                model=self._manifests[job.model],
-                rows_waiting=pass_.waiting_rows,
-                bytes_waiting=pass_.waiting_bytes,
-                bytes_per_token=float(BYTES_PER_TOKEN),
-                deadline=job.deadline_s,
-            )
+        return Demand(
+            job=job.name,
+            pass_number=0,
+            tenant=job.tenant,
+            weight=job.weight,
+            priority=job.priority,
+            age=pass_.age,
+            model_ids=frozenset({self._numbers[job.model]}),
+            model=self._manifests[job.model],
+            rows_waiting=pass_.waiting_rows,
+            bytes_waiting=pass_.waiting_bytes,
+            bytes_per_token=float(BYTES_PER_TOKEN),
+            deadline=job.deadline_s,
         )
 
     def _learn(self, attempt: Attempt, busy_s: float, load_s: float) -> None:

@@ -348,6 +348,10 @@ _OPEN = text(f"""
         FROM {_PLACES}, CAST(:cursors AS int[])) k (job, pass, block, cursor)
        WHERE b.job_id = k.job AND b.pass_number = k.pass AND b.block_number = k.block),
     eaten AS (DELETE FROM piece WHERE id = ANY(:eaten)),
+    left_over AS (
+      INSERT INTO piece (job_id, pass_number, block_number, lo, hi, bytes)
+      SELECT job, pass, block, lo, hi, bytes FROM jsonb_to_recordset(CAST(:leftovers AS jsonb)) AS l (
+        job uuid, pass smallint, block int, lo int, hi int, bytes bigint)),
     counted AS (
       UPDATE pass p SET rows_waiting = p.rows_waiting - less.n_rows, bytes_waiting = p.bytes_waiting - less.bytes
         FROM (SELECT job, pass, sum(n_rows) AS n_rows, sum(bytes) AS bytes FROM k GROUP BY job, pass) less
@@ -486,12 +490,25 @@ def _open(connection: Connection, taken: _Taken, lease_s: float) -> list[Leased]
         }
         for place, (cut, nonce) in enumerate(zip(taken.cuts, nonces, strict=True))
     ]
+    leftovers = [
+        {
+            "job": cut.job,
+            "pass": cut.pass_number,
+            "block": left.block,
+            "lo": left.lo,
+            "hi": left.hi,
+            "bytes": left.bytes,
+        }
+        for cut in taken.cuts
+        if (left := cut.carved.leftover) is not None
+    ]
     ids = connection.execute(
         _OPEN,
         {
             **_at(taken.cursors),
             "cursors": list(taken.cursors.values()),
             "eaten": taken.pieces,
+            "leftovers": json.dumps(leftovers),
             "cuts": json.dumps(opened),
             "lease_s": lease_s,
         },

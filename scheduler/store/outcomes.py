@@ -19,8 +19,9 @@ from motet import traces
 from motet.columns import CellError, Column, cut
 from motet.manifest import Manifest
 from motet.wire import Outcome, Usage
+from scheduler.carve import part
 from scheduler.cost import LoadKey, Work
-from scheduler.lifecycle import MAX_TRIES, GivenUp, Return, backoff_s, failed, part, runs
+from scheduler.lifecycle import MAX_TRIES, GivenUp, Return, backoff_s, failed, runs
 from scheduler.merge import (
     BadColumn,
     check,

@@ -40,6 +40,14 @@ def rates(connection: Connection) -> Rates:
     )
 
 
+def speeds(connection: Connection) -> dict[str, float]:
+    """Device name -> tokens per second, as learned of the model that it runs fastest."""
+    found: dict[str, float] = {}
+    for (_, device, _), rate in rates(connection).learned.items():
+        found[device] = max(found.get(device, 0.0), 1 / rate.seconds_per_token)
+    return found
+
+
 # Each of these makes the row if there is none, locks it and reads it, in one statement: of two aggregators that
 # learn at once the second waits, and goes on from what the first has learned.
 _HOLD_RATE = text("""

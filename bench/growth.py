@@ -1,0 +1,229 @@
+"""How the policy's cost grows: with workers, with jobs, with rows; and a billion rows on 10,000 GPUs, simulated.
+
+slope_decision_workers  log-log slope of CPU per decision (ask, place, end) over 100 to 100,000 workers, one busy job
+slope_decision_jobs     the same over 100 to 100,000 jobs of 1,000 tenants on 100 workers
+slope_memory_rows       log-log slope of the policy's memory (tracemalloc, largest) over a million to a billion rows
+us_per_subtask          CPU of the policy per sub-task, in microseconds, while a billion rows run on 10,000 mixed GPUs:
+                        placing, carving, learning; the virtual cluster itself is told apart
+
+Decisions are those of the classes that the dispatcher runs (scheduler/place.py, carve.py, cost.py). A slope of 0 is
+constant, of 1 linear. CPU time of this thread, medians of slices, so that neighbours on the machine disturb little. What
+the live path adds to a sub-task (lease, payload, publish) is told by bench/dispatch.py, and printed here from its last
+full run.
+
+    python bench/growth.py            some minutes
+    python bench/growth.py --quick    within a minute: a hundredth of the rows, a decade less
+"""
+
+from __future__ import annotations
+
+import gc
+import json
+import math
+import resource
+import statistics
+import time
+import tracemalloc
+from collections import deque
+from collections.abc import Iterable, Iterator, Sequence
+from itertools import count
+
+from harness import RESULTS, finish, options, say, table
+
+from motet.manifest import Manifest
+from scheduler.cost import Rate, Rates
+from scheduler.place import Demand, Placer, Worker
+from scheduler.simulation.cluster import Device, Job, Model, Rows, Scenario
+from scheduler.simulation.events import Attempt, Simulation, Subtask
+from scheduler.simulation.policy import Motet
+
+MODEL = Manifest(name="m", version="1", engine="encoder", answers="vector", trunk="m", parameters=10**6)
+SPEEDS = {"a": 4.0, "b": 2.0, "c": 1.0, "d": 0.5}
+#: Decisions of one slice, and slices of one point.
+SLICE, SLICES = 500, 9
+ROW_BYTES, TOKEN_S = 256, 2e-5
+
+
+def main() -> None:
+    quick = options(__doc__).parse_args().quick
+    tens = (100, 1_000, 10_000) if quick else (100, 1_000, 10_000, 100_000)
+    workers = {n: decision_us(n, 1) for n in tens}
+    jobs = {n: decision_us(100, n) for n in tens}
+    memory = {n: memory_kb(n) for n in (10**6, 10**7, 10**8, *(() if quick else (10**9,)))}
+    gpus, rows = (1_000, 10**7) if quick else (10_000, 10**9)
+    big = billion(gpus, rows)
+    keys = {
+        "slope_decision_workers": round(slope(workers), 3),
+        "slope_decision_jobs": round(slope(jobs), 3),
+        "slope_memory_rows": round(slope(memory), 3),
+        "us_per_subtask": round(big["policy_us"], 1),
+    }
+    table("CPU of one decision, microseconds", ("", *(f"{n:,}" for n in tens)), [
+        ("workers", *(f"{us:.1f}" for us in workers.values())),
+        ("jobs", *(f"{us:.1f}" for us in jobs.values())),
+    ])  # fmt: skip
+    table(
+        "memory of policy and frontier, KiB",
+        [f"{n:,} rows" for n in memory],
+        [[f"{kb:.0f}" for kb in memory.values()]],
+    )
+    table(
+        f"simulated: {rows:,} rows on {gpus:,} GPUs of four speeds",
+        ("", ""),
+        [
+            ("sub-tasks", f"{big['subtasks']:,.0f}"),
+            ("policy CPU a sub-task", f"{big['policy_us']:.1f} us"),
+            ("virtual cluster CPU a sub-task", f"{big['cluster_us']:.1f} us"),
+            ("CPU in all", f"{big['cpu_s']:.0f} s"),
+            ("largest resident set", f"{big['rss_mb']:.0f} MiB"),
+            ("makespan, bound / makespan", f"{big['makespan_s']:.0f} s, {big['efficiency']:.4f}"),
+        ],
+    )
+    told = live_path()
+    say(told or "the live path was not measured here yet: python bench/dispatch.py")
+    finish(
+        "growth",
+        keys,
+        quick=quick,
+        details={"decision_us": {"workers": workers, "jobs": jobs}, "memory_kb": memory, "simulated": big},
+    )
+
+
+def decision_us(workers: int, jobs: int) -> float:
+    """CPU microseconds of one decision in a steady state: an end is heard, and whoever asks is answered."""
+    placer, names = Placer(Rates(), subtask_s=2.0, ahead_s=0.5, depth=3), list(SPEEDS)
+    for name, speed in SPEEDS.items():
+        placer.rates.learned["m", name, "fast"] = Rate.prior(TOKEN_S / speed)
+    for i in range(workers):
+        placer.worker(
+            Worker(
+                name=f"w{i}", boot="1", device_kind="cuda", device_name=names[i % 4], engines=("encoder",), resident=(MODEL.digest,)
+            ),
+            0.0,
+        )  # fmt: skip
+    for i in range(jobs):
+        placer.want(
+            Demand(
+                job=f"j{i}", pass_number=0, tenant=f"t{i % 1000}", weight=1.0 + i % 3, priority=1, age=i, model_ids=frozenset(),
+                model=MODEL, rows_waiting=10**9, bytes_waiting=10**9 * ROW_BYTES,
+            )
+        )  # fmt: skip
+    ids, now = count(), 0.0
+    flying = deque(_fill(placer, now, ids))
+    taken = []
+    # Ends come in the order of starts, which spreads them over all workers.
+    for _ in range(SLICES):
+        gc.collect()
+        before = time.thread_time()
+        for _ in range(SLICE):
+            now += 2.0 / workers
+            placer.closed(flying.popleft(), now, 2.0)
+            flying += _fill(placer, now, ids)
+        taken.append((time.thread_time() - before) / SLICE)
+    return statistics.median(taken) * 1e6
+
+
+def _fill(placer: Placer, now: float, ids: Iterator[int]) -> Iterator[int]:
+    for p in placer.place(now):
+        rows = max(1, int(p.budget_s / (p.price.of(1, ROW_BYTES) - p.price.start_s)))
+        key = next(ids)
+        placer.opened(p, key, now, rows=rows, size=rows * ROW_BYTES, seconds=p.budget_s)
+        yield key
+
+
+def memory_kb(rows: int) -> float:
+    """The most that the policy, and the frontier beside it, hold at any time while so many rows run on 20 GPUs."""
+    gc.collect()
+    tracemalloc.start()
+    scenario, _ = cluster(20, rows, row_s=4e-4)
+    Simulation(scenario, Motet(), spans=False).run()
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    return peak / 1024
+
+
+class Timed(Motet):
+    """The policy, with the CPU that it takes."""
+
+    cpu_s = 0.0
+
+    def arrived(self, job: Job, rows: Rows, now: float) -> None:
+        began = time.thread_time()
+        super().arrived(job, rows, now)
+        self.cpu_s += time.thread_time() - began
+
+    def ended(self, attempt: Attempt, now: float, busy_s: float | None, load_s: float) -> None:
+        began = time.thread_time()
+        super().ended(attempt, now, busy_s, load_s)
+        self.cpu_s += time.thread_time() - began
+
+    def decide(self, now: float) -> Iterator[tuple[Subtask, str]]:
+        began = time.thread_time()
+        for word in super().decide(now):
+            self.cpu_s += time.thread_time() - began
+            yield word
+            began = time.thread_time()
+        self.cpu_s += time.thread_time() - began
+
+    def tick(self, now: float) -> Iterable[tuple[Subtask, str] | Attempt]:
+        began = time.thread_time()
+        words = list(super().tick(now))
+        self.cpu_s += time.thread_time() - began
+        return words
+
+
+def billion(gpus: int, rows: int) -> dict[str, float]:
+    """So many rows on so many GPUs, about two minutes of work for each."""
+    scenario, bound_s = cluster(gpus, rows, row_s=120 * gpus * 1.875 / rows)
+    policy = Timed()
+    began = time.thread_time()
+    outcome = Simulation(scenario, policy, spans=False).run()
+    cpu_s = time.thread_time() - began
+    return {
+        "gpus": gpus,
+        "rows": rows,
+        "subtasks": outcome.subtasks,
+        "policy_us": policy.cpu_s / outcome.subtasks * 1e6,
+        "cluster_us": (cpu_s - policy.cpu_s) / outcome.subtasks * 1e6,
+        "cpu_s": cpu_s,
+        "rss_mb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024,
+        "makespan_s": outcome.makespan_s,
+        "efficiency": bound_s / outcome.makespan_s,
+    }
+
+
+def cluster(gpus: int, rows: int, *, row_s: float) -> tuple[Scenario, float]:
+    """GPUs of four speeds and one job, and seconds below which no schedule can end."""
+    names = list(SPEEDS)
+    devices = tuple(
+        Device(name=f"g{i}", kind=names[i % 4], speed=SPEEDS[names[i % 4]], true_speed=SPEEDS[names[i % 4]])
+        for i in range(gpus)
+    )
+    job = Job(name="j", model="m", rows=rows)
+    _, size = Rows(job).total()
+    token_s = row_s * rows / (size / 4)
+    model = Model(name="m", token_s=token_s, load_s=5.0)
+    bound_s = 5.0 + row_s * rows / sum(d.true_speed for d in devices)
+    return Scenario(devices=devices, models={"m": model}, jobs=(job,)), bound_s
+
+
+def slope(points: dict[int, float]) -> float:
+    """Of the straight line through the logarithms."""
+    xs, ys = [math.log(n) for n in points], [math.log(y) for y in points.values()]
+    return statistics.linear_regression(xs, ys).slope
+
+
+def live_path() -> str | None:
+    """What bench/dispatch.py measured last, in words."""
+    file = RESULTS / "dispatch.json"
+    if not file.exists():
+        return None
+    kept = json.loads(file.read_text("utf-8"))
+    rates: Sequence[str] = [
+        f"{rate:,} sub-tasks/s at {n} a step" for n, rate in kept["details"]["live_path_per_s"].items()
+    ]
+    return f"the live path (bench/dispatch.py, {kept['hardware']['date']}): {', '.join(rates)}"
+
+
+if __name__ == "__main__":
+    main()
