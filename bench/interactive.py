@@ -1,13 +1,15 @@
 """What bulk work adds to a one-row job, and what one-row jobs cost bulk work: one device, phases in turn.
 
 p99_ratio               p99 of one-row jobs, submit to result in hand, under a full bulk job / on the idle cluster
-added_over_micro_batch  milliseconds that bulk work adds to that p99 / the bulk micro-batch meanwhile, as printed
-bulk_loss               1 - bulk tokens per device-second under one-row jobs / without them. Device-seconds are those of
-                        the clock, idle gaps too, less those that the one-row jobs ran. It holds what cutting bulk
-                        micro-batches short costs, and every gap
+bulk_loss               1 - bulk tokens per device-second beside one-row jobs / without them. Device-seconds are those
+                        of the clock, gaps too, less those in which one-row jobs ran; so it holds what cutting bulk
+                        micro-batches short costs
+added_over_micro_batch  milliseconds that bulk work adds to that p99 / its mean micro-batch meanwhile
 
 Each round is one idle phase, then a bulk job: alone, and then beside one-row jobs. Both kinds ask for the demo's four
-tasks. The worker's own figures come from its traces (docs/operations.md), one span for each sub-task.
+tasks. The first one-row job after a quiet while meets a bulk micro-batch of full length: it stands in a line of its
+own. The worker's figures come from its traces, one span for each sub-task. A CPU slot has a core of its own, and
+all other processes the rest: so it is a device as a GPU is one.
 """
 
 from __future__ import annotations
@@ -16,23 +18,26 @@ import os
 import statistics
 import threading
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from itertools import chain, pairwise
 from uuid import UUID
 
+import psutil
 from harness import EXACT, cluster, finish, options, say, table, texts, timed
 from opentelemetry.proto.collector.trace.v1.trace_service_pb2 import ExportTraceServiceRequest
 
 from motet import Client
+from motet.embedded.cluster import Cluster
 
 #: So long nobody asks before each one-row job.
 PAUSE_S = 0.2
 #: Bulk is cut short for so long after the last one-row job (workers/executor.py), and one sub-task more.
-TAIL_S = 13.0
+TAIL_S = 12.0
 #: Spans are sent each second.
-SPANS_S = 3.0
+SPANS_S = 2.0
 #: Small blocks, so that each sub-task has rows of all lengths and every stretch of the job the same mix.
 BLOCK_ROWS = "128"
 
@@ -50,30 +55,15 @@ class Ran:
 
 @dataclass(frozen=True)
 class Stretch:
-    """What a device did for a bulk job between the ends of two of its sub-tasks."""
+    """What the device did between the ends of two neighbouring sub-tasks of a bulk job."""
 
     seconds: float
     tokens: int
     #: Device-seconds of the bulk job, and of one-row jobs.
     busy_s: float
     interactive_s: float
-    #: Mean micro-batch of each sub-task.
-    micro_batch_s: Sequence[float]
-
-    @classmethod
-    def of(cls, ran: Sequence[Ran], job: str, began: float, ended: float) -> Stretch:
-        bulk = sorted((r for r in ran if r.job == job and began <= r.end_s <= ended), key=lambda r: r.end_s)
-        if len(bulk) < 2:
-            raise SystemExit("fewer than two bulk sub-tasks ended in a phase; make it longer with --calls")
-        first, *bulk = bulk
-        last = bulk[-1]
-        return cls(
-            seconds=last.end_s - first.end_s,
-            tokens=sum(r.tokens for r in bulk),
-            busy_s=sum(r.busy_s for r in bulk),
-            interactive_s=sum(r.busy_s for r in ran if r.job != job and first.end_s < r.end_s <= last.end_s),
-            micro_batch_s=[r.busy_s / r.micro_batches for r in bulk],
-        )
+    #: Mean micro-batch.
+    micro_batch_s: float
 
     @property
     def tokens_s(self) -> float:
@@ -98,15 +88,17 @@ def main() -> None:
     calls = arguments.calls or (20 if arguments.quick else 60)
     rounds = arguments.rounds or (1 if arguments.quick else 4)
     bulk_texts = texts(arguments.rows or (1_000_000 if arguments.gpu else 15_000))
-    single = texts(10 + 2 * calls * rounds)
-    alone_s = 7.0 if arguments.quick else 20.0
+    single = texts(5 + (2 * calls + 1) * rounds)
+    alone_s = 6.0 if arguments.quick else 20.0
     idle: list[float] = []
     loaded: list[float] = []
+    first: list[float] = []
     #: For each round the bulk job, and when it began to run alone, to run beside one-row jobs, and no more.
     phases: list[tuple[str, float, float, float]] = []
     os.environ["MOTET_BLOCK_ROWS"] = BLOCK_ROWS
     with (
         spans() as bodies,
+        nullcontext() if arguments.gpu else a_core_of_its_own() as move_others,
         cluster(0 if arguments.gpu else 1, gpu=arguments.gpu) as running,
         Client(running.url, running.tokens["user"]) as client,
     ):
@@ -122,9 +114,11 @@ def main() -> None:
 
             return timed(ask) * 1000
 
+        if move_others:
+            move_others(running)
         # Its cost is learned, and its budget settles.
-        client.submit(bulk_texts[:400], EXACT, reuse=False, progress=False).wait()
-        for _ in range(10):
+        client.submit(bulk_texts[:300], EXACT, reuse=False, progress=False).wait()
+        for _ in range(5):
             one()
         for _ in range(rounds):
             idle += [one() for _ in range(calls)]
@@ -133,6 +127,7 @@ def main() -> None:
             began = time.time()
             time.sleep(alone_s)
             asked = time.time()
+            first.append(one())
             loaded += [one() for _ in range(calls)]
             phases.append((bulk.id, began, asked, time.time()))
             if bulk.state != "running":
@@ -140,33 +135,35 @@ def main() -> None:
             bulk.cancel()
             say(f"  p50 idle {statistics.median(idle):.0f} ms, under bulk {statistics.median(loaded):.0f} ms")
         time.sleep(SPANS_S)
-    ran = list(told(bodies))
-    alone = [Stretch.of(ran, job, began, asked) for job, began, asked, _ in phases]
-    beside = [Stretch.of(ran, job, asked, ended) for job, _, asked, ended in phases]
-    micro_batch_ms = 1000 * statistics.mean(s for stretch in beside for s in stretch.micro_batch_s)
+    ran = sorted(told(bodies), key=lambda one: one.end_s)
+    alone = [list(stretches(ran, job, began, asked)) for job, began, asked, _ in phases]
+    beside = [list(stretches(ran, job, asked, ended)) for job, _, asked, ended in phases]
+    if not all((*alone, *beside)):
+        raise SystemExit("fewer than two bulk sub-tasks ended in a phase; make it longer with --calls")
+    micro_batch_ms = 1000 * statistics.mean(one.micro_batch_s for one in chain(*beside))
     added_ms = p99(loaded) - p99(idle)
-    loss = statistics.median(1 - b.tokens_s / a.tokens_s for a, b in zip(alone, beside, strict=True))
+    loss = statistics.median(1 - speed(b) / speed(a) for a, b in zip(alone, beside, strict=True))
     table(
         "a job of one row and four tasks, submit to result, milliseconds",
         ("", "jobs", "p50", "p99", "worst"),
         [
             (side, len(ms), f"{statistics.median(ms):.1f}", f"{p99(ms):.1f}", f"{max(ms):.1f}")
-            for side, ms in (("idle", idle), ("under bulk", loaded))
+            for side, ms in (("idle", idle), ("under bulk", loaded), ("the first under bulk", first))
         ],
     )
     table(
         "the bulk job on its device",
-        ("", "micro-batch ms", "of its longest sub-task", "tokens/s", "one-row jobs", "idle"),
+        ("", "micro-batch ms", "longest, of a sub-task", "tokens/s", "one-row jobs", "idle"),
         [
             (
                 side,
-                f"{1000 * statistics.mean(s for one in stretches for s in one.micro_batch_s):.1f}",
-                f"{1000 * max(s for one in stretches for s in one.micro_batch_s):.1f}",
-                f"{statistics.median(one.tokens_s for one in stretches):,.0f}",
-                f"{statistics.median(one.interactive_s / one.seconds for one in stretches):.1%}",
-                f"{statistics.median(one.idle for one in stretches):.1%}",
+                f"{1000 * statistics.mean(one.micro_batch_s for one in parts):.1f}",
+                f"{1000 * max(one.micro_batch_s for one in parts):.1f}",
+                f"{speed(parts):,.0f}",
+                f"{statistics.mean(one.interactive_s / one.seconds for one in parts):.1%}",
+                f"{statistics.mean(one.idle for one in parts):.1%}",
             )
-            for side, stretches in (("alone", alone), ("beside one-row jobs", beside))
+            for side, parts in (("alone", list(chain(*alone))), ("beside one-row jobs", list(chain(*beside))))
         ],
     )
     say(
@@ -183,16 +180,53 @@ def main() -> None:
         details={
             "device": "gpu" if arguments.gpu else "cpu",
             "bulk_micro_batch_ms": round(micro_batch_ms, 1),
-            "bulk_tokens_s_alone": [round(one.tokens_s) for one in alone],
-            "bulk_tokens_s_beside": [round(one.tokens_s) for one in beside],
+            "bulk_tokens_s_alone": [round(speed(parts)) for parts in alone],
+            "bulk_tokens_s_beside": [round(speed(parts)) for parts in beside],
             "idle_ms": idle,
             "loaded_ms": loaded,
+            "first_ms": first,
         },
     )
 
 
 def p99(ms: Sequence[float]) -> float:
-    return statistics.quantiles(ms, n=100, method="inclusive")[-1]
+    return statistics.quantiles(ms, n=100, method="inclusive")[-1] if len(ms) > 1 else ms[0]
+
+
+def stretches(ran: Sequence[Ran], job: str, began: float, ended: float) -> Iterator[Stretch]:
+    """A stretch for each bulk sub-task of a phase but the first; the device runs them one after the other."""
+    for before, one in pairwise(r for r in ran if r.job == job and began <= r.end_s <= ended):
+        yield Stretch(
+            seconds=one.end_s - before.end_s,
+            tokens=one.tokens,
+            busy_s=one.busy_s,
+            interactive_s=sum(r.busy_s for r in ran if r.job != job and before.end_s < r.end_s <= one.end_s),
+            micro_batch_s=one.busy_s / one.micro_batches,
+        )
+
+
+def speed(parts: Sequence[Stretch]) -> float:
+    """Bulk tokens per device-second; the median, since neighbours on the machine disturb single stretches."""
+    return statistics.median(one.tokens_s for one in parts)
+
+
+@contextmanager
+def a_core_of_its_own() -> Iterator[Callable[[Cluster], None]]:
+    """Start a cluster on one core inside, so that its CPU slot has one thread; the function moves all others away."""
+    cores = os.sched_getaffinity(0)
+    slot = {min(cores)}
+
+    def move_others(running: Cluster) -> None:
+        processes = [psutil.Process()]
+        for name, pid in running.pids.items():
+            if name != "workers":
+                processes += [psutil.Process(pid), *psutil.Process(pid).children(recursive=True)]
+        for thread in (thread for process in processes for thread in process.threads()):
+            os.sched_setaffinity(thread.id, cores - slot or cores)
+
+    os.sched_setaffinity(0, slot)
+    yield move_others
+    os.sched_setaffinity(0, cores)
 
 
 @contextmanager

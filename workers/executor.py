@@ -22,6 +22,7 @@ from typing import Any, Protocol
 from motet.columns import CellError, Column, cut
 from motet.logs import event
 from motet.manifest import Manifest
+from motet.residency import NeverFits, Resident, evictions
 from motet.transport import TransportLost, WorkerTransport
 from motet.wire import Assignment, Running
 from workers.attempts import Attempts, Key
@@ -31,7 +32,6 @@ from workers.device import Device
 from workers.engine import CannotLoad, DeviceBroken, Engine, OutOfMemory, Pass, Prepared
 from workers.lane import Lane
 from workers.reporter import Reporter
-from motet.residency import NeverFits, Resident, evictions
 from workers.work import PassKey, Stage, Work, format_for
 
 log = logging.getLogger(__name__)
@@ -310,7 +310,10 @@ class Executor:
             self._interactive_at = self._clock()
         budget, cost = self._budgets[_model(first.key)], self._costs[_model(first.key)]
         tokens, max_rows = limit(
-            budget, cost, interactive_waits=self._clock() - self._interactive_at < INTERACTIVE_S
+            budget,
+            cost,
+            self._device.kind,
+            interactive_waits=self._clock() - self._interactive_at < INTERACTIVE_S,
         )
         longest = first.rows[0].length
         overhead = overhead_tokens(cost, self._device.kind)
@@ -454,8 +457,9 @@ class Executor:
         began = self._clock()
         self._activity = Activity("loading", began, LOAD_S)
         model = work.order.model
+        missing = self._missing(work)
         try:
-            for model in self._missing(work):
+            for model in missing:
                 self._make_resident(work, model)
         except (CannotLoad, NeverFits, Refused) as error:
             self._refuse(work, model, error)
@@ -472,7 +476,9 @@ class Executor:
             took = self._clock() - began
             self._busy_s += took
             self._activity = None
-            work.charge_load(took)
+            if work.order.model in missing:
+                # Heads beside a model that is here already take next to nothing: that is no load to learn from.
+                work.charge_load(took)
 
     def _make_resident(self, work: Work, model: Manifest) -> None:
         """Load the work's model, or attach one of its heads to it."""

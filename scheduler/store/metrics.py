@@ -9,6 +9,8 @@ from uuid import UUID
 
 from sqlalchemy import Connection, text
 
+from scheduler.store.rates import speeds
+
 #: A job is looked for among the ended ones for so long after its end: longer than any transaction that ends one.
 MARGIN = timedelta(seconds=60)
 
@@ -72,11 +74,8 @@ _COUNTS = """
            tokens, computed_tokens, busy_s, subtasks, attempts_lost FROM job"""
 _JOBS = text(f"""
     {_COUNTS} WHERE state IN ('loading', 'running') UNION ALL {_COUNTS} WHERE finished > :since""")
-_SPEEDS = text(
-    "SELECT device, max(1 / seconds_per_token) AS speed FROM rate WHERE seconds_per_token > 0 GROUP BY device"
-)
 #: For a test that asks Postgres how it would find the answers.
-STATEMENTS = (_NOW, _JOBS, _SPEEDS)
+STATEMENTS = (_NOW, _JOBS)
 
 
 def figures(connection: Connection, since: datetime | None) -> StoreFigures:
@@ -98,5 +97,5 @@ def figures(connection: Connection, since: datetime | None) -> StoreFigures:
         epoch=row.epoch,
         leader_left_s=float(row.left_s),
         database_bytes=row.database_bytes,
-        speeds={one.device: float(one.speed) for one in connection.execute(_SPEEDS)},
+        speeds=speeds(connection),
     )

@@ -337,7 +337,10 @@ def test_workers_are_those_that_beat(database_url: str, redis_url: str, tmp_path
             backlog_s=1.5,
         )
         line.beat(beat)
-        house.sql("INSERT INTO rate VALUES ('t', 'cpu x', 'fp32', 0.001, 4, 1)")
+        house.sql(
+            "INSERT INTO rate VALUES"
+            " ('t', 'cpu x', 'fp32', '{0, 0, 0.001, 0}', array_fill(CAST(0 AS float8), '{16}'), 4, 64, 1)"
+        )
         (shown,) = house.call("GET", "/v1/workers").json()["workers"]
         assert (shown["worker"], shown["state"], shown["held"], shown["backlog_s"]) == ("w0", "ready", 2, 1.5)
         assert shown["resident"] == ["tiny@1", "f" * 12]

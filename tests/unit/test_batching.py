@@ -171,18 +171,28 @@ def test_a_cold_start_is_forgotten_at_once() -> None:
     assert cost.seconds(1024) < 0.25
 
 
-def test_bulk_is_cut_to_fifty_milliseconds_while_somebody_waits() -> None:
+def test_micro_batches_are_cut_short_while_somebody_waits() -> None:
     cost = Cost()
     for _ in range(5):
         cost = cost.observed(1000, 0.2)
-    assert limit(Budget(1024), cost, interactive_waits=False) == (1024, MOST_ROWS)
-    assert 245 <= limit(Budget(1024), cost, interactive_waits=True)[0] <= 250
+    assert limit(Budget(1024), cost, "cpu", interactive_waits=False) == (1024, MOST_ROWS)
+    assert 495 <= limit(Budget(1024), cost, "cpu", interactive_waits=True)[0] <= 500
+    assert 245 <= limit(Budget(1024), cost, "cuda", interactive_waits=True)[0] <= 250
 
 
 def test_a_model_nobody_has_timed_yet_starts_with_a_small_probe() -> None:
-    assert limit(Budget(16_384), Cost(), interactive_waits=False) == (PROBE_TOKENS, PROBE_ROWS)
+    assert limit(Budget(16_384), Cost(), "cuda", interactive_waits=False) == (PROBE_TOKENS, PROBE_ROWS)
 
 
 def test_no_micro_batch_keeps_the_first_interactive_row_waiting_for_long() -> None:
     slow = Cost().observed(10, 1.0)  # a function that takes a tenth of a second for each row
-    assert limit(Budget(1024), slow, interactive_waits=False)[0] == 2
+    assert limit(Budget(1024), slow, "cpu", interactive_waits=False)[0] == 2
+
+
+def test_what_is_slow_to_start_is_not_run_row_by_row() -> None:
+    asks_a_server = Cost()
+    for tokens in (100, 1000, 200, 900):
+        asks_a_server = asks_a_server.observed(tokens, 1.0 + tokens / 1000)
+    assert 950 <= asks_a_server.tokens_in(0.1) <= 1050
+    assert 950 <= asks_a_server.tokens_in(1.5) <= 1050
+    assert 2950 <= asks_a_server.tokens_in(4.0) <= 3050

@@ -29,7 +29,7 @@ PURE = (
         )
     ),
     "motet/residency.py",
-    *(f"workers/{n}.py" for n in ("batching",)),
+    *(f"workers/{n}.py" for n in ("batching", "lane")),
 )
 IMPURE = {
     "time",

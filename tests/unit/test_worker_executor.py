@@ -25,6 +25,7 @@ from workers.blobs import CannotFetch
 from workers.device import Device
 from workers.engine import CannotLoad, DeviceBroken, OutOfMemory, Pass, Prepared
 from workers.executor import PREPARE_S, RUN_S, Executor
+from workers.lane import SHARE, WINDOW_S
 from workers.reporter import Reporter
 
 TRUNK = Manifest(name="trunk", version="1", engine="fake", answers="number", trunk="t", formats=("bf16",))
@@ -50,6 +51,7 @@ class FakeEngine:
     #: Token budget of its memory; None has room for all.
     room: int | None = None
     size_mb: int = 10
+    load_s: float = 0.0
     loads: list[str] = field(default_factory=list)
     unloads: list[str] = field(default_factory=list)
     attached: list[str] = field(default_factory=list)
@@ -64,6 +66,7 @@ class FakeEngine:
     def load(self, model: Manifest, files: Mapping[str, Path], *, device: str, in_format: str) -> str:
         if model.name == "broken":
             raise CannotLoad("it is not a model")
+        self.clock.now += self.load_s
         self.loads.append(model.name)
         self.formats.append(in_format)
         return model.name
@@ -130,8 +133,8 @@ class House:
         self.transport: MemoryWorkerTransport = self.redis.worker("w")
         self.attempts = Attempts()
         self.reporter = Reporter(self.transport, self.attempts)
-        #: Tokenising that waits to be done; None does it at once.
-        self.pending: list[Callable[[], None]] | None = None
+        #: Tokenising that waits to be done, and whether of interactive rows; None does it at once.
+        self.pending: list[tuple[Callable[[], None], bool]] | None = None
         self.executor = Executor(
             worker="w",
             boot="b",
@@ -175,7 +178,7 @@ class House:
         if self.pending is None:
             job()
         else:
-            self.pending.append(job)
+            self.pending.append((job, interactive))
 
     def _broken(self) -> None:
         self.broken += 1
@@ -350,7 +353,7 @@ def test_the_next_sub_task_is_tokenised_while_the_device_runs(house: House) -> N
     house.pending = []
     house.submit(an_order("bb"))
     assert len(house.pending) == 1  # before any step
-    house.pending.pop()()
+    house.pending.pop()[0]()
     house.steps()
     assert house.engine.batches[-1] == ["bb"]
 
@@ -518,16 +521,83 @@ def test_interactive_work_goes_first_at_the_next_micro_batch(house: House) -> No
 
 
 def test_bulk_is_cut_short_while_somebody_waited_lately_and_not_for_ever(house: House) -> None:
-    house.known_cost(each=0.001)  # 50 tokens in 50 ms
+    house.known_cost(each=0.001)  # 100 tokens in a tenth of a second
     house.submit(an_order("i", interactive=True))
     house.steps()
-    house.submit(an_order(*["b" * 10] * 60))
+    house.submit(an_order(*["b" * 10] * 30))
     house.executor.step()
     cut = len(house.engine.batches[-1])
-    assert cut in (4, 5)
+    assert cut in (9, 10)
     house.clock.now += 11
     house.executor.step()
-    assert len(house.engine.batches[-1]) == 60 - cut
+    assert len(house.engine.batches[-1]) == 30 - cut
+
+
+def test_bulk_that_waits_keeps_its_share_of_the_device_under_any_number_of_interactive_rows(
+    house: House,
+) -> None:
+    house.known_cost()
+    house.engine.second_per_row = 0.05
+    house.submit(an_order(*["b" * 900] * 400))
+    house.executor.step()  # load
+    began = house.clock.now
+    while house.clock.now < began + 3 * WINDOW_S:
+        house.submit(an_order("i" * 900, interactive=True))
+        house.executor.step()
+    bulk = sum(1 for (text,) in house.engine.batches if text[0] == "b") / len(house.engine.batches)
+    assert 1 - SHARE <= bulk <= 1 - SHARE + 0.1
+
+
+def test_interactive_rows_have_the_whole_device_while_no_bulk_could_run(house: House) -> None:
+    house.known_cost()
+    house.engine.second_per_row = 0.05
+    house.submit(an_order(*["i" * 900] * 200, interactive=True))
+    house.steps()
+    house.submit(an_order(*["b" * 900] * 5))
+    house.submit(an_order("now", interactive=True))
+    house.executor.step()
+    assert house.engine.batches[-1] == ["now"]
+
+
+def test_loading_for_an_interactive_row_counts_but_the_row_itself_is_next(house: House) -> None:
+    house.known_cost()
+    house.known_cost(OTHER)
+    house.submit(an_order(*["b" * 900] * 20))
+    house.executor.step()
+    house.executor.step()
+    house.engine.load_s = 3.0
+    house.submit(an_order("loads", model=OTHER, interactive=True))
+    house.submit(an_order("later", interactive=True))
+    for _ in range(4):
+        house.executor.step()
+    assert [batch[0][0] for batch in house.engine.batches] == ["b", "l", "b", "b"]
+    assert house.engine.loads == ["trunk", "other"]
+    house.clock.now += WINDOW_S
+    house.executor.step()
+    assert house.engine.batches[-1] == ["later"]
+
+
+def test_halves_of_interactive_rows_keep_to_the_lane_too(house: House) -> None:
+    house.known_cost()
+    house.engine.second_per_row = 0.5
+    house.submit(an_order(*["b" * 900] * 20))
+    house.executor.step()
+    house.submit(an_order("bomb", "i", interactive=True))
+    for _ in range(3):
+        house.executor.step()
+    assert house.engine.batches == [["bomb", "i"], ["b" * 900], ["b" * 900]]
+    house.steps()
+    assert sorted(map(len, house.engine.batches)) == [1] * 22 + [2]
+
+
+def test_interactive_rows_are_not_tokenised_behind_bulk(house: House) -> None:
+    house.known_cost()
+    house.submit(an_order("warm"))
+    house.steps()
+    house.pending = []
+    house.submit(an_order("bulk"))
+    house.submit(an_order("now", interactive=True))
+    assert [interactive for _, interactive in house.pending] == [False, True]
 
 
 def test_a_row_longer_than_the_cut_still_runs(house: House) -> None:
@@ -637,7 +707,7 @@ def test_an_attempt_dropped_while_it_is_tokenised_is_forgotten(house: House) -> 
     order = an_order("b")
     house.submit(order)
     house.executor.drop(house.attempts.drop([order.key]))
-    house.pending.pop()()
+    house.pending.pop()[0]()
     assert house.steps() == 0
     assert len(house.outcomes()) == 1
 
@@ -769,7 +839,7 @@ def test_backlog_is_what_the_scheduler_predicts_until_the_worker_knows_better(ho
     assert house.executor.backlog_s() == 7.0
     house.known_cost(each=0.001)
     house.steps()
-    house.pending.pop()()
+    house.pending.pop()[0]()
     assert house.executor.backlog_s() == pytest.approx(1.8)
     house.executor.step()
     assert house.executor.backlog_s() == pytest.approx(0.9)

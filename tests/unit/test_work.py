@@ -1,0 +1,36 @@
+"""What an attempt counts of itself: exact, whatever micro-batches its rows ran in."""
+
+from __future__ import annotations
+
+from motet.manifest import Manifest
+from motet.tasks import Number
+from motet.wire import Assignment, TaskOrder, Usage
+from workers.engine import Prepared
+from workers.work import Work
+
+MODEL = Manifest(name="m", version="1", engine="fake", answers="number")
+
+
+def test_squares_are_those_of_the_true_lengths_however_rows_were_batched() -> None:
+    order = Assignment(
+        subtask=1,
+        attempt=1,
+        nonce="n",
+        job="j",
+        tenant="t",
+        pass_kind="fake",
+        model=MODEL,
+        numerics="fast",
+        max_tokens=0,
+        tasks=(TaskOrder(name="size", spec=Number(MODEL.ref).to_json(), manifest=MODEL),),
+        texts=("aaaaa", "aaa", "é"),
+    )
+    work = Work.of(order, "fp32", 1)
+    rows = [
+        Prepared(row=i, length=length, truncated=False, inputs=None) for i, length in enumerate((5, 3, 1))
+    ]
+    work.charge(rows[:2], computed_tokens=10, busy_s=0.5)
+    work.charge(rows[2:], computed_tokens=1, busy_s=0.25)
+    assert work.usage == Usage(
+        tokens=9, computed_tokens=11, text_bytes=10, micro_batches=2, busy_s=0.75, squares=35
+    )
