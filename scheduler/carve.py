@@ -16,6 +16,8 @@ from scheduler.cost import Price
 MIN_S = 0.25
 #: Rows of one sub-task at most, whatever they cost: bounds a payload and what one death repeats.
 MAX_ROWS = 8192
+#: A cut that costs this share of what it may cost is good enough.
+_CLOSE = 0.99
 #: A piece is split where less than this share of it fits.
 _SPLIT = 0.75
 MAX_BYTES = 4 * 1024 * 1024
@@ -197,7 +199,18 @@ def _furthest(block: OpenBlock, left_s: float, left_bytes: float, left_rows: int
 
     if most <= lo or cost_s(most) <= left_s:
         return max(lo, most)
-    return bisect_right(range(most), left_s, lo=lo + 1, key=cost_s) - 1
+    # Rows of like length cost nearly the same: between a cut that fits and one that does not a straight line hits
+    # the mark, or a hundredth beside it, at the second or third try.
+    fits, cost, beyond, more = lo, 0.0, most, cost_s(most)
+    while beyond - fits > 1 and cost < _CLOSE * left_s:
+        guess = fits + int((beyond - fits) * (left_s - cost) / (more - cost))
+        guess = min(max(guess, fits + 1), beyond - 1)
+        asked = cost_s(guess)
+        if asked <= left_s:
+            fits, cost = guess, asked
+        else:
+            beyond, more = guess, asked
+    return fits
 
 
 def _between_groups(block: OpenBlock, hi: int, begun: bool, furthest: int) -> int:

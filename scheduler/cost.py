@@ -7,6 +7,7 @@ Theory, ch. 10; reference: performance 4.1). A device that is slower than its ki
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from math import isfinite
 
@@ -131,13 +132,7 @@ class Rate:
             # What was learned of their proportions stays; that all of them change together is always possible. (With
             # an ordinary forgetting factor doubt grows without bound in whatever the data do not tell, and sub-tasks
             # are cut to like seconds: they do not tell rows from tokens, nor either from a constant.)
-            p = tuple(
-                [
-                    p[4 * i + j] - px[i] * px[j] / scale + _DRIFT * c[i] * c[j]
-                    for i in range(4)
-                    for j in range(4)
-                ]
-            )
+            p = _after(p, px, scale, c)
         weight = 1.0 if self.observations == 0 else _RATIO_WEIGHT
         ratio = self.bytes_per_token
         if text_bytes > 0:
@@ -192,13 +187,26 @@ class Rates:
             weight = _PACE_JUMP if off > _PACE_FAR_OFF or off < 1 / _PACE_FAR_OFF else _PACE_WEIGHT
             # The mean, not that of the logarithms, which noise drags down.
             grown = (pace * (1 + weight * (off - 1))) ** (1 - _PACE_LEAK)
-            self.paces[worker] = (min(most, max(least, grown)), seen + 1)
+            pace = min(most, max(least, grown))
+            self.paces[worker] = (pace, seen + 1)
         self.learned[key] = rate.observed(work, seconds / pace, text_bytes)
 
     def loaded(self, key: LoadKey, seconds: float) -> None:
         """Learn from one load."""
         known = self.loads.get(key, seconds)
         self.loads[key] = known + _LOAD_WEIGHT * (seconds - known)
+
+
+def _after(p: Sequence[float], px: Sequence[float], scale: float, c: Coefficients) -> tuple[float, ...]:
+    """The covariance after an observation, and after a while: exactly symmetric."""
+    (a, b, e, f), (s, t, u, v) = px, c
+    aa, ab, ae, af = (
+        p[i] - a * x / scale + _DRIFT * s * y for i, x, y in ((0, a, s), (1, b, t), (2, e, u), (3, f, v))
+    )
+    bb, be, bf = (p[i] - b * x / scale + _DRIFT * t * y for i, x, y in ((5, b, t), (6, e, u), (7, f, v)))
+    ee, ef = (p[i] - e * x / scale + _DRIFT * u * y for i, x, y in ((10, e, u), (11, f, v)))
+    ff = p[15] - f * f / scale + _DRIFT * v * v
+    return (aa, ab, ae, af, ab, bb, be, bf, ae, be, ee, ef, af, bf, ef, ff)
 
 
 def _doubt(coefficients: Coefficients) -> tuple[float, ...]:

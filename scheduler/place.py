@@ -588,20 +588,15 @@ class Placer:
 
     def _of_residents(self, place: _Place) -> _Waiting | None:
         """The fairest pass among those whose model the worker holds."""
-        best: _Waiting | None = None
-        best_key: tuple[float, ...] = ()
-        for digest in place.resident:
-            for numerics in ("fast", "exact"):
-                pool = self._active.get((digest, numerics))
-                if pool is None or not self._fits(place, pool):
-                    continue
-                waiting = self._first(pool, place)
-                if waiting is None:
-                    continue
-                key = self._rank(waiting)
-                if best is None or key < best_key:
-                    best, best_key = waiting, key
-        return best
+        found = [
+            waiting
+            for digest in place.resident
+            for key in ((digest, "fast"), (digest, "exact"))
+            if (pool := self._active.get(key)) is not None
+            and self._fits(place, pool)
+            and (waiting := self._first(pool, place)) is not None
+        ]
+        return min(found, key=self._rank) if len(found) > 1 else found[0] if found else None
 
     def _first(self, pool: _Pool, place: _Place) -> _Waiting | None:
         """The fairest pass of a pool that this worker may run."""
