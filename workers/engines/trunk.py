@@ -17,7 +17,6 @@ import torch
 from numpy.typing import NDArray
 
 from motet.columns import CellError
-from motet.manifest import Manifest
 from workers.engine import CannotLoad, DeviceBroken, OutOfMemory, Prepared
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
