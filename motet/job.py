@@ -24,6 +24,8 @@ if TYPE_CHECKING:
     import pandas
     import pyarrow
 
+    from motet.explanation import Explanation
+
 Order = Literal["row", "done"]
 
 #: A bar is redrawn about this often, and a job's record is read no oftener.
@@ -299,6 +301,14 @@ class Job:
         found: Mapping[str, Any] = self._http.get(f"{self._path}/activity", timeline=timeline)
         self._record = dict(found["job"])
         return found
+
+    def explain(self) -> Explanation:
+        """Why it waits: behind whom, for which model to load, which workers cannot run it; and when it will be done
+        (p50 and p90). ``str`` of it is the answer in words.
+        """
+        from motet.explanation import Explanation
+
+        return Explanation.of(self._http.get(f"{self._path}/explain"))
 
     # -- taking it away
 

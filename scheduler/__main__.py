@@ -1,6 +1,7 @@
 """``python -m scheduler api | dispatch | aggregate | migrate | bootstrap``: one process each.
 
-``python -m scheduler health api | dispatch | aggregate`` asks from beside one whether it does its work.
+``python -m scheduler health api | dispatch | aggregate`` asks from beside one whether it does its work, and
+``python -m scheduler simulate`` tries jobs on a cluster that is only numbers.
 """
 
 from __future__ import annotations
@@ -22,11 +23,15 @@ log = logging.getLogger("scheduler")
 
 def main(argv: list[str] | None = None) -> int:
     """Run one of the scheduler's processes until it is told to stop. The exit status."""
+    argv = sys.argv[1:] if argv is None else argv
+    # All that follows is for simulate itself.
+    known = argv[:1] if argv[:1] == ["simulate"] else argv
     parser = argparse.ArgumentParser(prog="python -m scheduler", description=__doc__)
     parser.add_argument("process", choices=sorted(PROCESSES))
     parser.add_argument("of", nargs="?", metavar="PROCESS", help="health: the process that is asked about")
     parser.add_argument("--tokens", type=Path, help="bootstrap: file that the first tokens are written to")
-    arguments = parser.parse_args(argv)
+    arguments = parser.parse_args(known)
+    arguments.more = argv[len(known) :]
     try:
         settings = Settings.from_env()
         configure(arguments.process, settings.log_level)
@@ -99,6 +104,12 @@ def _health(settings: Settings, arguments: argparse.Namespace) -> None:
     print(health.check(arguments.of, settings))
 
 
+def _simulate(_: Settings, arguments: argparse.Namespace) -> None:
+    from scheduler.simulation.trial import run
+
+    run(arguments.more)
+
+
 PROCESSES = {
     "api": _api,
     "dispatch": _dispatch,
@@ -106,6 +117,7 @@ PROCESSES = {
     "migrate": _migrate,
     "bootstrap": _bootstrap,
     "health": _health,
+    "simulate": _simulate,
 }
 
 

@@ -24,18 +24,18 @@ from motet.transport import SchedulerTransport, TransportLost
 from motet.wire import PROTOCOL, Beat, Control
 from scheduler.carve import MAX_ROWS, Carved, Frontier, carve
 from scheduler.cost import Rates
-from scheduler.lifecycle import Refusal, hopeless, lost
+from scheduler.facts import Facts, read, under_way, workers
+from scheduler.lifecycle import hopeless, lost
 from scheduler.liveness import Watch, attuned, drops, speaks, usable
 from scheduler.payloads import Payloads
-from scheduler.place import Clone, Demand, Flight, Placement, Placer, Recall, UnderWay, Worker
+from scheduler.place import Clone, Flight, Placement, Placer, Recall
 from scheduler.pressure import throttle
 from scheduler.store import drains, endings, leases
 from scheduler.store.database import WORK, Database, StoreUnavailable
 from scheduler.store.endings import end_job
-from scheduler.store.leadership import NotLeading, fence, lead, resign, transport_seen
+from scheduler.store.leadership import NotLeading, fence, lead, resign
 from scheduler.store.leases import Cut, Held, Leased
 from scheduler.store.outcomes import record_given_up
-from scheduler.store.rates import rates
 
 log = logging.getLogger(__name__)
 
@@ -53,20 +53,6 @@ _TEND_S, _LATE_S = 1.0, 0.25
 _BREATH_S = 0.01
 #: After Redis was emptied a worker's first new beats say what it still holds.
 _HEAR_AGAIN_S = 2.5
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Facts:
-    """What Postgres says at the beginning of a step, read in one transaction."""
-
-    held: list[Held]
-    demand: list[Demand]
-    refusals: list[Refusal]
-    rates: Rates
-    #: Workers that an operator drained: they get no more work.
-    drained: frozenset[str]
-    #: Identity of Redis as a leader last dealt with it.
-    transport: str
 
 
 @dataclass
@@ -160,14 +146,7 @@ class Dispatcher:
 
     def _read(self, now: float) -> Facts:
         with self.database.transaction() as connection:
-            return Facts(
-                held=leases.held(connection),
-                demand=leases.demand(connection, now),
-                refusals=leases.refusals(connection),
-                rates=rates(connection),
-                drained=drains.drained(connection),
-                transport=transport_seen(connection),
-            )
+            return read(connection, now)
 
     # -- rescue --------------------------------------------------------------------------------
 
@@ -290,32 +269,16 @@ class Dispatcher:
         for key, h in held.items():
             wanted = demands.get((str(h.job), h.pass_number))
             if key not in known and wanted is not None:
-                placer.adopt(wanted, h.worker, _under_way(h), now)
+                placer.adopt(wanted, h.worker, under_way(h), now)
 
     def _learn_of_workers(self, beats: Mapping[str, Beat], facts: Facts, now: float) -> None:
         # A suspect that another leader sent, of a pass of which nothing waits: nothing is put beside it.
         taboo = {h.worker for h in facts.held if h.exclusive and self._placer.flight(h.key) is None}
-        refused: dict[tuple[str, str], set[int]] = {}
-        for r in facts.refusals:
-            refused.setdefault((r.worker, r.boot), set()).add(r.model_id)
         able = {name: beat for name, beat in beats.items() if name not in taboo}
         for name in self._placer.workers() - able.keys():
             self._placer.gone(name)
-        for name, b in able.items():
-            self._placer.worker(
-                Worker(
-                    name=name,
-                    boot=b.boot,
-                    device_kind=b.device_kind,
-                    device_name=b.device_name,
-                    engines=b.engines,
-                    memory_mb=int(self.settings.memory_share * b.memory_mb),
-                    formats=b.formats,
-                    resident=b.resident,
-                    refused=frozenset(refused.get((name, b.boot), ())),
-                ),
-                now,
-            )
+        for worker in workers(able, facts.refusals, self.settings.memory_share):
+            self._placer.worker(worker, now)
 
     def _decide(self, now: float) -> list[tuple[Cut, Flight]]:
         """What to send now; nothing is changed yet but in the policy's mind."""
@@ -527,18 +490,6 @@ def _rows_wanted(p: Placement, subtasks: int) -> int:
     """Rows that this many sub-tasks like the one placed would take."""
     row_s = max(1e-9, p.price.of(1, p.demand.bytes_waiting / max(1, p.demand.rows_waiting)) - p.price.start_s)
     return subtasks * min(MAX_ROWS, 1 + int(p.budget_s / row_s))
-
-
-def _under_way(h: Held) -> UnderWay:
-    return UnderWay(
-        key=h.key,
-        rows=h.n_rows,
-        bytes=h.bytes,
-        seconds=h.predicted_s,
-        age_s=h.age_s,
-        exclusive=h.exclusive,
-        clone=h.clone,
-    )
 
 
 @dataclass

@@ -24,7 +24,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from motet.errors import MotetError
 from motet.settings import Settings
 from motet.transport import TransportLost
-from scheduler.api import activity, blobs, cluster, doctor, jobs, metrics, models, results, tokens
+from scheduler.api import activity, blobs, cluster, doctor, explain, jobs, metrics, models, results, tokens
 from scheduler.api.auth import authenticate, is_page
 from scheduler.api.refusals import refusal
 from scheduler.api.resources import Resources
@@ -68,7 +68,7 @@ def create_app(settings: Settings) -> FastAPI:
         redirect_slashes=False,
     )
     app.state.resources = use
-    for module in (jobs, activity, results, models, blobs, tokens, cluster, doctor, metrics):
+    for module in (jobs, activity, explain, results, models, blobs, tokens, cluster, doctor, metrics):
         app.include_router(module.routes)
     for kind in _EXPECTED:
         app.add_exception_handler(kind, _refuse)

@@ -55,6 +55,7 @@ ALLOWED: Mapping[tuple[str, str], frozenset[str]] = {
     ("POST", "/v1/plan"): _SUBMIT,
     ("GET", "/v1/jobs/{job}"): _LOOK,
     ("GET", "/v1/jobs/{job}/activity"): _LOOK,
+    ("GET", "/v1/jobs/{job}/explain"): _LOOK,
     ("GET", "/v1/jobs/{job}/results"): _LOOK,
     ("GET", "/v1/jobs/{job}/errors"): _LOOK,
     ("DELETE", "/v1/jobs/{job}"): _SUBMIT,

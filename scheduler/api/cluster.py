@@ -10,7 +10,6 @@ from typing import Annotated, Any
 from uuid import UUID
 
 from fastapi import APIRouter, Path
-from sqlalchemy import Connection
 from starlette.responses import JSONResponse, PlainTextResponse
 
 from motet.errors import NotFound
@@ -27,7 +26,7 @@ from scheduler.store import drains
 from scheduler.store.database import StoreUnavailable
 from scheduler.store.drains import Drain
 from scheduler.store.leases import Run, runs_by_worker
-from scheduler.store.rates import rates
+from scheduler.store.rates import speeds
 from scheduler.store.registry import Registered, has_leader, models
 
 log = logging.getLogger(__name__)
@@ -184,7 +183,7 @@ def _workers(use: Resources, tenant: UUID) -> dict[str, dict[str, Any]]:
     silent = use.workers.silent(beats, time.monotonic())
     with use.database.transaction() as connection:
         refs = refs_by_digest(models(connection))
-        speeds = _speeds(connection)
+        learned = speeds(connection)
         drained = drains.drains(connection)
         holding = drains.holding(connection)
         runs = runs_by_worker(connection, tenant)
@@ -205,7 +204,7 @@ def _workers(use: Resources, tenant: UUID) -> dict[str, dict[str, Any]]:
             "backlog_s": beat.backlog_s,
             "held": len(beat.held),
             "rows_done": beat.rows_done,
-            "rate_tokens_s": speeds.get(beat.device_name),
+            "rate_tokens_s": learned.get(beat.device_name),
             "protocol": beat.protocol if name in beats else None,
             "version": beat.version,
             "drained": _when(drained.get(name)),
@@ -259,11 +258,3 @@ def refs_by_digest(registered: list[Registered]) -> Mapping[str, str]:
         if model.trunk and not model.trunk_model:
             refs[model.trunk] = model.ref
     return refs
-
-
-def _speeds(connection: Connection) -> dict[str, float]:
-    """Device name -> tokens per second, as learned of the model that it runs fastest."""
-    speeds: dict[str, float] = {}
-    for (_, device, _), rate in rates(connection).learned.items():
-        speeds[device] = max(speeds.get(device, 0.0), 1 / rate.seconds_per_token)
-    return speeds

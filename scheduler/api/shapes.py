@@ -218,6 +218,109 @@ class ActivityShape(Shape):
     errors: list[ErrorClassShape]
 
 
+class CannotShape(Shape):
+    why: Literal[
+        "no_engine", "too_small", "refused", "drained", "draining", "starting", "incompatible", "exclusive"
+    ]
+    words: str
+    workers: int
+    names: list[str]
+    need_mb: int | None
+    have_mb: int | None
+
+
+class CanLoadShape(Shape):
+    device_name: str
+    workers: int
+    load_s: float
+
+
+class LoadingShape(Shape):
+    worker: str
+    left_s: float
+
+
+class ExplainedRowsShape(Shape):
+    total: int
+    waiting: int
+    later: int
+    open: int
+    done: int
+
+
+class PassExplainedShape(Shape):
+    number: int
+    kind: str
+    tasks: list[str]
+    model: str
+    rows: ExplainedRowsShape
+    work_s: float | None
+    resident: int
+    resident_on: list[str]
+    loading: list[LoadingShape]
+    can_load: list[CanLoadShape]
+    cannot: list[CannotShape]
+
+
+class RivalShape(Shape):
+    job: str
+    name: str
+    work_s: float
+
+
+class BesideShape(Shape):
+    priority: Literal["interactive", "normal", "bulk"]
+    own: list[RivalShape]
+    own_jobs: int
+    own_s: float
+    other_tenants: int
+    other_jobs: int
+    other_s: float
+
+
+class ShareShape(Shape):
+    subtasks: int
+    all: int
+    workers: int
+
+
+class RetriesShape(Shape):
+    rows: int
+    until_s: float
+    tries: int
+
+
+class DueShape(Shape):
+    at: str
+    left_s: float
+    kept: Literal["yes", "likely", "no"] | None
+
+
+class EtaShape(Shape):
+    p50_s: float
+    p90_s: float
+    p50_at: str
+    p90_at: str
+    measured: bool
+    complete: bool
+
+
+class ExplanationShape(Shape):
+    job: str
+    name: str
+    state: Literal["loading", "running", "succeeded", "failed", "cancelled"]
+    says: str
+    notes: list[str]
+    passes: list[PassExplainedShape]
+    beside: list[BesideShape]
+    share: ShareShape | None
+    errors: int
+    retries: RetriesShape | None
+    throttle: float | None
+    deadline: DueShape | None
+    eta: EtaShape | None
+
+
 class ModelShape(BaseModel):
     """A manifest; ``motet.manifest.Manifest`` tells each field's meaning."""
 
@@ -442,6 +545,65 @@ ACTIVITY = {
     ],
     "throughput": [{"at_s": 2.0, "tokens_s": 10310.0, "rows_s": 256.0}],
     "errors": [{"task": "topic", "error": "too_long", "count": 3, "first_row": 17, "message": "301 tokens"}],
+}
+EXPLANATION = {
+    "job": JOB["id"],
+    "name": "tickets",
+    "state": "running",
+    "says": "It waits behind 2 jobs of another tenant (41 s of work for one device) and for a worker to load"
+    " all-MiniLM-L6-v2@1, about 1.4 s on NVIDIA L4; done in 28 s to 34 s (p50 to p90).",
+    "notes": [
+        "Beside it in class normal: 2 jobs of 1 other tenant (41 s of work).",
+        "host-gpu1 cannot run all-MiniLM-L6-v2@1: was drained; `motet resume` lets it work again.",
+    ],
+    "passes": [
+        {
+            "number": 0,
+            "kind": "encoder all-MiniLM-L6-v2",
+            "tasks": ["topic"],
+            "model": "all-MiniLM-L6-v2@1",
+            "rows": {"total": 3000, "waiting": 3000, "later": 0, "open": 0, "done": 0},
+            "work_s": 6.2,
+            "resident": 0,
+            "resident_on": [],
+            "loading": [],
+            "can_load": [{"device_name": "NVIDIA L4", "workers": 1, "load_s": 1.4}],
+            "cannot": [
+                {
+                    "why": "drained",
+                    "words": "was drained; `motet resume` lets it work again",
+                    "workers": 1,
+                    "names": ["host-gpu1"],
+                    "need_mb": None,
+                    "have_mb": None,
+                }
+            ],
+        }
+    ],
+    "beside": [
+        {
+            "priority": "normal",
+            "own": [],
+            "own_jobs": 0,
+            "own_s": 0.0,
+            "other_tenants": 1,
+            "other_jobs": 2,
+            "other_s": 41.0,
+        }
+    ],
+    "share": {"subtasks": 0, "all": 3, "workers": 0},
+    "errors": 0,
+    "retries": None,
+    "throttle": 1.0,
+    "deadline": None,
+    "eta": {
+        "p50_s": 28.1,
+        "p90_s": 33.9,
+        "p50_at": "2026-11-23T18:33:28Z",
+        "p90_at": "2026-11-23T18:33:34Z",
+        "measured": True,
+        "complete": True,
+    },
 }
 CELL_ERRORS = {
     "errors": [{"row": 41, "task": "topic", "error": "bad_row", "message": "text: got null; expected text"}],

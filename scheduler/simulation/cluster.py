@@ -87,7 +87,9 @@ class Job:
 
     def lengths(self) -> list[int]:
         """Bytes of the rows of one block, longest first: quantiles of a lognormal, so that nothing is random."""
-        n = min(BLOCK_ROWS, max(1, self.rows))
+        # Blocks of like size, so that the last one holds no more of the longest than the others.
+        rows = max(1, self.rows)
+        n = -(-rows // -(-rows // BLOCK_ROWS))
         if self.recorded:
             known = sorted(self.recorded, reverse=True)
             return [round(BYTES_PER_TOKEN * known[i * len(known) // n]) for i in range(n)]

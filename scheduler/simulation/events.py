@@ -196,7 +196,7 @@ class Simulation:
             self._left[begun.job] += 1
             self._at(0.0, "resume", begun)
         self._at(TICK_S, "tick", None)
-        last_s = 0.0
+        now = last_s = 0.0
         while self._left:
             if self.outcome.attempts >= most_attempts or (until and not any(n in self._left for n in until)):
                 break
@@ -213,7 +213,19 @@ class Simulation:
                 # All that happens at one moment is known before anything is decided.
                 self._changed = False
                 self._decide(now)
+        if not self._left:
+            self._stop(now)
         return self.outcome
+
+    def _stop(self, now: float) -> None:
+        """What devices still do, or have done and not told, when all is over."""
+        for machine in self._machines.values():
+            if machine.running is not None and now > machine.began_s:
+                self._spend(machine.running, now, now - machine.began_s, wasted=True)
+        for _, _, what, about in self._events:
+            if what == "hear" and isinstance(about, _Report) and not about.attempt.heard:
+                about.attempt.heard = True
+                self._spend(about.attempt, about.ended_s, about.busy_s, wasted=True)
 
     # -- events
 

@@ -39,6 +39,7 @@ class Motet:
     recall: bool = True
     clone: bool = True
     pace: bool = True
+    learn: bool = True
     rates: Rates = field(default_factory=Rates)
 
     def begin(self, scenario: Scenario) -> None:
@@ -54,7 +55,6 @@ class Motet:
         self._deciding: Flight | None = None
         self._ids, self._pieces, self._ages = count(), count(), count()
         self._tended_s = 0.0
-        self.recalled = self.cloned = 0
         self._numbers = {name: number for number, name in enumerate(scenario.models)}
         for name in scenario.models:
             for kind, device in {d.kind: d for d in scenario.devices}.items():
@@ -118,7 +118,7 @@ class Motet:
             del self._leases[subtask.id]
             if not subtask.done:
                 self._put_back(subtask)
-        if busy_s and not clone:
+        if busy_s and self.learn and not clone:
             self._learn(attempt, busy_s, load_s)
 
     def decide(self, now: float) -> Iterator[tuple[Subtask, str]]:
@@ -148,11 +148,9 @@ class Motet:
             attempt = self._attempts[word.flight.key]  # type: ignore[index]
             if isinstance(word, Clone):
                 if self.clone:
-                    self.cloned += 1
                     self._deciding = self.placer.cloned(word, "new", now)
                     yield attempt.subtask, word.worker.name
             elif self.recall:
-                self.recalled += 1
                 yield attempt
                 self.ended(attempt, now, None, 0.0)
 

@@ -229,6 +229,8 @@ class FakeApi:
                 if job.state in ("loading", "running"):
                     job.state, job.reason = "cancelled", "cancelled by its owner"
                 return 200, job.record()
+            case "GET", ["explain"]:
+                return 200, {**EXPLANATION, "job": job.id}
             case "GET", ["errors"]:
                 return self._errors(job, int(query.get("after", -1)), 2)
             case "GET", ["results"]:
@@ -414,6 +416,61 @@ MODEL = {
     "engine": "encoder",
     "answers": "label",
     "labels": LABELS["topic"],
+}
+EXPLANATION: dict[str, Any] = {
+    "name": "",
+    "state": "running",
+    "says": "It waits for a worker to load fake@1, about 1.4 s on GPU; done in 28 s to 34 s (p50 to p90).",
+    "notes": ["w2 cannot run fake@1: it needs 900 MB, and models may hold 300 MB there."],
+    "passes": [
+        {
+            "number": 0,
+            "kind": "encoder fake",
+            "tasks": ["topic"],
+            "model": "fake@1",
+            "rows": {"total": 30, "waiting": 20, "later": 0, "open": 0, "done": 10},
+            "work_s": 6.2,
+            "resident": 0,
+            "resident_on": [],
+            "loading": [{"worker": "w3", "left_s": 1.0}],
+            "can_load": [{"device_name": "GPU", "workers": 1, "load_s": 1.4}],
+            "cannot": [
+                {
+                    "why": "too_small",
+                    "words": "fake@1 does not fit into its memory",
+                    "workers": 1,
+                    "names": ["w2"],
+                    "need_mb": 900,
+                    "have_mb": 300,
+                }
+            ],
+        }
+    ],
+    "beside": [
+        {
+            "priority": "normal",
+            "own": [{"job": "job-9", "name": "nightly", "work_s": 41.0}],
+            "own_jobs": 1,
+            "own_s": 41.0,
+            "other_tenants": 1,
+            "other_jobs": 2,
+            "other_s": 7.0,
+        }
+    ],
+    "share": {"subtasks": 0, "all": 3, "workers": 0},
+    "errors": 0,
+    "retries": None,
+    "throttle": 1.0,
+    "deadline": None,
+    "eta": {
+        "p50_s": 28.1,
+        "p90_s": 33.9,
+        "p50_at": "2026-11-23T18:33:28Z",
+        "p90_at": "2026-11-23T18:33:34Z",
+        "measured": True,
+        "complete": True,
+    },
+    "from_a_newer_server": True,
 }
 WORKER = {
     "worker": "w1",

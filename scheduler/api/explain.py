@@ -1,0 +1,81 @@
+"""Why a job waits and when it will be done: gathers the facts that the dispatcher goes by, and tells them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict
+from datetime import UTC, datetime
+from uuid import UUID
+
+from fastapi import APIRouter
+from starlette.responses import JSONResponse, Response
+
+from motet.explanation import Explanation
+from motet.transport import TransportLost
+from motet.wire import Beat
+from scheduler import facts
+from scheduler.api import shapes
+from scheduler.api.auth import Caller
+from scheduler.api.cluster import live_workers
+from scheduler.api.jobs import JobPath
+from scheduler.api.resources import Resources, Use, job_id
+from scheduler.explain import Case, explain
+from scheduler.pressure import throttle
+from scheduler.store import explain as store
+from scheduler.store.registry import has_leader
+
+routes = APIRouter(tags=["jobs"])
+
+
+@routes.get(
+    "/v1/jobs/{job}/explain",
+    summary="Why a job waits: behind whom, for which model, what cannot run it, and when it will be done",
+    responses=shapes.answers(
+        200, shapes.ExplanationShape, shapes.EXPLANATION, "As of this moment.", 403, 404, 422
+    ),
+)
+def explain_job(use: Use, caller: Caller, job: JobPath) -> Response:
+    return JSONResponse(asdict(explanation(use, caller.tenant, job_id(job))))
+
+
+def explanation(use: Resources, tenant: UUID, job: UUID) -> Explanation:
+    """Why the job waits, or when it will be done. Raises NotFound."""
+    # Beats before leases: an attempt that a beat names and no lease does has ended.
+    beats = _heard(use)
+    with use.database.transaction() as connection:
+        standing = store.standing(connection, tenant, job)
+        known = facts.read(connection, now=0.0)
+        jobs = {UUID(d.job) for d in known.demand} | {h.job for h in known.held}
+        owners = store.owners(connection, jobs)
+        leads = has_leader(connection)
+    s = use.settings
+    return explain(
+        Case(
+            standing=standing,
+            facts=known,
+            owners=owners,
+            beats=beats,
+            workers={w.name: w for w in facts.workers(beats or {}, known.refusals, s.memory_share)},
+            leads=leads,
+            throttle=_throttle(use),
+            subtask_s=s.subtask_s,
+            ahead_s=s.ahead_s,
+            depth=s.depth,
+            now=datetime.now(UTC),
+        )
+    )
+
+
+def _heard(use: Resources) -> Mapping[str, Beat] | None:
+    """Beats of live workers; None where Redis is away, and nobody can be heard."""
+    try:
+        return None if use.transport is None else live_workers(use)
+    except TransportLost:
+        return None
+
+
+def _throttle(use: Resources) -> float | None:
+    known = use.door.look()
+    if known.lag is None or known.memory_share is None:
+        return None
+    return throttle(known.lag.entries, known.memory_share)

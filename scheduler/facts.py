@@ -1,0 +1,80 @@
+"""What the policy goes by, for whoever asks it: the dispatcher, which acts, and the API, which explains.
+
+Facts from Postgres in one transaction, and beats as workers that may be given work.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from sqlalchemy import Connection
+
+from motet.wire import Beat
+from scheduler.cost import Rates
+from scheduler.lifecycle import Refusal
+from scheduler.place import Demand, UnderWay, Worker
+from scheduler.store import drains, leases
+from scheduler.store.leadership import transport_seen
+from scheduler.store.leases import Held
+from scheduler.store.rates import rates
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Facts:
+    """What Postgres says at one moment."""
+
+    held: list[Held]
+    demand: list[Demand]
+    refusals: list[Refusal]
+    rates: Rates
+    #: Workers that an operator drained: they get no more work.
+    drained: frozenset[str]
+    #: Identity of Redis as a leader last dealt with it.
+    transport: str
+
+
+def read(connection: Connection, now: float) -> Facts:
+    """The facts; deadlines are told on the clock of ``now``."""
+    return Facts(
+        held=leases.held(connection),
+        demand=leases.demand(connection, now),
+        refusals=leases.refusals(connection),
+        rates=rates(connection),
+        drained=drains.drained(connection),
+        transport=transport_seen(connection),
+    )
+
+
+def workers(beats: Mapping[str, Beat], refusals: Sequence[Refusal], memory_share: float) -> list[Worker]:
+    """Workers as of their beats; models may hold ``memory_share`` of a device's memory."""
+    refused: dict[tuple[str, str], set[int]] = {}
+    for r in refusals:
+        refused.setdefault((r.worker, r.boot), set()).add(r.model_id)
+    return [
+        Worker(
+            name=name,
+            boot=b.boot,
+            device_kind=b.device_kind,
+            device_name=b.device_name,
+            engines=b.engines,
+            memory_mb=int(memory_share * b.memory_mb),
+            formats=b.formats,
+            resident=b.resident,
+            refused=frozenset(refused.get((name, b.boot), ())),
+        )
+        for name, b in beats.items()
+    ]
+
+
+def under_way(h: Held) -> UnderWay:
+    """A lease that another leader gave."""
+    return UnderWay(
+        key=h.key,
+        rows=h.n_rows,
+        bytes=h.bytes,
+        seconds=h.predicted_s,
+        age_s=h.age_s,
+        exclusive=h.exclusive,
+        clone=h.clone,
+    )
