@@ -20,8 +20,11 @@ log = logging.getLogger(__name__)
 
 #: Entries taken at once: enough to share a commit, few enough to stay far below the reclaim time.
 BATCH = 64
-#: Bytes of outcomes in one transaction, where one is not larger: labels never come near it, vectors do.
-BATCH_BYTES = 16 * 1024 * 1024
+#: Bytes of outcomes in one transaction, where one is not larger: labels never come near it, vectors do. Whoever waits for
+#: one row waits for the transaction before.
+BATCH_BYTES = 4 * 1024 * 1024
+#: Outcomes of so few bytes, such as those of interactive rows, do not wait for the large ones beside them.
+SMALL_BYTES = 16 * 1024
 #: Seconds that one read waits for the first entry; also how long a stop may wait for it.
 BLOCK_S = 0.5
 
@@ -83,17 +86,23 @@ class Aggregator:
 
 
 def batches(entries: Sequence[Entry], most_bytes: int = BATCH_BYTES) -> Iterator[list[Entry]]:
-    """Entries in order, as many together as fit, one at least: what is decoded at a time stays bounded."""
-    batch: list[Entry] = []
-    size = 0
-    for entry in entries:
-        if batch and size + len(entry.body) > most_bytes:
+    """The small entries, then the large ones, each in order, as many together as fit, one at least.
+
+    What is decoded at a time stays bounded.
+    """
+    for small in (True, False):
+        batch: list[Entry] = []
+        size = 0
+        for entry in entries:
+            if (len(entry.body) <= SMALL_BYTES) is not small:
+                continue
+            if batch and size + len(entry.body) > most_bytes:
+                yield batch
+                batch, size = [], 0
+            batch.append(entry)
+            size += len(entry.body)
+        if batch:
             yield batch
-            batch, size = [], 0
-        batch.append(entry)
-        size += len(entry.body)
-    if batch:
-        yield batch
 
 
 def run(aggregator: Aggregator, stopping: threading.Event) -> None:

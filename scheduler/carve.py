@@ -165,7 +165,7 @@ def _from_blocks(frontier: Frontier, budget_s: float, cap_s: float, price: Price
         block = frontier.blocks[0]
         hi = _furthest(block, left_s, left_bytes, left_rows, price)
         if block.bounds and hi < block.n:
-            group = _furthest(block, cap_s, left_bytes, left_rows, price)
+            group = _furthest(block, cap_s, left_bytes, left_rows, price, close=1.0)
             hi = _between_groups(block, hi, bool(ranges), group)
         if not ranges:
             # At least one row, so that a long row is never stuck.
@@ -185,8 +185,15 @@ def _from_blocks(frontier: Frontier, budget_s: float, cap_s: float, price: Price
     return Carved(ranges=tuple(ranges), todo=todo)
 
 
-def _furthest(block: OpenBlock, left_s: float, left_bytes: float, left_rows: int, price: Price) -> int:
-    """The furthest cut whose rows fit; the cursor where not even one does."""
+def _furthest(
+    block: OpenBlock,
+    left_s: float,
+    left_bytes: float,
+    left_rows: int,
+    price: Price,
+    close: float = _CLOSE,
+) -> int:
+    """The furthest cut whose rows fit, or one that uses ``close`` of it; the cursor where not even one row does."""
     lo, before = block.cursor, block.cumulative[block.cursor]
     most = min(block.n, lo + left_rows, bisect_right(block.cumulative, before + left_bytes) - 1)
 
@@ -200,11 +207,12 @@ def _furthest(block: OpenBlock, left_s: float, left_bytes: float, left_rows: int
     if most <= lo or cost_s(most) <= left_s:
         return max(lo, most)
     # Rows of like length cost nearly the same: between a cut that fits and one that does not a straight line hits
-    # the mark, or a hundredth beside it, at the second or third try.
-    fits, cost, beyond, more = lo, 0.0, most, cost_s(most)
-    while beyond - fits > 1 and cost < _CLOSE * left_s:
-        guess = fits + int((beyond - fits) * (left_s - cost) / (more - cost))
-        guess = min(max(guess, fits + 1), beyond - 1)
+    # the mark, or a hundredth beside it, at the second or third try. Where lengths jump, halving gets there.
+    fits, cost, beyond, more, tries = lo, 0.0, most, cost_s(most), 0
+    while beyond - fits > 1 and cost < close * left_s:
+        tries += 1
+        share = 0.5 if tries % 3 == 0 else (left_s - cost) / (more - cost)
+        guess = min(max(fits + int((beyond - fits) * share), fits + 1), beyond - 1)
         asked = cost_s(guess)
         if asked <= left_s:
             fits, cost = guess, asked

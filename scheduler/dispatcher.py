@@ -49,6 +49,8 @@ _SWEEP_S = 30.0
 MOST_PER_STEP = 64
 #: Who is owed a load, and which deadline comes near, is looked at so often; what idle workers may take over, so often.
 _TEND_S, _LATE_S = 1.0, 0.25
+#: Rates are read anew so often.
+_LEARN_S = 0.5
 #: After a wake-up nothing more is done for so long: what comes in bursts is dealt with together.
 _BREATH_S = 0.01
 #: After Redis was emptied a worker's first new beats say what it still holds.
@@ -73,7 +75,7 @@ class Dispatcher:
         self._hear_again_at: float | None = None
         self._chores_at = 0.0
         self._sweep_at = 0.0
-        self._tend_at = self._late_at = 0.0
+        self._tend_at = self._late_at = self._learned_at = 0.0
         self._placer = self._new_placer()
         self._flight_numbers = count()
         #: The last step left something that it could have placed.
@@ -137,6 +139,7 @@ class Dispatcher:
         self._watch = Watch(self.settings.dead_s)
         self._controls.clear()
         self._placer = self._new_placer()
+        self._learned_at = 0.0
         # We have heard no beat yet, so nobody is late by our clock.
         leases.extend_all(self.database, epoch, self.settings.lease_s)
 
@@ -146,6 +149,9 @@ class Dispatcher:
 
     def _read(self, now: float) -> Facts:
         with self.database.transaction() as connection:
+            if now < self._learned_at:
+                return read(connection, now, self._placer.rates)
+            self._learned_at = now + _LEARN_S
             return read(connection, now)
 
     # -- rescue --------------------------------------------------------------------------------

@@ -31,7 +31,7 @@ from motet.progress import clock
 from scheduler.fairness import BULK, INTERACTIVE, NORMAL
 from scheduler.lifecycle import MAX_TRIES
 from scheduler.liveness import speaks
-from scheduler.place import Demand, PassId, Worker
+from scheduler.place import Demand, PassId, Worker, need_mb
 from scheduler.simulation.forecast import Cluster, Forecast, Started, forecast
 
 if TYPE_CHECKING:
@@ -119,7 +119,7 @@ class Case:
         """Why a worker can never run a pass, however free it is."""
         if demand.model.engine not in worker.engines:
             return "no_engine"
-        if 0 < worker.memory_mb < need_mb(worker, demand):
+        if 0 < worker.memory_mb < need_mb(worker, demand.model, demand.numerics):
             return "too_small"
         return "refused" if demand.model_ids & worker.refused else None
 
@@ -167,12 +167,6 @@ class Case:
     @cached_property
     def of_pass(self) -> dict[PassId, Demand]:
         return {d.id: d for d in (*self.others, *(p.demand for p in self.standing.passes))}
-
-
-def need_mb(worker: Worker, demand: Demand) -> int:
-    """Memory that the model of a pass takes on a worker, in the numeric format that it would run in."""
-    fast = demand.numerics == "fast" and "bf16" in worker.formats and "bf16" in demand.model.formats
-    return demand.model.memory_mb("bf16" if fast else "fp32")
 
 
 def explain(case: Case) -> Explanation:
@@ -263,7 +257,9 @@ def _pass(case: Case, p: PassStanding) -> PassExplained:
                 words=words,
                 workers=len(found),
                 names=tuple(w.name for w in found[:NAMES]),
-                need_mb=min(need_mb(w, demand) for w in found) if why == "too_small" else None,
+                need_mb=min(need_mb(w, demand.model, demand.numerics) for w in found)
+                if why == "too_small"
+                else None,
                 have_mb=max(w.memory_mb for w in found) if why == "too_small" else None,
             )
             for (why, words), found in sorted(cannot.items(), key=lambda one: order.index(one[0][0]))
@@ -370,7 +366,6 @@ def _forecast(case: Case) -> Forecast | None:
             demand=[*case.others, *mine],
             started=list(_started(case)),
             can=case.runs,
-            need_mb=need_mb,
             subtask_s=case.subtask_s,
             ahead_s=case.ahead_s,
             depth=case.depth,

@@ -26,7 +26,7 @@ class Account:
     parent: Account | None = None
     #: Virtual time at which its next work starts, on its parent's scale.
     start: float = 0.0
-    #: Virtual time of its children: the start of what was served last.
+    #: Virtual time of its children: the latest start of what has begun.
     clock: float = 0.0
     #: Things below it that wait or run: without any it is away.
     present: int = 0
@@ -44,13 +44,18 @@ class Account:
         if self.present == 0 and self.parent is not None:
             self.parent.go()
 
-    def charge(self, seconds: float) -> None:
-        """It is served: its start, and that of all above it, moves on by device-seconds / weight."""
+    def charge(self, seconds: float) -> Turn:
+        """It is given work: its start, and that of all above it, moves on by device-seconds / weight.
+
+        The work may wait for its device for a while: say `begun` with the answer when it does no longer.
+        """
+        turn = []
         account = self
         while account.parent is not None:
-            account.parent.clock = max(account.parent.clock, account.start)
+            turn.append((account.parent, account.start))
             account.start += seconds / account.weight
             account = account.parent
+        return tuple(turn)
 
     def correct(self, seconds: float) -> None:
         """What it was charged with turned out to be so much more (or less, below 0)."""
@@ -63,6 +68,16 @@ class Account:
     def owed(self) -> float:
         """Device-seconds that it lags behind those served last; below 0 where it is ahead."""
         return (self.parent.clock - self.start) * self.weight if self.parent is not None else 0.0
+
+
+#: Accounts, and the start of what one of their children was given.
+Turn = tuple[tuple[Account, float], ...]
+
+
+def begun(turn: Turn) -> None:
+    """Work that was charged has begun: whoever comes now starts no earlier than it did."""
+    for account, start in turn:
+        account.clock = max(account.clock, start)
 
 
 Item = TypeVar("Item")

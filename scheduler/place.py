@@ -20,7 +20,7 @@ from motet.manifest import Manifest
 from motet.residency import NeverFits, Resident, evictions
 from scheduler.carve import MIN_S, size_s
 from scheduler.cost import Price, Rates
-from scheduler.fairness import CLASS_WEIGHTS, INTERACTIVE, Account, Line
+from scheduler.fairness import CLASS_WEIGHTS, INTERACTIVE, Account, Line, Turn, begun
 
 #: (job, pass number).
 PassId = tuple[str, int]
@@ -29,10 +29,13 @@ Kind = tuple[str, str]
 
 #: Sub-tasks at a worker at least, the running one included, however long they are: the next one is there at its end.
 _READY = 2
-#: A second host of a model is opened where that ends its work this many load times earlier, or later than it.
-_JOIN = 2.0
+#: One more host of a model is opened where that ends its work by half a load's time earlier; or where it would end later than
+#: this many load times, however many hosts it has.
+_JOIN, _JOIN_MOST = 0.5, 3.25
 #: A job whose model nobody holds is owed its load once by its tenant's share, ten times by its own within the tenant.
 _OWED_TENANT, _OWED_JOB = 1.0, 10.0
+#: A tenant whose model too few hold is owed another host when it lags so many load times behind.
+_OWED_MORE = 10.0
 #: After a switch that fairness forced a worker stays so many load times, so switching costs a tenth at most.
 _STAY = 10.0
 #: Workers that are looked at where the best of many is wanted.
@@ -109,6 +112,12 @@ class UnderWay:
     clone: bool = False
 
 
+def need_mb(worker: Worker, model: Manifest, numerics: str) -> int:
+    """Memory that a model takes on a worker, in the numeric format that it would run in there."""
+    fast = numerics == "fast" and "bf16" in worker.formats and "bf16" in model.formats
+    return model.memory_mb("bf16" if fast else "fp32")
+
+
 @dataclass(frozen=True, slots=True)
 class Placement:
     """Give this worker the next sub-task of this pass, of about so many seconds."""
@@ -141,6 +150,8 @@ class Flight:
     #: This lease is a second one.
     clone: bool = False
     cloned: bool = False
+    #: What its charge has to tell when it begins.
+    turn: Turn = ()
 
     @property
     def worker(self) -> Worker:
@@ -344,6 +355,7 @@ class Placer:
                 return
             waiting = self._passes[demand.id] = self._new(demand)
         waiting.demand = demand
+        waiting.tenant.account.weight = demand.weight
         self._set(waiting, demand.rows_waiting, demand.bytes_waiting)
 
     def wants(self) -> frozenset[PassId]:
@@ -367,7 +379,6 @@ class Placer:
         account = self._tenants.get((class_, demand.tenant))
         if account is None:
             account = self._tenants[class_, demand.tenant] = Account(demand.weight, self._classes[class_])
-        account.weight = demand.weight
         tenant = pool.tenants.get((class_, demand.tenant))
         if tenant is None:
             tenant = pool.tenants[class_, demand.tenant] = _Tenant(account)
@@ -430,7 +441,9 @@ class Placer:
         self._set(waiting, max(0, waiting.rows - rows), max(0, waiting.bytes - size))
         flight = self._fly(waiting, place, key, now, rows, size, seconds, exclusive)
         flight.harmless = harmless
-        waiting.job.charge(seconds)
+        flight.turn = waiting.job.charge(seconds)
+        if place.flights[0] is flight:
+            begun(flight.turn)
         return flight
 
     def cloned(self, clone: Clone, key: Hashable, now: float) -> Flight | None:
@@ -493,8 +506,12 @@ class Placer:
         place.flights.remove(flight)
         place.bulk -= flight.demand.priority != INTERACTIVE
         place.exclusive -= flight.exclusive
+        if busy_s is not None:
+            # Interactive work, and what shares a batch, may end before what stands ahead of it.
+            begun(flight.turn)
         if was_head and place.flights:
             place.flights[0].began = now
+            begun(place.flights[0].turn)
         if flight.clone:
             self._cloned_s += (busy_s or 0.0) - flight.seconds
         else:
@@ -578,7 +595,8 @@ class Placer:
         if place.exclusive or place.bulk >= self.depth or self._express_full(place):
             return None
         waiting = self._of_residents(place)
-        if place.forced is not None and (place.forced.rows <= 0 or not self._fits(place, place.forced)):
+        forced = place.forced
+        if forced is not None and (self._first(forced, place) is None or not self._fits(place, forced)):
             place.forced = None
         if waiting is None or place.forced is not None:
             pool = place.forced or self._to_load(place, now)
@@ -637,9 +655,10 @@ class Placer:
             else:
                 ends_s, load_s = self._ends_s(pool), self._load_s(pool, place)
                 row_s = self._price(place, waiting).of(1, pool.bytes / pool.rows)
-                if ends_s < _JOIN * load_s + row_s:
+                hosts = self._devices(pool, place, now)
+                if ends_s < min(_JOIN_MOST, 1 + _JOIN * (1 + hosts)) * load_s + row_s:
                     continue
-                key = (1.0, -ends_s)
+                key = (1.0, *self._rank(waiting)[:2], -ends_s - load_s)
             if best is None or key < best_key:
                 best, best_key = pool, key
         return best
@@ -742,17 +761,9 @@ class Placer:
                 if self._ends_s(waiting.pool) > _HURRY * left_s > 0:
                     waiting.urgent = True
                     waiting.tenant.line.again(waiting)
-        for pool in [p for p in self._active.values() if not p.power]:
-            found = [w for c in pool.classes if (w := pool.first(c)) is not None]
-            for waiting in found:
-                tenant = waiting.tenant.account
-                place = next(iter(self._places.values()), None)
-                if place is None:
-                    return
-                load_s = self._load_s(pool, place)
-                owed_s = max(tenant.owed, self._classes[waiting.demand.priority].owed)
-                if owed_s > _OWED_TENANT * load_s or waiting.job.owed > _OWED_JOB * load_s:
-                    self._force(pool, waiting, now)
+        for pool in list(self._active.values()):
+            for waiting in [w for c in pool.classes if (w := pool.first(c)) is not None]:
+                self._pay(pool, waiting, now)
         for key, pool in self._active.items():
             if pool.first(INTERACTIVE) is not None:
                 self._fresh[key] = pool
@@ -762,26 +773,31 @@ class Placer:
                 for place in list(islice(kind.values(), _SAMPLE)):
                     self._ask_at(place, now)
 
-    def _force(self, pool: _Pool, waiting: _Waiting, now: float) -> None:
-        """Have one worker load a model that is owed it: whoever serves those who were served most."""
-        if any(place.forced is pool for place in self._places.values()):
-            return
+    def _pay(self, pool: _Pool, waiting: _Waiting, now: float) -> None:
+        """Have a worker load a model for those who are owed it: one of those that serve whom was served most."""
+        tenant = waiting.tenant.account
         able = (
             place
             for place in self._places.values()
             if place.stays <= now
             and place.forced is None
+            and pool.digest not in place.resident
             and self._fits(place, pool)
             and not waiting.demand.model_ids & place.worker.refused
         )
-        best = max(
-            islice(able, 4 * _SAMPLE),
-            key=lambda p: (p.serves is None, self._served(p), -p.drain),
-            default=None,
-        )
-        if best is not None:
-            best.forced, best.stays = pool, now + _STAY * self._load_s(pool, best)
-            self._ask_at(best, now)
+        some = list(islice(able, 4 * _SAMPLE))
+        if not some or any(place.forced is pool for place in self._places.values()):
+            return
+        load_s = self._load_s(pool, some[0])
+        owed_s = max(tenant.owed, self._classes[waiting.demand.priority].owed)
+        if pool.power:
+            if owed_s <= _OWED_MORE * load_s:
+                return
+        elif owed_s <= _OWED_TENANT * load_s and waiting.job.owed <= _OWED_JOB * load_s:
+            return
+        best = max(some, key=lambda p: (p.serves is None, self._served(p), -p.drain))
+        best.forced, best.stays = pool, now + _STAY * self._load_s(pool, best)
+        self._ask_at(best, now)
 
     def _served(self, place: _Place) -> tuple[float, ...]:
         """How far ahead those are whom a worker serves."""
@@ -877,13 +893,9 @@ class Placer:
         if known is None:
             worker = place.worker
             known = place.can[key] = pool.model.engine in worker.engines and (
-                worker.memory_mb <= 0 or self._need_mb(pool, worker) <= worker.memory_mb
+                worker.memory_mb <= 0 or need_mb(worker, pool.model, pool.numerics) <= worker.memory_mb
             )
         return known
-
-    def _need_mb(self, pool: _Pool, worker: Worker) -> int:
-        fast = pool.numerics == "fast" and "bf16" in worker.formats and "bf16" in pool.model.formats
-        return pool.model.memory_mb("bf16" if fast else "fp32")
 
     def _make_room(self, place: _Place, pool: _Pool, now: float) -> None:
         """Foresee what the worker will evict for a model."""
@@ -893,18 +905,22 @@ class Placer:
             return
         sizes = {
             digest: next(
-                (self._need_mb(p, worker) for n in ("fast", "exact") if (p := self._pools.get((digest, n)))),
+                (
+                    need_mb(worker, p.model, p.numerics)
+                    for n in ("fast", "exact")
+                    if (p := self._pools.get((digest, n)))
+                ),
                 0,
             )
             for digest in place.resident
         }
         residents = [Resident(d, sizes[d], used) for d, used in place.resident.items()]
         in_use = {f.of.pool.digest for f in place.flights}
-        need_mb = self._need_mb(pool, worker)
+        needed_mb = need_mb(worker, pool.model, pool.numerics)
         try:
-            victims = evictions(residents, need_mb, worker.memory_mb, in_use)
+            victims = evictions(residents, needed_mb, worker.memory_mb, in_use)
             if victims is None:
-                victims = evictions(residents, need_mb, worker.memory_mb, ())
+                victims = evictions(residents, needed_mb, worker.memory_mb, ())
         except NeverFits:
             victims = []
         for digest in victims or ():

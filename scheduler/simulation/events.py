@@ -113,6 +113,8 @@ class _Machine:
     reached_s: float = 0.0
     running: Attempt | None = None
     began_s: float = 0.0
+    #: Of the time since then it was interrupted for so long.
+    held_up_s: float = 0.0
     ends_s: float = 0.0
     load_s: float = 0.0
     #: Counts changes of `ends_s`: an older end is void.
@@ -125,9 +127,10 @@ class _Report:
     """What a device says of an attempt that has ended there."""
 
     attempt: Attempt
+    began_s: float
+    ended_s: float
     busy_s: float
     load_s: float
-    ended_s: float
 
 
 @dataclass(slots=True)
@@ -221,11 +224,11 @@ class Simulation:
         """What devices still do, or have done and not told, when all is over."""
         for machine in self._machines.values():
             if machine.running is not None and now > machine.began_s:
-                self._spend(machine.running, now, now - machine.began_s, wasted=True)
+                self._spend(_ended(machine, machine.running, now), wasted=True)
         for _, _, what, about in self._events:
             if what == "hear" and isinstance(about, _Report) and not about.attempt.heard:
                 about.attempt.heard = True
-                self._spend(about.attempt, about.ended_s, about.busy_s, wasted=True)
+                self._spend(about, wasted=True)
 
     # -- events
 
@@ -250,7 +253,7 @@ class Simulation:
         held = machine.queue
         if machine.running is not None:
             held = [machine.running, *held]
-            self._spend(machine.running, now, max(0.0, now - machine.began_s), wasted=True)
+            self._spend(_ended(machine, machine.running, now), wasted=True)
         machine.queue, machine.running = [], None
         self.policy.died(device, now)
         for attempt in held:
@@ -286,7 +289,7 @@ class Simulation:
         if version != machine.version or machine.running is None:
             return
         attempt, machine.running = machine.running, None
-        self._say(_Report(attempt, now - machine.began_s, machine.load_s, now), now)
+        self._say(_ended(machine, attempt, now), now)
         self._next(machine, now)
 
     def _say(self, report: _Report, now: float) -> None:
@@ -302,7 +305,7 @@ class Simulation:
             return
         attempt.heard = True
         if attempt.dropped:
-            self._spend(attempt, report.ended_s, report.busy_s, wasted=True)
+            self._spend(report, wasted=True)
             return
         attempt.dropped = subtask.done = True
         for other in subtask.attempts:
@@ -311,7 +314,7 @@ class Simulation:
         subtask.attempts.clear()
         outcome.subtasks += 1
         outcome.makespan_s = max(outcome.makespan_s, report.ended_s)
-        self._spend(attempt, report.ended_s, report.busy_s, wasted=False)
+        self._spend(report, wasted=False)
         job = subtask.job.name
         outcome.rows[job] = outcome.rows.get(job, 0) + subtask.rows
         self._left[job] -= subtask.rows
@@ -386,7 +389,7 @@ class Simulation:
         attempt = machine.queue.pop(0)
         model = self.scenario.model(attempt.subtask.job.model, machine.device)
         machine.load_s = self._load(machine, model, now)
-        machine.running, machine.began_s = attempt, now + machine.load_s
+        machine.running, machine.began_s, machine.held_up_s = attempt, now + machine.load_s, 0.0
         self.outcome.first_s.setdefault(attempt.subtask.job.name, machine.began_s)
         self._end_at(machine, machine.began_s + self._run_s(attempt, model, machine.device))
 
@@ -401,11 +404,11 @@ class Simulation:
         starts_s = max(now, machine.began_s) + self._rng.random() * MICRO_BATCH_S
         load_s = self._load(machine, model, now)
         run_s = self._run_s(attempt, model, machine.device)
-        machine.began_s += load_s + run_s
+        machine.held_up_s += load_s + run_s
         self._end_at(machine, machine.ends_s + load_s + run_s)
         self.outcome.first_s.setdefault(attempt.subtask.job.name, starts_s + load_s)
         ends_s = starts_s + load_s + run_s
-        self._at(ends_s, "say", _Report(attempt, run_s, load_s, ends_s))
+        self._at(ends_s, "say", _Report(attempt, ends_s - run_s, ends_s, run_s, load_s))
 
     def _load(self, machine: _Machine, model: Model, now: float) -> float:
         """Make a model resident. The seconds that takes."""
@@ -434,18 +437,19 @@ class Simulation:
         seconds *= self._rng.lognormvariate(-(sigma**2) / 2, sigma) if sigma else 1.0
         return seconds * (8 if self._unkind(self.scenario.stragglers) else 1)
 
-    def _spend(self, attempt: Attempt, ended_s: float, busy_s: float, *, wasted: bool) -> None:
-        """A device was busy with this until then."""
-        job, outcome = attempt.subtask.job, self.outcome
+    def _spend(self, report: _Report, *, wasted: bool) -> None:
+        """A device was busy with this."""
+        attempt, outcome = report.attempt, self.outcome
+        job = attempt.subtask.job
         if wasted:
-            outcome.wasted_s += busy_s
+            outcome.wasted_s += report.busy_s
         else:
             speed = self._machines[attempt.device].device.true_speed
-            outcome.busy_s += busy_s
-            outcome.work_s[job.model] = outcome.work_s.get(job.model, 0.0) + busy_s * speed
-        if self._spans and busy_s > 0:
+            outcome.busy_s += report.busy_s
+            outcome.work_s[job.model] = outcome.work_s.get(job.model, 0.0) + report.busy_s * speed
+        if self._spans and report.busy_s > 0:
             outcome.spans.append(
-                Span(attempt.device, ended_s - busy_s, ended_s, job.name, job.model, False, wasted)
+                Span(attempt.device, report.began_s, report.ended_s, job.name, job.model, False, wasted)
             )
 
     def _unkind(self, share: float) -> bool:
@@ -457,3 +461,9 @@ class Simulation:
 
     def _at(self, when: float, what: str, about: object) -> None:
         heappush(self._events, (when, next(self._ids), what, about))
+
+
+def _ended(machine: _Machine, attempt: Attempt, now: float) -> _Report:
+    """What a machine has to say of what it ran until now."""
+    busy_s = max(0.0, now - machine.began_s - machine.held_up_s)
+    return _Report(attempt, min(machine.began_s, now), now, busy_s, machine.load_s)

@@ -14,7 +14,7 @@ from random import Random
 
 from scheduler.cost import Rate, Rates
 from scheduler.fairness import BULK
-from scheduler.place import Demand, Kind, PassId, Worker
+from scheduler.place import Demand, Kind, PassId, Worker, need_mb
 from scheduler.simulation.cluster import BYTES_PER_TOKEN, Begun, Device, Job, Model, Scenario
 from scheduler.simulation.events import Simulation
 from scheduler.simulation.policy import Motet
@@ -56,7 +56,6 @@ class Cluster:
     started: Sequence[Started]
     #: Whether a worker can run a pass, now or once it has loaded its model.
     can: Callable[[Worker, Demand], bool]
-    need_mb: Callable[[Worker, Demand], int]
     subtask_s: float
     ahead_s: float
     depth: int
@@ -209,7 +208,7 @@ class _World:
         return _Pool(
             name=name,
             demand=demand,
-            memory_mb=max(65, *(self._cluster.need_mb(w, demand) for w in kinds.values())),
+            memory_mb=max(65, *(need_mb(w, demand.model, demand.numerics) for w in kinds.values())),
             slowness={kind: s / seconds[fastest] for kind, s in seconds.items()},
             load_s={
                 kind: self._cluster.rates.load_s(model.digest, kind[1], weights_bytes=model.weights_bytes())

@@ -167,9 +167,10 @@ class Motet:
             return None
         if carved.leftover is not None:
             pass_.frontier.pieces.append(Piece(next(self._pieces), carved.leftover, 1))
-        pass_.waiting_rows -= carved.rows
-        pass_.waiting_bytes -= carved.bytes
-        return self._subtask(pass_, carved)
+        subtask = self._subtask(pass_, carved)
+        pass_.waiting_rows -= subtask.rows
+        pass_.waiting_bytes -= subtask.bytes
+        return subtask
 
     def _refill(self, pass_: _Pass) -> None:
         """Bring as many blocks to the frontier as one sub-task can take rows of."""
@@ -190,7 +191,10 @@ class Motet:
             else Work(sum(w.rows for w in works), sum(w.tokens for w in works), sum(w.squares for w in works))
         )
         ranges = tuple((r.block, r.lo, r.hi) for r in carved.ranges)
-        return Subtask(next(self._ids), pass_.job, ranges, carved.rows, carved.bytes, work)
+        # Not what carve says: the bytes of part of a piece are a guess, and guesses do not add up.
+        cumulative = pass_.rows.cumulative
+        size = sum(cumulative[r.hi] - cumulative[r.lo] for r in carved.ranges)
+        return Subtask(next(self._ids), pass_.job, ranges, carved.rows, size, work)
 
     def _put_back(self, subtask: Subtask) -> None:
         pass_ = self._passes[subtask.job.name]
