@@ -83,7 +83,6 @@ def cluster(
         demand=demand,
         started=started,
         can=lambda w, d: d.model.engine in w.engines and not d.model_ids & w.refused,
-        need_mb=lambda w, d: 200,
         subtask_s=2.0,
         ahead_s=0.5,
         depth=3,

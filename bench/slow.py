@@ -1,0 +1,96 @@
+"""Placement on real workers where it is hard: one of two is three times slower, and two models that do not fit together.
+
+The workers are steady (bench/paced.py): what this machine's other programs do does not change their speed.
+
+slow_efficiency   bound / makespan with one worker that takes three times as long. The bound: the work of the job, shared
+                  so that both workers work without a pause until the end, each as fast as it was while it worked
+loads_per_model   times that models were loaded / models, where two jobs of two models run on two workers, each of which
+                  has memory for one model; before, neither is loaded
+
+    python bench/slow.py            about three minutes
+    python bench/slow.py --quick    within one
+"""
+
+from __future__ import annotations
+
+import statistics
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).parent))
+
+from harness import EXACT, finish, options, say, scratch, texts
+from paced import FACTOR, first_tasks, paced, second_tasks
+from truth import span_s
+
+from motet import Client
+from scheduler.simulation.trace import done_in, rate_of, work_of
+from workers.device import probe
+
+#: Memory of models at a worker: enough for one that takes 159 MB.
+ROOM_MB = 240
+
+
+def main() -> None:
+    arguments = options(__doc__).parse_args()
+    rows, rounds = (600, 1) if arguments.quick else (1800, 5)
+    say(f"one of two workers takes {FACTOR:g} times as long; {rows:,} texts x {len(EXACT)} tasks:")
+    efficiency, told = slow(rows, rounds)
+    say("two models, and room for one at each of two workers:")
+    loads = crowded(rows // 2)
+    say(f"  {loads} loads of 2 models")
+    keys = {"slow_efficiency": round(statistics.median(efficiency), 4), "loads_per_model": loads / 2}
+    finish("slow", keys, quick=arguments.quick, details={"rows": rows, "runs": told})
+
+
+def slow(rows: int, rounds: int) -> tuple[list[float], Sequence[Mapping[str, Any]]]:
+    """Efficiency of each run, and what it was made of."""
+    told = []
+    with (
+        scratch() as folder,
+        paced(folder, slow=True, steady=True) as running,
+        Client(running.url, running.tokens["user"]) as client,
+    ):
+        client.submit(texts(rows // 2), EXACT, reuse=False, progress=False).wait()
+        for _ in range(rounds):
+            job = client.submit(texts(rows), EXACT, reuse=False, progress=False).wait()
+            bound_s, makespan_s = bound_and_makespan(job.activity(2000))
+            say(f"  {makespan_s:.2f} s, bound {bound_s:.2f} s: {bound_s / makespan_s:.3f}")
+            told.append({"bound_s": round(bound_s, 3), "makespan_s": round(makespan_s, 3)})
+    return [run["bound_s"] / run["makespan_s"] for run in told], told
+
+
+def bound_and_makespan(activity: Mapping[str, Any]) -> tuple[float, float]:
+    """Seconds that no schedule can beat with the speeds that the workers had, and those that it took."""
+    by_worker: dict[str, list[Mapping[str, Any]]] = {}
+    for subtask in done_in(activity):
+        by_worker.setdefault(subtask["worker"], []).append(subtask)
+    # What a sub-task is worth: seconds on whoever did most, as far as its size tells.
+    rate = rate_of(max(by_worker.values(), key=lambda mine: sum(s["tokens"] for s in mine)))
+    worth = {name: sum(rate.seconds(work_of(s)) for s in mine) for name, mine in by_worker.items()}
+    speeds = [worth[name] / sum(s["busy_s"] for s in mine) for name, mine in by_worker.items()]
+    return sum(worth.values()) / sum(speeds), span_s([activity])
+
+
+def crowded(rows: int) -> int:
+    """Loads that two jobs of two models cost."""
+    share = ROOM_MB / probe("cpu", 2).memory_mb
+    with (
+        scratch() as folder,
+        paced(folder, steady=True, memory_share=share) as running,
+        Client(running.url, running.tokens["user"]) as client,
+    ):
+        before = running.events("loaded")
+        jobs = [
+            client.submit(texts(rows), tasks, reuse=False, progress=False)
+            for tasks in (first_tasks(), second_tasks())
+        ]
+        for job in jobs:
+            job.wait()
+        return running.events("loaded") - before
+
+
+if __name__ == "__main__":
+    main()
