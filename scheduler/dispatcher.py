@@ -261,6 +261,10 @@ class Dispatcher:
         for id_ in placer.wants() - {demand.id for demand in facts.demand}:
             placer.unwanted(id_)
         self._learn_of_workers(beats, facts, now)
+        for key in placer.flights():
+            if not isinstance(key, tuple):
+                # Decided, and never leased: its rows were taken by others, its job has ended, or Postgres was away.
+                placer.closed(key, now)
         ended = placer.flights() - held.keys()
         if ended:
             with self.database.transaction() as connection:
@@ -335,7 +339,6 @@ class Dispatcher:
         flights = {id(cut.carved): flight for cut, flight in decided}
         for item in leased:
             self._placer.keyed(flights.pop(id(item.carved)), (item.subtask, item.attempt))
-        # What is left was taken by others, or its job has ended: the next step sees that nothing holds it.
         self._publish(leased)
         return len(leased)
 

@@ -10,6 +10,7 @@ The dispatcher and the simulator drive the same class. It has no clock: ``now`` 
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Hashable, Iterable, Iterator
 from dataclasses import dataclass, field
 from heapq import heappop, heappush
@@ -241,9 +242,15 @@ class _Pool:
     power: dict[Kind, float] = field(default_factory=dict)
     #: Workers that hold the model, or are told to load it.
     hosts: dict[str, _Place] = field(default_factory=dict)
+    #: What is under way at workers that are there.
     flights: dict[int, Flight] = field(default_factory=dict)
     #: Workers counted as devices of a kind, as of a moment ago: it is asked for each sub-task, and changes slowly.
     devices: dict[Kind, tuple[float, float]] = field(default_factory=dict)
+
+    @property
+    def served(self) -> bool:
+        """Somebody works for it, or has work of it in line behind that of another pool."""
+        return bool(self.power or self.flights)
 
     def first(self, class_: int) -> _Waiting | None:
         line = self.classes.get(class_)
@@ -337,6 +344,8 @@ class Placer:
         if place is None:
             return
         self._serve(place, None)
+        for flight in place.flights:
+            flight.of.pool.flights.pop(id(flight), None)
         self._unpark(place)
         self._hold(place, {})
         place.turn += 1
@@ -649,7 +658,7 @@ class Placer:
             if waiting is None:
                 continue
             work_s = self._price(place, waiting).of(pool.rows, pool.bytes)
-            if not pool.power:
+            if not pool.served:
                 # Among equals the longest first: what is left for the end is short (LPT, Graham 1969).
                 key = (0.0, *self._rank(waiting)[:2], -work_s)
             else:
@@ -681,7 +690,10 @@ class Placer:
 
     def _ends_s(self, pool: _Pool) -> float:
         """Seconds until those who serve it have done all that waits in a pool."""
-        speed = sum(n / max(1e-9, self._kind_s(pool, kind)) for kind, n in pool.power.items())
+        power = pool.power or Counter(
+            kind for kind in {f.at.number: f.worker.kind for f in pool.flights.values()}.values()
+        )
+        speed = sum(n / max(1e-9, self._kind_s(pool, kind)) for kind, n in power.items())
         return 1 / speed if speed > 0 else inf
 
     def _kind_s(self, pool: _Pool, kind: Kind) -> float:
@@ -790,7 +802,7 @@ class Placer:
             return
         load_s = self._load_s(pool, some[0])
         owed_s = max(tenant.owed, self._classes[waiting.demand.priority].owed)
-        if pool.power:
+        if pool.served:
             if owed_s <= _OWED_MORE * load_s:
                 return
         elif owed_s <= _OWED_TENANT * load_s and waiting.job.owed <= _OWED_JOB * load_s:

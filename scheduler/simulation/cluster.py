@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from itertools import accumulate
 from math import log
@@ -91,12 +91,24 @@ class Job:
         rows = max(1, self.rows)
         n = -(-rows // -(-rows // BLOCK_ROWS))
         if self.recorded:
-            known = sorted(self.recorded, reverse=True)
-            return [round(BYTES_PER_TOKEN * known[i * len(known) // n]) for i in range(n)]
+            return [round(BYTES_PER_TOKEN * tokens) for tokens in _resampled(self.recorded, n)]
         rng = Random(f"{self.name}:{self.tokens}:{self.spread}")
         mu = log(max(1.0, self.tokens)) - self.spread**2 / 2
         found = (min(512, max(2, round(rng.lognormvariate(mu, self.spread)))) for _ in range(n))
         return sorted((BYTES_PER_TOKEN * tokens for tokens in found), reverse=True)
+
+
+def _resampled(lengths: Iterable[float], n: int) -> Iterator[float]:
+    """``n`` lengths with the same mean, longest first: each the mean of its share of the given ones."""
+    known = sorted(lengths, reverse=True)
+    upto = [0.0, *accumulate(known)]
+    share = len(known) / n
+
+    def total(at: float) -> float:
+        whole = min(len(known) - 1, int(at))
+        return upto[whole] + (at - whole) * known[whole]
+
+    return ((total((i + 1) * share) - total(i * share)) / share for i in range(n))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -26,7 +26,7 @@ from scheduler.carve import Carved, Frontier, Range
 from scheduler.dispatcher import Dispatcher
 from scheduler.payloads import Payloads
 from scheduler.store import leases
-from scheduler.store.database import Database
+from scheduler.store.database import Database, StoreUnavailable
 from scheduler.store.endings import delete_job, end_job
 from scheduler.store.leadership import NotLeading
 from scheduler.store.leases import Clone, Cut, Held, Leased
@@ -1101,3 +1101,18 @@ def test_an_old_leader_leases_clones_and_recalls_nothing(house: House) -> None:
     with pytest.raises(NotLeading):
         leases.recall(house.database, old, held(house))
     assert [h.key for h in held(house)] == [(first.subtask, 1)]
+
+
+def test_what_was_decided_and_could_not_be_leased_is_decided_anew(
+    house: House, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    job = land(house.database, ["short", "rows"] * 10, TASKS)
+
+    def away(*_: object) -> list[Leased]:
+        raise StoreUnavailable("gone for a moment")
+
+    with monkeypatch.context() as patched:
+        patched.setattr("scheduler.dispatcher.leases.lease", away)
+        with pytest.raises(StoreUnavailable):
+            house.tick()
+    assert house.finish(job).cells_ok == 20 * len(TASKS)

@@ -343,10 +343,12 @@ def test_a_second_host_of_a_model_opens_only_where_its_work_ends_clearly_sooner_
 def test_among_many_hosts_one_more_is_worth_its_load_when_their_work_lasts_some_loads_longer() -> None:
     cluster = Cluster().join(*(worker(f"w{i}", A) for i in range(8))).want(demand("j", 2100))
     cluster.place()
+    cluster.now = 0.2
     cluster.join(worker("late"))
     assert "late" in names(cluster.place())
-    cluster = Cluster().join(*(worker(f"w{i}", A) for i in range(8))).want(demand("j", 1000))
+    cluster = Cluster().join(*(worker(f"w{i}", A) for i in range(8))).want(demand("j", 1200))
     cluster.place()
+    cluster.now = 0.2
     assert cluster.join(worker("late")).place() == []
 
 
@@ -1378,7 +1380,11 @@ class PolicyMachine(RuleBasedStateMachine):
             assert place.bulk == sum(1 for f in place.flights if f.demand.priority != INTERACTIVE)
             assert place.exclusive == sum(1 for f in place.flights if f.exclusive)
         for pool in policy._pools.values():
-            assert set(pool.flights.values()) == {f for f in flights if f is not None and f.of.pool is pool}
+            assert set(pool.flights.values()) == {
+                f
+                for f in flights
+                if f is not None and f.of.pool is pool and policy._places.get(f.worker.name) is f.at
+            }
         for waiting in policy._passes.values():
             assert waiting.flights == sum(1 for f in flights if f is not None and f.of is waiting)
             assert waiting.flights or waiting.rows

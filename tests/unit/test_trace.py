@@ -57,8 +57,8 @@ def test_the_lengths_of_a_job_have_the_mean_that_was_told(rows: int, tokens: flo
     (job,) = a_trace(a_line(rows=rows, tokens=tokens, spread=spread)).jobs
     total_rows, size = Rows(job).total()
     assert total_rows == rows
-    if rows >= 1024:
-        assert size / 4 / rows == pytest.approx(tokens, rel=0.03, abs=1)
+    # The last block may lack a few of the shortest; lengths are whole bytes.
+    assert size / 4 / rows == pytest.approx(tokens, rel=0.01, abs=0.5)
 
 
 @pytest.mark.parametrize(
