@@ -7,7 +7,7 @@ NEW_ENOUGH := import sys; sys.exit(sys.version_info < (3, 11))
 
 BIN := .venv/bin
 INSTALLED := .venv/.motet-installed
-BENCHES := $(patsubst %,bench/%.py,tax fusion latency interactive storage memory scale rivals)
+BENCHES := $(patsubst %,bench/%.py,tax fusion latency interactive storage memory scale dispatch rivals simulate growth truth slow)
 
 .DEFAULT_GOAL := help
 .PHONY: help install demo test check lint format bench env compose-test clean

@@ -148,7 +148,7 @@ class Watched:
 def main() -> None:
     arguments = options(__doc__).parse_args()
     rows = QUICK_ROWS if arguments.quick else ROWS
-    rounds = 1 if arguments.quick else 3
+    rounds = 1 if arguments.quick else 2
     runs: list[Run] = []
     for steady, slow in ((True, True),) if arguments.quick else ((True, False), (True, True), (False, False)):
         every = mixes(rows if steady else BARE * rows, slow=slow)
