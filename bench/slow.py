@@ -7,8 +7,8 @@ slow_efficiency   bound / makespan with one worker that takes three times as lon
 loads_per_model   times that models were loaded / models, where two jobs of two models run on two workers, each of which
                   has memory for one model; before, neither is loaded
 
-    python bench/slow.py            about three minutes
-    python bench/slow.py --quick    within one
+    python bench/slow.py            about seven minutes
+    python bench/slow.py --quick    some two
 """
 
 from __future__ import annotations
