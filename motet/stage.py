@@ -1,0 +1,187 @@
+"""What every demo stands on: a cluster that is stopped whatever happens, and a story of it on stdout."""
+
+from __future__ import annotations
+
+import logging
+import shlex
+import sys
+import textwrap
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from motet.cli.show import console, program
+from motet.client import Client, State
+from motet.job import Job, count
+
+if TYPE_CHECKING:
+    from rich.console import RenderableType
+
+#: Every demo's job is called so.
+NAME = "motet demo"
+_UNFINISHED: Sequence[State] = ("loading", "running")
+#: The plan's seconds are those of the workers that are there: it waits so long for all of them.
+_WORKERS_S = 20.0
+
+
+@dataclass(slots=True)
+class Stage:
+    """Where a demo plays."""
+
+    client: Client
+    data: Path
+    story: Story
+    #: The job that it ran, for whoever looks on afterwards.
+    job: str = ""
+
+
+@contextmanager
+def staged(data: Path, story: Story, *, cpus: int, keep: bool, models: Sequence[str] = ()) -> Iterator[Stage]:
+    """A cluster of its own with its workers ready, and stopped at the end; with ``keep`` at Ctrl-C.
+
+    ``models``: what is registered beside the models that motet ships; see ``Cluster``.
+    """
+    from motet.embedded.cluster import Cluster
+
+    with story.phase(f"starting Postgres, Valkey, API, scheduler and {cpus} CPU workers", slow=True) as note:
+        cluster = Cluster(data, cpus=cpus, port=0, models=models)
+        cluster.start()
+        note(f"ready at {cluster.url}; logs in {data / 'logs'}")
+    try:
+        with Client(cluster.url, cluster.tokens["user"]) as client:
+            _cancel_unfinished(client, story)
+            _await_workers(client, cpus, story)
+            stage = Stage(client, data, story)
+            yield stage
+        if keep:
+            story.say(f"\nthe cluster runs on at {cluster.url}, until Ctrl-C; in another shell:")
+            story.command(f"{_shell(data)} {program()} jobs")
+            _until_interrupted()
+    finally:
+        with story.phase("ending the demo", slow=True) as note:
+            cluster.stop()
+            note("everything is stopped")
+    if not keep:
+        story.say("\nto look on, start the cluster again in one shell:")
+        story.command(f"{program()} up --data {shlex.quote(str(data.resolve()))}")
+        story.say("and read the results in another:")
+        story.command(f"{_shell(data)} {program()} results {stage.job[:8]}")
+
+
+def follow(job: Job, story: Story) -> None:
+    """Wait for the job. It ends with the demo: nobody would come back for it. Raises JobFailed."""
+    try:
+        with job.bar() as bar:
+            for progress in job.watch():
+                bar.track(progress)
+    except KeyboardInterrupt:
+        story.say("         interrupted: cancelling the job …")
+        job.cancel()
+        raise
+    job.wait()
+
+
+def _cancel_unfinished(client: Client, story: Story) -> None:
+    """End what a demo that was killed has left: it would take the workers from this one."""
+    left = [job for state in _UNFINISHED for job in client.jobs(state) if job.name == NAME]
+    for job in left:
+        job.cancel()
+    if left:
+        story.say(f"         cancelled {count(len(left), 'job')} of an earlier demo")
+
+
+def _await_workers(client: Client, wanted: int, story: Story) -> None:
+    with story.phase("waiting for the workers") as note:
+        end = time.monotonic() + _WORKERS_S
+        while (ready := sum(w.state == "ready" for w in client.workers())) < wanted:
+            if time.monotonic() >= end:
+                break
+            time.sleep(0.2)
+        note(f"{ready} of {wanted} ready")
+
+
+class Story:
+    """Tells what happens, with the seconds that each phase took; says nothing if ``quiet``."""
+
+    def __init__(self, quiet: bool) -> None:
+        self.quiet = quiet
+
+    def say(self, lines: str) -> None:
+        """Print lines; those that are too wide for the terminal go on in the next one, between words."""
+        if self.quiet:
+            return
+        width = console().width
+        for line in lines.split("\n"):
+            print(_folded(line, width), flush=True)
+
+    def command(self, line: str) -> None:
+        """Print a command, whole, so that it can be pasted."""
+        if not self.quiet:
+            print(f"  {line}", flush=True)
+
+    def show(self, thing: RenderableType) -> None:
+        if not self.quiet:
+            console().print(thing)
+
+    @contextmanager
+    def phase(self, words: str, *, slow: bool = False) -> Iterator[Note]:
+        """A line when it is over; a slow phase also says that it has begun, and what the cluster logs meanwhile."""
+        note, start = Note(), time.monotonic()
+        if slow:
+            self.say(f"         {words} …")
+        with _cluster_log(shown=slow and not self.quiet):
+            yield note
+        ended = note.words if slow else ": ".join(filter(None, (words, note.words)))
+        self.say(f"{time.monotonic() - start:6.1f} s {ended}")
+
+
+def _folded(line: str, width: int) -> str:
+    return textwrap.fill(
+        line,
+        width,
+        subsequent_indent=" " * 11,
+        break_long_words=False,
+        break_on_hyphens=False,
+        replace_whitespace=False,
+    )
+
+
+class Note:
+    """What a phase found out."""
+
+    words = ""
+
+    def __call__(self, words: str) -> None:
+        self.words = words
+
+
+@contextmanager
+def _cluster_log(*, shown: bool) -> Iterator[None]:
+    """Show what the cluster says of its processes, so that a slow start is not silent."""
+    log, handler = logging.getLogger("motet.cluster"), logging.StreamHandler(sys.stdout)
+    handler.setFormatter(logging.Formatter("           %(message)s"))
+    if not shown:
+        yield
+        return
+    log.addHandler(handler)
+    log.setLevel(logging.INFO)
+    try:
+        yield
+    finally:
+        log.removeHandler(handler)
+
+
+def _until_interrupted() -> None:
+    try:
+        while True:
+            time.sleep(3600)
+    except KeyboardInterrupt:
+        print(file=sys.stderr)
+
+
+def _shell(data: Path) -> str:
+    """The variable that points the command line at this cluster."""
+    return f"MOTET_HOME={shlex.quote(str(data.resolve()))}"

@@ -1,0 +1,126 @@
+"""Dependence, block by block: a pass that reads other tasks' answers waits in a block until these are sealed there.
+
+All functions work inside the transaction that sealed them, or that landed the block, and that holds the job's lock. So
+whoever looks finds a pass either waiting, or with rows to carve, and every row taken out of it counted as skipped.
+"""
+
+from __future__ import annotations
+
+from collections import Counter, defaultdict
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+from uuid import UUID
+
+from sqlalchemy import Connection, Row, text
+
+from motet.columns import CellError
+from scheduler.blocks import read_in_order, row_order, uint32_bytes
+
+#: Class of a cell that was skipped since one that it reads has no answer.
+UPSTREAM = "upstream"
+#: A (block, pass): job, pass number, block number.
+Place = tuple[UUID, int, int]
+
+_PLACES = "unnest(CAST(:jobs AS uuid[]), CAST(:passes AS smallint[]), CAST(:blocks AS int[]))"
+_FAILED = text(f"""
+    SELECT k.job, k.pass, k.block, t.name, s.errors
+      FROM {_PLACES} k (job, pass, block)
+      JOIN pass p ON p.job_id = k.job AND p.number = k.pass CROSS JOIN LATERAL unnest(p.needs) n (task)
+      JOIN task t ON t.job_id = k.job AND t.number = n.task
+      JOIN block_column b ON b.job_id = k.job AND b.block_number = k.block AND b.task_number = n.task
+      JOIN sealed_column s ON s.id = b.column_id AND s.n_error + s.n_skipped > 0
+     ORDER BY k.job, k.pass, k.block, n.task""")
+# Whose last needed column has just come to be shown.
+_FREE = text("""
+    SELECT b.job_id, b.pass_number, b.block_number, b.todo, k.row_order, k.lengths, k.n_rows, p.max_tokens
+      FROM unnest(CAST(:jobs AS uuid[]), CAST(:blocks AS int[])) w (job, block)
+      JOIN block_pass b ON b.job_id = w.job AND b.block_number = w.block AND b.state = 'waiting'
+      JOIN pass p ON p.job_id = b.job_id AND p.number = b.pass_number
+      JOIN block k ON k.job_id = b.job_id AND k.number = b.block_number
+     WHERE NOT EXISTS (SELECT FROM unnest(p.needs) n (task)
+                        WHERE NOT EXISTS (SELECT FROM block_column c WHERE c.job_id = b.job_id
+                                             AND c.block_number = b.block_number AND c.task_number = n.task))
+     ORDER BY b.job_id, b.pass_number, b.block_number FOR NO KEY UPDATE OF b""")
+_RELEASE = text("""
+    UPDATE block_pass SET state = 'ready', n = :n, row_order = :row_order
+     WHERE job_id = :job AND pass_number = :pass AND block_number = :block""")
+_MORE_WAITS = text("""
+    UPDATE pass SET rows_waiting = rows_waiting + :rows, bytes_waiting = bytes_waiting + :bytes
+     WHERE job_id = :job AND number = :pass""")
+_COUNT_SKIPPED = text("UPDATE job SET cells_skipped = cells_skipped + :n WHERE id = :job")
+
+
+@dataclass(frozen=True, slots=True)
+class Emptied:
+    """A pass that was released in a block without a row to do: it is to be sealed at once."""
+
+    place: Place
+    todo: int
+
+
+def failed_upstream(connection: Connection, places: Collection[Place]) -> dict[Place, dict[int, CellError]]:
+    """Of each of these places that has any: offset -> why its cells are skipped, of rows that lack what they need.
+
+    Rows that came in broken are among them. It is the same now and when the place is sealed: sealed columns never change.
+    """
+    jobs, passes, blocks = zip(*places, strict=True)
+    found: dict[Place, dict[int, CellError]] = defaultdict(dict)
+    at = {"jobs": list(jobs), "passes": list(passes), "blocks": list(blocks)}
+    for job, number, block, name, errors in connection.execute(_FAILED, at):
+        here = found[job, number, block]
+        for offset, e in (errors or {}).items():
+            here.setdefault(int(offset), because(name, e["error"], e["message"]))
+    return dict(found)
+
+
+def because(task: str, error: str, message: str) -> CellError:
+    """The reason of a skipped cell: the task that failed first, and how."""
+    return CellError(UPSTREAM, message if error == UPSTREAM else f"{task}: {error}")
+
+
+def release(connection: Connection, blocks: Collection[tuple[UUID, int]]) -> list[Emptied]:
+    """Let passes be carved that wait in these blocks for nothing any more, without the rows that lack what they need.
+
+    Those rows are counted as skipped cells, in this transaction. Returns the passes that thereby have nothing to do.
+    """
+    if not blocks:
+        return []
+    jobs, numbers = zip(*sorted(blocks), strict=True)
+    free = connection.execute(_FREE, {"jobs": list(jobs), "blocks": list(numbers)}).all()
+    if not free:
+        return []
+    failed = failed_upstream(connection, [_place(row) for row in free])
+    skipped: Counter[UUID] = Counter()
+    rows: Counter[tuple[UUID, int]] = Counter()
+    size: Counter[tuple[UUID, int]] = Counter()
+    released: list[dict[str, Any]] = []
+    for row in free:
+        job, number, block = place = _place(row)
+        order = row_order(bytes(row.row_order))
+        left = [i for i in order if i not in failed.get(place, {})]
+        own = uint32_bytes(left) if len(left) < len(order) else None
+        released.append({"job": job, "pass": number, "block": block, "n": len(left), "row_order": own})
+        skipped[job] += (len(order) - len(left)) * (row.todo & (1 << 64) - 1).bit_count()
+        rows[job, number] += len(left)
+        size[job, number] += sum(
+            read_in_order(
+                bytes(row.row_order) if own is None else own, row.lengths, row.n_rows, row.max_tokens
+            )
+        )
+    connection.execute(_RELEASE, released)
+    connection.execute(
+        _MORE_WAITS,
+        [{"job": j, "pass": p, "rows": n, "bytes": size[j, p]} for (j, p), n in sorted(rows.items())],
+    )
+    connection.execute(_COUNT_SKIPPED, [{"job": job, "n": n} for job, n in sorted(skipped.items())])
+    return [Emptied(_place(row), row.todo) for row, made in zip(free, released, strict=True) if not made["n"]]
+
+
+def _place(row: Row[Any]) -> Place:
+    return (row.job_id, row.pass_number, row.block_number)
+
+
+def skips(order: Sequence[int], failed: Mapping[int, CellError]) -> dict[int, CellError]:
+    """Of the rows that work would be done on those that are skipped, and why."""
+    return {int(i): failed[int(i)] for i in order if int(i) in failed} if failed else {}

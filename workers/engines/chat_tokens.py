@@ -1,0 +1,172 @@
+"""A model's tokenizer with its chat template: messages become token ids, in runs that can be shared.
+
+Contents are tokenised apart from the template around them, each part by itself: so equal parts give equal ids
+whatever stands beside them, and a text that spells a control token stays text.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import threading
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from workers.engine import CannotLoad
+from workers.engines.prompts import GAP, Message, Part, plain
+
+#: Stand for the contents while the template is filled in. Private characters: no template has them.
+_MARK = re.compile("\ue000(\\d+)\ue001")
+#: Ids of fixed parts that are kept.
+_KEPT = 4096
+
+
+@dataclass(frozen=True, slots=True)
+class Prompt:
+    """A prompt in tokens."""
+
+    ids: list[int]
+    #: So many leading ones are the same for every row of the task.
+    fixed: int
+    #: Where the first part that is not fixed stands: the text, for most tasks. Empty where there is none.
+    text: tuple[int, int] = (0, 0)
+
+
+class ChatTokens:
+    """Any number of threads may call it."""
+
+    def __init__(self, files: Mapping[str, Path]) -> None:
+        """Raises CannotLoad."""
+        try:
+            from tokenizers import Tokenizer
+            from transformers import AutoTokenizer
+
+            self._chat: Any = AutoTokenizer.from_pretrained(
+                files["config.json"].parent, local_files_only=True, trust_remote_code=False
+            )
+            self.json = files["tokenizer.json"].read_text("utf-8")
+            self._control, self._data = Tokenizer.from_str(self.json), Tokenizer.from_str(self.json)
+            for reader in (self._control, self._data):
+                reader.no_padding()
+                reader.no_truncation()
+            # What looks like a control token in a text is text.
+            self._data.encode_special_tokens = True
+            self.ends = _ends(files, self._chat.eos_token_id)
+            self.has_template = bool(self._chat.chat_template)
+        except Exception as error:
+            raise CannotLoad(f"the tokenizer cannot be read: {type(error).__name__}") from error
+        self._lock = threading.Lock()
+        self._frames: dict[tuple[tuple[str, int], ...], list[list[int] | int]] = {}
+        self._fixed: dict[str, list[int]] = {}
+
+    def texts(self, texts: Sequence[str]) -> list[list[int]]:
+        """The ids of many texts, as contents."""
+        return [read.ids for read in self._data.encode_batch_fast(list(texts), add_special_tokens=False)]
+
+    def label(self, label: str) -> list[int]:
+        """The ids of a label as the beginning of an answer. Raises ValueError where it has none."""
+        ids = self._ids(label if self.has_template else f" {label}")
+        if not ids:
+            raise ValueError("a label without tokens")
+        return ids
+
+    def prompt(self, messages: Sequence[Message], known: Mapping[str, list[int]]) -> Prompt:
+        """The prompt of these messages. ``known``: ids of texts that are tokenised already.
+
+        Raises ValueError where the chat template takes no such dialogue.
+        """
+        parts = [part for message in messages for part in message.parts]
+        ids: list[int] = []
+        fixed: int | None = None
+        text = (0, 0)
+        for piece in self._frame(messages):
+            if not isinstance(piece, int):
+                ids += piece
+                continue
+            part = parts[piece]
+            start = len(ids)
+            if part.fixed:
+                ids += self._ids(part.text)
+                continue
+            found = known.get(part.text)
+            ids += self._ids(part.text, keep=False) if found is None else found
+            if fixed is None:
+                fixed, text = start, (start, len(ids))
+        return Prompt(ids, len(ids) if fixed is None else fixed, text)
+
+    def words(self, ids: Sequence[int]) -> str:
+        """Written tokens as text, without control tokens."""
+        return str(self._control.decode(list(ids), skip_special_tokens=True))
+
+    def _ids(self, text: str, *, keep: bool = True) -> list[int]:
+        if keep and text in self._fixed:
+            return self._fixed[text]
+        ids: list[int] = self._data.encode(text, add_special_tokens=False).ids
+        if keep:
+            with self._lock:
+                if len(self._fixed) >= _KEPT:
+                    self._fixed.clear()
+                self._fixed[text] = ids
+        return ids
+
+    def _frame(self, messages: Sequence[Message]) -> list[list[int] | int]:
+        """The template's own tokens, and between them the numbers of the parts: the same for equal roles."""
+        shape = tuple((message.role, len(message.parts)) for message in messages)
+        if shape not in self._frames:
+            frame = self._filled(messages)
+            with self._lock:
+                if len(self._frames) >= _KEPT:
+                    self._frames.clear()
+                self._frames[shape] = frame
+        return self._frames[shape]
+
+    def _filled(self, messages: Sequence[Message]) -> list[list[int] | int]:
+        number = 0
+        marked = []
+        for message in messages:
+            marks = [Part(f"\ue000{number + i}\ue001", True) for i in range(len(message.parts))]
+            number += len(marks)
+            marked.append(Message(message.role, tuple(marks)))
+        if not self.has_template:
+            # A model that was never taught to chat goes on writing after the text.
+            begin: list[list[int] | int] = [self._control.encode("", add_special_tokens=True).ids]
+            return begin + self._cut(GAP.join(message.text for message in marked) + "\n")
+        return self._cut(self._templated(marked))
+
+    def _templated(self, marked: Sequence[Message]) -> str:
+        def fill(told: list[dict[str, str]]) -> str:
+            return str(self._chat.apply_chat_template(told, tokenize=False, add_generation_prompt=True))
+
+        told = plain(marked)
+        try:
+            return fill(told)
+        except Exception as error:
+            if told[0]["role"] != "system" or len(told) < 2:
+                raise ValueError("the chat template takes no such dialogue") from error
+        # Some know no system message: it then begins the first one.
+        told[1]["content"] = told[0]["content"] + GAP + told[1]["content"]
+        try:
+            return fill(told[1:])
+        except Exception as error:
+            raise ValueError("the chat template takes no such dialogue") from error
+
+    def _cut(self, filled: str) -> list[list[int] | int]:
+        frame: list[list[int] | int] = []
+        for i, piece in enumerate(_MARK.split(filled)):
+            if i % 2:
+                frame.append(int(piece))
+            elif piece:
+                frame.append(self._control.encode(piece, add_special_tokens=False).ids)
+        return frame
+
+
+def _ends(files: Mapping[str, Path], of_tokenizer: int | None) -> frozenset[int]:
+    """The tokens that end an answer, as all of the model's files say."""
+    said: list[Any] = [of_tokenizer]
+    for name in ("config.json", "generation_config.json"):
+        if name in files:
+            found = json.loads(files[name].read_text("utf-8")).get("eos_token_id")
+            said += found if isinstance(found, list) else [found]
+    return frozenset(int(one) for one in said if isinstance(one, int))

@@ -1,0 +1,510 @@
+"""A language model on any OpenAI-compatible server: an existing vLLM, SGLang, llama.cpp, or one that is rented.
+
+An administrator registers its address; workers keep a bounded number of requests in flight. The prompts of one row are
+sent one after the other with what they share in front, so that the server's own prefix cache serves them. The key is in
+a variable of the workers; a manifest only names it.
+
+Choose: a server that tokenises chats and tells the likelihood of given tokens (vLLM) scores every label, as the torch
+engine does. Of any other one the first token's likelihoods are taken, each for the labels that begin with it, and where
+there are none, the label that was written gets the score 1. Those two are not calibrated.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import hashlib
+import json
+import math
+import os
+import queue
+import re
+import threading
+from collections.abc import Collection, Hashable, Mapping, Sequence
+from concurrent.futures import Future
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from motet.columns import OK, STATE_MASK, TRUNCATED, CellError, Column
+from motet.manifest import KEY_ENV, Manifest
+from motet.wire import TaskOrder
+from workers.assemble import assemble
+from workers.engine import CannotLoad, Ended, Pass, Prepared, Step
+from workers.engines.answers import label_column
+from workers.engines.chat_server import CONTEXT_LENGTH, ChatServer, Refused, Spending
+from workers.engines.function import json_column
+from workers.engines.prompts import BAD_MESSAGES, NOTHING, BadMessages, messages_of, plain
+from workers.engines.writers import violation
+
+#: Of the places so many more requests are let in, so that none is ever free.
+AHEAD = 1 / 8
+#: Seconds that a step waits for an answer.
+STEP_S = 0.02
+#: More tries where an answer breaks its schema: a server that constrains needs none.
+MENDING = 2
+#: A prompt without room for its whole answer is asked for less of one; a text that may be cut, cut to these shares.
+LESS, CUTS = (1, 1 / 4, 1 / 16, 0), (3 / 4, 1 / 2, 1 / 4, 1 / 8, 1 / 16)
+#: UTF-8 bytes of a token, for predictions.
+BYTES_PER_TOKEN = 4
+#: Worth of a label that is not even among the likeliest tokens, below the last of those.
+UNSEEN = -2.0
+
+
+@dataclass(frozen=True, slots=True)
+class Asking:
+    """A row as it was handed in: ``Prepared.inputs``."""
+
+    text: str
+    fields: Mapping[str, str]
+    #: Of the row in its job.
+    index: int
+
+
+@dataclass(slots=True)
+class Served:
+    """A server, and the rows that it works on."""
+
+    server: ChatServer
+    loop: asyncio.AbstractEventLoop
+    thread: threading.Thread
+    #: Ticket -> tasks asked, and the row on the loop.
+    rows: dict[Hashable, tuple[int, Future[None]]] = field(default_factory=dict)
+    ended: queue.SimpleQueue[tuple[Future[None], Ended]] = field(default_factory=queue.SimpleQueue)
+    #: Task -> what its labels are worth without any text.
+    worth: dict[str, tuple[float, ...]] = field(default_factory=dict)
+
+    @property
+    def asked(self) -> int:
+        return sum(tasks for tasks, _ in self.rows.values())
+
+
+class OpenAIEngine:
+    """Answers generate, chat, choose and extract. A ``ContinuousEngine``."""
+
+    def memory_mb(self, model: Manifest, in_format: str) -> int:
+        return 0
+
+    def load(self, model: Manifest, files: Mapping[str, Path], *, device: str, in_format: str) -> Served:
+        source = model.source
+        if "url" not in source or "model" not in source:
+            raise CannotLoad(f"{model.ref} names no server")
+        key = ""
+        if named := source.get("key_env", ""):
+            if not KEY_ENV.fullmatch(named):
+                raise CannotLoad(f"{model.ref} names {named!r}; only MOTET_KEY_… may hold a server's key")
+            if not (key := os.environ.get(named, "")):
+                raise CannotLoad(f"this worker has no {named}, which holds the key of {model.ref}")
+        return connect(source["url"], source["model"], key=key, in_flight=int(source.get("in_flight", "16")))
+
+    def attach(self, handle: Served, task: TaskOrder, files: Mapping[str, Path]) -> None:
+        if task.manifest.trunk_model:
+            raise CannotLoad(f"{task.manifest.ref}: a server's model takes no adapters from here")
+
+    def prepare(self, pass_: Pass, texts: Sequence[str]) -> list[Prepared | CellError]:
+        return [self._prepared(pass_, row, text) for row, text in enumerate(texts)]
+
+    def run(self, pass_: Pass, batch: Sequence[Prepared]) -> Mapping[str, Column]:
+        """These rows from beginning to end, and no others."""
+        waiting = dict(enumerate(batch))
+        found: dict[Hashable, Ended] = {}
+        while waiting or pass_.handle.rows:
+            while waiting and self.admit(pass_, waiting[min(waiting)], min(waiting), urgent=False):
+                del waiting[min(waiting)]
+            for ended in self.step(pass_.handle, 1024).ended:
+                found[ended.ticket] = ended
+        return {
+            task.name: assemble(
+                task.column_kind,
+                len(batch),
+                [([i], found[i].columns[task.name]) for i in range(len(batch))],
+                {},
+            )
+            for task in pass_.tasks
+        }
+
+    def admit(self, pass_: Pass, row: Prepared, ticket: Hashable, *, urgent: bool) -> bool:
+        handle: Served = pass_.handle
+        if not urgent and handle.asked >= handle.server.in_flight * (1 + AHEAD):
+            return False
+        # The row must know its own future before it can end.
+        known: Future[Future[None]] = Future()
+        future = asyncio.run_coroutine_threadsafe(
+            _row(handle, pass_.tasks, row, ticket, urgent, known), handle.loop
+        )
+        known.set_result(future)
+        handle.rows[ticket] = (len(pass_.tasks), future)
+        return True
+
+    def step(self, handle: Served, tokens: int) -> Step:
+        """Wait a moment for answers; the server does the rest."""
+        ended = []
+        with contextlib.suppress(queue.Empty):
+            if handle.rows:
+                ended.append(handle.ended.get(timeout=STEP_S))
+            while True:
+                ended.append(handle.ended.get_nowait())
+        # One that was forgotten may have ended at the same time.
+        mine = [e for future, e in ended if handle.rows.get(e.ticket, (0, None))[1] is future]
+        for one in mine:
+            del handle.rows[one.ticket]
+        spent = [of_task for one in mine for of_task in one.spent.values()]
+        computed = sum(read - cached + written for read, cached, written, _ in spent)
+        taken = handle.server.gate.taken / handle.server.in_flight
+        return Step(mine, computed, min(1.0, taken) if handle.rows or mine else None)
+
+    def abort(self, handle: Served, tickets: Collection[Hashable]) -> None:
+        """Closes their connections: servers then stop writing."""
+        for ticket in tickets:
+            if ticket in handle.rows:
+                handle.rows.pop(ticket)[1].cancel()
+
+    def inside(self, handle: Served) -> int:
+        return len(handle.rows)
+
+    def unload(self, handle: Served) -> None:
+        self.abort(handle, list(handle.rows))
+        asyncio.run_coroutine_threadsafe(handle.server.close(), handle.loop).result(10)
+        handle.loop.call_soon_threadsafe(handle.loop.stop)
+        handle.thread.join(10)
+
+    def _prepared(self, pass_: Pass, row: int, text: str) -> Prepared | CellError:
+        fields = {name: column[row] for name, column in pass_.fields.items()}
+        said = set()
+        try:
+            for task in pass_.tasks:
+                said |= {part.text for m in messages_of(task.spec, text, fields) for part in m.parts}
+        except BadMessages:
+            return BAD_MESSAGES
+        index = pass_.indices[row] if row < len(pass_.indices) else row
+        length = sum(len(one.encode("utf-8", "replace")) for one in said) // BYTES_PER_TOKEN
+        return Prepared(row, max(1, length), False, Asking(text, fields, index))
+
+
+def connect(url: str, model: str, *, key: str = "", in_flight: int = 16) -> Served:
+    """A server behind an event loop of its own. Nothing is asked of it yet."""
+    loop = asyncio.new_event_loop()
+    thread = threading.Thread(target=loop.run_forever, name="motet-served", daemon=True)
+    thread.start()
+
+    async def open_server() -> ChatServer:
+        return ChatServer(url=url.rstrip("/"), model=model, key=key, in_flight=in_flight)
+
+    return Served(asyncio.run_coroutine_threadsafe(open_server(), loop).result(30), loop, thread)
+
+
+# -- on the loop
+
+
+@dataclass(frozen=True, slots=True)
+class _Question:
+    """One task for one row."""
+
+    handle: Served
+    task: TaskOrder
+    asking: Asking
+    urgent: bool
+    spending: Spending
+
+    @property
+    def server(self) -> ChatServer:
+        return self.handle.server
+
+    def messages(self, share: float = 1.0) -> list[dict[str, str]]:
+        """What is asked, about this share of the text."""
+        text = self.asking.text
+        text = text if share == 1 else text[: int(len(text) * share)]
+        return plain(messages_of(self.task.spec, text, self.asking.fields))
+
+    def empty(self) -> list[dict[str, str]]:
+        """The same without any text."""
+        return plain(messages_of(self.task.spec, NOTHING, dict.fromkeys(self.asking.fields, NOTHING)))
+
+    async def chat(self, messages: Sequence[Mapping[str, str]], **options: Any) -> dict[str, Any]:
+        return await self.server.chat(messages, self.spending, urgent=self.urgent, **options)
+
+
+async def _row(
+    handle: Served,
+    tasks: Sequence[TaskOrder],
+    row: Prepared,
+    ticket: Hashable,
+    urgent: bool,
+    known: Future[Future[None]],
+) -> None:
+    questions = [_Question(handle, task, row.inputs, urgent, Spending()) for task in tasks]
+    # Begun in this order, and so sent one after the other.
+    columns = await asyncio.gather(*map(_column, questions))
+    spent = {}
+    for q in questions:
+        s = q.spending
+        spent[q.task.name] = (s.tokens_in, s.cached, s.tokens_out, s.seconds)
+    ended = Ended(ticket, {q.task.name: c for q, c in zip(questions, columns, strict=True)}, spent)
+    place = await asyncio.wrap_future(known)
+    handle.ended.put((place, ended))
+
+
+async def _column(q: _Question) -> Column:
+    """The task's column of one row. Whatever goes wrong is its error."""
+    shares = (
+        1.0,
+        *(CUTS if q.task.spec.get("too_long") == "truncate" and q.task.spec["kind"] != "chat" else ()),
+    )
+    for share in shares:
+        try:
+            column = await _answer(q, share)
+        except Refused as refused:
+            if refused.cell != CONTEXT_LENGTH or share == shares[-1]:
+                return _failed(q, refused.cell)
+        except Exception as error:  # noqa: BLE001 - a stranger's answer: the row's own error
+            return _failed(
+                q, CellError("engine", f"the server's answer cannot be read: {type(error).__name__}")
+            )
+        else:
+            return column if share == 1 else _marked(column)
+    raise AssertionError("the last share returns")
+
+
+async def _answer(q: _Question, share: float) -> Column:
+    if q.task.spec["kind"] == "choose":
+        scores = await _label_scores(q, share)
+        return label_column(np.array([scores], np.float32), every_score=bool(q.task.spec.get("scores")))
+    if q.task.spec.get("schema") is not None:
+        return json_column([await _by_schema(q, share)])
+    message, finish = await _written(q, q.messages(share))
+    return json_column([{"text": _until(message, q.task.spec.get("stop") or ()).strip(), "finish": finish}])
+
+
+async def _written(q: _Question, messages: Sequence[Mapping[str, str]], **options: Any) -> tuple[str, str]:
+    """What the model writes, and how it ended: with less room than asked for where the context has no more."""
+    spec = q.task.spec
+    wanted = int(spec["max_tokens"])
+    if spec.get("stop"):
+        options["stop"] = list(spec["stop"])
+    options["temperature"] = float(spec.get("temperature", 0.0))
+    if options["temperature"] > 0:
+        said = f"{spec.get('seed', 0)}/{q.asking.index}/{q.task.name}"
+        options["seed"] = int.from_bytes(hashlib.sha256(said.encode()).digest()[:4], "big") >> 1
+    for most in sorted({max(1, int(wanted * part)) for part in LESS}, reverse=True):
+        try:
+            choice = await q.chat(messages, max_tokens=most, **options)
+        except Refused as refused:
+            if refused.cell != CONTEXT_LENGTH or most == 1:
+                raise
+        else:
+            return _text(choice), "length" if choice.get("finish_reason") == "length" else "stop"
+    raise AssertionError("one token is the least")
+
+
+def _text(choice: Mapping[str, Any]) -> str:
+    if choice.get("finish_reason") == "content_filter":
+        raise Refused(CellError("refused", "the model's server withholds the answer"))
+    message = choice.get("message")
+    content = message.get("content") if isinstance(message, dict) else None
+    return (content or "").replace("\0", "") if isinstance(content, str | None) else ""
+
+
+def _until(text: str, stops: Sequence[str]) -> str:
+    """Some servers leave the stop text in."""
+    for stop in stops:
+        text = text.partition(stop)[0]
+    return text
+
+
+# -- schemas
+
+
+async def _by_schema(q: _Question, share: float) -> Any:
+    """A value that keeps the schema, or why there is none."""
+    schema = q.task.spec["schema"]
+    messages = q.messages(share)
+    broken = ""
+    for _ in range(1 + MENDING):
+        text, finish = await _constrained(q, messages, schema)
+        if finish == "length":
+            return CellError("schema", "max_tokens were written before the value was whole; allow more")
+        value, broken = _checked(text, schema)
+        if not broken:
+            return value
+        messages = [
+            *messages,
+            {"role": "assistant", "content": text},
+            {"role": "user", "content": f"This is not right: {broken}. Answer again, with the JSON alone."},
+        ]
+    return CellError("schema", broken)
+
+
+async def _constrained(
+    q: _Question, messages: Sequence[Mapping[str, str]], schema: Mapping[str, Any]
+) -> tuple[str, str]:
+    """An answer that the server holds to the schema; where it cannot, the schema is part of what it is told."""
+    if q.server.constrains:
+        try:
+            form = {"type": "json_schema", "json_schema": {"name": "answer", "schema": dict(schema)}}
+            return await _written(q, messages, response_format=form)
+        except Refused as refused:
+            if refused.status not in (400, 404, 415, 422) or refused.cell == CONTEXT_LENGTH:
+                raise
+            # Whether it is the schema or the server that cannot, the next request tells.
+            told = await _written(q, _told(messages, schema))
+            q.server.constrains = False
+            return told
+    return await _written(q, _told(messages, schema))
+
+
+def _told(messages: Sequence[Mapping[str, str]], schema: Mapping[str, Any]) -> list[Mapping[str, str]]:
+    first = next(i for i, m in enumerate(messages) if m["role"] == "user")
+    words = f"\n\nAnswer with JSON alone, which keeps this JSON Schema: {json.dumps(schema, sort_keys=True)}"
+    told = [dict(m) for m in messages]
+    told[first]["content"] += words
+    return [*told]
+
+
+def _checked(text: str, schema: Mapping[str, Any]) -> tuple[Any, str]:
+    """The value, and what is wrong with it, without a word of it."""
+    fenced = re.fullmatch(r"\s*```(?:json)?\s*(.*?)\s*```\s*", text, re.DOTALL)
+    try:
+        value = json.loads(fenced.group(1) if fenced else text)
+    except (ValueError, RecursionError):
+        return None, "what was written is no JSON"
+    return value, violation(value, schema) or ""
+
+
+# -- labels
+
+
+async def _label_scores(q: _Question, share: float) -> list[float]:
+    """A logarithm for each label; only their differences mean something."""
+    if q.server.scores is not False:
+        try:
+            return await _likelihoods(q, share)
+        except Refused as refused:
+            if q.server.scores or refused.status not in (400, 404, 405, 415, 422, 501):
+                raise
+            if refused.cell == CONTEXT_LENGTH:
+                raise
+            q.server.scores = False
+    return await _first_tokens(q, share)
+
+
+async def _likelihoods(q: _Question, share: float) -> list[float]:
+    """Of every label as the whole answer, against what it is worth without any text."""
+    texts = list(map(str, q.task.spec["labels"]))
+    labels = [
+        await q.server.tokens(urgent=q.urgent, prompt=label, add_special_tokens=False) for label in texts
+    ]
+    found = await _sums(q, q.messages(share), labels)
+    if q.task.spec.get("calibrate", True):
+        if q.task.name not in q.handle.worth:
+            q.handle.worth[q.task.name] = tuple(await _sums(q, q.empty(), labels))
+        found = [a - b for a, b in zip(found, q.handle.worth[q.task.name], strict=True)]
+    q.server.scores = True
+    return found
+
+
+async def _sums(
+    q: _Question, messages: Sequence[Mapping[str, str]], labels: Sequence[Sequence[int]]
+) -> list[float]:
+    prompt = await q.server.tokens(urgent=q.urgent, messages=list(messages), add_generation_prompt=True)
+
+    async def one(label: Sequence[int]) -> float:
+        choice = await q.server.complete(
+            [*prompt, *label],
+            q.spending,
+            urgent=q.urgent,
+            max_tokens=1,
+            temperature=0.0,
+            echo=True,
+            logprobs=1,
+        )
+        told = (choice.get("logprobs") or {}).get("token_logprobs") or []
+        mine = told[len(prompt) : len(prompt) + len(label)]
+        if len(mine) < len(label) or not all(isinstance(p, int | float) for p in mine):
+            raise Refused(
+                CellError("refused", "the server does not tell the likelihood of given tokens"), 404
+            )
+        return float(sum(mine))
+
+    return list(await asyncio.gather(*map(one, labels)))
+
+
+async def _first_tokens(q: _Question, share: float) -> list[float]:
+    """By what the answer begins with."""
+    labels = list(map(str, q.task.spec["labels"]))
+    longest = max(len(label.encode("utf-8", "replace")) for label in labels)
+    options: dict[str, Any] = {"temperature": 0.0, "max_tokens": 4 + longest // 2}
+    messages = q.messages(share)
+    if q.server.logprobs:
+        try:
+            choice = await q.chat(messages, **options, logprobs=True, top_logprobs=20)
+        except Refused as refused:
+            if refused.status not in (400, 422) or refused.cell == CONTEXT_LENGTH:
+                raise
+            choice = await q.chat(messages, **options)
+            q.server.logprobs = False
+    else:
+        choice = await q.chat(messages, **options)
+    written = named(_text(choice), labels)
+    shares = beginnings(_likeliest(choice), labels, written)
+    if not any(shares):
+        if written is None:
+            raise Refused(CellError("no_label", "what was written is none of the labels"))
+        shares = [float(i == written) for i in range(len(labels))]
+        return [math.log(share) if share else -100.0 for share in shares]
+    least = math.log(min(share for share in shares if share))
+    return [math.log(share) if share else least + UNSEEN for share in shares]
+
+
+def _likeliest(choice: Mapping[str, Any]) -> list[tuple[str, float]]:
+    """The likeliest first tokens with their probabilities."""
+    content = (choice.get("logprobs") or {}).get("content") or [{}]
+    found = content[0].get("top_logprobs") or []
+    return [(str(one["token"]), math.exp(min(0.0, float(one["logprob"])))) for one in found]
+
+
+def named(text: str, labels: Sequence[str]) -> int | None:
+    """Which label an answer names: the one it is, or begins with, or the only one in it; None where that is unclear."""
+    plain_text = text.strip().strip("\"'`*.").casefold()
+    folded = [label.casefold() for label in labels]
+    if plain_text in folded:
+        return folded.index(plain_text)
+    for found in (
+        [i for i, label in enumerate(folded) if re.match(rf"{re.escape(label)}(?!\w)", plain_text)],
+        [i for i, label in enumerate(folded) if re.search(rf"(?<!\w){re.escape(label)}(?!\w)", plain_text)],
+    ):
+        if found:
+            longest = max(found, key=lambda i: len(folded[i]))
+            # One that begins or holds the others is meant; two that stand apart are not clear.
+            return longest if all(folded[i] in folded[longest] for i in found) else None
+    return None
+
+
+def beginnings(
+    tokens: Sequence[tuple[str, float]], labels: Sequence[str], written: int | None
+) -> list[float]:
+    """Each label's share of the first token: what begins several is the written one's, or all of theirs alike."""
+    shares = [0.0] * len(labels)
+    for token, share in tokens:
+        begin = token.replace("\u0120", " ").replace("\u2581", " ").strip().casefold()
+        mine = [i for i, label in enumerate(labels) if begin and label.strip().casefold().startswith(begin)]
+        if written in mine:
+            mine = [written] if written is not None else mine
+        for i in mine:
+            shares[i] += share / len(mine)
+    return shares
+
+
+# -- columns of one row
+
+
+def _failed(q: _Question, cell: CellError) -> Column:
+    return assemble(q.task.column_kind, 1, [], {0: cell})
+
+
+def _marked(column: Column) -> Column:
+    """The same, said of a text that was cut."""
+    if column.status[0] & STATE_MASK != OK:
+        return column
+    return Column(kind=column.kind, status=bytes([column.status[0] | TRUNCATED]), arrays=column.arrays)

@@ -1,0 +1,122 @@
+"""What a language model is told: the messages of a task, in the order in which most of them is shared. Pure.
+
+Each message is a list of parts; a part is fixed where it is the same for every row of the task. Templates name fields
+and are never code; a row's text is data, whatever it looks like.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from motet.columns import CellError
+from motet.tasks import placeholders, render
+
+#: Between text and instruction.
+GAP = "\n\n"
+#: What stands for the text where a label's likelihood without any text is asked for.
+NOTHING = "N/A"
+ROLES = ("system", "user", "assistant")
+BAD_MESSAGES = CellError(
+    "bad_messages",
+    'the dialogue is no list of {"role": "user" | "assistant" | "system", "content": text}; expected one that ends '
+    "with a user's message",
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Part:
+    """A run of text within a message."""
+
+    text: str
+    #: The same for every row of its task.
+    fixed: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Message:
+    """One message of a dialogue."""
+
+    role: str
+    parts: tuple[Part, ...]
+
+    @property
+    def text(self) -> str:
+        return "".join(part.text for part in self.parts)
+
+
+class BadMessages(Exception):
+    """A row's dialogue cannot be read."""
+
+
+def messages_of(spec: Mapping[str, Any], text: str, fields: Mapping[str, str]) -> list[Message]:
+    """The messages of a task (``Task.to_json``) for one row, to be answered by the assistant.
+
+    ``text``: its rendered shared input. ``fields``: what its other templates name. Raises BadMessages.
+    """
+    system = _parts(spec.get("system", ""), fields)
+    said = [Message("system", system)] if system else []
+    if spec["kind"] == "chat":
+        turns = dialogue(text)
+        return [*(said if turns[0].role != "system" else ()), *turns]
+    about, instruction = (Part(text, False),), _parts(instruction_of(spec), fields)
+    gap = (Part(GAP, True),)
+    if not instruction:
+        order: tuple[Part, ...] = about
+    elif spec.get("first") == "instruction":
+        order = (*instruction, *gap, *about)
+    else:
+        order = (*about, *gap, *instruction)
+    return [*said, Message("user", order)]
+
+
+def instruction_of(spec: Mapping[str, Any]) -> str:
+    """The template of what a task asks: its own words, or those that its kind brings along."""
+    if spec["kind"] != "choose":
+        return str(spec.get("prompt", ""))
+    labels = list(spec["labels"])
+    words = f"{', '.join(labels[:-1])} or {labels[-1]}"
+    asked = f"Which of these fits best: {words}? Answer with one of them."
+    # Labels are no templates: their braces are theirs.
+    return str(spec.get("question") or asked.replace("{", "{{").replace("}", "}}"))
+
+
+def dialogue(raw: str) -> list[Message]:
+    """Messages out of JSON, each with one part. Raises BadMessages."""
+    try:
+        turns = json.loads(raw)
+    except (ValueError, RecursionError):
+        raise BadMessages from None
+    if not isinstance(turns, list) or not turns:
+        raise BadMessages
+    for turn in turns:
+        if (
+            not isinstance(turn, dict)
+            or turn.get("role") not in ROLES
+            or not isinstance(turn.get("content"), str)
+        ):
+            raise BadMessages
+    if turns[-1]["role"] != "user":
+        raise BadMessages
+    return [Message(turn["role"], (Part(turn["content"], False),)) for turn in turns]
+
+
+def plain(messages: Sequence[Message]) -> list[dict[str, str]]:
+    """Messages as chat servers and chat templates take them."""
+    return [{"role": message.role, "content": message.text} for message in messages]
+
+
+def _parts(template: str, fields: Mapping[str, str]) -> tuple[Part, ...]:
+    """A rendered template: what stands before its first name is the same for every row.
+
+    A space before the name goes with it, since tokenizers make one token of a space and the word behind it.
+    """
+    names = placeholders(template)
+    if not names:
+        return (Part(render(template, fields), True),) if template else ()
+    plain = template.replace("{{", "\0\0").replace("}}", "\0\0")
+    head = template[: len(plain.partition("{")[0])].rstrip()
+    rest = Part(render(template[len(head) :], fields), False)
+    return (Part(render(head, fields), True), rest) if head else (rest,)

@@ -1,0 +1,168 @@
+"""Answers while they are written: which token comes next, when an answer ends, and what it then is.
+
+A schema is kept by llguidance, which knows after each token which ones may follow; nothing is tried twice.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import random
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from motet.columns import CellError, is_storable_json
+from workers.engine import CannotLoad
+
+Floats = NDArray[np.float32]
+
+#: Tokens behind the newest one that are looked at for a stop text.
+_TAIL = 24
+
+
+class Grammar:
+    """Schemas for one tokenizer. Made when the first one is asked for: that takes a second."""
+
+    def __init__(self, tokenizer_json: str, vocabulary: int, ends: Sequence[int]) -> None:
+        """Raises CannotLoad where llguidance is missing, or cannot read this tokenizer."""
+        try:
+            import llguidance
+
+            self._tokenizer = llguidance.LLTokenizer(tokenizer_json, n_vocab=vocabulary, eos_token=list(ends))
+        except Exception as error:
+            raise CannotLoad(f"a schema needs llguidance, which failed: {type(error).__name__}") from error
+        self._words = (vocabulary + 31) // 32
+        self._fresh: dict[str, Any] = {}
+
+    def matcher(self, schema: Mapping[str, Any]) -> Any:
+        """What follows a schema, token by token. Raises ValueError where it cannot be kept."""
+        import llguidance
+
+        text = json.dumps(schema)
+        if text not in self._fresh:
+            # Compact: a small model may write spaces for ever where they are allowed.
+            grammar = llguidance.LLMatcher.grammar_from_json_schema(
+                text, overrides={"whitespace_flexible": False, "item_separator": ",", "key_separator": ":"}
+            )
+            self._fresh[text] = llguidance.LLMatcher(self._tokenizer, grammar)
+        if self._fresh[text].is_error():
+            raise ValueError("a schema that cannot be kept")
+        return self._fresh[text].deep_copy()
+
+    def forbid(self, matcher: Any, logits: Floats) -> None:
+        """Make every token impossible that may not come next."""
+        from llguidance.numpy import fill_next_token_bitmask
+
+        mask = np.zeros((1, self._words), np.int32)
+        fill_next_token_bitmask(matcher, mask)
+        allowed = np.unpackbits(mask.view(np.uint8)[0], bitorder="little")[: len(logits)]
+        logits[: len(allowed)][allowed == 0] = -np.inf
+
+
+@dataclass(slots=True)
+class Writer:
+    """One answer that is being written."""
+
+    #: The task.
+    name: str
+    most: int
+    stop: tuple[str, ...]
+    temperature: float
+    dice: random.Random
+    schema: Mapping[str, Any] | None
+    matcher: Any = None
+    ids: list[int] = field(default_factory=list)
+    finish: str = ""
+
+    @classmethod
+    def of(cls, name: str, spec: Mapping[str, Any], most: int, index: int, matcher: Any) -> Writer:
+        """``index``: of the row in its job. Equal seed, row and task draw equal tokens, wherever they run."""
+        seed = hashlib.sha256(f"{spec.get('seed', 0)}/{index}/{name}".encode()).digest()
+        return cls(
+            name=name,
+            most=most,
+            stop=tuple(spec.get("stop", ())),
+            temperature=float(spec.get("temperature", 0.0)),
+            dice=random.Random(seed),
+            schema=spec.get("schema"),
+            matcher=matcher,
+        )
+
+    @property
+    def plain(self) -> bool:
+        """It takes the likeliest token, whatever that is."""
+        return self.temperature == 0 and self.matcher is None
+
+    def choose(self, logits: Floats, grammar: Grammar | None) -> int:
+        """The next token, out of (vocabulary,) logits, which this may change."""
+        if self.matcher is not None and grammar is not None:
+            grammar.forbid(self.matcher, logits)
+        if self.temperature == 0:
+            return int(logits.argmax())
+        shares = np.exp((logits - logits.max()).astype(np.float64) / self.temperature)
+        steps = np.cumsum(shares)
+        return min(int(np.searchsorted(steps, self.dice.random() * steps[-1], side="right")), len(steps) - 1)
+
+    def take(self, token: int, ends: frozenset[int], words: Callable[[Sequence[int]], str]) -> None:
+        """Write a token; ``finish`` says whether it was the last one."""
+        if self.matcher is not None:
+            self.matcher.consume_token(token)
+            if token not in ends:
+                self.ids.append(token)
+            if token in ends or self.matcher.is_stopped():
+                self.finish = "stop"
+        elif token in ends:
+            self.finish = "stop"
+        else:
+            self.ids.append(token)
+            if self.stop and any(
+                one in words(self.ids[-_TAIL - max(map(len, self.stop)) :]) for one in self.stop
+            ):
+                self.finish = "stop"
+        if not self.finish and len(self.ids) >= self.most:
+            self.finish = "length"
+
+    def answer(self, words: Callable[[Sequence[int]], str]) -> bytes | CellError:
+        """The JSON of the ended answer, or why there is none."""
+        text = words(self.ids).replace("\0", "")
+        if self.schema is not None:
+            return _kept(text, self.schema, self.finish)
+        for one in self.stop:
+            text = text.partition(one)[0]
+        # A character that was cut in the middle.
+        text = text.rstrip("\ufffd") if self.finish == "length" else text
+        return _json({"text": text.strip(), "finish": self.finish})
+
+
+def _kept(text: str, schema: Mapping[str, Any], finish: str) -> bytes | CellError:
+    """The value as compact JSON if it keeps its schema."""
+    if finish == "length":
+        return CellError("schema", "max_tokens were written before the value was whole; allow more")
+    try:
+        value = json.loads(text)
+    except (ValueError, RecursionError):
+        return CellError("schema", "what was written is no JSON")
+    if (broken := violation(value, schema)) is not None:
+        return CellError("schema", broken)
+    raw = _json(value)
+    return raw if is_storable_json(raw) else CellError("schema", "a value that cannot be stored")
+
+
+def violation(value: Any, schema: Mapping[str, Any]) -> str | None:
+    """What of the schema a value breaks, and where, without a word of it; None where it keeps it."""
+    import jsonschema
+
+    try:
+        jsonschema.Draft202012Validator(schema).validate(value)
+    except jsonschema.ValidationError as error:
+        where = "/".join(str(step) if isinstance(step, int) else "…" for step in error.absolute_path)
+        return f"it breaks {error.validator!r} of the schema at /{where}"
+    return None
+
+
+def _json(value: Any) -> bytes:
+    return json.dumps(value, ensure_ascii=False, separators=(",", ":")).encode("utf-8", "replace")
