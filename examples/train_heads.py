@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 from motet import datasets
+from motet.datasets import Example
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -45,15 +46,6 @@ class Source:
     package: str
     licence: str
     citation: str
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Example:
-    """A text and the labels that are true of it."""
-
-    text: str
-    labels: set[str]
-    document: str
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -121,41 +113,6 @@ BBC_NEWS = Source(
 )
 
 
-def news_topics() -> list[Example]:
-    return [Example(text=row.text, labels={row.label}, document=row.document) for row in datasets.bbc_news()]
-
-
-def review_sentiment() -> list[Example]:
-    def label(mean: float) -> str:
-        return "positive" if mean >= 0.5 else "negative" if mean <= -0.5 else "neutral"
-
-    return [
-        Example(text=row.text, labels={label(row.mean)}, document=row.document) for row in datasets.vader()
-    ]
-
-
-def tone() -> list[Example]:
-    def labels(mean: float, deviation: float) -> set[str]:
-        judged = {
-            "positive": mean >= 0.5,
-            "negative": mean <= -0.5,
-            "mild": abs(mean) < 1.0,
-            "intense": abs(mean) >= 2.0,
-            "disputed": deviation >= 1.0,
-        }
-        return {label for label, true in judged.items() if true}
-
-    return [
-        Example(text=row.text, labels=labels(row.mean, row.deviation), document=row.document)
-        for row in datasets.vader()
-        if row.deviation is not None
-    ]
-
-
-def text_domain() -> list[Example]:
-    return [Example(text=row.text, labels={row.domain}, document=row.document) for row in datasets.vader()]
-
-
 RECIPES = (
     Recipe(
         name="news-topics",
@@ -163,7 +120,7 @@ RECIPES = (
         labels=("business", "entertainment", "politics", "sports", "tech"),
         licence="Apache-2.0; trained on texts offered for non-commercial and research purposes only",
         source=BBC_NEWS,
-        examples=news_topics,
+        examples=datasets.SHIPPED["news-topics"],
         derived=None,
     ),
     Recipe(
@@ -172,7 +129,7 @@ RECIPES = (
         labels=("negative", "neutral", "positive"),
         licence="Apache-2.0",
         source=VADER,
-        examples=review_sentiment,
+        examples=datasets.SHIPPED["review-sentiment"],
         derived="From the mean of the human ratings, -4 to 4: negative at -0.5 or below, positive at 0.5 or above, "
         "neutral between.",
     ),
@@ -182,7 +139,7 @@ RECIPES = (
         labels=("positive", "negative", "mild", "intense", "disputed"),
         licence="Apache-2.0",
         source=VADER,
-        examples=tone,
+        examples=datasets.SHIPPED["tone"],
         derived="From the human ratings of a text, -4 to 4: positive if their mean is 0.5 or above, negative if it "
         "is -0.5 or below, mild if its size is below 1, intense if its size is 2 or above, disputed if their "
         "standard deviation is 1 or above. Texts whose ratings do not give the published mean are left out.",
@@ -193,7 +150,7 @@ RECIPES = (
         labels=("movie", "news", "tweet", "product"),
         licence="Apache-2.0",
         source=VADER,
-        examples=text_domain,
+        examples=datasets.SHIPPED["text-domain"],
         derived=None,
     ),
 )

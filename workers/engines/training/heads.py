@@ -1,0 +1,182 @@
+"""Heads of several tasks on one vector: what they answer, what they lose, how well they do.
+
+Features are standardised; a run's tasks share one hidden layer, if there is one. ``export`` folds the standardisation
+in, so that a head takes the trunk's pooled vector as it comes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as f
+
+from motet.recipe import Recipe
+from workers.engines.training.data import Truth
+
+#: A feature that moves less than this never moved: divided by almost nothing, its noise would become answers.
+_STILL = 1e-3
+#: Share of features, and of hidden units, left out at chance while heads learn.
+_DROP_IN, _DROP_HIDDEN = 0.1, 0.3
+
+
+class Heads(nn.Module):
+    """All tasks' outputs side by side, from pooled vectors (n, dim)."""
+
+    center: Tensor
+    scale: Tensor
+    #: Of each task that is a number: its mean and standard deviation; 0 and 1 of the others.
+    shift: Tensor
+    stretch: Tensor
+
+    def __init__(self, recipe: Recipe, truths: Sequence[Truth], features: Tensor, train: Tensor) -> None:
+        """``features``: (rows, dim) of all rows; what is standard is learned from the rows of ``train``."""
+        super().__init__()
+        self.truths = truths
+        center, spread = features[train].mean(0), features[train].std(0)
+        self.register_buffer("center", center)
+        self.register_buffer("scale", torch.where(spread > _STILL, 1 / spread, 0.0))
+        dim, width = features.shape[1], sum(t.target.width for t in truths)
+        dice = torch.Generator().manual_seed(recipe.seed)
+        self.hidden = nn.Linear(dim, recipe.hidden) if recipe.hidden else None
+        if self.hidden is not None:
+            nn.init.normal_(self.hidden.weight, std=dim**-0.5, generator=dice)
+            nn.init.zeros_(self.hidden.bias)
+        self.out = nn.Linear(recipe.hidden or dim, width)
+        nn.init.zeros_(self.out.weight)
+        nn.init.zeros_(self.out.bias)
+        #: Log-variance of each task's noise: what weighs the losses against each other (Kendall et al., CVPR 2018).
+        self.noise = nn.Parameter(torch.zeros(len(truths)))
+        self.learned_noise = recipe.loss == "uncertainty" and len(truths) > 1
+        # A number is learned as so many standard deviations from its mean.
+        numbers = [t.values[train][t.known(train)] if t.target.kind == "number" else None for t in truths]
+        self.register_buffer("shift", torch.tensor([0.0 if n is None else float(n.mean()) for n in numbers]))
+        self.register_buffer(
+            "stretch",
+            torch.tensor([1.0 if n is None else max(1e-6, float(n.std(correction=0))) for n in numbers]),
+        )
+        self.weights = [_weights(t, train) if t.target.balance else None for t in truths]
+
+    def forward(self, pooled: Tensor) -> Tensor:
+        """(n, all outputs)"""
+        x = (pooled - self.center) * self.scale
+        x = f.dropout(x, _DROP_IN, self.training)
+        if self.hidden is not None:
+            x = f.dropout(f.gelu(self.hidden(x)), _DROP_HIDDEN, self.training)
+        return self.out(x)  # type: ignore[no-any-return]
+
+    def split(self, answers: Tensor) -> list[Tensor]:
+        return list(torch.split(answers, [t.target.width for t in self.truths], dim=1))
+
+    def loss(self, answers: Tensor, rows: Tensor) -> tuple[Tensor, dict[str, float]]:
+        """The loss of these rows, and each task's own. A row without a label of a task adds nothing to that one."""
+        total = answers.new_zeros(())
+        told = {}
+        for number, (truth, mine) in enumerate(zip(self.truths, self.split(answers), strict=True)):
+            known = truth.known(rows)
+            if not known.any():
+                continue
+            one = self._loss_of(number, truth, mine[known], truth.values[rows][known].to(mine.device))
+            told[truth.target.name] = float(one.detach())
+            s = self.noise[number]
+            total = total + (one * torch.exp(-s) + s / 2 if self.learned_noise else one)
+        return total, told
+
+    def _loss_of(self, number: int, truth: Truth, mine: Tensor, values: Tensor) -> Tensor:
+        weight = self.weights[number]
+        weight = None if weight is None else weight.to(mine.device)
+        match truth.target.kind:
+            case "single":
+                return f.cross_entropy(mine, values, weight=weight)
+            case "multi":
+                return f.binary_cross_entropy_with_logits(mine, values, pos_weight=weight)
+            case _:
+                wanted = (values - self.shift[number]) / self.stretch[number]
+                return f.mse_loss(mine[:, 0], wanted)
+
+    def answers_of(self, number: int, mine: Tensor) -> Tensor:
+        """A task's outputs as its model will give them: logits, or the number itself."""
+        if self.truths[number].target.kind != "number":
+            return mine
+        return mine * self.stretch[number] + self.shift[number]
+
+    @torch.no_grad()
+    def export(self, number: int) -> dict[str, Tensor]:
+        """``weight``, ``bias`` and, with a hidden layer, ``hidden.weight``, ``hidden.bias``: of this task's head alone."""
+        lo = sum(t.target.width for t in self.truths[:number])
+        hi = lo + self.truths[number].target.width
+        weight, bias = self.out.weight[lo:hi].float(), self.out.bias[lo:hi].float()
+        if self.truths[number].target.kind == "number":
+            weight, bias = weight * self.stretch[number], bias * self.stretch[number] + self.shift[number]
+        if self.hidden is None:
+            weight = weight * self.scale
+            tensors = {"weight": weight, "bias": bias - weight @ self.center}
+        else:
+            folded = self.hidden.weight.float() * self.scale
+            tensors = {
+                "weight": weight,
+                "bias": bias,
+                "hidden.weight": folded,
+                "hidden.bias": self.hidden.bias.float() - folded @ self.center,
+            }
+        return {name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()}
+
+
+def _weights(truth: Truth, train: Tensor) -> Tensor | None:
+    """Of each label: sqrt(mean share / its share) for one label a row; sqrt(no / yes) for several."""
+    values = truth.values[train][truth.known(train)]
+    if truth.target.kind == "single":
+        counts = torch.bincount(values, minlength=truth.target.width).clamp(min=1).float()
+        return (counts.mean() / counts).sqrt()
+    if truth.target.kind == "multi":
+        yes = values.sum(0).clamp(min=1)
+        return ((len(values) - yes).clamp(min=1) / yes).sqrt()
+    return None
+
+
+def scores(heads: Heads, answers: Tensor, rows: Tensor) -> dict[str, dict[str, float]]:
+    """Task -> what its answers (n, all outputs) for these rows are worth. Rows without a label do not count.
+
+    ``score`` is what early stopping looks at, 1 at best: accuracy, the mean of macro F1 and accuracy for several
+    labels a row, and for a number the share of its variance that is explained.
+    """
+    found = {}
+    for number, (truth, mine) in enumerate(zip(heads.truths, heads.split(answers), strict=True)):
+        known = truth.known(rows)
+        if known.any():
+            given = heads.answers_of(number, mine)[known].float().cpu()
+            found[truth.target.name] = _score(truth, given, truth.values[rows][known])
+    return found
+
+
+def _score(truth: Truth, given: Tensor, values: Tensor) -> dict[str, float]:
+    match truth.target.kind:
+        case "single":
+            said = given.argmax(1)
+            accuracy = float((said == values).float().mean())
+            yes = f.one_hot(said, truth.target.width).bool()
+            f1 = _macro_f1(yes, f.one_hot(values, truth.target.width).bool())
+            return {"score": accuracy, "accuracy": accuracy, "macro_f1": f1}
+        case "multi":
+            yes, true = given > 0, values.bool()
+            accuracy, f1 = float((yes == true).float().mean()), _macro_f1(yes, true)
+            return {"score": (accuracy + f1) / 2, "accuracy": accuracy, "macro_f1": f1}
+        case _:
+            error = given[:, 0] - values
+            spread = float(values.var(correction=0))
+            explained = 1 - float((error**2).mean()) / spread if spread > 0 else 0.0
+            return {"score": explained, "mae": float(error.abs().mean()), "r2": explained}
+
+
+def _macro_f1(said: Tensor, true: Tensor) -> float:
+    """Mean over the labels that occur, said or true."""
+    both = (said & true).sum(0).float()
+    either = said.sum(0) + true.sum(0)
+    occurs = either > 0
+    return float((2 * both[occurs] / either[occurs]).mean()) if occurs.any() else 0.0
+
+
+def mean_score(told: Mapping[str, Mapping[str, float]]) -> float:
+    """Over tasks."""
+    return sum(one["score"] for one in told.values()) / len(told) if told else float("nan")

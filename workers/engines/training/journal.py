@@ -1,0 +1,139 @@
+"""What a run reads and leaves behind, over the API, under the lease of its attempt."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal
+from urllib.parse import urlsplit
+
+import numpy as np
+
+from motet.columns import OK, STATE_MASK, Column
+from motet.http import error_of
+from motet.wire import BadMessage, unpack
+from workers.engines.training.run import Hopeless, Rows, TryAgain
+from workers.engines.training.state import SLICE, State
+
+#: Of one request; of one that carries a file.
+_TIMEOUT_S, _FILE_TIMEOUT_S = 30.0, 300.0
+LEASE_HEADER = "Motet-Lease"
+
+
+class HttpJournal:
+    """The journal of one row of a training job."""
+
+    def __init__(self, url: str, token: str, lease: str, row: int, job: str) -> None:
+        """``lease``: ``<subtask>.<attempt>.<nonce>``. ``row``: of the training job. ``job``: what is learned from."""
+        import httpx
+
+        self._row, self._job = row, job
+        self._http = httpx.Client(
+            base_url=url.rstrip("/"),
+            headers={"Authorization": f"Bearer {token}", LEASE_HEADER: lease, "Accept-Encoding": "identity"},
+            timeout=_TIMEOUT_S,
+            # A proxy has no business between two processes of one machine.
+            trust_env=urlsplit(url).hostname not in ("127.0.0.1", "localhost", "::1"),
+        )
+
+    def close(self) -> None:
+        self._http.close()
+
+    def block(self, number: int, *, texts: bool) -> Rows | None:
+        found = self._read(
+            self._ask("GET", f"/v1/fits/{self._row}/data/{self._job}/{number}?texts={int(texts)}")
+        )
+        if found.get("end"):
+            return None
+        return Rows(tuple(found["texts"]), _vectors(Column.from_wire(found["vectors"])))
+
+    def checkpoint(self) -> bytes | None:
+        known = json.loads(self._ask("GET", f"/v1/fits/{self._row}"))
+        if not known.get("checkpoint"):
+            return None
+        return self._ask("GET", f"/v1/blobs/{known['checkpoint']}", timeout=_FILE_TIMEOUT_S)
+
+    def report(self, key: str, report: Mapping[str, Any], checkpoint: State | None) -> None:
+        sha256 = None if checkpoint is None else self._put(checkpoint.slices)
+        self._tell({"key": key, "report": _strict(report), "checkpoint": sha256})
+
+    def keep(self, files: Sequence[str]) -> None:
+        self._tell({"files": sorted(files)})
+
+    def store(self, content: bytes | Path) -> str:
+        return self._put(lambda: _slices(content))
+
+    def _put(self, slices: Callable[[], Iterator[Any]]) -> str:
+        """Store what comes in slices, each of which is small: sending it must not hold up who computes."""
+        digest, size = hashlib.sha256(), 0
+        for part in slices():
+            digest.update(part)
+            size += len(part)
+        sha256 = digest.hexdigest()
+        headers = {"Content-Length": str(size)}
+        body = (bytes(part) for part in slices())
+        self._ask("PUT", f"/v1/blobs/{sha256}", body, timeout=_FILE_TIMEOUT_S, headers=headers)
+        return sha256
+
+    def _tell(self, what: Mapping[str, Any]) -> None:
+        self._ask("PUT", f"/v1/fits/{self._row}", json.dumps(what).encode())
+
+    def _read(self, raw: bytes) -> dict[str, Any]:
+        try:
+            found = unpack(raw)
+        except BadMessage:
+            raise TryAgain("an answer was torn") from None
+        if not isinstance(found, dict):
+            raise TryAgain("an answer of another form")
+        return found
+
+    def _ask(
+        self,
+        method: Literal["GET", "PUT"],
+        path: str,
+        body: bytes | Iterator[bytes] | None = None,
+        timeout: float = _TIMEOUT_S,
+        headers: Mapping[str, str] | None = None,
+    ) -> bytes:
+        import httpx
+
+        try:
+            answer = self._http.request(method, path, content=body, timeout=timeout, headers=headers)
+        except httpx.HTTPError as error:
+            raise TryAgain(type(error).__name__) from None
+        if answer.status_code in (404, 422):
+            raise Hopeless(str(error_of(answer)))
+        if not answer.is_success:
+            # A lease that ended, too: then nobody waits for this attempt any more, and it will hear of that.
+            raise TryAgain(f"the API answered {answer.status_code}")
+        return answer.content
+
+
+def _slices(content: bytes | Path) -> Iterator[Any]:
+    if isinstance(content, bytes):
+        yield content
+        return
+    with content.open("rb") as file:
+        while part := file.read(SLICE):
+            yield part
+
+
+def _strict(value: Any) -> Any:
+    """As JSON has it: it knows no NaN and no infinity."""
+    if isinstance(value, Mapping):
+        return {name: _strict(one) for name, one in value.items()}
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def _vectors(column: Column) -> np.ndarray[Any, np.dtype[np.float32]]:
+    rows = len(column)
+    stored = np.frombuffer(column.arrays["vectors"], "<f4" if column.dtype == "fp32" else "<f2")
+    vectors = (
+        stored.reshape(rows, column.dim).astype(np.float32) if rows else np.empty((0, column.dim), np.float32)
+    )
+    status = np.frombuffer(column.status, np.uint8) & STATE_MASK
+    vectors[status != OK] = np.nan
+    return vectors
