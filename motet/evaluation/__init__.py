@@ -1,0 +1,62 @@
+"""How well answers are: figures beside labels, with intervals, calibration and comparisons. Needs numpy, and no torch.
+
+``measures``, ``calibration`` and ``intervals`` are plain functions on truth and answers, for training as well;
+``figures`` puts them together for a task, ``reading`` takes truth and answers from a source and a job, ``report`` draws.
+"""
+
+from motet.evaluation.calibration import Bin, Calibration, calibration
+from motet.evaluation.evaluation import Evaluation, evaluate
+from motet.evaluation.figures import Answered, Comparison, Difference, TaskEvaluation, compare, measure
+from motet.evaluation.intervals import Estimate, bootstrap, mcnemar, wilson
+from motet.evaluation.measures import (
+    Confusion,
+    LabelFigures,
+    LabelReader,
+    accuracy,
+    confusion,
+    exact_match,
+    label_figures,
+    macro_f1,
+    mean_absolute_error,
+    normalised,
+    number_figures,
+    root_mean_squared_error,
+    same_json,
+    set_figures,
+    set_macro_f1,
+    token_f1,
+)
+
+__all__ = [
+    "Answered",
+    "Bin",
+    "Calibration",
+    "Comparison",
+    "Confusion",
+    "Difference",
+    "Estimate",
+    "Evaluation",
+    "LabelFigures",
+    "LabelReader",
+    "TaskEvaluation",
+    "accuracy",
+    "bootstrap",
+    "calibration",
+    "compare",
+    "confusion",
+    "evaluate",
+    "exact_match",
+    "label_figures",
+    "macro_f1",
+    "mcnemar",
+    "mean_absolute_error",
+    "measure",
+    "normalised",
+    "number_figures",
+    "root_mean_squared_error",
+    "same_json",
+    "set_figures",
+    "set_macro_f1",
+    "token_f1",
+    "wilson",
+]

@@ -1,0 +1,156 @@
+"""Smaller forms of an encoder: fewer layers, weights of eight bits or bf16; and heads fitted anew to what it then says.
+
+Dropping the last layers of a trunk changes what its vectors mean, so heads must learn from them; linear layers on
+frozen vectors learn in seconds.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+import tempfile
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from motet.columns import Column
+from motet.manifest import Answer
+from workers.describe import SHAPE, read_json
+from workers.engine import CannotLoad
+from workers.engines.packed import LARGEST, pack_model, packed_kind
+from workers.engines.trunk import load_transformer
+
+#: Weight of the squared weights in a head's loss, on standardised features.
+PENALTY = 0.01
+ROUNDS = 200
+#: Features that move less than this are left out: divided by almost nothing, their noise would become answers.
+STILL = 1e-3
+
+
+def write_trunk(files: Mapping[str, Path], out: Path, *, layers: int, weights: str) -> None:
+    """A folder with the first ``layers`` layers (0: all) of an encoder and its weights as fp32, bf16, int8 or fp8.
+
+    Raises CannotLoad where the model cannot be cut or packed, OutOfMemory.
+    """
+    from safetensors.torch import save_file
+
+    if packed_kind(files):
+        raise CannotLoad("its weights are packed already; compress the model that it was made from")
+    out.mkdir(parents=True, exist_ok=True)
+    config = read_json(files["config.json"])
+    if layers:
+        config = _cut(config, layers)
+    for name, path in files.items():
+        if name.endswith(".json") and not name.endswith(".index.json"):
+            shutil.copyfile(path, out / name)
+    (out / "config.json").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", "utf-8")
+    with tempfile.TemporaryDirectory(dir=out.parent) as scratch:
+        model = load_transformer(
+            "AutoModel",
+            _beside(files, out / "config.json", Path(scratch)),
+            device="cpu",
+            in_format="fp32",
+            may_miss=("pooler.",),
+        )
+        if weights in LARGEST:
+            pack_model(model, weights)
+        tensors = {
+            name: (t.bfloat16() if weights == "bf16" and t.is_floating_point() else t).contiguous()
+            for name, t in model.state_dict().items()
+        }
+        save_file(tensors, out / "model.safetensors", metadata={"format": "pt"})
+
+
+def _cut(config: Mapping[str, Any], layers: int) -> dict[str, Any]:
+    """The configuration of a model that ends after so many layers. What it lists layer by layer is cut too."""
+    name = next((name for name in SHAPE["layers"] if isinstance(config.get(name), int)), "")
+    if not name or not 0 < layers < config[name]:
+        raise CannotLoad(
+            f"layers:{layers}: the model has {config.get(name, 'an unknown number of')} layers; "
+            "expected a number below that, and above 0"
+        )
+    every = config[name]
+    lists = {
+        k: v[:layers] for k, v in config.items() if isinstance(v, list) and len(v) == every and "layer" in k
+    }
+    return {**config, **lists, name: layers}
+
+
+def _beside(files: Mapping[str, Path], config: Path, folder: Path) -> dict[str, Path]:
+    """The files in a folder of their own, with another configuration."""
+    placed = {}
+    for name, path in files.items():
+        placed[name] = folder / name
+        placed[name].symlink_to((config if name == "config.json" else path).resolve())
+    return placed
+
+
+def fit_head(
+    vectors: Column, truth: Sequence[Any], answers: Answer, labels: Sequence[str], out: Path
+) -> tuple[float, ...]:
+    """Write the linear layer that best gives these answers from these vectors, and return its thresholds.
+
+    ``vectors``: of the rows, not normalised. ``truth``: by row a label, a set of labels or a number; None: not known,
+    and the row is not learned from. Logistic regression (of numbers: least squares) with a penalty, solved by L-BFGS:
+    the same rows give the same head. Of several labels, each gets the threshold at which it is given as often as it is
+    true.
+    """
+    from safetensors.torch import save_file
+
+    known = [row for row, one in enumerate(truth) if one is not None]
+    features = torch.frombuffer(bytearray(vectors.arrays["vectors"]), dtype=torch.float32)
+    features = features.reshape(len(vectors), -1)[known]
+    target = _target([truth[row] for row in known], answers, labels)
+    center, spread = features.mean(0), features.std(0)
+    scale = torch.where(spread > STILL, 1 / spread, 0.0)
+    weight, bias = _solve((features - center) * scale, target, answers)
+    folded = weight * scale
+    bias = bias - folded @ center
+    # Not save_file's own way with permissions: it is read by the same user alone.
+    save_file({"weight": folded.contiguous(), "bias": bias.contiguous()}, out)
+    if answers != "labels":
+        return ()
+    return _thresholds((features @ folded.T + bias).sigmoid(), target)
+
+
+def _target(truth: Sequence[Any], answers: Answer, labels: Sequence[str]) -> torch.Tensor:
+    """(rows, outputs): 1.0 where a label is true; of numbers the number."""
+    if answers == "number":
+        return torch.tensor(truth, dtype=torch.float32)[:, None]
+    sets = [{one} if isinstance(one, str) else one for one in truth]
+    return torch.tensor([[float(label in given) for label in labels] for given in sets])
+
+
+def _solve(x: torch.Tensor, y: torch.Tensor, answers: Answer) -> tuple[torch.Tensor, torch.Tensor]:
+    weight = torch.zeros(y.shape[1], x.shape[1], requires_grad=True)
+    bias = y.mean(0) if answers == "number" else torch.zeros(y.shape[1])
+    bias.requires_grad_()
+    solver = torch.optim.LBFGS([weight, bias], max_iter=ROUNDS, line_search_fn="strong_wolfe")
+
+    def step() -> float:
+        solver.zero_grad()
+        loss = _loss(x @ weight.T + bias, y, answers) + PENALTY * weight.square().sum()
+        torch.autograd.backward(loss)
+        return loss.detach().item()
+
+    solver.step(step)  # type: ignore[no-untyped-call]
+    return weight.detach(), bias.detach()
+
+
+def _loss(said: torch.Tensor, true: torch.Tensor, answers: Answer) -> torch.Tensor:
+    if answers == "number":
+        return nn.functional.mse_loss(said, true)
+    if answers == "labels":
+        return nn.functional.binary_cross_entropy_with_logits(said, true)
+    return nn.functional.cross_entropy(said, true)
+
+
+def _thresholds(scores: torch.Tensor, target: torch.Tensor) -> tuple[float, ...]:
+    grid = [step / 100 for step in range(5, 96)]
+    return tuple(
+        min(grid, key=lambda at: abs(float((said >= at).float().mean() - true.mean())))
+        for said, true in zip(scores.T, target.T, strict=True)
+    )

@@ -1,0 +1,147 @@
+"""Labelled rows: what people say is true of some texts, and how much of it a model answers. Imports no torch.
+
+Rows come from a file of the user's, or, for the heads that motet ships, from the public texts that they were trained
+and tested on (motet/datasets.py).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from motet import datasets
+from motet.columns import Column, values
+from motet.errors import SetupError
+from motet.manifest import Manifest
+from motet.rows import records
+
+#: A label, a set of labels, or a number.
+Truth = str | frozenset[str] | float
+#: Numbers agree if they differ by less than this share of their spread (as in workers/accuracy.py).
+NUMBER_SHARE = 0.01
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Labelled:
+    """Texts, each once, and by head what is true of each; None where nobody says."""
+
+    texts: tuple[str, ...]
+    truth: Mapping[str, tuple[Truth | None, ...]]
+
+    def known(self, head: str) -> list[int]:
+        """The rows whose truth is known."""
+        return [row for row, one in enumerate(self.truth[head]) if one is not None]
+
+
+def gathered(found: Mapping[str, Mapping[str, Truth]]) -> Labelled:
+    """Labelled rows from texts with their truth, by head."""
+    texts = tuple(sorted({text for one in found.values() for text in one}))
+    return Labelled(
+        texts=texts, truth={head: tuple(one.get(text) for text in texts) for head, one in found.items()}
+    )
+
+
+def of_shipped(heads: Sequence[Manifest]) -> tuple[Labelled, Labelled]:
+    """(to learn from, held out) for those of the heads that motet ships; the split that they were trained with."""
+    sides: tuple[dict[str, dict[str, Truth]], ...] = ({}, {})
+    for head in heads:
+        rows = datasets.SHIPPED[head.name]() if head.name in datasets.SHIPPED else []
+        # Another head may have the name of one of them.
+        if rows and {label for row in rows for label in row.labels} <= set(head.labels):
+            for side, part in zip(sides, datasets.split(rows), strict=True):
+                side[head.name] = {row.text: _as_truth(sorted(row.labels), head) for row in part}
+    learn, held = map(gathered, sides)
+    return learn, held
+
+
+def read_labelled(path: Path, fields: Mapping[str, str], heads: Sequence[Manifest], text: str) -> Labelled:
+    """Rows of a file (JSONL, CSV, Parquet); ``fields`` says by head in which field its truth is.
+
+    Raises SetupError or InvalidJob that name the row, counted from 0, and never a text.
+    """
+    found: dict[str, dict[str, Truth]] = {head.name: {} for head in heads}
+    for number, (row, _) in enumerate(records(path)):
+        where = f"{path}, row {number}"
+        if not isinstance(row, dict) or not isinstance(row.get(text), str):
+            raise SetupError(f"{where}: got no text in {text!r}; expected one; name its field with --text")
+        for head in heads:
+            value = row.get(fields[head.name])
+            if value is not None and value != "":
+                found[head.name][row[text]] = _checked(value, head, f"{where}, {fields[head.name]!r}")
+    for head in heads:
+        if not found[head.name]:
+            raise SetupError(
+                f"{path}: no row has {fields[head.name]!r}, which --task names for {head.name}; name another field"
+            )
+    return gathered(found)
+
+
+def _checked(value: Any, head: Manifest, where: str) -> Truth:
+    if head.answers == "number":
+        try:
+            number = math.nan if isinstance(value, bool) else float(value)
+        except (TypeError, ValueError):
+            number = math.nan
+        if not math.isfinite(number):
+            raise SetupError(f"{where}: got {type(value).__name__}; expected a finite number")
+        return number
+    given = value if isinstance(value, list) and head.answers == "labels" else [value]
+    for label in given:
+        if label not in head.labels:
+            raise SetupError(
+                f"{where}: got a label that {head.name} does not have; expected one of {', '.join(head.labels[:20])}"
+            )
+    return _as_truth(given, head)
+
+
+def _as_truth(labels: Sequence[str], head: Manifest) -> Truth:
+    return frozenset(labels) if head.answers == "labels" else labels[0]
+
+
+def decisions(column: Column, head: Manifest) -> list[Truth | None]:
+    """What a head decided by row, in the form of the truth; None where it could not answer."""
+    of: Mapping[str, Callable[[Any], Truth]] = {
+        "label": lambda value: str(value[0]),
+        "labels": lambda value: frozenset(label for label, _ in value),
+        "number": float,
+    }
+    return [None if value is None else of[head.answers](value) for value in values(column, head.labels)]
+
+
+def score(said: Sequence[Truth | None], truth: Sequence[Truth | None], head: Manifest) -> float:
+    """Points, 100 at most, over the rows whose truth is known; a row without an answer is wrong.
+
+    Of labels: accuracy (with several labels a row, over all pairs of row and label). Of numbers: the share of their
+    variance that is explained.
+    """
+    pairs = [(s, t) for s, t in zip(said, truth, strict=True) if t is not None]
+    if head.answers == "number":
+        numbers = [float(t) for _, t in pairs if isinstance(t, float)]
+        mean = sum(numbers) / len(numbers)
+        wrong = sum(
+            ((s if isinstance(s, float) else mean) - t) ** 2 for s, t in pairs if isinstance(t, float)
+        )
+        return 100 * (1 - wrong / (sum((t - mean) ** 2 for t in numbers) or 1.0))
+    return 100 * agreement([s for s, _ in pairs], [t for _, t in pairs], head)
+
+
+def agreement(one: Sequence[Truth | None], other: Sequence[Truth | None], head: Manifest) -> float:
+    """Share of equal decisions: of rows, of pairs of row and label, or of numbers that are nearly the same."""
+    pairs = list(zip(one, other, strict=True))
+    if head.answers == "labels":
+        wrong = sum(
+            len(a ^ b) if isinstance(a, frozenset) and isinstance(b, frozenset) else len(head.labels)
+            for a, b in pairs
+        )
+        return 1 - wrong / (len(pairs) * len(head.labels))
+    if head.answers == "number":
+        known = [b for b in other if isinstance(b, float)]
+        mean = sum(known) / len(known)
+        near = NUMBER_SHARE * (math.sqrt(sum((b - mean) ** 2 for b in known) / len(known)) or 1.0)
+        return sum(
+            isinstance(a, float) and isinstance(b, float) and abs(a - b) <= near for a, b in pairs
+        ) / len(pairs)
+    return sum(a is not None and a == b for a, b in pairs) / len(pairs)
