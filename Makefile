@@ -7,10 +7,13 @@ NEW_ENOUGH := import sys; sys.exit(sys.version_info < (3, 11))
 
 BIN := .venv/bin
 INSTALLED := .venv/.motet-installed
-BENCHES := $(patsubst %,bench/%.py,tax fusion latency interactive storage memory scale dispatch rivals simulate growth truth slow)
+BENCHES := $(patsubst %,bench/%.py,tax fusion latency interactive storage memory scale dispatch rivals simulate growth truth slow train compress)
+
+# motet starts many processes: what one of them compiled, the next ones read, torch first of all.
+unexport PYTHONDONTWRITEBYTECODE
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test check lint format bench env compose-test clean
+.PHONY: help install demo test check lint format bench env compose-test chaos soak fuzz mutants vllm-test clean
 
 help: ## list the targets
 	@sed -n 's/^\([a-z-]*\):[^#]*## \(.*\)/  make \1@\2/p' $(MAKEFILE_LIST) | while IFS=@ read -r name text; do \
@@ -22,7 +25,7 @@ demo: $(INSTALLED) ## start a whole cluster, run a real job on it, print the mer
 	$(BIN)/motet demo
 
 test: $(INSTALLED) ## run all tests; those that need a GPU skip themselves where there is none
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest --numprocesses=logical --maxprocesses=4 --dist=loadfile --no-loadscope-reorder
 
 check: lint test ## everything that CI asks for
 
@@ -42,8 +45,28 @@ bench: $(INSTALLED) ## list the benchmarks and how to run them
 env: ## make secrets/ and .env for docker compose, once; needs Python alone
 	@$(or $(PYTHON),python3) deploy/compose/prepare.py
 
+mutants: $(INSTALLED) ## play the state machine for an hour, then let it find each fault seeded into the protocol
+	MACHINE_EXAMPLES=20000 MACHINE_SECONDS=3600 $(BIN)/python -m pytest tests/machine/test_machine.py --capture=no --timeout=0
+	MACHINE_MUTANTS=500 $(BIN)/python -m pytest tests/machine/test_mutants.py --capture=no --timeout=0
+
 compose-test: $(INSTALLED) ## prove docker-compose.yml on a real engine: start, kill, scale, take down (minutes)
 	$(BIN)/python tests/compose/check.py
+
+chaos: $(INSTALLED) ## attack a whole cluster with a thousand faults, and count what is lost, doubled, stuck or wrong (an hour)
+	$(BIN)/python -m tests.chaos --faults 1000 --jobs 200 --rows 30000 --save bench/results/chaos.json
+
+soak: $(INSTALLED) ## half an hour of jobs under mild faults: memory, files, keys and tables must stay flat
+	$(BIN)/python -m bench.soak
+
+fuzz: $(INSTALLED) ## throw 100,000 made-up requests at the API and as many entries at Redis (half an hour)
+	FUZZ_REQUESTS=100000 FUZZ_ENTRIES=100000 $(BIN)/python -m pytest -s --timeout=3600 tests/fuzz
+
+vllm-test: bench/.venv-vllm/.complete $(INSTALLED) ## hold vLLM to the promises of every engine, on the CPU (3.4 GB, once; then minutes)
+	MOTET_VLLM=$(CURDIR)/bench/.venv-vllm/bin/vllm $(BIN)/python -m pytest --timeout=1500 tests/vllm tests/integration/test_language_engines.py -k vllm
+
+bench/.venv-vllm/.complete: tests/vllm/prepare.py
+	@echo 'installing vLLM for CPUs into bench/.venv-vllm (once, about 3.4 GB) …'
+	@$(or $(PYTHON),python3) tests/vllm/prepare.py bench/.venv-vllm
 
 clean: ## remove .venv and all caches
 	rm -rf .venv .mypy_cache .ruff_cache .pytest_cache .hypothesis build dist *.egg-info

@@ -9,7 +9,7 @@
 Importing this loads nothing heavy: httpx, pyarrow and pandas come with their first use.
 """
 
-from motet.client import Client, Token, Worker
+from motet.client import Alias, Client, Token, Worker
 from motet.errors import (
     Conflict,
     InvalidJob,
@@ -25,20 +25,41 @@ from motet.errors import (
 from motet.job import FailedCell, Job, Plan, PlannedPass
 from motet.progress import Progress
 from motet.results import Cell, Row, Span
-from motet.tasks import Classify, Embed, Entities, Function, Number, Task
+from motet.tasks import (
+    Chat,
+    Choose,
+    Classify,
+    Embed,
+    Entities,
+    Extract,
+    Fit,
+    Function,
+    Generate,
+    Number,
+    Task,
+)
+from motet.training import Epoch, Labels, TrainRun
 
 __all__ = [
+    "Alias",
     "Cell",
+    "Chat",
+    "Choose",
     "Classify",
     "Client",
     "Conflict",
     "Embed",
     "Entities",
+    "Epoch",
+    "Extract",
     "FailedCell",
+    "Fit",
     "Function",
+    "Generate",
     "InvalidJob",
     "Job",
     "JobFailed",
+    "Labels",
     "MotetError",
     "NotFound",
     "Number",
@@ -52,6 +73,7 @@ __all__ = [
     "Span",
     "Task",
     "Token",
+    "TrainRun",
     "Unauthorized",
     "Unreachable",
     "Worker",

@@ -7,6 +7,7 @@ It knows the API's routes (docs/http.md) and nothing of what is behind them. htt
 from __future__ import annotations
 
 import inspect
+import json
 import logging
 import math
 import re
@@ -14,19 +15,22 @@ import secrets
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from itertools import chain
 from types import TracebackType
 from typing import Any, Literal, TypeVar
+from uuid import UUID
 
 from motet.errors import Conflict, InvalidJob, MotetError, NotFound, Overloaded, Problem
 from motet.http import Address, Http
 from motet.job import Job, Plan
-from motet.manifest import Manifest
+from motet.manifest import Manifest, trainer_name
 from motet.progress import Bar
-from motet.rows import BadRows, Part, Source, cut, survey
-from motet.tasks import Task, parse, short
+from motet.recipe import Recipe, Tune
+from motet.rows import MAX_ROW_BYTES, BadRows, Part, Source, cut, survey
+from motet.tasks import Chat, Embed, Fit, Prompted, Task, parse, placeholders, short
+from motet.training import Learned, TrainRun, read_lesson
 
 Priority = Literal["interactive", "normal", "bulk"]
 State = Literal["loading", "running", "succeeded", "failed", "cancelled"]
@@ -78,6 +82,20 @@ class Worker:
     #: sub-tasks of other tenants.
     running: Sequence[Mapping[str, Any]] = ()
     running_other: int = 0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Alias:
+    """A name that a task may ask for in a version's place, such as ``support@prod``, and what it means now."""
+
+    alias: str
+    #: ``name@version`` of what it means: what a job that names the alias uses, and records.
+    ref: str
+    #: What a rollback goes back to; None: nothing stood before.
+    before: str | None = None
+    since: str = ""
+    #: Name of the token that asked for it.
+    by: str = ""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -140,7 +158,7 @@ class Client:
 
         ``source`` is a path (.jsonl, .ndjson, .csv, .tsv, .txt, each also with .gz, or .parquet), a list or
         any iterable of texts or mappings (read once, in flat memory), a DataFrame or an Arrow table. Only the
-        fields that tasks read leave this machine. ``bad_rows="error"`` gives error cells for rows that are
+        fields that tasks read leave this machine; one that a Chat reads may hold a list of messages. ``bad_rows="error"`` gives error cells for rows that are
         none; ``"refuse"`` raises InvalidJob that lists them, and nothing stays behind on the server.
         ``reuse=False`` computes everything anew. A job that has not ended ``deadline_s`` seconds from now fails;
         what is done by then can be read. ``retention_days`` after its end it is deleted with its results, or
@@ -162,12 +180,15 @@ class Client:
         }
         opening |= _amounts(deadline_s=deadline_s, retention_days=retention_days)
         own_key = key or secrets.token_hex(16)
-        parts = cut(source, fields_read, bad_rows=bad_rows)
+        parts = cut(source, fields_read, dialogues=dialogues_of(specs), bad_rows=bad_rows)
         # Two parts are cut before anything is sent: a small job is one request, and a source that cannot be
         # read, or is bad from its start, never reaches the server.
         first = next(parts, None)
         if first is None:
             raise InvalidJob(Problem("rows", "no rows", "at least one row", "check the source"))
+        if any(isinstance(spec, Prompted) for spec in specs.values()):
+            # So that what stands in front of a prompt, text or instruction, can be chosen before the rows are there.
+            opening["mean_bytes"] = first.mean_bytes()
         second = next(parts, None)
         bar = Bar("sending", wanted=progress)
         whole = second is None and not first.bad
@@ -202,7 +223,7 @@ class Client:
         The whole source is read, so an iterator is used up; only a sample of it is sent. Raises as ``submit``.
         """
         specs = _specs(tasks)
-        found = survey(source, fields_of(specs), bad_rows=bad_rows)
+        found = survey(source, fields_of(specs), dialogues=dialogues_of(specs), bad_rows=bad_rows)
         if not found.sample:
             raise InvalidJob(Problem("rows", "no rows", "at least one good row", "check the source"))
         return Plan.of(
@@ -217,6 +238,106 @@ class Client:
                 },
             )
         )
+
+    def train(
+        self,
+        *,
+        name: str,
+        trunk: str,
+        tasks: Mapping[str, Learned],
+        train: Source,
+        test: Source | None = None,
+        tune: Tune = "heads",
+        epochs: int | None = None,
+        text: str = "text",
+        version: str | None = None,
+        seed: int = 0,
+        progress: bool | None = None,
+        command: str = "",
+        licence: str = "",
+        **more: Any,
+    ) -> TrainRun:
+        """Train models on labelled rows; return the run at once, while it learns.
+
+        ``tasks``: ``Labels(field)`` or ``Number(field)`` by the name of the task; a row may lack some of them. Rows of
+        ``test`` measure what is learned; without it some rows of ``train`` are kept for that. The trunk embeds every row
+        once, split over all devices and found again when the same rows come back; then the heads learn in seconds
+        (``tune="heads"``), and with ``"lora"`` or ``"all"`` the trunk learns after them, on one device. Out comes a head
+        ``<name>.<task>`` for each task, and with the latter two a trunk ``<name>``; ``version`` counts up by default.
+        ``more``: further fields of ``motet.recipe.Recipe``, such as ``patience``, ``hidden``, ``rate``, ``loss``.
+
+        Raises InvalidJob with every problem of the rows, NotFound for the trunk, and as ``submit``.
+        """
+        base = self.model(trunk)
+        try:
+            trainer = self.model(f"{trainer_name(base.name)}@{base.version}")
+        except NotFound:
+            raise InvalidJob(
+                Problem(
+                    "trunk",
+                    short(base.ref),
+                    "an encoder that was registered with what trains on it",
+                    "register it again, as it was: motet models add, with --builtin for those that motet ships",
+                )
+            ) from None
+        lesson = read_lesson(train, test, tasks, text=text, seed=seed)
+        if version is None:
+            taken = {m.version for m in self.models() if m.name == name or m.name.startswith(f"{name}.")}
+            version = str(1 + max((int(v) for v in taken if v.isdigit()), default=0))
+        try:
+            recipe = Recipe(
+                name=name,
+                version=version,
+                trunk=base.ref,
+                # As long as the name of the job that will be there.
+                job=str(UUID(int=0)),
+                train_rows=lesson.train_rows,
+                test_rows=len(lesson.texts) - lesson.train_rows,
+                targets=lesson.targets,
+                tune=tune,
+                seed=seed,
+                data=lesson.digest,
+                command=command,
+                licence=licence,
+                **dict[str, Any](
+                    () if epochs is None else {"head_epochs" if tune == "heads" else "epochs": epochs}
+                ),
+                **more,
+            )
+            size = len(Recipe.loads(recipe.dumps()).dumps().encode())
+        except (TypeError, ValueError) as error:
+            raise InvalidJob(
+                Problem("train", str(error)[:200], "options of a training run", "see motet.recipe.Recipe")
+            ) from None
+        if size > MAX_ROW_BYTES:
+            raise InvalidJob(
+                Problem(
+                    "train",
+                    f"labels of {size:,} bytes, packed",
+                    f"at most {MAX_ROW_BYTES:,}",
+                    "train on fewer rows, or fewer tasks at once",
+                )
+            )
+        embedded = self.submit(
+            lesson.texts,
+            {"vector": Embed(base.ref, normalize=False)},
+            name=f"{name}: vectors",
+            progress=progress,
+        ).wait()
+        if embedded.progress.error:
+            cell = next(iter(embedded.errors()))
+            raise InvalidJob(
+                Problem(
+                    "train",
+                    f"{cell.error}: {cell.message}",
+                    "rows that the trunk reads",
+                    "leave it out",
+                    cell.row,
+                )
+            )
+        row = replace(recipe, job=embedded.id).dumps()
+        job = self.submit([row], {"fit": Fit(trainer.ref)}, name=name, reuse=False, progress=progress)
+        return TrainRun(self, job, name, list(tasks))
 
     def jobs(self, state: State | None = None, limit: int | None = None) -> Iterator[Job]:
         """The jobs of the token's tenant, newest first; all of them, or up to ``limit``."""
@@ -243,8 +364,14 @@ class Client:
         return [Manifest.from_json(model) for model in self._http.get("/v1/models")["models"]]
 
     def model(self, name: str) -> Manifest:
-        """The newest version of a model, or the one named by ``name@version``. Raises NotFound."""
+        """The newest version of a model, or the one of ``name@version`` or ``name@alias``. Raises NotFound."""
         return Manifest.from_json(self._http.get(f"/v1/models/{_segment('model', name)}"))
+
+    def aliases(self) -> list[Alias]:
+        """The aliases of all models, each with the version that it means now."""
+        models = self._http.get("/v1/models")["models"]
+        found = [_known(Alias, alias) for model in models for alias in model.get("aliases", ())]
+        return sorted(found, key=lambda alias: alias.alias)
 
     def workers(self) -> list[Worker]:
         """The workers and their devices."""
@@ -268,8 +395,33 @@ class Client:
         return [_known(Worker, worker) for worker in answer["workers"]]
 
     def remove_model(self, ref: str) -> None:
-        """Take ``name@version`` from the registry. Raises Conflict while a running job uses it."""
+        """Take ``name@version`` from the registry. Raises Conflict while a running job uses it or an alias means it."""
         self._http.request("DELETE", f"/v1/models/{_segment('model', ref)}")
+
+    def promote(self, ref: str, alias: str) -> Alias:
+        """Let an alias mean a version: after ``promote("support@2", "prod")`` a task may ask for ``support@prod``.
+
+        A job uses, and records, the version that the alias meant when it was submitted. Again is harmless. Raises
+        InvalidJob, NotFound, Conflict where the alias is the name of a version.
+        """
+        name, version = _halves(ref, "version")
+        body = json.dumps({"version": version}).encode()
+        kind = {"Content-Type": "application/json"}
+        made = self._http.request("PUT", _alias_path(name, alias), content=body, headers=kind)
+        return _known(Alias, made.json())
+
+    def rollback(self, alias: str) -> Alias:
+        """Let ``name@alias`` mean again what it meant before. Twice goes back twice.
+
+        Raises NotFound, Conflict where nothing stood before or that was removed.
+        """
+        # Not tried again: an answer that was lost may have gone back already.
+        path = f"{_alias_path(*_halves(alias, 'alias'))}/rollback"
+        return _known(Alias, self._http.post(path, {}, again=False))
+
+    def remove_alias(self, alias: str) -> None:
+        """Take ``name@alias`` away; the version that it meant stays. Raises NotFound."""
+        self._http.request("DELETE", _alias_path(*_halves(alias, "alias")))
 
     def tokens(self) -> list[Token]:
         """All tokens, without their secrets."""
@@ -388,15 +540,43 @@ class Client:
 
 
 def fields_of(tasks: Mapping[str, Task]) -> list[str]:
-    """The row fields that these tasks read, in order of first use."""
-    return list(dict.fromkeys(chain.from_iterable(task.reads for task in tasks.values())))
+    """The row fields that these tasks read, in order of first use.
+
+    The name of another task is no field: that task's answer is meant. A task's own name means the field.
+    """
+    return list(
+        dict.fromkeys(
+            name for own, task in tasks.items() for name in task.reads if name == own or name not in tasks
+        )
+    )
+
+
+def dialogues_of(tasks: Mapping[str, Task]) -> set[str]:
+    """The row fields that may hold a list of messages: those that a Chat answers."""
+    return {
+        name
+        for own, task in tasks.items()
+        if isinstance(task, Chat)
+        for name in placeholders(task.messages)
+        if name == own or name not in tasks
+    }
 
 
 def _specs(tasks: object) -> dict[str, Task]:
     """Check the tasks here as the server would, before any row is read. Raises InvalidJob."""
     if isinstance(tasks, Mapping):
         tasks = {name: spec.to_json() if isinstance(spec, Task) else spec for name, spec in tasks.items()}
-    return parse(tasks)
+    specs = parse(tasks)
+    if not fields_of(specs):
+        raise InvalidJob(
+            Problem(
+                "tasks",
+                "tasks that read only each other",
+                "a task that reads a field of the row",
+                "name a field, such as {text}, in one of them",
+            )
+        )
+    return specs
 
 
 def _amounts(**options: object) -> dict[str, float]:
@@ -425,6 +605,19 @@ def _segment(what: str, name: str) -> str:
     if not _SEGMENT.fullmatch(name) or name.strip(".") == "":
         raise NotFound(f"no {what} {short(name)!r}")
     return name
+
+
+def _halves(ref: str, what: str) -> tuple[str, str]:
+    """The two sides of ``name@what``. Raises InvalidJob where one is missing."""
+    name, _, rest = ref.partition("@")
+    if not (name and rest):
+        problem = Problem("model", short(ref), f"name@{what}", "see `motet models`")
+        raise InvalidJob(problem)
+    return name, rest
+
+
+def _alias_path(name: str, alias: str) -> str:
+    return f"/v1/models/{_segment('model', name)}/aliases/{_segment('alias', alias)}"
 
 
 def _known(cls: Callable[..., _T], record: Mapping[str, Any]) -> _T:

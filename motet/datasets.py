@@ -16,7 +16,7 @@ import sys
 import tarfile
 import tempfile
 import zipfile
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Literal, Protocol, TypeVar
@@ -47,6 +47,15 @@ class LabelledText:
     text: str
     label: str
     #: Digest of the text, so that copies count as one document.
+    document: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Example:
+    """A text and the labels that are true of it, for a head to learn from."""
+
+    text: str
+    labels: set[str]
     document: str
 
 
@@ -116,6 +125,48 @@ def bbc_news(cache: Path | None = None, *, download: Download | None = None) -> 
     cached nor to be had.
     """
     return read_bbc_news(fetch(BBC_NEWS, cache, download=download))
+
+
+def _news_topics() -> list[Example]:
+    return [Example(text=row.text, labels={row.label}, document=row.document) for row in bbc_news()]
+
+
+def _review_sentiment() -> list[Example]:
+    def label(mean: float) -> str:
+        return "positive" if mean >= 0.5 else "negative" if mean <= -0.5 else "neutral"
+
+    return [Example(text=row.text, labels={label(row.mean)}, document=row.document) for row in vader()]
+
+
+def _tone() -> list[Example]:
+    def labels(mean: float, deviation: float) -> set[str]:
+        judged = {
+            "positive": mean >= 0.5,
+            "negative": mean <= -0.5,
+            "mild": abs(mean) < 1.0,
+            "intense": abs(mean) >= 2.0,
+            "disputed": deviation >= 1.0,
+        }
+        return {label for label, true in judged.items() if true}
+
+    return [
+        Example(text=row.text, labels=labels(row.mean, row.deviation), document=row.document)
+        for row in vader()
+        if row.deviation is not None
+    ]
+
+
+def _text_domain() -> list[Example]:
+    return [Example(text=row.text, labels={row.domain}, document=row.document) for row in vader()]
+
+
+#: The examples of each head that motet ships, by its name: its recipe (examples/train_heads.py) tells what the labels mean.
+SHIPPED: Mapping[str, Callable[[], list[Example]]] = {
+    "news-topics": _news_topics,
+    "review-sentiment": _review_sentiment,
+    "tone": _tone,
+    "text-domain": _text_domain,
+}
 
 
 def split(

@@ -57,6 +57,8 @@ class PassRows:
     later: int
     open: int
     done: int
+    #: Those that wait for cells of other tasks.
+    blocked: int = 0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -77,6 +79,8 @@ class PassExplained:
     loading: tuple[Loading, ...]
     can_load: tuple[CanLoad, ...]
     cannot: tuple[Cannot, ...]
+    #: Tasks whose answers it reads: a block of it waits until they are there.
+    needs: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -199,6 +203,7 @@ def _pass(record: Mapping[str, Any]) -> PassExplained:
         {
             **record,
             "tasks": tuple(record["tasks"]),
+            "needs": tuple(record.get("needs", ())),
             "rows": _told(PassRows, record["rows"]),
             "resident_on": tuple(record["resident_on"]),
             "loading": tuple(_told(Loading, one) for one in record["loading"]),

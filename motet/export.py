@@ -2,12 +2,15 @@
 
 All formats name their columns alike. For a task ``t``:
 
-    t          label | list of labels | number | vector | list of spans | JSON text
-    t_score    Classify: the score of the label, or a list of them beside the labels
-    t_scores   Classify(scores=True): every label's score
+    t          label | list of labels | number | vector | list of spans | text | JSON text
+    t_score    Classify, Choose: the score of the label, or a list of them beside the labels
+    t_scores   Classify, Choose with scores=True: every label's score
+    t_finish   Generate, Chat: how the text ended, ``stop`` or ``length``; always there, so that a file's columns
+               do not hang on its rows
 
 and beside them ``row``, ``errors`` (task, error, message of cells without an answer) and ``truncated`` (tasks
 whose input was cut). A name that is taken already gets a ``_`` behind it. A cell without an answer is null.
+In JSON lines a JSON answer stands as a value, elsewhere as its text.
 """
 
 from __future__ import annotations
@@ -138,6 +141,8 @@ def column_names(columns: Mapping[str, Cell] | Mapping[str, Answers]) -> dict[st
         extra = []
         if answers.column.kind in ("label", "labels"):
             extra = ["_score", "_scores"] if answers.every else ["_score"]
+        elif answers.written:
+            extra = ["_finish"]
         names[task] = (plain[task], *(_free(task + suffix, taken) for suffix in extra))
     return names
 
@@ -169,7 +174,7 @@ def _json_values(cell: Cell) -> tuple[Any, ...]:
         case "spans" if value is not None:
             return ([{**span._asdict(), "score": _rounded(span.score)} for span in value],)
         case _:
-            return (value,)
+            return (value, cell.finish)
 
 
 def _rounded(score: float | None) -> float | None:
@@ -265,6 +270,12 @@ def _arrow_arrays(answers: Answers) -> list[Any]:
                 "score": flat(pa.float32(), "scores", length),
             }
             return [lists(pa.StructArray.from_arrays(list(parts.values()), list(parts)))]
+        case _ if answers.written:
+            texts = [answers.decoded(offset) or {} for offset in range(n)]
+            return [
+                pa.array([text.get("text") for text in texts], pa.string()),
+                pa.array([text.get("finish") for text in texts], pa.string()).dictionary_encode(),
+            ]
         case _:
             buffers = [validity, pa.py_buffer(column.arrays["offsets"]), pa.py_buffer(column.arrays["bytes"])]
             return [pa.Array.from_buffers(pa.string(), n, buffers)]

@@ -5,15 +5,16 @@ A ``Job`` is a handle: the job outlives it, and ``client.job(id)`` makes another
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 from typing import TYPE_CHECKING, Any, Literal
 
-from motet.errors import JobFailed, MotetError, NotFound
+from motet.errors import JobFailed, MotetError, NotFound, SetupError
 from motet.http import MAX_WAIT_S, Http
 from motet.progress import ENDED, Bar, Progress
 from motet.results import Block, Row, read_frames
@@ -24,7 +25,9 @@ if TYPE_CHECKING:
     import pandas
     import pyarrow
 
+    from motet.evaluation import Evaluation
     from motet.explanation import Explanation
+    from motet.rows import Source
 
 Order = Literal["row", "done"]
 
@@ -51,10 +54,21 @@ class PlannedPass:
     tokens: int = 0
     computed_tokens: int = 0
     unfused_tokens: int = 0
+    #: Tokens that a language model writes at most.
+    tokens_out: int = 0
     #: Predicted seconds on the devices that are there now; None where nothing was measured yet.
     seconds: float | None = None
     #: Predicted number of sub-tasks.
     subtasks: int | None = None
+    #: Names of the tasks whose answers it reads, and so waits for.
+    needs: tuple[str, ...] = ()
+    #: What stands in front of its prompts, and so is shared: ``text`` or ``instruction``; "" where there are none.
+    first: str = ""
+
+    @property
+    def saved(self) -> float:
+        """The share of tokens, 0 to 1, that a pass per task would read and this one does not."""
+        return max(0.0, 1 - self.tokens / self.unfused_tokens) if self.unfused_tokens else 0.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -63,11 +77,15 @@ class Plan:
 
     rows: int
     passes: tuple[PlannedPass, ...]
+    #: Task name -> the exact model that it would use, as ``name@version``.
+    models: Mapping[str, str] = field(default_factory=dict)
     tokens: int = 0
     #: The same with padding, as devices compute them.
     computed_tokens: int = 0
     #: What the same tasks would read with a pass each.
     unfused_tokens: int = 0
+    #: Tokens that language models write at most.
+    tokens_out: int = 0
     seconds: float | None = None
     #: Rows longer than a pass reads: cut and marked, or errors, as each task says.
     truncated_rows: int = 0
@@ -85,9 +103,11 @@ class Plan:
         return cls(
             rows=record["rows"],
             passes=tuple(_planned(p) for p in record["passes"]),
+            models=record.get("models") or {},
             tokens=record.get("tokens") or 0,
             computed_tokens=record.get("computed_tokens") or 0,
             unfused_tokens=record.get("unfused_tokens") or 0,
+            tokens_out=record.get("tokens_out") or 0,
             seconds=record.get("seconds"),
             truncated_rows=record.get("truncated_rows") or 0,
             record=record,
@@ -97,8 +117,12 @@ class Plan:
         lines = [
             f"{count(self.tasks, 'task')} → {count(len(self.passes), 'pass', 'passes')}, {self.rows:,} rows"
         ]
-        lines += [f"  {p.kind}: {', '.join(p.tasks)} (~{p.tokens:,} tokens)" for p in self.passes]
+        for p in self.passes:
+            waits = f", behind {', '.join(p.needs)}" if p.needs else ""
+            lines.append(f"  {p.kind}: {', '.join(p.tasks)}{waits} (~{p.tokens:,} tokens)")
         lines.append(f"  ~{self.tokens:,} tokens in all; with a pass per task ~{self.unfused_tokens:,}")
+        if self.tokens_out:
+            lines.append(f"  at most {self.tokens_out:,} tokens written")
         if self.truncated_rows:
             lines.append(f"  ~{self.truncated_rows:,} rows are longer than a model reads")
         return "\n".join(lines)
@@ -310,6 +334,34 @@ class Job:
 
         return Explanation.of(self._http.get(f"{self._path}/explain"))
 
+    # -- how good it is
+
+    def evaluate(
+        self,
+        labels: Source,
+        tasks: Mapping[str, str] | Sequence[str] | None = None,
+        *,
+        index: str | None = None,
+        as_labels: Collection[str] = (),
+        as_text: Collection[str] = (),
+    ) -> Evaluation:
+        """Wait for the job and compare its cells with labels: ``job.evaluate("test.jsonl").tasks["topic"].accuracy``.
+
+        ``labels`` is whatever ``submit`` reads: a row for each row of the job, in order, or some rows that name
+        theirs, from 0, in the field ``index``. A task's labels stand in the field of its name, or in the one that
+        ``tasks`` names (``{"topic": "true_topic"}``); tasks without such a field are left out. A row whose label is
+        null is left out; a cell without an answer is wrong. What a language model wrote is taken for labels, or for
+        text, where ``as_labels`` or ``as_text`` names its task, else as docs/evaluate.md says.
+
+        Raises InvalidJob for labels that do not fit, NotFound for a task that the job does not have, SetupError
+        without numpy, JobFailed as ``results`` does.
+        """
+        if importlib.util.find_spec("numpy") is None:
+            raise SetupError("an evaluation needs numpy; pip install 'motet[evaluate]'")
+        from motet.evaluation.evaluation import evaluate
+
+        return evaluate(self, labels, tasks, index=index, as_labels=as_labels, as_text=as_text)
+
     # -- taking it away
 
     def to_arrow(self, tasks: Sequence[str] | None = None) -> pyarrow.Table:
@@ -437,7 +489,8 @@ class Job:
 
 def _planned(record: Mapping[str, Any]) -> PlannedPass:
     known = {f.name: record[f.name] for f in fields(PlannedPass) if record.get(f.name) is not None}
-    return PlannedPass(**{**known, "tasks": tuple(record["tasks"])})
+    lists = {name: tuple(record.get(name) or ()) for name in ("tasks", "needs")}
+    return PlannedPass(**{**known, **lists})
 
 
 def count(number: int, noun: str, nouns: str = "") -> str:

@@ -8,12 +8,16 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from typing import Any, Literal
 
-#: What a model can answer, and so which task kinds may use it (see ANSWERS).
-Answer = Literal["label", "labels", "number", "vector", "spans", "json"]
+from motet.columns import Kind
+
+#: What a model can answer, and so which task kinds may use it (see ANSWERS). ``text``: it is a language model.
+#: ``models``: it trains others.
+Answer = Literal["label", "labels", "number", "vector", "spans", "json", "text", "models"]
 
 #: Task kind -> answers that satisfy it.
 ANSWERS: Mapping[str, frozenset[str]] = {
@@ -22,13 +26,34 @@ ANSWERS: Mapping[str, frozenset[str]] = {
     "embed": frozenset({"vector"}),
     "entities": frozenset({"spans"}),
     "function": frozenset({"json"}),
+    "fit": frozenset({"models"}),
+    "generate": frozenset({"text"}),
+    "chat": frozenset({"text"}),
+    "choose": frozenset({"text"}),
+    "extract": frozenset({"text"}),
 }
 
+#: Task kind -> kind of its column, where the model answers as text: labels that the task brings, or JSON values.
+#: Of generate and chat that is ``{"text": …, "finish": "stop" | "length"}``, unless a schema says otherwise.
+_OF_TEXT: Mapping[str, Kind] = {"generate": "json", "chat": "json", "choose": "label", "extract": "json"}
+
+
+def column_kind(task_kind: str, model: Manifest) -> Kind:
+    """Kind of the column that a task of this kind gets from this model."""
+    if model.answers == "text":
+        return _OF_TEXT[task_kind]
+    return "json" if model.answers == "models" else model.answers
+
+
+#: Names of the variables in which workers may hold the keys of other servers: a manifest can ask for no other secret.
+KEY_ENV = re.compile(r"MOTET_KEY_[A-Z0-9_]{1,60}")
 
 #: Bytes of one parameter, by numeric format.
 WIDTHS: Mapping[str, int] = {"fp32": 4, "bf16": 2}
 #: Memory of a loaded model beside its weights: code, caches, a small micro-batch.
 OVERHEAD_MB = 64
+#: Tokens whose keys and values a language model holds in memory at once, on every device: prompts and answers.
+KV_TOKENS = 16_384
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -58,12 +83,17 @@ class Manifest:
     thresholds: tuple[float, ...] = ()
     #: Parameters of the trunk (or whole model), for predictions of memory and cost.
     parameters: int = 0
+    #: Bytes that each of them takes in memory in any format (1: packed to eight bits); 0: as many as the format's.
+    packed_width: int = 0
+    #: Language models: numbers that attention keeps of each token, keys and values of all layers; 0 elsewhere.
+    kv_width: int = 0
     #: Formats beside fp32 whose accuracy check passed at registration, such as ("bf16",).
     formats: tuple[str, ...] = ()
     #: The same input gives the same answer, so columns may be reused.
     deterministic: bool = True
     licence: str = ""
     #: Where it came from: {"package": …} | {"folder": …} | {"hub": …}; told to people, never loaded from.
+    #: Of a model on another server: {"url": …, "model": …, "in_flight": …, "key_env": …}, and that is asked.
     source: Mapping[str, str] = field(default_factory=dict)
     #: Measured scores and how they were measured.
     scores: Mapping[str, Any] = field(default_factory=dict)
@@ -76,7 +106,7 @@ class Manifest:
     @property
     def digest(self) -> str:
         """Sha256 of all that decides the answers: files, engine, labels, thresholds, pooling, trunk."""
-        decisive = {
+        decisive: dict[str, Any] = {
             "engine": self.engine,
             "answers": self.answers,
             "files": dict(sorted(self.files.items())),
@@ -87,6 +117,9 @@ class Manifest:
             "thresholds": list(self.thresholds),
             "function": self.source.get("function", ""),
         }
+        if "url" in self.source:
+            # Of a model that another server runs, nothing is known but where it is asked for, and by which name.
+            decisive["served"] = [self.source["url"], self.source.get("model", "")]
         return hashlib.sha256(json.dumps(decisive, sort_keys=True).encode()).hexdigest()
 
     @property
@@ -96,11 +129,12 @@ class Manifest:
 
     def weights_bytes(self, in_format: str = "fp32") -> int:
         """Bytes of its weights once they are loaded in a numeric format."""
-        return self.parameters * WIDTHS[in_format] if self.parameters else self.bytes
+        return self.parameters * (self.packed_width or WIDTHS[in_format]) if self.parameters else self.bytes
 
     def memory_mb(self, in_format: str = "fp32") -> int:
         """Predicted memory of its weights in a numeric format, and of what comes with them."""
-        return int(1.1 * self.weights_bytes(in_format) / (1 << 20)) + OVERHEAD_MB
+        kept = self.kv_width * KV_TOKENS * WIDTHS[in_format]
+        return int((1.1 * self.weights_bytes(in_format) + kept) / (1 << 20)) + OVERHEAD_MB
 
     def to_json(self) -> dict[str, Any]:
         return {
@@ -122,6 +156,11 @@ class Manifest:
 
 #: Once and not for each message, of which most hold several manifests.
 _FIELDS = dict.fromkeys(f.name for f in fields(Manifest))
+
+
+def trainer_name(trunk: str) -> str:
+    """Name of the model that trains on a trunk of this name: registered with it, of the same version."""
+    return f"{trunk}-trainer"
 
 
 def trunk_digest(*, weights_sha256: str, tokenizer_sha256: str, config_sha256: str) -> str:

@@ -23,6 +23,11 @@ if TYPE_CHECKING:
 _ELEMENT = {"fp32": ("f", 4), "fp16": ("e", 2)}
 
 
+def writes_text(spec: Mapping[str, Any]) -> bool:
+    """Whether cells of the task with this spec hold ``{"text": …, "finish": …}``: Generate without schema, Chat."""
+    return spec.get("kind") in ("generate", "chat") and not spec.get("schema")
+
+
 class Span(NamedTuple):
     """One entity: where it stands in the rendered input, in code points, what it is, and how sure that is."""
 
@@ -35,13 +40,17 @@ class Span(NamedTuple):
 class Answers:
     """A column with its labels: one task's answers in a block, decoded once and only if asked for."""
 
-    __slots__ = ("_decoded", "column", "every", "labels")
+    __slots__ = ("_decoded", "column", "every", "labels", "written")
 
-    def __init__(self, column: Column, labels: Sequence[str] = (), *, every: bool = False) -> None:
+    def __init__(
+        self, column: Column, labels: Sequence[str] = (), *, every: bool = False, written: bool = False
+    ) -> None:
         self.column = column
         self.labels = labels
         #: The task asked for every label's score.
         self.every = every
+        #: The values are texts of a language model, each with how it ended.
+        self.written = written
         self._decoded: list[Any] | None = None
 
     def decoded(self, offset: int) -> Any:
@@ -83,7 +92,10 @@ class Block:
         rows, columns = int(frame["rows"]), frame["columns"]
         answers = {
             task: Answers(
-                Column.from_wire(columns[task]), spec.get("labels") or (), every=bool(spec.get("scores"))
+                Column.from_wire(columns[task]),
+                spec.get("labels") or (),
+                every=bool(spec.get("scores")),
+                written=writes_text(spec),
             )
             for task, spec in tasks.items()
             if task in columns
@@ -150,7 +162,8 @@ class Row(Mapping[str, "Cell"]):
 class Cell:
     """The answer of one task for one row.
 
-    ``str(cell)`` is the label where there is one, and a cell equals its value: ``row["topic"] == "sport"``.
+    ``str(cell)`` is the label or the text where there is one, and a cell equals its value:
+    ``row["topic"] == "sport"``.
     A cell without an answer has ``value`` None and says why in ``error``; reading it never raises.
     """
 
@@ -163,7 +176,10 @@ class Cell:
 
     @property
     def kind(self) -> str:
-        """What answers look like: ``label``, ``labels``, ``number``, ``vector``, ``spans`` or ``json``."""
+        """What answers look like: ``label``, ``labels``, ``number``, ``vector``, ``spans`` or ``json``.
+
+        A text is JSON as well: a cell whose ``finish`` is not None holds one.
+        """
         return self.answers.column.kind
 
     @property
@@ -191,8 +207,9 @@ class Cell:
     def value(self) -> Any:
         """The answer as plain data, or None where there is none.
 
-        Classify: the label; multi-label: a list of (label, score). Number: a float. Embed: a list of floats.
-        Entities: a list of Span. Function: what the function returned.
+        Classify and Choose: the label; multi-label: a list of (label, score). Number: a float. Embed: a list of
+        floats. Entities: a list of Span. Generate and Chat: the text. Extract, and Generate with a schema: the JSON
+        value. Function: what the function returned.
         """
         if not self.ok:
             return None
@@ -206,7 +223,12 @@ class Cell:
             case "spans":
                 return [Span(*span) for span in self._plain]
             case _:
-                return self._plain
+                return self._plain["text"] if self.answers.written else self._plain
+
+    @property
+    def finish(self) -> str | None:
+        """How a text ended: ``stop``, or ``length`` where ``max_tokens`` were not enough; None for all else."""
+        return str(self._plain["finish"]) if self.ok and self.answers.written else None
 
     @property
     def label(self) -> str | None:
@@ -239,7 +261,7 @@ class Cell:
 
     @property
     def scores(self) -> dict[str, float] | None:
-        """Every label's score where the task asked for them (``Classify(scores=True)``), else None."""
+        """Every label's score where the task asked for them (``scores=True``), else None."""
         if not self.ok or not self.answers.column.arrays.get("all"):
             return None
         plain = self._plain[-1]
@@ -282,7 +304,8 @@ class Cell:
 
     def __str__(self) -> str:
         if self.error is not None:
-            return f"<{self.status}: {self.error.error}>" if self.status == "error" else f"<{self.status}>"
+            why = self.error.error
+            return f"<{self.status}>" if why == self.status else f"<{self.status}: {why}>"
         match self.answers.column.kind:
             case "label":
                 return str(self._plain[0])
@@ -295,7 +318,8 @@ class Cell:
             case "spans":
                 return ", ".join(f"{span.label}[{span.start}:{span.end}]" for span in self.value)
             case _:
-                return json.dumps(self._plain, ensure_ascii=False)
+                plain = self.value
+                return plain if self.answers.written else json.dumps(plain, ensure_ascii=False)
 
     def __repr__(self) -> str:
         return f"<Cell {self}>"

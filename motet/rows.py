@@ -16,9 +16,10 @@ import os
 import random
 import sys
 import zlib
-from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Generator, Iterable, Iterator, Mapping, Sequence
 from contextlib import closing
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import IO, Any, Literal, TypeAlias
 
@@ -52,6 +53,8 @@ Source: TypeAlias = "str | os.PathLike[str] | Iterable[str | Mapping[str, Any]] 
 
 #: Rows as they are read: a str, a mapping or a ``_Bad``, and its line where it stands in a text file.
 _Rows: TypeAlias = "Generator[tuple[Any, int | None], None, None]"
+#: From the names of a table's columns those that are read.
+_Choose: TypeAlias = "Callable[[Sequence[str]], Sequence[str]]"
 
 TEXT_SUFFIXES = (".jsonl", ".ndjson", ".csv", ".tsv", ".txt")
 _SUFFIXES = ".jsonl, .ndjson, .csv, .tsv, .txt (also with .gz), .parquet"
@@ -83,6 +86,14 @@ class Part:
             body["bad"] = {offset: list(why) for offset, why in self.bad.items()}
         return pack(body) if squeeze else msgpack.packb(body, use_bin_type=True)
 
+    def mean_bytes(self) -> dict[str, float]:
+        """Field -> mean UTF-8 bytes of its texts, bad rows left out."""
+        good = [offset for offset in range(len(self)) if offset not in self.bad]
+        return {
+            name: round(sum(len(texts[offset].encode()) for offset in good) / max(1, len(good)), 1)
+            for name, texts in self.columns.items()
+        }
+
     def rows(self) -> list[dict[str, str]]:
         """The same rows as mappings, for requests that carry a few rows inline."""
         return [
@@ -100,8 +111,13 @@ class Survey:
     sample: tuple[dict[str, str], ...]
 
 
-def cut(source: Source, fields: Sequence[str], *, bad_rows: BadRows = "refuse") -> Iterator[Part]:
+def cut(
+    source: Source, fields: Sequence[str], *, dialogues: Collection[str] = (), bad_rows: BadRows = "refuse"
+) -> Iterator[Part]:
     """Read the source once and yield its parts, keeping only ``fields``.
+
+    A field of ``dialogues`` holds a list of ``{"role": …, "content": …}``, or the JSON of one: it becomes JSON of
+    those two keys. A row that is such a list is taken for the field ``messages``.
 
     A bad row has no text where a task reads one: a missing field, a value that is not a string, a NUL, a
     lone surrogate, more than 256 KiB, a line that is not JSON. With ``bad_rows="refuse"`` the first bad row
@@ -113,9 +129,9 @@ def cut(source: Source, fields: Sequence[str], *, bad_rows: BadRows = "refuse") 
     problems: list[Problem] = []
     first_bad = 0
     part = _Filling(fields)
-    with closing(_read(source, fields)) as rows:
+    with closing(_read(source, partial(_check_names, fields=fields))) as rows:
         for index, (row, line) in enumerate(rows):
-            found = _texts(row, fields)
+            found = _texts(row, fields, dialogues)
             if isinstance(found, _Bad):
                 if bad_rows == "refuse":
                     first_bad = first_bad if problems else index
@@ -138,7 +154,12 @@ def cut(source: Source, fields: Sequence[str], *, bad_rows: BadRows = "refuse") 
 
 
 def survey(
-    source: Source, fields: Sequence[str], *, bad_rows: BadRows = "refuse", sample: int = 1000
+    source: Source,
+    fields: Sequence[str],
+    *,
+    dialogues: Collection[str] = (),
+    bad_rows: BadRows = "refuse",
+    sample: int = 1000,
 ) -> Survey:
     """Read the whole source and draw an even sample from it. Raises as ``cut`` does.
 
@@ -147,7 +168,7 @@ def survey(
     dice = random.Random(0)
     drawn: list[dict[str, str]] = []
     seen = text_bytes = total = 0
-    for part in cut(source, fields, bad_rows=bad_rows):
+    for part in cut(source, fields, dialogues=dialogues, bad_rows=bad_rows):
         total += len(part)
         text_bytes += part.text_bytes
         for offset, row in enumerate(part.rows()):
@@ -159,6 +180,18 @@ def survey(
             elif (place := dice.randrange(seen)) < sample:
                 drawn[place] = row
     return Survey(rows=total, text_bytes=text_bytes, sample=tuple(_first_that_fit(drawn, 8 * BLOCK_BYTES)))
+
+
+def records(source: Source) -> Iterator[tuple[Any, int | None]]:
+    """Every row of the source as it stands there, with all its fields, and its line in a text file.
+
+    Raises InvalidJob for a row that cannot be read, SetupError where a package is missing.
+    """
+    with closing(_read(source, list)) as rows:
+        for index, (row, line) in enumerate(rows):
+            if isinstance(row, _Bad):
+                raise InvalidJob(replace(row, remedy="mend the row").at(index, line))
+            yield row, line
 
 
 def _first_that_fit(rows: Iterable[dict[str, str]], budget_bytes: int) -> Iterator[dict[str, str]]:
@@ -249,12 +282,16 @@ class _Bad:
 #: The way out for whoever cannot mend the rows, in Python's words and in the shell's.
 _OR_ERROR = 'or get error cells for such rows with bad_rows="error" (--bad-rows error)'
 _SKIP = f"mend the row, {_OR_ERROR}"
+#: Who speaks in a dialogue.
+_ROLES = ("system", "user", "assistant")
 
 
-def _texts(row: object, fields: Sequence[str]) -> tuple[list[str], int] | _Bad:
+def _texts(row: object, fields: Sequence[str], dialogues: Collection[str]) -> tuple[list[str], int] | _Bad:
     """The texts of the fields and their size in UTF-8 bytes, or what is wrong with the row."""
     if isinstance(row, str):
         row = {"text": row}
+    elif isinstance(row, list | tuple) and "messages" in dialogues:
+        row = {"messages": row}
     elif isinstance(row, _Bad):
         return row
     elif type(row) is not dict and not isinstance(row, Mapping):  # the first look is the cheap one
@@ -263,6 +300,11 @@ def _texts(row: object, fields: Sequence[str]) -> tuple[list[str], int] | _Bad:
     size = 0
     for name in fields:
         value = row.get(name)
+        if name in dialogues and (_is_list(value) or isinstance(value, str)):
+            told = _dialogue(name, value)
+            if isinstance(told, _Bad):
+                return told
+            value = told
         if not isinstance(value, str):
             if value is None and name not in row:
                 has = ", ".join(short(key) for key in list(row)[:8]) or "no fields at all"
@@ -270,9 +312,10 @@ def _texts(row: object, fields: Sequence[str]) -> tuple[list[str], int] | _Bad:
                     name,
                     "no such field",
                     f"text (the row has {has})",
-                    f"name a field that rows have, {_OR_ERROR}",
+                    f"name a field that rows have, or another task, {_OR_ERROR}",
                 )
-            return _Bad(name, _kind(value), "text", f"make it text or leave the row out, {_OR_ERROR}")
+            what = "a list of messages" if name in dialogues else "text"
+            return _Bad(name, _kind(value), what, f"make it {what} or leave the row out, {_OR_ERROR}")
         try:
             size += len(value) if value.isascii() else len(value.encode())
         except UnicodeEncodeError:
@@ -297,6 +340,39 @@ def _texts(row: object, fields: Sequence[str]) -> tuple[list[str], int] | _Bad:
     return texts, size
 
 
+def _is_list(value: object) -> bool:
+    """A list, or the array in which numpy and pandas hold one."""
+    return isinstance(value, list | tuple) or type(value).__name__ == "ndarray"
+
+
+def _dialogue(name: str, messages: Any) -> str | _Bad:
+    """A list of messages, or the JSON of one, as JSON of their roles and contents; other keys stay here."""
+    if isinstance(messages, str):
+        try:
+            messages = json.loads(messages)
+        except (ValueError, RecursionError):
+            messages = None
+        if not isinstance(messages, list):
+            return _Bad(name, "text that is no JSON list", "a list of messages", f"mend it, {_OR_ERROR}")
+    said: list[dict[str, str]] = []
+    for number, message in enumerate(messages):
+        role, content = (
+            (message.get("role"), message.get("content")) if isinstance(message, Mapping) else (None, None)
+        )
+        if role not in _ROLES or not isinstance(content, str) or "\0" in content:
+            return _Bad(
+                name,
+                f"a message {number} that is none",
+                f'messages {{"role": {" | ".join(_ROLES)}, "content": text}} without NUL',
+                f"mend the dialogue, {_OR_ERROR}",
+            )
+        said.append({"role": role, "content": content})
+    if not said or said[-1]["role"] != "user":
+        got = f"a dialogue that ends with the {said[-1]['role']}" if said else "no message"
+        return _Bad(name, got, "a last message of the user", f"leave the row out, {_OR_ERROR}")
+    return json.dumps(said, ensure_ascii=False, separators=(",", ":"))
+
+
 def _kind(value: object) -> str:
     """What a value is, in words, and never the value: it may be as private as a text."""
     if value is None:
@@ -309,13 +385,16 @@ def _kind(value: object) -> str:
 # -- sources
 
 
-def _read(source: Source, fields: Sequence[str]) -> _Rows:
+def _read(source: Source, choose: _Choose) -> _Rows:
     if isinstance(source, str | os.PathLike):
-        yield from _read_path(Path(source), fields)
+        yield from _read_path(Path(source), choose)
     elif (pandas := sys.modules.get("pandas")) is not None and isinstance(source, pandas.DataFrame):
-        yield from _read_frame(source, fields)
+        yield from _read_frame(source, choose)
+    elif pandas is not None and isinstance(source, pandas.Series):
+        # It offers an Arrow stream too, but one of values, not of rows.
+        yield from ((value, None) for value in source.tolist())
     elif hasattr(source, "__arrow_c_stream__"):
-        yield from _read_arrow(_arrow().RecordBatchReader.from_stream(source), fields)
+        yield from _read_arrow(_arrow().RecordBatchReader.from_stream(source), choose)
     elif isinstance(source, bytes | bytearray | Mapping) or not isinstance(source, Iterable):
         raise _unreadable(
             f"a value of type {type(source).__name__}",
@@ -327,7 +406,7 @@ def _read(source: Source, fields: Sequence[str]) -> _Rows:
             yield row, None
 
 
-def _read_path(path: Path, fields: Sequence[str]) -> _Rows:
+def _read_path(path: Path, choose: _Choose) -> _Rows:
     suffixes = [suffix.lower() for suffix in path.suffixes]
     packed = suffixes[-1:] == [".gz"]
     suffix = (suffixes[:-1] if packed else suffixes)[-1:]
@@ -340,10 +419,10 @@ def _read_path(path: Path, fields: Sequence[str]) -> _Rows:
         )
     try:
         if kind == ".parquet":
-            yield from _read_parquet(path, fields)
+            yield from _read_parquet(path, choose)
             return
         with gzip.open(path) if packed else path.open("rb") as file:
-            yield from _read_text(kind, file, fields)
+            yield from _read_text(kind, file, choose)
     except (gzip.BadGzipFile, zlib.error, EOFError):
         raise _unreadable(f"a broken archive {path.name!r}", "gzip", "pack the file again") from None
     except OSError as error:
@@ -354,14 +433,14 @@ def _read_path(path: Path, fields: Sequence[str]) -> _Rows:
         ) from None
 
 
-def _read_text(kind: str, file: IO[bytes] | gzip.GzipFile, fields: Sequence[str]) -> _Rows:
+def _read_text(kind: str, file: IO[bytes] | gzip.GzipFile, choose: _Choose) -> _Rows:
     match kind:
         case ".jsonl" | ".ndjson":
             yield from _read_jsonl(file)
         case ".txt":
             yield from ((_text(line), number) for number, line in _lines(file))
         case _:
-            yield from _read_csv(file, fields, delimiter="\t" if kind == ".tsv" else ",")
+            yield from _read_csv(file, choose, delimiter="\t" if kind == ".tsv" else ",")
 
 
 def _lines(file: IO[bytes] | gzip.GzipFile) -> Iterator[tuple[int, bytes | _Bad]]:
@@ -406,7 +485,7 @@ def _read_jsonl(file: IO[bytes] | gzip.GzipFile) -> _Rows:
                 yield _Bad("", f"broken JSON{why}", "a JSON object per line", _SKIP), number
 
 
-def _read_csv(file: IO[bytes] | gzip.GzipFile, fields: Sequence[str], delimiter: str) -> _Rows:
+def _read_csv(file: IO[bytes] | gzip.GzipFile, choose: _Choose, delimiter: str) -> _Rows:
     # The module's default would refuse fields that the server takes. It is process-wide, so it only grows.
     csv.field_size_limit(max(csv.field_size_limit(), 4 * MAX_ROW_BYTES))
     # Bytes that are not UTF-8 become lone surrogates, which are found where every text is checked.
@@ -416,7 +495,7 @@ def _read_csv(file: IO[bytes] | gzip.GzipFile, fields: Sequence[str], delimiter:
         header = next(table)
     except (StopIteration, csv.Error):
         return
-    _check_names(header, fields)
+    choose(header)
     while True:
         # A quoted field may span lines; its first one is told.
         line = table.line_num + 1
@@ -436,8 +515,8 @@ def _read_csv(file: IO[bytes] | gzip.GzipFile, fields: Sequence[str], delimiter:
             )
 
 
-def _read_frame(frame: Any, fields: Sequence[str]) -> _Rows:
-    _check_names([name for name in frame.columns if isinstance(name, str)], fields)
+def _read_frame(frame: Any, choose: _Choose) -> _Rows:
+    fields = choose([name for name in frame.columns if isinstance(name, str)])
     for lo in range(0, len(frame), BLOCK_ROWS):
         window = frame.iloc[lo : lo + BLOCK_ROWS]
         columns = [window[name].tolist() for name in fields]
@@ -445,7 +524,7 @@ def _read_frame(frame: Any, fields: Sequence[str]) -> _Rows:
             yield dict(zip(fields, values, strict=True)), None
 
 
-def _read_parquet(path: Path, fields: Sequence[str]) -> _Rows:
+def _read_parquet(path: Path, choose: _Choose) -> _Rows:
     arrow = _arrow()
     import pyarrow.parquet
 
@@ -453,7 +532,7 @@ def _read_parquet(path: Path, fields: Sequence[str]) -> _Rows:
     with path.open("rb") as raw:
         try:
             with pyarrow.parquet.ParquetFile(raw) as file:
-                _check_names(file.schema_arrow.names, fields)
+                fields = choose(file.schema_arrow.names)
                 for batch in file.iter_batches(batch_size=BLOCK_ROWS, columns=list(fields)):
                     yield from _read_batch(batch, fields)
         except arrow.ArrowException as error:
@@ -462,8 +541,8 @@ def _read_parquet(path: Path, fields: Sequence[str]) -> _Rows:
             ) from None
 
 
-def _read_arrow(reader: Any, fields: Sequence[str]) -> _Rows:
-    _check_names(reader.schema.names, fields)
+def _read_arrow(reader: Any, choose: _Choose) -> _Rows:
+    fields = choose(reader.schema.names)
     for batch in reader:
         for lo in range(0, batch.num_rows, BLOCK_ROWS):
             yield from _read_batch(batch.slice(lo, BLOCK_ROWS), fields)
@@ -475,8 +554,8 @@ def _read_batch(batch: Any, fields: Sequence[str]) -> _Rows:
         yield dict(zip(fields, values, strict=True)), None
 
 
-def _check_names(names: Sequence[str], fields: Sequence[str]) -> None:
-    """Every field read stands once among a table's columns, or InvalidJob."""
+def _check_names(names: Sequence[str], fields: Sequence[str]) -> Sequence[str]:
+    """The fields, where each of them stands once among a table's columns; InvalidJob otherwise."""
     for name in fields:
         if names.count(name) != 1:
             has = ", ".join(short(other) for other in names[:20])
@@ -485,11 +564,12 @@ def _check_names(names: Sequence[str], fields: Sequence[str]) -> None:
                     f"rows.{name}",
                     "no such column" if name not in names else f"{names.count(name)} columns of that name",
                     f"one of {has}" if has else "a table with columns",
-                    "name a column in the task's input, such as input='{"
+                    "name a column in the task's template, such as '{"
                     + (names[0] if names else "text")
                     + "}'",
                 )
             )
+    return fields
 
 
 def _arrow() -> Any:

@@ -45,6 +45,8 @@ class Settings:
     max_row_bytes: int = 256 * 1024
     max_part_bytes: int = 32 * 1024 * 1024
     max_active_jobs: int = 1000
+    #: Requests a second of one token at one API process, ten times as many at once; 0: no limit.
+    max_requests_s: float = 200.0
     #: Unfinished rows of all tenants; beyond it new jobs are refused, interactive ones apart.
     max_waiting_rows: int = 1_000_000_000
     #: Room that must stay free on the disk of Postgres, where the API sees it; 0: it does not look.
@@ -86,6 +88,9 @@ class Settings:
     log_level: str = "INFO"
 
     # -- watching
+    #: A file that a process of the scheduler touches in every round of its work, for whoever restarts what hangs.
+    #: `motet up` sets it. Empty: none.
+    pulse: str = ""
     #: OTLP/HTTP receiver of traces, such as http://127.0.0.1:4318/v1/traces. Empty: no traces, and no cost.
     traces: str = ""
 
@@ -96,8 +101,8 @@ class Settings:
                 f"MOTET_RETENTION_DAYS: got {self.retention_days}; expected days from 0 (keep for ever)"
                 f" to {MAX_RETENTION_DAYS:,}"
             )
-        for name, least in (("max_waiting_rows", 1), ("min_free_mb", 0)):
-            if getattr(self, name) < least:
+        for name, least in (("max_waiting_rows", 1), ("min_free_mb", 0), ("max_requests_s", 0)):
+            if not getattr(self, name) >= least:  # also refuses NaN
                 raise SetupError(
                     f"MOTET_{name.upper()}: got {getattr(self, name)}; expected a number from {least}"
                 )

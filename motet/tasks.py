@@ -6,8 +6,9 @@ is the one place where a stranger's task is checked for form; whether its model 
 
 from __future__ import annotations
 
+import json
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import MISSING, dataclass, field, fields
 from typing import Any, ClassVar, Literal
 
@@ -19,37 +20,56 @@ _NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_.-]{0,63}\Z")
 
 TooLong = Literal["truncate", "error"]
 Numerics = Literal["fast", "exact"]
+First = Literal["auto", "text", "instruction"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Task:
-    """One named AI operation asked of every row. Use a subclass; they differ in the kind of their cells."""
+    """One named AI operation asked of every row. Use a subclass; they differ in the kind of their cells.
+
+    A template is text with ``{name}`` for a field of the row, or for the answer of another task of the job: then
+    this task waits for that cell. ``{{`` and ``}}`` are braces.
+    """
 
     kind: ClassVar[str] = ""
+    #: Names of the options that are templates. The first one is the pass' input: what its tasks share.
+    templates: ClassVar[tuple[str, ...]] = ("input",)
 
     #: Name of a registered model, ``name`` or ``name@version``.
     model: str = field(kw_only=False)
-    #: What the model reads: text with ``{field}`` for fields of the row; ``{{`` and ``}}`` are braces.
-    input: str = "{text}"
-    #: A row with more tokens than the model (or ``max_tokens``) reads is cut and marked, or its cell is an error.
-    too_long: TooLong = "truncate"
-    #: Tokens read per row, special ones included; None means as many as the model was made for.
-    max_tokens: int | None = None
     #: ``exact`` is fp32; ``fast`` allows the formats whose accuracy check passed when the model was registered.
     numerics: Numerics = "fast"
 
     def to_json(self) -> dict[str, Any]:
         """The spec as JSON, defaults included, so that its digest does not depend on how it was written."""
-        return {"kind": self.kind, **{f.name: getattr(self, f.name) for f in fields(self)}}
+        values = {f.name: getattr(self, f.name) for f in fields(self)}
+        return {"kind": self.kind, **{k: list(v) if isinstance(v, tuple) else v for k, v in values.items()}}
+
+    @property
+    def shared_input(self) -> str:
+        """The template that tasks of one pass have in common: what is read once for all of them."""
+        return str(getattr(self, self.templates[0]))
 
     @property
     def reads(self) -> tuple[str, ...]:
-        """Names of the row fields that this task reads, in order of first use."""
-        return placeholders(self.input)
+        """Names that this task's templates read, in order of first use: fields of the row, and other tasks."""
+        return tuple(dict.fromkeys(n for t in self.templates for n in placeholders(getattr(self, t))))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Classify(Task):
+class Reading(Task):
+    """A task of a model that reads a text and answers at once: encoders, classifiers, functions."""
+
+    #: What the model reads.
+    input: str = "{text}"
+    #: A row with more tokens than the model (or ``max_tokens``) reads is cut and marked, or its cell is an error.
+    too_long: TooLong = "truncate"
+    #: Tokens read per row, special ones included; None means as many as the model was made for.
+    max_tokens: int | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Classify(Reading):
     """A label with its score; a list of (label, score) where the model is multi-label."""
 
     kind: ClassVar[str] = "classify"
@@ -58,14 +78,14 @@ class Classify(Task):
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Number(Task):
+class Number(Reading):
     """A float, from a model with a number head."""
 
     kind: ClassVar[str] = "number"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Embed(Task):
+class Embed(Reading):
     """A vector: the model's pooled representation, of unit length unless ``normalize`` is off."""
 
     kind: ClassVar[str] = "embed"
@@ -74,21 +94,122 @@ class Embed(Task):
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Entities(Task):
+class Entities(Reading):
     """Spans (start, end, label, score) in code points of the rendered input."""
 
     kind: ClassVar[str] = "entities"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Function(Task):
+class Function(Reading):
     """The JSON value that a registered Python function returns for the rendered input."""
 
     kind: ClassVar[str] = "function"
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Fit(Reading):
+    """Models trained as the recipe in each row says (motet/recipe.py); ``Client.train`` writes such rows."""
+
+    kind: ClassVar[str] = "fit"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Prompted(Task):
+    """A task of a language model. All those about one text share its prefill, whatever each of them asks.
+
+    The prompt is written as the model's chat template wants it: system, then text and instruction in the order that
+    saves more (``first``), so that what is common stands in front.
+    """
+
+    templates: ClassVar[tuple[str, ...]] = ("about", "system")
+
+    #: The text that the task is about.
+    about: str = "{text}"
+    #: The system message; "" for none, and then the chat template may bring its own.
+    system: str = ""
+    #: A prompt that does not fit the model's context: its cell is an error, or the text is cut and the cell marked.
+    too_long: TooLong = "error"
+    #: What stands in front: the text, which tasks of one row share, or the instruction, which rows of one task share.
+    first: First = "auto"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Generate(Prompted):
+    """A text that the model writes, and how it ended: ``stop``, or ``length`` where ``max_tokens`` were not enough.
+
+    With ``schema`` (JSON Schema) the answer is a JSON value that keeps it.
+    """
+
+    kind: ClassVar[str] = "generate"
+    templates: ClassVar[tuple[str, ...]] = ("about", "prompt", "system")
+
+    #: The instruction.
+    prompt: str
+    #: Tokens written at most.
+    max_tokens: int = 256
+    #: Writing ends before any of these.
+    stop: tuple[str, ...] = ()
+    #: 0: always the likeliest token. Above, tokens are drawn, the same ones for equal seed, row and task.
+    temperature: float = 0.0
+    seed: int = 0
+    schema: Mapping[str, Any] | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Chat(Task):
+    """The model's next message in a dialogue: a row holds a list of ``{"role": …, "content": …}`` so far."""
+
+    kind: ClassVar[str] = "chat"
+    templates: ClassVar[tuple[str, ...]] = ("messages", "system")
+
+    #: The field that holds the dialogue.
+    messages: str = "{messages}"
+    system: str = ""
+    too_long: TooLong = "error"
+    max_tokens: int = 256
+    stop: tuple[str, ...] = ()
+    temperature: float = 0.0
+    seed: int = 0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Choose(Prompted):
+    """One of the given labels with its score: the likeliest continuation, nothing is written.
+
+    A label's likelihood is compared with the one that it has without any text (``calibrate``; Zhao et al., Calibrate
+    Before Use, ICML 2021), so that a word which the model likes anyway does not win by that.
+    """
+
+    kind: ClassVar[str] = "choose"
+    templates: ClassVar[tuple[str, ...]] = ("about", "question", "system")
+
+    labels: tuple[str, ...]
+    #: The instruction; "" asks which of the labels fits.
+    question: str = ""
+    calibrate: bool = True
+    #: Return every label's score, not only the winner's.
+    scores: bool = False
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Extract(Prompted):
+    """A JSON value that keeps ``schema`` (JSON Schema): what the text says of it."""
+
+    kind: ClassVar[str] = "extract"
+    templates: ClassVar[tuple[str, ...]] = ("about", "prompt", "system")
+
+    schema: Mapping[str, Any]
+    prompt: str = "Extract the information as JSON."
+    max_tokens: int = 512
+    temperature: float = 0.0
+    seed: int = 0
+
+
 #: Every kind of task that can cross the wire.
-KINDS: Mapping[str, type[Task]] = {k.kind: k for k in (Classify, Number, Embed, Entities, Function)}
+KINDS: Mapping[str, type[Task]] = {
+    k.kind: k for k in (Classify, Number, Embed, Entities, Function, Fit, Generate, Chat, Choose, Extract)
+}
 
 
 def placeholders(template: str) -> tuple[str, ...]:
@@ -171,13 +292,12 @@ def _parse_one(where: str, spec: object) -> Task:
     for key, f in known.items():
         if key not in spec:
             if f.default is MISSING:
-                problems.append(
-                    Problem(f"{where}.{key}", "nothing", "a value", "name a model: see `motet models`")
-                )
+                needed = _EXPECTED[key]
+                problems.append(Problem(f"{where}.{key}", "nothing", needed.words, needed.remedy))
             continue
-        expected = _EXPECTED[key]
-        if expected.check(spec[key]):
-            values[key] = spec[key]
+        expected = _NEW_TOKENS if key == "max_tokens" and issubclass(cls, _WRITES) else _EXPECTED[key]
+        if expected.check(spec[key]) or (spec[key] is None and f.default is None):
+            values[key] = tuple(spec[key]) if isinstance(spec[key], list) else spec[key]
         else:
             problems.append(Problem(f"{where}.{key}", short(spec[key]), expected.words, expected.remedy))
     if problems:
@@ -216,34 +336,101 @@ def _clean_text(value: object) -> bool:
 
 
 def _is_template(value: object) -> bool:
+    return _is_prompt(value) and bool(placeholders(str(value)))
+
+
+def _is_prompt(value: object) -> bool:
+    """A template that need not name a field."""
     if not _clean_text(value) or not isinstance(value, str):
         return False
-    names = placeholders(value)
     bare = _PLACEHOLDER.sub("", value.replace("{{", "").replace("}}", ""))
-    return bool(names) and all(_NAME.match(n) for n in names) and "{" not in bare and "}" not in bare
+    return all(_NAME.match(n) for n in placeholders(value)) and "{" not in bare and "}" not in bare
 
 
-def _is_token_count(value: object) -> bool:
-    return value is None or (
-        isinstance(value, int) and not isinstance(value, bool) and 3 <= value <= 1_000_000
-    )
+def _is_prompt_or_nothing(value: object) -> bool:
+    return value == "" or _is_prompt(value)
+
+
+def _is_one_field(value: object) -> bool:
+    return isinstance(value, str) and value.startswith("{") and _is_template(value) and value.count("{") == 1
+
+
+def _is_whole(low: int, high: int) -> Callable[[object], bool]:
+    return lambda v: isinstance(v, int) and not isinstance(v, bool) and low <= v <= high
+
+
+def _is_temperature(value: object) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and 0 <= value <= 10
+
+
+def _are_texts(least: int, most: int, length: int) -> Callable[[object], bool]:
+    """So many different texts, each of at most ``length`` characters."""
+
+    def check(value: object) -> bool:
+        if not isinstance(value, list | tuple) or not least <= len(value) <= most:
+            return False
+        return all(_clean_text(v) and len(v) <= length for v in value) and len(set(value)) == len(value)
+
+    return check
+
+
+def _is_schema(value: object) -> bool:
+    """An object that could be a JSON Schema. Whether it is one, and one that can be kept, the API asks."""
+    try:
+        return isinstance(value, dict) and len(json.dumps(value, allow_nan=False)) <= 20_000
+    except (ValueError, TypeError, RecursionError):
+        return False
 
 
 _MODEL = "the name of a registered model"
 _TEMPLATE = "text that names at least one field, such as {text}"
+_PROMPT = "text, with {field} where a field of the row or another task's answer belongs"
+_PROMPT_OR_NOTHING = "such text, or nothing"
+_FIELD = "one field in braces, such as {messages}"
 _TOKENS = "a whole number from 3 to 1,000,000, or null"
-_CHECKS = {
+_WRITTEN = "a whole number from 1 to 100,000"
+_STOP = "up to 16 different texts of up to 100 characters"
+_LABELS = "2 to 100 different texts of up to 200 characters"
+_TEMPERATURE = "a number from 0 to 10"
+_SEED = "a whole number from 0 to 2^63 - 1"
+_SCHEMA = "a JSON Schema of up to 20,000 characters"
+_CHECKS: Mapping[str, Callable[[Any], bool]] = {
     _MODEL: lambda v: _clean_text(v) and len(str(v)) <= 200,
     _TEMPLATE: _is_template,
-    _TOKENS: _is_token_count,
+    _PROMPT: _is_prompt,
+    _PROMPT_OR_NOTHING: _is_prompt_or_nothing,
+    _FIELD: _is_one_field,
+    _TOKENS: _is_whole(3, 1_000_000),
+    _WRITTEN: _is_whole(1, 100_000),
+    _STOP: _are_texts(0, 16, 100),
+    _LABELS: _are_texts(2, 100, 200),
+    _TEMPERATURE: _is_temperature,
+    _SEED: _is_whole(0, 2**63 - 1),
+    _SCHEMA: _is_schema,
 }
+_BRACES = "write {field} where the row's field belongs, {{ and }} for braces"
 _EXPECTED: Mapping[str, _Expected] = {
     "model": _Expected(_MODEL, "see `motet models`"),
-    "input": _Expected(_TEMPLATE, "write {field} where the row's field belongs, {{ and }} for braces"),
+    "input": _Expected(_TEMPLATE, _BRACES),
+    "about": _Expected(_TEMPLATE, _BRACES),
+    "prompt": _Expected(_PROMPT, _BRACES),
+    "question": _Expected(_PROMPT_OR_NOTHING, _BRACES),
+    "system": _Expected(_PROMPT_OR_NOTHING, _BRACES),
+    "messages": _Expected(_FIELD, "name the field that holds the list of messages"),
     "max_tokens": _Expected(_TOKENS, "leave it out to use the model's own limit"),
     "too_long": _Expected("truncate or error", "choose one", ("truncate", "error")),
     "numerics": _Expected("fast or exact", "choose one", ("fast", "exact")),
+    "first": _Expected("auto, text or instruction", "choose one", ("auto", "text", "instruction")),
     "dtype": _Expected("fp32 or fp16", "choose one", ("fp32", "fp16")),
     "normalize": _Expected("true or false", "choose one", kind=bool),
     "scores": _Expected("true or false", "choose one", kind=bool),
+    "calibrate": _Expected("true or false", "choose one", kind=bool),
+    "labels": _Expected(_LABELS, "list the labels to choose from"),
+    "stop": _Expected(_STOP, "list the texts before which writing ends"),
+    "temperature": _Expected(_TEMPERATURE, "0 takes the likeliest token always"),
+    "seed": _Expected(_SEED, "choose a number"),
+    "schema": _Expected(_SCHEMA, "see json-schema.org"),
 }
+#: Kinds of tasks in which ``max_tokens`` counts what is written, not what is read.
+_WRITES = (Generate, Chat, Extract)
+_NEW_TOKENS = _Expected(_WRITTEN, "say how many tokens may be written at most")

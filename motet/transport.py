@@ -21,9 +21,9 @@ import json
 import secrets
 import time
 import uuid
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
-from functools import partial
 from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 from motet.wire import Assignment, BadMessage, Beat, Control, Running
@@ -37,12 +37,26 @@ OUTCOMES, DEAD, WORKERS, CANARY = "motet:outcomes", "motet:dead", "motet:workers
 GROUP = "aggregators"
 #: Unreadable entries kept for an operator to look at.
 DEAD_KEPT = 100
-#: Entries of the stream read at once when only their names are wanted.
-_PAGE = 50
+#: Entries of the stream read at once when only their names are wanted: each is a whole outcome.
+_PAGE = 16
+#: Entries that may be under settlement at once; the dispatcher stops far below it.
+_MANY = 100_000
+#: Seconds for which a consumer is left alone after it read: two that inherit from it do not take from each other.
+_FRESH_S = 0.3
+#: So far ahead of Redis' own clock an entry's id may be: that clock can be set back.
+_AHEAD_S = 3600
+#: Workers that are gone are forgotten so many at a time.
+_FORGOTTEN_AT_ONCE = 20
+#: A consumer of another host that asked for nothing for so long, and holds nothing, is forgotten.
+_FORGOTTEN_S = 86_400
 #: Bytes of payloads that are held encoded at once while a step is sent.
 _SENT_AT_ONCE = 8 * 1024 * 1024
 #: A beat that was not renewed for so long expires, and its worker is forgotten.
 _BEAT_EXPIRES_S = 60
+
+
+#: Attempt that an entry of the stream is of; None where it does not say.
+_Key = tuple[int, int] | None
 
 
 def queue_name(worker: str) -> str:
@@ -114,12 +128,20 @@ class SchedulerTransport(Protocol):
         """Entries for this consumer: first those another consumer left for ``reclaim_s``, then new ones."""
         ...
 
+    def inherit(self, consumer: str, gone: Callable[[str], bool], count: int) -> list[Entry]:
+        """Entries that consumers which are ``gone`` had read and not settled, for this consumer, at most ``count``.
+
+        Those first that count as read by this consumer itself, and never reached it: the answer was lost on the way.
+        So ask only when everything that was read is settled. Consumers that are gone and left nothing are forgotten.
+        """
+        ...
+
     def acknowledge(self, entries: Iterable[str]) -> None:
         """Remove entries whose outcome is committed. Only ever call this after COMMIT."""
         ...
 
     def bury(self, entry: Entry, why: str) -> None:
-        """Remove an entry that cannot be read and keep it, with the reason, among the last DEAD_KEPT."""
+        """Remove an entry that cannot be read; of the last DEAD_KEPT such the reasons are kept, while there is room."""
         ...
 
     def waiting_outcomes(self) -> set[tuple[int, int]]:
@@ -166,7 +188,7 @@ class WorkerTransport(Protocol):
 class _Redis:
     """A connection pool that turns every connection trouble into TransportLost."""
 
-    def __init__(self, url: str) -> None:
+    def __init__(self, url: str, timeout_s: float = 5.0) -> None:
         import redis
         from redis.backoff import NoBackoff
         from redis.retry import Retry
@@ -177,7 +199,7 @@ class _Redis:
         self.client: redis.Redis = redis.Redis.from_url(
             redis_py_url(url),
             # Without these a half-open connection hangs for ever (reference: reliability 0.4).
-            socket_timeout=5,
+            socket_timeout=timeout_s,
             socket_connect_timeout=3,
             health_check_interval=5,
             retry=Retry(NoBackoff(), 1),
@@ -197,9 +219,12 @@ class RedisTransport:
     """The scheduler's side of Redis."""
 
     def __init__(self, url: str, *, payload_ttl_s: int = 900) -> None:
-        self._redis = _Redis(url)
+        # A leader that waits for a dead line and then takes another one must lead on.
+        self._redis = _Redis(url, timeout_s=3.0)
         self._payload_ttl_s = payload_ttl_s
         self._group_made = False
+        #: Entry of the stream -> its attempt: those that were looked at.
+        self._named: dict[bytes, _Key] = {}
 
     def close(self) -> None:
         self._redis.close()
@@ -209,11 +234,13 @@ class RedisTransport:
 
     def identity(self) -> str:
         def ask(r: redis.Redis) -> str:
-            r.set(CANARY, secrets.token_hex(8), nx=True)
             pipe = r.pipeline(transaction=False)
             pipe.info("server")
             pipe.get(CANARY)
             info, canary = pipe.execute()
+            if canary is None:  # only then is anything written, for a full Redis refuses that
+                r.set(CANARY, secrets.token_hex(8), nx=True)
+                canary = r.get(CANARY)
             return f"{info['run_id']}:{(canary or b'').decode()}"
 
         return str(self._redis.call(ask))
@@ -222,17 +249,20 @@ class RedisTransport:
         def ask(r: redis.Redis) -> tuple[list[str], list[bytes | None]]:
             members: Any = r.smembers(WORKERS)
             names = sorted(bytes(n).decode("utf-8", "replace") for n in members)
+            if nameless := [n for n in members if n.decode("utf-8", "replace").encode() != n]:
+                r.srem(WORKERS, *nameless)
             raw: Any = r.mget([_key(n, "beat") for n in names]) if names else []
             return names, raw
 
         names, raw = self._redis.call(ask)
         found: dict[str, Beat] = {}
+        for name in [name for name, body in zip(names, raw, strict=True) if body is None][
+            :_FORGOTTEN_AT_ONCE
+        ]:
+            self.forget(name)
         for name, body in zip(names, raw, strict=True):
-            if body is None:
-                self.forget(name)
-                continue
             try:
-                beat = Beat.decode(body)
+                beat = Beat.decode(body or b"")
             except BadMessage:
                 continue
             if beat.worker == name:
@@ -297,25 +327,71 @@ class RedisTransport:
 
     def read_outcomes(self, consumer: str, count: int, block_s: float, reclaim_s: float) -> list[Entry]:
         def read(r: redis.Redis) -> list[Entry]:
-            if not self._group_made:
-                self._make_group(r)
             claimed = r.xautoclaim(OUTCOMES, GROUP, consumer, int(reclaim_s * 1000), count=count)[1]
             found = [_entry(i, fields) for i, fields in claimed if fields]
             if not found:
                 # Blocking longer than the socket's own time-out would look like a lost connection.
                 fresh = r.xreadgroup(
-                    GROUP, consumer, {OUTCOMES: ">"}, count=count, block=max(1, int(min(block_s, 4.0) * 1000))
+                    GROUP, consumer, {OUTCOMES: ">"}, count=count, block=max(1, int(min(block_s, 2.0) * 1000))
                 )
                 found = [_entry(i, fields) for _, entries in _pairs(fresh) for i, fields in entries]
+            if not found:
+                self._mend_numbers(r)
             return found
 
+        return self._in_group(read)  # type: ignore[no-any-return]
+
+    def _mend_numbers(self, r: redis.Redis) -> None:
+        """Begin an empty stream anew that somebody gave an entry of a far later time.
+
+        Ids only grow: behind the last possible one Redis takes no outcome any more, and its rule outlives the entry.
+        """
+        pipe = r.pipeline(transaction=False)
+        pipe.time()
+        pipe.xinfo_stream(OUTCOMES)
+        (now_s, _), stream = pipe.execute()
+        if not stream["length"] and _order(stream["last-generated-id"])[0] > (now_s + _AHEAD_S) * 1000:
+            r.unlink(OUTCOMES)
+            self._make_group(r)
+
+    def inherit(self, consumer: str, gone: Callable[[str], bool], count: int) -> list[Entry]:
+        def take(r: redis.Redis) -> list[Entry]:
+            consumers: Any = r.xinfo_consumers(OUTCOMES, GROUP)
+            for one in consumers:
+                name, idle_s = bytes(one["name"]).decode("utf-8", "replace"), one["idle"] / 1000
+                mine = name == consumer
+                if not mine and idle_s < _FRESH_S:
+                    continue
+                if one["pending"] and (mine or gone(name)):
+                    left: Any = r.xpending_range(OUTCOMES, GROUP, "-", "+", count, consumername=one["name"])
+                    ids = [entry["message_id"] for entry in left]
+                    # The least idle time keeps two heirs from taking the same: the first one makes them fresh.
+                    fresh_ms = 0 if mine else int(_FRESH_S * 1000)
+                    taken: Any = r.xclaim(OUTCOMES, GROUP, consumer, fresh_ms, ids) if ids else []
+                    if found := [_entry(i, fields) for i, fields in taken if fields]:
+                        return found
+                if not one["pending"] and not mine and (gone(name) or idle_s > _FORGOTTEN_S):
+                    r.xgroup_delconsumer(OUTCOMES, GROUP, one["name"])
+            return []
+
+        return self._in_group(take)  # type: ignore[no-any-return]
+
+    def _in_group(self, act: Callable[[redis.Redis], Any]) -> Any:
+        """Act with the group of aggregators in place: where Redis was emptied it is made again."""
+
+        def in_group(r: redis.Redis) -> Any:
+            if not self._group_made:
+                self._make_group(r)
+            return act(r)
+
         try:
-            return self._redis.call(read)  # type: ignore[no-any-return]
+            return self._redis.call(in_group)
         except TransportLost as lost:
-            if "NOGROUP" in str(lost.__cause__):
-                self._group_made = False
-                return []
-            raise
+            # Redis answered that there is no such group, or not even the stream.
+            if not any(words in str(lost.__cause__) for words in ("NOGROUP", "no such key")):
+                raise
+            self._group_made = False
+            return self._redis.call(in_group)
 
     def acknowledge(self, entries: Iterable[str]) -> None:
         ids = list(entries)
@@ -330,25 +406,55 @@ class RedisTransport:
             self._redis.call(settle)
 
     def bury(self, entry: Entry, why: str) -> None:
-        def move(r: redis.Redis) -> None:
+        def keep(r: redis.Redis) -> None:
             pipe = r.pipeline(transaction=True)
             # The body may hold a user's text: its length and the reason are kept, the bytes are not.
             pipe.lpush(DEAD, json.dumps({"id": entry.id, "bytes": len(entry.body), "why": why}))
             pipe.ltrim(DEAD, 0, DEAD_KEPT - 1)
-            pipe.xack(OUTCOMES, GROUP, entry.id)
-            pipe.xdel(OUTCOMES, entry.id)
             pipe.execute()
 
-        self._redis.call(move)
+        self.acknowledge([entry.id])
+        with suppress(TransportLost):  # a full Redis refuses it, and must be emptied all the same
+            self._redis.call(keep)
 
     def waiting_outcomes(self) -> set[tuple[int, int]]:
-        found: set[tuple[int, int]] = set()
-        start = "-"
-        # Page by page: an entry holds a whole outcome, and there may be many.
-        while page := self._redis.call(partial(_page_from, start)):
-            found.update(key for _, fields in page if (key := _key_of_outcome(fields)) is not None)
-            start = f"({page[-1][0].decode()}"
-        return found
+        # An entry is a whole outcome, and Redis has no way to tell less of it; so each is read once at most, and from
+        # then on it is enough to know which are there: those read and not settled, and those that nobody has read.
+        def look(r: redis.Redis) -> set[tuple[int, int]]:
+            pipe = r.pipeline(transaction=True)
+            pipe.xinfo_stream(OUTCOMES)
+            pipe.xinfo_groups(OUTCOMES)
+            pipe.xpending_range(OUTCOMES, GROUP, "-", "+", _MANY)
+            stream, groups, pending = pipe.execute()
+            [given] = [_order(g["last-delivered-id"]) for g in groups if g["name"] == GROUP.encode()]
+            standing = {p["message_id"] for p in pending}
+            top = stream["last-generated-id"]
+            # What lies beyond its last id was in a stream that has been begun anew since.
+            known = {i: key for i, key in self._named.items() if _order(i) <= _order(top)}
+            unseen = sorted(standing - known.keys())
+            for at in range(0, len(unseen), _PAGE):
+                pages = r.pipeline(transaction=False)
+                for i in unseen[at : at + _PAGE]:
+                    pages.xrange(OUTCOMES, i, i)
+                known.update(named for page in pages.execute() for named in _named(page))
+            unread = {i: key for i, key in known.items() if _order(i) > given}
+            self._read_names(r, unread, max(map(_order, unread), default=given), top)
+            if len(unread) > stream["length"] - len(standing):  # somebody cut the stream
+                unread = {}
+                self._read_names(r, unread, given, top)
+            self._named = {i: key for i, key in known.items() if i in standing} | unread
+            return {key for key in self._named.values() if key is not None}
+
+        return self._in_group(look)  # type: ignore[no-any-return]
+
+    @staticmethod
+    def _read_names(r: redis.Redis, into: dict[bytes, _Key], after: tuple[int, int], top: bytes) -> None:
+        """Page by page, for an outcome may be large."""
+        read: Any = r.xrange
+        # Redis refuses a range that would begin behind the last possible id.
+        while after < _order(top) and (page := read(OUTCOMES, "({}-{}".format(*after), top, _PAGE)):
+            into.update(_named(page))
+            after = _order(page[-1][0])
 
     def outcome_backlog(self) -> int:
         return int(self._redis.call(lambda r: r.xlen(OUTCOMES)))
@@ -374,12 +480,8 @@ class RedisTransport:
     def readers(self) -> dict[str, float]:
         """Every aggregator that ever asked for outcomes -> seconds since it last did. For health checks."""
 
-        def ask(r: redis.Redis) -> Any:
-            if not self._group_made:
-                self._make_group(r)
-            return r.xinfo_consumers(OUTCOMES, GROUP)
-
-        return {bytes(one["name"]).decode(): one["idle"] / 1000 for one in self._redis.call(ask)}
+        consumers = self._in_group(lambda r: r.xinfo_consumers(OUTCOMES, GROUP))
+        return {bytes(one["name"]).decode("utf-8", "replace"): one["idle"] / 1000 for one in consumers}
 
     def memory_share(self) -> float:
         """Used share of Redis' own memory limit; 0 where it has none."""
@@ -541,6 +643,11 @@ class MemoryTransport:
         self.pending.update((i, (consumer, now)) for i in chosen)
         return [Entry(i, self.entries[i][1]) for i in chosen]
 
+    def inherit(self, consumer: str, gone: Callable[[str], bool], count: int) -> list[Entry]:
+        chosen = [i for i, (name, _) in self.pending.items() if name == consumer or gone(name)][:count]
+        self.pending.update((i, (consumer, self.clock())) for i in chosen)
+        return [Entry(i, self.entries[i][1]) for i in chosen]
+
     def acknowledge(self, entries: Iterable[str]) -> None:
         for i in entries:
             for store in (self.entries, self.pending, self.reported_at):
@@ -654,19 +761,25 @@ def celery_message(worker: str, assignment: Assignment) -> str:
     )
 
 
-def _page_from(start: str, r: redis.Redis) -> Any:
-    return r.xrange(OUTCOMES, min=start, count=_PAGE)
-
-
 def _key_of_message(body: bytes) -> tuple[int, int] | None:
     try:
         subtask, attempt = json.loads(body)["headers"]["motet"]
         return int(subtask), int(attempt)
-    except (ValueError, TypeError, KeyError):
+    except (ValueError, TypeError, KeyError, ArithmeticError, RecursionError):
         return None
 
 
-def _key_of_outcome(fields: Mapping[bytes, bytes]) -> tuple[int, int] | None:
+def _order(entry: bytes) -> tuple[int, int]:
+    """An entry's place on the stream."""
+    ms, _, number = entry.partition(b"-")
+    return int(ms), int(number)
+
+
+def _named(page: Any) -> Iterator[tuple[bytes, _Key]]:
+    return ((entry, _key_of_outcome(fields)) for entry, fields in page)
+
+
+def _key_of_outcome(fields: Mapping[bytes, bytes]) -> _Key:
     try:
         return int(fields[b"s"]), int(fields[b"a"])
     except (ValueError, KeyError):

@@ -8,15 +8,15 @@ from __future__ import annotations
 
 import math
 import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import msgpack
 
-from motet.columns import Column, storable
-from motet.manifest import Manifest
+from motet.columns import Column, Kind, storable, typed
+from motet.manifest import Manifest, column_kind
 
 if sys.version_info >= (3, 14):
     from compression import zstd
@@ -27,17 +27,27 @@ else:
 #: loses or gains a field that a reader cannot do without. Anything else is a minor change and needs no number:
 #: a reader passes over fields that it does not know, and takes the default of those that are not there.
 PROTOCOL = 1
-#: Decoded payloads beyond this are refused: a guard against bombs, far above any real sub-task.
-MAX_DECODED_BYTES = 1 << 30
+#: Payloads that unfold to more are refused: a guard against bombs, above any real sub-task, for 8,192 vectors of
+#: 4,096 numbers are 128 MiB. A reader needs twice as much while it reads one.
+MAX_DECODED_BYTES = 256 << 20
+#: Entries that one list or map of a message may claim: more than the rows of any sub-task.
+_MOST_ENTRIES = 1 << 20
 
 
 class BadMessage(Exception):
     """A message that is not what its sender should have sent: torn, forged or of another version."""
 
 
+#: A bit that turned on the way would else be read as another text, or as another answer.
+_PACKED: Mapping[int, int] = {
+    zstd.CompressionParameter.compression_level: 1,
+    zstd.CompressionParameter.checksum_flag: 1,
+}
+
+
 def pack(value: object) -> bytes:
-    """Msgpack under zstd (level 1: faster than the network, a third of the size)."""
-    return zstd.compress(msgpack.packb(value, use_bin_type=True), 1)
+    """Msgpack under zstd (level 1: faster than the network, a third of the size), with a checksum of the whole."""
+    return zstd.compress(msgpack.packb(value, use_bin_type=True), options=_PACKED)
 
 
 def unpack(raw: bytes) -> Any:
@@ -46,12 +56,27 @@ def unpack(raw: bytes) -> Any:
         size = zstd.get_frame_info(raw).decompressed_size
         if size is None or size > MAX_DECODED_BYTES:
             raise BadMessage(f"payload claims {size} bytes")
-        plain = zstd.ZstdDecompressor().decompress(raw, size)
-        return msgpack.unpackb(plain, strict_map_key=False)
+        whole = zstd.ZstdDecompressor()
+        plain = whole.decompress(raw, size)
+        if not whole.eof:
+            # All of it may be there but its checksum.
+            raise BadMessage("payload is cut off")
+        return msgpack.unpackb(
+            plain, strict_map_key=False, max_array_len=_MOST_ENTRIES, max_map_len=_MOST_ENTRIES
+        )
     except BadMessage:
         raise
     except Exception as error:  # noqa: BLE001 - any stranger's bytes: every decoder error means the same thing
         raise BadMessage(f"cannot decode {len(raw)} bytes: {type(error).__name__}") from None
+
+
+def unfolded_bytes(raw: bytes) -> int:
+    """What ``unpack`` would unfold these bytes to, by their own word; their length where they say nothing."""
+    try:
+        size = zstd.get_frame_info(raw).decompressed_size
+    except zstd.ZstdError:
+        return len(raw)
+    return len(raw) if size is None or size > MAX_DECODED_BYTES else max(size, len(raw))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -62,6 +87,10 @@ class TaskOrder:
     #: ``Task.to_json()``.
     spec: Mapping[str, Any]
     manifest: Manifest
+
+    @property
+    def column_kind(self) -> Kind:
+        return column_kind(str(self.spec.get("kind", "")), self.manifest)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -84,11 +113,17 @@ class Assignment:
     tasks: tuple[TaskOrder, ...]
     #: Rendered input of each row, one text per row.
     texts: tuple[str, ...]
+    #: What other templates of the tasks name (fields of the row, answers of other tasks) -> a text per row.
+    fields: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    #: Index in the job of each row; only where a task draws its answers.
+    indices: tuple[int, ...] = ()
     #: Nothing may run beside it: it is suspected of killing its process.
     exclusive: bool = False
     interactive: bool = False
     #: Seconds of work that the scheduler predicts, loading apart.
     predicted_s: float = 0.0
+    #: That rests on outcomes of such devices, and is no guess.
+    measured: bool = False
 
     @property
     def key(self) -> tuple[int, int]:
@@ -112,9 +147,12 @@ class Assignment:
                     for t in self.tasks
                 ],
                 "texts": list(self.texts),
+                "fields": {name: list(texts) for name, texts in self.fields.items()},
+                "indices": list(self.indices),
                 "exclusive": self.exclusive,
                 "interactive": self.interactive,
                 "predicted_s": self.predicted_s,
+                "measured": self.measured,
             }
         )
 
@@ -139,9 +177,12 @@ class Assignment:
                     for t in wire["tasks"]
                 ),
                 texts=tuple(wire["texts"]),
+                fields={str(name): tuple(texts) for name, texts in wire.get("fields", {}).items()},
+                indices=tuple(map(int, wire.get("indices", ()))),
                 exclusive=bool(wire.get("exclusive", False)),
                 interactive=bool(wire.get("interactive", False)),
                 predicted_s=float(wire.get("predicted_s", 0.0)),
+                measured=bool(wire.get("measured", False)),
             )
 
 
@@ -178,6 +219,37 @@ class Usage:
     squares: int = 0
 
 
+@dataclass(frozen=True, slots=True)
+class Spent:
+    """What one task of a language model consumed for each row of an attempt, as little-endian arrays."""
+
+    #: uint32: tokens of the prompt; of them, those that were computed for another task or row already; tokens written.
+    tokens_in: bytes
+    tokens_cached: bytes
+    tokens_out: bytes
+    #: float32: seconds of the device, its share of each step.
+    seconds: bytes
+
+    def __len__(self) -> int:
+        return len(self.tokens_in) // 4
+
+    def to_wire(self) -> list[bytes]:
+        return [self.tokens_in, self.tokens_cached, self.tokens_out, self.seconds]
+
+    @classmethod
+    def from_wire(cls, wire: Sequence[bytes]) -> Spent:
+        """Raises ValueError where it is none."""
+        arrays = [bytes(raw) for raw in wire]
+        if len(arrays) != 4 or len({len(raw) for raw in arrays}) != 1 or len(arrays[0]) % 4:
+            raise ValueError("four arrays of one length")
+        seconds = typed("f", arrays[3])
+        if any(not 0 <= s < 1e7 for s in seconds) or any(
+            max(typed("I", raw), default=0) >> 31 for raw in arrays[:3]
+        ):
+            raise ValueError("more than one attempt can have used")
+        return cls(*arrays)
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Outcome:
     """What one attempt reports: an answer per row and task, or why there is none."""
@@ -196,6 +268,8 @@ class Outcome:
     #: Digest of the model that cannot be loaded on this worker, now or ever; "" for any other failure.
     refused: str = ""
     usage: Usage = field(default_factory=Usage)
+    #: Task name -> what it consumed of a language model, row by row; empty for any other pass.
+    spent: Mapping[str, Spent] = field(default_factory=dict)
 
     def encode(self) -> bytes:
         u = self.usage
@@ -221,6 +295,7 @@ class Outcome:
                     u.format,
                     u.squares,
                 ],
+                "spent": {name: s.to_wire() for name, s in self.spent.items()},
             }
         )
 
@@ -234,15 +309,15 @@ class Outcome:
                 raise ValueError(f"verdict {wire['verdict']!r}")
             usage = wire["usage"]
             return cls(
-                subtask=int(wire["subtask"]),
-                attempt=int(wire["attempt"]),
+                subtask=_count(wire["subtask"], most=1 << 63),
+                attempt=_count(wire["attempt"], most=1 << 15),
                 nonce=str(wire["nonce"]),
                 worker=str(wire["worker"]),
                 boot=str(wire["boot"]),
                 verdict=wire["verdict"],
                 columns={str(name): Column.from_wire(c) for name, c in wire["columns"].items()},
                 error=(storable(error[0]), storable(error[1])) if (error := wire.get("error")) else None,
-                refused=str(wire.get("refused", "")),
+                refused=storable(wire.get("refused", ""), 200),
                 usage=Usage(
                     tokens=_count(usage[0]),
                     computed_tokens=_count(usage[1]),
@@ -253,6 +328,7 @@ class Outcome:
                     format=storable(usage[6], 20),
                     squares=_count(usage[7], most=1 << 60) if len(usage) > 7 else 0,
                 ),
+                spent={str(name): Spent.from_wire(s) for name, s in wire.get("spent", {}).items()},
             )
 
 
@@ -291,6 +367,8 @@ class Beat:
     backlog_s: float = 0.0
     #: Attempts held: taken from the queue, outcome not yet on the stream.
     held: tuple[tuple[int, int], ...] = ()
+    #: Attempts that came here and cannot run, since their payload is missing or unreadable; said for 30 s.
+    left: tuple[tuple[int, int], ...] = ()
     #: Rows done since boot.
     rows_done: int = 0
 
@@ -320,17 +398,22 @@ def _finite(value: Any) -> float:
     return float(value) if math.isfinite(float(value)) else 0.0
 
 
+def _name(value: Any) -> str:
+    """What goes into Postgres with a lease: one worker's NUL must not stop the leader."""
+    return storable(value, 200)
+
+
 _BEAT_FIELDS: Mapping[str, Callable[[Any], Any]] = {
-    "worker": str,
-    "boot": str,
+    "worker": _name,
+    "boot": _name,
     "seq": int,
     "protocol": int,
-    "version": str,
-    "host": str,
+    "version": _name,
+    "host": _name,
     "pid": int,
     "state": str,
-    "device_kind": str,
-    "device_name": str,
+    "device_kind": _name,
+    "device_name": _name,
     "memory_mb": int,
     "memory_used_mb": int,
     "utilisation": _finite,
@@ -339,6 +422,7 @@ _BEAT_FIELDS: Mapping[str, Callable[[Any], Any]] = {
     "resident": _words,
     "backlog_s": _finite,
     "held": _keys,
+    "left": _keys,
     "rows_done": int,
 }
 

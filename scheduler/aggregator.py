@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import logging
-import socket
 import threading
 import time
-import uuid
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 
 from motet.settings import Settings
 from motet.transport import Entry, SchedulerTransport, TransportLost
-from motet.wire import BadMessage, Outcome, Usage
+from motet.wire import BadMessage, Outcome, Usage, unfolded_bytes
+from scheduler.identity import is_gone, own_name
+from scheduler.pulse import pulse
 from scheduler.store.database import Database, StoreUnavailable
 from scheduler.store.outcomes import Recorded, record
 
@@ -20,13 +20,15 @@ log = logging.getLogger(__name__)
 
 #: Entries taken at once: enough to share a commit, few enough to stay far below the reclaim time.
 BATCH = 64
-#: Bytes of outcomes in one transaction, where one is not larger: labels never come near it, vectors do. Whoever waits for
-#: one row waits for the transaction before.
-BATCH_BYTES = 4 * 1024 * 1024
-#: Outcomes of so few bytes, such as those of interactive rows, do not wait for the large ones beside them.
-SMALL_BYTES = 16 * 1024
+#: Bytes of outcomes, unfolded, in one transaction, where one is not larger: labels never come near it, vectors do.
+#: Whoever waits for one row waits for the transaction before.
+BATCH_BYTES = 6 * 1024 * 1024
+#: Outcomes of so few bytes, unfolded, such as those of interactive rows, do not wait for the large ones beside them.
+SMALL_BYTES = 32 * 1024
 #: Seconds that one read waits for the first entry; also how long a stop may wait for it.
 BLOCK_S = 0.5
+#: What dead aggregators of this machine left is looked for so often: they are not waited for as those elsewhere are.
+_INHERIT_S = 1.0
 
 
 @dataclass
@@ -36,34 +38,56 @@ class Aggregator:
     database: Database
     transport: SchedulerTransport
     settings: Settings
-    me: str = field(default_factory=lambda: f"{socket.gethostname()}:{uuid.uuid4().hex[:8]}")
+    me: str = field(default_factory=own_name)
+
+    def __post_init__(self) -> None:
+        self._inherit_at = 0.0
+        #: What was read and could not be dealt with, because Postgres or Redis went away meanwhile.
+        self._unsettled: list[Entry] = []
 
     def step(self, block_s: float = BLOCK_S) -> int:
         """Take what waits, commit it, only then acknowledge it. The number of entries dealt with."""
-        entries = self.transport.read_outcomes(self.me, BATCH, block_s, self.settings.reclaim_s)
+        entries = (
+            self._unsettled
+            or self._inherited()
+            or self.transport.read_outcomes(self.me, BATCH, block_s, self.settings.reclaim_s)
+        )
+        self._unsettled = list(entries)
         for batch in batches(entries):
             self._settle(batch)
+            self._unsettled = [entry for entry in self._unsettled if entry not in batch]
         return len(entries)
 
+    def _inherited(self) -> list[Entry]:
+        """What a dead aggregator of this machine had read; as long as there is some it is looked for again at once."""
+        now = time.monotonic()
+        if now < self._inherit_at:
+            return []
+        entries = self.transport.inherit(self.me, is_gone, BATCH)
+        if not entries:
+            self._inherit_at = now + _INHERIT_S
+        return entries
+
     def _settle(self, entries: Sequence[Entry]) -> None:
-        """Commit what these entries say, then acknowledge them."""
-        outcomes: list[Outcome] = []
-        read: list[str] = []
+        """Commit what these entries say, then acknowledge them; bury those that say nothing."""
+        outcomes: dict[str, Outcome] = {}
+        unreadable: list[tuple[Entry, str]] = []
         for entry in entries:
             try:
-                outcomes.append(Outcome.decode(entry.body))
-                read.append(entry.id)
+                outcomes[entry.id] = Outcome.decode(entry.body)
             except BadMessage as bad:
-                log.warning("buried an unreadable outcome", extra={"entry": entry.id, "why": str(bad)[:200]})
-                self.transport.bury(entry, str(bad)[:200])
+                unreadable.append((entry, str(bad)[:200]))
         if outcomes:
-            done = self._record(outcomes)
-            self.transport.acknowledge(read)
+            done = self._record(list(outcomes.values()))
+            self.transport.acknowledge(outcomes)
             if done.dropped or done.failed:
                 log.info(
                     "recorded",
                     extra={"accepted": done.accepted, "dropped": done.dropped, "failed": done.failed},
                 )
+        for entry, why in unreadable:
+            log.warning("buried an unreadable outcome", extra={"entry": entry.id, "why": why})
+            self.transport.bury(entry, why)
 
     def _record(self, outcomes: Sequence[Outcome]) -> Recorded:
         """Record them together; if that fails for a reason nobody foresaw, one by one, so that one cannot stop all."""
@@ -78,11 +102,21 @@ class Aggregator:
                 failed = replace(
                     outcomes[0], verdict="failed", columns={}, usage=Usage(), error=why, refused=""
                 )
-                return record(self.database, [failed])
+                return self._record_failed(failed)
         done = Recorded()
         for outcome in outcomes:
             done.add(self._record([outcome]))
         return done
+
+    def _record_failed(self, outcome: Outcome) -> Recorded:
+        """The last try: if even this cannot be recorded the outcome is dropped, and its lease runs out."""
+        try:
+            return record(self.database, [outcome])
+        except StoreUnavailable:
+            raise
+        except Exception:
+            log.exception("an outcome was dropped", extra={"subtask": outcome.subtask})
+            return Recorded(dropped=1)
 
 
 def batches(entries: Sequence[Entry], most_bytes: int = BATCH_BYTES) -> Iterator[list[Entry]]:
@@ -90,24 +124,27 @@ def batches(entries: Sequence[Entry], most_bytes: int = BATCH_BYTES) -> Iterator
 
     What is decoded at a time stays bounded.
     """
+    sized = [(entry, unfolded_bytes(entry.body)) for entry in entries]
     for small in (True, False):
         batch: list[Entry] = []
         size = 0
-        for entry in entries:
-            if (len(entry.body) <= SMALL_BYTES) is not small:
+        for entry, more in sized:
+            if (more <= SMALL_BYTES) is not small:
                 continue
-            if batch and size + len(entry.body) > most_bytes:
+            if batch and size + more > most_bytes:
                 yield batch
                 batch, size = [], 0
             batch.append(entry)
-            size += len(entry.body)
+            size += more
         if batch:
             yield batch
 
 
 def run(aggregator: Aggregator, stopping: threading.Event) -> None:
     """Step until ``stopping``. Trouble with Postgres or Redis is waited out: entries stay until they are committed."""
+    beat = pulse(aggregator.settings.pulse)
     while not stopping.is_set():
+        beat()
         try:
             aggregator.step()
         except (StoreUnavailable, TransportLost) as trouble:

@@ -35,12 +35,14 @@ class Part:
 class Reader:
     """What a block needs to know of a task to name its column's reuse key."""
 
-    #: Names of the fields that its template reads.
+    #: Names of the fields that its templates read.
     reads: tuple[str, ...]
     #: ``scheduler.plan.task_digest``.
     digest: bytes
     #: The answers may be kept for another job.
     reusable: bool
+    #: Tasks of the job whose answers it reads, each by name and number.
+    needs: tuple[tuple[str, int], ...] = ()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -94,7 +96,7 @@ def _encode(
     readers: Sequence[Reader],
 ) -> Block:
     columns = {name: list(texts[lo:hi]) for name, texts in part.columns.items()}
-    packed = {name: _uint32(lengths[name][lo:hi]) for name in columns}
+    packed = {name: uint32_bytes(lengths[name][lo:hi]) for name in columns}
     bad = {i - lo: why for i, why in part.bad.items() if lo <= i < hi}
     sizes = totals[lo:hi]
     # Stable even in reverse: rows of one length stay in row order.
@@ -107,12 +109,28 @@ def _encode(
         n_rows=hi - lo,
         n_work=len(order),
         text_bytes=sum(sizes),
-        row_order=_uint32(order),
+        row_order=uint32_bytes(order),
         lengths=b"".join(packed.values()),
         payload=pack({"columns": columns}),
         bad=bad,
-        keys=tuple(reuse_key(digests[r.reads], r.digest) if r.reusable else None for r in readers),
+        keys=_keys(readers, digests),
     )
+
+
+def _keys(readers: Sequence[Reader], digests: Mapping[tuple[str, ...], bytes]) -> tuple[bytes | None, ...]:
+    """The reuse key of each task. What reads an answer that is not for reuse is not for reuse either."""
+    keys: dict[int, bytes | None] = {}
+
+    def key(number: int) -> bytes | None:
+        if number not in keys:
+            reader = readers[number]
+            upstream = {name: key(needed) for name, needed in reader.needs}
+            known = {name: k for name, k in upstream.items() if k is not None}
+            reusable = reader.reusable and len(known) == len(upstream)
+            keys[number] = reuse_key(digests[reader.reads], reader.digest, known) if reusable else None
+        return keys[number]
+
+    return tuple(key(number) for number in range(len(readers)))
 
 
 def decode_block(payload: bytes) -> dict[str, list[str]]:
@@ -146,7 +164,7 @@ def fields_digest(columns: Mapping[str, Sequence[str]], bad: Bad, reads: Sequenc
 
     Every text is preceded by its length, so that no two blocks spell the same bytes.
     """
-    packed = {name: _uint32(_byte_lengths(columns[name])) for name in reads}
+    packed = {name: uint32_bytes(_byte_lengths(columns[name])) for name in reads}
     return _fields_digest(columns, packed, bad, reads)
 
 
@@ -170,9 +188,16 @@ def _fields_digest(
     return seen.digest()
 
 
-def reuse_key(fields: bytes, task: bytes) -> bytes:
-    """The name of a column: of what was read, and of all that decides the answers."""
-    return hashlib.sha256(fields + task).digest()
+def reuse_key(fields: bytes, task: bytes, upstream: Mapping[str, bytes] | None = None) -> bytes:
+    """The name of a column: of what was read, and of all that decides the answers.
+
+    ``upstream``: name of a task whose answers are read -> their column's key.
+    """
+    seen = hashlib.sha256(fields + task)
+    for name, key in sorted((upstream or {}).items()):
+        raw = name.encode()
+        seen.update(struct.pack("<I", len(raw)) + raw + key)
+    return seen.digest()
 
 
 def task_bits(numbers: Sequence[int]) -> int:
@@ -189,7 +214,8 @@ def _byte_lengths(texts: Sequence[str]) -> list[int]:
     return [len(text) if text.isascii() else len(text.encode()) for text in texts]
 
 
-def _uint32(numbers: Sequence[int]) -> bytes:
+def uint32_bytes(numbers: Sequence[int]) -> bytes:
+    """The opposite of ``uint32s``."""
     packed = array("I", numbers)
     if sys.byteorder == "big":
         packed.byteswap()

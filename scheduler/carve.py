@@ -9,6 +9,7 @@ from __future__ import annotations
 from bisect import bisect_right
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
+from typing import NamedTuple
 
 from scheduler.cost import Price
 
@@ -53,8 +54,7 @@ class Piece:
     exclusive: bool = False
 
 
-@dataclass(frozen=True, slots=True)
-class OpenBlock:
+class OpenBlock(NamedTuple):
     """A block that a pass has not carved to its end."""
 
     number: int
@@ -71,8 +71,7 @@ class OpenBlock:
         return self.cumulative[hi] - self.cumulative[lo]
 
 
-@dataclass(frozen=True, slots=True)
-class Carved:
+class Carved(NamedTuple):
     """One sub-task, cut but not leased."""
 
     ranges: tuple[Range, ...]
@@ -158,30 +157,30 @@ def _from_pieces(frontier: Frontier, budget_s: float, price: Price) -> Carved:
 
 
 def _from_blocks(frontier: Frontier, budget_s: float, cap_s: float, price: Price) -> Carved:
-    todo = frontier.blocks[0].todo
+    blocks = frontier.blocks
+    todo = blocks[0].todo
     left_s, left_bytes, left_rows = budget_s - price.start_s, MAX_BYTES, MAX_ROWS
     ranges: list[Range] = []
-    while frontier.blocks and frontier.blocks[0].todo == todo and left_rows > 0:
-        block = frontier.blocks[0]
+    while blocks and blocks[0].todo == todo and left_rows > 0:
+        block = blocks[0]
+        lo = block.cursor
         hi = _furthest(block, left_s, left_bytes, left_rows, price)
         if block.bounds and hi < block.n:
             group = _furthest(block, cap_s, left_bytes, left_rows, price, close=1.0)
             hi = _between_groups(block, hi, bool(ranges), group)
         if not ranges:
             # At least one row, so that a long row is never stuck.
-            hi = max(hi, block.cursor + 1)
-        if hi <= block.cursor:
+            hi = max(hi, lo + 1)
+        if hi <= lo:
             break
-        cut = Range(block.number, block.cursor, hi, block.bytes_between(block.cursor, hi))
-        ranges.append(cut)
-        left_s -= price.of(len(cut), cut.bytes) - price.start_s
-        left_bytes, left_rows = left_bytes - cut.bytes, left_rows - len(cut)
+        size = block.cumulative[hi] - block.cumulative[lo]
+        ranges.append(Range(block.number, lo, hi, size))
         if hi < block.n:
-            frontier.blocks[0] = OpenBlock(
-                block.number, hi, block.n, block.todo, block.cumulative, block.bounds
-            )
+            blocks[0] = OpenBlock(block.number, hi, block.n, todo, block.cumulative, block.bounds)
             break
-        frontier.blocks.pop(0)
+        left_s -= price.of(hi - lo, size) - price.start_s
+        left_bytes, left_rows = left_bytes - size, left_rows - (hi - lo)
+        blocks.pop(0)
     return Carved(ranges=tuple(ranges), todo=todo)
 
 
@@ -194,30 +193,39 @@ def _furthest(
     close: float = _CLOSE,
 ) -> int:
     """The furthest cut whose rows fit, or one that uses ``close`` of it; the cursor where not even one row does."""
-    lo, before = block.cursor, block.cumulative[block.cursor]
-    most = min(block.n, lo + left_rows, bisect_right(block.cumulative, before + left_bytes) - 1)
-
-    row, byte, square, cumulative = price.per_row, price.per_byte, price.per_square, block.cumulative
-
-    def cost_s(hi: int) -> float:
-        # Price.of without its start, spelled out: this is asked ten times for each block.
-        rows, size = hi - lo, cumulative[hi] - before
-        return rows * row + size * (byte + square * size / rows)
-
-    if most <= lo or cost_s(most) <= left_s:
-        return max(lo, most)
-    # Rows of like length cost nearly the same: between a cut that fits and one that does not a straight line hits
-    # the mark, or a hundredth beside it, at the second or third try. Where lengths jump, halving gets there.
-    fits, cost, beyond, more, tries = lo, 0.0, most, cost_s(most), 0
+    lo, n, cumulative = block.cursor, block.n, block.cumulative
+    before = cumulative[lo]
+    most = min(n, lo + left_rows)
+    if cumulative[most] - before > left_bytes:
+        most = bisect_right(cumulative, before + left_bytes) - 1
+    if most <= lo:
+        return lo
+    # Price.of without its start, spelled out wherever it is asked.
+    _, row, byte, square = price
+    rows, size = most - lo, cumulative[most] - before
+    more = rows * row + size * (byte + square * size / rows)
+    if more <= left_s:
+        return most
+    # Seconds are nearly proportional to bytes. So the first row tells how many bytes to try; then a straight line between
+    # a cut that fits and one that does not hits the mark, or a hundredth beside it. Where that fails, halving gets there.
+    fits, cost, beyond, tries = lo, 0.0, most, 0
+    size = cumulative[lo + 1] - before
+    goal = before + size * left_s / max(1e-12, row + size * (byte + square * size))
     while beyond - fits > 1 and cost < close * left_s:
         tries += 1
-        share = 0.5 if tries % 3 == 0 else (left_s - cost) / (more - cost)
-        guess = min(max(fits + int((beyond - fits) * share), fits + 1), beyond - 1)
-        asked = cost_s(guess)
+        guess = (fits + beyond) // 2 if tries % 4 == 0 else bisect_right(cumulative, goal, fits, beyond) - 1
+        if guess <= fits:
+            guess = fits + 1
+        elif guess >= beyond:
+            guess = beyond - 1
+        rows, size = guess - lo, cumulative[guess] - before
+        asked = rows * row + size * (byte + square * size / rows)
         if asked <= left_s:
             fits, cost = guess, asked
         else:
             beyond, more = guess, asked
+        least, most_bytes = cumulative[fits], cumulative[beyond]
+        goal = least + (most_bytes - least) * (left_s - cost) / (more - cost)
     return fits
 
 

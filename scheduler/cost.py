@@ -7,11 +7,13 @@ Theory, ch. 10; reference: performance 4.1). A device that is slower than its ki
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 from math import isfinite
+from typing import NamedTuple
 
-#: (trunk, device name, numeric class).
+from motet.manifest import Manifest
+
+#: (trunk, device name, numeric class). Where a trunk's passes differ in what a row costs: ``trunk:shape``.
 RateKey = tuple[str, str, str]
 #: Seconds of a sub-task, a row, a token, a squared length.
 Coefficients = tuple[float, float, float, float]
@@ -35,6 +37,9 @@ _PRIOR_TOKENS_PER_ROW = 64.0
 NOISE, _DRIFT, _START_DOUBT_S = 0.3, 8e-5, 0.01
 #: While so few outcomes were seen one that is far off overrules all before it.
 _YOUNG, _FAR_OFF = 20, 2.0
+_NOISE_VARIANCE = NOISE**2
+#: After so many outcomes a prediction is no guess any more.
+_MEASURED = 3
 #: Weight of a new observation of a pace, of a load time, and of a bytes-to-tokens ratio.
 _PACE_WEIGHT, _LOAD_WEIGHT, _RATIO_WEIGHT = 0.12, 0.5, 0.3
 #: An outcome that is so far off its prediction tells of another pace, not of noise, and counts for more.
@@ -42,10 +47,11 @@ _PACE_FAR_OFF, _PACE_JUMP, _FARTHEST = 2.5, 0.5, 4.0
 #: Each observation draws a pace this much back to 1, so that a kind's rate and its devices' paces cannot drift apart.
 _PACE_LEAK = 0.02
 PACE_RANGE = (0.5, 8.0)
+#: As its kind, never seen.
+_NO_PACE = (1.0, 0)
 
 
-@dataclass(frozen=True, slots=True)
-class Work:
+class Work(NamedTuple):
     """What costs time: rows, their tokens, and the sum of their squared lengths in tokens."""
 
     rows: float
@@ -53,8 +59,7 @@ class Work:
     squares: float
 
 
-@dataclass(frozen=True, slots=True)
-class Price:
+class Price(NamedTuple):
     """Seconds of one pass on one device: linear in rows, UTF-8 bytes and squared bytes."""
 
     start_s: float
@@ -69,13 +74,12 @@ class Price:
         return self.start_s + rows * self.per_row + size * (self.per_byte + self.per_square * size / rows)
 
 
-@dataclass(frozen=True, slots=True)
-class Rate:
+class Rate(NamedTuple):
     """What was learned of one trunk on one kind of device. ``observed`` gives the next one."""
 
     #: Seconds of a sub-task, a row, a token, a squared length; none is negative.
     coefficients: Coefficients
-    #: Their covariance, row by row.
+    #: Their covariance, row by row: exactly symmetric.
     covariance: tuple[float, ...]
     bytes_per_token: float = PRIOR_BYTES_PER_TOKEN
     tokens_per_row: float = _PRIOR_TOKENS_PER_ROW
@@ -96,7 +100,8 @@ class Rate:
     def seconds(self, work: Work) -> float:
         """Predicted seconds of one sub-task."""
         start, row, token, square = self.coefficients
-        return start + row * work.rows + token * work.tokens + square * work.squares
+        rows, tokens, squares = work
+        return start + row * rows + token * tokens + square * squares
 
     def price(self, pace: float = 1.0, bytes_per_token: float = 0.0) -> Price:
         """In bytes, which are known before rows are tokenised. ``bytes_per_token``: the job's own; 0: not known."""
@@ -106,44 +111,61 @@ class Rate:
 
     def observed(self, work: Work, seconds: float, text_bytes: float = 0.0) -> Rate:
         """Learn from one sub-task at the pace of its kind. Errors count relative to what was predicted."""
-        if work.tokens <= 0 or seconds <= 0 or not isfinite(seconds):
+        rows, tokens, squares = work
+        if tokens <= 0 or seconds <= 0 or not isfinite(seconds):
             return self
-        c, p = self.coefficients, self.covariance
-        expected = max(self.seconds(work), 1e-9)
+        # Spelled out from here on: this runs for each outcome.
+        c, p, n, ratio, each = (
+            self.coefficients,
+            self.covariance,
+            self.observations,
+            self.bytes_per_token,
+            self.tokens_per_row,
+        )
+        c0, c1, c2, c3 = c
+        expected = c0 + c1 * rows + c2 * tokens + c3 * squares
+        if expected < 1e-9:
+            expected = 1e-9
         y = seconds / expected
-        if self.observations < _YOUNG and not 1 / _FAR_OFF < y < _FAR_OFF:
+        if n < _YOUNG and not 1 / _FAR_OFF < y < _FAR_OFF:
             # The guess was wrong by a factor, and so were all its parts.
-            known = min(c[0], seconds / 2)
-            factor = (seconds - known) / max(1e-12, expected - c[0])
-            c = (known, c[1] * factor, c[2] * factor, c[3] * factor)
+            known = min(c0, seconds / 2)
+            factor = (seconds - known) / max(1e-12, expected - c0)
+            c = (known, c1 * factor, c2 * factor, c3 * factor)
             p = _doubt(c)
         else:
             # Relative to what was predicted: then a long sub-task counts no more than a short one.
-            x = (1 / expected, work.rows / expected, work.tokens / expected, work.squares / expected)
-            px = [p[i] * x[0] + p[i + 1] * x[1] + p[i + 2] * x[2] + p[i + 3] * x[3] for i in (0, 4, 8, 12)]
-            scale = NOISE**2 + x[0] * px[0] + x[1] * px[1] + x[2] * px[2] + x[3] * px[3]
-            step = (y - self.seconds(work) / expected) / scale
-            c = (
-                max(0.0, c[0] + px[0] * step),
-                max(0.0, c[1] + px[1] * step),
-                max(0.0, c[2] + px[2] * step),
-                max(0.0, c[3] + px[3] * step),
-            )
+            x0, x1, x2, x3 = 1 / expected, rows / expected, tokens / expected, squares / expected
+            p00, p01, p02, p03, _, p11, p12, p13, _, _, p22, p23, _, _, _, p33 = p
+            p0 = p00 * x0 + p01 * x1 + p02 * x2 + p03 * x3
+            p1 = p01 * x0 + p11 * x1 + p12 * x2 + p13 * x3
+            p2 = p02 * x0 + p12 * x1 + p22 * x2 + p23 * x3
+            p3 = p03 * x0 + p13 * x1 + p23 * x2 + p33 * x3
+            scale = _NOISE_VARIANCE + x0 * p0 + x1 * p1 + x2 * p2 + x3 * p3
+            step = (y - 1) / scale
+            c0, c1, c2, c3 = c0 + p0 * step, c1 + p1 * step, c2 + p2 * step, c3 + p3 * step
+            c0, c1 = c0 if c0 > 0.0 else 0.0, c1 if c1 > 0.0 else 0.0
+            c2, c3 = c2 if c2 > 0.0 else 0.0, c3 if c3 > 0.0 else 0.0
+            c = (c0, c1, c2, c3)
             # What was learned of their proportions stays; that all of them change together is always possible. (With
             # an ordinary forgetting factor doubt grows without bound in whatever the data do not tell, and sub-tasks
             # are cut to like seconds: they do not tell rows from tokens, nor either from a constant.)
-            p = _after(p, px, scale, c)
-        weight = 1.0 if self.observations == 0 else _RATIO_WEIGHT
-        ratio = self.bytes_per_token
+            q0, q1, q2 = p0 / scale, p1 / scale, p2 / scale
+            d0, d1, d2 = _DRIFT * c0, _DRIFT * c1, _DRIFT * c2
+            p01, p02, p03 = p01 - q0 * p1 + d0 * c1, p02 - q0 * p2 + d0 * c2, p03 - q0 * p3 + d0 * c3
+            p12, p13, p23 = p12 - q1 * p2 + d1 * c2, p13 - q1 * p3 + d1 * c3, p23 - q2 * p3 + d2 * c3
+            p = (
+                p00 - q0 * p0 + d0 * c0, p01, p02, p03,
+                p01, p11 - q1 * p1 + d1 * c1, p12, p13,
+                p02, p12, p22 - q2 * p2 + d2 * c2, p23,
+                p03, p13, p23, p33 - p3 * p3 / scale + _DRIFT * c3 * c3,
+            )  # fmt: skip
+        weight = 1.0 if n == 0 else _RATIO_WEIGHT
         if text_bytes > 0:
-            ratio += weight * (max(0.1, text_bytes / work.tokens) - ratio)
-        return Rate(
-            c,
-            p,
-            ratio,
-            self.tokens_per_row + weight * (work.tokens / max(1.0, work.rows) - self.tokens_per_row),
-            self.observations + 1,
-        )
+            seen = text_bytes / tokens
+            ratio += weight * ((seen if seen > 0.1 else 0.1) - ratio)
+        each += weight * (tokens / (rows if rows > 1.0 else 1.0) - each)
+        return Rate(c, p, ratio, each, n + 1)
 
 
 @dataclass
@@ -157,17 +179,30 @@ class Rates:
     loads: dict[LoadKey, float] = field(default_factory=dict)
 
     def of(self, key: RateKey, *, device_kind: str, parameters: int) -> Rate:
-        """The rate under this key; where it is unknown a prior, with another device's bytes-to-tokens ratio."""
+        """The rate under this key; where it is unknown a prior, with another device's bytes-to-tokens ratio.
+
+        Of a trunk whose passes are of many shapes another shape's rate is a better guess than its parameters.
+        """
         known = self.learned.get(key)
         if known is not None:
             return known
-        ratios = (rate.bytes_per_token for (trunk, _, _), rate in self.learned.items() if trunk == key[0])
+        trunk, _, shape = key[0].partition(":")
+        alike = ((k, rate) for k, rate in self.learned.items() if k[0].partition(":")[0] == trunk)
+        if shape and (other := [rate for k, rate in alike if k[1:] == key[1:]]):
+            best = max(other, key=lambda rate: rate.observations)
+            return best._replace(covariance=_doubt(best.coefficients), observations=0)
+        ratios = (rate.bytes_per_token for k, rate in self.learned.items() if k[0].partition(":")[0] == trunk)
         flops = _PRIOR_FLOPS.get(device_kind, _PRIOR_FLOPS["cpu"])
         return Rate.prior(2 * (parameters or _PRIOR_PARAMETERS) / flops, next(ratios, PRIOR_BYTES_PER_TOKEN))
 
+    def measured(self, key: RateKey) -> bool:
+        """Whether predictions under this key rest on outcomes enough to hold a device to them."""
+        known = self.learned.get(key)
+        return known is not None and known.observations >= _MEASURED
+
     def pace(self, worker: str) -> float:
         """How many times slower than its kind a worker is; 1 until something else was seen."""
-        return self.paces.get(worker, (1.0, 0))[0]
+        return self.paces.get(worker, _NO_PACE)[0]
 
     def load_s(self, model: str, device: str, *, weights_bytes: float) -> float:
         """Seconds that loading a model takes on a kind of device."""
@@ -179,15 +214,17 @@ class Rates:
     ) -> None:
         """Learn from one accepted outcome that loaded nothing. ``prior``: where nothing was learned before."""
         rate = self.learned.get(key, prior)
-        pace, seen = self.paces.get(worker, (1.0, 0))
+        pace, seen = self.paces.get(worker, _NO_PACE)
         expected = rate.seconds(work) * pace
         if rate.observations >= _YOUNG // 4 and expected > 0 and seconds > 0:
-            least, most = PACE_RANGE
-            off = min(_FARTHEST, seconds / expected)
+            off = seconds / expected
+            if off > _FARTHEST:
+                off = _FARTHEST
             weight = _PACE_JUMP if off > _PACE_FAR_OFF or off < 1 / _PACE_FAR_OFF else _PACE_WEIGHT
             # The mean, not that of the logarithms, which noise drags down.
-            grown = (pace * (1 + weight * (off - 1))) ** (1 - _PACE_LEAK)
-            pace = min(most, max(least, grown))
+            pace = (pace * (1 + weight * (off - 1))) ** (1 - _PACE_LEAK)
+            least, most = PACE_RANGE
+            pace = least if pace < least else most if pace > most else pace
             self.paces[worker] = (pace, seen + 1)
         self.learned[key] = rate.observed(work, seconds / pace, text_bytes)
 
@@ -197,16 +234,9 @@ class Rates:
         self.loads[key] = known + _LOAD_WEIGHT * (seconds - known)
 
 
-def _after(p: Sequence[float], px: Sequence[float], scale: float, c: Coefficients) -> tuple[float, ...]:
-    """The covariance after an observation, and after a while: exactly symmetric."""
-    (a, b, e, f), (s, t, u, v) = px, c
-    aa, ab, ae, af = (
-        p[i] - a * x / scale + _DRIFT * s * y for i, x, y in ((0, a, s), (1, b, t), (2, e, u), (3, f, v))
-    )
-    bb, be, bf = (p[i] - b * x / scale + _DRIFT * t * y for i, x, y in ((5, b, t), (6, e, u), (7, f, v)))
-    ee, ef = (p[i] - e * x / scale + _DRIFT * u * y for i, x, y in ((10, e, u), (11, f, v)))
-    ff = p[15] - f * f / scale + _DRIFT * v * v
-    return (aa, ab, ae, af, ab, bb, be, bf, ae, be, ee, ef, af, bf, ef, ff)
+def learned_as(key: str, model: Manifest) -> str:
+    """The name under which the speed of a pass is learned that loads this model; ``key``: its own name, or ""."""
+    return key or model.trunk or model.digest
 
 
 def _doubt(coefficients: Coefficients) -> tuple[float, ...]:

@@ -7,11 +7,10 @@ decisions out. Any number may run; one leads, the others stand by.
 from __future__ import annotations
 
 import logging
-import socket
 import threading
 import time
-import uuid
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from itertools import count, islice
 from typing import cast
@@ -25,11 +24,13 @@ from motet.wire import PROTOCOL, Beat, Control
 from scheduler.carve import MAX_ROWS, Carved, Frontier, carve
 from scheduler.cost import Rates
 from scheduler.facts import Facts, read, under_way, workers
+from scheduler.identity import is_gone, own_name
 from scheduler.lifecycle import hopeless, lost
 from scheduler.liveness import Watch, attuned, drops, speaks, usable
 from scheduler.payloads import Payloads
 from scheduler.place import Clone, Flight, Placement, Placer, Recall
 from scheduler.pressure import throttle
+from scheduler.pulse import pulse
 from scheduler.store import drains, endings, leases
 from scheduler.store.database import WORK, Database, StoreUnavailable
 from scheduler.store.endings import end_job
@@ -64,13 +65,17 @@ class Dispatcher:
     database: Database
     transport: SchedulerTransport
     settings: Settings
-    me: str = field(default_factory=lambda: f"{socket.gethostname()}:{uuid.uuid4().hex[:8]}")
+    me: str = field(default_factory=own_name)
     epoch: int | None = None
 
     def __post_init__(self) -> None:
         self._watch = Watch(self.settings.dead_s)
         self._payloads = Payloads(self.database)
         self._renew_at = 0.0
+        #: When this term began.
+        self._led_at = 0.0
+        #: A lease may have been committed without our hearing of it: then nobody was sent it.
+        self._unheard = False
         #: When leases of live workers that did not survive an emptied Redis are given up; None: it was not emptied.
         self._hear_again_at: float | None = None
         self._chores_at = 0.0
@@ -128,14 +133,15 @@ class Dispatcher:
         if self.epoch is not None and now < self._renew_at:
             return True
         led = self.epoch
-        self.epoch = lead(self.database, self.me, led, self.settings.leader_lease_s)
+        self.epoch = lead(self.database, self.me, led, self.settings.leader_lease_s, is_gone)
         self._renew_at = now + self.settings.leader_lease_s / 5
         if self.epoch is not None and self.epoch != led:
-            self._begin_to_lead(self.epoch)
+            self._begin_to_lead(self.epoch, now)
         return self.epoch is not None
 
-    def _begin_to_lead(self, epoch: int) -> None:
+    def _begin_to_lead(self, epoch: int, now: float) -> None:
         log.info("leading", extra={"epoch": epoch})
+        self._led_at, self._unheard = now, False
         self._watch = Watch(self.settings.dead_s)
         self._controls.clear()
         self._placer = self._new_placer()
@@ -158,8 +164,10 @@ class Dispatcher:
 
     def _rescue(self, epoch: int, live: Mapping[str, Beat], facts: Facts, now: float) -> bool:
         """Extend the leases of attempts that are seen alive; close those that are gone, and return their rows."""
-        seen, waiting = self._seen_alive(facts.held, live)
-        seen -= waiting
+        seen, in_vain = self._seen_alive(facts.held, live)
+        in_vain |= {h.key for h in facts.held if _left_behind(h, live)}
+        in_vain |= self._never_sent(facts.held, now) - seen
+        seen -= in_vain
         late = [h.key for h in facts.held if h.key in seen and h.left_s < self.settings.lease_s / 2]
         if late:
             leases.extend(self.database, epoch, late, self.settings.lease_s)
@@ -168,9 +176,26 @@ class Dispatcher:
             h
             for h in facts.held
             if h.key not in seen
-            and (h.expired or h.key in waiting or _another_boot(h, live) or (wiped and h.worker in live))
+            and (h.expired or h.key in in_vain or _another_boot(h, live) or (wiped and h.worker in live))
         ]
-        return bool(gone) and self._close(epoch, gone, live)
+        closed = bool(gone) and self._close(epoch, gone, live)
+        self._unheard = False
+        return closed
+
+    def _never_sent(self, held: Sequence[Held], now: float) -> set[tuple[int, int]]:
+        """Leases that Postgres committed just before it went away: we did not hear of them, and sent nothing."""
+        if not self._unheard:
+            return set()
+        known = self._placer.flights()
+        return {h.key for h in held if h.key not in known and h.age_s < now - self._led_at}
+
+    @contextmanager
+    def _leasing(self) -> Iterator[None]:
+        try:
+            yield
+        except StoreUnavailable:
+            self._unheard = True
+            raise
 
     def _was_emptied(self, epoch: int, facts: Facts, now: float) -> bool:
         """True once for each time that Redis was restarted or emptied, when live workers have beaten again."""
@@ -214,7 +239,8 @@ class Dispatcher:
         if not gone:
             return False
         evidence = {name: self.transport.running(name) for name in {h.worker for h in gone}}
-        by_subtask = {h.subtask: h for h in gone}
+        # Where both leases of a sub-task are gone, the one whose process died tells more.
+        by_subtask = {h.subtask: h for h in sorted(gone, key=lambda h: _another_boot(h, live))}
         with self.database.transaction() as connection:
             fence(connection, epoch)
             for subtask in leases.close_lost(connection, gone):
@@ -312,7 +338,7 @@ class Dispatcher:
                     self._placer.nothing(p, now)
                     self._more = True
                     continue
-                cut = _cut(p, carved)
+                cut = _cut(p, carved, self._placer.rates)
                 flight = self._placer.opened(
                     p,
                     next(self._flight_numbers),
@@ -335,7 +361,8 @@ class Dispatcher:
         if not decided:
             return 0
         # Rows before messages: a crash in between leaves a lease to rescue, never a message without a row.
-        leased = leases.lease(self.database, epoch, [cut for cut, _ in decided], self.settings.lease_s)
+        with self._leasing():
+            leased = leases.lease(self.database, epoch, [cut for cut, _ in decided], self.settings.lease_s)
         flights = {id(cut.carved): flight for cut, flight in decided}
         for item in leased:
             self._placer.keyed(flights.pop(id(item.carved)), (item.subtask, item.attempt))
@@ -379,7 +406,8 @@ class Dispatcher:
             )
             for subtask, w in asked.items()
         ]
-        leased = leases.clone(self.database, epoch, clones, self.settings.lease_s)
+        with self._leasing():
+            leased = leases.clone(self.database, epoch, clones, self.settings.lease_s)
         for item in leased:
             self._placer.cloned(asked[item.subtask], (item.subtask, item.attempt), now)
             log.info(
@@ -467,6 +495,12 @@ def _another_boot(held: Held, live: Mapping[str, Beat]) -> bool:
     return held.worker in live and live[held.worker].boot != held.boot
 
 
+def _left_behind(held: Held, live: Mapping[str, Beat]) -> bool:
+    """Its worker says that it came there and cannot run: its payload was lost, or cannot be read."""
+    beat = live.get(held.worker)
+    return beat is not None and beat.boot == held.boot and held.key in beat.left
+
+
 def _trace_sent(item: Leased, began: float) -> None:
     traces.add(
         item.job,
@@ -482,7 +516,8 @@ def _trace_sent(item: Leased, began: float) -> None:
     )
 
 
-def _cut(p: Placement, carved: Carved) -> Cut:
+def _cut(p: Placement, carved: Carved, rates: Rates) -> Cut:
+    model = p.demand.model
     return Cut(
         job=p.demand.job,
         pass_number=p.demand.pass_number,
@@ -492,6 +527,7 @@ def _cut(p: Placement, carved: Carved) -> Cut:
         device_kind=p.worker.device_kind,
         predicted_s=p.price.of(carved.rows, carved.bytes),
         carved=carved,
+        measured=rates.measured((model.trunk or model.digest, p.worker.device_name, p.demand.numerics)),
     )
 
 
@@ -534,12 +570,18 @@ class Listener:
 def run(dispatcher: Dispatcher, wake: Listener, stopping: threading.Event) -> None:
     """Step until ``stopping``. Trouble with Postgres or Redis is waited out."""
     tick_s = dispatcher.settings.tick_s
+    beat = pulse(dispatcher.settings.pulse)
     while not stopping.is_set():
+        beat()
         try:
             if dispatcher.step(time.monotonic()) == MOST_PER_STEP:
                 continue  # there may be room for more
+            if dispatcher.epoch is None:
+                stopping.wait(tick_s)  # and not for what the leader is told, which is often
+                continue
         except NotLeading:
             dispatcher.epoch = None
+            continue
         except (StoreUnavailable, TransportLost) as trouble:
             log.warning("waiting for a service", extra={"trouble": f"{type(trouble).__name__}: {trouble}"})
             stopping.wait(tick_s)

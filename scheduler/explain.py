@@ -141,7 +141,7 @@ class Case:
     def seconds(self, worker: Worker, demand: Demand) -> float:
         model = demand.model
         rate = self.facts.rates.of(
-            (model.trunk or model.digest, worker.device_name, demand.numerics),
+            (demand.learned_as, worker.device_name, demand.numerics),
             device_kind=worker.device_kind,
             parameters=model.parameters,
         )
@@ -242,7 +242,9 @@ def _pass(case: Case, p: PassStanding) -> PassExplained:
             later=p.rows_later,
             open=p.rows_open,
             done=p.rows_done,
+            blocked=p.rows_blocked,
         ),
+        needs=p.needs,
         work_s=_s(case.work_s(demand)) if resident or loading or can_load else None,
         resident=len(resident),
         resident_on=tuple(resident[:NAMES]),
@@ -355,7 +357,7 @@ def _retries(case: Case) -> Retries | None:
 
 
 def _forecast(case: Case) -> Forecast | None:
-    mine = [p.demand for p in case.standing.passes if p.demand.rows_waiting or p.rows_open]
+    mine = [_all_to_come(p) for p in case.standing.passes if _any_to_come(p)]
     if not mine:
         return Forecast(p50_s=0.0, p90_s=0.0, measured=True)
     return forecast(
@@ -370,6 +372,19 @@ def _forecast(case: Case) -> Forecast | None:
             ahead_s=case.ahead_s,
             depth=case.depth,
         ),
+    )
+
+
+def _any_to_come(p: PassStanding) -> bool:
+    return bool(p.demand.rows_waiting or p.rows_open or p.rows_blocked)
+
+
+def _all_to_come(p: PassStanding) -> Demand:
+    """With what waits for other tasks as if it might run now: it follows these block by block, not after them all."""
+    return replace(
+        p.demand,
+        rows_waiting=p.demand.rows_waiting + p.rows_blocked,
+        bytes_waiting=p.demand.bytes_waiting + p.bytes_blocked,
     )
 
 
@@ -536,6 +551,10 @@ def _notes(case: Case, told: Explanation, stuck: Sequence[PassExplained]) -> Ite
             continue
         for c in p.cannot:
             yield f"{_named(c)} cannot run {p.model}: {_told_why(c)}."
+    for p in told.passes:
+        if p.rows.blocked:
+            wait = "waits" if p.rows.blocked == 1 else "wait"
+            yield f"{_n(p.rows.blocked, 'row')} of {', '.join(p.tasks)} {wait} for {', '.join(p.needs)}."
     if told.share and told.share.subtasks and told.retries:
         yield f"{_n(told.retries.rows, 'row')} came back and are tried again in {_time(told.retries.until_s)}."
     yield from _error_note(told.errors)

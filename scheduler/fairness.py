@@ -7,7 +7,7 @@ nobody saves up (Goyal, Vin, Cheng, SIGCOMM 1996; reference: performance 4.4).
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from heapq import heappop, heappush, heapreplace
 from itertools import count
@@ -50,19 +50,20 @@ class Account:
         The work may wait for its device for a while: say `begun` with the answer when it does no longer.
         """
         turn = []
-        account = self
-        while account.parent is not None:
-            turn.append((account.parent, account.start))
-            account.start += seconds / account.weight
-            account = account.parent
-        return tuple(turn)
+        account, parent = self, self.parent
+        while parent is not None:
+            start = account.start
+            turn.append((parent, start))
+            account.start = start + seconds / account.weight
+            account, parent = parent, parent.parent
+        return turn
 
     def correct(self, seconds: float) -> None:
         """What it was charged with turned out to be so much more (or less, below 0)."""
-        account = self
-        while account.parent is not None:
+        account, parent = self, self.parent
+        while parent is not None:
             account.start += seconds / account.weight
-            account = account.parent
+            account, parent = parent, parent.parent
 
     @property
     def owed(self) -> float:
@@ -71,13 +72,14 @@ class Account:
 
 
 #: Accounts, and the start of what one of their children was given.
-Turn = tuple[tuple[Account, float], ...]
+Turn = Sequence[tuple[Account, float]]
 
 
 def begun(turn: Turn) -> None:
     """Work that was charged has begun: whoever comes now starts no earlier than it did."""
     for account, start in turn:
-        account.clock = max(account.clock, start)
+        if start > account.clock:
+            account.clock = start
 
 
 Item = TypeVar("Item")
@@ -106,25 +108,30 @@ class Line(Generic[Item]):
         """Its key may have shrunk."""
         known = self._keys.get(id(item))
         if known is not None and self.key(item) < known:
+            if len(self._heap) == 1:
+                # Nothing of before is left behind where it is alone, as most are most of the time.
+                self._heap.clear()
             self._push(item)
 
     def first(self) -> Item | None:
         """Whoever has the smallest key; those that do not wait any more leave the line."""
-        heap = self._heap
+        heap, keys = self._heap, self._keys
         while heap:
             key, _, item = heap[0]
-            if self._keys.get(id(item)) != key:
+            if keys.get(id(item)) is not key:
                 heappop(heap)
             elif not self.waits(item):
                 heappop(heap)
-                del self._keys[id(item)]
-            elif self.key(item) > key:
-                self._keys[id(item)] = self.key(item)
-                heapreplace(heap, (self._keys[id(item)], next(self._order), item))
+                del keys[id(item)]
+            elif len(heap) == 1:
+                return item
+            elif (grown := self.key(item)) > key:
+                keys[id(item)] = grown
+                heapreplace(heap, (grown, next(self._order), item))
             else:
                 return item
         return None
 
     def _push(self, item: Item) -> None:
-        self._keys[id(item)] = self.key(item)
-        heappush(self._heap, (self._keys[id(item)], next(self._order), item))
+        self._keys[id(item)] = key = self.key(item)
+        heappush(self._heap, (key, next(self._order), item))

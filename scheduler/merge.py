@@ -130,15 +130,26 @@ def errors_column(kind: Kind, errors: Sequence[CellError]) -> Column:
     )
 
 
-def merge(kind: Kind, n_rows: int, parts: Sequence[Part], *, absent: Mapping[int, CellError]) -> Column:
+def merge(
+    kind: Kind,
+    n_rows: int,
+    parts: Sequence[Part],
+    *,
+    absent: Mapping[int, CellError],
+    skipped: Mapping[int, CellError] | None = None,
+) -> Column:
     """One column of ``n_rows`` rows in row order.
 
-    ``absent`` names rows that were never worked on (broken on arrival). Asserts that every row is answered
-    exactly once: a hole or an overlap here would be a broken invariant, not bad input.
+    ``absent`` names rows that were never worked on, being broken on arrival, ``skipped`` those that another task left
+    without what they need. Asserts that every row is answered exactly once: a hole or an overlap here would be a broken
+    invariant, not bad input.
     """
+    skipped = skipped or {}
+    assert not absent.keys() & skipped.keys(), "a row that came broken waited for an answer"
     status = np.full(n_rows, RETURNED, "u1")
-    errors: dict[int, CellError] = dict(absent)
+    errors: dict[int, CellError] = {**absent, **skipped}
     status[list(absent)] = ERROR
+    status[list(skipped)] = SKIPPED
     final = [_final(p) for p in parts]
     for part in final:
         assert (status[part.rows] == RETURNED).all(), "a row was answered twice"

@@ -1,15 +1,16 @@
-"""Payloads: what a worker is sent for a leased sub-task. Keeps the blocks and passes that it read lately."""
+"""Payloads: what a worker is sent for a leased sub-task. Keeps the blocks, passes and answers that it read lately."""
 
 from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 from motet.manifest import Manifest
-from motet.tasks import render
+from motet.tasks import KINDS, placeholders, render
 from motet.wire import Assignment, TaskOrder
+from scheduler.answers import as_texts
 from scheduler.blocks import decode_block, row_order
 from scheduler.fairness import INTERACTIVE
 from scheduler.store import leases
@@ -25,13 +26,15 @@ _BLOCKS_AT_ONCE = 64
 
 @dataclass
 class Payloads:
-    """Builds assignments; keeps the blocks and passes it decoded lately."""
+    """Builds assignments; keeps the blocks, passes and answers that it decoded lately."""
 
     database: Database
 
     def __post_init__(self) -> None:
         self._blocks: OrderedDict[tuple[str, int], _Block] = OrderedDict()
         self._passes: OrderedDict[tuple[str, int], _Pass] = OrderedDict()
+        #: Of places whose pass reads other tasks' answers.
+        self._upstream: OrderedDict[_Place, _Upstream] = OrderedDict()
 
     def assignments(self, leased: Sequence[Leased]) -> dict[str, list[Assignment]]:
         """Worker -> the messages of its leased sub-tasks, in order; without those whose job was removed meanwhile."""
@@ -39,8 +42,16 @@ class Payloads:
         for group in _groups(leased):
             passes = self._passes_of({(item.job, item.pass_number) for item in group})
             blocks = self._blocks_of({(item.job, r.block) for item in group for r in item.carved.ranges})
+            upstream = self._upstream_of(
+                {
+                    (item.job, item.pass_number, r.block)
+                    for item in group
+                    if (p := passes.get((item.job, item.pass_number))) and p.needs
+                    for r in item.carved.ranges
+                }
+            )
             for item in group:
-                a = _assignment(item, passes.get((item.job, item.pass_number)), blocks)
+                a = _assignment(item, passes.get((item.job, item.pass_number)), blocks, upstream)
                 if a is not None:
                     by_worker.setdefault(item.worker, []).append(a)
         return by_worker
@@ -63,15 +74,22 @@ class Payloads:
         if missing:
             with self.database.transaction() as connection:
                 found = leases.block_texts(connection, missing)
-            for where, (payload, order) in found.items():
-                self._blocks[where] = _Block(decode_block(payload), row_order(order), len(payload) * 4)
-        blocks = {where: self._blocks[where] for where in wanted if where in self._blocks}
-        for where in blocks:
-            self._blocks.move_to_end(where)
-        held = sum(block.bytes for block in self._blocks.values())
-        while held > _CACHE_BYTES and len(self._blocks) > len(wanted):
-            held -= self._blocks.popitem(last=False)[1].bytes
-        return blocks
+            for where, (payload, order, first_row) in found.items():
+                self._blocks[where] = _Block(
+                    decode_block(payload), row_order(order), first_row, len(payload) * 4
+                )
+        return _lately(self._blocks, wanted)
+
+    def _upstream_of(self, wanted: set[_Place]) -> dict[_Place, _Upstream]:
+        missing = wanted - self._upstream.keys()
+        if missing:
+            with self.database.transaction() as connection:
+                found = leases.upstream_answers(connection, missing)
+            for where, (order, answers) in found.items():
+                texts = {a.name: as_texts(a.column, a.spec, a.labels) for a in answers}
+                size = sum(len(text) for column in texts.values() for text in column)
+                self._upstream[where] = _Upstream(texts, None if order is None else row_order(order), size)
+        return _lately(self._upstream, wanted)
 
 
 def _groups(leased: Sequence[Leased]) -> Iterator[list[Leased]]:
@@ -88,19 +106,48 @@ def _groups(leased: Sequence[Leased]) -> Iterator[list[Leased]]:
         yield group
 
 
+def _lately(kept: OrderedDict[_K, _V], wanted: set[_K]) -> dict[_K, _V]:
+    """Those that are wanted and there; of all others only as many are kept as have room."""
+    found = {where: kept[where] for where in wanted if where in kept}
+    for where in found:
+        kept.move_to_end(where)
+    held = sum(one.bytes for one in kept.values())
+    while held > _CACHE_BYTES and len(kept) > len(wanted):
+        held -= kept.popitem(last=False)[1].bytes
+    return found
+
+
 def _assignment(
-    leased: Leased, p: _Pass | None, blocks: Mapping[tuple[str, int], _Block]
+    leased: Leased,
+    p: _Pass | None,
+    blocks: Mapping[tuple[str, int], _Block],
+    upstream: Mapping[_Place, _Upstream],
 ) -> Assignment | None:
     """The message of a leased sub-task; None where its pass or a block of it is gone."""
     if p is None or any((leased.job, r.block) not in blocks for r in leased.carved.ranges):
         return None
+    tasks = tuple(order for number, order in p.tasks if leased.carved.todo >> number & 1)
+    also = _names_beside_input(tasks)
+    named = any(order.spec.get("temperature", 0) or order.spec["kind"] == "fit" for order in tasks)
     texts: list[str] = []
+    fields: dict[str, list[str]] = {name: [] for name in also}
+    indices: list[int] = []
     for r in leased.carved.ranges:
         block = blocks[leased.job, r.block]
-        texts += (
-            render(p.input, {f: column[i] for f, column in block.columns.items()})
-            for i in block.order[r.lo : r.hi]
-        )
+        columns, order = block.columns, block.order
+        if p.needs:
+            answers = upstream.get((leased.job, leased.pass_number, r.block))
+            if answers is None:
+                return None
+            # The answer of a task hides a field of its name.
+            columns = {**columns, **answers.texts}
+            order = block.order if answers.order is None else answers.order
+        rows = order[r.lo : r.hi]
+        texts += (render(p.input, {f: column[i] for f, column in columns.items()}) for i in rows)
+        for name, of_rows in fields.items():
+            of_rows += (columns[name][i] for i in rows)
+        if named:
+            indices += (block.first_row + i for i in rows)
     return Assignment(
         subtask=leased.subtask,
         attempt=leased.attempt,
@@ -111,11 +158,26 @@ def _assignment(
         model=p.model,
         numerics=p.numerics,
         max_tokens=p.max_tokens,
-        tasks=tuple(order for number, order in p.tasks if leased.carved.todo >> number & 1),
+        tasks=tasks,
         texts=tuple(texts),
+        fields={name: tuple(of_rows) for name, of_rows in fields.items()},
+        indices=tuple(indices),
         exclusive=leased.carved.exclusive,
         interactive=p.priority == INTERACTIVE,
         predicted_s=leased.predicted_s,
+        measured=leased.measured,
+    )
+
+
+def _names_beside_input(tasks: Sequence[TaskOrder]) -> tuple[str, ...]:
+    """What the tasks' other templates read, in order of first use: the worker renders these, since they differ by task."""
+    return tuple(
+        dict.fromkeys(
+            name
+            for order in tasks
+            for template in KINDS[order.spec["kind"]].templates[1:]
+            for name in placeholders(order.spec[template])
+        )
     )
 
 
@@ -128,6 +190,7 @@ def _read_pass(row: Any, tasks: Sequence[Any]) -> _Pass:
         model=Manifest.from_json(row.manifest),
         tenant=str(row.tenant_id),
         priority=row.priority,
+        needs=bool(row.needs),
         tasks=tuple(
             (t.number, TaskOrder(name=t.name, spec=t.spec, manifest=Manifest.from_json(t.manifest)))
             for t in tasks
@@ -141,8 +204,26 @@ class _Block:
 
     columns: Mapping[str, Sequence[str]]
     order: Sequence[int]
+    first_row: int
     #: About what it takes here.
     bytes: int
+
+
+@dataclass(frozen=True, slots=True)
+class _Upstream:
+    """What a pass reads of other tasks in one block."""
+
+    #: Task name -> its answers as text, by offset in the block.
+    texts: Mapping[str, Sequence[str]]
+    #: The order of the rows that are left to do; None: the block's own.
+    order: Sequence[int] | None
+    bytes: int
+
+
+#: Job, pass, block.
+_Place = tuple[str, int, int]
+_K = TypeVar("_K")
+_V = TypeVar("_V", _Block, _Upstream)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -154,4 +235,6 @@ class _Pass:
     model: Manifest
     tenant: str
     priority: int
+    #: It reads other tasks' answers.
+    needs: bool
     tasks: tuple[tuple[int, TaskOrder], ...]

@@ -11,17 +11,18 @@ The dispatcher and the simulator drive the same class. It has no clock: ``now`` 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Hashable, Iterable, Iterator
+from collections.abc import Hashable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from heapq import heappop, heappush
 from itertools import count, islice
 from math import ceil, inf
+from typing import NamedTuple
 
 from motet.manifest import Manifest
 from motet.residency import NeverFits, Resident, evictions
 from scheduler.carve import MIN_S, size_s
-from scheduler.cost import Price, Rates
-from scheduler.fairness import CLASS_WEIGHTS, INTERACTIVE, Account, Line, Turn, begun
+from scheduler.cost import Price, Rate, RateKey, Rates, learned_as
+from scheduler.fairness import BULK, CLASS_WEIGHTS, INTERACTIVE, NORMAL, Account, Line, Turn, begun
 
 #: (job, pass number).
 PassId = tuple[str, int]
@@ -37,12 +38,19 @@ _JOIN, _JOIN_MOST = 0.5, 3.25
 _OWED_TENANT, _OWED_JOB = 1.0, 10.0
 #: A tenant whose model too few hold is owed another host when it lags so many load times behind.
 _OWED_MORE = 10.0
+#: One of two pools' workers goes from one to the other where that ends so many load times too late, and so many are left.
+_SPARE, _NEAR, _NEED = 2.0, 8.0, 0.5
 #: After a switch that fairness forced a worker stays so many load times, so switching costs a tenth at most.
 _STAY = 10.0
 #: Workers that are looked at where the best of many is wanted.
 _SAMPLE = 16
 #: A message to a worker and its first word back.
 _TRIP_S = 0.1
+#: Nothing was counted yet.
+_NEVER = (-inf, 0.0)
+_NOTHING = (0, 0.0, 0.0)
+#: Outcomes from which it is told when a pool ends: many, since a worker that moves for nothing loads for nothing.
+_REMEMBERED, _ENOUGH = 1000, 50
 #: A straggler is doubled when it has taken so much longer than predicted, if the clone ends well before it.
 _OVERDUE, _CLONE_GAIN = 1.3, 1.5
 #: Share of all device-seconds that clones may take.
@@ -66,6 +74,10 @@ class Demand:
     model_ids: frozenset[int]
     model: Manifest
     numerics: str = "fast"
+    #: Name under which its speed is learned; "": that of its model's trunk.
+    rate_key: str = ""
+    #: It reads other tasks' answers. What of it may run goes first in its job: then blocks are done while others wait.
+    dependent: bool = False
     rows_waiting: int
     bytes_waiting: int
     #: Learned of this job; 0: not yet.
@@ -76,6 +88,11 @@ class Demand:
     @property
     def id(self) -> PassId:
         return (self.job, self.pass_number)
+
+    @property
+    def learned_as(self) -> str:
+        """The name under which its speed is learned."""
+        return learned_as(self.rate_key, self.model)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -119,8 +136,7 @@ def need_mb(worker: Worker, model: Manifest, numerics: str) -> int:
     return model.memory_mb("bf16" if fast else "fp32")
 
 
-@dataclass(frozen=True, slots=True)
-class Placement:
+class Placement(NamedTuple):
     """Give this worker the next sub-task of this pass, of about so many seconds."""
 
     worker: Worker
@@ -181,10 +197,10 @@ class Clone:
 
 @dataclass(slots=True, eq=False)
 class _Job:
-    """A job's account, while any of its passes is known."""
+    """A job's account, and those of its passes that are known."""
 
     account: Account
-    passes: int = 0
+    passes: dict[PassId, _Waiting] = field(default_factory=dict)
 
 
 @dataclass(slots=True, eq=False)
@@ -204,9 +220,10 @@ class _Waiting:
         return self.rows > 0
 
     def key(self) -> tuple[float, ...]:
+        number = -self.demand.pass_number if self.demand.dependent else self.demand.pass_number
         if self.urgent and self.demand.deadline is not None:
-            return (0.0, self.demand.deadline, self.demand.age, self.demand.pass_number)
-        return (1.0, self.job.start, self.demand.age, self.demand.pass_number)
+            return (0.0, self.demand.deadline, self.demand.age, number)
+        return (1.0, self.job.start, self.demand.age, number)
 
 
 @dataclass(slots=True, eq=False)
@@ -236,6 +253,8 @@ class _Pool:
     tenants: dict[tuple[int, str], _Tenant] = field(default_factory=dict)
     rows: int = 0
     bytes: int = 0
+    #: The same by how its speed is learned: rate key -> rows, bytes.
+    by_rate: dict[str, tuple[int, int]] = field(default_factory=dict)
     #: Passes that wait.
     waiting: int = 0
     #: Workers that work for it, as devices of their kind at its usual pace.
@@ -246,11 +265,10 @@ class _Pool:
     flights: dict[int, Flight] = field(default_factory=dict)
     #: Workers counted as devices of a kind, as of a moment ago: it is asked for each sub-task, and changes slowly.
     devices: dict[Kind, tuple[float, float]] = field(default_factory=dict)
-
-    @property
-    def served(self) -> bool:
-        """Somebody works for it, or has work of it in line behind that of another pool."""
-        return bool(self.power or self.flights)
+    #: What its work took, by kind: outcomes, bytes, device-seconds.
+    took: dict[Kind, tuple[int, float, float]] = field(default_factory=dict)
+    #: Under which the rates of its passes are kept, by kind and their own names.
+    keys: dict[tuple[Kind, str], RateKey] = field(default_factory=dict)
 
     def first(self, class_: int) -> _Waiting | None:
         line = self.classes.get(class_)
@@ -264,6 +282,8 @@ class _Place:
 
     worker: Worker
     number: int
+    #: The worker's, which never changes here.
+    kind: Kind
     flights: list[Flight] = field(default_factory=list)
     #: Of these the ones that are not interactive, and those that nothing may run beside.
     bulk: int = 0
@@ -272,13 +292,13 @@ class _Place:
     drain: float = 0.0
     #: Digest of each model that it holds, or will by then, and when it was used last.
     resident: dict[str, float] = field(default_factory=dict)
-    can: dict[tuple[str, str], bool] = field(default_factory=dict)
+    can: dict[_Pool, bool] = field(default_factory=dict)
     #: The pool it works for, and with how much of a usual device of its kind.
     serves: tuple[_Pool, float] | None = None
     #: It is not switched again by force before then.
     stays: float = -inf
-    #: Pool that fairness wants it to load.
-    forced: _Pool | None = None
+    #: Pool that it left to others: it does not go back before then while there is something else.
+    left: _Pool | None = None
     idle: bool = False
     turn: int = 0
 
@@ -291,9 +311,12 @@ class Placer:
         ``depth``: bulk sub-tasks at a worker at most, the running one included."""
         self.rates = rates
         self.subtask_s, self.ahead_s, self.depth = subtask_s, ahead_s, depth
+        self._ready = min(_READY, depth)
         self._places: dict[str, _Place] = {}
         self._passes: dict[PassId, _Waiting] = {}
         self._pools: dict[tuple[str, str], _Pool] = {}
+        #: The same by the model alone, "exact" last.
+        self._pools_of: dict[str, list[_Pool]] = {}
         #: Pools in which something waits.
         self._active: dict[tuple[str, str], _Pool] = {}
         #: Pools in which more waits than at the last look.
@@ -306,6 +329,10 @@ class Placer:
         self._tenants: dict[tuple[int, str], Account] = {}
         self._jobs: dict[str, _Job] = {}
         self._flights: dict[Hashable, Flight] = {}
+        #: Passes with a deadline; workers of each kind; and those that are told to load a model, with its pool.
+        self._dated: dict[PassId, _Waiting] = {}
+        self._kinds: Counter[Kind] = Counter()
+        self._forced: dict[_Place, _Pool] = {}
         #: Who will ask, by when: (due, tie, number, turn, place).
         self._due: list[tuple[float, float, int, int, _Place]] = []
         #: Idle places by a model that they hold ("": all of them) and kind.
@@ -318,11 +345,12 @@ class Placer:
     def worker(self, worker: Worker, now: float) -> None:
         """A worker that may be given work: a new one, or what is new of it."""
         place = self._places.get(worker.name)
-        if place is not None and place.worker.kind != worker.kind:
+        if place is not None and place.kind != worker.kind:
             self.gone(worker.name)
             place = None
         if place is None:
-            place = self._places[worker.name] = _Place(worker, next(self._numbers), drain=now)
+            place = self._places[worker.name] = _Place(worker, next(self._numbers), worker.kind, drain=now)
+            self._kinds[place.kind] += 1
             self._hold(place, dict.fromkeys(worker.resident, now))
             self._ask_at(place, -inf)
             return
@@ -343,6 +371,10 @@ class Placer:
         place = self._places.pop(name, None)
         if place is None:
             return
+        self._kinds[place.kind] -= 1
+        if not self._kinds[place.kind]:
+            del self._kinds[place.kind]
+        self._forced.pop(place, None)
         self._serve(place, None)
         for flight in place.flights:
             flight.of.pool.flights.pop(id(flight), None)
@@ -364,6 +396,8 @@ class Placer:
                 return
             waiting = self._passes[demand.id] = self._new(demand)
         waiting.demand = demand
+        if demand.deadline is not None:
+            self._dated[demand.id] = waiting
         waiting.tenant.account.weight = demand.weight
         self._set(waiting, demand.rows_waiting, demand.bytes_waiting)
 
@@ -384,6 +418,8 @@ class Placer:
         if pool is None:
             pool = self._pools[digest, demand.numerics] = _Pool(digest, demand.numerics, demand.model)
             pool.hosts = {p.worker.name: p for p in self._places.values() if digest in p.resident}
+            same = self._pools_of.setdefault(digest, [])
+            same.insert(0 if demand.numerics == "fast" else len(same), pool)
         class_ = demand.priority
         account = self._tenants.get((class_, demand.tenant))
         if account is None:
@@ -395,13 +431,19 @@ class Placer:
         job = self._jobs.get(demand.job)
         if job is None:
             job = self._jobs[demand.job] = _Job(Account(1.0, account))
-        job.passes += 1
-        return _Waiting(demand, pool, job.account, tenant)
+        waiting = job.passes[demand.id] = _Waiting(demand, pool, job.account, tenant)
+        return waiting
 
     def _set(self, waiting: _Waiting, rows: int, size: int) -> None:
         pool, before = waiting.pool, waiting.rows
         pool.rows += rows - before
         pool.bytes += size - waiting.bytes
+        its_rows, its_bytes = pool.by_rate.get(waiting.demand.rate_key, (0, 0))
+        its_rows, its_bytes = its_rows + rows - before, its_bytes + size - waiting.bytes
+        if its_rows > 0:
+            pool.by_rate[waiting.demand.rate_key] = (its_rows, its_bytes)
+        else:
+            pool.by_rate.pop(waiting.demand.rate_key, None)
         waiting.rows, waiting.bytes = rows, size
         key = (pool.digest, pool.numerics)
         if rows > before:
@@ -426,9 +468,10 @@ class Placer:
         if waiting.rows > 0 or waiting.flights > 0 or self._passes.get(waiting.demand.id) is not waiting:
             return
         del self._passes[waiting.demand.id]
+        self._dated.pop(waiting.demand.id, None)
         job = self._jobs[waiting.demand.job]
-        job.passes -= 1
-        if job.passes == 0:
+        del job.passes[waiting.demand.id]
+        if not job.passes:
             del self._jobs[waiting.demand.job]
 
     # -- what is under way
@@ -508,34 +551,47 @@ class Placer:
         flight = self._flights.pop(key, None)
         if flight is None:
             return
-        place, waiting = flight.at, flight.of
+        place, waiting, flights = flight.at, flight.of, flight.at.flights
+        pool = waiting.pool
         waiting.flights -= 1
-        waiting.pool.flights.pop(id(flight), None)
-        was_head = place.flights[0] is flight
-        place.flights.remove(flight)
-        place.bulk -= flight.demand.priority != INTERACTIVE
+        pool.flights.pop(id(flight), None)
+        interactive = waiting.demand.priority == INTERACTIVE
+        place.bulk -= not interactive
         place.exclusive -= flight.exclusive
-        if busy_s is not None:
-            # Interactive work, and what shares a batch, may end before what stands ahead of it.
-            begun(flight.turn)
-        if was_head and place.flights:
-            place.flights[0].began = now
-            begun(place.flights[0].turn)
-        if flight.clone:
-            self._cloned_s += (busy_s or 0.0) - flight.seconds
+        if flights[0] is flight:
+            del flights[0]
+            if flights:
+                flights[0].began = now
+                begun(flights[0].turn)
         else:
-            waiting.job.correct((busy_s or 0.0) - flight.seconds)
-            if (busy_s or 0.0) < flight.seconds:
-                waiting.tenant.line.again(waiting)
-                waiting.pool.classes[waiting.demand.priority].again(waiting.tenant)
-        self._spent_s += busy_s or 0.0
-        if flight.demand.priority == INTERACTIVE and waiting.pool.waiting:
+            flights.remove(flight)
+            if busy_s is not None:
+                # Interactive work, and what shares a batch, may end before what stands ahead of it.
+                begun(flight.turn)
+        spent_s = busy_s or 0.0
+        if flight.clone:
+            self._cloned_s += spent_s - flight.seconds
+        else:
+            waiting.job.correct(spent_s - flight.seconds)
+            if spent_s < flight.seconds:
+                # All passes of the job have its place.
+                for mine in self._jobs[waiting.demand.job].passes.values():
+                    mine.tenant.line.again(mine)
+                    mine.pool.classes[mine.demand.priority].again(mine.tenant)
+        self._spent_s += spent_s
+        if spent_s > 0:
+            n, size, seconds = pool.took.get(place.kind, _NOTHING)
+            if n >= _REMEMBERED:
+                n, size, seconds = n // 2, size / 2, seconds / 2
+            pool.took[place.kind] = (n + 1, size + flight.bytes, seconds + spent_s)
+        if interactive and pool.waiting:
             # More of it may wait for the place in the lane that is free now.
-            self._fresh[waiting.pool.digest, waiting.pool.numerics] = waiting.pool
+            self._fresh[pool.digest, pool.numerics] = pool
         if self._places.get(place.worker.name) is place:
             place.drain = self._end_of(place, now)
             self._ask_later(place)
-        self._forget(waiting)
+        if waiting.rows <= 0 and waiting.flights <= 0:
+            self._forget(waiting)
 
     def _fly(
         self,
@@ -548,24 +604,25 @@ class Placer:
         seconds: float,
         exclusive: bool = False,
     ) -> Flight:
-        self._unpark(place)
+        if place.idle:
+            self._unpark(place)
         load_s = 0.0
-        pool = waiting.pool
+        pool, flights = waiting.pool, place.flights
         if pool.digest not in place.resident:
             load_s = self._load_s(pool, place)
             self._make_room(place, pool, now)
         place.resident[pool.digest] = now
-        began = max(now, place.drain if place.flights else now)
+        began = place.drain if flights and place.drain > now else now
         flight = Flight(key, place, waiting, rows, size, seconds, load_s, now, began, exclusive)
         self._flights[key] = flight
         waiting.flights += 1
         pool.flights[id(flight)] = flight
-        place.flights.append(flight)
+        flights.append(flight)
         place.bulk += waiting.demand.priority != INTERACTIVE
         place.exclusive += exclusive
         place.drain = began + load_s + seconds
-        if place.forced is pool:
-            place.forced = None
+        if self._forced and self._forced.get(place) is pool:
+            del self._forced[place]
         if not (place.serves and place.serves[0] is pool):
             self._serve(place, pool)
         self._ask_later(place)
@@ -582,11 +639,13 @@ class Placer:
             yield from self._express(pool, now)
             self._fresh.pop(key, None)
         while self._due and self._due[0][0] <= now:
-            _, _, _, turn, place = heappop(self._due)
+            _, _, _, turn, place = self._due[0]
             if turn != place.turn:
+                heappop(self._due)
                 continue
             placement = self._answer(place, now)
             if placement is not None:
+                # It goes on asking until the caller has said what became of this: whoever fails in between comes back.
                 yield placement
             else:
                 self._rest(place)
@@ -603,34 +662,42 @@ class Placer:
         """What this worker should do next."""
         if place.exclusive or place.bulk >= self.depth or self._express_full(place):
             return None
-        waiting = self._of_residents(place)
-        forced = place.forced
+        forced = self._forced.get(place)
         if forced is not None and (self._first(forced, place) is None or not self._fits(place, forced)):
-            place.forced = None
-        if waiting is None or place.forced is not None:
-            pool = place.forced or self._to_load(place, now)
+            del self._forced[place]
+            forced = None
+        if now > place.stays:
+            place.left = None
+        waiting = self._of_residents(place, place.left)
+        if waiting is None and place.left is not None and forced is None:
+            waiting, place.left = self._of_residents(place), None
+        if waiting is None or forced is not None:
+            pool = forced or self._to_load(place, now)
             if pool is not None:
                 waiting = self._first(pool, place)
         return self._placement(place, waiting, now) if waiting is not None else None
 
-    def _of_residents(self, place: _Place) -> _Waiting | None:
-        """The fairest pass among those whose model the worker holds."""
-        found = [
-            waiting
-            for digest in place.resident
-            for key in ((digest, "fast"), (digest, "exact"))
-            if (pool := self._active.get(key)) is not None
-            and self._fits(place, pool)
-            and (waiting := self._first(pool, place)) is not None
-        ]
-        return min(found, key=self._rank) if len(found) > 1 else found[0] if found else None
+    def _of_residents(self, place: _Place, but: _Pool | None = None) -> _Waiting | None:
+        """The fairest pass among those whose model the worker holds, but for those of a pool."""
+        best: _Waiting | None = None
+        for digest in place.resident:
+            for pool in self._pools_of.get(digest, ()):
+                if not pool.waiting or pool is but or not self._fits(place, pool):
+                    continue
+                first = self._first(pool, place)
+                if first is not None and (best is None or self._rank(first) < self._rank(best)):
+                    best = first
+        return best
 
     def _first(self, pool: _Pool, place: _Place) -> _Waiting | None:
         """The fairest pass of a pool that this worker may run."""
-        found = [w for c in pool.classes if (w := pool.first(c)) is not None]
-        if not found:
+        best: _Waiting | None = None
+        for class_ in pool.classes:
+            first = pool.first(class_)
+            if first is not None and (best is None or self._rank(first) < self._rank(best)):
+                best = first
+        if best is None:
             return None
-        best = found[0] if len(found) == 1 else min(found, key=self._rank)
         refused = place.worker.refused
         if refused and best.demand.model_ids & refused:
             # A head of it cannot be loaded there. Rare, so all of the pool's passes are looked at.
@@ -658,11 +725,11 @@ class Placer:
             if waiting is None:
                 continue
             work_s = self._price(place, waiting).of(pool.rows, pool.bytes)
-            if not pool.served:
+            if not self._is_served(pool):
                 # Among equals the longest first: what is left for the end is short (LPT, Graham 1969).
                 key = (0.0, *self._rank(waiting)[:2], -work_s)
             else:
-                ends_s, load_s = self._ends_s(pool), self._load_s(pool, place)
+                ends_s, load_s = self._ends_s(pool), self._load_s(pool, place) + self._room_s(place, pool)
                 row_s = self._price(place, waiting).of(1, pool.bytes / pool.rows)
                 hosts = self._devices(pool, place, now)
                 if ends_s < min(_JOIN_MOST, 1 + _JOIN * (1 + hosts)) * load_s + row_s:
@@ -674,51 +741,67 @@ class Placer:
 
     def _placement(self, place: _Place, waiting: _Waiting, now: float) -> Placement:
         price = self._price(place, waiting)
-        pool = waiting.pool
         work_s = price.of(waiting.rows, waiting.bytes)
-        devices = self._devices(pool, place, now) / pool.waiting
+        devices = self._devices(waiting.pool, place, now) / waiting.pool.waiting
         return Placement(place.worker, waiting.demand, size_s(self.subtask_s, work_s, devices), price)
 
     def _devices(self, pool: _Pool, place: _Place, now: float) -> float:
         """How many devices as fast as this one work for a pool, at least one."""
-        at, usual = pool.devices.get(place.worker.kind, (-inf, 0.0))
+        kind = place.kind
+        at, usual = pool.devices.get(kind, _NEVER)
         if now > at + _TRIP_S:
-            mine = self._kind_s(pool, place.worker.kind)
-            usual = sum(n * mine / max(1e-9, self._kind_s(pool, kind)) for kind, n in pool.power.items())
-            pool.devices[place.worker.kind] = (now, usual)
+            mine = self._kind_s(pool, kind)
+            usual = sum(n * mine / max(1e-9, self._kind_s(pool, other)) for other, n in pool.power.items())
+            pool.devices[kind] = (now, usual)
         return max(1.0, usual * self.rates.pace(place.worker.name))
+
+    def _is_served(self, pool: _Pool) -> bool:
+        """Somebody works for it, has work of it in line behind that of another pool, or holds its model for its next turn."""
+        return bool(pool.power or pool.flights) or any(
+            self._fits(place, pool) and self._first(pool, place) is not None for place in pool.hosts.values()
+        )
 
     def _ends_s(self, pool: _Pool) -> float:
         """Seconds until those who serve it have done all that waits in a pool."""
-        power = pool.power or Counter(
-            kind for kind in {f.at.number: f.worker.kind for f in pool.flights.values()}.values()
-        )
+        power: Mapping[Kind, float] = pool.power
+        if not power:
+            # Workers that are at others' work now, and will come to it.
+            power = Counter({f.at.number: f.at.kind for f in pool.flights.values()}.values()) or Counter(
+                place.kind for place in islice(pool.hosts.values(), _SAMPLE)
+            )
         speed = sum(n / max(1e-9, self._kind_s(pool, kind)) for kind, n in power.items())
         return 1 / speed if speed > 0 else inf
 
     def _kind_s(self, pool: _Pool, kind: Kind) -> float:
         """Seconds of all that waits in a pool on one usual device of a kind."""
-        model = pool.model
-        rate = self.rates.of(
-            (model.trunk or pool.digest, kind[1], pool.numerics),
-            device_kind=kind[0],
-            parameters=model.parameters,
+        return sum(
+            self._rate(pool, kind, name).price().of(rows, size) for name, (rows, size) in pool.by_rate.items()
         )
-        return rate.price().of(pool.rows, pool.bytes)
+
+    def _all_s(self, pool: _Pool, kind: Kind) -> float:
+        """The same, from so many outcomes that chance has little part in it."""
+        n, size, seconds = pool.took.get(kind, _NOTHING)
+        return seconds / size * pool.bytes if n >= _ENOUGH and size > 0 else self._kind_s(pool, kind)
+
+    def _rate(self, pool: _Pool, kind: Kind, name: str) -> Rate:
+        """``name``: under which a pass' speed is learned, where it is not that of all passes of its model."""
+        key = pool.keys.get((kind, name))
+        if key is None:
+            key = pool.keys[kind, name] = (name or pool.model.trunk or pool.digest, kind[1], pool.numerics)
+        known = self.rates.learned.get(key)
+        if known is None:
+            known = self.rates.of(key, device_kind=kind[0], parameters=pool.model.parameters)
+        return known
 
     def _price(self, place: _Place, waiting: _Waiting) -> Price:
-        model, worker = waiting.pool.model, place.worker
-        rate = self.rates.of(
-            (model.trunk or waiting.pool.digest, worker.device_name, waiting.pool.numerics),
-            device_kind=worker.device_kind,
-            parameters=model.parameters,
-        )
-        return rate.price(self.rates.pace(worker.name), waiting.demand.bytes_per_token)
+        rate = self._rate(waiting.pool, place.kind, waiting.demand.rate_key)
+        return rate.price(self.rates.pace(place.worker.name), waiting.demand.bytes_per_token)
 
     def _load_s(self, pool: _Pool, place: _Place) -> float:
-        return self.rates.load_s(
-            pool.digest, place.worker.device_name, weights_bytes=pool.model.weights_bytes()
-        )
+        return self._loading_s(pool, place.kind)
+
+    def _loading_s(self, pool: _Pool, kind: Kind) -> float:
+        return self.rates.load_s(pool.digest, kind[1], weights_bytes=pool.model.weights_bytes())
 
     # -- interactive work
 
@@ -757,7 +840,7 @@ class Placer:
                 continue
             wait_s = sum(f.seconds for f in express) + (0.05 if len(place.flights) > len(express) else 0.0)
             if pool.digest not in place.resident:
-                wait_s += self._load_s(pool, place)
+                wait_s += self._load_s(pool, place) + self._room_s(place, pool)
             wait_s += self._price(place, waiting).of(waiting.rows, waiting.bytes)
             if wait_s < best_s:
                 best, best_s = place, wait_s
@@ -767,7 +850,7 @@ class Placer:
 
     def tend(self, now: float) -> None:
         """Look after those who are owed a load, and after deadlines. O(models + jobs with a deadline)."""
-        for waiting in self._passes.values():
+        for waiting in self._dated.values():
             if waiting.demand.deadline is not None and waiting.rows > 0 and not waiting.urgent:
                 left_s = waiting.demand.deadline - now
                 if self._ends_s(waiting.pool) > _HURRY * left_s > 0:
@@ -776,6 +859,7 @@ class Placer:
         for pool in list(self._active.values()):
             for waiting in [w for c in pool.classes if (w := pool.first(c)) is not None]:
                 self._pay(pool, waiting, now)
+        self._balance(now)
         for key, pool in self._active.items():
             if pool.first(INTERACTIVE) is not None:
                 self._fresh[key] = pool
@@ -787,29 +871,94 @@ class Placer:
 
     def _pay(self, pool: _Pool, waiting: _Waiting, now: float) -> None:
         """Have a worker load a model for those who are owed it: one of those that serve whom was served most."""
-        tenant = waiting.tenant.account
+        tenant_s = max(waiting.tenant.account.owed, self._classes[waiting.demand.priority].owed)
+        job_s = waiting.job.owed
+        served = self._is_served(pool)
+
+        def owed(load_s: float) -> bool:
+            if served:
+                return tenant_s > _OWED_MORE * load_s
+            return tenant_s > _OWED_TENANT * load_s or job_s > _OWED_JOB * load_s
+
+        # Mostly nobody is: then no worker is looked at.
+        if pool in self._forced.values() or not any(
+            owed(self._loading_s(pool, kind)) for kind in self._kinds
+        ):
+            return
         able = (
             place
             for place in self._places.values()
             if place.stays <= now
-            and place.forced is None
+            and place not in self._forced
             and pool.digest not in place.resident
             and self._fits(place, pool)
             and not waiting.demand.model_ids & place.worker.refused
         )
         some = list(islice(able, 4 * _SAMPLE))
-        if not some or any(place.forced is pool for place in self._places.values()):
+        if not some or not owed(self._load_s(pool, some[0])):
             return
-        load_s = self._load_s(pool, some[0])
-        owed_s = max(tenant.owed, self._classes[waiting.demand.priority].owed)
-        if pool.served:
-            if owed_s <= _OWED_MORE * load_s:
-                return
-        elif owed_s <= _OWED_TENANT * load_s and waiting.job.owed <= _OWED_JOB * load_s:
-            return
-        best = max(some, key=lambda p: (p.serves is None, self._served(p), -p.drain))
-        best.forced, best.stays = pool, now + _STAY * self._load_s(pool, best)
+        best = max(some, key=lambda p: (p.serves is None, self._served(p), -p.drain - self._room_s(p, pool)))
+        self._forced[best], best.stays = pool, now + _STAY * self._load_s(pool, best)
         self._ask_at(best, now)
+
+    def _balance(self, now: float) -> None:
+        """Have a worker of a pool that ends early load the model of the one that ends last, while that is worth a load.
+
+        All would end together if work were spread evenly. A pool that ends before that can spare one of its workers
+        from the moment on at which the others can do the rest by then. It goes then, alone: if all of them went on
+        to the end, each of them would have to load another model for the little time that is left.
+        """
+        ends = {}
+        for pool in self._active.values():
+            if not pool.power:
+                # What nobody serves is loaded by whoever has nothing to do: first things first.
+                return
+            speed = sum(n / max(1e-9, self._all_s(pool, kind)) for kind, n in pool.power.items())
+            ends[pool] = (1 / speed, sum(pool.power.values()))
+        if len(ends) < 2:
+            return
+        together_s = sum(end_s * n for end_s, n in ends.values()) / sum(n for _, n in ends.values())
+        forced = set(self._forced.values())
+        late = sorted(
+            ((end_s, pool) for pool, (end_s, _) in ends.items() if pool not in forced and end_s > together_s),
+            key=lambda pair: -pair[0],
+        )
+        spared: set[_Pool] = set()
+        for end_s, pool in late:
+            for other, (early_s, n) in sorted(ends.items(), key=lambda item: item[1][0]):
+                if other in spared or n < 2 or early_s >= together_s or early_s * n > together_s * (n - 1):
+                    continue
+                place = self._spare(other, pool, now)
+                if place is None:
+                    continue
+                load_s = self._load_s(pool, place) + self._room_s(place, pool)
+                needed_s = (end_s - together_s) * ends[pool][1]
+                if not _SPARE * load_s < together_s < _NEAR * load_s or needed_s < _NEED * (
+                    together_s - load_s
+                ):
+                    continue
+                self._forced[place], place.left, place.stays = pool, other, now + _STAY * load_s
+                self._ask_at(place, now)
+                spared.add(other)
+                break
+
+    def _spare(self, of: _Pool, for_: _Pool, now: float) -> _Place | None:
+        """A worker of one pool that may go to another."""
+        mine, theirs = of.first(NORMAL) or of.first(BULK), for_.first(NORMAL) or for_.first(BULK)
+        if mine is None or theirs is None or self._rank(theirs)[:2] > self._rank(mine)[:2]:
+            return None
+        able = (
+            place
+            for place in of.hosts.values()
+            if place.serves is not None
+            and place.serves[0] is of
+            and place not in self._forced
+            and place.stays <= now
+            and for_.digest not in place.resident
+            and self._fits(place, for_)
+            and not theirs.demand.model_ids & place.worker.refused
+        )
+        return min(islice(able, 4 * _SAMPLE), key=lambda place: place.drain, default=None)
 
     def _served(self, place: _Place) -> tuple[float, ...]:
         """How far ahead those are whom a worker serves."""
@@ -874,6 +1023,8 @@ class Placer:
         return (
             flight.harmless
             and not flight.cloned
+            # How long a training run takes nobody predicts, and a second one would begin where the first one did.
+            and flight.demand.model.answers != "models"
             and taken > _OVERDUE * flight.seconds
             and end - now > _CLONE_GAIN * (seconds + _TRIP_S)
         )
@@ -900,30 +1051,28 @@ class Placer:
         return len(place.flights) - place.bulk >= 2 * self.depth
 
     def _fits(self, place: _Place, pool: _Pool) -> bool:
-        key = (pool.digest, pool.numerics)
-        known = place.can.get(key)
+        known = place.can.get(pool)
         if known is None:
             worker = place.worker
-            known = place.can[key] = pool.model.engine in worker.engines and (
+            known = place.can[pool] = pool.model.engine in worker.engines and (
                 worker.memory_mb <= 0 or need_mb(worker, pool.model, pool.numerics) <= worker.memory_mb
             )
         return known
 
     def _make_room(self, place: _Place, pool: _Pool, now: float) -> None:
         """Foresee what the worker will evict for a model."""
+        for digest in self._victims(place, pool):
+            del place.resident[digest]
+            self._unhost(place, digest)
+        self._host(place, pool.digest)
+
+    def _victims(self, place: _Place, pool: _Pool) -> Sequence[str]:
+        """What the worker will evict for a model, by the rule that it follows itself."""
         worker = place.worker
-        if worker.memory_mb <= 0:
-            self._host(place, pool.digest)
-            return
+        if worker.memory_mb <= 0 or not place.resident:
+            return ()
         sizes = {
-            digest: next(
-                (
-                    need_mb(worker, p.model, p.numerics)
-                    for n in ("fast", "exact")
-                    if (p := self._pools.get((digest, n)))
-                ),
-                0,
-            )
+            digest: next((need_mb(worker, p.model, p.numerics) for p in self._pools_of.get(digest, ())), 0)
             for digest in place.resident
         }
         residents = [Resident(d, sizes[d], used) for d, used in place.resident.items()]
@@ -935,10 +1084,19 @@ class Placer:
                 victims = evictions(residents, needed_mb, worker.memory_mb, ())
         except NeverFits:
             victims = []
-        for digest in victims or ():
-            del place.resident[digest]
-            self._unhost(place, digest)
-        self._host(place, pool.digest)
+        return victims or ()
+
+    def _room_s(self, place: _Place, pool: _Pool) -> float:
+        """Seconds that it will cost to load again what must give way for a model: of those for which work waits.
+
+        The more others hold such a model, the less likely it comes back here.
+        """
+        return sum(
+            self._load_s(victim, place) / max(1, len(victim.hosts))
+            for digest in self._victims(place, pool)
+            for victim in self._pools_of.get(digest, ())
+            if victim.waiting and victim is not pool
+        )
 
     def _hold(self, place: _Place, resident: dict[str, float]) -> None:
         """The worker holds these models."""
@@ -953,20 +1111,16 @@ class Placer:
             self._ask_at(place, -inf)
 
     def _host(self, place: _Place, digest: str) -> None:
-        for numerics in ("fast", "exact"):
-            pool = self._pools.get((digest, numerics))
-            if pool is not None:
-                pool.hosts[place.worker.name] = place
+        for pool in self._pools_of.get(digest, ()):
+            pool.hosts[place.worker.name] = place
 
     def _unhost(self, place: _Place, digest: str) -> None:
-        for numerics in ("fast", "exact"):
-            pool = self._pools.get((digest, numerics))
-            if pool is not None:
-                pool.hosts.pop(place.worker.name, None)
+        for pool in self._pools_of.get(digest, ()):
+            pool.hosts.pop(place.worker.name, None)
 
     def _serve(self, place: _Place, pool: _Pool | None) -> None:
         """The worker works for this pool from now on."""
-        kind = place.worker.kind
+        kind = place.kind
         if place.serves is not None:
             before, share = place.serves
             left = before.power[kind] - share
@@ -982,16 +1136,19 @@ class Placer:
 
     def _end_of(self, place: _Place, now: float) -> float:
         end = now
-        for i, flight in enumerate(place.flights):
+        head = True
+        for flight in place.flights:
             left = flight.load_s + flight.seconds
-            if i == 0:
-                left = max(0.0, left - (now - flight.began))
+            if head:
+                head, left = False, left - (now - flight.began)
+                if left < 0.0:
+                    continue
             end += left
         return end
 
     def _ask_later(self, place: _Place) -> None:
         """It will ask when it has little left, or too few to go on with."""
-        if place.bulk < min(_READY, self.depth):
+        if place.bulk < self._ready:
             self._ask_at(place, -inf)
         elif place.bulk < self.depth:
             self._ask_at(place, place.drain - self.ahead_s)
@@ -1012,7 +1169,7 @@ class Placer:
             self._serve(place, None)
         place.idle = True
         for held in ("", *place.resident):
-            self._idle.setdefault(held, {}).setdefault(place.worker.kind, {})[place.worker.name] = place
+            self._idle.setdefault(held, {}).setdefault(place.kind, {})[place.worker.name] = place
 
     def _unpark(self, place: _Place) -> None:
         if not place.idle:
@@ -1020,9 +1177,9 @@ class Placer:
         place.idle = False
         for held in ("", *place.resident):
             kinds = self._idle[held]
-            del kinds[place.worker.kind][place.worker.name]
-            if not kinds[place.worker.kind]:
-                del kinds[place.worker.kind]
+            del kinds[place.kind][place.worker.name]
+            if not kinds[place.kind]:
+                del kinds[place.kind]
             if not kinds:
                 del self._idle[held]
 

@@ -1,6 +1,7 @@
 """Plan: tasks become passes, and a sample of rows becomes an estimate of what they will cost. Pure.
 
-Fusion is decided here and nowhere else: tasks that read the same input with the same trunk share one pass.
+Fusion is decided here and nowhere else: tasks that read the same input with the same trunk share one pass, and so do
+tasks of one language model about the same text. A task that reads another's answer comes in a later pass.
 The API plans a job when it is opened; carve, place and the workers only see the passes.
 """
 
@@ -9,15 +10,18 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from difflib import get_close_matches
 from math import ceil
 from typing import Literal
 
 from motet.errors import InvalidJob, Problem
-from motet.manifest import ANSWERS, Manifest
-from motet.tasks import Task, short
+from motet.manifest import ANSWERS, Manifest, column_kind
+from motet.tasks import Chat, First, Prompted, Reading, Task, short
 from scheduler.carve import MAX_ROWS
+from scheduler.cost import learned_as
+from scheduler.needs import cycle_problem, levels_of, needs_of
+from scheduler.prompt_order import first_of, rate_key
 
 #: Tokens of a micro-batch that padding is estimated with: what a CPU slot starts from.
 BUDGET_TOKENS = 2048
@@ -33,17 +37,28 @@ class PlannedPass:
     #: What is loaded: the trunk, or the whole model where nothing is shared. Its ``engine`` runs the pass.
     model: Manifest
     numerics: Literal["fast", "exact"]
-    #: Tokens read per row, special ones included; 0 where tokens mean nothing.
+    #: Tokens read per row, special ones included; 0 where tokens mean nothing. Of a language model: its context.
     max_tokens: int
     #: The template that all its tasks read.
     input: str
     #: Numbers of its tasks in the job, ascending.
     tasks: tuple[int, ...]
+    #: Numbers of the tasks whose cells it reads: a block of it waits until these are sealed there.
+    needs: tuple[int, ...] = ()
+    #: What stands in front in its prompts: "text" or "instruction"; "" where there are none.
+    first: Literal["text", "instruction", ""] = ""
+    #: The name under which this pass' speed is learned, where that is not its trunk's; "": it is.
+    rate_key: str = ""
 
     @property
-    def trunk(self) -> str:
+    def learned_as(self) -> str:
         """The name under which this pass' speed is learned."""
-        return self.model.trunk or self.model.digest
+        return learned_as(self.rate_key, self.model)
+
+    @property
+    def prompts(self) -> bool:
+        """A language model runs it."""
+        return self.model.answers == "text"
 
 
 def plan(
@@ -52,37 +67,90 @@ def plan(
     trunks: Mapping[str, Manifest],
     *,
     registered: Collection[str] = (),
+    mean_bytes: Mapping[str, float] | None = None,
 ) -> tuple[PlannedPass, ...]:
-    """Fuse tasks into passes, in the order of each pass' first task.
+    """Fuse tasks into passes: those that need no other first, in the order of each pass' first task, then the rest.
 
     ``models``: task name -> manifest of its model; a task without one names an unknown model. ``trunks``:
-    ``name@version`` -> manifest, for every trunk that a head of these names. ``registered``: names to suggest.
-    Two tasks fuse when trunk, template, tokens read and numeric class are the same; ``too_long`` may differ,
-    for it only decides what becomes of a row's answer. Raises InvalidJob with every problem found.
+    ``name@version`` -> manifest, for every trunk that a head of these names. ``registered``: versions and aliases to suggest.
+    ``mean_bytes``: field -> UTF-8 bytes in a row, as far as they are known.
+    Two tasks fuse when trunk, template, tokens read, numeric class and the tasks that they need are the same;
+    ``too_long`` may differ, for it only decides what becomes of a row's answer. Since all tasks of a pass need the
+    same ones, passes can no more wait for each other than tasks can. Raises InvalidJob with every problem found.
     """
+    names, needs = list(tasks), needs_of(tasks)
     problems = [p for name, task in tasks.items() for p in _wrong(name, task, models, trunks, registered)]
+    problems += _unreadable(tasks, models, needs)
+    problems += cycle_problem(names, needs)
     if problems:
         raise InvalidJob(problems)
-    shared: dict[tuple[object, ...], list[int]] = {}
-    loads: dict[tuple[object, ...], tuple[Task, Manifest, int]] = {}
-    for number, (name, task) in enumerate(tasks.items()):
-        loaded = loaded_model(models[name], trunks)
-        max_tokens = tokens_read(task, models[name], loaded)
-        key = (*_what_is_shared(models[name], loaded), task.input, max_tokens, task.numerics)
-        shared.setdefault(key, []).append(number)
-        loads.setdefault(key, (task, loaded, max_tokens))
-    return tuple(
-        PlannedPass(
-            number=number,
-            kind=f"{loaded.engine} {loaded.name}",
-            model=loaded,
-            numerics=task.numerics,
-            max_tokens=max_tokens,
-            input=task.input,
-            tasks=tuple(shared[key]),
-        )
-        for number, (key, (task, loaded, max_tokens)) in enumerate(loads.items())
+    levels = levels_of(needs)
+    # In order of level and first task, since a group begins with its first task.
+    order = sorted(range(len(names)), key=lambda number: (levels[number], number))
+    fused: dict[tuple[object, ...], list[int]] = {}
+    for number in order:
+        task, model = tasks[names[number]], models[names[number]]
+        loaded = loaded_model(model, trunks)
+        max_tokens = tokens_read(task, model, loaded)
+        what = (*_what_is_shared(model, loaded), task.shared_input, max_tokens, task.numerics, needs[number])
+        fused.setdefault((*what, _order(task)), []).append(number)
+    resolved: dict[tuple[object, ...], list[int]] = {}
+    for (*alike, first), numbers in fused.items():
+        if first == "auto":
+            asked = [t for number in numbers if isinstance(t := tasks[names[number]], Prompted)]
+            answers = frozenset(names[number] for number in needs[numbers[0]])
+            first = first_of(asked, mean_bytes or {}, answers)
+        resolved.setdefault((*alike, first), []).extend(numbers)
+    groups = sorted(
+        ((levels[numbers[0]], sorted(numbers), first) for (*_, first), numbers in resolved.items()),
+        key=lambda group: group[:2],
     )
+    return tuple(
+        _pass(at, [names[number] for number in numbers], tasks, models, trunks, numbers, needs, first)
+        for at, (_, numbers, first) in enumerate(groups)
+    )
+
+
+def _pass(
+    at: int,
+    names: Sequence[str],
+    tasks: Mapping[str, Task],
+    models: Mapping[str, Manifest],
+    trunks: Mapping[str, Manifest],
+    numbers: Sequence[int],
+    needs: Sequence[tuple[int, ...]],
+    first: object,
+) -> PlannedPass:
+    """The pass of these tasks, which have all that matters in common with the first of them."""
+    task, model = tasks[names[0]], models[names[0]]
+    loaded = loaded_model(model, trunks)
+    speaks = isinstance(task, Prompted | Chat)
+    return PlannedPass(
+        number=at,
+        kind=f"{loaded.engine} {loaded.name}",
+        model=loaded,
+        numerics=task.numerics,
+        max_tokens=tokens_read(task, model, loaded),
+        input=task.shared_input,
+        tasks=tuple(numbers),
+        needs=needs[numbers[0]],
+        first="instruction" if first == "instruction" else "text" if isinstance(task, Prompted) else "",
+        rate_key=rate_key(learned_as("", loaded), [tasks[name] for name in names]) if speaks else "",
+    )
+
+
+def _order(task: Task) -> First | Literal["chat", ""]:
+    """Equal for tasks whose prompts may be written in one order; "auto": whatever is best for all of them."""
+    if isinstance(task, Prompted):
+        return task.first
+    return "chat" if isinstance(task, Chat) else ""
+
+
+def in_order(task: Task, planned: PlannedPass) -> Task:
+    """The task as its pass runs it: nothing of it is left to be decided."""
+    if isinstance(task, Prompted) and planned.first:
+        return replace(task, first=planned.first)
+    return task
 
 
 def _what_is_shared(model: Manifest, loaded: Manifest) -> tuple[object, ...]:
@@ -91,6 +159,8 @@ def _what_is_shared(model: Manifest, loaded: Manifest) -> tuple[object, ...]:
     Two registrations of the same weights may differ in pooling or in the formats that passed their check:
     then the answers would depend on which of the two was loaded, so they stay apart.
     """
+    if model.answers == "text":
+        return ("", model.digest, loaded.digest)
     if model.trunk:
         return (model.trunk, loaded.engine, loaded.pooling, loaded.formats)
     return ("", model.digest)
@@ -103,19 +173,24 @@ def loaded_model(model: Manifest, trunks: Mapping[str, Manifest]) -> Manifest:
 
 def tokens_read(task: Task, model: Manifest, loaded: Manifest) -> int:
     """Tokens read per row at most: the least of what task, model and trunk allow; 0 where tokens mean nothing."""
-    return min((n for n in (task.max_tokens, model.max_tokens, loaded.max_tokens) if n), default=0)
+    asked = task.max_tokens if isinstance(task, Reading) else None
+    return min((n for n in (asked, model.max_tokens, loaded.max_tokens) if n), default=0)
 
 
 def task_digest(task: Task, model: Manifest, loaded: Manifest) -> bytes:
     """Sha256 of all that decides a task's answers beside the row: half of every reuse key.
 
-    ``fast`` counts as the formats that it allows, so it equals ``exact`` where no other format passed.
+    ``fast`` counts as the formats that it allows, so it equals ``exact`` where no other format passed. The answers of
+    other tasks that it reads are not in it: see ``scheduler.blocks.reuse_key``.
     """
     decisive = {
         name: value
         for name, value in task.to_json().items()
         if name not in ("model", "max_tokens", "numerics")
     }
+    if not isinstance(task, Reading):
+        # Of these it says how much is written.
+        decisive["written"] = getattr(task, "max_tokens", 0)
     decisive |= {
         "model": model.digest,
         "loaded": loaded.digest,
@@ -169,11 +244,39 @@ def _wrong(
     return problems
 
 
+#: Kinds of columns that cannot stand in a template.
+_NO_TEXT = {"vector": "a vector", "spans": "a list of spans"}
+
+
+def _unreadable(
+    tasks: Mapping[str, Task], models: Mapping[str, Manifest], needs: Sequence[tuple[int, ...]]
+) -> list[Problem]:
+    """Answers that some template names and that cannot be read as text."""
+    names = list(tasks)
+    kinds = {
+        name: column_kind(tasks[name].kind, model)
+        for name, model in models.items()
+        if model.answers in ANSWERS[tasks[name].kind]
+    }
+    return [
+        Problem(
+            f"tasks.{name}",
+            f"{{{names[read]}}}, which is {_NO_TEXT[kinds[names[read]]]}",
+            "a field of the row, or an answer that is a label, a number, a text or JSON",
+            f"read another task's answer, or rename the task {names[read]} if a field of that name is meant",
+        )
+        for name, read_by in zip(names, needs, strict=True)
+        for read in read_by
+        if kinds.get(names[read]) in _NO_TEXT
+    ]
+
+
 def _suggest(asked: str, registered: Collection[str]) -> str:
     base = asked.partition("@")[0]
     close = get_close_matches(base, sorted({n.partition("@")[0] for n in registered}), n=3, cutoff=0.6)
     if base in close:
-        close = sorted(n for n in registered if n.startswith(f"{base}@"))[:5]
+        mine = [n for n in registered if n.startswith(f"{base}@")]
+        close = sorted(get_close_matches(asked, mine, n=5, cutoff=0.0))
     return f"did you mean {' or '.join(close)}? see `motet models`" if close else "see `motet models`"
 
 
@@ -194,6 +297,8 @@ class PassEstimate:
     #: Seconds on all live devices together; None where there is none.
     seconds: float | None
     subtasks: int
+    #: Tokens that language models write at most.
+    tokens_out: int = 0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -236,18 +341,27 @@ def estimate(
     truncated = sum(1 for n in lengths if limit and n > limit)
     factor = sample.bytes_factor
     tokens = round(sum(read) * factor)
-    speed = sum(1 / s for s in seconds_per_token)
-    each_s = len(seconds_per_token) / speed if speed else prior_s
+    seconds, subtasks = passing_time(tokens, sample, seconds_per_token, prior_s, subtask_s)
     return PassEstimate(
         tokens=tokens,
         computed_tokens=round(padded_tokens(read) * factor),
         unfused_tokens=tokens * len(planned.tasks),
         truncated_rows=round(truncated * sample.rows_factor),
-        seconds=tokens / speed if speed else None,
-        subtasks=max(
-            ceil(tokens * each_s / subtask_s), ceil(sample.total_rows / MAX_ROWS), min(1, sample.total_rows)
-        ),
+        seconds=seconds,
+        subtasks=subtasks,
     )
+
+
+def passing_time(
+    tokens: int, sample: Sample, seconds_per_token: Sequence[float], prior_s: float, subtask_s: float
+) -> tuple[float | None, int]:
+    """Seconds that so many tokens take on all devices together, None where there is none; and in how many sub-tasks."""
+    speed = sum(1 / s for s in seconds_per_token)
+    each_s = len(seconds_per_token) / speed if speed else prior_s
+    subtasks = max(
+        ceil(tokens * each_s / subtask_s), ceil(sample.total_rows / MAX_ROWS), min(1, sample.total_rows)
+    )
+    return tokens / speed if speed else None, subtasks
 
 
 def padded_tokens(lengths: Sequence[int], budget: int = BUDGET_TOKENS) -> int:

@@ -1,5 +1,5 @@
 """`python -m workers`: the launcher of this host's workers. `python -m workers register`: make a model known.
-`python -m workers health`: whether the workers of this host beat.
+`python -m workers compress`: make a smaller form of one. `python -m workers health`: whether this host's workers beat.
 
 MOTET_REDIS_URL=… MOTET_URL=… MOTET_TOKEN=… python -m workers --gpus all
 python -m workers --cpus 2 --name build-7
@@ -24,6 +24,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
             from workers.register import main as register
 
             return register(arguments[1:])
+        if arguments[:1] == ["compress"]:
+            from workers.compress import main as compress
+
+            return compress(arguments[1:])
         if arguments[:1] == ["health"]:
             from workers.health import main as health
 

@@ -6,7 +6,8 @@ A format is allowed for a model only if this passes; that is what ``numerics="fa
 from __future__ import annotations
 
 import itertools
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,8 @@ from workers.engine import Engine, Pass, Prepared
 
 #: A format passes if no vector leaves its direction by more, and labels agree at least so often.
 COSINE, AGREEMENT = 0.999, 0.99
+#: Labels of a language model whose scores in fp32 are closer than this are both right.
+NEAR_TIE = 0.1
 #: Numbers agree if they differ by less than this share of their spread.
 NUMBER_SHARE = 0.01
 BATCH_TOKENS = 1024
@@ -47,6 +50,11 @@ SENTENCES: tuple[str, ...] = tuple(
     f"{_WHO[(i * 3 + 1) % len(_WHO)]} {_WHAT[(i * 5 + 2) % len(_WHAT)]}{_MORE[(i // 3) % len(_MORE)]}"
     for i in range(160)
 )
+#: What a language model is tried on, which takes long: every twentieth. A server has passed its trials elsewhere.
+FEW, VERY_FEW = SENTENCES[::20], SENTENCES[::40]
+#: What it is asked there: the likelier label decides, and that it writes something at all.
+LABELS = ("complaint", "praise", "news", "sport")
+WRITTEN_TOKENS = 8
 
 
 @dataclass(frozen=True)
@@ -59,19 +67,27 @@ class Trial:
     #: Each task with the files of its own head.
     tasks: Sequence[tuple[TaskOrder, Mapping[str, Path]]]
     device: str = "cpu"
+    texts: Sequence[str] = SENTENCES
 
     def answers(self, in_format: str) -> dict[str, Column]:
-        """The answers to SENTENCES by task name. Raises what engines raise."""
+        """The answers to the texts by task name. Raises what engines raise."""
+        with self.loaded(in_format) as pass_:
+            return self.run(pass_)
+
+    @contextmanager
+    def loaded(self, in_format: str) -> Iterator[Pass]:
+        """The pass of all tasks, with the model in memory. Raises what engines raise."""
         handle = self.engine.load(self.model, self.files, device=self.device, in_format=in_format)
         try:
             for task, head in self.tasks:
                 self.engine.attach(handle, task, head)
-            return self._run(Pass(handle, tuple(task for task, _ in self.tasks), 0))
+            yield Pass(handle, tuple(task for task, _ in self.tasks), 0)
         finally:
             self.engine.unload(handle)
 
-    def _run(self, pass_: Pass) -> dict[str, Column]:
-        prepared = self.engine.prepare(pass_, SENTENCES)
+    def run(self, pass_: Pass) -> dict[str, Column]:
+        """The answers of a loaded pass."""
+        prepared = self.engine.prepare(pass_, self.texts)
         errors = {i: row for i, row in enumerate(prepared) if isinstance(row, CellError)}
         batches = pack([row for row in prepared if isinstance(row, Prepared)], tokens=BATCH_TOKENS)
         parts = [([row.row for row in batch], self.engine.run(pass_, batch)) for batch in batches]
@@ -80,7 +96,7 @@ class Trial:
             columns = [(rows, part[task.name]) for rows, part in parts]
             dim, dtype = max(((c.dim, c.dtype) for _, c in columns), default=(0, ""))
             answers[task.name] = assemble(
-                task.manifest.answers, len(SENTENCES), columns, errors, dim=dim, dtype=dtype
+                task.column_kind, len(self.texts), columns, errors, dim=dim, dtype=dtype
             )
         return answers
 
@@ -99,6 +115,33 @@ def compare(exact: Column, fast: Column, labels: Sequence[str]) -> tuple[bool, d
         }
     agreement = _agreement(exact, fast, labels)
     return agreement >= AGREEMENT, {"agreement": round(agreement, 4)}
+
+
+def compare_writing(exact: Mapping[str, Column], fast: Mapping[str, Column]) -> tuple[bool, dict[str, float]]:
+    """Whether a language model decides in a format as in fp32: by the task that chooses, and the one that writes.
+
+    Likelihoods that are nearly equal change places in any other rounding, and what is written then goes another way. So
+    a choice agrees where it is the same, or where fp32 itself held both labels for equally likely (NEAR_TIE); these
+    must be as many as the labels of a classifier. The share of equal beginnings of what is written is told beside.
+    """
+    chosen, written = "choose", "generate"
+    for answers in (exact, fast):
+        ok = min(answers[task].counts()[0] for task in (chosen, written))
+        if ok < len(answers[chosen]):
+            return False, {"ok_share": ok / max(1, len(answers[chosen]))}
+    pairs = list(zip(values(exact[chosen], LABELS), values(fast[chosen], LABELS), strict=True))
+    same = [a[0] == b[0] for a, b in pairs]
+    near = [a[2][a[0]] - a[2][b[0]] <= NEAR_TIE for a, b in pairs]
+    agreement = sum(s or n for s, n in zip(same, near, strict=True)) / len(pairs)
+    begun = [
+        a["text"].split()[:1] == b["text"].split()[:1]
+        for a, b in zip(values(exact[written]), values(fast[written]), strict=True)
+    ]
+    return agreement >= AGREEMENT, {
+        "agreement": round(agreement, 4),
+        "same_label": round(sum(same) / len(pairs), 4),
+        "same_first_word": round(sum(begun) / len(pairs), 4),
+    }
 
 
 def _agreement(exact: Column, fast: Column, labels: Sequence[str]) -> float:

@@ -7,6 +7,7 @@ little: it delivers an id. Leases in Postgres own redelivery, and nothing is ret
 from __future__ import annotations
 
 import argparse
+import contextlib
 import faulthandler
 import logging
 import os
@@ -33,6 +34,7 @@ from workers.blobs import BlobCache, HttpBlobs
 from workers.device import Device, probe, use_threads
 from workers.engines import InstalledEngines
 from workers.executor import Executor
+from workers.pulse import Pulse
 from workers.reporter import Reporter
 from workers.work import Work
 
@@ -52,6 +54,9 @@ RETRY_S = 0.25
 #: Longest that one read of the queue waits for a message (kombu's BRPOP: one second).
 QUEUE_READ_S = 1.2
 
+#: Added to the score by which the kernel chooses whom to end when memory is out; 1000 is the most.
+OOM_SCORE = 500
+
 #: Why a worker ended, for its launcher's log. 0 is a drained worker.
 EXIT_SETUP, EXIT_DEVICE, EXIT_STUCK, EXIT_FAULT, EXIT_ORPHAN = 2, 71, 72, 73, 74
 
@@ -69,9 +74,11 @@ class Worker:
         *,
         end_celery: Callable[[], None],
         parent: int = 0,
+        pulse: Callable[[int], None] = lambda silence_s: None,
         exit_now: Callable[[int], None] = os._exit,
     ) -> None:
-        """``boot``: random per process. ``end_celery``: makes `serve` return, once no thread of Celery's works."""
+        """``boot``: random per process. ``end_celery``: makes `serve` return, once no thread of Celery's works.
+        ``pulse``: tells the launcher that this process runs, and how long it may be silent from now."""
         self.name, self.boot = name, boot
         self.attempts = Attempts()
         #: Whether messages are taken from the queue.
@@ -100,6 +107,7 @@ class Worker:
             budget_mb=int(settings.memory_share * device.memory_mb),
             broken=lambda: exit_now(EXIT_DEVICE),
             spawn=lambda job, interactive: self._pools[interactive].submit(self._vital, job),
+            pulse=pulse,
         )
         self._heart = Heart(
             worker=name,
@@ -116,6 +124,7 @@ class Worker:
             stuck=lambda: exit_now(EXIT_STUCK),
             orphaned=lambda: exit_now(EXIT_ORPHAN),
             parent=parent,
+            pulse=pulse,
         )
         self._stopped = threading.Event()
         self._leaving = threading.Event()
@@ -123,6 +132,7 @@ class Worker:
 
     def start(self) -> None:
         """Start the threads. From here on the scheduler knows this worker."""
+        self._watchdog.step()
         self._heart.step()
         self._thread("executor", self._own_the_device)
         self._thread("reporter", self._reporter.run)
@@ -251,10 +261,10 @@ class Worker:
     def _leave_to_rescue(self, key: Key, why: str) -> None:
         """An attempt that cannot begin: its nonce came with the payload, so nothing could be said that counts.
 
-        It is neither held nor queued from now on: the scheduler sees that it is lost.
+        It is neither held nor queued from now on, and the beat says so: its rows need not wait for the lease's end.
         """
         event(log, why, logging.WARNING, subtask=key[0], attempt=key[1])
-        self.attempts.release(key)
+        self.attempts.leave(key)
 
     def _thread(self, name: str, target: Callable[[], None]) -> None:
         thread = threading.Thread(target=self._vital, args=(target,), name=name, daemon=True)
@@ -328,6 +338,10 @@ def serve(app: Celery, worker: Worker) -> None:
     """Take messages until SIGTERM, then until all that was taken is done."""
     from celery import bootsteps, signals
 
+    from workers import mailbox
+
+    mailbox.install()
+
     class Tap(bootsteps.StartStopStep):  # type: ignore[misc]
         """Lets the queue be left alone without cancelling its consumer, which would throw back what it reads."""
 
@@ -340,7 +354,7 @@ def serve(app: Celery, worker: Worker) -> None:
             qos.can_consume = lambda: worker.tap_open and has_room()
 
     class End(bootsteps.StartStopStep):  # type: ignore[misc]
-        """Drains when Celery ends on its own: a message that is no message stops its loop for good."""
+        """Drains when Celery ends on its own, on an error that it does not know."""
 
         def start(self, controller: Any) -> None:
             return None
@@ -394,12 +408,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """The process' whole life. Returns 0 once drained."""
     options = _options(arguments)
     configure(options.name, "INFO")
+    _offer_to_oom_killer()
+    pulse = Pulse(options.pulse) if options.pulse else None
     try:
         settings = Settings.from_env().need("redis_url")
         configure(options.name, settings.log_level)
         traces.configure("worker", settings.traces, options.name)
         transport = RedisWorkerTransport(settings.redis_url, options.name)
-        boot = secrets.token_hex(8)
+        boot = options.boot or secrets.token_hex(8)
         _say_hello(transport, options.name, boot)
         use_threads(options.threads)
         device = probe(options.device, options.slots)
@@ -407,7 +423,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
             log, "device", kind=device.kind, device=device.name, mb=device.memory_mb, formats=device.formats
         )
         worker = Worker(
-            options.name, boot, settings, device, transport, end_celery=end_celery, parent=options.parent
+            options.name,
+            boot,
+            settings,
+            device,
+            transport,
+            end_celery=end_celery,
+            parent=options.parent,
+            **({"pulse": pulse.say} if pulse else {}),
         )
         serve(celery_app(settings.redis_url, worker), worker)
     except SetupError as error:
@@ -424,6 +447,13 @@ def _say_hello(transport: WorkerTransport, name: str, boot: str) -> None:
         event(log, "redis lost", logging.WARNING)
 
 
+def _offer_to_oom_killer() -> None:
+    """If the host runs out of memory, the kernel shall end a worker, whose rows go elsewhere, and not its neighbours."""
+    with contextlib.suppress(OSError, ValueError):
+        score = Path("/proc/self/oom_score_adj")
+        score.write_text(str(min(1000, int(score.read_text()) + OOM_SCORE)))
+
+
 def _options(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog="python -m workers.app", description=(__doc__ or "").splitlines()[0]
@@ -433,6 +463,8 @@ def _options(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--slots", type=int, default=1, help="CPU slots that share this host's memory")
     parser.add_argument("--threads", type=int, default=1, help="threads of one matrix product")
     parser.add_argument("--parent", type=int, default=0, help="end when this process is no longer our parent")
+    parser.add_argument("--boot", default="", help="random name of this process; chosen here unless given")
+    parser.add_argument("--pulse", type=int, default=0, help="file descriptor on which to say that we run")
     return parser.parse_args(arguments)
 
 

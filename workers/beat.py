@@ -20,10 +20,14 @@ from motet.wire import Beat, Control
 from workers.attempts import Attempts
 from workers.device import Device
 from workers.executor import Executor
+from workers.pulse import LOADING_SILENCE_S, SILENCE_S
 
 log = logging.getLogger(__name__)
 
 WATCH_S = 0.5
+#: A leader that was replaced is silent by then: an older epoch's word that stands for so long is the true one, and the
+#: higher number was never a leader's. Were it the last word of a replaced one, the new one would say its own again.
+STANDS_S = 3.0
 
 
 class Heart:
@@ -49,6 +53,8 @@ class Heart:
         self._seq = 0
         #: Highest epoch of a leader heard of: an older one has been replaced and is not obeyed.
         self._epoch = -1
+        #: The older epoch whose word stands now, and since when.
+        self._older: tuple[int, float] | None = None
         self._told_to_drain = False
         self._leaving = False
         self._lost = False
@@ -98,19 +104,26 @@ class Heart:
             resident=self._executor.resident(),
             backlog_s=round(self._executor.backlog_s(), 3),
             held=self._attempts.held(),
+            left=self._attempts.left(),
             rows_done=self._executor.rows_done,
         )
 
     def obey(self, control: Control) -> None:
         """Do what a control word says, unless its leader has been replaced. Twice is harmless."""
-        if control.epoch < self._epoch:
+        if control.epoch < self._epoch and not self._stands(control.epoch):
             return
-        self._epoch = control.epoch
+        self._epoch, self._older = control.epoch, None
         self._executor.drop(self._attempts.drop(control.drop))
         if control.drain != self._told_to_drain:
             self._told_to_drain = control.drain
             event(log, "told to drain" if control.drain else "told to work again", epoch=control.epoch)
             self._consume(not control.drain)
+
+    def _stands(self, epoch: int) -> bool:
+        """Whether the word of an older epoch has stood for so long that no replaced leader can have said it."""
+        if self._older is None or self._older[0] != epoch:
+            self._older = (epoch, self._clock())
+        return self._clock() - self._older[1] >= STANDS_S
 
     def _utilisation(self) -> float:
         """Busy share of the device since the last beat: the driver's word, or else the executor's."""
@@ -135,13 +148,21 @@ class Watchdog:
     """Ends the process when the device makes no progress, or when its launcher has died."""
 
     def __init__(
-        self, executor: Executor, *, stuck: Callable[[], None], orphaned: Callable[[], None], parent: int = 0
+        self,
+        executor: Executor,
+        *,
+        stuck: Callable[[], None],
+        orphaned: Callable[[], None],
+        parent: int = 0,
+        pulse: Callable[[int], None] = lambda silence_s: None,
     ) -> None:
-        """``parent``: the launcher's process id; 0 where nobody launched us."""
+        """``parent``: the launcher's process id; 0 where nobody launched us. ``pulse``: tells it that we run, and
+        how many seconds we may be silent from now."""
         self._executor = executor
-        self._stuck, self._orphaned, self._parent = stuck, orphaned, parent
+        self._stuck, self._orphaned, self._parent, self._pulse = stuck, orphaned, parent, pulse
 
     def step(self) -> None:
+        self._pulse(LOADING_SILENCE_S if self._executor.loading() else SILENCE_S)
         if self._parent and os.getppid() != self._parent:
             self._orphaned()
         if words := self._executor.stuck():

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from motet.errors import SetupError
-from motet.manifest import Answer, Manifest, trunk_digest
+from motet.manifest import Answer, Manifest, trainer_name, trunk_digest
 
 #: Weights that run code when they are read.
 PICKLES = (".bin", ".pt", ".pth", ".pkl", ".ckpt", ".h5", ".msgpack")
@@ -24,6 +24,19 @@ OFFSET_POSITIONS = frozenset({"roberta", "xlm-roberta", "camembert", "mpnet", "x
 #: A tokenizer without a limit of its own names one like 1e30.
 NO_LIMIT = 1_000_000
 DEFAULT_MAX_TOKENS = 512
+#: Ends of the names of architectures that write.
+LANGUAGE = ("ForCausalLM", "LMHeadModel")
+#: What a worker reads beside configuration, tokenizer and weights, where it is there.
+ENCODER_FILES = ("tokenizer_config.json", "special_tokens_map.json")
+LANGUAGE_FILES = (*ENCODER_FILES, "generation_config.json", "chat_template.jinja")
+#: One field of a shape, by the names that architectures give to it.
+SHAPE: Mapping[str, tuple[str, ...]] = {
+    "layers": ("num_hidden_layers", "n_layer", "n_layers"),
+    "width": ("hidden_size", "n_embd", "d_model"),
+    "heads": ("num_attention_heads", "n_head", "n_heads"),
+}
+#: Ends of the names of weights that are packed to eight bits (workers/engines/packed.py).
+PACKED = (".weight_int8", ".weight_fp8")
 MODULES = frozenset({"Transformer", "Pooling", "Normalize"})
 HEAD_ANSWERS: Mapping[str, Answer] = {"single": "label", "multi": "labels", "number": "number"}
 
@@ -75,6 +88,7 @@ class Head:
                 labels=tuple(map(str, self.spec["labels"])),
                 thresholds=tuple(map(float, self.spec.get("thresholds") or ())),
                 parameters=trunk.parameters,
+                packed_width=trunk.packed_width,
                 licence=licence or str(self.spec.get("licence", "")),
                 source={"folder": self.folder.name, "training": str(self.spec.get("training", ""))},
                 scores={"data": self.spec.get("data", {}), **self.spec.get("scores", {})},
@@ -120,12 +134,15 @@ def describe_folder(
     if not (folder / "config.json").is_file():
         raise SetupError(f"{folder}: got no config.json; expected a transformers folder; name another one")
     config = read_json(folder / "config.json")
-    files = _model_files(folder)
+    files = _model_files(
+        folder, LANGUAGE_FILES if _architecture(config).endswith(LANGUAGE) else ENCODER_FILES
+    )
     limit = _max_tokens(folder, config)
     if max_tokens is not None and max_tokens > limit:
         raise SetupError(f"--max-tokens: got {max_tokens}; this model reads at most {limit}")
     shards = {f: path for f, path in files.items() if f.endswith(".safetensors")}
     hashed = digests(files)
+    tensors = {name: size for path in shards.values() for name, size in tensor_sizes(path).items()}
     base = Manifest(
         name=name,
         version=version,
@@ -135,22 +152,50 @@ def describe_folder(
         sizes=sizes(files),
         max_tokens=max_tokens or limit,
         dim=int(config.get("hidden_size") or config.get("dim") or config.get("d_model") or 0),
-        parameters=sum(map(read_tensors, shards.values())),
+        parameters=sum(tensors.values()),
+        packed_width=int(any(name.endswith(PACKED) for name in tensors)),
         licence=licence or _licence(folder),
         source=dict(source),
     )
-    architecture = str((config.get("architectures") or [""])[0])
+    architecture = _architecture(config)
     if architecture.endswith("ForSequenceClassification"):
         answers, labels = _classes(config)
         manifest = replace(base, engine="classifier", answers=answers, labels=labels)
+    elif architecture.endswith(LANGUAGE):
+        manifest = _language_model(base, config, shards)
     else:
-        trunk = trunk_digest(
-            weights_sha256=_weights_digest([hashed[f] for f in sorted(shards)]),
-            tokenizer_sha256=hashed["tokenizer.json"],
-            config_sha256=hashed["config.json"],
-        )
-        manifest = replace(base, pooling=_pooling(folder), trunk=trunk)
+        manifest = replace(base, pooling=_pooling(folder), trunk=encoder_digest(hashed))
     return Described(manifest=manifest, files=files)
+
+
+def encoder_digest(files: Mapping[str, str]) -> str:
+    """The trunk digest of an encoder with these files (relative path -> sha256)."""
+    return trunk_digest(
+        weights_sha256=_weights_digest([files[f] for f in sorted(files) if f.endswith(".safetensors")]),
+        tokenizer_sha256=files["tokenizer.json"],
+        config_sha256=files["config.json"],
+    )
+
+
+#: Of each parameter training keeps: the trunk as it was, the one that learns, its gradient, and two numbers of Adam.
+TRAINING_COPIES = 5
+
+
+def trainer_of(trunk: Described) -> Described:
+    """What trains on this encoder: the same files, run by another engine."""
+    m = trunk.manifest
+    manifest = replace(
+        m,
+        name=trainer_name(m.name),
+        engine="trainer",
+        answers="models",
+        trunk="",
+        parameters=TRAINING_COPIES * m.parameters,
+        deterministic=False,
+        source={**m.source, "trains": m.ref},
+        scores={},
+    )
+    return Described(manifest=manifest, files=trunk.files)
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -177,6 +222,11 @@ def read_json(path: Path) -> dict[str, Any]:
 
 def read_tensors(path: Path) -> int:
     """How many numbers a safetensors file holds. Raises SetupError where it is torn or something else."""
+    return sum(tensor_sizes(path).values())
+
+
+def tensor_sizes(path: Path) -> dict[str, int]:
+    """How many numbers each tensor of a safetensors file holds. Raises SetupError as ``read_tensors`` does."""
     try:
         size = path.stat().st_size
         with path.open("rb") as file:
@@ -184,11 +234,11 @@ def read_tensors(path: Path) -> int:
             if not 2 <= length <= min(size - 8, 100_000_000):
                 raise ValueError("header length")
             header = json.loads(file.read(length))
-        tensors = [tensor for key, tensor in header.items() if key != "__metadata__"]
-        end = max((int(tensor["data_offsets"][1]) for tensor in tensors), default=0)
+        tensors = {key: tensor for key, tensor in header.items() if key != "__metadata__"}
+        end = max((int(tensor["data_offsets"][1]) for tensor in tensors.values()), default=0)
         if end != size - 8 - length:
             raise ValueError("tensors do not fill the file")
-        return sum(math.prod(tensor["shape"]) for tensor in tensors)
+        return {key: math.prod(tensor["shape"]) for key, tensor in tensors.items()}
     except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
         raise SetupError(
             f"{path}: it is missing or no whole safetensors file ({type(error).__name__}); fetch it again"
@@ -208,7 +258,52 @@ def sizes(files: Mapping[str, Path]) -> dict[str, int]:
     return {name: path.stat().st_size for name, path in files.items()}
 
 
-def _model_files(folder: Path) -> dict[str, Path]:
+def _architecture(config: Mapping[str, Any]) -> str:
+    return str((config.get("architectures") or [""])[0])
+
+
+def _language_model(base: Manifest, config: Mapping[str, Any], shards: Mapping[str, Path]) -> Manifest:
+    """The manifest of a model that writes: what attention keeps of a token, and how many numbers it really has."""
+    sizes = {name: size for path in shards.values() for name, size in tensor_sizes(path).items()}
+    tied = config.get("tie_word_embeddings") is True
+    # What is tied may be stored twice and is loaded once.
+    parameters = sum(size for name, size in sizes.items() if not (tied and name == "lm_head.weight"))
+    beside = [base.files[name] for name in LANGUAGE_FILES if name in base.files]
+    trunk = trunk_digest(
+        weights_sha256=_weights_digest([base.files[f] for f in sorted(shards)]),
+        # How a prompt is written and where an answer ends decide too: equal weights alone share nothing.
+        tokenizer_sha256=_weights_digest([base.files["tokenizer.json"], *beside]),
+        config_sha256=base.files["config.json"],
+    )
+    return replace(
+        base,
+        engine="causal",
+        answers="text",
+        dim=0,
+        trunk=trunk,
+        parameters=parameters,
+        kv_width=_kv_width(config),
+    )
+
+
+def _kv_width(config: Mapping[str, Any]) -> int:
+    """Numbers that attention keeps of each token. Raises SetupError where the configuration does not tell."""
+    config = config.get("text_config") or config
+    shape = {
+        field: next((config[name] for name in names if isinstance(config.get(name), int)), 0)
+        for field, names in SHAPE.items()
+    }
+    if absent := [SHAPE[field][0] for field, value in shape.items() if value < 1]:
+        raise SetupError(
+            f"config.json: got no {', '.join(absent)}; expected the shape of a language model; "
+            "export it with a transformers that knows it"
+        )
+    key_heads = config.get("num_key_value_heads") or shape["heads"]
+    head = config.get("head_dim") or shape["width"] // shape["heads"]
+    return 2 * int(shape["layers"]) * int(key_heads) * int(head)
+
+
+def _model_files(folder: Path, beside: tuple[str, ...]) -> dict[str, Path]:
     """What a worker needs to load it: configuration, tokenizer, weights. Nothing else of the folder is taken."""
     if not (folder / "tokenizer.json").is_file():
         raise SetupError(
@@ -216,7 +311,7 @@ def _model_files(folder: Path) -> dict[str, Path]:
             "make one with AutoTokenizer.from_pretrained(folder).save_pretrained(folder)"
         )
     names = ["config.json", "tokenizer.json"]
-    names += [n for n in ("tokenizer_config.json", "special_tokens_map.json") if (folder / n).is_file()]
+    names += [name for name in beside if (folder / name).is_file()]
     index = folder / "model.safetensors.index.json"
     if index.is_file():
         names += [index.name, *sorted(set(map(str, read_json(index).get("weight_map", {}).values())))]
@@ -245,7 +340,8 @@ def _max_tokens(folder: Path, config: Mapping[str, Any]) -> int:
     ):
         if (folder / file).is_file():
             said.append(read_json(folder / file).get(key))
-    positions = config.get("max_position_embeddings")
+    shape = config.get("text_config") or config
+    positions = shape.get("max_position_embeddings") or shape.get("n_positions")
     if isinstance(positions, int) and positions > 0:
         offset = (
             int(config.get("pad_token_id") or 0) + 1 if config.get("model_type") in OFFSET_POSITIONS else 0

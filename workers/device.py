@@ -20,6 +20,8 @@ FAST = 1.3
 SHAPE = (1024, 384, 1536)
 #: Rounds of the comparison, each format once a round; the best time counts.
 ROUNDS = 3
+#: A format that takes so many times as long as fp32 on such a part of the rows is tried no further.
+SLIVER, BEHIND = 32, 4.0
 MB = 1 << 20
 
 
@@ -117,7 +119,11 @@ def _probe_cuda() -> Device:
 
 
 def fast_formats(torch_name: str, rounds: int = ROUNDS) -> tuple[str, ...]:
-    """The formats in which a typical matrix product is at least FAST times as fast as in fp32: about 50 ms of work."""
+    """The formats in which a typical matrix product is at least FAST times as fast as in fp32: about 50 ms of work.
+
+    A CPU without instructions for bf16 takes a hundred times as long for it, and every start of a worker would wait for
+    that: a format that is behind on a sliver of the work is not tried on all of it.
+    """
     import torch
 
     rows, width, inner = SHAPE
@@ -129,6 +135,12 @@ def fast_formats(torch_name: str, rounds: int = ROUNDS) -> tuple[str, ...]:
         for name, dtype in {"fp32": torch.float32, "bf16": torch.bfloat16}.items()
     }
     settle = torch.cuda.synchronize if torch_name.startswith("cuda") else _nothing
+    sliver = {
+        name: min(_seconds(partial(torch.mm, left[: rows // SLIVER], right), settle) for _ in range(3))
+        for name, (left, right) in operands.items()
+    }
+    if sliver["bf16"] > BEHIND * sliver["fp32"]:
+        return ()
     best = dict.fromkeys(operands, float("inf"))
     for pair in operands.values():
         _seconds(partial(torch.mm, *pair), settle)  # warm up

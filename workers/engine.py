@@ -7,8 +7,8 @@ fails its neighbours. An engine never retries, never batches across calls and ne
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Collection, Hashable, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
@@ -54,6 +54,13 @@ class Pass:
     handle: Any
     tasks: tuple[TaskOrder, ...]
     max_tokens: int
+    #: What the rows bring along beside their texts, while they are prepared; see ``Assignment``.
+    fields: Mapping[str, Sequence[str]] = field(default_factory=dict)
+    indices: Sequence[int] = ()
+    #: Whose rows they are: nothing that was computed for one tenant may serve another.
+    tenant: str = ""
+    #: ``<subtask>.<attempt>.<nonce>`` of the attempt that the rows are prepared for: what proves it to the API.
+    lease: str = ""
 
 
 class Engine(Protocol):
@@ -88,6 +95,59 @@ class Engine(Protocol):
 
     def unload(self, handle: Any) -> None:
         """Free the device's memory."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class Ended:
+    """A row that left a continuous engine: its answer to each task, and what each of them consumed."""
+
+    ticket: Hashable
+    #: Task name -> a column of one row.
+    columns: Mapping[str, Column]
+    #: Task name -> tokens of its prompt, of them not computed for it, tokens written, seconds of the device.
+    spent: Mapping[str, tuple[int, int, int, float]]
+
+
+@dataclass(frozen=True, slots=True)
+class Step:
+    """What one step of a continuous engine did."""
+
+    ended: Sequence[Ended] = ()
+    #: Tokens that ran through the model; 0: there was nothing to do but to wait for others.
+    computed_tokens: int = 0
+    #: Share of the places for rows that write which were taken; None where no place was asked for.
+    occupancy: float | None = None
+
+
+@runtime_checkable
+class ContinuousEngine(Engine, Protocol):
+    """An engine whose rows end one by one, while others begin: language models.
+
+    It keeps rows of several sub-tasks in flight, and so outlives each of them (reference: performance 4.8). ``run``
+    is for trials: it takes rows from beginning to end. The thread that owns the device calls all of this.
+    """
+
+    def admit(self, pass_: Pass, row: Prepared, ticket: Hashable, *, urgent: bool) -> bool:
+        """Let a row in. False: there is no room now; ask again after a step. ``urgent`` goes before those that wait.
+
+        A row that is too long for all the room there is, is let in and ends with an error.
+        """
+        ...
+
+    def step(self, handle: Any, tokens: int) -> Step:
+        """Go on with all rows inside: one token of each that writes, and beginnings of at most ``tokens`` in all.
+
+        Raises OutOfMemory, DeviceBroken; then the rows are still inside.
+        """
+        ...
+
+    def abort(self, handle: Any, tickets: Collection[Hashable]) -> None:
+        """Forget these rows, and free their room. Those that are not inside are passed over."""
+        ...
+
+    def inside(self, handle: Any) -> int:
+        """Rows inside."""
         ...
 
 

@@ -1,8 +1,9 @@
 """The executor: one thread that owns the device and keeps rows of several sub-tasks in flight.
 
-A Celery message only brings work here (reference: performance 4.8). Each `step` loads one model or runs one
-micro-batch, formed across sub-tasks of the same pass; whoever waits interactively goes first at each step, as long
-as the lane has not had its share (workers/lane.py).
+A Celery message only brings work here (reference: performance 4.8). Each `step` loads one model, runs one
+micro-batch, formed across sub-tasks of the same pass, or takes the rows inside a language model one token further
+(workers/flow.py); whoever waits interactively goes first at each step, as long as the lane has not had its share
+(workers/lane.py).
 """
 
 from __future__ import annotations
@@ -24,13 +25,23 @@ from motet.logs import event
 from motet.manifest import Manifest
 from motet.residency import NeverFits, Resident, evictions
 from motet.transport import TransportLost, WorkerTransport
-from motet.wire import Assignment, Running
+from motet.wire import Assignment, Running, TaskOrder
 from workers.attempts import Attempts, Key
 from workers.batching import START_TOKENS, Budget, Cost, fitting, limit, longest_first, overhead_tokens
 from workers.blobs import CannotFetch, Refused
 from workers.device import Device
-from workers.engine import CannotLoad, DeviceBroken, Engine, OutOfMemory, Pass, Prepared
+from workers.engine import (
+    CannotLoad,
+    ContinuousEngine,
+    DeviceBroken,
+    Engine,
+    OutOfMemory,
+    Pass,
+    Prepared,
+)
+from workers.flow import Flow
 from workers.lane import Lane
+from workers.pulse import LOADING_SILENCE_S, SILENCE_S
 from workers.reporter import Reporter
 from workers.work import PassKey, Stage, Work, format_for
 
@@ -42,6 +53,10 @@ INTERACTIVE_S = 10.0
 LIKE_LENGTH = 0.75
 #: Deadlines of the watchdog. The first micro-batch of a model may compile, tune and allocate.
 RUN_S, FIRST_RUN_S, LOAD_S, PREPARE_S = 8.0, 60.0, 300.0, 120.0
+#: The first one of a model whose speed other processes have measured on such a device.
+FIRST_MEASURED_S = 10.0
+#: While rows inside an engine wait for another machine, they are looked at so often.
+LOOK_S = 0.01
 #: While Redis is away, evidence for poison is tried again only so often.
 MARK_AGAIN_S = 2.0
 
@@ -79,6 +94,10 @@ class Loaded:
     used: float
     #: Digests of the heads beside it.
     heads: set[str]
+    #: Of an engine whose rows end one by one.
+    flow: Flow | None = None
+    #: The rows inside wait for another machine: their turn comes again then.
+    look_at: float = float("-inf")
 
 
 @dataclass(frozen=True, slots=True)
@@ -139,15 +158,17 @@ class Executor:
         budget_mb: int,
         broken: Callable[[], None],
         spawn: Callable[[Callable[[], None], bool], object],
+        pulse: Callable[[int], None] = lambda silence_s: None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         """``budget_mb``: memory that models may hold. ``broken``: ends the process, for a device that is lost.
-        ``spawn``: runs a function away from the device's thread; True: not behind those that came with False."""
+        ``spawn``: runs a function away from the device's thread; True: not behind those that came with False.
+        ``pulse``: tells the launcher how many seconds this process may be silent from now."""
         self._worker, self._boot, self._device = worker, boot, device
         self._engines, self._files = engines, files
         self._transport, self._attempts, self._reporter = transport, attempts, reporter
         self._budget_mb, self._broken = budget_mb, broken
-        self._spawn, self._clock = spawn, clock
+        self._spawn, self._pulse, self._clock = spawn, pulse, clock
 
         #: Guards all that follows; notified when there may be something to do.
         self._changed = threading.Condition()
@@ -159,6 +180,8 @@ class Executor:
         start = Budget(START_TOKENS[device.kind])
         self._budgets: defaultdict[ModelKey, Budget] = defaultdict(lambda: start)
         self._costs: defaultdict[ModelKey, Cost] = defaultdict(Cost)
+        #: The budget before a micro-batch did not fit, and the rows of that one.
+        self._roomy: dict[ModelKey, tuple[Budget, frozenset[tuple[Key, int]]]] = {}
         #: Parts of micro-batches that failed for an unknown reason: they run as they are, to find the row.
         self._halves: list[Batch] = []
         self._interactive_at = float("-inf")
@@ -167,7 +190,7 @@ class Executor:
         self._preparing: dict[Work, float] = {}
         #: A suspect runs: nothing may be prepared beside it.
         self._alone = False
-        self._marked = False
+        self._marked: Mapping[Key, tuple[int, ...]] | None = None
         self._mark_again_at = float("-inf")
         self._busy_s = 0.0
         self.rows_done = 0
@@ -228,6 +251,11 @@ class Executor:
             return f"preparing for {now - min(preparing):.0f} s, at most {PREPARE_S:.0f}"
         return None
 
+    def loading(self) -> bool:
+        """Whether a model is being loaded now."""
+        activity = self._activity
+        return activity is not None and activity.what == "loading"
+
     def backlog_s(self) -> float:
         """Predicted seconds of the work held here and not yet done."""
         with self._changed:
@@ -254,12 +282,16 @@ class Executor:
 
     def _sleep_until_news(self, seen: int) -> None:
         with self._changed:
-            self._changed.wait_for(lambda: self._stopped or self._news != seen)
+            elsewhere = any(m.flow is not None and m.flow.waits for m in self._loaded.values())
+            self._changed.wait_for(lambda: self._stopped or self._news != seen, LOOK_S if elsewhere else None)
 
     def step(self) -> bool:
-        """Load one model, or run one micro-batch. False: there is nothing to do now."""
+        """Load one model, run one micro-batch, or take a flow one step further. False: there is nothing to do now."""
         self._prepare_soon(self._admit_all())
         with self._changed:
+            for loaded in self._loaded.values():
+                if loaded.flow is not None:
+                    loaded.flow.forget(self._holds)
             self._halves = [kept for half in self._halves if (kept := self._still_held(half)).rows]
             able = sorted(filter(self._can_go_on, self._works.values()), key=lambda work: work.arrived)
             waiting: list[Batch | Work] = [*self._halves, *able]
@@ -272,6 +304,8 @@ class Executor:
             self._run(turn)
         elif self._missing(turn):
             self._load(turn)
+        elif turn.stage is Stage.READY:
+            self._go_on(turn)
         else:
             self._prepare_alone(turn)
         if turn is not None and turn.interactive and bulk_waits:
@@ -279,7 +313,8 @@ class Executor:
         return turn is not None
 
     def _turn(self, able: Sequence[Work], *, lane_open: bool) -> Batch | Work | None:
-        """Whose turn it is: a micro-batch to run, or a work to load a model for (or, a suspect, to prepare).
+        """Whose turn it is: a micro-batch to run, or a work to load a model for, to go on with the flow that it is part
+        of, or, a suspect, to prepare.
 
         Whoever waits interactively, then what is left of failed micro-batches, then the oldest. While the lane is
         closed no interactive work, but for one that a model was just loaded for.
@@ -290,7 +325,9 @@ class Executor:
                 if lane_open or not self._halves[i].interactive:
                     return self._halves.pop(i)
             first = next((w for w in able if not w.interactive), None)
-        return self._batch(first) if first and first.stage is Stage.READY else first
+        if first is None or first.stage is not Stage.READY or self._flow_of(first) is not None:
+            return first
+        return self._batch(first)
 
     def _still_held(self, half: Batch) -> Batch:
         return Batch(half.key, tuple((work, row) for work, row in half.rows if self._holds(work)))
@@ -298,7 +335,11 @@ class Executor:
     def _can_go_on(self, work: Work) -> bool:
         """Its rows can run, or its model can be loaded now."""
         if work.stage is Stage.READY:
-            return bool(work.rows)
+            flow = self._flow_of(work)
+            if flow is None:
+                return bool(work.rows)
+            look_at = self._loaded[_model(work.key)].look_at
+            return (bool(work.rows) or flow.holds(work)) and self._clock() >= look_at
         return work.stage is Stage.STAGED and self._room(work)
 
     def _batch(self, first: Work) -> Batch:
@@ -348,11 +389,7 @@ class Executor:
         alone = batch.rows[0][0].order.exclusive
         with self._by_itself() if alone else nullcontext():
             began = self._clock()
-            cost = self._costs[_model(batch.key)]
-            expected_s = cost.seconds(batch.padded_tokens)
-            self._activity = Activity(
-                "running", began, max(RUN_S if cost.known else FIRST_RUN_S, 10 * expected_s)
-            )
+            self._activity = Activity("running", began, self._limit_s(batch))
             self._mark(batch)
             try:
                 answers = self._answers(loaded, batch)
@@ -373,16 +410,100 @@ class Executor:
         self._learn(batch, took)
         self._give(batch, answers, took)
 
+    def _limit_s(self, batch: Batch) -> float:
+        """When it has run for so long it hangs."""
+        cost = self._costs[_model(batch.key)]
+        if cost.known:
+            return max(RUN_S, 10 * cost.seconds(batch.padded_tokens))
+        works = [(work, [row.row for _, row in batch.rows[lo:hi]]) for work, lo, hi in batch.by_work()]
+        if not all(work.order.measured for work, _ in works):
+            return FIRST_RUN_S
+        return max(FIRST_MEASURED_S, 10 * sum(work.predicted_s(rows) for work, rows in works))
+
     def _answers(self, loaded: Loaded, batch: Batch) -> Mapping[str, Column]:
         tasks = batch.rows[0][0].tasks
         answers = loaded.engine.run(Pass(loaded.handle, tasks, batch.key.max_tokens), batch.prepared)
         for task in tasks:
-            _check(answers[task.name], task.manifest, len(batch.rows))
+            _check(answers[task.name], task, len(batch.rows))
         return answers
 
+    # -- rows that end one by one
+
+    def _flow_of(self, work: Work) -> Flow | None:
+        loaded = self._loaded.get(_model(work.key))
+        return loaded.flow if loaded is not None else None
+
+    def _go_on(self, first: Work) -> None:
+        """Take the rows inside its model one step further, and let in what there is room for."""
+        model = _model(first.key)
+        loaded, cost = self._loaded[model], self._costs[model]
+        flow = loaded.flow
+        assert flow is not None
+        if first.interactive:
+            self._interactive_at = self._clock()
+        tokens, _ = limit(
+            self._budgets[model],
+            cost,
+            self._device.kind,
+            interactive_waits=self._clock() - self._interactive_at < INTERACTIVE_S,
+        )
+        began = self._clock()
+        first_s = FIRST_MEASURED_S if first.order.measured else FIRST_RUN_S
+        limit_s = max(RUN_S, 10 * cost.seconds(tokens)) if cost.known else first_s
+        self._activity = Activity("running", began, limit_s)
+        with self._by_itself() if first.order.exclusive or flow.alone else nullcontext():
+            try:
+                with self._changed:
+                    ready = [w for w in self._works.values() if w.stage is Stage.READY and w.rows]
+                    mine = [w for w in ready if _model(w.key) == model]
+                flow.let_in(sorted(mine, key=lambda w: (not w.interactive, w.arrived)))
+                self._mark_rows(flow.running())
+                step, ended = flow.step(tokens)
+            except OutOfMemory:
+                self._flow_too_large(loaded, flow)
+                return
+            except DeviceBroken:
+                self._lost_device()
+                return
+            except Exception as error:  # noqa: BLE001 - the row at fault is found by halves
+                event(log, "step failed", logging.WARNING, rows=len(flow), error=type(error).__name__)
+                for work, row in flow.failed():
+                    self._lose_row(work, row, CellError("engine", type(error).__name__))
+                return
+            finally:
+                took = self._clock() - began
+                loaded.used = self._clock()
+                self._busy_s += took
+                self._activity = None
+        if step.computed_tokens:
+            self._learn_step(model, step.computed_tokens, step.computed_tokens, took)
+        elif not ended:
+            loaded.look_at = self._clock() + LOOK_S
+        for work, row, one in ended:
+            for task in work.tasks:
+                _check(one.columns[task.name], task, 1)
+            work.end(row, one)
+            self.rows_done += 1
+            self._finish_if_done(work)
+
+    def _flow_too_large(self, loaded: Loaded, flow: Flow) -> None:
+        event(log, "out of memory", logging.WARNING, rows=len(flow))
+        if self._evict_unused(but=next(key for key, one in self._loaded.items() if one is loaded)):
+            return
+        for work, row in flow.out_of_memory():
+            self._lose_row(
+                work, row, CellError("out_of_memory", "one row alone does not fit", retriable=True)
+            )
+
+    def _lose_row(self, work: Work, row: Prepared, error: CellError) -> None:
+        work.lose(row.row, error)
+        self._finish_if_done(work)
+
     def _learn(self, batch: Batch, took: float) -> None:
-        model, padded = _model(batch.key), batch.padded_tokens
         tokens = sum(row.length for _, row in batch.rows)
+        self._learn_step(_model(batch.key), batch.padded_tokens, tokens, took)
+
+    def _learn_step(self, model: ModelKey, padded: int, tokens: int, took: float) -> None:
         self._costs[model] = self._costs[model].observed(padded, took)
         before = self._budgets[model]
         self._budgets[model] = before.observed(padded, tokens, took)
@@ -402,10 +523,17 @@ class Executor:
         """There was no room for it: halve, remember, and run its rows again in smaller micro-batches."""
         model = _model(batch.key)
         event(log, "out of memory", logging.WARNING, rows=len(batch.rows), tokens=batch.padded_tokens)
+        rows = frozenset((work.order.key, row.row) for work, row in batch.rows)
+        before, among = self._roomy.get(model, (None, frozenset()))
         if len(batch.rows) == 1 and not self._evict_unused(but=model):
+            if before and rows <= among:
+                # It was this row, and not how many ran with it: what fitted before will fit again.
+                self._budgets[model] = before
             self._lose(batch, CellError("out_of_memory", "one row alone does not fit", retriable=True))
             return
         if len(batch.rows) > 1:
+            if not rows <= among:
+                self._roomy[model] = (self._budgets[model], rows)
             self._budgets[model] = self._budgets[model].out_of_memory(batch.padded_tokens)
         with self._changed:
             for work, lo, hi in batch.by_work():
@@ -422,8 +550,7 @@ class Executor:
 
     def _lose(self, batch: Batch, error: CellError) -> None:
         for work, row in batch.rows:
-            work.lose(row.row, error)
-            self._finish_if_done(work)
+            self._lose_row(work, row, error)
 
     def _finish_if_done(self, work: Work) -> None:
         if work.unanswered == 0 and self._remove(work):
@@ -456,6 +583,7 @@ class Executor:
         self._mark(None)
         began = self._clock()
         self._activity = Activity("loading", began, LOAD_S)
+        self._pulse(LOADING_SILENCE_S)
         model = work.order.model
         missing = self._missing(work)
         try:
@@ -476,6 +604,7 @@ class Executor:
             took = self._clock() - began
             self._busy_s += took
             self._activity = None
+            self._pulse(SILENCE_S)
             if work.order.model in missing:
                 # Heads beside a model that is here already take next to nothing: that is no load to learn from.
                 work.charge_load(took)
@@ -491,8 +620,9 @@ class Executor:
             began = self._clock()
             with self._files.folder(model) as files:
                 handle = engine.load(model, files, device=self._device.torch_name, in_format=work.key.format)
+            flow = Flow(engine, handle) if isinstance(engine, ContinuousEngine) else None
             with self._changed:
-                self._loaded[key] = Loaded(engine, handle, model, need_mb, self._clock(), set())
+                self._loaded[key] = Loaded(engine, handle, model, need_mb, self._clock(), set(), flow)
             event(log, "loaded", model=model.ref, format=key[1], seconds=round(self._clock() - began, 3))
             return
         loaded = self._loaded[key]
@@ -603,14 +733,21 @@ class Executor:
 
     def _prepared(self, work: Work) -> list[Prepared | CellError]:
         loaded = self._loaded[_model(work.key)]
-        pass_ = Pass(loaded.handle, work.tasks, work.key.max_tokens)
+        order = work.order
+        pass_ = Pass(
+            loaded.handle,
+            work.tasks,
+            work.key.max_tokens,
+            order.fields,
+            order.indices,
+            order.tenant,
+            f"{order.subtask}.{order.attempt}.{order.nonce}",
+        )
         try:
             return _prepare_all(loaded.engine, pass_, work.order.texts)
         except Exception as error:  # noqa: BLE001 - a stranger's engine, or a tokenizer's panic
             event(log, "preparing failed", logging.WARNING, error=type(error).__name__)
-            return [
-                _prepare_one(loaded.engine, pass_, row, text) for row, text in enumerate(work.order.texts)
-            ]
+            return [_prepare_one(loaded.engine, pass_, row, text) for row, text in enumerate(order.texts)]
 
     @contextmanager
     def _by_itself(self) -> Iterator[None]:
@@ -629,8 +766,7 @@ class Executor:
 
     def _mark(self, batch: Batch | None) -> None:
         if batch is None:
-            if self._marked:
-                self._mark_rows(None)
+            self._mark_rows(None)
             return
         self._mark_rows(
             {
@@ -641,11 +777,11 @@ class Executor:
 
     def _mark_rows(self, rows: Mapping[Key, tuple[int, ...]] | None) -> None:
         """Write down what runs, as evidence for poison. While Redis is away work goes on without it."""
-        if self._clock() < self._mark_again_at:
+        if rows == self._marked or self._clock() < self._mark_again_at:
             return
         try:
             self._transport.mark_running(None if rows is None else Running(boot=self._boot, rows=rows))
-            self._marked = rows is not None
+            self._marked = rows
         except TransportLost:
             self._mark_again_at = self._clock() + MARK_AGAIN_S
 
@@ -667,7 +803,7 @@ class Executor:
 
     def _left_s(self, work: Work) -> float:
         cost = self._costs[_model(work.key)]
-        if work.stage is Stage.READY and cost.known:
+        if work.stage is Stage.READY and cost.known and self._flow_of(work) is None:
             return cost.backlog_s(work.tokens_waiting)
         if work.order.predicted_s:
             return work.order.predicted_s * work.unanswered / max(1, len(work.order.texts))
@@ -689,14 +825,14 @@ def _take(work: Work, lo: int, hi: int) -> list[Prepared]:
     return taken
 
 
-def _check(column: Column, model: Manifest, rows: int) -> None:
+def _check(column: Column, task: TaskOrder, rows: int) -> None:
     """Raise ValueError for an answer that an engine should not have given."""
-    if column.kind != model.answers or len(column) != rows:
+    if column.kind != task.column_kind or len(column) != rows:
         raise ValueError(
-            f"{len(column)} answers of kind {column.kind}; expected {rows} of kind {model.answers}"
+            f"{len(column)} answers of kind {column.kind}; expected {rows} of kind {task.column_kind}"
         )
-    if column.kind == "vector" and column.dim != model.dim:
-        raise ValueError(f"vectors of {column.dim}; expected {model.dim}")
+    if column.kind == "vector" and column.dim != task.manifest.dim:
+        raise ValueError(f"vectors of {column.dim}; expected {task.manifest.dim}")
     column.check()
 
 
@@ -714,8 +850,13 @@ def _prepare_all(engine: Engine, pass_: Pass, texts: Sequence[str]) -> list[Prep
 
 
 def _prepare_one(engine: Engine, pass_: Pass, row: int, text: str) -> Prepared | CellError:
+    mine = replace(
+        pass_,
+        fields={name: column[row : row + 1] for name, column in pass_.fields.items()},
+        indices=pass_.indices[row : row + 1],
+    )
     try:
-        (prepared,) = _prepare_all(engine, pass_, [text])
+        (prepared,) = _prepare_all(engine, mine, [text])
     except Exception as error:  # noqa: BLE001 - this row is the one at fault
         return CellError("engine", type(error).__name__)
     return replace(prepared, row=row) if isinstance(prepared, Prepared) else prepared

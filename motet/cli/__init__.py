@@ -14,11 +14,13 @@ import click
 
 from motet.cli.cluster import demo, drain, resume, up, worker, workers
 from motet.cli.doctor import doctor
+from motet.cli.evaluate import evaluate
 from motet.cli.explain import explain
 from motet.cli.jobs import cancel, jobs, plan, results, rm, submit
-from motet.cli.registry import models, token
+from motet.cli.registry import compress, models, token
 from motet.cli.simulate import simulate
 from motet.cli.top import top
+from motet.cli.train import train
 from motet.cli.watch import watch
 from motet.errors import InvalidJob, MotetError
 
@@ -38,8 +40,8 @@ def command() -> None:
 
 
 for part in (
-    *(up, demo, submit, plan, jobs, watch, explain, top, results, cancel, rm),
-    *(models, workers, worker, drain, resume, simulate, token, doctor),
+    *(up, demo, submit, plan, jobs, watch, explain, top, results, evaluate, cancel, rm),
+    *(train, models, compress, workers, worker, drain, resume, simulate, token, doctor),
 ):
     command.add_command(part)
 

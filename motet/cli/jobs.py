@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from itertools import islice
 from typing import TYPE_CHECKING, Any
 
@@ -17,7 +18,7 @@ from motet.cli.show import (
     console,
     find_job,
     plan_line,
-    plan_table,
+    plan_picture,
     program,
     put_json,
     put_table,
@@ -39,8 +40,28 @@ _task = click.option(
     multiple=True,
     required=True,
     metavar="NAME=KIND:MODEL[,OPTION=VALUE…]",
-    help="A task to ask of every row; give it several times. Kinds: classify, number, embed, entities, function.",
+    help="A task to ask of every row; give it several times. Kinds and options: see below.",
 )
+_TASKS = """\b
+Tasks:
+  topic=classify:MODEL                      a label; also number, embed,
+                                            entities, function
+  mood=choose:LLM,labels='glad|sad|angry'   the likeliest of your labels
+  gist=generate:LLM,prompt='Sum it up.'     a text
+  form=extract:LLM,schema=@form.json        JSON that keeps the schema
+  answer=chat:LLM                           the next message of {messages}
+MODEL and LLM are NAME (the newest), NAME@VERSION or NAME@ALIAS: see `motet models`.
+
+\b
+Options behind the model, as NAME=VALUE:
+  input='{subject} {body}'   what classify and the like read; {text} otherwise
+  about='{subject} {body}'   the same of generate, choose and extract
+  question= system=          further words for the language model
+  max_tokens= stop='a|b' temperature= seed=    what it writes, and how
+A text that begins with @ is read from that file: prompt=@reply.txt.
+A prompt may name another task, as {mood}: it waits for that answer.
+
+"""
 #: What stands behind the number of a duration, and its seconds.
 _UNITS = {"s": 1.0, "m": 60.0, "h": 3600.0, "d": 86_400.0, "w": 7 * 86_400.0}
 
@@ -68,10 +89,13 @@ _priority = click.option(
 
 
 @click.command(
-    epilog="""\b
+    epilog=_TASKS
+    + """\b
 Examples:
   motet submit tickets.jsonl --task topic=classify:news-topics --task vector=embed:all-MiniLM-L6-v2
-  motet submit mails.csv --task mood=classify:review-sentiment,input='{subject} {body}' --out moods.parquet"""
+  motet submit mails.csv --task mood=classify:review-sentiment,input='{subject} {body}' --out moods.parquet
+  motet submit tickets.jsonl --task mood=choose:qwen3-0.6b,labels='glad|sad|angry' \\
+      --task reply=generate:qwen3-0.6b,prompt='Write a reply to a {mood} customer.',max_tokens=120"""
 )
 @click.argument("file")
 @_task
@@ -112,7 +136,7 @@ def submit(
     """Send the rows of FILE and start a job; print its id.
 
     FILE is .jsonl, .ndjson, .csv, .tsv, .txt (each also with .gz) or .parquet. Only the fields that tasks read
-    are sent: {text}, unless a task's option input names others.
+    are sent: {text}, unless a task's options name others.
     """
     specs = parse_tasks(tasks)
     export = _exporter(out) if out else None
@@ -147,7 +171,8 @@ def submit(
 
 
 @click.command(
-    epilog="""\b
+    epilog=_TASKS
+    + """\b
 Example:
   motet plan tickets.jsonl --task topic=classify:news-topics --task mood=classify:review-sentiment"""
 )
@@ -159,7 +184,8 @@ Example:
 def plan(file: str, tasks: Sequence[str], priority: Any, bad_rows: Any, as_json: bool) -> None:
     """Show what a job would run, without running it.
 
-    Tasks that share a model's weights are answered by one pass. Totals are estimates from a sample of FILE.
+    Tasks that share a model's weights are answered by one pass, prompts about one text by one prefill; a task that
+    names another one waits for it in a later pass. Totals are estimates from a sample of FILE.
     """
     specs = parse_tasks(tasks)
     with connect() as client:
@@ -167,7 +193,8 @@ def plan(file: str, tasks: Sequence[str], priority: Any, bad_rows: Any, as_json:
     if as_json:
         put_json(planned.record)
         return
-    console().print(plan_table(planned))
+    out = console()
+    out.print(plan_picture(planned, width=out.width))
     click.echo(plan_line(planned))
     if planned.truncated_rows:
         click.echo(f"~{planned.truncated_rows:,} rows are longer than their model reads")
@@ -185,15 +212,16 @@ Examples:
 @click.option("--limit", type=click.IntRange(1), default=20, show_default=True)
 @as_json
 def jobs(state: Any, limit: int, as_json: bool) -> None:
-    """List jobs, newest first."""
+    """List jobs, newest first. Written: tokens that language models wrote, where any did."""
     with connect() as client:
         found = [job.record for job in client.jobs(state, limit)]
     if as_json:
         put_json(found)
         return
     skipped = ["#skipped"] if any(job["cells"]["skipped"] for job in found) else []
+    written = ["#written"] if any(_written(job) for job in found) else []
     put_table(
-        ("!job", "name", "state", "#rows", "tasks", "#cells", "#errors", *skipped, "created"),
+        ("!job", "name", "state", "#rows", "tasks", "#cells", "#errors", *skipped, *written, "created"),
         (
             (
                 job["id"],
@@ -204,12 +232,13 @@ def jobs(state: Any, limit: int, as_json: bool) -> None:
                 _share(job["cells"]),
                 f"{job['cells']['error']:,}",
                 *(f"{job['cells']['skipped']:,}" for _ in skipped),
+                *(f"{_written(job):,}" for _ in written),
                 (job.get("created") or "")[:19].replace("T", " "),
             )
             for job in found
         ),
         empty="no jobs; submit one with: motet submit FILE --task …",
-        drop=("created", "tasks", "#rows", "#errors"),
+        drop=("created", "tasks", *written, "#rows", "#errors"),
     )
 
 
@@ -370,14 +399,49 @@ def parse_tasks(specs: Sequence[str]) -> dict[str, dict[str, Any]]:
         parsed[name] = {"kind": kind, "model": model}
         for option in options:
             key, _, value = option.partition("=")
-            parsed[name][key] = _value(value)
+            parsed[name][key] = _value(name, key, value)
     return parsed
 
 
-def _value(text: str) -> bool | int | str:
+#: Options that are text whatever they look like, and that are lists.
+_TEXTS = frozenset({"about", "input", "messages", "prompt", "question", "system"})
+_LISTS = frozenset({"labels", "stop"})
+
+
+def _value(task: str, option: str, text: str) -> Any:
+    """An option's value. Raises UsageError for a file that cannot be read, and for what is no JSON."""
+    where = f"--task {task!r}: {option}"
+    if text.startswith("@") and option in (*_TEXTS, *_LISTS, "schema"):
+        text = _read(where, text[1:], lines=option in _LISTS)
+    if option in _TEXTS:
+        return text
+    if option in _LISTS:
+        return text.split("|")
+    if option == "schema":
+        try:
+            return json.loads(text)
+        except (ValueError, RecursionError) as error:
+            raise click.UsageError(
+                f"{where}: broken JSON ({error}); expected a JSON Schema, or @FILE with one"
+            ) from None
     if text in ("true", "false"):
         return text == "true"
-    return int(text) if text.isascii() and text.isdigit() and len(text) < 19 else text
+    if re.fullmatch(r"[0-9]{1,18}", text):
+        return int(text)
+    if option == "temperature" and re.fullmatch(r"[0-9]{1,3}\.[0-9]{1,9}", text):
+        return float(text)
+    return text
+
+
+def _read(where: str, path: str, *, lines: bool) -> str:
+    """A file's text without the end of its last line; its ``lines`` as if they were given on the command line."""
+    try:
+        with open(path, encoding="utf-8") as file:
+            text = file.read().rstrip("\n")
+    except (OSError, UnicodeDecodeError) as error:
+        why = error.strerror if isinstance(error, OSError) else "not UTF-8"
+        raise click.UsageError(f"{where}: {path!r} cannot be read: {(why or 'an error').lower()}") from None
+    return "|".join(filter(None, text.splitlines())) if lines else text
 
 
 def _exporter(out: str) -> Callable[[Job, str], int]:
@@ -395,6 +459,10 @@ def _exporter(out: str) -> Callable[[Job, str], int]:
                 "--out needs pyarrow for .parquet; pip install 'motet[arrow]', or take .jsonl"
             )
     return lambda job, path: int(getattr(job, _FORMATS[suffix])(path))
+
+
+def _written(job: Mapping[str, Any]) -> int:
+    return (job.get("usage") or {}).get("tokens_out") or 0
 
 
 def _share(cells: dict[str, int]) -> str:

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any, NoReturn
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any, NoReturn
 
 import click
 
 from motet.cli.cluster import execute_workers
-from motet.cli.show import as_json, connect, console, cut, put_json, put_table
+from motet.cli.show import as_json, connect, console, cut, find_job, put_json, put_table
+
+if TYPE_CHECKING:
+    from motet.client import Alias, Client
 
 
 @click.group(
@@ -17,7 +21,9 @@ from motet.cli.show import as_json, connect, console, cut, put_json, put_table
 Examples:
   motet models
   motet models show news-topics
-  motet models add ./my-model --name my-model""",
+  motet models add ./my-model --name my-model
+  motet models promote my-model@2 prod        (tasks may ask for my-model@prod)
+  motet models rollback my-model@prod""",
 )
 @as_json
 @click.pass_context
@@ -26,15 +32,27 @@ def models(context: click.Context, as_json: bool) -> None:
     if context.invoked_subcommand is not None:
         return
     with connect() as client:
-        found = client.models()
+        found, named = client.models(), _named(client)
     if as_json:
-        put_json([model.to_json() for model in found])
+        put_json([{**model.to_json(), "aliases": named[model.ref]} for model in found])
         return
     put_table(
-        ("!model", "answers", "#labels", "on trunk", "#max tokens", "#dim", "formats", "#MB", "licence"),
+        (
+            "!model",
+            "aliases",
+            "answers",
+            "#labels",
+            "on trunk",
+            "#max tokens",
+            "#dim",
+            "formats",
+            "#MB",
+            "licence",
+        ),
         (
             (
                 m.ref,
+                ", ".join(one.alias.partition("@")[2] for one in named[m.ref]) or "–",
                 m.answers,
                 str(len(m.labels) or "–"),
                 m.trunk_model or "–",
@@ -45,6 +63,8 @@ def models(context: click.Context, as_json: bool) -> None:
                 cut(m.licence, 24),
             )
             for m in found
+            # What trains stands beside each encoder, and nobody asks it but `motet train`.
+            if m.answers != "models"
         ),
         empty="no models; register one with: motet models add SOURCE",
         drop=("formats", "#dim", "#MB", "#max tokens", "licence"),
@@ -60,13 +80,14 @@ Example:
 @click.argument("name")
 @as_json
 def show_model(name: str, as_json: bool) -> None:
-    """Show what is known of a model: NAME, or NAME@VERSION."""
+    """Show what is known of a model: NAME, NAME@VERSION or NAME@ALIAS."""
     with connect() as client:
-        model = client.model(name)
+        model, named = client.model(name), _named(client)
     record = model.to_json()
     if as_json:
-        put_json(record)
+        put_json({**record, "aliases": named[model.ref]})
         return
+    record["aliases"] = [_told(one) for one in named[model.ref]]
     out = console()
     for key, value in record.items():
         if value:
@@ -92,6 +113,27 @@ def add_model(arguments: Sequence[str]) -> NoReturn:
 
 
 @models.command(
+    "adopt",
+    epilog="""\b
+Example:
+  motet models adopt 0198f2c4""",
+)
+@click.argument("job")
+@as_json
+def adopt(job: str, as_json: bool) -> None:
+    """Register the models that a training JOB made. Needs an administrator's token."""
+    from motet.training import TrainRun
+
+    with connect() as client:
+        found = find_job(client, job)
+        refs = TrainRun(client, found, found.name).register()
+    if as_json:
+        put_json({"models": refs})
+    else:
+        console().print(f"registered {', '.join(refs)}", soft_wrap=True, highlight=False)
+
+
+@models.command(
     "rm",
     epilog="""\b
 Example:
@@ -100,11 +142,99 @@ Example:
 @click.argument("ref", metavar="NAME@VERSION")
 @as_json
 def remove_model(ref: str, as_json: bool) -> None:
-    """Take a model from the registry. Refused while a running job uses it."""
+    """Take a model from the registry. Refused while a running job uses it or an alias means it."""
     with connect(admin=True) as client:
         client.remove_model(ref)
     if as_json:
         put_json({"removed": ref})
+
+
+@models.command(
+    "promote",
+    epilog="""\b
+Example:
+  motet models promote support@2 prod
+  motet submit tickets.jsonl --task topic=classify:support@prod --wait""",
+)
+@click.argument("ref", metavar="NAME@VERSION")
+@click.argument("alias")
+@as_json
+def promote_model(ref: str, alias: str, as_json: bool) -> None:
+    """Let NAME@ALIAS mean this version from now on.
+
+    A job uses the version that the alias meant when it was submitted, and records it: later promotions change nothing
+    for it.
+    """
+    with connect(admin=True) as client:
+        made = client.promote(ref, alias)
+    _put_alias(made, as_json)
+
+
+@models.command(
+    "rollback",
+    epilog="""\b
+Example:
+  motet models rollback support@prod""",
+)
+@click.argument("alias", metavar="NAME@ALIAS")
+@as_json
+def roll_back_alias(alias: str, as_json: bool) -> None:
+    """Let an alias mean again what it meant before its last promotion. Twice goes back twice."""
+    with connect(admin=True) as client:
+        made = client.rollback(alias)
+    _put_alias(made, as_json)
+
+
+@models.command(
+    "unalias",
+    epilog="""\b
+Example:
+  motet models unalias support@prod""",
+)
+@click.argument("alias", metavar="NAME@ALIAS")
+@as_json
+def remove_alias(alias: str, as_json: bool) -> None:
+    """Take an alias away. The version that it meant stays; jobs that named it keep their record."""
+    with connect(admin=True) as client:
+        client.remove_alias(alias)
+    if as_json:
+        put_json({"removed": alias})
+
+
+def _put_alias(made: Alias, as_json: bool) -> None:
+    if as_json:
+        put_json(made)
+    else:
+        click.echo(_told(made))
+
+
+def _told(alias: Alias) -> str:
+    before = f"before: {alias.before}" if alias.before else "nothing before"
+    return f"{alias.alias} → {alias.ref} ({before})"
+
+
+def _named(client: Client) -> Mapping[str, list[Alias]]:
+    """``name@version`` -> the aliases that mean it."""
+    found = defaultdict[str, list["Alias"]](list)
+    for alias in client.aliases():
+        found[alias.ref].append(alias)
+    return found
+
+
+@click.command(
+    context_settings={"ignore_unknown_options": True, "help_option_names": []},
+    epilog="""\b
+Examples:
+  motet compress all-MiniLM-L6-v2 --to int8
+  motet compress --help        (what `python -m workers compress` takes)""",
+)
+@click.argument("arguments", nargs=-1, type=click.UNPROCESSED, metavar="MODEL --to FORM [OPTION…]")
+def compress(arguments: Sequence[str]) -> NoReturn:
+    """Make a smaller form of an encoder and its heads, and measure it.
+
+    It is registered under names of its own; refused where a task loses too much. Runs `python -m workers compress` with the same arguments.
+    """
+    execute_workers(["compress", *arguments], admin=True)
 
 
 @click.group(

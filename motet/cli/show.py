@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 if TYPE_CHECKING:
-    from rich.console import Console
+    from rich.console import Console, Group
     from rich.table import Table
 
     from motet.client import Client
@@ -139,22 +139,49 @@ def table(columns: Sequence[str], rows: Iterable[Sequence[object]]) -> Table:
     return built
 
 
-def plan_table(plan: Plan) -> Table:
-    """The passes of a plan: which tasks each answers, and what a pass per task would have read."""
+def plan_picture(plan: Plan, *, width: int) -> Group:
+    """A plan as a graph where tasks wait for others or share prompts, and as a table of its passes."""
+    from rich.console import Group
+    from rich.text import Text
+
+    from motet.cli.graph import graph, worth_drawing
+
+    if not worth_drawing(plan.passes):
+        return Group(plan_table(plan))
+    return Group(Text(), *graph(plan.passes, width), plan_table(plan, numbered=True))
+
+
+def plan_table(plan: Plan, *, numbered: bool = False) -> Table:
+    """The passes of a plan: which tasks each answers, and what a pass per task would have read.
+
+    ``numbered``: the tasks are told elsewhere, by the number of the pass.
+    """
     estimated = any(p.seconds is not None for p in plan.passes)
+    writes = any(p.tokens_out for p in plan.passes)
     return table(
-        ("engine", "!model", "tasks", "#tokens", "#instead of", *(["#seconds"] if estimated else [])),
+        (
+            *(["#pass"] if numbered else []),
+            "engine",
+            "!model",
+            *([] if numbered else ["tasks"]),
+            "#tokens",
+            "#instead of",
+            *(["#written ≤"] if writes else []),
+            *(["#seconds"] if estimated else []),
+        ),
         (
             (
+                *([str(number)] if numbered else []),
                 # A pass is called by its engine and its model; the model has a column of its own.
                 p.kind.partition(" ")[0],
                 p.model,
-                ", ".join(p.tasks),
+                *([] if numbered else [", ".join(p.tasks)]),
                 f"~{p.tokens:,}",
                 f"~{p.unfused_tokens:,}",
+                *([f"{p.tokens_out:,}"] if writes else []),
                 *(["–" if p.seconds is None else f"~{p.seconds:,.1f}"] if estimated else []),
             )
-            for p in plan.passes
+            for number, p in enumerate(plan.passes)
         ),
     )
 
@@ -165,7 +192,8 @@ def plan_line(plan: Plan) -> str:
 
     line = f"{count(plan.tasks, 'task')} → {count(len(plan.passes), 'pass', 'passes')} over {count(plan.rows, 'row')}"
     line += f", ~{plan.tokens:,} tokens"
-    return line + (f" instead of ~{plan.unfused_tokens:,}" if plan.unfused_tokens > plan.tokens else "")
+    line += f" instead of ~{plan.unfused_tokens:,}" if plan.unfused_tokens > plan.tokens else ""
+    return line + (f", at most {plan.tokens_out:,} written" if plan.tokens_out else "")
 
 
 def result_table(rows: Sequence[Row], texts: Sequence[str] | None = None, *, width: int = 120) -> Table:
@@ -199,11 +227,16 @@ def result_table(rows: Sequence[Row], texts: Sequence[str] | None = None, *, wid
 
 def _answer(row: Row, task: str, narrow: bool) -> str:
     cell, limit = row[task], 24 if narrow else 60
+    if cell.finish is not None:
+        # What was written goes on in further lines.
+        limit *= 2
     if cell.error is not None and cell.error.message:
         return cut(f"<{cell.error.error}: {cell.error.message}>", limit)
     text = cut(str(cell), limit)
     if cell.kind == "label" and cell.score is not None and not narrow:
         text += f" {cell.score:.2f}"
+    if cell.finish == "length" and not narrow:
+        text += " (length)"
     return text + (" (cut)" if cell.truncated and not narrow else "")
 
 

@@ -53,8 +53,9 @@ def watch(job: str, as_json: bool) -> None:
     """Follow JOB until it has ended; fail if it fails. Ctrl-C leaves it running.
 
     Shows its passes (tasks that share a model run as one), how fast each device is and how busy, the time that is
-    left, and errors by class. In a pipe: a line now and then, and a summary at the end. The beginning of an id will
-    do. Of 17+2 sub-tasks, 17 are done and 2 are open.
+    left, tokens that language models wrote, and errors by class; upstream: skipped, since an answer that it reads is
+    an error. In a pipe: a line now and then, and a summary at the end. The beginning of an id will do. Of 17+2
+    sub-tasks, 17 are done and 2 are open; ◀ stands before the answers that a pass waits for.
 
     With --json: an object per line each time that something has changed: progress (state, rows, total, ok, error,
     skipped, reused, rate, eta), and passes, devices and errors as in GET /v1/jobs/{id}/activity.
@@ -95,7 +96,7 @@ def picture(facts: Mapping[str, Any], *, width: int, height: int = 1000, note: s
     from rich.text import Text
 
     passes, devices, errors = facts["passes"], facts["devices"], facts["errors"]
-    parts: list[RenderableType] = [*_head(facts, width), Text(), _passes(passes, width)]
+    parts: list[RenderableType] = [*_head(facts, width), Text(), _passes(passes, facts["job"], width)]
     room = max(0, height - len(passes) - 14 - (1 if note else 0))
     shown_errors = min(len(errors), _ERRORS, max(1, room // 3))
     shown_devices = min(len(devices), _DEVICES, max(1, room - (shown_errors + 3 if errors else 0)))
@@ -105,7 +106,9 @@ def picture(facts: Mapping[str, Any], *, width: int, height: int = 1000, note: s
     if errors:
         parts += [Text(), _errors(errors[:shown_errors], width)]
         parts += _more(len(errors) - shown_errors, "kind of error", "kinds of errors")
-    elif facts["job"]["cells"]["error"]:
+    elif facts["job"]["state"] in ("running", "succeeded") and (
+        facts["job"]["cells"]["error"] or facts["job"]["cells"]["skipped"]
+    ):
         parts += [Text(), text("errors are told by class once their block is sealed", "dim")]
     if note:
         parts += [Text(), Text(note, style="dim", overflow="ellipsis", no_wrap=True)]
@@ -144,6 +147,8 @@ def _head(facts: Mapping[str, Any], width: int) -> Iterator[Text]:
     if lost := (job.get("usage") or {}).get("attempts_lost"):
         cells.append(f" · {lost:,} sub-tasks lost and run again", style="yellow")
     yield cells
+    if spent := written(job.get("usage") or {}):
+        yield Text(spent)
     saved = sum((p.get("unfused_tokens") or 0) - p["tokens"] for p in facts["passes"])
     if ended and saved > 0:
         tokens = sum(p["tokens"] for p in facts["passes"])
@@ -152,19 +157,29 @@ def _head(facts: Mapping[str, Any], width: int) -> Iterator[Text]:
         yield Text(plain(reason, width), style="red")
 
 
+def written(usage: Mapping[str, Any]) -> str:
+    """What language models read, found read already and wrote; "" where none did."""
+    out, read, cached = (usage.get(name) or 0 for name in ("tokens_out", "tokens", "tokens_cached"))
+    if not out and not cached:
+        return ""
+    words = f"{number(out)} tokens written · {number(read)} read"
+    return words + (f", {int(100 * cached / read)} % of them from cache" if cached and read else "")
+
+
 def _left(eta_s: float | None) -> str:
     return "time left not known yet" if eta_s is None else f"{clock(eta_s)} left"
 
 
-def _passes(passes: Sequence[Mapping[str, Any]], width: int) -> Table:
-    """A line per pass: what it answers, and how far it is."""
+def _passes(passes: Sequence[Mapping[str, Any]], job: Mapping[str, Any], width: int) -> Table:
+    """A line per pass: what it answers, which answers it waits for, and how far it is."""
     narrow = width < 90
+    needs = {tuple(p["tasks"]): p.get("needs") or () for p in job.get("passes") or ()}
     return table(
         ("pass", "answers", "!", "#rows", "#blocks", "#running", "#tokens"),
         [
             (
                 plain(p["kind"], 22 if narrow else 36),
-                plain(_tasks(p["tasks"]), 20 if narrow else 48),
+                plain(_tasks(p["tasks"]) + _waits(needs.get(tuple(p["tasks"]), ())), 20 if narrow else 48),
                 bar(_share(p["rows"]), 8 if narrow else 16, done=p["rows"]["done"] == p["rows"]["total"] > 0),
                 f"{p['rows']['done']:,}/{p['rows']['total']:,}",
                 f"{p['blocks']['sealed']:,}/{p['blocks']['total']:,}",
@@ -180,6 +195,10 @@ def _passes(passes: Sequence[Mapping[str, Any]], width: int) -> Table:
 
 def _tasks(names: Sequence[str]) -> str:
     return names[0] if len(names) == 1 else f"{len(names)} fused: {', '.join(names)}"
+
+
+def _waits(needs: Sequence[str]) -> str:
+    return f" ◀ {', '.join(needs)}" if needs else ""
 
 
 def _share(rows: Mapping[str, int]) -> float:
@@ -219,7 +238,7 @@ def _errors(errors: Sequence[Mapping[str, Any]], width: int) -> Table:
         ("!errors", "task", "#cells", "#first row", "message"),
         [
             (
-                text(plain(e["error"], 24), "red"),
+                text(plain(e["error"], 24), "yellow" if e["error"] == "upstream" else "red"),
                 plain(e["task"], 24),
                 f"{e['count']:,}",
                 f"{e['first_row']:,}",

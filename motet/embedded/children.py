@@ -12,6 +12,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import BinaryIO
 
@@ -79,8 +80,10 @@ class Child:
     def alive(self) -> bool:
         return self._process is not None and self._process.poll() is None
 
-    def start(self) -> None:
-        """Start the program. Raises SetupError if it is missing or may not be run."""
+    def start(self, keep: Sequence[int] = ()) -> None:
+        """Start the program. Raises SetupError if it is missing or may not be run.
+
+        ``keep``: file descriptors that it inherits, under the same numbers."""
         self.stop(0)
         with contextlib.ExitStack() as stack:
             output = stack.enter_context(_open_log(self.log)) if self.log else None
@@ -96,7 +99,8 @@ class Child:
                     user=self._user,
                     group=group_of(self._user),
                     extra_groups=no_groups(self._user),
-                    preexec_fn=_follow_parent(self._orphaned),
+                    preexec_fn=partial(follow, os.getpid(), self._orphaned) if _prctl else None,
+                    pass_fds=keep,
                 )
             except OSError as error:
                 raise SetupError(f"{self.name}: cannot run {self._command[0]}: {error.strerror}") from None
@@ -130,6 +134,14 @@ class Child:
         with self.log.open("rb") as file:
             file.seek(max(0, self.log.stat().st_size - 16_384))
             return "\n".join(file.read().decode("utf-8", "replace").splitlines()[-lines:])
+
+
+def follow(parent: int, orphaned: signal.Signals) -> None:
+    """Have the kernel send us that signal when our parent dies. Linux only; a change of user would undo it."""
+    if _prctl:
+        _prctl(_PR_SET_PDEATHSIG, int(orphaned))
+    if os.getppid() != parent:  # it died before the kernel knew our wish
+        os._exit(1)
 
 
 def rotate(log: Path) -> None:
@@ -197,17 +209,3 @@ def _open_log(log: Path) -> BinaryIO:
     if log.exists() and log.stat().st_size > LOG_BYTES:
         log.replace(f"{log}.1")
     return log.open("ab")
-
-
-def _follow_parent(orphaned: signal.Signals) -> Callable[[], None] | None:
-    """What the child does between fork and exec, after the change of user, which would undo it."""
-    if _prctl is None:
-        return None
-    prctl, parent = _prctl, os.getpid()
-
-    def follow() -> None:
-        prctl(_PR_SET_PDEATHSIG, int(orphaned))
-        if os.getppid() != parent:  # it died before the kernel knew our wish
-            os._exit(1)
-
-    return follow

@@ -13,7 +13,7 @@ import socket
 import sys
 import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field
 from importlib import metadata
@@ -32,16 +32,19 @@ log = logging.getLogger("motet.cluster")
 
 READY_S = 180.0
 #: Longest pause before a process that died is started again.
-BACKOFF_S = 5.0
+BACKOFF_S = 4.0
 #: One that lived so long did not die of its own start.
 SETTLED_S = 30.0
 #: What a process of the scheduler may take to end.
 GRACE_S = 10.0
+#: One of them that gave no sign of life for so long is killed and started again: it is stopped, or hangs.
+SILENT_S = 30.0
 
 #: Settings that the cluster gives to its processes; those of the surrounding environment are for other clusters.
 GIVEN = (
     *("DATABASE_URL", "REDIS_URL", "TOKEN", "URL", "API_HOST", "API_PORT", "BLOB_DIR", "CACHE_DIR", "HOME"),
     *("FLOWER_USER", "FLOWER_PASSWORD", "FLOWER_COOKIE_SECRET", "FLOWER_ADDRESS", "FLOWER_PORT"),
+    "PULSE",
 )
 
 
@@ -70,6 +73,21 @@ class Watched:
     deaths: int = 0
     #: When to start it again; None while it lives.
     restart_at: float | None = None
+    #: A file that it touches while it works, if it is one that does.
+    pulse: Path = Path()
+    #: When that was touched as last seen, by the file's clock, and since when it has been so by ours.
+    touched: float | None = None
+    touched_at: float = 0.0
+
+    def silent_s(self, now: float) -> float:
+        """Seconds without a sign of life; 0 before the first one."""
+        try:
+            touched = self.pulse.stat().st_mtime if self.pulse.name else None
+        except OSError:
+            touched = None
+        if touched is None or touched != self.touched:
+            self.touched, self.touched_at = touched, now
+        return now - self.touched_at
 
 
 class Cluster:
@@ -87,8 +105,11 @@ class Cluster:
         gpus: str = "",
         port: int = 8700,
         flower_port: int | None = None,
+        models: Sequence[str] = (),
     ) -> None:
+        """``models``: options of `python -m workers register`, each run once beside ``--builtin``."""
         self.data = data.resolve()
+        self._models = ("--builtin", *models)
         self._workers = [*(("--cpus", str(cpus)) if cpus else ()), *(("--gpus", gpus) if gpus else ())]
         self._port = port
         self._flower_port = flower_port
@@ -188,6 +209,11 @@ class Cluster:
         for one in self._watched:
             rotate(self._log(one.service.name))
             if one.service.alive:
+                if (silent_s := one.silent_s(now)) > SILENT_S:
+                    log.warning(
+                        "%s gave no sign of life for %.0f s and is killed", one.service.name, silent_s
+                    )
+                    one.service.stop(0)
                 continue
             if one.restart_at is None:
                 one.deaths = one.deaths + 1 if now - one.started_at < SETTLED_S else 1
@@ -201,6 +227,7 @@ class Cluster:
                 )
             elif now >= one.restart_at:
                 one.restart_at, one.started_at = None, now
+                self._pulse(one.service.name).unlink(missing_ok=True)
                 try:
                     one.service.start()
                 except (SetupError, OSError) as error:  # a full disk must not end what still runs
@@ -211,6 +238,7 @@ class Cluster:
             # Nobody runs on a folder that is not there, and one that cannot start should not leave one behind.
             _open_port(self._port, "--port")
         self.data.mkdir(mode=0o700, parents=True, exist_ok=True)
+        (self.data / "pulse").mkdir(exist_ok=True)
         self._lock.take()
         evict(self._left_behind, patience_s=0)
 
@@ -253,16 +281,15 @@ class Cluster:
             self._watch(self._flower(_open_port(self._flower_port, "--flower"), valkey.urls), GRACE_S)
         self._await_ready(port)
 
-        registered = self.data / f"registered-{_version()}"
-        if not registered.exists():
-            env = {**worker, "MOTET_TOKEN": self.tokens["admin"]}
-            self._run_once(
-                "register",
-                "registering the model and its heads (once)",
-                self.command("workers", "register", "--builtin"),
-                env,
-            )
-            registered.touch()
+        for option in self._models:
+            builtin = option == "--builtin"
+            registered = self.data / f"registered-{_version()}{'' if builtin else option[1:]}"
+            if not registered.exists():
+                env = {**worker, "MOTET_TOKEN": self.tokens["admin"]}
+                what = "the model and its heads" if builtin else f"what {option} names"
+                words = f"registering {what} (once)"
+                self._run_once("register", words, self.command("workers", "register", option), env)
+                registered.touch()
         client = {"url": self.url, "token": self.tokens["user"], "admin_token": self.tokens["admin"]}
         write_private(self.data / "client.json", json.dumps(client))
 
@@ -280,7 +307,8 @@ class Cluster:
 
     def _watch(self, service: Service, grace_s: float) -> None:
         log.info("starting %s", service.name)
-        self._watched.append(Watched(service, grace_s))
+        self._watched.append(Watched(service, grace_s, pulse=self._pulse(service.name)))
+        self._watched[-1].pulse.unlink(missing_ok=True)
         service.start()
 
     def _run_once(self, name: str, words: str, command: list[str], env: Mapping[str, str]) -> None:
@@ -314,6 +342,7 @@ class Cluster:
     def _child(
         self, name: str, command: list[str], env: Mapping[str, str], orphaned: signal.Signals | None = None
     ) -> Child:
+        env = {**env, "MOTET_PULSE": str(self._pulse(name))}
         return Child(name, command, env=env, log=self._log(name), orphaned=orphaned)
 
     def _flower(self, port: int, urls: ValkeyUrls) -> Child:
@@ -351,6 +380,9 @@ class Cluster:
 
     def _log(self, name: str) -> Path:
         return self.data / "logs" / f"{name}.log"
+
+    def _pulse(self, name: str) -> Path:
+        return self.data / "pulse" / name
 
     def _left_behind(self) -> set[int]:
         """Processes of a cluster on this folder; ours or, while we hold its lock, those of a killed one."""

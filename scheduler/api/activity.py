@@ -174,7 +174,7 @@ def _passes(found: Activity) -> list[dict[str, Any]]:
             "number": p.number,
             "kind": p.kind,
             "tasks": list(p.tasks),
-            "blocks": {"total": p.blocks, "sealed": p.blocks_sealed},
+            "blocks": {"total": p.blocks, "sealed": p.blocks_sealed, "waiting": p.blocks_waiting},
             "rows": {
                 "total": p.rows,
                 "waiting": store.waiting(found.job, p),

@@ -7,9 +7,11 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import signal
+import sys
 import time
 import uuid
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager, suppress
 from types import FrameType
 
@@ -24,10 +26,23 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from motet.errors import MotetError
 from motet.settings import Settings
 from motet.transport import TransportLost
-from scheduler.api import activity, blobs, cluster, doctor, explain, jobs, metrics, models, results, tokens
+from scheduler.api import (
+    activity,
+    blobs,
+    cluster,
+    doctor,
+    explain,
+    fits,
+    jobs,
+    metrics,
+    models,
+    results,
+    tokens,
+)
 from scheduler.api.auth import authenticate, is_page
 from scheduler.api.refusals import refusal
 from scheduler.api.resources import Resources
+from scheduler.pulse import pulse
 from scheduler.store.database import StoreUnavailable
 
 log = logging.getLogger(__name__)
@@ -68,7 +83,7 @@ def create_app(settings: Settings) -> FastAPI:
         redirect_slashes=False,
     )
     app.state.resources = use
-    for module in (jobs, activity, explain, results, models, blobs, tokens, cluster, doctor, metrics):
+    for module in (jobs, activity, explain, results, fits, models, blobs, tokens, cluster, doctor, metrics):
         app.include_router(module.routes)
     for kind in _EXPECTED:
         app.add_exception_handler(kind, _refuse)
@@ -162,12 +177,27 @@ def server(settings: Settings) -> Server:
         timeout_keep_alive=30,
         timeout_graceful_shutdown=10,
         h11_max_incomplete_event_size=64 * 1024,
+        callback_notify=_pulse(settings),
+        timeout_notify=1,
     )
     # Its lines would hold queries; ours (Recorded) hold routes.
     logging.getLogger("uvicorn.access").disabled = True
     return Server(config, app.state.resources)
 
 
+def _pulse(settings: Settings) -> Callable[[], Awaitable[None]]:
+    """Called once a second by the loop that serves: where that hangs, so does this."""
+    beat = pulse(settings.pulse)
+
+    async def tell() -> None:
+        beat()
+
+    return tell
+
+
 def serve(settings: Settings) -> None:
     """Run the API until SIGTERM or SIGINT; requests under way are finished first."""
+    # uvicorn raises the signal again when it has served to the end: to end when asked is no failure, so the code is 0.
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, lambda *_: sys.exit(0))
     server(settings).run()

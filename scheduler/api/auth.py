@@ -20,7 +20,7 @@ from uuid import UUID
 from fastapi import Depends, Request, Security
 from fastapi.security import HTTPAuthorizationCredentials, HTTPBearer
 
-from motet.errors import Unauthorized
+from motet.errors import Overloaded, Unauthorized
 from scheduler.api.refusals import Forbidden
 from scheduler.api.resources import Resources, Use
 from scheduler.store.database import StoreUnavailable
@@ -34,6 +34,7 @@ _SUBMIT = frozenset({"user", "admin"})
 _LOOK = _SUBMIT | {"read"}
 _ADMIN = frozenset({"admin"})
 _READ = frozenset({"read", "admin"})
+_WORKER = frozenset({"worker"})
 _BLOBS = frozenset({"worker", "admin"})
 
 #: The route that goes on while Postgres is away, for those who could read it shortly before.
@@ -56,6 +57,7 @@ ALLOWED: Mapping[tuple[str, str], frozenset[str]] = {
     ("GET", "/v1/jobs/{job}"): _LOOK,
     ("GET", "/v1/jobs/{job}/activity"): _LOOK,
     ("GET", "/v1/jobs/{job}/explain"): _LOOK,
+    ("GET", "/v1/jobs/{job}/fits"): _LOOK,
     ("GET", "/v1/jobs/{job}/results"): _LOOK,
     ("GET", "/v1/jobs/{job}/errors"): _LOOK,
     ("DELETE", "/v1/jobs/{job}"): _SUBMIT,
@@ -63,6 +65,9 @@ ALLOWED: Mapping[tuple[str, str], frozenset[str]] = {
     ("GET", "/v1/models/{ref}"): _ANY,
     ("POST", "/v1/models"): _ADMIN,
     ("DELETE", "/v1/models/{ref}"): _ADMIN,
+    ("PUT", "/v1/models/{name}/aliases/{alias}"): _ADMIN,
+    ("DELETE", "/v1/models/{name}/aliases/{alias}"): _ADMIN,
+    ("POST", "/v1/models/{name}/aliases/{alias}/rollback"): _ADMIN,
     ("GET", "/v1/cluster"): _ANY,
     ("GET", "/v1/workers"): _ANY,
     ("POST", "/v1/workers/{worker}/drain"): _ADMIN,
@@ -71,6 +76,9 @@ ALLOWED: Mapping[tuple[str, str], frozenset[str]] = {
     ("GET", "/v1/tokens"): _ADMIN,
     ("POST", "/v1/tokens"): _ADMIN,
     ("DELETE", "/v1/tokens/{token}"): _ADMIN,
+    ("GET", "/v1/fits/{row}"): _WORKER,
+    ("PUT", "/v1/fits/{row}"): _WORKER,
+    ("GET", "/v1/fits/{row}/data/{job}/{number}"): _WORKER,
     ("HEAD", "/v1/blobs/{sha256}"): _BLOBS,
     ("GET", "/v1/blobs/{sha256}"): _BLOBS,
     ("PUT", "/v1/blobs/{sha256}"): _BLOBS,
@@ -151,7 +159,9 @@ def authenticate(
     use: Use,
     credentials: Annotated[HTTPAuthorizationCredentials | None, Security(_BEARER)] = None,
 ) -> Identity | None:
-    """Who asks; None on the few open routes. Raises Unauthorized, or Forbidden where the scope is not enough.
+    """Who asks; None on the few open routes.
+
+    Raises Unauthorized, Forbidden where the scope is not enough, Overloaded where the token asks too often.
 
     Why a token is not good is never told: it would help to guess.
     """
@@ -169,6 +179,9 @@ def authenticate(
     if stored is None or not proved or stored.revoked or stored.expired:
         raise Unauthorized(_REFUSED)
     request.state.tenant = stored.tenant
+    wait_s = use.allowance.take(stored.id)
+    if wait_s:
+        raise Overloaded("this token asks too often; come back in a moment", wait_s)
     if stored.scope not in scopes:
         raise Forbidden(f"a token of scope {stored.scope} may not do this; {' or '.join(sorted(scopes))} may")
     return Identity(stored.id, stored.tenant, stored.scope)

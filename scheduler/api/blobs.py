@@ -96,12 +96,18 @@ async def put_blob(request: Request, use: Use, caller: Caller, sha256: BlobPath)
     return JSONResponse({"sha256": sha256, "bytes": size}, 201)
 
 
+def lease_of(shown: str) -> tuple[int, int, str] | None:
+    """Sub-task, attempt and nonce that the header names; None where it names none."""
+    match = _LEASE.fullmatch(shown)
+    return None if match is None else (int(match[1]), int(match[2]), match[3])
+
+
 def _need_lease(use: Resources, shown: str) -> None:
     """Raise Forbidden unless the worker runs an attempt right now, and can prove it."""
-    match = _LEASE.fullmatch(shown)
-    if match:
+    lease = lease_of(shown)
+    if lease is not None:
         with use.database.transaction() as connection:
-            if has_live_lease(connection, int(match[1]), int(match[2]), match[3]):
+            if has_live_lease(connection, *lease):
                 return
     raise Forbidden(f"a worker stores files under a live lease only; name it in the header {LEASE_HEADER}")
 
@@ -141,6 +147,15 @@ def sweep(use: Resources, *, kept_s: float = KEPT_S) -> int:
     if swept:
         log.info("blobs swept", extra={"blobs": swept})
     return swept
+
+
+def drop_blob(use: Resources, sha256: str) -> None:
+    """Delete a blob that is not needed any more, unless something else names it."""
+    with use.database.transaction() as connection:
+        if store.take_unnamed_blob(connection, sha256):
+            path = use.blobs.find(sha256)
+            if path is not None:
+                path.unlink(missing_ok=True)
 
 
 def _adopt(use: Resources) -> None:

@@ -7,7 +7,8 @@ from collections.abc import Mapping, Sequence
 from math import ceil, floor, log10
 from typing import Any
 
-from scheduler.api.markup import Html, compact, count, duration, join, number, tag
+from motet.markup import Html, join, tag
+from scheduler.api.markup import compact, count, duration, number
 
 #: Colours of passes; beyond them they come again.
 PASS_COLOURS = 6

@@ -21,7 +21,7 @@ from starlette.responses import JSONResponse
 
 from motet import traces
 from motet.errors import InvalidJob, Problem
-from motet.tasks import render, short
+from motet.tasks import Prompted, Task, placeholders, render, short
 from motet.transport import TransportLost
 from scheduler.api import shapes
 from scheduler.api.auth import Caller
@@ -33,13 +33,16 @@ from scheduler.api.rows import Incoming, read_columns, read_lines, read_rows
 from scheduler.api.submissions import (
     Planned,
     Submission,
+    mean_bytes_of,
     new_job,
     plan_submission,
     read_submission,
 )
 from scheduler.blocks import Part, blocks_of
 from scheduler.cost import Rates
-from scheduler.plan import Sample, estimate
+from scheduler.plan import PlannedPass, Sample, estimate
+from scheduler.prompt_cost import Asked, estimate_prompts
+from scheduler.prompt_order import instruction
 from scheduler.store import jobs as store
 from scheduler.store.jobs import PRIORITIES, JobEntry, Loading
 from scheduler.store.rates import rates as learned_rates
@@ -90,7 +93,8 @@ async def open_job(
     use: Use,
     caller: Caller,
     idempotency_key: Annotated[
-        str | None, Header(description="The same key and body give the same job again.", examples=["4f1c…"])
+        str | None,
+        Header(description="The same key and body give the same job again.", examples=["4f1c9a3e"]),
     ] = None,
 ) -> Response:
     async with whole_body(request, use, use.settings.max_part_bytes) as raw:
@@ -111,7 +115,7 @@ def _open(use: Resources, tenant: UUID, raw: bytes, key: str | None) -> Response
     use.door.admit(interactive=asked.priority == PRIORITIES["interactive"])
     incoming = _inline_rows(use, asked)
     began = time.time()
-    planned = _plan(use, asked)
+    planned = _plan(use, asked, incoming)
     job = new_job(uuid.uuid4(), tenant, asked, planned, key)
     ready = time.time()
     with use.database.transaction() as connection:
@@ -139,19 +143,21 @@ def _open(use: Resources, tenant: UUID, raw: bytes, key: str | None) -> Response
 def _inline_rows(use: Resources, asked: Submission) -> Incoming | None:
     if asked.rows is None:
         return None
-    incoming = read_rows(asked.rows, asked.fields, use.settings.max_row_bytes)
+    incoming = read_rows(asked.rows, asked.fields, use.settings.max_row_bytes, asked.dialogues)
     if asked.bad_rows == "refuse":
         incoming.refuse_bad_rows(0)
     return incoming
 
 
-def _plan(use: Resources, asked: Submission) -> Planned:
+def _plan(use: Resources, asked: Submission, incoming: Incoming | None) -> Planned:
+    """``incoming``: rows that came along, which say how long texts are where the submission does not."""
+    mean_bytes = mean_bytes_of(incoming.columns, incoming.bad) if incoming else {}
     with use.database.transaction() as connection:
         wanted = {task.model for task in asked.tasks.values()}
         found = find_models(connection, wanted)
         trunks = find_models(connection, {m.manifest.trunk_model for m in found.values()} - {""})
         known = model_refs(connection) if len(found) < len(wanted) else []
-    return plan_submission(asked.tasks, found, trunks, known)
+    return plan_submission(asked.tasks, found, trunks, known, {**mean_bytes, **asked.mean_bytes})
 
 
 # -- parts
@@ -201,7 +207,7 @@ def _put_part(use: Resources, facts: Loading, number: int, kind: str, raw: bytes
                 "name it",
             )
         )
-    incoming = read(raw, facts.fields, use.settings.max_row_bytes)
+    incoming = read(raw, facts.fields, use.settings.max_row_bytes, facts.dialogues)
     if facts.bad_rows == "refuse" and incoming.bad:
         incoming.refuse_bad_rows(_first_row(use, facts, incoming))
     with traces.span(facts.id, "land", part=number), use.database.transaction() as connection:
@@ -312,7 +318,7 @@ async def plan_job(request: Request, use: Use, caller: Caller) -> Response:
 def _dry_run(use: Resources, raw: bytes) -> Response:
     asked = read_submission(json_body(raw), max_tasks=use.settings.max_tasks, dry_run=True)
     incoming = _inline_rows(use, asked) if asked.rows else None
-    planned = _plan(use, asked)
+    planned = _plan(use, asked, incoming)
     part = incoming.part() if incoming else Part(columns={name: [] for name in asked.fields})
     rows = [
         {name: texts[i] for name, texts in part.columns.items()}
@@ -330,21 +336,26 @@ def _dry_run(use: Resources, raw: bytes) -> Response:
     passes, estimates = [], []
     names = list(asked.tasks)
     for p in planned.passes:
-        lengths = use.counter.lengths(p.model, [render(p.input, row) for row in rows])
-        too_long.update(i for i, n in enumerate(lengths) if p.max_tokens and n > p.max_tokens)
+        # Of answers that are not there yet nothing is counted.
+        unknown = {names[number]: "" for number in p.needs}
+        seen = [{**row, **unknown} for row in rows]
+        lengths = use.counter.lengths(p.model, [render(p.input, row) for row in seen])
         speeds = [
-            rates.of((p.trunk, name, p.numerics), device_kind=kind, parameters=p.model.parameters)
+            rates.of((p.learned_as, name, p.numerics), device_kind=kind, parameters=p.model.parameters)
             for name, kind in devices
         ]
-        prior = rates.of((p.trunk, "", p.numerics), device_kind="cpu", parameters=p.model.parameters)
-        guess = estimate(
-            p,
-            lengths,
-            sample,
-            seconds_per_token=[rate.seconds_per_token for rate in speeds],
-            prior_s=prior.seconds_per_token,
-            subtask_s=use.settings.subtask_s,
-        )
+        prior = rates.of((p.learned_as, "", p.numerics), device_kind="cpu", parameters=p.model.parameters)
+        timing: dict[str, Any] = {
+            "seconds_per_token": [rate.seconds_per_token for rate in speeds],
+            "prior_s": prior.seconds_per_token,
+            "subtask_s": use.settings.subtask_s,
+        }
+        if p.prompts:
+            prompts = [_asked(use, p, asked.tasks[names[number]], seen) for number in p.tasks]
+            guess = estimate_prompts(p, lengths, prompts, sample, **timing)
+        else:
+            too_long.update(i for i, n in enumerate(lengths) if p.max_tokens and n > p.max_tokens)
+            guess = estimate(p, lengths, sample, **timing)
         estimates.append(guess)
         passes.append(
             {
@@ -353,9 +364,12 @@ def _dry_run(use: Resources, raw: bytes) -> Response:
                 "model": p.model.ref,
                 "numerics": p.numerics,
                 "max_tokens": p.max_tokens,
+                "needs": [names[number] for number in p.needs],
+                "first": p.first,
                 "tokens": guess.tokens,
                 "computed_tokens": guess.computed_tokens,
                 "unfused_tokens": guess.unfused_tokens,
+                "tokens_out": guess.tokens_out,
                 "seconds": guess.seconds,
                 "subtasks": guess.subtasks,
             }
@@ -364,15 +378,39 @@ def _dry_run(use: Resources, raw: bytes) -> Response:
         {
             "rows": sample.total_rows,
             "estimate": True,
+            "models": {name: model.manifest.ref for name, model in planned.models.items()},
             "passes": passes,
             "tokens": sum(e.tokens for e in estimates),
             "computed_tokens": sum(e.computed_tokens for e in estimates),
             "unfused_tokens": sum(e.unfused_tokens for e in estimates),
+            "tokens_out": sum(e.tokens_out for e in estimates),
             # The passes share the devices, one after the other.
             "seconds": sum(e.seconds or 0.0 for e in estimates) if devices else None,
             "truncated_rows": round(len(too_long) * sample.rows_factor),
             "devices": len(devices),
         }
+    )
+
+
+def _asked(use: Resources, p: PlannedPass, task: Task, rows: list[dict[str, str]]) -> Asked:
+    """A task of a language model in tokens, by the tokenizer that will read it."""
+    system = str(getattr(task, "system", ""))
+    asked = instruction(task) if isinstance(task, Prompted) else ""
+
+    def tokens(template: str) -> list[int]:
+        if not placeholders(template):
+            return use.counter.lengths(p.model, [render(template, {})] if template else []) * len(rows) or [
+                0
+            ] * len(rows)
+        return use.counter.lengths(p.model, [render(template, row) for row in rows])
+
+    return Asked(
+        system=system,
+        system_tokens=tokens(system),
+        instruction_tokens=tokens(asked),
+        system_fixed=not placeholders(system),
+        instruction_fixed=not placeholders(asked),
+        written=int(getattr(task, "max_tokens", 0)),
     )
 
 
@@ -505,6 +543,7 @@ def describe(job: JobEntry) -> dict[str, Any]:
                 "model": p.model_ref,
                 "numerics": p.numerics,
                 "max_tokens": p.max_tokens,
+                "needs": list(p.needs),
             }
             for p in job.passes
         ],
@@ -514,6 +553,8 @@ def describe(job: JobEntry) -> dict[str, Any]:
         "usage": {
             "tokens": job.tokens,
             "computed_tokens": job.computed_tokens,
+            "tokens_cached": job.tokens_cached,
+            "tokens_out": job.tokens_out,
             "busy_s": job.busy_s,
             "subtasks": job.subtasks,
             "attempts_lost": job.attempts_lost,

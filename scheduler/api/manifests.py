@@ -12,10 +12,11 @@ import re
 from collections.abc import Callable, Mapping
 from pathlib import PurePosixPath
 from typing import Any
+from urllib.parse import urlsplit
 
 from motet.columns import LAYOUT
 from motet.errors import InvalidJob, Problem
-from motet.manifest import Manifest
+from motet.manifest import KEY_ENV, Manifest
 from motet.tasks import short
 
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,99}")
@@ -23,13 +24,17 @@ VERSION = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,39}")
 _SHA256 = re.compile(r"[0-9a-f]{64}")
 _FILE = re.compile(r"[A-Za-z0-9_.-]{1,100}")
 #: What a model's folder may hold. Pickles (.bin, .pt, .pkl), archives and code are none of it.
-SUFFIXES = (".safetensors", ".json", ".txt", ".model")
+#: Chat templates (.jinja) are filled in by transformers, in a sandbox.
+SUFFIXES = (".safetensors", ".json", ".txt", ".model", ".jinja")
+_ANSWERS = (*LAYOUT, "text", "models")
 _MAX_FILES = 1000
 _MAX_LABELS = 32_000
 #: Largest safetensors header that its own library reads.
 MAX_HEADER_BYTES = 100_000_000
 #: Largest JSON file of a model: tokenizers of big vocabularies have some twenty megabytes.
 MAX_JSON_BYTES = 64 * 1024 * 1024
+#: Largest chat template: those of many tools have some tens of kilobytes.
+MAX_TEMPLATE_BYTES = 256 * 1024
 
 Check = tuple[Callable[[Any], bool], str]
 
@@ -66,9 +71,33 @@ def _disagreements(m: Manifest) -> list[Problem]:
         )
     if m.answers == "vector" and not m.dim:
         wrong.append(("dim", "0", "the length of the vector"))
+    if m.answers == "text" and not m.max_tokens:
+        wrong.append(("max_tokens", "0", "the tokens of the model's context"))
+    if "url" in m.source:
+        wrong += _served_elsewhere(m.source)
     if m.trunk_model and not m.trunk:
         wrong.append(("trunk", "nothing", f"the digest of {m.trunk_model}"))
     return [Problem(field, got, expected, "mend the manifest") for field, got, expected in wrong]
+
+
+def _served_elsewhere(source: Mapping[str, str]) -> list[tuple[str, str, str]]:
+    """What is wrong with the address of a model that another server runs. A key is named, never told."""
+    wrong = []
+    try:
+        url = urlsplit(source["url"])
+        fits = url.scheme in ("http", "https") and bool(url.hostname) and "@" not in url.netloc
+        fits = fits and not url.query and not url.fragment
+    except ValueError:
+        fits = False
+    if not fits:
+        wrong.append(("source.url", "another address", "http(s)://host[:port]/v1 without a user or a query"))
+    if not source.get("model"):
+        wrong.append(("source.model", "nothing", "the name by which its server knows the model"))
+    if not re.fullmatch(r"[1-9][0-9]{0,2}", source.get("in_flight", "1")):
+        wrong.append(("source.in_flight", "something else", "a number from 1 to 999"))
+    if (named := source.get("key_env", "")) and not KEY_ENV.fullmatch(named):
+        wrong.append(("source.key_env", "another name", "a variable of the workers called MOTET_KEY_…"))
+    return wrong
 
 
 def _is_text(limit: int) -> Callable[[Any], bool]:
@@ -121,12 +150,12 @@ def _ref_or_nothing(value: Any) -> bool:
 
 _REQUIRED = ("name", "version", "engine", "answers")
 #: What GET adds to a manifest: a manifest that was fetched may be sent back.
-_ECHOED = ("ref", "digest")
+_ECHOED = ("ref", "digest", "aliases")
 _FIELDS: Mapping[str, Check] = {
     "name": (_matches(NAME), "letters, digits, _ . -, up to 100"),
     "version": (_matches(VERSION), "letters, digits, _ . -, up to 40"),
     "engine": (_matches(NAME), "the name of an entry point of motet.engines"),
-    "answers": (lambda v: isinstance(v, str) and v in LAYOUT, f"one of {', '.join(LAYOUT)}"),
+    "answers": (lambda v: isinstance(v, str) and v in _ANSWERS, f"one of {', '.join(_ANSWERS)}"),
     "files": (
         _is_map_of(_is_path, _matches(_SHA256), _MAX_FILES),
         f"relative paths that end in {', '.join(SUFFIXES)}, each with its sha256",
@@ -140,6 +169,8 @@ _FIELDS: Mapping[str, Check] = {
     "labels": (_unique_labels, f"a list of up to {_MAX_LABELS:,} different labels"),
     "thresholds": (_is_list_of(_is_share, _MAX_LABELS), "a list of numbers"),
     "parameters": (_is_count, "a whole number"),
+    "packed_width": (lambda v: _is_count(v) and v <= 8, "a whole number up to 8"),
+    "kv_width": (lambda v: _is_count(v) and v < 2**31, "a whole number below 2^31"),
     "formats": (
         _is_list_of(lambda v: isinstance(v, str) and v in ("bf16", "fp16", "fp8", "int8"), 8),
         "a list of bf16, fp16, fp8, int8",
@@ -161,6 +192,17 @@ def json_flaw(raw: bytes) -> str | None:
     except (ValueError, RecursionError):
         return "bytes that are not JSON"
     return "auto_map, which names code to run" if _names_code(content) else None
+
+
+def template_flaw(raw: bytes) -> str | None:
+    """Why a chat template may not be stored with a model, in words, or None. Nothing of it is run here."""
+    if len(raw) > MAX_TEMPLATE_BYTES:
+        return f"{len(raw):,} bytes of template"
+    try:
+        raw.decode("utf-8")
+    except UnicodeDecodeError:
+        return "bytes that are not text"
+    return None
 
 
 def _names_code(content: Any) -> bool:

@@ -8,19 +8,9 @@ from datetime import datetime
 from typing import Any, Literal
 from urllib.parse import quote, urlencode
 
+from motet.markup import Html, join, tag
 from scheduler.api.charts import colour, curve, lanes, shares, swatch
-from scheduler.api.markup import (
-    Html,
-    compact,
-    count,
-    document,
-    duration,
-    join,
-    moment,
-    number,
-    percent,
-    tag,
-)
+from scheduler.api.markup import compact, count, document, duration, moment, number, percent
 
 Facts = Mapping[str, Any]
 State = Literal["loading", "running", "succeeded", "failed", "cancelled"]

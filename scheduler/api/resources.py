@@ -14,6 +14,7 @@ from fastapi import Depends, Request
 from motet.errors import NotFound
 from motet.settings import Settings
 from motet.transport import RedisTransport
+from scheduler.api.allowance import Allowance
 from scheduler.api.bell import Bell
 from scheduler.api.blob_folder import BlobFolder
 from scheduler.api.door import Door
@@ -67,6 +68,7 @@ class Resources:
     counter: TokenCounter
     workers: WorkersSeen
     door: Door
+    allowance: Allowance
     #: Jobs whose parts are coming in, by tenant and id.
     loading: Recent[tuple[UUID, UUID], Loading] = field(default_factory=lambda: Recent(1024))
     #: Tokens that read the figures lately, and when: they may while Postgres, which knows them, is away.
@@ -89,6 +91,7 @@ class Resources:
             counter=TokenCounter(blobs),
             workers=WorkersSeen(dead_s=settings.dead_s),
             door=Door(database, transport, settings),
+            allowance=Allowance(settings.max_requests_s),
         )
 
     def close(self) -> None:

@@ -1,13 +1,14 @@
 """Rows from strangers: the bodies of parts, read into columns of clean text with the bad rows marked. Pure.
 
 Three forms give the same: columns in msgpack, rows as JSON lines, rows inline. A bad row is one that no task
-can read; it says which field, what stands there and what should, and never repeats the text.
+can read; it says which field, what stands there and what should, and never repeats the text. A field holds text; where a
+chat reads it, a list of messages, which is stored as JSON.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -15,6 +16,7 @@ import msgpack
 
 from motet.errors import InvalidJob, Problem
 from motet.tasks import short
+from scheduler.api.dialogues import EXPECTED, NoDialogue, dialogue_text
 from scheduler.api.strict_json import BrokenJson, Doubled, Mark, flaw, loads, text_flaw
 from scheduler.blocks import Part
 
@@ -73,7 +75,9 @@ class Incoming:
             raise InvalidJob([self.bad[i].at(first_row + i) for i in sorted(self.bad)[:MAX_PROBLEMS]])
 
 
-def read_columns(raw: bytes, fields: Sequence[str], max_row_bytes: int) -> Incoming:
+def read_columns(
+    raw: bytes, fields: Sequence[str], max_row_bytes: int, dialogues: Collection[str] = ()
+) -> Incoming:
     """``{"columns": {field: [text, …]}, "first_row"?: i, "bad"?: {offset: [error, message]}}`` in msgpack.
 
     Raises InvalidJob where the body is not of that form.
@@ -119,15 +123,17 @@ def read_columns(raw: bytes, fields: Sequence[str], max_row_bytes: int) -> Incom
             first_row=first_row,
         )
     kept = {name: columns[name] for name in fields}
-    return _checked(kept, bad, first_row, max_row_bytes)
+    return _checked(kept, bad, first_row, max_row_bytes, dialogues)
 
 
-def read_lines(raw: bytes, fields: Sequence[str], max_row_bytes: int) -> Incoming:
+def read_lines(
+    raw: bytes, fields: Sequence[str], max_row_bytes: int, dialogues: Collection[str] = ()
+) -> Incoming:
     """JSON lines: an object, or a string, which is ``{"text": …}``, per line. Empty lines are no rows.
 
     Raises InvalidJob for no row at all; anything wrong in a line is that row's.
     """
-    return read_rows(_lines(raw, 8 * max_row_bytes), fields, max_row_bytes)
+    return read_rows(_lines(raw, 8 * max_row_bytes), fields, max_row_bytes, dialogues)
 
 
 def _lines(raw: bytes, max_line_bytes: int) -> Iterator[Any]:
@@ -147,7 +153,9 @@ def _lines(raw: bytes, max_line_bytes: int) -> Iterator[Any]:
             yield BadRow("", f"{broken} in line {number}", "a JSON object per line")
 
 
-def read_rows(rows: Iterable[Any], fields: Sequence[str], max_row_bytes: int) -> Incoming:
+def read_rows(
+    rows: Iterable[Any], fields: Sequence[str], max_row_bytes: int, dialogues: Collection[str] = ()
+) -> Incoming:
     """Rows that are parsed JSON already. Raises InvalidJob where there is none."""
     columns: dict[str, list[Any]] = {name: [] for name in fields}
     bad: dict[int, BadRow] = {}
@@ -163,7 +171,7 @@ def read_rows(rows: Iterable[Any], fields: Sequence[str], max_row_bytes: int) ->
             column.append(value)
     if not n:
         raise _malformed("no row")
-    return _checked(columns, bad, None, max_row_bytes)
+    return _checked(columns, bad, None, max_row_bytes, dialogues)
 
 
 def _texts(row: Any, fields: Sequence[str]) -> Sequence[Any] | BadRow:
@@ -187,9 +195,23 @@ def _texts(row: Any, fields: Sequence[str]) -> Sequence[Any] | BadRow:
 
 
 def _checked(
-    columns: Mapping[str, list[Any]], bad: dict[int, BadRow], first_row: int | None, max_row_bytes: int
+    columns: Mapping[str, list[Any]],
+    bad: dict[int, BadRow],
+    first_row: int | None,
+    max_row_bytes: int,
+    dialogues: Collection[str],
 ) -> Incoming:
     """Check every text. The way of clean rows costs one look at each; only a column with a flaw is searched."""
+    for offset in bad:
+        for texts in columns.values():
+            texts[offset] = ""
+    for name in columns.keys() & set(dialogues):
+        for i, value in enumerate(columns[name]):
+            if i not in bad:
+                try:
+                    columns[name][i] = dialogue_text(value)
+                except NoDialogue as wrong:
+                    bad[i] = BadRow(name, str(wrong), EXPECTED)
     for offset in bad:
         for texts in columns.values():
             texts[offset] = ""

@@ -50,6 +50,7 @@ class PassShape(Shape):
     model: str
     numerics: Literal["fast", "exact"]
     max_tokens: int
+    needs: list[str]
 
 
 class BlocksShape(Shape):
@@ -60,6 +61,8 @@ class BlocksShape(Shape):
 class UsageShape(Shape):
     tokens: int
     computed_tokens: int
+    tokens_cached: int
+    tokens_out: int
     busy_s: float
     subtasks: int
     attempts_lost: int
@@ -102,9 +105,11 @@ class PartShape(Shape):
 
 
 class PlannedPassShape(PassShape):
+    first: Literal["text", "instruction", ""]
     tokens: int
     computed_tokens: int
     unfused_tokens: int
+    tokens_out: int
     seconds: float | None
     subtasks: int
 
@@ -112,10 +117,12 @@ class PlannedPassShape(PassShape):
 class PlanShape(Shape):
     rows: int
     estimate: Literal[True]
+    models: dict[str, str]
     passes: list[PlannedPassShape]
     tokens: int
     computed_tokens: int
     unfused_tokens: int
+    tokens_out: int
     seconds: float | None
     truncated_rows: int
     devices: int
@@ -136,6 +143,7 @@ class ErrorsShape(Shape):
 class PassBlocksShape(Shape):
     total: int
     sealed: int
+    waiting: int
 
 
 class PassRowsShape(Shape):
@@ -246,6 +254,7 @@ class ExplainedRowsShape(Shape):
     later: int
     open: int
     done: int
+    blocked: int
 
 
 class PassExplainedShape(Shape):
@@ -260,6 +269,7 @@ class PassExplainedShape(Shape):
     loading: list[LoadingShape]
     can_load: list[CanLoadShape]
     cannot: list[CannotShape]
+    needs: list[str]
 
 
 class RivalShape(Shape):
@@ -305,6 +315,19 @@ class EtaShape(Shape):
     complete: bool
 
 
+class FitShape(Shape):
+    row: int
+    epochs: list[dict[str, Any]]
+
+
+class FitsShape(Shape):
+    fits: list[FitShape]
+
+
+class CheckpointShape(Shape):
+    checkpoint: str | None
+
+
 class ExplanationShape(Shape):
     job: str
     name: str
@@ -321,6 +344,14 @@ class ExplanationShape(Shape):
     eta: EtaShape | None
 
 
+class AliasShape(Shape):
+    alias: str
+    ref: str
+    before: str | None
+    since: str
+    by: str
+
+
 class ModelShape(BaseModel):
     """A manifest; ``motet.manifest.Manifest`` tells each field's meaning."""
 
@@ -335,6 +366,7 @@ class ModelShape(BaseModel):
     files: dict[str, str]
     sizes: dict[str, int]
     labels: list[str]
+    aliases: list[AliasShape]
 
 
 class ModelsShape(Shape):
@@ -431,13 +463,22 @@ _PASS = {
     "model": "all-MiniLM-L6-v2@1",
     "numerics": "fast",
     "max_tokens": 256,
+    "needs": [],
 }
 SUBMISSION = {
     "name": "tickets",
     "tasks": {
         "topic": {"kind": "classify", "model": "news-topics"},
         "vector": {"kind": "embed", "model": "all-MiniLM-L6-v2", "dtype": "fp16"},
+        "reply": {
+            "kind": "generate",
+            "model": "qwen3-0.6b",
+            "about": "{text}",
+            "prompt": "Write one sentence about {topic}.",
+            "max_tokens": 64,
+        },
     },
+    "mean_bytes": {"text": 48.5},
     "priority": "normal",
     "bad_rows": "refuse",
     "rows": [
@@ -461,7 +502,15 @@ JOB = {
     "blocks": {"total": 3, "done": 1},
     "version": 17,
     "partial": False,
-    "usage": {"tokens": 41234, "computed_tokens": 42001, "busy_s": 3.9, "subtasks": 4, "attempts_lost": 0},
+    "usage": {
+        "tokens": 41234,
+        "computed_tokens": 42001,
+        "tokens_cached": 0,
+        "tokens_out": 0,
+        "busy_s": 3.9,
+        "subtasks": 4,
+        "attempts_lost": 0,
+    },
     "created": "2026-11-23T18:33:00Z",
     "started": "2026-11-23T18:33:01Z",
     "finished": None,
@@ -478,12 +527,15 @@ PLAN_REQUEST = {
 PLAN = {
     "rows": 3000,
     "estimate": True,
+    "models": {"topic": "news-topics@1", "vector": "all-MiniLM-L6-v2@1"},
     "passes": [
         {
             **_PASS,
+            "first": "",
             "tokens": 62000,
             "computed_tokens": 63100,
             "unfused_tokens": 124000,
+            "tokens_out": 0,
             "seconds": 6.2,
             "subtasks": 4,
         }
@@ -491,6 +543,7 @@ PLAN = {
     "tokens": 62000,
     "computed_tokens": 63100,
     "unfused_tokens": 124000,
+    "tokens_out": 0,
     "seconds": 6.2,
     "truncated_rows": 0,
     "devices": 2,
@@ -504,7 +557,7 @@ ACTIVITY = {
             "number": 0,
             "kind": "encoder all-MiniLM-L6-v2",
             "tasks": ["topic"],
-            "blocks": {"total": 3, "sealed": 1},
+            "blocks": {"total": 3, "sealed": 1, "waiting": 0},
             "rows": {"total": 3000, "waiting": 952, "open": 1024, "done": 1024},
             "subtasks": {"open": 1, "done": 4, "lost": 0, "failed": 0},
             "tokens": 41234,
@@ -546,6 +599,23 @@ ACTIVITY = {
     "throughput": [{"at_s": 2.0, "tokens_s": 10310.0, "rows_s": 256.0}],
     "errors": [{"task": "topic", "error": "too_long", "count": 3, "first_row": 17, "message": "301 tokens"}],
 }
+FITS = {
+    "fits": [
+        {
+            "row": 0,
+            "epochs": [
+                {
+                    "stage": "heads",
+                    "epoch": 1,
+                    "of": 30,
+                    "loss": 0.92,
+                    "validation": {"topic": {"score": 0.91, "accuracy": 0.91, "macro_f1": 0.9}},
+                    "test": {"topic": {"score": 0.91, "accuracy": 0.91, "macro_f1": 0.9}},
+                }
+            ],
+        }
+    ]
+}
 EXPLANATION = {
     "job": JOB["id"],
     "name": "tickets",
@@ -562,7 +632,7 @@ EXPLANATION = {
             "kind": "encoder all-MiniLM-L6-v2",
             "tasks": ["topic"],
             "model": "all-MiniLM-L6-v2@1",
-            "rows": {"total": 3000, "waiting": 3000, "later": 0, "open": 0, "done": 0},
+            "rows": {"total": 3000, "waiting": 3000, "later": 0, "open": 0, "done": 0, "blocked": 0},
             "work_s": 6.2,
             "resident": 0,
             "resident_on": [],
@@ -578,6 +648,7 @@ EXPLANATION = {
                     "have_mb": None,
                 }
             ],
+            "needs": [],
         }
     ],
     "beside": [
@@ -621,6 +692,13 @@ MODEL = {
     "pooling": "mean",
     "labels": ["business", "entertainment", "politics", "sports", "tech"],
     "licence": "Apache-2.0",
+}
+ALIAS = {
+    "alias": "news-topics@prod",
+    "ref": "news-topics@1",
+    "before": "news-topics@0",
+    "since": "2026-11-23T18:33:00.000000Z",
+    "by": "release",
 }
 WORKER = {
     "worker": "gpu-host-0",
@@ -731,7 +809,7 @@ def answers(
     if shape is not None:
         good |= {"model": shape, "content": {"application/json": {"example": example}}}
     described: dict[int | str, dict[str, Any]] = {status: good}
-    for code in sorted({401, 503, *errors} - ({401} if anyone else set())):
+    for code in sorted({401, 429, 503, *errors} - ({401, 429} if anyone else set())):
         words, error = _ERRORS[code]
         described[code] = {
             "model": ErrorBody,

@@ -7,18 +7,20 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any, Literal
 from uuid import UUID
 
 from motet.errors import InvalidJob, Problem
 from motet.manifest import Manifest
 from motet.settings import MAX_RETENTION_DAYS
-from motet.tasks import Task, parse, short
+from motet.tasks import Choose, Task, parse, short
+from scheduler.api.answer_schemas import schema_problems
 from scheduler.api.bodies import clean_object
 from scheduler.api.strict_json import MAX_DEPTH, Doubled
-from scheduler.plan import PlannedPass, loaded_model, plan, task_digest
+from scheduler.needs import dialogues_of, fields_of
+from scheduler.plan import PlannedPass, in_order, loaded_model, plan, task_digest
 from scheduler.store.jobs import PRIORITIES, NewJob, NewPass, NewTask
 from scheduler.store.registry import Registered
 
@@ -27,7 +29,19 @@ MAX_INLINE_ROWS = 1024
 _MAX_NAME = 200
 #: A deadline farther away than a year is a slip of the hand.
 _MAX_DEADLINE_S = 366 * 86_400
-_OPTIONS = ("tasks", "name", "priority", "reuse", "bad_rows", "rows", "deadline_s", "retention_days")
+#: Bytes of a row are never more than this in the mean.
+_MAX_MEAN_BYTES = 1 << 30
+_OPTIONS = (
+    "tasks",
+    "name",
+    "priority",
+    "reuse",
+    "bad_rows",
+    "rows",
+    "deadline_s",
+    "retention_days",
+    "mean_bytes",
+)
 _PLAN_OPTIONS = (*_OPTIONS, "total_rows", "total_bytes")
 
 
@@ -48,13 +62,20 @@ class Submission:
     retention_days: float | None
     total_rows: int | None
     total_bytes: int | None
+    #: Field -> UTF-8 bytes in a row, about: what decides whether prompts begin with the text.
+    mean_bytes: Mapping[str, float] = field(default_factory=dict)
     #: Of the whole request: the same request gives the same digest, however its JSON was laid out.
     digest: bytes
 
     @property
     def fields(self) -> tuple[str, ...]:
-        """Fields that some task reads, in order of first use."""
-        return tuple(dict.fromkeys(name for task in self.tasks.values() for name in task.reads))
+        """Fields that some task reads, in order of first use: names that are no other task's."""
+        return fields_of(self.tasks)
+
+    @property
+    def dialogues(self) -> frozenset[str]:
+        """Fields among them that hold dialogues."""
+        return dialogues_of(self.tasks)
 
 
 def read_submission(body: Any, *, max_tasks: int, dry_run: bool = False) -> Submission:
@@ -85,6 +106,7 @@ def read_submission(body: Any, *, max_tasks: int, dry_run: bool = False) -> Subm
     if len(tasks) > max_tasks:
         many = Problem("tasks", f"{len(tasks)} tasks", f"at most {max_tasks}", "split them over two jobs")
         problems.append(many)
+    problems += schema_problems(tasks)
     if problems:
         raise InvalidJob(problems)
     return Submission(
@@ -98,6 +120,7 @@ def read_submission(body: Any, *, max_tasks: int, dry_run: bool = False) -> Subm
         retention_days=body.get("retention_days"),
         total_rows=body.get("total_rows"),
         total_bytes=body.get("total_bytes"),
+        mean_bytes=body.get("mean_bytes") or {},
         digest=_digest(body),
     )
 
@@ -134,6 +157,11 @@ def _checks(body: Mapping[str, Any], rows: Any, dry_run: bool) -> list[tuple[str
         ),
         ("total_rows", _count_or_none(total_rows), "a whole number"),
         ("total_bytes", _count_or_none(total_bytes), "a whole number"),
+        (
+            "mean_bytes",
+            _are_sizes(body.get("mean_bytes")),
+            "an object of field to bytes in a row, 0 or more",
+        ),
     ]
 
 
@@ -148,6 +176,26 @@ def _count_or_none(value: Any) -> bool:
 def _amount_or_none(value: Any, most: float) -> bool:
     return value is None or (
         isinstance(value, int | float) and not isinstance(value, bool) and 0 < value <= most
+    )
+
+
+def _are_sizes(value: Any) -> bool:
+    return value is None or (
+        isinstance(value, dict)
+        and not isinstance(value, Doubled)
+        and len(value) <= 1000
+        and all(
+            isinstance(size, int | float) and not isinstance(size, bool) and 0 <= size <= _MAX_MEAN_BYTES
+            for size in value.values()
+        )
+    )
+
+
+def mean_bytes_of(columns: Mapping[str, Sequence[str]], bad: Collection[int]) -> dict[str, float]:
+    """UTF-8 bytes of each field in a good row, where there is one."""
+    good = len(next(iter(columns.values()), ())) - len(bad)
+    return (
+        {name: sum(len(t.encode()) for t in texts) / good for name, texts in columns.items()} if good else {}
     )
 
 
@@ -176,10 +224,11 @@ def plan_submission(
     found: Mapping[str, Registered],
     trunks: Mapping[str, Registered],
     registered: Sequence[str],
+    mean_bytes: Mapping[str, float] | None = None,
 ) -> Planned:
     """Plan with what the registry knows: ``found`` by the refs that tasks name. Raises InvalidJob."""
     models = {name: found[task.model] for name, task in tasks.items() if task.model in found}
-    passes = plan(tasks, _manifests(models), _manifests(trunks), registered=registered)
+    passes = plan(tasks, _manifests(models), _manifests(trunks), registered=registered, mean_bytes=mean_bytes)
     return Planned(passes=passes, models=models, trunks=trunks)
 
 
@@ -189,19 +238,19 @@ def _manifests(registered: Mapping[str, Registered]) -> dict[str, Manifest]:
 
 def new_job(job: UUID, tenant: UUID, asked: Submission, planned: Planned, key: str | None) -> NewJob:
     """What the store needs to open the job."""
-    pass_of = {number: p.number for p in planned.passes for number in p.tasks}
+    pass_of = {number: p for p in planned.passes for number in p.tasks}
     trunks = _manifests(planned.trunks)
     tasks = []
-    for number, (name, task) in enumerate(asked.tasks.items()):
-        model = planned.models[name]
+    for number, (name, submitted) in enumerate(asked.tasks.items()):
+        model, task = planned.models[name], in_order(submitted, pass_of[number])
         tasks.append(
             NewTask(
                 name=name,
-                pass_number=pass_of[number],
+                pass_number=pass_of[number].number,
                 model_id=model.id,
                 kind=task.kind,
                 spec=task.to_json(),
-                labels=model.manifest.labels,
+                labels=task.labels if isinstance(task, Choose) else model.manifest.labels,
                 digest=task_digest(task, model.manifest, loaded_model(model.manifest, trunks)),
             )
         )
@@ -221,6 +270,8 @@ def new_job(job: UUID, tenant: UUID, asked: Submission, planned: Planned, key: s
                 numerics=p.numerics,
                 max_tokens=p.max_tokens,
                 input=p.input,
+                needs=p.needs,
+                rate_key=p.rate_key,
             )
             for p in planned.passes
         ),

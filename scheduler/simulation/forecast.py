@@ -193,7 +193,7 @@ class _World:
 
     def _pool_name(self, demand: Demand) -> str:
         refused = sorted(demand.model_ids & self._refusing)
-        return f"{demand.model.digest} {demand.numerics} {refused or ''}"
+        return f"{demand.model.digest} {demand.numerics} {demand.rate_key} {refused or ''}"
 
     def _pool(self, name: str, demand: Demand, able: frozenset[str]) -> _Pool:
         """Costs are compared by a sub-task of rows like those of its first pass."""
@@ -220,7 +220,7 @@ class _World:
 
     def _rate(self, demand: Demand, kind: Kind) -> Rate:
         model = demand.model
-        key = (model.trunk or model.digest, kind[1], demand.numerics)
+        key = (demand.learned_as, kind[1], demand.numerics)
         return self._cluster.rates.of(key, device_kind=kind[0], parameters=model.parameters)
 
     def _work_s(self, demand: Demand) -> float:

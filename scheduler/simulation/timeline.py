@@ -8,9 +8,10 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
+from motet.markup import Html, tag
 from scheduler.api.charts import Span as Stretch
 from scheduler.api.charts import clock
-from scheduler.api.markup import Html, count, document, duration, percent, tag
+from scheduler.api.markup import count, document, duration, percent
 from scheduler.simulation.cluster import Device
 from scheduler.simulation.events import Outcome, Span
 from scheduler.simulation.trace import Trace

@@ -32,6 +32,8 @@ class PassActivity:
     tasks: tuple[str, ...]
     blocks: int
     blocks_sealed: int
+    #: For cells of other tasks.
+    blocks_waiting: int
     #: Rows to do here, answered by reuse included; what is neither open nor done waits.
     rows: int
     rows_open: int
@@ -147,10 +149,12 @@ def activity(connection: Connection, tenant: UUID, job: UUID, *, timeline: int) 
 
 _PASSES = text("""
     SELECT p.number, p.kind, b.*, s.*,
+           (SELECT sum(u.tokens_in) FROM spent u JOIN task t ON t.job_id = u.job_id AND t.number = u.task_number
+             WHERE u.job_id = p.job_id AND t.pass_number = p.number) AS prompt_tokens,
            ARRAY(SELECT t.name FROM task t WHERE t.job_id = p.job_id AND t.pass_number = p.number ORDER BY t.number) AS tasks
       FROM pass p
       LEFT JOIN (SELECT pass_number, count(*) AS blocks, count(*) FILTER (WHERE state = 'sealed') AS blocks_sealed,
-                        sum(n) AS n_rows, sum(done) AS rows_done
+                        count(*) FILTER (WHERE state = 'waiting') AS blocks_waiting, sum(n) AS n_rows, sum(done) AS rows_done
                    FROM block_pass WHERE job_id = :job GROUP BY pass_number) b ON b.pass_number = p.number
       LEFT JOIN (SELECT pass_number, count(*) FILTER (WHERE state = 'open') AS n_open,
                         count(*) FILTER (WHERE state = 'done') AS n_done,
@@ -171,6 +175,7 @@ def _passes(connection: Connection, life: Mapping[str, Any]) -> list[PassActivit
             tasks=tuple(row.tasks),
             blocks=row.blocks or 0,
             blocks_sealed=row.blocks_sealed or 0,
+            blocks_waiting=row.blocks_waiting or 0,
             rows=int(row.n_rows or 0),
             rows_open=int(row.rows_open or 0),
             rows_done=int(row.rows_done or 0),
@@ -179,7 +184,8 @@ def _passes(connection: Connection, life: Mapping[str, Any]) -> list[PassActivit
             subtasks_lost=row.n_lost or 0,
             subtasks_failed=row.n_failed or 0,
             tokens=int(row.tokens or 0),
-            unfused_tokens=int(row.unfused_tokens or 0),
+            # Prompts differ in length by task, and each says itself what it would have cost alone.
+            unfused_tokens=int(row.prompt_tokens or row.unfused_tokens or 0),
             busy_s=row.busy_s or 0.0,
         )
         for row in connection.execute(_PASSES, life)

@@ -21,8 +21,10 @@ _ADOPT = text("""
       FROM unnest(CAST(:shas AS text[]), CAST(:sizes AS bigint[]), CAST(:ages AS double precision[]))
            k (sha256, bytes, age_s)
      ORDER BY sha256 ON CONFLICT (sha256) DO NOTHING""")
-# Hidden models count: finished jobs name them, and they may come back.
-_NAMED = "SELECT 1 FROM model m, jsonb_each_text(m.manifest -> 'files') f (path, sha256) WHERE f.sha256 = blob.sha256"
+# Hidden models count: finished jobs name them, and they may come back. So does what training runs made and need.
+_NAMED = """
+    SELECT 1 FROM model m, jsonb_each_text(m.manifest -> 'files') f (path, sha256) WHERE f.sha256 = blob.sha256
+     UNION ALL SELECT 1 FROM fit WHERE fit.checkpoint = blob.sha256 OR blob.sha256 = ANY(fit.files)"""
 # First the locks, then a look with a fresh snapshot: a model that came in between is seen.
 _LOCK = text(f"""
     SELECT sha256 FROM blob WHERE created < clock_timestamp() - make_interval(secs => :kept_s) AND NOT EXISTS ({_NAMED})
@@ -46,6 +48,11 @@ def adopt_blobs(connection: Connection, files: Sequence[tuple[str, int, float]])
     """Record files (digest, bytes, seconds since they were written) that have no row yet."""
     shas, sizes, ages = ([f[i] for f in files] for i in range(3))
     connection.execute(_ADOPT, {"shas": shas, "sizes": sizes, "ages": ages})
+
+
+def take_unnamed_blob(connection: Connection, sha256: str) -> bool:
+    """Delete the row of this blob, if nothing names it. The caller deletes its file before it commits."""
+    return connection.execute(_TAKE, {"shas": [sha256], "kept_s": 0.0}).first() is not None
 
 
 def take_unnamed_blobs(connection: Connection, kept_s: float, limit: int) -> list[str]:

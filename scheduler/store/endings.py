@@ -89,6 +89,7 @@ _DELETE_BLOCKS = tuple(
     for table, number in (
         ("cells", "block_number"),
         ("piece", "block_number"),
+        ("spent", "block_number"),
         ("block_column", "block_number"),
         ("block_pass", "block_number"),
         ("block", "number"),

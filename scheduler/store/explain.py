@@ -28,6 +28,10 @@ class PassStanding:
     rows_later: int
     later_s: float
     tries: int
+    #: Tasks whose answers it reads; rows that wait for these, and their bytes, about.
+    needs: tuple[str, ...] = ()
+    rows_blocked: int = 0
+    bytes_blocked: int = 0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -52,7 +56,7 @@ class Owner:
 #: One snapshot for all statements of an explanation: else rows could be seen twice, or nowhere, while they move.
 _ONE_MOMENT = text("SET TRANSACTION ISOLATION LEVEL REPEATABLE READ, READ ONLY")
 _PASSES = text("""
-    SELECT p.number, p.kind, p.numerics, p.rows_waiting, p.bytes_waiting, m.manifest, j.tenant_id, j.priority, t.weight,
+    SELECT p.number, p.kind, p.numerics, p.rate_key, cardinality(p.needs) > 0 AS dependent, p.rows_waiting, p.bytes_waiting, m.manifest, j.tenant_id, j.priority, t.weight,
            array_prepend(p.model_id, ARRAY(SELECT k.model_id FROM task k
                                             WHERE k.job_id = p.job_id AND k.pass_number = p.number)) AS model_ids,
            ARRAY(SELECT k.name FROM task k WHERE k.job_id = p.job_id AND k.pass_number = p.number ORDER BY k.number) AS tasks,
@@ -62,12 +66,17 @@ _PASSES = text("""
            (SELECT sum(done) FROM block_pass b WHERE b.job_id = p.job_id AND b.pass_number = p.number) AS rows_done,
            (SELECT sum(s.n_rows) FROM subtask s
              WHERE s.job_id = p.job_id AND s.pass_number = p.number AND s.state = 'open') AS rows_open,
+           ARRAY(SELECT k.name FROM task k WHERE k.job_id = p.job_id AND k.number = ANY(p.needs) ORDER BY k.number) AS needs,
+           blocked.n_rows AS rows_blocked, blocked.bytes AS bytes_blocked,
            later.n_rows AS rows_later, later.left_s AS later_s, later.tries
       FROM pass p JOIN job j ON j.id = p.job_id JOIN tenant t ON t.id = j.tenant_id JOIN model m ON m.id = p.model_id
       LEFT JOIN LATERAL (SELECT sum(hi - lo) AS n_rows, max(tries) AS tries,
                                 date_part('epoch', max(not_before) - clock_timestamp()) AS left_s
                            FROM piece WHERE piece.job_id = p.job_id AND piece.pass_number = p.number
                                         AND not_before > clock_timestamp()) later ON true
+      LEFT JOIN LATERAL (SELECT sum(w.n) AS n_rows, sum(w.n * b.bytes / greatest(1, b.n_work)) AS bytes
+                           FROM block_pass w JOIN block b ON b.job_id = w.job_id AND b.number = w.block_number
+                          WHERE w.job_id = p.job_id AND w.pass_number = p.number AND w.state = 'waiting') blocked ON true
      WHERE p.job_id = :job ORDER BY p.number""")
 
 
@@ -95,6 +104,8 @@ def standing(connection: Connection, tenant: UUID, job: UUID) -> Standing:
                     model_ids=frozenset(row.model_ids),
                     numerics=row.numerics,
                     model=Manifest.from_json(row.manifest),
+                    rate_key=row.rate_key,
+                    dependent=row.dependent,
                     rows_waiting=row.rows_waiting,
                     bytes_waiting=row.bytes_waiting,
                     bytes_per_token=row.bytes_per_token,
@@ -108,6 +119,9 @@ def standing(connection: Connection, tenant: UUID, job: UUID) -> Standing:
                 rows_later=int(row.rows_later or 0),
                 later_s=row.later_s or 0.0,
                 tries=row.tries or 0,
+                needs=tuple(row.needs),
+                rows_blocked=int(row.rows_blocked or 0),
+                bytes_blocked=int(row.bytes_blocked or 0),
             )
             for row in found
         ),

@@ -21,14 +21,14 @@ from sqlalchemy import Connection, Row, text
 from motet import traces
 from motet.columns import CellError, Kind
 from motet.errors import Conflict, InvalidJob, NotFound, Overloaded, Problem
-from motet.manifest import Manifest
-from motet.tasks import placeholders
+from motet.manifest import Manifest, column_kind
 from scheduler.blocks import Block, Reader, read_in_order, task_bits
 from scheduler.merge import errors_column
+from scheduler.needs import dialogues_of, fields_read, needs_of, stored_task
 from scheduler.store import endings
 from scheduler.store.database import JOB, WORK, notify
 from scheduler.store.endings import ENDED, end_job, trace_end
-from scheduler.store.sealing import store_column
+from scheduler.store.sealing import settle, store_column
 
 PRIORITIES: Mapping[str, int] = {"interactive": 0, "normal": 1, "bulk": 2}
 #: Rows of an interactive job at most: more would not be interactive for anyone.
@@ -63,6 +63,10 @@ class NewPass:
     numerics: str
     max_tokens: int
     input: str
+    #: Numbers of the tasks whose cells it reads.
+    needs: tuple[int, ...] = ()
+    #: ``PlannedPass.rate_key``.
+    rate_key: str = ""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -95,14 +99,14 @@ _UNFINISHED_JOBS = text("""
 _STILL_THERE = text("""
     SELECT id FROM model WHERE id = ANY(:ids) AND NOT manifest ? 'removed' ORDER BY id FOR KEY SHARE""")
 _OPEN = text("""
-    INSERT INTO job (id, tenant_id, name, priority, reuse, bad_rows, fields, n_tasks, idempotency_key, request_digest,
-                     deadline, retention_days)
-    VALUES (:id, :tenant, :name, :priority, :reuse, :bad_rows, :fields, :n_tasks, :key, :digest,
+    INSERT INTO job (id, tenant_id, name, kind, priority, reuse, bad_rows, fields, n_tasks, idempotency_key,
+                     request_digest, deadline, retention_days)
+    VALUES (:id, :tenant, :name, :kind, :priority, :reuse, :bad_rows, :fields, :n_tasks, :key, :digest,
             clock_timestamp() + make_interval(secs => CAST(:deadline_s AS double precision)), :retention_days)
     ON CONFLICT (tenant_id, idempotency_key) DO NOTHING RETURNING id""")
 _ADD_PASS = text("""
-    INSERT INTO pass (job_id, number, kind, model_id, numerics, max_tokens, input)
-    VALUES (:job, :number, :kind, :model_id, :numerics, :max_tokens, :input)""")
+    INSERT INTO pass (job_id, number, kind, model_id, numerics, max_tokens, input, needs, rate_key)
+    VALUES (:job, :number, :kind, :model_id, :numerics, :max_tokens, :input, :needs, :rate_key)""")
 _ADD_TASK = text("""
     INSERT INTO task (job_id, number, name, pass_number, model_id, kind, spec, labels, digest)
     VALUES (:job, :number, :name, :pass_number, :model_id, :kind, CAST(:spec AS jsonb), :labels, :digest)""")
@@ -140,6 +144,7 @@ def open_job(connection: Connection, job: NewJob, *, max_active_jobs: int) -> UU
             "id": job.id,
             "tenant": job.tenant,
             "name": job.name,
+            "kind": "train" if any(t.kind == "fit" for t in job.tasks) else "infer",
             "priority": job.priority,
             "reuse": job.reuse,
             "bad_rows": job.bad_rows,
@@ -169,6 +174,8 @@ def open_job(connection: Connection, job: NewJob, *, max_active_jobs: int) -> UU
                 "numerics": p.numerics,
                 "max_tokens": p.max_tokens,
                 "input": p.input,
+                "needs": list(p.needs),
+                "rate_key": p.rate_key,
             }
             for number, p in enumerate(job.passes)
         ],
@@ -203,6 +210,8 @@ class Loading:
     id: UUID
     tenant: UUID
     fields: tuple[str, ...]
+    #: Fields among them that hold dialogues.
+    dialogues: frozenset[str]
     bad_rows: Literal["refuse", "error"]
     interactive: bool
     reuse: bool
@@ -210,8 +219,9 @@ class Loading:
     readers: tuple[Reader, ...]
     #: Kind of each task's column.
     kinds: tuple[Kind, ...]
-    #: Task numbers of each pass, in order of pass number.
+    #: Task numbers of each pass, in order of pass number, and those of the tasks whose cells it reads.
     passes: tuple[tuple[int, ...], ...]
+    needs: tuple[tuple[int, ...], ...]
     #: Tokens that each pass reads of a row at most; 0: all.
     max_tokens: tuple[int, ...]
 
@@ -231,7 +241,7 @@ _LOADING = text(
     "SELECT id, tenant_id, fields, bad_rows, priority, reuse FROM job WHERE id = :job AND tenant_id = :tenant"
 )
 _READERS = text("""
-    SELECT t.number, t.pass_number, t.spec ->> 'input' AS input, t.digest, m.manifest, l.manifest AS loaded, p.max_tokens
+    SELECT t.number, t.name, t.kind, t.pass_number, t.spec, t.digest, m.manifest, l.manifest AS loaded, p.max_tokens
       FROM task t JOIN model m ON m.id = t.model_id
       JOIN pass p ON p.job_id = t.job_id AND p.number = t.pass_number JOIN model l ON l.id = p.model_id
      WHERE t.job_id = :job ORDER BY t.number""")
@@ -242,32 +252,40 @@ def loading(connection: Connection, tenant: UUID, job: UUID) -> Loading:
     found = connection.execute(_LOADING, {"job": job, "tenant": tenant}).first()
     if found is None:
         raise NotFound(f"no job {job}")
+    rows = connection.execute(_READERS, {"job": job}).all()
+    tasks = {row.name: stored_task(row.spec) for row in rows}
+    names, needs = list(tasks), needs_of(tasks)
     readers: list[Reader] = []
     kinds: list[Kind] = []
     passes: dict[int, list[int]] = {}
     max_tokens: dict[int, int] = {}
-    for row in connection.execute(_READERS, {"job": job}):
+    for row in rows:
         model, loaded = Manifest.from_json(row.manifest), Manifest.from_json(row.loaded)
+        # What is drawn is drawn anew for each job, and for each row of it.
+        drawn = getattr(tasks[row.name], "temperature", 0.0) > 0
         readers.append(
             Reader(
-                reads=placeholders(row.input),
+                reads=fields_read(row.name, tasks),
                 digest=bytes(row.digest),
-                reusable=found.reuse and model.deterministic and loaded.deterministic,
+                reusable=found.reuse and model.deterministic and loaded.deterministic and not drawn,
+                needs=tuple((names[number], number) for number in needs[row.number]),
             )
         )
-        kinds.append(model.answers)
+        kinds.append(column_kind(row.kind, model))
         passes.setdefault(row.pass_number, []).append(row.number)
         max_tokens[row.pass_number] = row.max_tokens
     return Loading(
         id=found.id,
         tenant=found.tenant_id,
         fields=tuple(found.fields),
+        dialogues=dialogues_of(tasks),
         bad_rows=found.bad_rows,
         interactive=found.priority == PRIORITIES["interactive"],
         reuse=found.reuse,
         readers=tuple(readers),
         kinds=tuple(kinds),
         passes=tuple(tuple(passes[number]) for number in sorted(passes)),
+        needs=tuple(needs[passes[number][0]] for number in sorted(passes)),
         max_tokens=tuple(max_tokens[number] for number in sorted(passes)),
     )
 
@@ -342,7 +360,8 @@ def land_part(
 ) -> Landed:
     """Store one part: its blocks, what waits of them, and what is answered already. One transaction, the caller's.
 
-    A (block, task) whose reuse key names a stored column of the tenant shows that column and is not run again.
+    A (block, task) whose reuse key names a stored column of the tenant shows that column and is not run again. A pass
+    that reads other tasks' answers waits in a block, unless all of them are shown there already.
     Bad rows are counted as error cells here, once, but for reused columns, whose own counts hold them.
     Raises Conflict for a part out of order (``next_part``), or sent before with other bytes, or sent to a job
     that takes no more; InvalidJob beyond ``max_rows``; Overloaded beyond the tenant's quota.
@@ -390,6 +409,9 @@ def land_part(
             **{name: cells[name] for name in ("ok", "error", "skipped", "reused")},
         },
     )
+    if landing.depend:
+        # Last, since it counts on with what is counted by now.
+        settle(connection, {(job.id, number) for number in landing.depend})
     notify(connection, JOB, str(job.id))
     return Landed(part=number, rows=n_rows, total_rows=held.n_rows + n_rows, bad_rows=n_bad)
 
@@ -433,13 +455,15 @@ class _Landing:
     rows_waiting: Counter[int]
     bytes_waiting: Counter[int]
     cells: Counter[str]
+    #: Blocks in which some pass waits for cells of another, of which some are there already.
+    depend: list[int]
     blocks_done: int = 0
 
 
 def _arrange(connection: Connection, job: Loading, held: Row[Any], blocks: Sequence[Block]) -> _Landing:
     """Where each block stands, what of it is answered, and what waits."""
     stored = _stored_columns(connection, job, blocks)
-    landing = _Landing([], [], [], Counter(), Counter(), Counter())
+    landing = _Landing([], [], [], Counter(), Counter(), Counter(), [])
     shared: Counter[int] = Counter()
     first_row = held.n_rows
     for number, block in enumerate(blocks, held.n_blocks):
@@ -461,6 +485,8 @@ def _arrange(connection: Connection, job: Loading, held: Row[Any], blocks: Seque
                     )
         open_passes = _add_passes(landing, job, number, block, todo)
         landing.blocks_done += not open_passes
+        if open_passes and len(todo) < len(block.keys) and any(job.needs):
+            landing.depend.append(number)
         landing.blocks.append(
             (
                 job.id,
@@ -490,7 +516,10 @@ def _add_passes(landing: _Landing, job: Loading, number: int, block: Block, todo
     for pass_number, tasks in enumerate(job.passes):
         asked = [t for t in tasks if t in todo]
         n = block.n_work
-        if asked and n:
+        if asked and n and job.needs[pass_number]:
+            open_passes += 1
+            state, settled = "waiting", 0
+        elif asked and n:
             open_passes += 1
             landing.rows_waiting[pass_number] += n
             read = read_in_order(block.row_order, block.lengths, block.n_rows, job.max_tokens[pass_number])
@@ -615,6 +644,8 @@ class PassEntry:
     model_ref: str
     numerics: str
     max_tokens: int
+    #: Tasks whose answers it reads.
+    needs: tuple[str, ...]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -637,6 +668,9 @@ class JobEntry:
     cells_reused: int
     tokens: int
     computed_tokens: int
+    #: Of language models: tokens that were computed already, and tokens written.
+    tokens_cached: int
+    tokens_out: int
     busy_s: float
     subtasks: int
     attempts_lost: int
@@ -656,7 +690,7 @@ class JobEntry:
 
 _ENTRY = """
     SELECT id, name, kind, state, reason, priority, n_rows, n_tasks, n_blocks, blocks_done, cells_ok, cells_error,
-           cells_skipped, cells_reused, tokens, computed_tokens, busy_s, subtasks, attempts_lost, version,
+           cells_skipped, cells_reused, tokens, computed_tokens, tokens_cached, tokens_out, busy_s, subtasks, attempts_lost, version,
            created, started, finished, deadline, retention_days,
            CAST(extract(epoch FROM clock_timestamp() - started) AS double precision) AS running_s
       FROM job WHERE tenant_id = :tenant"""
@@ -673,7 +707,8 @@ _TASKS_OF = text("""
     SELECT t.job_id, t.name, t.pass_number, t.spec, t.labels, m.name || '@' || m.version AS ref
       FROM task t JOIN model m ON m.id = t.model_id WHERE t.job_id = ANY(:jobs) ORDER BY t.job_id, t.number""")
 _PASSES_OF = text("""
-    SELECT p.job_id, p.number, p.kind, p.numerics, p.max_tokens, m.name || '@' || m.version AS ref
+    SELECT p.job_id, p.number, p.kind, p.numerics, p.max_tokens, m.name || '@' || m.version AS ref,
+           ARRAY(SELECT t.name FROM task t WHERE t.job_id = p.job_id AND t.number = ANY(p.needs) ORDER BY t.number) AS needs
       FROM pass p JOIN model m ON m.id = p.model_id WHERE p.job_id = ANY(:jobs) ORDER BY p.job_id, p.number""")
 _VERSION = text("SELECT version, state FROM job WHERE id = :job AND tenant_id = :tenant")
 
@@ -721,6 +756,7 @@ def _entries(connection: Connection, rows: Sequence[Row[Any]]) -> list[JobEntry]
                 model_ref=p.ref,
                 numerics=p.numerics,
                 max_tokens=p.max_tokens,
+                needs=tuple(p.needs),
             )
         )
     return [

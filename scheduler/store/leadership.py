@@ -5,6 +5,8 @@ Not an advisory lock: a frozen leader would keep one for ever (reference: reliab
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 from sqlalchemy import Connection, text
 
 from scheduler.store.database import Database
@@ -18,7 +20,8 @@ class NotLeading(Exception):
 _TAKE = text("""
     UPDATE leader SET epoch = greatest(epoch + 1, CAST(floor(date_part('epoch', clock_timestamp())) AS bigint)),
            holder = :me, until = clock_timestamp() + make_interval(secs => :lease_s)
-     WHERE id = 1 AND until < clock_timestamp() RETURNING epoch""")
+     WHERE id = 1 AND (until < clock_timestamp() OR holder = :gone) RETURNING epoch""")
+_HOLDER = text("SELECT holder FROM leader WHERE id = 1 AND until > clock_timestamp()")
 _RENEW = text("""
     UPDATE leader SET until = clock_timestamp() + make_interval(secs => :lease_s)
      WHERE id = 1 AND holder = :me AND epoch = :epoch AND until > clock_timestamp() RETURNING epoch""")
@@ -29,9 +32,16 @@ _SEEN = text("SELECT transport FROM leader WHERE id = 1")
 _SEE = text("UPDATE leader SET transport = :identity WHERE id = 1 AND epoch = :epoch")
 
 
-def lead(database: Database, me: str, epoch: int | None, lease_s: float) -> int | None:
-    """Renew the lease of ``epoch``, or take it where it has run out. The epoch we lead in, or None.
+def lead(
+    database: Database,
+    me: str,
+    epoch: int | None,
+    lease_s: float,
+    is_gone: Callable[[str], bool] = lambda _: False,
+) -> int | None:
+    """Renew the lease of ``epoch``, or take it where it has run out or its holder is gone. The epoch we lead in, or None.
 
+    What a holder that is gone had sent to Postgres is committed before we lead, or never: it had locked the lease.
     An epoch is the second of Postgres' clock in which it was taken, and at the least one more than the last.
     """
     with database.transaction() as connection:
@@ -39,7 +49,10 @@ def lead(database: Database, me: str, epoch: int | None, lease_s: float) -> int 
             kept = connection.execute(_RENEW, {"me": me, "epoch": epoch, "lease_s": lease_s}).scalar()
             if kept is not None:
                 return epoch
-        return connection.execute(_TAKE, {"me": me, "lease_s": lease_s}).scalar()
+        holder = connection.execute(_HOLDER).scalar()
+        if holder is not None and not is_gone(holder):
+            return None
+        return connection.execute(_TAKE, {"me": me, "lease_s": lease_s, "gone": holder}).scalar()
 
 
 def resign(database: Database, me: str, epoch: int) -> None:

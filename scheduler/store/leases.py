@@ -10,7 +10,7 @@ import json
 import secrets
 from array import array
 from collections import OrderedDict, defaultdict
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime
 from itertools import accumulate
@@ -19,6 +19,7 @@ from uuid import UUID
 
 from sqlalchemy import Connection, text
 
+from motet.columns import Column
 from motet.manifest import Manifest
 from scheduler.blocks import read_in_order
 from scheduler.carve import Carved, Frontier, OpenBlock, Piece, Range
@@ -26,6 +27,7 @@ from scheduler.lifecycle import Refusal, Return
 from scheduler.place import Demand
 from scheduler.store.database import Database
 from scheduler.store.leadership import fence, see_transport
+from scheduler.store.results import read_columns
 
 Key = tuple[int, int]
 
@@ -74,29 +76,42 @@ class Leased:
     pass_number: int
     carved: Carved
     predicted_s: float
+    #: As in ``Assignment``.
+    measured: bool = False
 
 
 # -- what waits ------------------------------------------------------------------------------------
 
+# The first passes of each tenant in each class, then the second ones: whoever has many hides nobody.
 _DEMAND = text("""
-    SELECT p.job_id, p.number, j.tenant_id, t.weight, j.priority, p.numerics, m.id AS model, m.created AS model_created,
+    WITH waiting AS (
+        SELECT p.job_id, p.number, dense_rank() OVER (ORDER BY j.created, j.id) AS age,
+               row_number() OVER (PARTITION BY j.priority, j.tenant_id ORDER BY j.created, j.id, p.number) AS turn,
+               j.priority
+          FROM pass p JOIN job j ON j.id = p.job_id WHERE j.state = 'running' AND p.rows_waiting > 0
+         ORDER BY turn, j.priority, age, p.number LIMIT :limit)
+    SELECT p.job_id, p.number, j.tenant_id, t.weight, j.priority, p.numerics, p.rate_key,
+           cardinality(p.needs) > 0 AS dependent, m.id AS model, m.created AS model_created,
            array_prepend(p.model_id, ARRAY(SELECT k.model_id FROM task k
                                             WHERE k.job_id = p.job_id AND k.pass_number = p.number)) AS model_ids,
            p.rows_waiting - coalesce(later.n_rows, 0) AS n_rows,
            p.bytes_waiting - coalesce(later.bytes, 0) AS bytes,
-           row_number() OVER (ORDER BY j.created, j.id) AS age,
+           w.age,
            CASE WHEN j.tokens > 0 THEN CAST(j.text_bytes AS double precision) / j.tokens ELSE 0 END AS bytes_per_token,
            date_part('epoch', j.deadline - clock_timestamp()) AS left_s
-      FROM pass p JOIN job j ON j.id = p.job_id JOIN tenant t ON t.id = j.tenant_id JOIN model m ON m.id = p.model_id
+      FROM waiting w JOIN pass p ON p.job_id = w.job_id AND p.number = w.number
+      JOIN job j ON j.id = p.job_id JOIN tenant t ON t.id = j.tenant_id JOIN model m ON m.id = p.model_id
       LEFT JOIN LATERAL (SELECT sum(hi - lo) AS n_rows, CAST(sum(bytes) AS bigint) AS bytes FROM piece
                           WHERE piece.job_id = p.job_id AND piece.pass_number = p.number
                             AND not_before > clock_timestamp()) later ON true
-     WHERE j.state = 'running' AND p.rows_waiting > 0
-     ORDER BY j.priority, j.created, j.id, p.number LIMIT :limit""")
+     ORDER BY w.priority, w.age, p.number""")
 
 
 def demand(connection: Connection, now: float, limit: int = 500) -> list[Demand]:
-    """Passes of running jobs with rows that may be carved now; deadlines are told on the clock of ``now``."""
+    """Passes of running jobs with rows that may be carved now; deadlines are told on the clock of ``now``.
+
+    Where more than ``limit`` wait each tenant has as many of them in each class, its oldest.
+    """
     rows = [row for row in connection.execute(_DEMAND, {"limit": limit}) if row.n_rows > 0]
     models = _manifests(connection, {(row.model, row.model_created) for row in rows})
     return [
@@ -110,6 +125,8 @@ def demand(connection: Connection, now: float, limit: int = 500) -> list[Demand]
             model_ids=frozenset(row.model_ids),
             numerics=row.numerics,
             model=models[row.model, row.model_created],
+            rate_key=row.rate_key,
+            dependent=row.dependent,
             rows_waiting=row.n_rows,
             bytes_waiting=row.bytes,
             bytes_per_token=row.bytes_per_token,
@@ -147,8 +164,9 @@ _OPEN_BLOCKS = text("""
      WHERE job_id = :job AND pass_number = :pass AND state = 'ready' AND cursor < n
      ORDER BY block_number LIMIT :limit""")
 _LENGTHS = text("""
-    SELECT b.number, b.row_order, b.lengths, b.n_rows, p.max_tokens
+    SELECT b.number, coalesce(w.row_order, b.row_order) AS row_order, b.lengths, b.n_rows, p.max_tokens
       FROM block b JOIN pass p ON p.job_id = b.job_id AND p.number = :pass
+      JOIN block_pass w ON w.job_id = b.job_id AND w.pass_number = p.number AND w.block_number = b.number
      WHERE b.job_id = :job AND b.number = ANY(:blocks)""")
 
 
@@ -185,7 +203,7 @@ def frontier(connection: Connection, job: str, pass_number: int, *, rows: int, l
     )
 
 
-#: (job, pass, block) -> bytes of the first i rows in order, for every i. They never change.
+#: (job, pass, block) -> bytes of the first i rows in order, for every i. Of what may be carved they never change.
 _lengths_read: OrderedDict[tuple[UUID, int, int], array[int]] = OrderedDict()
 
 
@@ -380,6 +398,8 @@ class Cut:
     device_kind: str
     predicted_s: float
     carved: Carved
+    #: As in ``Assignment``.
+    measured: bool = False
 
 
 def lease(database: Database, epoch: int, cuts: Sequence[Cut], lease_s: float) -> list[Leased]:
@@ -523,6 +543,7 @@ def _open(connection: Connection, taken: _Taken, lease_s: float) -> list[Leased]
             pass_number=cut.pass_number,
             carved=cut.carved,
             predicted_s=cut.predicted_s,
+            measured=cut.measured,
         )
         for subtask, nonce, cut in zip(ids, nonces, taken.cuts, strict=True)
     ]
@@ -753,11 +774,11 @@ def record_transport(database: Database, epoch: int, identity: str) -> None:
 # -- payloads --------------------------------------------------------------------------------------
 
 _TEXTS = text("""
-    SELECT b.job_id, b.number, b.payload, b.row_order
+    SELECT b.job_id, b.number, b.payload, b.row_order, b.first_row
       FROM unnest(CAST(:jobs AS uuid[]), CAST(:blocks AS int[])) k (job, block)
       JOIN block b ON b.job_id = k.job AND b.number = k.block""")
 _PASS = text("""
-    SELECT p.kind, p.numerics, p.max_tokens, p.input, m.manifest, j.tenant_id, j.priority
+    SELECT p.kind, p.numerics, p.max_tokens, p.input, p.needs, m.manifest, j.tenant_id, j.priority
       FROM pass p JOIN model m ON m.id = p.model_id JOIN job j ON j.id = p.job_id
      WHERE p.job_id = :job AND p.number = :pass""")
 _TASKS = text("""
@@ -767,14 +788,52 @@ _TASKS = text("""
 
 def block_texts(
     connection: Connection, blocks: Collection[tuple[str, int]]
-) -> dict[tuple[str, int], tuple[bytes, bytes]]:
-    """(job, block) -> payload and row order, of those that are still there."""
+) -> dict[tuple[str, int], tuple[bytes, bytes, int]]:
+    """(job, block) -> payload, row order and first row, of those that are still there."""
     jobs, numbers = zip(*blocks, strict=True)
     at = {"jobs": [UUID(job) for job in jobs], "blocks": list(numbers)}
     return {
-        (str(job), number): (bytes(payload), bytes(order))
-        for job, number, payload, order in connection.execute(_TEXTS, at)
+        (str(job), number): (bytes(payload), bytes(order), first_row)
+        for job, number, payload, order, first_row in connection.execute(_TEXTS, at)
     }
+
+
+_UPSTREAM = text(f"""
+    SELECT w.job_id, w.pass_number, w.block_number, w.row_order, t.name, t.spec, t.labels, c.column_id
+      FROM {_PLACES}) k (job, pass, block)
+      JOIN block_pass w ON w.job_id = k.job AND w.pass_number = k.pass AND w.block_number = k.block
+      JOIN pass p ON p.job_id = k.job AND p.number = k.pass CROSS JOIN LATERAL unnest(p.needs) n (task)
+      JOIN task t ON t.job_id = k.job AND t.number = n.task
+      JOIN block_column c ON c.job_id = k.job AND c.block_number = k.block AND c.task_number = n.task""")
+
+
+@dataclass(frozen=True, slots=True)
+class UpstreamAnswer:
+    """What another task answered in a block."""
+
+    name: str
+    spec: Mapping[str, Any]
+    labels: tuple[str, ...]
+    column: Column
+
+
+def upstream_answers(
+    connection: Connection, places: Collection[tuple[str, int, int]]
+) -> dict[tuple[str, int, int], tuple[bytes | None, list[UpstreamAnswer]]]:
+    """Of these released places that are still there: their own row order, if any, and the answers that they read."""
+    rows = connection.execute(_UPSTREAM, _at(places)).all()
+    columns = read_columns(connection, sorted({row.column_id for row in rows}))
+    found: dict[tuple[str, int, int], tuple[bytes | None, list[UpstreamAnswer]]] = {}
+    # A job may be removed while we read.
+    gone = {row.job_id for row in rows if row.column_id not in columns}
+    for row in rows:
+        if row.job_id in gone:
+            continue
+        where = (str(row.job_id), row.pass_number, row.block_number)
+        order = None if row.row_order is None else bytes(row.row_order)
+        _, answers = found.setdefault(where, (order, []))
+        answers.append(UpstreamAnswer(row.name, row.spec, tuple(row.labels), columns[row.column_id]))
+    return found
 
 
 def pass_of(connection: Connection, job: str, pass_number: int) -> tuple[Any, list[Any]] | None:

@@ -17,7 +17,6 @@ from sqlalchemy import Connection, text
 
 from motet import traces
 from motet.columns import CellError, Column, cut
-from motet.manifest import Manifest
 from motet.wire import Outcome, Usage
 from scheduler.carve import part
 from scheduler.cost import LoadKey, Work
@@ -32,7 +31,8 @@ from scheduler.merge import (
 from scheduler.store.database import JOB, WORK, Database, notify
 from scheduler.store.leases import LOCK_JOBS, OpenSubtask, open_subtask, put_back
 from scheduler.store.rates import Timed, learn
-from scheduler.store.sealing import Answer, TaskShape, append
+from scheduler.store.sealing import Answer, TaskShape, append, asked_for, task_shapes
+from scheduler.store.spending import Amount, by_block, spend
 
 
 @dataclass
@@ -55,15 +55,12 @@ class Recorded:
 _JOBS_OF = text("SELECT DISTINCT job_id FROM subtask WHERE id = ANY(:ids)")
 _LIVE = text("""
     SELECT s.*, l.attempt, l.nonce, l.worker AS holder, l.boot, l.device, l.device_kind, l.clone, p.numerics,
-           m.digest AS model, CASE WHEN m.trunk = '' THEN m.digest ELSE m.trunk END AS trunk,
+           m.digest AS model, coalesce(nullif(p.rate_key, ''), nullif(m.trunk, ''), m.digest) AS learned_as,
            coalesce(CAST(m.manifest ->> 'parameters' AS bigint), 0) AS parameters
       FROM subtask s JOIN lease l ON l.subtask_id = s.id JOIN job j ON j.id = s.job_id
       JOIN pass p ON p.job_id = s.job_id AND p.number = s.pass_number JOIN model m ON m.id = p.model_id
      WHERE s.id = ANY(:ids) AND s.state = 'open' AND j.state = 'running'
      ORDER BY s.id FOR UPDATE OF s""")
-_SHAPES = text("""
-    SELECT t.number, t.name, t.spec, cardinality(t.labels) AS n_labels, m.manifest FROM task t JOIN model m ON m.id = t.model_id
-     WHERE t.job_id = :job AND t.pass_number = :pass ORDER BY t.number""")
 _CLOSE = text("""
     UPDATE subtask SET state = :state, closed = clock_timestamp(), worker = :worker, busy_s = :busy_s, tokens = :tokens
      WHERE id = :id""")
@@ -76,6 +73,7 @@ _COUNT = text("""
     UPDATE job SET cells_ok = cells_ok + :ok, cells_error = cells_error + :error, version = version + 1,
            tokens = tokens + :tokens, computed_tokens = computed_tokens + :computed, text_bytes = text_bytes + :bytes,
            busy_s = busy_s + :busy_s, subtasks = subtasks + :subtasks,
+           tokens_cached = tokens_cached + :tokens_cached, tokens_out = tokens_out + :tokens_out,
            started = coalesce(started, clock_timestamp())
      WHERE id = :job""")
 
@@ -98,6 +96,7 @@ def record(database: Database, outcomes: Sequence[Outcome]) -> Recorded:
         closed: set[int] = set()
         shapes: dict[tuple[UUID, int], list[TaskShape]] = {}
         totals: dict[UUID, Counter[str]] = defaultdict(Counter)
+        consumed: dict[UUID, dict[tuple[int, int], Amount]] = defaultdict(dict)
         learned = _Learned()
         for outcome in outcomes:
             row = live.get((outcome.subtask, outcome.attempt))
@@ -108,12 +107,22 @@ def record(database: Database, outcomes: Sequence[Outcome]) -> Recorded:
             subtask = open_subtask(row)
             where = (subtask.job, subtask.pass_number)
             if where not in shapes:
-                shapes[where] = _shapes(connection, *where)
+                shapes[where] = task_shapes(connection, *where)
             answers += _take_in(
-                connection, outcome, subtask, row, shapes[where], totals[subtask.job], learned, done
+                connection,
+                outcome,
+                subtask,
+                row,
+                shapes[where],
+                totals[subtask.job],
+                consumed[subtask.job],
+                learned,
+                done,
             )
         done.rows += sum(a.final for a in answers)
         for job, total in totals.items():
+            used = spend(connection, job, consumed[job])
+            total.update(tokens_cached=used.tokens_cached, tokens_out=used.tokens_out)
             _count(connection, job, total, [a for a in answers if a.job == job])
         done.sealed += append(connection, answers, shapes)
         # Last, and in one order: these few rows are shared by all aggregators.
@@ -127,24 +136,6 @@ def record(database: Database, outcomes: Sequence[Outcome]) -> Recorded:
     return done
 
 
-def _shapes(connection: Connection, job: UUID, pass_number: int) -> list[TaskShape]:
-    found = []
-    for row in connection.execute(_SHAPES, {"job": job, "pass": pass_number}):
-        manifest = Manifest.from_json(row.manifest)
-        found.append(
-            TaskShape(
-                row.number,
-                row.name,
-                manifest.answers,
-                row.n_labels,
-                manifest.dim,
-                row.spec.get("dtype", "fp32"),
-                manifest.deterministic,
-            )
-        )
-    return found
-
-
 def _take_in(
     connection: Connection,
     outcome: Outcome,
@@ -152,11 +143,15 @@ def _take_in(
     row: Any,
     shapes: Sequence[TaskShape],
     total: Counter[str],
+    consumed: dict[tuple[int, int], Amount],
     learned: _Learned,
     done: Recorded,
 ) -> list[Answer]:
-    """Close the sub-task by what its outcome says; its rows become answers or pieces."""
-    asked = [s for s in shapes if subtask.todo >> s.number & 1]
+    """Close the sub-task by what its outcome says; its rows become answers or pieces.
+
+    ``total`` and ``consumed`` take in what it used.
+    """
+    asked = asked_for(shapes, subtask.todo)
     answers: list[Answer] = []
     returns: list[Return] = []
     error = outcome.error or ("failed", "the attempt failed")
@@ -164,8 +159,11 @@ def _take_in(
     if verdict == "done":
         try:
             answers, returns = _answered(outcome, subtask, asked)
+            used = by_block(outcome.spent, subtask.ranges, {s.name: s.number for s in asked})
+            for at, amount in used.items():
+                consumed.setdefault(at, Amount()).add(amount)
         except BadColumn as bad:
-            verdict, error = "failed", ("bad_outcome", str(bad))
+            answers, verdict, error = [], "failed", ("bad_outcome", str(bad))
     if verdict == "failed":
         done.failed += 1
         if outcome.refused:
@@ -259,8 +257,8 @@ def give_up(
 
 def record_given_up(connection: Connection, subtask: OpenSubtask, rows: Sequence[GivenUp]) -> None:
     """Write error cells for rows that the dispatcher gives up, in the transaction that closed their sub-task."""
-    shapes = _shapes(connection, subtask.job, subtask.pass_number)
-    asked = [s for s in shapes if subtask.todo >> s.number & 1]
+    shapes = task_shapes(connection, subtask.job, subtask.pass_number)
+    asked = asked_for(shapes, subtask.todo)
     answers = give_up(subtask.job, subtask.pass_number, subtask.id, rows, asked)
     _count(connection, subtask.job, Counter(), answers)
     append(connection, answers, {(subtask.job, subtask.pass_number): shapes})
@@ -287,7 +285,7 @@ class _Learned:
             squares = min(max(u.squares, u.tokens**2 / row.n_rows), u.tokens**2)
             self.timed.append(
                 Timed(
-                    key=(row.trunk, row.device, row.numerics),
+                    key=(row.learned_as, row.device, row.numerics),
                     worker=row.holder,
                     device_kind=row.device_kind,
                     parameters=row.parameters,
@@ -321,5 +319,7 @@ def _count(connection: Connection, job: UUID, total: Counter[str], answers: Sequ
             "bytes": total["bytes"],
             "busy_s": total["busy_us"] / 1e6,
             "subtasks": total["subtasks"],
+            "tokens_cached": total["tokens_cached"],
+            "tokens_out": total["tokens_out"],
         },
     )

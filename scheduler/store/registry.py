@@ -12,6 +12,7 @@ from sqlalchemy import Connection, text
 
 from motet.errors import Conflict
 from motet.manifest import Manifest
+from scheduler.store.aliases import alias_of, find_alias, lock_names
 
 # -- tenants and tokens ----------------------------------------------------------------------------
 
@@ -143,15 +144,19 @@ def has_live_lease(connection: Connection, subtask: int, attempt: int, nonce: st
 
 #: A model that finished jobs used cannot go, for their answers name it: its row stays, marked and unseen.
 _SEEN = "NOT manifest ? 'removed'"
-# ``name@version`` is that model; a bare name is the newest of it.
+# ``name@version`` is that model, ``name@alias`` the one it means now; a bare name is the newest of it.
 _FIND_MODELS = text(f"""
     SELECT DISTINCT ON (asked.ref) asked.ref, m.id, m.manifest
-      FROM unnest(CAST(:refs AS text[])) asked (ref)
-      JOIN model m ON m.name = split_part(asked.ref, '@', 1)
-                  AND (strpos(asked.ref, '@') = 0 OR m.version = substr(asked.ref, strpos(asked.ref, '@') + 1))
+      FROM (SELECT ref, split_part(ref, '@', 1) AS name, strpos(ref, '@') = 0 AS bare,
+                   substr(ref, strpos(ref, '@') + 1) AS which
+              FROM unnest(CAST(:refs AS text[])) ref) asked
+      LEFT JOIN alias a ON a.name = asked.name AND a.alias = asked.which AND NOT asked.bare
+      JOIN model m ON m.name = asked.name AND (asked.bare OR m.version = asked.which OR m.id = a.model_id)
      WHERE {_SEEN} ORDER BY asked.ref, m.id DESC""")
 _ALL_MODELS = text(f"SELECT id, manifest FROM model WHERE {_SEEN} ORDER BY name, id")
-_REFS = text(f"SELECT name || '@' || version FROM model WHERE {_SEEN} ORDER BY name, id LIMIT 10000")
+_REFS = text(f"""
+    (SELECT name || '@' || version FROM model WHERE {_SEEN} ORDER BY name, id LIMIT 10000)
+    UNION ALL (SELECT name || '@' || alias FROM alias ORDER BY name, alias LIMIT 10000)""")
 _ADD_MODEL = text("""
     INSERT INTO model (name, version, digest, trunk, manifest)
     VALUES (:name, :version, :digest, :trunk, CAST(:manifest AS jsonb)) ON CONFLICT (name, version) DO NOTHING
@@ -178,7 +183,10 @@ class Registered:
 
 
 def find_models(connection: Connection, refs: Iterable[str]) -> dict[str, Registered]:
-    """``name`` or ``name@version`` -> its model, for those that are registered. A bare name is its newest version."""
+    """``name``, ``name@version`` or ``name@alias`` -> its model, for those that are registered.
+
+    A bare name is its newest version, an alias the version that it means now.
+    """
     rows = connection.execute(_FIND_MODELS, {"refs": sorted(set(refs))})
     return {row.ref: Registered(row.id, Manifest.from_json(row.manifest)) for row in rows}
 
@@ -189,7 +197,7 @@ def models(connection: Connection) -> list[Registered]:
 
 
 def model_refs(connection: Connection) -> list[str]:
-    """``name@version`` of every registered model."""
+    """``name@version`` of every registered model, then ``name@alias`` of every alias."""
     return [str(ref) for ref in connection.execute(_REFS).scalars()]
 
 
@@ -197,8 +205,14 @@ def add_model(connection: Connection, manifest: Manifest) -> bool:
     """Register a model; the same manifest again is harmless. False where it was there.
 
     A version never changes its meaning, for finished jobs name it, even after it was removed. Raises Conflict
-    where this name and version mean something else.
+    where this name and version mean something else, or are an alias.
     """
+    lock_names(connection, manifest.name)
+    taken = find_alias(connection, manifest.name, manifest.version)
+    if taken is not None:
+        raise Conflict(
+            f"{taken.shown} is an alias, of {taken.ref}; register it under another version, or remove the alias"
+        )
     spec = manifest.to_json()
     values = {
         "name": manifest.name,
@@ -220,15 +234,19 @@ def remove_model(connection: Connection, ref: str) -> bool:
     """Take ``name@version`` out of the registry. False where it is not there.
 
     Its row is deleted where no job names it, else only hidden: finished jobs keep their record of what
-    answered. Raises Conflict while an unfinished job uses it, or a registered head sits on it.
+    answered. Raises Conflict while an unfinished job uses it, a registered head sits on it, or an alias means it.
     """
     name, _, version = ref.partition("@")
+    lock_names(connection, name)
     found = connection.execute(_THE_MODEL, {"name": name, "version": version}).first()
     if found is None or "removed" in found.manifest:
         return False
     head = connection.execute(_SITS_ON, {"ref": ref}).scalar()
     if head is not None:
         raise Conflict(f"{head} sits on {ref}; remove that first")
+    alias = alias_of(connection, found.id)
+    if alias is not None:
+        raise Conflict(f"{name}@{alias} means {ref}; promote another version, or remove the alias, first")
     user = connection.execute(_USED_BY, {"id": found.id}).first()
     if user is not None and user.unfinished:
         raise Conflict(f"job {user.id} uses {ref}; wait for it, or cancel it")

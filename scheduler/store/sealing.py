@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 from collections import Counter, defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 from uuid import UUID
@@ -17,10 +17,12 @@ from sqlalchemy import Connection, Row, text
 
 from motet import traces
 from motet.columns import LAYOUT, CellError, Column, Kind
+from motet.manifest import Manifest, column_kind
 from motet.wire import pack, unpack
 from scheduler.blocks import row_order
 from scheduler.merge import Part, array_of, merge
 from scheduler.store.arrays import Elements
+from scheduler.store.dependence import UPSTREAM, Place, failed_upstream, release, skips
 from scheduler.store.endings import ENDED, trace_end
 
 
@@ -38,6 +40,36 @@ class TaskShape:
     deterministic: bool
 
 
+_SHAPES = text("""
+    SELECT t.number, t.name, t.kind, t.spec, cardinality(t.labels) AS n_labels, m.manifest
+      FROM task t JOIN model m ON m.id = t.model_id
+     WHERE t.job_id = :job AND t.pass_number = :pass ORDER BY t.number""")
+
+
+def task_shapes(connection: Connection, job: UUID, pass_number: int) -> list[TaskShape]:
+    """The tasks of a pass, by number."""
+    found = []
+    for row in connection.execute(_SHAPES, {"job": job, "pass": pass_number}):
+        manifest = Manifest.from_json(row.manifest)
+        found.append(
+            TaskShape(
+                row.number,
+                row.name,
+                column_kind(row.kind, manifest),
+                row.n_labels,
+                manifest.dim,
+                row.spec.get("dtype", "fp32"),
+                manifest.deterministic,
+            )
+        )
+    return found
+
+
+def asked_for(shapes: Sequence[TaskShape], todo: int) -> list[TaskShape]:
+    """Those that are to be computed."""
+    return [shape for shape in shapes if todo >> shape.number & 1]
+
+
 @dataclass(frozen=True, slots=True)
 class Answer:
     """Final or returned answers for [lo, hi) of one block's order: one column per task number."""
@@ -53,9 +85,6 @@ class Answer:
     final: int
 
 
-#: A (block, pass): job, pass number, block number.
-Place = tuple[UUID, int, int]
-
 # Every statement is for all places of a transaction at once: what a block costs is then its bytes, not its round trips.
 _PLACES = "unnest(CAST(:jobs AS uuid[]), CAST(:passes AS smallint[]), CAST(:blocks AS int[]))"
 _HERE = "p.job_id = k.job AND p.pass_number = k.pass AND p.block_number = k.block"
@@ -70,7 +99,8 @@ _TAKE_CELLS = text(f"""
     DELETE FROM cells p USING {_PLACES} k (job, pass, block) WHERE {_HERE}
     RETURNING p.job_id, p.pass_number, p.block_number, p.lo, p.hi, p.columns""")
 _BLOCKS = text("""
-    SELECT b.job_id, b.number, b.n_rows, b.row_order, b.bad, b.keys, b.passes_open, j.tenant_id
+    SELECT b.job_id, b.number, b.n_rows, b.row_order, b.bad, b.keys, b.passes_open, j.tenant_id,
+           EXISTS (SELECT FROM pass p WHERE p.job_id = b.job_id AND p.needs <> '{}') AS depends
       FROM unnest(CAST(:jobs AS uuid[]), CAST(:blocks AS int[])) k (job, block)
       JOIN block b ON b.job_id = k.job AND b.number = k.block JOIN job j ON j.id = b.job_id""")
 _SHOW = text("""
@@ -104,10 +134,7 @@ def append(
     counted = connection.execute(_DONE, {**_at(list(by_place)), "finals": finals}).all()
     assert len(counted) == len(by_place), "answers for a block that is not there"
     full = sorted((p.job_id, p.pass_number, p.block_number, p.todo) for p in counted if p.full)
-    asked = {
-        (job, number, block): [s for s in shapes[job, number] if todo >> s.number & 1]
-        for job, number, block, todo in full
-    }
+    asked = {(job, number, block): asked_for(shapes[job, number], todo) for job, number, block, todo in full}
     kept = [_cells(a) for place, here in by_place.items() if place not in asked for a in here]
     if kept:
         connection.execute(_CELLS, kept)
@@ -117,6 +144,18 @@ def append(
     for ended in connection.execute(_SUCCEED, {"jobs": sorted({job for job, _, _ in asked})}):
         trace_end(ended)
     return sealed
+
+
+def settle(connection: Connection, blocks: Collection[tuple[UUID, int]]) -> int:
+    """Release what waits in these blocks for what is sealed by now; seal what has no row left, and so on down.
+
+    The number of columns that this sealed.
+    """
+    emptied = release(connection, blocks)
+    if not emptied:
+        return 0
+    shapes = {at: task_shapes(connection, *at) for at in sorted({e.place[:2] for e in emptied})}
+    return _seal(connection, {e.place: asked_for(shapes[e.place[:2]], e.todo) for e in emptied}, {})
 
 
 def _at(places: Sequence[Place]) -> dict[str, list[Any]]:
@@ -135,21 +174,28 @@ def _seal(
     asked: Mapping[Place, Sequence[TaskShape]],
     last: Mapping[Place, Sequence[Answer]],
 ) -> int:
-    """Merge all answers of these full places into one column per task; ``last`` were never stored on their own."""
+    """Merge all answers of these full places into one column per task; ``last`` were never stored on their own.
+
+    Then whatever waited for these columns is released. The number of columns sealed.
+    """
     places = list(asked)
     of_blocks = sorted({(job, block) for job, _, block in places})
     blocks = {(row.job_id, row.number): row for row in connection.execute(_BLOCKS, _pairs(of_blocks))}
-    pieces: dict[Place, list[_Piece]] = {p: [(a.lo, a.hi, a.columns) for a in last[p]] for p in places}
+    pieces: dict[Place, list[_Piece]] = {
+        p: [(a.lo, a.hi, a.columns) for a in last.get(p, ())] for p in places
+    }
     for row in connection.execute(_TAKE_CELLS, _at(places)):
         pieces[row.job_id, row.pass_number, row.block_number].append(
             (row.lo, row.hi, _unpacked(bytes(row.columns)))
         )
+    depend = [place for place in places if blocks[place[0], place[2]].depends]
+    failed = failed_upstream(connection, depend) if depend else {}
     columns: list[Keyed] = []
     shown: list[tuple[UUID, int, int]] = []
     for place, shapes in asked.items():
         job, pass_number, number = place
         with traces.span(job, "seal", pass_number=pass_number, block=number, tasks=len(shapes)):
-            columns += _merged(blocks[job, number], shapes, pieces.pop(place))
+            columns += _merged(blocks[job, number], shapes, pieces.pop(place), failed.get(place, {}))
         shown += ((job, number, shape.number) for shape in shapes)
     stored = store_columns(connection, columns)
     jobs, numbers, tasks = zip(*shown, strict=True)
@@ -158,17 +204,27 @@ def _seal(
     )
     connection.execute(_SEAL, _at(places))
     _count_sealed(connection, blocks, Counter((job, block) for job, _, block in places))
-    return len(columns)
+    return len(columns) + settle(connection, {(job, block) for job, _, block in depend})
 
 
-def _merged(block: Row[Any], shapes: Sequence[TaskShape], pieces: Sequence[_Piece]) -> list[Keyed]:
-    """The columns of a (block, pass), one per task, with the keys that they may be reused under."""
-    order = np.array(row_order(bytes(block.row_order)), dtype=np.int64)
+def _merged(
+    block: Row[Any],
+    shapes: Sequence[TaskShape],
+    pieces: Sequence[_Piece],
+    failed: Mapping[int, CellError],
+) -> list[Keyed]:
+    """The columns of a (block, pass), one per task, with the keys that they may be reused under.
+
+    ``failed``: rows that lack what they need. Those of them that work would have been done on are skipped.
+    """
+    every = row_order(bytes(block.row_order))
+    skipped = skips(every, failed)
+    order = np.array([i for i in every if i not in skipped] if skipped else every, dtype=np.int64)
     absent = {int(i): CellError(str(e[0]), str(e[1])) for i, e in block.bad.items()}
     found = []
     for shape in shapes:
         parts = [Part(order[lo:hi], columns[shape.number]) for lo, hi, columns in pieces]
-        column = merge(shape.kind, block.n_rows, parts, absent=absent)
+        column = merge(shape.kind, block.n_rows, parts, absent=absent, skipped=skipped)
         key = block.keys[shape.number] if shape.deterministic and shape.number < len(block.keys) else None
         found.append(Keyed(block.tenant_id, column, None if key is None else bytes(key)))
     return found
@@ -200,7 +256,7 @@ def _pairs(blocks: Sequence[tuple[UUID, int]]) -> dict[str, list[Any]]:
 # -- columns ---------------------------------------------------------------------------------------
 
 #: Errors that the same input will always meet; a column with any other is not offered for reuse.
-_LASTING = frozenset({"too_long", "bad_row"})
+_LASTING = frozenset({"too_long", "context_length", "bad_row"})
 _NEXT_IDS = text("""
     SELECT nextval(pg_get_serial_sequence('sealed_column', 'id')) AS id FROM generate_series(1, :n)""")
 _TAKEN = text("SELECT tenant_id, key FROM sealed_column WHERE key = ANY(:keys)")
@@ -238,7 +294,7 @@ def store_columns(connection: Connection, columns: Sequence[Keyed]) -> list[int]
     """
     ids = list(connection.execute(_NEXT_IDS, {"n": len(columns)}).scalars())
     keys = [
-        None if any(e.error not in _LASTING for e in c.column.errors.values()) else c.key for c in columns
+        c.key if c.key is not None and all(map(_lasts, c.column.errors.values())) else None for c in columns
     ]
     wanted = sorted({key for key in keys if key is not None})
     found = connection.execute(_TAKEN, {"keys": wanted}).all() if wanted else ()
@@ -256,6 +312,11 @@ def store_columns(connection: Connection, columns: Sequence[Keyed]) -> list[int]
         there = set(connection.execute(_INSERTED, {"ids": ids}).scalars())
         connection.execute(_INSERT, [{**row, "key": None} for row in rows if row["id"] not in there])
     return ids
+
+
+def _lasts(e: CellError) -> bool:
+    """The same input will always meet it; a skipped cell, whose reason is "task: class", will where its task's error does."""
+    return (e.message.rpartition(": ")[2] if e.error == UPSTREAM else e.error) in _LASTING
 
 
 def _values(column: Column) -> dict[str, Any]:

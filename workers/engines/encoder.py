@@ -1,8 +1,9 @@
 """An encoder and any number of heads in one pass: one forward, one pooled vector, one product with all heads.
 
 Takes sentence-transformers and transformers folders. A head is a linear layer on the un-normalised pooled vector
-(``head.safetensors``: ``weight`` (labels, dim), ``bias`` (labels)); ``Embed`` asks for the vector itself. Pooling
-and heads are computed in fp32 whatever format the trunk runs in.
+(``head.safetensors``: ``weight`` (labels, dim), ``bias`` (labels)), or on a hidden layer of it (``hidden.weight``
+(units, dim), ``hidden.bias`` (units), GELU; then ``weight`` is (labels, units)); ``Embed`` asks for the vector
+itself. Pooling and heads are computed in fp32 whatever format the trunk runs in.
 """
 
 from __future__ import annotations
@@ -14,13 +15,14 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch.nn.functional import gelu
 
 from motet.columns import CellError, Column
 from motet.manifest import Manifest
 from motet.wire import TaskOrder
 from workers.engine import CannotLoad, Pass, Prepared
 from workers.engines.answers import Floats, logits_column, vector_column
-from workers.engines.trunk import Tokens, load_transformer, padded, torch_errors
+from workers.engines.trunk import Tokens, load_transformer, padded, pool, torch_errors
 
 
 @dataclass(slots=True)
@@ -31,10 +33,42 @@ class Encoder:
     device: str
     model: Any
     tokens: Tokens
-    #: Manifest digest -> (weight, bias), fp32 on the device.
-    heads: dict[str, tuple[torch.Tensor, torch.Tensor]] = field(default_factory=dict)
-    #: Digests of a pass' heads -> their weights as one matrix (dim, all labels), and one bias.
-    fused: dict[tuple[str, ...], tuple[torch.Tensor, torch.Tensor]] = field(default_factory=dict)
+    #: Manifest digest -> head, fp32 on the device.
+    heads: dict[str, Head] = field(default_factory=dict)
+    #: Digests of a pass' heads -> all of them as one.
+    fused: dict[tuple[str, ...], Fused] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class Head:
+    """(outputs, dim or units) and (outputs,); with a hidden layer also (units, dim) and (units,)."""
+
+    weight: torch.Tensor
+    bias: torch.Tensor
+    hidden: tuple[torch.Tensor, torch.Tensor] | None = None
+
+    def to(self, device: str) -> Head:
+        hidden = None if self.hidden is None else (self.hidden[0].to(device), self.hidden[1].to(device))
+        return Head(self.weight.to(device), self.bias.to(device), hidden)
+
+
+class Fused:
+    """Several heads: one product for the linear ones and all hidden layers, and one more for each hidden layer."""
+
+    def __init__(self, heads: Sequence[Head]) -> None:
+        firsts = [head.hidden or (head.weight, head.bias) for head in heads]
+        self._heads = heads
+        self._widths = [len(bias) for _, bias in firsts]
+        self._weight = torch.cat([weight for weight, _ in firsts]).T.contiguous()
+        self._bias = torch.cat([bias for _, bias in firsts])
+
+    def __call__(self, pooled: torch.Tensor) -> list[torch.Tensor]:
+        """(n, outputs) of each head."""
+        firsts = torch.split(torch.addmm(self._bias, pooled, self._weight), self._widths, dim=1)
+        return [
+            first if head.hidden is None else torch.addmm(head.bias, gelu(first), head.weight.T)
+            for head, first in zip(self._heads, firsts, strict=True)
+        ]
 
 
 class EncoderEngine:
@@ -60,9 +94,9 @@ class EncoderEngine:
     def attach(self, handle: Encoder, task: TaskOrder, files: Mapping[str, Path]) -> None:
         if not task.manifest.trunk_model or task.manifest.digest in handle.heads:
             return
-        weight, bias = _read_head(task.manifest, files, handle.manifest.dim)
+        head = _read_head(task.manifest, files, handle.manifest.dim)
         with torch_errors():
-            handle.heads[task.manifest.digest] = (weight.to(handle.device), bias.to(handle.device))
+            handle.heads[task.manifest.digest] = head.to(handle.device)
 
     def prepare(self, pass_: Pass, texts: Sequence[str]) -> list[Prepared | CellError]:
         tokens: Tokens = pass_.handle.tokens
@@ -74,15 +108,14 @@ class EncoderEngine:
         vectors = [t for t in pass_.tasks if not t.manifest.trunk_model]
         pooled = self._pooled(handle, batch)
         with torch_errors(), torch.inference_mode():
-            weight, bias = self._fused(handle, heads)
-            # One product for all heads, and one way back from the device for everything.
-            parts = [torch.addmm(bias, pooled, weight)] if heads else []
+            # One way back from the device for everything.
+            parts = self._fused(handle, heads)(pooled) if heads else []
             parts += [pooled] if vectors else []
             answers = torch.cat(parts, 1).cpu().numpy()
         columns = {}
         lo = 0
         for task in heads:
-            hi = lo + len(handle.heads[task.manifest.digest][1])
+            hi = lo + len(handle.heads[task.manifest.digest].bias)
             columns[task.name] = logits_column(task, answers[:, lo:hi])
             lo = hi
         for task in vectors:
@@ -101,26 +134,12 @@ class EncoderEngine:
         with torch_errors(), torch.inference_mode():
             ids, mask = padded(batch, handle.tokens.pad, handle.device)
             hidden = handle.model(input_ids=ids, attention_mask=mask).last_hidden_state
-            if handle.manifest.pooling == "cls":
-                first: torch.Tensor = hidden[:, 0].float()
-                return first
-            if mask is None:
-                mean: torch.Tensor = hidden.mean(1, dtype=torch.float32)
-                return mean
-            kept = mask.unsqueeze(-1)
-            total: torch.Tensor = (hidden * kept.to(hidden.dtype)).sum(1, dtype=torch.float32)
-            return total / kept.sum(1)
+            return pool(hidden, mask, handle.manifest.pooling)
 
-    def _fused(self, handle: Encoder, heads: Sequence[TaskOrder]) -> tuple[torch.Tensor, torch.Tensor]:
+    def _fused(self, handle: Encoder, heads: Sequence[TaskOrder]) -> Fused:
         key = tuple(task.manifest.digest for task in heads)
         if key not in handle.fused:
-            weights = [handle.heads[digest][0] for digest in key]
-            biases = [handle.heads[digest][1] for digest in key]
-            handle.fused[key] = (
-                (torch.cat(weights).T.contiguous(), torch.cat(biases))
-                if key
-                else (torch.empty(0), torch.empty(0))
-            )
+            handle.fused[key] = Fused([handle.heads[digest] for digest in key])
         return handle.fused[key]
 
 
@@ -130,22 +149,33 @@ def _vector_column(task: TaskOrder, pooled: Floats) -> Column:
     return vector_column(pooled, task.spec.get("dtype", "fp32"))
 
 
-def _read_head(manifest: Manifest, files: Mapping[str, Path], dim: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """A head's weight and bias in fp32, checked against its manifest. Raises CannotLoad."""
+def _read_head(manifest: Manifest, files: Mapping[str, Path], dim: int) -> Head:
+    """A head in fp32, checked against its manifest. Raises CannotLoad."""
     from safetensors.torch import load_file
 
     try:
-        found = load_file(files["head.safetensors"])
-        weight, bias = found["weight"].float(), found["bias"].float()
+        found = {name: tensor.float() for name, tensor in load_file(files["head.safetensors"]).items()}
+        hidden = (found["hidden.weight"], found["hidden.bias"]) if "hidden.weight" in found else None
+        head = Head(found["weight"], found["bias"], hidden)
     except Exception as error:
         raise CannotLoad(
             f"head {manifest.ref}: head.safetensors cannot be read: {type(error).__name__}"
         ) from error
     outputs = 1 if manifest.answers == "number" else len(manifest.labels)
-    if tuple(weight.shape) != (outputs, dim) or tuple(bias.shape) != (outputs,):
-        raise CannotLoad(
-            f"head {manifest.ref}: weight {tuple(weight.shape)}, bias {tuple(bias.shape)}; expected ({outputs}, {dim})"
-        )
-    if not (torch.isfinite(weight).all() and torch.isfinite(bias).all()):
+    if hidden is not None:
+        units = len(hidden[1]) if hidden[1].ndim == 1 else -1
+        _check_shape(manifest, "hidden layer", *hidden, (units, dim))
+        dim = units
+    _check_shape(manifest, "weight", head.weight, head.bias, (outputs, dim))
+    if not all(torch.isfinite(tensor).all() for tensor in found.values()):
         raise CannotLoad(f"head {manifest.ref}: its weights hold NaN or infinity")
-    return weight, bias
+    return head
+
+
+def _check_shape(
+    manifest: Manifest, name: str, weight: torch.Tensor, bias: torch.Tensor, shape: tuple[int, int]
+) -> None:
+    if tuple(weight.shape) != shape or tuple(bias.shape) != shape[:1]:
+        raise CannotLoad(
+            f"head {manifest.ref}: {name} {tuple(weight.shape)}, bias {tuple(bias.shape)}; expected {shape}"
+        )

@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 
 from motet.columns import CellError
 from workers.engine import CannotLoad, DeviceBroken, OutOfMemory, Prepared
+from workers.engines.packed import load_packed, packed_kind
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 #: A text is cut to so many characters per token read before it is tokenised; English has four to five.
@@ -43,7 +44,13 @@ def preload() -> None:
 
 
 def load_transformer(
-    auto_class: str, files: Mapping[str, Path], *, device: str, in_format: str, may_miss: tuple[str, ...] = ()
+    auto_class: str,
+    files: Mapping[str, Path],
+    *,
+    device: str,
+    in_format: str,
+    may_miss: tuple[str, ...] = (),
+    attention: str = "sdpa",
 ) -> Any:
     """``transformers.<auto_class>`` from a folder, in evaluation mode on the device.
 
@@ -57,23 +64,59 @@ def load_transformer(
     folder = folder_of(files)
     try:
         with torch_errors():
-            model, told = getattr(transformers, auto_class).from_pretrained(
-                folder,
-                local_files_only=True,
-                use_safetensors=True,
-                trust_remote_code=False,
-                attn_implementation="sdpa",
-                dtype=DTYPES[in_format],
-                output_loading_info=True,
-            )
-            absent = sorted(k for k in told["missing_keys"] if not k.startswith(may_miss))
+            if kind := packed_kind(files):
+                model, missing = load_packed(
+                    auto_class, files, kind, in_format=DTYPES[in_format], attention=attention
+                )
+            else:
+                model, told = getattr(transformers, auto_class).from_pretrained(
+                    folder,
+                    local_files_only=True,
+                    use_safetensors=True,
+                    trust_remote_code=False,
+                    attn_implementation=attention,
+                    dtype=DTYPES[in_format],
+                    output_loading_info=True,
+                )
+                missing = told["missing_keys"]
+            absent = sorted(k for k in missing if not k.startswith(may_miss))
             if absent:
                 raise CannotLoad(f"the weights lack {', '.join(absent[:3])}")
-            return model.eval().requires_grad_(False).to(device)
+            model = model.eval().requires_grad_(False).to(device)
+            return (
+                _imitated(model)
+                if in_format == "bf16" and device == "cpu" and not _computes_bf16()
+                else model
+            )
     except (OutOfMemory, DeviceBroken, CannotLoad):
         raise
     except Exception as error:
         raise CannotLoad(f"{auto_class} cannot be loaded from this folder: {type(error).__name__}") from error
+
+
+def _computes_bf16() -> bool:
+    """Whether this CPU has instructions for bf16; without them each product takes some forty times as long."""
+    return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
+
+
+def _imitated(model: Any) -> Any:
+    """A bf16 model that computes in fp32 and rounds: its weights are bf16's, and so is what every layer hands on.
+
+    So a format is tried also where it is slow (workers/accuracy.py); nothing runs in it there.
+    """
+
+    def rounded(_: Any, __: Any, answer: Any) -> Any:
+        return (
+            answer.bfloat16().float()
+            if isinstance(answer, torch.Tensor) and answer.is_floating_point()
+            else answer
+        )
+
+    model = model.float()
+    for module in model.modules():
+        if not any(True for _ in module.children()):
+            module.register_forward_hook(rounded)
+    return model
 
 
 class Tokens:
@@ -132,6 +175,19 @@ def padded(batch: Sequence[Prepared], pad: int, device: str) -> tuple[torch.Tens
         ids[i, : row.length] = row.inputs
     mask = None if int(lengths.min()) == longest else (np.arange(longest) < lengths[:, None])
     return _onto(ids, device), None if mask is None else _onto(mask.astype(np.int64), device)
+
+
+def pool(hidden: torch.Tensor, mask: torch.Tensor | None, pooling: str) -> torch.Tensor:
+    """One vector of each row's token vectors (n, longest, dim): the first, or their mean. (n, dim) fp32."""
+    if pooling == "cls":
+        first: torch.Tensor = hidden[:, 0].float()
+        return first
+    if mask is None:
+        mean: torch.Tensor = hidden.mean(1, dtype=torch.float32)
+        return mean
+    kept = mask.unsqueeze(-1)
+    total: torch.Tensor = (hidden * kept.to(hidden.dtype)).sum(1, dtype=torch.float32)
+    return total / kept.sum(1)
 
 
 @contextmanager
