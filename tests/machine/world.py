@@ -1,0 +1,717 @@
+"""A whole cluster of which every move is one call with small numbers: what the machine draws, and what a replay repeats.
+
+The deciding and storing code is the real one, over a real Postgres; Redis is ``MemoryTransport``, time is the
+stage's clock, and workers are models that do all that workers have been seen to do, and worse.
+"""
+
+from __future__ import annotations
+
+import struct
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+from uuid import UUID
+
+from motet.columns import ERROR, CellError, Column
+from motet.errors import Problem
+from motet.settings import Settings
+from motet.tasks import Classify
+from motet.transport import TransportLost
+from motet.wire import Assignment, Beat, Outcome, Running, Usage
+from scheduler.aggregator import Aggregator
+from scheduler.dispatcher import Dispatcher
+from scheduler.facts import workers as able
+from scheduler.place import Clone, Recall
+from scheduler.store import drains, jobs, registry
+from scheduler.store.database import Database, StoreUnavailable
+from scheduler.store.leadership import NotLeading
+from tests.integration.landing import land
+from tests.machine.stage import HEAD, OTHER_TRUNK, TRUNK, Broken, Crash, Stage, TappedTransport
+
+Key = tuple[int, int]
+#: Rules in the order of a play, each with what it was called with.
+Play = Sequence[tuple[str, tuple[int, ...]]]
+
+SETTINGS = Settings(subtask_s=0.25, ahead_s=0.5, depth=3)
+_TASKS = {
+    "size": Classify("length"),
+    "again": Classify("length", scores=False),
+    "other": Classify("other-length"),
+    # These wait, and the last one twice. Each text begins with its row still.
+    "then": Classify("length", input="{text}/{size}"),
+    "last": Classify("length", input="{text}+{then}"),
+}
+_CHOICES = (
+    ("size",),
+    ("size", "again"),
+    ("size", "other"),
+    ("size", "again", "other"),
+    ("size", "then"),
+    ("size", "then", "last"),
+    ("then", "other", "size", "again"),
+)
+#: Task -> the one whose answer it reads.
+NEEDS = {"then": "size", "last": "then"}
+#: What befalls a dispatcher at a transaction of its step; "lost" befalls a call to Redis, "swallowed"
+#: the answer to one that was carried out.
+DISPATCHER_FAULTS = ("crash after", "crash before", "away after", "away before", "freeze", "lost")
+AGGREGATOR_FAULTS = ("crash before", "crash after", "away after", "away before", "lost", "swallowed")
+MOST_JOBS = 5
+#: Around the beat, the death of a silent worker, the lead's and a lease's end.
+PAUSES_S = (0.1, 0.5, 2.0, 4.5, 8.5, 20.0)
+#: Rounds in which a cluster without faults must end every job.
+HEAL_ROUNDS = 150
+
+
+def label_of(words: str) -> int:
+    """The right answer, by which the oracle goes too."""
+    return min(2, len(words) // 10)
+
+
+def label_for(task: str, words: str) -> int:
+    """The right answer of a task about a row's text."""
+    if task not in NEEDS:
+        return label_of(words)
+    read = HEAD.labels[label_for(NEEDS[task], words)]
+    return label_of(f"{words}{'/' if task == 'then' else '+'}{read}")
+
+
+def row_of(words: str) -> int:
+    """Each text begins with its row."""
+    return int(words[1:4])
+
+
+def kills(words: str) -> bool:
+    return words.endswith("!")
+
+
+@dataclass
+class Job:
+    """What was submitted, and what the oracle has seen of it."""
+
+    id: UUID
+    rows: list[str | Problem]
+    tasks: tuple[str, ...]
+    deleted: bool = False
+    #: Counters and cells as of its end; nothing of them changes afterwards.
+    frozen: tuple[Any, ...] | None = None
+    #: (row, task) -> its answer, once it has one.
+    cells: dict[tuple[int, str], Any] = field(default_factory=dict)
+    #: Row -> reports that said that it failed; dying processes in which it ran with nothing beside it, or at all.
+    failures: Counter[int] = field(default_factory=Counter)
+    died_alone: Counter[int] = field(default_factory=Counter)
+    suspects: set[int] = field(default_factory=set)
+
+
+@dataclass
+class Hand:
+    """A worker. It does nothing by itself."""
+
+    name: str
+    boots: int = 1
+    seq: int = 0
+    state: str = "ready"
+    #: Running, frozen (silent, and goes on later), or gone until somebody starts it.
+    life: str = "up"
+    holding: dict[Key, Assignment] = field(default_factory=dict)
+    #: Attempts that this process ended; it runs none twice.
+    ended: set[Key] = field(default_factory=set)
+    left: set[Key] = field(default_factory=set)
+    #: The micro-batch under way: positions, and the attempts that they are of. A drop does not stop it.
+    batch: dict[Key, tuple[int, ...]] = field(default_factory=dict)
+    batch_of: dict[Key, Assignment] = field(default_factory=dict)
+
+    @property
+    def boot(self) -> str:
+        return f"{self.name}-boot-{self.boots}"
+
+
+class World:
+    """One play on the stage."""
+
+    def __init__(self, stage: Stage, check: Callable[[World], None] | None) -> None:
+        stage.empty()
+        self.stage = stage
+        self.now = 100.0
+        self.transport = TappedTransport(clock=lambda: self.now)
+        self.transport.watch = self._look_at_messages
+        self.dispatchers: dict[str, Dispatcher] = {}
+        self.aggregators: dict[str, Aggregator] = {}
+        self.born = 0
+        for role in ("A", "B"):
+            self._start_dispatcher(role)
+        for role in ("agg0", "agg1"):
+            self._start_aggregator(role)
+        self.hands = [Hand(f"w{i}") for i in range(3)]
+        self.jobs: dict[UUID, Job] = {}
+        #: Every attempt that any worker ever took: what may be reported late.
+        self.taken: list[tuple[Hand, str, Assignment]] = []
+        #: What workers reported of their own attempts since Redis was emptied last: key -> states that may come of it.
+        self.reported: dict[Key, set[str]] = {}
+        #: What may cost each row one more attempt: faults that lose work, and attempts that fail.
+        self.costs = 0
+        self.deaths = 0
+        #: Sub-tasks that were committed.
+        self.known: set[int] = set()
+        #: The policy's words for the next step.
+        self.words: list[tuple[str, int, int]] = []
+        self.log: list[tuple[str, tuple[int, ...]]] = []
+        self.check = check
+        #: What the oracle saw last.
+        self.before: Any = None
+
+    # -- playing
+
+    def do(self, rule: str, *numbers: int) -> None:
+        """One move, after which every invariant must hold. Raises Broken."""
+        self.log.append((rule, numbers))
+        getattr(self, f"rule_{rule}")(*numbers)
+        self._look()
+
+    def _look(self) -> None:
+        if self.check is not None:
+            self.check(self)
+
+    def play(self, moves: Play) -> None:
+        for rule, numbers in moves:
+            self.do(rule, *numbers)
+        self.heal()
+
+    @property
+    def database(self) -> Database:
+        return self.stage.taps["machine"]
+
+    def _advance(self, seconds: float) -> None:
+        self.now += seconds
+        self.stage.advance(seconds)
+
+    # -- jobs
+
+    def rule_submit(self, rows: int, block_rows: int, tasks: int, special: int, family: int) -> None:
+        """A job of 1 to 12 rows. ``special``: which row kills (odd) or came broken (even); jobs of a family share texts."""
+        if len(self.jobs) >= MOST_JOBS:
+            return
+        rows = rows % 12 + 1
+        job = UUID(int=len(self.jobs) + 1)
+        # Families of their own for most jobs: else the second one reuses all.
+        head = "ab"[family % 2] if family < 4 else chr(ord("c") + len(self.jobs))
+        texts: list[str | Problem] = [f"{head}{i:03d}{'x' * (i * 7 % 23)}" for i in range(rows)]
+        if special < rows:
+            if special % 2:
+                texts[special] = f"{texts[special]}!"
+            else:
+                texts[special] = Problem("text", "NUL", "text", "remove it", row=special)
+        names = _CHOICES[tasks % len(_CHOICES)]
+        # No two are as old as each other: then the order of jobs is that of their submission.
+        self._advance(0.01)
+        land(self.database, texts, {n: _TASKS[n] for n in names}, block_rows=block_rows % 6 + 2, job_id=job)
+        self.jobs[job] = Job(job, texts, names)
+
+    def _some_job(self, i: int) -> Job | None:
+        there = [j for j in self.jobs.values() if not j.deleted]
+        return there[i % len(there)] if there else None
+
+    def rule_cancel(self, i: int) -> None:
+        """Of a job, one time in three; else most jobs would end so."""
+        if i % 3 == 0 and (job := self._some_job(i // 3)) is not None:
+            with self.database.transaction() as connection:
+                jobs.cancel_job(connection, registry.tenant_named(connection, "default"), job.id)
+
+    def rule_delete(self, i: int) -> None:
+        if i % 3 == 0 and (job := self._some_job(i // 3)) is not None:
+            with self.database.transaction() as connection:
+                jobs.remove_job(connection, registry.tenant_named(connection, "default"), job.id)
+            job.deleted = True
+
+    # -- dispatchers
+
+    def _start_dispatcher(self, role: str) -> None:
+        self.born += 1
+        tap = self.stage.taps[role]
+        dispatcher = Dispatcher(tap, self.transport, SETTINGS, me=f"{role}{self.born}")
+        tap.me = dispatcher.me
+        self.dispatchers[role] = dispatcher
+
+    def rule_tick(self, which: int) -> None:
+        """Half a second passes, all workers beat, a dispatcher steps."""
+        self._tick("AB"[which % 2])
+
+    def rule_tick_fault(self, which: int, at: int, fault: int) -> None:
+        """The same, and a fault befalls the dispatcher at the ``at``-th transaction of its step."""
+        self._tick("AB"[which % 2], at, DISPATCHER_FAULTS[fault % len(DISPATCHER_FAULTS)])
+
+    def rule_round(self, who: int) -> None:
+        """A round as it should go: a dispatcher steps; of the workers some do all that they have; it is recorded."""
+        self._tick("A")
+        self._look()
+        for w, hand in enumerate(self.hands):
+            self._take(hand)
+            if who >> w & 1:
+                self._do_all(hand)
+        self._aggregate("agg0")
+
+    def rule_breathe(self, which: int) -> None:
+        """A dispatcher steps in whose time nobody has beaten and nothing passed."""
+        self._step("AB"[which % 2])
+
+    def _tick(self, role: str, at: int = 0, fault: str = "") -> None:
+        self._advance(0.5)
+        self._beat_all()
+        self._step(role, at, fault)
+
+    def _step(self, role: str, at: int = 0, fault: str = "") -> None:
+        tap, dispatcher = self.stage.taps[role], self.dispatchers[role]
+        tap.arm(at, fault)
+        if fault == "freeze":
+            tap.meanwhile = lambda: self._while_frozen(role)
+        if fault == "lost":
+            self.transport.fails_in = at
+        self._put_words(dispatcher)
+        try:
+            dispatcher.step(self.now)
+        except NotLeading:
+            dispatcher.epoch = None
+        except (StoreUnavailable, TransportLost):
+            self.costs += 1
+        except Crash:
+            self._start_dispatcher(role)
+            self.costs += 1
+        finally:
+            self.transport.fails_in = None
+            self.costs += tap.struck and fault == "freeze"
+            tap.arm()
+
+    def _while_frozen(self, role: str) -> None:
+        """One dispatcher stands still between two transactions, for longer than any lease; the other one finds out."""
+        self.stage.taps[role].arm()
+        self.stage.taps[role].struck = True
+        self._note_subtasks()
+        for _ in range(4):
+            self._advance(2.5)
+            self._beat_all()
+            self._step("B" if role == "A" else "A")
+
+    def _put_words(self, dispatcher: Dispatcher) -> None:
+        """The policy may say at any time that something is to be taken back, or doubled: the machine says it here."""
+        words, self.words = self.words, []
+        placer = dispatcher._placer
+        if not words or dispatcher.epoch is None:
+            return
+
+        def late(now: float) -> list[Recall | Clone]:
+            del placer.late
+            said: list[Recall | Clone] = []
+            keys = sorted(key for key in placer.flights() if isinstance(key, tuple))
+            places = able(
+                {name: beat for name, beat in self.transport.newest_beats.items() if beat.state == "ready"},
+                (),
+                1.0,
+            )
+            for kind, i, w in words if keys and places else ():
+                flight = placer.flight(keys[i % len(keys)])
+                assert flight is not None
+                if kind == "recall":
+                    said.append(Recall(flight))
+                else:
+                    said.append(Clone(flight, places[w % len(places)], 0.1))
+            return said
+
+        placer.late = late
+
+    def rule_recall(self, i: int) -> None:
+        self.words.append(("recall", i, 0))
+
+    def rule_clone(self, i: int, w: int) -> None:
+        self.words.append(("clone", i, w))
+        self.costs += 1
+
+    def rule_advance(self, i: int) -> None:
+        """Time passes in which nobody does anything."""
+        self._advance(PAUSES_S[i])
+
+    def _look_at_messages(self, by_worker: Mapping[str, Sequence[Assignment]]) -> None:
+        self._note_subtasks()
+        for a in (a for some in by_worker.values() for a in some):
+            if a.subtask not in self.known:
+                raise Broken(f"5: a message of sub-task {a.subtask} is sent, and its lease is not committed")
+
+    def _note_subtasks(self) -> None:
+        with self.database.transaction() as connection:
+            self.known |= set(connection.exec_driver_sql("SELECT id FROM subtask").scalars())
+
+    # -- aggregators
+
+    def _start_aggregator(self, role: str) -> None:
+        self.born += 1
+        self.aggregators[role] = Aggregator(
+            self.stage.taps[role], self.transport, SETTINGS, me=f"{role}-{self.born}"
+        )
+
+    def rule_aggregate(self, which: int) -> None:
+        self._aggregate(f"agg{which % 2}")
+
+    def rule_aggregate_fault(self, which: int, fault: int) -> None:
+        """An aggregator's commit or acknowledgement goes wrong. That may cost nobody an attempt."""
+        self._aggregate(f"agg{which % 2}", AGGREGATOR_FAULTS[fault % len(AGGREGATOR_FAULTS)])
+
+    def _aggregate(self, role: str, fault: str = "") -> None:
+        tap = self.stage.taps[role]
+        tap.arm(0, fault)
+        if fault == "lost":
+            self.transport.fails_in = 1
+        self.transport.swallows = fault == "swallowed"
+        try:
+            self.aggregators[role].step(0.0)
+        except (StoreUnavailable, TransportLost):
+            pass
+        except Crash:
+            self._start_aggregator(role)
+        finally:
+            self.transport.fails_in, self.transport.swallows = None, False
+            tap.arm()
+
+    # -- workers
+
+    def _hand(self, w: int) -> Hand:
+        return self.hands[w % len(self.hands)]
+
+    def _beat_all(self) -> None:
+        for hand in self.hands:
+            if hand.life == "up":
+                self._beat(hand)
+
+    def _beat(self, hand: Hand) -> None:
+        hand.seq += 1
+        control = self.transport.worker(hand.name).beat(self._word_of(hand))
+        if hand.state == "starting":
+            hand.state = "ready"
+        if control is None:
+            return
+        for key in control.drop:
+            hand.holding.pop(key, None)
+        hand.state = "draining" if control.drain else "ready"
+
+    def _word_of(self, hand: Hand) -> Beat:
+        return Beat(
+            worker=hand.name,
+            boot=hand.boot,
+            seq=hand.seq,
+            state=hand.state,
+            engines=("encoder",),
+            device_name="hand",
+            resident=(TRUNK.digest, OTHER_TRUNK.digest),
+            held=tuple(hand.holding),
+            left=tuple(sorted(hand.left)),
+        )
+
+    def rule_take(self, w: int) -> None:
+        """A worker takes all messages that wait for it."""
+        self._take(self._hand(w))
+
+    def _take(self, hand: Hand) -> None:
+        side = self.transport.worker(hand.name)
+        while hand.life == "up" and hand.state == "ready" and (key := side.take()) is not None:
+            if key in hand.holding or key in hand.ended:
+                continue
+            raw = side.fetch(*key)
+            if raw is None:
+                hand.left.add(key)
+                continue
+            hand.holding[key] = Assignment.decode(raw)
+            self.taken.append((hand, hand.boot, hand.holding[key]))
+
+    def rule_work(self, w: int) -> None:
+        """A worker takes what waits for it and does all of it, in order."""
+        hand = self._hand(w)
+        self._take(hand)
+        self._do_all(hand)
+
+    def _do_all(self, hand: Hand) -> None:
+        for a in list(hand.holding.values()):
+            if hand.life != "up" or a.key not in hand.holding:
+                return
+            self._begin(hand, [(a, tuple(range(len(a.texts))))])
+            if a.key in hand.holding:
+                self._finish(hand, a, 0)
+
+    def rule_begin(self, w: int, i: int, lo: int, n: int, beside: int) -> None:
+        """A micro-batch begins: some rows of an attempt, and all rows of the next one if ``beside`` is odd."""
+        hand = self._hand(w)
+        held = list(hand.holding.values())
+        if not held or hand.life != "up":
+            return
+        a = held[i % len(held)]
+        lo %= len(a.texts)
+        batch = [(a, tuple(range(lo, min(len(a.texts), lo + 1 + n % 4))))]
+        b = held[(i + 1) % len(held)]
+        if beside % 2 and a is not b and not a.exclusive and not b.exclusive:
+            batch.append((b, tuple(range(len(b.texts)))))
+        self._begin(hand, batch)
+
+    def _begin(self, hand: Hand, batch: Sequence[tuple[Assignment, tuple[int, ...]]]) -> None:
+        hand.batch = {a.key: rows for a, rows in batch}
+        hand.batch_of = {a.key: a for a, _ in batch}
+        self._mark(hand)
+        if any(kills(a.texts[p]) for a, rows in batch for p in rows):
+            self._die(hand, told=True)
+
+    def _mark(self, hand: Hand) -> None:
+        side = self.transport.worker(hand.name)
+        side.mark_running(Running(boot=hand.boot, rows=dict(hand.batch)) if hand.batch else None)
+
+    def rule_finish(self, w: int, i: int, how: int) -> None:
+        """A worker reports an attempt: right (0 to 3), twice, failed, for no fault of its rows, flaky, or in a wrong form."""
+        hand = self._hand(w)
+        held = list(hand.holding.values())
+        if not held or hand.life != "up":
+            return
+        a = held[i % len(held)]
+        if any(map(kills, a.texts)):
+            self._begin(hand, [(a, tuple(range(len(a.texts))))])
+        else:
+            self._finish(hand, a, how)
+
+    def _finish(self, hand: Hand, a: Assignment, how: int) -> None:
+        self._report(hand, hand.boot, a, how)
+        hand.holding.pop(a.key, None)
+        hand.ended.add(a.key)
+        if hand.batch.pop(a.key, None) is not None:
+            self._mark(hand)
+
+    def _report(self, hand: Hand, boot: str, a: Assignment, how: int) -> None:
+        outcome = Outcome(
+            subtask=a.subtask,
+            attempt=a.attempt,
+            nonce=a.nonce,
+            worker=hand.name,
+            boot=boot,
+            verdict="done",
+            columns={t.name: _answers(a.texts) for t in a.tasks},
+            usage=Usage(tokens=len(a.texts), computed_tokens=len(a.texts), busy_s=0.001, micro_batches=1),
+        )
+        blamed: Sequence[str] = ()
+        match how % 9:
+            case 5:
+                outcome, blamed = _failed(outcome, "engine"), a.texts
+            case 6:
+                outcome = _failed(outcome, "cannot_fetch")
+            case 7:
+                outcome, blamed = _flaky(outcome), a.texts[:1]
+            case 8:
+                outcome, blamed = replace(outcome, columns={}), a.texts
+        job = self.jobs[UUID(a.job)]
+        for words in blamed:
+            job.failures[row_of(words)] += 1
+        self.costs += how % 9 > 4
+        for _ in range(2 if how % 9 == 4 else 1):
+            self._send(hand, outcome)
+        self.reported.setdefault(a.key, set()).add("failed" if how % 9 in (5, 6, 8) else "done")
+
+    def _send(self, hand: Hand, outcome: Outcome) -> None:
+        self.transport.worker(hand.name).report(outcome.subtask, outcome.attempt, outcome.encode())
+
+    def rule_late(self, i: int, how: int) -> None:
+        """A report of any attempt that was ever taken comes in: a process that froze, or a slow network."""
+        told = [t for t in self.taken if not any(map(kills, t[2].texts))]
+        if told:
+            hand, boot, a = told[-1 - i % len(told)]
+            self._report(hand, boot, a, how)
+
+    def rule_forge(self, i: int, how: int) -> None:
+        """A wrong answer comes in that nobody has the right to give."""
+        if not self.taken:
+            return
+        hand, boot, a = self.taken[-1 - i % len(self.taken)]
+        forged = Outcome(
+            subtask=a.subtask,
+            attempt=a.attempt,
+            nonce="guessed",
+            worker=hand.name,
+            boot=boot,
+            verdict="done",
+            columns={t.name: _answers(a.texts, 1) for t in a.tasks},
+        )
+        _, _, other = self.taken[i % len(self.taken)]
+        match how % 5:
+            case 0:
+                pass
+            case 1:
+                forged = replace(forged, nonce=a.nonce, attempt=a.attempt + 1)
+            case 2:
+                forged = replace(forged, subtask=other.subtask, attempt=other.attempt, nonce=a.nonce)
+                if other.nonce == a.nonce:
+                    return
+            case 3:
+                forged = _failed(forged, "engine")
+            case _:
+                self.transport.worker(hand.name).report(a.subtask, a.attempt, b"garbage")
+                return
+        self._send(hand, forged)
+
+    def rule_die(self, w: int, told: int, evidence: int) -> None:
+        """A process is killed. Its launcher says so at once, or its host is gone with it; evidence may be lost."""
+        hand = self._hand(w)
+        if hand.life == "gone":
+            return
+        if evidence % 4 == 3:
+            self.transport.worker(hand.name).mark_running(None)
+        self._die(hand, told=bool(told % 3))
+
+    def _die(self, hand: Hand, told: bool) -> None:
+        self.deaths += 1
+        self.costs += 1
+        self._remember_batch(hand)
+        hand.life = "gone"
+        if told:
+            self._restart(hand)
+
+    def _remember_batch(self, hand: Hand) -> None:
+        """Who ran in a process that is about to end, and whether alone: nobody else may be blamed for it."""
+        ran = [
+            (self.jobs[UUID(hand.batch_of[key].job)], row_of(hand.batch_of[key].texts[p]))
+            for key, rows in hand.batch.items()
+            for p in rows
+        ]
+        for job, row in ran:
+            job.suspects.add(row)
+            if len(ran) == 1:
+                job.died_alone[row] += 1
+
+    def _restart(self, hand: Hand) -> None:
+        hand.boots += 1
+        hand.life, hand.state, hand.seq = "up", "starting", 0
+        for kept in (hand.holding, hand.batch, hand.ended, hand.left):
+            kept.clear()
+        self.transport.worker(hand.name).beat(self._word_of(hand))
+
+    def rule_start(self, w: int) -> None:
+        """A host comes back."""
+        if self._hand(w).life == "gone":
+            self._restart(self._hand(w))
+
+    def rule_freeze(self, w: int) -> None:
+        if self._hand(w).life == "up":
+            self._hand(w).life = "frozen"
+            self.costs += 1
+
+    def rule_thaw(self, w: int) -> None:
+        if self._hand(w).life == "frozen":
+            self._hand(w).life = "up"
+
+    def rule_drain(self, w: int, on: int) -> None:
+        name = self._hand(w).name
+        with self.database.transaction() as connection:
+            if on % 2:
+                drains.drain(connection, {name: ""}, "somebody")
+            else:
+                drains.resume(connection, [name])
+        # What waited there is done elsewhere.
+        self.costs += on % 2
+
+    # -- Redis
+
+    def rule_drop_message(self, w: int, i: int) -> None:
+        queue = self.transport.queues.get(self._hand(w).name)
+        if queue:
+            queue.pop(i % len(queue))
+            self.costs += 1
+
+    def rule_drop_payload(self, w: int) -> None:
+        mine = [key for key in self.transport.payloads if key[0] == self._hand(w).name]
+        if mine:
+            del self.transport.payloads[mine[-1]]
+            self.costs += 1
+
+    def rule_double_message(self, w: int, i: int) -> None:
+        queue = self.transport.queues.get(self._hand(w).name)
+        if queue:
+            queue.append(queue[i % len(queue)])
+
+    def rule_reorder(self, w: int) -> None:
+        """A queue and the stream are turned round."""
+        queue = self.transport.queues.get(self._hand(w).name)
+        if queue:
+            queue.reverse()
+        self.transport.entries = dict(reversed(self.transport.entries.items()))
+
+    def rule_double_entry(self, i: int) -> None:
+        entries = list(self.transport.entries.values())
+        if entries:
+            (subtask, attempt), body = entries[i % len(entries)]
+            # As an entry of its own: not as a report, which would drop a payload.
+            self.transport._next += 1
+            name = f"{self.transport._next}-0"
+            self.transport.entries[name] = ((subtask, attempt), body)
+            self.transport.reported_at[name] = self.now
+
+    def rule_wipe(self, luck: int) -> None:
+        """Redis is emptied, or starts again with nothing: one time in four."""
+        if luck % 4 != 3:
+            return
+        self.transport.empty()
+        self.reported.clear()
+        self.costs += 1
+
+    # -- the end
+
+    def heal(self) -> None:
+        """No more faults: within some rounds every job ends, and each row has its answer."""
+        self.words.clear()
+        for hand in self.hands:
+            if hand.life == "gone":
+                self._restart(hand)
+            hand.life = "up"
+        with self.database.transaction() as connection:
+            drains.resume(connection, [hand.name for hand in self.hands])
+        for _ in range(HEAL_ROUNDS):
+            if self._over():
+                break
+            self._advance(1.0)
+            self._beat_all()
+            self._step("A")
+            self._step("B")
+            self._look()
+            for hand in self.hands:
+                self._take(hand)
+                self._do_all(hand)
+            self._aggregate("agg0")
+            self._aggregate("agg1")
+            self._look()
+
+    def _over(self) -> bool:
+        with self.database.transaction() as connection:
+            waiting = connection.exec_driver_sql(
+                "SELECT count(*) FROM job WHERE state IN ('loading', 'running')"
+            ).scalar_one()
+        return not waiting and not self.transport.entries
+
+
+def _answers(texts: Sequence[str], beside: int = 0) -> Column:
+    """``beside`` what is right."""
+    n = len(texts)
+    codes = [(label_of(words) + beside) % 3 for words in texts]
+    return Column(
+        kind="label",
+        status=bytes(n),
+        arrays={"codes": struct.pack(f"<{n}h", *codes), "scores": struct.pack(f"<{n}f", *([0.5] * n))},
+    )
+
+
+def _failed(outcome: Outcome, error: str) -> Outcome:
+    return replace(outcome, verdict="failed", columns={}, error=(error, "it broke"))
+
+
+def _flaky(outcome: Outcome) -> Outcome:
+    """The first row met trouble that passes."""
+    return replace(
+        outcome,
+        columns={
+            name: replace(
+                c,
+                status=bytes([ERROR]) + c.status[1:],
+                errors={0: CellError("engine", "the device hiccuped", retriable=True)},
+            )
+            for name, c in outcome.columns.items()
+        },
+    )
