@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import fcntl
 import itertools
+import os
+import shutil
+import sys
 import tempfile
 import time
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import psycopg
@@ -18,6 +23,63 @@ from motet.embedded.valkey import Valkey, ValkeyUrls
 from motet.redis_url import redis_py_url
 
 NUMBERS = itertools.count(1)
+
+#: A folder in memory, on Linux. Dropping a database of a test waits 100 ms for a disk, and 3 ms for this.
+MEMORY = Path("/dev/shm")
+#: What must be free there, so that a run with two clusters fits, and earlier runs never fill the memory.
+ROOM_BYTES = 6 << 30
+
+
+def spare_time() -> None:
+    """Let this run, and every process that it starts, keep what it compiles and write its files into memory.
+
+    Tests start some two hundred Python processes; each that had to compile torch again would take seconds more.
+    """
+    os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
+    sys.dont_write_bytecode = False
+    if "TMPDIR" not in os.environ and _suits(MEMORY):
+        os.environ["TMPDIR"] = str(MEMORY)
+        tempfile.tempdir = None  # pytest has asked for it already
+
+
+def _suits(folder: Path) -> bool:
+    """Whether a folder can stand in for /tmp: there, open to us, with room, and programs in it may be run."""
+    return (
+        os.access(folder, os.W_OK | os.X_OK)
+        and not os.statvfs(folder).f_flag & os.ST_NOEXEC
+        and shutil.disk_usage(folder).free > ROOM_BYTES
+    )
+
+
+spare_time()
+
+
+@pytest.hookimpl(
+    wrapper=True, tryfirst=True
+)  # before pytest-timeout's: waiting for others is not the test's time
+def pytest_runtest_protocol(item: pytest.Item) -> Iterator[None]:
+    """Run a test marked ``alone`` while no other one runs. It holds short times that a busy machine would break."""
+    if not hasattr(item.config, "workerinput"):  # no pytest-xdist: every test is alone
+        return (yield)
+    shared = Path(item.config.option.basetemp).parent
+    with locked(shared / "door", fcntl.LOCK_EX) as door:
+        # Who waits to be alone keeps the door, so that those who come later do not overtake.
+        alone = item.get_closest_marker("alone") is not None
+        with locked(shared / "room", fcntl.LOCK_EX if alone else fcntl.LOCK_SH):
+            if not alone:
+                fcntl.flock(door, fcntl.LOCK_UN)
+            return (yield)
+
+
+@contextmanager
+def locked(path: Path, how: int) -> Iterator[int]:
+    """Hold a lock that other processes hold too, until the end of the block; its file stays."""
+    fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+    try:
+        fcntl.flock(fd, how)
+        yield fd
+    finally:
+        os.close(fd)
 
 
 @pytest.fixture(scope="session")

@@ -210,7 +210,7 @@ def _check(stack: Stack, rows: int) -> None:
         _check_kill(stack, service, rows)
     _check_freeze(stack, "dispatcher", "dispatch")
     _check_freeze(stack, "aggregator", "aggregate")
-    _check_freeze(stack, "worker-cpu", "workers.app")
+    _check_frozen_worker(stack)
     _check_scale(stack, rows)
     _check_restart(stack, record["id"])
 
@@ -351,6 +351,30 @@ def _check_freeze(stack: Stack, service: str, module: str) -> None:
     )
     stack.ok(f"{service}: thawed, it is healthy", True)
 
+
+def _check_frozen_worker(stack: Stack) -> None:
+    """A worker that stands still is replaced by its launcher."""
+    began, before = time.monotonic(), set(stack.python("worker-cpu", _WORKERS).split())
+    stack.python("worker-cpu", _SIGNAL.format(module="workers.app", signal="SIGSTOP"))
+
+    def replaced() -> bool:
+        now = set(stack.python("worker-cpu", _WORKERS).split())
+        return len(now) == len(before) and not now & before
+
+    _until(replaced, HEAL_S, "the frozen workers are replaced")
+    _until(
+        lambda: stack.state("worker-cpu")["Health"]["Status"] == "healthy", HEAL_S, "worker-cpu is healthy"
+    )
+    stack.ok(f"worker-cpu: frozen, it is replaced after {time.monotonic() - began:.0f} s", bool(before))
+
+
+#: The process ids of a container's workers.
+_WORKERS = """
+import pathlib
+for path in pathlib.Path('/proc').glob('[0-9]*/cmdline'):
+    if 'workers.app' in path.read_bytes().decode().split('\\0'):
+        print(path.parent.name)
+"""
 
 #: Sends a signal to the processes of a container that run a module.
 _SIGNAL = """

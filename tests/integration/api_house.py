@@ -72,6 +72,16 @@ DICE = Manifest(
     source={"function": "dice:roll"},
 )
 MODELS = (TINY, TOPICS, TONES, DICE)
+#: A language model; whoever asks it registers it.
+SPEAKER = Manifest(
+    name="speaker",
+    version="1",
+    engine="causal",
+    answers="text",
+    files={"model.safetensors": "d" * 64},
+    max_tokens=2048,
+    parameters=1_000_000,
+)
 
 CLASSIFY = {"topic": {"kind": "classify", "model": "topics"}}
 TWO = {**CLASSIFY, "vector": {"kind": "embed", "model": "tiny"}}
@@ -247,24 +257,29 @@ def a_house(database_url: str, folder: Path, **settings: Any) -> Iterator[House]
     # No certificates to read: it speaks plain HTTP to this machine, and reading them takes longer than most tests.
     with running(chosen) as url, httpx.Client(timeout=60, trust_env=False, verify=False) as line:
         house = House(url, chosen, database, line)
-        with database.transaction() as connection:
-            for tenant, names in (("default", ("user", "read", "admin", "worker")), ("other", ("stranger",))):
-                house.tenants[tenant] = registry.tenant_named(connection, tenant)
-                for name in names:
-                    token = new_token()
-                    house.tokens[name] = token.shown
-                    registry.add_token(
-                        connection,
-                        token_id=token.id,
-                        tenant=house.tenants[tenant],
-                        name=name,
-                        scope="user" if name == "stranger" else name,
-                        secret_sha256=token.digest,
-                    )
-            for model in MODELS:
-                registry.add_model(connection, model)
+        furnish(house)
         yield house
     database.close()
+
+
+def furnish(house: House) -> None:
+    """Two tenants, a token of each scope, and MODELS."""
+    with house.database.transaction() as connection:
+        for tenant, names in (("default", ("user", "read", "admin", "worker")), ("other", ("stranger",))):
+            house.tenants[tenant] = registry.tenant_named(connection, tenant)
+            for name in names:
+                token = new_token()
+                house.tokens[name] = token.shown
+                registry.add_token(
+                    connection,
+                    token_id=token.id,
+                    tenant=house.tenants[tenant],
+                    name=name,
+                    scope="user" if name == "stranger" else name,
+                    secret_sha256=token.digest,
+                )
+        for model in MODELS:
+            registry.add_model(connection, model)
 
 
 @pytest.fixture

@@ -10,8 +10,8 @@ from uuid import UUID
 from motet.errors import Problem
 from motet.manifest import Manifest
 from motet.tasks import Task
+from scheduler.api.submissions import Submission, new_job, plan_submission
 from scheduler.blocks import Part, blocks_of
-from scheduler.plan import loaded_model, plan, task_digest
 from scheduler.store import jobs, registry
 from scheduler.store.database import Database
 
@@ -31,55 +31,38 @@ def land(
     block_rows: int = 1024,
     priority: int = 1,
     tenant: str = "default",
+    job_id: UUID | None = None,
+    close: bool = True,
 ) -> UUID:
-    """Open, fill and close a job of texts. A Problem in place of a text is a row that arrived broken."""
+    """Open, fill and close a job whose every field holds the row's text. A Problem is a row that arrived broken."""
     with database.transaction() as connection:
         home = registry.tenant_named(connection, tenant)
-        found = registry.find_models(connection, registry.model_refs(connection))
-        by_name = {r.manifest.name: r for r in found.values()}
-        models = {name: by_name[t.model].manifest for name, t in tasks.items()}
-        trunks = {r.manifest.ref: r.manifest for r in found.values()}
-        passes = plan(tasks, models, trunks)
-        pass_of = {number: p.number for p in passes for number in p.tasks}
-        job = jobs.NewJob(
-            id=uuid.uuid4(),
-            tenant=home,
+        found = registry.find_models(connection, {t.model for t in tasks.values()})
+        trunks = registry.find_models(connection, {m.manifest.trunk_model for m in found.values()} - {""})
+        asked = Submission(
+            tasks=tasks,
             name="",
             priority=priority,
             reuse=True,
             bad_rows="error",
-            fields=("text",),
-            tasks=tuple(
-                jobs.NewTask(
-                    name=name,
-                    pass_number=pass_of[number],
-                    model_id=by_name[task.model].id,
-                    kind=task.kind,
-                    spec=task.to_json(),
-                    labels=models[name].labels,
-                    digest=task_digest(task, models[name], loaded_model(models[name], trunks)),
-                )
-                for number, (name, task) in enumerate(tasks.items())
-            ),
-            passes=tuple(
-                jobs.NewPass(
-                    kind=p.kind,
-                    model_id=by_name[p.model.name].id,
-                    numerics=p.numerics,
-                    max_tokens=p.max_tokens,
-                    input=p.input,
-                )
-                for p in passes
-            ),
-            request_digest=hashlib.sha256(uuid.uuid4().bytes).digest(),
+            rows=None,
+            deadline_s=None,
+            retention_days=None,
+            total_rows=None,
+            total_bytes=None,
+            digest=hashlib.sha256(uuid.uuid4().bytes).digest(),
         )
+        planned = plan_submission(tasks, found, trunks, ())
+        job = new_job(job_id or uuid.uuid4(), home, asked, planned, None)
         jobs.open_job(connection, job, max_active_jobs=100)
         loading = jobs.loading(connection, home, job.id)
+        texts = ["" if isinstance(r, Problem) else r for r in rows]
         part = Part(
-            columns={"text": ["" if isinstance(r, Problem) else r for r in rows]},
+            columns=dict.fromkeys(asked.fields, texts),
             bad={i: ("bad_row", r.got) for i, r in enumerate(rows) if isinstance(r, Problem)},
         )
         blocks = blocks_of(part, loading.readers, block_rows=block_rows, block_bytes=1 << 20)
         jobs.land_part(connection, loading, 0, b"digest", blocks, first_row=0, max_rows=1_000_000)
-        jobs.close_job(connection, home, job.id, parts=1, rows=len(rows))
+        if close:
+            jobs.close_job(connection, home, job.id, parts=1, rows=len(rows))
     return job.id

@@ -255,6 +255,7 @@ def a_cluster(works: Works) -> Iterator[None]:
         own.close()
 
 
+@pytest.mark.alone
 def test_a_running_job_ends_about_when_it_was_said_to(works: Works) -> None:
     with a_cluster(works), Client(works.api.url, works.api.tokens["user"], timeout=20) as client:
         # What this teaches of the workers is known to the next one.

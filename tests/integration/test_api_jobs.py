@@ -36,6 +36,7 @@ def test_a_job_is_opened_filled_part_by_part_and_runs_when_it_is_closed(house: H
             "model": "tiny@1",
             "numerics": "fast",
             "max_tokens": 16,
+            "needs": [],
         }
     ]
     first = house.put(job["id"], 0, TEXTS[:1024], first_row=0)
@@ -300,6 +301,7 @@ def test_a_refused_part_is_not_stored_and_may_be_sent_mended(house: House) -> No
 # -- watching and ending
 
 
+@pytest.mark.alone
 def test_a_watcher_is_woken_by_the_change_it_waits_for(house: House) -> None:
     job = house.submit(["a", "b"])
     timer = threading.Timer(0.3, house.answer, (job["id"], 0))
@@ -312,6 +314,7 @@ def test_a_watcher_is_woken_by_the_change_it_waits_for(house: House) -> None:
     assert 0.2 < took < 0.95, "woken by the notification, before the poll of the next second"
 
 
+@pytest.mark.alone
 def test_a_watcher_hears_nothing_new_in_time_and_an_ended_job_is_not_waited_for(house: House) -> None:
     job = house.submit(["a"])
     start = time.monotonic()
@@ -324,6 +327,7 @@ def test_a_watcher_hears_nothing_new_in_time_and_an_ended_job_is_not_waited_for(
     assert time.monotonic() - start < 2
 
 
+@pytest.mark.alone
 def test_many_watchers_hold_no_thread(house: House) -> None:
     job = house.submit(["a"])
     done: list[int] = []

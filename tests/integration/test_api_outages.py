@@ -131,9 +131,11 @@ def test_examples_and_real_answers_have_the_shapes_that_are_described(house: Hou
         (shapes.PartShape, shapes.PART),
         (shapes.ErrorsShape, shapes.CELL_ERRORS),
         (shapes.WorkerShape, shapes.WORKER),
+        (shapes.AliasShape, shapes.ALIAS),
         (shapes.TokenShape, shapes.TOKEN),
         (shapes.ReadyShape, shapes.READY),
         (shapes.ClusterShape, shapes.CLUSTER),
+        (shapes.FitsShape, shapes.FITS),
     ):
         shape.model_validate(example)
     job = house.submit(["a"], TWO)["id"]

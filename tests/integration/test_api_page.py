@@ -76,7 +76,7 @@ def test_a_running_job_shows_what_each_pass_and_device_does(works: Works) -> Non
     assert (p["number"], p["kind"], p["tasks"]) == (0, "encoder trunk", ["size", "again"])
     assert p["rows"]["open"] > 0 < p["rows"]["done"]
     assert p["rows"]["waiting"] + p["rows"]["open"] + p["rows"]["done"] == p["rows"]["total"] == 300
-    assert p["blocks"] == {"total": 5, "sealed": seen["job"]["blocks"]["done"]}
+    assert p["blocks"] == {"total": 5, "sealed": seen["job"]["blocks"]["done"], "waiting": 0}
     states = [s["state"] for s in seen["timeline"]]
     assert p["subtasks"] == {s: states.count(s) for s in ("open", "done", "lost", "failed")}
     # The hands read one token a row, for two tasks at once.

@@ -143,6 +143,43 @@ def test_a_registered_model_can_be_named_by_the_next_job(house: House) -> None:
     )
 
 
+SERVED = {"url": "http://127.0.0.1:8000/v1", "model": "qwen3", "in_flight": "16", "key_env": "MOTET_KEY_QWEN"}
+
+
+def test_a_language_model_is_registered_with_its_template_and_one_of_another_server_by_its_address(
+    house: House,
+) -> None:
+    local = manifest(
+        house,
+        answers="text",
+        engine="causal",
+        labels=[],
+        trunk="7" * 64,
+        trunk_model="",
+        kv_width=11_520,
+        files={"chat_template.jinja": store(house, b"{{ messages }}")},
+    )
+    made = house.call("POST", "/v1/models", token="admin", json=local)
+    assert made.status_code == 201, made.text
+    assert made.json()["kv_width"] == 11_520
+    served = manifest(
+        house,
+        name="served",
+        engine="openai",
+        answers="text",
+        labels=[],
+        files={},
+        trunk="",
+        trunk_model="",
+        source=SERVED,
+    )
+    made = house.call("POST", "/v1/models", token="admin", json=served)
+    assert made.status_code == 201, made.text
+    digest = made.json()["digest"]
+    other = {**served, "name": "other", "source": {**SERVED, "model": "llama"}}
+    assert house.call("POST", "/v1/models", token="admin", json=other).json()["digest"] != digest
+
+
 def test_the_newest_version_is_meant_where_none_is_named(house: House) -> None:
     for version in ("1", "2"):
         house.call("POST", "/v1/models", token="admin", json=manifest(house, version=version))
@@ -206,6 +243,15 @@ def test_a_manifest_that_is_wrong_is_told_where(house: House) -> None:
         ({"formats": ["int3"]}, "formats"),
         ({"source": {"folder": 7}}, "source"),
         ({"trust_remote_code": True}, "trust_remote_code"),
+        ({"kv_width": -1}, "kv_width"),
+        ({"answers": "text", "max_tokens": 0}, "max_tokens"),
+        ({"files": {"chat_template.jinja": store(house, b"\xff")}}, "files.chat_template.jinja"),
+        ({"source": {**SERVED, "url": "file:///etc/passwd"}}, "source.url"),
+        ({"source": {**SERVED, "url": "http://me:secret@host/v1"}}, "source.url"),
+        ({"source": {**SERVED, "url": "http://[host/v1"}}, "source.url"),
+        ({"source": {**SERVED, "model": ""}}, "source.model"),
+        ({"source": {**SERVED, "in_flight": "0"}}, "source.in_flight"),
+        ({"source": {**SERVED, "key_env": "MOTET_TOKEN"}}, "source.key_env"),
     ]
     for changes, field in cases:
         found = problems(house.call("POST", "/v1/models", token="admin", json=manifest(house, **changes)))

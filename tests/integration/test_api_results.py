@@ -168,6 +168,7 @@ def test_an_answer_holds_about_eight_megabytes_and_says_where_to_go_on(
     assert seen == list(range(6))
 
 
+@pytest.mark.alone
 def test_a_reader_waits_for_the_next_block_and_is_woken(house: House) -> None:
     job = house.submit(TEXTS[:2])["id"]
     timer = threading.Timer(0.3, house.answer, (job, 0))

@@ -36,7 +36,21 @@ def test_downgrading_leaves_nothing_and_upgrading_brings_all_back(empty_url: str
     assert things(empty_url) == set()
     upgrade(empty_url)
     there = things(empty_url)
-    assert {"job", "block", "subtask", "lease", "rate", "pace", "results", "merged", "column_cells"} <= there
+    assert {
+        "job",
+        "block",
+        "subtask",
+        "lease",
+        "rate",
+        "pace",
+        "spent",
+        "alias",
+        "alias_step",
+        "fit",
+        "results",
+        "merged",
+        "column_cells",
+    } <= there
     downgrade(empty_url)
     assert things(empty_url) == set()
     upgrade(empty_url)
@@ -102,6 +116,124 @@ def test_rates_that_say_too_little_are_dropped_and_live_leases_stay(empty_url: s
     engine.dispose()
 
 
+def test_going_down_fails_the_jobs_that_only_language_models_or_dependence_could_end(empty_url: str) -> None:
+    upgrade(empty_url)
+    engine = create_engine(empty_url)
+    with engine.begin() as connection:
+        connection.execute(
+            text(
+                "INSERT INTO tenant (name) VALUES ('default');"
+                "INSERT INTO model (name, version, digest, trunk, manifest) VALUES ('m', '1', 'd', 't', '{}'),"
+                " ('llm', '1', 'e', '', '{\"answers\": \"text\"}');"
+                "INSERT INTO job (id, tenant_id, name, state, fields, n_tasks, n_rows, request_digest)"
+                " SELECT gen_random_uuid(), t.id, m, 'running', '{text}', 1, 7, 'x'"
+                " FROM tenant t, unnest('{plain,waits,prompts}'::text[]) m WHERE t.name = 'default';"
+                "INSERT INTO pass (job_id, number, kind, model_id, numerics, max_tokens, input, needs, rows_waiting)"
+                " SELECT job.id, 0, 'm', model.id, 'fast', 0, '{text}',"
+                " CASE WHEN job.name = 'waits' THEN '{1}'::int2[] ELSE '{}' END, 7 FROM job"
+                " JOIN model ON model.name = CASE WHEN job.name = 'prompts' THEN 'llm' ELSE 'm' END;"
+                "INSERT INTO subtask (job_id, pass_number, blocks, los, his, sizes, todo, n_rows, bytes)"
+                " SELECT id, 0, '{0}', '{0}', '{7}', '{4}', 1, 7, 4 FROM job"
+            )
+        )
+    downgrade(empty_url, "0003")
+    with engine.connect() as connection:
+        found = connection.execute(
+            text(
+                "SELECT j.name, j.state, j.cells_skipped, p.rows_waiting, s.state AS subtask FROM job j"
+                " JOIN pass p ON p.job_id = j.id JOIN subtask s ON s.job_id = j.id ORDER BY j.name"
+            )
+        ).all()
+    assert [tuple(row) for row in found] == [
+        ("plain", "running", 0, 7, "open"),
+        ("prompts", "failed", 7, 0, "lost"),
+        ("waits", "failed", 7, 0, "lost"),
+    ]
+    upgrade(empty_url)
+    engine.dispose()
+
+
+def test_going_down_forgets_aliases_and_keeps_the_models_that_they_meant(empty_url: str) -> None:
+    upgrade(empty_url, "0004")
+    engine = create_engine(empty_url)
+    with engine.begin() as connection:
+        connection.execute(
+            text(
+                "INSERT INTO model (name, version, digest, trunk, manifest) VALUES ('m', '1', 'd', 't', '{}')"
+            )
+        )
+    for _ in range(2):
+        upgrade(empty_url, "0005")
+        with engine.begin() as connection:
+            assert connection.execute(text("SELECT count(*) FROM alias")).scalar_one() == 0
+            connection.execute(
+                text(
+                    "INSERT INTO alias_step (name, alias, what, version, model_id)"
+                    " SELECT name, 'prod', 'promoted', version, id FROM model;"
+                    "INSERT INTO alias SELECT name, alias, model_id, id FROM alias_step"
+                )
+            )
+        downgrade(empty_url, "0004")
+    with engine.connect() as connection:
+        assert connection.execute(text("SELECT count(*) FROM model")).scalar_one() == 1
+    upgrade(empty_url)
+    engine.dispose()
+
+
+def test_going_down_forgets_training_runs_and_fails_those_that_have_not_ended(empty_url: str) -> None:
+    upgrade(empty_url, "0005")
+    engine = create_engine(empty_url)
+    with engine.begin() as connection:
+        connection.execute(
+            text(
+                "INSERT INTO tenant (name) VALUES ('default');"
+                "INSERT INTO model (name, version, digest, trunk, manifest) VALUES ('m', '1', 'd', 't', '{}')"
+            )
+        )
+    upgrade(empty_url, "0006")
+    with engine.begin() as connection:
+        connection.execute(
+            text(
+                "INSERT INTO job (id, tenant_id, name, kind, state, fields, n_tasks, n_rows, cells_ok, request_digest)"
+                " SELECT gen_random_uuid(), t.id, k.name, k.kind, k.state, '{text}', 1, 2,"
+                " CASE k.state WHEN 'succeeded' THEN 2 ELSE 0 END, 'x'"
+                " FROM tenant t, (VALUES ('ended', 'train', 'succeeded'), ('loads', 'train', 'loading'),"
+                " ('plain', 'infer', 'running'), ('runs', 'train', 'running')) k (name, kind, state)"
+                " WHERE t.name = 'default';"
+                "INSERT INTO pass (job_id, number, kind, model_id, numerics, max_tokens, input, rows_waiting)"
+                " SELECT job.id, 0, 'm', model.id, 'fast', 0, '{text}', 1 FROM job, model;"
+                "INSERT INTO subtask (job_id, pass_number, blocks, los, his, sizes, todo, n_rows, bytes)"
+                " SELECT id, 0, '{0}', '{0}', '{1}', '{4}', 1, 1, 4 FROM job WHERE state = 'running';"
+                "INSERT INTO lease (subtask_id, attempt, worker, boot, nonce, predicted_s, until)"
+                " SELECT id, 1, 'w', 'b', 'n', 1, now() FROM subtask;"
+                "INSERT INTO fit (job_id, row_index, reports, files)"
+                " SELECT id, 0, '{\"heads 0001\": {\"epoch\": 1}}', '{abc}' FROM job WHERE kind = 'train'"
+            )
+        )
+    downgrade(empty_url, "0005")
+    assert "fit" not in things(empty_url)
+    with engine.connect() as connection:
+        found = connection.execute(
+            text(
+                "SELECT j.name, j.state, j.cells_ok, j.cells_skipped, p.rows_waiting, s.state, l.attempt FROM job j"
+                " JOIN pass p ON p.job_id = j.id LEFT JOIN subtask s ON s.job_id = j.id"
+                " LEFT JOIN lease l ON l.subtask_id = s.id ORDER BY j.name"
+            )
+        ).all()
+        why = connection.execute(text("SELECT reason FROM job WHERE name = 'runs'")).scalar_one()
+    assert [tuple(row) for row in found] == [
+        ("ended", "succeeded", 2, 0, 1, None, None),
+        ("loads", "failed", 0, 2, 0, None, None),
+        ("plain", "running", 0, 0, 1, "open", 1),
+        ("runs", "failed", 0, 2, 0, "lost", None),
+    ]
+    assert why == "motet was taken back to a version that cannot run it"
+    upgrade(empty_url)
+    with engine.connect() as connection:
+        assert connection.execute(text("SELECT count(*) FROM fit")).scalar_one() == 0
+    engine.dispose()
+
+
 def test_two_processes_that_migrate_at_once_take_turns(empty_url: str) -> None:
     failures: list[BaseException] = []
 
@@ -130,4 +262,11 @@ def test_every_table_says_what_it_is_for(database_url: str) -> None:
             )
         ).scalars()
         assert set(silent) == set()
+        untold = connection.execute(
+            text(
+                "SELECT attname FROM pg_attribute WHERE attrelid = 'spent'::regclass AND attnum > 3"
+                " AND col_description(attrelid, attnum) IS NULL"
+            )
+        ).scalars()
+        assert set(untold) == set()
     engine.dispose()

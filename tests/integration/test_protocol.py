@@ -6,8 +6,11 @@ Nothing sleeps: the test decides when a process steps, dies or is late.
 from __future__ import annotations
 
 import struct
+import subprocess
+import sys
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any
 from uuid import UUID
 
@@ -20,7 +23,7 @@ from motet.manifest import Manifest
 from motet.settings import Settings
 from motet.tasks import Classify
 from motet.transport import MemoryTransport
-from motet.wire import Assignment, Beat, Outcome, Running, Usage
+from motet.wire import Assignment, Beat, Outcome, Running, Usage, pack, unpack
 from scheduler.aggregator import Aggregator
 from scheduler.carve import Carved, Frontier, Range
 from scheduler.dispatcher import Dispatcher
@@ -30,6 +33,7 @@ from scheduler.store.database import Database, StoreUnavailable
 from scheduler.store.endings import delete_job, end_job
 from scheduler.store.leadership import NotLeading
 from scheduler.store.leases import Clone, Cut, Held, Leased
+from scheduler.store.outcomes import Recorded, record
 from tests.integration.landing import land, register
 
 TRUNK = Manifest(
@@ -83,6 +87,8 @@ class Hand:
     seq: int = 0
     holding: dict[tuple[int, int], Assignment] = field(default_factory=dict)
     dropped: set[tuple[int, int]] = field(default_factory=set)
+    #: Came here, and could not be run.
+    left: set[tuple[int, int]] = field(default_factory=set)
 
     def beat(self) -> None:
         self.seq += 1
@@ -94,6 +100,7 @@ class Hand:
                 engines=("encoder",),
                 device_name="hand",
                 held=tuple(self.holding),
+                left=tuple(self.left),
             )
         )
         for key in control.drop if control else ():
@@ -105,7 +112,9 @@ class Hand:
         taken = []
         while (key := side.take()) is not None:
             raw = side.fetch(*key)
-            if raw is not None:
+            if raw is None:
+                self.left.add(key)
+            else:
                 self.holding[key] = Assignment.decode(raw)
                 taken.append(self.holding[key])
         return taken
@@ -305,6 +314,63 @@ def test_a_message_that_was_never_sent_is_rescued(house: House) -> None:
     house.transport.queues.clear()
     house.transport.payloads.clear()
     house.tick()
+    house.expire_leases()
+    assert house.finish(job).state == "succeeded"
+    assert_accounted_for(house, job, 20)
+
+
+def test_an_attempt_whose_payload_is_lost_is_closed_as_soon_as_its_worker_says_so(house: House) -> None:
+    job = land(house.database, texts(20), TASKS)
+    house.hands.pop()
+    house.tick()
+    sent = len(house.transport.payloads)
+    house.transport.payloads.clear()
+    [hand] = house.hands
+    assert not hand.take_all()
+    assert len(hand.left) == sent > 0
+    house.tick()
+    assert house.job(job).attempts_lost == sent
+    again = hand.take_all()
+    assert again, "its rows are sent again in the same step"
+    assert not house.sql("SELECT 1 FROM subtask WHERE deaths > 0"), "and nothing is blamed"
+    for a in again:
+        hand.report(hand.outcome(a))
+    assert house.finish(job).state == "succeeded"
+    assert_accounted_for(house, job, 20)
+
+
+def test_a_lease_whose_commit_nobody_heard_of_does_not_wait_for_its_end(
+    house: House, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    job = land(house.database, texts(20), TASKS)
+    real = leases.lease
+
+    def cut_off(*arguments: Any) -> Any:
+        monkeypatch.setattr(leases, "lease", real)
+        real(*arguments)
+        raise StoreUnavailable("the connection was lost at COMMIT")
+
+    monkeypatch.setattr(leases, "lease", cut_off)
+    with pytest.raises(StoreUnavailable):
+        house.tick()
+    unheard = house.sql("SELECT count(*) AS n FROM lease")[0].n
+    assert unheard > 0
+    assert not house.transport.queues
+    house.tick()
+    assert house.job(job).attempts_lost == unheard
+    assert house.finish(job).state == "succeeded"
+    assert_accounted_for(house, job, 20)
+
+
+def test_what_was_sent_outlives_an_outage_of_postgres(house: House) -> None:
+    job = land(house.database, texts(20), TASKS)
+    house.tick()
+    # On its way: no longer in the queue, not yet in a beat.
+    assert [h.transport.worker(h.name).take() for h in house.hands] != [None, None]
+    with pytest.raises(StoreUnavailable), house.dispatcher._leasing():
+        raise StoreUnavailable("away")
+    house.tick()
+    assert house.job(job).attempts_lost == 0
     house.expire_leases()
     assert house.finish(job).state == "succeeded"
     assert_accounted_for(house, job, 20)
@@ -550,6 +616,36 @@ def test_a_standby_leads_when_the_leader_is_late_and_the_old_one_writes_nothing(
     assert_accounted_for(house, job, 50)
 
 
+def test_the_lead_of_a_process_that_is_gone_is_taken_before_it_runs_out(house: House) -> None:
+    house.tick()
+    leads = house.dispatcher.epoch
+    with subprocess.Popen(
+        [sys.executable, "-c", "from scheduler.identity import own_name; print(own_name()); input()"],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+    ) as other:
+        assert other.stdout
+        name = other.stdout.readline().strip()
+        house.sql("UPDATE leader SET holder = :name", name=name)
+        standby = Dispatcher(house.database, house.transport, house.dispatcher.settings)
+        standby.step(house.now)
+        assert standby.epoch is None, "it lives"
+        other.kill()
+    standby.step(house.now)
+    assert standby.epoch is not None
+    assert leads is not None
+    assert standby.epoch > leads
+    with pytest.raises(NotLeading):
+        house.dispatcher._chores(leads, {}, house.dispatcher._read(house.now))
+    where, _, rest = name.rpartition(":")
+    elsewhere = f"{where}:0000abcd-{rest.partition('-')[2]}"
+    house.sql("UPDATE leader SET holder = :name, epoch = epoch + 1", name=elsewhere)
+    another = Dispatcher(house.database, house.transport, standby.settings)
+    another.step(house.now)
+    assert another.epoch is None, "of a process elsewhere nothing is known"
+
+
 def test_after_a_restore_of_an_older_dump_the_lead_is_taken_in_a_later_epoch_all_the_same(
     house: House,
 ) -> None:
@@ -680,6 +776,55 @@ def test_no_outcome_can_stop_the_aggregator(house: House, kind: str) -> None:
         house.expire_leases()
     assert house.finish(healthy).state == "succeeded"
     assert_accounted_for_all(house, healthy, 50)
+
+
+def test_what_cannot_be_read_is_buried_and_its_neighbours_are_recorded(house: House) -> None:
+    job = land(house.database, texts(20), TASKS)
+    house.tick()
+    stranger = house.transport.worker("w9")
+    [hand, *_] = house.hands
+    taken = [a for h in house.hands for a in h.take_all()]
+    real = hand.outcome(taken[0])
+    bombs = [pack(bytes(300 << 20)), b"\x28\xb5\x2f\xfd"]
+    unreadable = [b"", b"garbage", real.encode()[:-9], *bombs]
+    strange = [
+        replace(real, subtask=2**63 - 1, attempt=2**15 - 1),
+        replace(real, nonce="\0", worker="\0" * 999, boot="\0"),
+    ]
+    unreadable += [pack(unpack(real.encode()) | {"subtask": number}) for number in (2**63, -1)]
+    for body in [*unreadable, *(o.encode() for o in strange)]:
+        stranger.report(taken[0].subtask, taken[0].attempt, body)
+    for a in taken:
+        hand.report(hand.outcome(a))
+    house.aggregate()
+    assert len(house.transport.buried) == len(unreadable)
+    assert house.sql("SELECT count(*) AS n FROM lease")[0].n == 0
+    assert house.finish(job).state == "succeeded"
+    assert_accounted_for(house, job, 20)
+
+
+def test_an_outcome_that_nothing_can_be_done_with_is_dropped_and_its_rows_are_rescued(
+    house: House, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    job = land(house.database, texts(20), TASKS)
+    house.tick()
+    taken = [(h, a) for h in house.hands for a in h.take_all()]
+    hurtful = taken[0][1].subtask
+
+    def breaks(database: Database, outcomes: list[Outcome]) -> Recorded:
+        if any(o.subtask == hurtful for o in outcomes):
+            raise ValueError("nobody foresaw this")
+        return record(database, outcomes)
+
+    monkeypatch.setattr("scheduler.aggregator.record", breaks)
+    for hand, a in taken:
+        hand.report(hand.outcome(a))
+    house.aggregate()
+    assert house.transport.outcome_backlog() == 0
+    assert house.sql("SELECT subtask_id FROM lease") == [(hurtful,)]
+    house.expire_leases()
+    assert house.finish(job).state == "succeeded"
+    assert_accounted_for(house, job, 20)
 
 
 def assert_accounted_for_all(house: House, job: UUID, rows: int) -> None:
@@ -1116,3 +1261,35 @@ def test_what_was_decided_and_could_not_be_leased_is_decided_anew(
         with pytest.raises(StoreUnavailable):
             house.tick()
     assert house.finish(job).cells_ok == 20 * len(TASKS)
+
+
+def waiting(house: House, limit: int) -> list[UUID]:
+    with house.database.transaction() as connection:
+        return [UUID(d.job) for d in leases.demand(connection, house.now, limit)]
+
+
+def test_many_waiting_jobs_of_one_tenant_hide_neither_another_tenant_nor_bulk_work(house: House) -> None:
+    many = [land(house.database, texts(20), TASKS) for _ in range(12)]
+    bulk = [land(house.database, texts(20), TASKS, priority=2) for _ in range(2)]
+    other = land(house.database, texts(20), TASKS, tenant="other")
+    urgent = land(house.database, texts(20), TASKS, priority=0)
+    assert waiting(house, 500) == [urgent, *many, other, *bulk]
+    assert waiting(house, 4) == [urgent, many[0], other, bulk[0]]
+    assert waiting(house, 6) == [urgent, *many[:2], other, *bulk]
+    assert waiting(house, 8) == [urgent, *many[:4], other, *bulk]
+
+
+def test_whoever_comes_after_more_jobs_than_a_step_looks_at_is_served_all_the_same(
+    house: House, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(leases, "demand", partial(leases.demand, limit=4))
+    rows = texts(60)
+    many = [land(house.database, rows, TASKS) for _ in range(12)]
+    bulk = land(house.database, rows, TASKS, priority=2)
+    other = land(house.database, rows, TASKS, tenant="other")
+    ended: list[UUID] = []
+    while len(ended) < 14:
+        assert house.work(), "something waits, and nobody works for it"
+        ended += [j for j in (*many, bulk, other) if j not in ended and house.job(j).state == "succeeded"]
+    assert ended.index(other) < 4
+    assert ended.index(bulk) < 12

@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import pytest
+import redis
 
 from motet import transport
+from motet.embedded.valkey import Valkey
 from motet.manifest import Manifest
 from motet.transport import (
     Entry,
@@ -145,6 +149,132 @@ def test_what_a_dead_aggregator_left_is_taken_over(pair: Pair) -> None:
     [first] = read(pair, "dead")
     [again] = read(pair, "alive", reclaim_s=0.0)
     assert again == first
+
+
+def test_what_a_reader_that_is_gone_left_is_inherited_at_once_and_once(pair: Pair) -> None:
+    read(pair)
+    for subtask in (7, 8):
+        pair.worker("w").report(subtask, 1, outcome(subtask))
+    left = read(pair, "dead")
+    assert len(left) == 2
+    time.sleep(0.35)
+    assert pair.scheduler.inherit("heir", lambda _: False, 10) == [], "a live one keeps its entries"
+    assert pair.scheduler.inherit("heir", lambda name: name == "dead", 10) == left
+    assert pair.scheduler.inherit("late", lambda name: name == "dead", 10) == []
+    pair.scheduler.acknowledge(e.id for e in left)
+    assert pair.scheduler.outcome_backlog() == 0
+
+
+def test_what_was_read_for_a_reader_that_never_had_the_answer_comes_back_to_it(pair: Pair) -> None:
+    """Redis that stood still carries out what it finds on a line that its reader has given up."""
+    read(pair)
+    pair.worker("w").report(7, 1, outcome(7))
+    lost = read(pair, "reader")
+    assert read(pair, "reader") == [], "to Redis it is read"
+    assert pair.scheduler.inherit("other", lambda _: False, 10) == []
+    assert pair.scheduler.inherit("reader", lambda _: False, 10) == lost
+    pair.scheduler.acknowledge(e.id for e in lost)
+    assert pair.scheduler.inherit("reader", lambda _: False, 10) == []
+
+
+def test_readers_that_are_gone_and_left_nothing_are_forgotten(redis_url: str) -> None:
+    scheduler = RedisTransport(redis_url)
+    scheduler.read_outcomes("dead", 10, 0.01, 60)
+    scheduler.read_outcomes("alive", 10, 0.01, 60)
+    time.sleep(0.35)
+    scheduler.inherit("heir", lambda name: name == "dead", 10)
+    assert scheduler.readers().keys() == {"alive"}
+    scheduler.close()
+
+
+def test_outcomes_wait_until_they_are_settled_whoever_has_read_them(pair: Pair) -> None:
+    worker = pair.worker("w")
+    for subtask in range(40):
+        worker.report(subtask, 1, outcome(subtask))
+    everything = {(subtask, 1) for subtask in range(40)}
+    assert pair.scheduler.waiting_outcomes() == everything
+    first = read(pair, "a")
+    assert pair.scheduler.waiting_outcomes() == everything
+    pair.scheduler.acknowledge(e.id for e in first[:4])
+    worker.report(99, 1, outcome(99))
+    assert pair.scheduler.waiting_outcomes() == everything - {(i, 1) for i in range(4)} | {(99, 1)}
+    while entries := read(pair, "b"):
+        pair.scheduler.acknowledge(e.id for e in entries)
+    assert pair.scheduler.waiting_outcomes() == {(i, 1) for i in range(4, 10)}
+
+
+def test_the_body_of_an_outcome_that_waits_is_read_once_however_often_one_asks(redis_url: str) -> None:
+    scheduler = RedisTransport(redis_url)
+    worker = RedisWorkerTransport(redis_url, "w")
+    for subtask in range(100):
+        worker.report(subtask, 1, outcome(subtask))
+
+    def ranges() -> int:
+        return int(scheduler._redis.client.info("commandstats").get("cmdstat_xrange", {"calls": 0})["calls"])
+
+    assert len(scheduler.waiting_outcomes()) == 100
+    scheduler.read_outcomes("c", 60, 0.01, 60)
+    before = ranges()
+    for _ in range(5):
+        assert len(scheduler.waiting_outcomes()) == 100
+    assert ranges() == before, "nothing has come behind the last one that is known"
+    # A worker that was taken over can cut the stream; then those outcomes are lost, and their leases run out.
+    scheduler._redis.client.xtrim(transport.OUTCOMES, 0, approximate=False)
+    assert len(scheduler.waiting_outcomes()) == 60, "those that were read are still with their reader"
+    scheduler.close()
+    worker.close()
+
+
+def test_a_full_redis_still_gives_out_and_takes_back_what_is_in_it(tmp_path: Path) -> None:
+    valkey = Valkey(tmp_path, maxmemory="8mb")
+    urls = valkey.start()
+    scheduler, worker = RedisTransport(urls.scheduler), RedisWorkerTransport(urls.worker, "w")
+    try:
+        before = scheduler.identity()
+        scheduler.read_outcomes("c", 10, 0.01, 60)
+        for subtask in (1, 2):
+            worker.report(subtask, 1, b"garbage")
+        for size in (200_000, 2_000, 1):
+            with suppress(redis.OutOfMemoryError):
+                for i in range(10_000):
+                    scheduler._redis.client.set(f"filler {size} {i}", bytes(size))
+        with pytest.raises(TransportLost):
+            worker.report(3, 1, outcome(3))
+        assert scheduler.identity() == before
+        assert scheduler.waiting_outcomes() == {(1, 1), (2, 1)}
+        for entry in scheduler.read_outcomes("c", 10, 0.01, 60):
+            scheduler.bury(entry, "garbage")
+        assert scheduler.outcome_backlog() == 0
+        assert scheduler.dead_letters() == 0, "there is no room for them"
+    finally:
+        scheduler.close()
+        worker.close()
+        valkey.stop()
+
+
+def test_messages_and_names_that_are_none_are_passed_over(redis_url: str) -> None:
+    scheduler = RedisTransport(redis_url)
+    client = scheduler._redis.client
+    scheduler.publish_all({"w": [assignment(1)]})
+    for message in (
+        b"[" * 100_000,
+        b'{"headers": {"motet": [1e999, 1]}}',
+        b'{"headers": {"motet": 7}}',
+        b"\xff",
+    ):
+        client.lpush(transport.queue_name("w"), message)
+    assert scheduler.queued("w") == {(1, 1)}
+    client.sadd(transport.WORKERS, b"\xff\xfe", b"", b"*", b"a\0b", *(f"none-{i}" for i in range(30)))
+    client.lpush("motet:w:list:beat", "no beat")
+    client.sadd(transport.WORKERS, "list")
+    RedisWorkerTransport(redis_url, "w").beat(Beat(worker="w", boot="b", seq=1, device_name="a\0b"))
+    beats = scheduler.beats()
+    assert beats.keys() == {"w"}
+    assert "\0" not in beats["w"].device_name, "Postgres does not take it"
+    for _ in range(2):
+        scheduler.beats()
+    assert client.smembers(transport.WORKERS) == {b"w"}
+    scheduler.close()
 
 
 def test_reporting_drops_the_payload(pair: Pair) -> None:

@@ -21,6 +21,7 @@ import pytest
 
 import motet
 from motet.manifest import Manifest
+from tests.tiny_language import a_llama, serving
 
 
 @dataclass
@@ -48,6 +49,9 @@ def api() -> Iterator[Api]:
 
         def do_GET(self) -> None:
             name = unquote(self.path.rsplit("/", 1)[1])
+            if self.path == "/v1/models":
+                self.answer(200, json.dumps({"models": list(state.models.values())}).encode())
+                return
             if name in state.blobs:
                 self.answer(200, state.blobs[name])
                 return
@@ -97,7 +101,7 @@ def register(
         "MOTET_TOKEN": "admin.secret",
         "MOTET_CACHE_DIR": str(cache),
         "OMP_NUM_THREADS": "1",
-        "PYTHONPATH": path,
+        "PYTHONPATH": os.pathsep.join(filter(None, (path, os.environ.get("PYTHONPATH", "")))),
     }
     return subprocess.run(
         [sys.executable, "-P", *python, "-m", "workers", "register", *arguments],
@@ -120,6 +124,7 @@ def test_the_shipped_models_are_registered_once_with_what_was_measured(api: Api,
     models = {m["ref"]: m for m in json.loads(first.stdout)["models"]}
     assert list(models) == [
         "all-MiniLM-L6-v2@1",
+        "all-MiniLM-L6-v2-trainer@1",
         "news-topics@1",
         "review-sentiment@1",
         "text-domain@1",
@@ -133,6 +138,10 @@ def test_the_shipped_models_are_registered_once_with_what_was_measured(api: Api,
     assert trunk.formats == ("bf16",)
     assert trunk.scores["bf16"]["cosine_min"] >= 0.999
     assert trunk.scores["bf16"]["sentences"] >= 200
+    trainer = api.manifest("all-MiniLM-L6-v2-trainer@1")
+    assert (trainer.engine, trainer.answers, trainer.source["trains"]) == ("trainer", "models", trunk.ref)
+    assert (trainer.files, trainer.formats) == (trunk.files, trunk.formats), "one set of files, tried once"
+    assert trainer.parameters == 5 * trunk.parameters, "its memory is predicted with all that training keeps"
     for name in ("news-topics", "review-sentiment", "text-domain", "tone"):
         head = api.manifest(f"{name}@1")
         assert (head.trunk, head.trunk_model, head.engine) == (trunk.trunk, trunk.ref, "encoder")
@@ -144,7 +153,7 @@ def test_the_shipped_models_are_registered_once_with_what_was_measured(api: Api,
 
     api.calls.clear()
     again = register(api, tmp_path, "--builtin", "--json", python=("-X", "importtime"))
-    assert [m["state"] for m in json.loads(again.stdout)["models"]] == ["present"] * 5
+    assert [m["state"] for m in json.loads(again.stdout)["models"]] == ["present"] * 6
     assert set(api.calls) == {"GET models"}
     assert " torch" not in again.stderr
     assert " transformers" not in again.stderr
@@ -185,9 +194,16 @@ def test_a_function_is_registered_by_its_entry_point(api: Api, tmp_path: Path) -
     manifest = api.manifest("shout@1")
     assert (manifest.engine, manifest.answers, dict(manifest.files)) == ("shout", "json", {})
     assert manifest.source == {"function": "shouting:shout shouting 2.1"}
+    api.models["shout@prod"] = api.models["shout@1"]
+    taken = register(api, tmp_path, "--function", "shout", "--version", "prod", path=str(tmp_path))
+    assert taken.returncode == 2
+    assert "shout@prod is an alias, of shout@1; choose another --version" in taken.stderr
     unknown = register(api, tmp_path, "--function", "whisper")
     assert unknown.returncode == 2
-    assert "no engine 'whisper' here; installed are classifier, encoder, spacy-ner" in unknown.stderr
+    assert (
+        "no engine 'whisper' here; installed are causal, classifier, encoder, openai, spacy-ner, trainer, vllm"
+        in unknown.stderr
+    )
 
 
 def a_classifier(folder: Path, **config: Any) -> Path:
@@ -279,3 +295,68 @@ def test_what_is_no_model_at_all_is_refused_too(api: Api, tmp_path: Path) -> Non
         assert (run.returncode, said in run.stderr) == (2, True), run.stderr
     head = a_folder(tmp_path, head__json=b'{"name": "h"}')
     assert "got a head without" in register(api, tmp_path, str(head)).stderr
+
+
+# -- language models
+
+
+def test_a_language_model_is_tried_by_choosing_and_writing(api: Api, tmp_path: Path) -> None:
+    folder = a_llama(tmp_path / "tiny")
+    done = register(api, tmp_path, str(folder), "--name", "tiny", "--json")
+    assert done.returncode == 0, done.stderr
+    manifest = api.manifest("tiny@1")
+    assert (manifest.engine, manifest.answers, manifest.max_tokens) == ("causal", "text", 512)
+    assert manifest.kv_width == 2 * 2 * 2 * 32
+    assert {"chat_template.jinja", "generation_config.json", "model.safetensors"} <= set(manifest.files)
+    measured = manifest.scores["bf16"]
+    assert measured["sentences"] == 12
+    assert (manifest.formats == ("bf16",)) == (measured["agreement"] >= 0.99)
+    assert measured["same_label"] <= measured["agreement"]
+
+
+def test_a_model_of_another_server_is_registered_by_its_address(api: Api, tmp_path: Path) -> None:
+    with serving(a_llama(tmp_path / "tiny")) as server:
+        done = register(api, tmp_path, "--openai", server.url, "--name", "served", "--in-flight", "4")
+        assert done.returncode == 0, done.stderr
+        manifest = api.manifest("served@1")
+        assert (manifest.engine, manifest.answers, manifest.max_tokens) == ("openai", "text", 512)
+        assert manifest.source == {"url": server.url, "model": "tiny", "in_flight": "4"}
+        assert (dict(manifest.files), manifest.formats) == ({}, ())
+        for arguments, said in (
+            (("--openai", server.url, "--name", "x", "--model", "gone"), "knows no gone; it knows tiny"),
+            (
+                ("--openai", server.url, "--name", "x", "--key-env", "HOME"),
+                "expected a name such as MOTET_KEY_",
+            ),
+            (("--openai", server.url, "--name", "x", "--key-env", "MOTET_KEY_X"), "is not set here"),
+            (("--openai", server.url + "/no", "--name", "x"), "no list of models"),
+            (("--openai", "http://127.0.0.1:9/v1", "--name", "x"), "start the server, or mend the address"),
+            (("--openai", "http://me:pw@host/v1", "--name", "x"), "without a user"),
+        ):
+            refused = register(api, tmp_path, *arguments)
+            assert (refused.returncode, said in refused.stderr) == (2, True), refused.stderr
+            assert "pw@" not in refused.stderr
+
+
+def test_gguf_needs_an_administrator_s_word(api: Api, tmp_path: Path) -> None:
+    path = tmp_path / "model.gguf"
+    path.write_bytes(b"GGUF")
+    refused = register(api, tmp_path, str(path), "--name", "x")
+    assert refused.returncode == 2
+    assert "add --allow-gguf" in refused.stderr
+    assert "parsers have had bugs" in refused.stderr
+    broken = register(api, tmp_path, str(path), "--name", "x", "--allow-gguf")
+    assert broken.returncode == 2
+    assert "cannot be converted" in broken.stderr or "needs gguf" in broken.stderr
+
+
+def test_an_adapter_whose_base_is_not_registered_says_so(api: Api, tmp_path: Path) -> None:
+    folder = tmp_path / "lora"
+    folder.mkdir()
+    (folder / "adapter_config.json").write_text(
+        '{"peft_type": "LORA", "r": 4, "base_model_name_or_path": "b"}'
+    )
+    (folder / "adapter_model.safetensors").write_bytes(safetensors(a=(2,)))
+    refused = register(api, tmp_path, str(folder), "--name", "formal", "--trunk", "tiny")
+    assert refused.returncode == 2
+    assert "its trunk tiny is not registered" in refused.stderr

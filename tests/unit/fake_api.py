@@ -1,6 +1,8 @@
 """A small motet API in this process, over a real socket: docs/http.md in memory, with faults on demand.
 
-It answers every row at once: ``topic`` is "sport" for even rows and "tech" for odd ones, bad rows are errors.
+It answers every row at once: ``topic`` is "sport" for even rows and "tech" for odd ones, bad rows are errors. What a
+language model writes is "<task> of row <i>"; what it chooses goes round its labels, what it extracts is the row and its
+parity. A number is half the row. A training run has two epochs, and gives a head for each task of its recipe.
 """
 
 from __future__ import annotations
@@ -11,7 +13,7 @@ import socket
 import struct
 import threading
 from array import array
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -44,6 +46,8 @@ class FakeJob:
     digests: list[str] = field(default_factory=list)
     #: (first row, number of rows, offsets of bad rows) of each part.
     blocks: list[tuple[int, int, dict[int, Any]]] = field(default_factory=list)
+    #: What is told of its usage beside what all jobs have.
+    spent: Mapping[str, int] = field(default_factory=dict)
     columns: list[dict[str, list[str]]] = field(default_factory=list)
     #: Blocks in the order in which they are finished; what is not in it is not ready.
     done: list[int] = field(default_factory=list)
@@ -73,13 +77,18 @@ class FakeJob:
                 "skipped": total - ok - bad if self.state in ("failed", "cancelled") else 0,
                 "reused": 0,
             },
-            "passes": [
-                {"kind": "encoder fake", "tasks": list(self.tasks), "model": "fake@1", "numerics": "fast"}
-            ],
+            "passes": passes_of(self.tasks),
             "blocks": {"total": len(self.blocks), "done": len(self.done)},
             "version": self.version,
             "partial": self.state == "succeeded" and bad > 0,
-            "usage": {"tokens": 90, "computed_tokens": 100, "busy_s": 1.0, "subtasks": 1, "attempts_lost": 0},
+            "usage": {
+                "tokens": 90,
+                "computed_tokens": 100,
+                "busy_s": 1.0,
+                "subtasks": 1,
+                "attempts_lost": 0,
+                **self.spent,
+            },
             "created": "2026-11-23T18:33:00Z",
             "started": "2026-11-23T18:33:01Z",
             "finished": "2026-11-23T18:33:03Z" if self.state != "running" else None,
@@ -94,6 +103,8 @@ class FakeApi:
         self.jobs: dict[str, FakeJob] = {}
         self.keys: dict[str, tuple[str, str]] = {}
         self.opened = 0
+        #: What jobs consume, where that is not what all consume.
+        self.spent: Mapping[str, int] = {}
         self.requests: list[tuple[str, str]] = []
         self.fault: Fault = lambda method, path: None
         #: Finish jobs as soon as they are closed.
@@ -102,6 +113,10 @@ class FakeApi:
         self.blocks_per_answer = 2
         #: Workers that are ready.
         self.workers = 1
+        #: Labels of the models that were registered here, by ``name@version``.
+        self.registered: dict[str, list[str]] = {}
+        #: ``name@alias`` -> what is told of it.
+        self.aliases: dict[str, dict[str, Any]] = {}
         self.url = ""
         self.lock = threading.Lock()
 
@@ -140,13 +155,30 @@ class FakeApi:
             case "POST", ["plan"]:
                 return self._plan(json.loads(body))
             case "GET", ["models"]:
-                return 200, {"models": [MODEL]}
+                return 200, {"models": [{**MODEL, "aliases": list(self.aliases.values())}]}
+            case "PUT", ["models", name, "aliases", alias]:
+                made = f"{name}@{alias}"
+                before = self.aliases.get(made, {}).get("ref")
+                ref = f"{name}@{json.loads(body)['version']}"
+                self.aliases[made] = {"alias": made, "ref": ref, "before": before, "by": "laptop"}
+                return 200, self.aliases[made]
+            case "POST", ["models", name, "aliases", alias, "rollback"]:
+                rolled = self.aliases[f"{name}@{alias}"]
+                if rolled["before"] is None:
+                    return _error(409, f"{name}@{alias}: nothing stood before; promote another version")
+                rolled |= {"ref": rolled["before"], "before": None}
+                return 200, rolled
+            case "DELETE", ["models", name, "aliases", alias]:
+                del self.aliases[f"{name}@{alias}"]
+                return 204, None
             case "GET", ["models", name]:
-                return (
-                    (200, MODEL)
-                    if name in ("news-topics", "news-topics@1")
-                    else _error(404, f"no model {name}")
-                )
+                found = [m for m in (MODEL, TRUNK, TRAINER) if name in (m["name"], f"{m['name']}@1")]
+                return (200, found[0]) if found else _error(404, f"no model {name}")
+            case "POST", ["models"]:
+                made = json.loads(body)
+                ref = f"{made['name']}@{made['version']}"
+                self.registered[ref] = made["labels"]
+                return 201, {**made, "ref": ref}
             case "DELETE", ["models", _]:
                 return _error(409, "news-topics@1 is used by a running job; cancel it first")
             case "GET", ["workers"]:
@@ -181,11 +213,15 @@ class FakeApi:
                 }
                 return _error(422, "one problem", problems=[problem])
         tasks = {
-            name: {**spec, "model_ref": f"{spec['model']}@1", "labels": LABELS.get(name, [])}
+            name: {
+                **spec,
+                "model_ref": f"{spec['model']}@1",
+                "labels": spec.get("labels") or self.registered.get(spec["model"]) or LABELS.get(name, []),
+            }
             for name, spec in opening["tasks"].items()
         }
         self.opened += 1
-        job = FakeJob(id=f"job-{self.opened}", tasks=tasks, opening=opening)
+        job = FakeJob(id=f"job-{self.opened}", tasks=tasks, opening=opening, spent=self.spent)
         self.jobs[job.id] = job
         if key:
             self.keys[key] = (job.id, digest)
@@ -229,6 +265,8 @@ class FakeApi:
                 if job.state in ("loading", "running"):
                     job.state, job.reason = "cancelled", "cancelled by its owner"
                 return 200, job.record()
+            case "GET", ["fits"]:
+                return 200, {"fits": [{"row": 0, "epochs": epochs_of(json.loads(job.columns[0]["text"][0]))}]}
             case "GET", ["explain"]:
                 return 200, {**EXPLANATION, "job": job.id}
             case "GET", ["errors"]:
@@ -266,16 +304,25 @@ class FakeApi:
 
     def _plan(self, asked: dict[str, Any]) -> tuple[int, Any]:
         k, tokens = len(asked["tasks"]), asked["total_bytes"] // 4
-        one = {"kind": "encoder fake", "tasks": list(asked["tasks"]), "model": "fake@1", "numerics": "fast"}
-        one |= {
-            "max_tokens": 256,
-            "tokens": tokens,
-            "unfused_tokens": k * tokens,
-            "seconds": 1.5,
-            "subtasks": 2,
-        }
-        plan = {"rows": asked["total_rows"], "estimate": True, "passes": [one], "tokens": tokens}
+
+        def specs(p: dict[str, Any]) -> list[dict[str, Any]]:
+            return [asked["tasks"][task] for task in p["tasks"]]
+
+        passes = [
+            p
+            | {
+                "max_tokens": 256,
+                "tokens": tokens,
+                "unfused_tokens": len(p["tasks"]) * tokens,
+                "seconds": 1.5,
+                "subtasks": 2,
+                "tokens_out": asked["total_rows"] * sum(s.get("max_tokens") or 0 for s in specs(p)),
+            }
+            for p in passes_of(asked["tasks"])
+        ]
+        plan = {"rows": asked["total_rows"], "estimate": True, "passes": passes, "tokens": tokens}
         plan |= {"unfused_tokens": k * tokens, "seconds": 1.5, "truncated_rows": 1, "devices": 2}
+        plan |= {"tokens_out": sum(p["tokens_out"] for p in passes)}
         return 200, plan
 
     def _errors(self, job: FakeJob, after: int, limit: int) -> tuple[int, Any]:
@@ -302,7 +349,8 @@ class FakeApi:
         frames = []
         for b in sent:
             first, n, bad = job.blocks[b]
-            columns = {task: column(task, first, n, bad).to_wire() for task in tasks}
+            specs = {task: {**job.tasks[task], "texts": job.columns[b].get("text")} for task in tasks}
+            columns = {task: column(task, first, n, bad, specs[task]).to_wire() for task in tasks}
             frames.append(
                 {"block": b, "first_row": first, "rows": n, "done": job.done.index(b) + 1, "columns": columns}
             )
@@ -312,10 +360,42 @@ class FakeApi:
         return b"".join(struct.pack(">I", len(p)) + p for p in packed)
 
 
-def column(task: str, first: int, n: int, bad: dict[int, Any]) -> Column:
+def passes_of(tasks: dict[str, dict[str, Any]]) -> list[dict[str, Any]]:
+    """One pass, and one behind it for tasks whose prompt names another task."""
+    prompts = any(spec["kind"] in ("generate", "choose") for spec in tasks.values())
+    reads = {
+        name: [other for other in tasks if other != name and f"{{{other}}}" in spec.get("prompt", "")]
+        for name, spec in tasks.items()
+    }
+    groups = [[t for t in tasks if not reads[t]], [t for t in tasks if reads[t]]]
+    return [
+        {
+            "kind": "causal fake" if prompts else "encoder fake",
+            "tasks": names,
+            "model": "fake@1",
+            "numerics": "fast",
+            "first": "text" if prompts else "",
+            "needs": sorted({read for name in names for read in reads[name]}),
+        }
+        for names in groups
+        if names
+    ]
+
+
+def column(task: str, first: int, n: int, bad: dict[int, Any], spec: dict[str, Any]) -> Column:
     """What the fake answers for rows first … first + n - 1."""
     status = bytes(ERROR if i in bad else OK for i in range(n))
     errors = {i: CellError(*why) for i, why in bad.items()}
+    if spec["kind"] == "number":
+        numbers = array("d", [0 if i in bad else (first + i) / 2 for i in range(n)])
+        return Column(kind="number", status=status, arrays={"numbers": numbers.tobytes()}, errors=errors)
+    if spec["kind"] in ("generate", "chat", "extract", "fit"):
+        texts = [b"" if i in bad else json.dumps(written(task, first + i, spec)).encode() for i in range(n)]
+        ends = array("i", [0])
+        for text in texts:
+            ends.append(ends[-1] + len(text))
+        arrays = {"offsets": ends.tobytes(), "bytes": b"".join(texts)}
+        return Column(kind="json", status=status, arrays=arrays, errors=errors)
     if task == "tone":
         counts = [0 if i in bad else (first + i) % 3 for i in range(n)]
         offsets = array("i", [0])
@@ -333,10 +413,42 @@ def column(task: str, first: int, n: int, bad: dict[int, Any]) -> Column:
             kind="vector", status=status, arrays={"vectors": halves}, errors=errors, dim=2, dtype="fp16"
         )
     arrays = {
-        "codes": array("h", [(first + i) % 2 for i in range(n)]).tobytes(),
+        "codes": array("h", [(first + i) % (len(spec["labels"]) or 2) for i in range(n)]).tobytes(),
         "scores": array("f", [0.75] * n).tobytes(),
     }
     return Column(kind="label", status=status, arrays=arrays, errors=errors)
+
+
+def written(task: str, row: int, spec: dict[str, Any]) -> dict[str, Any]:
+    """What a language model writes in the fake: a text and how it ended, or a JSON value; or what a run made."""
+    if spec["kind"] == "fit":
+        return trained(json.loads(spec["texts"][row]))
+    if spec["kind"] == "extract":
+        return {"row": row, "parity": "odd" if row % 2 else "even"}
+    return {"text": f"{task} of row {row}", "finish": "stop"}
+
+
+def trained(recipe: dict[str, Any]) -> dict[str, Any]:
+    """What comes of a recipe: a head for each of its tasks, and scores by heart."""
+    heads = [
+        {
+            "name": f"{recipe['name']}.{target['name']}",
+            "version": recipe["version"],
+            "engine": "encoder",
+            "answers": {"single": "label", "multi": "labels", "number": "number"}[target["kind"]],
+            "labels": target["labels"],
+            "trunk_model": recipe["trunk"],
+        }
+        for target in recipe["targets"]
+    ]
+    scores = epochs_of(recipe)[-1]["test"]
+    return {"models": heads, "scores": scores, "frozen": scores, "seconds": 2.0}
+
+
+def epochs_of(recipe: dict[str, Any]) -> list[dict[str, Any]]:
+    told = {target["name"]: SCORES[target["kind"]] for target in recipe["targets"]}
+    more = {"stage": "heads", "of": 2, "validation": told, "test": told}
+    return [{"epoch": epoch, "loss": 1 / epoch, **more} for epoch in (1, 2)]
 
 
 @contextmanager
@@ -416,6 +528,14 @@ MODEL = {
     "engine": "encoder",
     "answers": "label",
     "labels": LABELS["topic"],
+}
+TRUNK = {"name": "all-MiniLM-L6-v2", "version": "1", "engine": "encoder", "answers": "vector", "dim": 2}
+TRAINER = {**TRUNK, "name": "all-MiniLM-L6-v2-trainer", "engine": "trainer", "answers": "models"}
+#: What each kind of task of a training run is worth.
+SCORES: dict[str, dict[str, float]] = {
+    "single": {"score": 0.9, "accuracy": 0.9, "macro_f1": 0.8},
+    "multi": {"score": 0.85, "accuracy": 0.9, "macro_f1": 0.8},
+    "number": {"score": 0.5, "mae": 1.5, "r2": 0.5},
 }
 EXPLANATION: dict[str, Any] = {
     "name": "",

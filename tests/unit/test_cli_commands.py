@@ -92,10 +92,11 @@ def test_every_command_has_help_with_an_example_and_json(motet: Shell, path: tup
     assert found.help
     assert found.epilog
     assert "motet " in found.epilog
-    becomes_another_program = path in [("worker",), ("models", "add")]
+    becomes_another_program = path in [("worker",), ("models", "add"), ("compress",)]
     if not isinstance(found, click.Group) and not becomes_another_program:
         assert "--json" in {option for p in found.params for option in p.opts}
-    if path != ("models", "add"):
+    # These two leave even their help to the program that they become.
+    if path not in [("models", "add"), ("compress",)]:
         assert motet(*path, "--help").code == 0
 
 
@@ -134,6 +135,19 @@ def test_plan_shows_what_is_shared(api: FakeApi, motet: Shell, tickets: str) -> 
     assert "topic, vector" in ran.out
     assert json.loads(motet("plan", tickets, *TWO, "--json").out)["estimate"] is True
     assert api.jobs == {}
+
+
+def test_plan_draws_who_waits_for_whom(api: FakeApi, motet: Shell, tickets: str) -> None:
+    mood = ("--task", "mood=choose:m,labels=glad|sad", "--task", "gist=generate:m,prompt=Sum up.")
+    ran = motet("plan", tickets, *mood, "--task", "reply=generate:m,prompt=To a {mood} customer.")
+    assert ran.code == 0
+    assert "rows ─▶ pass 0  fake  mood · gist   one prefill for 2 tasks: 50 % of tokens saved" in ran.out
+    assert "        └─ mood ─▶ pass 1  fake  reply\n" in ran.out
+    assert "3 tasks → 2 passes over 30 rows" in ran.out
+    assert "at most 15,360 written" in ran.out
+    assert "written ≤" in ran.out
+    assert "written" not in motet("plan", tickets, *TWO).out
+    assert "\x1b" not in ran.out
 
 
 def test_jobs_are_listed_watched_cancelled_and_removed(api: FakeApi, motet: Shell, tickets: str) -> None:
@@ -176,6 +190,15 @@ def test_cells_that_were_skipped_are_not_shown_as_done(api: FakeApi, motet: Shel
     listed = motet("jobs").out
     assert "0/30" in listed
     assert "skipped" in listed
+
+
+def test_jobs_tell_the_tokens_that_were_written_where_there_are_any(
+    api: FakeApi, motet: Shell, tickets: str
+) -> None:
+    motet("submit", tickets, *TOPIC)
+    assert "written" not in motet("jobs").out
+    api.jobs["job-1"].spent = {"tokens_out": 12_345}
+    assert "12,345" in motet("jobs").out
 
 
 def test_a_narrow_table_drops_columns_in_order_and_never_shrinks_an_id() -> None:
@@ -238,6 +261,25 @@ def test_results_are_a_table_for_people_and_lines_for_programs(
     assert "no task 'mood'" in motet("results", "job-1", "--task", "mood").err
 
 
+def test_a_version_is_promoted_shown_by_its_alias_and_rolled_back(api: FakeApi, motet: Shell) -> None:
+    first = motet("models", "promote", "news-topics@0", "prod")
+    assert first == Ran(0, "news-topics@prod → news-topics@0 (nothing before)\n", "")
+    second = motet("models", "promote", "news-topics@1", "prod")
+    assert second.out == "news-topics@prod → news-topics@1 (before: news-topics@0)\n"
+    assert "prod" in motet("models").out
+    (shown,) = json.loads(motet("models", "--json").out)
+    assert [(a["alias"], a["ref"]) for a in shown["aliases"]] == [("news-topics@prod", "news-topics@1")]
+    assert "news-topics@prod → news-topics@1" in motet("models", "show", "news-topics").out
+    assert json.loads(motet("models", "show", "news-topics", "--json").out)["aliases"] == shown["aliases"]
+    back = json.loads(motet("models", "rollback", "news-topics@prod", "--json").out)
+    assert (back["ref"], back["before"]) == ("news-topics@0", None)
+    assert "nothing stood before" in motet("models", "rollback", "news-topics@prod").err
+    assert motet("models", "unalias", "news-topics@prod") == Ran(0, "", "")
+    assert api.aliases == {}
+    assert "name@version" in motet("models", "promote", "news-topics", "prod").err
+    assert motet("models", "promote", "news-topics@1").code == 2
+
+
 def test_models_workers_and_tokens_are_shown(api: FakeApi, motet: Shell) -> None:
     assert "news-topics@1" in motet("models").out
     assert json.loads(motet("models", "--json").out)[0]["name"] == "news-topics"
@@ -256,7 +298,7 @@ def test_an_error_is_one_line_with_a_remedy(api: FakeApi, motet: Shell, tickets:
         (("watch", "nope"), "no job of this id; see `motet jobs`"),
         (("submit", "none.jsonl", *TOPIC), "check the path"),
         (("submit", tickets, "--task", "topic=classify:unknown"), "tasks.topic.model"),
-        (("submit", tickets, "--task", "topic=guess:m"), "one of classify"),
+        (("submit", tickets, "--task", "topic=guess:m"), "one of chat, choose, classify"),
     ]:
         ran = motet(*args)
         assert (ran.code, ran.out) == (1, "")
@@ -338,6 +380,81 @@ def test_task_options_are_read_up_to_the_next_name() -> None:
         "a": {"kind": "classify", "model": "m", "input": "{x}, {y}", "scores": True, "max_tokens": 64},
         "b": {"kind": "embed", "model": "m@2"},
     }
+
+
+def test_options_of_language_models_are_read_as_what_they_are(tmp_path: Path) -> None:
+    (tmp_path / "form.json").write_text('{"type": "object"}')
+    (tmp_path / "reply.txt").write_text("Write a reply,\nto a {mood} customer.\n")
+    (tmp_path / "labels.txt").write_text("glad\n\nnot, glad\n")
+    assert parse_tasks(
+        [
+            "mood=choose:m,labels=glad|very sad,question=42,scores=true",
+            f"reply=generate:m,prompt=@{tmp_path}/reply.txt,temperature=0.7,seed=3,max_tokens=9,stop=a|b",
+            f"form=extract:m,schema=@{tmp_path}/form.json",
+            'short=extract:m,schema={"type": "object", "required": ["a"]},prompt=What, if a=1?',
+            f"of=choose:m,labels=@{tmp_path}/labels.txt",
+            "answer=chat:m,messages={past},system=true",
+        ]
+    ) == {
+        "mood": {
+            "kind": "choose",
+            "model": "m",
+            "labels": ["glad", "very sad"],
+            "question": "42",
+            "scores": True,
+        },
+        "reply": {
+            "kind": "generate",
+            "model": "m",
+            "prompt": "Write a reply,\nto a {mood} customer.",
+            "temperature": 0.7,
+            "seed": 3,
+            "max_tokens": 9,
+            "stop": ["a", "b"],
+        },
+        "form": {"kind": "extract", "model": "m", "schema": {"type": "object"}},
+        "short": {
+            "kind": "extract",
+            "model": "m",
+            "schema": {"type": "object", "required": ["a"]},
+            "prompt": "What, if a=1?",
+        },
+        "of": {"kind": "choose", "model": "m", "labels": ["glad", "not, glad"]},
+        "answer": {"kind": "chat", "model": "m", "messages": "{past}", "system": "true"},
+    }
+
+
+@pytest.mark.parametrize(
+    ("task", "words"),
+    [
+        ("form=extract:m,schema=@nowhere.json", "'nowhere.json' cannot be read: no such file"),
+        ("form=extract:m,schema={", "broken JSON"),
+    ],
+)
+def test_an_option_that_cannot_be_read_is_told_before_anything_is_sent(
+    api: FakeApi, motet: Shell, tickets: str, task: str, words: str
+) -> None:
+    ran = motet("submit", tickets, "--task", task)
+    assert ran.code == 2
+    assert words in ran.err
+    assert api.requests == []
+
+
+@pytest.mark.parametrize(
+    ("task", "words"),
+    [
+        ("a=generate:m", "tasks.a.prompt: got nothing"),
+        ("a=choose:m,labels=one", "2 to 100 different texts"),
+        ("a=extract:m", "tasks.a.schema: got nothing"),
+        ("a=generate:m,prompt=x,temperature=warm", "a number from 0 to 10"),
+    ],
+)
+def test_a_task_that_lacks_something_says_what(
+    api: FakeApi, motet: Shell, tickets: str, task: str, words: str
+) -> None:
+    ran = motet("submit", tickets, "--task", task)
+    assert ran.code == 1
+    assert words in ran.err
 
 
 # -- as a process of its own

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import contextlib
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from motet import datasets, demo
+from motet import datasets, demo, demo_language
 from motet.cli import main
 from motet.client import Client
 from motet.datasets import LabelledText, RatedText
@@ -27,9 +27,16 @@ class FakeCluster:
     prepare: list[Callable[[FakeApi], object]]
 
     def __init__(
-        self, data: Path, *, cpus: int, port: int, gpus: str = "", flower_port: int | None = None
+        self,
+        data: Path,
+        *,
+        cpus: int,
+        port: int,
+        gpus: str = "",
+        flower_port: int | None = None,
+        models: Sequence[str] = (),
     ) -> None:
-        self.data, self.options = data, (cpus, gpus, port, flower_port)
+        self.data, self.options, self.models = data, (cpus, gpus, port, flower_port), models
         self.url, self.flower_url = "", ""
         self.tokens = {"user": TOKEN, "admin": ADMIN}
         self.running = False
@@ -183,3 +190,81 @@ def test_up_says_where_it_is_when_it_is_ready(
     assert "Flower at http://motet" in said
     assert f"MOTET_HOME={tmp_path}" in said
     assert FakeCluster.made[0].options == (3, "", 0, 5555)
+
+
+# -- with a language model
+
+
+@pytest.fixture
+def rated(monkeypatch: pytest.MonkeyPatch) -> list[RatedText]:
+    texts = [
+        RatedText(
+            text=f"A comment\nof a length that the demo likes to have, since it is short: number {i} "
+            + "x" * 30,
+            domain="product",
+            mean=2.0 if i % 3 else -2.0,
+            deviation=1,
+            document=f"s{i}",
+        )
+        for i in range(90)
+    ]
+    texts += [RatedText(text="Unclear " * 20, domain="product", mean=0.5, deviation=1, document="u")] * 30
+    monkeypatch.setattr(datasets, "vader", lambda cache=None: texts)
+    return texts
+
+
+def test_the_demo_of_a_language_model_tells_what_was_shared_and_how_good_it_is(
+    tmp_path: Path, cluster: type[FakeCluster], rated: list[RatedText], capsys: pytest.CaptureFixture[str]
+) -> None:
+    def spend(api: FakeApi) -> None:
+        api.spent = {"tokens": 4000, "tokens_cached": 1000, "tokens_out": 300}
+
+    cluster.prepare.append(spend)
+    assert run("demo", "--llm", "--data", str(tmp_path / "demo")) == 0
+    said = capsys.readouterr().out
+    for words in (
+        "rows ─▶ pass 0  fake  sentiment · summary · french   one prefill for 3 tasks: 66 % of tokens saved",
+        "        └─ sentiment ─▶ pass 1  fake  reply",
+        "40 rows × 4 tasks",
+        "160 of 160 cells ok",
+        "4,000 tokens of prompts, 1,000 of them (25%) not computed again",
+        "300 tokens; 0 answers ended at max_tokens",
+        "saying positive always agrees on",
+        "0 of 40 look like French at all",
+        "→ french of row 0",
+        "135 million parameters",
+        "everything is stopped",
+        f"MOTET_HOME={tmp_path / 'demo'} motet results job-1",
+    ):
+        assert words in " ".join(said.split("\n           ")), words
+    assert list(cluster.made[0].models) == ["--smollm2"]
+
+
+def test_the_demo_of_a_language_model_measures_in_json(
+    tmp_path: Path, rated: list[RatedText], capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run("demo", "--llm", "--rows", "12", "--data", str(tmp_path), "--json") == 0
+    measured = json.loads(capsys.readouterr().out)
+    assert (measured["rows"], measured["tasks"], measured["passes"], measured["ok"]) == (12, 4, 2, 48)
+    agree = [t.sentiment == demo_language.LABELS[i % 2] for i, t in enumerate(demo_language.choose(12))]
+    assert measured["sentiment_accuracy"] == pytest.approx(sum(agree) / 12, abs=1e-4)
+    assert 0.5 <= measured["majority_share"] <= 1
+
+
+def test_the_texts_of_that_demo_are_short_and_clear_and_always_the_same(rated: list[RatedText]) -> None:
+    picked = demo_language.choose(40)
+    assert picked == demo_language.choose(40)
+    assert {text.sentiment for text in picked} == {"negative", "positive"}
+    assert not any("Unclear" in text.text or "\n" in text.text for text in picked)
+
+
+@pytest.mark.parametrize(
+    ("text", "french"),
+    [
+        ("Le film est très long et je ne comprends pas pourquoi.", True),
+        ("The film is very long.", False),
+        ("Un grand film, une belle", False),
+    ],
+)
+def test_french_is_told_by_its_small_words(text: str, french: bool) -> None:
+    assert demo_language.looks_french(text) is french

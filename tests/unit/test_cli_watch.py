@@ -125,6 +125,32 @@ def test_a_succeeded_job_says_what_fusion_saved_and_nothing_of_now() -> None:
     assert "left" not in shown
 
 
+def test_tokens_written_are_told_where_there_are_any() -> None:
+    usage = {"attempts_lost": 0, "tokens": 120_000, "tokens_cached": 54_000, "tokens_out": 9_800}
+    assert "9,800 tokens written · 120.0 k read, 45 % of them from cache\n" in drawn(
+        facts(job=a_job(usage=usage))
+    )
+    chosen = usage | {"tokens_out": 0}
+    assert "0 tokens written · 120.0 k read, 45 %" in drawn(facts(job=a_job(usage=chosen)))
+    assert "written" not in drawn(facts())
+
+
+def test_a_pass_that_waits_says_for_which_answers() -> None:
+    planned = [{"tasks": ["topic", "tone"], "needs": []}, {"tasks": ["reply"], "needs": ["mood", "topic"]}]
+    shown = drawn(facts(job=a_job(passes=planned), passes=[a_pass(), a_pass("causal qwen3", ("reply",))]))
+    assert "reply ◀ mood, topic" in line(shown, "causal")
+    assert "◀" not in line(shown, "encoder")
+
+
+def test_cells_that_were_skipped_stand_among_the_errors_with_their_reason() -> None:
+    cells = {"total": 6000, "ok": 5980, "error": 12, "skipped": 8, "reused": 0}
+    upstream = an_error("upstream", task="reply", count=8, message="mood is an error")
+    shown = drawn(facts(job=a_job("succeeded", cells=cells), errors=[an_error(), upstream]))
+    assert "12 errors · 8 skipped" in shown
+    assert line(shown, "upstream").split()[:3] == ["upstream", "reply", "8"]
+    assert "mood is an error" in line(shown, "upstream")
+
+
 @pytest.mark.parametrize("state", ["failed", "cancelled"])
 def test_an_ended_job_says_why(state: str) -> None:
     assert "no device can load it" in drawn(facts(job=a_job(state, reason="no device can load it")))

@@ -9,10 +9,13 @@ from typing import Any
 import pytest
 
 from motet import (
+    Chat,
+    Choose,
     Classify,
     Client,
     Conflict,
     Embed,
+    Generate,
     InvalidJob,
     JobFailed,
     NotFound,
@@ -75,6 +78,47 @@ def test_only_the_fields_that_tasks_read_are_sent(api: FakeApi, client: Client) 
     [job] = api.jobs.values()
     assert job.columns == [{"title": ["t"], "body": ["b"]}]
     assert "DE89" not in json.dumps(job.opening)
+
+
+def test_a_name_of_another_task_is_no_field_of_the_row(api: FakeApi, client: Client) -> None:
+    tasks = {
+        "mood": Choose("m", labels=("glad", "sad"), about="{body}"),
+        "reply": Generate("m", prompt="Answer a {mood} customer, {name}.", about="{body}"),
+        "name": Generate("m", prompt="Spell {name}.", about="{mood}", system="You are {role}."),
+    }
+    client.submit([{"body": "b", "role": "r", "name": "Ann", "mood": "not read"}], tasks)
+    [job] = api.jobs.values()
+    # "name" reads the field of its own name; "reply" reads the task "name".
+    assert job.columns == [{"body": ["b"], "name": ["Ann"], "role": ["r"]}]
+
+
+def test_tasks_that_read_only_each_other_never_reach_the_server(api: FakeApi, client: Client) -> None:
+    tasks = {"a": Generate("m", prompt="x", about="{b}"), "b": Generate("m", prompt="x", about="{a}")}
+    with pytest.raises(InvalidJob, match="read only each other"):
+        client.submit(["text"], tasks)
+    assert api.requests == []
+
+
+def test_a_dialogue_reaches_the_server_as_json(api: FakeApi, client: Client) -> None:
+    dialogue = [{"role": "user", "content": "Hi"}]
+    client.submit([dialogue, {"messages": dialogue}], {"answer": Chat("m")})
+    client.submit([{"past": dialogue}], {"answer": Chat("m", messages="{past}")})
+    first, second = api.jobs.values()
+    assert first.columns == [{"messages": ['[{"role":"user","content":"Hi"}]'] * 2}]
+    assert list(second.columns[0]) == ["past"]
+
+
+def test_the_lengths_of_the_first_rows_are_told_where_a_prompt_can_be_turned(
+    api: FakeApi, client: Client
+) -> None:
+    summary = {"summary": Generate("m", prompt="Sum up for {who}.")}
+    rows = [{"text": "é" * 10, "who": "me", "other": "x"}] * 3
+    client.submit(rows, summary)
+    client.submit(rows * 400, summary)
+    client.submit(rows, TOPIC)
+    turned, in_parts, plain = api.jobs.values()
+    assert turned.opening["mean_bytes"] == in_parts.opening["mean_bytes"] == {"text": 20.0, "who": 2.0}
+    assert "mean_bytes" not in plain.opening
 
 
 def test_a_job_of_exactly_one_part_needs_no_second(api: FakeApi, client: Client) -> None:
@@ -387,6 +431,17 @@ def test_a_plan_shows_how_tasks_share_a_pass(client: Client) -> None:
 def test_a_plan_of_nothing_is_refused(client: Client) -> None:
     with pytest.raises(InvalidJob):
         client.plan([], TOPIC)
+
+
+def test_a_rollback_whose_answer_was_lost_is_not_sent_again(api: FakeApi) -> None:
+    with connected(api, token=ADMIN) as client:
+        for version in ("0", "1"):
+            client.promote(f"news-topics@{version}", "prod")
+        api.fail_once("POST", "rollback", "unheard")
+        with pytest.raises(Unreachable):
+            client.rollback("news-topics@prod")
+        assert [alias.ref for alias in client.aliases()] == ["news-topics@0"], "it went back, and once"
+    assert api.count("POST", "rollback") == 1
 
 
 def test_models_workers_and_tokens_are_listed(api: FakeApi) -> None:

@@ -115,7 +115,11 @@ def told(
     """The explanation of one job with one pass of 1,000 rows, a second of work for a GPU."""
     mine = demand() if mine is None else mine
     job = job or entry(priority=mine.priority)
-    known = {key: more.pop(key) for key in list(more) if key.startswith(("rows", "later", "tries"))}
+    known = {
+        key: more.pop(key)
+        for key in list(more)
+        if key.startswith(("rows", "later", "tries", "bytes", "needs"))
+    }
     facts = Facts(
         held=list(leases),
         demand=[*others, *([mine] if mine.rows_waiting and job.state == "running" else [])],
@@ -143,6 +147,18 @@ def told(
     shapes.ExplanationShape.model_validate(record)
     assert Explanation.of(record) == found, "the client reads what the API says"
     return found
+
+
+def test_rows_that_wait_for_answers_are_told_and_counted_in_when_it_is_done() -> None:
+    alone = told(beat(holds=True))
+    waits = told(
+        beat(holds=True), rows=21_000, rows_blocked=20_000, bytes_blocked=2_000_000, needs=("mood", "tone")
+    )
+    assert "20,000 rows of topic wait for mood, tone." in waits.notes
+    assert waits.passes[0].rows.blocked == 20_000
+    assert alone.eta is not None
+    assert waits.eta is not None
+    assert waits.eta.p50_s > 5 * alone.eta.p50_s
 
 
 def test_a_job_that_could_begin_says_when_it_is_done() -> None:

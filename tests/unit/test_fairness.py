@@ -6,7 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from scheduler.fairness import BULK, CLASS_WEIGHTS, NORMAL, Account, Line, begun
@@ -220,6 +220,7 @@ def line_of(*guests: Guest) -> Line[Guest]:
         max_size=120,
     )
 )
+@example([("join", 1, 0), ("shrink", 0, 1), ("shrink", 1, 2), ("join", 0, 0)])
 def test_the_first_in_line_is_whoever_a_look_at_everybody_would_find(
     events: list[tuple[str, int, int]],
 ) -> None:

@@ -17,6 +17,10 @@ PURE = (
         f"scheduler/{n}.py"
         for n in (
             "plan",
+            "needs",
+            "prompt_order",
+            "prompt_cost",
+            "answers",
             "carve",
             "cost",
             "fairness",
@@ -26,6 +30,11 @@ PURE = (
             "liveness",
             "merge",
             "blocks",
+            "explain",
+            "simulation/fair_share",
+            "simulation/kinds",
+            "simulation/policy",
+            "simulation/trial",
         )
     ),
     "motet/residency.py",

@@ -46,6 +46,13 @@ def test_the_package_offers_what_it_says_and_nothing_else() -> None:
     assert all(getattr(motet, name).__doc__ for name in motet.__all__)
 
 
+def test_every_kind_of_task_is_offered() -> None:
+    import motet
+    from motet.tasks import KINDS
+
+    assert {kind.__name__ for kind in KINDS.values()} <= set(motet.__all__)
+
+
 @pytest.mark.parametrize(
     ("what", "command", "limit_s"),
     [
@@ -53,6 +60,7 @@ def test_the_package_offers_what_it_says_and_nothing_else() -> None:
         ("motet --help", ["-c", "from motet.cli import main; main(['--help'])"], 0.4),
     ],
 )
+@pytest.mark.alone
 def test_it_starts_at_once(what: str, command: list[str], limit_s: float) -> None:
     """Beyond what Python itself needs to start; the best of some, since other programs run here too."""
 

@@ -10,9 +10,10 @@ from typing import Any
 
 import pytest
 
+from motet.markup import Html, join, tag
 from scheduler.api import markup
 from scheduler.api.charts import Span, curve, drawn_bars, nice, round_step, shares
-from scheduler.api.markup import Html, compact, duration, join, percent, tag
+from scheduler.api.markup import compact, duration, percent
 from scheduler.api.page import job_page, jobs_page, refused_page
 from scheduler.api.shapes import ACTIVITY, JOB
 

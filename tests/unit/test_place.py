@@ -105,6 +105,8 @@ class Cluster:
         self.keys = count()
         self.demands: dict[PassId, Demand] = {}
         self.sent: list[Sent] = []
+        #: Pass of what was sent, by key.
+        self.passes: dict[Hashable, int] = {}
         #: Worker -> what it has to do, and when the first of that will be done.
         self.queues: dict[str, list[Sent]] = {}
         self.ends: dict[str, float] = {}
@@ -138,6 +140,7 @@ class Cluster:
         name = placement.worker.name
         sent = Sent(name, wanted.job, rows, placement.budget_s, flight.load_s, self.now, key)
         self.sent.append(sent)
+        self.passes[key] = wanted.pass_number
         self._queue(sent)
         return sent
 
@@ -280,6 +283,17 @@ def test_no_worker_is_idle_while_work_waits() -> None:
     for _ in range(40):
         cluster.run(cluster.now + 1.0)
         assert all(cluster.queues[f"w{i}"] for i in range(8))
+
+
+def test_a_worker_still_asks_where_the_caller_failed_before_it_could_carve() -> None:
+    placer = Placer(rates(), subtask_s=2.0, ahead_s=0.5, depth=3)
+    placer.worker(worker("w", A), 0.0)
+    placer.want(demand("j"))
+    placements = placer.place(0.0)
+    assert next(placements).worker.name == "w"
+    placements.close()  # type: ignore[attr-defined]  # Postgres went away
+    placer.want(demand("j"))
+    assert [p.worker.name for p in islice(placer.place(1.0), 1)] == ["w"]
 
 
 # -- how much at once
@@ -483,6 +497,30 @@ def test_the_jobs_of_a_tenant_share_alike_though_one_is_older() -> None:
     assert given["old"] == pytest.approx(given["new"], abs=4)
 
 
+def test_within_a_job_what_waited_for_answers_goes_before_what_does_not_even_where_it_came_late() -> None:
+    cluster = Cluster(true=lambda _: 0.5).join(worker("a", A)).want(demand("j", 10**6))
+    cluster.run(20)
+    cluster.want(demand("j", 500, pass_number=1, dependent=True))
+    cluster.want(demand("j", 500, pass_number=2, dependent=True))
+    before = len(cluster.sent)
+    cluster.run(200)
+    of_pass = [cluster.passes[s.key] for s in cluster.sent[before:]]
+    first = of_pass[: of_pass.index(0)]
+    assert set(first) == {1, 2}
+    assert first == sorted(first, reverse=True)
+    assert cluster.demands["j", 1].rows_waiting == cluster.demands["j", 2].rows_waiting == 0
+
+
+def test_speed_is_predicted_by_what_a_pass_asks_where_that_is_known() -> None:
+    known = rates()
+    slow = Rate((0.0, 0.0, 40 * ROW_S / ROW_BYTES, 0.0), (0.0,) * 16, 4.0)
+    known.learned[f"{A.trunk}:long", "box", "fast"] = slow
+    cluster = Cluster(rates=known).join(worker("a", A), worker("b", A))
+    cluster.want(demand("j", 10**6), demand("k", 10**6, rate_key=f"{A.trunk}:long"))
+    sent = {s.job: s.rows for s in cluster.place(2)}
+    assert sent["j"] == pytest.approx(10 * sent["k"], rel=0.1)
+
+
 def test_a_new_weight_counts_at_once() -> None:
     cluster = Cluster().join(worker("a", A)).want(demand("j", 10**6), demand("k", 10**6))
     cluster.run(20)
@@ -609,6 +647,102 @@ def test_whoever_serves_those_who_were_served_most_is_switched() -> None:
     cluster.want(demand("light", 10**6), demand("heavy", 10**6, model=B, weight=1.5)).run(20)
     cluster.want(demand("new", 10**6, model=C))
     assert next(s.worker for s in cluster.run(60) if s.job == "new") == "a"
+
+
+def test_what_must_give_way_for_a_model_costs_its_load_again_where_work_waits_for_it() -> None:
+    # Both have served alike; what "a" would have to let go of is wanted, what "b" would is not.
+    cluster = Cluster().join(
+        worker("a", C, A, memory_mb=2500), worker("b", D, A, memory_mb=2500), worker("c", B, memory_mb=1500)
+    )
+    cluster.want(demand("j", 10**6, tenant="t")).run(50)
+    cluster.want(demand("c", 10**5, tenant="t", model=C, weight=1e-6), demand("new", 10**6, model=B))
+    policy = cluster.policy
+    pool = policy._pools[B.digest, "fast"]
+    a, b = policy._places["a"], policy._places["b"]
+    assert policy._victims(a, pool) == [C.digest]
+    assert policy._room_s(a, pool) == pytest.approx(5.0)
+    assert policy._room_s(b, pool) == 0.0
+
+
+def test_a_model_that_waits_for_its_turn_where_it_is_held_is_not_loaded_elsewhere() -> None:
+    cluster = Cluster(rates(load_s=5.0)).join(worker("a", A, B), worker("b", C, memory_mb=2500))
+    cluster.want(demand("j", 10**5, tenant="t"), demand("k", 300, tenant="t", model=B))
+    sent = cluster.run(2, tend=False)
+    assert {s.worker for s in sent if s.job in "jk"} == {"a", "b"}
+    # "b" helps the one that ends last, and leaves the other to "a".
+    assert {s.job for s in sent if s.worker == "b"} == {"j"}
+
+
+def test_a_model_whose_only_host_refuses_the_head_is_loaded_elsewhere() -> None:
+    head = frozenset({IDS[B.digest], 99})
+    cluster = Cluster().join(worker("a", A, B, refused=frozenset({99})), worker("b", A))
+    cluster.want(demand("j", 10**6)).run(10)
+    cluster.want(demand("k", 50, tenant="j", model=B, model_ids=head))
+    sent = cluster.run(300)
+    assert {s.worker for s in sent if s.job == "k"} == {"b"}
+
+
+# -- all models end together
+
+
+def shared(jobs: dict[str, tuple[Manifest, int]], tenant: str | None = "t") -> list[Demand]:
+    """Jobs of one tenant, or of one each: so many seconds of work for a box."""
+    return [
+        demand(job, round(seconds / ROW_S), tenant=tenant or job, model=manifest)
+        for job, (manifest, seconds) in jobs.items()
+    ]
+
+
+def busy_until(cluster: Cluster) -> dict[str, float]:
+    """Let all work end. Worker -> when its last sub-task was sent."""
+    cluster.run(1000)
+    assert not any(cluster.queues.values())
+    return {s.worker: s.at_s for s in cluster.sent}
+
+
+def test_one_worker_goes_early_from_the_model_that_ends_first_to_the_one_that_ends_last() -> None:
+    # Two workers each: 100 s of work for one model, 200 s for the other. All would end together after 75 s.
+    cluster = Cluster(rates(load_s=5.0)).join(*(worker(f"a{i}", A, memory_mb=2500) for i in range(2)))
+    cluster.join(*(worker(f"b{i}", B, memory_mb=2500) for i in range(2)))
+    cluster.want(*shared({"short": (A, 100), "long": (B, 200)}))
+    ends = busy_until(cluster)
+    assert loads(cluster.sent) == 1
+    moved = next(s for s in cluster.sent if s.load_s)
+    assert moved.job == "long"
+    assert moved.at_s < 45
+    # Whoever went does not come back for what it left.
+    assert {s.job for s in cluster.sent if s.worker == moved.worker and s.at_s > moved.at_s} == {"long"}
+    # 100 s without.
+    assert max(ends.values()) < 84
+
+
+def test_nobody_goes_early_where_the_gain_is_not_worth_the_load_or_all_is_far_off() -> None:
+    for short, long, load_s in ((100, 110, 5.0), (100, 200, 60.0), (2000, 4000, 5.0)):
+        cluster = Cluster(rates(load_s=load_s)).join(*(worker(f"a{i}", A, memory_mb=2500) for i in range(2)))
+        cluster.join(*(worker(f"b{i}", B, memory_mb=2500) for i in range(2)))
+        cluster.want(*shared({"short": (A, short), "long": (B, long)}))
+        cluster.run(60)
+        assert loads(cluster.sent) == 0
+
+
+def test_nobody_goes_early_to_a_tenant_that_was_served_more() -> None:
+    cluster = Cluster(rates(load_s=5.0)).join(*(worker(f"a{i}", A, memory_mb=2500) for i in range(2)))
+    cluster.join(*(worker(f"b{i}", B, memory_mb=2500) for i in range(3)))
+    cluster.want(*shared({"behind": (A, 100), "ahead": (B, 300)}, None))
+    cluster.run(45)
+    assert loads(cluster.sent) == 0
+
+
+def test_where_nothing_is_owed_no_worker_is_looked_at(monkeypatch: pytest.MonkeyPatch) -> None:
+    cluster = Cluster().join(*(worker(f"w{i}", A) for i in range(4)))
+    cluster.want(demand("j", 10**6), demand("k", 10**6)).run(20)
+    looked: list[str] = []
+    fits = Placer._fits
+    monkeypatch.setattr(
+        Placer, "_fits", lambda self, place, pool: looked.append(place.worker.name) or fits(self, place, pool)
+    )
+    cluster.policy.tend(cluster.now)
+    assert looked == []
 
 
 def test_one_worker_is_switched_however_often_one_looks_before_it_asks() -> None:
@@ -887,6 +1021,14 @@ def test_what_may_have_killed_a_worker_is_never_doubled() -> None:
     cluster.flight(slow).harmless = False
     assert cluster.take_over() == []
     cluster.flight(slow).harmless, cluster.flight(slow).exclusive = True, True
+    assert cluster.take_over() == []
+
+
+def test_a_training_run_is_never_doubled() -> None:
+    cluster, slow = straggler(worker("b", A))
+    flight = cluster.flight(slow)
+    trainer = replace(flight.demand.model, answers="models")
+    flight.of.demand = replace(flight.demand, model=trainer)
     assert cluster.take_over() == []
 
 
@@ -1362,6 +1504,7 @@ class PolicyMachine(RuleBasedStateMachine):
             waiting = [w for w in mine if w.rows]
             assert all(w.rows == self.rows[w.demand.id] for w in mine)
             assert pool.rows == sum(w.rows for w in mine)
+            assert sum(rows for rows, _ in pool.by_rate.values()) == pool.rows
             assert pool.bytes == sum(w.bytes for w in mine) == pool.rows * ROW_BYTES
             assert pool.waiting == len(waiting)
             assert (key in policy._active) == bool(waiting)
@@ -1389,7 +1532,7 @@ class PolicyMachine(RuleBasedStateMachine):
             assert waiting.flights == sum(1 for f in flights if f is not None and f.of is waiting)
             assert waiting.flights or waiting.rows
         for job, known in policy._jobs.items():
-            assert known.passes == sum(1 for w in policy._passes.values() if w.demand.job == job)
+            assert known.passes == {i: w for i, w in policy._passes.items() if w.demand.job == job}
 
     @invariant()
     def whoever_waits_is_present_in_all_accounts_above(self) -> None:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import replace
+from typing import Any
 
 import pytest
 from hypothesis import given
@@ -10,11 +12,12 @@ from hypothesis import strategies as st
 
 from motet.errors import InvalidJob, Problem
 from motet.manifest import Manifest
-from motet.tasks import Classify, Embed, Entities, Function, Number, Task
+from motet.tasks import Chat, Choose, Classify, Embed, Entities, Extract, Function, Generate, Number, Task
 from scheduler.plan import (
     PlannedPass,
     Sample,
     estimate,
+    in_order,
     loaded_model,
     padded_tokens,
     plan,
@@ -62,8 +65,11 @@ TOPICS, MOOD = head("topics"), head("mood")
 TRUNKS = {MINILM.ref: MINILM, OTHER.ref: OTHER}
 
 
-def passes(**tasks: tuple[Task, Manifest]) -> tuple[PlannedPass, ...]:
-    return plan({n: t for n, (t, _) in tasks.items()}, {n: m for n, (_, m) in tasks.items()}, TRUNKS)
+def passes(
+    mean_bytes: Mapping[str, float] | None = None, **tasks: tuple[Task, Manifest]
+) -> tuple[PlannedPass, ...]:
+    models = {n: m for n, (_, m) in tasks.items()}
+    return plan({n: t for n, (t, _) in tasks.items()}, models, TRUNKS, mean_bytes=mean_bytes)
 
 
 def refused(tasks: dict[str, Task], models: dict[str, Manifest], **known: object) -> list[Problem]:
@@ -138,6 +144,13 @@ def test_a_misspelled_model_is_refused_with_its_likely_meaning() -> None:
 def test_a_missing_version_is_answered_with_those_that_there_are() -> None:
     (problem,) = refused({"topic": Classify("topics@9")}, {}, registered=["topics@1", "topics@2"])
     assert "topics@1 or topics@2" in problem.remedy
+
+
+def test_a_misspelled_alias_is_answered_with_its_likely_meaning_among_many_versions() -> None:
+    registered = [f"topics@{n}" for n in range(1, 12)] + ["topics@prod"]
+    (problem,) = refused({"topic": Classify("topics@prdo")}, {}, registered=registered)
+    assert "topics@prod" in problem.remedy
+    assert problem.remedy.count("@") == 5
 
 
 @pytest.mark.parametrize(
@@ -262,3 +275,135 @@ def test_padding_never_saves_and_stays_within_the_budget(lengths: list[int]) -> 
 
 def test_rows_of_one_length_are_not_padded_at_all() -> None:
     assert padded_tokens([100] * 77, budget=1024) == 7700
+
+
+# -- language models, and tasks that read another's answer
+
+
+LLM = Manifest(
+    name="llm",
+    version="1",
+    engine="causal",
+    answers="text",
+    files={"weights": "e"},
+    max_tokens=8192,
+    parameters=135_000_000,
+)
+
+
+def problems_of(**tasks: tuple[Task, Manifest]) -> list[Problem]:
+    return refused({n: t for n, (t, _) in tasks.items()}, {n: m for n, (_, m) in tasks.items()})
+
+
+def ask(prompt: str = "Summarise.", **kw: Any) -> Generate:
+    return Generate("llm", prompt=prompt, **kw)
+
+
+def test_whatever_a_language_model_is_asked_about_one_text_is_one_pass() -> None:
+    (one,) = passes(
+        summary=(ask(), LLM),
+        french=(ask("Translate into French.", max_tokens=512, temperature=0.7), LLM),
+        mood=(Choose("llm", labels=("good", "bad")), LLM),
+        facts=(Extract("llm", schema={"type": "object"}), LLM),
+    )
+    assert one.tasks == (0, 1, 2, 3)
+    assert (one.kind, one.max_tokens, one.input, one.needs) == ("causal llm", 8192, "{text}", ())
+    assert one.first == "text"
+
+
+def test_another_text_numeric_class_or_kind_of_prompt_is_another_pass() -> None:
+    found = passes(
+        summary=(ask(), LLM),
+        of_title=(ask(about="{title}"), LLM),
+        exact=(ask(numerics="exact"), LLM),
+        talk=(Chat("llm", messages="{text}"), LLM),
+        # What comes first is one for a pass: this one insists.
+        insists=(ask(first="instruction"), LLM),
+        agrees=(ask(first="text"), LLM),
+    )
+    assert [p.tasks for p in found] == [(0, 5), (1,), (2,), (3,), (4,)]
+    assert [p.first for p in found] == ["text", "text", "text", "", "instruction"]
+
+
+def test_a_task_that_reads_an_answer_comes_in_a_later_pass_wherever_it_was_named() -> None:
+    found = passes(
+        reply=(ask("Reply to a {mood} customer about {topic}."), LLM),
+        mood=(Classify("mood"), MOOD),
+        topic=(ask("Topic?"), LLM),
+        summary=(ask(), LLM),
+        french=(ask("Translate.", about="{reply}"), LLM),
+    )
+    assert [(p.tasks, p.needs) for p in found] == [((1,), ()), ((2, 3), ()), ((0,), (1, 2)), ((4,), (0,))]
+    assert [p.number for p in found] == [0, 1, 2, 3]
+
+
+def test_only_tasks_that_need_the_same_share_a_pass() -> None:
+    found = passes(
+        a=(ask("A?"), LLM),
+        b=(ask("B?"), LLM),
+        of_a=(ask("{a}?"), LLM),
+        of_a_too=(ask("Again {a}?"), LLM),
+        of_b=(ask("{b}?"), LLM),
+    )
+    assert [p.tasks for p in found] == [(0, 1), (2, 3), (4,)]
+
+
+def test_any_kind_of_task_may_read_an_answer() -> None:
+    first, second = passes(summary=(ask(), LLM), mood=(Classify("mood", input="{summary}"), MOOD))
+    assert (first.tasks, second.tasks, second.needs) == ((0,), (1,), (0,))
+
+
+def test_a_circle_is_refused_and_named() -> None:
+    (problem,) = problems_of(a=(ask("{b}"), LLM), b=(ask("{a}"), LLM))
+    assert "a reads b reads a" in problem.got
+
+
+def test_an_answer_that_is_no_text_is_refused_with_what_to_do() -> None:
+    (problem,) = problems_of(vector=(Embed("minilm"), MINILM), use=(ask("Explain {vector}."), LLM))
+    assert problem.field == "tasks.use"
+    assert problem.got == "{vector}, which is a vector"
+    assert "rename the task vector" in problem.remedy
+
+
+def test_the_instruction_comes_first_where_that_saves_more() -> None:
+    long = "Follow these rules. " * 200
+    (alone_,) = passes(short=(ask(long), LLM), mean_bytes={"text": 80.0})
+    (many,) = passes(a=(ask(long), LLM), b=(ask("B?"), LLM), mean_bytes={"text": 50_000.0})
+    (little,) = passes(a=(ask("Summarise."), LLM), mean_bytes={"text": 4_000.0})
+    assert [alone_.first, many.first, little.first] == ["instruction", "text", "text"]
+
+
+def test_an_instruction_that_differs_from_row_to_row_is_shared_up_to_where_it_does() -> None:
+    (one,) = passes(a=(ask("{note} " + "Follow these rules. " * 200), LLM), mean_bytes={"text": 80.0})
+    assert one.first == "text"
+
+
+def test_tasks_with_other_system_messages_share_no_text() -> None:
+    rules = "Follow these rules. " * 20
+    apart = {name: (ask(rules, system=f"You are {name}."), LLM) for name in ("a", "b")}
+    together = {name: (ask(rules), LLM) for name in ("a", "b")}
+    assert [p.first for p in passes(**apart, mean_bytes={"text": 600.0})] == ["instruction"]
+    assert [p.first for p in passes(**together, mean_bytes={"text": 1600.0})] == ["text"]
+
+
+def test_speed_is_learned_by_what_is_asked_and_not_by_how_it_is_worded() -> None:
+    def key(**tasks: tuple[Task, Manifest]) -> str:
+        (one,) = passes(**tasks)
+        return one.learned_as
+
+    same = key(a=(ask("Summarise it."), LLM))
+    assert key(b=(ask("Rephrase this."), LLM)) == same
+    assert key(a=(ask("Summarise it.", max_tokens=16), LLM)) != same
+    assert key(a=(ask("Summarise it."), LLM), b=(ask("Rephrase this."), LLM)) != same
+    assert same.startswith(f"{LLM.digest}:")
+    assert key(vector=(Embed("minilm"), MINILM)) == MINILM.trunk
+
+
+def test_the_digest_of_a_prompt_holds_what_it_may_write_and_in_what_order_it_is_written() -> None:
+    (one,) = passes(a=(ask(), LLM))
+    digests = {
+        task_digest(in_order(task, one), LLM, LLM)
+        for task in (ask(), ask(max_tokens=16), ask("Other."), ask(stop=("\n",)), ask(seed=1))
+    }
+    assert len(digests) == 5
+    assert task_digest(in_order(ask(), one), LLM, LLM) == task_digest(ask(first="text"), LLM, LLM)

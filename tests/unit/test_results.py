@@ -32,6 +32,8 @@ TASKS: dict[str, dict[str, Any]] = {
     "short": {},
     "names": {"labels": ("PER", "ORG")},
     "made": {},
+    "summary": {"kind": "generate", "schema": None},
+    "form": {"kind": "generate", "schema": {"type": "object"}},
 }
 
 
@@ -46,6 +48,10 @@ def codes(*values: int) -> bytes:
 def floats(*values: float) -> bytes:
     return array("f", values).tobytes()
 
+
+#: What a language model wrote, as it is stored: a text that ended, and one that "length" has cut.
+STOPPED = '{"text": "Zwölf Zeilen,\\nkurz", "finish": "stop"}'.encode()
+CUT = b'{"text": "=1+1 and", "finish": "length"}'
 
 COLUMNS = {
     "topic": Column(
@@ -106,6 +112,21 @@ COLUMNS = {
         status=STATUS,
         errors=ERRORS,
         arrays={"offsets": ints(0, 8, 14, 14), "bytes": b'{"a": 1}"=1+1"'},
+    ),
+    "summary": Column(
+        kind="json",
+        status=STATUS,
+        errors=ERRORS,
+        arrays={
+            "offsets": ints(0, len(STOPPED), len(STOPPED + CUT), len(STOPPED + CUT)),
+            "bytes": STOPPED + CUT,
+        },
+    ),
+    "form": Column(
+        kind="json",
+        status=STATUS,
+        errors=ERRORS,
+        arrays={"offsets": ints(0, 15, 17, 17), "bytes": b'{"text": "not"}[]'},
     ),
 }
 
@@ -180,6 +201,36 @@ def test_every_kind_of_answer_has_its_plain_value(rows: list[Row]) -> None:
     assert row["made"].value == {"a": 1}
 
 
+def test_a_written_text_is_its_value_and_says_how_it_ended(rows: list[Row]) -> None:
+    first, second, third = (row["summary"] for row in rows)
+    assert (str(first), first.value, first.finish, first.kind) == (
+        "Zwölf Zeilen,\nkurz",
+        "Zwölf Zeilen,\nkurz",
+        "stop",
+        "json",
+    )
+    assert first == "Zwölf Zeilen,\nkurz"
+    assert f"{second:<10}|" == "=1+1 and  |"
+    assert (second.finish, second.truncated) == ("length", True)
+    assert (third.value, third.finish, str(third)) == (None, None, "<error: too_long>")
+    assert rows[0]["topic"].finish is None
+
+
+def test_an_answer_under_a_schema_is_its_json_even_where_it_looks_like_a_text(rows: list[Row]) -> None:
+    form = rows[0]["form"]
+    assert (form.value, str(form), form.finish) == ({"text": "not"}, '{"text": "not"}', None)
+
+
+def test_labels_that_the_task_brings_are_those_of_its_cells() -> None:
+    chosen = block(
+        {"mood": COLUMNS["sure"]},
+        tasks={"mood": {"kind": "choose", "labels": ["glad", "sad"], "scores": True}},
+    )
+    first, second, _ = (row["mood"] for row in chosen)
+    assert (str(first), first.score, second.label) == ("sad", 0.75, "glad")
+    assert first.scores == {"glad": 0.25, "sad": 0.75}
+
+
 def test_a_multi_label_answer_may_be_empty(rows: list[Row]) -> None:
     tone = rows[1]["tone"]
     assert (tone.ok, tone.value, tone.labels, tone.label, tone.score, str(tone)) == (
@@ -222,9 +273,9 @@ def test_a_skipped_cell_tells_its_reason() -> None:
         errors={0: CellError("upstream", "topic is an error")},
     )
     first, second = block({"stars": column})
-    assert (first["stars"].status, str(first["stars"])) == ("skipped", "<skipped>")
+    assert (first["stars"].status, str(first["stars"])) == ("skipped", "<skipped: upstream>")
     assert first.errors["stars"].message == "topic is an error"
-    assert second.errors["stars"].error == "skipped"
+    assert (second.errors["stars"].error, str(second["stars"])) == ("skipped", "<skipped>")
 
 
 def test_a_vector_as_an_array_shares_the_memory_of_its_block(rows: list[Row]) -> None:
@@ -240,7 +291,7 @@ def test_a_vector_as_an_array_shares_the_memory_of_its_block(rows: list[Row]) ->
 
 def test_a_row_is_a_mapping_of_tasks_in_the_jobs_order(rows: list[Row]) -> None:
     row = rows[0]
-    assert (row.index, list(row), len(row)) == (10, list(TASKS), 8)
+    assert (row.index, list(row), len(row)) == (10, list(TASKS), 10)
     assert "topic" in row
     assert "mood" not in row
     assert dict(row)["topic"] == "sport"
@@ -318,6 +369,9 @@ def test_an_arrow_table_holds_every_kind_of_answer() -> None:
         "short",
         "names",
         "made",
+        "summary",
+        "summary_finish",
+        "form",
         "errors",
         "truncated",
     ]
@@ -331,7 +385,10 @@ def test_an_arrow_table_holds_every_kind_of_answer() -> None:
     assert (first["tone"], first["tone_score"]) == (["glad", "loud"], [0.5, 0.75])
     assert (second["tone"], second["stars"], second["vector"]) == ([], -1.0, [3.0, 4.0])
     assert first["names"] == [{"start": 3, "end": 7, "label": "ORG", "score": 0.5}]
-    assert first["made"] == '{"a": 1}'
+    assert (first["made"], first["form"]) == ('{"a": 1}', '{"text": "not"}')
+    assert (first["summary"], first["summary_finish"]) == ("Zwölf Zeilen,\nkurz", "stop")
+    assert (second["summary"], second["summary_finish"]) == ("=1+1 and", "length")
+    assert (third["summary"], third["summary_finish"]) == (None, None)
     assert (first["errors"], first["truncated"], second["truncated"][0]) == (None, None, "topic")
     assert all(third[name] is None for name in table.column_names if name not in ("row", "errors"))
     assert third["errors"][0] == {"task": "topic", "error": "too_long", "message": ERRORS[2].message}
@@ -380,7 +437,10 @@ def test_json_lines_hold_the_same_names(tmp_path: Path) -> None:
     assert (first["tone"], first["tone_score"]) == (["glad", "loud"], [0.5, 0.75])
     assert (first["vector"], first["short"]) == ([0.100000001, 2.0], [0.099976, 2.0])
     assert first["names"] == [{"start": 3, "end": 7, "label": "ORG", "score": 0.5}]
-    assert first["made"] == {"a": 1}
+    assert (first["made"], first["form"]) == ({"a": 1}, {"text": "not"})
+    assert (first["summary"], first["summary_finish"]) == ("Zwölf Zeilen,\nkurz", "stop")
+    assert "form_finish" not in first
+    assert (third["summary"], third["summary_finish"]) == (None, None)
     assert "errors" not in first
     assert second["truncated"] == list(TASKS)
     assert third["topic"] is None
@@ -409,6 +469,8 @@ def test_csv_is_a_table_in_which_no_text_is_a_formula(tmp_path: Path) -> None:
     assert (first["row"], first["topic"], first["topic_score"]) == ("10", "sport", "0.75")
     assert second["stars"] == "-1.0"
     assert second["made"] == "'=1+1"
+    assert (second["summary"], second["summary_finish"]) == ("'=1+1 and", "length")
+    assert first["summary"] == "Zwölf Zeilen,\nkurz"
     assert json.loads(first["tone"]) == ["glad", "loud"]
     assert third["topic"] == ""
     assert third["errors"].startswith("topic: too_long")

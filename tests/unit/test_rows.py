@@ -290,6 +290,80 @@ def test_arrow_tables_and_parquet_files_are_read(tmp_path: Path) -> None:
         list(cut(tmp_path / "broken.parquet", FIELDS))
 
 
+DIALOGUE = [{"role": "assistant", "content": 'Grüß "Gott"'}, {"role": "user", "content": "Hello", "seen": 1}]
+AS_JSON = '[{"role":"assistant","content":"Grüß \\"Gott\\""},{"role":"user","content":"Hello"}]'
+
+
+def test_a_dialogue_is_sent_as_json_of_its_messages_from_any_kind_of_source(tmp_path: Path) -> None:
+    path = tmp_path / "a.jsonl"
+    path.write_text(json.dumps({"messages": DIALOGUE}) + "\n")
+    sources: list[Any] = [
+        [{"messages": DIALOGUE}],
+        [DIALOGUE],
+        [tuple(DIALOGUE)],
+        [{"messages": AS_JSON}],
+        [{"messages": json.dumps(DIALOGUE)}],
+        path,
+    ]
+    for source in sources:
+        assert texts(source, ["messages"], dialogues={"messages"}) == [[AS_JSON]]
+    assert json.loads(AS_JSON)[0] == DIALOGUE[0]
+    assert texts([{"past": DIALOGUE, "text": "t"}], ["text", "past"], dialogues={"past"}) == [["t", AS_JSON]]
+    assert survey([DIALOGUE], ["messages"], dialogues={"messages"}).sample == ({"messages": AS_JSON},)
+
+
+def test_a_dialogue_in_a_table_is_read_as_well(tmp_path: Path) -> None:
+    arrow = pytest.importorskip("pyarrow")
+    parquet = pytest.importorskip("pyarrow.parquet")
+    pytest.importorskip("pandas")
+    table = arrow.table({"messages": [DIALOGUE]})
+    parquet.write_table(table, tmp_path / "a.parquet")
+    for source in (table, tmp_path / "a.parquet", table.to_pandas()):
+        assert texts(source, ["messages"], dialogues={"messages"}) == [[AS_JSON]]
+
+
+@pytest.mark.parametrize(
+    ("dialogue", "got"),
+    [
+        ("Hello", "no JSON list"),
+        ('{"role": "user"}', "no JSON list"),
+        ("[" * 100_000, "no JSON list"),
+        ('["Hello"]', "message 0"),
+        ([], "no message"),
+        (["hello"], "message 0"),
+        ([DIALOGUE[0], {"role": "user"}], "message 1"),
+        ([{"role": "user", "content": None}], "message 0"),
+        ([{"role": "bot", "content": "x"}], "message 0"),
+        ([DIALOGUE[1], DIALOGUE[0]], "ends with the assistant"),
+        ([{"role": "user", "content": "a\0b"}], "message 0"),
+        ([{"role": "user", "content": "\ud800"}], "surrogate"),
+        ([{"role": "user", "content": "x" * MAX_ROW_BYTES}], "bytes"),
+        ({"role": "user", "content": "x"}, "dict"),
+        (7, "int"),
+    ],
+)
+def test_a_dialogue_that_is_none_is_a_bad_row(dialogue: Any, got: str) -> None:
+    with pytest.raises(InvalidJob) as caught:
+        list(cut([{"messages": dialogue}], ["messages"], dialogues={"messages"}))
+    [problem] = caught.value.problems
+    assert problem.field == "rows.messages"
+    assert got in problem.got
+    [part] = cut([{"messages": dialogue}], ["messages"], dialogues={"messages"}, bad_rows="error")
+    assert list(part.bad) == [0]
+
+
+def test_a_list_is_no_text_where_no_dialogue_is_read() -> None:
+    [part] = cut([{"text": DIALOGUE}, DIALOGUE], FIELDS, dialogues={"messages"}, bad_rows="error")
+    assert list(part.bad) == [0, 1]
+
+
+def test_mean_bytes_are_those_of_good_rows() -> None:
+    [part] = cut([{"a": "é", "b": ""}, 3, {"a": "xxxx", "b": "y"}], ["a", "b"], bad_rows="error")
+    assert part.mean_bytes() == {"a": 3.0, "b": 0.5}
+    [none] = cut([3], ["a"], bad_rows="error")
+    assert none.mean_bytes() == {"a": 0.0}
+
+
 def test_a_survey_counts_all_rows_and_draws_the_same_sample_each_time() -> None:
     source = [f"row {i}" for i in range(5000)]
     first, again = (survey(source, FIELDS, sample=50) for _ in range(2))
@@ -304,3 +378,17 @@ def test_a_survey_leaves_bad_rows_out_of_its_sample_but_counts_them() -> None:
     found = survey(["a", 1, "b"], FIELDS, bad_rows="error")
     assert found.rows == 3
     assert [row["text"] for row in found.sample] == ["a", "b"]
+
+
+def test_records_are_rows_as_they_stand_in_their_source(tmp_path: Path) -> None:
+    path = tmp_path / "labels.csv"
+    path.write_text("text,topic\na,sport\nb,\n")
+    rows = [{"text": "a", "topic": "sport"}, {"text": "b", "topic": ""}]
+    assert list(rows_module.records(path)) == [(rows[0], 2), (rows[1], 3)]
+    frame = pytest.importorskip("pandas").DataFrame(rows)
+    assert [row for row, _ in rows_module.records(frame)] == rows
+    assert [row for row, _ in rows_module.records([rows[0], "b", 3])] == [rows[0], "b", 3]
+    assert texts(frame["text"]) == [["a"], ["b"]]
+    path.with_suffix(".jsonl").write_text('{"topic": "sport"}\n{"topic"\n')
+    with pytest.raises(InvalidJob, match=r"^row 1, rows: got broken JSON.* \(line 2\)"):
+        list(rows_module.records(path.with_suffix(".jsonl")))

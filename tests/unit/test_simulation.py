@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from motet.errors import SetupError
 from scheduler import carve, cost, dispatcher, place
-from scheduler.fairness import BULK, INTERACTIVE, NORMAL
+from scheduler.fairness import BULK, INTERACTIVE, NORMAL, Account
 from scheduler.simulation import policy
 from scheduler.simulation.cluster import Device, Job, Model, Rows, Scenario
 from scheduler.simulation.events import TICK_S, Attempt, Outcome, Simulation
@@ -133,8 +133,54 @@ def test_whatever_dies_or_is_lost_every_row_is_done_once_and_no_memory_is_exceed
         assert job.at_s <= outcome.first_s[job.name] <= outcome.ended_s[job.name]
     memory_mb = {d.name: d.memory_mb for d in scenario.devices}
     assert all(held <= memory_mb[name] for name, held in outcome.peak_mb.items())
-    moments = [now for now, _ in watched.counted]
-    assert moments == sorted(moments)
+    # Every row of work was paid for once, beside what was thrown away.
+    assert outcome.subtasks == len({a.subtask.id for _, a in watched.counted if a.subtask.done})
+    assert outcome.makespan_s <= max(outcome.ended_s.values())
+    if not (scenario.lost or any(d.dies_s < float("inf") for d in scenario.devices)):
+        assert outcome.lost == 0
+
+
+class Clocked(Simulation):
+    """A run that looks at all that must only rise, after each event."""
+
+    def __init__(self, scenario: Scenario, seed: int) -> None:
+        self.motet = Motet()
+        super().__init__(scenario, self.motet, seed)
+        self.done: Counter[str] = Counter()
+        self.clocks: dict[int, tuple[Account, float]] = {}
+        self.looks = 0
+
+    def _decide(self, now: float) -> None:
+        super()._decide(now)
+        self.looks += 1
+        for job in self.scenario.jobs:
+            done = self.outcome.rows.get(job.name, 0)
+            assert self.done[job.name] <= done <= job.rows, (
+                f"{job.name} had {self.done[job.name]}, has {done}"
+            )
+            self.done[job.name] = done
+            if job.name in self.motet._passes:
+                waits = self.motet._passes[job.name].waiting_rows
+                assert 0 <= waits <= job.rows - done, f"{waits} rows of {job.name} wait, {done} are done"
+        placer = self.motet.placer
+        for account in (placer._root, *placer._classes.values(), *placer._tenants.values()):
+            _, before = self.clocks.get(id(account), (account, 0.0))
+            assert account.clock >= before, "a virtual clock fell"
+            self.clocks[id(account)] = (account, account.clock)
+        assert all(account.present >= 0 for account, _ in self.clocks.values())
+
+
+@settings(max_examples=30, deadline=None)
+@given(worlds(), st.integers(0, 1000))
+def test_rows_done_never_fall_or_exceed_those_of_the_job_and_no_clock_falls(
+    scenario: Scenario, seed: int
+) -> None:
+    run = Clocked(scenario, seed)
+    outcome = run.run()
+    assert run.looks > 0
+    assert outcome.rows == {job.name: job.rows for job in scenario.jobs}
+    # When all is done nothing is left in the policy's mind.
+    assert not run.motet.placer.wants()
 
 
 @settings(max_examples=100, deadline=None)

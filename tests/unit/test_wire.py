@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import struct
+import tracemalloc
 
 import pytest
 from hypothesis import given
@@ -11,6 +12,7 @@ from hypothesis import strategies as st
 from motet.columns import ERROR, TRUNCATED, CellError, Column, values
 from motet.manifest import Manifest
 from motet.wire import (
+    MAX_DECODED_BYTES,
     Assignment,
     BadMessage,
     Beat,
@@ -21,7 +23,9 @@ from motet.wire import (
     Usage,
     bytes_read,
     pack,
+    unfolded_bytes,
     unpack,
+    zstd,
 )
 
 MODEL = Manifest(name="m", version="1", engine="encoder", answers="label", labels=("a", "b"), trunk="t")
@@ -44,6 +48,8 @@ MESSAGES = [
         max_tokens=256,
         tasks=(TaskOrder(name="topic", spec={"kind": "classify"}, manifest=MODEL),),
         texts=("one", "zwei 💡"),
+        predicted_s=0.5,
+        measured=True,
     ),
     Outcome(
         subtask=1,
@@ -146,3 +152,18 @@ def test_a_column_whose_lengths_disagree_is_refused(change: dict[str, object]) -
 
 def test_values_are_in_row_order_and_none_where_a_row_has_no_answer() -> None:
     assert list(values(COLUMN, MODEL.labels)) == [("b", 0.5), None, ("a", 0.25)]
+
+
+def test_what_would_fill_the_memory_is_refused_before_it_is_unfolded() -> None:
+    bomb = pack(bytes(MAX_DECODED_BYTES + 1))
+    assert len(bomb) < 100_000
+    tracemalloc.start()
+    with pytest.raises(BadMessage, match="claims"):
+        unpack(bomb)
+    with pytest.raises(BadMessage):
+        unpack(zstd.compress(b"\xdd\x7f\xff\xff\xff" * 500, 1))
+    assert tracemalloc.get_traced_memory()[1] < 1_000_000
+    tracemalloc.stop()
+    assert unfolded_bytes(bomb) == len(bomb), "it will not be"
+    assert unfolded_bytes(pack(bytes(5_000_000))) > 5_000_000
+    assert unfolded_bytes(b"garbage") == 7

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import sys
 import types
@@ -29,7 +30,7 @@ from workers.engines.classifier import ClassifierEngine
 from workers.engines.encoder import Encoder, EncoderEngine
 from workers.engines.function import FunctionEngine
 from workers.engines.spacy_ner import SpacyNerEngine
-from workers.engines.trunk import Tokens, torch_errors
+from workers.engines.trunk import Tokens, _imitated, torch_errors
 
 TEXTS = (
     "A cat sat on the mat.",
@@ -162,8 +163,8 @@ def test_many_heads_in_one_pass_answer_as_each_alone_and_as_by_hand(
         order = an_order(name, task, manifest)
         engine.attach(loaded, order, files)
         engine.attach(loaded, order, files)
-        weight, bias = loaded.heads[manifest.digest]
-        by_hand[name] = reference @ weight.numpy().T + bias.numpy()
+        head = loaded.heads[manifest.digest]
+        by_hand[name] = reference @ head.weight.numpy().T + head.bias.numpy()
         orders.append(order)
     vector = an_order("vector", Embed("minilm"), MINILM)
     fused = run(engine, Pass(loaded, (*orders, vector), 0), TEXTS)
@@ -370,7 +371,7 @@ def test_engines_are_found_by_name_and_said_to_be_missing() -> None:
     assert engines.find("encoder") is engines.find("encoder")
     assert isinstance(engines.find("spacy-ner"), SelfDescribing)
     assert not isinstance(engines.find("encoder"), SelfDescribing)
-    with pytest.raises(CannotLoad, match="no engine 'nope' here; installed are classifier, encoder"):
+    with pytest.raises(CannotLoad, match="no engine 'nope' here; installed are causal, classifier, encoder"):
         engines.find("nope")
 
 
@@ -439,3 +440,13 @@ def test_torchs_errors_are_told_apart(raised: Exception, known: type[Exception])
     with pytest.raises(known) as caught, torch_errors():
         raise raised
     assert type(caught.value) is known
+
+
+def test_a_format_that_this_cpu_cannot_compute_is_imitated_and_close_to_fp32() -> None:
+    model = torch.nn.Sequential(torch.nn.Linear(64, 64), torch.nn.GELU(), torch.nn.Linear(64, 8))
+    given = torch.randn(16, 64)
+    exact = model(given)
+    imitated = _imitated(copy.deepcopy(model).bfloat16())(given)
+    assert imitated.dtype == torch.float32
+    assert torch.equal(imitated, imitated.bfloat16().float())
+    assert 0 < float((imitated - exact).abs().max()) < 0.05

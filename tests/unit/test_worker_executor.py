@@ -24,7 +24,7 @@ from workers.batching import Budget, Cost
 from workers.blobs import CannotFetch
 from workers.device import Device
 from workers.engine import CannotLoad, DeviceBroken, OutOfMemory, Pass, Prepared
-from workers.executor import PREPARE_S, RUN_S, Executor
+from workers.executor import FIRST_MEASURED_S, FIRST_RUN_S, PREPARE_S, RUN_S, Executor
 from workers.lane import SHARE, WINDOW_S
 from workers.reporter import Reporter
 
@@ -91,6 +91,8 @@ class FakeEngine:
         self.clock.now += self.second_per_row * len(batch)
         self.during()
         if self.room is not None and max(r.length for r in batch) * len(batch) > self.room:
+            raise OutOfMemory
+        if any("hog" in text for text in texts):
             raise OutOfMemory
         if any("bomb" in text for text in texts):
             raise RuntimeError("a text that must not be logged")
@@ -415,6 +417,21 @@ def test_one_row_that_does_not_fit_is_an_error_and_the_others_are_answered(house
     column = house.outcomes()[order.key].columns["size"]
     assert {i: (e.error, e.retriable) for i, e in column.errors.items()} == {0: ("out_of_memory", True)}
     assert column.counts() == (2, 1, 0, 0)
+
+
+def test_a_row_that_takes_all_memory_by_itself_does_not_leave_small_micro_batches_behind(
+    house: House,
+) -> None:
+    house.known_cost()
+    order = an_order("a hog", *["short"] * 7)
+    house.submit(order)
+    house.steps()
+    column = house.outcomes()[order.key].columns["size"]
+    assert column.counts() == (7, 1, 0, 0)
+    house.engine.batches.clear()
+    house.submit(an_order(*["short"] * 12))
+    house.steps()
+    assert [len(b) for b in house.engine.batches] == [12]
 
 
 def test_models_nobody_uses_give_way_before_a_row_is_given_up(house: House) -> None:
@@ -800,6 +817,29 @@ def test_the_watchdog_sees_a_micro_batch_that_never_ends(house: House) -> None:
     assert words[0] is None
     assert "running for 9 s" in (words[1] or "")
     assert house.executor.stuck() is None
+
+
+@pytest.mark.parametrize(
+    ("measured", "predicted_s", "limit_s"),
+    [(False, 0.1, FIRST_RUN_S), (True, 0.1, FIRST_MEASURED_S), (True, 6.0, 30)],
+)
+def test_a_fresh_process_waits_long_only_where_nobody_has_measured_the_model(
+    house: House, measured: bool, predicted_s: float, limit_s: float
+) -> None:
+    words: list[str | None] = []
+
+    def hang() -> None:
+        for seconds in (limit_s - 1, 2):
+            house.clock.now += seconds
+            words.append(house.executor.stuck())
+
+    house.engine.during = hang
+    # The longer one runs first, alone: it is half of what was predicted.
+    house.submit(an_order("a" * 500, "b" * 499, predicted_s=predicted_s, measured=measured))
+    house.executor.step()
+    assert house.executor.step()
+    assert words[0] is None
+    assert f"at most {limit_s:.0f}" in (words[1] or "")
 
 
 def test_a_slow_but_predicted_micro_batch_is_left_alone(house: House) -> None:

@@ -21,11 +21,12 @@ from motet.logs import configure, event
 from motet.transport import MemoryTransport, TransportLost
 from motet.wire import Beat, Control, Outcome
 from workers.assemble import assemble
-from workers.attempts import REMEMBERED, Attempts, Key
+from workers.attempts import LEFT_S, REMEMBERED, Attempts, Key
 from workers.beat import Heart, Watchdog
 from workers.device import Device
 from workers.engines.answers import label_column, labels_column, number_column, vector_column
 from workers.engines.function import json_column
+from workers.pulse import LOADING_SILENCE_S, SILENCE_S
 from workers.reporter import Reporter
 
 # -- columns
@@ -190,6 +191,19 @@ def test_an_attempt_dropped_before_it_began_never_begins() -> None:
     assert not attempts.dropped((9, 9))
 
 
+def test_an_attempt_that_cannot_run_is_said_to_be_left_for_a_while() -> None:
+    now = [100.0]
+    attempts = Attempts(lambda: now[0])
+    attempts.receive((1, 1))
+    attempts.begin((1, 1))
+    attempts.leave((1, 1))
+    assert (attempts.held(), attempts.left()) == ((), ((1, 1),))
+    now[0] += LEFT_S
+    assert attempts.left() == ((1, 1),)
+    now[0] += 0.1
+    assert attempts.left() == ()
+
+
 def test_memory_of_attempts_is_bounded() -> None:
     attempts = Attempts()
     for i in range(REMEMBERED + 10):
@@ -255,6 +269,7 @@ class Idle:
         self.dropped: list[Any] = []
         self.busy = 0.0
         self.words: str | None = None
+        self.loads = False
 
     def drop(self, keys: Any) -> None:
         self.dropped.append(sorted(keys))
@@ -270,6 +285,9 @@ class Idle:
 
     def stuck(self) -> str | None:
         return self.words
+
+    def loading(self) -> bool:
+        return self.loads
 
 
 class Body:
@@ -317,6 +335,19 @@ def test_only_the_newest_leader_is_obeyed() -> None:
     assert body.executor.dropped == [[], [(1, 1)]]
 
 
+def test_a_forged_epoch_does_not_deafen_a_worker_for_good() -> None:
+    body = Body()
+    for epoch, drain in ((1, False), (2**64 - 1, True)):
+        body.redis.control({"w": Control(epoch=epoch, drain=drain)})
+        body.beat()
+    assert body.beat().state == "draining"
+    body.redis.control({"w": Control(epoch=1)})
+    states = [body.beat().state for _ in range(5)]
+    assert states == ["draining"] * 4 + ["ready"], "once no replaced leader can have said it"
+    body.redis.control({"w": Control(epoch=0, drain=True)})
+    assert {body.beat().state for _ in range(3)} == {"ready"}
+
+
 def test_a_worker_told_to_drain_stops_taking_and_may_be_told_to_work_again() -> None:
     body = Body()
     states = []
@@ -347,16 +378,22 @@ class Cut:
 def test_the_watchdog_ends_what_hangs_and_what_lost_its_launcher() -> None:
     executor, ends = Idle(), list[str]()
 
+    pulses = list[int]()
+
     def dog(parent: int) -> Watchdog:
         return Watchdog(
             executor,  # type: ignore[arg-type]
             stuck=lambda: ends.append("stuck"),
             orphaned=lambda: ends.append("orphan"),
             parent=parent,
+            pulse=pulses.append,
         )
 
     dog(parent=0).step()
     assert ends == []
+    executor.loads = True
+    dog(parent=0).step()
+    assert pulses == [SILENCE_S, LOADING_SILENCE_S]
     executor.words = "running for 99 s"
     dog(parent=0).step()
     assert ends == ["stuck"]
