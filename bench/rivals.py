@@ -3,8 +3,9 @@
 Four answers for every row (topic, sentiment, tone, embedding) from one encoder in fp32, two processes of one thread.
 A system's clock starts when its first process does; its work begins when its models are loaded and a few rows
 have been through, and ends when every answer of every row is in the caller's hand, in row order. Redis, Postgres
-and all else that it starts counts as its own. Each runs once with a few rows before the one that counts, but not
-with --quick: motet's start then includes that of its first ever, which makes its database and registers its models.
+and all else that it starts counts as its own. All run in turn, three times, those that take minutes once; ratios are
+medians of those within a round. Each runs with a few rows before, but not with --quick: motet's start then includes
+that of its first ever, which makes its database and registers its models.
 
   python bench/rivals.py --quick                            # within 60 s: motet, the loop, and Celery at its best
   python bench/rivals.py --venv bench/.venv-rivals          # all; see bench/requirements-rivals.txt
@@ -43,6 +44,8 @@ from motet.errors import SetupError
 HERE = Path(__file__).resolve().parent
 PROCESSES = 2
 QUICK_ROWS, ROWS, WARM_UP_ROWS = 300, 1000, 64
+#: Runs of each system; one that works for longer than this runs once.
+ROUNDS, LONG_S = 3, 60.0
 #: A system that takes longer than this is given up.
 LIMIT_S = 1800.0
 #: What it may take to end in order before it is killed.
@@ -165,7 +168,9 @@ def main() -> int:
     parser.add_argument("--systems", help=f"some of {','.join(SYSTEMS)}")
     parser.add_argument("--rows", type=int, help=f"default {ROWS}; {QUICK_ROWS} with --quick")
     parser.add_argument(
-        "--rounds", type=int, default=1, help="runs of each system, in turn; medians are shown"
+        "--rounds",
+        type=int,
+        help=f"runs of each system, in turn; medians are shown; default {ROUNDS}, 1 with --quick",
     )
     parser.add_argument(
         "--venv", type=Path, help="where the rivals are installed (bench/.venv-rivals if it is there)"
@@ -179,22 +184,40 @@ def main() -> int:
         if name not in SYSTEMS:
             parser.error(f"--systems: got {name!r}; expected some of {', '.join(SYSTEMS)}")
     rows = options.rows or (QUICK_ROWS if options.quick else ROWS)
-    for value, option, least in ((rows, "--rows", WARM_UP_ROWS), (options.rounds, "--rounds", 1)):
+    rounds = (1 if options.quick else ROUNDS) if options.rounds is None else options.rounds
+    for value, option, least in ((rows, "--rows", WARM_UP_ROWS), (rounds, "--rounds", 1)):
         if value < least:
             parser.error(f"{option}: got {value}; expected at least {least}")
 
+    # Only a whole run is kept: another would hide systems.
+    kept = not (options.quick or options.systems or options.rows)
     pythons = _pythons(chosen, options.venv)
+    if kept and pythons.keys() != set(chosen):
+        raise SystemExit(
+            "got a run that would be kept without those systems; expected all of them: "
+            "install what is missing, or name some with --systems, which keeps nothing"
+        )
     with _own_children(), harness.scratch() as folder:
         bench = Bench(folder, harness.texts(rows))
-        found, failed = bench.run(pythons, options.rounds, warm_up=not options.quick)
-    _show(found, rows=len(bench.texts), rounds=options.rounds)
+        found, failed = bench.run(pythons, rounds, warm_up=not options.quick)
+    _show(found, rows=len(bench.texts), rounds=rounds)
     differing = _differing(found)
     for line in (*(f"{name}: failed, see above" for name in failed), *differing):
         harness.say(line)
     keys = _keys(found, rows=len(bench.texts))
-    # Only a whole run is kept: another would hide systems.
-    harness.finish("rivals", keys, quick=options.quick or bool(options.systems or options.rows))
+    if kept and failed:
+        harness.say("nothing is kept: bench/results/rivals.json is that of the last run in which none failed")
+    harness.finish("rivals", keys, quick=not kept or bool(failed), details={"runs": _raw(found)})
     return 1 if failed or differing or not found else 0
+
+
+def _raw(found: Mapping[str, Sequence[Run]]) -> dict[str, list[dict[str, float]]]:
+    """Every run, in the order of its rounds: what the medians were taken of."""
+    amounts = ("start_s", "work_s", "cpu_s", "work_cpu_s", "peak_mb")
+    return {
+        name: [{amount: round(getattr(run, amount), 3) for amount in amounts} for run in runs]
+        for name, runs in found.items()
+    }
 
 
 def _pythons(chosen: Sequence[str], venv: Path | None) -> dict[str, str]:
@@ -256,7 +279,10 @@ class Bench:
     def run(
         self, pythons: Mapping[str, str], rounds: int, *, warm_up: bool
     ) -> tuple[dict[str, list[Run]], list[str]]:
-        """All systems in turn, each second round in reverse; the runs of each, and the names of those that failed."""
+        """All systems in turn, each second round in reverse, those that take long once.
+
+        The runs of each, and the names of those that failed.
+        """
         found: dict[str, list[Run]] = {name: [] for name in pythons}
         failed: list[str] = []
         # A database is made once, when a system is installed, and never on the clock; motet's by its warm-up.
@@ -268,7 +294,7 @@ class Bench:
                 self._tried(name, python, "few", failed)
         for i in range(rounds):
             for name, python in list(pythons.items())[:: 1 if i % 2 == 0 else -1]:
-                if name in failed:
+                if name in failed or any(run.work_s > LONG_S for run in found[name]):
                     continue
                 run = self._tried(name, python, "all", failed)
                 if run:
@@ -602,15 +628,24 @@ def _keys(found: Mapping[str, Sequence[Run]], *, rows: int) -> dict[str, object]
     def rates(seconds: Callable[[Run], float]) -> dict[str, float]:
         return {name: rows / statistics.median(map(seconds, runs)) for name, runs in found.items()}
 
-    work = rates(lambda run: run.work_s)
-    whole = rates(lambda run: run.start_s + run.work_s)
+    def work_s(run: Run) -> float:
+        return run.work_s
+
+    def whole_s(run: Run) -> float:
+        return run.start_s + run.work_s
+
+    work, whole = rates(work_s), rates(whole_s)
     rivals = [name for name in found if SYSTEMS[name].rival]
     best = max(rivals, key=work.__getitem__, default=None)
     best_storing = max((n for n in rivals if SYSTEMS[n].stores), key=work.__getitem__, default=None)
     best_whole = max(rivals, key=whole.__getitem__, default=None)
 
-    def over(rate: Mapping[str, float], other: str | None) -> float | None:
-        return round(rate["motet"] / rate[other], 3) if "motet" in rate and other in rate else None
+    def over(seconds: Callable[[Run], float], other: str | None) -> float | None:
+        """Median of the ratios within a round: a machine that was slow for a while was so for both."""
+        if other is None or "motet" not in found or other not in found:
+            return None
+        pairs = zip(found["motet"], found[other], strict=False)
+        return round(statistics.median(seconds(theirs) / seconds(ours) for ours, theirs in pairs), 3)
 
     return {
         "rows": rows,
@@ -621,13 +656,13 @@ def _keys(found: Mapping[str, Sequence[Run]], *, rows: int) -> dict[str, object]
             name: round(statistics.median(r.work_cpu_s for r in runs), 1) for name, runs in found.items()
         },
         "best_rival": best,
-        "vs_best_rival": over(work, best),
+        "vs_best_rival": over(work_s, best),
         "best_rival_with_start": best_whole,
-        "vs_best_rival_with_start": over(whole, best_whole),
+        "vs_best_rival_with_start": over(whole_s, best_whole),
         "best_storing_rival": best_storing,
-        "vs_best_storing_rival": over(work, best_storing),
-        "vs_loop": over(work, "loop-stored"),
-        "vs_loop_in_memory": over(work, "loop"),
+        "vs_best_storing_rival": over(work_s, best_storing),
+        "vs_loop": over(work_s, "loop-stored"),
+        "vs_loop_in_memory": over(work_s, "loop"),
     }
 
 

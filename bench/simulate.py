@@ -13,19 +13,23 @@ it is the `Placer`, `carve` and `Rates` that the dispatcher runs (tests/unit/tes
 
 Last line, JSON: efficiency_<case> (means over the seeds), fairness_gap_subtasks (the worse of the two cases in which all
 wait from the beginning), loads_vs_minimum (the worst of the cases but the hard one); and apart, because they are known
-to be worse: fairness_gap_newcomer, fairness_gap_cold, loads_vs_minimum_hard.
+to be worse: fairness_gap_newcomer, fairness_gap_cold, loads_vs_minimum_hard. Each is a mean over the seeds; its worst
+seed is told as worst_<key>.
 
     python bench/simulate.py            some minutes on two cores
     python bench/simulate.py --quick    two seeds, and no ablations
+    python bench/simulate.py --markdown the ablations of the last full run as docs/simulate.md has them
 """
 
 from __future__ import annotations
 
+import argparse
+import json
 import multiprocessing
 import statistics
 import sys
 import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import cache
@@ -34,7 +38,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent))
 
-from harness import finish, options, say, table
+from harness import RESULTS, finish, options, say, table
 from lower_bound import least_loads, least_makespan_s
 from rival_policies import RULES, pulled, rival
 from scipy.stats import t as students_t
@@ -68,9 +72,22 @@ class Variant:
     world: Mapping[str, float] = field(default_factory=dict)
 
 
+def _unless_near(rates: Rates, worker: str) -> float:
+    """The pace of a worker, or that of its kind where it is within a tenth of it."""
+    pace, _ = rates.paces.get(worker, (1.0, 0))
+    return 1.0 if 0.9 < pace < 1.1 else pace
+
+
 def _whole(cap_s: float, remaining_s: float, devices: float) -> float:
     """Sub-tasks of one size, however little is left."""
     return cap_s
+
+
+def _nothing(*_: object) -> None: ...
+
+
+def _no_time(*_: object) -> float:
+    return 0.0
 
 
 #: What is changed, in words -> how.
@@ -78,11 +95,13 @@ VARIANTS: Mapping[str, Variant] = {
     "costs told, not learned": Variant(world={"prior_off": 1.0}),
     "costs never learned, 3 x off": Variant(policy={"learn": False}),
     "paces of devices not learned": Variant(policy={"pace": False}),
+    "paces within a tenth taken for 1": Variant(parts={(Rates, "pace"): _unless_near}),
     "nothing recalled": Variant(policy={"recall": False}),
     "nothing cloned": Variant(policy={"clone": False}),
     "neither recalled nor cloned": Variant(policy={"recall": False, "clone": False}),
     "sub-tasks of one size": Variant(parts={(place, "size_s"): _whole}),
     "sub-tasks of 0.5 s at most": Variant(policy={"subtask_s": 0.5}),
+    "sub-tasks of 1 s at most": Variant(policy={"subtask_s": 1.0}),
     "sub-tasks of 5 s at most": Variant(policy={"subtask_s": 5.0}),
     "sub-tasks of 10 s at most": Variant(policy={"subtask_s": 10.0}),
     "one sub-task at a device": Variant(policy={"depth": 1}),
@@ -90,6 +109,9 @@ VARIANTS: Mapping[str, Variant] = {
     "eight sub-tasks, 10 s ahead": Variant(policy={"depth": 8, "ahead_s": 10.0}),
     "asked for at the last moment": Variant(policy={"ahead_s": 0.0}),
     "asked for 2 s ahead": Variant(policy={"ahead_s": 2.0}),
+    "nobody goes early to another model": Variant(parts={(place.Placer, "_balance"): _nothing}),
+    "what gives way costs nothing": Variant(parts={(place.Placer, "_room_s"): _no_time}),
+    "no switch forced by fairness": Variant(parts={(place.Placer, "_pay"): _nothing}),
     "another host at once": Variant(parts={(place, "_JOIN"): 0.0, (place, "_JOIN_MOST"): 0.0}),
     "another host for half the gain": Variant(parts={(place, "_JOIN"): place._JOIN / 2}),
     "another host for twice the gain": Variant(parts={(place, "_JOIN"): 2 * place._JOIN}),
@@ -150,7 +172,14 @@ class Run:
 
 
 def main() -> None:
-    quick = options(__doc__).parse_args().quick
+    parser = options(__doc__)
+    parser.add_argument("--markdown", action="store_true", help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    if arguments.markdown:
+        kept = json.loads((RESULTS / "simulate.json").read_text("utf-8"))
+        say("\n".join(markdown(kept["details"]["runs"])))
+        return
+    quick = arguments.quick
     seeds = range(QUICK_SEEDS if quick else SEEDS)
     began = time.perf_counter()
     say(
@@ -339,12 +368,16 @@ def tell_shares(runs: Runs) -> None:
 def tell_fairness(runs: Runs) -> None:
     who = (MOTET, FIFO, *(name for name in UNFAIR if (FAIR[0], name) in runs))
     table(
-        "fairness gap, in sub-tasks of the longest kind; at most 2 is asked",
+        "fairness gap, in sub-tasks of the longest kind, mean and worst seed; at most 2 is asked",
         ("", *(case.removeprefix("fair_") for case in FAIR), "cold: makespan s"),
         [
             (
                 name,
-                *(spread([run.gap_subtasks for run in runs[case, name]], 2) for case in FAIR),
+                *(
+                    f"{spread(gaps, 2)}, {max(gaps):.2f}"
+                    for case in FAIR
+                    for gaps in ([run.gap_subtasks for run in runs[case, name]],)
+                ),
                 f"{mean(run.makespan_s for run in runs[FAIR[-1], name]):.0f}",
             )
             for name in who
@@ -419,16 +452,36 @@ def losses(runs: Runs) -> Iterator[str]:
 
 
 def keys(runs: Runs) -> dict[str, float]:
-    gaps = {case: mean(run.gap_subtasks for run in runs[case, MOTET]) for case in FAIR}
-    extra = {case: mean(run.loads / run.least_loads for run in runs[case, MOTET]) for case in CASES}
-    return {
-        **{f"efficiency_{case}": round(mean(efficiencies(runs, case, MOTET)), 4) for case in CASES},
-        "fairness_gap_subtasks": round(max(gaps["fair_tenants"], gaps["fair_models"]), 2),
-        "fairness_gap_newcomer": round(gaps["fair_late"], 2),
-        "fairness_gap_cold": round(gaps["fair_cold"], 1),
-        "loads_vs_minimum": round(max(extra[case] for case in CASES if case != "hard"), 3),
-        "loads_vs_minimum_hard": round(extra["hard"], 3),
-    }
+    found: dict[str, float] = {}
+
+    def tell(key: str, amounts: Sequence[float], digits: int, worst: Callable[..., float] = max) -> None:
+        found[key] = round(mean(amounts), digits)
+        found[f"worst_{key}"] = round(worst(amounts), digits)
+
+    gaps = {case: [run.gap_subtasks for run in runs[case, MOTET]] for case in FAIR}
+    extra = {case: [run.loads / run.least_loads for run in runs[case, MOTET]] for case in CASES}
+    for case in CASES:
+        tell(f"efficiency_{case}", efficiencies(runs, case, MOTET), 4, min)
+    tell("fairness_gap_subtasks", max(gaps["fair_tenants"], gaps["fair_models"], key=mean), 2)
+    tell("fairness_gap_newcomer", gaps["fair_late"], 2)
+    tell("fairness_gap_cold", gaps["fair_cold"], 1)
+    tell("loads_vs_minimum", max((extra[case] for case in CASES if case != "hard"), key=mean), 3)
+    tell("loads_vs_minimum_hard", extra["hard"], 3)
+    return found
+
+
+def markdown(kept: Mapping[str, Mapping[str, Sequence[float]]]) -> Iterator[str]:
+    """The ablations as a table of docs/simulate.md, from the results that are kept."""
+    yield "| changed | " + " | ".join(CASES_MAIMED) + " |"
+    yield "|---|" + "---|" * len(CASES_MAIMED)
+    usual = {case: kept[f"{case} / {MOTET}"]["efficiency"][:ABLATION_SEEDS] for case in CASES_MAIMED}
+    yield "| (motet) | " + " | ".join(f"{100 * mean(usual[case]):.1f}" for case in CASES_MAIMED) + " |"
+    for name in VARIANTS:
+        cells = []
+        for case in CASES_MAIMED:
+            off = [b - a for a, b in zip(usual[case], kept[f"{case} / {name}"]["efficiency"], strict=True)]
+            cells.append(f"{100 * mean(off):+.1f} ± {100 * half_width(off):.1f}")
+        yield f"| {name} | " + " | ".join(cells) + " |"
 
 
 def details(runs: Runs) -> dict[str, object]:
@@ -442,6 +495,7 @@ def details(runs: Runs) -> dict[str, object]:
                 "makespan_s": [round(run.makespan_s, 2) for run in own],
                 "loads": [run.loads for run in own],
                 "least_loads": [run.least_loads for run in own] if case in CASES else None,
+                "shares": {kind: round(mean(run.shares[kind] for run in own), 5) for kind in own[0].shares},
                 "gap_subtasks": [round(run.gap_subtasks, 2) for run in own] if case in FAIR else None,
             }
             for (case, who), own in runs.items()

