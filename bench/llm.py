@@ -15,7 +15,9 @@ slot_occupancy             places of answers that were being written / places, w
 vs_generate_batch          tokens written a second / those of transformers' `generate_batch` (continuous batching, its own
                            prefix sharing) on the same prompts and lengths
 vs_padded_generate         the same / those of `generate` on padded batches of 16, sorted by length
-choose_gain                rows a second of Choose with 4 labels / of generating an answer and reading the label out of it
+choose_gain                rows a second of Choose with 4 labels / of generating an answer through `generate`, in padded
+                           batches of 16, and reading the label out of it
+choose_gain_own            the same / of generating it in motet's own engine, which shares the question as Choose does
 llm_tax                    seconds of a job through a whole cluster (one CPU worker) / of the bare engine on the same rows
 """
 
@@ -40,8 +42,9 @@ from harness import cluster, finish, in_turn, options, ratio, say, table, timed
 
 from motet import Client, Task, datasets
 from motet.columns import values
-from motet.tasks import Choose, Generate
+from motet.tasks import Choose, Generate, Prompted
 from motet.wire import TaskOrder
+from scheduler.prompt_order import first_of
 from workers import smollm
 from workers.describe import describe_folder
 from workers.engine import Ended, Pass, Prepared
@@ -83,8 +86,12 @@ class Bench:
         self.plain = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
 
     def rows(self, tasks: Mapping[str, Task], texts: Sequence[str]) -> tuple[Pass, list[Prepared]]:
+        size = statistics.mean(len(text.encode()) for text in texts)
+        asked = [task for task in tasks.values() if isinstance(task, Prompted)]
+        first = first_of(asked, {"text": size}, frozenset())  # as the planner decides it
         orders = tuple(
-            TaskOrder(name=name, spec=task.to_json(), manifest=self.manifest) for name, task in tasks.items()
+            TaskOrder(name=name, spec={**task.to_json(), "first": first}, manifest=self.manifest)
+            for name, task in tasks.items()
         )
         pass_ = Pass(self.handle, orders, 0)
         return pass_, [row for row in self.engine.prepare(pass_, texts) if isinstance(row, Prepared)]
@@ -259,9 +266,12 @@ def _of_length(row: Prepared, most: int) -> Prepared:
     return replace(row, inputs=replace(asking, tasks=(replace(asking.tasks[0], most=most),)))
 
 
-def _padded(bench: Bench, prompts: Sequence[Sequence[int]], lengths: Sequence[int]) -> None:
-    """Batches of 16 of like length; each goes on until its longest answer is whole."""
+def _padded(
+    bench: Bench, prompts: Sequence[Sequence[int]], lengths: Sequence[int], *, ends: bool = False
+) -> list[list[int]]:
+    """Batches of 16 of like length; each goes on until its longest answer is whole. ``ends``: an answer may be shorter."""
     order = sorted(range(len(prompts)), key=lambda i: (len(prompts[i]), lengths[i]))
+    answers: list[list[int]] = [[] for _ in prompts]
     for at in range(0, len(order), 16):
         batch = order[at : at + 16]
         width = max(len(prompts[i]) for i in batch)
@@ -272,14 +282,17 @@ def _padded(bench: Bench, prompts: Sequence[Sequence[int]], lengths: Sequence[in
             mask[row, width - len(prompts[i]) :] = 1
         most = max(lengths[i] for i in batch)
         with torch.inference_mode():
-            bench.plain.generate(
+            out = bench.plain.generate(
                 ids,
                 attention_mask=mask,
                 do_sample=False,
                 max_new_tokens=most,
-                min_new_tokens=most,
+                min_new_tokens=0 if ends else most,
                 pad_token_id=0,
             )
+        for i, answer in zip(batch, out[:, width:].tolist(), strict=True):
+            answers[i] = answer
+    return answers
 
 
 def _continuous(bench: Bench, prompts: Sequence[Sequence[int]], lengths: Sequence[int]) -> None:
@@ -315,16 +328,15 @@ def choosing(bench: Bench, quick: bool) -> tuple[dict[str, Any], dict[str, Any]]
     right = [LABELS[0 if x.mean < -2 else 1 if x.mean < 0 else 2 if x.mean <= 2 else 3] for x in sample]
     texts = [one.text for one in sample]
     question = f"Which sentiment has this text: {', '.join(LABELS[:-1])} or {LABELS[-1]}?"
-    bench.handle.tokens.ends = (
-        frozenset(bench.plain.generation_config.eos_token_id for _ in (0,))
-        if isinstance(bench.plain.generation_config.eos_token_id, int)
-        else frozenset(bench.plain.generation_config.eos_token_id)
-    )
+    ends = bench.plain.generation_config.eos_token_id
+    bench.handle.tokens.ends = frozenset(ends if isinstance(ends, list) else [ends])
+    most = 12
     scored = bench.rows({"a": Choose("x", labels=LABELS, question=question)}, texts)
     told = bench.rows(
-        {"a": Generate("x", prompt=f"{question} Answer with one of them and nothing else.", max_tokens=12)},
+        {"a": Generate("x", prompt=f"{question} Answer with one of them and nothing else.", max_tokens=most)},
         texts,
     )
+    prompts = [row.inputs.tasks[0].prompt.ids for row in told[1]]
     answers: dict[str, list[str]] = {}
 
     def choose() -> float:
@@ -332,23 +344,34 @@ def choosing(bench: Bench, quick: bool) -> tuple[dict[str, Any], dict[str, Any]]
         seconds = worked(lambda: answers.update(choose=_labels(bench.run(*scored))))
         return len(texts) / seconds
 
-    def parse() -> float:
+    def own() -> float:
         bench.forget()
-        seconds = worked(lambda: answers.update(parse=_parsed(bench.run(*told))))
+        seconds = worked(lambda: answers.update(own=_parsed(_said(bench.run(*told)))))
         return len(texts) / seconds
 
+    def usual() -> float:
+        def parse() -> None:
+            written = _padded(bench, prompts, [most] * len(prompts), ends=True)
+            answers["generate"] = _parsed([bench.handle.tokens.words(ids) for ids in written])
+
+        return len(texts) / worked(parse)
+
     say(f"{len(texts)} rated texts, 4 labels; rows/s:")
-    found = in_turn({"choose": choose, "parse": parse}, 1 if quick else 2)
+    found = in_turn({"choose": choose, "own": own, "generate": usual}, 1 if quick else 2)
     accuracy = {
         side: sum(a == b for a, b in zip(said, right, strict=True)) / len(right)
         for side, said in answers.items()
     }
     majority = max(right.count(label) for label in LABELS) / len(right)
     say(
-        f"accuracy: scored {accuracy['choose']:.1%}, generated and read {accuracy['parse']:.1%}, the commonest label {majority:.1%}"
+        f"accuracy: scored {accuracy['choose']:.1%}, generated and read {accuracy['generate']:.1%}, in motet's engine "
+        f"{accuracy['own']:.1%}, the commonest label {majority:.1%}"
     )
-    unread = answers["parse"].count("")
-    keys = {"choose_gain": round(ratio(found, "choose", "parse"), 3)}
+    unread = answers["generate"].count("")
+    keys = {
+        "choose_gain": round(ratio(found, "choose", "generate"), 3),
+        "choose_gain_own": round(ratio(found, "choose", "own"), 3),
+    }
     return keys, {
         "rows_per_s": found,
         "accuracy": accuracy,
@@ -361,10 +384,15 @@ def _labels(ended: Mapping[int, Ended]) -> list[str]:
     return [next(iter(values(ended[i].columns["a"], LABELS)))[0] for i in range(len(ended))]
 
 
-def _parsed(ended: Mapping[int, Ended]) -> list[str]:
+def _said(ended: Mapping[int, Ended]) -> list[str]:
+    return [next(iter(values(ended[i].columns["a"])))["text"] for i in range(len(ended))]
+
+
+def _parsed(said: Sequence[str]) -> list[str]:
     """The longest label that an answer names; "" where it names none."""
-    said = [next(iter(values(ended[i].columns["a"])))["text"].lower() for i in range(len(ended))]
-    return [max((label for label in LABELS if label in text), key=len, default="") for text in said]
+    return [
+        max((label for label in LABELS if label in answer.lower()), key=len, default="") for answer in said
+    ]
 
 
 # -- through a cluster
