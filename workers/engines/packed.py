@@ -93,7 +93,7 @@ def packed_kind(files: Mapping[str, Path]) -> str:
 
 
 def load_packed(
-    auto_class: str, files: Mapping[str, Path], kind: str, *, in_format: torch.dtype, attention: str
+    auto_class: str, files: Mapping[str, Path], kind: str, *, in_format: torch.dtype, attention: str | None
 ) -> tuple[nn.Module, list[str]]:
     """The model of a packed folder, computing in a format, and the names of weights that the folder lacks."""
     import transformers

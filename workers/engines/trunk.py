@@ -50,11 +50,12 @@ def load_transformer(
     device: str,
     in_format: str,
     may_miss: tuple[str, ...] = (),
-    attention: str = "sdpa",
+    attention: str | None = None,
 ) -> Any:
     """``transformers.<auto_class>`` from a folder, in evaluation mode on the device.
 
     Weights may be absent only where their name starts with one of ``may_miss``: others would be random.
+    ``attention``: None is the fastest that its kind has; MPNet and DeBERTa have none of torch's own.
     Raises CannotLoad, OutOfMemory, DeviceBroken.
     """
     import transformers
