@@ -44,7 +44,8 @@ from workers.engine import Pass, Prepared
 from workers.engines.encoder import Encoder, EncoderEngine
 from workers.engines.training import run as training
 from workers.engines.training.heads import Heads
-from workers.engines.training.run import Rows, Run, Trunk, Tuning
+from workers.engines.training.learner import Learner
+from workers.engines.training.run import Rows, Run, Trunk
 from workers.engines.training.state import State
 from workers.engines.trunk import load_transformer
 
@@ -325,15 +326,15 @@ def bf16_gain(machine: Machine, vader: Set, shrink: int) -> tuple[dict[str, Any]
 def _tuned(machine: Machine, rows: Set, recipe: Recipe) -> tuple[dict[bool, Run], dict[bool, float]]:
     """The same run in bf16 and fp32, step by step in turn, and CPU seconds of the optimiser's steps."""
     seconds = {True: 0.0, False: 0.0}
-    learn: Callable[..., float] = Tuning._learn
+    learn: Callable[..., float] = Learner.learn
 
-    def timed(self: Tuning, *rest: Any) -> float:
+    def timed(self: Learner, *rest: Any) -> float:
         began = time.process_time()
         loss = learn(self, *rest)
-        seconds[self._trunk.fast] += time.process_time() - began
+        seconds[self.fast] += time.process_time() - began
         return loss
 
-    Tuning._learn = timed  # type: ignore[method-assign]
+    Learner.learn = timed  # type: ignore[method-assign]
     try:
         runs = {fast: Run(recipe, machine.trunk(fast=fast), Journal(rows)) for fast in (True, False)}
         steps = {fast: run.go() for fast, run in runs.items()}
@@ -343,7 +344,7 @@ def _tuned(machine: Machine, rows: Set, recipe: Recipe) -> tuple[dict[bool, Run]
                     del steps[fast]
                     runs[fast].close()
     finally:
-        Tuning._learn = learn  # type: ignore[method-assign]
+        Learner.learn = learn  # type: ignore[method-assign]
     return runs, seconds
 
 

@@ -118,6 +118,15 @@ def _probe_cuda() -> Device:
     )
 
 
+def other_devices(torch_name: str) -> tuple[str, ...]:
+    """What torch calls the other GPUs of this worker's group; none beside a CPU slot."""
+    if not torch_name.startswith("cuda"):
+        return ()
+    import torch
+
+    return tuple(name for i in range(torch.cuda.device_count()) if (name := f"cuda:{i}") != torch_name)
+
+
 def fast_formats(torch_name: str, rounds: int = ROUNDS) -> tuple[str, ...]:
     """The formats in which a typical matrix product is at least FAST times as fast as in fp32: about 50 ms of work.
 

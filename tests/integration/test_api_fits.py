@@ -19,7 +19,7 @@ from scheduler.api.resources import Resources
 from scheduler.store import registry
 from tests.integration.api_house import CLASSIFY, TWO, House, house, problems
 from workers.engines.training.journal import HttpJournal
-from workers.engines.training.run import Hopeless
+from workers.engines.training.learner import Hopeless
 
 __all__ = ["house"]
 

@@ -24,7 +24,8 @@ from workers.engine import ContinuousEngine, Pass, Prepared, Step
 from workers.engines.encoder import EncoderEngine
 from workers.engines.trainer import TrainerEngine
 from workers.engines.training import run as training
-from workers.engines.training.run import Hopeless, Rows, TryAgain
+from workers.engines.training.learner import Hopeless
+from workers.engines.training.run import Rows, TryAgain
 from workers.engines.training.state import State
 
 WORDS = {"good": 1.0, "fine": 0.5, "bad": -1.0, "awful": -2.0}

@@ -20,10 +20,12 @@ from motet.recipe import Recipe, Target
 from motet.settings import Settings
 from motet.wire import TaskOrder
 from workers.describe import HEAD_ANSWERS, TRAINING_COPIES, describe_folder, digests, encoder_digest, sizes
+from workers.device import other_devices
 from workers.engine import Ended, Pass, Prepared, Step
 from workers.engines.function import json_column
 from workers.engines.training.journal import HttpJournal
-from workers.engines.training.run import Hopeless, Journal, Run, Trained, Trunk, TryAgain
+from workers.engines.training.learner import Hopeless
+from workers.engines.training.run import Journal, Run, Trained, Trunk, TryAgain
 from workers.engines.trunk import Tokens, load_transformer, torch_errors
 
 #: How often a run begins again after its journal was out of reach, and the pause before.
@@ -79,6 +81,7 @@ class TrainerEngine:
                 pooling=model.pooling,
                 device=device,
                 fast=in_format == "bf16",
+                others=other_devices(device),
             ),
             beside,
         )

@@ -15,7 +15,8 @@ import numpy as np
 from motet.columns import OK, STATE_MASK, Column
 from motet.http import error_of
 from motet.wire import BadMessage, unpack
-from workers.engines.training.run import Hopeless, Rows, TryAgain
+from workers.engines.training.learner import Hopeless
+from workers.engines.training.run import Rows, TryAgain
 from workers.engines.training.state import SLICE, State
 
 #: Of one request; of one that carries a file.

@@ -28,17 +28,14 @@ from motet.recipe import Recipe
 from workers.engine import Prepared
 from workers.engines.training.data import Parts, Truth
 from workers.engines.training.heads import Heads, mean_score, scores
+from workers.engines.training.learner import Hopeless, Learner, finite, seed_of
 from workers.engines.training.lora import merge, put_in
 from workers.engines.training.state import State
-from workers.engines.trunk import Tokens, padded, pool
+from workers.engines.training.team import Team
+from workers.engines.trunk import Tokens
 
 #: Rows of a batch of heads, and their learning rate and decay (Adam, decoupled).
 HEAD_BATCH, HEAD_RATE, HEAD_DECAY = 128, 1e-3, 0.02
-RATES: Mapping[str, float] = {"all": 5e-5, "lora": 5e-4}
-#: Of a trunk that learns: decay, the share of all steps in which the rate rises, the largest norm of a gradient.
-DECAY, WARM_UP, CLIP = 0.01, 0.06, 1.0
-#: Heads learn so much faster than the trunk below them.
-HEADS_FASTER = 10.0
 #: Batches among which rows are sorted by length: far from padding, near to chance.
 POOL = 50
 #: Padded tokens of a batch that is only read.
@@ -57,10 +54,6 @@ TOLERANCE = 0.003
 T = TypeVar("T")
 #: Tokens that ran through the trunk in a step, 1 for other work; 0: it waits for its journal.
 Steps = Generator[int]
-
-
-class Hopeless(Exception):
-    """The run cannot succeed, however often it is tried. The message is for its owner."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -118,6 +111,8 @@ class Trunk:
     device: str
     #: Matrix products in bf16, while weights and their changes stay fp32.
     fast: bool
+    #: The other devices of its group, which learn with it.
+    others: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -244,7 +239,7 @@ class Run:
             heads.train()
             order = parts.train[torch.randperm(len(parts.train), generator=_dice(recipe.seed, epoch))]
             for at, rows in enumerate(torch.split(order, HEAD_BATCH)):
-                torch.manual_seed(_seed(recipe.seed, epoch, at))
+                torch.manual_seed(seed_of(recipe.seed, epoch, at))
                 _rate(
                     adam, HEAD_RATE * (1 - ((epoch - 1) + at * HEAD_BATCH / len(order)) / recipe.head_epochs)
                 )
@@ -253,7 +248,7 @@ class Run:
                     adam.zero_grad()
                     torch.autograd.backward(loss)
                     adam.step()
-                    lost, seen = lost + _finite(loss, "heads", epoch) * len(rows), seen + len(rows)
+                    lost, seen = lost + finite(loss, "heads", epoch) * len(rows), seen + len(rows)
                 if at % POOL == POOL - 1:
                     yield 1
             heads.eval()
@@ -319,30 +314,28 @@ class Tuning:
     def __init__(self, run: Run, heads: Heads, texts: Sequence[str]) -> None:
         self._run, self._recipe, self._trunk = run, run.recipe, run.trunk
         self._texts = texts
-        self._model = copy.deepcopy(run.trunk.model).train()
-        self._heads = heads.to(run.trunk.device).train()
+        model = copy.deepcopy(run.trunk.model).train()
         if run.recipe.tune == "lora":
-            put_in(self._model, run.recipe.rank, run.recipe.seed)
+            put_in(model, run.recipe.rank, run.recipe.seed)
         else:
-            self._model.requires_grad_(True)
-            if getattr(self._model, "pooler", None) is not None:
-                self._model.pooler.requires_grad_(False)
-        self._rows: list[Prepared] = []
-        rate = run.recipe.rate or RATES[run.recipe.tune]
-        learning = [p for p in self._model.parameters() if p.requires_grad]
-        self._adam = torch.optim.AdamW(
-            [
-                {"params": [p for p in learning if p.ndim > 1], "weight_decay": DECAY, "top": rate},
-                {"params": [p for p in learning if p.ndim <= 1], "weight_decay": 0.0, "top": rate},
-                {"params": list(heads.parameters()), "weight_decay": 0.0, "top": HEADS_FASTER * rate},
-            ],
-            lr=rate,
-            fused=True,
+            model.requires_grad_(True)
+            if getattr(model, "pooler", None) is not None:
+                model.pooler.requires_grad_(False)
+        self._model, self._heads = model, heads.to(run.trunk.device).train()
+        self._learner = Learner(
+            run.recipe,
+            model,
+            self._heads,
+            pooling=run.trunk.pooling,
+            pad=run.trunk.tokens.pad,
+            device=run.trunk.device,
+            fast=run.trunk.fast,
         )
+        self._rows = self._learner.rows
         self._best = Best(run.recipe.patience)
 
     def go(self) -> Steps:
-        run, recipe, parts = self._run, self._recipe, self._run.parts
+        run, recipe = self._run, self._recipe
         for lo in range(0, len(self._texts), TOKENISED):
             self._rows += _renumbered(
                 self._trunk.tokens.prepare(self._texts[lo : lo + TOKENISED], recipe.max_tokens), lo
@@ -352,13 +345,38 @@ class Tuning:
         saved = yield from run.call(run.journal.checkpoint)
         if saved is not None:
             first_epoch, first_step, lost, seen = self._load(State.read(saved))
+        team = Team(self._learner, self._trunk.others) if self._teams() else None
+        try:
+            if team is not None:
+                yield from run.call(team.gather)
+                team.join()
+            yield from self._epochs((team or self._learner).learn, first_epoch, first_step, lost, seen)
+        finally:
+            if team is not None:
+                team.close()
+        self._best.restore(self._model, self._heads)
+        merge(self._model)
+
+    def _teams(self) -> bool:
+        """Whether there are other devices, and no other run of this process has them."""
+        return bool(self._trunk.others) and not torch.distributed.is_initialized()
+
+    def _epochs(
+        self,
+        learn: Callable[[Tensor, int, int, int], float],
+        first_epoch: int,
+        first_step: int,
+        lost: float,
+        seen: int,
+    ) -> Steps:
+        run, recipe, parts = self._run, self._recipe, self._run.parts
         held_out = parts.validation if len(parts.validation) else parts.train
         stored = run.clock()
         for epoch in range(first_epoch, recipe.epochs + 1):
             batches = self._batches(epoch)
             for step in range(first_step, len(batches)):
                 rows = batches[step]
-                lost, seen = lost + self._learn(rows, epoch, step, len(batches)) * len(rows), seen + len(rows)
+                lost, seen = lost + learn(rows, epoch, step, len(batches)) * len(rows), seen + len(rows)
                 if run.clock() - stored > CHECKPOINT_S and not run.telling_much:
                     run.tell("checkpoint", {}, (yield from self._state(epoch, step + 1, lost, seen)))
                     stored = run.clock()
@@ -384,8 +402,6 @@ class Tuning:
                 stored = run.clock()
             if not goes_on:
                 break
-        self._best.restore(self._model, self._heads)
-        merge(self._model)
 
     def weights(self) -> dict[str, Tensor]:
         return {
@@ -407,40 +423,12 @@ class Tuning:
                 hi += 1
             batch = [self._rows[int(rows[i])] for i in order[lo:hi]]
             with torch.inference_mode():
-                answers[order[lo:hi]] = self._heads(self._pooled(batch, fast=fast)).float().cpu()
+                answers[order[lo:hi]] = self._heads(self._learner.pooled(batch, fast=fast)).float().cpu()
             lo = hi
             yield sum(row.length for row in batch)
         self._model.train()
         self._heads.train()
         return scores(self._heads, answers, rows)
-
-    def _learn(self, rows: Tensor, epoch: int, step: int, steps: int) -> float:
-        """One step of the optimiser. The loss."""
-        # Whatever ran before, in this process or another: chance of this step is this step's.
-        torch.manual_seed(_seed(self._recipe.seed, epoch, step))
-        done = ((epoch - 1) * steps + step + 1) / (self._recipe.epochs * steps)
-        slope = min(done / WARM_UP, (1 - done) / (1 - WARM_UP) + 1e-3)
-        for group in self._adam.param_groups:
-            group["lr"] = group["top"] * min(1.0, slope)
-        pooled = self._pooled([self._rows[row] for row in rows.tolist()], fast=self._trunk.fast)
-        loss, _ = self._heads.loss(self._heads(pooled), rows)
-        if not loss.requires_grad:
-            return 0.0
-        self._adam.zero_grad()
-        torch.autograd.backward(loss)
-        torch.nn.utils.clip_grad_norm_(
-            [p for group in self._adam.param_groups for p in group["params"]], CLIP
-        )
-        self._adam.step()
-        return _finite(loss, self._recipe.tune, epoch)
-
-    def _pooled(self, batch: Sequence[Prepared], *, fast: bool) -> Tensor:
-        """(n, dim) fp32."""
-        device = self._trunk.device
-        ids, mask = padded(batch, self._trunk.tokens.pad, device)
-        with torch.autocast(device.partition(":")[0], torch.bfloat16, enabled=fast):
-            hidden = self._model(input_ids=ids, attention_mask=mask).last_hidden_state
-        return pool(hidden, mask, self._trunk.pooling)
 
     def _batches(self, epoch: int) -> list[Tensor]:
         """The training rows of an epoch: rows of like length together, in an order of chance."""
@@ -460,7 +448,7 @@ class Tuning:
         # The best state is the present one after most epochs: then it is not stored twice.
         best = {} if self._best.epoch == epoch - 1 and step == 0 else self._best.state
         found = now | {f"best.{name}": t for name, t in best.items()}
-        for number, state in self._adam.state_dict()["state"].items():
+        for number, state in self._learner.adam.state_dict()["state"].items():
             found |= {f"adam.{number}.{name}": value for name, value in state.items()}
         tensors: dict[str, Tensor] = {}
         copied = 0
@@ -492,7 +480,9 @@ class Tuning:
             if name.startswith("adam."):
                 _, number, key = name.split(".", 2)
                 adam.setdefault(int(number), {})[key] = tensor
-        self._adam.load_state_dict({"state": adam, "param_groups": self._adam.state_dict()["param_groups"]})
+        self._learner.adam.load_state_dict(
+            {"state": adam, "param_groups": self._learner.adam.state_dict()["param_groups"]}
+        )
         epoch, step, lost, seen = saved.facts["at"]
         return int(epoch), int(step), float(lost), int(seen)
 
@@ -516,25 +506,10 @@ def _renumbered(rows: Sequence[Prepared | CellError], first: int) -> Iterator[Pr
         yield row
 
 
-def _finite(loss: Tensor, stage: str, epoch: int) -> float:
-    """The loss as a number. Raises Hopeless where it is none: then nothing that was learned is worth anything."""
-    value = float(loss.detach())
-    if not math.isfinite(value):
-        raise Hopeless(
-            f"the loss became {value} in epoch {epoch} of {stage}; choose a lower rate, or look at the rows"
-        )
-    return value
-
-
 def _rate(adam: torch.optim.Optimizer, rate: float) -> None:
     for group in adam.param_groups:
         group["lr"] = rate
 
 
-def _seed(*numbers: int) -> int:
-    """One number of several, well mixed."""
-    return int(np.random.SeedSequence(numbers).generate_state(1, np.uint64)[0] >> 1)
-
-
 def _dice(*numbers: int) -> torch.Generator:
-    return torch.Generator().manual_seed(_seed(*numbers))
+    return torch.Generator().manual_seed(seed_of(*numbers))
