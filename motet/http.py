@@ -43,6 +43,11 @@ _COME_BACK = frozenset({429, 502, 503, 504})
 _LOOPBACK = frozenset({"127.0.0.1", "localhost", "::1"})
 
 
+def is_near(url: str) -> bool:
+    """Whether it is on this machine: a proxy has no business between two processes of one machine."""
+    return urlsplit(url).hostname in _LOOPBACK
+
+
 def home(env: Mapping[str, str] | None = None) -> Path:
     """The data folder of `motet up`: ``$MOTET_HOME``, or else ``~/.local/share/motet``."""
     env = os.environ if env is None else env
@@ -120,14 +125,13 @@ class Http:
             base_url=address.url,
             headers={"Authorization": f"Bearer {address.token}", "User-Agent": "motet"},
             timeout=self._patience,
-            # A proxy has no business between two processes of one machine.
-            trust_env=urlsplit(address.url).hostname not in _LOOPBACK,
+            trust_env=not is_near(address.url),
         )
 
     @property
     def stays_here(self) -> bool:
         """Whether the API is on this machine: bytes are free then, and packing them is not."""
-        return urlsplit(self.address.url).hostname in _LOOPBACK
+        return is_near(self.address.url)
 
     def close(self) -> None:
         self._line.close()

@@ -30,6 +30,8 @@ PROTOCOL = 1
 #: Payloads that unfold to more are refused: a guard against bombs, above any real sub-task, for 8,192 vectors of
 #: 4,096 numbers are 128 MiB. A reader needs twice as much while it reads one.
 MAX_DECODED_BYTES = 256 << 20
+#: The header in which a worker names the lease that it works under: ``<subtask>.<attempt>.<nonce>``.
+LEASE_HEADER = "Motet-Lease"
 #: Entries that one list or map of a message may claim: more than the rows of any sub-task.
 _MOST_ENTRIES = 1 << 20
 

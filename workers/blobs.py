@@ -19,8 +19,8 @@ from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path, PurePosixPath
 from typing import IO, Protocol
-from urllib.parse import urlsplit
 
+from motet.http import is_near
 from motet.logs import event
 from motet.manifest import Manifest
 from workers.engine import CannotLoad
@@ -61,15 +61,13 @@ class HttpBlobs:
         import httpx
 
         headers = {"Authorization": f"Bearer {self._token}", "Accept-Encoding": "identity"}
-        # A proxy has no business between two processes of one machine.
-        trust_env = urlsplit(self._url).hostname not in ("127.0.0.1", "localhost", "::1")
         try:
             with httpx.stream(
                 "GET",
                 f"{self._url}/v1/blobs/{sha256}",
                 headers=headers,
                 timeout=self._timeout_s,
-                trust_env=trust_env,
+                trust_env=not is_near(self._url),
             ) as answer:
                 if answer.status_code != 200:
                     # A wrong token is for an operator to mend: the model may still be loaded later.

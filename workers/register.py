@@ -31,7 +31,7 @@ from urllib.parse import quote
 import motet
 from motet.columns import Column
 from motet.errors import Conflict, NotFound, SetupError, Unreachable
-from motet.http import Address, Http, error_of
+from motet.http import Address, Http, error_of, is_near
 from motet.manifest import Manifest
 from motet.tasks import Choose, Classify, Embed, Entities, Function, Generate, Number, Task
 from motet.wire import TaskOrder
@@ -220,7 +220,7 @@ class Registry:
                     content=file,
                     headers=headers,
                     timeout=300.0,
-                    trust_env=not address.url.startswith(("http://127.0.0.1", "http://localhost")),
+                    trust_env=not is_near(address.url),
                 )
         except httpx.HTTPError as error:
             raise Unreachable(

@@ -9,6 +9,7 @@ from typing import Any
 from urllib.parse import urlsplit
 
 from motet.errors import SetupError, Unreachable
+from motet.http import is_near
 from motet.manifest import KEY_ENV, Manifest
 from workers.describe import Described
 
@@ -66,8 +67,6 @@ def describe_served(
 def _models(url: str, key: str) -> dict[str, Mapping[str, Any]]:
     """The server's models by their names."""
     import httpx
-
-    from workers.engines.chat_server import is_near
 
     headers = {"Authorization": f"Bearer {key}"} if key else {}
     try:

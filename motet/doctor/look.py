@@ -25,7 +25,7 @@ from motet import doctor
 from motet.doctor import Finding, checks
 from motet.doctor.checks import Driver, Folder, Package, RedisFacts, Torch
 from motet.errors import MotetError, SetupError
-from motet.http import Address, home
+from motet.http import Address, home, is_near
 from motet.settings import Settings
 
 if TYPE_CHECKING:
@@ -175,7 +175,7 @@ def _get(url: str, token: str = "", timeout_s: float = SERVER_S) -> httpx.Respon
 
     headers = {"Authorization": f"Bearer {token}"} if token else {}
     try:
-        return httpx.get(url, headers=headers, timeout=timeout_s, trust_env=not url.startswith("http://127."))
+        return httpx.get(url, headers=headers, timeout=timeout_s, trust_env=not is_near(url))
     except (httpx.HTTPError, httpx.InvalidURL):
         return None
 

@@ -14,6 +14,7 @@ from starlette.concurrency import run_in_threadpool
 from starlette.responses import FileResponse, JSONResponse
 
 from motet.errors import InvalidJob, NotFound, Problem
+from motet.wire import LEASE_HEADER
 from scheduler.api import shapes
 from scheduler.api.auth import Caller
 from scheduler.api.blob_folder import SHA256
@@ -29,8 +30,7 @@ routes = APIRouter(tags=["blobs"])
 
 BlobPath = Annotated[str, Path(description="Sha256 of the file, in lower-case hex.", examples=["9f86d081…"])]
 
-#: ``<subtask>.<attempt>.<nonce>`` of a live lease: what lets a worker store a file.
-LEASE_HEADER = "Motet-Lease"
+#: What lets a worker store a file.
 _LEASE = re.compile(r"([0-9]{1,18})\.([0-9]{1,4})\.([A-Za-z0-9_-]{1,128})")
 _BINARY = {"application/octet-stream": {"schema": {"type": "string", "format": "binary"}}}
 

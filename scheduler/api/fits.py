@@ -12,11 +12,11 @@ from starlette.responses import JSONResponse
 
 from motet.errors import InvalidJob, Problem
 from motet.tasks import render, short
-from motet.wire import pack
+from motet.wire import LEASE_HEADER, pack
 from scheduler.api import shapes
 from scheduler.api.auth import Caller
 from scheduler.api.blob_folder import SHA256
-from scheduler.api.blobs import LEASE_HEADER, drop_blob, lease_of
+from scheduler.api.blobs import drop_blob, lease_of
 from scheduler.api.bodies import SMALL_BYTES, clean_object, json_body, whole_body
 from scheduler.api.jobs import JobPath
 from scheduler.api.refusals import Forbidden

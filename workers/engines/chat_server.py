@@ -14,11 +14,11 @@ from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from typing import Any
-from urllib.parse import urlsplit
 
 import httpx
 
 from motet.columns import CellError
+from motet.http import is_near
 
 #: Tries of one request where the server is busy or away; then the row is another worker's, or another hour's.
 TRIES = 4
@@ -201,11 +201,6 @@ class ChatServer:
             return
         longest = min(LONGEST_PAUSE_S, FIRST_PAUSE_S * 2**attempt)
         await asyncio.sleep(longest * random.uniform(0.5, 1.0))
-
-
-def is_near(url: str) -> bool:
-    """On this machine: no proxy stands between."""
-    return urlsplit(url).hostname in ("127.0.0.1", "localhost", "::1")
 
 
 def _refusal(answer: httpx.Response) -> CellError:

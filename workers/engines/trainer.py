@@ -6,7 +6,6 @@ step, and a run whose process was killed goes on from its checkpoint wherever it
 
 from __future__ import annotations
 
-import tempfile
 import time
 from collections.abc import Callable, Collection, Generator, Hashable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -19,6 +18,7 @@ from motet.manifest import Manifest
 from motet.recipe import Recipe, Target
 from motet.settings import Settings
 from motet.wire import TaskOrder
+from workers import scratch
 from workers.describe import HEAD_ANSWERS, TRAINING_COPIES, describe_folder, digests, encoder_digest, sizes
 from workers.device import other_devices
 from workers.engine import Ended, Pass, Prepared, Step
@@ -209,7 +209,7 @@ class Fit:
         self._run = run = Run(order.recipe, handle.trunk, journal)
         yield from run.go()
         assert run.trained is not None
-        with tempfile.TemporaryDirectory(prefix="motet-fit-") as folder:
+        with scratch.folder("fit") as folder:
             models, files = made(run.recipe, run.trained, handle, Path(folder))
             yield 1
             for path in files.values():

@@ -27,6 +27,7 @@ from motet.embedded.children import Child
 from motet.errors import SetupError
 from motet.manifest import Manifest
 from motet.wire import TaskOrder
+from workers import scratch
 from workers.engine import CannotLoad, DeviceBroken, OutOfMemory, Pass, Prepared, Step
 from workers.engines.openai import OpenAIEngine, Served, connect
 
@@ -46,7 +47,7 @@ class Vllm(Served):
     """A server that is ours."""
 
     child: Child | None = None
-    folder: str = ""
+    folder: tempfile.TemporaryDirectory[str] | None = None
 
 
 class VllmEngine:
@@ -63,7 +64,7 @@ class VllmEngine:
             raise CannotLoad(f"{model.ref} has no config.json")
         kind = device.partition(":")[0]
         port, key = _free_port(), secrets.token_urlsafe(24)
-        log = Path(tempfile.mkdtemp(prefix="motet-vllm-"))
+        folder = scratch.folder("vllm")
         child = Child(
             f"vllm {model.ref}",
             [
@@ -72,19 +73,19 @@ class VllmEngine:
                 *_on_device(kind, self.memory_mb(model, in_format)),
             ],
             env=_environment(kind, key),
-            log=log / "vllm.log",
+            log=Path(folder.name) / "vllm.log",
         )
         try:
             child.start()
             _await(child, f"http://127.0.0.1:{port}/health", model.ref)
         except BaseException as error:
             _end(child)
-            shutil.rmtree(log, ignore_errors=True)
+            folder.cleanup()
             if isinstance(error, SetupError):
                 raise CannotLoad(str(error)) from None
             raise
         served = connect(f"http://127.0.0.1:{port}/v1", "motet", key=key, in_flight=IN_FLIGHT.get(kind, 256))
-        return Vllm(served.server, served.loop, served.thread, child=child, folder=str(log))
+        return Vllm(served.server, served.loop, served.thread, child=child, folder=folder)
 
     def attach(self, handle: Vllm, task: TaskOrder, files: Mapping[str, Path]) -> None:
         self._served.attach(handle, task, files)
@@ -114,7 +115,8 @@ class VllmEngine:
         self._served.unload(handle)
         if handle.child is not None:
             _end(handle.child)
-        shutil.rmtree(handle.folder, ignore_errors=True)
+        if handle.folder is not None:
+            handle.folder.cleanup()
 
 
 def _program() -> str:

@@ -8,20 +8,18 @@ import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
-from urllib.parse import urlsplit
 
 import numpy as np
 
 from motet.columns import OK, STATE_MASK, Column
-from motet.http import error_of
-from motet.wire import BadMessage, unpack
+from motet.http import error_of, is_near
+from motet.wire import LEASE_HEADER, BadMessage, unpack
 from workers.engines.training.learner import Hopeless
 from workers.engines.training.run import Rows, TryAgain
 from workers.engines.training.state import SLICE, State
 
 #: Of one request; of one that carries a file.
 _TIMEOUT_S, _FILE_TIMEOUT_S = 30.0, 300.0
-LEASE_HEADER = "Motet-Lease"
 
 
 class HttpJournal:
@@ -36,8 +34,7 @@ class HttpJournal:
             base_url=url.rstrip("/"),
             headers={"Authorization": f"Bearer {token}", LEASE_HEADER: lease, "Accept-Encoding": "identity"},
             timeout=_TIMEOUT_S,
-            # A proxy has no business between two processes of one machine.
-            trust_env=urlsplit(url).hostname not in ("127.0.0.1", "localhost", "::1"),
+            trust_env=not is_near(url),
         )
 
     def close(self) -> None:

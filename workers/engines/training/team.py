@@ -14,7 +14,6 @@ import pickle
 import signal
 import subprocess
 import sys
-import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import timedelta
@@ -28,6 +27,7 @@ from torch import Tensor, nn
 
 from motet.embedded.children import MARK, follow
 from motet.recipe import Recipe
+from workers import scratch
 from workers.engine import DeviceBroken, Prepared
 from workers.engines.training.heads import Heads
 from workers.engines.training.learner import Hopeless, Learner
@@ -65,7 +65,7 @@ class Team:
         """``others``: devices beside the learner's own."""
         self._learner, self._others = learner, others
         self._members: list[subprocess.Popen[bytes]] = []
-        self._folder = tempfile.TemporaryDirectory(prefix="motet-team-", ignore_cleanup_errors=True)
+        self._folder = scratch.folder("team")
         self._lock, self._closed, self._joined = Lock(), False, False
 
     def gather(self) -> None:
