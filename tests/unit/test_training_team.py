@@ -18,8 +18,10 @@ from tests.unit.test_worker_engines import tiny_bert
 from workers.describe import describe_folder
 from workers.engine import DeviceBroken, Pass, Prepared
 from workers.engines.encoder import EncoderEngine
+from workers.engines.training import heads as heads_module
 from workers.engines.training import run as training
-from workers.engines.training.data import Truth
+from workers.engines.training import team as team_module
+from workers.engines.training.data import Parts, Truth
 from workers.engines.training.heads import Heads
 from workers.engines.training.learner import Learner
 from workers.engines.training.team import Team
@@ -35,19 +37,22 @@ def one_thread() -> Iterator[None]:
     torch.set_num_threads(before)
 
 
-class Still(Heads):
-    """Nothing is left out at chance: only then can one device be compared with two."""
-
-    def train(self, mode: bool = True) -> Still:
-        super().train(False)
-        return self
+#: Nothing is left out at chance: only then can one device be compared with two.
+STILL = """
+from workers.engines.training import heads, team
+heads._DROP_IN = heads._DROP_HIDDEN = 0.0
+team.main()
+"""
 
 
 def members() -> list[psutil.Process]:
-    return [p for p in psutil.Process().children() if "workers.engines.training.team" in p.cmdline()]
+    return [p for p in psutil.Process().children() if "training" in " ".join(p.cmdline())]
 
 
-def test_two_devices_take_the_steps_of_one(tmp_path: Path) -> None:
+def test_two_devices_take_the_steps_of_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(team_module, "PROGRAM", ("-c", STILL))
+    monkeypatch.setattr(heads_module, "_DROP_IN", 0.0)
+    monkeypatch.setattr(heads_module, "_DROP_HIDDEN", 0.0)
     folder = tiny_bert(tmp_path, hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0)
     described = describe_folder(folder, name="tiny", version="1", licence="", source={})
     engine = EncoderEngine()
@@ -58,7 +63,9 @@ def test_two_devices_take_the_steps_of_one(tmp_path: Path) -> None:
     features = torch.randn(len(ROWS), 16, generator=torch.Generator().manual_seed(0))
     trunk = handle.model.train().requires_grad_(True)
     trunk.pooler.requires_grad_(False)
-    heads = Still(asked, [Truth.of(target) for target in asked.targets], features, torch.arange(200)).train()
+    heads = Heads(
+        asked, [Truth.of(target) for target in asked.targets], features, Parts.of(asked).train
+    ).train()
     alone, leader = (
         Learner(
             asked, copy.deepcopy(trunk), copy.deepcopy(heads), pooling="mean", pad=0, device="cpu", fast=False

@@ -7,7 +7,7 @@ DistributedDataParallel, so that all of them take the same step (Li et al., PyTo
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from motet.recipe import Recipe
 from workers.engine import Prepared
 from workers.engines.training.heads import Heads
+from workers.engines.training.lora import put_in
 from workers.engines.trunk import padded, pool
 
 RATES = {"all": 5e-5, "lora": 5e-4}
@@ -123,6 +124,26 @@ class Learner:
 
     def _texts(self, rows: Tensor) -> tuple[Tensor, Tensor | None, Tensor]:
         return *padded([self.rows[row] for row in rows.tolist()], self.pad, self.device), rows
+
+
+def let_learn(trunk: Any, recipe: Recipe) -> None:
+    """Make that of a trunk trainable which is to learn: changes of low rank beside it, or all of it but the pooler."""
+    if recipe.tune == "lora":
+        put_in(trunk, recipe.rank, recipe.seed)
+        return
+    trunk.requires_grad_(True)
+    if getattr(trunk, "pooler", None) is not None:
+        trunk.pooler.requires_grad_(False)
+
+
+def adam_state(tensors: Mapping[str, Tensor]) -> dict[int, dict[str, Tensor]]:
+    """The optimiser's state by parameter, out of tensors named ``adam.<number>.<name>``."""
+    found: dict[int, dict[str, Tensor]] = {}
+    for name, tensor in tensors.items():
+        if name.startswith("adam."):
+            _, number, key = name.split(".", 2)
+            found.setdefault(int(number), {})[key] = tensor
+    return found
 
 
 def finite(loss: Tensor, stage: str, epoch: int) -> float:

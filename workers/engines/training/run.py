@@ -28,8 +28,8 @@ from motet.recipe import Recipe
 from workers.engine import Prepared
 from workers.engines.training.data import Parts, Truth
 from workers.engines.training.heads import Heads, mean_score, scores
-from workers.engines.training.learner import Hopeless, Learner, finite, seed_of
-from workers.engines.training.lora import merge, put_in
+from workers.engines.training.learner import Hopeless, Learner, adam_state, finite, let_learn, seed_of
+from workers.engines.training.lora import merge
 from workers.engines.training.state import State
 from workers.engines.training.team import Team
 from workers.engines.trunk import Tokens
@@ -315,12 +315,7 @@ class Tuning:
         self._run, self._recipe, self._trunk = run, run.recipe, run.trunk
         self._texts = texts
         model = copy.deepcopy(run.trunk.model).train()
-        if run.recipe.tune == "lora":
-            put_in(model, run.recipe.rank, run.recipe.seed)
-        else:
-            model.requires_grad_(True)
-            if getattr(model, "pooler", None) is not None:
-                model.pooler.requires_grad_(False)
+        let_learn(model, run.recipe)
         self._model, self._heads = model, heads.to(run.trunk.device).train()
         self._learner = Learner(
             run.recipe,
@@ -475,13 +470,9 @@ class Tuning:
             for name, t in tensors.items()
             if name.startswith(prefix)
         }
-        adam: dict[int, dict[str, Tensor]] = {}
-        for name, tensor in tensors.items():
-            if name.startswith("adam."):
-                _, number, key = name.split(".", 2)
-                adam.setdefault(int(number), {})[key] = tensor
-        self._learner.adam.load_state_dict(
-            {"state": adam, "param_groups": self._learner.adam.state_dict()["param_groups"]}
+        adam = self._learner.adam
+        adam.load_state_dict(
+            {"state": adam_state(tensors), "param_groups": adam.state_dict()["param_groups"]}
         )
         epoch, step, lost, seen = saved.facts["at"]
         return int(epoch), int(step), float(lost), int(seen)

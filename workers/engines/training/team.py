@@ -9,28 +9,29 @@ closing that line. Members end with their leader, however that ends.
 from __future__ import annotations
 
 import contextlib
+import json
 import os
-import pickle
 import signal
 import subprocess
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass
 from datetime import timedelta
 from functools import partial
 from pathlib import Path
 from threading import Lock
-from typing import Any, BinaryIO
+from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from motet.embedded.children import MARK, follow
 from motet.recipe import Recipe
 from workers import scratch
 from workers.engine import DeviceBroken, Prepared
+from workers.engines.training.data import Parts, Truth
 from workers.engines.training.heads import Heads
-from workers.engines.training.learner import Hopeless, Learner
+from workers.engines.training.learner import Hopeless, Learner, adam_state, let_learn
+from workers.engines.training.state import State
 
 #: How long a device waits for the gradients of another before it gives up.
 PATIENCE = timedelta(minutes=2)
@@ -39,23 +40,8 @@ GRACE_S = 5.0
 READY = b"ready\n"
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Order:
-    """What a member needs to know once. Pickled, by a process for its own child."""
-
-    recipe: Recipe
-    trunk: nn.Module
-    heads: Heads
-    adam: dict[str, Any]
-    rows: Sequence[Prepared]
-    pooling: str
-    pad: int
-    device: str
-    fast: bool
-    threads: int
-    store: str
-    rank: int
-    devices: int
+#: What a member runs.
+PROGRAM = ("-m", "workers.engines.training.team")
 
 
 class Team:
@@ -76,7 +62,7 @@ class Team:
                     return
                 self._members.append(_started())
             with _lost_is_broken():
-                _tell(self._members[-1], self._order(number, device))
+                _send(self._members[-1], self._order(number, device))
         for member in self._members:
             assert member.stdout is not None
             if member.stdout.readline() != READY:
@@ -91,7 +77,7 @@ class Team:
         """``Learner.learn`` on all devices. Raises DeviceBroken where one of them is lost."""
         with _lost_is_broken():
             for member in self._members:
-                _tell(member, (rows, epoch, step, steps))
+                _say(member, [rows.tolist(), epoch, step, steps])
         try:
             return self._learner.learn(rows, epoch, step, steps)
         except RuntimeError as error:
@@ -126,30 +112,35 @@ class Team:
     def _store(self) -> str:
         return str(Path(self._folder.name) / "store")
 
-    def _order(self, rank: int, device: str) -> Order:
+    def _order(self, rank: int, device: str) -> State:
+        """What a member needs to know to be at the same step."""
         mine = self._learner
-        return Order(
-            recipe=mine.recipe,
-            trunk=mine.both.trunk,
-            heads=mine.both.heads,
-            adam=mine.adam.state_dict(),
-            rows=mine.rows,
-            pooling=mine.both.pooling,
-            pad=mine.pad,
-            device=device,
-            fast=mine.fast,
-            threads=torch.get_num_threads(),
-            store=self._store,
-            rank=rank,
-            devices=1 + len(self._others),
-        )
+        config: Any = mine.both.trunk.config
+        tensors = {f"both.{name}": tensor for name, tensor in mine.both.state_dict().items()}
+        for number, state in mine.adam.state_dict()["state"].items():
+            tensors |= {f"adam.{number}.{name}": value for name, value in state.items()}
+        tensors["ids"] = torch.tensor([token for row in mine.rows for token in row.inputs], dtype=torch.int64)
+        tensors["lengths"] = torch.tensor([row.length for row in mine.rows])
+        facts = {
+            "recipe": mine.recipe.dumps(),
+            "config": config.to_json_string(use_diff=False),
+            "attention": config._attn_implementation,
+            "groups": [{**group, "params": None} for group in mine.adam.param_groups],
+            "pooling": mine.both.pooling,
+            "pad": mine.pad,
+            "device": device,
+            "fast": mine.fast,
+            "threads": torch.get_num_threads(),
+            "join": [self._store, rank, 1 + len(self._others)],
+        }
+        return State({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}, facts)
 
 
 def _started() -> subprocess.Popen[bytes]:
     # It needs no secret of the worker's.
     env = {name: value for name, value in os.environ.items() if name == MARK or not name.startswith("MOTET_")}
     return subprocess.Popen(
-        [sys.executable, "-m", "workers.engines.training.team"],
+        [sys.executable, *PROGRAM],
         env=env,
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
@@ -157,9 +148,18 @@ def _started() -> subprocess.Popen[bytes]:
     )
 
 
-def _tell(member: subprocess.Popen[bytes], what: object) -> None:
+def _send(member: subprocess.Popen[bytes], state: State) -> None:
     assert member.stdin is not None
-    pickle.dump(what, member.stdin, pickle.HIGHEST_PROTOCOL)
+    slices = list(state.slices())
+    member.stdin.write(sum(map(len, slices)).to_bytes(8, "little"))
+    for some in slices:
+        member.stdin.write(some)
+    member.stdin.flush()
+
+
+def _say(member: subprocess.Popen[bytes], what: object) -> None:
+    assert member.stdin is not None
+    member.stdin.write(json.dumps(what).encode() + b"\n")
     member.stdin.flush()
 
 
@@ -194,36 +194,69 @@ def _join(learner: Learner, store: str, rank: int, devices: int) -> None:
     learner.join(rank, devices)
 
 
-def main(told: BinaryIO, ready: BinaryIO) -> None:
+def main() -> None:
     """Be a member until the line ends."""
-    order: Order = pickle.load(told)
-    torch.set_num_threads(order.threads)
-    if order.device != "cpu":
-        torch.cuda.set_device(order.device)
-    learner = Learner(
-        order.recipe,
-        order.trunk.to(order.device).train(),
-        order.heads.to(order.device).train(),
-        pooling=order.pooling,
-        pad=order.pad,
-        device=order.device,
-        fast=order.fast,
-    )
-    learner.rows += order.rows
-    learner.adam.load_state_dict(order.adam)
+    # Whatever a library prints is not what the leader waits for.
+    ready = os.fdopen(os.dup(1), "wb")
+    os.dup2(2, 1)
+    told = sys.stdin.buffer
+    state = State.read(told.read(int.from_bytes(told.read(8), "little")))
+    facts = state.facts
+    torch.set_num_threads(facts["threads"])
+    if facts["device"] != "cpu":
+        torch.cuda.set_device(facts["device"])
+    learner = _like(state)
     ready.write(READY)
     ready.flush()
-    _join(learner, order.store, order.rank, order.devices)
-    with contextlib.suppress(EOFError):
-        while True:
-            rows, epoch, step, steps = pickle.load(told)
-            # The leader finds by its own loss, a step later, that nothing comes of this.
-            with contextlib.suppress(Hopeless):
-                learner.learn(rows, epoch, step, steps)
+    _join(learner, *facts["join"])
+    for line in told:
+        rows, epoch, step, steps = json.loads(line)
+        # The leader finds by its own loss, a step later, that nothing comes of this.
+        with contextlib.suppress(Hopeless):
+            learner.learn(torch.tensor(rows), epoch, step, steps)
+
+
+def _like(state: State) -> Learner:
+    """A learner on the member's device that is where the leader is."""
+    import transformers
+
+    facts, tensors = state.facts, state.tensors
+    recipe, device = Recipe.loads(facts["recipe"]), facts["device"]
+    shape = json.loads(facts["config"])
+    of_config: Any = transformers.AutoModel.from_config
+    trunk = of_config(
+        transformers.AutoConfig.for_model(**shape),
+        attn_implementation=facts["attention"],
+        dtype=torch.float32,
+    )
+    let_learn(trunk, recipe)
+    blank = torch.zeros(recipe.train_rows + recipe.test_rows, trunk.config.hidden_size)
+    heads = Heads(recipe, [Truth.of(target) for target in recipe.targets], blank, Parts.of(recipe).train)
+    learner = Learner(
+        recipe,
+        trunk.to(device).train(),
+        heads.to(device).train(),
+        pooling=facts["pooling"],
+        pad=facts["pad"],
+        device=device,
+        fast=facts["fast"],
+    )
+    learner.both.load_state_dict(
+        {n.removeprefix("both."): t for n, t in tensors.items() if n.startswith("both.")}
+    )
+    learner.adam.load_state_dict(
+        {
+            "state": adam_state(tensors),
+            "param_groups": [
+                {**told, "params": mine["params"]}
+                for told, mine in zip(facts["groups"], learner.adam.state_dict()["param_groups"], strict=True)
+            ],
+        }
+    )
+    rows = torch.split(tensors["ids"], tensors["lengths"].tolist())
+    learner.rows += [Prepared(i, len(ids), False, ids.numpy()) for i, ids in enumerate(rows)]
+    return learner
 
 
 if __name__ == "__main__":
-    # Whatever a library prints is not what the leader waits for.
-    line = os.fdopen(os.dup(1), "wb")
-    os.dup2(2, 1)
-    main(sys.stdin.buffer, line)
+    main()
