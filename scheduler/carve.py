@@ -112,29 +112,31 @@ def size_s(cap_s: float, remaining_s: float, devices: float) -> float:
     return max(MIN_S, min(cap_s, remaining_s / (2 * max(1, devices))))
 
 
-def carve(frontier: Frontier, budget_s: float, price: Price, *, cap_s: float = 0.0) -> Carved | None:
-    """Cut about ``budget_s`` seconds of rows, at least one. Eats from the frontier; None where nothing waits.
+def carve(
+    frontier: Frontier, budget_s: float, price: Price, *, cap_s: float = 0.0, least: int = 1
+) -> Carved | None:
+    """Cut about ``budget_s`` seconds of rows, ``least`` if they are there. Eats from the frontier; None where nothing waits.
 
     Pieces go first: their blocks are waited for. A piece that is exclusive, or was tried before, goes alone and whole;
     of any other that is too long, since it was cut for a faster device, ``Carved.leftover`` is to become a piece.
     Rows with a common prefix stay together up to ``cap_s`` seconds, even beyond the budget.
     """
     if frontier.pieces:
-        return _from_pieces(frontier, budget_s, price)
+        return _from_pieces(frontier, budget_s, price, least)
     if frontier.blocks:
-        return _from_blocks(frontier, budget_s, max(budget_s, cap_s), price)
+        return _from_blocks(frontier, budget_s, max(budget_s, cap_s), price, least)
     return None
 
 
-def _from_pieces(frontier: Frontier, budget_s: float, price: Price) -> Carved:
+def _from_pieces(frontier: Frontier, budget_s: float, price: Price, least: int) -> Carved:
     first = frontier.pieces.pop(0)
     taken = [first]
     leftover = None
     if not (first.exclusive or first.tries or first.deaths):
         size, rows = first.range.bytes, len(first.range)
-        fitting = int(rows * budget_s / max(1e-9, price.of(rows, size)))
+        fitting = max(least, int(rows * budget_s / max(1e-9, price.of(rows, size))))
         if rows > 1 and fitting < _SPLIT * rows:
-            middle = first.range.lo + max(1, fitting)
+            middle = first.range.lo + fitting
             taken = [replace(first, range=part(first.range, first.range.lo, middle))]
             leftover = part(first.range, middle, first.range.hi)
         for other in list(frontier.pieces) if leftover is None else ():
@@ -156,7 +158,7 @@ def _from_pieces(frontier: Frontier, budget_s: float, price: Price) -> Carved:
     )
 
 
-def _from_blocks(frontier: Frontier, budget_s: float, cap_s: float, price: Price) -> Carved:
+def _from_blocks(frontier: Frontier, budget_s: float, cap_s: float, price: Price, least: int) -> Carved:
     blocks = frontier.blocks
     todo = blocks[0].todo
     left_s, left_bytes, left_rows = budget_s - price.start_s, MAX_BYTES, MAX_ROWS
@@ -170,7 +172,7 @@ def _from_blocks(frontier: Frontier, budget_s: float, cap_s: float, price: Price
             hi = _between_groups(block, hi, bool(ranges), group)
         if not ranges:
             # At least one row, so that a long row is never stuck.
-            hi = max(hi, lo + 1)
+            hi = max(hi, min(lo + least, block.n))
         if hi <= lo:
             break
         size = block.cumulative[hi] - block.cumulative[lo]

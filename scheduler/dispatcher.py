@@ -332,7 +332,9 @@ class Dispatcher:
                 at = p.demand.id
                 if at not in frontiers:
                     frontiers[at] = leases.frontier(connection, *at, rows=_rows_wanted(p, most), limit=most)
-                carved = carve(frontiers[at], p.budget_s, p.price, cap_s=self.settings.subtask_s)
+                carved = carve(
+                    frontiers[at], p.budget_s, p.price, cap_s=self.settings.subtask_s, least=p.least
+                )
                 if carved is None:
                     # More may lie behind what was read of it: the next step will see.
                     self._placer.nothing(p, now)

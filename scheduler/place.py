@@ -18,7 +18,7 @@ from itertools import count, islice
 from math import ceil, inf
 from typing import NamedTuple
 
-from motet.manifest import Manifest
+from motet.manifest import PLACES, Manifest
 from motet.residency import NeverFits, Resident, evictions
 from scheduler.carve import MIN_S, size_s
 from scheduler.cost import Price, Rate, RateKey, Rates, learned_as
@@ -31,6 +31,11 @@ Kind = tuple[str, str]
 
 #: Sub-tasks at a worker at least, the running one included, however long they are: the next one is there at its end.
 _READY = 2
+#: A language model writes many answers at once and lets the next row in when one ends: its worker asks while fewer
+#: rows are there than it has places, so many times over.
+_FILLED = 2
+#: A sub-task of a language model has rows for such a part of the places at least.
+_PART = 4
 #: One more host of a model is opened where that ends its work by half a load's time earlier; or where it would end later than
 #: this many load times, however many hosts it has.
 _JOIN, _JOIN_MOST = 0.5, 3.25
@@ -143,6 +148,8 @@ class Placement(NamedTuple):
     demand: Demand
     budget_s: float
     price: Price
+    #: Rows at least, where so many wait.
+    least: int = 1
 
 
 @dataclass(slots=True, eq=False)
@@ -660,8 +667,12 @@ class Placer:
 
     def _answer(self, place: _Place, now: float) -> Placement | None:
         """What this worker should do next."""
-        if place.exclusive or place.bulk >= self.depth or self._express_full(place):
+        if place.exclusive or self._express_full(place):
             return None
+        if place.bulk >= self.depth:
+            filling = self._unfilled(place)
+            first = self._first(filling, place) if filling is not None else None
+            return self._placement(place, first, now) if first is not None else None
         forced = self._forced.get(place)
         if forced is not None and (self._first(forced, place) is None or not self._fits(place, forced)):
             del self._forced[place]
@@ -743,7 +754,12 @@ class Placer:
         price = self._price(place, waiting)
         work_s = price.of(waiting.rows, waiting.bytes)
         devices = self._devices(waiting.pool, place, now) / waiting.pool.waiting
-        return Placement(place.worker, waiting.demand, size_s(self.subtask_s, work_s, devices), price)
+        least = 1
+        if waiting.pool.model.answers == "text":
+            # What a row takes there depends on how many are beside it. A sub-task fills a part of the places, whatever
+            # was learned of rows that were alone.
+            least = max(1, min(_places(place) // _PART, int(waiting.rows / (2 * devices))))
+        return Placement(place.worker, waiting.demand, size_s(self.subtask_s, work_s, devices), price, least)
 
     def _devices(self, pool: _Pool, place: _Place, now: float) -> float:
         """How many devices as fast as this one work for a pool, at least one."""
@@ -1047,6 +1063,14 @@ class Placer:
 
     # -- small parts
 
+    def _unfilled(self, place: _Place) -> _Pool | None:
+        """The pool that it works for, if a language model answers it that could write more answers at once."""
+        pool = place.serves[0] if place.serves is not None else None
+        if pool is None or pool.model.answers != "text" or pool.waiting == 0:
+            return None
+        rows = sum(flight.rows for flight in place.flights if flight.of.pool is pool)
+        return pool if rows < _FILLED * _places(place) else None
+
     def _express_full(self, place: _Place) -> bool:
         return len(place.flights) - place.bulk >= 2 * self.depth
 
@@ -1148,7 +1172,7 @@ class Placer:
 
     def _ask_later(self, place: _Place) -> None:
         """It will ask when it has little left, or too few to go on with."""
-        if place.bulk < self._ready:
+        if place.bulk < self._ready or self._unfilled(place) is not None:
             self._ask_at(place, -inf)
         elif place.bulk < self.depth:
             self._ask_at(place, place.drain - self.ahead_s)
@@ -1198,3 +1222,8 @@ class Placer:
                 for place in list(islice(able, most)):
                     self._ask_at(place, -inf)
                     left -= 1
+
+
+def _places(place: _Place) -> int:
+    """Answers that a language model writes there at once."""
+    return PLACES.get(place.kind[0], PLACES["cuda"])

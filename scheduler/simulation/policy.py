@@ -162,7 +162,9 @@ class Motet:
     def _carve(self, placement: Placement) -> Subtask | None:
         pass_ = self._passes[placement.demand.job]
         self._refill(pass_)
-        carved = carve(pass_.frontier, placement.budget_s, placement.price, cap_s=self.subtask_s)
+        carved = carve(
+            pass_.frontier, placement.budget_s, placement.price, cap_s=self.subtask_s, least=placement.least
+        )
         if carved is None:
             return None
         if carved.leftover is not None:

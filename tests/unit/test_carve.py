@@ -54,6 +54,19 @@ def all_of(frontier: Frontier, budgets: list[float], price: Price, *, cap_s: flo
     return found
 
 
+def test_a_sub_task_has_so_many_rows_at_least_where_they_are_there() -> None:
+    frontier = Frontier(blocks=[block(0, [5000] * 20), block(1, [5000] * 3)])
+    counts = []
+    while (carved := carve(frontier, 1.0, KB_A_SECOND, least=8)) is not None:
+        counts.append(carved.rows)
+    assert counts == [8, 8, 4, 3]
+    come_back = Frontier(pieces=[piece(1, 0, 20, size=5000)])
+    carved = carve(come_back, 1.0, KB_A_SECOND, least=8)
+    assert carved is not None
+    assert carved.leftover is not None
+    assert (carved.rows, len(carved.leftover)) == (8, 12)
+
+
 # -- each row once
 
 

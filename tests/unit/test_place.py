@@ -130,7 +130,8 @@ class Cluster:
         """Carve it, and hand it to its worker."""
         wanted = self.demands[placement.demand.id]
         row_s = placement.price.of(1, ROW_BYTES)
-        rows = max(1, min(wanted.rows_waiting, int(placement.budget_s / row_s + 1e-6)))
+        rows = max(placement.least, int(placement.budget_s / row_s + 1e-6))
+        rows = min(wanted.rows_waiting, rows)
         left = wanted.rows_waiting - rows
         self.demands[wanted.id] = replace(wanted, rows_waiting=left, bytes_waiting=left * ROW_BYTES)
         key = next(self.keys)
@@ -275,6 +276,34 @@ def test_a_worker_is_never_deeper_than_told_however_short_its_sub_tasks_are() ->
     cluster = Cluster(subtask_s=0.01, ahead_s=9.0, depth=4).join(worker("a", A)).want(demand("j"))
     assert len(cluster.place()) == 4
     assert cluster.policy.next_due() == inf
+
+
+SPEAKER = model("L", engine="causal", answers="text")
+
+
+def test_a_language_model_gets_rows_for_its_places_and_as_many_again_however_short_they_are() -> None:
+    known = rates()
+    for numerics in ("fast", "exact"):
+        known.learned["L", "box", numerics] = Rate((0.0, 0.0, 0.001, 0.0), (0.0,) * 16, 4.0)
+    asked = worker("w", SPEAKER, engines=("causal",))
+    cluster = Cluster(rates=known).join(asked).want(demand("j", rows=400, model=SPEAKER))
+    assert [sent.rows for sent in cluster.place()] == [80] * 2, "two sub-tasks of two seconds fill it"
+    # A row takes half a second, as far as is known: of rows that were alone.
+    slow = replace(known, learned={**known.learned})
+    for numerics in ("fast", "exact"):
+        slow.learned["L", "box", numerics] = Rate((0.0, 0.0, 0.02, 0.0), (0.0,) * 16, 4.0)
+    cluster = Cluster(rates=slow).join(asked).want(demand("j", rows=400, model=SPEAKER))
+    assert [sent.rows for sent in cluster.place()] == [8] * 8, "64 rows under way for 32 places"
+    few = Cluster(rates=slow).join(asked).want(demand("j", rows=12, model=SPEAKER))
+    assert [sent.rows for sent in few.place()] == [6, 3, 1, 1, 1], "so that more workers could share what is left"
+
+
+def test_a_language_model_with_free_places_takes_nothing_of_other_models_beyond_its_depth() -> None:
+    asked = worker("w", SPEAKER, A, engines=("causal", "encoder"))
+    cluster = Cluster().join(asked).want(demand("j", rows=30, model=SPEAKER), demand("k", rows=10_000))
+    sent = cluster.place()
+    assert sum(one.rows for one in sent if one.job == "j") <= 30
+    assert sum(one.job == "k" for one in sent) <= cluster.depth
 
 
 def test_no_worker_is_idle_while_work_waits() -> None:

@@ -21,7 +21,7 @@ import numpy as np
 import torch
 
 from motet.columns import ERROR, OK, CellError, Column
-from motet.manifest import KV_TOKENS, Manifest
+from motet.manifest import KV_TOKENS, PLACES, Manifest
 from motet.wire import TaskOrder
 from workers.engine import CannotLoad, Ended, OutOfMemory, Pass, Prepared, Step
 from workers.engines import kv
@@ -33,8 +33,6 @@ from workers.engines.trees import Bools, Ints, Tree, tree
 from workers.engines.trunk import load_transformer, torch_errors
 from workers.engines.writers import Grammar, Writer
 
-#: Answers that are written at once: beyond it a CPU core gains nothing.
-PLACES = {"cpu": 32, "cuda": 256}
 #: Rows whose answers are about to begin may wait for a place: so many of the places' share.
 AHEAD = 1 / 8
 #: A prompt's common beginning is kept from so many tokens on; and so many of KV_TOKENS in all.

@@ -25,15 +25,13 @@ import httpx
 from motet.columns import CellError, Column
 from motet.embedded.children import Child
 from motet.errors import SetupError
-from motet.manifest import Manifest
+from motet.manifest import PLACES, Manifest
 from motet.wire import TaskOrder
 from workers import scratch
 from workers.engine import CannotLoad, DeviceBroken, OutOfMemory, Pass, Prepared, Step
 from workers.engines.openai import OpenAIEngine, Served, connect
 
 DTYPES = {"fp32": "float32", "bf16": "bfloat16"}
-#: Requests in flight: vLLM batches them itself, and a CPU gains nothing beyond a few.
-IN_FLIGHT = {"cpu": 32, "cuda": 256}
 #: It compiles and warms up while it starts; large weights are read for minutes.
 START_S, GRACE_S, LOOK_S = 1200.0, 20.0, 0.2
 #: What vLLM takes beside weights and cache, on a GPU.
@@ -84,7 +82,7 @@ class VllmEngine:
             if isinstance(error, SetupError):
                 raise CannotLoad(str(error)) from None
             raise
-        served = connect(f"http://127.0.0.1:{port}/v1", "motet", key=key, in_flight=IN_FLIGHT.get(kind, 256))
+        served = connect(f"http://127.0.0.1:{port}/v1", "motet", key=key, in_flight=PLACES.get(kind, PLACES["cuda"]))
         return Vllm(served.server, served.loop, served.thread, child=child, folder=folder)
 
     def attach(self, handle: Vllm, task: TaskOrder, files: Mapping[str, Path]) -> None:
