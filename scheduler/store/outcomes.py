@@ -77,8 +77,8 @@ _COUNT = text("""
            started = coalesce(started, clock_timestamp())
      WHERE id = :job""")
 
-#: Outcomes shorter than this teach nothing about speed.
-_LEARN_FROM_TOKENS = 128
+#: Outcomes that are shorter than either of these teach nothing about speed.
+_LEARN_FROM_TOKENS, _LEARN_FROM_S = 128, 0.25
 #: Failures that say nothing about the rows: what was asked never reached the engine.
 _BLAMELESS = frozenset({"cannot_fetch"})
 
@@ -280,7 +280,7 @@ class _Learned:
             return
         if u.load_s > 0:
             self.loads.append(((row.model, row.device), u.load_s))
-        elif u.tokens >= _LEARN_FROM_TOKENS and u.busy_s > 0:
+        elif (u.tokens >= _LEARN_FROM_TOKENS and u.busy_s > 0) or u.busy_s >= _LEARN_FROM_S:
             # Within what is possible, for a worker of an older minor does not count them: rows of one length, one row.
             squares = min(max(u.squares, u.tokens**2 / row.n_rows), u.tokens**2)
             self.timed.append(

@@ -248,7 +248,7 @@ class CausalEngine:
             asked = [self._asked(handle, task, text, cut, fields) for task in pass_.tasks]
         index = pass_.indices[row] if row < len(pass_.indices) else row
         return Prepared(
-            row, _unique_tokens(asked), truncated, Asking(tuple(_bounded(a, context) for a in asked), index)
+            row, _own_tokens(asked), truncated, Asking(tuple(_bounded(a, context) for a in asked), index)
         )
 
     def _asked(
@@ -714,10 +714,19 @@ def _bounded(a: Asked, context: int) -> Asked:
     return a if a.labels or a.most <= room else replace(a, most=room)
 
 
-def _unique_tokens(asked: Sequence[Asked]) -> int:
-    """About the tokens that are computed for a row: the text once, and what each task adds."""
-    text = max(a.prompt.text[1] - a.prompt.text[0] for a in asked)
-    return max(1, text + sum(len(a.prompt.ids) - (a.prompt.text[1] - a.prompt.text[0]) for a in asked))
+def _own_tokens(asked: Sequence[Asked]) -> int:
+    """Tokens that are this row's own, of the task with the most: its text, or its dialogue.
+
+    What is the same for every row costs each of them the same, and says nothing of how much longer one takes.
+    """
+    return max(
+        1,
+        *(
+            len(p.ids) - p.fixed if a.spec["kind"] == "chat" else p.text[1] - p.text[0]
+            for a in asked
+            for p in [a.prompt]
+        ),
+    )
 
 
 def _written(writer: Writer | None) -> int:

@@ -82,7 +82,9 @@ class VllmEngine:
             if isinstance(error, SetupError):
                 raise CannotLoad(str(error)) from None
             raise
-        served = connect(f"http://127.0.0.1:{port}/v1", "motet", key=key, in_flight=PLACES.get(kind, PLACES["cuda"]))
+        served = connect(
+            f"http://127.0.0.1:{port}/v1", "motet", key=key, in_flight=PLACES.get(kind, PLACES["cuda"])
+        )
         return Vllm(served.server, served.loop, served.thread, child=child, folder=folder)
 
     def attach(self, handle: Vllm, task: TaskOrder, files: Mapping[str, Path]) -> None:
