@@ -196,7 +196,7 @@ def test_squares_that_an_older_worker_does_not_count_are_those_of_rows_of_one_le
         {"clone": True},
         {"clone": True, "load_s": 3.0},
         {"verdict": "failed", "load_s": 3.0},
-        {"tokens": 100},
+        {"tokens": 100, "busy_s": 0.2},
         {"busy_s": 0.0},
     ],
     ids=str,
@@ -205,6 +205,12 @@ def test_what_says_nothing_of_speed_teaches_nothing(database: Database, case: di
     register(database, MODEL)
     record(database, [outcome(database, **case)])
     assert known(database) == Rates()
+
+
+def test_few_tokens_teach_where_they_took_long_as_those_of_a_language_model_do(database: Database) -> None:
+    register(database, MODEL)
+    record(database, [outcome(database, tokens=100, busy_s=0.5)])
+    assert known(database).learned
 
 
 def test_a_sub_task_that_loaded_teaches_how_long_loading_takes_and_nothing_else(database: Database) -> None:
