@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Mapping
 from typing import Annotated, Any
@@ -10,7 +11,7 @@ from fastapi import APIRouter, Path, Query, Request, Response
 from starlette.concurrency import run_in_threadpool
 from starlette.responses import JSONResponse
 
-from motet.errors import InvalidJob, Problem
+from motet.errors import InvalidJob, NotFound, Problem
 from motet.tasks import render, short
 from motet.wire import LEASE_HEADER, pack
 from scheduler.api import shapes
@@ -136,8 +137,11 @@ def show_lesson(
     texts: Annotated[int, Query(ge=0, le=1, description="1: the texts as well.")] = 1,
 ) -> Response:
     bearer = _bearer(request, use)
+    learned = job_id(job)
     with use.database.transaction() as connection:
-        found = store.lesson(connection, bearer.tenant, job_id(job), number)
+        if _taught_by(store.recipe_block(connection, bearer.job, row)) != str(learned):
+            raise NotFound(f"job {job} is not the one that the recipe in row {row} learns from")
+        found = store.lesson(connection, bearer.tenant, learned, number)
     if found is None:
         return Response(pack({"end": True}), media_type=_PACKED)
     read: list[str] = []
@@ -148,6 +152,19 @@ def show_lesson(
             for row_ in zip(*columns.values(), strict=True)
         ]
     return Response(pack({"texts": read, "vectors": found.vectors.to_wire()}), media_type=_PACKED)
+
+
+def _taught_by(recipe: tuple[bytes, int] | None) -> str | None:
+    """The job whose rows a recipe learns from; None where there is no recipe."""
+    if recipe is None:
+        return None
+    payload, at = recipe
+    [texts] = decode_block(payload).values()
+    try:
+        told = json.loads(texts[at])
+    except ValueError:
+        return None
+    return str(told.get("job")) if isinstance(told, dict) else None
 
 
 def _bearer(request: Request, use: Resources) -> store.Bearer:

@@ -27,6 +27,9 @@ _BEARER = text("""
     SELECT s.job_id, j.tenant_id FROM lease l JOIN subtask s ON s.id = l.subtask_id JOIN job j ON j.id = s.job_id
      WHERE l.subtask_id = :subtask AND l.attempt = :attempt AND l.nonce = :nonce AND l.until > clock_timestamp()
        AND j.kind = 'train'""")
+_RECIPE = text("""
+    SELECT b.payload, :row - b.first_row AS at FROM block b
+     WHERE b.job_id = :job AND b.first_row <= :row AND b.first_row + b.n_rows > :row""")
 _ROW = text("SELECT n_rows FROM job WHERE id = :job")
 _FIT = text("SELECT checkpoint FROM fit WHERE job_id = :job AND row_index = :row")
 _TELL = text("""
@@ -53,6 +56,12 @@ def bearer(connection: Connection, subtask: int, attempt: int, nonce: str) -> Be
     """The training job whose attempt this is; None where no such lease lives."""
     row = connection.execute(_BEARER, {"subtask": subtask, "attempt": attempt, "nonce": nonce}).first()
     return None if row is None else Bearer(row.job_id, row.tenant_id)
+
+
+def recipe_block(connection: Connection, job: UUID, row: int) -> tuple[bytes, int] | None:
+    """The block of a training job that holds this row, and where in it; None where the job has no such row."""
+    found = connection.execute(_RECIPE, {"job": job, "row": row}).first()
+    return None if found is None else (bytes(found.payload), int(found.at))
 
 
 def checkpoint(connection: Connection, job: UUID, row: int) -> str | None:

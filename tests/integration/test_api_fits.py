@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -63,7 +64,9 @@ class Hand:
         return self.ask("PUT", f"/v1/fits/{row}", json=body)
 
     def learn(self, job: str, number: int, **params: Any) -> httpx.Response:
-        return self.ask("GET", f"/v1/fits/0/data/{job}/{number}", params=params)
+        """By a run whose recipe names this job."""
+        path = f"/v1/fits/0/data/{job}/{number}"
+        return learner(self.house, job).ask("GET", path, params=params)
 
     def checkpoint(self, row: int = 0) -> Any:
         return self.ask("GET", f"/v1/fits/{row}").json()["checkpoint"]
@@ -72,6 +75,11 @@ class Hand:
         sha = hashlib.sha256(raw).hexdigest()
         assert self.ask("PUT", f"/v1/blobs/{sha}", content=raw).status_code == 201
         return sha
+
+
+def learner(house: House, job: str) -> Hand:
+    """The worker that holds a run which learns from this job."""
+    return Hand(house, house.submit([json.dumps({"job": job})], FIT)["id"])
 
 
 @pytest.fixture
@@ -101,6 +109,7 @@ def test_only_a_worker_that_shows_a_live_lease_of_a_training_job_reads_and_repor
     house: House, hand: Hand
 ) -> None:
     learned = embedded(house, ["x"])
+    hand = learner(house, learned)
     subtask = hand.lease.partition(".")[0]
     routes = [
         ("GET", "/v1/fits/0", {}),
@@ -139,6 +148,21 @@ def test_a_cancelled_run_is_told_by_its_next_request(house: House, hand: Hand, t
 # -- what is learned from
 
 
+def test_a_run_reads_the_job_that_its_recipe_names_and_no_other_of_its_tenant(
+    house: House, training: str
+) -> None:
+    mine, other = embedded(house, ["mine"]), embedded(house, ["a secret of another team"])
+    hand = learner(house, mine)
+    assert hand.ask("GET", f"/v1/fits/0/data/{mine}/0").status_code == 200
+    for row, job in ((0, other), (1, mine), (2**31 - 1, mine)):
+        refused = hand.ask("GET", f"/v1/fits/{row}/data/{job}/0")
+        assert refused.status_code == 404
+        assert "is not the one that the recipe" in refused.json()["error"]["message"]
+    bare = Hand(house, house.submit(["no recipe", "[]"], FIT)["id"])
+    for row in (0, 1):
+        assert bare.ask("GET", f"/v1/fits/{row}/data/{mine}/0").status_code == 404
+
+
 def test_the_rows_come_block_by_block_and_then_the_end(house: House, hand: Hand) -> None:
     texts = [f"text {i}" for i in range(1030)]
     job = embedded(house, texts)
@@ -168,7 +192,7 @@ def test_what_is_read_is_what_was_embedded(house: House, hand: Hand) -> None:
 def test_a_row_without_an_answer_has_no_vector(house: House, hand: Hand, training: str) -> None:
     job = embedded(house, ["a", "b", "c"], {1: CellError("too_long", "it is")})
     worker = house.tokens["worker"]
-    journal = HttpJournal(house.url, worker, hand.lease, 0, job)
+    journal = HttpJournal(house.url, worker, learner(house, job).lease, 0, job)
     rows = journal.block(0, texts=True)
     assert rows is not None
     assert rows.texts == ("a", "b", "c")
@@ -214,7 +238,7 @@ def test_what_cannot_be_learned_from_is_not_found_and_says_what_to_do(house: Hou
         assert "secret" not in answer.text
     assert unpack(hand.learn(cut_off, 0).content)["texts"][0] == "cut 0"
     # So it is the row's own error, in the same words, and not a run that waits for ever.
-    journal = HttpJournal(house.url, house.tokens["worker"], hand.lease, 0, two)
+    journal = HttpJournal(house.url, house.tokens["worker"], learner(house, two).lease, 0, two)
     with pytest.raises(Hopeless, match="whose one task is Embed"):
         journal.block(0, texts=False)
     journal.close()

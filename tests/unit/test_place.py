@@ -295,7 +295,9 @@ def test_a_language_model_gets_rows_for_its_places_and_as_many_again_however_sho
     cluster = Cluster(rates=slow).join(asked).want(demand("j", rows=400, model=SPEAKER))
     assert [sent.rows for sent in cluster.place()] == [8] * 8, "64 rows under way for 32 places"
     few = Cluster(rates=slow).join(asked).want(demand("j", rows=12, model=SPEAKER))
-    assert [sent.rows for sent in few.place()] == [6, 3, 1, 1, 1], "so that more workers could share what is left"
+    assert [sent.rows for sent in few.place()] == [6, 3, 1, 1, 1], (
+        "so that more workers could share what is left"
+    )
 
 
 def test_a_language_model_with_free_places_takes_nothing_of_other_models_beyond_its_depth() -> None:
