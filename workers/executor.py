@@ -782,7 +782,8 @@ class Executor:
         try:
             self._transport.mark_running(None if rows is None else Running(boot=self._boot, rows=rows))
             self._marked = rows
-        except TransportLost:
+        except TransportLost as error:
+            event(log, "what runs could not be written down", logging.WARNING, why=str(error))
             self._mark_again_at = self._clock() + MARK_AGAIN_S
 
     def _holds(self, work: Work) -> bool:

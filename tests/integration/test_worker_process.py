@@ -54,6 +54,7 @@ def gated(texts):
             os._exit(0)
         if "stand" in text:
             os.kill(os.getpid(), signal.SIGSTOP)
+            time.sleep(3600)  # another thread may take the signal, and this one go on until it does
         if "spin" in text:  # in C, for ages, and nothing else of Python runs meanwhile
             re.match("(a+)+$", "a" * 60 + "b")
         if "hog" in text:
@@ -648,7 +649,7 @@ def test_a_worker_that_was_stopped_is_replaced(stage: Stage, launched: subproces
     assert not running(before.pid)
     assert after.held == ()
     evidence = stage.scheduler.running(name)
-    assert evidence is not None
+    assert evidence is not None, stage.log
     assert evidence.boot == before.boot
     assert "worker stands still" in stage.log
 
