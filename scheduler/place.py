@@ -36,6 +36,8 @@ _READY = 2
 _FILLED = 2
 #: A sub-task of a language model has rows for such a part of the places at least.
 _PART = 4
+#: Sub-tasks that fill places, at most: with those of the lane no more than a worker takes off its queue at once.
+_FILLERS = 10
 #: One more host of a model is opened where that ends its work by half a load's time earlier; or where it would end later than
 #: this many load times, however many hosts it has.
 _JOIN, _JOIN_MOST = 0.5, 3.25
@@ -1066,7 +1068,7 @@ class Placer:
     def _unfilled(self, place: _Place) -> _Pool | None:
         """The pool that it works for, if a language model answers it that could write more answers at once."""
         pool = place.serves[0] if place.serves is not None else None
-        if pool is None or pool.model.answers != "text" or pool.waiting == 0:
+        if pool is None or pool.model.answers != "text" or pool.waiting == 0 or place.bulk >= _FILLERS:
             return None
         rows = sum(flight.rows for flight in place.flights if flight.of.pool is pool)
         return pool if rows < _FILLED * _places(place) else None

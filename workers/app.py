@@ -44,7 +44,8 @@ if TYPE_CHECKING:
 #: By name: this module runs as __main__.
 log = logging.getLogger("workers.app")
 
-#: Celery threads: waiting ones are free, and the dispatcher sends at most three bulk sub-tasks and little more.
+#: Celery threads: waiting ones are free. The dispatcher sends at most three bulk sub-tasks, ten where a language model
+#: answers, and twice three of the lane.
 THREADS = 16
 #: Threads that tokenise; a GPU is hungrier than a CPU slot, which has only its own core.
 PREPARING = {"cpu": 1, "cuda": 4}

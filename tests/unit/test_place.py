@@ -300,6 +300,14 @@ def test_a_language_model_gets_rows_for_its_places_and_as_many_again_however_sho
     )
 
 
+def test_no_more_sub_tasks_fill_places_than_a_worker_takes_off_its_queue() -> None:
+    asked = worker("w", SPEAKER, engines=("causal",))
+    cluster = Cluster().join(asked)
+    for i in range(30):
+        cluster.want(demand(f"j{i}", rows=1, model=SPEAKER))
+    assert len(cluster.place()) == 10
+
+
 def test_a_language_model_with_free_places_takes_nothing_of_other_models_beyond_its_depth() -> None:
     asked = worker("w", SPEAKER, A, engines=("causal", "encoder"))
     cluster = Cluster().join(asked).want(demand("j", rows=30, model=SPEAKER), demand("k", rows=10_000))
