@@ -98,6 +98,15 @@ def finish(
     print(json.dumps(dict(keys)), flush=True)
 
 
+def renew(name: str, part: str, keys: Mapping[str, Any], details: Mapping[str, Any]) -> None:
+    """Put a part that was run again, whole and by itself, into what the newest full run left, and say so there."""
+    path = RESULTS / f"{name}.json"
+    kept = json.loads(path.read_text("utf-8"))
+    kept |= keys
+    kept["details"][part] = {**details, "run_again": hardware()}
+    path.write_text(json.dumps(kept, indent=2) + "\n", "utf-8")
+
+
 def keep(name: str, keys: Mapping[str, Any], details: Mapping[str, Any]) -> None:
     """Write what a full run has measured so far to bench/results/: one that is cut off leaves that behind."""
     RESULTS.mkdir(exist_ok=True)

@@ -38,7 +38,7 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 import torch
-from harness import cluster, finish, in_turn, options, ratio, say, table, timed
+from harness import cluster, finish, in_turn, options, ratio, renew, say, table, timed
 
 from motet import Client, Task, datasets
 from motet.columns import values
@@ -131,7 +131,10 @@ class Bench:
 
 def main() -> None:
     parser = options(__doc__)
-    parser.add_argument("--only", help="names of parts, with commas: prefix, saved, batch, choose, tax")
+    parser.add_argument(
+        "--only",
+        help="names of parts, with commas: prefix, saved, batch, choose, tax; they replace those of the last full run",
+    )
     arguments = parser.parse_args()
     wanted = set((arguments.only or "prefix,saved,batch,choose,tax").split(","))
     bench = Bench()
@@ -149,6 +152,8 @@ def main() -> None:
             found, more = part(bench, arguments.quick)
             keys |= found
             details[name] = more
+            if arguments.only and not arguments.quick:
+                renew("llm", name, found, more)
     finish("llm", keys, quick=arguments.quick or bool(arguments.only), details=details)
 
 

@@ -27,6 +27,9 @@ INTERACTIVE_CUT_S = {"cpu": 0.1, "cuda": 0.05}
 #: Longest micro-batch at any time: the first interactive row after a quiet while waits for one of those. A CPU core
 #: gains nothing from longer ones (1,024 tokens 0.2 s; 2,048 tokens 0.4 s and no faster).
 LONGEST_S = 0.25
+#: The same of a step of a language model. Writing the answers under way takes a CPU core a tenth of a second, however
+#: many tokens of prompts run beside it: in steps of a quarter of a second that is nearly half of its time.
+LONGEST_STEP_S = {"cpu": 0.6, "cuda": 0.25}
 
 #: Micro-batches that must have filled a budget before it is judged.
 SAMPLES = 4
@@ -195,15 +198,17 @@ class Cost:
         return (fixed, each) if fixed > 0 else (0.0, ratio)
 
 
-def limit(budget: Budget, cost: Cost, device_kind: str, *, interactive_waits: bool) -> tuple[int, int]:
+def limit(
+    budget: Budget, cost: Cost, device_kind: str, *, interactive_waits: bool, longest_s: float = LONGEST_S
+) -> tuple[int, int]:
     """Most tokens and rows of the next micro-batch.
 
-    The budget; cut short while somebody waits interactively, to a quarter of a second at any time, and to a probe
-    while the cost is unknown.
+    The budget; cut short while somebody waits interactively, to ``longest_s`` at any time, and to a probe while the
+    cost is unknown.
     """
     if not cost.known:
         return min(budget.tokens, PROBE_TOKENS), PROBE_ROWS
-    longest_s = INTERACTIVE_CUT_S[device_kind] if interactive_waits else LONGEST_S
+    longest_s = INTERACTIVE_CUT_S[device_kind] if interactive_waits else longest_s
     return min(budget.tokens, cost.tokens_in(longest_s)), MOST_ROWS
 
 

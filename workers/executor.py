@@ -27,7 +27,16 @@ from motet.residency import NeverFits, Resident, evictions
 from motet.transport import TransportLost, WorkerTransport
 from motet.wire import Assignment, Running, TaskOrder
 from workers.attempts import Attempts, Key
-from workers.batching import START_TOKENS, Budget, Cost, fitting, limit, longest_first, overhead_tokens
+from workers.batching import (
+    LONGEST_STEP_S,
+    START_TOKENS,
+    Budget,
+    Cost,
+    fitting,
+    limit,
+    longest_first,
+    overhead_tokens,
+)
 from workers.blobs import CannotFetch, Refused
 from workers.device import Device
 from workers.engine import (
@@ -446,6 +455,7 @@ class Executor:
             cost,
             self._device.kind,
             interactive_waits=self._clock() - self._interactive_at < INTERACTIVE_S,
+            longest_s=LONGEST_STEP_S[self._device.kind],
         )
         began = self._clock()
         first_s = FIRST_MEASURED_S if first.order.measured else FIRST_RUN_S
