@@ -18,7 +18,8 @@ vs_padded_generate         the same / those of `generate` on padded batches of 1
 choose_gain                rows a second of Choose with 4 labels / of generating an answer through `generate`, in padded
                            batches of 16, and reading the label out of it
 choose_gain_own            the same / of generating it in motet's own engine, which shares the question as Choose does
-llm_tax                    seconds of a job through a whole cluster (one CPU worker) / of the bare engine on the same rows
+llm_tax                    seconds of a job through a whole cluster (one CPU worker) / of the bare engine on the same rows,
+                           both with a thread for each core
 """
 
 from __future__ import annotations
@@ -415,6 +416,8 @@ def tax(bench: Bench, quick: bool) -> tuple[dict[str, Any], dict[str, Any]]:
 
     pass_, rows = bench.rows(asked("x"), texts)
     rows.sort(key=lambda row: -row.length)
+    # As many as the launcher gives the only worker of a machine.
+    torch.set_num_threads(len(os.sched_getaffinity(0)))
     with cluster(cpus=1) as running, Client(running.url, running.tokens["user"]) as client:
         register(running)
 
@@ -429,6 +432,7 @@ def tax(bench: Bench, quick: bool) -> tuple[dict[str, Any], dict[str, Any]]:
         through()
         bare()
         found = in_turn({"bare engine": bare, "motet": through}, 1 if quick else 3)
+    torch.set_num_threads(1)
     return {"llm_tax": round(ratio(found, "motet", "bare engine"), 4)}, {"seconds": found, "rows": len(texts)}
 
 
