@@ -15,6 +15,29 @@ from scheduler.blocks import Part, blocks_of
 from scheduler.store import jobs, registry
 from scheduler.store.database import Database
 
+#: A trunk, and a head on it that says how long a text is: see ``label_of`` of who uses them.
+TRUNK = Manifest(
+    name="trunk",
+    version="1",
+    engine="encoder",
+    answers="vector",
+    trunk="t",
+    max_tokens=256,
+    dim=4,
+    # So large that it is believed slow: small jobs make several sub-tasks.
+    parameters=125_000_000,
+)
+HEAD = Manifest(
+    name="length",
+    version="1",
+    engine="encoder",
+    answers="label",
+    trunk="t",
+    trunk_model="trunk@1",
+    max_tokens=256,
+    labels=("short", "middle", "long"),
+)
+
 
 def register(database: Database, *models: Manifest) -> None:
     """Put these models into the registry; their files are never asked for here."""

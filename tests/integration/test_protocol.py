@@ -19,7 +19,6 @@ from sqlalchemy import text
 
 from motet.columns import ERROR, CellError, Column
 from motet.errors import Problem
-from motet.manifest import Manifest
 from motet.settings import Settings
 from motet.tasks import Classify
 from motet.transport import MemoryTransport
@@ -34,29 +33,8 @@ from scheduler.store.endings import delete_job, end_job
 from scheduler.store.leadership import NotLeading
 from scheduler.store.leases import Clone, Cut, Held, Leased
 from scheduler.store.outcomes import Recorded, record
-from tests.integration.landing import land, register
+from tests.integration.landing import HEAD, TRUNK, land, register
 
-TRUNK = Manifest(
-    name="trunk",
-    version="1",
-    engine="encoder",
-    answers="vector",
-    trunk="t",
-    max_tokens=256,
-    dim=4,
-    # So large that it is believed slow: small jobs make several sub-tasks.
-    parameters=125_000_000,
-)
-HEAD = Manifest(
-    name="length",
-    version="1",
-    engine="encoder",
-    answers="label",
-    trunk="t",
-    trunk_model="trunk@1",
-    max_tokens=256,
-    labels=("short", "middle", "long"),
-)
 TASKS = {"size": Classify("length"), "again": Classify("length", scores=False)}
 
 

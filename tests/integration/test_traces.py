@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from uuid import UUID
 
@@ -18,6 +15,7 @@ from motet import Client, Function, traces
 from motet.embedded.cluster import Cluster, _version
 from motet.manifest import Manifest
 from tests.integration.api_house import House, a_house, house
+from tests.trace_receiver import Receiver, receiving
 from tests.unit.test_traces import Kept, kept
 
 __all__ = ["house", "kept"]
@@ -31,47 +29,10 @@ def shout(texts):
 """
 
 
-@dataclass
-class Receiver:
-    """A tiny OTLP/HTTP receiver."""
-
-    url: str = ""
-    bodies: list[bytes] = field(default_factory=list)
-
-    def spans(self) -> list[tuple[str, object]]:
-        """(service, span) of everything received so far."""
-        from opentelemetry.proto.collector.trace.v1.trace_service_pb2 import ExportTraceServiceRequest
-
-        found: list[tuple[str, object]] = []
-        for body in list(self.bodies):
-            request = ExportTraceServiceRequest.FromString(body)
-            for resource in request.resource_spans:
-                about = {a.key: a.value.string_value for a in resource.resource.attributes}
-                found += [(about["service.name"], s) for scope in resource.scope_spans for s in scope.spans]
-        return found
-
-
 @pytest.fixture
 def receiver() -> Iterator[Receiver]:
-    received = Receiver()
-
-    class Take(BaseHTTPRequestHandler):
-        def do_POST(self) -> None:
-            body = self.rfile.read(int(self.headers["Content-Length"]))
-            if self.path == "/v1/traces":
-                received.bodies.append(body)
-            self.send_response(200)
-            self.send_header("Content-Length", "0")
-            self.end_headers()
-
-        def log_message(self, *_: object) -> None: ...
-
-    server = ThreadingHTTPServer(("127.0.0.1", 0), Take)
-    threading.Thread(target=server.serve_forever, daemon=True).start()
-    received.url = f"http://127.0.0.1:{server.server_address[1]}"
-    yield received
-    server.shutdown()
-    server.server_close()
+    with receiving() as received:
+        yield received
 
 
 @pytest.fixture

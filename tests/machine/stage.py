@@ -16,36 +16,17 @@ from typing import Any
 
 from sqlalchemy import Connection, text
 
-from motet.manifest import Manifest
 from motet.transport import MemoryTransport, TransportLost
 from scheduler.store import leases
 from scheduler.store.database import Database, StoreUnavailable
-from tests.integration.landing import register
+from tests.integration import landing
+from tests.integration.landing import HEAD, register
 
 #: Who has a connection: two dispatchers, two aggregators, and the machine itself.
 ROLES = ("A", "B", "agg0", "agg1", "machine")
 
 #: So large that it is believed slow: a handful of rows makes several sub-tasks.
-TRUNK = Manifest(
-    name="trunk",
-    version="1",
-    engine="encoder",
-    answers="vector",
-    trunk="t",
-    max_tokens=256,
-    dim=4,
-    parameters=600_000_000,
-)
-HEAD = Manifest(
-    name="length",
-    version="1",
-    engine="encoder",
-    answers="label",
-    trunk="t",
-    trunk_model="trunk@1",
-    max_tokens=256,
-    labels=("short", "middle", "long"),
-)
+TRUNK = replace(landing.TRUNK, parameters=600_000_000)
 OTHER_TRUNK = replace(TRUNK, name="other", trunk="o")
 OTHER_HEAD = replace(HEAD, name="other-length", trunk="o", trunk_model="other@1")
 

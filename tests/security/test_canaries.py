@@ -18,8 +18,7 @@ import tempfile
 import threading
 import time
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass, field
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +34,7 @@ from motet.transport import OUTCOMES, WORKERS
 from motet.wire import Beat
 from tests.acceptance.test_flower import Browser, answers, until
 from tests.fuzz.small_cluster import eventually, redis_of, small_cluster
+from tests.trace_receiver import PATH, Receiver, receiving
 
 pytest.importorskip("flower")
 
@@ -85,45 +85,16 @@ singly.per_row = True
 """
 
 
-@dataclass
-class Sink:
-    """A receiver of traces that keeps what it gets."""
-
-    url: str = ""
-    bodies: list[bytes] = field(default_factory=list)
-
-
-@contextlib.contextmanager
-def receiving() -> Iterator[Sink]:
-    sink = Sink()
-
-    class Take(BaseHTTPRequestHandler):
-        def do_POST(self) -> None:
-            sink.bodies.append(self.rfile.read(int(self.headers["Content-Length"])))
-            self.send_response(200)
-            self.send_header("Content-Length", "0")
-            self.end_headers()
-
-        def log_message(self, *_: object) -> None: ...
-
-    server = ThreadingHTTPServer(("127.0.0.1", 0), Take)
-    threading.Thread(target=server.serve_forever, daemon=True).start()
-    sink.url = f"http://127.0.0.1:{server.server_address[1]}/v1/traces"
-    yield sink
-    server.shutdown()
-    server.server_close()
-
-
 @pytest.fixture(scope="module")
-def sink() -> Iterator[Sink]:
+def sink() -> Iterator[Receiver]:
     with receiving() as sink:
         yield sink
 
 
 @pytest.fixture(scope="module")
-def cluster(tmp_path_factory: pytest.TempPathFactory, sink: Sink) -> Iterator[Cluster]:
+def cluster(tmp_path_factory: pytest.TempPathFactory, sink: Receiver) -> Iterator[Cluster]:
     """With all logs at their most talkative."""
-    more = {"MOTET_TRACES": sink.url, "MOTET_LOG_LEVEL": "DEBUG"}
+    more = {"MOTET_TRACES": sink.url + PATH, "MOTET_LOG_LEVEL": "DEBUG"}
     folder = tmp_path_factory.mktemp("canaries")
     with small_cluster(folder, ENGINE, ("secretly", "singly"), cpus=1, flower=True, env=more) as running:
         yield running
@@ -469,7 +440,7 @@ def test_no_refusal_repeats_a_text_or_a_secret(run: Run) -> None:
     assert not found_in(run.refusals, words)
 
 
-def test_no_canary_is_in_a_trace(run: Run, sink: Sink) -> None:
+def test_no_canary_is_in_a_trace(run: Run, sink: Receiver) -> None:
     eventually(lambda: len(sink.bodies) >= 3, 30, "traces")
     assert not found_in([Place("a trace", body) for body in sink.bodies], canaries(run))
 
@@ -525,7 +496,7 @@ def test_a_worker_has_no_way_to_the_database(cluster: Cluster) -> None:
 # -- a search that finds nothing proves nothing until it has found something
 
 
-def test_every_search_finds_what_is_planted(cluster: Cluster, run: Run, sink: Sink) -> None:
+def test_every_search_finds_what_is_planted(cluster: Cluster, run: Run, sink: Receiver) -> None:
     planted = {"planted": b"canary-planted-3c5e88"}
     word = planted["planted"].decode()
     # In a log, another file, a key, a value, a queue, an event, a trace, a command line and an environment.
@@ -540,7 +511,7 @@ def test_every_search_finds_what_is_planted(cluster: Cluster, run: Run, sink: Si
     bus.set(f"motet:{word}", "x", ex=30)
     bus.lpush("motet.gpu.planted", json.dumps({"body": base64.b64encode(word.encode()).decode()}))
     bus.publish("/0.celeryev/planted", word)
-    httpx.post(sink.url, content=word.encode())
+    httpx.post(sink.url + PATH, content=word.encode())
     program = subprocess.Popen(
         [sys.executable, "-c", "import time; time.sleep(60)", word],
         env={MARK: str(cluster.data), "PLANTED": word, "PATH": os.environ["PATH"]},
