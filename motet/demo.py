@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import importlib.util
 import random
-import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import islice
@@ -15,9 +14,9 @@ from pathlib import Path
 from typing import Any
 
 from motet import datasets
-from motet.cli.show import console, plan_line, plan_picture, result_table
+from motet.cli.show import console, result_table
 from motet.job import Job, Plan
-from motet.stage import NAME, Stage, Story, follow, staged
+from motet.stage import Stage, Story, staged, told_of
 from motet.tasks import Classify, Embed, Task
 
 TASKS: Mapping[str, Task] = {
@@ -73,26 +72,15 @@ def choose(rows: int, cache: Path | None = None) -> list[Text]:
 
 
 def _run_job(stage: Stage, texts: Sequence[Text]) -> dict[str, Any]:
-    client, story = stage.client, stage.story
+    story = stage.story
     source = [t.text for t in texts]
-    with story.phase("planning") as note:
-        plan = client.plan(source, TASKS)
-        note(plan_line(plan))
-    story.show(plan_picture(plan, width=console().width))
+    plan = stage.plan(source, TASKS)
     if plan.truncated_rows:
         story.say(
             f"~{plan.truncated_rows:,} articles are longer than the model reads: they are cut, and marked so\n"
         )
 
-    start = time.monotonic()
-    # Without reuse, so that every run of the demo computes; with it, the second one would only look up.
-    with story.phase("running the job", slow=True) as note:
-        job = client.submit(source, TASKS, name=NAME, reuse=False, progress=False if story.quiet else None)
-        follow(job, story)
-        seconds = time.monotonic() - start
-        note(str(job.progress))
-    stage.job = job.id
-
+    job, seconds = stage.run(source, TASKS)
     story.show(result_table(list(islice(job.results(), _ROWS_SHOWN)), source, width=console().width))
     out = stage.data / (
         "motet-demo-results.parquet" if importlib.util.find_spec("pyarrow") else "motet-demo-results.jsonl"
@@ -114,14 +102,7 @@ def _measure(job: Job, plan: Plan, texts: Sequence[Text], seconds: float) -> dic
         (row["topic"], texts[row.index].topic) for row in job.results(["topic"]) if texts[row.index].topic
     ]
     return {
-        "job": job.id,
-        "state": job.state,
-        "rows": job.rows,
-        "tasks": len(job.tasks),
-        "passes": len(job.passes),
-        "cells": job.progress.total,
-        "ok": job.progress.ok,
-        "seconds": round(seconds, 3),
+        **told_of(job, seconds),
         "rows_per_s": round(job.rows / seconds, 1),
         "tokens": tokens,
         "computed_tokens": computed,

@@ -7,7 +7,6 @@ translations is shown as it is.
 from __future__ import annotations
 
 import re
-import time
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -18,10 +17,10 @@ from random import Random
 from typing import Any
 
 from motet import datasets
-from motet.cli.show import console, cut, plan_line, plan_picture, result_table
+from motet.cli.show import console, cut, result_table
 from motet.job import Job, Plan, count
 from motet.results import Row
-from motet.stage import NAME, Stage, Story, follow, staged
+from motet.stage import Stage, Story, staged, told_of
 from motet.tasks import Choose, Generate, Task
 
 MODEL, _REGISTER = "smollm2-135m", "--smollm2"
@@ -78,23 +77,11 @@ def choose(rows: int, cache: Path | None = None) -> list[Text]:
 
 
 def _run_job(stage: Stage, texts: Sequence[Text]) -> dict[str, Any]:
-    client, story = stage.client, stage.story
+    story = stage.story
     source = [t.text for t in texts]
-    with story.phase("planning") as note:
-        plan = client.plan(source, TASKS)
-        note(plan_line(plan))
-    story.show(plan_picture(plan, width=console().width))
+    plan = stage.plan(source, TASKS)
     story.say("")
-
-    start = time.monotonic()
-    # Without reuse, so that every run of the demo computes.
-    with story.phase("running the job", slow=True) as note:
-        job = client.submit(source, TASKS, name=NAME, reuse=False, progress=False if story.quiet else None)
-        follow(job, story)
-        seconds = time.monotonic() - start
-        note(str(job.progress))
-    stage.job = job.id
-
+    job, seconds = stage.run(source, TASKS)
     rows = list(job.results())
     story.show(result_table(list(islice(rows, _ROWS_SHOWN)), source, width=console().width))
     measured = _measure(job, plan, rows, texts, seconds)
@@ -111,14 +98,7 @@ def _measure(
     french = [str(row["french"]) for row in rows if row["french"].ok]
     majority, majority_rows = Counter(told for _, told in rated).most_common(1)[0] if rated else ("", 0)
     return {
-        "job": job.id,
-        "state": job.state,
-        "rows": job.rows,
-        "tasks": len(job.tasks),
-        "passes": len(job.passes),
-        "cells": job.progress.total,
-        "ok": job.progress.ok,
-        "seconds": round(seconds, 3),
+        **told_of(job, seconds),
         "tokens": usage["tokens"],
         "tokens_cached": usage.get("tokens_cached") or 0,
         "tokens_out": usage.get("tokens_out") or 0,

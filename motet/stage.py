@@ -7,15 +7,16 @@ import shlex
 import sys
 import textwrap
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
-from motet.cli.show import console, program
+from motet.cli.show import console, plan_line, plan_picture, program
 from motet.client import Client, State
-from motet.job import Job, count
+from motet.job import Job, Plan, count
+from motet.tasks import Task
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
@@ -36,6 +37,27 @@ class Stage:
     story: Story
     #: The job that it ran, for whoever looks on afterwards.
     job: str = ""
+
+    def plan(self, texts: Sequence[str], tasks: Mapping[str, Task]) -> Plan:
+        """Plan the demo's job, and draw it."""
+        with self.story.phase("planning") as note:
+            plan = self.client.plan(texts, tasks)
+            note(plan_line(plan))
+        self.story.show(plan_picture(plan, width=console().width))
+        return plan
+
+    def run(self, texts: Sequence[str], tasks: Mapping[str, Task]) -> tuple[Job, float]:
+        """Run it: the ended job, and its seconds. Raises JobFailed."""
+        start = time.monotonic()
+        # Without reuse, so that every run of the demo computes; with it, the second one would only look up.
+        with self.story.phase("running the job", slow=True) as note:
+            progress = False if self.story.quiet else None
+            job = self.client.submit(texts, tasks, name=NAME, reuse=False, progress=progress)
+            _follow(job, self.story)
+            seconds = time.monotonic() - start
+            note(str(job.progress))
+        self.job = job.id
+        return job, seconds
 
 
 @contextmanager
@@ -71,7 +93,21 @@ def staged(data: Path, story: Story, *, cpus: int, keep: bool, models: Sequence[
         story.command(f"{_shell(data)} {program()} results {stage.job[:8]}")
 
 
-def follow(job: Job, story: Story) -> None:
+def told_of(job: Job, seconds: float) -> dict[str, Any]:
+    """What every demo measures of its job."""
+    return {
+        "job": job.id,
+        "state": job.state,
+        "rows": job.rows,
+        "tasks": len(job.tasks),
+        "passes": len(job.passes),
+        "cells": job.progress.total,
+        "ok": job.progress.ok,
+        "seconds": round(seconds, 3),
+    }
+
+
+def _follow(job: Job, story: Story) -> None:
     """Wait for the job. It ends with the demo: nobody would come back for it. Raises JobFailed."""
     try:
         with job.bar() as bar:
