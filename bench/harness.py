@@ -100,18 +100,23 @@ def finish(
 
 def renew(name: str, part: str, keys: Mapping[str, Any], details: Mapping[str, Any]) -> None:
     """Put a part that was run again, whole and by itself, into what the newest full run left, and say so there."""
-    path = RESULTS / f"{name}.json"
-    kept = json.loads(path.read_text("utf-8"))
-    kept |= keys
+    kept = json.loads(_results(name).read_text("utf-8")) | keys
     kept["details"][part] = {**details, "run_again": hardware()}
-    path.write_text(json.dumps(kept, indent=2) + "\n", "utf-8")
+    _write(name, kept)
 
 
 def keep(name: str, keys: Mapping[str, Any], details: Mapping[str, Any]) -> None:
     """Write what a full run has measured so far to bench/results/: one that is cut off leaves that behind."""
+    _write(name, {"bench": name, **keys, "details": details, "hardware": hardware()})
+
+
+def _results(name: str) -> Path:
+    return RESULTS / f"{name}.json"
+
+
+def _write(name: str, kept: Mapping[str, Any]) -> None:
     RESULTS.mkdir(exist_ok=True)
-    kept = {"bench": name, **keys, "details": details, "hardware": hardware()}
-    (RESULTS / f"{name}.json").write_text(json.dumps(kept, indent=2) + "\n", "utf-8")
+    _results(name).write_text(json.dumps(kept, indent=2) + "\n", "utf-8")
 
 
 def hardware() -> dict[str, Any]:

@@ -54,8 +54,13 @@ WIDTHS: Mapping[str, int] = {"fp32": 4, "bf16": 2}
 OVERHEAD_MB = 64
 #: Tokens whose keys and values a language model holds in memory at once, on every device: prompts and answers.
 KV_TOKENS = 16_384
-#: Answers that a language model writes at once, by the kind of its device: beyond it a CPU core gains nothing.
-PLACES: Mapping[str, int] = {"cpu": 32, "cuda": 256}
+#: See ``answer_places``: beyond it a CPU core gains nothing.
+_PLACES: Mapping[str, int] = {"cpu": 32, "cuda": 256}
+
+
+def answer_places(device_kind: str) -> int:
+    """Answers that a language model writes at once on a device of this kind."""
+    return _PLACES.get(device_kind, _PLACES["cuda"])
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -18,7 +18,7 @@ from itertools import count, islice
 from math import ceil, inf
 from typing import NamedTuple
 
-from motet.manifest import PLACES, Manifest
+from motet.manifest import Manifest, answer_places
 from motet.residency import NeverFits, Resident, evictions
 from scheduler.carve import MIN_S, size_s
 from scheduler.cost import Price, Rate, RateKey, Rates, learned_as
@@ -760,7 +760,7 @@ class Placer:
         if waiting.pool.model.answers == "text":
             # What a row takes there depends on how many are beside it. A sub-task fills a part of the places, whatever
             # was learned of rows that were alone.
-            least = max(1, min(_places(place) // _PART, int(waiting.rows / (2 * devices))))
+            least = max(1, min(answer_places(place.kind[0]) // _PART, int(waiting.rows / (2 * devices))))
         return Placement(place.worker, waiting.demand, size_s(self.subtask_s, work_s, devices), price, least)
 
     def _devices(self, pool: _Pool, place: _Place, now: float) -> float:
@@ -1071,7 +1071,7 @@ class Placer:
         if pool is None or pool.model.answers != "text" or pool.waiting == 0 or place.bulk >= _FILLERS:
             return None
         rows = sum(flight.rows for flight in place.flights if flight.of.pool is pool)
-        return pool if rows < _FILLED * _places(place) else None
+        return pool if rows < _FILLED * answer_places(place.kind[0]) else None
 
     def _express_full(self, place: _Place) -> bool:
         return len(place.flights) - place.bulk >= 2 * self.depth
@@ -1224,8 +1224,3 @@ class Placer:
                 for place in list(islice(able, most)):
                     self._ask_at(place, -inf)
                     left -= 1
-
-
-def _places(place: _Place) -> int:
-    """Answers that a language model writes there at once."""
-    return PLACES.get(place.kind[0], PLACES["cuda"])

@@ -412,12 +412,17 @@ class Executor:
                 self._split(batch, error)
                 return
             finally:
-                took = self._clock() - began
-                loaded.used = self._clock()
-                self._busy_s += took
-                self._activity = None
+                took = self._rest(loaded, began)
         self._learn(batch, took)
         self._give(batch, answers, took)
+
+    def _rest(self, loaded: Loaded, began: float) -> float:
+        """The device has done with this model what began then. How many seconds it took."""
+        loaded.used = self._clock()
+        took = loaded.used - began
+        self._busy_s += took
+        self._activity = None
+        return took
 
     def _limit_s(self, batch: Batch) -> float:
         """When it has run for so long it hangs."""
@@ -481,10 +486,7 @@ class Executor:
                     self._lose_row(work, row, CellError("engine", type(error).__name__))
                 return
             finally:
-                took = self._clock() - began
-                loaded.used = self._clock()
-                self._busy_s += took
-                self._activity = None
+                took = self._rest(loaded, began)
         if step.computed_tokens:
             self._learn_step(model, step.computed_tokens, step.computed_tokens, took)
         elif not ended:

@@ -21,7 +21,7 @@ import numpy as np
 import torch
 
 from motet.columns import ERROR, OK, CellError, Column
-from motet.manifest import KV_TOKENS, PLACES, Manifest
+from motet.manifest import KV_TOKENS, Manifest, answer_places
 from motet.wire import TaskOrder
 from workers.engine import CannotLoad, Ended, OutOfMemory, Pass, Prepared, Step
 from workers.engines import kv
@@ -63,6 +63,14 @@ class Asked:
     most: int = 0
     #: Digest of the adapter that answers it; "" for the model itself.
     adapter: str = ""
+
+    @property
+    def own_tokens(self) -> int:
+        """Tokens that are this row's own: its text, or its dialogue."""
+        if self.spec["kind"] == "chat":
+            return len(self.prompt.ids) - self.prompt.fixed
+        lo, hi = self.prompt.text
+        return hi - lo
 
     @property
     def worth(self) -> Worth:
@@ -194,7 +202,7 @@ class CausalEngine:
             pool=kv.Pool([(heads, width, width)] * config.num_hidden_layers, loaded.dtype, device),
             groups=config.num_attention_heads // heads,
             window=getattr(config, "sliding_window", None) if _slides(config) else None,
-            places=PLACES["cpu" if device == "cpu" else "cuda"],
+            places=answer_places(device.partition(":")[0]),
         )
         self._warm_up(handle)
         return handle
@@ -715,18 +723,11 @@ def _bounded(a: Asked, context: int) -> Asked:
 
 
 def _own_tokens(asked: Sequence[Asked]) -> int:
-    """Tokens that are this row's own, of the task with the most: its text, or its dialogue.
+    """Those of the task with the most.
 
     What is the same for every row costs each of them the same, and says nothing of how much longer one takes.
     """
-    return max(
-        1,
-        *(
-            len(p.ids) - p.fixed if a.spec["kind"] == "chat" else p.text[1] - p.text[0]
-            for a in asked
-            for p in [a.prompt]
-        ),
-    )
+    return max(1, *(a.own_tokens for a in asked))
 
 
 def _written(writer: Writer | None) -> int:

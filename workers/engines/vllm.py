@@ -25,7 +25,7 @@ import httpx
 from motet.columns import CellError, Column
 from motet.embedded.children import Child
 from motet.errors import SetupError
-from motet.manifest import PLACES, Manifest
+from motet.manifest import Manifest, answer_places
 from motet.wire import TaskOrder
 from workers import scratch
 from workers.engine import CannotLoad, DeviceBroken, OutOfMemory, Pass, Prepared, Step
@@ -82,9 +82,7 @@ class VllmEngine:
             if isinstance(error, SetupError):
                 raise CannotLoad(str(error)) from None
             raise
-        served = connect(
-            f"http://127.0.0.1:{port}/v1", "motet", key=key, in_flight=PLACES.get(kind, PLACES["cuda"])
-        )
+        served = connect(f"http://127.0.0.1:{port}/v1", "motet", key=key, in_flight=answer_places(kind))
         return Vllm(served.server, served.loop, served.thread, child=child, folder=folder)
 
     def attach(self, handle: Vllm, task: TaskOrder, files: Mapping[str, Path]) -> None:

@@ -136,8 +136,17 @@ def let_learn(trunk: Any, recipe: Recipe) -> None:
         trunk.pooler.requires_grad_(False)
 
 
+def adam_tensors(adam: torch.optim.Optimizer) -> dict[str, Tensor]:
+    """The optimiser's state as tensors named ``adam.<number>.<name>``."""
+    return {
+        f"adam.{number}.{name}": value
+        for number, state in adam.state_dict()["state"].items()
+        for name, value in state.items()
+    }
+
+
 def adam_state(tensors: Mapping[str, Tensor]) -> dict[int, dict[str, Tensor]]:
-    """The optimiser's state by parameter, out of tensors named ``adam.<number>.<name>``."""
+    """The state by parameter again, out of what ``adam_tensors`` named."""
     found: dict[int, dict[str, Tensor]] = {}
     for name, tensor in tensors.items():
         if name.startswith("adam."):

@@ -28,7 +28,15 @@ from motet.recipe import Recipe
 from workers.engine import Prepared
 from workers.engines.training.data import Parts, Truth
 from workers.engines.training.heads import Heads, mean_score, scores
-from workers.engines.training.learner import Hopeless, Learner, adam_state, finite, let_learn, seed_of
+from workers.engines.training.learner import (
+    Hopeless,
+    Learner,
+    adam_state,
+    adam_tensors,
+    finite,
+    let_learn,
+    seed_of,
+)
 from workers.engines.training.lora import merge
 from workers.engines.training.state import State
 from workers.engines.training.team import Team
@@ -443,8 +451,7 @@ class Tuning:
         # The best state is the present one after most epochs: then it is not stored twice.
         best = {} if self._best.epoch == epoch - 1 and step == 0 else self._best.state
         found = now | {f"best.{name}": t for name, t in best.items()}
-        for number, state in self._learner.adam.state_dict()["state"].items():
-            found |= {f"adam.{number}.{name}": value for name, value in state.items()}
+        found |= adam_tensors(self._learner.adam)
         tensors: dict[str, Tensor] = {}
         copied = 0
         for name, tensor in found.items():

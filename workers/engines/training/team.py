@@ -14,7 +14,7 @@ import os
 import signal
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from datetime import timedelta
 from functools import partial
 from pathlib import Path
@@ -30,7 +30,7 @@ from workers import scratch
 from workers.engine import DeviceBroken, Prepared
 from workers.engines.training.data import Parts, Truth
 from workers.engines.training.heads import Heads
-from workers.engines.training.learner import Hopeless, Learner, adam_state, let_learn
+from workers.engines.training.learner import Hopeless, Learner, adam_state, adam_tensors, let_learn
 from workers.engines.training.state import State
 
 #: How long a device waits for the gradients of another before it gives up.
@@ -117,8 +117,7 @@ class Team:
         mine = self._learner
         config: Any = mine.both.trunk.config
         tensors = {f"both.{name}": tensor for name, tensor in mine.both.state_dict().items()}
-        for number, state in mine.adam.state_dict()["state"].items():
-            tensors |= {f"adam.{number}.{name}": value for name, value in state.items()}
+        tensors |= adam_tensors(mine.adam)
         tensors["ids"] = torch.tensor([token for row in mine.rows for token in row.inputs], dtype=torch.int64)
         tensors["lengths"] = torch.tensor([row.length for row in mine.rows])
         facts = {
@@ -164,7 +163,7 @@ def _say(member: subprocess.Popen[bytes], what: object) -> None:
 
 
 @contextlib.contextmanager
-def _lost_is_broken() -> Any:
+def _lost_is_broken() -> Iterator[None]:
     try:
         yield
     except (OSError, ValueError):
