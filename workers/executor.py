@@ -48,7 +48,7 @@ from workers.engine import (
     Pass,
     Prepared,
 )
-from workers.flow import Flow
+from workers.flow import Flow, Held, Unsound
 from workers.lane import Lane
 from workers.pulse import LOADING_SILENCE_S, SILENCE_S
 from workers.reporter import Reporter
@@ -297,10 +297,9 @@ class Executor:
     def step(self) -> bool:
         """Load one model, run one micro-batch, or take a flow one step further. False: there is nothing to do now."""
         self._prepare_soon(self._admit_all())
+        for model, flow in [(key, one.flow) for key, one in self._loaded.items() if one.flow is not None]:
+            self._put_out(model, partial(flow.forget, self._holds), CellError("engine", "dropped"))
         with self._changed:
-            for loaded in self._loaded.values():
-                if loaded.flow is not None:
-                    loaded.flow.forget(self._holds)
             self._halves = [kept for half in self._halves if (kept := self._still_held(half)).rows]
             able = sorted(filter(self._can_go_on, self._works.values()), key=lambda work: work.arrived)
             waiting: list[Batch | Work] = [*self._halves, *able]
@@ -471,19 +470,25 @@ class Executor:
                 with self._changed:
                     ready = [w for w in self._works.values() if w.stage is Stage.READY and w.rows]
                     mine = [w for w in ready if _model(w.key) == model]
-                flow.let_in(sorted(mine, key=lambda w: (not w.interactive, w.arrived)))
+                for work, row, refusal in flow.let_in(
+                    sorted(mine, key=lambda w: (not w.interactive, w.arrived))
+                ):
+                    self._lose_row(work, row, CellError("engine", type(refusal).__name__))
+                if not len(flow):
+                    return
                 self._mark_rows(flow.running())
                 step, ended = flow.step(tokens)
             except OutOfMemory:
-                self._flow_too_large(loaded, flow)
+                self._flow_too_large(model, flow)
                 return
             except DeviceBroken:
                 self._lost_device()
                 return
+            except Unsound as error:
+                self._give_up(model, error)
+                return
             except Exception as error:  # noqa: BLE001 - the row at fault is found by halves
-                event(log, "step failed", logging.WARNING, rows=len(flow), error=type(error).__name__)
-                for work, row in flow.failed():
-                    self._lose_row(work, row, CellError("engine", type(error).__name__))
+                self._flow_failed(model, flow, error)
                 return
             finally:
                 took = self._rest(loaded, began)
@@ -492,20 +497,47 @@ class Executor:
         elif not ended:
             loaded.look_at = self._clock() + LOOK_S
         for work, row, one in ended:
-            for task in work.tasks:
-                _check(one.columns[task.name], task, 1)
+            try:
+                for task in work.tasks:
+                    _check(one.columns[task.name], task, 1)
+            except Exception as error:  # noqa: BLE001 - a stranger's answer: the row's own error
+                self._lose_row(work, row, CellError("engine", type(error).__name__))
+                continue
             work.end(row, one)
             self.rows_done += 1
             self._finish_if_done(work)
 
-    def _flow_too_large(self, loaded: Loaded, flow: Flow) -> None:
+    def _flow_too_large(self, model: ModelKey, flow: Flow) -> None:
         event(log, "out of memory", logging.WARNING, rows=len(flow))
-        if self._evict_unused(but=next(key for key, one in self._loaded.items() if one is loaded)):
-            return
-        for work, row in flow.out_of_memory():
-            self._lose_row(
-                work, row, CellError("out_of_memory", "one row alone does not fit", retriable=True)
-            )
+        if not self._evict_unused(but=model):
+            error = CellError("out_of_memory", "one row alone does not fit", retriable=True)
+            self._put_out(model, flow.out_of_memory, error)
+
+    def _flow_failed(self, model: ModelKey, flow: Flow, error: Exception) -> None:
+        event(log, "step failed", logging.WARNING, rows=len(flow), error=type(error).__name__)
+        self._put_out(model, flow.failed, CellError("engine", type(error).__name__))
+
+    def _put_out(self, model: ModelKey, out: Callable[[], list[Held]], error: CellError) -> None:
+        try:
+            for work, row in out():
+                self._lose_row(work, row, error)
+        except DeviceBroken:
+            self._lost_device()
+        except Unsound as why:
+            self._give_up(model, why)
+
+    def _give_up(self, key: ModelKey, why: Exception) -> None:
+        """An engine that cannot put rows out is in no known state: its model goes, and its attempts come back."""
+        with self._changed:
+            loaded = self._loaded.pop(key)
+            held = [
+                work
+                for work in self._works.values()
+                if _model(work.key) == key and work.stage in (Stage.PREPARING, Stage.READY)
+            ]
+        self._unload(loaded)
+        for work in held:
+            self._fail(work, "engine", f"{loaded.model.ref}: rows cannot be put out: {why}")
 
     def _lose_row(self, work: Work, row: Prepared, error: CellError) -> None:
         work.lose(row.row, error)
@@ -600,7 +632,8 @@ class Executor:
         missing = self._missing(work)
         try:
             for model in missing:
-                self._make_resident(work, model)
+                if not self._make_resident(work, model):
+                    return
         except (CannotLoad, NeverFits, Refused) as error:
             self._refuse(work, model, error)
         except CannotFetch as error:
@@ -621,14 +654,20 @@ class Executor:
                 # Heads beside a model that is here already take next to nothing: that is no load to learn from.
                 work.charge_load(took)
 
-    def _make_resident(self, work: Work, model: Manifest) -> None:
-        """Load the work's model, or attach one of its heads to it."""
+    def _make_resident(self, work: Work, model: Manifest) -> bool:
+        """Load the work's model, or attach one of its heads to it. False: there is no room before others are free."""
         key = _model(work.key)
         if model == work.order.model:
             engine = self._engines.find(model.engine)
             need_mb = engine.memory_mb(model, work.key.format)
-            for victim in self._evictions(need_mb) or ():
-                self._unload(victim)
+            with self._changed:
+                # Chosen and taken out at once: an attempt that is submitted now must not be let in to one of them.
+                chosen = self._evictions(need_mb)
+                victims = [self._loaded.pop(victim) for victim in chosen or ()]
+            for gone in victims:
+                self._unload(gone)
+            if chosen is None:
+                return False
             began = self._clock()
             with self._files.folder(model) as files:
                 handle = engine.load(model, files, device=self._device.torch_name, in_format=work.key.format)
@@ -636,7 +675,7 @@ class Executor:
             with self._changed:
                 self._loaded[key] = Loaded(engine, handle, model, need_mb, self._clock(), set(), flow)
             event(log, "loaded", model=model.ref, format=key[1], seconds=round(self._clock() - began, 3))
-            return
+            return True
         loaded = self._loaded[key]
         if model.trunk != work.order.model.trunk:
             raise CannotLoad("it sits on another trunk")
@@ -644,6 +683,7 @@ class Executor:
         with self._files.folder(model) as files:
             loaded.engine.attach(loaded.handle, task, files)
         loaded.heads.add(model.digest)
+        return True
 
     def _missing(self, work: Work) -> list[Manifest]:
         """The models of this work that are not in memory."""
@@ -661,7 +701,7 @@ class Executor:
         try:
             engine = self._engines.find(work.order.model.engine)
             return self._evictions(engine.memory_mb(work.order.model, work.key.format)) is not None
-        except (CannotLoad, NeverFits):
+        except Exception:  # noqa: BLE001 - loading will meet the same, and fails this attempt alone
             return True
 
     def _evictions(self, need_mb: int) -> list[ModelKey] | None:
@@ -676,15 +716,22 @@ class Executor:
         """Free what memory can be freed; False where there was nothing to free."""
         with self._changed:
             unused = [key for key in self._loaded if key != but and key not in self._in_use()]
-        for key in unused:
-            self._unload(key)
-        return bool(unused)
+            victims = [self._loaded.pop(key) for key in unused]
+        for victim in victims:
+            self._unload(victim)
+        return bool(victims)
 
-    def _unload(self, key: ModelKey) -> None:
-        with self._changed:
-            loaded = self._loaded.pop(key)
-        loaded.engine.unload(loaded.handle)
-        event(log, "evicted", model=loaded.model.ref, format=key[1])
+    def _unload(self, loaded: Loaded) -> None:
+        """Free the memory of a model that is taken out already."""
+        try:
+            loaded.engine.unload(loaded.handle)
+        except DeviceBroken:
+            self._lost_device()
+        except Exception as error:  # noqa: BLE001 - a stranger's engine: nothing can run in it any more
+            event(
+                log, "unloading failed", logging.WARNING, model=loaded.model.ref, error=type(error).__name__
+            )
+        event(log, "evicted", model=loaded.model.ref)
 
     def _lost_device(self) -> None:
         event(log, "device broken", logging.ERROR)
@@ -721,10 +768,11 @@ class Executor:
         """Tokenise, on another thread, while the device runs."""
         with self._changed:
             self._changed.wait_for(lambda: not self._alone)
-            if not self._holds(work):
+            loaded = self._loaded.get(_model(work.key))
+            if not self._holds(work) or loaded is None:
                 return
             self._preparing[work] = self._clock()
-        rows = self._prepared(work)
+        rows = self._prepared(work, loaded)
         with self._changed:
             del self._preparing[work]
             work.prepared(rows)
@@ -737,14 +785,13 @@ class Executor:
         with self._by_itself():
             self._activity = Activity("preparing", self._clock(), PREPARE_S)
             self._mark_rows({work.order.key: tuple(range(len(work.order.texts)))})
-            rows = self._prepared(work)
+            rows = self._prepared(work, self._loaded[_model(work.key)])
             self._activity = None
         with self._changed:
             work.prepared(rows)
         self._finish_if_done(work)
 
-    def _prepared(self, work: Work) -> list[Prepared | CellError]:
-        loaded = self._loaded[_model(work.key)]
+    def _prepared(self, work: Work, loaded: Loaded) -> list[Prepared | CellError]:
         order = work.order
         pass_ = Pass(
             loaded.handle,
@@ -756,10 +803,16 @@ class Executor:
             f"{order.subtask}.{order.attempt}.{order.nonce}",
         )
         try:
-            return _prepare_all(loaded.engine, pass_, work.order.texts)
-        except Exception as error:  # noqa: BLE001 - a stranger's engine, or a tokenizer's panic
-            event(log, "preparing failed", logging.WARNING, error=type(error).__name__)
-            return [_prepare_one(loaded.engine, pass_, row, text) for row, text in enumerate(order.texts)]
+            try:
+                return _prepare_all(loaded.engine, pass_, order.texts)
+            except DeviceBroken:
+                raise
+            except Exception as error:  # noqa: BLE001 - a stranger's engine, or a tokenizer's panic
+                event(log, "preparing failed", logging.WARNING, error=type(error).__name__)
+                return [_prepare_one(loaded.engine, pass_, row, text) for row, text in enumerate(order.texts)]
+        except DeviceBroken:
+            self._lost_device()
+            return [CellError("engine", "the device is lost", retriable=True)] * len(order.texts)
 
     @contextmanager
     def _by_itself(self) -> Iterator[None]:
@@ -852,13 +905,15 @@ def _check(column: Column, task: TaskOrder, rows: int) -> None:
 def _prepare_all(engine: Engine, pass_: Pass, texts: Sequence[str]) -> list[Prepared | CellError]:
     try:
         rows = engine.prepare(pass_, texts)
-    except (KeyboardInterrupt, SystemExit):
+    except (KeyboardInterrupt, SystemExit, OutOfMemory, DeviceBroken):
         raise
     except BaseException as error:  # noqa: BLE001
         # A panic in Rust is a BaseException; it is no reason to end.
         raise RuntimeError(type(error).__name__) from None
     if len(rows) != len(texts):
         raise ValueError(f"{len(rows)} rows prepared of {len(texts)}")
+    if any(isinstance(row, Prepared) and row.row != place for place, row in enumerate(rows)):
+        raise ValueError("rows prepared in another order")
     return rows
 
 
@@ -870,6 +925,10 @@ def _prepare_one(engine: Engine, pass_: Pass, row: int, text: str) -> Prepared |
     )
     try:
         (prepared,) = _prepare_all(engine, mine, [text])
+    except OutOfMemory:
+        return CellError("out_of_memory", "there was no memory to prepare this row", retriable=True)
+    except DeviceBroken:
+        raise
     except Exception as error:  # noqa: BLE001 - this row is the one at fault
         return CellError("engine", type(error).__name__)
     return replace(prepared, row=row) if isinstance(prepared, Prepared) else prepared
