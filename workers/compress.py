@@ -203,7 +203,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
             ) from None
         if not options.json:
             show(report, trunk, form)
-        refused = {head: loss for head in report.rows if (loss := report.loss(head)) > options.tolerance}
+        # A loss that is no number is more than is tolerated.
+        refused = {head: loss for head in report.rows if not (loss := report.loss(head)) <= options.tolerance}
         models = []
         if options.force or not refused:
             models = registry.register(_with_scores(small, report, form))
@@ -505,9 +506,13 @@ def _vector(trunk: Manifest) -> TaskOrder:
 
 
 def _points(text: str) -> float:
-    points = float(text)
+    """A finite number. Raises ArgumentTypeError, which argparse tells of."""
+    try:
+        points = float(text)
+    except ValueError:
+        points = math.nan
     if not math.isfinite(points):
-        raise argparse.ArgumentTypeError(f"got {text}; expected a number of points")
+        raise argparse.ArgumentTypeError(f"got {text!r}; expected a finite number of points")
     return points
 
 
@@ -539,7 +544,7 @@ def _options(arguments: Sequence[str] | None) -> argparse.Namespace:
     )
     parser.add_argument(
         "--tolerance",
-        type=float,
+        type=_points,
         default=TOLERANCE,
         metavar="POINTS",
         help="what a task may lose (default: 1)",
