@@ -36,9 +36,10 @@ from motet.manifest import Manifest
 from motet.tasks import Embed
 from motet.wire import TaskOrder
 from workers.accuracy import Trial, compare
+from workers.batch_adapter import run_to_the_end
 from workers.batching import pack
 from workers.describe import Described, describe_folder, digests, sizes
-from workers.engine import CannotLoad, Engine, OutOfMemory, Pass, Prepared
+from workers.engine import BatchEngine, CannotLoad, Engine, OutOfMemory, Pass, Prepared
 from workers.labelled import Labelled, Truth, agreement, decisions, of_shipped, read_labelled, score
 from workers.register import TRIED, Registry, cache_dir, prepare_environment
 
@@ -90,7 +91,7 @@ class Bundle:
     trunk: Described
     heads: tuple[Described, ...]
 
-    def trial(self, engine: Engine, texts: Sequence[str]) -> Trial:
+    def trial(self, engine: Engine | BatchEngine, texts: Sequence[str]) -> Trial:
         """All heads in one pass over the texts, and the vector."""
         asked = [(_asked(head.manifest), head.files) for head in self.heads]
         return Trial(
@@ -326,7 +327,7 @@ def _weights_mb(trunk: Manifest) -> float:
 
 
 def _speeds(
-    engine: Engine, passes: Mapping[str, Pass], texts: Sequence[str], rounds: int
+    engine: Engine | BatchEngine, passes: Mapping[str, Pass], texts: Sequence[str], rounds: int
 ) -> dict[str, list[float]]:
     """Tokens per CPU second of one thread, by form and round; micro-batches of all lengths, forms in turn."""
     any_pass = next(iter(passes.values()))
@@ -339,7 +340,7 @@ def _speeds(
         for side in list(passes) if round_ % 2 else reversed(list(passes)):
             began = time.process_time()
             for batch in batches:
-                engine.run(passes[side], batch)
+                run_to_the_end(engine, passes[side], batch)
             if round_:  # the first warms up
                 found[side].append(tokens / max(time.process_time() - began, 1e-6))
     return found
