@@ -11,8 +11,7 @@ import itertools
 import logging
 import threading
 import time
-from collections import defaultdict
-from collections.abc import Callable, Collection, Iterable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from contextlib import nullcontext
 from functools import partial
 from typing import NamedTuple
@@ -20,21 +19,18 @@ from typing import NamedTuple
 from motet.columns import CellError
 from motet.logs import event
 from motet.manifest import Manifest
-from motet.residency import NeverFits
 from motet.transport import WorkerTransport
-from motet.wire import Assignment, Outcome
+from motet.wire import Assignment
 from workers.attempts import Attempts, Key
-from workers.batching import START_TOKENS, Budget, Pace
-from workers.blobs import CannotFetch, Refused
 from workers.device import Device
-from workers.engine import CannotLoad, DeviceBroken, OutOfMemory, Prepared
+from workers.engine import DeviceBroken, OutOfMemory, Prepared
 from workers.evidence import Evidence
 from workers.lane import Lane
 from workers.preparing import Preparing
 from workers.pulse import LOADING_SILENCE_S, SILENCE_S
 from workers.reporter import Reporter
-from workers.shelf import Engines, Files, Loaded, Shelf
-from workers.stream import FIRST_RUN_S, Lost, Progress, Stream, Suspects, Unsound
+from workers.shelf import Engines, Files, Loaded, Shelf, why_not
+from workers.stream import FIRST_RUN_S, Progress, Stream, Suspects, Unsound
 from workers.turns import next_turn, to_prepare
 from workers.work import ModelKey, Stage, Work, format_for
 
@@ -88,30 +84,13 @@ class Executor:
 
         #: Guards the attempts and the shelf; notified when there may be something to do.
         self._changed = threading.Condition()
-        self._news = 0
-        self._stopped = False
+        self._news, self._stopped = 0, False
         self._arrivals = itertools.count()
         #: In the order of their arrival.
         self._works: dict[Key, Work] = {}
-        start = Budget(START_TOKENS[device.kind])
-        self._paces: defaultdict[ModelKey, Pace] = defaultdict(lambda: Pace(start))
-        self._shelf = Shelf(
-            device=device,
-            engines=engines,
-            files=files,
-            budget_mb=budget_mb,
-            lock=self._changed,
-            in_use=self._in_use,
-            pace=self._paces.__getitem__,
-            clock=clock,
-        )
+        self._shelf = Shelf(device, engines, files, budget_mb, self._changed, self._in_use, clock)
         self._preparing = Preparing(
-            changed=self._changed,
-            spawn=spawn,
-            stream_for=self._stream_for,
-            ready=self._ready,
-            broken=self._lost_device,
-            clock=clock,
+            self._changed, spawn, self._stream_for, self._ready, self._lost_device, clock
         )
         self._evidence = Evidence(transport, boot, clock)
         self._interactive_at = float("-inf")
@@ -136,7 +115,7 @@ class Executor:
             for model in self._shelf.missing(work):
                 self._files.fetch(model)
         except Exception as error:  # noqa: BLE001 - whatever it is, the attempt must not stay held without an end
-            self._cannot_run(work, model, error)
+            self._fail(work, *why_not(model, error))
             return work
         with self._changed:
             work.stage = Stage.STAGED
@@ -152,7 +131,7 @@ class Executor:
         for work in gone:
             self._attempts.release(work.order.key)
             work.finished.set()
-            event(log, "dropped", subtask=work.order.subtask, attempt=work.order.attempt)
+            event(log, "dropped", **work.ids)
 
     def stop(self) -> None:
         """End ``run`` at the next step."""
@@ -177,7 +156,7 @@ class Executor:
     def backlog_s(self) -> float:
         """Predicted seconds of the work held here and not yet done."""
         with self._changed:
-            return sum(self._left_s(work) for work in self._works.values())
+            return sum(self._shelf.left_s(work) for work in self._works.values())
 
     def busy_s(self) -> float:
         """Seconds that the device has worked since the start, up to now."""
@@ -194,9 +173,13 @@ class Executor:
     def run(self) -> None:
         """Step until stopped; sleep while there is nothing to do."""
         while not self._stopped:
-            news = self._news
+            seen = self._news
             if not self.step():
-                self._sleep_until_news(news)
+                with self._changed:
+                    # Rows inside an engine may wait for another machine, which tells nobody here.
+                    look_s = LOOK_S if any(one.stream.waits for one in self._shelf.loaded.values()) else None
+                    if not self._stopped and self._news == seen:
+                        self._changed.wait(look_s)
 
     def step(self) -> bool:
         """Give one turn: load a model, or take one a step further. False: there is nothing to do now."""
@@ -234,11 +217,6 @@ class Executor:
             self._lane = self._lane.took(self._clock() - now, self._clock())
         return True
 
-    def _sleep_until_news(self, seen: int) -> None:
-        with self._changed:
-            elsewhere = any(loaded.stream.waits for loaded in self._shelf.loaded.values())
-            self._changed.wait_for(lambda: self._stopped or self._news != seen, LOOK_S if elsewhere else None)
-
     def _can_go_on(self, work: Work, now: float) -> bool:
         """Its rows can run, or its model can be loaded now."""
         if work.stage is Stage.READY:
@@ -259,7 +237,12 @@ class Executor:
             self._activity = Activity("running", began, FIRST_RUN_S)
             try:
                 if group is None:
-                    lost = stream.let_in(first, self._ready_for(first.model), tokens, rows)
+                    with self._changed:
+                        works = self._works.values()
+                        ready = [
+                            w for w in works if w.rows and w.model == first.model and w.stage is Stage.READY
+                        ]
+                    lost = stream.let_in(first, ready, tokens, rows)
                 else:
                     lost = stream.let_in_again(group)
                 if len(stream):
@@ -274,7 +257,9 @@ class Executor:
                 took = loaded.used - began
                 self._busy_s += took
                 self._activity = None
-        self._lose([*lost, *progress.lost])
+        for work, row, why in (*lost, *progress.lost):
+            work.lose(row.row, why)
+            self._finish_if_done(work)
         self._take(loaded, progress, took)
 
     def _take(self, loaded: Loaded, progress: Progress, took: float) -> None:
@@ -295,11 +280,6 @@ class Executor:
             else:
                 work.charge_consumed(rows[0], consumed)
             self.rows_done += len(rows)
-            self._finish_if_done(work)
-
-    def _lose(self, lost: Iterable[Lost]) -> None:
-        for work, row, error in lost:
-            work.lose(row.row, error)
             self._finish_if_done(work)
 
     def _forget_dropped(self) -> None:
@@ -323,43 +303,14 @@ class Executor:
 
     def _finish_if_done(self, work: Work) -> None:
         if work.unanswered == 0 and self._remove(work):
-            self._reporter.put(work.order.key, partial(self._outcome, work), work.finished)
+            self._reporter.put(work.order.key, partial(work.outcome, self._worker, self._boot), work.finished)
 
-    def _outcome(self, work: Work) -> Outcome:
-        """What it reports, put together on the reporter's thread."""
-        try:
-            return work.outcome(self._worker, self._boot)
-        except Exception as error:  # noqa: BLE001 - columns of a stranger's engine that do not fit each other
-            why = ("engine", f"its answers do not fit each other: {type(error).__name__}")
-            return work.failure(self._worker, self._boot, why, refused="")
-
-    def _cannot_run(self, work: Work, model: Manifest, error: Exception) -> None:
-        """Fail an attempt for one of its models; one that can never be loaded here is refused for good."""
-        match error:
-            case CannotLoad() | NeverFits() | Refused():
-                self._fail(work, "cannot_load", f"{model.ref}: {error}", refused=model.digest)
-            case CannotFetch():
-                self._fail(work, "cannot_fetch", str(error))
-            case OutOfMemory():
-                self._fail(work, "out_of_memory", f"{model.ref} does not fit now")
-            case _:
-                self._fail(work, "cannot_load", f"{model.ref}: {type(error).__name__}")
-
-    def _fail(self, work: Work, error: str, words: str, *, refused: str = "") -> None:
-        """The attempt as a whole cannot be run here."""
-        o = work.order
-        event(
-            log,
-            "attempt failed",
-            logging.WARNING,
-            subtask=o.subtask,
-            attempt=o.attempt,
-            error=error,
-            why=words,
-        )
+    def _fail(self, work: Work, error: str, words: str, refused: str = "") -> None:
+        """The attempt as a whole cannot be run here. ``refused``: digest of the model that never can."""
+        event(log, "attempt failed", logging.WARNING, **work.ids, error=error, why=words)
         if self._remove(work):
             outcome = work.failure(self._worker, self._boot, (error, words), refused=refused)
-            self._reporter.put(o.key, lambda: outcome, work.finished)
+            self._reporter.put(work.order.key, lambda: outcome, work.finished)
 
     # -- models
 
@@ -378,7 +329,7 @@ class Executor:
             raise
         except Exception as error:  # noqa: BLE001 - a stranger's engine
             if not isinstance(error, OutOfMemory) or not self._shelf.free(but=work.model):
-                self._cannot_run(work, model, error)
+                self._fail(work, *why_not(model, error))
         finally:
             took = self._clock() - began
             self._busy_s += took
@@ -405,13 +356,8 @@ class Executor:
             staged = [work for work in self._works.values() if work.stage is Stage.STAGED]
             if not staged:
                 return
-            chosen = list(
-                to_prepare(
-                    staged,
-                    here=lambda work: work.model in self._shelf.loaded,
-                    whole=lambda work: not self._shelf.missing(work),
-                )
-            )
+            loaded, missing = self._shelf.loaded, self._shelf.missing
+            chosen = list(to_prepare(staged, lambda w: w.model in loaded, lambda w: not missing(w)))
             for work in chosen:
                 work.stage = Stage.PREPARING
         self._preparing.soon(chosen)
@@ -436,11 +382,6 @@ class Executor:
 
     # -- small parts
 
-    def _ready_for(self, model: ModelKey) -> list[Work]:
-        """The attempts with rows that wait for this model, in the order of their arrival."""
-        with self._changed:
-            return [w for w in self._works.values() if w.rows and w.model == model and w.stage is Stage.READY]
-
     def _holds(self, work: Work) -> bool:
         return self._works.get(work.order.key) is work
 
@@ -452,15 +393,6 @@ class Executor:
             del self._works[work.order.key]
             self._wake()
             return True
-
-    def _left_s(self, work: Work) -> float:
-        cost = self._paces[work.model].cost
-        loaded = self._shelf.loaded.get(work.model)
-        if work.stage is Stage.READY and cost.known and loaded is not None and loaded.stream.whole:
-            return cost.backlog_s(work.tokens_waiting)
-        if work.order.predicted_s:
-            return work.order.predicted_s * work.unanswered / max(1, len(work.order.texts))
-        return cost.backlog_s(work.usage.text_bytes // 4)
 
     def _wake(self) -> None:
         self._news += 1

@@ -28,7 +28,6 @@ class Preparing:
 
     def __init__(
         self,
-        *,
         changed: threading.Condition,
         spawn: Callable[[Callable[[], None], bool], object],
         stream_for: Callable[[Work], Stream | None],

@@ -9,6 +9,7 @@ from __future__ import annotations
 import logging
 import threading
 import time
+from collections import defaultdict
 from collections.abc import Callable, Collection, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
@@ -17,13 +18,14 @@ from typing import Protocol
 
 from motet.logs import event
 from motet.manifest import Manifest
-from motet.residency import Resident, evictions
+from motet.residency import NeverFits, Resident, evictions
 from workers.batch_adapter import BatchAdapter
-from workers.batching import Pace
+from workers.batching import START_TOKENS, Budget, Pace
+from workers.blobs import CannotFetch, Refused
 from workers.device import Device
-from workers.engine import BatchEngine, CannotLoad, DeviceBroken, Engine
+from workers.engine import BatchEngine, CannotLoad, DeviceBroken, Engine, OutOfMemory
 from workers.stream import Stream
-from workers.work import ModelKey, Work
+from workers.work import ModelKey, Stage, Work
 
 log = logging.getLogger(__name__)
 
@@ -67,22 +69,22 @@ class Shelf:
 
     def __init__(
         self,
-        *,
         device: Device,
         engines: Engines,
         files: Files,
         budget_mb: int,
         lock: threading.Condition,
         in_use: Callable[[], Collection[ModelKey]],
-        pace: Callable[[ModelKey], Pace],
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        """``in_use``: the models that must stay, asked under ``lock``. ``pace``: what was learned of a model."""
-        self._device, self._engines, self._files = device, engines, files
-        self._budget_mb, self._lock, self._in_use = budget_mb, lock, in_use
-        self._pace, self._clock = pace, clock
+        """``in_use``: the models that must stay, asked under ``lock``."""
+        self._device, self._engines, self._files, self._budget_mb = device, engines, files, budget_mb
+        self._lock, self._in_use, self._clock = lock, in_use, clock
         #: Changed under the lock, and by the device's thread alone.
         self.loaded: dict[ModelKey, Loaded] = {}
+        start = Budget(START_TOKENS[device.kind])
+        #: What was learned of models, whether they are loaded or not.
+        self.paces: defaultdict[ModelKey, Pace] = defaultdict(lambda: Pace(start))
 
     def missing(self, work: Work) -> list[Manifest]:
         """The models of this attempt that are not in memory: its trunk, its heads."""
@@ -101,6 +103,15 @@ class Shelf:
             return self._evictions(need_mb) is not None
         except Exception:  # noqa: BLE001 - loading will meet the same, and fails this attempt alone
             return True
+
+    def left_s(self, work: Work) -> float:
+        """Predicted seconds of what is left of an attempt. Under the lock."""
+        cost = self.paces[work.model].cost
+        if work.stage is Stage.READY and cost.known and self.loaded[work.model].stream.whole:
+            return cost.backlog_s(work.tokens_waiting)
+        if work.order.predicted_s:
+            return work.order.predicted_s * work.unanswered / max(1, len(work.order.texts))
+        return cost.backlog_s(work.usage.text_bytes // 4)
 
     def bring(self, work: Work, model: Manifest) -> bool:
         """Load the attempt's model, or attach one of its heads. False: there is no room before others are free.
@@ -154,7 +165,7 @@ class Shelf:
             engine,
             handle,
             whole=engine is not found,
-            pace=self._pace(key),
+            pace=self.paces[key],
             device_kind=self._device.kind,
             free=lambda: self.free(but=key),
         )
@@ -166,3 +177,15 @@ class Shelf:
     def _evictions(self, need_mb: int) -> list[ModelKey] | None:
         residents = [Resident(key, m.memory_mb, m.used) for key, m in self.loaded.items()]
         return evictions(residents, need_mb, self._budget_mb, self._in_use())
+
+
+def why_not(model: Manifest, error: Exception) -> tuple[str, str, str]:
+    """Why an attempt cannot run for one of its models: the error, words, and the digest of what can never be loaded."""
+    match error:
+        case CannotLoad() | NeverFits() | Refused():
+            return "cannot_load", f"{model.ref}: {error}", model.digest
+        case CannotFetch():
+            return "cannot_fetch", str(error), ""
+        case OutOfMemory():
+            return "out_of_memory", f"{model.ref} does not fit now", ""
+    return "cannot_load", f"{model.ref}: {type(error).__name__}", ""

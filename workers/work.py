@@ -116,6 +116,11 @@ class Work:
         )
 
     @property
+    def ids(self) -> dict[str, int]:
+        """What logs know it by."""
+        return {"subtask": self.order.subtask, "attempt": self.order.attempt}
+
+    @property
     def interactive(self) -> bool:
         return self.order.interactive
 
@@ -196,6 +201,12 @@ class Work:
     def outcome(self, worker: str, boot: str) -> Outcome:
         """What it reports once no row is unanswered."""
         o = self.order
+        try:
+            columns = {task.name: self._column(task) for task in o.tasks}
+            told = self._spent()
+        except Exception as error:  # noqa: BLE001 - answers of a stranger's engine that do not fit each other
+            why = ("engine", f"its answers do not fit each other: {type(error).__name__}")
+            return self.failure(worker, boot, why, refused="")
         return Outcome(
             subtask=o.subtask,
             attempt=o.attempt,
@@ -203,9 +214,9 @@ class Work:
             worker=worker,
             boot=boot,
             verdict="done",
-            columns={task.name: self._column(task) for task in o.tasks},
+            columns=columns,
             usage=self.usage,
-            spent=self._spent(),
+            spent=told,
         )
 
     def _spent(self) -> dict[str, Spent]:

@@ -175,7 +175,7 @@ class House:
     def known_cost(self, model: Manifest = TRUNK, each: float = 0.0001) -> None:
         """Let the executor know the model's cost and budget, so that no probe is needed."""
         pace = Pace(Budget(1024, settled=True), Cost().observed(1000, 1000 * each))
-        known = self.executor._paces.setdefault((model.digest, "fp32"), pace)
+        known = self.executor._shelf.paces[model.digest, "fp32"]
         known.budget, known.cost = pace.budget, pace.cost
 
     def _spawn(self, job: Callable[[], None], interactive: bool) -> None:
