@@ -6,6 +6,8 @@ executor is made of. `Faults` say which call of which method raises what.
 
 from __future__ import annotations
 
+import dataclasses
+import itertools
 import threading
 from collections import Counter
 from collections.abc import Callable, Collection, Hashable, Mapping, Sequence
@@ -14,15 +16,22 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from motet.columns import CellError, Column, values
 from motet.manifest import Manifest
-from motet.tasks import Number
+from motet.tasks import Choose, Embed, Generate, Number
 from motet.wire import Assignment, Outcome, TaskOrder
+from tests.tiny_language import a_llama
+from tests.unit.test_worker_engines import tiny_bert
 from tests.unit.test_worker_executor import OTHER, TRUNK, FakeEngine, House, an_order
 from tests.unit.test_worker_flow import MODEL, FakeLanguageEngine, asks, json_column
 from workers.attempts import Key
+from workers.describe import describe_folder
 from workers.engine import CannotLoad, DeviceBroken, Ended, OutOfMemory, Pass, Prepared, Step
+from workers.engines.causal import CausalEngine
+from workers.engines.encoder import EncoderEngine
 
 #: What an engine may raise, by a short name.
 ERRORS: Mapping[str, type[Exception]] = {
@@ -59,6 +68,7 @@ class Accounts:
         #: Model -> its megabytes.
         self.loaded: dict[str, int] = {}
         self.wrongs: list[str] = []
+        self.answered: list[Prepared] = []
 
     def hold(self, right: bool, wrong: str) -> None:
         if not right:
@@ -73,8 +83,10 @@ class Accounts:
         self.hold(name in self.loaded, f"{name} was unloaded twice")
         self.loaded.pop(name, None)
 
-    def used(self, name: str) -> None:
+    def used(self, name: str, rows: Sequence[Prepared]) -> None:
         self.hold(name in self.loaded, f"{name} was used, and is not loaded")
+        again = [row for row in rows if any(row is one for one in self.answered)]
+        self.hold(not again, "a row came again that was answered")
 
 
 @dataclass
@@ -104,9 +116,11 @@ class FaultyBatches(FakeEngine):
         return super().prepare(pass_, texts)
 
     def run(self, pass_: Pass, batch: Sequence[Prepared]) -> Mapping[str, Column]:
-        self.accounts.used(pass_.handle)
+        self.accounts.used(pass_.handle, batch)
         self.faults.strike("run")
-        return super().run(pass_, batch)
+        found = super().run(pass_, batch)
+        self.accounts.answered += batch
+        return found
 
     def unload(self, handle: str) -> None:
         self.accounts.gave(handle)
@@ -143,7 +157,7 @@ class FaultyStream(FakeLanguageEngine):
         return super().prepare(pass_, texts)
 
     def admit(self, pass_: Pass, row: Prepared, ticket: Hashable, *, urgent: bool) -> bool:
-        self.accounts.used(pass_.handle)
+        self.accounts.used(pass_.handle, [row])
         beside = [one[3] for one in self.inside_.values()]
         self.accounts.hold(all(one is not row for one in beside), "a row went in twice")
         if not self.late:
@@ -157,7 +171,10 @@ class FaultyStream(FakeLanguageEngine):
 
     def step(self, handle: Any, tokens: int) -> Step:
         self.faults.strike("step")
-        return super().step(handle, tokens)
+        rows = {ticket: one[3] for ticket, one in self.inside_.items()}
+        step = super().step(handle, tokens)
+        self.accounts.answered += [rows[one.ticket] for one in step.ended if isinstance(one, Ended)]
+        return step
 
     def abort(self, handle: Any, tickets: Collection[Hashable]) -> None:
         self.faults.strike("abort")
@@ -190,6 +207,14 @@ class FaultyHouse(House):
     def submit(self, order: Assignment) -> None:
         self.submitted.append(order)
         super().submit(order)
+
+    def replaced(self) -> FaultyHouse:
+        """Another process in place of one whose device was lost; what is planned to fail still does."""
+        house = FaultyHouse()
+        house.engine = dataclasses.replace(self.engine, clock=house.clock, accounts=Accounts(100))
+        if isinstance(house.engine, FaultyStream):
+            house.engine.inside_ = {}
+        return house
 
     def drop(self, order: Assignment) -> None:
         self.dropped.add(order.key)
@@ -337,6 +362,8 @@ def test_a_row_that_ends_though_it_is_not_inside_changes_nothing(what: str) -> N
     class Odd(FaultyStream):
         def step(self, handle: Any, tokens: int) -> Step:
             step = super().step(handle, tokens)
+            if what == "no tickets":
+                self.accounts.answered.clear()  # nobody was told of them
             more = {
                 "unknown": [Ended("nobody", {}, {})],
                 "twice": list(step.ended),
@@ -442,6 +469,263 @@ def test_an_engine_that_cannot_forget_a_dropped_attempt_does_not_take_the_others
     outcomes = house.settled()
     assert house.broken == (error == "device")
     assert house.broken or kept.key in outcomes
+
+
+# -- many faults, anywhere
+
+
+def whatever(kind: str, data: st.DataObject) -> FaultyHouse:
+    """A house of which anything may fail, and fails again in the processes that take its place."""
+    methods = OF_BATCHES if kind == "batch" else OF_STREAMS
+    house = a_house(kind, late=data.draw(st.booleans(), "late"))
+    house.faults.planned = data.draw(
+        st.dictionaries(
+            st.tuples(st.sampled_from(methods), st.integers(1, 12)), st.sampled_from([*ERRORS]), max_size=8
+        ),
+        "faults",
+    )
+    house.engine.size_mb = data.draw(st.sampled_from([10, 60]), "size_mb")
+    if isinstance(house.engine, FaultyStream):
+        house.engine.places = data.draw(st.integers(1, 6), "places")
+        house.engine.memory = data.draw(st.sampled_from([None, 1, 2]), "memory")
+    else:
+        house.engine.room = data.draw(st.sampled_from([None, 40, 400]), "room")
+    return house
+
+
+def any_order(kind: str, data: st.DataObject) -> Assignment:
+    words = st.sampled_from(["a", "bb", "c" * 9, "d" * 30, "bomb"])
+    texts = data.draw(st.lists(words, min_size=1, max_size=8), "texts")
+    how = {name: data.draw(st.booleans(), name) for name in ("exclusive", "interactive")}
+    other = data.draw(st.booleans(), "other")
+    if kind == "stream":
+        order = asks(*texts, **how)
+        return replace(order, model=replace(MODEL, name="other", trunk="o")) if other else order
+    return an_order(*texts, model=OTHER if other else TRUNK, **how)
+
+
+@settings(deadline=None, max_examples=150)
+@given(st.sampled_from(["batch", "stream"]), st.data())
+def test_whatever_fails_every_row_ends_exactly_once(kind: str, data: st.DataObject) -> None:
+    house = whatever(kind, data)
+    ended: dict[int, Outcome] = {}
+    waiting: dict[int, Assignment] = {}
+    for _ in range(data.draw(st.integers(1, 5), "orders")):
+        order = any_order(kind, data)
+        waiting[order.subtask] = order
+        house.submit(order)
+        for _ in range(data.draw(st.integers(0, 4), "steps")):
+            house.step()
+        if data.draw(st.integers(0, 5), "drop") == 0:
+            house.drop(order)
+            del waiting[order.subtask]
+    for attempt in range(2, 40):
+        for key, outcome in house.settled().items():
+            if outcome.verdict == "done":
+                # Told again by this house, or the first end of these rows.
+                assert ended.setdefault(key[0], outcome).attempt == key[1]
+                waiting.pop(key[0], None)
+        if not waiting:
+            break
+        # What failed as a whole comes back; what a lost process held comes back to another one.
+        house = house.replaced() if house.broken else house
+        for subtask, order in waiting.items():
+            waiting[subtask] = replace(order, attempt=attempt)
+            house.submit(waiting[subtask])
+    assert not waiting
+    for subtask, outcome in ended.items():
+        assert outcome.subtask == subtask
+        for column in outcome.columns.values():
+            column.check()
+            assert len(column) == sum(column.counts()[:2])
+
+
+# -- the engines that come with motet
+
+
+class Struck:
+    """A real engine that fails as told before it does anything."""
+
+    def __init__(self, engine: Any, files: Mapping[str, Path], faults: Faults) -> None:
+        self.engine, self.files, self.faults = engine, files, faults
+
+    def find(self, name: str) -> Any:
+        return self
+
+    def memory_mb(self, model: Manifest, in_format: str) -> int:
+        self.faults.strike("memory_mb")
+        return 10
+
+    def load(self, model: Manifest, files: Mapping[str, Path], *, device: str, in_format: str) -> Any:
+        self.faults.strike("load")
+        return self.engine.load(model, self.files, device=device, in_format=in_format)
+
+    def attach(self, handle: Any, task: TaskOrder, files: Mapping[str, Path]) -> None:
+        self.faults.strike("attach")
+        self.engine.attach(handle, task, files)
+
+    def prepare(self, pass_: Pass, texts: Sequence[str]) -> list[Prepared | CellError]:
+        self.faults.strike("prepare")
+        return self.engine.prepare(pass_, texts)  # type: ignore[no-any-return]
+
+    def unload(self, handle: Any) -> None:
+        self.faults.strike("unload")
+        self.engine.unload(handle)
+
+
+class StruckBatches(Struck):
+    def run(self, pass_: Pass, batch: Sequence[Prepared]) -> Mapping[str, Column]:
+        self.faults.strike("run")
+        return self.engine.run(pass_, batch)  # type: ignore[no-any-return]
+
+
+class StruckStream(Struck):
+    def admit(self, pass_: Pass, row: Prepared, ticket: Hashable, *, urgent: bool) -> bool:
+        entered: bool = self.engine.admit(pass_, row, ticket, urgent=urgent)
+        self.faults.strike("admit")
+        return entered
+
+    def step(self, handle: Any, tokens: int) -> Step:
+        self.faults.strike("step")
+        return self.engine.step(handle, tokens)  # type: ignore[no-any-return]
+
+    def abort(self, handle: Any, tickets: Collection[Hashable]) -> None:
+        self.faults.strike("abort")
+        self.engine.abort(handle, tickets)
+
+
+TEXTS = ("the cat sat on the mat", "prices rose again in March", "a film", "the dog looked at the cat " * 4)
+
+
+@pytest.fixture(scope="module")
+def real(
+    tmp_path_factory: pytest.TempPathFactory,
+) -> Mapping[str, Callable[[Faults], tuple[House, Assignment]]]:
+    """Houses of the tiny encoder and the tiny language model, each with an order for it."""
+    bert = describe_folder(
+        tiny_bert(tmp_path_factory.mktemp("bert")), name="bert", version="1", licence="", source={}
+    )
+    llama = describe_folder(
+        a_llama(tmp_path_factory.mktemp("llama")), name="tiny", version="1", licence="", source={}
+    )
+    encoder, causal = EncoderEngine(), CausalEngine()
+
+    def encodes(faults: Faults) -> tuple[House, Assignment]:
+        house = House(engines=StruckBatches(encoder, bert.files, faults))
+        return house, an_order(*TEXTS, model=bert.manifest, tasks={"it": Embed("x")})
+
+    def writes(faults: Faults) -> tuple[House, Assignment]:
+        house = House(engines=StruckStream(causal, llama.files, faults))
+        tasks = {
+            "it": Generate("tiny", prompt="Go on.", max_tokens=6),
+            "mood": Choose("tiny", labels=("a", "b")),
+        }
+        return house, an_order(*TEXTS, model=llama.manifest, tasks=tasks)
+
+    return {"batch": encodes, "stream": writes}
+
+
+def told(house: House, order: Assignment) -> tuple[dict[str, list[Any]], dict[int, str]]:
+    """The answers of an order, and the class of its errors by row."""
+    house.submit(order)
+    house.steps(2000)
+    outcome = house.outcomes()[order.key]
+    errors = {row: e.error for column in outcome.columns.values() for row, e in column.errors.items()}
+    return {name: list(values(column, ("a", "b"))) for name, column in outcome.columns.items()}, errors
+
+
+@pytest.mark.parametrize("error", ["no memory", "bug"])
+@pytest.mark.parametrize("kind", ["batch", "stream"])
+def test_a_real_engine_gives_the_same_answers_whatever_failed_beside_them(
+    real: Mapping[str, Callable[[Faults], tuple[House, Assignment]]], kind: str, error: str
+) -> None:
+    right, none = told(*real[kind](Faults()))
+    assert not none
+    methods = ("prepare", "run") if kind == "batch" else ("prepare", "admit", "step")
+    for method, call in itertools.product(methods, (1, 2, 3)):
+        found, errors = told(*real[kind](Faults({(method, call): error})))
+        assert len(errors) <= 1, (method, call)
+        assert set(errors.values()) <= {"engine" if error == "bug" else "out_of_memory"}
+        for name, answers in found.items():
+            wrong = [
+                a for a, b in zip(answers, right[name], strict=True) if a is not None and not alike(a, b)
+            ]
+            assert not wrong, (method, call)
+
+
+def alike(one: Any, other: Any) -> bool:
+    """Numbers may differ by what another micro-batch rounds otherwise."""
+    if isinstance(one, (list, tuple)):
+        return len(one) == len(other) and all(map(alike, one, other))
+    return one == pytest.approx(other, abs=1e-4) if isinstance(one, float) else bool(one == other)
+
+
+# -- memory comes back
+
+
+def test_a_micro_batch_that_was_too_large_once_grows_again() -> None:
+    house = a_house("batch", run_1="no memory")
+    house.submit(an_order(*["a" * 100] * 1000))
+    assert answered(house, house.settled()) == {"ok": 1000}
+    sizes = [len(batch) for batch in house.engine.batches]
+    assert sizes[0] == 5
+    assert sizes[70] == 10
+    assert set(sizes) == {5, 10}
+
+
+def test_rows_that_were_too_many_at_once_are_more_again_where_memory_is_back() -> None:
+    house = a_house("stream")
+    assert isinstance(house.engine, FaultyStream)
+    house.engine.memory = 2
+    house.submit(asks(*["aaa"] * 20))
+    house.settled()
+    assert len(house.engine.seen[-3]) <= 2
+    house.engine.memory = None
+    house.submit(asks(*["bbb"] * 400))
+    assert answered(house, house.settled()) == {"ok": 420}
+    assert max(map(len, house.engine.seen[-100:-10])) == house.engine.places
+
+
+def test_a_prompt_too_long_for_a_whole_step_is_read_in_smaller_ones() -> None:
+    class Long(FaultyStream):
+        def step(self, handle: Any, tokens: int) -> Step:
+            if tokens > 300:
+                raise OutOfMemory
+            return super().step(handle, tokens)
+
+    house = FaultyHouse()
+    house.engine = Long(house.clock)
+    house.submit(asks("aaa"))
+    assert answered(house, house.settled()) == {"ok": 1}
+
+
+# -- rows that run again to find the one at fault
+
+
+def test_nobody_joins_the_rows_among_which_the_one_at_fault_is_looked_for() -> None:
+    house = a_house("stream")
+    assert isinstance(house.engine, FaultyStream)
+    house.submit(asks("bomb", "aaaa"))
+    house.step()
+    house.step()
+    for _ in range(4):
+        house.submit(asks("cc"))
+        house.step()
+    house.settled()
+    with_bomb = [texts for texts in house.engine.seen if "bomb" in texts]
+    assert with_bomb == [["aaaa", "bomb"], ["bomb"]]
+
+
+def test_what_somebody_waits_for_goes_in_between_the_halves() -> None:
+    house = a_house("stream")
+    assert isinstance(house.engine, FaultyStream)
+    house.submit(asks("bomb", "bbbb", "cccc", "dddd"))
+    house.step()
+    house.step()
+    house.submit(asks("i", interactive=True))
+    house.step()
+    assert house.engine.seen[-1] == ["i"]
+    assert answered(house, house.settled()) == {"ok": 4, "engine": 1}
 
 
 # -- memory

@@ -129,6 +129,8 @@ class House:
     budget_mb: int = 100
     clock: Clock = field(default_factory=Clock)
     broken: int = 0
+    #: Where engines are found; a fake one unless told otherwise.
+    engines: Any = None
 
     def __post_init__(self) -> None:
         self.engine = FakeEngine(self.clock)
@@ -142,7 +144,7 @@ class House:
             worker="w",
             boot="b",
             device=Device("cpu", "a fake", "cpu", 1000, self.formats),
-            engines=self,
+            engines=self.engines or self,
             files=FakeFiles(),
             transport=self.transport,
             attempts=self.attempts,
