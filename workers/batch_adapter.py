@@ -31,9 +31,8 @@ class Batches:
     """A loaded model, and the rows of the next micro-batch."""
 
     handle: Any
-    #: As it came, and as the engine knows it.
+    #: What the rows ask, as the engine knows it.
     pass_: Pass | None = None
-    inner: Pass | None = None
     rows: dict[Hashable, Prepared] = field(default_factory=dict)
 
 
@@ -58,21 +57,21 @@ class BatchAdapter:
     def admit(self, pass_: Pass, row: Prepared, ticket: Hashable, *, urgent: bool) -> bool:
         """Rows that ask something else wait for another micro-batch."""
         handle: Batches = pass_.handle
-        if handle.pass_ is not pass_:
-            if handle.rows:
-                if not _same(handle.pass_, pass_):
-                    return False
-            else:
-                handle.pass_, handle.inner = pass_, Pass(handle.handle, pass_.tasks, pass_.max_tokens)
+        known = handle.pass_
+        if known is None or known.tasks is not pass_.tasks or known.max_tokens != pass_.max_tokens:
+            if not handle.rows:
+                handle.pass_ = Pass(handle.handle, pass_.tasks, pass_.max_tokens)
+            elif known is None or (known.tasks, known.max_tokens) != (pass_.tasks, pass_.max_tokens):
+                return False
         handle.rows[ticket] = row
         return True
 
     def step(self, handle: Batches, tokens: int) -> Step:
         """Run all rows inside, however many tokens those are."""
-        if handle.inner is None or not handle.rows:
+        if handle.pass_ is None or not handle.rows:
             return Step()
         rows = list(handle.rows.values())
-        columns = self._engine.run(handle.inner, rows)
+        columns = self._engine.run(handle.pass_, rows)
         tickets = tuple(handle.rows)
         handle.rows.clear()
         return Step([Together(tickets, columns)], max([row.length for row in rows]) * len(rows))
@@ -117,10 +116,6 @@ def _beside(work: Work, first: Work) -> bool:
         and work.interactive == first.interactive
         and not work.exclusive
     )
-
-
-def _same(one: Pass | None, other: Pass) -> bool:
-    return one is not None and (one.max_tokens, one.tasks) == (other.max_tokens, other.tasks)
 
 
 def run_to_the_end(engine: Engine | BatchEngine, pass_: Pass, rows: Sequence[Prepared]) -> dict[str, Column]:

@@ -78,8 +78,7 @@ class Executor:
         ``spawn``: runs a function away from the device's thread; True: not behind those that came with False.
         ``pulse``: tells the launcher how many seconds this process may be silent from now."""
         self._worker, self._boot, self._device = worker, boot, device
-        self._engines, self._files = engines, files
-        self._attempts, self._reporter = attempts, reporter
+        self._engines, self._files, self._attempts, self._reporter = engines, files, attempts, reporter
         self._broken, self._pulse, self._clock = broken, pulse, clock
 
         #: Guards the attempts and the shelf; notified when there may be something to do.
@@ -391,6 +390,7 @@ class Executor:
             if not self._holds(work):
                 return False
             del self._works[work.order.key]
+            work.pass_ = None  # its outcome may wait for Redis, and must not keep a model in memory
             self._wake()
             return True
 

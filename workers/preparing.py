@@ -133,7 +133,9 @@ def _together(engine: Engine, pass_: Pass, texts: Sequence[str]) -> Sequence[Pre
 
 
 def _in_place(row: Any, place: int) -> bool:
-    return isinstance(row, CellError) or (isinstance(row, Prepared) and row.row == place)
+    if isinstance(row, Prepared):
+        return row.row == place and isinstance(row.length, int) and row.length >= 0
+    return isinstance(row, CellError)
 
 
 def _alone(engine: Engine, pass_: Pass, row: int, text: str) -> Prepared | CellError:

@@ -99,8 +99,8 @@ class Shelf:
         if work.model in self.loaded:
             return True
         try:
-            need_mb = self._engines.find(work.order.model.engine).memory_mb(work.order.model, work.key.format)
-            return self._evictions(need_mb) is not None
+            engine = self._engines.find(work.order.model.engine)
+            return self._evictions(_need_mb(engine, work.order.model, work.key.format)) is not None
         except Exception:  # noqa: BLE001 - loading will meet the same, and fails this attempt alone
             return True
 
@@ -150,7 +150,7 @@ class Shelf:
 
     def _load(self, key: ModelKey, model: Manifest) -> bool:
         found = self._engines.find(model.engine)
-        need_mb = found.memory_mb(model, key[1])
+        need_mb = _need_mb(found, model, key[1])
         with self._lock:
             chosen = self._evictions(need_mb)
             gone = [self.loaded.pop(victim) for victim in chosen or ()]
@@ -177,6 +177,11 @@ class Shelf:
     def _evictions(self, need_mb: int) -> list[ModelKey] | None:
         residents = [Resident(key, m.memory_mb, m.used) for key, m in self.loaded.items()]
         return evictions(residents, need_mb, self._budget_mb, self._in_use())
+
+
+def _need_mb(engine: Engine | BatchEngine, model: Manifest, in_format: str) -> int:
+    """Raises ValueError and more where a stranger's engine gives no number."""
+    return max(0, int(engine.memory_mb(model, in_format)))
 
 
 def why_not(model: Manifest, error: Exception) -> tuple[str, str, str]:

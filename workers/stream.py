@@ -44,7 +44,9 @@ Lost = tuple[Work, Prepared, CellError]
 Answer = tuple[Work, Sequence[Prepared], Mapping[str, Column], Mapping[str, Consumed] | None]
 
 NO_MEMORY = CellError("out_of_memory", "one row alone does not fit", retriable=True)
-NO_ROOM = CellError("engine", "the engine lets this row in beside no other, and not alone", retriable=True)
+NO_ROOM = CellError(
+    "engine", "the engine has no room for this row, though no other is inside", retriable=True
+)
 
 
 class Unsound(Exception):
@@ -102,7 +104,7 @@ class Stream:
         #: Rows inside at most: fewer once there was no memory for more.
         self._most = Budget(MOST_ROWS, settled=True)
         #: Budget and most rows before memory was short, and the rows that ran then.
-        self._roomy: tuple[Budget, Budget, frozenset[tuple[Work, int]]] | None = None
+        self._roomy: tuple[Budget, Budget, frozenset[tuple[Key, int]]] | None = None
 
     def __len__(self) -> int:
         return len(self._inside)
@@ -290,7 +292,7 @@ class Stream:
 
     def _too_large(self, tokens: int) -> Progress:
         """There was no memory: fewer tokens in a step, then fewer rows inside, then the row that is alone has ended."""
-        rows = frozenset((work, row.row) for work, row in self._inside.values())
+        rows = frozenset((work.order.key, row.row) for work, row in self._inside.values())
         budget, most, among = self._roomy or (self.pace.budget, self._most, frozenset())
         if not rows <= among:
             self._roomy = budget, most, among = self.pace.budget, self._most, rows

@@ -135,6 +135,8 @@ class FaultyStream(FakeLanguageEngine):
     faults: Faults = field(default_factory=Faults)
     accounts: Accounts = field(default_factory=lambda: Accounts(100))
     late: bool = False
+    #: Rows inside, by model.
+    each: dict[str, dict[Hashable, list[Any]]] = field(default_factory=dict)
 
     def memory_mb(self, model: Manifest, in_format: str) -> int:
         self.faults.strike("memory_mb")
@@ -145,7 +147,7 @@ class FaultyStream(FakeLanguageEngine):
         self.faults.strike("load")
         handle = super().load(model, files, device=device, in_format=in_format)
         self.accounts.took(handle)
-        self.inside_.clear()
+        self.each[handle] = {}
         return handle
 
     def attach(self, handle: str, task: TaskOrder, files: Mapping[str, Path]) -> None:
@@ -158,6 +160,7 @@ class FaultyStream(FakeLanguageEngine):
 
     def admit(self, pass_: Pass, row: Prepared, ticket: Hashable, *, urgent: bool) -> bool:
         self.accounts.used(pass_.handle, [row])
+        self.inside_ = self.each[pass_.handle]
         beside = [one[3] for one in self.inside_.values()]
         self.accounts.hold(all(one is not row for one in beside), "a row went in twice")
         if not self.late:
@@ -171,6 +174,7 @@ class FaultyStream(FakeLanguageEngine):
 
     def step(self, handle: Any, tokens: int) -> Step:
         self.faults.strike("step")
+        self.inside_ = self.each[handle]
         rows = {ticket: one[3] for ticket, one in self.inside_.items()}
         step = super().step(handle, tokens)
         self.accounts.answered += [rows[one.ticket] for one in step.ended if isinstance(one, Ended)]
@@ -178,10 +182,12 @@ class FaultyStream(FakeLanguageEngine):
 
     def abort(self, handle: Any, tickets: Collection[Hashable]) -> None:
         self.faults.strike("abort")
+        self.inside_ = self.each[handle]
         super().abort(handle, tickets)
 
     def unload(self, handle: str) -> None:
         self.accounts.gave(handle)
+        del self.each[handle]
         self.faults.strike("unload")
         super().unload(handle)
 
@@ -213,7 +219,7 @@ class FaultyHouse(House):
         house = FaultyHouse()
         house.engine = dataclasses.replace(self.engine, clock=house.clock, accounts=Accounts(100))
         if isinstance(house.engine, FaultyStream):
-            house.engine.inside_ = {}
+            house.engine.each = {}
         return house
 
     def drop(self, order: Assignment) -> None:
@@ -355,6 +361,67 @@ def test_a_bad_column_is_the_error_of_its_row_and_its_neighbours_are_answered(wh
     outcomes = house.settled()
     assert answered(house, outcomes) == {"ok": 2, "engine": 1}
     assert list(outcomes[house.submitted[0].key].columns["said"].errors) == [1]
+
+
+@pytest.mark.parametrize("need_mb", [float("nan"), float("inf"), None, "much"])
+def test_a_need_of_memory_that_is_no_number_fails_the_attempt(need_mb: Any) -> None:
+    house = a_house("batch")
+    house.submit(an_order("a", model=OTHER))
+    house.settled()
+    house.engine.memory_mb = lambda model, in_format: need_mb  # type: ignore[method-assign]
+    house.submit(an_order("a"))
+    assert answered(house, house.settled()) == {"ok": 1, "cannot_load": 1}
+
+
+@pytest.mark.parametrize("length", [None, -1, "long", 1.5])
+def test_a_length_that_is_none_is_the_error_of_its_row(length: Any) -> None:
+    class Odd(FaultyBatches):
+        def prepare(self, pass_: Pass, texts: Sequence[str]) -> list[Prepared | CellError]:
+            found = super().prepare(pass_, texts)
+            return [
+                replace(r, length=length) if isinstance(r, Prepared) and r.inputs == "odd" else r
+                for r in found
+            ]
+
+    house = FaultyHouse()
+    house.engine = Odd(house.clock)
+    house.submit(an_order("aaa", "odd", "c"))
+    assert answered(house, house.settled()) == {"ok": 2, "engine": 1}
+
+
+@pytest.mark.parametrize(
+    "spent", [(1, 2, 0, 0.1), (-1, -1, 0, 0.1), (1, 0, 1 << 40, 0.1), (1, 0, 0, float("nan")), None]
+)
+def test_what_a_row_cannot_have_consumed_is_its_error(spent: Any) -> None:
+    class Odd(FaultyStream):
+        def step(self, handle: Any, tokens: int) -> Step:
+            step = super().step(handle, tokens)
+            ended = [one for one in step.ended if isinstance(one, Ended)]
+            return replace(step, ended=[replace(one, spent=dict.fromkeys(one.spent, spent)) for one in ended])
+
+    house = FaultyHouse()
+    house.engine = Odd(house.clock)
+    house.submit(asks("aaa"))
+    assert answered(house, house.settled()) == {"engine": 1}
+
+
+def test_vectors_of_another_format_than_was_asked_for_are_an_error_of_their_rows() -> None:
+    vector = replace(TRUNK, answers="vector", dim=2)
+
+    class Odd(FaultyBatches):
+        def run(self, pass_: Pass, batch: Sequence[Prepared]) -> Mapping[str, Column]:
+            n = len(batch)
+            column = Column(
+                kind="vector", status=bytes(n), arrays={"vectors": bytes(8 * n)}, dim=2, dtype="fp32"
+            )
+            return dict.fromkeys((task.name for task in pass_.tasks), column)
+
+    house = FaultyHouse()
+    house.engine = Odd(house.clock)
+    half = an_order("a", model=vector, tasks={"it": Embed("x", dtype="fp16")})
+    house.submit(half)
+    outcome = house.settled()[half.key]
+    assert outcome.columns["it"].errors == {0: CellError("engine", "ValueError")}
 
 
 @pytest.mark.parametrize("what", ["unknown", "twice", "no tickets"])
@@ -504,7 +571,7 @@ def any_order(kind: str, data: st.DataObject) -> Assignment:
     return an_order(*texts, model=OTHER if other else TRUNK, **how)
 
 
-@settings(deadline=None, max_examples=150)
+@settings(deadline=None, max_examples=60)
 @given(st.sampled_from(["batch", "stream"]), st.data())
 def test_whatever_fails_every_row_ends_exactly_once(kind: str, data: st.DataObject) -> None:
     house = whatever(kind, data)
