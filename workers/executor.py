@@ -30,7 +30,7 @@ from workers.preparing import Preparing
 from workers.pulse import LOADING_SILENCE_S, SILENCE_S
 from workers.reporter import Reporter
 from workers.shelf import Engines, Files, Loaded, Shelf, why_not
-from workers.stream import FIRST_RUN_S, Progress, Stream, Suspects, Unsound
+from workers.stream import FIRST_RUN_S, StepResult, Stream, Suspects, Unsound
 from workers.turns import next_turn, to_prepare
 from workers.work import ModelKey, Stage, Work, format_for
 
@@ -46,7 +46,7 @@ LOOK_S = 0.01
 IN_USE = (Stage.PREPARING, Stage.READY)
 
 
-class Activity(NamedTuple):
+class DeviceActivity(NamedTuple):
     """What the device does now, and when that becomes suspicious."""
 
     what: str
@@ -94,7 +94,7 @@ class Executor:
         self._evidence = Evidence(transport, boot, clock)
         self._interactive_at = float("-inf")
         self._lane = Lane()
-        self._activity: Activity | None = None
+        self._activity: DeviceActivity | None = None
         self._busy_s = 0.0
         self.rows_done = 0
 
@@ -226,14 +226,14 @@ class Executor:
     def _advance(self, first: Work, group: Suspects | None) -> None:
         """Let rows of ``first`` into its model and others that may go along, or a group; then go on with all inside."""
         loaded = self._shelf.loaded[first.model]
-        stream, progress = loaded.stream, Progress()
+        stream, progress = loaded.stream, StepResult()
         if group is None and first.interactive:
             self._interactive_at = self._clock()
         tokens, rows = stream.limit(interactive_waits=self._clock() - self._interactive_at < INTERACTIVE_S)
         alone = first.exclusive or stream.alone
         with self._preparing.nothing_beside() if alone else nullcontext():
             began = self._clock()
-            self._activity = Activity("running", began, FIRST_RUN_S)
+            self._activity = DeviceActivity("running", began, FIRST_RUN_S)
             try:
                 if group is None:
                     with self._changed:
@@ -245,7 +245,7 @@ class Executor:
                 else:
                     lost = stream.let_in_again(group)
                 if len(stream):
-                    self._activity = Activity("running", began, stream.deadline_s(tokens))
+                    self._activity = DeviceActivity("running", began, stream.deadline_s(tokens))
                     self._evidence.mark(stream.running())
                     progress = stream.step(tokens)
             except Unsound as error:
@@ -261,7 +261,7 @@ class Executor:
             self._finish_if_done(work)
         self._take(loaded, progress, took)
 
-    def _take(self, loaded: Loaded, progress: Progress, took: float) -> None:
+    def _take(self, loaded: Loaded, progress: StepResult, took: float) -> None:
         """Learn from a step, and hand out what it brought."""
         if progress.computed:
             pace = loaded.stream.pace
@@ -318,7 +318,7 @@ class Executor:
         # Rows that ran last must not be suspected if loading kills the process.
         self._evidence.mark(None)
         began, model = self._clock(), work.order.model
-        self._activity = Activity("loading", began, LOAD_S)
+        self._activity = DeviceActivity("loading", began, LOAD_S)
         self._pulse(LOADING_SILENCE_S)
         try:
             for model in missing:
@@ -364,7 +364,7 @@ class Executor:
     def _prepare_alone(self, work: Work) -> None:
         """Tokenise a suspect with nothing beside it, and with all its rows as evidence."""
         work.stage = Stage.PREPARING
-        self._activity = Activity("preparing", self._clock(), PREPARE_S)
+        self._activity = DeviceActivity("preparing", self._clock(), PREPARE_S)
         self._evidence.mark({work.order.key: tuple(range(len(work.order.texts)))})
         self._preparing.now(work)
         self._activity = None

@@ -38,10 +38,10 @@ RUN_S, FIRST_RUN_S = 8.0, 60.0
 #: The first one of a model whose speed other processes have measured on such a device.
 FIRST_MEASURED_S = 10.0
 
-Held = tuple[Work, Prepared]
+WorkRow = tuple[Work, Prepared]
 Lost = tuple[Work, Prepared, CellError]
 #: Rows of one attempt that left the engine, their answers, and what a single one consumed where the engine tells.
-Answer = tuple[Work, Sequence[Prepared], Mapping[str, Column], Mapping[str, Consumed] | None]
+RowAnswers = tuple[Work, Sequence[Prepared], Mapping[str, Column], Mapping[str, Consumed] | None]
 
 NO_MEMORY = CellError("out_of_memory", "one row alone does not fit", retriable=True)
 NO_ROOM = CellError(
@@ -57,7 +57,7 @@ class Unsound(Exception):
 class Suspects:
     """Rows of a step that failed. They go in again with no others beside them, by halves, until one is alone."""
 
-    rows: list[Held]
+    rows: list[WorkRow]
 
     @property
     def interactive(self) -> bool:
@@ -66,10 +66,10 @@ class Suspects:
 
 
 @dataclass(slots=True)
-class Progress:
+class StepResult:
     """What a step brought."""
 
-    answered: list[Answer] = field(default_factory=list)
+    answered: list[RowAnswers] = field(default_factory=list)
     lost: list[Lost] = field(default_factory=list)
     #: Tokens that ran, padding included, and those of them that were rows' own.
     computed: int = 0
@@ -98,7 +98,7 @@ class Stream:
         self.suspects: list[Suspects] = []
         self._kind, self._free = device_kind, free
         self._tickets = itertools.count()
-        self._inside: dict[Hashable, Held] = {}
+        self._inside: dict[Hashable, WorkRow] = {}
         #: Suspects are inside, and nobody joins them.
         self._closed = False
         #: Rows inside at most: fewer once there was no memory for more.
@@ -231,7 +231,7 @@ class Stream:
 
     # -- one step
 
-    def step(self, tokens: int) -> Progress:
+    def step(self, tokens: int) -> StepResult:
         """Go on with all rows inside, and take out those that have ended. Raises DeviceBroken, Unsound."""
         before = len(self._inside)
         try:
@@ -241,16 +241,16 @@ class Stream:
         except OutOfMemory:
             return self._too_large(tokens)
         except Exception as error:  # noqa: BLE001 - a stranger's engine: the row at fault is found by halves
-            return Progress(lost=self._failed(self._out(list(self._inside)), error))
+            return StepResult(lost=self._failed(self._out(list(self._inside)), error))
         self._most = self._most.observed(before, before, 1.0)
         return progress
 
-    def _stepped(self, tokens: int) -> Progress:
+    def _stepped(self, tokens: int) -> StepResult:
         """Everything that an engine told is read before a row is taken out."""
         step = self.engine.step(self.handle, tokens)
         inside, ended = self._inside, set[Hashable]()
-        progress = Progress(computed=max(0, int(step.computed_tokens)))
-        bad: list[tuple[list[Held], Exception]] = []
+        progress = StepResult(computed=max(0, int(step.computed_tokens)))
+        bad: list[tuple[list[WorkRow], Exception]] = []
         for one in step.ended:
             if isinstance(one, Ended):
                 # One that was put out meanwhile, or has ended already, is nobody's any more.
@@ -282,7 +282,7 @@ class Stream:
             progress.lost += self._failed(rows, error)
         return progress
 
-    def _failed(self, rows: list[Held], error: Exception) -> list[Lost]:
+    def _failed(self, rows: list[WorkRow], error: Exception) -> list[Lost]:
         """Rows that failed for a reason nobody knows go in again by halves. Returns the row at fault, once it is alone."""
         if len(rows) == 1:
             return [(*rows[0], _blame(error))]
@@ -290,7 +290,7 @@ class Stream:
         self.suspects += [Suspects(half) for half in (rows[middle:], rows[:middle]) if half]
         return []
 
-    def _too_large(self, tokens: int) -> Progress:
+    def _too_large(self, tokens: int) -> StepResult:
         """There was no memory: fewer tokens in a step, then fewer rows inside, then the row that is alone has ended."""
         rows = frozenset((work.order.key, row.row) for work, row in self._inside.values())
         budget, most, among = self._roomy or (self.pace.budget, self._most, frozenset())
@@ -309,8 +309,8 @@ class Stream:
         else:
             # It was this row, and not how much ran with it: what fitted before will fit again.
             self.pace.budget, self._most, self._roomy = budget, most, None
-            return Progress(lost=[(work, row, NO_MEMORY) for work, row in self._out(list(self._inside))])
-        return Progress()
+            return StepResult(lost=[(work, row, NO_MEMORY) for work, row in self._out(list(self._inside))])
+        return StepResult()
 
     def _padded(self) -> int:
         return max([row.length for _, row in self._inside.values()]) * len(self._inside)
@@ -323,7 +323,7 @@ class Stream:
         if rows:
             work.rows = longest_first([*rows, *work.rows])
 
-    def _out(self, tickets: Sequence[Hashable]) -> list[Held]:
+    def _out(self, tickets: Sequence[Hashable]) -> list[WorkRow]:
         self._abort(tickets)
         return [self._inside.pop(ticket) for ticket in tickets]
 
@@ -336,7 +336,7 @@ class Stream:
             raise Unsound(type(error).__name__) from error
 
 
-def _answers(one: Ended | Together, held: Sequence[Held]) -> list[Answer]:
+def _answers(one: Ended | Together, held: Sequence[WorkRow]) -> list[RowAnswers]:
     """What rows were answered, by attempt. Raises ValueError and more for what an engine should not have answered."""
     for task in held[0][0].tasks:
         _check(one.columns[task.name], task, len(held))
@@ -345,7 +345,7 @@ def _answers(one: Ended | Together, held: Sequence[Held]) -> list[Answer]:
             if not (0 <= cached <= tokens_in < 1 << 32 and 0 <= written < 1 << 32 and math.isfinite(seconds)):
                 raise ValueError("tokens or seconds that cannot be")
         return [(held[0][0], [held[0][1]], one.columns, one.spent)]
-    answers: list[Answer] = []
+    answers: list[RowAnswers] = []
     lo = 0
     for work, group in _by_work(held):
         rows = [row for _, row in group]
@@ -356,7 +356,7 @@ def _answers(one: Ended | Together, held: Sequence[Held]) -> list[Answer]:
     return answers
 
 
-def _by_work(held: Iterable[Held]) -> Iterator[tuple[Work, Iterator[Held]]]:
+def _by_work(held: Iterable[WorkRow]) -> Iterator[tuple[Work, Iterator[WorkRow]]]:
     """Rows of one attempt beside each other, as they come."""
     return itertools.groupby(held, key=itemgetter(0))
 

@@ -38,7 +38,7 @@ PURE = (
         )
     ),
     "motet/residency.py",
-    *(f"workers/{n}.py" for n in ("batching", "lane")),
+    *(f"workers/{n}.py" for n in ("batching", "lane", "turns")),
 )
 IMPURE = {
     "time",
