@@ -46,7 +46,7 @@ LOOK_S = 0.01
 IN_USE = (Stage.PREPARING, Stage.READY)
 
 
-class DeviceActivity(NamedTuple):
+class Watched(NamedTuple):
     """What the device does now, and when that becomes suspicious."""
 
     what: str
@@ -94,7 +94,7 @@ class Executor:
         self._evidence = Evidence(transport, boot, clock)
         self._interactive_at = float("-inf")
         self._lane = Lane()
-        self._activity: DeviceActivity | None = None
+        self._activity: Watched | None = None
         self._busy_s = 0.0
         self.rows_done = 0
 
@@ -233,7 +233,7 @@ class Executor:
         alone = first.exclusive or stream.alone
         with self._preparing.nothing_beside() if alone else nullcontext():
             began = self._clock()
-            self._activity = DeviceActivity("running", began, FIRST_RUN_S)
+            self._activity = Watched("running", began, FIRST_RUN_S)
             try:
                 if group is None:
                     with self._changed:
@@ -245,7 +245,7 @@ class Executor:
                 else:
                     lost = stream.let_in_again(group)
                 if len(stream):
-                    self._activity = DeviceActivity("running", began, stream.deadline_s(tokens))
+                    self._activity = Watched("running", began, stream.deadline_s(tokens))
                     self._evidence.mark(stream.running())
                     progress = stream.step(tokens)
             except Unsound as error:
@@ -318,7 +318,7 @@ class Executor:
         # Rows that ran last must not be suspected if loading kills the process.
         self._evidence.mark(None)
         began, model = self._clock(), work.order.model
-        self._activity = DeviceActivity("loading", began, LOAD_S)
+        self._activity = Watched("loading", began, LOAD_S)
         self._pulse(LOADING_SILENCE_S)
         try:
             for model in missing:
@@ -364,7 +364,7 @@ class Executor:
     def _prepare_alone(self, work: Work) -> None:
         """Tokenise a suspect with nothing beside it, and with all its rows as evidence."""
         work.stage = Stage.PREPARING
-        self._activity = DeviceActivity("preparing", self._clock(), PREPARE_S)
+        self._activity = Watched("preparing", self._clock(), PREPARE_S)
         self._evidence.mark({work.order.key: tuple(range(len(work.order.texts)))})
         self._preparing.now(work)
         self._activity = None
