@@ -46,7 +46,7 @@ LOOK_S = 0.01
 IN_USE = (Stage.PREPARING, Stage.READY)
 
 
-class Watched(NamedTuple):
+class Occupation(NamedTuple):
     """What the device does now, and when that becomes suspicious."""
 
     what: str
@@ -92,11 +92,9 @@ class Executor:
             self._changed, spawn, self._stream_for, self._ready, self._lost_device, clock
         )
         self._evidence = Evidence(transport, boot, clock)
-        self._interactive_at = float("-inf")
-        self._lane = Lane()
-        self._activity: Watched | None = None
-        self._busy_s = 0.0
-        self.rows_done = 0
+        self._interactive_at, self._lane = float("-inf"), Lane()
+        self._activity: Occupation | None = None
+        self._busy_s, self.rows_done = 0.0, 0
 
     # -- from any thread
 
@@ -201,7 +199,9 @@ class Executor:
             bulk_waits = not all(w.interactive for w in able) or not all(group.interactive for group in again)
             turn = next_turn(able, again, lane_open=not bulk_waits or self._lane.open(now))
         if turn is None:
-            self._evidence.mark(None)
+            # Rows that wait inside for another machine stay written down: to change the mark is a round trip.
+            if not any(len(one.stream) for one in self._shelf.loaded.values()):
+                self._evidence.mark(None)
             return False
         interactive: bool = turn.interactive
         if isinstance(turn, Suspects):
@@ -233,7 +233,7 @@ class Executor:
         alone = first.exclusive or stream.alone
         with self._preparing.nothing_beside() if alone else nullcontext():
             began = self._clock()
-            self._activity = Watched("running", began, FIRST_RUN_S)
+            self._activity = Occupation("running", began, FIRST_RUN_S)
             try:
                 if group is None:
                     with self._changed:
@@ -245,7 +245,7 @@ class Executor:
                 else:
                     lost = stream.let_in_again(group)
                 if len(stream):
-                    self._activity = Watched("running", began, stream.deadline_s(tokens))
+                    self._activity = Occupation("running", began, stream.deadline_s(tokens))
                     self._evidence.mark(stream.running())
                     progress = stream.step(tokens)
             except Unsound as error:
@@ -318,7 +318,7 @@ class Executor:
         # Rows that ran last must not be suspected if loading kills the process.
         self._evidence.mark(None)
         began, model = self._clock(), work.order.model
-        self._activity = Watched("loading", began, LOAD_S)
+        self._activity = Occupation("loading", began, LOAD_S)
         self._pulse(LOADING_SILENCE_S)
         try:
             for model in missing:
@@ -364,7 +364,7 @@ class Executor:
     def _prepare_alone(self, work: Work) -> None:
         """Tokenise a suspect with nothing beside it, and with all its rows as evidence."""
         work.stage = Stage.PREPARING
-        self._activity = Watched("preparing", self._clock(), PREPARE_S)
+        self._activity = Occupation("preparing", self._clock(), PREPARE_S)
         self._evidence.mark({work.order.key: tuple(range(len(work.order.texts)))})
         self._preparing.now(work)
         self._activity = None

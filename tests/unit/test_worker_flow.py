@@ -229,6 +229,24 @@ def test_each_row_is_known_by_its_tenant(house: LanguageHouse) -> None:
     assert house.engine.tenants == {"one", "two"}
 
 
+def test_rows_that_wait_for_another_machine_are_written_down_once(house: LanguageHouse) -> None:
+    class Remote(FakeLanguageEngine):
+        def step(self, handle: Any, tokens: int) -> Step:
+            return super().step(handle, tokens) if self.clock.now > 1001 else Step()
+
+    marks: list[Any] = []
+    mark = house.transport.mark_running
+    house.transport.mark_running = lambda rows: (marks.append(rows), mark(rows))[1]  # type: ignore[method-assign]
+    house.engine = Remote(house.clock)
+    order = asks("a")
+    house.submit(order)
+    for _ in range(200):
+        house.executor.step()
+        house.clock.now += 0.006
+    assert order.key in house.outcomes()
+    assert [rows and dict(rows.rows) for rows in marks] == [{order.key: (0,)}, None]
+
+
 def test_an_engine_that_waits_for_another_machine_lets_others_run_meanwhile(house: LanguageHouse) -> None:
     class Remote(FakeLanguageEngine):
         def step(self, handle: Any, tokens: int) -> Step:
