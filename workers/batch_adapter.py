@@ -31,8 +31,9 @@ class Batches:
     """A loaded model, and the rows of the next micro-batch."""
 
     handle: Any
-    #: What the rows ask, as the engine knows it.
-    pass_: Pass | None = None
+    #: What all of these rows ask.
+    tasks: tuple[TaskOrder, ...] = ()
+    max_tokens: int = 0
     rows: dict[Hashable, Prepared] = field(default_factory=dict)
 
 
@@ -57,21 +58,23 @@ class BatchAdapter:
     def admit(self, pass_: Pass, row: Prepared, ticket: Hashable, *, urgent: bool) -> bool:
         """Rows that ask something else wait for another micro-batch."""
         handle: Batches = pass_.handle
-        known = handle.pass_
-        if known is None or known.tasks is not pass_.tasks or known.max_tokens != pass_.max_tokens:
-            if not handle.rows:
-                handle.pass_ = Pass(handle.handle, pass_.tasks, pass_.max_tokens)
-            elif known is None or (known.tasks, known.max_tokens) != (pass_.tasks, pass_.max_tokens):
-                return False
+        if not handle.rows:
+            handle.tasks, handle.max_tokens = pass_.tasks, pass_.max_tokens
+        # Equal in value is what counts; the same object is what most rows have.
+        elif pass_.tasks is not handle.tasks and (pass_.tasks, pass_.max_tokens) != (
+            handle.tasks,
+            handle.max_tokens,
+        ):
+            return False
         handle.rows[ticket] = row
         return True
 
     def step(self, handle: Batches, tokens: int) -> Step:
         """Run all rows inside, however many tokens those are."""
-        if handle.pass_ is None or not handle.rows:
+        if not handle.rows:
             return Step()
         rows = list(handle.rows.values())
-        columns = self._engine.run(handle.pass_, rows)
+        columns = self._engine.run(Pass(handle.handle, handle.tasks, handle.max_tokens), rows)
         tickets = tuple(handle.rows)
         handle.rows.clear()
         return Step([Together(tickets, columns)], max([row.length for row in rows]) * len(rows))

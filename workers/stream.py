@@ -141,7 +141,9 @@ class Stream:
     def deadline_s(self, tokens: int) -> float:
         """When a step of at most ``tokens`` with the rows inside has run for so long, it hangs."""
         if self.pace.cost.known:
-            return max(RUN_S, 10 * self.pace.cost.seconds(self._padded() if self.whole else tokens))
+            # A micro-batch has no more tokens than that, unless it is one row; its longest row went in first.
+            longest = next(iter(self._inside.values()))[1].length if self.whole else 0
+            return max(RUN_S, 10 * self.pace.cost.seconds(max(tokens, longest)))
         held = [(work, [row.row for _, row in rows]) for work, rows in _by_work(self._inside.values())]
         if not all(work.order.measured for work, _ in held):
             return FIRST_RUN_S
@@ -202,18 +204,15 @@ class Stream:
 
     def _enter(self, work: Work, rows: Sequence[Prepared], lost: list[Lost]) -> int:
         """Let in the leading rows, as many as there is room for. How many are inside or lost: the others wait."""
-        inside, tickets, admit, urgent = self._inside, self._tickets, self.engine.admit, work.interactive
-        pass_, done, most = work.pass_, 0, self._most.tokens
+        inside, admit, urgent = self._inside, self.engine.admit, work.interactive
+        pass_, room = work.pass_, max(0, self._most.tokens - len(inside))
         assert pass_ is not None
-        for row in rows:
-            if len(inside) >= most:
-                break
-            ticket = next(tickets)
+        for done, (row, ticket) in enumerate(zip(rows[:room], self._tickets, strict=False)):
             try:
                 if admit(pass_, row, ticket, urgent=urgent):
                     inside[ticket] = (work, row)
                 elif inside:
-                    break
+                    return done
                 else:
                     lost.append((work, row, NO_ROOM))
             except DeviceBroken:
@@ -222,12 +221,11 @@ class Stream:
                 self._abort([ticket])
                 if isinstance(error, OutOfMemory) and inside:
                     self._most = self._most.out_of_memory(2 * len(inside))
-                    break
+                    return done
                 if isinstance(error, OutOfMemory) and self._free():
                     return done + self._enter(work, rows[done:], lost)
                 lost.append((work, row, NO_MEMORY if isinstance(error, OutOfMemory) else _blame(error)))
-            done += 1
-        return done
+        return min(len(rows), room)
 
     # -- one step
 
