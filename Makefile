@@ -13,7 +13,13 @@ BENCHES := $(patsubst %,bench/%.py,tax fusion latency interactive storage memory
 unexport PYTHONDONTWRITEBYTECODE
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test check lint format bench env compose-test chaos soak fuzz mutants vllm-test clean
+.PHONY: help install demo test test-all test-long check lint format bench env compose-test chaos soak fuzz mutants vllm-test clean
+
+# Each file's tests run in one process, one after the other: they share what is slow to start.
+PYTEST := $(BIN)/python -m pytest --numprocesses=logical --maxprocesses=4 --dist=loadfile --no-loadscope-reorder
+# Suites that search for a long time: attacks on a whole cluster, random plays of the protocol, made-up requests, benches.
+LONG := $(wildcard tests/chaos tests/machine tests/fuzz tests/bench)
+SHORT := $(filter-out $(LONG) %.py %__pycache__,$(wildcard tests/*))
 
 help: ## list the targets
 	@sed -n 's/^\([a-z-]*\):[^#]*## \(.*\)/  make \1@\2/p' $(MAKEFILE_LIST) | while IFS=@ read -r name text; do \
@@ -24,10 +30,15 @@ install: $(INSTALLED) ## make .venv and install motet with all extras into it, o
 demo: $(INSTALLED) ## start a whole cluster, run a real job on it, print the merged table, stop
 	$(BIN)/motet demo
 
-test: $(INSTALLED) ## run all tests; those that need a GPU skip themselves where there is none
-	$(BIN)/python -m pytest --numprocesses=logical --maxprocesses=4 --dist=loadfile --no-loadscope-reorder
+test: $(INSTALLED) ## run the tests that a change asks for (minutes); those that need a GPU skip themselves without one
+	$(PYTEST) $(SHORT)
 
-check: lint test ## everything that CI asks for
+test-long: $(INSTALLED) ## run the long suites: chaos, the state machine, fuzz, every benchmark at its smallest
+	$(PYTEST) $(LONG)
+
+test-all: test test-long ## run all tests
+
+check: lint test-all ## everything that CI asks for
 
 lint: $(INSTALLED) ## format, style and types, without changing a file
 	$(BIN)/ruff format --check
