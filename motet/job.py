@@ -278,11 +278,12 @@ class Job:
     ) -> Iterator[Block]:
         """As ``results``, a block of contiguous rows at a time, in the typed arrays that they came in.
 
-        A lost connection resumes at the block that is wanted next: none comes twice, none is left out.
+        A lost connection resumes at the block that is wanted next: none comes twice, none is left out. Raises
+        MotetError where the server calls the rows complete before all of them have come.
         """
         specs = self._specs(tasks)
         asked = None if tasks is None else ",".join(tasks)
-        after = 0
+        after = rows = 0
         own_bar = self.bar() if bar is None else bar
         with own_bar, self._left_running():
             while True:
@@ -291,6 +292,7 @@ class Job:
                     block = Block.from_wire(frame, specs)
                     if bar is None:
                         own_bar.hide()
+                    rows += len(block)
                     yield block
                 after = int(end["next"])
                 if end["complete"] or (end["state"] in ENDED and not frames):
@@ -304,6 +306,11 @@ class Job:
             self._record = dict(end["job"])
         else:
             self.refresh()
+        if rows != self.rows and self._record["state"] not in ("failed", "cancelled"):
+            raise MotetError(
+                f"job {self.id}: the server sent {rows:,} of its {self.rows:,} rows and called them all; "
+                "read them again, and if they stay away, look into the server's log"
+            )
         if check:
             self._check()
 

@@ -37,6 +37,10 @@ class Unavailable(MotetError):
     """Something that the API stands on does not answer now."""
 
 
+class CutOff(Exception):
+    """An answer that has begun cannot be finished; its connection is cut, so that nobody takes it for whole."""
+
+
 def refusal(error: Exception) -> JSONResponse:
     """The answer to a request that met this error. What is not known is a 500 that tells nothing."""
     match error:
