@@ -10,6 +10,7 @@ import inspect
 import json
 import logging
 import math
+import os
 import re
 import secrets
 import threading
@@ -23,7 +24,7 @@ from typing import Any, Literal, TypeVar
 from uuid import UUID
 
 from motet.errors import Conflict, InvalidJob, MotetError, NotFound, Overloaded, Problem
-from motet.http import Address, Http
+from motet.http import Address, Http, json_of
 from motet.job import Job, Plan
 from motet.manifest import Manifest, trainer_name
 from motet.progress import Bar
@@ -117,7 +118,7 @@ class Token:
 
 
 class Client:
-    """A line to one motet server. Usable from several threads; closing it leaves its jobs running.
+    """A line to one motet server. Usable from several threads and in forked children; closing it leaves its jobs running.
 
     ``url`` and ``token`` default to ``MOTET_URL`` and ``MOTET_TOKEN``, else to what `motet up` wrote on this
     machine. ``timeout`` is how many seconds one call goes on trying while the server is away or overloaded;
@@ -179,6 +180,7 @@ class Client:
             "bad_rows": bad_rows,
         }
         opening |= _amounts(deadline_s=deadline_s, retention_days=retention_days)
+        process = os.getpid()
         own_key = key or secrets.token_hex(16)
         parts = cut(source, fields_read, dialogues=dialogues_of(specs), bad_rows=bad_rows)
         # Two parts are cut before anything is sent: a small job is one request, and a source that cannot be
@@ -204,8 +206,9 @@ class Client:
                 total = chain([first] if second is None else [first, second], parts)
                 record = self._upload(job, total, bar)
             except BaseException as error:
-                # Only a caller who gave the key can come back to go on.
-                if key is None or isinstance(error, InvalidJob):
+                # Only a caller who gave the key can come back to go on. The job of a child that was forked by the
+                # source, and leaves through here, is its parent's.
+                if os.getpid() == process and (key is None or isinstance(error, InvalidJob)):
                     self._abandon(job)
                 raise
         return Job(self._http, record, progress=progress)
@@ -408,7 +411,7 @@ class Client:
         body = json.dumps({"version": version}).encode()
         kind = {"Content-Type": "application/json"}
         made = self._http.request("PUT", _alias_path(name, alias), content=body, headers=kind)
-        return _known(Alias, made.json())
+        return _known(Alias, json_of(made))
 
     def rollback(self, alias: str) -> Alias:
         """Let ``name@alias`` mean again what it meant before. Twice goes back twice.
@@ -529,7 +532,7 @@ class Client:
             if conflict.next_part is not None and conflict.next_part > part.number:
                 return conflict.next_part
             raise
-        return int(answer.json()["next_part"])
+        return int(json_of(answer)["next_part"])
 
     def _abandon(self, job: Job) -> None:
         """Remove a job whose rows never came whole. Best effort: an abandoned upload also ends by itself."""

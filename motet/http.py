@@ -10,6 +10,7 @@ import os
 import random
 import threading
 import time
+import weakref
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -99,9 +100,9 @@ class Address:
 
 
 class Http:
-    """Requests to one API. Safe to use from several threads.
+    """Requests to one API. Safe to use from several threads, and in forked children: each opens its own connections.
 
-    ``timeout_s`` is how long one call goes on trying, retries included, while the API is away or overloaded;
+    It is pickled by address, token and time limit. ``timeout_s`` is how long one call goes on trying, retries included, while the API is away or overloaded;
     it does not limit how long a call waits for a job.
     """
 
@@ -121,12 +122,37 @@ class Http:
         self._sleep, self._clock, self._dice = sleep, clock, dice
         self._met = False
         self._patience = httpx.Timeout(min(30.0, timeout_s), connect=min(5.0, timeout_s))
-        self._line = httpx.Client(
-            base_url=address.url,
-            headers={"Authorization": f"Bearer {address.token}", "User-Agent": "motet"},
+        self._line: httpx.Client | None = self._connect()
+        self._connecting = threading.Lock()
+        _LINES.add(self)
+
+    def __reduce__(self) -> tuple[Callable[..., Http], tuple[Address, float]]:
+        return _again, (self.address, self.timeout_s)
+
+    def _connect(self) -> httpx.Client:
+        import httpx
+
+        return httpx.Client(
+            base_url=self.address.url,
+            headers={"Authorization": f"Bearer {self.address.token}", "User-Agent": "motet"},
             timeout=self._patience,
-            trust_env=not is_near(address.url),
+            trust_env=not is_near(self.address.url),
         )
+
+    def _connected(self) -> httpx.Client:
+        """This process' own connections."""
+        with self._connecting:
+            if self._line is None:
+                self._line = self._connect()
+            return self._line
+
+    def leave_to_parent(self) -> None:
+        """Forget connections that belong to the process that this one was forked from, and locks held there.
+
+        Nothing is closed in words: that would end the parent's connections. The sockets' copies go with their objects.
+        """
+        self._line = None
+        self._connecting = threading.Lock()
 
     @property
     def stays_here(self) -> bool:
@@ -134,12 +160,13 @@ class Http:
         return is_near(self.address.url)
 
     def close(self) -> None:
-        self._line.close()
+        if self._line is not None:
+            self._line.close()
 
     def get(self, path: str, *, wait_s: float = 0.0, **params: object) -> Any:
         """The JSON of a GET; with ``wait_s`` the API may take that long to answer."""
         query = {name: value for name, value in params.items() if value is not None}
-        return _json(self.request("GET", path, params=query, wait_s=wait_s))
+        return json_of(self.request("GET", path, params=query, wait_s=wait_s))
 
     def post(
         self,
@@ -156,7 +183,7 @@ class Http:
         if body is not None:
             headers["Content-Type"] = "application/json"
             content = json.dumps(body, ensure_ascii=False, allow_nan=False).encode()
-        return _json(
+        return json_of(
             self.request("POST", path, content=content, headers=headers, again=again, refused=refused)
         )
 
@@ -189,7 +216,7 @@ class Http:
         for attempt in range(1_000_000):
             refusal: MotetError
             try:
-                answer = self._line.request(
+                answer = self._connected().request(
                     method, path, params=params, content=content, headers=headers, timeout=patience
                 )
             except httpx.RequestError as error:
@@ -242,6 +269,24 @@ class Http:
             f"the server at {self.address.url} does not answer: {why}; "
             "start it with `motet up`, or set MOTET_URL to where it is"
         )
+
+
+#: Every line of this process.
+_LINES: weakref.WeakSet[Http] = weakref.WeakSet()
+
+
+def _leave_lines_to_parent() -> None:
+    for http in _LINES:
+        http.leave_to_parent()
+
+
+if hasattr(os, "register_at_fork"):  # not on Windows, which does not fork
+    os.register_at_fork(after_in_child=_leave_lines_to_parent)
+
+
+def _again(address: Address, timeout_s: float) -> Http:
+    """A line to the same API, in the process that unpickles one."""
+    return Http(address, timeout_s=timeout_s)
 
 
 def error_of(answer: httpx.Response) -> MotetError:
@@ -314,8 +359,9 @@ def _retry_after_s(header: str | None) -> float:
         return 1.0
 
 
-def _json(answer: httpx.Response) -> Any:
-    if not answer.content:
+def json_of(answer: httpx.Response) -> Any:
+    """The JSON of a good answer; None of one that has no content by its status. Raises SetupError for anything else."""
+    if answer.status_code == 204:
         return None
     try:
         return answer.json()

@@ -98,13 +98,12 @@ def test_lines_that_break_off_end_with_an_error_and_without_the_end_of_their_bod
     house: House, job: str, fault: Fault, breaking: list[int]
 ) -> None:
     headers = {"Accept": "application/x-ndjson", "Authorization": f"Bearer {house.tokens['user']}"}
-    raw = b""
+    pieces: list[bytes] = []
     with house.line.stream("GET", f"{house.url}/v1/jobs/{job}/results", headers=headers) as answer:
         assert answer.status_code == 200
         with pytest.raises(httpx.RemoteProtocolError):
-            for piece in answer.iter_bytes():
-                raw += piece
-    error = the_last_word(raw)
+            pieces.extend(answer.iter_bytes())
+    error = the_last_word(b"".join(pieces))
     kind = {"database_away": "unavailable", "job_removed": "not_found", "bug": "internal"}[fault.__name__]
     assert error["type"] == kind
     assert ("after=2" in error["message"]) == (kind != "not_found")
@@ -127,9 +126,9 @@ def test_lines_break_off_visibly_behind_a_proxy_that_speaks_http_1_0(
 
 @pytest.mark.skipif(shutil.which("curl") is None, reason="no curl here")
 def test_curl_fails_where_lines_break_off(house: House, job: str, breaking: list[int]) -> None:
+    url = f"{house.url}/v1/jobs/{job}/results"
     ended = subprocess.run(
-        ["curl", "--silent", "--noproxy", "*", "--header", "Accept: application/x-ndjson", "--header", "@-"]
-        + [f"{house.url}/v1/jobs/{job}/results"],
+        ["curl", "-sS", "--noproxy", "*", "-H", "Accept: application/x-ndjson", "-H", "@-", url],
         input=f"Authorization: Bearer {house.tokens['user']}".encode(),
         capture_output=True,
         check=False,
