@@ -1,20 +1,23 @@
 """The client's line to the API: where it is, tokens, time limits, retries with back-off, and errors as types.
 
+A proxy may stand before the API: it refuses bodies, loses patience and answers by itself, in words that are not shown.
 The contract is docs/http.md. Everything that waits or rolls dice is passed in, so tests need no patience.
 """
 
 from __future__ import annotations
 
 import json
+import math
 import os
 import random
 import threading
 import time
 import weakref
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import IO, TYPE_CHECKING, Any
 from urllib.parse import urlsplit
 
 from motet.errors import (
@@ -39,8 +42,16 @@ MAX_WAIT_S = 30.0
 _FIRST_CONTACT_S = 2.0
 _FIRST_DELAY_S = 0.25
 _LAST_DELAY_S = 8.0
+#: A proxy's words for an API that it does not reach, or that was silent for too long; 520 to 524 are Cloudflare's.
+_PROXY_IS_ALONE = frozenset({408, 502, 504, 520, 521, 522, 523, 524})
 #: Nothing was done with such a request, or doing it again is harmless.
-_COME_BACK = frozenset({429, 502, 503, 504})
+_COME_BACK = _PROXY_IS_ALONE | {429, 503}
+#: A wait that a proxy ends after this long was cut by its time limit; one that ends sooner met an API that is away.
+_CUT_AFTER_S = 1.0
+#: Waits are not made shorter than this: a client that watches a job then asks twice a second.
+_SHORTEST_WAIT_S = 0.5
+#: What the API takes in one body, in MiB: what a proxy before it should take too.
+_BODY_MB = 32
 _LOOPBACK = frozenset({"127.0.0.1", "localhost", "::1"})
 
 
@@ -99,6 +110,10 @@ class Address:
         return cls(url=url, token=token)
 
 
+class BodyRefused(InvalidJob):
+    """A body of this size is not taken, by the API or by a proxy before it: send less at once."""
+
+
 class Http:
     """Requests to one API. Safe to use from several threads, and in forked children: each opens its own connections.
 
@@ -121,6 +136,8 @@ class Http:
         self.timeout_s = timeout_s
         self._sleep, self._clock, self._dice = sleep, clock, dice
         self._met = False
+        #: Longest wait that was not cut by a proxy, as far as that is known.
+        self._longest_wait_s = MAX_WAIT_S
         self._patience = httpx.Timeout(min(30.0, timeout_s), connect=min(5.0, timeout_s))
         self._line: httpx.Client | None = self._connect()
         self._connecting = threading.Lock()
@@ -193,34 +210,42 @@ class Http:
         path: str,
         *,
         params: Mapping[str, Any] | None = None,
-        content: bytes | None = None,
+        content: bytes | Path | None = None,
         headers: Mapping[str, str] | None = None,
         again: bool = True,
         wait_s: float = 0.0,
+        answer_s: float | None = None,
         stop: threading.Event | None = None,
         refused: Callable[[Overloaded], object] | None = None,
     ) -> httpx.Response:
         """Send until there is an answer, and return it whole if it is a good one.
 
-        Lost connections and 429, 502, 503, 504 are tried again with jittered back-off, as late as
-        Retry-After asks, for ``timeout_s`` in all; ``stop`` ends that early. ``refused`` is told of the first
-        refusal that is waited out. ``again=False`` tries again only where the request cannot have been taken.
+        ``content`` may be a file. Lost connections, 429, 503 and the statuses of a proxy that does not reach the API
+        (408, 502, 504, 520 to 524) are tried again with jittered back-off, as late as Retry-After asks, for
+        ``timeout_s`` in all; ``stop`` ends that early. ``refused`` is told of the first refusal that is waited out.
+        ``again=False`` tries again only where the request cannot have been taken. With ``wait_s`` the API may take
+        that long to answer; where a proxy cuts that short, this and all later waits are shorter. ``answer_s`` is how
+        long one try may be without a sign of life, where that is not what all have.
         Raises the errors of motet.errors, by docs/http.md.
         """
         import httpx
 
-        if wait_s:
-            params = {**(params or {}), "wait_s": round(wait_s, 3)}
-        patience = httpx.Timeout((self._patience.read or 0.0) + wait_s, connect=self._patience.connect)
         start = self._clock()
         for attempt in range(1_000_000):
             refusal: MotetError
+            may_wait_s = min(wait_s, self._longest_wait_s)
+            asked = {**(params or {}), "wait_s": round(may_wait_s, 3)} if wait_s else params
+            silence_s = (answer_s or self._patience.read or 0.0) + may_wait_s
+            patience = httpx.Timeout(silence_s, connect=self._patience.connect)
+            sent = self._clock()
             try:
-                answer = self._connected().request(
-                    method, path, params=params, content=content, headers=headers, timeout=patience
-                )
+                with _opened(content) as body:
+                    answer = self._connected().request(
+                        method, path, params=asked, content=body, headers=headers, timeout=patience
+                    )
             except httpx.RequestError as error:
                 unsent = isinstance(error, httpx.ConnectError | httpx.ConnectTimeout | httpx.PoolTimeout)
+                cut = not unsent and not isinstance(error, httpx.TimeoutException)
                 refusal = Unreachable(self._out_of_reach(error))
                 if not isinstance(error, httpx.TransportError) or not (again or unsent):
                     raise refusal from None
@@ -230,15 +255,21 @@ class Http:
                 self._met = True
                 if answer.is_success:
                     return answer
+                cut = answer.status_code in _PROXY_IS_ALONE
                 refusal = error_of(answer)
                 if answer.status_code not in _COME_BACK or not (again or answer.status_code in (429, 503)):
                     raise refusal
                 limit_s = self.timeout_s
                 delay_s = refusal.retry_after_s if isinstance(refusal, Overloaded) else 0.0
+            now = self._clock()
+            if cut and now - sent >= _CUT_AFTER_S and may_wait_s > _SHORTEST_WAIT_S:
+                self._longest_wait_s = max(_SHORTEST_WAIT_S, min(now - sent, may_wait_s) / 2)
+                # Waiting for news is no trying, so the time limit begins anew: at most as often as a wait can be halved.
+                start = now
             # Full jitter on the upper half: clients that were cut off together do not come back together.
             back_off_s = min(_LAST_DELAY_S, _FIRST_DELAY_S * 2 ** min(attempt, 10)) * (0.5 + self._dice() / 2)
             delay_s = max(delay_s, back_off_s)
-            waited_s = self._clock() - start
+            waited_s = now - start
             if waited_s + delay_s > limit_s:
                 raise _patience_is_over(refusal, waited_s) from None
             if isinstance(refusal, Overloaded) and refused is not None:
@@ -289,11 +320,21 @@ def _again(address: Address, timeout_s: float) -> Http:
     return Http(address, timeout_s=timeout_s)
 
 
+@contextmanager
+def _opened(content: bytes | Path | None) -> Iterator[bytes | IO[bytes] | None]:
+    """What to send, from its beginning."""
+    if isinstance(content, Path):
+        with content.open("rb") as file:
+            yield file
+    else:
+        yield content
+
+
 def error_of(answer: httpx.Response) -> MotetError:
     """The error that an answer means. Its words are the API's own; any other body is not repeated."""
     status = answer.status_code
     said = _error_body(answer)
-    message = _printable(str(said.get("message") or "")) or f"the server answered {status} without saying why"
+    message = _printable(str(said.get("message") or "")) or _in_other_words(answer)
     if status in (401, 403):
         return Unauthorized(message)
     if status == 404:
@@ -305,19 +346,50 @@ def error_of(answer: httpx.Response) -> MotetError:
         return conflict
     if status in (429, 503):
         return Overloaded(message, _retry_after_s(answer.headers.get("Retry-After")))
+    if status == 413 and not said:
+        return BodyRefused(_too_large_for_a_proxy(answer))
     if status in (400, 405, 413, 415, 422):
         problems = [_problem(p) for p in said.get("problems") or () if isinstance(p, dict)]
-        invalid = InvalidJob(problems)
+        invalid = (BodyRefused if status == 413 else InvalidJob)(problems)
         if not problems:
             invalid.args = (message,)
         return invalid
-    if status in (502, 504):
-        return Unreachable(f"a proxy before {answer.url.host} cannot reach the server ({status})")
+    if status in _PROXY_IS_ALONE:
+        return Unreachable(
+            f"a proxy before {answer.url.host} cannot reach the server ({status} to {_asked(answer)}); "
+            "look whether the API runs, and into the proxy's log"
+        )
     if status < 400:
         return SetupError(
             f"{answer.url.host} answers {status}, which motet's API never does; check MOTET_URL"
         )
-    return MotetError(f"the server failed ({status}): {message}; its log says more")
+    if said:
+        return MotetError(f"the server failed ({status}): {message}; its log says more")
+    return MotetError(message)
+
+
+def _asked(answer: httpx.Response) -> str:
+    """The request: its method and address, without what was asked for there."""
+    return f"{answer.request.method} {answer.url.copy_with(query=None)}"
+
+
+def _in_other_words(answer: httpx.Response) -> str:
+    """What can be said of an answer that is not the API's."""
+    return (
+        f"{_asked(answer)} was answered with {answer.status_code}, and not in the API's words: "
+        "a proxy before it, or another program; check MOTET_URL, and look into the proxy's log"
+    )
+
+
+def _too_large_for_a_proxy(answer: httpx.Response) -> Problem:
+    size = int(answer.request.headers.get("Content-Length") or 0)
+    most_mb = max(_BODY_MB, math.ceil(size / (1 << 20)))
+    return Problem(
+        "body",
+        f"413 for {size:,} bytes, and not in the API's words",
+        f"a proxy before the API that takes them ({_asked(answer)})",
+        f"let it take {most_mb} MiB; in nginx: client_max_body_size {most_mb}m;",
+    )
 
 
 def _patience_is_over(refusal: MotetError, waited_s: float) -> MotetError:

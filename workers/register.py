@@ -30,8 +30,8 @@ from urllib.parse import quote
 
 import motet
 from motet.columns import Column
-from motet.errors import Conflict, NotFound, SetupError, Unreachable
-from motet.http import Address, Http, error_of, is_near
+from motet.errors import Conflict, NotFound, SetupError
+from motet.http import Address, Http
 from motet.manifest import Manifest
 from motet.tasks import Choose, Classify, Embed, Entities, Function, Generate, Number, Task
 from motet.wire import TaskOrder
@@ -51,6 +51,8 @@ TRIED: Mapping[str, Callable[[str], Task]] = {
 }
 #: Formats that are checked beside fp32.
 FORMATS = ("bf16",)
+#: Seconds in which the API must take the next piece of a file, or answer behind the last one.
+_FILE_S = 300.0
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -209,25 +211,7 @@ class Registry:
             return
         except NotFound:
             pass
-        import httpx
-
-        address = self._http.address
-        headers = {"Authorization": f"Bearer {address.token}", "Content-Length": str(path.stat().st_size)}
-        try:
-            with path.open("rb") as file:
-                answer = httpx.put(
-                    f"{address.url}/v1/blobs/{sha256}",
-                    content=file,
-                    headers=headers,
-                    timeout=300.0,
-                    trust_env=not is_near(address.url),
-                )
-        except httpx.HTTPError as error:
-            raise Unreachable(
-                f"{address.url}: {path.name} could not be sent: {type(error).__name__}"
-            ) from None
-        if not answer.is_success:
-            raise error_of(answer)
+        self._http.request("PUT", f"/v1/blobs/{sha256}", content=path, answer_s=_FILE_S)
 
 
 def _try_out(manifest: Manifest) -> list[TaskOrder]:

@@ -528,6 +528,7 @@ def describe(job: JobEntry) -> dict[str, Any]:
         "reason": job.reason,
         "priority": _PRIORITY_NAMES[job.priority],
         "rows": job.n_rows,
+        "parts": job.n_parts,
         "tasks": {t.name: {**t.spec, "model_ref": t.model_ref, "labels": list(t.labels)} for t in job.tasks},
         "cells": {
             "total": total,

@@ -76,6 +76,7 @@ class JobShape(Shape):
     reason: str
     priority: Literal["interactive", "normal", "bulk"]
     rows: int
+    parts: int
     tasks: dict[str, dict[str, Any]]
     cells: CellsShape
     passes: list[PassShape]
@@ -494,6 +495,7 @@ JOB = {
     "reason": "",
     "priority": "normal",
     "rows": 3000,
+    "parts": 3,
     "tasks": {
         "topic": {**_CLASSIFY, "model_ref": "news-topics@1", "labels": ["business", "sports"]},
     },

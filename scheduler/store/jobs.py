@@ -660,6 +660,7 @@ class JobEntry:
     priority: int
     n_rows: int
     n_tasks: int
+    n_parts: int
     n_blocks: int
     blocks_done: int
     cells_ok: int
@@ -689,8 +690,8 @@ class JobEntry:
 
 
 _ENTRY = """
-    SELECT id, name, kind, state, reason, priority, n_rows, n_tasks, n_blocks, blocks_done, cells_ok, cells_error,
-           cells_skipped, cells_reused, tokens, computed_tokens, tokens_cached, tokens_out, busy_s, subtasks, attempts_lost, version,
+    SELECT id, name, kind, state, reason, priority, n_rows, n_tasks, n_parts, n_blocks, blocks_done, cells_ok,
+           cells_error, cells_skipped, cells_reused, tokens, computed_tokens, tokens_cached, tokens_out, busy_s, subtasks, attempts_lost, version,
            created, started, finished, deadline, retention_days,
            CAST(extract(epoch FROM clock_timestamp() - started) AS double precision) AS running_s
       FROM job WHERE tenant_id = :tenant"""

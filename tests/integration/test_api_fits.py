@@ -19,6 +19,7 @@ from scheduler.api import blobs
 from scheduler.api.resources import Resources
 from scheduler.store import registry
 from tests.integration.api_house import CLASSIFY, TWO, House, house, problems
+from tests.integration.proxy import proxied
 from workers.engines.training.journal import HttpJournal
 from workers.engines.training.learner import Hopeless
 
@@ -242,6 +243,15 @@ def test_what_cannot_be_learned_from_is_not_found_and_says_what_to_do(house: Hou
     with pytest.raises(Hopeless, match="whose one task is Embed"):
         journal.block(0, texts=False)
     journal.close()
+
+
+def test_a_proxy_that_takes_no_large_files_ends_a_run_with_what_to_set(house: House, hand: Hand) -> None:
+    job = embedded(house, ["a"])
+    with proxied(house.url, most_body_bytes=1000) as proxy:
+        journal = HttpJournal(proxy.url, house.tokens["worker"], learner(house, job).lease, 0, job)
+        with pytest.raises(Hopeless, match="client_max_body_size"):
+            journal.store(bytes(2000))
+        journal.close()
 
 
 # -- what is told

@@ -69,6 +69,7 @@ class FakeJob:
             "reason": self.reason,
             "priority": self.opening.get("priority", "normal"),
             "rows": self.rows,
+            "parts": len(self.blocks),
             "tasks": self.tasks,
             "cells": {
                 "total": total,

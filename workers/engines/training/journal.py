@@ -102,7 +102,7 @@ class HttpJournal:
             answer = self._http.request(method, path, content=body, timeout=timeout, headers=headers)
         except httpx.HTTPError as error:
             raise TryAgain(type(error).__name__) from None
-        if answer.status_code in (404, 422):
+        if answer.status_code in (404, 413, 422):
             raise Hopeless(str(error_of(answer)))
         if not answer.is_success:
             # A lease that ended, too: then nobody waits for this attempt any more, and it will hear of that.
