@@ -171,6 +171,16 @@ class Job:
         """Task name -> its spec, with the exact model (``model_ref``) and labels that it uses."""
         return dict(self._record["tasks"])
 
+    def specs(self, tasks: Sequence[str] | None) -> dict[str, Mapping[str, Any]]:
+        """The specs of these tasks, or of all. Raises NotFound for a task that the job does not have."""
+        if isinstance(tasks, str):
+            raise TypeError(f"got tasks={tasks!r}; expected a list of task names, such as [{tasks!r}]")
+        known = self._record["tasks"]
+        for name in tasks or ():
+            if name not in known:
+                raise NotFound(f"job {self.id} has no task {name!r}; it has {', '.join(known)}")
+        return {name: known[name] for name in (known if tasks is None else tasks)}
+
     @property
     def rows(self) -> int:
         """Rows of the job; while it loads, those that have arrived."""
@@ -281,7 +291,7 @@ class Job:
         A lost connection resumes at the block that is wanted next: none comes twice, none is left out. Raises
         MotetError where the server calls the rows complete before all of them have come.
         """
-        specs = self._specs(tasks)
+        specs = self.specs(tasks)
         asked = None if tasks is None else ",".join(tasks)
         after = rows = 0
         own_bar = self.bar() if bar is None else bar
@@ -438,16 +448,6 @@ class Job:
         if self._record["state"] in ("failed", "cancelled"):
             reason = self._record.get("reason") or "no reason was given"
             raise JobFailed(self.id, f"{self._record['state']}: {reason}")
-
-    def _specs(self, tasks: Sequence[str] | None) -> dict[str, Mapping[str, Any]]:
-        """The specs of these tasks, or of all. Raises NotFound for a task that the job does not have."""
-        if isinstance(tasks, str):
-            raise TypeError(f"got tasks={tasks!r}; expected a list of task names, such as [{tasks!r}]")
-        known = self._record["tasks"]
-        for name in tasks or ():
-            if name not in known:
-                raise NotFound(f"job {self.id} has no task {name!r}; it has {', '.join(known)}")
-        return {name: known[name] for name in (known if tasks is None else tasks)}
 
     def _next_version(self, wait_s: float) -> None:
         """Wait until the job differs from what is known here, but never ask again within a glance."""

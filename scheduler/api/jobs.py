@@ -44,7 +44,7 @@ from scheduler.plan import PlannedPass, Sample, estimate
 from scheduler.prompt_cost import Asked, estimate_prompts
 from scheduler.prompt_order import instruction
 from scheduler.store import jobs as store
-from scheduler.store.jobs import PRIORITIES, JobEntry, Loading
+from scheduler.store.jobs import PRIORITIES, JobEntry, Loading, TaskEntry
 from scheduler.store.rates import rates as learned_rates
 from scheduler.store.registry import find_models, model_refs
 
@@ -529,7 +529,7 @@ def describe(job: JobEntry) -> dict[str, Any]:
         "priority": _PRIORITY_NAMES[job.priority],
         "rows": job.n_rows,
         "parts": job.n_parts,
-        "tasks": {t.name: {**t.spec, "model_ref": t.model_ref, "labels": list(t.labels)} for t in job.tasks},
+        "tasks": {t.name: _described(t) for t in job.tasks},
         "cells": {
             "total": total,
             "ok": job.cells_ok,
@@ -567,6 +567,12 @@ def describe(job: JobEntry) -> dict[str, Any]:
         "retention_days": job.retention_days,
         "eta_s": eta_s(job),
     }
+
+
+def _described(task: TaskEntry) -> dict[str, Any]:
+    """A task's spec with what it uses, and the type of its answers: known before the first of them."""
+    column = {"kind": task.kind} | ({"dim": task.dim, "dtype": task.dtype} if task.kind == "vector" else {})
+    return {**task.spec, "model_ref": task.model_ref, "labels": list(task.labels), "column": column}
 
 
 def eta_s(job: JobEntry) -> float | None:

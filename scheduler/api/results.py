@@ -17,7 +17,7 @@ from fastapi import APIRouter, Query, Request, Response
 from starlette.concurrency import run_in_threadpool
 from starlette.responses import JSONResponse, StreamingResponse
 
-from motet.columns import Column, values
+from motet.columns import Column, sized, values
 from motet.errors import NotFound
 from motet.wire import pack
 from scheduler.api import shapes
@@ -106,7 +106,8 @@ def read_on(asked: Asked, look: Look, after: int, budget: float) -> Iterator[Mer
         if any(c not in columns for b in batch for c in b.columns):
             raise NotFound("the job was removed meanwhile")
         for block in batch:
-            yield Merged(look.job, block, [columns[c] for c in block.columns])
+            tasks = zip(look.job.tasks, block.columns, strict=True)
+            yield Merged(look.job, block, [sized(columns[c], t.dim, t.dtype) for t, c in tasks])
             after = block.cursor(asked.order)
         rest = look.blocks[len(batch) :]
         look = Look(look.job, rest) if rest else look_for(asked, after)

@@ -497,7 +497,12 @@ JOB = {
     "rows": 3000,
     "parts": 3,
     "tasks": {
-        "topic": {**_CLASSIFY, "model_ref": "news-topics@1", "labels": ["business", "sports"]},
+        "topic": {
+            **_CLASSIFY,
+            "model_ref": "news-topics@1",
+            "labels": ["business", "sports"],
+            "column": {"kind": "label"},
+        },
     },
     "cells": {"total": 3000, "ok": 1024, "error": 0, "skipped": 0, "reused": 0},
     "passes": [{**_PASS, "tasks": ["topic"]}],

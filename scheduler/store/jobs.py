@@ -21,13 +21,14 @@ from sqlalchemy import Connection, Row, text
 from motet import traces
 from motet.columns import CellError, Kind
 from motet.errors import Conflict, InvalidJob, NotFound, Overloaded, Problem
-from motet.manifest import Manifest, column_kind
+from motet.manifest import Manifest, column_kind, column_kind_of
 from scheduler.blocks import Block, Reader, read_in_order, task_bits
 from scheduler.merge import errors_column
 from scheduler.needs import dialogues_of, fields_read, needs_of, stored_task
 from scheduler.store import endings
 from scheduler.store.database import JOB, WORK, notify
 from scheduler.store.endings import ENDED, end_job, trace_end
+from scheduler.store.results import VECTORS
 from scheduler.store.sealing import settle, store_column
 
 PRIORITIES: Mapping[str, int] = {"interactive": 0, "normal": 1, "bulk": 2}
@@ -633,6 +634,11 @@ class TaskEntry:
     spec: Mapping[str, Any]
     model_ref: str
     labels: tuple[str, ...]
+    #: Kind of its columns.
+    kind: Kind
+    #: Of its vectors, where it has any.
+    dim: int
+    dtype: str
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -704,8 +710,9 @@ _LISTS = {
     for after in (False, True)
     for state in (False, True)
 }
-_TASKS_OF = text("""
-    SELECT t.job_id, t.name, t.pass_number, t.spec, t.labels, m.name || '@' || m.version AS ref
+_TASKS_OF = text(f"""
+    SELECT t.job_id, t.name, t.pass_number, t.spec, t.labels, m.name || '@' || m.version AS ref, t.kind,
+           m.manifest->>'answers' AS answers, {VECTORS}
       FROM task t JOIN model m ON m.id = t.model_id WHERE t.job_id = ANY(:jobs) ORDER BY t.job_id, t.number""")
 _PASSES_OF = text("""
     SELECT p.job_id, p.number, p.kind, p.numerics, p.max_tokens, m.name || '@' || m.version AS ref,
@@ -746,7 +753,17 @@ def _entries(connection: Connection, rows: Sequence[Row[Any]]) -> list[JobEntry]
     tasks: dict[UUID, list[TaskEntry]] = {i: [] for i in ids}
     names: dict[tuple[UUID, int], list[str]] = {}
     for t in connection.execute(_TASKS_OF, {"jobs": ids}) if ids else ():
-        tasks[t.job_id].append(TaskEntry(name=t.name, spec=t.spec, model_ref=t.ref, labels=tuple(t.labels)))
+        tasks[t.job_id].append(
+            TaskEntry(
+                name=t.name,
+                spec=t.spec,
+                model_ref=t.ref,
+                labels=tuple(t.labels),
+                kind=column_kind_of(t.kind, t.answers),
+                dim=t.dim,
+                dtype=t.dtype,
+            )
+        )
         names.setdefault((t.job_id, t.pass_number), []).append(t.name)
     passes: dict[UUID, list[PassEntry]] = {i: [] for i in ids}
     for p in connection.execute(_PASSES_OF, {"jobs": ids}) if ids else ():

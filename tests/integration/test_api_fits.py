@@ -203,6 +203,16 @@ def test_a_row_without_an_answer_has_no_vector(house: House, hand: Hand, trainin
     journal.close()
 
 
+def test_a_block_without_any_answer_has_vectors_of_the_trunks_length(house: House, hand: Hand) -> None:
+    job = embedded(house, ["a", "b"], {i: CellError("too_long", "it is") for i in range(2)})
+    journal = HttpJournal(house.url, house.tokens["worker"], learner(house, job).lease, 0, job)
+    rows = journal.block(0, texts=True)
+    assert rows is not None
+    assert rows.vectors.shape == (2, 2)
+    assert (rows.vectors != rows.vectors).all(), "NaN, which the run refuses by its row"
+    journal.close()
+
+
 def test_what_cannot_be_learned_from_is_not_found_and_says_what_to_do(house: House, hand: Hand) -> None:
     theirs = house.call(
         "POST", "/v1/jobs", token="stranger", json={"tasks": EMBED, "rows": ["a secret"]}

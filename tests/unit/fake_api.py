@@ -221,6 +221,9 @@ class FakeApi:
             }
             for name, spec in opening["tasks"].items()
         }
+        for name, spec in tasks.items():
+            empty = column(name, 0, 0, {}, spec)
+            spec["column"] = {"kind": empty.kind, "dim": empty.dim, "dtype": empty.dtype}
         self.opened += 1
         job = FakeJob(id=f"job-{self.opened}", tasks=tasks, opening=opening, spent=self.spent)
         self.jobs[job.id] = job

@@ -131,6 +131,9 @@ COLUMNS = {
 }
 
 
+COLUMN_TYPES = {name: {"kind": c.kind, "dim": c.dim, "dtype": c.dtype} for name, c in COLUMNS.items()}
+
+
 def block(
     columns: dict[str, Column] | None = None, *, first_row: int = 10, tasks: dict[str, Any] | None = None
 ) -> Block:
@@ -151,6 +154,10 @@ class FakeJob:
 
     def blocks(self, tasks: Any = None, *, bar: Bar) -> Iterator[Block]:
         return iter(self.given)
+
+    def specs(self, tasks: Any = None) -> dict[str, dict[str, Any]]:
+        names = next((block.answers for block in self.given), TASKS)
+        return {name: {**TASKS[name], "column": COLUMN_TYPES[name]} for name in names}
 
 
 def job(*blocks: Block) -> Any:
@@ -410,13 +417,14 @@ def test_a_parquet_file_holds_the_same_as_the_table(tmp_path: Path) -> None:
     assert [p.name for p in tmp_path.iterdir()] == ["a.parquet"]
 
 
-def test_a_block_of_nothing_but_errors_takes_its_type_from_the_others(tmp_path: Path) -> None:
+def test_a_block_of_nothing_but_errors_takes_its_type_from_the_task(tmp_path: Path) -> None:
     parquet = pytest.importorskip("pyarrow.parquet")
-    lost = Column(kind="vector", status=bytes([ERROR]), arrays={"vectors": b""}, dtype="fp32")
+    lost = Column(kind="vector", status=bytes([ERROR]), arrays={"vectors": b""}, dim=2, dtype="fp32")
     found = Column(kind="vector", status=bytes([OK]), arrays={"vectors": floats(1, 2)}, dim=2, dtype="fp32")
-    for given in ([lost, found], [found, lost], [lost] * 70 + [found], [found] * 70 + [lost]):
+    for given in ([lost, found], [found, lost], [lost] * 70 + [found], [found] * 70 + [lost], [lost]):
         blocks = [block({"vector": c}, first_row=i) for i, c in enumerate(given)]
         assert export.to_parquet(job(*blocks), tmp_path / "a.parquet") == len(given)
+        assert str(export.to_arrow(job(*blocks)).schema.field("vector").type).startswith("fixed_size_list")
         read = parquet.read_table(tmp_path / "a.parquet")["vector"].to_pylist()
         assert read == [None if c is lost else [1.0, 2.0] for c in given]
 
