@@ -38,6 +38,71 @@ def a_llama(
     """
     import torch
     import transformers
+
+    vocabulary = a_tokenizer(folder, template)
+    torch.manual_seed(seed)
+    config, model, more = {
+        "llama": (transformers.LlamaConfig, transformers.LlamaForCausalLM, {}),
+        "qwen3": (transformers.Qwen3Config, transformers.Qwen3ForCausalLM, {"head_dim": 32}),
+        "mistral": (transformers.MistralConfig, transformers.MistralForCausalLM, {"sliding_window": window}),
+    }[kind]
+    shape = config(
+        vocab_size=vocabulary,
+        # Heads of 32: the least that vLLM computes on a CPU.
+        hidden_size=128,
+        intermediate_size=128,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=CONTEXT,
+        bos_token_id=1,
+        eos_token_id=2,
+        pad_token_id=0,
+        # Larger than usual: the likeliest token is then clear, and depends on what stands before.
+        initializer_range=0.2,
+        **more,
+    )
+    model(shape).save_pretrained(folder)
+    return folder
+
+
+def a_language_model(folder: Path, kind: str, *, positions: int = CONTEXT, **more: Any) -> Path:
+    """Two layers of any architecture of transformers (``model_type``), and the same tokenizer.
+
+    Every weight is random, also those that are zero or one at first: sinks, biases, gates and scales count.
+    """
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    vocabulary = a_tokenizer(folder)
+    shape = AutoConfig.for_model(
+        kind,
+        **{
+            "vocab_size": vocabulary,
+            "hidden_size": 32,
+            "intermediate_size": 48,
+            "num_hidden_layers": 2,
+            "num_attention_heads": 4,
+            "max_position_embeddings": positions,
+            "bos_token_id": 1,
+            "eos_token_id": 2,
+            "pad_token_id": 0,
+            **more,
+        },
+    )
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(shape)
+    with torch.no_grad():
+        for weight in model.parameters():
+            noise = torch.randn_like(weight) * 0.2
+            weight.copy_(weight + noise if weight.ndim == 1 else noise)
+    model.save_pretrained(folder)
+    return folder
+
+
+def a_tokenizer(folder: Path, template: str | None = TEMPLATE) -> int:
+    """A byte-level tokenizer in the folder; how many tokens it has."""
+    import transformers
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
     reader = Tokenizer(models.BPE())
@@ -58,30 +123,7 @@ def a_llama(
         chat_template=template,
         model_max_length=CONTEXT,
     ).save_pretrained(folder)
-    torch.manual_seed(seed)
-    config, model, more = {
-        "llama": (transformers.LlamaConfig, transformers.LlamaForCausalLM, {}),
-        "qwen3": (transformers.Qwen3Config, transformers.Qwen3ForCausalLM, {"head_dim": 32}),
-        "mistral": (transformers.MistralConfig, transformers.MistralForCausalLM, {"sliding_window": window}),
-    }[kind]
-    shape = config(
-        vocab_size=reader.get_vocab_size(),
-        # Heads of 32: the least that vLLM computes on a CPU.
-        hidden_size=128,
-        intermediate_size=128,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        max_position_embeddings=CONTEXT,
-        bos_token_id=1,
-        eos_token_id=2,
-        pad_token_id=0,
-        # Larger than usual: the likeliest token is then clear, and depends on what stands before.
-        initializer_range=0.2,
-        **more,
-    )
-    model(shape).save_pretrained(folder)
-    return folder
+    return int(reader.get_vocab_size())
 
 
 @dataclass

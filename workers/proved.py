@@ -71,9 +71,7 @@ def check_language(model: Manifest, config: Any) -> None:
 def check_encoder(model: Manifest, config: Any) -> None:
     """The same of an encoder or a classifier."""
     _check_positions(model, config.to_dict(), "")
-    # Its convolution reads padding as well: DeBERTa-v2 has one in its larger sizes alone.
-    listed = ENCODERS if not getattr(config, "conv_kernel_size", 0) else frozenset()
-    _check_listed(model, str(config.model_type), listed, "")
+    _check_listed(model, str(config.model_type), ENCODERS, "")
 
 
 def steady_tokens(config: Mapping[str, Any]) -> int | None:
