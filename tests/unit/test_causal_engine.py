@@ -170,15 +170,21 @@ def test_a_text_is_computed_once_for_all_tasks_and_a_beginning_once_for_all_rows
     assert sum(written for _, _, written, _ in spent) <= len(spent)
 
 
-def test_what_one_tenant_computed_serves_no_other(house: House) -> None:
-    tasks = {"a": Generate("tiny", prompt="Go on.", system="You are a careful reader.", max_tokens=1)}
-    counts = []
+@pytest.mark.parametrize(
+    "task",
+    [
+        Generate("tiny", prompt="Go on.", system="You are a careful reader.", max_tokens=1),
+        Choose("tiny", labels=("good", "bad"), question="Hm?"),
+    ],
+)
+def test_what_one_tenant_computed_serves_no_other(house: House, task: Task) -> None:
+    computed = []
     for tenant in ("a", "a", "b"):
-        pass_ = house.pass_(tasks, tenant=tenant)
-        [one] = house.ended(pass_, house.rows(pass_, TEXTS[:1])).values()
-        counts.append(one.spent["a"][1])
-    assert counts[0] == 0 < counts[1]
-    assert counts[2] == 0
+        pass_ = house.pass_({"a": task}, tenant=tenant)
+        before = house.computed
+        house.ended(pass_, house.rows(pass_, TEXTS[:1]))
+        computed.append(house.computed - before)
+    assert computed[1] < computed[0] == computed[2]
 
 
 def test_answers_end_at_a_stop_text_and_say_so_where_tokens_were_not_enough(house: House) -> None:

@@ -7,7 +7,7 @@ registration (tests/integration/test_worker_register.py).
 from __future__ import annotations
 
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -30,6 +30,7 @@ from workers.engines.causal import Causal, CausalEngine
 from workers.engines.classifier import ClassifierEngine
 from workers.engines.encoder import EncoderEngine
 
+WINDOW_EVERYWHERE: Mapping[str, Any] = {"num_key_value_heads": 2, "head_dim": 8, "sliding_window": 16}
 NOTHING_ELSE: Mapping[str, Any] = {}
 GROUPED = {"num_key_value_heads": 2, "head_dim": 8}
 EXPERTS = {
@@ -54,7 +55,7 @@ LANGUAGE: Mapping[str, Mapping[str, Any]] = {
     ),
     **dict.fromkeys(("biogpt", "gpt2", "gpt_bigcode", "gpt_neox", "opt", "persimmon"), NOTHING_ELSE),
     **dict.fromkeys(("cohere2", "cwm", "exaone4", "gemma2", "gemma3_text", "olmo3", "qwen2"), SLIDING),
-    **dict.fromkeys(("ministral", "mistral", "phi3", "starcoder2"), {**GROUPED, "sliding_window": 16}),
+    **dict.fromkeys(("ministral", "mistral", "phi3", "starcoder2"), WINDOW_EVERYWHERE),
     **dict.fromkeys(("ernie4_5_moe", "flex_olmo", "granitemoe", "granitemoeshared", "hunyuan_v1_moe", "olmoe", "phimoe",
                      "qwen2_moe"), EXPERTS),
     "dots1": {**EXPERTS, "n_routed_experts": 4, "n_shared_experts": 1},
@@ -89,6 +90,15 @@ TEXTS = (
     "a film that nobody will remember",
     "prices rose by five percent in March, said the bank, and will rise again in the summer. " * 2,
 )
+
+
+@pytest.fixture(autouse=True, scope="module")
+def one_thread() -> Iterator[None]:
+    """Products of such small matrices take longer on two threads."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
 
 
 @dataclass

@@ -167,8 +167,8 @@ class Causal:
     kept: OrderedDict[tuple[str, Beginning], list[tuple[torch.Tensor, torch.Tensor]]] = field(
         default_factory=OrderedDict
     )
-    #: What asked -> what its labels are worth without any text.
-    worth: dict[Worth, tuple[float, ...]] = field(default_factory=dict)
+    #: (tenant, what asked) -> what its labels are worth without any text.
+    worth: dict[tuple[str, Worth], tuple[float, ...]] = field(default_factory=dict)
     grammar: Grammar | None = None
 
     @property
@@ -369,7 +369,7 @@ class CausalEngine:
         ends: list[tuple[Asked, str, int, int]] = []
         for a in asking.tasks:
             for kind, prompt in (("text", a.prompt), ("empty", a.empty)):
-                if prompt is None or (kind == "empty" and a.worth in handle.worth):
+                if prompt is None or (kind == "empty" and (tenant, a.worth) in handle.worth):
                     continue
                 ends.append((a, kind, len(sequences), len(prompt.ids)))
                 behind = [label[:-1] for label in a.labels] or [[]]
@@ -643,7 +643,7 @@ class CausalEngine:
         written = {writer.name: writer for writer in row.ended}
         for a in row.asking.tasks:
             if found := tuple(s.logp for s in row.scores if s.task == a.name and s.empty):
-                handle.worth[a.worth] = found
+                handle.worth[row.tenant, a.worth] = found
         weights = {a.name: row.computed[a.name] + _written(written.get(a.name)) for a in row.asking.tasks}
         total = sum(weights.values()) or 1
         columns = {}
@@ -658,7 +658,7 @@ class CausalEngine:
     def _column(self, handle: Causal, row: _Row, a: Asked, written: Mapping[str, Writer]) -> Column:
         if a.labels:
             found = [s.logp for s in row.scores if s.task == a.name and not s.empty]
-            worth = handle.worth.get(a.worth) if a.empty is not None else None
+            worth = handle.worth.get((row.tenant, a.worth)) if a.empty is not None else None
             scores = np.array(found, np.float32) - (np.array(worth, np.float32) if worth else 0)
             return label_column(scores[None], every_score=bool(a.spec.get("scores")))
         return json_column(row.failed.get(a.name) or written[a.name].answer(handle.tokens.words))
