@@ -40,7 +40,7 @@ class Loaded(Protocol):
     device: str
     pool: kv.Pool
     groups: int
-    windows: Sequence[int | None]
+    windows: tuple[int | None, ...]
 
 
 def among_others(loaded: Loaded, ids: Sequence[int], most: int) -> float:
