@@ -17,21 +17,22 @@ from motet.manifest import Manifest
 from workers.engine import CannotLoad
 
 #: ``model_type`` of the language models that tests prove.
-LANGUAGE = frozenset({
-    "apertus", "arcee", "biogpt", "bitnet", "cohere", "cohere2", "cwm", "dots1", "ernie4_5", "ernie4_5_moe", "exaone4",
-    "flex_olmo", "gemma", "gemma2", "gemma3_text", "glm", "glm4", "glm4_moe", "gpt2", "gpt_bigcode", "gpt_neox",
-    "gpt_oss", "granite", "granitemoe", "granitemoeshared", "helium", "hunyuan_v1_dense", "hunyuan_v1_moe", "llama",
-    "ministral", "ministral3", "mistral", "mixtral", "modernbert-decoder", "nanochat", "olmo", "olmo2", "olmo3", "olmoe", "opt", "persimmon",
-    "phi", "phi3", "phimoe", "qwen2", "qwen2_moe", "qwen3", "qwen3_moe", "seed_oss", "smollm3", "starcoder2",
+PROVED_LANGUAGE = frozenset({
+    "apertus", "arcee", "biogpt", "bitnet", "cohere", "cohere2", "cwm", "dots1", "ernie4_5",
+    "ernie4_5_moe", "exaone4", "flex_olmo", "gemma", "gemma2", "gemma3_text", "glm", "glm4", "glm4_moe",
+    "gpt2", "gpt_bigcode", "gpt_neox", "gpt_oss", "granite", "granitemoe", "granitemoeshared", "helium",
+    "hunyuan_v1_dense", "hunyuan_v1_moe", "llama", "ministral", "ministral3", "mistral", "mixtral",
+    "modernbert-decoder", "nanochat", "olmo", "olmo2", "olmo3", "olmoe", "opt", "persimmon", "phi",
+    "phi3", "phimoe", "qwen2", "qwen2_moe", "qwen3", "qwen3_moe", "seed_oss", "smollm3", "starcoder2",
 })  # fmt: skip
 #: ``model_type`` of the encoders and classifiers that tests prove.
-ENCODERS = frozenset({
+PROVED_ENCODERS = frozenset({
     "albert", "bert", "camembert", "deberta", "deberta-v2", "distilbert", "electra", "ernie", "modernbert", "mpnet",
     "nomic_bert", "rembert", "roberta", "xlm-roberta", "xlm-roberta-xl",
 })  # fmt: skip
 #: Layers that only attention connects to other tokens, as configurations name them. All others carry what they read
 #: along the line, or attend in a way of their own.
-KINDS = frozenset({"full_attention", "sliding_attention", "attention"})
+CONNECTED_BY_ATTENTION = frozenset({"full_attention", "sliding_attention", "attention"})
 #: Where configurations name the kinds of their layers.
 _KINDS_OF_LAYERS = ("layer_types", "layers_block_type", "block_types")
 #: Rotary positions that depend on the longest row of a step, beyond the length that the model was trained for.
@@ -59,19 +60,20 @@ class Provable(Protocol):
 def check_language(model: Manifest, config: Any) -> None:
     """Raise CannotLoad where a language model's rows may mix. ``config``: as transformers has read it."""
     kind = str(config.model_type)
-    if strange := sorted(_kinds(config) - KINDS):
+    if strange := sorted(_kinds(config) - CONNECTED_BY_ATTENTION):
         raise CannotLoad(
-            f"{kind} has layers of the kind {', '.join(strange)}, which hand on what they read from token to token and "
-            f"would mix rows; {ELSEWHERE}"
+            f"{kind} has layers of the kind {', '.join(strange)}; expected attention to all tokens or to a sliding "
+            "window, since layers that hand on what they read from token to token would mix rows here; "
+            f"{ELSEWHERE}"
         )
     _check_positions(model, config.to_dict(), f", or {ELSEWHERE}")
-    _check_listed(model, kind, LANGUAGE, f", or {ELSEWHERE}")
+    _check_listed(model, kind, PROVED_LANGUAGE, f", or {ELSEWHERE}")
 
 
 def check_encoder(model: Manifest, config: Any) -> None:
     """The same of an encoder or a classifier."""
     _check_positions(model, config.to_dict(), "")
-    _check_listed(model, str(config.model_type), ENCODERS, "")
+    _check_listed(model, str(config.model_type), PROVED_ENCODERS, "")
 
 
 def steady_tokens(config: Mapping[str, Any]) -> int | None:

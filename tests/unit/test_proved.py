@@ -160,7 +160,7 @@ def test_a_row_among_rows_of_other_tenants_writes_what_it_writes_alone(tmp_path:
 
 
 def test_the_list_of_language_models_is_what_is_proved_here() -> None:
-    assert set(LANGUAGE) == proved.LANGUAGE
+    assert set(LANGUAGE) == proved.PROVED_LANGUAGE
 
 
 @pytest.mark.parametrize("kind", sorted(CARRYING))
@@ -188,7 +188,7 @@ def test_an_unlisted_architecture_that_keeps_rows_apart_passes_the_proof_with_it
     tmp_path: Path,
 ) -> None:
     folder = a_language_model(tmp_path, "granite_swa", **{**SLIDING, "sliding_window": 400})
-    assert "granite_swa" not in proved.LANGUAGE
+    assert "granite_swa" not in proved.PROVED_LANGUAGE
     loaded = load(folder, proved.on_trial(described(folder)))
     assert loaded.apart < 1e-5
     assert loaded.model.max_tokens == CONTEXT
@@ -381,7 +381,7 @@ def test_a_row_beside_longer_ones_is_encoded_as_it_is_alone(tmp_path: Path, kind
 
 
 def test_the_list_of_encoders_is_what_is_proved_here() -> None:
-    assert set(ENCODERS) == proved.ENCODERS
+    assert set(ENCODERS) == proved.PROVED_ENCODERS
 
 
 @pytest.mark.parametrize("kind", ["bert", "roberta", "qwen3"])

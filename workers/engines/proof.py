@@ -21,19 +21,20 @@ from workers.engines import kv
 from workers.engines.trunk import Tokens, torch_errors
 from workers.proved import ELSEWHERE
 
-#: Tokens of the rows of a language model: one needs two masks (kv.TOGETHER), and no two are of one length. More and
+#: Tokens of the rows of a language model: a piece of one needs two masks (kv.TOGETHER), and no two are of one length. More and
 #: longer rows take longer to register, and show nothing else.
-LENGTHS = (9, 40, 17, kv.TOGETHER + 21, 24)
+ROW_TOKENS = (9, 40, 17, kv.TOGETHER + 60, 24)
 #: The last tokens of each row come one at a time, as an answer's do.
 WRITTEN = 3
 #: Windows of attention are narrowed to this many tokens for the proof, so that its rows are longer.
-WINDOW = 16
-#: Texts of an encoder's rows, in words; the last row is as long as the model reads, but no longer than LONGEST tokens.
-WORDS = (1, 5, 30)
+NARROW = 16
+#: Words of an encoder's shorter rows. Its longest is as long as the model reads, up to LONGEST tokens, since attention
+#: over more takes minutes on a CPU.
+ROW_WORDS = (1, 5, 30)
 LONGEST = 2048
 
 
-class Loaded(Protocol):
+class LanguageModel(Protocol):
     """What the proof needs of a loaded language model."""
 
     model: Any
@@ -43,7 +44,7 @@ class Loaded(Protocol):
     windows: tuple[int | None, ...]
 
 
-def among_others(loaded: Loaded, ids: Sequence[int], most: int) -> float:
+def among_others(loaded: LanguageModel, ids: Sequence[int], most: int) -> float:
     """How far the logits of rows in one line are from those of the plain model, which reads one row at a time.
 
     ``ids``: tokens of ordinary text, cut into rows of at most ``most``. Of each row the median token's distance, as a
@@ -82,7 +83,7 @@ def beside_others(
     OutOfMemory, DeviceBroken.
     """
     words = " ".join(texts).split()
-    some = [" ".join(words[:count]) for count in (*WORDS, len(words))]
+    some = [" ".join(words[:count]) for count in (*ROW_WORDS, len(words))]
     rows = [row for row in tokens.prepare(some, LONGEST) if isinstance(row, Prepared)]
     together = torch.as_tensor(answers(rows))
     alone = torch.cat([torch.as_tensor(answers([row])) for row in rows])
@@ -99,15 +100,15 @@ def _apart(found: torch.Tensor, expected: torch.Tensor) -> float:
 
 
 @contextmanager
-def _narrowed(loaded: Loaded) -> Iterator[tuple[int | None, ...]]:
-    """Windows of WINDOW tokens instead of the model's own: what each layer then attends to."""
+def _narrowed(loaded: LanguageModel) -> Iterator[tuple[int | None, ...]]:
+    """Windows of NARROW tokens instead of the model's own: what each layer then attends to."""
     holders: list[Any] = [loaded.model.config.get_text_config(), *loaded.model.modules()]
-    wide = [h for h in holders if (getattr(h, "sliding_window", None) or 0) > WINDOW]
+    wide = [h for h in holders if (getattr(h, "sliding_window", None) or 0) > NARROW]
     was = [holder.sliding_window for holder in wide]
     try:
         for holder in wide:
-            holder.sliding_window = WINDOW
-        yield tuple(window and min(window, WINDOW) for window in loaded.windows)
+            holder.sliding_window = NARROW
+        yield tuple(window and min(window, NARROW) for window in loaded.windows)
     finally:
         for holder, window in zip(wide, was, strict=True):
             holder.sliding_window = window
@@ -117,7 +118,7 @@ def _rows(ids: Sequence[int], most: int) -> list[list[int]]:
     """Rows of different lengths and of different tokens; two of them begin alike."""
     rows = []
     at = 0
-    for length in LENGTHS:
+    for length in ROW_TOKENS:
         length = max(WRITTEN + 1, min(length, most))
         rows.append([ids[i % len(ids)] for i in range(at, at + length)])
         at += length
@@ -138,7 +139,7 @@ def _one_at_a_time(model: Any, rows: Sequence[Sequence[int]], device: str) -> li
 
 
 def _in_one_line(
-    loaded: Loaded, windows: Sequence[int | None], rows: Sequence[Sequence[int]]
+    loaded: LanguageModel, windows: Sequence[int | None], rows: Sequence[Sequence[int]]
 ) -> list[torch.Tensor]:
     """The same, where each step reads pieces of several rows."""
     pool, device = loaded.pool, loaded.device
@@ -170,14 +171,14 @@ def _steps(rows: Sequence[Sequence[int]]) -> Iterator[list[tuple[int, int, int]]
 
 
 def _pieces(length: int) -> list[tuple[int, int]]:
-    """A prompt in two pieces, then one token at a time."""
+    """A prompt in two pieces, a quarter of it first, then one token at a time."""
     end = length - WRITTEN
-    cuts = sorted({0, end // 2, *range(end, length + 1)})
+    cuts = sorted({0, end // 4, *range(end, length + 1)})
     return list(itertools.pairwise(cuts))
 
 
 def _flight(
-    loaded: Loaded,
+    loaded: LanguageModel,
     windows: Sequence[int | None],
     step: Sequence[tuple[int, int, int]],
     line: Sequence[tuple[int, int]],
@@ -202,7 +203,7 @@ def _flight(
     )
 
 
-def _writing(loaded: Loaded, window: int | None, newest: Sequence[tuple[int, int, int]]) -> kv.Writing:
+def _writing(loaded: LanguageModel, window: int | None, newest: Sequence[tuple[int, int, int]]) -> kv.Writing:
     """Newest tokens (where in the line, row, place), one of each row; a row that writes nothing repeats a token."""
     slots = 1 + max(row for _, row, _ in newest)
     tokens = np.zeros((slots, 1), np.int64)
@@ -220,7 +221,7 @@ def _writing(loaded: Loaded, window: int | None, newest: Sequence[tuple[int, int
 
 
 def _masks(
-    loaded: Loaded, window: int | None, places: NDArray[np.int64], cells: int
+    loaded: LanguageModel, window: int | None, places: NDArray[np.int64], cells: int
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """What tokens at these places of their rows, (rows, tokens), attend to; and the same within the window."""
     behind = places[..., None] - np.arange(cells)
