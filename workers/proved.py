@@ -41,7 +41,7 @@ _OF_THE_LONGEST = frozenset({"dynamic", "longrope", "su"})
 #: Key in ``Manifest.scores``: of each numeric format, the distance that registration measured.
 PROOF = "among_others"
 #: Numeric format -> the largest distance of a row among others from the same row alone, as a share of its numbers'
-#: length. Below 1e-6 on small models, where rows mix beyond 0.2. Whether they mix is decided in fp32; bf16 rounds more,
+#: length. Below 1e-6 on small models, where rows mix beyond 0.15. Whether they mix is decided in fp32; bf16 rounds more,
 #: and most of all where a router chooses between experts that are nearly as good.
 TOLERANCE: Mapping[str, float] = {"fp32": 1e-3, "bf16": 0.25}
 #: What an administrator may do about a language model that is refused.
