@@ -26,6 +26,7 @@ from motet.wire import Assignment, Beat, Outcome, Running, Usage, pack, unpack
 from scheduler.aggregator import Aggregator
 from scheduler.carve import Carved, Frontier, Range
 from scheduler.dispatcher import Dispatcher
+from scheduler.liveness import GRACE_S
 from scheduler.payloads import Payloads
 from scheduler.store import leases
 from scheduler.store.database import Database, StoreUnavailable
@@ -615,7 +616,7 @@ def test_the_lead_of_a_process_that_is_gone_is_taken_before_it_runs_out(house: H
     assert leads is not None
     assert standby.epoch > leads
     with pytest.raises(NotLeading):
-        house.dispatcher._chores(leads, {}, house.dispatcher._read(house.now))
+        house.dispatcher._chores(leads, {}, house.dispatcher._read(house.now), house.now)
     where, _, rest = name.rpartition(":")
     elsewhere = f"{where}:0000abcd-{rest.partition('-')[2]}"
     house.sql("UPDATE leader SET holder = :name, epoch = epoch + 1", name=elsewhere)
@@ -642,28 +643,55 @@ def test_after_a_restore_of_an_older_dump_the_lead_is_taken_in_a_later_epoch_all
     assert restored.epoch == ahead + 1, "nor does it go back where the clock did"
 
 
+def refuse_all(house: House, *hands: Hand) -> None:
+    """These workers cannot load what they were sent."""
+    for hand in hands:
+        for a in hand.take_all():
+            failure = hand.outcome(
+                a,
+                verdict="failed",
+                columns={},
+                error=("cannot_load", "needs a GPU"),
+                refused=TRUNK.digest,
+            )
+            hand.report(failure)
+    house.aggregate()
+    house.due()
+
+
 def test_a_job_that_no_worker_can_load_fails_with_the_reason(house: House) -> None:
     job = land(house.database, texts(5), TASKS)
-    for _ in range(4):
+    begun = house.now
+    while house.job(job).state == "running" and house.now < begun + 2 * GRACE_S:
         house.tick()
-        for hand in house.hands:
-            for a in hand.take_all():
-                hand.report(
-                    hand.outcome(
-                        a,
-                        verdict="failed",
-                        columns={},
-                        error=("cannot_load", "needs a GPU"),
-                        refused=TRUNK.digest,
-                    )
-                )
-        house.aggregate()
-        house.due()
+        refuse_all(house, *house.hands)
         house.now += 10
     j = house.job(job)
     assert j.state == "failed"
     assert j.reason == "no worker can load trunk@1: needs a GPU"
     assert j.cells_skipped == 10
+    assert house.now > begun + GRACE_S
+
+
+def test_a_job_outlives_a_restart_of_the_only_worker_that_can_load_its_model(house: House) -> None:
+    rows = texts(50)
+    refuses, able = house.hands
+    house.hands = [refuses]
+    house.tick()
+    job = land(house.database, rows, TASKS)
+    for _ in range(3):
+        house.tick()
+        refuse_all(house, refuses)
+    able.boot = "boot-2"
+    starts = Beat(worker=able.name, boot=able.boot, seq=0, state="starting")
+    house.transport.worker(able.name).beat(starts)
+    for _ in range(10):
+        house.tick()
+        house.now += 10
+    assert house.job(job).state == "running"
+    house.hands = [refuses, able]
+    assert house.finish(job).state == "succeeded"
+    assert house.labels(job) == expected(rows)
 
 
 def test_resubmitting_a_finished_job_runs_nothing(house: House) -> None:
@@ -814,7 +842,7 @@ def test_a_head_that_cannot_be_attached_fails_its_own_job_and_no_other(house: Ho
     register(house.database, replace(HEAD, name="broken", labels=("a", "b")))
     broken = land(house.database, texts(5), {"x": Classify("broken")})
     healthy = land(house.database, texts(5), {"size": Classify("length")}, tenant="another")
-    for _ in range(5):
+    while house.job(broken).state == "running" and house.now < 2 * GRACE_S:
         house.tick()
         for hand in house.hands:
             for a in hand.take_all():

@@ -225,8 +225,8 @@ def test_half_the_memory_is_enough_where_the_model_may_run_in_bf16() -> None:
         ("refused", {"refusals": (Refusal(7, "w1", "b", "weights are torn"),)}),
         ("drained", {"drained": frozenset({"w1"})}),
         ("draining", {"beats": beat(state="draining")}),
-        ("starting", {"beats": beat(state="starting")}),
-        ("incompatible", {"beats": beat(protocol=PROTOCOL + 1)}),
+        ("starting", {"beats": beat(state="starting", engines=(), memory_mb=0)}),
+        ("incompatible", {"beats": beat(protocol=PROTOCOL + 1, engines=())}),
         ("exclusive", {"leases": (held(OWN, exclusive=True),)}),
     ],
 )
