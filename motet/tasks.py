@@ -214,8 +214,12 @@ KINDS: Mapping[str, type[Task]] = {
 
 def placeholders(template: str) -> tuple[str, ...]:
     """Field names in a template, in order of first use. ``{{`` and ``}}`` are literal braces."""
-    bare = template.replace("{{", "").replace("}}", "")
-    return tuple(dict.fromkeys(_PLACEHOLDER.findall(bare)))
+    return tuple(dict.fromkeys(uses(template)))
+
+
+def uses(template: str) -> list[str]:
+    """The same names, each as often as it stands there."""
+    return _PLACEHOLDER.findall(template.replace("{{", "").replace("}}", ""))
 
 
 def render(template: str, row: Mapping[str, str]) -> str:

@@ -208,7 +208,7 @@ class Usage:
     tokens: int = 0
     #: Tokens computed, padding included.
     computed_tokens: int = 0
-    #: ``bytes_read`` of the texts, for the bytes-to-tokens ratio.
+    #: ``bytes_read`` of the texts: the worker's guess of its work before it has tokenised them.
     text_bytes: int = 0
     micro_batches: int = 0
     #: Seconds that the device worked for this attempt.

@@ -12,6 +12,7 @@ import sys
 from array import array
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 from motet.wire import bytes_read, pack, unpack
 
@@ -43,6 +44,17 @@ class Reader:
     reusable: bool
     #: Tasks of the job whose answers it reads, each by name and number.
     needs: tuple[tuple[str, int], ...] = ()
+
+
+class Reads(NamedTuple):
+    """What a pass reads of a row, as far as it decides what the pass costs."""
+
+    #: How often it reads each field of its job, in their order; (): each once.
+    times: tuple[int, ...] = ()
+    #: UTF-8 bytes beside the fields: its templates' own, and other tasks' answers, about.
+    beside: int = 0
+    #: Tokens after which it cuts; 0: never.
+    max_tokens: int = 0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -144,11 +156,18 @@ def row_order(raw: bytes) -> array[int]:
     return uint32s(raw)
 
 
-def read_in_order(order: bytes, lengths: bytes, n_rows: int, max_tokens: int) -> list[int]:
+def read_in_order(order: bytes, lengths: bytes, n_rows: int, reads: Reads) -> list[int]:
     """Bytes that a pass reads of each row that work is done on, in the order in which it is carved."""
     per_field = uint32s(lengths)
-    sizes = [sum(per_field[i::n_rows]) for i in range(n_rows)] if len(per_field) > n_rows else per_field
-    return [bytes_read(sizes[i], max_tokens) for i in row_order(order)]
+    times = reads.times or (1,) * (len(per_field) // n_rows)
+    columns = [
+        (n, per_field[at * n_rows : (at + 1) * n_rows]) for at, n in enumerate(times) if n
+    ]  # of the fields that it reads
+    beside, most = reads.beside, reads.max_tokens
+    if len(columns) == 1 and columns[0][0] == 1:
+        ((_, only),) = columns
+        return [bytes_read(beside + only[i], most) for i in row_order(order)]
+    return [bytes_read(beside + sum(n * column[i] for n, column in columns), most) for i in row_order(order)]
 
 
 def uint32s(raw: bytes) -> array[int]:

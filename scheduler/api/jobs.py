@@ -10,6 +10,7 @@ import logging
 import re
 import time
 import uuid
+from dataclasses import replace
 from datetime import UTC, datetime
 from typing import Annotated, Any, Literal
 from uuid import UUID
@@ -40,7 +41,7 @@ from scheduler.api.submissions import (
 )
 from scheduler.blocks import Part, blocks_of
 from scheduler.cost import Rates
-from scheduler.plan import PlannedPass, Sample, estimate
+from scheduler.plan import PlannedPass, Sample, estimate, reads_of
 from scheduler.prompt_cost import Asked, estimate_prompts
 from scheduler.prompt_order import instruction
 from scheduler.store import jobs as store
@@ -328,9 +329,11 @@ def _dry_run(use: Resources, raw: bytes) -> Response:
     sample = Sample(
         rows=len(rows),
         total_rows=len(rows) if asked.total_rows is None else asked.total_rows,
+        # Of a pass that reads some of the fields the others' bytes tell nothing: then rows count.
         text_bytes=sum(len(text.encode()) for row in rows for text in row.values()),
         total_bytes=asked.total_bytes,
     )
+    by_rows = replace(sample, total_bytes=None)
     rates, devices = _speeds(use)
     too_long: set[int] = set()
     passes, estimates = [], []
@@ -350,12 +353,13 @@ def _dry_run(use: Resources, raw: bytes) -> Response:
             "prior_s": prior.seconds_per_token,
             "subtask_s": use.settings.subtask_s,
         }
+        of_it = sample if all(reads_of(p, asked.tasks).times) else by_rows
         if p.prompts:
             prompts = [_asked(use, p, asked.tasks[names[number]], seen) for number in p.tasks]
-            guess = estimate_prompts(p, lengths, prompts, sample, **timing)
+            guess = estimate_prompts(p, lengths, prompts, of_it, **timing)
         else:
             too_long.update(i for i, n in enumerate(lengths) if p.max_tokens and n > p.max_tokens)
-            guess = estimate(p, lengths, sample, **timing)
+            guess = estimate(p, lengths, of_it, **timing)
         estimates.append(guess)
         passes.append(
             {

@@ -20,7 +20,7 @@ from scheduler.api.answer_schemas import schema_problems
 from scheduler.api.bodies import clean_object
 from scheduler.api.strict_json import MAX_DEPTH, Doubled
 from scheduler.needs import dialogues_of, fields_of
-from scheduler.plan import PlannedPass, in_order, loaded_model, plan, task_digest
+from scheduler.plan import PlannedPass, in_order, loaded_model, plan, reads_of, task_digest
 from scheduler.store.jobs import PRIORITIES, NewJob, NewPass, NewTask
 from scheduler.store.registry import Registered
 
@@ -240,6 +240,7 @@ def new_job(job: UUID, tenant: UUID, asked: Submission, planned: Planned, key: s
     """What the store needs to open the job."""
     pass_of = {number: p for p in planned.passes for number in p.tasks}
     trunks = _manifests(planned.trunks)
+    reads = [reads_of(p, asked.tasks) for p in planned.passes]
     tasks = []
     for number, (name, submitted) in enumerate(asked.tasks.items()):
         model, task = planned.models[name], in_order(submitted, pass_of[number])
@@ -272,8 +273,10 @@ def new_job(job: UUID, tenant: UUID, asked: Submission, planned: Planned, key: s
                 input=p.input,
                 needs=p.needs,
                 rate_key=p.rate_key,
+                reads=read.times,
+                bytes_beside=read.beside,
             )
-            for p in planned.passes
+            for p, read in zip(planned.passes, reads, strict=True)
         ),
         request_digest=asked.digest,
         idempotency_key=key,

@@ -15,7 +15,7 @@ from uuid import UUID
 from sqlalchemy import Connection, Row, text
 
 from motet.columns import CellError
-from scheduler.blocks import read_in_order, row_order, uint32_bytes
+from scheduler.blocks import Reads, read_in_order, row_order, uint32_bytes
 
 #: Class of a cell that was skipped since one that it reads has no answer.
 UPSTREAM = "upstream"
@@ -33,7 +33,8 @@ _FAILED = text(f"""
      ORDER BY k.job, k.pass, k.block, n.task""")
 # Whose last needed column has just come to be shown.
 _FREE = text("""
-    SELECT b.job_id, b.pass_number, b.block_number, b.todo, k.row_order, k.lengths, k.n_rows, p.max_tokens
+    SELECT b.job_id, b.pass_number, b.block_number, b.todo, k.row_order, k.lengths, k.n_rows,
+           p.reads, p.bytes_beside, p.max_tokens
       FROM unnest(CAST(:jobs AS uuid[]), CAST(:blocks AS int[])) w (job, block)
       JOIN block_pass b ON b.job_id = w.job AND b.block_number = w.block AND b.state = 'waiting'
       JOIN pass p ON p.job_id = b.job_id AND p.number = b.pass_number
@@ -103,11 +104,9 @@ def release(connection: Connection, blocks: Collection[tuple[UUID, int]]) -> lis
         released.append({"job": job, "pass": number, "block": block, "n": len(left), "row_order": own})
         skipped[job] += (len(order) - len(left)) * (row.todo & (1 << 64) - 1).bit_count()
         rows[job, number] += len(left)
-        size[job, number] += sum(
-            read_in_order(
-                bytes(row.row_order) if own is None else own, row.lengths, row.n_rows, row.max_tokens
-            )
-        )
+        reads = Reads(tuple(row.reads), row.bytes_beside, row.max_tokens)
+        in_order = bytes(row.row_order) if own is None else own
+        size[job, number] += sum(read_in_order(in_order, row.lengths, row.n_rows, reads))
     connection.execute(_RELEASE, released)
     connection.execute(
         _MORE_WAITS,

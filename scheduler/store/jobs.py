@@ -22,7 +22,7 @@ from motet import traces
 from motet.columns import CellError, Kind
 from motet.errors import Conflict, InvalidJob, NotFound, Overloaded, Problem
 from motet.manifest import Manifest, column_kind, column_kind_of
-from scheduler.blocks import Block, Reader, read_in_order, task_bits
+from scheduler.blocks import Block, Reader, Reads, read_in_order, task_bits
 from scheduler.merge import errors_column
 from scheduler.needs import dialogues_of, fields_read, needs_of, stored_task
 from scheduler.store import endings
@@ -68,6 +68,9 @@ class NewPass:
     needs: tuple[int, ...] = ()
     #: ``PlannedPass.rate_key``.
     rate_key: str = ""
+    #: How often it reads each field of the job, and bytes beside them: see ``scheduler.blocks.Reads``.
+    reads: tuple[int, ...] = ()
+    bytes_beside: int = 0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -106,8 +109,8 @@ _OPEN = text("""
             clock_timestamp() + make_interval(secs => CAST(:deadline_s AS double precision)), :retention_days)
     ON CONFLICT (tenant_id, idempotency_key) DO NOTHING RETURNING id""")
 _ADD_PASS = text("""
-    INSERT INTO pass (job_id, number, kind, model_id, numerics, max_tokens, input, needs, rate_key)
-    VALUES (:job, :number, :kind, :model_id, :numerics, :max_tokens, :input, :needs, :rate_key)""")
+    INSERT INTO pass (job_id, number, kind, model_id, numerics, max_tokens, input, needs, rate_key, reads, bytes_beside)
+    VALUES (:job, :number, :kind, :model_id, :numerics, :max_tokens, :input, :needs, :rate_key, :reads, :bytes_beside)""")
 _ADD_TASK = text("""
     INSERT INTO task (job_id, number, name, pass_number, model_id, kind, spec, labels, digest)
     VALUES (:job, :number, :name, :pass_number, :model_id, :kind, CAST(:spec AS jsonb), :labels, :digest)""")
@@ -177,6 +180,8 @@ def open_job(connection: Connection, job: NewJob, *, max_active_jobs: int) -> UU
                 "input": p.input,
                 "needs": list(p.needs),
                 "rate_key": p.rate_key,
+                "reads": list(p.reads),
+                "bytes_beside": p.bytes_beside,
             }
             for number, p in enumerate(job.passes)
         ],
@@ -223,8 +228,8 @@ class Loading:
     #: Task numbers of each pass, in order of pass number, and those of the tasks whose cells it reads.
     passes: tuple[tuple[int, ...], ...]
     needs: tuple[tuple[int, ...], ...]
-    #: Tokens that each pass reads of a row at most; 0: all.
-    max_tokens: tuple[int, ...]
+    #: What each pass reads of a row.
+    reads: tuple[Reads, ...]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -242,7 +247,8 @@ _LOADING = text(
     "SELECT id, tenant_id, fields, bad_rows, priority, reuse FROM job WHERE id = :job AND tenant_id = :tenant"
 )
 _READERS = text("""
-    SELECT t.number, t.name, t.kind, t.pass_number, t.spec, t.digest, m.manifest, l.manifest AS loaded, p.max_tokens
+    SELECT t.number, t.name, t.kind, t.pass_number, t.spec, t.digest, m.manifest, l.manifest AS loaded,
+           p.max_tokens, p.reads, p.bytes_beside
       FROM task t JOIN model m ON m.id = t.model_id
       JOIN pass p ON p.job_id = t.job_id AND p.number = t.pass_number JOIN model l ON l.id = p.model_id
      WHERE t.job_id = :job ORDER BY t.number""")
@@ -259,7 +265,7 @@ def loading(connection: Connection, tenant: UUID, job: UUID) -> Loading:
     readers: list[Reader] = []
     kinds: list[Kind] = []
     passes: dict[int, list[int]] = {}
-    max_tokens: dict[int, int] = {}
+    reads: dict[int, Reads] = {}
     for row in rows:
         model, loaded = Manifest.from_json(row.manifest), Manifest.from_json(row.loaded)
         # What is drawn is drawn anew for each job, and for each row of it.
@@ -274,7 +280,7 @@ def loading(connection: Connection, tenant: UUID, job: UUID) -> Loading:
         )
         kinds.append(column_kind(row.kind, model))
         passes.setdefault(row.pass_number, []).append(row.number)
-        max_tokens[row.pass_number] = row.max_tokens
+        reads[row.pass_number] = Reads(tuple(row.reads), row.bytes_beside, row.max_tokens)
     return Loading(
         id=found.id,
         tenant=found.tenant_id,
@@ -287,7 +293,7 @@ def loading(connection: Connection, tenant: UUID, job: UUID) -> Loading:
         kinds=tuple(kinds),
         passes=tuple(tuple(passes[number]) for number in sorted(passes)),
         needs=tuple(needs[passes[number][0]] for number in sorted(passes)),
-        max_tokens=tuple(max_tokens[number] for number in sorted(passes)),
+        reads=tuple(reads[number] for number in sorted(passes)),
     )
 
 
@@ -340,8 +346,9 @@ _COPY_BLOCK = (
     ),
 )
 _COPY_BLOCK_PASS = (
-    "COPY block_pass (job_id, pass_number, block_number, state, todo, n, cursor, done) FROM STDIN (FORMAT BINARY)",
-    ("uuid", "int2", "int4", "text", "int8", "int4", "int4", "int4"),
+    "COPY block_pass (job_id, pass_number, block_number, state, todo, n, cursor, done, bytes)"
+    " FROM STDIN (FORMAT BINARY)",
+    ("uuid", "int2", "int4", "text", "int8", "int4", "int4", "int4", "int8"),
 )
 _COPY_BLOCK_COLUMN = (
     "COPY block_column (job_id, block_number, task_number, column_id) FROM STDIN (FORMAT BINARY)",
@@ -517,19 +524,17 @@ def _add_passes(landing: _Landing, job: Loading, number: int, block: Block, todo
     for pass_number, tasks in enumerate(job.passes):
         asked = [t for t in tasks if t in todo]
         n = block.n_work
-        if asked and n and job.needs[pass_number]:
+        state, settled, size = "sealed", n, 0
+        if asked and n:
             open_passes += 1
-            state, settled = "waiting", 0
-        elif asked and n:
-            open_passes += 1
+            state, settled = "waiting" if job.needs[pass_number] else "ready", 0
+            reads = job.reads[pass_number]
+            size = sum(read_in_order(block.row_order, block.lengths, block.n_rows, reads))
+        if state == "ready":
             landing.rows_waiting[pass_number] += n
-            read = read_in_order(block.row_order, block.lengths, block.n_rows, job.max_tokens[pass_number])
-            landing.bytes_waiting[pass_number] += sum(read)
-            state, settled = "ready", 0
-        else:
-            state, settled = "sealed", n
+            landing.bytes_waiting[pass_number] += size
         landing.block_passes.append(
-            (job.id, pass_number, number, state, task_bits(asked), n, settled, settled)
+            (job.id, pass_number, number, state, task_bits(asked), n, settled, settled, size)
         )
     return open_passes
 

@@ -21,7 +21,7 @@ from sqlalchemy import Connection, text
 
 from motet.columns import Column
 from motet.manifest import Manifest
-from scheduler.blocks import read_in_order
+from scheduler.blocks import Reads, read_in_order
 from scheduler.carve import Carved, Frontier, OpenBlock, Piece, Range
 from scheduler.lifecycle import Refusal, Return
 from scheduler.place import Demand
@@ -97,7 +97,7 @@ _DEMAND = text("""
            p.rows_waiting - coalesce(later.n_rows, 0) AS n_rows,
            p.bytes_waiting - coalesce(later.bytes, 0) AS bytes,
            w.age,
-           CASE WHEN j.tokens > 0 THEN CAST(j.text_bytes AS double precision) / j.tokens ELSE 0 END AS bytes_per_token,
+           CASE WHEN p.tokens > 0 THEN CAST(p.bytes_done AS double precision) / p.tokens ELSE 0 END AS bytes_per_token,
            date_part('epoch', j.deadline - clock_timestamp()) AS left_s
       FROM waiting w JOIN pass p ON p.job_id = w.job_id AND p.number = w.number
       JOIN job j ON j.id = p.job_id JOIN tenant t ON t.id = j.tenant_id JOIN model m ON m.id = p.model_id
@@ -164,7 +164,8 @@ _OPEN_BLOCKS = text("""
      WHERE job_id = :job AND pass_number = :pass AND state = 'ready' AND cursor < n
      ORDER BY block_number LIMIT :limit""")
 _LENGTHS = text("""
-    SELECT b.number, coalesce(w.row_order, b.row_order) AS row_order, b.lengths, b.n_rows, p.max_tokens
+    SELECT b.number, coalesce(w.row_order, b.row_order) AS row_order, b.lengths, b.n_rows,
+           p.reads, p.bytes_beside, p.max_tokens
       FROM block b JOIN pass p ON p.job_id = b.job_id AND p.number = :pass
       JOIN block_pass w ON w.job_id = b.job_id AND w.pass_number = p.number AND w.block_number = b.number
      WHERE b.job_id = :job AND b.number = ANY(:blocks)""")
@@ -214,7 +215,8 @@ def _lengths_of(
     missing = [block for block in blocks if (job, pass_number, block) not in _lengths_read]
     if missing:
         for row in connection.execute(_LENGTHS, {"job": job, "pass": pass_number, "blocks": missing}):
-            sizes = read_in_order(row.row_order, row.lengths, row.n_rows, row.max_tokens)
+            reads = Reads(tuple(row.reads), row.bytes_beside, row.max_tokens)
+            sizes = read_in_order(row.row_order, row.lengths, row.n_rows, reads)
             _lengths_read[job, pass_number, row.number] = array("Q", accumulate(sizes, initial=0))
     found = {}
     for block in blocks:

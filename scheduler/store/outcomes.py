@@ -77,6 +77,12 @@ _COUNT = text("""
            started = coalesce(started, clock_timestamp())
      WHERE id = :job""")
 
+_MEASURE = text("""
+    UPDATE pass SET bytes_done = pass.bytes_done + k.bytes, tokens = pass.tokens + k.tokens
+      FROM unnest(CAST(:jobs AS uuid[]), CAST(:passes AS smallint[]), CAST(:bytes AS bigint[]), CAST(:tokens AS bigint[]))
+           k (job, number, bytes, tokens)
+     WHERE pass.job_id = k.job AND pass.number = k.number""")
+
 #: Outcomes that are shorter than either of these teach nothing about speed.
 _LEARN_FROM_TOKENS, _LEARN_FROM_S = 128, 0.25
 #: Failures that say nothing about the rows: what was asked never reached the engine.
@@ -180,6 +186,7 @@ def _take_in(
     else:
         done.accepted += 1
         learned.see(row, outcome.usage)
+        total.update(bytes=row.bytes)
     u = outcome.usage
     connection.execute(
         _CLOSE,
@@ -187,7 +194,7 @@ def _take_in(
     )
     connection.execute(_DROP, {"id": subtask.id})
     put_back(connection, subtask.job, subtask.pass_number, returns)
-    total.update(tokens=u.tokens, computed=u.computed_tokens, bytes=u.text_bytes, subtasks=1)
+    total.update(tokens=u.tokens, computed=u.computed_tokens, subtasks=1)
     total["busy_us"] += int(u.busy_s * 1e6)
     return answers
 
@@ -273,9 +280,17 @@ class _Learned:
     loads: list[tuple[LoadKey, float]] = field(default_factory=list)
     #: (digest of a model, worker) -> boot, why.
     refusals: dict[tuple[str, str], tuple[str, str]] = field(default_factory=dict)
+    #: (job, pass) -> bytes by which its sub-tasks were priced, and the tokens that these turned out to be.
+    ratios: dict[tuple[UUID, int], tuple[int, int]] = field(default_factory=dict)
 
     def see(self, row: Any, u: Usage) -> None:
-        """Learn from an accepted outcome. A clone ran where it should not have; what loaded also ran cold."""
+        """Learn from an accepted outcome. A clone ran where it should not have; what loaded also ran cold.
+
+        Bytes are those that the sub-task was priced by, never the worker's count: what is learned is applied to such.
+        """
+        if u.tokens > 0:
+            size, tokens = self.ratios.get((row.job_id, row.pass_number), (0, 0))
+            self.ratios[row.job_id, row.pass_number] = (size + row.bytes, tokens + u.tokens)
         if row.clone:
             return
         if u.load_s > 0:
@@ -291,11 +306,16 @@ class _Learned:
                     parameters=row.parameters,
                     work=Work(row.n_rows, u.tokens, squares),
                     seconds=u.busy_s,
-                    text_bytes=u.text_bytes,
+                    text_bytes=row.bytes,
                 )
             )
 
     def store(self, connection: Connection) -> None:
+        if self.ratios:
+            jobs, passes = zip(*self.ratios, strict=True)
+            sizes, tokens = zip(*self.ratios.values(), strict=True)
+            at = {"jobs": list(jobs), "passes": list(passes), "bytes": list(sizes), "tokens": list(tokens)}
+            connection.execute(_MEASURE, at)
         learn(connection, self.timed, self.loads)
         for (digest, worker), (boot, why) in sorted(self.refusals.items()):
             connection.execute(_REFUSE, {"digest": digest, "worker": worker, "boot": boot, "why": why})

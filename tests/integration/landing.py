@@ -48,7 +48,7 @@ def register(database: Database, *models: Manifest) -> None:
 
 def land(
     database: Database,
-    rows: Sequence[str | Problem],
+    rows: Sequence[str | Mapping[str, str] | Problem],
     tasks: Mapping[str, Task],
     *,
     block_rows: int = 1024,
@@ -57,7 +57,7 @@ def land(
     job_id: UUID | None = None,
     close: bool = True,
 ) -> UUID:
-    """Open, fill and close a job whose every field holds the row's text. A Problem is a row that arrived broken."""
+    """Open, fill and close a job. A row that is a text is that of every field; a Problem is one that arrived broken."""
     with database.transaction() as connection:
         home = registry.tenant_named(connection, tenant)
         found = registry.find_models(connection, {t.model for t in tasks.values()})
@@ -79,9 +79,13 @@ def land(
         job = new_job(job_id or uuid.uuid4(), home, asked, planned, None)
         jobs.open_job(connection, job, max_active_jobs=100)
         loading = jobs.loading(connection, home, job.id)
-        texts = ["" if isinstance(r, Problem) else r for r in rows]
         part = Part(
-            columns=dict.fromkeys(asked.fields, texts),
+            columns={
+                name: [
+                    r[name] if isinstance(r, Mapping) else "" if isinstance(r, Problem) else r for r in rows
+                ]
+                for name in asked.fields
+            },
             bad={i: ("bad_row", r.got) for i, r in enumerate(rows) if isinstance(r, Problem)},
         )
         blocks = blocks_of(part, loading.readers, block_rows=block_rows, block_bytes=1 << 20)

@@ -318,6 +318,45 @@ def test_an_attempt_whose_payload_is_lost_is_closed_as_soon_as_its_worker_says_s
     assert_accounted_for(house, job, 20)
 
 
+def test_a_pass_is_priced_by_the_fields_that_it_reads(house: House) -> None:
+    n = 120
+    rows = [{"title": f"{i:040}", "body": f"{i:04000}"} for i in range(n)]
+    tasks = {"title": Classify("length", input="{title}"), "body": Classify("length", input="{body}")}
+    house.hands.pop()
+    job = land(house.database, rows, tasks, block_rows=50)
+    cut_at = 5 * TRUNK.max_tokens
+    waiting = house.sql("SELECT bytes_waiting FROM pass WHERE job_id = :job ORDER BY number", job=job)
+    assert [w.bytes_waiting for w in waiting] == [40 * n, cut_at * n]
+    sent: dict[int, list[tuple[int, int, float]]] = {0: [], 1: []}
+    for _ in range(60):
+        house.tick()
+        for hand in house.hands:
+            for a in hand.take_all():
+                title = a.tasks[0].name == "title"
+                tokens = (10 if title else 256) * len(a.texts)
+                [cut_] = house.sql("SELECT bytes FROM subtask WHERE id = :id", id=a.subtask)
+                sent[0 if title else 1].append((len(a.texts), cut_.bytes, a.predicted_s))
+                # A worker's own count of bytes is not gone by.
+                usage = Usage(tokens=tokens, computed_tokens=tokens, text_bytes=10**9, busy_s=tokens / 1e4)
+                hand.report(hand.outcome(a, usage=usage))
+        house.aggregate()
+        if all(sent.values()):
+            break
+    assert all(size == 40 * n_rows for n_rows, size, _ in sent[0])
+    assert all(size == cut_at * n_rows for n_rows, size, _ in sent[1])
+    (titles, _, title_s), (bodies, _, body_s) = sent[0][0], sent[1][0]
+    assert title_s / titles < body_s / bodies / 5, "a row of titles is priced as one"
+    assert titles > 5 * bodies, "and so are sub-tasks cut"
+    learned = house.sql(
+        "SELECT bytes_done / tokens AS n FROM pass WHERE job_id = :job ORDER BY number", job=job
+    )
+    assert [ratio.n for ratio in learned] == [4, 5], "by the bytes that it is applied to"
+    with house.database.transaction() as connection:
+        assert [d.bytes_per_token for d in leases.demand(connection, 0.0)][-1] == 5.0
+    assert house.finish(job).state == "succeeded"
+    assert_accounted_for(house, job, n)
+
+
 def test_a_lease_whose_commit_nobody_heard_of_does_not_wait_for_its_end(
     house: House, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -18,10 +18,12 @@ from scheduler.blocks import (
     Block,
     Part,
     Reader,
+    Reads,
     blocks_of,
     cut,
     decode_block,
     fields_digest,
+    read_in_order,
     reuse_key,
     row_order,
     task_bits,
@@ -80,6 +82,22 @@ def test_work_is_ordered_longest_first_with_ties_by_row_and_without_bad_rows(
         assert order == sorted(set(range(block.n_rows)) - set(block.bad), key=lambda i: (-total[i], i))
         assert block.n_work == len(order)
         assert block.text_bytes == sum(total)
+
+
+def test_a_pass_reads_of_a_row_the_fields_that_it_names_as_often_as_it_names_them() -> None:
+    (block,) = blocks(Part(columns={"title": ["a", "bb"], "text": ["x" * 100, "ö" * 30], "note": ["", "n"]}))
+
+    def read(*times: int, beside: int = 0, max_tokens: int = 0) -> list[int]:
+        reads = Reads(times, beside, max_tokens)
+        return read_in_order(block.row_order, block.lengths, block.n_rows, reads)
+
+    assert list(row_order(block.row_order)) == [0, 1], "the order is that of all fields"
+    assert read(1, 0, 0) == [1, 2]
+    assert read(0, 1, 0) == [100, 60]
+    assert read(2, 0, 1, beside=7) == [9, 12]
+    assert read(0, 0, 0, beside=7) == [7, 7], "of answers alone"
+    assert read(1, 1, 0, max_tokens=12) == [60, 60]
+    assert read() == [101, 63], "as passes of before were priced"
 
 
 @given(st.lists(st.integers(0, 50), max_size=60), st.integers(1, 10), st.integers(1, 100))

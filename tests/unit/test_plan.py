@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from motet.errors import InvalidJob, Problem
 from motet.manifest import Manifest
 from motet.tasks import Chat, Choose, Classify, Embed, Entities, Extract, Function, Generate, Number, Task
+from scheduler.blocks import Reads
 from scheduler.plan import (
     PlannedPass,
     Sample,
@@ -21,9 +22,11 @@ from scheduler.plan import (
     loaded_model,
     padded_tokens,
     plan,
+    reads_of,
     task_digest,
     tokens_read,
 )
+from scheduler.prompt_order import ANSWER_BYTES
 
 MINILM = Manifest(
     name="minilm",
@@ -351,6 +354,23 @@ def test_only_tasks_that_need_the_same_share_a_pass() -> None:
 def test_any_kind_of_task_may_read_an_answer() -> None:
     first, second = passes(summary=(ask(), LLM), mood=(Classify("mood", input="{summary}"), MOOD))
     assert (first.tasks, second.tasks, second.needs) == ((0,), (1,), (0,))
+
+
+def test_a_pass_reads_what_its_templates_name_and_no_other_field() -> None:
+    tasks: dict[str, tuple[Task, Manifest]] = {
+        "topic": (Classify("topics", input="{title}"), TOPICS),
+        "mood": (Classify("mood", input="Text: {body} {body}"), MOOD),
+        "sum": (ask("Sum up for {reader}.", about="{body}", system="{reader} {title}"), LLM),
+        "list": (ask("List for {reader}.", about="{body}"), LLM),
+        "reply": (ask("Reply, {topic}.", about="{title} ({sum})"), LLM),
+    }
+    asked = {name: task for name, (task, _) in tasks.items()}
+    by_tasks = {p.tasks: reads_of(p, asked) for p in passes(**tasks)}
+    # Fields in order of first use: title, body, reader.
+    assert by_tasks[0,] == Reads((1, 0, 0), 0, 256)
+    assert by_tasks[1,] == Reads((0, 2, 0), len("Text:  "), 256)
+    assert by_tasks[2, 3] == Reads((1, 1, 2), 0, LLM.max_tokens)
+    assert by_tasks[4,] == Reads((1, 0, 0), len(" ()") + 2 * ANSWER_BYTES, LLM.max_tokens)
 
 
 def test_a_circle_is_refused_and_named() -> None:
