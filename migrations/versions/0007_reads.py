@@ -19,6 +19,7 @@ COMMENT ON COLUMN pass.reads IS 'How often it reads each of the job''s fields, i
 COMMENT ON COLUMN pass.bytes_beside IS 'UTF-8 bytes that it reads of a row beside the fields: its templates'' own, and other tasks'' answers, about.';
 COMMENT ON COLUMN pass.bytes_done IS 'Sum of the bytes of its sub-tasks that are done, by which they were priced.';
 COMMENT ON COLUMN pass.tokens IS 'Sum of the tokens that these sub-tasks had.';
+ALTER TABLE job DROP COLUMN text_bytes;
 ALTER TABLE block_pass ADD COLUMN bytes bigint NOT NULL DEFAULT 0;
 COMMENT ON COLUMN block_pass.bytes IS 'UTF-8 bytes that the pass reads of the rows that work is done on.';
 """
@@ -28,6 +29,7 @@ UPDATE pass SET bytes_waiting = rows_waiting * k.row_bytes
   FROM (SELECT job_id, CAST(sum(bytes) / sum(n_rows) AS bigint) AS row_bytes FROM block GROUP BY job_id) k
  WHERE pass.job_id = k.job_id AND rows_waiting > 0;
 ALTER TABLE block_pass DROP COLUMN bytes;
+ALTER TABLE job ADD COLUMN text_bytes bigint NOT NULL DEFAULT 0;
 ALTER TABLE pass DROP COLUMN tokens, DROP COLUMN bytes_done, DROP COLUMN bytes_beside, DROP COLUMN reads;
 """
 

@@ -71,7 +71,7 @@ _REFUSE = text("""
     ON CONFLICT (model_id, worker) DO UPDATE SET boot = excluded.boot, why = excluded.why, at = clock_timestamp()""")
 _COUNT = text("""
     UPDATE job SET cells_ok = cells_ok + :ok, cells_error = cells_error + :error, version = version + 1,
-           tokens = tokens + :tokens, computed_tokens = computed_tokens + :computed, text_bytes = text_bytes + :bytes,
+           tokens = tokens + :tokens, computed_tokens = computed_tokens + :computed,
            busy_s = busy_s + :busy_s, subtasks = subtasks + :subtasks,
            tokens_cached = tokens_cached + :tokens_cached, tokens_out = tokens_out + :tokens_out,
            started = coalesce(started, clock_timestamp())
@@ -186,7 +186,6 @@ def _take_in(
     else:
         done.accepted += 1
         learned.see(row, outcome.usage)
-        total.update(bytes=row.bytes)
     u = outcome.usage
     connection.execute(
         _CLOSE,
@@ -336,7 +335,6 @@ def _count(connection: Connection, job: UUID, total: Counter[str], answers: Sequ
             "error": error,
             "tokens": total["tokens"],
             "computed": total["computed"],
-            "bytes": total["bytes"],
             "busy_s": total["busy_us"] / 1e6,
             "subtasks": total["subtasks"],
             "tokens_cached": total["tokens_cached"],
