@@ -143,14 +143,17 @@ _manifests_read: dict[_Model, Manifest] = {}
 
 
 def _manifests(connection: Connection, wanted: Collection[_Model]) -> dict[_Model, Manifest]:
-    """The manifests of these models, read and parsed once."""
-    missing = [model for model in wanted if model not in _manifests_read]
-    if missing:
+    """The manifests of these models, read and parsed once.
+
+    Threads of the API ask at the same time, so what one has found it does not look up again where another may empty it.
+    """
+    found = {model: known for model in wanted if (known := _manifests_read.get(model)) is not None}
+    if missing := [model for model in wanted if model not in found]:
         for row in connection.execute(_MANIFESTS, {"ids": [id_ for id_, _ in missing]}):
-            _manifests_read[row.id, row.created] = Manifest.from_json(row.manifest)
-    found = {model: _manifests_read[model] for model in wanted}
-    if len(_manifests_read) > _MANIFESTS_KEPT:
-        _manifests_read.clear()
+            found[row.id, row.created] = Manifest.from_json(row.manifest)
+        if len(_manifests_read) > _MANIFESTS_KEPT:
+            _manifests_read.clear()
+        _manifests_read.update(found)
     return found
 
 
