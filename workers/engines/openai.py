@@ -37,7 +37,7 @@ from workers.engines.answers import label_column
 from workers.engines.chat_server import CONTEXT_LENGTH, ChatServer, Refused, Spending
 from workers.engines.function import json_column
 from workers.engines.prompts import BAD_MESSAGES, NOTHING, BadMessages, messages_of, plain
-from workers.engines.writers import violation
+from workers.engines.schemas import violation
 
 #: Of the places so many more requests are let in, so that none is ever free.
 AHEAD = 1 / 8

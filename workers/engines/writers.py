@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 
 from motet.columns import CellError, is_storable_json
 from workers.engine import CannotLoad
+from workers.engines.schemas import violation
 
 Floats = NDArray[np.float32]
 
@@ -150,18 +151,6 @@ def _kept(text: str, schema: Mapping[str, Any], finish: str) -> bytes | CellErro
         return CellError("schema", broken)
     raw = _json(value)
     return raw if is_storable_json(raw) else CellError("schema", "a value that cannot be stored")
-
-
-def violation(value: Any, schema: Mapping[str, Any]) -> str | None:
-    """What of the schema a value breaks, and where, without a word of it; None where it keeps it."""
-    import jsonschema
-
-    try:
-        jsonschema.Draft202012Validator(schema).validate(value)
-    except jsonschema.ValidationError as error:
-        where = "/".join(str(step) if isinstance(step, int) else "…" for step in error.absolute_path)
-        return f"it breaks {error.validator!r} of the schema at /{where}"
-    return None
 
 
 def _json(value: Any) -> bytes:
