@@ -131,7 +131,7 @@ class Watched:
             job.wait()
         seconds = (time.perf_counter() - began) * (psutil.cpu_count() or 1)
         others = (_machine_s() - all_ - (cpu_s(pids) - ours)) / seconds
-        return [job.activity(2000) for job in jobs], max(0.0, others)
+        return [job.activity(timeline=None) for job in jobs], max(0.0, others)
 
     def note(self, found: Sequence[Activity]) -> None:
         """Learn from a run what the next prediction may know."""

@@ -248,6 +248,7 @@ def _pass(case: Case, p: PassStanding) -> PassExplained:
         work_s=_s(case.work_s(demand)) if resident or loading or can_load else None,
         resident=len(resident),
         resident_on=tuple(resident[:NAMES]),
+        loads=len(loading),
         loading=tuple(loading[:NAMES]),
         can_load=tuple(
             CanLoad(device_name=kind, workers=len(found), load_s=_s(case.load_s(found[0], demand)))

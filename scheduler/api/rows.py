@@ -72,7 +72,7 @@ class Incoming:
     def refuse_bad_rows(self, first_row: int) -> None:
         """Raise InvalidJob that names the first bad rows, if there are any."""
         if self.bad:
-            raise InvalidJob([self.bad[i].at(first_row + i) for i in sorted(self.bad)[:MAX_PROBLEMS]])
+            raise InvalidJob.first([self.bad[i].at(first_row + i) for i in sorted(self.bad)], MAX_PROBLEMS)
 
 
 def read_columns(

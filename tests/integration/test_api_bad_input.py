@@ -104,9 +104,12 @@ def test_two_tasks_of_one_name_are_refused(house: House) -> None:
     assert "twice" in problems(house.call("POST", "/v1/jobs", content=twice))[0]["got"]
 
 
-def test_twenty_problems_are_told_and_no_more(house: House) -> None:
-    found = problems(house.call("POST", "/v1/jobs", json=submission(rows=[1] * 500)))
-    assert [p["row"] for p in found] == list(range(20))
+def test_twenty_problems_are_told_and_the_others_counted(house: House) -> None:
+    answer = house.call("POST", "/v1/jobs", json=submission(rows=[1] * 500))
+    assert [p["row"] for p in problems(answer)] == list(range(20))
+    assert answer.json()["error"]["more"] == 480
+    assert answer.json()["error"]["message"].endswith("\nand 480 more")
+    assert "more" not in house.call("POST", "/v1/jobs", json=submission(rows=[1])).json()["error"]
 
 
 def test_an_empty_job_is_not_run_and_goes_on_loading(house: House) -> None:

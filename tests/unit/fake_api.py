@@ -556,6 +556,7 @@ EXPLANATION: dict[str, Any] = {
             "work_s": 6.2,
             "resident": 0,
             "resident_on": [],
+            "loads": 1,
             "loading": [{"worker": "w3", "left_s": 1.0}],
             "can_load": [{"device_name": "GPU", "workers": 1, "load_s": 1.4}],
             "cannot": [
