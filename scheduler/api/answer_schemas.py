@@ -90,7 +90,9 @@ def _checked(schemas: Sequence[str]) -> list[tuple[Wrong, ...]]:
         raise Overloaded("no time to check a schema; come back in a moment", _PATIENCE_S) from None
     finally:
         _checks.release()
-    found = [() if line == b"null" else (Wrong(*json.loads(line)),) for line in told.stdout.splitlines()]
+    found: list[tuple[Wrong, ...]] = [
+        () if line == b"null" else (Wrong(*json.loads(line)),) for line in told.stdout.splitlines()
+    ]
     if told.returncode == TOO_MUCH or told.returncode < 0:
         return [*found, (_TOO_MUCH,)]
     if len(found) < len(schemas):

@@ -55,7 +55,7 @@ def refusal(error: Exception) -> JSONResponse:
             return _answer(409, "conflict", str(error), **where)
         case InvalidJob():
             status, kind = (413, "too_large") if isinstance(error, TooLarge) else (422, "invalid_job")
-            more = {"more": error.more} if error.more else {}
+            more: dict[str, Any] = {"more": error.more} if error.more else {}
             return _answer(status, kind, str(error), problems=[p.to_json() for p in error.problems], **more)
         case Overloaded():
             return _answer(429, "overloaded", str(error), headers=_come_back(error.retry_after_s))
