@@ -14,6 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from motet import rows as rows_module
+from motet import sources
 from motet.errors import InvalidJob
 from motet.rows import BLOCK_BYTES, BLOCK_ROWS, MAX_ROW_BYTES, PART_BYTES, Part, cut, survey
 from motet.settings import Settings
@@ -164,7 +165,7 @@ def test_a_bad_row_can_become_a_mark_instead_and_the_others_keep_their_index(
     [
         ("a.jsonl", b'{"text": "a"}\n\n{"text": \n{"text": "b"}\n', 3, "broken JSON"),
         ("deep.jsonl", b'{"text": "a"}\n' + b"[" * 100_000 + b"\n", 2, "broken JSON"),
-        ("digits.jsonl", b'{"text": "a"}\n' + b"9" * 5000 + b"\n", 2, "broken JSON"),
+        ("digits.jsonl", b'{"text": "a"}\n' + b"9" * 5000 + b"\n", 2, "float"),
         ("latin.jsonl", b'{"text": "a"}\n{"text": "\xe9"}\n', 2, "UTF-8"),
         ("latin.txt", b"a\n\xe9\n", 2, "UTF-8"),
         ("latin.csv", b"text\na\n\xe9\n", 3, "surrogate"),
@@ -191,7 +192,7 @@ def test_a_bad_row_of_a_file_is_told_with_its_line(
 
 
 def test_a_line_without_end_is_one_bad_row(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(rows_module, "_MAX_LINE_BYTES", 64)
+    monkeypatch.setattr(sources, "_MAX_LINE_BYTES", 64)
     path = tmp_path / "endless.txt"
     path.write_bytes(b"short\n" + b"x" * 1000 + b"\nshort again\n")
     [part] = cut(path, FIELDS, bad_rows="error")
@@ -286,7 +287,7 @@ def test_arrow_tables_and_parquet_files_are_read(tmp_path: Path) -> None:
     with pytest.raises(InvalidJob, match="one of n, text"):
         list(cut(path, ["body"]))
     (tmp_path / "broken.parquet").write_bytes(b"PAR1 not really")
-    with pytest.raises(InvalidJob, match="a Parquet file"):
+    with pytest.raises(InvalidJob, match="a whole Parquet file"):
         list(cut(tmp_path / "broken.parquet", FIELDS))
 
 
