@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
     from motet.evaluation import Evaluation
     from motet.explanation import Explanation
-    from motet.rows import Source
+    from motet.sources import Source
 
 Order = Literal["row", "done"]
 

@@ -13,7 +13,7 @@ from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass, field, replace
 from functools import partial
-from typing import Any, Literal
+from typing import Any, Literal, TypeAlias
 
 import msgpack
 
@@ -31,7 +31,7 @@ from motet.sources import (
     read,
 )
 from motet.tasks import short
-from motet.wire import pack
+from motet.wire import by_reason, pack
 
 #: The server's block: whichever of rows and UTF-8 bytes comes first. The same numbers as ``Settings.block_rows``
 #: and ``block_bytes``; blocks of another size only make reuse rarer.
@@ -59,10 +59,12 @@ class Part:
     number: int
     #: Index in the job of its first row.
     first_row: int
-    #: Field -> a text per row; "" where the row is bad.
+    #: Field -> a text per row; "" where the row or its value is bad.
     columns: Mapping[str, Sequence[str]]
-    #: Offset in the part -> (error class, message) of rows whose cells shall be errors.
+    #: Offset in the part -> (error class, message) of rows that are none: all their cells shall be errors.
     bad: Mapping[int, tuple[str, str]] = field(default_factory=dict)
+    #: Field -> offset -> (error class, message) of values that are none: so shall the cells of tasks that read it.
+    bad_fields: Mapping[str, Mapping[int, tuple[str, str]]] = field(default_factory=dict)
     text_bytes: int = 0
 
     def __len__(self) -> int:
@@ -70,27 +72,38 @@ class Part:
 
     def encode(self, *, squeeze: bool = True) -> bytes:
         """The body to send: msgpack, under zstd unless told otherwise. The same rows give the same bytes."""
-        body: dict[str, Any] = {
-            "columns": {name: list(texts) for name, texts in self.columns.items()},
-            "first_row": self.first_row,
-        }
+        columns: dict[str, list[str | None]] = {name: list(texts) for name, texts in self.columns.items()}
+        body: dict[str, Any] = {"columns": columns, "first_row": self.first_row}
         if self.bad:
             body["bad"] = {offset: list(why) for offset, why in self.bad.items()}
+        if self.bad_fields:
+            body["bad_fields"] = {name: by_reason(bad) for name, bad in self.bad_fields.items()}
+        # A server that knows nothing of bad fields must not take their places for empty texts.
+        for name, bad in self.bad_fields.items():
+            for offset in bad:
+                columns[name][offset] = None
         return pack(body) if squeeze else msgpack.packb(body, use_bin_type=True)
 
     def mean_bytes(self) -> dict[str, float]:
-        """Field -> mean UTF-8 bytes of its texts, bad rows left out."""
-        good = [offset for offset in range(len(self)) if offset not in self.bad]
-        return {
-            name: round(sum(len(texts[offset].encode()) for offset in good) / max(1, len(good)), 1)
-            for name, texts in self.columns.items()
-        }
+        """Field -> mean UTF-8 bytes of its texts, bad ones left out."""
+        means = {}
+        for name, texts in self.columns.items():
+            bad = self.bad.keys() | self.bad_fields.get(name, {}).keys()
+            # What is bad has no text, and so no bytes.
+            means[name] = round(sum(len(text.encode()) for text in texts) / max(1, len(self) - len(bad)), 1)
+        return means
 
-    def rows(self) -> list[dict[str, str]]:
-        """The same rows as mappings, for requests that carry a few rows inline."""
-        return [
+    def rows(self) -> list[dict[str, str | None]]:
+        """The same rows as mappings, for requests that carry a few rows inline; None where a value is bad."""
+        rows: list[dict[str, str | None]] = [
             dict(zip(self.columns, texts, strict=True)) for texts in zip(*self.columns.values(), strict=True)
         ]
+        for offset in self.bad:
+            rows[offset] = dict.fromkeys(self.columns)
+        for name, bad in self.bad_fields.items():
+            for offset in bad:
+                rows[offset][name] = None
+        return rows
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -99,8 +112,9 @@ class Survey:
 
     rows: int
     text_bytes: int
-    #: Rows drawn evenly from the whole, always the same ones for the same source.
-    sample: tuple[dict[str, str], ...]
+    #: Rows drawn evenly from the whole, always the same ones for the same source; None where a value is bad. Rows
+    #: without a good value are left out.
+    sample: tuple[dict[str, str | None], ...]
 
 
 def cut(
@@ -111,10 +125,11 @@ def cut(
     A field of ``dialogues`` holds a list of ``{"role": …, "content": …}``, or the JSON of one: it becomes JSON of
     those two keys. A row that is such a list is taken for the field ``messages``.
 
-    A bad row has no text where a task reads one: a missing field, a value that is not a string, a NUL, a
-    lone surrogate, more than 256 KiB, a line that is not JSON. With ``bad_rows="refuse"`` the first bad row
-    ends the parts, and InvalidJob lists up to 20 of them with row and line; with ``"error"`` it is sent as
-    a mark, so that its cells become errors and all other rows keep their index.
+    A row is bad in a field where that holds no text: it is missing, its value is not a string, or has a NUL or a lone
+    surrogate, or makes the row longer than 256 KiB. It is bad as a whole where it is no row: a line that is not JSON,
+    or has another number of fields. With ``bad_rows="refuse"`` the first bad row ends the parts, and InvalidJob lists
+    up to 20 of them with row and line; with ``"error"`` it is sent as a mark, so that the cells of the tasks that read
+    the field (of all tasks, where it is no row) become errors and all other rows keep their index.
 
     A source whose structure is broken, such as a CSV with a quote that is never closed, is refused in both modes:
     nothing behind that place can be trusted. Raises InvalidJob for such a source, and for one that cannot be read at
@@ -125,24 +140,18 @@ def cut(
     part = _Filling(fields)
     with closing(_told_with(problems, read(source, partial(_check_names, fields=fields)))) as rows:
         for index, (row, line) in enumerate(rows):
-            found = _texts(row, fields, dialogues)
-            if isinstance(found, Fault):
-                if bad_rows == "refuse":
-                    first_bad = first_bad if problems else index
-                    problems.append(found.at(index, line))
-                else:
-                    if part.is_full(0):
-                        yield part.close()
-                    part.add_bad(found)
+            texts, size, faults = _texts(row, fields, dialogues)
+            if faults and bad_rows == "refuse":
+                first_bad = first_bad if problems else index
+                problems += [fault.at(index, line) for fault in faults.values()]
             elif not problems:
-                texts, size = found
                 if part.is_full(size):
                     yield part.close()
-                part.add(texts, size)
+                part.add(texts, size, faults)
             if problems and (len(problems) >= MAX_PROBLEMS or index - first_bad >= _LOOK_ON_ROWS):
                 break
     if problems:
-        raise InvalidJob(problems)
+        raise InvalidJob(problems[:MAX_PROBLEMS])
     if part.rows:
         yield part.close()
 
@@ -160,13 +169,13 @@ def survey(
     An iterator is used up by this: give a list or a path where the rows are to be submitted afterwards.
     """
     dice = random.Random(0)
-    drawn: list[dict[str, str]] = []
+    drawn: list[dict[str, str | None]] = []
     seen = text_bytes = total = 0
     for part in cut(source, fields, dialogues=dialogues, bad_rows=bad_rows):
         total += len(part)
         text_bytes += part.text_bytes
-        for offset, row in enumerate(part.rows()):
-            if offset in part.bad:
+        for row in part.rows():
+            if all(text is None for text in row.values()):
                 continue
             seen += 1
             if len(drawn) < sample:
@@ -198,9 +207,11 @@ def _told_with(problems: Sequence[Problem], rows: Rows) -> Rows:
         raise InvalidJob([*problems[: MAX_PROBLEMS - 1], *broken.problems]) from None
 
 
-def _first_that_fit(rows: Iterable[dict[str, str]], budget_bytes: int) -> Iterator[dict[str, str]]:
+def _first_that_fit(
+    rows: Iterable[dict[str, str | None]], budget_bytes: int
+) -> Iterator[dict[str, str | None]]:
     for row in rows:
-        budget_bytes -= sum(len(text.encode()) for text in row.values())
+        budget_bytes -= sum(len((text or "").encode()) for text in row.values())
         if budget_bytes < 0:
             return
         yield row
@@ -218,6 +229,7 @@ class _Filling:
     def _start(self) -> None:
         self.columns: list[list[str]] = [[] for _ in self.fields]
         self.bad: dict[int, tuple[str, str]] = {}
+        self.bad_fields: dict[str, dict[int, tuple[str, str]]] = {}
         self.rows = 0
         self.bytes = 0
         self._blocks_left = PART_BLOCKS[min(self.number, len(PART_BLOCKS) - 1)]
@@ -238,15 +250,14 @@ class _Filling:
         self._start_block()
         return False
 
-    def add(self, texts: Sequence[str], size: int) -> None:
+    def add(self, texts: Sequence[str], size: int, faults: _Faults) -> None:
+        for name, fault in faults.items():
+            marks = self.bad_fields.setdefault(name, {}) if name else self.bad
+            marks[self.rows] = ("bad_row", str(fault))
         for column, text in zip(self.columns, texts, strict=True):
             column.append(text)
         self.rows += 1
         self.bytes += size
-
-    def add_bad(self, bad: Fault) -> None:
-        self.bad[self.rows] = ("bad_row", str(bad))
-        self.add([""] * len(self.columns), 0)
 
     def close(self) -> Part:
         part = Part(
@@ -254,6 +265,7 @@ class _Filling:
             first_row=self.first_row,
             columns=dict(zip(self.fields, self.columns, strict=True)),
             bad=self.bad,
+            bad_fields=self.bad_fields,
             text_bytes=self.bytes,
         )
         self.number += 1
@@ -266,62 +278,99 @@ class _Filling:
 _ROLES = ("system", "user", "assistant")
 
 
-def _texts(row: object, fields: Sequence[str], dialogues: Collection[str]) -> tuple[list[str], int] | Fault:
-    """The texts of the fields and their size in UTF-8 bytes, or what is wrong with the row."""
+#: What is wrong with the fields of a row; "" stands for the row as a whole.
+_Faults: TypeAlias = "Mapping[str, Fault]"
+_NONE: _Faults = {}
+
+
+def _texts(row: object, fields: Sequence[str], dialogues: Collection[str]) -> tuple[list[str], int, _Faults]:
+    """The texts of the fields, "" where there is none, their size in UTF-8 bytes, and what is wrong."""
     if isinstance(row, str):
         row = {"text": row}
     elif isinstance(row, list | tuple) and "messages" in dialogues:
         row = {"messages": row}
     elif isinstance(row, Fault):
-        return row
+        return [""] * len(fields), 0, {"": row}
     elif type(row) is not dict and not isinstance(row, Mapping):  # the first look is the cheap one
-        return Fault("", kind_of(row), "text, or a mapping of field to text", SKIP)
+        fault = Fault("", kind_of(row), "text, or a mapping of field to text", SKIP)
+        return [""] * len(fields), 0, {"": fault}
     texts: list[str] = []
     size = 0
+    faults: dict[str, Fault] | None = None
+    ambiguous = isinstance(row, Ambiguous)
     for name in fields:
         value = row.get(name)
-        if isinstance(row, Ambiguous) and name in row.doubled:
-            value = Fault(name, "the same key twice", "an object whose keys stand there once", SKIP)
-        if isinstance(value, Fault):
-            return value
-        if name in dialogues and (_is_list(value) or isinstance(value, str)):
-            told = _dialogue(name, value)
-            if isinstance(told, Fault):
-                return told
-            value = told
-        if not isinstance(value, str):
-            if value is None and name not in row:
-                has = ", ".join(short(key) for key in list(row)[:8]) or "no fields at all"
-                return Fault(
+        if type(value) is not str or ambiguous or name in dialogues:
+            value = _value(name, row, dialogues)
+        if isinstance(value, str):
+            try:
+                more = len(value) if value.isascii() else len(value.encode())
+                if "\0" in value:
+                    value = Fault(
+                        name,
+                        "a NUL character",
+                        "text without NUL",
+                        f"remove the NUL characters (bytes of value 0), {OR_ERROR}",
+                    )
+            except UnicodeEncodeError:
+                value = Fault(
                     name,
-                    "no such field",
-                    f"text (the row has {has})",
-                    f"name a field that rows have, or another task, {OR_ERROR}",
+                    "a lone surrogate",
+                    "text that UTF-8 can hold",
+                    f"save the source as UTF-8, {OR_ERROR}",
                 )
-            what = "a list of messages" if name in dialogues else "text"
-            return Fault(name, kind_of(value), what, f"make it {what} or leave the row out, {OR_ERROR}")
-        try:
-            size += len(value) if value.isascii() else len(value.encode())
-        except UnicodeEncodeError:
-            return Fault(
-                name, "a lone surrogate", "text that UTF-8 can hold", f"save the source as UTF-8, {OR_ERROR}"
-            )
-        if "\0" in value:
-            return Fault(
-                name,
-                "a NUL character",
-                "text without NUL",
-                f"remove the NUL characters (bytes of value 0), {OR_ERROR}",
-            )
-        texts.append(value)
+        if isinstance(value, Fault):
+            faults = faults or {}
+            faults[name] = value
+            texts.append("")
+        else:
+            texts.append(value)
+            size += more
     if size > MAX_ROW_BYTES:
-        return Fault(
-            fields[0],
-            f"{size:,} bytes",
-            f"at most {MAX_ROW_BYTES:,} bytes a row",
-            f"split the text, {OR_ERROR}",
+        faults = faults or {}
+        size = _leave_out_the_longest(fields, texts, size, faults)
+    return texts, size, faults or _NONE
+
+
+def _leave_out_the_longest(
+    fields: Sequence[str], texts: list[str], size: int, faults: dict[str, Fault]
+) -> int:
+    """Take the longest texts out of a row that is too long, until it is not; its size then."""
+    sizes = [len(text.encode()) for text in texts]
+    while size > MAX_ROW_BYTES:
+        place = max(range(len(sizes)), key=sizes.__getitem__)
+        mine, name = sizes[place], fields[place]
+        got = f"{mine:,} bytes" + (f" of {size:,} in the row" if size > mine else "")
+        faults[name] = Fault(
+            name, got, f"at most {MAX_ROW_BYTES:,} bytes a row", f"split the text, {OR_ERROR}"
         )
-    return texts, size
+        texts[place] = ""
+        size -= mine
+        sizes[place] = 0
+    return size
+
+
+def _value(name: str, row: Mapping[str, Any], dialogues: Collection[str]) -> str | Fault:
+    """The text of a field that is no plain one."""
+    value = row.get(name)
+    if isinstance(row, Ambiguous) and name in row.doubled:
+        return Fault(name, "the same key twice", "an object whose keys stand there once", SKIP)
+    if isinstance(value, Fault):
+        return value
+    if name in dialogues and (_is_list(value) or isinstance(value, str)):
+        return _dialogue(name, value)
+    if isinstance(value, str):
+        return value
+    if value is None and name not in row:
+        has = ", ".join(short(key) for key in list(row)[:8]) or "no fields at all"
+        return Fault(
+            name,
+            "no such field",
+            f"text (the row has {has})",
+            f"name a field that rows have, or another task, {OR_ERROR}",
+        )
+    what = "a list of messages" if name in dialogues else "text"
+    return Fault(name, kind_of(value), what, f"make it {what} or leave the row out, {OR_ERROR}")
 
 
 def _is_list(value: object) -> bool:

@@ -158,7 +158,7 @@ class _SteadyFile(io.FileIO):
 
 
 #: A file of bytes, unpacked.
-_Bytes: TypeAlias = "io.BufferedReader | gzip.GzipFile"
+_Bytes: TypeAlias = "io.BufferedReader[_SteadyFile] | gzip.GzipFile"
 
 
 def _read_path(path: Path, choose: Choose) -> Rows:
@@ -259,17 +259,16 @@ def _read_jsonl(file: _Bytes) -> Rows:
 
 
 def _json_row(text: str) -> Any:
-    try:
+    why = ""
+    for parse in (parse_json, _parse_long_numbers):
         try:
-            return parse_json(text)
-        except json.JSONDecodeError:
-            raise
-        except ValueError:
-            return _parse_long_numbers(text)
-    except (ValueError, RecursionError) as error:
-        where = isinstance(error, json.JSONDecodeError)
-        why = f": {error.msg} at column {error.colno}" if where else ""
-        return Fault("", f"broken JSON{why}", "a JSON object per line", SKIP)
+            return parse(text)
+        except json.JSONDecodeError as error:
+            why = f": {error.msg} at column {error.colno}"
+            break
+        except (ValueError, RecursionError):
+            continue
+    return Fault("", f"broken JSON{why}", "a JSON object per line", SKIP)
 
 
 # -- CSV
@@ -431,7 +430,7 @@ def _read_frame(frame: Any, choose: Choose) -> Rows:
             yield dict(zip(fields, values, strict=True)), None
 
 
-def _read_parquet(name: str, file: io.BufferedReader, choose: Choose) -> Rows:
+def _read_parquet(name: str, file: io.BufferedReader[_SteadyFile], choose: Choose) -> Rows:
     arrow = _arrow()
     import pyarrow.parquet
 

@@ -81,7 +81,8 @@ _bad_rows = click.option(
     type=click.Choice(["refuse", "error"]),
     default="refuse",
     show_default=True,
-    help="What a row without text does: refuse the job and list such rows, or make error cells of it.",
+    help="What a row without text in a field does: refuse the job and list such rows, or give error cells to the tasks "
+    "that read the field.",
 )
 _priority = click.option(
     "--priority", type=click.Choice(["interactive", "normal", "bulk"]), default="normal", show_default=True
@@ -136,7 +137,8 @@ def submit(
     """Send the rows of FILE and start a job; print its id.
 
     FILE is .jsonl, .ndjson, .csv, .tsv, .txt (each also with .gz) or .parquet. Only the fields that tasks read
-    are sent: {text}, unless a task's options name others.
+    are sent: {text}, unless a task's options name others. A file is read whole or refused with the line: where a quote
+    is never closed, say, whatever --bad-rows says.
     """
     specs = parse_tasks(tasks)
     export = _exporter(out) if out else None

@@ -779,7 +779,7 @@ def record_transport(database: Database, epoch: int, identity: str) -> None:
 # -- payloads --------------------------------------------------------------------------------------
 
 _TEXTS = text("""
-    SELECT b.job_id, b.number, b.payload, b.row_order, b.first_row
+    SELECT b.job_id, b.number, b.payload, b.row_order, b.first_row, b.bad_fields <> '{}'
       FROM unnest(CAST(:jobs AS uuid[]), CAST(:blocks AS int[])) k (job, block)
       JOIN block b ON b.job_id = k.job AND b.number = k.block""")
 _PASS = text("""
@@ -793,23 +793,26 @@ _TASKS = text("""
 
 def block_texts(
     connection: Connection, blocks: Collection[tuple[str, int]]
-) -> dict[tuple[str, int], tuple[bytes, bytes, int]]:
-    """(job, block) -> payload, row order and first row, of those that are still there."""
+) -> dict[tuple[str, int], tuple[bytes, bytes, int, bool]]:
+    """(job, block) -> payload, row order, first row, and whether some pass has an order of its own from the start.
+
+    Of those that are still there.
+    """
     jobs, numbers = zip(*blocks, strict=True)
     at = {"jobs": [UUID(job) for job in jobs], "blocks": list(numbers)}
     return {
-        (str(job), number): (bytes(payload), bytes(order), first_row)
-        for job, number, payload, order, first_row in connection.execute(_TEXTS, at)
+        (str(job), number): (bytes(payload), bytes(order), first_row, partly_bad)
+        for job, number, payload, order, first_row, partly_bad in connection.execute(_TEXTS, at)
     }
 
 
 _UPSTREAM = text(f"""
-    SELECT w.job_id, w.pass_number, w.block_number, w.row_order, t.name, t.spec, t.labels, c.column_id
+    SELECT w.job_id, w.pass_number, w.block_number, w.row_order, n.task, t.name, t.spec, t.labels, c.column_id
       FROM {_PLACES}) k (job, pass, block)
       JOIN block_pass w ON w.job_id = k.job AND w.pass_number = k.pass AND w.block_number = k.block
-      JOIN pass p ON p.job_id = k.job AND p.number = k.pass CROSS JOIN LATERAL unnest(p.needs) n (task)
-      JOIN task t ON t.job_id = k.job AND t.number = n.task
-      JOIN block_column c ON c.job_id = k.job AND c.block_number = k.block AND c.task_number = n.task""")
+      JOIN pass p ON p.job_id = k.job AND p.number = k.pass LEFT JOIN LATERAL unnest(p.needs) n (task) ON true
+      LEFT JOIN task t ON t.job_id = k.job AND t.number = n.task
+      LEFT JOIN block_column c ON c.job_id = k.job AND c.block_number = k.block AND c.task_number = n.task""")
 
 
 @dataclass(frozen=True, slots=True)
@@ -827,17 +830,18 @@ def upstream_answers(
 ) -> dict[tuple[str, int, int], tuple[bytes | None, list[UpstreamAnswer]]]:
     """Of these released places that are still there: their own row order, if any, and the answers that they read."""
     rows = connection.execute(_UPSTREAM, _at(places)).all()
-    columns = read_columns(connection, sorted({row.column_id for row in rows}))
+    columns = read_columns(connection, sorted({row.column_id for row in rows} - {None}))
     found: dict[tuple[str, int, int], tuple[bytes | None, list[UpstreamAnswer]]] = {}
     # A job may be removed while we read.
-    gone = {row.job_id for row in rows if row.column_id not in columns}
+    gone = {row.job_id for row in rows if row.task is not None and row.column_id not in columns}
     for row in rows:
         if row.job_id in gone:
             continue
         where = (str(row.job_id), row.pass_number, row.block_number)
         order = None if row.row_order is None else bytes(row.row_order)
         _, answers = found.setdefault(where, (order, []))
-        answers.append(UpstreamAnswer(row.name, row.spec, tuple(row.labels), columns[row.column_id]))
+        if row.task is not None:
+            answers.append(UpstreamAnswer(row.name, row.spec, tuple(row.labels), columns[row.column_id]))
     return found
 
 

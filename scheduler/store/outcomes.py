@@ -31,7 +31,7 @@ from scheduler.merge import (
 from scheduler.store.database import JOB, WORK, Database, notify
 from scheduler.store.leases import LOCK_JOBS, OpenSubtask, open_subtask, put_back
 from scheduler.store.rates import Timed, learn
-from scheduler.store.sealing import Answer, TaskShape, append, asked_for, task_shapes
+from scheduler.store.sealing import Answer, TaskShape, append, asked_for, task_shapes, without_bad
 from scheduler.store.spending import Amount, by_block, spend
 
 
@@ -125,6 +125,7 @@ def record(database: Database, outcomes: Sequence[Outcome]) -> Recorded:
                 learned,
                 done,
             )
+        answers = without_bad(connection, answers, shapes)
         done.rows += sum(a.final for a in answers)
         for job, total in totals.items():
             used = spend(connection, job, consumed[job])
@@ -265,9 +266,11 @@ def record_given_up(connection: Connection, subtask: OpenSubtask, rows: Sequence
     """Write error cells for rows that the dispatcher gives up, in the transaction that closed their sub-task."""
     shapes = task_shapes(connection, subtask.job, subtask.pass_number)
     asked = asked_for(shapes, subtask.todo)
-    answers = give_up(subtask.job, subtask.pass_number, subtask.id, rows, asked)
+    by_pass = {(subtask.job, subtask.pass_number): shapes}
+    given_up = give_up(subtask.job, subtask.pass_number, subtask.id, rows, asked)
+    answers = without_bad(connection, given_up, by_pass)
     _count(connection, subtask.job, Counter(), answers)
-    append(connection, answers, {(subtask.job, subtask.pass_number): shapes})
+    append(connection, answers, by_pass)
     notify(connection, JOB, str(subtask.job))
 
 

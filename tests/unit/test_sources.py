@@ -25,7 +25,7 @@ Table = list[list[str]]
 def rows_of(source: Any, fields: list[str], **options: Any) -> list[list[str] | None]:
     """The texts of every row of a source; None where the row is bad."""
     return [
-        None if offset in part.bad else list(row.values())
+        None if offset in part.bad or None in row.values() else [text or "" for text in row.values()]
         for part in cut(source, fields, **options)
         for offset, row in enumerate(part.rows())
     ]
@@ -452,6 +452,8 @@ def test_the_last_line_needs_no_newline(write: Write) -> None:
         pytest.param("NaN", False, id="NaN alone"),
         pytest.param("9" * 5000, False, id="thousands of digits alone"),
         pytest.param("null", False, id="null"),
+        pytest.param('{"n": ' + "9" * 5000 + ', "text": "a"', False, id="broken behind thousands of digits"),
+        pytest.param("[" + "9" * 5000 + "," + "[" * 100_000, False, id="deep behind thousands of digits"),
         pytest.param('["a"]', False, id="a list"),
     ],
 )
