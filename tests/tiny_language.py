@@ -8,7 +8,7 @@ from __future__ import annotations
 import asyncio
 import json
 import threading
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -142,6 +142,8 @@ class TinyServer:
     #: where ``stuck``.
     faults: list[tuple[int, Mapping[str, str], str]] = field(default_factory=list)
     stuck: bool = False
+    #: How a request to chat is refused for a parameter in it, (status, body); None where it is not.
+    refusing: Callable[[Mapping[str, Any]], tuple[int, str] | None] = lambda body: None
     #: What the model says instead of what it would say, one for each chat to come.
     scripted: list[str] = field(default_factory=list)
     seen: list[tuple[str, dict[str, Any]]] = field(default_factory=list)
@@ -208,6 +210,8 @@ class TinyServer:
             body = await told(request)
             if (refused := fault()) is not None:
                 return refused
+            if (said := self.refusing(body)) is not None:
+                return Response(said[1], said[0], media_type="application/json")
             if "response_format" in body and not self.constrains:
                 return JSONResponse({"error": {"message": "response_format is not supported"}}, 400)
             if "top_logprobs" in body and not self.logprobs:
@@ -232,7 +236,7 @@ class TinyServer:
         return counted
 
     async def _write(self, request: Any, body: Mapping[str, Any], prompt: list[int]) -> Any:
-        most = int(body.get("max_tokens") or 16)
+        most = int(body.get("max_completion_tokens") or body.get("max_tokens") or 16)
         if len(prompt) + most > CONTEXT:
             words = (
                 f"This model's maximum context length is {CONTEXT} tokens. However, you requested "

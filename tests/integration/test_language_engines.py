@@ -453,6 +453,120 @@ def test_a_server_that_cannot_constrain_is_told_the_schema_and_mended_twice(remo
     assert "7" not in found.message
 
 
+def refusing(parameter: str, words: str = "", *, value: Any = None, **told: Any) -> Callable[[Any], Any]:
+    """A server that takes no such parameter (or only this value of it) and says so in OpenAI's words, or in these."""
+    error = {
+        "message": words or f"Unsupported parameter: '{parameter}' is not supported with this model.",
+        "type": "invalid_request_error",
+        "param": parameter,
+        "code": "unsupported_parameter" if value is None else "unsupported_value",
+        **told,
+    }
+
+    def refuse(body: Mapping[str, Any]) -> tuple[int, str] | None:
+        return (400, json.dumps({"error": error})) if body.get(parameter) not in (None, value) else None
+
+    return refuse
+
+
+@pytest.mark.parametrize(
+    "task", [asked(max_tokens=4), Choose("tiny", labels=LABELS), Extract("tiny", schema=SCHEMA)]
+)
+def test_a_server_that_counts_tokens_under_another_name_is_asked_by_that_from_then_on(
+    remote: Remote, task: Task
+) -> None:
+    server, choir = remote({"in_flight": "1"}, tokenises=False)
+    server.refusing = refusing("max_tokens")
+    server.scripted = ["good", '{"mood": "good", "stars": 4}'][isinstance(task, Extract) :] * 3
+    found = [*choir.answers(task, ["one"]), *choir.answers(task, ["two", "three"])]
+    assert not [one for one in found if isinstance(one, CellError)]
+    first, *others = server.chats()
+    assert "max_tokens" in first
+    assert {("max_tokens" in body, "max_completion_tokens" in body) for body in others} == {(False, True)}
+
+
+def test_a_parameter_is_left_out_where_the_server_takes_none_and_the_task_does_not_need_it(
+    remote: Remote,
+) -> None:
+    server, choir = remote({"in_flight": "1"})
+    server.refusing = refusing("seed", param=None, code=None)
+    task = asked(max_tokens=4, temperature=1.0)
+    for text in ("one", "two"):
+        assert isinstance(choir.answers(task, [text])[0], dict)
+    assert ["seed" in body for body in server.chats()] == [True, False, False]
+    server.refusing = refusing("temperature", value=-1.0)
+    assert isinstance(choir.answers(task, ["three"])[0], dict)
+    assert "temperature" not in server.chats()[-1]
+
+
+def test_a_stop_text_is_kept_where_the_server_takes_none(remote: Remote) -> None:
+    server, choir = remote({"in_flight": "1"})
+    server.refusing = refusing("stop")
+    server.scripted = ["one two three"]
+    assert choir.answers(asked(stop=("two",)), ["Count."]) == [{"text": "one", "finish": "stop"}]
+
+
+@pytest.mark.parametrize(
+    ("task", "parameter", "remedy"),
+    [
+        (asked(), "temperature", "set temperature=1"),
+        (asked(temperature=1.0, seed=7), "seed", "leave seed out"),
+        (Extract("tiny", schema=SCHEMA), "temperature", "set temperature=1"),
+    ],
+)
+def test_a_task_that_needs_a_parameter_which_the_server_does_not_take_says_so_after_one_request(
+    remote: Remote, task: Task, parameter: str, remedy: str
+) -> None:
+    server, choir = remote()
+    server.refusing = refusing(parameter, value=1.0)
+    (found,) = choir.answers(replace(task, too_long="truncate"), ["my secret text"])
+    assert isinstance(found, CellError)
+    assert (found.error, found.retriable) == ("refused", False)
+    assert parameter in found.message
+    assert remedy in found.message
+    assert len(server.chats()) == 1
+
+
+def test_a_choice_needs_neither_a_temperature_nor_likelihoods(remote: Remote) -> None:
+    server, choir = remote({"in_flight": "1"}, tokenises=False)
+    no_temperature, no_logprobs = refusing("temperature", value=1.0), refusing("top_logprobs")
+    server.refusing = lambda body: no_temperature(body) or no_logprobs(body)
+    server.scripted = ["good", "bad"]
+    task = Choose("tiny", labels=LABELS)
+    found = [*choir.answers(task, ["one"]), *choir.answers(task, ["two"])]
+    assert [label for label, *_ in found] == ["good", "bad"]
+    assert len(server.chats()) == 4
+    assert not {"temperature", "logprobs", "top_logprobs"} & set(server.chats()[-1])
+
+
+def test_what_a_server_refuses_about_another_thing_is_no_matter_of_the_context(remote: Remote) -> None:
+    server, choir = remote()
+    server.refusing = lambda body: (400, json.dumps({"error": {"message": "max_tokens: bad credit"}}))
+    (found,) = choir.answers(asked(too_long="truncate"), ["Hello"])
+    assert isinstance(found, CellError)
+    assert found.error == "refused"
+    assert len(server.chats()) == 1
+
+
+def test_a_server_that_writes_fewer_tokens_than_asked_for_is_asked_for_fewer(remote: Remote) -> None:
+    server, choir = remote()
+    words = "max_tokens is too large: {}. This model supports at most 30 completion tokens, whereas you provided {}."
+
+    def refuse(body: Mapping[str, Any]) -> tuple[int, str] | None:
+        told = words.format(body["max_tokens"], body["max_tokens"])
+        error = {"message": told, "param": "max_tokens", "code": None}
+        return (400, json.dumps({"error": error})) if body["max_tokens"] > 30 else None
+
+    server.refusing = refuse
+    (found,) = choir.answers(asked(max_tokens=100), ["Hello"])
+    assert isinstance(found, dict)
+    assert [body["max_tokens"] for body in server.chats()] == [100, 25]
+    server.refusing = lambda body: refuse({"max_tokens": 99})
+    (found,) = choir.answers(asked(max_tokens=100, too_long="truncate"), ["Hello"])
+    assert isinstance(found, CellError)
+    assert (found.error, "max_tokens" in found.message) == ("refused", True)
+
+
 def test_a_server_that_tells_no_likelihood_of_labels_is_asked_for_the_first_token(remote: Remote) -> None:
     server, choir = remote(tokenises=False)
     task = Choose("tiny", labels=LABELS, scores=True)
@@ -461,7 +575,7 @@ def test_a_server_that_tells_no_likelihood_of_labels_is_asked_for_the_first_toke
         assert sum(every.values()) == pytest.approx(1, abs=1e-5)
         assert score == max(every.values())
     server.logprobs = False
-    choir.handle.server.logprobs = True
+    choir.handle.server.lacks.clear()
     server.scripted = ["Bad."]
     ((label, score, _),) = choir.answers(task, ["Fine"])
     assert (label, round(score, 3)) == ("bad", 1.0)

@@ -34,9 +34,10 @@ from motet.wire import TaskOrder
 from workers.assemble import assemble
 from workers.engine import CannotLoad, Ended, Pass, Prepared, Step
 from workers.engines.answers import label_column
-from workers.engines.chat_server import CONTEXT_LENGTH, ChatServer, Refused, Spending
+from workers.engines.chat_server import ChatServer, Refused, Spending
 from workers.engines.function import json_column
 from workers.engines.prompts import BAD_MESSAGES, NOTHING, BadMessages, messages_of, plain
+from workers.engines.refusals import ANSWER_LENGTH, CONTEXT_LENGTH
 from workers.engines.schemas import violation
 
 #: Of the places so many more requests are let in, so that none is ever free.
@@ -47,6 +48,8 @@ STEP_S = 0.02
 MENDING = 2
 #: A prompt without room for its whole answer is asked for less of one; a text that may be cut, cut to these shares.
 LESS, CUTS = (1, 1 / 4, 1 / 16, 0), (3 / 4, 1 / 2, 1 / 4, 1 / 8, 1 / 16)
+#: The temperature of a server that is told none: a task that asks for it needs not say so.
+SERVERS_TEMPERATURE = 1.0
 #: UTF-8 bytes of a token, for predictions.
 BYTES_PER_TOKEN = 4
 #: Worth of a label that is not even among the likeliest tokens, below the last of those.
@@ -273,28 +276,37 @@ async def _answer(q: _Question, share: float) -> Column:
         return label_column(np.array([scores], np.float32), every_score=bool(q.task.spec.get("scores")))
     if q.task.spec.get("schema") is not None:
         return json_column([await _by_schema(q, share)])
-    message, finish = await _written(q, q.messages(share))
-    return json_column([{"text": _until(message, q.task.spec.get("stop") or ()).strip(), "finish": finish}])
+    text, finish = await _written(q, q.messages(share))
+    return json_column([{"text": text.strip(), "finish": finish}])
 
 
 async def _written(q: _Question, messages: Sequence[Mapping[str, str]], **options: Any) -> tuple[str, str]:
-    """What the model writes, and how it ended: with less room than asked for where the context has no more."""
+    """What the model writes, and how it ended: with less room than asked for where server or context has no more."""
     spec = q.task.spec
     wanted = int(spec["max_tokens"])
+    # The answer is cut before a stop text in any case.
+    spare = {"stop"}
     if spec.get("stop"):
         options["stop"] = list(spec["stop"])
-    options["temperature"] = float(spec.get("temperature", 0.0))
-    if options["temperature"] > 0:
-        said = f"{spec.get('seed', 0)}/{q.asking.index}/{q.task.name}"
+    options["temperature"] = temperature = float(spec.get("temperature", 0.0))
+    if temperature == SERVERS_TEMPERATURE:
+        spare.add("temperature")
+    if temperature > 0:
+        seed = int(spec.get("seed", 0))
+        said = f"{seed}/{q.asking.index}/{q.task.name}"
         options["seed"] = int.from_bytes(hashlib.sha256(said.encode()).digest()[:4], "big") >> 1
+        if seed == 0:
+            spare.add("seed")
     for most in sorted({max(1, int(wanted * part)) for part in LESS}, reverse=True):
         try:
-            choice = await q.chat(messages, max_tokens=most, **options)
+            choice = await q.chat(messages, max_tokens=most, spare=spare, **options)
         except Refused as refused:
-            if refused.cell != CONTEXT_LENGTH or most == 1:
+            if refused.cell not in (CONTEXT_LENGTH, ANSWER_LENGTH) or most == 1:
                 raise
         else:
-            return _text(choice), "length" if choice.get("finish_reason") == "length" else "stop"
+            text = _until(whole := _text(choice), spec.get("stop") or ())
+            cut_short = choice.get("finish_reason") == "length" and text == whole
+            return text, "length" if cut_short else "stop"
     raise AssertionError("one token is the least")
 
 
@@ -307,7 +319,7 @@ def _text(choice: Mapping[str, Any]) -> str:
 
 
 def _until(text: str, stops: Sequence[str]) -> str:
-    """Some servers leave the stop text in."""
+    """Some servers leave the stop text in, and some take none."""
     for stop in stops:
         text = text.partition(stop)[0]
     return text
@@ -345,7 +357,9 @@ async def _constrained(
             form = {"type": "json_schema", "json_schema": {"name": "answer", "schema": dict(schema)}}
             return await _written(q, messages, response_format=form)
         except Refused as refused:
-            if refused.status not in (400, 404, 415, 422) or refused.cell == CONTEXT_LENGTH:
+            if refused.status not in (400, 404, 415, 422) or refused.cell in (CONTEXT_LENGTH, ANSWER_LENGTH):
+                raise
+            if refused.parameter not in ("", "response_format"):
                 raise
             # Whether it is the schema or the server that cannot, the next request tells.
             told = await _written(q, _told(messages, schema))
@@ -434,18 +448,15 @@ async def _first_tokens(q: _Question, share: float) -> list[float]:
     """By what the answer begins with."""
     labels = list(map(str, q.task.spec["labels"]))
     longest = max(len(label.encode("utf-8", "replace")) for label in labels)
-    options: dict[str, Any] = {"temperature": 0.0, "max_tokens": 4 + longest // 2}
-    messages = q.messages(share)
-    if q.server.logprobs:
-        try:
-            choice = await q.chat(messages, **options, logprobs=True, top_logprobs=20)
-        except Refused as refused:
-            if refused.status not in (400, 422) or refused.cell == CONTEXT_LENGTH:
-                raise
-            choice = await q.chat(messages, **options)
-            q.server.logprobs = False
-    else:
-        choice = await q.chat(messages, **options)
+    choice = await q.chat(
+        q.messages(share),
+        # The first token's likelihoods are those without a temperature, and a server may have one of its own.
+        spare=("temperature", "logprobs", "top_logprobs"),
+        temperature=0.0,
+        max_tokens=4 + longest // 2,
+        logprobs=True,
+        top_logprobs=20,
+    )
     written = named(_text(choice), labels)
     shares = beginnings(_likeliest(choice), labels, written)
     if not any(shares):
