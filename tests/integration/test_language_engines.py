@@ -16,7 +16,7 @@ from motet.columns import OK, STATE_MASK, TRUNCATED, CellError, Column, values
 from motet.manifest import Manifest
 from motet.tasks import Chat, Choose, Extract, Generate, Task
 from motet.wire import TaskOrder
-from tests.tiny_language import CONTEXT, TinyServer, a_llama, serving
+from tests.tiny_language import CONTEXT, SWITCHED, TinyServer, a_llama, serving
 from workers.describe import describe_folder
 from workers.engine import CannotLoad, ContinuousEngine, Ended, Pass, Prepared
 from workers.engines import InstalledEngines, chat_server
@@ -614,6 +614,86 @@ def test_a_first_token_counts_for_the_labels_that_begin_with_it() -> None:
     tokens = [("Ġsports", 0.6), ("▁pol", 0.2), ("s", 0.1), ("x", 0.05), ("", 0.05)]
     assert beginnings(tokens, labels, 0) == pytest.approx([0.7, 0.0, 0.2])
     assert beginnings(tokens, labels, None) == pytest.approx([0.35, 0.35, 0.2])
+
+
+@pytest.fixture(scope="module")
+def thinker(tmp_path_factory: pytest.TempPathFactory) -> Iterator[TinyServer]:
+    with serving(a_llama(tmp_path_factory.mktemp("thinker"), thinks=SWITCHED)) as running:
+        yield running
+
+
+def kwargs_of(body: Mapping[str, Any]) -> Any:
+    return body.get("chat_template_kwargs", {}).get("enable_thinking")
+
+
+@pytest.mark.parametrize("thinking", [None, True, False])
+def test_a_server_is_told_whether_to_think(thinker: TinyServer, thinking: bool | None) -> None:
+    thinker.seen.clear()
+    tasks: dict[str, Task] = {
+        "text": asked(max_tokens=2, thinking=thinking),
+        "label": Choose("tiny", labels=LABELS, thinking=thinking),
+        "form": Extract("tiny", schema=SCHEMA, thinking=thinking),
+    }
+    with loaded("openai", served_by(thinker), {}) as choir:
+        choir.ask(tasks, ["Hello"])
+    prompts = [body for _, body in thinker.seen if "messages" in body]
+    assert {path for path, body in thinker.seen if "messages" in body} == {
+        "/tokenize",
+        "/v1/chat/completions",
+    }
+    assert {kwargs_of(body) for body in prompts} == {thinking}
+    assert all("chat_template_kwargs" in body for body in prompts) is (thinking is not None)
+
+
+@pytest.mark.parametrize(
+    "refuse",
+    [
+        refusing("chat_template_kwargs", code="unknown_parameter"),
+        refusing(
+            "chat_template_kwargs", "Unrecognized request argument supplied: chat_template_kwargs", param=None
+        ),
+        refusing("chat_template_kwargs", "Bad Request", param=None, code=None),
+    ],
+)
+def test_a_server_that_cannot_be_told_whether_to_think_is_asked_without(remote: Remote, refuse: Any) -> None:
+    server, choir = remote(tokenises=False)
+    server.refusing = refuse
+    server.scripted = ["good"] * 3
+    task = Choose("tiny", labels=LABELS)
+    found = [answered for text in ("one", "two", "three") for answered in choir.answers(task, [text])]
+    assert not [one for one in found if isinstance(one, CellError)]
+    assert ["chat_template_kwargs" in body for body in server.chats()] == [True, False, False, False]
+
+
+def test_a_served_answer_comes_without_its_thoughts(remote: Remote) -> None:
+    server, choir = remote(tokenises=False)
+    server.logprobs = False
+    thought = "<think>\nNot bad at all.\n</think>\n\n"
+    for thinking, text in ((True, "Fine."), (False, "Fine."), (None, f"{thought}Fine.")):
+        server.scripted = [f"{thought}Fine."]
+        assert choir.answers(asked(thinking=thinking), ["x"]) == [{"text": text.strip(), "finish": "stop"}]
+    server.scripted = ["Not bad at all.\n</think>Fine."]  # the template has begun the thought
+    assert choir.answers(asked(thinking=True), ["x"]) == [{"text": "Fine.", "finish": "stop"}]
+    server.scripted = ["<think>\nNot bad"]
+    assert choir.answers(asked(thinking=True), ["x"])[0]["text"] == ""
+    server.scripted = [f"{thought}good"]
+    assert choir.answers(Choose("tiny", labels=LABELS), ["x"])[0][0] == "good"
+    server.scripted = [f'{thought}{{"mood": "good", "stars": 4}}']
+    assert choir.answers(Extract("tiny", schema=SCHEMA), ["x"]) == [{"mood": "good", "stars": 4}]
+
+
+def test_a_server_that_thinks_whatever_it_is_told_gets_room_for_that_before_it_chooses(
+    remote: Remote,
+) -> None:
+    server, choir = remote(tokenises=False)
+    server.logprobs = False
+    server.scripted = ["", "good", "bad"]
+    task = Choose("tiny", labels=LABELS)
+    found = [choir.answers(task, [text])[0][0] for text in ("one", "two")]
+    assert found == ["good", "bad"]
+    assert server.chats()[1]["max_tokens"] < 20
+    *_, second, third = [body["max_tokens"] for body in server.chats()]
+    assert 200 < second == third < CONTEXT
 
 
 def test_a_key_comes_from_the_worker_s_own_variables_and_from_no_other(

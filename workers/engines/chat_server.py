@@ -129,6 +129,8 @@ class ChatServer:
     #: Parameters of a chat that the server does not take, learned from its refusals, and those that it took.
     lacks: set[str] = field(default_factory=set)
     takes: set[str] = field(default_factory=set)
+    #: Tokens for what its model thinks before it names a label, whatever it is told; 0 where it does not.
+    thoughts: int = 0
     gate: Gate = field(init=False)
     _client: httpx.AsyncClient = field(init=False)
     #: Nothing is sent before, on the loop's clock: the server asked for a pause.

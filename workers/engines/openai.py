@@ -39,6 +39,7 @@ from workers.engines.function import json_column
 from workers.engines.prompts import BAD_MESSAGES, NOTHING, BadMessages, messages_of, plain
 from workers.engines.refusals import ANSWER_LENGTH, CONTEXT_LENGTH
 from workers.engines.schemas import violation
+from workers.engines.thoughts import switches, without_thoughts
 
 #: Of the places so many more requests are let in, so that none is ever free.
 AHEAD = 1 / 8
@@ -50,6 +51,8 @@ MENDING = 2
 LESS, CUTS = (1, 1 / 4, 1 / 16, 0), (3 / 4, 1 / 2, 1 / 4, 1 / 8, 1 / 16)
 #: The temperature of a server that is told none: a task that asks for it needs not say so.
 SERVERS_TEMPERATURE = 1.0
+#: Tokens for the thoughts of a model that thinks before it names a label, whatever it is told: as many as fit.
+THOUGHT_TOKENS = (4096, 1024, 256)
 #: UTF-8 bytes of a token, for predictions.
 BYTES_PER_TOKEN = 4
 #: Worth of a label that is not even among the likeliest tokens, below the last of those.
@@ -225,8 +228,20 @@ class _Question:
         """The same without any text."""
         return plain(messages_of(self.task.spec, NOTHING, dict.fromkeys(self.asking.fields, NOTHING)))
 
-    async def chat(self, messages: Sequence[Mapping[str, str]], **options: Any) -> dict[str, Any]:
-        return await self.server.chat(messages, self.spending, urgent=self.urgent, **options)
+    @property
+    def template(self) -> dict[str, Any]:
+        """What the server's chat template is told, as vLLM, SGLang and llama.cpp take it."""
+        told = switches(self.task.spec)
+        return {"chat_template_kwargs": told} if told else {}
+
+    async def chat(
+        self, messages: Sequence[Mapping[str, str]], *, spare: Collection[str], **options: Any
+    ) -> dict[str, Any]:
+        # A server without this switch has a model that thinks or not; its thoughts are cut off in any case.
+        spare = {*spare, "chat_template_kwargs"}
+        return await self.server.chat(
+            messages, self.spending, urgent=self.urgent, spare=spare, **self.template, **options
+        )
 
 
 async def _row(
@@ -304,7 +319,10 @@ async def _written(q: _Question, messages: Sequence[Mapping[str, str]], **option
             if refused.cell not in (CONTEXT_LENGTH, ANSWER_LENGTH) or most == 1:
                 raise
         else:
-            text = _until(whole := _text(choice), spec.get("stop") or ())
+            whole = _text(choice)
+            if spec.get("thinking") is not None and spec.get("schema") is None:
+                whole = without_thoughts(whole)
+            text = _until(whole, spec.get("stop") or ())
             cut_short = choice.get("finish_reason") == "length" and text == whole
             return text, "length" if cut_short else "stop"
     raise AssertionError("one token is the least")
@@ -378,12 +396,12 @@ def _told(messages: Sequence[Mapping[str, str]], schema: Mapping[str, Any]) -> l
 
 def _checked(text: str, schema: Mapping[str, Any]) -> tuple[Any, str]:
     """The value, and what is wrong with it, without a word of it."""
-    fenced = re.fullmatch(r"\s*```(?:json)?\s*(.*?)\s*```\s*", text, re.DOTALL)
-    try:
-        value = json.loads(fenced.group(1) if fenced else text)
-    except (ValueError, RecursionError):
-        return None, "what was written is no JSON"
-    return value, violation(value, schema) or ""
+    for said in (text, without_thoughts(text)):
+        fenced = re.fullmatch(r"\s*```(?:json)?\s*(.*?)\s*```\s*", said, re.DOTALL)
+        with contextlib.suppress(ValueError, RecursionError):
+            value = json.loads(fenced.group(1) if fenced else said)
+            return value, violation(value, schema) or ""
+    return None, "what was written is no JSON"
 
 
 # -- labels
@@ -421,7 +439,9 @@ async def _likelihoods(q: _Question, share: float) -> list[float]:
 async def _sums(
     q: _Question, messages: Sequence[Mapping[str, str]], labels: Sequence[Sequence[int]]
 ) -> list[float]:
-    prompt = await q.server.tokens(urgent=q.urgent, messages=list(messages), add_generation_prompt=True)
+    prompt = await q.server.tokens(
+        urgent=q.urgent, messages=list(messages), add_generation_prompt=True, **q.template
+    )
 
     async def one(label: Sequence[int]) -> float:
         choice = await q.server.complete(
@@ -448,17 +468,13 @@ async def _first_tokens(q: _Question, share: float) -> list[float]:
     """By what the answer begins with."""
     labels = list(map(str, q.task.spec["labels"]))
     longest = max(len(label.encode("utf-8", "replace")) for label in labels)
-    choice = await q.chat(
-        q.messages(share),
-        # The first token's likelihoods are those without a temperature, and a server may have one of its own.
-        spare=("temperature", "logprobs", "top_logprobs"),
-        temperature=0.0,
-        max_tokens=4 + longest // 2,
-        logprobs=True,
-        top_logprobs=20,
-    )
-    written = named(_text(choice), labels)
-    shares = beginnings(_likeliest(choice), labels, written)
+    choice = await _named_label(q, share, 4 + longest // 2)
+    text = _text(choice)
+    answer = without_thoughts(text)
+    written = named(answer, labels)
+    # Likelihoods are of the first token, and so of a thought where there is one.
+    thought = answer != text or q.server.thoughts
+    shares = beginnings([] if thought else _likeliest(choice), labels, written)
     if not any(shares):
         if written is None:
             raise Refused(CellError("no_label", "what was written is none of the labels"))
@@ -466,6 +482,44 @@ async def _first_tokens(q: _Question, share: float) -> list[float]:
         return [math.log(share) if share else -100.0 for share in shares]
     least = math.log(min(share for share in shares if share))
     return [math.log(share) if share else least + UNSEEN for share in shares]
+
+
+async def _named_label(q: _Question, share: float, most: int) -> dict[str, Any]:
+    """What the model writes where it shall name a label: with room for thoughts before, where it needs that."""
+    known = q.server.thoughts
+    choice = await _labelled(q, share, most) if not known else None
+    if choice is not None and not _all_thoughts(choice):
+        return choice
+    for more in THOUGHT_TOKENS:
+        if known and more > known:
+            continue
+        try:
+            choice = await _labelled(q, share, most + more)
+        except Refused as refused:
+            if refused.cell not in (CONTEXT_LENGTH, ANSWER_LENGTH):
+                raise
+            continue
+        if not _all_thoughts(choice):
+            q.server.thoughts = max(known, more)
+        break
+    return choice or await _labelled(q, share, most)
+
+
+async def _labelled(q: _Question, share: float, most: int) -> dict[str, Any]:
+    return await q.chat(
+        q.messages(share),
+        # The first token's likelihoods are those without a temperature, and a server may have one of its own.
+        spare=("temperature", "logprobs", "top_logprobs"),
+        temperature=0.0,
+        max_tokens=most,
+        logprobs=True,
+        top_logprobs=20,
+    )
+
+
+def _all_thoughts(choice: Mapping[str, Any]) -> bool:
+    """There was no room for an answer behind the thoughts, which some servers do not even tell."""
+    return choice.get("finish_reason") == "length" and not without_thoughts(_text(choice)).strip()
 
 
 def _likeliest(choice: Mapping[str, Any]) -> list[tuple[str, float]]:
