@@ -46,7 +46,7 @@ def a_llama(
     import torch
     import transformers
 
-    vocabulary = a_tokenizer(folder, template)
+    vocabulary = a_tokenizer(folder, template, thinks=thinks)
     torch.manual_seed(seed)
     config, model, more = {
         "llama": (transformers.LlamaConfig, transformers.LlamaForCausalLM, {}),
@@ -107,8 +107,8 @@ def a_language_model(folder: Path, kind: str, *, positions: int = CONTEXT, **mor
     return folder
 
 
-def a_tokenizer(folder: Path, template: str | None = TEMPLATE) -> int:
-    """A byte-level tokenizer in the folder; how many tokens it has."""
+def a_tokenizer(folder: Path, template: str | None = TEMPLATE, *, thinks: str = "") -> int:
+    """A byte-level tokenizer in the folder; how many tokens it has. ``thinks``: as of ``a_llama``."""
     import transformers
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 

@@ -19,7 +19,7 @@ from motet.wire import TaskOrder
 from tests.tiny_language import CONTEXT, SWITCHED, TinyServer, a_llama, serving
 from workers.describe import describe_folder
 from workers.engine import CannotLoad, ContinuousEngine, Ended, Pass, Prepared
-from workers.engines import InstalledEngines, chat_server
+from workers.engines import InstalledEngines, chat_server, openai
 from workers.engines.openai import OpenAIEngine, beginnings, named
 
 #: vLLM has an environment of its own, and takes a minute to start: see `make vllm-test`.
@@ -583,6 +583,30 @@ def test_a_server_that_tells_no_likelihood_of_labels_is_asked_for_the_first_toke
     (found,) = choir.answers(task, ["Fine"])
     assert isinstance(found, CellError)
     assert found.error == "no_label"
+
+
+def test_what_labels_are_worth_without_a_text_is_kept_for_one_tenant_and_not_for_ever(
+    remote: Remote, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    server, choir = remote()
+    monkeypatch.setattr(openai, "PRIORS", 3)
+    task = Choose("tiny", labels=LABELS)
+
+    def requests(tenant: str, name: str = "it") -> int:
+        server.seen.clear()
+        pass_ = replace(choir.pass_of({name: task}), tenant=tenant)
+        [row] = choir.engine.prepare(pass_, ["Hello"])
+        assert isinstance(row, Prepared)
+        choir.engine.admit(pass_, row, tenant, urgent=False)
+        while choir.engine.inside(choir.handle):
+            choir.engine.step(choir.handle, 64)
+        return sum(path == "/v1/completions" for path, _ in server.seen)
+
+    assert [requests("a"), requests("a"), requests("b"), requests("b")] == [6, 3, 6, 3]
+    for name in ("two", "three", "four"):
+        requests("a", name)
+    assert len(choir.handle.priors) == 3
+    assert requests("a") == 6
 
 
 def named_or_none(choir: Choir, task: Choose) -> bool:

@@ -437,6 +437,8 @@ def test_speed_is_learned_by_what_is_asked_and_not_by_how_it_is_worded() -> None
     same = key(a=(ask("Summarise it."), LLM))
     assert key(b=(ask("Rephrase this."), LLM)) == same
     assert key(a=(ask("Summarise it.", max_tokens=16), LLM)) != same
+    assert key(a=(ask("Summarise it.", thinking=False), LLM)) == same
+    assert key(a=(ask("Summarise it.", thinking=True), LLM)) != same
     assert key(a=(ask("Summarise it."), LLM), b=(ask("Rephrase this."), LLM)) != same
     assert same.startswith(f"{LLM.digest}:")
     assert key(vector=(Embed("minilm"), MINILM)) == MINILM.trunk

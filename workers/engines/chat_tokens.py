@@ -68,8 +68,8 @@ class ChatTokens:
             self.ends = _ends(files, self._chat.eos_token_id)
             self.has_template = bool(self._chat.chat_template)
             #: The tokens that begin and end a thought; None where a tag is no single token here.
-            tags = (self._control.token_to_id(BEGIN), self._control.token_to_id(END))
-            self.thought: tuple[int, int] | None = None if None in tags else tags
+            begin, end = self._control.token_to_id(BEGIN), self._control.token_to_id(END)
+            self.thought = (begin, end) if begin is not None and end is not None else None
         except Exception as error:
             raise CannotLoad(f"the tokenizer cannot be read: {type(error).__name__}") from error
         self._lock = threading.Lock()

@@ -53,6 +53,8 @@ LESS, CUTS = (1, 1 / 4, 1 / 16, 0), (3 / 4, 1 / 2, 1 / 4, 1 / 8, 1 / 16)
 SERVERS_TEMPERATURE = 1.0
 #: Tokens for the thoughts of a model that thinks before it names a label, whatever it is told: as many as fit.
 THOUGHT_TOKENS = (4096, 1024, 256)
+#: Label priors kept for one server. Fewer are asked for again; each is a few numbers.
+PRIORS = 1024
 #: UTF-8 bytes of a token, for predictions.
 BYTES_PER_TOKEN = 4
 #: Worth of a label that is not even among the likeliest tokens, below the last of those.
@@ -79,8 +81,8 @@ class Served:
     #: Ticket -> tasks asked, and the row on the loop.
     rows: dict[Hashable, tuple[int, Future[None]]] = field(default_factory=dict)
     ended: queue.SimpleQueue[tuple[Future[None], Ended]] = field(default_factory=queue.SimpleQueue)
-    #: Task -> what its labels are worth without any text.
-    worth: dict[str, tuple[float, ...]] = field(default_factory=dict)
+    #: Tenant, task -> how likely its labels are without any text; the newest PRIORS of them, oldest first.
+    priors: dict[tuple[str, str], tuple[float, ...]] = field(default_factory=dict)
 
     @property
     def asked(self) -> int:
@@ -138,7 +140,7 @@ class OpenAIEngine:
         # The row must know its own future before it can end.
         known: Future[Future[None]] = Future()
         future = asyncio.run_coroutine_threadsafe(
-            _row(handle, pass_.tasks, row, ticket, urgent, known), handle.loop
+            _row(handle, pass_, row, ticket, urgent, known), handle.loop
         )
         known.set_result(future)
         handle.rows[ticket] = (len(pass_.tasks), future)
@@ -212,6 +214,7 @@ class _Question:
     task: TaskOrder
     asking: Asking
     urgent: bool
+    tenant: str
     spending: Spending
 
     @property
@@ -246,13 +249,15 @@ class _Question:
 
 async def _row(
     handle: Served,
-    tasks: Sequence[TaskOrder],
+    pass_: Pass,
     row: Prepared,
     ticket: Hashable,
     urgent: bool,
     known: Future[Future[None]],
 ) -> None:
-    questions = [_Question(handle, task, row.inputs, urgent, Spending()) for task in tasks]
+    questions = [
+        _Question(handle, task, row.inputs, urgent, pass_.tenant, Spending()) for task in pass_.tasks
+    ]
     # Begun in this order, and so sent one after the other.
     columns = await asyncio.gather(*map(_column, questions))
     spent = {}
@@ -422,16 +427,20 @@ async def _label_scores(q: _Question, share: float) -> list[float]:
 
 
 async def _likelihoods(q: _Question, share: float) -> list[float]:
-    """Of every label as the whole answer, against what it is worth without any text."""
+    """Of every label as the whole answer, against its likelihood without any text."""
     texts = list(map(str, q.task.spec["labels"]))
     labels = [
         await q.server.tokens(urgent=q.urgent, prompt=label, add_special_tokens=False) for label in texts
     ]
     found = await _sums(q, q.messages(share), labels)
     if q.task.spec.get("calibrate", True):
-        if q.task.name not in q.handle.worth:
-            q.handle.worth[q.task.name] = tuple(await _sums(q, q.empty(), labels))
-        found = [a - b for a, b in zip(found, q.handle.worth[q.task.name], strict=True)]
+        known, key = q.handle.priors, (q.tenant, q.task.name)
+        if (prior := known.get(key)) is None:
+            prior = tuple(await _sums(q, q.empty(), labels))
+            known[key] = prior
+            while len(known) > PRIORS:
+                del known[next(iter(known))]
+        found = [a - b for a, b in zip(found, prior, strict=True)]
     q.server.scores = True
     return found
 
