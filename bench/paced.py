@@ -60,8 +60,10 @@ class Paced(Cluster):
         return super()._env(**settings) | self._given
 
     def register_second(self) -> None:
-        """Make the second model known."""
+        """Make the second model known; a prepared cluster knows it already."""
         folder = self.data / SECOND
+        if folder.exists():
+            return
         _copy_with_other_weights(folder)
         env = self._env(URL=self.url, TOKEN=self.tokens["admin"], CACHE_DIR=str(self.data / "cache"))
         subprocess.run(
