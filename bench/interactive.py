@@ -94,7 +94,7 @@ def main() -> None:
     calls = arguments.calls or size.of(full=60, quick=20, smoke=3)
     rounds = arguments.rounds or size.of(full=4, quick=1, smoke=1)
     many = 1_000_000 if arguments.gpu else 15_000
-    bulk_texts = texts(arguments.rows or size.of(full=many, quick=many, smoke=2_000))
+    bulk_texts = texts(arguments.rows or size.of(full=many, quick=many, smoke=8_000))
     single = texts(5 + (2 * calls + 1) * rounds)
     alone_s = size.of(full=20.0, quick=6.0, smoke=0.5)
     idle: list[float] = []

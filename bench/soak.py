@@ -22,11 +22,10 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any
 
+import harness
 import psutil
 import psycopg
 import redis
-
-import harness
 from harness import Size
 
 from motet.errors import MotetError, NotFound

@@ -53,7 +53,7 @@ Activity = Mapping[str, Any]
 SEEDS = 5
 KIND = "cpu"
 #: Rows that a mix has altogether: some 25 s at steady workers.
-ROWS, QUICK_ROWS, SMOKE_ROWS = 1200, 240, 24
+ROWS, QUICK_ROWS, SMOKE_ROWS = 1200, 240, 36
 #: Bare workers are so many times as fast as steady ones.
 BARE = 4
 
