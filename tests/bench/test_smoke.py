@@ -56,9 +56,13 @@ def prepared(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def runs(request: pytest.FixtureRequest, prepared: Path) -> Iterator[Mapping[str, Future[Ran]]]:
     """The commands that this session's tests ask for, running some at once."""
-    asked = [item.callspec.params["name"] for item in request.session.items if item.module is request.module]  # type: ignore[attr-defined]
-    with ThreadPoolExecutor(AT_ONCE) as pool:
-        yield {name: pool.submit(run, name, prepared) for name in dict.fromkeys(asked)}
+    mine = [item for item in request.session.items if "runs" in getattr(item, "fixturenames", ())]
+    names = dict.fromkeys(item.callspec.params["name"] for item in mine)  # type: ignore[attr-defined]
+    pool = ThreadPoolExecutor(AT_ONCE)
+    try:
+        yield {name: pool.submit(run, name, prepared) for name in names}
+    finally:
+        pool.shutdown(cancel_futures=True)
 
 
 def run(name: str, prepared: Path) -> Ran:
@@ -74,7 +78,7 @@ def run(name: str, prepared: Path) -> Ran:
     return Ran(done.returncode, done.stdout, done.stderr, time.monotonic() - began)
 
 
-@pytest.mark.timeout(600)
+@pytest.mark.timeout(600)  # where another command's end is waited for, too
 @pytest.mark.parametrize("name", COMMANDS)
 def test_a_command_runs_at_its_smallest_size_and_prints_figures_that_can_be_read(
     name: str, runs: Mapping[str, Future[Ran]]
