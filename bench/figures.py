@@ -42,6 +42,10 @@ def main() -> int:
     parser.add_argument("--tables", action="store_true", help="run nothing, write the tables")
     parser.add_argument("--anew", action="store_true", help="also run those that an earlier call has done")
     arguments = parser.parse_args()
+    if arguments.save:
+        parser.error(
+            f"--save: got {arguments.save}; expected none: every benchmark keeps its own in bench/results"
+        )
     full = arguments.size is Size.FULL
     names = _asked(parser, arguments)
     resuming = full and not (arguments.only or arguments.tables or arguments.anew)
