@@ -10,11 +10,10 @@ import inspect
 import json
 import logging
 import math
+import os
 import re
 import secrets
-import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass, replace
 from functools import partial
 from itertools import chain
@@ -22,15 +21,17 @@ from types import TracebackType
 from typing import Any, Literal, TypeVar
 from uuid import UUID
 
-from motet.errors import Conflict, InvalidJob, MotetError, NotFound, Overloaded, Problem
-from motet.http import Address, Http
+from motet.errors import InvalidJob, MotetError, NotFound, Problem
+from motet.http import Address, BodyRefused, Http, json_of
 from motet.job import Job, Plan
 from motet.manifest import Manifest, trainer_name
 from motet.progress import Bar
 from motet.recipe import Recipe, Tune
-from motet.rows import MAX_ROW_BYTES, BadRows, Part, Source, cut, survey
+from motet.rows import MAX_ROW_BYTES, BadRows, cut, survey
+from motet.sources import Source
 from motet.tasks import Chat, Embed, Fit, Prompted, Task, parse, placeholders, short
 from motet.training import Learned, TrainRun, read_lesson
+from motet.upload import send_parts
 
 Priority = Literal["interactive", "normal", "bulk"]
 State = Literal["loading", "running", "succeeded", "failed", "cancelled"]
@@ -42,8 +43,6 @@ log = logging.getLogger(__name__)
 _T = TypeVar("_T")
 
 _PAGE = 50
-#: How often somebody who waits for a part looks whether it was refused.
-_GLANCE_S = 0.25
 #: What an id or a model's name looks like.
 _SEGMENT = re.compile(r"[A-Za-z0-9_.@+:-]{1,200}")
 
@@ -117,7 +116,7 @@ class Token:
 
 
 class Client:
-    """A line to one motet server. Usable from several threads; closing it leaves its jobs running.
+    """A line to one motet server. Usable from several threads and in forked children; closing it leaves its jobs running.
 
     ``url`` and ``token`` default to ``MOTET_URL`` and ``MOTET_TOKEN``, else to what `motet up` wrote on this
     machine. ``timeout`` is how many seconds one call goes on trying while the server is away or overloaded;
@@ -158,14 +157,18 @@ class Client:
 
         ``source`` is a path (.jsonl, .ndjson, .csv, .tsv, .txt, each also with .gz, or .parquet), a list or
         any iterable of texts or mappings (read once, in flat memory), a DataFrame or an Arrow table. Only the
-        fields that tasks read leave this machine; one that a Chat reads may hold a list of messages. ``bad_rows="error"`` gives error cells for rows that are
-        none; ``"refuse"`` raises InvalidJob that lists them, and nothing stays behind on the server.
+        fields that tasks read leave this machine; one that a Chat reads may hold a list of messages. A file is
+        read whole or refused: one with a quote that is never closed, say, or that grows meanwhile. With
+        ``bad_rows="error"`` a value that is no text (null, or a missing field) gives error cells to the tasks that read
+        it, and a row that is none to all; ``"refuse"`` raises InvalidJob that lists them, and nothing stays behind on
+        the server.
         ``reuse=False`` computes everything anew. A job that has not ended ``deadline_s`` seconds from now fails;
         what is done by then can be read. ``retention_days`` after its end it is deleted with its results, or
         sooner where the server keeps jobs no longer. ``progress`` forces the bar on or off. Submitting again
         with the same ``key`` gives the same job, or goes on with its upload where that broke off.
 
-        While the cluster takes no more rows it waits, and says so on the bar or in the log. Raises InvalidJob,
+        While the cluster takes no more rows it waits, and says so on the bar or in the log; where a proxy takes no
+        large bodies it sends smaller parts, and logs what to set. Raises InvalidJob,
         Unauthorized, Conflict (the key belongs to another job), Overloaded where that lasts longer than the
         client's ``timeout``, Unreachable.
         """
@@ -179,6 +182,7 @@ class Client:
             "bad_rows": bad_rows,
         }
         opening |= _amounts(deadline_s=deadline_s, retention_days=retention_days)
+        process = os.getpid()
         own_key = key or secrets.token_hex(16)
         parts = cut(source, fields_read, dialogues=dialogues_of(specs), bad_rows=bad_rows)
         # Two parts are cut before anything is sent: a small job is one request, and a source that cannot be
@@ -191,21 +195,28 @@ class Client:
             opening["mean_bytes"] = first.mean_bytes()
         second = next(parts, None)
         bar = Bar("sending", wanted=progress)
-        whole = second is None and not first.bad
+        whole = second is None and not first.bad and not first.bad_fields
         if whole:
             opening["rows"] = first.rows()
+        tell = partial(_tell, bar)
         with bar:
-            record = self._http.post("/v1/jobs", opening, key=own_key, refused=partial(_tell, bar))
-        if whole:
-            return Job(self._http, record, progress=progress)
+            try:
+                record = self._http.post("/v1/jobs", opening, key=own_key, refused=tell)
+            except BodyRefused:
+                if not whole:
+                    raise
+                # The rows do not fit beside the tasks: they are sent as those of a large job.
+                del opening["rows"]
+                record = self._http.post("/v1/jobs", opening, key=own_key, refused=tell)
         job = Job(self._http, record, progress=progress)
         if record["state"] == "loading":
             try:
                 total = chain([first] if second is None else [first, second], parts)
-                record = self._upload(job, total, bar)
+                record = send_parts(self._http, record, total, bar, tell)
             except BaseException as error:
-                # Only a caller who gave the key can come back to go on.
-                if key is None or isinstance(error, InvalidJob):
+                # Only a caller who gave the key can come back to go on. The job of a child that was forked by the
+                # source, and leaves through here, is its parent's.
+                if os.getpid() == process and (key is None or isinstance(error, InvalidJob)):
                     self._abandon(job)
                 raise
         return Job(self._http, record, progress=progress)
@@ -226,18 +237,22 @@ class Client:
         found = survey(source, fields_of(specs), dialogues=dialogues_of(specs), bad_rows=bad_rows)
         if not found.sample:
             raise InvalidJob(Problem("rows", "no rows", "at least one good row", "check the source"))
-        return Plan.of(
-            self._http.post(
-                "/v1/plan",
-                {
-                    "tasks": {task: spec.to_json() for task, spec in specs.items()},
-                    "priority": priority,
-                    "rows": list(found.sample),
-                    "total_rows": found.rows,
-                    "total_bytes": found.text_bytes,
-                },
-            )
-        )
+        sample = list(found.sample)
+        asked: dict[str, Any] = {
+            "tasks": {task: spec.to_json() for task, spec in specs.items()},
+            "priority": priority,
+            "bad_rows": bad_rows,
+            "total_rows": found.rows,
+            "total_bytes": found.text_bytes,
+        }
+        while True:
+            try:
+                return Plan.of(self._http.post("/v1/plan", {**asked, "rows": sample}))
+            except BodyRefused:
+                if len(sample) == 1:
+                    raise
+                # An even sample of an even sample: the estimate is a little rougher.
+                sample = sample[::2]
 
     def train(
         self,
@@ -408,7 +423,7 @@ class Client:
         body = json.dumps({"version": version}).encode()
         kind = {"Content-Type": "application/json"}
         made = self._http.request("PUT", _alias_path(name, alias), content=body, headers=kind)
-        return _known(Alias, made.json())
+        return _known(Alias, json_of(made))
 
     def rollback(self, alias: str) -> Alias:
         """Let ``name@alias`` mean again what it meant before. Twice goes back twice.
@@ -464,72 +479,6 @@ class Client:
         return f"<Client {self.url}>"
 
     # -- inside
-
-    def _upload(self, job: Job, parts: Iterator[Part], bar: Bar) -> dict[str, Any]:
-        """Send the parts in order, one in flight while the next is cut and packed; close; return the record.
-
-        A job that already holds rows has got parts before: they are cut again, not sent again.
-        """
-        there = job.rows
-        number = rows = 0
-        wanted = 0
-        stop = threading.Event()
-        in_flight: Future[int] | None = None
-        refusals: list[Overloaded] = []
-        sender = ThreadPoolExecutor(1, thread_name_prefix="motet-upload")
-
-        def landed() -> int:
-            """Wait for the part in flight, and say here, where the bar is drawn, what it waits for."""
-            while in_flight is not None and not wait((in_flight,), _GLANCE_S).done:
-                while refusals:
-                    _tell(bar, refusals.pop())
-            return 0 if in_flight is None else in_flight.result()
-
-        try:
-            with bar:
-                for part in parts:
-                    number, rows = part.number + 1, part.first_row + len(part)
-                    if rows > there:
-                        body = part.encode(squeeze=not self._http.stays_here)
-                        wanted = max(wanted, landed())
-                        if part.number >= wanted:
-                            in_flight = sender.submit(self._put, job, part, body, stop, refusals.append)
-                    bar.show(f"{rows:,} rows")
-                landed()
-                return self._http.post(  # type: ignore[no-any-return]
-                    f"/v1/jobs/{job.id}/close", {"parts": number, "rows": rows}
-                )
-        finally:
-            stop.set()
-            sender.shutdown(wait=False, cancel_futures=True)
-
-    def _put(
-        self,
-        job: Job,
-        part: Part,
-        body: bytes,
-        stop: threading.Event,
-        refused: Callable[[Overloaded], object],
-    ) -> int:
-        """Send one part, again where an answer was lost (the same bytes are harmless); the next one wanted."""
-        try:
-            answer = self._http.request(
-                "PUT",
-                f"/v1/jobs/{job.id}/parts/{part.number}",
-                content=body,
-                headers={
-                    "Content-Type": "application/msgpack",
-                    "Content-Encoding": "identity" if self._http.stays_here else "zstd",
-                },
-                stop=stop,
-                refused=refused,
-            )
-        except Conflict as conflict:
-            # The server is further than we knew: an earlier try of ours had arrived.
-            if conflict.next_part is not None and conflict.next_part > part.number:
-                return conflict.next_part
-            raise
-        return int(answer.json()["next_part"])
 
     def _abandon(self, job: Job) -> None:
         """Remove a job whose rows never came whole. Best effort: an abandoned upload also ends by itself."""
@@ -592,9 +541,15 @@ def _amounts(**options: object) -> dict[str, float]:
     return given  # type: ignore[return-value]
 
 
-def _tell(bar: Bar, refusal: Overloaded) -> None:
-    """Say what is waited for: on the bar, which has room for the reason alone, else in the log."""
-    if bar.wanted:
+def _tell(bar: Bar, refusal: MotetError) -> None:
+    """Say what is waited for: on the bar, which has room for the reason alone, else in the log.
+
+    That smaller parts are sent is said in the log even beside a bar: somebody should mend it.
+    """
+    if isinstance(refusal, BodyRefused):
+        bar.hide()
+        log.warning("rows are sent in smaller parts, which takes more requests: %s", refusal)
+    elif bar.wanted:
         bar.show(f"waiting: {str(refusal).partition(';')[0]}")
     else:
         log.warning("waiting to send rows: %s", refusal)

@@ -12,7 +12,7 @@ import struct
 import sys
 from array import array
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 Kind = Literal["label", "labels", "number", "vector", "spans", "json"]
@@ -33,7 +33,7 @@ LAYOUT: Mapping[str, tuple[tuple[str, str], ...]] = {
     "label": (("codes", "h"), ("scores", "f"), ("all", "f")),
     "labels": (("offsets", "i"), ("codes", "h"), ("scores", "f"), ("all", "f")),
     "number": (("numbers", "d"),),
-    # n x dim of fp32 or fp16
+    # n x dim of fp32 or fp16; nothing where no row is ok
     "vector": (("vectors", "B"),),
     # code points of the rendered input
     "spans": (("offsets", "i"), ("starts", "i"), ("ends", "i"), ("codes", "h"), ("scores", "f")),
@@ -94,7 +94,7 @@ class Column:
     arrays: Mapping[str, bytes] = field(default_factory=dict)
     #: Row position -> why it is not ok. Sparse.
     errors: Mapping[int, CellError] = field(default_factory=dict)
-    #: Vectors only: length of one, and its element type.
+    #: Vectors only: length of one, and its element type. The length is 0 where no row is ok and nobody has told it yet.
     dim: int = 0
     dtype: Literal["fp32", "fp16", ""] = ""
 
@@ -158,8 +158,9 @@ class Column:
                 if size and (n == 0 or size % (4 * n)):
                     raise ValueError("column of all scores is not n x labels")
             elif name == "vectors":
-                if self.dtype not in ("fp32", "fp16") or size != n * self.dim * (
-                    4 if self.dtype == "fp32" else 2
+                width = 4 if self.dtype == "fp32" else 2
+                if self.dtype not in ("fp32", "fp16") or (
+                    size != n * self.dim * width and (size or self.counts()[0])
                 ):
                     raise ValueError("column of vectors is not n x dim")
             elif size != count * struct.calcsize(f"<{code}"):
@@ -169,6 +170,11 @@ class Column:
         """Rows that are ok, error, skipped, returned."""
         states = self.status.translate(_WITHOUT_MARK)
         return states.count(OK), states.count(ERROR), states.count(SKIPPED), states.count(RETURNED)
+
+
+def sized(column: Column, dim: int, dtype: Literal["fp32", "fp16", ""]) -> Column:
+    """The same column, told what its vectors are where it does not know: no row of it is ok then."""
+    return column if column.dim or column.kind != "vector" else replace(column, dim=dim, dtype=dtype)
 
 
 def typed(code: str, raw: bytes) -> array[Any]:

@@ -38,6 +38,8 @@ if TYPE_CHECKING:
 
 #: Characters with which a spreadsheet begins a formula, or that it drops before one.
 _FORMULA = ("=", "+", "-", "@", "\t", "\r")
+#: How a text ends.
+_FINISHES = ("stop", "length")
 #: Blocks of a Parquet row group, and so of what is in memory: small groups make a large file slow to read.
 _GROUP_BLOCKS = 64
 
@@ -45,8 +47,9 @@ _GROUP_BLOCKS = 64
 def to_arrow(job: Job, tasks: Sequence[str] | None = None) -> pyarrow.Table:
     """The job's rows as one table, in memory. Raises SetupError without pyarrow."""
     pa = _arrow()
+    schema = _schema(job, tasks)
     with _blocks(job, tasks) as blocks:
-        return _table(pa, [_batch(block) for block in blocks])
+        return pa.Table.from_batches([_batch(block) for block in blocks], schema)
 
 
 def to_pandas(job: Job, tasks: Sequence[str] | None = None) -> pandas.DataFrame:
@@ -64,19 +67,13 @@ def to_parquet(job: Job, path: str | os.PathLike[str], tasks: Sequence[str] | No
     rows = 0
     with _whole(path) as file, _blocks(job, tasks) as blocks:
         batches = (_batch(block) for block in blocks)
-        first = _table(pa, list(islice(batches, _GROUP_BLOCKS)))
-        if any(pa.types.is_null(kind) for kind in first.schema.types):
-            # Nothing but errors so far, so the type of a column is not known: only the whole can tell it.
-            first = _table(pa, [*first.to_batches(), *batches])
-        with pyarrow.parquet.ParquetWriter(file, first.schema, compression="zstd") as writer:
-            table = first
-            while True:
-                writer.write_table(table.cast(first.schema), row_group_size=_GROUP_BLOCKS * 1024)
+        schema = _schema(job, tasks)
+        with pyarrow.parquet.ParquetWriter(file, schema, compression="zstd") as writer:
+            while group := list(islice(batches, _GROUP_BLOCKS)):
+                table = pa.Table.from_batches(group, schema)
+                writer.write_table(table, row_group_size=_GROUP_BLOCKS * 1024)
                 rows += int(table.num_rows)
-                group = list(islice(batches, _GROUP_BLOCKS))
-                if not group:
-                    return rows
-                table = _table(pa, group)
+        return rows
 
 
 def to_jsonl(job: Job, path: str | os.PathLike[str], tasks: Sequence[str] | None = None) -> int:
@@ -116,18 +113,19 @@ def csv_lines(rows: Iterable[Row]) -> Iterator[str]:
     Text that a spreadsheet would take for a formula gets a ``'`` before it.
     """
     line = _Line()
-    writer = csv.writer(line, lineterminator="")
+    # Until Python 3.13 only the characters of the line end, and not every newline, bring a field into quotes.
+    writer = csv.writer(line, lineterminator="\r\n")
     header: list[str] | None = None
     for row in rows:
         if header is None:
             header = ["row", *chain.from_iterable(column_names(row).values()), "errors", "truncated"]
             writer.writerow(header)
-            yield line.text
+            yield line.text.removesuffix("\r\n")
         record = json_row(row)
         record["errors"] = "; ".join(f"{task}: {e['error']}" for task, e in record.get("errors", {}).items())
         record["truncated"] = "; ".join(record.get("truncated", ()))
         writer.writerow([_field(record.get(name)) for name in header])
-        yield line.text
+        yield line.text.removesuffix("\r\n")
 
 
 def column_names(columns: Mapping[str, Cell] | Mapping[str, Answers]) -> dict[str, tuple[str, ...]]:
@@ -204,12 +202,9 @@ class _Line:
 # -- columns as Arrow arrays, from the bytes they came in
 
 
-def _table(pa: Any, batches: Sequence[Any]) -> Any:
-    """One table of all batches. A column that is null in one of them takes its type from the others."""
-    if not batches:
-        return pa.table({"row": pa.array([], pa.int64())})
-    tables = [pa.Table.from_batches([batch]) for batch in batches]
-    return pa.concat_tables(tables, promote_options="default")
+def _schema(job: Job, tasks: Sequence[str] | None) -> Any:
+    """The columns of the job's tables, which follow from its tasks: what became of the rows is no matter."""
+    return _batch(Block.empty(job.specs(tasks))).schema
 
 
 def _batch(block: Block) -> pyarrow.RecordBatch:
@@ -254,12 +249,12 @@ def _arrow_arrays(answers: Answers) -> list[Any]:
             arrays = [lists(texts), lists(flat(pa.float32(), "scores", length))]
         case "number":
             return [flat(pa.float64(), "numbers", n, validity)]
-        case "vector" if column.dim == 0:
-            return [pa.nulls(n)]
         case "vector":
             element = pa.float16() if column.dtype == "fp16" else pa.float32()
-            items = flat(element, "vectors", n * column.dim)
             kind = pa.list_(element, column.dim)
+            if not column.arrays["vectors"]:
+                return [pa.nulls(n, kind)]
+            items = flat(element, "vectors", n * column.dim)
             return [pa.Array.from_buffers(kind, n, [validity], children=[items])]
         case "spans":
             length = typed("i", column.arrays["offsets"])[-1]
@@ -272,9 +267,13 @@ def _arrow_arrays(answers: Answers) -> list[Any]:
             return [lists(pa.StructArray.from_arrays(list(parts.values()), list(parts)))]
         case _ if answers.written:
             texts = [answers.decoded(offset) or {} for offset in range(n)]
+            ends = [text.get("finish") for text in texts]
+            # The usual ways first, so that blocks have the same categories whether or not each is met in them.
+            ways = list(dict.fromkeys((*_FINISHES, *filter(None, ends))))
+            codes = pa.array([None if end is None else ways.index(end) for end in ends], pa.int32())
             return [
                 pa.array([text.get("text") for text in texts], pa.string()),
-                pa.array([text.get("finish") for text in texts], pa.string()).dictionary_encode(),
+                pa.DictionaryArray.from_arrays(codes, pa.array(ways, pa.string())),
             ]
         case _:
             buffers = [validity, pa.py_buffer(column.arrays["offsets"]), pa.py_buffer(column.arrays["bytes"])]

@@ -1,19 +1,23 @@
 """The client's line to the API: where it is, tokens, time limits, retries with back-off, and errors as types.
 
+A proxy may stand before the API: it refuses bodies, loses patience and answers by itself, in words that are not shown.
 The contract is docs/http.md. Everything that waits or rolls dice is passed in, so tests need no patience.
 """
 
 from __future__ import annotations
 
 import json
+import math
 import os
 import random
 import threading
 import time
-from collections.abc import Callable, Mapping
+import weakref
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import IO, TYPE_CHECKING, Any
 from urllib.parse import urlsplit
 
 from motet.errors import (
@@ -38,8 +42,16 @@ MAX_WAIT_S = 30.0
 _FIRST_CONTACT_S = 2.0
 _FIRST_DELAY_S = 0.25
 _LAST_DELAY_S = 8.0
+#: A proxy's words for an API that it does not reach, or that was silent for too long; 520 to 524 are Cloudflare's.
+_PROXY_IS_ALONE = frozenset({408, 502, 504, 520, 521, 522, 523, 524})
 #: Nothing was done with such a request, or doing it again is harmless.
-_COME_BACK = frozenset({429, 502, 503, 504})
+_COME_BACK = _PROXY_IS_ALONE | {429, 503}
+#: A wait that a proxy ends after this long was cut by its time limit; one that ends sooner met an API that is away.
+_CUT_AFTER_S = 1.0
+#: Waits are not made shorter than this: a client that watches a job then asks twice a second.
+_SHORTEST_WAIT_S = 0.5
+#: What the API takes in one body, in MiB: what a proxy before it should take too.
+_BODY_MB = 32
 _LOOPBACK = frozenset({"127.0.0.1", "localhost", "::1"})
 
 
@@ -98,10 +110,14 @@ class Address:
         return cls(url=url, token=token)
 
 
-class Http:
-    """Requests to one API. Safe to use from several threads.
+class BodyRefused(InvalidJob):
+    """A body of this size is not taken, by the API or by a proxy before it: send less at once."""
 
-    ``timeout_s`` is how long one call goes on trying, retries included, while the API is away or overloaded;
+
+class Http:
+    """Requests to one API. Safe to use from several threads, and in forked children: each opens its own connections.
+
+    It is pickled by address, token and time limit. ``timeout_s`` is how long one call goes on trying, retries included, while the API is away or overloaded;
     it does not limit how long a call waits for a job.
     """
 
@@ -120,13 +136,40 @@ class Http:
         self.timeout_s = timeout_s
         self._sleep, self._clock, self._dice = sleep, clock, dice
         self._met = False
+        #: Longest wait that was not cut by a proxy, as far as that is known.
+        self._longest_wait_s = MAX_WAIT_S
         self._patience = httpx.Timeout(min(30.0, timeout_s), connect=min(5.0, timeout_s))
-        self._line = httpx.Client(
-            base_url=address.url,
-            headers={"Authorization": f"Bearer {address.token}", "User-Agent": "motet"},
+        self._line: httpx.Client | None = self._connect()
+        self._connecting = threading.Lock()
+        _LINES.add(self)
+
+    def __reduce__(self) -> tuple[Callable[..., Http], tuple[Address, float]]:
+        return _again, (self.address, self.timeout_s)
+
+    def _connect(self) -> httpx.Client:
+        import httpx
+
+        return httpx.Client(
+            base_url=self.address.url,
+            headers={"Authorization": f"Bearer {self.address.token}", "User-Agent": "motet"},
             timeout=self._patience,
-            trust_env=not is_near(address.url),
+            trust_env=not is_near(self.address.url),
         )
+
+    def _connected(self) -> httpx.Client:
+        """This process' own connections."""
+        with self._connecting:
+            if self._line is None:
+                self._line = self._connect()
+            return self._line
+
+    def leave_to_parent(self) -> None:
+        """Forget connections that belong to the process that this one was forked from, and locks held there.
+
+        Nothing is closed in words: that would end the parent's connections. The sockets' copies go with their objects.
+        """
+        self._line = None
+        self._connecting = threading.Lock()
 
     @property
     def stays_here(self) -> bool:
@@ -134,12 +177,13 @@ class Http:
         return is_near(self.address.url)
 
     def close(self) -> None:
-        self._line.close()
+        if self._line is not None:
+            self._line.close()
 
     def get(self, path: str, *, wait_s: float = 0.0, **params: object) -> Any:
         """The JSON of a GET; with ``wait_s`` the API may take that long to answer."""
         query = {name: value for name, value in params.items() if value is not None}
-        return _json(self.request("GET", path, params=query, wait_s=wait_s))
+        return json_of(self.request("GET", path, params=query, wait_s=wait_s))
 
     def post(
         self,
@@ -156,7 +200,7 @@ class Http:
         if body is not None:
             headers["Content-Type"] = "application/json"
             content = json.dumps(body, ensure_ascii=False, allow_nan=False).encode()
-        return _json(
+        return json_of(
             self.request("POST", path, content=content, headers=headers, again=again, refused=refused)
         )
 
@@ -166,34 +210,42 @@ class Http:
         path: str,
         *,
         params: Mapping[str, Any] | None = None,
-        content: bytes | None = None,
+        content: bytes | Path | None = None,
         headers: Mapping[str, str] | None = None,
         again: bool = True,
         wait_s: float = 0.0,
+        answer_s: float | None = None,
         stop: threading.Event | None = None,
         refused: Callable[[Overloaded], object] | None = None,
     ) -> httpx.Response:
         """Send until there is an answer, and return it whole if it is a good one.
 
-        Lost connections and 429, 502, 503, 504 are tried again with jittered back-off, as late as
-        Retry-After asks, for ``timeout_s`` in all; ``stop`` ends that early. ``refused`` is told of the first
-        refusal that is waited out. ``again=False`` tries again only where the request cannot have been taken.
+        ``content`` may be a file. Lost connections, 429, 503 and the statuses of a proxy that does not reach the API
+        (408, 502, 504, 520 to 524) are tried again with jittered back-off, as late as Retry-After asks, for
+        ``timeout_s`` in all; ``stop`` ends that early. ``refused`` is told of the first refusal that is waited out.
+        ``again=False`` tries again only where the request cannot have been taken. With ``wait_s`` the API may take
+        that long to answer; where a proxy cuts that short, this and all later waits are shorter. ``answer_s`` is how
+        long one try may be without a sign of life, where that is not what all have.
         Raises the errors of motet.errors, by docs/http.md.
         """
         import httpx
 
-        if wait_s:
-            params = {**(params or {}), "wait_s": round(wait_s, 3)}
-        patience = httpx.Timeout((self._patience.read or 0.0) + wait_s, connect=self._patience.connect)
         start = self._clock()
         for attempt in range(1_000_000):
             refusal: MotetError
+            may_wait_s = min(wait_s, self._longest_wait_s)
+            asked = {**(params or {}), "wait_s": round(may_wait_s, 3)} if wait_s else params
+            silence_s = (answer_s or self._patience.read or 0.0) + may_wait_s
+            patience = httpx.Timeout(silence_s, connect=self._patience.connect)
+            sent = self._clock()
             try:
-                answer = self._line.request(
-                    method, path, params=params, content=content, headers=headers, timeout=patience
-                )
+                with _opened(content) as body:
+                    answer = self._connected().request(
+                        method, path, params=asked, content=body, headers=headers, timeout=patience
+                    )
             except httpx.RequestError as error:
                 unsent = isinstance(error, httpx.ConnectError | httpx.ConnectTimeout | httpx.PoolTimeout)
+                cut = not unsent and not isinstance(error, httpx.TimeoutException)
                 refusal = Unreachable(self._out_of_reach(error))
                 if not isinstance(error, httpx.TransportError) or not (again or unsent):
                     raise refusal from None
@@ -203,15 +255,21 @@ class Http:
                 self._met = True
                 if answer.is_success:
                     return answer
+                cut = answer.status_code in _PROXY_IS_ALONE
                 refusal = error_of(answer)
                 if answer.status_code not in _COME_BACK or not (again or answer.status_code in (429, 503)):
                     raise refusal
                 limit_s = self.timeout_s
                 delay_s = refusal.retry_after_s if isinstance(refusal, Overloaded) else 0.0
+            now = self._clock()
+            if cut and now - sent >= _CUT_AFTER_S and may_wait_s > _SHORTEST_WAIT_S:
+                self._longest_wait_s = max(_SHORTEST_WAIT_S, min(now - sent, may_wait_s) / 2)
+                # Waiting for news is no trying, so the time limit begins anew: at most as often as a wait can be halved.
+                start = now
             # Full jitter on the upper half: clients that were cut off together do not come back together.
             back_off_s = min(_LAST_DELAY_S, _FIRST_DELAY_S * 2 ** min(attempt, 10)) * (0.5 + self._dice() / 2)
             delay_s = max(delay_s, back_off_s)
-            waited_s = self._clock() - start
+            waited_s = now - start
             if waited_s + delay_s > limit_s:
                 raise _patience_is_over(refusal, waited_s) from None
             if isinstance(refusal, Overloaded) and refused is not None:
@@ -244,11 +302,39 @@ class Http:
         )
 
 
+#: Every line of this process.
+_LINES: weakref.WeakSet[Http] = weakref.WeakSet()
+
+
+def _leave_lines_to_parent() -> None:
+    for http in _LINES:
+        http.leave_to_parent()
+
+
+if hasattr(os, "register_at_fork"):  # not on Windows, which does not fork
+    os.register_at_fork(after_in_child=_leave_lines_to_parent)
+
+
+def _again(address: Address, timeout_s: float) -> Http:
+    """A line to the same API, in the process that unpickles one."""
+    return Http(address, timeout_s=timeout_s)
+
+
+@contextmanager
+def _opened(content: bytes | Path | None) -> Iterator[bytes | IO[bytes] | None]:
+    """What to send, from its beginning."""
+    if isinstance(content, Path):
+        with content.open("rb") as file:
+            yield file
+    else:
+        yield content
+
+
 def error_of(answer: httpx.Response) -> MotetError:
     """The error that an answer means. Its words are the API's own; any other body is not repeated."""
     status = answer.status_code
     said = _error_body(answer)
-    message = _printable(str(said.get("message") or "")) or f"the server answered {status} without saying why"
+    message = _printable(str(said.get("message") or "")) or _in_other_words(answer)
     if status in (401, 403):
         return Unauthorized(message)
     if status == 404:
@@ -260,19 +346,51 @@ def error_of(answer: httpx.Response) -> MotetError:
         return conflict
     if status in (429, 503):
         return Overloaded(message, _retry_after_s(answer.headers.get("Retry-After")))
+    if status == 413 and not said:
+        return BodyRefused(_too_large_for_a_proxy(answer))
     if status in (400, 405, 413, 415, 422):
         problems = [_problem(p) for p in said.get("problems") or () if isinstance(p, dict)]
-        invalid = InvalidJob(problems)
+        more = int(said.get("more") or 0)
+        invalid = (BodyRefused if status == 413 else InvalidJob)(problems, more=more)
         if not problems:
             invalid.args = (message,)
         return invalid
-    if status in (502, 504):
-        return Unreachable(f"a proxy before {answer.url.host} cannot reach the server ({status})")
+    if status in _PROXY_IS_ALONE:
+        return Unreachable(
+            f"a proxy before {answer.url.host} cannot reach the server ({status} to {_asked(answer)}); "
+            "look whether the API runs, and into the proxy's log"
+        )
     if status < 400:
         return SetupError(
             f"{answer.url.host} answers {status}, which motet's API never does; check MOTET_URL"
         )
-    return MotetError(f"the server failed ({status}): {message}; its log says more")
+    if said:
+        return MotetError(f"the server failed ({status}): {message}; its log says more")
+    return MotetError(message)
+
+
+def _asked(answer: httpx.Response) -> str:
+    """The request: its method and address, without what was asked for there."""
+    return f"{answer.request.method} {answer.url.copy_with(query=None)}"
+
+
+def _in_other_words(answer: httpx.Response) -> str:
+    """What can be said of an answer that is not the API's."""
+    return (
+        f"{_asked(answer)} was answered with {answer.status_code}, and not in the API's words: "
+        "a proxy before it, or another program; check MOTET_URL, and look into the proxy's log"
+    )
+
+
+def _too_large_for_a_proxy(answer: httpx.Response) -> Problem:
+    size = int(answer.request.headers.get("Content-Length") or 0)
+    most_mb = max(_BODY_MB, math.ceil(size / (1 << 20)))
+    return Problem(
+        "body",
+        f"413 for {size:,} bytes, and not in the API's words",
+        f"a proxy before the API that takes them ({_asked(answer)})",
+        f"let it take {most_mb} MiB; in nginx: client_max_body_size {most_mb}m;",
+    )
 
 
 def _patience_is_over(refusal: MotetError, waited_s: float) -> MotetError:
@@ -314,8 +432,9 @@ def _retry_after_s(header: str | None) -> float:
         return 1.0
 
 
-def _json(answer: httpx.Response) -> Any:
-    if not answer.content:
+def json_of(answer: httpx.Response) -> Any:
+    """The JSON of a good answer; None of one that has no content by its status. Raises SetupError for anything else."""
+    if answer.status_code == 204:
         return None
     try:
         return answer.json()

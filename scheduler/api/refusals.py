@@ -37,6 +37,10 @@ class Unavailable(MotetError):
     """Something that the API stands on does not answer now."""
 
 
+class CutOff(Exception):
+    """An answer that has begun cannot be finished; its connection is cut, so that nobody takes it for whole."""
+
+
 def refusal(error: Exception) -> JSONResponse:
     """The answer to a request that met this error. What is not known is a 500 that tells nothing."""
     match error:
@@ -51,7 +55,8 @@ def refusal(error: Exception) -> JSONResponse:
             return _answer(409, "conflict", str(error), **where)
         case InvalidJob():
             status, kind = (413, "too_large") if isinstance(error, TooLarge) else (422, "invalid_job")
-            return _answer(status, kind, str(error), problems=[p.to_json() for p in error.problems])
+            more: dict[str, Any] = {"more": error.more} if error.more else {}
+            return _answer(status, kind, str(error), problems=[p.to_json() for p in error.problems], **more)
         case Overloaded():
             return _answer(429, "overloaded", str(error), headers=_come_back(error.retry_after_s))
         case StoreUnavailable():
@@ -61,7 +66,7 @@ def refusal(error: Exception) -> JSONResponse:
         case Unavailable():
             return _unavailable(str(error))
         case RequestValidationError():
-            return refusal(InvalidJob([_problem(e) for e in error.errors()[:20]]))
+            return refusal(InvalidJob.first([_problem(e) for e in error.errors()]))
         case HTTPException():
             return _http(error)
         case _:

@@ -17,12 +17,13 @@ from fastapi import APIRouter, Query, Request, Response
 from starlette.concurrency import run_in_threadpool
 from starlette.responses import JSONResponse, StreamingResponse
 
-from motet.columns import Column, values
+from motet.columns import Column, sized, values
 from motet.errors import NotFound
 from motet.wire import pack
 from scheduler.api import shapes
 from scheduler.api.auth import Caller
 from scheduler.api.jobs import JobPath, WaitS, describe
+from scheduler.api.refusals import CutOff, refusal
 from scheduler.api.resources import Resources, Use, job_id
 from scheduler.store.database import StoreUnavailable
 from scheduler.store.jobs import job_entry
@@ -95,30 +96,68 @@ def look_for(asked: Asked, after: int) -> Look:
 def read_on(asked: Asked, look: Look, after: int, budget: float) -> Iterator[Merged | End]:
     """Blocks while any are ready and the budget lasts, then the end. About a megabyte is held at a time.
 
-    Where Postgres or the job goes away in the middle, what was sent is whole and the end says where to go on;
-    before the first block the error is raised.
+    Raises StoreUnavailable or NotFound where Postgres or the job goes away, also between two blocks.
     """
-    begun = False
+    while look.blocks and budget > 0:
+        batch = _fitting(look.blocks, min(_BATCH_BYTES, budget))
+        budget -= sum(b.bytes for b in batch)
+        with asked.use.database.transaction() as connection:
+            columns = read_columns(connection, sorted({c for b in batch for c in b.columns}))
+        if any(c not in columns for b in batch for c in b.columns):
+            raise NotFound("the job was removed meanwhile")
+        for block in batch:
+            tasks = zip(look.job.tasks, block.columns, strict=True)
+            yield Merged(look.job, block, [sized(columns[c], t.dim, t.dtype) for t, c in tasks])
+            after = block.cursor(asked.order)
+        rest = look.blocks[len(batch) :]
+        look = Look(look.job, rest) if rest else look_for(asked, after)
+    complete = look.complete(after)
+    yield End(after, look.job.state, complete, _as_it_ended(asked) if complete else None)
+
+
+def frame_stream(pieces: Iterator[Merged | End], order: Order) -> Iterator[bytes]:
+    """Frames, with one that ends them. Where Postgres or the job goes away behind a block, it says where to go on.
+
+    Raises StoreUnavailable or NotFound before the first block.
+    """
+    sent: Merged | None = None
     try:
-        while look.blocks and budget > 0:
-            batch = _fitting(look.blocks, min(_BATCH_BYTES, budget))
-            budget -= sum(b.bytes for b in batch)
-            with asked.use.database.transaction() as connection:
-                columns = read_columns(connection, sorted({c for b in batch for c in b.columns}))
-            if any(c not in columns for b in batch for c in b.columns):
-                raise NotFound("the job was removed meanwhile")
-            for block in batch:
-                yield Merged(look.job, block, [columns[c] for c in block.columns])
-                after, begun = block.cursor(asked.order), True
-            rest = look.blocks[len(batch) :]
-            look = Look(look.job, rest) if rest else look_for(asked, after)
+        for piece in pieces:
+            yield as_frame(piece)
+            sent = piece if isinstance(piece, Merged) else None
     except (StoreUnavailable, NotFound):
-        if not begun:
+        if sent is None:
             raise
-        yield End(after, look.job.state, complete=False)
-    else:
-        complete = look.complete(after)
-        yield End(after, look.job.state, complete, _as_it_ended(asked) if complete else None)
+        yield as_frame(End(sent.block.cursor(order), sent.job.state, complete=False))
+
+
+def line_stream(pieces: Iterator[Merged | End], order: Order) -> Iterator[bytes]:
+    """JSON lines. Lines have no end of their own, so those that break off must not look like whole ones.
+
+    Whatever goes wrong behind a block is told in a last line, for readers to whom a proxy shows the end of the
+    connection as the end of the body; then CutOff is raised, or the error itself where it is a fault of ours.
+    Raises StoreUnavailable or NotFound before the first block.
+    """
+    sent: Merged | None = None
+    try:
+        for piece in pieces:
+            yield as_lines(piece)
+            sent = piece if isinstance(piece, Merged) else None
+    except Exception as error:
+        if sent is None:
+            raise
+        yield _last_line(error, sent.block.cursor(order))
+        if isinstance(error, StoreUnavailable | NotFound):
+            raise CutOff(type(error).__name__) from None
+        raise
+
+
+def _last_line(error: Exception, after: int) -> bytes:
+    """Why the lines end before the rows do, in the words of a refusal, and where to go on."""
+    said = json.loads(bytes(refusal(error).body))["error"]
+    if not isinstance(error, NotFound):
+        said["message"] += f"; there are more rows: ask again with after={after}"
+    return json.dumps({"error": said | {"next": after}}, ensure_ascii=False).encode() + b"\n"
 
 
 def _as_it_ended(asked: Asked) -> Mapping[str, Any] | None:
@@ -183,7 +222,7 @@ async def show_results(
         look = await run_in_threadpool(look_for, asked, after)
     lines = _LINES in request.headers.get("accept", "")
     pieces = read_on(asked, look, after, math.inf if lines else ANSWER_BYTES)
-    stream = map(as_lines if lines else as_frame, pieces)
+    stream = line_stream(pieces, order) if lines else frame_stream(pieces, order)
     # The first piece before the status: a database that is away now is a 503, not a torn stream.
     first = await run_in_threadpool(next, stream)
     return StreamingResponse(chain((first,), stream), media_type=_LINES if lines else _FRAMES)

@@ -25,6 +25,9 @@ class ShownTask:
     number: int
     name: str
     labels: tuple[str, ...]
+    #: Of its vectors, where it has any.
+    dim: int
+    dtype: Literal["fp32", "fp16"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -61,7 +64,12 @@ class ReadyBlock:
 
 
 _JOB = text("SELECT id, state, n_blocks FROM job WHERE id = :job AND tenant_id = :tenant")
-_TASKS = text("SELECT number, name, labels FROM task WHERE job_id = :job ORDER BY number")
+#: What the vectors of a task t of a model m are.
+VECTORS = """
+    coalesce(CAST(m.manifest->>'dim' AS int), 0) AS dim, coalesce(t.spec->>'dtype', 'fp32') AS dtype"""
+_TASKS = text(f"""
+    SELECT t.number, t.name, t.labels, {VECTORS}
+      FROM task t JOIN model m ON m.id = t.model_id WHERE t.job_id = :job ORDER BY t.number""")
 _READY = """
     SELECT b.number, b.first_row, b.n_rows, b.done_number, c.ids, c.bytes
       FROM block b CROSS JOIN LATERAL (
@@ -86,7 +94,7 @@ def shown(connection: Connection, tenant: UUID, job: UUID, tasks: Sequence[str] 
     if found is None:
         raise NotFound(f"no job {job}")
     every = {
-        row.name: ShownTask(row.number, row.name, tuple(row.labels))
+        row.name: ShownTask(row.number, row.name, tuple(row.labels), row.dim, row.dtype)
         for row in connection.execute(_TASKS, {"job": job})
     }
     for name in tasks or ():

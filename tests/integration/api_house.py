@@ -6,9 +6,10 @@ import json
 import struct
 import threading
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from itertools import accumulate
 from pathlib import Path
 from typing import Any
 from uuid import UUID
@@ -18,9 +19,9 @@ import msgpack
 import pytest
 from sqlalchemy import text
 
-from motet.columns import CellError, Column
-from motet.manifest import Manifest
-from motet.results import Block, read_frames
+from motet.columns import CellError, Column, Kind
+from motet.manifest import Manifest, column_kind
+from motet.results import Block, read_frames, writes_text
 from motet.settings import Settings
 from motet.wire import zstd
 from scheduler.api.app import server as api_server
@@ -28,6 +29,7 @@ from scheduler.api.auth import new_token
 from scheduler.merge import errors_column
 from scheduler.store import registry, sealing
 from scheduler.store.database import JOB, Database, notify
+from scheduler.store.dependence import absents
 
 TRUNK = "a" * 64
 TINY = Manifest(
@@ -72,6 +74,9 @@ DICE = Manifest(
     source={"function": "dice:roll"},
 )
 MODELS = (TINY, TOPICS, TONES, DICE)
+#: A head for a number and one for spans; whoever asks them registers them.
+STARS = replace(TOPICS, name="stars", answers="number", labels=())
+NAMES = replace(TOPICS, name="names", answers="spans", labels=("PER", "ORG"))
 #: A language model; whoever asks it registers it.
 SPEAKER = Manifest(
     name="speaker",
@@ -169,13 +174,21 @@ class House:
             ).one()
             tenant = connection.execute(text("SELECT tenant_id FROM job WHERE id = :job"), at).scalar_one()
             tasks = connection.execute(text(_TASKS), at).all()
-            absent = {int(i): CellError(*why) for i, why in one.bad.items()} | dict(failing or {})
+            shapes = {
+                shape.number: shape
+                for number in {task.pass_number for task in tasks}
+                for shape in sealing.task_shapes(connection, UUID(job), number)
+            }
+            bad = absents(one, {number: shape.reads for number, shape in shapes.items()})
             for task in tasks:
-                column = answers_of(task.manifest["answers"], one.n_rows, absent)
-                stored = sealing.store_column(connection, tenant, column, one.keys[task.number])
+                absent = {i: CellError(*why) for i, why in bad[task.number].items()} | dict(failing or {})
+                kind = column_kind(task.kind, Manifest.from_json(task.manifest))
+                column = answers_of(kind, one.n_rows, absent, task.spec, len(task.labels))
+                key = one.keys[task.number] if task.number < len(one.keys) else None
+                stored = sealing.store_column(connection, tenant, column, key)
                 connection.execute(text(_SHOW), {**at, "task": task.number, "column": stored})
                 ok, error, _, _ = column.counts()
-                connection.execute(text(_COUNT), {**at, "ok": ok, "error": error - len(one.bad)})
+                connection.execute(text(_COUNT), {**at, "ok": ok, "error": error - len(bad[task.number])})
             connection.execute(text(_SEAL), at)
             connection.execute(text(_FINISH), at)
             connection.execute(sealing._SUCCEED, {"jobs": [UUID(job)]})
@@ -183,7 +196,7 @@ class House:
 
 
 _TASKS = """
-    SELECT t.number, m.manifest FROM task t JOIN model m ON m.id = t.model_id
+    SELECT t.number, t.pass_number, t.kind, t.spec, t.labels, m.manifest FROM task t JOIN model m ON m.id = t.model_id
       JOIN block_pass p ON p.job_id = t.job_id AND p.pass_number = t.pass_number AND p.block_number = :block
      WHERE t.job_id = :job AND p.state = 'ready' AND (p.todo >> t.number) & 1 = 1 ORDER BY t.number"""
 _SHOW = "INSERT INTO block_column VALUES (:job, :block, :task, :column)"
@@ -195,41 +208,78 @@ _FINISH = """
     UPDATE block SET done_number = j.blocks_done, passes_open = 0 FROM j WHERE job_id = :job AND number = :block"""
 
 
-def answers_of(kind: Any, n: int, absent: Mapping[int, CellError]) -> Column:
-    """A column that can be told by heart: label i % 2, score i / n; tones glad, both or none; vector (i, 0.5)."""
+def answers_of(
+    kind: Kind,
+    n: int,
+    absent: Mapping[int, CellError],
+    spec: Mapping[str, Any] | None = None,
+    n_labels: int = 2,
+) -> Column:
+    """A column that can be told by heart: label i % 2, score i / n; tones glad, both or none; vector (i, 0.5); number i.
+
+    Where no row has an answer, a vector has no length, as with real engines.
+    """
+    spec = spec or {}
     status = bytes(1 if i in absent else 0 for i in range(n))
+    every = {"all": struct.pack(f"<{n * n_labels}f", *[0.5] * (n * n_labels))} if spec.get("scores") else {}
     match kind:
         case "label":
             arrays = {
                 "codes": struct.pack(f"<{n}h", *(i % 2 for i in range(n))),
                 "scores": struct.pack(f"<{n}f", *(i / n for i in range(n))),
+                **every,
             }
         case "labels":
             given = [[], [0], [0, 1]]
-            chosen = [[] if i in absent else given[i % 3] for i in range(n)]
-            codes = [c for one in chosen for c in one]
-            ends = [sum(len(c) for c in chosen[:i]) for i in range(n + 1)]
+            ends, codes = _laid(n, absent, lambda i: given[i % 3])
             arrays = {
-                "offsets": struct.pack(f"<{n + 1}i", *ends),
+                "offsets": ends,
                 "codes": struct.pack(f"<{len(codes)}h", *codes),
                 "scores": struct.pack(f"<{len(codes)}f", *(0.75 for _ in codes)),
+                **every,
             }
+        case "number":
+            arrays = {"numbers": struct.pack(f"<{n}d", *range(n))}
         case "vector":
+            if len(absent) == n:
+                return errors_column(kind, [absent[i] for i in range(n)])
+            dtype = spec.get("dtype", "fp32")
+            one = "<2f" if dtype == "fp32" else "<2e"
             return Column(
                 kind=kind,
                 status=status,
-                arrays={"vectors": b"".join(struct.pack("<2f", i, 0.5) for i in range(n))},
+                arrays={"vectors": b"".join(struct.pack(one, i, 0.5) for i in range(n))},
                 errors=absent,
                 dim=2,
-                dtype="fp32",
+                dtype=dtype,
             )
+        case "spans":
+            ends, codes = _laid(n, absent, lambda i: [i % 2])
+            k = len(codes)
+            arrays = {
+                "offsets": ends,
+                "starts": struct.pack(f"<{k}i", *[0] * k),
+                "ends": struct.pack(f"<{k}i", *[1] * k),
+                "codes": struct.pack(f"<{k}h", *codes),
+                "scores": struct.pack(f"<{k}f", *[0.5] * k),
+            }
         case "json":
-            values = [json.dumps({"row": i}).encode() for i in range(n)]
-            ends = [sum(len(v) for v in values[:i]) for i in range(n + 1)]
-            arrays = {"offsets": struct.pack(f"<{n + 1}i", *ends), "bytes": b"".join(values)}
-        case _:
-            return errors_column(kind, [CellError("engine", "not made by this hand")] * n)
+            ends, written = _laid(n, absent, lambda i: json.dumps(_value(spec, i)).encode())
+            arrays = {"offsets": ends, "bytes": bytes(written)}
     return Column(kind=kind, status=status, arrays=arrays, errors=absent)
+
+
+def _laid(
+    n: int, absent: Mapping[int, CellError], of: Callable[[int], Sequence[int]]
+) -> tuple[bytes, list[int]]:
+    """The offsets of values of various lengths, none where a row is absent, and the values end to end."""
+    laid = [[] if i in absent else list(of(i)) for i in range(n)]
+    ends = [0, *accumulate(len(one) for one in laid)]
+    return struct.pack(f"<{n + 1}i", *ends), [x for one in laid for x in one]
+
+
+def _value(spec: Mapping[str, Any], row: int) -> dict[str, Any]:
+    return {"text": f"row {row}", "finish": "stop"} if writes_text(spec) else {"row": row}
 
 
 @contextmanager

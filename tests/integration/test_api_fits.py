@@ -19,6 +19,7 @@ from scheduler.api import blobs
 from scheduler.api.resources import Resources
 from scheduler.store import registry
 from tests.integration.api_house import CLASSIFY, TWO, House, house, problems
+from tests.integration.proxy import proxied
 from workers.engines.training.journal import HttpJournal
 from workers.engines.training.learner import Hopeless
 
@@ -100,6 +101,16 @@ def epochs(house: House, job: str, **more: Any) -> Any:
     answer = house.call("GET", f"/v1/jobs/{job}/fits", **more)
     assert answer.status_code == 200, answer.text
     return answer.json()["fits"]
+
+
+def test_runs_beyond_those_told_are_counted(
+    house: House, training: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("scheduler.store.fits.MAX_FITS", 2)
+    for row in range(5):
+        house.sql("INSERT INTO fit (job_id, row_index) VALUES (:job, :row)", job=training, row=row)
+    told = house.call("GET", f"/v1/jobs/{training}/fits").json()
+    assert ([fit["row"] for fit in told["fits"]], told["left_out"]) == ([0, 1], 3)
 
 
 # -- who may
@@ -202,6 +213,16 @@ def test_a_row_without_an_answer_has_no_vector(house: House, hand: Hand, trainin
     journal.close()
 
 
+def test_a_block_without_any_answer_has_vectors_of_the_trunks_length(house: House, hand: Hand) -> None:
+    job = embedded(house, ["a", "b"], {i: CellError("too_long", "it is") for i in range(2)})
+    journal = HttpJournal(house.url, house.tokens["worker"], learner(house, job).lease, 0, job)
+    rows = journal.block(0, texts=True)
+    assert rows is not None
+    assert rows.vectors.shape == (2, 2)
+    assert (rows.vectors != rows.vectors).all(), "NaN, which the run refuses by its row"
+    journal.close()
+
+
 def test_what_cannot_be_learned_from_is_not_found_and_says_what_to_do(house: House, hand: Hand) -> None:
     theirs = house.call(
         "POST", "/v1/jobs", token="stranger", json={"tasks": EMBED, "rows": ["a secret"]}
@@ -242,6 +263,15 @@ def test_what_cannot_be_learned_from_is_not_found_and_says_what_to_do(house: Hou
     with pytest.raises(Hopeless, match="whose one task is Embed"):
         journal.block(0, texts=False)
     journal.close()
+
+
+def test_a_proxy_that_takes_no_large_files_ends_a_run_with_what_to_set(house: House, hand: Hand) -> None:
+    job = embedded(house, ["a"])
+    with proxied(house.url, most_body_bytes=1000) as proxy:
+        journal = HttpJournal(proxy.url, house.tokens["worker"], learner(house, job).lease, 0, job)
+        with pytest.raises(Hopeless, match="client_max_body_size"):
+            journal.store(bytes(2000))
+        journal.close()
 
 
 # -- what is told

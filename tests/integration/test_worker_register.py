@@ -21,7 +21,7 @@ import pytest
 
 import motet
 from motet.manifest import Manifest
-from tests.tiny_language import a_llama, serving
+from tests.tiny_language import a_language_model, a_llama, serving
 
 
 @dataclass
@@ -138,9 +138,11 @@ def test_the_shipped_models_are_registered_once_with_what_was_measured(api: Api,
     assert trunk.formats == ("bf16",)
     assert trunk.scores["bf16"]["cosine_min"] >= 0.999
     assert trunk.scores["bf16"]["sentences"] >= 200
+    assert 0 < trunk.scores["among_others"]["fp32"] < 1e-4
     trainer = api.manifest("all-MiniLM-L6-v2-trainer@1")
     assert (trainer.engine, trainer.answers, trainer.source["trains"]) == ("trainer", "models", trunk.ref)
     assert (trainer.files, trainer.formats) == (trunk.files, trunk.formats), "one set of files, tried once"
+    assert trainer.scores == {"among_others": trunk.scores["among_others"]}
     assert trainer.parameters == 5 * trunk.parameters, "its memory is predicted with all that training keeps"
     for name in ("news-topics", "review-sentiment", "text-domain", "tone"):
         head = api.manifest(f"{name}@1")
@@ -312,6 +314,35 @@ def test_a_language_model_is_tried_by_choosing_and_writing(api: Api, tmp_path: P
     assert measured["sentences"] == 12
     assert (manifest.formats == ("bf16",)) == (measured["agreement"] >= 0.99)
     assert measured["same_label"] <= measured["agreement"]
+    proof = manifest.scores["among_others"]
+    assert 0 <= proof["fp32"] < 1e-5 < proof["bf16"] < 0.25
+
+
+def test_an_architecture_on_no_list_is_registered_where_its_rows_stay_apart_and_refused_where_they_mix(
+    api: Api, tmp_path: Path
+) -> None:
+    heads = {"num_key_value_heads": 2, "head_dim": 8}
+    kinds: dict[str, dict[str, Any]] = {
+        "granite_swa": {
+            **heads,
+            "sliding_window": 32,
+            "layer_types": ["sliding_attention", "full_attention"],
+        },
+        "bloom": {},
+        "lfm2": {**heads, "layer_types": ["conv", "full_attention"]},
+    }
+    done = {
+        kind: register(api, tmp_path, str(a_language_model(tmp_path / kind, kind, **more)), "--name", kind)
+        for kind, more in kinds.items()
+    }
+    assert {kind: one.returncode for kind, one in done.items()} == {"granite_swa": 0, "bloom": 2, "lfm2": 2}
+    assert api.manifest("granite_swa@1").scores["among_others"]["fp32"] < 1e-5
+    assert list(api.models) == ["granite_swa@1"]
+    assert "bloom@1: rows would mix: the logits of a row among others differ" in done["bloom"].stderr
+    assert "lfm2 has layers of the kind conv" in done["lfm2"].stderr
+    for kind in ("bloom", "lfm2"):
+        assert "serve it through vLLM instead: motet models add … --engine vllm" in done[kind].stderr
+        assert "Traceback" not in done[kind].stderr
 
 
 def test_a_model_of_another_server_is_registered_by_its_address(api: Api, tmp_path: Path) -> None:

@@ -25,7 +25,7 @@ from motet.errors import (
     Unauthorized,
     Unreachable,
 )
-from motet.http import Address, Http, error_of
+from motet.http import Address, BodyRefused, Http, error_of
 from motet.progress import Bar
 from motet.tasks import Classify
 from tests.unit.fake_api import TOKEN, FakeApi, serving
@@ -48,7 +48,10 @@ def said(message: str, **more: Any) -> dict[str, Any]:
         (403, Unauthorized),
         (404, NotFound),
         (409, Conflict),
-        (413, InvalidJob),
+        (413, BodyRefused),
+        (408, Unreachable),
+        (520, Unreachable),
+        (524, Unreachable),
         (422, InvalidJob),
         (429, Overloaded),
         (503, Overloaded),

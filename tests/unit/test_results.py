@@ -8,6 +8,7 @@ import json
 import struct
 from array import array
 from collections.abc import Iterator
+from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from motet import export
 from motet.columns import ERROR, OK, SKIPPED, TRUNCATED, CellError, Column
 from motet.progress import Bar
 from motet.results import Block, Row, Span, read_frames
+from motet.rows import records
 from motet.wire import BadMessage, pack
 
 LABELS = ("sport", "tech")
@@ -131,6 +133,9 @@ COLUMNS = {
 }
 
 
+COLUMN_TYPES = {name: {"kind": c.kind, "dim": c.dim, "dtype": c.dtype} for name, c in COLUMNS.items()}
+
+
 def block(
     columns: dict[str, Column] | None = None, *, first_row: int = 10, tasks: dict[str, Any] | None = None
 ) -> Block:
@@ -151,6 +156,10 @@ class FakeJob:
 
     def blocks(self, tasks: Any = None, *, bar: Bar) -> Iterator[Block]:
         return iter(self.given)
+
+    def specs(self, tasks: Any = None) -> dict[str, dict[str, Any]]:
+        names = next((block.answers for block in self.given), TASKS)
+        return {name: {**TASKS[name], "column": COLUMN_TYPES[name]} for name in names}
 
 
 def job(*blocks: Block) -> Any:
@@ -410,13 +419,14 @@ def test_a_parquet_file_holds_the_same_as_the_table(tmp_path: Path) -> None:
     assert [p.name for p in tmp_path.iterdir()] == ["a.parquet"]
 
 
-def test_a_block_of_nothing_but_errors_takes_its_type_from_the_others(tmp_path: Path) -> None:
+def test_a_block_of_nothing_but_errors_takes_its_type_from_the_task(tmp_path: Path) -> None:
     parquet = pytest.importorskip("pyarrow.parquet")
-    lost = Column(kind="vector", status=bytes([ERROR]), arrays={"vectors": b""}, dtype="fp32")
+    lost = Column(kind="vector", status=bytes([ERROR]), arrays={"vectors": b""}, dim=2, dtype="fp32")
     found = Column(kind="vector", status=bytes([OK]), arrays={"vectors": floats(1, 2)}, dim=2, dtype="fp32")
-    for given in ([lost, found], [found, lost], [lost] * 70 + [found], [found] * 70 + [lost]):
+    for given in ([lost, found], [found, lost], [lost] * 70 + [found], [found] * 70 + [lost], [lost]):
         blocks = [block({"vector": c}, first_row=i) for i, c in enumerate(given)]
         assert export.to_parquet(job(*blocks), tmp_path / "a.parquet") == len(given)
+        assert str(export.to_arrow(job(*blocks)).schema.field("vector").type).startswith("fixed_size_list")
         read = parquet.read_table(tmp_path / "a.parquet")["vector"].to_pylist()
         assert read == [None if c is lost else [1.0, 2.0] for c in given]
 
@@ -474,6 +484,15 @@ def test_csv_is_a_table_in_which_no_text_is_a_formula(tmp_path: Path) -> None:
     assert json.loads(first["tone"]) == ["glad", "loud"]
     assert third["topic"] == ""
     assert third["errors"].startswith("topic: too_long")
+
+
+@pytest.mark.parametrize("text", ["two\nlines", "carriage\rreturn", "both\r\n", "\n"])
+def test_an_answer_of_several_lines_is_one_field_of_a_csv(tmp_path: Path, text: str) -> None:
+    said = [json.dumps(one).encode() for one in ("first", text, "last")]
+    ends = [0, *accumulate(map(len, said))]
+    column = Column(kind="json", status=bytes(3), arrays={"offsets": ints(*ends), "bytes": b"".join(said)})
+    export.to_csv(job(block({"made": column})), tmp_path / "a.csv")
+    assert [row["made"] for row, _ in records(tmp_path / "a.csv")] == ["first", text, "last"]
 
 
 @pytest.mark.parametrize("text", ["=1+1", "+1", "-1", "@a", "\t=1", "\r=1"])

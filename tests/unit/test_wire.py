@@ -143,6 +143,8 @@ def test_another_version_of_the_protocol_is_refused_by_name() -> None:
             "arrays": {"offsets": struct.pack("<4i", 0, 2, 1, 2), "codes": bytes(4), "scores": bytes(8)},
         },
         {"kind": "vector", "arrays": {"vectors": bytes(5)}, "dim": 2, "dtype": "fp32"},
+        # Nothing where a row is ok.
+        {"kind": "vector", "arrays": {"vectors": b""}, "dim": 2, "dtype": "fp32"},
     ],
 )
 def test_a_column_whose_lengths_disagree_is_refused(change: dict[str, object]) -> None:

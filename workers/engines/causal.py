@@ -23,15 +23,18 @@ import torch
 from motet.columns import ERROR, OK, CellError, Column
 from motet.manifest import KV_TOKENS, Manifest, answer_places
 from motet.wire import TaskOrder
-from workers.engine import CannotLoad, Ended, OutOfMemory, Pass, Prepared, Step
+from workers.engine import CannotLoad, DeviceBroken, Ended, OutOfMemory, Pass, Prepared, Step
 from workers.engines import kv
 from workers.engines.answers import label_column
 from workers.engines.chat_tokens import ChatTokens, Prompt
 from workers.engines.lora import Adapters
 from workers.engines.prompts import BAD_MESSAGES, NOTHING, BadMessages, messages_of
+from workers.engines.proof import among_others, not_in_one_line
+from workers.engines.thoughts import switches
 from workers.engines.trees import Bools, Ints, Tree, tree
 from workers.engines.trunk import load_transformer, torch_errors
 from workers.engines.writers import Grammar, Writer
+from workers.proved import check_language
 
 #: Rows whose answers are about to begin may wait for a place: so many of the places' share.
 AHEAD = 1 / 8
@@ -157,16 +160,22 @@ class Causal:
     pool: kv.Pool
     #: Query heads that share a key head.
     groups: int
-    window: int | None
+    #: Of each layer the tokens that its sliding window holds; None: it attends to all tokens before.
+    windows: tuple[int | None, ...]
     places: int
     rows: dict[Hashable, _Row] = field(default_factory=dict)
     #: (tenant, beginning) -> its keys and values, newest last.
     kept: OrderedDict[tuple[str, Beginning], list[tuple[torch.Tensor, torch.Tensor]]] = field(
         default_factory=OrderedDict
     )
-    #: What asked -> what its labels are worth without any text.
-    worth: dict[Worth, tuple[float, ...]] = field(default_factory=dict)
+    #: (tenant, what asked) -> what its labels are worth without any text.
+    worth: dict[tuple[str, Worth], tuple[float, ...]] = field(default_factory=dict)
     grammar: Grammar | None = None
+
+    @property
+    def window(self) -> int | None:
+        """Tokens of the window of all layers that have one."""
+        return next((window for window in self.windows if window is not None), None)
 
     def mask(self, seen: Bools) -> torch.Tensor:
         """What is attended to, as attention takes it."""
@@ -178,7 +187,7 @@ class Causal:
 
 
 class CausalEngine:
-    """Answers generate, chat, choose and extract."""
+    """Answers generate, chat, choose and extract. ``Provable``."""
 
     def memory_mb(self, model: Manifest, in_format: str) -> int:
         return model.memory_mb(in_format)
@@ -186,11 +195,14 @@ class CausalEngine:
     def load(self, model: Manifest, files: Mapping[str, Path], *, device: str, in_format: str) -> Causal:
         kv.register()
         loaded = load_transformer(
-            "AutoModelForCausalLM", files, device=device, in_format=in_format, attention=kv.ATTENTION
+            "AutoModelForCausalLM",
+            files,
+            device=device,
+            in_format=in_format,
+            attention=kv.ATTENTION,
+            admit=lambda config: check_language(model, config),
         )
         config = loaded.config.get_text_config()
-        if getattr(config, "attn_logit_softcapping", None):
-            raise CannotLoad("its attention caps its logits, which this engine does not")
         heads = int(getattr(config, "num_key_value_heads", None) or config.num_attention_heads)
         width = int(getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads)
         handle = Causal(
@@ -201,10 +213,15 @@ class CausalEngine:
             adapters=Adapters(loaded, device),
             pool=kv.Pool([(heads, width, width)] * config.num_hidden_layers, loaded.dtype, device),
             groups=config.num_attention_heads // heads,
-            window=getattr(config, "sliding_window", None) if _slides(config) else None,
+            windows=_windows(config),
             places=answer_places(device.partition(":")[0]),
         )
-        self._warm_up(handle)
+        try:
+            self._warm_up(handle)
+        except (CannotLoad, OutOfMemory, DeviceBroken):
+            raise
+        except Exception as error:
+            raise CannotLoad(not_in_one_line(loaded, error)) from error
         return handle
 
     def attach(self, handle: Causal, task: TaskOrder, files: Mapping[str, Path]) -> None:
@@ -220,6 +237,11 @@ class CausalEngine:
         handle.model = None
         if handle.device != "cpu":
             torch.cuda.empty_cache()
+
+    def among_others(self, handle: Causal, texts: Sequence[str]) -> float:
+        """``Provable``: of the logits behind every token."""
+        [ids] = handle.tokens.texts([" ".join(texts)])
+        return among_others(handle, ids, handle.manifest.max_tokens)
 
     # -- from any thread
 
@@ -264,13 +286,14 @@ class CausalEngine:
     ) -> Asked:
         spec, tokens = task.spec, handle.tokens
         adapter = task.manifest.digest if task.manifest.trunk_model else ""
-        prompt = tokens.prompt(messages_of(spec, text, fields), {text: ids})
+        told = switches(spec)
+        prompt = tokens.prompt(messages_of(spec, text, fields), {text: ids}, told)
         if spec["kind"] != "choose":
             return Asked(task.name, spec, prompt, most=int(spec["max_tokens"]), adapter=adapter)
         empty = None
         if spec.get("calibrate", True):
             nothing = dict.fromkeys(fields, NOTHING)
-            empty = tokens.prompt(messages_of(spec, NOTHING, nothing), {})
+            empty = tokens.prompt(messages_of(spec, NOTHING, nothing), {}, told)
         labels = tuple(map(tokens.label, spec["labels"]))
         return Asked(task.name, spec, prompt, labels, empty, adapter=adapter)
 
@@ -329,7 +352,7 @@ class CausalEngine:
         ends: list[tuple[Asked, str, int, int]] = []
         for a in asking.tasks:
             for kind, prompt in (("text", a.prompt), ("empty", a.empty)):
-                if prompt is None or (kind == "empty" and a.worth in handle.worth):
+                if prompt is None or (kind == "empty" and (tenant, a.worth) in handle.worth):
                     continue
                 ends.append((a, kind, len(sequences), len(prompt.ids)))
                 behind = [label[:-1] for label in a.labels] or [[]]
@@ -390,7 +413,8 @@ class CausalEngine:
                     "schema", "this schema cannot be kept while writing; simplify it"
                 )
                 return
-            writer = Writer.of(a.name, a.spec, a.most, row.asking.index, matcher)
+            thought = (handle.tokens.thought, a.prompt.thinks)
+            writer = Writer.of(a.name, a.spec, a.most, row.asking.index, matcher, *thought)
             row.begins.setdefault(int(paths[0][-1]), []).append(writer)
             row.adapter_of[a.name] = a.adapter
             return
@@ -472,6 +496,7 @@ class CausalEngine:
                 b for row, places, lo in load.begun for b in self._beginnings(handle, row, places, lo)
             ],
             writing=self._writing(handle, load) if load.newest else None,
+            windows=handle.windows,
         )
         for row, _, at in load.newest:
             load.wanted.append((row, at))
@@ -602,7 +627,7 @@ class CausalEngine:
         written = {writer.name: writer for writer in row.ended}
         for a in row.asking.tasks:
             if found := tuple(s.logp for s in row.scores if s.task == a.name and s.empty):
-                handle.worth[a.worth] = found
+                handle.worth[row.tenant, a.worth] = found
         weights = {a.name: row.computed[a.name] + _written(written.get(a.name)) for a in row.asking.tasks}
         total = sum(weights.values()) or 1
         columns = {}
@@ -617,7 +642,7 @@ class CausalEngine:
     def _column(self, handle: Causal, row: _Row, a: Asked, written: Mapping[str, Writer]) -> Column:
         if a.labels:
             found = [s.logp for s in row.scores if s.task == a.name and not s.empty]
-            worth = handle.worth.get(a.worth) if a.empty is not None else None
+            worth = handle.worth.get((row.tenant, a.worth)) if a.empty is not None else None
             scores = np.array(found, np.float32) - (np.array(worth, np.float32) if worth else 0)
             return label_column(scores[None], every_score=bool(a.spec.get("scores")))
         return json_column(row.failed.get(a.name) or written[a.name].answer(handle.tokens.words))
@@ -724,10 +749,8 @@ def _last(seen: Bools, window: int) -> Bools:
     return near
 
 
-def _slides(config: Any) -> bool:
-    kinds = getattr(config, "layer_types", None)
-    return (
-        any("sliding" in str(kind) for kind in kinds)
-        if kinds
-        else bool(getattr(config, "sliding_window", None))
-    )
+def _windows(config: Any) -> tuple[int | None, ...]:
+    """Of each layer the tokens of its sliding window, by a model's configuration."""
+    window = getattr(config, "sliding_window", None) or None
+    kinds = getattr(config, "layer_types", None) or ["sliding_attention"] * config.num_hidden_layers
+    return tuple(window if kind == "sliding_attention" else None for kind in kinds)

@@ -19,7 +19,9 @@ from motet.manifest import Manifest
 from motet.wire import TaskOrder
 from workers.engine import CannotLoad, Pass, Prepared
 from workers.engines.answers import Floats, logits_column
+from workers.engines.proof import beside_others
 from workers.engines.trunk import Tokens, load_transformer, padded, torch_errors
+from workers.proved import check_encoder
 
 
 @dataclass(slots=True)
@@ -33,14 +35,18 @@ class Classifier:
 
 
 class ClassifierEngine:
-    """Answers classify and number."""
+    """Answers classify and number. ``Provable``."""
 
     def memory_mb(self, model: Manifest, in_format: str) -> int:
         return model.memory_mb(in_format)
 
     def load(self, model: Manifest, files: Mapping[str, Path], *, device: str, in_format: str) -> Classifier:
         loaded = load_transformer(
-            "AutoModelForSequenceClassification", files, device=device, in_format=in_format
+            "AutoModelForSequenceClassification",
+            files,
+            device=device,
+            in_format=in_format,
+            admit=lambda config: check_encoder(model, config),
         )
         outputs = 1 if model.answers == "number" else len(model.labels)
         if loaded.config.num_labels != outputs:
@@ -65,6 +71,10 @@ class ClassifierEngine:
         handle.model = None
         if handle.device != "cpu":
             torch.cuda.empty_cache()
+
+    def among_others(self, handle: Classifier, texts: Sequence[str]) -> float:
+        """``Provable``: of the scores before any softmax."""
+        return beside_others(lambda batch: self._logits(handle, batch), handle.tokens, texts)
 
     def _logits(self, handle: Classifier, batch: Sequence[Prepared]) -> Floats:
         with torch_errors(), torch.inference_mode():

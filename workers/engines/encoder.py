@@ -22,7 +22,9 @@ from motet.manifest import Manifest
 from motet.wire import TaskOrder
 from workers.engine import CannotLoad, Pass, Prepared
 from workers.engines.answers import Floats, logits_column, vector_column
+from workers.engines.proof import beside_others
 from workers.engines.trunk import Tokens, load_transformer, padded, pool, torch_errors
+from workers.proved import check_encoder
 
 
 @dataclass(slots=True)
@@ -72,7 +74,7 @@ class Fused:
 
 
 class EncoderEngine:
-    """Answers classify, number and embed."""
+    """Answers classify, number and embed. ``Provable``."""
 
     def memory_mb(self, model: Manifest, in_format: str) -> int:
         return model.memory_mb(in_format)
@@ -82,7 +84,12 @@ class EncoderEngine:
             raise CannotLoad(f"pooling {model.pooling!r} is neither mean nor cls")
         # A pooler's own weights are often absent; its answer is not read here.
         trunk = load_transformer(
-            "AutoModel", files, device=device, in_format=in_format, may_miss=("pooler.",)
+            "AutoModel",
+            files,
+            device=device,
+            in_format=in_format,
+            may_miss=("pooler.",),
+            admit=lambda config: check_encoder(model, config),
         )
         width = getattr(trunk.config, "hidden_size", 0)
         if width != model.dim:
@@ -128,6 +135,10 @@ class EncoderEngine:
         handle.fused.clear()
         if handle.device != "cpu":
             torch.cuda.empty_cache()
+
+    def among_others(self, handle: Encoder, texts: Sequence[str]) -> float:
+        """``Provable``: of the pooled vectors."""
+        return beside_others(lambda batch: self._pooled(handle, batch), handle.tokens, texts)
 
     def _pooled(self, handle: Encoder, batch: Sequence[Prepared]) -> torch.Tensor:
         """One forward pass: (n, dim) fp32 on the device."""

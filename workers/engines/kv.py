@@ -8,7 +8,7 @@ written alike; only attention tells them apart. It is registered with transforme
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,6 +16,8 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch.nn.functional import scaled_dot_product_attention
+
+from workers.engine import CannotLoad
 
 Bools = NDArray[np.bool_]
 
@@ -25,6 +27,10 @@ ATTENTION = "motet"
 STEP = 64
 #: Tokens of a prompt that attend together: more would look at more of what stands behind them, and is masked.
 TOGETHER = 128
+#: Keywords of attention that need nothing here: answers beside attention's own, and what is looked at apart.
+_WITHOUT_EFFECT = frozenset(
+    {"dropout", "is_causal", "output_attentions", "output_router_logits", "position_ids", "use_cache"}
+)
 
 
 class Pool:
@@ -106,6 +112,8 @@ class Flight:
     cells: torch.Tensor
     beginnings: Sequence[Beginning]
     writing: Writing | None
+    #: Of each layer the tokens that its sliding window holds; None: it attends to all tokens before.
+    windows: Sequence[int | None]
 
 
 def attend(
@@ -116,41 +124,89 @@ def attend(
     attention_mask: torch.Tensor | None,
     *,
     flight: Flight,
-    scaling: float | None = None,
+    scaling: float,
     sliding_window: int | None = None,
-    **_: Any,
+    s_aux: torch.Tensor | None = None,
+    softcap: float | None = None,
+    **others: Any,
 ) -> tuple[torch.Tensor, None]:
-    """Attention of one layer, as transformers calls it: query, key, value as [1, heads, tokens, width]."""
-    keys, values = flight.pool.layers[int(module.layer_idx)]  # type: ignore[arg-type]
+    """Attention of one layer, as transformers calls it: query, key, value as [1, heads, tokens, width].
+
+    ``s_aux``: of each query head, the score of a sink, which takes its share of attention and gives nothing.
+    ``softcap``: scores are pressed below it by tanh. Raises CannotLoad where a layer asks for anything else.
+    """
+    layer = int(module.layer_idx)  # type: ignore[arg-type]
+    _check(module, attention_mask, others)
+    window = sliding_window or None
+    if window not in (None, flight.windows[layer]):
+        raise CannotLoad(
+            f"layer {layer} attends to a window of {window} tokens; its configuration says {flight.windows[layer]}"
+        )
+    keys, values = flight.pool.layers[layer]
     keys[flight.slots, flight.cells] = key[0].transpose(0, 1)
     values[flight.slots, flight.cells] = value[0].transpose(0, 1)
     answer = query.new_empty(query.shape[2], query.shape[1], values.shape[3])
+
+    def attended(asked: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+        return _grouped(asked, k, v, mask, scaling, sinks=s_aux, softcap=softcap)
+
     for b in flight.beginnings:
-        mask = b.near if sliding_window and b.near is not None else b.seen
+        mask = b.seen if window is None or b.near is None else b.near
         k, v = (x[b.slot : b.slot + 1, : mask.shape[-1]].transpose(1, 2) for x in (keys, values))
-        found = _grouped(query[:, :, b.lo : b.hi], k, v, mask, scaling)
+        found = attended(query[:, :, b.lo : b.hi], k, v, mask)
         answer[b.lo : b.hi] = found[0].transpose(0, 1)
     if (w := flight.writing) is not None:
-        mask = w.near if sliding_window and w.near is not None else w.seen
+        mask = w.seen if window is None or w.near is None else w.near
         rows, answers = w.tokens.shape
         k, v = (x[:rows, : mask.shape[-1]].transpose(1, 2) for x in (keys, values))
         asked = query[0].transpose(0, 1)[w.tokens].transpose(1, 2)
-        found = _grouped(asked, k, v, mask, scaling)
+        found = attended(asked, k, v, mask)
         answer[w.places] = found.transpose(1, 2).reshape(rows * answers, *answer.shape[1:])[w.targets]
     return answer[None], None
 
 
+def _check(module: torch.nn.Module, attention_mask: torch.Tensor | None, others: Mapping[str, Any]) -> None:
+    """Raise CannotLoad where a layer asks for something that ``attend`` does not do, and would silently leave out."""
+    wants = [name for name, value in others.items() if not (name in _WITHOUT_EFFECT or value is None)]
+    if attention_mask is not None:
+        wants.append("a mask of its own")
+    if others.get("is_causal", getattr(module, "is_causal", True)) is False:
+        wants.append("attention to later tokens")
+    if others.get("dropout"):
+        wants.append("dropout")
+    if wants:
+        raise CannotLoad(f"its attention wants {', '.join(sorted(wants))}, which this engine does not do")
+
+
 def _grouped(
-    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: torch.Tensor, scaling: float | None
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    mask: torch.Tensor,
+    scaling: float,
+    *,
+    sinks: torch.Tensor | None = None,
+    softcap: float | None = None,
 ) -> torch.Tensor:
     """Attention where several query heads share a key head: they are queries of one head, so keys are read once.
 
     query [rows, heads, tokens, width], key and value [rows, key heads, cells, width], mask as ``additive`` makes it.
     """
     rows, heads, tokens, width = query.shape
-    folded = query.reshape(rows, key.shape[1], heads // key.shape[1] * tokens, width)
-    found = scaled_dot_product_attention(folded, key, value, attn_mask=mask, scale=scaling)
-    return found.reshape(rows, heads, tokens, -1)
+    key_heads = key.shape[1]
+    folded = query.reshape(rows, key_heads, heads // key_heads * tokens, width)
+    if sinks is None and softcap is None:
+        found = scaled_dot_product_attention(folded, key, value, attn_mask=mask, scale=scaling)
+        return found.reshape(rows, heads, tokens, -1)
+    scores = (folded @ key.transpose(2, 3)).float() * scaling
+    if softcap is not None:
+        scores = (scores / softcap).tanh() * softcap
+    scores = scores + mask
+    if sinks is not None:
+        beside = sinks.float().reshape(1, key_heads, -1, 1).repeat_interleave(tokens, 2)
+        scores = torch.cat([scores, beside.expand(rows, -1, -1, -1)], -1)
+    shares = scores.softmax(-1)[..., : key.shape[2]].to(value.dtype)
+    return (shares @ value).reshape(rows, heads, tokens, -1)
 
 
 def additive(seen: Bools, groups: int, dtype: torch.dtype, device: str) -> torch.Tensor:

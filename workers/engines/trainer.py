@@ -27,6 +27,7 @@ from workers.engines.training.journal import HttpJournal
 from workers.engines.training.learner import Hopeless
 from workers.engines.training.run import Journal, Run, Trained, Trunk, TryAgain
 from workers.engines.trunk import Tokens, load_transformer, torch_errors
+from workers.proved import check_encoder, inherited
 
 #: How often a run begins again after its journal was out of reach, and the pause before.
 _TRIES, _PAUSE_S = 60, 2.0
@@ -66,7 +67,14 @@ class TrainerEngine:
         return model.memory_mb("fp32")
 
     def load(self, model: Manifest, files: Mapping[str, Path], *, device: str, in_format: str) -> Trainer:
-        trunk = load_transformer("AutoModel", files, device=device, in_format="fp32", may_miss=("pooler.",))
+        trunk = load_transformer(
+            "AutoModel",
+            files,
+            device=device,
+            in_format="fp32",
+            may_miss=("pooler.",),
+            admit=lambda config: check_encoder(model, config),
+        )
         beside = {
             name: path.read_bytes() for name, path in files.items() if not name.endswith(".safetensors")
         }
@@ -230,13 +238,14 @@ def made(
             licence=recipe.licence or base.licence,
             source=about,
         )
-        base = replace(
+        manifest = replace(
             described.manifest,
             pooling=base.pooling,
             max_tokens=base.max_tokens,
             formats=trained.formats,
             scores=dict(trained.scores),
         )
+        base = inherited(manifest, base)
         models.append(base)
         files |= {base.files[name]: path for name, path in described.files.items()}
     for target in recipe.targets:

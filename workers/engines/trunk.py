@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 import threading
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -51,9 +51,11 @@ def load_transformer(
     in_format: str,
     may_miss: tuple[str, ...] = (),
     attention: str | None = None,
+    admit: Callable[[Any], None] = lambda _: None,
 ) -> Any:
     """``transformers.<auto_class>`` from a folder, in evaluation mode on the device.
 
+    ``admit`` sees the configuration before any weight is read, and raises CannotLoad where the model is not wanted.
     Weights may be absent only where their name starts with one of ``may_miss``: others would be random.
     ``attention``: None is the fastest that its kind has; MPNet and DeBERTa have none of torch's own.
     Raises CannotLoad, OutOfMemory, DeviceBroken.
@@ -65,6 +67,7 @@ def load_transformer(
     folder = folder_of(files)
     try:
         with torch_errors():
+            admit(transformers.AutoConfig.from_pretrained(folder, local_files_only=True))
             if kind := packed_kind(files):
                 model, missing = load_packed(
                     auto_class, files, kind, in_format=DTYPES[in_format], attention=attention

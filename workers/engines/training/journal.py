@@ -102,7 +102,7 @@ class HttpJournal:
             answer = self._http.request(method, path, content=body, timeout=timeout, headers=headers)
         except httpx.HTTPError as error:
             raise TryAgain(type(error).__name__) from None
-        if answer.status_code in (404, 422):
+        if answer.status_code in (404, 413, 422):
             raise Hopeless(str(error_of(answer)))
         if not answer.is_success:
             # A lease that ended, too: then nobody waits for this attempt any more, and it will hear of that.
@@ -129,8 +129,11 @@ def _strict(value: Any) -> Any:
 def _vectors(column: Column) -> np.ndarray[Any, np.dtype[np.float32]]:
     rows = len(column)
     stored = np.frombuffer(column.arrays["vectors"], "<f4" if column.dtype == "fp32" else "<f2")
+    # Nothing is stored where no row has an answer.
     vectors = (
-        stored.reshape(rows, column.dim).astype(np.float32) if rows else np.empty((0, column.dim), np.float32)
+        stored.reshape(rows, column.dim).astype(np.float32)
+        if stored.size
+        else np.zeros((rows, column.dim), np.float32)
     )
     status = np.frombuffer(column.status, np.uint8) & STATE_MASK
     vectors[status != OK] = np.nan

@@ -1,0 +1,170 @@
+"""The parts of a job on their way: sent in order, one in flight, in smaller ones where a proxy takes no large bodies.
+
+Parts are cut by motet.rows, always in the same way. What a proxy before the API takes is known once it has refused a
+body. From then on parts go in pieces of whole blocks, so that stored columns are still found for reuse; a block goes in
+pieces only where it is too large itself. Parts are numbered as they are sent, so an upload that broke off goes on behind
+the parts and rows that the server has, however they were cut.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor, wait
+from typing import Any
+
+from motet.errors import MotetError
+from motet.http import BodyRefused, Http, json_of
+from motet.progress import Bar
+from motet.rows import BLOCK_BYTES, BLOCK_ROWS, Part
+
+#: How often somebody who waits for a part looks whether it was refused.
+_GLANCE_S = 0.25
+
+
+def send_parts(
+    http: Http,
+    job: Mapping[str, Any],
+    parts: Iterator[Part],
+    bar: Bar,
+    tell: Callable[[MotetError], object],
+) -> dict[str, Any]:
+    """Send the parts, each while the next is cut and packed; close the job; return its record.
+
+    ``job`` is its record: of one that holds rows, these are cut again, not sent again. ``tell`` hears, in the caller's
+    thread, what is waited for, and once that smaller parts are sent.
+    """
+    there = int(job["rows"])
+    rows = 0
+    stop = threading.Event()
+    in_flight: Future[None] | None = None
+    news: list[MotetError] = []
+    sender = _Sender(http, str(job["id"]), int(job.get("parts") or 0), stop, news.append)
+    thread = ThreadPoolExecutor(1, thread_name_prefix="motet-upload")
+
+    def landed() -> None:
+        """Wait for the part in flight, and say here, where the bar is drawn, what it waits for."""
+        while in_flight is not None and not wait((in_flight,), _GLANCE_S).done:
+            while news:
+                tell(news.pop(0))
+        if in_flight is not None:
+            in_flight.result()
+        while news:
+            tell(news.pop(0))
+
+    try:
+        with bar:
+            for part in parts:
+                rows = part.first_row + len(part)
+                if rows > there:
+                    rest = rows_of(part, max(0, there - part.first_row), len(part))
+                    body = sender.pack(rest)
+                    landed()
+                    in_flight = thread.submit(sender.send, rest, body)
+                bar.show(f"{rows:,} rows")
+            landed()
+            return http.post(  # type: ignore[no-any-return]
+                f"/v1/jobs/{job['id']}/close", {"parts": sender.number, "rows": rows}
+            )
+    except Exception:
+        # So that a part that is under way does not land behind the back of the next submission with this key.
+        stop.set()
+        thread.shutdown(wait=True, cancel_futures=True)
+        raise
+    finally:
+        stop.set()
+        thread.shutdown(wait=False, cancel_futures=True)
+
+
+class _Sender:
+    """Sends parts, one after the other, and learns how large a body may be."""
+
+    def __init__(
+        self, http: Http, job: str, number: int, stop: threading.Event, tell: Callable[[MotetError], object]
+    ) -> None:
+        self._http, self._job, self._stop, self._tell = http, job, stop, tell
+        #: The number of the next part, and so how many there are.
+        self.number = number
+        #: Larger bodies are not tried any more; None before one was refused.
+        self._most_bytes: int | None = None
+        self._squeeze = not http.stays_here
+
+    def pack(self, part: Part) -> bytes:
+        """The body of a part, in the form that is sent now."""
+        return part.encode(squeeze=self._squeeze)
+
+    def send(self, part: Part, body: bytes) -> None:
+        """Send a part whole, or else in pieces. Raises BodyRefused where a row alone is too large, and as a request."""
+        squeezed = self._squeeze
+        while self._most_bytes is None or len(body) <= self._most_bytes or len(part) == 1:
+            try:
+                self._put(body, squeezed)
+            except BodyRefused as refusal:
+                if squeezed and len(part) == 1:
+                    raise
+                if self._most_bytes is None:
+                    self._tell(refusal)
+                # Half of it: so few bodies are refused before one fits.
+                self._most_bytes = min(len(body) // 2, self._most_bytes or len(body))
+                if not squeezed:
+                    squeezed = self._squeeze = True
+                    body = self.pack(part)
+            else:
+                return
+        middle = _middle(part)
+        for piece in (rows_of(part, 0, middle), rows_of(part, middle, len(part))):
+            if not self._stop.is_set():
+                self.send(piece, self.pack(piece))
+
+    def _put(self, body: bytes, squeezed: bool) -> None:
+        """Send a part, again where an answer was lost: the same bytes under the same number are harmless."""
+        answer = self._http.request(
+            "PUT",
+            f"/v1/jobs/{self._job}/parts/{self.number}",
+            content=body,
+            headers={
+                "Content-Type": "application/msgpack",
+                "Content-Encoding": "zstd" if squeezed else "identity",
+            },
+            stop=self._stop,
+            refused=self._tell,
+        )
+        self.number = int(json_of(answer)["next_part"])
+
+
+def rows_of(part: Part, lo: int, hi: int) -> Part:
+    """Rows [lo, hi) of a part, as a part."""
+    if (lo, hi) == (0, len(part)):
+        return part
+    columns = {name: texts[lo:hi] for name, texts in part.columns.items()}
+    return Part(
+        number=part.number,
+        first_row=part.first_row + lo,
+        columns=columns,
+        bad=_within(part.bad, lo, hi),
+        bad_fields={name: here for name, bad in part.bad_fields.items() if (here := _within(bad, lo, hi))},
+        text_bytes=sum(len(text.encode()) for texts in columns.values() for text in texts),
+    )
+
+
+def _middle(part: Part) -> int:
+    """Where a part of several rows is cut in two: between its blocks, or within its only one."""
+    ends = _block_ends(part)
+    return ends[len(ends) // 2 - 1] if len(ends) > 1 else len(part) // 2
+
+
+def _block_ends(part: Part) -> list[int]:
+    """The offset behind each block of a part, as the server cuts them (scheduler.blocks)."""
+    sizes = [sum(len(text.encode()) for text in texts) for texts in zip(*part.columns.values(), strict=True)]
+    ends: list[int] = []
+    first = held = 0
+    for offset, size in enumerate(sizes):
+        if offset > first and (offset - first == BLOCK_ROWS or held + size > BLOCK_BYTES):
+            ends.append(offset)
+            first, held = offset, 0
+        held += size
+    return [*ends, len(part)]
+
+
+def _within(bad: Mapping[int, tuple[str, str]], lo: int, hi: int) -> dict[int, tuple[str, str]]:
+    return {offset - lo: why for offset, why in bad.items() if lo <= offset < hi}

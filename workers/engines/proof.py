@@ -1,0 +1,233 @@
+"""The proof that rows do not mix: a row among others gives what it gives alone, on the true weights.
+
+A language model reads several rows in one line of tokens, as workers/engines/causal.py lets it: pieces of prompts, and
+newest tokens of answers. It is compared with the plain model of transformers, which reads one row and nothing else. An
+encoder reads rows side by side, filled up to the longest. What may be admitted by it: workers/proved.py.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from workers.engine import CannotLoad, DeviceBroken, OutOfMemory, Prepared
+from workers.engines import kv
+from workers.engines.trunk import Tokens, torch_errors
+from workers.proved import ELSEWHERE
+
+#: Tokens of the rows of a language model: a piece of one needs two masks (kv.TOGETHER), and no two are of one length. More and
+#: longer rows take longer to register, and show nothing else.
+ROW_TOKENS = (9, 40, 17, kv.TOGETHER + 60, 24)
+#: The last tokens of each row come one at a time, as an answer's do.
+WRITTEN = 3
+#: Windows of attention are narrowed to this many tokens for the proof, so that its rows are longer.
+NARROW = 16
+#: Words of an encoder's shorter rows. Its longest is as long as the model reads, up to LONGEST tokens, since attention
+#: over more takes minutes on a CPU.
+ROW_WORDS = (1, 5, 30)
+LONGEST = 2048
+
+
+class LanguageModel(Protocol):
+    """What the proof needs of a loaded language model."""
+
+    model: Any
+    device: str
+    pool: kv.Pool
+    groups: int
+    windows: tuple[int | None, ...]
+
+
+def among_others(loaded: LanguageModel, ids: Sequence[int], most: int) -> float:
+    """How far the logits of rows in one line are from those of the plain model, which reads one row at a time.
+
+    ``ids``: tokens of ordinary text, cut into rows of at most ``most``. Of each row the median token's distance, as a
+    share of its logits' length; of these the largest. Raises CannotLoad, OutOfMemory, DeviceBroken.
+    """
+    rows = _rows(ids, most)
+    try:
+        with torch_errors(), torch.inference_mode(), _narrowed(loaded) as windows:
+            plain = _one_at_a_time(loaded.model, rows, loaded.device)
+            found = _in_one_line(loaded, windows, rows)
+    except (CannotLoad, OutOfMemory, DeviceBroken):
+        raise
+    except Exception as error:
+        raise CannotLoad(not_in_one_line(loaded.model, error)) from error
+    # Logits mean the same whatever is added to all of them.
+    return max(
+        _apart(a - a.mean(-1, keepdim=True), b - b.mean(-1, keepdim=True))
+        for a, b in zip(found, plain, strict=True)
+    )
+
+
+def not_in_one_line(model: Any, error: Exception) -> str:
+    """Why a language model is refused whose forward pass fails in an unforeseen way."""
+    return (
+        f"{model.config.model_type}: its forward pass cannot read several rows in one line ({type(error).__name__}); "
+        f"{ELSEWHERE}"
+    )
+
+
+def beside_others(
+    answers: Callable[[Sequence[Prepared]], Any], tokens: Tokens, texts: Sequence[str]
+) -> float:
+    """How far an encoder's answers to rows side by side are from its answers to one row at a time.
+
+    ``answers`` gives (rows, numbers). The largest distance of a row's numbers, as a share of their length. Raises
+    OutOfMemory, DeviceBroken.
+    """
+    words = " ".join(texts).split()
+    some = [" ".join(words[:count]) for count in (*ROW_WORDS, len(words))]
+    rows = [row for row in tokens.prepare(some, LONGEST) if isinstance(row, Prepared)]
+    together = torch.as_tensor(answers(rows))
+    alone = torch.cat([torch.as_tensor(answers([row])) for row in rows])
+    return max(_apart(a, b) for a, b in zip(together[:, None], alone[:, None], strict=True))
+
+
+def _apart(found: torch.Tensor, expected: torch.Tensor) -> float:
+    """The distance of the median vector of (vectors, numbers). A NaN counts as infinitely far.
+
+    Not of the farthest one: a router between experts that are equally good goes another way by the last bit.
+    """
+    share = (found.double() - expected.double()).norm(dim=-1) / expected.double().norm(dim=-1).clamp(min=1e-9)
+    return float(share.nan_to_num(nan=float("inf")).median())
+
+
+@contextmanager
+def _narrowed(loaded: LanguageModel) -> Iterator[tuple[int | None, ...]]:
+    """Windows of NARROW tokens instead of the model's own: what each layer then attends to."""
+    holders: list[Any] = [loaded.model.config.get_text_config(), *loaded.model.modules()]
+    wide = [h for h in holders if (getattr(h, "sliding_window", None) or 0) > NARROW]
+    was = [holder.sliding_window for holder in wide]
+    try:
+        for holder in wide:
+            holder.sliding_window = NARROW
+        yield tuple(window and min(window, NARROW) for window in loaded.windows)
+    finally:
+        for holder, window in zip(wide, was, strict=True):
+            holder.sliding_window = window
+
+
+def _rows(ids: Sequence[int], most: int) -> list[list[int]]:
+    """Rows of different lengths and of different tokens; two of them begin alike."""
+    rows = []
+    at = 0
+    for length in ROW_TOKENS:
+        length = max(WRITTEN + 1, min(length, most))
+        rows.append([ids[i % len(ids)] for i in range(at, at + length)])
+        at += length
+    rows[-1][:2] = rows[0][:2]
+    return rows
+
+
+def _one_at_a_time(model: Any, rows: Sequence[Sequence[int]], device: str) -> list[torch.Tensor]:
+    """Logits behind each token of each row, (tokens, vocabulary), by the model's own attention."""
+    model.set_attn_implementation("eager")
+    try:
+        return [
+            model(input_ids=torch.tensor([row], device=device), use_cache=False).logits[0].float().cpu()
+            for row in rows
+        ]
+    finally:
+        model.set_attn_implementation(kv.ATTENTION)
+
+
+def _in_one_line(
+    loaded: LanguageModel, windows: Sequence[int | None], rows: Sequence[Sequence[int]]
+) -> list[torch.Tensor]:
+    """The same, where each step reads pieces of several rows."""
+    pool, device = loaded.pool, loaded.device
+    pool.lay_out(len(rows), -(-max(map(len, rows)) // kv.STEP) * kv.STEP)
+    found: list[list[torch.Tensor]] = [[] for _ in rows]
+    try:
+        for step in _steps(rows):
+            line = [(row, place) for row, lo, hi in step for place in range(lo, hi)]
+            flight = _flight(loaded, windows, step, line)
+            logits = loaded.model(
+                input_ids=torch.tensor([[rows[row][place] for row, place in line]], device=device),
+                position_ids=torch.tensor([[place for _, place in line]], device=device),
+                use_cache=False,
+                flight=flight,
+            ).logits[0]
+            for (row, _), behind in zip(line, logits.float().cpu(), strict=True):
+                found[row].append(behind)
+    finally:
+        pool.lay_out(0, 0)
+    return [torch.stack(behind) for behind in found]
+
+
+def _steps(rows: Sequence[Sequence[int]]) -> Iterator[list[tuple[int, int, int]]]:
+    """Pieces (row, lo, hi) of each step. Every other row begins a step later, so that some write and others read."""
+    pieces = [_pieces(len(row)) for row in rows]
+    for step in range(max(map(len, pieces)) + 1):
+        begun = [(row, step - row % 2) for row in range(len(rows))]
+        yield [(row, *pieces[row][at]) for row, at in begun if 0 <= at < len(pieces[row])]
+
+
+def _pieces(length: int) -> list[tuple[int, int]]:
+    """A prompt in two pieces, a quarter of it first, then one token at a time."""
+    end = length - WRITTEN
+    cuts = sorted({0, end // 4, *range(end, length + 1)})
+    return list(itertools.pairwise(cuts))
+
+
+def _flight(
+    loaded: LanguageModel,
+    windows: Sequence[int | None],
+    step: Sequence[tuple[int, int, int]],
+    line: Sequence[tuple[int, int]],
+) -> kv.Flight:
+    window = next((w for w in windows if w is not None), None)
+    at, beginnings, newest = 0, [], []
+    for row, lo, hi in step:
+        if hi - lo == 1:
+            newest.append((at, row, lo))
+        for first in range(lo, hi, kv.TOGETHER) if hi - lo > 1 else ():
+            last = min(first + kv.TOGETHER, hi)
+            seen, near = _masks(loaded, window, np.arange(first, last)[None], last)
+            beginnings.append(kv.Beginning(at + first - lo, at + last - lo, row, seen, near))
+        at += hi - lo
+    return kv.Flight(
+        pool=loaded.pool,
+        slots=torch.tensor([row for row, _ in line], device=loaded.device),
+        cells=torch.tensor([place for _, place in line], device=loaded.device),
+        beginnings=beginnings,
+        writing=_writing(loaded, window, newest) if newest else None,
+        windows=windows,
+    )
+
+
+def _writing(loaded: LanguageModel, window: int | None, newest: Sequence[tuple[int, int, int]]) -> kv.Writing:
+    """Newest tokens (where in the line, row, place), one of each row; a row that writes nothing repeats a token."""
+    slots = 1 + max(row for _, row, _ in newest)
+    tokens = np.zeros((slots, 1), np.int64)
+    places = np.zeros(slots, np.int64)
+    for at, row, place in newest:
+        tokens[row, 0], places[row] = at, place
+    seen, near = _masks(loaded, window, places[:, None], int(places.max()) + 1)
+    return kv.Writing(
+        tokens=torch.from_numpy(tokens).to(loaded.device),
+        seen=seen,
+        near=near,
+        places=torch.tensor([at for at, _, _ in newest], device=loaded.device),
+        targets=torch.tensor([row for _, row, _ in newest], device=loaded.device),
+    )
+
+
+def _masks(
+    loaded: LanguageModel, window: int | None, places: NDArray[np.int64], cells: int
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """What tokens at these places of their rows, (rows, tokens), attend to; and the same within the window."""
+    behind = places[..., None] - np.arange(cells)
+    seen = behind >= 0
+
+    def mask(seen: kv.Bools) -> torch.Tensor:
+        return kv.additive(seen, loaded.groups, loaded.model.dtype, loaded.device)
+
+    return mask(seen), None if window is None else mask(seen & (behind < window))
