@@ -453,7 +453,7 @@ class Client:
         """Make a token; its ``token`` is shown this once and stored nowhere."""
         body: dict[str, Any] = {"name": name, "scope": scope}
         body |= {} if tenant is None else {"tenant": tenant}
-        body |= {} if expires_days is None else {"expires_days": expires_days}
+        body |= _amounts(expires_days=expires_days)
         # Not tried again: a token whose answer was lost would live on unseen.
         return _known(Token, self._http.post("/v1/tokens", body, again=False))
 

@@ -6,6 +6,7 @@ Every setting is an environment variable ``MOTET_<NAME>``; secrets may come from
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
@@ -101,6 +102,10 @@ class Settings:
                 f"MOTET_RETENTION_DAYS: got {self.retention_days}; expected days from 0 (keep for ever)"
                 f" to {MAX_RETENTION_DAYS:,}"
             )
+        for field in fields(self):
+            value = getattr(self, field.name)
+            if isinstance(value, float) and not math.isfinite(value):
+                raise SetupError(f"MOTET_{field.name.upper()}: got {value}; expected a finite number")
         for name, least in (("max_waiting_rows", 1), ("min_free_mb", 0), ("max_requests_s", 0)):
             if not getattr(self, name) >= least:  # also refuses NaN
                 raise SetupError(

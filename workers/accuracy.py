@@ -18,8 +18,9 @@ from motet.columns import CellError, Column, values
 from motet.manifest import Manifest
 from motet.wire import TaskOrder
 from workers.assemble import assemble
+from workers.batch_adapter import run_to_the_end
 from workers.batching import pack
-from workers.engine import Engine, Pass, Prepared
+from workers.engine import BatchEngine, Engine, Pass, Prepared
 
 #: A format passes if no vector leaves its direction by more, and labels agree at least so often.
 COSINE, AGREEMENT = 0.999, 0.99
@@ -61,7 +62,7 @@ WRITTEN_TOKENS = 8
 class Trial:
     """A model and tasks on it, asked in one pass, to see whether it answers alike in several formats."""
 
-    engine: Engine
+    engine: Engine | BatchEngine
     model: Manifest
     files: Mapping[str, Path]
     #: Each task with the files of its own head.
@@ -90,7 +91,7 @@ class Trial:
         prepared = self.engine.prepare(pass_, self.texts)
         errors = {i: row for i, row in enumerate(prepared) if isinstance(row, CellError)}
         batches = pack([row for row in prepared if isinstance(row, Prepared)], tokens=BATCH_TOKENS)
-        parts = [([row.row for row in batch], self.engine.run(pass_, batch)) for batch in batches]
+        parts = [([row.row for row in batch], run_to_the_end(self.engine, pass_, batch)) for batch in batches]
         answers = {}
         for task in pass_.tasks:
             columns = [(rows, part[task.name]) for rows, part in parts]

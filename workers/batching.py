@@ -7,7 +7,7 @@ the budget is found by doubling (reference: performance 4.6). Nothing here reads
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Protocol, TypeVar
 
 #: Where the search for the budget starts: the best size measured for one CPU core, and for a GPU the size
@@ -39,6 +39,11 @@ FILLED = 0.75
 GAIN = 1.05
 #: Weight that the past keeps at each observation of seconds.
 MEMORY = 0.9
+#: What was made smaller for lack of memory grows again after so many steps that filled it; after twice as many where it
+#: was too large once more, up to the second number: where memory stays short, one step in thousands fails.
+PATIENCE, LONGEST_PATIENCE = 64, 4096
+#: A step of fewer tokens than this would need hardly less memory.
+LEAST_TOKENS = 256
 
 
 class Sized(Protocol):
@@ -108,18 +113,43 @@ class Budget:
     settled: bool = False
     #: Tokens that are known to fit into memory, once something did not.
     ceiling: int | None = None
+    #: What it was before memory was short: it grows up to that again.
+    before: int | None = None
+    #: Micro-batches that must fill it before it grows again.
+    patience: int = PATIENCE
+    #: It has grown again, and may prove too large.
+    grown: bool = False
 
     def observed(self, padded: int, tokens: int, seconds: float) -> Budget:
         """Learn from one micro-batch. The best of a level counts: neighbours on the machine only ever slow us."""
-        if self.settled or padded < FILLED * self.tokens or seconds <= 0:
+        if padded < FILLED * self.tokens or seconds <= 0:
             return self
+        if self.settled:
+            return self if self.before is None else self._recovering(self.before)
         level = replace(self, rate=max(self.rate, tokens / seconds), seen=self.seen + 1)
         return level if level.seen < SAMPLES else level._judged()
 
     def out_of_memory(self, padded: int) -> Budget:
-        """Remember that ``padded`` tokens did not fit: half of them is the most from now on."""
+        """Remember that ``padded`` tokens did not fit: half of them is the most until many micro-batches did."""
         ceiling = max(1, min(padded // 2, self.ceiling or padded))
-        return replace(self, tokens=min(self.tokens, ceiling), ceiling=ceiling, settled=True)
+        before = max(self.tokens, self.before or 0)
+        patience = min(2 * self.patience, LONGEST_PATIENCE) if self.grown else self.patience
+        return Budget(
+            min(self.tokens, ceiling), ceiling=ceiling, settled=True, before=before, patience=patience
+        )
+
+    def _recovering(self, before: int) -> Budget:
+        if self.seen + 1 < self.patience:
+            return replace(self, seen=self.seen + 1)
+        tokens = min(2 * self.tokens, before)
+        return replace(
+            self,
+            tokens=tokens,
+            ceiling=None,
+            seen=0,
+            before=before if tokens < before else None,
+            grown=True,
+        )
 
     def _judged(self) -> Budget:
         if self.below is None or self.rate >= GAIN * self.below[1]:
@@ -144,6 +174,9 @@ class Cost:
     s: float = 0.0
     tt: float = 0.0
     ts: float = 0.0
+    #: The two terms, by these sums.
+    fixed: float = 0.0
+    each: float = 0.0
 
     @property
     def known(self) -> bool:
@@ -152,24 +185,23 @@ class Cost:
     def observed(self, tokens: int, seconds: float) -> Cost:
         """Learn from one micro-batch. What came before the first one twice as fast was a cold start: forget it."""
         kept = 0.0 if self.known and seconds < self.seconds(tokens) / 2 else MEMORY
-        return Cost(
-            count=kept * self.count + 1,
-            t=kept * self.t + tokens,
-            s=kept * self.s + seconds,
-            tt=kept * self.tt + tokens * tokens,
-            ts=kept * self.ts + tokens * seconds,
+        sums = (
+            kept * self.count + 1,
+            kept * self.t + tokens,
+            kept * self.s + seconds,
+            kept * self.tt + tokens * tokens,
+            kept * self.ts + tokens * seconds,
         )
+        return Cost(*sums, *_terms(*sums))
 
     @property
     def overhead_tokens(self) -> float | None:
         """What starting a micro-batch costs, in tokens that could run meanwhile; None while nothing tells."""
-        fixed, each = self._terms()
-        return fixed / each if fixed > 0 and each > 0 else None
+        return self.fixed / self.each if self.fixed > 0 and self.each > 0 else None
 
     def seconds(self, tokens: int) -> float:
         """Predicted seconds of one micro-batch; 0 while nothing is known."""
-        fixed, each = self._terms()
-        return fixed + each * tokens
+        return self.fixed + self.each * tokens
 
     def backlog_s(self, tokens: int) -> float:
         """Predicted seconds of this many tokens in micro-batches like the recent ones; 0 while nothing is known."""
@@ -181,21 +213,34 @@ class Cost:
         Longer where more than half of it would be its start: a function that asks another server once a batch
         would else be run row by row, and nobody would wait less.
         """
-        fixed, each = self._terms()
-        return max(1, int(max(seconds - fixed, fixed) / each)) if each > 0 else MOST_TOKENS
+        wanted_s = max(seconds - self.fixed, self.fixed)
+        return max(1, int(wanted_s / self.each)) if self.each > 0 else MOST_TOKENS
 
-    def _terms(self) -> tuple[float, float]:
-        if not self.known:
-            return 0.0, 0.0
-        mean_t, mean_s, ratio = self.t / self.count, self.s / self.count, self.s / self.t
-        variance = self.tt / self.count - mean_t * mean_t
-        if variance < (0.25 * mean_t) ** 2:
-            return 0.0, ratio
-        each = (self.ts / self.count - mean_t * mean_s) / variance
-        if each <= 0:
-            return 0.0, ratio
-        fixed = mean_s - each * mean_t
-        return (fixed, each) if fixed > 0 else (0.0, ratio)
+
+def _terms(count: float, t: float, s: float, tt: float, ts: float) -> tuple[float, float]:
+    """(fixed, each) of the line through what was observed; through zero where that tells too little."""
+    if t <= 0:
+        return 0.0, 0.0
+    mean_t, mean_s, ratio = t / count, s / count, s / t
+    variance = tt / count - mean_t * mean_t
+    if variance < (0.25 * mean_t) ** 2:
+        return 0.0, ratio
+    each = (ts / count - mean_t * mean_s) / variance
+    fixed = mean_s - each * mean_t
+    return (fixed, each) if each > 0 and fixed > 0 else (0.0, ratio)
+
+
+@dataclass(slots=True)
+class Pace:
+    """How fast one model runs here in one format, and how much of it at once. It outlives the model in memory."""
+
+    budget: Budget
+    cost: Cost = field(default_factory=Cost)
+
+    def observed(self, padded: int, tokens: int, seconds: float) -> None:
+        """Learn from one step."""
+        self.cost = self.cost.observed(padded, seconds)
+        self.budget = self.budget.observed(padded, tokens, seconds)
 
 
 def limit(

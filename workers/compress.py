@@ -36,9 +36,10 @@ from motet.manifest import Manifest
 from motet.tasks import Embed
 from motet.wire import TaskOrder
 from workers.accuracy import Trial, compare
+from workers.batch_adapter import run_to_the_end
 from workers.batching import pack
 from workers.describe import Described, describe_folder, digests, sizes
-from workers.engine import CannotLoad, Engine, OutOfMemory, Pass, Prepared
+from workers.engine import BatchEngine, CannotLoad, Engine, OutOfMemory, Pass, Prepared
 from workers.labelled import Labelled, Truth, agreement, decisions, of_shipped, read_labelled, score
 from workers.proved import inherited
 from workers.register import TRIED, Registry, cache_dir, prepare_environment
@@ -91,7 +92,7 @@ class Bundle:
     trunk: Described
     heads: tuple[Described, ...]
 
-    def trial(self, engine: Engine, texts: Sequence[str]) -> Trial:
+    def trial(self, engine: Engine | BatchEngine, texts: Sequence[str]) -> Trial:
         """All heads in one pass over the texts, and the vector."""
         asked = [(_asked(head.manifest), head.files) for head in self.heads]
         return Trial(
@@ -204,7 +205,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
             ) from None
         if not options.json:
             show(report, trunk, form)
-        refused = {head: loss for head in report.rows if (loss := report.loss(head)) > options.tolerance}
+        # A loss that is no number is more than is tolerated.
+        refused = {head: loss for head in report.rows if not (loss := report.loss(head)) <= options.tolerance}
         models = []
         if options.force or not refused:
             models = registry.register(_with_scores(small, report, form))
@@ -328,7 +330,7 @@ def _weights_mb(trunk: Manifest) -> float:
 
 
 def _speeds(
-    engine: Engine, passes: Mapping[str, Pass], texts: Sequence[str], rounds: int
+    engine: Engine | BatchEngine, passes: Mapping[str, Pass], texts: Sequence[str], rounds: int
 ) -> dict[str, list[float]]:
     """Tokens per CPU second of one thread, by form and round; micro-batches of all lengths, forms in turn."""
     any_pass = next(iter(passes.values()))
@@ -341,7 +343,7 @@ def _speeds(
         for side in list(passes) if round_ % 2 else reversed(list(passes)):
             began = time.process_time()
             for batch in batches:
-                engine.run(passes[side], batch)
+                run_to_the_end(engine, passes[side], batch)
             if round_:  # the first warms up
                 found[side].append(tokens / max(time.process_time() - began, 1e-6))
     return found
@@ -508,9 +510,13 @@ def _vector(trunk: Manifest) -> TaskOrder:
 
 
 def _points(text: str) -> float:
-    points = float(text)
+    """A finite number. Raises ArgumentTypeError, which argparse tells of."""
+    try:
+        points = float(text)
+    except ValueError:
+        points = math.nan
     if not math.isfinite(points):
-        raise argparse.ArgumentTypeError(f"got {text}; expected a number of points")
+        raise argparse.ArgumentTypeError(f"got {text!r}; expected a finite number of points")
     return points
 
 
@@ -542,7 +548,7 @@ def _options(arguments: Sequence[str] | None) -> argparse.Namespace:
     )
     parser.add_argument(
         "--tolerance",
-        type=float,
+        type=_points,
         default=TOLERANCE,
         metavar="POINTS",
         help="what a task may lose (default: 1)",

@@ -1,8 +1,9 @@
-"""The contract between the executor and an engine: load, run, unload, and a pure estimate of memory.
+"""The contract between the executor and an engine: load, admit rows, step, unload, and a pure estimate of memory.
 
-An engine is one file and one entry point of the group ``motet.engines``: a class that keeps this protocol, or
-a plain function ``texts -> values`` (see workers/engines/function.py). Row errors are values: one bad row never
-fails its neighbours. An engine never retries, never batches across calls and never talks to Redis.
+Every engine is a stream: rows are let in one by one and leave one by one. An engine that answers a whole batch keeps the
+shorter `BatchEngine`, and workers/batch_adapter.py makes a stream of it. Either is one file and one entry point of the
+group ``motet.engines``; so is a plain function ``texts -> values`` (see workers/engines/function.py). Row errors are
+values: one bad row never fails its neighbours. An engine never retries and never talks to Redis.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from motet.wire import TaskOrder
 
 
 class OutOfMemory(Exception):
-    """The device has no room for this micro-batch. The executor halves it and remembers the ceiling."""
+    """The device has no room for this. What runs together is made smaller, and grows again later."""
 
 
 class DeviceBroken(Exception):
@@ -39,7 +40,7 @@ class Prepared:
     length: int
     #: The input was cut.
     truncated: bool
-    #: Whatever the engine's ``run`` wants: token ids, text ….
+    #: Whatever the engine wants to know of the row: token ids, text ….
     inputs: Any
 
 
@@ -61,13 +62,60 @@ class Pass:
     tenant: str = ""
     #: ``<subtask>.<attempt>.<nonce>`` of the attempt that the rows are prepared for: what proves it to the API.
     lease: str = ""
+    #: What is written is told step by step (`Delta`).
+    deltas: bool = False
 
 
-class Engine(Protocol):
-    """What runs a pass. One instance per worker process.
+#: What one task of a row consumed: tokens of its prompt, of them not computed for it, tokens written, device seconds.
+Consumed = tuple[int, int, int, float]
+
+
+@dataclass(frozen=True, slots=True)
+class Ended:
+    """A row that left an engine: its answer to each task, and what each of them consumed."""
+
+    ticket: Hashable
+    #: Task name -> a column of one row.
+    columns: Mapping[str, Column]
+    #: By task name.
+    spent: Mapping[str, Consumed]
+
+
+@dataclass(frozen=True, slots=True)
+class Together:
+    """Rows that left an engine at once and took equal shares of the step."""
+
+    tickets: Sequence[Hashable]
+    #: Task name -> a column over the tickets, in their order.
+    columns: Mapping[str, Column]
+
+
+@dataclass(frozen=True, slots=True)
+class Delta:
+    """Tokens that were written since the last step, as text; of rows whose pass asks for them."""
+
+    ticket: Hashable
+    task: str
+    text: str
+
+
+@dataclass(frozen=True, slots=True)
+class Step:
+    """What one step of an engine did."""
+
+    ended: Sequence[Ended | Together] = ()
+    #: Tokens that ran through the model, padding included; 0: there was nothing to do but to wait for others.
+    computed_tokens: int = 0
+    #: Share of the decode slots that were taken; None where none was asked for.
+    occupancy: float | None = None
+    deltas: Sequence[Delta] = ()
+
+
+class Loader(Protocol):
+    """What all engines do before a row runs. One instance per worker process.
 
     One thread, which owns the device, calls every method but ``prepare``; that one is also called by several
-    other threads at once, while a pass runs, and must not touch the device.
+    other threads at once, while rows run, and must not touch the device.
     """
 
     def memory_mb(self, model: Manifest, in_format: str) -> int:
@@ -89,54 +137,25 @@ class Engine(Protocol):
         """Tokenise every row once, in order. A row that cannot be run is its error; a long one is cut and marked."""
         ...
 
-    def run(self, pass_: Pass, batch: Sequence[Prepared]) -> Mapping[str, Column]:
-        """One micro-batch: task name -> column over ``batch`` in its order. Raises OutOfMemory, DeviceBroken."""
-        ...
-
     def unload(self, handle: Any) -> None:
         """Free the device's memory."""
         ...
 
 
-@dataclass(frozen=True, slots=True)
-class Ended:
-    """A row that left a continuous engine: its answer to each task, and what each of them consumed."""
-
-    ticket: Hashable
-    #: Task name -> a column of one row.
-    columns: Mapping[str, Column]
-    #: Task name -> tokens of its prompt, of them not computed for it, tokens written, seconds of the device.
-    spent: Mapping[str, tuple[int, int, int, float]]
-
-
-@dataclass(frozen=True, slots=True)
-class Step:
-    """What one step of a continuous engine did."""
-
-    ended: Sequence[Ended] = ()
-    #: Tokens that ran through the model; 0: there was nothing to do but to wait for others.
-    computed_tokens: int = 0
-    #: Share of the places for rows that write which were taken; None where no place was asked for.
-    occupancy: float | None = None
-
-
 @runtime_checkable
-class ContinuousEngine(Engine, Protocol):
-    """An engine whose rows end one by one, while others begin: language models.
-
-    It keeps rows of several sub-tasks in flight, and so outlives each of them (reference: performance 4.8). ``run``
-    is for trials: it takes rows from beginning to end. The thread that owns the device calls all of this.
-    """
+class Engine(Loader, Protocol):
+    """A stream: rows of several sub-tasks are inside, and so it outlives each of them (reference: performance 4.8)."""
 
     def admit(self, pass_: Pass, row: Prepared, ticket: Hashable, *, urgent: bool) -> bool:
         """Let a row in. False: there is no room now; ask again after a step. ``urgent`` goes before those that wait.
 
-        A row that is too long for all the room there is, is let in and ends with an error.
+        A row that is too long for all the room there is, is let in and ends with an error. Where this raises, the row
+        waits or ends with the error, and whatever was done for it is undone by ``abort``.
         """
         ...
 
     def step(self, handle: Any, tokens: int) -> Step:
-        """Go on with all rows inside: one token of each that writes, and beginnings of at most ``tokens`` in all.
+        """Go on with all rows inside: one token of each that writes, and prefill of at most ``tokens`` in all.
 
         Raises OutOfMemory, DeviceBroken; then the rows are still inside.
         """
@@ -146,8 +165,13 @@ class ContinuousEngine(Engine, Protocol):
         """Forget these rows, and free their room. Those that are not inside are passed over."""
         ...
 
-    def inside(self, handle: Any) -> int:
-        """Rows inside."""
+
+@runtime_checkable
+class BatchEngine(Loader, Protocol):
+    """What answers rows only together: encoders, classifiers, functions."""
+
+    def run(self, pass_: Pass, batch: Sequence[Prepared]) -> Mapping[str, Column]:
+        """One micro-batch: task name -> column over ``batch`` in its order. Raises OutOfMemory, DeviceBroken."""
         ...
 
 

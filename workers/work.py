@@ -15,7 +15,7 @@ from motet.manifest import Manifest
 from motet.wire import Assignment, Outcome, Spent, TaskOrder, Usage, bytes_read
 from workers.assemble import assemble
 from workers.batching import longest_first
-from workers.engine import Ended, Prepared
+from workers.engine import Consumed, Pass, Prepared
 
 #: Options of a task that mean nothing to an engine: the same model pass answers tasks that differ in them.
 _NOT_FOR_ENGINES = frozenset({"model", "input", "about", "messages", "too_long", "numerics"})
@@ -42,6 +42,10 @@ class PassKey:
     max_tokens: int
     #: What the tasks ask of the engine, each once, in a fixed order.
     asks: tuple[str, ...]
+
+
+#: A model in one numeric format: digest of its trunk, and the format.
+ModelKey = tuple[str, str]
 
 
 class Stage(Enum):
@@ -79,9 +83,16 @@ class Work:
     truncated: set[int] = field(default_factory=set)
     usage: Usage = field(default_factory=Usage)
     #: What was asked -> row -> tokens in, of them cached, tokens out, seconds; of language models.
-    spent: dict[str, dict[int, tuple[int, int, int, float]]] = field(default_factory=dict)
+    spent: dict[str, dict[int, Consumed]] = field(default_factory=dict)
     #: Set when the outcome is on the stream, or when nobody waits for one any more.
     finished: threading.Event = field(default_factory=threading.Event)
+    #: What its rows were prepared for, and are let in with.
+    pass_: Pass | None = None
+    #: What must be in memory for it, its heads aside.
+    model: ModelKey = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.model = (self.key.model, self.key.format)
 
     @classmethod
     def of(cls, order: Assignment, in_format: str, arrived: int) -> Work:
@@ -105,8 +116,18 @@ class Work:
         )
 
     @property
+    def ids(self) -> dict[str, int]:
+        """What logs know it by."""
+        return {"subtask": self.order.subtask, "attempt": self.order.attempt}
+
+    @property
     def interactive(self) -> bool:
         return self.order.interactive
+
+    @property
+    def exclusive(self) -> bool:
+        """It is suspected of killing its process, and runs with nothing beside it."""
+        return self.order.exclusive
 
     @property
     def loaded_for(self) -> bool:
@@ -150,30 +171,29 @@ class Work:
         self.errors[row] = error
         self.unanswered -= 1
 
-    def give(self, rows: Sequence[Prepared], answers: Mapping[str, Column]) -> None:
-        """The answers of a micro-batch for these rows, by what was asked."""
+    def take(self, rows: Sequence[Prepared], answers: Mapping[str, Column]) -> None:
+        """The answers of a step for these rows, by what was asked."""
         self.answers.append(([row.row for row in rows], answers))
         self.unanswered -= len(rows)
 
     def charge(self, rows: Sequence[Prepared], computed_tokens: int, busy_s: float) -> None:
         """Count its share of a micro-batch that brought answers."""
-        u = self.usage
+        u, lengths = self.usage, [row.length for row in rows]
         self.usage = replace(
             u,
-            tokens=u.tokens + sum(row.length for row in rows),
+            tokens=u.tokens + sum(lengths),
             computed_tokens=u.computed_tokens + computed_tokens,
             micro_batches=u.micro_batches + 1,
             busy_s=u.busy_s + busy_s,
-            squares=u.squares + sum(row.length**2 for row in rows),
+            squares=u.squares + sum([length * length for length in lengths]),
         )
 
-    def end(self, row: Prepared, ended: Ended) -> None:
-        """A row that left a language model: its answers, and what they took."""
-        self.give([row], ended.columns)
-        for ask, spent in ended.spent.items():
-            self.spent.setdefault(ask, {})[row.row] = spent
-        computed = sum(tokens_in - cached for tokens_in, cached, _, _ in ended.spent.values())
-        self.charge([row], computed, sum(seconds for *_, seconds in ended.spent.values()))
+    def charge_consumed(self, row: Prepared, spent: Mapping[str, Consumed]) -> None:
+        """Count what a row that left a language model consumed."""
+        for ask, one in spent.items():
+            self.spent.setdefault(ask, {})[row.row] = one
+        computed = sum(tokens_in - cached for tokens_in, cached, _, _ in spent.values())
+        self.charge([row], computed, sum(seconds for *_, seconds in spent.values()))
 
     def charge_load(self, load_s: float) -> None:
         self.usage = replace(self.usage, load_s=self.usage.load_s + load_s)
@@ -181,6 +201,12 @@ class Work:
     def outcome(self, worker: str, boot: str) -> Outcome:
         """What it reports once no row is unanswered."""
         o = self.order
+        try:
+            columns = {task.name: self._column(task) for task in o.tasks}
+            told = self._spent()
+        except Exception as error:  # noqa: BLE001 - answers of a stranger's engine that do not fit each other
+            why = ("engine", f"its answers do not fit each other: {type(error).__name__}")
+            return self.failure(worker, boot, why, refused="")
         return Outcome(
             subtask=o.subtask,
             attempt=o.attempt,
@@ -188,9 +214,9 @@ class Work:
             worker=worker,
             boot=boot,
             verdict="done",
-            columns={task.name: self._column(task) for task in o.tasks},
+            columns=columns,
             usage=self.usage,
-            spent=self._spent(),
+            spent=told,
         )
 
     def _spent(self) -> dict[str, Spent]:

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, NoReturn
 
 import click
 
-from motet.cli.show import as_json, connect, put_json, put_table
+from motet.cli.show import Amount, as_json, connect, put_json, put_table
 
 if TYPE_CHECKING:
     from motet.client import Client, Worker
@@ -191,7 +191,7 @@ def workers(as_json: bool) -> None:
 _wait = click.option("--wait", is_flag=True, help="Wait until it holds nothing any more.")
 _timeout = click.option(
     "--timeout",
-    type=click.FloatRange(0, min_open=True),
+    type=Amount(),
     metavar="SECONDS",
     help="Wait no longer than this, then fail; it goes on draining.",
 )

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from motet.cli.show import (
+    Amount,
     as_json,
     connect,
     console,
@@ -112,7 +113,7 @@ Examples:
 )
 @click.option(
     "--retention-days",
-    type=click.FloatRange(0, min_open=True),
+    type=Amount(),
     metavar="DAYS",
     help="Delete it so long after its end, or sooner where the server keeps jobs no longer.",
 )

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 import click
 
 from motet.cli.cluster import execute_workers
-from motet.cli.show import as_json, connect, console, cut, find_job, put_json, put_table
+from motet.cli.show import Amount, as_json, connect, console, cut, find_job, put_json, put_table
 
 if TYPE_CHECKING:
     from motet.client import Alias, Client
@@ -263,7 +263,7 @@ Example:
     help="user: submit and read; read: read; worker: what a worker needs; admin: everything.",
 )
 @click.option("--tenant", help="Whose jobs it sees.")
-@click.option("--expires-days", type=click.FloatRange(0, min_open=True), help="Default: never.")
+@click.option("--expires-days", type=Amount(), help="Default: never.")
 @as_json
 def create_token(
     name: str, scope: Any, tenant: str | None, expires_days: float | None, as_json: bool

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 import os
 import re
 import shlex
@@ -30,6 +31,21 @@ _NARROW = 110
 _WORDS = 18
 
 as_json = click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+
+
+class Amount(click.FloatRange):
+    """A finite number above 0: NaN is neither below nor above a bound, so that click lets it through."""
+
+    name = "number"
+
+    def __init__(self) -> None:
+        super().__init__(0, min_open=True)
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> float:
+        number = float(super().convert(value, param, ctx))
+        if not math.isfinite(number):
+            self.fail(f"got {value!r}; expected a finite number above 0; leave it out for none", param, ctx)
+        return number
 
 
 def connect(*, admin: bool = False) -> Client:

@@ -218,7 +218,11 @@ class _Fields:
         value = self.take("lengths")
         if value is None:
             return ()
-        fine = isinstance(value, list) and value and all(isinstance(v, int | float) and v > 0 for v in value)
+        fine = (
+            isinstance(value, list)
+            and value
+            and all(isinstance(v, int | float) and 0 < v < 1e18 for v in value)
+        )
         if not fine:
             self._refuse(
                 "lengths", value, "tokens of rows, equally many of each, as a list of numbers above 0"

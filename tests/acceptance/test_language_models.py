@@ -20,6 +20,7 @@ from motet.embedded.cluster import Cluster
 from motet.wire import TaskOrder
 from tests.acceptance.test_a_real_job import rows, until, workers_of
 from tests.tiny_language import a_llama
+from workers.batch_adapter import run_to_the_end
 from workers.describe import describe_folder
 from workers.engine import Pass, Prepared
 from workers.engines.causal import CausalEngine
@@ -69,7 +70,7 @@ class Alone:
         told = {name: (value,) for name, value in (fields or {}).items()}
         [row] = self.engine.prepare(Pass(self.handle, (order,), 0, told), [text])
         assert isinstance(row, Prepared)
-        [cell] = _values(self.engine.run(Pass(self.handle, (order,), 0), [row])["it"])
+        [cell] = _values(run_to_the_end(self.engine, Pass(self.handle, (order,), 0), [row])["it"])
         return cell
 
 

@@ -17,8 +17,9 @@ from motet.manifest import Manifest
 from motet.tasks import Chat, Choose, Extract, Generate, Task
 from motet.wire import TaskOrder
 from tests.tiny_language import CONTEXT, TinyServer, a_llama, serving
+from workers.batch_adapter import run_to_the_end
 from workers.describe import describe_folder
-from workers.engine import CannotLoad, ContinuousEngine, Ended, Pass, Prepared
+from workers.engine import CannotLoad, Ended, Engine, Pass, Prepared
 from workers.engines import InstalledEngines, chat_server
 from workers.engines.openai import OpenAIEngine, beginnings, named
 
@@ -41,7 +42,7 @@ ODD = 'Grüße, 你好 🎼🏳️‍🌈 \u202eabc\u202c e\u0301 <|im_end|>\n<|
 class Choir:
     """An engine with a loaded model, asked as the executor asks it."""
 
-    engine: ContinuousEngine
+    engine: Engine
     handle: Any
     manifest: Manifest
 
@@ -59,10 +60,11 @@ class Choir:
         prepared = self.engine.prepare(pass_, texts)
         waiting = [row for row in prepared if isinstance(row, Prepared)]
         found: dict[Hashable, Ended] = {}
-        while waiting or self.engine.inside(self.handle):
+        while waiting or len(self.handle.rows):
             while waiting and self.engine.admit(pass_, waiting[0], waiting[0].row, urgent=False):
                 waiting.pop(0)
             for ended in self.engine.step(self.handle, 256).ended:
+                assert isinstance(ended, Ended)
                 found[ended.ticket] = ended
         return [row if isinstance(row, CellError) else found[row.row] for row in prepared]
 
@@ -109,7 +111,7 @@ def loaded(name: str, manifest: Manifest, files: Mapping[str, Path]) -> Iterator
         engine = InstalledEngines().find(name)
     except CannotLoad as error:
         pytest.skip(f"{name} is not installed here: {error}")
-    assert isinstance(engine, ContinuousEngine)
+    assert isinstance(engine, Engine)
     handle = engine.load(manifest, files, device="cpu", in_format="fp32")
     try:
         yield Choir(engine, handle, manifest)
@@ -309,11 +311,11 @@ def test_a_row_that_is_forgotten_leaves_its_place_to_others(choir: Choir) -> Non
     for ticket, row in zip("ab", rows, strict=True):
         assert isinstance(row, Prepared)
         assert choir.engine.admit(pass_, row, ticket, urgent=False)
-    assert choir.engine.inside(choir.handle) == 2
+    assert len(choir.handle.rows) == 2
     choir.engine.abort(choir.handle, ["a", "nobody"])
-    assert choir.engine.inside(choir.handle) == 1
+    assert len(choir.handle.rows) == 1
     choir.engine.abort(choir.handle, ["b"])
-    assert choir.engine.inside(choir.handle) == 0
+    assert len(choir.handle.rows) == 0
     assert not choir.engine.step(choir.handle, 64).ended
     (found,) = choir.answers(asked(), ["afterwards"])
     assert isinstance(found, dict)
@@ -327,7 +329,7 @@ def test_rows_beyond_the_places_wait_and_all_are_answered(choir: Choir) -> None:
 def test_run_takes_rows_from_beginning_to_end(choir: Choir) -> None:
     pass_ = choir.pass_of({"it": asked(max_tokens=3), "mood": Choose("tiny", labels=LABELS)})
     rows = [row for row in choir.engine.prepare(pass_, ["a", "b", "c"]) if isinstance(row, Prepared)]
-    columns = choir.engine.run(pass_, rows)
+    columns = run_to_the_end(choir.engine, pass_, rows)
     assert {name: len(column) for name, column in columns.items()} == {"it": 3, "mood": 3}
 
 
@@ -421,7 +423,7 @@ def test_an_urgent_row_goes_before_those_that_wait(remote: Remote) -> None:
     assert not choir.engine.admit(pass_, quick, "quick", urgent=False)
     assert choir.engine.admit(pass_, quick, "quick", urgent=True)
     ended: list[Hashable] = []
-    while choir.engine.inside(choir.handle):
+    while len(choir.handle.rows):
         ended += [one.ticket for one in choir.engine.step(choir.handle, 64).ended]
     assert ended == ["quick", "slow"]
 

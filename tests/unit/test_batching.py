@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from workers.batching import (
     GAIN,
     MOST_ROWS,
+    PATIENCE,
     PROBE_ROWS,
     PROBE_TOKENS,
     SAMPLES,
@@ -138,7 +139,23 @@ def test_one_slow_micro_batch_does_not_spoil_a_level() -> None:
     assert budget.below == (1024, 1024 / 0.2)
 
 
-def test_out_of_memory_sets_a_ceiling_that_is_never_crossed_again() -> None:
+def test_what_was_lost_to_a_lack_of_memory_comes_back_step_by_step_and_later_where_it_was_too_large_again() -> (
+    None
+):
+    budget = Budget(16384, settled=True).out_of_memory(16384).out_of_memory(8192)
+    assert budget.tokens == 4096
+    waits = []
+    for _ in range(3):
+        before, steps = budget.tokens, 0
+        while budget.tokens == before and steps < 4 * PATIENCE:
+            budget, steps = budget.observed(budget.tokens, budget.tokens, 0.1), steps + 1
+        waits.append((budget.tokens, steps))
+    assert waits == [(8192, PATIENCE), (16384, PATIENCE), (16384, 4 * PATIENCE)]
+    again = budget.out_of_memory(16384).out_of_memory(8192)
+    assert (again.tokens, again.patience) == (4096, 2 * PATIENCE)
+
+
+def test_out_of_memory_sets_a_ceiling() -> None:
     budget = Budget(16384).out_of_memory(16000)
     assert (budget.tokens, budget.ceiling) == (8000, 8000)
     assert climb(budget, {8000: 1e6}).tokens == 8000

@@ -18,8 +18,9 @@ from motet.manifest import Manifest
 from motet.tasks import Chat, Choose, Extract, Generate, Task
 from motet.wire import TaskOrder
 from tests.tiny_language import CONTEXT, a_llama
+from workers.batch_adapter import run_to_the_end
 from workers.describe import describe_folder
-from workers.engine import ContinuousEngine, Ended, Pass, Prepared
+from workers.engine import Ended, Engine, Pass, Prepared
 from workers.engines.causal import Causal, CausalEngine
 from workers.engines.prompts import messages_of
 
@@ -55,14 +56,14 @@ class House:
         self, tasks: Mapping[str, Task], texts: Sequence[str] = TEXTS, **more: Any
     ) -> dict[str, list[Any]]:
         pass_ = self.pass_(tasks, **more)
-        return told(self.engine.run(pass_, self.rows(pass_, texts)), tasks)
+        return told(run_to_the_end(self.engine, pass_, self.rows(pass_, texts)), tasks)
 
     def ended(
         self, pass_: Pass, rows: Sequence[Prepared], tokens: int = 1024, together: bool = True
     ) -> dict[int, Ended]:
         """Let the rows in, together or one after the other; step until all have ended."""
         waiting, found = dict(enumerate(rows)), {}
-        while waiting or self.engine.inside(self.handle):
+        while waiting or len(self.handle.rows):
             for ticket in list(waiting):
                 if not self.engine.admit(pass_, waiting[ticket], ticket, urgent=False):
                     break
@@ -293,7 +294,7 @@ def test_a_text_that_spells_a_control_token_stays_text(house: House) -> None:
 
 
 def test_an_aborted_row_frees_its_slot_and_leaves_the_others_alone(house: House) -> None:
-    assert isinstance(house.engine, ContinuousEngine)
+    assert isinstance(house.engine, Engine)
     pass_ = house.pass_(several(12))
     rows = house.rows(pass_, TEXTS)
     undisturbed = told(house.ended(pass_, rows)[1].columns, several())
@@ -302,9 +303,9 @@ def test_an_aborted_row_frees_its_slot_and_leaves_the_others_alone(house: House)
     for _ in range(3):
         house.engine.step(house.handle, 64)
     house.engine.abort(house.handle, [0, 2, 77])
-    assert house.engine.inside(house.handle) == 1
+    assert len(house.handle.rows) == 1
     found: dict[Any, Ended] = {}
-    while house.engine.inside(house.handle):
+    while len(house.handle.rows):
         found |= {one.ticket: one for one in house.engine.step(house.handle, 64).ended}
     assert told(found[1].columns, several()) == undisturbed
 
@@ -321,7 +322,7 @@ def test_slots_grow_for_a_longer_row_while_others_are_written(house: House) -> N
     assert house.engine.admit(pass_, long, "long", urgent=False)
     assert house.handle.pool.cells > before
     found: dict[Any, Ended] = {}
-    while house.engine.inside(house.handle):
+    while len(house.handle.rows):
         found |= {one.ticket: one for one in house.engine.step(house.handle, 256).ended}
     assert [told(found[name].columns, several()) for name in ("short", "long")] == alone
 
@@ -344,7 +345,7 @@ def test_a_step_that_fails_can_be_taken_again(house: House, monkeypatch: pytest.
 
     monkeypatch.setattr(house.engine, "_forward", sometimes)
     found: dict[Any, Any] = {}
-    while house.engine.inside(house.handle):
+    while len(house.handle.rows):
         try:
             step = house.engine.step(house.handle, 40)
         except Exception:  # noqa: BLE001 - OutOfMemory, which the executor takes as a reason to step again

@@ -331,6 +331,15 @@ def test_many_problems_are_listed_below_each_other(api: FakeApi, motet: Shell, t
         ("submit", "x.jsonl", *TOPIC, "--out", "no-such-folder/rows.csv"),
         ("jobs", "--state", "asleep"),
         ("up", "--cpus", "0"),
+        *(
+            (*command, option, amount)
+            for amount in ("nan", "inf", "-inf", "0", "some")
+            for *command, option in (
+                ("submit", "x.jsonl", *TOPIC, "--retention-days"),
+                ("drain", "a-worker", "--timeout"),
+                ("token", "create", "laptop", "--expires-days"),
+            )
+        ),
         ("nonsense",),
     ],
 )

@@ -92,6 +92,15 @@ def test_a_name_of_another_task_is_no_field_of_the_row(api: FakeApi, client: Cli
     assert job.columns == [{"body": ["b"], "name": ["Ann"], "role": ["r"]}]
 
 
+@pytest.mark.parametrize("days", [float("nan"), float("inf"), True])
+def test_days_that_are_no_number_never_reach_the_server(api: FakeApi, client: Client, days: Any) -> None:
+    with pytest.raises(InvalidJob, match=r"expires_days.*expected a finite number"):
+        client.create_token("laptop", expires_days=days)
+    with pytest.raises(InvalidJob, match=r"retention_days.*expected a finite number"):
+        client.submit(["text"], {"topic": Classify("m")}, retention_days=days)
+    assert api.requests == []
+
+
 def test_tasks_that_read_only_each_other_never_reach_the_server(api: FakeApi, client: Client) -> None:
     tasks = {"a": Generate("m", prompt="x", about="{b}"), "b": Generate("m", prompt="x", about="{a}")}
     with pytest.raises(InvalidJob, match="read only each other"):

@@ -73,6 +73,7 @@ def test_the_lengths_of_a_job_have_the_mean_that_was_told(rows: int, tokens: flo
         ({"tokens": "64"}, 'tokens: got "64"; expected a number above 0'),
         ({"weight": -1}, "weight: got -1; expected a number above 0"),
         ({"lengths": []}, "lengths: got []; expected tokens of rows"),
+        ({"lengths": [1, float("inf")]}, "lengths: got [1, Infinity]; expected tokens of rows"),
         ({"deadlin_s": 3}, "deadlin_s: no such field; expected at_s, deadline_s"),
         ({"model": "other"}, 'model: got "other"; expected the name of a model told before'),
         ({"model": {"name": "x"}}, "line 1, model: expected parameters (a number), or tokens_s and on"),

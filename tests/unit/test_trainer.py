@@ -19,8 +19,9 @@ from motet.recipe import Recipe, Target
 from motet.tasks import Classify, Fit, Number, Task
 from motet.wire import TaskOrder
 from tests.unit.test_worker_engines import tiny_bert
+from workers.batch_adapter import run_to_the_end
 from workers.describe import Described, describe_folder, trainer_of
-from workers.engine import ContinuousEngine, Pass, Prepared, Step
+from workers.engine import Engine, Pass, Prepared, Step
 from workers.engines.encoder import EncoderEngine
 from workers.engines.trainer import TrainerEngine
 from workers.engines.training import run as training
@@ -154,7 +155,7 @@ class Stage:
     def fit(self, asked: Recipe) -> dict[str, Any]:
         [row] = self.engine.prepare(self.pass_, [asked.dumps()])
         assert isinstance(row, Prepared)
-        column = self.engine.run(self.pass_, [row])["fit"]
+        column = run_to_the_end(self.engine, self.pass_, [row])["fit"]
         assert not column.errors, column.errors
         return dict(json.loads(column.arrays["bytes"]))
 
@@ -265,9 +266,9 @@ def test_a_run_that_is_killed_goes_on_from_its_checkpoint_to_the_same_models(
             break
     else:
         pytest.fail("it ended before it could be killed")
-    assert killed.engine.inside(killed.handle) == 1
+    assert int(killed.handle.run is not None) == 1
     killed.engine.abort(killed.handle, ["ticket"])
-    assert killed.engine.inside(killed.handle) == 0
+    assert int(killed.handle.run is not None) == 0
     again = Stage(trunk, journal).fit(recipe(tune=tune))
     assert [m["files"] for m in again["models"]] == [m["files"] for m in whole["models"]]
     assert again["scores"] == whole["scores"]
@@ -315,7 +316,7 @@ def test_a_recipe_for_other_rows_is_an_error_of_its_cell(stage: Stage, change: A
     target = Target.single("mood", ["glad", "sad"], ["glad", "sad"] * (n // 2) + ["glad"] * (n % 2))
     [row] = stage.engine.prepare(stage.pass_, [replace(recipe(**change), targets=(target,)).dumps()])
     assert isinstance(row, Prepared)
-    column: Column = stage.engine.run(stage.pass_, [row])["fit"]
+    column: Column = run_to_the_end(stage.engine, stage.pass_, [row])["fit"]
     assert column.errors[0].error == "cannot_train"
     assert words in column.errors[0].message
 
@@ -334,14 +335,14 @@ def test_what_is_no_recipe_is_an_error_of_its_cell(stage: Stage) -> None:
 
 
 def test_it_keeps_the_contract_of_a_continuous_engine_one_run_at_a_time(stage: Stage) -> None:
-    assert isinstance(stage.engine, ContinuousEngine)
+    assert isinstance(stage.engine, Engine)
     steps = stage.steps(recipe())
     next(steps)
     [row] = stage.engine.prepare(stage.pass_, [recipe().dumps()])
     assert isinstance(row, Prepared)
     assert not stage.engine.admit(stage.pass_, row, "second", urgent=True)
     stage.engine.abort(stage.handle, ["second"])
-    assert stage.engine.inside(stage.handle) == 1
+    assert int(stage.handle.run is not None) == 1
     last = list(steps)[-1]
     assert last.ended[0].spent["fit"][0] > 0
     stage.engine.unload(stage.handle)

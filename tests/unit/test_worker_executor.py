@@ -20,13 +20,14 @@ from motet.tasks import Classify, Number, Task
 from motet.transport import MemoryTransport, MemoryWorkerTransport, TransportLost
 from motet.wire import Assignment, Outcome, Running, TaskOrder
 from workers.attempts import Attempts, Key
-from workers.batching import Budget, Cost
+from workers.batching import Budget, Cost, Pace
 from workers.blobs import CannotFetch
 from workers.device import Device
 from workers.engine import CannotLoad, DeviceBroken, OutOfMemory, Pass, Prepared
-from workers.executor import FIRST_MEASURED_S, FIRST_RUN_S, PREPARE_S, RUN_S, Executor
+from workers.executor import PREPARE_S, Executor
 from workers.lane import SHARE, WINDOW_S
 from workers.reporter import Reporter
+from workers.stream import FIRST_MEASURED_S, FIRST_RUN_S, RUN_S
 
 TRUNK = Manifest(name="trunk", version="1", engine="fake", answers="number", trunk="t", formats=("bf16",))
 OTHER = Manifest(name="other", version="1", engine="fake", answers="number", trunk="o")
@@ -173,8 +174,9 @@ class House:
 
     def known_cost(self, model: Manifest = TRUNK, each: float = 0.0001) -> None:
         """Let the executor know the model's cost and budget, so that no probe is needed."""
-        self.executor._costs[model.digest, "fp32"] = Cost().observed(1000, 1000 * each)
-        self.executor._budgets[model.digest, "fp32"] = Budget(1024, settled=True)
+        pace = Pace(Budget(1024, settled=True), Cost().observed(1000, 1000 * each))
+        known = self.executor._shelf.paces[model.digest, "fp32"]
+        known.budget, known.cost = pace.budget, pace.cost
 
     def _spawn(self, job: Callable[[], None], interactive: bool) -> None:
         if self.pending is None:
@@ -671,13 +673,13 @@ def test_nothing_is_tokenised_beside_an_exclusive_micro_batch(house: House) -> N
     def arrive() -> None:
         house.engine.during = lambda: None
         house.submit(order)
-        alone.append(house.executor._alone)
+        alone.append(house.executor._preparing._quiet)
 
     house.engine.during = arrive
     house.executor.step()
     house.executor.step()
     assert alone == [True]
-    assert not house.executor._alone
+    assert not house.executor._preparing._quiet
 
 
 # -- dropping

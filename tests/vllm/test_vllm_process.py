@@ -16,6 +16,7 @@ import pytest
 from motet.tasks import Choose, Generate
 from motet.wire import TaskOrder
 from tests.tiny_language import a_llama
+from workers.batch_adapter import run_to_the_end
 from workers.describe import Described, describe_folder
 from workers.engine import CannotLoad, DeviceBroken, Pass, Prepared
 from workers.engines.vllm import Vllm, VllmEngine
@@ -51,7 +52,7 @@ def test_it_answers_to_us_alone_and_dies_loudly(tiny: Described, handle: Vllm) -
     orders = tuple(TaskOrder(name=n, spec=t.to_json(), manifest=tiny.manifest) for n, t in tasks.items())
     pass_ = Pass(handle, orders, 0)
     rows = [row for row in engine.prepare(pass_, ["The weather was fine. " * 8]) if isinstance(row, Prepared)]
-    assert engine.run(pass_, rows)["b"].counts()[0] == 1
+    assert run_to_the_end(engine, pass_, rows)["b"].counts()[0] == 1
     assert handle.server.scores is True, "every label's likelihood is told"
     assert handle.child is not None
     assert handle.child.pid is not None

@@ -7,7 +7,7 @@ import threading
 from importlib.metadata import EntryPoint, entry_points
 from typing import cast
 
-from workers.engine import CannotLoad, Engine
+from workers.engine import BatchEngine, CannotLoad, Engine
 from workers.engines.function import FunctionEngine
 
 GROUP = "motet.engines"
@@ -18,7 +18,7 @@ class InstalledEngines:
 
     def __init__(self) -> None:
         self._points: dict[str, EntryPoint] = {point.name: point for point in entry_points(group=GROUP)}
-        self._found: dict[str, Engine] = {}
+        self._found: dict[str, Engine | BatchEngine] = {}
         self._lock = threading.Lock()
 
     def names(self) -> tuple[str, ...]:
@@ -31,27 +31,27 @@ class InstalledEngines:
 
             preload()
 
-    def find(self, name: str) -> Engine:
+    def find(self, name: str) -> Engine | BatchEngine:
         """Raises CannotLoad where no such engine is installed, or where importing it fails."""
         with self._lock:
             if name not in self._found:
                 self._found[name] = self._load(name)
             return self._found[name]
 
-    def _load(self, name: str) -> Engine:
+    def _load(self, name: str) -> Engine | BatchEngine:
         if name not in self._points:
             raise CannotLoad(f"no engine {name!r} here; installed are {', '.join(self.names())}")
         point = self._points[name]
         try:
             found = point.load()
             if isinstance(found, type):
-                return cast("Engine", found())
+                return cast("Engine | BatchEngine", found())
         except Exception as error:
             raise CannotLoad(
                 f"engine {name!r} ({point.value}) cannot be imported: {type(error).__name__}"
             ) from error
-        if hasattr(found, "run"):
-            return cast("Engine", found)
+        if isinstance(found, Engine | BatchEngine):
+            return found
         if callable(found):
             origin = f"{point.dist.name} {point.dist.version}" if point.dist else ""
             return FunctionEngine(found, engine=name, origin=f"{point.value} {origin}".strip())

@@ -186,7 +186,7 @@ class Causal:
 
 
 class CausalEngine:
-    """Answers generate, chat, choose and extract. A ``ContinuousEngine``, and ``Provable``."""
+    """Answers generate, chat, choose and extract. ``Provable``."""
 
     def memory_mb(self, model: Manifest, in_format: str) -> int:
         return model.memory_mb(in_format)
@@ -296,25 +296,6 @@ class CausalEngine:
         return Asked(task.name, spec, prompt, labels, empty, adapter=adapter)
 
     # -- on the device's thread
-
-    def run(self, pass_: Pass, batch: Sequence[Prepared]) -> Mapping[str, Column]:
-        """These rows from beginning to end."""
-        waiting = dict(enumerate(batch))
-        found: dict[Hashable, Ended] = {}
-        while waiting or pass_.handle.rows:
-            for ticket in list(waiting):
-                if not self.admit(pass_, waiting[ticket], ticket, urgent=False):
-                    break
-                del waiting[ticket]
-            for ended in self.step(pass_.handle, 1024).ended:
-                found[ended.ticket] = ended
-        return {
-            task.name: _joined([found[i].columns[task.name] for i in range(len(batch))])
-            for task in pass_.tasks
-        }
-
-    def inside(self, handle: Causal) -> int:
-        return len(handle.rows)
 
     def abort(self, handle: Causal, tickets: Collection[Hashable]) -> None:
         for ticket in tickets:
@@ -711,12 +692,6 @@ def json_column(answer: bytes | CellError) -> Column:
 
 def _json_arrays(raw: bytes) -> dict[str, bytes]:
     return {"offsets": struct.pack("<2i", 0, len(raw)), "bytes": raw}
-
-
-def _joined(columns: Sequence[Column]) -> Column:
-    from workers.assemble import assemble
-
-    return assemble(columns[0].kind, len(columns), [([i], c) for i, c in enumerate(columns)], {}, frozenset())
 
 
 def _adapters(grown: Tree, kinds: Sequence[str]) -> list[str]:

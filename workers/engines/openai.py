@@ -82,7 +82,7 @@ class Served:
 
 
 class OpenAIEngine:
-    """Answers generate, chat, choose and extract. A ``ContinuousEngine``."""
+    """Answers generate, chat, choose and extract."""
 
     def memory_mb(self, model: Manifest, in_format: str) -> int:
         return 0
@@ -105,25 +105,6 @@ class OpenAIEngine:
 
     def prepare(self, pass_: Pass, texts: Sequence[str]) -> list[Prepared | CellError]:
         return [self._prepared(pass_, row, text) for row, text in enumerate(texts)]
-
-    def run(self, pass_: Pass, batch: Sequence[Prepared]) -> Mapping[str, Column]:
-        """These rows from beginning to end, and no others."""
-        waiting = dict(enumerate(batch))
-        found: dict[Hashable, Ended] = {}
-        while waiting or pass_.handle.rows:
-            while waiting and self.admit(pass_, waiting[min(waiting)], min(waiting), urgent=False):
-                del waiting[min(waiting)]
-            for ended in self.step(pass_.handle, 1024).ended:
-                found[ended.ticket] = ended
-        return {
-            task.name: assemble(
-                task.column_kind,
-                len(batch),
-                [([i], found[i].columns[task.name]) for i in range(len(batch))],
-                {},
-            )
-            for task in pass_.tasks
-        }
 
     def admit(self, pass_: Pass, row: Prepared, ticket: Hashable, *, urgent: bool) -> bool:
         handle: Served = pass_.handle
@@ -160,9 +141,6 @@ class OpenAIEngine:
         for ticket in tickets:
             if ticket in handle.rows:
                 handle.rows.pop(ticket)[1].cancel()
-
-    def inside(self, handle: Served) -> int:
-        return len(handle.rows)
 
     def unload(self, handle: Served) -> None:
         self.abort(handle, list(handle.rows))

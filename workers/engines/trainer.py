@@ -1,6 +1,6 @@
 """Training runs as rows: a recipe goes in, and what comes out are models, stored as files of the registry's form.
 
-The engine is continuous, so the device does other work between the steps of a run, a cancelled run ends at the next
+The engine is a stream, so the device does other work between the steps of a run, a cancelled run ends at the next
 step, and a run whose process was killed goes on from its checkpoint wherever it is tried again.
 """
 
@@ -13,7 +13,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from motet.columns import CellError, Column
+from motet.columns import CellError
 from motet.manifest import Manifest
 from motet.recipe import Recipe, Target
 from motet.settings import Settings
@@ -31,8 +31,6 @@ from workers.proved import check_encoder, inherited
 
 #: How often a run begins again after its journal was out of reach, and the pause before.
 _TRIES, _PAUSE_S = 60, 2.0
-#: How often a trial looks whether a run that waits can go on.
-_GLANCE_S = 0.005
 
 Open = Callable[[str, int, str], Journal]
 
@@ -136,20 +134,6 @@ class TrainerEngine:
         if handle.run is not None and handle.run.ticket in tickets:
             handle.run.close()
             handle.run = None
-
-    def inside(self, handle: Trainer) -> int:
-        return int(handle.run is not None)
-
-    def run(self, pass_: Pass, batch: Sequence[Prepared]) -> Mapping[str, Column]:
-        answers: list[Any] = []
-        for row in batch:
-            fit = Fit(pass_, row.inputs, row.row, self._open)
-            while fit.answer is None:
-                if not fit.step():
-                    time.sleep(_GLANCE_S)
-            fit.close()
-            answers.append(fit.answer)
-        return dict.fromkeys((task.name for task in pass_.tasks), json_column(answers))
 
     def unload(self, handle: Trainer) -> None:
         self.abort(handle, [handle.run.ticket] if handle.run else [])

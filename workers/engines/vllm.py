@@ -22,7 +22,7 @@ from pathlib import Path
 
 import httpx
 
-from motet.columns import CellError, Column
+from motet.columns import CellError
 from motet.embedded.children import Child
 from motet.errors import SetupError
 from motet.manifest import Manifest, answer_places
@@ -49,7 +49,7 @@ class Vllm(Served):
 
 
 class VllmEngine:
-    """Answers generate, chat, choose and extract, on a GPU or a group of GPUs. A ``ContinuousEngine``."""
+    """Answers generate, chat, choose and extract, on a GPU or a group of GPUs."""
 
     def __init__(self) -> None:
         self._served = OpenAIEngine()
@@ -91,9 +91,6 @@ class VllmEngine:
     def prepare(self, pass_: Pass, texts: Sequence[str]) -> list[Prepared | CellError]:
         return self._served.prepare(pass_, texts)
 
-    def run(self, pass_: Pass, batch: Sequence[Prepared]) -> Mapping[str, Column]:
-        return self._served.run(pass_, batch)
-
     def admit(self, pass_: Pass, row: Prepared, ticket: Hashable, *, urgent: bool) -> bool:
         return self._served.admit(pass_, row, ticket, urgent=urgent)
 
@@ -105,9 +102,6 @@ class VllmEngine:
 
     def abort(self, handle: Vllm, tickets: Collection[Hashable]) -> None:
         self._served.abort(handle, tickets)
-
-    def inside(self, handle: Vllm) -> int:
-        return self._served.inside(handle)
 
     def unload(self, handle: Vllm) -> None:
         self._served.unload(handle)

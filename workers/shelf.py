@@ -1,0 +1,191 @@
+"""The models in the device's memory: loaded, given heads, and pushed out by others when nobody uses them.
+
+Who uses a model and which one gives way are decided under one lock, and a model that gives way is taken out in the same
+breath: no attempt can be let in to a model that is about to go.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from collections import defaultdict
+from collections.abc import Callable, Collection, Mapping
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
+
+from motet.logs import event
+from motet.manifest import Manifest
+from motet.residency import NeverFits, Resident, evictions
+from workers.batch_adapter import BatchAdapter
+from workers.batching import START_TOKENS, Budget, Pace
+from workers.blobs import CannotFetch, Refused
+from workers.device import Device
+from workers.engine import BatchEngine, CannotLoad, DeviceBroken, Engine, OutOfMemory
+from workers.stream import Stream
+from workers.work import ModelKey, Stage, Work
+
+log = logging.getLogger(__name__)
+
+
+class Files(Protocol):
+    """Where the files of models come from."""
+
+    def fetch(self, model: Manifest) -> None:
+        """Bring its files to this host. Slow; any thread. Raises CannotFetch."""
+        ...
+
+    def folder(self, model: Manifest) -> AbstractContextManager[Mapping[str, Path]]:
+        """Its files by relative path, in a folder that exists inside the context. Raises CannotFetch."""
+        ...
+
+
+class Engines(Protocol):
+    """The engines installed here."""
+
+    def find(self, name: str) -> Engine | BatchEngine:
+        """Raises CannotLoad where there is no such engine."""
+        ...
+
+
+@dataclass(slots=True)
+class Loaded:
+    """A model in the device's memory."""
+
+    model: Manifest
+    stream: Stream
+    memory_mb: int
+    used: float
+    #: Digests of the heads beside it.
+    heads: set[str]
+    #: The rows inside wait for another machine: their turn comes again then.
+    look_at: float = float("-inf")
+
+
+class Shelf:
+    """The models that are loaded, and the memory they hold. Loading and unloading belong to the device's thread."""
+
+    def __init__(
+        self,
+        device: Device,
+        engines: Engines,
+        files: Files,
+        budget_mb: int,
+        lock: threading.Condition,
+        in_use: Callable[[], Collection[ModelKey]],
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        """``in_use``: the models that must stay, asked under ``lock``."""
+        self._device, self._engines, self._files, self._budget_mb = device, engines, files, budget_mb
+        self._lock, self._in_use, self._clock = lock, in_use, clock
+        #: Changed under the lock, and by the device's thread alone.
+        self.loaded: dict[ModelKey, Loaded] = {}
+        start = Budget(START_TOKENS[device.kind])
+        #: What was learned of models, whether they are loaded or not.
+        self.paces: defaultdict[ModelKey, Pace] = defaultdict(lambda: Pace(start))
+
+    def missing(self, work: Work) -> list[Manifest]:
+        """The models of this attempt that are not in memory: its trunk, its heads."""
+        loaded = self.loaded.get(work.model)
+        heads = work.heads
+        if loaded is None:
+            return [work.order.model, *(task.manifest for task in heads)]
+        return [task.manifest for task in heads if task.manifest.digest not in loaded.heads]
+
+    def room(self, work: Work) -> bool:
+        """Its model is here, or can be made so now (or never, which loading will find out). Under the lock."""
+        if work.model in self.loaded:
+            return True
+        try:
+            need_mb = self._engines.find(work.order.model.engine).memory_mb(work.order.model, work.key.format)
+            return self._evictions(need_mb) is not None
+        except Exception:  # noqa: BLE001 - loading will meet the same, and fails this attempt alone
+            return True
+
+    def left_s(self, work: Work) -> float:
+        """Predicted seconds of what is left of an attempt. Under the lock."""
+        cost = self.paces[work.model].cost
+        if work.stage is Stage.READY and cost.known and self.loaded[work.model].stream.whole:
+            return cost.backlog_s(work.tokens_waiting)
+        if work.order.predicted_s:
+            return work.order.predicted_s * work.unanswered / max(1, len(work.order.texts))
+        return cost.backlog_s(work.usage.text_bytes // 4)
+
+    def bring(self, work: Work, model: Manifest) -> bool:
+        """Load the attempt's model, or attach one of its heads. False: there is no room before others are free.
+
+        Raises CannotLoad, NeverFits, CannotFetch, OutOfMemory, DeviceBroken, and what a stranger's engine raises.
+        """
+        if model == work.order.model:
+            return self._load(work.model, model)
+        loaded = self.loaded[work.model]
+        if model.trunk != work.order.model.trunk:
+            raise CannotLoad("it sits on another trunk")
+        task = next(t for t in work.heads if t.manifest.digest == model.digest)
+        with self._files.folder(model) as files:
+            loaded.stream.engine.attach(loaded.stream.handle, task, files)
+        loaded.heads.add(model.digest)
+        return True
+
+    def free(self, but: ModelKey) -> bool:
+        """Push out all models that nobody uses; False where there was none. Raises DeviceBroken."""
+        with self._lock:
+            used = {but, *self._in_use()}
+            gone = [self.loaded.pop(key) for key in list(self.loaded) if key not in used]
+        self.unload(*gone)
+        return bool(gone)
+
+    def unload(self, *gone: Loaded) -> None:
+        """Free the memory of models that were taken out. Raises DeviceBroken; any other error changes nothing more."""
+        for loaded in gone:
+            try:
+                loaded.stream.engine.unload(loaded.stream.handle)
+            except DeviceBroken:
+                raise
+            except Exception as error:  # noqa: BLE001 - a stranger's engine
+                event(log, "unloading failed", logging.WARNING, error=type(error).__name__)
+            event(log, "evicted", model=loaded.model.ref)
+
+    def _load(self, key: ModelKey, model: Manifest) -> bool:
+        found = self._engines.find(model.engine)
+        need_mb = found.memory_mb(model, key[1])
+        with self._lock:
+            chosen = self._evictions(need_mb)
+            gone = [self.loaded.pop(victim) for victim in chosen or ()]
+        self.unload(*gone)
+        if chosen is None:
+            return False
+        began = self._clock()
+        engine = found if isinstance(found, Engine) else BatchAdapter(found)
+        with self._files.folder(model) as files:
+            handle = engine.load(model, files, device=self._device.torch_name, in_format=key[1])
+        stream = Stream(
+            engine,
+            handle,
+            whole=engine is not found,
+            pace=self.paces[key],
+            device_kind=self._device.kind,
+            free=lambda: self.free(but=key),
+        )
+        with self._lock:
+            self.loaded[key] = Loaded(model, stream, need_mb, self._clock(), set())
+        event(log, "loaded", model=model.ref, format=key[1], seconds=round(self._clock() - began, 3))
+        return True
+
+    def _evictions(self, need_mb: int) -> list[ModelKey] | None:
+        residents = [Resident(key, m.memory_mb, m.used) for key, m in self.loaded.items()]
+        return evictions(residents, need_mb, self._budget_mb, self._in_use())
+
+
+def why_not(model: Manifest, error: Exception) -> tuple[str, str, str]:
+    """Why an attempt cannot run for one of its models: the error, words, and the digest of what can never be loaded."""
+    match error:
+        case CannotLoad() | NeverFits() | Refused():
+            return "cannot_load", f"{model.ref}: {error}", model.digest
+        case CannotFetch():
+            return "cannot_fetch", str(error), ""
+        case OutOfMemory():
+            return "out_of_memory", f"{model.ref} does not fit now", ""
+    return "cannot_load", f"{model.ref}: {type(error).__name__}", ""
