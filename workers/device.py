@@ -34,12 +34,14 @@ class Device:
     name: str
     #: What torch calls it; the first of a group.
     torch_name: str
-    #: All its memory; a CPU slot's share of the host's.
+    #: Its memory; of a group that of its smallest GPU, times their number; a CPU slot's share of the host's.
     memory_mb: int
     #: Formats it is fast at, beside fp32.
     formats: tuple[str, ...] = ()
     #: NVML handles, one per GPU; empty where there is no telemetry.
     nvml: tuple[Any, ...] = field(default=(), repr=False, compare=False)
+    #: GPUs of the group; 1 of a single device.
+    gpus: int = 1
 
     def memory_used_mb(self) -> int:
         """Memory in use now: of a GPU by anybody, of a CPU slot by this process."""
@@ -112,9 +114,10 @@ def _probe_cuda() -> Device:
         kind="cuda",
         name=every[0].name if len(every) == 1 else f"{len(every)} x {every[0].name}",
         torch_name="cuda:0",
-        memory_mb=sum(int(p.total_memory) for p in every) // MB,
+        memory_mb=min(int(p.total_memory) for p in every) // MB * len(every),
         formats=fast_formats("cuda:0"),
         nvml=_nvml_handles([str(getattr(p, "uuid", "")) for p in every]),
+        gpus=len(every),
     )
 
 

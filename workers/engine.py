@@ -116,6 +116,9 @@ class Loader(Protocol):
 
     One thread, which owns the device, calls every method but ``prepare``; that one is also called by several
     other threads at once, while rows run, and must not touch the device.
+
+    On a group of GPUs an engine loads onto the first one, and only that one's memory counts. An engine that lays its
+    models out over all of them, an equal part on each, says so: ``spreads = True``.
     """
 
     def memory_mb(self, model: Manifest, in_format: str) -> int:
@@ -173,6 +176,11 @@ class BatchEngine(Loader, Protocol):
     def run(self, pass_: Pass, batch: Sequence[Prepared]) -> Mapping[str, Column]:
         """One micro-batch: task name -> column over ``batch`` in its order. Raises OutOfMemory, DeviceBroken."""
         ...
+
+
+def spreads(engine: object) -> bool:
+    """Whether an engine uses all GPUs of a group for one model (`Loader`)."""
+    return bool(getattr(engine, "spreads", False))
 
 
 @runtime_checkable

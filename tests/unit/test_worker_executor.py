@@ -127,6 +127,7 @@ class House:
 
     formats: tuple[str, ...] = ()
     budget_mb: int = 100
+    device: Device | None = None
     clock: Clock = field(default_factory=Clock)
     broken: int = 0
 
@@ -141,7 +142,7 @@ class House:
         self.executor = Executor(
             worker="w",
             boot="b",
-            device=Device("cpu", "a fake", "cpu", 1000, self.formats),
+            device=self.device or Device("cpu", "a fake", "cpu", 1000, self.formats),
             engines=self,
             files=FakeFiles(),
             transport=self.transport,

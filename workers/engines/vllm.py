@@ -51,6 +51,8 @@ class Vllm(Served):
 class VllmEngine:
     """Answers generate, chat, choose and extract, on a GPU or a group of GPUs."""
 
+    spreads = True
+
     def __init__(self) -> None:
         self._served = OpenAIEngine()
 
