@@ -214,7 +214,8 @@ def task_digest(task: Task, model: Manifest, loaded: Manifest) -> bytes:
     decisive = {
         name: value
         for name, value in task.to_json().items()
-        if name not in ("model", "max_tokens", "numerics")
+        # A task that leaves thoughts to the model says no more of them than those before it could.
+        if name not in ("model", "max_tokens", "numerics") and (name, value) != ("thinking", None)
     }
     if not isinstance(task, Reading):
         # Of these it says how much is written.

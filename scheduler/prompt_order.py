@@ -74,9 +74,11 @@ def rate_key(trunk: str, tasks: Sequence[Task]) -> str:
             _power_of_two(getattr(task, "max_tokens", 0)),
             _power_of_two(len(instruction(task).encode())) if isinstance(task, Prompted) else 0,
             len(task.labels) if isinstance(task, Choose) else 0,
+            # Thoughts are most of what is written; a task without them keeps the name that it had.
+            *(["thinks"] if task.thinking and not isinstance(task, Choose) else []),
         )
         for task in tasks
-        if isinstance(task, Prompted | Chat)
+        if isinstance(task, Generate | Chat | Choose | Extract)
     )
     return f"{trunk}:{hashlib.sha256(json.dumps(shape).encode()).hexdigest()[:16]}"
 

@@ -119,6 +119,9 @@ class Loader(Protocol):
 
     On a group of GPUs an engine loads onto the first one, and only that one's memory counts. An engine that lays its
     models out over all of them, an equal part on each, says so: ``spreads = True``.
+
+    An engine that may take longer than others to load says so: ``longest_load_s``, in seconds. A worker that has loaded
+    for longer than that is ended by its watchdog.
     """
 
     def memory_mb(self, model: Manifest, in_format: str) -> int:

@@ -319,7 +319,7 @@ class Executor:
         # Rows that ran last must not be suspected if loading kills the process.
         self._evidence.mark(None)
         began, model = self._clock(), work.order.model
-        self._activity = Activity("loading", began, LOAD_S)
+        self._activity = Activity("loading", began, self._shelf.longest_load_s(model, LOAD_S))
         self._pulse(LOADING_SILENCE_S)
         try:
             for model in missing:

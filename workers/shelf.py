@@ -106,6 +106,13 @@ class Shelf:
         except Exception:  # noqa: BLE001 - loading will meet the same, and fails this attempt alone
             return True
 
+    def longest_load_s(self, model: Manifest, usual_s: float) -> float:
+        """Seconds after which loading this model hangs: its engine's word, or the usual ones."""
+        try:
+            return float(getattr(self._engines.find(model.engine), "longest_load_s", usual_s))
+        except CannotLoad:
+            return usual_s
+
     def left_s(self, work: Work) -> float:
         """Predicted seconds of what is left of an attempt. Under the lock."""
         cost = self.paces[work.model].cost

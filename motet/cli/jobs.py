@@ -59,6 +59,7 @@ Options behind the model, as NAME=VALUE:
   about='{subject} {body}'   the same of generate, choose and extract
   question= system=          further words for the language model
   max_tokens= stop='a|b' temperature= seed=    what it writes, and how
+  thinking=true|false|null                     before that; null: as it likes
 A text that begins with @ is read from that file: prompt=@reply.txt.
 A prompt may name another task, as {mood}: it waits for that answer.
 
@@ -427,8 +428,8 @@ def _value(task: str, option: str, text: str) -> Any:
             raise click.UsageError(
                 f"{where}: broken JSON ({error}); expected a JSON Schema, or @FILE with one"
             ) from None
-    if text in ("true", "false"):
-        return text == "true"
+    if text in ("true", "false", "null"):
+        return json.loads(text)
     if re.fullmatch(r"[0-9]{1,18}", text):
         return int(text)
     if option == "temperature" and re.fullmatch(r"[0-9]{1,3}\.[0-9]{1,9}", text):

@@ -218,6 +218,29 @@ def test_a_task_digest_changes_with_all_that_decides_its_answers_and_with_nothin
     assert len(set(others)) == len(others)
 
 
+@pytest.mark.parametrize(
+    ("task", "digest"),
+    [
+        (Generate("m", prompt="Go on."), "775e95e5a0c570f0a5674a2d9fc7b82f14eff05d390ce834f38721a0e2f3fe9f"),
+        (Chat("m"), "2a5c9362f299c71e3013a428eff6203ec702ec2c7822e204c63f964647b56f8f"),
+        (
+            Choose("m", labels=("a", "b"), thinking=None),
+            "d06cee1016b8d785d65e7acd0c14f158bc1342e68d07e122e628a3accbc2a011",
+        ),
+        (
+            Extract("m", schema={"type": "object"}, thinking=None),
+            "9d676b8f12f2efb047452dbf64e5c2a9043a850451cfd5bcc28b686525e39222",
+        ),
+    ],
+)
+def test_a_task_that_says_nothing_of_thoughts_has_the_digest_of_those_before_it_could(
+    task: Generate | Chat | Choose | Extract, digest: str
+) -> None:
+    model = Manifest(name="m", version="1", engine="causal", answers="text", files={"a": "b"}, max_tokens=512)
+    assert task_digest(task, model, model).hex() == digest
+    assert len({task_digest(replace(task, thinking=t), model, model) for t in (None, True, False)}) == 3
+
+
 def test_tokens_mean_nothing_to_a_model_that_names_no_limit() -> None:
     function = alone("f", max_tokens=0, answers="json")
     assert tokens_read(Function("f"), function, loaded_model(function, {})) == 0
@@ -414,6 +437,8 @@ def test_speed_is_learned_by_what_is_asked_and_not_by_how_it_is_worded() -> None
     same = key(a=(ask("Summarise it."), LLM))
     assert key(b=(ask("Rephrase this."), LLM)) == same
     assert key(a=(ask("Summarise it.", max_tokens=16), LLM)) != same
+    assert key(a=(ask("Summarise it.", thinking=False), LLM)) == same
+    assert key(a=(ask("Summarise it.", thinking=True), LLM)) != same
     assert key(a=(ask("Summarise it."), LLM), b=(ask("Rephrase this."), LLM)) != same
     assert same.startswith(f"{LLM.digest}:")
     assert key(vector=(Embed("minilm"), MINILM)) == MINILM.trunk
