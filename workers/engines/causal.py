@@ -28,11 +28,12 @@ from workers.engines import kv
 from workers.engines.answers import label_column
 from workers.engines.chat_tokens import ChatTokens, Prompt
 from workers.engines.lora import Adapters
+from workers.engines.newest import Newest
 from workers.engines.prompts import BAD_MESSAGES, NOTHING, BadMessages, messages_of
 from workers.engines.proof import among_others, not_in_one_line
 from workers.engines.thoughts import switches
 from workers.engines.trees import Bools, Ints, Tree, tree
-from workers.engines.trunk import load_transformer, torch_errors
+from workers.engines.trunk import free_cache, load_transformer, torch_errors
 from workers.engines.writers import Grammar, Writer
 from workers.proved import check_language
 
@@ -40,14 +41,16 @@ from workers.proved import check_language
 AHEAD = 1 / 8
 #: A prompt's common beginning is kept from so many tokens on; and so many of KV_TOKENS in all.
 LEAST_KEPT, KEPT_SHARE = 8, 1 / 8
+#: Label priors kept for one model. Those pushed out are computed again; each is a few numbers.
+PRIORS = 1024
 #: Room that is left for an answer where a text is cut to fit.
 ANSWER_SHARE = 1 / 4
 
 CONTEXT_LENGTH = "context_length"
 
 
-#: What labels are chosen by where there is no text: the adapter, the prompt, the labels.
-Worth = tuple[str, tuple[int, ...], tuple[tuple[int, ...], ...]]
+#: What a label prior depends on: the adapter, the prompt without any text, the labels.
+PriorKey = tuple[str, tuple[int, ...], tuple[tuple[int, ...], ...]]
 #: A fixed beginning: the adapter that computes it, and its tokens.
 Beginning = tuple[str, tuple[int, ...]]
 
@@ -76,7 +79,7 @@ class Asked:
         return hi - lo
 
     @property
-    def worth(self) -> Worth:
+    def prior(self) -> PriorKey:
         return (self.adapter, tuple(self.empty.ids if self.empty else ()), tuple(map(tuple, self.labels)))
 
 
@@ -129,6 +132,8 @@ class _Row:
     ended: list[Writer] = field(default_factory=list)
     #: Task -> the adapter that writes its answer.
     adapter_of: dict[str, str] = field(default_factory=dict)
+    #: Task -> its label prior, where that was known before: it may be pushed out meanwhile.
+    priors: dict[str, tuple[float, ...]] = field(default_factory=dict)
     #: Tasks whose answer cannot be begun.
     failed: dict[str, CellError] = field(default_factory=dict)
     seconds: float = 0.0
@@ -168,8 +173,8 @@ class Causal:
     kept: OrderedDict[tuple[str, Beginning], list[tuple[torch.Tensor, torch.Tensor]]] = field(
         default_factory=OrderedDict
     )
-    #: (tenant, what asked) -> what its labels are worth without any text.
-    worth: dict[tuple[str, Worth], tuple[float, ...]] = field(default_factory=dict)
+    #: (tenant, what asked) -> how likely its labels are without any text.
+    priors: Newest[tuple[str, PriorKey], tuple[float, ...]] = field(default_factory=lambda: Newest(PRIORS))
     grammar: Grammar | None = None
 
     @property
@@ -232,11 +237,11 @@ class CausalEngine:
     def unload(self, handle: Causal) -> None:
         handle.rows.clear()
         handle.kept.clear()
+        handle.priors.clear()
         handle.pool.layers.clear()
         handle.adapters.release()
         handle.model = None
-        if handle.device != "cpu":
-            torch.cuda.empty_cache()
+        free_cache(handle.device)
 
     def among_others(self, handle: Causal, texts: Sequence[str]) -> float:
         """``Provable``: of the logits behind every token."""
@@ -350,9 +355,12 @@ class CausalEngine:
                 sequences.append(a.prompt.ids[: a.prompt.fixed])
                 kinds.append(a.adapter)
         ends: list[tuple[Asked, str, int, int]] = []
+        priors = {}
         for a in asking.tasks:
+            if a.empty is not None and (prior := handle.priors.get((tenant, a.prior))) is not None:
+                priors[a.name] = prior
             for kind, prompt in (("text", a.prompt), ("empty", a.empty)):
-                if prompt is None or (kind == "empty" and (tenant, a.worth) in handle.worth):
+                if prompt is None or (kind == "empty" and a.name in priors):
                     continue
                 ends.append((a, kind, len(sequences), len(prompt.ids)))
                 behind = [label[:-1] for label in a.labels] or [[]]
@@ -388,6 +396,7 @@ class CausalEngine:
             read={a.name: 0 for a in asking.tasks},
             computed={a.name: 0 for a in asking.tasks},
             cell=len(grown),
+            priors=priors,
         )
         for a, kind, first, length in ends:
             paths = grown.paths[first : first + max(1, len(a.labels))]
@@ -627,7 +636,8 @@ class CausalEngine:
         written = {writer.name: writer for writer in row.ended}
         for a in row.asking.tasks:
             if found := tuple(s.logp for s in row.scores if s.task == a.name and s.empty):
-                handle.worth[row.tenant, a.worth] = found
+                row.priors[a.name] = found
+                handle.priors.put((row.tenant, a.prior), found)
         weights = {a.name: row.computed[a.name] + _written(written.get(a.name)) for a in row.asking.tasks}
         total = sum(weights.values()) or 1
         columns = {}
@@ -642,8 +652,8 @@ class CausalEngine:
     def _column(self, handle: Causal, row: _Row, a: Asked, written: Mapping[str, Writer]) -> Column:
         if a.labels:
             found = [s.logp for s in row.scores if s.task == a.name and not s.empty]
-            worth = handle.worth.get((row.tenant, a.worth)) if a.empty is not None else None
-            scores = np.array(found, np.float32) - (np.array(worth, np.float32) if worth else 0)
+            prior = row.priors.get(a.name)
+            scores = np.array(found, np.float32) - (np.array(prior, np.float32) if prior else 0)
             return label_column(scores[None], every_score=bool(a.spec.get("scores")))
         return json_column(row.failed.get(a.name) or written[a.name].answer(handle.tokens.words))
 

@@ -18,11 +18,14 @@ from numpy.typing import NDArray
 
 from motet.columns import CellError
 from workers.engine import CannotLoad, DeviceBroken, OutOfMemory, Prepared
+from workers.engines.newest import Newest
 from workers.engines.packed import load_packed, packed_kind
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 #: A text is cut to so many characters per token read before it is tokenised; English has four to five.
 CHARS_PER_TOKEN = 16
+#: Limits of tokens read for which a tokenizer is kept: a task may ask for any, and each takes megabytes.
+LIMITS = 16
 
 
 def folder_of(files: Mapping[str, Path]) -> Path:
@@ -130,7 +133,7 @@ class Tokens:
         """``most``: tokens that the model can read. Raises CannotLoad."""
         try:
             self._json = path.read_text("utf-8")
-            self._cut: dict[int, Any] = {}
+            self._cut: Newest[int, Any] = Newest(LIMITS)
             self._lock = threading.Lock()
             self._most = most
             self.pad = _pad_id(json.loads(self._json))
@@ -160,14 +163,14 @@ class Tokens:
     def _reader(self, most: int) -> Any:
         """A tokenizer of its own for each limit: its limit is state that threads would share."""
         with self._lock:
-            if most not in self._cut:
+            if (reader := self._cut.get(most)) is None:
                 from tokenizers import Tokenizer
 
-                tokenizer = Tokenizer.from_str(self._json)
-                tokenizer.no_padding()
-                tokenizer.enable_truncation(most)
-                self._cut[most] = tokenizer
-            return self._cut[most]
+                reader = Tokenizer.from_str(self._json)
+                reader.no_padding()
+                reader.enable_truncation(most)
+                self._cut.put(most, reader)
+            return reader
 
 
 def padded(batch: Sequence[Prepared], pad: int, device: str) -> tuple[torch.Tensor, torch.Tensor | None]:
@@ -192,6 +195,18 @@ def pool(hidden: torch.Tensor, mask: torch.Tensor | None, pooling: str) -> torch
     kept = mask.unsqueeze(-1)
     total: torch.Tensor = (hidden * kept.to(hidden.dtype)).sum(1, dtype=torch.float32)
     return total / kept.sum(1)
+
+
+def free_cache(device: str) -> None:
+    """Give back to the device what a model held: torch would keep it. Every engine's unload ends with this."""
+    if device != "cpu":
+        torch.cuda.empty_cache()
+
+
+def settle(device: str) -> None:
+    """Wait until the device has done all that it was given: a step that returned before would count as a fast one."""
+    if device != "cpu":
+        torch.cuda.synchronize(device)
 
 
 @contextmanager

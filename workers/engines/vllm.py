@@ -162,7 +162,8 @@ class VllmEngine:
                 raise CannotLoad(str(error)) from None
             raise
         served = connect(f"http://127.0.0.1:{port}/v1", "motet", key=key, in_flight=answer_places(kind))
-        return Vllm(served.server, served.loop, served.thread, child=child, folder=folder)
+        secret = secrets.token_urlsafe(32)
+        return Vllm(served.server, served.loop, served.thread, secret=secret, child=child, folder=folder)
 
     def attach(self, handle: Vllm, task: TaskOrder, files: Mapping[str, Path]) -> None:
         self._served.attach(handle, task, files)

@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 
 from motet.columns import CellError, is_storable_json
 from workers.engine import CannotLoad
+from workers.engines.newest import Newest
 from workers.engines.schemas import violation
 from workers.engines.thoughts import without_thoughts
 
@@ -24,6 +25,8 @@ Floats = NDArray[np.float32]
 
 #: Tokens behind the newest one that are looked at for a stop text.
 _TAIL = 24
+#: Schemas that are kept ready for a tokenizer: any tenant may bring more.
+SCHEMAS = 256
 
 
 class Grammar:
@@ -38,22 +41,23 @@ class Grammar:
         except Exception as error:
             raise CannotLoad(f"a schema needs llguidance, which failed: {type(error).__name__}") from error
         self._words = (vocabulary + 31) // 32
-        self._fresh: dict[str, Any] = {}
+        self._fresh: Newest[str, Any] = Newest(SCHEMAS)
 
     def matcher(self, schema: Mapping[str, Any]) -> Any:
         """What follows a schema, token by token. Raises ValueError where it cannot be kept."""
         import llguidance
 
         text = json.dumps(schema)
-        if text not in self._fresh:
+        if (fresh := self._fresh.get(text)) is None:
             # Compact: a small model may write spaces for ever where they are allowed.
             grammar = llguidance.LLMatcher.grammar_from_json_schema(
                 text, overrides={"whitespace_flexible": False, "item_separator": ",", "key_separator": ":"}
             )
-            self._fresh[text] = llguidance.LLMatcher(self._tokenizer, grammar)
-        if self._fresh[text].is_error():
+            fresh = llguidance.LLMatcher(self._tokenizer, grammar)
+            self._fresh.put(text, fresh)
+        if fresh.is_error():
             raise ValueError("a schema that cannot be kept")
-        return self._fresh[text].deep_copy()
+        return fresh.deep_copy()
 
     def forbid(self, matcher: Any, logits: Floats) -> None:
         """Make every token impossible that may not come next."""
