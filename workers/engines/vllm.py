@@ -33,7 +33,7 @@ from workers import scratch
 from workers.engine import CannotLoad, DeviceBroken, OutOfMemory, Pass, Prepared, Step
 from workers.engines.openai import OpenAIEngine, Served, connect
 
-DTYPES = {"fp32": "float32", "bf16": "bfloat16"}
+DTYPES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
 #: It compiles and warms up while it starts; large weights are read for minutes.
 START_S, GRACE_S, LOOK_S = 1200.0, 20.0, 0.2
 #: What vLLM takes beside weights and cache, on each GPU: activations, compiled graphs.
