@@ -173,6 +173,18 @@ class Engine(Loader, Protocol):
 
 
 @runtime_checkable
+class Elastic(Protocol):
+    """An engine that is faster with more memory than `memory_mb` tells: a language model has more rows inside."""
+
+    def stretch(self, handle: Any, more_mb: int) -> bool:
+        """From now on a model may hold so much more of the device, until this is said anew.
+
+        False: rows inside need more. No others are let in, and once enough of them have ended this is said again.
+        """
+        ...
+
+
+@runtime_checkable
 class BatchEngine(Loader, Protocol):
     """What answers rows only together: encoders, classifiers, functions."""
 
