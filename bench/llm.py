@@ -121,7 +121,7 @@ class Bench:
     def forget(self) -> None:
         """What was kept of earlier rows would make the next ones cheaper."""
         self.handle.kept.clear()
-        self.handle.worth.clear()
+        self.handle.priors.clear()
 
     def generate(self, prompt: Sequence[int], most: int) -> int:
         ids = torch.tensor([list(prompt)])

@@ -54,7 +54,7 @@ def column_kind_of(task_kind: str, answers: Answer) -> Kind:
 KEY_ENV = re.compile(r"MOTET_KEY_[A-Z0-9_]{1,60}")
 
 #: Bytes of one parameter, by numeric format.
-WIDTHS: Mapping[str, int] = {"fp32": 4, "bf16": 2}
+WIDTHS: Mapping[str, int] = {"fp32": 4, "bf16": 2, "fp16": 2}
 #: Memory of a loaded model beside its weights: code, caches, a small micro-batch.
 OVERHEAD_MB = 64
 #: Tokens whose keys and values a language model holds in memory at once, on every device: prompts and answers.

@@ -370,8 +370,13 @@ class Beat:
     #: ``cuda`` or ``cpu``; the name people know, such as "NVIDIA H200".
     device_kind: str = "cpu"
     device_name: str = ""
+    #: Of a group of GPUs the memory of all of them.
     memory_mb: int = 0
     memory_used_mb: int = 0
+    #: GPUs of the group; 1 of a single device. An engine uses the first one alone, unless it is among ``spreads``.
+    gpus: int = 1
+    #: Engines that lay a model out over all GPUs of the group, an equal part on each.
+    spreads: tuple[str, ...] = ()
     #: Busy share of the device in the last second, 0 to 1.
     utilisation: float = 0.0
     #: Formats this device is fast at, beside fp32.
@@ -406,6 +411,11 @@ def _words(value: Any) -> tuple[str, ...]:
     return tuple(map(str, value))
 
 
+def _gpus(value: Any) -> int:
+    """A number to divide by."""
+    return max(1, int(value))
+
+
 def _keys(value: Any) -> tuple[tuple[int, int], ...]:
     return tuple((int(s), int(a)) for s, a in value)
 
@@ -433,6 +443,8 @@ _BEAT_FIELDS: Mapping[str, Callable[[Any], Any]] = {
     "device_name": _name,
     "memory_mb": int,
     "memory_used_mb": int,
+    "gpus": _gpus,
+    "spreads": _words,
     "utilisation": _finite,
     "formats": _words,
     "engines": _words,

@@ -31,7 +31,7 @@ from motet.progress import clock
 from scheduler.fairness import BULK, INTERACTIVE, NORMAL
 from scheduler.lifecycle import MAX_TRIES
 from scheduler.liveness import speaks
-from scheduler.place import Demand, PassId, Worker, cannot_run, need_mb
+from scheduler.place import Demand, PassId, Worker, cannot_run, need_mb, room_mb
 from scheduler.simulation.forecast import Cluster, Forecast, Started, forecast
 
 if TYPE_CHECKING:
@@ -129,7 +129,9 @@ class Case:
     @cached_property
     def kinds(self) -> list[Worker]:
         """One usable worker of each sort: what one of them can, all of them can, refusals apart."""
-        sorts = {(w.kind, w.memory_mb, w.engines, w.formats): w for w in self.usable.values()}
+        sorts = {
+            (w.kind, w.memory_mb, w.gpus, w.engines, w.spreads, w.formats): w for w in self.usable.values()
+        }
         return [replace(w, refused=frozenset()) for w in sorts.values()]
 
     def work_s(self, demand: Demand) -> float | None:
@@ -263,7 +265,7 @@ def _pass(case: Case, p: PassStanding) -> PassExplained:
                 need_mb=min(need_mb(w, demand.model, demand.numerics) for w in found)
                 if why == "too_small"
                 else None,
-                have_mb=max(w.memory_mb for w in found) if why == "too_small" else None,
+                have_mb=max(room_mb(w, demand.model.engine) for w in found) if why == "too_small" else None,
             )
             for (why, words), found in sorted(cannot.items(), key=lambda one: order.index(one[0][0]))
         ),
@@ -275,6 +277,8 @@ def _words(case: Case, why: Why, worker: Worker, demand: Demand) -> str:
         case "no_engine":
             return f"has no engine {demand.model.engine!r}"
         case "too_small":
+            if room_mb(worker, demand.model.engine) < worker.memory_mb:
+                return f"{demand.model.ref} does not fit into one GPU of its group, and {demand.model.engine!r} uses one"
             return f"{demand.model.ref} does not fit into its memory"
         case "refused":
             return next(

@@ -59,6 +59,8 @@ def workers(beats: Mapping[str, Beat], refusals: Sequence[Refusal], memory_share
             device_name=b.device_name,
             engines=b.engines,
             memory_mb=int(memory_share * b.memory_mb),
+            gpus=b.gpus,
+            spreads=b.spreads,
             formats=b.formats,
             resident=b.resident,
             refused=frozenset(refused.get((name, b.boot), ())),

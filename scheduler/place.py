@@ -111,8 +111,11 @@ class Worker:
     device_kind: str
     device_name: str
     engines: tuple[str, ...]
-    #: Memory that models may hold; 0: not known.
+    #: Memory that models may hold, of all GPUs of a group; 0: not known.
     memory_mb: int = 0
+    #: GPUs of the group, and the engines that lay a model out over all of them: others use the first one alone.
+    gpus: int = 1
+    spreads: tuple[str, ...] = ()
     #: Numeric formats beside fp32 that the device is fast at.
     formats: tuple[str, ...] = ()
     resident: tuple[str, ...] = ()
@@ -139,15 +142,27 @@ class UnderWay:
 
 def need_mb(worker: Worker, model: Manifest, numerics: str) -> int:
     """Memory that a model takes on a worker, in the numeric format that it would run in there."""
-    fast = numerics == "fast" and "bf16" in worker.formats and "bf16" in model.formats
-    return model.memory_mb("bf16" if fast else "fp32")
+    fast = (name for name in worker.formats if name in model.formats) if numerics == "fast" else ()
+    return model.memory_mb(next(iter(fast), "fp32"))
+
+
+def room_mb(worker: Worker, engine: str) -> int:
+    """Memory that a model of an engine can have on a worker that holds no other; 0: not known."""
+    return worker.memory_mb if engine in worker.spreads else worker.memory_mb // worker.gpus
+
+
+def on_first_mb(worker: Worker, model: Manifest, numerics: str) -> int:
+    """What the first GPU of a worker holds of a model. It is the fullest of a group, since most engines use it alone."""
+    whole_mb = need_mb(worker, model, numerics)
+    return ceil(whole_mb / worker.gpus) if model.engine in worker.spreads else whole_mb
 
 
 def cannot_hold(worker: Worker, model: Manifest, numerics: str) -> Literal["no_engine", "too_small"] | None:
     """Why a worker can never load a model, however free it is; None where nothing is known against it."""
     if model.engine not in worker.engines:
         return "no_engine"
-    return "too_small" if 0 < worker.memory_mb < need_mb(worker, model, numerics) else None
+    too_small = 0 < room_mb(worker, model.engine) < need_mb(worker, model, numerics)
+    return "too_small" if too_small else None
 
 
 def cannot_run(worker: Worker, demand: Demand) -> Literal["no_engine", "too_small", "refused"] | None:
@@ -1108,16 +1123,19 @@ class Placer:
         if worker.memory_mb <= 0 or not place.resident:
             return ()
         sizes = {
-            digest: next((need_mb(worker, p.model, p.numerics) for p in self._pools_of.get(digest, ())), 0)
+            digest: next(
+                (on_first_mb(worker, p.model, p.numerics) for p in self._pools_of.get(digest, ())), 0
+            )
             for digest in place.resident
         }
         residents = [Resident(d, sizes[d], used) for d, used in place.resident.items()]
         in_use = {f.of.pool.digest for f in place.flights}
-        needed_mb = need_mb(worker, pool.model, pool.numerics)
+        needed_mb = on_first_mb(worker, pool.model, pool.numerics)
+        budget_mb = worker.memory_mb // worker.gpus
         try:
-            victims = evictions(residents, needed_mb, worker.memory_mb, in_use)
+            victims = evictions(residents, needed_mb, budget_mb, in_use)
             if victims is None:
-                victims = evictions(residents, needed_mb, worker.memory_mb, ())
+                victims = evictions(residents, needed_mb, budget_mb, ())
         except NeverFits:
             victims = []
         return victims or ()

@@ -289,6 +289,8 @@ class TinyServer:
     ) -> tuple[list[int], list[dict[str, Any]], str]:
         import torch
 
+        from workers.engines.choosing import forbid_here
+
         dice = torch.Generator().manual_seed(int(body.get("seed") or 0))
         grammar, matcher = self._constraint(body)
         ids: list[int] = []
@@ -301,7 +303,7 @@ class TinyServer:
             logp = self.logp(prompt + ids)[-1]
             if matcher is not None:
                 allowed = logp.numpy().copy()
-                grammar.forbid(matcher, allowed)
+                forbid_here(allowed[None], [0], grammar.allowed([matcher]))
                 logp = torch.from_numpy(allowed)
             if temperature := float(body.get("temperature") or 0):
                 token = int(torch.multinomial((logp / temperature).softmax(-1), 1, generator=dice))

@@ -105,7 +105,7 @@ class Worker:
             transport=transport,
             attempts=self.attempts,
             reporter=self._reporter,
-            budget_mb=int(settings.memory_share * device.memory_mb),
+            budget_mb=int(settings.memory_share * device.memory_mb) // device.gpus,
             broken=lambda: exit_now(EXIT_DEVICE),
             spawn=lambda job, interactive: self._pools[interactive].submit(self._vital, job),
             pulse=pulse,
@@ -115,6 +115,8 @@ class Worker:
             boot=self.boot,
             device=device,
             engines=engines.names(),
+            # Of one device it makes no difference, and importing all of them takes seconds.
+            spreads=engines.spreading() if device.gpus > 1 else (),
             transport=transport,
             attempts=self.attempts,
             executor=self._executor,

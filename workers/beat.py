@@ -40,14 +40,16 @@ class Heart:
         boot: str,
         device: Device,
         engines: tuple[str, ...],
+        spreads: tuple[str, ...] = (),
         transport: WorkerTransport,
         attempts: Attempts,
         executor: Executor,
         consume: Callable[[bool], None],
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        """``consume``: starts or stops taking messages from the queue."""
-        self._worker, self._boot, self._device, self._engines = worker, boot, device, engines
+        """``spreads``: those of the engines that use all GPUs of a group for one model. ``consume``: starts or stops taking messages from the queue."""
+        self._worker, self._boot, self._device = worker, boot, device
+        self._engines, self._spreads = engines, spreads
         self._transport, self._attempts, self._executor = transport, attempts, executor
         self._consume, self._clock = consume, clock
         self._seq = 0
@@ -98,6 +100,8 @@ class Heart:
             device_name=self._device.name,
             memory_mb=self._device.memory_mb,
             memory_used_mb=self._device.memory_used_mb(),
+            gpus=self._device.gpus,
+            spreads=self._spreads,
             utilisation=self._utilisation(),
             formats=self._device.formats,
             engines=self._engines,

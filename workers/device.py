@@ -34,12 +34,14 @@ class Device:
     name: str
     #: What torch calls it; the first of a group.
     torch_name: str
-    #: All its memory; a CPU slot's share of the host's.
+    #: Its memory; of a group that of its smallest GPU, times their number; a CPU slot's share of the host's.
     memory_mb: int
     #: Formats it is fast at, beside fp32.
     formats: tuple[str, ...] = ()
     #: NVML handles, one per GPU; empty where there is no telemetry.
     nvml: tuple[Any, ...] = field(default=(), repr=False, compare=False)
+    #: GPUs of the group; 1 of a single device.
+    gpus: int = 1
 
     def memory_used_mb(self) -> int:
         """Memory in use now: of a GPU by anybody, of a CPU slot by this process."""
@@ -112,9 +114,10 @@ def _probe_cuda() -> Device:
         kind="cuda",
         name=every[0].name if len(every) == 1 else f"{len(every)} x {every[0].name}",
         torch_name="cuda:0",
-        memory_mb=sum(int(p.total_memory) for p in every) // MB,
+        memory_mb=min(int(p.total_memory) for p in every) // MB * len(every),
         formats=fast_formats("cuda:0"),
         nvml=_nvml_handles([str(getattr(p, "uuid", "")) for p in every]),
+        gpus=len(every),
     )
 
 
@@ -130,25 +133,27 @@ def other_devices(torch_name: str) -> tuple[str, ...]:
 def fast_formats(torch_name: str, rounds: int = ROUNDS) -> tuple[str, ...]:
     """The formats in which a typical matrix product is at least FAST times as fast as in fp32: about 50 ms of work.
 
-    A CPU without instructions for bf16 takes a hundred times as long for it, and every start of a worker would wait for
+    That is fp16 on GPUs without bf16. A CPU without instructions for bf16 takes a hundred times as long for it, and every start of a worker would wait for
     that: a format that is behind on a sliver of the work is not tried on all of it.
     """
     import torch
 
     rows, width, inner = SHAPE
+    half = half_format(torch_name)
+    dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}[half]
     operands = {
         name: (
             torch.ones(rows, width, dtype=dtype, device=torch_name),
             torch.ones(width, inner, dtype=dtype, device=torch_name),
         )
-        for name, dtype in {"fp32": torch.float32, "bf16": torch.bfloat16}.items()
+        for name, dtype in {"fp32": torch.float32, half: dtype}.items()
     }
     settle = torch.cuda.synchronize if torch_name.startswith("cuda") else _nothing
     sliver = {
         name: min(_seconds(partial(torch.mm, left[: rows // SLIVER], right), settle) for _ in range(3))
         for name, (left, right) in operands.items()
     }
-    if sliver["bf16"] > BEHIND * sliver["fp32"]:
+    if sliver[half] > BEHIND * sliver["fp32"]:
         return ()
     best = dict.fromkeys(operands, float("inf"))
     for pair in operands.values():
@@ -157,7 +162,16 @@ def fast_formats(torch_name: str, rounds: int = ROUNDS) -> tuple[str, ...]:
     for _ in range(rounds):
         for name, pair in operands.items():
             best[name] = min(best[name], _seconds(partial(torch.mm, *pair), settle))
-    return tuple(name for name in ("bf16",) if best["fp32"] >= FAST * best[name])
+    return (half,) if best["fp32"] >= FAST * best[half] else ()
+
+
+def half_format(torch_name: str) -> str:
+    """The format of two bytes that a device may be fast at: GPUs before Ampere (compute capability 8) have no bf16."""
+    if not torch_name.startswith("cuda"):
+        return "bf16"
+    import torch
+
+    return "bf16" if torch.cuda.get_device_capability(torch_name) >= (8, 0) else "fp16"
 
 
 def _seconds(work: Callable[[], object], settle: Callable[[], object]) -> float:

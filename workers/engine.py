@@ -117,6 +117,9 @@ class Loader(Protocol):
     One thread, which owns the device, calls every method but ``prepare``; that one is also called by several
     other threads at once, while rows run, and must not touch the device.
 
+    On a group of GPUs an engine loads onto the first one, and only that one's memory counts. An engine that lays its
+    models out over all of them, an equal part on each, says so: ``spreads = True``.
+
     An engine that may take longer than others to load says so: ``longest_load_s``, in seconds. A worker that has loaded
     for longer than that is ended by its watchdog.
     """
@@ -170,12 +173,29 @@ class Engine(Loader, Protocol):
 
 
 @runtime_checkable
+class Elastic(Protocol):
+    """An engine that is faster with more memory than `memory_mb` tells: a language model has more rows inside."""
+
+    def stretch(self, handle: Any, more_mb: int) -> bool:
+        """From now on a model may hold so much more of the device, until this is said anew.
+
+        False: rows inside need more. No others are let in, and once enough of them have ended this is said again.
+        """
+        ...
+
+
+@runtime_checkable
 class BatchEngine(Loader, Protocol):
     """What answers rows only together: encoders, classifiers, functions."""
 
     def run(self, pass_: Pass, batch: Sequence[Prepared]) -> Mapping[str, Column]:
         """One micro-batch: task name -> column over ``batch`` in its order. Raises OutOfMemory, DeviceBroken."""
         ...
+
+
+def spreads(engine: object) -> bool:
+    """Whether an engine uses all GPUs of a group for one model (`Loader`)."""
+    return bool(getattr(engine, "spreads", False))
 
 
 @runtime_checkable

@@ -74,7 +74,7 @@ class Executor:
         pulse: Callable[[int], None] = lambda silence_s: None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        """``budget_mb``: memory that models may hold. ``broken``: ends the process, for a device that is lost.
+        """``budget_mb``: memory of one GPU that models may hold. ``broken``: ends the process, for a device that is lost.
         ``spawn``: runs a function away from the device's thread; True: not behind those that came with False.
         ``pulse``: tells the launcher how many seconds this process may be silent from now."""
         self._worker, self._boot, self._device = worker, boot, device

@@ -43,7 +43,7 @@ PROOF = "among_others"
 #: Numeric format -> the largest distance of a row among others from the same row alone, as a share of its numbers'
 #: length. Below 1e-6 on small models, where rows mix beyond 0.15. Whether they mix is decided in fp32; bf16 rounds more,
 #: and most of all where a router chooses between experts that are nearly as good.
-TOLERANCE: Mapping[str, float] = {"fp32": 1e-3, "bf16": 0.25}
+TOLERANCE: Mapping[str, float] = {"fp32": 1e-3, "bf16": 0.25, "fp16": 0.25}
 #: What an administrator may do about a language model that is refused.
 ELSEWHERE = "serve it through vLLM instead: motet models add … --engine vllm"
 

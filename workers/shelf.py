@@ -13,6 +13,7 @@ from collections import defaultdict
 from collections.abc import Callable, Collection, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
+from math import ceil
 from pathlib import Path
 from typing import Protocol
 
@@ -23,7 +24,7 @@ from workers.batch_adapter import BatchAdapter
 from workers.batching import START_TOKENS, Budget, Pace
 from workers.blobs import CannotFetch, Refused
 from workers.device import Device
-from workers.engine import BatchEngine, CannotLoad, DeviceBroken, Engine, OutOfMemory
+from workers.engine import BatchEngine, CannotLoad, DeviceBroken, Elastic, Engine, OutOfMemory, spreads
 from workers.stream import Stream
 from workers.work import ModelKey, Stage, Work
 
@@ -56,6 +57,7 @@ class Loaded:
 
     model: Manifest
     stream: Stream
+    #: Of a group of GPUs, what it takes of the first one.
     memory_mb: int
     used: float
     #: Digests of the heads beside it.
@@ -77,7 +79,7 @@ class Shelf:
         in_use: Callable[[], Collection[ModelKey]],
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        """``in_use``: the models that must stay, asked under ``lock``."""
+        """``budget_mb``: what models may hold of one GPU. ``in_use``: the models that must stay, asked under ``lock``."""
         self._device, self._engines, self._files, self._budget_mb = device, engines, files, budget_mb
         self._lock, self._in_use, self._clock = lock, in_use, clock
         #: Changed under the lock, and by the device's thread alone.
@@ -100,7 +102,10 @@ class Shelf:
             return True
         try:
             engine = self._engines.find(work.order.model.engine)
-            return self._evictions(_need_mb(engine, work.order.model, work.key.format)) is not None
+            need_mb = self._need_mb(engine, work.order.model, work.key.format)
+            return self._evictions(need_mb) is not None and self._share_out(need_mb)
+        except DeviceBroken:
+            raise
         except Exception:  # noqa: BLE001 - loading will meet the same, and fails this attempt alone
             return True
 
@@ -145,7 +150,11 @@ class Shelf:
         return bool(gone)
 
     def unload(self, *gone: Loaded) -> None:
-        """Free the memory of models that were taken out. Raises DeviceBroken; any other error changes nothing more."""
+        """Free the memory of models that were taken out: it is the others'. Raises DeviceBroken."""
+        self._unload(gone)
+        self._share_out()
+
+    def _unload(self, gone: Collection[Loaded]) -> None:
         for loaded in gone:
             try:
                 loaded.stream.engine.unload(loaded.stream.handle)
@@ -157,12 +166,12 @@ class Shelf:
 
     def _load(self, key: ModelKey, model: Manifest) -> bool:
         found = self._engines.find(model.engine)
-        need_mb = _need_mb(found, model, key[1])
+        need_mb = self._need_mb(found, model, key[1])
         with self._lock:
             chosen = self._evictions(need_mb)
             gone = [self.loaded.pop(victim) for victim in chosen or ()]
-        self.unload(*gone)
-        if chosen is None:
+        self._unload(gone)
+        if chosen is None or not self._share_out(need_mb):
             return False
         began = self._clock()
         engine = found if isinstance(found, Engine) else BatchAdapter(found)
@@ -178,8 +187,28 @@ class Shelf:
         )
         with self._lock:
             self.loaded[key] = Loaded(model, stream, need_mb, self._clock(), set())
+        self._share_out()
         event(log, "loaded", model=model.ref, format=key[1], seconds=round(self._clock() - began, 3))
         return True
+
+    def _share_out(self, need_mb: int = 0) -> bool:
+        """Let models that are faster with more memory have what all others leave, and ``need_mb``, in equal parts.
+
+        False: rows inside must end before they can give it back. Raises DeviceBroken.
+        """
+        streams = [loaded.stream for loaded in self.loaded.values()]
+        elastic = [(s.engine, s.handle) for s in streams if isinstance(s.engine, Elastic)]
+        if not elastic:
+            return True
+        spare_mb = self._budget_mb - need_mb - sum(loaded.memory_mb for loaded in self.loaded.values())
+        each_mb = max(0, spare_mb) // len(elastic)
+        given_back = [engine.stretch(handle, each_mb) for engine, handle in elastic]
+        return all(given_back)
+
+    def _need_mb(self, engine: Engine | BatchEngine, model: Manifest, in_format: str) -> int:
+        """What the first GPU of a group must hold of a model, which is the fullest: most engines use it alone."""
+        whole_mb = engine.memory_mb(model, in_format)
+        return ceil(whole_mb / self._device.gpus) if spreads(engine) else whole_mb
 
     def _evictions(self, need_mb: int) -> list[ModelKey] | None:
         residents = [Resident(key, m.memory_mb, m.used) for key, m in self.loaded.items()]

@@ -14,7 +14,7 @@ from random import Random
 
 from scheduler.cost import Rate, Rates
 from scheduler.fairness import BULK
-from scheduler.place import Demand, Kind, PassId, Worker, need_mb
+from scheduler.place import Demand, Kind, PassId, Worker, on_first_mb
 from scheduler.simulation.cluster import BYTES_PER_TOKEN, Begun, Device, Job, Model, Scenario
 from scheduler.simulation.events import Simulation
 from scheduler.simulation.policy import Motet
@@ -208,7 +208,7 @@ class _World:
         return _Pool(
             name=name,
             demand=demand,
-            memory_mb=max(65, *(need_mb(w, demand.model, demand.numerics) for w in kinds.values())),
+            memory_mb=max(65, *(on_first_mb(w, demand.model, demand.numerics) for w in kinds.values())),
             slowness={kind: s / seconds[fastest] for kind, s in seconds.items()},
             load_s={
                 kind: self._cluster.rates.load_s(model.digest, kind[1], weights_bytes=model.weights_bytes())
@@ -232,7 +232,7 @@ class _World:
         size = ceil(len(self._cluster.workers) / _DEVICES)
         alike: dict[tuple[Kind, int, frozenset[str]], list[Worker]] = {}
         for w in self._cluster.workers:
-            alike.setdefault((w.kind, w.memory_mb, self._refuses(w)), []).append(w)
+            alike.setdefault((w.kind, w.memory_mb // w.gpus, self._refuses(w)), []).append(w)
         for group in alike.values():
             group.sort(key=lambda w: w.resident)
             for lo in range(0, len(group), size):
@@ -256,7 +256,7 @@ class _World:
             kind=_kind_name(first.kind, len(chunk)),
             speed=speed,
             true_speed=speed,
-            memory_mb=first.memory_mb or _BOUNDLESS_MB,
+            memory_mb=first.memory_mb // first.gpus or _BOUNDLESS_MB,
             resident=(
                 *(
                     n

@@ -590,8 +590,8 @@ def test_a_server_that_tells_no_likelihood_of_labels_is_asked_for_the_first_toke
 def test_what_labels_are_worth_without_a_text_is_kept_for_one_tenant_and_not_for_ever(
     remote: Remote, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    server, choir = remote()
     monkeypatch.setattr(openai, "PRIORS", 3)
+    server, choir = remote()
     task = Choose("tiny", labels=LABELS)
 
     def requests(tenant: str, name: str = "it") -> int:
@@ -600,7 +600,7 @@ def test_what_labels_are_worth_without_a_text_is_kept_for_one_tenant_and_not_for
         [row] = choir.engine.prepare(pass_, ["Hello"])
         assert isinstance(row, Prepared)
         choir.engine.admit(pass_, row, tenant, urgent=False)
-        while len(choir.handle.rows):
+        while choir.handle.rows:
             choir.engine.step(choir.handle, 64)
         return sum(path == "/v1/completions" for path, _ in server.seen)
 
@@ -609,6 +609,31 @@ def test_what_labels_are_worth_without_a_text_is_kept_for_one_tenant_and_not_for
         requests("a", name)
     assert len(choir.handle.priors) == 3
     assert requests("a") == 6
+
+
+def test_a_server_of_our_own_shares_no_prefix_cache_between_tenants(remote: Remote) -> None:
+    server, choir = remote()
+    tasks = {"label": Choose("tiny", labels=LABELS), "text": asked()}
+
+    def salts(tenant: str) -> set[str | None]:
+        server.seen.clear()
+        pass_ = replace(choir.pass_of(tasks), tenant=tenant)
+        [row] = choir.engine.prepare(pass_, ["Hello"])
+        assert isinstance(row, Prepared)
+        choir.engine.admit(pass_, row, tenant, urgent=False)
+        while choir.handle.rows:
+            choir.engine.step(choir.handle, 64)
+        asked_for = [body for path, body in server.seen if path.endswith("completions")]
+        assert {path for path, _ in server.seen} > {"/v1/completions", "/v1/chat/completions"}
+        return {body.get("cache_salt") for body in asked_for}
+
+    # Somebody else's server may take no such field.
+    assert salts("a") == {None}
+    choir.handle.secret = "known to nobody"
+    [a], [b] = salts("a"), salts("b")
+    assert a != b
+    assert salts("a") == {a}
+    assert all(one is not None and len(one) == 64 for one in (a, b))
 
 
 def named_or_none(choir: Choir, task: Choose) -> bool:

@@ -233,7 +233,7 @@ def test_calibrated_scores_compare_with_no_text_at_all(house: House) -> None:
     labels = ("good", "bad", "neutral")
     [first, *_] = house.run({"a": Choose("tiny", labels=labels, scores=True)}, ["N/A"])["a"]
     assert list(first[2].values()) == pytest.approx([1 / 3] * 3, rel=1e-3)
-    assert len(house.handle.worth) == 1
+    assert len(house.handle.priors) == 1
     other = house.run({"a": Choose("tiny", labels=("yes", "no"), scores=True)}, ["N/A"])["a"]
     assert list(other[0][2].values()) == pytest.approx([1 / 2] * 2, rel=1e-3)
 

@@ -102,7 +102,10 @@ def start(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Start:
         config.write_text("{}")
         engine = VllmEngine(gpus=lambda: gpus)
         device = "cpu" if gpus is None else "cuda:0"
-        engine.unload(engine.load(model, {"config.json": config}, device=device, in_format=in_format))
+        handle = engine.load(model, {"config.json": config}, device=device, in_format=in_format)
+        engine.unload(handle)
+        # Its prefix cache is kept apart by tenant, with a secret of this start.
+        assert len(handle.secret) > 40
         arguments, env = json.loads(noted.read_text())
         options = dict(a.partition("=")[::2] for a in arguments if a.startswith("--"))
         return Called(options, env)

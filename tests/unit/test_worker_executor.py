@@ -127,6 +127,7 @@ class House:
 
     formats: tuple[str, ...] = ()
     budget_mb: int = 100
+    device: Device | None = None
     clock: Clock = field(default_factory=Clock)
     broken: int = 0
     #: Where engines are found; a fake one unless told otherwise.
@@ -143,7 +144,7 @@ class House:
         self.executor = Executor(
             worker="w",
             boot="b",
-            device=Device("cpu", "a fake", "cpu", 1000, self.formats),
+            device=self.device or Device("cpu", "a fake", "cpu", 1000, self.formats),
             engines=self.engines or self,
             files=FakeFiles(),
             transport=self.transport,

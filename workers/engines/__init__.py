@@ -7,7 +7,7 @@ import threading
 from importlib.metadata import EntryPoint, entry_points
 from typing import cast
 
-from workers.engine import BatchEngine, CannotLoad, Engine
+from workers.engine import BatchEngine, CannotLoad, Engine, spreads
 from workers.engines.function import FunctionEngine
 
 GROUP = "motet.engines"
@@ -23,6 +23,16 @@ class InstalledEngines:
 
     def names(self) -> tuple[str, ...]:
         return tuple(sorted(self._points))
+
+    def spreading(self) -> tuple[str, ...]:
+        """Names of those that lay a model out over a group of GPUs. Imports all of them."""
+        return tuple(name for name in self.names() if self._spreads(name))
+
+    def _spreads(self, name: str) -> bool:
+        try:
+            return spreads(self.find(name))
+        except CannotLoad:
+            return False
 
     def preload(self) -> None:
         """Import what the encoder needs, if that is installed: some ten seconds, while there is nothing else to do."""

@@ -9,10 +9,11 @@ docs/decisions/0010.
 
 from __future__ import annotations
 
+import contextlib
 import struct
 import time
 from collections import OrderedDict
-from collections.abc import Collection, Hashable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -27,27 +28,34 @@ from workers.engine import CannotLoad, DeviceBroken, Ended, OutOfMemory, Pass, P
 from workers.engines import kv
 from workers.engines.answers import label_column
 from workers.engines.chat_tokens import ChatTokens, Prompt
+from workers.engines.choosing import outcome
 from workers.engines.lora import Adapters
+from workers.engines.newest import Newest
 from workers.engines.prompts import BAD_MESSAGES, NOTHING, BadMessages, messages_of
 from workers.engines.proof import among_others, not_in_one_line
+from workers.engines.runs import Runs, Varlen, flash, pieces
 from workers.engines.thoughts import switches
 from workers.engines.trees import Bools, Ints, Tree, tree
-from workers.engines.trunk import load_transformer, torch_errors
+from workers.engines.trunk import free_cache, load_transformer, onto, settle, torch_errors
 from workers.engines.writers import Grammar, Writer
 from workers.proved import check_language
 
 #: Rows whose answers are about to begin may wait for a place: so many of the places' share.
 AHEAD = 1 / 8
-#: A prompt's common beginning is kept from so many tokens on; and so many of KV_TOKENS in all.
+#: A prompt's common beginning is kept from so many tokens on; all of them take so many of the tokens in flight more.
 LEAST_KEPT, KEPT_SHARE = 8, 1 / 8
+#: Of a GPU's memory, what its cache of keys and values leaves for a step, whatever it may take beside.
+RESERVE_SHARE = 1 / 16
+#: Label priors kept for one model. Those pushed out are computed again; each is a few numbers.
+PRIORS = 1024
 #: Room that is left for an answer where a text is cut to fit.
 ANSWER_SHARE = 1 / 4
 
 CONTEXT_LENGTH = "context_length"
 
 
-#: What labels are chosen by where there is no text: the adapter, the prompt, the labels.
-Worth = tuple[str, tuple[int, ...], tuple[tuple[int, ...], ...]]
+#: What a label prior depends on: the adapter, the prompt without any text, the labels.
+PriorKey = tuple[str, tuple[int, ...], tuple[tuple[int, ...], ...]]
 #: A fixed beginning: the adapter that computes it, and its tokens.
 Beginning = tuple[str, tuple[int, ...]]
 
@@ -76,7 +84,7 @@ class Asked:
         return hi - lo
 
     @property
-    def worth(self) -> Worth:
+    def prior(self) -> PriorKey:
         return (self.adapter, tuple(self.empty.ids if self.empty else ()), tuple(map(tuple, self.labels)))
 
 
@@ -129,6 +137,8 @@ class _Row:
     ended: list[Writer] = field(default_factory=list)
     #: Task -> the adapter that writes its answer.
     adapter_of: dict[str, str] = field(default_factory=dict)
+    #: Task -> its label prior, where that was known before: it may be pushed out meanwhile.
+    priors: dict[str, tuple[float, ...]] = field(default_factory=dict)
     #: Tasks whose answer cannot be begun.
     failed: dict[str, CellError] = field(default_factory=dict)
     seconds: float = 0.0
@@ -163,13 +173,17 @@ class Causal:
     #: Of each layer the tokens that its sliding window holds; None: it attends to all tokens before.
     windows: tuple[int | None, ...]
     places: int
+    #: Attends to all beginnings of a step at once; None: one after the other.
+    varlen: Varlen | None
+    #: Tokens in flight at most: what its slots may have room for.
+    room: int
     rows: dict[Hashable, _Row] = field(default_factory=dict)
     #: (tenant, beginning) -> its keys and values, newest last.
     kept: OrderedDict[tuple[str, Beginning], list[tuple[torch.Tensor, torch.Tensor]]] = field(
         default_factory=OrderedDict
     )
-    #: (tenant, what asked) -> what its labels are worth without any text.
-    worth: dict[tuple[str, Worth], tuple[float, ...]] = field(default_factory=dict)
+    #: (tenant, what asked) -> how likely its labels are without any text.
+    priors: Newest[tuple[str, PriorKey], tuple[float, ...]] = field(default_factory=lambda: Newest(PRIORS))
     grammar: Grammar | None = None
 
     @property
@@ -186,8 +200,31 @@ class Causal:
         return None if seen is None else self.mask(seen)
 
 
+def free_memory(device: str) -> tuple[int, int] | None:
+    """(free, all) bytes of a GPU, what torch keeps for itself counted as free; None of a CPU."""
+    if device == "cpu":
+        return None
+    free, total = torch.cuda.mem_get_info(device)
+    return free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device), total
+
+
+def tokens_in_flight(more_mb: int, token_bytes: int, free: int, held: int, total: int) -> int:
+    """Tokens whose keys and values a model may hold, where ``more_mb`` are granted beside what KV_TOKENS take.
+
+    Never more than there is room for: ``free`` and ``held`` by it, of ``total`` bytes, less a reserve. Pure.
+    """
+    each = token_bytes * (1 + KEPT_SHARE)
+    granted = KV_TOKENS + more_mb * (1 << 20) / each
+    there = (free + held - total * RESERVE_SHARE) / each
+    return max(KV_TOKENS, int(min(granted, there)))
+
+
 class CausalEngine:
-    """Answers generate, chat, choose and extract. ``Provable``."""
+    """Answers generate, chat, choose and extract. ``Provable``, ``Elastic``."""
+
+    def __init__(self, memory: Callable[[str], tuple[int, int] | None] = free_memory) -> None:
+        """``memory``: (free, all) bytes of a device; None where more than KV_TOKENS would gain nothing."""
+        self._memory = memory
 
     def memory_mb(self, model: Manifest, in_format: str) -> int:
         return model.memory_mb(in_format)
@@ -205,6 +242,7 @@ class CausalEngine:
         config = loaded.config.get_text_config()
         heads = int(getattr(config, "num_key_value_heads", None) or config.num_attention_heads)
         width = int(getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads)
+        queries = config.num_attention_heads
         handle = Causal(
             manifest=model,
             device=device,
@@ -212,12 +250,19 @@ class CausalEngine:
             tokens=ChatTokens(files),
             adapters=Adapters(loaded, device),
             pool=kv.Pool([(heads, width, width)] * config.num_hidden_layers, loaded.dtype, device),
-            groups=config.num_attention_heads // heads,
+            groups=queries // heads,
             windows=_windows(config),
             places=answer_places(device.partition(":")[0]),
+            varlen=flash(device, loaded.dtype, queries, heads, width, width),
+            room=KV_TOKENS,
         )
         try:
-            self._warm_up(handle)
+            try:
+                self._warm_up(handle)
+            except kv.NotAtOnce:
+                handle.varlen = None
+                handle.rows.clear()
+                self._warm_up(handle)
         except (CannotLoad, OutOfMemory, DeviceBroken):
             raise
         except Exception as error:
@@ -232,11 +277,35 @@ class CausalEngine:
     def unload(self, handle: Causal) -> None:
         handle.rows.clear()
         handle.kept.clear()
-        handle.pool.layers.clear()
+        handle.priors.clear()
+        handle.pool.lay_out(0, 0)
         handle.adapters.release()
         handle.model = None
-        if handle.device != "cpu":
-            torch.cuda.empty_cache()
+        free_cache(handle.device)
+
+    @torch.inference_mode()
+    def stretch(self, handle: Causal, more_mb: int) -> bool:
+        """``Elastic``: more rows at once."""
+        if (memory := self._memory(handle.device)) is None:
+            return True
+        pool = handle.pool
+        each, kept = pool.token_bytes, _kept_tokens(handle)
+        handle.room = tokens_in_flight(more_mb, each, memory[0], (pool.tokens + kept) * each, memory[1])
+        self._forget_oldest(handle)
+        if pool.tokens <= handle.room:
+            return True
+        rows = list(handle.rows.values())
+        cells = _longest(rows)
+        if len(rows) * cells > handle.room:
+            return False
+        try:
+            with torch_errors():
+                self._lay_out(handle, len(rows), cells)
+                pool.shrink()
+        except OutOfMemory:
+            return False
+        free_cache(handle.device)
+        return True
 
     def among_others(self, handle: Causal, texts: Sequence[str]) -> float:
         """``Provable``: of the logits behind every token."""
@@ -320,12 +389,14 @@ class CausalEngine:
         if not handle.rows:
             return Step()
         began = time.perf_counter()
+        places = sum(len(row.writing) for row in handle.rows.values())
+        asked = any(row.places for row in handle.rows.values())
+        # Nothing of a row is changed before all that could run out of memory has been done.
         with torch_errors(), torch.inference_mode():
             load = self._load(handle, tokens)
             logits = self._forward(handle, load)
-        places = sum(len(row.writing) for row in handle.rows.values())
-        asked = any(row.places for row in handle.rows.values())
-        self._take(handle, load, logits)
+            told = self._told(handle, load, logits)
+            self._take(handle, load, *told)
         took = time.perf_counter() - began
         for row, count in load.shares:
             row.seconds += took * count / load.tokens
@@ -350,9 +421,12 @@ class CausalEngine:
                 sequences.append(a.prompt.ids[: a.prompt.fixed])
                 kinds.append(a.adapter)
         ends: list[tuple[Asked, str, int, int]] = []
+        priors = {}
         for a in asking.tasks:
+            if a.empty is not None and (prior := handle.priors.get((tenant, a.prior))) is not None:
+                priors[a.name] = prior
             for kind, prompt in (("text", a.prompt), ("empty", a.empty)):
-                if prompt is None or (kind == "empty" and (tenant, a.worth) in handle.worth):
+                if prompt is None or (kind == "empty" and a.name in priors):
                     continue
                 ends.append((a, kind, len(sequences), len(prompt.ids)))
                 behind = [label[:-1] for label in a.labels] or [[]]
@@ -369,7 +443,7 @@ class CausalEngine:
             places = grown.paths[number]
             if (kept := handle.kept.get((tenant, beginning))) is not None:
                 handle.kept.move_to_end((tenant, beginning))
-                handle.pool.write(slot, torch.from_numpy(places).to(handle.device), kept)
+                handle.pool.write(slot, onto(places, handle.device), kept)
                 known[places] = True
             else:
                 keeps[beginning] = places
@@ -388,6 +462,7 @@ class CausalEngine:
             read={a.name: 0 for a in asking.tasks},
             computed={a.name: 0 for a in asking.tasks},
             cell=len(grown),
+            priors=priors,
         )
         for a, kind, first, length in ends:
             paths = grown.paths[first : first + max(1, len(a.labels))]
@@ -427,26 +502,36 @@ class CausalEngine:
         pool, rows = handle.pool, list(handle.rows.values())
         taken = {row.slot for row in rows}
         free = [slot for slot in range(pool.slots) if slot not in taken]
-        if free and (len(free) > spare or not rows) and cells <= pool.cells:
+        # Less room than before: then others need the memory, and it is given back once fewer rows are inside.
+        allowed = not rows or (len(rows) + 1) * pool.cells <= handle.room
+        if free and allowed and (len(free) > spare or not rows) and cells <= pool.cells:
             return free[0]
         # Other lengths than before: slots as long as the longest row needs, as many as there is memory for.
-        longest = max([cells, *(len(r.tree) + sum(a.most for a in r.asking.tasks) for r in rows)])
-        longest = -(-longest // kv.STEP) * kv.STEP
-        slots = max(1, min(KV_TOKENS // longest, int(handle.places * (1 + AHEAD)) + 1))
+        longest = _longest(rows, cells)
+        slots = max(1, min(handle.room // longest, int(handle.places * (1 + AHEAD)) + 1))
         if slots <= len(rows) + spare and rows:
             return None
-        with torch_errors():
+        while True:
             try:
-                pool.lay_out(slots, longest, [row.slot for row in rows])
-            except MemoryError:
-                raise OutOfMemory from None
+                with torch_errors():
+                    self._lay_out(handle, slots, longest)
+                return len(rows)
+            except OutOfMemory:
+                # Fewer rows at once need less; a single one more is the least.
+                if slots <= len(rows) + 1:
+                    raise
+                slots = max(len(rows) + 1, slots // 2)
+
+    def _lay_out(self, handle: Causal, slots: int, cells: int) -> None:
+        """Slots of so many cells, and of these rows the first ones."""
+        rows = list(handle.rows.values())
+        handle.pool.lay_out(slots, cells, [row.slot for row in rows])
         for number, row in enumerate(rows):
             row.slot = number
             row.writing = {
-                key: (writer, _sized(seen, longest), position)
+                key: (writer, _sized(seen, cells), position)
                 for key, (writer, seen, position) in row.writing.items()
             }
-        return len(rows)
 
     def _grammar(self, handle: Causal) -> Grammar:
         if handle.grammar is None:
@@ -488,15 +573,23 @@ class CausalEngine:
     def _forward(self, handle: Causal, load: _Load) -> torch.Tensor:
         """Run the tokens. (wanted, vocabulary) logits in fp32, of the tokens that something comes behind."""
         device = handle.device
+        line = onto(np.array([load.ids, load.positions, load.slots, load.cells], np.int64), device)
+        runs, beginnings = None, []
+        if handle.varlen is None:
+            beginnings = [
+                b for row, places, lo in load.begun for b in self._beginnings(handle, row, places, lo)
+            ]
+        elif load.begun:
+            parts = [p for row, places, lo in load.begun for p in pieces(row.tree, places, lo, row.slot)]
+            runs = Runs.of(parts, handle.pool.cells, device, handle.varlen)
         flight = kv.Flight(
             pool=handle.pool,
-            slots=torch.tensor(load.slots, device=device),
-            cells=torch.tensor(load.cells, device=device),
-            beginnings=[
-                b for row, places, lo in load.begun for b in self._beginnings(handle, row, places, lo)
-            ],
+            slots=line[2],
+            cells=line[3],
+            beginnings=beginnings,
             writing=self._writing(handle, load) if load.newest else None,
             windows=handle.windows,
+            runs=runs,
         )
         for row, _, at in load.newest:
             load.wanted.append((row, at))
@@ -504,13 +597,13 @@ class CausalEngine:
             behind = row.behind
             load.wanted += [(row, lo + i) for i, place in enumerate(places.tolist()) if place in behind]
         handle.adapters.tokens = [
-            (name, torch.tensor([i for i, one in enumerate(load.adapters) if one == name], device=device))
+            (name, onto(np.array([i for i, one in enumerate(load.adapters) if one == name]), device))
             for name in sorted(set(load.adapters) - {""})
         ]
-        keep = torch.tensor([at for _, at in load.wanted], dtype=torch.long, device=device)
+        keep = onto(np.array([at for _, at in load.wanted], np.int64), device)
         found = handle.model(
-            input_ids=torch.tensor([load.ids], device=device),
-            position_ids=torch.tensor([load.positions], device=device),
+            input_ids=line[:1],
+            position_ids=line[1:2],
             use_cache=False,
             logits_to_keep=keep if len(keep) else 1,
             flight=flight,
@@ -538,7 +631,9 @@ class CausalEngine:
             by_slot.setdefault(row.slot, []).append((at, row.writing[key][1]))
         slots = max(by_slot) + 1
         answers = max(map(len, by_slot.values()))
-        cells = 1 + max(load.cells[at] for _, _, at in load.newest)
+        # To a multiple of eight, as kernels of a GPU want masks: slots have that many.
+        eight = 1 if handle.device == "cpu" else 8
+        cells = -(-(1 + max(load.cells[at] for _, _, at in load.newest)) // eight) * eight
         tokens = np.zeros((slots, answers), np.int64)
         seen = np.zeros((slots, answers, cells), bool)
         seen[:, :, 0] = True  # where there is no answer, something must be attended to
@@ -556,53 +651,68 @@ class CausalEngine:
         if near is not None:
             near[:, :, 0] |= ~near.any(-1)
         device = handle.device
+        which = onto(np.array([places, targets], np.int64), device)
         return kv.Writing(
-            tokens=torch.from_numpy(tokens).to(device),
+            tokens=onto(tokens, device),
             seen=handle.mask(seen),
             near=handle.near(near),
-            places=torch.tensor(places, device=device),
-            targets=torch.tensor(targets, device=device),
+            places=which[0],
+            targets=which[1],
         )
 
-    def _take(self, handle: Causal, load: _Load, logits: torch.Tensor) -> None:
-        """Write the next token of each answer, begin those whose prompt has been read, and add up labels' worth."""
-        at_row = {at: number for number, (_, at) in enumerate(load.wanted)}
-        likeliest: list[int] = logits.argmax(-1).tolist() if load.wanted else []
+    def _told(
+        self, handle: Causal, load: _Load, logits: torch.Tensor
+    ) -> tuple[list[tuple[Writer, int]], list[tuple[_Score, float]]]:
+        """The next token of each answer that goes on or begins, and what is to be added to labels' scores."""
+        number_of = {at: number for number, (_, at) in enumerate(load.wanted)}
+        writing = [(number_of[at], row.writing[key][0]) for row, key, at in load.newest]
+        scored: list[tuple[int, int]] = []
+        scores: list[_Score] = []
+        for row, places, lo in load.begun:
+            for at, place in enumerate(places.tolist(), lo):
+                if (number := number_of.get(at)) is None:
+                    continue
+                here = [score for score in row.scores if place in score.wanted]
+                scores += here
+                scored += [(number, score.wanted[place]) for score in here]
+                writing += [(number, writer) for writer in row.begins.get(place, ())]
+        if not writing and not scored:
+            settle(handle.device)
+            return [], []
+        tokens, logps = outcome(logits, writing, scored, handle.grammar)
+        return [(w, token) for (_, w), token in zip(writing, tokens, strict=True)], list(
+            zip(scores, logps, strict=True)
+        )
 
-        def write(writer: Writer, number: int) -> None:
-            token = likeliest[number]
-            if not writer.plain:
-                token = writer.choose(logits[number].cpu().numpy().copy(), handle.grammar)
+    def _take(
+        self,
+        handle: Causal,
+        load: _Load,
+        written: Sequence[tuple[Writer, int]],
+        scored: Sequence[tuple[_Score, float]],
+    ) -> None:
+        """Write the next token of each answer, begin those whose prompt has been read, and add up labels' scores."""
+        for score, logp in scored:
+            score.logp += logp
+        for writer, token in written:
             writer.take(token, handle.tokens.ends, handle.tokens.words)
-
         for row, key, at in load.newest:
             writer, seen, position = row.writing[key]
             seen[load.cells[at]] = True
             row.writing[key] = (writer, seen, position + 1)
             row.cell = load.cells[at] + 1
-            write(writer, at_row[at])
             if writer.finish:
                 row.ended.append(writer)
                 del row.writing[key]
-        for row, places, lo in load.begun:
+        for row, places, _ in load.begun:
             row.todo = row.todo[len(places) :]
             self._keep(handle, row)
-            for i, place in enumerate(places.tolist()):
-                if lo + i in at_row:
-                    self._behind(
-                        handle, row, place, logits[at_row[lo + i]], lambda w, n=at_row[lo + i]: write(w, n)
-                    )
+            for place in row.begins.keys() & set(places.tolist()):
+                self._begin(handle, row, place)
 
-    def _behind(self, handle: Causal, row: _Row, place: int, logits: torch.Tensor, write: Any) -> None:
-        """What comes behind the token at this place of the row's tree."""
-        scores = [score for score in row.scores if place in score.wanted]
-        if scores:
-            wanted = torch.tensor([score.wanted[place] for score in scores], device=logits.device)
-            worth = logits[wanted] - logits.logsumexp(-1)
-            for score, logp in zip(scores, worth.tolist(), strict=True):
-                score.logp += logp
-        for writer in row.begins.pop(place, ()):
-            write(writer)
+    def _begin(self, handle: Causal, row: _Row, place: int) -> None:
+        """The answers behind this place of the row's tree have their first token."""
+        for writer in row.begins.pop(place):
             if writer.finish:
                 row.ended.append(writer)
                 continue
@@ -614,10 +724,15 @@ class CausalEngine:
         next_place = int(row.todo[0]) if len(row.todo) else len(row.tree)
         for beginning, places in list(row.keeps.items()):
             if int(places[-1]) < next_place:
-                cells = torch.from_numpy(places).to(handle.device)
-                handle.kept[row.tenant, beginning] = handle.pool.read(row.slot, cells)
+                # Where there is no memory for it, it is computed again.
+                with contextlib.suppress(OutOfMemory), torch_errors():
+                    cells = onto(places, handle.device)
+                    handle.kept[row.tenant, beginning] = handle.pool.read(row.slot, cells)
                 del row.keeps[beginning]
-        while len(handle.kept) > 1 and sum(len(ids) for _, (_, ids) in handle.kept) > KV_TOKENS * KEPT_SHARE:
+        self._forget_oldest(handle)
+
+    def _forget_oldest(self, handle: Causal) -> None:
+        while len(handle.kept) > 1 and _kept_tokens(handle) > handle.room * KEPT_SHARE:
             handle.kept.popitem(last=False)
 
     # -- the end of a row
@@ -627,7 +742,8 @@ class CausalEngine:
         written = {writer.name: writer for writer in row.ended}
         for a in row.asking.tasks:
             if found := tuple(s.logp for s in row.scores if s.task == a.name and s.empty):
-                handle.worth[row.tenant, a.worth] = found
+                row.priors[a.name] = found
+                handle.priors.put((row.tenant, a.prior), found)
         weights = {a.name: row.computed[a.name] + _written(written.get(a.name)) for a in row.asking.tasks}
         total = sum(weights.values()) or 1
         columns = {}
@@ -642,8 +758,8 @@ class CausalEngine:
     def _column(self, handle: Causal, row: _Row, a: Asked, written: Mapping[str, Writer]) -> Column:
         if a.labels:
             found = [s.logp for s in row.scores if s.task == a.name and not s.empty]
-            worth = handle.worth.get((row.tenant, a.worth)) if a.empty is not None else None
-            scores = np.array(found, np.float32) - (np.array(worth, np.float32) if worth else 0)
+            prior = row.priors.get(a.name)
+            scores = np.array(found, np.float32) - (np.array(prior, np.float32) if prior else 0)
             return label_column(scores[None], every_score=bool(a.spec.get("scores")))
         return json_column(row.failed.get(a.name) or written[a.name].answer(handle.tokens.words))
 
@@ -728,6 +844,16 @@ def _own_tokens(asked: Sequence[Asked]) -> int:
     What is the same for every row costs each of them the same, and says nothing of how much longer one takes.
     """
     return max(1, *(a.own_tokens for a in asked))
+
+
+def _kept_tokens(handle: Causal) -> int:
+    return sum(len(ids) for _, (_, ids) in handle.kept)
+
+
+def _longest(rows: Sequence[_Row], cells: int = 1) -> int:
+    """Cells that a slot must have for the longest of these rows, and for one of ``cells``."""
+    longest = max([cells, *(len(r.tree) + sum(a.most for a in r.asking.tasks) for r in rows)])
+    return -(-longest // kv.STEP) * kv.STEP
 
 
 def _written(writer: Writer | None) -> int:

@@ -20,7 +20,7 @@ from motet.wire import TaskOrder
 from workers.engine import CannotLoad, Pass, Prepared
 from workers.engines.answers import Floats, logits_column
 from workers.engines.proof import beside_others
-from workers.engines.trunk import Tokens, load_transformer, padded, torch_errors
+from workers.engines.trunk import Tokens, free_cache, load_transformer, padded, torch_errors
 from workers.proved import check_encoder
 
 
@@ -69,8 +69,7 @@ class ClassifierEngine:
 
     def unload(self, handle: Classifier) -> None:
         handle.model = None
-        if handle.device != "cpu":
-            torch.cuda.empty_cache()
+        free_cache(handle.device)
 
     def among_others(self, handle: Classifier, texts: Sequence[str]) -> float:
         """``Provable``: of the scores before any softmax."""

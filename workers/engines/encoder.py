@@ -22,9 +22,13 @@ from motet.manifest import Manifest
 from motet.wire import TaskOrder
 from workers.engine import CannotLoad, Pass, Prepared
 from workers.engines.answers import Floats, logits_column, vector_column
+from workers.engines.newest import Newest
 from workers.engines.proof import beside_others
-from workers.engines.trunk import Tokens, load_transformer, padded, pool, torch_errors
+from workers.engines.trunk import Tokens, free_cache, load_transformer, padded, pool, torch_errors
 from workers.proved import check_encoder
+
+#: Sets of heads whose weights are kept beside each other: each takes as much memory as its heads.
+FUSED = 64
 
 
 @dataclass(slots=True)
@@ -38,7 +42,7 @@ class Encoder:
     #: Manifest digest -> head, fp32 on the device.
     heads: dict[str, Head] = field(default_factory=dict)
     #: Digests of a pass' heads -> all of them as one.
-    fused: dict[tuple[str, ...], Fused] = field(default_factory=dict)
+    fused: Newest[tuple[str, ...], Fused] = field(default_factory=lambda: Newest(FUSED))
 
 
 @dataclass(frozen=True, slots=True)
@@ -133,8 +137,7 @@ class EncoderEngine:
         handle.model = None
         handle.heads.clear()
         handle.fused.clear()
-        if handle.device != "cpu":
-            torch.cuda.empty_cache()
+        free_cache(handle.device)
 
     def among_others(self, handle: Encoder, texts: Sequence[str]) -> float:
         """``Provable``: of the pooled vectors."""
@@ -149,9 +152,10 @@ class EncoderEngine:
 
     def _fused(self, handle: Encoder, heads: Sequence[TaskOrder]) -> Fused:
         key = tuple(task.manifest.digest for task in heads)
-        if key not in handle.fused:
-            handle.fused[key] = Fused([handle.heads[digest] for digest in key])
-        return handle.fused[key]
+        if (known := handle.fused.get(key)) is None:
+            known = Fused([handle.heads[digest] for digest in key])
+            handle.fused.put(key, known)
+        return known
 
 
 def _vector_column(task: TaskOrder, pooled: Floats) -> Column:

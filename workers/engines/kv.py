@@ -18,6 +18,8 @@ from numpy.typing import NDArray
 from torch.nn.functional import scaled_dot_product_attention
 
 from workers.engine import CannotLoad
+from workers.engines.runs import Runs
+from workers.engines.trunk import onto
 
 Bools = NDArray[np.bool_]
 
@@ -34,34 +36,101 @@ _WITHOUT_EFFECT = frozenset(
 
 
 class Pool:
-    """Slots of equal length in the device's memory: keys and values of every layer, as [slots, cells, heads, width]."""
+    """Slots of equal length in the device's memory: keys and values of every layer, as [slots, cells, heads, width].
+
+    They are parts of one piece of memory for each layer, which stays when slots are laid out anew: on a GPU two pools
+    beside each other would need twice the memory.
+    """
 
     def __init__(self, shapes: Sequence[tuple[int, int, int]], dtype: torch.dtype, device: str) -> None:
         """``shapes``: of each layer, its key-value heads and the widths of a key and of a value."""
         self._shapes, self._dtype, self._device = shapes, dtype, device
         self.slots = self.cells = 0
         self.layers: list[tuple[torch.Tensor, torch.Tensor]] = []
+        #: Of each layer its whole memory, [tokens, heads, width].
+        self._memory: list[list[torch.Tensor]] = []
+
+    @property
+    def tokens(self) -> int:
+        """Tokens that its memory has room for."""
+        return min((len(one) for pair in self._memory for one in pair), default=0)
+
+    @property
+    def token_bytes(self) -> int:
+        """Bytes of one token: keys and values of all layers."""
+        numbers = sum(heads * (of_key + of_value) for heads, of_key, of_value in self._shapes)
+        return numbers * self._dtype.itemsize
 
     def lay_out(self, slots: int, cells: int, keep: Sequence[int] = ()) -> None:
         """Make it so many slots of so many cells; slots ``keep`` become the first ones, in that order.
 
-        Raises what torch raises where memory is short; then it is as it was.
+        While slots are kept, memory that they need no more stays with it. Raises what torch raises where memory is
+        short; then all is as it was, or nothing is there if none was to be kept.
         """
         if (slots, cells) == (self.slots, self.cells) and not keep:
             return
-        kept = torch.tensor(list(keep), dtype=torch.long, device=self._device)
+        if not keep:
+            # Nobody needs the old memory beside the new one.
+            self.slots = self.cells = 0
+            self.layers, self._memory = [], []
+        if slots * cells > self.tokens:
+            self._grow(slots * cells)
         common = min(cells, self.cells)
-        fresh = []
-        for number, (heads, *widths) in enumerate(self._shapes):
-            pair = []
-            for which, width in enumerate(widths):
-                # Not empty: what nobody attends to is multiplied by zero, which a NaN would survive.
-                made = torch.zeros(slots, cells, heads, width, dtype=self._dtype, device=self._device)
+        spare = self._spare(len(keep))
+        order = torch.tensor(list(keep), dtype=torch.long, device=self._device)
+        layers = []
+        for number, pair in enumerate(self._memory):
+            views = []
+            for which, memory in enumerate(pair):
+                view = memory[: slots * cells].view(slots, cells, *memory.shape[1:])
                 if keep:
-                    made[: len(keep), :common] = self.layers[number][which][kept, :common]
-                pair.append(made)
-            fresh.append((pair[0], pair[1]))
-        self.layers, self.slots, self.cells = fresh, slots, cells
+                    # By way of a copy: old and new places overlap.
+                    held = spare[memory.shape[1:]]
+                    torch.index_select(self.layers[number][which], 0, order, out=held)
+                    view[: len(keep), :common] = held[:, :common]
+                views.append(view)
+            layers.append((views[0], views[1]))
+        self.layers, self.slots, self.cells = layers, slots, cells
+
+    def shrink(self) -> None:
+        """Give back the memory that its slots do not need. Raises what torch raises where memory is short."""
+        for number, pair in enumerate(self._memory):
+            self._memory[number] = [memory[: self.slots * self.cells].clone() for memory in pair]
+            self._see(number)
+
+    def _grow(self, tokens: int) -> None:
+        """More memory, layer by layer; each has what it had at any time."""
+        if not self._memory:
+            self._memory = [
+                [self._zeros(tokens, heads, width) for width in widths] for heads, *widths in self._shapes
+            ]
+            return
+        used = self.slots * self.cells
+        for number, pair in enumerate(self._memory):
+            fresh = [self._zeros(tokens, *memory.shape[1:]) for memory in pair]
+            for new, old in zip(fresh, pair, strict=True):
+                new[:used] = old[:used]
+            self._memory[number] = fresh
+            self._see(number)
+
+    def _see(self, number: int) -> None:
+        """Let a layer's slots be those of its memory."""
+        shape = (self.slots, self.cells)
+        keys, values = (m[: self.slots * self.cells].view(*shape, *m.shape[1:]) for m in self._memory[number])
+        self.layers[number] = (keys, values)
+
+    def _zeros(self, tokens: int, heads: int, width: int) -> torch.Tensor:
+        # Not empty: what nobody attends to is multiplied by zero, which a NaN would survive.
+        return torch.zeros(tokens, heads, width, dtype=self._dtype, device=self._device)
+
+    def _spare(self, slots: int) -> dict[torch.Size, torch.Tensor]:
+        """Room for so many slots of one layer, by heads and width: asked for before anything is changed."""
+        if not slots:
+            return {}
+        return {
+            shape: torch.empty(slots, self.cells, *shape, dtype=self._dtype, device=self._device)
+            for shape in {memory.shape[1:] for pair in self._memory for memory in pair}
+        }
 
     def read(self, slot: int, cells: torch.Tensor) -> list[tuple[torch.Tensor, torch.Tensor]]:
         """A copy of these cells of a slot."""
@@ -102,6 +171,10 @@ class Writing:
     targets: torch.Tensor
 
 
+class NotAtOnce(Exception):
+    """This model's attention does something that the kernel of `Runs` does not."""
+
+
 @dataclass(frozen=True, slots=True)
 class Flight:
     """One step: where its tokens go, and what attends to what."""
@@ -114,6 +187,8 @@ class Flight:
     writing: Writing | None
     #: Of each layer the tokens that its sliding window holds; None: it attends to all tokens before.
     windows: Sequence[int | None]
+    #: Instead of ``beginnings``: parts of prompts for a kernel that takes them at once.
+    runs: Runs | None = None
 
 
 def attend(
@@ -150,6 +225,10 @@ def attend(
     def attended(asked: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
         return _grouped(asked, k, v, mask, scaling, sinks=s_aux, softcap=softcap)
 
+    if (runs := flight.runs) is not None:
+        if s_aux is not None or softcap is not None:
+            raise NotAtOnce
+        answer[runs.tokens] = runs.attend(query[0].transpose(0, 1), keys, values, scaling, window)
     for b in flight.beginnings:
         mask = b.seen if window is None or b.near is None else b.near
         k, v = (x[b.slot : b.slot + 1, : mask.shape[-1]].transpose(1, 2) for x in (keys, values))
@@ -214,7 +293,12 @@ def additive(seen: Bools, groups: int, dtype: torch.dtype, device: str) -> torch
 
     Made once for a step: each layer would have to turn a mask of truth values into this one.
     """
-    mask = torch.from_numpy(np.where(seen, np.float32(0), np.float32("-inf"))).to(device, dtype)
+    if device == "cpu":
+        mask = torch.from_numpy(np.where(seen, np.float32(0), np.float32("-inf"))).to(dtype)
+    else:
+        # A byte a cell travels, and it is widened there.
+        mask = torch.zeros(seen.shape, dtype=dtype, device=device)
+        mask.masked_fill_(~onto(np.ascontiguousarray(seen), device), float("-inf"))
     return mask[:, None].repeat(1, 1, groups, 1)
 
 

@@ -14,6 +14,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import hashlib
+import hmac
 import json
 import math
 import os
@@ -36,6 +37,7 @@ from workers.engine import CannotLoad, Ended, Pass, Prepared, Step
 from workers.engines.answers import label_column
 from workers.engines.chat_server import ChatServer, Refused, Spending
 from workers.engines.function import json_column
+from workers.engines.newest import Newest
 from workers.engines.prompts import BAD_MESSAGES, NOTHING, BadMessages, messages_of, plain
 from workers.engines.refusals import ANSWER_LENGTH, CONTEXT_LENGTH
 from workers.engines.schemas import violation
@@ -81,8 +83,17 @@ class Served:
     #: Ticket -> tasks asked, and the row on the loop.
     rows: dict[Hashable, tuple[int, Future[None]]] = field(default_factory=dict)
     ended: queue.SimpleQueue[tuple[Future[None], Ended]] = field(default_factory=queue.SimpleQueue)
-    #: Tenant, task -> how likely its labels are without any text; the newest PRIORS of them, oldest first.
-    priors: dict[tuple[str, str], tuple[float, ...]] = field(default_factory=dict)
+    #: Tenant, task -> how likely its labels are without any text.
+    priors: Newest[tuple[str, str], tuple[float, ...]] = field(default_factory=lambda: Newest(PRIORS))
+    #: Of a server of our own: what keeps its prefix cache apart by tenant. "": a server that may not know of this.
+    secret: str = ""
+
+    def salt(self, tenant: str) -> dict[str, str]:
+        """vLLM's field that a request's prefix cache is shared by: nobody learns from the time of an answer what other
+        tenants have asked (its documentation of automatic prefix caching)."""
+        if not self.secret:
+            return {}
+        return {"cache_salt": hmac.new(self.secret.encode(), tenant.encode(), "sha256").hexdigest()}
 
     @property
     def asked(self) -> int:
@@ -221,7 +232,13 @@ class _Question:
         # A server without this switch has a model that thinks or not; its thoughts are cut off in any case.
         spare = {*spare, "chat_template_kwargs"}
         return await self.server.chat(
-            messages, self.spending, urgent=self.urgent, spare=spare, **self.template, **options
+            messages,
+            self.spending,
+            urgent=self.urgent,
+            spare=spare,
+            **self.template,
+            **self.handle.salt(self.tenant),
+            **options,
         )
 
 
@@ -415,9 +432,7 @@ async def _likelihoods(q: _Question, share: float) -> list[float]:
         known, key = q.handle.priors, (q.tenant, q.task.name)
         if (prior := known.get(key)) is None:
             prior = tuple(await _sums(q, q.empty(), labels))
-            known[key] = prior
-            while len(known) > PRIORS:
-                del known[next(iter(known))]
+            known.put(key, prior)
         found = [a - b for a, b in zip(found, prior, strict=True)]
     q.server.scores = True
     return found
@@ -439,6 +454,7 @@ async def _sums(
             temperature=0.0,
             echo=True,
             logprobs=1,
+            **q.handle.salt(q.tenant),
         )
         told = (choice.get("logprobs") or {}).get("token_logprobs") or []
         mine = told[len(prompt) : len(prompt) + len(label)]

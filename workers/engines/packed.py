@@ -93,9 +93,18 @@ def packed_kind(files: Mapping[str, Path]) -> str:
 
 
 def load_packed(
-    auto_class: str, files: Mapping[str, Path], kind: str, *, in_format: torch.dtype, attention: str | None
+    auto_class: str,
+    files: Mapping[str, Path],
+    kind: str,
+    *,
+    in_format: torch.dtype,
+    attention: str | None,
+    device: str = "cpu",
 ) -> tuple[nn.Module, list[str]]:
-    """The model of a packed folder, computing in a format, and the names of weights that the folder lacks."""
+    """The model of a packed folder, computing in a format, and the names of weights that the folder lacks.
+
+    Its weights are on the device; buffers that no file holds are not yet.
+    """
     import transformers
     from safetensors.torch import load_file
     from transformers.initialization import no_init_weights
@@ -108,7 +117,7 @@ def load_packed(
         )
     tensors: dict[str, torch.Tensor] = {}
     for shard in _shards(files):
-        tensors |= load_file(shard)
+        tensors |= load_file(shard, device=device)
     packable = dict(_packable(model))
     for name in [name for name in tensors if name.endswith(f".weight_{kind}")]:
         path = name.rpartition(".")[0]

@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 
 from workers.engine import CannotLoad, DeviceBroken, OutOfMemory, Prepared
 from workers.engines import kv
+from workers.engines.runs import Piece, Runs, Varlen
 from workers.engines.trunk import Tokens, torch_errors
 from workers.proved import ELSEWHERE
 
@@ -42,6 +43,7 @@ class LanguageModel(Protocol):
     pool: kv.Pool
     groups: int
     windows: tuple[int | None, ...]
+    varlen: Varlen | None
 
 
 def among_others(loaded: LanguageModel, ids: Sequence[int], most: int) -> float:
@@ -185,9 +187,14 @@ def _flight(
 ) -> kv.Flight:
     window = next((w for w in windows if w is not None), None)
     at, beginnings, newest = 0, [], []
+    pieces: list[Piece] = []
     for row, lo, hi in step:
         if hi - lo == 1:
             newest.append((at, row, lo))
+        elif loaded.varlen is not None:
+            pieces.append(Piece(at, hi - lo, row, np.arange(hi)))
+            at += hi - lo
+            continue
         for first in range(lo, hi, kv.TOGETHER) if hi - lo > 1 else ():
             last = min(first + kv.TOGETHER, hi)
             seen, near = _masks(loaded, window, np.arange(first, last)[None], last)
@@ -200,6 +207,9 @@ def _flight(
         beginnings=beginnings,
         writing=_writing(loaded, window, newest) if newest else None,
         windows=windows,
+        runs=Runs.of(pieces, loaded.pool.cells, loaded.device, loaded.varlen)
+        if pieces and loaded.varlen is not None
+        else None,
     )
 
 

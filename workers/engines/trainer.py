@@ -26,7 +26,7 @@ from workers.engines.function import json_column
 from workers.engines.training.journal import HttpJournal
 from workers.engines.training.learner import Hopeless
 from workers.engines.training.run import Journal, Run, Trained, Trunk, TryAgain
-from workers.engines.trunk import Tokens, load_transformer, torch_errors
+from workers.engines.trunk import Tokens, free_cache, load_transformer, settle, torch_errors
 from workers.proved import check_encoder, inherited
 
 #: How often a run begins again after its journal was out of reach, and the pause before.
@@ -124,6 +124,7 @@ class TrainerEngine:
             return Step()
         with torch_errors():
             computed = fit.step()
+            settle(handle.trunk.device)
         if fit.answer is None:
             return Step(computed_tokens=computed)
         handle.run = None
@@ -138,6 +139,7 @@ class TrainerEngine:
     def unload(self, handle: Trainer) -> None:
         self.abort(handle, [handle.run.ticket] if handle.run else [])
         handle.trunk.model.to("meta")
+        free_cache(handle.trunk.device)
 
 
 class Fit:

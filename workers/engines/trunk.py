@@ -9,6 +9,7 @@ import json
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -18,11 +19,14 @@ from numpy.typing import NDArray
 
 from motet.columns import CellError
 from workers.engine import CannotLoad, DeviceBroken, OutOfMemory, Prepared
+from workers.engines.newest import Newest
 from workers.engines.packed import load_packed, packed_kind
 
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 #: A text is cut to so many characters per token read before it is tokenised; English has four to five.
 CHARS_PER_TOKEN = 16
+#: Limits of tokens read for which a tokenizer is kept: a task may ask for any, and each takes megabytes.
+LIMITS = 16
 
 
 def folder_of(files: Mapping[str, Path]) -> Path:
@@ -70,7 +74,7 @@ def load_transformer(
             admit(transformers.AutoConfig.from_pretrained(folder, local_files_only=True))
             if kind := packed_kind(files):
                 model, missing = load_packed(
-                    auto_class, files, kind, in_format=DTYPES[in_format], attention=attention
+                    auto_class, files, kind, device=device, in_format=DTYPES[in_format], attention=attention
                 )
             else:
                 model, told = getattr(transformers, auto_class).from_pretrained(
@@ -81,37 +85,37 @@ def load_transformer(
                     attn_implementation=attention,
                     dtype=DTYPES[in_format],
                     output_loading_info=True,
+                    # One tensor after the other onto the device: all of them may not fit into the host's memory.
+                    device_map=None if device == "cpu" or find_spec("accelerate") is None else device,
                 )
                 missing = told["missing_keys"]
             absent = sorted(k for k in missing if not k.startswith(may_miss))
             if absent:
                 raise CannotLoad(f"the weights lack {', '.join(absent[:3])}")
             model = model.eval().requires_grad_(False).to(device)
-            return (
-                _imitated(model)
-                if in_format == "bf16" and device == "cpu" and not _computes_bf16()
-                else model
-            )
+            return model if device != "cpu" or _cpu_computes(in_format) else _imitated(model)
     except (OutOfMemory, DeviceBroken, CannotLoad):
         raise
     except Exception as error:
         raise CannotLoad(f"{auto_class} cannot be loaded from this folder: {type(error).__name__}") from error
 
 
-def _computes_bf16() -> bool:
-    """Whether this CPU has instructions for bf16; without them each product takes some forty times as long."""
-    return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
+def _cpu_computes(in_format: str) -> bool:
+    """Whether this CPU has instructions for a format; without them each product takes some forty times as long."""
+    return in_format == "fp32" or bool(getattr(torch.ops.mkldnn, f"_is_mkldnn_{in_format}_supported")())
 
 
 def _imitated(model: Any) -> Any:
-    """A bf16 model that computes in fp32 and rounds: its weights are bf16's, and so is what every layer hands on.
+    """A model in half precision that computes in fp32 and rounds: its weights, and what every layer hands on.
 
     So a format is tried also where it is slow (workers/accuracy.py); nothing runs in it there.
     """
 
+    dtype = next(model.parameters()).dtype
+
     def rounded(_: Any, __: Any, answer: Any) -> Any:
         return (
-            answer.bfloat16().float()
+            answer.to(dtype).float()
             if isinstance(answer, torch.Tensor) and answer.is_floating_point()
             else answer
         )
@@ -130,7 +134,7 @@ class Tokens:
         """``most``: tokens that the model can read. Raises CannotLoad."""
         try:
             self._json = path.read_text("utf-8")
-            self._cut: dict[int, Any] = {}
+            self._cut: Newest[int, Any] = Newest(LIMITS)
             self._lock = threading.Lock()
             self._most = most
             self.pad = _pad_id(json.loads(self._json))
@@ -160,14 +164,14 @@ class Tokens:
     def _reader(self, most: int) -> Any:
         """A tokenizer of its own for each limit: its limit is state that threads would share."""
         with self._lock:
-            if most not in self._cut:
+            if (reader := self._cut.get(most)) is None:
                 from tokenizers import Tokenizer
 
-                tokenizer = Tokenizer.from_str(self._json)
-                tokenizer.no_padding()
-                tokenizer.enable_truncation(most)
-                self._cut[most] = tokenizer
-            return self._cut[most]
+                reader = Tokenizer.from_str(self._json)
+                reader.no_padding()
+                reader.enable_truncation(most)
+                self._cut.put(most, reader)
+            return reader
 
 
 def padded(batch: Sequence[Prepared], pad: int, device: str) -> tuple[torch.Tensor, torch.Tensor | None]:
@@ -178,7 +182,7 @@ def padded(batch: Sequence[Prepared], pad: int, device: str) -> tuple[torch.Tens
     for i, row in enumerate(batch):
         ids[i, : row.length] = row.inputs
     mask = None if int(lengths.min()) == longest else (np.arange(longest) < lengths[:, None])
-    return _onto(ids, device), None if mask is None else _onto(mask.astype(np.int64), device)
+    return onto(ids, device), None if mask is None else onto(mask.astype(np.int64), device)
 
 
 def pool(hidden: torch.Tensor, mask: torch.Tensor | None, pooling: str) -> torch.Tensor:
@@ -192,6 +196,18 @@ def pool(hidden: torch.Tensor, mask: torch.Tensor | None, pooling: str) -> torch
     kept = mask.unsqueeze(-1)
     total: torch.Tensor = (hidden * kept.to(hidden.dtype)).sum(1, dtype=torch.float32)
     return total / kept.sum(1)
+
+
+def free_cache(device: str) -> None:
+    """Give back to the device what a model held: torch would keep it. Every engine's unload ends with this."""
+    if device != "cpu":
+        torch.cuda.empty_cache()
+
+
+def settle(device: str) -> None:
+    """Wait until the device has done all that it was given: a step that returned before would count as a fast one."""
+    if device != "cpu":
+        torch.cuda.synchronize(device)
 
 
 @contextmanager
@@ -224,9 +240,12 @@ def _meaning(error: RuntimeError) -> type[Exception] | None:
     return DeviceBroken if sticky else None
 
 
-def _onto(values: NDArray[Any], device: str) -> torch.Tensor:
+def onto(values: NDArray[Any], device: str) -> torch.Tensor:
+    """These values on the device. Onto a GPU from pinned memory: the host goes on while they travel."""
     tensor = torch.from_numpy(values)
-    return tensor if device == "cpu" else tensor.pin_memory().to(device, non_blocking=True)
+    if device == "cpu" or not tensor.numel():
+        return tensor.to(device)
+    return tensor.pin_memory().to(device, non_blocking=True)
 
 
 def _opening(text: str, chars: int) -> str:

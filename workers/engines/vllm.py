@@ -33,7 +33,7 @@ from workers import scratch
 from workers.engine import CannotLoad, DeviceBroken, OutOfMemory, Pass, Prepared, Step
 from workers.engines.openai import OpenAIEngine, Served, connect
 
-DTYPES = {"fp32": "float32", "bf16": "bfloat16"}
+DTYPES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
 #: It compiles and warms up while it starts; large weights are read for minutes.
 START_S, GRACE_S, LOOK_S = 1200.0, 20.0, 0.2
 #: What vLLM takes beside weights and cache, on each GPU: activations, compiled graphs.
@@ -113,6 +113,8 @@ def grant(model: Manifest, in_format: str, gpus: int, room_mb: int) -> Grant:
 class VllmEngine:
     """Answers generate, chat, choose and extract, on a GPU or a group of GPUs."""
 
+    spreads = True
+
     longest_load_s = START_S + 2 * GRACE_S
 
     def __init__(
@@ -160,7 +162,8 @@ class VllmEngine:
                 raise CannotLoad(str(error)) from None
             raise
         served = connect(f"http://127.0.0.1:{port}/v1", "motet", key=key, in_flight=answer_places(kind))
-        return Vllm(served.server, served.loop, served.thread, child=child, folder=folder)
+        secret = secrets.token_urlsafe(32)
+        return Vllm(served.server, served.loop, served.thread, secret=secret, child=child, folder=folder)
 
     def attach(self, handle: Vllm, task: TaskOrder, files: Mapping[str, Path]) -> None:
         self._served.attach(handle, task, files)

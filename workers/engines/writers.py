@@ -17,13 +17,14 @@ from numpy.typing import NDArray
 
 from motet.columns import CellError, is_storable_json
 from workers.engine import CannotLoad
+from workers.engines.newest import Newest
 from workers.engines.schemas import violation
 from workers.engines.thoughts import without_thoughts
 
-Floats = NDArray[np.float32]
-
 #: Tokens behind the newest one that are looked at for a stop text.
 _TAIL = 24
+#: Schemas that are kept ready for a tokenizer: any tenant may bring more.
+SCHEMAS = 256
 
 
 class Grammar:
@@ -38,31 +39,32 @@ class Grammar:
         except Exception as error:
             raise CannotLoad(f"a schema needs llguidance, which failed: {type(error).__name__}") from error
         self._words = (vocabulary + 31) // 32
-        self._fresh: dict[str, Any] = {}
+        self._fresh: Newest[str, Any] = Newest(SCHEMAS)
 
     def matcher(self, schema: Mapping[str, Any]) -> Any:
         """What follows a schema, token by token. Raises ValueError where it cannot be kept."""
         import llguidance
 
         text = json.dumps(schema)
-        if text not in self._fresh:
+        if (fresh := self._fresh.get(text)) is None:
             # Compact: a small model may write spaces for ever where they are allowed.
             grammar = llguidance.LLMatcher.grammar_from_json_schema(
                 text, overrides={"whitespace_flexible": False, "item_separator": ",", "key_separator": ":"}
             )
-            self._fresh[text] = llguidance.LLMatcher(self._tokenizer, grammar)
-        if self._fresh[text].is_error():
+            fresh = llguidance.LLMatcher(self._tokenizer, grammar)
+            self._fresh.put(text, fresh)
+        if fresh.is_error():
             raise ValueError("a schema that cannot be kept")
-        return self._fresh[text].deep_copy()
+        return fresh.deep_copy()
 
-    def forbid(self, matcher: Any, logits: Floats) -> None:
-        """Make every token impossible that may not come next."""
+    def allowed(self, matchers: Sequence[Any]) -> NDArray[np.uint32]:
+        """Which tokens may come next for each of them: (matchers, words), a bit a token, the lowest first."""
         from llguidance.numpy import fill_next_token_bitmask
 
-        mask = np.zeros((1, self._words), np.int32)
-        fill_next_token_bitmask(matcher, mask)
-        allowed = np.unpackbits(mask.view(np.uint8)[0], bitorder="little")[: len(logits)]
-        logits[: len(allowed)][allowed == 0] = -np.inf
+        bits = np.zeros((len(matchers), self._words), np.int32)
+        for number, matcher in enumerate(matchers):
+            fill_next_token_bitmask(matcher, bits[number : number + 1])
+        return bits.view(np.uint32)
 
 
 @dataclass(slots=True)
@@ -88,6 +90,7 @@ class Writer:
     begun: bool = False
     #: Where the answer begins among the tokens.
     answer_at: int = 0
+    _chance: float | None = None
 
     @classmethod
     def of(
@@ -127,22 +130,26 @@ class Writer:
         """It takes the likeliest token, whatever that is."""
         return self.temperature == 0 and (self.matcher is None or self.thinks)
 
-    def choose(self, logits: Floats, grammar: Grammar | None) -> int:
-        """The next token, out of (vocabulary,) logits, which this may change."""
-        if self.matcher is not None and grammar is not None and not self.thinks:
-            begin = self.thought[0] if self.thought is not None and not self.ids else None
-            likely = logits[begin] if begin is not None else None
-            grammar.forbid(self.matcher, logits)
-            if begin is not None:
-                logits[begin] = likely
-        if self.temperature == 0:
-            return int(logits.argmax())
-        shares = np.exp((logits - logits.max()).astype(np.float64) / self.temperature)
-        steps = np.cumsum(shares)
-        return min(int(np.searchsorted(steps, self.dice.random() * steps[-1], side="right")), len(steps) - 1)
+    @property
+    def held(self) -> bool:
+        """Its schema says which token may come next."""
+        return self.matcher is not None and not self.thinks
+
+    @property
+    def also(self) -> int | None:
+        """The token that begins a thought, where one may come before a value."""
+        return self.thought[0] if self.thought is not None and not self.ids else None
+
+    @property
+    def chance(self) -> float:
+        """What draws the next token, in [0, 1): the same until one was taken, however often a step is tried."""
+        if self._chance is None:
+            self._chance = self.dice.random()
+        return self._chance
 
     def take(self, token: int, ends: frozenset[int], words: Callable[[Sequence[int]], str]) -> None:
         """Write a token; ``finish`` says whether it was the last one."""
+        self._chance = None
         if self.thought is not None and self._think(token, *self.thought, ends):
             pass
         elif self.matcher is not None:
