@@ -206,18 +206,16 @@ class Shelf:
         return all(given_back)
 
     def _need_mb(self, engine: Engine | BatchEngine, model: Manifest, in_format: str) -> int:
-        """What the first GPU of a group must hold of a model, which is the fullest: most engines use it alone."""
-        whole_mb = engine.memory_mb(model, in_format)
+        """What the first GPU of a group must hold of a model, which is the fullest: most engines use it alone.
+
+        Raises ValueError and more where a stranger's engine gives no number.
+        """
+        whole_mb = max(0, int(engine.memory_mb(model, in_format)))
         return ceil(whole_mb / self._device.gpus) if spreads(engine) else whole_mb
 
     def _evictions(self, need_mb: int) -> list[ModelKey] | None:
         residents = [Resident(key, m.memory_mb, m.used) for key, m in self.loaded.items()]
         return evictions(residents, need_mb, self._budget_mb, self._in_use())
-
-
-def _need_mb(engine: Engine | BatchEngine, model: Manifest, in_format: str) -> int:
-    """Raises ValueError and more where a stranger's engine gives no number."""
-    return max(0, int(engine.memory_mb(model, in_format)))
 
 
 def why_not(model: Manifest, error: Exception) -> tuple[str, str, str]:
