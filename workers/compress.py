@@ -25,6 +25,7 @@ from motet.columns import Column
 from motet.errors import SetupError
 from motet.http import Address, Http
 from motet.manifest import Manifest
+from motet.settings import cache_folder
 from motet.tasks import Embed
 from motet.wire import TaskOrder
 from workers.accuracy import Trial, compare
@@ -33,7 +34,7 @@ from workers.describe import Described, describe_folder, digests, sizes
 from workers.engine import CannotLoad, Engine, OutOfMemory, Pass, Prepared
 from workers.labelled import Labelled, Truth, agreement, decisions, of_shipped, read_labelled, score
 from workers.proved import inherited
-from workers.register import TRIED, Registry, cache_dir, prepare_environment
+from workers.register import TRIED, Registry, prepare_environment
 
 WEIGHTS = ("fp32", "bf16", "int8", "fp8")
 #: Speed is measured on so many micro-batches of so many tokens, all forms in turn, so many times.
@@ -185,14 +186,15 @@ def compress_registered(options: CompressOptions) -> int:
 
     use_threads(options.threads)
     with closing(Http(Address.find(admin=True), timeout_s=60.0)) as http, ExitStack() as stack:
-        registry = Registry(http, cache_dir())
+        cache = cache_folder()
+        registry = Registry(http, cache)
         trunk, heads = _found(registry, options.model)
         learn, held, heads = _labelled(options, form, trunk, heads)
         bundle = Bundle(
             trunk=registry.files_of(trunk.ref), heads=tuple(registry.files_of(head.ref) for head in heads)
         )
-        cache_dir().mkdir(parents=True, exist_ok=True)
-        folder = Path(stack.enter_context(tempfile.TemporaryDirectory(dir=cache_dir())))
+        cache.mkdir(parents=True, exist_ok=True)
+        folder = Path(stack.enter_context(tempfile.TemporaryDirectory(dir=cache)))
         try:
             small = compress(
                 bundle,

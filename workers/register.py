@@ -20,6 +20,7 @@ from motet.columns import Column
 from motet.errors import Conflict, NotFound, SetupError
 from motet.http import Address, Http
 from motet.manifest import Manifest
+from motet.settings import cache_folder
 from motet.tasks import Choose, Classify, Embed, Entities, Function, Generate, Number, Task
 from motet.wire import TaskOrder
 from workers.accuracy import (
@@ -81,7 +82,7 @@ def register(options: NewModel) -> int:
     """Returns 0; prints what was registered. Raises MotetError, whose words are for people."""
     prepare_environment()
     with closing(Http(Address.find(admin=True), timeout_s=60.0)) as http:
-        registry = Registry(http, cache_dir())
+        registry = Registry(http, cache_folder())
         done = registry.register(_asked(options, registry))
     if options.as_json:
         print(json.dumps({"models": done}, ensure_ascii=False))
@@ -359,7 +360,7 @@ def _convert(source: str, allowed: bool) -> tuple[Path, dict[str, str]]:
             "template that shapes every prompt; if you trust where it comes from, add --allow-gguf, or else take the "
             "safetensors folder of the same model"
         )
-    return folder_of_gguf(path, cache_dir()), {"gguf": path.name}
+    return folder_of_gguf(path, cache_folder()), {"gguf": path.name}
 
 
 def _describe_engine(entry_point: str, options: NewModel) -> Described:
@@ -450,10 +451,3 @@ def prepare_environment() -> None:
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
-
-
-def cache_dir() -> Path:
-    from motet.settings import Settings
-
-    settings = Settings.from_env()
-    return Path(settings.cache_dir).expanduser() if settings.cache_dir else Path.home() / ".cache" / "motet"

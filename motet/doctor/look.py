@@ -26,7 +26,7 @@ from motet.doctor import Finding, checks
 from motet.doctor.checks import Driver, Folder, Package, RedisFacts, Torch
 from motet.errors import MotetError, SetupError, Unreachable
 from motet.http import Address, home, look_at
-from motet.settings import Settings
+from motet.settings import Settings, cache_folder
 
 if TYPE_CHECKING:
     import httpx
@@ -99,7 +99,7 @@ def folders(env: Mapping[str, str], settings: Settings) -> dict[str, Path]:
     if settings.blob_dir:
         found["blobs"] = Path(settings.blob_dir)
     if settings.cache_dir:
-        found["cache"] = Path(settings.cache_dir).expanduser()
+        found["cache"] = cache_folder(settings.cache_dir)
     return found
 
 
