@@ -145,14 +145,13 @@ def compare_writing(exact: Mapping[str, Column], fast: Mapping[str, Column]) -> 
 
 def _agreement(exact: Column, fast: Column, labels: Sequence[str]) -> float:
     """Share of equal decisions: of rows, of (row, label) pairs, or of numbers that are nearly the same."""
-    sides = [list(values(column, labels)) for column in (exact, fast)]
+    true, said = (list(values(column, labels)) for column in (exact, fast))
     if exact.kind == "label":
-        return measures.accuracy(*([label for label, *_ in side] for side in sides))
+        return measures.accuracy([label for label, *_ in true], [label for label, *_ in said])
     if exact.kind == "labels":
-        return measures.set_accuracy(
-            *([[label for label, _ in row] for row in side] for side in sides), labels
-        )
-    return measures.near_share(*sides)
+        given = [[[label for label, _ in row] for row in side] for side in (true, said)]
+        return measures.set_accuracy(given[0], given[1], labels)
+    return measures.near_share(true, said)
 
 
 def _unit(column: Column) -> np.ndarray[Any, np.dtype[np.float64]]:

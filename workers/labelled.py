@@ -122,7 +122,7 @@ def score(said: Sequence[Truth | None], truth: Sequence[Truth | None], head: Man
     if head.answers == "number":
         numbers = np.array([t for _, t in pairs], np.float64)
         # Without an answer, nothing better is known than their mean.
-        answers = [numbers.mean() if s is None else s for s, _ in pairs]
+        answers = np.array([numbers.mean() if s is None else s for s, _ in pairs], np.float64)
         return 100 * r_squared(numbers, answers)
     return 100 * agreement([s for s, _ in pairs], [t for _, t in pairs], head)
 

