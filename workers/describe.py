@@ -236,10 +236,11 @@ def tensor_sizes(path: Path) -> dict[str, int]:
     return {name: math.prod(tensor["shape"]) for name, tensor in _tensors(path).items()}
 
 
-def is_stored_in_bf16(files: Mapping[str, Path]) -> bool:
-    """Whether all weights are bf16, so that running in it rounds none of them."""
+def stored_format(files: Mapping[str, Path]) -> str:
+    """The numeric format of all weights, so that running in it rounds none of them; "" where there are several."""
     weights = [path for name, path in files.items() if name.endswith(".safetensors")]
-    return {tensor["dtype"] for path in weights for tensor in _tensors(path).values()} == {"BF16"}
+    found = {tensor["dtype"] for path in weights for tensor in _tensors(path).values()}
+    return {"F32": "fp32", "BF16": "bf16", "F16": "fp16"}.get(found.pop(), "") if len(found) == 1 else ""
 
 
 def _tensors(path: Path) -> dict[str, Any]:

@@ -39,12 +39,12 @@ from workers.describe import (
     Described,
     Head,
     describe_folder,
-    is_stored_in_bf16,
     read_head,
     read_json,
+    stored_format,
     trainer_of,
 )
-from workers.engine import CannotLoad, Engine
+from workers.engine import CannotLoad
 from workers.proved import (
     ELSEWHERE,
     PROOF,
@@ -198,14 +198,14 @@ class Registry:
 
         trunk = self._near[ref].manifest if ref in self._near else self._registered(ref)
         engine = InstalledEngines().find(trunk.engine)
-        plan = self._plan(engine, trunk)
+        plan = self._plan(trunk, engine.memory_mb)
         new = next((model for model in models if model.manifest.ref == ref), None)
         # A trunk that is registered already was proved then.
         proving = engine if new and isinstance(engine, Provable) else None
         if new and proving and "fp32" not in plan.formats:
             _check_unproved(new, plan)
         # Formats that need no comparison: the one that its makers stored it in, or those of its trunk.
-        granted = set(FORMATS if new and is_stored_in_bf16(new.files) else () if new else trunk.formats)
+        granted = {stored_format(new.files)} if new else set(trunk.formats)
         writes = trunk.answers == "text"
         texts = SENTENCES if not writes else FEW if trunk.parameters else VERY_FEW
         asked = {model.manifest.ref: _try_out(model.manifest) for model in models}
@@ -237,18 +237,18 @@ class Registry:
                 measured[PROOF] = {name: float(f"{one.apart:.2g}") for name, one in outcomes.items()}
             yield replace(manifest, formats=tuple(allowed), scores={**manifest.scores, **measured})
 
-    def _plan(self, engine: Engine, trunk: Manifest) -> TrialPlan:
-        """Where to try a model, in which formats. Raises SetupError."""
+    def _plan(self, trunk: Manifest, memory_mb: Callable[[Manifest, str], int]) -> TrialPlan:
+        """Where to try a model, in which formats. ``memory_mb``: its engine's estimate. Raises SetupError."""
 
         def need_mb(device: TrialDevice, in_format: str) -> int:
             if not trunk.files:  # a function, or what another server holds
                 return 0
-            if in_format == "bf16" and not device.is_gpu:
-                from workers.engines.trunk import computes_bf16
+            if in_format != "fp32" and not device.is_gpu:
+                from workers.engines.trunk import cpu_computes
 
                 # Imitated, it takes as much as fp32.
-                in_format = "bf16" if computes_bf16() else "fp32"
-            return engine.memory_mb(trunk, in_format)
+                in_format = in_format if cpu_computes(in_format) else "fp32"
+            return memory_mb(trunk, in_format)
 
         formats = ("fp32", *(FORMATS if trunk.parameters else ()))
         wants_gpu = trunk.engine == "vllm"

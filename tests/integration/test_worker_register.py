@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 import shutil
 import struct
 import subprocess
@@ -375,7 +376,7 @@ def host(
     monkeypatch.setenv("MOTET_TOKEN", "admin.secret")
     monkeypatch.setenv("MOTET_CACHE_DIR", str(tmp_path / "cache"))
     # As on a CPU that has instructions for it: else bf16 is imitated, and takes as much as fp32.
-    monkeypatch.setattr("workers.engines.trunk.computes_bf16", lambda: True)
+    monkeypatch.setattr("workers.engines.trunk.cpu_computes", lambda in_format: True)
     return Host(api, capsys, monkeypatch)
 
 
@@ -450,6 +451,19 @@ def test_a_head_on_a_model_that_was_not_tried_runs_where_that_one_does(host: Hos
         code, printed = host.register(str(head), free_mb=1)
         assert (code, "not tried in fp32" in printed) == (0, True)
         assert host.api.manifest("news-topics@1").formats == trunk.formats
+
+
+def test_a_tokenizer_with_more_ids_than_its_model_is_refused_with_both_numbers(
+    host: Host, tmp_path: Path
+) -> None:
+    folder = a_llama(tmp_path / "tiny")
+    spec = json.loads((folder / "tokenizer.json").read_text("utf-8"))
+    flags = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized", "special"), False)
+    spec["added_tokens"].append({"id": 100_000, "content": "motet", **flags})
+    (folder / "tokenizer.json").write_text(json.dumps(spec), "utf-8")
+    code, printed = host.register(str(folder), "--name", "tiny", free_mb=100_000)
+    assert (code, host.api.models) == (2, {})
+    assert re.search("its tokenizer gives ids up to ([0-9]+), and it has embeddings for \\1 ", printed)
 
 
 def test_a_model_of_another_server_is_registered_by_its_address(api: Api, tmp_path: Path) -> None:

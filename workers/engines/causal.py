@@ -31,7 +31,7 @@ from workers.engines.lora import Adapters
 from workers.engines.prompts import BAD_MESSAGES, NOTHING, BadMessages, messages_of
 from workers.engines.proof import among_others, not_in_one_line
 from workers.engines.trees import Bools, Ints, Tree, tree
-from workers.engines.trunk import load_transformer, torch_errors
+from workers.engines.trunk import embedding_rows, load_transformer, torch_errors
 from workers.engines.writers import Grammar, Writer
 from workers.proved import check_language
 
@@ -208,7 +208,7 @@ class CausalEngine:
             manifest=model,
             device=device,
             model=loaded,
-            tokens=ChatTokens(files),
+            tokens=ChatTokens(files, embedding_rows(loaded)),
             adapters=Adapters(loaded, device),
             pool=kv.Pool([(heads, width, width)] * config.num_hidden_layers, loaded.dtype, device),
             groups=config.num_attention_heads // heads,

@@ -16,6 +16,7 @@ from typing import Any
 
 from workers.engine import CannotLoad
 from workers.engines.prompts import GAP, Message, Part, plain
+from workers.engines.trunk import check_ids
 
 #: Stand for the contents while the template is filled in. Private characters: no template has them.
 _MARK = re.compile("\ue000(\\d+)\ue001")
@@ -37,8 +38,8 @@ class Prompt:
 class ChatTokens:
     """Any number of threads may call it."""
 
-    def __init__(self, files: Mapping[str, Path]) -> None:
-        """Raises CannotLoad."""
+    def __init__(self, files: Mapping[str, Path], rows: int) -> None:
+        """``rows``: token ids that the model has embeddings for. Raises CannotLoad."""
         try:
             from tokenizers import Tokenizer
             from transformers import AutoTokenizer
@@ -55,6 +56,10 @@ class ChatTokens:
             self._data.encode_special_tokens = True
             self.ends = _ends(files, self._chat.eos_token_id)
             self.has_template = bool(self._chat.chat_template)
+            # A text spells no control token here, so what it may hold is known.
+            check_ids(self._data, rows)
+        except CannotLoad:
+            raise
         except Exception as error:
             raise CannotLoad(f"the tokenizer cannot be read: {type(error).__name__}") from error
         self._lock = threading.Lock()

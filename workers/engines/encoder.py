@@ -23,7 +23,7 @@ from motet.wire import TaskOrder
 from workers.engine import CannotLoad, Pass, Prepared
 from workers.engines.answers import Floats, logits_column, vector_column
 from workers.engines.proof import beside_others
-from workers.engines.trunk import Tokens, load_transformer, padded, pool, torch_errors
+from workers.engines.trunk import Tokens, embedding_rows, load_transformer, padded, pool, torch_errors
 from workers.proved import check_encoder
 
 
@@ -94,7 +94,8 @@ class EncoderEngine:
         width = getattr(trunk.config, "hidden_size", 0)
         if width != model.dim:
             raise CannotLoad(f"its vectors have {width} numbers; the manifest says {model.dim}")
-        handle = Encoder(model, device, trunk, Tokens(files["tokenizer.json"], model.max_tokens))
+        tokens = Tokens(files["tokenizer.json"], model.max_tokens, embedding_rows(trunk))
+        handle = Encoder(model, device, trunk, tokens)
         self._pooled(handle, [Prepared(0, 1, False, np.zeros(1, np.int32))])  # warm up
         return handle
 
