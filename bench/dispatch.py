@@ -26,7 +26,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent))
 
-from harness import finish, options, say, scratch, table
+from harness import cluster_folder, finish, options, say, table
 from stage import Run, Stage, drive, label_tasks, short_texts
 
 from motet.client import Client
@@ -45,11 +45,11 @@ STAGES = ("frontier", "lease", "payload", "publish")
 
 
 def main() -> None:
-    quick = options(__doc__).parse_args().quick
-    rows, steps = (16_000, 20) if quick else (128_000, 100)
-    with scratch() as folder, Stage(folder) as stage:
+    arguments = options(__doc__).parse_args()
+    rows, steps = arguments.size.of(full=(128_000, 100), quick=(16_000, 20), smoke=(640, 2))
+    with cluster_folder() as folder, Stage(folder) as stage:
         stage.register()
-        drive(stage, 2_000, workers=WORKERS, row_s=SUBTASK_S / ROWS)
+        drive(stage, min(rows, 2_000), workers=WORKERS, row_s=SUBTASK_S / ROWS)
         run = drive(stage, rows, workers=WORKERS, row_s=SUBTASK_S / ROWS)
         with stopped(stage.pids["dispatch"]):
             live = live_path(stage, (64, 1), steps)
@@ -65,7 +65,7 @@ def main() -> None:
             "live_path_per_s": {str(n): round(1e3 / sum(ms.values())) for n, ms in live.items()},
             "live_path_ms": {str(n): {name: round(ms[name], 4) for name in STAGES} for n, ms in live.items()},
         },
-        quick=quick,
+        arguments,
         details={"rows": run.rows, "subtasks": run.subtasks, "running_s": round(run.running_s, 2)},
     )
 

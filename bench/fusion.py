@@ -26,12 +26,17 @@ HEAD = "news-topics"
 
 def main() -> None:
     arguments = options(__doc__).parse_args()
-    rows, rounds = (600, 1) if arguments.quick else (2000, 2)
+    size = arguments.size
+    rows, rounds = size.of(full=(2000, 2), quick=(600, 1), smoke=(12, 1))
+    alone_rows, alone_rounds = size.of(full=(200, 9), quick=(60, 5), smoke=(4, 1))
     sample = texts(rows)
-    alone = one_head(sample[: 60 if arguments.quick else 200], 5 if arguments.quick else 9)
+    alone = one_head(sample[:alone_rows], alone_rounds)
     shares: list[float] = []
     computed: dict[str, int] = {}
-    with cluster() as running, Client(running.url, running.tokens["user"]) as client:
+    with (
+        cluster(size.of(full=2, quick=2, smoke=1)) as running,
+        Client(running.url, running.tokens["user"]) as client,
+    ):
 
         def fused() -> None:
             job = client.submit(sample, EXACT, reuse=False, progress=False)
@@ -48,7 +53,7 @@ def main() -> None:
                 job.wait()
             computed["unfused"] = sum(job.usage["computed_tokens"] for job in jobs)
 
-        for _ in range(1 if arguments.quick else 3):
+        for _ in range(size.of(full=3, quick=1, smoke=1)):
             client.submit(sample[:400], EXACT, reuse=False, progress=False).wait()
         say(f"{rows:,} texts x {len(EXACT)} tasks; seconds:")
         found = in_turn({"fused": lambda: timed(fused), "unfused": lambda: timed(unfused)}, rounds)
@@ -68,7 +73,7 @@ def main() -> None:
         "real_token_share": round(statistics.median(shares), 4),
     }
     details = {"rows": rows, "seconds": found, "computed_tokens": computed, "one_head_seconds": alone}
-    finish("fusion", keys, quick=arguments.quick, details=details)
+    finish("fusion", keys, arguments, details=details)
 
 
 def one_head(sample: Sequence[str], rounds: int) -> dict[str, list[float]]:

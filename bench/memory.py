@@ -18,18 +18,20 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent))
 
-from harness import finish, options, say, scratch, table
+from harness import cluster_folder, finish, options, say, table
 from stage import Run, Stage, drive
 
 COUNTED = ("api", "dispatch", "aggregate")
 
 
 def main() -> None:
-    quick = options(__doc__).parse_args().quick
-    small, large = (10_000, 100_000) if quick else (10_000, 1_000_000)
+    arguments = options(__doc__).parse_args()
+    # A smoke run starts one cluster alone, and sets its run beside itself.
+    sizes = arguments.size.of(full=(10_000, 1_000_000), quick=(10_000, 100_000), smoke=(500,))
+    small, large = sizes[0], sizes[-1]
     runs: dict[int, Run] = {}
-    for rows in (small, large):
-        with scratch() as folder, Stage(folder) as stage:
+    for rows in sizes:
+        with cluster_folder() as folder, Stage(folder) as stage:
             stage.register()
             runs[rows] = drive(stage, rows)
         say(
@@ -55,7 +57,7 @@ def main() -> None:
         str(rows): {"peaks_mb": run.peaks_mb, "pss_mb": run.pss_mb, "rows_per_s": round(run.rows_per_s)}
         for rows, run in runs.items()
     }
-    finish("memory", {"rss_growth_mb": round(growth, 1)}, quick=quick, details=details)
+    finish("memory", {"rss_growth_mb": round(growth, 1)}, arguments, details=details)
 
 
 if __name__ == "__main__":

@@ -39,12 +39,18 @@ SECOND = "second-MiniLM"
 
 
 class Paced(Cluster):
-    """A cluster of two CPU workers."""
+    """A cluster of CPU workers, two unless told otherwise."""
 
     def __init__(
-        self, data: Path, *, slow: bool, steady: bool = False, memory_share: float | None = None
+        self,
+        data: Path,
+        *,
+        slow: bool = False,
+        steady: bool = False,
+        memory_share: float | None = None,
+        cpus: int = 2,
     ) -> None:
-        super().__init__(data, cpus=2, port=0)
+        super().__init__(data, cpus=cpus, port=0)
         self._given = {
             **({"BENCH_SLOW": f"{SLOW}={FACTOR}"} if slow else {}),
             **({"BENCH_STEADY": "1"} if steady else {}),
@@ -60,8 +66,10 @@ class Paced(Cluster):
         return super()._env(**settings) | self._given
 
     def register_second(self) -> None:
-        """Make the second model known."""
+        """Make the second model known; a prepared cluster knows it already."""
         folder = self.data / SECOND
+        if folder.exists():
+            return
         _copy_with_other_weights(folder)
         env = self._env(URL=self.url, TOKEN=self.tokens["admin"], CACHE_DIR=str(self.data / "cache"))
         subprocess.run(

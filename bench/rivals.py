@@ -16,13 +16,10 @@ from __future__ import annotations
 
 import bisect
 import contextlib
-import ctypes
 import itertools
 import json
 import os
-import resource
 import shutil
-import signal
 import statistics
 import subprocess
 import sys
@@ -35,6 +32,8 @@ from pathlib import Path
 
 import harness
 import numpy as np
+from family import descendants, end_with_parent, evict, own_children, reaped_s
+from harness import Size
 
 from motet.embedded.children import Child
 from motet.embedded.places import installed_package
@@ -43,7 +42,7 @@ from motet.errors import SetupError
 
 HERE = Path(__file__).resolve().parent
 PROCESSES = 2
-QUICK_ROWS, ROWS, WARM_UP_ROWS = 300, 1000, 64
+ROWS, QUICK_ROWS, SMOKE_ROWS, WARM_UP_ROWS = 1000, 300, 4, 64
 #: Runs of each system; one that works for longer than this runs once.
 ROUNDS, LONG_S = 3, 60.0
 #: A system that takes longer than this is given up.
@@ -63,8 +62,6 @@ unixsocket "{socket}"
 save ""
 appendonly no
 """
-PR_SET_PDEATHSIG, PR_SET_CHILD_SUBREAPER = 1, 36
-_prctl = ctypes.CDLL(None).prctl
 
 #: The same for all: one thread a process, nothing from the network.
 ENVIRONMENT = {
@@ -144,6 +141,8 @@ SYSTEMS: Mapping[str, System] = {
     ),
 }
 QUICK = ("motet", "loop-stored", "celery-best")
+#: Each program of bench/rival once, storing where it can.
+SMOKE = tuple({system.file: name for name, system in SYSTEMS.items()}.values())
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -166,48 +165,53 @@ class Failed(Exception):
 def main() -> int:
     parser = harness.options(__doc__)
     parser.add_argument("--systems", help=f"some of {','.join(SYSTEMS)}")
-    parser.add_argument("--rows", type=int, help=f"default {ROWS}; {QUICK_ROWS} with --quick")
+    parser.add_argument(
+        "--rows", type=int, help=f"default {ROWS}; {QUICK_ROWS} with --quick, {SMOKE_ROWS} with --smoke"
+    )
     parser.add_argument(
         "--rounds",
         type=int,
-        help=f"runs of each system, in turn; medians are shown; default {ROUNDS}, 1 with --quick",
+        help=f"runs of each system, in turn; medians are shown; default {ROUNDS}, 1 with --quick and --smoke",
     )
     parser.add_argument(
         "--venv", type=Path, help="where the rivals are installed (bench/.venv-rivals if it is there)"
     )
     options = parser.parse_args()
+    size: Size = options.size
     if options.systems:
         chosen = options.systems.split(",")
     else:
-        chosen = list(QUICK if options.quick else SYSTEMS)
+        chosen = list(size.of(full=tuple(SYSTEMS), quick=QUICK, smoke=SMOKE))
     for name in chosen:
         if name not in SYSTEMS:
             parser.error(f"--systems: got {name!r}; expected some of {', '.join(SYSTEMS)}")
-    rows = options.rows or (QUICK_ROWS if options.quick else ROWS)
-    rounds = (1 if options.quick else ROUNDS) if options.rounds is None else options.rounds
-    for value, option, least in ((rows, "--rows", WARM_UP_ROWS), (rounds, "--rounds", 1)):
+    rows = options.rows or size.of(full=ROWS, quick=QUICK_ROWS, smoke=SMOKE_ROWS)
+    rounds = size.of(full=ROUNDS, quick=1, smoke=1) if options.rounds is None else options.rounds
+    least_rows = size.of(full=WARM_UP_ROWS, quick=WARM_UP_ROWS, smoke=1)
+    for value, option, least in ((rows, "--rows", least_rows), (rounds, "--rounds", 1)):
         if value < least:
             parser.error(f"{option}: got {value}; expected at least {least}")
 
     # Only a whole run is kept: another would hide systems.
-    kept = not (options.quick or options.systems or options.rows)
+    kept = size is Size.FULL and not (options.systems or options.rows)
     pythons = _pythons(chosen, options.venv)
     if kept and pythons.keys() != set(chosen):
         raise SystemExit(
             "got a run that would be kept without those systems; expected all of them: "
             "install what is missing, or name some with --systems, which keeps nothing"
         )
-    with _own_children(), harness.scratch() as folder:
-        bench = Bench(folder, harness.texts(rows))
-        found, failed = bench.run(pythons, rounds, warm_up=not options.quick)
-    _show(found, rows=len(bench.texts), rounds=rounds)
+    with own_children(), harness.scratch() as folder:
+        bench = Bench(folder, harness.texts(rows), size.of(full=PROCESSES, quick=PROCESSES, smoke=1))
+        found, failed = bench.run(pythons, rounds, warm_up=size is Size.FULL)
+    _show(found, rows=len(bench.texts), rounds=rounds, processes=bench.processes)
     differing = _differing(found)
     for line in (*(f"{name}: failed, see above" for name in failed), *differing):
         harness.say(line)
     keys = _keys(found, rows=len(bench.texts))
     if kept and failed:
         harness.say("nothing is kept: bench/results/rivals.json is that of the last run in which none failed")
-    harness.finish("rivals", keys, quick=not kept or bool(failed), details={"runs": _raw(found)})
+    whole = kept and not failed
+    harness.finish("rivals", keys, options, whole=whole, details={"runs": _raw(found)})
     return 1 if failed or differing or not found else 0
 
 
@@ -253,8 +257,9 @@ def _missing(python: str, modules: Sequence[str]) -> list[str]:
 class Bench:
     """Runs systems one after the other, each with the servers that it needs, and measures them from outside."""
 
-    def __init__(self, folder: Path, texts: Sequence[str]) -> None:
-        self.folder, self.texts = folder, texts
+    def __init__(self, folder: Path, texts: Sequence[str], processes: int = PROCESSES) -> None:
+        self.folder, self.texts, self.processes = folder, texts, processes
+        harness.furnish(folder / "motet")
         # Postgres runs as another user where we are root: it must find its way to its socket.
         folder.chmod(0o711)
         temporary = folder / "tmp"
@@ -267,7 +272,10 @@ class Bench:
             | ENVIRONMENT
             | {
                 "TMPDIR": str(temporary),
-                "PYTHONPATH": str(HERE / "rival"),
+                # motet's own is that of this process, installed or not.
+                "PYTHONPATH": os.pathsep.join(
+                    filter(None, (str(HERE / "rival"), os.environ.get("PYTHONPATH")))
+                ),
                 "RIVAL_MODEL": str(_model()),
                 "RIVAL_HEADS": str(harness.ROOT / "motet" / "heads"),
                 "RIVAL_DATA": str(folder / "motet"),
@@ -325,7 +333,7 @@ class Bench:
             asked = {
                 "texts": str(self._path(texts)),
                 "out": str(out),
-                "processes": PROCESSES,
+                "processes": self.processes,
                 "store": stores,
                 "postgres": postgres,
                 "redis": redis,
@@ -371,7 +379,7 @@ class Bench:
                 stderr=errors,
                 # Ctrl-C reaches us alone, and we end it in order.
                 start_new_session=True,
-                preexec_fn=_end_with_us,
+                preexec_fn=end_with_parent,
             )
             try:
                 out, _ = driver.communicate(json.dumps(asked).encode(), timeout=LIMIT_S)
@@ -411,17 +419,17 @@ class Gauge:
         self._thread = threading.Thread(target=self._watch, name="gauge", daemon=True)
 
     def __enter__(self) -> Gauge:
-        self.began, self._reaped_before_s = time.monotonic(), _reaped_s()
+        self.began, self._reaped_before_s = time.monotonic(), reaped_s()
         self._thread.start()
         return self
 
     def __exit__(self, *_: object) -> None:
         # Some of a system's processes end a little later than the one that we have started.
-        _evict(patience_s=5.0)
+        evict(patience_s=5.0)
         self._stopping.set()
         self._thread.join()
         # The kernel's sum lacks children that nobody waits for (Ray's), the samples the last moments of each process.
-        self.cpu_s = max(_reaped_s() - self._reaped_before_s, self._samples[-1][1])
+        self.cpu_s = max(reaped_s() - self._reaped_before_s, self._samples[-1][1])
 
     def cpu_at(self, when: float) -> float:
         """CPU seconds up to a time, between the samples around it."""
@@ -433,30 +441,13 @@ class Gauge:
 
     def _watch(self) -> None:
         for i in itertools.count():
-            below = _descendants()
+            below = descendants()
             self._seen |= below
             self._samples.append((time.monotonic(), sum(self._seen.values())))
             if i % MEMORY_EACH == 0:
                 self.peak_mb = max(self.peak_mb, sum(_pss_mb(pid) for pid, _ in below))
             if self._stopping.wait(SAMPLE_S):
                 return
-
-
-def _descendants() -> dict[tuple[int, int], float]:
-    """All processes below this one, by id and start, with their own CPU seconds so far."""
-    children: dict[int, list[int]] = {}
-    found: dict[int, tuple[tuple[int, int], float]] = {}
-    for stat in Path("/proc").glob("[0-9]*/stat"):
-        with contextlib.suppress(OSError):  # ended meanwhile
-            fields = stat.read_text("utf-8", "replace").rpartition(")")[2].split()
-            pid = int(stat.parent.name)
-            children.setdefault(int(fields[1]), []).append(pid)
-            spent = int(fields[11]) + int(fields[12])
-            found[pid] = ((pid, int(fields[19])), spent / os.sysconf("SC_CLK_TCK"))
-    below = [os.getpid()]
-    for pid in below:
-        below += children.get(pid, ())
-    return dict(found[pid] for pid in below[1:])
 
 
 def _pss_mb(pid: int) -> float:
@@ -466,42 +457,6 @@ def _pss_mb(pid: int) -> float:
             if line.startswith("Pss:"):
                 return int(line.split()[1]) / 1024
     return 0.0
-
-
-def _reaped_s() -> float:
-    """CPU seconds of the descendants that have ended and been waited for."""
-    usage = resource.getrusage(resource.RUSAGE_CHILDREN)
-    return usage.ru_utime + usage.ru_stime
-
-
-def _evict(patience_s: float) -> None:
-    """Wait until all descendants have ended, and kill them after ``patience_s``; none is left behind."""
-    end = time.monotonic() + patience_s
-    while _descendants():
-        with contextlib.suppress(ChildProcessError):
-            while os.waitpid(-1, os.WNOHANG)[0]:
-                pass
-        if time.monotonic() >= end:
-            for pid, _ in _descendants():
-                with contextlib.suppress(ProcessLookupError):
-                    os.kill(pid, signal.SIGKILL)
-        time.sleep(0.02)
-
-
-@contextlib.contextmanager
-def _own_children() -> Iterator[None]:
-    """Become the subreaper of all that is started from here on, and leave none of it behind, also after SIGTERM."""
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
-    _prctl(PR_SET_CHILD_SUBREAPER, 1)
-    try:
-        yield
-    finally:
-        _evict(patience_s=0)
-
-
-def _end_with_us() -> None:
-    """Between fork and exec: SIGTERM when we are killed, so that the system still cleans up."""
-    _prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
 
 
 def _end(driver: subprocess.Popen[bytes]) -> None:
@@ -565,7 +520,7 @@ def _model() -> Path:
 # -- what came out
 
 
-def _show(found: Mapping[str, Sequence[Run]], *, rows: int, rounds: int) -> None:
+def _show(found: Mapping[str, Sequence[Run]], *, rows: int, rounds: int, processes: int) -> None:
     def median(name: str, what: str) -> float:
         return statistics.median(getattr(run, what) for run in found[name])
 
@@ -587,7 +542,7 @@ def _show(found: Mapping[str, Sequence[Run]], *, rows: int, rounds: int) -> None
         )
     times = f", median of {rounds} rounds" if rounds > 1 else ""
     head = ("system", "stored", "start s", "work s", "rows/s", "+start", "CPU s", "+start", "PSS MB")
-    harness.table(f"{rows:,} rows × 4 tasks, fp32, {PROCESSES} processes of one thread{times}", head, lines)
+    harness.table(f"{rows:,} rows × 4 tasks, fp32, {processes} processes of one thread{times}", head, lines)
 
 
 def _differing(found: Mapping[str, Sequence[Run]]) -> list[str]:
@@ -650,6 +605,9 @@ def _keys(found: Mapping[str, Sequence[Run]], *, rows: int) -> dict[str, object]
     return {
         "rows": rows,
         "rows_per_s": {name: round(rate, 1) for name, rate in work.items()},
+        "start_s": {
+            name: round(statistics.median(r.start_s for r in runs), 1) for name, runs in found.items()
+        },
         "rows_per_s_with_start": {name: round(rate, 1) for name, rate in whole.items()},
         "cpu_s": {name: round(statistics.median(r.cpu_s for r in runs), 1) for name, runs in found.items()},
         "work_cpu_s": {

@@ -33,7 +33,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).parent))
 
 import redis
-from harness import finish, options, say, scratch, table
+from harness import cluster_folder, finish, options, say, table
 from stage import Run, Stage, drive, label_tasks, short_texts
 from stand_in import StandIn, workers_of
 
@@ -156,13 +156,17 @@ def _step(dispatcher: Dispatcher) -> tuple[float, int]:
 
 
 def main() -> None:
-    quick = options(__doc__).parse_args().quick
-    rows, counts = (100_000, (10, 100)) if quick else (1_000_000, (10, 100, 1000))
-    with scratch() as folder, Stage(folder) as stage:
+    arguments = options(__doc__).parse_args()
+    rows, counts, waiting = arguments.size.of(
+        full=(1_000_000, (10, 100, 1000), 100_000),
+        quick=(100_000, (10, 100), 100_000),
+        smoke=(1_000, (2,), 2_000),
+    )
+    with cluster_folder() as folder, Stage(folder) as stage:
         stage.register()
-        drive(stage, 20_000)
+        drive(stage, min(rows, 20_000))
         run = drive(stage, rows)
-        steps, in_valkey = dispatching(stage, counts, 100_000)
+        steps, in_valkey = dispatching(stage, counts, waiting)
     tell(run, steps)
     per_row = {name: seconds / run.rows * 1e6 for name, seconds in run.cpu_s.items()}
     full_at = {name: round(1e6 / per_row[name]) for name in ONE_CORE}
@@ -190,7 +194,7 @@ def main() -> None:
                 for s in steps
             },
         },
-        quick=quick,
+        arguments,
         details={
             "rows": run.rows,
             "cells": run.cells,

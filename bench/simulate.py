@@ -33,6 +33,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import cache
+from itertools import islice
 from math import inf
 from pathlib import Path
 
@@ -58,6 +59,8 @@ CASES = {"homogeneous": 0.99, "mixed": 0.98, "silent_slow": 0.96, "models": 0.95
 CASES_MAIMED = ("mixed", "silent_slow", "models", "hard")
 FAIR = ("fair_tenants", "fair_models", "fair_late", "fair_cold")
 SEEDS, QUICK_SEEDS, ABLATION_SEEDS = 10, 2, 3
+#: Of a smoke run: seconds of work a device, and how much is changed.
+SMOKE_WORK_S, SMOKE_VARIANTS = 10.0, 2
 PROCESSES = 2
 MOTET, FIFO = "motet", "FIFO"
 
@@ -179,23 +182,26 @@ def main() -> None:
         kept = json.loads((RESULTS / "simulate.json").read_text("utf-8"))
         say("\n".join(markdown(kept["details"]["runs"])))
         return
-    quick = arguments.quick
-    seeds = range(QUICK_SEEDS if quick else SEEDS)
+    size = arguments.size
+    seeds = range(size.of(full=SEEDS, quick=QUICK_SEEDS, smoke=2))
+    few = range(size.of(full=ABLATION_SEEDS, quick=0, smoke=2))
+    work_s = size.of(full=None, quick=None, smoke=SMOKE_WORK_S)
     began = time.perf_counter()
     say(
         "All figures are SIMULATED: a virtual clock, devices that are numbers, and the dispatcher's own policy."
     )
-    asked = [(case, seed, who) for case in CASES for who in (MOTET, *RULES) for seed in seeds]
-    asked += [(case, seed, who) for case in FAIR for who in (MOTET, FIFO) for seed in seeds]
-    asked += [("chaos", seed, who) for who in (MOTET, FIFO) for seed in seeds]
+    asked = [(case, seed, who, work_s) for case in CASES for who in (MOTET, *RULES) for seed in seeds]
+    asked += [(case, seed, who, work_s) for case in FAIR for who in (MOTET, FIFO) for seed in seeds]
+    asked += [("chaos", seed, who, work_s) for who in (MOTET, FIFO) for seed in seeds]
     for variant in (*VARIANTS.values(), *UNFAIR.values()):
         # A part that is not there any more is told of now, not in ten minutes.
         with _changed(variant.parts):
             pass
-    if not quick:
-        few = range(ABLATION_SEEDS)
-        asked += [(case, seed, who) for who in VARIANTS for case in CASES_MAIMED for seed in few]
-        asked += [(case, seed, who) for who in UNFAIR for case in FAIR for seed in few]
+    most = size.of(full=None, quick=0, smoke=SMOKE_VARIANTS)
+    for variants, cases in ((VARIANTS, CASES_MAIMED), (UNFAIR, FAIR)):
+        asked += [
+            (case, seed, who, work_s) for who in islice(variants, most) for case in cases for seed in few
+        ]
     say(f"{len(asked)} runs on {PROCESSES} processes …")
     runs: dict[tuple[str, str], list[Run]] = {}
     with multiprocessing.Pool(PROCESSES) as pool:
@@ -206,20 +212,23 @@ def main() -> None:
     tell_shares(runs)
     tell_fairness(runs)
     tell_chaos(runs)
-    if not quick:
-        tell_ablations(runs)
+    if few:
+        tell_ablations(runs, few)
     tell_losses(runs)
     n = sum(map(len, runs.values()))
     say(f"\n{n} runs of {len(runs)} kinds, seeds 0-{max(seeds)}, in {time.perf_counter() - began:.0f} s")
-    finish("simulate", keys(runs), quick=quick, details=details(runs))
+    finish("simulate", keys(runs), arguments, details=details(runs))
 
 
 # -- one run
 
 
-def _run(asked: tuple[str, int, str]) -> Run:
-    case, seed, who = asked
-    scenario = _file(case).scenario(seed)
+def _run(asked: tuple[str, int, str, float | None]) -> Run:
+    case, seed, who, work_s = asked
+    file = _file(case)
+    if work_s is not None:
+        file = replace(file, spec={**file.spec, "seconds_a_device": work_s})
+    scenario = file.scenario(seed)
     began = time.process_time()
     if who in RULES:
         outcome = Simulation(pulled(scenario), rival(who, seed), seed).run()
@@ -397,9 +406,7 @@ def tell_chaos(runs: Runs) -> None:
         )
 
 
-def tell_ablations(runs: Runs) -> None:
-    seeds = range(ABLATION_SEEDS)
-
+def tell_ablations(runs: Runs, seeds: range) -> None:
     def cell(case: str, name: str) -> str:
         usual = [runs[case, MOTET][seed].efficiency for seed in seeds]
         off = [b - a for a, b in zip(usual, efficiencies(runs, case, name), strict=True)]
@@ -416,7 +423,11 @@ def tell_ablations(runs: Runs) -> None:
                     for case in CASES_MAIMED
                 ),
             ),
-            *((name, *(cell(case, name) for case in CASES_MAIMED)) for name in VARIANTS),
+            *(
+                (name, *(cell(case, name) for case in CASES_MAIMED))
+                for name in VARIANTS
+                if (CASES_MAIMED[0], name) in runs
+            ),
         ],
     )
 
@@ -471,12 +482,14 @@ def keys(runs: Runs) -> dict[str, float]:
 
 
 def markdown(kept: Mapping[str, Mapping[str, Sequence[float]]]) -> Iterator[str]:
-    """The ablations as a table of docs/simulate.md, from the results that are kept."""
+    """The ablations that were measured, as a table, from the results that are kept."""
     yield "| changed | " + " | ".join(CASES_MAIMED) + " |"
     yield "|---|" + "---|" * len(CASES_MAIMED)
     usual = {case: kept[f"{case} / {MOTET}"]["efficiency"][:ABLATION_SEEDS] for case in CASES_MAIMED}
     yield "| (motet) | " + " | ".join(f"{100 * mean(usual[case]):.1f}" for case in CASES_MAIMED) + " |"
     for name in VARIANTS:
+        if f"{CASES_MAIMED[0]} / {name}" not in kept:
+            continue
         cells = []
         for case in CASES_MAIMED:
             off = [b - a for a, b in zip(usual[case], kept[f"{case} / {name}"]["efficiency"], strict=True)]

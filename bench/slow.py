@@ -21,8 +21,8 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parent))
 
-from harness import EXACT, finish, options, say, scratch, texts
-from paced import FACTOR, first_tasks, paced, second_tasks
+from harness import EXACT, Size, cluster_folder, finish, options, say, texts
+from paced import FACTOR, Paced, first_tasks, paced, second_tasks
 from truth import span_s
 
 from motet import Client
@@ -35,28 +35,34 @@ ROOM_MB = 240
 
 def main() -> None:
     arguments = options(__doc__).parse_args()
-    rows, rounds = (600, 1) if arguments.quick else (1800, 5)
+    rows, rounds = arguments.size.of(full=(1800, 5), quick=(600, 1), smoke=(24, 1))
+    share = ROOM_MB / probe("cpu", 2).memory_mb
     say(f"one of two workers takes {FACTOR:g} times as long; {rows:,} texts x {len(EXACT)} tasks:")
-    efficiency, told = slow(rows, rounds)
-    say("two models, and room for one at each of two workers:")
-    loads = crowded(rows // 2)
+    two_models = "two models, and room for one at each of two workers:"
+    if arguments.size is Size.SMOKE:
+        with cluster_folder() as folder, paced(folder, slow=True, steady=True, memory_share=share) as running:
+            efficiency, told = slow(running, rows, rounds)
+            say(two_models)
+            loads = crowded(running, rows // 2)
+    else:
+        with cluster_folder() as folder, paced(folder, slow=True, steady=True) as running:
+            efficiency, told = slow(running, rows, rounds)
+        say(two_models)
+        with cluster_folder() as folder, paced(folder, steady=True, memory_share=share) as running:
+            loads = crowded(running, rows // 2)
     say(f"  {loads} loads of 2 models")
     keys = {"slow_efficiency": round(statistics.median(efficiency), 4), "loads_per_model": loads / 2}
-    finish("slow", keys, quick=arguments.quick, details={"rows": rows, "runs": told})
+    finish("slow", keys, arguments, details={"rows": rows, "runs": told})
 
 
-def slow(rows: int, rounds: int) -> tuple[list[float], Sequence[Mapping[str, Any]]]:
+def slow(running: Paced, rows: int, rounds: int) -> tuple[list[float], Sequence[Mapping[str, Any]]]:
     """Efficiency of each run, and what it was made of."""
     told = []
-    with (
-        scratch() as folder,
-        paced(folder, slow=True, steady=True) as running,
-        Client(running.url, running.tokens["user"]) as client,
-    ):
+    with Client(running.url, running.tokens["user"]) as client:
         client.submit(texts(rows // 2), EXACT, reuse=False, progress=False).wait()
         for _ in range(rounds):
             job = client.submit(texts(rows), EXACT, reuse=False, progress=False).wait()
-            bound_s, makespan_s = bound_and_makespan(job.activity(2000))
+            bound_s, makespan_s = bound_and_makespan(job.activity(timeline=None))
             say(f"  {makespan_s:.2f} s, bound {bound_s:.2f} s: {bound_s / makespan_s:.3f}")
             told.append({"bound_s": round(bound_s, 3), "makespan_s": round(makespan_s, 3)})
     return [run["bound_s"] / run["makespan_s"] for run in told], told
@@ -74,14 +80,9 @@ def bound_and_makespan(activity: Mapping[str, Any]) -> tuple[float, float]:
     return sum(worth.values()) / sum(speeds), span_s([activity])
 
 
-def crowded(rows: int) -> int:
+def crowded(running: Paced, rows: int) -> int:
     """Loads that two jobs of two models cost."""
-    share = ROOM_MB / probe("cpu", 2).memory_mb
-    with (
-        scratch() as folder,
-        paced(folder, steady=True, memory_share=share) as running,
-        Client(running.url, running.tokens["user"]) as client,
-    ):
+    with Client(running.url, running.tokens["user"]) as client:
         before = running.events("loaded")
         jobs = [
             client.submit(texts(rows), tasks, reuse=False, progress=False)

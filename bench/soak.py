@@ -1,6 +1,6 @@
 """Half an hour of jobs under mild faults: memory, file descriptors, Redis keys and table sizes stay flat.
 
-    python -m bench.soak [--minutes 30] [--quick]
+    python bench/soak.py [--minutes 30] [--quick]
 
 A whole cluster (two dispatchers, two aggregators, two workers) gets jobs of all sizes from three tenants. Each is
 checked by the oracle of tests/chaos when it has ended, and deleted. Every half minute something happens that no
@@ -10,6 +10,7 @@ raise. So each process lives as long as the run, and what it leaks is seen.
 
 from __future__ import annotations
 
+import argparse
 import random
 import statistics
 import sys
@@ -21,20 +22,25 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any
 
+import harness
 import psutil
 import psycopg
 import redis
+from harness import Size
 
-from bench import harness
 from motet.errors import MotetError, NotFound
+
+# The house and its oracle are those of `make chaos`; sys.path holds the folder of this file alone.
+sys.path.append(str(harness.ROOT))
+
 from tests.chaos import faults
 from tests.chaos.house import House
 from tests.chaos.ledger import UNDER_WAY, Entry, Ledger
 from tests.chaos.oracle import Verdict
 from tests.chaos.recovery import Watcher
 
-SAMPLE_S = 5.0
-FAULT_EVERY_S = 30.0
+#: What is kept ran for so long.
+MINUTES = 30.0
 TENANTS = 3
 BACKLOG_CELLS = 1000
 SEED = 5
@@ -100,26 +106,30 @@ class Series:
 
 def main() -> int:
     parser = harness.options(__doc__)
-    parser.add_argument("--minutes", type=float, default=30.0)
+    parser.add_argument(
+        "--minutes", type=float, default=MINUTES, help=f"[default: {MINUTES:g}; less is not kept]"
+    )
     options = parser.parse_args()
-    minutes = 0.7 if options.quick else options.minutes
+    minutes = options.size.of(full=options.minutes, quick=0.7, smoke=0.05)
     with harness.scratch() as folder, House(folder / "data") as house:
         watcher = Watcher(house)
         watcher.start()
-        soak = Soak(house, watcher, Ledger.open(house, watcher, SEED, TENANTS))
+        soak = Soak(house, watcher, Ledger.open(house, watcher, SEED, TENANTS), options.size)
         try:
             soak.run(minutes * 60)
         finally:
             soak.ledger.close()
             watcher.stop()
-    return report(soak, minutes, quick=options.quick)
+    return report(soak, minutes, options)
 
 
 class Soak:
     """The run: feeders, judges, faults and samples."""
 
-    def __init__(self, house: House, watcher: Watcher, ledger: Ledger) -> None:
+    def __init__(self, house: House, watcher: Watcher, ledger: Ledger, size: Size) -> None:
         self.house, self.watcher, self.ledger = house, watcher, ledger
+        self._sample_s = size.of(full=5.0, quick=5.0, smoke=0.3)
+        self._fault_every_s = size.of(full=30.0, quick=30.0, smoke=0.5)
         self.series: dict[str, Series] = {}
         self.verdict = Verdict()
         self.jobs = self.faults = 0
@@ -135,7 +145,7 @@ class Soak:
         while time.monotonic() - self._began < seconds:
             with suppress(psycopg.Error, redis.RedisError, OSError):
                 self._sample()
-            time.sleep(SAMPLE_S)
+            time.sleep(self._sample_s)
         self._over.set()
         self.ledger.await_end(JOIN_S)
         for entry in self.ledger.entries.values():
@@ -176,7 +186,7 @@ class Soak:
 
     def _disturb(self) -> None:
         arena = faults.Arena(self.house, self.ledger, random.Random(SEED))
-        while not self._over.wait(FAULT_EVERY_S):
+        while not self._over.wait(self._fault_every_s):
             act = arena.dice.choice(MILD)
             with suppress(faults.Missed, MotetError, redis.RedisError, psycopg.Error, OSError):
                 act(arena)
@@ -225,7 +235,7 @@ class Soak:
         return found
 
 
-def report(soak: Soak, minutes: float, *, quick: bool) -> int:
+def report(soak: Soak, minutes: float, options: argparse.Namespace) -> int:
     """Print what was measured, keep it and its picture; 0 where all of it stayed flat."""
     enough = {name: one for name, one in soak.series.items() if len(one.values) >= 6}
     harness.table(
@@ -246,8 +256,10 @@ def report(soak: Soak, minutes: float, *, quick: bool) -> int:
     wrong = v.lost + v.doubled + v.stuck + v.wrong
     for words in (*v.breaches[:20], *soak.ledger.troubles[:20]):
         harness.say(words)
-    if not quick:
-        (harness.ROOT / "docs" / "soak.svg").write_text(picture(enough), "utf-8")
+    drawn, full = picture(enough), options.size is Size.FULL
+    whole = full and minutes >= MINUTES
+    if whole and not options.save:
+        (harness.ROOT / "docs" / "soak.svg").write_text(drawn, "utf-8")
     harness.finish(
         "soak",
         {
@@ -259,11 +271,12 @@ def report(soak: Soak, minutes: float, *, quick: bool) -> int:
             "troubles": len(soak.ledger.troubles),
             "growing": growing,
         },
-        quick=quick,
+        options,
+        whole=whole,
         details={name: one.to_json() for name, one in enough.items()},
     )
     # A run too short has caches that still fill.
-    return 1 if wrong or soak.ledger.troubles or (growing and not quick) else 0
+    return 1 if wrong or soak.ledger.troubles or (growing and full) else 0
 
 
 # -- the picture

@@ -40,7 +40,7 @@ import psycopg
 
 sys.path.insert(0, str(Path(__file__).parent))
 
-from harness import cpu_s, finish, in_turn, options, ratio, say, scratch, table
+from harness import cluster_folder, cpu_s, finish, in_turn, options, ratio, say, table
 from stage import LABELS, Stage, label_tasks, mixed_texts, short_texts, size_of, table_bytes
 
 from motet.client import Client
@@ -51,6 +51,7 @@ from motet.transport import RedisTransport, RedisWorkerTransport
 from motet.wire import Outcome, Usage
 from scheduler.aggregator import Aggregator
 from scheduler.carve import carve
+from scheduler.cost import Price
 from scheduler.store import leases
 from scheduler.store.database import Database
 from scheduler.store.endings import delete_job
@@ -59,6 +60,8 @@ from scheduler.store.leases import Cut, Leased
 TASKS = 4
 SUBTASK_ROWS = 1500
 WORKER = "bench-stand-in"
+#: Sub-tasks are cut by rows alone, whatever their length.
+A_SECOND_A_ROW = Price(start_s=0.0, per_row=1.0, per_byte=0.0, per_square=0.0)
 
 
 @dataclass
@@ -174,16 +177,11 @@ class Bench:
         [(epoch,)] = self.sql.execute("SELECT epoch FROM leader").fetchall()
         while True:
             with self.database.transaction() as connection:
-                frontier = leases.frontier(connection, str(job), 0, limit=64)
+                frontier = leases.frontier(connection, str(job), 0, rows=64 * SUBTASK_ROWS, limit=64)
             if frontier.empty:
                 return
             cuts: list[Cut] = []
-            while frontier.blocks:
-                size = (
-                    sum(b.cumulative[-1] for b in frontier.blocks[:1]) / frontier.blocks[0].n * SUBTASK_ROWS
-                )
-                carved = carve(frontier, size)
-                assert carved is not None
+            while carved := carve(frontier, SUBTASK_ROWS, A_SECOND_A_ROW):
                 cuts.append(
                     Cut(
                         job=str(job),
@@ -191,6 +189,7 @@ class Bench:
                         worker=WORKER,
                         boot="boot",
                         device="stand-in",
+                        device_kind="cpu",
                         predicted_s=1.0,
                         carved=carved,
                     )
@@ -276,11 +275,12 @@ def _binary_cells(rows: int) -> list[bytes]:
 
 def main() -> None:
     arguments = options(__doc__).parse_args()
-    quick = arguments.quick
-    mixed, short, cells, rounds = (60_000, 100_000, 100_000, 3) if quick else (200_000, 400_000, 250_000, 7)
+    mixed, short, cells, rounds = arguments.size.of(
+        full=(200_000, 400_000, 250_000, 7), quick=(60_000, 100_000, 100_000, 3), smoke=(300, 300, 2_000, 1)
+    )
     say(f"storage: {mixed:,} mixed and {short:,} short rows, {cells * TASKS:,} cells, {rounds} rounds")
     sizes: list[float] = []
-    with scratch() as folder, Stage(folder, aggregates=False) as stage, stage.database() as database:
+    with cluster_folder() as folder, Stage(folder, aggregates=False) as stage, stage.database() as database:
         stage.register()
         with Client(stage.url, stage.tokens["user"]) as client, stage.sql() as sql:
             bench = Bench(stage, client, sql, database)
@@ -321,7 +321,7 @@ def main() -> None:
         },
     }
     say(f"short rows: {details['short_rows_vs_copy']} of COPY")
-    finish("storage", keys, quick=quick, details=details)
+    finish("storage", keys, arguments, details=details)
 
 
 if __name__ == "__main__":

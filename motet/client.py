@@ -27,7 +27,8 @@ from motet.job import Job, Plan
 from motet.manifest import Manifest, trainer_name
 from motet.progress import Bar
 from motet.recipe import Recipe, Tune
-from motet.rows import MAX_ROW_BYTES, BadRows, Source, cut, survey
+from motet.rows import MAX_ROW_BYTES, BadRows, cut, survey
+from motet.sources import Source
 from motet.tasks import Chat, Embed, Fit, Prompted, Task, parse, placeholders, short
 from motet.training import Learned, TrainRun, read_lesson
 from motet.upload import send_parts
@@ -156,8 +157,11 @@ class Client:
 
         ``source`` is a path (.jsonl, .ndjson, .csv, .tsv, .txt, each also with .gz, or .parquet), a list or
         any iterable of texts or mappings (read once, in flat memory), a DataFrame or an Arrow table. Only the
-        fields that tasks read leave this machine; one that a Chat reads may hold a list of messages. ``bad_rows="error"`` gives error cells for rows that are
-        none; ``"refuse"`` raises InvalidJob that lists them, and nothing stays behind on the server.
+        fields that tasks read leave this machine; one that a Chat reads may hold a list of messages. A file is
+        read whole or refused: one with a quote that is never closed, say, or that grows meanwhile. With
+        ``bad_rows="error"`` a value that is no text (null, or a missing field) gives error cells to the tasks that read
+        it, and a row that is none to all; ``"refuse"`` raises InvalidJob that lists them, and nothing stays behind on
+        the server.
         ``reuse=False`` computes everything anew. A job that has not ended ``deadline_s`` seconds from now fails;
         what is done by then can be read. ``retention_days`` after its end it is deleted with its results, or
         sooner where the server keeps jobs no longer. ``progress`` forces the bar on or off. Submitting again
@@ -191,7 +195,7 @@ class Client:
             opening["mean_bytes"] = first.mean_bytes()
         second = next(parts, None)
         bar = Bar("sending", wanted=progress)
-        whole = second is None and not first.bad
+        whole = second is None and not first.bad and not first.bad_fields
         if whole:
             opening["rows"] = first.rows()
         tell = partial(_tell, bar)
@@ -237,6 +241,7 @@ class Client:
         asked: dict[str, Any] = {
             "tasks": {task: spec.to_json() for task, spec in specs.items()},
             "priority": priority,
+            "bad_rows": bad_rows,
             "total_rows": found.rows,
             "total_bytes": found.text_bytes,
         }

@@ -49,11 +49,17 @@ class MotetError(Exception):
 
 
 class InvalidJob(MotetError):
-    """The submission is wrong; ``problems`` lists where (the first few, if there are many)."""
+    """The submission is wrong; ``problems`` lists where, and ``more`` counts those beyond the first few."""
 
-    def __init__(self, problems: Sequence[Problem] | Problem) -> None:
+    def __init__(self, problems: Sequence[Problem] | Problem, more: int = 0) -> None:
         self.problems: tuple[Problem, ...] = (problems,) if isinstance(problems, Problem) else tuple(problems)
-        super().__init__("\n".join(map(str, self.problems)))
+        self.more = more
+        super().__init__("\n".join([*map(str, self.problems), *([f"and {more:,} more"] if more else [])]))
+
+    @classmethod
+    def first(cls, problems: Sequence[Problem], most: int = 20) -> InvalidJob:
+        """Of many problems the first ones, and how many there are beyond."""
+        return cls(problems[:most], max(0, len(problems) - most))
 
 
 class NotFound(MotetError):

@@ -76,6 +76,8 @@ class PassExplained:
     #: Workers that hold its model and may be given work, and names of some of them.
     resident: int
     resident_on: tuple[str, ...]
+    #: Workers that load its model, and some of them.
+    loads: int = 0
     loading: tuple[Loading, ...]
     can_load: tuple[CanLoad, ...]
     cannot: tuple[Cannot, ...]

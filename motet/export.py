@@ -113,18 +113,19 @@ def csv_lines(rows: Iterable[Row]) -> Iterator[str]:
     Text that a spreadsheet would take for a formula gets a ``'`` before it.
     """
     line = _Line()
-    writer = csv.writer(line, lineterminator="")
+    # Until Python 3.13 only the characters of the line end, and not every newline, bring a field into quotes.
+    writer = csv.writer(line, lineterminator="\r\n")
     header: list[str] | None = None
     for row in rows:
         if header is None:
             header = ["row", *chain.from_iterable(column_names(row).values()), "errors", "truncated"]
             writer.writerow(header)
-            yield line.text
+            yield line.text.removesuffix("\r\n")
         record = json_row(row)
         record["errors"] = "; ".join(f"{task}: {e['error']}" for task, e in record.get("errors", {}).items())
         record["truncated"] = "; ".join(record.get("truncated", ()))
         writer.writerow([_field(record.get(name)) for name in header])
-        yield line.text
+        yield line.text.removesuffix("\r\n")
 
 
 def column_names(columns: Mapping[str, Cell] | Mapping[str, Answers]) -> dict[str, tuple[str, ...]]:

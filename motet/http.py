@@ -447,7 +447,8 @@ def error_of(answer: httpx.Response) -> MotetError:
         return BodyRefused(_too_large_for_a_proxy(answer))
     if status in (400, 405, 413, 415, 422):
         problems = [_problem(p) for p in said.get("problems") or () if isinstance(p, dict)]
-        invalid = (BodyRefused if status == 413 else InvalidJob)(problems)
+        more = int(said.get("more") or 0)
+        invalid = (BodyRefused if status == 413 else InvalidJob)(problems, more=more)
         if not problems:
             invalid.args = (message,)
         return invalid

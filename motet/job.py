@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
     from motet.evaluation import Evaluation
     from motet.explanation import Explanation
-    from motet.rows import Source
+    from motet.sources import Source
 
 Order = Literal["row", "done"]
 
@@ -335,13 +335,24 @@ class Job:
             if after is None:
                 return
 
-    def activity(self, timeline: int = 500) -> Mapping[str, Any]:
-        """What happens in it as of one moment: passes, devices, the newest ``timeline`` sub-tasks in time,
+    def activity(self, timeline: int | None = 500) -> Mapping[str, Any]:
+        """What happens in it as of one moment: passes, devices, the newest ``timeline`` sub-tasks in time (None: all),
         throughput, errors by class; docs/http.md names every field. Times are seconds since it was created.
+        ``left_out`` counts what is not told.
         """
-        found: Mapping[str, Any] = self._http.get(f"{self._path}/activity", timeline=timeline)
+        found: dict[str, Any] = self._http.get(f"{self._path}/activity", timeline=timeline or 0)
         self._record = dict(found["job"])
+        if timeline is None:
+            found["timeline"] = list(self._subtasks())
+            found["left_out"]["timeline"] = 0
         return found
+
+    def _subtasks(self) -> Iterator[Mapping[str, Any]]:
+        after: int | None = 0
+        while after is not None:
+            page = self._http.get(f"{self._path}/subtasks", limit=_PAGE, after=after)
+            yield from page["subtasks"]
+            after = page["next"]
 
     def explain(self) -> Explanation:
         """Why it waits: behind whom, for which model to load, which workers cannot run it; and when it will be done

@@ -41,8 +41,16 @@ class Task:
     numerics: Numerics = "fast"
 
     def to_json(self) -> dict[str, Any]:
-        """The spec as JSON, defaults included, so that its digest does not depend on how it was written."""
-        values = {f.name: getattr(self, f.name) for f in fields(self)}
+        """The spec as JSON, defaults included, so that its digest does not depend on how it was written.
+
+        An option that came later is left out where it says nothing: digests from before it stay what they are.
+        """
+        told = {f.name: getattr(self, f.name) for f in fields(self)}
+        values = {
+            f.name: told[f.name]
+            for f in fields(self)
+            if told[f.name] is not None or not f.metadata.get("later")
+        }
         return {"kind": self.kind, **{k: list(v) if isinstance(v, tuple) else v for k, v in values.items()}}
 
     @property
@@ -154,6 +162,9 @@ class Generate(Prompted):
     temperature: float = 0.0
     seed: int = 0
     schema: Mapping[str, Any] | None = None
+    #: Whether the model thinks before it answers, where it can: None leaves it to the model, and its thoughts in the
+    #: cell; else the cell holds the answer alone. Thoughts count as tokens written.
+    thinking: bool | None = field(default=None, metadata={"later": True})
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -171,6 +182,8 @@ class Chat(Task):
     stop: tuple[str, ...] = ()
     temperature: float = 0.0
     seed: int = 0
+    #: As of Generate.
+    thinking: bool | None = field(default=None, metadata={"later": True})
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -190,6 +203,8 @@ class Choose(Prompted):
     calibrate: bool = True
     #: Return every label's score, not only the winner's.
     scores: bool = False
+    #: False: the model's template is told that no thought comes before the label. None leaves it as it is.
+    thinking: bool | None = False
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -204,6 +219,8 @@ class Extract(Prompted):
     max_tokens: int = 512
     temperature: float = 0.0
     seed: int = 0
+    #: As of Generate; a model that thinks keeps the schema from the end of its thoughts on.
+    thinking: bool | None = False
 
 
 #: Every kind of task that can cross the wire.
@@ -214,8 +231,12 @@ KINDS: Mapping[str, type[Task]] = {
 
 def placeholders(template: str) -> tuple[str, ...]:
     """Field names in a template, in order of first use. ``{{`` and ``}}`` are literal braces."""
-    bare = template.replace("{{", "").replace("}}", "")
-    return tuple(dict.fromkeys(_PLACEHOLDER.findall(bare)))
+    return tuple(dict.fromkeys(uses(template)))
+
+
+def uses(template: str) -> list[str]:
+    """The same names, each as often as it stands there."""
+    return _PLACEHOLDER.findall(template.replace("{{", "").replace("}}", ""))
 
 
 def render(template: str, row: Mapping[str, str]) -> str:
@@ -320,8 +341,10 @@ class _Expected:
     kind: type | None = None
 
     def check(self, value: object) -> bool:
-        if self.kind is bool or self.allowed:
-            return isinstance(value, bool) if self.kind is bool else value in self.allowed
+        if self.kind is bool:
+            return isinstance(value, bool) or (value is None and None in self.allowed)
+        if self.allowed:
+            return value in self.allowed
         return _CHECKS[self.words](value)
 
 
@@ -430,6 +453,7 @@ _EXPECTED: Mapping[str, _Expected] = {
     "temperature": _Expected(_TEMPERATURE, "0 takes the likeliest token always"),
     "seed": _Expected(_SEED, "choose a number"),
     "schema": _Expected(_SCHEMA, "see json-schema.org"),
+    "thinking": _Expected("true, false or null", "null leaves it to the model", (None,), kind=bool),
 }
 #: Kinds of tasks in which ``max_tokens`` counts what is written, not what is read.
 _WRITES = (Generate, Chat, Extract)

@@ -27,7 +27,8 @@ from motet.job import Job
 from motet.manifest import Manifest
 from motet.progress import ENDED
 from motet.recipe import Target
-from motet.rows import MAX_PROBLEMS, Source, records
+from motet.rows import MAX_PROBLEMS, records
+from motet.sources import Source
 from motet.tasks import Classify, Number, Task, short
 
 if TYPE_CHECKING:

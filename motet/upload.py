@@ -141,7 +141,8 @@ def rows_of(part: Part, lo: int, hi: int) -> Part:
         number=part.number,
         first_row=part.first_row + lo,
         columns=columns,
-        bad={offset - lo: why for offset, why in part.bad.items() if lo <= offset < hi},
+        bad=_within(part.bad, lo, hi),
+        bad_fields={name: here for name, bad in part.bad_fields.items() if (here := _within(bad, lo, hi))},
         text_bytes=sum(len(text.encode()) for texts in columns.values() for text in texts),
     )
 
@@ -163,3 +164,7 @@ def _block_ends(part: Part) -> list[int]:
             first, held = offset, 0
         held += size
     return [*ends, len(part)]
+
+
+def _within(bad: Mapping[int, tuple[str, str]], lo: int, hi: int) -> dict[int, tuple[str, str]]:
+    return {offset - lo: why for offset, why in bad.items() if lo <= offset < hi}

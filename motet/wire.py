@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, Literal
@@ -45,6 +45,21 @@ _PACKED: Mapping[int, int] = {
     zstd.CompressionParameter.compression_level: 1,
     zstd.CompressionParameter.checksum_flag: 1,
 }
+
+
+def by_reason(marks: Mapping[int, tuple[str, str]]) -> list[list[Any]]:
+    """Offset -> (class, message) as it travels and is stored: ``[[class, message, [offset, …]], …]``, each reason once."""
+    offsets: dict[tuple[str, str], list[int]] = {}
+    for offset in sorted(marks):
+        offsets.setdefault(marks[offset], []).append(offset)
+    return [[*why, of] for why, of in offsets.items()]
+
+
+def by_offset(reasons: Iterable[Sequence[Any]]) -> dict[int, tuple[str, str]]:
+    """The opposite of ``by_reason``, for what was checked before."""
+    return {
+        int(offset): (str(error), str(message)) for error, message, offsets in reasons for offset in offsets
+    }
 
 
 def pack(value: object) -> bytes:
@@ -208,7 +223,7 @@ class Usage:
     tokens: int = 0
     #: Tokens computed, padding included.
     computed_tokens: int = 0
-    #: ``bytes_read`` of the texts, for the bytes-to-tokens ratio.
+    #: ``bytes_read`` of the texts: the worker's guess of its work before it has tokenised them.
     text_bytes: int = 0
     micro_batches: int = 0
     #: Seconds that the device worked for this attempt.

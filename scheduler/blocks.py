@@ -10,22 +10,27 @@ import hashlib
 import struct
 import sys
 from array import array
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 from motet.wire import bytes_read, pack, unpack
 
-#: Offset of a row -> (error class, message) of its cells. A message never holds a user's text.
+#: Offset of a row -> (error class, message) of cells. A message never holds a user's text.
 Bad = Mapping[int, tuple[str, str]]
+#: Field -> the rows whose value there is none: error cells of the tasks that read it, and of no other.
+BadFields = Mapping[str, Bad]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Part:
     """Rows as they came in, already checked: the same number of texts in every column."""
 
-    #: Field -> a text per row, "" where the row is bad. Only fields that some task reads.
+    #: Field -> a text per row, "" where the row or its value is bad. Only fields that some task reads.
     columns: Mapping[str, Sequence[str]]
+    #: Rows that are none: error cells of every task.
     bad: Bad = field(default_factory=dict)
+    bad_fields: BadFields = field(default_factory=dict)
 
     def __len__(self) -> int:
         return len(next(iter(self.columns.values())))
@@ -45,12 +50,23 @@ class Reader:
     needs: tuple[tuple[str, int], ...] = ()
 
 
+class Reads(NamedTuple):
+    """What a pass reads of a row, as far as it decides what the pass costs."""
+
+    #: How often it reads each field of its job, in their order; (): each once.
+    times: tuple[int, ...] = ()
+    #: UTF-8 bytes beside the fields: its templates' own, and other tasks' answers, about.
+    beside: int = 0
+    #: Tokens after which it cuts; 0: never.
+    max_tokens: int = 0
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Block:
     """One block, encoded, without its place in the job."""
 
     n_rows: int
-    #: Rows that work is done on: all but the bad ones.
+    #: Rows that work is done on: all but those that no task can be asked.
     n_work: int
     #: UTF-8 bytes of all fields of all rows.
     text_bytes: int
@@ -60,8 +76,34 @@ class Block:
     lengths: bytes
     payload: bytes
     bad: Bad
+    bad_fields: BadFields
     #: Reuse key per task of the job; None where its column is not for reuse.
     keys: tuple[bytes | None, ...]
+
+    @property
+    def n_bad(self) -> int:
+        """Rows of which something is bad."""
+        return len(set(self.bad).union(*self.bad_fields.values()))
+
+
+def absent(bad: Bad, bad_fields: BadFields, reads: Sequence[str]) -> dict[int, tuple[str, str]]:
+    """Offset -> why, of the rows that a task which reads these fields cannot be asked.
+
+    A row that is none says so itself; else the first field in ``reads`` whose value is bad does.
+    """
+    found: dict[int, tuple[str, str]] = {}
+    for name in reversed(reads):
+        found.update(bad_fields.get(name, {}))
+    found.update(bad)
+    return found
+
+
+def askable(order: Sequence[int], absents: Sequence[Collection[int]]) -> list[int]:
+    """Of the rows in this order those that are not absent for every one of these tasks."""
+    if not absents:
+        return list(order)
+    nobody = set(absents[0]).intersection(*absents[1:])
+    return [i for i in order if i not in nobody]
 
 
 def blocks_of(
@@ -97,14 +139,18 @@ def _encode(
 ) -> Block:
     columns = {name: list(texts[lo:hi]) for name, texts in part.columns.items()}
     packed = {name: uint32_bytes(lengths[name][lo:hi]) for name in columns}
-    bad = {i - lo: why for i, why in part.bad.items() if lo <= i < hi}
+    bad = _between(part.bad, lo, hi)
+    bad_fields = {name: here for name, of in part.bad_fields.items() if (here := _between(of, lo, hi))}
+    absents = {reads: absent(bad, bad_fields, reads) for reads in {reader.reads for reader in readers}}
     sizes = totals[lo:hi]
     # Stable even in reverse: rows of one length stay in row order.
-    order = sorted((i for i in range(hi - lo) if i not in bad), key=sizes.__getitem__, reverse=True)
+    order = sorted(
+        askable(range(hi - lo), list(absents.values()) or [bad]), key=sizes.__getitem__, reverse=True
+    )
     digests: dict[tuple[str, ...], bytes] = {}
     for reader in readers:
         if reader.reusable and reader.reads not in digests:
-            digests[reader.reads] = _fields_digest(columns, packed, bad, reader.reads)
+            digests[reader.reads] = _fields_digest(columns, packed, absents[reader.reads], reader.reads)
     return Block(
         n_rows=hi - lo,
         n_work=len(order),
@@ -113,8 +159,13 @@ def _encode(
         lengths=b"".join(packed.values()),
         payload=pack({"columns": columns}),
         bad=bad,
+        bad_fields=bad_fields,
         keys=_keys(readers, digests),
     )
+
+
+def _between(bad: Bad, lo: int, hi: int) -> dict[int, tuple[str, str]]:
+    return {i - lo: why for i, why in bad.items() if lo <= i < hi}
 
 
 def _keys(readers: Sequence[Reader], digests: Mapping[tuple[str, ...], bytes]) -> tuple[bytes | None, ...]:
@@ -144,11 +195,18 @@ def row_order(raw: bytes) -> array[int]:
     return uint32s(raw)
 
 
-def read_in_order(order: bytes, lengths: bytes, n_rows: int, max_tokens: int) -> list[int]:
+def read_in_order(order: bytes, lengths: bytes, n_rows: int, reads: Reads) -> list[int]:
     """Bytes that a pass reads of each row that work is done on, in the order in which it is carved."""
     per_field = uint32s(lengths)
-    sizes = [sum(per_field[i::n_rows]) for i in range(n_rows)] if len(per_field) > n_rows else per_field
-    return [bytes_read(sizes[i], max_tokens) for i in row_order(order)]
+    times = reads.times or (1,) * (len(per_field) // n_rows)
+    columns = [
+        (n, per_field[at * n_rows : (at + 1) * n_rows]) for at, n in enumerate(times) if n
+    ]  # of the fields that it reads
+    beside, most = reads.beside, reads.max_tokens
+    if len(columns) == 1 and columns[0][0] == 1:
+        ((_, only),) = columns
+        return [bytes_read(beside + only[i], most) for i in row_order(order)]
+    return [bytes_read(beside + sum(n * column[i] for n, column in columns), most) for i in row_order(order)]
 
 
 def uint32s(raw: bytes) -> array[int]:
@@ -160,7 +218,7 @@ def uint32s(raw: bytes) -> array[int]:
 
 
 def fields_digest(columns: Mapping[str, Sequence[str]], bad: Bad, reads: Sequence[str]) -> bytes:
-    """Sha256 of what a template that reads these fields can see of a block, bad rows' marks included.
+    """Sha256 of what a template that reads these fields can see of a block, and of why it sees nothing (``absent``).
 
     Every text is preceded by its length, so that no two blocks spell the same bytes.
     """

@@ -25,8 +25,8 @@ from scheduler.carve import MAX_ROWS, Carved, Frontier, carve
 from scheduler.cost import Rates
 from scheduler.facts import Facts, read, under_way, workers
 from scheduler.identity import is_gone, own_name
-from scheduler.lifecycle import hopeless, lost
-from scheduler.liveness import Watch, attuned, drops, speaks, usable
+from scheduler.lifecycle import Hopes, lost
+from scheduler.liveness import Roster, Watch, attuned, drops, speaks, usable
 from scheduler.payloads import Payloads
 from scheduler.place import Clone, Flight, Placement, Placer, Recall
 from scheduler.pressure import throttle
@@ -70,6 +70,7 @@ class Dispatcher:
 
     def __post_init__(self) -> None:
         self._watch = Watch(self.settings.dead_s)
+        self._roster, self._hopes = Roster(), Hopes()
         self._payloads = Payloads(self.database)
         self._renew_at = 0.0
         #: When this term began.
@@ -111,7 +112,7 @@ class Dispatcher:
         self._tell(epoch, live, facts, now)
         if now >= self._chores_at:
             self._chores_at = now + _CHORES_S
-            self._chores(epoch, live, facts)
+            self._chores(epoch, live, facts, now)
         if now >= self._sweep_at:
             # A slice a step: a job of millions of rows goes while all others are served.
             self._sweep_at = now if self._sweep(epoch) else now + _SWEEP_S
@@ -143,6 +144,7 @@ class Dispatcher:
         log.info("leading", extra={"epoch": epoch})
         self._led_at, self._unheard = now, False
         self._watch = Watch(self.settings.dead_s)
+        self._roster, self._hopes = Roster(), Hopes()
         self._controls.clear()
         self._placer = self._new_placer()
         self._learned_at = 0.0
@@ -463,12 +465,12 @@ class Dispatcher:
             )
         self._strangers = strangers
 
-    def _chores(self, epoch: int, live: Mapping[str, Beat], facts: Facts) -> None:
+    def _chores(self, epoch: int, live: Mapping[str, Beat], facts: Facts, now: float) -> None:
+        known = workers(self._roster.see(live, now), facts.refusals, self.settings.memory_share)
+        hopeless = self._hopes.hopeless(facts.demand, known, facts.refusals, now)
         with self.database.transaction() as connection:
             fence(connection, epoch)
-            ending = leases.overdue(connection, UPLOAD_SILENT_S) | hopeless(
-                facts.demand, facts.refusals, live
-            )
+            ending = leases.overdue(connection, UPLOAD_SILENT_S) | hopeless
             for job, why in sorted(ending.items()):
                 end_job(connection, job, "failed", why)
             drains.forget_the_gone(connection, list(live))

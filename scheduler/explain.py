@@ -31,7 +31,7 @@ from motet.progress import clock
 from scheduler.fairness import BULK, INTERACTIVE, NORMAL
 from scheduler.lifecycle import MAX_TRIES
 from scheduler.liveness import speaks
-from scheduler.place import Demand, PassId, Worker, need_mb
+from scheduler.place import Demand, PassId, Worker, cannot_run, need_mb
 from scheduler.simulation.forecast import Cluster, Forecast, Started, forecast
 
 if TYPE_CHECKING:
@@ -115,16 +115,16 @@ class Case:
             return "draining" if beat.state == "draining" else "starting"
         return "exclusive" if name in self.suspects else None
 
-    def able(self, worker: Worker, demand: Demand) -> Why | None:
-        """Why a worker can never run a pass, however free it is."""
-        if demand.model.engine not in worker.engines:
-            return "no_engine"
-        if 0 < worker.memory_mb < need_mb(worker, demand.model, demand.numerics):
-            return "too_small"
-        return "refused" if demand.model_ids & worker.refused else None
+    def why_not(self, worker: Worker, demand: Demand) -> Why | None:
+        """Why a worker is given nothing of a pass; what it can never do before what it does not do now."""
+        idle = self.idle_for(worker.name)
+        if idle in ("incompatible", "starting"):
+            # It has not said yet, or not in our words, what it can do.
+            return idle
+        return cannot_run(worker, demand) or idle
 
     def runs(self, worker: Worker, demand: Demand) -> bool:
-        return worker.name in self.usable and self.able(worker, demand) is None
+        return worker.name in self.usable and cannot_run(worker, demand) is None
 
     @cached_property
     def kinds(self) -> list[Worker]:
@@ -135,7 +135,7 @@ class Case:
     def work_s(self, demand: Demand) -> float | None:
         """Predicted device-seconds of what waits of a pass, on the fastest device that can run it."""
         return min(
-            (self.seconds(w, demand) for w in self.kinds if self.able(w, demand) is None), default=None
+            (self.seconds(w, demand) for w in self.kinds if cannot_run(w, demand) is None), default=None
         )
 
     def seconds(self, worker: Worker, demand: Demand) -> float:
@@ -221,7 +221,7 @@ def _pass(case: Case, p: PassStanding) -> PassExplained:
     can_load: dict[str, list[Worker]] = defaultdict(list)
     cannot: dict[tuple[Why, str], list[Worker]] = defaultdict(list)
     for name, worker in sorted(case.workers.items()):
-        why = case.able(worker, demand) or case.idle_for(name)
+        why = case.why_not(worker, demand)
         if why is not None:
             cannot[why, _words(case, why, worker, demand)].append(worker)
         elif demand.model.digest in worker.resident:
@@ -248,6 +248,7 @@ def _pass(case: Case, p: PassStanding) -> PassExplained:
         work_s=_s(case.work_s(demand)) if resident or loading or can_load else None,
         resident=len(resident),
         resident_on=tuple(resident[:NAMES]),
+        loads=len(loading),
         loading=tuple(loading[:NAMES]),
         can_load=tuple(
             CanLoad(device_name=kind, workers=len(found), load_s=_s(case.load_s(found[0], demand)))
@@ -309,13 +310,13 @@ def _loading_s(case: Case, worker: Worker, demand: Demand) -> float | None:
 
 def _beside(case: Case) -> Iterator[Beside]:
     """What waits for workers that this job's passes could have, by class."""
-    useful = [w for w in case.kinds if any(case.able(w, p.demand) is None for p in case.standing.passes)]
+    useful = [w for w in case.kinds if any(cannot_run(w, p.demand) is None for p in case.standing.passes)]
     tenant = case.standing.passes[0].demand.tenant if case.standing.passes else ""
     for class_, name in _CLASSES.items():
         own: Counter[str] = Counter()
         other: Counter[tuple[str, str]] = Counter()
         for d in case.others:
-            if d.priority != class_ or not any(case.able(w, d) is None for w in useful):
+            if d.priority != class_ or not any(cannot_run(w, d) is None for w in useful):
                 continue
             seconds = case.work_s(d) or 0.0
             if d.tenant == tenant:

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
 from uuid import UUID
 
-from motet.wire import Beat
 from scheduler.carve import Range, part
-from scheduler.place import Demand
+from scheduler.liveness import GRACE_S
+from scheduler.place import Demand, PassId, Worker, cannot_run
 
 #: A row with a retriable error is tried so often in all; then its error is final.
 MAX_TRIES = 5
@@ -16,6 +16,8 @@ MAX_TRIES = 5
 MAX_DEATHS_UNSEEN = 10
 #: A single row that killed its process so often, running alone, is poison.
 MAX_DEATHS_ALONE = 2
+#: Seconds between two looks at what is hopeless after which the leader counts as away: nobody's silence counts then.
+_AWAY_S = 60.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -146,18 +148,42 @@ class Refusal:
     why: str
 
 
-def hopeless(
-    demand: Sequence[Demand], refusals: Sequence[Refusal], live: Mapping[str, Beat]
-) -> dict[UUID, str]:
-    """Jobs with a pass whose model every live worker that has its engine has refused to load, and why."""
-    found: dict[UUID, str] = {}
-    for d in demand:
-        able = [name for name, beat in live.items() if d.model.engine in beat.engines]
-        whys = {
-            r.worker: r.why
-            for r in refusals
-            if r.model_id in d.model_ids and r.worker in live and live[r.worker].boot == r.boot
-        }
-        if able and all(name in whys for name in able):
-            found[UUID(d.job)] = f"no worker can load {d.model.ref}: {whys[able[0]]}"
-    return found
+@dataclass
+class Hopes:
+    """When some worker could last run each waiting pass, by the leader's clock.
+
+    Only in memory: where another leader begins, the grace begins anew.
+    """
+
+    #: Pass -> when a worker could run it last, and when it waited last. It may wait with pauses: a try is put off.
+    _known: dict[PassId, tuple[float, float]] = field(default_factory=dict)
+    _looked: float = float("-inf")
+
+    def hopeless(
+        self, demand: Sequence[Demand], workers: Sequence[Worker], refusals: Sequence[Refusal], now: float
+    ) -> dict[UUID, str]:
+        """Jobs with a pass that no worker could run in the last ``GRACE_S``, and that some worker refused; and why.
+
+        ``workers``: all that are lately known, also those that restart. Where none of them has tried, a job waits.
+        """
+        if now - self._looked > _AWAY_S:
+            self._known.clear()
+        self._looked = now
+        for d in demand:
+            hope, _ = self._known.get(d.id, (now, now))
+            able = any(cannot_run(worker, d) is None for worker in workers)
+            self._known[d.id] = (now if able else hope, now)
+        self._known = {id_: at for id_, at in self._known.items() if now - at[1] < GRACE_S}
+        found: dict[UUID, str] = {}
+        for d in demand:
+            if now - self._known[d.id][0] >= GRACE_S and (why := _refused(d, workers, refusals)):
+                found[UUID(d.job)] = f"no worker can load {d.model.ref}: {why}"
+        return found
+
+
+def _refused(demand: Demand, workers: Sequence[Worker], refusals: Sequence[Refusal]) -> str | None:
+    """Why a worker that is lately known could not load a model of this pass; None where none has tried."""
+    boots = {worker.name: worker.boot for worker in workers}
+    return next(
+        (r.why for r in refusals if r.model_id in demand.model_ids and boots.get(r.worker) == r.boot), None
+    )

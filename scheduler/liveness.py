@@ -7,9 +7,14 @@ from __future__ import annotations
 
 from collections.abc import Container, Mapping
 from collections.abc import Set as AbstractSet
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from motet.wire import PROTOCOL, Beat
+
+#: Seconds for which a worker counts as known after its last beat, and a job may be without an able worker before it
+#: fails. Shorter: a healthy job fails while the only worker that can run it is started again, or its host is.
+#: Longer: a user waits longer for the word that a model cannot be loaded.
+GRACE_S = 180.0
 
 
 @dataclass
@@ -36,6 +41,29 @@ class Watch:
         for name in [n for n in self._newest if n not in beats]:
             del self._newest[name], self._changed[name]
         return {name: b for name, b in beats.items() if now - self._changed[name] < self.dead_s}
+
+
+@dataclass
+class Roster:
+    """What each worker can do that beat in the last ``GRACE_S``, as far as the leader has looked."""
+
+    _known: dict[str, tuple[Beat, float]] = field(default_factory=dict)
+
+    def see(self, live: Mapping[str, Beat], now: float) -> dict[str, Beat]:
+        """Take in the beats of live workers; return the newest of every worker that is lately known.
+
+        A process that starts names no engine yet: until it does it has those of the one before it, and its own boot.
+        """
+        for name, beat in live.items():
+            if not speaks(beat):
+                continue
+            if not beat.engines:
+                if name not in self._known:
+                    continue
+                beat = replace(self._known[name][0], boot=beat.boot, state=beat.state)
+            self._known[name] = (beat, now)
+        self._known = {name: known for name, known in self._known.items() if now - known[1] < GRACE_S}
+        return {name: beat for name, (beat, _) in self._known.items()}
 
 
 def speaks(beat: Beat) -> bool:

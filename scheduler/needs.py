@@ -6,7 +6,7 @@ a task's own name is a field for it. So the answer hides a field of the same nam
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import fields
 from typing import Any
 
@@ -45,7 +45,12 @@ def fields_of(tasks: Mapping[str, Task]) -> tuple[str, ...]:
 
 def fields_read(name: str, tasks: Mapping[str, Task]) -> tuple[str, ...]:
     """Fields of the row that this task reads."""
-    return tuple(read for read in tasks[name].reads if read == name or read not in tasks)
+    return row_fields(name, tasks[name], tasks)
+
+
+def row_fields(name: str, task: Task, names: Collection[str]) -> tuple[str, ...]:
+    """Fields of the row that a task of this name reads in a job whose tasks have these names."""
+    return tuple(read for read in task.reads if read == name or read not in names)
 
 
 def dialogues_of(tasks: Mapping[str, Task]) -> frozenset[str]:

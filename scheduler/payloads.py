@@ -33,7 +33,7 @@ class Payloads:
     def __post_init__(self) -> None:
         self._blocks: OrderedDict[tuple[str, int], _Block] = OrderedDict()
         self._passes: OrderedDict[tuple[str, int], _Pass] = OrderedDict()
-        #: Of places whose pass reads other tasks' answers.
+        #: Of places whose pass reads other tasks' answers, or may have an order of its own.
         self._upstream: OrderedDict[_Place, _Upstream] = OrderedDict()
 
     def assignments(self, leased: Sequence[Leased]) -> dict[str, list[Assignment]]:
@@ -46,8 +46,9 @@ class Payloads:
                 {
                     (item.job, item.pass_number, r.block)
                     for item in group
-                    if (p := passes.get((item.job, item.pass_number))) and p.needs
+                    if (p := passes.get((item.job, item.pass_number)))
                     for r in item.carved.ranges
+                    if p.needs or ((b := blocks.get((item.job, r.block))) and b.partly_bad)
                 }
             )
             for item in group:
@@ -74,9 +75,9 @@ class Payloads:
         if missing:
             with self.database.transaction() as connection:
                 found = leases.block_texts(connection, missing)
-            for where, (payload, order, first_row) in found.items():
+            for where, (payload, order, first_row, partly_bad) in found.items():
                 self._blocks[where] = _Block(
-                    decode_block(payload), row_order(order), first_row, len(payload) * 4
+                    decode_block(payload), row_order(order), first_row, partly_bad, len(payload) * 4
                 )
         return _lately(self._blocks, wanted)
 
@@ -135,7 +136,7 @@ def _assignment(
     for r in leased.carved.ranges:
         block = blocks[leased.job, r.block]
         columns, order = block.columns, block.order
-        if p.needs:
+        if p.needs or block.partly_bad:
             answers = upstream.get((leased.job, leased.pass_number, r.block))
             if answers is None:
                 return None
@@ -205,17 +206,19 @@ class _Block:
     columns: Mapping[str, Sequence[str]]
     order: Sequence[int]
     first_row: int
+    #: Some values of it came in broken: a pass may have to leave out rows that others do not.
+    partly_bad: bool
     #: About what it takes here.
     bytes: int
 
 
 @dataclass(frozen=True, slots=True)
 class _Upstream:
-    """What a pass reads of other tasks in one block."""
+    """What a pass has of its own in one block: its rows, and what it reads of other tasks."""
 
     #: Task name -> its answers as text, by offset in the block.
     texts: Mapping[str, Sequence[str]]
-    #: The order of the rows that are left to do; None: the block's own.
+    #: The order of the rows that it has to do; None: the block's own.
     order: Sequence[int] | None
     bytes: int
 

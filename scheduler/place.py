@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 from heapq import heappop, heappush
 from itertools import count, islice
 from math import ceil, inf
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 from motet.manifest import Manifest, answer_places
 from motet.residency import NeverFits, Resident, evictions
@@ -141,6 +141,19 @@ def need_mb(worker: Worker, model: Manifest, numerics: str) -> int:
     """Memory that a model takes on a worker, in the numeric format that it would run in there."""
     fast = numerics == "fast" and "bf16" in worker.formats and "bf16" in model.formats
     return model.memory_mb("bf16" if fast else "fp32")
+
+
+def cannot_hold(worker: Worker, model: Manifest, numerics: str) -> Literal["no_engine", "too_small"] | None:
+    """Why a worker can never load a model, however free it is; None where nothing is known against it."""
+    if model.engine not in worker.engines:
+        return "no_engine"
+    return "too_small" if 0 < worker.memory_mb < need_mb(worker, model, numerics) else None
+
+
+def cannot_run(worker: Worker, demand: Demand) -> Literal["no_engine", "too_small", "refused"] | None:
+    """Why a worker can never run a pass, however free it is; None where nothing is known against it."""
+    lacks = cannot_hold(worker, demand.model, demand.numerics)
+    return lacks or ("refused" if demand.model_ids & worker.refused else None)
 
 
 class Placement(NamedTuple):
@@ -1079,10 +1092,7 @@ class Placer:
     def _fits(self, place: _Place, pool: _Pool) -> bool:
         known = place.can.get(pool)
         if known is None:
-            worker = place.worker
-            known = place.can[pool] = pool.model.engine in worker.engines and (
-                worker.memory_mb <= 0 or need_mb(worker, pool.model, pool.numerics) <= worker.memory_mb
-            )
+            known = place.can[pool] = cannot_hold(place.worker, pool.model, pool.numerics) is None
         return known
 
     def _make_room(self, place: _Place, pool: _Pool, now: float) -> None:

@@ -9,19 +9,23 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections import Counter
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from difflib import get_close_matches
+from functools import reduce
 from math import ceil
+from operator import or_
 from typing import Literal
 
 from motet.errors import InvalidJob, Problem
 from motet.manifest import ANSWERS, Manifest, column_kind
-from motet.tasks import Chat, First, Prompted, Reading, Task, short
+from motet.tasks import Chat, First, Prompted, Reading, Task, render, short, uses
+from scheduler.blocks import Reads
 from scheduler.carve import MAX_ROWS
 from scheduler.cost import learned_as
-from scheduler.needs import cycle_problem, levels_of, needs_of
-from scheduler.prompt_order import first_of, rate_key
+from scheduler.needs import cycle_problem, fields_of, levels_of, needs_of
+from scheduler.prompt_order import ANSWER_BYTES, first_of, rate_key
 
 #: Tokens of a micro-batch that padding is estimated with: what a CPU slot starts from.
 BUDGET_TOKENS = 2048
@@ -177,6 +181,30 @@ def tokens_read(task: Task, model: Manifest, loaded: Manifest) -> int:
     return min((n for n in (asked, model.max_tokens, loaded.max_tokens) if n), default=0)
 
 
+def reads_of(planned: PlannedPass, tasks: Mapping[str, Task]) -> Reads:
+    """What a pass reads of each field of its job, in their order: its input, and what its prompts name beside it.
+
+    A row of prompts takes as long as its longest one, so what several of them name counts once. What they say in the
+    same words for every row says nothing of how long one takes.
+    """
+    names = list(tasks)
+    answers = {names[number] for number in planned.needs}
+    own = [tasks[names[number]] for number in planned.tasks]
+    often = Counter(uses(planned.input))
+    # Of each name what the prompt says that names it most.
+    often += reduce(or_, (Counter(_uses_beside_input(task)) for task in own))
+    fixed = render(planned.input, dict.fromkeys(often, ""))
+    return Reads(
+        tuple(often[name] for name in fields_of(tasks)),
+        len(fixed.encode()) + ANSWER_BYTES * sum(often[name] for name in answers),
+        planned.max_tokens,
+    )
+
+
+def _uses_beside_input(task: Task) -> list[str]:
+    return [name for template in task.templates[1:] for name in uses(getattr(task, template))]
+
+
 def task_digest(task: Task, model: Manifest, loaded: Manifest) -> bytes:
     """Sha256 of all that decides a task's answers beside the row: half of every reuse key.
 
@@ -186,7 +214,8 @@ def task_digest(task: Task, model: Manifest, loaded: Manifest) -> bytes:
     decisive = {
         name: value
         for name, value in task.to_json().items()
-        if name not in ("model", "max_tokens", "numerics")
+        # A task that leaves thoughts to the model says no more of them than those before it could.
+        if name not in ("model", "max_tokens", "numerics") and (name, value) != ("thinking", None)
     }
     if not isinstance(task, Reading):
         # Of these it says how much is written.

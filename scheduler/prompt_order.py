@@ -16,7 +16,7 @@ from scheduler.cost import PRIOR_BYTES_PER_TOKEN
 
 #: UTF-8 bytes of a text, and of another task's answer, before anything is known of either.
 PRIOR_TEXT_BYTES = 1000.0
-_ANSWER_BYTES = 60.0
+ANSWER_BYTES = 60
 #: The instruction comes first only where that saves this share of all tokens: else the text does, as people expect.
 _WORTHWHILE = 0.05
 
@@ -52,7 +52,7 @@ def template_bytes(template: str, mean_bytes: Mapping[str, float], answers: froz
     names = placeholders(template)
     own = len(template.encode()) - sum(len(name.encode()) + 2 for name in names)
     return own + sum(
-        _ANSWER_BYTES if name in answers else mean_bytes.get(name, PRIOR_TEXT_BYTES) for name in names
+        ANSWER_BYTES if name in answers else mean_bytes.get(name, PRIOR_TEXT_BYTES) for name in names
     )
 
 
@@ -74,9 +74,11 @@ def rate_key(trunk: str, tasks: Sequence[Task]) -> str:
             _power_of_two(getattr(task, "max_tokens", 0)),
             _power_of_two(len(instruction(task).encode())) if isinstance(task, Prompted) else 0,
             len(task.labels) if isinstance(task, Choose) else 0,
+            # Thoughts are most of what is written; a task without them keeps the name that it had.
+            *(["thinks"] if task.thinking and not isinstance(task, Choose) else []),
         )
         for task in tasks
-        if isinstance(task, Prompted | Chat)
+        if isinstance(task, Generate | Chat | Choose | Extract)
     )
     return f"{trunk}:{hashlib.sha256(json.dumps(shape).encode()).hexdigest()[:16]}"
 

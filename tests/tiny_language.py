@@ -8,7 +8,7 @@ from __future__ import annotations
 import asyncio
 import json
 import threading
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -18,6 +18,11 @@ from fastapi import FastAPI, HTTPException, Request
 from fastapi.responses import JSONResponse, Response
 
 CONTEXT = 512
+#: Ends of templates as some models have them: a switch turns thoughts off, or a thought is always begun.
+SWITCHED = (
+    "{% if enable_thinking is defined and enable_thinking is false %}<think>\n\n</think>\n\n{% endif %}"
+)
+BEGUN = "<think>\n"
 TEMPLATE = (
     "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endfor %}"
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
@@ -31,15 +36,17 @@ def a_llama(
     kind: str = "llama",
     template: str | None = TEMPLATE,
     window: int | None = None,
+    thinks: str = "",
 ) -> Path:
     """A Llama of two layers with random weights, and a byte-level tokenizer with a chat template.
 
     ``kind``: or a qwen3, whose queries are normed, or a mistral, which slides a ``window`` where there is one.
+    ``thinks``: SWITCHED or BEGUN, for a model that marks its thoughts.
     """
     import torch
     import transformers
 
-    vocabulary = a_tokenizer(folder, template)
+    vocabulary = a_tokenizer(folder, template, thinks=thinks)
     torch.manual_seed(seed)
     config, model, more = {
         "llama": (transformers.LlamaConfig, transformers.LlamaForCausalLM, {}),
@@ -100,8 +107,8 @@ def a_language_model(folder: Path, kind: str, *, positions: int = CONTEXT, **mor
     return folder
 
 
-def a_tokenizer(folder: Path, template: str | None = TEMPLATE) -> int:
-    """A byte-level tokenizer in the folder; how many tokens it has."""
+def a_tokenizer(folder: Path, template: str | None = TEMPLATE, *, thinks: str = "") -> int:
+    """A byte-level tokenizer in the folder; how many tokens it has. ``thinks``: as of ``a_llama``."""
     import transformers
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
@@ -116,6 +123,9 @@ def a_tokenizer(folder: Path, template: str | None = TEMPLATE) -> int:
     )
     words = "Answer with one of them. Which of these fits best: good or bad? The weather was fine on Monday. "
     reader.train_from_iterator([words * 20], trainer)
+    if thinks and template:
+        reader.add_tokens(["<think>", "</think>"])
+        template = template.removesuffix("{% endif %}") + thinks + "{% endif %}"
     transformers.PreTrainedTokenizerFast(
         tokenizer_object=reader,
         eos_token="<|im_end|>",
@@ -142,7 +152,9 @@ class TinyServer:
     #: where ``stuck``.
     faults: list[tuple[int, Mapping[str, str], str]] = field(default_factory=list)
     stuck: bool = False
-    #: What the model says instead of what it would say, one for each chat to come.
+    #: How a request to chat is refused for a parameter in it, (status, body); None where it is not.
+    refusing: Callable[[Mapping[str, Any]], tuple[int, str] | None] = lambda body: None
+    #: What the model says instead of what it would say, one for each chat to come; "" where all its tokens were thoughts.
     scripted: list[str] = field(default_factory=list)
     seen: list[tuple[str, dict[str, Any]]] = field(default_factory=list)
     #: Requests at once, at most; answers whose client went away; seconds that a token takes.
@@ -168,8 +180,10 @@ class TinyServer:
         with torch.inference_mode():
             return self.lm(input_ids=torch.tensor([list(ids)])).logits[0].float().log_softmax(-1)
 
-    def prompt(self, messages: Sequence[Mapping[str, str]]) -> list[int]:
-        filled = self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+    def prompt(self, messages: Sequence[Mapping[str, str]], **switches: Any) -> list[int]:
+        filled = self.tokenizer.apply_chat_template(
+            messages, tokenize=False, add_generation_prompt=True, **switches
+        )
         return list(self.tokenizer(filled, add_special_tokens=False)["input_ids"])
 
     def app(self) -> Any:
@@ -198,7 +212,7 @@ class TinyServer:
             if not self.tokenises:
                 return JSONResponse({"detail": "Not Found"}, 404)
             if "messages" in body:
-                ids = self.prompt(body["messages"])
+                ids = self.prompt(body["messages"], **body.get("chat_template_kwargs", {}))
             else:
                 ids = self.tokenizer(body["prompt"], add_special_tokens=False)["input_ids"]
             return {"tokens": list(ids), "count": len(ids), "max_model_len": CONTEXT}
@@ -208,11 +222,14 @@ class TinyServer:
             body = await told(request)
             if (refused := fault()) is not None:
                 return refused
+            if (said := self.refusing(body)) is not None:
+                return Response(said[1], said[0], media_type="application/json")
             if "response_format" in body and not self.constrains:
                 return JSONResponse({"error": {"message": "response_format is not supported"}}, 400)
             if "top_logprobs" in body and not self.logprobs:
                 return JSONResponse({"error": {"message": "unknown field top_logprobs"}}, 400)
-            return await self._write(request, body, self.prompt(body["messages"]))
+            prompt = self.prompt(body["messages"], **body.get("chat_template_kwargs", {}))
+            return await self._write(request, body, prompt)
 
         @app.post("/v1/completions")
         async def complete(request: Request) -> Any:
@@ -232,7 +249,7 @@ class TinyServer:
         return counted
 
     async def _write(self, request: Any, body: Mapping[str, Any], prompt: list[int]) -> Any:
-        most = int(body.get("max_tokens") or 16)
+        most = int(body.get("max_completion_tokens") or body.get("max_tokens") or 16)
         if len(prompt) + most > CONTEXT:
             words = (
                 f"This model's maximum context length is {CONTEXT} tokens. However, you requested "
@@ -244,7 +261,8 @@ class TinyServer:
         ids, told, finish = await self._ids(request, body, prompt, most)
         text = str(self.tokenizer.decode(ids, skip_special_tokens=True))
         if "messages" in body and self.scripted:
-            text, finish = self.scripted.pop(0), "stop"
+            text = self.scripted.pop(0)
+            finish = "stop" if text else "length"
         for stop in body.get("stop") or ():
             if stop in text:
                 text, finish = text.partition(stop)[0], "stop"

@@ -68,6 +68,9 @@ class Engine(Protocol):
 
     One thread, which owns the device, calls every method but ``prepare``; that one is also called by several
     other threads at once, while a pass runs, and must not touch the device.
+
+    An engine that may take longer than others to load says so: ``longest_load_s``, in seconds. A worker that has loaded
+    for longer than that is ended by its watchdog.
     """
 
     def memory_mb(self, model: Manifest, in_format: str) -> int:

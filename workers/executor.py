@@ -594,7 +594,7 @@ class Executor:
         # Whoever ran last must not be suspected if loading kills the process.
         self._mark(None)
         began = self._clock()
-        self._activity = Activity("loading", began, LOAD_S)
+        self._activity = Activity("loading", began, self._longest_load_s(work.order.model))
         self._pulse(LOADING_SILENCE_S)
         model = work.order.model
         missing = self._missing(work)
@@ -620,6 +620,12 @@ class Executor:
             if work.order.model in missing:
                 # Heads beside a model that is here already take next to nothing: that is no load to learn from.
                 work.charge_load(took)
+
+    def _longest_load_s(self, model: Manifest) -> float:
+        try:
+            return float(getattr(self._engines.find(model.engine), "longest_load_s", LOAD_S))
+        except CannotLoad:
+            return LOAD_S
 
     def _make_resident(self, work: Work, model: Manifest) -> None:
         """Load the work's model, or attach one of its heads to it."""

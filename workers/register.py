@@ -365,7 +365,11 @@ def _try_out(manifest: Manifest) -> list[TaskOrder]:
         asked = {
             f"{manifest.ref} choose": Choose(manifest.ref, labels=LABELS, scores=True),
             f"{manifest.ref} generate": Generate(
-                manifest.ref, prompt="What is this about?", max_tokens=WRITTEN_TOKENS
+                manifest.ref,
+                prompt="What is this about?",
+                max_tokens=WRITTEN_TOKENS,
+                # Some servers take no other one, and nothing is compared with what they write.
+                temperature=1.0 if "url" in manifest.source else 0.0,
             ),
         }
     return [TaskOrder(name=name, spec=task.to_json(), manifest=manifest) for name, task in asked.items()]

@@ -78,6 +78,8 @@ def _on(p: PassExplained) -> str:
     if p.resident > _NAMES:
         words.append(f"{p.resident - _NAMES:,} more")
     words += [f"{one.worker} (loads, {seconds(one.left_s)})" for one in p.loading[:_NAMES]]
+    if p.loads > _NAMES:
+        words.append(f"{p.loads - _NAMES:,} more load it")
     return ", ".join(words) or "nobody"
 
 

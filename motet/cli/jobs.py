@@ -58,6 +58,7 @@ Options behind the model, as NAME=VALUE:
   about='{subject} {body}'   the same of generate, choose and extract
   question= system=          further words for the language model
   max_tokens= stop='a|b' temperature= seed=    what it writes, and how
+  thinking=true|false|null                     before that; null: as it likes
 A text that begins with @ is read from that file: prompt=@reply.txt.
 A prompt may name another task, as {mood}: it waits for that answer.
 
@@ -81,7 +82,8 @@ _bad_rows = click.option(
     type=click.Choice(["refuse", "error"]),
     default="refuse",
     show_default=True,
-    help="What a row without text does: refuse the job and list such rows, or make error cells of it.",
+    help="What a row without text in a field does: refuse the job and list such rows, or give error cells to the tasks "
+    "that read the field.",
 )
 _priority = click.option(
     "--priority", type=click.Choice(["interactive", "normal", "bulk"]), default="normal", show_default=True
@@ -136,7 +138,8 @@ def submit(
     """Send the rows of FILE and start a job; print its id.
 
     FILE is .jsonl, .ndjson, .csv, .tsv, .txt (each also with .gz) or .parquet. Only the fields that tasks read
-    are sent: {text}, unless a task's options name others.
+    are sent: {text}, unless a task's options name others. A file is read whole or refused with the line: where a quote
+    is never closed, say, whatever --bad-rows says.
     """
     specs = parse_tasks(tasks)
     export = _exporter(out) if out else None
@@ -424,8 +427,8 @@ def _value(task: str, option: str, text: str) -> Any:
             raise click.UsageError(
                 f"{where}: broken JSON ({error}); expected a JSON Schema, or @FILE with one"
             ) from None
-    if text in ("true", "false"):
-        return text == "true"
+    if text in ("true", "false", "null"):
+        return json.loads(text)
     if re.fullmatch(r"[0-9]{1,18}", text):
         return int(text)
     if option == "temperature" and re.fullmatch(r"[0-9]{1,3}\.[0-9]{1,9}", text):

@@ -7,7 +7,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
@@ -15,8 +15,8 @@ from motet.cli.handed import need
 from motet.cli.show import as_json, connect, find_job, put_json, put_table
 from motet.progress import clock
 
-#: Sub-tasks of a job that its activity tells at most.
-_TIMELINE = 2000
+if TYPE_CHECKING:
+    from motet.job import Job
 
 
 @click.command(
@@ -126,9 +126,21 @@ def _child(options: Sequence[str], *, told: str | None = None) -> subprocess.Com
 def _activities(jobs: Sequence[str]) -> str:
     """What the scheduler makes a trace of."""
     with connect() as client:
-        found = [find_job(client, job).activity(_TIMELINE) for job in jobs]
+        found = [_activity(find_job(client, job)) for job in jobs]
         parameters = {model.ref: model.parameters for model in client.models()}
     return json.dumps({"activities": found, "parameters": parameters})
+
+
+def _activity(job: Job) -> Mapping[str, Any]:
+    """Its activity, with all its sub-tasks."""
+    told = job.activity(timeline=None)
+    if devices := told["left_out"]["devices"]:
+        click.echo(
+            f"{job.id}: the hardware of {devices:,} workers is not known here, and their sub-tasks tell nothing of"
+            " what models cost",
+            err=True,
+        )
+    return told
 
 
 # -- what is printed

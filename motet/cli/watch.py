@@ -96,16 +96,19 @@ def picture(facts: Mapping[str, Any], *, width: int, height: int = 1000, note: s
     from rich.text import Text
 
     passes, devices, errors = facts["passes"], facts["devices"], facts["errors"]
+    # A server of an older minor does not count them.
+    untold = facts.get("left_out") or {"devices": 0, "errors": 0}
     parts: list[RenderableType] = [*_head(facts, width), Text(), _passes(passes, facts["job"], width)]
     room = max(0, height - len(passes) - 14 - (1 if note else 0))
     shown_errors = min(len(errors), _ERRORS, max(1, room // 3))
     shown_devices = min(len(devices), _DEVICES, max(1, room - (shown_errors + 3 if errors else 0)))
     if devices:
         parts += [Text(), _devices(devices, shown_devices, width, ended=facts["job"]["state"] in ENDED)]
-        parts += _more(len(devices) - shown_devices, "device")
+        parts += _more(len(devices) - shown_devices + untold["devices"], "device")
     if errors:
         parts += [Text(), _errors(errors[:shown_errors], width)]
-        parts += _more(len(errors) - shown_errors, "kind of error", "kinds of errors")
+        hidden = len(errors) - shown_errors + untold["errors"]
+        parts += _more(hidden, "kind of error", "kinds of errors")
     elif facts["job"]["state"] in ("running", "succeeded") and (
         facts["job"]["cells"]["error"] or facts["job"]["cells"]["skipped"]
     ):

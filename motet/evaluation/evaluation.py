@@ -10,7 +10,7 @@ from motet.errors import NotFound
 from motet.evaluation.figures import Comparison, TaskEvaluation, measure
 from motet.evaluation.intervals import RESAMPLES, SEED
 from motet.evaluation.reading import Fields, read
-from motet.rows import Source
+from motet.sources import Source
 
 if TYPE_CHECKING:
     from motet.job import Job

@@ -20,7 +20,8 @@ from motet.evaluation.figures import Answered, Kind
 from motet.evaluation.measures import LabelReader, folded
 from motet.progress import Bar
 from motet.results import Answers
-from motet.rows import MAX_PROBLEMS, Source, records
+from motet.rows import MAX_PROBLEMS, records
+from motet.sources import Source
 from motet.tasks import short
 
 if TYPE_CHECKING:

@@ -20,7 +20,7 @@ from scheduler.api.markup import POLICY
 from scheduler.api.refusals import refusal
 from scheduler.api.resources import Resources, Use, job_id
 from scheduler.store import activity as store
-from scheduler.store.activity import Activity, DeviceActivity
+from scheduler.store.activity import Activity, DeviceActivity, SubtaskActivity
 from scheduler.store.jobs import job_entries
 
 routes = APIRouter()
@@ -46,6 +46,26 @@ def show_activity(
     ] = 500,
 ) -> Response:
     return JSONResponse(facts_of(use, caller.tenant, job_id(job), timeline=timeline))
+
+
+@routes.get(
+    "/v1/jobs/{job}/subtasks",
+    summary="All sub-tasks of a job, page by page",
+    tags=["jobs"],
+    responses=shapes.answers(
+        200, shapes.SubtasksShape, shapes.SUBTASKS, "A page of sub-tasks, oldest first.", 403, 404, 422
+    ),
+)
+def list_subtasks(
+    use: Use,
+    caller: Caller,
+    job: JobPath,
+    limit: Annotated[int, Query(ge=1, le=MAX_TIMELINE, description="Sub-tasks of a page.")] = 1000,
+    after: Annotated[int, Query(ge=0, le=2**62, description="`next` of the page before.")] = 0,
+) -> Response:
+    with use.database.transaction() as connection:
+        found, following = store.subtasks(connection, caller.tenant, job_id(job), after=after, limit=limit)
+    return JSONResponse({"subtasks": [_subtask(s) for s in found], "next": following})
 
 
 # -- pages
@@ -135,22 +155,7 @@ def facts_of(use: Resources, tenant: UUID, job: UUID, *, timeline: int) -> dict[
         "now_s": _s(found.now_s),
         "passes": _passes(found),
         "devices": _devices(use, found),
-        "timeline": [
-            {
-                "subtask": s.id,
-                "worker": s.worker,
-                "pass": s.pass_number,
-                "state": s.state,
-                "exclusive": s.exclusive,
-                "carved_s": _s(s.carved_s),
-                "start_s": _s(s.start_s),
-                "end_s": None if s.end_s is None else _s(s.end_s),
-                "rows": s.rows,
-                "tokens": s.tokens,
-                "busy_s": _s(s.busy_s),
-            }
-            for s in found.timeline
-        ],
+        "timeline": [_subtask(s) for s in found.timeline],
         "throughput": [
             {"at_s": _s(t.at_s), "tokens_s": round(t.tokens_s, 1), "rows_s": round(t.rows_s, 1)}
             for t in found.throughput
@@ -165,6 +170,27 @@ def facts_of(use: Resources, tenant: UUID, job: UUID, *, timeline: int) -> dict[
             }
             for e in found.errors
         ],
+        "left_out": {
+            "timeline": found.subtasks_left_out,
+            "devices": found.devices_left_out,
+            "errors": found.errors_left_out,
+        },
+    }
+
+
+def _subtask(s: SubtaskActivity) -> dict[str, Any]:
+    return {
+        "subtask": s.id,
+        "worker": s.worker,
+        "pass": s.pass_number,
+        "state": s.state,
+        "exclusive": s.exclusive,
+        "carved_s": _s(s.carved_s),
+        "start_s": _s(s.start_s),
+        "end_s": None if s.end_s is None else _s(s.end_s),
+        "rows": s.rows,
+        "tokens": s.tokens,
+        "busy_s": _s(s.busy_s),
     }
 
 

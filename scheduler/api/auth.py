@@ -56,6 +56,7 @@ ALLOWED: Mapping[tuple[str, str], frozenset[str]] = {
     ("POST", "/v1/plan"): _SUBMIT,
     ("GET", "/v1/jobs/{job}"): _LOOK,
     ("GET", "/v1/jobs/{job}/activity"): _LOOK,
+    ("GET", "/v1/jobs/{job}/subtasks"): _LOOK,
     ("GET", "/v1/jobs/{job}/explain"): _LOOK,
     ("GET", "/v1/jobs/{job}/fits"): _LOOK,
     ("GET", "/v1/jobs/{job}/results"): _LOOK,

@@ -45,8 +45,9 @@ def show_fits(use: Use, caller: Caller, job: JobPath) -> Response:
     asked = job_id(job)
     with use.database.transaction() as connection:
         job_entry(connection, caller.tenant, asked)  # raises NotFound
-        found = store.fits(connection, caller.tenant, asked)
-    return JSONResponse({"fits": [{"row": row, "epochs": _in_order(reports)} for row, reports in found]})
+        found, left_out = store.fits(connection, caller.tenant, asked)
+    told = [{"row": row, "epochs": _in_order(reports)} for row, reports in found]
+    return JSONResponse({"fits": told, "left_out": left_out})
 
 
 def _in_order(reports: Mapping[str, Any]) -> list[Any]:

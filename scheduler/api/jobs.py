@@ -10,6 +10,7 @@ import logging
 import re
 import time
 import uuid
+from dataclasses import replace
 from datetime import UTC, datetime
 from typing import Annotated, Any, Literal
 from uuid import UUID
@@ -38,9 +39,10 @@ from scheduler.api.submissions import (
     plan_submission,
     read_submission,
 )
-from scheduler.blocks import Part, blocks_of
+from scheduler.blocks import Part, absent, askable, blocks_of
 from scheduler.cost import Rates
-from scheduler.plan import PlannedPass, Sample, estimate
+from scheduler.needs import fields_read
+from scheduler.plan import PlannedPass, Sample, estimate, reads_of
 from scheduler.prompt_cost import Asked, estimate_prompts
 from scheduler.prompt_order import instruction
 from scheduler.store import jobs as store
@@ -151,7 +153,7 @@ def _inline_rows(use: Resources, asked: Submission) -> Incoming | None:
 
 def _plan(use: Resources, asked: Submission, incoming: Incoming | None) -> Planned:
     """``incoming``: rows that came along, which say how long texts are where the submission does not."""
-    mean_bytes = mean_bytes_of(incoming.columns, incoming.bad) if incoming else {}
+    mean_bytes = mean_bytes_of(incoming.part()) if incoming else {}
     with use.database.transaction() as connection:
         wanted = {task.model for task in asked.tasks.values()}
         found = find_models(connection, wanted)
@@ -208,7 +210,7 @@ def _put_part(use: Resources, facts: Loading, number: int, kind: str, raw: bytes
             )
         )
     incoming = read(raw, facts.fields, use.settings.max_row_bytes, facts.dialogues)
-    if facts.bad_rows == "refuse" and incoming.bad:
+    if facts.bad_rows == "refuse" and (incoming.bad or incoming.bad_fields):
         incoming.refuse_bad_rows(_first_row(use, facts, incoming))
     with traces.span(facts.id, "land", part=number), use.database.transaction() as connection:
         landed = _land(use, connection, facts, number, hashlib.sha256(raw).digest(), incoming)
@@ -320,17 +322,19 @@ def _dry_run(use: Resources, raw: bytes) -> Response:
     incoming = _inline_rows(use, asked) if asked.rows else None
     planned = _plan(use, asked, incoming)
     part = incoming.part() if incoming else Part(columns={name: [] for name in asked.fields})
-    rows = [
-        {name: texts[i] for name, texts in part.columns.items()}
-        for i in range(len(part))
-        if i not in part.bad
-    ]
+    unread = {name: absent(part.bad, part.bad_fields, fields_read(name, asked.tasks)) for name in asked.tasks}
+    rows = {
+        i: {name: texts[i] for name, texts in part.columns.items()}
+        for i in askable(range(len(part)), list(unread.values()))
+    }
     sample = Sample(
         rows=len(rows),
         total_rows=len(rows) if asked.total_rows is None else asked.total_rows,
-        text_bytes=sum(len(text.encode()) for row in rows for text in row.values()),
+        # Of a pass that reads some of the fields the others' bytes tell nothing: then rows count.
+        text_bytes=sum(len(text.encode()) for row in rows.values() for text in row.values()),
         total_bytes=asked.total_bytes,
     )
+    by_rows = replace(sample, total_bytes=None)
     rates, devices = _speeds(use)
     too_long: set[int] = set()
     passes, estimates = [], []
@@ -338,7 +342,8 @@ def _dry_run(use: Resources, raw: bytes) -> Response:
     for p in planned.passes:
         # Of answers that are not there yet nothing is counted.
         unknown = {names[number]: "" for number in p.needs}
-        seen = [{**row, **unknown} for row in rows]
+        here = askable(list(rows), [unread[names[number]] for number in p.tasks])
+        seen = [{**rows[i], **unknown} for i in here]
         lengths = use.counter.lengths(p.model, [render(p.input, row) for row in seen])
         speeds = [
             rates.of((p.learned_as, name, p.numerics), device_kind=kind, parameters=p.model.parameters)
@@ -350,12 +355,15 @@ def _dry_run(use: Resources, raw: bytes) -> Response:
             "prior_s": prior.seconds_per_token,
             "subtask_s": use.settings.subtask_s,
         }
+        of_it = sample if all(reads_of(p, asked.tasks).times) else by_rows
         if p.prompts:
             prompts = [_asked(use, p, asked.tasks[names[number]], seen) for number in p.tasks]
-            guess = estimate_prompts(p, lengths, prompts, sample, **timing)
+            guess = estimate_prompts(p, lengths, prompts, of_it, **timing)
         else:
-            too_long.update(i for i, n in enumerate(lengths) if p.max_tokens and n > p.max_tokens)
-            guess = estimate(p, lengths, sample, **timing)
+            too_long.update(
+                i for i, n in zip(here, lengths, strict=True) if p.max_tokens and n > p.max_tokens
+            )
+            guess = estimate(p, lengths, of_it, **timing)
         estimates.append(guess)
         passes.append(
             {

@@ -120,7 +120,7 @@ def _register(use: Resources, raw: bytes) -> Response:
             got, has = f"{asked.sizes[path]:,} bytes", f"{stored[sha256]:,} bytes"
             problems.append(Problem(f"sizes.{path}", got, has, "leave it out, or mend it"))
     if problems:
-        raise InvalidJob(problems[:20])
+        raise InvalidJob.first(problems)
     manifest = replace(asked, sizes={path: stored[sha256] for path, sha256 in asked.files.items()})
     with use.database.transaction() as connection:
         new = add_model(connection, manifest)
@@ -212,7 +212,7 @@ def _promote(use: Resources, name: str, alias: str, raw: bytes, by: str) -> Resp
         got = "nothing" if version is None else short(version)
         problems.append(Problem("version", got, 'a version, such as "2"', "choose one; see `motet models`"))
     if problems:
-        raise InvalidJob(problems[:20])
+        raise InvalidJob.first(problems)
     if not NAME.fullmatch(name):
         raise NotFound("no model of this name")
     with use.database.transaction() as connection:

@@ -281,8 +281,17 @@ def _devices(facts: Facts) -> Html:
         ("Busy with it", ""),
         *([("Utilisation", "num"), ("Backlog", "num")] if live else []),
     ]
-    return _table(
-        "devices", "What each device did for this job", heads, [_device(d, live) for d in facts["devices"]]
+    more = facts["left_out"]["devices"]
+    return join(
+        _table(
+            "devices",
+            "What each device did for this job",
+            heads,
+            [_device(d, live) for d in facts["devices"]],
+        ),
+        tag("p", f"{count(more, 'more device')} not told, which came earlier.", class_="small soft")
+        if more
+        else None,
     )
 
 
@@ -420,6 +429,8 @@ def _errors(facts: Facts) -> Html:
     why = (
         "their rows were not answered when the job ended" if job["state"] in _ENDED else "of blocks under way"
     )
+    if more := facts["left_out"]["errors"]:
+        why += f", and those of {count(more, 'more kind')} of error"
     return join(
         _table("errors", "By task and class of error, most first", heads, rows) if rows else None,
         tag("p", f"{count(rest, 'more cell')}: {why}.", class_="small soft") if rest > 0 else None,

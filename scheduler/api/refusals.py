@@ -55,7 +55,8 @@ def refusal(error: Exception) -> JSONResponse:
             return _answer(409, "conflict", str(error), **where)
         case InvalidJob():
             status, kind = (413, "too_large") if isinstance(error, TooLarge) else (422, "invalid_job")
-            return _answer(status, kind, str(error), problems=[p.to_json() for p in error.problems])
+            more: dict[str, Any] = {"more": error.more} if error.more else {}
+            return _answer(status, kind, str(error), problems=[p.to_json() for p in error.problems], **more)
         case Overloaded():
             return _answer(429, "overloaded", str(error), headers=_come_back(error.retry_after_s))
         case StoreUnavailable():
@@ -65,7 +66,7 @@ def refusal(error: Exception) -> JSONResponse:
         case Unavailable():
             return _unavailable(str(error))
         case RequestValidationError():
-            return refusal(InvalidJob([_problem(e) for e in error.errors()[:20]]))
+            return refusal(InvalidJob.first([_problem(e) for e in error.errors()]))
         case HTTPException():
             return _http(error)
         case _:

@@ -1,8 +1,9 @@
 """Rows from strangers: the bodies of parts, read into columns of clean text with the bad rows marked. Pure.
 
-Three forms give the same: columns in msgpack, rows as JSON lines, rows inline. A bad row is one that no task
-can read; it says which field, what stands there and what should, and never repeats the text. A field holds text; where a
-chat reads it, a list of messages, which is stored as JSON.
+Three forms give the same: columns in msgpack, rows as JSON lines, rows inline. Bad is a (row, field): what stands
+there, and what should, without a word of the text. Only the tasks that read the field get an error for it; a row that is
+none as a whole, such as broken JSON, is bad for all. A field holds text; where a chat reads it, a list of messages, which
+is stored as JSON.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ import msgpack
 from motet.errors import InvalidJob, Problem
 from motet.tasks import short
 from scheduler.api.dialogues import EXPECTED, NoDialogue, dialogue_text
-from scheduler.api.strict_json import BrokenJson, Doubled, Mark, flaw, loads, text_flaw
+from scheduler.api.strict_json import BrokenJson, Doubled, Mark, loads, text_flaw
 from scheduler.blocks import Part
 
 #: Rows of one part at most: a guard for memory, far above any real part.
@@ -35,7 +36,7 @@ _CODE = re.compile(r"[a-z][a-z_]{0,39}")
 
 @dataclass(frozen=True, slots=True)
 class BadRow:
-    """Why a row is no row."""
+    """Why a row is no row, or its value no value."""
 
     #: The row's field, or "" where the row as a whole is wrong.
     field: str
@@ -61,24 +62,37 @@ class Incoming:
     """A part as it was read, good and bad rows together."""
 
     columns: Mapping[str, Sequence[str]]
+    #: Rows that are none.
     bad: Mapping[int, BadRow] = field(default_factory=dict)
+    #: Field -> rows whose value there is none.
+    bad_fields: Mapping[str, Mapping[int, BadRow]] = field(default_factory=dict)
     #: Index of its first row, where the sender says it.
     first_row: int | None = None
 
     def part(self) -> Part:
-        """What is stored: a bad row keeps its place, without text."""
-        return Part(columns=self.columns, bad={i: (b.error, b.message) for i, b in self.bad.items()})
+        """What is stored: what is bad keeps its place, without text."""
+        return Part(
+            columns=self.columns,
+            bad=_as_marks(self.bad),
+            bad_fields={name: _as_marks(bad) for name, bad in self.bad_fields.items()},
+        )
 
     def refuse_bad_rows(self, first_row: int) -> None:
-        """Raise InvalidJob that names the first bad rows, if there are any."""
-        if self.bad:
-            raise InvalidJob([self.bad[i].at(first_row + i) for i in sorted(self.bad)[:MAX_PROBLEMS]])
+        """Raise InvalidJob that names the first bad rows and fields, if there are any."""
+        found = [(i, b) for bad in (self.bad, *self.bad_fields.values()) for i, b in bad.items()]
+        if found:
+            found.sort(key=lambda mark: mark[0])
+            raise InvalidJob.first([b.at(first_row + i) for i, b in found], MAX_PROBLEMS)
+
+
+def _as_marks(bad: Mapping[int, BadRow]) -> dict[int, tuple[str, str]]:
+    return {i: (b.error, b.message) for i, b in bad.items()}
 
 
 def read_columns(
     raw: bytes, fields: Sequence[str], max_row_bytes: int, dialogues: Collection[str] = ()
 ) -> Incoming:
-    """``{"columns": {field: [text, …]}, "first_row"?: i, "bad"?: {offset: [error, message]}}`` in msgpack.
+    """``{"columns": {field: [text, …]}, "first_row"?: i, "bad"?: …, "bad_fields"?: …}`` in msgpack (docs/http.md).
 
     Raises InvalidJob where the body is not of that form.
     """
@@ -114,16 +128,13 @@ def read_columns(
         raise _malformed("a first_row that is no index")
     n = lengths.pop()
     bad = _told_bad(body.get("bad"), n)
-    missing = [name for name in fields if name not in columns]
-    if missing:
-        why = _missing(missing[0], columns)
-        return Incoming(
-            columns={name: [""] * n for name in fields},
-            bad=dict.fromkeys(range(n), why) | bad,
-            first_row=first_row,
-        )
-    kept = {name: columns[name] for name in fields}
-    return _checked(kept, bad, first_row, max_row_bytes, dialogues)
+    told = _told_bad_fields(body.get("bad_fields"), n)
+    bad_fields = {name: told.get(name, {}) for name in fields}
+    for name in fields:
+        if name not in columns:
+            bad_fields[name] = dict.fromkeys(range(n), _missing(name, columns)) | bad_fields[name]
+    kept = {name: columns.get(name) or [""] * n for name in fields}
+    return _checked(kept, bad, bad_fields, first_row, max_row_bytes, dialogues)
 
 
 def read_lines(
@@ -159,87 +170,99 @@ def read_rows(
     """Rows that are parsed JSON already. Raises InvalidJob where there is none."""
     columns: dict[str, list[Any]] = {name: [] for name in fields}
     bad: dict[int, BadRow] = {}
+    bad_fields: dict[str, dict[int, BadRow]] = {name: {} for name in fields}
     n = 0
     for n, row in enumerate(rows, 1):
         if n > MAX_PART_ROWS:
             raise _malformed(f"more than {MAX_PART_ROWS:,} rows in one part")
-        texts = _texts(row, fields)
-        if isinstance(texts, BadRow):
-            bad[n - 1] = texts
-            texts = [""] * len(fields)
-        for column, value in zip(columns.values(), texts, strict=True):
-            column.append(value)
+        if isinstance(row, str):
+            row = {"text": row}
+        if type(row) is not dict and (why := _no_row(row)):
+            bad[n - 1], row = why, dict.fromkeys(fields, "")
+        for name, column in columns.items():
+            if name not in row:
+                bad_fields[name][n - 1] = _missing(name, row)
+            elif isinstance(row, Doubled) and name in row.doubled:
+                bad_fields[name][n - 1] = BadRow(
+                    name, "the same key twice", "an object whose keys stand there once"
+                )
+            column.append(row.get(name))
     if not n:
         raise _malformed("no row")
-    return _checked(columns, bad, None, max_row_bytes, dialogues)
+    return _checked(columns, bad, bad_fields, None, max_row_bytes, dialogues)
 
 
-def _texts(row: Any, fields: Sequence[str]) -> Sequence[Any] | BadRow:
-    """The values of the fields, or what is wrong with the row as a whole."""
-    if isinstance(row, str):
-        row = {"text": row}
-    elif isinstance(row, BadRow):
+def _no_row(row: Any) -> BadRow | None:
+    """What is wrong with a row as a whole."""
+    if isinstance(row, BadRow):
         return row
-    elif not isinstance(row, dict):
-        return BadRow("", _kind(row), "text, or an object of field to text")
-    elif isinstance(row, Doubled):
-        return BadRow("", f"the key {_shown(row.key)} twice", "an object whose keys stand there once")
-    for name, value in row.items():
-        # Fields that no task reads are dropped, but what is not JSON is not a row.
-        if name not in fields and not isinstance(value, str) and (found := flaw(value)):
-            return BadRow(_shown(name), found[1], "JSON that other programs can read")
-    for name in fields:
-        if name not in row:
-            return _missing(name, row)
-    return [row[name] for name in fields]
+    return None if isinstance(row, dict) else BadRow("", _kind(row), "text, or an object of field to text")
 
 
 def _checked(
     columns: Mapping[str, list[Any]],
-    bad: dict[int, BadRow],
+    bad: Mapping[int, BadRow],
+    bad_fields: Mapping[str, dict[int, BadRow]],
     first_row: int | None,
     max_row_bytes: int,
     dialogues: Collection[str],
 ) -> Incoming:
-    """Check every text. The way of clean rows costs one look at each; only a column with a flaw is searched."""
-    for offset in bad:
-        for texts in columns.values():
-            texts[offset] = ""
-    for name in columns.keys() & set(dialogues):
-        for i, value in enumerate(columns[name]):
-            if i not in bad:
-                try:
-                    columns[name][i] = dialogue_text(value)
-                except NoDialogue as wrong:
-                    bad[i] = BadRow(name, str(wrong), EXPECTED)
-    for offset in bad:
-        for texts in columns.values():
-            texts[offset] = ""
+    """Check every text. The way of clean rows costs one look at each; only a column with a flaw is searched.
+
+    ``bad_fields``: of every field the rows in which it is known to be bad; the others join them here.
+    """
     for name, texts in columns.items():
+        wrong = bad_fields[name]
+        for offset in (*bad, *wrong):
+            texts[offset] = ""
+        if name in dialogues:
+            for i, value in enumerate(texts):
+                if i not in bad and i not in wrong:
+                    try:
+                        texts[i] = dialogue_text(value)
+                    except NoDialogue as no:
+                        wrong[i] = BadRow(name, str(no), EXPECTED)
+                        texts[i] = ""
         if not _all_clean(texts):
             for i, value in enumerate(texts):
-                if i not in bad and (why := _bad_text(name, value)):
-                    bad[i] = why
-    for offset in bad:
-        for texts in columns.values():
-            texts[offset] = ""
-    _refuse_long(columns, bad, max_row_bytes)
-    return Incoming(columns=columns, bad=bad, first_row=first_row)
+                if why := _bad_text(name, value):
+                    wrong[i] = why
+                    texts[i] = ""
+    _refuse_long(columns, bad_fields, max_row_bytes)
+    # A row that is none has no fields that could be bad.
+    found = {
+        name: {i: why for i, why in wrong.items() if i not in bad}
+        for name, wrong in bad_fields.items()
+        if wrong
+    }
+    return Incoming(
+        columns=columns,
+        bad=bad,
+        bad_fields={name: wrong for name, wrong in found.items() if wrong},
+        first_row=first_row,
+    )
 
 
-def _refuse_long(columns: Mapping[str, list[str]], bad: dict[int, BadRow], max_row_bytes: int) -> None:
-    """Mark rows beyond the limit. A character has at most four bytes, so most rows need no counting."""
+def _refuse_long(
+    columns: Mapping[str, list[str]], bad_fields: Mapping[str, dict[int, BadRow]], max_row_bytes: int
+) -> None:
+    """Mark the longest texts of rows beyond the limit, until what is left of the row is within it.
+
+    A character has at most four bytes, so most rows need no counting.
+    """
     if sum(max(map(len, texts)) for texts in columns.values()) * 4 <= max_row_bytes:
         return
     for i in range(len(next(iter(columns.values())))):
         if sum(len(texts[i]) for texts in columns.values()) * 4 <= max_row_bytes:
             continue
-        size = sum(len(texts[i].encode()) for texts in columns.values())
-        if size > max_row_bytes:
+        sizes = {name: len(texts[i].encode()) for name, texts in columns.items()}
+        while (size := sum(sizes.values())) > max_row_bytes:
+            longest = max(sizes, key=sizes.__getitem__)
+            got = f"{sizes[longest]:,} bytes" + (f" of {size:,} in the row" if size > sizes[longest] else "")
             limit = f"at most {max_row_bytes:,} bytes a row"
-            bad[i] = BadRow(next(iter(columns)), f"{size:,} bytes", limit, f"split the text, {_OR_ERROR}")
-            for texts in columns.values():
-                texts[i] = ""
+            bad_fields[longest][i] = BadRow(longest, got, limit, f"split the text, {_OR_ERROR}")
+            columns[longest][i] = ""
+            sizes[longest] = 0
 
 
 def _all_clean(texts: Sequence[Any]) -> bool:
@@ -296,13 +319,37 @@ def _told_bad(told: object, n: int) -> dict[int, BadRow]:
     for offset, why in told.items():
         if not _is_index(offset, n) or not isinstance(why, list) or len(why) != 2:
             raise _malformed("a mark of a bad row that is not an offset with [error, message]")
-        error, message = why
-        clean = isinstance(message, str) and text_flaw(message) is None and len(message) <= 500
-        if not (isinstance(error, str) and _CODE.fullmatch(error) and clean):
-            raise _malformed("a mark of a bad row without a short class and message")
-        # The sender's words stand as they are.
-        bad[offset] = BadRow("", message, "", error=error)
+        bad[offset] = _told(*why)
     return bad
+
+
+def _told_bad_fields(told: object, n: int) -> dict[str, dict[int, BadRow]]:
+    """Values that the sender found bad before us: ``{field: [[error, message, [offset, …]], …]}``."""
+    if told is None:
+        return {}
+    if not isinstance(told, dict) or not all(isinstance(reasons, list) for reasons in told.values()):
+        raise _malformed(
+            "marks of bad fields that are no object of field to [[error, message, [offset, …]], …]"
+        )
+    found: dict[str, dict[int, BadRow]] = {}
+    for name, reasons in told.items():
+        marks = found.setdefault(name, {})
+        for reason in reasons:
+            if not isinstance(reason, list) or len(reason) != 3 or not isinstance(reason[2], list):
+                raise _malformed("a mark of a bad field that is not [error, message, [offset, …]]")
+            *why, offsets = reason
+            if not all(_is_index(offset, n) for offset in offsets):
+                raise _malformed("a mark of a bad field with an offset that is none")
+            marks.update(dict.fromkeys(offsets, _told(*why)))
+    return found
+
+
+def _told(error: object, message: object) -> BadRow:
+    """The sender's reason; its words stand as they are."""
+    clean = isinstance(message, str) and text_flaw(message) is None and len(message) <= 500
+    if not (isinstance(error, str) and _CODE.fullmatch(error) and clean):
+        raise _malformed("a mark of a bad row without a short class and message")
+    return BadRow("", str(message), "", error=error)
 
 
 def _is_index(value: object, below: int) -> bool:

@@ -29,6 +29,7 @@ class ErrorShape(Shape):
     type: str
     message: str
     problems: list[ProblemShape] | None = None
+    more: int | None = None
     next_part: int | None = None
 
 
@@ -217,6 +218,17 @@ class ErrorClassShape(Shape):
     message: str
 
 
+class LeftOutShape(Shape):
+    timeline: int
+    devices: int
+    errors: int
+
+
+class SubtasksShape(Shape):
+    subtasks: list[SubtaskActivityShape]
+    next: int | None
+
+
 class ActivityShape(Shape):
     job: JobShape
     now_s: float
@@ -225,6 +237,7 @@ class ActivityShape(Shape):
     timeline: list[SubtaskActivityShape]
     throughput: list[ThroughputShape]
     errors: list[ErrorClassShape]
+    left_out: LeftOutShape
 
 
 class CannotShape(Shape):
@@ -267,6 +280,7 @@ class PassExplainedShape(Shape):
     work_s: float | None
     resident: int
     resident_on: list[str]
+    loads: int
     loading: list[LoadingShape]
     can_load: list[CanLoadShape]
     cannot: list[CannotShape]
@@ -323,6 +337,7 @@ class FitShape(Shape):
 
 class FitsShape(Shape):
     fits: list[FitShape]
+    left_out: int
 
 
 class CheckpointShape(Shape):
@@ -556,6 +571,19 @@ PLAN = {
     "devices": 2,
 }
 PART = {"part": 0, "rows": 1024, "total_rows": 1024, "bad_rows": 0, "next_part": 1}
+_SUBTASK = {
+    "subtask": 7,
+    "worker": "host-cpu0",
+    "pass": 0,
+    "state": "done",
+    "exclusive": False,
+    "carved_s": 0.12,
+    "start_s": 0.2,
+    "end_s": 1.9,
+    "rows": 256,
+    "tokens": 10310,
+    "busy_s": 1.7,
+}
 ACTIVITY = {
     "job": JOB,
     "now_s": 4.1,
@@ -588,24 +616,12 @@ ACTIVITY = {
             "backlog_s": 2.1,
         }
     ],
-    "timeline": [
-        {
-            "subtask": 7,
-            "worker": "host-cpu0",
-            "pass": 0,
-            "state": "done",
-            "exclusive": False,
-            "carved_s": 0.12,
-            "start_s": 0.2,
-            "end_s": 1.9,
-            "rows": 256,
-            "tokens": 10310,
-            "busy_s": 1.7,
-        }
-    ],
+    "timeline": [_SUBTASK],
     "throughput": [{"at_s": 2.0, "tokens_s": 10310.0, "rows_s": 256.0}],
     "errors": [{"task": "topic", "error": "too_long", "count": 3, "first_row": 17, "message": "301 tokens"}],
+    "left_out": {"timeline": 4, "devices": 0, "errors": 0},
 }
+SUBTASKS = {"subtasks": [_SUBTASK], "next": 7}
 FITS = {
     "fits": [
         {
@@ -621,7 +637,8 @@ FITS = {
                 }
             ],
         }
-    ]
+    ],
+    "left_out": 0,
 }
 EXPLANATION = {
     "job": JOB["id"],
@@ -643,6 +660,7 @@ EXPLANATION = {
             "work_s": 6.2,
             "resident": 0,
             "resident_on": [],
+            "loads": 0,
             "loading": [],
             "can_load": [{"device_name": "NVIDIA L4", "workers": 1, "load_s": 1.4}],
             "cannot": [

@@ -7,6 +7,7 @@ whoever knows the row or the field can say where they stand; ``flaw`` finds them
 from __future__ import annotations
 
 import json
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -29,9 +30,9 @@ class Mark:
 
 
 class Doubled(dict[str, Any]):
-    """An object in which ``key`` stood twice; its last value is kept."""
+    """An object in which some keys stood twice; the last value of each is kept."""
 
-    key: str = ""
+    doubled: frozenset[str] = frozenset()
 
 
 class BrokenJson(ValueError):
@@ -108,10 +109,9 @@ def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     whole = dict(pairs)
     if len(whole) == len(pairs):
         return whole
-    doubled = Doubled(whole)
-    seen: set[str] = set()
-    doubled.key = next(key for key, _ in pairs if key in seen or seen.add(key))  # type: ignore[func-returns-value]
-    return doubled
+    object_ = Doubled(whole)
+    object_.doubled = frozenset(key for key, n in Counter(key for key, _ in pairs).items() if n > 1)
+    return object_
 
 
 def _whole_number(digits: str) -> int | Mark:

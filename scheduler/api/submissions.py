@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 from uuid import UUID
@@ -19,8 +19,9 @@ from motet.tasks import Choose, Task, parse, short
 from scheduler.api.answer_schemas import schema_problems
 from scheduler.api.bodies import clean_object
 from scheduler.api.strict_json import MAX_DEPTH, Doubled
+from scheduler.blocks import Part, absent
 from scheduler.needs import dialogues_of, fields_of
-from scheduler.plan import PlannedPass, in_order, loaded_model, plan, task_digest
+from scheduler.plan import PlannedPass, in_order, loaded_model, plan, reads_of, task_digest
 from scheduler.store.jobs import PRIORITIES, NewJob, NewPass, NewTask
 from scheduler.store.registry import Registered
 
@@ -81,7 +82,7 @@ class Submission:
 def read_submission(body: Any, *, max_tasks: int, dry_run: bool = False) -> Submission:
     """Check a parsed body. Raises InvalidJob with every problem found, but for those of its rows."""
     if isinstance(body, dict) and isinstance(body.get("tasks"), Doubled):
-        again = body["tasks"].key
+        again = min(body["tasks"].doubled)
         raise InvalidJob(
             Problem("tasks", f"two tasks named {short(again)}", "a name for each task", "rename one of them")
         )
@@ -191,12 +192,14 @@ def _are_sizes(value: Any) -> bool:
     )
 
 
-def mean_bytes_of(columns: Mapping[str, Sequence[str]], bad: Collection[int]) -> dict[str, float]:
-    """UTF-8 bytes of each field in a good row, where there is one."""
-    good = len(next(iter(columns.values()), ())) - len(bad)
-    return (
-        {name: sum(len(t.encode()) for t in texts) / good for name, texts in columns.items()} if good else {}
-    )
+def mean_bytes_of(part: Part) -> dict[str, float]:
+    """UTF-8 bytes of each field in the rows where it is good, as far as there are any."""
+    good = {name: len(part) - len(absent(part.bad, part.bad_fields, (name,))) for name in part.columns}
+    return {
+        name: sum(len(t.encode()) for t in texts) / good[name]
+        for name, texts in part.columns.items()
+        if good[name]
+    }
 
 
 def _rows_got(rows: Any) -> str:
@@ -240,6 +243,7 @@ def new_job(job: UUID, tenant: UUID, asked: Submission, planned: Planned, key: s
     """What the store needs to open the job."""
     pass_of = {number: p for p in planned.passes for number in p.tasks}
     trunks = _manifests(planned.trunks)
+    reads = [reads_of(p, asked.tasks) for p in planned.passes]
     tasks = []
     for number, (name, submitted) in enumerate(asked.tasks.items()):
         model, task = planned.models[name], in_order(submitted, pass_of[number])
@@ -272,8 +276,10 @@ def new_job(job: UUID, tenant: UUID, asked: Submission, planned: Planned, key: s
                 input=p.input,
                 needs=p.needs,
                 rate_key=p.rate_key,
+                reads=read.times,
+                bytes_beside=read.beside,
             )
-            for p in planned.passes
+            for p, read in zip(planned.passes, reads, strict=True)
         ),
         request_digest=asked.digest,
         idempotency_key=key,

@@ -5,7 +5,7 @@ All times are seconds since the job was created, by the database's clock alone.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 from uuid import UUID
@@ -117,6 +117,10 @@ class Activity:
     timeline: tuple[SubtaskActivity, ...]
     throughput: tuple[Throughput, ...]
     errors: tuple[ErrorClass, ...]
+    #: How many there are beyond those told.
+    subtasks_left_out: int
+    devices_left_out: int
+    errors_left_out: int
 
 
 #: One snapshot for all statements: else rows could be seen twice, or nowhere, while they move.
@@ -136,14 +140,22 @@ def activity(connection: Connection, tenant: UUID, job: UUID, *, timeline: int) 
     if found is None:
         raise NotFound(f"no job {job}")
     life = {"job": job, "created": found.created, "now": found.now_s}
+    passes = _passes(connection, life)
+    newest = _told(connection.execute(_TIMELINE, {**life, "limit": timeline}), found.now_s)
+    devices, n_devices = _devices(connection, life)
+    errors, n_errors = _errors(connection, life)
+    n_subtasks = sum(p.subtasks_open + p.subtasks_done + p.subtasks_lost + p.subtasks_failed for p in passes)
     return Activity(
         job=job_entry(connection, tenant, job),
         now_s=found.now_s,
-        passes=tuple(_passes(connection, life)),
-        devices=tuple(_devices(connection, life)),
-        timeline=tuple(_timeline(connection, life, timeline)),
+        passes=tuple(passes),
+        devices=tuple(devices),
+        timeline=tuple(newest),
         throughput=tuple(_throughput(connection, life)),
-        errors=tuple(_errors(connection, life)),
+        errors=tuple(errors),
+        subtasks_left_out=n_subtasks - len(newest),
+        devices_left_out=n_devices - len(devices),
+        errors_left_out=n_errors - len(errors),
     )
 
 
@@ -196,7 +208,8 @@ def _passes(connection: Connection, life: Mapping[str, Any]) -> list[PassActivit
 _DEVICES = text("""
     SELECT worker, max(device) AS device, sum(closed) AS subtasks, sum(open) AS n_open, sum(n_rows) AS n_rows,
            sum(tokens) AS tokens, CAST(sum(busy_s) AS double precision) AS busy_s,
-           date_part('epoch', min(first) - :created) AS first_s, date_part('epoch', max(last) - :created) AS last_s
+           date_part('epoch', min(first) - :created) AS first_s, date_part('epoch', max(last) - :created) AS last_s,
+           count(*) OVER () AS n
       FROM (SELECT worker, '' AS device, count(*) AS closed, 0 AS open,
                    coalesce(sum(n_rows) FILTER (WHERE state = 'done'), 0) AS n_rows, sum(tokens) AS tokens,
                    sum(busy_s) AS busy_s, min(created) AS first, max(closed) AS last
@@ -208,9 +221,10 @@ _DEVICES = text("""
      GROUP BY worker ORDER BY max(first) DESC LIMIT :limit""")
 
 
-def _devices(connection: Connection, life: Mapping[str, Any]) -> list[DeviceActivity]:
-    found = connection.execute(_DEVICES, {**life, "limit": MAX_DEVICES})
-    return [
+def _devices(connection: Connection, life: Mapping[str, Any]) -> tuple[list[DeviceActivity], int]:
+    """The devices that came last, and how many there are in all."""
+    found = connection.execute(_DEVICES, {**life, "limit": MAX_DEVICES}).all()
+    told = [
         DeviceActivity(
             worker=row.worker,
             device_name=row.device,
@@ -223,24 +237,43 @@ def _devices(connection: Connection, life: Mapping[str, Any]) -> list[DeviceActi
         )
         for row in sorted(found, key=lambda row: str(row.worker))
     ]
+    return told, found[0].n if found else 0
 
 
-# Open ones before all others: a straggler is what one looks for.
-_TIMELINE = text("""
+_SUBTASK = """
     SELECT s.id, s.pass_number, s.state, s.exclusive, s.n_rows, s.tokens, s.busy_s,
            date_part('epoch', s.created - :created) AS carved_s, date_part('epoch', s.closed - :created) AS end_s,
            coalesce(nullif(s.worker, ''), (SELECT l.worker FROM lease l WHERE l.subtask_id = s.id
-                                            ORDER BY l.attempt LIMIT 1), '') AS worker
+                                            ORDER BY l.attempt LIMIT 1), '') AS worker"""
+# Open ones before all others: a straggler is what one looks for.
+_TIMELINE = text(f"""{_SUBTASK}
       FROM (SELECT id, state <> 'open' AS closed FROM subtask WHERE job_id = :job AND state = 'open'
             UNION (SELECT id, state <> 'open' FROM subtask WHERE job_id = :job ORDER BY id DESC LIMIT :limit)
             ORDER BY closed, id DESC LIMIT :limit) newest
       JOIN subtask s ON s.id = newest.id ORDER BY s.id""")
+_PAGE = text(f"""{_SUBTASK}
+      FROM subtask s WHERE s.job_id = :job AND s.id > :after ORDER BY s.id LIMIT :limit""")
 
 
-def _timeline(connection: Connection, life: Mapping[str, Any], limit: int) -> list[SubtaskActivity]:
+def subtasks(
+    connection: Connection, tenant: UUID, job: UUID, *, after: int, limit: int
+) -> tuple[list[SubtaskActivity], int | None]:
+    """The job's sub-tasks of higher ids than ``after``, oldest first, and the ``after`` for those that follow, or None.
+
+    Raises NotFound.
+    """
+    found = connection.execute(_NOW, {"job": job, "tenant": tenant}).first()
+    if found is None:
+        raise NotFound(f"no job {job}")
+    at = {"job": job, "created": found.created, "after": after, "limit": limit + 1}
+    told = _told(connection.execute(_PAGE, at), found.now_s)
+    return told[:limit], told[limit - 1].id if len(told) > limit else None
+
+
+def _told(rows: Iterable[Any], now_s: float) -> list[SubtaskActivity]:
     found = []
-    for row in connection.execute(_TIMELINE, {**life, "limit": limit}):
-        end_s = None if row.end_s is None else min(row.end_s, life["now"])
+    for row in rows:
+        end_s = None if row.end_s is None else min(row.end_s, now_s)
         began_s = row.carved_s if end_s is None or not row.busy_s else end_s - row.busy_s
         found.append(
             SubtaskActivity(
@@ -308,20 +341,23 @@ _ERRORS = text("""
         FROM bad JOIN sealed_column s ON s.id = bad.column_id CROSS JOIN LATERAL jsonb_each(s.errors) e
        WHERE bad.upto - bad.n < :looked GROUP BY 1, 2
       UNION ALL
-      SELECT task_number, NULL, sum(n), min(ARRAY[block_number, 0]) FROM bad WHERE upto - n >= :looked GROUP BY 1
-       ORDER BY n DESC, first LIMIT :limit)
-    SELECT t.name, c.error, c.n, b.first_row + c.first[2] AS first_row,
+      SELECT task_number, NULL, sum(n), min(ARRAY[block_number, 0]) FROM bad WHERE upto - n >= :looked GROUP BY 1),
+    most AS (SELECT *, count(*) OVER () AS n_classes FROM counted
+             ORDER BY n DESC, first, task_number LIMIT :limit)
+    SELECT t.name, c.error, c.n, c.n_classes, b.first_row + c.first[2] AS first_row,
            left(s.errors -> CAST(c.first[2] AS text) ->> 'message', :chars) AS message
-      FROM counted c JOIN task t ON t.job_id = :job AND t.number = c.task_number
+      FROM most c JOIN task t ON t.job_id = :job AND t.number = c.task_number
       JOIN block b ON b.job_id = :job AND b.number = c.first[1]
       JOIN block_column bc ON bc.job_id = :job AND bc.block_number = b.number AND bc.task_number = c.task_number
       JOIN sealed_column s ON s.id = bc.column_id
      ORDER BY c.n DESC, c.first, t.number""")
 
 
-def _errors(connection: Connection, life: Mapping[str, Any]) -> list[ErrorClass]:
+def _errors(connection: Connection, life: Mapping[str, Any]) -> tuple[list[ErrorClass], int]:
+    """The classes of most cells, and how many classes there are in all."""
     at = {"job": life["job"], "looked": LOOKED_INTO, "limit": MAX_ERRORS, "chars": MESSAGE_CHARS}
-    return [
+    found = connection.execute(_ERRORS, at).all()
+    told = [
         ErrorClass(
             task=row.name,
             error=NOT_LOOKED_INTO if row.error is None else row.error,
@@ -331,8 +367,9 @@ def _errors(connection: Connection, life: Mapping[str, Any]) -> list[ErrorClass]
             if row.error is None
             else row.message or "",
         )
-        for row in connection.execute(_ERRORS, at)
+        for row in found
     ]
+    return told, found[0].n_classes if found else 0
 
 
 def ended(job: JobEntry) -> bool:

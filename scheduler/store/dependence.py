@@ -15,7 +15,9 @@ from uuid import UUID
 from sqlalchemy import Connection, Row, text
 
 from motet.columns import CellError
-from scheduler.blocks import read_in_order, row_order, uint32_bytes
+from motet.wire import by_offset
+from scheduler.blocks import Reads, absent, read_in_order, row_order, uint32_bytes
+from scheduler.needs import row_fields, stored_task
 
 #: Class of a cell that was skipped since one that it reads has no answer.
 UPSTREAM = "upstream"
@@ -33,7 +35,9 @@ _FAILED = text(f"""
      ORDER BY k.job, k.pass, k.block, n.task""")
 # Whose last needed column has just come to be shown.
 _FREE = text("""
-    SELECT b.job_id, b.pass_number, b.block_number, b.todo, k.row_order, k.lengths, k.n_rows, p.max_tokens
+    SELECT b.job_id, b.pass_number, b.block_number, b.todo, k.lengths, k.n_rows, k.bad, k.bad_fields,
+           coalesce(b.row_order, k.row_order) AS row_order, b.row_order IS NOT NULL AS own,
+           p.reads, p.bytes_beside, p.max_tokens
       FROM unnest(CAST(:jobs AS uuid[]), CAST(:blocks AS int[])) w (job, block)
       JOIN block_pass b ON b.job_id = w.job AND b.block_number = w.block AND b.state = 'waiting'
       JOIN pass p ON p.job_id = b.job_id AND p.number = b.pass_number
@@ -42,6 +46,9 @@ _FREE = text("""
                         WHERE NOT EXISTS (SELECT FROM block_column c WHERE c.job_id = b.job_id
                                              AND c.block_number = b.block_number AND c.task_number = n.task))
      ORDER BY b.job_id, b.pass_number, b.block_number FOR NO KEY UPDATE OF b""")
+_READS = text("""
+    SELECT t.number, t.name, t.spec, ARRAY(SELECT o.name FROM task o WHERE o.job_id = t.job_id) AS names
+      FROM task t WHERE t.job_id = :job AND t.pass_number = :pass ORDER BY t.number""")
 _RELEASE = text("""
     UPDATE block_pass SET state = 'ready', n = :n, row_order = :row_order
      WHERE job_id = :job AND pass_number = :pass AND block_number = :block""")
@@ -98,16 +105,19 @@ def release(connection: Connection, blocks: Collection[tuple[UUID, int]]) -> lis
     for row in free:
         job, number, block = place = _place(row)
         order = row_order(bytes(row.row_order))
-        left = [i for i in order if i not in failed.get(place, {})]
-        own = uint32_bytes(left) if len(left) < len(order) else None
+        without = failed.get(place, {})
+        left = [i for i in order if i not in without]
+        own = uint32_bytes(left) if row.own or len(left) < len(order) else None
         released.append({"job": job, "pass": number, "block": block, "n": len(left), "row_order": own})
-        skipped[job] += (len(order) - len(left)) * (row.todo & (1 << 64) - 1).bit_count()
+        if row.bad_fields and len(left) < len(order):
+            bad = absents(row, _reads_of(connection, row))
+            skipped[job] += sum(len(skips(order, without, here)) for here in bad.values())
+        else:
+            skipped[job] += (len(order) - len(left)) * (row.todo & (1 << 64) - 1).bit_count()
         rows[job, number] += len(left)
-        size[job, number] += sum(
-            read_in_order(
-                bytes(row.row_order) if own is None else own, row.lengths, row.n_rows, row.max_tokens
-            )
-        )
+        reads = Reads(tuple(row.reads), row.bytes_beside, row.max_tokens)
+        in_order = bytes(row.row_order) if own is None else own
+        size[job, number] += sum(read_in_order(in_order, row.lengths, row.n_rows, reads))
     connection.execute(_RELEASE, released)
     connection.execute(
         _MORE_WAITS,
@@ -121,6 +131,29 @@ def _place(row: Row[Any]) -> Place:
     return (row.job_id, row.pass_number, row.block_number)
 
 
-def skips(order: Sequence[int], failed: Mapping[int, CellError]) -> dict[int, CellError]:
-    """Of the rows that work would be done on those that are skipped, and why."""
-    return {int(i): failed[int(i)] for i in order if int(i) in failed} if failed else {}
+def _reads_of(connection: Connection, row: Row[Any]) -> dict[int, tuple[str, ...]]:
+    """The fields that each task reads which is to be computed in this place."""
+    tasks = connection.execute(_READS, {"job": row.job_id, "pass": row.pass_number})
+    return {
+        t.number: row_fields(t.name, stored_task(t.spec), t.names) for t in tasks if row.todo >> t.number & 1
+    }
+
+
+def absents(block: Row[Any], reads: Mapping[int, Sequence[str]]) -> dict[int, dict[int, tuple[str, str]]]:
+    """Of each of these tasks the rows of a block that it cannot be asked, and why (``scheduler.blocks.absent``).
+
+    ``reads``: number of a task -> the fields that it reads.
+    """
+    bad = {int(i): (str(error), str(message)) for i, (error, message) in block.bad.items()}
+    bad_fields = {name: by_offset(reasons) for name, reasons in block.bad_fields.items()}
+    return {number: absent(bad, bad_fields, fields) for number, fields in reads.items()}
+
+
+def skips(
+    order: Sequence[int], failed: Mapping[int, CellError], bad: Collection[int]
+) -> dict[int, CellError]:
+    """Of the rows that a pass would be done on those that are skipped in a task, and why.
+
+    ``bad``: rows that the task cannot be asked anyway; these are errors of its own.
+    """
+    return {i: failed[i] for i in order if i in failed and i not in bad} if failed else {}

@@ -28,7 +28,7 @@ class PassStanding:
     rows_later: int
     later_s: float
     tries: int
-    #: Tasks whose answers it reads; rows that wait for these, and their bytes, about.
+    #: Tasks whose answers it reads; rows that wait for these, and the bytes that it reads of them.
     needs: tuple[str, ...] = ()
     rows_blocked: int = 0
     bytes_blocked: int = 0
@@ -60,7 +60,7 @@ _PASSES = text("""
            array_prepend(p.model_id, ARRAY(SELECT k.model_id FROM task k
                                             WHERE k.job_id = p.job_id AND k.pass_number = p.number)) AS model_ids,
            ARRAY(SELECT k.name FROM task k WHERE k.job_id = p.job_id AND k.pass_number = p.number ORDER BY k.number) AS tasks,
-           CASE WHEN j.tokens > 0 THEN CAST(j.text_bytes AS double precision) / j.tokens ELSE 0 END AS bytes_per_token,
+           CASE WHEN p.tokens > 0 THEN CAST(p.bytes_done AS double precision) / p.tokens ELSE 0 END AS bytes_per_token,
            date_part('epoch', j.deadline - clock_timestamp()) AS left_s,
            (SELECT sum(n) FROM block_pass b WHERE b.job_id = p.job_id AND b.pass_number = p.number) AS n_rows,
            (SELECT sum(done) FROM block_pass b WHERE b.job_id = p.job_id AND b.pass_number = p.number) AS rows_done,
@@ -74,8 +74,7 @@ _PASSES = text("""
                                 date_part('epoch', max(not_before) - clock_timestamp()) AS left_s
                            FROM piece WHERE piece.job_id = p.job_id AND piece.pass_number = p.number
                                         AND not_before > clock_timestamp()) later ON true
-      LEFT JOIN LATERAL (SELECT sum(w.n) AS n_rows, sum(w.n * b.bytes / greatest(1, b.n_work)) AS bytes
-                           FROM block_pass w JOIN block b ON b.job_id = w.job_id AND b.number = w.block_number
+      LEFT JOIN LATERAL (SELECT sum(w.n) AS n_rows, sum(w.bytes) AS bytes FROM block_pass w
                           WHERE w.job_id = p.job_id AND w.pass_number = p.number AND w.state = 'waiting') blocked ON true
      WHERE p.job_id = :job ORDER BY p.number""")
 

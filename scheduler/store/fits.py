@@ -40,8 +40,10 @@ _TELL = text("""
            checkpoint = CASE WHEN excluded.files <> '{}' THEN NULL ELSE coalesce(excluded.checkpoint, fit.checkpoint) END,
            files = CASE WHEN excluded.files <> '{}' THEN excluded.files ELSE fit.files END""")
 _FITS = text("""
-    SELECT f.row_index, f.reports FROM fit f JOIN job j ON j.id = f.job_id
-     WHERE f.job_id = :job AND j.tenant_id = :tenant ORDER BY f.row_index LIMIT 1000""")
+    SELECT f.row_index, f.reports, count(*) OVER () AS n FROM fit f JOIN job j ON j.id = f.job_id
+     WHERE f.job_id = :job AND j.tenant_id = :tenant ORDER BY f.row_index LIMIT :limit""")
+#: Runs of a job that are told at most.
+MAX_FITS = 1000
 #: A block of a job with its vectors, and what keeps them from being learned from.
 _DATA = text(f"""
     SELECT j.state, j.n_tasks, j.n_blocks, t.kind, p.input, b.payload, bc.column_id, {VECTORS}
@@ -99,9 +101,11 @@ def tell(
     return old if old != checkpoint and (checkpoint or files) else None
 
 
-def fits(connection: Connection, tenant: UUID, job: UUID) -> list[tuple[int, dict[str, Any]]]:
-    """(row, reports) of the runs of a job that have said something."""
-    return [(row.row_index, row.reports) for row in connection.execute(_FITS, {"job": job, "tenant": tenant})]
+def fits(connection: Connection, tenant: UUID, job: UUID) -> tuple[list[tuple[int, dict[str, Any]]], int]:
+    """(row, reports) of the runs of a job that have said something, and how many there are beyond."""
+    found = connection.execute(_FITS, {"job": job, "tenant": tenant, "limit": MAX_FITS}).all()
+    told = [(row.row_index, row.reports) for row in found]
+    return told, found[0].n - len(told) if found else 0
 
 
 @dataclass(frozen=True, slots=True)

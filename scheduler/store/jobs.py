@@ -22,7 +22,18 @@ from motet import traces
 from motet.columns import CellError, Kind
 from motet.errors import Conflict, InvalidJob, NotFound, Overloaded, Problem
 from motet.manifest import Manifest, column_kind, column_kind_of
-from scheduler.blocks import Block, Reader, read_in_order, task_bits
+from motet.wire import by_reason
+from scheduler.blocks import (
+    Block,
+    Reader,
+    Reads,
+    absent,
+    askable,
+    read_in_order,
+    row_order,
+    task_bits,
+    uint32_bytes,
+)
 from scheduler.merge import errors_column
 from scheduler.needs import dialogues_of, fields_read, needs_of, stored_task
 from scheduler.store import endings
@@ -68,6 +79,9 @@ class NewPass:
     needs: tuple[int, ...] = ()
     #: ``PlannedPass.rate_key``.
     rate_key: str = ""
+    #: How often it reads each field of the job, and bytes beside them: see ``scheduler.blocks.Reads``.
+    reads: tuple[int, ...] = ()
+    bytes_beside: int = 0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -106,8 +120,8 @@ _OPEN = text("""
             clock_timestamp() + make_interval(secs => CAST(:deadline_s AS double precision)), :retention_days)
     ON CONFLICT (tenant_id, idempotency_key) DO NOTHING RETURNING id""")
 _ADD_PASS = text("""
-    INSERT INTO pass (job_id, number, kind, model_id, numerics, max_tokens, input, needs, rate_key)
-    VALUES (:job, :number, :kind, :model_id, :numerics, :max_tokens, :input, :needs, :rate_key)""")
+    INSERT INTO pass (job_id, number, kind, model_id, numerics, max_tokens, input, needs, rate_key, reads, bytes_beside)
+    VALUES (:job, :number, :kind, :model_id, :numerics, :max_tokens, :input, :needs, :rate_key, :reads, :bytes_beside)""")
 _ADD_TASK = text("""
     INSERT INTO task (job_id, number, name, pass_number, model_id, kind, spec, labels, digest)
     VALUES (:job, :number, :name, :pass_number, :model_id, :kind, CAST(:spec AS jsonb), :labels, :digest)""")
@@ -177,6 +191,8 @@ def open_job(connection: Connection, job: NewJob, *, max_active_jobs: int) -> UU
                 "input": p.input,
                 "needs": list(p.needs),
                 "rate_key": p.rate_key,
+                "reads": list(p.reads),
+                "bytes_beside": p.bytes_beside,
             }
             for number, p in enumerate(job.passes)
         ],
@@ -223,8 +239,8 @@ class Loading:
     #: Task numbers of each pass, in order of pass number, and those of the tasks whose cells it reads.
     passes: tuple[tuple[int, ...], ...]
     needs: tuple[tuple[int, ...], ...]
-    #: Tokens that each pass reads of a row at most; 0: all.
-    max_tokens: tuple[int, ...]
+    #: What each pass reads of a row.
+    reads: tuple[Reads, ...]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -242,7 +258,8 @@ _LOADING = text(
     "SELECT id, tenant_id, fields, bad_rows, priority, reuse FROM job WHERE id = :job AND tenant_id = :tenant"
 )
 _READERS = text("""
-    SELECT t.number, t.name, t.kind, t.pass_number, t.spec, t.digest, m.manifest, l.manifest AS loaded, p.max_tokens
+    SELECT t.number, t.name, t.kind, t.pass_number, t.spec, t.digest, m.manifest, l.manifest AS loaded,
+           p.max_tokens, p.reads, p.bytes_beside
       FROM task t JOIN model m ON m.id = t.model_id
       JOIN pass p ON p.job_id = t.job_id AND p.number = t.pass_number JOIN model l ON l.id = p.model_id
      WHERE t.job_id = :job ORDER BY t.number""")
@@ -259,7 +276,7 @@ def loading(connection: Connection, tenant: UUID, job: UUID) -> Loading:
     readers: list[Reader] = []
     kinds: list[Kind] = []
     passes: dict[int, list[int]] = {}
-    max_tokens: dict[int, int] = {}
+    reads: dict[int, Reads] = {}
     for row in rows:
         model, loaded = Manifest.from_json(row.manifest), Manifest.from_json(row.loaded)
         # What is drawn is drawn anew for each job, and for each row of it.
@@ -274,7 +291,7 @@ def loading(connection: Connection, tenant: UUID, job: UUID) -> Loading:
         )
         kinds.append(column_kind(row.kind, model))
         passes.setdefault(row.pass_number, []).append(row.number)
-        max_tokens[row.pass_number] = row.max_tokens
+        reads[row.pass_number] = Reads(tuple(row.reads), row.bytes_beside, row.max_tokens)
     return Loading(
         id=found.id,
         tenant=found.tenant_id,
@@ -287,7 +304,7 @@ def loading(connection: Connection, tenant: UUID, job: UUID) -> Loading:
         kinds=tuple(kinds),
         passes=tuple(tuple(passes[number]) for number in sorted(passes)),
         needs=tuple(needs[passes[number][0]] for number in sorted(passes)),
-        max_tokens=tuple(max_tokens[number] for number in sorted(passes)),
+        reads=tuple(reads[number] for number in sorted(passes)),
     )
 
 
@@ -321,8 +338,8 @@ _GROW = text("""
      WHERE id = :job""")
 
 _COPY_BLOCK = (
-    "COPY block (job_id, number, first_row, n_rows, n_work, bytes, row_order, lengths, payload, bad, keys,"
-    " passes_open, done_number) FROM STDIN (FORMAT BINARY)",
+    "COPY block (job_id, number, first_row, n_rows, n_work, bytes, row_order, lengths, payload, bad, bad_fields,"
+    " keys, passes_open, done_number) FROM STDIN (FORMAT BINARY)",
     (
         "uuid",
         "int4",
@@ -334,14 +351,16 @@ _COPY_BLOCK = (
         "bytea",
         "bytea",
         "jsonb",
+        "jsonb",
         "bytea[]",
         "int2",
         "int4",
     ),
 )
 _COPY_BLOCK_PASS = (
-    "COPY block_pass (job_id, pass_number, block_number, state, todo, n, cursor, done) FROM STDIN (FORMAT BINARY)",
-    ("uuid", "int2", "int4", "text", "int8", "int4", "int4", "int4"),
+    "COPY block_pass (job_id, pass_number, block_number, state, todo, n, cursor, done, bytes, row_order)"
+    " FROM STDIN (FORMAT BINARY)",
+    ("uuid", "int2", "int4", "text", "int8", "int4", "int4", "int4", "int8", "bytea"),
 )
 _COPY_BLOCK_COLUMN = (
     "COPY block_column (job_id, block_number, task_number, column_id) FROM STDIN (FORMAT BINARY)",
@@ -363,12 +382,14 @@ def land_part(
 
     A (block, task) whose reuse key names a stored column of the tenant shows that column and is not run again. A pass
     that reads other tasks' answers waits in a block, unless all of them are shown there already.
-    Bad rows are counted as error cells here, once, but for reused columns, whose own counts hold them.
+    Bad rows are counted as error cells here, once, but for reused columns, whose own counts hold them: a row that is
+    none in every task, a bad value in the tasks that read it. A pass is not done on rows that none of its tasks can
+    be asked; where only some of them can, it is, and ``sealing.without_bad`` drops the answers of the others.
     Raises Conflict for a part out of order (``next_part``), or sent before with other bytes, or sent to a job
     that takes no more; InvalidJob beyond ``max_rows``; Overloaded beyond the tenant's quota.
     """
     n_rows = sum(b.n_rows for b in blocks)
-    n_bad = sum(len(b.bad) for b in blocks)
+    n_bad = sum(b.n_bad for b in blocks)
     held = connection.execute(_LOCK, {"job": job.id, "tenant": job.tenant}).first()
     if held is None:
         raise NotFound(f"no job {job.id}")
@@ -468,7 +489,8 @@ def _arrange(connection: Connection, job: Loading, held: Row[Any], blocks: Seque
     shared: Counter[int] = Counter()
     first_row = held.n_rows
     for number, block in enumerate(blocks, held.n_blocks):
-        todo: list[int] = []
+        todo: dict[int, dict[int, tuple[str, str]]] = {}
+        shown = len(landing.block_columns)
         for task, key in enumerate(block.keys):
             column = stored.get(key) if key is not None else None
             if column is not None and column.n_rows == block.n_rows:
@@ -478,15 +500,11 @@ def _arrange(connection: Connection, job: Loading, held: Row[Any], blocks: Seque
                     ok=column.n_ok, error=column.n_error, skipped=column.n_skipped, reused=block.n_rows
                 )
             else:
-                todo.append(task)
-                landing.cells["error"] += len(block.bad)
-                if not block.n_work:
-                    landing.block_columns.append(
-                        (job.id, number, task, _all_bad(connection, job, task, block))
-                    )
-        open_passes = _add_passes(landing, job, number, block, todo)
+                todo[task] = absent(block.bad, block.bad_fields, job.readers[task].reads)
+                landing.cells["error"] += len(todo[task])
+        open_passes = _add_passes(connection, landing, job, number, block, todo)
         landing.blocks_done += not open_passes
-        if open_passes and len(todo) < len(block.keys) and any(job.needs):
+        if open_passes and len(landing.block_columns) > shown and any(job.needs):
             landing.depend.append(number)
         landing.blocks.append(
             (
@@ -500,6 +518,7 @@ def _arrange(connection: Connection, job: Loading, held: Row[Any], blocks: Seque
                 block.lengths,
                 block.payload,
                 Jsonb({str(offset): list(why) for offset, why in block.bad.items()}),
+                Jsonb({name: by_reason(bad) for name, bad in block.bad_fields.items()}),
                 list(block.keys) if job.reuse else [],
                 open_passes,
                 None if open_passes else held.blocks_done + landing.blocks_done,
@@ -511,25 +530,42 @@ def _arrange(connection: Connection, job: Loading, held: Row[Any], blocks: Seque
     return landing
 
 
-def _add_passes(landing: _Landing, job: Loading, number: int, block: Block, todo: Sequence[int]) -> int:
-    """The block's passes; how many of them are open. One with nothing to do is sealed at once."""
+def _add_passes(
+    connection: Connection,
+    landing: _Landing,
+    job: Loading,
+    number: int,
+    block: Block,
+    todo: Mapping[int, Mapping[int, tuple[str, str]]],
+) -> int:
+    """The block's passes; how many of them are open. One with nothing to do is sealed at once.
+
+    ``todo``: number of a task that is to be computed -> the rows that it cannot be asked, and why.
+    """
     open_passes = 0
     for pass_number, tasks in enumerate(job.passes):
         asked = [t for t in tasks if t in todo]
-        n = block.n_work
-        if asked and n and job.needs[pass_number]:
+        n, order, own = block.n_work, block.row_order, None
+        if asked and block.bad_fields:
+            left = askable(row_order(order), [todo[t] for t in asked])
+            if len(left) < n:
+                n, order = len(left), uint32_bytes(left)
+                own = order
+        if asked and not n:
+            landing.block_columns += (
+                (job.id, number, t, _all_bad(connection, job, t, block, todo[t])) for t in asked
+            )
+        state, settled, size = "sealed", n, 0
+        if asked and n:
             open_passes += 1
-            state, settled = "waiting", 0
-        elif asked and n:
-            open_passes += 1
+            state, settled = "waiting" if job.needs[pass_number] else "ready", 0
+            reads = job.reads[pass_number]
+            size = sum(read_in_order(order, block.lengths, block.n_rows, reads))
+        if state == "ready":
             landing.rows_waiting[pass_number] += n
-            read = read_in_order(block.row_order, block.lengths, block.n_rows, job.max_tokens[pass_number])
-            landing.bytes_waiting[pass_number] += sum(read)
-            state, settled = "ready", 0
-        else:
-            state, settled = "sealed", n
+            landing.bytes_waiting[pass_number] += size
         landing.block_passes.append(
-            (job.id, pass_number, number, state, task_bits(asked), n, settled, settled)
+            (job.id, pass_number, number, state, task_bits(asked), n, settled, settled, size, own)
         )
     return open_passes
 
@@ -546,9 +582,11 @@ def _stored_columns(connection: Connection, job: Loading, blocks: Sequence[Block
     return {bytes(row.key): row for row in found}
 
 
-def _all_bad(connection: Connection, job: Loading, task: int, block: Block) -> int:
-    """The column of a block without a good row: nobody will ever run it, so it is sealed here."""
-    errors = [CellError(*block.bad[i]) for i in range(block.n_rows)]
+def _all_bad(
+    connection: Connection, job: Loading, task: int, block: Block, bad: Mapping[int, tuple[str, str]]
+) -> int:
+    """The column of a task that can be asked no row of a block: nobody will ever run it, so it is sealed here."""
+    errors = [CellError(*bad[i]) for i in range(block.n_rows)]
     return store_column(connection, job.tenant, errors_column(job.kinds[task], errors), block.keys[task])
 
 

@@ -21,7 +21,7 @@ from sqlalchemy import Connection, text
 
 from motet.columns import Column
 from motet.manifest import Manifest
-from scheduler.blocks import read_in_order
+from scheduler.blocks import Reads, read_in_order
 from scheduler.carve import Carved, Frontier, OpenBlock, Piece, Range
 from scheduler.lifecycle import Refusal, Return
 from scheduler.place import Demand
@@ -97,7 +97,7 @@ _DEMAND = text("""
            p.rows_waiting - coalesce(later.n_rows, 0) AS n_rows,
            p.bytes_waiting - coalesce(later.bytes, 0) AS bytes,
            w.age,
-           CASE WHEN j.tokens > 0 THEN CAST(j.text_bytes AS double precision) / j.tokens ELSE 0 END AS bytes_per_token,
+           CASE WHEN p.tokens > 0 THEN CAST(p.bytes_done AS double precision) / p.tokens ELSE 0 END AS bytes_per_token,
            date_part('epoch', j.deadline - clock_timestamp()) AS left_s
       FROM waiting w JOIN pass p ON p.job_id = w.job_id AND p.number = w.number
       JOIN job j ON j.id = p.job_id JOIN tenant t ON t.id = j.tenant_id JOIN model m ON m.id = p.model_id
@@ -143,14 +143,17 @@ _manifests_read: dict[_Model, Manifest] = {}
 
 
 def _manifests(connection: Connection, wanted: Collection[_Model]) -> dict[_Model, Manifest]:
-    """The manifests of these models, read and parsed once."""
-    missing = [model for model in wanted if model not in _manifests_read]
-    if missing:
+    """The manifests of these models, read and parsed once.
+
+    Threads of the API ask at the same time, so what one has found it does not look up again where another may empty it.
+    """
+    found = {model: known for model in wanted if (known := _manifests_read.get(model)) is not None}
+    if missing := [model for model in wanted if model not in found]:
         for row in connection.execute(_MANIFESTS, {"ids": [id_ for id_, _ in missing]}):
-            _manifests_read[row.id, row.created] = Manifest.from_json(row.manifest)
-    found = {model: _manifests_read[model] for model in wanted}
-    if len(_manifests_read) > _MANIFESTS_KEPT:
-        _manifests_read.clear()
+            found[row.id, row.created] = Manifest.from_json(row.manifest)
+        if len(_manifests_read) > _MANIFESTS_KEPT:
+            _manifests_read.clear()
+        _manifests_read.update(found)
     return found
 
 
@@ -164,7 +167,8 @@ _OPEN_BLOCKS = text("""
      WHERE job_id = :job AND pass_number = :pass AND state = 'ready' AND cursor < n
      ORDER BY block_number LIMIT :limit""")
 _LENGTHS = text("""
-    SELECT b.number, coalesce(w.row_order, b.row_order) AS row_order, b.lengths, b.n_rows, p.max_tokens
+    SELECT b.number, coalesce(w.row_order, b.row_order) AS row_order, b.lengths, b.n_rows,
+           p.reads, p.bytes_beside, p.max_tokens
       FROM block b JOIN pass p ON p.job_id = b.job_id AND p.number = :pass
       JOIN block_pass w ON w.job_id = b.job_id AND w.pass_number = p.number AND w.block_number = b.number
      WHERE b.job_id = :job AND b.number = ANY(:blocks)""")
@@ -214,7 +218,8 @@ def _lengths_of(
     missing = [block for block in blocks if (job, pass_number, block) not in _lengths_read]
     if missing:
         for row in connection.execute(_LENGTHS, {"job": job, "pass": pass_number, "blocks": missing}):
-            sizes = read_in_order(row.row_order, row.lengths, row.n_rows, row.max_tokens)
+            reads = Reads(tuple(row.reads), row.bytes_beside, row.max_tokens)
+            sizes = read_in_order(row.row_order, row.lengths, row.n_rows, reads)
             _lengths_read[job, pass_number, row.number] = array("Q", accumulate(sizes, initial=0))
     found = {}
     for block in blocks:
@@ -774,7 +779,7 @@ def record_transport(database: Database, epoch: int, identity: str) -> None:
 # -- payloads --------------------------------------------------------------------------------------
 
 _TEXTS = text("""
-    SELECT b.job_id, b.number, b.payload, b.row_order, b.first_row
+    SELECT b.job_id, b.number, b.payload, b.row_order, b.first_row, b.bad_fields <> '{}'
       FROM unnest(CAST(:jobs AS uuid[]), CAST(:blocks AS int[])) k (job, block)
       JOIN block b ON b.job_id = k.job AND b.number = k.block""")
 _PASS = text("""
@@ -788,23 +793,26 @@ _TASKS = text("""
 
 def block_texts(
     connection: Connection, blocks: Collection[tuple[str, int]]
-) -> dict[tuple[str, int], tuple[bytes, bytes, int]]:
-    """(job, block) -> payload, row order and first row, of those that are still there."""
+) -> dict[tuple[str, int], tuple[bytes, bytes, int, bool]]:
+    """(job, block) -> payload, row order, first row, and whether some pass has an order of its own from the start.
+
+    Of those that are still there.
+    """
     jobs, numbers = zip(*blocks, strict=True)
     at = {"jobs": [UUID(job) for job in jobs], "blocks": list(numbers)}
     return {
-        (str(job), number): (bytes(payload), bytes(order), first_row)
-        for job, number, payload, order, first_row in connection.execute(_TEXTS, at)
+        (str(job), number): (bytes(payload), bytes(order), first_row, partly_bad)
+        for job, number, payload, order, first_row, partly_bad in connection.execute(_TEXTS, at)
     }
 
 
 _UPSTREAM = text(f"""
-    SELECT w.job_id, w.pass_number, w.block_number, w.row_order, t.name, t.spec, t.labels, c.column_id
+    SELECT w.job_id, w.pass_number, w.block_number, w.row_order, n.task, t.name, t.spec, t.labels, c.column_id
       FROM {_PLACES}) k (job, pass, block)
       JOIN block_pass w ON w.job_id = k.job AND w.pass_number = k.pass AND w.block_number = k.block
-      JOIN pass p ON p.job_id = k.job AND p.number = k.pass CROSS JOIN LATERAL unnest(p.needs) n (task)
-      JOIN task t ON t.job_id = k.job AND t.number = n.task
-      JOIN block_column c ON c.job_id = k.job AND c.block_number = k.block AND c.task_number = n.task""")
+      JOIN pass p ON p.job_id = k.job AND p.number = k.pass LEFT JOIN LATERAL unnest(p.needs) n (task) ON true
+      LEFT JOIN task t ON t.job_id = k.job AND t.number = n.task
+      LEFT JOIN block_column c ON c.job_id = k.job AND c.block_number = k.block AND c.task_number = n.task""")
 
 
 @dataclass(frozen=True, slots=True)
@@ -822,17 +830,18 @@ def upstream_answers(
 ) -> dict[tuple[str, int, int], tuple[bytes | None, list[UpstreamAnswer]]]:
     """Of these released places that are still there: their own row order, if any, and the answers that they read."""
     rows = connection.execute(_UPSTREAM, _at(places)).all()
-    columns = read_columns(connection, sorted({row.column_id for row in rows}))
+    columns = read_columns(connection, sorted({row.column_id for row in rows} - {None}))
     found: dict[tuple[str, int, int], tuple[bytes | None, list[UpstreamAnswer]]] = {}
     # A job may be removed while we read.
-    gone = {row.job_id for row in rows if row.column_id not in columns}
+    gone = {row.job_id for row in rows if row.task is not None and row.column_id not in columns}
     for row in rows:
         if row.job_id in gone:
             continue
         where = (str(row.job_id), row.pass_number, row.block_number)
         order = None if row.row_order is None else bytes(row.row_order)
         _, answers = found.setdefault(where, (order, []))
-        answers.append(UpstreamAnswer(row.name, row.spec, tuple(row.labels), columns[row.column_id]))
+        if row.task is not None:
+            answers.append(UpstreamAnswer(row.name, row.spec, tuple(row.labels), columns[row.column_id]))
     return found
 
 

@@ -31,7 +31,7 @@ from scheduler.merge import (
 from scheduler.store.database import JOB, WORK, Database, notify
 from scheduler.store.leases import LOCK_JOBS, OpenSubtask, open_subtask, put_back
 from scheduler.store.rates import Timed, learn
-from scheduler.store.sealing import Answer, TaskShape, append, asked_for, task_shapes
+from scheduler.store.sealing import Answer, TaskShape, append, asked_for, task_shapes, without_bad
 from scheduler.store.spending import Amount, by_block, spend
 
 
@@ -71,11 +71,17 @@ _REFUSE = text("""
     ON CONFLICT (model_id, worker) DO UPDATE SET boot = excluded.boot, why = excluded.why, at = clock_timestamp()""")
 _COUNT = text("""
     UPDATE job SET cells_ok = cells_ok + :ok, cells_error = cells_error + :error, version = version + 1,
-           tokens = tokens + :tokens, computed_tokens = computed_tokens + :computed, text_bytes = text_bytes + :bytes,
+           tokens = tokens + :tokens, computed_tokens = computed_tokens + :computed,
            busy_s = busy_s + :busy_s, subtasks = subtasks + :subtasks,
            tokens_cached = tokens_cached + :tokens_cached, tokens_out = tokens_out + :tokens_out,
            started = coalesce(started, clock_timestamp())
      WHERE id = :job""")
+
+_MEASURE = text("""
+    UPDATE pass SET bytes_done = pass.bytes_done + k.bytes, tokens = pass.tokens + k.tokens
+      FROM unnest(CAST(:jobs AS uuid[]), CAST(:passes AS smallint[]), CAST(:bytes AS bigint[]), CAST(:tokens AS bigint[]))
+           k (job, number, bytes, tokens)
+     WHERE pass.job_id = k.job AND pass.number = k.number""")
 
 #: Outcomes that are shorter than either of these teach nothing about speed.
 _LEARN_FROM_TOKENS, _LEARN_FROM_S = 128, 0.25
@@ -119,6 +125,7 @@ def record(database: Database, outcomes: Sequence[Outcome]) -> Recorded:
                 learned,
                 done,
             )
+        answers = without_bad(connection, answers, shapes)
         done.rows += sum(a.final for a in answers)
         for job, total in totals.items():
             used = spend(connection, job, consumed[job])
@@ -187,7 +194,7 @@ def _take_in(
     )
     connection.execute(_DROP, {"id": subtask.id})
     put_back(connection, subtask.job, subtask.pass_number, returns)
-    total.update(tokens=u.tokens, computed=u.computed_tokens, bytes=u.text_bytes, subtasks=1)
+    total.update(tokens=u.tokens, computed=u.computed_tokens, subtasks=1)
     total["busy_us"] += int(u.busy_s * 1e6)
     return answers
 
@@ -259,9 +266,11 @@ def record_given_up(connection: Connection, subtask: OpenSubtask, rows: Sequence
     """Write error cells for rows that the dispatcher gives up, in the transaction that closed their sub-task."""
     shapes = task_shapes(connection, subtask.job, subtask.pass_number)
     asked = asked_for(shapes, subtask.todo)
-    answers = give_up(subtask.job, subtask.pass_number, subtask.id, rows, asked)
+    by_pass = {(subtask.job, subtask.pass_number): shapes}
+    given_up = give_up(subtask.job, subtask.pass_number, subtask.id, rows, asked)
+    answers = without_bad(connection, given_up, by_pass)
     _count(connection, subtask.job, Counter(), answers)
-    append(connection, answers, {(subtask.job, subtask.pass_number): shapes})
+    append(connection, answers, by_pass)
     notify(connection, JOB, str(subtask.job))
 
 
@@ -273,9 +282,17 @@ class _Learned:
     loads: list[tuple[LoadKey, float]] = field(default_factory=list)
     #: (digest of a model, worker) -> boot, why.
     refusals: dict[tuple[str, str], tuple[str, str]] = field(default_factory=dict)
+    #: (job, pass) -> bytes by which its sub-tasks were priced, and the tokens that these turned out to be.
+    ratios: dict[tuple[UUID, int], tuple[int, int]] = field(default_factory=dict)
 
     def see(self, row: Any, u: Usage) -> None:
-        """Learn from an accepted outcome. A clone ran where it should not have; what loaded also ran cold."""
+        """Learn from an accepted outcome. A clone ran where it should not have; what loaded also ran cold.
+
+        Bytes are those that the sub-task was priced by, never the worker's count: what is learned is applied to such.
+        """
+        if u.tokens > 0:
+            size, tokens = self.ratios.get((row.job_id, row.pass_number), (0, 0))
+            self.ratios[row.job_id, row.pass_number] = (size + row.bytes, tokens + u.tokens)
         if row.clone:
             return
         if u.load_s > 0:
@@ -291,11 +308,16 @@ class _Learned:
                     parameters=row.parameters,
                     work=Work(row.n_rows, u.tokens, squares),
                     seconds=u.busy_s,
-                    text_bytes=u.text_bytes,
+                    text_bytes=row.bytes,
                 )
             )
 
     def store(self, connection: Connection) -> None:
+        if self.ratios:
+            jobs, passes = zip(*self.ratios, strict=True)
+            sizes, tokens = zip(*self.ratios.values(), strict=True)
+            at = {"jobs": list(jobs), "passes": list(passes), "bytes": list(sizes), "tokens": list(tokens)}
+            connection.execute(_MEASURE, at)
         learn(connection, self.timed, self.loads)
         for (digest, worker), (boot, why) in sorted(self.refusals.items()):
             connection.execute(_REFUSE, {"digest": digest, "worker": worker, "boot": boot, "why": why})
@@ -316,7 +338,6 @@ def _count(connection: Connection, job: UUID, total: Counter[str], answers: Sequ
             "error": error,
             "tokens": total["tokens"],
             "computed": total["computed"],
-            "bytes": total["bytes"],
             "busy_s": total["busy_us"] / 1e6,
             "subtasks": total["subtasks"],
             "tokens_cached": total["tokens_cached"],

@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 from collections import Counter, defaultdict
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 from uuid import UUID
 
@@ -19,10 +19,11 @@ from motet import traces
 from motet.columns import LAYOUT, CellError, Column, Kind
 from motet.manifest import Manifest, column_kind
 from motet.wire import pack, unpack
-from scheduler.blocks import row_order
-from scheduler.merge import Part, array_of, merge
+from scheduler.blocks import askable, row_order
+from scheduler.merge import Part, array_of, mark_returned, merge
+from scheduler.needs import row_fields, stored_task
 from scheduler.store.arrays import Elements
-from scheduler.store.dependence import UPSTREAM, Place, failed_upstream, release, skips
+from scheduler.store.dependence import UPSTREAM, Place, absents, failed_upstream, release, skips
 from scheduler.store.endings import ENDED, trace_end
 
 
@@ -32,6 +33,8 @@ class TaskShape:
 
     number: int
     name: str
+    #: The fields of a row that it reads.
+    reads: tuple[str, ...]
     kind: Kind
     n_labels: int
     #: Of its vectors, where it has any.
@@ -41,7 +44,8 @@ class TaskShape:
 
 
 _SHAPES = text("""
-    SELECT t.number, t.name, t.kind, t.spec, cardinality(t.labels) AS n_labels, m.manifest
+    SELECT t.number, t.name, t.kind, t.spec, cardinality(t.labels) AS n_labels, m.manifest,
+           ARRAY(SELECT o.name FROM task o WHERE o.job_id = t.job_id) AS names
       FROM task t JOIN model m ON m.id = t.model_id
      WHERE t.job_id = :job AND t.pass_number = :pass ORDER BY t.number""")
 
@@ -55,6 +59,7 @@ def task_shapes(connection: Connection, job: UUID, pass_number: int) -> list[Tas
             TaskShape(
                 row.number,
                 row.name,
+                row_fields(row.name, stored_task(row.spec), row.names),
                 column_kind(row.kind, manifest),
                 row.n_labels,
                 manifest.dim,
@@ -99,10 +104,14 @@ _TAKE_CELLS = text(f"""
     DELETE FROM cells p USING {_PLACES} k (job, pass, block) WHERE {_HERE}
     RETURNING p.job_id, p.pass_number, p.block_number, p.lo, p.hi, p.columns""")
 _BLOCKS = text("""
-    SELECT b.job_id, b.number, b.n_rows, b.row_order, b.bad, b.keys, b.passes_open, j.tenant_id,
+    SELECT b.job_id, b.number, b.n_rows, b.row_order, b.bad, b.bad_fields, b.keys, b.passes_open, j.tenant_id,
            EXISTS (SELECT FROM pass p WHERE p.job_id = b.job_id AND p.needs <> '{}') AS depends
       FROM unnest(CAST(:jobs AS uuid[]), CAST(:blocks AS int[])) k (job, block)
       JOIN block b ON b.job_id = k.job AND b.number = k.block JOIN job j ON j.id = b.job_id""")
+_PARTLY_BAD = text(f"""
+    SELECT k.job, k.pass AS pass_, k.block, b.bad, b.bad_fields, coalesce(p.row_order, b.row_order) AS row_order
+      FROM {_PLACES} k (job, pass, block) JOIN block_pass p ON {_HERE}
+      JOIN block b ON b.job_id = k.job AND b.number = k.block AND b.bad_fields <> '{{}}'""")
 _SHOW = text("""
     INSERT INTO block_column (job_id, block_number, task_number, column_id)
     SELECT * FROM unnest(CAST(:jobs AS uuid[]), CAST(:blocks AS int[]), CAST(:tasks AS smallint[]),
@@ -119,6 +128,39 @@ _SUCCEED = text(f"""
      WHERE id = ANY(:jobs) AND state = 'running' AND blocks_done = n_blocks
        AND cells_ok + cells_error + cells_skipped = n_rows * n_tasks
  RETURNING {ENDED}""")
+
+
+def without_bad(
+    connection: Connection, answers: Sequence[Answer], shapes: Mapping[tuple[UUID, int], Sequence[TaskShape]]
+) -> list[Answer]:
+    """The answers, but for those of tasks to rows whose value they should have read is bad.
+
+    Tasks of one pass may read different fields. Where only one of them is bad in a row, all are asked; the cells of
+    those that read it were counted as errors when the row landed, and are sealed as such.
+    """
+    mixed = {at for at, tasks in shapes.items() if len({frozenset(task.reads) for task in tasks}) > 1}
+    places = sorted({(a.job, a.pass_number, a.block) for a in answers if (a.job, a.pass_number) in mixed})
+    found = connection.execute(_PARTLY_BAD, _at(places)).all() if places else ()
+    orders = {(row.job, row.pass_, row.block): row_order(bytes(row.row_order)) for row in found}
+    bad = {
+        (row.job, row.pass_, row.block): absents(
+            row, {shape.number: shape.reads for shape in shapes[row.job, row.pass_]}
+        )
+        for row in found
+    }
+
+    def kept(answer: Answer) -> Answer:
+        place = (answer.job, answer.pass_number, answer.block)
+        if place not in orders:
+            return answer
+        rows = orders[place][answer.lo : answer.hi]
+        columns = {
+            number: mark_returned(column, np.flatnonzero([i in bad[place][number] for i in rows]))
+            for number, column in answer.columns.items()
+        }
+        return replace(answer, columns=columns)
+
+    return [kept(answer) for answer in answers]
 
 
 def append(
@@ -215,16 +257,17 @@ def _merged(
 ) -> list[Keyed]:
     """The columns of a (block, pass), one per task, with the keys that they may be reused under.
 
-    ``failed``: rows that lack what they need. Those of them that work would have been done on are skipped.
+    ``failed``: rows that lack what they need. Those of them that a task could have been asked are skipped.
     """
-    every = row_order(bytes(block.row_order))
-    skipped = skips(every, failed)
-    order = np.array([i for i in every if i not in skipped] if skipped else every, dtype=np.int64)
-    absent = {int(i): CellError(str(e[0]), str(e[1])) for i, e in block.bad.items()}
+    bad = absents(block, {shape.number: shape.reads for shape in shapes})
+    every = askable(row_order(bytes(block.row_order)), list(bad.values()))
+    order = np.array([i for i in every if i not in failed], dtype=np.int64)
     found = []
     for shape in shapes:
         parts = [Part(order[lo:hi], columns[shape.number]) for lo, hi, columns in pieces]
-        column = merge(shape.kind, block.n_rows, parts, absent=absent, skipped=skipped)
+        absent_here = {i: CellError(*why) for i, why in bad[shape.number].items()}
+        skipped = skips(every, failed, absent_here)
+        column = merge(shape.kind, block.n_rows, parts, absent=absent_here, skipped=skipped)
         key = block.keys[shape.number] if shape.deterministic and shape.number < len(block.keys) else None
         found.append(Keyed(block.tenant_id, column, None if key is None else bytes(key)))
     return found

@@ -76,7 +76,9 @@ class House(Cluster):
         return Http(Address.find(self.url, self.tokens["admin"]), timeout_s=60.0)
 
     def _env(self, **settings: str) -> dict[str, str]:
-        own = {"PYTHONPATH": str(self._engines), "OMP_NUM_THREADS": "1", **self._settings}
+        # motet itself is where this process has found it, which may be a path of its own.
+        paths = filter(None, (str(self._engines), os.environ.get("PYTHONPATH")))
+        own = {"PYTHONPATH": os.pathsep.join(paths), "OMP_NUM_THREADS": "1", **self._settings}
         return {**super()._env(**settings), **own}
 
     def _watch(self, service: Service, grace_s: float) -> None:

@@ -475,6 +475,9 @@ def whole_part(dice: random.Random) -> tuple[str, bytes]:
         part = {"columns": {"text": [*texts, odd] if odd is not None else texts}, "first_row": 0}
         if dice.random() < 0.3:
             part["bad"] = {dice.choice([0, "0", -1, 2**40]): ["bad_row", "no row"]}
+        if dice.random() < 0.3:
+            offsets = dice.choice([[0], [], [-1], [2**40], ["0"], 0, None])
+            part["bad_fields"] = {dice.choice(["text", "x", 7]): [["bad_row", "no text", offsets]]}
         return "application/msgpack", msgpack.packb(part)
     rows = [dice.choice([text, {"text": text}, {"text": None}, [text], 3, {}]) for text in texts]
     return "application/x-ndjson", "\n".join(map(json.dumps, rows)).encode()

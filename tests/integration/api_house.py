@@ -29,6 +29,7 @@ from scheduler.api.auth import new_token
 from scheduler.merge import errors_column
 from scheduler.store import registry, sealing
 from scheduler.store.database import JOB, Database, notify
+from scheduler.store.dependence import absents
 
 TRUNK = "a" * 64
 TINY = Manifest(
@@ -173,15 +174,21 @@ class House:
             ).one()
             tenant = connection.execute(text("SELECT tenant_id FROM job WHERE id = :job"), at).scalar_one()
             tasks = connection.execute(text(_TASKS), at).all()
-            absent = {int(i): CellError(*why) for i, why in one.bad.items()} | dict(failing or {})
+            shapes = {
+                shape.number: shape
+                for number in {task.pass_number for task in tasks}
+                for shape in sealing.task_shapes(connection, UUID(job), number)
+            }
+            bad = absents(one, {number: shape.reads for number, shape in shapes.items()})
             for task in tasks:
+                absent = {i: CellError(*why) for i, why in bad[task.number].items()} | dict(failing or {})
                 kind = column_kind(task.kind, Manifest.from_json(task.manifest))
                 column = answers_of(kind, one.n_rows, absent, task.spec, len(task.labels))
                 key = one.keys[task.number] if task.number < len(one.keys) else None
                 stored = sealing.store_column(connection, tenant, column, key)
                 connection.execute(text(_SHOW), {**at, "task": task.number, "column": stored})
                 ok, error, _, _ = column.counts()
-                connection.execute(text(_COUNT), {**at, "ok": ok, "error": error - len(one.bad)})
+                connection.execute(text(_COUNT), {**at, "ok": ok, "error": error - len(bad[task.number])})
             connection.execute(text(_SEAL), at)
             connection.execute(text(_FINISH), at)
             connection.execute(sealing._SUCCEED, {"jobs": [UUID(job)]})
@@ -189,7 +196,7 @@ class House:
 
 
 _TASKS = """
-    SELECT t.number, t.kind, t.spec, t.labels, m.manifest FROM task t JOIN model m ON m.id = t.model_id
+    SELECT t.number, t.pass_number, t.kind, t.spec, t.labels, m.manifest FROM task t JOIN model m ON m.id = t.model_id
       JOIN block_pass p ON p.job_id = t.job_id AND p.pass_number = t.pass_number AND p.block_number = :block
      WHERE t.job_id = :job AND p.state = 'ready' AND (p.todo >> t.number) & 1 = 1 ORDER BY t.number"""
 _SHOW = "INSERT INTO block_column VALUES (:job, :block, :task, :column)"

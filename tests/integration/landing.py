@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import uuid
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from uuid import UUID
 
 from motet.errors import Problem
@@ -48,7 +48,7 @@ def register(database: Database, *models: Manifest) -> None:
 
 def land(
     database: Database,
-    rows: Sequence[str | Problem],
+    rows: Sequence[str | Mapping[str, str] | Problem],
     tasks: Mapping[str, Task],
     *,
     block_rows: int = 1024,
@@ -56,8 +56,12 @@ def land(
     tenant: str = "default",
     job_id: UUID | None = None,
     close: bool = True,
+    gaps: Mapping[str, Collection[int]] | None = None,
 ) -> UUID:
-    """Open, fill and close a job whose every field holds the row's text. A Problem is a row that arrived broken."""
+    """Open, fill and close a job. A row that is a text is that of every field; a Problem is one that arrived broken.
+
+    ``gaps``: field -> rows that have no text there.
+    """
     with database.transaction() as connection:
         home = registry.tenant_named(connection, tenant)
         found = registry.find_models(connection, {t.model for t in tasks.values()})
@@ -79,10 +83,25 @@ def land(
         job = new_job(job_id or uuid.uuid4(), home, asked, planned, None)
         jobs.open_job(connection, job, max_active_jobs=100)
         loading = jobs.loading(connection, home, job.id)
-        texts = ["" if isinstance(r, Problem) else r for r in rows]
+        missing = {name: set((gaps or {}).get(name, ())) for name in asked.fields}
         part = Part(
-            columns=dict.fromkeys(asked.fields, texts),
+            columns={
+                name: [
+                    ""
+                    if isinstance(r, Problem) or i in missing[name]
+                    else r[name]
+                    if isinstance(r, Mapping)
+                    else r
+                    for i, r in enumerate(rows)
+                ]
+                for name in asked.fields
+            },
             bad={i: ("bad_row", r.got) for i, r in enumerate(rows) if isinstance(r, Problem)},
+            bad_fields={
+                name: dict.fromkeys(gone, ("bad_row", f"{name}: got null"))
+                for name, gone in missing.items()
+                if gone
+            },
         )
         blocks = blocks_of(part, loading.readers, block_rows=block_rows, block_bytes=1 << 20)
         jobs.land_part(connection, loading, 0, b"digest", blocks, first_row=0, max_rows=1_000_000)

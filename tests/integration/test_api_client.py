@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import threading
 from collections.abc import Iterator
 from pathlib import Path
@@ -73,6 +74,30 @@ def test_bad_rows_are_refused_or_become_errors_as_asked(house: House, client: Cl
     house.answer(job.id, 0)
     assert [r.ok for r in job.results()] == [True, False, False, False]
     assert {e.error for e in job.errors()} == {"bad_row"}
+
+
+def test_a_null_in_one_field_is_an_error_of_the_tasks_that_read_it(
+    house: House, client: Client, tmp_path: Path
+) -> None:
+    tasks = {"of_title": Classify("topics", input="{title}"), "of_body": Classify("topics", input="{body}")}
+    path = tmp_path / "rows.jsonl"
+    rows = [{"title": f"t{i}", "body": None if i % 3 == 1 else f"b{i}", "n": None} for i in range(6)]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    with pytest.raises(InvalidJob) as caught:
+        client.submit(path, tasks)
+    assert [(p.row, p.field) for p in caught.value.problems] == [(1, "rows.body"), (4, "rows.body")]
+    job = client.submit(path, tasks, bad_rows="error")
+    assert job.progress.error == 2
+    house.answer(job.id, 0)
+    found = list(job.results())
+    assert all(row["of_title"].ok for row in found)
+    assert [row["of_body"].ok for row in found] == [True, False, True, True, False, True]
+    assert found[1]["of_body"].error == CellError("bad_row", "body: got null (None); expected text")
+    assert (job.refresh().state, job.progress.ok, job.progress.error) == ("succeeded", 10, 2)
+    planned = client.plan(path, tasks, bad_rows="error")
+    assert planned.rows == 6
+    title, body = (p.tokens for p in planned.passes)
+    assert title > body > 0
 
 
 def test_a_broken_upload_goes_on_under_the_same_key(house: House, client: Client) -> None:

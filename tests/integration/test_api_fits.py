@@ -103,6 +103,16 @@ def epochs(house: House, job: str, **more: Any) -> Any:
     return answer.json()["fits"]
 
 
+def test_runs_beyond_those_told_are_counted(
+    house: House, training: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("scheduler.store.fits.MAX_FITS", 2)
+    for row in range(5):
+        house.sql("INSERT INTO fit (job_id, row_index) VALUES (:job, :row)", job=training, row=row)
+    told = house.call("GET", f"/v1/jobs/{training}/fits").json()
+    assert ([fit["row"] for fit in told["fits"]], told["left_out"]) == ([0, 1], 3)
+
+
 # -- who may
 
 

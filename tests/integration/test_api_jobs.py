@@ -484,3 +484,19 @@ def test_landing_and_removing_at_once_keeps_every_shared_column_counted(house: H
     assert failed == []
     assert house.sql("SELECT count(*) FROM job") == [(0,)]
     assert house.sql("SELECT count(*) FROM sealed_column") == [(0,)]
+
+
+def test_a_plan_tells_tokens_of_a_title_by_titles_and_not_by_the_bodies_beside_them(house: House) -> None:
+    tasks = {
+        "title": {"kind": "classify", "model": "topics", "input": "{title}"},
+        "both": {"kind": "classify", "model": "topics", "input": "{title} {body}"},
+    }
+    rows = [{"title": "A short title", "body": "word " * 40}] * 10
+    asked = {"tasks": tasks, "rows": rows, "total_rows": 100}
+    by_rows = house.call("POST", "/v1/plan", json=asked).json()["passes"]
+    # Of the whole is said that its texts are ten times as long as those of the sample.
+    by_bytes = house.call(
+        "POST", "/v1/plan", json={**asked, "total_bytes": 1000 * sum(map(len, rows[0].values()))}
+    ).json()["passes"]
+    assert by_bytes[0]["tokens"] == by_rows[0]["tokens"]
+    assert by_bytes[1]["tokens"] == 10 * by_rows[1]["tokens"]

@@ -71,6 +71,7 @@ def test_a_vector_in_a_prompt_is_refused(house: House) -> None:  # noqa: F811
         ({"properties": []}, "properties"),
         ({"$ref": "#/nowhere"}, "nowhere"),
         ({"type": "string", "pattern": "("}, "regex"),
+        ({"x-guidance": {"lenient": True}, "not": {"pattern": "^(a|a)*b$"}}, "x-guidance"),
     ],
 )
 def test_a_schema_that_cannot_be_kept_is_refused_where_it_stands(

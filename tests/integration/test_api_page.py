@@ -13,6 +13,7 @@ from uuid import UUID
 import httpx
 import pytest
 
+from motet import job as handles
 from motet.client import Client
 from motet.columns import CellError
 from motet.embedded.valkey import ValkeyUrls
@@ -22,6 +23,7 @@ from motet.wire import Beat
 from scheduler.aggregator import Aggregator
 from scheduler.api import shapes
 from scheduler.dispatcher import Dispatcher
+from scheduler.store import activity
 from scheduler.store.database import Database
 from tests.integration import test_protocol as protocol
 from tests.integration.api_house import CLASSIFY, TWO, House, a_house, house
@@ -161,6 +163,12 @@ def test_the_timeline_is_bounded_and_keeps_the_oldest_that_is_open(works: Works)
     assert straggler.subtask in {s["subtask"] for s in few}
     assert [s["subtask"] for s in few] == sorted(s["subtask"] for s in few), "oldest first"
     assert works.look(job, timeline=0)["timeline"] == []
+    assert works.look(job, timeline=3)["left_out"] == {
+        "timeline": len(everything) - 3,
+        "devices": 0,
+        "errors": 0,
+    }
+    assert works.look(job, timeline=2000)["left_out"]["timeline"] == 0
     for wrong in (-1, 2001, "many"):
         answer = works.api.call("GET", f"/v1/jobs/{job}/activity?timeline={wrong}")
         assert answer.status_code == 422, answer.text
@@ -185,6 +193,10 @@ def test_errors_are_told_by_task_and_class_and_in_bounds(
     monkeypatch.setattr("scheduler.store.activity.LOOKED_INTO", 2)
     errors = house.call("GET", f"/v1/jobs/{job}/activity").json()["errors"]
     assert sum(e["count"] for e in errors) == 8, "none is left out"
+    monkeypatch.setattr("scheduler.store.activity.MAX_ERRORS", 3)
+    told = house.call("GET", f"/v1/jobs/{job}/activity").json()
+    assert (told["errors"], told["left_out"]["errors"]) == (errors[:3], 1)
+    assert "and those of 1 more kind of error" in house.call("GET", f"/jobs/{job}").text
     assert {(e["task"], e["error"], e["count"]) for e in errors} == {
         (task, error, n) for task in TWO for error, n in (("too_long", 1), ("not_looked_into", 3))
     }
@@ -226,11 +238,43 @@ def test_devices_that_beat_say_their_state_and_the_others_are_gone(
         assert works.look(job)["devices"][0]["state"] == "silent", "its beat is the same as before"
 
 
-def test_the_client_has_it_too(works: Works) -> None:
+def test_sub_tasks_are_told_page_by_page_and_none_is_left_out(works: Works) -> None:
+    job = works.land()
+    works.cluster.finish(job)
+    everything = works.look(job, timeline=2000)["timeline"]
+    assert len(everything) > 3
+    found, after = [], 0
+    while after is not None:
+        answer = works.api.call("GET", f"/v1/jobs/{job}/subtasks?limit=2&after={after}")
+        page = answer.json()
+        shapes.SubtasksShape.model_validate(page)
+        assert 0 < len(page["subtasks"]) <= 2
+        found += page["subtasks"]
+        after = page["next"]
+    assert found == everything
+    assert works.api.call("GET", f"/v1/jobs/{job}/subtasks", token="stranger").status_code == 404
+    for wrong in ("limit=0", "limit=2001", "after=-1", "after=x"):
+        assert works.api.call("GET", f"/v1/jobs/{job}/subtasks?{wrong}").status_code == 422
+
+
+def test_devices_and_errors_beyond_those_told_are_counted(
+    works: Works, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(activity, "MAX_DEVICES", 1)
+    job = works.land()
+    works.cluster.finish(job)
+    seen = works.look(job)
+    assert (len(seen["devices"]), seen["left_out"]["devices"]) == (1, 1)
+    assert "1 more device" in works.api.call("GET", f"/jobs/{job}").text
+
+
+def test_the_client_has_it_too(works: Works, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(handles, "_PAGE", 2)
     job = works.land()
     with Client(works.api.url, works.api.tokens["read"]) as client:
         handle = client.job(str(job))
         works.cluster.finish(job)
+        assert handle.activity(timeline=None)["timeline"] == works.look(job, timeline=2000)["timeline"]
         seen = handle.activity(timeline=2)
         assert len(seen["timeline"]) == 2
         assert seen["job"]["state"] == "succeeded"

@@ -16,7 +16,8 @@ from motet.errors import Problem
 from motet.manifest import Manifest
 from motet.tasks import Choose, Classify, Generate, Task
 from motet.wire import Assignment, Outcome, Spent
-from scheduler.store import jobs
+from scheduler.prompt_order import ANSWER_BYTES
+from scheduler.store import explain, jobs
 from scheduler.store.registry import tenant_named
 from tests.integration.landing import land, register
 from tests.integration.test_protocol import HEAD, House, label_of, texts
@@ -135,6 +136,27 @@ def reasons(house: House, job: UUID, task: str) -> dict[int, str]:
         task=task,
     )
     return {r.row: f"{r.value['error']}: {r.value['message']}" for r in rows}
+
+
+def test_rows_that_wait_for_answers_count_with_the_bytes_that_will_be_read_of_them(house: House) -> None:
+    tasks = {
+        "size": Classify("length", input="{body}"),
+        "again": Classify("length", input="{size}: {title}"),
+    }
+    job = land(house.database, [{"title": f"{i:040}", "body": "x" * 4000} for i in range(30)], tasks)
+    with house.database.transaction() as connection:
+        tenant = tenant_named(connection, "default")
+    with house.database.transaction() as connection:
+        waits = explain.standing(connection, tenant, job).passes[1]
+    row_bytes = 40 + len(": ") + ANSWER_BYTES
+    assert (waits.rows_blocked, waits.bytes_blocked) == (30, 30 * row_bytes)
+    assert finish(house, job).state == "succeeded"
+    found = house.sql(
+        "SELECT sum(bytes) AS size, sum(n_rows) AS n FROM subtask"
+        " WHERE job_id = :job AND pass_number = 1 AND state = 'done'",
+        job=job,
+    )
+    assert [(r.size, r.n) for r in found] == [(30 * row_bytes, 30)]
 
 
 def test_three_levels_are_answered_block_by_block_with_the_answers_they_read(house: House) -> None:

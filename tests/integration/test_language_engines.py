@@ -16,10 +16,10 @@ from motet.columns import OK, STATE_MASK, TRUNCATED, CellError, Column, values
 from motet.manifest import Manifest
 from motet.tasks import Chat, Choose, Extract, Generate, Task
 from motet.wire import TaskOrder
-from tests.tiny_language import CONTEXT, TinyServer, a_llama, serving
+from tests.tiny_language import CONTEXT, SWITCHED, TinyServer, a_llama, serving
 from workers.describe import describe_folder
 from workers.engine import CannotLoad, ContinuousEngine, Ended, Pass, Prepared
-from workers.engines import InstalledEngines, chat_server
+from workers.engines import InstalledEngines, chat_server, openai
 from workers.engines.openai import OpenAIEngine, beginnings, named
 
 #: vLLM has an environment of its own, and takes a minute to start: see `make vllm-test`.
@@ -453,6 +453,120 @@ def test_a_server_that_cannot_constrain_is_told_the_schema_and_mended_twice(remo
     assert "7" not in found.message
 
 
+def refusing(parameter: str, words: str = "", *, value: Any = None, **told: Any) -> Callable[[Any], Any]:
+    """A server that takes no such parameter (or only this value of it) and says so in OpenAI's words, or in these."""
+    error = {
+        "message": words or f"Unsupported parameter: '{parameter}' is not supported with this model.",
+        "type": "invalid_request_error",
+        "param": parameter,
+        "code": "unsupported_parameter" if value is None else "unsupported_value",
+        **told,
+    }
+
+    def refuse(body: Mapping[str, Any]) -> tuple[int, str] | None:
+        return (400, json.dumps({"error": error})) if body.get(parameter) not in (None, value) else None
+
+    return refuse
+
+
+@pytest.mark.parametrize(
+    "task", [asked(max_tokens=4), Choose("tiny", labels=LABELS), Extract("tiny", schema=SCHEMA)]
+)
+def test_a_server_that_counts_tokens_under_another_name_is_asked_by_that_from_then_on(
+    remote: Remote, task: Task
+) -> None:
+    server, choir = remote({"in_flight": "1"}, tokenises=False)
+    server.refusing = refusing("max_tokens")
+    server.scripted = ["good", '{"mood": "good", "stars": 4}'][isinstance(task, Extract) :] * 3
+    found = [*choir.answers(task, ["one"]), *choir.answers(task, ["two", "three"])]
+    assert not [one for one in found if isinstance(one, CellError)]
+    first, *others = server.chats()
+    assert "max_tokens" in first
+    assert {("max_tokens" in body, "max_completion_tokens" in body) for body in others} == {(False, True)}
+
+
+def test_a_parameter_is_left_out_where_the_server_takes_none_and_the_task_does_not_need_it(
+    remote: Remote,
+) -> None:
+    server, choir = remote({"in_flight": "1"})
+    server.refusing = refusing("seed", param=None, code=None)
+    task = asked(max_tokens=4, temperature=1.0)
+    for text in ("one", "two"):
+        assert isinstance(choir.answers(task, [text])[0], dict)
+    assert ["seed" in body for body in server.chats()] == [True, False, False]
+    server.refusing = refusing("temperature", value=-1.0)
+    assert isinstance(choir.answers(task, ["three"])[0], dict)
+    assert "temperature" not in server.chats()[-1]
+
+
+def test_a_stop_text_is_kept_where_the_server_takes_none(remote: Remote) -> None:
+    server, choir = remote({"in_flight": "1"})
+    server.refusing = refusing("stop")
+    server.scripted = ["one two three"]
+    assert choir.answers(asked(stop=("two",)), ["Count."]) == [{"text": "one", "finish": "stop"}]
+
+
+@pytest.mark.parametrize(
+    ("task", "parameter", "remedy"),
+    [
+        (asked(), "temperature", "set temperature=1"),
+        (asked(temperature=1.0, seed=7), "seed", "leave seed out"),
+        (Extract("tiny", schema=SCHEMA), "temperature", "set temperature=1"),
+    ],
+)
+def test_a_task_that_needs_a_parameter_which_the_server_does_not_take_says_so_after_one_request(
+    remote: Remote, task: Task, parameter: str, remedy: str
+) -> None:
+    server, choir = remote()
+    server.refusing = refusing(parameter, value=1.0)
+    (found,) = choir.answers(replace(task, too_long="truncate"), ["my secret text"])
+    assert isinstance(found, CellError)
+    assert (found.error, found.retriable) == ("refused", False)
+    assert parameter in found.message
+    assert remedy in found.message
+    assert len(server.chats()) == 1
+
+
+def test_a_choice_needs_neither_a_temperature_nor_likelihoods(remote: Remote) -> None:
+    server, choir = remote({"in_flight": "1"}, tokenises=False)
+    no_temperature, no_logprobs = refusing("temperature", value=1.0), refusing("top_logprobs")
+    server.refusing = lambda body: no_temperature(body) or no_logprobs(body)
+    server.scripted = ["good", "bad"]
+    task = Choose("tiny", labels=LABELS)
+    found = [*choir.answers(task, ["one"]), *choir.answers(task, ["two"])]
+    assert [label for label, *_ in found] == ["good", "bad"]
+    assert len(server.chats()) == 4
+    assert not {"temperature", "logprobs", "top_logprobs"} & set(server.chats()[-1])
+
+
+def test_what_a_server_refuses_about_another_thing_is_no_matter_of_the_context(remote: Remote) -> None:
+    server, choir = remote()
+    server.refusing = lambda body: (400, json.dumps({"error": {"message": "max_tokens: bad credit"}}))
+    (found,) = choir.answers(asked(too_long="truncate"), ["Hello"])
+    assert isinstance(found, CellError)
+    assert found.error == "refused"
+    assert len(server.chats()) == 1
+
+
+def test_a_server_that_writes_fewer_tokens_than_asked_for_is_asked_for_fewer(remote: Remote) -> None:
+    server, choir = remote()
+    words = "max_tokens is too large: {}. This model supports at most 30 completion tokens, whereas you provided {}."
+
+    def refuse(body: Mapping[str, Any]) -> tuple[int, str] | None:
+        told = words.format(body["max_tokens"], body["max_tokens"])
+        error = {"message": told, "param": "max_tokens", "code": None}
+        return (400, json.dumps({"error": error})) if body["max_tokens"] > 30 else None
+
+    server.refusing = refuse
+    (found,) = choir.answers(asked(max_tokens=100), ["Hello"])
+    assert isinstance(found, dict)
+    assert [body["max_tokens"] for body in server.chats()] == [100, 25]
+    server.refusing = lambda body: refuse({"max_tokens": 99})
+    (found,) = choir.answers(asked(max_tokens=100, too_long="truncate"), ["Hello"])
+    assert isinstance(found, CellError)
+    assert (found.error, "max_tokens" in found.message) == ("refused", True)
+
+
 def test_a_server_that_tells_no_likelihood_of_labels_is_asked_for_the_first_token(remote: Remote) -> None:
     server, choir = remote(tokenises=False)
     task = Choose("tiny", labels=LABELS, scores=True)
@@ -461,7 +575,7 @@ def test_a_server_that_tells_no_likelihood_of_labels_is_asked_for_the_first_toke
         assert sum(every.values()) == pytest.approx(1, abs=1e-5)
         assert score == max(every.values())
     server.logprobs = False
-    choir.handle.server.logprobs = True
+    choir.handle.server.lacks.clear()
     server.scripted = ["Bad."]
     ((label, score, _),) = choir.answers(task, ["Fine"])
     assert (label, round(score, 3)) == ("bad", 1.0)
@@ -469,6 +583,30 @@ def test_a_server_that_tells_no_likelihood_of_labels_is_asked_for_the_first_toke
     (found,) = choir.answers(task, ["Fine"])
     assert isinstance(found, CellError)
     assert found.error == "no_label"
+
+
+def test_what_labels_are_worth_without_a_text_is_kept_for_one_tenant_and_not_for_ever(
+    remote: Remote, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    server, choir = remote()
+    monkeypatch.setattr(openai, "PRIORS", 3)
+    task = Choose("tiny", labels=LABELS)
+
+    def requests(tenant: str, name: str = "it") -> int:
+        server.seen.clear()
+        pass_ = replace(choir.pass_of({name: task}), tenant=tenant)
+        [row] = choir.engine.prepare(pass_, ["Hello"])
+        assert isinstance(row, Prepared)
+        choir.engine.admit(pass_, row, tenant, urgent=False)
+        while choir.engine.inside(choir.handle):
+            choir.engine.step(choir.handle, 64)
+        return sum(path == "/v1/completions" for path, _ in server.seen)
+
+    assert [requests("a"), requests("a"), requests("b"), requests("b")] == [6, 3, 6, 3]
+    for name in ("two", "three", "four"):
+        requests("a", name)
+    assert len(choir.handle.priors) == 3
+    assert requests("a") == 6
 
 
 def named_or_none(choir: Choir, task: Choose) -> bool:
@@ -500,6 +638,86 @@ def test_a_first_token_counts_for_the_labels_that_begin_with_it() -> None:
     tokens = [("Ġsports", 0.6), ("▁pol", 0.2), ("s", 0.1), ("x", 0.05), ("", 0.05)]
     assert beginnings(tokens, labels, 0) == pytest.approx([0.7, 0.0, 0.2])
     assert beginnings(tokens, labels, None) == pytest.approx([0.35, 0.35, 0.2])
+
+
+@pytest.fixture(scope="module")
+def thinker(tmp_path_factory: pytest.TempPathFactory) -> Iterator[TinyServer]:
+    with serving(a_llama(tmp_path_factory.mktemp("thinker"), thinks=SWITCHED)) as running:
+        yield running
+
+
+def kwargs_of(body: Mapping[str, Any]) -> Any:
+    return body.get("chat_template_kwargs", {}).get("enable_thinking")
+
+
+@pytest.mark.parametrize("thinking", [None, True, False])
+def test_a_server_is_told_whether_to_think(thinker: TinyServer, thinking: bool | None) -> None:
+    thinker.seen.clear()
+    tasks: dict[str, Task] = {
+        "text": asked(max_tokens=2, thinking=thinking),
+        "label": Choose("tiny", labels=LABELS, thinking=thinking),
+        "form": Extract("tiny", schema=SCHEMA, thinking=thinking),
+    }
+    with loaded("openai", served_by(thinker), {}) as choir:
+        choir.ask(tasks, ["Hello"])
+    prompts = [body for _, body in thinker.seen if "messages" in body]
+    assert {path for path, body in thinker.seen if "messages" in body} == {
+        "/tokenize",
+        "/v1/chat/completions",
+    }
+    assert {kwargs_of(body) for body in prompts} == {thinking}
+    assert all("chat_template_kwargs" in body for body in prompts) is (thinking is not None)
+
+
+@pytest.mark.parametrize(
+    "refuse",
+    [
+        refusing("chat_template_kwargs", code="unknown_parameter"),
+        refusing(
+            "chat_template_kwargs", "Unrecognized request argument supplied: chat_template_kwargs", param=None
+        ),
+        refusing("chat_template_kwargs", "Bad Request", param=None, code=None),
+    ],
+)
+def test_a_server_that_cannot_be_told_whether_to_think_is_asked_without(remote: Remote, refuse: Any) -> None:
+    server, choir = remote(tokenises=False)
+    server.refusing = refuse
+    server.scripted = ["good"] * 3
+    task = Choose("tiny", labels=LABELS)
+    found = [answered for text in ("one", "two", "three") for answered in choir.answers(task, [text])]
+    assert not [one for one in found if isinstance(one, CellError)]
+    assert ["chat_template_kwargs" in body for body in server.chats()] == [True, False, False, False]
+
+
+def test_a_served_answer_comes_without_its_thoughts(remote: Remote) -> None:
+    server, choir = remote(tokenises=False)
+    server.logprobs = False
+    thought = "<think>\nNot bad at all.\n</think>\n\n"
+    for thinking, text in ((True, "Fine."), (False, "Fine."), (None, f"{thought}Fine.")):
+        server.scripted = [f"{thought}Fine."]
+        assert choir.answers(asked(thinking=thinking), ["x"]) == [{"text": text.strip(), "finish": "stop"}]
+    server.scripted = ["Not bad at all.\n</think>Fine."]  # the template has begun the thought
+    assert choir.answers(asked(thinking=True), ["x"]) == [{"text": "Fine.", "finish": "stop"}]
+    server.scripted = ["<think>\nNot bad"]
+    assert choir.answers(asked(thinking=True), ["x"])[0]["text"] == ""
+    server.scripted = [f"{thought}good"]
+    assert choir.answers(Choose("tiny", labels=LABELS), ["x"])[0][0] == "good"
+    server.scripted = [f'{thought}{{"mood": "good", "stars": 4}}']
+    assert choir.answers(Extract("tiny", schema=SCHEMA), ["x"]) == [{"mood": "good", "stars": 4}]
+
+
+def test_a_server_that_thinks_whatever_it_is_told_gets_room_for_that_before_it_chooses(
+    remote: Remote,
+) -> None:
+    server, choir = remote(tokenises=False)
+    server.logprobs = False
+    server.scripted = ["", "good", "bad"]
+    task = Choose("tiny", labels=LABELS)
+    found = [choir.answers(task, [text])[0][0] for text in ("one", "two")]
+    assert found == ["good", "bad"]
+    assert server.chats()[1]["max_tokens"] < 20
+    *_, second, third = [body["max_tokens"] for body in server.chats()]
+    assert 200 < second == third < CONTEXT
 
 
 def test_a_key_comes_from_the_worker_s_own_variables_and_from_no_other(

@@ -234,6 +234,40 @@ def test_going_down_forgets_training_runs_and_fails_those_that_have_not_ended(em
     engine.dispose()
 
 
+def test_going_down_fails_unfinished_jobs_whose_bad_fields_an_older_version_would_take_for_texts(
+    empty_url: str,
+) -> None:
+    upgrade(empty_url)
+    engine = create_engine(empty_url)
+    with engine.begin() as connection:
+        connection.execute(
+            text(
+                "INSERT INTO tenant (name) VALUES ('default');"
+                "INSERT INTO job (id, tenant_id, name, state, fields, n_tasks, n_rows, cells_ok, request_digest)"
+                " SELECT gen_random_uuid(), t.id, k.name, k.state, '{text}', 1, 2,"
+                " CASE k.state WHEN 'succeeded' THEN 2 ELSE 0 END, 'x'"
+                " FROM tenant t, (VALUES ('ended', 'succeeded'), ('partly', 'running'), ('plain', 'running'))"
+                " k (name, state) WHERE t.name = 'default';"
+                "INSERT INTO block (job_id, number, first_row, n_rows, n_work, bytes, row_order, lengths, payload,"
+                " passes_open, bad_fields) SELECT id, 0, 0, 2, 2, 4, 'x', 'x', 'x', 1,"
+                " CASE name WHEN 'plain' THEN '{}' ELSE '{\"text\": [[\"bad_row\", \"null\", [1]]]}' END::jsonb FROM job"
+            )
+        )
+    downgrade(empty_url, "0006")
+    with engine.connect() as connection:
+        found = connection.execute(text("SELECT name, state, cells_skipped FROM job ORDER BY name")).all()
+        columns = connection.execute(
+            text("SELECT count(*) FROM information_schema.columns WHERE column_name = 'bad_fields'")
+        ).scalar_one()
+    assert [tuple(row) for row in found] == [
+        ("ended", "succeeded", 0),
+        ("partly", "failed", 2),
+        ("plain", "running", 0),
+    ]
+    assert columns == 0
+    engine.dispose()
+
+
 def test_two_processes_that_migrate_at_once_take_turns(empty_url: str) -> None:
     failures: list[BaseException] = []
 

@@ -112,7 +112,7 @@ def test_a_drained_worker_finishes_what_it_holds_and_gets_no_more_until_it_is_re
     house: House, crew: list[Obedient]
 ) -> None:
     first, second = crew
-    rows = texts(400)
+    rows = texts(1600)
     job = land(house.database, rows, TASKS, block_rows=64)
     house.tick()
     held = first.take_all()
@@ -143,7 +143,7 @@ def test_a_drained_worker_finishes_what_it_holds_and_gets_no_more_until_it_is_re
     assert first.has
     assert house.finish(job).state == "succeeded"
     assert house.job(job).attempts_lost == 0
-    assert_accounted_for(house, job, 400)
+    assert_accounted_for(house, job, 1600)
 
 
 def test_a_job_waits_while_every_worker_is_drained(house: House, crew: list[Obedient]) -> None:

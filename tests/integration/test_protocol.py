@@ -26,6 +26,7 @@ from motet.wire import Assignment, Beat, Outcome, Running, Usage, pack, unpack
 from scheduler.aggregator import Aggregator
 from scheduler.carve import Carved, Frontier, Range
 from scheduler.dispatcher import Dispatcher
+from scheduler.liveness import GRACE_S
 from scheduler.payloads import Payloads
 from scheduler.store import leases
 from scheduler.store.database import Database, StoreUnavailable
@@ -315,6 +316,45 @@ def test_an_attempt_whose_payload_is_lost_is_closed_as_soon_as_its_worker_says_s
         hand.report(hand.outcome(a))
     assert house.finish(job).state == "succeeded"
     assert_accounted_for(house, job, 20)
+
+
+def test_a_pass_is_priced_by_the_fields_that_it_reads(house: House) -> None:
+    n = 120
+    rows = [{"title": f"{i:040}", "body": f"{i:04000}"} for i in range(n)]
+    tasks = {"title": Classify("length", input="{title}"), "body": Classify("length", input="{body}")}
+    house.hands.pop()
+    job = land(house.database, rows, tasks, block_rows=50)
+    cut_at = 5 * TRUNK.max_tokens
+    waiting = house.sql("SELECT bytes_waiting FROM pass WHERE job_id = :job ORDER BY number", job=job)
+    assert [w.bytes_waiting for w in waiting] == [40 * n, cut_at * n]
+    sent: dict[int, list[tuple[int, int, float]]] = {0: [], 1: []}
+    for _ in range(60):
+        house.tick()
+        for hand in house.hands:
+            for a in hand.take_all():
+                title = a.tasks[0].name == "title"
+                tokens = (10 if title else 256) * len(a.texts)
+                [cut_] = house.sql("SELECT bytes FROM subtask WHERE id = :id", id=a.subtask)
+                sent[0 if title else 1].append((len(a.texts), cut_.bytes, a.predicted_s))
+                # A worker's own count of bytes is not gone by.
+                usage = Usage(tokens=tokens, computed_tokens=tokens, text_bytes=10**9, busy_s=tokens / 1e4)
+                hand.report(hand.outcome(a, usage=usage))
+        house.aggregate()
+        if all(sent.values()):
+            break
+    assert all(size == 40 * n_rows for n_rows, size, _ in sent[0])
+    assert all(size == cut_at * n_rows for n_rows, size, _ in sent[1])
+    (titles, _, title_s), (bodies, _, body_s) = sent[0][0], sent[1][0]
+    assert title_s / titles < body_s / bodies / 5, "a row of titles is priced as one"
+    assert titles > 5 * bodies, "and so are sub-tasks cut"
+    learned = house.sql(
+        "SELECT bytes_done / tokens AS n FROM pass WHERE job_id = :job ORDER BY number", job=job
+    )
+    assert [ratio.n for ratio in learned] == [4, 5], "by the bytes that it is applied to"
+    with house.database.transaction() as connection:
+        assert [d.bytes_per_token for d in leases.demand(connection, 0.0)][-1] == 5.0
+    assert house.finish(job).state == "succeeded"
+    assert_accounted_for(house, job, n)
 
 
 def test_a_lease_whose_commit_nobody_heard_of_does_not_wait_for_its_end(
@@ -615,7 +655,7 @@ def test_the_lead_of_a_process_that_is_gone_is_taken_before_it_runs_out(house: H
     assert leads is not None
     assert standby.epoch > leads
     with pytest.raises(NotLeading):
-        house.dispatcher._chores(leads, {}, house.dispatcher._read(house.now))
+        house.dispatcher._chores(leads, {}, house.dispatcher._read(house.now), house.now)
     where, _, rest = name.rpartition(":")
     elsewhere = f"{where}:0000abcd-{rest.partition('-')[2]}"
     house.sql("UPDATE leader SET holder = :name, epoch = epoch + 1", name=elsewhere)
@@ -642,28 +682,55 @@ def test_after_a_restore_of_an_older_dump_the_lead_is_taken_in_a_later_epoch_all
     assert restored.epoch == ahead + 1, "nor does it go back where the clock did"
 
 
+def refuse_all(house: House, *hands: Hand) -> None:
+    """These workers cannot load what they were sent."""
+    for hand in hands:
+        for a in hand.take_all():
+            failure = hand.outcome(
+                a,
+                verdict="failed",
+                columns={},
+                error=("cannot_load", "needs a GPU"),
+                refused=TRUNK.digest,
+            )
+            hand.report(failure)
+    house.aggregate()
+    house.due()
+
+
 def test_a_job_that_no_worker_can_load_fails_with_the_reason(house: House) -> None:
     job = land(house.database, texts(5), TASKS)
-    for _ in range(4):
+    begun = house.now
+    while house.job(job).state == "running" and house.now < begun + 2 * GRACE_S:
         house.tick()
-        for hand in house.hands:
-            for a in hand.take_all():
-                hand.report(
-                    hand.outcome(
-                        a,
-                        verdict="failed",
-                        columns={},
-                        error=("cannot_load", "needs a GPU"),
-                        refused=TRUNK.digest,
-                    )
-                )
-        house.aggregate()
-        house.due()
+        refuse_all(house, *house.hands)
         house.now += 10
     j = house.job(job)
     assert j.state == "failed"
     assert j.reason == "no worker can load trunk@1: needs a GPU"
     assert j.cells_skipped == 10
+    assert house.now > begun + GRACE_S
+
+
+def test_a_job_outlives_a_restart_of_the_only_worker_that_can_load_its_model(house: House) -> None:
+    rows = texts(50)
+    refuses, able = house.hands
+    house.hands = [refuses]
+    house.tick()
+    job = land(house.database, rows, TASKS)
+    for _ in range(3):
+        house.tick()
+        refuse_all(house, refuses)
+    able.boot = "boot-2"
+    starts = Beat(worker=able.name, boot=able.boot, seq=0, state="starting")
+    house.transport.worker(able.name).beat(starts)
+    for _ in range(10):
+        house.tick()
+        house.now += 10
+    assert house.job(job).state == "running"
+    house.hands = [refuses, able]
+    assert house.finish(job).state == "succeeded"
+    assert house.labels(job) == expected(rows)
 
 
 def test_resubmitting_a_finished_job_runs_nothing(house: House) -> None:
@@ -814,7 +881,7 @@ def test_a_head_that_cannot_be_attached_fails_its_own_job_and_no_other(house: Ho
     register(house.database, replace(HEAD, name="broken", labels=("a", "b")))
     broken = land(house.database, texts(5), {"x": Classify("broken")})
     healthy = land(house.database, texts(5), {"size": Classify("length")}, tenant="another")
-    for _ in range(5):
+    while house.job(broken).state == "running" and house.now < 2 * GRACE_S:
         house.tick()
         for hand in house.hands:
             for a in hand.take_all():

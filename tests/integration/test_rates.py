@@ -69,7 +69,7 @@ def outcome(database: Database, *, clone: bool = False, verdict: str = "done", *
                 "WITH cut AS (UPDATE block_pass SET cursor = n WHERE cursor < n RETURNING *),"
                 " taken AS (UPDATE pass SET rows_waiting = 0, bytes_waiting = 0 WHERE rows_waiting > 0)"
                 " INSERT INTO subtask (job_id, pass_number, blocks, los, his, sizes, todo, n_rows, bytes)"
-                " SELECT job_id, pass_number, '{0}', '{0}', ARRAY[n], '{160}', todo, n, 160 FROM cut RETURNING id"
+                " SELECT job_id, pass_number, '{0}', '{0}', ARRAY[n], '{20000}', todo, n, 20000 FROM cut RETURNING id"
             )
         ).scalar_one()
         connection.execute(
@@ -87,7 +87,8 @@ def outcome(database: Database, *, clone: bool = False, verdict: str = "done", *
             "scores": struct.pack(f"<{ROWS}f", *[0.5] * ROWS),
         },
     )
-    facts = {"tokens": 4000, "computed_tokens": 4000, "text_bytes": 20_000, "busy_s": 0.5, "squares": 600_000}
+    # Its own count of bytes is not gone by: 20,000 are those that the sub-task was priced by.
+    facts = {"tokens": 4000, "computed_tokens": 4000, "text_bytes": 7, "busy_s": 0.5, "squares": 600_000}
     return Outcome(
         subtask=subtask,
         attempt=1,
@@ -205,6 +206,14 @@ def test_what_says_nothing_of_speed_teaches_nothing(database: Database, case: di
     register(database, MODEL)
     record(database, [outcome(database, **case)])
     assert known(database) == Rates()
+
+
+def test_bytes_of_attempts_that_failed_make_no_token_look_longer(database: Database) -> None:
+    register(database, MODEL)
+    record(database, [outcome(database), outcome(database, verdict="failed", tokens=10)])
+    with database.transaction() as connection:
+        found = connection.execute(text("SELECT bytes_done, tokens FROM pass ORDER BY tokens")).all()
+    assert found == [(0, 0), (20_000, 4000)]
 
 
 def test_few_tokens_teach_where_they_took_long_as_those_of_a_language_model_do(database: Database) -> None:

@@ -23,7 +23,7 @@ from urllib.parse import parse_qs, urlsplit
 import msgpack
 
 from motet.columns import ERROR, OK, CellError, Column
-from motet.wire import pack, zstd
+from motet.wire import by_offset, pack, zstd
 
 LABELS = {"topic": ["sport", "tech"], "tone": ["glad", "sad", "loud"]}
 TOKEN = "user.secret"
@@ -44,8 +44,8 @@ class FakeJob:
     version: int = 1
     #: Digest of each part's body.
     digests: list[str] = field(default_factory=list)
-    #: (first row, number of rows, offsets of bad rows) of each part.
-    blocks: list[tuple[int, int, dict[int, Any]]] = field(default_factory=list)
+    #: (first row, number of rows, task -> offsets of rows that it cannot be asked) of each part.
+    blocks: list[tuple[int, int, dict[str, dict[int, Any]]]] = field(default_factory=list)
     #: What is told of its usage beside what all jobs have.
     spent: Mapping[str, int] = field(default_factory=dict)
     columns: list[dict[str, list[str]]] = field(default_factory=list)
@@ -58,7 +58,7 @@ class FakeJob:
 
     def record(self) -> dict[str, Any]:
         done = [self.blocks[b] for b in self.done]
-        bad = sum(len(bad) for _, _, bad in done) * len(self.tasks)
+        bad = sum(len(of) for _, _, bad in done for of in bad.values())
         total = self.rows * len(self.tasks)
         ok = sum(n for _, n, _ in done) * len(self.tasks) - bad
         return {
@@ -232,13 +232,26 @@ class FakeApi:
         if "rows" not in opening:
             return 201, job.record()
         rows = opening["rows"]
-        self._land(job, {name: [row[name] for row in rows] for name in rows[0]}, {}, "inline")
+        self._land(job, {name: [row[name] for row in rows] for name in rows[0]}, {}, {}, "inline")
         self._start(job)
         return 202, job.record()
 
-    def _land(self, job: FakeJob, columns: dict[str, list[str]], bad: dict[int, Any], digest: str) -> None:
+    def _land(
+        self,
+        job: FakeJob,
+        columns: dict[str, list[str]],
+        bad: dict[int, Any],
+        bad_fields: dict[str, Any],
+        digest: str,
+    ) -> None:
         n = len(next(iter(columns.values())))
-        job.blocks.append((job.rows, n, bad))
+        of = {task: dict(bad) for task in job.tasks}
+        for task, spec in job.tasks.items():
+            read = "".join(str(option) for option in spec.values())
+            for name, reasons in bad_fields.items():
+                if f"{{{name}}}" in read:
+                    of[task] = {**by_offset(reasons), **of[task]}
+        job.blocks.append((job.rows, n, of))
         job.columns.append(columns)
         job.digests.append(digest)
 
@@ -288,7 +301,7 @@ class FakeApi:
             if job.digests[number] != digest:
                 return _error(409, "other bytes than before", next_part=len(job.blocks))
         else:
-            self._land(job, body["columns"], body.get("bad", {}), digest)
+            self._land(job, body["columns"], body.get("bad", {}), body.get("bad_fields", {}), digest)
         n = job.blocks[number][1]
         return 200, {
             "part": number,
@@ -332,10 +345,10 @@ class FakeApi:
     def _errors(self, job: FakeJob, after: int, limit: int) -> tuple[int, Any]:
         found = [
             {"row": first + i, "task": task, "error": why[0], "message": why[1]}
-            for first, _, bad in job.blocks
-            for i, why in bad.items()
+            for first, n, bad in job.blocks
+            for i in range(n)
             for task in job.tasks
-            if first + i > after
+            if (why := bad[task].get(i)) and first + i > after
         ]
         page = [e for e in found if e["row"] in sorted({e["row"] for e in found})[:limit]]
         return 200, {"errors": page, "next": page[-1]["row"] if len(page) < len(found) else None}
@@ -354,7 +367,7 @@ class FakeApi:
         for b in sent:
             first, n, bad = job.blocks[b]
             specs = {task: {**job.tasks[task], "texts": job.columns[b].get("text")} for task in tasks}
-            columns = {task: column(task, first, n, bad, specs[task]).to_wire() for task in tasks}
+            columns = {task: column(task, first, n, bad[task], specs[task]).to_wire() for task in tasks}
             frames.append(
                 {"block": b, "first_row": first, "rows": n, "done": job.done.index(b) + 1, "columns": columns}
             )
@@ -556,6 +569,7 @@ EXPLANATION: dict[str, Any] = {
             "work_s": 6.2,
             "resident": 0,
             "resident_on": [],
+            "loads": 1,
             "loading": [{"worker": "w3", "left_s": 1.0}],
             "can_load": [{"device_name": "GPU", "workers": 1, "load_s": 1.4}],
             "cannot": [

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import importlib
+import json
+import os
+import subprocess
 import sys
 from pathlib import Path
 
@@ -29,6 +32,81 @@ def test_the_growth_benchmark_reads_what_the_dispatch_benchmark_wrote(
     told = importlib.import_module("growth").live_path()
     assert told is not None
     assert "sub-tasks/s at 64 a step" in told
+
+
+def test_the_table_of_ablations_tells_those_that_the_kept_run_has(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(BENCH))
+    simulate = importlib.import_module("simulate")
+    kept = {
+        f"{case} / {who}": {"efficiency": [0.9, 0.9]}
+        for case in simulate.CASES_MAIMED
+        for who in ("motet", "nothing cloned")
+    }
+    assert [line.split("|")[1].strip() for line in simulate.markdown(kept)] == [
+        "changed",
+        "---",
+        "(motet)",
+        "nothing cloned",
+    ]
+
+
+def test_a_smaller_run_is_never_kept_among_the_results(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    monkeypatch.syspath_prepend(str(BENCH))
+    harness = importlib.import_module("harness")
+    options = harness.options("a benchmark")
+    inside = str(BENCH / "results" / "tax.json")
+    for smaller in ("--smoke", "--quick"):
+        with pytest.raises(SystemExit):
+            options.parse_args([smaller, "--save", inside])
+        assert "expected a file outside bench/results" in capsys.readouterr().err
+    monkeypatch.setattr(harness, "RESULTS", tmp_path / "results")
+    harness.finish("tax", {"figure": 1}, options.parse_args(["--smoke"]))
+    harness.finish("tax", {"figure": 1}, options.parse_args([]), whole=False)
+    assert not (tmp_path / "results").exists()
+    harness.finish("tax", {"figure": 1}, options.parse_args([]))
+    harness.finish(
+        "tax", {"figure": 2}, options.parse_args(["--smoke", "--save", str(tmp_path / "own.json")])
+    )
+    found = [
+        json.loads(file.read_text("utf-8"))["figure"]
+        for file in (tmp_path / "results" / "tax.json", tmp_path / "own.json")
+    ]
+    assert found == [1, 2]
+
+
+def test_a_command_in_two_trees_is_compared_by_the_cpu_of_all_its_processes(tmp_path: Path) -> None:
+    burn = "import time\nwhile time.process_time() < 0.5: pass"
+    for tree, content in (
+        ("old", ""),
+        ("new", f"import subprocess, sys; subprocess.run([sys.executable, '-c', {burn!r}], check=True)"),
+    ):
+        (tmp_path / tree).mkdir()
+        (tmp_path / tree / "change.py").write_text(content, "utf-8")
+    done = ab("--rounds", "1", tmp_path / "old", tmp_path / "new", "python", "-P", "-c", "import change")
+    told = json.loads(done.stdout.splitlines()[-1])
+    assert told["old_cpu_s"] < 0.5 <= told["new_cpu_s"]
+    assert told["ratio"] == told["least"] == told["most"] > 1
+
+
+def test_a_command_that_fails_in_one_tree_is_told_with_the_tree_and_what_it_said(tmp_path: Path) -> None:
+    trees = [tmp_path / "old", tmp_path / "new"]
+    for tree in trees:
+        tree.mkdir()
+    (trees[0] / "there").touch()
+    done = ab(
+        *trees, "python", "-c", "import os, sys; os.path.exists('there') or sys.exit('nothing is there')"
+    )
+    assert done.returncode == 1
+    assert f"{trees[1]}: ended with exit code 1" in done.stdout
+    assert "nothing is there" in done.stdout
+
+
+def ab(*arguments: object) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, str(BENCH / "ab.py"), *map(str, arguments)]
+    env = os.environ | {"PYTHONPATH": f"{BENCH.parent}{os.pathsep}{os.environ.get('PYTHONPATH', '')}"}
+    return subprocess.run(command, capture_output=True, text=True, check=False, env=env)
 
 
 def test_what_compression_gains_is_speed_where_a_form_is_faster_and_else_memory(

@@ -17,7 +17,7 @@ from motet.columns import STATE_MASK, Column, values
 from motet.manifest import Manifest
 from motet.tasks import Chat, Choose, Extract, Generate, Task
 from motet.wire import TaskOrder
-from tests.tiny_language import CONTEXT, a_llama
+from tests.tiny_language import BEGUN, CONTEXT, SWITCHED, a_llama
 from workers.describe import describe_folder
 from workers.engine import ContinuousEngine, Ended, Pass, Prepared
 from workers.engines.causal import Causal, CausalEngine
@@ -416,3 +416,113 @@ def test_an_instruction_is_the_same_for_all_rows_up_to_its_first_name() -> None:
         ("Answer a", True),
         (" glad letter {briefly}.", False),
     ]
+
+
+# -- thoughts
+
+
+@pytest.fixture(scope="module")
+def switched(tmp_path_factory: pytest.TempPathFactory) -> House:
+    return House(a_llama(tmp_path_factory.mktemp("switched"), thinks=SWITCHED))
+
+
+@pytest.fixture(scope="module")
+def begun(tmp_path_factory: pytest.TempPathFactory) -> House:
+    return House(a_llama(tmp_path_factory.mktemp("begun"), thinks=BEGUN))
+
+
+FORM = {
+    "type": "object",
+    "properties": {"mood": {"enum": ["good", "bad"]}},
+    "required": ["mood"],
+    "additionalProperties": False,
+}
+
+
+#: With it, some thoughts about TEXTS end.
+SEED = 9
+
+
+def drawn(**more: Any) -> Generate:
+    """Nearly any token at any place, and so the end of a thought among them."""
+    return Generate("tiny", prompt="Go on.", max_tokens=60, temperature=10.0, seed=SEED, **more)
+
+
+def test_a_task_says_whether_the_model_thinks_and_the_template_knows_how(
+    switched: House, house: House
+) -> None:
+    tasks = {
+        f"{kind} {thinking}": task
+        for thinking in (None, True, False)
+        for kind, task in {
+            "text": Generate("tiny", prompt="Go on.", thinking=thinking),
+            "next": Chat("tiny", thinking=thinking),
+            "label": Choose("tiny", labels=("good", "bad"), thinking=thinking),
+            "form": Extract("tiny", schema=FORM, thinking=thinking),
+        }.items()
+        if kind != "next"
+    }
+    off = switched.handle.tokens._control.encode("<think>\n\n</think>\n\n", add_special_tokens=False).ids
+    [row] = switched.rows(switched.pass_(tasks), ["the cat"])
+    prompts = {asked.name: asked.prompt.ids for asked in row.inputs.tasks}
+    for kind in ("text", "label", "form"):
+        assert prompts[f"{kind} False"] == prompts[f"{kind} None"] + off
+        assert prompts[f"{kind} True"] == prompts[f"{kind} None"]
+    nothing = {asked.name: asked.empty.ids for asked in row.inputs.tasks if asked.empty}
+    assert nothing["label False"] == nothing["label None"] + off
+    [row] = house.rows(house.pass_(tasks), ["the cat"])
+    prompts = {asked.name: asked.prompt.ids for asked in row.inputs.tasks}
+    assert prompts["text False"] == prompts["text None"] == prompts["text True"]
+
+
+def test_a_cell_holds_the_answer_without_the_thoughts(begun: House) -> None:
+    raw = begun.run({"it": drawn()}, TEXTS)["it"]
+    assert any("</think>" in value["text"] for value in raw)
+    for thinking in (True, False):
+        found = begun.run({"it": drawn(thinking=thinking)}, TEXTS)["it"]
+        assert [value["text"] for value in found] == [
+            value["text"].partition("</think>")[2].strip() for value in raw
+        ]
+
+
+def test_a_stop_text_among_the_thoughts_ends_nothing(begun: House) -> None:
+    raw = begun.run({"it": drawn()}, TEXTS)["it"]
+    row = next(i for i, value in enumerate(raw) if "</think>" in value["text"])
+    thought, _, answer = raw[row]["text"].partition("</think>")
+    stop = next(c for c in thought if c.isalnum() and c not in answer)
+    found = begun.run({"it": drawn(thinking=True, stop=(stop,))}, TEXTS)["it"][row]
+    assert found == {"text": answer.strip(), "finish": raw[row]["finish"]}
+    inside = answer.strip()[1]
+    found = begun.run({"it": drawn(thinking=True, stop=(inside,))}, TEXTS)["it"][row]
+    assert found == {"text": answer.partition(inside)[0].strip(), "finish": "stop"}
+
+
+def test_a_thought_that_has_no_end_leaves_no_answer(begun: House) -> None:
+    tasks: dict[str, Task] = {
+        "text": Generate("tiny", prompt="Go on.", max_tokens=5, thinking=True),
+        "form": Extract("tiny", schema=FORM, max_tokens=5, thinking=True),
+    }
+    found = begun.run(tasks, ["the cat"])
+    assert found == {"text": [{"text": "", "finish": "length"}], "form": ["schema"]}
+
+
+def test_a_schema_holds_from_the_end_of_the_thoughts_on(begun: House, switched: House) -> None:
+    def task(thinking: bool, temperature: float) -> Extract:
+        return Extract(
+            "tiny", schema=FORM, max_tokens=90, temperature=temperature, seed=SEED, thinking=thinking
+        )
+
+    pass_ = begun.pass_({"it": task(True, 10.0)})
+    ended = begun.ended(pass_, begun.rows(pass_, TEXTS))
+    whole = [one for one in ended.values() if not one.columns["it"].errors]
+    assert whole
+    for one in whole:
+        [value] = values(one.columns["it"])
+        assert value["mood"] in ("good", "bad")
+        written = one.spent["it"][2]
+        assert written > len(begun.handle.tokens.label(json.dumps(value)))
+    for house in (begun, switched):
+        assert all(value["mood"] in ("good", "bad") for value in house.run({"it": task(False, 0.0)})["it"])
+        # A model that has begun no thought may answer at once.
+        if house is switched:
+            assert all(v["mood"] in ("good", "bad") for v in house.run({"it": task(True, 0.0)})["it"])

@@ -388,6 +388,11 @@ def test_task_options_are_read_up_to_the_next_name() -> None:
     }
 
 
+def test_whether_a_model_thinks_is_true_false_or_null() -> None:
+    asked = parse_tasks([f"{name}=chat:m,thinking={name}" for name in ("true", "false", "null")])
+    assert [task["thinking"] for task in asked.values()] == [True, False, None]
+
+
 def test_options_of_language_models_are_read_as_what_they_are(tmp_path: Path) -> None:
     (tmp_path / "form.json").write_text('{"type": "object"}')
     (tmp_path / "reply.txt").write_text("Write a reply,\nto a {mood} customer.\n")

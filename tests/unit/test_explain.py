@@ -15,7 +15,7 @@ from motet.manifest import Manifest
 from motet.wire import PROTOCOL, Beat
 from scheduler.api import shapes
 from scheduler.cost import Rate, Rates
-from scheduler.explain import Case, explain
+from scheduler.explain import NAMES, Case, explain
 from scheduler.facts import Facts, workers
 from scheduler.lifecycle import Refusal
 from scheduler.place import Demand
@@ -225,8 +225,8 @@ def test_half_the_memory_is_enough_where_the_model_may_run_in_bf16() -> None:
         ("refused", {"refusals": (Refusal(7, "w1", "b", "weights are torn"),)}),
         ("drained", {"drained": frozenset({"w1"})}),
         ("draining", {"beats": beat(state="draining")}),
-        ("starting", {"beats": beat(state="starting")}),
-        ("incompatible", {"beats": beat(protocol=PROTOCOL + 1)}),
+        ("starting", {"beats": beat(state="starting", engines=(), memory_mb=0)}),
+        ("incompatible", {"beats": beat(protocol=PROTOCOL + 1, engines=())}),
         ("exclusive", {"leases": (held(OWN, exclusive=True),)}),
     ],
 )
@@ -251,6 +251,12 @@ def test_a_model_that_somebody_could_load() -> None:
     assert "for a worker to load tiny@1, about " in found.says
     assert {(c.device_name, c.workers) for c in found.passes[0].can_load} == {("GPU", 1), ("other GPU", 1)}
     assert next(c.load_s for c in found.passes[0].can_load if c.device_name == "GPU") == 10.0
+
+
+def test_workers_that_load_a_model_are_counted_beyond_those_named() -> None:
+    names = [f"w{i:02}" for i in range(NAMES + 3)]
+    found = told(*map(beat, names), leases=tuple(held(worker=name) for name in names), rows_open=500)
+    assert (found.passes[0].loads, len(found.passes[0].loading)) == (NAMES + 3, NAMES)
 
 
 def test_a_model_that_is_being_loaded() -> None:

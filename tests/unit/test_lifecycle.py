@@ -3,12 +3,29 @@
 from __future__ import annotations
 
 import itertools
+from collections.abc import Sequence
+from uuid import UUID
 
 from hypothesis import given
 from hypothesis import strategies as st
 
+from motet.manifest import Manifest
+from motet.wire import PROTOCOL, Beat
 from scheduler.carve import Range
-from scheduler.lifecycle import MAX_DEATHS_UNSEEN, MAX_TRIES, GivenUp, Return, failed, lost, runs
+from scheduler.facts import workers
+from scheduler.lifecycle import (
+    MAX_DEATHS_UNSEEN,
+    MAX_TRIES,
+    GivenUp,
+    Hopes,
+    Refusal,
+    Return,
+    failed,
+    lost,
+    runs,
+)
+from scheduler.liveness import GRACE_S, Roster
+from scheduler.place import Demand
 
 RANGES = (Range(0, 10, 20, 100), Range(1, 0, 4, 40))
 
@@ -105,3 +122,120 @@ def test_runs_cover_exactly_the_positions(positions: set[int]) -> None:
     found = runs(positions)
     assert {i for lo, hi in found for i in range(lo, hi)} == positions
     assert all(a[1] < b[0] for a, b in itertools.pairwise(found))
+
+
+JOB = UUID(int=7)
+MODEL = Manifest(
+    name="tiny", version="1", engine="encoder", answers="vector", trunk="t", parameters=100_000_000
+)
+PASS = Demand(
+    job=str(JOB),
+    pass_number=0,
+    tenant="me",
+    weight=1.0,
+    priority=1,
+    age=1,
+    model_ids=frozenset({7}),
+    model=MODEL,
+    rows_waiting=10,
+    bytes_waiting=1000,
+)
+REFUSED = Refusal(7, "refuses", "b", "weights are torn")
+FAILS = {JOB: "no worker can load tiny@1: weights are torn"}
+
+
+class Leader:
+    """Looks every five seconds at the workers that beat, as the dispatcher does."""
+
+    def __init__(self) -> None:
+        self.roster, self.hopes, self.now = Roster(), Hopes(), 0.0
+
+    def looks(
+        self,
+        *beats: Beat,
+        for_s: float = 0.0,
+        refusals: Sequence[Refusal] = (REFUSED,),
+        waits: Sequence[Demand] = (PASS,),
+    ) -> dict[UUID, str]:
+        """Look on for so long at the same workers; what is hopeless at the end of it, or before."""
+        end = self.now + for_s
+        while True:
+            known = self.roster.see({b.worker: b for b in beats}, self.now)
+            found = self.hopes.hopeless(waits, workers(known, refusals, 0.5), refusals, self.now)
+            self.now += 5.0
+            if found or self.now > end:
+                return found
+
+
+def worker(name: str, *, boot: str = "b", engines: tuple[str, ...] = ("encoder",), **more: object) -> Beat:
+    return Beat(worker=name, boot=boot, seq=1, engines=engines, **more)  # type: ignore[arg-type]
+
+
+def test_a_job_that_every_worker_refuses_fails_after_the_grace_and_not_before() -> None:
+    leader = Leader()
+    assert not leader.looks(worker("refuses"), for_s=GRACE_S - 1)
+    assert leader.looks(worker("refuses")) == FAILS
+
+
+def test_a_job_outlives_a_restart_of_the_only_worker_that_can_run_it() -> None:
+    leader = Leader()
+    assert not leader.looks(worker("refuses"), worker("able"), for_s=3 * GRACE_S)
+    starts = worker("able", boot="second", engines=(), state="starting")
+    assert not leader.looks(worker("refuses"), starts, for_s=10)
+    assert not leader.looks(worker("refuses"), for_s=GRACE_S), "its beats pause until it has started"
+    assert not leader.looks(worker("refuses"), worker("able", boot="second"), for_s=3 * GRACE_S)
+
+
+def test_a_job_that_came_while_the_only_able_worker_started_waits_for_it() -> None:
+    leader = Leader()
+    starts = worker("able", engines=(), state="starting")
+    assert not leader.looks(worker("refuses"), starts, for_s=GRACE_S - 10)
+    assert not leader.looks(worker("refuses"), worker("able"), for_s=2 * GRACE_S)
+
+
+def test_what_an_earlier_process_of_a_worker_refused_counts_no_more() -> None:
+    leader = Leader()
+    starts = worker("refuses", boot="second", engines=(), state="starting")
+    assert not leader.looks(worker("refuses"), for_s=GRACE_S - 10)
+    assert not leader.looks(starts, for_s=2 * GRACE_S)
+
+
+def test_a_worker_that_went_for_good_is_hoped_for_no_longer_than_it_is_known() -> None:
+    leader = Leader()
+    assert not leader.looks(worker("refuses"), worker("able"))
+    assert leader.looks(worker("refuses"), for_s=2 * GRACE_S) == FAILS
+    assert leader.now > GRACE_S + 10
+
+
+def test_a_worker_with_too_little_memory_is_no_hope_and_one_with_enough_is() -> None:
+    need_mb = 2 * MODEL.memory_mb("fp32")
+    small, large = worker("other", memory_mb=need_mb - 2), worker("other", memory_mb=need_mb)
+    assert Leader().looks(worker("refuses"), small, for_s=GRACE_S) == FAILS
+    assert not Leader().looks(worker("refuses"), large, for_s=3 * GRACE_S)
+
+
+def test_a_worker_without_the_engine_or_of_another_protocol_is_no_hope() -> None:
+    others = worker("other", engines=("spacy-ner",)), worker("newer", protocol=PROTOCOL + 1)
+    assert Leader().looks(worker("refuses"), *others, for_s=GRACE_S) == FAILS
+
+
+def test_a_job_that_nobody_has_tried_waits_for_a_worker() -> None:
+    assert not Leader().looks(for_s=3 * GRACE_S)
+    assert not Leader().looks(worker("other", engines=("spacy-ner",)), for_s=3 * GRACE_S)
+    assert not Leader().looks(worker("small", memory_mb=10), for_s=3 * GRACE_S)
+
+
+def test_a_pass_whose_tries_are_put_off_now_and_then_is_hopeless_all_the_same() -> None:
+    leader = Leader()
+    for _ in range(int(GRACE_S / 10)):
+        assert not leader.looks(worker("refuses"))
+        assert not leader.looks(worker("refuses"), waits=())
+    assert leader.looks(worker("refuses")) == FAILS
+
+
+def test_no_job_fails_because_the_leader_could_not_look() -> None:
+    leader = Leader()
+    assert not leader.looks(worker("refuses"))
+    leader.now += 10 * GRACE_S
+    assert not leader.looks(worker("refuses"), for_s=GRACE_S - 1)
+    assert leader.looks(worker("refuses")) == FAILS

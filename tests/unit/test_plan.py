@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from motet.errors import InvalidJob, Problem
 from motet.manifest import Manifest
 from motet.tasks import Chat, Choose, Classify, Embed, Entities, Extract, Function, Generate, Number, Task
+from scheduler.blocks import Reads
 from scheduler.plan import (
     PlannedPass,
     Sample,
@@ -21,9 +22,11 @@ from scheduler.plan import (
     loaded_model,
     padded_tokens,
     plan,
+    reads_of,
     task_digest,
     tokens_read,
 )
+from scheduler.prompt_order import ANSWER_BYTES
 
 MINILM = Manifest(
     name="minilm",
@@ -215,6 +218,29 @@ def test_a_task_digest_changes_with_all_that_decides_its_answers_and_with_nothin
     assert len(set(others)) == len(others)
 
 
+@pytest.mark.parametrize(
+    ("task", "digest"),
+    [
+        (Generate("m", prompt="Go on."), "775e95e5a0c570f0a5674a2d9fc7b82f14eff05d390ce834f38721a0e2f3fe9f"),
+        (Chat("m"), "2a5c9362f299c71e3013a428eff6203ec702ec2c7822e204c63f964647b56f8f"),
+        (
+            Choose("m", labels=("a", "b"), thinking=None),
+            "d06cee1016b8d785d65e7acd0c14f158bc1342e68d07e122e628a3accbc2a011",
+        ),
+        (
+            Extract("m", schema={"type": "object"}, thinking=None),
+            "9d676b8f12f2efb047452dbf64e5c2a9043a850451cfd5bcc28b686525e39222",
+        ),
+    ],
+)
+def test_a_task_that_says_nothing_of_thoughts_has_the_digest_of_those_before_it_could(
+    task: Generate | Chat | Choose | Extract, digest: str
+) -> None:
+    model = Manifest(name="m", version="1", engine="causal", answers="text", files={"a": "b"}, max_tokens=512)
+    assert task_digest(task, model, model).hex() == digest
+    assert len({task_digest(replace(task, thinking=t), model, model) for t in (None, True, False)}) == 3
+
+
 def test_tokens_mean_nothing_to_a_model_that_names_no_limit() -> None:
     function = alone("f", max_tokens=0, answers="json")
     assert tokens_read(Function("f"), function, loaded_model(function, {})) == 0
@@ -353,6 +379,23 @@ def test_any_kind_of_task_may_read_an_answer() -> None:
     assert (first.tasks, second.tasks, second.needs) == ((0,), (1,), (0,))
 
 
+def test_a_pass_reads_what_its_templates_name_and_no_other_field() -> None:
+    tasks: dict[str, tuple[Task, Manifest]] = {
+        "topic": (Classify("topics", input="{title}"), TOPICS),
+        "mood": (Classify("mood", input="Text: {body} {body}"), MOOD),
+        "sum": (ask("Sum up for {reader}.", about="{body}", system="{reader} {title}"), LLM),
+        "list": (ask("List for {reader}.", about="{body}"), LLM),
+        "reply": (ask("Reply, {topic}.", about="{title} ({sum})"), LLM),
+    }
+    asked = {name: task for name, (task, _) in tasks.items()}
+    by_tasks = {p.tasks: reads_of(p, asked) for p in passes(**tasks)}
+    # Fields in order of first use: title, body, reader.
+    assert by_tasks[0,] == Reads((1, 0, 0), 0, 256)
+    assert by_tasks[1,] == Reads((0, 2, 0), len("Text:  "), 256)
+    assert by_tasks[2, 3] == Reads((1, 1, 2), 0, LLM.max_tokens)
+    assert by_tasks[4,] == Reads((1, 0, 0), len(" ()") + 2 * ANSWER_BYTES, LLM.max_tokens)
+
+
 def test_a_circle_is_refused_and_named() -> None:
     (problem,) = problems_of(a=(ask("{b}"), LLM), b=(ask("{a}"), LLM))
     assert "a reads b reads a" in problem.got
@@ -394,6 +437,8 @@ def test_speed_is_learned_by_what_is_asked_and_not_by_how_it_is_worded() -> None
     same = key(a=(ask("Summarise it."), LLM))
     assert key(b=(ask("Rephrase this."), LLM)) == same
     assert key(a=(ask("Summarise it.", max_tokens=16), LLM)) != same
+    assert key(a=(ask("Summarise it.", thinking=False), LLM)) == same
+    assert key(a=(ask("Summarise it.", thinking=True), LLM)) != same
     assert key(a=(ask("Summarise it."), LLM), b=(ask("Rephrase this."), LLM)) != same
     assert same.startswith(f"{LLM.digest}:")
     assert key(vector=(Embed("minilm"), MINILM)) == MINILM.trunk

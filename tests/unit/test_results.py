@@ -8,6 +8,7 @@ import json
 import struct
 from array import array
 from collections.abc import Iterator
+from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from motet import export
 from motet.columns import ERROR, OK, SKIPPED, TRUNCATED, CellError, Column
 from motet.progress import Bar
 from motet.results import Block, Row, Span, read_frames
+from motet.rows import records
 from motet.wire import BadMessage, pack
 
 LABELS = ("sport", "tech")
@@ -482,6 +484,15 @@ def test_csv_is_a_table_in_which_no_text_is_a_formula(tmp_path: Path) -> None:
     assert json.loads(first["tone"]) == ["glad", "loud"]
     assert third["topic"] == ""
     assert third["errors"].startswith("topic: too_long")
+
+
+@pytest.mark.parametrize("text", ["two\nlines", "carriage\rreturn", "both\r\n", "\n"])
+def test_an_answer_of_several_lines_is_one_field_of_a_csv(tmp_path: Path, text: str) -> None:
+    said = [json.dumps(one).encode() for one in ("first", text, "last")]
+    ends = [0, *accumulate(map(len, said))]
+    column = Column(kind="json", status=bytes(3), arrays={"offsets": ints(*ends), "bytes": b"".join(said)})
+    export.to_csv(job(block({"made": column})), tmp_path / "a.csv")
+    assert [row["made"] for row, _ in records(tmp_path / "a.csv")] == ["first", text, "last"]
 
 
 @pytest.mark.parametrize("text", ["=1+1", "+1", "-1", "@a", "\t=1", "\r=1"])

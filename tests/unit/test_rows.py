@@ -14,6 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from motet import rows as rows_module
+from motet import sources
 from motet.errors import InvalidJob
 from motet.rows import BLOCK_BYTES, BLOCK_ROWS, MAX_ROW_BYTES, PART_BYTES, Part, cut, survey
 from motet.settings import Settings
@@ -23,9 +24,14 @@ from scheduler import blocks
 FIELDS = ["text"]
 
 
-def texts(source: Any, fields: list[str] | None = None, **options: Any) -> list[list[str]]:
+def texts(source: Any, fields: list[str] | None = None, **options: Any) -> list[list[str | None]]:
     """Every row of a source as the texts of its fields."""
     return [list(row.values()) for part in cut(source, fields or FIELDS, **options) for row in part.rows()]
+
+
+def bad_in(part: Part) -> dict[int, tuple[str, str]]:
+    """Offset -> why, of rows that are none and of those with a bad field."""
+    return {i: why for bad in (part.bad, *part.bad_fields.values()) for i, why in bad.items()}
 
 
 def test_blocks_are_the_blocks_of_the_server() -> None:
@@ -151,10 +157,17 @@ def test_a_bad_row_can_become_a_mark_instead_and_the_others_keep_their_index(
 ) -> None:
     [part] = cut(["good", row, "good"], FIELDS, bad_rows="error")
     assert part.columns == {"text": ["good", "", "good"]}
-    [(offset, (error, message))] = part.bad.items()
+    [(offset, (error, message))] = bad_in(part).items()
     assert (offset, error) == (1, "bad_row")
     assert got in message
-    assert unpack(part.encode())["bad"] == {1: ["bad_row", message]}
+    sent = unpack(part.encode())
+    if field == "rows":
+        assert (sent["bad"], sent["columns"]) == ({1: ["bad_row", message]}, {"text": ["good", "", "good"]})
+    else:
+        assert sent["bad_fields"] == {"text": [["bad_row", message, [1]]]}
+        assert sent["columns"] == {"text": ["good", None, "good"]}, (
+            "an older server finds no empty text there"
+        )
     assert message.isprintable()
     assert len(message) <= 500
 
@@ -164,7 +177,7 @@ def test_a_bad_row_can_become_a_mark_instead_and_the_others_keep_their_index(
     [
         ("a.jsonl", b'{"text": "a"}\n\n{"text": \n{"text": "b"}\n', 3, "broken JSON"),
         ("deep.jsonl", b'{"text": "a"}\n' + b"[" * 100_000 + b"\n", 2, "broken JSON"),
-        ("digits.jsonl", b'{"text": "a"}\n' + b"9" * 5000 + b"\n", 2, "broken JSON"),
+        ("digits.jsonl", b'{"text": "a"}\n' + b"9" * 5000 + b"\n", 2, "float"),
         ("latin.jsonl", b'{"text": "a"}\n{"text": "\xe9"}\n', 2, "UTF-8"),
         ("latin.txt", b"a\n\xe9\n", 2, "UTF-8"),
         ("latin.csv", b"text\na\n\xe9\n", 3, "surrogate"),
@@ -187,11 +200,11 @@ def test_a_bad_row_of_a_file_is_told_with_its_line(
     assert got in problem.got
     assert f"(line {line})" in problem.got
     [part] = cut(path, FIELDS, bad_rows="error")
-    assert len(part.bad) == 1
+    assert len(bad_in(part)) == 1
 
 
 def test_a_line_without_end_is_one_bad_row(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(rows_module, "_MAX_LINE_BYTES", 64)
+    monkeypatch.setattr(sources, "_MAX_LINE_BYTES", 64)
     path = tmp_path / "endless.txt"
     path.write_bytes(b"short\n" + b"x" * 1000 + b"\nshort again\n")
     [part] = cut(path, FIELDS, bad_rows="error")
@@ -282,11 +295,11 @@ def test_arrow_tables_and_parquet_files_are_read(tmp_path: Path) -> None:
     for source in (table, table.to_batches()[0], path):
         assert texts(source) == [["a"], ["b"], ["c"]]
     [part] = cut(table, ["n"], bad_rows="error")
-    assert sorted(part.bad) == [0, 1, 2]
+    assert sorted(part.bad_fields["n"]) == [0, 1, 2]
     with pytest.raises(InvalidJob, match="one of n, text"):
         list(cut(path, ["body"]))
     (tmp_path / "broken.parquet").write_bytes(b"PAR1 not really")
-    with pytest.raises(InvalidJob, match="a Parquet file"):
+    with pytest.raises(InvalidJob, match="a whole Parquet file"):
         list(cut(tmp_path / "broken.parquet", FIELDS))
 
 
@@ -349,12 +362,12 @@ def test_a_dialogue_that_is_none_is_a_bad_row(dialogue: Any, got: str) -> None:
     assert problem.field == "rows.messages"
     assert got in problem.got
     [part] = cut([{"messages": dialogue}], ["messages"], dialogues={"messages"}, bad_rows="error")
-    assert list(part.bad) == [0]
+    assert list(part.bad_fields["messages"]) == [0]
 
 
 def test_a_list_is_no_text_where_no_dialogue_is_read() -> None:
     [part] = cut([{"text": DIALOGUE}, DIALOGUE], FIELDS, dialogues={"messages"}, bad_rows="error")
-    assert list(part.bad) == [0, 1]
+    assert list(part.bad_fields["text"]) == [0, 1]
 
 
 def test_mean_bytes_are_those_of_good_rows() -> None:
@@ -362,6 +375,73 @@ def test_mean_bytes_are_those_of_good_rows() -> None:
     assert part.mean_bytes() == {"a": 3.0, "b": 0.5}
     [none] = cut([3], ["a"], bad_rows="error")
     assert none.mean_bytes() == {"a": 0.0}
+
+
+def partly_bad_sources(folder: Path) -> dict[str, Any]:
+    """The same three rows, of which the second has no title and the last no body."""
+    rows = [{"title": "t0", "body": "b0"}, {"title": None, "body": "b1"}, {"title": "t2", "body": None}]
+    sources: dict[str, Any] = {"rows": rows, "any iterable": iter(rows)}
+    sources["jsonl"] = folder / "a.jsonl"
+    sources["jsonl"].write_text("".join(json.dumps(row) + "\n" for row in rows))
+    pandas, arrow = pytest.importorskip("pandas"), pytest.importorskip("pyarrow")
+    sources["pandas"] = pandas.DataFrame(rows)
+    sources["pandas of NaN"] = (
+        pandas.DataFrame(rows).astype(object).where(lambda frame: frame.notna(), math.nan)
+    )
+    sources["arrow"] = arrow.Table.from_pylist(rows)
+    pytest.importorskip("pyarrow.parquet").write_table(sources["arrow"], folder / "a.parquet")
+    return {**sources, "parquet": folder / "a.parquet"}
+
+
+def test_a_null_in_one_field_leaves_the_other_fields_of_its_row_in_any_kind_of_source(tmp_path: Path) -> None:
+    for name, source in partly_bad_sources(tmp_path).items():
+        [part] = cut(source, ["title", "body"], bad_rows="error")
+        assert part.columns == {"title": ["t0", "", "t2"], "body": ["b0", "b1", ""]}, name
+        assert {field: list(bad) for field, bad in part.bad_fields.items()} == {"title": [1], "body": [2]}, (
+            name
+        )
+        assert part.bad == {}, name
+        assert part.text_bytes == 8, name
+    for name, source in partly_bad_sources(tmp_path).items():
+        [part] = cut(source, ["body"], bad_rows="error")
+        assert list(part.bad_fields) == ["body"], name
+
+
+def test_a_refusal_names_each_bad_field_of_a_row() -> None:
+    with pytest.raises(InvalidJob) as caught:
+        list(cut([{"a": "x"}, {"a": None, "b": 3}, {"b": "y"}], ["a", "b"]))
+    assert [(p.row, p.field) for p in caught.value.problems] == [
+        (0, "rows.b"),
+        (1, "rows.a"),
+        (1, "rows.b"),
+        (2, "rows.a"),
+    ]
+
+
+def test_of_a_row_that_is_too_long_only_as_much_is_bad_as_makes_it_so() -> None:
+    half = "x" * (MAX_ROW_BYTES // 2)
+    rows = [{"a": "a", "b": "x" * (MAX_ROW_BYTES + 1)}, {"a": half, "b": half + "é"}, {"a": half, "b": half}]
+    [part] = cut(rows, ["a", "b"], bad_rows="error")
+    assert {field: list(bad) for field, bad in part.bad_fields.items()} == {"b": [0, 1]}
+    assert "131,074 bytes of 262,146 in the row" in part.bad_fields["b"][1][1]
+    assert [len(text) for text in part.columns["a"]] == [1, MAX_ROW_BYTES // 2, MAX_ROW_BYTES // 2]
+
+
+def test_a_part_says_each_reason_once_however_many_rows_have_it() -> None:
+    [part] = cut([{"a": "x", "b": None}] * 1000, ["a", "b"], bad_rows="error")
+    sent = unpack(part.encode())
+    [[error, message, offsets]] = sent["bad_fields"]["b"]
+    assert (error, offsets) == ("bad_row", list(range(1000)))
+    assert message == "b: got null (None); expected text"
+    assert sent["columns"] == {"a": ["x"] * 1000, "b": [None] * 1000}
+    assert part.columns["b"] == [""] * 1000, "encoding changes nothing"
+
+
+def test_a_survey_keeps_rows_of_which_something_can_be_read() -> None:
+    rows = [{"a": "x", "b": None}, {"a": "x", "b": "y"}, {"a": 1, "b": None}, 7]
+    found = survey(rows, ["a", "b"], bad_rows="error")
+    assert (found.rows, found.text_bytes) == (4, 3)
+    assert found.sample == ({"a": "x", "b": None}, {"a": "x", "b": "y"})
 
 
 def test_a_survey_counts_all_rows_and_draws_the_same_sample_each_time() -> None:

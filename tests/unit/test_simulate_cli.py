@@ -86,14 +86,25 @@ def test_a_job_that_ran_is_recorded_and_can_be_simulated(
         method: str, path: str, query: dict[str, str], body: bytes, key: str | None
     ) -> tuple[int, Any]:
         if path.endswith("/activity"):
-            return 200, an_activity(*[a_subtask(i) for i in range(16)], passes=[{"model": "fake@1"}])
+            told = an_activity(passes=[{"model": "fake@1"}])
+            return 200, {**told, "left_out": {"timeline": 5000, "devices": 3, "errors": 0}}
+        if path.endswith("/subtasks"):
+            after, limit = int(query["after"]), int(query["limit"])
+            page = [
+                {**a_subtask(i % 16), "subtask": i} for i in range(after + 1, min(5000, after + limit) + 1)
+            ]
+            return 200, {"subtasks": page, "next": after + limit if after + limit < 5000 else None}
         return plain(method, path, query, body, key)
 
     monkeypatch.setattr(api, "answer", answer)
     motet("submit", tickets, *TOPIC)
     trace = tmp_path / "recorded.jsonl"
-    trace.write_text(motet("simulate", "--record", "job-1").out)
-    assert json.loads(trace.read_text())["model"]["name"] == "fake@1"
+    recorded = motet("simulate", "--record", "job-1")
+    trace.write_text(recorded.out)
+    line = json.loads(trace.read_text())
+    assert line["model"]["name"] == "fake@1"
+    assert line["rows"] == 5000 * a_subtask(0)["rows"], "all of them, page by page"
+    assert ": the hardware of 3 workers is not known" in recorded.err
     ran = motet("simulate", "--gpus", "2xL4", "--jobs", str(trace), "--seeds", "1")
     assert ran.code == 0
     assert "took then" in ran.out

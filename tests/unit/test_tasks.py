@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from motet.errors import InvalidJob
-from motet.tasks import Classify, Embed, parse, placeholders, render
+from motet.tasks import Chat, Choose, Classify, Embed, Extract, Generate, Task, parse, placeholders, render
 
 
 def test_a_task_survives_the_wire() -> None:
@@ -14,6 +14,29 @@ def test_a_task_survives_the_wire() -> None:
         "v": Embed("m", dtype="fp16", input="{title}: {body}"),
     }
     assert parse({name: t.to_json() for name, t in tasks.items()}) == tasks
+
+
+@pytest.mark.parametrize("thinking", [None, True, False])
+def test_whether_a_model_thinks_survives_the_wire(thinking: bool | None) -> None:
+    tasks: dict[str, Task] = {
+        "text": Generate("m", prompt="Go on.", thinking=thinking),
+        "next": Chat("m", thinking=thinking),
+        "label": Choose("m", labels=("a", "b"), thinking=thinking),
+        "form": Extract("m", schema={"type": "object"}, thinking=thinking),
+    }
+    assert parse({name: task.to_json() for name, task in tasks.items()}) == tasks
+
+
+def test_a_model_thinks_as_it_likes_unless_a_label_or_a_form_is_asked_for() -> None:
+    specs = {
+        "text": {"kind": "generate", "model": "m", "prompt": "Go on."},
+        "next": {"kind": "chat", "model": "m"},
+        "label": {"kind": "choose", "model": "m", "labels": ["a", "b"]},
+        "form": {"kind": "extract", "model": "m", "schema": {}},
+    }
+    thinking = {name: getattr(task, "thinking") for name, task in parse(specs).items()}  # noqa: B009
+    assert thinking == {"text": None, "next": None, "label": False, "form": False}
+    assert "thinking" not in parse(specs)["text"].to_json()
 
 
 def test_a_template_names_its_fields_in_order() -> None:
@@ -48,6 +71,8 @@ def test_text_of_a_row_is_data_and_never_a_template() -> None:
         ({"a": {"kind": "embed", "model": "m", "numerics": "int8"}}, "tasks.a.numerics", "exact"),
         ({"a": {"kind": "embed", "model": "m", "normalize": 1}}, "tasks.a.normalize", "true or false"),
         ({"a": {"kind": "embed", "model": "m", "modle": 1}}, "tasks.a.modle", "remove"),
+        ({"a": {"kind": "chat", "model": "m", "thinking": "off"}}, "tasks.a.thinking", "true, false or null"),
+        ({"a": {"kind": "embed", "model": "m", "thinking": True}}, "tasks.a.thinking", "remove"),
     ],
 )
 def test_a_wrong_task_is_refused_with_its_field_and_a_remedy(tasks: object, field: str, word: str) -> None:

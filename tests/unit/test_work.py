@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from motet.manifest import Manifest
-from motet.tasks import Number
+from motet.tasks import Generate, Number
 from motet.wire import Assignment, TaskOrder, Usage
 from workers.engine import Prepared
-from workers.work import Work
+from workers.work import Work, ask_of
 
 MODEL = Manifest(name="m", version="1", engine="fake", answers="number")
 
@@ -34,3 +34,16 @@ def test_squares_are_those_of_the_true_lengths_however_rows_were_batched() -> No
     assert work.usage == Usage(
         tokens=9, computed_tokens=11, text_bytes=10, micro_batches=2, busy_s=0.75, squares=35
     )
+
+
+def test_tasks_that_differ_in_thinking_ask_different_things() -> None:
+    model = Manifest(name="lm", version="1", engine="fake", answers="text")
+    asks = {
+        ask_of(
+            TaskOrder(
+                name="it", spec=Generate("lm", prompt="Go on.", thinking=thinking).to_json(), manifest=model
+            )
+        )
+        for thinking in (None, True, False)
+    }
+    assert len(asks) == 3

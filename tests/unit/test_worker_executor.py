@@ -24,7 +24,7 @@ from workers.batching import Budget, Cost
 from workers.blobs import CannotFetch
 from workers.device import Device
 from workers.engine import CannotLoad, DeviceBroken, OutOfMemory, Pass, Prepared
-from workers.executor import FIRST_MEASURED_S, FIRST_RUN_S, PREPARE_S, RUN_S, Executor
+from workers.executor import FIRST_MEASURED_S, FIRST_RUN_S, LOAD_S, PREPARE_S, RUN_S, Executor
 from workers.lane import SHARE, WINDOW_S
 from workers.reporter import Reporter
 
@@ -817,6 +817,27 @@ def test_the_watchdog_sees_a_micro_batch_that_never_ends(house: House) -> None:
     assert words[0] is None
     assert "running for 9 s" in (words[1] or "")
     assert house.executor.stuck() is None
+
+
+@pytest.mark.parametrize("longest_s", [None, 1200.0])
+def test_an_engine_may_say_how_long_it_loads_at_most(
+    house: House, longest_s: float | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if longest_s is not None:
+        monkeypatch.setattr(FakeEngine, "longest_load_s", longest_s, raising=False)
+    words: list[str | None] = []
+
+    def wait(*_: object, **__: object) -> str:
+        for seconds in ((longest_s or LOAD_S) - 1, 2):
+            house.clock.now += seconds
+            words.append(house.executor.stuck())
+        return "trunk"
+
+    house.engine.load = wait  # type: ignore[method-assign]
+    house.submit(an_order("a"))
+    house.executor.step()
+    assert words[0] is None
+    assert f"at most {longest_s or LOAD_S:.0f}" in (words[1] or "")
 
 
 @pytest.mark.parametrize(

@@ -30,6 +30,7 @@ from workers.engines.chat_tokens import ChatTokens, Prompt
 from workers.engines.lora import Adapters
 from workers.engines.prompts import BAD_MESSAGES, NOTHING, BadMessages, messages_of
 from workers.engines.proof import among_others, not_in_one_line
+from workers.engines.thoughts import switches
 from workers.engines.trees import Bools, Ints, Tree, tree
 from workers.engines.trunk import embedding_rows, load_transformer, torch_errors
 from workers.engines.writers import Grammar, Writer
@@ -285,13 +286,14 @@ class CausalEngine:
     ) -> Asked:
         spec, tokens = task.spec, handle.tokens
         adapter = task.manifest.digest if task.manifest.trunk_model else ""
-        prompt = tokens.prompt(messages_of(spec, text, fields), {text: ids})
+        told = switches(spec)
+        prompt = tokens.prompt(messages_of(spec, text, fields), {text: ids}, told)
         if spec["kind"] != "choose":
             return Asked(task.name, spec, prompt, most=int(spec["max_tokens"]), adapter=adapter)
         empty = None
         if spec.get("calibrate", True):
             nothing = dict.fromkeys(fields, NOTHING)
-            empty = tokens.prompt(messages_of(spec, NOTHING, nothing), {})
+            empty = tokens.prompt(messages_of(spec, NOTHING, nothing), {}, told)
         labels = tuple(map(tokens.label, spec["labels"]))
         return Asked(task.name, spec, prompt, labels, empty, adapter=adapter)
 
@@ -430,7 +432,8 @@ class CausalEngine:
                     "schema", "this schema cannot be kept while writing; simplify it"
                 )
                 return
-            writer = Writer.of(a.name, a.spec, a.most, row.asking.index, matcher)
+            thought = (handle.tokens.thought, a.prompt.thinks)
+            writer = Writer.of(a.name, a.spec, a.most, row.asking.index, matcher, *thought)
             row.begins.setdefault(int(paths[0][-1]), []).append(writer)
             row.adapter_of[a.name] = a.adapter
             return

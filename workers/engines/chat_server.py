@@ -8,9 +8,9 @@ from __future__ import annotations
 import asyncio
 import heapq
 import itertools
+import logging
 import random
-import re
-from collections.abc import AsyncIterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Collection, Mapping, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -19,6 +19,10 @@ import httpx
 
 from motet.columns import CellError
 from motet.http import is_near
+from motet.logs import event
+from workers.engines.refusals import ANSWER_LENGTH, CONTEXT_LENGTH, why
+
+log = logging.getLogger(__name__)
 
 #: Tries of one request where the server is busy or away; then the row is another worker's, or another hour's.
 TRIES = 4
@@ -26,23 +30,29 @@ FIRST_PAUSE_S, LONGEST_PAUSE_S = 0.5, 30.0
 #: Seconds for an answer: a long one on a slow server takes minutes.
 ANSWER_S = 600.0
 
-CONTEXT_LENGTH = CellError(
-    "context_length", "the server says that the prompt does not fit the model's context"
-)
 UNAVAILABLE = CellError("unavailable", "the model's server is busy or away", retriable=True)
-_CONTEXT = re.compile(
-    r"context.?(length|window|size)|maximum (context|sequence|input)|max_model_len|max_tokens|too long|longer than"
-    r"|too many tokens|exceeds? the",
-    re.IGNORECASE,
-)
+#: Parameters that hardly any server but some refuses without a name, in the order in which they are done without.
+_RARE = ("chat_template_kwargs", "logprobs")
+#: Parameters that mean nothing without each other.
+_TOGETHER = {name: {"logprobs", "top_logprobs"} for name in ("logprobs", "top_logprobs")}
+#: A parameter that has a second name at some servers.
+_OTHER_NAME = {"max_tokens": "max_completion_tokens"}
+#: What to do about a task that needs a parameter which its server does not take.
+_REMEDIES = {
+    "temperature": "it takes no temperature but its own; set temperature=1 in the task",
+    "seed": "it draws anew each time; leave seed out of the task",
+}
 
 
 class Refused(Exception):
-    """A request without an answer: ``cell`` says why, as the row's error."""
+    """A request without an answer: ``cell`` says why, as the row's error.
 
-    def __init__(self, cell: CellError, status: int = 0) -> None:
+    ``parameter``: the one that the server does not take; "" where it names none.
+    """
+
+    def __init__(self, cell: CellError, status: int = 0, parameter: str = "") -> None:
         super().__init__(cell.error)
-        self.cell, self.status = cell, status
+        self.cell, self.status, self.parameter = cell, status, parameter
 
 
 @dataclass(slots=True)
@@ -114,9 +124,13 @@ class ChatServer:
     in_flight: int = 16
     #: The server tokenises chats and tells the likelihood of given tokens, as vLLM does; None: not known yet.
     scores: bool | None = None
-    #: It takes ``response_format`` with a schema; it tells the likelihood of what it writes.
+    #: It takes ``response_format`` with a schema.
     constrains: bool = True
-    logprobs: bool = True
+    #: Parameters of a chat that the server does not take, learned from its refusals, and those that it took.
+    lacks: set[str] = field(default_factory=set)
+    takes: set[str] = field(default_factory=set)
+    #: Tokens for what its model thinks before it names a label, whatever it is told; 0 where it does not.
+    thoughts: int = 0
     gate: Gate = field(init=False)
     _client: httpx.AsyncClient = field(init=False)
     #: Nothing is sent before, on the loop's clock: the server asked for a pause.
@@ -135,11 +149,57 @@ class ChatServer:
         await self._client.aclose()
 
     async def chat(
-        self, messages: Sequence[Mapping[str, str]], spending: Spending, *, urgent: bool, **options: Any
+        self,
+        messages: Sequence[Mapping[str, str]],
+        spending: Spending,
+        *,
+        urgent: bool,
+        spare: Collection[str] = (),
+        **options: Any,
     ) -> dict[str, Any]:
-        """The first choice of a chat completion. Raises Refused."""
-        body = {"model": self.model, "messages": list(messages), **options}
-        return _first(await self.post("/chat/completions", body, spending, urgent=urgent))
+        """The first choice of a chat completion. Raises Refused.
+
+        ``spare``: options without which the task's promise still holds. They are left out where the server does not
+        take them. That is remembered once a request without them was answered: until then it is a guess.
+        """
+        lacks: set[str] = set()
+        while True:
+            lacks |= self.lacks
+            for name in lacks & options.keys() - _OTHER_NAME.keys() - set(spare):
+                raise Refused(_needed(name), 400, name)
+            sent = {
+                _OTHER_NAME.get(name, name) if name in lacks else name: value
+                for name, value in options.items()
+                if name not in lacks or name in _OTHER_NAME
+            }
+            body = {"model": self.model, "messages": list(messages), **sent}
+            try:
+                found = await self.post("/chat/completions", body, spending, urgent=urgent)
+            except Refused as refused:
+                more = self._to_do_without(refused, sent, spare) & options.keys() - lacks
+                if not more:
+                    if refused.cell in (CONTEXT_LENGTH, ANSWER_LENGTH):
+                        # It has read the parameters, and counted tokens.
+                        self._remember(lacks, sent)
+                    raise
+                lacks |= more
+                continue
+            self._remember(lacks, sent)
+            return _first(found)
+
+    def _remember(self, lacks: set[str], sent: Mapping[str, Any]) -> None:
+        for name in sorted(lacks - self.lacks):
+            event(log, "the server takes no such parameter", parameter=name)
+        self.lacks |= lacks
+        self.takes |= sent.keys()
+
+    def _to_do_without(self, refused: Refused, sent: Mapping[str, Any], spare: Collection[str]) -> set[str]:
+        """The parameters without which a refused request may be answered; none where there is no such hope."""
+        name = refused.parameter
+        if not name and refused.status in (400, 422) and refused.cell not in (CONTEXT_LENGTH, ANSWER_LENGTH):
+            name = next((n for n in _RARE if n in spare and n in sent and n not in self.takes), "")
+        # Whether a schema can be told in words instead is for the caller to say.
+        return set() if name in ("", "response_format") else _TOGETHER.get(name, {name})
 
     async def complete(
         self, prompt: Sequence[int], spending: Spending, *, urgent: bool, **options: Any
@@ -176,7 +236,8 @@ class ChatServer:
                     await self._pause(attempt, answer.headers.get("Retry-After"))
                     continue
                 if not answer.is_success:
-                    raise Refused(_refusal(answer), answer.status_code)
+                    cell, parameter = why(answer.status_code, answer.text, body)
+                    raise Refused(cell, answer.status_code, parameter)
                 found = _object(answer)
                 if found is None:
                     await self._pause(attempt, None)
@@ -203,16 +264,12 @@ class ChatServer:
         await asyncio.sleep(longest * random.uniform(0.5, 1.0))
 
 
-def _refusal(answer: httpx.Response) -> CellError:
-    """A 4xx as the row's error, in our own words."""
-    status = answer.status_code
-    if status in (401, 403):
-        return CellError("refused", f"the model's server refuses the worker's key ({status})")
-    if status == 404:
-        return CellError("refused", "the model's server knows no such model or route (404)")
-    if status == 413 or (status in (400, 422) and _CONTEXT.search(answer.text[:5000])):
-        return CONTEXT_LENGTH
-    return CellError("refused", f"the model's server refuses this request ({status})")
+def _needed(parameter: str) -> CellError:
+    """The row's error where its task needs a parameter that the server does not take."""
+    remedy = _REMEDIES.get(parameter, "choose another model")
+    return CellError(
+        "refused", f"the model's server does not take {parameter} as the task needs it: {remedy}"
+    )
 
 
 def _object(answer: httpx.Response) -> dict[str, Any] | None:

@@ -9,13 +9,14 @@ from __future__ import annotations
 import json
 import re
 import threading
-from collections.abc import Mapping, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from workers.engine import CannotLoad
 from workers.engines.prompts import GAP, Message, Part, plain
+from workers.engines.thoughts import BEGIN, END, NO_SWITCHES, begins_thought
 from workers.engines.trunk import check_ids
 
 #: Stand for the contents while the template is filled in. Private characters: no template has them.
@@ -33,6 +34,17 @@ class Prompt:
     fixed: int
     #: Where the first part that is not fixed stands: the text, for most tasks. Empty where there is none.
     text: tuple[int, int] = (0, 0)
+    #: The template has begun a thought behind it.
+    thinks: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class _Frame:
+    """What the chat template puts around the parts of a dialogue."""
+
+    #: Its own tokens, and between them the numbers of the parts.
+    pieces: list[list[int] | int]
+    thinks: bool = False
 
 
 class ChatTokens:
@@ -58,12 +70,15 @@ class ChatTokens:
             self.has_template = bool(self._chat.chat_template)
             # A text spells no control token here, so what it may hold is known.
             check_ids(self._data, rows)
+            #: The tokens that begin and end a thought; None where a tag is no single token here.
+            begin, end = self._control.token_to_id(BEGIN), self._control.token_to_id(END)
+            self.thought = (begin, end) if begin is not None and end is not None else None
         except CannotLoad:
             raise
         except Exception as error:
             raise CannotLoad(f"the tokenizer cannot be read: {type(error).__name__}") from error
         self._lock = threading.Lock()
-        self._frames: dict[tuple[tuple[str, int], ...], list[list[int] | int]] = {}
+        self._frames: dict[tuple[Hashable, ...], _Frame] = {}
         self._fixed: dict[str, list[int]] = {}
 
     def texts(self, texts: Sequence[str]) -> list[list[int]]:
@@ -77,8 +92,14 @@ class ChatTokens:
             raise ValueError("a label without tokens")
         return ids
 
-    def prompt(self, messages: Sequence[Message], known: Mapping[str, list[int]]) -> Prompt:
-        """The prompt of these messages. ``known``: ids of texts that are tokenised already.
+    def prompt(
+        self,
+        messages: Sequence[Message],
+        known: Mapping[str, list[int]],
+        switches: Mapping[str, bool] = NO_SWITCHES,
+    ) -> Prompt:
+        """The prompt of these messages. ``known``: ids of texts that are tokenised already. ``switches``: what else the
+        template is told, where it knows them.
 
         Raises ValueError where the chat template takes no such dialogue.
         """
@@ -86,7 +107,8 @@ class ChatTokens:
         ids: list[int] = []
         fixed: int | None = None
         text = (0, 0)
-        for piece in self._frame(messages):
+        frame = self._frame(messages, switches)
+        for piece in frame.pieces:
             if not isinstance(piece, int):
                 ids += piece
                 continue
@@ -99,7 +121,7 @@ class ChatTokens:
             ids += self._ids(part.text, keep=False) if found is None else found
             if fixed is None:
                 fixed, text = start, (start, len(ids))
-        return Prompt(ids, len(ids) if fixed is None else fixed, text)
+        return Prompt(ids, len(ids) if fixed is None else fixed, text, frame.thinks)
 
     def words(self, ids: Sequence[int]) -> str:
         """Written tokens as text, without control tokens."""
@@ -116,18 +138,18 @@ class ChatTokens:
                 self._fixed[text] = ids
         return ids
 
-    def _frame(self, messages: Sequence[Message]) -> list[list[int] | int]:
-        """The template's own tokens, and between them the numbers of the parts: the same for equal roles."""
-        shape = tuple((message.role, len(message.parts)) for message in messages)
+    def _frame(self, messages: Sequence[Message], switches: Mapping[str, bool]) -> _Frame:
+        """The same for equal roles and switches."""
+        shape = (*((message.role, len(message.parts)) for message in messages), *sorted(switches.items()))
         if shape not in self._frames:
-            frame = self._filled(messages)
+            frame = self._filled(messages, switches)
             with self._lock:
                 if len(self._frames) >= _KEPT:
                     self._frames.clear()
                 self._frames[shape] = frame
         return self._frames[shape]
 
-    def _filled(self, messages: Sequence[Message]) -> list[list[int] | int]:
+    def _filled(self, messages: Sequence[Message], switches: Mapping[str, bool]) -> _Frame:
         number = 0
         marked = []
         for message in messages:
@@ -137,12 +159,16 @@ class ChatTokens:
         if not self.has_template:
             # A model that was never taught to chat goes on writing after the text.
             begin: list[list[int] | int] = [self._control.encode("", add_special_tokens=True).ids]
-            return begin + self._cut(GAP.join(message.text for message in marked) + "\n")
-        return self._cut(self._templated(marked))
+            return _Frame(begin + self._cut(GAP.join(message.text for message in marked) + "\n"))
+        filled = self._templated(marked, switches)
+        return _Frame(self._cut(filled), begins_thought(_MARK.split(filled)[-1]))
 
-    def _templated(self, marked: Sequence[Message]) -> str:
+    def _templated(self, marked: Sequence[Message], switches: Mapping[str, bool]) -> str:
         def fill(told: list[dict[str, str]]) -> str:
-            return str(self._chat.apply_chat_template(told, tokenize=False, add_generation_prompt=True))
+            # A template passes over the switches that it does not know.
+            return str(
+                self._chat.apply_chat_template(told, tokenize=False, add_generation_prompt=True, **switches)
+            )
 
         told = plain(marked)
         try:

@@ -34,10 +34,12 @@ from motet.wire import TaskOrder
 from workers.assemble import assemble
 from workers.engine import CannotLoad, Ended, Pass, Prepared, Step
 from workers.engines.answers import label_column
-from workers.engines.chat_server import CONTEXT_LENGTH, ChatServer, Refused, Spending
+from workers.engines.chat_server import ChatServer, Refused, Spending
 from workers.engines.function import json_column
 from workers.engines.prompts import BAD_MESSAGES, NOTHING, BadMessages, messages_of, plain
-from workers.engines.writers import violation
+from workers.engines.refusals import ANSWER_LENGTH, CONTEXT_LENGTH
+from workers.engines.schemas import violation
+from workers.engines.thoughts import switches, without_thoughts
 
 #: Of the places so many more requests are let in, so that none is ever free.
 AHEAD = 1 / 8
@@ -47,6 +49,12 @@ STEP_S = 0.02
 MENDING = 2
 #: A prompt without room for its whole answer is asked for less of one; a text that may be cut, cut to these shares.
 LESS, CUTS = (1, 1 / 4, 1 / 16, 0), (3 / 4, 1 / 2, 1 / 4, 1 / 8, 1 / 16)
+#: The temperature of a server that is told none: a task that asks for it needs not say so.
+SERVERS_TEMPERATURE = 1.0
+#: Tokens for the thoughts of a model that thinks before it names a label, whatever it is told: as many as fit.
+THOUGHT_TOKENS = (4096, 1024, 256)
+#: Label priors kept for one server. Fewer are asked for again; each is a few numbers.
+PRIORS = 1024
 #: UTF-8 bytes of a token, for predictions.
 BYTES_PER_TOKEN = 4
 #: Worth of a label that is not even among the likeliest tokens, below the last of those.
@@ -73,8 +81,8 @@ class Served:
     #: Ticket -> tasks asked, and the row on the loop.
     rows: dict[Hashable, tuple[int, Future[None]]] = field(default_factory=dict)
     ended: queue.SimpleQueue[tuple[Future[None], Ended]] = field(default_factory=queue.SimpleQueue)
-    #: Task -> what its labels are worth without any text.
-    worth: dict[str, tuple[float, ...]] = field(default_factory=dict)
+    #: Tenant, task -> how likely its labels are without any text; the newest PRIORS of them, oldest first.
+    priors: dict[tuple[str, str], tuple[float, ...]] = field(default_factory=dict)
 
     @property
     def asked(self) -> int:
@@ -132,7 +140,7 @@ class OpenAIEngine:
         # The row must know its own future before it can end.
         known: Future[Future[None]] = Future()
         future = asyncio.run_coroutine_threadsafe(
-            _row(handle, pass_.tasks, row, ticket, urgent, known), handle.loop
+            _row(handle, pass_, row, ticket, urgent, known), handle.loop
         )
         known.set_result(future)
         handle.rows[ticket] = (len(pass_.tasks), future)
@@ -206,6 +214,7 @@ class _Question:
     task: TaskOrder
     asking: Asking
     urgent: bool
+    tenant: str
     spending: Spending
 
     @property
@@ -222,19 +231,33 @@ class _Question:
         """The same without any text."""
         return plain(messages_of(self.task.spec, NOTHING, dict.fromkeys(self.asking.fields, NOTHING)))
 
-    async def chat(self, messages: Sequence[Mapping[str, str]], **options: Any) -> dict[str, Any]:
-        return await self.server.chat(messages, self.spending, urgent=self.urgent, **options)
+    @property
+    def template(self) -> dict[str, Any]:
+        """What the server's chat template is told, as vLLM, SGLang and llama.cpp take it."""
+        told = switches(self.task.spec)
+        return {"chat_template_kwargs": told} if told else {}
+
+    async def chat(
+        self, messages: Sequence[Mapping[str, str]], *, spare: Collection[str], **options: Any
+    ) -> dict[str, Any]:
+        # A server without this switch has a model that thinks or not; its thoughts are cut off in any case.
+        spare = {*spare, "chat_template_kwargs"}
+        return await self.server.chat(
+            messages, self.spending, urgent=self.urgent, spare=spare, **self.template, **options
+        )
 
 
 async def _row(
     handle: Served,
-    tasks: Sequence[TaskOrder],
+    pass_: Pass,
     row: Prepared,
     ticket: Hashable,
     urgent: bool,
     known: Future[Future[None]],
 ) -> None:
-    questions = [_Question(handle, task, row.inputs, urgent, Spending()) for task in tasks]
+    questions = [
+        _Question(handle, task, row.inputs, urgent, pass_.tenant, Spending()) for task in pass_.tasks
+    ]
     # Begun in this order, and so sent one after the other.
     columns = await asyncio.gather(*map(_column, questions))
     spent = {}
@@ -273,28 +296,40 @@ async def _answer(q: _Question, share: float) -> Column:
         return label_column(np.array([scores], np.float32), every_score=bool(q.task.spec.get("scores")))
     if q.task.spec.get("schema") is not None:
         return json_column([await _by_schema(q, share)])
-    message, finish = await _written(q, q.messages(share))
-    return json_column([{"text": _until(message, q.task.spec.get("stop") or ()).strip(), "finish": finish}])
+    text, finish = await _written(q, q.messages(share))
+    return json_column([{"text": text.strip(), "finish": finish}])
 
 
 async def _written(q: _Question, messages: Sequence[Mapping[str, str]], **options: Any) -> tuple[str, str]:
-    """What the model writes, and how it ended: with less room than asked for where the context has no more."""
+    """What the model writes, and how it ended: with less room than asked for where server or context has no more."""
     spec = q.task.spec
     wanted = int(spec["max_tokens"])
+    # The answer is cut before a stop text in any case.
+    spare = {"stop"}
     if spec.get("stop"):
         options["stop"] = list(spec["stop"])
-    options["temperature"] = float(spec.get("temperature", 0.0))
-    if options["temperature"] > 0:
-        said = f"{spec.get('seed', 0)}/{q.asking.index}/{q.task.name}"
+    options["temperature"] = temperature = float(spec.get("temperature", 0.0))
+    if temperature == SERVERS_TEMPERATURE:
+        spare.add("temperature")
+    if temperature > 0:
+        seed = int(spec.get("seed", 0))
+        said = f"{seed}/{q.asking.index}/{q.task.name}"
         options["seed"] = int.from_bytes(hashlib.sha256(said.encode()).digest()[:4], "big") >> 1
+        if seed == 0:
+            spare.add("seed")
     for most in sorted({max(1, int(wanted * part)) for part in LESS}, reverse=True):
         try:
-            choice = await q.chat(messages, max_tokens=most, **options)
+            choice = await q.chat(messages, max_tokens=most, spare=spare, **options)
         except Refused as refused:
-            if refused.cell != CONTEXT_LENGTH or most == 1:
+            if refused.cell not in (CONTEXT_LENGTH, ANSWER_LENGTH) or most == 1:
                 raise
         else:
-            return _text(choice), "length" if choice.get("finish_reason") == "length" else "stop"
+            whole = _text(choice)
+            if spec.get("thinking") is not None and spec.get("schema") is None:
+                whole = without_thoughts(whole)
+            text = _until(whole, spec.get("stop") or ())
+            cut_short = choice.get("finish_reason") == "length" and text == whole
+            return text, "length" if cut_short else "stop"
     raise AssertionError("one token is the least")
 
 
@@ -307,7 +342,7 @@ def _text(choice: Mapping[str, Any]) -> str:
 
 
 def _until(text: str, stops: Sequence[str]) -> str:
-    """Some servers leave the stop text in."""
+    """Some servers leave the stop text in, and some take none."""
     for stop in stops:
         text = text.partition(stop)[0]
     return text
@@ -345,7 +380,9 @@ async def _constrained(
             form = {"type": "json_schema", "json_schema": {"name": "answer", "schema": dict(schema)}}
             return await _written(q, messages, response_format=form)
         except Refused as refused:
-            if refused.status not in (400, 404, 415, 422) or refused.cell == CONTEXT_LENGTH:
+            if refused.status not in (400, 404, 415, 422) or refused.cell in (CONTEXT_LENGTH, ANSWER_LENGTH):
+                raise
+            if refused.parameter not in ("", "response_format"):
                 raise
             # Whether it is the schema or the server that cannot, the next request tells.
             told = await _written(q, _told(messages, schema))
@@ -364,12 +401,12 @@ def _told(messages: Sequence[Mapping[str, str]], schema: Mapping[str, Any]) -> l
 
 def _checked(text: str, schema: Mapping[str, Any]) -> tuple[Any, str]:
     """The value, and what is wrong with it, without a word of it."""
-    fenced = re.fullmatch(r"\s*```(?:json)?\s*(.*?)\s*```\s*", text, re.DOTALL)
-    try:
-        value = json.loads(fenced.group(1) if fenced else text)
-    except (ValueError, RecursionError):
-        return None, "what was written is no JSON"
-    return value, violation(value, schema) or ""
+    for said in (text, without_thoughts(text)):
+        fenced = re.fullmatch(r"\s*```(?:json)?\s*(.*?)\s*```\s*", said, re.DOTALL)
+        with contextlib.suppress(ValueError, RecursionError):
+            value = json.loads(fenced.group(1) if fenced else said)
+            return value, violation(value, schema) or ""
+    return None, "what was written is no JSON"
 
 
 # -- labels
@@ -390,16 +427,20 @@ async def _label_scores(q: _Question, share: float) -> list[float]:
 
 
 async def _likelihoods(q: _Question, share: float) -> list[float]:
-    """Of every label as the whole answer, against what it is worth without any text."""
+    """Of every label as the whole answer, against its likelihood without any text."""
     texts = list(map(str, q.task.spec["labels"]))
     labels = [
         await q.server.tokens(urgent=q.urgent, prompt=label, add_special_tokens=False) for label in texts
     ]
     found = await _sums(q, q.messages(share), labels)
     if q.task.spec.get("calibrate", True):
-        if q.task.name not in q.handle.worth:
-            q.handle.worth[q.task.name] = tuple(await _sums(q, q.empty(), labels))
-        found = [a - b for a, b in zip(found, q.handle.worth[q.task.name], strict=True)]
+        known, key = q.handle.priors, (q.tenant, q.task.name)
+        if (prior := known.get(key)) is None:
+            prior = tuple(await _sums(q, q.empty(), labels))
+            known[key] = prior
+            while len(known) > PRIORS:
+                del known[next(iter(known))]
+        found = [a - b for a, b in zip(found, prior, strict=True)]
     q.server.scores = True
     return found
 
@@ -407,7 +448,9 @@ async def _likelihoods(q: _Question, share: float) -> list[float]:
 async def _sums(
     q: _Question, messages: Sequence[Mapping[str, str]], labels: Sequence[Sequence[int]]
 ) -> list[float]:
-    prompt = await q.server.tokens(urgent=q.urgent, messages=list(messages), add_generation_prompt=True)
+    prompt = await q.server.tokens(
+        urgent=q.urgent, messages=list(messages), add_generation_prompt=True, **q.template
+    )
 
     async def one(label: Sequence[int]) -> float:
         choice = await q.server.complete(
@@ -434,20 +477,13 @@ async def _first_tokens(q: _Question, share: float) -> list[float]:
     """By what the answer begins with."""
     labels = list(map(str, q.task.spec["labels"]))
     longest = max(len(label.encode("utf-8", "replace")) for label in labels)
-    options: dict[str, Any] = {"temperature": 0.0, "max_tokens": 4 + longest // 2}
-    messages = q.messages(share)
-    if q.server.logprobs:
-        try:
-            choice = await q.chat(messages, **options, logprobs=True, top_logprobs=20)
-        except Refused as refused:
-            if refused.status not in (400, 422) or refused.cell == CONTEXT_LENGTH:
-                raise
-            choice = await q.chat(messages, **options)
-            q.server.logprobs = False
-    else:
-        choice = await q.chat(messages, **options)
-    written = named(_text(choice), labels)
-    shares = beginnings(_likeliest(choice), labels, written)
+    choice = await _named_label(q, share, 4 + longest // 2)
+    text = _text(choice)
+    answer = without_thoughts(text)
+    written = named(answer, labels)
+    # Likelihoods are of the first token, and so of a thought where there is one.
+    thought = answer != text or q.server.thoughts
+    shares = beginnings([] if thought else _likeliest(choice), labels, written)
     if not any(shares):
         if written is None:
             raise Refused(CellError("no_label", "what was written is none of the labels"))
@@ -455,6 +491,44 @@ async def _first_tokens(q: _Question, share: float) -> list[float]:
         return [math.log(share) if share else -100.0 for share in shares]
     least = math.log(min(share for share in shares if share))
     return [math.log(share) if share else least + UNSEEN for share in shares]
+
+
+async def _named_label(q: _Question, share: float, most: int) -> dict[str, Any]:
+    """What the model writes where it shall name a label: with room for thoughts before, where it needs that."""
+    known = q.server.thoughts
+    choice = await _labelled(q, share, most) if not known else None
+    if choice is not None and not _all_thoughts(choice):
+        return choice
+    for more in THOUGHT_TOKENS:
+        if known and more > known:
+            continue
+        try:
+            choice = await _labelled(q, share, most + more)
+        except Refused as refused:
+            if refused.cell not in (CONTEXT_LENGTH, ANSWER_LENGTH):
+                raise
+            continue
+        if not _all_thoughts(choice):
+            q.server.thoughts = max(known, more)
+        break
+    return choice or await _labelled(q, share, most)
+
+
+async def _labelled(q: _Question, share: float, most: int) -> dict[str, Any]:
+    return await q.chat(
+        q.messages(share),
+        # The first token's likelihoods are those without a temperature, and a server may have one of its own.
+        spare=("temperature", "logprobs", "top_logprobs"),
+        temperature=0.0,
+        max_tokens=most,
+        logprobs=True,
+        top_logprobs=20,
+    )
+
+
+def _all_thoughts(choice: Mapping[str, Any]) -> bool:
+    """There was no room for an answer behind the thoughts, which some servers do not even tell."""
+    return choice.get("finish_reason") == "length" and not without_thoughts(_text(choice)).strip()
 
 
 def _likeliest(choice: Mapping[str, Any]) -> list[tuple[str, float]]:

@@ -17,6 +17,8 @@ from numpy.typing import NDArray
 
 from motet.columns import CellError, is_storable_json
 from workers.engine import CannotLoad
+from workers.engines.schemas import violation
+from workers.engines.thoughts import without_thoughts
 
 Floats = NDArray[np.float32]
 
@@ -77,11 +79,35 @@ class Writer:
     matcher: Any = None
     ids: list[int] = field(default_factory=list)
     finish: str = ""
+    #: The answer is wanted without the model's thoughts.
+    bare: bool = False
+    #: The tokens that begin and end a thought, where one may come before the answer.
+    thought: tuple[int, int] | None = None
+    #: A thought is being written; the prompt had begun it.
+    thinks: bool = False
+    begun: bool = False
+    #: Where the answer begins among the tokens.
+    answer_at: int = 0
 
     @classmethod
-    def of(cls, name: str, spec: Mapping[str, Any], most: int, index: int, matcher: Any) -> Writer:
-        """``index``: of the row in its job. Equal seed, row and task draw equal tokens, wherever they run."""
+    def of(
+        cls,
+        name: str,
+        spec: Mapping[str, Any],
+        most: int,
+        index: int,
+        matcher: Any,
+        thought: tuple[int, int] | None = None,
+        begun: bool = False,
+    ) -> Writer:
+        """``index``: of the row in its job. Equal seed, row and task draw equal tokens, wherever they run.
+
+        ``thought``: the tokens that begin and end a thought. ``begun``: the prompt has begun one.
+        """
         seed = hashlib.sha256(f"{spec.get('seed', 0)}/{index}/{name}".encode()).digest()
+        asked = spec.get("thinking")
+        # A schema lets nothing stand before the value, unless the task asks for thoughts.
+        may_think = thought is not None and (asked is True or (asked is False and matcher is None))
         return cls(
             name=name,
             most=most,
@@ -90,17 +116,25 @@ class Writer:
             dice=random.Random(seed),
             schema=spec.get("schema"),
             matcher=matcher,
+            bare=asked is not None,
+            thought=thought if may_think else None,
+            thinks=may_think and begun,
+            begun=begun,
         )
 
     @property
     def plain(self) -> bool:
         """It takes the likeliest token, whatever that is."""
-        return self.temperature == 0 and self.matcher is None
+        return self.temperature == 0 and (self.matcher is None or self.thinks)
 
     def choose(self, logits: Floats, grammar: Grammar | None) -> int:
         """The next token, out of (vocabulary,) logits, which this may change."""
-        if self.matcher is not None and grammar is not None:
+        if self.matcher is not None and grammar is not None and not self.thinks:
+            begin = self.thought[0] if self.thought is not None and not self.ids else None
+            likely = logits[begin] if begin is not None else None
             grammar.forbid(self.matcher, logits)
+            if begin is not None:
+                logits[begin] = likely
         if self.temperature == 0:
             return int(logits.argmax())
         shares = np.exp((logits - logits.max()).astype(np.float64) / self.temperature)
@@ -109,7 +143,9 @@ class Writer:
 
     def take(self, token: int, ends: frozenset[int], words: Callable[[Sequence[int]], str]) -> None:
         """Write a token; ``finish`` says whether it was the last one."""
-        if self.matcher is not None:
+        if self.thought is not None and self._think(token, *self.thought, ends):
+            pass
+        elif self.matcher is not None:
             self.matcher.consume_token(token)
             if token not in ends:
                 self.ids.append(token)
@@ -119,18 +155,35 @@ class Writer:
             self.finish = "stop"
         else:
             self.ids.append(token)
-            if self.stop and any(
-                one in words(self.ids[-_TAIL - max(map(len, self.stop)) :]) for one in self.stop
-            ):
-                self.finish = "stop"
+            if self.stop:
+                newest = words(self.ids[self.answer_at :][-_TAIL - max(map(len, self.stop)) :])
+                if any(one in newest for one in self.stop):
+                    self.finish = "stop"
         if not self.finish and len(self.ids) >= self.most:
             self.finish = "length"
 
+    def _think(self, token: int, begin: int, end: int, ends: frozenset[int]) -> bool:
+        """Write a token of a thought. False: it is one of the answer."""
+        if not self.thinks:
+            if self.ids or token != begin:
+                return False
+            self.thinks = True
+        elif token in ends:
+            self.finish = "stop"
+            return True
+        self.ids.append(token)
+        if token == end:
+            self.thinks, self.answer_at = False, len(self.ids)
+        return True
+
     def answer(self, words: Callable[[Sequence[int]], str]) -> bytes | CellError:
         """The JSON of the ended answer, or why there is none."""
-        text = words(self.ids).replace("\0", "")
+        text = "" if self.thinks else words(self.ids[self.answer_at :]).replace("\0", "")
         if self.schema is not None:
             return _kept(text, self.schema, self.finish)
+        if self.bare and not self.answer_at:
+            # Where the tags are no single tokens, they are known by their text.
+            text = without_thoughts(text, begun=self.begun)
         for one in self.stop:
             text = text.partition(one)[0]
         # A character that was cut in the middle.
@@ -150,18 +203,6 @@ def _kept(text: str, schema: Mapping[str, Any], finish: str) -> bytes | CellErro
         return CellError("schema", broken)
     raw = _json(value)
     return raw if is_storable_json(raw) else CellError("schema", "a value that cannot be stored")
-
-
-def violation(value: Any, schema: Mapping[str, Any]) -> str | None:
-    """What of the schema a value breaks, and where, without a word of it; None where it keeps it."""
-    import jsonschema
-
-    try:
-        jsonschema.Draft202012Validator(schema).validate(value)
-    except jsonschema.ValidationError as error:
-        where = "/".join(str(step) if isinstance(step, int) else "…" for step in error.absolute_path)
-        return f"it breaks {error.validator!r} of the schema at /{where}"
-    return None
 
 
 def _json(value: Any) -> bytes:
