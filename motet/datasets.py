@@ -22,6 +22,7 @@ from pathlib import Path, PurePosixPath
 from typing import Literal, Protocol, TypeVar
 
 from motet.errors import SetupError
+from motet.settings import cache_folder
 
 Domain = Literal["movie", "news", "tweet", "product"]
 
@@ -185,9 +186,12 @@ def split(
 
 
 def cache_dir() -> Path:
-    """Return where archives are kept: `$MOTET_CACHE`, or else `~/.cache/motet/datasets`."""
+    """Return where archives are kept: `datasets` in `$MOTET_CACHE_DIR`, or else in `~/.cache/motet`.
+
+    `$MOTET_CACHE`, an older name of this folder alone, is still obeyed.
+    """
     named = os.environ.get("MOTET_CACHE")
-    return Path(named) if named else Path.home() / ".cache" / "motet" / "datasets"
+    return Path(named) if named else cache_folder() / "datasets"
 
 
 def fetch(archive: Archive, cache: Path | None = None, *, download: Download | None = None) -> Path:
@@ -212,7 +216,7 @@ def fetch(archive: Archive, cache: Path | None = None, *, download: Download | N
                 os.replace(arrived, cached)
     except OSError as error:
         raise SetupError(
-            f"cannot keep {archive.filename} in {cache}: {error}; set MOTET_CACHE to a folder that can be written"
+            f"cannot keep {archive.filename} in {cache}: {error}; set MOTET_CACHE_DIR to a folder that can be written"
         ) from None
     return cached
 

@@ -13,11 +13,11 @@ import random
 import threading
 import time
 import weakref
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeAlias
 from urllib.parse import urlsplit
 
 from motet.errors import (
@@ -34,6 +34,9 @@ from motet.errors import (
 
 if TYPE_CHECKING:
     import httpx
+
+#: What is sent: bytes, a file, or a function that gives the pieces, from the first one whenever it is called.
+Body: TypeAlias = "bytes | Path | Callable[[], Iterable[bytes]]"
 
 DEFAULT_URL = "http://127.0.0.1:8700"
 #: Longest that the API holds a request open for something to happen.
@@ -57,7 +60,21 @@ _LOOPBACK = frozenset({"127.0.0.1", "localhost", "::1"})
 
 def is_near(url: str) -> bool:
     """Whether it is on this machine: a proxy has no business between two processes of one machine."""
-    return urlsplit(url).hostname in _LOOPBACK
+    try:
+        return urlsplit(url).hostname in _LOOPBACK
+    except ValueError:
+        return False
+
+
+def is_address(url: str) -> bool:
+    """Whether it is http(s)://host[:port][/path]: without a user, whom people see in logs, and without a query."""
+    try:
+        parts = urlsplit(url)
+        host, port = parts.hostname, parts.port
+    except ValueError:
+        return False
+    more = "@" in parts.netloc or parts.query or parts.fragment
+    return parts.scheme in ("http", "https") and bool(host) and port != 0 and not more
 
 
 def home(env: Mapping[str, str] | None = None) -> Path:
@@ -95,8 +112,7 @@ class Address:
         token = token or env.get("MOTET_TOKEN") or _token_file(env)
         local = {} if token and (url or env.get("MOTET_URL")) else _read_local(home(env) / "client.json")
         url = (url or env.get("MOTET_URL") or local.get("url") or DEFAULT_URL).rstrip("/")
-        parts = urlsplit(url)
-        if parts.scheme not in ("http", "https") or not parts.hostname or parts.username or parts.query:
+        if not is_address(url):
             raise SetupError(f"got {url!r} as the API's address; expected one like {DEFAULT_URL}")
         if not token and url == local.get("url", "").rstrip("/"):
             token = local.get("admin_token" if admin else "token")
@@ -117,8 +133,9 @@ class BodyRefused(InvalidJob):
 class Http:
     """Requests to one API. Safe to use from several threads, and in forked children: each opens its own connections.
 
-    It is pickled by address, token and time limit. ``timeout_s`` is how long one call goes on trying, retries included, while the API is away or overloaded;
-    it does not limit how long a call waits for a job.
+    It is pickled by address, token, time limit and headers. ``timeout_s`` is how long one call goes on trying, retries
+    included, while the API is away or overloaded; it does not limit how long a call waits for a job. ``headers`` go
+    with every request.
     """
 
     def __init__(
@@ -126,33 +143,34 @@ class Http:
         address: Address,
         *,
         timeout_s: float = 60.0,
+        headers: Mapping[str, str] | None = None,
         sleep: Callable[[float], object] = time.sleep,
         clock: Callable[[], float] = time.monotonic,
         dice: Callable[[], float] = random.random,
     ) -> None:
-        import httpx
-
         self.address = address
         self.timeout_s = timeout_s
+        self.headers = dict(headers or {})
         self._sleep, self._clock, self._dice = sleep, clock, dice
         self._met = False
         #: Longest wait that was not cut by a proxy, as far as that is known.
         self._longest_wait_s = MAX_WAIT_S
-        self._patience = httpx.Timeout(min(30.0, timeout_s), connect=min(5.0, timeout_s))
-        self._line: httpx.Client | None = self._connect()
+        #: Longest silence of the API in one try, and longest time to connect.
+        self._silence_s, self._connect_s = min(30.0, timeout_s), min(5.0, timeout_s)
+        #: Opened by the first request: httpx takes a tenth of a second to import.
+        self._line: httpx.Client | None = None
         self._connecting = threading.Lock()
         _LINES.add(self)
 
-    def __reduce__(self) -> tuple[Callable[..., Http], tuple[Address, float]]:
-        return _again, (self.address, self.timeout_s)
+    def __reduce__(self) -> tuple[Callable[..., Http], tuple[Address, float, Mapping[str, str]]]:
+        return _again, (self.address, self.timeout_s, self.headers)
 
     def _connect(self) -> httpx.Client:
         import httpx
 
         return httpx.Client(
             base_url=self.address.url,
-            headers={"Authorization": f"Bearer {self.address.token}", "User-Agent": "motet"},
-            timeout=self._patience,
+            headers={**_headers(self.address.token), **self.headers},
             trust_env=not is_near(self.address.url),
         )
 
@@ -210,7 +228,7 @@ class Http:
         path: str,
         *,
         params: Mapping[str, Any] | None = None,
-        content: bytes | Path | None = None,
+        content: Body | None = None,
         headers: Mapping[str, str] | None = None,
         again: bool = True,
         wait_s: float = 0.0,
@@ -220,7 +238,7 @@ class Http:
     ) -> httpx.Response:
         """Send until there is an answer, and return it whole if it is a good one.
 
-        ``content`` may be a file. Lost connections, 429, 503 and the statuses of a proxy that does not reach the API
+        Lost connections, 429, 503 and the statuses of a proxy that does not reach the API
         (408, 502, 504, 520 to 524) are tried again with jittered back-off, as late as Retry-After asks, for
         ``timeout_s`` in all; ``stop`` ends that early. ``refused`` is told of the first refusal that is waited out.
         ``again=False`` tries again only where the request cannot have been taken. With ``wait_s`` the API may take
@@ -235,18 +253,16 @@ class Http:
             refusal: MotetError
             may_wait_s = min(wait_s, self._longest_wait_s)
             asked = {**(params or {}), "wait_s": round(may_wait_s, 3)} if wait_s else params
-            silence_s = (answer_s or self._patience.read or 0.0) + may_wait_s
-            patience = httpx.Timeout(silence_s, connect=self._patience.connect)
             sent = self._clock()
             try:
-                with _opened(content) as body:
-                    answer = self._connected().request(
-                        method, path, params=asked, content=body, headers=headers, timeout=patience
-                    )
+                with self._answer(
+                    method, path, asked, content, headers, (answer_s or self._silence_s) + may_wait_s
+                ) as answer:
+                    answer.read()
             except httpx.RequestError as error:
                 unsent = isinstance(error, httpx.ConnectError | httpx.ConnectTimeout | httpx.PoolTimeout)
                 cut = not unsent and not isinstance(error, httpx.TimeoutException)
-                refusal = Unreachable(self._out_of_reach(error))
+                refusal = Unreachable(_out_of_reach(self.address.url, error))
                 if not isinstance(error, httpx.TransportError) or not (again or unsent):
                     raise refusal from None
                 limit_s = self.timeout_s if self._met or not unsent else min(_FIRST_CONTACT_S, self.timeout_s)
@@ -281,25 +297,106 @@ class Http:
                 raise refusal from None
         raise AssertionError("a million attempts within one time limit")
 
-    def _out_of_reach(self, error: httpx.RequestError) -> str:
-        """Who did not answer and what to do. Only our own words: an exception's may hold a peer's."""
+    def once(
+        self,
+        method: str,
+        path: str,
+        *,
+        content: Body | None = None,
+        headers: Mapping[str, str] | None = None,
+        answer_s: float | None = None,
+    ) -> httpx.Response:
+        """As ``request``, tried once only: for callers that have a way of their own to try again."""
+        with self._good(method, path, content, headers, answer_s) as answer:
+            answer.read()
+        return answer
+
+    def pieces(self, path: str, size: int) -> Iterator[bytes]:
+        """The bytes of a GET in pieces of ``size``, as they arrive. Tried once; raises between pieces as well."""
+        with self._good("GET", path, None, {"Accept-Encoding": "identity"}, None) as answer:
+            yield from answer.iter_bytes(size)
+
+    @contextmanager
+    def _good(
+        self,
+        method: str,
+        path: str,
+        content: Body | None,
+        headers: Mapping[str, str] | None,
+        answer_s: float | None,
+    ) -> Iterator[httpx.Response]:
+        """A good answer, of which the head is read. Raises the errors of motet.errors."""
         import httpx
 
-        if isinstance(error, httpx.TimeoutException):
-            why = "no answer in time"
-        elif "CERTIFICATE" in str(error):
-            return (
-                f"the certificate of {self.address.url} is not trusted here; "
-                "set SSL_CERT_FILE to your authority's certificate"
-            )
-        elif isinstance(error, httpx.ConnectError):
-            why = "no connection"
-        else:
-            why = "the connection was lost"
+        try:
+            with self._answer(method, path, None, content, headers, answer_s or self._silence_s) as answer:
+                if not answer.is_success:
+                    answer.read()
+                    raise error_of(answer)
+                yield answer
+        except httpx.HTTPError as error:
+            raise Unreachable(_out_of_reach(self.address.url, error)) from None
+
+    @contextmanager
+    def _answer(
+        self,
+        method: str,
+        path: str,
+        params: Mapping[str, Any] | None,
+        content: Body | None,
+        headers: Mapping[str, str] | None,
+        silence_s: float,
+    ) -> Iterator[httpx.Response]:
+        """Any answer, of which the head is read. Raises httpx.RequestError."""
+        import httpx
+
+        patience = httpx.Timeout(silence_s, connect=self._connect_s)
+        with (
+            _opened(content) as body,
+            self._connected().stream(
+                method, path, params=params, content=body, headers=headers, timeout=patience
+            ) as answer,
+        ):
+            yield answer
+
+
+def look_at(url: str, *, token: str = "", timeout_s: float) -> httpx.Response:
+    """One GET of any address, not only of the API's: its answer, whatever that is. Raises Unreachable."""
+    import httpx
+
+    try:
+        return httpx.get(url, headers=_headers(token), timeout=timeout_s, trust_env=not is_near(url))
+    except (httpx.HTTPError, httpx.InvalidURL) as error:
+        raise Unreachable(f"{url}: {_silence(error)}") from None
+
+
+def _headers(token: str) -> dict[str, str]:
+    return {"User-Agent": "motet", **({"Authorization": f"Bearer {token}"} if token else {})}
+
+
+def _out_of_reach(url: str, error: Exception) -> str:
+    """Who did not answer and what to do."""
+    if "CERTIFICATE" in str(error):
         return (
-            f"the server at {self.address.url} does not answer: {why}; "
-            "start it with `motet up`, or set MOTET_URL to where it is"
+            f"the certificate of {url} is not trusted here; set SSL_CERT_FILE to your authority's certificate"
         )
+    return (
+        f"the server at {url} does not answer: {_silence(error)}; "
+        "start it with `motet up`, or set MOTET_URL to where it is"
+    )
+
+
+def _silence(error: Exception) -> str:
+    """Why there is no answer. Only our own words: an exception's may hold a peer's."""
+    import httpx
+
+    if isinstance(error, httpx.InvalidURL):
+        return "no address"
+    if isinstance(error, httpx.TimeoutException):
+        return "no answer in time"
+    if "CERTIFICATE" in str(error):
+        return "a certificate that is not trusted here"
+    return "no connection" if isinstance(error, httpx.ConnectError) else "the connection was lost"
 
 
 #: Every line of this process.
@@ -315,19 +412,19 @@ if hasattr(os, "register_at_fork"):  # not on Windows, which does not fork
     os.register_at_fork(after_in_child=_leave_lines_to_parent)
 
 
-def _again(address: Address, timeout_s: float) -> Http:
+def _again(address: Address, timeout_s: float, headers: Mapping[str, str]) -> Http:
     """A line to the same API, in the process that unpickles one."""
-    return Http(address, timeout_s=timeout_s)
+    return Http(address, timeout_s=timeout_s, headers=headers)
 
 
 @contextmanager
-def _opened(content: bytes | Path | None) -> Iterator[bytes | IO[bytes] | None]:
+def _opened(content: Body | None) -> Iterator[bytes | Iterable[bytes] | None]:
     """What to send, from its beginning."""
     if isinstance(content, Path):
         with content.open("rb") as file:
             yield file
     else:
-        yield content
+        yield content() if callable(content) else content
 
 
 def error_of(answer: httpx.Response) -> MotetError:

@@ -12,7 +12,10 @@ def redis_py_url(url: str) -> str:
 
     ``redis://`` and ``rediss://`` mean the same to both and stay as they are. Raises SetupError for anything else.
     """
-    parts = urlsplit(url)
+    try:
+        parts = urlsplit(url)
+    except ValueError:
+        parts = urlsplit("")
     if parts.scheme in ("redis", "rediss") and parts.hostname:
         return url
     if parts.scheme == "redis+socket" and not parts.hostname and len(parts.path) > 1:

@@ -19,6 +19,12 @@ from motet.errors import SetupError
 MAX_RETENTION_DAYS = 36_500
 
 
+def cache_folder(named: str = "") -> Path:
+    """Where copies of what can be fetched again are kept: ``named``, or else ``$MOTET_CACHE_DIR`` or ~/.cache/motet."""
+    # Not Path.home(): that raises where a container's user has no home.
+    return Path(os.path.expanduser(named or os.environ.get("MOTET_CACHE_DIR") or "~/.cache/motet"))
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Settings:
     """One frozen bag of settings. Every process takes what it needs and nothing else reads the environment."""
@@ -36,8 +42,10 @@ class Settings:
     api_port: int = 8700
     #: Content-addressed files behind the API.
     blob_dir: str = ""
-    #: The worker's verified copies of blobs; least recently used ones go first.
+    #: Copies of what can be fetched again: a worker's blobs, of which the least recently used go first, converted
+    #: models, data sets. Empty: ~/.cache/motet; see cache_folder.
     cache_dir: str = ""
+    #: Of a worker's blobs.
     cache_mb: int = 20_000
 
     # -- limits at the door: small enough to protect the API, large enough for real documents

@@ -195,7 +195,10 @@ def _ns(moment: Moment) -> int:
 
 def full_url(endpoint: str) -> str:
     """The receiver's URL; its usual path where only the host is named."""
-    url = urlsplit(endpoint)
+    try:
+        url = urlsplit(endpoint)
+    except ValueError:
+        url = urlsplit("")
     if url.scheme not in ("http", "https") or not url.netloc:
         raise SetupError(
             f"MOTET_TRACES: got {endpoint!r}; expected the URL of an OTLP/HTTP receiver,"

@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 
 from motet.columns import CellError, Column, values
+from motet.evaluation import measures
 from motet.manifest import Manifest
 from motet.wire import TaskOrder
 from workers.assemble import assemble
@@ -26,8 +27,6 @@ from workers.engine import BatchEngine, Engine, Pass, Prepared
 COSINE, AGREEMENT = 0.999, 0.99
 #: Labels of a language model whose scores in fp32 are closer than this are both right.
 NEAR_TIE = 0.1
-#: Numbers agree if they differ by less than this share of their spread.
-NUMBER_SHARE = 0.01
 BATCH_TOKENS = 1024
 
 _WHO = ("The council", "My neighbour", "A small company from Leeds", "Our new teacher", "The goalkeeper", "Nobody here",
@@ -147,16 +146,13 @@ def compare_writing(exact: Mapping[str, Column], fast: Mapping[str, Column]) -> 
 
 def _agreement(exact: Column, fast: Column, labels: Sequence[str]) -> float:
     """Share of equal decisions: of rows, of (row, label) pairs, or of numbers that are nearly the same."""
-    pairs = list(zip(values(exact, labels), values(fast, labels), strict=True))
+    true, said = (list(values(column, labels)) for column in (exact, fast))
     if exact.kind == "label":
-        return sum(int(a[0] == b[0]) for a, b in pairs) / len(pairs)
+        return measures.accuracy([label for label, *_ in true], [label for label, *_ in said])
     if exact.kind == "labels":
-        given = [({label for label, _ in a}, {label for label, _ in b}) for a, b in pairs]
-        return 1 - sum(len(a ^ b) for a, b in given) / (len(pairs) * max(1, len(labels)))
-    numbers = np.array(pairs, np.float64)
-    spread = float(numbers[:, 0].std()) or 1.0
-    alike = np.abs(numbers[:, 0] - numbers[:, 1]) <= NUMBER_SHARE * spread
-    return int(alike.sum()) / len(pairs)
+        given = [[[label for label, _ in row] for row in side] for side in (true, said)]
+        return measures.set_accuracy(given[0], given[1], labels)
+    return measures.near_share(true, said)
 
 
 def _unit(column: Column) -> np.ndarray[Any, np.dtype[np.float64]]:

@@ -25,7 +25,7 @@ from typing import TYPE_CHECKING, Any
 from motet import traces
 from motet.errors import SetupError
 from motet.logs import configure, event
-from motet.settings import Settings
+from motet.settings import Settings, cache_folder
 from motet.transport import ENTRY_POINT, RedisWorkerTransport, TransportLost, WorkerTransport, queue_name
 from motet.wire import Assignment, BadMessage, Beat
 from workers.attempts import Attempts, Key
@@ -100,7 +100,9 @@ class Worker:
             device=device,
             engines=engines,
             files=BlobCache(
-                _cache_dir(settings), HttpBlobs(settings.url, settings.token), limit_mb=settings.cache_mb
+                cache_folder(settings.cache_dir),
+                HttpBlobs(settings.url, settings.token),
+                limit_mb=settings.cache_mb,
             ),
             transport=transport,
             attempts=self.attempts,
@@ -469,10 +471,6 @@ def _options(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--boot", default="", help="random name of this process; chosen here unless given")
     parser.add_argument("--pulse", type=int, default=0, help="file descriptor on which to say that we run")
     return parser.parse_args(arguments)
-
-
-def _cache_dir(settings: Settings) -> Path:
-    return Path(settings.cache_dir).expanduser() if settings.cache_dir else Path.home() / ".cache" / "motet"
 
 
 if __name__ == "__main__":

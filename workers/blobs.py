@@ -20,7 +20,8 @@ from contextlib import contextmanager
 from pathlib import Path, PurePosixPath
 from typing import IO, Protocol
 
-from motet.http import is_near
+from motet.errors import MotetError, NotFound
+from motet.http import Address, Http
 from motet.logs import event
 from motet.manifest import Manifest
 from workers.engine import CannotLoad
@@ -54,29 +55,17 @@ class BlobSource(Protocol):
 class HttpBlobs:
     """The API's ``GET /v1/blobs/<sha256>``."""
 
-    def __init__(self, url: str, token: str, *, timeout_s: float = 30.0) -> None:
-        self._url, self._token, self._timeout_s = url.rstrip("/"), token, timeout_s
+    def __init__(self, url: str, token: str) -> None:
+        self._http = Http(Address(url=url.rstrip("/"), token=token))
 
     def chunks(self, sha256: str) -> Iterator[bytes]:
-        import httpx
-
-        headers = {"Authorization": f"Bearer {self._token}", "Accept-Encoding": "identity"}
         try:
-            with httpx.stream(
-                "GET",
-                f"{self._url}/v1/blobs/{sha256}",
-                headers=headers,
-                timeout=self._timeout_s,
-                trust_env=not is_near(self._url),
-            ) as answer:
-                if answer.status_code != 200:
-                    # A wrong token is for an operator to mend: the model may still be loaded later.
-                    final = answer.status_code == 404
-                    words = f"blob {sha256[:12]}…: the API answered {answer.status_code}"
-                    raise Refused(words) if final else CannotFetch(words)
-                yield from answer.iter_bytes(CHUNK)
-        except httpx.HTTPError as error:
-            raise CannotFetch(f"blob {sha256[:12]}…: {type(error).__name__}") from None
+            yield from self._http.pieces(f"/v1/blobs/{sha256}", CHUNK)
+        except NotFound as error:
+            raise Refused(f"blob {sha256[:12]}…: {error}") from None
+        except MotetError as error:
+            # A wrong token, too, is for an operator to mend: the model may still be loaded later.
+            raise CannotFetch(f"blob {sha256[:12]}…: {error}") from None
 
 
 class BlobCache:

@@ -1,21 +1,13 @@
 """`python -m workers compress`: a smaller form of a registered encoder, measured before it is believed.
 
-    python -m workers compress all-MiniLM-L6-v2 --to int8                 eight bits a weight: half of bf16's memory
-    python -m workers compress all-MiniLM-L6-v2 --to layers:4,int8        and only its first four layers: faster too
-    python -m workers compress my-encoder --to int8 --rows test.jsonl --task topic=label --task mood=mood
-    python -m workers compress my-encoder --to layers:6 --rows test.jsonl --fit train.jsonl --task topic=label
-
 It writes the smaller trunk, carries its heads over (after cutting layers they are fitted anew), runs both on held-out
 labelled rows, prints what was gained and lost, and registers them under names of their own. Refused where a task loses
-more than the tolerance, unless forced. Rows are JSONL, CSV or Parquet; the heads that motet ships bring their own.
+more than the tolerance, unless forced. Its options are declared by `motet compress` (motet/cli/models.py).
 """
 
 from __future__ import annotations
 
-import argparse
 import json
-import math
-import os
 import statistics
 import sys
 import tempfile
@@ -33,6 +25,7 @@ from motet.columns import Column
 from motet.errors import SetupError
 from motet.http import Address, Http
 from motet.manifest import Manifest
+from motet.settings import cache_folder
 from motet.tasks import Embed
 from motet.wire import TaskOrder
 from workers.accuracy import Trial, compare
@@ -42,11 +35,9 @@ from workers.describe import Described, describe_folder, digests, sizes
 from workers.engine import BatchEngine, CannotLoad, Engine, OutOfMemory, Pass, Prepared
 from workers.labelled import Labelled, Truth, agreement, decisions, of_shipped, read_labelled, score
 from workers.proved import inherited
-from workers.register import TRIED, Registry, cache_dir, prepare_environment
+from workers.register import TRIED, Registry, prepare_environment
 
 WEIGHTS = ("fp32", "bf16", "int8", "fp8")
-#: Points that a task may lose, unless told otherwise.
-TOLERANCE = 1.0
 #: Speed is measured on so many micro-batches of so many tokens, all forms in turn, so many times.
 SPEED_BATCHES, SPEED_TOKENS, SPEED_ROUNDS = 4, 2048, 5
 #: The form of what was made, beside "fp32" and "bf16" of what it was made from.
@@ -170,23 +161,41 @@ class Report:
         }
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CompressOptions:
+    """The options of `motet compress`, whose help says what each means."""
+
+    model: str
+    to: str
+    name: str | None
+    version: str
+    rows: Path | None
+    fit: Path | None
+    tasks: tuple[str, ...]
+    text: str
+    tolerance: float
+    force: bool
+    threads: int
+    as_json: bool
+
+
+def compress_registered(options: CompressOptions) -> int:
     """Returns 0; prints what was measured. Raises MotetError, whose words are for people."""
-    options = _options(arguments)
     form = Form.read(options.to)
     prepare_environment()
     from workers.device import use_threads
 
     use_threads(options.threads)
     with closing(Http(Address.find(admin=True), timeout_s=60.0)) as http, ExitStack() as stack:
-        registry = Registry(http, cache_dir())
+        cache = cache_folder()
+        registry = Registry(http, cache)
         trunk, heads = _found(registry, options.model)
         learn, held, heads = _labelled(options, form, trunk, heads)
         bundle = Bundle(
             trunk=registry.files_of(trunk.ref), heads=tuple(registry.files_of(head.ref) for head in heads)
         )
-        cache_dir().mkdir(parents=True, exist_ok=True)
-        folder = Path(stack.enter_context(tempfile.TemporaryDirectory(dir=cache_dir())))
+        cache.mkdir(parents=True, exist_ok=True)
+        folder = Path(stack.enter_context(tempfile.TemporaryDirectory(dir=cache)))
         try:
             small = compress(
                 bundle,
@@ -203,16 +212,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
             raise SetupError(
                 f"{trunk.ref}: no memory for it and its smaller form at once; free some"
             ) from None
-        if not options.json:
+        if not options.as_json:
             show(report, trunk, form)
         # A loss that is no number is more than is tolerated.
         refused = {head: loss for head in report.rows if not (loss := report.loss(head)) <= options.tolerance}
         models = []
         if options.force or not refused:
             models = registry.register(_with_scores(small, report, form))
-    if options.json:
+    if options.as_json:
         print(json.dumps({**report.to_json(), "models": models}, ensure_ascii=False))
-    for one in models if not options.json else ():
+    for one in models if not options.as_json else ():
         print(f"{one['state']:<12}{one['ref']}  ({one['answers']}; {', '.join(('fp32', *one['formats']))})")
     if not models:
         raise SetupError(
@@ -401,10 +410,10 @@ def _found(registry: Registry, model: str) -> tuple[Manifest, list[Manifest]]:
 
 
 def _labelled(
-    options: argparse.Namespace, form: Form, trunk: Manifest, heads: Sequence[Manifest]
+    options: CompressOptions, form: Form, trunk: Manifest, heads: Sequence[Manifest]
 ) -> tuple[Labelled | None, Labelled, list[Manifest]]:
     """The rows to learn from and those to measure on, and the heads that they say something of. Raises SetupError."""
-    if options.rows is None and (options.task or options.fit):
+    if options.rows is None and (options.tasks or options.fit):
         raise SetupError("--rows is missing; --task and --fit say something of rows, which it names")
     if options.rows is None:
         learn, held = of_shipped(heads)
@@ -417,7 +426,7 @@ def _labelled(
         if left := [head.ref for head in heads if head not in mine]:
             print(f"left out, no labelled rows: {', '.join(left)}", file=sys.stderr)
         return learn, held, mine
-    fields = dict(_pair(task) for task in options.task)
+    fields = dict(_pair(task) for task in options.tasks)
     mine = [head for head in heads if head.name in fields]
     if not mine or (unknown := sorted(set(fields) - {head.name for head in mine})):
         raise SetupError(
@@ -507,53 +516,3 @@ def _asked(head: Manifest) -> TaskOrder:
 
 def _vector(trunk: Manifest) -> TaskOrder:
     return TaskOrder(name=_VECTOR, spec=Embed(trunk.ref, normalize=False).to_json(), manifest=trunk)
-
-
-def _points(text: str) -> float:
-    """A finite number. Raises ArgumentTypeError, which argparse tells of."""
-    try:
-        points = float(text)
-    except ValueError:
-        points = math.nan
-    if not math.isfinite(points):
-        raise argparse.ArgumentTypeError(f"got {text!r}; expected a finite number of points")
-    return points
-
-
-def _options(arguments: Sequence[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        prog="motet compress", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("model", help="a registered encoder: NAME, or NAME@VERSION")
-    parser.add_argument(
-        "--to", required=True, metavar="FORM", help="int8, bf16, fp8, layers:N, layers:N,int8"
-    )
-    parser.add_argument("--name", help="name of the smaller trunk (default: MODEL-FORM; heads: HEAD-FORM)")
-    parser.add_argument("--version", default="1", help='(default: "1")')
-    parser.add_argument(
-        "--rows", type=Path, metavar="FILE", help="labelled rows that no head has learned from"
-    )
-    parser.add_argument(
-        "--fit", type=Path, metavar="FILE", help="labelled rows to fit heads anew, for layers:N"
-    )
-    parser.add_argument(
-        "--task",
-        action="append",
-        default=[],
-        metavar="HEAD=FIELD",
-        help="the field that holds a head's truth",
-    )
-    parser.add_argument(
-        "--text", default="text", metavar="FIELD", help='the field of the text (default: "text")'
-    )
-    parser.add_argument(
-        "--tolerance",
-        type=_points,
-        default=TOLERANCE,
-        metavar="POINTS",
-        help="what a task may lose (default: 1)",
-    )
-    parser.add_argument("--force", action="store_true", help="register it whatever it loses")
-    parser.add_argument("--threads", type=int, default=os.cpu_count() or 1, help="(default: all cores)")
-    parser.add_argument("--json", action="store_true", help="print JSON")
-    return parser.parse_args(arguments)

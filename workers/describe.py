@@ -233,6 +233,18 @@ def read_tensors(path: Path) -> int:
 
 def tensor_sizes(path: Path) -> dict[str, int]:
     """How many numbers each tensor of a safetensors file holds. Raises SetupError as ``read_tensors`` does."""
+    return {name: math.prod(tensor["shape"]) for name, tensor in _tensors(path).items()}
+
+
+def stored_format(files: Mapping[str, Path]) -> str:
+    """The numeric format of all weights, so that running in it rounds none of them; "" where there are several."""
+    weights = [path for name, path in files.items() if name.endswith(".safetensors")]
+    found = {tensor["dtype"] for path in weights for tensor in _tensors(path).values()}
+    return {"F32": "fp32", "BF16": "bf16", "F16": "fp16"}.get(found.pop(), "") if len(found) == 1 else ""
+
+
+def _tensors(path: Path) -> dict[str, Any]:
+    """The header of a safetensors file: shape and dtype of each tensor. Raises SetupError."""
     try:
         size = path.stat().st_size
         with path.open("rb") as file:
@@ -244,7 +256,10 @@ def tensor_sizes(path: Path) -> dict[str, int]:
         end = max((int(tensor["data_offsets"][1]) for tensor in tensors.values()), default=0)
         if end != size - 8 - length:
             raise ValueError("tensors do not fill the file")
-        return {key: math.prod(tensor["shape"]) for key, tensor in tensors.items()}
+        # A shape that is none is torn as well.
+        if any(not tensor["dtype"] or math.prod(tensor["shape"]) < 0 for tensor in tensors.values()):
+            raise ValueError("a tensor without numbers")
+        return tensors
     except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
         raise SetupError(
             f"{path}: it is missing or no whole safetensors file ({type(error).__name__}); fetch it again"

@@ -106,9 +106,7 @@ def _probe_cuda() -> Device:
         raise SetupError(
             "torch sees no GPU here; install a CUDA build of torch and the driver, or use --cpus instead of --gpus"
         )
-    # fp32 means fp32: "exact" promises it.
-    torch.backends.cuda.matmul.allow_tf32 = False
-    torch.backends.cudnn.allow_tf32 = False
+    compute_exactly()
     every = [torch.cuda.get_device_properties(i) for i in range(torch.cuda.device_count())]
     return Device(
         kind="cuda",
@@ -206,6 +204,30 @@ def _cpu_name() -> str:
         lines = []
     names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
     return names[0] if names else platform.processor() or platform.machine()
+
+
+def free_memory_mb() -> int:
+    """Memory that nobody holds, of this host or of the container we are in."""
+    import psutil
+
+    free = int(psutil.virtual_memory().available)
+    for limit, used in (
+        ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory.current"),
+        ("/sys/fs/cgroup/memory/memory.limit_in_bytes", "/sys/fs/cgroup/memory/memory.usage_in_bytes"),
+    ):
+        try:
+            free = min(free, int(Path(limit).read_text()) - int(Path(used).read_text()))
+        except (OSError, ValueError):
+            continue
+    return max(0, free) // MB
+
+
+def compute_exactly() -> None:
+    """Let fp32 be fp32 on a GPU, for which TF32 would stand in: "exact" promises it."""
+    import torch
+
+    torch.backends.cuda.matmul.allow_tf32 = False
+    torch.backends.cudnn.allow_tf32 = False
 
 
 def _host_memory() -> int:

@@ -5,9 +5,7 @@ The cluster is asked, with the worker's own token: a worker is well while the sc
 
 from __future__ import annotations
 
-import argparse
 import socket
-from collections.abc import Sequence
 from contextlib import closing
 
 from motet.errors import MotetError
@@ -17,14 +15,8 @@ from motet.http import Address, Http
 _PATIENCE_S = 5.0
 
 
-def main(arguments: Sequence[str]) -> int:
+def check_beats() -> int:
     """Returns 0 where each worker of this host beats, else 1; prints why."""
-    parser = argparse.ArgumentParser(
-        prog="python -m workers health",
-        description="Ask the cluster at MOTET_URL, with MOTET_TOKEN, whether every worker of this host beats.",
-        epilog="example: python -m workers health && echo well",
-    )
-    parser.parse_args(arguments)
     host = socket.gethostname()
     try:
         with closing(Http(Address.find(), timeout_s=_PATIENCE_S)) as http:

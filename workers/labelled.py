@@ -10,18 +10,19 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
+
+import numpy as np
 
 from motet import datasets
 from motet.columns import Column, values
 from motet.errors import SetupError
+from motet.evaluation.measures import accuracy, near_share, r_squared, set_accuracy
 from motet.manifest import Manifest
 from motet.rows import records
 
 #: A label, a set of labels, or a number.
 Truth = str | frozenset[str] | float
-#: Numbers agree if they differ by less than this share of their spread (as in workers/accuracy.py).
-NUMBER_SHARE = 0.01
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -119,29 +120,19 @@ def score(said: Sequence[Truth | None], truth: Sequence[Truth | None], head: Man
     """
     pairs = [(s, t) for s, t in zip(said, truth, strict=True) if t is not None]
     if head.answers == "number":
-        numbers = [float(t) for _, t in pairs if isinstance(t, float)]
-        mean = sum(numbers) / len(numbers)
-        wrong = sum(
-            ((s if isinstance(s, float) else mean) - t) ** 2 for s, t in pairs if isinstance(t, float)
-        )
-        return 100 * (1 - wrong / (sum((t - mean) ** 2 for t in numbers) or 1.0))
+        numbers = np.array([t for _, t in pairs], np.float64)
+        # Without an answer, nothing better is known than their mean.
+        answers = np.array([numbers.mean() if s is None else s for s, _ in pairs], np.float64)
+        return 100 * r_squared(numbers, answers)
     return 100 * agreement([s for s, _ in pairs], [t for _, t in pairs], head)
 
 
 def agreement(one: Sequence[Truth | None], other: Sequence[Truth | None], head: Manifest) -> float:
     """Share of equal decisions: of rows, of pairs of row and label, or of numbers that are nearly the same."""
-    pairs = list(zip(one, other, strict=True))
     if head.answers == "labels":
-        wrong = sum(
-            len(a ^ b) if isinstance(a, frozenset) and isinstance(b, frozenset) else len(head.labels)
-            for a, b in pairs
+        return set_accuracy(
+            cast(Sequence[frozenset[str]], other), cast(Sequence[frozenset[str]], one), head.labels
         )
-        return 1 - wrong / (len(pairs) * len(head.labels))
     if head.answers == "number":
-        known = [b for b in other if isinstance(b, float)]
-        mean = sum(known) / len(known)
-        near = NUMBER_SHARE * (math.sqrt(sum((b - mean) ** 2 for b in known) / len(known)) or 1.0)
-        return sum(
-            isinstance(a, float) and isinstance(b, float) and abs(a - b) <= near for a, b in pairs
-        ) / len(pairs)
-    return sum(a is not None and a == b for a, b in pairs) / len(pairs)
+        return near_share(np.array(other, np.float64), np.array(one, np.float64))
+    return accuracy(cast(Sequence[str], other), one)

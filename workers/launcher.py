@@ -27,7 +27,7 @@ from typing import Literal
 from motet.embedded.places import Lock
 from motet.errors import SetupError
 from motet.logs import configure, event
-from motet.settings import Settings
+from motet.settings import Settings, cache_folder
 from workers.forkserver import ForkServer
 from workers.herald import Herald, tell
 from workers.process import Process, reap_strays
@@ -347,8 +347,7 @@ def _arguments(slot: Slot) -> list[str]:
 
 
 def _lock_dir(settings: Settings) -> Path:
-    root = Path(settings.cache_dir).expanduser() if settings.cache_dir else Path.home() / ".cache" / "motet"
-    folder = root / "names"
+    folder = cache_folder(settings.cache_dir) / "names"
     folder.mkdir(parents=True, exist_ok=True)
     return folder
 

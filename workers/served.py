@@ -6,13 +6,14 @@ import os
 import re
 from collections.abc import Mapping
 from typing import Any
-from urllib.parse import urlsplit
 
 from motet.errors import SetupError, Unreachable
-from motet.http import is_near
+from motet.http import is_address, look_at
 from motet.manifest import KEY_ENV, Manifest
 from workers.describe import Described
 
+#: Seconds in which a server must tell its models: one that is loading answers late.
+_MODELS_S = 20.0
 #: As servers name the tokens of a model's context in GET /v1/models.
 _CONTEXT = ("max_model_len", "context_length", "context_window", "max_context_length", "n_ctx_train", "n_ctx")
 
@@ -30,8 +31,7 @@ def describe_served(
 ) -> Described:
     """Ask the server for its models, and describe this one. Raises SetupError, Unreachable."""
     url = url.rstrip("/")
-    parts = urlsplit(url)
-    if parts.scheme not in ("http", "https") or not parts.hostname or "@" in parts.netloc or parts.query:
+    if not is_address(url):
         raise SetupError(
             "--openai: expected http(s)://host[:port]/v1 without a user or a query; a key belongs into a variable of "
             "the workers, see --key-env"
@@ -42,8 +42,6 @@ def describe_served(
         )
     if key_env and not os.environ.get(key_env):
         raise SetupError(f"--key-env: {key_env} is not set here; set it, for the model is tried from here")
-    if not 1 <= in_flight <= 999:
-        raise SetupError(f"--in-flight: got {in_flight}; expected a number from 1 to 999")
     known = _models(url, os.environ.get(key_env, "") if key_env else "")
     chosen = _chosen(known, model)
     limit = context or _context(known.get(chosen, {}))
@@ -66,16 +64,11 @@ def describe_served(
 
 def _models(url: str, key: str) -> dict[str, Mapping[str, Any]]:
     """The server's models by their names."""
-    import httpx
-
-    headers = {"Authorization": f"Bearer {key}"} if key else {}
     try:
-        answer = httpx.get(f"{url}/models", headers=headers, timeout=20.0, trust_env=not is_near(url))
+        answer = look_at(f"{url}/models", token=key, timeout_s=_MODELS_S)
         found = answer.json()["data"] if answer.is_success else None
-    except httpx.HTTPError as error:
-        raise Unreachable(
-            f"{url}: no answer ({type(error).__name__}); start the server, or mend the address"
-        ) from None
+    except Unreachable as error:
+        raise Unreachable(f"{error}; start the server, or mend the address") from None
     except (ValueError, KeyError, TypeError):
         found = None
     if not isinstance(found, list):

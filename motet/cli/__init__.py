@@ -17,7 +17,8 @@ from motet.cli.doctor import doctor
 from motet.cli.evaluate import evaluate
 from motet.cli.explain import explain
 from motet.cli.jobs import cancel, jobs, plan, results, rm, submit
-from motet.cli.registry import compress, models, token
+from motet.cli.models import compress
+from motet.cli.registry import models, token
 from motet.cli.simulate import simulate
 from motet.cli.top import top
 from motet.cli.train import train

@@ -5,15 +5,14 @@ from __future__ import annotations
 import logging
 import os
 import signal
-import sys
 import time
 from collections.abc import Sequence
-from importlib.util import find_spec
 from pathlib import Path
-from typing import TYPE_CHECKING, NoReturn
+from typing import TYPE_CHECKING, Any
 
 import click
 
+from motet.cli.handed import HandedCommand, need
 from motet.cli.show import Amount, as_json, connect, put_json, put_table
 
 if TYPE_CHECKING:
@@ -143,29 +142,28 @@ def demo(rows: int | None, llm: bool, cpus: int | None, data: Path, keep: bool, 
 
 
 @click.command(
-    context_settings={"ignore_unknown_options": True, "help_option_names": ["-h", "--help"]},
+    cls=HandedCommand,
     epilog="""\b
 Examples:
   motet worker --gpus all
+  motet worker --gpus 0,1,2+3             three workers; the last owns two GPUs
   motet worker --cpus 2 --name build-7""",
 )
-@click.option("--cpus", type=click.IntRange(0), default=None, help="Workers on CPU slots.")
-@click.option("--gpus", default=None, metavar="all|0,1,2+3", help="A worker per GPU; + joins GPUs to one.")
-@click.option("--name", default=None, help="Name of this host among the workers.  [default: its host name]")
-@click.argument("more", nargs=-1, type=click.UNPROCESSED, metavar="[OPTION…]")
-@click.pass_context
-def worker(
-    context: click.Context, cpus: int | None, gpus: str | None, name: str | None, more: Sequence[str]
-) -> NoReturn:
+@click.option(
+    "--cpus", type=click.IntRange(0), help="Workers on CPU slots; each gets its share of the cores."
+)
+@click.option(
+    "--gpus",
+    metavar="all|0,1,2+3",
+    help="A worker per GPU; + joins GPUs to one device.  [default: all, without --cpus]",
+)
+@click.option("--name", help="Name of this host among the workers.  [default: its host name]")
+@click.option("--threads", type=click.IntRange(1), help="Cores per worker.  [default: all, shared evenly]")
+def worker(**options: Any) -> None:
     """Run workers here for a cluster elsewhere.
 
-    A process per device, restarted when it dies.
-    MOTET_REDIS_URL, MOTET_URL and MOTET_TOKEN say where the cluster is. Further options go to
-    `python -m workers` as they are.
+    A process per device, restarted when it dies. MOTET_REDIS_URL, MOTET_URL and MOTET_TOKEN say where the cluster is.
     """
-    named = {"--cpus": cpus, "--gpus": gpus, "--name": name}
-    options = [str(item) for key, value in named.items() if value is not None for item in (key, value)]
-    execute_workers([*options, *more], admin=False)
 
 
 @click.command(
@@ -314,30 +312,3 @@ def _put_workers(found: Sequence[Worker]) -> None:
         empty="no workers; start some with: motet worker --gpus all",
         drop=("resident", "#backlog", "#memory", "#busy", "#held", "device"),
     )
-
-
-def execute_workers(arguments: Sequence[str], *, admin: bool) -> NoReturn:
-    """Become `python -m workers …`, told where the server is and with which token."""
-    from motet.errors import MotetError
-    from motet.http import Address
-
-    need("workers")
-    env = dict(os.environ)
-    try:
-        address = Address.find(admin=admin, env=env)
-        env |= {"MOTET_URL": address.url}
-        if not env.get("MOTET_TOKEN_FILE"):
-            env |= {"MOTET_TOKEN": address.token}
-    except MotetError:
-        # The worker's own settings say what is missing, and may come from elsewhere.
-        pass
-    # Not from the current folder, which may hold another package of that name.
-    os.execve(sys.executable, [sys.executable, "-P", "-m", "workers", *arguments], env)
-
-
-def need(*packages: str) -> None:
-    """Raise SetupError where a part of motet is not installed."""
-    from motet.errors import SetupError
-
-    if missing := [name for name in packages if find_spec(name) is None]:
-        raise SetupError(f"this needs {', '.join(missing)}, not installed here; pip install 'motet[all]'")

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any, NoReturn
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
 
 import click
 
-from motet.cli.cluster import execute_workers
+from motet.cli.models import add_model
 from motet.cli.show import Amount, as_json, connect, console, cut, find_job, put_json, put_table
 
 if TYPE_CHECKING:
@@ -95,21 +95,7 @@ def show_model(name: str, as_json: bool) -> None:
             out.print(f"{key:>12}  {words}", soft_wrap=True)
 
 
-@models.command(
-    "add",
-    context_settings={"ignore_unknown_options": True, "help_option_names": []},
-    epilog="""\b
-Examples:
-  motet models add ./my-model --name my-model
-  motet models add --help      (what `python -m workers register` takes)""",
-)
-@click.argument("arguments", nargs=-1, type=click.UNPROCESSED, metavar="SOURCE [OPTION…]")
-def add_model(arguments: Sequence[str]) -> NoReturn:
-    """Register a model: compute its digests, run one batch, check its fast formats, upload its files.
-
-    Runs `python -m workers register` with the same arguments.
-    """
-    execute_workers(["register", *arguments], admin=True)
+models.add_command(add_model)
 
 
 @models.command(
@@ -219,22 +205,6 @@ def _named(client: Client) -> Mapping[str, list[Alias]]:
     for alias in client.aliases():
         found[alias.ref].append(alias)
     return found
-
-
-@click.command(
-    context_settings={"ignore_unknown_options": True, "help_option_names": []},
-    epilog="""\b
-Examples:
-  motet compress all-MiniLM-L6-v2 --to int8
-  motet compress --help        (what `python -m workers compress` takes)""",
-)
-@click.argument("arguments", nargs=-1, type=click.UNPROCESSED, metavar="MODEL --to FORM [OPTION…]")
-def compress(arguments: Sequence[str]) -> NoReturn:
-    """Make a smaller form of an encoder and its heads, and measure it.
-
-    It is registered under names of its own; refused where a task loses too much. Runs `python -m workers compress` with the same arguments.
-    """
-    execute_workers(["compress", *arguments], admin=True)
 
 
 @click.group(

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from motet.cli.cluster import need
+from motet.cli.handed import need
 from motet.cli.show import as_json, connect, find_job, put_json, put_table
 from motet.progress import clock
 

@@ -24,9 +24,9 @@ from typing import TYPE_CHECKING, Any, Literal
 from motet import doctor
 from motet.doctor import Finding, checks
 from motet.doctor.checks import Driver, Folder, Package, RedisFacts, Torch
-from motet.errors import MotetError, SetupError
-from motet.http import Address, home, is_near
-from motet.settings import Settings
+from motet.errors import MotetError, SetupError, Unreachable
+from motet.http import Address, home, look_at
+from motet.settings import Settings, cache_folder
 
 if TYPE_CHECKING:
     import httpx
@@ -99,7 +99,7 @@ def folders(env: Mapping[str, str], settings: Settings) -> dict[str, Path]:
     if settings.blob_dir:
         found["blobs"] = Path(settings.blob_dir)
     if settings.cache_dir:
-        found["cache"] = Path(settings.cache_dir).expanduser()
+        found["cache"] = cache_folder(settings.cache_dir)
     return found
 
 
@@ -171,12 +171,9 @@ def _is_flower(port: int) -> bool:
 
 
 def _get(url: str, token: str = "", timeout_s: float = SERVER_S) -> httpx.Response | None:
-    import httpx
-
-    headers = {"Authorization": f"Bearer {token}"} if token else {}
     try:
-        return httpx.get(url, headers=headers, timeout=timeout_s, trust_env=not is_near(url))
-    except (httpx.HTTPError, httpx.InvalidURL):
+        return look_at(url, token=token, timeout_s=timeout_s)
+    except Unreachable:
         return None
 
 

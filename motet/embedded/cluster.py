@@ -26,7 +26,7 @@ from motet.embedded.places import Lock, free_port, write_private
 from motet.embedded.postgres import STOP_S, Postgres
 from motet.embedded.valkey import Valkey, ValkeyUrls
 from motet.errors import SetupError
-from motet.settings import Settings
+from motet.settings import Settings, cache_folder
 
 log = logging.getLogger("motet.cluster")
 
@@ -285,7 +285,9 @@ class Cluster:
             builtin = option == "--builtin"
             registered = self.data / f"registered-{_version()}{'' if builtin else option[1:]}"
             if not registered.exists():
-                env = {**worker, "MOTET_TOKEN": self.tokens["admin"]}
+                # Data sets and converted models are this user's, whatever cluster asks for them.
+                cache = str(cache_folder().absolute())
+                env = {**worker, "MOTET_TOKEN": self.tokens["admin"], "MOTET_CACHE_DIR": cache}
                 what = "the model and its heads" if builtin else f"what {option} names"
                 words = f"registering {what} (once)"
                 self._run_once("register", words, self.command("workers", "register", option), env)

@@ -28,6 +28,7 @@ from motet.evaluation.intervals import (
 from motet.evaluation.measures import (
     Confusion,
     Floats,
+    LabelCounts,
     LabelFigures,
     NumberFigures,
     all_labels,
@@ -335,12 +336,8 @@ def _weigh_items(patterns: Sequence[Any]) -> _Weigh:
     there = _Occurrences(((i, code[m]) for i, (t, _) in enumerate(patterns) for _, m in t), len(code))
 
     def weigh(weights: Floats) -> Floats:
-        hits, all_ = right.count(weights), said.count(weights) + there.count(weights)
-        occurs = all_ > 0
-        f1 = 2 * hits[occurs] / all_[occurs]
-        # Without any label in truth and answers nothing is wrong.
-        macro, micro = (f1.mean(), 2 * hits.sum() / all_.sum()) if occurs.any() else (1.0, 1.0)
-        return np.array([weights @ whole / weights.sum(), macro, micro])
+        counts = LabelCounts(right.count(weights), said.count(weights), there.count(weights))
+        return np.array([weights @ whole / weights.sum(), counts.macro_f1(), counts.micro_f1()])
 
     return weigh
 

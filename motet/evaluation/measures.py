@@ -46,6 +46,47 @@ class Confusion:
     counts: tuple[tuple[int, ...], ...]
 
 
+#: Numbers are near each other if they differ by less than this share of the truth's spread.
+NEAR_SHARE = 0.01
+
+
+@dataclass(frozen=True, slots=True)
+class LabelCounts:
+    """How often each label, in some order, was rightly given, was given, and should have been."""
+
+    right: Floats
+    said: Floats
+    there: Floats
+
+    @classmethod
+    def of(cls, truth: npt.ArrayLike, answers: npt.ArrayLike) -> LabelCounts:
+        """``truth`` and ``answers``: (rows, labels), whether the row has the label, and was given it."""
+        t, a = np.asarray(truth, bool), np.asarray(answers, bool)
+        return cls(*(np.asarray(which.sum(0), np.float64) for which in (t & a, a, t)))
+
+    def f1(self) -> Floats:
+        """2 right / (said + there) of each label; NaN where it does not occur at all."""
+        occurs = self.said + self.there
+        found = np.full(occurs.shape, np.nan)
+        np.divide(2 * self.right, occurs, out=found, where=occurs > 0)
+        return found
+
+    def macro_f1(self) -> float:
+        """The mean F1 of all labels that occur. Where none does, in truth and answers, nothing is wrong: 1."""
+        occurs = self.said + self.there > 0
+        return float(self.f1()[occurs].mean()) if occurs.any() else 1.0
+
+    def micro_f1(self) -> float:
+        """F1 of all labels together."""
+        occurs = float((self.said + self.there).sum())
+        return 2 * float(self.right.sum()) / occurs if occurs else 1.0
+
+    def accuracy(self, rows: int) -> float:
+        """The share of the pairs of row and label that are right."""
+        wrong = self.said + self.there - 2 * self.right
+        return 1 - float(wrong.sum()) / (rows * len(wrong))
+
+
 # -- one label a row
 
 
@@ -60,8 +101,9 @@ def macro_f1(truth: Sequence[Hashable], answers: Sequence[Hashable | None]) -> f
     _same_length(truth, answers)
     right = Counter(t for t, a in zip(truth, answers, strict=True) if t == a)
     said, there = Counter(a for a in answers if a is not None), Counter(truth)
-    found = said.keys() | there.keys()
-    return sum(2 * right[label] / (said[label] + there[label]) for label in found) / len(found)
+    found = [*(said.keys() | there.keys())]
+    counts = (np.array([count[label] for label in found], np.float64) for count in (right, said, there))
+    return LabelCounts(*counts).macro_f1()
 
 
 def confusion(truth: Sequence[str], answers: Sequence[str | None], labels: Sequence[str] = ()) -> Confusion:
@@ -118,26 +160,42 @@ def set_figures(
 
 def set_macro_f1(truth: Sequence[Collection[str]], answers: Sequence[Collection[str] | None]) -> float:
     """The mean F1 of all labels that occur; 1 where none does, in truth and answers."""
-    figures = set_figures(truth, answers)
-    return sum(f.f1 or 0.0 for f in figures) / len(figures) if figures else 1.0
+    labels = all_labels((label for row in truth for label in row), (m for row in answers for m in row or ()))
+    return LabelCounts.of(membership(truth, labels), membership(answers, labels)).macro_f1()
+
+
+def set_accuracy(
+    truth: Sequence[Collection[str]], answers: Sequence[Collection[str] | None], labels: Sequence[str]
+) -> float:
+    """The share of the pairs of row and label that are right; of a row without an answer none is."""
+    _same_length(truth, answers)
+    there, said = membership(truth, labels), membership(answers, labels)
+    silent = np.array([a is None for a in answers])
+    said[silent] = ~there[silent]
+    return LabelCounts.of(there, said).accuracy(len(truth))
+
+
+def membership(rows: Sequence[Collection[str] | None], labels: Sequence[str]) -> npt.NDArray[np.bool_]:
+    """(rows, labels): whether the row has the label."""
+    given = [frozenset(row or ()) for row in rows]
+    return np.array([[label in row for label in labels] for row in given], bool).reshape(len(rows), -1)
 
 
 def figures_of_counts(
     labels: Sequence[str], right: Mapping[str, int], said: Mapping[str, int], there: Mapping[str, int]
 ) -> tuple[LabelFigures, ...]:
     """Figures of labels that were rightly given, given, and that should have been so many times."""
+    counts = (np.array([count.get(m, 0) for m in labels], np.float64) for count in (right, said, there))
     return tuple(
         LabelFigures(
             label=label,
             precision=right.get(label, 0) / said[label] if said.get(label) else None,
             recall=right.get(label, 0) / there[label] if there.get(label) else None,
-            f1=2 * right.get(label, 0) / (said.get(label, 0) + there.get(label, 0))
-            if said.get(label) or there.get(label)
-            else None,
+            f1=None if math.isnan(f1) else float(f1),
             support=there.get(label, 0),
             answered=said.get(label, 0),
         )
-        for label in labels
+        for label, f1 in zip(labels, LabelCounts(*counts).f1(), strict=True)
     )
 
 
@@ -179,6 +237,18 @@ def number_figures(truth: npt.ArrayLike, answers: npt.ArrayLike) -> Floats:
     is all the same, r where either side is.
     """
     return NumberFigures(truth, answers).of(np.ones(np.shape(truth)))
+
+
+def r_squared(truth: npt.ArrayLike, answers: npt.ArrayLike) -> float:
+    """The share of the truth's variance that is explained; 0 where there is none."""
+    found = float(number_figures(truth, answers)[2])
+    return 0.0 if math.isnan(found) else found
+
+
+def near_share(truth: npt.ArrayLike, answers: npt.ArrayLike) -> float:
+    """The share of numbers that differ from the truth by NEAR_SHARE of its spread at most. NaN is no answer."""
+    t, a = np.asarray(truth, np.float64), np.asarray(answers, np.float64)
+    return float((np.abs(a - t) <= NEAR_SHARE * (float(t.std()) or 1.0)).mean())
 
 
 def mean_absolute_error(truth: npt.ArrayLike, answers: npt.ArrayLike) -> float:

@@ -12,10 +12,10 @@ import re
 from collections.abc import Callable, Mapping
 from pathlib import PurePosixPath
 from typing import Any
-from urllib.parse import urlsplit
 
 from motet.columns import LAYOUT
 from motet.errors import InvalidJob, Problem
+from motet.http import is_address
 from motet.manifest import KEY_ENV, Manifest
 from motet.tasks import short
 
@@ -83,13 +83,7 @@ def _disagreements(m: Manifest) -> list[Problem]:
 def _served_elsewhere(source: Mapping[str, str]) -> list[tuple[str, str, str]]:
     """What is wrong with the address of a model that another server runs. A key is named, never told."""
     wrong = []
-    try:
-        url = urlsplit(source["url"])
-        fits = url.scheme in ("http", "https") and bool(url.hostname) and "@" not in url.netloc
-        fits = fits and not url.query and not url.fragment
-    except ValueError:
-        fits = False
-    if not fits:
+    if not is_address(source["url"]):
         wrong.append(("source.url", "another address", "http(s)://host[:port]/v1 without a user or a query"))
     if not source.get("model"):
         wrong.append(("source.model", "nothing", "the name by which its server knows the model"))

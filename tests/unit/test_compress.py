@@ -317,6 +317,9 @@ def test_scores_are_points_and_a_row_without_an_answer_is_wrong() -> None:
     assert score([1.0, 2.0, 3.0], [1.0, 2.0, 3.0], number) == 100
     assert score([2.0, 2.0, 2.0], [1.0, 2.0, 3.0], number) == 0
     assert agreement([1.0, 2.0, 3.1], [1.0, 2.0, 3.0], number) == pytest.approx(2 / 3)
+    assert agreement([1.0, None], [1.0, 2.0], number) == 0.5
+    # Where the truth does not vary, nothing of it can be explained.
+    assert score([9.0, 9.0], [5.0, 5.0], number) == 0
 
 
 @pytest.mark.parametrize(

@@ -15,6 +15,7 @@ import pytest
 from motet import datasets
 from motet.datasets import Archive, bbc_news, fetch, read_bbc_news, read_vader, split, vader
 from motet.errors import SetupError
+from motet.settings import cache_folder
 
 
 def test_a_rated_text_carries_its_domain_its_mean_the_spread_of_its_ratings_and_its_document(
@@ -207,19 +208,32 @@ def test_the_error_says_what_failed_how_to_try_it_by_hand_and_where_the_file_may
 def test_a_cache_that_cannot_be_written_is_an_error_that_names_the_setting(tmp_path: Path) -> None:
     (tmp_path / "file").write_bytes(b"")
 
-    with pytest.raises(SetupError, match="set MOTET_CACHE"):
+    with pytest.raises(SetupError, match="set MOTET_CACHE_DIR"):
         fetch(pinned(b"texts"), tmp_path / "file" / "cache", download=Registry(b"texts"))
 
 
 def test_the_cache_is_where_the_environment_says_and_otherwise_in_the_home_folder(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setenv("MOTET_CACHE", str(tmp_path))
-    assert datasets.cache_dir() == tmp_path
+    monkeypatch.delenv("MOTET_CACHE", raising=False)
+    monkeypatch.setenv("MOTET_CACHE_DIR", str(tmp_path))
+    assert datasets.cache_dir() == tmp_path / "datasets"
+
+    monkeypatch.setenv("MOTET_CACHE", str(tmp_path / "older"))
+    assert datasets.cache_dir() == tmp_path / "older"
 
     monkeypatch.delenv("MOTET_CACHE")
+    monkeypatch.delenv("MOTET_CACHE_DIR")
     monkeypatch.setenv("HOME", str(tmp_path))
     assert datasets.cache_dir() == tmp_path / ".cache" / "motet" / "datasets"
+    assert cache_folder() == tmp_path / ".cache" / "motet"
+
+
+def test_a_user_without_a_home_has_a_cache_folder_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("HOME", raising=False)
+    monkeypatch.setattr("pwd.getpwuid", lambda number: (_ for _ in ()).throw(KeyError(number)))
+    assert cache_folder("/var/cache/motet") == Path("/var/cache/motet")
+    assert cache_folder() == Path("~/.cache/motet")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -30,11 +30,13 @@ from motet.evaluation import (
     mcnemar,
     mean_absolute_error,
     measure,
+    near_share,
     normalised,
     number_figures,
     reading,
     root_mean_squared_error,
     same_json,
+    set_accuracy,
     set_figures,
     set_macro_f1,
     token_f1,
@@ -95,6 +97,46 @@ def test_several_labels_a_row_are_each_a_question_of_its_own() -> None:
     assert figures == {"a": (1, 1, 1), "b": (1, 0.5, pytest.approx(2 / 3)), "c": (0, 0, 0)}
     assert set_macro_f1(truth, answers) == pytest.approx(5 / 9)
     assert set_macro_f1([set()], [set()]) == 1.0
+
+
+def test_pairs_of_row_and_label_count_as_wrong_where_a_row_has_no_answer() -> None:
+    truth, answers = [{"a", "b"}, {"b"}, set[str]()], [{"a"}, {"b"}, None]
+    assert set_accuracy(truth, answers, ("a", "b")) == pytest.approx(3 / 6)
+    assert set_accuracy(truth, answers, ("a", "b", "c")) == pytest.approx(5 / 9)
+
+
+def test_numbers_that_are_near_are_counted_by_the_spread_of_the_truth() -> None:
+    assert near_share([0.0, 10.0], [0.04, 10.06]) == 0.5
+    assert near_share([0.0, 10.0], [0.0, float("nan")]) == 0.5
+    assert near_share([7.0, 7.0], [7.005, 7.02]) == 0.5
+
+
+def test_training_and_evaluation_say_the_same_of_the_same_answers() -> None:
+    torch = pytest.importorskip("torch")
+    from motet.recipe import Target
+    from workers.engines.training.data import Truth
+    from workers.engines.training.heads import _score
+
+    labels = ("a", "b", "c")
+    one = Truth.of(Target.single("one", labels, [labels["abc".index(t)] for t in "abbab"]))
+    answers = "bbaab"
+    logits = torch.nn.functional.one_hot(torch.tensor(["abc".index(a) for a in answers]), 3).float()
+    found = _score(one, logits, one.values)
+    assert found["accuracy"] == accuracy("abbab", answers)
+    assert found["macro_f1"] == pytest.approx(macro_f1("abbab", answers))
+
+    truth, said = [{"a", "b"}, {"b"}, set[str]()], [{"a"}, {"b", "a"}, set[str]()]
+    several = Truth.of(Target.multi("several", labels, [sorted(t) for t in truth]))
+    logits = torch.tensor([[1.0 if m in row else -1.0 for m in labels] for row in said])
+    found = _score(several, logits, several.values)
+    assert found["accuracy"] == pytest.approx(set_accuracy(truth, said, labels))
+    assert found["macro_f1"] == pytest.approx(set_macro_f1(truth, said))
+    assert _score(several, -torch.ones(1, 3), several.values[2:])["macro_f1"] == 1.0, "nothing is wrong"
+
+    number = Truth.of(Target.number("number", [1.0, 2.0, 4.0]))
+    found = _score(number, torch.tensor([[1.0], [2.5], [4.0]]), number.values)
+    mae, _, r2, _ = number_figures([1.0, 2.0, 4.0], [1.0, 2.5, 4.0])
+    assert (found["mae"], found["r2"]) == (pytest.approx(mae), pytest.approx(r2))
 
 
 def test_numbers_have_the_figures_of_scikit_learns_documentation() -> None:

@@ -121,6 +121,18 @@ def test_redis_keys_are_known_to_the_transport_alone() -> None:
     assert users <= allowed, users - allowed
 
 
+def test_one_module_speaks_http_to_the_api_and_two_to_strangers_servers() -> None:
+    users = {
+        str(f.relative_to(ROOT))
+        for f in files(*PACKAGES)
+        for node in ast.walk(ast.parse(f.read_text("utf-8")))
+        if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node.value.id == "httpx"
+        # A type in an annotation calls nobody.
+        if node.attr != "Response"
+    }
+    assert users == {"motet/http.py", "workers/engines/chat_server.py", "workers/engines/vllm.py"}
+
+
 def test_pickle_is_nowhere() -> None:
     users = [
         f.name for f in files(*PACKAGES) if tops(f) & {"pickle", "dill", "cloudpickle", "marshal", "shelve"}

@@ -32,6 +32,7 @@ def test_a_tcp_url_stays_as_it_is(url: str):
         "redis+socket://a:secret@",
         "redis+socket://a:secret@host/v.sock",
         "redis:///0",
+        "redis://a:secret@[::1",
     ],
 )
 def test_any_other_url_is_refused_without_showing_its_password(url: str):

@@ -125,7 +125,7 @@ def test_no_trouble_with_a_span_reaches_the_work(kept: Kept) -> None:
     assert kept.spans == []
 
 
-@pytest.mark.parametrize("endpoint", ["localhost:4318", "ftp://host/x", "http://", "yes"])
+@pytest.mark.parametrize("endpoint", ["localhost:4318", "ftp://host/x", "http://", "http://[::1", "yes"])
 def test_an_endpoint_that_is_none_is_refused_with_an_example(endpoint: str) -> None:
     with pytest.raises(SetupError, match=r"MOTET_TRACES: got .* http://127"):
         traces.configure("test", endpoint)

@@ -278,7 +278,7 @@ def test_what_cannot_be_loaded_says_why(engine: EncoderEngine, loaded: Encoder, 
 
 @pytest.fixture(scope="module")
 def tokens() -> Tokens:
-    return Tokens(trunk_folder() / "tokenizer.json", 256)
+    return Tokens(trunk_folder() / "tokenizer.json", 256, 30_522)
 
 
 def test_long_texts_are_cut_and_marked_at_the_smaller_limit(tokens: Tokens) -> None:

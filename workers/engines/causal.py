@@ -36,7 +36,7 @@ from workers.engines.proof import among_others, not_in_one_line
 from workers.engines.runs import Runs, Varlen, flash, pieces
 from workers.engines.thoughts import switches
 from workers.engines.trees import Bools, Ints, Tree, tree
-from workers.engines.trunk import free_cache, load_transformer, onto, settle, torch_errors
+from workers.engines.trunk import embedding_rows, free_cache, load_transformer, onto, settle, torch_errors
 from workers.engines.writers import Grammar, Writer
 from workers.proved import check_language
 
@@ -247,7 +247,7 @@ class CausalEngine:
             manifest=model,
             device=device,
             model=loaded,
-            tokens=ChatTokens(files),
+            tokens=ChatTokens(files, embedding_rows(loaded)),
             adapters=Adapters(loaded, device),
             pool=kv.Pool([(heads, width, width)] * config.num_hidden_layers, loaded.dtype, device),
             groups=queries // heads,

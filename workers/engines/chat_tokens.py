@@ -17,6 +17,7 @@ from typing import Any
 from workers.engine import CannotLoad
 from workers.engines.prompts import GAP, Message, Part, plain
 from workers.engines.thoughts import BEGIN, END, NO_SWITCHES, begins_thought
+from workers.engines.trunk import check_ids
 
 #: Stand for the contents while the template is filled in. Private characters: no template has them.
 _MARK = re.compile("\ue000(\\d+)\ue001")
@@ -49,8 +50,8 @@ class _Frame:
 class ChatTokens:
     """Any number of threads may call it."""
 
-    def __init__(self, files: Mapping[str, Path]) -> None:
-        """Raises CannotLoad."""
+    def __init__(self, files: Mapping[str, Path], rows: int) -> None:
+        """``rows``: token ids that the model has embeddings for. Raises CannotLoad."""
         try:
             from tokenizers import Tokenizer
             from transformers import AutoTokenizer
@@ -67,9 +68,13 @@ class ChatTokens:
             self._data.encode_special_tokens = True
             self.ends = _ends(files, self._chat.eos_token_id)
             self.has_template = bool(self._chat.chat_template)
+            # A text spells no control token here, so what it may hold is known.
+            check_ids(self._data, rows)
             #: The tokens that begin and end a thought; None where a tag is no single token here.
             begin, end = self._control.token_to_id(BEGIN), self._control.token_to_id(END)
             self.thought = (begin, end) if begin is not None and end is not None else None
+        except CannotLoad:
+            raise
         except Exception as error:
             raise CannotLoad(f"the tokenizer cannot be read: {type(error).__name__}") from error
         self._lock = threading.Lock()

@@ -20,7 +20,7 @@ from motet.wire import TaskOrder
 from workers.engine import CannotLoad, Pass, Prepared
 from workers.engines.answers import Floats, logits_column
 from workers.engines.proof import beside_others
-from workers.engines.trunk import Tokens, free_cache, load_transformer, padded, torch_errors
+from workers.engines.trunk import Tokens, embedding_rows, free_cache, load_transformer, padded, torch_errors
 from workers.proved import check_encoder
 
 
@@ -51,7 +51,8 @@ class ClassifierEngine:
         outputs = 1 if model.answers == "number" else len(model.labels)
         if loaded.config.num_labels != outputs:
             raise CannotLoad(f"it answers {loaded.config.num_labels} scores; the manifest names {outputs}")
-        handle = Classifier(model, device, loaded, Tokens(files["tokenizer.json"], model.max_tokens))
+        tokens = Tokens(files["tokenizer.json"], model.max_tokens, embedding_rows(loaded))
+        handle = Classifier(model, device, loaded, tokens)
         self._logits(handle, [Prepared(0, 1, False, np.zeros(1, np.int32))])  # warm up
         return handle
 

@@ -14,20 +14,20 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
 
 from motet.columns import Column
 from motet.manifest import Answer
+from motet.recipe import Recipe, Target
 from workers.describe import SHAPE, read_json
 from workers.engine import CannotLoad
 from workers.engines.packed import LARGEST, pack_model, packed_kind
+from workers.engines.training.data import Truth
+from workers.engines.training.heads import Heads, even_thresholds
 from workers.engines.trunk import load_transformer
 
 #: Weight of the squared weights in a head's loss, on standardised features.
 PENALTY = 0.01
 ROUNDS = 200
-#: Features that move less than this are left out: divided by almost nothing, their noise would become answers.
-STILL = 1e-3
 
 
 def write_trunk(files: Mapping[str, Path], out: Path, *, layers: int, weights: str) -> None:
@@ -104,53 +104,38 @@ def fit_head(
     features = torch.frombuffer(bytearray(vectors.arrays["vectors"]), dtype=torch.float32)
     features = features.reshape(len(vectors), -1)[known]
     target = _target([truth[row] for row in known], answers, labels)
-    center, spread = features.mean(0), features.std(0)
-    scale = torch.where(spread > STILL, 1 / spread, 0.0)
-    weight, bias = _solve((features - center) * scale, target, answers)
-    folded = weight * scale
-    bias = bias - folded @ center
+    rows = torch.arange(len(known))
+    # One linear head and nothing at random: its loss and its standard features are those of every head.
+    recipe = Recipe(
+        name="", version="", trunk="", job="", train_rows=len(known), test_rows=0, targets=(target,), hidden=0
+    )
+    truths = [Truth.of(target)]
+    heads = Heads(recipe, truths, features, rows).eval()
+    _solve(heads, features, rows)
+    head = heads.export(0)
     # Not save_file's own way with permissions: it is read by the same user alone.
-    save_file({"weight": folded.contiguous(), "bias": bias.contiguous()}, out)
+    save_file(head, out)
     if answers != "labels":
         return ()
-    return _thresholds((features @ folded.T + bias).sigmoid(), target)
+    return even_thresholds((features @ head["weight"].T + head["bias"]).sigmoid(), truths[0].values)
 
 
-def _target(truth: Sequence[Any], answers: Answer, labels: Sequence[str]) -> torch.Tensor:
-    """(rows, outputs): 1.0 where a label is true; of numbers the number."""
+def _target(truth: Sequence[Any], answers: Answer, labels: Sequence[str]) -> Target:
     if answers == "number":
-        return torch.tensor(truth, dtype=torch.float32)[:, None]
-    sets = [{one} if isinstance(one, str) else one for one in truth]
-    return torch.tensor([[float(label in given) for label in labels] for given in sets])
+        return Target.number("head", truth)
+    return (
+        Target.multi("head", labels, truth) if answers == "labels" else Target.single("head", labels, truth)
+    )
 
 
-def _solve(x: torch.Tensor, y: torch.Tensor, answers: Answer) -> tuple[torch.Tensor, torch.Tensor]:
-    weight = torch.zeros(y.shape[1], x.shape[1], requires_grad=True)
-    bias = y.mean(0) if answers == "number" else torch.zeros(y.shape[1])
-    bias.requires_grad_()
-    solver = torch.optim.LBFGS([weight, bias], max_iter=ROUNDS, line_search_fn="strong_wolfe")
+def _solve(heads: Heads, features: torch.Tensor, rows: torch.Tensor) -> None:
+    weight = heads.out.weight
+    solver = torch.optim.LBFGS([weight, heads.out.bias], max_iter=ROUNDS, line_search_fn="strong_wolfe")
 
     def step() -> float:
         solver.zero_grad()
-        loss = _loss(x @ weight.T + bias, y, answers) + PENALTY * weight.square().sum()
+        loss = heads.loss(heads(features), rows)[0] + PENALTY * weight.square().sum()
         torch.autograd.backward(loss)
         return loss.detach().item()
 
     solver.step(step)  # type: ignore[no-untyped-call]
-    return weight.detach(), bias.detach()
-
-
-def _loss(said: torch.Tensor, true: torch.Tensor, answers: Answer) -> torch.Tensor:
-    if answers == "number":
-        return nn.functional.mse_loss(said, true)
-    if answers == "labels":
-        return nn.functional.binary_cross_entropy_with_logits(said, true)
-    return nn.functional.cross_entropy(said, true)
-
-
-def _thresholds(scores: torch.Tensor, target: torch.Tensor) -> tuple[float, ...]:
-    grid = [step / 100 for step in range(5, 96)]
-    return tuple(
-        min(grid, key=lambda at: abs(float((said >= at).float().mean() - true.mean())))
-        for said, true in zip(scores.T, target.T, strict=True)
-    )

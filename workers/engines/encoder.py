@@ -24,7 +24,15 @@ from workers.engine import CannotLoad, Pass, Prepared
 from workers.engines.answers import Floats, logits_column, vector_column
 from workers.engines.newest import Newest
 from workers.engines.proof import beside_others
-from workers.engines.trunk import Tokens, free_cache, load_transformer, padded, pool, torch_errors
+from workers.engines.trunk import (
+    Tokens,
+    embedding_rows,
+    free_cache,
+    load_transformer,
+    padded,
+    pool,
+    torch_errors,
+)
 from workers.proved import check_encoder
 
 #: Sets of heads whose weights are kept beside each other: each takes as much memory as its heads.
@@ -98,7 +106,8 @@ class EncoderEngine:
         width = getattr(trunk.config, "hidden_size", 0)
         if width != model.dim:
             raise CannotLoad(f"its vectors have {width} numbers; the manifest says {model.dim}")
-        handle = Encoder(model, device, trunk, Tokens(files["tokenizer.json"], model.max_tokens))
+        tokens = Tokens(files["tokenizer.json"], model.max_tokens, embedding_rows(trunk))
+        handle = Encoder(model, device, trunk, tokens)
         self._pooled(handle, [Prepared(0, 1, False, np.zeros(1, np.int32))])  # warm up
         return handle
 

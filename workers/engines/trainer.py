@@ -26,7 +26,7 @@ from workers.engines.function import json_column
 from workers.engines.training.journal import HttpJournal
 from workers.engines.training.learner import Hopeless
 from workers.engines.training.run import Journal, Run, Trained, Trunk, TryAgain
-from workers.engines.trunk import Tokens, free_cache, load_transformer, settle, torch_errors
+from workers.engines.trunk import Tokens, embedding_rows, free_cache, load_transformer, settle, torch_errors
 from workers.proved import check_encoder, inherited
 
 #: How often a run begins again after its journal was out of reach, and the pause before.
@@ -78,7 +78,7 @@ class TrainerEngine:
         beside = {
             name: path.read_bytes() for name, path in files.items() if not name.endswith(".safetensors")
         }
-        tokens = Tokens(files["tokenizer.json"], model.max_tokens)
+        tokens = Tokens(files["tokenizer.json"], model.max_tokens, embedding_rows(trunk))
         return Trainer(
             Trunk(
                 manifest=model,

@@ -93,14 +93,14 @@ def load_transformer(
             if absent:
                 raise CannotLoad(f"the weights lack {', '.join(absent[:3])}")
             model = model.eval().requires_grad_(False).to(device)
-            return model if device != "cpu" or _cpu_computes(in_format) else _imitated(model)
+            return model if device != "cpu" or cpu_computes(in_format) else _imitated(model)
     except (OutOfMemory, DeviceBroken, CannotLoad):
         raise
     except Exception as error:
         raise CannotLoad(f"{auto_class} cannot be loaded from this folder: {type(error).__name__}") from error
 
 
-def _cpu_computes(in_format: str) -> bool:
+def cpu_computes(in_format: str) -> bool:
     """Whether this CPU has instructions for a format; without them each product takes some forty times as long."""
     return in_format == "fp32" or bool(getattr(torch.ops.mkldnn, f"_is_mkldnn_{in_format}_supported")())
 
@@ -127,18 +127,58 @@ def _imitated(model: Any) -> Any:
     return model
 
 
+def read_config(files: Mapping[str, Path]) -> Any:
+    """The configuration as transformers reads it, without any weight. Raises CannotLoad."""
+    import transformers
+
+    folder = folder_of(files)
+    try:
+        return transformers.AutoConfig.from_pretrained(folder, local_files_only=True)
+    except Exception as error:
+        raise CannotLoad(f"config.json cannot be read: {type(error).__name__}") from error
+
+
+def embedding_rows(model: Any) -> int:
+    """Token ids that a model has embeddings for, counted from 0."""
+    embedding = model.get_input_embeddings()
+    # Packed, only the rows that are asked for are ever made wide.
+    stored = getattr(embedding, "stored", None)
+    return len(embedding.weight if stored is None else stored)
+
+
+def check_ids(tokenizer: Any, rows: int) -> bool:
+    """Whether some row may hold an id without an embedding, so that each must be looked at.
+
+    Raises CannotLoad where ordinary texts may: an id that is out of range poisons a GPU for all rows. Control tokens
+    that no text needs are often in the tokenizer alone, such as those for pictures.
+    """
+    control = {id_ for id_, token in tokenizer.get_added_tokens_decoder().items() if token.special}
+    usual = {*tokenizer.get_vocab(with_added_tokens=True).values()} - control | {*tokenizer.encode("").ids}
+    if (largest := max(usual, default=0)) >= rows:
+        raise CannotLoad(
+            f"its tokenizer gives ids up to {largest:,}, and it has embeddings for {rows:,} (0 to {rows - 1:,}); take "
+            "the tokenizer that it was trained with, or give it the embeddings: "
+            f"model.resize_token_embeddings({largest + 1}), train it on them, save it, and register that"
+        )
+    return max(control, default=0) >= rows
+
+
 class Tokens:
     """A fast tokenizer that reads at most so many tokens. Any number of threads may call it."""
 
-    def __init__(self, path: Path, most: int) -> None:
-        """``most``: tokens that the model can read. Raises CannotLoad."""
+    def __init__(self, path: Path, most: int, rows: int) -> None:
+        """``most``: tokens that the model can read. ``rows``: ids that it has embeddings for. Raises CannotLoad."""
         try:
             self._json = path.read_text("utf-8")
             self._cut: Newest[int, Any] = Newest(LIMITS)
             self._lock = threading.Lock()
-            self._most = most
-            self.pad = _pad_id(json.loads(self._json))
-            self._reader(most)
+            self._most, self._rows = most, rows
+            self._looks = check_ids(self._reader(most), rows)
+            pad = _pad_id(json.loads(self._json))
+            # Masked, any id does that has an embedding.
+            self.pad = pad if pad < rows else 0
+        except CannotLoad:
+            raise
         except Exception as error:
             raise CannotLoad(f"tokenizer.json cannot be read: {type(error).__name__}") from error
 
@@ -156,10 +196,21 @@ class Tokens:
         ]
         for i, again in zip(short, reader.encode_batch_fast([texts[i] for i in short]), strict=True):
             read[i] = again
-        return [
+        rows = [
             Prepared(row, len(one.ids), bool(one.overflowing), np.asarray(one.ids, np.int32))
             for row, one in enumerate(read)
         ]
+        return [self._checked(row) for row in rows] if self._looks else [*rows]
+
+    def _checked(self, row: Prepared) -> Prepared | CellError:
+        """The row, or its error where the model has no embedding for one of its ids."""
+        largest = int(row.inputs.max(initial=0))
+        if largest < self._rows:
+            return row
+        return CellError(
+            "unknown_token",
+            f"a control token of id {largest:,}; the model has embeddings for {self._rows:,} ids; take it out of the text",
+        )
 
     def _reader(self, most: int) -> Any:
         """A tokenizer of its own for each limit: its limit is state that threads would share."""

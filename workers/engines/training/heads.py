@@ -12,6 +12,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as f
 
+from motet.evaluation import measures
+from motet.evaluation.measures import LabelCounts
 from motet.recipe import Recipe
 from workers.engines.training.data import Truth
 
@@ -34,9 +36,9 @@ class Heads(nn.Module):
         """``features``: (rows, dim) of all rows; what is standard is learned from the rows of ``train``."""
         super().__init__()
         self.truths = truths
-        center, spread = features[train].mean(0), features[train].std(0)
+        center, scale = standard(features[train])
         self.register_buffer("center", center)
-        self.register_buffer("scale", torch.where(spread > _STILL, 1 / spread, 0.0))
+        self.register_buffer("scale", scale)
         dim, width = features.shape[1], sum(t.target.width for t in truths)
         dice = torch.Generator().manual_seed(recipe.seed)
         self.hidden = nn.Linear(dim, recipe.hidden) if recipe.hidden else None
@@ -110,17 +112,37 @@ class Heads(nn.Module):
         if self.truths[number].target.kind == "number":
             weight, bias = weight * self.stretch[number], bias * self.stretch[number] + self.shift[number]
         if self.hidden is None:
-            weight = weight * self.scale
-            tensors = {"weight": weight, "bias": bias - weight @ self.center}
+            weight, bias = folded(weight, bias, self.center, self.scale)
+            tensors = {"weight": weight, "bias": bias}
         else:
-            folded = self.hidden.weight.float() * self.scale
-            tensors = {
-                "weight": weight,
-                "bias": bias,
-                "hidden.weight": folded,
-                "hidden.bias": self.hidden.bias.float() - folded @ self.center,
-            }
+            first = folded(self.hidden.weight.float(), self.hidden.bias.float(), self.center, self.scale)
+            tensors = {"weight": weight, "bias": bias, "hidden.weight": first[0], "hidden.bias": first[1]}
         return {name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()}
+
+
+def standard(features: Tensor) -> tuple[Tensor, Tensor]:
+    """What to subtract from features (rows, dim), and then to multiply them by, for mean 0 and deviation 1."""
+    center, spread = features.mean(0), features.std(0)
+    return center, torch.where(spread > _STILL, 1 / spread, 0.0)
+
+
+def folded(weight: Tensor, bias: Tensor, center: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
+    """A layer on standard features as a layer on features as they come."""
+    weight = weight * scale
+    return weight, bias - weight @ center
+
+
+def even_thresholds(scores: Tensor, truth: Tensor) -> tuple[float, ...]:
+    """Of each label the threshold at which it is given about as often as it is true of these rows.
+
+    ``scores``, ``truth``: (rows, labels), 0 to 1. The threshold of the best F1 would give more labels than people did,
+    above all where the head is unsure.
+    """
+    grid = [step / 100 for step in range(5, 96)]
+    return tuple(
+        min(grid, key=lambda at: abs(float((said >= at).float().mean() - true.mean())))
+        for said, true in zip(scores.T, truth.T, strict=True)
+    )
 
 
 def _weights(truth: Truth, train: Tensor) -> Tensor | None:
@@ -153,28 +175,25 @@ def scores(heads: Heads, answers: Tensor, rows: Tensor) -> dict[str, dict[str, f
 def _score(truth: Truth, given: Tensor, values: Tensor) -> dict[str, float]:
     match truth.target.kind:
         case "single":
-            said = given.argmax(1)
-            accuracy = float((said == values).float().mean())
-            yes = f.one_hot(said, truth.target.width).bool()
-            f1 = _macro_f1(yes, f.one_hot(values, truth.target.width).bool())
+            said, true = given.argmax(1), values
+            yes, wanted = (f.one_hot(side, truth.target.width).numpy() for side in (said, true))
+            accuracy, f1 = (
+                measures.accuracy(true.tolist(), said.tolist()),
+                LabelCounts.of(wanted, yes).macro_f1(),
+            )
             return {"score": accuracy, "accuracy": accuracy, "macro_f1": f1}
         case "multi":
-            yes, true = given > 0, values.bool()
-            accuracy, f1 = float((yes == true).float().mean()), _macro_f1(yes, true)
+            counts = LabelCounts.of(values.numpy(), (given > 0).numpy())
+            accuracy, f1 = counts.accuracy(len(values)), counts.macro_f1()
             return {"score": (accuracy + f1) / 2, "accuracy": accuracy, "macro_f1": f1}
         case _:
-            error = given[:, 0] - values
-            spread = float(values.var(correction=0))
-            explained = 1 - float((error**2).mean()) / spread if spread > 0 else 0.0
-            return {"score": explained, "mae": float(error.abs().mean()), "r2": explained}
-
-
-def _macro_f1(said: Tensor, true: Tensor) -> float:
-    """Mean over the labels that occur, said or true."""
-    both = (said & true).sum(0).float()
-    either = said.sum(0) + true.sum(0)
-    occurs = either > 0
-    return float((2 * both[occurs] / either[occurs]).mean()) if occurs.any() else 0.0
+            numbers, answers = values.numpy(), given[:, 0].numpy()
+            explained = measures.r_squared(numbers, answers)
+            return {
+                "score": explained,
+                "mae": measures.mean_absolute_error(numbers, answers),
+                "r2": explained,
+            }
 
 
 def mean_score(told: Mapping[str, Mapping[str, float]]) -> float:

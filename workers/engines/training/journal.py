@@ -12,14 +12,15 @@ from typing import Any, Literal
 import numpy as np
 
 from motet.columns import OK, STATE_MASK, Column
-from motet.http import error_of, is_near
+from motet.errors import InvalidJob, MotetError, NotFound
+from motet.http import Address, Body, Http
 from motet.wire import LEASE_HEADER, BadMessage, unpack
 from workers.engines.training.learner import Hopeless
 from workers.engines.training.run import Rows, TryAgain
 from workers.engines.training.state import SLICE, State
 
-#: Of one request; of one that carries a file.
-_TIMEOUT_S, _FILE_TIMEOUT_S = 30.0, 300.0
+#: Seconds of silence in which a request that carries a file is given up.
+_FILE_S = 300.0
 
 
 class HttpJournal:
@@ -27,15 +28,9 @@ class HttpJournal:
 
     def __init__(self, url: str, token: str, lease: str, row: int, job: str) -> None:
         """``lease``: ``<subtask>.<attempt>.<nonce>``. ``row``: of the training job. ``job``: what is learned from."""
-        import httpx
-
         self._row, self._job = row, job
-        self._http = httpx.Client(
-            base_url=url.rstrip("/"),
-            headers={"Authorization": f"Bearer {token}", LEASE_HEADER: lease, "Accept-Encoding": "identity"},
-            timeout=_TIMEOUT_S,
-            trust_env=not is_near(url),
-        )
+        headers = {LEASE_HEADER: lease, "Accept-Encoding": "identity"}
+        self._http = Http(Address(url=url.rstrip("/"), token=token), headers=headers)
 
     def close(self) -> None:
         self._http.close()
@@ -52,7 +47,7 @@ class HttpJournal:
         known = json.loads(self._ask("GET", f"/v1/fits/{self._row}"))
         if not known.get("checkpoint"):
             return None
-        return self._ask("GET", f"/v1/blobs/{known['checkpoint']}", timeout=_FILE_TIMEOUT_S)
+        return self._ask("GET", f"/v1/blobs/{known['checkpoint']}", answer_s=_FILE_S)
 
     def report(self, key: str, report: Mapping[str, Any], checkpoint: State | None) -> None:
         sha256 = None if checkpoint is None else self._put(checkpoint.slices)
@@ -72,8 +67,7 @@ class HttpJournal:
             size += len(part)
         sha256 = digest.hexdigest()
         headers = {"Content-Length": str(size)}
-        body = (bytes(part) for part in slices())
-        self._ask("PUT", f"/v1/blobs/{sha256}", body, timeout=_FILE_TIMEOUT_S, headers=headers)
+        self._ask("PUT", f"/v1/blobs/{sha256}", lambda: map(bytes, slices()), headers, answer_s=_FILE_S)
         return sha256
 
     def _tell(self, what: Mapping[str, Any]) -> None:
@@ -92,22 +86,18 @@ class HttpJournal:
         self,
         method: Literal["GET", "PUT"],
         path: str,
-        body: bytes | Iterator[bytes] | None = None,
-        timeout: float = _TIMEOUT_S,
+        body: Body | None = None,
         headers: Mapping[str, str] | None = None,
+        answer_s: float | None = None,
     ) -> bytes:
-        import httpx
-
         try:
-            answer = self._http.request(method, path, content=body, timeout=timeout, headers=headers)
-        except httpx.HTTPError as error:
-            raise TryAgain(type(error).__name__) from None
-        if answer.status_code in (404, 413, 422):
-            raise Hopeless(str(error_of(answer)))
-        if not answer.is_success:
+            # Once: the run that asks tries again by itself, and goes on learning meanwhile.
+            return self._http.once(method, path, content=body, headers=headers, answer_s=answer_s).content
+        except (NotFound, InvalidJob) as error:
+            raise Hopeless(str(error)) from None
+        except MotetError as error:
             # A lease that ended, too: then nobody waits for this attempt any more, and it will hear of that.
-            raise TryAgain(f"the API answered {answer.status_code}")
-        return answer.content
+            raise TryAgain(str(error)) from None
 
 
 def _slices(content: bytes | Path) -> Iterator[Any]:
