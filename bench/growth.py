@@ -36,8 +36,8 @@ from harness import RESULTS, finish, options, peak_rss_mb, say, table
 from motet.manifest import Manifest
 from scheduler.carve import Carved
 from scheduler.cost import Rate, Rates
-from scheduler.place import Demand, Placer, Worker
-from scheduler.simulation.cluster import Device, Job, Model, Rows, Scenario
+from scheduler.place import Demand, Placer, WorkerState
+from scheduler.simulation.cluster import Model, Scenario, SimulatedDevice, SimulatedJob, UncarvedRows
 from scheduler.simulation.events import Attempt, Simulation, Subtask
 from scheduler.simulation.policy import Motet, _Pass
 
@@ -111,7 +111,7 @@ def decision_us(workers: int, jobs: int) -> float:
         placer.rates.learned["m", name, "fast"] = Rate.prior(TOKEN_S / speed)
     for i in range(workers):
         placer.worker(
-            Worker(
+            WorkerState(
                 name=f"w{i}", boot="1", device_kind="cuda", device_name=names[i % 4], engines=("encoder",), resident=(MODEL.digest,)
             ),
             0.0,
@@ -178,7 +178,7 @@ class Timed(Motet):
 
     cpu_s = 0.0
 
-    def arrived(self, job: Job, rows: Rows, now: float) -> None:
+    def arrived(self, job: SimulatedJob, rows: UncarvedRows, now: float) -> None:
         began = time.thread_time()
         super().arrived(job, rows, now)
         self.cpu_s += time.thread_time() - began - CLOCK_S
@@ -234,11 +234,13 @@ def cluster(gpus: int, rows: int, *, row_s: float) -> tuple[Scenario, float]:
     """GPUs of four speeds and one job, and seconds below which no schedule can end."""
     names = list(SPEEDS)
     devices = tuple(
-        Device(name=f"g{i}", kind=names[i % 4], speed=SPEEDS[names[i % 4]], true_speed=SPEEDS[names[i % 4]])
+        SimulatedDevice(
+            name=f"g{i}", kind=names[i % 4], speed=SPEEDS[names[i % 4]], true_speed=SPEEDS[names[i % 4]]
+        )
         for i in range(gpus)
     )
-    job = Job(name="j", model="m", rows=rows)
-    _, size = Rows(job).total()
+    job = SimulatedJob(name="j", model="m", rows=rows)
+    _, size = UncarvedRows(job).total()
     token_s = row_s * rows / (size / 4)
     model = Model(name="m", token_s=token_s, load_s=5.0)
     bound_s = 5.0 + row_s * rows / sum(d.true_speed for d in devices)

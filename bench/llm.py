@@ -53,7 +53,7 @@ from scheduler.prompt_order import first_of
 from workers import smollm
 from workers.describe import describe_folder
 from workers.engine import Ended, Pass, Prepared
-from workers.engines.causal import Asking, Causal, CausalEngine
+from workers.engines.causal import Causal, CausalEngine, RowPrompts
 from workers.engines.trees import tree
 
 #: Instructions of the tasks on one text; the first K are asked.
@@ -300,7 +300,7 @@ def batches(bench: Bench, size: Size) -> tuple[dict[str, Any], dict[str, Any]]:
 
 
 def _of_length(row: Prepared, most: int) -> Prepared:
-    asking: Asking = row.inputs
+    asking: RowPrompts = row.inputs
     return replace(row, inputs=replace(asking, tasks=(replace(asking.tasks[0], most=most),)))
 
 

@@ -15,8 +15,16 @@ from random import Random
 from typing import Protocol
 
 from scheduler.carve import Frontier, OpenBlock, carve
-from scheduler.cost import Price, Work
-from scheduler.simulation.cluster import BYTES_PER_TOKEN, Begun, Device, Job, Model, Rows, Scenario
+from scheduler.cost import Price, Workload
+from scheduler.simulation.cluster import (
+    BYTES_PER_TOKEN,
+    Begun,
+    Model,
+    Scenario,
+    SimulatedDevice,
+    SimulatedJob,
+    UncarvedRows,
+)
 from scheduler.simulation.events import Attempt, Subtask
 
 SUBTASK_S = 2.0
@@ -38,21 +46,21 @@ class Rival:
     rule: Rule
     waiting: deque[Subtask] = field(default_factory=deque)
     #: Living devices, and how many sub-tasks each was given and has not ended.
-    devices: dict[str, Device] = field(default_factory=dict)
+    devices: dict[str, SimulatedDevice] = field(default_factory=dict)
     under_way: dict[str, int] = field(default_factory=dict)
 
     def begin(self, scenario: Scenario) -> None:
         self.scenario = scenario
         self._ids = count()
 
-    def joined(self, device: Device, now: float) -> None:
+    def joined(self, device: SimulatedDevice, now: float) -> None:
         self.devices[device.name] = device
         self.under_way[device.name] = 0
 
-    def died(self, device: Device, now: float) -> None:
+    def died(self, device: SimulatedDevice, now: float) -> None:
         del self.devices[device.name]
 
-    def arrived(self, job: Job, rows: Rows, now: float) -> None:
+    def arrived(self, job: SimulatedJob, rows: UncarvedRows, now: float) -> None:
         self.waiting += _cut(job, rows, self.scenario.models[job.model], self._ids)
 
     def begun(self, begun: Begun, now: float) -> Subtask:
@@ -81,7 +89,7 @@ class Rival:
         return inf
 
 
-def _cut(job: Job, rows: Rows, model: Model, ids: Iterator[int]) -> Iterator[Subtask]:
+def _cut(job: SimulatedJob, rows: UncarvedRows, model: Model, ids: Iterator[int]) -> Iterator[Subtask]:
     """All of a job in sub-tasks of the same seconds on a device of speed 1."""
     ratio = BYTES_PER_TOKEN
     price = Price(model.start_s, model.row_s, model.token_s / ratio, model.square_s / ratio**2)
@@ -89,12 +97,12 @@ def _cut(job: Job, rows: Rows, model: Model, ids: Iterator[int]) -> Iterator[Sub
     frontier = Frontier(blocks=blocks)
     while (carved := carve(frontier, SUBTASK_S, price)) is not None:
         works = [rows.work(r.lo, r.hi) for r in carved.ranges]
-        work = Work(*(sum(amounts) for amounts in zip(*map(_amounts, works), strict=True)))
+        work = Workload(*(sum(amounts) for amounts in zip(*map(_amounts, works), strict=True)))
         ranges = tuple((r.block, r.lo, r.hi) for r in carved.ranges)
         yield Subtask(next(ids), job, ranges, carved.rows, carved.bytes, work)
 
 
-def _amounts(work: Work) -> tuple[float, float, float]:
+def _amounts(work: Workload) -> tuple[float, float, float]:
     return (work.rows, work.tokens, work.squares)
 
 

@@ -47,7 +47,7 @@ from scipy.stats import t as students_t
 from scheduler import fairness, place
 from scheduler.cost import Rates
 from scheduler.simulation.cluster import Scenario
-from scheduler.simulation.events import Outcome, Simulation
+from scheduler.simulation.events import RunOutcome, Simulation
 from scheduler.simulation.fair_share import gap_s, largest_s
 from scheduler.simulation.policy import Motet
 from scheduler.simulation.scenarios import ScenarioFile, read
@@ -257,7 +257,7 @@ def _changed(parts: Mapping[tuple[object, str], object]) -> Iterator[None]:
             setattr(*at, part)
 
 
-def _figures(scenario: Scenario, outcome: Outcome, case: str, seed: int, who: str, cpu_s: float) -> Run:
+def _figures(scenario: Scenario, outcome: RunOutcome, case: str, seed: int, who: str, cpu_s: float) -> Run:
     wanted = {job.name: job.rows for job in scenario.jobs}
     assert outcome.rows == wanted, f"{case}, seed {seed}, {who}: {outcome.rows} rows were done of {wanted}"
     placing, fair = case in CASES, case in FAIR
@@ -282,7 +282,7 @@ def _figures(scenario: Scenario, outcome: Outcome, case: str, seed: int, who: st
     )
 
 
-def _shares(scenario: Scenario, outcome: Outcome) -> dict[str, float]:
+def _shares(scenario: Scenario, outcome: RunOutcome) -> dict[str, float]:
     """What devices did until the makespan, as shares of it: worked, loaded, worked for nothing, were idle."""
     end_s = outcome.makespan_s
     seconds = dict.fromkeys(("work", "loads", "wasted", "idle first", "between", "last"), 0.0)

@@ -45,8 +45,8 @@ from workers.engines.encoder import Encoder, EncoderEngine
 from workers.engines.training import run as training
 from workers.engines.training.heads import Heads
 from workers.engines.training.learner import Learner
-from workers.engines.training.run import Rows, Run, Trunk
-from workers.engines.training.state import State
+from workers.engines.training.run import RowSlice, Run, Trunk
+from workers.engines.training.state import RunState
 from workers.engines.trunk import load_transformer
 
 #: Rows of the first comparison, and its epochs.
@@ -191,14 +191,14 @@ class Journal:
     def __init__(self, rows: Set) -> None:
         self.rows = rows
 
-    def block(self, number: int, *, texts: bool) -> Rows | None:
+    def block(self, number: int, *, texts: bool) -> RowSlice | None:
         assert self.rows.vectors is not None
-        return Rows(self.rows.texts, self.rows.vectors) if number == 0 else None
+        return RowSlice(self.rows.texts, self.rows.vectors) if number == 0 else None
 
     def checkpoint(self) -> bytes | None:
         return None
 
-    def report(self, key: str, report: Mapping[str, Any], checkpoint: State | None) -> None:
+    def report(self, key: str, report: Mapping[str, Any], checkpoint: RunState | None) -> None:
         if report and report["stage"] != "heads":
             tests = {task: round(100 * one["score"], 1) for task, one in report["test"].items()}
             say(f"  {key}: loss {report['loss']:.4f}, test {tests}")

@@ -42,7 +42,7 @@ from stage import short_texts
 from motet import Client
 from motet.job import Job
 from scheduler.cost import RateKey, Rates
-from scheduler.simulation.cluster import Device, Model, Scenario
+from scheduler.simulation.cluster import Model, Scenario, SimulatedDevice
 from scheduler.simulation.events import Simulation
 from scheduler.simulation.policy import Motet
 from scheduler.simulation.trace import done_in, read_trace, record, work_of
@@ -312,7 +312,7 @@ def replayed(
         )
     world = Scenario(
         devices=tuple(
-            Device(name=name, kind=KIND, speed=1.0, true_speed=1 / pace, resident=tuple(models))
+            SimulatedDevice(name=name, kind=KIND, speed=1.0, true_speed=1 / pace, resident=tuple(models))
             for name, pace in sorted(paces.items())
         ),
         models=models,

@@ -29,12 +29,12 @@ from motet.progress import Bar
 from motet.recipe import Recipe, Tune
 from motet.rows import MAX_ROW_BYTES, BadRows, cut, survey
 from motet.sources import Source
+from motet.states import State
 from motet.tasks import Chat, Embed, Fit, Prompted, Task, parse, placeholders, short
 from motet.training import Learned, TrainRun, read_lesson
 from motet.upload import send_parts
 
 Priority = Literal["interactive", "normal", "bulk"]
-State = Literal["loading", "running", "succeeded", "failed", "cancelled"]
 Scope = Literal["user", "read", "admin", "worker"]
 Tasks = Mapping[str, Task | Mapping[str, Any]]
 

@@ -67,7 +67,7 @@ class FromDocument(Protocol):
     def document(self) -> str: ...
 
 
-Row = TypeVar("Row", bound=FromDocument)
+DocumentRow = TypeVar("DocumentRow", bound=FromDocument)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -171,15 +171,15 @@ SHIPPED: Mapping[str, Callable[[], list[Example]]] = {
 
 
 def split(
-    rows: Iterable[Row], test_share: float = TEST_SHARE, seed: int = SEED
-) -> tuple[list[Row], list[Row]]:
+    rows: Iterable[DocumentRow], test_share: float = TEST_SHARE, seed: int = SEED
+) -> tuple[list[DocumentRow], list[DocumentRow]]:
     """Divide the rows into (train, test), keeping their order; about `test_share` of the documents are test.
 
     A row's side depends on its document, the seed and the share alone. So sentences of one document stay
     together, other rows do not matter, and every run on every machine agrees.
     """
-    train: list[Row] = []
-    test: list[Row] = []
+    train: list[DocumentRow] = []
+    test: list[DocumentRow] = []
     for row in rows:
         (test if _lot(row.document, seed) < test_share else train).append(row)
     return train, test

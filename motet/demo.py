@@ -16,7 +16,7 @@ from typing import Any
 from motet import datasets
 from motet.cli.show import console, result_table
 from motet.job import Job, Plan
-from motet.stage import Stage, Story, staged, told_of
+from motet.stage import DemoStage, Story, staged, told_of
 from motet.tasks import Classify, Embed, Task
 
 TASKS: Mapping[str, Task] = {
@@ -71,7 +71,7 @@ def choose(rows: int, cache: Path | None = None) -> list[Text]:
     return picked
 
 
-def _run_job(stage: Stage, texts: Sequence[Text]) -> dict[str, Any]:
+def _run_job(stage: DemoStage, texts: Sequence[Text]) -> dict[str, Any]:
     story = stage.story
     source = [t.text for t in texts]
     plan = stage.plan(source, TASKS)

@@ -20,7 +20,7 @@ from motet import datasets
 from motet.cli.show import console, cut, result_table
 from motet.job import Job, Plan, count
 from motet.results import Row
-from motet.stage import Stage, Story, staged, told_of
+from motet.stage import DemoStage, Story, staged, told_of
 from motet.tasks import Choose, Generate, Task
 
 MODEL, _REGISTER = "smollm2-135m", "--smollm2"
@@ -44,7 +44,7 @@ _FRENCH_WORDS = 3
 
 
 @dataclass(frozen=True, slots=True)
-class Text:
+class FeltText:
     """A text, and what people felt in it: ``negative`` or ``positive``."""
 
     text: str
@@ -63,10 +63,10 @@ def run(
         return _run_job(stage, texts)
 
 
-def choose(rows: int, cache: Path | None = None) -> list[Text]:
+def choose(rows: int, cache: Path | None = None) -> list[FeltText]:
     """Pick short texts of one clear sentiment, always the same ones. Fewer than asked for where there are not so many."""
     clear = [
-        Text(" ".join(t.text.split()), LABELS[t.mean > 0])
+        FeltText(" ".join(t.text.split()), LABELS[t.mean > 0])
         for t in datasets.vader(cache)
         if t.domain in ("movie", "product")
         and _LENGTHS[0] <= len(t.text) <= _LENGTHS[1]
@@ -76,7 +76,7 @@ def choose(rows: int, cache: Path | None = None) -> list[Text]:
     return clear[:rows]
 
 
-def _run_job(stage: Stage, texts: Sequence[Text]) -> dict[str, Any]:
+def _run_job(stage: DemoStage, texts: Sequence[FeltText]) -> dict[str, Any]:
     story = stage.story
     source = [t.text for t in texts]
     plan = stage.plan(source, TASKS)
@@ -91,7 +91,7 @@ def _run_job(stage: Stage, texts: Sequence[Text]) -> dict[str, Any]:
 
 
 def _measure(
-    job: Job, plan: Plan, rows: Sequence[Row], texts: Sequence[Text], seconds: float
+    job: Job, plan: Plan, rows: Sequence[Row], texts: Sequence[FeltText], seconds: float
 ) -> dict[str, Any]:
     usage = job.usage
     rated = [(str(row["sentiment"]), texts[row.index].sentiment) for row in rows if row["sentiment"].ok]

@@ -16,8 +16,9 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from motet.errors import JobFailed, MotetError, NotFound, SetupError
 from motet.http import MAX_WAIT_S, Http
-from motet.progress import ENDED, Bar, Progress
+from motet.progress import Bar, Progress
 from motet.results import Block, Row, read_frames
+from motet.states import ENDED
 from motet.tasks import short
 from motet.wire import BadMessage
 

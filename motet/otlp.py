@@ -20,7 +20,7 @@ from opentelemetry.sdk.trace.sampling import ALWAYS_ON
 from opentelemetry.trace import NonRecordingSpan, SpanContext, Status, StatusCode, TraceFlags
 
 from motet.logs import event
-from motet.traces import Span
+from motet.traces import TraceSpan
 
 log = logging.getLogger(__name__)
 
@@ -55,7 +55,7 @@ class OtlpSender:
         )
         self._tracer = self._provider.get_tracer("motet")
 
-    def send(self, span: Span) -> None:
+    def send(self, span: TraceSpan) -> None:
         """Queue a span."""
         self._ids.next(span)
         context = trace.set_span_in_context(trace.INVALID_SPAN)
@@ -89,7 +89,7 @@ class _Ids(IdGenerator):
         self._random = RandomIdGenerator()
         self._given = threading.local()
 
-    def next(self, span: Span) -> None:
+    def next(self, span: TraceSpan) -> None:
         self._given.trace = span.job.int
         self._given.span = span.id or self._random.generate_span_id()
 

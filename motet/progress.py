@@ -10,10 +10,10 @@ from datetime import datetime
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
+from motet.states import ENDED
+
 if TYPE_CHECKING:
     import rich.progress
-
-ENDED = frozenset({"succeeded", "failed", "cancelled"})
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -17,7 +17,7 @@ from typing import Any, Literal
 from motet.columns import little_endian, typed
 from motet.wire import BadMessage, pack, unpack
 
-Kind = Literal["single", "multi", "number"]
+HeadKind = Literal["single", "multi", "number"]
 Tune = Literal["heads", "lora", "all"]
 
 #: Truth of a row whose label is not known: no loss, no score.
@@ -29,7 +29,7 @@ class Target:
     """One task to learn: what is asked, and what is true of each row."""
 
     name: str
-    kind: Kind
+    kind: HeadKind
     #: In the order of the head's outputs; none of a number.
     labels: tuple[str, ...] = ()
     #: Each label counts as if all were equally frequent: sqrt(mean share / share), for imbalanced classes.

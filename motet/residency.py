@@ -6,14 +6,14 @@ from collections.abc import Collection, Hashable, Iterable
 from dataclasses import dataclass
 from typing import Generic, TypeVar
 
-Key = TypeVar("Key", bound=Hashable)
+ResidentKey = TypeVar("ResidentKey", bound=Hashable)
 
 
 @dataclass(frozen=True, slots=True)
-class Resident(Generic[Key]):
+class Resident(Generic[ResidentKey]):
     """A model in the device's memory."""
 
-    key: Key
+    key: ResidentKey
     memory_mb: int
     #: When it last ran, on any clock that only rises.
     used: float
@@ -28,8 +28,8 @@ class NeverFits(Exception):
 
 
 def evictions(
-    residents: Iterable[Resident[Key]], need_mb: int, budget_mb: int, in_use: Collection[Key]
-) -> list[Key] | None:
+    residents: Iterable[Resident[ResidentKey]], need_mb: int, budget_mb: int, in_use: Collection[ResidentKey]
+) -> list[ResidentKey] | None:
     """The models to evict so that ``need_mb`` fits into ``budget_mb``, in order; [] where it fits already.
 
     None: it will fit, but not before a model that is in use is free. Raises NeverFits.
@@ -38,7 +38,7 @@ def evictions(
         raise NeverFits(need_mb, budget_mb)
     held = list(residents)
     free_mb = budget_mb - sum(r.memory_mb for r in held)
-    chosen: list[Key] = []
+    chosen: list[ResidentKey] = []
     for resident in sorted(held, key=lambda r: r.used):
         if free_mb >= need_mb:
             break

@@ -35,7 +35,7 @@ Source: TypeAlias = "str | os.PathLike[str] | Iterable[str | Mapping[str, Any]] 
 #: Rows as they are read: a str, a mapping or a ``Fault``, and its line where it stands in a text file.
 Rows: TypeAlias = "Generator[tuple[Any, int | None], None, None]"
 #: From the names of a table's columns those that are read.
-Choose: TypeAlias = "Callable[[Sequence[str]], Sequence[str]]"
+ChooseColumns: TypeAlias = "Callable[[Sequence[str]], Sequence[str]]"
 
 TEXT_SUFFIXES = (".jsonl", ".ndjson", ".csv", ".tsv", ".txt")
 _SUFFIXES = ".jsonl, .ndjson, .csv, .tsv, .txt (also with .gz), .parquet"
@@ -84,7 +84,7 @@ class Ambiguous(dict[str, Any]):
         self.doubled = frozenset(key for key, n in Counter(key for key, _ in pairs).items() if n > 1)
 
 
-def read(source: Source, choose: Choose) -> Rows:
+def read(source: Source, choose: ChooseColumns) -> Rows:
     """Every row of a source. ``choose`` is asked once where the source is a table, and may refuse its columns.
 
     A file must stay as it is while it is read: one that grows or shrinks is refused. Raises InvalidJob for what cannot
@@ -161,7 +161,7 @@ class _SteadyFile(io.FileIO):
 _Bytes: TypeAlias = "io.BufferedReader[_SteadyFile] | gzip.GzipFile"
 
 
-def _read_path(path: Path, choose: Choose) -> Rows:
+def _read_path(path: Path, choose: ChooseColumns) -> Rows:
     suffixes = [suffix.lower() for suffix in path.suffixes]
     packed = suffixes[-1:] == [".gz"]
     suffix = (suffixes[:-1] if packed else suffixes)[-1:]
@@ -191,7 +191,7 @@ def _read_path(path: Path, choose: Choose) -> Rows:
         ) from None
 
 
-def _read_text(kind: str, file: _Bytes, choose: Choose) -> Rows:
+def _read_text(kind: str, file: _Bytes, choose: ChooseColumns) -> Rows:
     start = file.peek(4)[:4]
     # Of two bytes a character, one is 0 in most scripts; a byte-order mark says it for the others.
     if start[:2] in (b"\xff\xfe", b"\xfe\xff") or (len(start) == 4 and b"\0\0" in (start[::2], start[1::2])):
@@ -274,7 +274,7 @@ def _json_row(text: str) -> Any:
 # -- CSV
 
 
-def _read_csv(file: _Bytes, choose: Choose, delimiter: str) -> Rows:
+def _read_csv(file: _Bytes, choose: ChooseColumns, delimiter: str) -> Rows:
     """A row per record (RFC 4180). A quote opens a field only at its start, and closes it only at its end.
 
     Whatever leaves in doubt where a record ends makes all that follows doubtful, and ends the reading: see ``_Records``.
@@ -421,7 +421,7 @@ def _line_end(file: _Bytes, delimiter: str) -> str:
 # -- tables
 
 
-def _read_frame(frame: Any, choose: Choose) -> Rows:
+def _read_frame(frame: Any, choose: ChooseColumns) -> Rows:
     fields = choose([name for name in frame.columns if isinstance(name, str)])
     for lo in range(0, len(frame), _BATCH_ROWS):
         window = frame.iloc[lo : lo + _BATCH_ROWS]
@@ -430,7 +430,7 @@ def _read_frame(frame: Any, choose: Choose) -> Rows:
             yield dict(zip(fields, values, strict=True)), None
 
 
-def _read_parquet(name: str, file: io.BufferedReader[_SteadyFile], choose: Choose) -> Rows:
+def _read_parquet(name: str, file: io.BufferedReader[_SteadyFile], choose: ChooseColumns) -> Rows:
     arrow = _arrow()
     import pyarrow.parquet
 
@@ -456,7 +456,7 @@ def _read_parquet(name: str, file: io.BufferedReader[_SteadyFile], choose: Choos
         )
 
 
-def _read_arrow(reader: Any, choose: Choose) -> Rows:
+def _read_arrow(reader: Any, choose: ChooseColumns) -> Rows:
     fields = choose(reader.schema.names)
     for batch in reader:
         for lo in range(0, batch.num_rows, _BATCH_ROWS):

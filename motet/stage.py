@@ -14,8 +14,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from motet.cli.show import console, plan_line, plan_picture, program
-from motet.client import Client, State
+from motet.client import Client
 from motet.job import Job, Plan, count
+from motet.states import State
 from motet.tasks import Task
 
 if TYPE_CHECKING:
@@ -29,7 +30,7 @@ _WORKERS_S = 20.0
 
 
 @dataclass(slots=True)
-class Stage:
+class DemoStage:
     """Where a demo plays."""
 
     client: Client
@@ -61,7 +62,9 @@ class Stage:
 
 
 @contextmanager
-def staged(data: Path, story: Story, *, cpus: int, keep: bool, models: Sequence[str] = ()) -> Iterator[Stage]:
+def staged(
+    data: Path, story: Story, *, cpus: int, keep: bool, models: Sequence[str] = ()
+) -> Iterator[DemoStage]:
     """A cluster of its own with its workers ready, and stopped at the end; with ``keep`` at Ctrl-C.
 
     ``models``: what is registered beside the models that motet ships; see ``Cluster``.
@@ -76,7 +79,7 @@ def staged(data: Path, story: Story, *, cpus: int, keep: bool, models: Sequence[
         with Client(cluster.url, cluster.tokens["user"]) as client:
             _cancel_unfinished(client, story)
             _await_workers(client, cpus, story)
-            stage = Stage(client, data, story)
+            stage = DemoStage(client, data, story)
             yield stage
         if keep:
             story.say(f"\nthe cluster runs on at {cluster.url}, until Ctrl-C; in another shell:")

@@ -47,7 +47,7 @@ Attribute = str | int | float | UUID
 
 
 @dataclass(frozen=True, slots=True)
-class Span:
+class TraceSpan:
     """Something that was done for a job. Times are Unix nanoseconds."""
 
     job: UUID
@@ -78,7 +78,7 @@ class Span:
 class Sender(Protocol):
     """Takes spans without ever waiting or raising."""
 
-    def send(self, span: Span) -> None: ...
+    def send(self, span: TraceSpan) -> None: ...
 
     def close(self) -> None:
         """Send what waits, for a short while."""
@@ -156,8 +156,8 @@ def _timed(job: UUID | str, name: str, attributes: Mapping[str, Attribute]) -> I
 
 @contextmanager
 def _hold() -> Iterator[None]:
-    before: list[Span] | None = getattr(_held, "spans", None)
-    spans: list[Span] = []
+    before: list[TraceSpan] | None = getattr(_held, "spans", None)
+    spans: list[TraceSpan] = []
     _held.spans = spans
     try:
         yield
@@ -176,13 +176,13 @@ def _tell(
     error: str = "",
 ) -> None:
     try:
-        _pass_on(Span(UUID(str(job)), name, start_ns, end_ns, attributes, error))
+        _pass_on(TraceSpan(UUID(str(job)), name, start_ns, end_ns, attributes, error))
     except Exception as trouble:  # noqa: BLE001 - whatever it is, no work may fail because somebody watches it
         event(log, "a span was lost", logging.WARNING, span=name, error=type(trouble).__name__)
 
 
-def _pass_on(one: Span) -> None:
-    spans: list[Span] | None = getattr(_held, "spans", None)
+def _pass_on(one: TraceSpan) -> None:
+    spans: list[TraceSpan] | None = getattr(_held, "spans", None)
     if spans is not None:
         spans.append(one)
     elif (sender := _sender) is not None:

@@ -25,10 +25,10 @@ from motet.errors import InvalidJob, JobFailed, Problem, SetupError, Unauthorize
 from motet.http import Address, Http
 from motet.job import Job
 from motet.manifest import Manifest
-from motet.progress import ENDED
 from motet.recipe import Target
 from motet.rows import MAX_PROBLEMS, records
 from motet.sources import Source
+from motet.states import ENDED
 from motet.tasks import Classify, Number, Task, short
 
 if TYPE_CHECKING:

@@ -23,7 +23,7 @@ BadFields = Mapping[str, Bad]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Part:
+class IncomingPart:
     """Rows as they came in, already checked: the same number of texts in every column."""
 
     #: Field -> a text per row, "" where the row or its value is bad. Only fields that some task reads.
@@ -62,7 +62,7 @@ class Reads(NamedTuple):
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Block:
+class EncodedBlock:
     """One block, encoded, without its place in the job."""
 
     n_rows: int
@@ -107,8 +107,8 @@ def askable(order: Sequence[int], absents: Sequence[Collection[int]]) -> list[in
 
 
 def blocks_of(
-    part: Part, readers: Sequence[Reader], *, block_rows: int, block_bytes: int
-) -> tuple[Block, ...]:
+    part: IncomingPart, readers: Sequence[Reader], *, block_rows: int, block_bytes: int
+) -> tuple[EncodedBlock, ...]:
     """Cut a part into blocks and encode them. The same part gives the same blocks, wherever it stands in a job."""
     lengths = {name: _byte_lengths(texts) for name, texts in part.columns.items()}
     totals = list(map(sum, zip(*lengths.values(), strict=True)))
@@ -130,13 +130,13 @@ def cut(sizes: Sequence[int], block_rows: int, block_bytes: int) -> Iterator[tup
 
 
 def _encode(
-    part: Part,
+    part: IncomingPart,
     lengths: Mapping[str, Sequence[int]],
     totals: Sequence[int],
     lo: int,
     hi: int,
     readers: Sequence[Reader],
-) -> Block:
+) -> EncodedBlock:
     columns = {name: list(texts[lo:hi]) for name, texts in part.columns.items()}
     packed = {name: uint32_bytes(lengths[name][lo:hi]) for name in columns}
     bad = _between(part.bad, lo, hi)
@@ -151,7 +151,7 @@ def _encode(
     for reader in readers:
         if reader.reusable and reader.reads not in digests:
             digests[reader.reads] = _fields_digest(columns, packed, absents[reader.reads], reader.reads)
-    return Block(
+    return EncodedBlock(
         n_rows=hi - lo,
         n_work=len(order),
         text_bytes=sum(sizes),

@@ -51,7 +51,7 @@ PACE_RANGE = (0.5, 8.0)
 _NO_PACE = (1.0, 0)
 
 
-class Work(NamedTuple):
+class Workload(NamedTuple):
     """What costs time: rows, their tokens, and the sum of their squared lengths in tokens."""
 
     rows: float
@@ -97,7 +97,7 @@ class Rate(NamedTuple):
         _, row, token, square = self.coefficients
         return max(1e-12, token + row / self.tokens_per_row + square * self.tokens_per_row)
 
-    def seconds(self, work: Work) -> float:
+    def seconds(self, work: Workload) -> float:
         """Predicted seconds of one sub-task."""
         start, row, token, square = self.coefficients
         rows, tokens, squares = work
@@ -109,7 +109,7 @@ class Rate(NamedTuple):
         ratio = bytes_per_token or self.bytes_per_token
         return Price(start * pace, row * pace, token / ratio * pace, square / (ratio * ratio) * pace)
 
-    def observed(self, work: Work, seconds: float, text_bytes: float = 0.0) -> Rate:
+    def observed(self, work: Workload, seconds: float, text_bytes: float = 0.0) -> Rate:
         """Learn from one sub-task at the pace of its kind. Errors count relative to what was predicted."""
         rows, tokens, squares = work
         if tokens <= 0 or seconds <= 0 or not isfinite(seconds):
@@ -210,7 +210,7 @@ class Rates:
         return _PRIOR_LOAD_S + weights_bytes / _PRIOR_LOAD_BYTES_PER_S if known is None else known
 
     def observe(
-        self, key: RateKey, worker: str, prior: Rate, work: Work, seconds: float, text_bytes: float = 0.0
+        self, key: RateKey, worker: str, prior: Rate, work: Workload, seconds: float, text_bytes: float = 0.0
     ) -> None:
         """Learn from one accepted outcome that loaded nothing. ``prior``: where nothing was learned before."""
         rate = self.learned.get(key, prior)

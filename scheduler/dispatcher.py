@@ -87,7 +87,7 @@ class Dispatcher:
         #: The last step left something that it could have placed.
         self._more = False
         #: Attempts taken back from a worker, until when it is told so: their messages may still lie in its queue.
-        self._recalled: dict[str, dict[leases.Key, float]] = {}
+        self._recalled: dict[str, dict[leases.LeaseKey, float]] = {}
         self._controls: dict[str, Control] = {}
         #: (worker, boot) of those whose protocol was told to the log.
         self._strangers: set[tuple[str, str]] = set()
@@ -296,9 +296,9 @@ class Dispatcher:
         ended = placer.flights() - held.keys()
         if ended:
             with self.database.transaction() as connection:
-                spent = leases.spent(connection, {cast("leases.Key", key)[0] for key in ended})
+                spent = leases.spent(connection, {cast("leases.LeaseKey", key)[0] for key in ended})
             for key in ended:
-                state, worker, busy_s = spent.get(cast("leases.Key", key)[0], ("", "", 0.0))
+                state, worker, busy_s = spent.get(cast("leases.LeaseKey", key)[0], ("", "", 0.0))
                 flight = placer.flight(key)
                 mine = flight is not None and flight.worker.name == worker and state == "done"
                 placer.closed(key, now, busy_s if mine else None)
@@ -396,11 +396,11 @@ class Dispatcher:
         return len(back) + self._clone(epoch, [w for w in words if isinstance(w, Clone)], now)
 
     def _clone(self, epoch: int, words: Sequence[Clone], now: float) -> int:
-        asked = {cast("leases.Key", w.flight.key)[0]: w for w in words}
+        asked = {cast("leases.LeaseKey", w.flight.key)[0]: w for w in words}
         if not asked:
             return 0
         clones = [
-            leases.Clone(
+            leases.SecondLease(
                 subtask=subtask,
                 worker=w.worker.name,
                 boot=w.worker.boot,

@@ -31,8 +31,8 @@ from motet.progress import clock
 from scheduler.fairness import BULK, INTERACTIVE, NORMAL
 from scheduler.lifecycle import MAX_TRIES
 from scheduler.liveness import speaks
-from scheduler.place import Demand, PassId, Worker, cannot_run, need_mb, room_mb
-from scheduler.simulation.forecast import Cluster, Forecast, Started, forecast
+from scheduler.place import Demand, PassId, WorkerState, cannot_run, need_mb, room_mb
+from scheduler.simulation.forecast import ClusterNow, Forecast, Started, forecast
 
 if TYPE_CHECKING:
     from motet.wire import Beat
@@ -74,7 +74,7 @@ class Case:
     owners: Mapping[str, Owner]
     #: Newest beats of live workers, and the workers that they make; None where Redis is away, and nobody is heard.
     beats: Mapping[str, Beat] | None
-    workers: Mapping[str, Worker]
+    workers: Mapping[str, WorkerState]
     #: Some dispatcher leads.
     leads: bool
     #: Share of its usual rate at which it sends; None where that is not known.
@@ -94,7 +94,7 @@ class Case:
         return [p for p in self.standing.passes if p.demand.rows_waiting > p.rows_later]
 
     @cached_property
-    def usable(self) -> dict[str, Worker]:
+    def usable(self) -> dict[str, WorkerState]:
         """Workers that may be given work at all."""
         return {name: w for name, w in self.workers.items() if self.idle_for(name) is None}
 
@@ -115,7 +115,7 @@ class Case:
             return "draining" if beat.state == "draining" else "starting"
         return "exclusive" if name in self.suspects else None
 
-    def why_not(self, worker: Worker, demand: Demand) -> Why | None:
+    def why_not(self, worker: WorkerState, demand: Demand) -> Why | None:
         """Why a worker is given nothing of a pass; what it can never do before what it does not do now."""
         idle = self.idle_for(worker.name)
         if idle in ("incompatible", "starting"):
@@ -123,11 +123,11 @@ class Case:
             return idle
         return cannot_run(worker, demand) or idle
 
-    def runs(self, worker: Worker, demand: Demand) -> bool:
+    def runs(self, worker: WorkerState, demand: Demand) -> bool:
         return worker.name in self.usable and cannot_run(worker, demand) is None
 
     @cached_property
-    def kinds(self) -> list[Worker]:
+    def kinds(self) -> list[WorkerState]:
         """One usable worker of each sort: what one of them can, all of them can, refusals apart."""
         sorts = {
             (w.kind, w.memory_mb, w.gpus, w.engines, w.spreads, w.formats): w for w in self.usable.values()
@@ -140,7 +140,7 @@ class Case:
             (self.seconds(w, demand) for w in self.kinds if cannot_run(w, demand) is None), default=None
         )
 
-    def seconds(self, worker: Worker, demand: Demand) -> float:
+    def seconds(self, worker: WorkerState, demand: Demand) -> float:
         model = demand.model
         rate = self.facts.rates.of(
             (demand.learned_as, worker.device_name, demand.numerics),
@@ -149,7 +149,7 @@ class Case:
         )
         return rate.price(1.0, demand.bytes_per_token).of(demand.rows_waiting, demand.bytes_waiting)
 
-    def load_s(self, worker: Worker, demand: Demand) -> float:
+    def load_s(self, worker: WorkerState, demand: Demand) -> float:
         model = demand.model
         return self.facts.rates.load_s(model.digest, worker.device_name, weights_bytes=model.weights_bytes())
 
@@ -220,8 +220,8 @@ def _pass(case: Case, p: PassStanding) -> PassExplained:
     demand = p.demand
     resident: list[str] = []
     loading: list[Loading] = []
-    can_load: dict[str, list[Worker]] = defaultdict(list)
-    cannot: dict[tuple[Why, str], list[Worker]] = defaultdict(list)
+    can_load: dict[str, list[WorkerState]] = defaultdict(list)
+    cannot: dict[tuple[Why, str], list[WorkerState]] = defaultdict(list)
     for name, worker in sorted(case.workers.items()):
         why = case.why_not(worker, demand)
         if why is not None:
@@ -272,7 +272,7 @@ def _pass(case: Case, p: PassStanding) -> PassExplained:
     )
 
 
-def _words(case: Case, why: Why, worker: Worker, demand: Demand) -> str:
+def _words(case: Case, why: Why, worker: WorkerState, demand: Demand) -> str:
     match why:
         case "no_engine":
             return f"has no engine {demand.model.engine!r}"
@@ -298,7 +298,7 @@ def _words(case: Case, why: Why, worker: Worker, demand: Demand) -> str:
             return "runs rows alone that may have killed their worker"
 
 
-def _loading_s(case: Case, worker: Worker, demand: Demand) -> float | None:
+def _loading_s(case: Case, worker: WorkerState, demand: Demand) -> float | None:
     """Seconds until a worker that was sent work of this model has loaded it; None where nothing was sent."""
     sent = [
         h.age_s
@@ -367,7 +367,7 @@ def _forecast(case: Case) -> Forecast | None:
         return Forecast(p50_s=0.0, p90_s=0.0, measured=True)
     return forecast(
         case.id,
-        Cluster(
+        ClusterNow(
             workers=list(case.usable.values()),
             rates=case.facts.rates,
             demand=[*case.others, *mine],

@@ -13,7 +13,7 @@ from sqlalchemy import Connection
 from motet.wire import Beat
 from scheduler.cost import Rates
 from scheduler.lifecycle import Refusal
-from scheduler.place import Demand, UnderWay, Worker
+from scheduler.place import Demand, UnderWay, WorkerState
 from scheduler.store import drains, leases
 from scheduler.store.leadership import transport_seen
 from scheduler.store.leases import Held
@@ -46,13 +46,13 @@ def read(connection: Connection, now: float, known: Rates | None = None) -> Fact
     )
 
 
-def workers(beats: Mapping[str, Beat], refusals: Sequence[Refusal], memory_share: float) -> list[Worker]:
+def workers(beats: Mapping[str, Beat], refusals: Sequence[Refusal], memory_share: float) -> list[WorkerState]:
     """Workers as of their beats; models may hold ``memory_share`` of a device's memory."""
     refused: dict[tuple[str, str], set[int]] = {}
     for r in refusals:
         refused.setdefault((r.worker, r.boot), set()).add(r.model_id)
     return [
-        Worker(
+        WorkerState(
             name=name,
             boot=b.boot,
             device_kind=b.device_kind,

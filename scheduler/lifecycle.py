@@ -8,7 +8,7 @@ from uuid import UUID
 
 from scheduler.carve import Range, part
 from scheduler.liveness import GRACE_S
-from scheduler.place import Demand, PassId, Worker, cannot_run
+from scheduler.place import Demand, PassId, WorkerState, cannot_run
 
 #: A row with a retriable error is tried so often in all; then its error is final.
 MAX_TRIES = 5
@@ -160,7 +160,11 @@ class Hopes:
     _looked: float = float("-inf")
 
     def hopeless(
-        self, demand: Sequence[Demand], workers: Sequence[Worker], refusals: Sequence[Refusal], now: float
+        self,
+        demand: Sequence[Demand],
+        workers: Sequence[WorkerState],
+        refusals: Sequence[Refusal],
+        now: float,
     ) -> dict[UUID, str]:
         """Jobs with a pass that no worker could run in the last ``GRACE_S``, and that some worker refused; and why.
 
@@ -181,7 +185,7 @@ class Hopes:
         return found
 
 
-def _refused(demand: Demand, workers: Sequence[Worker], refusals: Sequence[Refusal]) -> str | None:
+def _refused(demand: Demand, workers: Sequence[WorkerState], refusals: Sequence[Refusal]) -> str | None:
     """Why a worker that is lately known could not load a model of this pass; None where none has tried."""
     boots = {worker.name: worker.boot for worker in workers}
     return next(

@@ -35,7 +35,7 @@ class BadColumn(Exception):
 
 
 @dataclass(frozen=True, slots=True)
-class Part:
+class AnswersPart:
     """Answers for some rows of a block: ``rows[i]`` is the offset in the block of the column's row i."""
 
     rows: Positions
@@ -133,7 +133,7 @@ def errors_column(kind: Kind, errors: Sequence[CellError]) -> Column:
 def merge(
     kind: Kind,
     n_rows: int,
-    parts: Sequence[Part],
+    parts: Sequence[AnswersPart],
     *,
     absent: Mapping[int, CellError],
     skipped: Mapping[int, CellError] | None = None,
@@ -173,12 +173,12 @@ def array_of(column: Column, name: str) -> npt.NDArray[Any]:
     return np.frombuffer(column.arrays.get(name, b""), _DTYPES[code])
 
 
-def _final(part: Part) -> Part:
+def _final(part: AnswersPart) -> AnswersPart:
     """The part without its returned rows."""
     keep = np.flatnonzero((np.frombuffer(part.column.status, "u1") & STATE_MASK) != RETURNED)
     if keep.size == len(part.column):
         return part
-    return Part(part.rows[keep], _pick(part.column, keep))
+    return AnswersPart(part.rows[keep], _pick(part.column, keep))
 
 
 def _pick(column: Column, keep: Positions) -> Column:
@@ -211,7 +211,9 @@ def _pick(column: Column, keep: Positions) -> Column:
     )
 
 
-def _merge_fixed(kind: Kind, n_rows: int, parts: Sequence[Part], dim: int, dtype: str) -> dict[str, bytes]:
+def _merge_fixed(
+    kind: Kind, n_rows: int, parts: Sequence[AnswersPart], dim: int, dtype: str
+) -> dict[str, bytes]:
     arrays: dict[str, bytes] = {}
     for name, code in LAYOUT[kind]:
         if name in ("all", "vectors"):
@@ -224,7 +226,7 @@ def _merge_fixed(kind: Kind, n_rows: int, parts: Sequence[Part], dim: int, dtype
     return arrays
 
 
-def _merge_wide(name: str, n_rows: int, parts: Sequence[Part], vector_bytes: int) -> bytes:
+def _merge_wide(name: str, n_rows: int, parts: Sequence[AnswersPart], vector_bytes: int) -> bytes:
     """Arrays of a fixed number of bytes per row; a part whose rows all failed may have none."""
     widths = {len(p.column.arrays.get(name, b"")) // len(p.column) for p in parts if len(p.column)} - {0}
     width = max(widths, default=vector_bytes if name == "vectors" else 0)
@@ -236,7 +238,7 @@ def _merge_wide(name: str, n_rows: int, parts: Sequence[Part], vector_bytes: int
     return merged.tobytes()
 
 
-def _merge_variable(kind: Kind, n_rows: int, parts: Sequence[Part]) -> dict[str, bytes]:
+def _merge_variable(kind: Kind, n_rows: int, parts: Sequence[AnswersPart]) -> dict[str, bytes]:
     counts = np.zeros(n_rows, np.int64)
     for part in parts:
         counts[part.rows] = np.diff(array_of(part.column, "offsets"))

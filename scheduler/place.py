@@ -27,7 +27,7 @@ from scheduler.fairness import BULK, CLASS_WEIGHTS, INTERACTIVE, NORMAL, Account
 #: (job, pass number).
 PassId = tuple[str, int]
 #: (device kind, device name): devices of one kind share what is learned.
-Kind = tuple[str, str]
+DeviceKind = tuple[str, str]
 
 #: Sub-tasks at a worker at least, the running one included, however long they are: the next one is there at its end.
 _READY = 2
@@ -103,7 +103,7 @@ class Demand:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Worker:
+class WorkerState:
     """One live worker that may be given work, as of its newest beat."""
 
     name: str
@@ -123,7 +123,7 @@ class Worker:
     refused: frozenset[int] = frozenset()
 
     @property
-    def kind(self) -> Kind:
+    def kind(self) -> DeviceKind:
         return (self.device_kind, self.device_name)
 
 
@@ -140,24 +140,26 @@ class UnderWay:
     clone: bool = False
 
 
-def need_mb(worker: Worker, model: Manifest, numerics: str) -> int:
+def need_mb(worker: WorkerState, model: Manifest, numerics: str) -> int:
     """Memory that a model takes on a worker, in the numeric format that it would run in there."""
     fast = (name for name in worker.formats if name in model.formats) if numerics == "fast" else ()
     return model.memory_mb(next(iter(fast), "fp32"))
 
 
-def room_mb(worker: Worker, engine: str) -> int:
+def room_mb(worker: WorkerState, engine: str) -> int:
     """Memory that a model of an engine can have on a worker that holds no other; 0: not known."""
     return worker.memory_mb if engine in worker.spreads else worker.memory_mb // worker.gpus
 
 
-def on_first_mb(worker: Worker, model: Manifest, numerics: str) -> int:
+def on_first_mb(worker: WorkerState, model: Manifest, numerics: str) -> int:
     """What the first GPU of a worker holds of a model. It is the fullest of a group, since most engines use it alone."""
     whole_mb = need_mb(worker, model, numerics)
     return ceil(whole_mb / worker.gpus) if model.engine in worker.spreads else whole_mb
 
 
-def cannot_hold(worker: Worker, model: Manifest, numerics: str) -> Literal["no_engine", "too_small"] | None:
+def cannot_hold(
+    worker: WorkerState, model: Manifest, numerics: str
+) -> Literal["no_engine", "too_small"] | None:
     """Why a worker can never load a model, however free it is; None where nothing is known against it."""
     if model.engine not in worker.engines:
         return "no_engine"
@@ -165,7 +167,7 @@ def cannot_hold(worker: Worker, model: Manifest, numerics: str) -> Literal["no_e
     return "too_small" if too_small else None
 
 
-def cannot_run(worker: Worker, demand: Demand) -> Literal["no_engine", "too_small", "refused"] | None:
+def cannot_run(worker: WorkerState, demand: Demand) -> Literal["no_engine", "too_small", "refused"] | None:
     """Why a worker can never run a pass, however free it is; None where nothing is known against it."""
     lacks = cannot_hold(worker, demand.model, demand.numerics)
     return lacks or ("refused" if demand.model_ids & worker.refused else None)
@@ -174,7 +176,7 @@ def cannot_run(worker: Worker, demand: Demand) -> Literal["no_engine", "too_smal
 class Placement(NamedTuple):
     """Give this worker the next sub-task of this pass, of about so many seconds."""
 
-    worker: Worker
+    worker: WorkerState
     demand: Demand
     budget_s: float
     price: Price
@@ -208,7 +210,7 @@ class Flight:
     turn: Turn = ()
 
     @property
-    def worker(self) -> Worker:
+    def worker(self) -> WorkerState:
         return self.at.worker
 
     @property
@@ -228,7 +230,7 @@ class Clone:
     """Lease this sub-task a second time, to this worker."""
 
     flight: Flight
-    worker: Worker
+    worker: WorkerState
     seconds: float
 
 
@@ -295,17 +297,17 @@ class _Pool:
     #: Passes that wait.
     waiting: int = 0
     #: Workers that work for it, as devices of their kind at its usual pace.
-    power: dict[Kind, float] = field(default_factory=dict)
+    power: dict[DeviceKind, float] = field(default_factory=dict)
     #: Workers that hold the model, or are told to load it.
     hosts: dict[str, _Place] = field(default_factory=dict)
     #: What is under way at workers that are there.
     flights: dict[int, Flight] = field(default_factory=dict)
     #: Workers counted as devices of a kind, as of a moment ago: it is asked for each sub-task, and changes slowly.
-    devices: dict[Kind, tuple[float, float]] = field(default_factory=dict)
+    devices: dict[DeviceKind, tuple[float, float]] = field(default_factory=dict)
     #: What its work took, by kind: outcomes, bytes, device-seconds.
-    took: dict[Kind, tuple[int, float, float]] = field(default_factory=dict)
+    took: dict[DeviceKind, tuple[int, float, float]] = field(default_factory=dict)
     #: Under which the rates of its passes are kept, by kind and their own names.
-    keys: dict[tuple[Kind, str], RateKey] = field(default_factory=dict)
+    keys: dict[tuple[DeviceKind, str], RateKey] = field(default_factory=dict)
 
     def first(self, class_: int) -> _Waiting | None:
         line = self.classes.get(class_)
@@ -317,10 +319,10 @@ class _Pool:
 class _Place:
     """A worker, and what is under way there."""
 
-    worker: Worker
+    worker: WorkerState
     number: int
     #: The worker's, which never changes here.
-    kind: Kind
+    kind: DeviceKind
     flights: list[Flight] = field(default_factory=list)
     #: Of these the ones that are not interactive, and those that nothing may run beside.
     bulk: int = 0
@@ -368,18 +370,18 @@ class Placer:
         self._flights: dict[Hashable, Flight] = {}
         #: Passes with a deadline; workers of each kind; and those that are told to load a model, with its pool.
         self._dated: dict[PassId, _Waiting] = {}
-        self._kinds: Counter[Kind] = Counter()
+        self._kinds: Counter[DeviceKind] = Counter()
         self._forced: dict[_Place, _Pool] = {}
         #: Who will ask, by when: (due, tie, number, turn, place).
         self._due: list[tuple[float, float, int, int, _Place]] = []
         #: Idle places by a model that they hold ("": all of them) and kind.
-        self._idle: dict[str, dict[Kind, dict[str, _Place]]] = {}
+        self._idle: dict[str, dict[DeviceKind, dict[str, _Place]]] = {}
         self._numbers = count()
         self._spent_s = self._cloned_s = 0.0
 
     # -- workers
 
-    def worker(self, worker: Worker, now: float) -> None:
+    def worker(self, worker: WorkerState, now: float) -> None:
         """A worker that may be given work: a new one, or what is new of it."""
         place = self._places.get(worker.name)
         if place is not None and place.kind != worker.kind:
@@ -809,7 +811,7 @@ class Placer:
 
     def _ends_s(self, pool: _Pool) -> float:
         """Seconds until those who serve it have done all that waits in a pool."""
-        power: Mapping[Kind, float] = pool.power
+        power: Mapping[DeviceKind, float] = pool.power
         if not power:
             # Workers that are at others' work now, and will come to it.
             power = Counter({f.at.number: f.at.kind for f in pool.flights.values()}.values()) or Counter(
@@ -818,18 +820,18 @@ class Placer:
         speed = sum(n / max(1e-9, self._kind_s(pool, kind)) for kind, n in power.items())
         return 1 / speed if speed > 0 else inf
 
-    def _kind_s(self, pool: _Pool, kind: Kind) -> float:
+    def _kind_s(self, pool: _Pool, kind: DeviceKind) -> float:
         """Seconds of all that waits in a pool on one usual device of a kind."""
         return sum(
             self._rate(pool, kind, name).price().of(rows, size) for name, (rows, size) in pool.by_rate.items()
         )
 
-    def _all_s(self, pool: _Pool, kind: Kind) -> float:
+    def _all_s(self, pool: _Pool, kind: DeviceKind) -> float:
         """The same, from so many outcomes that chance has little part in it."""
         n, size, seconds = pool.took.get(kind, _NOTHING)
         return seconds / size * pool.bytes if n >= _ENOUGH and size > 0 else self._kind_s(pool, kind)
 
-    def _rate(self, pool: _Pool, kind: Kind, name: str) -> Rate:
+    def _rate(self, pool: _Pool, kind: DeviceKind, name: str) -> Rate:
         """``name``: under which a pass' speed is learned, where it is not that of all passes of its model."""
         key = pool.keys.get((kind, name))
         if key is None:
@@ -846,7 +848,7 @@ class Placer:
     def _load_s(self, pool: _Pool, place: _Place) -> float:
         return self._loading_s(pool, place.kind)
 
-    def _loading_s(self, pool: _Pool, kind: Kind) -> float:
+    def _loading_s(self, pool: _Pool, kind: DeviceKind) -> float:
         return self.rates.load_s(pool.digest, kind[1], weights_bytes=pool.model.weights_bytes())
 
     # -- interactive work

@@ -32,7 +32,7 @@ BUDGET_TOKENS = 2048
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class PlannedPass:
+class PassPlan:
     """One model pass over every row, and the tasks that it answers."""
 
     number: int
@@ -72,7 +72,7 @@ def plan(
     *,
     registered: Collection[str] = (),
     mean_bytes: Mapping[str, float] | None = None,
-) -> tuple[PlannedPass, ...]:
+) -> tuple[PassPlan, ...]:
     """Fuse tasks into passes: those that need no other first, in the order of each pass' first task, then the rest.
 
     ``models``: task name -> manifest of its model; a task without one names an unknown model. ``trunks``:
@@ -124,12 +124,12 @@ def _pass(
     numbers: Sequence[int],
     needs: Sequence[tuple[int, ...]],
     first: object,
-) -> PlannedPass:
+) -> PassPlan:
     """The pass of these tasks, which have all that matters in common with the first of them."""
     task, model = tasks[names[0]], models[names[0]]
     loaded = loaded_model(model, trunks)
     speaks = isinstance(task, Prompted | Chat)
-    return PlannedPass(
+    return PassPlan(
         number=at,
         kind=f"{loaded.engine} {loaded.name}",
         model=loaded,
@@ -150,7 +150,7 @@ def _order(task: Task) -> First | Literal["chat", ""]:
     return "chat" if isinstance(task, Chat) else ""
 
 
-def in_order(task: Task, planned: PlannedPass) -> Task:
+def in_order(task: Task, planned: PassPlan) -> Task:
     """The task as its pass runs it: nothing of it is left to be decided."""
     if isinstance(task, Prompted) and planned.first:
         return replace(task, first=planned.first)
@@ -181,7 +181,7 @@ def tokens_read(task: Task, model: Manifest, loaded: Manifest) -> int:
     return min((n for n in (asked, model.max_tokens, loaded.max_tokens) if n), default=0)
 
 
-def reads_of(planned: PlannedPass, tasks: Mapping[str, Task]) -> Reads:
+def reads_of(planned: PassPlan, tasks: Mapping[str, Task]) -> Reads:
     """What a pass reads of each field of its job, in their order: its input, and what its prompts name beside it.
 
     A row of prompts takes as long as its longest one, so what several of them name counts once. What they say in the
@@ -352,7 +352,7 @@ class Sample:
 
 
 def estimate(
-    planned: PlannedPass,
+    planned: PassPlan,
     lengths: Sequence[int],
     sample: Sample,
     *,

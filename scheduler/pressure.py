@@ -25,7 +25,7 @@ _MIB = 1 << 20
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Facts:
+class PressureFacts:
     """What is known of the cluster at one moment."""
 
     #: Rows without all their answers, of running jobs of all tenants.
@@ -57,7 +57,7 @@ def throttle(outcomes: int, memory_share: float) -> float:
     return 1.0 - max(_ramp(outcomes, *OUTCOMES), _ramp(memory_share, *REDIS_MEMORY))
 
 
-def pressures(facts: Facts) -> Mapping[Reason, float]:
+def pressures(facts: PressureFacts) -> Mapping[Reason, float]:
     """Each known reason's way from its soft limit, 0, to its hard limit, 1."""
     rows = facts.rows_running + facts.rows_loading
     found: dict[Reason, float] = {"rows": _ramp(rows, facts.max_waiting_rows / 2, facts.max_waiting_rows)}
@@ -70,7 +70,9 @@ def pressures(facts: Facts) -> Mapping[Reason, float]:
     return found
 
 
-def overloads(facts: Facts, *, interactive: bool = False, uploading: bool = False) -> Iterator[Overload]:
+def overloads(
+    facts: PressureFacts, *, interactive: bool = False, uploading: bool = False
+) -> Iterator[Overload]:
     """Why new rows are refused, the worst reason first; nothing where they are taken.
 
     ``interactive`` rows pass where only too many rows wait: they are few, and do not wait behind the others.

@@ -6,11 +6,11 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from scheduler.plan import PassEstimate, PlannedPass, Sample, passing_time
+from scheduler.plan import PassEstimate, PassPlan, Sample, passing_time
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Asked:
+class TaskTokens:
     """One task about the text, in tokens of each sampled row."""
 
     #: The system message, by which tasks that have the same one know each other, and its tokens.
@@ -25,9 +25,9 @@ class Asked:
 
 
 def estimate_prompts(
-    planned: PlannedPass,
+    planned: PassPlan,
     texts: Sequence[int],
-    asked: Sequence[Asked],
+    asked: Sequence[TaskTokens],
     sample: Sample,
     *,
     seconds_per_token: Sequence[float],

@@ -62,7 +62,7 @@ OOM_SCORE = 500
 EXIT_SETUP, EXIT_DEVICE, EXIT_STUCK, EXIT_FAULT, EXIT_ORPHAN = 2, 71, 72, 73, 74
 
 
-class Worker:
+class WorkerApp:
     """Everything of a worker process but Celery."""
 
     def __init__(
@@ -289,7 +289,7 @@ class Worker:
             self._exit(EXIT_FAULT)
 
 
-def celery_app(redis_url: str, worker: Worker) -> Celery:
+def celery_app(redis_url: str, worker: WorkerApp) -> Celery:
     """The Celery application of one worker: its own queue, one entry point (reference: reliability 7)."""
     from celery import Celery
     from kombu.entity import Exchange, Queue
@@ -339,7 +339,7 @@ def celery_app(redis_url: str, worker: Worker) -> Celery:
     return app
 
 
-def serve(app: Celery, worker: Worker) -> None:
+def serve(app: Celery, worker: WorkerApp) -> None:
     """Take messages until SIGTERM, then until all that was taken is done."""
     from celery import bootsteps, signals
 
@@ -427,7 +427,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         event(
             log, "device", kind=device.kind, device=device.name, mb=device.memory_mb, formats=device.formats
         )
-        worker = Worker(
+        worker = WorkerApp(
             options.name,
             boot,
             settings,

@@ -51,16 +51,16 @@ class Sized(Protocol):
     def length(self) -> int: ...
 
 
-Row = TypeVar("Row", bound=Sized)
+SizedRow = TypeVar("SizedRow", bound=Sized)
 
 
-def longest_first(rows: Sequence[Row]) -> list[Row]:
+def longest_first(rows: Sequence[SizedRow]) -> list[SizedRow]:
     """Sort by length, longest first; rows of one length keep their order."""
     return sorted(rows, key=lambda row: -row.length)
 
 
 def fitting(
-    rows: Sequence[Row], *, tokens: int, max_rows: int = MOST_ROWS, overhead_tokens: float = 0.0
+    rows: Sequence[SizedRow], *, tokens: int, max_rows: int = MOST_ROWS, overhead_tokens: float = 0.0
 ) -> int:
     """How many of the leading rows, sorted longest first, to run as one micro-batch: at least one.
 
@@ -83,7 +83,7 @@ def fitting(
     return best
 
 
-def pack(rows: Sequence[Row], *, tokens: int, max_rows: int = MOST_ROWS) -> list[list[Row]]:
+def pack(rows: Sequence[SizedRow], *, tokens: int, max_rows: int = MOST_ROWS) -> list[list[SizedRow]]:
     """Cut rows into micro-batches, longest first: ``longest * count <= tokens``, or one row alone."""
     waiting = longest_first(rows)
     batches = []

@@ -40,7 +40,7 @@ class CannotFetch(Exception):
     """A file could not be brought here now; another attempt may succeed. The message names it by digest."""
 
 
-class Refused(CannotFetch):
+class FileRefused(CannotFetch):
     """The API will not give this file, however often it is asked."""
 
 
@@ -62,7 +62,7 @@ class HttpBlobs:
         try:
             yield from self._http.pieces(f"/v1/blobs/{sha256}", CHUNK)
         except NotFound as error:
-            raise Refused(f"blob {sha256[:12]}…: {error}") from None
+            raise FileRefused(f"blob {sha256[:12]}…: {error}") from None
         except MotetError as error:
             # A wrong token, too, is for an operator to mend: the model may still be loaded later.
             raise CannotFetch(f"blob {sha256[:12]}…: {error}") from None
@@ -149,7 +149,7 @@ class BlobCache:
             try:
                 size = self._stream(sha256, partial)
                 break
-            except Refused:
+            except FileRefused:
                 raise
             except CannotFetch:
                 if left == 0:

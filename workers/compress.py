@@ -33,7 +33,7 @@ from workers.batch_adapter import run_to_the_end
 from workers.batching import pack
 from workers.describe import Described, describe_folder, digests, sizes
 from workers.engine import BatchEngine, CannotLoad, Engine, OutOfMemory, Pass, Prepared
-from workers.labelled import Labelled, Truth, agreement, decisions, of_shipped, read_labelled, score
+from workers.labelled import Label, Labelled, agreement, decisions, of_shipped, read_labelled, score
 from workers.proved import inherited
 from workers.register import TRIED, Registry, prepare_environment
 
@@ -303,7 +303,7 @@ def measure(
 @dataclass(frozen=True, slots=True)
 class _Answers:
     #: By the name that the head has on the original, in the order of the held-out rows.
-    said: Mapping[str, Sequence[Truth | None]]
+    said: Mapping[str, Sequence[Label | None]]
     vectors: Column
 
 

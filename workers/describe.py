@@ -51,7 +51,7 @@ class Described:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Head:
+class HeadFolder:
     """A head's folder as `examples/train_heads.py` writes it, before its trunk is known by digest."""
 
     folder: Path
@@ -98,7 +98,7 @@ class Head:
         )
 
 
-def read_head(folder: Path) -> Head | None:
+def read_head(folder: Path) -> HeadFolder | None:
     """The head in a folder; None where it holds none. Raises SetupError where it is broken."""
     path = folder / "head.json"
     if not path.exists():
@@ -119,7 +119,7 @@ def read_head(folder: Path) -> Head | None:
             f"{path}: got a head without {', '.join(sorted(missing)) or 'a known kind'}; "
             "expected what examples/train_heads.py writes"
         )
-    return Head(folder=folder, spec=spec)
+    return HeadFolder(folder=folder, spec=spec)
 
 
 def describe_folder(

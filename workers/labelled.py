@@ -22,7 +22,7 @@ from motet.manifest import Manifest
 from motet.rows import records
 
 #: A label, a set of labels, or a number.
-Truth = str | frozenset[str] | float
+Label = str | frozenset[str] | float
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -30,14 +30,14 @@ class Labelled:
     """Texts, each once, and by head what is true of each; None where nobody says."""
 
     texts: tuple[str, ...]
-    truth: Mapping[str, tuple[Truth | None, ...]]
+    truth: Mapping[str, tuple[Label | None, ...]]
 
     def known(self, head: str) -> list[int]:
         """The rows whose truth is known."""
         return [row for row, one in enumerate(self.truth[head]) if one is not None]
 
 
-def gathered(found: Mapping[str, Mapping[str, Truth]]) -> Labelled:
+def gathered(found: Mapping[str, Mapping[str, Label]]) -> Labelled:
     """Labelled rows from texts with their truth, by head."""
     texts = tuple(sorted({text for one in found.values() for text in one}))
     return Labelled(
@@ -47,7 +47,7 @@ def gathered(found: Mapping[str, Mapping[str, Truth]]) -> Labelled:
 
 def of_shipped(heads: Sequence[Manifest]) -> tuple[Labelled, Labelled]:
     """(to learn from, held out) for those of the heads that motet ships; the split that they were trained with."""
-    sides: tuple[dict[str, dict[str, Truth]], ...] = ({}, {})
+    sides: tuple[dict[str, dict[str, Label]], ...] = ({}, {})
     for head in heads:
         rows = datasets.SHIPPED[head.name]() if head.name in datasets.SHIPPED else []
         # Another head may have the name of one of them.
@@ -63,7 +63,7 @@ def read_labelled(path: Path, fields: Mapping[str, str], heads: Sequence[Manifes
 
     Raises SetupError or InvalidJob that name the row, counted from 0, and never a text.
     """
-    found: dict[str, dict[str, Truth]] = {head.name: {} for head in heads}
+    found: dict[str, dict[str, Label]] = {head.name: {} for head in heads}
     for number, (row, _) in enumerate(records(path)):
         where = f"{path}, row {number}"
         if not isinstance(row, dict) or not isinstance(row.get(text), str):
@@ -80,7 +80,7 @@ def read_labelled(path: Path, fields: Mapping[str, str], heads: Sequence[Manifes
     return gathered(found)
 
 
-def _checked(value: Any, head: Manifest, where: str) -> Truth:
+def _checked(value: Any, head: Manifest, where: str) -> Label:
     if head.answers == "number":
         try:
             number = math.nan if isinstance(value, bool) else float(value)
@@ -98,13 +98,13 @@ def _checked(value: Any, head: Manifest, where: str) -> Truth:
     return _as_truth(given, head)
 
 
-def _as_truth(labels: Sequence[str], head: Manifest) -> Truth:
+def _as_truth(labels: Sequence[str], head: Manifest) -> Label:
     return frozenset(labels) if head.answers == "labels" else labels[0]
 
 
-def decisions(column: Column, head: Manifest) -> list[Truth | None]:
+def decisions(column: Column, head: Manifest) -> list[Label | None]:
     """What a head decided by row, in the form of the truth; None where it could not answer."""
-    of: Mapping[str, Callable[[Any], Truth]] = {
+    of: Mapping[str, Callable[[Any], Label]] = {
         "label": lambda value: str(value[0]),
         "labels": lambda value: frozenset(label for label, _ in value),
         "number": float,
@@ -112,7 +112,7 @@ def decisions(column: Column, head: Manifest) -> list[Truth | None]:
     return [None if value is None else of[head.answers](value) for value in values(column, head.labels)]
 
 
-def score(said: Sequence[Truth | None], truth: Sequence[Truth | None], head: Manifest) -> float:
+def score(said: Sequence[Label | None], truth: Sequence[Label | None], head: Manifest) -> float:
     """Points, 100 at most, over the rows whose truth is known; a row without an answer is wrong.
 
     Of labels: accuracy (with several labels a row, over all pairs of row and label). Of numbers: the share of their
@@ -127,7 +127,7 @@ def score(said: Sequence[Truth | None], truth: Sequence[Truth | None], head: Man
     return 100 * agreement([s for s, _ in pairs], [t for _, t in pairs], head)
 
 
-def agreement(one: Sequence[Truth | None], other: Sequence[Truth | None], head: Manifest) -> float:
+def agreement(one: Sequence[Label | None], other: Sequence[Label | None], head: Manifest) -> float:
     """Share of equal decisions: of rows, of pairs of row and label, or of numbers that are nearly the same."""
     if head.answers == "labels":
         return set_accuracy(

@@ -37,7 +37,7 @@ from workers.adapters import Adapter, read_adapter
 from workers.blobs import BlobCache, CannotFetch, HttpBlobs
 from workers.describe import (
     Described,
-    Head,
+    HeadFolder,
     describe_folder,
     read_head,
     read_json,
@@ -161,7 +161,7 @@ class Registry:
         newest = [self.find(name) for name in sorted({m.name for m in every if m.trunk_model == trunk.ref})]
         return [head for head in newest if head is not None and head.trunk_model == trunk.ref]
 
-    def trunk_of(self, head: Head | Adapter) -> Manifest:
+    def trunk_of(self, head: HeadFolder | Adapter) -> Manifest:
         """The trunk that a head or an adapter names: one asked for in this run, or a registered one. Raises SetupError."""
         near = [m.manifest for m in self._near.values() if head.trunk in (m.manifest.name, m.manifest.ref)]
         found = near[0] if near else self.find(head.trunk)

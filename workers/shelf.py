@@ -22,7 +22,7 @@ from motet.manifest import Manifest
 from motet.residency import NeverFits, Resident, evictions
 from workers.batch_adapter import BatchAdapter
 from workers.batching import START_TOKENS, Budget, Pace
-from workers.blobs import CannotFetch, Refused
+from workers.blobs import CannotFetch, FileRefused
 from workers.device import Device
 from workers.engine import BatchEngine, CannotLoad, DeviceBroken, Elastic, Engine, OutOfMemory, spreads
 from workers.stream import Stream
@@ -221,7 +221,7 @@ class Shelf:
 def why_not(model: Manifest, error: Exception) -> tuple[str, str, str]:
     """Why an attempt cannot run for one of its models: the error, words, and the digest of what can never be loaded."""
     match error:
-        case CannotLoad() | NeverFits() | Refused():
+        case CannotLoad() | NeverFits() | FileRefused():
             return "cannot_load", f"{model.ref}: {error}", model.digest
         case CannotFetch():
             return "cannot_fetch", str(error), ""

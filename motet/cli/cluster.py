@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from motet.cli.handed import HandedCommand, need
-from motet.cli.show import Amount, as_json, connect, put_json, put_table
+from motet.cli.show import PositiveNumber, as_json, connect, put_json, put_table
 
 if TYPE_CHECKING:
     from motet.client import Client, Worker
@@ -189,7 +189,7 @@ def workers(as_json: bool) -> None:
 _wait = click.option("--wait", is_flag=True, help="Wait until it holds nothing any more.")
 _timeout = click.option(
     "--timeout",
-    type=Amount(),
+    type=PositiveNumber(),
     metavar="SECONDS",
     help="Wait no longer than this, then fail; it goes on draining.",
 )

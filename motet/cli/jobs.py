@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from motet.cli.show import (
-    Amount,
+    PositiveNumber,
     as_json,
     connect,
     console,
@@ -114,7 +114,7 @@ Examples:
 )
 @click.option(
     "--retention-days",
-    type=Amount(),
+    type=PositiveNumber(),
     metavar="DAYS",
     help="Delete it so long after its end, or sooner where the server keeps jobs no longer.",
 )

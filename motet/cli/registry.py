@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from motet.cli.models import add_model
-from motet.cli.show import Amount, as_json, connect, console, cut, find_job, put_json, put_table
+from motet.cli.show import PositiveNumber, as_json, connect, console, cut, find_job, put_json, put_table
 
 if TYPE_CHECKING:
     from motet.client import Alias, Client
@@ -233,7 +233,7 @@ Example:
     help="user: submit and read; read: read; worker: what a worker needs; admin: everything.",
 )
 @click.option("--tenant", help="Whose jobs it sees.")
-@click.option("--expires-days", type=Amount(), help="Default: never.")
+@click.option("--expires-days", type=PositiveNumber(), help="Default: never.")
 @as_json
 def create_token(
     name: str, scope: Any, tenant: str | None, expires_days: float | None, as_json: bool

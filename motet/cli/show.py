@@ -33,7 +33,7 @@ _WORDS = 18
 as_json = click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 
 
-class Amount(click.FloatRange):
+class PositiveNumber(click.FloatRange):
     """A finite number above 0: NaN is neither below nor above a bound, so that click lets it through."""
 
     name = "number"

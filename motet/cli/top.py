@@ -38,7 +38,7 @@ _JOBS = 50
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Cluster:
+class ClusterView:
     """What the API told of devices and unfinished jobs, at one moment."""
 
     url: str
@@ -85,7 +85,7 @@ def top(once: bool, as_json: bool) -> None:
 # -- what is drawn ---------------------------------------------------------------------------------
 
 
-def frame(seen: Cluster, *, width: int, height: int = 1000, note: str = "") -> Group:
+def frame(seen: ClusterView, *, width: int, height: int = 1000, note: str = "") -> Group:
     """The cluster as of one moment; ``note`` stands at the end.
 
     Nothing is wider than ``width``; devices and jobs that do not fit into ``height`` lines are counted.
@@ -106,7 +106,7 @@ def frame(seen: Cluster, *, width: int, height: int = 1000, note: str = "") -> G
     return Group(*parts)
 
 
-def _head(seen: Cluster) -> RenderableType:
+def _head(seen: ClusterView) -> RenderableType:
     from motet.job import count
 
     ready = [w for w in seen.workers if w.state == "ready"]
@@ -165,7 +165,7 @@ def _memory(worker: Worker) -> Any:
     return bar(used / all_, 6).append(f" {used:.1f}/{all_:.0f} GiB")
 
 
-def _jobs(seen: Cluster, shown: int, width: int) -> RenderableType:
+def _jobs(seen: ClusterView, shown: int, width: int) -> RenderableType:
     if not seen.jobs:
         return text("no job is under way", "dim")
     return table(
@@ -210,13 +210,13 @@ def _more(hidden: int, noun: str) -> list[RenderableType]:
 # -- following ------------------------------------------------------------------------------------
 
 
-def look(client: Client) -> Cluster:
+def look(client: Client) -> ClusterView:
     """Ask the API. Raises Unreachable, Overloaded, Unauthorized."""
     under_way = [job.record for state in ("running", "loading") for job in client.jobs(state, _JOBS)]
-    return Cluster(url=client.url, workers=client.workers(), jobs=under_way)
+    return ClusterView(url=client.url, workers=client.workers(), jobs=under_way)
 
 
-def _follow(client: Client, seen: Cluster, screen: Console) -> None:
+def _follow(client: Client, seen: ClusterView, screen: Console) -> None:
     """Redraw each second until q or Ctrl-C; a server that goes away is waited for."""
     from rich.live import Live
 

@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from motet.cli.show import as_json, connect, console, cut, find_job, program
-from motet.progress import ENDED, Progress, clock
+from motet.progress import Progress, clock
+from motet.states import ENDED
 
 if TYPE_CHECKING:
     from rich.console import Console, Group, RenderableType

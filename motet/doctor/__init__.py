@@ -10,8 +10,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
-State = Literal["ok", "warn", "fail", "skipped"]
-STATES: tuple[State, ...] = get_args(State)
+CheckState = Literal["ok", "warn", "fail", "skipped"]
+STATES: tuple[CheckState, ...] = get_args(CheckState)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -22,7 +22,7 @@ class Finding:
     area: str
     name: str
     #: ``fail``: motet does not work so. ``warn``: it works, and will hurt. ``skipped``: not looked at, ``what`` says why.
-    state: State
+    state: CheckState
     #: What was seen.
     what: str
     #: What to do; empty where there is nothing to do.

@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from urllib.parse import urlsplit
 
-from motet.doctor import Finding, State
+from motet.doctor import CheckState, Finding
 
 # -- python and packages -----------------------------------------------------------------------------
 
@@ -156,7 +156,7 @@ def _folder_rights(f: Folder) -> Finding:
 
 def _folder_room(f: Folder) -> Finding:
     what = f"{f.free_bytes / GB:.1f} GB free under {f.path}"
-    state: State = "ok"
+    state: CheckState = "ok"
     if f.free_bytes < DISK_WARN_BYTES:
         state = "fail" if f.free_bytes < DISK_FAIL_BYTES else "warn"
         what += f"; {'motet stops taking jobs' if state == 'fail' else 'that fills up'} soon"
@@ -186,7 +186,7 @@ def open_files(soft: int, server: bool) -> Finding:
     """The limit of open files. The API alone may hold 2,000 connections; a worker needs a few hundred files."""
     enough = 4096 if server else 1024
     if soft < 256:
-        state: State = "fail"
+        state: CheckState = "fail"
     else:
         state = "warn" if soft < enough else "ok"
     remedy = (
@@ -322,7 +322,7 @@ def _mig(d: Driver) -> Finding:
 
 
 def _torch(t: Torch, expected: int) -> Finding:
-    def finding(state: State, what: str, remedy: str = "") -> Finding:
+    def finding(state: CheckState, what: str, remedy: str = "") -> Finding:
         return Finding(area="gpu", name="torch", state=state, what=what, remedy=remedy)
 
     if t.error:
@@ -460,7 +460,7 @@ _REDIS_REMEDIES = {
 def redis(facts: RedisFacts, role: str) -> list[Finding]:
     """Whether Redis answers, is new enough, evicts nothing, has a limit, and lets this role do its work."""
 
-    def finding(name: str, state: State, what: str, remedy: str = "") -> Finding:
+    def finding(name: str, state: CheckState, what: str, remedy: str = "") -> Finding:
         return Finding(area="redis", name=name, state=state, what=what, remedy=remedy)
 
     if facts.error:
@@ -510,7 +510,7 @@ def _redis_memory(info: Mapping[str, str | int | float]) -> list[Finding]:
     used = float(info.get("used_memory", 0))
     found = []
 
-    def add(name: str, state: State, what: str, remedy: str = "") -> None:
+    def add(name: str, state: CheckState, what: str, remedy: str = "") -> None:
         found.append(Finding(area="redis", name=name, state=state, what=what, remedy=remedy))
 
     if policy != "noeviction":
@@ -565,7 +565,7 @@ class WorkerFacts:
 def workers(seen: Sequence[WorkerFacts], protocol: int) -> list[Finding]:
     """Whether anybody can work, and who cannot."""
 
-    def finding(name: str, state: State, what: str, remedy: str = "") -> Finding:
+    def finding(name: str, state: CheckState, what: str, remedy: str = "") -> Finding:
         return Finding(area="workers", name=name, state=state, what=what, remedy=remedy)
 
     other = [w for w in seen if w.protocol != protocol]
@@ -661,7 +661,7 @@ class PostgresFacts:
 def postgres(f: PostgresFacts) -> list[Finding]:
     """Whether Postgres is new enough, keeps its promises, has room for connections, and has motet's tables."""
 
-    def finding(name: str, state: State, what: str, remedy: str = "") -> Finding:
+    def finding(name: str, state: CheckState, what: str, remedy: str = "") -> Finding:
         return Finding(area="postgres", name=name, state=state, what=what, remedy=remedy)
 
     found = [
@@ -706,7 +706,7 @@ def postgres(f: PostgresFacts) -> list[Finding]:
     else:
         found.append(finding("durability", "ok", "fsync, synchronous_commit and full_page_writes are on"))
     free = f.free_connections
-    state: State = "ok"
+    state: CheckState = "ok"
     if free < FREE_CONNECTIONS_WARN:
         state = "fail" if free < FREE_CONNECTIONS_FAIL else "warn"
     found.append(

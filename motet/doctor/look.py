@@ -370,7 +370,7 @@ def _kind(error: BaseException | None) -> str:
 def server(env: Mapping[str, str]) -> list[Finding]:
     """Is there a server, does it take our token, and what does it find itself?"""
 
-    def finding(name: str, state: doctor.State, what: str, remedy: str = "") -> Finding:
+    def finding(name: str, state: doctor.CheckState, what: str, remedy: str = "") -> Finding:
         return Finding(area="server", name=name, state=state, what=what, remedy=remedy)
 
     try:

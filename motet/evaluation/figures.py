@@ -27,7 +27,7 @@ from motet.evaluation.intervals import (
 )
 from motet.evaluation.measures import (
     Confusion,
-    Floats,
+    Float64s,
     LabelCounts,
     LabelFigures,
     NumberFigures,
@@ -43,13 +43,13 @@ from motet.evaluation.measures import (
 )
 
 #: What truth and answers are: a label; a set of labels; a set of (start, end, label); a number; a text; any JSON.
-Kind = Literal["label", "labels", "spans", "number", "text", "json"]
+AnswerKind = Literal["label", "labels", "spans", "number", "text", "json"]
 
 #: From how often each pattern occurs to the figures, in the order of FIGURES.
-_Weigh: TypeAlias = "Callable[[Floats], Floats]"
+_Weigh: TypeAlias = "Callable[[Float64s], Float64s]"
 
 #: The figures of each kind. The first says which share of the rows is right, but for numbers.
-FIGURES: Mapping[Kind, tuple[str, ...]] = {
+FIGURES: Mapping[AnswerKind, tuple[str, ...]] = {
     "label": ("accuracy", "macro_f1"),
     "labels": ("exact_match", "macro_f1", "micro_f1"),
     "spans": ("exact_match", "macro_f1", "micro_f1"),
@@ -67,7 +67,7 @@ LOSSES = frozenset({"mae", "rmse"})
 class Answered:
     """What a task said of the rows that have a label, and the label."""
 
-    kind: Kind
+    kind: AnswerKind
     #: Index of each row in the job.
     rows: Sequence[int]
     truth: Sequence[Any]
@@ -98,7 +98,7 @@ class TaskEvaluation:
     label_field: str
     #: The model, as ``name@version``.
     model: str = ""
-    kind: Kind
+    kind: AnswerKind
     #: Rows that have a label; the figures are of these.
     rows: int
     #: Rows without a label, left out.
@@ -300,7 +300,7 @@ def _estimate(name: str, value: float, interval: tuple[float | None, float | Non
 
 def _sampled(
     sides: Sequence[Answered], resamples: int, seed: int
-) -> tuple[list[Floats], list[tuple[float | None, float | None]]]:
+) -> tuple[list[Float64s], list[tuple[float | None, float | None]]]:
     """The figures of each side, and the intervals of the only side's figures or of the differences of two."""
     kind = sides[0].kind
     if kind == "number":
@@ -317,7 +317,7 @@ def _sampled(
     weighs = [weigher(column) for column in zip(*patterns, strict=True)]
     often = np.array(counts, np.int64)
 
-    def figures(weights: Floats) -> Floats:
+    def figures(weights: Float64s) -> Float64s:
         return weighs[0](weights) if len(weighs) == 1 else weighs[0](weights) - weighs[1](weights)
 
     draws = bootstrap(figures, often, resamples=resamples, seed=seed)
@@ -335,7 +335,7 @@ def _weigh_items(patterns: Sequence[Any]) -> _Weigh:
     said = _Occurrences(((i, code[m]) for i, (_, a) in enumerate(patterns) for _, m in a or ()), len(code))
     there = _Occurrences(((i, code[m]) for i, (t, _) in enumerate(patterns) for _, m in t), len(code))
 
-    def weigh(weights: Floats) -> Floats:
+    def weigh(weights: Float64s) -> Float64s:
         counts = LabelCounts(right.count(weights), said.count(weights), there.count(weights))
         return np.array([weights @ whole / weights.sum(), counts.macro_f1(), counts.micro_f1()])
 
@@ -349,7 +349,7 @@ class _Occurrences:
         table = np.array(list(pairs), np.int64).reshape(-1, 2)
         self._pattern, self._label, self._labels = table[:, 0], table[:, 1], labels
 
-    def count(self, weights: Floats) -> Floats:
+    def count(self, weights: Float64s) -> Float64s:
         """How often each label occurs, in patterns that occur so often."""
         return np.asarray(np.bincount(self._label, weights[self._pattern], self._labels), np.float64)
 
@@ -401,7 +401,7 @@ def _number_pattern(truth: float, answer: float | None) -> Hashable:
     return truth, answer
 
 
-_KINDS: Mapping[Kind, tuple[Callable[[Any, Any], Hashable], Callable[[Sequence[Any]], _Weigh]]] = {
+_KINDS: Mapping[AnswerKind, tuple[Callable[[Any, Any], Hashable], Callable[[Sequence[Any]], _Weigh]]] = {
     "label": (_label_pattern, _weigh_labels),
     "labels": (_labels_pattern, _weigh_items),
     "spans": (_spans_pattern, _weigh_items),

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from motet.evaluation.measures import Floats, Ints
+from motet.evaluation.measures import Float64s, Int64s
 
 #: Resamples, and the seed that makes an interval the same each time.
 RESAMPLES, SEED = 2000, 0
@@ -31,8 +31,8 @@ class Estimate:
 
 
 def bootstrap(
-    figures: Callable[[Floats], Floats], counts: Ints, *, resamples: int = RESAMPLES, seed: int = SEED
-) -> Floats:
+    figures: Callable[[Float64s], Float64s], counts: Int64s, *, resamples: int = RESAMPLES, seed: int = SEED
+) -> Float64s:
     """The figures of ``resamples`` resamples, one a line.
 
     ``counts[i]`` is how many rows have pattern i; ``figures`` computes its figures from such counts. The order of the
@@ -44,14 +44,14 @@ def bootstrap(
     return np.array([figures(_drawn(dice, rows, patterns, shares)) for _ in range(resamples)])
 
 
-def _drawn(dice: np.random.Generator, rows: int, patterns: int, shares: Floats) -> Floats:
+def _drawn(dice: np.random.Generator, rows: int, patterns: int, shares: Float64s) -> Float64s:
     if rows == patterns:
         # Each row is its own pattern: the same distribution, without a binomial for each.
         return np.bincount(dice.integers(0, rows, rows), minlength=rows).astype(np.float64)
     return dice.multinomial(rows, shares).astype(np.float64)
 
 
-def percentiles(values: Floats) -> list[tuple[float | None, float | None]]:
+def percentiles(values: Float64s) -> list[tuple[float | None, float | None]]:
     """The 95 % percentile interval of each column. Resamples in which a figure is not defined do not count; where
     that is more than half of them, there is no interval."""
     found: list[tuple[float | None, float | None]] = []

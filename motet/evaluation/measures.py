@@ -16,8 +16,8 @@ from typing import Any, TypeAlias
 import numpy as np
 import numpy.typing as npt
 
-Floats: TypeAlias = npt.NDArray[np.float64]
-Ints: TypeAlias = npt.NDArray[np.int64]
+Float64s: TypeAlias = npt.NDArray[np.float64]
+Int64s: TypeAlias = npt.NDArray[np.int64]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -54,9 +54,9 @@ NEAR_SHARE = 0.01
 class LabelCounts:
     """How often each label, in some order, was rightly given, was given, and should have been."""
 
-    right: Floats
-    said: Floats
-    there: Floats
+    right: Float64s
+    said: Float64s
+    there: Float64s
 
     @classmethod
     def of(cls, truth: npt.ArrayLike, answers: npt.ArrayLike) -> LabelCounts:
@@ -64,7 +64,7 @@ class LabelCounts:
         t, a = np.asarray(truth, bool), np.asarray(answers, bool)
         return cls(*(np.asarray(which.sum(0), np.float64) for which in (t & a, a, t)))
 
-    def f1(self) -> Floats:
+    def f1(self) -> Float64s:
         """2 right / (said + there) of each label; NaN where it does not occur at all."""
         occurs = self.said + self.there
         found = np.full(occurs.shape, np.nan)
@@ -216,7 +216,7 @@ class NumberFigures:
         self._least = 1e-24 * np.array([t.mean() ** 2, a.mean() ** 2])
         self._terms = np.stack([np.abs(off), off**2, dt, da, dt**2, da**2, dt * da, np.ones_like(t)])
 
-    def of(self, weights: Floats) -> Floats:
+    def of(self, weights: Float64s) -> Float64s:
         """As ``number_figures``, of rows that count so many times."""
         *sums, rows = self._terms @ weights
         if rows == 0:
@@ -230,7 +230,7 @@ class NumberFigures:
         return np.array([off, math.sqrt(squares), r2, np.clip((ta - t * a) / both, -1, 1)])
 
 
-def number_figures(truth: npt.ArrayLike, answers: npt.ArrayLike) -> Floats:
+def number_figures(truth: npt.ArrayLike, answers: npt.ArrayLike) -> Float64s:
     """Mean absolute error, root mean squared error, R² and Pearson's r.
 
     R² is 1 - squared errors ÷ squared deviations of the truth. NaN where a figure is not defined: R² of a truth that

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 
 from motet.columns import ERROR, OK, STATE_MASK
 from motet.errors import InvalidJob, NotFound, Problem
-from motet.evaluation.figures import Answered, Kind
+from motet.evaluation.figures import Answered, AnswerKind
 from motet.evaluation.measures import LabelReader, folded
 from motet.progress import Bar
 from motet.results import Answers
@@ -354,7 +354,7 @@ def _json_text(text: str) -> Any:
         raise _Wrong("broken JSON", "JSON") from None
 
 
-_TAKE: Mapping[Kind, Callable[[Any], Any]] = {
+_TAKE: Mapping[AnswerKind, Callable[[Any], Any]] = {
     "label": _label,
     "labels": _labels,
     "spans": _spans,
@@ -454,7 +454,7 @@ class _Column:
         )
 
 
-def _kind(task: str, answers: Answers) -> Kind:
+def _kind(task: str, answers: Answers) -> AnswerKind:
     match answers.column.kind:
         case "json":
             return "text" if answers.written else "json"
@@ -465,7 +465,7 @@ def _kind(task: str, answers: Answers) -> Kind:
             return kind
 
 
-def _answer(kind: Kind, value: Any) -> tuple[Any, Any]:
+def _answer(kind: AnswerKind, value: Any) -> tuple[Any, Any]:
     """An answer in the form of its truth, and its score or scores."""
     match kind:
         case "label":

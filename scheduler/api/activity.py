@@ -11,6 +11,7 @@ from uuid import UUID
 from fastapi import APIRouter, Query
 from starlette.responses import HTMLResponse, JSONResponse, Response
 
+from motet.states import State
 from motet.transport import TransportLost
 from motet.wire import Beat
 from scheduler.api import page, shapes
@@ -109,7 +110,7 @@ def jobs_page(
     caller: Caller,
     limit: Annotated[int, Query(ge=1, le=500, description="Jobs of a page.")] = 50,
     after: Annotated[UUID | None, Query(description="The last job of the page before.")] = None,
-    state: Annotated[page.State | None, Query(description="Only jobs in this state.")] = None,
+    state: Annotated[State | None, Query(description="Only jobs in this state.")] = None,
 ) -> Response:
     with use.database.transaction() as connection:
         entries = job_entries(connection, caller.tenant, limit=limit + 1, after=after, state=state)

@@ -88,7 +88,7 @@ def create_app(settings: Settings) -> FastAPI:
     for kind in _EXPECTED:
         app.add_exception_handler(kind, _refuse)
     app.state.figures = metrics.Figures(use)
-    app.add_middleware(Recorded, requests=app.state.figures.requests)
+    app.add_middleware(AccessLog, requests=app.state.figures.requests)
     return app
 
 
@@ -96,7 +96,7 @@ async def _refuse(request: Request, error: Exception) -> Response:
     return activity.refused(error) if is_page(request) else refusal(error)
 
 
-class Recorded:
+class AccessLog:
     """One log line per request, with an id that the answer carries too; the last to catch what nobody expected."""
 
     def __init__(self, app: ASGIApp, requests: metrics.Requests) -> None:

@@ -61,7 +61,7 @@ def lanes(facts: Mapping[str, Any], *, most: int = 100) -> Html:
     bars: Sequence[Mapping[str, Any]] = facts["timeline"]
     now_s = float(facts["now_s"])
     from_s = 0.0 if len(bars) >= _subtasks(facts) else min(b["start_s"] for b in bars)
-    span = Span(from_s, max(now_s, from_s + 0.001))
+    span = Stretch(from_s, max(now_s, from_s + 0.001))
     by_worker: dict[str, list[Mapping[str, Any]]] = {d["worker"]: [] for d in facts["devices"]}
     for bar in bars:
         by_worker.setdefault(bar["worker"], []).append(bar)
@@ -81,7 +81,7 @@ def lanes(facts: Mapping[str, Any], *, most: int = 100) -> Html:
     )
 
 
-class Span:
+class Stretch:
     """A stretch of time that is drawn from 0 to 100 per cent."""
 
     def __init__(self, from_s: float, to_s: float) -> None:
@@ -120,7 +120,7 @@ _HATCH = tag(
 )
 
 
-def _lane(worker: str, bars: Sequence[Mapping[str, Any]], span: Span) -> Html:
+def _lane(worker: str, bars: Sequence[Mapping[str, Any]], span: Stretch) -> Html:
     drawn = drawn_bars(bars, span.to_s)
     rows = max(row for _, _, row, _ in drawn) + 1
     states = [b["state"] for b in bars]
@@ -172,7 +172,7 @@ def drawn_bars(
     return drawn
 
 
-def _bar(bar: Mapping[str, Any], start_s: float, end_s: float, row: int, span: Span) -> Html:
+def _bar(bar: Mapping[str, Any], start_s: float, end_s: float, row: int, span: Stretch) -> Html:
     x = max(0.0, span.at(start_s))
     width = max(span.at(end_s) - x, 0.15)
     css = {
@@ -205,7 +205,7 @@ def _bar(bar: Mapping[str, Any], start_s: float, end_s: float, row: int, span: S
     )
 
 
-def _axis(span: Span) -> list[Html]:
+def _axis(span: Stretch) -> list[Html]:
     found = []
     for t in span.ticks():
         at = span.at(t)
@@ -221,7 +221,7 @@ def curve(points: Sequence[Mapping[str, float]], *, height: int = 150) -> Html:
     """Tokens per second over the life of a job, as an area with steps."""
     top = nice(max(p["tokens_s"] for p in points))
     to_s = points[-1]["at_s"]
-    span = Span(0.0, to_s)
+    span = Stretch(0.0, to_s)
     n = len(points)
     steps = " ".join(f"V{100 - 100 * p['tokens_s'] / top:.2f} H{i + 1}" for i, p in enumerate(points))
     # Its own coordinates, stretched to any width; the stroke is not stretched with them.

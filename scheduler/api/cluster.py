@@ -25,7 +25,7 @@ from scheduler.pressure import overloads, pressures, throttle
 from scheduler.store import drains
 from scheduler.store.database import StoreUnavailable
 from scheduler.store.drains import Drain
-from scheduler.store.leases import Run, runs_by_worker
+from scheduler.store.leases import HeldSubtasks, runs_by_worker
 from scheduler.store.rates import speeds
 from scheduler.store.registry import Registered, has_leader, models
 
@@ -214,7 +214,7 @@ def _workers(use: Resources, tenant: UUID) -> dict[str, dict[str, Any]]:
     }
 
 
-def _running(runs: Sequence[Run]) -> dict[str, Any]:
+def _running(runs: Sequence[HeldSubtasks]) -> dict[str, Any]:
     """What a worker runs: jobs of the caller's tenant by name, those of others as a number of sub-tasks."""
     own = [run for run in runs if run.job is not None]
     return {

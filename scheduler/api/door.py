@@ -11,7 +11,7 @@ from threading import Lock
 from motet.errors import Overloaded
 from motet.settings import Settings
 from motet.transport import Lag, SchedulerTransport, TransportLost
-from scheduler.pressure import OUTCOMES, Facts, Reason, overloads
+from scheduler.pressure import OUTCOMES, PressureFacts, Reason, overloads
 from scheduler.store.database import Database
 from scheduler.store.pressure import data_folder, unfinished_rows
 
@@ -35,7 +35,7 @@ class Door:
     ) -> None:
         self._database, self._transport, self._settings, self._clock = database, transport, settings, clock
         self._looking = Lock()
-        self._facts: Facts | None = None
+        self._facts: PressureFacts | None = None
         self._look_again_at = 0.0
         self._refused_for: list[Reason] = []
 
@@ -45,7 +45,7 @@ class Door:
         if worst is not None:
             raise Overloaded(f"{worst.what}; {worst.remedy}", worst.retry_after_s)
 
-    def look(self) -> Facts:
+    def look(self) -> PressureFacts:
         """The facts as of a moment ago. Raises StoreUnavailable."""
         known = self._facts
         if known is not None and self._clock() < self._look_again_at:
@@ -65,12 +65,12 @@ class Door:
         finally:
             self._looking.release()
 
-    def _ask(self) -> Facts:
+    def _ask(self) -> PressureFacts:
         with self._database.transaction() as connection:
             running, loading = unfinished_rows(connection)
             folder = data_folder(connection) if self._settings.min_free_mb else None
         lag, memory_share = self._redis()
-        return Facts(
+        return PressureFacts(
             rows_running=running,
             rows_loading=loading,
             max_waiting_rows=self._settings.max_waiting_rows,
@@ -91,7 +91,7 @@ class Door:
         except TransportLost:
             return None, None
 
-    def _tell(self, facts: Facts) -> None:
+    def _tell(self, facts: PressureFacts) -> None:
         """Write down when the door is shut and when it opens, once each."""
         reasons = [overload.reason for overload in overloads(facts)]
         if reasons != self._refused_for:

@@ -39,14 +39,14 @@ from scheduler.api.submissions import (
     plan_submission,
     read_submission,
 )
-from scheduler.blocks import Part, absent, askable, blocks_of
+from scheduler.blocks import IncomingPart, absent, askable, blocks_of
 from scheduler.cost import Rates
 from scheduler.needs import fields_read
-from scheduler.plan import PlannedPass, Sample, estimate, reads_of
-from scheduler.prompt_cost import Asked, estimate_prompts
+from scheduler.plan import PassPlan, Sample, estimate, reads_of
+from scheduler.prompt_cost import TaskTokens, estimate_prompts
 from scheduler.prompt_order import instruction
 from scheduler.store import jobs as store
-from scheduler.store.jobs import PRIORITIES, JobEntry, Loading, TaskEntry
+from scheduler.store.jobs import PRIORITIES, JobEntry, LoadingJob, TaskEntry
 from scheduler.store.rates import rates as learned_rates
 from scheduler.store.registry import find_models, model_refs
 
@@ -192,13 +192,13 @@ async def put_part(
         return await run_in_threadpool(_put_part, use, facts, number, kind, raw)
 
 
-def _admitted(use: Resources, tenant: UUID, job: UUID) -> Loading:
+def _admitted(use: Resources, tenant: UUID, job: UUID) -> LoadingJob:
     facts = _loading(use, tenant, job)
     use.door.admit(interactive=facts.interactive, uploading=True)
     return facts
 
 
-def _put_part(use: Resources, facts: Loading, number: int, kind: str, raw: bytes) -> Response:
+def _put_part(use: Resources, facts: LoadingJob, number: int, kind: str, raw: bytes) -> Response:
     read = {"application/msgpack": read_columns, "application/x-ndjson": read_lines}.get(kind)
     if read is None:
         raise InvalidJob(
@@ -229,7 +229,7 @@ def _put_part(use: Resources, facts: Loading, number: int, kind: str, raw: bytes
     )
 
 
-def _loading(use: Resources, tenant: UUID, job: UUID) -> Loading:
+def _loading(use: Resources, tenant: UUID, job: UUID) -> LoadingJob:
     known = use.loading.get((tenant, job))
     if known is None:
         with use.database.transaction() as connection:
@@ -238,7 +238,7 @@ def _loading(use: Resources, tenant: UUID, job: UUID) -> Loading:
     return known
 
 
-def _first_row(use: Resources, facts: Loading, incoming: Incoming) -> int:
+def _first_row(use: Resources, facts: LoadingJob, incoming: Incoming) -> int:
     if incoming.first_row is not None:
         return incoming.first_row
     with use.database.transaction() as connection:
@@ -246,7 +246,7 @@ def _first_row(use: Resources, facts: Loading, incoming: Incoming) -> int:
 
 
 def _land(
-    use: Resources, connection: Connection, facts: Loading, number: int, digest: bytes, incoming: Incoming
+    use: Resources, connection: Connection, facts: LoadingJob, number: int, digest: bytes, incoming: Incoming
 ) -> store.Landed:
     blocks = blocks_of(
         incoming.part(),
@@ -321,7 +321,7 @@ def _dry_run(use: Resources, raw: bytes) -> Response:
     asked = read_submission(json_body(raw), max_tasks=use.settings.max_tasks, dry_run=True)
     incoming = _inline_rows(use, asked) if asked.rows else None
     planned = _plan(use, asked, incoming)
-    part = incoming.part() if incoming else Part(columns={name: [] for name in asked.fields})
+    part = incoming.part() if incoming else IncomingPart(columns={name: [] for name in asked.fields})
     unread = {name: absent(part.bad, part.bad_fields, fields_read(name, asked.tasks)) for name in asked.tasks}
     rows = {
         i: {name: texts[i] for name, texts in part.columns.items()}
@@ -400,7 +400,7 @@ def _dry_run(use: Resources, raw: bytes) -> Response:
     )
 
 
-def _asked(use: Resources, p: PlannedPass, task: Task, rows: list[dict[str, str]]) -> Asked:
+def _asked(use: Resources, p: PassPlan, task: Task, rows: list[dict[str, str]]) -> TaskTokens:
     """A task of a language model in tokens, by the tokenizer that will read it."""
     system = str(getattr(task, "system", ""))
     asked = instruction(task) if isinstance(task, Prompted) else ""
@@ -412,7 +412,7 @@ def _asked(use: Resources, p: PlannedPass, task: Task, rows: list[dict[str, str]
             ] * len(rows)
         return use.counter.lengths(p.model, [render(template, row) for row in rows])
 
-    return Asked(
+    return TaskTokens(
         system=system,
         system_tokens=tokens(system),
         instruction_tokens=tokens(asked),

@@ -409,15 +409,15 @@ def _version() -> str:
 
 
 @dataclass(frozen=True, slots=True)
-class Form:
+class Exposition:
     """One of the two ways to write figures down."""
 
     write: Callable[[CollectorRegistry], bytes]
     content_type: str
 
 
-PLAIN = Form(exposition.generate_latest, exposition.CONTENT_TYPE_PLAIN_0_0_4)
-OPENMETRICS = Form(openmetrics.generate_latest, openmetrics.CONTENT_TYPE_LATEST)
+PLAIN = Exposition(exposition.generate_latest, exposition.CONTENT_TYPE_PLAIN_0_0_4)
+OPENMETRICS = Exposition(openmetrics.generate_latest, openmetrics.CONTENT_TYPE_LATEST)
 _EXAMPLE = """# HELP motet_jobs Unfinished jobs
 # TYPE motet_jobs gauge
 motet_jobs{state="loading"} 0.0

@@ -33,7 +33,7 @@ from scheduler.api.manifests import (
     template_flaw,
 )
 from scheduler.api.resources import Resources, Use
-from scheduler.store.aliases import Alias, aliases, promote, remove_alias, roll_back
+from scheduler.store.aliases import AliasRow, aliases, promote, remove_alias, roll_back
 from scheduler.store.registry import add_model, blob_sizes, find_models, models, remove_model
 
 log = logging.getLogger(__name__)
@@ -67,7 +67,7 @@ _SHOWN = {
 )
 def list_models(use: Use, caller: Caller) -> Response:
     with use.database.transaction() as connection:
-        known = defaultdict[str, list[Alias]](list)
+        known = defaultdict[str, list[AliasRow]](list)
         for alias in aliases(connection):
             known[alias.ref].append(alias)
         shown = [described(m.manifest, known[m.manifest.ref]) for m in models(connection)]
@@ -263,7 +263,7 @@ def _must_be_an_alias(name: str, alias: str) -> None:
         raise NotFound("no alias of this name")
 
 
-def _shown(alias: Alias) -> dict[str, Any]:
+def _shown(alias: AliasRow) -> dict[str, Any]:
     return {
         "alias": alias.shown,
         "ref": alias.ref,
@@ -284,11 +284,11 @@ def _ref(text: str) -> str:
     return text
 
 
-def _meaning(manifest: Manifest, known: Iterable[Alias]) -> list[Alias]:
+def _meaning(manifest: Manifest, known: Iterable[AliasRow]) -> list[AliasRow]:
     return [alias for alias in known if alias.ref == manifest.ref]
 
 
-def described(manifest: Manifest, named: Iterable[Alias]) -> dict[str, Any]:
+def described(manifest: Manifest, named: Iterable[AliasRow]) -> dict[str, Any]:
     """A manifest as it is shown: with its reference, its digest and the aliases that mean it."""
     return {
         **manifest.to_json(),

@@ -5,18 +5,16 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from datetime import datetime
-from typing import Any, Literal
+from typing import Any
 from urllib.parse import quote, urlencode
 
 from motet.markup import Html, join, tag
+from motet.states import ENDED, STATES
 from scheduler.api.charts import colour, curve, lanes, shares, swatch
 from scheduler.api.markup import compact, count, document, duration, moment, number, percent
 
-Facts = Mapping[str, Any]
-State = Literal["loading", "running", "succeeded", "failed", "cancelled"]
+PageFacts = Mapping[str, Any]
 
-STATES: Sequence[State] = ("loading", "running", "succeeded", "failed", "cancelled")
-_ENDED = frozenset({"succeeded", "failed", "cancelled"})
 #: Sub-tasks that the table under the timeline tells in words.
 _TOLD = 40
 
@@ -24,11 +22,11 @@ _TOLD = 40
 # -- one job
 
 
-def job_page(facts: Facts) -> str:
+def job_page(facts: PageFacts) -> str:
     """The page of one job, from its activity."""
     job = facts["job"]
     name = _name(job)
-    live = job["state"] not in _ENDED
+    live = job["state"] not in ENDED
     progress = percent(_share(job)) if live else str(job["state"])
     return document(
         f"{name} · {progress}",
@@ -57,22 +55,22 @@ def _nav(*content: object) -> Html:
     return tag("nav", "motet › ", *content, aria_label="Where you are")
 
 
-def _name(job: Facts) -> str:
+def _name(job: PageFacts) -> str:
     return job["name"] or f"job {_short(job)}"
 
 
-def _short(job: Facts) -> str:
+def _short(job: PageFacts) -> str:
     return str(job["id"])[:8]
 
 
-def _state(job: Facts) -> Html:
+def _state(job: PageFacts) -> Html:
     partial = " partial" if job["partial"] else ""
     words = "partial" if job["partial"] else job["state"]
     more = "succeeded, with cells that have no answer" if job["partial"] else None
     return tag("span", words, title=more, class_=f"state {job['state']}{partial}")
 
 
-def _head(job: Facts) -> Html:
+def _head(job: PageFacts) -> Html:
     what = f"{count(job['rows'], 'row')} × {count(len(job['tasks']), 'task')}"
     return tag(
         "p",
@@ -82,17 +80,17 @@ def _head(job: Facts) -> Html:
     )
 
 
-def _reason(job: Facts) -> Html | None:
+def _reason(job: PageFacts) -> Html | None:
     if not job["reason"]:
         return None
     return tag("p", job["reason"], class_=f"reason {job['state']}", role="note")
 
 
-def _figures(facts: Facts) -> Html:
+def _figures(facts: PageFacts) -> Html:
     """What one wants to know first."""
     job = facts["job"]
     figures: list[tuple[str, str, str]] = []
-    if job["state"] in _ENDED:
+    if job["state"] in ENDED:
         figures.append(("Took", duration(facts["now_s"]), f"until {moment(job['finished'])[11:]}"))
     elif job["state"] == "loading":
         figures.append(("Rows so far", f"{job['rows']:,}", "parts are still coming"))
@@ -106,7 +104,7 @@ def _figures(facts: Facts) -> Html:
     figures.append(("Speed", f"{compact(rate)} tokens/s", f"{number(round(rows_s, 1))} rows/s, mean"))
     devices = facts["devices"]
     busy = sum(d["open"] > 0 for d in devices)
-    held = f"{busy} at work now" if job["state"] not in _ENDED else "worked on it"
+    held = f"{busy} at work now" if job["state"] not in ENDED else "worked on it"
     figures.append(("Devices", str(len(devices)), held))
     tokens, unfused = _fusion(facts["passes"])
     if tokens and unfused > tokens:
@@ -118,7 +116,7 @@ def _figures(facts: Facts) -> Html:
     )
 
 
-def _pace(facts: Facts) -> tuple[float, float]:
+def _pace(facts: PageFacts) -> tuple[float, float]:
     """Mean tokens and rows per second since the first sub-task began."""
     points = facts["throughput"]
     first = next((i for i, p in enumerate(points) if p["tokens_s"] or p["rows_s"]), None)
@@ -129,16 +127,16 @@ def _pace(facts: Facts) -> tuple[float, float]:
     return tokens_s, rows_s
 
 
-def _share(job: Facts) -> float:
+def _share(job: PageFacts) -> float:
     total = job["cells"]["total"]
     return _final(job) / total if total else 0.0
 
 
-def _final(job: Facts) -> int:
+def _final(job: PageFacts) -> int:
     return int(sum(job["cells"][k] for k in ("ok", "error", "skipped")))
 
 
-def _cells(job: Facts) -> Html:
+def _cells(job: PageFacts) -> Html:
     """Every cell accounted for."""
     cells = job["cells"]
     reused = min(cells["reused"], cells["ok"])
@@ -150,7 +148,7 @@ def _cells(job: Facts) -> Html:
         ("skipped", cells["skipped"], "skipped"),
     ]
     shown = [kind for kind in kinds if kind[1] or kind[0] != "reused"]
-    if job["state"] not in _ENDED:
+    if job["state"] not in ENDED:
         shown.append(("track", coming, "to come"))
     sum_of = " + ".join(f"{n:,} {words}" for _, n, words in shown)
     whole = f"{cells['total']:,} cells"
@@ -175,19 +173,19 @@ def _cells(job: Facts) -> Html:
     )
 
 
-def _passes(facts: Facts) -> Html:
+def _passes(facts: PageFacts) -> Html:
     several = len(facts["passes"]) > 1
     return join([_pass(p, facts["job"], several=several) for p in facts["passes"]])
 
 
-def _pass(p: Facts, job: Facts, *, several: bool) -> Html:
+def _pass(p: PageFacts, job: PageFacts, *, several: bool) -> Html:
     rows, subtasks, blocks = p["rows"], p["subtasks"], p["blocks"]
     css = colour(p["number"])
     left = rows["total"] - rows["done"] - rows["open"]
     told = [f"{rows['done']:,} of {count(rows['total'], 'row')} done"]
     if rows["open"]:
         told.append(f"{rows['open']:,} under way")
-    if left and job["state"] in _ENDED:
+    if left and job["state"] in ENDED:
         told.append(f"{left:,} never run")
     closed = [
         f"{subtasks[s]:,} {s}" for s in ("done", "open", "lost", "failed") if subtasks[s] or s == "done"
@@ -228,12 +226,12 @@ def _pass(p: Facts, job: Facts, *, several: bool) -> Html:
     )
 
 
-def _task(name: str, job: Facts) -> Html:
+def _task(name: str, job: PageFacts) -> Html:
     spec = job["tasks"].get(name, {})
     return tag("li", name, title=f"{spec.get('kind', '')} · {spec.get('model_ref', '')}")
 
 
-def _fused(p: Facts) -> Html:
+def _fused(p: PageFacts) -> Html:
     """What sharing the pass has saved."""
     tokens, unfused, n = p["tokens"], p["unfused_tokens"], len(p["tasks"])
     if n == 1:
@@ -263,14 +261,14 @@ def _fused(p: Facts) -> Html:
     )
 
 
-def _fusion(passes: Sequence[Facts]) -> tuple[int, int]:
+def _fusion(passes: Sequence[PageFacts]) -> tuple[int, int]:
     return sum(p["tokens"] for p in passes), sum(p["unfused_tokens"] for p in passes)
 
 
-def _devices(facts: Facts) -> Html:
+def _devices(facts: PageFacts) -> Html:
     if not facts["devices"]:
         return tag("p", "No device has had a part of it yet.", class_="soft")
-    live = facts["job"]["state"] not in _ENDED
+    live = facts["job"]["state"] not in ENDED
     heads = [
         ("Device", ""),
         ("State now", ""),
@@ -295,7 +293,7 @@ def _devices(facts: Facts) -> Html:
     )
 
 
-def _device(d: Facts, live: bool) -> Html:
+def _device(d: PageFacts, live: bool) -> Html:
     busy = min(1.0, d["share"])
     cells = [
         tag("th", d["worker"], tag("small", d["device_name"], class_="soft"), scope="row"),
@@ -322,13 +320,13 @@ def _device(d: Facts, live: bool) -> Html:
     return tag("tr", cells)
 
 
-def _timeline(facts: Facts) -> Html:
+def _timeline(facts: PageFacts) -> Html:
     bars = facts["timeline"]
     total = sum(sum(p["subtasks"].values()) for p in facts["passes"])
     if not bars:
         words = (
             "Nothing was left to run."
-            if facts["job"]["state"] in _ENDED
+            if facts["job"]["state"] in ENDED
             else "No sub-task has been carved yet."
         )
         return tag("p", words, class_="soft")
@@ -364,7 +362,7 @@ def _timeline(facts: Facts) -> Html:
     )
 
 
-def _told(bars: Sequence[Facts], passes: Sequence[Facts]) -> Html:
+def _told(bars: Sequence[PageFacts], passes: Sequence[PageFacts]) -> Html:
     heads = [
         ("Sub-task", ""),
         ("Device", ""),
@@ -392,27 +390,27 @@ def _told(bars: Sequence[Facts], passes: Sequence[Facts]) -> Html:
     return _table("told-table", f"The newest {count(len(bars), 'sub-task')}, newest first", heads, rows)
 
 
-def _throughput(facts: Facts) -> Html:
+def _throughput(facts: PageFacts) -> Html:
     points = facts["throughput"]
     if not any(p["tokens_s"] for p in points):
         return tag(
             "p",
-            "Nothing was read yet." if facts["job"]["state"] not in _ENDED else "Nothing was read.",
+            "Nothing was read yet." if facts["job"]["state"] not in ENDED else "Nothing was read.",
             class_="soft",
         )
     mean, _ = _pace(facts)
     most = max(p["tokens_s"] for p in points)
     words = f"{compact(mean)} tokens/s in the mean, {compact(most)} at most; all devices together."
-    if facts["job"]["state"] not in _ENDED:
+    if facts["job"]["state"] not in ENDED:
         words += " A sub-task counts once it has reported, so the last moments look low."
     return join(tag("p", words, class_="small soft"), curve(points))
 
 
-def _errors(facts: Facts) -> Html:
+def _errors(facts: PageFacts) -> Html:
     job, errors = facts["job"], facts["errors"]
     cells = job["cells"]["error"] + job["cells"]["skipped"]
     if not cells and not errors:
-        return tag("p", "None." if job["state"] in _ENDED else "None so far.", class_="soft")
+        return tag("p", "None." if job["state"] in ENDED else "None so far.", class_="soft")
     heads = [("Task", ""), ("Why", ""), ("Cells", "num"), ("First row", "num"), ("It said", "")]
     rows = [
         tag(
@@ -427,7 +425,7 @@ def _errors(facts: Facts) -> Html:
     ]
     rest = cells - sum(e["count"] for e in errors)
     why = (
-        "their rows were not answered when the job ended" if job["state"] in _ENDED else "of blocks under way"
+        "their rows were not answered when the job ended" if job["state"] in ENDED else "of blocks under way"
     )
     if more := facts["left_out"]["errors"]:
         why += f", and those of {count(more, 'more kind')} of error"
@@ -437,7 +435,7 @@ def _errors(facts: Facts) -> Html:
     )
 
 
-def _usage(facts: Facts) -> Html:
+def _usage(facts: PageFacts) -> Html:
     job = facts["job"]
     usage = job["usage"]
     real = (
@@ -487,7 +485,7 @@ def _table(name: str, caption: str, heads: Sequence[tuple[str, str]], rows: Sequ
 
 
 def jobs_page(
-    jobs: Sequence[Facts],
+    jobs: Sequence[PageFacts],
     *,
     following: str | None = None,
     state: str | None = None,
@@ -510,7 +508,7 @@ def jobs_page(
             if following
             else None,
         ),
-        live=first and any(j["state"] not in _ENDED for j in jobs),
+        live=first and any(j["state"] not in ENDED for j in jobs),
     )
 
 
@@ -530,7 +528,7 @@ def _nothing(state: str | None, first: bool) -> Html:
     return tag("p", words if first else "No older job.", class_="soft")
 
 
-def _list(jobs: Sequence[Facts]) -> Html:
+def _list(jobs: Sequence[PageFacts]) -> Html:
     heads = [
         ("Job", ""),
         ("State", ""),
@@ -547,7 +545,7 @@ def _list(jobs: Sequence[Facts]) -> Html:
     )
 
 
-def _line(job: Facts) -> Html:
+def _line(job: PageFacts) -> Html:
     cells = job["cells"]
     parts = [(kind, cells[kind], f"{cells[kind]:,} {kind}") for kind in ("ok", "error", "skipped")]
     told = percent(_share(job))
@@ -578,8 +576,8 @@ def _cut(words: str, most: int) -> str:
     return words if len(words) <= most else words[: most - 1] + "…"
 
 
-def _time(job: Facts) -> str:
-    if job["state"] not in _ENDED:
+def _time(job: PageFacts) -> str:
+    if job["state"] not in ENDED:
         return "–" if job["eta_s"] is None else f"{duration(job['eta_s'])} left"
     end = datetime.fromisoformat(job["finished"])
     return duration((end - datetime.fromisoformat(job["created"])).total_seconds())

@@ -21,7 +21,7 @@ from scheduler.api.door import Door
 from scheduler.api.token_counts import TokenCounter
 from scheduler.api.workers_seen import WorkersSeen
 from scheduler.store.database import Database
-from scheduler.store.jobs import Loading
+from scheduler.store.jobs import LoadingJob
 from scheduler.store.registry import StoredToken
 
 K = TypeVar("K")
@@ -70,7 +70,7 @@ class Resources:
     door: Door
     allowance: Allowance
     #: Jobs whose parts are coming in, by tenant and id.
-    loading: Recent[tuple[UUID, UUID], Loading] = field(default_factory=lambda: Recent(1024))
+    loading: Recent[tuple[UUID, UUID], LoadingJob] = field(default_factory=lambda: Recent(1024))
     #: Tokens that read the figures lately, and when: they may while Postgres, which knows them, is away.
     readers: Recent[str, tuple[StoredToken, float]] = field(default_factory=lambda: Recent(64))
     #: Bytes of bodies that are being read or worked on now.

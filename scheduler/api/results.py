@@ -27,7 +27,7 @@ from scheduler.api.refusals import CutOff, refusal
 from scheduler.api.resources import Resources, Use, job_id
 from scheduler.store.database import StoreUnavailable
 from scheduler.store.jobs import job_entry
-from scheduler.store.results import Order, ReadyBlock, Shown, read_columns, ready_blocks, shown, unanswered
+from scheduler.store.results import ReadyBlock, RowOrder, Shown, read_columns, ready_blocks, shown, unanswered
 
 routes = APIRouter(tags=["results"])
 
@@ -41,7 +41,7 @@ _FRAMES = "application/msgpack"
 
 
 @dataclass(frozen=True, slots=True)
-class Asked:
+class ResultsQuery:
     """What results are asked for."""
 
     use: Resources
@@ -49,7 +49,7 @@ class Asked:
     job: UUID
     #: None: all of them.
     tasks: tuple[str, ...] | None
-    order: Order
+    order: RowOrder
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,14 +86,14 @@ class End:
     job: Mapping[str, Any] | None = None
 
 
-def look_for(asked: Asked, after: int) -> Look:
+def look_for(asked: ResultsQuery, after: int) -> Look:
     """The job, then what is ready. In that order: an ended job gets no more blocks."""
     with asked.use.database.transaction() as connection:
         job = shown(connection, asked.tenant, asked.job, asked.tasks)
         return Look(job, ready_blocks(connection, job, asked.order, after))
 
 
-def read_on(asked: Asked, look: Look, after: int, budget: float) -> Iterator[Merged | End]:
+def read_on(asked: ResultsQuery, look: Look, after: int, budget: float) -> Iterator[Merged | End]:
     """Blocks while any are ready and the budget lasts, then the end. About a megabyte is held at a time.
 
     Raises StoreUnavailable or NotFound where Postgres or the job goes away, also between two blocks.
@@ -115,7 +115,7 @@ def read_on(asked: Asked, look: Look, after: int, budget: float) -> Iterator[Mer
     yield End(after, look.job.state, complete, _as_it_ended(asked) if complete else None)
 
 
-def frame_stream(pieces: Iterator[Merged | End], order: Order) -> Iterator[bytes]:
+def frame_stream(pieces: Iterator[Merged | End], order: RowOrder) -> Iterator[bytes]:
     """Frames, with one that ends them. Where Postgres or the job goes away behind a block, it says where to go on.
 
     Raises StoreUnavailable or NotFound before the first block.
@@ -131,7 +131,7 @@ def frame_stream(pieces: Iterator[Merged | End], order: Order) -> Iterator[bytes
         yield as_frame(End(sent.block.cursor(order), sent.job.state, complete=False))
 
 
-def line_stream(pieces: Iterator[Merged | End], order: Order) -> Iterator[bytes]:
+def line_stream(pieces: Iterator[Merged | End], order: RowOrder) -> Iterator[bytes]:
     """JSON lines. Lines have no end of their own, so those that break off must not look like whole ones.
 
     Whatever goes wrong behind a block is told in a last line, for readers to whom a proxy shows the end of the
@@ -160,7 +160,7 @@ def _last_line(error: Exception, after: int) -> bytes:
     return json.dumps({"error": said | {"next": after}}, ensure_ascii=False).encode() + b"\n"
 
 
-def _as_it_ended(asked: Asked) -> Mapping[str, Any] | None:
+def _as_it_ended(asked: ResultsQuery) -> Mapping[str, Any] | None:
     """The job now; None where it cannot be told, and must be asked for."""
     try:
         with asked.use.database.transaction() as connection:
@@ -211,7 +211,7 @@ async def show_results(
     wait_s: WaitS = 0.0,
 ) -> Response:
     names = None if tasks is None else tuple(dict.fromkeys(tasks.split(",")))
-    asked = Asked(use, caller.tenant, job_id(job), names, order)
+    asked = ResultsQuery(use, caller.tenant, job_id(job), names, order)
 
     def news() -> Look | None:
         look = look_for(asked, after)

@@ -19,7 +19,7 @@ from motet.errors import InvalidJob, Problem
 from motet.tasks import short
 from scheduler.api.dialogues import EXPECTED, NoDialogue, dialogue_text
 from scheduler.api.strict_json import BrokenJson, Doubled, Mark, loads, text_flaw
-from scheduler.blocks import Part
+from scheduler.blocks import IncomingPart
 
 #: Rows of one part at most: a guard for memory, far above any real part.
 MAX_PART_ROWS = 1 << 20
@@ -69,9 +69,9 @@ class Incoming:
     #: Index of its first row, where the sender says it.
     first_row: int | None = None
 
-    def part(self) -> Part:
+    def part(self) -> IncomingPart:
         """What is stored: what is bad keeps its place, without text."""
-        return Part(
+        return IncomingPart(
             columns=self.columns,
             bad=_as_marks(self.bad),
             bad_fields={name: _as_marks(bad) for name, bad in self.bad_fields.items()},

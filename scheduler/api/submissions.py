@@ -19,9 +19,9 @@ from motet.tasks import Choose, Task, parse, short
 from scheduler.api.answer_schemas import schema_problems
 from scheduler.api.bodies import clean_object
 from scheduler.api.strict_json import MAX_DEPTH, Doubled
-from scheduler.blocks import Part, absent
+from scheduler.blocks import IncomingPart, absent
 from scheduler.needs import dialogues_of, fields_of
-from scheduler.plan import PlannedPass, in_order, loaded_model, plan, reads_of, task_digest
+from scheduler.plan import PassPlan, in_order, loaded_model, plan, reads_of, task_digest
 from scheduler.store.jobs import PRIORITIES, NewJob, NewPass, NewTask
 from scheduler.store.registry import Registered
 
@@ -192,7 +192,7 @@ def _are_sizes(value: Any) -> bool:
     )
 
 
-def mean_bytes_of(part: Part) -> dict[str, float]:
+def mean_bytes_of(part: IncomingPart) -> dict[str, float]:
     """UTF-8 bytes of each field in the rows where it is good, as far as there are any."""
     good = {name: len(part) - len(absent(part.bad, part.bad_fields, (name,))) for name in part.columns}
     return {
@@ -210,13 +210,13 @@ def _rows_got(rows: Any) -> str:
 class Planned:
     """A submission with its models found and its passes made."""
 
-    passes: tuple[PlannedPass, ...]
+    passes: tuple[PassPlan, ...]
     #: Task name -> its model.
     models: Mapping[str, Registered]
     #: ``name@version`` -> trunk, for the heads among them.
     trunks: Mapping[str, Registered]
 
-    def loaded_id(self, planned: PlannedPass) -> int:
+    def loaded_id(self, planned: PassPlan) -> int:
         """Registry id of the model that a pass loads."""
         by_ref = {**self.trunks, **{m.manifest.ref: m for m in self.models.values()}}
         return by_ref[planned.model.ref].id

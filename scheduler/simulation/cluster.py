@@ -9,7 +9,7 @@ from math import log
 from random import Random
 
 from motet.manifest import Manifest
-from scheduler.cost import Work
+from scheduler.cost import Workload
 
 #: Bytes that a token stands for in simulated text.
 BYTES_PER_TOKEN = 4
@@ -44,14 +44,14 @@ class Model:
             files={"model.safetensors": self.name},
         )
 
-    def seconds(self, work: Work) -> float:
+    def seconds(self, work: Workload) -> float:
         return (
             self.start_s + self.row_s * work.rows + self.token_s * work.tokens + self.square_s * work.squares
         )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Device:
+class SimulatedDevice:
     """One worker with its device."""
 
     name: str
@@ -68,7 +68,7 @@ class Device:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Job:
+class SimulatedJob:
     """N rows for one model."""
 
     name: str
@@ -124,9 +124,9 @@ class Begun:
 class Scenario:
     """Devices, models, jobs, and how unkind the world is."""
 
-    devices: tuple[Device, ...]
+    devices: tuple[SimulatedDevice, ...]
     models: dict[str, Model]
-    jobs: tuple[Job, ...]
+    jobs: tuple[SimulatedJob, ...]
     #: (model, kind of device) -> the model as it is there, where its speed alone does not tell.
     measured: Mapping[tuple[str, str], Model] = field(default_factory=dict)
     #: Earlier ones first, of one device.
@@ -145,16 +145,16 @@ class Scenario:
     #: What the cost model believes of a token before it has seen one, as a factor of the truth.
     prior_off: float = 3.0
 
-    def model(self, name: str, device: Device) -> Model:
+    def model(self, name: str, device: SimulatedDevice) -> Model:
         """What a model costs on a device of speed 1 of this kind."""
         return self.measured.get((name, device.kind), self.models[name])
 
 
 @dataclass(slots=True)
-class Rows:
+class UncarvedRows:
     """What of a job was not carved yet, without its rows: a block's lengths stand for all blocks."""
 
-    job: Job
+    job: SimulatedJob
     cumulative: list[int] = field(init=False)
     squares: list[int] = field(init=False)
     blocks: int = field(init=False)
@@ -180,8 +180,8 @@ class Rows:
         whole, rest = divmod(self.job.rows, self.block_rows)
         return self.job.rows, whole * self.cumulative[-1] + self.cumulative[rest]
 
-    def work(self, lo: int, hi: int) -> Work:
-        return Work(
+    def work(self, lo: int, hi: int) -> Workload:
+        return Workload(
             hi - lo,
             (self.cumulative[hi] - self.cumulative[lo]) / BYTES_PER_TOKEN,
             self.squares[hi] - self.squares[lo],

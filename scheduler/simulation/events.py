@@ -11,9 +11,9 @@ from random import Random
 from typing import Protocol
 
 from motet.residency import Resident, evictions
-from scheduler.cost import Work
+from scheduler.cost import Workload
 from scheduler.fairness import INTERACTIVE
-from scheduler.simulation.cluster import Begun, Device, Job, Model, Rows, Scenario
+from scheduler.simulation.cluster import Begun, Model, Scenario, SimulatedDevice, SimulatedJob, UncarvedRows
 
 #: Bulk is interrupted at the end of its micro-batch while somebody waits interactively, and where it is dropped.
 MICRO_BATCH_S = 0.05
@@ -30,11 +30,11 @@ class Subtask:
     """Rows of a job: (block, lo, hi) of its order."""
 
     id: int
-    job: Job
+    job: SimulatedJob
     ranges: tuple[tuple[int, int, int], ...]
     rows: int
     bytes: int
-    work: Work
+    work: Workload
     done: bool = False
     #: Its live leases.
     attempts: list[Attempt] = field(default_factory=list)
@@ -55,7 +55,7 @@ class Attempt:
 
 
 @dataclass(frozen=True, slots=True)
-class Span:
+class DeviceSpan:
     """What a device did: loaded or ran, from when to when."""
 
     device: str
@@ -72,11 +72,11 @@ class Policy(Protocol):
 
     def begin(self, scenario: Scenario) -> None: ...
 
-    def joined(self, device: Device, now: float) -> None: ...
+    def joined(self, device: SimulatedDevice, now: float) -> None: ...
 
-    def died(self, device: Device, now: float) -> None: ...
+    def died(self, device: SimulatedDevice, now: float) -> None: ...
 
-    def arrived(self, job: Job, rows: Rows, now: float) -> None: ...
+    def arrived(self, job: SimulatedJob, rows: UncarvedRows, now: float) -> None: ...
 
     def begun(self, begun: Begun, now: float) -> Subtask:
         """What was under way at the beginning, as a sub-task; asked only where a scenario has any."""
@@ -105,7 +105,7 @@ class Policy(Protocol):
 class _Machine:
     """A device at work."""
 
-    device: Device
+    device: SimulatedDevice
     #: Model -> when it was used last.
     loaded: dict[str, float]
     queue: list[Attempt] = field(default_factory=list)
@@ -134,7 +134,7 @@ class _Report:
 
 
 @dataclass(slots=True)
-class Outcome:
+class RunOutcome:
     """What a simulated run came to."""
 
     #: When the last device was done with the last row.
@@ -160,7 +160,7 @@ class Outcome:
     first_s: dict[str, float] = field(default_factory=dict)
     backlogged_s: dict[str, float] = field(default_factory=dict)
     ended_s: dict[str, float] = field(default_factory=dict)
-    spans: list[Span] = field(default_factory=list)
+    spans: list[DeviceSpan] = field(default_factory=list)
 
 
 class Simulation:
@@ -181,9 +181,9 @@ class Simulation:
         self._woken_at = inf
         #: Something happened that nobody has decided upon.
         self._changed = False
-        self.outcome = Outcome()
+        self.outcome = RunOutcome()
 
-    def run(self, until: Collection[str] = (), most_attempts: float = inf) -> Outcome:
+    def run(self, until: Collection[str] = (), most_attempts: float = inf) -> RunOutcome:
         """Until every row of every job is done, or of those named, or so much was sent.
 
         Raises RuntimeError where that will never be.
@@ -232,9 +232,9 @@ class Simulation:
 
     # -- events
 
-    def _arrive(self, job: Job, now: float) -> None:
+    def _arrive(self, job: SimulatedJob, now: float) -> None:
         self._waiting.add(job.name)
-        self.policy.arrived(job, Rows(job), now)
+        self.policy.arrived(job, UncarvedRows(job), now)
         self._changed = True
 
     def _resume(self, begun: Begun, now: float) -> None:
@@ -246,7 +246,7 @@ class Simulation:
         machine.queue.append(attempt)
         self._next(machine, now)
 
-    def _die(self, device: Device, now: float) -> None:
+    def _die(self, device: SimulatedDevice, now: float) -> None:
         machine = self._machines[device.name]
         machine.alive = False
         machine.version += 1
@@ -428,10 +428,10 @@ class Simulation:
         outcome.load_s += seconds
         outcome.pairs.add((device.name, model.name))
         if self._spans:
-            outcome.spans.append(Span(device.name, now, now + seconds, "", model.name, True))
+            outcome.spans.append(DeviceSpan(device.name, now, now + seconds, "", model.name, True))
         return seconds
 
-    def _run_s(self, attempt: Attempt, model: Model, device: Device) -> float:
+    def _run_s(self, attempt: Attempt, model: Model, device: SimulatedDevice) -> float:
         sigma = self.scenario.noise
         seconds = model.seconds(attempt.subtask.work) / device.true_speed
         seconds *= self._rng.lognormvariate(-(sigma**2) / 2, sigma) if sigma else 1.0
@@ -449,7 +449,7 @@ class Simulation:
             outcome.work_s[job.model] = outcome.work_s.get(job.model, 0.0) + report.busy_s * speed
         if self._spans and report.busy_s > 0:
             outcome.spans.append(
-                Span(attempt.device, report.began_s, report.ended_s, job.name, job.model, False, wasted)
+                DeviceSpan(attempt.device, report.began_s, report.ended_s, job.name, job.model, False, wasted)
             )
 
     def _unkind(self, share: float) -> bool:

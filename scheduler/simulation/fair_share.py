@@ -9,8 +9,8 @@ from itertools import combinations
 import numpy as np
 from numpy.typing import NDArray
 
-from scheduler.simulation.cluster import Job
-from scheduler.simulation.events import Outcome, Span
+from scheduler.simulation.cluster import SimulatedJob
+from scheduler.simulation.events import DeviceSpan, RunOutcome
 
 
 @dataclass(frozen=True, slots=True)
@@ -24,7 +24,7 @@ class _Party:
     until_s: float
 
 
-def gap_s(jobs: Sequence[Job], outcome: Outcome) -> float:
+def gap_s(jobs: Sequence[SimulatedJob], outcome: RunOutcome) -> float:
     """The most by which the service of two parties, in device-seconds / weight, differed; the smallest weight is 1.
 
     Since both have rows waiting and until one has none. Loading, and work whose result was not wanted, is no service.
@@ -40,14 +40,14 @@ def gap_s(jobs: Sequence[Job], outcome: Outcome) -> float:
     return worst
 
 
-def largest_s(outcome: Outcome) -> float:
+def largest_s(outcome: RunOutcome) -> float:
     """Seconds of the longest sub-task."""
     return max(span.end_s - span.start_s for span in outcome.spans if not span.loads)
 
 
-def _peers(jobs: Sequence[Job], outcome: Outcome) -> Iterator[list[_Party]]:
+def _peers(jobs: Sequence[SimulatedJob], outcome: RunOutcome) -> Iterator[list[_Party]]:
     """The tenants; and the jobs of each tenant."""
-    tenants: dict[str, list[Job]] = {}
+    tenants: dict[str, list[SimulatedJob]] = {}
     for job in jobs:
         tenants.setdefault(job.tenant, []).append(job)
     yield [_party(own, own[0].weight, outcome) for own in tenants.values()]
@@ -55,7 +55,7 @@ def _peers(jobs: Sequence[Job], outcome: Outcome) -> Iterator[list[_Party]]:
         yield [_party([job], 1.0, outcome) for job in own]
 
 
-def _party(jobs: Sequence[Job], weight: float, outcome: Outcome) -> _Party:
+def _party(jobs: Sequence[SimulatedJob], weight: float, outcome: RunOutcome) -> _Party:
     return _Party(
         weight,
         frozenset(job.name for job in jobs),
@@ -65,7 +65,7 @@ def _party(jobs: Sequence[Job], weight: float, outcome: Outcome) -> _Party:
 
 
 def _lead(
-    one: _Party, other: _Party, spans: Iterable[Span], from_s: float, until_s: float
+    one: _Party, other: _Party, spans: Iterable[DeviceSpan], from_s: float, until_s: float
 ) -> NDArray[np.float64]:
     """By how much one has had more than the other since ``from_s``, whenever that begins to change."""
     shares = {**dict.fromkeys(one.jobs, 1 / one.weight), **dict.fromkeys(other.jobs, -1 / other.weight)}

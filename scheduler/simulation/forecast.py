@@ -14,8 +14,15 @@ from random import Random
 
 from scheduler.cost import Rate, Rates
 from scheduler.fairness import BULK
-from scheduler.place import Demand, Kind, PassId, Worker, on_first_mb
-from scheduler.simulation.cluster import BYTES_PER_TOKEN, Begun, Device, Job, Model, Scenario
+from scheduler.place import Demand, DeviceKind, PassId, WorkerState, on_first_mb
+from scheduler.simulation.cluster import (
+    BYTES_PER_TOKEN,
+    Begun,
+    Model,
+    Scenario,
+    SimulatedDevice,
+    SimulatedJob,
+)
 from scheduler.simulation.events import Simulation
 from scheduler.simulation.policy import Motet
 
@@ -45,17 +52,17 @@ class Started:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Cluster:
+class ClusterNow:
     """What there is now."""
 
-    workers: Sequence[Worker]
+    workers: Sequence[WorkerState]
     rates: Rates
     #: All passes of which something waits or is under way; deadlines count from now.
     demand: Sequence[Demand]
     #: Earlier ones first, of one worker.
     started: Sequence[Started]
     #: Whether a worker can run a pass, now or once it has loaded its model.
-    can: Callable[[Worker, Demand], bool]
+    can: Callable[[WorkerState, Demand], bool]
     subtask_s: float
     ahead_s: float
     depth: int
@@ -71,7 +78,7 @@ class Forecast:
     measured: bool
 
 
-def forecast(job: str, cluster: Cluster) -> Forecast | None:
+def forecast(job: str, cluster: ClusterNow) -> Forecast | None:
     """When all of this job's demand will be done; None where some of it never will."""
     world = _World(cluster, job)
     if not world.mine or any(id_ not in world.pools for id_ in world.mine):
@@ -101,10 +108,10 @@ class _Pool:
     demand: Demand
     memory_mb: int
     #: Kind of device -> seconds for what takes the fastest kind one second, seconds to load, what that was learned from.
-    slowness: Mapping[Kind, float]
-    load_s: Mapping[Kind, float]
-    observations: Mapping[Kind, int]
-    fastest: Kind
+    slowness: Mapping[DeviceKind, float]
+    load_s: Mapping[DeviceKind, float]
+    observations: Mapping[DeviceKind, int]
+    fastest: DeviceKind
 
 
 @dataclass(frozen=True, slots=True)
@@ -118,7 +125,7 @@ class _Rivals:
 class _World:
     """The cluster as numbers that every run begins with."""
 
-    def __init__(self, cluster: Cluster, job: str) -> None:
+    def __init__(self, cluster: ClusterNow, job: str) -> None:
         self._cluster = cluster
         self._job = job
         self.mine = {d.id for d in cluster.demand if d.job == job}
@@ -218,7 +225,7 @@ class _World:
             fastest=fastest,
         )
 
-    def _rate(self, demand: Demand, kind: Kind) -> Rate:
+    def _rate(self, demand: Demand, kind: DeviceKind) -> Rate:
         model = demand.model
         key = (demand.learned_as, kind[1], demand.numerics)
         return self._cluster.rates.of(key, device_kind=kind[0], parameters=model.parameters)
@@ -227,10 +234,10 @@ class _World:
         """Seconds of what waits of a pass on the fastest kind."""
         return _seconds(self._rate(demand, self.pools[demand.id].fastest), demand, self._cluster.subtask_s)
 
-    def _together(self) -> Iterator[list[Worker]]:
+    def _together(self) -> Iterator[list[WorkerState]]:
         """Workers, a few together where there are many: of one kind, that can run the same, and hold alike."""
         size = ceil(len(self._cluster.workers) / _DEVICES)
-        alike: dict[tuple[Kind, int, frozenset[str]], list[Worker]] = {}
+        alike: dict[tuple[DeviceKind, int, frozenset[str]], list[WorkerState]] = {}
         for w in self._cluster.workers:
             alike.setdefault((w.kind, w.memory_mb // w.gpus, self._refuses(w)), []).append(w)
         for group in alike.values():
@@ -238,10 +245,10 @@ class _World:
             for lo in range(0, len(group), size):
                 yield group[lo : lo + size]
 
-    def _refuses(self, worker: Worker) -> frozenset[str]:
+    def _refuses(self, worker: WorkerState) -> frozenset[str]:
         return frozenset(name for name in self._all_pools if worker.name not in self._able[name])
 
-    def _device(self, number: int, chunk: Sequence[Worker]) -> Device:
+    def _device(self, number: int, chunk: Sequence[WorkerState]) -> SimulatedDevice:
         """Some workers as one: a pace of its own, and a kind that is as fast as all of them."""
         first = chunk[0]
         speed = sum(1 / self._cluster.rates.pace(w.name) for w in chunk) / len(chunk)
@@ -251,7 +258,7 @@ class _World:
             if s.of in self.pools and self._device_of.get(s.worker) == number
         }
         refuses = self._refuses(first)
-        return Device(
+        return SimulatedDevice(
             name=str(number),
             kind=_kind_name(first.kind, len(chunk)),
             speed=speed,
@@ -269,7 +276,7 @@ class _World:
         )
 
     def _costs(
-        self, zoom: float, dice: Random, devices: Sequence[Device]
+        self, zoom: float, dice: Random, devices: Sequence[SimulatedDevice]
     ) -> tuple[dict[tuple[str, str], Model], dict[tuple[str, str, str], Rate]]:
         """What each model costs on each kind of device in this run, and the same as the policy believes it."""
         measured: dict[tuple[str, str], Model] = {}
@@ -303,14 +310,14 @@ class _World:
     def _name(self, id_: PassId) -> str:
         return f"{id_[0]} {id_[1]}"
 
-    def _jobs(self, zoom: float, begun: set[str]) -> Iterator[Job]:
+    def _jobs(self, zoom: float, begun: set[str]) -> Iterator[SimulatedJob]:
         for name, (rivals, together) in self._rivals.items():
             tokens = sum(self._works[d.id] for d in together) / zoom / _TOKEN_S
             if tokens <= 0 and name not in begun:
                 continue
             rows = max(1, round(tokens / _ROW_TOKENS)) if tokens > 0 else 0
             one = together[0]
-            yield Job(
+            yield SimulatedJob(
                 name=name,
                 model=self.pools[one.id].name,
                 rows=rows,
@@ -321,7 +328,7 @@ class _World:
                 deadline_s=None if one.deadline is None or len(together) > 1 else one.deadline / zoom,
             )
         if _BUSY in begun:
-            yield Job(name=_BUSY, model=_BUSY, rows=0, tenant=_BUSY, priority=BULK)
+            yield SimulatedJob(name=_BUSY, model=_BUSY, rows=0, tenant=_BUSY, priority=BULK)
 
     def _together_by_share(self) -> dict[str, tuple[_Rivals, list[Demand]]]:
         """Simulated job -> whose share it has, and the passes that it stands for, oldest first.
@@ -389,7 +396,7 @@ def _largest(
     return sorted(groups.values(), key=lambda group: -sum(works[d.id] for d in group))
 
 
-def _kind_name(kind: Kind, together: int) -> str:
+def _kind_name(kind: DeviceKind, together: int) -> str:
     return f"{kind[0]} {kind[1]} {together}"
 
 

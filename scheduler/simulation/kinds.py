@@ -10,14 +10,14 @@ from dataclasses import dataclass
 
 from motet.errors import SetupError
 from motet.settings import Settings
-from scheduler.simulation.cluster import Device
+from scheduler.simulation.cluster import SimulatedDevice
 
 #: Share of a data sheet's bf16 TFLOP/s that a forward pass reaches.
 REACHED = 0.4
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Kind:
+class DeviceModel:
     """Devices of one kind."""
 
     name: str
@@ -25,10 +25,10 @@ class Kind:
     speed: float
     memory_gb: float
 
-    def device(self, number: int) -> Device:
+    def device(self, number: int) -> SimulatedDevice:
         """One of them, of whose memory models may hold what the settings' default says."""
         share = Settings().memory_share
-        return Device(
+        return SimulatedDevice(
             name=f"{self.name}-{number}",
             kind=self.name,
             speed=self.speed,
@@ -37,8 +37,8 @@ class Kind:
         )
 
 
-def _sheet(name: str, tflops: float, memory_gb: float) -> Kind:
-    return Kind(name=name, speed=REACHED * tflops, memory_gb=memory_gb)
+def _sheet(name: str, tflops: float, memory_gb: float) -> DeviceModel:
+    return DeviceModel(name=name, speed=REACHED * tflops, memory_gb=memory_gb)
 
 
 #: Dense bf16 tensor TFLOP/s (of the T4, which has no bf16, fp16) and memory, from the makers' data sheets: NVIDIA H200
@@ -53,16 +53,16 @@ KINDS = {
         _sheet("L40S", 362, 48),
         _sheet("L4", 121, 24),
         _sheet("T4", 65, 16),
-        Kind(name="cpu", speed=0.1, memory_gb=8),
+        DeviceModel(name="cpu", speed=0.1, memory_gb=8),
     )
 }
 _PART = re.compile(r"(?:(\d{1,6})x)?([A-Za-z][A-Za-z0-9_.-]{0,39})(?:=([0-9.]{1,12}):([0-9.]{1,12}))?")
 
 
-def devices_of(text: str) -> tuple[Device, ...]:
+def devices_of(text: str) -> tuple[SimulatedDevice, ...]:
     """The devices of ``8xH200,16xL4,4xB300=900:288``. Raises SetupError."""
     counts: dict[str, int] = {}
-    kinds: dict[str, Kind] = {}
+    kinds: dict[str, DeviceModel] = {}
     for part in text.replace(" ", "").split(","):
         count, kind = _part(part)
         if kinds.setdefault(kind.name, kind) != kind:
@@ -71,7 +71,7 @@ def devices_of(text: str) -> tuple[Device, ...]:
     return tuple(kinds[name].device(i) for name, count in counts.items() for i in range(count))
 
 
-def kind_named(device_name: str) -> Kind | None:
+def kind_named(device_name: str) -> DeviceModel | None:
     """The kind of a device as its maker or its operating system names it; None where we know none such."""
     words = re.split(r"[^A-Za-z0-9]+", device_name)
     found = next((kind for name, kind in KINDS.items() if name in words), None)
@@ -79,7 +79,7 @@ def kind_named(device_name: str) -> Kind | None:
     return found or (KINDS["cpu"] if is_cpu else None)
 
 
-def _part(part: str) -> tuple[int, Kind]:
+def _part(part: str) -> tuple[int, DeviceModel]:
     found = _PART.fullmatch(part)
     if found is None or found[1] == "0":
         raise SetupError(
@@ -99,4 +99,4 @@ def _part(part: str) -> tuple[int, Kind]:
         speed = memory_gb = 0.0
     if speed <= 0 or memory_gb <= 0:
         raise SetupError(f"--gpus: got {part[:60]!r}; expected SPEED:MEMORY_GB as two numbers above 0")
-    return count, Kind(name=name, speed=speed, memory_gb=memory_gb)
+    return count, DeviceModel(name=name, speed=speed, memory_gb=memory_gb)

@@ -7,9 +7,16 @@ from dataclasses import dataclass, field
 from itertools import count
 
 from scheduler.carve import MAX_ROWS, Carved, Frontier, OpenBlock, Piece, Range, carve
-from scheduler.cost import Rates, Work
-from scheduler.place import Clone, Demand, Flight, Placement, Placer, UnderWay, Worker
-from scheduler.simulation.cluster import BYTES_PER_TOKEN, Begun, Device, Job, Rows, Scenario
+from scheduler.cost import Rates, Workload
+from scheduler.place import Clone, Demand, Flight, Placement, Placer, UnderWay, WorkerState
+from scheduler.simulation.cluster import (
+    BYTES_PER_TOKEN,
+    Begun,
+    Scenario,
+    SimulatedDevice,
+    SimulatedJob,
+    UncarvedRows,
+)
 from scheduler.simulation.events import Attempt, Subtask
 
 #: The dispatcher tends to those who are owed something so often.
@@ -20,8 +27,8 @@ TEND_S = 1.0
 class _Pass:
     """A job's only pass, and where it stands."""
 
-    job: Job
-    rows: Rows
+    job: SimulatedJob
+    rows: UncarvedRows
     frontier: Frontier
     waiting_rows: int
     waiting_bytes: int
@@ -47,7 +54,7 @@ class Motet:
         self._scenario = scenario
         self._passes: dict[str, _Pass] = {}
         self._manifests = {name: model.manifest() for name, model in scenario.models.items()}
-        self._devices: dict[str, Device] = {}
+        self._devices: dict[str, SimulatedDevice] = {}
         #: Live leases: attempt -> it, and sub-task -> its attempts.
         self._attempts: dict[int, Attempt] = {}
         self._leases: dict[int, set[int]] = {}
@@ -68,9 +75,9 @@ class Motet:
                     )
                 self.rates.loads.setdefault((self._manifests[name].digest, kind), model.load_s)
 
-    def joined(self, device: Device, now: float) -> None:
+    def joined(self, device: SimulatedDevice, now: float) -> None:
         self._devices[device.name] = device
-        worker = Worker(
+        worker = WorkerState(
             name=device.name,
             boot="1",
             device_kind="cuda",
@@ -82,17 +89,17 @@ class Motet:
         )
         self.placer.worker(worker, now)
 
-    def died(self, device: Device, now: float) -> None:
+    def died(self, device: SimulatedDevice, now: float) -> None:
         self.placer.gone(device.name)
 
-    def arrived(self, job: Job, rows: Rows, now: float) -> None:
+    def arrived(self, job: SimulatedJob, rows: UncarvedRows, now: float) -> None:
         n_rows, size = rows.total()
         self._passes[job.name] = _Pass(job, rows, Frontier(), n_rows, size, next(self._ages))
         self._want(self._passes[job.name])
 
     def begun(self, begun: Begun, now: float) -> Subtask:
         pass_, tokens = self._passes[begun.job], begun.tokens
-        size, work = round(BYTES_PER_TOKEN * tokens), Work(1, tokens, 0)
+        size, work = round(BYTES_PER_TOKEN * tokens), Workload(1, tokens, 0)
         model = self._scenario.model(pass_.job.model, self._devices[begun.device])
         seconds = model.seconds(work) / self._devices[begun.device].speed
         under_way = UnderWay(key="new", rows=1, bytes=size, seconds=seconds, age_s=0.0)
@@ -190,7 +197,9 @@ class Motet:
         work = (
             works[0]
             if len(works) == 1
-            else Work(sum(w.rows for w in works), sum(w.tokens for w in works), sum(w.squares for w in works))
+            else Workload(
+                sum(w.rows for w in works), sum(w.tokens for w in works), sum(w.squares for w in works)
+            )
         )
         ranges = tuple((r.block, r.lo, r.hi) for r in carved.ranges)
         # Not what carve says: the bytes of part of a piece are a guess, and guesses do not add up.

@@ -15,16 +15,16 @@ from random import Random
 from typing import Any, TypeVar
 
 from motet.errors import SetupError
-from scheduler.simulation.cluster import Device, Job, Model, Rows, Scenario
+from scheduler.simulation.cluster import Model, Scenario, SimulatedDevice, SimulatedJob, UncarvedRows
 
 Made = TypeVar("Made")
 
 #: What a scenario file may say of the world as a whole; the rest of it is tables.
 _WORLD = frozenset(f.name for f in fields(Scenario)) - {"devices", "models", "jobs", "measured", "begun"}
-_DEVICE = frozenset(f.name for f in fields(Device)) | {"count"}
+_DEVICE = frozenset(f.name for f in fields(SimulatedDevice)) | {"count"}
 _MODEL = frozenset(f.name for f in fields(Model)) | {"count"}
 #: ``share``: rows for this part of all work of the scenario, in place of ``rows``.
-_JOB = frozenset(f.name for f in fields(Job)) | {"count", "share"}
+_JOB = frozenset(f.name for f in fields(SimulatedJob)) | {"count", "share"}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -60,7 +60,8 @@ def drawn(spec: Mapping[str, Any], rng: Random, where: str) -> Scenario:
     )
     world = {k: v for k, v in spec.items() if k in _WORLD}
     devices = tuple(
-        _make(Device, {"true_speed": s.get("speed"), **s}, at) for s, at in _each(spec, "devices", rng, where)
+        _make(SimulatedDevice, {"true_speed": s.get("speed"), **s}, at)
+        for s, at in _each(spec, "devices", rng, where)
     )
     models = {
         s["name"]: _make(Model, s, at) for s, at in _each(spec, "models", rng, where, default_name="model")
@@ -81,18 +82,20 @@ def _job(
     work_s: float,
     shares: float,
     number: int,
-) -> Job:
+) -> SimulatedJob:
     share = spec.pop("share", None)
     # A job that names no model takes the next one in turn.
     spec.setdefault("model", list(models)[number % len(models)])
     if spec["model"] not in models:
         raise SetupError(f"{where}.model: got {spec['model']!r}; expected one of {', '.join(models)}")
     if share is None:
-        job = _make(Job, spec, where)
+        job = _make(SimulatedJob, spec, where)
     elif work_s <= 0:
         raise SetupError(f"{where}.share: it needs seconds_a_device at the head of the file")
     else:
-        job = _make(Job, {**spec, "rows": _rows(spec, models[spec["model"]], work_s * share / shares)}, where)
+        job = _make(
+            SimulatedJob, {**spec, "rows": _rows(spec, models[spec["model"]], work_s * share / shares)}, where
+        )
     if job.rows < 1:
         raise SetupError(f"{where}.rows: got {job.rows}; expected at least 1")
     return job
@@ -100,7 +103,7 @@ def _job(
 
 def _rows(spec: Mapping[str, Any], model: Model, seconds: float) -> int:
     """Rows that take so many seconds on a device of speed 1."""
-    block = Rows(Job(**{**spec, "rows": 1 << 30}))
+    block = UncarvedRows(SimulatedJob(**{**spec, "rows": 1 << 30}))
     a_block_s = model.seconds(block.work(0, block.block_rows))
     return max(1, round(seconds / a_block_s * block.block_rows))
 

@@ -9,11 +9,10 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from motet.markup import Html, tag
-from scheduler.api.charts import Span as Stretch
-from scheduler.api.charts import clock
+from scheduler.api.charts import Stretch, clock
 from scheduler.api.markup import count, document, duration, percent
-from scheduler.simulation.cluster import Device
-from scheduler.simulation.events import Outcome, Span
+from scheduler.simulation.cluster import SimulatedDevice
+from scheduler.simulation.events import DeviceSpan, RunOutcome
 from scheduler.simulation.trace import Trace
 
 #: Lanes of a page, columns of a lane, and bars that a lane may have before it is drawn by columns.
@@ -38,10 +37,10 @@ class _Lane:
 
     name: str
     devices: int
-    spans: Sequence[Span]
+    spans: Sequence[DeviceSpan]
 
 
-def page(runs: Sequence[tuple[str, Sequence[Device], Outcome]], trace: Trace) -> str:
+def page(runs: Sequence[tuple[str, Sequence[SimulatedDevice], RunOutcome]], trace: Trace) -> str:
     """A whole page with one section for each (name of a cluster, its devices, a run)."""
     colours, what = _colours(trace)
     longest = max(max(outcome.ended_s.values()) for _, _, outcome in runs)
@@ -109,7 +108,11 @@ def _key(colours: Mapping[str, str]) -> Html:
 
 
 def _section(
-    text: str, devices: Sequence[Device], outcome: Outcome, colours: Mapping[str, str], longest: float
+    text: str,
+    devices: Sequence[SimulatedDevice],
+    outcome: RunOutcome,
+    colours: Mapping[str, str],
+    longest: float,
 ) -> Html:
     lanes = _lanes(devices, outcome.spans)
     over = Stretch(0.0, longest)
@@ -151,7 +154,9 @@ def _section(
     )
 
 
-def _used(kind: str, devices: Sequence[Device], outcome: Outcome, ended: float) -> tuple[str, str, str]:
+def _used(
+    kind: str, devices: Sequence[SimulatedDevice], outcome: RunOutcome, ended: float
+) -> tuple[str, str, str]:
     names = {device.name for device in devices}
     busy, loads = (
         sum(s.end_s - s.start_s for s in outcome.spans if s.device in names and s.loads is what)
@@ -165,16 +170,16 @@ def _used(kind: str, devices: Sequence[Device], outcome: Outcome, ended: float) 
     )
 
 
-def _by_kind(devices: Iterable[Device]) -> dict[str, list[Device]]:
-    found: dict[str, list[Device]] = {}
+def _by_kind(devices: Iterable[SimulatedDevice]) -> dict[str, list[SimulatedDevice]]:
+    found: dict[str, list[SimulatedDevice]] = {}
     for device in devices:
         found.setdefault(device.kind, []).append(device)
     return found
 
 
-def _lanes(devices: Sequence[Device], spans: Iterable[Span]) -> list[_Lane]:
+def _lanes(devices: Sequence[SimulatedDevice], spans: Iterable[DeviceSpan]) -> list[_Lane]:
     """A lane for each device, or for so many neighbours of a kind that the page has about ``LANES``."""
-    by_device: dict[str, list[Span]] = {device.name: [] for device in devices}
+    by_device: dict[str, list[DeviceSpan]] = {device.name: [] for device in devices}
     for span in spans:
         by_device[span.device].append(span)
     found = []
@@ -207,7 +212,7 @@ def _drawn(lane: _Lane, colours: Mapping[str, str], over: Stretch) -> Html:
     )
 
 
-def _class(span: Span, colours: Mapping[str, str]) -> str:
+def _class(span: DeviceSpan, colours: Mapping[str, str]) -> str:
     return _LOADS if span.loads else _WASTED if span.wasted else colours[span.job]
 
 

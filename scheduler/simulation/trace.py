@@ -16,9 +16,9 @@ from typing import Any
 
 from motet.errors import SetupError
 from motet.manifest import Manifest
-from scheduler.cost import Rate, Rates, Work
+from scheduler.cost import Rate, Rates, Workload
 from scheduler.fairness import BULK, INTERACTIVE, NORMAL
-from scheduler.simulation.cluster import Job, Model
+from scheduler.simulation.cluster import Model, SimulatedJob
 from scheduler.simulation.kinds import KINDS, kind_named
 
 PRIORITIES = {"interactive": INTERACTIVE, "normal": NORMAL, "bulk": BULK}
@@ -41,7 +41,7 @@ EXAMPLE = """\
 class Trace:
     """Jobs and their models, ready to be simulated."""
 
-    jobs: tuple[Job, ...]
+    jobs: tuple[SimulatedJob, ...]
     models: Mapping[str, Model]
     #: Models whose cost was guessed from their size.
     guessed: tuple[str, ...] = ()
@@ -68,7 +68,7 @@ def read_trace(lines: Iterable[str], source: str, models: Mapping[str, Mapping[s
     """The trace that these lines of JSON are. ``models``: as a file of models has them. Raises SetupError."""
     known = {name: _Fields(spec, f"{source}, model {name}").model(name) for name, spec in models.items()}
     guessed = [name for name, spec in models.items() if "tokens_s" not in spec]
-    jobs: dict[str, Job] = {}
+    jobs: dict[str, SimulatedJob] = {}
     took_s: dict[str, float] = {}
     for number, line in enumerate(lines, 1):
         if not line.strip():
@@ -131,7 +131,7 @@ class _Fields:
     where: str
     known: set[str] = field(default_factory=set)
 
-    def job(self, model: str, name: str) -> Job:
+    def job(self, model: str, name: str) -> SimulatedJob:
         """The job of a line. ``name``: where it has none."""
         at_s = self.number("at_s", 0.0)
         deadline_s = self.number("deadline_s", math.inf, above=0.0)
@@ -142,7 +142,7 @@ class _Fields:
         if rows != int(rows):
             self._refuse("rows", rows, "a whole number")
         tokens, spread = self.number("tokens", 64.0, above=0.0), self.number("spread", 0.7)
-        return Job(
+        return SimulatedJob(
             name=self.text("name", name),
             model=model,
             rows=int(rows),
@@ -295,10 +295,10 @@ def done_in(activity: Mapping[str, Any]) -> list[Mapping[str, Any]]:
     return sorted(done, key=lambda s: s["end_s"])
 
 
-def work_of(subtask: Mapping[str, Any]) -> Work:
+def work_of(subtask: Mapping[str, Any]) -> Workload:
     """What a recorded sub-task was; its rows were of like length."""
     rows, tokens = subtask["rows"], subtask["tokens"]
-    return Work(rows, tokens, tokens * tokens / rows)
+    return Workload(rows, tokens, tokens * tokens / rows)
 
 
 def rate_of(subtasks: Sequence[Mapping[str, Any]]) -> Rate:

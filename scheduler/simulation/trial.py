@@ -13,8 +13,8 @@ from pathlib import Path
 from typing import Any
 
 from motet.errors import SetupError
-from scheduler.simulation.cluster import Device, Model, Scenario
-from scheduler.simulation.events import Outcome, Simulation
+from scheduler.simulation.cluster import Model, Scenario, SimulatedDevice
+from scheduler.simulation.events import RunOutcome, Simulation
 from scheduler.simulation.kinds import devices_of
 from scheduler.simulation.policy import Motet
 from scheduler.simulation.trace import EXAMPLE, Trace, read_models, read_trace, record
@@ -56,13 +56,16 @@ def run(arguments: Sequence[str]) -> None:
     print(json.dumps({"clusters": found, "guessed": list(trace.guessed)}, ensure_ascii=False))
 
 
-def scenario(devices: Sequence[Device], trace: Trace) -> Scenario:
+def scenario(devices: Sequence[SimulatedDevice], trace: Trace) -> Scenario:
     """These jobs on these devices, in a world that is as unkind as ours usually is."""
     return Scenario(devices=tuple(devices), models=dict(trace.models), jobs=trace.jobs)
 
 
 def summary(
-    devices: Sequence[Device], trace: Trace, outcomes: Sequence[Outcome], prices: Mapping[str, float]
+    devices: Sequence[SimulatedDevice],
+    trace: Trace,
+    outcomes: Sequence[RunOutcome],
+    prices: Mapping[str, float],
 ) -> dict[str, Any]:
     """What the runs of one cluster came to."""
     ends = [max(o.ended_s.values()) for o in outcomes]
@@ -106,7 +109,7 @@ def spread(values: Sequence[float]) -> dict[str, float]:
 
 
 def _kinds(
-    devices: Sequence[Device], outcomes: Sequence[Outcome], ends: Sequence[float]
+    devices: Sequence[SimulatedDevice], outcomes: Sequence[RunOutcome], ends: Sequence[float]
 ) -> list[dict[str, Any]]:
     counts: dict[str, int] = {}
     for device in devices:
@@ -133,7 +136,7 @@ def _kinds(
     return found
 
 
-def _runs(devices: Sequence[Device], trace: Trace, seeds: int) -> list[Outcome]:
+def _runs(devices: Sequence[SimulatedDevice], trace: Trace, seeds: int) -> list[RunOutcome]:
     world = scenario(devices, trace)
     return [Simulation(world, Motet(), seed).run() for seed in range(seeds)]
 
@@ -170,7 +173,7 @@ def _prices(texts: Iterable[str], kinds: set[str]) -> dict[str, float]:
     return found
 
 
-def _must_fit(text: str, devices: Sequence[Device], models: Mapping[str, Model]) -> None:
+def _must_fit(text: str, devices: Sequence[SimulatedDevice], models: Mapping[str, Model]) -> None:
     largest = max(devices, key=lambda device: device.memory_mb)
     for model in models.values():
         # As the registry would predict it: what is placed goes by that.

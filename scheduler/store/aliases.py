@@ -18,7 +18,7 @@ from motet.tasks import short
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Alias:
+class AliasRow:
     """An alias as it stands."""
 
     name: str
@@ -71,12 +71,12 @@ def lock_names(connection: Connection, name: str) -> None:
     connection.execute(_LOCK, {"name": name})
 
 
-def aliases(connection: Connection, name: str | None = None) -> list[Alias]:
+def aliases(connection: Connection, name: str | None = None) -> list[AliasRow]:
     """Every alias of a model, or of all of them, by name."""
-    return [Alias(**row._mapping) for row in connection.execute(_ALIASES, {"name": name})]
+    return [AliasRow(**row._mapping) for row in connection.execute(_ALIASES, {"name": name})]
 
 
-def find_alias(connection: Connection, name: str, alias: str) -> Alias | None:
+def find_alias(connection: Connection, name: str, alias: str) -> AliasRow | None:
     """The alias of this name, if there is one."""
     return next((one for one in aliases(connection, name) if one.alias == alias), None)
 
@@ -87,7 +87,7 @@ def alias_of(connection: Connection, model_id: int) -> str | None:
     return found
 
 
-def promote(connection: Connection, name: str, alias: str, version: str, by: str) -> Alias:
+def promote(connection: Connection, name: str, alias: str, version: str, by: str) -> AliasRow:
     """Let an alias mean this version from now on; again is harmless, and no step.
 
     Raises NotFound where there is no such model, InvalidJob where the version is not registered, Conflict where a
@@ -110,7 +110,7 @@ def promote(connection: Connection, name: str, alias: str, version: str, by: str
     return _found(connection, name, alias)
 
 
-def roll_back(connection: Connection, name: str, alias: str, by: str) -> Alias:
+def roll_back(connection: Connection, name: str, alias: str, by: str) -> AliasRow:
     """Let an alias mean again what it meant before its last promotion that still stands. Twice goes back twice.
 
     Raises NotFound where there is no such alias, Conflict where nothing stood before, or what did was removed.
@@ -173,7 +173,7 @@ def _step(
     connection.execute(_SET, {**at, "step": step})
 
 
-def _found(connection: Connection, name: str, alias: str) -> Alias:
+def _found(connection: Connection, name: str, alias: str) -> AliasRow:
     found = find_alias(connection, name, alias)
     assert found is not None, "it was set in this transaction"
     return found

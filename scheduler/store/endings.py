@@ -182,7 +182,7 @@ _UNSHOWN = text("""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Due:
+class DueDeletion:
     """An ended job that is to be deleted."""
 
     id: UUID
@@ -191,13 +191,13 @@ class Due:
     why: str
 
 
-def due_for_deletion(connection: Connection, retention_days: float) -> list[Due]:
+def due_for_deletion(connection: Connection, retention_days: float) -> list[DueDeletion]:
     """The first few ended jobs that were removed by their owner, or that have been kept long enough.
 
     ``retention_days``: of the cluster; 0 keeps what does not say otherwise itself.
     """
     at = {"days": retention_days or None, "limit": _ROUND}
-    return [Due(**row._mapping) for row in connection.execute(_DUE, at)]
+    return [DueDeletion(**row._mapping) for row in connection.execute(_DUE, at)]
 
 
 def sweep_columns(connection: Connection, limit: int = 500) -> int:

@@ -109,7 +109,7 @@ def fits(connection: Connection, tenant: UUID, job: UUID) -> tuple[list[tuple[in
 
 
 @dataclass(frozen=True, slots=True)
-class Lesson:
+class LessonBlock:
     """A block of a job that is learned from."""
 
     payload: bytes
@@ -118,7 +118,7 @@ class Lesson:
     vectors: Column
 
 
-def lesson(connection: Connection, tenant: UUID, job: UUID, number: int) -> Lesson | None:
+def lesson(connection: Connection, tenant: UUID, job: UUID, number: int) -> LessonBlock | None:
     """A block with its vectors; None behind the last one. Raises NotFound where that cannot be learned from."""
     row = connection.execute(_DATA, {"job": job, "tenant": tenant, "number": number}).first()
     if row is None:
@@ -132,4 +132,4 @@ def lesson(connection: Connection, tenant: UUID, job: UUID, number: int) -> Less
     column = read_columns(connection, [row.column_id]).get(row.column_id) if row.column_id else None
     if column is None:
         raise NotFound(f"job {job} ended without the vectors of block {number}; embed its rows again")
-    return Lesson(bytes(row.payload), row.input, sized(column, row.dim, row.dtype))
+    return LessonBlock(bytes(row.payload), row.input, sized(column, row.dim, row.dtype))

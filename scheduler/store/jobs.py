@@ -22,9 +22,10 @@ from motet import traces
 from motet.columns import CellError, Kind
 from motet.errors import Conflict, InvalidJob, NotFound, Overloaded, Problem
 from motet.manifest import Manifest, column_kind, column_kind_of
+from motet.states import State
 from motet.wire import by_reason
 from scheduler.blocks import (
-    Block,
+    EncodedBlock,
     Reader,
     Reads,
     absent,
@@ -46,7 +47,6 @@ PRIORITIES: Mapping[str, int] = {"interactive": 0, "normal": 1, "bulk": 2}
 #: Rows of an interactive job at most: more would not be interactive for anyone.
 INTERACTIVE_ROWS = 256
 
-State = Literal["loading", "running", "succeeded", "failed", "cancelled"]
 UNFINISHED = ("loading", "running")
 
 
@@ -221,7 +221,7 @@ def open_job(connection: Connection, job: NewJob, *, max_active_jobs: int) -> UU
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Loading:
+class LoadingJob:
     """What never changes of a job while it is being loaded: enough to check and encode its rows."""
 
     id: UUID
@@ -265,7 +265,7 @@ _READERS = text("""
      WHERE t.job_id = :job ORDER BY t.number""")
 
 
-def loading(connection: Connection, tenant: UUID, job: UUID) -> Loading:
+def loading(connection: Connection, tenant: UUID, job: UUID) -> LoadingJob:
     """The unchanging facts of a job. Raises NotFound."""
     found = connection.execute(_LOADING, {"job": job, "tenant": tenant}).first()
     if found is None:
@@ -292,7 +292,7 @@ def loading(connection: Connection, tenant: UUID, job: UUID) -> Loading:
         kinds.append(column_kind(row.kind, model))
         passes.setdefault(row.pass_number, []).append(row.number)
         reads[row.pass_number] = Reads(tuple(row.reads), row.bytes_beside, row.max_tokens)
-    return Loading(
+    return LoadingJob(
         id=found.id,
         tenant=found.tenant_id,
         fields=tuple(found.fields),
@@ -370,10 +370,10 @@ _COPY_BLOCK_COLUMN = (
 
 def land_part(
     connection: Connection,
-    job: Loading,
+    job: LoadingJob,
     number: int,
     digest: bytes,
-    blocks: Sequence[Block],
+    blocks: Sequence[EncodedBlock],
     *,
     first_row: int | None,
     max_rows: int,
@@ -438,7 +438,7 @@ def land_part(
     return Landed(part=number, rows=n_rows, total_rows=held.n_rows + n_rows, bad_rows=n_bad)
 
 
-def _check_order(job: Loading, held: Row[Any], number: int, first_row: int | None) -> None:
+def _check_order(job: LoadingJob, held: Row[Any], number: int, first_row: int | None) -> None:
     if held.state != "loading":
         raise Conflict(f"job {job.id} is {held.state} and takes no more parts; open a new one")
     if number != held.n_parts:
@@ -453,7 +453,9 @@ def _check_order(job: Loading, held: Row[Any], number: int, first_row: int | Non
         raise conflict
 
 
-def _check_limits(connection: Connection, job: Loading, held: Row[Any], n_rows: int, max_rows: int) -> None:
+def _check_limits(
+    connection: Connection, job: LoadingJob, held: Row[Any], n_rows: int, max_rows: int
+) -> None:
     total = held.n_rows + n_rows
     most = min(max_rows, INTERACTIVE_ROWS) if job.interactive else max_rows
     if total > most:
@@ -482,7 +484,9 @@ class _Landing:
     blocks_done: int = 0
 
 
-def _arrange(connection: Connection, job: Loading, held: Row[Any], blocks: Sequence[Block]) -> _Landing:
+def _arrange(
+    connection: Connection, job: LoadingJob, held: Row[Any], blocks: Sequence[EncodedBlock]
+) -> _Landing:
     """Where each block stands, what of it is answered, and what waits."""
     stored = _stored_columns(connection, job, blocks)
     landing = _Landing([], [], [], Counter(), Counter(), Counter(), [])
@@ -533,9 +537,9 @@ def _arrange(connection: Connection, job: Loading, held: Row[Any], blocks: Seque
 def _add_passes(
     connection: Connection,
     landing: _Landing,
-    job: Loading,
+    job: LoadingJob,
     number: int,
-    block: Block,
+    block: EncodedBlock,
     todo: Mapping[int, Mapping[int, tuple[str, str]]],
 ) -> int:
     """The block's passes; how many of them are open. One with nothing to do is sealed at once.
@@ -570,7 +574,9 @@ def _add_passes(
     return open_passes
 
 
-def _stored_columns(connection: Connection, job: Loading, blocks: Sequence[Block]) -> dict[bytes, Row[Any]]:
+def _stored_columns(
+    connection: Connection, job: LoadingJob, blocks: Sequence[EncodedBlock]
+) -> dict[bytes, Row[Any]]:
     """Reuse key -> stored column, for those of these blocks that the tenant has.
 
     The rows stay locked: a deletion at the same moment either is over, and they are not found, or waits.
@@ -583,7 +589,11 @@ def _stored_columns(connection: Connection, job: Loading, blocks: Sequence[Block
 
 
 def _all_bad(
-    connection: Connection, job: Loading, task: int, block: Block, bad: Mapping[int, tuple[str, str]]
+    connection: Connection,
+    job: LoadingJob,
+    task: int,
+    block: EncodedBlock,
+    bad: Mapping[int, tuple[str, str]],
 ) -> int:
     """The column of a task that can be asked no row of a block: nobody will ever run it, so it is sealed here."""
     errors = [CellError(*bad[i]) for i in range(block.n_rows)]

@@ -29,7 +29,7 @@ from scheduler.store.database import Database
 from scheduler.store.leadership import fence, see_transport
 from scheduler.store.results import read_columns
 
-Key = tuple[int, int]
+LeaseKey = tuple[int, int]
 
 _MANIFESTS_KEPT = 1000
 #: Lengths of rows kept between steps, eight bytes each: those of the blocks that are carved on.
@@ -60,7 +60,7 @@ class Held:
     age_s: float
 
     @property
-    def key(self) -> Key:
+    def key(self) -> LeaseKey:
         return (self.subtask, self.attempt)
 
 
@@ -305,7 +305,7 @@ _RUNS = text("""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Run:
+class HeldSubtasks:
     """Sub-tasks of one job and pass kind that a worker holds leases of."""
 
     #: None for jobs of other tenants, which are counted and not named.
@@ -315,11 +315,11 @@ class Run:
     rows: int
 
 
-def runs_by_worker(connection: Connection, tenant: UUID) -> dict[str, list[Run]]:
+def runs_by_worker(connection: Connection, tenant: UUID) -> dict[str, list[HeldSubtasks]]:
     """Who runs what now, by live leases: worker -> the tenant's jobs, oldest lease first, and all others."""
-    found: dict[str, list[Run]] = {}
+    found: dict[str, list[HeldSubtasks]] = {}
     for row in connection.execute(_RUNS, {"tenant": tenant}):
-        run = Run(job=row.job, pass_kind=row.pass_kind, subtasks=row.subtasks, rows=int(row.n_rows))
+        run = HeldSubtasks(job=row.job, pass_kind=row.pass_kind, subtasks=row.subtasks, rows=int(row.n_rows))
         found.setdefault(row.worker, []).append(run)
     return found
 
@@ -333,7 +333,7 @@ _EXTEND_ALL = text(
 )
 
 
-def extend(database: Database, epoch: int, keys: Sequence[Key], lease_s: float) -> None:
+def extend(database: Database, epoch: int, keys: Sequence[LeaseKey], lease_s: float) -> None:
     """Keep these leases alive."""
     with database.transaction() as connection:
         fence(connection, epoch)
@@ -573,7 +573,7 @@ _CLONE = text("""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Clone:
+class SecondLease:
     """A sub-task that another worker is to run as well."""
 
     subtask: int
@@ -585,7 +585,7 @@ class Clone:
     predicted_s: float
 
 
-def clone(database: Database, epoch: int, clones: Sequence[Clone], lease_s: float) -> list[Leased]:
+def clone(database: Database, epoch: int, clones: Sequence[SecondLease], lease_s: float) -> list[Leased]:
     """Lease these open sub-tasks a second time, each as a new attempt, in one transaction.
 
     One is left out that has closed, has no lease or two, is held by that very worker, or is suspected of killing
@@ -597,7 +597,7 @@ def clone(database: Database, epoch: int, clones: Sequence[Clone], lease_s: floa
         jobs = sorted(connection.execute(_JOBS_OF, {"ids": ids}).scalars())
         running = list(connection.execute(_RUNNING, {"jobs": jobs}).scalars())
         clonable = {row.id: row for row in connection.execute(_CLONABLE, {"ids": ids, "jobs": running})}
-        chosen: dict[int, tuple[Clone, str]] = {}
+        chosen: dict[int, tuple[SecondLease, str]] = {}
         for c in clones:
             if c.subtask in clonable and clonable[c.subtask].holder != c.worker:
                 chosen.setdefault(c.subtask, (c, secrets.token_hex(16)))
@@ -619,7 +619,7 @@ def clone(database: Database, epoch: int, clones: Sequence[Clone], lease_s: floa
         return [_cloned(clonable[subtask], attempt, *chosen[subtask]) for subtask, attempt in made]
 
 
-def _cloned(row: Any, attempt: int, asked: Clone, nonce: str) -> Leased:
+def _cloned(row: Any, attempt: int, asked: SecondLease, nonce: str) -> Leased:
     subtask = open_subtask(row)
     return Leased(
         subtask=subtask.id,

@@ -19,7 +19,7 @@ from motet import traces
 from motet.columns import CellError, Column, cut
 from motet.wire import Outcome, Usage
 from scheduler.carve import part
-from scheduler.cost import LoadKey, Work
+from scheduler.cost import LoadKey, Workload
 from scheduler.lifecycle import MAX_TRIES, GivenUp, Return, backoff_s, failed, runs
 from scheduler.merge import (
     BadColumn,
@@ -31,7 +31,7 @@ from scheduler.merge import (
 from scheduler.store.database import JOB, WORK, Database, notify
 from scheduler.store.leases import LOCK_JOBS, OpenSubtask, open_subtask, put_back
 from scheduler.store.rates import Timed, learn
-from scheduler.store.sealing import Answer, TaskShape, append, asked_for, task_shapes, without_bad
+from scheduler.store.sealing import BlockAnswers, TaskShape, append, asked_for, task_shapes, without_bad
 from scheduler.store.spending import Amount, by_block, spend
 
 
@@ -98,7 +98,7 @@ def record(database: Database, outcomes: Sequence[Outcome]) -> Recorded:
         jobs = [row.job_id for row in connection.execute(_JOBS_OF, {"ids": ids})]
         connection.execute(LOCK_JOBS, {"jobs": sorted(jobs)})
         live = {(row.id, row.attempt): row for row in connection.execute(_LIVE, {"ids": ids})}
-        answers: list[Answer] = []
+        answers: list[BlockAnswers] = []
         closed: set[int] = set()
         shapes: dict[tuple[UUID, int], list[TaskShape]] = {}
         totals: dict[UUID, Counter[str]] = defaultdict(Counter)
@@ -153,13 +153,13 @@ def _take_in(
     consumed: dict[tuple[int, int], Amount],
     learned: _Learned,
     done: Recorded,
-) -> list[Answer]:
+) -> list[BlockAnswers]:
     """Close the sub-task by what its outcome says; its rows become answers or pieces.
 
     ``total`` and ``consumed`` take in what it used.
     """
     asked = asked_for(shapes, subtask.todo)
-    answers: list[Answer] = []
+    answers: list[BlockAnswers] = []
     returns: list[Return] = []
     error = outcome.error or ("failed", "the attempt failed")
     verdict = outcome.verdict
@@ -201,7 +201,7 @@ def _take_in(
 
 def _answered(
     outcome: Outcome, subtask: OpenSubtask, asked: Sequence[TaskShape]
-) -> tuple[list[Answer], list[Return]]:
+) -> tuple[list[BlockAnswers], list[Return]]:
     """A done outcome, cut by block. Raises BadColumn. Rows with a retriable error return, until their tries are spent."""
     n_rows = sum(map(len, subtask.ranges))
     columns: dict[int, Column] = {}
@@ -217,7 +217,7 @@ def _answered(
     if subtask.tries + 1 >= MAX_TRIES:
         again = again[:0]
     columns = {number: mark_returned(c, again) for number, c in columns.items()}
-    answers: list[Answer] = []
+    answers: list[BlockAnswers] = []
     returns: list[Return] = []
     start = 0
     for r in subtask.ranges:
@@ -225,7 +225,7 @@ def _answered(
         mine = [int(i) - start for i in again if start <= i < end]
         cells = {number: cut(c, start, end) for number, c in columns.items()}
         answers.append(
-            Answer(
+            BlockAnswers(
                 subtask.job, subtask.pass_number, r.block, subtask.id, r.lo, r.hi, cells, len(r) - len(mine)
             )
         )
@@ -245,10 +245,10 @@ def _answered(
 
 def give_up(
     job: UUID, pass_number: int, subtask: int, rows: Iterable[GivenUp], asked: Sequence[TaskShape]
-) -> list[Answer]:
+) -> list[BlockAnswers]:
     """Rows whose cells become errors, as answers."""
     return [
-        Answer(
+        BlockAnswers(
             job,
             pass_number,
             r.block,
@@ -306,7 +306,7 @@ class _Learned:
                     worker=row.holder,
                     device_kind=row.device_kind,
                     parameters=row.parameters,
-                    work=Work(row.n_rows, u.tokens, squares),
+                    work=Workload(row.n_rows, u.tokens, squares),
                     seconds=u.busy_s,
                     text_bytes=row.bytes,
                 )
@@ -323,7 +323,7 @@ class _Learned:
             connection.execute(_REFUSE, {"digest": digest, "worker": worker, "boot": boot, "why": why})
 
 
-def _count(connection: Connection, job: UUID, total: Counter[str], answers: Sequence[Answer]) -> None:
+def _count(connection: Connection, job: UUID, total: Counter[str], answers: Sequence[BlockAnswers]) -> None:
     """Count what is inserted, never what was sent."""
     ok = error = 0
     for a in answers:

@@ -8,7 +8,7 @@ from typing import Any
 
 from sqlalchemy import Connection, text
 
-from scheduler.cost import LoadKey, Rate, RateKey, Rates, Work
+from scheduler.cost import LoadKey, Rate, RateKey, Rates, Workload
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -20,7 +20,7 @@ class Timed:
     device_kind: str
     #: Of the loaded model, for a first guess.
     parameters: int
-    work: Work
+    work: Workload
     seconds: float
     text_bytes: int
 

@@ -14,7 +14,7 @@ from motet.columns import LAYOUT, CellError, Column
 from motet.errors import NotFound
 from scheduler.store.arrays import flat
 
-Order = Literal["row", "done"]
+RowOrder = Literal["row", "done"]
 ENDED = ("succeeded", "failed", "cancelled")
 
 
@@ -58,7 +58,7 @@ class ReadyBlock:
     #: About how many bytes its columns take.
     bytes: int
 
-    def cursor(self, order: Order) -> int:
+    def cursor(self, order: RowOrder) -> int:
         """``after`` of the request that follows this block."""
         return self.number + 1 if order == "row" else self.done or 0
 
@@ -110,7 +110,7 @@ def shown(connection: Connection, tenant: UUID, job: UUID, tasks: Sequence[str] 
 
 
 def ready_blocks(
-    connection: Connection, job: Shown, order: Order, after: int, limit: int = 64
+    connection: Connection, job: Shown, order: RowOrder, after: int, limit: int = 64
 ) -> list[ReadyBlock]:
     """The next blocks in which all asked tasks are sealed, in the order asked for.
 

@@ -20,7 +20,7 @@ from motet.columns import LAYOUT, CellError, Column, Kind
 from motet.manifest import Manifest, column_kind
 from motet.wire import pack, unpack
 from scheduler.blocks import askable, row_order
-from scheduler.merge import Part, array_of, mark_returned, merge
+from scheduler.merge import AnswersPart, array_of, mark_returned, merge
 from scheduler.needs import row_fields, stored_task
 from scheduler.store.arrays import Elements
 from scheduler.store.dependence import UPSTREAM, Place, absents, failed_upstream, release, skips
@@ -76,7 +76,7 @@ def asked_for(shapes: Sequence[TaskShape], todo: int) -> list[TaskShape]:
 
 
 @dataclass(frozen=True, slots=True)
-class Answer:
+class BlockAnswers:
     """Final or returned answers for [lo, hi) of one block's order: one column per task number."""
 
     job: UUID
@@ -131,8 +131,10 @@ _SUCCEED = text(f"""
 
 
 def without_bad(
-    connection: Connection, answers: Sequence[Answer], shapes: Mapping[tuple[UUID, int], Sequence[TaskShape]]
-) -> list[Answer]:
+    connection: Connection,
+    answers: Sequence[BlockAnswers],
+    shapes: Mapping[tuple[UUID, int], Sequence[TaskShape]],
+) -> list[BlockAnswers]:
     """The answers, but for those of tasks to rows whose value they should have read is bad.
 
     Tasks of one pass may read different fields. Where only one of them is bad in a row, all are asked; the cells of
@@ -149,7 +151,7 @@ def without_bad(
         for row in found
     }
 
-    def kept(answer: Answer) -> Answer:
+    def kept(answer: BlockAnswers) -> BlockAnswers:
         place = (answer.job, answer.pass_number, answer.block)
         if place not in orders:
             return answer
@@ -164,12 +166,14 @@ def without_bad(
 
 
 def append(
-    connection: Connection, answers: Sequence[Answer], shapes: Mapping[tuple[UUID, int], Sequence[TaskShape]]
+    connection: Connection,
+    answers: Sequence[BlockAnswers],
+    shapes: Mapping[tuple[UUID, int], Sequence[TaskShape]],
 ) -> int:
     """Store answers; seal every (block, pass) that is thereby full; complete jobs. The number of sealed columns."""
     if not answers:
         return 0
-    by_place: dict[Place, list[Answer]] = defaultdict(list)
+    by_place: dict[Place, list[BlockAnswers]] = defaultdict(list)
     for a in answers:
         by_place[a.job, a.pass_number, a.block].append(a)
     finals = [sum(a.final for a in here) for here in by_place.values()]
@@ -206,7 +210,7 @@ def _at(places: Sequence[Place]) -> dict[str, list[Any]]:
     return {"jobs": list(jobs), "passes": list(passes), "blocks": list(blocks)}
 
 
-def _cells(a: Answer) -> dict[str, Any]:
+def _cells(a: BlockAnswers) -> dict[str, Any]:
     at = {"job": a.job, "pass": a.pass_number, "block": a.block, "subtask": a.subtask}
     return {**at, "lo": a.lo, "hi": a.hi, "columns": _packed(a)}
 
@@ -214,7 +218,7 @@ def _cells(a: Answer) -> dict[str, Any]:
 def _seal(
     connection: Connection,
     asked: Mapping[Place, Sequence[TaskShape]],
-    last: Mapping[Place, Sequence[Answer]],
+    last: Mapping[Place, Sequence[BlockAnswers]],
 ) -> int:
     """Merge all answers of these full places into one column per task; ``last`` were never stored on their own.
 
@@ -264,7 +268,7 @@ def _merged(
     order = np.array([i for i in every if i not in failed], dtype=np.int64)
     found = []
     for shape in shapes:
-        parts = [Part(order[lo:hi], columns[shape.number]) for lo, hi, columns in pieces]
+        parts = [AnswersPart(order[lo:hi], columns[shape.number]) for lo, hi, columns in pieces]
         absent_here = {i: CellError(*why) for i, why in bad[shape.number].items()}
         skipped = skips(every, failed, absent_here)
         column = merge(shape.kind, block.n_rows, parts, absent=absent_here, skipped=skipped)
@@ -396,7 +400,7 @@ def _values(column: Column) -> dict[str, Any]:
 _Piece = tuple[int, int, Mapping[int, Column]]
 
 
-def _packed(answer: Answer) -> bytes:
+def _packed(answer: BlockAnswers) -> bytes:
     return pack({number: c.to_wire() for number, c in answer.columns.items()})
 
 

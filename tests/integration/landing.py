@@ -11,7 +11,7 @@ from motet.errors import Problem
 from motet.manifest import Manifest
 from motet.tasks import Task
 from scheduler.api.submissions import Submission, new_job, plan_submission
-from scheduler.blocks import Part, blocks_of
+from scheduler.blocks import IncomingPart, blocks_of
 from scheduler.store import jobs, registry
 from scheduler.store.database import Database
 
@@ -84,7 +84,7 @@ def land(
         jobs.open_job(connection, job, max_active_jobs=100)
         loading = jobs.loading(connection, home, job.id)
         missing = {name: set((gaps or {}).get(name, ())) for name in asked.fields}
-        part = Part(
+        part = IncomingPart(
             columns={
                 name: [
                     ""

@@ -171,7 +171,7 @@ def test_an_alias_that_was_removed_begins_anew(moods: House) -> None:
 def test_promotions_at_once_take_turns_and_none_is_lost(moods: House) -> None:
     at_once, rounds = 4, 6
     start = threading.Barrier(at_once)
-    told: list[aliases.Alias] = []
+    told: list[aliases.AliasRow] = []
 
     def work(number: int) -> None:
         start.wait()

@@ -32,7 +32,7 @@ from scheduler.store import leases
 from scheduler.store.database import Database, StoreUnavailable
 from scheduler.store.endings import delete_job, end_job
 from scheduler.store.leadership import NotLeading
-from scheduler.store.leases import Clone, Cut, Held, Leased
+from scheduler.store.leases import Cut, Held, Leased, SecondLease
 from scheduler.store.outcomes import Recorded, record
 from tests.integration.landing import HEAD, TRUNK, land, register
 
@@ -1004,7 +1004,9 @@ def lease(house: House, *cuts: Cut) -> list[Leased]:
 
 def clone(house: House, *subtasks: int, worker: str = "w2") -> list[Leased]:
     asked = [
-        Clone(subtask=s, worker=worker, boot="boot-1", device="hand", device_kind="cpu", predicted_s=0.25)
+        SecondLease(
+            subtask=s, worker=worker, boot="boot-1", device="hand", device_kind="cpu", predicted_s=0.25
+        )
         for s in subtasks
     ]
     return leases.clone(house.database, led(house), asked, 8.0)
@@ -1277,7 +1279,7 @@ def test_an_old_leader_leases_clones_and_recalls_nothing(house: House) -> None:
             house.database,
             old,
             [
-                Clone(
+                SecondLease(
                     subtask=first.subtask,
                     worker="w2",
                     boot="b",

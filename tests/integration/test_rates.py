@@ -15,7 +15,7 @@ from motet.columns import Column
 from motet.manifest import Manifest
 from motet.tasks import Classify
 from motet.wire import Outcome, Usage
-from scheduler.cost import RateKey, Rates, Work
+from scheduler.cost import RateKey, Rates, Workload
 from scheduler.store.database import Database
 from scheduler.store.outcomes import record
 from scheduler.store.rates import Timed, learn, rates
@@ -48,7 +48,7 @@ def timed(key: RateKey = KEY, worker: str = "w1", tokens: int = 4000, seconds: f
         worker=worker,
         device_kind="cuda",
         parameters=110_000_000,
-        work=Work(ROWS, tokens, tokens**2 / ROWS),
+        work=Workload(ROWS, tokens, tokens**2 / ROWS),
         seconds=seconds,
         text_bytes=5 * tokens,
     )
@@ -174,7 +174,7 @@ def test_an_accepted_outcome_teaches_what_the_device_can_do(database: Database) 
     learned = known(database)
     expected = Rates()
     prior = Rates().of(KEY, device_kind="cuda", parameters=MODEL.parameters)
-    expected.observe(KEY, "w1", prior, Work(ROWS, 4000, 600_000), 0.5, 20_000)
+    expected.observe(KEY, "w1", prior, Workload(ROWS, 4000, 600_000), 0.5, 20_000)
     assert learned.learned == expected.learned
     assert learned.pace("w1") == expected.pace("w1")
 
@@ -186,7 +186,7 @@ def test_squares_that_an_older_worker_does_not_count_are_those_of_rows_of_one_le
     record(database, [outcome(database, squares=0)])
     expected = Rates()
     prior = Rates().of(KEY, device_kind="cuda", parameters=MODEL.parameters)
-    expected.observe(KEY, "w1", prior, Work(ROWS, 4000, 4000**2 / ROWS), 0.5, 20_000)
+    expected.observe(KEY, "w1", prior, Workload(ROWS, 4000, 4000**2 / ROWS), 0.5, 20_000)
     assert known(database).learned == expected.learned
 
 

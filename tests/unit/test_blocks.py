@@ -16,8 +16,8 @@ from motet.tasks import placeholders
 from motet.wire import BadMessage, by_offset, by_reason
 from scheduler.api.rows import Incoming, read_columns, read_lines, read_rows
 from scheduler.blocks import (
-    Block,
-    Part,
+    EncodedBlock,
+    IncomingPart,
     Reader,
     Reads,
     absent,
@@ -41,23 +41,25 @@ def reader(template: str = "{text}", digest: bytes = b"task", reusable: bool = T
     return Reader(reads=placeholders(template), digest=digest, reusable=reusable)
 
 
-def blocks(part: Part, *readers: Reader, rows: int = 1024, size: int = 1 << 20) -> tuple[Block, ...]:
+def blocks(
+    part: IncomingPart, *readers: Reader, rows: int = 1024, size: int = 1 << 20
+) -> tuple[EncodedBlock, ...]:
     return blocks_of(part, readers or (reader(),), block_rows=rows, block_bytes=size)
 
 
 @st.composite
-def parts(draw: st.DrawFn) -> Part:
+def parts(draw: st.DrawFn) -> IncomingPart:
     n = draw(st.integers(1, 30))
     bad = draw(st.sets(st.integers(0, n - 1)))
     columns = {}
     for name in ("title", "text"):
         texts = draw(st.lists(TEXTS, min_size=n, max_size=n))
         columns[name] = ["" if i in bad else t for i, t in enumerate(texts)]
-    return Part(columns=columns, bad={i: ("bad_row", f"why {i}") for i in bad})
+    return IncomingPart(columns=columns, bad={i: ("bad_row", f"why {i}") for i in bad})
 
 
 @given(parts(), st.integers(1, 8), st.integers(1, 200))
-def test_blocks_hold_every_row_once_and_in_order(part: Part, rows: int, size: int) -> None:
+def test_blocks_hold_every_row_once_and_in_order(part: IncomingPart, rows: int, size: int) -> None:
     made = blocks(part, rows=rows, size=size)
     texts = [decode_block(b.payload) for b in made]
     for name, column in part.columns.items():
@@ -73,7 +75,7 @@ def test_blocks_hold_every_row_once_and_in_order(part: Part, rows: int, size: in
 
 @given(parts(), st.integers(1, 8), st.integers(1, 200))
 def test_work_is_ordered_longest_first_with_ties_by_row_and_without_bad_rows(
-    part: Part, rows: int, size: int
+    part: IncomingPart, rows: int, size: int
 ) -> None:
     for block in blocks(part, rows=rows, size=size):
         lengths = uint32s(block.lengths)
@@ -88,7 +90,9 @@ def test_work_is_ordered_longest_first_with_ties_by_row_and_without_bad_rows(
 
 
 def test_a_pass_reads_of_a_row_the_fields_that_it_names_as_often_as_it_names_them() -> None:
-    (block,) = blocks(Part(columns={"title": ["a", "bb"], "text": ["x" * 100, "ö" * 30], "note": ["", "n"]}))
+    (block,) = blocks(
+        IncomingPart(columns={"title": ["a", "bb"], "text": ["x" * 100, "ö" * 30], "note": ["", "n"]})
+    )
 
     def read(*times: int, beside: int = 0, max_tokens: int = 0) -> list[int]:
         reads = Reads(times, beside, max_tokens)
@@ -115,15 +119,15 @@ def test_a_cut_is_greedy_and_a_row_is_never_stuck(sizes: list[int], rows: int, s
 
 
 def test_the_clients_part_is_one_block() -> None:
-    (one,) = blocks(Part(columns={"text": ["x" * 1024] * 1024}))
+    (one,) = blocks(IncomingPart(columns={"text": ["x" * 1024] * 1024}))
     assert (one.n_rows, one.text_bytes) == (1024, 1 << 20)
 
 
 @given(parts())
-def test_the_same_rows_have_the_same_keys_wherever_they_stand(part: Part) -> None:
+def test_the_same_rows_have_the_same_keys_wherever_they_stand(part: IncomingPart) -> None:
     once, again = blocks(part), blocks(part)
     assert once[0].keys == again[0].keys
-    doubled = Part(
+    doubled = IncomingPart(
         columns={name: [*texts, *texts] for name, texts in part.columns.items()},
         bad={**part.bad, **{i + len(part): why for i, why in part.bad.items()}},
     )
@@ -134,14 +138,14 @@ def test_the_same_rows_have_the_same_keys_wherever_they_stand(part: Part) -> Non
 def test_a_key_depends_on_the_fields_that_are_read_and_on_no_other() -> None:
     titled = reader("{title}")
     both = reader("{title} {text}")
-    one = blocks(Part(columns={"title": ["a"], "text": ["x"]}), titled, both)[0]
-    other = blocks(Part(columns={"title": ["a"], "text": ["y"]}), titled, both)[0]
+    one = blocks(IncomingPart(columns={"title": ["a"], "text": ["x"]}), titled, both)[0]
+    other = blocks(IncomingPart(columns={"title": ["a"], "text": ["y"]}), titled, both)[0]
     assert one.keys[0] == other.keys[0]
     assert one.keys[1] != other.keys[1]
 
 
 def test_a_key_depends_on_the_task_and_is_none_where_nothing_may_be_reused() -> None:
-    part = Part(columns={"text": ["a"]})
+    part = IncomingPart(columns={"text": ["a"]})
     (block,) = blocks(part, reader(digest=b"a"), reader(digest=b"b"), reader(reusable=False))
     first, second, third = block.keys
     assert first != second
@@ -152,26 +156,31 @@ def test_a_key_depends_on_the_task_and_is_none_where_nothing_may_be_reused() -> 
 @pytest.mark.parametrize(
     ("one", "other"),
     [
-        (Part(columns={"text": ["ab", "c"]}), Part(columns={"text": ["a", "bc"]})),
-        (Part(columns={"text": ["", "a"]}), Part(columns={"text": ["a", ""]})),
-        (Part(columns={"text": [""]}), Part(columns={"text": [""]}, bad={0: ("bad_row", "gone")})),
+        (IncomingPart(columns={"text": ["ab", "c"]}), IncomingPart(columns={"text": ["a", "bc"]})),
+        (IncomingPart(columns={"text": ["", "a"]}), IncomingPart(columns={"text": ["a", ""]})),
         (
-            Part(columns={"text": [""]}, bad={0: ("bad_row", "a")}),
-            Part(columns={"text": [""]}, bad={0: ("bad_row", "b")}),
+            IncomingPart(columns={"text": [""]}),
+            IncomingPart(columns={"text": [""]}, bad={0: ("bad_row", "gone")}),
+        ),
+        (
+            IncomingPart(columns={"text": [""]}, bad={0: ("bad_row", "a")}),
+            IncomingPart(columns={"text": [""]}, bad={0: ("bad_row", "b")}),
         ),
     ],
 )
-def test_blocks_that_differ_have_different_keys(one: Part, other: Part) -> None:
+def test_blocks_that_differ_have_different_keys(one: IncomingPart, other: IncomingPart) -> None:
     assert blocks(one)[0].keys != blocks(other)[0].keys
 
 
 def test_a_block_of_bad_rows_alone_has_no_work() -> None:
-    (block,) = blocks(Part(columns={"text": ["", ""]}, bad={0: ("bad_row", "a"), 1: ("bad_row", "b")}))
+    (block,) = blocks(
+        IncomingPart(columns={"text": ["", ""]}, bad={0: ("bad_row", "a"), 1: ("bad_row", "b")})
+    )
     assert (block.n_rows, block.n_work, block.row_order) == (2, 0, b"")
 
 
 def test_a_torn_payload_is_told_and_not_guessed_at() -> None:
-    (block,) = blocks(Part(columns={"text": ["hello"]}))
+    (block,) = blocks(IncomingPart(columns={"text": ["hello"]}))
     with pytest.raises(BadMessage):
         decode_block(block.payload[:-3])
 
@@ -380,7 +389,7 @@ FIELDS = {"title": ("title",), "body": ("body",), "both": ("title", "body"), "no
 
 
 @st.composite
-def partly_bad(draw: st.DrawFn) -> Part:
+def partly_bad(draw: st.DrawFn) -> IncomingPart:
     """Parts of two fields, some of their values and some of their rows bad."""
     whole = draw(parts())
     columns, marks = {}, {}
@@ -388,11 +397,13 @@ def partly_bad(draw: st.DrawFn) -> Part:
         gone = draw(st.sets(st.integers(0, len(whole) - 1))) - whole.bad.keys()
         columns[{"text": "body"}.get(name, name)] = ["" if i in gone else t for i, t in enumerate(texts)]
         marks[{"text": "body"}.get(name, name)] = {i: ("bad_row", f"{name} {i % 3}") for i in gone}
-    return Part(columns=columns, bad=whole.bad, bad_fields={name: bad for name, bad in marks.items() if bad})
+    return IncomingPart(
+        columns=columns, bad=whole.bad, bad_fields={name: bad for name, bad in marks.items() if bad}
+    )
 
 
 @given(partly_bad(), st.integers(1, 8))
-def test_work_is_done_on_rows_that_some_task_can_be_asked(part: Part, rows: int) -> None:
+def test_work_is_done_on_rows_that_some_task_can_be_asked(part: IncomingPart, rows: int) -> None:
     readers = [Reader(reads=FIELDS[name], digest=b"", reusable=True) for name in ("title", "body")]
     start = 0
     for block in blocks(part, *readers, rows=rows):
@@ -434,7 +445,7 @@ def test_a_bad_field_is_in_the_keys_of_the_tasks_that_read_it_and_in_no_other() 
     def keys(**more: Any) -> dict[str, bytes | None]:
         columns = {"title": ["t", "", "u"], "body": ["b", "c", "d"]}
         readers = [Reader(reads=reads, digest=b"task", reusable=True) for reads in FIELDS.values()]
-        (block,) = blocks(Part(columns=columns, **more), *readers)
+        (block,) = blocks(IncomingPart(columns=columns, **more), *readers)
         return dict(zip(FIELDS, block.keys, strict=True))
 
     empty = keys()

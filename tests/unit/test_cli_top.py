@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 from rich.console import Console
 
-from motet.cli.top import Cluster, frame
+from motet.cli.top import ClusterView, frame
 from motet.client import Client, Worker
 from motet.errors import Unreachable
 from tests.unit.fake_api import TOKEN, FakeApi
@@ -47,15 +47,15 @@ def a_worker(worker: str = "host-gpu0", **more: Any) -> Worker:
     return Worker(worker=worker, **{**known, **more})
 
 
-def seen(workers: list[Worker] | None = None, jobs: list[dict[str, Any]] | None = None) -> Cluster:
-    return Cluster(
+def seen(workers: list[Worker] | None = None, jobs: list[dict[str, Any]] | None = None) -> ClusterView:
+    return ClusterView(
         url="http://127.0.0.1:8700",
         workers=[a_worker()] if workers is None else workers,
         jobs=[a_job()] if jobs is None else jobs,
     )
 
 
-def drawn(cluster: Cluster, width: int = 140, **how: Any) -> str:
+def drawn(cluster: ClusterView, width: int = 140, **how: Any) -> str:
     console = Console(width=width, file=io.StringIO(), markup=False, highlight=False, emoji=False)
     console.print(frame(cluster, width=width, **how))
     assert isinstance(console.file, io.StringIO)
@@ -147,9 +147,9 @@ def test_a_server_that_goes_away_is_waited_for_until_q(
     api: FakeApi, monkeypatch: pytest.MonkeyPatch, keyboard: int
 ) -> None:
     screen = Console(width=100, height=30, file=io.StringIO(), force_terminal=True, markup=False)
-    answers: list[Cluster | None] = [None, seen([a_worker("host-gpu7")]), None]
+    answers: list[ClusterView | None] = [None, seen([a_worker("host-gpu7")]), None]
 
-    def look(client: Client) -> Cluster:
+    def look(client: Client) -> ClusterView:
         said = answers.pop(0)
         if not answers:
             os.write(keyboard, b"q")

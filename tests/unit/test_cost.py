@@ -11,14 +11,14 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from scheduler.cost import PACE_RANGE, PRIOR_BYTES_PER_TOKEN, Rate, RateKey, Rates, Work
+from scheduler.cost import PACE_RANGE, PRIOR_BYTES_PER_TOKEN, Rate, RateKey, Rates, Workload
 
 KEY: RateKey = ("trunk", "NVIDIA L4", "fast")
 SECONDS_PER_TOKEN = 5e-5
 SEEDS = range(20)
 
 
-def truth(work: Work) -> float:
+def truth(work: Workload) -> float:
     """Seconds that this work takes, but for noise."""
     return 0.01 + 2e-4 * work.rows + SECONDS_PER_TOKEN * work.tokens + 2e-8 * work.squares
 
@@ -28,13 +28,13 @@ def noise(dice: random.Random, sigma: float = 0.3) -> float:
     return exp(dice.gauss(-sigma * sigma / 2, sigma))
 
 
-def rows_of(length: float, seconds: float = 1.5) -> Work:
+def rows_of(length: float, seconds: float = 1.5) -> Workload:
     """Rows of one length that take about so long."""
-    rows = max(1, int(seconds / truth(Work(1, length, length * length))))
-    return Work(rows, rows * length, rows * length * length)
+    rows = max(1, int(seconds / truth(Workload(1, length, length * length))))
+    return Workload(rows, rows * length, rows * length * length)
 
 
-def any_rows(dice: random.Random) -> Work:
+def any_rows(dice: random.Random) -> Workload:
     """A sub-task as it is carved: rows of about one length, but of another one each time."""
     return rows_of(min(512.0, max(4.0, exp(dice.gauss(4.5, 0.8)))), dice.uniform(0.5, 2.0))
 
@@ -195,7 +195,7 @@ def test_whatever_the_wire_lets_through_no_coefficient_is_negative_or_infinite(
     for rows, tokens, unlike, seconds, text_bytes in seen:
         least, most = tokens**2 / rows, float(tokens) ** 2
         squares = min(most, max(0.0, least + unlike * (most - least)))
-        rates.observe(KEY, "w", Rate.prior(per_token), Work(rows, tokens, squares), seconds, text_bytes)
+        rates.observe(KEY, "w", Rate.prior(per_token), Workload(rows, tokens, squares), seconds, text_bytes)
     rate = rates.learned.get(KEY, Rate.prior(per_token))
     assert all(isfinite(c) and c >= 0 for c in rate.coefficients)
     assert all(map(isfinite, rate.covariance))

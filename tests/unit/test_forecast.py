@@ -9,10 +9,10 @@ import pytest
 
 from motet.manifest import Manifest
 from scheduler.cost import Rate, Rates
-from scheduler.place import Demand, Worker
+from scheduler.place import Demand, WorkerState
 from scheduler.simulation import forecast as module
 from scheduler.simulation.events import Simulation
-from scheduler.simulation.forecast import Cluster, Started, forecast
+from scheduler.simulation.forecast import ClusterNow, Started, forecast
 
 MODELS = [
     Manifest(
@@ -58,9 +58,9 @@ def wants(job: str = "mine", seconds: float = 10.0, model: int = 0, **more: Any)
     )
 
 
-def crew(n: int, kind: str = "GPU", resident: tuple[str, ...] = HOLDS, **more: Any) -> list[Worker]:
+def crew(n: int, kind: str = "GPU", resident: tuple[str, ...] = HOLDS, **more: Any) -> list[WorkerState]:
     return [
-        Worker(
+        WorkerState(
             name=f"{kind}{i}",
             boot="b",
             device_kind="cuda",
@@ -75,9 +75,12 @@ def crew(n: int, kind: str = "GPU", resident: tuple[str, ...] = HOLDS, **more: A
 
 
 def cluster(
-    workers: Sequence[Worker], *demand: Demand, started: Sequence[Started] = (), known: Rates | None = None
-) -> Cluster:
-    return Cluster(
+    workers: Sequence[WorkerState],
+    *demand: Demand,
+    started: Sequence[Started] = (),
+    known: Rates | None = None,
+) -> ClusterNow:
+    return ClusterNow(
         workers=workers,
         rates=rates() if known is None else known,
         demand=demand,
@@ -112,7 +115,9 @@ def cluster(
     ],
     ids=lambda value: str(value)[:1] and None,
 )
-def test_it_is_what_arithmetic_says(workers: list[Worker], demand: list[Demand], expected_s: float) -> None:
+def test_it_is_what_arithmetic_says(
+    workers: list[WorkerState], demand: list[Demand], expected_s: float
+) -> None:
     found = forecast("mine", cluster(workers, *demand))
     assert found is not None
     assert found.p50_s == pytest.approx(expected_s, rel=0.25, abs=0.2)

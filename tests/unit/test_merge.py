@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from motet.columns import ERROR, RETURNED, CellError, Column, Kind, cut, values
-from scheduler.merge import BadColumn, Part, check, errors_column, mark_returned, merge, returned_rows
+from scheduler.merge import AnswersPart, BadColumn, check, errors_column, mark_returned, merge, returned_rows
 
 LABELS = ("a", "b", "c")
 
@@ -72,7 +72,7 @@ def test_parts_in_any_order_merge_into_the_whole(kind: Kind, n: int, cuts: list[
         dtype=whole.dtype,
     )
     edges = sorted({0, n, *(c for c in cuts if c < n)})
-    parts = [Part(rows[a:b], cut(shuffled, a, b)) for a, b in itertools.pairwise(edges)]
+    parts = [AnswersPart(rows[a:b], cut(shuffled, a, b)) for a, b in itertools.pairwise(edges)]
     random.Random(seed + 1).shuffle(parts)
     merged = merge(kind, n, parts, absent={})
     merged.check()
@@ -82,7 +82,10 @@ def test_parts_in_any_order_merge_into_the_whole(kind: Kind, n: int, cuts: list[
 
 def test_every_score_survives_the_merge() -> None:
     whole = column("label", 5, 1, every=True)
-    parts = [Part(np.array([3, 4]), cut(whole, 3, 5)), Part(np.array([0, 1, 2]), cut(whole, 0, 3))]
+    parts = [
+        AnswersPart(np.array([3, 4]), cut(whole, 3, 5)),
+        AnswersPart(np.array([0, 1, 2]), cut(whole, 0, 3)),
+    ]
     assert list(values(merge("label", 5, parts, absent={}), LABELS)) == list(values(whole, LABELS))
 
 
@@ -90,7 +93,9 @@ def test_every_score_survives_the_merge() -> None:
 def test_returned_rows_are_left_to_the_attempt_that_answers_them(kind: Kind) -> None:
     first, second = column(kind, 4, 1), column(kind, 1, 2)
     marked = mark_returned(first, np.array([2]))
-    merged = merge(kind, 4, [Part(np.arange(4), marked), Part(np.array([2]), second)], absent={})
+    merged = merge(
+        kind, 4, [AnswersPart(np.arange(4), marked), AnswersPart(np.array([2]), second)], absent={}
+    )
     merged.check()
     got = list(values(merged, LABELS))
     assert got[2] == next(values(second, LABELS))
@@ -103,7 +108,7 @@ def test_rows_that_arrived_broken_and_rows_given_up_are_errors_beside_good_ones(
     merged = merge(
         kind,
         4,
-        [Part(np.array([0, 3]), good), Part(np.array([2]), dead)],
+        [AnswersPart(np.array([0, 3]), good), AnswersPart(np.array([2]), dead)],
         absent={1: CellError("bad_row", "NUL")},
     )
     merged.check()
@@ -113,8 +118,8 @@ def test_rows_that_arrived_broken_and_rows_given_up_are_errors_beside_good_ones(
 
 def test_a_hole_or_an_overlap_breaks_the_invariant_loudly() -> None:
     with pytest.raises(AssertionError, match="not answered"):
-        merge("label", 3, [Part(np.array([0, 1]), column("label", 2, 1))], absent={})
-    twice = Part(np.array([0]), column("label", 1, 1))
+        merge("label", 3, [AnswersPart(np.array([0, 1]), column("label", 2, 1))], absent={})
+    twice = AnswersPart(np.array([0]), column("label", 1, 1))
     with pytest.raises(AssertionError, match="twice"):
         merge("label", 1, [twice, twice], absent={})
 

@@ -12,7 +12,7 @@ import pytest
 
 from motet.markup import Html, join, tag
 from scheduler.api import markup
-from scheduler.api.charts import Span, curve, drawn_bars, nice, round_step, shares
+from scheduler.api.charts import Stretch, curve, drawn_bars, nice, round_step, shares
 from scheduler.api.markup import compact, duration, percent
 from scheduler.api.page import job_page, jobs_page, refused_page
 from scheduler.api.shapes import ACTIVITY, JOB
@@ -292,7 +292,7 @@ def test_the_curve_reaches_the_height_of_its_highest_bucket() -> None:
 
 def test_axes_have_round_numbers() -> None:
     for to_s in (0.02, 0.9, 7, 61, 600, 5000, 100_000, 3_000_000):
-        ticks = Span(0, to_s).ticks()
+        ticks = Stretch(0, to_s).ticks()
         assert 2 <= len(ticks) <= 8
         assert ticks[0] == 0
         assert ticks[-1] <= to_s

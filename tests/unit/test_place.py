@@ -17,7 +17,7 @@ from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, 
 from motet.manifest import Manifest
 from scheduler.cost import Rate, Rates
 from scheduler.fairness import BULK, INTERACTIVE, NORMAL, Account
-from scheduler.place import Clone, Demand, Flight, PassId, Placement, Placer, Recall, UnderWay, Worker
+from scheduler.place import Clone, Demand, Flight, PassId, Placement, Placer, Recall, UnderWay, WorkerState
 
 #: On a usual box a row takes a tenth of a second, on a card a fortieth.
 ROW_BYTES, ROW_S = 100, 0.1
@@ -63,7 +63,7 @@ def demand(job: str, rows: int = 10_000, **kw: object) -> Demand:
     return Demand(job=job, rows_waiting=rows, **(facts | kw))  # type: ignore[arg-type]
 
 
-def worker(name: str, *models: Manifest, **kw: object) -> Worker:
+def worker(name: str, *models: Manifest, **kw: object) -> WorkerState:
     """A box that holds these models."""
     facts: dict[str, object] = {
         "boot": "b",
@@ -72,7 +72,7 @@ def worker(name: str, *models: Manifest, **kw: object) -> Worker:
         "engines": ("encoder",),
         "resident": tuple(m.digest for m in models),
     }
-    return Worker(name=name, **(facts | kw))  # type: ignore[arg-type]
+    return WorkerState(name=name, **(facts | kw))  # type: ignore[arg-type]
 
 
 @dataclass(frozen=True)
@@ -111,7 +111,7 @@ class Cluster:
         self.queues: dict[str, list[Sent]] = {}
         self.ends: dict[str, float] = {}
 
-    def join(self, *workers: Worker) -> Cluster:
+    def join(self, *workers: WorkerState) -> Cluster:
         for new in workers:
             self.policy.worker(new, self.now)
         return self
@@ -955,7 +955,7 @@ def test_hurry_is_a_matter_within_a_tenant() -> None:
 # -- near the end
 
 
-def near_the_end(*idle: Worker, known: Rates | None = None) -> tuple[Cluster, list[Sent]]:
+def near_the_end(*idle: WorkerState, known: Rates | None = None) -> tuple[Cluster, list[Sent]]:
     """``a`` has all that was left of a job, two seconds and two more; then others come, and have nothing to do."""
     cluster = Cluster(known or rates()).join(worker("a", A)).want(demand("j"))
     sent = cluster.place()
@@ -1021,7 +1021,7 @@ def test_interactive_work_is_not_moved() -> None:
     assert cluster.take_over() == []
 
 
-def straggler(*idle: Worker, taken_s: float = 30.0, spent_s: float = 1000.0) -> tuple[Cluster, Sent]:
+def straggler(*idle: WorkerState, taken_s: float = 30.0, spent_s: float = 1000.0) -> tuple[Cluster, Sent]:
     """``a`` has had two seconds of work for so long, and others have nothing to do."""
     cluster = Cluster().join(worker("z", A)).want(demand("before", 20))
     for sent in cluster.place():
@@ -1361,7 +1361,7 @@ class PolicyMachine(RuleBasedStateMachine):
         self.now = 0.0
         self.keys = count()
         self.policy = Placer(rates(a=2.0, c=0.7), subtask_s=2.0, ahead_s=0.5, depth=3)
-        self.workers: dict[str, Worker] = {}
+        self.workers: dict[str, WorkerState] = {}
         self.rows: dict[PassId, int] = dict.fromkeys(PASSES, 0)
         for id_ in PASSES:  # So that the size of every model is known.
             self.policy.want(demand_of(id_, 1))
@@ -1503,7 +1503,7 @@ class PolicyMachine(RuleBasedStateMachine):
         self.rows[id_] = rows
         self.policy.want(demand_of(id_, rows))
 
-    def _may(self, known: Worker, wanted: Demand) -> bool:
+    def _may(self, known: WorkerState, wanted: Demand) -> bool:
         fits = known.memory_mb == 0 or wanted.model.memory_mb() <= known.memory_mb
         return fits and wanted.model.engine in known.engines and not wanted.model_ids & known.refused
 
@@ -1596,7 +1596,7 @@ class PolicyMachine(RuleBasedStateMachine):
             hosts = {name: place for name, place in policy._places.items() if pool.digest in place.resident}
             assert pool.hosts == hosts
 
-    def _fitting(self, flights: list[Flight], known: Worker) -> bool:
+    def _fitting(self, flights: list[Flight], known: WorkerState) -> bool:
         """Not a lease from before its worker was changed, or found there, that never fits."""
         return all(f.demand.model.memory_mb() <= known.memory_mb for f in flights)
 

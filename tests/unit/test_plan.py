@@ -15,7 +15,7 @@ from motet.manifest import Manifest
 from motet.tasks import Chat, Choose, Classify, Embed, Entities, Extract, Function, Generate, Number, Task
 from scheduler.blocks import Reads
 from scheduler.plan import (
-    PlannedPass,
+    PassPlan,
     Sample,
     estimate,
     in_order,
@@ -70,7 +70,7 @@ TRUNKS = {MINILM.ref: MINILM, OTHER.ref: OTHER}
 
 def passes(
     mean_bytes: Mapping[str, float] | None = None, **tasks: tuple[Task, Manifest]
-) -> tuple[PlannedPass, ...]:
+) -> tuple[PassPlan, ...]:
     models = {n: m for n, (_, m) in tasks.items()}
     return plan({n: t for n, (t, _) in tasks.items()}, models, TRUNKS, mean_bytes=mean_bytes)
 
@@ -249,8 +249,8 @@ def test_tokens_mean_nothing_to_a_model_that_names_no_limit() -> None:
 # -- estimates
 
 
-def planned(max_tokens: int = 256, tasks: tuple[int, ...] = (0, 1)) -> PlannedPass:
-    return PlannedPass(
+def planned(max_tokens: int = 256, tasks: tuple[int, ...] = (0, 1)) -> PassPlan:
+    return PassPlan(
         number=0,
         kind="encoder minilm",
         model=MINILM,

@@ -9,10 +9,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from motet.transport import Lag
-from scheduler.pressure import OUTCOMES, REDIS_MEMORY, Facts, Overload, overloads, pressures, throttle
+from scheduler.pressure import OUTCOMES, REDIS_MEMORY, Overload, PressureFacts, overloads, pressures, throttle
 
 GIB = 1 << 30
-CALM = Facts(
+CALM = PressureFacts(
     rows_running=0,
     rows_loading=0,
     max_waiting_rows=1000,
@@ -24,7 +24,7 @@ CALM = Facts(
 ENTRIES = st.integers(0, 5000)
 SHARES = st.floats(0, 1.5)
 FACTS = st.builds(
-    Facts,
+    PressureFacts,
     rows_running=st.integers(0, 3000),
     rows_loading=st.integers(0, 3000),
     max_waiting_rows=st.integers(1, 2000),
@@ -35,11 +35,11 @@ FACTS = st.builds(
 )
 
 
-def reasons(facts: Facts, *, interactive: bool = False, uploading: bool = False) -> list[str]:
+def reasons(facts: PressureFacts, *, interactive: bool = False, uploading: bool = False) -> list[str]:
     return [o.reason for o in overloads(facts, interactive=interactive, uploading=uploading)]
 
 
-def the_one(facts: Facts) -> Overload:
+def the_one(facts: PressureFacts) -> Overload:
     (found,) = overloads(facts)
     return found
 
@@ -63,7 +63,7 @@ def test_more_pressure_never_sends_more(few: int, many: int, low: float, high: f
 
 
 @given(FACTS)
-def test_what_the_dispatcher_does_is_what_the_figures_say(facts: Facts) -> None:
+def test_what_the_dispatcher_does_is_what_the_figures_say(facts: PressureFacts) -> None:
     found = pressures(facts)
     assert all(0.0 <= pressure <= 1.0 for pressure in found.values())
     if facts.lag is not None and facts.memory_share is not None:
@@ -80,13 +80,13 @@ def test_a_calm_cluster_takes_everything() -> None:
 
 
 @given(FACTS)
-def test_nothing_is_refused_short_of_a_hard_limit(facts: Facts) -> None:
+def test_nothing_is_refused_short_of_a_hard_limit(facts: PressureFacts) -> None:
     found = pressures(facts)
     assert all(found[overload.reason] == 1.0 for overload in overloads(facts))
 
 
 @given(FACTS)
-def test_whoever_may_pass_more_is_never_refused_more(facts: Facts) -> None:
+def test_whoever_may_pass_more_is_never_refused_more(facts: PressureFacts) -> None:
     for interactive in (False, True):
         assert set(reasons(facts, interactive=interactive, uploading=True)) <= set(
             reasons(facts, interactive=interactive)
@@ -95,7 +95,7 @@ def test_whoever_may_pass_more_is_never_refused_more(facts: Facts) -> None:
 
 
 @given(FACTS)
-def test_every_refusal_says_what_to_do_and_when_to_come_back_within_a_minute(facts: Facts) -> None:
+def test_every_refusal_says_what_to_do_and_when_to_come_back_within_a_minute(facts: PressureFacts) -> None:
     for overload in overloads(facts):
         assert overload.what
         assert overload.remedy

@@ -7,11 +7,11 @@ from dataclasses import replace
 import pytest
 
 from motet.manifest import Manifest
-from scheduler.plan import PassEstimate, PlannedPass, Sample
-from scheduler.prompt_cost import Asked, estimate_prompts
+from scheduler.plan import PassEstimate, PassPlan, Sample
+from scheduler.prompt_cost import TaskTokens, estimate_prompts
 
 LLM = Manifest(name="llm", version="1", engine="causal", answers="text", max_tokens=200)
-TEXT_FIRST = PlannedPass(
+TEXT_FIRST = PassPlan(
     number=0,
     kind="causal llm",
     model=LLM,
@@ -24,8 +24,8 @@ TEXT_FIRST = PlannedPass(
 TEXTS = (100, 50)
 
 
-def task(instruction: int = 10, system: int = 5, written: int = 20, **changes: object) -> Asked:
-    made = Asked(
+def task(instruction: int = 10, system: int = 5, written: int = 20, **changes: object) -> TaskTokens:
+    made = TaskTokens(
         system="be brief" if system else "",
         system_tokens=[system] * len(TEXTS),
         instruction_tokens=[instruction] * len(TEXTS),
@@ -36,7 +36,7 @@ def task(instruction: int = 10, system: int = 5, written: int = 20, **changes: o
     return replace(made, **changes)  # type: ignore[arg-type]
 
 
-def estimated(*asked: Asked, planned: PlannedPass = TEXT_FIRST, rows: int = 2) -> PassEstimate:
+def estimated(*asked: TaskTokens, planned: PassPlan = TEXT_FIRST, rows: int = 2) -> PassEstimate:
     sample = Sample(rows=2, total_rows=rows, text_bytes=600, total_bytes=None)
     return estimate_prompts(
         planned, TEXTS, asked, sample, seconds_per_token=[0.01], prior_s=0.01, subtask_s=1.0

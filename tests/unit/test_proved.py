@@ -253,8 +253,8 @@ def attended(**asked: Any) -> tuple[torch.Tensor, None]:
     pool.lay_out(1, 4)
     at = torch.tensor([0])
     mask = kv.additive(torch.ones(1, 1, 1).bool().numpy(), 2, torch.float32, "cpu")
-    beginning = kv.Beginning(0, 1, 0, mask, None)
-    flight = kv.Flight(pool, at, at, [beginning], None, windows=(None,))
+    beginning = kv.PrefillSpan(0, 1, 0, mask, None)
+    flight = kv.StepLayout(pool, at, at, [beginning], None, windows=(None,))
     query, key = torch.ones(1, 2, 1, 4), torch.ones(1, 1, 1, 4)
     asked = {
         "attention_mask": None,

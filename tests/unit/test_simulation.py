@@ -16,8 +16,8 @@ from motet.errors import SetupError
 from scheduler import carve, cost, dispatcher, place
 from scheduler.fairness import BULK, INTERACTIVE, NORMAL, Account
 from scheduler.simulation import policy
-from scheduler.simulation.cluster import Device, Job, Model, Rows, Scenario
-from scheduler.simulation.events import TICK_S, Attempt, Outcome, Simulation
+from scheduler.simulation.cluster import Model, Scenario, SimulatedDevice, SimulatedJob, UncarvedRows
+from scheduler.simulation.events import TICK_S, Attempt, RunOutcome, Simulation
 from scheduler.simulation.fair_share import gap_s, largest_s
 from scheduler.simulation.policy import Motet
 from scheduler.simulation.scenarios import drawn, read
@@ -26,8 +26,8 @@ SCENARIOS = sorted((Path(__file__).parents[2] / "bench" / "scenarios").glob("*.t
 SLOT_MB = 1000
 
 
-def device(name: str, **kw: object) -> Device:
-    return Device(**{"name": name, "kind": "gpu", "speed": 1.0, "true_speed": 1.0, **kw})  # type: ignore[arg-type]
+def device(name: str, **kw: object) -> SimulatedDevice:
+    return SimulatedDevice(**{"name": name, "kind": "gpu", "speed": 1.0, "true_speed": 1.0, **kw})  # type: ignore[arg-type]
 
 
 def encoder(name: str = "m", **kw: object) -> Model:
@@ -35,7 +35,7 @@ def encoder(name: str = "m", **kw: object) -> Model:
     return Model(**{"name": name, "token_s": 3e-4, "load_s": 3.0, "memory_mb": SLOT_MB, **kw})  # type: ignore[arg-type]
 
 
-def world(*, devices: int = 4, jobs: tuple[Job, ...], models: int = 1, **kw: object) -> Scenario:
+def world(*, devices: int = 4, jobs: tuple[SimulatedJob, ...], models: int = 1, **kw: object) -> Scenario:
     names = [f"m{i}" for i in range(models)]
     return Scenario(
         devices=tuple(device(f"d{i}", resident=tuple(names)) for i in range(devices)),
@@ -82,7 +82,7 @@ def worlds(draw: st.DrawFn) -> Scenario:
     for i in range(draw(st.integers(1, 5))):
         priority = draw(st.sampled_from([INTERACTIVE, NORMAL, NORMAL, BULK]))
         jobs.append(
-            Job(
+            SimulatedJob(
                 name=f"j{i}",
                 model=draw(st.sampled_from(sorted(models))),
                 rows=draw(st.integers(1, 16 if priority == INTERACTIVE else 3000)),
@@ -112,7 +112,7 @@ def test_the_dispatcher_and_the_simulation_run_the_same_policy() -> None:
     assert policy.carve is dispatcher.carve is carve.carve
     assert policy.Rates is dispatcher.Rates is cost.Rates
     simulated = Motet()
-    Simulation(world(jobs=(Job(name="j", model="m0", rows=10),)), simulated).run()
+    Simulation(world(jobs=(SimulatedJob(name="j", model="m0", rows=10),)), simulated).run()
     assert type(simulated.placer) is place.Placer
     assert type(simulated.placer.rates) is cost.Rates
 
@@ -127,7 +127,7 @@ def test_whatever_dies_or_is_lost_every_row_is_done_once_and_no_memory_is_exceed
     for job in scenario.jobs:
         own = [a.subtask for _, a in watched.counted if a.subtask.job is job]
         done = Counter((block, row) for s in own for block, lo, hi in s.ranges for row in range(lo, hi))
-        blocks = Rows(job)
+        blocks = UncarvedRows(job)
         assert done == Counter((b, row) for b in range(blocks.blocks) for row in range(blocks.rows_of(b)))
         assert outcome.rows[job.name] == job.rows
         assert job.at_s <= outcome.first_s[job.name] <= outcome.ended_s[job.name]
@@ -205,7 +205,7 @@ def test_no_device_is_idle_while_rows_wait_for_a_model_that_it_holds(scenario: S
                 assert waited_s <= most_s, f"{one.name} was idle for {waited_s:.2f} s while {job.name} waited"
 
 
-def idle(outcome: Outcome, name: str) -> Iterator[tuple[float, float]]:
+def idle(outcome: RunOutcome, name: str) -> Iterator[tuple[float, float]]:
     """When a device did nothing. Interactive rows run within what is busy, so they are left out."""
     last = 0.0
     for span in sorted((s for s in outcome.spans if s.device == name), key=lambda s: s.start_s):
@@ -225,7 +225,7 @@ def test_who_waits_is_never_further_behind_than_what_is_under_way(
     devices: int, weights: list[float], seed: int
 ) -> None:
     jobs = tuple(
-        Job(name=f"j{i}", model=f"m{i % 2}", rows=2000 * devices, tenant=f"t{i}", weight=weight)
+        SimulatedJob(name=f"j{i}", model=f"m{i % 2}", rows=2000 * devices, tenant=f"t{i}", weight=weight)
         for i, weight in enumerate(weights)
     )
     scenario = world(devices=devices, jobs=jobs, models=2)
@@ -237,7 +237,7 @@ def test_who_waits_is_never_further_behind_than_what_is_under_way(
 
 def test_four_tenants_on_four_devices_are_within_two_sub_tasks_of_their_shares() -> None:
     jobs = tuple(
-        Job(name=f"j{i}", model=f"m{i % 2}", rows=6000, tenant=f"t{i}", weight=weight)
+        SimulatedJob(name=f"j{i}", model=f"m{i % 2}", rows=6000, tenant=f"t{i}", weight=weight)
         for i, weight in enumerate((1.0, 1.0, 2.0, 4.0))
     )
     for seed in range(5):
@@ -255,18 +255,18 @@ def test_a_run_follows_from_its_seed(scenario: Scenario, seed: int) -> None:
 
 
 def test_another_seed_is_another_run() -> None:
-    scenario = world(jobs=(Job(name="j", model="m0", rows=2000),))
+    scenario = world(jobs=(SimulatedJob(name="j", model="m0", rows=2000),))
     assert len({Simulation(scenario, Motet(), seed).run().makespan_s for seed in range(5)}) == 5
 
 
 def test_all_equal_devices_end_together() -> None:
-    scenario = world(jobs=(Job(name="j", model="m0", rows=20_000),), devices=8)
+    scenario = world(jobs=(SimulatedJob(name="j", model="m0", rows=20_000),), devices=8)
     outcome = Simulation(scenario, Motet(), 0).run()
     assert outcome.busy_s / (8 * outcome.makespan_s) > 0.97
 
 
 def test_a_device_that_is_silently_slow_is_found_and_gets_less() -> None:
-    slow = world(jobs=(Job(name="j", model="m0", rows=20_000),), devices=8)
+    slow = world(jobs=(SimulatedJob(name="j", model="m0", rows=20_000),), devices=8)
     slow = replace(slow, devices=(replace(slow.devices[0], true_speed=0.25), *slow.devices[1:]))
     motet = Motet()
     outcome = Simulation(slow, motet, 0).run()
@@ -275,7 +275,7 @@ def test_a_device_that_is_silently_slow_is_found_and_gets_less() -> None:
 
 
 def test_a_clone_saves_a_job_from_a_straggler() -> None:
-    scenario = world(jobs=(Job(name="j", model="m0", rows=4000),), stragglers=0.03)
+    scenario = world(jobs=(SimulatedJob(name="j", model="m0", rows=4000),), stragglers=0.03)
     with_clones, without = (
         [Simulation(scenario, Motet(clone=clone), seed).run() for seed in range(12)]
         for clone in (True, False)
@@ -286,7 +286,7 @@ def test_a_clone_saves_a_job_from_a_straggler() -> None:
 
 
 def test_a_job_that_no_device_can_run_is_told_of() -> None:
-    scenario = world(jobs=(Job(name="large", model="m0", rows=10),), devices=1)
+    scenario = world(jobs=(SimulatedJob(name="large", model="m0", rows=10),), devices=1)
     scenario = replace(scenario, devices=(device("d0", memory_mb=SLOT_MB // 2),))
     with pytest.raises(RuntimeError, match="these jobs wait: large"):
         Simulation(scenario, Motet()).run()
@@ -300,7 +300,7 @@ def test_the_scenarios_of_the_benchmark_keep_every_device_busy_for_minutes(path:
     assert scenario == told.scenario(1)
     work_s = 0.0
     for job in scenario.jobs:
-        rows = Rows(job)
+        rows = UncarvedRows(job)
         work_s += (
             scenario.models[job.model].seconds(rows.work(0, rows.block_rows)) * job.rows / rows.block_rows
         )

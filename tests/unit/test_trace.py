@@ -11,9 +11,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from motet.errors import SetupError
-from scheduler.cost import Work
-from scheduler.simulation.cluster import Rows
-from scheduler.simulation.events import Outcome, Simulation, Span
+from scheduler.cost import Workload
+from scheduler.simulation.cluster import UncarvedRows
+from scheduler.simulation.events import DeviceSpan, RunOutcome, Simulation
 from scheduler.simulation.kinds import KINDS, devices_of, kind_named
 from scheduler.simulation.policy import Motet
 from scheduler.simulation.timeline import page
@@ -42,7 +42,7 @@ def test_a_line_needs_no_more_than_a_model_and_rows() -> None:
 
 def test_a_measured_model_takes_on_its_kind_what_was_measured_there() -> None:
     trace = a_trace(a_line(model={**ENCODER, "row_s": 0.001}))
-    work = Work(10, 5000, 0)
+    work = Workload(10, 5000, 0)
     assert trace.models["encoder"].seconds(work) / KINDS["L4"].speed == pytest.approx(1.01)
     assert trace.guessed == ()
 
@@ -55,7 +55,7 @@ def test_a_deadline_counts_from_when_the_job_comes() -> None:
 @given(rows=st.integers(1, 20_000), tokens=st.floats(4, 4000), spread=st.floats(0, 1.5))
 def test_the_lengths_of_a_job_have_the_mean_that_was_told(rows: int, tokens: float, spread: float) -> None:
     (job,) = a_trace(a_line(rows=rows, tokens=tokens, spread=spread)).jobs
-    total_rows, size = Rows(job).total()
+    total_rows, size = UncarvedRows(job).total()
     assert total_rows == rows
     # The last block may lack a few of the shortest; lengths are whole bytes.
     assert size / 4 / rows == pytest.approx(tokens, rel=0.01, abs=0.5)
@@ -176,7 +176,7 @@ def test_what_was_recorded_costs_the_same_again() -> None:
     trace = read_trace([json.dumps(line)], "recorded", {})
     model, (job,) = trace.models["encoder@1"], trace.jobs
     for s in subtasks:
-        work = Work(s["rows"], s["tokens"], s["tokens"] ** 2 / s["rows"])
+        work = Workload(s["rows"], s["tokens"], s["tokens"] ** 2 / s["rows"])
         assert model.seconds(work) / KINDS["L4"].speed == pytest.approx(s["busy_s"], rel=0.1)
     assert (job.name, job.rows, job.priority) == ("tickets", 16 * 32, 2)
     assert sum(job.lengths()) / 4 == pytest.approx(sum(s["tokens"] for s in subtasks), rel=0.02)
@@ -212,7 +212,7 @@ def test_a_device_that_nobody_knows_is_refused() -> None:
 # -- what comes of it
 
 
-def ran(text: str, trace: Trace, seed: int = 0) -> Outcome:
+def ran(text: str, trace: Trace, seed: int = 0) -> RunOutcome:
     return Simulation(scenario(devices_of(text), trace), Motet(), seed).run()
 
 
@@ -246,19 +246,19 @@ def test_a_picture_of_ten_thousand_devices_stays_small() -> None:
     trace = a_trace(a_line())
     devices = devices_of("10000xL4")
     spans = [
-        Span(d.name, second, second + 0.9, "topics", "encoder", loads=second == 0)
+        DeviceSpan(d.name, second, second + 0.9, "topics", "encoder", loads=second == 0)
         for d in devices
         for second in range(3)
     ]
-    drawn = page([("10000xL4", devices, Outcome(ended_s={"topics": 3.0}, spans=spans))], trace)
+    drawn = page([("10000xL4", devices, RunOutcome(ended_s={"topics": 3.0}, spans=spans))], trace)
     assert len(drawn) < 1_000_000
 
 
 def test_a_long_run_of_one_device_is_drawn_by_columns() -> None:
     trace = a_trace(a_line(), a_line(name="other", model="encoder"))
     spans = [
-        Span("L4-0", 2 * i, 2 * i + 1, "topics" if i % 2 else "other", "encoder", loads=False)
+        DeviceSpan("L4-0", 2 * i, 2 * i + 1, "topics" if i % 2 else "other", "encoder", loads=False)
         for i in range(50_000)
     ]
-    drawn = page([("L4", devices_of("L4"), Outcome(ended_s={"topics": 1e5}, spans=spans))], trace)
+    drawn = page([("L4", devices_of("L4"), RunOutcome(ended_s={"topics": 1e5}, spans=spans))], trace)
     assert len(drawn) < 50_000

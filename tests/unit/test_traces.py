@@ -12,7 +12,7 @@ import pytest
 
 from motet import traces
 from motet.errors import SetupError
-from motet.traces import Span
+from motet.traces import TraceSpan
 
 JOB = uuid.UUID("0b9f3c1e-6f0c-4f0e-9b0a-2f6f0a3c8d11")
 
@@ -21,10 +21,10 @@ JOB = uuid.UUID("0b9f3c1e-6f0c-4f0e-9b0a-2f6f0a3c8d11")
 class Kept:
     """A sender that keeps what it is given."""
 
-    spans: list[Span] = field(default_factory=list)
+    spans: list[TraceSpan] = field(default_factory=list)
     broken: bool = False
 
-    def send(self, span: Span) -> None:
+    def send(self, span: TraceSpan) -> None:
         if self.broken:
             raise RuntimeError("no luck today")
         self.spans.append(span)

@@ -26,8 +26,8 @@ from workers.engines.encoder import EncoderEngine
 from workers.engines.trainer import TrainerEngine
 from workers.engines.training import run as training
 from workers.engines.training.learner import Hopeless
-from workers.engines.training.run import Rows, TryAgain
-from workers.engines.training.state import State
+from workers.engines.training.run import RowSlice, TryAgain
+from workers.engines.training.state import RunState
 
 WORDS = {"good": 1.0, "fine": 0.5, "bad": -1.0, "awful": -2.0}
 FILLERS = ["the day was", "a meal is", "this film seems", "that train had been", "my answer to it is"]
@@ -92,17 +92,17 @@ class Memory:
         if self.fails_in == 0:
             raise TryAgain("not now")
 
-    def block(self, number: int, *, texts: bool) -> Rows | None:
+    def block(self, number: int, *, texts: bool) -> RowSlice | None:
         self._tap()
         at = slice(number * self.size, (number + 1) * self.size)
         found = self.vectors[at]
-        return Rows(self.texts[at] if texts else (), found) if len(found) else None
+        return RowSlice(self.texts[at] if texts else (), found) if len(found) else None
 
     def checkpoint(self) -> bytes | None:
         self._tap()
         return self.saved
 
-    def report(self, key: str, report: Mapping[str, Any], checkpoint: State | None) -> None:
+    def report(self, key: str, report: Mapping[str, Any], checkpoint: RunState | None) -> None:
         self._tap()
         if report:
             self.reports[key] = report
@@ -352,7 +352,7 @@ def test_it_keeps_the_contract_of_a_continuous_engine_one_run_at_a_time(stage: S
 def test_hopeless_is_not_tried_again(stage: Stage, monkeypatch: pytest.MonkeyPatch) -> None:
     calls = []
 
-    def refuse(number: int, *, texts: bool) -> Rows | None:
+    def refuse(number: int, *, texts: bool) -> RowSlice | None:
         calls.append(number)
         raise Hopeless("it is gone")
 

@@ -12,7 +12,7 @@ import pytest
 
 from motet.manifest import Manifest
 from workers import blobs
-from workers.blobs import BlobCache, CannotFetch, Refused, check_name
+from workers.blobs import BlobCache, CannotFetch, FileRefused, check_name
 from workers.engine import CannotLoad
 
 
@@ -27,7 +27,7 @@ class Shelf:
     def chunks(self, sha256: str) -> Iterator[bytes]:
         self.asked.append(sha256)
         if sha256 not in self.files:
-            raise Refused("the API answered 404")
+            raise FileRefused("the API answered 404")
         if self.torn:
             self.torn -= 1
             yield self.files[sha256][:1]

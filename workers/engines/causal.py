@@ -57,11 +57,11 @@ CONTEXT_LENGTH = "context_length"
 #: What a label prior depends on: the adapter, the prompt without any text, the labels.
 PriorKey = tuple[str, tuple[int, ...], tuple[tuple[int, ...], ...]]
 #: A fixed beginning: the adapter that computes it, and its tokens.
-Beginning = tuple[str, tuple[int, ...]]
+PrefixKey = tuple[str, tuple[int, ...]]
 
 
 @dataclass(frozen=True, slots=True)
-class Asked:
+class TaskPrompt:
     """One task's prompt for one row."""
 
     name: str
@@ -89,10 +89,10 @@ class Asked:
 
 
 @dataclass(frozen=True, slots=True)
-class Asking:
+class RowPrompts:
     """What a row asks: ``Prepared.inputs``."""
 
-    tasks: tuple[Asked, ...]
+    tasks: tuple[TaskPrompt, ...]
     index: int
 
 
@@ -115,7 +115,7 @@ class _Row:
     ticket: Hashable
     tenant: str
     urgent: bool
-    asking: Asking
+    asking: RowPrompts
     tree: Tree
     slot: int
     #: Places of the tree that are still to be computed, in order.
@@ -123,7 +123,7 @@ class _Row:
     #: Of each place of the tree, the adapter that computes it.
     adapters: list[str]
     #: Fixed beginnings that this row computes for all, and their places.
-    keeps: dict[Beginning, Ints]
+    keeps: dict[PrefixKey, Ints]
     #: Place of a prompt's last token -> the answers that begin behind it.
     begins: dict[int, list[Writer]]
     scores: list[_Score]
@@ -179,7 +179,7 @@ class Causal:
     room: int
     rows: dict[Hashable, _Row] = field(default_factory=dict)
     #: (tenant, beginning) -> its keys and values, newest last.
-    kept: OrderedDict[tuple[str, Beginning], list[tuple[torch.Tensor, torch.Tensor]]] = field(
+    kept: OrderedDict[tuple[str, PrefixKey], list[tuple[torch.Tensor, torch.Tensor]]] = field(
         default_factory=OrderedDict
     )
     #: (tenant, what asked) -> how likely its labels are without any text.
@@ -347,24 +347,24 @@ class CausalEngine:
             asked = [self._asked(handle, task, text, cut, fields) for task in pass_.tasks]
         index = pass_.indices[row] if row < len(pass_.indices) else row
         return Prepared(
-            row, _own_tokens(asked), truncated, Asking(tuple(_bounded(a, context) for a in asked), index)
+            row, _own_tokens(asked), truncated, RowPrompts(tuple(_bounded(a, context) for a in asked), index)
         )
 
     def _asked(
         self, handle: Causal, task: TaskOrder, text: str, ids: list[int], fields: Mapping[str, str]
-    ) -> Asked:
+    ) -> TaskPrompt:
         spec, tokens = task.spec, handle.tokens
         adapter = task.manifest.digest if task.manifest.trunk_model else ""
         told = switches(spec)
         prompt = tokens.prompt(messages_of(spec, text, fields), {text: ids}, told)
         if spec["kind"] != "choose":
-            return Asked(task.name, spec, prompt, most=int(spec["max_tokens"]), adapter=adapter)
+            return TaskPrompt(task.name, spec, prompt, most=int(spec["max_tokens"]), adapter=adapter)
         empty = None
         if spec.get("calibrate", True):
             nothing = dict.fromkeys(fields, NOTHING)
             empty = tokens.prompt(messages_of(spec, NOTHING, nothing), {}, told)
         labels = tuple(map(tokens.label, spec["labels"]))
-        return Asked(task.name, spec, prompt, labels, empty, adapter=adapter)
+        return TaskPrompt(task.name, spec, prompt, labels, empty, adapter=adapter)
 
     # -- on the device's thread
 
@@ -375,7 +375,7 @@ class CausalEngine:
     @torch.inference_mode()
     def admit(self, pass_: Pass, row: Prepared, ticket: Hashable, *, urgent: bool) -> bool:
         handle: Causal = pass_.handle
-        asking: Asking = row.inputs
+        asking: RowPrompts = row.inputs
         taken = sum(r.places for r in handle.rows.values())
         if not urgent and taken >= handle.places * (1 + AHEAD):
             return False
@@ -406,12 +406,12 @@ class CausalEngine:
     # -- letting in
 
     def _row(
-        self, handle: Causal, tenant: str, asking: Asking, ticket: Hashable, urgent: bool
+        self, handle: Causal, tenant: str, asking: RowPrompts, ticket: Hashable, urgent: bool
     ) -> _Row | None:
         """The row with a slot of its own; None where there is none, or where another one just computes what it needs."""
         sequences: list[list[int]] = []
         kinds: list[str] = []
-        fixed: dict[Beginning, int] = {}
+        fixed: dict[PrefixKey, int] = {}
         for a in asking.tasks:
             beginning = (a.adapter, tuple(a.prompt.ids[: a.prompt.fixed]))
             if a.prompt.fixed >= LEAST_KEPT and beginning not in fixed:
@@ -420,7 +420,7 @@ class CausalEngine:
                 fixed[beginning] = len(sequences)
                 sequences.append(a.prompt.ids[: a.prompt.fixed])
                 kinds.append(a.adapter)
-        ends: list[tuple[Asked, str, int, int]] = []
+        ends: list[tuple[TaskPrompt, str, int, int]] = []
         priors = {}
         for a in asking.tasks:
             if a.empty is not None and (prior := handle.priors.get((tenant, a.prior))) is not None:
@@ -476,7 +476,7 @@ class CausalEngine:
         return made
 
     def _expect(
-        self, handle: Causal, row: _Row, a: Asked, empty: bool, paths: Sequence[Ints], length: int
+        self, handle: Causal, row: _Row, a: TaskPrompt, empty: bool, paths: Sequence[Ints], length: int
     ) -> None:
         """Note what is wanted behind the tokens of a prompt: the beginning of an answer, or the worth of labels."""
         if not a.labels:
@@ -582,7 +582,7 @@ class CausalEngine:
         elif load.begun:
             parts = [p for row, places, lo in load.begun for p in pieces(row.tree, places, lo, row.slot)]
             runs = Runs.of(parts, handle.pool.cells, device, handle.varlen)
-        flight = kv.Flight(
+        flight = kv.StepLayout(
             pool=handle.pool,
             slots=line[2],
             cells=line[3],
@@ -611,7 +611,7 @@ class CausalEngine:
         logits: torch.Tensor = found.logits[0].float()
         return logits
 
-    def _beginnings(self, handle: Causal, row: _Row, places: Ints, lo: int) -> Iterator[kv.Beginning]:
+    def _beginnings(self, handle: Causal, row: _Row, places: Ints, lo: int) -> Iterator[kv.PrefillSpan]:
         positions = row.tree.positions
         for at in range(0, len(places), kv.TOGETHER):
             some = places[at : at + kv.TOGETHER]
@@ -621,7 +621,7 @@ class CausalEngine:
             near = None
             if handle.window is not None:
                 near = (seen & (positions[some][:, None] - positions[None, :cells] < handle.window))[None]
-            yield kv.Beginning(
+            yield kv.PrefillSpan(
                 lo + at, lo + at + len(some), row.slot, handle.mask(seen[None]), handle.near(near)
             )
 
@@ -755,7 +755,7 @@ class CausalEngine:
             spent[a.name] = (row.read[a.name], cached, out, row.seconds * weights[a.name] / total)
         return Ended(row.ticket, columns, spent)
 
-    def _column(self, handle: Causal, row: _Row, a: Asked, written: Mapping[str, Writer]) -> Column:
+    def _column(self, handle: Causal, row: _Row, a: TaskPrompt, written: Mapping[str, Writer]) -> Column:
         if a.labels:
             found = [s.logp for s in row.scores if s.task == a.name and not s.empty]
             prior = row.priors.get(a.name)
@@ -767,7 +767,7 @@ class CausalEngine:
         """One token through all of it: what allocates or compiles does so before a row waits for it."""
         prompt = Prompt([sorted(handle.tokens.ends)[0] if handle.tokens.ends else 0], 0, (0, 1))
         spec = {"kind": "generate", "max_tokens": 1}
-        row = Prepared(0, 1, False, Asking((Asked("", spec, prompt, most=1),), 0))
+        row = Prepared(0, 1, False, RowPrompts((TaskPrompt("", spec, prompt, most=1),), 0))
         self.admit(Pass(handle, (), 0), row, None, urgent=False)
         while handle.rows:
             self.step(handle, 16)
@@ -822,23 +822,23 @@ def _adapters(grown: Tree, kinds: Sequence[str]) -> list[str]:
     return found
 
 
-def _computed_by_another(handle: Causal, tenant: str, beginning: Beginning) -> bool:
+def _computed_by_another(handle: Causal, tenant: str, beginning: PrefixKey) -> bool:
     return any(row.tenant == tenant and beginning in row.keeps for row in handle.rows.values())
 
 
-def _over(a: Asked, context: int, answer: int = 0) -> int:
+def _over(a: TaskPrompt, context: int, answer: int = 0) -> int:
     """Tokens by which a prompt, its labels and an answer of at least one token (or ``answer``) are too many."""
     behind = max((len(label) - 1 for label in a.labels), default=max(1, min(answer, a.most)))
     return len(a.prompt.ids) + behind - context
 
 
-def _bounded(a: Asked, context: int) -> Asked:
+def _bounded(a: TaskPrompt, context: int) -> TaskPrompt:
     """With no more tokens to write than the context has room for."""
     room = context - len(a.prompt.ids)
     return a if a.labels or a.most <= room else replace(a, most=room)
 
 
-def _own_tokens(asked: Sequence[Asked]) -> int:
+def _own_tokens(asked: Sequence[TaskPrompt]) -> int:
     """Those of the task with the most.
 
     What is the same for every row costs each of them the same, and says nothing of how much longer one takes.

@@ -44,7 +44,7 @@ _REMEDIES = {
 }
 
 
-class Refused(Exception):
+class RequestRefused(Exception):
     """A request without an answer: ``cell`` says why, as the row's error.
 
     ``parameter``: the one that the server does not take; "" where it names none.
@@ -166,7 +166,7 @@ class ChatServer:
         while True:
             lacks |= self.lacks
             for name in lacks & options.keys() - _OTHER_NAME.keys() - set(spare):
-                raise Refused(_needed(name), 400, name)
+                raise RequestRefused(_needed(name), 400, name)
             sent = {
                 _OTHER_NAME.get(name, name) if name in lacks else name: value
                 for name, value in options.items()
@@ -175,7 +175,7 @@ class ChatServer:
             body = {"model": self.model, "messages": list(messages), **sent}
             try:
                 found = await self.post("/chat/completions", body, spending, urgent=urgent)
-            except Refused as refused:
+            except RequestRefused as refused:
                 more = self._to_do_without(refused, sent, spare) & options.keys() - lacks
                 if not more:
                     if refused.cell in (CONTEXT_LENGTH, ANSWER_LENGTH):
@@ -193,7 +193,9 @@ class ChatServer:
         self.lacks |= lacks
         self.takes |= sent.keys()
 
-    def _to_do_without(self, refused: Refused, sent: Mapping[str, Any], spare: Collection[str]) -> set[str]:
+    def _to_do_without(
+        self, refused: RequestRefused, sent: Mapping[str, Any], spare: Collection[str]
+    ) -> set[str]:
         """The parameters without which a refused request may be answered; none where there is no such hope."""
         name = refused.parameter
         if not name and refused.status in (400, 422) and refused.cell not in (CONTEXT_LENGTH, ANSWER_LENGTH):
@@ -214,7 +216,7 @@ class ChatServer:
         found = await self.post("/tokenize", body, Spending(), urgent=urgent, root=True)
         ids = found.get("tokens")
         if not isinstance(ids, list) or not all(type(one) is int for one in ids):
-            raise Refused(CellError("refused", "the server does not tokenise chats"), 404)
+            raise RequestRefused(CellError("refused", "the server does not tokenise chats"), 404)
         return ids
 
     async def post(
@@ -237,7 +239,7 @@ class ChatServer:
                     continue
                 if not answer.is_success:
                     cell, parameter = why(answer.status_code, answer.text, body)
-                    raise Refused(cell, answer.status_code, parameter)
+                    raise RequestRefused(cell, answer.status_code, parameter)
                 found = _object(answer)
                 if found is None:
                     await self._pause(attempt, None)
@@ -246,7 +248,7 @@ class ChatServer:
                 took = asyncio.get_running_loop().time() - began
                 spending.add(found.get("usage"), took / max(1, beside))
                 return found
-        raise Refused(UNAVAILABLE)
+        raise RequestRefused(UNAVAILABLE)
 
     async def _silence(self) -> None:
         while (wait := self._quiet_until - asyncio.get_running_loop().time()) > 0:
@@ -283,7 +285,7 @@ def _object(answer: httpx.Response) -> dict[str, Any] | None:
 def _first(found: Mapping[str, Any]) -> dict[str, Any]:
     choices = found.get("choices")
     if not isinstance(choices, list) or not choices or not isinstance(choices[0], dict):
-        raise Refused(CellError("engine", "the server's answer holds no choice", retriable=True))
+        raise RequestRefused(CellError("engine", "the server's answer holds no choice", retriable=True))
     return choices[0]
 
 

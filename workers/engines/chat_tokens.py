@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from workers.engine import CannotLoad
-from workers.engines.prompts import GAP, Message, Part, plain
+from workers.engines.prompts import GAP, Message, TextRun, plain
 from workers.engines.thoughts import BEGIN, END, NO_SWITCHES, begins_thought
 from workers.engines.trunk import check_ids
 
@@ -153,7 +153,7 @@ class ChatTokens:
         number = 0
         marked = []
         for message in messages:
-            marks = [Part(f"\ue000{number + i}\ue001", True) for i in range(len(message.parts))]
+            marks = [TextRun(f"\ue000{number + i}\ue001", True) for i in range(len(message.parts))]
             number += len(marks)
             marked.append(Message(message.role, tuple(marks)))
         if not self.has_template:

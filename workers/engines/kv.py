@@ -14,14 +14,12 @@ from typing import Any
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch.nn.functional import scaled_dot_product_attention
 
 from workers.engine import CannotLoad
 from workers.engines.runs import Runs
+from workers.engines.trees import Bools
 from workers.engines.trunk import onto
-
-Bools = NDArray[np.bool_]
 
 #: Name of this attention in a model's configuration.
 ATTENTION = "motet"
@@ -146,7 +144,7 @@ class Pool:
 
 
 @dataclass(frozen=True, slots=True)
-class Beginning:
+class PrefillSpan:
     """Tokens [lo, hi) of a step that are part of one row's prompts: at most ``TOGETHER``."""
 
     lo: int
@@ -176,14 +174,14 @@ class NotAtOnce(Exception):
 
 
 @dataclass(frozen=True, slots=True)
-class Flight:
+class StepLayout:
     """One step: where its tokens go, and what attends to what."""
 
     pool: Pool
     #: Of each token its slot, and its cell.
     slots: torch.Tensor
     cells: torch.Tensor
-    beginnings: Sequence[Beginning]
+    beginnings: Sequence[PrefillSpan]
     writing: Writing | None
     #: Of each layer the tokens that its sliding window holds; None: it attends to all tokens before.
     windows: Sequence[int | None]
@@ -198,7 +196,7 @@ def attend(
     value: torch.Tensor,
     attention_mask: torch.Tensor | None,
     *,
-    flight: Flight,
+    flight: StepLayout,
     scaling: float,
     sliding_window: int | None = None,
     s_aux: torch.Tensor | None = None,

@@ -35,7 +35,7 @@ from motet.wire import TaskOrder
 from workers.assemble import assemble
 from workers.engine import CannotLoad, Ended, Pass, Prepared, Step
 from workers.engines.answers import label_column
-from workers.engines.chat_server import ChatServer, Refused, Spending
+from workers.engines.chat_server import ChatServer, RequestRefused, Spending
 from workers.engines.function import json_column
 from workers.engines.newest import Newest
 from workers.engines.prompts import BAD_MESSAGES, NOTHING, BadMessages, messages_of, plain
@@ -64,7 +64,7 @@ UNSEEN = -2.0
 
 
 @dataclass(frozen=True, slots=True)
-class Asking:
+class RowRequest:
     """A row as it was handed in: ``Prepared.inputs``."""
 
     text: str
@@ -177,7 +177,7 @@ class OpenAIEngine:
             return BAD_MESSAGES
         index = pass_.indices[row] if row < len(pass_.indices) else row
         length = sum(len(one.encode("utf-8", "replace")) for one in said) // BYTES_PER_TOKEN
-        return Prepared(row, max(1, length), False, Asking(text, fields, index))
+        return Prepared(row, max(1, length), False, RowRequest(text, fields, index))
 
 
 def connect(url: str, model: str, *, key: str = "", in_flight: int = 16) -> Served:
@@ -201,7 +201,7 @@ class _Question:
 
     handle: Served
     task: TaskOrder
-    asking: Asking
+    asking: RowRequest
     urgent: bool
     tenant: str
     spending: Spending
@@ -273,7 +273,7 @@ async def _column(q: _Question) -> Column:
     for share in shares:
         try:
             column = await _answer(q, share)
-        except Refused as refused:
+        except RequestRefused as refused:
             if refused.cell != CONTEXT_LENGTH or share == shares[-1]:
                 return _failed(q, refused.cell)
         except Exception as error:  # noqa: BLE001 - a stranger's answer: the row's own error
@@ -315,7 +315,7 @@ async def _written(q: _Question, messages: Sequence[Mapping[str, str]], **option
     for most in sorted({max(1, int(wanted * part)) for part in LESS}, reverse=True):
         try:
             choice = await q.chat(messages, max_tokens=most, spare=spare, **options)
-        except Refused as refused:
+        except RequestRefused as refused:
             if refused.cell not in (CONTEXT_LENGTH, ANSWER_LENGTH) or most == 1:
                 raise
         else:
@@ -330,7 +330,7 @@ async def _written(q: _Question, messages: Sequence[Mapping[str, str]], **option
 
 def _text(choice: Mapping[str, Any]) -> str:
     if choice.get("finish_reason") == "content_filter":
-        raise Refused(CellError("refused", "the model's server withholds the answer"))
+        raise RequestRefused(CellError("refused", "the model's server withholds the answer"))
     message = choice.get("message")
     content = message.get("content") if isinstance(message, dict) else None
     return (content or "").replace("\0", "") if isinstance(content, str | None) else ""
@@ -374,7 +374,7 @@ async def _constrained(
         try:
             form = {"type": "json_schema", "json_schema": {"name": "answer", "schema": dict(schema)}}
             return await _written(q, messages, response_format=form)
-        except Refused as refused:
+        except RequestRefused as refused:
             if refused.status not in (400, 404, 415, 422) or refused.cell in (CONTEXT_LENGTH, ANSWER_LENGTH):
                 raise
             if refused.parameter not in ("", "response_format"):
@@ -412,7 +412,7 @@ async def _label_scores(q: _Question, share: float) -> list[float]:
     if q.server.scores is not False:
         try:
             return await _likelihoods(q, share)
-        except Refused as refused:
+        except RequestRefused as refused:
             if q.server.scores or refused.status not in (400, 404, 405, 415, 422, 501):
                 raise
             if refused.cell == CONTEXT_LENGTH:
@@ -459,7 +459,7 @@ async def _sums(
         told = (choice.get("logprobs") or {}).get("token_logprobs") or []
         mine = told[len(prompt) : len(prompt) + len(label)]
         if len(mine) < len(label) or not all(isinstance(p, int | float) for p in mine):
-            raise Refused(
+            raise RequestRefused(
                 CellError("refused", "the server does not tell the likelihood of given tokens"), 404
             )
         return float(sum(mine))
@@ -480,7 +480,7 @@ async def _first_tokens(q: _Question, share: float) -> list[float]:
     shares = beginnings([] if thought else _likeliest(choice), labels, written)
     if not any(shares):
         if written is None:
-            raise Refused(CellError("no_label", "what was written is none of the labels"))
+            raise RequestRefused(CellError("no_label", "what was written is none of the labels"))
         shares = [float(i == written) for i in range(len(labels))]
         return [math.log(share) if share else -100.0 for share in shares]
     least = math.log(min(share for share in shares if share))
@@ -498,7 +498,7 @@ async def _named_label(q: _Question, share: float, most: int) -> dict[str, Any]:
             continue
         try:
             choice = await _labelled(q, share, most + more)
-        except Refused as refused:
+        except RequestRefused as refused:
             if refused.cell not in (CONTEXT_LENGTH, ANSWER_LENGTH):
                 raise
             continue

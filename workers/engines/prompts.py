@@ -27,7 +27,7 @@ BAD_MESSAGES = CellError(
 
 
 @dataclass(frozen=True, slots=True)
-class Part:
+class TextRun:
     """A run of text within a message."""
 
     text: str
@@ -40,7 +40,7 @@ class Message:
     """One message of a dialogue."""
 
     role: str
-    parts: tuple[Part, ...]
+    parts: tuple[TextRun, ...]
 
     @property
     def text(self) -> str:
@@ -61,10 +61,10 @@ def messages_of(spec: Mapping[str, Any], text: str, fields: Mapping[str, str]) -
     if spec["kind"] == "chat":
         turns = dialogue(text)
         return [*(said if turns[0].role != "system" else ()), *turns]
-    about, instruction = (Part(text, False),), _parts(instruction_of(spec), fields)
-    gap = (Part(GAP, True),)
+    about, instruction = (TextRun(text, False),), _parts(instruction_of(spec), fields)
+    gap = (TextRun(GAP, True),)
     if not instruction:
-        order: tuple[Part, ...] = about
+        order: tuple[TextRun, ...] = about
     elif spec.get("first") == "instruction":
         order = (*instruction, *gap, *about)
     else:
@@ -100,7 +100,7 @@ def dialogue(raw: str) -> list[Message]:
             raise BadMessages
     if turns[-1]["role"] != "user":
         raise BadMessages
-    return [Message(turn["role"], (Part(turn["content"], False),)) for turn in turns]
+    return [Message(turn["role"], (TextRun(turn["content"], False),)) for turn in turns]
 
 
 def plain(messages: Sequence[Message]) -> list[dict[str, str]]:
@@ -108,15 +108,15 @@ def plain(messages: Sequence[Message]) -> list[dict[str, str]]:
     return [{"role": message.role, "content": message.text} for message in messages]
 
 
-def _parts(template: str, fields: Mapping[str, str]) -> tuple[Part, ...]:
+def _parts(template: str, fields: Mapping[str, str]) -> tuple[TextRun, ...]:
     """A rendered template: what stands before its first name is the same for every row.
 
     A space before the name goes with it, since tokenizers make one token of a space and the word behind it.
     """
     names = placeholders(template)
     if not names:
-        return (Part(render(template, fields), True),) if template else ()
+        return (TextRun(render(template, fields), True),) if template else ()
     plain = template.replace("{{", "\0\0").replace("}}", "\0\0")
     head = template[: len(plain.partition("{")[0])].rstrip()
-    rest = Part(render(template[len(head) :], fields), False)
-    return (Part(render(head, fields), True), rest) if head else (rest,)
+    rest = TextRun(render(template[len(head) :], fields), False)
+    return (TextRun(render(head, fields), True), rest) if head else (rest,)

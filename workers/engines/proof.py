@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 
 from workers.engine import CannotLoad, DeviceBroken, OutOfMemory, Prepared
 from workers.engines import kv
-from workers.engines.runs import Piece, Runs, Varlen
+from workers.engines.runs import CacheRun, Runs, Varlen
 from workers.engines.trunk import Tokens, torch_errors
 from workers.proved import ELSEWHERE
 
@@ -184,23 +184,23 @@ def _flight(
     windows: Sequence[int | None],
     step: Sequence[tuple[int, int, int]],
     line: Sequence[tuple[int, int]],
-) -> kv.Flight:
+) -> kv.StepLayout:
     window = next((w for w in windows if w is not None), None)
     at, beginnings, newest = 0, [], []
-    pieces: list[Piece] = []
+    pieces: list[CacheRun] = []
     for row, lo, hi in step:
         if hi - lo == 1:
             newest.append((at, row, lo))
         elif loaded.varlen is not None:
-            pieces.append(Piece(at, hi - lo, row, np.arange(hi)))
+            pieces.append(CacheRun(at, hi - lo, row, np.arange(hi)))
             at += hi - lo
             continue
         for first in range(lo, hi, kv.TOGETHER) if hi - lo > 1 else ():
             last = min(first + kv.TOGETHER, hi)
             seen, near = _masks(loaded, window, np.arange(first, last)[None], last)
-            beginnings.append(kv.Beginning(at + first - lo, at + last - lo, row, seen, near))
+            beginnings.append(kv.PrefillSpan(at + first - lo, at + last - lo, row, seen, near))
         at += hi - lo
-    return kv.Flight(
+    return kv.StepLayout(
         pool=loaded.pool,
         slots=torch.tensor([row for row, _ in line], device=loaded.device),
         cells=torch.tensor([place for _, place in line], device=loaded.device),

@@ -40,7 +40,7 @@ NEAR = 0.02
 
 
 @dataclass(frozen=True, slots=True)
-class Piece:
+class CacheRun:
     """Tokens of a step, from ``at`` on, which stand at the end of ``path``: cells of a slot, in order."""
 
     at: int
@@ -64,7 +64,7 @@ class Runs:
     varlen: Varlen
 
     @classmethod
-    def of(cls, pieces: Sequence[Piece], cells: int, device: str, varlen: Varlen) -> Runs:
+    def of(cls, pieces: Sequence[CacheRun], cells: int, device: str, varlen: Varlen) -> Runs:
         """``cells``: of each slot of the pool."""
         counts = np.array([piece.count for piece in pieces])
         lengths = np.array([len(piece.path) for piece in pieces])
@@ -105,14 +105,14 @@ class Runs:
         )
 
 
-def pieces(tree: Tree, places: Ints, at: int, slot: int) -> list[Piece]:
+def pieces(tree: Tree, places: Ints, at: int, slot: int) -> list[CacheRun]:
     """Places of a row's tree, which stand in a step from ``at`` on, as runs: each goes down one path without a gap."""
     breaks = np.flatnonzero((np.diff(places) != 1) | (np.diff(tree.positions[places]) != 1)) + 1
     found = []
     for run in np.split(np.arange(len(places)), breaks):
         last = places[run[-1:]]
         path = np.flatnonzero(tree.seen(last)[0])
-        found.append(Piece(at + int(run[0]), len(run), slot, path))
+        found.append(CacheRun(at + int(run[0]), len(run), slot, path))
     return found
 
 

@@ -42,11 +42,11 @@ class Trainer:
     trunk: Trunk
     #: Everything of its folder but the weights.
     files: Mapping[str, bytes]
-    run: Fit | None = None
+    run: TrainingRow | None = None
 
 
 @dataclass(frozen=True, slots=True)
-class Order:
+class TrainingOrder:
     """A row made ready."""
 
     recipe: Recipe
@@ -108,14 +108,14 @@ class TrainerEngine:
                 rows.append(CellError("bad_recipe", words))
                 continue
             length = recipe.train_rows + recipe.test_rows
-            rows.append(Prepared(row, length, False, Order(recipe, pass_.lease, pass_.indices[row])))
+            rows.append(Prepared(row, length, False, TrainingOrder(recipe, pass_.lease, pass_.indices[row])))
         return rows
 
     def admit(self, pass_: Pass, row: Prepared, ticket: Hashable, *, urgent: bool) -> bool:
         if pass_.handle.run is not None:
             return False
-        order: Order = row.inputs
-        pass_.handle.run = Fit(pass_, order, ticket, self._open)
+        order: TrainingOrder = row.inputs
+        pass_.handle.run = TrainingRow(pass_, order, ticket, self._open)
         return True
 
     def step(self, handle: Trainer, tokens: int) -> Step:
@@ -142,10 +142,10 @@ class TrainerEngine:
         free_cache(handle.trunk.device)
 
 
-class Fit:
+class TrainingRow:
     """One recipe inside: its run, begun again where the journal was out of reach, and its answer in the end."""
 
-    def __init__(self, pass_: Pass, order: Order, ticket: Hashable, open_journal: Open) -> None:
+    def __init__(self, pass_: Pass, order: TrainingOrder, ticket: Hashable, open_journal: Open) -> None:
         self.ticket = ticket
         self.answer: dict[str, Any] | CellError | None = None
         self._pass, self._order, self._open = pass_, order, open_journal

@@ -16,8 +16,8 @@ from motet.errors import InvalidJob, MotetError, NotFound
 from motet.http import Address, Body, Http
 from motet.wire import LEASE_HEADER, BadMessage, unpack
 from workers.engines.training.learner import Hopeless
-from workers.engines.training.run import Rows, TryAgain
-from workers.engines.training.state import SLICE, State
+from workers.engines.training.run import RowSlice, TryAgain
+from workers.engines.training.state import SLICE, RunState
 
 #: Seconds of silence in which a request that carries a file is given up.
 _FILE_S = 300.0
@@ -35,13 +35,13 @@ class HttpJournal:
     def close(self) -> None:
         self._http.close()
 
-    def block(self, number: int, *, texts: bool) -> Rows | None:
+    def block(self, number: int, *, texts: bool) -> RowSlice | None:
         found = self._read(
             self._ask("GET", f"/v1/fits/{self._row}/data/{self._job}/{number}?texts={int(texts)}")
         )
         if found.get("end"):
             return None
-        return Rows(tuple(found["texts"]), _vectors(Column.from_wire(found["vectors"])))
+        return RowSlice(tuple(found["texts"]), _vectors(Column.from_wire(found["vectors"])))
 
     def checkpoint(self) -> bytes | None:
         known = json.loads(self._ask("GET", f"/v1/fits/{self._row}"))
@@ -49,7 +49,7 @@ class HttpJournal:
             return None
         return self._ask("GET", f"/v1/blobs/{known['checkpoint']}", answer_s=_FILE_S)
 
-    def report(self, key: str, report: Mapping[str, Any], checkpoint: State | None) -> None:
+    def report(self, key: str, report: Mapping[str, Any], checkpoint: RunState | None) -> None:
         sha256 = None if checkpoint is None else self._put(checkpoint.slices)
         self._tell({"key": key, "report": _strict(report), "checkpoint": sha256})
 

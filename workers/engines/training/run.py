@@ -38,7 +38,7 @@ from workers.engines.training.learner import (
     seed_of,
 )
 from workers.engines.training.lora import merge
-from workers.engines.training.state import State
+from workers.engines.training.state import RunState
 from workers.engines.training.team import Team
 from workers.engines.trunk import Tokens
 
@@ -65,7 +65,7 @@ Steps = Generator[int]
 
 
 @dataclass(frozen=True, slots=True)
-class Rows:
+class RowSlice:
     """Some rows of the job that is learned from, in order."""
 
     texts: Sequence[str]
@@ -79,7 +79,7 @@ class Journal(Protocol):
     Any method may raise Hopeless, or TryAgain.
     """
 
-    def block(self, number: int, *, texts: bool) -> Rows | None:
+    def block(self, number: int, *, texts: bool) -> RowSlice | None:
         """The rows of a block of the job that is learned from; None behind the last one."""
         ...
 
@@ -87,7 +87,7 @@ class Journal(Protocol):
         """The newest one that was stored, by this attempt or one before it."""
         ...
 
-    def report(self, key: str, report: Mapping[str, Any], checkpoint: State | None) -> None:
+    def report(self, key: str, report: Mapping[str, Any], checkpoint: RunState | None) -> None:
         """Tell how far it is; a second report of a key replaces the first. A checkpoint replaces any other."""
         ...
 
@@ -188,7 +188,7 @@ class Run:
             yield 0
         return answer.result()
 
-    def tell(self, key: str, report: Mapping[str, Any], checkpoint: State | None = None) -> None:
+    def tell(self, key: str, report: Mapping[str, Any], checkpoint: RunState | None = None) -> None:
         """Tell the journal, and go on. What failed earlier is raised here."""
         for one in self._told:
             if one.done():
@@ -347,7 +347,7 @@ class Tuning:
         first_epoch, first_step, lost, seen = 1, 0, 0.0, 0
         saved = yield from run.call(run.journal.checkpoint)
         if saved is not None:
-            first_epoch, first_step, lost, seen = self._load(State.read(saved))
+            first_epoch, first_step, lost, seen = self._load(RunState.read(saved))
         team = Team(self._learner, self._trunk.others) if self._teams() else None
         try:
             if team is not None:
@@ -445,7 +445,7 @@ class Tuning:
 
     # -- checkpoints
 
-    def _state(self, epoch: int, step: int, lost: float, seen: int) -> Generator[int, None, State]:
+    def _state(self, epoch: int, step: int, lost: float, seen: int) -> Generator[int, None, RunState]:
         """Where to go on, and a copy of all that learns, made in steps that are short."""
         now = {f"now.{name}": t for name, t in _learning((self._model, self._heads))}
         # The best state is the present one after most epochs: then it is not stored twice.
@@ -460,12 +460,12 @@ class Tuning:
             if copied > COPIED:
                 yield 1
                 copied = 0
-        return State(
+        return RunState(
             tensors,
             {"at": [epoch, step, lost, seen], "best": [self._best.score, self._best.epoch, bool(best)]},
         )
 
-    def _load(self, saved: State) -> tuple[int, int, float, int]:
+    def _load(self, saved: RunState) -> tuple[int, int, float, int]:
         tensors = saved.tensors
         with torch.no_grad():
             for name, tensor in _learning((self._model, self._heads)):

@@ -26,7 +26,7 @@ _NAMES = {
 
 
 @dataclass(frozen=True, slots=True)
-class State:
+class RunState:
     """Tensors on the CPU, contiguous, which nobody changes any more; and a few plain values beside them."""
 
     tensors: Mapping[str, Tensor]
@@ -53,7 +53,7 @@ class State:
                 yield whole[lo : lo + SLICE]
 
     @classmethod
-    def read(cls, raw: bytes) -> State:
+    def read(cls, raw: bytes) -> RunState:
         """Raises ValueError where it is none."""
         from safetensors import SafetensorError
         from safetensors.torch import load

@@ -31,7 +31,7 @@ from workers.engine import DeviceBroken, Prepared
 from workers.engines.training.data import Parts, Truth
 from workers.engines.training.heads import Heads
 from workers.engines.training.learner import Hopeless, Learner, adam_state, adam_tensors, let_learn
-from workers.engines.training.state import State
+from workers.engines.training.state import RunState
 
 #: How long a device waits for the gradients of another before it gives up.
 PATIENCE = timedelta(minutes=2)
@@ -112,7 +112,7 @@ class Team:
     def _store(self) -> str:
         return str(Path(self._folder.name) / "store")
 
-    def _order(self, rank: int, device: str) -> State:
+    def _order(self, rank: int, device: str) -> RunState:
         """What a member needs to know to be at the same step."""
         mine = self._learner
         config: Any = mine.both.trunk.config
@@ -132,7 +132,7 @@ class Team:
             "threads": torch.get_num_threads(),
             "join": [self._store, rank, 1 + len(self._others)],
         }
-        return State({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}, facts)
+        return RunState({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}, facts)
 
 
 def _started() -> subprocess.Popen[bytes]:
@@ -147,7 +147,7 @@ def _started() -> subprocess.Popen[bytes]:
     )
 
 
-def _send(member: subprocess.Popen[bytes], state: State) -> None:
+def _send(member: subprocess.Popen[bytes], state: RunState) -> None:
     assert member.stdin is not None
     slices = list(state.slices())
     member.stdin.write(sum(map(len, slices)).to_bytes(8, "little"))
@@ -199,7 +199,7 @@ def main() -> None:
     ready = os.fdopen(os.dup(1), "wb")
     os.dup2(2, 1)
     told = sys.stdin.buffer
-    state = State.read(told.read(int.from_bytes(told.read(8), "little")))
+    state = RunState.read(told.read(int.from_bytes(told.read(8), "little")))
     facts = state.facts
     torch.set_num_threads(facts["threads"])
     if facts["device"] != "cpu":
@@ -215,7 +215,7 @@ def main() -> None:
             learner.learn(torch.tensor(rows), epoch, step, steps)
 
 
-def _like(state: State) -> Learner:
+def _like(state: RunState) -> Learner:
     """A learner on the member's device that is where the leader is."""
     import transformers
 
