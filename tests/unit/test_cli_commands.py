@@ -345,7 +345,10 @@ def test_many_problems_are_listed_below_each_other(api: FakeApi, motet: Shell, t
         ("models", "add", "--openai", "http://host/v1"),
         ("models", "add", "x", "--engine", "abacus"),
         ("compress", "all-MiniLM-L6-v2"),
-        ("compress", "all-MiniLM-L6-v2", "--to", "int8", "--tolerance", "nan"),
+        *(
+            ("compress", "all-MiniLM-L6-v2", "--to", "int8", f"--tolerance={points}")
+            for points in ("nan", "inf", "-inf", "few")
+        ),
         ("nonsense",),
     ],
 )

@@ -23,7 +23,7 @@ from motet.manifest import Manifest
 from motet.recipe import Recipe, Target
 from motet.wire import TaskOrder
 from workers.accuracy import SENTENCES, Trial
-from workers.compress import Bundle, Form, _vector, compress, main, measure
+from workers.compress import Bundle, Form, _vector, compress, measure
 from workers.describe import Described, describe_folder, digests, sizes, trainer_of
 from workers.engine import CannotLoad, Pass
 from workers.engines.compression import fit_head, write_trunk
@@ -376,16 +376,6 @@ def test_other_forms_are_refused(text: str) -> None:
 
 
 # -- all of it
-
-
-@pytest.mark.parametrize("points", ["nan", "inf", "-inf", "few"])
-def test_a_tolerance_that_would_refuse_nothing_is_refused(
-    points: str, capsys: pytest.CaptureFixture[str]
-) -> None:
-    with pytest.raises(SystemExit) as ended:
-        main(["a-trunk", "--to", "int8", f"--tolerance={points}"])
-    assert ended.value.code == 2
-    assert f"got '{points}'; expected a finite number of points" in capsys.readouterr().err
 
 
 def test_heads_go_along_and_are_measured_against_what_they_were(trunk: Described, tmp_path: Path) -> None:
