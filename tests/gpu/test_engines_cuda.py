@@ -79,7 +79,6 @@ def test_a_language_model_writes_and_chooses_as_on_a_cpu(tmp_path: Path, kind: s
     for name in ("summary", "facts", "drawn"):
         assert here[name] == there[name]
     for one, other in zip(here["mood"], there["mood"], strict=True):
-        assert one[0] == other[0]
         assert one[2] == pytest.approx(other[2], abs=1e-3)
 
 
