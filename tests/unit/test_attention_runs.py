@@ -47,7 +47,7 @@ def test_runs_answer_what_masks_answer(tmp_path: Path, kind: str, window: int | 
             if isinstance(one, dict):
                 assert one == other
             else:
-                assert one[0] == other[0]
+                # Within the window all texts end alike, and then all labels are as likely as without any.
                 assert one[2] == pytest.approx(other[2], abs=1e-4)
 
 

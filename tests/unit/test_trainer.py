@@ -143,12 +143,14 @@ def _tags(mood: str, much: float) -> list[str]:
 class Stage:
     """The engine with a loaded trunk and a journal."""
 
-    def __init__(self, trunk: Described, journal: Memory, in_format: str = "fp32") -> None:
+    def __init__(
+        self, trunk: Described, journal: Memory, in_format: str = "fp32", device: str = "cpu"
+    ) -> None:
         self.trunk, self.journal = trunk, journal
         self.engine = TrainerEngine(lambda lease, row, job: journal)
         described = trainer_of(trunk)
         self.manifest = described.manifest
-        self.handle = self.engine.load(self.manifest, described.files, device="cpu", in_format=in_format)
+        self.handle = self.engine.load(self.manifest, described.files, device=device, in_format=in_format)
         self.order = TaskOrder(name="fit", spec=Fit(self.manifest.ref).to_json(), manifest=self.manifest)
         self.pass_ = Pass(self.handle, (self.order,), 0, indices=(0,), lease="1.1.n")
 

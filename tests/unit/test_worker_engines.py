@@ -314,14 +314,8 @@ def tiny_bert(folder: Path, *, classifier: bool = False, **config: Any) -> Path:
     from transformers import BertConfig, BertForSequenceClassification, BertModel
 
     torch.manual_seed(1)
-    shape = BertConfig(
-        vocab_size=30522,
-        hidden_size=16,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        intermediate_size=32,
-        **config,
-    )
+    usual = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 32}
+    shape = BertConfig(vocab_size=30522, **{**usual, **config})
     model = BertForSequenceClassification(shape) if classifier else BertModel(shape)
     model.save_pretrained(folder)
     shutil.copy(trunk_folder() / "tokenizer.json", folder)

@@ -14,9 +14,9 @@ from numpy.typing import NDArray
 from workers.engines.trunk import onto
 from workers.engines.writers import Grammar, Writer
 
-#: Answers with a schema or a temperature that are looked at together. Each needs some vectors of the vocabulary's length:
-#: those of one stay in a CPU core's cache.
-AT_ONCE = {"cpu": 1, "cuda": 32}
+#: Logits of answers with a schema or a temperature that are looked at together. Each needs some numbers more: those of
+#: so many stay in a CPU core's cache.
+AT_ONCE = {"cpu": 1 << 16, "cuda": 1 << 23}
 
 
 def outcome(
@@ -47,7 +47,7 @@ def _next(
     places = np.array([place for place, _ in writing], np.int64)
     tokens = _of(logits, places, device).argmax(-1)
     special = [i for i, (_, writer) in enumerate(writing) if not writer.plain]
-    at_once = AT_ONCE[logits.device.type]
+    at_once = max(1, AT_ONCE[logits.device.type] // logits.shape[1])
     for lo in range(0, len(special), at_once):
         these = special[lo : lo + at_once]
         some = logits[onto(places[these], device)]
