@@ -73,7 +73,7 @@ def test_schemas_and_limits_of_tokens_that_any_tenant_may_bring_are_bounded(
     for i in range(4):
         grammar.matcher({"type": "string", "maxLength": i})
     assert len(grammar._fresh) == 2
-    tokens = Tokens(llama / "tokenizer.json", 512)
+    tokens = Tokens(llama / "tokenizer.json", 512, 1000)
     for most in (8, 9, 10, 11, 8):
         [cut] = tokens.prepare(["word " * 50], most)
         assert isinstance(cut, Prepared)
