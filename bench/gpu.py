@@ -32,14 +32,14 @@ from motet.errors import SetupError
 from motet.manifest import Manifest
 from motet.tasks import Embed, Generate, Task
 from motet.wire import TaskOrder
-from workers.batching import pack
-from workers.describe import describe_folder
-from workers.device import half_format, probe, use_threads
 from workers.engine import CannotLoad, Ended, Pass, Prepared
-from workers.engines.causal import CausalEngine
-from workers.engines.encoder import EncoderEngine
+from workers.engines.causal.causal import CausalEngine
+from workers.engines.encoder.encoder import EncoderEngine
+from workers.engines.served.vllm import VllmEngine
 from workers.engines.trunk import DTYPES, settle
-from workers.engines.vllm import VllmEngine
+from workers.registrar.describe import describe_folder
+from workers.run.batching import pack
+from workers.run.device import half_format, probe, use_threads
 
 #: A GPU's name contains the first; dense TFLOP/s in bf16 (of the T4 in fp16) and memory in GB/s, from NVIDIA's data
 #: sheets of the SXM forms; sheets that tell figures with sparsity are halved.

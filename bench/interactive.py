@@ -35,7 +35,7 @@ from motet.job import Job
 
 #: So long nobody asks before each one-row job.
 PAUSE_S = 0.2
-#: Bulk is cut short for so long after the last one-row job (workers/executor.py), and one sub-task more.
+#: Bulk is cut short for so long after the last one-row job (workers/run/executor.py), and one sub-task more.
 TAIL_S, SMOKE_TAIL_S = 12.0, 0.5
 #: Spans are sent each second.
 SPANS_S = 2.0

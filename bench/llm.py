@@ -1,6 +1,6 @@
 """What sharing gains language models: one prefill for many prompts, one batch for all rows in flight. One thread, fp32.
 
-The model is a small real one from a package (workers/smollm.py); texts are news articles and rated sentences. Seconds are
+The model is a small real one from a package (workers/registrar/smollm.py); texts are news articles and rated sentences. Seconds are
 CPU seconds of one thread, but for the whole cluster. With --smoke it is a random one of two layers.
 
 prefix_gain_k4, k8         seconds of K requests, one after the other through transformers' `generate` / seconds of one
@@ -50,11 +50,11 @@ from motet.embedded.cluster import Cluster
 from motet.tasks import Choose, Generate, Prompted
 from motet.wire import TaskOrder
 from scheduler.prompt_order import first_of
-from workers import smollm
-from workers.describe import describe_folder
 from workers.engine import Ended, Pass, Prepared
-from workers.engines.causal import Causal, CausalEngine, RowPrompts
-from workers.engines.trees import tree
+from workers.engines.causal.causal import Causal, CausalEngine, RowPrompts
+from workers.engines.causal.trees import tree
+from workers.registrar import smollm
+from workers.registrar.describe import describe_folder
 
 #: Instructions of the tasks on one text; the first K are asked.
 PROMPTS = (

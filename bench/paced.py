@@ -130,11 +130,11 @@ def _copy_with_other_weights(folder: Path) -> None:
 def main(arguments: Sequence[str]) -> int:
     if not arguments[0].startswith("--"):
         _slow_down(arguments[0])
-        from workers.app import main as work
+        from workers.run.app import main as work
 
         return work(arguments)
     from workers import __main__ as workers
-    from workers import launcher
+    from workers.launch import launcher
 
     def command(slot: launcher.Slot) -> list[str]:
         python, *_, name, device, slots, threads, parent = plain(slot)
@@ -149,7 +149,7 @@ def _slow_down(worker: str) -> None:
     who, _, times = os.environ.get("BENCH_SLOW", "").partition("=")
     factor = float(times) if who and worker.endswith(who) else 1.0
     steady = bool(os.environ.get("BENCH_STEADY"))
-    from workers.engines.encoder import EncoderEngine
+    from workers.engines.encoder.encoder import EncoderEngine
 
     run = EncoderEngine.run
 

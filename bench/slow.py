@@ -27,7 +27,7 @@ from truth import span_s
 
 from motet import Client
 from scheduler.simulation.trace import done_in, rate_of, work_of
-from workers.device import probe
+from workers.run.device import probe
 
 #: Memory of models at a worker: enough for one that takes 159 MB.
 ROOM_MB = 240

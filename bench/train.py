@@ -38,16 +38,16 @@ from harness import Size, finish, keep, options, say, table
 
 from motet import datasets
 from motet.recipe import Recipe, Target
-from workers.describe import describe_folder
-from workers.device import fast_formats, use_threads
 from workers.engine import Pass, Prepared
-from workers.engines.encoder import Encoder, EncoderEngine
+from workers.engines.encoder.encoder import Encoder, EncoderEngine
 from workers.engines.training import run as training
 from workers.engines.training.heads import Heads
 from workers.engines.training.learner import Learner
 from workers.engines.training.run import RowSlice, Run, Trunk
 from workers.engines.training.state import RunState
 from workers.engines.trunk import load_transformer
+from workers.registrar.describe import describe_folder
+from workers.run.device import fast_formats, use_threads
 
 #: Rows of the first comparison, and its epochs.
 LOOP_ROWS, LOOP_EPOCHS = 10_000, 5

@@ -24,25 +24,25 @@ Example:
 )
 def health() -> int:
     """Ask the cluster at MOTET_URL, with MOTET_TOKEN, whether every worker of this host beats."""
-    from workers.health import check_beats
+    from workers.launch.health import check_beats
 
     return check_beats()
 
 
 def _launch(**options: Any) -> int:
-    from workers.launcher import launch
+    from workers.launch.launcher import launch
 
     return launch(**options)
 
 
 def _register(**options: Any) -> int:
-    from workers.register import NewModel, register
+    from workers.registrar.register import NewModel, register
 
     return register(NewModel(**options))
 
 
 def _compress(**options: Any) -> int:
-    from workers.compress import CompressOptions, compress_registered
+    from workers.registrar.compress import CompressOptions, compress_registered
 
     return compress_registered(CompressOptions(**options))
 

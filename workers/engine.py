@@ -1,7 +1,7 @@
 """The contract between the executor and an engine: load, admit rows, step, unload, and a pure estimate of memory.
 
 Every engine is a stream: rows are let in one by one and leave one by one. An engine that answers a whole batch keeps the
-shorter `BatchEngine`, and workers/batch_adapter.py makes a stream of it. Either is one file and one entry point of the
+shorter `BatchEngine`, and workers/run/batch_adapter.py makes a stream of it. Either is one file and one entry point of the
 group ``motet.engines``; so is a plain function ``texts -> values`` (see workers/engines/function.py). Row errors are
 values: one bad row never fails its neighbours. An engine never retries and never talks to Redis.
 """

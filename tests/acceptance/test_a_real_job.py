@@ -42,7 +42,7 @@ def rows(n: int, mark: str = "") -> list[str]:
 
 def workers_of(cluster: Cluster) -> list[psutil.Process]:
     launcher = psutil.Process(cluster.pids["workers"])
-    return [p for p in launcher.children() if "workers.app" in p.cmdline()]
+    return [p for p in launcher.children() if "workers.run.app" in p.cmdline()]
 
 
 def until(condition: object, timeout_s: float, what: str) -> None:

@@ -20,10 +20,10 @@ from motet.embedded.cluster import Cluster
 from motet.wire import TaskOrder
 from tests.acceptance.test_a_real_job import rows, until, workers_of
 from tests.tiny_language import a_llama
-from workers.batch_adapter import run_to_the_end
-from workers.describe import describe_folder
 from workers.engine import Pass, Prepared
-from workers.engines.causal import CausalEngine
+from workers.engines.causal.causal import CausalEngine
+from workers.registrar.describe import describe_folder
+from workers.run.batch_adapter import run_to_the_end
 
 LABELS = ("good", "bad", "neither")
 NAME = "tiny-language"

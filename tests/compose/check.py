@@ -355,7 +355,7 @@ def _check_freeze(stack: Stack, service: str, module: str) -> None:
 def _check_frozen_worker(stack: Stack) -> None:
     """A worker that stands still is replaced by its launcher."""
     began, before = time.monotonic(), set(stack.python("worker-cpu", _WORKERS).split())
-    stack.python("worker-cpu", _SIGNAL.format(module="workers.app", signal="SIGSTOP"))
+    stack.python("worker-cpu", _SIGNAL.format(module="workers.run.app", signal="SIGSTOP"))
 
     def replaced() -> bool:
         now = set(stack.python("worker-cpu", _WORKERS).split())
@@ -372,7 +372,7 @@ def _check_frozen_worker(stack: Stack) -> None:
 _WORKERS = """
 import pathlib
 for path in pathlib.Path('/proc').glob('[0-9]*/cmdline'):
-    if 'workers.app' in path.read_bytes().decode().split('\\0'):
+    if 'workers.run.app' in path.read_bytes().decode().split('\\0'):
         print(path.parent.name)
 """
 

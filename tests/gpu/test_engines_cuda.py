@@ -22,18 +22,18 @@ from tests.unit import test_worker_executor as executing
 from tests.unit.test_causal_engine import TEXTS, files_of, told
 from tests.unit.test_trainer import ROWS, trunk, vectors  # noqa: F401 - fixtures
 from tests.unit.test_worker_engines import tiny_bert
-from workers.accuracy import SENTENCES
-from workers.batch_adapter import run_to_the_end
-from workers.batching import PATIENCE
-from workers.describe import Described, describe_folder
-from workers.device import Device
 from workers.engine import Pass, Prepared
-from workers.engines.causal import CausalEngine
-from workers.engines.classifier import ClassifierEngine
-from workers.engines.encoder import EncoderEngine
+from workers.engines.causal.causal import CausalEngine
+from workers.engines.causal.runs import flash
+from workers.engines.encoder.classifier import ClassifierEngine
+from workers.engines.encoder.encoder import EncoderEngine
 from workers.engines.packed import pack
-from workers.engines.runs import flash
-from workers.proved import within
+from workers.engines.proved import within
+from workers.registrar.accuracy import SENTENCES
+from workers.registrar.describe import Described, describe_folder
+from workers.run.batch_adapter import run_to_the_end
+from workers.run.batching import PATIENCE
+from workers.run.device import Device
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device here")
 

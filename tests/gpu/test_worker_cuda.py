@@ -17,12 +17,12 @@ from motet.columns import values
 from motet.manifest import Manifest
 from motet.tasks import Classify, Embed, Task
 from motet.wire import TaskOrder
-from workers.accuracy import SENTENCES, compare
-from workers.batching import pack
-from workers.device import fast_formats, probe
 from workers.engine import OutOfMemory, Pass, Prepared
-from workers.engines.encoder import Encoder, EncoderEngine
-from workers.launcher import visible_gpus
+from workers.engines.encoder.encoder import Encoder, EncoderEngine
+from workers.launch.launcher import visible_gpus
+from workers.registrar.accuracy import SENTENCES, compare
+from workers.run.batching import pack
+from workers.run.device import fast_formats, probe
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device here")
 

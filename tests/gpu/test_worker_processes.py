@@ -11,8 +11,8 @@ import torch
 from motet.columns import values
 from motet.embedded.valkey import ValkeyUrls
 from tests.integration.test_worker_process import Blobs, Stage, blobs, eventually, running, set_up  # noqa: F401
-from workers.app import EXIT_DEVICE
-from workers.device import probe
+from workers.run.app import EXIT_DEVICE
+from workers.run.device import probe
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device here")
 

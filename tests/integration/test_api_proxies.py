@@ -18,7 +18,7 @@ from motet.http import Address, Http
 from scheduler.blocks import decode_block
 from tests.integration.api_house import House, house
 from tests.integration.proxy import Proxy, proxied
-from workers.register import Registry
+from workers.registrar.register import Registry
 
 __all__ = ["house"]
 

@@ -15,9 +15,9 @@ from motet.tasks import Classify
 from motet.wire import TaskOrder
 from tests.integration.test_worker_register import Api, api, trunk_folder
 from workers.__main__ import main
-from workers.accuracy import SENTENCES, Trial
-from workers.describe import digests
-from workers.engines.encoder import EncoderEngine
+from workers.engines.encoder.encoder import EncoderEngine
+from workers.registrar.accuracy import SENTENCES, Trial
+from workers.registrar.describe import digests
 
 __all__ = ["api"]
 

@@ -17,11 +17,12 @@ from motet.manifest import Manifest
 from motet.tasks import Chat, Choose, Extract, Generate, Task
 from motet.wire import TaskOrder
 from tests.tiny_language import CONTEXT, SWITCHED, TinyServer, a_llama, serving
-from workers.batch_adapter import run_to_the_end
-from workers.describe import describe_folder
 from workers.engine import CannotLoad, Ended, Engine, Pass, Prepared
-from workers.engines import InstalledEngines, chat_server, openai
-from workers.engines.openai import OpenAIEngine, beginnings, named
+from workers.engines import InstalledEngines
+from workers.engines.served import chat_server, openai
+from workers.engines.served.openai import OpenAIEngine, beginnings, named
+from workers.registrar.describe import describe_folder
+from workers.run.batch_adapter import run_to_the_end
 
 #: vLLM has an environment of its own, and takes a minute to start: see `make vllm-test`.
 ENGINES = ("causal", "openai", *(["vllm"] if os.environ.get("MOTET_VLLM") else []))

@@ -28,7 +28,7 @@ from motet.manifest import Manifest
 from motet.tasks import Embed, Function
 from motet.transport import RedisTransport, celery_message, queue_name
 from motet.wire import Assignment, Beat, Control, Outcome, TaskOrder
-from workers.app import EXIT_STUCK
+from workers.run.app import EXIT_STUCK
 
 Found = TypeVar("Found")
 
@@ -166,7 +166,7 @@ class Stage:
 
     def worker(self, name: str, **more: str) -> subprocess.Popen[bytes]:
         """One worker process, ready for work."""
-        process = self.run("workers.app", name, "--device=cpu", "--slots=2", **more)
+        process = self.run("workers.run.app", name, "--device=cpu", "--slots=2", **more)
         self.beat(name)
         return process
 
@@ -568,7 +568,7 @@ def test_a_killed_worker_is_back_at_once_and_its_death_is_told_before(
     # The boot that was told is that of the process which comes.
     assert after.boot == told.boot
     assert psutil.Process(after.pid).ppid() == launched.pid
-    assert psutil.Process(after.pid).cmdline()[1:3] == ["workers.app", name]
+    assert psutil.Process(after.pid).cmdline()[1:3] == ["workers.run.app", name]
     assert int(Path(f"/proc/{after.pid}/oom_score_adj").read_text()) >= 500
 
 
@@ -590,7 +590,7 @@ def test_the_launcher_tells_a_death_itself_while_no_other_process_is_there_yet(
 
 
 def workers_of(launcher: int) -> list[psutil.Process]:
-    return children_of(launcher, "workers.app")
+    return children_of(launcher, "workers.run.app")
 
 
 def test_a_dead_fork_server_costs_no_worker_and_the_next_worker_still_starts(
@@ -610,7 +610,7 @@ def test_a_dead_fork_server_costs_no_worker_and_the_next_worker_still_starts(
 
 
 def fork_servers(launcher: int) -> list[psutil.Process]:
-    return children_of(launcher, "workers.forkserver")
+    return children_of(launcher, "workers.launch.forkserver")
 
 
 def children_of(launcher: int, module: str) -> list[psutil.Process]:
@@ -625,7 +625,7 @@ def children_of(launcher: int, module: str) -> list[psutil.Process]:
 def test_where_importing_starts_a_thread_workers_are_programs_of_their_own(stage: Stage) -> None:
     (stage.folder / "sitecustomize.py").write_text(
         "import sys, threading\n"
-        "if 'workers.forkserver' in sys.orig_argv:\n"
+        "if 'workers.launch.forkserver' in sys.orig_argv:\n"
         "    threading.Thread(target=threading.Event().wait, daemon=True).start()\n"
     )
     launcher = stage.run("workers", "--cpus", "1", "--name", "h")

@@ -24,7 +24,7 @@ import motet
 from motet.manifest import Manifest
 from tests.tiny_language import a_language_model, a_llama, serving
 from workers.__main__ import main
-from workers.trying import TrialDevice
+from workers.registrar.trying import TrialDevice
 
 
 @dataclass
@@ -362,7 +362,7 @@ class Host:
     def register(self, *arguments: str, free_mb: int) -> tuple[int, str]:
         """The exit code, and what was printed."""
         devices = [TrialDevice(name="cpu", mask="", free_mb=free_mb)]
-        self.monkeypatch.setattr("workers.register.look_around", lambda: devices)
+        self.monkeypatch.setattr("workers.registrar.register.look_around", lambda: devices)
         code = main(["register", *arguments])
         printed = self.capsys.readouterr()
         return code, printed.out + printed.err

@@ -12,11 +12,11 @@ import torch
 from motet.tasks import Choose, Task
 from tests.tiny_language import a_language_model, a_llama
 from tests.unit.test_causal_engine import TEXTS, House, several, told
-from workers.accuracy import SENTENCES
-from workers.engines import causal
-from workers.engines.runs import agrees, flash, one_by_one, pieces
-from workers.engines.trees import tree
-from workers.proved import within
+from workers.engines.causal import causal
+from workers.engines.causal.runs import agrees, flash, one_by_one, pieces
+from workers.engines.causal.trees import tree
+from workers.engines.proved import within
+from workers.registrar.accuracy import SENTENCES
 
 TASKS: dict[str, Task] = {
     **several(8, system="You are a careful reader of newspapers, films and cats."),

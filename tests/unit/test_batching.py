@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from workers.batching import (
+from workers.run.batching import (
     GAIN,
     MOST_ROWS,
     PATIENCE,

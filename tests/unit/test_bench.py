@@ -112,7 +112,7 @@ def ab(*arguments: object) -> subprocess.CompletedProcess[str]:
 def test_what_compression_gains_is_speed_where_a_form_is_faster_and_else_memory(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    from workers.compress import COMPRESSED, Measured, Report
+    from workers.registrar.compress import COMPRESSED, Measured, Report
 
     monkeypatch.syspath_prepend(str(BENCH))
     bench = importlib.import_module("compress")

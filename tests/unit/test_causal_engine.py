@@ -18,11 +18,11 @@ from motet.manifest import Manifest
 from motet.tasks import Chat, Choose, Extract, Generate, Task
 from motet.wire import TaskOrder
 from tests.tiny_language import BEGUN, CONTEXT, SWITCHED, a_llama
-from workers.batch_adapter import run_to_the_end
-from workers.describe import describe_folder
 from workers.engine import Ended, Engine, Pass, Prepared
-from workers.engines.causal import Causal, CausalEngine
+from workers.engines.causal.causal import Causal, CausalEngine
 from workers.engines.prompts import messages_of
+from workers.registrar.describe import describe_folder
+from workers.run.batch_adapter import run_to_the_end
 
 TEXTS = (
     "the cat sat on the mat and looked at the dog",

@@ -11,8 +11,8 @@ import pytest
 import torch
 
 from tests.tiny_language import a_tokenizer
-from workers.engines import choosing
-from workers.engines.choosing import forbid_here, outcome, unset
+from workers.engines.causal import choosing
+from workers.engines.causal.choosing import forbid_here, outcome, unset
 from workers.engines.writers import Grammar, Writer
 
 SCHEMA = {"type": "object", "properties": {"a": {"type": "boolean"}}, "required": ["a"]}

@@ -22,7 +22,7 @@ from motet.settings import Settings
 from scheduler import __main__ as scheduler
 from scheduler import health
 from scheduler.bootstrap import FIRST_SCOPES, _read
-from workers.launcher import FAREWELL_S
+from workers.launch.launcher import FAREWELL_S
 
 ROOT = Path(__file__).parents[2]
 COMPOSE = yaml.safe_load((ROOT / "docker-compose.yml").read_text("utf-8"))

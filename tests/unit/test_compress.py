@@ -22,16 +22,16 @@ from motet.errors import SetupError
 from motet.manifest import Manifest
 from motet.recipe import Recipe, Target
 from motet.wire import TaskOrder
-from workers.accuracy import SENTENCES, Trial
-from workers.compress import Bundle, Form, _vector, compress, measure
-from workers.describe import Described, describe_folder, digests, sizes, trainer_of
 from workers.engine import CannotLoad, Pass
-from workers.engines.compression import fit_head, write_trunk
-from workers.engines.encoder import EncoderEngine
+from workers.engines.encoder.compression import fit_head, write_trunk
+from workers.engines.encoder.encoder import EncoderEngine
 from workers.engines.packed import LARGEST, pack, packed_kind, resident_bytes
-from workers.engines.trainer import TrainerEngine
+from workers.engines.training.trainer import TrainerEngine
 from workers.engines.trunk import load_transformer
-from workers.labelled import agreement, gathered, read_labelled, score
+from workers.registrar.accuracy import SENTENCES, Trial
+from workers.registrar.compress import Bundle, Form, _vector, compress, measure
+from workers.registrar.describe import Described, describe_folder, digests, sizes, trainer_of
+from workers.registrar.labelled import agreement, gathered, read_labelled, score
 
 LAYERS, WIDTH = 3, 32
 TEXTS = SENTENCES[:24]

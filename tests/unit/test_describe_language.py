@@ -12,8 +12,8 @@ import pytest
 
 from motet.errors import SetupError
 from motet.manifest import Manifest
-from workers.adapters import read_adapter
-from workers.describe import Described, describe_folder
+from workers.registrar.adapters import read_adapter
+from workers.registrar.describe import Described, describe_folder
 
 LLAMA: Mapping[str, Any] = {
     "architectures": ["LlamaForCausalLM"],

@@ -19,10 +19,10 @@ from tests.unit.test_forecast import MODELS, cluster, crew, wants
 from tests.unit.test_place import A, B, demand, model, worker
 from tests.unit.test_place import Cluster as Placing
 from tests.unit.test_worker_executor import FakeEngine, House, an_order, answers
-from workers import device as devices
-from workers.device import Device
 from workers.engine import spreads
 from workers.engines import InstalledEngines
+from workers.run import device as devices
+from workers.run.device import Device
 
 #: Needs more than one GPU of 80 GB, and less than two.
 LARGE = model("large", 100_000, engine="causal", answers="text")

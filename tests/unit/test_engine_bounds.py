@@ -13,15 +13,14 @@ from motet.columns import values
 from motet.tasks import Choose
 from tests.unit.test_causal_engine import House, files_of, llama  # noqa: F401 - a fixture
 from tests.unit.test_worker_engines import tiny_bert
-from workers.describe import describe_folder, trainer_of
 from workers.engine import Prepared
-from workers.engines import causal
-from workers.engines.causal import CausalEngine
-from workers.engines.encoder import EncoderEngine
+from workers.engines.causal.causal import CausalEngine, causal
+from workers.engines.encoder.encoder import EncoderEngine
 from workers.engines.newest import Newest
-from workers.engines.trainer import TrainerEngine
+from workers.engines.training.trainer import TrainerEngine
 from workers.engines.trunk import Tokens
 from workers.engines.writers import Grammar
+from workers.registrar.describe import describe_folder, trainer_of
 
 
 def test_what_was_used_last_is_kept() -> None:

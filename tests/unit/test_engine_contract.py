@@ -27,11 +27,11 @@ from tests.tiny_language import a_llama
 from tests.unit.test_worker_engines import tiny_bert
 from tests.unit.test_worker_executor import OTHER, TRUNK, FakeEngine, House, an_order
 from tests.unit.test_worker_flow import MODEL, FakeLanguageEngine, asks, json_column
-from workers.attempts import Key
-from workers.describe import describe_folder
 from workers.engine import CannotLoad, DeviceBroken, Ended, OutOfMemory, Pass, Prepared, Step
-from workers.engines.causal import CausalEngine
-from workers.engines.encoder import EncoderEngine
+from workers.engines.causal.causal import CausalEngine
+from workers.engines.encoder.encoder import EncoderEngine
+from workers.registrar.describe import describe_folder
+from workers.run.attempts import Key
 
 #: What an engine may raise, by a short name.
 ERRORS: Mapping[str, type[Exception]] = {

@@ -11,9 +11,9 @@ import pytest
 
 from motet.datasets import Archive
 from motet.errors import SetupError
-from workers import smollm
 from workers.engines import gguf
 from workers.engines.gguf import folder_of_gguf, kept_folder
+from workers.registrar import smollm
 
 TEMPLATE = "{% for m in messages %}{{ m['role'] + ': ' + m['content'] + '<|im_end|>' }}{% endfor %}"
 

@@ -38,7 +38,7 @@ PURE = (
         )
     ),
     "motet/residency.py",
-    *(f"workers/{n}.py" for n in ("batching", "lane", "turns")),
+    *(f"workers/run/{n}.py" for n in ("batching", "lane", "turns")),
 )
 IMPURE = {
     "time",
@@ -90,7 +90,7 @@ def test_packages_point_inward(package: str, forbidden: set[str]) -> None:
 
 def test_torch_is_imported_by_engines_and_the_device_alone() -> None:
     users = {str(f.relative_to(ROOT)) for f in files("workers") if tops(f) & {"torch", "transformers"}}
-    assert all(u.startswith("workers/engines/") or u == "workers/device.py" for u in users), users
+    assert all(u.startswith("workers/engines/") or u == "workers/run/device.py" for u in users), users
 
 
 @pytest.mark.parametrize("name", PURE)
@@ -130,7 +130,29 @@ def test_one_module_speaks_http_to_the_api_and_two_to_strangers_servers() -> Non
         # A type in an annotation calls nobody.
         if node.attr != "Response"
     }
-    assert users == {"motet/http.py", "workers/engines/chat_server.py", "workers/engines/vllm.py"}
+    assert users == {
+        "motet/http.py",
+        "workers/engines/served/chat_server.py",
+        "workers/engines/served/vllm.py",
+    }
+
+
+def test_a_public_name_of_a_type_is_given_once() -> None:
+    """Classes and type aliases; verbs may stand at both sides of a border, such as a route's and the store's."""
+    homes: dict[str, set[str]] = {}
+    for path in files(*PACKAGES):
+        for node in ast.parse(path.read_text("utf-8")).body:
+            names = [node.name] if isinstance(node, ast.ClassDef) and node.name[0] != "_" else []
+            if isinstance(node, ast.Assign | ast.AnnAssign):
+                targets = node.targets if isinstance(node, ast.Assign) else [node.target]
+                names = [
+                    t.id
+                    for t in targets
+                    if isinstance(t, ast.Name) and t.id[:1].isupper() and not t.id.isupper()
+                ]
+            for name in names:
+                homes.setdefault(name, set()).add(str(path.relative_to(ROOT)))
+    assert {name: sorted(found) for name, found in homes.items() if len(found) > 1} == {}
 
 
 def test_pickle_is_nowhere() -> None:

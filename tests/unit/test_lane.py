@@ -5,7 +5,7 @@ from __future__ import annotations
 from hypothesis import given
 from hypothesis import strategies as st
 
-from workers.lane import BURST_S, SHARE, WINDOW_S, Lane
+from workers.run.lane import BURST_S, SHARE, WINDOW_S, Lane
 
 #: Pauses before the next interactive row, and seconds of its micro-batch.
 ARRIVALS = st.lists(st.tuples(st.floats(0, 3), st.floats(0.001, 1.0)), max_size=40)

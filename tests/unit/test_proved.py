@@ -22,14 +22,13 @@ from motet.tasks import Generate
 from motet.wire import TaskOrder
 from tests.tiny_language import CONTEXT, a_language_model
 from workers import proved
-from workers.accuracy import SENTENCES
-from workers.describe import describe_folder, trainer_of
 from workers.engine import CannotLoad, Pass, Prepared
-from workers.engines import causal, kv
-from workers.engines.causal import Causal, CausalEngine
-from workers.engines.classifier import ClassifierEngine
-from workers.engines.encoder import EncoderEngine
-from workers.engines.runs import one_by_one
+from workers.engines.causal.causal import Causal, CausalEngine, causal, kv
+from workers.engines.causal.runs import one_by_one
+from workers.engines.encoder.classifier import ClassifierEngine
+from workers.engines.encoder.encoder import EncoderEngine
+from workers.registrar.accuracy import SENTENCES
+from workers.registrar.describe import describe_folder, trainer_of
 
 WINDOW_EVERYWHERE: Mapping[str, Any] = {"num_key_value_heads": 2, "head_dim": 8, "sliding_window": 16}
 NOTHING_ELSE: Mapping[str, Any] = {}
@@ -418,7 +417,7 @@ def test_what_was_proved_of_a_trunk_holds_for_models_of_its_shape_and_for_its_tr
     assert proved.inherited(bare, registered).scores == registered.scores
     assert proved.inherited(bare, bare) is bare
     assert proved.on_trial(registered) is registered
-    from workers.describe import Described
+    from workers.registrar.describe import Described
 
     trainer = trainer_of(Described(manifest=registered, files={})).manifest
     assert trainer.scores == registered.scores

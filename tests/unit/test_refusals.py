@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from workers.engines.refusals import ANSWER_LENGTH, CONTEXT_LENGTH, why
+from workers.engines.served.refusals import ANSWER_LENGTH, CONTEXT_LENGTH, why
 
 SENT = (
     "model",

@@ -16,7 +16,7 @@ import pytest
 
 from motet.cli import command
 from motet.settings import Settings
-from workers.launcher import FAREWELL_S
+from workers.launch.launcher import FAREWELL_S
 
 FOLDER = Path(__file__).parents[2] / "deploy" / "systemd"
 UNITS = sorted(FOLDER.glob("*.service"))

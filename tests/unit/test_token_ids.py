@@ -17,12 +17,12 @@ from motet.tasks import Embed
 from motet.wire import TaskOrder
 from tests.integration.test_worker_register import trunk_folder
 from tests.tiny_language import a_llama
-from workers.describe import Described, describe_folder
 from workers.engine import CannotLoad, Pass, Prepared
-from workers.engines.causal import CausalEngine
-from workers.engines.classifier import ClassifierEngine
-from workers.engines.encoder import EncoderEngine
-from workers.engines.trainer import TrainerEngine
+from workers.engines.causal.causal import CausalEngine
+from workers.engines.encoder.classifier import ClassifierEngine
+from workers.engines.encoder.encoder import EncoderEngine
+from workers.engines.training.trainer import TrainerEngine
+from workers.registrar.describe import Described, describe_folder
 
 #: Ids of MiniLM's tokenizer.
 VOCABULARY = 30522
@@ -128,7 +128,7 @@ def test_rows_are_filled_up_with_an_id_that_has_an_embedding(tmp_path: Path) -> 
 
 
 def test_packed_weights_are_counted_as_well(tmp_path: Path) -> None:
-    from workers.engines.compression import write_trunk
+    from workers.engines.encoder.compression import write_trunk
 
     model = a_bert(tmp_path / "was", rows=1000)
     write_trunk(model.files, tmp_path / "packed", layers=0, weights="int8")

@@ -19,15 +19,15 @@ from motet.recipe import Recipe, Target
 from motet.tasks import Classify, Fit, Number, Task
 from motet.wire import TaskOrder
 from tests.unit.test_worker_engines import tiny_bert
-from workers.batch_adapter import run_to_the_end
-from workers.describe import Described, describe_folder, trainer_of
 from workers.engine import Engine, Pass, Prepared, Step
-from workers.engines.encoder import EncoderEngine
-from workers.engines.trainer import TrainerEngine
+from workers.engines.encoder.encoder import EncoderEngine
 from workers.engines.training import run as training
 from workers.engines.training.learner import Hopeless
 from workers.engines.training.run import RowSlice, TryAgain
 from workers.engines.training.state import RunState
+from workers.engines.training.trainer import TrainerEngine
+from workers.registrar.describe import Described, describe_folder, trainer_of
+from workers.run.batch_adapter import run_to_the_end
 
 WORDS = {"good": 1.0, "fine": 0.5, "bad": -1.0, "awful": -2.0}
 FILLERS = ["the day was", "a meal is", "this film seems", "that train had been", "my answer to it is"]
@@ -281,7 +281,7 @@ def test_a_run_that_is_killed_goes_on_from_its_checkpoint_to_the_same_models(
 def test_a_journal_that_is_out_of_reach_for_a_moment_costs_time_only(
     stage: Stage, monkeypatch: pytest.MonkeyPatch, fails_in: int
 ) -> None:
-    monkeypatch.setattr("workers.engines.trainer._PAUSE_S", 0.01)
+    monkeypatch.setattr("workers.engines.training.trainer._PAUSE_S", 0.01)
     whole = stage.fit(recipe(tune="all"))
     stage.journal.saved = None
     stage.journal.fails_in = fails_in

@@ -15,9 +15,8 @@ import torch
 
 from tests.unit.test_trainer import ROWS, Memory, Stage, recipe, trunk, vectors
 from tests.unit.test_worker_engines import tiny_bert
-from workers.describe import describe_folder
 from workers.engine import DeviceBroken, Pass, Prepared
-from workers.engines.encoder import EncoderEngine
+from workers.engines.encoder.encoder import EncoderEngine
 from workers.engines.training import heads as heads_module
 from workers.engines.training import run as training
 from workers.engines.training import team as team_module
@@ -25,6 +24,7 @@ from workers.engines.training.data import Parts, Truth
 from workers.engines.training.heads import Heads
 from workers.engines.training.learner import Learner
 from workers.engines.training.team import Team
+from workers.registrar.describe import describe_folder
 
 __all__ = ["trunk", "vectors"]
 

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 import pytest
 
 from motet.errors import SetupError
-from workers.trying import TrialDevice, TrialPlan, look_around, plan_trial, shown
+from workers.registrar.trying import TrialDevice, TrialPlan, look_around, plan_trial, shown
 
 #: A model of 70 billion parameters, in MB.
 LARGE: Mapping[str, int] = {"fp32": 286_720, "bf16": 143_360}

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from workers.turns import next_turn, to_prepare
+from workers.run.turns import next_turn, to_prepare
 
 
 def sub_task(

@@ -15,7 +15,7 @@ from motet.manifest import KV_TOKENS, WIDTHS, Manifest
 from motet.residency import NeverFits, evictions
 from motet.settings import Settings
 from workers.engine import CannotLoad, OutOfMemory
-from workers.engines.vllm import BESIDE_MB, Gpus, VllmEngine
+from workers.engines.served.vllm import BESIDE_MB, Gpus, VllmEngine
 
 #: Stands in for the program: it notes how it was called, and answers as long as it may live, or ends with these words.
 PROGRAM = """#!{python}
@@ -219,7 +219,7 @@ def test_on_a_cpu_the_context_fits_into_its_cache(
 
 
 def test_it_may_take_longer_to_start_than_other_engines() -> None:
-    from workers.engines.vllm import START_S
-    from workers.executor import LOAD_S
+    from workers.engines.served.vllm import START_S
+    from workers.run.executor import LOAD_S
 
     assert VllmEngine.longest_load_s > START_S > LOAD_S

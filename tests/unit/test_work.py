@@ -6,7 +6,7 @@ from motet.manifest import Manifest
 from motet.tasks import Generate, Number
 from motet.wire import Assignment, TaskOrder, Usage
 from workers.engine import Prepared
-from workers.work import Work, ask_of
+from workers.run.work import Work, ask_of
 
 MODEL = Manifest(name="m", version="1", engine="fake", answers="number")
 

@@ -11,9 +11,9 @@ from pathlib import Path
 import pytest
 
 from motet.manifest import Manifest
-from workers import blobs
-from workers.blobs import BlobCache, CannotFetch, FileRefused, check_name
 from workers.engine import CannotLoad
+from workers.run import blobs
+from workers.run.blobs import BlobCache, CannotFetch, FileRefused, check_name
 
 
 class Shelf:

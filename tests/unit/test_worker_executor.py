@@ -19,15 +19,15 @@ from motet.manifest import Manifest
 from motet.tasks import Classify, Number, Task
 from motet.transport import MemoryTransport, MemoryWorkerTransport, TransportLost
 from motet.wire import Assignment, Outcome, Running, TaskOrder
-from workers.attempts import Attempts, Key
-from workers.batching import Budget, Cost, Pace
-from workers.blobs import CannotFetch
-from workers.device import Device
 from workers.engine import CannotLoad, DeviceBroken, OutOfMemory, Pass, Prepared
-from workers.executor import LOAD_S, PREPARE_S, Executor
-from workers.lane import SHARE, WINDOW_S
-from workers.reporter import Reporter
-from workers.stream import FIRST_MEASURED_S, FIRST_RUN_S, RUN_S
+from workers.run.attempts import Attempts, Key
+from workers.run.batching import Budget, Cost, Pace
+from workers.run.blobs import CannotFetch
+from workers.run.device import Device
+from workers.run.executor import LOAD_S, PREPARE_S, Executor
+from workers.run.lane import SHARE, WINDOW_S
+from workers.run.reporter import Reporter
+from workers.run.stream import FIRST_MEASURED_S, FIRST_RUN_S, RUN_S
 
 TRUNK = Manifest(name="trunk", version="1", engine="fake", answers="number", trunk="t", formats=("bf16",))
 OTHER = Manifest(name="other", version="1", engine="fake", answers="number", trunk="o")

@@ -14,9 +14,9 @@ from tests.unit.test_causal_engine import files_of
 from tests.unit.test_place import model, worker
 from tests.unit.test_worker_engines import tiny_bert
 from tests.unit.test_worker_executor import an_order
-from workers.device import half_format
 from workers.engines.trunk import load_transformer
-from workers.work import format_for
+from workers.run.device import half_format
+from workers.run.work import format_for
 
 
 @pytest.mark.parametrize("kind", ["encoder", "language"])

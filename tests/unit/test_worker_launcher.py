@@ -18,9 +18,9 @@ from motet.embedded.children import MARK
 from motet.errors import SetupError
 from motet.settings import Settings
 from motet.transport import TransportLost
-from workers.forkserver import server_environment
-from workers.herald import Herald
-from workers.launcher import (
+from workers.launch.forkserver import server_environment
+from workers.launch.herald import Herald
+from workers.launch.launcher import (
     BACK_OFF_S,
     Launcher,
     Slot,
@@ -30,7 +30,7 @@ from workers.launcher import (
     visible_gpus,
     worker_name,
 )
-from workers.pulse import LOADING_SILENCE_S, SILENCE_S, Pulse, Pulses
+from workers.launch.pulse import LOADING_SILENCE_S, SILENCE_S, Pulse, Pulses
 
 
 def slots(
@@ -300,7 +300,7 @@ def test_a_fork_server_is_told_no_secret_and_keeps_the_mark_by_which_it_is_found
 def test_a_process_with_threads_is_not_copied() -> None:
     program = """
 import threading
-from workers.forkserver import uncopyable
+from workers.launch.forkserver import uncopyable
 print(uncopyable() or "fine")
 threading.Thread(target=threading.Event().wait, daemon=True).start()
 print(uncopyable())

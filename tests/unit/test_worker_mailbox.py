@@ -14,7 +14,7 @@ from motet.manifest import Manifest
 from motet.tasks import Function
 from motet.transport import celery_message
 from motet.wire import Assignment, TaskOrder
-from workers.mailbox import HEADERS, PROPERTIES, as_celery_may_see
+from workers.run.mailbox import HEADERS, PROPERTIES, as_celery_may_see
 
 
 def write() -> str:

@@ -20,14 +20,14 @@ from motet.errors import SetupError
 from motet.logs import configure, event
 from motet.transport import MemoryTransport, TransportLost
 from motet.wire import Beat, Control, Outcome
-from workers.assemble import assemble
-from workers.attempts import LEFT_S, REMEMBERED, Attempts, Key
-from workers.beat import Heart, Watchdog
-from workers.device import Device
 from workers.engines.answers import label_column, labels_column, number_column, vector_column
 from workers.engines.function import json_column
-from workers.pulse import LOADING_SILENCE_S, SILENCE_S
-from workers.reporter import Reporter
+from workers.launch.pulse import LOADING_SILENCE_S, SILENCE_S
+from workers.run.assemble import assemble
+from workers.run.attempts import LEFT_S, REMEMBERED, Attempts, Key
+from workers.run.beat import Heart, Watchdog
+from workers.run.device import Device
+from workers.run.reporter import Reporter
 
 # -- columns
 
@@ -235,7 +235,7 @@ def an_outcome(subtask: int) -> Outcome:
 
 
 def test_an_outcome_is_sent_however_often_redis_goes_away(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("workers.reporter.RETRY_S", 0.0)
+    monkeypatch.setattr("workers.run.reporter.RETRY_S", 0.0)
     line, attempts, sent = Flaky(3), Attempts(), threading.Event()
     attempts.begin((1, 1))
     reporter = Reporter(line, attempts)  # type: ignore[arg-type]
@@ -247,7 +247,7 @@ def test_an_outcome_is_sent_however_often_redis_goes_away(monkeypatch: pytest.Mo
 
 
 def test_an_outcome_that_nobody_wants_any_more_is_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("workers.reporter.RETRY_S", 0.0)
+    monkeypatch.setattr("workers.run.reporter.RETRY_S", 0.0)
     line, attempts, sent = Flaky(10**9), Attempts(), threading.Event()
     attempts.begin((1, 1))
     reporter = Reporter(line, attempts)  # type: ignore[arg-type]

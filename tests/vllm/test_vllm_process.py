@@ -16,10 +16,10 @@ import pytest
 from motet.tasks import Choose, Generate
 from motet.wire import TaskOrder
 from tests.tiny_language import a_llama
-from workers.batch_adapter import run_to_the_end
-from workers.describe import Described, describe_folder
 from workers.engine import CannotLoad, DeviceBroken, Pass, Prepared
-from workers.engines.vllm import Vllm, VllmEngine
+from workers.engines.served.vllm import Vllm, VllmEngine
+from workers.registrar.describe import Described, describe_folder
+from workers.run.batch_adapter import run_to_the_end
 
 pytestmark = pytest.mark.skipif(
     not os.environ.get("MOTET_VLLM"), reason="needs vLLM in an environment of its own: make vllm-test"
@@ -74,8 +74,8 @@ def test_it_ends_with_a_worker_that_is_killed(tiny: Described) -> None:
     folder = tiny.files["config.json"].parent
     code = (
         "from pathlib import Path\n"
-        "from workers.describe import describe_folder\n"
-        "from workers.engines.vllm import VllmEngine\n"
+        "from workers.registrar.describe import describe_folder\n"
+        "from workers.engines.served.vllm import VllmEngine\n"
         f"d = describe_folder(Path({str(folder)!r}), name='t', version='1', licence='', source={{}})\n"
         "h = VllmEngine().load(d.manifest, d.files, device='cpu', in_format='fp32')\n"
         "print(h.child.pid, flush=True)\n"

@@ -1,8 +1,8 @@
 """The proof that rows do not mix: a row among others gives what it gives alone, on the true weights.
 
-A language model reads several rows in one line of tokens, as workers/engines/causal.py lets it: pieces of prompts, and
+A language model reads several rows in one line of tokens, as workers/engines/causal/causal.py lets it: pieces of prompts, and
 newest tokens of answers. It is compared with the plain model of transformers, which reads one row and nothing else. An
-encoder reads rows side by side, filled up to the longest. What may be admitted by it: workers/proved.py.
+encoder reads rows side by side, filled up to the longest. What may be admitted by it: workers/engines/proved.py.
 """
 
 from __future__ import annotations
@@ -17,10 +17,11 @@ import torch
 from numpy.typing import NDArray
 
 from workers.engine import CannotLoad, DeviceBroken, OutOfMemory, Prepared
-from workers.engines import kv
-from workers.engines.runs import CacheRun, Runs, Varlen
+from workers.engines.causal import kv
+from workers.engines.causal.runs import CacheRun, Runs, Varlen
+from workers.engines.causal.trees import Bools
+from workers.engines.proved import ELSEWHERE
 from workers.engines.trunk import Tokens, torch_errors
-from workers.proved import ELSEWHERE
 
 #: Tokens of the rows of a language model: a piece of one needs two masks (kv.TOGETHER), and no two are of one length. More and
 #: longer rows take longer to register, and show nothing else.
@@ -237,7 +238,7 @@ def _masks(
     behind = places[..., None] - np.arange(cells)
     seen = behind >= 0
 
-    def mask(seen: kv.Bools) -> torch.Tensor:
+    def mask(seen: Bools) -> torch.Tensor:
         return kv.additive(seen, loaded.groups, loaded.model.dtype, loaded.device)
 
     return mask(seen), None if window is None else mask(seen & (behind < window))

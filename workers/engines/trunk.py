@@ -108,7 +108,7 @@ def cpu_computes(in_format: str) -> bool:
 def _imitated(model: Any) -> Any:
     """A model in half precision that computes in fp32 and rounds: its weights, and what every layer hands on.
 
-    So a format is tried also where it is slow (workers/accuracy.py); nothing runs in it there.
+    So a format is tried also where it is slow (workers/registrar/accuracy.py); nothing runs in it there.
     """
 
     dtype = next(model.parameters()).dtype

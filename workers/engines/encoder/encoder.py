@@ -1,0 +1,205 @@
+"""An encoder and any number of heads in one pass: one forward, one pooled vector, one product with all heads.
+
+Takes sentence-transformers and transformers folders. A head is a linear layer on the un-normalised pooled vector
+(``head.safetensors``: ``weight`` (labels, dim), ``bias`` (labels)), or on a hidden layer of it (``hidden.weight``
+(units, dim), ``hidden.bias`` (units), GELU; then ``weight`` is (labels, units)); ``Embed`` asks for the vector
+itself. Pooling and heads are computed in fp32 whatever format the trunk runs in.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch.nn.functional import gelu
+
+from motet.columns import CellError, Column
+from motet.manifest import Manifest
+from motet.wire import TaskOrder
+from workers.engine import CannotLoad, Pass, Prepared
+from workers.engines.answers import Floats, logits_column, vector_column
+from workers.engines.newest import Newest
+from workers.engines.proof import beside_others
+from workers.engines.proved import check_encoder
+from workers.engines.trunk import (
+    Tokens,
+    embedding_rows,
+    free_cache,
+    load_transformer,
+    padded,
+    pool,
+    torch_errors,
+)
+
+#: Sets of heads whose weights are kept beside each other: each takes as much memory as its heads.
+FUSED = 64
+
+
+@dataclass(slots=True)
+class Encoder:
+    """A loaded encoder with its heads."""
+
+    manifest: Manifest
+    device: str
+    model: Any
+    tokens: Tokens
+    #: Manifest digest -> head, fp32 on the device.
+    heads: dict[str, Head] = field(default_factory=dict)
+    #: Digests of a pass' heads -> all of them as one.
+    fused: Newest[tuple[str, ...], Fused] = field(default_factory=lambda: Newest(FUSED))
+
+
+@dataclass(frozen=True, slots=True)
+class Head:
+    """(outputs, dim or units) and (outputs,); with a hidden layer also (units, dim) and (units,)."""
+
+    weight: torch.Tensor
+    bias: torch.Tensor
+    hidden: tuple[torch.Tensor, torch.Tensor] | None = None
+
+    def to(self, device: str) -> Head:
+        hidden = None if self.hidden is None else (self.hidden[0].to(device), self.hidden[1].to(device))
+        return Head(self.weight.to(device), self.bias.to(device), hidden)
+
+
+class Fused:
+    """Several heads: one product for the linear ones and all hidden layers, and one more for each hidden layer."""
+
+    def __init__(self, heads: Sequence[Head]) -> None:
+        firsts = [head.hidden or (head.weight, head.bias) for head in heads]
+        self._heads = heads
+        self._widths = [len(bias) for _, bias in firsts]
+        self._weight = torch.cat([weight for weight, _ in firsts]).T.contiguous()
+        self._bias = torch.cat([bias for _, bias in firsts])
+
+    def __call__(self, pooled: torch.Tensor) -> list[torch.Tensor]:
+        """(n, outputs) of each head."""
+        firsts = torch.split(torch.addmm(self._bias, pooled, self._weight), self._widths, dim=1)
+        return [
+            first if head.hidden is None else torch.addmm(head.bias, gelu(first), head.weight.T)
+            for head, first in zip(self._heads, firsts, strict=True)
+        ]
+
+
+class EncoderEngine:
+    """Answers classify, number and embed. ``Provable``."""
+
+    def memory_mb(self, model: Manifest, in_format: str) -> int:
+        return model.memory_mb(in_format)
+
+    def load(self, model: Manifest, files: Mapping[str, Path], *, device: str, in_format: str) -> Encoder:
+        if model.pooling not in ("mean", "cls"):
+            raise CannotLoad(f"pooling {model.pooling!r} is neither mean nor cls")
+        # A pooler's own weights are often absent; its answer is not read here.
+        trunk = load_transformer(
+            "AutoModel",
+            files,
+            device=device,
+            in_format=in_format,
+            may_miss=("pooler.",),
+            admit=lambda config: check_encoder(model, config),
+        )
+        width = getattr(trunk.config, "hidden_size", 0)
+        if width != model.dim:
+            raise CannotLoad(f"its vectors have {width} numbers; the manifest says {model.dim}")
+        tokens = Tokens(files["tokenizer.json"], model.max_tokens, embedding_rows(trunk))
+        handle = Encoder(model, device, trunk, tokens)
+        self._pooled(handle, [Prepared(0, 1, False, np.zeros(1, np.int32))])  # warm up
+        return handle
+
+    def attach(self, handle: Encoder, task: TaskOrder, files: Mapping[str, Path]) -> None:
+        if not task.manifest.trunk_model or task.manifest.digest in handle.heads:
+            return
+        head = _read_head(task.manifest, files, handle.manifest.dim)
+        with torch_errors():
+            handle.heads[task.manifest.digest] = head.to(handle.device)
+
+    def prepare(self, pass_: Pass, texts: Sequence[str]) -> list[Prepared | CellError]:
+        tokens: Tokens = pass_.handle.tokens
+        return tokens.prepare(texts, pass_.max_tokens)
+
+    def run(self, pass_: Pass, batch: Sequence[Prepared]) -> Mapping[str, Column]:
+        handle: Encoder = pass_.handle
+        heads = [t for t in pass_.tasks if t.manifest.trunk_model]
+        vectors = [t for t in pass_.tasks if not t.manifest.trunk_model]
+        pooled = self._pooled(handle, batch)
+        with torch_errors(), torch.inference_mode():
+            # One way back from the device for everything.
+            parts = self._fused(handle, heads)(pooled) if heads else []
+            parts += [pooled] if vectors else []
+            answers = torch.cat(parts, 1).cpu().numpy()
+        columns = {}
+        lo = 0
+        for task in heads:
+            hi = lo + len(handle.heads[task.manifest.digest].bias)
+            columns[task.name] = logits_column(task, answers[:, lo:hi])
+            lo = hi
+        for task in vectors:
+            columns[task.name] = _vector_column(task, answers[:, lo:])
+        return columns
+
+    def unload(self, handle: Encoder) -> None:
+        handle.model = None
+        handle.heads.clear()
+        handle.fused.clear()
+        free_cache(handle.device)
+
+    def among_others(self, handle: Encoder, texts: Sequence[str]) -> float:
+        """``Provable``: of the pooled vectors."""
+        return beside_others(lambda batch: self._pooled(handle, batch), handle.tokens, texts)
+
+    def _pooled(self, handle: Encoder, batch: Sequence[Prepared]) -> torch.Tensor:
+        """One forward pass: (n, dim) fp32 on the device."""
+        with torch_errors(), torch.inference_mode():
+            ids, mask = padded(batch, handle.tokens.pad, handle.device)
+            hidden = handle.model(input_ids=ids, attention_mask=mask).last_hidden_state
+            return pool(hidden, mask, handle.manifest.pooling)
+
+    def _fused(self, handle: Encoder, heads: Sequence[TaskOrder]) -> Fused:
+        key = tuple(task.manifest.digest for task in heads)
+        if (known := handle.fused.get(key)) is None:
+            known = Fused([handle.heads[digest] for digest in key])
+            handle.fused.put(key, known)
+        return known
+
+
+def _vector_column(task: TaskOrder, pooled: Floats) -> Column:
+    if task.spec.get("normalize", True):
+        pooled = pooled / np.maximum(np.linalg.norm(pooled, axis=1, keepdims=True), 1e-12)
+    return vector_column(pooled, task.spec.get("dtype", "fp32"))
+
+
+def _read_head(manifest: Manifest, files: Mapping[str, Path], dim: int) -> Head:
+    """A head in fp32, checked against its manifest. Raises CannotLoad."""
+    from safetensors.torch import load_file
+
+    try:
+        found = {name: tensor.float() for name, tensor in load_file(files["head.safetensors"]).items()}
+        hidden = (found["hidden.weight"], found["hidden.bias"]) if "hidden.weight" in found else None
+        head = Head(found["weight"], found["bias"], hidden)
+    except Exception as error:
+        raise CannotLoad(
+            f"head {manifest.ref}: head.safetensors cannot be read: {type(error).__name__}"
+        ) from error
+    outputs = 1 if manifest.answers == "number" else len(manifest.labels)
+    if hidden is not None:
+        units = len(hidden[1]) if hidden[1].ndim == 1 else -1
+        _check_shape(manifest, "hidden layer", *hidden, (units, dim))
+        dim = units
+    _check_shape(manifest, "weight", head.weight, head.bias, (outputs, dim))
+    if not all(torch.isfinite(tensor).all() for tensor in found.values()):
+        raise CannotLoad(f"head {manifest.ref}: its weights hold NaN or infinity")
+    return head
+
+
+def _check_shape(
+    manifest: Manifest, name: str, weight: torch.Tensor, bias: torch.Tensor, shape: tuple[int, int]
+) -> None:
+    if tuple(weight.shape) != shape or tuple(bias.shape) != shape[:1]:
+        raise CannotLoad(
+            f"head {manifest.ref}: {name} {tuple(weight.shape)}, bias {tuple(bias.shape)}; expected {shape}"
+        )
