@@ -447,8 +447,9 @@ def error_of(answer: httpx.Response) -> MotetError:
         return BodyRefused(_too_large_for_a_proxy(answer))
     if status in (400, 405, 413, 415, 422):
         problems = [_problem(p) for p in said.get("problems") or () if isinstance(p, dict)]
-        more = int(said.get("more") or 0)
-        invalid = (BodyRefused if status == 413 else InvalidJob)(problems, more=more)
+        more = said.get("more")
+        left_out = more if isinstance(more, int) else 0
+        invalid = (BodyRefused if status == 413 else InvalidJob)(problems, more=left_out)
         if not problems:
             invalid.args = (message,)
         return invalid

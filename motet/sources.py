@@ -415,7 +415,10 @@ def _line_end(file: _Bytes, delimiter: str) -> str:
     start = file.peek(1).removeprefix(b"\xef\xbb\xbf")
     field = rf'(?:"[^"]*+(?:""[^"]*+)*+"|[^{delimiter}"\r\n][^{delimiter}\r\n]*+)?+'
     header = re.match(rf"{field}(?:{delimiter}{field})*+(\r*+\n?)".encode(), start)
-    return "\r" if header and header[1] and not header[1].endswith(b"\n") else "\n"
+    if header is None or header.end() == len(start):
+        # The look-ahead may end between a carriage return and its line feed: then nothing is known.
+        return "\n"
+    return "\r" if header[1] and not header[1].endswith(b"\n") else "\n"
 
 
 # -- tables

@@ -58,9 +58,9 @@ def send_parts(
                 rows = part.first_row + len(part)
                 if rows > there:
                     rest = rows_of(part, max(0, there - part.first_row), len(part))
-                    body = sender.pack(rest)
+                    packed = sender.pack(rest)
                     landed()
-                    in_flight = thread.submit(sender.send, rest, body)
+                    in_flight = thread.submit(sender.send, rest, *packed)
                 bar.show(f"{rows:,} rows")
             landed()
             return http.post(  # type: ignore[no-any-return]
@@ -89,13 +89,14 @@ class _Sender:
         self._most_bytes: int | None = None
         self._squeeze = not http.stays_here
 
-    def pack(self, part: Part) -> bytes:
-        """The body of a part, in the form that is sent now."""
-        return part.encode(squeeze=self._squeeze)
+    def pack(self, part: Part) -> tuple[bytes, bool]:
+        """The body of a part, in the form that is sent now, and whether it is compressed."""
+        # Asked once: the part before may be refused, and so the form change, while this one is packed.
+        squeeze = self._squeeze
+        return part.encode(squeeze=squeeze), squeeze
 
-    def send(self, part: Part, body: bytes) -> None:
+    def send(self, part: Part, body: bytes, squeezed: bool) -> None:
         """Send a part whole, or else in pieces. Raises BodyRefused where a row alone is too large, and as a request."""
-        squeezed = self._squeeze
         while self._most_bytes is None or len(body) <= self._most_bytes or len(part) == 1:
             try:
                 self._put(body, squeezed)
@@ -107,14 +108,14 @@ class _Sender:
                 # Half of it: so few bodies are refused before one fits.
                 self._most_bytes = min(len(body) // 2, self._most_bytes or len(body))
                 if not squeezed:
-                    squeezed = self._squeeze = True
-                    body = self.pack(part)
+                    self._squeeze = True
+                    body, squeezed = self.pack(part)
             else:
                 return
         middle = _middle(part)
         for piece in (rows_of(part, 0, middle), rows_of(part, middle, len(part))):
             if not self._stop.is_set():
-                self.send(piece, self.pack(piece))
+                self.send(piece, *self.pack(piece))
 
     def _put(self, body: bytes, squeezed: bool) -> None:
         """Send a part, again where an answer was lost: the same bytes under the same number are harmless."""

@@ -19,6 +19,8 @@ from scheduler.store.leases import Leased
 
 #: Decoded blocks kept between payloads, in bytes of their texts: those of a step, and those that are carved on.
 _CACHE_BYTES = 16 * 1024 * 1024
+#: What an entry of a cache takes beside its texts: without it, entries without a text would never be dropped.
+_ENTRY_BYTES = 256
 _PASSES_KEPT = 256
 #: Blocks fetched and decoded at once: one query for most steps, and never a step's worth of large documents.
 _BLOCKS_AT_ONCE = 64
@@ -88,7 +90,8 @@ class Payloads:
                 found = leases.upstream_answers(connection, missing)
             for where, (order, answers) in found.items():
                 texts = {a.name: as_texts(a.column, a.spec, a.labels) for a in answers}
-                size = sum(len(text) for column in texts.values() for text in column)
+                size = _ENTRY_BYTES + sum(len(text) for column in texts.values() for text in column)
+                size += len(order or b"")
                 self._upstream[where] = _Upstream(texts, None if order is None else row_order(order), size)
         return _lately(self._upstream, wanted)
 

@@ -1,6 +1,6 @@
 """A pass is priced by what it reads: how often each field, and how many tokens its bytes have turned out to be.
 
-Passes that were planned before read each field once, as they were priced until now. Going down guesses what waits.
+Passes that were planned before read each field once, as they were priced until now. Going down guesses what waits: let jobs end first.
 """
 
 from alembic import op
@@ -22,6 +22,8 @@ COMMENT ON COLUMN pass.tokens IS 'Sum of the tokens that these sub-tasks had.';
 ALTER TABLE job DROP COLUMN text_bytes;
 ALTER TABLE block_pass ADD COLUMN bytes bigint NOT NULL DEFAULT 0;
 COMMENT ON COLUMN block_pass.bytes IS 'UTF-8 bytes that the pass reads of the rows that work is done on.';
+UPDATE block_pass w SET bytes = CAST(w.n AS bigint) * b.bytes / greatest(1, b.n_rows)
+  FROM block b WHERE w.state = 'waiting' AND b.job_id = w.job_id AND b.number = w.block_number;
 """
 
 DOWN = """

@@ -183,7 +183,7 @@ def server(settings: Settings) -> Server:
         callback_notify=_pulse(settings),
         timeout_notify=1,
     )
-    # Its lines would hold queries; ours (Recorded) hold routes.
+    # Its lines would hold queries; ours (AccessLog) hold routes.
     logging.getLogger("uvicorn.access").disabled = True
     return Server(config, app.state.resources)
 

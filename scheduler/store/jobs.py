@@ -77,7 +77,7 @@ class NewPass:
     input: str
     #: Numbers of the tasks whose cells it reads.
     needs: tuple[int, ...] = ()
-    #: ``PlannedPass.rate_key``.
+    #: ``PassPlan.rate_key``.
     rate_key: str = ""
     #: How often it reads each field of the job, and bytes beside them: see ``scheduler.blocks.Reads``.
     reads: tuple[int, ...] = ()

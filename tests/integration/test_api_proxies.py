@@ -82,6 +82,16 @@ def test_parts_that_a_proxy_refuses_are_sent_in_smaller_ones_of_the_same_blocks(
     assert "client_max_body_size" in said
 
 
+def test_a_part_that_was_packed_before_the_form_changed_is_sent_as_what_it_is(
+    house: House, proxy: Proxy, client: Client
+) -> None:
+    """Near the API bodies are raw until one is refused; the next part is ready by then."""
+    proxy.most_body_bytes = 800_000
+    texts = dense(370, 3000)  # a part of one block, and a short one
+    job = client.submit(texts, TASKS)
+    assert (job.state, stored(house, job.id)) == ("running", texts)
+
+
 @pytest.mark.parametrize("most", [300_000, 20_000])
 def test_a_block_that_is_too_large_for_a_proxy_is_sent_in_halves(
     house: House, proxy: Proxy, client: Client, most: int

@@ -19,7 +19,8 @@ from motet.tasks import Generate
 from tests.unit import test_worker_executor as executing
 from tests.unit.test_causal_engine import TEXTS, House, files_of, llama, several  # noqa: F401 - a fixture
 from workers.engine import Elastic, OutOfMemory, Pass
-from workers.engines.causal.causal import CausalEngine, causal, kv, tokens_in_flight
+from workers.engines.causal import causal, kv
+from workers.engines.causal.causal import CausalEngine, tokens_in_flight
 from workers.engines.causal.kv import Pool
 from workers.engines.writers import Writer
 from workers.run.batching import LEAST_TOKENS, PATIENCE

@@ -81,6 +81,11 @@ def test_a_body_of_another_server_is_never_repeated(status: int, body: bytes) ->
     assert str(status) in words
 
 
+@pytest.mark.parametrize("more", ["see below", {}, [1], 1.5, None])
+def test_what_another_server_says_beside_an_error_breaks_nothing(more: object) -> None:
+    assert isinstance(error_of(answer(422, said("no", more=more))), InvalidJob)
+
+
 def test_control_characters_do_not_reach_a_terminal() -> None:
     assert "\x1b" not in str(error_of(answer(404, said("\x1b[2Jgone"))))
 

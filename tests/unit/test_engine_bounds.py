@@ -14,7 +14,8 @@ from motet.tasks import Choose
 from tests.unit.test_causal_engine import House, files_of, llama  # noqa: F401 - a fixture
 from tests.unit.test_worker_engines import tiny_bert
 from workers.engine import Prepared
-from workers.engines.causal.causal import CausalEngine, causal
+from workers.engines.causal import causal
+from workers.engines.causal.causal import CausalEngine
 from workers.engines.encoder.encoder import EncoderEngine
 from workers.engines.newest import Newest
 from workers.engines.training.trainer import TrainerEngine

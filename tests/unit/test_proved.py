@@ -21,9 +21,10 @@ from motet.manifest import Manifest
 from motet.tasks import Generate
 from motet.wire import TaskOrder
 from tests.tiny_language import CONTEXT, a_language_model
-from workers import proved
 from workers.engine import CannotLoad, Pass, Prepared
-from workers.engines.causal.causal import Causal, CausalEngine, causal, kv
+from workers.engines import proved
+from workers.engines.causal import causal, kv
+from workers.engines.causal.causal import Causal, CausalEngine
 from workers.engines.causal.runs import one_by_one
 from workers.engines.encoder.classifier import ClassifierEngine
 from workers.engines.encoder.encoder import EncoderEngine

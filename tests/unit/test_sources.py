@@ -189,6 +189,16 @@ def test_what_pythons_csv_writes_is_read_back(
     assert read_text("\ufeff" * bom + content, names(table), suffix) == table
 
 
+@pytest.mark.parametrize("size", [8192, 65_536, 131_072])
+def test_a_look_ahead_that_ends_between_carriage_return_and_line_feed_takes_none_for_the_other(
+    write: Write, size: int
+) -> None:
+    for more in range(-2, 3):
+        header = "text," + "n" * (size - len("text,\r") + more)
+        path = write("long.csv", f"{header}\r\na,1\r\nb,2\r\n")
+        assert rows_of(path, ["text"]) == [["a"], ["b"]]
+
+
 @FILES
 @given(TABLES.map(lambda table: [[text.replace("é", "\r") for text in row] for row in table]))
 def test_carriage_returns_in_quotes_are_read_back(table: Table) -> None:
