@@ -256,7 +256,7 @@ def prefill(device: str, in_format: str, size: Size, peak: Peak, folder: Path) -
     best, tokens = 0.0, 0
     for _ in range(size.of(full=3, quick=2, smoke=1)):
         pass_, rows = language.rows(count, longest, 1)
-        handle.kept.clear()
+        handle.prefix_cache.clear()
         waiting, ended, computed = list(rows), 0, 0
         settle(device)
         began = time.perf_counter()
@@ -283,7 +283,7 @@ def decode(device: str, in_format: str, size: Size, peak: Peak, folder: Path) ->
     language = Language(device, in_format, folder, size)
     engine, handle = language.engine, language.handle
     most = size.of(full=128, quick=64, smoke=8)
-    pass_, rows = language.rows(handle.places, size.of(full=200, quick=200, smoke=10), most)
+    pass_, rows = language.rows(handle.decode_slots, size.of(full=200, quick=200, smoke=10), most)
     for row in rows:
         if not engine.admit(pass_, row, object(), urgent=True):
             break

@@ -10,7 +10,7 @@ prefix_cost_k1             seconds of one task in motet's engine / one request t
 prefix_tokens_saved_share  prompt tokens saved over a whole job / the most that could be saved: every prefix that two
                            prompts of the job have in common computed once (the system message for all rows, a text for
                            all its tasks); exact counts
-slot_occupancy             places of answers that were being written / places, while rows waited: a job of many sub-tasks
+slot_occupancy             answers that decode / decode slots, while rows waited: a job of many sub-tasks
                            whose answers have lognormal lengths
 vs_generate_batch          tokens written a second / those of transformers' `generate_batch` (continuous batching, its own
                            prefix sharing) on the same prompts and lengths
@@ -119,8 +119,8 @@ class Bench:
         return ended
 
     def forget(self) -> None:
-        """What was kept of earlier rows would make the next ones cheaper."""
-        self.handle.kept.clear()
+        """What is cached of earlier rows would make the next ones cheaper."""
+        self.handle.prefix_cache.clear()
         self.handle.priors.clear()
 
     def generate(self, prompt: Sequence[int], most: int) -> int:

@@ -59,13 +59,13 @@ WIDTHS: Mapping[str, int] = {"fp32": 4, "bf16": 2, "fp16": 2}
 OVERHEAD_MB = 64
 #: Tokens whose keys and values a language model holds in memory at once, on every device: prompts and answers.
 KV_TOKENS = 16_384
-#: See ``answer_places``: beyond it a CPU core gains nothing.
-_PLACES: Mapping[str, int] = {"cpu": 32, "cuda": 256}
+#: See ``decode_slots``: beyond it a CPU core gains nothing.
+_DECODE_SLOTS: Mapping[str, int] = {"cpu": 32, "cuda": 256}
 
 
-def answer_places(device_kind: str) -> int:
+def decode_slots(device_kind: str) -> int:
     """Answers that a language model writes at once on a device of this kind."""
-    return _PLACES.get(device_kind, _PLACES["cuda"])
+    return _DECODE_SLOTS.get(device_kind, _DECODE_SLOTS["cuda"])
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

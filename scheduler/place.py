@@ -18,7 +18,7 @@ from itertools import count, islice
 from math import ceil, inf
 from typing import Literal, NamedTuple
 
-from motet.manifest import Manifest, answer_places
+from motet.manifest import Manifest, decode_slots
 from motet.residency import NeverFits, Resident, evictions
 from scheduler.carve import MIN_S, size_s
 from scheduler.cost import Price, Rate, RateKey, Rates, learned_as
@@ -32,11 +32,11 @@ DeviceKind = tuple[str, str]
 #: Sub-tasks at a worker at least, the running one included, however long they are: the next one is there at its end.
 _READY = 2
 #: A language model writes many answers at once and lets the next row in when one ends: its worker asks while fewer
-#: rows are there than it has places, so many times over.
+#: rows are there than it has decode slots, so many times over.
 _FILLED = 2
-#: A sub-task of a language model has rows for such a part of the places at least.
+#: A sub-task of a language model has rows for such a part of the decode slots at least.
 _PART = 4
-#: Sub-tasks that fill places, at most: with those of the lane no more than a worker takes off its queue at once.
+#: Sub-tasks that fill decode slots, at most: with those of the lane no more than a worker takes off its queue at once.
 _FILLERS = 10
 #: One more host of a model is opened where that ends its work by half a load's time earlier; or where it would end later than
 #: this many load times, however many hosts it has.
@@ -788,9 +788,9 @@ class Placer:
         devices = self._devices(waiting.pool, place, now) / waiting.pool.waiting
         least = 1
         if waiting.pool.model.answers == "text":
-            # What a row takes there depends on how many are beside it. A sub-task fills a part of the places, whatever
+            # What a row takes there depends on how many are beside it. A sub-task fills a part of the slots, whatever
             # was learned of rows that were alone.
-            least = max(1, min(answer_places(place.kind[0]) // _PART, int(waiting.rows / (2 * devices))))
+            least = max(1, min(decode_slots(place.kind[0]) // _PART, int(waiting.rows / (2 * devices))))
         return Placement(place.worker, waiting.demand, size_s(self.subtask_s, work_s, devices), price, least)
 
     def _devices(self, pool: _Pool, place: _Place, now: float) -> float:
@@ -1101,7 +1101,7 @@ class Placer:
         if pool is None or pool.model.answers != "text" or pool.waiting == 0 or place.bulk >= _FILLERS:
             return None
         rows = sum(flight.rows for flight in place.flights if flight.of.pool is pool)
-        return pool if rows < _FILLED * answer_places(place.kind[0]) else None
+        return pool if rows < _FILLED * decode_slots(place.kind[0]) else None
 
     def _express_full(self, place: _Place) -> bool:
         return len(place.flights) - place.bulk >= 2 * self.depth

@@ -588,7 +588,7 @@ def test_a_server_that_tells_no_likelihood_of_labels_is_asked_for_the_first_toke
     assert found.error == "no_label"
 
 
-def test_what_labels_are_worth_without_a_text_is_kept_for_one_tenant_and_not_for_ever(
+def test_a_label_prior_is_kept_for_one_tenant_and_not_for_ever(
     remote: Remote, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(openai, "PRIORS", 3)

@@ -25,7 +25,7 @@ TASKS: dict[str, Task] = {
 
 
 def answers(house: House, tokens: int) -> list[Any]:
-    """Of several rows together, twice: the second time their common beginnings are known."""
+    """Of several rows together, twice: the second time their common prefixes are cached."""
     found = []
     for _ in range(2):
         pass_ = house.pass_(TASKS)
@@ -40,7 +40,7 @@ def test_runs_answer_what_masks_answer(tmp_path: Path, kind: str, window: int | 
     house = House(a_llama(tmp_path, kind=kind, window=window))
     expected = answers(house, tokens)
     house.handle.varlen = one_by_one
-    house.handle.kept.clear()
+    house.handle.prefix_cache.clear()
     house.handle.priors.clear()
     for found, known in zip(answers(house, tokens), expected, strict=True):
         for one, other in zip(found, known, strict=True):
@@ -70,7 +70,7 @@ def test_each_token_of_a_run_sees_what_its_row_of_a_mask_says() -> None:
     for _ in range(50):
         sequences = [dice.integers(0, 3, dice.integers(1, 30)).tolist() for _ in range(5)]
         grown = tree(sequences, dice.integers(0, 2, 5).tolist())
-        # What is left of a prompt whose beginning is known, and a chunk of that.
+        # What is left of a prompt whose prefix is cached, and a chunk of that.
         places = np.sort(dice.choice(len(grown), dice.integers(1, len(grown) + 1), replace=False))
         mask = grown.seen(places)
         covered = []

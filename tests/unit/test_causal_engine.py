@@ -153,16 +153,16 @@ def test_a_sliding_window_is_kept_within_prompts_and_answers(tmp_path: Path) -> 
             assert value["text"] == house.written_plainly(asked.prompt.ids, 20)
 
 
-def test_a_text_is_computed_once_for_all_tasks_and_a_beginning_once_for_all_rows(house: House) -> None:
+def test_a_text_is_computed_once_for_all_tasks_and_a_prefix_once_for_all_rows(house: House) -> None:
     tasks = several(1, system="You are a careful reader of newspapers, films and cats.")
     pass_ = house.pass_(tasks)
     rows = house.rows(pass_, TEXTS * 2)
     found = house.ended(pass_, rows, 64)
     prompts = [[tuple(asked.prompt.ids) for asked in row.inputs.tasks] for row in rows]
-    beginning = rows[0].inputs.tasks[0].prompt.fixed
-    assert beginning > 20
-    optimum = beginning + sum(
-        len({prompt[:n] for prompt in row for n in range(1, len(prompt) + 1)}) - beginning for row in prompts
+    prefix = rows[0].inputs.tasks[0].prompt.fixed
+    assert prefix > 20
+    optimum = prefix + sum(
+        len({prompt[:n] for prompt in row for n in range(1, len(prompt) + 1)}) - prefix for row in prompts
     )
     assert house.computed == optimum
     spent = [one.spent[name] for one in found.values() for name in tasks]

@@ -171,13 +171,13 @@ def test_fewer_rows_are_let_in_where_slots_for_many_have_no_memory(
         assert [next(iter(values(found[i].columns[name]))) for i in range(len(rows))] == told
 
 
-def test_a_beginning_that_cannot_be_kept_is_computed_again(
+def test_a_prefix_that_cannot_be_cached_is_computed_again(
     llama: Path,  # noqa: F811
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     house, tasks = House(llama), several(8, system="You are a careful reader of newspapers, films and cats.")
     expected = house.run(tasks)
-    assert house.handle.kept
+    assert house.handle.prefix_cache
 
     def short(*_: Any) -> Any:
         raise torch.OutOfMemoryError("CUDA out of memory")
@@ -185,7 +185,7 @@ def test_a_beginning_that_cannot_be_kept_is_computed_again(
     monkeypatch.setattr(Pool, "read", short)
     house = House(llama)
     assert house.run(tasks) == expected
-    assert not house.handle.kept
+    assert not house.handle.prefix_cache
 
 
 # -- more than the least
@@ -196,7 +196,7 @@ def test_a_beginning_that_cannot_be_kept_is_computed_again(
     [
         # Nothing more is granted.
         (0, 1 << 40, 0, 16_384),
-        # 1,000 MB more, in tokens of a KiB and what is kept beside.
+        # 1,000 MB more, in tokens of a KiB and what the prefix cache takes beside.
         (1000, 1 << 40, 0, 16_384 + 1000 * 1024 * 8 // 9),
         # Others hold the GPU: what is free, and what it has already, less a sixteenth of all memory.
         (1000, 70 << 20, 0, 16_384),

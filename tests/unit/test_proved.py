@@ -160,7 +160,7 @@ def test_a_row_among_rows_of_other_tenants_writes_what_it_writes_alone(
     assert loaded.apart < 1e-5, "logits of the plain model, one row at a time"
     alone = [loaded.written([text], tenants=["a"], tokens=1024)[0] for text in TEXTS]
     assert loaded.written(TEXTS * 2, tenants="abcbca", tokens=50) == alone * 2
-    # As on a GPU, where a kernel reads all beginnings at once if the model's attention is no other; its work is done plainly.
+    # As on a GPU, where a kernel reads all prompts at once if the model's attention is no other; its work is done plainly.
     monkeypatch.setattr(causal, "flash", lambda *_: one_by_one)
     at_once = load(tmp_path)
     assert at_once.apart < 1e-5
@@ -253,8 +253,8 @@ def attended(**asked: Any) -> tuple[torch.Tensor, None]:
     pool.lay_out(1, 4)
     at = torch.tensor([0])
     mask = kv.additive(torch.ones(1, 1, 1).bool().numpy(), 2, torch.float32, "cpu")
-    beginning = kv.PrefillSpan(0, 1, 0, mask, None)
-    flight = kv.StepLayout(pool, at, at, [beginning], None, windows=(None,))
+    span = kv.PrefillSpan(0, 1, 0, mask, None)
+    layout = kv.StepLayout(pool, at, at, [span], None, windows=(None,))
     query, key = torch.ones(1, 2, 1, 4), torch.ones(1, 1, 1, 4)
     asked = {
         "attention_mask": None,
@@ -264,7 +264,7 @@ def attended(**asked: Any) -> tuple[torch.Tensor, None]:
         "position_ids": at,
         **asked,
     }
-    return kv.attend(layer, query, key, key, flight=flight, **asked)
+    return kv.attend(layer, query, key, key, layout=layout, **asked)
 
 
 # -- positions

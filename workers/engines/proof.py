@@ -1,7 +1,7 @@
 """The proof that rows do not mix: a row among others gives what it gives alone, on the true weights.
 
 A language model reads several rows in one line of tokens, as workers/engines/causal/causal.py lets it: pieces of prompts, and
-newest tokens of answers. It is compared with the plain model of transformers, which reads one row and nothing else. An
+decode tokens of answers. It is compared with the plain model of transformers, which reads one row and nothing else. An
 encoder reads rows side by side, filled up to the longest. What may be admitted by it: workers/engines/proved.py.
 """
 
@@ -151,12 +151,12 @@ def _in_one_line(
     try:
         for step in _steps(rows):
             line = [(row, place) for row, lo, hi in step for place in range(lo, hi)]
-            flight = _flight(loaded, windows, step, line)
+            layout = _layout(loaded, windows, step, line)
             logits = loaded.model(
                 input_ids=torch.tensor([[rows[row][place] for row, place in line]], device=device),
                 position_ids=torch.tensor([[place for _, place in line]], device=device),
                 use_cache=False,
-                flight=flight,
+                layout=layout,
             ).logits[0]
             for (row, _), behind in zip(line, logits.float().cpu(), strict=True):
                 found[row].append(behind)
@@ -169,8 +169,8 @@ def _steps(rows: Sequence[Sequence[int]]) -> Iterator[list[tuple[int, int, int]]
     """Pieces (row, lo, hi) of each step. Every other row begins a step later, so that some write and others read."""
     pieces = [_pieces(len(row)) for row in rows]
     for step in range(max(map(len, pieces)) + 1):
-        begun = [(row, step - row % 2) for row in range(len(rows))]
-        yield [(row, *pieces[row][at]) for row, at in begun if 0 <= at < len(pieces[row])]
+        under_way = [(row, step - row % 2) for row in range(len(rows))]
+        yield [(row, *pieces[row][at]) for row, at in under_way if 0 <= at < len(pieces[row])]
 
 
 def _pieces(length: int) -> list[tuple[int, int]]:
@@ -180,18 +180,18 @@ def _pieces(length: int) -> list[tuple[int, int]]:
     return list(itertools.pairwise(cuts))
 
 
-def _flight(
+def _layout(
     loaded: LanguageModel,
     windows: Sequence[int | None],
     step: Sequence[tuple[int, int, int]],
     line: Sequence[tuple[int, int]],
 ) -> kv.StepLayout:
     window = next((w for w in windows if w is not None), None)
-    at, beginnings, newest = 0, [], []
+    at, prefills, decode = 0, [], []
     pieces: list[CacheRun] = []
     for row, lo, hi in step:
         if hi - lo == 1:
-            newest.append((at, row, lo))
+            decode.append((at, row, lo))
         elif loaded.varlen is not None:
             pieces.append(CacheRun(at, hi - lo, row, np.arange(hi)))
             at += hi - lo
@@ -199,14 +199,14 @@ def _flight(
         for first in range(lo, hi, kv.TOGETHER) if hi - lo > 1 else ():
             last = min(first + kv.TOGETHER, hi)
             seen, near = _masks(loaded, window, np.arange(first, last)[None], last)
-            beginnings.append(kv.PrefillSpan(at + first - lo, at + last - lo, row, seen, near))
+            prefills.append(kv.PrefillSpan(at + first - lo, at + last - lo, row, seen, near))
         at += hi - lo
     return kv.StepLayout(
         pool=loaded.pool,
         slots=torch.tensor([row for row, _ in line], device=loaded.device),
         cells=torch.tensor([place for _, place in line], device=loaded.device),
-        beginnings=beginnings,
-        writing=_writing(loaded, window, newest) if newest else None,
+        prefills=prefills,
+        decode=_decode(loaded, window, decode) if decode else None,
         windows=windows,
         runs=Runs.of(pieces, loaded.pool.cells, loaded.device, loaded.varlen)
         if pieces and loaded.varlen is not None
@@ -214,20 +214,22 @@ def _flight(
     )
 
 
-def _writing(loaded: LanguageModel, window: int | None, newest: Sequence[tuple[int, int, int]]) -> kv.Writing:
-    """Newest tokens (where in the line, row, place), one of each row; a row that writes nothing repeats a token."""
-    slots = 1 + max(row for _, row, _ in newest)
+def _decode(
+    loaded: LanguageModel, window: int | None, decode: Sequence[tuple[int, int, int]]
+) -> kv.DecodeTokens:
+    """A decode step's tokens (where in the line, row, place), one of each row; a row that writes nothing repeats one."""
+    slots = 1 + max(row for _, row, _ in decode)
     tokens = np.zeros((slots, 1), np.int64)
     places = np.zeros(slots, np.int64)
-    for at, row, place in newest:
+    for at, row, place in decode:
         tokens[row, 0], places[row] = at, place
     seen, near = _masks(loaded, window, places[:, None], int(places.max()) + 1)
-    return kv.Writing(
+    return kv.DecodeTokens(
         tokens=torch.from_numpy(tokens).to(loaded.device),
         seen=seen,
         near=near,
-        places=torch.tensor([at for at, _, _ in newest], device=loaded.device),
-        targets=torch.tensor([row for _, row, _ in newest], device=loaded.device),
+        places=torch.tensor([at for at, _, _ in decode], device=loaded.device),
+        targets=torch.tensor([row for _, row, _ in decode], device=loaded.device),
     )
 
 

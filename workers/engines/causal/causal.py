@@ -1,7 +1,7 @@
 """Language models: many prompts about one text cost one prefill, and answers of all rows are written together.
 
 The engine keeps rows of several sub-tasks and jobs in flight. A row's prompts form a tree (trees.py), so that what its
-tasks begin with is computed once; what all rows of a task begin with is kept, for one tenant each. A step runs the next
+tasks begin with is computed once; what all rows of a task begin with is in a prefix cache, for one tenant each. A step runs the next
 token of every answer and, under a budget, pieces of prompts that come in (Yu et al., Orca, OSDI 2022; Agrawal et
 al., Sarathi-Serve, OSDI 2024); an answer that has ended leaves at once. Why not transformers' own continuous batching:
 docs/decisions/0010.
@@ -22,7 +22,7 @@ import numpy as np
 import torch
 
 from motet.columns import ERROR, OK, CellError, Column
-from motet.manifest import KV_TOKENS, Manifest, answer_places
+from motet.manifest import KV_TOKENS, Manifest, decode_slots
 from motet.wire import TaskOrder
 from workers.engine import CannotLoad, DeviceBroken, Ended, OutOfMemory, Pass, Prepared, Step
 from workers.engines.answers import label_column
@@ -40,11 +40,14 @@ from workers.engines.thoughts import switches
 from workers.engines.trunk import embedding_rows, free_cache, load_transformer, onto, settle, torch_errors
 from workers.engines.writers import Grammar, Writer
 
-#: Rows whose answers are about to begin may wait for a place: so many of the places' share.
+#: Rows are let in beyond the decode slots by this share of them, so that none is ever free.
 AHEAD = 1 / 8
-#: A prompt's common beginning is kept from so many tokens on; all of them take so many of the tokens in flight more.
-LEAST_KEPT, KEPT_SHARE = 8, 1 / 8
-#: Of a GPU's memory, what its cache of keys and values leaves for a step, whatever it may take beside.
+#: Tokens of the shortest prefix that is cached: a shorter one is computed faster than it is copied.
+LEAST_CACHED = 8
+#: Tokens of the prefix cache, as a share of the tokens in flight, which it takes beside them. More holds more prefixes,
+#: and leaves fewer rows room.
+CACHE_SHARE = 1 / 8
+#: Share of a GPU's memory that keys and values leave free for a step. With less, long prompts run out of memory.
 RESERVE_SHARE = 1 / 16
 #: Label priors kept for one model. Those pushed out are computed again; each is a few numbers.
 PRIORS = 1024
@@ -56,7 +59,7 @@ CONTEXT_LENGTH = "context_length"
 
 #: What a label prior depends on: the adapter, the prompt without any text, the labels.
 PriorKey = tuple[str, tuple[int, ...], tuple[tuple[int, ...], ...]]
-#: A fixed beginning: the adapter that computes it, and its tokens.
+#: A fixed prefix of prompts: the adapter that computes it, and its tokens.
 PrefixKey = tuple[str, tuple[int, ...]]
 
 
@@ -101,7 +104,7 @@ class _Score:
     """The likelihood of one label, added up as its tokens are seen."""
 
     task: str
-    #: Without any text: it is kept for all rows.
+    #: Of the prompt without any text: it goes into a label prior.
     empty: bool
     #: Place in the tree -> the label's token that comes behind it.
     wanted: dict[int, int]
@@ -122,9 +125,9 @@ class _Row:
     todo: Ints
     #: Of each place of the tree, the adapter that computes it.
     adapters: list[str]
-    #: Fixed beginnings that this row computes for all, and their places.
-    keeps: dict[PrefixKey, Ints]
-    #: Place of a prompt's last token -> the answers that begin behind it.
+    #: Fixed prefixes that this row computes for the prefix cache, and their places in its tree.
+    prefixes: dict[PrefixKey, Ints]
+    #: Place of a prompt's last token -> the answers whose first token comes behind it.
     begins: dict[int, list[Writer]]
     scores: list[_Score]
     #: Of each task, tokens of its prompts, and those of them that are computed for it.
@@ -132,8 +135,8 @@ class _Row:
     computed: dict[str, int]
     #: The next free cell of the slot; cells of the tree's places are their numbers.
     cell: int
-    #: Answers under way -> what each attends to, by cell, and the position of its next token.
-    writing: dict[int, tuple[Writer, Bools, int]] = field(default_factory=dict)
+    #: Answers that decode -> what each attends to, by cell, and the position of its next token.
+    decoding: dict[int, tuple[Writer, Bools, int]] = field(default_factory=dict)
     ended: list[Writer] = field(default_factory=list)
     #: Task -> the adapter that writes its answer.
     adapter_of: dict[str, str] = field(default_factory=dict)
@@ -149,13 +152,13 @@ class _Row:
         return {place for score in self.scores for place in score.wanted} | self.begins.keys()
 
     @property
-    def places(self) -> int:
-        """Answers that it writes or will write."""
-        return len(self.writing) + sum(map(len, self.begins.values()))
+    def answers(self) -> int:
+        """Answers that decode or will."""
+        return len(self.decoding) + sum(map(len, self.begins.values()))
 
     @property
     def done(self) -> bool:
-        return not len(self.todo) and not self.places
+        return not len(self.todo) and not self.answers
 
 
 @dataclass(slots=True)
@@ -172,17 +175,18 @@ class Causal:
     groups: int
     #: Of each layer the tokens that its sliding window holds; None: it attends to all tokens before.
     windows: tuple[int | None, ...]
-    places: int
-    #: Attends to all beginnings of a step at once; None: one after the other.
+    #: Answers that decode at once; more gain nothing.
+    decode_slots: int
+    #: Attends to all prompts of a step at once; None: one after the other.
     varlen: Varlen | None
     #: Tokens in flight at most: what its slots may have room for.
     room: int
     rows: dict[Hashable, _Row] = field(default_factory=dict)
-    #: (tenant, beginning) -> its keys and values, newest last.
-    kept: OrderedDict[tuple[str, PrefixKey], list[tuple[torch.Tensor, torch.Tensor]]] = field(
+    #: (tenant, prefix) -> its keys and values; the last used one is last.
+    prefix_cache: OrderedDict[tuple[str, PrefixKey], list[tuple[torch.Tensor, torch.Tensor]]] = field(
         default_factory=OrderedDict
     )
-    #: (tenant, what asked) -> how likely its labels are without any text.
+    #: (tenant, what it depends on) -> a label prior: how likely the labels are without any text.
     priors: Newest[tuple[str, PriorKey], tuple[float, ...]] = field(default_factory=lambda: Newest(PRIORS))
     grammar: Grammar | None = None
 
@@ -213,7 +217,7 @@ def tokens_in_flight(more_mb: int, token_bytes: int, free: int, held: int, total
 
     Never more than there is room for: ``free`` and ``held`` by it, of ``total`` bytes, less a reserve. Pure.
     """
-    each = token_bytes * (1 + KEPT_SHARE)
+    each = token_bytes * (1 + CACHE_SHARE)
     granted = KV_TOKENS + more_mb * (1 << 20) / each
     there = (free + held - total * RESERVE_SHARE) / each
     return max(KV_TOKENS, int(min(granted, there)))
@@ -252,7 +256,7 @@ class CausalEngine:
             pool=kv.Pool([(heads, width, width)] * config.num_hidden_layers, loaded.dtype, device),
             groups=queries // heads,
             windows=_windows(config),
-            places=answer_places(device.partition(":")[0]),
+            decode_slots=decode_slots(device.partition(":")[0]),
             varlen=flash(device, loaded.dtype, queries, heads, width, width),
             room=KV_TOKENS,
         )
@@ -276,7 +280,7 @@ class CausalEngine:
 
     def unload(self, handle: Causal) -> None:
         handle.rows.clear()
-        handle.kept.clear()
+        handle.prefix_cache.clear()
         handle.priors.clear()
         handle.pool.lay_out(0, 0)
         handle.adapters.release()
@@ -289,8 +293,8 @@ class CausalEngine:
         if (memory := self._memory(handle.device)) is None:
             return True
         pool = handle.pool
-        each, kept = pool.token_bytes, _kept_tokens(handle)
-        handle.room = tokens_in_flight(more_mb, each, memory[0], (pool.tokens + kept) * each, memory[1])
+        each, cached = pool.token_bytes, _cached_tokens(handle)
+        handle.room = tokens_in_flight(more_mb, each, memory[0], (pool.tokens + cached) * each, memory[1])
         self._forget_oldest(handle)
         if pool.tokens <= handle.room:
             return True
@@ -376,8 +380,8 @@ class CausalEngine:
     def admit(self, pass_: Pass, row: Prepared, ticket: Hashable, *, urgent: bool) -> bool:
         handle: Causal = pass_.handle
         asking: RowPrompts = row.inputs
-        taken = sum(r.places for r in handle.rows.values())
-        if not urgent and taken >= handle.places * (1 + AHEAD):
+        taken = sum(r.answers for r in handle.rows.values())
+        if not urgent and taken >= handle.decode_slots * (1 + AHEAD):
             return False
         made = self._row(handle, pass_.tenant, asking, ticket, urgent)
         if made is None:
@@ -389,8 +393,8 @@ class CausalEngine:
         if not handle.rows:
             return Step()
         began = time.perf_counter()
-        places = sum(len(row.writing) for row in handle.rows.values())
-        asked = any(row.places for row in handle.rows.values())
+        decoding = sum(len(row.decoding) for row in handle.rows.values())
+        asked = any(row.answers for row in handle.rows.values())
         # Nothing of a row is changed before all that could run out of memory has been done.
         with torch_errors(), torch.inference_mode():
             load = self._load(handle, tokens)
@@ -401,7 +405,7 @@ class CausalEngine:
         for row, count in load.shares:
             row.seconds += took * count / load.tokens
         ended = [self._end(handle, row) for row in list(handle.rows.values()) if row.done]
-        return Step(ended, load.tokens, min(1.0, places / handle.places) if asked else None)
+        return Step(ended, load.tokens, min(1.0, decoding / handle.decode_slots) if asked else None)
 
     # -- letting in
 
@@ -413,11 +417,13 @@ class CausalEngine:
         kinds: list[str] = []
         fixed: dict[PrefixKey, int] = {}
         for a in asking.tasks:
-            beginning = (a.adapter, tuple(a.prompt.ids[: a.prompt.fixed]))
-            if a.prompt.fixed >= LEAST_KEPT and beginning not in fixed:
-                if (tenant, beginning) not in handle.kept and _computed_by_another(handle, tenant, beginning):
+            prefix = (a.adapter, tuple(a.prompt.ids[: a.prompt.fixed]))
+            if a.prompt.fixed >= LEAST_CACHED and prefix not in fixed:
+                if (tenant, prefix) not in handle.prefix_cache and _computed_by_another(
+                    handle, tenant, prefix
+                ):
                     return None
-                fixed[beginning] = len(sequences)
+                fixed[prefix] = len(sequences)
                 sequences.append(a.prompt.ids[: a.prompt.fixed])
                 kinds.append(a.adapter)
         ends: list[tuple[TaskPrompt, str, int, int]] = []
@@ -438,15 +444,15 @@ class CausalEngine:
         if slot is None:
             return None
         known = np.zeros(len(grown), bool)
-        keeps = {}
-        for beginning, number in fixed.items():
+        prefixes = {}
+        for prefix, number in fixed.items():
             places = grown.paths[number]
-            if (kept := handle.kept.get((tenant, beginning))) is not None:
-                handle.kept.move_to_end((tenant, beginning))
-                handle.pool.write(slot, onto(places, handle.device), kept)
+            if (cached := handle.prefix_cache.get((tenant, prefix))) is not None:
+                handle.prefix_cache.move_to_end((tenant, prefix))
+                handle.pool.write(slot, onto(places, handle.device), cached)
                 known[places] = True
             else:
-                keeps[beginning] = places
+                prefixes[prefix] = places
         made = _Row(
             ticket=ticket,
             tenant=tenant,
@@ -456,7 +462,7 @@ class CausalEngine:
             slot=slot,
             todo=np.flatnonzero(~known),
             adapters=_adapters(grown, kinds),
-            keeps=keeps,
+            prefixes=prefixes,
             begins={},
             scores=[],
             read={a.name: 0 for a in asking.tasks},
@@ -478,7 +484,7 @@ class CausalEngine:
     def _expect(
         self, handle: Causal, row: _Row, a: TaskPrompt, empty: bool, paths: Sequence[Ints], length: int
     ) -> None:
-        """Note what is wanted behind the tokens of a prompt: the beginning of an answer, or the worth of labels."""
+        """Note what is wanted behind the tokens of a prompt: the first token of an answer, or the likelihoods of labels."""
         if not a.labels:
             schema = a.spec.get("schema")
             try:
@@ -508,7 +514,7 @@ class CausalEngine:
             return free[0]
         # Other lengths than before: slots as long as the longest row needs, as many as there is memory for.
         longest = _longest(rows, cells)
-        slots = max(1, min(handle.room // longest, int(handle.places * (1 + AHEAD)) + 1))
+        slots = max(1, min(handle.room // longest, int(handle.decode_slots * (1 + AHEAD)) + 1))
         if slots <= len(rows) + spare and rows:
             return None
         while True:
@@ -528,9 +534,9 @@ class CausalEngine:
         handle.pool.lay_out(slots, cells, [row.slot for row in rows])
         for number, row in enumerate(rows):
             row.slot = number
-            row.writing = {
+            row.decoding = {
                 key: (writer, _sized(seen, cells), position)
-                for key, (writer, seen, position) in row.writing.items()
+                for key, (writer, seen, position) in row.decoding.items()
             }
 
     def _grammar(self, handle: Causal) -> Grammar:
@@ -541,12 +547,12 @@ class CausalEngine:
 
     # -- one step
 
-    def _load(self, handle: Causal, budget: int) -> _Load:
-        """Which tokens run: the newest of each answer, and beginnings as far as the budget goes."""
-        load = _Load()
+    def _load(self, handle: Causal, budget: int) -> _StepTokens:
+        """Which tokens run: a decode step of each answer, and prefill as far as the budget goes."""
+        load = _StepTokens()
         for row in handle.rows.values():
-            for cell, (key, (writer, _, position)) in enumerate(row.writing.items(), row.cell):
-                load.newest.append((row, key, load.tokens))
+            for cell, (key, (writer, _, position)) in enumerate(row.decoding.items(), row.cell):
+                load.decode.append((row, key, load.tokens))
                 load.add([writer.ids[-1]], [position], row.slot, [cell])
                 load.adapters.append(row.adapter_of[writer.name])
         left = max(budget - load.tokens, 1)
@@ -562,38 +568,38 @@ class CausalEngine:
                 places.tolist(),
             )
             load.adapters += [row.adapters[place] for place in places.tolist()]
-            load.begun.append((row, places, lo))
+            load.prefill.append((row, places, lo))
             if left <= 0:
                 break
-        load.shares = [(row, 1) for row, _, _ in load.newest] + [
-            (row, len(places)) for row, places, _ in load.begun
+        load.shares = [(row, 1) for row, _, _ in load.decode] + [
+            (row, len(places)) for row, places, _ in load.prefill
         ]
         return load
 
-    def _forward(self, handle: Causal, load: _Load) -> torch.Tensor:
+    def _forward(self, handle: Causal, load: _StepTokens) -> torch.Tensor:
         """Run the tokens. (wanted, vocabulary) logits in fp32, of the tokens that something comes behind."""
         device = handle.device
         line = onto(np.array([load.ids, load.positions, load.slots, load.cells], np.int64), device)
-        runs, beginnings = None, []
+        runs, prefills = None, []
         if handle.varlen is None:
-            beginnings = [
-                b for row, places, lo in load.begun for b in self._beginnings(handle, row, places, lo)
+            prefills = [
+                b for row, places, lo in load.prefill for b in self._prefills(handle, row, places, lo)
             ]
-        elif load.begun:
-            parts = [p for row, places, lo in load.begun for p in pieces(row.tree, places, lo, row.slot)]
+        elif load.prefill:
+            parts = [p for row, places, lo in load.prefill for p in pieces(row.tree, places, lo, row.slot)]
             runs = Runs.of(parts, handle.pool.cells, device, handle.varlen)
-        flight = kv.StepLayout(
+        layout = kv.StepLayout(
             pool=handle.pool,
             slots=line[2],
             cells=line[3],
-            beginnings=beginnings,
-            writing=self._writing(handle, load) if load.newest else None,
+            prefills=prefills,
+            decode=self._decode(handle, load) if load.decode else None,
             windows=handle.windows,
             runs=runs,
         )
-        for row, _, at in load.newest:
+        for row, _, at in load.decode:
             load.wanted.append((row, at))
-        for row, places, lo in load.begun:
+        for row, places, lo in load.prefill:
             behind = row.behind
             load.wanted += [(row, lo + i) for i, place in enumerate(places.tolist()) if place in behind]
         handle.adapters.tokens = [
@@ -606,12 +612,12 @@ class CausalEngine:
             position_ids=line[1:2],
             use_cache=False,
             logits_to_keep=keep if len(keep) else 1,
-            flight=flight,
+            layout=layout,
         )
         logits: torch.Tensor = found.logits[0].float()
         return logits
 
-    def _beginnings(self, handle: Causal, row: _Row, places: Ints, lo: int) -> Iterator[kv.PrefillSpan]:
+    def _prefills(self, handle: Causal, row: _Row, places: Ints, lo: int) -> Iterator[kv.PrefillSpan]:
         positions = row.tree.positions
         for at in range(0, len(places), kv.TOGETHER):
             some = places[at : at + kv.TOGETHER]
@@ -625,15 +631,15 @@ class CausalEngine:
                 lo + at, lo + at + len(some), row.slot, handle.mask(seen[None]), handle.near(near)
             )
 
-    def _writing(self, handle: Causal, load: _Load) -> kv.Writing:
+    def _decode(self, handle: Causal, load: _StepTokens) -> kv.DecodeTokens:
         by_slot: dict[int, list[tuple[int, Bools]]] = {}
-        for row, key, at in load.newest:
-            by_slot.setdefault(row.slot, []).append((at, row.writing[key][1]))
+        for row, key, at in load.decode:
+            by_slot.setdefault(row.slot, []).append((at, row.decoding[key][1]))
         slots = max(by_slot) + 1
         answers = max(map(len, by_slot.values()))
         # To a multiple of eight, as kernels of a GPU want masks: slots have that many.
         eight = 1 if handle.device == "cpu" else 8
-        cells = -(-(1 + max(load.cells[at] for _, _, at in load.newest)) // eight) * eight
+        cells = -(-(1 + max(load.cells[at] for _, _, at in load.decode)) // eight) * eight
         tokens = np.zeros((slots, answers), np.int64)
         seen = np.zeros((slots, answers, cells), bool)
         seen[:, :, 0] = True  # where there is no answer, something must be attended to
@@ -652,7 +658,7 @@ class CausalEngine:
             near[:, :, 0] |= ~near.any(-1)
         device = handle.device
         which = onto(np.array([places, targets], np.int64), device)
-        return kv.Writing(
+        return kv.DecodeTokens(
             tokens=onto(tokens, device),
             seen=handle.mask(seen),
             near=handle.near(near),
@@ -661,14 +667,14 @@ class CausalEngine:
         )
 
     def _told(
-        self, handle: Causal, load: _Load, logits: torch.Tensor
+        self, handle: Causal, load: _StepTokens, logits: torch.Tensor
     ) -> tuple[list[tuple[Writer, int]], list[tuple[_Score, float]]]:
         """The next token of each answer that goes on or begins, and what is to be added to labels' scores."""
         number_of = {at: number for number, (_, at) in enumerate(load.wanted)}
-        writing = [(number_of[at], row.writing[key][0]) for row, key, at in load.newest]
+        writing = [(number_of[at], row.decoding[key][0]) for row, key, at in load.decode]
         scored: list[tuple[int, int]] = []
         scores: list[_Score] = []
-        for row, places, lo in load.begun:
+        for row, places, lo in load.prefill:
             for at, place in enumerate(places.tolist(), lo):
                 if (number := number_of.get(at)) is None:
                     continue
@@ -687,7 +693,7 @@ class CausalEngine:
     def _take(
         self,
         handle: Causal,
-        load: _Load,
+        load: _StepTokens,
         written: Sequence[tuple[Writer, int]],
         scored: Sequence[tuple[_Score, float]],
     ) -> None:
@@ -696,17 +702,17 @@ class CausalEngine:
             score.logp += logp
         for writer, token in written:
             writer.take(token, handle.tokens.ends, handle.tokens.words)
-        for row, key, at in load.newest:
-            writer, seen, position = row.writing[key]
+        for row, key, at in load.decode:
+            writer, seen, position = row.decoding[key]
             seen[load.cells[at]] = True
-            row.writing[key] = (writer, seen, position + 1)
+            row.decoding[key] = (writer, seen, position + 1)
             row.cell = load.cells[at] + 1
             if writer.finish:
                 row.ended.append(writer)
-                del row.writing[key]
-        for row, places, _ in load.begun:
+                del row.decoding[key]
+        for row, places, _ in load.prefill:
             row.todo = row.todo[len(places) :]
-            self._keep(handle, row)
+            self._cache_prefixes(handle, row)
             for place in row.begins.keys() & set(places.tolist()):
                 self._begin(handle, row, place)
 
@@ -717,23 +723,23 @@ class CausalEngine:
                 row.ended.append(writer)
                 continue
             seen = _sized(row.tree.seen(np.array([place]))[0], handle.pool.cells)
-            row.writing[id(writer)] = (writer, seen, int(row.tree.positions[place]) + 1)
+            row.decoding[id(writer)] = (writer, seen, int(row.tree.positions[place]) + 1)
 
-    def _keep(self, handle: Causal, row: _Row) -> None:
-        """Keep fixed beginnings that have been computed, for the rows to come; the oldest ones go."""
+    def _cache_prefixes(self, handle: Causal, row: _Row) -> None:
+        """Put fixed prefixes that have been computed into the cache; the least used ones go."""
         next_place = int(row.todo[0]) if len(row.todo) else len(row.tree)
-        for beginning, places in list(row.keeps.items()):
+        for prefix, places in list(row.prefixes.items()):
             if int(places[-1]) < next_place:
                 # Where there is no memory for it, it is computed again.
                 with contextlib.suppress(OutOfMemory), torch_errors():
                     cells = onto(places, handle.device)
-                    handle.kept[row.tenant, beginning] = handle.pool.read(row.slot, cells)
-                del row.keeps[beginning]
+                    handle.prefix_cache[row.tenant, prefix] = handle.pool.read(row.slot, cells)
+                del row.prefixes[prefix]
         self._forget_oldest(handle)
 
     def _forget_oldest(self, handle: Causal) -> None:
-        while len(handle.kept) > 1 and _kept_tokens(handle) > handle.room * KEPT_SHARE:
-            handle.kept.popitem(last=False)
+        while len(handle.prefix_cache) > 1 and _cached_tokens(handle) > handle.room * CACHE_SHARE:
+            handle.prefix_cache.popitem(last=False)
 
     # -- the end of a row
 
@@ -775,7 +781,7 @@ class CausalEngine:
 
 
 @dataclass(slots=True)
-class _Load:
+class _StepTokens:
     """The tokens of one step."""
 
     ids: list[int] = field(default_factory=list)
@@ -784,9 +790,9 @@ class _Load:
     cells: list[int] = field(default_factory=list)
     adapters: list[str] = field(default_factory=list)
     #: (row, answer, where in the step).
-    newest: list[tuple[_Row, int, int]] = field(default_factory=list)
-    #: (row, places of its tree, where in the step they begin).
-    begun: list[tuple[_Row, Ints, int]] = field(default_factory=list)
+    decode: list[tuple[_Row, int, int]] = field(default_factory=list)
+    #: (row, places of its tree, where in the step the first of them stands).
+    prefill: list[tuple[_Row, Ints, int]] = field(default_factory=list)
     #: (row, where in the step): tokens that something comes behind.
     wanted: list[tuple[_Row, int]] = field(default_factory=list)
     shares: list[tuple[_Row, int]] = field(default_factory=list)
@@ -822,8 +828,8 @@ def _adapters(grown: Tree, kinds: Sequence[str]) -> list[str]:
     return found
 
 
-def _computed_by_another(handle: Causal, tenant: str, beginning: PrefixKey) -> bool:
-    return any(row.tenant == tenant and beginning in row.keeps for row in handle.rows.values())
+def _computed_by_another(handle: Causal, tenant: str, prefix: PrefixKey) -> bool:
+    return any(row.tenant == tenant and prefix in row.prefixes for row in handle.rows.values())
 
 
 def _over(a: TaskPrompt, context: int, answer: int = 0) -> int:
@@ -846,8 +852,8 @@ def _own_tokens(asked: Sequence[TaskPrompt]) -> int:
     return max(1, *(a.own_tokens for a in asked))
 
 
-def _kept_tokens(handle: Causal) -> int:
-    return sum(len(ids) for _, (_, ids) in handle.kept)
+def _cached_tokens(handle: Causal) -> int:
+    return sum(len(ids) for _, (_, ids) in handle.prefix_cache)
 
 
 def _longest(rows: Sequence[_Row], cells: int = 1) -> int:

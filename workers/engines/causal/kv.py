@@ -1,9 +1,8 @@
-"""Keys and values of all rows in flight, and attention over them: what a language model remembers.
+"""Keys and values of all rows in layout, and attention over them: what a language model remembers.
 
 The pool has a slot for each row; a slot has a cell for each token of the row's prompts, which its tasks share, and of
 their answers, as they are written. So what tasks have in common is stored and read once (Juravsky et al., Hydragen,
-2024), and a step runs the tokens of all rows through the model in one go, those of beginnings and those that are
-written alike; only attention tells them apart. It is registered with transformers under ``ATTENTION``.
+2024), and a step runs the tokens of all rows through the model in one go, prefill and decode alike; only attention tells them apart. It is registered with transformers under ``ATTENTION``.
 """
 
 from __future__ import annotations
@@ -135,10 +134,10 @@ class Pool:
         return [(keys[slot, cells], values[slot, cells]) for keys, values in self.layers]
 
     def write(
-        self, slot: int, cells: torch.Tensor, kept: Sequence[tuple[torch.Tensor, torch.Tensor]]
+        self, slot: int, cells: torch.Tensor, stored: Sequence[tuple[torch.Tensor, torch.Tensor]]
     ) -> None:
         """Put back what ``read`` gave, into the same number of cells."""
-        for (keys, values), (k, v) in zip(self.layers, kept, strict=True):
+        for (keys, values), (k, v) in zip(self.layers, stored, strict=True):
             keys[slot, cells] = k
             values[slot, cells] = v
 
@@ -156,8 +155,8 @@ class PrefillSpan:
 
 
 @dataclass(frozen=True, slots=True)
-class Writing:
-    """The newest tokens of all answers that are being written, for slots 0, 1, … up to the last one that writes."""
+class DecodeTokens:
+    """The tokens of a decode step of all answers, for slots 0, 1, … up to the last one that writes."""
 
     #: (slots, answers): where in the step each token stands; where there is none, any token stands for it.
     tokens: torch.Tensor
@@ -181,11 +180,11 @@ class StepLayout:
     #: Of each token its slot, and its cell.
     slots: torch.Tensor
     cells: torch.Tensor
-    beginnings: Sequence[PrefillSpan]
-    writing: Writing | None
+    prefills: Sequence[PrefillSpan]
+    decode: DecodeTokens | None
     #: Of each layer the tokens that its sliding window holds; None: it attends to all tokens before.
     windows: Sequence[int | None]
-    #: Instead of ``beginnings``: parts of prompts for a kernel that takes them at once.
+    #: Instead of ``prefills``: parts of prompts for a kernel that takes them at once.
     runs: Runs | None = None
 
 
@@ -196,7 +195,7 @@ def attend(
     value: torch.Tensor,
     attention_mask: torch.Tensor | None,
     *,
-    flight: StepLayout,
+    layout: StepLayout,
     scaling: float,
     sliding_window: int | None = None,
     s_aux: torch.Tensor | None = None,
@@ -211,28 +210,28 @@ def attend(
     layer = int(module.layer_idx)  # type: ignore[arg-type]
     _check(module, attention_mask, others)
     window = sliding_window or None
-    if window not in (None, flight.windows[layer]):
+    if window not in (None, layout.windows[layer]):
         raise CannotLoad(
-            f"layer {layer} attends to a window of {window} tokens; its configuration says {flight.windows[layer]}"
+            f"layer {layer} attends to a window of {window} tokens; its configuration says {layout.windows[layer]}"
         )
-    keys, values = flight.pool.layers[layer]
-    keys[flight.slots, flight.cells] = key[0].transpose(0, 1)
-    values[flight.slots, flight.cells] = value[0].transpose(0, 1)
+    keys, values = layout.pool.layers[layer]
+    keys[layout.slots, layout.cells] = key[0].transpose(0, 1)
+    values[layout.slots, layout.cells] = value[0].transpose(0, 1)
     answer = query.new_empty(query.shape[2], query.shape[1], values.shape[3])
 
     def attended(asked: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
         return _grouped(asked, k, v, mask, scaling, sinks=s_aux, softcap=softcap)
 
-    if (runs := flight.runs) is not None:
+    if (runs := layout.runs) is not None:
         if s_aux is not None or softcap is not None:
             raise NotAtOnce
         answer[runs.tokens] = runs.attend(query[0].transpose(0, 1), keys, values, scaling, window)
-    for b in flight.beginnings:
+    for b in layout.prefills:
         mask = b.seen if window is None or b.near is None else b.near
         k, v = (x[b.slot : b.slot + 1, : mask.shape[-1]].transpose(1, 2) for x in (keys, values))
         found = attended(query[:, :, b.lo : b.hi], k, v, mask)
         answer[b.lo : b.hi] = found[0].transpose(0, 1)
-    if (w := flight.writing) is not None:
+    if (w := layout.decode) is not None:
         mask = w.seen if window is None or w.near is None else w.near
         rows, answers = w.tokens.shape
         k, v = (x[:rows, : mask.shape[-1]].transpose(1, 2) for x in (keys, values))

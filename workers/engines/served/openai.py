@@ -43,7 +43,7 @@ from workers.engines.served.refusals import ANSWER_LENGTH, CONTEXT_LENGTH
 from workers.engines.thoughts import switches, without_thoughts
 from workers.run.assemble import assemble
 
-#: Of the places so many more requests are let in, so that none is ever free.
+#: Requests are let in beyond the server's decode slots by this share of them, so that none is ever free.
 AHEAD = 1 / 8
 #: Seconds that a step waits for an answer.
 STEP_S = 0.02
@@ -59,7 +59,7 @@ THOUGHT_TOKENS = (4096, 1024, 256)
 PRIORS = 1024
 #: UTF-8 bytes of a token, for predictions.
 BYTES_PER_TOKEN = 4
-#: Worth of a label that is not even among the likeliest tokens, below the last of those.
+#: Log-likelihood of a label that is not even among the likeliest tokens, below the last of those.
 UNSEEN = -2.0
 
 

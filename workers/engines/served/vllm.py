@@ -26,7 +26,7 @@ import httpx
 from motet.columns import CellError
 from motet.embedded.children import Child
 from motet.errors import SetupError
-from motet.manifest import KV_TOKENS, WIDTHS, Manifest, answer_places
+from motet.manifest import KV_TOKENS, WIDTHS, Manifest, decode_slots
 from motet.settings import Settings
 from motet.wire import TaskOrder
 from workers import scratch
@@ -161,7 +161,7 @@ class VllmEngine:
             if isinstance(error, SetupError):
                 raise CannotLoad(str(error)) from None
             raise
-        served = connect(f"http://127.0.0.1:{port}/v1", "motet", key=key, in_flight=answer_places(kind))
+        served = connect(f"http://127.0.0.1:{port}/v1", "motet", key=key, in_flight=decode_slots(kind))
         secret = secrets.token_urlsafe(32)
         return Vllm(served.server, served.loop, served.thread, secret=secret, child=child, folder=folder)
 
