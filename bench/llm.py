@@ -51,7 +51,9 @@ from motet.tasks import Choose, Generate, Prompted
 from motet.wire import TaskOrder
 from scheduler.prompt_order import first_of
 from workers.engine import Ended, Pass, Prepared
-from workers.engines.causal.causal import Causal, CausalEngine, RowPrompts
+from workers.engines.causal.causal import CausalEngine
+from workers.engines.causal.row_prompts import RowPrompts
+from workers.engines.causal.rows import Causal
 from workers.engines.causal.trees import tree
 from workers.registrar import smollm
 from workers.registrar.describe import describe_folder

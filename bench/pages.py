@@ -50,7 +50,7 @@ ROWS = (
     Row("one prompt alone ÷ transformers' `generate`", "llm", ("prefix_cost_k1",), "{prefix_cost_k1:.2f}"),
     Row("tokens a second, 128 prompts, answers of all lengths ÷ transformers' `generate_batch`, ÷ padded `generate`", "llm", ("vs_generate_batch", "vs_padded_generate"), "{vs_generate_batch:.1f} ×, {vs_padded_generate:.1f} ×"),
     Row("rows a second, one of four labels chosen ÷ an answer generated and read: through `generate`, in motet", "llm", ("choose_gain", "choose_gain_own"), "{choose_gain:.1f} ×, {choose_gain_own:.1f} ×"),
-    Row("places for answers that are taken while rows wait", "llm", ("slot_occupancy",), "{slot_occupancy:.0%}"),
+    Row("decode slots that are taken while rows wait", "llm", ("slot_occupancy",), "{slot_occupancy:.0%}"),
     Row("a job through a cluster of one worker ÷ the bare engine on the same rows", "llm", ("llm_tax",), "{llm_tax:.2f} ×"),
     Row("training heads for five epochs: the frozen trunk run in each ÷ once", "train", ("frozen_gain",), "{frozen_gain:.1f} ×"),
     Row("{compressed_in} of an encoder compressed to `{compressed_by}` ÷ of the whole in bf16; a head loses at most {compressed_loss:.1f} points", "compress", ("compressed_gain", "compressed_in", "compressed_by", "compressed_loss"), "{compressed_gain:.1f} ×"),

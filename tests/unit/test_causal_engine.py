@@ -19,7 +19,9 @@ from motet.tasks import Chat, Choose, Extract, Generate, Task
 from motet.wire import TaskOrder
 from tests.tiny_language import BEGUN, CONTEXT, SWITCHED, a_llama
 from workers.engine import Ended, Engine, Pass, Prepared
-from workers.engines.causal.causal import Causal, CausalEngine
+from workers.engines.causal import steps
+from workers.engines.causal.causal import CausalEngine
+from workers.engines.causal.rows import Causal
 from workers.engines.prompts import messages_of
 from workers.registrar.describe import describe_folder
 from workers.run.batch_adapter import run_to_the_end
@@ -333,17 +335,17 @@ def test_a_step_that_fails_can_be_taken_again(house: House, monkeypatch: pytest.
     undisturbed = {n: told(one.columns, several()) for n, one in house.ended(pass_, rows).items()}
     for ticket, row in enumerate(rows):
         house.engine.admit(pass_, row, ticket, urgent=False)
-    forward, failed = house.engine._forward, 0
+    forward, failed = steps.forward, 0
 
-    def sometimes(handle: Causal, load: Any) -> Any:
+    def sometimes(handle: Causal, planned: Any) -> Any:
         nonlocal failed
-        answer = forward(handle, load)
+        answer = forward(handle, planned)
         failed += 1
         if failed % 2:
             raise MemoryError
         return answer
 
-    monkeypatch.setattr(house.engine, "_forward", sometimes)
+    monkeypatch.setattr(steps, "forward", sometimes)
     found: dict[Any, Any] = {}
     while len(house.handle.rows):
         try:

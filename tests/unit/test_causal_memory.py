@@ -19,7 +19,7 @@ from motet.tasks import Generate
 from tests.unit import test_worker_executor as executing
 from tests.unit.test_causal_engine import TEXTS, House, files_of, llama, several  # noqa: F401 - a fixture
 from workers.engine import Elastic, OutOfMemory, Pass
-from workers.engines.causal import causal, kv
+from workers.engines.causal import causal, kv, steps
 from workers.engines.causal.causal import CausalEngine, tokens_in_flight
 from workers.engines.causal.kv import Pool
 from workers.engines.writers import Writer
@@ -315,7 +315,7 @@ def test_a_step_that_brings_nothing_back_waits_for_its_device(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     waited: list[str] = []
-    monkeypatch.setattr(causal, "settle", waited.append)
+    monkeypatch.setattr(steps, "settle", waited.append)
     house = House(llama)
     pass_: Pass = house.pass_(several(2))
     [row] = house.rows(pass_, [LONG])

@@ -14,7 +14,7 @@ from motet.tasks import Choose
 from tests.unit.test_causal_engine import House, files_of, llama  # noqa: F401 - a fixture
 from tests.unit.test_worker_engines import tiny_bert
 from workers.engine import Prepared
-from workers.engines.causal import causal
+from workers.engines.causal import rows
 from workers.engines.causal.causal import CausalEngine
 from workers.engines.encoder.encoder import EncoderEngine
 from workers.engines.newest import Newest
@@ -42,7 +42,7 @@ def test_label_priors_are_bounded_and_a_row_inside_keeps_the_one_that_it_began_w
     llama: Path,  # noqa: F811
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(causal, "PRIORS", 2)
+    monkeypatch.setattr(rows, "PRIORS", 2)
     house = House(llama)
     first = house.pass_({"a": Choose("tiny", labels=("good", "bad"), scores=True)})
     [row] = house.rows(first, ["It rained all day, and nobody came."])

@@ -24,7 +24,8 @@ from tests.tiny_language import CONTEXT, a_language_model
 from workers.engine import CannotLoad, Pass, Prepared
 from workers.engines import proved
 from workers.engines.causal import causal, kv
-from workers.engines.causal.causal import Causal, CausalEngine
+from workers.engines.causal.causal import CausalEngine
+from workers.engines.causal.rows import Causal
 from workers.engines.causal.runs import one_by_one
 from workers.engines.encoder.classifier import ClassifierEngine
 from workers.engines.encoder.encoder import EncoderEngine

@@ -1,8 +1,9 @@
-"""Keys and values of all rows in layout, and attention over them: what a language model remembers.
+"""Keys and values of all rows in flight, and attention over them: what a language model remembers.
 
 The pool has a slot for each row; a slot has a cell for each token of the row's prompts, which its tasks share, and of
 their answers, as they are written. So what tasks have in common is stored and read once (Juravsky et al., Hydragen,
-2024), and a step runs the tokens of all rows through the model in one go, prefill and decode alike; only attention tells them apart. It is registered with transformers under ``ATTENTION``.
+2024), and a step runs the tokens of all rows through the model in one go, prefill and decode alike; only attention
+tells them apart. It is registered with transformers under ``ATTENTION``.
 """
 
 from __future__ import annotations

@@ -1,0 +1,59 @@
+"""The end of a row of a language model: its answers as columns, and the tokens and seconds spent on each task."""
+
+from __future__ import annotations
+
+import struct
+from collections.abc import Mapping
+
+import numpy as np
+
+from motet.columns import ERROR, OK, CellError, Column
+from workers.engine import Ended
+from workers.engines.answers import label_column
+from workers.engines.causal.row_prompts import TaskPrompt
+from workers.engines.causal.rows import ActiveRow, Causal
+from workers.engines.writers import Writer
+
+
+def end(handle: Causal, row: ActiveRow) -> Ended:
+    """Take the row out. Its label priors are known from now on."""
+    del handle.rows[row.ticket]
+    written = {writer.name: writer for writer in row.ended}
+    for a in row.asking.tasks:
+        if found := tuple(s.logp for s in row.scores if s.task == a.name and s.empty):
+            row.priors[a.name] = found
+            handle.priors.put((row.tenant, a.prior), found)
+    weights = {a.name: row.computed[a.name] + _written(written.get(a.name)) for a in row.asking.tasks}
+    total = sum(weights.values()) or 1
+    columns = {}
+    spent = {}
+    for a in row.asking.tasks:
+        columns[a.name] = _column(handle, row, a, written)
+        out = _written(written.get(a.name))
+        cached = row.read[a.name] - row.computed[a.name]
+        spent[a.name] = (row.read[a.name], cached, out, row.seconds * weights[a.name] / total)
+    return Ended(row.ticket, columns, spent)
+
+
+def _column(handle: Causal, row: ActiveRow, a: TaskPrompt, written: Mapping[str, Writer]) -> Column:
+    if a.labels:
+        found = [s.logp for s in row.scores if s.task == a.name and not s.empty]
+        prior = row.priors.get(a.name)
+        scores = np.array(found, np.float32) - (np.array(prior, np.float32) if prior else 0)
+        return label_column(scores[None], every_score=bool(a.spec.get("scores")))
+    return _json_column(row.failed.get(a.name) or written[a.name].answer(handle.tokens.words))
+
+
+def _json_column(answer: bytes | CellError) -> Column:
+    """A column of one row: a JSON value, or why there is none."""
+    if isinstance(answer, CellError):
+        return Column(kind="json", status=bytes([ERROR]), arrays=_json_arrays(b""), errors={0: answer})
+    return Column(kind="json", status=bytes([OK]), arrays=_json_arrays(answer))
+
+
+def _json_arrays(raw: bytes) -> dict[str, bytes]:
+    return {"offsets": struct.pack("<2i", 0, len(raw)), "bytes": raw}
+
+
+def _written(writer: Writer | None) -> int:
+    return len(writer.ids) if writer is not None else 0

@@ -1,0 +1,132 @@
+"""What a row asks of a language model, as tokens: a prompt for each of its tasks, cut to fit the model's context."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+from motet.columns import CellError
+from motet.wire import TaskOrder
+from workers.engine import Pass, Prepared
+from workers.engines.causal.chat_tokens import ChatTokens, Prompt
+from workers.engines.prompts import NOTHING, messages_of
+from workers.engines.thoughts import switches
+
+#: Room that is left for an answer where a text is cut to fit.
+ANSWER_SHARE = 1 / 4
+
+CONTEXT_LENGTH = "context_length"
+
+#: What a label prior depends on: the adapter, the prompt without any text, the labels.
+PriorKey = tuple[str, tuple[int, ...], tuple[tuple[int, ...], ...]]
+#: A fixed prefix of prompts: the adapter that computes it, and its tokens.
+PrefixKey = tuple[str, tuple[int, ...]]
+
+
+@dataclass(frozen=True, slots=True)
+class TaskPrompt:
+    """One task's prompt for one row."""
+
+    name: str
+    spec: Mapping[str, Any]
+    prompt: Prompt
+    #: Choose: the tokens of each label, and the prompt without any text.
+    labels: tuple[list[int], ...] = ()
+    empty: Prompt | None = None
+    #: Tokens that may be written.
+    most: int = 0
+    #: Digest of the adapter that answers it; "" for the model itself.
+    adapter: str = ""
+
+    @property
+    def own_tokens(self) -> int:
+        """Tokens that are this row's own: its text, or its dialogue."""
+        if self.spec["kind"] == "chat":
+            return len(self.prompt.ids) - self.prompt.fixed
+        lo, hi = self.prompt.text
+        return hi - lo
+
+    @property
+    def prior(self) -> PriorKey:
+        return (self.adapter, tuple(self.empty.ids if self.empty else ()), tuple(map(tuple, self.labels)))
+
+    @property
+    def prefix(self) -> PrefixKey:
+        """What all rows of the task begin with."""
+        return (self.adapter, tuple(self.prompt.ids[: self.prompt.fixed]))
+
+
+@dataclass(frozen=True, slots=True)
+class RowPrompts:
+    """What a row asks: ``Prepared.inputs``."""
+
+    tasks: tuple[TaskPrompt, ...]
+    index: int
+
+
+def prepared(
+    tokens: ChatTokens,
+    context: int,
+    pass_: Pass,
+    row: int,
+    text: str,
+    ids: list[int],
+    fields: Mapping[str, str],
+) -> Prepared | CellError:
+    """A row, its text cut to fit into ``context`` tokens; or why it cannot be asked. Raises BadMessages."""
+    asked = [_asked(tokens, task, text, ids, fields) for task in pass_.tasks]
+    # A text is cut where some prompt about it does not fit; for all of them, since they share it.
+    over = max(_over(a, context) for a in asked)
+    truncated = over > 0
+    if truncated:
+        shortest = min(a.prompt.text[1] - a.prompt.text[0] for a in asked)
+        over = max(_over(a, context, answer=int(context * ANSWER_SHARE)) for a in asked)
+        if pass_.tasks[0].spec["kind"] == "chat" or over >= shortest:
+            longest = max(len(a.prompt.ids) for a in asked)
+            return CellError(
+                CONTEXT_LENGTH, f"a prompt of {longest} tokens; the model's context has {context}"
+            )
+        cut = ids[: len(ids) - over]
+        asked = [_asked(tokens, task, text, cut, fields) for task in pass_.tasks]
+    index = pass_.indices[row] if row < len(pass_.indices) else row
+    return Prepared(
+        row, _own_tokens(asked), truncated, RowPrompts(tuple(_bounded(a, context) for a in asked), index)
+    )
+
+
+def _asked(
+    tokens: ChatTokens, task: TaskOrder, text: str, ids: list[int], fields: Mapping[str, str]
+) -> TaskPrompt:
+    spec = task.spec
+    adapter = task.manifest.digest if task.manifest.trunk_model else ""
+    told = switches(spec)
+    prompt = tokens.prompt(messages_of(spec, text, fields), {text: ids}, told)
+    if spec["kind"] != "choose":
+        return TaskPrompt(task.name, spec, prompt, most=int(spec["max_tokens"]), adapter=adapter)
+    empty = None
+    if spec.get("calibrate", True):
+        nothing = dict.fromkeys(fields, NOTHING)
+        empty = tokens.prompt(messages_of(spec, NOTHING, nothing), {}, told)
+    labels = tuple(map(tokens.label, spec["labels"]))
+    return TaskPrompt(task.name, spec, prompt, labels, empty, adapter=adapter)
+
+
+def _over(a: TaskPrompt, context: int, answer: int = 0) -> int:
+    """Tokens by which a prompt, its labels and an answer of at least one token (or ``answer``) are too many."""
+    behind = max((len(label) - 1 for label in a.labels), default=max(1, min(answer, a.most)))
+    return len(a.prompt.ids) + behind - context
+
+
+def _bounded(a: TaskPrompt, context: int) -> TaskPrompt:
+    """With no more tokens to write than the context has room for."""
+    room = context - len(a.prompt.ids)
+    return a if a.labels or a.most <= room else replace(a, most=room)
+
+
+def _own_tokens(asked: Sequence[TaskPrompt]) -> int:
+    """Those of the task with the most.
+
+    What is the same for every row costs each of them the same, and says nothing of how much longer one takes.
+    """
+    return max(1, *(a.own_tokens for a in asked))
