@@ -16,6 +16,7 @@ from tests.unit.test_worker_engines import tiny_bert
 from workers.engine import Prepared
 from workers.engines.causal import rows
 from workers.engines.causal.causal import CausalEngine
+from workers.engines.causal.prefixes import PrefixCache
 from workers.engines.encoder.encoder import EncoderEngine
 from workers.engines.newest import Newest
 from workers.engines.training.trainer import TrainerEngine
@@ -110,3 +111,21 @@ def test_every_engine_gives_the_devices_memory_back(
         handle.device = "cuda:0"
     engine.unload(handle)
     assert freed == [name]
+
+
+def test_a_prefix_cache_counts_the_tokens_that_it_holds_and_lets_the_least_used_prefix_go_first() -> None:
+    cache = PrefixCache()
+    a, b, c = (("", tuple(range(length))) for length in (3, 5, 7))
+    for prefix in (a, b, c, b):
+        cache.put("t", prefix, [])
+    cache.put("another", a, [])
+    assert cache.tokens == 3 + 5 + 7 + 3
+    assert cache.get("t", a) == []
+    cache.shrink(11)
+    assert cache.tokens == 3 + 3
+    assert ("t", a) in cache
+    assert ("another", a) in cache
+    cache.shrink(0)
+    assert (len(cache), cache.tokens) == (1, 3)
+    cache.clear()
+    assert (len(cache), cache.tokens) == (0, 0)
