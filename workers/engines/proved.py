@@ -3,7 +3,7 @@
 A causal language model reads the tokens of all rows in one line; only attention tells rows apart. Layers that carry
 what they read from token to token (convolutions, recurrences) would carry it from row to row, and so from tenant to
 tenant; positions that depend on the longest row change with a row's neighbours. So an architecture is admitted where
-tests/unit/test_proved.py proves it on a small model of its kind, or where registration has proved it on the true
+tests/architectures/test_proved.py proves it on a small model of its kind, or where registration has proved it on the true
 weights (workers/engines/proof.py). Pure, and imports neither torch nor transformers.
 """
 
