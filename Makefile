@@ -17,9 +17,9 @@ unexport PYTHONDONTWRITEBYTECODE
 
 # Each file's tests run in one process, one after the other: they share what is slow to start.
 PYTEST := $(BIN)/python -m pytest --numprocesses=logical --maxprocesses=4 --dist=loadfile --no-loadscope-reorder
-# Suites that take long: attacks on a whole cluster, random plays of the protocol, made-up requests, a model of each
+# Suites that take long: attacks on a whole cluster, workers killed one by one, random plays, made-up requests, a model of each
 # architecture, every benchmark at its smallest.
-LONG := $(wildcard tests/chaos tests/machine tests/fuzz tests/architectures tests/bench)
+LONG := $(wildcard tests/chaos tests/machine tests/fuzz tests/architectures tests/processes tests/bench)
 SHORT := $(filter-out $(LONG) %.py %__pycache__,$(wildcard tests/*))
 
 help: ## list the targets
@@ -34,7 +34,7 @@ demo: $(INSTALLED) ## start a whole cluster, run a real job on it, print the mer
 test: $(INSTALLED) ## run the tests that a change asks for (minutes); those that need a GPU skip themselves without one
 	$(PYTEST) $(SHORT)
 
-test-long: $(INSTALLED) ## run the long suites: chaos, the state machine, fuzz, architectures, benchmarks at their smallest
+test-long: $(INSTALLED) ## run the long suites: chaos, killed workers, the state machine, fuzz, architectures, benchmarks
 	$(PYTEST) $(LONG)
 
 test-all: test test-long ## run all tests

@@ -1,7 +1,7 @@
 """Rows stay apart: each architecture of the lists, tiny and random, gives a row among others what it gives it alone.
 
 What transformers has no class for here is not on the lists. Every other architecture is refused, or proved at
-registration (tests/integration/test_worker_register.py).
+registration (tests/processes/test_worker_register.py).
 """
 
 from __future__ import annotations

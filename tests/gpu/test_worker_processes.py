@@ -10,7 +10,7 @@ import torch
 
 from motet.columns import values
 from motet.embedded.valkey import ValkeyUrls
-from tests.integration.test_worker_process import Blobs, Stage, blobs, eventually, running, set_up  # noqa: F401
+from tests.processes.test_worker_process import Blobs, Stage, blobs, eventually, running, set_up  # noqa: F401
 from workers.run.app import EXIT_DEVICE
 from workers.run.device import probe
 

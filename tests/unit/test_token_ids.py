@@ -15,7 +15,7 @@ from motet.columns import CellError
 from motet.manifest import Manifest
 from motet.tasks import Embed
 from motet.wire import TaskOrder
-from tests.integration.test_worker_register import trunk_folder
+from tests.processes.test_worker_register import trunk_folder
 from tests.tiny_language import a_llama
 from workers.engine import CannotLoad, Pass, Prepared
 from workers.engines.causal.causal import CausalEngine

@@ -13,7 +13,7 @@ import pytest
 from motet.manifest import Manifest
 from motet.tasks import Classify
 from motet.wire import TaskOrder
-from tests.integration.test_worker_register import Api, api, trunk_folder
+from tests.processes.test_worker_register import Api, api, trunk_folder
 from workers.__main__ import main
 from workers.engines.encoder.encoder import EncoderEngine
 from workers.registrar.accuracy import SENTENCES, Trial
