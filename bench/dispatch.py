@@ -30,9 +30,9 @@ from harness import cluster_folder, finish, options, say, table
 from stage import Run, Stage, drive, label_tasks, short_texts
 
 from motet.client import Client
-from motet.transport import RedisTransport
-from scheduler.carve import Carved, Frontier, OpenBlock, Range
+from motet.protocol.transport import RedisTransport
 from scheduler.payloads import Payloads
+from scheduler.policy.carve import Carved, Frontier, OpenBlock, Range
 from scheduler.store import leases
 from scheduler.store.database import Database
 from scheduler.store.leadership import lead

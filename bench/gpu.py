@@ -29,9 +29,9 @@ import torch
 from harness import ROOT, Size, finish, in_turn, options, ratio, say, scratch, table
 
 from motet.errors import SetupError
-from motet.manifest import Manifest
+from motet.protocol.manifest import Manifest
+from motet.protocol.wire import TaskOrder
 from motet.tasks import Embed, Generate, Task
-from motet.wire import TaskOrder
 from workers.engine import CannotLoad, Ended, Pass, Prepared
 from workers.engines.causal.causal import CausalEngine
 from workers.engines.encoder.encoder import EncoderEngine

@@ -26,8 +26,8 @@ from rich.console import Console
 from rich.table import Table
 
 from motet import Client
-from motet.demo import TASKS, choose
-from motet.embedded.cluster import Cluster
+from motet.demo.texts import TASKS, choose
+from motet.local.cluster import Cluster
 from motet.tasks import Task
 
 ROOT = Path(__file__).resolve().parent.parent

@@ -30,8 +30,8 @@ from harness import EXACT, Size, cluster, finish, options, say, table, texts, ti
 from opentelemetry.proto.collector.trace.v1.trace_service_pb2 import ExportTraceServiceRequest
 
 from motet import Client
-from motet.embedded.cluster import Cluster
 from motet.job import Job
+from motet.local.cluster import Cluster
 
 #: So long nobody asks before each one-row job.
 PAUSE_S = 0.2

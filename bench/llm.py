@@ -45,11 +45,11 @@ import torch
 from harness import ROOT, Size, cluster, finish, in_turn, options, ratio, renew, say, scratch, table, timed
 
 from motet import Client, Task, datasets
-from motet.columns import values
-from motet.embedded.cluster import Cluster
+from motet.local.cluster import Cluster
+from motet.protocol.columns import values
+from motet.protocol.wire import TaskOrder
 from motet.tasks import Choose, Generate, Prompted
-from motet.wire import TaskOrder
-from scheduler.prompt_order import first_of
+from scheduler.policy.prompt_order import first_of
 from workers.engine import Ended, Pass, Prepared
 from workers.engines.causal.causal import CausalEngine
 from workers.engines.causal.row_prompts import RowPrompts

@@ -21,8 +21,8 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).parent))
 
 from motet import Client
-from motet.embedded.cluster import Cluster
-from motet.logs import event
+from motet.local.cluster import Cluster
+from motet.protocol.logs import event
 from motet.tasks import Classify, Embed, Task
 
 log = logging.getLogger(__name__)

@@ -14,8 +14,8 @@ from math import inf
 from random import Random
 from typing import Protocol
 
-from scheduler.carve import Frontier, OpenBlock, carve
-from scheduler.cost import Price, Workload
+from scheduler.policy.carve import Frontier, OpenBlock, carve
+from scheduler.policy.cost import Price, Workload
 from scheduler.simulation.cluster import (
     BYTES_PER_TOKEN,
     Begun,

@@ -35,10 +35,10 @@ import numpy as np
 from family import descendants, end_with_parent, evict, own_children, reaped_s
 from harness import Size
 
-from motet.embedded.children import Child
-from motet.embedded.places import installed_package
-from motet.embedded.postgres import Postgres
 from motet.errors import SetupError
+from motet.local.children import Child
+from motet.local.places import installed_package
+from motet.local.postgres import Postgres
 
 HERE = Path(__file__).resolve().parent
 PROCESSES = 2

@@ -38,9 +38,9 @@ from stage import Run, Stage, drive, label_tasks, short_texts
 from stand_in import StandIn, workers_of
 
 from motet.client import Client
-from motet.redis_url import redis_py_url
-from motet.settings import Settings
-from motet.transport import RedisTransport
+from motet.protocol.redis_url import redis_py_url
+from motet.protocol.settings import Settings
+from motet.protocol.transport import RedisTransport
 from scheduler.dispatcher import Dispatcher
 
 #: Processes of the scheduler's side, which are full at one core each; Postgres has as many as there are backends.

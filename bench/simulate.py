@@ -44,8 +44,8 @@ from lower_bound import least_loads, least_makespan_s
 from rival_policies import RULES, pulled, rival
 from scipy.stats import t as students_t
 
-from scheduler import fairness, place
-from scheduler.cost import Rates
+from scheduler.policy import fairness, place
+from scheduler.policy.cost import Rates
 from scheduler.simulation.cluster import Scenario
 from scheduler.simulation.events import RunOutcome, Simulation
 from scheduler.simulation.fair_share import gap_s, largest_s

@@ -24,11 +24,11 @@ from harness import cpu_s, peak_rss_mb
 from stand_in import ROW_S
 
 from motet import datasets
-from motet.demo import choose
-from motet.embedded.cluster import Cluster
-from motet.embedded.valkey import Valkey, ValkeyUrls
-from motet.manifest import Manifest
-from motet.redis_url import redis_py_url
+from motet.demo.texts import choose
+from motet.local.cluster import Cluster
+from motet.local.valkey import Valkey, ValkeyUrls
+from motet.protocol.manifest import Manifest
+from motet.protocol.redis_url import redis_py_url
 from motet.tasks import Classify, Task
 from scheduler.store.database import Database
 from scheduler.store.registry import add_model

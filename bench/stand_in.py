@@ -24,10 +24,10 @@ import redis
 
 sys.path.insert(0, str(Path(__file__).parent))
 
-from motet.columns import Column
-from motet.redis_url import redis_py_url
-from motet.transport import RedisWorkerTransport, queue_name
-from motet.wire import Assignment, Beat, Outcome, Usage
+from motet.protocol.columns import Column
+from motet.protocol.redis_url import redis_py_url
+from motet.protocol.transport import RedisWorkerTransport, queue_name
+from motet.protocol.wire import Assignment, Beat, Outcome, Usage
 
 ENGINES = ("encoder",)
 BEAT_S = 1.0

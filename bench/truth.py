@@ -41,7 +41,7 @@ from stage import short_texts
 
 from motet import Client
 from motet.job import Job
-from scheduler.cost import RateKey, Rates
+from scheduler.policy.cost import RateKey, Rates
 from scheduler.simulation.cluster import Model, Scenario, SimulatedDevice
 from scheduler.simulation.events import Simulation
 from scheduler.simulation.policy import Motet

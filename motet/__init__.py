@@ -38,7 +38,7 @@ from motet.tasks import (
     Number,
     Task,
 )
-from motet.training import Epoch, Labels, TrainRun
+from motet.training.run import Epoch, Labels, TrainRun
 
 __all__ = [
     "Alias",

@@ -24,14 +24,14 @@ from uuid import UUID
 from motet.errors import InvalidJob, MotetError, NotFound, Problem
 from motet.http import Address, BodyRefused, Http, json_of
 from motet.job import Job, Plan
-from motet.manifest import Manifest, trainer_name
 from motet.progress import Bar
-from motet.recipe import Recipe, Tune
+from motet.protocol.manifest import Manifest, trainer_name
 from motet.rows import MAX_ROW_BYTES, BadRows, cut, survey
 from motet.sources import Source
 from motet.states import State
 from motet.tasks import Chat, Embed, Fit, Prompted, Task, parse, placeholders, short
-from motet.training import Learned, TrainRun, read_lesson
+from motet.training.recipe import Recipe, Tune
+from motet.training.run import Learned, TrainRun, read_lesson
 from motet.upload import send_parts
 
 Priority = Literal["interactive", "normal", "bulk"]
@@ -279,7 +279,7 @@ class Client:
         once, split over all devices and found again when the same rows come back; then the heads learn in seconds
         (``tune="heads"``), and with ``"lora"`` or ``"all"`` the trunk learns after them, on one device. Out comes a head
         ``<name>.<task>`` for each task, and with the latter two a trunk ``<name>``; ``version`` counts up by default.
-        ``more``: further fields of ``motet.recipe.Recipe``, such as ``patience``, ``hidden``, ``rate``, ``loss``.
+        ``more``: further fields of ``motet.training.recipe.Recipe``, such as ``patience``, ``hidden``, ``rate``, ``loss``.
 
         Raises InvalidJob with every problem of the rows, NotFound for the trunk, and as ``submit``.
         """
@@ -322,7 +322,9 @@ class Client:
             size = len(Recipe.loads(recipe.dumps()).dumps().encode())
         except (TypeError, ValueError) as error:
             raise InvalidJob(
-                Problem("train", str(error)[:200], "options of a training run", "see motet.recipe.Recipe")
+                Problem(
+                    "train", str(error)[:200], "options of a training run", "see motet.training.recipe.Recipe"
+                )
             ) from None
         if size > MAX_ROW_BYTES:
             raise InvalidJob(

@@ -22,7 +22,7 @@ from pathlib import Path, PurePosixPath
 from typing import Literal, Protocol, TypeVar
 
 from motet.errors import SetupError
-from motet.settings import cache_folder
+from motet.protocol.settings import cache_folder
 
 Domain = Literal["movie", "news", "tweet", "product"]
 

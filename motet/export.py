@@ -25,9 +25,9 @@ from itertools import chain, islice
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 
-from motet.columns import OK, STATE_MASK, TRUNCATED, typed
 from motet.errors import SetupError
 from motet.progress import Bar
+from motet.protocol.columns import OK, STATE_MASK, TRUNCATED, typed
 from motet.results import Answers, Block, Cell, Row
 
 if TYPE_CHECKING:

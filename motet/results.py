@@ -1,7 +1,7 @@
 """Merged rows as the user meets them: ``Row`` and ``Cell``, views of a block's columns.
 
 A block arrives as typed arrays and stays so: a column is decoded when its first cell is asked for, and a
-``Cell`` is two references. The arrays' format is motet.columns'.
+``Cell`` is two references. The arrays' format is motet.protocol.columns'.
 """
 
 from __future__ import annotations
@@ -12,9 +12,9 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from motet.columns import LAYOUT, OK, STATE_MASK, STATES, TRUNCATED, CellError, Column, sized, values
 from motet.errors import SetupError
-from motet.wire import BadMessage, unpack
+from motet.protocol.columns import LAYOUT, OK, STATE_MASK, STATES, TRUNCATED, CellError, Column, sized, values
+from motet.protocol.wire import BadMessage, unpack
 
 if TYPE_CHECKING:
     import numpy
@@ -62,7 +62,7 @@ class Answers:
         )
 
     def decoded(self, offset: int) -> Any:
-        """The plain value at a row, in the form of ``motet.columns.values``; None where it is not ok."""
+        """The plain value at a row, in the form of ``motet.protocol.columns.values``; None where it is not ok."""
         if self._decoded is None:
             self._decoded = list(values(self.column, self.labels))
         return self._decoded[offset]

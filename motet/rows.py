@@ -18,6 +18,7 @@ from typing import Any, Literal, TypeAlias
 import msgpack
 
 from motet.errors import InvalidJob, Problem
+from motet.protocol.wire import by_reason, pack
 from motet.sources import (
     OR_ERROR,
     SKIP,
@@ -31,7 +32,6 @@ from motet.sources import (
     read,
 )
 from motet.tasks import short
-from motet.wire import by_reason, pack
 
 #: The server's block: whichever of rows and UTF-8 bytes comes first. The same numbers as ``Settings.block_rows``
 #: and ``block_bytes``; blocks of another size only make reuse rarer.

@@ -117,7 +117,7 @@ class Function(Reading):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Fit(Reading):
-    """Models trained as the recipe in each row says (motet/recipe.py); ``Client.train`` writes such rows."""
+    """Models trained as the recipe in each row says (motet/training/recipe.py); ``Client.train`` writes such rows."""
 
     kind: ClassVar[str] = "fit"
 

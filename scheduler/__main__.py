@@ -13,10 +13,10 @@ import sys
 import threading
 from pathlib import Path
 
-from motet import traces
 from motet.errors import MotetError, SetupError
-from motet.logs import configure
-from motet.settings import Settings
+from motet.protocol import traces
+from motet.protocol.logs import configure
+from motet.protocol.settings import Settings
 
 log = logging.getLogger("scheduler")
 
@@ -56,7 +56,7 @@ def _api(settings: Settings, _: argparse.Namespace) -> None:
 
 
 def _dispatch(settings: Settings, _: argparse.Namespace) -> None:
-    from motet.transport import RedisTransport
+    from motet.protocol.transport import RedisTransport
     from scheduler.dispatcher import Dispatcher, Listener, run
     from scheduler.store.database import Database
 
@@ -69,7 +69,7 @@ def _dispatch(settings: Settings, _: argparse.Namespace) -> None:
 
 
 def _aggregate(settings: Settings, _: argparse.Namespace) -> None:
-    from motet.transport import RedisTransport
+    from motet.protocol.transport import RedisTransport
     from scheduler.aggregator import Aggregator, run
     from scheduler.store.database import Database
 

@@ -10,7 +10,7 @@ import json
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from motet.columns import Column, values
+from motet.protocol.columns import Column, values
 
 _WRITTEN = frozenset({"generate", "chat"})
 

@@ -14,7 +14,7 @@ from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
-from motet.wire import bytes_read, pack, unpack
+from motet.protocol.wire import bytes_read, pack, unpack
 
 #: Offset of a row -> (error class, message) of cells. A message never holds a user's text.
 Bad = Mapping[int, tuple[str, str]]
@@ -42,7 +42,7 @@ class Reader:
 
     #: Names of the fields that its templates read.
     reads: tuple[str, ...]
-    #: ``scheduler.plan.task_digest``.
+    #: ``scheduler.policy.plan.task_digest``.
     digest: bytes
     #: The answers may be kept for another job.
     reusable: bool
@@ -185,7 +185,7 @@ def _keys(readers: Sequence[Reader], digests: Mapping[tuple[str, ...], bytes]) -
 
 
 def decode_block(payload: bytes) -> dict[str, list[str]]:
-    """Field -> texts by offset in the block. Raises motet.wire.BadMessage where the bytes are no payload."""
+    """Field -> texts by offset in the block. Raises motet.protocol.wire.BadMessage where the bytes are no payload."""
     columns: dict[str, list[str]] = unpack(payload)["columns"]
     return columns
 

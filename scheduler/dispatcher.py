@@ -17,19 +17,19 @@ from typing import cast
 
 import psycopg
 
-from motet import traces
-from motet.settings import Settings
-from motet.transport import SchedulerTransport, TransportLost
-from motet.wire import PROTOCOL, Beat, Control
-from scheduler.carve import MAX_ROWS, Carved, Frontier, carve
-from scheduler.cost import Rates
+from motet.protocol import traces
+from motet.protocol.settings import Settings
+from motet.protocol.transport import SchedulerTransport, TransportLost
+from motet.protocol.wire import PROTOCOL, Beat, Control
 from scheduler.facts import Facts, read, under_way, workers
 from scheduler.identity import is_gone, own_name
-from scheduler.lifecycle import Hopes, lost
-from scheduler.liveness import Roster, Watch, attuned, drops, speaks, usable
 from scheduler.payloads import Payloads
-from scheduler.place import Clone, Flight, Placement, Placer, Recall
-from scheduler.pressure import throttle
+from scheduler.policy.carve import MAX_ROWS, Carved, Frontier, carve
+from scheduler.policy.cost import Rates
+from scheduler.policy.lifecycle import Hopes, lost
+from scheduler.policy.liveness import Roster, Watch, attuned, drops, speaks, usable
+from scheduler.policy.place import Clone, Flight, Placement, Placer, Recall
+from scheduler.policy.pressure import throttle
 from scheduler.pulse import pulse
 from scheduler.store import drains, endings, leases
 from scheduler.store.database import WORK, Database, StoreUnavailable

@@ -28,14 +28,14 @@ from motet.explanation import (
     Why,
 )
 from motet.progress import clock
-from scheduler.fairness import BULK, INTERACTIVE, NORMAL
-from scheduler.lifecycle import MAX_TRIES
-from scheduler.liveness import speaks
-from scheduler.place import Demand, PassId, WorkerState, cannot_run, need_mb, room_mb
+from scheduler.policy.fairness import BULK, INTERACTIVE, NORMAL
+from scheduler.policy.lifecycle import MAX_TRIES
+from scheduler.policy.liveness import speaks
+from scheduler.policy.place import Demand, PassId, WorkerState, cannot_run, need_mb, room_mb
 from scheduler.simulation.forecast import ClusterNow, Forecast, Started, forecast
 
 if TYPE_CHECKING:
-    from motet.wire import Beat
+    from motet.protocol.wire import Beat
     from scheduler.facts import Facts
     from scheduler.store.explain import Owner, PassStanding, Standing
     from scheduler.store.leases import Held

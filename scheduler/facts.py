@@ -10,10 +10,10 @@ from dataclasses import dataclass
 
 from sqlalchemy import Connection
 
-from motet.wire import Beat
-from scheduler.cost import Rates
-from scheduler.lifecycle import Refusal
-from scheduler.place import Demand, UnderWay, WorkerState
+from motet.protocol.wire import Beat
+from scheduler.policy.cost import Rates
+from scheduler.policy.lifecycle import Refusal
+from scheduler.policy.place import Demand, UnderWay, WorkerState
 from scheduler.store import drains, leases
 from scheduler.store.leadership import transport_seen
 from scheduler.store.leases import Held

@@ -11,7 +11,7 @@ import socket
 from collections.abc import Callable, Mapping
 
 from motet.errors import MotetError
-from motet.settings import Settings
+from motet.protocol.settings import Settings
 
 #: An aggregator reads twice a second; one that commits a very large batch may take this long.
 READ_S = 15.0
@@ -64,7 +64,7 @@ def _dispatch(settings: Settings) -> str:
 
 def _aggregate(settings: Settings) -> str:
     """The aggregator of this host asks for outcomes."""
-    from motet.transport import RedisTransport, TransportLost
+    from motet.protocol.transport import RedisTransport, TransportLost
 
     transport = RedisTransport(settings.need("redis_url").redis_url)
     try:

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from motet.columns import (
+from motet.protocol.columns import (
     ERROR,
     LAYOUT,
     OK,

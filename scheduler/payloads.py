@@ -7,12 +7,12 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, TypeVar
 
-from motet.manifest import Manifest
+from motet.protocol.manifest import Manifest
+from motet.protocol.wire import Assignment, TaskOrder
 from motet.tasks import KINDS, placeholders, render
-from motet.wire import Assignment, TaskOrder
 from scheduler.answers import as_texts
 from scheduler.blocks import decode_block, row_order
-from scheduler.fairness import INTERACTIVE
+from scheduler.policy.fairness import INTERACTIVE
 from scheduler.store import leases
 from scheduler.store.database import Database
 from scheduler.store.leases import Leased

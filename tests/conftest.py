@@ -18,9 +18,9 @@ import pytest
 import redis
 from sqlalchemy import make_url
 
-from motet.embedded.postgres import Postgres
-from motet.embedded.valkey import Valkey, ValkeyUrls
-from motet.redis_url import redis_py_url
+from motet.local.postgres import Postgres
+from motet.local.valkey import Valkey, ValkeyUrls
+from motet.protocol.redis_url import redis_py_url
 
 NUMBERS = itertools.count(1)
 

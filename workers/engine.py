@@ -13,9 +13,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
-from motet.columns import CellError, Column
-from motet.manifest import Manifest
-from motet.wire import TaskOrder
+from motet.protocol.columns import CellError, Column
+from motet.protocol.manifest import Manifest
+from motet.protocol.wire import TaskOrder
 
 
 class OutOfMemory(Exception):

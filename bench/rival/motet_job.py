@@ -12,8 +12,8 @@ from numpy.typing import NDArray
 from work import LOAD_S, Work, do
 
 from motet import Client
-from motet.demo import TASKS
-from motet.embedded.cluster import Cluster
+from motet.demo.texts import TASKS
+from motet.local.cluster import Cluster
 
 #: fp32, as all others compute.
 EXACT = {name: replace(task, numerics="exact") for name, task in TASKS.items()}

@@ -26,7 +26,7 @@ if "motet" not in sys.modules:
     package = types.ModuleType("motet")
     package.__path__ = [str(REPOSITORY / "motet")]
     sys.modules["motet"] = package
-from motet.embedded.valkey import RIGHTS, acl  # noqa: E402
+from motet.local.valkey import RIGHTS, acl  # noqa: E402
 
 SCOPES = ("admin", "user", "worker")
 #: What Redis' health check is: somebody who may ask whether it is there.

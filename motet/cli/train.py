@@ -8,7 +8,7 @@ from typing import Any
 import click
 
 from motet.cli.show import as_json, connect, console, put_json
-from motet.training import Labels, Learned, TrainRun, command_line
+from motet.training.run import Labels, Learned, TrainRun, command_line
 
 
 @click.command(

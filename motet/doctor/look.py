@@ -26,7 +26,7 @@ from motet.doctor import Finding, checks
 from motet.doctor.checks import Driver, Folder, Package, RedisFacts, Torch
 from motet.errors import MotetError, SetupError, Unreachable
 from motet.http import Address, home, look_at
-from motet.settings import Settings, cache_folder
+from motet.protocol.settings import Settings, cache_folder
 
 if TYPE_CHECKING:
     import httpx
@@ -276,7 +276,7 @@ def _redis(url: str, role: Role) -> RedisFacts:
     from redis.backoff import NoBackoff
     from redis.retry import Retry
 
-    from motet.redis_url import redis_py_url
+    from motet.protocol.redis_url import redis_py_url
 
     client = library.Redis.from_url(
         redis_py_url(url),
@@ -324,8 +324,8 @@ def _version(client: redis_py.Redis, info: Mapping[str, Any], library: Any) -> s
 
 def _try_rights(url: str, role: Role) -> tuple[str, ...]:
     """What a role does all day, done for a worker that does not exist. Names of what it may not do."""
-    from motet.transport import RedisTransport, RedisWorkerTransport, TransportLost
-    from motet.wire import Control, Running
+    from motet.protocol.transport import RedisTransport, RedisWorkerTransport, TransportLost
+    from motet.protocol.wire import Control, Running
 
     nobody = f"doctor-{secrets.token_hex(6)}"
     denied: list[str] = []
@@ -403,7 +403,7 @@ def server(env: Mapping[str, str]) -> list[Finding]:
 
 def _own_findings(address: Address) -> list[Finding]:
     """What the server finds itself, if it knows our token."""
-    from motet.wire import PROTOCOL
+    from motet.protocol.wire import PROTOCOL
 
     answer = _get(f"{address.url}/v1/doctor", address.token)
     if answer is not None and answer.status_code in (401, 403):

@@ -14,11 +14,11 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, TypeAlias
 
-from motet.columns import ERROR, OK, STATE_MASK
 from motet.errors import InvalidJob, NotFound, Problem
 from motet.evaluation.figures import Answered, AnswerKind
 from motet.evaluation.measures import LabelReader, folded
 from motet.progress import Bar
+from motet.protocol.columns import ERROR, OK, STATE_MASK
 from motet.results import Answers
 from motet.rows import MAX_PROBLEMS, records
 from motet.sources import Source

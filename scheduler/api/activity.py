@@ -11,9 +11,9 @@ from uuid import UUID
 from fastapi import APIRouter, Query
 from starlette.responses import HTMLResponse, JSONResponse, Response
 
+from motet.protocol.transport import TransportLost
+from motet.protocol.wire import Beat
 from motet.states import State
-from motet.transport import TransportLost
-from motet.wire import Beat
 from scheduler.api import page, shapes
 from scheduler.api.auth import Caller
 from scheduler.api.jobs import JobPath, describe

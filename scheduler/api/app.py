@@ -24,8 +24,8 @@ from starlette.responses import Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from motet.errors import MotetError
-from motet.settings import Settings
-from motet.transport import TransportLost
+from motet.protocol.settings import Settings
+from motet.protocol.transport import TransportLost
 from scheduler.api import (
     activity,
     blobs,

@@ -14,7 +14,7 @@ from starlette.concurrency import run_in_threadpool
 from starlette.responses import FileResponse, JSONResponse
 
 from motet.errors import InvalidJob, NotFound, Problem
-from motet.wire import LEASE_HEADER
+from motet.protocol.wire import LEASE_HEADER
 from scheduler.api import shapes
 from scheduler.api.auth import Caller
 from scheduler.api.blob_folder import SHA256

@@ -13,15 +13,15 @@ from fastapi import APIRouter, Path
 from starlette.responses import JSONResponse, PlainTextResponse
 
 from motet.errors import NotFound
+from motet.protocol.transport import TransportLost
+from motet.protocol.wire import Beat
 from motet.tasks import short
-from motet.transport import TransportLost
-from motet.wire import Beat
 from scheduler.api import shapes
 from scheduler.api.auth import Caller
 from scheduler.api.refusals import Unavailable, refusal
 from scheduler.api.resources import Resources, Use
-from scheduler.liveness import speaks
-from scheduler.pressure import overloads, pressures, throttle
+from scheduler.policy.liveness import speaks
+from scheduler.policy.pressure import overloads, pressures, throttle
 from scheduler.store import drains
 from scheduler.store.database import StoreUnavailable
 from scheduler.store.drains import Drain

@@ -20,9 +20,9 @@ from starlette.responses import JSONResponse
 from motet.doctor import Finding, checks, look
 from motet.doctor.checks import PostgresFacts, WorkerFacts
 from motet.errors import SetupError
-from motet.settings import Settings
-from motet.transport import RedisTransport, TransportLost
-from motet.wire import PROTOCOL, Beat
+from motet.protocol.settings import Settings
+from motet.protocol.transport import RedisTransport, TransportLost
+from motet.protocol.wire import PROTOCOL, Beat
 from scheduler.api import shapes
 from scheduler.api.auth import Caller
 from scheduler.api.resources import Use

@@ -11,8 +11,8 @@ from fastapi import APIRouter
 from starlette.responses import JSONResponse, Response
 
 from motet.explanation import Explanation
-from motet.transport import TransportLost
-from motet.wire import Beat
+from motet.protocol.transport import TransportLost
+from motet.protocol.wire import Beat
 from scheduler import facts
 from scheduler.api import shapes
 from scheduler.api.auth import Caller
@@ -20,7 +20,7 @@ from scheduler.api.cluster import live_workers
 from scheduler.api.jobs import JobPath
 from scheduler.api.resources import Resources, Use, job_id
 from scheduler.explain import Case, explain
-from scheduler.pressure import throttle
+from scheduler.policy.pressure import throttle
 from scheduler.store import explain as store
 from scheduler.store.registry import has_leader
 

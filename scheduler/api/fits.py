@@ -12,8 +12,8 @@ from starlette.concurrency import run_in_threadpool
 from starlette.responses import JSONResponse
 
 from motet.errors import InvalidJob, NotFound, Problem
+from motet.protocol.wire import LEASE_HEADER, pack
 from motet.tasks import render, short
-from motet.wire import LEASE_HEADER, pack
 from scheduler.api import shapes
 from scheduler.api.auth import Caller
 from scheduler.api.blob_folder import SHA256

@@ -20,10 +20,10 @@ from sqlalchemy import Connection
 from starlette.concurrency import run_in_threadpool
 from starlette.responses import JSONResponse
 
-from motet import traces
 from motet.errors import InvalidJob, Problem
+from motet.protocol import traces
+from motet.protocol.transport import TransportLost
 from motet.tasks import Prompted, Task, placeholders, render, short
-from motet.transport import TransportLost
 from scheduler.api import shapes
 from scheduler.api.auth import Caller
 from scheduler.api.bell import MAX_WAIT_S
@@ -40,11 +40,11 @@ from scheduler.api.submissions import (
     read_submission,
 )
 from scheduler.blocks import IncomingPart, absent, askable, blocks_of
-from scheduler.cost import Rates
-from scheduler.needs import fields_read
-from scheduler.plan import PassPlan, Sample, estimate, reads_of
-from scheduler.prompt_cost import TaskTokens, estimate_prompts
-from scheduler.prompt_order import instruction
+from scheduler.policy.cost import Rates
+from scheduler.policy.needs import fields_read
+from scheduler.policy.plan import PassPlan, Sample, estimate, reads_of
+from scheduler.policy.prompt_cost import TaskTokens, estimate_prompts
+from scheduler.policy.prompt_order import instruction
 from scheduler.store import jobs as store
 from scheduler.store.jobs import PRIORITIES, JobEntry, LoadingJob, TaskEntry
 from scheduler.store.rates import rates as learned_rates

@@ -13,10 +13,10 @@ from collections.abc import Callable, Mapping
 from pathlib import PurePosixPath
 from typing import Any
 
-from motet.columns import LAYOUT
 from motet.errors import InvalidJob, Problem
 from motet.http import is_address
-from motet.manifest import KEY_ENV, Manifest
+from motet.protocol.columns import LAYOUT
+from motet.protocol.manifest import KEY_ENV, Manifest
 from motet.tasks import short
 
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,99}")
@@ -42,7 +42,9 @@ Check = tuple[Callable[[Any], bool], str]
 def read_manifest(spec: Mapping[str, Any]) -> Manifest:
     """Build a manifest from JSON that is already clean. Raises InvalidJob with every problem of its form."""
     problems = [
-        Problem(key, short(spec.get(key, "nothing")), words, "see docs/http.md and motet/manifest.py")
+        Problem(
+            key, short(spec.get(key, "nothing")), words, "see docs/http.md and motet/protocol/manifest.py"
+        )
         for key, (fits, words) in _FIELDS.items()
         if (key in spec or key in _REQUIRED) and not fits(spec.get(key))
     ]

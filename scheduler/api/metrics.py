@@ -31,14 +31,14 @@ from prometheus_client.openmetrics import exposition as openmetrics
 from prometheus_client.registry import Collector
 from starlette.responses import Response
 
-from motet.columns import storable
-from motet.transport import Lag, TransportLost
-from motet.wire import PROTOCOL, Beat
+from motet.protocol.columns import storable
+from motet.protocol.transport import Lag, TransportLost
+from motet.protocol.wire import PROTOCOL, Beat
 from scheduler.api import shapes
 from scheduler.api.auth import Caller
 from scheduler.api.resources import Resources
-from scheduler.liveness import speaks
-from scheduler.pressure import Reason, pressures
+from scheduler.policy.liveness import speaks
+from scheduler.policy.pressure import Reason, pressures
 from scheduler.store import metrics as store
 from scheduler.store.database import StoreUnavailable
 from scheduler.store.metrics import MARGIN, JobFigures, StoreFigures

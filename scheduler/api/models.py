@@ -15,7 +15,7 @@ from starlette.concurrency import run_in_threadpool
 from starlette.responses import JSONResponse
 
 from motet.errors import InvalidJob, NotFound, Problem
-from motet.manifest import Manifest
+from motet.protocol.manifest import Manifest
 from motet.tasks import short
 from scheduler.api import shapes
 from scheduler.api.auth import Caller

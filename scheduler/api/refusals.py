@@ -10,8 +10,8 @@ from starlette.exceptions import HTTPException
 from starlette.responses import JSONResponse
 
 from motet.errors import Conflict, InvalidJob, MotetError, NotFound, Overloaded, Problem, Unauthorized
+from motet.protocol.transport import TransportLost
 from motet.tasks import short
-from motet.transport import TransportLost
 from scheduler.store.database import StoreUnavailable
 
 #: When to come back where nobody knows when it will be better.

@@ -12,8 +12,8 @@ from uuid import UUID
 from fastapi import Depends, Request
 
 from motet.errors import NotFound
-from motet.settings import Settings
-from motet.transport import RedisTransport
+from motet.protocol.settings import Settings
+from motet.protocol.transport import RedisTransport
 from scheduler.api.allowance import Allowance
 from scheduler.api.bell import Bell
 from scheduler.api.blob_folder import BlobFolder

@@ -17,9 +17,9 @@ from fastapi import APIRouter, Query, Request, Response
 from starlette.concurrency import run_in_threadpool
 from starlette.responses import JSONResponse, StreamingResponse
 
-from motet.columns import Column, sized, values
 from motet.errors import NotFound
-from motet.wire import pack
+from motet.protocol.columns import Column, sized, values
+from motet.protocol.wire import pack
 from scheduler.api import shapes
 from scheduler.api.auth import Caller
 from scheduler.api.jobs import JobPath, WaitS, describe

@@ -369,7 +369,7 @@ class AliasShape(Shape):
 
 
 class ModelShape(BaseModel):
-    """A manifest; ``motet.manifest.Manifest`` tells each field's meaning."""
+    """A manifest; ``motet.protocol.manifest.Manifest`` tells each field's meaning."""
 
     model_config = ConfigDict(extra="allow")
 

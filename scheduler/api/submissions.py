@@ -1,6 +1,6 @@
 """Submissions: the JSON that opens a job or asks for a plan, checked and planned. Pure.
 
-The task specs themselves are checked by ``motet.tasks.parse``; whether their models exist, by ``scheduler.plan``.
+The task specs themselves are checked by ``motet.tasks.parse``; whether their models exist, by ``scheduler.policy.plan``.
 """
 
 from __future__ import annotations
@@ -13,15 +13,15 @@ from typing import Any, Literal
 from uuid import UUID
 
 from motet.errors import InvalidJob, Problem
-from motet.manifest import Manifest
-from motet.settings import MAX_RETENTION_DAYS
+from motet.protocol.manifest import Manifest
+from motet.protocol.settings import MAX_RETENTION_DAYS
 from motet.tasks import Choose, Task, parse, short
 from scheduler.api.answer_schemas import schema_problems
 from scheduler.api.bodies import clean_object
 from scheduler.api.strict_json import MAX_DEPTH, Doubled
 from scheduler.blocks import IncomingPart, absent
-from scheduler.needs import dialogues_of, fields_of
-from scheduler.plan import PassPlan, in_order, loaded_model, plan, reads_of, task_digest
+from scheduler.policy.needs import dialogues_of, fields_of
+from scheduler.policy.plan import PassPlan, in_order, loaded_model, plan, reads_of, task_digest
 from scheduler.store.jobs import PRIORITIES, NewJob, NewPass, NewTask
 from scheduler.store.registry import Registered
 

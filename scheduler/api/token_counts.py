@@ -7,9 +7,9 @@ from collections.abc import Sequence
 from threading import Lock
 from typing import Any
 
-from motet.manifest import Manifest
+from motet.protocol.manifest import Manifest
 from scheduler.api.blob_folder import BlobFolder
-from scheduler.cost import PRIOR_BYTES_PER_TOKEN
+from scheduler.policy.cost import PRIOR_BYTES_PER_TOKEN
 
 #: A tokenizer takes a few megabytes once loaded.
 _KEPT = 8

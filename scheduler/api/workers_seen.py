@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
-from motet.wire import Beat
+from motet.protocol.wire import Beat
 
 
 @dataclass

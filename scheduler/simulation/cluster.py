@@ -8,8 +8,8 @@ from itertools import accumulate
 from math import log
 from random import Random
 
-from motet.manifest import Manifest
-from scheduler.cost import Workload
+from motet.protocol.manifest import Manifest
+from scheduler.policy.cost import Workload
 
 #: Bytes that a token stands for in simulated text.
 BYTES_PER_TOKEN = 4

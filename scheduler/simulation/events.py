@@ -10,9 +10,9 @@ from math import inf
 from random import Random
 from typing import Protocol
 
-from motet.residency import Resident, evictions
-from scheduler.cost import Workload
-from scheduler.fairness import INTERACTIVE
+from motet.protocol.residency import Resident, evictions
+from scheduler.policy.cost import Workload
+from scheduler.policy.fairness import INTERACTIVE
 from scheduler.simulation.cluster import Begun, Model, Scenario, SimulatedDevice, SimulatedJob, UncarvedRows
 
 #: Bulk is interrupted at the end of its micro-batch while somebody waits interactively, and where it is dropped.

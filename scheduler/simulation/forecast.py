@@ -12,9 +12,9 @@ from dataclasses import dataclass, replace
 from math import ceil, exp, sqrt
 from random import Random
 
-from scheduler.cost import Rate, Rates
-from scheduler.fairness import BULK
-from scheduler.place import Demand, DeviceKind, PassId, WorkerState, on_first_mb
+from scheduler.policy.cost import Rate, Rates
+from scheduler.policy.fairness import BULK
+from scheduler.policy.place import Demand, DeviceKind, PassId, WorkerState, on_first_mb
 from scheduler.simulation.cluster import (
     BYTES_PER_TOKEN,
     Begun,

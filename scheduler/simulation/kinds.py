@@ -9,7 +9,7 @@ import re
 from dataclasses import dataclass
 
 from motet.errors import SetupError
-from motet.settings import Settings
+from motet.protocol.settings import Settings
 from scheduler.simulation.cluster import SimulatedDevice
 
 #: Share of a data sheet's bf16 TFLOP/s that a forward pass reaches.
@@ -43,7 +43,7 @@ def _sheet(name: str, tflops: float, memory_gb: float) -> DeviceModel:
 
 #: Dense bf16 tensor TFLOP/s (of the T4, which has no bf16, fp16) and memory, from the makers' data sheets: NVIDIA H200
 #: and H100 SXM, A100 80GB SXM, L40S, L4, T4; sheets that tell the figure with sparsity are halved. ``cpu`` is one slot
-#: of a core or two, as `scheduler.cost` guesses it.
+#: of a core or two, as `scheduler.policy.cost` guesses it.
 KINDS = {
     kind.name: kind
     for kind in (

@@ -6,9 +6,9 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from itertools import count
 
-from scheduler.carve import MAX_ROWS, Carved, Frontier, OpenBlock, Piece, Range, carve
-from scheduler.cost import Rates, Workload
-from scheduler.place import Clone, Demand, Flight, Placement, Placer, UnderWay, WorkerState
+from scheduler.policy.carve import MAX_ROWS, Carved, Frontier, OpenBlock, Piece, Range, carve
+from scheduler.policy.cost import Rates, Workload
+from scheduler.policy.place import Clone, Demand, Flight, Placement, Placer, UnderWay, WorkerState
 from scheduler.simulation.cluster import (
     BYTES_PER_TOKEN,
     Begun,

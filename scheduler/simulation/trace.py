@@ -15,9 +15,9 @@ from statistics import NormalDist
 from typing import Any
 
 from motet.errors import SetupError
-from motet.manifest import Manifest
-from scheduler.cost import Rate, Rates, Workload
-from scheduler.fairness import BULK, INTERACTIVE, NORMAL
+from motet.protocol.manifest import Manifest
+from scheduler.policy.cost import Rate, Rates, Workload
+from scheduler.policy.fairness import BULK, INTERACTIVE, NORMAL
 from scheduler.simulation.cluster import Model, SimulatedJob
 from scheduler.simulation.kinds import KINDS, kind_named
 

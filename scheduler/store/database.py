@@ -9,7 +9,7 @@ import psycopg
 from sqlalchemy import Connection, Engine, create_engine, exc, text
 from sqlalchemy.engine import make_url
 
-from motet import traces
+from motet.protocol import traces
 
 #: Dispatchers listen here: there is new work, or room for it.
 WORK = "motet_work"

@@ -14,10 +14,10 @@ from uuid import UUID
 
 from sqlalchemy import Connection, Row, text
 
-from motet.columns import CellError
-from motet.wire import by_offset
+from motet.protocol.columns import CellError
+from motet.protocol.wire import by_offset
 from scheduler.blocks import Reads, absent, read_in_order, row_order, uint32_bytes
-from scheduler.needs import row_fields, stored_task
+from scheduler.policy.needs import row_fields, stored_task
 
 #: Class of a cell that was skipped since one that it reads has no answer.
 UPSTREAM = "upstream"

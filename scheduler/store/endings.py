@@ -12,7 +12,7 @@ from uuid import UUID
 
 from sqlalchemy import Connection, Row, text
 
-from motet import traces
+from motet.protocol import traces
 from scheduler.store.database import JOB, WORK, notify
 
 #: What is told of a job that ends, wherever it does.

@@ -8,8 +8,8 @@ from uuid import UUID
 
 from sqlalchemy import Connection, text
 
-from motet.manifest import Manifest
-from scheduler.place import Demand
+from motet.protocol.manifest import Manifest
+from scheduler.policy.place import Demand
 from scheduler.store.jobs import JobEntry, job_entry
 
 

@@ -10,8 +10,8 @@ from uuid import UUID
 
 from sqlalchemy import Connection, text
 
-from motet.columns import Column, sized
 from motet.errors import NotFound
+from motet.protocol.columns import Column, sized
 from scheduler.store.results import ENDED, VECTORS, read_columns
 
 

@@ -18,12 +18,12 @@ import psycopg
 from psycopg.types.json import Jsonb
 from sqlalchemy import Connection, Row, text
 
-from motet import traces
-from motet.columns import CellError, Kind
 from motet.errors import Conflict, InvalidJob, NotFound, Overloaded, Problem
-from motet.manifest import Manifest, column_kind, column_kind_of
+from motet.protocol import traces
+from motet.protocol.columns import CellError, Kind
+from motet.protocol.manifest import Manifest, column_kind, column_kind_of
+from motet.protocol.wire import by_reason
 from motet.states import State
-from motet.wire import by_reason
 from scheduler.blocks import (
     EncodedBlock,
     Reader,
@@ -36,7 +36,7 @@ from scheduler.blocks import (
     uint32_bytes,
 )
 from scheduler.merge import errors_column
-from scheduler.needs import dialogues_of, fields_read, needs_of, stored_task
+from scheduler.policy.needs import dialogues_of, fields_read, needs_of, stored_task
 from scheduler.store import endings
 from scheduler.store.database import JOB, WORK, notify
 from scheduler.store.endings import ENDED, end_job, trace_end

@@ -19,12 +19,12 @@ from uuid import UUID
 
 from sqlalchemy import Connection, text
 
-from motet.columns import Column
-from motet.manifest import Manifest
+from motet.protocol.columns import Column
+from motet.protocol.manifest import Manifest
 from scheduler.blocks import Reads, read_in_order
-from scheduler.carve import Carved, Frontier, OpenBlock, Piece, Range
-from scheduler.lifecycle import Refusal, Return
-from scheduler.place import Demand
+from scheduler.policy.carve import Carved, Frontier, OpenBlock, Piece, Range
+from scheduler.policy.lifecycle import Refusal, Return
+from scheduler.policy.place import Demand
 from scheduler.store.database import Database
 from scheduler.store.leadership import fence, see_transport
 from scheduler.store.results import read_columns

@@ -15,12 +15,9 @@ from uuid import UUID
 
 from sqlalchemy import Connection, text
 
-from motet import traces
-from motet.columns import CellError, Column, cut
-from motet.wire import Outcome, Usage
-from scheduler.carve import part
-from scheduler.cost import LoadKey, Workload
-from scheduler.lifecycle import MAX_TRIES, GivenUp, Return, backoff_s, failed, runs
+from motet.protocol import traces
+from motet.protocol.columns import CellError, Column, cut
+from motet.protocol.wire import Outcome, Usage
 from scheduler.merge import (
     BadColumn,
     check,
@@ -28,6 +25,9 @@ from scheduler.merge import (
     mark_returned,
     returned_rows,
 )
+from scheduler.policy.carve import part
+from scheduler.policy.cost import LoadKey, Workload
+from scheduler.policy.lifecycle import MAX_TRIES, GivenUp, Return, backoff_s, failed, runs
 from scheduler.store.database import JOB, WORK, Database, notify
 from scheduler.store.leases import LOCK_JOBS, OpenSubtask, open_subtask, put_back
 from scheduler.store.rates import Timed, learn

@@ -1,4 +1,4 @@
-"""What was learned of speed, kept in Postgres. How it is learned says scheduler/cost.py, and nobody else."""
+"""What was learned of speed, kept in Postgres. How it is learned says scheduler/policy/cost.py, and nobody else."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any
 
 from sqlalchemy import Connection, text
 
-from scheduler.cost import LoadKey, Rate, RateKey, Rates, Workload
+from scheduler.policy.cost import LoadKey, Rate, RateKey, Rates, Workload
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

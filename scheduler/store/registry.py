@@ -11,7 +11,7 @@ from uuid import UUID
 from sqlalchemy import Connection, text
 
 from motet.errors import Conflict
-from motet.manifest import Manifest
+from motet.protocol.manifest import Manifest
 from scheduler.store.aliases import alias_of, find_alias, lock_names
 
 # -- tenants and tokens ----------------------------------------------------------------------------

@@ -10,8 +10,8 @@ from uuid import UUID
 
 from sqlalchemy import Connection, Row, text
 
-from motet.columns import LAYOUT, CellError, Column
 from motet.errors import NotFound
+from motet.protocol.columns import LAYOUT, CellError, Column
 from scheduler.store.arrays import flat
 
 RowOrder = Literal["row", "done"]

@@ -15,13 +15,13 @@ from uuid import UUID
 import numpy as np
 from sqlalchemy import Connection, Row, text
 
-from motet import traces
-from motet.columns import LAYOUT, CellError, Column, Kind
-from motet.manifest import Manifest, column_kind
-from motet.wire import pack, unpack
+from motet.protocol import traces
+from motet.protocol.columns import LAYOUT, CellError, Column, Kind
+from motet.protocol.manifest import Manifest, column_kind
+from motet.protocol.wire import pack, unpack
 from scheduler.blocks import askable, row_order
 from scheduler.merge import AnswersPart, array_of, mark_returned, merge
-from scheduler.needs import row_fields, stored_task
+from scheduler.policy.needs import row_fields, stored_task
 from scheduler.store.arrays import Elements
 from scheduler.store.dependence import UPSTREAM, Place, absents, failed_upstream, release, skips
 from scheduler.store.endings import ENDED, trace_end

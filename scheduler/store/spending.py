@@ -8,10 +8,10 @@ from uuid import UUID
 
 from sqlalchemy import Connection, text
 
-from motet.columns import typed
-from motet.wire import Spent
-from scheduler.carve import Range
+from motet.protocol.columns import typed
+from motet.protocol.wire import Spent
 from scheduler.merge import BadColumn
+from scheduler.policy.carve import Range
 
 
 @dataclass(slots=True)

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from motet import Client
-from motet.embedded.cluster import Cluster
+from motet.local.cluster import Cluster
 
 
 @pytest.fixture(scope="session")

@@ -17,7 +17,7 @@ import psycopg
 import pytest
 
 from motet import Classify, Client, Embed
-from motet.embedded.cluster import Cluster
+from motet.local.cluster import Cluster
 
 ROOT = Path(__file__).parents[2]
 #: Sentences of this repository's own documents: real text that is always here.

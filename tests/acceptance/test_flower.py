@@ -16,8 +16,8 @@ import pytest
 import redis
 
 from motet import Classify, Client, Embed
-from motet.embedded.cluster import Cluster
-from motet.embedded.valkey import ValkeyUrls
+from motet.local.cluster import Cluster
+from motet.local.valkey import ValkeyUrls
 from tests.integration.stand_in import StandIn
 
 pytest.importorskip("flower")

@@ -16,8 +16,8 @@ import psycopg
 import pytest
 
 from motet import Choose, Client, Function, Generate, Task
-from motet.embedded.cluster import Cluster
-from motet.wire import TaskOrder
+from motet.local.cluster import Cluster
+from motet.protocol.wire import TaskOrder
 from tests.acceptance.test_a_real_job import rows, until, workers_of
 from tests.tiny_language import a_llama
 from workers.engine import Pass, Prepared
@@ -75,7 +75,7 @@ class Alone:
 
 
 def _values(column: object) -> list[str]:
-    from motet.columns import Column, values
+    from motet.protocol.columns import Column, values
 
     assert isinstance(column, Column)
     return [v["text"] if isinstance(v, dict) else v[0] for v in values(column, LABELS)]

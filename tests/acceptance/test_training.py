@@ -14,8 +14,8 @@ from typing import Any
 import pytest
 
 from motet import Client, InvalidJob, JobFailed, Labels, Number
-from motet.embedded.cluster import Cluster
-from motet.training import Learned, TrainRun
+from motet.local.cluster import Cluster
+from motet.training.run import Learned, TrainRun
 from tests.acceptance.test_a_real_job import until, workers_of
 
 THINGS = {

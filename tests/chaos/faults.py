@@ -18,9 +18,9 @@ from typing import Any, Protocol, cast
 import msgpack
 import redis
 
-from motet.columns import OK, Column
-from motet.transport import OUTCOMES, queue_name
-from motet.wire import Outcome
+from motet.protocol.columns import OK, Column
+from motet.protocol.transport import OUTCOMES, queue_name
+from motet.protocol.wire import Outcome
 from tests.chaos.house import House
 from tests.chaos.oracle import Order
 

@@ -18,14 +18,14 @@ from typing import Any, cast
 import psycopg
 import redis
 
-from motet.embedded.children import Child, marked
-from motet.embedded.cluster import Cluster, Service, _version
-from motet.embedded.valkey import RIGHTS, Valkey
 from motet.http import Address, Http
-from motet.manifest import Manifest
-from motet.redis_url import redis_py_url
-from motet.transport import WORKERS, RedisTransport
-from motet.wire import BadMessage, Beat
+from motet.local.children import Child, marked
+from motet.local.cluster import Cluster, Service, _version
+from motet.local.valkey import RIGHTS, Valkey
+from motet.protocol.manifest import Manifest
+from motet.protocol.redis_url import redis_py_url
+from motet.protocol.transport import WORKERS, RedisTransport
+from motet.protocol.wire import BadMessage, Beat
 from tests.chaos.oracle import TASKS
 
 #: Runs twice here: any number may.

@@ -17,10 +17,10 @@ import psycopg
 import pytest
 
 from motet import Classify, Client, Embed
-from motet.embedded.cluster import Cluster
-from motet.embedded.postgres import Postgres, _installations, _release
-from motet.transport import RedisWorkerTransport
-from motet.wire import Outcome
+from motet.local.cluster import Cluster
+from motet.local.postgres import Postgres, _installations, _release
+from motet.protocol.transport import RedisWorkerTransport
+from motet.protocol.wire import Outcome
 
 TASKS = {
     "topic": Classify("news-topics"),

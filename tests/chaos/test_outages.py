@@ -31,13 +31,13 @@ import pytest
 import redis
 
 from motet import Client
-from motet.embedded.children import Child, marked
-from motet.embedded.places import SocketDir, free_port
 from motet.errors import MotetError
 from motet.job import Job
-from motet.redis_url import redis_py_url
+from motet.local.children import Child, marked
+from motet.local.places import SocketDir, free_port
+from motet.protocol.redis_url import redis_py_url
+from motet.protocol.transport import OUTCOMES
 from motet.tasks import Function
-from motet.transport import OUTCOMES
 from tests.chaos.house import House
 from tests.chaos.oracle import expected
 from tests.chaos.recovery import Watcher
@@ -308,7 +308,7 @@ def test_one_that_stands_still_is_killed_and_started_again(
     ground: Ground, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     house = ground.house
-    monkeypatch.setattr("motet.embedded.cluster.SILENT_S", 3.0)
+    monkeypatch.setattr("motet.local.cluster.SILENT_S", 3.0)
     for name in ("api", "dispatch", "aggregate"):
         before = house.pids[name]
         house.kill(before, sign=signal.SIGSTOP)

@@ -443,7 +443,7 @@ def _answers(stack: Stack) -> bool:
 def _staged(options: argparse.Namespace) -> Iterator[Stack]:
     """A copy of what git would take, with secrets and texts of its own."""
     sys.path.insert(0, str(ROOT))
-    from motet.demo import choose
+    from motet.demo.texts import choose
 
     folder = Path(tempfile.mkdtemp(prefix="motet-compose-"))
     try:

@@ -12,9 +12,9 @@ from typing import TypeVar
 import httpx
 import redis
 
-from motet.embedded.cluster import Cluster, _version
-from motet.manifest import Manifest
-from motet.redis_url import redis_py_url
+from motet.local.cluster import Cluster, _version
+from motet.protocol.manifest import Manifest
+from motet.protocol.redis_url import redis_py_url
 
 Found = TypeVar("Found")
 

@@ -26,10 +26,10 @@ import pytest
 import redis
 
 from motet import Client, Function
-from motet.embedded.cluster import Cluster
-from motet.embedded.valkey import ValkeyUrls
-from motet.redis_url import redis_py_url
-from motet.transport import (
+from motet.local.cluster import Cluster
+from motet.local.valkey import ValkeyUrls
+from motet.protocol.redis_url import redis_py_url
+from motet.protocol.transport import (
     DEAD,
     DEAD_KEPT,
     OUTCOMES,
@@ -39,7 +39,7 @@ from motet.transport import (
     celery_message,
     queue_name,
 )
-from motet.wire import PROTOCOL, Assignment, Beat, Control, Running, pack
+from motet.protocol.wire import PROTOCOL, Assignment, Beat, Control, Running, pack
 from tests.fuzz.small_cluster import eventually, redis_of, small_cluster
 
 ENTRIES = int(os.environ.get("FUZZ_ENTRIES", "10000"))
@@ -346,7 +346,7 @@ STREAM: tuple[Callable[[random.Random, Any], bytes], ...] = (
 def message(worker: str, **changed: Any) -> dict[str, Any]:
     """A message of form for an attempt that never was."""
     model = {"name": "m", "version": "1", "engine": "shout", "answers": "json"}
-    from motet.manifest import Manifest
+    from motet.protocol.manifest import Manifest
 
     never = Assignment(
         subtask=2**40,

@@ -30,8 +30,8 @@ import schemathesis.hooks
 from schemathesis.config import SchemathesisConfig
 from schemathesis.engine import Status, events, from_schema
 
-from motet.embedded.children import Child
-from motet.embedded.places import free_port
+from motet.local.children import Child
+from motet.local.places import free_port
 from scheduler.store import leadership
 from scheduler.store.database import Database
 from tests.integration.api_house import CLASSIFY, DICE, SPEAKER, TWO, House, furnish, squeezed
@@ -141,7 +141,7 @@ def server(database_url: str, redis_url: str, tmp_path: Path) -> Iterator[Server
 
 
 def _settings(env: dict[str, str]) -> Any:
-    from motet.settings import Settings
+    from motet.protocol.settings import Settings
 
     return Settings.from_env(env)
 

@@ -13,8 +13,8 @@ import struct
 from dataclasses import replace
 from typing import Any
 
-from motet.columns import ERROR, RETURNED, SKIPPED, Column
-from motet.wire import Assignment, BadMessage, Outcome, pack, unpack
+from motet.protocol.columns import ERROR, RETURNED, SKIPPED, Column
+from motet.protocol.wire import Assignment, BadMessage, Outcome, pack, unpack
 from tests.fuzz.test_bus import ODD
 from tests.integration.landing import land
 from tests.integration.test_protocol import (

@@ -12,10 +12,10 @@ import numpy as np
 import pytest
 import torch
 
-from motet.columns import values
-from motet.manifest import Manifest
+from motet.protocol.columns import values
+from motet.protocol.manifest import Manifest
+from motet.protocol.wire import TaskOrder
 from motet.tasks import Choose, Embed, Extract, Generate, Task
-from motet.wire import TaskOrder
 from tests.tiny_language import a_llama
 from tests.unit import test_trainer as training
 from tests.unit import test_worker_executor as executing

@@ -13,10 +13,10 @@ import numpy as np
 import pytest
 import torch
 
-from motet.columns import values
-from motet.manifest import Manifest
+from motet.protocol.columns import values
+from motet.protocol.manifest import Manifest
+from motet.protocol.wire import TaskOrder
 from motet.tasks import Classify, Embed, Task
-from motet.wire import TaskOrder
 from workers.engine import OutOfMemory, Pass, Prepared
 from workers.engines.encoder.encoder import Encoder, EncoderEngine
 from workers.launch.launcher import visible_gpus

@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from motet.columns import values
-from motet.embedded.valkey import ValkeyUrls
+from motet.local.valkey import ValkeyUrls
+from motet.protocol.columns import values
 from tests.processes.test_worker_process import Blobs, Stage, blobs, eventually, running, set_up  # noqa: F401
 from workers.run.app import EXIT_DEVICE
 from workers.run.device import probe

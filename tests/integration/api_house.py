@@ -19,11 +19,11 @@ import msgpack
 import pytest
 from sqlalchemy import text
 
-from motet.columns import CellError, Column, Kind
-from motet.manifest import Manifest, column_kind
+from motet.protocol.columns import CellError, Column, Kind
+from motet.protocol.manifest import Manifest, column_kind
+from motet.protocol.settings import Settings
+from motet.protocol.wire import zstd
 from motet.results import Block, read_frames, writes_text
-from motet.settings import Settings
-from motet.wire import zstd
 from scheduler.api.app import server as api_server
 from scheduler.api.auth import new_token
 from scheduler.merge import errors_column

@@ -8,7 +8,7 @@ from collections.abc import Collection, Mapping, Sequence
 from uuid import UUID
 
 from motet.errors import Problem
-from motet.manifest import Manifest
+from motet.protocol.manifest import Manifest
 from motet.tasks import Task
 from scheduler.api.submissions import Submission, new_job, plan_submission
 from scheduler.blocks import IncomingPart, blocks_of

@@ -14,8 +14,8 @@ import time
 from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
 
-from motet.embedded.children import Child
-from motet.embedded.cluster import Cluster
+from motet.local.children import Child
+from motet.local.cluster import Cluster
 
 
 class StandIn(Cluster):

@@ -11,7 +11,7 @@ import pytest
 
 from motet import Classify, Client
 from motet.errors import Conflict, InvalidJob, NotFound
-from motet.manifest import Manifest
+from motet.protocol.manifest import Manifest
 from scheduler.store import aliases
 from scheduler.store.registry import add_model
 from tests.integration.api_house import TINY, TRUNK, House, house, problems

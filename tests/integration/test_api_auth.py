@@ -31,7 +31,7 @@ PLACE = {
 
 
 def routes() -> list[tuple[str, str]]:
-    from motet.settings import Settings
+    from motet.protocol.settings import Settings
     from scheduler.api import create_app
 
     app = create_app(

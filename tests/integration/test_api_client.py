@@ -11,8 +11,8 @@ from typing import Any
 import pytest
 
 from motet import Classify, Client, Embed
-from motet.columns import CellError
 from motet.errors import Conflict, InvalidJob, JobFailed, NotFound, Overloaded, Unauthorized
+from motet.protocol.columns import CellError
 from tests.integration.api_house import House, a_house, house
 
 __all__ = ["house"]

@@ -19,12 +19,12 @@ from redis.retry import Retry
 
 from motet.cli import main
 from motet.doctor import Finding, look
-from motet.embedded.children import Child
-from motet.embedded.places import free_port
-from motet.embedded.valkey import RIGHTS, ValkeyUrls, _find_binary
-from motet.redis_url import redis_py_url
-from motet.transport import RedisTransport, RedisWorkerTransport
-from motet.wire import Beat
+from motet.local.children import Child
+from motet.local.places import free_port
+from motet.local.valkey import RIGHTS, ValkeyUrls, _find_binary
+from motet.protocol.redis_url import redis_py_url
+from motet.protocol.transport import RedisTransport, RedisWorkerTransport
+from motet.protocol.wire import Beat
 from scheduler.api.doctor import DoctorShape, head
 from tests.integration.api_house import House, a_house
 

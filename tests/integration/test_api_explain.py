@@ -16,11 +16,11 @@ import pytest
 import redis
 
 from motet.client import Client
-from motet.embedded.valkey import ValkeyUrls
 from motet.explanation import Explanation
-from motet.redis_url import redis_py_url
-from motet.transport import RedisTransport, RedisWorkerTransport, queue_name
-from motet.wire import Assignment, Beat, Outcome, Usage
+from motet.local.valkey import ValkeyUrls
+from motet.protocol.redis_url import redis_py_url
+from motet.protocol.transport import RedisTransport, RedisWorkerTransport, queue_name
+from motet.protocol.wire import Assignment, Beat, Outcome, Usage
 from scheduler import aggregator, dispatcher
 from scheduler.aggregator import Aggregator
 from scheduler.api import shapes

@@ -12,9 +12,9 @@ from typing import Any
 import httpx
 import pytest
 
-from motet.columns import CellError, Column
-from motet.manifest import Manifest
-from motet.wire import unpack
+from motet.protocol.columns import CellError, Column
+from motet.protocol.manifest import Manifest
+from motet.protocol.wire import unpack
 from scheduler.api import blobs
 from scheduler.api.resources import Resources
 from scheduler.store import registry

@@ -11,7 +11,7 @@ from typing import Any
 import msgpack
 import pytest
 
-from motet.columns import CellError
+from motet.protocol.columns import CellError
 from tests.integration.api_house import CLASSIFY, TWO, House, a_house, house, problems, squeezed
 
 __all__ = ["house"]

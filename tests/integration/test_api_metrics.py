@@ -14,10 +14,10 @@ from prometheus_client.openmetrics.parser import text_string_to_metric_families 
 from prometheus_client.parser import text_string_to_metric_families as text_families
 from sqlalchemy import make_url, text
 
-from motet.embedded.valkey import ValkeyUrls
-from motet.settings import Settings
-from motet.transport import RedisTransport, RedisWorkerTransport
-from motet.wire import PROTOCOL, Assignment, Beat, Outcome, Usage
+from motet.local.valkey import ValkeyUrls
+from motet.protocol.settings import Settings
+from motet.protocol.transport import RedisTransport, RedisWorkerTransport
+from motet.protocol.wire import PROTOCOL, Assignment, Beat, Outcome, Usage
 from scheduler.aggregator import Aggregator
 from scheduler.api.auth import ALLOWED
 from scheduler.api.metrics import FAMILIES

@@ -15,11 +15,11 @@ import pytest
 
 from motet import job as handles
 from motet.client import Client
-from motet.columns import CellError
-from motet.embedded.valkey import ValkeyUrls
-from motet.settings import Settings
-from motet.transport import MemoryTransport, RedisWorkerTransport
-from motet.wire import Beat
+from motet.local.valkey import ValkeyUrls
+from motet.protocol.columns import CellError
+from motet.protocol.settings import Settings
+from motet.protocol.transport import MemoryTransport, RedisWorkerTransport
+from motet.protocol.wire import Beat
 from scheduler.aggregator import Aggregator
 from scheduler.api import shapes
 from scheduler.dispatcher import Dispatcher

@@ -14,11 +14,11 @@ import pytest
 import redis
 
 from motet import Classify, Client
-from motet.embedded.valkey import Valkey
 from motet.errors import Overloaded, SetupError
-from motet.redis_url import redis_py_url
-from motet.settings import Settings
-from motet.transport import OUTCOMES, Lag, MemoryTransport, TransportLost
+from motet.local.valkey import Valkey
+from motet.protocol.redis_url import redis_py_url
+from motet.protocol.settings import Settings
+from motet.protocol.transport import OUTCOMES, Lag, MemoryTransport, TransportLost
 from scheduler.api.door import Door
 from scheduler.api.shapes import ClusterShape
 from scheduler.store.database import Database

@@ -11,9 +11,9 @@ from typing import Any
 
 import pytest
 
-from motet.manifest import Manifest, trunk_digest
-from motet.transport import RedisWorkerTransport
-from motet.wire import Beat
+from motet.protocol.manifest import Manifest, trunk_digest
+from motet.protocol.transport import RedisWorkerTransport
+from motet.protocol.wire import Beat
 from scheduler.api.manifests import safetensors_flaw
 from tests.integration.api_house import CLASSIFY, TOPICS, TWO, House, a_house, house, problems
 

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from motet.columns import CellError, Column
+from motet.protocol.columns import CellError, Column
 from motet.results import Block
 from scheduler.api import results as route
 from scheduler.store import sealing

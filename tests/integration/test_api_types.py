@@ -10,8 +10,8 @@ from typing import Any
 import pytest
 
 from motet import Client
-from motet.columns import CellError
 from motet.job import Job
+from motet.protocol.columns import CellError
 from scheduler.store import registry
 from tests.integration.api_house import NAMES, SPEAKER, STARS, House, house
 

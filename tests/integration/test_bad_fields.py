@@ -11,11 +11,11 @@ from uuid import UUID
 
 import pytest
 
-from motet.columns import CellError
 from motet.errors import Problem
+from motet.protocol.columns import CellError
+from motet.protocol.wire import Assignment, Outcome
 from motet.tasks import Choose, Classify, Generate, Task
-from motet.wire import Assignment, Outcome
-from scheduler.needs import fields_read, needs_of
+from scheduler.policy.needs import fields_read, needs_of
 from tests.integration.api_house import CLASSIFY
 from tests.integration.api_house import House as ApiHouse
 from tests.integration.api_house import house as api_house  # noqa: F401 - a fixture

@@ -11,12 +11,12 @@ from uuid import UUID
 
 import pytest
 
-from motet.columns import ERROR, CellError, Column
 from motet.errors import Problem
-from motet.manifest import Manifest
+from motet.protocol.columns import ERROR, CellError, Column
+from motet.protocol.manifest import Manifest
+from motet.protocol.wire import Assignment, Outcome, Spent
 from motet.tasks import Choose, Classify, Generate, Task
-from motet.wire import Assignment, Outcome, Spent
-from scheduler.prompt_order import ANSWER_BYTES
+from scheduler.policy.prompt_order import ANSWER_BYTES
 from scheduler.store import explain, jobs
 from scheduler.store.registry import tenant_named
 from tests.integration.landing import land, register

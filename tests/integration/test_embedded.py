@@ -31,14 +31,14 @@ import redis
 from redis.backoff import NoBackoff
 from redis.retry import Retry
 
-from motet.embedded import postgres as embedded_postgres
-from motet.embedded.children import Child, marked
-from motet.embedded.cluster import Cluster, Watched
-from motet.embedded.places import SocketDir
-from motet.embedded.postgres import Postgres, _installations
-from motet.embedded.valkey import Valkey, ValkeyUrls
 from motet.errors import SetupError
-from motet.redis_url import redis_py_url
+from motet.local import postgres as embedded_postgres
+from motet.local.children import Child, marked
+from motet.local.cluster import Cluster, Watched
+from motet.local.places import SocketDir
+from motet.local.postgres import Postgres, _installations
+from motet.local.valkey import Valkey, ValkeyUrls
+from motet.protocol.redis_url import redis_py_url
 from tests.integration import stand_in
 from tests.integration.stand_in import StandIn
 
@@ -104,7 +104,7 @@ def test_a_child_that_ignores_the_request_to_end_is_killed(tmp_path: Path):
 def test_a_log_that_has_grown_is_set_aside_when_its_process_starts_again(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
-    monkeypatch.setattr("motet.embedded.children.LOG_BYTES", 3)
+    monkeypatch.setattr("motet.local.children.LOG_BYTES", 3)
     talker = Child("talker", ["/bin/echo", "hello"], log=tmp_path / "talker.log")
     for _ in range(2):
         talker.start()
@@ -115,7 +115,7 @@ def test_a_log_that_has_grown_is_set_aside_when_its_process_starts_again(
 def test_a_log_that_grows_while_its_process_runs_is_cut_and_the_process_goes_on(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
-    monkeypatch.setattr("motet.embedded.children.LOG_BYTES", 6)
+    monkeypatch.setattr("motet.local.children.LOG_BYTES", 6)
     cluster = StandIn(tmp_path)
     log = tmp_path / "logs/echo.log"
     # Says a line whenever its queue has one.
@@ -638,7 +638,7 @@ def python_of(user: str) -> tuple[str, dict[str, str]]:
     folders = [Path(stand_in.__file__).parents[2], *site.getsitepackages()]
     env = {"PYTHONPATH": os.pathsep.join(map(str, folders)), "PATH": os.defpath}
     for python in (sys.executable, f"/usr/bin/python3.{sys.version_info.minor}"):
-        command = [python, "-c", "import motet.embedded.cluster, psycopg"]
+        command = [python, "-c", "import motet.local.cluster, psycopg"]
         with contextlib.suppress(OSError):
             if subprocess.run(command, user=user, env=env, cwd="/", capture_output=True).returncode == 0:
                 return python, env

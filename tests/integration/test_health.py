@@ -10,10 +10,10 @@ from pathlib import Path
 
 import pytest
 
-from motet.embedded.places import free_port
-from motet.settings import Settings
-from motet.transport import RedisTransport, RedisWorkerTransport
-from motet.wire import Beat
+from motet.local.places import free_port
+from motet.protocol.settings import Settings
+from motet.protocol.transport import RedisTransport, RedisWorkerTransport
+from motet.protocol.wire import Beat
 from scheduler import health
 from scheduler.__main__ import main as scheduler
 from scheduler.aggregator import Aggregator

@@ -12,10 +12,10 @@ from typing import Any
 
 import pytest
 
-from motet.columns import OK, STATE_MASK, TRUNCATED, CellError, Column, values
-from motet.manifest import Manifest
+from motet.protocol.columns import OK, STATE_MASK, TRUNCATED, CellError, Column, values
+from motet.protocol.manifest import Manifest
+from motet.protocol.wire import TaskOrder
 from motet.tasks import Chat, Choose, Extract, Generate, Task
-from motet.wire import TaskOrder
 from tests.tiny_language import CONTEXT, SWITCHED, TinyServer, a_llama, serving
 from workers.engine import CannotLoad, Ended, Engine, Pass, Prepared
 from workers.engines import InstalledEngines

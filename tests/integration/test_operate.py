@@ -22,9 +22,9 @@ import pytest
 from motet import Classify, Client
 from motet.cli import main
 from motet.errors import InvalidJob, NotFound, SetupError, Unauthorized
-from motet.settings import Settings
-from motet.transport import MemoryTransport, RedisWorkerTransport
-from motet.wire import PROTOCOL, Beat, Control
+from motet.protocol.settings import Settings
+from motet.protocol.transport import MemoryTransport, RedisWorkerTransport
+from motet.protocol.wire import PROTOCOL, Beat, Control
 from scheduler.api import blobs
 from scheduler.dispatcher import Dispatcher
 from scheduler.store import blobs as blob_rows
@@ -264,7 +264,7 @@ def test_an_outcome_of_another_major_is_buried_and_its_rows_are_done_by_others(
     for hand in crew:
         for a in hand.take_all():
             with monkeypatch.context() as other:
-                other.setattr("motet.wire.PROTOCOL", PROTOCOL + 1)
+                other.setattr("motet.protocol.wire.PROTOCOL", PROTOCOL + 1)
                 raw = hand.outcome(a).encode()
             house.transport.worker(hand.name).report(a.subtask, a.attempt, raw)
             hand.holding.clear()

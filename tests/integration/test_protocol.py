@@ -17,17 +17,17 @@ from uuid import UUID
 import pytest
 from sqlalchemy import text
 
-from motet.columns import ERROR, CellError, Column
 from motet.errors import Problem
-from motet.settings import Settings
+from motet.protocol.columns import ERROR, CellError, Column
+from motet.protocol.settings import Settings
+from motet.protocol.transport import MemoryTransport
+from motet.protocol.wire import Assignment, Beat, Outcome, Running, Usage, pack, unpack
 from motet.tasks import Classify
-from motet.transport import MemoryTransport
-from motet.wire import Assignment, Beat, Outcome, Running, Usage, pack, unpack
 from scheduler.aggregator import Aggregator
-from scheduler.carve import Carved, Frontier, Range
 from scheduler.dispatcher import Dispatcher
-from scheduler.liveness import GRACE_S
 from scheduler.payloads import Payloads
+from scheduler.policy.carve import Carved, Frontier, Range
+from scheduler.policy.liveness import GRACE_S
 from scheduler.store import leases
 from scheduler.store.database import Database, StoreUnavailable
 from scheduler.store.endings import delete_job, end_job

@@ -11,11 +11,11 @@ from typing import Any
 import pytest
 from sqlalchemy import text
 
-from motet.columns import Column
-from motet.manifest import Manifest
+from motet.protocol.columns import Column
+from motet.protocol.manifest import Manifest
+from motet.protocol.wire import Outcome, Usage
 from motet.tasks import Classify
-from motet.wire import Outcome, Usage
-from scheduler.cost import RateKey, Rates, Workload
+from scheduler.policy.cost import RateKey, Rates, Workload
 from scheduler.store.database import Database
 from scheduler.store.outcomes import record
 from scheduler.store.rates import Timed, learn, rates

@@ -9,8 +9,8 @@ from collections.abc import Iterator
 import pytest
 from sqlalchemy import text
 
-from motet.columns import CellError, Column
-from motet.transport import Entry
+from motet.protocol.columns import CellError, Column
+from motet.protocol.transport import Entry
 from scheduler.aggregator import batches
 from scheduler.merge import errors_column
 from scheduler.store.database import Database

@@ -11,9 +11,10 @@ from uuid import UUID
 import httpx
 import pytest
 
-from motet import Client, Function, traces
-from motet.embedded.cluster import Cluster, _version
-from motet.manifest import Manifest
+from motet import Client, Function
+from motet.local.cluster import Cluster, _version
+from motet.protocol import traces
+from motet.protocol.manifest import Manifest
 from tests.integration.api_house import House, a_house, house
 from tests.trace_receiver import Receiver, receiving
 from tests.unit.test_traces import Kept, kept
@@ -162,7 +163,7 @@ def ends(kept: Kept) -> list[tuple[str, object]]:
 def test_nobody_waits_for_a_receiver_that_is_away(
     database_url: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    from motet.otlp import WAITING
+    from motet.protocol.otlp import WAITING
 
     traces.configure("test", "http://127.0.0.1:1")
     try:

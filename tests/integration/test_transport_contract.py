@@ -12,10 +12,10 @@ from typing import Any
 import pytest
 import redis
 
-from motet import transport
-from motet.embedded.valkey import Valkey
-from motet.manifest import Manifest
-from motet.transport import (
+from motet.local.valkey import Valkey
+from motet.protocol import transport
+from motet.protocol.manifest import Manifest
+from motet.protocol.transport import (
     Entry,
     Lag,
     MemoryTransport,
@@ -25,7 +25,7 @@ from motet.transport import (
     TransportLost,
     WorkerTransport,
 )
-from motet.wire import Assignment, Beat, Control, Outcome, Running
+from motet.protocol.wire import Assignment, Beat, Control, Outcome, Running
 
 MODEL = Manifest(name="m", version="1", engine="encoder", answers="vector")
 

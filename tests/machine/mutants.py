@@ -16,13 +16,13 @@ from sqlalchemy import Connection, text
 
 import scheduler.aggregator
 import scheduler.dispatcher
-from motet.columns import OK, RETURNED
-from motet.wire import Outcome
-from scheduler import lifecycle
+from motet.protocol.columns import OK, RETURNED
+from motet.protocol.wire import Outcome
 from scheduler.aggregator import Aggregator
-from scheduler.carve import Range
 from scheduler.dispatcher import Dispatcher
-from scheduler.lifecycle import Return
+from scheduler.policy import lifecycle
+from scheduler.policy.carve import Range
+from scheduler.policy.lifecycle import Return
 from scheduler.store import dependence, endings, leases, outcomes
 from scheduler.store.database import Database
 from tests.machine.world import Play

@@ -13,12 +13,12 @@ from uuid import UUID
 
 from sqlalchemy import text
 
-from motet.columns import ERROR, OK, RETURNED, STATE_MASK, Column
 from motet.errors import Problem
-from motet.wire import unpack
+from motet.protocol.columns import ERROR, OK, RETURNED, STATE_MASK, Column
+from motet.protocol.wire import unpack
 from scheduler.blocks import row_order
-from scheduler.lifecycle import MAX_DEATHS_ALONE, MAX_DEATHS_UNSEEN, MAX_TRIES
 from scheduler.merge import array_of
+from scheduler.policy.lifecycle import MAX_DEATHS_ALONE, MAX_DEATHS_UNSEEN, MAX_TRIES
 from tests.machine.stage import Broken
 from tests.machine.world import NEEDS, Job, World, label_for
 

@@ -16,7 +16,7 @@ from typing import Any
 
 from sqlalchemy import Connection, text
 
-from motet.transport import MemoryTransport, TransportLost
+from motet.protocol.transport import MemoryTransport, TransportLost
 from scheduler.store import leases
 from scheduler.store.database import Database, StoreUnavailable
 from tests.integration import landing

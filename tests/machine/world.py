@@ -13,16 +13,16 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 from uuid import UUID
 
-from motet.columns import ERROR, CellError, Column
 from motet.errors import Problem
-from motet.settings import Settings
+from motet.protocol.columns import ERROR, CellError, Column
+from motet.protocol.settings import Settings
+from motet.protocol.transport import TransportLost
+from motet.protocol.wire import Assignment, Beat, Outcome, Running, Usage
 from motet.tasks import Classify
-from motet.transport import TransportLost
-from motet.wire import Assignment, Beat, Outcome, Running, Usage
 from scheduler.aggregator import Aggregator
 from scheduler.dispatcher import Dispatcher
 from scheduler.facts import workers as able
-from scheduler.place import Clone, Recall
+from scheduler.policy.place import Clone, Recall
 from scheduler.store import drains, jobs, registry
 from scheduler.store.database import Database, StoreUnavailable
 from scheduler.store.leadership import NotLeading

@@ -10,9 +10,9 @@ from pathlib import Path
 
 import pytest
 
-from motet.manifest import Manifest
+from motet.protocol.manifest import Manifest
+from motet.protocol.wire import TaskOrder
 from motet.tasks import Classify
-from motet.wire import TaskOrder
 from tests.processes.test_worker_register import Api, api, trunk_folder
 from workers.__main__ import main
 from workers.engines.encoder.encoder import EncoderEngine

@@ -22,12 +22,12 @@ from typing import Any, TypeVar
 import psutil
 import pytest
 
-from motet.columns import values
-from motet.embedded.valkey import Valkey, ValkeyUrls
-from motet.manifest import Manifest
+from motet.local.valkey import Valkey, ValkeyUrls
+from motet.protocol.columns import values
+from motet.protocol.manifest import Manifest
+from motet.protocol.transport import RedisTransport, celery_message, queue_name
+from motet.protocol.wire import Assignment, Beat, Control, Outcome, TaskOrder
 from motet.tasks import Embed, Function
-from motet.transport import RedisTransport, celery_message, queue_name
-from motet.wire import Assignment, Beat, Control, Outcome, TaskOrder
 from workers.run.app import EXIT_STUCK
 
 Found = TypeVar("Found")

@@ -21,7 +21,7 @@ from urllib.parse import unquote
 import pytest
 
 import motet
-from motet.manifest import Manifest
+from motet.protocol.manifest import Manifest
 from tests.tiny_language import a_language_model, a_llama, serving
 from workers.__main__ import main
 from workers.registrar.trying import TrialDevice

@@ -28,10 +28,10 @@ import pytest
 import redis
 
 from motet import Client, Function
-from motet.embedded.children import MARK
-from motet.embedded.cluster import Cluster
-from motet.transport import OUTCOMES, WORKERS
-from motet.wire import Beat
+from motet.local.children import MARK
+from motet.local.cluster import Cluster
+from motet.protocol.transport import OUTCOMES, WORKERS
+from motet.protocol.wire import Beat
 from tests.acceptance.test_flower import Browser, answers, until
 from tests.fuzz.small_cluster import eventually, redis_of, small_cluster
 from tests.trace_receiver import PATH, Receiver, receiving

@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 import redis
 
-from motet.embedded.valkey import RIGHTS, ValkeyUrls, acl
-from motet.redis_url import redis_py_url
+from motet.local.valkey import RIGHTS, ValkeyUrls, acl
+from motet.protocol.redis_url import redis_py_url
 
 #: Nobody may do these: they run code, show or change the server, or see what others do.
 NOBODY = (

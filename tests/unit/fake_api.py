@@ -22,8 +22,8 @@ from urllib.parse import parse_qs, urlsplit
 
 import msgpack
 
-from motet.columns import ERROR, OK, CellError, Column
-from motet.wire import by_offset, pack, zstd
+from motet.protocol.columns import ERROR, OK, CellError, Column
+from motet.protocol.wire import by_offset, pack, zstd
 
 LABELS = {"topic": ["sport", "tech"], "tone": ["glad", "sad", "loud"]}
 TOKEN = "user.secret"

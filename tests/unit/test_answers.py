@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from motet.columns import CellError, Column
+from motet.protocol.columns import CellError, Column
 from scheduler.answers import as_texts
 
 

@@ -12,8 +12,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from motet.errors import InvalidJob
+from motet.protocol.wire import BadMessage, by_offset, by_reason
 from motet.tasks import placeholders
-from motet.wire import BadMessage, by_offset, by_reason
 from scheduler.api.rows import Incoming, read_columns, read_lines, read_rows
 from scheduler.blocks import (
     EncodedBlock,

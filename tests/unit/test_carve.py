@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from scheduler.carve import (
+from scheduler.policy.carve import (
     MAX_BYTES,
     MAX_ROWS,
     MIN_S,
@@ -20,7 +20,7 @@ from scheduler.carve import (
     carve,
     size_s,
 )
-from scheduler.cost import Price
+from scheduler.policy.cost import Price
 
 #: A second a kilobyte, and nothing else costs anything.
 KB_A_SECOND = Price(0.0, 0.0, 0.001, 0.0)

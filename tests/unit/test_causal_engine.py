@@ -13,10 +13,10 @@ import torch
 from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM
 
-from motet.columns import STATE_MASK, Column, values
-from motet.manifest import Manifest
+from motet.protocol.columns import STATE_MASK, Column, values
+from motet.protocol.manifest import Manifest
+from motet.protocol.wire import TaskOrder
 from motet.tasks import Chat, Choose, Extract, Generate, Task
-from motet.wire import TaskOrder
 from tests.tiny_language import BEGUN, CONTEXT, SWITCHED, a_llama
 from workers.engine import Ended, Engine, Pass, Prepared
 from workers.engines.causal import steps

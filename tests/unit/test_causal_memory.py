@@ -13,8 +13,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from motet.columns import STATE_MASK, values
-from motet.manifest import Manifest
+from motet.protocol.columns import STATE_MASK, values
+from motet.protocol.manifest import Manifest
 from motet.tasks import Generate
 from tests.unit import test_worker_executor as executing
 from tests.unit.test_causal_engine import TEXTS, House, files_of, llama, several  # noqa: F401 - a fixture

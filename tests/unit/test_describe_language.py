@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from motet.errors import SetupError
-from motet.manifest import Manifest
+from motet.protocol.manifest import Manifest
 from workers.registrar.adapters import read_adapter
 from workers.registrar.describe import Described, describe_folder
 

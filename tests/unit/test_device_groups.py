@@ -9,9 +9,9 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from motet.wire import Beat
+from motet.protocol.wire import Beat
 from scheduler.facts import workers
-from scheduler.place import cannot_hold, on_first_mb, room_mb
+from scheduler.policy.place import cannot_hold, on_first_mb, room_mb
 from scheduler.simulation.forecast import forecast
 from tests.unit.test_explain import beat, told
 from tests.unit.test_explain import demand as wanted

@@ -12,7 +12,7 @@ import pytest
 from motet.doctor import STATES, Finding, checks, look
 from motet.doctor.checks import GB, Driver, Folder, Package, PostgresFacts, RedisFacts, Torch, WorkerFacts
 from motet.errors import SetupError
-from motet.settings import Settings
+from motet.protocol.settings import Settings
 
 H200 = "NVIDIA H200"
 

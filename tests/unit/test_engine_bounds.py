@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from motet.columns import values
+from motet.protocol.columns import values
 from motet.tasks import Choose
 from tests.unit.test_causal_engine import House, files_of, llama  # noqa: F401 - a fixture
 from tests.unit.test_worker_engines import tiny_bert

@@ -19,10 +19,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from motet.columns import CellError, Column, values
-from motet.manifest import Manifest
+from motet.protocol.columns import CellError, Column, values
+from motet.protocol.manifest import Manifest
+from motet.protocol.wire import Assignment, Outcome, TaskOrder
 from motet.tasks import Choose, Embed, Generate, Number
-from motet.wire import Assignment, Outcome, TaskOrder
 from tests.tiny_language import a_llama
 from tests.unit.test_worker_engines import tiny_bert
 from tests.unit.test_worker_executor import OTHER, TRUNK, FakeEngine, House, an_order

@@ -11,14 +11,14 @@ from uuid import UUID
 import pytest
 
 from motet.explanation import Explanation
-from motet.manifest import Manifest
-from motet.wire import PROTOCOL, Beat
+from motet.protocol.manifest import Manifest
+from motet.protocol.wire import PROTOCOL, Beat
 from scheduler.api import shapes
-from scheduler.cost import Rate, Rates
 from scheduler.explain import NAMES, Case, explain
 from scheduler.facts import Facts, workers
-from scheduler.lifecycle import Refusal
-from scheduler.place import Demand
+from scheduler.policy.cost import Rate, Rates
+from scheduler.policy.lifecycle import Refusal
+from scheduler.policy.place import Demand
 from scheduler.store.explain import Owner, PassStanding, Standing
 from scheduler.store.jobs import JobEntry
 from scheduler.store.leases import Held

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from scheduler.fairness import BULK, CLASS_WEIGHTS, NORMAL, Account, Line, begun
+from scheduler.policy.fairness import BULK, CLASS_WEIGHTS, NORMAL, Account, Line, begun
 
 WEIGHTS = st.floats(0.1, 10)
 QUANTA = st.floats(0.01, 20)

@@ -16,18 +16,18 @@ PURE = (
     *(
         f"scheduler/{n}.py"
         for n in (
-            "plan",
-            "needs",
-            "prompt_order",
-            "prompt_cost",
+            "policy/plan",
+            "policy/needs",
+            "policy/prompt_order",
+            "policy/prompt_cost",
             "answers",
-            "carve",
-            "cost",
-            "fairness",
-            "place",
-            "pressure",
-            "lifecycle",
-            "liveness",
+            "policy/carve",
+            "policy/cost",
+            "policy/fairness",
+            "policy/place",
+            "policy/pressure",
+            "policy/lifecycle",
+            "policy/liveness",
             "merge",
             "blocks",
             "explain",
@@ -37,7 +37,7 @@ PURE = (
             "simulation/trial",
         )
     ),
-    "motet/residency.py",
+    "motet/protocol/residency.py",
     *(f"workers/run/{n}.py" for n in ("batching", "lane", "turns")),
 )
 IMPURE = {
@@ -111,7 +111,7 @@ def test_sql_stands_in_the_store_alone() -> None:
 
 def test_redis_keys_are_known_to_the_transport_alone() -> None:
     key = re.compile(r"motet:(w|outcomes|workers|canary|dead)\b|motet\.gpu\.")
-    allowed = {"motet/transport.py", "motet/embedded/valkey.py"}
+    allowed = {"motet/protocol/transport.py", "motet/local/valkey.py"}
     users = {
         str(f.relative_to(ROOT))
         for f in files(*PACKAGES)

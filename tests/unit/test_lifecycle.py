@@ -9,11 +9,11 @@ from uuid import UUID
 from hypothesis import given
 from hypothesis import strategies as st
 
-from motet.manifest import Manifest
-from motet.wire import PROTOCOL, Beat
-from scheduler.carve import Range
+from motet.protocol.manifest import Manifest
+from motet.protocol.wire import PROTOCOL, Beat
 from scheduler.facts import workers
-from scheduler.lifecycle import (
+from scheduler.policy.carve import Range
+from scheduler.policy.lifecycle import (
     MAX_DEATHS_UNSEEN,
     MAX_TRIES,
     GivenUp,
@@ -24,8 +24,8 @@ from scheduler.lifecycle import (
     lost,
     runs,
 )
-from scheduler.liveness import GRACE_S, Roster
-from scheduler.place import Demand
+from scheduler.policy.liveness import GRACE_S, Roster
+from scheduler.policy.place import Demand
 
 RANGES = (Range(0, 10, 20, 100), Range(1, 0, 4, 40))
 

@@ -8,9 +8,9 @@ from typing import Any
 import msgpack
 import pytest
 
-from motet.manifest import Manifest
-from motet.wire import PROTOCOL, Assignment, BadMessage, Beat, Control, Outcome, pack, unpack
-from scheduler.liveness import Watch, attuned, drops, speaks, usable
+from motet.protocol.manifest import Manifest
+from motet.protocol.wire import PROTOCOL, Assignment, BadMessage, Beat, Control, Outcome, pack, unpack
+from scheduler.policy.liveness import Watch, attuned, drops, speaks, usable
 
 
 def beat(seq: int, *, boot: str = "b", **kw: object) -> Beat:

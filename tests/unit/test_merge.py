@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from motet.columns import ERROR, RETURNED, CellError, Column, Kind, cut, values
+from motet.protocol.columns import ERROR, RETURNED, CellError, Column, Kind, cut, values
 from scheduler.merge import AnswersPart, BadColumn, check, errors_column, mark_returned, merge, returned_rows
 
 LABELS = ("a", "b", "c")

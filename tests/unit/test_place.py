@@ -14,10 +14,20 @@ from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
-from motet.manifest import Manifest
-from scheduler.cost import Rate, Rates
-from scheduler.fairness import BULK, INTERACTIVE, NORMAL, Account
-from scheduler.place import Clone, Demand, Flight, PassId, Placement, Placer, Recall, UnderWay, WorkerState
+from motet.protocol.manifest import Manifest
+from scheduler.policy.cost import Rate, Rates
+from scheduler.policy.fairness import BULK, INTERACTIVE, NORMAL, Account
+from scheduler.policy.place import (
+    Clone,
+    Demand,
+    Flight,
+    PassId,
+    Placement,
+    Placer,
+    Recall,
+    UnderWay,
+    WorkerState,
+)
 
 #: On a usual box a row takes a tenth of a second, on a card a fortieth.
 ROW_BYTES, ROW_S = 100, 0.1

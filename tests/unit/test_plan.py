@@ -11,10 +11,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from motet.errors import InvalidJob, Problem
-from motet.manifest import Manifest
+from motet.protocol.manifest import Manifest
 from motet.tasks import Chat, Choose, Classify, Embed, Entities, Extract, Function, Generate, Number, Task
 from scheduler.blocks import Reads
-from scheduler.plan import (
+from scheduler.policy.plan import (
     PassPlan,
     Sample,
     estimate,
@@ -26,7 +26,7 @@ from scheduler.plan import (
     task_digest,
     tokens_read,
 )
-from scheduler.prompt_order import ANSWER_BYTES
+from scheduler.policy.prompt_order import ANSWER_BYTES
 
 MINILM = Manifest(
     name="minilm",

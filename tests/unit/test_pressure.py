@@ -8,8 +8,16 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from motet.transport import Lag
-from scheduler.pressure import OUTCOMES, REDIS_MEMORY, Overload, PressureFacts, overloads, pressures, throttle
+from motet.protocol.transport import Lag
+from scheduler.policy.pressure import (
+    OUTCOMES,
+    REDIS_MEMORY,
+    Overload,
+    PressureFacts,
+    overloads,
+    pressures,
+    throttle,
+)
 
 GIB = 1 << 30
 CALM = PressureFacts(

@@ -6,9 +6,9 @@ from dataclasses import replace
 
 import pytest
 
-from motet.manifest import Manifest
-from scheduler.plan import PassEstimate, PassPlan, Sample
-from scheduler.prompt_cost import TaskTokens, estimate_prompts
+from motet.protocol.manifest import Manifest
+from scheduler.policy.plan import PassEstimate, PassPlan, Sample
+from scheduler.policy.prompt_cost import TaskTokens, estimate_prompts
 
 LLM = Manifest(name="llm", version="1", engine="causal", answers="text", max_tokens=200)
 TEXT_FIRST = PassPlan(

@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from motet.recipe import MISSING, Recipe, Target
+from motet.training.recipe import MISSING, Recipe, Target
 
 LABELS = ("a", "b", "c")
 

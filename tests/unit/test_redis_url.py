@@ -4,7 +4,7 @@ import pytest
 from redis import Redis
 
 from motet.errors import SetupError
-from motet.redis_url import redis_py_url
+from motet.protocol.redis_url import redis_py_url
 
 
 def test_redis_py_finds_in_our_socket_url_what_kombu_finds_there():

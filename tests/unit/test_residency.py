@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from motet.residency import NeverFits, Resident, evictions
+from motet.protocol.residency import NeverFits, Resident, evictions
 
 
 def held(*models: tuple[str, int]) -> list[Resident[str]]:

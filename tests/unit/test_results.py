@@ -15,11 +15,11 @@ from typing import Any
 import pytest
 
 from motet import export
-from motet.columns import ERROR, OK, SKIPPED, TRUNCATED, CellError, Column
 from motet.progress import Bar
+from motet.protocol.columns import ERROR, OK, SKIPPED, TRUNCATED, CellError, Column
+from motet.protocol.wire import BadMessage, pack
 from motet.results import Block, Row, Span, read_frames
 from motet.rows import records
-from motet.wire import BadMessage, pack
 
 LABELS = ("sport", "tech")
 ERRORS = {2: CellError("too_long", "600 tokens; the model reads 256")}

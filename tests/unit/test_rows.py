@@ -16,9 +16,9 @@ from hypothesis import strategies as st
 from motet import rows as rows_module
 from motet import sources
 from motet.errors import InvalidJob
+from motet.protocol.settings import Settings
+from motet.protocol.wire import unpack
 from motet.rows import BLOCK_BYTES, BLOCK_ROWS, MAX_ROW_BYTES, PART_BYTES, Part, cut, survey
-from motet.settings import Settings
-from motet.wire import unpack
 from scheduler import blocks
 
 FIELDS = ["text"]

@@ -8,7 +8,7 @@ from typing import get_type_hints
 import pytest
 
 from motet.errors import SetupError
-from motet.settings import Settings
+from motet.protocol.settings import Settings
 
 NUMBERS = [field.name for field in fields(Settings) if get_type_hints(Settings)[field.name] is float]
 

@@ -9,8 +9,8 @@ from typing import Any
 
 import pytest
 
-from motet.manifest import Manifest
-from motet.wire import Beat
+from motet.protocol.manifest import Manifest
+from motet.protocol.wire import Beat
 from scheduler.api.workers_seen import WorkersSeen
 from scheduler.store import leases
 

@@ -13,8 +13,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from motet.errors import SetupError
-from scheduler import carve, cost, dispatcher, place
-from scheduler.fairness import BULK, INTERACTIVE, NORMAL, Account
+from scheduler import dispatcher
+from scheduler.policy import carve, cost, place
+from scheduler.policy.fairness import BULK, INTERACTIVE, NORMAL, Account
 from scheduler.simulation import policy
 from scheduler.simulation.cluster import Model, Scenario, SimulatedDevice, SimulatedJob, UncarvedRows
 from scheduler.simulation.events import TICK_S, Attempt, RunOutcome, Simulation

@@ -15,13 +15,13 @@ from pathlib import Path
 import pytest
 
 from motet.cli import command
-from motet.settings import Settings
+from motet.protocol.settings import Settings
 from workers.launch.launcher import FAREWELL_S
 
 FOLDER = Path(__file__).parents[2] / "deploy" / "systemd"
 UNITS = sorted(FOLDER.glob("*.service"))
 VENV = "/opt/motet/.venv/bin/"
-#: Of motet.flower, whose module wants Flower to be installed.
+#: Of motet.local.flower, whose module wants Flower to be installed.
 FLOWER = {"flower_address", "flower_port", "flower_user", "flower_password", "flower_cookie_secret"}
 
 

@@ -11,10 +11,10 @@ from typing import Any
 
 import pytest
 
-from motet.columns import CellError
-from motet.manifest import Manifest
+from motet.protocol.columns import CellError
+from motet.protocol.manifest import Manifest
+from motet.protocol.wire import TaskOrder
 from motet.tasks import Embed
-from motet.wire import TaskOrder
 from tests.processes.test_worker_register import trunk_folder
 from tests.tiny_language import a_llama
 from workers.engine import CannotLoad, Pass, Prepared

@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from motet.errors import SetupError
-from scheduler.cost import Workload
+from scheduler.policy.cost import Workload
 from scheduler.simulation.cluster import UncarvedRows
 from scheduler.simulation.events import DeviceSpan, RunOutcome, Simulation
 from scheduler.simulation.kinds import KINDS, devices_of, kind_named

@@ -10,9 +10,9 @@ from dataclasses import dataclass, field
 
 import pytest
 
-from motet import traces
 from motet.errors import SetupError
-from motet.traces import TraceSpan
+from motet.protocol import traces
+from motet.protocol.traces import TraceSpan
 
 JOB = uuid.UUID("0b9f3c1e-6f0c-4f0e-9b0a-2f6f0a3c8d11")
 
@@ -46,11 +46,11 @@ def kept(monkeypatch: pytest.MonkeyPatch) -> Kept:
 def test_while_they_are_off_nothing_is_imported() -> None:
     code = """
 import sys
-from motet import traces
+from motet.protocol import traces
 traces.configure("test", "")
 with traces.together(), traces.span("no job", "x", rows=1):
     traces.add("no job", "x", 0.0)
-print([name for name in sys.modules if name.startswith(("opentelemetry", "motet.otlp"))])
+print([name for name in sys.modules if name.startswith(("opentelemetry", "motet.protocol.otlp"))])
 """
     done = subprocess.run(
         [sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=True
@@ -138,6 +138,6 @@ def test_a_host_alone_means_the_usual_path() -> None:
 
 
 def test_without_the_extra_it_is_said_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(sys.modules, "motet.otlp", None)
+    monkeypatch.setitem(sys.modules, "motet.protocol.otlp", None)
     with pytest.raises(SetupError, match=r"motet\[traces\]"):
         traces.configure("test", "http://127.0.0.1:1")

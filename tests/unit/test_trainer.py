@@ -13,11 +13,11 @@ import numpy as np
 import pytest
 import torch
 
-from motet.columns import Column, values
-from motet.manifest import Manifest
-from motet.recipe import Recipe, Target
+from motet.protocol.columns import Column, values
+from motet.protocol.manifest import Manifest
+from motet.protocol.wire import TaskOrder
 from motet.tasks import Classify, Fit, Number, Task
-from motet.wire import TaskOrder
+from motet.training.recipe import Recipe, Target
 from tests.unit.test_worker_engines import tiny_bert
 from workers.engine import Engine, Pass, Prepared, Step
 from workers.engines.encoder.encoder import EncoderEngine

@@ -8,8 +8,8 @@ from typing import Any
 import pytest
 
 from motet import InvalidJob, Labels, Number
-from motet.curves import draw
-from motet.training import Epoch, Learned, read_lesson
+from motet.training.curves import draw
+from motet.training.run import Epoch, Learned, read_lesson
 
 TASKS: dict[str, Learned] = {
     "topic": Labels("topic"),

@@ -11,9 +11,9 @@ from pathlib import Path
 
 import pytest
 
-from motet.manifest import KV_TOKENS, WIDTHS, Manifest
-from motet.residency import NeverFits, evictions
-from motet.settings import Settings
+from motet.protocol.manifest import KV_TOKENS, WIDTHS, Manifest
+from motet.protocol.residency import NeverFits, evictions
+from motet.protocol.settings import Settings
 from workers.engine import CannotLoad, OutOfMemory
 from workers.engines.served.vllm import BESIDE_MB, Gpus, VllmEngine
 

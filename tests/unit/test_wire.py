@@ -9,9 +9,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from motet.columns import ERROR, TRUNCATED, CellError, Column, values
-from motet.manifest import Manifest
-from motet.wire import (
+from motet.protocol.columns import ERROR, TRUNCATED, CellError, Column, values
+from motet.protocol.manifest import Manifest
+from motet.protocol.wire import (
     MAX_DECODED_BYTES,
     Assignment,
     BadMessage,

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from motet.manifest import Manifest
+from motet.protocol.manifest import Manifest
+from motet.protocol.wire import Assignment, TaskOrder, Usage
 from motet.tasks import Generate, Number
-from motet.wire import Assignment, TaskOrder, Usage
 from workers.engine import Prepared
 from workers.run.work import Work, ask_of
 

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from motet.manifest import Manifest
+from motet.protocol.manifest import Manifest
 from workers.engine import CannotLoad
 from workers.run import blobs
 from workers.run.blobs import BlobCache, CannotFetch, FileRefused, check_name

@@ -18,10 +18,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import save_file
 
-from motet.columns import Column, values
-from motet.manifest import Manifest
+from motet.protocol.columns import Column, values
+from motet.protocol.manifest import Manifest
+from motet.protocol.wire import TaskOrder
 from motet.tasks import Classify, Embed, Number, Task
-from motet.wire import TaskOrder
 from workers.engine import CannotLoad, DeviceBroken, OutOfMemory, Pass, Prepared, SelfDescribing
 from workers.engines import InstalledEngines
 from workers.engines.encoder.classifier import ClassifierEngine

@@ -14,11 +14,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from motet.columns import ERROR, OK, STATE_MASK, TRUNCATED, CellError, Column, values
-from motet.manifest import Manifest
+from motet.protocol.columns import ERROR, OK, STATE_MASK, TRUNCATED, CellError, Column, values
+from motet.protocol.manifest import Manifest
+from motet.protocol.transport import MemoryTransport, MemoryWorkerTransport, TransportLost
+from motet.protocol.wire import Assignment, Outcome, Running, TaskOrder
 from motet.tasks import Classify, Number, Task
-from motet.transport import MemoryTransport, MemoryWorkerTransport, TransportLost
-from motet.wire import Assignment, Outcome, Running, TaskOrder
 from workers.engine import CannotLoad, DeviceBroken, OutOfMemory, Pass, Prepared
 from workers.run.attempts import Attempts, Key
 from workers.run.batching import Budget, Cost, Pace

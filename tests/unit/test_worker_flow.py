@@ -10,10 +10,10 @@ from typing import Any
 
 import pytest
 
-from motet.columns import OK, CellError, Column, typed
-from motet.manifest import Manifest
+from motet.protocol.columns import OK, CellError, Column, typed
+from motet.protocol.manifest import Manifest
+from motet.protocol.wire import Assignment
 from motet.tasks import Generate
-from motet.wire import Assignment
 from tests.unit.test_worker_executor import OTHER, FakeEngine, House, an_order, answers
 from workers.engine import Ended, OutOfMemory, Pass, Prepared, Step
 

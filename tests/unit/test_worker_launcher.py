@@ -14,10 +14,10 @@ from typing import Any
 
 import pytest
 
-from motet.embedded.children import MARK
 from motet.errors import SetupError
-from motet.settings import Settings
-from motet.transport import TransportLost
+from motet.local.children import MARK
+from motet.protocol.settings import Settings
+from motet.protocol.transport import TransportLost
 from workers.launch.forkserver import server_environment
 from workers.launch.herald import Herald
 from workers.launch.launcher import (

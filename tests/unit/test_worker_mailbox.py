@@ -10,10 +10,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from motet.manifest import Manifest
+from motet.protocol.manifest import Manifest
+from motet.protocol.transport import celery_message
+from motet.protocol.wire import Assignment, TaskOrder
 from motet.tasks import Function
-from motet.transport import celery_message
-from motet.wire import Assignment, TaskOrder
 from workers.run.mailbox import HEADERS, PROPERTIES, as_celery_may_see
 
 

@@ -15,11 +15,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from motet.columns import ERROR, OK, TRUNCATED, CellError, Column, cut, values
 from motet.errors import SetupError
-from motet.logs import configure, event
-from motet.transport import MemoryTransport, TransportLost
-from motet.wire import Beat, Control, Outcome
+from motet.protocol.columns import ERROR, OK, TRUNCATED, CellError, Column, cut, values
+from motet.protocol.logs import configure, event
+from motet.protocol.transport import MemoryTransport, TransportLost
+from motet.protocol.wire import Beat, Control, Outcome
 from workers.engines.answers import label_column, labels_column, number_column, vector_column
 from workers.engines.function import json_column
 from workers.launch.pulse import LOADING_SILENCE_S, SILENCE_S

@@ -13,8 +13,8 @@ from pathlib import Path
 import httpx
 import pytest
 
+from motet.protocol.wire import TaskOrder
 from motet.tasks import Choose, Generate
-from motet.wire import TaskOrder
 from tests.tiny_language import a_llama
 from workers.engine import CannotLoad, DeviceBroken, Pass, Prepared
 from workers.engines.served.vllm import Vllm, VllmEngine

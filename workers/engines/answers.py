@@ -8,8 +8,8 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from motet.columns import ERROR, OK, CellError, Column
-from motet.wire import TaskOrder
+from motet.protocol.columns import ERROR, OK, CellError, Column
+from motet.protocol.wire import TaskOrder
 
 Floats = NDArray[np.float32]
 

@@ -16,9 +16,9 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from motet.columns import ERROR, OK, CellError, Column, is_storable_json, little_endian
-from motet.manifest import Manifest
-from motet.wire import TaskOrder
+from motet.protocol.columns import ERROR, OK, CellError, Column, is_storable_json, little_endian
+from motet.protocol.manifest import Manifest
+from motet.protocol.wire import TaskOrder
 from workers.engine import OutOfMemory, Pass, Prepared
 
 

@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from motet.columns import CellError
+from motet.protocol.columns import CellError
 from motet.tasks import placeholders, render
 
 #: Between text and instruction.

@@ -13,7 +13,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, Protocol, runtime_checkable
 
-from motet.manifest import Manifest
+from motet.protocol.manifest import Manifest
 from workers.engine import CannotLoad
 
 #: ``model_type`` of the language models that tests prove.

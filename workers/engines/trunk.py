@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from motet.columns import CellError
+from motet.protocol.columns import CellError
 from workers.engine import CannotLoad, DeviceBroken, OutOfMemory, Prepared
 from workers.engines.newest import Newest
 from workers.engines.packed import load_packed, packed_kind

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from motet.columns import CellError, is_storable_json
+from motet.protocol.columns import CellError, is_storable_json
 from workers.engine import CannotLoad
 from workers.engines.newest import Newest
 from workers.engines.schemas import violation

@@ -23,8 +23,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from motet.embedded.children import MARK, Child, follow
-from motet.logs import configure, event
+from motet.local.children import MARK, Child, follow
+from motet.protocol.logs import configure, event
 
 log = logging.getLogger("workers.launch.forkserver")
 

@@ -10,9 +10,9 @@ import logging
 import threading
 from collections.abc import Callable
 
-from motet.logs import event
-from motet.transport import RedisWorkerTransport, TransportLost
-from motet.wire import Beat
+from motet.protocol.logs import event
+from motet.protocol.transport import RedisWorkerTransport, TransportLost
+from motet.protocol.wire import Beat
 
 log = logging.getLogger(__name__)
 

@@ -24,10 +24,10 @@ from functools import partial
 from pathlib import Path
 from typing import Literal
 
-from motet.embedded.places import Lock
 from motet.errors import SetupError
-from motet.logs import configure, event
-from motet.settings import Settings, cache_folder
+from motet.local.places import Lock
+from motet.protocol.logs import configure, event
+from motet.protocol.settings import Settings, cache_folder
 from workers.launch.forkserver import ForkServer
 from workers.launch.herald import Herald, tell
 from workers.launch.process import Process, reap_strays

@@ -8,7 +8,7 @@ import signal
 import socket
 from collections.abc import Collection, Mapping, Sequence
 
-from motet.embedded.children import Child
+from motet.local.children import Child
 from workers.launch.forkserver import GO, ForkServer
 
 

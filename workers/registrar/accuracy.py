@@ -14,10 +14,10 @@ from typing import Any
 
 import numpy as np
 
-from motet.columns import CellError, Column, values
 from motet.evaluation import measures
-from motet.manifest import Manifest
-from motet.wire import TaskOrder
+from motet.protocol.columns import CellError, Column, values
+from motet.protocol.manifest import Manifest
+from motet.protocol.wire import TaskOrder
 from workers.engine import BatchEngine, Engine, Pass, Prepared
 from workers.run.assemble import assemble
 from workers.run.batch_adapter import run_to_the_end

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from motet.errors import SetupError
-from motet.manifest import Manifest
+from motet.protocol.manifest import Manifest
 from workers.registrar.describe import PICKLES, Described, digests, read_json, read_tensors, sizes
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"

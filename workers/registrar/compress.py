@@ -21,13 +21,13 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from motet.columns import Column
 from motet.errors import SetupError
 from motet.http import Address, Http
-from motet.manifest import Manifest
-from motet.settings import cache_folder
+from motet.protocol.columns import Column
+from motet.protocol.manifest import Manifest
+from motet.protocol.settings import cache_folder
+from motet.protocol.wire import TaskOrder
 from motet.tasks import Embed
-from motet.wire import TaskOrder
 from workers.engine import BatchEngine, CannotLoad, Engine, OutOfMemory, Pass, Prepared
 from workers.engines.proved import inherited
 from workers.registrar.accuracy import Trial, compare

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from motet.errors import SetupError
-from motet.manifest import Answer, Manifest, trainer_name, trunk_digest
+from motet.protocol.manifest import Answer, Manifest, trainer_name, trunk_digest
 from workers.engines.proved import inherited, steady_tokens
 
 #: Weights that run code when they are read.

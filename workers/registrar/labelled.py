@@ -15,10 +15,10 @@ from typing import Any, cast
 import numpy as np
 
 from motet import datasets
-from motet.columns import Column, values
 from motet.errors import SetupError
 from motet.evaluation.measures import accuracy, near_share, r_squared, set_accuracy
-from motet.manifest import Manifest
+from motet.protocol.columns import Column, values
+from motet.protocol.manifest import Manifest
 from motet.rows import records
 
 #: A label, a set of labels, or a number.

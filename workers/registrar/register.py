@@ -16,13 +16,13 @@ from typing import Any
 from urllib.parse import quote
 
 import motet
-from motet.columns import Column
 from motet.errors import Conflict, NotFound, SetupError
 from motet.http import Address, Http
-from motet.manifest import Manifest
-from motet.settings import cache_folder
+from motet.protocol.columns import Column
+from motet.protocol.manifest import Manifest
+from motet.protocol.settings import cache_folder
+from motet.protocol.wire import TaskOrder
 from motet.tasks import Choose, Classify, Embed, Entities, Function, Generate, Number, Task
-from motet.wire import TaskOrder
 from workers.engine import CannotLoad
 from workers.engines.proved import (
     ELSEWHERE,

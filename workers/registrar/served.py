@@ -9,7 +9,7 @@ from typing import Any
 
 from motet.errors import SetupError, Unreachable
 from motet.http import is_address, look_at
-from motet.manifest import KEY_ENV, Manifest
+from motet.protocol.manifest import KEY_ENV, Manifest
 from workers.registrar.describe import Described
 
 #: Seconds in which a server must tell its models: one that is loading answers late.

@@ -22,12 +22,18 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from motet import traces
 from motet.errors import SetupError
-from motet.logs import configure, event
-from motet.settings import Settings, cache_folder
-from motet.transport import ENTRY_POINT, RedisWorkerTransport, TransportLost, WorkerTransport, queue_name
-from motet.wire import Assignment, BadMessage, Beat
+from motet.protocol import traces
+from motet.protocol.logs import configure, event
+from motet.protocol.settings import Settings, cache_folder
+from motet.protocol.transport import (
+    ENTRY_POINT,
+    RedisWorkerTransport,
+    TransportLost,
+    WorkerTransport,
+    queue_name,
+)
+from motet.protocol.wire import Assignment, BadMessage, Beat
 from workers.engines import InstalledEngines
 from workers.launch.pulse import Pulse
 from workers.run.attempts import Attempts, Key

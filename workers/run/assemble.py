@@ -8,7 +8,7 @@ from typing import Literal
 
 import numpy as np
 
-from motet.columns import ERROR, LAYOUT, STATE_MASK, TRUNCATED, CellError, Column, Kind
+from motet.protocol.columns import ERROR, LAYOUT, STATE_MASK, TRUNCATED, CellError, Column, Kind
 
 #: The array that holds as many bytes for every row also in a kind whose other arrays vary.
 _PER_ROW = "all"

@@ -12,9 +12,9 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from motet.columns import CellError, Column
-from motet.manifest import Manifest
-from motet.wire import TaskOrder
+from motet.protocol.columns import CellError, Column
+from motet.protocol.manifest import Manifest
+from motet.protocol.wire import TaskOrder
 from workers.engine import BatchEngine, Ended, Engine, Pass, Prepared, Step, Together
 from workers.run.assemble import assemble
 from workers.run.batching import fitting

@@ -14,9 +14,9 @@ from collections.abc import Callable
 from functools import cache
 from importlib import metadata
 
-from motet.logs import event
-from motet.transport import TransportLost, WorkerTransport
-from motet.wire import Beat, Control
+from motet.protocol.logs import event
+from motet.protocol.transport import TransportLost, WorkerTransport
+from motet.protocol.wire import Beat, Control
 from workers.launch.pulse import LOADING_SILENCE_S, SILENCE_S
 from workers.run.attempts import Attempts
 from workers.run.device import Device

@@ -22,8 +22,8 @@ from typing import IO, Protocol
 
 from motet.errors import MotetError, NotFound
 from motet.http import Address, Http
-from motet.logs import event
-from motet.manifest import Manifest
+from motet.protocol.logs import event
+from motet.protocol.manifest import Manifest
 from workers.engine import CannotLoad
 
 log = logging.getLogger(__name__)

@@ -6,9 +6,9 @@ import logging
 import time
 from collections.abc import Callable, Mapping
 
-from motet.logs import event
-from motet.transport import TransportLost, WorkerTransport
-from motet.wire import Running
+from motet.protocol.logs import event
+from motet.protocol.transport import TransportLost, WorkerTransport
+from motet.protocol.wire import Running
 from workers.run.attempts import Key
 
 log = logging.getLogger(__name__)

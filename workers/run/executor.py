@@ -16,11 +16,11 @@ from contextlib import nullcontext
 from functools import partial
 from typing import NamedTuple
 
-from motet.columns import CellError
-from motet.logs import event
-from motet.manifest import Manifest
-from motet.transport import WorkerTransport
-from motet.wire import Assignment
+from motet.protocol.columns import CellError
+from motet.protocol.logs import event
+from motet.protocol.manifest import Manifest
+from motet.protocol.transport import WorkerTransport
+from motet.protocol.wire import Assignment
 from workers.engine import DeviceBroken, OutOfMemory, Prepared
 from workers.launch.pulse import LOADING_SILENCE_S, SILENCE_S
 from workers.run.attempts import Attempts, Key

@@ -17,8 +17,8 @@ from kombu.exceptions import InconsistencyError
 from kombu.transport import TRANSPORT_ALIASES, redis
 from redis import RedisError
 
-from motet.logs import event
-from motet.transport import ENTRY_POINT
+from motet.protocol.logs import event
+from motet.protocol.transport import ENTRY_POINT
 
 log = logging.getLogger(__name__)
 

@@ -11,8 +11,8 @@ from dataclasses import replace
 from functools import partial
 from typing import Any
 
-from motet.columns import CellError
-from motet.logs import event
+from motet.protocol.columns import CellError
+from motet.protocol.logs import event
 from workers.engine import DeviceBroken, Engine, OutOfMemory, Pass, Prepared
 from workers.run.stream import Stream
 from workers.run.work import ModelKey, Work

@@ -7,9 +7,9 @@ import queue
 import threading
 from collections.abc import Callable
 
-from motet.logs import event
-from motet.transport import TransportLost, WorkerTransport
-from motet.wire import Outcome
+from motet.protocol.logs import event
+from motet.protocol.transport import TransportLost, WorkerTransport
+from motet.protocol.wire import Outcome
 from workers.run.attempts import Attempts, Key
 
 log = logging.getLogger(__name__)

@@ -17,9 +17,9 @@ from math import ceil
 from pathlib import Path
 from typing import Protocol
 
-from motet.logs import event
-from motet.manifest import Manifest
-from motet.residency import NeverFits, Resident, evictions
+from motet.protocol.logs import event
+from motet.protocol.manifest import Manifest
+from motet.protocol.residency import NeverFits, Resident, evictions
 from workers.engine import BatchEngine, CannotLoad, DeviceBroken, Elastic, Engine, OutOfMemory, spreads
 from workers.run.batch_adapter import BatchAdapter
 from workers.run.batching import START_TOKENS, Budget, Pace

@@ -15,8 +15,8 @@ from dataclasses import dataclass, field
 from operator import itemgetter
 from typing import Any
 
-from motet.columns import CellError, Column, cut
-from motet.wire import TaskOrder
+from motet.protocol.columns import CellError, Column, cut
+from motet.protocol.wire import TaskOrder
 from workers.engine import Consumed, DeviceBroken, Ended, Engine, OutOfMemory, Prepared, Together
 from workers.run.attempts import Key
 from workers.run.batch_adapter import micro_batch

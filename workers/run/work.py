@@ -10,9 +10,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from enum import Enum
 
-from motet.columns import CellError, Column, little_endian
-from motet.manifest import Manifest
-from motet.wire import Assignment, Outcome, Spent, TaskOrder, Usage, bytes_read
+from motet.protocol.columns import CellError, Column, little_endian
+from motet.protocol.manifest import Manifest
+from motet.protocol.wire import Assignment, Outcome, Spent, TaskOrder, Usage, bytes_read
 from workers.engine import Consumed, Pass, Prepared
 from workers.run.assemble import assemble
 from workers.run.batching import longest_first

@@ -19,9 +19,9 @@ from typing import Any
 
 import torch
 
-from motet.columns import CellError
-from motet.manifest import KV_TOKENS, Manifest, decode_slots
-from motet.wire import TaskOrder
+from motet.protocol.columns import CellError
+from motet.protocol.manifest import KV_TOKENS, Manifest, decode_slots
+from motet.protocol.wire import TaskOrder
 from workers.engine import CannotLoad, DeviceBroken, OutOfMemory, Pass, Prepared, Step
 from workers.engines.causal import kv, steps
 from workers.engines.causal.chat_tokens import ChatTokens, Prompt

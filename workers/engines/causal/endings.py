@@ -7,7 +7,7 @@ from collections.abc import Mapping
 
 import numpy as np
 
-from motet.columns import ERROR, OK, CellError, Column
+from motet.protocol.columns import ERROR, OK, CellError, Column
 from workers.engine import Ended
 from workers.engines.answers import label_column
 from workers.engines.causal.row_prompts import TaskPrompt

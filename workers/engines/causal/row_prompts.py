@@ -6,8 +6,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from motet.columns import CellError
-from motet.wire import TaskOrder
+from motet.protocol.columns import CellError
+from motet.protocol.wire import TaskOrder
 from workers.engine import Pass, Prepared
 from workers.engines.causal.chat_tokens import ChatTokens, Prompt
 from workers.engines.prompts import NOTHING, messages_of

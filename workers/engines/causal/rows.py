@@ -14,8 +14,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from motet.columns import CellError
-from motet.manifest import Manifest
+from motet.protocol.columns import CellError
+from motet.protocol.manifest import Manifest
 from workers.engine import OutOfMemory
 from workers.engines.causal import kv
 from workers.engines.causal.chat_tokens import ChatTokens

@@ -14,9 +14,9 @@ from typing import Any
 import numpy as np
 import torch
 
-from motet.columns import CellError, Column
-from motet.manifest import Manifest
-from motet.wire import TaskOrder
+from motet.protocol.columns import CellError, Column
+from motet.protocol.manifest import Manifest
+from motet.protocol.wire import TaskOrder
 from workers.engine import CannotLoad, Pass, Prepared
 from workers.engines.answers import Floats, logits_column
 from workers.engines.proof import beside_others

@@ -15,9 +15,9 @@ from typing import Any
 
 import torch
 
-from motet.columns import Column
-from motet.manifest import Answer
-from motet.recipe import Recipe, Target
+from motet.protocol.columns import Column
+from motet.protocol.manifest import Answer
+from motet.training.recipe import Recipe, Target
 from workers.engine import CannotLoad
 from workers.engines.packed import LARGEST, pack_model, packed_kind
 from workers.engines.training.data import Truth

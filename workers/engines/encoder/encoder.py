@@ -17,9 +17,9 @@ import numpy as np
 import torch
 from torch.nn.functional import gelu
 
-from motet.columns import CellError, Column
-from motet.manifest import Manifest
-from motet.wire import TaskOrder
+from motet.protocol.columns import CellError, Column
+from motet.protocol.manifest import Manifest
+from motet.protocol.wire import TaskOrder
 from workers.engine import CannotLoad, Pass, Prepared
 from workers.engines.answers import Floats, logits_column, vector_column
 from workers.engines.newest import Newest

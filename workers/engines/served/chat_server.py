@@ -17,9 +17,9 @@ from typing import Any
 
 import httpx
 
-from motet.columns import CellError
 from motet.http import is_near
-from motet.logs import event
+from motet.protocol.columns import CellError
+from motet.protocol.logs import event
 from workers.engines.served.refusals import ANSWER_LENGTH, CONTEXT_LENGTH, why
 
 log = logging.getLogger(__name__)

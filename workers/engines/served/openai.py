@@ -29,9 +29,9 @@ from typing import Any
 
 import numpy as np
 
-from motet.columns import OK, STATE_MASK, TRUNCATED, CellError, Column
-from motet.manifest import KEY_ENV, Manifest
-from motet.wire import TaskOrder
+from motet.protocol.columns import OK, STATE_MASK, TRUNCATED, CellError, Column
+from motet.protocol.manifest import KEY_ENV, Manifest
+from motet.protocol.wire import TaskOrder
 from workers.engine import CannotLoad, Ended, Pass, Prepared, Step
 from workers.engines.answers import label_column
 from workers.engines.function import json_column

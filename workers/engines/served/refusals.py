@@ -11,7 +11,7 @@ import re
 from collections.abc import Collection, Iterator
 from typing import Any
 
-from motet.columns import CellError
+from motet.protocol.columns import CellError
 
 CONTEXT_LENGTH = CellError(
     "context_length", "the server says that the prompt does not fit the model's context"

@@ -23,12 +23,12 @@ from pathlib import Path
 
 import httpx
 
-from motet.columns import CellError
-from motet.embedded.children import Child
 from motet.errors import SetupError
-from motet.manifest import KV_TOKENS, WIDTHS, Manifest, decode_slots
-from motet.settings import Settings
-from motet.wire import TaskOrder
+from motet.local.children import Child
+from motet.protocol.columns import CellError
+from motet.protocol.manifest import KV_TOKENS, WIDTHS, Manifest, decode_slots
+from motet.protocol.settings import Settings
+from motet.protocol.wire import TaskOrder
 from workers import scratch
 from workers.engine import CannotLoad, DeviceBroken, OutOfMemory, Pass, Prepared, Step
 from workers.engines.served.openai import OpenAIEngine, Served, connect

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from motet.recipe import MISSING, MISSING_BIT, Recipe, Target
+from motet.training.recipe import MISSING, MISSING_BIT, Recipe, Target
 
 
 @dataclass(frozen=True, slots=True)

@@ -14,7 +14,7 @@ from torch.nn import functional as f
 
 from motet.evaluation import measures
 from motet.evaluation.measures import LabelCounts
-from motet.recipe import Recipe
+from motet.training.recipe import Recipe
 from workers.engines.training.data import Truth
 
 #: A feature that moves less than this never moved: divided by almost nothing, its noise would become answers.

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from motet.recipe import Recipe
+from motet.training.recipe import Recipe
 from workers.engine import Prepared
 from workers.engines.training.heads import Heads
 from workers.engines.training.lora import put_in

@@ -22,9 +22,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from motet.columns import CellError
-from motet.manifest import Manifest
-from motet.recipe import Recipe
+from motet.protocol.columns import CellError
+from motet.protocol.manifest import Manifest
+from motet.training.recipe import Recipe
 from workers.engine import Prepared
 from workers.engines.training.data import Parts, Truth
 from workers.engines.training.heads import Heads, mean_score, scores

@@ -24,8 +24,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from motet.embedded.children import MARK, follow
-from motet.recipe import Recipe
+from motet.local.children import MARK, follow
+from motet.training.recipe import Recipe
 from workers import scratch
 from workers.engine import DeviceBroken, Prepared
 from workers.engines.training.data import Parts, Truth

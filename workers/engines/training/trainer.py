@@ -13,11 +13,11 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from motet.columns import CellError
-from motet.manifest import Manifest
-from motet.recipe import Recipe, Target
-from motet.settings import Settings
-from motet.wire import TaskOrder
+from motet.protocol.columns import CellError
+from motet.protocol.manifest import Manifest
+from motet.protocol.settings import Settings
+from motet.protocol.wire import TaskOrder
+from motet.training.recipe import Recipe, Target
 from workers import scratch
 from workers.engine import Ended, Pass, Prepared, Step
 from workers.engines.function import json_column

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import NamedTuple
 
-from scheduler.cost import Price
+from scheduler.policy.cost import Price
 
 #: A sub-task is never shorter than this, unless nothing more is there: below it messages cost too much.
 MIN_S = 0.25

@@ -14,8 +14,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from typing import Any, Literal
 
-from motet.columns import little_endian, typed
-from motet.wire import BadMessage, pack, unpack
+from motet.protocol.columns import little_endian, typed
+from motet.protocol.wire import BadMessage, pack, unpack
 
 HeadKind = Literal["single", "multi", "number"]
 Tune = Literal["heads", "lora", "all"]

@@ -1,4 +1,4 @@
-"""Flower, the real one, for motet's workers: ``python -m motet.flower``, from `motet up --flower` and from compose alike.
+"""Flower, the real one, for motet's workers: ``python -m motet.local.flower``, from `motet up --flower` and from compose alike.
 
 Workers take no remote control (docs/decisions/0004), so what Flower would ask them is read from their heartbeats:
 devices, queues and lengths. All pages but the health check want the password, and none can change anything.
@@ -28,12 +28,12 @@ from tornado import web
 from tornado.ioloop import PeriodicCallback
 
 from motet.errors import SetupError
-from motet.logs import configure, event
-from motet.settings import Settings
-from motet.transport import ENTRY_POINT, RedisReader, Seen, TransportLost, queue_name
+from motet.protocol.logs import configure, event
+from motet.protocol.settings import Settings
+from motet.protocol.transport import ENTRY_POINT, RedisReader, Seen, TransportLost, queue_name
 
 #: By name: this module runs as __main__.
-log = logging.getLogger("motet.flower")
+log = logging.getLogger("motet.local.flower")
 
 #: How often the heartbeats are read; they come each second.
 LOOK_S = 2.0

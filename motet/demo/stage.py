@@ -69,7 +69,7 @@ def staged(
 
     ``models``: what is registered beside the models that motet ships; see ``Cluster``.
     """
-    from motet.embedded.cluster import Cluster
+    from motet.local.cluster import Cluster
 
     with story.phase(f"starting Postgres, Valkey, API, scheduler and {cpus} CPU workers", slow=True) as note:
         cluster = Cluster(data, cpus=cpus, port=0, models=models)

@@ -32,7 +32,7 @@ from urllib.parse import urlsplit
 from uuid import UUID
 
 from motet.errors import SetupError
-from motet.logs import event
+from motet.protocol.logs import event
 
 log = logging.getLogger(__name__)
 
@@ -103,7 +103,7 @@ def configure(process: str, endpoint: str, instance: str = "") -> None:
         return
     endpoint = full_url(endpoint)
     try:
-        from motet.otlp import OtlpSender
+        from motet.protocol.otlp import OtlpSender
     except ImportError:
         raise SetupError(
             "MOTET_TRACES is set, but OpenTelemetry is not installed; run: pip install 'motet[traces]'"

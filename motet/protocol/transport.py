@@ -26,7 +26,7 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal, Protocol
 
-from motet.wire import Assignment, BadMessage, Beat, Control, Running
+from motet.protocol.wire import Assignment, BadMessage, Beat, Control, Running
 
 if TYPE_CHECKING:
     import redis
@@ -193,7 +193,7 @@ class _Redis:
         from redis.backoff import NoBackoff
         from redis.retry import Retry
 
-        from motet.redis_url import redis_py_url
+        from motet.protocol.redis_url import redis_py_url
 
         self._errors = (redis.RedisError, OSError)
         self.client: redis.Redis = redis.Redis.from_url(

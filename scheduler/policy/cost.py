@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from math import isfinite
 from typing import NamedTuple
 
-from motet.manifest import Manifest
+from motet.protocol.manifest import Manifest
 
 #: (trunk, device name, numeric class). Where a trunk's passes differ in what a row costs: ``trunk:shape``.
 RateKey = tuple[str, str, str]

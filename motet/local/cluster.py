@@ -21,12 +21,12 @@ from pathlib import Path
 from types import TracebackType
 from typing import Protocol, Self
 
-from motet.embedded.children import MARK, Child, evict, marked, rotate
-from motet.embedded.places import Lock, free_port, write_private
-from motet.embedded.postgres import STOP_S, Postgres
-from motet.embedded.valkey import Valkey, ValkeyUrls
 from motet.errors import SetupError
-from motet.settings import Settings, cache_folder
+from motet.local.children import MARK, Child, evict, marked, rotate
+from motet.local.places import Lock, free_port, write_private
+from motet.local.postgres import STOP_S, Postgres
+from motet.local.valkey import Valkey, ValkeyUrls
+from motet.protocol.settings import Settings, cache_folder
 
 log = logging.getLogger("motet.cluster")
 
@@ -367,7 +367,7 @@ class Cluster:
             FLOWER_ADDRESS="127.0.0.1",
             FLOWER_PORT=str(port),
         )
-        return self._child("flower", self.command("motet.flower"), env)
+        return self._child("flower", self.command("motet.local.flower"), env)
 
     def _env(self, **settings: str) -> dict[str, str]:
         """Our own environment without what is meant for another cluster or database, then the given settings."""

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 from motet.markup import PALETTE, Html, tag
 
 if TYPE_CHECKING:
-    from motet.training import Epoch
+    from motet.training.run import Epoch
 
 _WIDTH, _PLOT, _LEFT, _TOP, _GAP = 640, 170, 56, 40, 46
 _STYLE = (

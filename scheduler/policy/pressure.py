@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
 if TYPE_CHECKING:
-    from motet.transport import Lag
+    from motet.protocol.transport import Lag
 
 Reason = Literal["disk", "redis_memory", "outcomes", "rows"]
 

@@ -15,8 +15,8 @@ from typing import Any, Literal
 
 import msgpack
 
-from motet.columns import Column, Kind, storable, typed
-from motet.manifest import Manifest, column_kind
+from motet.protocol.columns import Column, Kind, storable, typed
+from motet.protocol.manifest import Manifest, column_kind
 
 if sys.version_info >= (3, 14):
     from compression import zstd

@@ -18,11 +18,11 @@ from itertools import count, islice
 from math import ceil, inf
 from typing import Literal, NamedTuple
 
-from motet.manifest import Manifest, decode_slots
-from motet.residency import NeverFits, Resident, evictions
-from scheduler.carve import MIN_S, size_s
-from scheduler.cost import Price, Rate, RateKey, Rates, learned_as
-from scheduler.fairness import BULK, CLASS_WEIGHTS, INTERACTIVE, NORMAL, Account, Line, Turn, begun
+from motet.protocol.manifest import Manifest, decode_slots
+from motet.protocol.residency import NeverFits, Resident, evictions
+from scheduler.policy.carve import MIN_S, size_s
+from scheduler.policy.cost import Price, Rate, RateKey, Rates, learned_as
+from scheduler.policy.fairness import BULK, CLASS_WEIGHTS, INTERACTIVE, NORMAL, Account, Line, Turn, begun
 
 #: (job, pass number).
 PassId = tuple[str, int]

@@ -17,9 +17,9 @@ from hashlib import sha256
 from pathlib import Path
 from urllib.parse import quote
 
-from motet.embedded.children import Child
-from motet.embedded.places import Lock, SocketDir, free_port, installed_package, write_private
 from motet.errors import SetupError
+from motet.local.children import Child
+from motet.local.places import Lock, SocketDir, free_port, installed_package, write_private
 
 #: What each role may do. A worker and Flower are held to single commands on single keys: one that was taken over
 #: can neither run scripts, nor erase, nor read what belongs to others.
@@ -70,7 +70,7 @@ def acl(passwords: Mapping[str, str]) -> list[str]:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ValkeyUrls:
-    """What each role connects with; kombu takes these as they are, redis-py through ``motet.redis_url``."""
+    """What each role connects with; kombu takes these as they are, redis-py through ``motet.protocol.redis_url``."""
 
     scheduler: str = field(repr=False)
     worker: str = field(repr=False)

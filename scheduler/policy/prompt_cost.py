@@ -6,7 +6,7 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from scheduler.plan import PassEstimate, PassPlan, Sample, passing_time
+from scheduler.policy.plan import PassEstimate, PassPlan, Sample, passing_time
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

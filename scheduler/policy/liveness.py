@@ -9,7 +9,7 @@ from collections.abc import Container, Mapping
 from collections.abc import Set as AbstractSet
 from dataclasses import dataclass, field, replace
 
-from motet.wire import PROTOCOL, Beat
+from motet.protocol.wire import PROTOCOL, Beat
 
 #: Seconds for which a worker counts as known after its last beat, and a job may be without an able worker before it
 #: fails. Shorter: a healthy job fails while the only worker that can run it is started again, or its host is.

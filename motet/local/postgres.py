@@ -18,9 +18,9 @@ from pathlib import Path
 from signal import SIGINT
 from urllib.parse import quote
 
-from motet.embedded.children import Child, evict, group_of, no_groups, working_in
-from motet.embedded.places import Lock, SocketDir, installed_package
 from motet.errors import SetupError
+from motet.local.children import Child, evict, group_of, no_groups, working_in
+from motet.local.places import Lock, SocketDir, installed_package
 
 SYNC_METHOD = "syncfs" if sys.platform == "linux" else "fsync"
 

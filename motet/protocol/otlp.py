@@ -19,8 +19,8 @@ from opentelemetry.sdk.trace.id_generator import IdGenerator, RandomIdGenerator
 from opentelemetry.sdk.trace.sampling import ALWAYS_ON
 from opentelemetry.trace import NonRecordingSpan, SpanContext, Status, StatusCode, TraceFlags
 
-from motet.logs import event
-from motet.traces import TraceSpan
+from motet.protocol.logs import event
+from motet.protocol.traces import TraceSpan
 
 log = logging.getLogger(__name__)
 

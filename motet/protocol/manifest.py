@@ -13,7 +13,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from typing import Any, Literal
 
-from motet.columns import Kind
+from motet.protocol.columns import Kind
 
 #: What a model can answer, and so which task kinds may use it (see ANSWERS). ``text``: it is a language model.
 #: ``models``: it trains others.

@@ -24,12 +24,12 @@ from typing import TYPE_CHECKING, Any
 from motet.errors import InvalidJob, JobFailed, Problem, SetupError, Unauthorized
 from motet.http import Address, Http
 from motet.job import Job
-from motet.manifest import Manifest
-from motet.recipe import Target
+from motet.protocol.manifest import Manifest
 from motet.rows import MAX_PROBLEMS, records
 from motet.sources import Source
 from motet.states import ENDED
 from motet.tasks import Classify, Number, Task, short
+from motet.training.recipe import Target
 
 if TYPE_CHECKING:
     from motet.client import Client
@@ -399,7 +399,7 @@ class TrainRun:
 
     def plot(self) -> str:
         """Loss and scores by epoch, as SVG."""
-        from motet.curves import draw
+        from motet.training.curves import draw
 
         return draw(self.epochs(), title=self.name)
 

@@ -18,9 +18,9 @@ from typing import Any
 
 from motet import datasets
 from motet.cli.show import console, cut, result_table
+from motet.demo.stage import DemoStage, Story, staged, told_of
 from motet.job import Job, Plan, count
 from motet.results import Row
-from motet.stage import DemoStage, Story, staged, told_of
 from motet.tasks import Choose, Generate, Task
 
 MODEL, _REGISTER = "smollm2-135m", "--smollm2"
@@ -54,7 +54,7 @@ class FeltText:
 def run(
     *, data: Path, rows: int = 40, cpus: int = 2, keep: bool = False, quiet: bool = False
 ) -> dict[str, Any]:
-    """As ``motet.demo.run``, with a language model. The first run fetches 93 MB and converts them for a minute."""
+    """As ``motet.demo.texts.run``, with a language model. The first run fetches 93 MB and converts them for a minute."""
     story = Story(quiet)
     with story.phase("reading public texts") as note:
         texts = choose(rows)

@@ -12,7 +12,7 @@ from collections.abc import Mapping, Sequence
 from typing import Literal
 
 from motet.tasks import Chat, Choose, Extract, Generate, Prompted, Task, placeholders
-from scheduler.cost import PRIOR_BYTES_PER_TOKEN
+from scheduler.policy.cost import PRIOR_BYTES_PER_TOKEN
 
 #: UTF-8 bytes of a text, and of another task's answer, before anything is known of either.
 PRIOR_TEXT_BYTES = 1000.0
