@@ -33,7 +33,7 @@ from motet.client import Client
 from motet.protocol.transport import RedisTransport
 from scheduler.payloads import Payloads
 from scheduler.policy.carve import Carved, Frontier, OpenBlock, Range
-from scheduler.store import leases
+from scheduler.store import demand, leases
 from scheduler.store.database import Database
 from scheduler.store.leadership import lead
 from scheduler.store.leases import Cut
@@ -109,7 +109,7 @@ def _step(
     """Send so many sub-tasks. The seconds of each stage."""
     start = time.perf_counter()
     with database.transaction() as connection:
-        frontier = leases.frontier(connection, job, 0, rows=count * ROWS, limit=count)
+        frontier = demand.frontier(connection, job, 0, rows=count * ROWS, limit=count)
     found = time.perf_counter()
     cuts = _cuts(job, frontier, count)
     carved = time.perf_counter()

@@ -52,7 +52,7 @@ from motet.protocol.wire import Outcome, Usage
 from scheduler.aggregator import Aggregator
 from scheduler.policy.carve import carve
 from scheduler.policy.cost import Price
-from scheduler.store import leases
+from scheduler.store import demand, leases
 from scheduler.store.database import Database
 from scheduler.store.endings import delete_job
 from scheduler.store.leases import Cut, Leased
@@ -177,7 +177,7 @@ class Bench:
         [(epoch,)] = self.sql.execute("SELECT epoch FROM leader").fetchall()
         while True:
             with self.database.transaction() as connection:
-                frontier = leases.frontier(connection, str(job), 0, rows=64 * SUBTASK_ROWS, limit=64)
+                frontier = demand.frontier(connection, str(job), 0, rows=64 * SUBTASK_ROWS, limit=64)
             if frontier.empty:
                 return
             cuts: list[Cut] = []

@@ -57,8 +57,9 @@ def _api(settings: Settings, _: argparse.Namespace) -> None:
 
 def _dispatch(settings: Settings, _: argparse.Namespace) -> None:
     from motet.protocol.transport import RedisTransport
-    from scheduler.dispatcher import Dispatcher, Listener, run
+    from scheduler.dispatcher import Dispatcher, run
     from scheduler.store.database import Database
+    from scheduler.store.listening import Listener
 
     settings.need("database_url", "redis_url")
     database = Database(settings.database_url, pool=2)

@@ -15,8 +15,6 @@ from dataclasses import dataclass, field
 from itertools import count, islice
 from typing import cast
 
-import psycopg
-
 from motet.protocol import traces
 from motet.protocol.settings import Settings
 from motet.protocol.transport import SchedulerTransport, TransportLost
@@ -32,10 +30,12 @@ from scheduler.policy.place import Clone, Flight, Placement, Placer, Recall
 from scheduler.policy.pressure import throttle
 from scheduler.pulse import pulse
 from scheduler.store import drains, endings, leases
-from scheduler.store.database import WORK, Database, StoreUnavailable
+from scheduler.store.database import Database, StoreUnavailable
+from scheduler.store.demand import frontier
 from scheduler.store.endings import end_job
-from scheduler.store.leadership import NotLeading, fence, lead, resign
+from scheduler.store.leadership import NotLeading, fence, lead, record_transport, resign
 from scheduler.store.leases import Cut, Held, Leased
+from scheduler.store.listening import Listener
 from scheduler.store.outcomes import record_given_up
 
 log = logging.getLogger(__name__)
@@ -204,7 +204,7 @@ class Dispatcher:
         identity = self.transport.identity()
         if identity != facts.transport:
             log.warning("redis is new, was restarted or emptied")
-            leases.record_transport(self.database, epoch, identity)
+            record_transport(self.database, epoch, identity)
             self._controls.clear()
             self._hear_again_at = now + _HEAR_AGAIN_S
         if self._hear_again_at is None or now < self._hear_again_at:
@@ -333,7 +333,7 @@ class Dispatcher:
             for p in islice(self._placer.place(now), most):
                 at = p.demand.id
                 if at not in frontiers:
-                    frontiers[at] = leases.frontier(connection, *at, rows=_rows_wanted(p, most), limit=most)
+                    frontiers[at] = frontier(connection, *at, rows=_rows_wanted(p, most), limit=most)
                 carved = carve(
                     frontiers[at], p.budget_s, p.price, cap_s=self.settings.subtask_s, least=p.least
                 )
@@ -470,7 +470,7 @@ class Dispatcher:
         hopeless = self._hopes.hopeless(facts.demand, known, facts.refusals, now)
         with self.database.transaction() as connection:
             fence(connection, epoch)
-            ending = leases.overdue(connection, UPLOAD_SILENT_S) | hopeless
+            ending = endings.overdue(connection, UPLOAD_SILENT_S) | hopeless
             for job, why in sorted(ending.items()):
                 end_job(connection, job, "failed", why)
             drains.forget_the_gone(connection, list(live))
@@ -539,36 +539,6 @@ def _rows_wanted(p: Placement, subtasks: int) -> int:
     """Rows that this many sub-tasks like the one placed would take."""
     row_s = max(1e-9, p.price.of(1, p.demand.bytes_waiting / max(1, p.demand.rows_waiting)) - p.price.start_s)
     return subtasks * min(MAX_ROWS, 1 + int(p.budget_s / row_s))
-
-
-@dataclass
-class Listener:
-    """Waits for NOTIFY on a channel, on a connection of its own; a lost connection is only a slower tick."""
-
-    database: Database
-    channel: str = WORK
-    _connection: psycopg.Connection[tuple[object, ...]] | None = None
-
-    def wait(self, timeout_s: float) -> None:
-        """Return at a notification, or after ``timeout_s``."""
-        try:
-            if self._connection is None:
-                self._connection = psycopg.connect(
-                    self.database.libpq_url, autocommit=True, connect_timeout=3
-                )
-                self._connection.execute(f"LISTEN {self.channel}")
-                # What was said before we listened is not repeated: look once without waiting.
-                return
-            for _ in self._connection.notifies(timeout=timeout_s, stop_after=1):
-                pass
-        except (psycopg.Error, OSError):
-            self.close()
-            time.sleep(min(timeout_s, 0.5))
-
-    def close(self) -> None:
-        if self._connection is not None:
-            self._connection.close()
-            self._connection = None
 
 
 def run(dispatcher: Dispatcher, wake: Listener, stopping: threading.Event) -> None:

@@ -15,9 +15,10 @@ from scheduler.policy.cost import Rates
 from scheduler.policy.lifecycle import Refusal
 from scheduler.policy.place import Demand, UnderWay, WorkerState
 from scheduler.store import drains, leases
+from scheduler.store.demand import demand
 from scheduler.store.leadership import transport_seen
 from scheduler.store.leases import Held
-from scheduler.store.rates import rates
+from scheduler.store.rates import rates, refusals
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -38,8 +39,8 @@ def read(connection: Connection, now: float, known: Rates | None = None) -> Fact
     """The facts; deadlines are told on the clock of ``now``. ``known``: rates that are fresh enough not to be read."""
     return Facts(
         held=leases.held(connection),
-        demand=leases.demand(connection, now),
-        refusals=leases.refusals(connection),
+        demand=demand(connection, now),
+        refusals=refusals(connection),
         rates=known or rates(connection),
         drained=drains.drained(connection),
         transport=transport_seen(connection),

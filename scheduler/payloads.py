@@ -13,7 +13,7 @@ from motet.tasks import KINDS, placeholders, render
 from scheduler.answers import as_texts
 from scheduler.blocks import decode_block, row_order
 from scheduler.policy.fairness import INTERACTIVE
-from scheduler.store import leases
+from scheduler.store import payload_rows
 from scheduler.store.database import Database
 from scheduler.store.leases import Leased
 
@@ -63,7 +63,7 @@ class Payloads:
         missing = wanted - self._passes.keys()
         if missing:
             with self.database.transaction() as connection:
-                found = {where: leases.pass_of(connection, *where) for where in missing}
+                found = {where: payload_rows.pass_of(connection, *where) for where in missing}
             self._passes.update((where, _read_pass(*p)) for where, p in found.items() if p is not None)
         passes = {where: self._passes[where] for where in wanted if where in self._passes}
         for where in passes:
@@ -76,7 +76,7 @@ class Payloads:
         missing = wanted - self._blocks.keys()
         if missing:
             with self.database.transaction() as connection:
-                found = leases.block_texts(connection, missing)
+                found = payload_rows.block_texts(connection, missing)
             for where, (payload, order, first_row, partly_bad) in found.items():
                 self._blocks[where] = _Block(
                     decode_block(payload), row_order(order), first_row, partly_bad, len(payload) * 4
@@ -87,7 +87,7 @@ class Payloads:
         missing = wanted - self._upstream.keys()
         if missing:
             with self.database.transaction() as connection:
-                found = leases.upstream_answers(connection, missing)
+                found = payload_rows.upstream_answers(connection, missing)
             for where, (order, answers) in found.items():
                 texts = {a.name: as_texts(a.column, a.spec, a.labels) for a in answers}
                 size = _ENTRY_BYTES + sum(len(text) for column in texts.values() for text in column)

@@ -16,7 +16,7 @@ from uuid import UUID
 import psycopg
 from starlette.concurrency import run_in_threadpool
 
-from scheduler.store.jobs import job_changes
+from scheduler.store.listening import job_changes
 
 T = TypeVar("T")
 

@@ -45,8 +45,11 @@ from scheduler.policy.needs import fields_read
 from scheduler.policy.plan import PassPlan, Sample, estimate, reads_of
 from scheduler.policy.prompt_cost import TaskTokens, estimate_prompts
 from scheduler.policy.prompt_order import instruction
+from scheduler.store import endings, landing, opening
 from scheduler.store import jobs as store
-from scheduler.store.jobs import PRIORITIES, JobEntry, LoadingJob, TaskEntry
+from scheduler.store.jobs import JobEntry, TaskEntry
+from scheduler.store.landing import LoadingJob
+from scheduler.store.opening import PRIORITIES
 from scheduler.store.rates import rates as learned_rates
 from scheduler.store.registry import find_models, model_refs
 
@@ -111,7 +114,7 @@ def _open(use: Resources, tenant: UUID, raw: bytes, key: str | None) -> Response
     asked = read_submission(json_body(raw), max_tasks=use.settings.max_tasks)
     status = 201 if asked.rows is None else 202
     with use.database.transaction() as connection:
-        before = store.opened_before(connection, tenant, key, asked.digest) if key else None
+        before = opening.opened_before(connection, tenant, key, asked.digest) if key else None
         if before is not None:
             return JSONResponse(describe(store.job_entry(connection, tenant, before)), status)
     use.door.admit(interactive=asked.priority == PRIORITIES["interactive"])
@@ -121,11 +124,11 @@ def _open(use: Resources, tenant: UUID, raw: bytes, key: str | None) -> Response
     job = new_job(uuid.uuid4(), tenant, asked, planned, key)
     ready = time.time()
     with use.database.transaction() as connection:
-        opened = store.open_job(connection, job, max_active_jobs=use.settings.max_active_jobs)
+        opened = opening.open_job(connection, job, max_active_jobs=use.settings.max_active_jobs)
         if opened == job.id and incoming is not None:
-            facts = store.loading(connection, tenant, opened)
+            facts = landing.loading(connection, tenant, opened)
             landed = _land(use, connection, facts, 0, asked.digest, incoming)
-            store.close_job(connection, tenant, opened, parts=1, rows=landed.rows)
+            landing.close_job(connection, tenant, opened, parts=1, rows=landed.rows)
         entry = store.job_entry(connection, tenant, opened)
     if opened == job.id:
         traces.add(opened, "plan", began, ready, tasks=entry.n_tasks, passes=len(entry.passes))
@@ -233,7 +236,7 @@ def _loading(use: Resources, tenant: UUID, job: UUID) -> LoadingJob:
     known = use.loading.get((tenant, job))
     if known is None:
         with use.database.transaction() as connection:
-            known = store.loading(connection, tenant, job)
+            known = landing.loading(connection, tenant, job)
         use.loading.put((tenant, job), known)
     return known
 
@@ -247,14 +250,14 @@ def _first_row(use: Resources, facts: LoadingJob, incoming: Incoming) -> int:
 
 def _land(
     use: Resources, connection: Connection, facts: LoadingJob, number: int, digest: bytes, incoming: Incoming
-) -> store.Landed:
+) -> landing.Landed:
     blocks = blocks_of(
         incoming.part(),
         facts.readers,
         block_rows=use.settings.block_rows,
         block_bytes=use.settings.block_bytes,
     )
-    return store.land_part(
+    return landing.land_part(
         connection,
         facts,
         number,
@@ -287,7 +290,7 @@ def _close(use: Resources, tenant: UUID, job: UUID, raw: bytes) -> Response:
     if problems:
         raise InvalidJob(problems)
     with use.database.transaction() as connection:
-        store.close_job(connection, tenant, job, parts=body["parts"], rows=body["rows"])
+        landing.close_job(connection, tenant, job, parts=body["parts"], rows=body["rows"])
         entry = store.job_entry(connection, tenant, job)
     log.info(
         "job closed", extra={"job": job, "rows": entry.n_rows, "parts": body["parts"], "state": entry.state}
@@ -505,7 +508,7 @@ async def show_job(
 def cancel_job(use: Use, caller: Caller, job: JobPath) -> Response:
     at = job_id(job)
     with use.database.transaction() as connection:
-        store.cancel_job(connection, caller.tenant, at)
+        endings.cancel_job(connection, caller.tenant, at)
         entry = store.job_entry(connection, caller.tenant, at)
     log.info("job cancelled", extra={"job": at, "state": entry.state})
     return JSONResponse(describe(entry))
@@ -520,7 +523,7 @@ def cancel_job(use: Use, caller: Caller, job: JobPath) -> Response:
 def remove_job(use: Use, caller: Caller, job: JobPath) -> Response:
     at = job_id(job)
     with use.database.transaction() as connection:
-        store.remove_job(connection, caller.tenant, at)
+        endings.remove_job(connection, caller.tenant, at)
     log.info("job removed", extra={"job": at})
     return Response(status_code=204)
 

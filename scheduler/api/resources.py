@@ -21,7 +21,7 @@ from scheduler.api.door import Door
 from scheduler.api.token_counts import TokenCounter
 from scheduler.api.workers_seen import WorkersSeen
 from scheduler.store.database import Database
-from scheduler.store.jobs import LoadingJob
+from scheduler.store.landing import LoadingJob
 from scheduler.store.registry import StoredToken
 
 K = TypeVar("K")

@@ -22,7 +22,7 @@ from scheduler.api.strict_json import MAX_DEPTH, Doubled
 from scheduler.blocks import IncomingPart, absent
 from scheduler.policy.needs import dialogues_of, fields_of
 from scheduler.policy.plan import PassPlan, in_order, loaded_model, plan, reads_of, task_digest
-from scheduler.store.jobs import PRIORITIES, NewJob, NewPass, NewTask
+from scheduler.store.opening import PRIORITIES, NewJob, NewPass, NewTask
 from scheduler.store.registry import Registered
 
 #: Rows that a job may bring along in its first request.

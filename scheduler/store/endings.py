@@ -12,6 +12,7 @@ from uuid import UUID
 
 from sqlalchemy import Connection, Row, text
 
+from motet.errors import NotFound
 from motet.protocol import traces
 from scheduler.store.database import JOB, WORK, notify
 
@@ -62,6 +63,44 @@ def trace_end(job: Row[Any]) -> None:
     """The span that all others of a job hang from, once its end is committed. ``job``: the columns ENDED."""
     counts = {name: getattr(job, name) for name in ENDED.split(", ")[4:]}
     traces.add(job.id, traces.JOB, job.created, job.finished, state=job.state, **counts)
+
+
+_STALE = text("""
+    SELECT id FROM job WHERE state = 'loading' AND touched < clock_timestamp() - make_interval(secs => :silent_s)""")
+_OVERDUE = text("""
+    SELECT id, to_char(deadline AT TIME ZONE 'UTC', 'YYYY-MM-DD"T"HH24:MI:SS"Z"') AS at FROM job
+     WHERE state IN ('loading', 'running') AND deadline < clock_timestamp()""")
+
+
+def overdue(connection: Connection, silent_s: float) -> dict[UUID, str]:
+    """Jobs whose deadline passed, or whose upload fell silent, with the reason they fail for."""
+    found: dict[UUID, str] = {}
+    for row in connection.execute(_STALE, {"silent_s": silent_s}):
+        found[row.id] = f"the upload was abandoned: no part for {silent_s:.0f} s"
+    for row in connection.execute(_OVERDUE):
+        found[row.id] = f"its deadline passed: {row.at}; what was done by then can be read"
+    return found
+
+
+_MINE = text("SELECT id FROM job WHERE id = :job AND tenant_id = :tenant")
+
+
+def cancel_job(connection: Connection, tenant: UUID, job: UUID) -> None:
+    """End a job; what is answered stays. Harmless where it has ended. Raises NotFound."""
+    _must_be_mine(connection, tenant, job)
+    end_job(connection, job, "cancelled", "cancelled on request")
+
+
+def remove_job(connection: Connection, tenant: UUID, job: UUID) -> None:
+    """Remove a job and its results for good, ending it first. Raises NotFound."""
+    _must_be_mine(connection, tenant, job)
+    end_job(connection, job, "cancelled", "deleted on request")
+    _remove_from_sight(connection, job)
+
+
+def _must_be_mine(connection: Connection, tenant: UUID, job: UUID) -> None:
+    if connection.execute(_MINE, {"job": job, "tenant": tenant}).first() is None:
+        raise NotFound(f"no job {job}")
 
 
 # -- removing --------------------------------------------------------------------------------------
@@ -119,7 +158,7 @@ def delete_job(connection: Connection, job: UUID) -> bool:
     return True
 
 
-def remove_job(connection: Connection, job: UUID) -> None:
+def _remove_from_sight(connection: Connection, job: UUID) -> None:
     """Remove an ended job from sight: a small one is deleted, a large one left to nobody and the sweeper.
 
     From here on neither its owner nor an administrator finds it, and its Idempotency-Key is free.

@@ -75,3 +75,10 @@ def transport_seen(connection: Connection) -> str:
 def see_transport(connection: Connection, epoch: int, identity: str) -> None:
     """Record Redis' identity, in the transaction that drew the consequences of its change."""
     connection.execute(_SEE, {"identity": identity, "epoch": epoch})
+
+
+def record_transport(database: Database, epoch: int, identity: str) -> None:
+    """``see_transport`` in a transaction of its own."""
+    with database.transaction() as connection:
+        fence(connection, epoch)
+        see_transport(connection, epoch, identity)

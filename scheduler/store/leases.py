@@ -1,4 +1,4 @@
-"""Demand, frontiers, leases and rescue: everything the dispatcher reads and writes.
+"""Leases, rescue and recall: the right of one attempt to run one open sub-task.
 
 Lock order everywhere: leader, jobs by id, sub-tasks by id, block_pass, pass. Each function that writes is one
 transaction that begins with the fence.
@@ -8,32 +8,20 @@ from __future__ import annotations
 
 import json
 import secrets
-from array import array
-from collections import OrderedDict, defaultdict
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections import defaultdict
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass, field
-from datetime import datetime
-from itertools import accumulate
 from typing import Any
 from uuid import UUID
 
 from sqlalchemy import Connection, text
 
-from motet.protocol.columns import Column
-from motet.protocol.manifest import Manifest
-from scheduler.blocks import Reads, read_in_order
-from scheduler.policy.carve import Carved, Frontier, OpenBlock, Piece, Range
-from scheduler.policy.lifecycle import Refusal, Return
-from scheduler.policy.place import Demand
+from scheduler.policy.carve import Carved, Range
+from scheduler.policy.lifecycle import Return
 from scheduler.store.database import Database
-from scheduler.store.leadership import fence, see_transport
-from scheduler.store.results import read_columns
+from scheduler.store.leadership import fence
 
 LeaseKey = tuple[int, int]
-
-_MANIFESTS_KEPT = 1000
-#: Lengths of rows kept between steps, eight bytes each: those of the blocks that are carved on.
-_LENGTHS_KEPT = 2_000_000
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -79,161 +67,6 @@ class Leased:
     #: As in ``Assignment``.
     measured: bool = False
 
-
-# -- what waits ------------------------------------------------------------------------------------
-
-# The first passes of each tenant in each class, then the second ones: whoever has many hides nobody.
-_DEMAND = text("""
-    WITH waiting AS (
-        SELECT p.job_id, p.number, dense_rank() OVER (ORDER BY j.created, j.id) AS age,
-               row_number() OVER (PARTITION BY j.priority, j.tenant_id ORDER BY j.created, j.id, p.number) AS turn,
-               j.priority
-          FROM pass p JOIN job j ON j.id = p.job_id WHERE j.state = 'running' AND p.rows_waiting > 0
-         ORDER BY turn, j.priority, age, p.number LIMIT :limit)
-    SELECT p.job_id, p.number, j.tenant_id, t.weight, j.priority, p.numerics, p.rate_key,
-           cardinality(p.needs) > 0 AS dependent, m.id AS model, m.created AS model_created,
-           array_prepend(p.model_id, ARRAY(SELECT k.model_id FROM task k
-                                            WHERE k.job_id = p.job_id AND k.pass_number = p.number)) AS model_ids,
-           p.rows_waiting - coalesce(later.n_rows, 0) AS n_rows,
-           p.bytes_waiting - coalesce(later.bytes, 0) AS bytes,
-           w.age,
-           CASE WHEN p.tokens > 0 THEN CAST(p.bytes_done AS double precision) / p.tokens ELSE 0 END AS bytes_per_token,
-           date_part('epoch', j.deadline - clock_timestamp()) AS left_s
-      FROM waiting w JOIN pass p ON p.job_id = w.job_id AND p.number = w.number
-      JOIN job j ON j.id = p.job_id JOIN tenant t ON t.id = j.tenant_id JOIN model m ON m.id = p.model_id
-      LEFT JOIN LATERAL (SELECT sum(hi - lo) AS n_rows, CAST(sum(bytes) AS bigint) AS bytes FROM piece
-                          WHERE piece.job_id = p.job_id AND piece.pass_number = p.number
-                            AND not_before > clock_timestamp()) later ON true
-     ORDER BY w.priority, w.age, p.number""")
-
-
-def demand(connection: Connection, now: float, limit: int = 500) -> list[Demand]:
-    """Passes of running jobs with rows that may be carved now; deadlines are told on the clock of ``now``.
-
-    Where more than ``limit`` wait each tenant has as many of them in each class, its oldest.
-    """
-    rows = [row for row in connection.execute(_DEMAND, {"limit": limit}) if row.n_rows > 0]
-    models = _manifests(connection, {(row.model, row.model_created) for row in rows})
-    return [
-        Demand(
-            job=str(row.job_id),
-            pass_number=row.number,
-            tenant=str(row.tenant_id),
-            weight=row.weight,
-            priority=row.priority,
-            age=row.age,
-            model_ids=frozenset(row.model_ids),
-            numerics=row.numerics,
-            model=models[row.model, row.model_created],
-            rate_key=row.rate_key,
-            dependent=row.dependent,
-            rows_waiting=row.n_rows,
-            bytes_waiting=row.bytes,
-            bytes_per_token=row.bytes_per_token,
-            deadline=None if row.left_s is None else now + row.left_s,
-        )
-        for row in rows
-    ]
-
-
-_MANIFESTS = text("SELECT id, created, manifest FROM model WHERE id = ANY(:ids)")
-#: A model never changes; after a restore of an older dump its id may name another, born at another time.
-_Model = tuple[int, datetime]
-_manifests_read: dict[_Model, Manifest] = {}
-
-
-def _manifests(connection: Connection, wanted: Collection[_Model]) -> dict[_Model, Manifest]:
-    """The manifests of these models, read and parsed once.
-
-    Threads of the API ask at the same time, so what one has found it does not look up again where another may empty it.
-    """
-    found = {model: known for model in wanted if (known := _manifests_read.get(model)) is not None}
-    if missing := [model for model in wanted if model not in found]:
-        for row in connection.execute(_MANIFESTS, {"ids": [id_ for id_, _ in missing]}):
-            found[row.id, row.created] = Manifest.from_json(row.manifest)
-        if len(_manifests_read) > _MANIFESTS_KEPT:
-            _manifests_read.clear()
-        _manifests_read.update(found)
-    return found
-
-
-_PIECES = text("""
-    SELECT p.id, p.block_number, p.lo, p.hi, p.bytes, p.tries, p.deaths, p.exclusive, bp.todo
-      FROM piece p JOIN block_pass bp USING (job_id, pass_number, block_number)
-     WHERE p.job_id = :job AND p.pass_number = :pass AND p.not_before <= clock_timestamp()
-     ORDER BY p.block_number, p.lo LIMIT :limit""")
-_OPEN_BLOCKS = text("""
-    SELECT block_number, cursor, n, todo FROM block_pass
-     WHERE job_id = :job AND pass_number = :pass AND state = 'ready' AND cursor < n
-     ORDER BY block_number LIMIT :limit""")
-_LENGTHS = text("""
-    SELECT b.number, coalesce(w.row_order, b.row_order) AS row_order, b.lengths, b.n_rows,
-           p.reads, p.bytes_beside, p.max_tokens
-      FROM block b JOIN pass p ON p.job_id = b.job_id AND p.number = :pass
-      JOIN block_pass w ON w.job_id = b.job_id AND w.pass_number = p.number AND w.block_number = b.number
-     WHERE b.job_id = :job AND b.number = ANY(:blocks)""")
-
-
-def frontier(connection: Connection, job: str, pass_number: int, *, rows: int, limit: int = 16) -> Frontier:
-    """The next pieces and open blocks of a pass: enough for so many rows, at most ``limit`` of each."""
-    job_id = UUID(job)
-    at = {"job": job_id, "pass": pass_number, "limit": limit}
-    pieces = [
-        Piece(
-            row.id,
-            Range(row.block_number, row.lo, row.hi, row.bytes),
-            row.todo,
-            tries=row.tries,
-            deaths=row.deaths,
-            exclusive=row.exclusive,
-        )
-        for row in connection.execute(_PIECES, at)
-    ]
-    wanted = rows - sum(len(p.range) for p in pieces)
-    opened = []
-    for row in connection.execute(_OPEN_BLOCKS, at) if wanted > 0 else ():
-        opened.append(row)
-        wanted -= row.n - row.cursor
-        if wanted <= 0:
-            break
-    lengths = _lengths_of(connection, job_id, pass_number, [row.block_number for row in opened])
-    return Frontier(
-        pieces=pieces,
-        blocks=[
-            OpenBlock(row.block_number, row.cursor, row.n, row.todo, lengths[row.block_number])
-            for row in opened
-            if row.block_number in lengths
-        ],
-    )
-
-
-#: (job, pass, block) -> bytes of the first i rows in order, for every i. Of what may be carved they never change.
-_lengths_read: OrderedDict[tuple[UUID, int, int], array[int]] = OrderedDict()
-
-
-def _lengths_of(
-    connection: Connection, job: UUID, pass_number: int, blocks: Sequence[int]
-) -> dict[int, array[int]]:
-    """``OpenBlock.cumulative`` of these blocks, decoded once."""
-    missing = [block for block in blocks if (job, pass_number, block) not in _lengths_read]
-    if missing:
-        for row in connection.execute(_LENGTHS, {"job": job, "pass": pass_number, "blocks": missing}):
-            reads = Reads(tuple(row.reads), row.bytes_beside, row.max_tokens)
-            sizes = read_in_order(row.row_order, row.lengths, row.n_rows, reads)
-            _lengths_read[job, pass_number, row.number] = array("Q", accumulate(sizes, initial=0))
-    found = {}
-    for block in blocks:
-        key = (job, pass_number, block)
-        if key in _lengths_read:  # the job may be removed while we read
-            _lengths_read.move_to_end(key)
-            found[block] = _lengths_read[key]
-    kept = sum(map(len, _lengths_read.values())) if missing else 0
-    while kept > _LENGTHS_KEPT:
-        kept -= len(_lengths_read.popitem(last=False)[1])
-    return found
-
-
-# -- leases ----------------------------------------------------------------------------------------
 
 _HELD = text("""
     SELECT l.subtask_id, l.attempt, s.job_id, s.pass_number, s.n_rows, s.bytes, l.worker, l.boot, l.predicted_s,
@@ -351,10 +184,10 @@ def extend_all(database: Database, epoch: int, lease_s: float) -> None:
 
 _RUNNING = text("SELECT id FROM job WHERE id = ANY(:jobs) AND state = 'running' ORDER BY id FOR SHARE")
 # Every statement is for all cuts of a step at once: what a sub-task costs is then its rows, not its round trips.
-_PLACES = "unnest(CAST(:jobs AS uuid[]), CAST(:passes AS smallint[]), CAST(:blocks AS int[])"
+PLACES = "unnest(CAST(:jobs AS uuid[]), CAST(:passes AS smallint[]), CAST(:blocks AS int[])"
 _CURSORS = text(f"""
     SELECT b.job_id, b.pass_number, b.block_number, b.cursor
-      FROM {_PLACES}) k (job, pass, block)
+      FROM {PLACES}) k (job, pass, block)
       JOIN block_pass b ON b.job_id = k.job AND b.pass_number = k.pass AND b.block_number = k.block
      WHERE b.state = 'ready' ORDER BY 1, 2, 3 FOR NO KEY UPDATE OF b""")
 _STILL_PIECES = text("SELECT id, job_id, pass_number FROM piece WHERE id = ANY(:ids) ORDER BY id FOR UPDATE")
@@ -368,7 +201,7 @@ _OPEN = text(f"""
                 worker text, boot text, nonce text, device text, device_kind text, predicted_s real) ORDER BY place) c),
     advanced AS (
       UPDATE block_pass b SET cursor = k.cursor
-        FROM {_PLACES}, CAST(:cursors AS int[])) k (job, pass, block, cursor)
+        FROM {PLACES}, CAST(:cursors AS int[])) k (job, pass, block, cursor)
        WHERE b.job_id = k.job AND b.pass_number = k.pass AND b.block_number = k.block),
     eaten AS (DELETE FROM piece WHERE id = ANY(:eaten)),
     left_over AS (
@@ -467,7 +300,7 @@ def _cursors(connection: Connection, places: Collection[_Place]) -> dict[_Place,
     """How far these blocks are carved, locked; without those that are not ready."""
     if not places:
         return {}
-    found = connection.execute(_CURSORS, _at(places))
+    found = connection.execute(_CURSORS, at_places(places))
     return {(str(job), number, block): cursor for job, number, block, cursor in found}
 
 
@@ -479,8 +312,8 @@ def _pieces(connection: Connection, ids: Collection[int]) -> dict[int, tuple[str
     return {id_: (str(job), number) for id_, job, number in found}
 
 
-def _at(places: Collection[_Place]) -> dict[str, list[Any]]:
-    """Places as the parameters that ``_PLACES`` names."""
+def at_places(places: Collection[_Place]) -> dict[str, list[Any]]:
+    """Places as the parameters that ``PLACES`` names."""
     return {
         "jobs": [UUID(job) for job, _, _ in places],
         "passes": [number for _, number, _ in places],
@@ -530,7 +363,7 @@ def _open(connection: Connection, taken: _Taken, lease_s: float) -> list[Leased]
     ids = connection.execute(
         _OPEN,
         {
-            **_at(taken.cursors),
+            **at_places(taken.cursors),
             "cursors": list(taken.cursors.values()),
             "eaten": taken.pieces,
             "leftovers": json.dumps(leftovers),
@@ -767,111 +600,3 @@ def put_back(connection: Connection, job: UUID, pass_number: int, returns: Itera
         _MORE_WAITS,
         {**at, "rows": sum(p["hi"] - p["lo"] for p in pieces), "bytes": sum(p["bytes"] for p in pieces)},
     )
-
-
-def record_transport(database: Database, epoch: int, identity: str) -> None:
-    """Remember which Redis the leader has dealt with."""
-    with database.transaction() as connection:
-        fence(connection, epoch)
-        see_transport(connection, epoch, identity)
-
-
-# -- payloads --------------------------------------------------------------------------------------
-
-_TEXTS = text("""
-    SELECT b.job_id, b.number, b.payload, b.row_order, b.first_row, b.bad_fields <> '{}'
-      FROM unnest(CAST(:jobs AS uuid[]), CAST(:blocks AS int[])) k (job, block)
-      JOIN block b ON b.job_id = k.job AND b.number = k.block""")
-_PASS = text("""
-    SELECT p.kind, p.numerics, p.max_tokens, p.input, p.needs, m.manifest, j.tenant_id, j.priority
-      FROM pass p JOIN model m ON m.id = p.model_id JOIN job j ON j.id = p.job_id
-     WHERE p.job_id = :job AND p.number = :pass""")
-_TASKS = text("""
-    SELECT t.number, t.name, t.spec, m.manifest FROM task t JOIN model m ON m.id = t.model_id
-     WHERE t.job_id = :job AND t.pass_number = :pass ORDER BY t.number""")
-
-
-def block_texts(
-    connection: Connection, blocks: Collection[tuple[str, int]]
-) -> dict[tuple[str, int], tuple[bytes, bytes, int, bool]]:
-    """(job, block) -> payload, row order, first row, and whether some pass has an order of its own from the start.
-
-    Of those that are still there.
-    """
-    jobs, numbers = zip(*blocks, strict=True)
-    at = {"jobs": [UUID(job) for job in jobs], "blocks": list(numbers)}
-    return {
-        (str(job), number): (bytes(payload), bytes(order), first_row, partly_bad)
-        for job, number, payload, order, first_row, partly_bad in connection.execute(_TEXTS, at)
-    }
-
-
-_UPSTREAM = text(f"""
-    SELECT w.job_id, w.pass_number, w.block_number, w.row_order, n.task, t.name, t.spec, t.labels, c.column_id
-      FROM {_PLACES}) k (job, pass, block)
-      JOIN block_pass w ON w.job_id = k.job AND w.pass_number = k.pass AND w.block_number = k.block
-      JOIN pass p ON p.job_id = k.job AND p.number = k.pass LEFT JOIN LATERAL unnest(p.needs) n (task) ON true
-      LEFT JOIN task t ON t.job_id = k.job AND t.number = n.task
-      LEFT JOIN block_column c ON c.job_id = k.job AND c.block_number = k.block AND c.task_number = n.task""")
-
-
-@dataclass(frozen=True, slots=True)
-class UpstreamAnswer:
-    """What another task answered in a block."""
-
-    name: str
-    spec: Mapping[str, Any]
-    labels: tuple[str, ...]
-    column: Column
-
-
-def upstream_answers(
-    connection: Connection, places: Collection[tuple[str, int, int]]
-) -> dict[tuple[str, int, int], tuple[bytes | None, list[UpstreamAnswer]]]:
-    """Of these released places that are still there: their own row order, if any, and the answers that they read."""
-    rows = connection.execute(_UPSTREAM, _at(places)).all()
-    columns = read_columns(connection, sorted({row.column_id for row in rows} - {None}))
-    found: dict[tuple[str, int, int], tuple[bytes | None, list[UpstreamAnswer]]] = {}
-    # A job may be removed while we read.
-    gone = {row.job_id for row in rows if row.task is not None and row.column_id not in columns}
-    for row in rows:
-        if row.job_id in gone:
-            continue
-        where = (str(row.job_id), row.pass_number, row.block_number)
-        order = None if row.row_order is None else bytes(row.row_order)
-        _, answers = found.setdefault(where, (order, []))
-        if row.task is not None:
-            answers.append(UpstreamAnswer(row.name, row.spec, tuple(row.labels), columns[row.column_id]))
-    return found
-
-
-def pass_of(connection: Connection, job: str, pass_number: int) -> tuple[Any, list[Any]] | None:
-    """The pass and its tasks with their manifests; None where the job was removed."""
-    at = {"job": UUID(job), "pass": pass_number}
-    found = connection.execute(_PASS, at).first()
-    return (found, list(connection.execute(_TASKS, at))) if found else None
-
-
-# -- what was learned ------------------------------------------------------------------------------
-
-_REFUSALS = text("SELECT model_id, worker, boot, why FROM refusal")
-_STALE = text("""
-    SELECT id FROM job WHERE state = 'loading' AND touched < clock_timestamp() - make_interval(secs => :silent_s)""")
-_OVERDUE = text("""
-    SELECT id, to_char(deadline AT TIME ZONE 'UTC', 'YYYY-MM-DD"T"HH24:MI:SS"Z"') AS at FROM job
-     WHERE state IN ('loading', 'running') AND deadline < clock_timestamp()""")
-
-
-def refusals(connection: Connection) -> list[Refusal]:
-    """Everything that could not be loaded where."""
-    return [Refusal(row.model_id, row.worker, row.boot, row.why) for row in connection.execute(_REFUSALS)]
-
-
-def overdue(connection: Connection, silent_s: float) -> dict[UUID, str]:
-    """Jobs whose deadline passed, or whose upload fell silent, with the reason they fail for."""
-    found: dict[UUID, str] = {}
-    for row in connection.execute(_STALE, {"silent_s": silent_s}):
-        found[row.id] = f"the upload was abandoned: no part for {silent_s:.0f} s"
-    for row in connection.execute(_OVERDUE):
-        found[row.id] = f"its deadline passed: {row.at}; what was done by then can be read"
-    return found

@@ -9,6 +9,7 @@ from typing import Any
 from sqlalchemy import Connection, text
 
 from scheduler.policy.cost import LoadKey, Rate, RateKey, Rates, Workload
+from scheduler.policy.lifecycle import Refusal
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -27,6 +28,7 @@ class Timed:
 
 _RATES = text("""
     SELECT trunk, device, numerics, coefficients, covariance, bytes_per_token, tokens_per_row, observations FROM rate""")
+_REFUSALS = text("SELECT model_id, worker, boot, why FROM refusal")
 _PACES = text("SELECT worker, pace, observations FROM pace")
 _LOADS = text("SELECT model, device, seconds FROM load_time")
 
@@ -38,6 +40,11 @@ def rates(connection: Connection) -> Rates:
         {row.worker: (row.pace, row.observations) for row in connection.execute(_PACES)},
         {(row.model, row.device): row.seconds for row in connection.execute(_LOADS)},
     )
+
+
+def refusals(connection: Connection) -> list[Refusal]:
+    """Everything that could not be loaded where."""
+    return [Refusal(row.model_id, row.worker, row.boot, row.why) for row in connection.execute(_REFUSALS)]
 
 
 def speeds(connection: Connection) -> dict[str, float]:

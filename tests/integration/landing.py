@@ -12,7 +12,7 @@ from motet.protocol.manifest import Manifest
 from motet.tasks import Task
 from scheduler.api.submissions import Submission, new_job, plan_submission
 from scheduler.blocks import IncomingPart, blocks_of
-from scheduler.store import jobs, registry
+from scheduler.store import landing, opening, registry
 from scheduler.store.database import Database
 
 #: A trunk, and a head on it that says how long a text is: see ``label_of`` of who uses them.
@@ -81,8 +81,8 @@ def land(
         )
         planned = plan_submission(tasks, found, trunks, ())
         job = new_job(job_id or uuid.uuid4(), home, asked, planned, None)
-        jobs.open_job(connection, job, max_active_jobs=100)
-        loading = jobs.loading(connection, home, job.id)
+        opening.open_job(connection, job, max_active_jobs=100)
+        loading = landing.loading(connection, home, job.id)
         missing = {name: set((gaps or {}).get(name, ())) for name in asked.fields}
         part = IncomingPart(
             columns={
@@ -104,7 +104,7 @@ def land(
             },
         )
         blocks = blocks_of(part, loading.readers, block_rows=block_rows, block_bytes=1 << 20)
-        jobs.land_part(connection, loading, 0, b"digest", blocks, first_row=0, max_rows=1_000_000)
+        landing.land_part(connection, loading, 0, b"digest", blocks, first_row=0, max_rows=1_000_000)
         if close:
-            jobs.close_job(connection, home, job.id, parts=1, rows=len(rows))
+            landing.close_job(connection, home, job.id, parts=1, rows=len(rows))
     return job.id

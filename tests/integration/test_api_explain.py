@@ -24,8 +24,9 @@ from motet.protocol.wire import Assignment, Beat, Outcome, Usage
 from scheduler import aggregator, dispatcher
 from scheduler.aggregator import Aggregator
 from scheduler.api import shapes
-from scheduler.dispatcher import Dispatcher, Listener
+from scheduler.dispatcher import Dispatcher
 from scheduler.store.database import Database
+from scheduler.store.listening import Listener
 from tests.integration import test_protocol as protocol
 from tests.integration.api_house import House, a_house
 from tests.integration.landing import land, register

@@ -206,13 +206,13 @@ def test_a_task_whose_rows_are_all_bad_releases_what_waits_for_it(house: House) 
 
 
 def test_a_job_that_is_cancelled_counts_its_bad_cells_once(house: House) -> None:
-    from scheduler.store import jobs
+    from scheduler.store import endings
     from scheduler.store.registry import tenant_named
 
     job = land(house.database, texts(60), TASKS, block_rows=16, gaps={"title": {1, 20}, "body": {2, 40}})
     house.work()
     with house.database.transaction() as connection:
-        jobs.cancel_job(connection, tenant_named(connection, "default"), job)
+        endings.cancel_job(connection, tenant_named(connection, "default"), job)
     assert check(house, job).state == "cancelled"
 
 

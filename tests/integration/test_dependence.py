@@ -17,7 +17,7 @@ from motet.protocol.manifest import Manifest
 from motet.protocol.wire import Assignment, Outcome, Spent
 from motet.tasks import Choose, Classify, Generate, Task
 from scheduler.policy.prompt_order import ANSWER_BYTES
-from scheduler.store import explain, jobs
+from scheduler.store import endings, explain
 from scheduler.store.registry import tenant_named
 from tests.integration.landing import land, register
 from tests.integration.test_protocol import HEAD, House, label_of, texts
@@ -329,7 +329,7 @@ def test_a_job_that_is_cancelled_while_blocks_wait_is_counted_and_stays_so(house
         house.work()
     late = [(hand, hand.outcome(a)) for hand in house.hands for a in hand.take_all()]
     with house.database.transaction() as connection:
-        jobs.cancel_job(connection, tenant_named(connection, "default"), job)
+        endings.cancel_job(connection, tenant_named(connection, "default"), job)
     for hand, outcome in late:
         hand.report(outcome)
     house.aggregate()
@@ -337,7 +337,7 @@ def test_a_job_that_is_cancelled_while_blocks_wait_is_counted_and_stays_so(house
         house.work()
     assert check(house, job).state == "cancelled"
     with house.database.transaction() as connection:
-        jobs.remove_job(connection, tenant_named(connection, "default"), job)
+        endings.remove_job(connection, tenant_named(connection, "default"), job)
     assert house.sql("SELECT count(*) AS n FROM block_pass")[0].n == 0
 
 

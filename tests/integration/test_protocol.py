@@ -30,6 +30,8 @@ from scheduler.policy.carve import Carved, Frontier, Range
 from scheduler.policy.liveness import GRACE_S
 from scheduler.store import leases
 from scheduler.store.database import Database, StoreUnavailable
+from scheduler.store.demand import demand
+from scheduler.store.demand import frontier as frontier_of
 from scheduler.store.endings import delete_job, end_job
 from scheduler.store.leadership import NotLeading
 from scheduler.store.leases import Cut, Held, Leased, SecondLease
@@ -352,7 +354,7 @@ def test_a_pass_is_priced_by_the_fields_that_it_reads(house: House) -> None:
     )
     assert [ratio.n for ratio in learned] == [4, 5], "by the bytes that it is applied to"
     with house.database.transaction() as connection:
-        assert [d.bytes_per_token for d in leases.demand(connection, 0.0)][-1] == 5.0
+        assert [d.bytes_per_token for d in demand(connection, 0.0)][-1] == 5.0
     assert house.finish(job).state == "succeeded"
     assert_accounted_for(house, job, n)
 
@@ -977,7 +979,7 @@ def led(house: House) -> int:
 
 def frontier(house: House, job: UUID, rows: int = 1000) -> Frontier:
     with house.database.transaction() as connection:
-        return leases.frontier(connection, str(job), 0, rows=rows)
+        return frontier_of(connection, str(job), 0, rows=rows)
 
 
 def cut(house: House, job: UUID, *ranges: tuple[int, int, int], worker: str = "w1") -> Cut:
@@ -1312,7 +1314,7 @@ def test_what_was_decided_and_could_not_be_leased_is_decided_anew(
 
 def waiting(house: House, limit: int) -> list[UUID]:
     with house.database.transaction() as connection:
-        return [UUID(d.job) for d in leases.demand(connection, house.now, limit)]
+        return [UUID(d.job) for d in demand(connection, house.now, limit)]
 
 
 def test_many_waiting_jobs_of_one_tenant_hide_neither_another_tenant_nor_bulk_work(house: House) -> None:
@@ -1329,7 +1331,7 @@ def test_many_waiting_jobs_of_one_tenant_hide_neither_another_tenant_nor_bulk_wo
 def test_whoever_comes_after_more_jobs_than_a_step_looks_at_is_served_all_the_same(
     house: House, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(leases, "demand", partial(leases.demand, limit=4))
+    monkeypatch.setattr("scheduler.facts.demand", partial(demand, limit=4))
     rows = texts(60)
     many = [land(house.database, rows, TASKS) for _ in range(12)]
     bulk = land(house.database, rows, TASKS, priority=2)

@@ -23,7 +23,7 @@ from scheduler.dispatcher import Dispatcher
 from scheduler.policy import lifecycle
 from scheduler.policy.carve import Range
 from scheduler.policy.lifecycle import Return
-from scheduler.store import dependence, endings, leases, outcomes
+from scheduler.store import dependence, endings, leadership, leases, outcomes, payload_rows
 from scheduler.store.database import Database
 from tests.machine.world import Play
 
@@ -136,7 +136,7 @@ def rescues_what_waits_on_the_stream(patch: Patch) -> None:
 
 
 def does_not_fence(patch: Patch) -> None:
-    for module in (scheduler.dispatcher, leases):
+    for module in (scheduler.dispatcher, leases, leadership):
         patch.setattr(module, "fence", lambda connection, epoch: None)
 
 
@@ -264,9 +264,9 @@ def forgets_to_count_what_it_skips(patch: Patch) -> None:
 
 def carves_rows_that_were_taken_out(patch: Patch) -> None:
     patch.setattr(
-        leases,
+        payload_rows,
         "_UPSTREAM",
-        text(str(leases._UPSTREAM).replace("w.row_order", "CAST(NULL AS bytea) AS row_order")),
+        text(str(payload_rows._UPSTREAM).replace("w.row_order", "CAST(NULL AS bytea) AS row_order")),
     )
 
 

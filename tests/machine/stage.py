@@ -17,7 +17,7 @@ from typing import Any
 from sqlalchemy import Connection, text
 
 from motet.protocol.transport import MemoryTransport, TransportLost
-from scheduler.store import leases
+from scheduler.store import demand
 from scheduler.store.database import Database, StoreUnavailable
 from tests.integration import landing
 from tests.integration.landing import HEAD, register
@@ -204,7 +204,7 @@ class Stage:
             tap.arm()
             tap.me = None
         # Jobs of one play have the ids of those of another.
-        leases._lengths_read.clear()
+        demand._lengths_read.clear()
         with self.taps["machine"].transaction() as connection:
             connection.exec_driver_sql(_EMPTY)
 

@@ -23,7 +23,7 @@ from scheduler.aggregator import Aggregator
 from scheduler.dispatcher import Dispatcher
 from scheduler.facts import workers as able
 from scheduler.policy.place import Clone, Recall
-from scheduler.store import drains, jobs, registry
+from scheduler.store import drains, endings, registry
 from scheduler.store.database import Database, StoreUnavailable
 from scheduler.store.leadership import NotLeading
 from tests.integration.landing import land
@@ -216,12 +216,12 @@ class World:
         """Of a job, one time in three; else most jobs would end so."""
         if i % 3 == 0 and (job := self._some_job(i // 3)) is not None:
             with self.database.transaction() as connection:
-                jobs.cancel_job(connection, registry.tenant_named(connection, "default"), job.id)
+                endings.cancel_job(connection, registry.tenant_named(connection, "default"), job.id)
 
     def rule_delete(self, i: int) -> None:
         if i % 3 == 0 and (job := self._some_job(i // 3)) is not None:
             with self.database.transaction() as connection:
-                jobs.remove_job(connection, registry.tenant_named(connection, "default"), job.id)
+                endings.remove_job(connection, registry.tenant_named(connection, "default"), job.id)
             job.deleted = True
 
     # -- dispatchers

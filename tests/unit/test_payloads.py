@@ -17,7 +17,7 @@ def test_places_with_an_order_and_no_texts_leave_the_cache_too(monkeypatch: pyte
     order = uint32_bytes(range(1000))
     monkeypatch.setattr(payloads, "_CACHE_BYTES", 10 * len(order))
     monkeypatch.setattr(
-        payloads.leases, "upstream_answers", lambda _, places: {place: (order, []) for place in places}
+        payloads.payload_rows, "upstream_answers", lambda _, places: {place: (order, []) for place in places}
     )
     packed = Payloads(cast(Any, SimpleNamespace(transaction=nullcontext)))
     for block in range(100):

@@ -12,7 +12,7 @@ import pytest
 from motet.protocol.manifest import Manifest
 from motet.protocol.wire import Beat
 from scheduler.api.workers_seen import WorkersSeen
-from scheduler.store import leases
+from scheduler.store import demand
 
 BEATS = {name: Beat(worker=name, boot="b", seq=1) for name in ("w1", "w2", "w3")}
 MODELS = [
@@ -61,13 +61,13 @@ def test_a_thread_that_looks_while_another_does_takes_no_silent_worker_for_a_liv
 def test_manifests_that_another_thread_forgets_meanwhile_are_found_all_the_same(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(leases, "_manifests_read", {})
+    monkeypatch.setattr(demand, "_manifests_read", {})
 
     class Line:
         """A connection during whose answers another thread empties what is kept."""
 
         def execute(self, _: object, at: dict[str, list[int]]) -> Any:
-            leases._manifests_read.clear()
+            demand._manifests_read.clear()
             return [
                 SimpleNamespace(id=number, created=created, manifest=manifest.to_json())
                 for number, created, manifest in MODELS
@@ -76,5 +76,5 @@ def test_manifests_that_another_thread_forgets_meanwhile_are_found_all_the_same(
 
     first, both = MODELS[:1], MODELS
     for wanted in (first, both):
-        found = leases._manifests(Line(), {(number, created) for number, created, _ in wanted})  # type: ignore[arg-type]
+        found = demand._manifests(Line(), {(number, created) for number, created, _ in wanted})  # type: ignore[arg-type]
         assert found == {(number, created): manifest for number, created, manifest in wanted}

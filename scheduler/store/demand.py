@@ -1,0 +1,171 @@
+"""What waits: the passes that may be carved now, and the frontier of each of them."""
+
+from __future__ import annotations
+
+from array import array
+from collections import OrderedDict
+from collections.abc import Collection, Sequence
+from datetime import datetime
+from itertools import accumulate
+from uuid import UUID
+
+from sqlalchemy import Connection, text
+
+from motet.protocol.manifest import Manifest
+from scheduler.blocks import Reads, read_in_order
+from scheduler.policy.carve import Frontier, OpenBlock, Piece, Range
+from scheduler.policy.place import Demand
+
+_MANIFESTS_KEPT = 1000
+#: Lengths of rows kept between steps, eight bytes each: those of the blocks that are carved on.
+_LENGTHS_KEPT = 2_000_000
+
+# The first passes of each tenant in each class, then the second ones: whoever has many hides nobody.
+_DEMAND = text("""
+    WITH waiting AS (
+        SELECT p.job_id, p.number, dense_rank() OVER (ORDER BY j.created, j.id) AS age,
+               row_number() OVER (PARTITION BY j.priority, j.tenant_id ORDER BY j.created, j.id, p.number) AS turn,
+               j.priority
+          FROM pass p JOIN job j ON j.id = p.job_id WHERE j.state = 'running' AND p.rows_waiting > 0
+         ORDER BY turn, j.priority, age, p.number LIMIT :limit)
+    SELECT p.job_id, p.number, j.tenant_id, t.weight, j.priority, p.numerics, p.rate_key,
+           cardinality(p.needs) > 0 AS dependent, m.id AS model, m.created AS model_created,
+           array_prepend(p.model_id, ARRAY(SELECT k.model_id FROM task k
+                                            WHERE k.job_id = p.job_id AND k.pass_number = p.number)) AS model_ids,
+           p.rows_waiting - coalesce(later.n_rows, 0) AS n_rows,
+           p.bytes_waiting - coalesce(later.bytes, 0) AS bytes,
+           w.age,
+           CASE WHEN p.tokens > 0 THEN CAST(p.bytes_done AS double precision) / p.tokens ELSE 0 END AS bytes_per_token,
+           date_part('epoch', j.deadline - clock_timestamp()) AS left_s
+      FROM waiting w JOIN pass p ON p.job_id = w.job_id AND p.number = w.number
+      JOIN job j ON j.id = p.job_id JOIN tenant t ON t.id = j.tenant_id JOIN model m ON m.id = p.model_id
+      LEFT JOIN LATERAL (SELECT sum(hi - lo) AS n_rows, CAST(sum(bytes) AS bigint) AS bytes FROM piece
+                          WHERE piece.job_id = p.job_id AND piece.pass_number = p.number
+                            AND not_before > clock_timestamp()) later ON true
+     ORDER BY w.priority, w.age, p.number""")
+
+
+def demand(connection: Connection, now: float, limit: int = 500) -> list[Demand]:
+    """Passes of running jobs with rows that may be carved now; deadlines are told on the clock of ``now``.
+
+    Where more than ``limit`` wait each tenant has as many of them in each class, its oldest.
+    """
+    rows = [row for row in connection.execute(_DEMAND, {"limit": limit}) if row.n_rows > 0]
+    models = _manifests(connection, {(row.model, row.model_created) for row in rows})
+    return [
+        Demand(
+            job=str(row.job_id),
+            pass_number=row.number,
+            tenant=str(row.tenant_id),
+            weight=row.weight,
+            priority=row.priority,
+            age=row.age,
+            model_ids=frozenset(row.model_ids),
+            numerics=row.numerics,
+            model=models[row.model, row.model_created],
+            rate_key=row.rate_key,
+            dependent=row.dependent,
+            rows_waiting=row.n_rows,
+            bytes_waiting=row.bytes,
+            bytes_per_token=row.bytes_per_token,
+            deadline=None if row.left_s is None else now + row.left_s,
+        )
+        for row in rows
+    ]
+
+
+_MANIFESTS = text("SELECT id, created, manifest FROM model WHERE id = ANY(:ids)")
+#: A model never changes; after a restore of an older dump its id may name another, born at another time.
+_Model = tuple[int, datetime]
+_manifests_read: dict[_Model, Manifest] = {}
+
+
+def _manifests(connection: Connection, wanted: Collection[_Model]) -> dict[_Model, Manifest]:
+    """The manifests of these models, read and parsed once.
+
+    Threads of the API ask at the same time, so what one has found it does not look up again where another may empty it.
+    """
+    found = {model: known for model in wanted if (known := _manifests_read.get(model)) is not None}
+    if missing := [model for model in wanted if model not in found]:
+        for row in connection.execute(_MANIFESTS, {"ids": [id_ for id_, _ in missing]}):
+            found[row.id, row.created] = Manifest.from_json(row.manifest)
+        if len(_manifests_read) > _MANIFESTS_KEPT:
+            _manifests_read.clear()
+        _manifests_read.update(found)
+    return found
+
+
+_PIECES = text("""
+    SELECT p.id, p.block_number, p.lo, p.hi, p.bytes, p.tries, p.deaths, p.exclusive, bp.todo
+      FROM piece p JOIN block_pass bp USING (job_id, pass_number, block_number)
+     WHERE p.job_id = :job AND p.pass_number = :pass AND p.not_before <= clock_timestamp()
+     ORDER BY p.block_number, p.lo LIMIT :limit""")
+_OPEN_BLOCKS = text("""
+    SELECT block_number, cursor, n, todo FROM block_pass
+     WHERE job_id = :job AND pass_number = :pass AND state = 'ready' AND cursor < n
+     ORDER BY block_number LIMIT :limit""")
+_LENGTHS = text("""
+    SELECT b.number, coalesce(w.row_order, b.row_order) AS row_order, b.lengths, b.n_rows,
+           p.reads, p.bytes_beside, p.max_tokens
+      FROM block b JOIN pass p ON p.job_id = b.job_id AND p.number = :pass
+      JOIN block_pass w ON w.job_id = b.job_id AND w.pass_number = p.number AND w.block_number = b.number
+     WHERE b.job_id = :job AND b.number = ANY(:blocks)""")
+
+
+def frontier(connection: Connection, job: str, pass_number: int, *, rows: int, limit: int = 16) -> Frontier:
+    """The next pieces and open blocks of a pass: enough for so many rows, at most ``limit`` of each."""
+    job_id = UUID(job)
+    at = {"job": job_id, "pass": pass_number, "limit": limit}
+    pieces = [
+        Piece(
+            row.id,
+            Range(row.block_number, row.lo, row.hi, row.bytes),
+            row.todo,
+            tries=row.tries,
+            deaths=row.deaths,
+            exclusive=row.exclusive,
+        )
+        for row in connection.execute(_PIECES, at)
+    ]
+    wanted = rows - sum(len(p.range) for p in pieces)
+    opened = []
+    for row in connection.execute(_OPEN_BLOCKS, at) if wanted > 0 else ():
+        opened.append(row)
+        wanted -= row.n - row.cursor
+        if wanted <= 0:
+            break
+    lengths = _lengths_of(connection, job_id, pass_number, [row.block_number for row in opened])
+    return Frontier(
+        pieces=pieces,
+        blocks=[
+            OpenBlock(row.block_number, row.cursor, row.n, row.todo, lengths[row.block_number])
+            for row in opened
+            if row.block_number in lengths
+        ],
+    )
+
+
+#: (job, pass, block) -> bytes of the first i rows in order, for every i. Of what may be carved they never change.
+_lengths_read: OrderedDict[tuple[UUID, int, int], array[int]] = OrderedDict()
+
+
+def _lengths_of(
+    connection: Connection, job: UUID, pass_number: int, blocks: Sequence[int]
+) -> dict[int, array[int]]:
+    """``OpenBlock.cumulative`` of these blocks, decoded once."""
+    missing = [block for block in blocks if (job, pass_number, block) not in _lengths_read]
+    if missing:
+        for row in connection.execute(_LENGTHS, {"job": job, "pass": pass_number, "blocks": missing}):
+            reads = Reads(tuple(row.reads), row.bytes_beside, row.max_tokens)
+            sizes = read_in_order(row.row_order, row.lengths, row.n_rows, reads)
+            _lengths_read[job, pass_number, row.number] = array("Q", accumulate(sizes, initial=0))
+    found = {}
+    for block in blocks:
+        key = (job, pass_number, block)
+        if key in _lengths_read:  # the job may be removed while we read
+            _lengths_read.move_to_end(key)
+            found[block] = _lengths_read[key]
+    kept = sum(map(len, _lengths_read.values())) if missing else 0
+    while kept > _LENGTHS_KEPT:
+        kept -= len(_lengths_read.popitem(last=False)[1])
+    return found

@@ -1,0 +1,472 @@
+"""Rows land part by part in a job that is loading, until it is closed.
+
+Lock order: the job's row first, then shared columns by id, then blocks and passes. What may arrive twice (a part, a
+close) is answered as it was the first time.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+from uuid import UUID
+
+from psycopg.types.json import Jsonb
+from sqlalchemy import Connection, Row, text
+
+from motet.errors import Conflict, InvalidJob, NotFound, Overloaded, Problem
+from motet.protocol import traces
+from motet.protocol.columns import CellError, Kind
+from motet.protocol.manifest import Manifest, column_kind
+from motet.protocol.wire import by_reason
+from scheduler.blocks import (
+    EncodedBlock,
+    Reader,
+    Reads,
+    absent,
+    askable,
+    read_in_order,
+    row_order,
+    task_bits,
+    uint32_bytes,
+)
+from scheduler.merge import errors_column
+from scheduler.policy.needs import dialogues_of, fields_read, needs_of, stored_task
+from scheduler.store.database import JOB, WORK, notify
+from scheduler.store.endings import ENDED, trace_end
+from scheduler.store.opening import PRIORITIES
+from scheduler.store.sealing import settle, store_column
+
+#: Rows of an interactive job at most: more would not be interactive for anyone.
+INTERACTIVE_ROWS = 256
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LoadingJob:
+    """What never changes of a job while it is being loaded: enough to check and encode its rows."""
+
+    id: UUID
+    tenant: UUID
+    fields: tuple[str, ...]
+    #: Fields among them that hold dialogues.
+    dialogues: frozenset[str]
+    bad_rows: Literal["refuse", "error"]
+    interactive: bool
+    reuse: bool
+    #: In order of task number.
+    readers: tuple[Reader, ...]
+    #: Kind of each task's column.
+    kinds: tuple[Kind, ...]
+    #: Task numbers of each pass, in order of pass number, and those of the tasks whose cells it reads.
+    passes: tuple[tuple[int, ...], ...]
+    needs: tuple[tuple[int, ...], ...]
+    #: What each pass reads of a row.
+    reads: tuple[Reads, ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Landed:
+    """The answer to a part, the first time and every other."""
+
+    part: int
+    rows: int
+    #: Rows of the job up to and with this part.
+    total_rows: int
+    bad_rows: int
+
+
+_LOADING = text(
+    "SELECT id, tenant_id, fields, bad_rows, priority, reuse FROM job WHERE id = :job AND tenant_id = :tenant"
+)
+_READERS = text("""
+    SELECT t.number, t.name, t.kind, t.pass_number, t.spec, t.digest, m.manifest, l.manifest AS loaded,
+           p.max_tokens, p.reads, p.bytes_beside
+      FROM task t JOIN model m ON m.id = t.model_id
+      JOIN pass p ON p.job_id = t.job_id AND p.number = t.pass_number JOIN model l ON l.id = p.model_id
+     WHERE t.job_id = :job ORDER BY t.number""")
+
+
+def loading(connection: Connection, tenant: UUID, job: UUID) -> LoadingJob:
+    """The unchanging facts of a job. Raises NotFound."""
+    found = connection.execute(_LOADING, {"job": job, "tenant": tenant}).first()
+    if found is None:
+        raise NotFound(f"no job {job}")
+    rows = connection.execute(_READERS, {"job": job}).all()
+    tasks = {row.name: stored_task(row.spec) for row in rows}
+    names, needs = list(tasks), needs_of(tasks)
+    readers: list[Reader] = []
+    kinds: list[Kind] = []
+    passes: dict[int, list[int]] = {}
+    reads: dict[int, Reads] = {}
+    for row in rows:
+        model, loaded = Manifest.from_json(row.manifest), Manifest.from_json(row.loaded)
+        # What is drawn is drawn anew for each job, and for each row of it.
+        drawn = getattr(tasks[row.name], "temperature", 0.0) > 0
+        readers.append(
+            Reader(
+                reads=fields_read(row.name, tasks),
+                digest=bytes(row.digest),
+                reusable=found.reuse and model.deterministic and loaded.deterministic and not drawn,
+                needs=tuple((names[number], number) for number in needs[row.number]),
+            )
+        )
+        kinds.append(column_kind(row.kind, model))
+        passes.setdefault(row.pass_number, []).append(row.number)
+        reads[row.pass_number] = Reads(tuple(row.reads), row.bytes_beside, row.max_tokens)
+    return LoadingJob(
+        id=found.id,
+        tenant=found.tenant_id,
+        fields=tuple(found.fields),
+        dialogues=dialogues_of(tasks),
+        bad_rows=found.bad_rows,
+        interactive=found.priority == PRIORITIES["interactive"],
+        reuse=found.reuse,
+        readers=tuple(readers),
+        kinds=tuple(kinds),
+        passes=tuple(tuple(passes[number]) for number in sorted(passes)),
+        needs=tuple(needs[passes[number][0]] for number in sorted(passes)),
+        reads=tuple(reads[number] for number in sorted(passes)),
+    )
+
+
+_LOCK = text("""
+    SELECT j.state, j.n_rows, j.n_blocks, j.n_parts, j.blocks_done, j.started, t.row_quota
+      FROM job j JOIN tenant t ON t.id = j.tenant_id
+     WHERE j.id = :job AND j.tenant_id = :tenant FOR NO KEY UPDATE OF j""")
+_PART = text("""
+    SELECT digest, n_rows, n_bad,
+           (SELECT sum(n_rows) FROM part WHERE job_id = :job AND number <= :number) AS total_rows
+      FROM part WHERE job_id = :job AND number = :number""")
+_ROWS_HELD = text("""
+    SELECT coalesce(sum(n_rows), 0) FROM job WHERE tenant_id = :tenant AND state IN ('loading', 'running')""")
+_ADD_PART = text("""
+    INSERT INTO part (job_id, number, digest, n_rows, n_bad) VALUES (:job, :number, :digest, :n_rows, :n_bad)""")
+_FIND_COLUMNS = text("""
+    SELECT id, key, n_rows, n_ok, n_error, n_skipped FROM sealed_column
+     WHERE tenant_id = :tenant AND key = ANY(:keys) ORDER BY id FOR NO KEY UPDATE""")
+_SHARE_COLUMNS = text("""
+    UPDATE sealed_column c SET refs = c.refs + k.n
+      FROM unnest(CAST(:ids AS bigint[]), CAST(:counts AS int[])) k (id, n) WHERE c.id = k.id""")
+_MORE_WAITS = text("""
+    UPDATE pass SET rows_waiting = rows_waiting + k.n_rows, bytes_waiting = bytes_waiting + k.bytes
+      FROM unnest(CAST(:passes AS smallint[]), CAST(:rows AS bigint[]), CAST(:bytes AS bigint[])) k (number, n_rows, bytes)
+     WHERE pass.job_id = :job AND pass.number = k.number""")
+_GROW = text("""
+    UPDATE job SET n_rows = n_rows + :rows, n_blocks = n_blocks + :blocks, n_parts = n_parts + 1,
+           blocks_done = blocks_done + :done, cells_ok = cells_ok + :ok, cells_error = cells_error + :error,
+           cells_skipped = cells_skipped + :skipped, cells_reused = cells_reused + :reused,
+           version = version + 1, touched = clock_timestamp()
+     WHERE id = :job""")
+
+_COPY_BLOCK = (
+    "COPY block (job_id, number, first_row, n_rows, n_work, bytes, row_order, lengths, payload, bad, bad_fields,"
+    " keys, passes_open, done_number) FROM STDIN (FORMAT BINARY)",
+    (
+        "uuid",
+        "int4",
+        "int8",
+        "int4",
+        "int4",
+        "int8",
+        "bytea",
+        "bytea",
+        "bytea",
+        "jsonb",
+        "jsonb",
+        "bytea[]",
+        "int2",
+        "int4",
+    ),
+)
+_COPY_BLOCK_PASS = (
+    "COPY block_pass (job_id, pass_number, block_number, state, todo, n, cursor, done, bytes, row_order)"
+    " FROM STDIN (FORMAT BINARY)",
+    ("uuid", "int2", "int4", "text", "int8", "int4", "int4", "int4", "int8", "bytea"),
+)
+_COPY_BLOCK_COLUMN = (
+    "COPY block_column (job_id, block_number, task_number, column_id) FROM STDIN (FORMAT BINARY)",
+    ("uuid", "int4", "int2", "int8"),
+)
+
+
+def land_part(
+    connection: Connection,
+    job: LoadingJob,
+    number: int,
+    digest: bytes,
+    blocks: Sequence[EncodedBlock],
+    *,
+    first_row: int | None,
+    max_rows: int,
+) -> Landed:
+    """Store one part: its blocks, what waits of them, and what is answered already. One transaction, the caller's.
+
+    A (block, task) whose reuse key names a stored column of the tenant shows that column and is not run again. A pass
+    that reads other tasks' answers waits in a block, unless all of them are shown there already.
+    Bad rows are counted as error cells here, once, but for reused columns, whose own counts hold them: a row that is
+    none in every task, a bad value in the tasks that read it. A pass is not done on rows that none of its tasks can
+    be asked; where only some of them can, it is, and ``sealing.without_bad`` drops the answers of the others.
+    Raises Conflict for a part out of order (``next_part``), or sent before with other bytes, or sent to a job
+    that takes no more; InvalidJob beyond ``max_rows``; Overloaded beyond the tenant's quota.
+    """
+    n_rows = sum(b.n_rows for b in blocks)
+    n_bad = sum(b.n_bad for b in blocks)
+    held = connection.execute(_LOCK, {"job": job.id, "tenant": job.tenant}).first()
+    if held is None:
+        raise NotFound(f"no job {job.id}")
+    before = connection.execute(_PART, {"job": job.id, "number": number}).first()
+    if before is not None:
+        if bytes(before.digest) != digest:
+            raise Conflict(f"part {number} is stored with other bytes; open a new job for other rows")
+        return Landed(
+            part=number, rows=before.n_rows, total_rows=int(before.total_rows), bad_rows=before.n_bad
+        )
+    _check_order(job, held, number, first_row)
+    _check_limits(connection, job, held, n_rows, max_rows)
+    landing = _arrange(connection, job, held, blocks)
+    connection.execute(
+        _ADD_PART, {"job": job.id, "number": number, "digest": digest, "n_rows": n_rows, "n_bad": n_bad}
+    )
+    _copy(connection, _COPY_BLOCK, landing.blocks)
+    _copy(connection, _COPY_BLOCK_PASS, landing.block_passes)
+    _copy(connection, _COPY_BLOCK_COLUMN, landing.block_columns)
+    waiting = sorted(landing.rows_waiting)
+    if waiting:
+        connection.execute(
+            _MORE_WAITS,
+            {
+                "job": job.id,
+                "passes": waiting,
+                "rows": [landing.rows_waiting[p] for p in waiting],
+                "bytes": [landing.bytes_waiting[p] for p in waiting],
+            },
+        )
+    cells = landing.cells
+    connection.execute(
+        _GROW,
+        {
+            "job": job.id,
+            "rows": n_rows,
+            "blocks": len(blocks),
+            "done": landing.blocks_done,
+            **{name: cells[name] for name in ("ok", "error", "skipped", "reused")},
+        },
+    )
+    if landing.depend:
+        # Last, since it counts on with what is counted by now.
+        settle(connection, {(job.id, number) for number in landing.depend})
+    notify(connection, JOB, str(job.id))
+    return Landed(part=number, rows=n_rows, total_rows=held.n_rows + n_rows, bad_rows=n_bad)
+
+
+def _check_order(job: LoadingJob, held: Row[Any], number: int, first_row: int | None) -> None:
+    if held.state != "loading":
+        raise Conflict(f"job {job.id} is {held.state} and takes no more parts; open a new one")
+    if number != held.n_parts:
+        conflict = Conflict(f"part {number} is out of order; part {held.n_parts} comes next")
+        conflict.next_part = held.n_parts
+        raise conflict
+    if first_row is not None and first_row != held.n_rows:
+        conflict = Conflict(
+            f"part {number} begins at row {first_row}, but the job has {held.n_rows} rows so far"
+        )
+        conflict.next_part = held.n_parts
+        raise conflict
+
+
+def _check_limits(
+    connection: Connection, job: LoadingJob, held: Row[Any], n_rows: int, max_rows: int
+) -> None:
+    total = held.n_rows + n_rows
+    most = min(max_rows, INTERACTIVE_ROWS) if job.interactive else max_rows
+    if total > most:
+        what, remedy = f"at most {most:,} rows in a job", "submit the rest as another job"
+        if job.interactive:
+            what, remedy = f"at most {most:,} rows in an interactive job", 'submit it with priority="normal"'
+        raise InvalidJob(Problem("rows", f"{total:,} rows", what, remedy))
+    if held.row_quota is not None:
+        waiting = int(connection.execute(_ROWS_HELD, {"tenant": job.tenant}).scalar_one())
+        if waiting + n_rows > held.row_quota:
+            raise Overloaded(f"the tenant's quota is {held.row_quota:,} rows in unfinished jobs", 30.0)
+
+
+@dataclass
+class _Landing:
+    """Rows for every table that a part touches, and what they add up to."""
+
+    blocks: list[tuple[Any, ...]]
+    block_passes: list[tuple[Any, ...]]
+    block_columns: list[tuple[Any, ...]]
+    rows_waiting: Counter[int]
+    bytes_waiting: Counter[int]
+    cells: Counter[str]
+    #: Blocks in which some pass waits for cells of another, of which some are there already.
+    depend: list[int]
+    blocks_done: int = 0
+
+
+def _arrange(
+    connection: Connection, job: LoadingJob, held: Row[Any], blocks: Sequence[EncodedBlock]
+) -> _Landing:
+    """Where each block stands, what of it is answered, and what waits."""
+    stored = _stored_columns(connection, job, blocks)
+    landing = _Landing([], [], [], Counter(), Counter(), Counter(), [])
+    shared: Counter[int] = Counter()
+    first_row = held.n_rows
+    for number, block in enumerate(blocks, held.n_blocks):
+        todo: dict[int, dict[int, tuple[str, str]]] = {}
+        shown = len(landing.block_columns)
+        for task, key in enumerate(block.keys):
+            column = stored.get(key) if key is not None else None
+            if column is not None and column.n_rows == block.n_rows:
+                shared[column.id] += 1
+                landing.block_columns.append((job.id, number, task, column.id))
+                landing.cells.update(
+                    ok=column.n_ok, error=column.n_error, skipped=column.n_skipped, reused=block.n_rows
+                )
+            else:
+                todo[task] = absent(block.bad, block.bad_fields, job.readers[task].reads)
+                landing.cells["error"] += len(todo[task])
+        open_passes = _add_passes(connection, landing, job, number, block, todo)
+        landing.blocks_done += not open_passes
+        if open_passes and len(landing.block_columns) > shown and any(job.needs):
+            landing.depend.append(number)
+        landing.blocks.append(
+            (
+                job.id,
+                number,
+                first_row,
+                block.n_rows,
+                block.n_work,
+                block.text_bytes,
+                block.row_order,
+                block.lengths,
+                block.payload,
+                Jsonb({str(offset): list(why) for offset, why in block.bad.items()}),
+                Jsonb({name: by_reason(bad) for name, bad in block.bad_fields.items()}),
+                list(block.keys) if job.reuse else [],
+                open_passes,
+                None if open_passes else held.blocks_done + landing.blocks_done,
+            )
+        )
+        first_row += block.n_rows
+    if shared:
+        connection.execute(_SHARE_COLUMNS, {"ids": list(shared), "counts": list(shared.values())})
+    return landing
+
+
+def _add_passes(
+    connection: Connection,
+    landing: _Landing,
+    job: LoadingJob,
+    number: int,
+    block: EncodedBlock,
+    todo: Mapping[int, Mapping[int, tuple[str, str]]],
+) -> int:
+    """The block's passes; how many of them are open. One with nothing to do is sealed at once.
+
+    ``todo``: number of a task that is to be computed -> the rows that it cannot be asked, and why.
+    """
+    open_passes = 0
+    for pass_number, tasks in enumerate(job.passes):
+        asked = [t for t in tasks if t in todo]
+        n, order, own = block.n_work, block.row_order, None
+        if asked and block.bad_fields:
+            left = askable(row_order(order), [todo[t] for t in asked])
+            if len(left) < n:
+                n, order = len(left), uint32_bytes(left)
+                own = order
+        if asked and not n:
+            landing.block_columns += (
+                (job.id, number, t, _all_bad(connection, job, t, block, todo[t])) for t in asked
+            )
+        state, settled, size = "sealed", n, 0
+        if asked and n:
+            open_passes += 1
+            state, settled = "waiting" if job.needs[pass_number] else "ready", 0
+            reads = job.reads[pass_number]
+            size = sum(read_in_order(order, block.lengths, block.n_rows, reads))
+        if state == "ready":
+            landing.rows_waiting[pass_number] += n
+            landing.bytes_waiting[pass_number] += size
+        landing.block_passes.append(
+            (job.id, pass_number, number, state, task_bits(asked), n, settled, settled, size, own)
+        )
+    return open_passes
+
+
+def _stored_columns(
+    connection: Connection, job: LoadingJob, blocks: Sequence[EncodedBlock]
+) -> dict[bytes, Row[Any]]:
+    """Reuse key -> stored column, for those of these blocks that the tenant has.
+
+    The rows stay locked: a deletion at the same moment either is over, and they are not found, or waits.
+    """
+    keys = {key for block in blocks for key in block.keys if key is not None}
+    if not keys:
+        return {}
+    found = connection.execute(_FIND_COLUMNS, {"tenant": job.tenant, "keys": sorted(keys)})
+    return {bytes(row.key): row for row in found}
+
+
+def _all_bad(
+    connection: Connection,
+    job: LoadingJob,
+    task: int,
+    block: EncodedBlock,
+    bad: Mapping[int, tuple[str, str]],
+) -> int:
+    """The column of a task that can be asked no row of a block: nobody will ever run it, so it is sealed here."""
+    errors = [CellError(*bad[i]) for i in range(block.n_rows)]
+    return store_column(connection, job.tenant, errors_column(job.kinds[task], errors), block.keys[task])
+
+
+def _copy(connection: Connection, table: tuple[str, Sequence[str]], rows: Sequence[Sequence[Any]]) -> None:
+    """COPY in the binary format, over the same connection and so in the same transaction."""
+    if not rows:
+        return
+    statement, types = table
+    driver: Any = connection.connection.driver_connection
+    with driver.cursor() as cursor, cursor.copy(statement) as copy:
+        copy.set_types(types)
+        for row in rows:
+            copy.write_row(row)
+
+
+# -- closing -------------------------------------------------------------------------------------
+
+_CLOSE = text(f"""
+    UPDATE job SET state = CASE WHEN blocks_done = n_blocks THEN 'succeeded' ELSE 'running' END,
+           started = clock_timestamp(), touched = clock_timestamp(), version = version + 1,
+           finished = CASE WHEN blocks_done = n_blocks THEN clock_timestamp() END
+     WHERE id = :job RETURNING {ENDED}, started""")
+
+
+def close_job(connection: Connection, tenant: UUID, job: UUID, *, parts: int, rows: int) -> None:
+    """All parts are here: let the job run, or end it at once where every block is answered. Twice is harmless.
+
+    Raises NotFound; Conflict where parts or rows differ from what is stored, or the job ended before;
+    InvalidJob for a job without rows, which goes on loading.
+    """
+    held = connection.execute(_LOCK, {"job": job, "tenant": tenant}).first()
+    if held is None:
+        raise NotFound(f"no job {job}")
+    if held.started is None and held.state != "loading":
+        raise Conflict(f"job {job} is {held.state}; it cannot be closed any more")
+    if (parts, rows) != (held.n_parts, held.n_rows):
+        conflict = Conflict(
+            f"job {job} has {held.n_rows} rows in {held.n_parts} parts, not {rows} rows in {parts} parts"
+        )
+        conflict.next_part = held.n_parts
+        raise conflict
+    if held.state != "loading":
+        return
+    if not held.n_rows:
+        raise InvalidJob(Problem("rows", "no row", "at least one row", "send a part, or cancel the job"))
+    closed = connection.execute(_CLOSE, {"job": job}).one()
+    traces.add(job, traces.SUBMIT, closed.created, closed.started, rows=rows, parts=parts)
+    if closed.finished is not None:
+        trace_end(closed)
+    notify(connection, WORK)
+    notify(connection, JOB, str(job))

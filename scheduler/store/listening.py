@@ -1,0 +1,60 @@
+"""LISTEN: processes that hear what transactions have told when they committed. It is a hint only."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import AsyncIterator
+from dataclasses import dataclass
+from uuid import UUID
+
+import psycopg
+
+from scheduler.store.database import JOB, WORK, Database
+
+
+@dataclass
+class Listener:
+    """Waits for NOTIFY on a channel, on a connection of its own; a lost connection is only a slower tick."""
+
+    database: Database
+    channel: str = WORK
+    _connection: psycopg.Connection[tuple[object, ...]] | None = None
+
+    def wait(self, timeout_s: float) -> None:
+        """Return at a notification, or after ``timeout_s``."""
+        try:
+            if self._connection is None:
+                self._connection = psycopg.connect(
+                    self.database.libpq_url, autocommit=True, connect_timeout=3
+                )
+                self._connection.execute(f"LISTEN {self.channel}")
+                # What was said before we listened is not repeated: look once without waiting.
+                return
+            for _ in self._connection.notifies(timeout=timeout_s, stop_after=1):
+                pass
+        except (psycopg.Error, OSError):
+            self.close()
+            time.sleep(min(timeout_s, 0.5))
+
+    def close(self) -> None:
+        if self._connection is not None:
+            self._connection.close()
+            self._connection = None
+
+
+async def job_changes(libpq_url: str) -> AsyncIterator[UUID | None]:
+    """Ids of jobs as they change, for ever; None once, when listening has begun. Raises psycopg.Error.
+
+    The connection is its own: LISTEN belongs to a session.
+    """
+    connection = await psycopg.AsyncConnection.connect(
+        libpq_url, autocommit=True, connect_timeout=3, application_name="motet-watch"
+    )
+    async with connection:
+        await connection.execute(f"LISTEN {JOB}")
+        yield None
+        async for note in connection.notifies():
+            try:
+                yield UUID(note.payload)
+            except ValueError:
+                continue

@@ -1,0 +1,179 @@
+"""Opening a job: its spec, its passes and its tasks. A submission that arrives twice opens one job."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Literal
+from uuid import UUID
+
+from sqlalchemy import Connection, text
+
+from motet.errors import Conflict, Overloaded
+
+PRIORITIES: Mapping[str, int] = {"interactive": 0, "normal": 1, "bulk": 2}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class NewTask:
+    """A task of a job that is being opened."""
+
+    name: str
+    pass_number: int
+    model_id: int
+    kind: str
+    spec: Mapping[str, Any]
+    labels: tuple[str, ...]
+    digest: bytes
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class NewPass:
+    """A pass of a job that is being opened; its number is its place."""
+
+    kind: str
+    model_id: int
+    numerics: str
+    max_tokens: int
+    input: str
+    #: Numbers of the tasks whose cells it reads.
+    needs: tuple[int, ...] = ()
+    #: ``PassPlan.rate_key``.
+    rate_key: str = ""
+    #: How often it reads each field of the job, and bytes beside them: see ``scheduler.blocks.Reads``.
+    reads: tuple[int, ...] = ()
+    bytes_beside: int = 0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class NewJob:
+    """A job that is being opened, planned and checked."""
+
+    id: UUID
+    tenant: UUID
+    name: str
+    priority: int
+    reuse: bool
+    bad_rows: Literal["refuse", "error"]
+    #: Fields that some task reads, in order of first use: what is stored of a row.
+    fields: tuple[str, ...]
+    tasks: tuple[NewTask, ...]
+    passes: tuple[NewPass, ...]
+    #: Sha256 of what was asked, and the client's name for asking it.
+    request_digest: bytes
+    idempotency_key: str | None = None
+    #: Seconds from now in which it must end, or it fails; None: no hurry.
+    deadline_s: float | None = None
+    #: Days after its end at which it is deleted, where the cluster does not delete it sooner; None: as all others.
+    retention_days: float | None = None
+
+
+_BY_KEY = text("""
+    SELECT id, request_digest, state FROM job WHERE tenant_id = :tenant AND idempotency_key = :key""")
+_UNFINISHED_JOBS = text("""
+    SELECT count(*) FROM job WHERE tenant_id = :tenant AND state IN ('loading', 'running')""")
+_STILL_THERE = text("""
+    SELECT id FROM model WHERE id = ANY(:ids) AND NOT manifest ? 'removed' ORDER BY id FOR KEY SHARE""")
+_OPEN = text("""
+    INSERT INTO job (id, tenant_id, name, kind, priority, reuse, bad_rows, fields, n_tasks, idempotency_key,
+                     request_digest, deadline, retention_days)
+    VALUES (:id, :tenant, :name, :kind, :priority, :reuse, :bad_rows, :fields, :n_tasks, :key, :digest,
+            clock_timestamp() + make_interval(secs => CAST(:deadline_s AS double precision)), :retention_days)
+    ON CONFLICT (tenant_id, idempotency_key) DO NOTHING RETURNING id""")
+_ADD_PASS = text("""
+    INSERT INTO pass (job_id, number, kind, model_id, numerics, max_tokens, input, needs, rate_key, reads, bytes_beside)
+    VALUES (:job, :number, :kind, :model_id, :numerics, :max_tokens, :input, :needs, :rate_key, :reads, :bytes_beside)""")
+_ADD_TASK = text("""
+    INSERT INTO task (job_id, number, name, pass_number, model_id, kind, spec, labels, digest)
+    VALUES (:job, :number, :name, :pass_number, :model_id, :kind, CAST(:spec AS jsonb), :labels, :digest)""")
+
+
+def opened_before(connection: Connection, tenant: UUID, key: str, request_digest: bytes) -> UUID | None:
+    """The job that this Idempotency-Key opened, if any. Raises Conflict where it opened another one."""
+    row = connection.execute(_BY_KEY, {"tenant": tenant, "key": key}).first()
+    if row is None:
+        return None
+    if bytes(row.request_digest) != request_digest:
+        raise Conflict(f"this Idempotency-Key opened job {row.id}, from another body; use a new key")
+    found: UUID = row.id
+    return found
+
+
+def open_job(connection: Connection, job: NewJob, *, max_active_jobs: int) -> UUID:
+    """Open a job, or find the one that the same key and body opened. Its id.
+
+    Raises Overloaded beyond ``max_active_jobs`` of the tenant, Conflict where a model has just been removed
+    or the key belongs to another body.
+    """
+    if job.idempotency_key is not None:
+        before = opened_before(connection, job.tenant, job.idempotency_key, job.request_digest)
+        if before is not None:
+            return before
+    if connection.execute(_UNFINISHED_JOBS, {"tenant": job.tenant}).scalar_one() >= max_active_jobs:
+        raise Overloaded(f"{max_active_jobs} jobs are unfinished; wait for one, or cancel it", 10.0)
+    models = {t.model_id for t in job.tasks} | {p.model_id for p in job.passes}
+    if len(connection.execute(_STILL_THERE, {"ids": sorted(models)}).all()) != len(models):
+        raise Conflict("a model of this job was removed just now; submit it again")
+    made = connection.execute(
+        _OPEN,
+        {
+            "id": job.id,
+            "tenant": job.tenant,
+            "name": job.name,
+            "kind": "train" if any(t.kind == "fit" for t in job.tasks) else "infer",
+            "priority": job.priority,
+            "reuse": job.reuse,
+            "bad_rows": job.bad_rows,
+            "fields": list(job.fields),
+            "n_tasks": len(job.tasks),
+            "key": job.idempotency_key,
+            "digest": job.request_digest,
+            "deadline_s": job.deadline_s,
+            "retention_days": job.retention_days,
+        },
+    ).first()
+    if made is None:
+        # The same request, sent twice at once: the other one has committed by now.
+        assert job.idempotency_key is not None
+        before = opened_before(connection, job.tenant, job.idempotency_key, job.request_digest)
+        if before is None:
+            raise Conflict("the same request is under way; send it again")
+        return before
+    connection.execute(
+        _ADD_PASS,
+        [
+            {
+                "job": job.id,
+                "number": number,
+                "kind": p.kind,
+                "model_id": p.model_id,
+                "numerics": p.numerics,
+                "max_tokens": p.max_tokens,
+                "input": p.input,
+                "needs": list(p.needs),
+                "rate_key": p.rate_key,
+                "reads": list(p.reads),
+                "bytes_beside": p.bytes_beside,
+            }
+            for number, p in enumerate(job.passes)
+        ],
+    )
+    connection.execute(
+        _ADD_TASK,
+        [
+            {
+                "job": job.id,
+                "number": number,
+                "name": t.name,
+                "pass_number": t.pass_number,
+                "model_id": t.model_id,
+                "kind": t.kind,
+                "spec": json.dumps(t.spec),
+                "labels": list(t.labels),
+                "digest": t.digest,
+            }
+            for number, t in enumerate(job.tasks)
+        ],
+    )
+    return job.id
