@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import re
 from collections.abc import Iterator
+from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
 
 import pytest
@@ -86,6 +87,36 @@ def tops(path: Path) -> set[str]:
 def test_packages_point_inward(package: str, forbidden: set[str]) -> None:
     broken = {str(f.relative_to(ROOT)): tops(f) & forbidden for f in files(package)}
     assert not {name: found for name, found in broken.items() if found}
+
+
+def module_of(path: Path) -> str:
+    return ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__")
+
+
+def module_graph() -> dict[str, set[str]]:
+    """Module -> those it imports, inside functions and for the type checker too.
+
+    ``from package import name`` is an edge to the module of that name where there is one, else to the package.
+    """
+    modules = {module_of(path): path for path in files(*PACKAGES)}
+    graph: dict[str, set[str]] = {}
+    for module, path in modules.items():
+        found = graph[module] = set()
+        for node in ast.walk(ast.parse(path.read_text("utf-8"))):
+            if isinstance(node, ast.Import):
+                found |= {alias.name for alias in node.names}
+            elif isinstance(node, ast.ImportFrom) and node.module:
+                names = {f"{node.module}.{alias.name}" for alias in node.names}
+                found |= {name if name in modules else node.module for name in names}
+        found &= modules.keys() - {module}
+    return graph
+
+
+def test_no_modules_import_each_other_in_a_circle() -> None:
+    try:
+        TopologicalSorter(module_graph()).prepare()
+    except CycleError as error:
+        pytest.fail(" <- ".join(error.args[1]))
 
 
 def test_torch_is_imported_by_engines_and_the_device_alone() -> None:
