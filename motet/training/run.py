@@ -22,7 +22,6 @@ from motet.job import Job
 from motet.protocol.manifest import Manifest
 from motet.states import ENDED
 from motet.tasks import Classify, Number, Task, short
-from motet.training.curves import draw
 from motet.training.epochs import Epoch, score_words
 
 #: How often a run that is watched is asked how far it is, in seconds.
@@ -153,6 +152,8 @@ class TrainRun:
 
     def plot(self) -> str:
         """Loss and scores by epoch, as SVG."""
+        from motet.training.curves import draw
+
         return draw(self.epochs(), title=self.name)
 
 

@@ -142,7 +142,7 @@ def test_sql_stands_in_the_store_alone() -> None:
 
 def test_redis_keys_are_known_to_the_transport_alone() -> None:
     key = re.compile(r"motet:(w|outcomes|workers|canary|dead)\b|motet\.gpu\.")
-    allowed = {"motet/protocol/transport.py", "motet/local/valkey.py"}
+    allowed = {"motet/protocol/transport/keys.py", "motet/local/valkey.py"}
     users = {
         str(f.relative_to(ROOT))
         for f in files(*PACKAGES)
