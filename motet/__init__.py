@@ -38,7 +38,9 @@ from motet.tasks import (
     Number,
     Task,
 )
-from motet.training.run import Epoch, Labels, TrainRun
+from motet.training.epochs import Epoch
+from motet.training.lesson import Labels
+from motet.training.run import TrainRun
 
 __all__ = [
     "Alias",

@@ -30,8 +30,9 @@ from motet.rows import MAX_ROW_BYTES, BadRows, cut, survey
 from motet.sources import Source
 from motet.states import State
 from motet.tasks import Chat, Embed, Fit, Prompted, Task, parse, placeholders, short
+from motet.training.lesson import Learned, read_lesson
 from motet.training.recipe import Recipe, Tune
-from motet.training.run import Learned, TrainRun, read_lesson
+from motet.training.run import TrainRun
 from motet.upload import send_parts
 
 Priority = Literal["interactive", "normal", "bulk"]
@@ -354,7 +355,7 @@ class Client:
             )
         row = replace(recipe, job=embedded.id).dumps()
         job = self.submit([row], {"fit": Fit(trainer.ref)}, name=name, reuse=False, progress=progress)
-        return TrainRun(self, job, name, list(tasks))
+        return TrainRun(job, name, list(tasks))
 
     def jobs(self, state: State | None = None, limit: int | None = None) -> Iterator[Job]:
         """The jobs of the token's tenant, newest first; all of them, or up to ``limit``."""

@@ -19,22 +19,19 @@ import csv
 import importlib.util
 import json
 import os
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from itertools import chain, islice
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 
 from motet.errors import SetupError
-from motet.progress import Bar
 from motet.protocol.columns import OK, STATE_MASK, TRUNCATED, typed
 from motet.results import Answers, Block, Cell, Row
 
 if TYPE_CHECKING:
     import pandas
     import pyarrow
-
-    from motet.job import Job
 
 #: Characters with which a spreadsheet begins a formula, or that it drops before one.
 _FORMULA = ("=", "+", "-", "@", "\t", "\r")
@@ -44,30 +41,30 @@ _FINISHES = ("stop", "length")
 _GROUP_BLOCKS = 64
 
 
-def to_arrow(job: Job, tasks: Sequence[str] | None = None) -> pyarrow.Table:
-    """The job's rows as one table, in memory. Raises SetupError without pyarrow."""
-    pa = _arrow()
-    schema = _schema(job, tasks)
-    with _blocks(job, tasks) as blocks:
-        return pa.Table.from_batches([_batch(block) for block in blocks], schema)
+#: Task -> its spec, as the job has it.
+Specs = Mapping[str, Mapping[str, Any]]
 
 
-def to_pandas(job: Job, tasks: Sequence[str] | None = None) -> pandas.DataFrame:
-    """The job's rows as a DataFrame indexed by ``row``. Raises SetupError without pandas or pyarrow."""
+def to_arrow(blocks: Iterable[Block], specs: Specs) -> pyarrow.Table:
+    """The rows of ``blocks`` as one table, in memory; ``specs`` are the job's tasks. Raises SetupError without pyarrow."""
+    schema = _schema(specs)
+    return _arrow().Table.from_batches(map(_batch, blocks), schema)
+
+
+def to_pandas(blocks: Iterable[Block], specs: Specs) -> pandas.DataFrame:
+    """The rows as a DataFrame indexed by ``row``. Raises SetupError without pandas or pyarrow."""
     if importlib.util.find_spec("pandas") is None:
         raise SetupError("a DataFrame needs pandas; pip install 'motet[arrow]'")
-    return to_arrow(job, tasks).to_pandas().set_index("row")
+    return to_arrow(blocks, specs).to_pandas().set_index("row")
 
 
-def to_parquet(job: Job, path: str | os.PathLike[str], tasks: Sequence[str] | None = None) -> int:
+def to_parquet(blocks: Iterable[Block], specs: Specs, path: str | os.PathLike[str]) -> int:
     """Write the rows as Parquet, a few blocks at a time; return how many. Raises SetupError without pyarrow."""
     pa = _arrow()
     import pyarrow.parquet
 
-    rows = 0
-    with _whole(path) as file, _blocks(job, tasks) as blocks:
-        batches = (_batch(block) for block in blocks)
-        schema = _schema(job, tasks)
+    rows, batches, schema = 0, map(_batch, blocks), _schema(specs)
+    with _whole(path) as file:
         with pyarrow.parquet.ParquetWriter(file, schema, compression="zstd") as writer:
             while group := list(islice(batches, _GROUP_BLOCKS)):
                 table = pa.Table.from_batches(group, schema)
@@ -76,15 +73,15 @@ def to_parquet(job: Job, path: str | os.PathLike[str], tasks: Sequence[str] | No
         return rows
 
 
-def to_jsonl(job: Job, path: str | os.PathLike[str], tasks: Sequence[str] | None = None) -> int:
+def to_jsonl(blocks: Iterable[Block], path: str | os.PathLike[str]) -> int:
     """Write a JSON object per row; return how many."""
-    with _whole(path) as file, _blocks(job, tasks) as blocks:
+    with _whole(path) as file:
         return _put(file, json_lines(chain.from_iterable(blocks)))
 
 
-def to_csv(job: Job, path: str | os.PathLike[str], tasks: Sequence[str] | None = None) -> int:
+def to_csv(blocks: Iterable[Block], path: str | os.PathLike[str]) -> int:
     """Write a table for spreadsheets; return how many rows."""
-    with _whole(path) as file, _blocks(job, tasks) as blocks:
+    with _whole(path) as file:
         return max(0, _put(file, csv_lines(chain.from_iterable(blocks))) - 1)
 
 
@@ -202,9 +199,9 @@ class _Line:
 # -- columns as Arrow arrays, from the bytes they came in
 
 
-def _schema(job: Job, tasks: Sequence[str] | None) -> Any:
+def _schema(specs: Specs) -> Any:
     """The columns of the job's tables, which follow from its tasks: what became of the rows is no matter."""
-    return _batch(Block.empty(job.specs(tasks))).schema
+    return _batch(Block.empty(specs)).schema
 
 
 def _batch(block: Block) -> pyarrow.RecordBatch:
@@ -319,13 +316,6 @@ def _arrow() -> Any:
 
 
 # -- files
-
-
-@contextmanager
-def _blocks(job: Job, tasks: Sequence[str] | None) -> Iterator[Iterator[Block]]:
-    """The job's blocks with one bar over the whole export: nothing else is printed meanwhile."""
-    with Bar("reading", wanted=job.shows_a_bar) as bar:
-        yield job.blocks(tasks, bar=bar)
 
 
 @contextmanager

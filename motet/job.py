@@ -325,6 +325,12 @@ class Job:
         if check:
             self._check()
 
+    @contextmanager
+    def reading(self, tasks: Sequence[str] | None = None) -> Iterator[Iterator[Block]]:
+        """The job's blocks with one bar over all of them: nothing else is printed meanwhile."""
+        with Bar("reading", wanted=self._bar_wanted) as bar:
+            yield self.blocks(tasks, bar=bar)
+
     def errors(self) -> Iterator[FailedCell]:
         """The cells that have no answer so far, by row: errors, and those skipped for another's error."""
         after: int | None = None
@@ -400,13 +406,17 @@ class Job:
         """
         from motet import export
 
-        return export.to_arrow(self, tasks)
+        specs = self.specs(tasks)
+        with self.reading(tasks) as blocks:
+            return export.to_arrow(blocks, specs)
 
     def to_pandas(self, tasks: Sequence[str] | None = None) -> pandas.DataFrame:
         """As ``to_arrow``, as a DataFrame whose index is the row. Raises SetupError without pandas."""
         from motet import export
 
-        return export.to_pandas(self, tasks)
+        specs = self.specs(tasks)
+        with self.reading(tasks) as blocks:
+            return export.to_pandas(blocks, specs)
 
     def to_parquet(self, path: str | os.PathLike[str], tasks: Sequence[str] | None = None) -> int:
         """Write the rows as Parquet while they come, in flat memory; return how many there are.
@@ -415,7 +425,9 @@ class Job:
         """
         from motet import export
 
-        return export.to_parquet(self, path, tasks)
+        specs = self.specs(tasks)
+        with self.reading(tasks) as blocks:
+            return export.to_parquet(blocks, specs, path)
 
     def to_jsonl(self, path: str | os.PathLike[str], tasks: Sequence[str] | None = None) -> int:
         """Write a JSON object per row, with the names of ``to_arrow``; return how many there are.
@@ -424,13 +436,15 @@ class Job:
         """
         from motet import export
 
-        return export.to_jsonl(self, path, tasks)
+        with self.reading(tasks) as blocks:
+            return export.to_jsonl(blocks, path)
 
     def to_csv(self, path: str | os.PathLike[str], tasks: Sequence[str] | None = None) -> int:
         """Write a table for spreadsheets: no text in it can act as a formula; return how many rows there are."""
         from motet import export
 
-        return export.to_csv(self, path, tasks)
+        with self.reading(tasks) as blocks:
+            return export.to_csv(blocks, path)
 
     # -- ending it
 

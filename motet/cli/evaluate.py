@@ -101,7 +101,7 @@ def evaluate(
         from motet.evaluation.report import page
 
         with open(html, "w", encoding="utf-8") as file:
-            file.write(page(evaluations, comparisons))
+            file.write(page([(e.title, e.tasks.values()) for e in evaluations], comparisons))
         click.echo(f"a page is in {html}", err=True)
     if as_json:
         put_json(
@@ -165,14 +165,12 @@ def _comparisons(evaluations: Sequence[Evaluation], compare: tuple[str, str] | N
 
 
 def _put_evaluation(out: Console, evaluation: Evaluation, *, several: bool) -> None:
-    from motet.evaluation.words import rows_words
-
     if several:
         out.print(f"job {evaluation.job} {evaluation.name}".rstrip(), style="bold")
     out.print(
         table(
             ("!task", "figure", "#", "95 % interval", "of"),
-            (line for task in evaluation.tasks.values() for line in _figures(task, rows_words(task))),
+            (line for task in evaluation.tasks.values() for line in _figures(task, task.counted)),
         )
     )
     for task in evaluation.tasks.values():
@@ -239,7 +237,7 @@ def _labels(task: TaskEvaluation) -> object:
 
 
 def _put_comparison(out: Console, comparison: Comparison) -> None:
-    from motet.evaluation.words import NAMES, difference_words, figure_words, verdict
+    from motet.evaluation.words import NAMES, difference_words, figure_words
 
     out.print(f"first: {comparison.first}\nsecond: {comparison.second}")
     out.print(
@@ -250,10 +248,10 @@ def _put_comparison(out: Console, comparison: Comparison) -> None:
                     NAMES[name],
                     figure_words(name, d.first),
                     figure_words(name, d.second),
-                    difference_words(name, d),
+                    difference_words(name, d.difference),
                 )
                 for name, d in comparison.figures.items()
             ),
         )
     )
-    out.print(verdict(comparison))
+    out.print(comparison.verdict)

@@ -112,7 +112,7 @@ def adopt(job: str, as_json: bool) -> None:
 
     with connect() as client:
         found = find_job(client, job)
-        refs = TrainRun(client, found, found.name).register()
+        refs = TrainRun(found, found.name).register()
     if as_json:
         put_json({"models": refs})
     else:

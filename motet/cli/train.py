@@ -8,7 +8,8 @@ from typing import Any
 import click
 
 from motet.cli.show import as_json, connect, console, put_json
-from motet.training.run import Labels, Learned, TrainRun, command_line
+from motet.training.lesson import Labels, Learned
+from motet.training.run import TrainRun, command_line
 
 
 @click.command(

@@ -4,16 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from motet.errors import NotFound
 from motet.evaluation.figures import Comparison, TaskEvaluation, measure
 from motet.evaluation.intervals import RESAMPLES, SEED
-from motet.evaluation.reading import Fields, read
+from motet.evaluation.reading import AnsweredJob, Fields, read
+from motet.evaluation.report import page
 from motet.sources import Source
-
-if TYPE_CHECKING:
-    from motet.job import Job
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -39,6 +37,11 @@ class Evaluation:
         return self[first].compare(self[second])
 
     @property
+    def title(self) -> str:
+        """The job's name, or its id where it has none."""
+        return self.name or self.job
+
+    @property
     def warnings(self) -> tuple[str, ...]:
         """What somebody should look at, each with its task."""
         return tuple(f"{name}: {words}" for name, task in self.tasks.items() for words in task.warnings)
@@ -53,16 +56,14 @@ class Evaluation:
 
     def to_html(self, *comparisons: Comparison) -> str:
         """A page of its own, with confusion matrices and reliability diagrams."""
-        from motet.evaluation.report import page
-
-        return page([self], comparisons)
+        return page([(self.title, self.tasks.values())], comparisons)
 
     def __str__(self) -> str:
         return "\n".join(map(str, self.tasks.values()))
 
 
 def evaluate(
-    job: Job,
+    job: AnsweredJob,
     labels: Source,
     tasks: Fields = None,
     *,

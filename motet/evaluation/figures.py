@@ -26,6 +26,7 @@ from motet.evaluation.intervals import (
     wilson,
 )
 from motet.evaluation.measures import (
+    SHARES,
     Confusion,
     Float64s,
     LabelCounts,
@@ -41,6 +42,7 @@ from motet.evaluation.measures import (
     set_figures,
     token_f1,
 )
+from motet.evaluation.words import NAMES, difference_words, figure_words, interval_words
 
 #: What truth and answers are: a label; a set of labels; a set of (start, end, label); a number; a text; any JSON.
 AnswerKind = Literal["label", "labels", "spans", "number", "text", "json"]
@@ -57,10 +59,6 @@ FIGURES: Mapping[AnswerKind, tuple[str, ...]] = {
     "text": ("exact_match", "token_f1"),
     "json": ("exact_match",),
 }
-#: Figures that are shares of rows.
-SHARES = frozenset({"accuracy", "exact_match"})
-#: Those that are better where they are smaller, in the unit of the labels.
-LOSSES = frozenset({"mae", "rmse"})
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -138,10 +136,26 @@ class TaskEvaluation:
         """This task and another one, of this job or another, that answered the same rows. Raises InvalidJob."""
         return compare(self, other, resamples=resamples, seed=seed)
 
-    def __str__(self) -> str:
-        from motet.evaluation.words import summary
+    @property
+    def counted(self) -> str:
+        """``2,225 rows · 3 errors · 40 without a label``."""
+        counts = (
+            (self.errors, "error" if self.errors == 1 else "errors"),
+            (self.skipped, "skipped"),
+            (self.unread, "without a label in the answer"),
+            (self.unlabelled, "left out, without a true label"),
+        )
+        rows = f"{self.rows:,} {'row' if self.rows == 1 else 'rows'}"
+        return " · ".join([rows, *(f"{n:,} {words}" for n, words in counts if n)])
 
-        return summary(self)
+    def __str__(self) -> str:
+        parts = [self.counted]
+        for name, estimate in self.figures.items():
+            words = f"{NAMES[name]} {figure_words(name, estimate.value)} {interval_words(name, estimate)}"
+            parts.append(words.rstrip())
+        if self.calibration is not None:
+            parts.append(f"calibration error {self.calibration.ece:.3f}")
+        return f"{self.task}: {' · '.join(parts)}"
 
     def to_dict(self) -> dict[str, Any]:
         """As plain data that JSON can hold."""
@@ -174,10 +188,23 @@ class Comparison:
     #: Of McNemar's exact test; None for numbers.
     p: float | None
 
-    def __str__(self) -> str:
-        from motet.evaluation.words import beside
+    @property
+    def verdict(self) -> str:
+        """Which of the two is right more often, and whether that may be chance."""
+        if self.p is None or self.only_first is None or self.only_second is None:
+            return "An interval of the difference that holds 0 tells neither apart from chance."
+        p = f"{self.p:.3f}" if self.p >= 0.001 else f"{self.p:.1e}"
+        return (
+            f"Only {self.first} is right on {self.only_first:,} rows, only {self.second} on {self.only_second:,};"
+            f" were both as good, a difference so large had a chance of {p} (McNemar's exact test)."
+        )
 
-        return beside(self)
+    def __str__(self) -> str:
+        lines = [f"{self.first} beside {self.second}, {self.rows:,} rows"]
+        for name, d in self.figures.items():
+            first, second = figure_words(name, d.first), figure_words(name, d.second)
+            lines.append(f"  {NAMES[name]}: {first} beside {second}, {difference_words(name, d.difference)}")
+        return "\n".join([*lines, f"  {self.verdict}"])
 
     def to_dict(self) -> dict[str, Any]:
         """As plain data that JSON can hold."""

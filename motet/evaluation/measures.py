@@ -46,6 +46,10 @@ class Confusion:
     counts: tuple[tuple[int, ...], ...]
 
 
+#: Figures that are shares of rows.
+SHARES = frozenset({"accuracy", "exact_match"})
+#: Figures that are better where they are smaller, in the unit of the labels.
+LOSSES = frozenset({"mae", "rmse"})
 #: Numbers are near each other if they differ by less than this share of the truth's spread.
 NEAR_SHARE = 0.01
 

@@ -10,22 +10,19 @@ import json
 import math
 import re
 from collections import Counter
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any, TypeAlias
+from typing import Any, Protocol, TypeAlias
 
 from motet.errors import InvalidJob, NotFound, Problem
 from motet.evaluation.figures import Answered, AnswerKind
 from motet.evaluation.measures import LabelReader, folded
-from motet.progress import Bar
 from motet.protocol.columns import ERROR, OK, STATE_MASK
-from motet.results import Answers
+from motet.results import Answers, Block
 from motet.rows import MAX_PROBLEMS, records
 from motet.sources import Source
 from motet.tasks import short
-
-if TYPE_CHECKING:
-    from motet.job import Job
 
 #: Task -> the field of its labels; names of tasks, whose fields are called alike; None for all that there are.
 Fields: TypeAlias = "Mapping[str, str] | Sequence[str] | None"
@@ -40,8 +37,31 @@ _DIGITS = re.compile(r"[0-9]{1,18}")
 _NULL = "write null (None) where a row has no label"
 
 
+class AnsweredJob(Protocol):
+    """What an evaluation asks of a job."""
+
+    @property
+    def id(self) -> str: ...
+
+    @property
+    def name(self) -> str: ...
+
+    @property
+    def rows(self) -> int: ...
+
+    @property
+    def record(self) -> Mapping[str, Any]: ...
+
+    @property
+    def tasks(self) -> Mapping[str, Mapping[str, Any]]: ...
+
+    def reading(self, tasks: Sequence[str]) -> AbstractContextManager[Iterator[Block]]:
+        """Its blocks of answers to ``tasks``, as they come."""
+        ...
+
+
 def read(
-    job: Job,
+    job: AnsweredJob,
     labels: Source,
     tasks: Fields,
     *,
@@ -70,8 +90,8 @@ def read(
         table.check_rows(job, job.rows)
 
     columns: dict[str, _Column] = {}
-    with Bar("reading", wanted=job.shows_a_bar) as bar:
-        for block in job.blocks(list(fields), bar=bar):
+    with job.reading(list(fields)) as blocks:
+        for block in blocks:
             for task, answers in block.answers.items():
                 if task not in columns:
                     columns[task] = _Column(task, specs[task], answers, table, fields[task])
@@ -86,7 +106,7 @@ def read(
     return answered, fields
 
 
-def _check_tasks(job: Job, tasks: Fields, others: Collection[str]) -> None:
+def _check_tasks(job: AnsweredJob, tasks: Fields, others: Collection[str]) -> None:
     """The job has all of them, and answers to ``tasks`` can be right or wrong. Raises NotFound, InvalidJob, TypeError."""
     if isinstance(tasks, str):
         raise TypeError(f"got tasks={tasks!r}; expected a list of task names, such as [{tasks!r}]")
@@ -185,7 +205,7 @@ class _Labels:
             )
         return there
 
-    def check_rows(self, job: Job, rows: int) -> None:
+    def check_rows(self, job: AnsweredJob, rows: int) -> None:
         """Raise InvalidJob unless every row of labels has its row of the job, and is its only one."""
         if self._index is None and len(self.rows) != rows:
             raise InvalidJob(

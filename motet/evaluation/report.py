@@ -5,13 +5,12 @@ It holds labels and numbers, and no text of a row. Nothing in it is loaded from 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 from motet.evaluation.calibration import Bin, Calibration
-from motet.evaluation.evaluation import Evaluation
 from motet.evaluation.figures import Comparison, TaskEvaluation
 from motet.evaluation.measures import Confusion, LabelFigures
-from motet.evaluation.words import NAMES, difference_words, figure_words, interval_words, rows_words, verdict
+from motet.evaluation.words import NAMES, difference_words, figure_words, interval_words
 from motet.markup import PALETTE, Html, tag
 from motet.tasks import short
 
@@ -56,10 +55,12 @@ overflow-wrap:break-word}
 )
 
 
-def page(evaluations: Sequence[Evaluation], comparisons: Sequence[Comparison] = ()) -> str:
-    """The whole page: comparisons first, then every task of every evaluation."""
+def page(
+    evaluations: Sequence[tuple[str, Iterable[TaskEvaluation]]], comparisons: Sequence[Comparison] = ()
+) -> str:
+    """The whole page: comparisons first, then every task of every evaluation, which is given with its title."""
     several = len(evaluations) > 1
-    names = " and ".join(e.name or e.job for e in evaluations)
+    names = " and ".join(title for title, _ in evaluations)
     head = tag(
         "head",
         tag("meta", charset="utf-8"),
@@ -77,7 +78,7 @@ def page(evaluations: Sequence[Evaluation], comparisons: Sequence[Comparison] = 
             class_="soft",
         ),
         [_comparison(each) for each in comparisons],
-        [_task(task, e.name or e.job if several else "") for e in evaluations for task in e.tasks.values()],
+        [_task(task, title if several else "") for title, tasks in evaluations for task in tasks],
     )
     return "<!doctype html>\n" + tag("html", head, tag("body", main), lang="en") + "\n"
 
@@ -86,7 +87,7 @@ def _task(task: TaskEvaluation, job: str) -> Html:
     words = [
         task.model,
         f"labels {task.label_field}" if task.label_field != task.task else "",
-        rows_words(task),
+        task.counted,
     ]
     figures = [
         (NAMES[name], figure_words(name, e.value), interval_words(name, e))
@@ -303,7 +304,7 @@ def _comparison(found: Comparison) -> Html:
             "tr",
             tag("th", NAMES[name], scope="row"),
             [tag("td", figure_words(name, value), class_="num") for value in (d.first, d.second)],
-            tag("td", difference_words(name, d), class_="num"),
+            tag("td", difference_words(name, d.difference), class_="num"),
             tag("td", _range(d.difference.value, d.difference.low, d.difference.high)),
         )
 
@@ -320,7 +321,7 @@ def _comparison(found: Comparison) -> Html:
             tag("table", tag("thead", head), tag("tbody", [row(n) for n in found.figures])),
             class_="scroll",
         ),
-        tag("p", verdict(found)),
+        tag("p", found.verdict),
     )
 
 

@@ -20,7 +20,7 @@ from opentelemetry.sdk.trace.sampling import ALWAYS_ON
 from opentelemetry.trace import NonRecordingSpan, SpanContext, Status, StatusCode, TraceFlags
 
 from motet.protocol.logs import event
-from motet.protocol.traces import TraceSpan
+from motet.protocol.spans import TraceSpan
 
 log = logging.getLogger(__name__)
 

@@ -19,13 +19,11 @@ for ``job`` and ``submit``, which are the database's. While it is off nothing is
 from __future__ import annotations
 
 import atexit
-import hashlib
 import logging
 import threading
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass
 from datetime import datetime
 from typing import Protocol
 from urllib.parse import urlsplit
@@ -33,46 +31,14 @@ from uuid import UUID
 
 from motet.errors import SetupError
 from motet.protocol.logs import event
+from motet.protocol.spans import JOB as JOB
+from motet.protocol.spans import SEND as SEND
+from motet.protocol.spans import SUBMIT as SUBMIT
+from motet.protocol.spans import Attribute, TraceSpan
 
 log = logging.getLogger(__name__)
 
-JOB, SUBMIT, SEND = "job", "submit", "send"
-#: What a span hangs from; of all others it is the job.
-_PARENTS = {"plan": SUBMIT, "land": SUBMIT, "execute": SEND}
-#: Spans that others hang from: whoever needs the id of one works it out from the job and these attributes.
-_ABOUT = {JOB: (), SUBMIT: (), SEND: ("subtask", "attempt")}
-
 Moment = datetime | float
-Attribute = str | int | float | UUID
-
-
-@dataclass(frozen=True, slots=True)
-class TraceSpan:
-    """Something that was done for a job. Times are Unix nanoseconds."""
-
-    job: UUID
-    name: str
-    start_ns: int
-    end_ns: int
-    attributes: Mapping[str, Attribute]
-    #: Class of the exception that ended it.
-    error: str = ""
-
-    @property
-    def id(self) -> int | None:
-        """64 bits; None where nothing hangs from it, and any number will do."""
-        return self._id_of(self.name) if self.name in _ABOUT else None
-
-    @property
-    def parent(self) -> int | None:
-        """The id of the span that this one hangs from; None for the job itself."""
-        return None if self.name == JOB else self._id_of(_PARENTS.get(self.name, JOB))
-
-    def _id_of(self, name: str) -> int:
-        about = [self.job, name, *(self.attributes[each] for each in _ABOUT[name])]
-        digest = hashlib.sha256(":".join(map(str, about)).encode()).digest()
-        # Zero would be no id.
-        return int.from_bytes(digest[:8], "big") | 1
 
 
 class Sender(Protocol):

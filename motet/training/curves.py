@@ -3,12 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING
 
 from motet.markup import PALETTE, Html, tag
-
-if TYPE_CHECKING:
-    from motet.training.run import Epoch
+from motet.training.epochs import Epoch
 
 _WIDTH, _PLOT, _LEFT, _TOP, _GAP = 640, 170, 56, 40, 46
 _STYLE = (

@@ -15,7 +15,8 @@ import pytest
 
 from motet import Client, InvalidJob, JobFailed, Labels, Number
 from motet.local.cluster import Cluster
-from motet.training.run import Learned, TrainRun
+from motet.training.lesson import Learned
+from motet.training.run import TrainRun
 from tests.acceptance.test_a_real_job import until, workers_of
 
 THINGS = {

@@ -13,9 +13,10 @@ import pytest
 import redis
 
 from motet.local.valkey import Valkey
-from motet.protocol import transport
 from motet.protocol.manifest import Manifest
 from motet.protocol.transport import (
+    OUTCOMES,
+    WORKERS,
     Entry,
     Lag,
     MemoryTransport,
@@ -24,6 +25,7 @@ from motet.protocol.transport import (
     SchedulerTransport,
     TransportLost,
     WorkerTransport,
+    queue_name,
 )
 from motet.protocol.wire import Assignment, Beat, Control, Outcome, Running
 
@@ -121,9 +123,9 @@ def test_the_messages_of_a_step_reach_every_worker_in_order(pair: Pair) -> None:
 def test_what_redis_refuses_for_one_worker_is_sent_to_the_others(
     redis_url: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(transport, "_SENT_AT_ONCE", 1)
+    monkeypatch.setattr("motet.protocol.transport.scheduler._SENT_AT_ONCE", 1)
     scheduler = RedisTransport(redis_url)
-    scheduler._redis.client.set(transport.queue_name("w1"), "no list")
+    scheduler._redis.client.set(queue_name("w1"), "no list")
     with pytest.raises(TransportLost):
         scheduler.publish_all({"w1": [assignment(1)], "w2": [assignment(2), assignment(3)]})
     assert scheduler.queued("w2") == {(2, 1), (3, 1)}
@@ -219,7 +221,7 @@ def test_the_body_of_an_outcome_that_waits_is_read_once_however_often_one_asks(r
         assert len(scheduler.waiting_outcomes()) == 100
     assert ranges() == before, "nothing has come behind the last one that is known"
     # A worker that was taken over can cut the stream; then those outcomes are lost, and their leases run out.
-    scheduler._redis.client.xtrim(transport.OUTCOMES, 0, approximate=False)
+    scheduler._redis.client.xtrim(OUTCOMES, 0, approximate=False)
     assert len(scheduler.waiting_outcomes()) == 60, "those that were read are still with their reader"
     scheduler.close()
     worker.close()
@@ -262,18 +264,18 @@ def test_messages_and_names_that_are_none_are_passed_over(redis_url: str) -> Non
         b'{"headers": {"motet": 7}}',
         b"\xff",
     ):
-        client.lpush(transport.queue_name("w"), message)
+        client.lpush(queue_name("w"), message)
     assert scheduler.queued("w") == {(1, 1)}
-    client.sadd(transport.WORKERS, b"\xff\xfe", b"", b"*", b"a\0b", *(f"none-{i}" for i in range(30)))
+    client.sadd(WORKERS, b"\xff\xfe", b"", b"*", b"a\0b", *(f"none-{i}" for i in range(30)))
     client.lpush("motet:w:list:beat", "no beat")
-    client.sadd(transport.WORKERS, "list")
+    client.sadd(WORKERS, "list")
     RedisWorkerTransport(redis_url, "w").beat(Beat(worker="w", boot="b", seq=1, device_name="a\0b"))
     beats = scheduler.beats()
     assert beats.keys() == {"w"}
     assert "\0" not in beats["w"].device_name, "Postgres does not take it"
     for _ in range(2):
         scheduler.beats()
-    assert client.smembers(transport.WORKERS) == {b"w"}
+    assert client.smembers(WORKERS) == {b"w"}
     scheduler.close()
 
 

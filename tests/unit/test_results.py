@@ -8,6 +8,7 @@ import json
 import struct
 from array import array
 from collections.abc import Iterator
+from functools import partial
 from itertools import accumulate
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,6 @@ from typing import Any
 import pytest
 
 from motet import export
-from motet.progress import Bar
 from motet.protocol.columns import ERROR, OK, SKIPPED, TRUNCATED, CellError, Column
 from motet.protocol.wire import BadMessage, pack
 from motet.results import Block, Row, Span, read_frames
@@ -146,24 +146,9 @@ def block(
     return Block.from_wire(frame, TASKS if tasks is None else tasks)
 
 
-class FakeJob:
-    """What export needs of a job."""
-
-    shows_a_bar = False
-
-    def __init__(self, *blocks: Block) -> None:
-        self.given = blocks
-
-    def blocks(self, tasks: Any = None, *, bar: Bar) -> Iterator[Block]:
-        return iter(self.given)
-
-    def specs(self, tasks: Any = None) -> dict[str, dict[str, Any]]:
-        names = next((block.answers for block in self.given), TASKS)
-        return {name: {**TASKS[name], "column": COLUMN_TYPES[name]} for name in names}
-
-
-def job(*blocks: Block) -> Any:
-    return FakeJob(*blocks)
+def specs(*blocks: Block) -> dict[str, dict[str, Any]]:
+    names = next((block.answers for block in blocks), TASKS)
+    return {name: {**TASKS[name], "column": COLUMN_TYPES[name]} for name in names}
 
 
 @pytest.fixture
@@ -362,7 +347,7 @@ def test_a_column_of_another_length_than_its_block_is_refused() -> None:
 
 def test_an_arrow_table_holds_every_kind_of_answer() -> None:
     arrow = pytest.importorskip("pyarrow")
-    table = export.to_arrow(job(block(), block(first_row=13)))
+    table = export.to_arrow([block(), block(first_row=13)], specs())
     assert table.num_rows == 6
     assert table.column_names == [
         "row",
@@ -405,7 +390,7 @@ def test_an_arrow_table_holds_every_kind_of_answer() -> None:
 
 def test_a_data_frame_is_indexed_by_row() -> None:
     pytest.importorskip("pandas")
-    frame = export.to_pandas(job(block()))
+    frame = export.to_pandas([block()], specs())
     assert list(frame.index) == [10, 11, 12]
     assert frame.topic.tolist()[:2] == ["sport", "tech"]
     assert frame.loc[11, "vector"].tolist() == [3.0, 4.0]
@@ -413,9 +398,11 @@ def test_a_data_frame_is_indexed_by_row() -> None:
 
 def test_a_parquet_file_holds_the_same_as_the_table(tmp_path: Path) -> None:
     parquet = pytest.importorskip("pyarrow.parquet")
-    given = job(*(block(first_row=3 * i) for i in range(70)))
-    assert export.to_parquet(given, tmp_path / "a.parquet") == 210
-    assert parquet.read_table(tmp_path / "a.parquet").equals(export.to_arrow(given).unify_dictionaries())
+    given = [block(first_row=3 * i) for i in range(70)]
+    assert export.to_parquet(given, specs(), tmp_path / "a.parquet") == 210
+    assert parquet.read_table(tmp_path / "a.parquet").equals(
+        export.to_arrow(given, specs()).unify_dictionaries()
+    )
     assert [p.name for p in tmp_path.iterdir()] == ["a.parquet"]
 
 
@@ -425,22 +412,24 @@ def test_a_block_of_nothing_but_errors_takes_its_type_from_the_task(tmp_path: Pa
     found = Column(kind="vector", status=bytes([OK]), arrays={"vectors": floats(1, 2)}, dim=2, dtype="fp32")
     for given in ([lost, found], [found, lost], [lost] * 70 + [found], [found] * 70 + [lost], [lost]):
         blocks = [block({"vector": c}, first_row=i) for i, c in enumerate(given)]
-        assert export.to_parquet(job(*blocks), tmp_path / "a.parquet") == len(given)
-        assert str(export.to_arrow(job(*blocks)).schema.field("vector").type).startswith("fixed_size_list")
+        assert export.to_parquet(blocks, specs(*blocks), tmp_path / "a.parquet") == len(given)
+        assert str(export.to_arrow(blocks, specs(*blocks)).schema.field("vector").type).startswith(
+            "fixed_size_list"
+        )
         read = parquet.read_table(tmp_path / "a.parquet")["vector"].to_pylist()
         assert read == [None if c is lost else [1.0, 2.0] for c in given]
 
 
 def test_a_job_without_rows_is_an_empty_table(tmp_path: Path) -> None:
     pytest.importorskip("pyarrow")
-    assert export.to_arrow(job()).num_rows == 0
-    assert export.to_parquet(job(), tmp_path / "a.parquet") == 0
-    assert export.to_jsonl(job(), tmp_path / "a.jsonl") == 0
-    assert export.to_csv(job(), tmp_path / "a.csv") == 0
+    assert export.to_arrow([], specs()).num_rows == 0
+    assert export.to_parquet([], specs(), tmp_path / "a.parquet") == 0
+    assert export.to_jsonl([], tmp_path / "a.jsonl") == 0
+    assert export.to_csv([], tmp_path / "a.csv") == 0
 
 
 def test_json_lines_hold_the_same_names(tmp_path: Path) -> None:
-    assert export.to_jsonl(job(block()), tmp_path / "a.jsonl") == 3
+    assert export.to_jsonl([block()], tmp_path / "a.jsonl") == 3
     first, second, third = map(json.loads, (tmp_path / "a.jsonl").read_text("utf-8").splitlines())
     assert (first["row"], first["topic"], first["topic_score"]) == (10, "sport", 0.75)
     assert first["sure_scores"] == {"sport": 0.25, "tech": 0.75}
@@ -474,7 +463,7 @@ def test_vectors_in_json_come_back_as_the_same_numbers(code: str, digits: int) -
 
 
 def test_csv_is_a_table_in_which_no_text_is_a_formula(tmp_path: Path) -> None:
-    assert export.to_csv(job(block()), tmp_path / "a.csv") == 3
+    assert export.to_csv([block()], tmp_path / "a.csv") == 3
     first, second, third = csv.DictReader(io.StringIO((tmp_path / "a.csv").read_text("utf-8")))
     assert (first["row"], first["topic"], first["topic_score"]) == ("10", "sport", "0.75")
     assert second["stars"] == "-1.0"
@@ -491,7 +480,7 @@ def test_an_answer_of_several_lines_is_one_field_of_a_csv(tmp_path: Path, text: 
     said = [json.dumps(one).encode() for one in ("first", text, "last")]
     ends = [0, *accumulate(map(len, said))]
     column = Column(kind="json", status=bytes(3), arrays={"offsets": ints(*ends), "bytes": b"".join(said)})
-    export.to_csv(job(block({"made": column})), tmp_path / "a.csv")
+    export.to_csv([block({"made": column})], tmp_path / "a.csv")
     assert [row["made"] for row, _ in records(tmp_path / "a.csv")] == ["first", text, "last"]
 
 
@@ -516,20 +505,18 @@ def test_names_that_would_meet_are_kept_apart() -> None:
 
 
 def test_a_file_appears_when_it_is_whole_or_not_at_all(tmp_path: Path) -> None:
-    class Breaks(FakeJob):
-        def blocks(self, tasks: Any = None, *, bar: Bar) -> Iterator[Block]:
-            yield block()
-            raise RuntimeError("gone")
+    def breaks() -> Iterator[Block]:
+        yield block()
+        raise RuntimeError("gone")
 
     (tmp_path / "a.jsonl").write_text("before")
-    broken: Any = Breaks()
-    for write in (export.to_jsonl, export.to_csv, export.to_parquet):
+    for write in (export.to_jsonl, export.to_csv, partial(export.to_parquet, specs=specs())):
         with pytest.raises(RuntimeError):
-            write(broken, tmp_path / "a.jsonl")
+            write(breaks(), path=tmp_path / "a.jsonl")
     assert [p.name for p in tmp_path.iterdir()] == ["a.jsonl"]
     assert (tmp_path / "a.jsonl").read_text() == "before"
 
 
 def test_a_device_is_written_not_replaced() -> None:
-    assert export.to_jsonl(job(block()), "/dev/null") == 3
+    assert export.to_jsonl([block()], "/dev/null") == 3
     assert Path("/dev/null").is_char_device()

@@ -12,7 +12,7 @@ import pytest
 
 from motet.errors import SetupError
 from motet.protocol import traces
-from motet.protocol.traces import TraceSpan
+from motet.protocol.spans import TraceSpan
 
 JOB = uuid.UUID("0b9f3c1e-6f0c-4f0e-9b0a-2f6f0a3c8d11")
 

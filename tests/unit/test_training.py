@@ -9,7 +9,8 @@ import pytest
 
 from motet import InvalidJob, Labels, Number
 from motet.training.curves import draw
-from motet.training.run import Epoch, Learned, read_lesson
+from motet.training.epochs import Epoch
+from motet.training.lesson import Learned, read_lesson
 
 TASKS: dict[str, Learned] = {
     "topic": Labels("topic"),
