@@ -13,7 +13,7 @@ from motet.tasks import Choose, Task
 from tests.tiny_language import a_language_model, a_llama
 from tests.unit.test_causal_engine import TEXTS, House, several, told
 from workers.engines.causal import causal
-from workers.engines.causal.runs import agrees, flash, one_by_one, pieces
+from workers.engines.causal.runs import Sequences, agrees, flash, one_by_one, pieces
 from workers.engines.causal.trees import tree
 from workers.engines.proved import within
 from workers.registrar.accuracy import SENTENCES
@@ -89,13 +89,14 @@ def test_a_kernel_is_asked_before_it_is_relied_upon() -> None:
 
     def from_the_left(*given: Any) -> torch.Tensor:
         """The asking tokens are the first ones of their sequence: how some kernels understand a causal mask."""
-        query, keys, values, starts, seen_starts, longest, _, scaling, window = given
-        shorter = starts.clone()
+        query, keys, values, where, scaling, window = given
+        starts, longest = where.starts, where.longest
         some = torch.cat([
             torch.arange(int(first), int(first) + int(hi) - int(lo))
-            for lo, hi, first in zip(starts, starts[1:], seen_starts, strict=False)
+            for lo, hi, first in zip(starts, starts[1:], where.seen_starts, strict=False)
         ])  # fmt: skip
-        return one_by_one(query, keys[some], values[some], starts, shorter, longest, longest, scaling, window)
+        shorter = Sequences(starts, starts.clone(), longest, longest)
+        return one_by_one(query, keys[some], values[some], shorter, scaling, window)
 
     def wide(*given: Any) -> torch.Tensor:
         """A window that counts the token itself for nothing."""

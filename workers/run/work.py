@@ -9,6 +9,7 @@ from array import array
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from enum import Enum
+from typing import Any
 
 from motet.protocol.columns import CellError, Column, little_endian
 from motet.protocol.manifest import Manifest
@@ -200,24 +201,13 @@ class Work:
 
     def outcome(self, worker: str, boot: str) -> Outcome:
         """What it reports once no row is unanswered."""
-        o = self.order
         try:
-            columns = {task.name: self._column(task) for task in o.tasks}
+            columns = {task.name: self._column(task) for task in self.order.tasks}
             told = self._spent()
         except Exception as error:  # noqa: BLE001 - answers of a stranger's engine that do not fit each other
             why = ("engine", f"its answers do not fit each other: {type(error).__name__}")
             return self.failure(worker, boot, why, refused="")
-        return Outcome(
-            subtask=o.subtask,
-            attempt=o.attempt,
-            nonce=o.nonce,
-            worker=worker,
-            boot=boot,
-            verdict="done",
-            columns=columns,
-            usage=self.usage,
-            spent=told,
-        )
+        return self._outcome(worker, boot, verdict="done", columns=columns, spent=told)
 
     def _spent(self) -> dict[str, Spent]:
         """By task. Of two tasks that ask the same, the second one finds all of it done."""
@@ -240,6 +230,9 @@ class Work:
 
     def failure(self, worker: str, boot: str, error: tuple[str, str], *, refused: str) -> Outcome:
         """What it reports when it cannot run at all. ``refused``: digest of the model that cannot be loaded here."""
+        return self._outcome(worker, boot, verdict="failed", error=error, refused=refused)
+
+    def _outcome(self, worker: str, boot: str, **what: Any) -> Outcome:
         o = self.order
         return Outcome(
             subtask=o.subtask,
@@ -247,10 +240,8 @@ class Work:
             nonce=o.nonce,
             worker=worker,
             boot=boot,
-            verdict="failed",
-            error=error,
-            refused=refused,
             usage=self.usage,
+            **what,
         )
 
     def _column(self, task: TaskOrder) -> Column:

@@ -19,22 +19,28 @@ from torch.nn.functional import scaled_dot_product_attention
 from workers.engines.causal.trees import Ints, Tree
 from workers.engines.trunk import onto
 
-#: query [asking, heads, width], keys and values [seen, key heads, width], where sequences begin and end in each (int32),
-#: the longest of each, the scale of scores, and the tokens before it that a token attends to (None: all).
-Varlen = Callable[
-    [
-        torch.Tensor,
-        torch.Tensor,
-        torch.Tensor,
-        torch.Tensor,
-        torch.Tensor,
-        int,
-        int,
-        float,
-        int | None,
-    ],
-    torch.Tensor,
-]
+
+@dataclass(frozen=True, slots=True)
+class Sequences:
+    """Where sequences lie end to end, those that ask and those that they see: as kernels take it."""
+
+    #: Where the tokens, and the cells, of each one begin, and where the last ones end (int32).
+    starts: torch.Tensor
+    seen_starts: torch.Tensor
+    longest: int
+    longest_seen: int
+
+    @classmethod
+    def of(cls, counts: NDArray[np.int64], lengths: NDArray[np.int64], device: str) -> Sequences:
+        """``counts``: of each, the tokens that ask, which are its last ones. ``lengths``: all that it sees."""
+        starts = np.stack([np.concatenate([[0], np.cumsum(each)]) for each in (counts, lengths)])
+        ends = onto(starts.astype(np.int32), device)
+        return cls(ends[0], ends[1], int(counts.max()), int(lengths.max()))
+
+
+#: query [asking, heads, width], keys and values [seen, key heads, width], where their sequences lie, the scale of scores,
+#: and the tokens before it that a token attends to (None: all).
+Varlen = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, Sequences, float, int | None], torch.Tensor]
 #: How far two ways to compute attention in half precision may be apart, of numbers about 1.
 NEAR = 0.02
 
@@ -56,11 +62,7 @@ class Runs:
     #: Where in the step the asking tokens stand; the cells they see, counted over all slots.
     tokens: torch.Tensor
     seen: torch.Tensor
-    #: Where the tokens, and the cells, of each run begin, and where the last ones end.
-    starts: torch.Tensor
-    seen_starts: torch.Tensor
-    longest: int
-    longest_seen: int
+    sequences: Sequences
     varlen: Varlen
 
     @classmethod
@@ -72,16 +74,8 @@ class Runs:
         seen = np.concatenate([piece.slot * cells + piece.path for piece in pieces])
         # One way for all of it.
         every = onto(np.concatenate([tokens, seen]), device)
-        ends = onto(np.stack([_starts(counts), _starts(lengths)]), device)
-        return cls(
-            tokens=every[: len(tokens)],
-            seen=every[len(tokens) :],
-            starts=ends[0],
-            seen_starts=ends[1],
-            longest=int(counts.max()),
-            longest_seen=int(lengths.max()),
-            varlen=varlen,
-        )
+        sequences = Sequences.of(counts, lengths, device)
+        return cls(every[: len(tokens)], every[len(tokens) :], sequences, varlen)
 
     def attend(
         self,
@@ -96,10 +90,7 @@ class Runs:
             query[self.tokens],
             keys.flatten(0, 1)[self.seen],
             values.flatten(0, 1)[self.seen],
-            self.starts,
-            self.seen_starts,
-            self.longest,
-            self.longest_seen,
+            self.sequences,
             scaling,
             window,
         )
@@ -133,10 +124,7 @@ def flash(
         query: torch.Tensor,
         keys: torch.Tensor,
         values: torch.Tensor,
-        starts: torch.Tensor,
-        seen_starts: torch.Tensor,
-        longest: int,
-        longest_seen: int,
+        where: Sequences,
         scaling: float,
         window: int | None,
     ) -> torch.Tensor:
@@ -145,10 +133,10 @@ def flash(
             query,
             keys,
             values,
-            starts,
-            seen_starts,
-            longest,
-            longest_seen,
+            where.starts,
+            where.seen_starts,
+            where.longest,
+            where.longest_seen,
             scale=scaling,
             window_size=(-1 if window is None else window - 1, 0),
             enable_gqa=query.shape[1] != keys.shape[1],
@@ -169,11 +157,11 @@ def agrees(varlen: Varlen, device: str, dtype: torch.dtype, heads: int, key_head
 
     query = made(int(counts.sum()), heads)
     keys, values = (made(int(lengths.sum()), key_heads) for _ in range(2))
-    ends = (onto(_starts(counts), device), onto(_starts(lengths), device), 64, 200, width**-0.5)
+    where = (Sequences.of(counts, lengths, device), width**-0.5)
     try:
         for window in (None, 16):
-            found = varlen(query, keys, values, *ends, window)
-            expected = one_by_one(query.float(), keys.float(), values.float(), *ends, window)
+            found = varlen(query, keys, values, *where, window)
+            expected = one_by_one(query.float(), keys.float(), values.float(), *where, window)
             if not (found.float() - expected).abs().max() < NEAR:
                 return False
     except RuntimeError:
@@ -185,17 +173,14 @@ def one_by_one(
     query: torch.Tensor,
     keys: torch.Tensor,
     values: torch.Tensor,
-    starts: torch.Tensor,
-    seen_starts: torch.Tensor,
-    longest: int,
-    longest_seen: int,
+    where: Sequences,
     scaling: float,
     window: int | None,
 ) -> torch.Tensor:
     """What a kernel must compute: each sequence by itself, with a mask. A ``Varlen`` for any device."""
     groups = query.shape[1] // keys.shape[1]
     answer = torch.empty_like(query)
-    bounds, seen_bounds = starts.tolist(), seen_starts.tolist()
+    bounds, seen_bounds = where.starts.tolist(), where.seen_starts.tolist()
     for lo, hi, first, last in zip(bounds, bounds[1:], seen_bounds, seen_bounds[1:], strict=False):
         # The asking tokens are the last ones of their sequence.
         at = torch.arange(last - first - (hi - lo), last - first, device=query.device)[:, None]
@@ -207,7 +192,3 @@ def one_by_one(
         )
         answer[lo:hi] = found.transpose(0, 1)
     return answer
-
-
-def _starts(counts: NDArray[np.int64]) -> NDArray[np.int32]:
-    return np.concatenate([[0], np.cumsum(counts)]).astype(np.int32)
