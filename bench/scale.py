@@ -13,19 +13,28 @@
 Last line, JSON: rows_per_s, cpu_us_per_row by process, full_at_rows_per_s (one core of each process), wal and stored
 bytes per row, redis bytes per row under way, dispatcher_step_ms by workers, next_bottleneck.
 
-    python bench/scale.py            about three minutes
-    python bench/scale.py --quick    100,000 rows, up to 100 workers
+With ``--workers N`` the leader alone is measured, with 100 workers up to N (bench/leading.py): idle; while all of them
+are filled with three sub-tasks each; and full, while a hundredth of the leases has changed. Last line, JSON:
+idle_step_ms and full_step_ms (medians of beat steps, wall clock), subtasks_s (sent a second of the steps that sent, while
+all else is live), dispatcher_mb (largest resident set of this process, the client included), longest_step_s, and
+step_slope_idle and step_slope_full (log-log slopes over the numbers of workers).
+
+    python bench/scale.py                    about three minutes
+    python bench/scale.py --quick            100,000 rows, up to 100 workers
+    python bench/scale.py --workers 10000    the leader: about five minutes
 """
 
 from __future__ import annotations
 
+import argparse
+import math
 import os
 import signal
 import statistics
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -34,6 +43,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 
 import redis
 from harness import cluster_folder, finish, options, say, table
+from leading import Lap, Leading, know_the_speed, leading
 from stage import Run, Stage, drive, label_tasks, short_texts
 from stand_in import StandIn, workers_of
 
@@ -155,8 +165,77 @@ def _step(dispatcher: Dispatcher) -> tuple[float, int]:
     return time.perf_counter() - start, sent
 
 
+def leader(arguments: argparse.Namespace) -> None:
+    """Measure and tell how the leader's step grows with workers."""
+    looks, patience_s, least = arguments.size.of(full=(9, 60.0, 100), quick=(5, 20.0, 100), smoke=(2, 5.0, 2))
+    counts = sorted({*(n for n in (least, 1_000) if n < arguments.workers), arguments.workers})
+    with cluster_folder() as folder, Stage(folder) as stage:
+        stage.register()
+        know_the_speed(stage)
+        found = [leading(stage, count, looks=looks, patience_s=patience_s) for count in counts]
+    most = found[-1]
+    table(
+        "the leader's step (ms, CPU in brackets)",
+        ("workers", "idle", "full", "leases", "longest", "sub-tasks/s", "process MiB"),
+        [
+            (
+                f"{s.workers:,}",
+                f"{s.idle_ms:.1f} ({1e3 * statistics.median(x.cpu_s for x in s.idle):.1f})",
+                f"{s.full_ms:.1f} ({1e3 * statistics.median(x.cpu_s for x in s.changed):.1f})",
+                f"{s.leases:,}",
+                f"{s.longest_s * 1e3:.0f}",
+                f"{s.subtasks_s:,.0f}",
+                f"{s.dispatcher_mb:.0f}",
+            )
+            for s in found
+        ],
+    )
+    finish(
+        "scale_workers",
+        {
+            "workers": most.workers,
+            "idle_step_ms": round(most.idle_ms, 1),
+            "full_step_ms": round(most.full_ms, 1),
+            "subtasks_s": round(most.subtasks_s),
+            "dispatcher_mb": round(most.dispatcher_mb),
+            "longest_step_s": round(max(s.longest_s for s in found), 3),
+            "step_slope_idle": slope({s.workers: s.idle_ms for s in found}),
+            "step_slope_full": slope({s.workers: s.full_ms for s in found}),
+        },
+        arguments,
+        whole=most.workers >= 10_000,
+        details={str(s.workers): _laps(s) for s in found},
+    )
+
+
+def slope(points: Mapping[int, float]) -> float:
+    """Of the straight line through the logarithms; 0 of a single point."""
+    if len(points) < 2:
+        return 0.0
+    xs, ys = [math.log(n) for n in points], [math.log(y) for y in points.values()]
+    return round(statistics.linear_regression(xs, ys).slope, 3)
+
+
+def _laps(found: Leading) -> dict[str, object]:
+    def told(laps: list[Lap]) -> list[list[float]]:
+        return [[round(lap.seconds * 1e3, 2), round(lap.cpu_s * 1e3, 2), lap.sent] for lap in laps]
+
+    return {
+        "leases": found.leases,
+        "idle": told(found.idle),
+        "changed": told(found.changed),
+        "filling": told(found.filling)[:20],
+        "refilling": told(found.refilling),
+    }
+
+
 def main() -> None:
-    arguments = options(__doc__).parse_args()
+    parser = options(__doc__)
+    parser.add_argument("--workers", type=int, help="measure the leader alone, with up to so many workers")
+    arguments = parser.parse_args()
+    if arguments.workers:
+        leader(arguments)
+        return
     rows, counts, waiting = arguments.size.of(
         full=(1_000_000, (10, 100, 1000), 100_000),
         quick=(100_000, (10, 100), 100_000),

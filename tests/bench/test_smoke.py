@@ -23,7 +23,7 @@ PARTS = frozenset(
     f"{name}.py"
     for name in (
         *("bare", "client", "engine", "family", "harness", "lower_bound", "pages", "paced", "rival_policies"),
-        *("stage", "stand_in"),
+        *("crowd", "leading", "stage", "stand_in"),
     )
 )
 COMMANDS = sorted(file.name for file in BENCH.glob("*.py") if file.name not in PARTS)

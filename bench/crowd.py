@@ -1,0 +1,127 @@
+"""Thousands of workers without a model in one process, on the real wire. Started by bench/scale.py.
+
+    MOTET_REDIS_URL=… MOTET_SCHEDULER_REDIS_URL=… python bench/crowd.py --workers 10000
+
+Each beats once a second, takes every message from its queue, and holds it until it is told to answer. Orders come line
+by line on stdin: ``answer 300`` answers the 300 oldest attempts; the line ``answered 300`` says that their outcomes are
+on the stream. A slice of a tenth of a second beats for a tenth of the workers, so that a look at any moment finds
+some of the beats new.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import select
+import sys
+import time
+from collections import OrderedDict
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parent))
+
+import redis
+from stand_in import ENGINES, answer
+
+from motet.protocol.redis_url import redis_py_url
+from motet.protocol.transport import OUTCOMES, WORKERS, _key, _key_of_message, queue_name
+from motet.protocol.wire import Assignment, Beat
+
+#: Slices of a second: more are more even, and cost a round trip each.
+SLICES = 10
+DEVICE = "crowd"
+#: Device seconds that a row is said to take: a sub-task of two seconds has 32 rows.
+ROW_S = 2.0 / 32
+
+
+class Crowd:
+    """All workers, and what they hold."""
+
+    def __init__(self, url: str, queues: str, count: int) -> None:
+        self.redis = redis.Redis.from_url(redis_py_url(url))
+        #: By the scheduler's rights: a worker may take messages one at a time alone, which is a round trip for each.
+        self.queues = redis.Redis.from_url(redis_py_url(queues))
+        self.names = [f"crowd-{i}" for i in range(count)]
+        self.seq = 0
+        #: Attempt -> the worker that holds it, oldest first.
+        self.held: OrderedDict[tuple[int, int], str] = OrderedDict()
+        self.of_worker: dict[str, set[tuple[int, int]]] = {name: set() for name in self.names}
+
+    def beat(self, slice_: int) -> None:
+        """A slice of the workers takes what waits for it, and beats."""
+        names = self.names[slice_::SLICES]
+        self.seq += slice_ == 0
+        if not names:
+            return
+        pipe = self.queues.pipeline(transaction=True)
+        for name in names:
+            pipe.lrange(queue_name(name), 0, -1)
+        pipe.unlink(*map(queue_name, names))
+        for name, taken in zip(names, pipe.execute()[:-1], strict=True):
+            for message in taken:
+                key = _key_of_message(message)
+                assert key is not None
+                self.held[key] = name
+                self.of_worker[name].add(key)
+        pipe = self.redis.pipeline(transaction=False)
+        for name in names:
+            pipe.set(_key(name, "beat"), self._beat(name), ex=60)
+        pipe.sadd(WORKERS, *names)
+        pipe.execute()
+
+    def _beat(self, name: str) -> bytes:
+        return Beat(
+            worker=name,
+            boot="crowd",
+            seq=self.seq + 1,
+            host="bench",
+            pid=os.getpid(),
+            device_kind="cpu",
+            device_name=DEVICE,
+            memory_mb=16_000,
+            engines=ENGINES,
+            held=tuple(self.of_worker[name]),
+        ).encode()
+
+    def answer(self, count: int) -> int:
+        """Put the outcomes of the oldest attempts on the stream. How many."""
+        oldest = [self.held.popitem(last=False) for _ in range(min(count, len(self.held)))]
+        pipe = self.redis.pipeline(transaction=False)
+        for key, name in oldest:
+            pipe.get(_key(name, "in", *key))
+        payloads = pipe.execute()
+        for (key, name), payload in zip(oldest, payloads, strict=True):
+            self.of_worker[name].discard(key)
+            outcome = answer(Assignment.decode(payload), name, ROW_S).encode()
+            pipe.xadd(OUTCOMES, {"s": key[0], "a": key[1], "m": outcome})
+            pipe.delete(_key(name, "in", *key))
+        pipe.execute()
+        return len(oldest)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--workers", type=int, default=100)
+    arguments = parser.parse_args()
+    crowd = Crowd(os.environ["MOTET_REDIS_URL"], os.environ["MOTET_SCHEDULER_REDIS_URL"], arguments.workers)
+    for slice_ in range(SLICES):
+        crowd.beat(slice_)
+    print("ready", flush=True)
+    slice_, due = 0, time.monotonic()
+    while True:
+        wait_s = max(0.0, due - time.monotonic())
+        if select.select([sys.stdin], [], [], wait_s)[0]:
+            order = sys.stdin.readline().split()
+            if not order:
+                return
+            print("answered", crowd.answer(int(order[1])), flush=True)
+            continue
+        crowd.beat(slice_)
+        # A slice that takes longer than its time is not made up for: then beats are rarer.
+        slice_, due = (slice_ + 1) % SLICES, max(due + 1 / SLICES, time.monotonic())
+
+
+if __name__ == "__main__":
+    main()

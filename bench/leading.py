@@ -1,0 +1,236 @@
+"""The leader's step with very many workers: what `bench/scale.py --workers N` measures.
+
+Beats come through a real Valkey (bench/crowd.py), leases lie in a real Postgres, outcomes are recorded by the stage's
+own aggregator. The dispatcher is the live class, stepped in this process with the words that it listens for; that of
+the stage is stopped meanwhile.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import redis
+from crowd import DEVICE, ROW_S
+from harness import peak_rss_mb, say
+from stage import ENCODER, Stage, label_tasks, stream_short_texts
+
+from motet.client import Client
+from motet.protocol.redis_url import redis_py_url
+from motet.protocol.settings import Settings
+from motet.protocol.transport import OUTCOMES, WORKERS, RedisTransport, _key, queue_name
+from scheduler.dispatcher import Dispatcher, Listener
+from scheduler.policy.cost import Workload
+from scheduler.store.rates import Timed, learn
+
+#: Sub-tasks at a worker, as the dispatcher's own default has it.
+DEPTH = 3
+ROWS = 32
+#: Seconds between two looks at beats: the beat step's.
+BEAT_STEP_S = 0.25
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Lap:
+    """One step."""
+
+    seconds: float
+    cpu_s: float
+    sent: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Leading:
+    """The dispatcher's steps with so many workers."""
+
+    workers: int
+    idle: list[Lap]
+    filling: list[Lap]
+    #: The first step after a hundredth of all leases was answered, and those that give their workers new ones.
+    changed: list[Lap]
+    refilling: list[Lap]
+    leases: int
+    dispatcher_mb: float
+
+    @property
+    def idle_ms(self) -> float:
+        return 1e3 * statistics.median(lap.seconds for lap in self.idle)
+
+    @property
+    def full_ms(self) -> float:
+        return 1e3 * statistics.median(lap.seconds for lap in self.changed)
+
+    @property
+    def longest_s(self) -> float:
+        return max(lap.seconds for lap in (*self.idle, *self.filling, *self.changed, *self.refilling))
+
+    @property
+    def subtasks_s(self) -> float:
+        """Placed, leased, packed and published a second of the steps that did so, while all leases but these are live."""
+        return sum(lap.sent for lap in self.refilling) / max(1e-9, sum(lap.seconds for lap in self.refilling))
+
+
+class Led:
+    """The dispatcher under test, and what it listens to."""
+
+    def __init__(self, stage: Stage, transport: RedisTransport) -> None:
+        self._stack = stage.database()
+        self.database = self._stack.__enter__()
+        self.listener = Listener(self.database)
+        self.dispatcher = Dispatcher(self.database, transport, Settings(leader_lease_s=600))
+        self._step_at = 0.0
+
+    def lap(self, *, beats: bool = False) -> Lap:
+        """One step; ``beats``: not before it has to look at the beats again."""
+        if beats:
+            time.sleep(max(0.0, self._step_at + BEAT_STEP_S - time.monotonic()))
+        self._step_at = time.monotonic()
+        words = self.listener.wait(0.0)
+        cpu_s, began = time.thread_time(), time.perf_counter()
+        sent = step(self.dispatcher, words)
+        return Lap(seconds=time.perf_counter() - began, cpu_s=time.thread_time() - cpu_s, sent=sent)
+
+    def until_leading(self) -> None:
+        """The stopped dispatcher's lease runs out first; then what lead it took over is settled in a few steps."""
+        deadline = time.monotonic() + 30
+        while self.dispatcher.epoch is None:
+            assert time.monotonic() < deadline, "another dispatcher leads"
+            self.lap(beats=True)
+        for _ in range(3):
+            self.lap(beats=True)
+
+    def close(self) -> None:
+        self.dispatcher.stop()
+        self.listener.close()
+        self._stack.__exit__(None, None, None)
+
+
+def step(dispatcher: Dispatcher, words: object) -> int:
+    return dispatcher.step(time.monotonic())
+
+
+@contextmanager
+def crowd_of(stage: Stage, count: int) -> Iterator[subprocess.Popen[str]]:
+    """So many workers that beat; nothing of them is left in Valkey afterwards but payloads, which expire."""
+    command = [sys.executable, str(Path(__file__).parent / "crowd.py"), f"--workers={count}"]
+    env = {
+        **os.environ,
+        "MOTET_REDIS_URL": stage.redis.worker,
+        "MOTET_SCHEDULER_REDIS_URL": stage.redis.scheduler,
+    }
+    process = subprocess.Popen(
+        command, env=env, text=True, stdin=subprocess.PIPE, stdout=subprocess.PIPE, start_new_session=True
+    )
+    assert process.stdout is not None
+    assert process.stdout.readline() == "ready\n"
+    try:
+        yield process
+    finally:
+        process.terminate()
+        process.wait(10)
+        valkey = redis.Redis.from_url(redis_py_url(stage.redis.scheduler))
+        names = [f"crowd-{i}" for i in range(count)]
+        valkey.srem(WORKERS, *names)
+        pipe = valkey.pipeline(transaction=False)
+        for name in names:
+            pipe.unlink(_key(name, "beat"), _key(name, "control"), queue_name(name))
+        pipe.execute()
+        valkey.close()
+
+
+def answered(stage: Stage, crowd: subprocess.Popen[str], count: int) -> None:
+    """So many of the oldest attempts are answered, and the answers recorded; then beats have told of it."""
+    assert crowd.stdin is not None
+    assert crowd.stdout is not None
+    crowd.stdin.write(f"answer {count}\n")
+    crowd.stdin.flush()
+    crowd.stdout.readline()
+    valkey = redis.Redis.from_url(redis_py_url(stage.redis.scheduler))
+    deadline = time.monotonic() + 60
+    while valkey.xlen(OUTCOMES):
+        assert time.monotonic() < deadline, "the aggregator records nothing"
+        time.sleep(0.02)
+    valkey.close()
+    time.sleep(1.2)
+
+
+def know_the_speed(stage: Stage) -> None:
+    """As if many outcomes had told how fast the crowd's devices are: sub-tasks then have as many rows as they should."""
+    tokens = 28 * ROWS
+    seen = Timed(
+        key=(ENCODER.trunk, DEVICE, "fast"),
+        worker="crowd-0",
+        device_kind="cpu",
+        parameters=ENCODER.parameters,
+        work=Workload(ROWS, tokens, tokens**2 / ROWS),
+        seconds=ROWS * ROW_S,
+        text_bytes=114 * ROWS,
+    )
+    with stage.database() as database, database.transaction() as connection:
+        learn(connection, [seen] * 40, [((ENCODER.digest, DEVICE), 0.1)])
+
+
+def leading(stage: Stage, count: int, *, looks: int, patience_s: float) -> Leading:
+    """Measure the step with so many workers: idle, while they are filled, and full."""
+    transport = RedisTransport(stage.redis.scheduler)
+    os.kill(stage.pids["dispatch"], signal.SIGSTOP)
+    led = Led(stage, transport)
+    try:
+        with crowd_of(stage, count) as crowd, Client(stage.url, stage.tokens["user"]) as client:
+            led.until_leading()
+            idle = [led.lap(beats=True) for _ in range(looks)]
+            job = client.submit(
+                stream_short_texts(int(1.25 * count * DEPTH * ROWS)), label_tasks(4), progress=False
+            )
+            filling: list[Lap] = []
+            until = time.monotonic() + patience_s
+            while _leases(stage) < count * DEPTH and time.monotonic() < until:
+                filling.append(led.lap())
+            leases = _leases(stage)
+            say(
+                f"  {count:,} workers: idle {statistics.median(x.seconds for x in idle) * 1e3:.1f} ms; {leases:,} leases after"
+                f" {sum(x.seconds for x in filling):.1f} s, the longest step {max(x.seconds for x in filling):.2f} s"
+            )
+            changed: list[Lap] = []
+            refilling: list[Lap] = []
+            for look in range(looks):
+                # The last look gives a tenth of all workers new work at once: enough to tell how many that are a second.
+                last = look == looks - 1
+                answered(stage, crowd, max(1, leases // (10 if last else 100)))
+                laps = [led.lap(beats=True)]
+                while laps[-1].sent:
+                    laps.append(led.lap())
+                if last:
+                    refilling = [lap for lap in laps if lap.sent]
+                else:
+                    changed.append(laps[0])
+            job.cancel()
+            for _ in range(3):
+                led.lap(beats=True)
+    finally:
+        led.close()
+        transport.close()
+        os.kill(stage.pids["dispatch"], signal.SIGCONT)
+    return Leading(
+        workers=count,
+        idle=idle,
+        filling=filling,
+        changed=changed,
+        refilling=refilling,
+        leases=leases,
+        dispatcher_mb=peak_rss_mb(os.getpid()),
+    )
+
+
+def _leases(stage: Stage) -> int:
+    with stage.sql() as sql:
+        found = sql.execute("SELECT count(*) FROM lease").fetchone()
+    return int(str(found[0])) if found else 0
