@@ -121,7 +121,8 @@ class Loader(Protocol):
     models out over all of them, an equal part on each, says so: ``spreads = True``.
 
     An engine that may take longer than others to load says so: ``longest_load_s``, in seconds. A worker that has loaded
-    for longer than that is ended by its watchdog.
+    for longer than that is ended by its watchdog. So is one whose rows inside bring nothing, step after step, for longer
+    than a step may take; an engine that asks other machines says how long those may be silent: ``longest_wait_s``.
     """
 
     def memory_mb(self, model: Manifest, in_format: str) -> int:

@@ -727,6 +727,60 @@ def alike(one: Any, other: Any) -> bool:
     return one == pytest.approx(other, abs=1e-4) if isinstance(one, float) else bool(one == other)
 
 
+# -- steps that bring nothing
+
+
+def idle_steps(house: FaultyHouse, seconds: float) -> None:
+    """Look every second, as long as the watchdog sees nothing wrong."""
+    until = house.clock.now + seconds
+    while house.clock.now < until and house.executor.stuck() is None:
+        house.step()
+        house.clock.now += 1
+
+
+class Idle(FaultyStream):
+    """Never goes on with the rows that say so."""
+
+    def step(self, handle: Any, tokens: int) -> Step:
+        waiting = any(one[0] == "idle" for one in self.each[handle].values())
+        return Step() if waiting else super().step(handle, tokens)
+
+
+def test_a_stream_that_for_ever_computes_nothing_with_rows_inside_is_seen_by_the_watchdog() -> None:
+    house = FaultyHouse()
+    house.engine = Idle(house.clock)
+    house.submit(asks("idle"))
+    idle_steps(house, 7)
+    assert house.executor.stuck() is None
+    idle_steps(house, 100)
+    assert "no progress for 9 s, at most 8" in (house.executor.stuck() or "")
+
+
+def test_an_engine_that_asks_other_machines_says_how_long_those_may_be_silent() -> None:
+    house = FaultyHouse()
+    house.engine = Idle(house.clock)
+    house.engine.longest_wait_s = 300.0  # type: ignore[attr-defined]
+    house.submit(asks("idle"))
+    idle_steps(house, 290)
+    assert house.executor.stuck() is None
+    idle_steps(house, 100)
+    assert "at most 300" in (house.executor.stuck() or "")
+
+
+def test_silence_counts_from_the_last_progress_and_not_where_the_rows_were_dropped() -> None:
+    house = FaultyHouse()
+    house.engine = Idle(house.clock)
+    for _ in range(5):
+        gone = asks("idle")
+        house.submit(gone)
+        idle_steps(house, 6)
+        house.drop(gone)
+        house.settled()
+        house.submit(asks("aaa"))
+        house.settled()
+    assert house.executor.stuck() is None
+
+
 # -- memory comes back
 
 

@@ -138,17 +138,17 @@ class Executor:
 
     def stuck(self) -> str | None:
         """What has gone on for too long, in words for a log; None while all is well."""
-        now, activity = self._clock(), self._activity
-        if activity and now - activity.since > activity.limit_s:
-            return f"{activity.what} for {now - activity.since:.0f} s, at most {activity.limit_s:.0f}"
-        if (preparing_s := self._preparing.longest_s()) > PREPARE_S:
-            return f"preparing for {preparing_s:.0f} s, at most {PREPARE_S:.0f}"
-        return None
+        known = [("preparing", self._preparing.longest_s(), PREPARE_S)]
+        known += [("no progress", one.idle_s, one.most_idle_s) for one in list(self._shelf.loaded.values())]
+        if activity := self._activity:
+            known.append((activity.what, self._clock() - activity.since, activity.limit_s))
+        return next(
+            (f"{what} for {s:.0f} s, at most {most:.0f}" for what, s, most in known if s > most), None
+        )
 
     def loading(self) -> bool:
         """Whether a model is being loaded now."""
-        activity = self._activity
-        return activity is not None and activity.what == "loading"
+        return (activity := self._activity) is not None and activity.what == "loading"
 
     def backlog_s(self) -> float:
         """Predicted seconds of the work held here and not yet done."""
@@ -234,13 +234,13 @@ class Executor:
         with self._preparing.nothing_beside() if alone else nullcontext():
             began = self._clock()
             self._activity = Occupation("running", began, FIRST_RUN_S)
+            if not len(stream):
+                loaded.goes_on()
             try:
                 if group is None:
                     with self._changed:
                         works = self._works.values()
-                        ready = [
-                            w for w in works if w.rows and w.model == first.model and w.stage is Stage.READY
-                        ]
+                        ready = [work for work in works if work.rows and work.model == first.model]
                     lost = stream.let_in(first, ready, tokens, rows)
                 else:
                     lost = stream.let_in_again(group)
@@ -259,6 +259,10 @@ class Executor:
         for work, row, why in (*lost, *progress.lost):
             work.lose(row.row, why)
             self._finish_if_done(work)
+        if progress.waits:
+            loaded.waits(loaded.used + LOOK_S, tokens)
+            return
+        loaded.goes_on()
         self._take(loaded, progress, took)
 
     def _take(self, loaded: Loaded, progress: StepResult, took: float) -> None:
@@ -269,8 +273,6 @@ class Executor:
             pace.observed(progress.computed, progress.tokens, took)
             if pace.budget.tokens != before:
                 event(log, "budget", model=loaded.model.ref, tokens=pace.budget.tokens)
-        elif progress.waits:
-            loaded.look_at = self._clock() + LOOK_S
         count = sum(len(rows) for _, rows, _, _ in progress.answered)
         for work, rows, columns, consumed in progress.answered:
             work.take(rows, columns)

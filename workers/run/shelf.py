@@ -64,6 +64,24 @@ class Loaded:
     heads: set[str]
     #: The rows inside wait for another machine: their turn comes again then.
     look_at: float = float("-inf")
+    #: When a step brought nothing first, of those since the last that did; None: the newest step brought something.
+    idle_since: float | None = None
+    #: Seconds from then to the newest step, and the most that they may be.
+    idle_s: float = 0.0
+    most_idle_s: float = float("inf")
+
+    def waits(self, look_at: float, tokens: int) -> None:
+        """A step of at most ``tokens`` brought nothing, neither a row that ended nor a token; the next one is then."""
+        self.look_at = look_at
+        if self.idle_since is None:
+            self.idle_since = self.used
+            allowed_s = float(getattr(self.stream.engine, "longest_wait_s", 0.0))
+            self.most_idle_s = max(self.stream.deadline_s(tokens), allowed_s)
+        self.idle_s = self.used - self.idle_since
+
+    def goes_on(self) -> None:
+        """A step brought something, or nothing is inside any more."""
+        self.idle_since, self.idle_s = None, 0.0
 
 
 class Shelf:

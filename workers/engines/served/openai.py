@@ -38,7 +38,14 @@ from workers.engines.function import json_column
 from workers.engines.newest import Newest
 from workers.engines.prompts import BAD_MESSAGES, NOTHING, BadMessages, messages_of, plain
 from workers.engines.schemas import violation
-from workers.engines.served.chat_server import ChatServer, RequestRefused, Spending
+from workers.engines.served.chat_server import (
+    ANSWER_S,
+    LONGEST_PAUSE_S,
+    TRIES,
+    ChatServer,
+    RequestRefused,
+    Spending,
+)
 from workers.engines.served.refusals import ANSWER_LENGTH, CONTEXT_LENGTH
 from workers.engines.thoughts import switches, without_thoughts
 from workers.run.assemble import assemble
@@ -102,6 +109,9 @@ class Served:
 
 class OpenAIEngine:
     """Answers generate, chat, choose and extract."""
+
+    #: All rows inside may be at a request that is tried again and again, and each of them may be asked anew.
+    longest_wait_s = (1 + MENDING) * TRIES * (ANSWER_S + LONGEST_PAUSE_S)
 
     def memory_mb(self, model: Manifest, in_format: str) -> int:
         return 0

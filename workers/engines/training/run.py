@@ -226,6 +226,7 @@ class Run:
                 )
             found += rows.texts
             vectors.append(torch.from_numpy(rows.vectors))
+            yield 1
         every = torch.cat(vectors) if vectors else torch.empty(0, 0)
         wanted = self.recipe.train_rows + self.recipe.test_rows
         if len(every) != wanted or (texts and len(found) != wanted):

@@ -36,8 +36,9 @@ from workers.registrar.describe import (
 )
 from workers.run.device import other_devices
 
-#: How often a run begins again after its journal was out of reach, and the pause before.
-_TRIES, _PAUSE_S = 60, 2.0
+#: How often a run begins again after its journal was out of reach, the pause before, and the seconds that an API which
+#: is away takes to be known as such (motet/http.py).
+_TRIES, _PAUSE_S, _AWAY_S = 60, 2.0, 35.0
 
 Open = Callable[[str, int, str], Journal]
 
@@ -64,6 +65,8 @@ class TrainingOrder:
 
 class TrainerEngine:
     """Answers fit."""
+
+    longest_wait_s = _TRIES * (_PAUSE_S + _AWAY_S)
 
     def __init__(self, open_journal: Open | None = None) -> None:
         """``open_journal``: (lease, row, job) -> where a run reads and reports; the API, unless a test says otherwise."""
