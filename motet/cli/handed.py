@@ -45,7 +45,7 @@ def _execute_workers(arguments: Sequence[str], *, admin: bool) -> NoReturn:
     from motet.errors import MotetError
     from motet.http import Address
 
-    need("workers")
+    need("worker")
     env = dict(os.environ)
     try:
         address = Address.find(admin=admin, env=env)
@@ -59,9 +59,21 @@ def _execute_workers(arguments: Sequence[str], *, admin: bool) -> NoReturn:
     os.execve(sys.executable, [sys.executable, "-P", "-m", "workers", *arguments], env)
 
 
-def need(*packages: str) -> None:
-    """Raise SetupError where a part of motet is not installed."""
+def need(extra: str, *packages: str) -> None:
+    """Raise SetupError unless the cluster's distribution and these packages are installed here.
+
+    A package called ``scheduler`` or ``workers`` proves nothing: beside a client it may be somebody else's.
+    """
+    from importlib import metadata
+
     from motet.errors import SetupError
 
-    if missing := [name for name in packages if find_spec(name) is None]:
-        raise SetupError(f"this needs {', '.join(missing)}, not installed here; pip install 'motet[all]'")
+    missing = [name for name in packages if find_spec(name) is None]
+    try:
+        metadata.version("motet-cluster")
+    except metadata.PackageNotFoundError:
+        missing.insert(0, "motet-cluster")
+    if missing:
+        raise SetupError(
+            f"this needs {' and '.join(missing)}, not installed here; pip install 'motet[{extra}]'"
+        )

@@ -38,6 +38,8 @@ TORCH_S = 120.0
 SERVER_S = 10.0
 #: Whoever has our port may never answer.
 PORT_S = 2.0
+#: The distribution of scheduler and workers; packages of these names alone may be somebody else's.
+CLUSTER = "motet-cluster"
 Role = Literal["scheduler", "worker"]
 
 
@@ -64,6 +66,8 @@ def packages() -> list[Finding]:
         from packaging.requirements import Requirement
 
         lines = metadata.requires("motet") or []
+        if _installed(CLUSTER):
+            lines += metadata.requires(CLUSTER) or []
     except (ImportError, metadata.PackageNotFoundError) as error:
         what = f"versions are not compared: {error}"
         return [Finding(area="python", name="motet", state="skipped", what=what)]
@@ -449,7 +453,7 @@ def version_here() -> str:
 
 def behind(env: Mapping[str, str]) -> list[Finding]:
     """The server's side without its API: where this host has its settings, and the API does not run."""
-    if util.find_spec("scheduler") is None:
+    if _installed(CLUSTER) is None:
         return []
     command = (sys.executable, "-P", "-m", "scheduler.api.doctor")
     try:
