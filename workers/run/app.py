@@ -6,7 +6,6 @@ little: it delivers an id. Leases in Postgres own redelivery, and nothing is ret
 
 from __future__ import annotations
 
-import argparse
 import contextlib
 import faulthandler
 import logging
@@ -17,10 +16,12 @@ import sys
 import threading
 import time
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
+
+import click
 
 from motet.errors import SetupError
 from motet.protocol import traces
@@ -415,32 +416,41 @@ def end_celery() -> None:
     state.should_stop = 0
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
+@click.command()
+@click.argument("name")
+@click.option("--device", "kind", type=click.Choice(["cpu", "cuda"]), required=True)
+@click.option("--slots", default=1, help="CPU slots that share this host's memory.")
+@click.option("--threads", default=1, help="Threads of one matrix product.")
+@click.option("--parent", default=0, help="End when this process is no longer our parent.")
+@click.option("--boot", default="", help="Random name of this process; chosen here unless given.")
+@click.option("--pulse", "pulse_fd", default=0, help="File descriptor on which to say that we run.")
+def main(
+    name: str, kind: Literal["cpu", "cuda"], slots: int, threads: int, parent: int, boot: str, pulse_fd: int
+) -> int:
     """The process' whole life. Returns 0 once drained."""
-    options = _options(arguments)
-    configure(options.name, "INFO")
+    configure(name, "INFO")
     _offer_to_oom_killer()
-    pulse = Pulse(options.pulse) if options.pulse else None
+    pulse = Pulse(pulse_fd) if pulse_fd else None
     try:
         settings = Settings.from_env().need("redis_url")
-        configure(options.name, settings.log_level)
-        traces.configure("worker", settings.traces, options.name)
-        transport = RedisWorkerTransport(settings.redis_url, options.name)
-        boot = options.boot or secrets.token_hex(8)
-        _say_hello(transport, options.name, boot)
-        use_threads(options.threads)
-        device = probe(options.device, options.slots)
+        configure(name, settings.log_level)
+        traces.configure("worker", settings.traces, name)
+        transport = RedisWorkerTransport(settings.redis_url, name)
+        boot = boot or secrets.token_hex(8)
+        _say_hello(transport, name, boot)
+        use_threads(threads)
+        device = probe(kind, slots)
         event(
             log, "device", kind=device.kind, device=device.name, mb=device.memory_mb, formats=device.formats
         )
         worker = WorkerApp(
-            options.name,
+            name,
             boot,
             settings,
             device,
             transport,
             end_celery=end_celery,
-            parent=options.parent,
+            parent=parent,
             **({"pulse": pulse.say} if pulse else {}),
         )
         serve(celery_app(settings.redis_url, worker), worker)
@@ -465,19 +475,5 @@ def _offer_to_oom_killer() -> None:
         score.write_text(str(min(1000, int(score.read_text()) + OOM_SCORE)))
 
 
-def _options(arguments: Sequence[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        prog="python -m workers.run.app", description=(__doc__ or "").splitlines()[0]
-    )
-    parser.add_argument("name")
-    parser.add_argument("--device", choices=["cpu", "cuda"], required=True)
-    parser.add_argument("--slots", type=int, default=1, help="CPU slots that share this host's memory")
-    parser.add_argument("--threads", type=int, default=1, help="threads of one matrix product")
-    parser.add_argument("--parent", type=int, default=0, help="end when this process is no longer our parent")
-    parser.add_argument("--boot", default="", help="random name of this process; chosen here unless given")
-    parser.add_argument("--pulse", type=int, default=0, help="file descriptor on which to say that we run")
-    return parser.parse_args(arguments)
-
-
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(main.main(prog_name="python -m workers.run.app", standalone_mode=False))
