@@ -24,7 +24,8 @@ import redis
 from stand_in import ENGINES, answer
 
 from motet.protocol.redis_url import redis_py_url
-from motet.protocol.transport import OUTCOMES, WORKERS, _key, _key_of_message, queue_name
+from motet.protocol.transport.keys import OUTCOMES, WORKERS, beat_key, payload_key, queue_name
+from motet.protocol.transport.message import attempt_of
 from motet.protocol.wire import Assignment, Beat
 
 #: Slices of a second: more are more even, and cost a round trip each.
@@ -59,13 +60,13 @@ class Crowd:
         pipe.unlink(*map(queue_name, names))
         for name, taken in zip(names, pipe.execute()[:-1], strict=True):
             for message in taken:
-                key = _key_of_message(message)
+                key = attempt_of(message)
                 assert key is not None
                 self.held[key] = name
                 self.of_worker[name].add(key)
         pipe = self.redis.pipeline(transaction=False)
         for name in names:
-            pipe.set(_key(name, "beat"), self._beat(name), ex=60)
+            pipe.set(beat_key(name), self._beat(name), ex=60)
         pipe.sadd(WORKERS, *names)
         pipe.execute()
 
@@ -88,13 +89,13 @@ class Crowd:
         oldest = [self.held.popitem(last=False) for _ in range(min(count, len(self.held)))]
         pipe = self.redis.pipeline(transaction=False)
         for key, name in oldest:
-            pipe.get(_key(name, "in", *key))
+            pipe.get(payload_key(name, *key))
         payloads = pipe.execute()
         for (key, name), payload in zip(oldest, payloads, strict=True):
             self.of_worker[name].discard(key)
             outcome = answer(Assignment.decode(payload), name, ROW_S).encode()
             pipe.xadd(OUTCOMES, {"s": key[0], "a": key[1], "m": outcome})
-            pipe.delete(_key(name, "in", *key))
+            pipe.delete(payload_key(name, *key))
         pipe.execute()
         return len(oldest)
 

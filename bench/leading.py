@@ -26,9 +26,11 @@ from stage import ENCODER, Stage, label_tasks, stream_short_texts
 from motet.client import Client
 from motet.protocol.redis_url import redis_py_url
 from motet.protocol.settings import Settings
-from motet.protocol.transport import OUTCOMES, WORKERS, RedisTransport, _key, queue_name
-from scheduler.dispatcher import Dispatcher, Listener
+from motet.protocol.transport import OUTCOMES, WORKERS, RedisTransport, queue_name
+from motet.protocol.transport.keys import beat_key, control_key
+from scheduler.dispatcher import Dispatcher
 from scheduler.policy.cost import Workload
+from scheduler.store.listening import Listener
 from scheduler.store.rates import Timed, learn
 
 #: Sub-tasks at a worker, as the dispatcher's own default has it.
@@ -141,7 +143,7 @@ def crowd_of(stage: Stage, count: int) -> Iterator[subprocess.Popen[str]]:
         valkey.srem(WORKERS, *names)
         pipe = valkey.pipeline(transaction=False)
         for name in names:
-            pipe.unlink(_key(name, "beat"), _key(name, "control"), queue_name(name))
+            pipe.unlink(beat_key(name), control_key(name), queue_name(name))
         pipe.execute()
         valkey.close()
 

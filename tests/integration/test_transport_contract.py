@@ -100,6 +100,36 @@ def test_a_beat_is_heard_and_answered_with_the_newest_control_word(pair: Pair) -
     assert worker.beat(beat) == Control(epoch=2, drop=((1, 1),))
 
 
+def test_it_tells_whose_beat_is_new(pair: Pair) -> None:
+    for name in ("w1", "w2", "w3"):
+        pair.worker(name).beat(Beat(worker=name, boot="b", seq=1))
+    first = pair.scheduler.hear()
+    assert (first.beats.keys(), first.renewed) == ({"w1", "w2", "w3"}, {"w1", "w2", "w3"})
+    assert pair.scheduler.hear().renewed == set()
+    pair.worker("w1").beat(Beat(worker="w1", boot="b", seq=2**40))
+    pair.worker("w2").beat(Beat(worker="w2", boot="b", seq=1, held=((1, 1),)))
+    second = pair.scheduler.hear()
+    assert second.renewed == {"w1", "w2"}
+    assert second.beats["w2"].held == ((1, 1),)
+    assert second.beats["w3"] is first.beats["w3"]
+    pair.worker("w1").beat(Beat(worker="w1", boot="c", seq=2**40))
+    third = pair.scheduler.hear()
+    assert (third.renewed, third.beats["w1"].boot) == ({"w1"}, "c")
+
+
+def test_queues_and_evidence_of_many_workers_are_read_at_once(pair: Pair) -> None:
+    pair.scheduler.publish_all({"w1": [assignment(1), assignment(2)], "w2": [assignment(3)]})
+    assert pair.scheduler.queued_at(["w2", "w1", "w3"]) == {
+        "w1": {(1, 1), (2, 1)},
+        "w2": {(3, 1)},
+        "w3": set(),
+    }
+    running = Running(boot="b", rows={(1, 1): (0,)})
+    pair.worker("w1").mark_running(running)
+    assert pair.scheduler.running_at(["w1", "w2"]) == {"w1": running, "w2": None}
+    assert (pair.scheduler.queued_at([]), pair.scheduler.running_at([])) == ({}, {})
+
+
 def test_a_published_attempt_waits_in_its_workers_queue_with_its_payload(pair: Pair) -> None:
     pair.scheduler.publish_all({"w1": [assignment(1), assignment(2, attempt=3)]})
     assert pair.scheduler.queued("w1") == {(1, 1), (2, 3)}

@@ -7,6 +7,7 @@
 from motet.protocol.transport.contract import (
     DEAD_KEPT,
     Entry,
+    Heard,
     Lag,
     SchedulerTransport,
     TransportLost,
@@ -28,6 +29,7 @@ __all__ = [
     "OUTCOMES",
     "WORKERS",
     "Entry",
+    "Heard",
     "Lag",
     "MemoryTransport",
     "MemoryWorkerTransport",

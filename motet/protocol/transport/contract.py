@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -30,6 +30,16 @@ class Lag:
     oldest_s: float
 
 
+@dataclass(frozen=True, slots=True)
+class Heard:
+    """What workers said last."""
+
+    #: Newest beat of every worker. Where only its number is new it is the object of the look before, with that number.
+    beats: dict[str, Beat]
+    #: Workers whose beat is another one than when this transport looked last.
+    renewed: frozenset[str]
+
+
 class TransportLost(Exception):
     """Redis does not answer; nothing is known about what was under way. Try again later."""
 
@@ -41,8 +51,12 @@ class SchedulerTransport(Protocol):
         """Changes when Redis was restarted or emptied: then whatever was under way in it is gone."""
         ...
 
+    def hear(self) -> Heard:
+        """Newest beat of every worker that has one, and whose is new. A worker whose beat has expired is forgotten."""
+        ...
+
     def beats(self) -> dict[str, Beat]:
-        """Newest beat of every worker that has one. One whose beat has expired is forgotten."""
+        """The beats of ``hear``."""
         ...
 
     def publish_all(self, by_worker: Mapping[str, Sequence[Assignment]]) -> None:
@@ -56,12 +70,20 @@ class SchedulerTransport(Protocol):
         """Attempts whose message still waits in the worker's queue."""
         ...
 
+    def queued_at(self, workers: Collection[str]) -> dict[str, set[tuple[int, int]]]:
+        """``queued`` of each of these workers, in one round trip."""
+        ...
+
     def control(self, controls: Mapping[str, Control]) -> None:
         """Replace the control word of these workers."""
         ...
 
     def running(self, worker: str) -> Running | None:
         """Rows that ran in the worker's last micro-batch, if it never said that the batch ended."""
+        ...
+
+    def running_at(self, workers: Collection[str]) -> dict[str, Running | None]:
+        """``running`` of each of these workers, in one round trip."""
         ...
 
     def forget(self, worker: str) -> None:

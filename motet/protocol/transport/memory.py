@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
-from motet.protocol.transport.contract import DEAD_KEPT, Entry, Lag
+from motet.protocol.transport.contract import DEAD_KEPT, Entry, Heard, Lag
 from motet.protocol.wire import Assignment, Beat, Control, Running
 
 
@@ -28,12 +28,18 @@ class MemoryTransport:
     clock: Callable[[], float] = time.monotonic
     canary: str = "0"
     _next: int = 0
+    _heard: dict[str, Beat] = field(default_factory=dict)
 
     def identity(self) -> str:
         return self.canary
 
     def beats(self) -> dict[str, Beat]:
-        return dict(self.newest_beats)
+        return self.hear().beats
+
+    def hear(self) -> Heard:
+        before, self._heard = self._heard, dict(self.newest_beats)
+        renewed = (name for name, beat in self._heard.items() if before.get(name) is not beat)
+        return Heard(dict(self._heard), frozenset(renewed))
 
     def publish_all(self, by_worker: Mapping[str, Sequence[Assignment]]) -> None:
         for worker, assignments in by_worker.items():
@@ -42,13 +48,19 @@ class MemoryTransport:
                 self.queues.setdefault(worker, []).append(a.key)
 
     def queued(self, worker: str) -> set[tuple[int, int]]:
-        return set(self.queues.get(worker, ()))
+        return self.queued_at([worker])[worker]
+
+    def queued_at(self, workers: Collection[str]) -> dict[str, set[tuple[int, int]]]:
+        return {worker: set(self.queues.get(worker, ())) for worker in workers}
 
     def control(self, controls: Mapping[str, Control]) -> None:
         self.controls.update(controls)
 
     def running(self, worker: str) -> Running | None:
-        return self.under_way.get(worker)
+        return self.running_at([worker])[worker]
+
+    def running_at(self, workers: Collection[str]) -> dict[str, Running | None]:
+        return {worker: self.under_way.get(worker) for worker in workers}
 
     def forget(self, worker: str) -> None:
         for store in (self.queues, self.newest_beats, self.controls, self.under_way):

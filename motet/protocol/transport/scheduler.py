@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import json
 import secrets
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from typing import TYPE_CHECKING, Any
 
+from motet.protocol.transport.beats import KnownBeat, read_beat
 from motet.protocol.transport.connection import RedisConnection
-from motet.protocol.transport.contract import DEAD_KEPT, Entry, Lag, TransportLost
+from motet.protocol.transport.contract import DEAD_KEPT, Entry, Heard, Lag, TransportLost
 from motet.protocol.transport.keys import (
     CANARY,
     DEAD,
@@ -22,9 +23,10 @@ from motet.protocol.transport.keys import (
     payload_key,
     queue_name,
     running_key,
+    worker_key,
 )
 from motet.protocol.transport.message import attempt_of, celery_message
-from motet.protocol.transport.reader import decoded, members
+from motet.protocol.transport.reader import members
 from motet.protocol.wire import Assignment, BadMessage, Beat, Control, Running
 
 if TYPE_CHECKING:
@@ -59,6 +61,8 @@ class RedisTransport:
         self._group_made = False
         #: Entry of the stream -> its attempt: those that were looked at.
         self._named: dict[bytes, AttemptKey] = {}
+        #: Worker -> its newest beat.
+        self._beats: dict[str, KnownBeat] = {}
 
     def close(self) -> None:
         self._redis.close()
@@ -80,6 +84,9 @@ class RedisTransport:
         return str(self._redis.call(ask))
 
     def beats(self) -> dict[str, Beat]:
+        return self.hear().beats
+
+    def hear(self) -> Heard:
         def ask(r: redis.Redis) -> tuple[list[str], list[bytes | None]]:
             names, nameless = members(r)
             if nameless:
@@ -88,10 +95,22 @@ class RedisTransport:
             return names, raw
 
         names, raw = self._redis.call(ask)
-        gone = [name for name, body in zip(names, raw, strict=True) if body is None]
-        for name in gone[:_FORGOTTEN_AT_ONCE]:
-            self.forget(name)
-        return decoded(names, raw)
+        before, found = self._beats, dict[str, KnownBeat]()
+        renewed: list[str] = []
+        silent: list[str] = []
+        for name, body in zip(names, raw, strict=True):
+            known = before.get(name)
+            if known is not None and known.raw == body:
+                found[name] = known
+            elif body is None:
+                silent.append(name)
+            elif (read := read_beat(name, body, known)) is not None:
+                found[name] = read
+                renewed.append(name)
+        self._beats = found
+        if silent:
+            self._forget(silent[:_FORGOTTEN_AT_ONCE])
+        return Heard({name: known.beat for name, known in found.items()}, frozenset(renewed))
 
     def publish_all(self, by_worker: Mapping[str, Sequence[Assignment]]) -> None:
         def send(r: redis.Redis) -> None:
@@ -121,8 +140,20 @@ class RedisTransport:
             self._redis.call(send)
 
     def queued(self, worker: str) -> set[tuple[int, int]]:
-        raw = self._redis.call(lambda r: r.lrange(queue_name(worker), 0, -1))
-        return {key for body in raw if (key := attempt_of(body)) is not None}
+        return self.queued_at([worker])[worker]
+
+    def queued_at(self, workers: Collection[str]) -> dict[str, set[tuple[int, int]]]:
+        def ask(r: redis.Redis) -> list[list[bytes]]:
+            pipe = r.pipeline(transaction=False)
+            for worker in workers:
+                pipe.lrange(queue_name(worker), 0, -1)
+            return pipe.execute()
+
+        queues = self._redis.call(ask) if workers else []
+        return {
+            worker: {key for body in queue if (key := attempt_of(body)) is not None}
+            for worker, queue in zip(workers, queues, strict=True)
+        }
 
     def control(self, controls: Mapping[str, Control]) -> None:
         def send(r: redis.Redis) -> None:
@@ -135,17 +166,24 @@ class RedisTransport:
             self._redis.call(send)
 
     def running(self, worker: str) -> Running | None:
-        raw = self._redis.call(lambda r: r.get(running_key(worker)))
-        try:
-            return Running.decode(raw) if raw else None
-        except BadMessage:
-            return None
+        return self.running_at([worker])[worker]
+
+    def running_at(self, workers: Collection[str]) -> dict[str, Running | None]:
+        raw = self._redis.call(lambda r: r.mget([running_key(w) for w in workers])) if workers else []
+        return {worker: _running(body) for worker, body in zip(workers, raw, strict=True)}
 
     def forget(self, worker: str) -> None:
+        self._forget([worker])
+
+    def _forget(self, workers: Sequence[str]) -> None:
+        """All keys are looked through once, however many workers are gone."""
+        mine = tuple(worker_key(worker, "").encode() for worker in workers)
+        match = every_key_of(workers[0]) if len(workers) == 1 else worker_key("*")
+
         def drop(r: redis.Redis) -> None:
-            keys = [queue_name(worker), *r.scan_iter(match=every_key_of(worker), count=1000)]
-            r.unlink(*keys)
-            r.srem(WORKERS, worker)
+            keys = [key for key in r.scan_iter(match=match, count=1000) if key.startswith(mine)]
+            r.unlink(*map(queue_name, workers), *keys)
+            r.srem(WORKERS, *workers)
 
         self._redis.call(drop)
 
@@ -323,6 +361,13 @@ class RedisTransport:
             if "BUSYGROUP" not in str(error):
                 raise
         self._group_made = True
+
+
+def _running(raw: bytes | None) -> Running | None:
+    try:
+        return Running.decode(raw) if raw else None
+    except BadMessage:
+        return None
 
 
 def _order(entry: bytes) -> tuple[int, int]:
