@@ -7,7 +7,7 @@ slope_memory_rows       log-log slope of the largest resident set of a process t
 us_per_subtask          CPU of the policy per sub-task, in microseconds, while a billion rows run on 10,000 mixed GPUs:
                         placing, carving, learning; the virtual cluster itself is told apart
 
-Decisions are those of the classes that the dispatcher runs (scheduler/policy/place.py, carve.py, cost.py). A slope of 0 is
+Decisions are those of the classes that the dispatcher runs (scheduler/policy/placing/, carve.py, cost.py). A slope of 0 is
 constant, of 1 linear. CPU time of this thread, medians of slices, so that neighbours on the machine disturb little. What
 the live path adds to a sub-task (lease, payload, publish) is told by bench/dispatch.py, and printed here from its last
 full run.
@@ -36,7 +36,8 @@ from harness import RESULTS, finish, options, peak_rss_mb, say, table
 from motet.protocol.manifest import Manifest
 from scheduler.policy.carve import Carved
 from scheduler.policy.cost import Rate, Rates
-from scheduler.policy.place import Demand, Placer, WorkerState
+from scheduler.policy.place import Placer
+from scheduler.policy.placing.records import Demand, WorkerState
 from scheduler.simulation.cluster import Model, Scenario, SimulatedDevice, SimulatedJob, UncarvedRows
 from scheduler.simulation.events import Attempt, Simulation, Subtask
 from scheduler.simulation.policy import Motet, _Pass

@@ -44,8 +44,9 @@ from lower_bound import least_loads, least_makespan_s
 from rival_policies import RULES, pulled, rival
 from scipy.stats import t as students_t
 
-from scheduler.policy import fairness, place
+from scheduler.policy import fairness
 from scheduler.policy.cost import Rates
+from scheduler.policy.placing import choice, rebalancing
 from scheduler.simulation.cluster import Scenario
 from scheduler.simulation.events import RunOutcome, Simulation
 from scheduler.simulation.fair_share import gap_s, largest_s
@@ -102,7 +103,7 @@ VARIANTS: Mapping[str, Variant] = {
     "nothing recalled": Variant(policy={"recall": False}),
     "nothing cloned": Variant(policy={"clone": False}),
     "neither recalled nor cloned": Variant(policy={"recall": False, "clone": False}),
-    "sub-tasks of one size": Variant(parts={(place, "size_s"): _whole}),
+    "sub-tasks of one size": Variant(parts={(choice, "size_s"): _whole}),
     "sub-tasks of 0.5 s at most": Variant(policy={"subtask_s": 0.5}),
     "sub-tasks of 1 s at most": Variant(policy={"subtask_s": 1.0}),
     "sub-tasks of 5 s at most": Variant(policy={"subtask_s": 5.0}),
@@ -112,13 +113,13 @@ VARIANTS: Mapping[str, Variant] = {
     "eight sub-tasks, 10 s ahead": Variant(policy={"depth": 8, "ahead_s": 10.0}),
     "asked for at the last moment": Variant(policy={"ahead_s": 0.0}),
     "asked for 2 s ahead": Variant(policy={"ahead_s": 2.0}),
-    "nobody goes early to another model": Variant(parts={(place.Placer, "_balance"): _nothing}),
-    "what gives way costs nothing": Variant(parts={(place.Placer, "_room_s"): _no_time}),
-    "no switch forced by fairness": Variant(parts={(place.Placer, "_pay"): _nothing}),
-    "another host at once": Variant(parts={(place, "_JOIN"): 0.0, (place, "_JOIN_MOST"): 0.0}),
-    "another host for half the gain": Variant(parts={(place, "_JOIN"): place._JOIN / 2}),
-    "another host for twice the gain": Variant(parts={(place, "_JOIN"): 2 * place._JOIN}),
-    "another host for that gain alone": Variant(parts={(place, "_JOIN_MOST"): inf}),
+    "nobody goes early to another model": Variant(parts={(rebalancing.Rebalancing, "balance"): _nothing}),
+    "what gives way costs nothing": Variant(parts={(choice.Choice, "reload_s"): _no_time}),
+    "no switch forced by fairness": Variant(parts={(rebalancing.Rebalancing, "pay"): _nothing}),
+    "another host at once": Variant(parts={(choice, "JOIN_GAIN"): 0.0, (choice, "JOIN_AT"): 0.0}),
+    "another host for half the gain": Variant(parts={(choice, "JOIN_GAIN"): choice.JOIN_GAIN / 2}),
+    "another host for twice the gain": Variant(parts={(choice, "JOIN_GAIN"): 2 * choice.JOIN_GAIN}),
+    "another host for that gain alone": Variant(parts={(choice, "JOIN_AT"): inf}),
     "answers without delay": Variant(world={"trip_s": 0.0}),
     "answers after 0.5 s": Variant(world={"trip_s": 0.5}),
     "answers after 0.5 s, one sub-task": Variant(world={"trip_s": 0.5}, policy={"depth": 1}),
@@ -143,7 +144,7 @@ UNFAIR: Mapping[str, Variant] = {
     "sub-tasks of 0.5 s at most": Variant(policy={"subtask_s": 0.5}),
     "one sub-task at a device": Variant(policy={"depth": 1}),
     "no forced switch of models": Variant(
-        parts={(place, name): inf for name in ("_OWED_TENANT", "_OWED_JOB", "_OWED_MORE")}
+        parts={(rebalancing, name): inf for name in ("OWED_TENANT", "OWED_JOB", "OWED_MORE")}
     ),
 }
 

@@ -26,7 +26,10 @@ from scheduler.policy.carve import MAX_ROWS, Carved, Frontier, carve
 from scheduler.policy.cost import Rates
 from scheduler.policy.lifecycle import Hopes, lost
 from scheduler.policy.liveness import Roster, Watch, attuned, drops, speaks, usable
-from scheduler.policy.place import Clone, Flight, Placement, Placer, Recall
+from scheduler.policy.place import Placer
+from scheduler.policy.placing.entries import Flight
+from scheduler.policy.placing.rebalancing import Clone, Recall
+from scheduler.policy.placing.records import Placement
 from scheduler.policy.pressure import throttle
 from scheduler.pulse import pulse
 from scheduler.store import drains, endings, leases

@@ -28,10 +28,11 @@ from motet.explanation import (
     Why,
 )
 from motet.progress import clock
+from scheduler.policy.capability import cannot_run, need_mb, room_mb
 from scheduler.policy.fairness import BULK, INTERACTIVE, NORMAL
 from scheduler.policy.lifecycle import MAX_TRIES
 from scheduler.policy.liveness import speaks
-from scheduler.policy.place import Demand, PassId, WorkerState, cannot_run, need_mb, room_mb
+from scheduler.policy.placing.records import Demand, PassId, WorkerState
 from scheduler.simulation.forecast import ClusterNow, Forecast, Started, forecast
 
 if TYPE_CHECKING:

@@ -13,7 +13,7 @@ from sqlalchemy import Connection
 from motet.protocol.wire import Beat
 from scheduler.policy.cost import Rates
 from scheduler.policy.lifecycle import Refusal
-from scheduler.policy.place import Demand, UnderWay, WorkerState
+from scheduler.policy.placing.records import Demand, UnderWay, WorkerState
 from scheduler.store import drains, leases
 from scheduler.store.demand import demand
 from scheduler.store.leadership import transport_seen

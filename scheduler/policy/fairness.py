@@ -44,19 +44,19 @@ class Account:
         if self.present == 0 and self.parent is not None:
             self.parent.go()
 
-    def charge(self, seconds: float) -> Turn:
+    def charge(self, seconds: float) -> StartTags:
         """It is given work: its start, and that of all above it, moves on by device-seconds / weight.
 
-        The work may wait for its device for a while: say `begun` with the answer when it does no longer.
+        The work may wait for its device for a while: call `begun` with the answer when the device comes to it.
         """
-        turn = []
+        tags = []
         account, parent = self, self.parent
         while parent is not None:
             start = account.start
-            turn.append((parent, start))
+            tags.append((parent, start))
             account.start = start + seconds / account.weight
             account, parent = parent, parent.parent
-        return turn
+        return tags
 
     def correct(self, seconds: float) -> None:
         """What it was charged with turned out to be so much more (or less, below 0)."""
@@ -71,13 +71,13 @@ class Account:
         return (self.parent.clock - self.start) * self.weight if self.parent is not None else 0.0
 
 
-#: Accounts, and the start of what one of their children was given.
-Turn = Sequence[tuple[Account, float]]
+#: Of each account above the charged one, the charged child's start tag (Goyal 1996, 2.1).
+StartTags = Sequence[tuple[Account, float]]
 
 
-def begun(turn: Turn) -> None:
+def begun(tags: StartTags) -> None:
     """Work that was charged has begun: whoever comes now starts no earlier than it did."""
-    for account, start in turn:
+    for account, start in tags:
         if start > account.clock:
             account.clock = start
 
@@ -86,8 +86,8 @@ Item = TypeVar("Item")
 
 
 @dataclass(slots=True)
-class Line(Generic[Item]):
-    """A heap of items whose keys change while they wait: a key that has grown is put right when it comes to the top.
+class FairQueue(Generic[Item]):
+    """A priority queue whose keys change while items wait: a key that has grown is put right when it comes to the top.
 
     So a change costs nothing, and the first is found in O(log n), amortised. A key that shrinks needs ``again``.
     """
@@ -100,7 +100,7 @@ class Line(Generic[Item]):
     _order: count[int] = field(default_factory=count)
 
     def join(self, item: Item) -> None:
-        """Put it in line, once."""
+        """Put it into the queue, once."""
         if id(item) not in self._keys:
             self._push(item)
 
@@ -114,7 +114,7 @@ class Line(Generic[Item]):
             self._push(item)
 
     def first(self) -> Item | None:
-        """Whoever has the smallest key; those that do not wait any more leave the line."""
+        """The item with the smallest key; items that do not wait any more leave the queue."""
         heap, keys = self._heap, self._keys
         while heap:
             key, _, item = heap[0]

@@ -6,9 +6,10 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from uuid import UUID
 
+from scheduler.policy.capability import cannot_run
 from scheduler.policy.carve import Range, part
 from scheduler.policy.liveness import GRACE_S
-from scheduler.policy.place import Demand, PassId, WorkerState, cannot_run
+from scheduler.policy.placing.records import Demand, PassId, WorkerState
 
 #: A row with a retriable error is tried so often in all; then its error is final.
 MAX_TRIES = 5

@@ -12,9 +12,10 @@ from dataclasses import dataclass, replace
 from math import ceil, exp, sqrt
 from random import Random
 
+from scheduler.policy.capability import on_first_mb
 from scheduler.policy.cost import Rate, Rates
 from scheduler.policy.fairness import BULK
-from scheduler.policy.place import Demand, DeviceKind, PassId, WorkerState, on_first_mb
+from scheduler.policy.placing.records import Demand, DeviceKind, PassId, WorkerState
 from scheduler.simulation.cluster import (
     BYTES_PER_TOKEN,
     Begun,

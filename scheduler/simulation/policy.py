@@ -8,7 +8,10 @@ from itertools import count
 
 from scheduler.policy.carve import MAX_ROWS, Carved, Frontier, OpenBlock, Piece, Range, carve
 from scheduler.policy.cost import Rates, Workload
-from scheduler.policy.place import Clone, Demand, Flight, Placement, Placer, UnderWay, WorkerState
+from scheduler.policy.place import Placer
+from scheduler.policy.placing.entries import Flight
+from scheduler.policy.placing.rebalancing import Clone
+from scheduler.policy.placing.records import Demand, Placement, UnderWay, WorkerState
 from scheduler.simulation.cluster import (
     BYTES_PER_TOKEN,
     Begun,

@@ -14,7 +14,7 @@ from sqlalchemy import Connection, text
 from motet.protocol.manifest import Manifest
 from scheduler.blocks import Reads, read_in_order
 from scheduler.policy.carve import Frontier, OpenBlock, Piece, Range
-from scheduler.policy.place import Demand
+from scheduler.policy.placing.records import Demand
 
 _MANIFESTS_KEPT = 1000
 #: Lengths of rows kept between steps, eight bytes each: those of the blocks that are carved on.

@@ -9,7 +9,7 @@ from uuid import UUID
 from sqlalchemy import Connection, text
 
 from motet.protocol.manifest import Manifest
-from scheduler.policy.place import Demand
+from scheduler.policy.placing.records import Demand
 from scheduler.store.jobs import JobEntry, job_entry
 
 

@@ -22,7 +22,7 @@ from motet.tasks import Classify
 from scheduler.aggregator import Aggregator
 from scheduler.dispatcher import Dispatcher
 from scheduler.facts import workers as able
-from scheduler.policy.place import Clone, Recall
+from scheduler.policy.placing.rebalancing import Clone, Recall
 from scheduler.store import drains, endings, registry
 from scheduler.store.database import Database, StoreUnavailable
 from scheduler.store.leadership import NotLeading

@@ -11,7 +11,7 @@ import torch
 
 from motet.protocol.wire import Beat
 from scheduler.facts import workers
-from scheduler.policy.place import cannot_hold, on_first_mb, room_mb
+from scheduler.policy.capability import cannot_hold, on_first_mb, room_mb
 from scheduler.simulation.forecast import forecast
 from tests.unit.test_explain import beat, told
 from tests.unit.test_explain import demand as wanted
@@ -44,8 +44,8 @@ def test_what_a_group_evicts_is_foreseen_by_its_first_gpu() -> None:
     for gpus, memory_mb, gone in ((1, 3000, []), (2, 3000, [A.digest]), (2, 4000, [])):
         cluster = Placing().join(worker("a", A, memory_mb=memory_mb, gpus=gpus))
         cluster.want(demand("j", 10**6), demand("k", 10**6, model=B))
-        place, pool = cluster.policy._places["a"], cluster.policy._pools[B.digest, "fast"]
-        assert list(cluster.policy._victims(place, pool)) == gone
+        ledger = cluster.policy.ledger
+        assert list(ledger.victims(ledger.workers["a"], ledger.queues[B.digest, "fast"])) == gone
 
 
 def test_a_forecast_gives_a_group_the_memory_of_one_gpu() -> None:

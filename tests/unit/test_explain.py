@@ -18,7 +18,7 @@ from scheduler.explain import NAMES, Case, explain
 from scheduler.facts import Facts, workers
 from scheduler.policy.cost import Rate, Rates
 from scheduler.policy.lifecycle import Refusal
-from scheduler.policy.place import Demand
+from scheduler.policy.placing.records import Demand
 from scheduler.store.explain import Owner, PassStanding, Standing
 from scheduler.store.jobs import JobEntry
 from scheduler.store.leases import Held

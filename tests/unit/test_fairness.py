@@ -1,4 +1,4 @@
-"""Fairness: who is served next, and what a line of changing keys says of it."""
+"""Fairness: who is served next, and what a queue of changing keys says of it."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from scheduler.policy.fairness import BULK, CLASS_WEIGHTS, NORMAL, Account, Line, begun
+from scheduler.policy.fairness import BULK, CLASS_WEIGHTS, NORMAL, Account, FairQueue, begun
 
 WEIGHTS = st.floats(0.1, 10)
 QUANTA = st.floats(0.01, 20)
@@ -203,11 +203,11 @@ class Guest:
     waits: bool = True
 
 
-def line_of(*guests: Guest) -> Line[Guest]:
-    line = Line[Guest](lambda g: (g.key,), lambda g: g.waits)
+def queue_of(*guests: Guest) -> FairQueue[Guest]:
+    queue = FairQueue[Guest](lambda g: (g.key,), lambda g: g.waits)
     for guest in guests:
-        line.join(guest)
-    return line
+        queue.join(guest)
+    return queue
 
 
 @given(
@@ -225,21 +225,21 @@ def test_the_first_in_line_is_whoever_a_look_at_everybody_would_find(
     events: list[tuple[str, int, int]],
 ) -> None:
     guests = [Guest(i, 0.0, waits=False) for i in range(6)]
-    line = line_of()
+    queue = queue_of()
     for what, number, amount in [*events, ("look", 0, 0)]:
         guest = guests[number]
         if what == "join":
             guest.waits = True
-            line.join(guest)
+            queue.join(guest)
         elif what == "leave":
             guest.waits = False
         elif what == "grow":
             guest.key += amount
         elif what == "shrink":
             guest.key -= amount
-            line.again(guest)
+            queue.again(guest)
         else:
-            first = line.first()
+            first = queue.first()
             least = min((g.key for g in guests if g.waits), default=None)
             assert (first.key if first is not None else None) == least
             assert first is None or first.waits
@@ -247,29 +247,29 @@ def test_the_first_in_line_is_whoever_a_look_at_everybody_would_find(
 
 def test_whoever_joins_twice_is_in_line_once() -> None:
     guest = Guest(0, 1.0)
-    line = line_of(guest, guest)
+    queue = queue_of(guest, guest)
     guest.waits = False
-    assert line.first() is None
-    assert not line._heap
+    assert queue.first() is None
+    assert not queue._heap
 
 
 def test_who_left_and_comes_back_stands_where_its_key_puts_it() -> None:
     back, other = Guest(0, 1.0), Guest(1, 2.0)
-    line = line_of(back, other)
+    queue = queue_of(back, other)
     back.waits = False
-    assert line.first() is other
+    assert queue.first() is other
     back.waits, back.key = True, 3.0
-    line.join(back)
-    assert line.first() is other
+    queue.join(back)
+    assert queue.first() is other
     other.key = 4.0
-    assert line.first() is back
+    assert queue.first() is back
 
 
 def test_among_equals_those_who_came_first_go_first() -> None:
     guests = [Guest(i, 0.0) for i in range(5)]
-    line = line_of(*guests)
+    queue = queue_of(*guests)
     found = []
-    while (first := line.first()) is not None:
+    while (first := queue.first()) is not None:
         found.append(first.number)
         first.waits = False
     assert found == [0, 1, 2, 3, 4]
@@ -277,14 +277,14 @@ def test_among_equals_those_who_came_first_go_first() -> None:
 
 def test_a_line_forgets_those_who_left() -> None:
     guests = [Guest(i, float(i)) for i in range(100)]
-    line = line_of(*guests)
+    queue = queue_of(*guests)
     for guest in guests:
         guest.waits = False
         guest.key -= 0.5
-        line.again(guest)
-    assert line.first() is None
-    assert not line._heap
-    assert not line._keys
+        queue.again(guest)
+    assert queue.first() is None
+    assert not queue._heap
+    assert not queue._keys
 
 
 def test_keys_that_grow_cost_few_looks_however_long_the_line() -> None:
@@ -296,12 +296,12 @@ def test_keys_that_grow_cost_few_looks_however_long_the_line() -> None:
         looks += 1
         return (guest.key,)
 
-    line = Line[Guest](key, lambda g: g.waits)
+    queue = FairQueue[Guest](key, lambda g: g.waits)
     for i in range(1000):
-        line.join(Guest(i, float(i % 7)))
+        queue.join(Guest(i, float(i % 7)))
     looks = 0
     for i in range(10_000):
-        first = line.first()
+        first = queue.first()
         assert first is not None
         first.key += 1 + i % 3
     assert looks < 60_000

@@ -9,7 +9,7 @@ import pytest
 
 from motet.protocol.manifest import Manifest
 from scheduler.policy.cost import Rate, Rates
-from scheduler.policy.place import Demand, WorkerState
+from scheduler.policy.placing.records import Demand, WorkerState
 from scheduler.simulation import forecast as module
 from scheduler.simulation.events import Simulation
 from scheduler.simulation.forecast import ClusterNow, Started, forecast

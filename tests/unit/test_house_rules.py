@@ -12,6 +12,8 @@ import pytest
 
 ROOT = Path(__file__).parents[2]
 PACKAGES = ("motet", "scheduler", "workers")
+#: Rooms of placing.
+ROOMS = ("records", "entries", "predictions", "asking", "ledger", "choice", "rebalancing")
 #: The pure core: no clock, no I/O, nothing but the standard library, numpy and other pure modules.
 PURE = (
     *(
@@ -25,7 +27,9 @@ PURE = (
             "policy/carve",
             "policy/cost",
             "policy/fairness",
+            "policy/capability",
             "policy/place",
+            *(f"policy/placing/{room}" for room in ROOMS),
             "policy/pressure",
             "policy/lifecycle",
             "policy/liveness",

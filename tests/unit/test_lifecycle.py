@@ -25,7 +25,7 @@ from scheduler.policy.lifecycle import (
     runs,
 )
 from scheduler.policy.liveness import GRACE_S, Roster
-from scheduler.policy.place import Demand
+from scheduler.policy.placing.records import Demand
 
 RANGES = (Range(0, 10, 20, 100), Range(1, 0, 4, 40))
 

@@ -17,17 +17,11 @@ from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, 
 from motet.protocol.manifest import Manifest
 from scheduler.policy.cost import Rate, Rates
 from scheduler.policy.fairness import BULK, INTERACTIVE, NORMAL, Account
-from scheduler.policy.place import (
-    Clone,
-    Demand,
-    Flight,
-    PassId,
-    Placement,
-    Placer,
-    Recall,
-    UnderWay,
-    WorkerState,
-)
+from scheduler.policy.place import Placer
+from scheduler.policy.placing.entries import Flight
+from scheduler.policy.placing.ledger import Ledger
+from scheduler.policy.placing.rebalancing import Clone, Recall
+from scheduler.policy.placing.records import Demand, PassId, Placement, UnderWay, WorkerState
 
 #: On a usual box a row takes a tenth of a second, on a card a fortieth.
 ROW_BYTES, ROW_S = 100, 0.1
@@ -604,10 +598,10 @@ def test_a_newcomer_is_served_at_once_and_does_not_make_up_for_the_past() -> Non
 def test_a_newcomer_starts_where_that_stands_which_runs_not_that_which_still_waits_at_a_worker() -> None:
     cluster = Cluster().join(worker("a", A)).want(demand("old"))
     first, _ = cluster.place()
-    assert cluster.policy._classes[NORMAL].clock == 0.0
+    assert cluster.policy.ledger.classes[NORMAL].clock == 0.0
     cluster.now = 2.0
     cluster.done(first)
-    assert cluster.policy._classes[NORMAL].clock == 2.0
+    assert cluster.policy.ledger.classes[NORMAL].clock == 2.0
 
 
 def test_what_a_sub_task_truly_took_is_what_its_job_pays() -> None:
@@ -705,12 +699,12 @@ def test_what_must_give_way_for_a_model_costs_its_load_again_where_work_waits_fo
     )
     cluster.want(demand("j", 10**6, tenant="t")).run(50)
     cluster.want(demand("c", 10**5, tenant="t", model=C, weight=1e-6), demand("new", 10**6, model=B))
-    policy = cluster.policy
-    pool = policy._pools[B.digest, "fast"]
-    a, b = policy._places["a"], policy._places["b"]
-    assert policy._victims(a, pool) == [C.digest]
-    assert policy._room_s(a, pool) == pytest.approx(5.0)
-    assert policy._room_s(b, pool) == 0.0
+    ledger = cluster.policy.ledger
+    queue = ledger.queues[B.digest, "fast"]
+    a, b = ledger.workers["a"], ledger.workers["b"]
+    assert ledger.victims(a, queue) == [C.digest]
+    assert cluster.policy.choice.reload_s(a, queue) == pytest.approx(5.0)
+    assert cluster.policy.choice.reload_s(b, queue) == 0.0
 
 
 def test_a_model_that_waits_for_its_turn_where_it_is_held_is_not_loaded_elsewhere() -> None:
@@ -786,9 +780,9 @@ def test_where_nothing_is_owed_no_worker_is_looked_at(monkeypatch: pytest.Monkey
     cluster = Cluster().join(*(worker(f"w{i}", A) for i in range(4)))
     cluster.want(demand("j", 10**6), demand("k", 10**6)).run(20)
     looked: list[str] = []
-    fits = Placer._fits
+    fits = Ledger.fits
     monkeypatch.setattr(
-        Placer, "_fits", lambda self, place, pool: looked.append(place.worker.name) or fits(self, place, pool)
+        Ledger, "fits", lambda self, worker, queue: looked.append(worker.name) or fits(self, worker, queue)
     )
     cluster.policy.tend(cluster.now)
     assert looked == []
@@ -1215,7 +1209,7 @@ def test_an_adopted_suspect_keeps_others_away_and_an_adopted_clone_is_not_double
     flight = cluster.policy.adopt(wanted, "b", clone, 0.0)
     assert flight is not None
     assert flight.clone
-    assert flight.of.job.start == cluster.policy._cloned_s == pytest.approx(0.1)
+    assert flight.of.job.start == cluster.policy.ledger.cloned_s == pytest.approx(0.1)
     assert set(names(cluster.place())) == {"b"}
 
 
@@ -1300,7 +1294,7 @@ def test_nothing_is_remembered_of_jobs_that_are_over() -> None:
     policy = cluster.policy
     assert not policy.wants()
     assert not policy.flights()
-    assert (policy._passes, policy._jobs, policy._active) == ({}, {}, {})
+    assert (policy.ledger.passes, policy.ledger.jobs, policy.ledger.active) == ({}, {}, {})
 
 
 def test_thousands_of_passes_and_workers_cost_microseconds_each() -> None:
@@ -1330,7 +1324,7 @@ def test_accounts_hold_exactly_what_was_used_and_what_is_under_way() -> None:
     assert under_way
     lost = next(s for s in reversed(cluster.sent) if s.worker == "a" and s not in under_way)
     used[lost.job] -= lost.rows * ROW_S * cluster.true(lost)  # type: ignore[assignment]
-    accounts = {job: cluster.policy._jobs[job].account for job in "jkl"}
+    accounts = {job: cluster.policy.ledger.jobs[job].account for job in "jkl"}
     for job, account in accounts.items():
         assert account.start == pytest.approx(used[job], abs=1e-6)
     tenants = {account.parent for account in accounts.values()}
@@ -1469,7 +1463,7 @@ class PolicyMachine(RuleBasedStateMachine):
             assert not early
             self._open(placement)
         for name, known in self.workers.items():
-            place = self.policy._places[name]
+            place = self.policy.ledger.workers[name]
             assert place.flights or place.serves is None
             if place.exclusive or place.bulk >= 2 or len(place.flights) - place.bulk >= 6:
                 continue
@@ -1483,15 +1477,17 @@ class PolicyMachine(RuleBasedStateMachine):
         self.policy.tend(self.now)
         self.all_is_placed()
         for name, known in self.workers.items():
-            for pool in self.policy._active.values():
-                if not self.policy._places[name].flights and not pool.hosts:
+            for queue in self.policy.ledger.active.values():
+                if not self.policy.ledger.workers[name].flights and not queue.hosts:
                     waits = [demand_of(id_, n) for id_, n in self.rows.items() if n]
-                    mine = [d for d in waits if (d.model.digest, d.numerics) == (pool.digest, pool.numerics)]
+                    mine = [
+                        d for d in waits if (d.model.digest, d.numerics) == (queue.digest, queue.numerics)
+                    ]
                     assert not any(self._may(known, d) for d in mine), f"{name} could load {mine}"
 
     @rule(made=st.booleans())
     def late_work_is_taken_over(self, made: bool) -> None:
-        allowed_s = 0.02 * self.policy._spent_s + 2.0 - self.policy._cloned_s
+        allowed_s = 0.02 * self.policy.ledger.spent_s + 2.0 - self.policy.ledger.cloned_s
         words = self.policy.late(self.now)
         clones = [word for word in words if isinstance(word, Clone)]
         assert sum(word.seconds for word in clones) <= max(0.0, allowed_s)
@@ -1502,7 +1498,7 @@ class PolicyMachine(RuleBasedStateMachine):
             assert not flight.exclusive
             assert not flight.cloned
             if isinstance(word, Clone):
-                assert not self.policy._places[word.worker.name].flights
+                assert not self.policy.ledger.workers[word.worker.name].flights
                 assert self._may(word.worker, flight.demand)
                 assert self.policy.cloned(word, next(self.keys), self.now) is not None
             else:
@@ -1519,7 +1515,7 @@ class PolicyMachine(RuleBasedStateMachine):
 
     def _open(self, placement: Placement, *, exclusive: bool = False) -> None:
         """It is what waits, at a worker that may do it and has room for it."""
-        id_, place = placement.demand.id, self.policy._places[placement.worker.name]
+        id_, place = placement.demand.id, self.policy.ledger.workers[placement.worker.name]
         assert self.rows[id_] > 0
         assert placement.worker == self.workers[placement.worker.name]
         assert self._may(placement.worker, placement.demand)
@@ -1548,63 +1544,67 @@ class PolicyMachine(RuleBasedStateMachine):
     def what_waits_is_what_was_wanted_and_not_placed(self) -> None:
         policy = self.policy
         assert policy.wants() == {id_ for id_, rows in self.rows.items() if rows}
-        for key, pool in policy._pools.items():
-            mine = [w for w in policy._passes.values() if w.pool is pool]
+        for key, queue in policy.ledger.queues.items():
+            mine = [w for w in policy.ledger.passes.values() if w.queue is queue]
             waiting = [w for w in mine if w.rows]
             assert all(w.rows == self.rows[w.demand.id] for w in mine)
-            assert pool.rows == sum(w.rows for w in mine)
-            assert sum(rows for rows, _ in pool.by_rate.values()) == pool.rows
-            assert pool.bytes == sum(w.bytes for w in mine) == pool.rows * ROW_BYTES
-            assert pool.waiting == len(waiting)
-            assert (key in policy._active) == bool(waiting)
+            assert queue.rows == sum(w.rows for w in mine)
+            assert sum(rows for rows, _ in queue.by_rate.values()) == queue.rows
+            assert queue.bytes == sum(w.bytes for w in mine) == queue.rows * ROW_BYTES
+            assert queue.waiting == len(waiting)
+            assert (key in policy.ledger.active) == bool(waiting)
             for class_ in (INTERACTIVE, NORMAL, BULK):
-                first = pool.first(class_)
+                first = queue.first(class_)
                 assert (first is not None) == any(w.demand.priority == class_ for w in waiting)
                 assert first is None or first in waiting
-        assert policy._fresh.keys() <= policy._active.keys()
+        assert policy.ledger.fresh.keys() <= policy.ledger.active.keys()
 
     @invariant()
     def what_is_under_way_is_known_at_its_worker_and_its_pass(self) -> None:
         policy = self.policy
         flights = [policy.flight(key) for key in policy.flights()]
-        for place in policy._places.values():
+        for place in policy.ledger.workers.values():
             assert place.flights == [f for f in place.flights if f in flights]
             assert place.bulk == sum(1 for f in place.flights if f.demand.priority != INTERACTIVE)
             assert place.exclusive == sum(1 for f in place.flights if f.exclusive)
-        for pool in policy._pools.values():
-            assert set(pool.flights.values()) == {
+        for queue in policy.ledger.queues.values():
+            assert set(queue.flights.values()) == {
                 f
                 for f in flights
-                if f is not None and f.of.pool is pool and policy._places.get(f.worker.name) is f.at
+                if f is not None and f.of.queue is queue and policy.ledger.workers.get(f.worker.name) is f.at
             }
-        for waiting in policy._passes.values():
+        for waiting in policy.ledger.passes.values():
             assert waiting.flights == sum(1 for f in flights if f is not None and f.of is waiting)
             assert waiting.flights or waiting.rows
-        for job, known in policy._jobs.items():
-            assert known.passes == {i: w for i, w in policy._passes.items() if w.demand.job == job}
+        for job, known in policy.ledger.jobs.items():
+            assert known.passes == {i: w for i, w in policy.ledger.passes.items() if w.demand.job == job}
 
     @invariant()
     def whoever_waits_is_present_in_all_accounts_above(self) -> None:
         policy = self.policy
         present: Counter[Account] = Counter()
-        jobs_of = {w.job for w in policy._passes.values() if w.rows}
+        jobs_of = {w.job for w in policy.ledger.passes.values() if w.rows}
         for job in jobs_of:
-            present[job] = sum(1 for w in policy._passes.values() if w.job is job and w.rows)
+            present[job] = sum(1 for w in policy.ledger.passes.values() if w.job is job and w.rows)
         for tenant in {job.parent for job in jobs_of if job.parent is not None}:
             present[tenant] = sum(1 for job in jobs_of if job.parent is tenant)
-        accounts = [known.account for known in policy._jobs.values()] + list(policy._tenants.values())
+        accounts = [known.account for known in policy.ledger.jobs.values()] + list(
+            policy.ledger.tenants.values()
+        )
         assert all(account.present == present[account] for account in accounts)
 
     @invariant()
     def models_never_exceed_the_memory_and_hosts_are_those_that_hold_them(self) -> None:
         policy = self.policy
         sizes = {m.digest: m.memory_mb() for m in (A, B, C, D)}
-        for place in policy._places.values():
-            over = sum(sizes[digest] for digest in place.resident) - place.worker.memory_mb
-            assert place.worker.memory_mb == 0 or over <= 0 or not self._fitting(place.flights, place.worker)
-        for pool in policy._pools.values():
-            hosts = {name: place for name, place in policy._places.items() if pool.digest in place.resident}
-            assert pool.hosts == hosts
+        for place in policy.ledger.workers.values():
+            over = sum(sizes[digest] for digest in place.resident) - place.state.memory_mb
+            assert place.state.memory_mb == 0 or over <= 0 or not self._fitting(place.flights, place.worker)
+        for queue in policy.ledger.queues.values():
+            hosts = {
+                name: place for name, place in policy.ledger.workers.items() if queue.digest in place.resident
+            }
+            assert queue.hosts == hosts
 
     def _fitting(self, flights: list[Flight], known: WorkerState) -> bool:
         """Not a lease from before its worker was changed, or found there, that never fits."""
@@ -1612,31 +1612,33 @@ class PolicyMachine(RuleBasedStateMachine):
 
     @invariant()
     def the_power_of_a_model_is_that_of_the_workers_which_serve_it(self) -> None:
-        for pool in self.policy._pools.values():
+        for queue in self.policy.ledger.queues.values():
             power: Counter[tuple[str, str]] = Counter()
-            for place in self.policy._places.values():
-                if place.serves is not None and place.serves[0] is pool:
-                    power[place.worker.kind] += place.serves[1]  # type: ignore[assignment]
-            assert pool.power == pytest.approx(dict(power))
+            for place in self.policy.ledger.workers.values():
+                if place.serves is not None and place.serves[0] is queue:
+                    power[place.state.kind] += place.serves[1]  # type: ignore[assignment]
+            assert queue.power == pytest.approx(dict(power))
 
     @invariant()
     def idle_workers_are_found_by_every_model_that_they_hold_and_all_others_will_ask(self) -> None:
         policy = self.policy
         listed = {
             (held, kind, name)
-            for held, kinds in policy._idle.items()
+            for held, kinds in policy.asks.idle.items()
             for kind, places in kinds.items()
             for name in places
         }
         idle = {
-            (held, place.worker.kind, place.worker.name)
-            for place in policy._places.values()
+            (held, place.state.kind, place.state.name)
+            for place in policy.ledger.workers.values()
             if place.idle
             for held in ("", *place.resident)
         }
         assert listed == idle
-        will_ask = {place.worker.name for _, _, _, turn, place in policy._due if place.turn == turn}
-        for name, place in policy._places.items():
+        will_ask = {
+            worker.name for *_, generation, worker in policy.asks.due if worker.generation == generation
+        }
+        for name, place in policy.ledger.workers.items():
             assert place.idle or place.bulk >= 3 or name in will_ask
 
 

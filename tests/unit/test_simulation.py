@@ -163,8 +163,10 @@ class Clocked(Simulation):
             if job.name in self.motet._passes:
                 waits = self.motet._passes[job.name].waiting_rows
                 assert 0 <= waits <= job.rows - done, f"{waits} rows of {job.name} wait, {done} are done"
-        placer = self.motet.placer
-        for account in (placer._root, *placer._classes.values(), *placer._tenants.values()):
+        ledger = self.motet.placer.ledger
+        root = ledger.classes[NORMAL].parent
+        assert root is not None
+        for account in (root, *ledger.classes.values(), *ledger.tenants.values()):
             _, before = self.clocks.get(id(account), (account, 0.0))
             assert account.clock >= before, "a virtual clock fell"
             self.clocks[id(account)] = (account, account.clock)

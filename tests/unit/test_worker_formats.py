@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import nn
 
-from scheduler.policy.place import need_mb
+from scheduler.policy.capability import need_mb
 from tests.tiny_language import a_llama
 from tests.unit.test_causal_engine import files_of
 from tests.unit.test_place import model, worker

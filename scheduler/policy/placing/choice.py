@@ -1,0 +1,262 @@
+"""The choice: which pass an asking worker gets, which model it loads, and who answers interactive work. Pure.
+
+A worker serves the models that it holds, fairly; when those have nothing for it, it loads the model whose work would
+end last without it. Each answer costs O(log n) in workers and jobs; only a load, which takes seconds, looks at every
+model.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from itertools import islice
+from math import ceil, inf
+
+from motet.protocol.manifest import decode_slots
+from scheduler.policy.carve import MIN_S, size_s
+from scheduler.policy.fairness import INTERACTIVE
+from scheduler.policy.placing.asking import ALL, Asks, unfilled
+from scheduler.policy.placing.entries import ModelQueue, QueuedPass, WorkerEntry
+from scheduler.policy.placing.ledger import Ledger
+from scheduler.policy.placing.predictions import Predictions
+from scheduler.policy.placing.records import Placement
+
+#: A sub-task of a language model has rows for this part (1/n) of the decode slots at least. Larger n: more messages
+#: for the same rows. Smaller n: slots stay empty until enough of them are free for another sub-task.
+_SLOTS_PART = 4
+#: A further worker loads a model where that ends its work earlier by this many load times. Larger: jobs end later than
+#: they could. Smaller: workers load for little, and evict what others need.
+JOIN_GAIN = 0.5
+#: However many workers serve a model, one more loads it where its work would end later than this many load times from
+#: now. Larger: on large clusters nobody joins the last long job. Smaller: too many join at once.
+JOIN_AT = 3.25
+#: Workers looked at, at most, where the best of many is wanted. Larger: more CPU for each choice. Smaller: a worse one.
+SAMPLE = 16
+#: Interactive sub-tasks that a worker holds at most, as a multiple of ``depth``. Larger: they wait behind each other.
+#: Smaller: the lane is full while the worker has room.
+_LANE = 2
+#: Seconds until a worker comes to interactive work where it is busy with other work: one micro-batch.
+_BUSY_S = 0.05
+
+
+class Choice:
+    """Who works on what now."""
+
+    def __init__(
+        self, ledger: Ledger, predictions: Predictions, asks: Asks, *, subtask_s: float, depth: int
+    ) -> None:
+        self._ledger, self._predictions, self._asks = ledger, predictions, asks
+        self._subtask_s, self._depth = subtask_s, depth
+
+    def place(self, now: float) -> Iterator[Placement]:
+        """Placements in the order they should be carved. The caller says what became of each before the next one."""
+        ledger, asks = self._ledger, self._asks
+        while ledger.fresh:
+            # It stays fresh until all of it was offered: a caller that stops here comes back to it.
+            key, queue = next(iter(ledger.fresh.items()))
+            self._wake(queue)
+            yield from self._express(queue, now)
+            ledger.fresh.pop(key, None)
+        while (worker := asks.next()) is not None and asks.due[0][0] <= now:
+            placement = self._answer(worker, now)
+            if placement is not None:
+                # The worker goes on asking until the caller has said what became of this: a failure loses nothing.
+                yield placement
+            else:
+                if not worker.flights:
+                    ledger.serve(worker, None)
+                asks.park(worker)
+
+    def next_due(self) -> float:
+        """When a worker will ask next; inf where none will, and -inf where one should be asked now."""
+        if self._ledger.fresh:
+            return -inf
+        return self._asks.due[0][0] if self._asks.next() is not None and self._ledger.active else inf
+
+    # -- for a worker that asks
+
+    def _answer(self, worker: WorkerEntry, now: float) -> Placement | None:
+        """The worker's next sub-task."""
+        if worker.exclusive or self._lane_is_full(worker):
+            return None
+        if worker.bulk >= self._depth:
+            filling = unfilled(worker)
+            first = self.first(filling, worker) if filling is not None else None
+            return self._placement(worker, first, now) if first is not None else None
+        switching = self._ledger.switching
+        ordered = switching.get(worker)
+        if ordered is not None and (
+            self.first(ordered, worker) is None or not self._ledger.fits(worker, ordered)
+        ):
+            del switching[worker]
+            ordered = None
+        if now > worker.stays_until:
+            worker.taken_from = None
+        entry = self._of_residents(worker, worker.taken_from)
+        if entry is None and worker.taken_from is not None and ordered is None:
+            entry, worker.taken_from = self._of_residents(worker), None
+        if entry is None or ordered is not None:
+            queue = ordered or self._to_load(worker, now)
+            if queue is not None:
+                entry = self.first(queue, worker)
+        return self._placement(worker, entry, now) if entry is not None else None
+
+    def _of_residents(self, worker: WorkerEntry, but: ModelQueue | None = None) -> QueuedPass | None:
+        """The fairest pass among those whose model the worker holds, except those of one queue."""
+        best: QueuedPass | None = None
+        for digest in worker.resident:
+            for queue in self._ledger.queues_of.get(digest, ()):
+                if not queue.waiting or queue is but or not self._ledger.fits(worker, queue):
+                    continue
+                first = self.first(queue, worker)
+                if first is not None and (best is None or self.rank(first) < self.rank(best)):
+                    best = first
+        return best
+
+    def first(self, queue: ModelQueue, worker: WorkerEntry) -> QueuedPass | None:
+        """The fairest pass of a queue that this worker may run."""
+        best: QueuedPass | None = None
+        for class_ in queue.classes:
+            first = queue.first(class_)
+            if first is not None and (best is None or self.rank(first) < self.rank(best)):
+                best = first
+        if best is None:
+            return None
+        refused = worker.state.refused
+        if refused and best.demand.model_ids & refused:
+            # A head of it cannot be loaded there. Rare, so all passes of the queue are looked at.
+            able = (
+                entry
+                for entry in self._ledger.passes.values()
+                if entry.queue is queue and entry.rows > 0 and not entry.demand.model_ids & refused
+            )
+            return min(able, key=self.rank, default=None)
+        return best
+
+    def rank(self, entry: QueuedPass) -> tuple[float, ...]:
+        """The smaller, the earlier it is served."""
+        class_ = entry.demand.priority
+        first = -inf if class_ == INTERACTIVE else self._ledger.classes[class_].start
+        return (first, entry.tenant.account.start, *entry.key())
+
+    def _to_load(self, worker: WorkerEntry, now: float) -> ModelQueue | None:
+        """The queue whose model is worth loading here: one that nobody serves, or the one that would end last."""
+        predictions = self._predictions
+        best: ModelQueue | None = None
+        best_key: tuple[float, ...] = ()
+        for queue in self._ledger.active.values():
+            if queue.digest in worker.resident or not self._ledger.fits(worker, queue):
+                continue
+            entry = self.first(queue, worker)
+            if entry is None:
+                continue
+            price = predictions.price(worker, entry)
+            if not self.is_served(queue):
+                # Among equals the longest first: what is left for the end is short (LPT, Graham 1969).
+                key = (0.0, *self.rank(entry)[:2], -price.of(queue.rows, queue.bytes))
+            else:
+                ends_s = predictions.ends_s(queue)
+                load_s = predictions.load_s(queue, worker.kind) + self.reload_s(worker, queue)
+                row_s = price.of(1, queue.bytes / queue.rows)
+                devices = predictions.devices(queue, worker, now)
+                if ends_s < min(JOIN_AT, 1 + JOIN_GAIN * (1 + devices)) * load_s + row_s:
+                    continue
+                key = (1.0, *self.rank(entry)[:2], -ends_s - load_s)
+            if best is None or key < best_key:
+                best, best_key = queue, key
+        return best
+
+    def is_served(self, queue: ModelQueue) -> bool:
+        """A worker serves it, has its work in line, or holds its model and will come to it."""
+        return bool(queue.power or queue.flights) or any(
+            self._ledger.fits(worker, queue) and self.first(queue, worker) is not None
+            for worker in queue.hosts.values()
+        )
+
+    def reload_s(self, worker: WorkerEntry, queue: ModelQueue) -> float:
+        """Seconds that it will cost to load again what must give way for a model: of those for which work waits.
+
+        The more other workers hold such a model, the less likely it comes back here.
+        """
+        return sum(
+            self._predictions.load_s(victim, worker.kind) / max(1, len(victim.hosts))
+            for digest in self._ledger.victims(worker, queue)
+            for victim in self._ledger.queues_of.get(digest, ())
+            if victim.waiting and victim is not queue
+        )
+
+    def _placement(self, worker: WorkerEntry, entry: QueuedPass, now: float) -> Placement:
+        price = self._predictions.price(worker, entry)
+        work_s = price.of(entry.rows, entry.bytes)
+        devices = self._predictions.devices(entry.queue, worker, now) / entry.queue.waiting
+        least = 1
+        if entry.queue.model.answers == "text":
+            # A row's seconds depend on how many rows are beside it. A sub-task fills a part of the slots, whatever was
+            # learned of rows that were alone.
+            part = decode_slots(worker.kind[0]) // _SLOTS_PART
+            least = max(1, min(part, int(entry.rows / (2 * devices))))
+        budget_s = size_s(self._subtask_s, work_s, devices)
+        return Placement(worker.state, entry.demand, budget_s, price, least)
+
+    def _lane_is_full(self, worker: WorkerEntry) -> bool:
+        return len(worker.flights) - worker.bulk >= _LANE * self._depth
+
+    def _wake(self, queue: ModelQueue) -> None:
+        """More waits: idle workers ask again, those that hold the model first, the fastest kind first."""
+        left: float = queue.rows
+        for held in (queue.digest, ALL):
+            kinds = self._asks.idle.get(held, {})
+            for kind in sorted(kinds, key=lambda kind: self._predictions.waiting_s(queue, kind)):
+                most = ceil(min(left, self._predictions.waiting_s(queue, kind) / MIN_S + 1))
+                able = (
+                    worker
+                    for worker in kinds.get(kind, {}).values()
+                    if self._ledger.fits(worker, queue) and self.first(queue, worker) is not None
+                )
+                for worker in list(islice(able, most)):
+                    self._asks.at(worker, -inf)
+                    left -= 1
+
+    # -- interactive work
+
+    def _express(self, queue: ModelQueue, now: float) -> Iterator[Placement]:
+        """Interactive work waits for no worker to ask: it goes at once to the one that can begin soonest."""
+        while (entry := queue.first(INTERACTIVE)) is not None:
+            worker = self._soonest(queue, entry)
+            if worker is None:
+                return
+            yield self._placement(worker, entry, now)
+
+    def _soonest(self, queue: ModelQueue, entry: QueuedPass) -> WorkerEntry | None:
+        """The worker where a row is answered first: a few hosts of the model, then a few others, are looked at."""
+        hosts = list(islice(queue.hosts.values(), SAMPLE))
+        idle = [
+            worker
+            for held in (queue.digest, ALL)
+            for kind in self._asks.idle.get(held, {}).values()
+            for worker in islice(kind.values(), 2)
+        ]
+        best = self._quickest((*idle, *hosts), queue, entry) or self._quickest(
+            islice(self._ledger.workers.values(), 4 * SAMPLE), queue, entry
+        )
+        if best is not None and best.name in queue.hosts:
+            # To the end, so that the sample is another one next time.
+            queue.hosts[best.name] = queue.hosts.pop(best.name)
+        return best
+
+    def _quickest(
+        self, workers: Iterable[WorkerEntry], queue: ModelQueue, entry: QueuedPass
+    ) -> WorkerEntry | None:
+        best, best_s = None, inf
+        for worker in workers:
+            if worker.exclusive or self._lane_is_full(worker):
+                continue
+            if not self._ledger.fits(worker, queue) or entry.demand.model_ids & worker.state.refused:
+                continue
+            lane = [f for f in worker.flights if f.demand.priority == INTERACTIVE]
+            wait_s = sum(f.seconds for f in lane) + (_BUSY_S if len(worker.flights) > len(lane) else 0.0)
+            if queue.digest not in worker.resident:
+                wait_s += self._predictions.load_s(queue, worker.kind) + self.reload_s(worker, queue)
+            wait_s += self._predictions.price(worker, entry).of(entry.rows, entry.bytes)
+            if wait_s < best_s:
+                best, best_s = worker, wait_s
+        return best

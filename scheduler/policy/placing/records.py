@@ -1,0 +1,100 @@
+"""Records of placing: what waits, who can work, which leases are live, and what is decided. Pure."""
+
+from __future__ import annotations
+
+from collections.abc import Hashable
+from dataclasses import dataclass
+from typing import NamedTuple
+
+from motet.protocol.manifest import Manifest
+from scheduler.policy.cost import Price, learned_as
+
+#: (job, pass number).
+PassId = tuple[str, int]
+#: (device kind, device name): devices of one kind share what is learned.
+DeviceKind = tuple[str, str]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Demand:
+    """One pass with waiting rows."""
+
+    job: str
+    pass_number: int
+    tenant: str
+    weight: float
+    priority: int
+    #: Position by submission: older first among equals.
+    age: int
+    #: Ids of all models that the pass needs: the one that is loaded, and its heads.
+    model_ids: frozenset[int]
+    model: Manifest
+    numerics: str = "fast"
+    #: Name under which its speed is learned; "": that of its model's trunk.
+    rate_key: str = ""
+    #: It reads other tasks' answers. What of it may run goes first in its job: then blocks are done while others wait.
+    dependent: bool = False
+    rows_waiting: int
+    bytes_waiting: int
+    #: Learned of this job; 0: not yet.
+    bytes_per_token: float = 0.0
+    #: On the clock of ``now``; None: no deadline.
+    deadline: float | None = None
+
+    @property
+    def id(self) -> PassId:
+        return (self.job, self.pass_number)
+
+    @property
+    def learned_as(self) -> str:
+        """The name under which its speed is learned."""
+        return learned_as(self.rate_key, self.model)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class WorkerState:
+    """One live worker that may be given work, as of its newest beat."""
+
+    name: str
+    boot: str
+    device_kind: str
+    device_name: str
+    engines: tuple[str, ...]
+    #: Memory that models may hold, of all GPUs of a group; 0: not known.
+    memory_mb: int = 0
+    #: GPUs of the group, and the engines that lay a model out over all of them: others use the first one alone.
+    gpus: int = 1
+    spreads: tuple[str, ...] = ()
+    #: Numeric formats beside fp32 that the device is fast at.
+    formats: tuple[str, ...] = ()
+    resident: tuple[str, ...] = ()
+    #: Ids of models that it could not load.
+    refused: frozenset[int] = frozenset()
+
+    @property
+    def kind(self) -> DeviceKind:
+        return (self.device_kind, self.device_name)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class UnderWay:
+    """A live lease, as the store tells it."""
+
+    key: Hashable
+    rows: int
+    bytes: int
+    seconds: float
+    age_s: float
+    exclusive: bool = False
+    clone: bool = False
+
+
+class Placement(NamedTuple):
+    """Give this worker the next sub-task of this pass, of about ``budget_s`` seconds."""
+
+    worker: WorkerState
+    demand: Demand
+    budget_s: float
+    price: Price
+    #: Rows of the sub-task at least, where that many wait.
+    least: int = 1
