@@ -21,9 +21,9 @@ from importlib import metadata, util
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from motet import doctor
-from motet.doctor import Finding, checks
-from motet.doctor.checks import Driver, Folder, Package, RedisFacts, Torch
+from motet.doctor import Area, Finding, checks, cluster
+from motet.doctor.checks import Driver, Folder, Package, Torch
+from motet.doctor.cluster import RedisFacts
 from motet.errors import MotetError, SetupError, Unreachable
 from motet.http import Address, home, look_at
 from motet.protocol.settings import Settings, cache_folder
@@ -70,7 +70,7 @@ def packages() -> list[Finding]:
             lines += metadata.requires(CLUSTER) or []
     except (ImportError, metadata.PackageNotFoundError) as error:
         what = f"versions are not compared: {error}"
-        return [Finding(area="python", name="motet", state="skipped", what=what)]
+        return [checks.INSTALLED.skipped("motet", what)]
     needed: dict[str, list[Package]] = {"": [], **{extra: [] for extra in checks.MARKS}}
     for line in lines:
         wanted = Requirement(line)
@@ -272,7 +272,7 @@ def redis(url: str, role: Role) -> list[Finding]:
 
     Raises SetupError for a URL that is none.
     """
-    return checks.redis(_redis(url, role), role)
+    return cluster.redis(_redis(url, role), role)
 
 
 def _redis(url: str, role: Role) -> RedisFacts:
@@ -373,25 +373,21 @@ def _kind(error: BaseException | None) -> str:
 
 def server(env: Mapping[str, str]) -> list[Finding]:
     """Is there a server, does it take our token, and what does it find itself?"""
-
-    def finding(name: str, state: doctor.CheckState, what: str, remedy: str = "") -> Finding:
-        return Finding(area="server", name=name, state=state, what=what, remedy=remedy)
-
     try:
         address = Address.find(admin=True, env=env)
     except MotetError as error:
         if not env.get("MOTET_URL") and not env.get("MOTET_TOKEN"):
             what = "no server is known here: MOTET_URL and MOTET_TOKEN are not set, and no `motet up` runs"
-            return [finding("reach", "skipped", what)]
-        return [finding("token", "fail", str(error), "set MOTET_URL and MOTET_TOKEN")]
-    clear = checks.in_clear(address.url)
+            return [cluster.SERVER.skipped("reach", what)]
+        return [cluster.SERVER.fail("token", str(error), "set MOTET_URL and MOTET_TOKEN")]
+    clear = cluster.in_clear(address.url)
     found = [clear] if clear else []
     health = _get(f"{address.url}/healthz")
     if health is None or health.status_code != 200:
         said = "no answer" if health is None else f"it answers {health.status_code}"
         remedy = "start it (`motet up`, or python -m scheduler api), open its port, or mend MOTET_URL"
-        return [*found, finding("reach", "fail", f"{address.url}: {said}", remedy)]
-    found.append(finding("reach", "ok", address.url))
+        return [*found, cluster.SERVER.fail("reach", f"{address.url}: {said}", remedy)]
+    found.append(cluster.SERVER.ok("reach", address.url))
     with contextlib.suppress(ValueError, TypeError, KeyError):
         theirs = parsedate_to_datetime(health.headers["date"]).timestamp()
         # The header has whole seconds: half of one is its middle.
@@ -399,9 +395,9 @@ def server(env: Mapping[str, str]) -> list[Finding]:
     ready = _get(f"{address.url}/readyz")
     if ready is None or ready.status_code != 200:
         remedy = "start what is missing; the areas below say which"
-        found.append(finding("ready", "fail", _said(ready), remedy))
+        found.append(cluster.SERVER.fail("ready", _said(ready), remedy))
     else:
-        found.append(finding("ready", "ok", "Postgres, Redis and a leader are there"))
+        found.append(cluster.SERVER.ok("ready", "Postgres, Redis and a leader are there"))
     return [*found, *_own_findings(address)]
 
 
@@ -414,25 +410,23 @@ def _own_findings(address: Address) -> list[Finding]:
         remedy = (
             "set MOTET_TOKEN to a valid one; an administrator makes it: motet token create NAME --scope …"
         )
-        return [
-            Finding(area="server", name="token", state="fail", what="the server refuses it", remedy=remedy)
-        ]
+        return [cluster.SERVER.fail("token", "the server refuses it", remedy)]
     if answer is None or answer.status_code != 200:
         what = f"the server cannot look at itself: {_said(answer)}"
         remedy = "see its log; then motet doctor again"
-        return [Finding(area="server", name="own checks", state="fail", what=what, remedy=remedy)]
+        return [cluster.SERVER.fail("own checks", what, remedy)]
     try:
         said = answer.json()
         scope = str(said["scope"])
         theirs = [Finding.from_json(one) for one in said["findings"]]
-        version = checks.versions(version_here(), str(said["version"]), PROTOCOL, int(said["protocol"]))
+        version = cluster.versions(version_here(), str(said["version"]), PROTOCOL, int(said["protocol"]))
     except (ValueError, TypeError, KeyError, AttributeError):
         what = f"{address.url} answers, but not as motet does"
-        return [Finding(area="server", name="own checks", state="fail", what=what, remedy="check MOTET_URL")]
-    token = Finding(area="server", name="token", state="ok", what=f"valid, of scope {scope}")
+        return [cluster.SERVER.fail("own checks", what, "check MOTET_URL")]
+    token = cluster.SERVER.ok("token", f"valid, of scope {scope}")
     if scope != "admin":
         what = "Postgres, Redis and disk of the server: shown to a token of scope admin only"
-        theirs.append(Finding(area="server", name="own checks", state="skipped", what=what))
+        theirs.append(cluster.SERVER.skipped("own checks", what))
     return [token, version, *theirs]
 
 
@@ -464,7 +458,7 @@ def behind(env: Mapping[str, str]) -> list[Finding]:
     except (OSError, ValueError, subprocess.TimeoutExpired) as error:
         said = type(error).__name__
     remedy = "run it yourself: python -m scheduler.api.doctor"
-    return [Finding(area="server", name="own checks", state="fail", what=said, remedy=remedy)]
+    return [cluster.SERVER.fail("own checks", said, remedy)]
 
 
 def everything(env: Mapping[str, str]) -> list[Finding]:
@@ -472,9 +466,7 @@ def everything(env: Mapping[str, str]) -> list[Finding]:
     try:
         settings = Settings.from_env(env)
     except SetupError as error:
-        bad = Finding(
-            area="settings", name="settings", state="fail", what=str(error), remedy="mend that variable"
-        )
+        bad = Area("settings").fail("settings", str(error), "mend that variable")
         return [bad, *machine(env, Settings())]
     found = machine(env, settings)
     from_server = server(env)
@@ -487,7 +479,7 @@ def everything(env: Mapping[str, str]) -> list[Finding]:
             seen = redis(settings.redis_url, role)
         except SetupError as error:
             remedy = "mend MOTET_REDIS_URL"
-            seen = [Finding(area="redis", name="reach", state="fail", what=str(error), remedy=remedy)]
+            seen = [cluster.REDIS.fail("reach", str(error), remedy)]
         found += [f for f in seen if not any((f.area, f.name) == (g.area, g.name) for g in found)]
     if settings.database_url and not any(f.area == "postgres" for f in found):
         known = {(f.area, f.name) for f in found}

@@ -17,8 +17,8 @@ from fastapi import APIRouter
 from sqlalchemy.exc import SQLAlchemyError
 from starlette.responses import JSONResponse
 
-from motet.doctor import Finding, checks, look
-from motet.doctor.checks import PostgresFacts, WorkerFacts
+from motet.doctor import Finding, checks, cluster, look
+from motet.doctor.cluster import PostgresFacts, WorkerFacts
 from motet.errors import SetupError
 from motet.protocol.settings import Settings
 from motet.protocol.transport import RedisTransport, TransportLost
@@ -110,11 +110,11 @@ def examine(
             WorkerFacts(worker=name, state="silent" if name in silent else b.state, protocol=b.protocol)
             for name, b in sorted(beats.items())
         ]
-        found += checks.workers(seen, PROTOCOL)
+        found += cluster.workers(seen, PROTOCOL)
     if transport is not None:
         with suppress(TransportLost):
-            found.append(checks.backlog(transport.outcome_backlog()))
-            found.append(checks.aggregator(min(transport.readers().values(), default=None)))
+            found.append(cluster.backlog(transport.outcome_backlog()))
+            found.append(cluster.aggregator(min(transport.readers().values(), default=None)))
     return found
 
 
@@ -125,13 +125,13 @@ def _of_postgres(database: Database) -> list[Finding]:
             seen = postgres_seen(connection)
             clock_s = seen.clock_s - time.time()
         facts = {name: getattr(seen, name) for name in seen.__slots__ if name != "clock_s"}
-        found = checks.postgres(PostgresFacts(**facts, clock_s=clock_s, head=head()))
+        found = cluster.postgres(PostgresFacts(**facts, clock_s=clock_s, head=head()))
         if seen.revision is None:
             return found
         with database.transaction() as connection:
             led = leader_seen(connection)
-            found.append(checks.leader(led.leads, led.holder, led.epoch))
-            found.append(checks.models(len(registry.models(connection))))
+            found.append(cluster.leader(led.leads, led.holder, led.epoch))
+            found.append(cluster.models(len(registry.models(connection))))
     except (StoreUnavailable, SQLAlchemyError) as error:
         # Of a driver's error only the kind: its words may hold an address.
         what = f"Postgres does not answer: {error if isinstance(error, StoreUnavailable) else type(error).__name__}"

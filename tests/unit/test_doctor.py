@@ -9,8 +9,9 @@ from pathlib import Path
 
 import pytest
 
-from motet.doctor import STATES, Finding, checks, look
-from motet.doctor.checks import GB, Driver, Folder, Package, PostgresFacts, RedisFacts, Torch, WorkerFacts
+from motet.doctor import STATES, Finding, checks, cluster, look
+from motet.doctor.checks import GB, Driver, Folder, Package, Torch
+from motet.doctor.cluster import PostgresFacts, RedisFacts, WorkerFacts
 from motet.errors import SetupError
 from motet.protocol.settings import Settings
 
@@ -286,13 +287,13 @@ def test_clocks_may_differ_and_are_named() -> None:
     ],
 )
 def test_a_token_in_clear_on_the_internet_is_named(url: str, warned: bool) -> None:
-    assert (checks.in_clear(url) is not None) == warned
+    assert (cluster.in_clear(url) is not None) == warned
 
 
 def test_another_version_warns_and_another_protocol_fails() -> None:
-    assert checks.versions("1", "1", 1, 1).state == "ok"
-    assert checks.versions("1", "2", 1, 1).state == "warn"
-    assert checks.versions("1", "2", 1, 2).state == "fail"
+    assert cluster.versions("1", "1", 1, 1).state == "ok"
+    assert cluster.versions("1", "2", 1, 1).state == "warn"
+    assert cluster.versions("1", "2", 1, 2).state == "fail"
 
 
 # -- Redis, Postgres, workers
@@ -300,7 +301,7 @@ def test_another_version_warns_and_another_protocol_fails() -> None:
 
 def test_old_redis_fails_and_a_far_one_warns() -> None:
     good = {"maxmemory_policy": "noeviction", "maxmemory": GB, "used_memory": 0, "aof_enabled": 1}
-    found = checks.redis(RedisFacts(version="6.0.16", info=good, rtt_s=0.2), "scheduler")
+    found = cluster.redis(RedisFacts(version="6.0.16", info=good, rtt_s=0.2), "scheduler")
     assert states(found) == {
         "reach": "warn",
         "version": "fail",
@@ -309,7 +310,7 @@ def test_old_redis_fails_and_a_far_one_warns() -> None:
         "memory": "ok",
         "persistence": "ok",
     }
-    assert states(checks.redis(RedisFacts(version="10.1", info=good), "worker"))["version"] == "ok"
+    assert states(cluster.redis(RedisFacts(version="10.1", info=good), "worker"))["version"] == "ok"
 
 
 def postgres(**changed: object) -> dict[str, str]:
@@ -326,7 +327,7 @@ def postgres(**changed: object) -> dict[str, str]:
         "head": "0002",
         "clock_s": 0.0,
     }
-    return states(checks.postgres(PostgresFacts(**{**facts, **changed})))  # type: ignore[arg-type]
+    return states(cluster.postgres(PostgresFacts(**{**facts, **changed})))  # type: ignore[arg-type]
 
 
 def test_postgres_is_judged() -> None:
@@ -344,18 +345,21 @@ def test_workers_are_judged() -> None:
     def worker(state: str, protocol: int = 1) -> WorkerFacts:
         return WorkerFacts(worker=f"{state}-{protocol}", state=state, protocol=protocol)
 
-    assert states(checks.workers([], 1)) == {"ready": "warn"}
-    assert states(checks.workers([worker("ready"), worker("starting")], 1)) == {"ready": "ok"}
-    assert states(checks.workers([worker("draining")], 1)) == {"ready": "fail"}
-    assert states(checks.workers([worker("ready"), worker("silent")], 1)) == {"ready": "ok", "silent": "warn"}
-    assert states(checks.workers([worker("ready", 2)], 1)) == {"ready": "fail", "protocol": "fail"}
+    assert states(cluster.workers([], 1)) == {"ready": "warn"}
+    assert states(cluster.workers([worker("ready"), worker("starting")], 1)) == {"ready": "ok"}
+    assert states(cluster.workers([worker("draining")], 1)) == {"ready": "fail"}
+    assert states(cluster.workers([worker("ready"), worker("silent")], 1)) == {
+        "ready": "ok",
+        "silent": "warn",
+    }
+    assert states(cluster.workers([worker("ready", 2)], 1)) == {"ready": "fail", "protocol": "fail"}
 
 
 def test_no_leader_no_aggregator_and_a_long_stream_are_named() -> None:
-    assert checks.aggregator(None).state == checks.aggregator(60).state == "fail"
-    assert checks.aggregator(0.5).state == "ok"
-    assert checks.leader(False, "", 0).state == "fail"
-    assert checks.backlog(5000).state == "warn"
+    assert cluster.aggregator(None).state == cluster.aggregator(60).state == "fail"
+    assert cluster.aggregator(0.5).state == "ok"
+    assert cluster.leader(False, "", 0).state == "fail"
+    assert cluster.backlog(5000).state == "warn"
 
 
 # -- the whole
