@@ -156,6 +156,8 @@ class TinyServer:
     refusing: Callable[[Mapping[str, Any]], tuple[int, str] | None] = lambda body: None
     #: What the model says instead of what it would say, one for each chat to come; "" where all its tokens were thoughts.
     scripted: list[str] = field(default_factory=list)
+    #: Events after which an answer in pieces has no end; None: it has one.
+    breaks_at: int | None = None
     seen: list[tuple[str, dict[str, Any]]] = field(default_factory=list)
     #: Requests at once, at most; answers whose client went away; seconds that a token takes.
     most_at_once: int = 0
@@ -229,7 +231,20 @@ class TinyServer:
             if "top_logprobs" in body and not self.logprobs:
                 return JSONResponse({"error": {"message": "unknown field top_logprobs"}}, 400)
             prompt = self.prompt(body["messages"], **body.get("chat_template_kwargs", {}))
-            return await self._write(request, body, prompt)
+            found = await self._write(request, body, prompt)
+            return streamed(found) if body.get("stream") and isinstance(found, dict) else found
+
+        def streamed(found: Mapping[str, Any]) -> Response:
+            """The same in pieces of three characters; the connection breaks behind ``breaks_at`` of them."""
+            (choice,) = found["choices"]
+            text = choice["message"]["content"]
+            pieces = [{"content": text[lo : lo + 3]} for lo in range(0, len(text), 3)]
+            events: list[Any] = [{"choices": [{"index": 0, "delta": one}]} for one in pieces]
+            events.append({"choices": [{"index": 0, "delta": {}, "finish_reason": choice["finish_reason"]}]})
+            events = events[: self.breaks_at]
+            events.append({"choices": [], "usage": found["usage"]})
+            lines = [f"data: {json.dumps(event)}\n\n" for event in events]
+            return Response("".join([*lines, "data: [DONE]\n\n"]), media_type="text/event-stream")
 
         @app.post("/v1/completions")
         async def complete(request: Request) -> Any:

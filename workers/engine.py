@@ -92,7 +92,11 @@ class Together:
 
 @dataclass(frozen=True, slots=True)
 class Delta:
-    """Tokens that were written since the last step, as text; of rows whose pass asks for them."""
+    """Text that was written since the last step, of a row whose pass asks for that.
+
+    All deltas of an answer together are its text. Nothing that was told is taken back, so the end of what is written is
+    told later. An answer that is not text, such as a value that keeps a schema, has none.
+    """
 
     ticket: Hashable
     task: str

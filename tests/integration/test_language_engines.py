@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import json
 import os
+from collections import defaultdict
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -55,8 +56,12 @@ class Choir:
             self.engine.attach(self.handle, order, {})
         return Pass(self.handle, orders, 0, tenant="t", **more)
 
+    #: What was told while it was written, by row and task.
+    told: dict[tuple[Hashable, str], list[str]] = field(default_factory=lambda: defaultdict(list))
+
     def ask(self, tasks: Mapping[str, Task], texts: Sequence[str], **more: Any) -> list[Ended | CellError]:
         """Each row's end, or why it was not let in."""
+        self.told.clear()
         pass_ = self.pass_of(tasks, **more)
         prepared = self.engine.prepare(pass_, texts)
         waiting = [row for row in prepared if isinstance(row, Prepared)]
@@ -64,7 +69,11 @@ class Choir:
         while waiting or len(self.handle.rows):
             while waiting and self.engine.admit(pass_, waiting[0], waiting[0].row, urgent=False):
                 waiting.pop(0)
-            for ended in self.engine.step(self.handle, 256).ended:
+            step = self.engine.step(self.handle, 256)
+            for delta in step.deltas:
+                assert delta.text
+                self.told[delta.ticket, delta.task].append(delta.text)
+            for ended in step.ended:
                 assert isinstance(ended, Ended)
                 found[ended.ticket] = ended
         return [row if isinstance(row, CellError) else found[row.row] for row in prepared]
@@ -158,6 +167,32 @@ def test_an_answer_ends_before_its_stop_text(choir: Choir) -> None:
     stop = text[len(text) // 2 :][:2]
     (found,) = choir.answers(asked(max_tokens=20, stop=(stop,)), ["The weather"])
     assert found == {"text": text.partition(stop)[0].strip(), "finish": "stop"}
+
+
+def test_what_is_told_while_it_is_written_is_the_answer_in_the_end(choir: Choir) -> None:
+    (whole,) = choir.answers(asked(max_tokens=30), [ODD])
+    middle = len(whole["text"]) // 2
+    tasks: dict[str, Task] = {
+        "plain": asked(max_tokens=30),
+        "stopped": asked(max_tokens=30, stop=(whole["text"][middle : middle + 3], "never")),
+        # Bytes of all kinds, most of them no characters.
+        **{f"drawn {n}": asked(max_tokens=30, temperature=1.5, seed=n) for n in range(1, 6)},
+        "quiet": asked(max_tokens=12, thinking=False),
+        "choice": Choose("tiny", labels=LABELS),
+        "value": Extract("tiny", prompt="Extract.", schema=SCHEMA, max_tokens=60),
+    }
+    ended = choir.ask(tasks, [ODD, "The weather was fine on Monday."], deltas=True)
+    texts = {
+        (row, name): answer(one.columns[name], task)["text"]
+        for row, one in enumerate(ended)
+        if isinstance(one, Ended)
+        for name, task in tasks.items()
+        if name not in ("choice", "value")
+    }
+    assert {at: "".join(told) for at, told in choir.told.items()} == {at: t for at, t in texts.items() if t}
+    assert max(len(choir.told[row, "plain"]) for row in range(2)) > 3, "it was told step by step"
+    choir.ask(tasks, [ODD])
+    assert not choir.told, "nobody asked"
 
 
 def test_several_tasks_read_a_text_once(choir: Choir) -> None:
@@ -376,6 +411,28 @@ def test_a_server_that_stays_busy_gives_the_row_back(remote: Remote, fault: Any)
     assert (found.error, found.retriable) == ("unavailable", True)
     assert len(server.chats()) == chat_server.TRIES
     assert "SECRET" not in found.message
+
+
+@pytest.mark.parametrize("breaks_at", [0, 2])
+def test_an_answer_that_breaks_off_is_asked_for_again_only_where_nothing_of_it_was_told(
+    remote: Remote, breaks_at: int
+) -> None:
+    server, choir = remote(breaks_at=breaks_at)
+    (found,) = choir.answers(asked(), ["The weather"], deltas=True)
+    assert (found.error, found.retriable) == ("unavailable", True)
+    assert len(server.chats()) == (1 if breaks_at else chat_server.TRIES)
+
+
+def test_a_server_that_does_not_answer_in_pieces_is_asked_for_the_whole(remote: Remote) -> None:
+    server, choir = remote(refusing=refusing("stream"))
+    (found,) = choir.answers(asked(), ["The weather"], deltas=True)
+    assert "".join(choir.told[0, "it"]) == found["text"]
+    choir.answers(asked(), ["The weather"], deltas=True)
+    assert [("stream" in body, "stream_options" in body) for body in server.chats()] == [
+        (True, True),
+        (False, False),
+        (False, False),
+    ]
 
 
 def test_a_server_that_is_away_gives_the_row_back(remote: Remote) -> None:

@@ -19,6 +19,7 @@ from motet.protocol.columns import CellError, is_storable_json
 from workers.engine import CannotLoad
 from workers.engines.newest import Newest
 from workers.engines.schemas import violation
+from workers.engines.telling import NO_CHARACTER, Teller
 from workers.engines.thoughts import without_thoughts
 
 #: Tokens behind the newest one that are looked at for a stop text.
@@ -90,7 +91,11 @@ class Writer:
     begun: bool = False
     #: Where the answer begins among the tokens.
     answer_at: int = 0
+    #: Tells the answer while it is written; None where nobody asks.
+    teller: Teller | None = None
     _chance: float | None = None
+    #: Places of tokens: those before the second were given to the teller, those from the first on with the newest of them.
+    _window: tuple[int, int] = (0, 0)
 
     @classmethod
     def of(
@@ -183,6 +188,23 @@ class Writer:
             self.thinks, self.answer_at = False, len(self.ids)
         return True
 
+    def news(self, words: Callable[[Sequence[int]], str], in_bytes: Callable[[int], bool]) -> str:
+        """What may be told since the last time. ``in_bytes``: a token may be a part of a character."""
+        assert self.teller is not None
+        if self.finish:
+            answer = self.answer(words)
+            return "" if isinstance(answer, CellError) else self.teller.rest(json.loads(answer)["text"])
+        # Without a token that ends thoughts, all that is written may turn out to be one.
+        if self.thinks or (self.bare and not self.answer_at) or not self.ids or in_bytes(self.ids[-1]):
+            return ""
+        # Some tokens that were read before go along: what a token says depends on whether one is before it.
+        begin, read = (max(place, self.answer_at) for place in self._window)
+        before, now = words(self.ids[begin:read]), words(self.ids[begin:])
+        if now.endswith(NO_CHARACTER):
+            return ""
+        self._window = (read, len(self.ids))
+        return self.teller.more(now[len(before) :])
+
     def answer(self, words: Callable[[Sequence[int]], str]) -> bytes | CellError:
         """The JSON of the ended answer, or why there is none."""
         text = "" if self.thinks else words(self.ids[self.answer_at :]).replace("\0", "")
@@ -194,7 +216,7 @@ class Writer:
         for one in self.stop:
             text = text.partition(one)[0]
         # A character that was cut in the middle.
-        text = text.rstrip("\ufffd") if self.finish == "length" else text
+        text = text.rstrip(NO_CHARACTER) if self.finish == "length" else text
         return _json({"text": text.strip(), "finish": self.finish})
 
 

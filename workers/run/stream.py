@@ -269,7 +269,7 @@ class Stream:
                 bad.append((held, why))
             if self.whole:
                 progress.tokens += sum([row.length for _, row in held])
-        progress.waits = not ended and not progress.computed
+        progress.waits = not (ended or progress.computed or step.deltas)
         progress.tokens = progress.tokens or progress.computed
         if len(ended) == len(inside):
             inside.clear()

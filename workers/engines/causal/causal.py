@@ -185,6 +185,8 @@ class CausalEngine:
         made = active_row(handle, pass_.tenant, asking, ticket, urgent)
         if made is None:
             return False
+        if pass_.deltas:
+            made.tell()
         handle.rows[ticket] = made
         return True
 
@@ -203,8 +205,11 @@ class CausalEngine:
         took = time.perf_counter() - began
         for row, count in planned.shares:
             row.seconds += took * count / planned.tokens
+        deltas = [delta for row in handle.rows.values() if row.told for delta in steps.deltas(handle, row)]
         ended = [end(handle, row) for row in list(handle.rows.values()) if row.done]
-        return Step(ended, planned.tokens, min(1.0, decoding / handle.decode_slots) if asked else None)
+        return Step(
+            ended, planned.tokens, min(1.0, decoding / handle.decode_slots) if asked else None, deltas
+        )
 
     def _warm_up(self, handle: Causal) -> None:
         """One token through all of it: what allocates or compiles does so before a row waits for it."""

@@ -127,6 +127,10 @@ class ChatTokens:
         """Written tokens as text, without control tokens."""
         return str(self._control.decode(list(ids), skip_special_tokens=True))
 
+    def in_bytes(self, token: int) -> bool:
+        """A token that is a single byte, as "<0xE4>": what it says depends on those that come behind it."""
+        return str(self._control.id_to_token(token)).startswith("<0x")
+
     def _ids(self, text: str, *, keep: bool = True) -> list[int]:
         if keep and text in self._fixed:
             return self._fixed[text]

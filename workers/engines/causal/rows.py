@@ -25,6 +25,7 @@ from workers.engines.causal.row_prompts import PrefixKey, PriorKey, RowPrompts, 
 from workers.engines.causal.runs import Varlen
 from workers.engines.causal.trees import Bools, Ints, Tree, tree
 from workers.engines.newest import Newest
+from workers.engines.telling import Teller
 from workers.engines.trunk import onto, torch_errors
 from workers.engines.writers import Grammar, Writer
 
@@ -79,7 +80,15 @@ class ActiveRow:
     priors: dict[str, tuple[float, ...]] = field(default_factory=dict)
     #: Tasks whose answer cannot be begun.
     failed: dict[str, CellError] = field(default_factory=dict)
+    #: Answers that are told while they are written.
+    told: list[Writer] = field(default_factory=list)
     seconds: float = 0.0
+
+    def tell(self) -> None:
+        """Have those answers told that are text. Before the first step."""
+        self.told = [writer for begun in self.begins.values() for writer in begun if writer.schema is None]
+        for writer in self.told:
+            writer.teller = Teller(writer.stop)
 
     @property
     def behind(self) -> set[int]:

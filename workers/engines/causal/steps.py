@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 import numpy as np
 import torch
 
-from workers.engine import OutOfMemory
+from workers.engine import Delta, OutOfMemory
 from workers.engines.causal import kv
 from workers.engines.causal.choosing import outcome
 from workers.engines.causal.rows import ActiveRow, Causal, LabelScore, sized
@@ -222,6 +222,14 @@ def take(
         _cache_prefixes(handle, row)
         for place in row.begins.keys() & set(places.tolist()):
             _begin(handle, row, place)
+
+
+def deltas(handle: Causal, row: ActiveRow) -> list[Delta]:
+    """What may be told of a row's answers since the last step."""
+    tokens = handle.tokens
+    found = [Delta(row.ticket, one.name, one.news(tokens.words, tokens.in_bytes)) for one in row.told]
+    row.told = [writer for writer in row.told if not writer.finish]
+    return [delta for delta in found if delta.text]
 
 
 def _begin(handle: Causal, row: ActiveRow, place: int) -> None:

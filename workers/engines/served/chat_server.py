@@ -8,9 +8,10 @@ from __future__ import annotations
 import asyncio
 import heapq
 import itertools
+import json
 import logging
 import random
-from collections.abc import AsyncIterator, Collection, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Collection, Mapping, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -34,7 +35,11 @@ UNAVAILABLE = CellError("unavailable", "the model's server is busy or away", ret
 #: Parameters that hardly any server but some refuses without a name, in the order in which they are done without.
 _RARE = ("chat_template_kwargs", "logprobs")
 #: Parameters that mean nothing without each other.
-_TOGETHER = {name: {"logprobs", "top_logprobs"} for name in ("logprobs", "top_logprobs")}
+_TOGETHER = {
+    "logprobs": {"logprobs", "top_logprobs"},
+    "top_logprobs": {"logprobs", "top_logprobs"},
+    "stream": {"stream", "stream_options"},
+}
 #: A parameter that has a second name at some servers.
 _OTHER_NAME = {"max_tokens": "max_completion_tokens"}
 #: What to do about a task that needs a parameter which its server does not take.
@@ -72,6 +77,35 @@ class Spending:
         self.cached += min(read, _count(details.get("cached_tokens") if isinstance(details, dict) else 0))
         self.tokens_out += _count(told.get("completion_tokens"))
         self.seconds += seconds
+
+
+class ChatPieces:
+    """A chat completion that comes in pieces, as server-sent events."""
+
+    def __init__(self, told: Callable[[str], None]) -> None:
+        self._told, self._finish, self._usage = told, "", None
+        self.came, self.text = False, ""
+
+    def hear(self, line: str) -> None:
+        """Take a line of the answer. One that cannot be read is passed over: then the answer has no end."""
+        self.came = True
+        try:
+            piece = json.loads(line.removeprefix("data:")) if line.startswith("data:") else {}
+            self._usage = piece.get("usage") or self._usage
+            for choice in piece.get("choices") or ():
+                self._finish = choice.get("finish_reason") or self._finish
+                if text := (choice.get("delta") or {}).get("content") or "":
+                    self.text += text
+                    self._told(text)
+        except (ValueError, AttributeError, TypeError):
+            return
+
+    def whole(self) -> dict[str, Any] | None:
+        """The answer as one that comes at once; None where it has no end."""
+        if not self._finish:
+            return None
+        choice = {"message": {"content": self.text}, "finish_reason": self._finish}
+        return {"choices": [choice], "usage": self._usage}
 
 
 class Gate:
@@ -155,14 +189,18 @@ class ChatServer:
         *,
         urgent: bool,
         spare: Collection[str] = (),
+        told: Callable[[str], None] | None = None,
         **options: Any,
     ) -> dict[str, Any]:
-        """The first choice of a chat completion. Raises Refused.
+        """The first choice of a chat completion. Raises Refused. ``told``: takes its text while it is written.
 
         ``spare``: options without which the task's promise still holds. They are left out where the server does not
         take them. That is remembered once a request without them was answered: until then it is a guess.
         """
         lacks: set[str] = set()
+        if told is not None:
+            options |= {"stream": True, "stream_options": {"include_usage": True}}
+            spare = {*spare, "stream", "stream_options"}
         while True:
             lacks |= self.lacks
             for name in lacks & options.keys() - _OTHER_NAME.keys() - set(spare):
@@ -174,7 +212,7 @@ class ChatServer:
             }
             body = {"model": self.model, "messages": list(messages), **sent}
             try:
-                found = await self.post("/chat/completions", body, spending, urgent=urgent)
+                found = await self.post("/chat/completions", body, spending, urgent=urgent, told=told)
             except RequestRefused as refused:
                 more = self._to_do_without(refused, sent, spare) & options.keys() - lacks
                 if not more:
@@ -220,18 +258,31 @@ class ChatServer:
         return ids
 
     async def post(
-        self, path: str, body: Mapping[str, Any], spending: Spending, *, urgent: bool, root: bool = False
+        self,
+        path: str,
+        body: Mapping[str, Any],
+        spending: Spending,
+        *,
+        urgent: bool,
+        root: bool = False,
+        told: Callable[[str], None] | None = None,
     ) -> dict[str, Any]:
-        """The answer's JSON. Raises Refused: with the row's error, or, after some tries, with a retriable one."""
+        """The answer's JSON. Raises Refused: with the row's error, or, after some tries, with a retriable one.
+
+        ``told``: takes the text of an answer that comes in pieces. Once it has some of it, nothing is tried again.
+        """
         url = (self.url.removesuffix("/v1") if root else self.url) + path
+        heard = ChatPieces(told) if told is not None else None
         async with self.gate.place(urgent=urgent):
             for attempt in range(TRIES):
                 await self._silence()
                 beside = self.gate.taken
                 began = asyncio.get_running_loop().time()
                 try:
-                    answer = await self._client.post(url, json=body)
+                    answer = await self._asked(url, body, heard)
                 except httpx.HTTPError:
+                    if heard is not None and heard.text:
+                        break
                     await self._pause(attempt, None)
                     continue
                 if answer.status_code in (408, 429) or answer.status_code >= 500:
@@ -240,7 +291,9 @@ class ChatServer:
                 if not answer.is_success:
                     cell, parameter = why(answer.status_code, answer.text, body)
                     raise RequestRefused(cell, answer.status_code, parameter)
-                found = _object(answer)
+                found = heard.whole() if heard is not None and heard.came else _object(answer)
+                if found is None and heard is not None and heard.text:
+                    break
                 if found is None:
                     await self._pause(attempt, None)
                     continue
@@ -249,6 +302,17 @@ class ChatServer:
                 spending.add(found.get("usage"), took / max(1, beside))
                 return found
         raise RequestRefused(UNAVAILABLE)
+
+    async def _asked(self, url: str, body: Mapping[str, Any], heard: ChatPieces | None) -> httpx.Response:
+        if heard is None:
+            return await self._client.post(url, json=body)
+        async with self._client.stream("POST", url, json=body) as answer:
+            if answer.is_success and "text/event-stream" in answer.headers.get("Content-Type", ""):
+                async for line in answer.aiter_lines():
+                    heard.hear(line)
+            else:
+                await answer.aread()
+            return answer
 
     async def _silence(self) -> None:
         while (wait := self._quiet_until - asyncio.get_running_loop().time()) > 0:

@@ -21,7 +21,7 @@ import os
 import queue
 import re
 import threading
-from collections.abc import Collection, Hashable, Mapping, Sequence
+from collections.abc import Callable, Collection, Hashable, Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -32,7 +32,7 @@ import numpy as np
 from motet.protocol.columns import OK, STATE_MASK, TRUNCATED, CellError, Column
 from motet.protocol.manifest import KEY_ENV, Manifest
 from motet.protocol.wire import TaskOrder
-from workers.engine import CannotLoad, Ended, Pass, Prepared, Step
+from workers.engine import CannotLoad, Delta, Ended, Pass, Prepared, Step
 from workers.engines.answers import label_column
 from workers.engines.function import json_column
 from workers.engines.newest import Newest
@@ -47,6 +47,7 @@ from workers.engines.served.chat_server import (
     Spending,
 )
 from workers.engines.served.refusals import ANSWER_LENGTH, CONTEXT_LENGTH
+from workers.engines.telling import Teller
 from workers.engines.thoughts import switches, without_thoughts
 from workers.run.assemble import assemble
 
@@ -90,12 +91,14 @@ class Served:
     #: Ticket -> tasks asked, and the row on the loop.
     rows: dict[Hashable, tuple[int, Future[None]]] = field(default_factory=dict)
     ended: queue.SimpleQueue[tuple[Future[None], Ended]] = field(default_factory=queue.SimpleQueue)
+    #: What was written of rows that are told step by step.
+    deltas: queue.SimpleQueue[tuple[Future[None], Delta]] = field(default_factory=queue.SimpleQueue)
     #: Tenant, task -> how likely its labels are without any text.
     priors: Newest[tuple[str, str], tuple[float, ...]] = field(default_factory=lambda: Newest(PRIORS))
     #: Of a server of our own: what keeps its prefix cache apart by tenant. "": a server that may not know of this.
     secret: str = ""
 
-    def salt(self, tenant: str) -> dict[str, str]:
+    def salt(self, tenant: str) -> dict[str, Any]:
         """vLLM's field that a request's prefix cache is shared by: nobody learns from the time of an answer what other
         tenants have asked (its documentation of automatic prefix caching)."""
         if not self.secret:
@@ -156,14 +159,17 @@ class OpenAIEngine:
                 ended.append(handle.ended.get(timeout=STEP_S))
             while True:
                 ended.append(handle.ended.get_nowait())
+        # All that was told of a row that has ended was told before.
+        told = [handle.deltas.get_nowait() for _ in range(handle.deltas.qsize())]
         # One that was forgotten may have ended at the same time.
         mine = [e for future, e in ended if handle.rows.get(e.ticket, (0, None))[1] is future]
+        deltas = [d for future, d in told if handle.rows.get(d.ticket, (0, None))[1] is future]
         for one in mine:
             del handle.rows[one.ticket]
         spent = [of_task for one in mine for of_task in one.spent.values()]
         computed = sum(read - cached + written for read, cached, written, _ in spent)
         taken = handle.server.gate.taken / handle.server.in_flight
-        return Step(mine, computed, min(1.0, taken) if handle.rows or mine else None)
+        return Step(mine, computed, min(1.0, taken) if handle.rows or mine else None, deltas)
 
     def abort(self, handle: Served, tickets: Collection[Hashable]) -> None:
         """Closes their connections: servers then stop writing."""
@@ -215,6 +221,8 @@ class _Question:
     urgent: bool
     tenant: str
     spending: Spending
+    #: Takes what was written since the last time; None where nobody asks.
+    tell: Callable[[str], None] | None = None
 
     @property
     def server(self) -> ChatServer:
@@ -260,8 +268,16 @@ async def _row(
     urgent: bool,
     known: Future[Future[None]],
 ) -> None:
+    place = await asyncio.wrap_future(known)
+
+    def tells(task: TaskOrder) -> Callable[[str], None] | None:
+        if not pass_.deltas or task.spec["kind"] == "choose" or task.spec.get("schema") is not None:
+            return None
+        return lambda text: handle.deltas.put((place, Delta(ticket, task.name, text))) if text else None
+
     questions = [
-        _Question(handle, task, row.inputs, urgent, pass_.tenant, Spending()) for task in pass_.tasks
+        _Question(handle, task, row.inputs, urgent, pass_.tenant, Spending(), tells(task))
+        for task in pass_.tasks
     ]
     # Begun in this order, and so sent one after the other.
     columns = await asyncio.gather(*map(_column, questions))
@@ -270,7 +286,6 @@ async def _row(
         s = q.spending
         spent[q.task.name] = (s.tokens_in, s.cached, s.tokens_out, s.seconds)
     ended = Ended(ticket, {q.task.name: c for q, c in zip(questions, columns, strict=True)}, spent)
-    place = await asyncio.wrap_future(known)
     handle.ended.put((place, ended))
 
 
@@ -301,8 +316,18 @@ async def _answer(q: _Question, share: float) -> Column:
         return label_column(np.array([scores], np.float32), every_score=bool(q.task.spec.get("scores")))
     if q.task.spec.get("schema") is not None:
         return json_column([await _by_schema(q, share)])
-    text, finish = await _written(q, q.messages(share))
+    teller = Teller(q.task.spec.get("stop") or ())
+    text, finish = await _written(q, q.messages(share), told=_told_by(q, teller))
+    if q.tell is not None:
+        q.tell(teller.rest(text.strip()))
     return json_column([{"text": text.strip(), "finish": finish}])
+
+
+def _told_by(q: _Question, teller: Teller) -> Callable[[str], None] | None:
+    """What takes an answer's text while it is written; None where all of it may turn out to be a thought."""
+    if (tell := q.tell) is None or q.task.spec.get("thinking") is not None:
+        return None
+    return lambda text: tell(teller.more(text))
 
 
 async def _written(q: _Question, messages: Sequence[Mapping[str, str]], **options: Any) -> tuple[str, str]:
