@@ -25,9 +25,14 @@ def figure_words(name: str, value: float | None) -> str:
     if value is None:
         return "–"
     if name in SHARES:
-        return f"{100 * value:.1f} %"
+        return share_words(value)
     # An error is in the unit of the labels, and so of any size; all else is at most 1.
     return f"{value:.4g}" if name in LOSSES else f"{value:.3f}"
+
+
+def share_words(value: float | None) -> str:
+    """``97.4 %``."""
+    return "–" if value is None else f"{100 * value:.1f} %"
 
 
 def interval_words(name: str, estimate: Estimate) -> str:

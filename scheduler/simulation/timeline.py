@@ -7,10 +7,12 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
-from motet.markup import Html, tag
-from scheduler.api.charts import Stretch, clock
-from scheduler.api.markup import count, document, duration, percent
+from motet.pages import COLOURS, px
+from scheduler.api.charts import Stretch
+from scheduler.api.markup import render
+from scheduler.api.words import duration, percent
 from scheduler.simulation.cluster import SimulatedDevice
 from scheduler.simulation.events import DeviceSpan, RunOutcome
 from scheduler.simulation.trace import Trace
@@ -18,17 +20,7 @@ from scheduler.simulation.trace import Trace
 #: Lanes of a page, columns of a lane, and bars that a lane may have before it is drawn by columns.
 LANES, COLUMNS, BARS = 64, 240, 300
 _LANE_PX = 18
-_COLOURS = 8
 _LOADS, _WASTED = "load", "wasted"
-
-_STYLE = """
-:root{--c0:#3f75b5;--c1:#c08a1e;--c2:#2f9488;--c3:#8d62ad;--c4:#9a6a43;--c5:#5b8a3a;--c6:#b5577f;--c7:#6b7785}
-@media(prefers-color-scheme:dark){:root{--c0:#6a9fdd;--c1:#d9a845;--c2:#4fb5a8;--c3:#b28bd1;--c4:#c2926b;--c5:#86b765;
---c6:#de86ab;--c7:#9ba5b1}}
-.c0{fill:var(--c0)}.c1{fill:var(--c1)}.c2{fill:var(--c2)}.c3{fill:var(--c3)}.c4{fill:var(--c4)}.c5{fill:var(--c5)}
-.c6{fill:var(--c6)}.c7{fill:var(--c7)}.blank{fill:var(--wash)}.load{fill:url(#loads)}.wasted{fill:var(--error)}
-.loads{stroke:var(--soft);stroke-width:1.5}.lane{padding:1px 0}.figures{margin-bottom:14px}
-"""
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,51 +36,38 @@ def page(runs: Sequence[tuple[str, Sequence[SimulatedDevice], RunOutcome]], trac
     """A whole page with one section for each (name of a cluster, its devices, a run)."""
     colours, what = _colours(trace)
     longest = max(max(outcome.ended_s.values()) for _, _, outcome in runs)
-    return document(
-        "Simulated",
-        tag("nav", "motet › simulate", aria_label="Where you are"),
-        tag("style", Html(_STYLE)),
-        _HATCH,
-        tag("h1", "Simulated, not measured"),
-        tag(
-            "p",
-            f"{count(len(trace.jobs), 'job')}, {count(sum(job.rows for job in trace.jobs), 'row')}. Colours are {what},"
-            " loads are hatched, idle time is blank. One run of several that differ by chance.",
-            class_="head soft",
-        ),
-        _key(colours),
-        [_section(text, devices, outcome, colours, longest) for text, devices, outcome in runs],
+    over = Stretch(0.0, longest)
+    return render(
+        "simulated.html",
+        jobs=len(trace.jobs),
+        rows=sum(job.rows for job in trace.jobs),
+        what=what,
+        key=_key(colours),
+        lane_px=_LANE_PX,
+        columns=COLUMNS,
+        ticks=over.axis(),
+        runs=[
+            {
+                "name": name,
+                "figures": _figures(devices, outcome),
+                "lanes": [_drawn(lane, colours, over) for lane in _lanes(devices, outcome.spans)],
+            }
+            for name, devices, outcome in runs
+        ],
+        live=False,
     )
 
 
 def _colours(trace: Trace) -> tuple[Mapping[str, str], str]:
     """Job -> the class that colours it: its own, or its model's where there are more jobs than colours."""
-    by_model = len(trace.jobs) > _COLOURS
+    by_model = len(trace.jobs) > COLOURS
     named = {job.name: job.model if by_model else job.name for job in trace.jobs}
-    numbers = {name: i % _COLOURS for i, name in enumerate(dict.fromkeys(named.values()))}
-    return {job: f"c{numbers[name]}" for job, name in named.items()}, "models" if by_model else "jobs"
+    numbers = {name: i % COLOURS for i, name in enumerate(dict.fromkeys(named.values()))}
+    return {job: f"p{numbers[name]}" for job, name in named.items()}, "models" if by_model else "jobs"
 
 
-_HATCH = tag(
-    "svg",
-    tag(
-        "defs",
-        tag(
-            "pattern",
-            tag("path", d="M-1 1l2-2M0 6l6-6M5 7l2-2", class_="loads"),
-            id="loads",
-            width=6,
-            height=6,
-            pattern_units="userSpaceOnUse",
-        ),
-    ),
-    width=0,
-    height=0,
-    aria_hidden="true",
-)
-
-
-def _key(colours: Mapping[str, str]) -> Html:
+def _key(colours: Mapping[str, str]) -> list[tuple[str, str]]:
+    """(class, words) of each colour."""
     words: dict[str, list[str]] = {}
     for job, css in colours.items():
         words.setdefault(css, []).append(job)
@@ -96,62 +75,17 @@ def _key(colours: Mapping[str, str]) -> Html:
         (css, names[0] if len(names) == 1 else f"{names[0]} and {len(names) - 1:,} more")
         for css, names in words.items()
     ]
-    boxes = [
-        tag("li", tag("svg", tag("rect", width=12, height=12, class_=css), width=12, height=12), words)
-        for css, words in (
-            *told,
-            (_LOADS, "a model loads"),
-            (_WASTED, "done twice: the other one came first"),
-        )
-    ]
-    return tag("ul", boxes, class_="key")
+    return [*told, (_LOADS, "a model loads"), (_WASTED, "done twice: the other one came first")]
 
 
-def _section(
-    text: str,
-    devices: Sequence[SimulatedDevice],
-    outcome: RunOutcome,
-    colours: Mapping[str, str],
-    longest: float,
-) -> Html:
-    lanes = _lanes(devices, outcome.spans)
-    over = Stretch(0.0, longest)
+def _figures(devices: Sequence[SimulatedDevice], outcome: RunOutcome) -> list[tuple[str, str, str]]:
     ended = max(outcome.ended_s.values())
-    figures = [
+    return [
         ("All done after", duration(ended), ""),
         *(_used(kind, alike, outcome, ended) for kind, alike in _by_kind(devices).items()),
         ("Loads", f"{outcome.loads:,}", f"{duration(outcome.load_s)} of device time"),
         ("Sub-tasks", f"{outcome.subtasks:,}", f"{duration(outcome.wasted_s)} done twice"),
     ]
-    return tag(
-        "section",
-        tag("h2", text),
-        tag(
-            "dl",
-            [
-                tag("div", tag("dt", k), tag("dd", v, tag("small", more, class_="soft")))
-                for k, v, more in figures
-            ],
-            class_="figures",
-        ),
-        [_drawn(lane, colours, over) for lane in lanes],
-        tag(
-            "div",
-            tag("div"),
-            tag(
-                "svg",
-                [
-                    tag("text", clock(t, longest), x=f"{over.at(t):.2f}%", y=13, text_anchor="middle")
-                    for t in over.ticks()
-                    if 3 < over.at(t) < 97
-                ],
-                width="100%",
-                height=18,
-                aria_hidden="true",
-            ),
-            class_="lane",
-        ),
-    )
 
 
 def _used(
@@ -193,31 +127,26 @@ def _lanes(devices: Sequence[SimulatedDevice], spans: Iterable[DeviceSpan]) -> l
     return found
 
 
-def _drawn(lane: _Lane, colours: Mapping[str, str], over: Stretch) -> Html:
+def _drawn(lane: _Lane, colours: Mapping[str, str], over: Stretch) -> dict[str, Any]:
+    """A lane's bars, or its areas where it has too many of them."""
     bars = _bars(lane, colours, over) if lane.devices == 1 else None
     busy = sum(span.end_s - span.start_s for span in lane.spans) / (lane.devices * over.to_s)
-    return tag(
-        "div",
-        tag("div", lane.name, class_="who", title=lane.name),
-        tag(
-            "svg",
-            tag("rect", width="100%", height=_LANE_PX, class_="blank"),
-            bars if bars is not None else _columns(lane, colours, over),
-            width="100%",
-            height=_LANE_PX,
-            role="img",
-            aria_label=f"{lane.name}: {percent(busy)} used",
-        ),
-        class_="lane",
-    )
+    return {
+        "name": lane.name,
+        "busy": percent(busy),
+        "bars": bars or (),
+        "areas": _columns(lane, colours, over) if bars is None else (),
+    }
 
 
 def _class(span: DeviceSpan, colours: Mapping[str, str]) -> str:
     return _LOADS if span.loads else _WASTED if span.wasted else colours[span.job]
 
 
-def _bars(lane: _Lane, colours: Mapping[str, str], over: Stretch) -> list[Html] | None:
-    """A bar for each stretch of one colour; None where there would be too many."""
+def _bars(
+    lane: _Lane, colours: Mapping[str, str], over: Stretch
+) -> list[tuple[str, float, float, str]] | None:
+    """(class, x, width, words) of each stretch of one colour; None where there would be too many."""
     gap_s = over.to_s / (4 * COLUMNS)
     merged: list[tuple[float, float, str, str]] = []
     for span in sorted(lane.spans, key=lambda s: s.start_s):
@@ -230,20 +159,18 @@ def _bars(lane: _Lane, colours: Mapping[str, str], over: Stretch) -> list[Html] 
     if len(merged) > BARS:
         return None
     return [
-        tag(
-            "rect",
-            tag("title", f"{words}: {duration(start)} to {duration(end)}"),
-            x=f"{over.at(start):.2f}%",
-            width=f"{max(0.05, over.at(end) - over.at(start)):.2f}%",
-            height=_LANE_PX,
-            class_=css,
+        (
+            css,
+            over.at(start),
+            max(0.05, over.at(end) - over.at(start)),
+            f"{words}: {duration(start)} to {duration(end)}",
         )
         for start, end, css, words in merged
     ]
 
 
-def _columns(lane: _Lane, colours: Mapping[str, str], over: Stretch) -> Html:
-    """For each column of time, which share of these devices did what: colours above each other."""
+def _columns(lane: _Lane, colours: Mapping[str, str], over: Stretch) -> list[tuple[str, str]]:
+    """(class, path) of the share of these devices that did a thing in each column of time, above each other."""
     width_s = over.to_s / COLUMNS
     shares: dict[str, list[float]] = {}
     for span in lane.spans:
@@ -256,16 +183,9 @@ def _columns(lane: _Lane, colours: Mapping[str, str], over: Stretch) -> Html:
     drawn = []
     for css in sorted(shares):
         top = [min(1.0, low + share) for low, share in zip(floor, shares[css], strict=True)]
-        drawn.append(tag("path", d=_area(floor, top), class_=css))
+        drawn.append((css, _area(floor, top)))
         floor = top
-    return tag(
-        "svg",
-        drawn,
-        view_box=f"0 0 {COLUMNS} {_LANE_PX}",
-        width="100%",
-        height=_LANE_PX,
-        preserve_aspect_ratio="none",
-    )
+    return drawn
 
 
 def _area(floor: Sequence[float], top: Sequence[float]) -> str:
@@ -289,4 +209,4 @@ def _steps(levels: Sequence[float], order: Iterable[int], far: int) -> str:
 
 
 def _y(level: float) -> str:
-    return f"{_LANE_PX * (1 - level):.1f}".removesuffix(".0")
+    return px(_LANE_PX * (1 - level))

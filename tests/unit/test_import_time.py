@@ -22,6 +22,7 @@ HEAVY = (
     "numpy",
     "pandas",
     "pyarrow",
+    "jinja2",
 )
 
 

@@ -9,13 +9,14 @@ from itertools import pairwise
 from typing import Any
 
 import pytest
+from jinja2 import UndefinedError
 
-from motet.markup import Html, join, tag
+from motet.pages import environment, read
 from scheduler.api import markup
-from scheduler.api.charts import Stretch, curve, drawn_bars, nice, round_step, shares
-from scheduler.api.markup import compact, duration, percent
+from scheduler.api.charts import Stretch, curve, drawn_bars, nice, round_step
 from scheduler.api.page import job_page, jobs_page, refused_page
 from scheduler.api.shapes import ACTIVITY, JOB
+from scheduler.api.words import compact, duration, percent
 
 EVIL = "<script>alert('&\")</script>"
 
@@ -78,6 +79,10 @@ class Reader(HTMLParser):
         return sum(seen == name for seen, _ in self.seen)
 
 
+def drawn(chart: str, *facts: Any) -> str:
+    return str(getattr(environment("scheduler.api").get_template("charts.html").module, chart)(*facts))
+
+
 def every_text_is_evil(value: Any, keep: frozenset[str] = frozenset()) -> Any:
     """The same facts with markup in every text that is not one of a few fixed words."""
     match value:
@@ -127,25 +132,44 @@ def test_the_list_and_a_refusal_escape_too() -> None:
     assert EVIL in Reader(refused).text
 
 
-def test_a_text_is_markup_only_where_a_tag_made_it() -> None:
-    assert tag("b", "<", Html("<i></i>"), title='"') == '<b title="&quot;">&lt;<i></i></b>'
-    assert join(None, ["a", ("<", 1)]) == "a&lt;1"
-    assert (
-        tag("a", hidden=True, class_=None, aria_label="x", data_live=False) == '<a hidden aria-label="x"></a>'
-    )
+def test_a_text_is_markup_only_where_a_template_says_so() -> None:
+    own = environment("scheduler.api").from_string("<b title='{{ text }}'>{{ text }}</b>")
+    assert own.render(text="<i>'\"&") == "<b title='&lt;i&gt;&#39;&#34;&amp;'>&lt;i&gt;&#39;&#34;&amp;</b>"
+    with pytest.raises(UndefinedError):
+        own.render()
+
+
+def luminance(colour: str) -> float:
+    """Of ``#rgb`` or ``#rrggbb``, as WCAG 2.2 defines it."""
+    digits = colour[1:] if len(colour) == 7 else "".join(2 * d for d in colour[1:])
+    shares = (int(digits[i : i + 2], 16) / 255 for i in (0, 2, 4))
+    red, green, blue = (s / 12.92 if s <= 0.04045 else ((s + 0.055) / 1.055) ** 2.4 for s in shares)
+    return 0.2126 * red + 0.7152 * green + 0.0722 * blue
+
+
+def test_words_and_shapes_stand_out_from_the_paper_by_day_and_by_night() -> None:
+    day, night = read("colours.css").split("@media")
+    for theme in (day, night):
+        colours = {name: luminance(code) for name, code in re.findall(r"--(\w+): (#\w+)", theme)}
+        least = dict.fromkeys(("ink", "soft", "link", "ok", "error", "skipped"), 4.5)
+        least |= dict.fromkeys((*(f"p{i}" for i in range(8)), "curve"), 3.0)
+        for name, contrast in least.items():
+            for ground in ("paper", "wash") if contrast == 4.5 else ("paper",):
+                low, high = sorted((colours[name], colours[ground]))
+                assert (high + 0.05) / (low + 0.05) >= contrast, (name, ground)
 
 
 @pytest.mark.parametrize(
     "page", [job_page(facts()), jobs_page([JOB]), jobs_page([]), refused_page(401, "who?")]
 )
 def test_a_page_loads_nothing_and_runs_only_what_its_policy_names(page: str) -> None:
-    read = Reader(page)
-    attributes = [(name, key, value or "") for name, seen in read.seen for key, value in seen.items()]
+    seen = Reader(page)
+    attributes = [(name, key, value or "") for name, found in seen.seen for key, value in found.items()]
     assert not [
         a for a in attributes if a[1] in ("src", "srcset", "style", "xlink:href") or a[1].startswith("on")
     ]
     assert all(value.startswith("/jobs") for _, key, value in attributes if key == "href")
-    assert not {"img", "iframe", "object", "form", "link", "base"} & {name for name, _ in read.seen}
+    assert not {"img", "iframe", "object", "form", "link", "base"} & {name for name, _ in seen.seen}
     assert "@import" not in page
     assert set(re.findall(r"url\(([^)]*)\)", page)) <= {"#hatched"}
     assert markup.POLICY.startswith("default-src 'none';")
@@ -259,33 +283,33 @@ def test_no_bar_covers_another_of_its_device() -> None:
         bar(4, 0.5, None, "open"),
         bar(5, 0.6, None, "open"),
     ]
-    drawn = drawn_bars(bars, 6.0)
-    for row in {r for _, _, r, _ in drawn}:
-        ends = sorted((start, end) for start, end, r, _ in drawn if r == row)
+    placed = drawn_bars(bars, 6.0)
+    for row in {r for _, _, r, _ in placed}:
+        ends = sorted((start, end) for start, end, r, _ in placed if r == row)
         assert all(a[1] <= b[0] for a, b in pairwise(ends)), ends
-    starts = {b["subtask"]: start for start, _, _, b in drawn}
+    starts = {b["subtask"]: start for start, _, _, b in placed}
     assert starts[4] == starts[5] == 4.0, "before that the device was at another"
-    assert {end for _, end, _, b in drawn if b["state"] == "open"} == {6.0}
+    assert {end for _, end, _, b in placed if b["state"] == "open"} == {6.0}
 
 
 def test_an_outcome_that_was_recorded_a_little_late_makes_no_second_row() -> None:
-    drawn = drawn_bars([bar(1, 0.0, 2.1), bar(2, 2.0, 3.0)], 3.0)
-    assert [(start, end, row) for start, end, row, _ in drawn] == [(0.0, 2.1, 0), (2.1, 3.0, 0)]
+    placed = drawn_bars([bar(1, 0.0, 2.1), bar(2, 2.0, 3.0)], 3.0)
+    assert [(start, end, row) for start, end, row, _ in placed] == [(0.0, 2.1, 0), (2.1, 3.0, 0)]
 
 
 def test_shares_stay_within_the_whole_and_the_smallest_can_be_seen() -> None:
-    chart = shares([("ok", 999_999, "a"), ("error", 1, "b"), ("skipped", 0, "c")], 1_000_000, label="all")
+    chart = drawn("shares", [("ok", 999_999, "a"), ("error", 1, "b"), ("skipped", 0, "c")], 1_000_000, "all")
     widths = [float(w) for w in re.findall(r' width="([\d.]+)%" height="12" rx="2', chart)]
     places = [float(x) for x in re.findall(r' x="([\d.]+)%"', chart)]
     assert len(widths) == len(places) == 2
     assert all(x + w <= 100.001 for x, w in zip(places, widths, strict=True))
     assert min(widths) >= 0.4
-    assert "%" in shares([], 0, label="nothing")
+    assert "%" in drawn("shares", [], 0, "nothing")
 
 
 def test_the_curve_reaches_the_height_of_its_highest_bucket() -> None:
     points = [{"at_s": float(i), "tokens_s": v, "rows_s": 1.0} for i, v in ((1, 0.0), (2, 50.0), (3, 100.0))]
-    chart = curve(points)
+    chart = drawn("curve", curve(points))
     assert "V100.00 H1 V50.00 H2 V0.00 H3" in chart
     assert "Tokens per second over 3.0 s: 50 on average, 100 at most" in chart
 
@@ -329,4 +353,5 @@ def test_the_list_leads_to_each_job_and_to_the_next_page() -> None:
     assert "7.4 s left" in Reader(page).text
     ended = {**JOB, "state": "succeeded", "finished": "2026-11-23T18:36:20Z"}
     assert "3 min 20 s" in Reader(jobs_page([ended])).text
+    assert f"job {JOB['id'][:8]}" in Reader(jobs_page([{**JOB, "name": None}])).text
     assert "No job is failed." in Reader(jobs_page([], state="failed")).text
