@@ -160,7 +160,7 @@ class Client:
         any iterable of texts or mappings (read once, in flat memory), a DataFrame or an Arrow table. Only the
         fields that tasks read leave this machine; one that a Chat reads may hold a list of messages. A file is
         read whole or refused: one with a quote that is never closed, say, or that grows meanwhile. With
-        ``bad_rows="error"`` a value that is no text (null, or a missing field) gives error cells to the tasks that read
+        ``bad_rows="error"`` a value that is none (NaN, bytes, a missing field) gives error cells to the tasks that read
         it, and a row that is none to all; ``"refuse"`` raises InvalidJob that lists them, and nothing stays behind on
         the server.
         ``reuse=False`` computes everything anew. A job that has not ended ``deadline_s`` seconds from now fails;
@@ -196,7 +196,7 @@ class Client:
             opening["mean_bytes"] = first.mean_bytes()
         second = next(parts, None)
         bar = Bar("sending", wanted=progress)
-        whole = second is None and not first.bad and not first.bad_fields
+        whole = second is None and not first.bad and not first.bad_fields and first.is_json
         if whole:
             opening["rows"] = first.rows()
         tell = partial(_tell, bar)
@@ -238,7 +238,8 @@ class Client:
         found = survey(source, fields_of(specs), dialogues=dialogues_of(specs), bad_rows=bad_rows)
         if not found.sample:
             raise InvalidJob(Problem("rows", "no rows", "at least one good row", "check the source"))
-        sample = list(found.sample)
+        # A bad value is left out: null would be one.
+        sample = [{name: text for name, text in row.items() if text is not None} for row in found.sample]
         asked: dict[str, Any] = {
             "tasks": {task: spec.to_json() for task, spec in specs.items()},
             "priority": priority,

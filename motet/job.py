@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from motet.errors import JobFailed, MotetError, NotFound, SetupError
 from motet.http import MAX_WAIT_S, Http
 from motet.progress import Bar, Progress
-from motet.protocol.wire import BadMessage
+from motet.protocol.envelope import BadMessage
 from motet.results import Block, Row, read_frames
 from motet.states import ENDED
 from motet.tasks import short

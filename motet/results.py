@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from motet.errors import SetupError
 from motet.protocol.columns import LAYOUT, OK, STATE_MASK, STATES, TRUNCATED, CellError, Column, sized, values
-from motet.protocol.wire import BadMessage, unpack
+from motet.protocol.envelope import BadMessage, unpack
 
 if TYPE_CHECKING:
     import numpy

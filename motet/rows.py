@@ -15,22 +15,20 @@ from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any, Literal, TypeAlias
 
-import msgpack
-
 from motet.errors import InvalidJob, Problem
-from motet.protocol.wire import by_reason, pack
-from motet.sources import (
-    OR_ERROR,
-    SKIP,
-    Ambiguous,
-    Fault,
-    Rows,
-    Source,
-    all_columns,
+from motet.protocol.envelope import pack, packed_plain
+from motet.protocol.values import (
+    Doubled,
+    NoValue,
+    Value,
+    byte_lengths,
+    clean,
+    is_text,
     kind_of,
-    parse_json,
-    read,
+    plain_text,
 )
+from motet.protocol.wire import by_reason
+from motet.sources import OR_ERROR, SKIP, Fault, Rows, Source, all_columns, parse_json, read
 from motet.tasks import short
 
 #: The server's block: whichever of rows and UTF-8 bytes comes first. The same numbers as ``Settings.block_rows``
@@ -54,13 +52,13 @@ BadRows = Literal["refuse", "error"]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Part:
-    """Some whole blocks of rows: columns of text, ready to be sent as ``PUT /v1/jobs/{id}/parts/{number}``."""
+    """Some whole blocks of rows: columns of values, ready to be sent as ``PUT /v1/jobs/{id}/parts/{number}``."""
 
     number: int
     #: Index in the job of its first row.
     first_row: int
-    #: Field -> a text per row; "" where the row or its value is bad.
-    columns: Mapping[str, Sequence[str]]
+    #: Field -> a value per row; "" where the row or its value is bad.
+    columns: Mapping[str, Sequence[Value]]
     #: Offset in the part -> (error class, message) of rows that are none: all their cells shall be errors.
     bad: Mapping[int, tuple[str, str]] = field(default_factory=dict)
     #: Field -> offset -> (error class, message) of values that are none: so shall the cells of tasks that read it.
@@ -72,7 +70,7 @@ class Part:
 
     def encode(self, *, squeeze: bool = True) -> bytes:
         """The body to send: msgpack, under zstd unless told otherwise. The same rows give the same bytes."""
-        columns: dict[str, list[str | None]] = {name: list(texts) for name, texts in self.columns.items()}
+        columns = {name: list(values) for name, values in self.columns.items()}
         body: dict[str, Any] = {"columns": columns, "first_row": self.first_row}
         if self.bad:
             body["bad"] = {offset: list(why) for offset, why in self.bad.items()}
@@ -82,21 +80,41 @@ class Part:
         for name, bad in self.bad_fields.items():
             for offset in bad:
                 columns[name][offset] = None
-        return pack(body) if squeeze else msgpack.packb(body, use_bin_type=True)
+        return pack(body) if squeeze else packed_plain(body)
 
     def mean_bytes(self) -> dict[str, float]:
         """Field -> mean UTF-8 bytes of its texts, bad ones left out."""
         means = {}
-        for name, texts in self.columns.items():
+        for name, values in self.columns.items():
             bad = self.bad.keys() | self.bad_fields.get(name, {}).keys()
             # What is bad has no text, and so no bytes.
-            means[name] = round(sum(len(text.encode()) for text in texts) / max(1, len(self) - len(bad)), 1)
+            means[name] = round(sum(byte_lengths(values)) / max(1, len(self) - len(bad)), 1)
         return means
 
-    def rows(self) -> list[dict[str, str | None]]:
+    @property
+    def is_json(self) -> bool:
+        """JSON can say its values with their types: none of them is, or holds, a decimal, a date or a time."""
+        try:
+            for values in self.columns.values():
+                if not is_text(values):
+                    json.dumps(values)
+        except TypeError:
+            return False
+        return True
+
+    def rows(self) -> list[dict[str, Value]]:
         """The same rows as mappings, for requests that carry a few rows inline; None where a value is bad."""
-        rows: list[dict[str, str | None]] = [
-            dict(zip(self.columns, texts, strict=True)) for texts in zip(*self.columns.values(), strict=True)
+        return self._mappings(self.columns)
+
+    def texts(self) -> list[dict[str, str | None]]:
+        """The same rows as templates show them: a text for each value; None where it is bad."""
+        return self._mappings(
+            {n: v if is_text(v) else list(map(plain_text, v)) for n, v in self.columns.items()}
+        )
+
+    def _mappings(self, columns: Mapping[str, Sequence[Any]]) -> list[dict[str, Any]]:
+        rows: list[dict[str, Any]] = [
+            dict(zip(columns, values, strict=True)) for values in zip(*columns.values(), strict=True)
         ]
         for offset in self.bad:
             rows[offset] = dict.fromkeys(self.columns)
@@ -112,8 +130,8 @@ class Survey:
 
     rows: int
     text_bytes: int
-    #: Rows drawn evenly from the whole, always the same ones for the same source; None where a value is bad. Rows
-    #: without a good value are left out.
+    #: Rows drawn evenly from the whole, always the same ones for the same source, as their texts; None where a value is
+    #: bad. Rows without a good value are left out.
     sample: tuple[dict[str, str | None], ...]
 
 
@@ -125,9 +143,10 @@ def cut(
     A field of ``dialogues`` holds a list of ``{"role": …, "content": …}``, or the JSON of one: it becomes JSON of
     those two keys. A row that is such a list is taken for the field ``messages``.
 
-    A row is bad in a field where that holds no text: it is missing, its value is not a string, or has a NUL or a lone
-    surrogate, or makes the row longer than 256 KiB. It is bad as a whole where it is no row: a line that is not JSON,
-    or has another number of fields. With ``bad_rows="refuse"`` the first bad row ends the parts, and InvalidJob lists
+    A row is bad in a field where that holds no value (motet.protocol.values): it is missing, NaN, an int beyond 64
+    bits, bytes, an object of another kind, nested too deep, a text with a NUL or a lone surrogate, or makes the row
+    longer than 256 KiB. It is bad as a whole where it is no row: a line that is not JSON, or has another number of
+    fields. With ``bad_rows="refuse"`` the first bad row ends the parts, and InvalidJob lists
     up to 20 of them with row and line; with ``"error"`` it is sent as a mark, so that the cells of the tasks that read
     the field (of all tasks, where it is no row) become errors and all other rows keep their index.
 
@@ -138,16 +157,16 @@ def cut(
     problems: list[Problem] = []
     first_bad = 0
     part = _Filling(fields)
-    with closing(_told_with(problems, read(source, partial(_check_names, fields=fields)))) as rows:
+    with closing(_told_with(problems, read(source, partial(_check_names, fields=fields), gaps=True))) as rows:
         for index, (row, line) in enumerate(rows):
-            texts, size, faults = _texts(row, fields, dialogues)
+            values, size, faults = _values(row, fields, dialogues)
             if faults and bad_rows == "refuse":
                 first_bad = first_bad if problems else index
                 problems += [fault.at(index, line) for fault in faults.values()]
             elif not problems:
                 if part.is_full(size):
                     yield part.close()
-                part.add(texts, size, faults)
+                part.add(values, size, faults)
             if problems and (len(problems) >= MAX_PROBLEMS or index - first_bad >= _LOOK_ON_ROWS):
                 break
     if problems:
@@ -174,7 +193,7 @@ def survey(
     for part in cut(source, fields, dialogues=dialogues, bad_rows=bad_rows):
         total += len(part)
         text_bytes += part.text_bytes
-        for row in part.rows():
+        for row in part.texts():
             if all(text is None for text in row.values()):
                 continue
             seen += 1
@@ -192,7 +211,7 @@ def records(source: Source) -> Iterator[tuple[Any, int | None]]:
     """
     with closing(read(source, all_columns)) as rows:
         for index, (row, line) in enumerate(rows):
-            if isinstance(row, Ambiguous):
+            if isinstance(row, Doubled):
                 row = Fault("", "an object in which a key stands twice", "each key once", "")
             if isinstance(row, Fault):
                 raise InvalidJob(replace(row, remedy="mend the row").at(index, line))
@@ -227,7 +246,7 @@ class _Filling:
         self._start()
 
     def _start(self) -> None:
-        self.columns: list[list[str]] = [[] for _ in self.fields]
+        self.columns: list[list[Value]] = [[] for _ in self.fields]
         self.bad: dict[int, tuple[str, str]] = {}
         self.bad_fields: dict[str, dict[int, tuple[str, str]]] = {}
         self.rows = 0
@@ -250,12 +269,12 @@ class _Filling:
         self._start_block()
         return False
 
-    def add(self, texts: Sequence[str], size: int, faults: _Faults) -> None:
+    def add(self, values: Sequence[Value], size: int, faults: _Faults) -> None:
         for name, fault in faults.items():
             marks = self.bad_fields.setdefault(name, {}) if name else self.bad
             marks[self.rows] = ("bad_row", str(fault))
-        for column, text in zip(self.columns, texts, strict=True):
-            column.append(text)
+        for column, value in zip(self.columns, values, strict=True):
+            column.append(value)
         self.rows += 1
         self.bytes += size
 
@@ -283,8 +302,10 @@ _Faults: TypeAlias = "Mapping[str, Fault]"
 _NONE: _Faults = {}
 
 
-def _texts(row: object, fields: Sequence[str], dialogues: Collection[str]) -> tuple[list[str], int, _Faults]:
-    """The texts of the fields, "" where there is none, their size in UTF-8 bytes, and what is wrong."""
+def _values(
+    row: object, fields: Sequence[str], dialogues: Collection[str]
+) -> tuple[list[Value], int, _Faults]:
+    """The values of the fields, "" where there is none, the UTF-8 bytes of their texts, and what is wrong."""
     if isinstance(row, str):
         row = {"text": row}
     elif isinstance(row, list | tuple) and "messages" in dialogues:
@@ -292,51 +313,44 @@ def _texts(row: object, fields: Sequence[str], dialogues: Collection[str]) -> tu
     elif isinstance(row, Fault):
         return [""] * len(fields), 0, {"": row}
     elif type(row) is not dict and not isinstance(row, Mapping):  # the first look is the cheap one
-        fault = Fault("", kind_of(row), "text, or a mapping of field to text", SKIP)
+        fault = Fault("", kind_of(row), "text, or a mapping of field to value", SKIP)
         return [""] * len(fields), 0, {"": fault}
-    texts: list[str] = []
+    values: list[Value] = []
     size = 0
     faults: dict[str, Fault] | None = None
-    ambiguous = isinstance(row, Ambiguous)
+    doubled = isinstance(row, Doubled)
     for name in fields:
         value = row.get(name)
-        if type(value) is not str or ambiguous or name in dialogues:
+        if type(value) is str and not doubled and name not in dialogues:
+            text = value
+        else:
             value = _value(name, row, dialogues)
-        if isinstance(value, str):
-            try:
-                more = len(value) if value.isascii() else len(value.encode())
-                if "\0" in value:
-                    value = Fault(
-                        name,
-                        "a NUL character",
-                        "text without NUL",
-                        f"remove the NUL characters (bytes of value 0), {OR_ERROR}",
-                    )
-            except UnicodeEncodeError:
-                value = Fault(
-                    name,
-                    "a lone surrogate",
-                    "text that UTF-8 can hold",
-                    f"save the source as UTF-8, {OR_ERROR}",
-                )
+            text = "" if isinstance(value, Fault) else plain_text(value)
+        try:
+            more = len(text) if text.isascii() else len(text.encode())
+            is_broken = "\0" in text
+        except UnicodeEncodeError:
+            is_broken = True
+        if is_broken:
+            value = _clean(name, text)
         if isinstance(value, Fault):
             faults = faults or {}
             faults[name] = value
-            texts.append("")
+            values.append("")
         else:
-            texts.append(value)
+            values.append(value)
             size += more
     if size > MAX_ROW_BYTES:
         faults = faults or {}
-        size = _leave_out_the_longest(fields, texts, size, faults)
-    return texts, size, faults or _NONE
+        size = _leave_out_the_longest(fields, values, size, faults)
+    return values, size, faults or _NONE
 
 
 def _leave_out_the_longest(
-    fields: Sequence[str], texts: list[str], size: int, faults: dict[str, Fault]
+    fields: Sequence[str], values: list[Value], size: int, faults: dict[str, Fault]
 ) -> int:
-    """Take the longest texts out of a row that is too long, until it is not; its size then."""
-    sizes = [len(text.encode()) for text in texts]
+    """Take the longest values out of a row that is too long, until it is not; its size then."""
+    sizes = byte_lengths(values)
     while size > MAX_ROW_BYTES:
         place = max(range(len(sizes)), key=sizes.__getitem__)
         mine, name = sizes[place], fields[place]
@@ -344,33 +358,41 @@ def _leave_out_the_longest(
         faults[name] = Fault(
             name, got, f"at most {MAX_ROW_BYTES:,} bytes a row", f"split the text, {OR_ERROR}"
         )
-        texts[place] = ""
+        values[place] = ""
         size -= mine
         sizes[place] = 0
     return size
 
 
-def _value(name: str, row: Mapping[str, Any], dialogues: Collection[str]) -> str | Fault:
-    """The text of a field that is no plain one."""
+def _value(name: str, row: Mapping[str, Any], dialogues: Collection[str]) -> Value | Fault:
+    """The value of a field that is no plain text."""
     value = row.get(name)
-    if isinstance(row, Ambiguous) and name in row.doubled:
+    if isinstance(row, Doubled) and name in row.doubled:
         return Fault(name, "the same key twice", "an object whose keys stand there once", SKIP)
     if isinstance(value, Fault):
-        return value
-    if name in dialogues and (_is_list(value) or isinstance(value, str)):
-        return _dialogue(name, value)
-    if isinstance(value, str):
         return value
     if value is None and name not in row:
         has = ", ".join(short(key) for key in list(row)[:8]) or "no fields at all"
         return Fault(
             name,
             "no such field",
-            f"text (the row has {has})",
+            f"a value (the row has {has})",
             f"name a field that rows have, or another task, {OR_ERROR}",
         )
-    what = "a list of messages" if name in dialogues else "text"
+    if name not in dialogues:
+        return _clean(name, value)
+    if _is_list(value) or isinstance(value, str):
+        return _dialogue(name, value)
+    what = "a list of messages"
     return Fault(name, kind_of(value), what, f"make it {what} or leave the row out, {OR_ERROR}")
+
+
+def _clean(name: str, value: object) -> Value | Fault:
+    try:
+        return clean(value)
+    except NoValue as no:
+        remedy = no.remedy or "make it text or leave the row out"
+        return Fault(name, no.got, no.expected, f"{remedy}, {OR_ERROR}")
 
 
 def _is_list(value: object) -> bool:
@@ -391,7 +413,7 @@ def _dialogue(name: str, messages: Any) -> str | Fault:
     for number, message in enumerate(messages):
         role, content = (
             (message.get("role"), message.get("content"))
-            if isinstance(message, Mapping) and not isinstance(message, Ambiguous)
+            if isinstance(message, Mapping) and not isinstance(message, Doubled)
             else (None, None)
         )
         if role not in _ROLES or not isinstance(content, str) or "\0" in content:

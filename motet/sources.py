@@ -25,6 +25,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 from motet.errors import InvalidJob, Problem, SetupError
+from motet.protocol.values import EXPECTED, Doubled
 from motet.tasks import short
 
 if TYPE_CHECKING:
@@ -75,17 +76,11 @@ class Fault:
         return "".join(c if c.isprintable() else "\N{REPLACEMENT CHARACTER}" for c in words[:400])
 
 
-class Ambiguous(dict[str, Any]):
-    """An object of JSON in which some keys stand twice; the last value of each is kept."""
-
-    def __init__(self, pairs: Sequence[tuple[str, Any]]) -> None:
-        super().__init__(pairs)
-        #: The keys that stand twice.
-        self.doubled = frozenset(key for key, n in Counter(key for key, _ in pairs).items() if n > 1)
-
-
-def read(source: Source, choose: ChooseColumns) -> Rows:
+def read(source: Source, choose: ChooseColumns, *, gaps: bool = False) -> Rows:
     """Every row of a source. ``choose`` is asked once where the source is a table, and may refuse its columns.
+
+    ``gaps``: a NaN of a DataFrame is read as the null that pandas writes so, and a column of floats that are whole but
+    for gaps as the ints that pandas made floats of.
 
     A file must stay as it is while it is read: one that grows or shrinks is refused. Raises InvalidJob for what cannot
     be read at all or to its end, SetupError where a package is missing; what an iterable raises is passed on.
@@ -93,7 +88,7 @@ def read(source: Source, choose: ChooseColumns) -> Rows:
     if isinstance(source, str | os.PathLike):
         yield from _read_path(Path(source), choose)
     elif (pandas := sys.modules.get("pandas")) is not None and isinstance(source, pandas.DataFrame):
-        yield from _read_frame(source, choose)
+        yield from _read_frame(source, choose, gaps)
     elif pandas is not None and isinstance(source, pandas.Series):
         # It offers an Arrow stream too, but one of values, not of rows.
         yield from ((value, None) for value in source.tolist())
@@ -118,15 +113,6 @@ def all_columns(names: Sequence[str]) -> Sequence[str]:
             f"{names.count(doubled)} columns named {short(doubled)}", "a name for each", "rename one of them"
         )
     return [name for name in names if name or names.count(name) == 1]
-
-
-def kind_of(value: object) -> str:
-    """What a value is, in words, and never the value: it may be as private as a text."""
-    if value is None:
-        return "null (None)"
-    if isinstance(value, float) and math.isnan(value):
-        return "NaN"
-    return f"a value of type {short(type(value).__name__)}"
 
 
 # -- files
@@ -240,7 +226,7 @@ def _text(line: bytes | Fault) -> str | Fault:
 
 def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     whole = dict(pairs)
-    return whole if len(whole) == len(pairs) else Ambiguous(pairs)
+    return whole if len(whole) == len(pairs) else Doubled(pairs)
 
 
 parse_json = json.JSONDecoder(object_pairs_hook=_object).decode
@@ -424,13 +410,32 @@ def _line_end(file: _Bytes, delimiter: str) -> str:
 # -- tables
 
 
-def _read_frame(frame: Any, choose: ChooseColumns) -> Rows:
+def _read_frame(frame: Any, choose: ChooseColumns, gaps: bool) -> Rows:
     fields = choose([name for name in frame.columns if isinstance(name, str)])
+    ints = {name for name in fields if gaps and _were_ints(frame[name])}
     for lo in range(0, len(frame), _BATCH_ROWS):
         window = frame.iloc[lo : lo + _BATCH_ROWS]
         columns = [window[name].tolist() for name in fields]
+        if gaps:
+            columns = [
+                [_without_gap(value, name in ints) if type(value) is float else value for value in column]
+                for name, column in zip(fields, columns, strict=True)
+            ]
         for values in zip(*columns, strict=True):
             yield dict(zip(fields, values, strict=True)), None
+
+
+def _were_ints(column: Any) -> bool:
+    """A column of floats that has gaps, and whose other values are whole: ints, before pandas met the gaps."""
+    if column.dtype.kind != "f":
+        return False
+    there = column.dropna()
+    # Beyond 2^53 a float has no place for one more: nobody knows which int it was.
+    return len(there) < len(column) and bool((there % 1 == 0).all() and (there.abs() <= 2**53).all())
+
+
+def _without_gap(value: float, is_int: bool) -> float | int | None:
+    return None if math.isnan(value) else int(value) if is_int else value
 
 
 def _read_parquet(name: str, file: io.BufferedReader[_SteadyFile], choose: ChooseColumns) -> Rows:
@@ -487,7 +492,7 @@ def _value(name: str, value: Any) -> Any:
     except UnicodeDecodeError:
         return Fault(name, "bytes that are not UTF-8", "UTF-8", f"mend the value, {OR_ERROR}")
     except (ValueError, OverflowError):
-        return Fault(name, f"a value of type {value.type}", "text", f"make it text, {OR_ERROR}")
+        return Fault(name, f"a value of type {value.type}", EXPECTED, f"make it text, {OR_ERROR}")
 
 
 def _arrow() -> Any:

@@ -13,6 +13,7 @@ from dataclasses import MISSING, dataclass, field, fields
 from typing import Any, ClassVar, Literal
 
 from motet.errors import InvalidJob, Problem
+from motet.protocol.values import Value, plain_text
 
 #: A placeholder in a template: ``{field}``. Only names are replaced: no attributes, no formats, no code.
 _PLACEHOLDER = re.compile(r"\{([^{}]*)\}")
@@ -239,16 +240,26 @@ def uses(template: str) -> list[str]:
     return _PLACEHOLDER.findall(template.replace("{{", "").replace("}}", ""))
 
 
-def render(template: str, row: Mapping[str, str]) -> str:
+def sole_field(template: str) -> str | None:
+    """The field that is the whole of a template: its values may go without a text. None where there is more."""
+    whole = _PLACEHOLDER.fullmatch(template)
+    return whole[1] if whole else None
+
+
+def render(template: str, row: Mapping[str, Value]) -> str:
     """Fill a template by named replacement only. Raises KeyError for a field that the row lacks.
 
     A row's text is data: braces inside it are never looked at again.
     """
     if template == "{text}":
-        return row["text"]
+        return plain_text(row["text"])
     parts = re.split(r"(\{\{|\}\}|\{[^{}]*\})", template)
     return "".join(
-        p[0] if p in ("{{", "}}") else row[p[1:-1]] if len(p) > 1 and p[0] == "{" and p[-1] == "}" else p
+        p[0]
+        if p in ("{{", "}}")
+        else plain_text(row[p[1:-1]])
+        if len(p) > 1 and p[0] == "{" and p[-1] == "}"
+        else p
         for p in parts
     )
 

@@ -16,6 +16,7 @@ from typing import Any
 from motet.errors import MotetError
 from motet.http import BodyRefused, Http, json_of
 from motet.progress import Bar
+from motet.protocol.values import byte_lengths
 from motet.rows import BLOCK_BYTES, BLOCK_ROWS, Part
 
 #: How often somebody who waits for a part looks whether it was refused.
@@ -137,14 +138,14 @@ def rows_of(part: Part, lo: int, hi: int) -> Part:
     """Rows [lo, hi) of a part, as a part."""
     if (lo, hi) == (0, len(part)):
         return part
-    columns = {name: texts[lo:hi] for name, texts in part.columns.items()}
+    columns = {name: values[lo:hi] for name, values in part.columns.items()}
     return Part(
         number=part.number,
         first_row=part.first_row + lo,
         columns=columns,
         bad=_within(part.bad, lo, hi),
         bad_fields={name: here for name, bad in part.bad_fields.items() if (here := _within(bad, lo, hi))},
-        text_bytes=sum(len(text.encode()) for texts in columns.values() for text in texts),
+        text_bytes=sum(sum(byte_lengths(values)) for values in columns.values()),
     )
 
 
@@ -156,7 +157,7 @@ def _middle(part: Part) -> int:
 
 def _block_ends(part: Part) -> list[int]:
     """The offset behind each block of a part, as the server cuts them (scheduler.blocks)."""
-    sizes = [sum(len(text.encode()) for text in texts) for texts in zip(*part.columns.values(), strict=True)]
+    sizes = list(map(sum, zip(*map(byte_lengths, part.columns.values()), strict=True)))
     ends: list[int] = []
     first = held = 0
     for offset, size in enumerate(sizes):

@@ -8,9 +8,10 @@ import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 
+from motet.protocol.envelope import BadMessage, unfolded_bytes
 from motet.protocol.settings import Settings
 from motet.protocol.transport import Entry, SchedulerTransport, TransportLost
-from motet.protocol.wire import BadMessage, Outcome, Usage, unfolded_bytes
+from motet.protocol.wire import Outcome, Usage
 from scheduler.identity import is_gone, own_name
 from scheduler.pulse import pulse
 from scheduler.store.database import Database, StoreUnavailable

@@ -1,20 +1,30 @@
 """Blocks: a part of rows is cut, ordered by length, encoded, and given its reuse keys. Pure.
 
-A block is the unit of storage, sealing and reuse. What is stored of one: the texts (``payload``), the order in
-which work is done on its rows, and the UTF-8 length of every field, so that nothing needs the texts to carve.
+A block is the unit of storage, sealing and reuse. What is stored of one: the values (``payload``), the order in
+which work is done on its rows, and the UTF-8 length of every field's text, so that nothing needs the values to carve.
 """
 
 from __future__ import annotations
 
 import hashlib
+import hmac
 import struct
 import sys
 from array import array
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
-from motet.protocol.wire import bytes_read, pack, unpack
+from motet.protocol.envelope import BadMessage, packed_plain, unwrap, wrap
+from motet.protocol.values import (
+    COLUMN_TYPES,
+    Value,
+    byte_lengths,
+    column_type,
+    is_text,
+    plain_text,
+)
+from motet.protocol.wire import bytes_read
 
 #: Offset of a row -> (error class, message) of cells. A message never holds a user's text.
 Bad = Mapping[int, tuple[str, str]]
@@ -24,10 +34,10 @@ BadFields = Mapping[str, Bad]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class IncomingPart:
-    """Rows as they came in, already checked: the same number of texts in every column."""
+    """Rows as they came in, already checked: the same number of values in every column."""
 
-    #: Field -> a text per row, "" where the row or its value is bad. Only fields that some task reads.
-    columns: Mapping[str, Sequence[str]]
+    #: Field -> a value per row, "" where the row or its value is bad. Only fields that some task reads.
+    columns: Mapping[str, Sequence[Value]]
     #: Rows that are none: error cells of every task.
     bad: Bad = field(default_factory=dict)
     bad_fields: BadFields = field(default_factory=dict)
@@ -107,13 +117,17 @@ def askable(order: Sequence[int], absents: Sequence[Collection[int]]) -> list[in
 
 
 def blocks_of(
-    part: IncomingPart, readers: Sequence[Reader], *, block_rows: int, block_bytes: int
+    part: IncomingPart, readers: Sequence[Reader], *, secret: bytes, block_rows: int, block_bytes: int
 ) -> tuple[EncodedBlock, ...]:
-    """Cut a part into blocks and encode them. The same part gives the same blocks, wherever it stands in a job."""
-    lengths = {name: _byte_lengths(texts) for name, texts in part.columns.items()}
+    """Cut a part into blocks and encode them. The same part gives the same blocks, wherever it stands in a job.
+
+    ``secret``: of the tenant, for its reuse keys.
+    """
+    lengths = {name: byte_lengths(values) for name, values in part.columns.items()}
     totals = list(map(sum, zip(*lengths.values(), strict=True)))
     return tuple(
-        _encode(part, lengths, totals, lo, hi, readers) for lo, hi in cut(totals, block_rows, block_bytes)
+        _encode(part, lengths, totals, lo, hi, readers, secret)
+        for lo, hi in cut(totals, block_rows, block_bytes)
     )
 
 
@@ -136,8 +150,9 @@ def _encode(
     lo: int,
     hi: int,
     readers: Sequence[Reader],
+    secret: bytes,
 ) -> EncodedBlock:
-    columns = {name: list(texts[lo:hi]) for name, texts in part.columns.items()}
+    columns = {name: list(values[lo:hi]) for name, values in part.columns.items()}
     packed = {name: uint32_bytes(lengths[name][lo:hi]) for name in columns}
     bad = _between(part.bad, lo, hi)
     bad_fields = {name: here for name, of in part.bad_fields.items() if (here := _between(of, lo, hi))}
@@ -157,10 +172,10 @@ def _encode(
         text_bytes=sum(sizes),
         row_order=uint32_bytes(order),
         lengths=b"".join(packed.values()),
-        payload=pack({"columns": columns}),
+        payload=_encode_columns(columns),
         bad=bad,
         bad_fields=bad_fields,
-        keys=_keys(readers, digests),
+        keys=tuple(k if k is None else keyed(secret, k) for k in _keys(readers, digests)),
     )
 
 
@@ -184,10 +199,40 @@ def _keys(readers: Sequence[Reader], digests: Mapping[tuple[str, ...], bytes]) -
     return tuple(key(number) for number in range(len(readers)))
 
 
-def decode_block(payload: bytes) -> dict[str, list[str]]:
-    """Field -> texts by offset in the block. Raises motet.protocol.wire.BadMessage where the bytes are no payload."""
-    columns: dict[str, list[str]] = unpack(payload)["columns"]
-    return columns
+def keyed(secret: bytes, digest: bytes) -> bytes:
+    """A digest of content as it is stored: without the tenant's secret nobody can try which text it belongs to."""
+    return hmac.digest(secret, digest, "sha256")
+
+
+@dataclass(frozen=True, slots=True)
+class StoredColumns:
+    """The columns of a block, by offset in it."""
+
+    values: Mapping[str, Sequence[Value]]
+    #: Type of each column that is not text alone: one of motet.protocol.values.COLUMN_TYPES.
+    types: Mapping[str, str]
+
+    def texts(self) -> dict[str, Sequence[Any]]:
+        """Each value as its text."""
+        return {n: list(map(plain_text, v)) if n in self.types else v for n, v in self.values.items()}
+
+
+#: Format of a block's payload, told where it is not 1: in that one, every column is text.
+_FORMAT = 2
+
+
+def _encode_columns(columns: Mapping[str, Sequence[Value]]) -> bytes:
+    types = {name: column_type(values) for name, values in columns.items() if not is_text(values)}
+    return wrap({"columns": columns, "v": _FORMAT, "types": types} if types else {"columns": columns})
+
+
+def decode_block(payload: bytes) -> StoredColumns:
+    """Raises motet.protocol.envelope.BadMessage where the bytes are no payload."""
+    told = unwrap(payload)
+    types = told.get("types", {})
+    if told.get("v", 1) > _FORMAT or not COLUMN_TYPES.issuperset(types.values()):
+        raise BadMessage("a block of a newer format")
+    return StoredColumns(told["columns"], types)
 
 
 def row_order(raw: bytes) -> array[int]:
@@ -217,27 +262,38 @@ def uint32s(raw: bytes) -> array[int]:
     return numbers
 
 
-def fields_digest(columns: Mapping[str, Sequence[str]], bad: Bad, reads: Sequence[str]) -> bytes:
-    """Sha256 of what a template that reads these fields can see of a block, and of why it sees nothing (``absent``).
+def fields_digest(columns: Mapping[str, Sequence[Value]], bad: Bad, reads: Sequence[str]) -> bytes:
+    """Sha256 of what a task that reads these fields can see of a block, and of why it sees nothing (``absent``).
 
-    Every text is preceded by its length, so that no two blocks spell the same bytes.
+    Every text is preceded by its length, so that no two blocks spell the same bytes. A column that is not text alone
+    is marked, and digested as types and values: 1, 1.0, "1" and true differ.
     """
-    packed = {name: uint32_bytes(_byte_lengths(columns[name])) for name in reads}
+    packed = {name: uint32_bytes(byte_lengths(columns[name])) for name in reads}
     return _fields_digest(columns, packed, bad, reads)
 
 
+#: Marks the length of a field's name in a digest where typed values follow, not texts.
+_TYPED = 1 << 31
+
+
 def _fields_digest(
-    columns: Mapping[str, Sequence[str]], packed: Mapping[str, bytes], bad: Bad, reads: Sequence[str]
+    columns: Mapping[str, Sequence[Any]], packed: Mapping[str, bytes], bad: Bad, reads: Sequence[str]
 ) -> bytes:
     """As ``fields_digest``, where the byte lengths are known and packed already."""
     seen = hashlib.sha256(b"motet block 1\0")
     for name in sorted(reads):
-        texts = columns[name]
+        values = columns[name]
         raw = name.encode()
-        seen.update(struct.pack("<II", len(raw), len(texts)))
-        seen.update(raw)
-        seen.update(packed[name])
-        seen.update("".join(texts).encode())
+        if is_text(values):
+            seen.update(struct.pack("<II", len(raw), len(values)))
+            seen.update(raw)
+            seen.update(packed[name])
+            seen.update("".join(values).encode())
+        else:
+            typed = packed_plain(values)
+            seen.update(struct.pack("<II", len(raw) | _TYPED, len(typed)))
+            seen.update(raw)
+            seen.update(typed)
     for offset in sorted(bad):
         for word in bad[offset]:
             raw = word.encode()
@@ -265,11 +321,6 @@ def task_bits(numbers: Sequence[int]) -> int:
     """
     mask = sum(1 << n for n in set(numbers))
     return mask - (1 << 64) if mask >> 63 else mask
-
-
-def _byte_lengths(texts: Sequence[str]) -> list[int]:
-    # Most texts are ASCII, which each knows of itself: nothing is encoded to count its bytes.
-    return [len(text) if text.isascii() else len(text.encode()) for text in texts]
 
 
 def uint32_bytes(numbers: Sequence[int]) -> bytes:

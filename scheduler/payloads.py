@@ -8,8 +8,9 @@ from dataclasses import dataclass
 from typing import Any, Literal, TypeVar
 
 from motet.protocol.manifest import Manifest
+from motet.protocol.values import Value
 from motet.protocol.wire import Assignment, TaskOrder
-from motet.tasks import KINDS, placeholders, render
+from motet.tasks import KINDS, placeholders, render, sole_field
 from scheduler.answers import as_texts
 from scheduler.blocks import decode_block, row_order
 from scheduler.policy.fairness import INTERACTIVE
@@ -78,8 +79,10 @@ class Payloads:
             with self.database.transaction() as connection:
                 found = payload_rows.block_texts(connection, missing)
             for where, (payload, order, first_row, partly_bad) in found.items():
+                stored = decode_block(payload)
+                typed = {name: stored.values[name] for name in stored.types}
                 self._blocks[where] = _Block(
-                    decode_block(payload), row_order(order), first_row, partly_bad, len(payload) * 4
+                    stored.texts(), typed, row_order(order), first_row, partly_bad, len(payload) * 4
                 )
         return _lately(self._blocks, wanted)
 
@@ -136,6 +139,10 @@ def _assignment(
     texts: list[str] = []
     fields: dict[str, list[str]] = {name: [] for name in also}
     indices: list[int] = []
+    # A function whose whole input is one field of the row is given its values; another task's answer is text.
+    sole = sole_field(p.input) if tasks and all(t.spec["kind"] == "function" for t in tasks) else None
+    values: list[Value] = []
+    is_typed = False
     for r in leased.carved.ranges:
         block = blocks[leased.job, r.block]
         columns, order = block.columns, block.order
@@ -145,8 +152,13 @@ def _assignment(
                 return None
             # The answer of a task hides a field of its name.
             columns = {**columns, **answers.texts}
+            sole = None if sole in answers.texts else sole
             order = block.order if answers.order is None else answers.order
         rows = order[r.lo : r.hi]
+        if sole is not None:
+            is_typed = is_typed or sole in block.typed
+            column = block.typed.get(sole, columns[sole])
+            values += (column[i] for i in rows)
         texts += (render(p.input, {f: column[i] for f, column in columns.items()}) for i in rows)
         for name, of_rows in fields.items():
             of_rows += (columns[name][i] for i in rows)
@@ -164,6 +176,7 @@ def _assignment(
         max_tokens=p.max_tokens,
         tasks=tasks,
         texts=tuple(texts),
+        values=tuple(values) if is_typed else (),
         fields={name: tuple(of_rows) for name, of_rows in fields.items()},
         indices=tuple(indices),
         exclusive=leased.carved.exclusive,
@@ -206,7 +219,10 @@ def _read_pass(row: Any, tasks: Sequence[Any]) -> _Pass:
 class _Block:
     """One block, decoded."""
 
+    #: Field -> texts, by offset in the block.
     columns: Mapping[str, Sequence[str]]
+    #: Of the fields that are not text alone, the values themselves.
+    typed: Mapping[str, Sequence[Value]]
     order: Sequence[int]
     first_row: int
     #: Some values of it came in broken: a pass may have to leave out rows that others do not.

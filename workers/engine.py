@@ -15,6 +15,7 @@ from typing import Any, Protocol, runtime_checkable
 
 from motet.protocol.columns import CellError, Column
 from motet.protocol.manifest import Manifest
+from motet.protocol.values import Value
 from motet.protocol.wire import TaskOrder
 
 
@@ -64,6 +65,8 @@ class Pass:
     lease: str = ""
     #: What is written is told step by step (`Delta`).
     deltas: bool = False
+    #: What the texts stand for, where they are more than texts and a function reads them; see ``Assignment``.
+    values: Sequence[Value] = ()
 
 
 #: What one task of a row consumed: tokens of its prompt, of them not computed for it, tokens written, device seconds.

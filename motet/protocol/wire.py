@@ -1,13 +1,12 @@
 """The messages that cross a process border. Frozen, versioned; ids and counts in Celery, the rest beside it.
 
-Payloads (`Assignment`) and outcomes are msgpack under zstd. Reading checks form and raises `BadMessage`; a
+Payloads (`Assignment`) and outcomes travel in envelopes. Reading checks form and raises `BadMessage`; a
 reader drops and counts such a message, it never guesses.
 """
 
 from __future__ import annotations
 
 import math
-import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -16,35 +15,16 @@ from typing import Any, Literal
 import msgpack
 
 from motet.protocol.columns import Column, Kind, storable, typed
+from motet.protocol.envelope import BadMessage, unwrap, wrap
 from motet.protocol.manifest import Manifest, column_kind
-
-if sys.version_info >= (3, 14):
-    from compression import zstd
-else:
-    from backports import zstd
+from motet.protocol.values import Value, plain_text
 
 #: Major of the protocol: a worker of another major gets no work. It grows when a message changes its meaning, or
 #: loses or gains a field that a reader cannot do without. Anything else is a minor change and needs no number:
 #: a reader passes over fields that it does not know, and takes the default of those that are not there.
-PROTOCOL = 1
-#: Payloads that unfold to more are refused: a guard against bombs, above any real sub-task, for 8,192 vectors of
-#: 4,096 numbers are 128 MiB. A reader needs twice as much while it reads one.
-MAX_DECODED_BYTES = 256 << 20
+PROTOCOL = 2
 #: The header in which a worker names the lease that it works under: ``<subtask>.<attempt>.<nonce>``.
 LEASE_HEADER = "Motet-Lease"
-#: Entries that one list or map of a message may claim: more than the rows of any sub-task.
-_MOST_ENTRIES = 1 << 20
-
-
-class BadMessage(Exception):
-    """A message that is not what its sender should have sent: torn, forged or of another version."""
-
-
-#: A bit that turned on the way would else be read as another text, or as another answer.
-_PACKED: Mapping[int, int] = {
-    zstd.CompressionParameter.compression_level: 1,
-    zstd.CompressionParameter.checksum_flag: 1,
-}
 
 
 def by_reason(marks: Mapping[int, tuple[str, str]]) -> list[list[Any]]:
@@ -60,40 +40,6 @@ def by_offset(reasons: Iterable[Sequence[Any]]) -> dict[int, tuple[str, str]]:
     return {
         int(offset): (str(error), str(message)) for error, message, offsets in reasons for offset in offsets
     }
-
-
-def pack(value: object) -> bytes:
-    """Msgpack under zstd (level 1: faster than the network, a third of the size), with a checksum of the whole."""
-    return zstd.compress(msgpack.packb(value, use_bin_type=True), options=_PACKED)
-
-
-def unpack(raw: bytes) -> Any:
-    """The opposite of ``pack``. Raises BadMessage, never anything else."""
-    try:
-        size = zstd.get_frame_info(raw).decompressed_size
-        if size is None or size > MAX_DECODED_BYTES:
-            raise BadMessage(f"payload claims {size} bytes")
-        whole = zstd.ZstdDecompressor()
-        plain = whole.decompress(raw, size)
-        if not whole.eof:
-            # All of it may be there but its checksum.
-            raise BadMessage("payload is cut off")
-        return msgpack.unpackb(
-            plain, strict_map_key=False, max_array_len=_MOST_ENTRIES, max_map_len=_MOST_ENTRIES
-        )
-    except BadMessage:
-        raise
-    except Exception as error:  # noqa: BLE001 - any stranger's bytes: every decoder error means the same thing
-        raise BadMessage(f"cannot decode {len(raw)} bytes: {type(error).__name__}") from None
-
-
-def unfolded_bytes(raw: bytes) -> int:
-    """What ``unpack`` would unfold these bytes to, by their own word; their length where they say nothing."""
-    try:
-        size = zstd.get_frame_info(raw).decompressed_size
-    except zstd.ZstdError:
-        return len(raw)
-    return len(raw) if size is None or size > MAX_DECODED_BYTES else max(size, len(raw))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -130,6 +76,8 @@ class Assignment:
     tasks: tuple[TaskOrder, ...]
     #: Rendered input of each row, one text per row.
     texts: tuple[str, ...]
+    #: What the texts stand for, where the whole input is one field that is not text alone, and a function reads it.
+    values: tuple[Value, ...] = ()
     #: What other templates of the tasks name (fields of the row, answers of other tasks) -> a text per row.
     fields: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     #: Index in the job of each row; only where a task draws its answers.
@@ -147,7 +95,7 @@ class Assignment:
         return (self.subtask, self.attempt)
 
     def encode(self) -> bytes:
-        return pack(
+        return wrap(
             {
                 "v": PROTOCOL,
                 "subtask": self.subtask,
@@ -163,7 +111,9 @@ class Assignment:
                     {"name": t.name, "spec": dict(t.spec), "manifest": t.manifest.to_json()}
                     for t in self.tasks
                 ],
-                "texts": list(self.texts),
+                # The texts follow from the values.
+                "texts": [] if self.values else list(self.texts),
+                "values": list(self.values),
                 "fields": {name: list(texts) for name, texts in self.fields.items()},
                 "indices": list(self.indices),
                 "exclusive": self.exclusive,
@@ -176,7 +126,7 @@ class Assignment:
     @classmethod
     def decode(cls, raw: bytes) -> Assignment:
         """Raises BadMessage."""
-        wire = unpack(raw)
+        wire = unwrap(raw)
         with _believing():
             _same_version(wire)
             return cls(
@@ -193,7 +143,8 @@ class Assignment:
                     TaskOrder(name=t["name"], spec=t["spec"], manifest=Manifest.from_json(t["manifest"]))
                     for t in wire["tasks"]
                 ),
-                texts=tuple(wire["texts"]),
+                texts=tuple(map(plain_text, wire["values"])) if wire.get("values") else tuple(wire["texts"]),
+                values=tuple(wire.get("values", ())),
                 fields={str(name): tuple(texts) for name, texts in wire.get("fields", {}).items()},
                 indices=tuple(map(int, wire.get("indices", ()))),
                 exclusive=bool(wire.get("exclusive", False)),
@@ -290,7 +241,7 @@ class Outcome:
 
     def encode(self) -> bytes:
         u = self.usage
-        return pack(
+        return wrap(
             {
                 "v": PROTOCOL,
                 "subtask": self.subtask,
@@ -319,7 +270,7 @@ class Outcome:
     @classmethod
     def decode(cls, raw: bytes) -> Outcome:
         """Raises BadMessage."""
-        wire = unpack(raw)
+        wire = unwrap(raw)
         with _believing():
             _same_version(wire)
             if wire["verdict"] not in ("done", "failed"):

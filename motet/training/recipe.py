@@ -15,7 +15,7 @@ from dataclasses import asdict, dataclass, fields
 from typing import Any, Literal
 
 from motet.protocol.columns import little_endian, typed
-from motet.protocol.wire import BadMessage, pack, unpack
+from motet.protocol.envelope import BadMessage, pack, unpack
 
 HeadKind = Literal["single", "multi", "number"]
 Tune = Literal["heads", "lora", "all"]

@@ -12,9 +12,10 @@ from typing import Any, Protocol
 from fastapi import Request
 
 from motet.errors import InvalidJob, Overloaded, Problem
+from motet.protocol.values import Doubled
 from scheduler.api.refusals import TooLarge
 from scheduler.api.resources import MAX_BODIES_BYTES, Resources
-from scheduler.api.strict_json import BrokenJson, Doubled, flaw, loads
+from scheduler.api.strict_json import BrokenJson, flaw, loads
 
 if sys.version_info >= (3, 14):
     from compression import zstd

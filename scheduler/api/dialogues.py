@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 
-from scheduler.api.strict_json import BrokenJson, Doubled, loads, text_flaw
+from motet.protocol.values import Doubled, text_flaw
+from scheduler.api.strict_json import BrokenJson, loads
 
 EXPECTED = 'a list of messages, each {"role": "system", "user" or "assistant", "content": text}'
 _ROLES = frozenset({"system", "user", "assistant"})

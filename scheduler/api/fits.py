@@ -12,7 +12,8 @@ from starlette.concurrency import run_in_threadpool
 from starlette.responses import JSONResponse
 
 from motet.errors import InvalidJob, NotFound, Problem
-from motet.protocol.wire import LEASE_HEADER, pack
+from motet.protocol.envelope import pack
+from motet.protocol.wire import LEASE_HEADER
 from motet.tasks import render, short
 from scheduler.api import shapes
 from scheduler.api.auth import Caller
@@ -147,7 +148,7 @@ def show_lesson(
         return Response(pack({"end": True}), media_type=_PACKED)
     read: list[str] = []
     if texts:
-        columns = decode_block(found.payload)
+        columns = decode_block(found.payload).texts()
         read = [
             render(found.input, dict(zip(columns, row_, strict=True)))
             for row_ in zip(*columns.values(), strict=True)
@@ -160,7 +161,7 @@ def _taught_by(recipe: tuple[bytes, int] | None) -> str | None:
     if recipe is None:
         return None
     payload, at = recipe
-    [texts] = decode_block(payload).values()
+    [texts] = decode_block(payload).texts().values()
     try:
         told = json.loads(texts[at])
     except ValueError:

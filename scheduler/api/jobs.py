@@ -23,6 +23,7 @@ from starlette.responses import JSONResponse
 from motet.errors import InvalidJob, Problem
 from motet.protocol import traces
 from motet.protocol.transport import TransportLost
+from motet.protocol.values import plain_text
 from motet.tasks import Prompted, Task, placeholders, render, short
 from scheduler.api import shapes
 from scheduler.api.auth import Caller
@@ -39,7 +40,7 @@ from scheduler.api.submissions import (
     plan_submission,
     read_submission,
 )
-from scheduler.blocks import IncomingPart, absent, askable, blocks_of
+from scheduler.blocks import IncomingPart, absent, askable, blocks_of, keyed
 from scheduler.policy.cost import Rates
 from scheduler.policy.needs import fields_read
 from scheduler.policy.plan import PassPlan, Sample, estimate, reads_of
@@ -114,6 +115,7 @@ def _open(use: Resources, tenant: UUID, raw: bytes, key: str | None) -> Response
     asked = read_submission(json_body(raw), max_tasks=use.settings.max_tasks)
     status = 201 if asked.rows is None else 202
     with use.database.transaction() as connection:
+        asked = replace(asked, digest=keyed(landing.secret_of(connection, tenant), asked.digest))
         before = opening.opened_before(connection, tenant, key, asked.digest) if key else None
         if before is not None:
             return JSONResponse(describe(store.job_entry(connection, tenant, before)), status)
@@ -176,7 +178,7 @@ def _plan(use: Resources, asked: Submission, incoming: Incoming | None) -> Plann
     ),
     openapi_extra=shapes.takes(
         None,
-        'Msgpack of `{"columns": {field: [text, …]}, "first_row": i}`, or a row a line.',
+        'Msgpack of `{"columns": {field: [value, …]}, "first_row": i}`, or a row a line.',
         "application/msgpack",
         {"application/x-ndjson": "A JSON object, or a string, per line."},
     ),
@@ -216,7 +218,8 @@ def _put_part(use: Resources, facts: LoadingJob, number: int, kind: str, raw: by
     if facts.bad_rows == "refuse" and (incoming.bad or incoming.bad_fields):
         incoming.refuse_bad_rows(_first_row(use, facts, incoming))
     with traces.span(facts.id, "land", part=number), use.database.transaction() as connection:
-        landed = _land(use, connection, facts, number, hashlib.sha256(raw).digest(), incoming)
+        digest = keyed(facts.secret, hashlib.sha256(raw).digest())
+        landed = _land(use, connection, facts, number, digest, incoming)
     log.debug(
         "part landed",
         extra={"job": facts.id, "part": number, "rows": landed.rows, "bad_rows": landed.bad_rows},
@@ -254,6 +257,7 @@ def _land(
     blocks = blocks_of(
         incoming.part(),
         facts.readers,
+        secret=facts.secret,
         block_rows=use.settings.block_rows,
         block_bytes=use.settings.block_bytes,
     )
@@ -327,7 +331,7 @@ def _dry_run(use: Resources, raw: bytes) -> Response:
     part = incoming.part() if incoming else IncomingPart(columns={name: [] for name in asked.fields})
     unread = {name: absent(part.bad, part.bad_fields, fields_read(name, asked.tasks)) for name in asked.tasks}
     rows = {
-        i: {name: texts[i] for name, texts in part.columns.items()}
+        i: {name: plain_text(values[i]) for name, values in part.columns.items()}
         for i in askable(range(len(part)), list(unread.values()))
     }
     sample = Sample(

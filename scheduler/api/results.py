@@ -19,7 +19,7 @@ from starlette.responses import JSONResponse, StreamingResponse
 
 from motet.errors import NotFound
 from motet.protocol.columns import Column, sized, values
-from motet.protocol.wire import pack
+from motet.protocol.envelope import pack
 from scheduler.api import shapes
 from scheduler.api.auth import Caller
 from scheduler.api.jobs import JobPath, WaitS, describe

@@ -1,9 +1,9 @@
-"""Rows from strangers: the bodies of parts, read into columns of clean text with the bad rows marked. Pure.
+"""Rows from strangers: the bodies of parts, read into columns of clean values with the bad rows marked. Pure.
 
 Three forms give the same: columns in msgpack, rows as JSON lines, rows inline. Bad is a (row, field): what stands
 there, and what should, without a word of the text. Only the tasks that read the field get an error for it; a row that is
-none as a whole, such as broken JSON, is bad for all. A field holds text; where a chat reads it, a list of messages, which
-is stored as JSON.
+none as a whole, such as broken JSON, is bad for all. A field holds a value (motet.protocol.values); where a chat reads
+it, a list of messages, which is stored as JSON.
 """
 
 from __future__ import annotations
@@ -16,15 +16,26 @@ from typing import Any
 import msgpack
 
 from motet.errors import InvalidJob, Problem
+from motet.protocol.envelope import extension
+from motet.protocol.values import (
+    Doubled,
+    Mark,
+    NoValue,
+    Value,
+    clean,
+    is_text,
+    plain_text,
+    text_flaw,
+)
 from motet.tasks import short
 from scheduler.api.dialogues import EXPECTED, NoDialogue, dialogue_text
-from scheduler.api.strict_json import BrokenJson, Doubled, Mark, loads, text_flaw
+from scheduler.api.strict_json import BrokenJson, loads
 from scheduler.blocks import IncomingPart
 
 #: Rows of one part at most: a guard for memory, far above any real part.
 MAX_PART_ROWS = 1 << 20
-#: Lists and maps in one msgpack body at most: empty ones cost a byte to send and sixty to hold.
-_MAX_CONTAINERS = 100_000
+#: Lists and maps in one msgpack body at most, as in JSON: empty ones cost a byte to send and sixty to hold.
+_MAX_CONTAINERS = 1_000_000
 #: A refusal names so many rows.
 MAX_PROBLEMS = 20
 
@@ -61,7 +72,7 @@ class BadRow:
 class Incoming:
     """A part as it was read, good and bad rows together."""
 
-    columns: Mapping[str, Sequence[str]]
+    columns: Mapping[str, Sequence[Value]]
     #: Rows that are none.
     bad: Mapping[int, BadRow] = field(default_factory=dict)
     #: Field -> rows whose value there is none.
@@ -92,7 +103,7 @@ def _as_marks(bad: Mapping[int, BadRow]) -> dict[int, tuple[str, str]]:
 def read_columns(
     raw: bytes, fields: Sequence[str], max_row_bytes: int, dialogues: Collection[str] = ()
 ) -> Incoming:
-    """``{"columns": {field: [text, …]}, "first_row"?: i, "bad"?: …, "bad_fields"?: …}`` in msgpack (docs/http.md).
+    """``{"columns": {field: [value, …]}, "first_row"?: i, "bad"?: …, "bad_fields"?: …}`` in msgpack (docs/http.md).
 
     Raises InvalidJob where the body is not of that form.
     """
@@ -114,6 +125,7 @@ def read_columns(
             max_array_len=MAX_PART_ROWS,
             list_hook=count,
             object_hook=count,
+            ext_hook=_extension,
         )
     except Exception as error:  # noqa: BLE001 - any stranger's bytes: every decoder error means the same thing
         raise _malformed(f"bytes that are no msgpack ({type(error).__name__})") from None
@@ -135,6 +147,13 @@ def read_columns(
             bad_fields[name] = dict.fromkeys(range(n), _missing(name, columns)) | bad_fields[name]
     kept = {name: columns.get(name) or [""] * n for name in fields}
     return _checked(kept, bad, bad_fields, first_row, max_row_bytes, dialogues)
+
+
+def _extension(code: int, raw: bytes) -> Any:
+    try:
+        return extension(code, raw)
+    except ValueError as error:
+        return Mark(str(error))
 
 
 def read_lines(
@@ -196,7 +215,7 @@ def _no_row(row: Any) -> BadRow | None:
     """What is wrong with a row as a whole."""
     if isinstance(row, BadRow):
         return row
-    return None if isinstance(row, dict) else BadRow("", _kind(row), "text, or an object of field to text")
+    return None if isinstance(row, dict) else BadRow("", _kind(row), "text, or an object of field to value")
 
 
 def _checked(
@@ -207,27 +226,30 @@ def _checked(
     max_row_bytes: int,
     dialogues: Collection[str],
 ) -> Incoming:
-    """Check every text. The way of clean rows costs one look at each; only a column with a flaw is searched.
+    """Check every value. Rows of clean text cost one look at each; a column with anything else is searched.
 
     ``bad_fields``: of every field the rows in which it is known to be bad; the others join them here.
     """
-    for name, texts in columns.items():
+    for name, values in columns.items():
         wrong = bad_fields[name]
         for offset in (*bad, *wrong):
-            texts[offset] = ""
+            values[offset] = ""
         if name in dialogues:
-            for i, value in enumerate(texts):
+            for i, value in enumerate(values):
                 if i not in bad and i not in wrong:
                     try:
-                        texts[i] = dialogue_text(value)
+                        values[i] = dialogue_text(value)
                     except NoDialogue as no:
                         wrong[i] = BadRow(name, str(no), EXPECTED)
-                        texts[i] = ""
-        if not _all_clean(texts):
-            for i, value in enumerate(texts):
-                if why := _bad_text(name, value):
-                    wrong[i] = why
-                    texts[i] = ""
+                        values[i] = ""
+        if not _all_clean(values):
+            for i, value in enumerate(values):
+                try:
+                    values[i] = clean(value)
+                except NoValue as no:
+                    mend = no.remedy or "make it text or leave the row out"
+                    wrong[i] = BadRow(name, no.got, no.expected, f"{mend}, {_OR_ERROR}")
+                    values[i] = ""
     _refuse_long(columns, bad_fields, max_row_bytes)
     # A row that is none has no fields that could be bad.
     found = {
@@ -244,18 +266,19 @@ def _checked(
 
 
 def _refuse_long(
-    columns: Mapping[str, list[str]], bad_fields: Mapping[str, dict[int, BadRow]], max_row_bytes: int
+    columns: Mapping[str, list[Any]], bad_fields: Mapping[str, dict[int, BadRow]], max_row_bytes: int
 ) -> None:
-    """Mark the longest texts of rows beyond the limit, until what is left of the row is within it.
+    """Mark the longest values of rows beyond the limit, until what is left of the row is within it.
 
     A character has at most four bytes, so most rows need no counting.
     """
-    if sum(max(map(len, texts)) for texts in columns.values()) * 4 <= max_row_bytes:
+    texts = {name: v if is_text(v) else list(map(plain_text, v)) for name, v in columns.items()}
+    if sum(max(map(len, column)) for column in texts.values()) * 4 <= max_row_bytes:
         return
-    for i in range(len(next(iter(columns.values())))):
-        if sum(len(texts[i]) for texts in columns.values()) * 4 <= max_row_bytes:
+    for i in range(len(next(iter(texts.values())))):
+        if sum(len(column[i]) for column in texts.values()) * 4 <= max_row_bytes:
             continue
-        sizes = {name: len(texts[i].encode()) for name, texts in columns.items()}
+        sizes = {name: len(column[i].encode()) for name, column in texts.items()}
         while (size := sum(sizes.values())) > max_row_bytes:
             longest = max(sizes, key=sizes.__getitem__)
             got = f"{sizes[longest]:,} bytes" + (f" of {size:,} in the row" if size > sizes[longest] else "")
@@ -275,20 +298,10 @@ def _all_clean(texts: Sequence[Any]) -> bool:
     return "\0" not in whole
 
 
-def _bad_text(name: str, value: object) -> BadRow | None:
-    if not isinstance(value, str):
-        return BadRow(name, _kind(value), "text", f"make it text or leave the row out, {_OR_ERROR}")
-    words = text_flaw(value)
-    if words is None:
-        return None
-    mend = "remove the NUL characters (bytes of value 0)" if "NUL" in words else "save the source as UTF-8"
-    return BadRow(name, words, "text that UTF-8 and Postgres can hold", f"{mend}, {_OR_ERROR}")
-
-
 def _missing(name: str, row: Mapping[Any, Any]) -> BadRow:
     has = ", ".join(_shown(key) for key in list(row)[:8]) or "no fields at all"
     return BadRow(
-        name, "no such field", f"text (the row has {has})", f"name a field that rows have, {_OR_ERROR}"
+        name, "no such field", f"a value (the row has {has})", f"name a field that rows have, {_OR_ERROR}"
     )
 
 
@@ -362,6 +375,6 @@ def _malformed(got: str) -> InvalidJob:
             "rows",
             got,
             "rows in one of the forms of docs/http.md",
-            "send {field: [text, …]}, or a row a line",
+            "send {field: [value, …]}, or a row a line",
         )
     )

@@ -7,32 +7,14 @@ whoever knows the row or the field can say where they stand; ``flaw`` finds them
 from __future__ import annotations
 
 import json
-from collections import Counter
 from collections.abc import Iterator
-from dataclasses import dataclass
 from typing import Any
 
-#: Objects and arrays inside each other at most.
-MAX_DEPTH = 32
+from motet.protocol.values import MAX_DEPTH, Doubled, Mark, text_flaw
+
 #: Objects and arrays in one text at most: empty ones cost three bytes to send and sixty to hold.
 _MAX_CONTAINERS = 1_000_000
 _MAX_INT = 2**63
-
-
-@dataclass(frozen=True, slots=True)
-class Mark:
-    """Stands for a value that is not allowed, and says which it was in words."""
-
-    words: str
-
-    def __repr__(self) -> str:
-        return self.words
-
-
-class Doubled(dict[str, Any]):
-    """An object in which some keys stood twice; the last value of each is kept."""
-
-    doubled: frozenset[str] = frozenset()
 
 
 class BrokenJson(ValueError):
@@ -67,18 +49,6 @@ def flaw(value: Any) -> tuple[str, str] | None:
     return None
 
 
-def text_flaw(text: str) -> str | None:
-    """What keeps a text from being stored, in words, or None."""
-    if "\0" in text:
-        return "a NUL character"
-    if not text.isascii():
-        try:
-            text.encode()
-        except UnicodeEncodeError:
-            return "a lone surrogate"
-    return None
-
-
 def _walk(value: Any) -> Iterator[tuple[str, int, Any]]:
     waiting: list[tuple[str, int, Any]] = [("", 1, value)]
     while waiting:
@@ -107,11 +77,7 @@ def _words(one: Any, depth: int) -> str | None:
 
 def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     whole = dict(pairs)
-    if len(whole) == len(pairs):
-        return whole
-    object_ = Doubled(whole)
-    object_.doubled = frozenset(key for key, n in Counter(key for key, _ in pairs).items() if n > 1)
-    return object_
+    return whole if len(whole) == len(pairs) else Doubled(pairs)
 
 
 def _whole_number(digits: str) -> int | Mark:

@@ -15,10 +15,10 @@ from uuid import UUID
 from motet.errors import InvalidJob, Problem
 from motet.protocol.manifest import Manifest
 from motet.protocol.settings import MAX_RETENTION_DAYS
+from motet.protocol.values import MAX_DEPTH, Doubled, byte_lengths
 from motet.tasks import Choose, Task, parse, short
 from scheduler.api.answer_schemas import schema_problems
 from scheduler.api.bodies import clean_object
-from scheduler.api.strict_json import MAX_DEPTH, Doubled
 from scheduler.blocks import IncomingPart, absent
 from scheduler.policy.needs import dialogues_of, fields_of
 from scheduler.policy.plan import PassPlan, in_order, loaded_model, plan, reads_of, task_digest
@@ -196,9 +196,7 @@ def mean_bytes_of(part: IncomingPart) -> dict[str, float]:
     """UTF-8 bytes of each field in the rows where it is good, as far as there are any."""
     good = {name: len(part) - len(absent(part.bad, part.bad_fields, (name,))) for name in part.columns}
     return {
-        name: sum(len(t.encode()) for t in texts) / good[name]
-        for name, texts in part.columns.items()
-        if good[name]
+        name: sum(byte_lengths(values)) / good[name] for name, values in part.columns.items() if good[name]
     }
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Literal
 from uuid import UUID
 
@@ -48,6 +48,8 @@ class LoadingJob:
 
     id: UUID
     tenant: UUID
+    #: Of the tenant: the key of every digest of its rows.
+    secret: bytes = field(repr=False)
     fields: tuple[str, ...]
     #: Fields among them that hold dialogues.
     dialogues: frozenset[str]
@@ -76,6 +78,7 @@ class Landed:
     bad_rows: int
 
 
+_SECRET = text("SELECT digest_key FROM tenant WHERE id = :tenant")
 _LOADING = text(
     "SELECT id, tenant_id, fields, bad_rows, priority, reuse FROM job WHERE id = :job AND tenant_id = :tenant"
 )
@@ -85,6 +88,11 @@ _READERS = text("""
       FROM task t JOIN model m ON m.id = t.model_id
       JOIN pass p ON p.job_id = t.job_id AND p.number = t.pass_number JOIN model l ON l.id = p.model_id
      WHERE t.job_id = :job ORDER BY t.number""")
+
+
+def secret_of(connection: Connection, tenant: UUID) -> bytes:
+    """The key of every digest of what a tenant sends."""
+    return bytes(connection.execute(_SECRET, {"tenant": tenant}).scalar_one())
 
 
 def loading(connection: Connection, tenant: UUID, job: UUID) -> LoadingJob:
@@ -117,6 +125,7 @@ def loading(connection: Connection, tenant: UUID, job: UUID) -> LoadingJob:
     return LoadingJob(
         id=found.id,
         tenant=found.tenant_id,
+        secret=secret_of(connection, tenant),
         fields=tuple(found.fields),
         dialogues=dialogues_of(tasks),
         bad_rows=found.bad_rows,

@@ -17,8 +17,8 @@ from sqlalchemy import Connection, Row, text
 
 from motet.protocol import traces
 from motet.protocol.columns import LAYOUT, CellError, Column, Kind
+from motet.protocol.envelope import unwrap, wrap
 from motet.protocol.manifest import Manifest, column_kind
-from motet.protocol.wire import pack, unpack
 from scheduler.blocks import askable, row_order
 from scheduler.merge import AnswersPart, array_of, mark_returned, merge
 from scheduler.policy.needs import row_fields, stored_task
@@ -401,8 +401,8 @@ _Piece = tuple[int, int, Mapping[int, Column]]
 
 
 def _packed(answer: BlockAnswers) -> bytes:
-    return pack({number: c.to_wire() for number, c in answer.columns.items()})
+    return wrap({number: c.to_wire() for number, c in answer.columns.items()})
 
 
 def _unpacked(raw: bytes) -> dict[int, Column]:
-    return {int(number): Column.from_wire(wire) for number, wire in unpack(raw).items()}
+    return {int(number): Column.from_wire(wire) for number, wire in unwrap(raw).items()}

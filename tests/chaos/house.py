@@ -22,10 +22,11 @@ from motet.http import Address, Http
 from motet.local.children import Child, marked
 from motet.local.cluster import Cluster, Service, _version
 from motet.local.valkey import RIGHTS, Valkey
+from motet.protocol.envelope import BadMessage
 from motet.protocol.manifest import Manifest
 from motet.protocol.redis_url import redis_py_url
 from motet.protocol.transport import WORKERS, RedisTransport
-from motet.protocol.wire import BadMessage, Beat
+from motet.protocol.wire import Beat
 from tests.chaos.oracle import TASKS
 
 #: Runs twice here: any number may.

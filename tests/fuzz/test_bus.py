@@ -28,6 +28,7 @@ import redis
 from motet import Client, Function
 from motet.local.cluster import Cluster
 from motet.local.valkey import ValkeyUrls
+from motet.protocol.envelope import pack
 from motet.protocol.redis_url import redis_py_url
 from motet.protocol.transport import (
     DEAD,
@@ -39,7 +40,7 @@ from motet.protocol.transport import (
     celery_message,
     queue_name,
 )
-from motet.protocol.wire import PROTOCOL, Assignment, Beat, Control, Running, pack
+from motet.protocol.wire import PROTOCOL, Assignment, Beat, Control, Running
 from tests.fuzz.small_cluster import eventually, redis_of, small_cluster
 
 ENTRIES = int(os.environ.get("FUZZ_ENTRIES", "10000"))

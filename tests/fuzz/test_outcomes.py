@@ -14,7 +14,8 @@ from dataclasses import replace
 from typing import Any
 
 from motet.protocol.columns import ERROR, RETURNED, SKIPPED, Column
-from motet.protocol.wire import Assignment, BadMessage, Outcome, pack, unpack
+from motet.protocol.envelope import BadMessage, pack, unwrap
+from motet.protocol.wire import Assignment, Outcome
 from tests.fuzz.test_bus import ODD
 from tests.integration.landing import land
 from tests.integration.test_protocol import (
@@ -116,7 +117,7 @@ def twisted(
     outcome: Outcome, dice: random.Random, spare: tuple[str, ...] = ("nonce", "subtask", "attempt")
 ) -> bytes:
     """The same outcome with one to three values anywhere in it replaced by odd ones. Those in ``spare`` stay."""
-    wire = unpack(outcome.encode())
+    wire = unwrap(outcome.encode())
     if wire["columns"] and dice.random() < 0.3:
         task = dice.choice(list(wire["columns"]))
         wire["columns"][task] = misfit(len(wire["columns"][task]["status"]), dice)

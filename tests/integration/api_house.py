@@ -20,9 +20,9 @@ import pytest
 from sqlalchemy import text
 
 from motet.protocol.columns import CellError, Column, Kind
+from motet.protocol.envelope import zstd
 from motet.protocol.manifest import Manifest, column_kind
 from motet.protocol.settings import Settings
-from motet.protocol.wire import zstd
 from motet.results import Block, read_frames, writes_text
 from scheduler.api.app import server as api_server
 from scheduler.api.auth import new_token

@@ -103,7 +103,9 @@ def land(
                 if gone
             },
         )
-        blocks = blocks_of(part, loading.readers, block_rows=block_rows, block_bytes=1 << 20)
+        blocks = blocks_of(
+            part, loading.readers, secret=loading.secret, block_rows=block_rows, block_bytes=1 << 20
+        )
         landing.land_part(connection, loading, 0, b"digest", blocks, first_row=0, max_rows=1_000_000)
         if close:
             landing.close_job(connection, home, job.id, parts=1, rows=len(rows))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import threading
 from collections.abc import Iterator
 from pathlib import Path
@@ -66,7 +67,7 @@ def test_a_small_source_is_one_request_and_the_same_again_runs_nothing(house: Ho
 
 
 def test_bad_rows_are_refused_or_become_errors_as_asked(house: House, client: Client) -> None:
-    rows: list[Any] = ["a", None, {"title": "no text"}, "nul \0"]
+    rows: list[Any] = ["a", 1, {"title": "no text"}, "nul \0"]
     with pytest.raises(InvalidJob) as caught:
         client.submit(rows, TASKS)
     assert [p.row for p in caught.value.problems] == [1, 2, 3]
@@ -76,12 +77,12 @@ def test_bad_rows_are_refused_or_become_errors_as_asked(house: House, client: Cl
     assert {e.error for e in job.errors()} == {"bad_row"}
 
 
-def test_a_null_in_one_field_is_an_error_of_the_tasks_that_read_it(
+def test_a_bad_value_in_one_field_is_an_error_of_the_tasks_that_read_it(
     house: House, client: Client, tmp_path: Path
 ) -> None:
     tasks = {"of_title": Classify("topics", input="{title}"), "of_body": Classify("topics", input="{body}")}
     path = tmp_path / "rows.jsonl"
-    rows = [{"title": f"t{i}", "body": None if i % 3 == 1 else f"b{i}", "n": None} for i in range(6)]
+    rows = [{"title": f"t{i}", "body": math.nan if i % 3 == 1 else f"b{i}", "n": None} for i in range(6)]
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     with pytest.raises(InvalidJob) as caught:
         client.submit(path, tasks)
@@ -92,7 +93,7 @@ def test_a_null_in_one_field_is_an_error_of_the_tasks_that_read_it(
     found = list(job.results())
     assert all(row["of_title"].ok for row in found)
     assert [row["of_body"].ok for row in found] == [True, False, True, True, False, True]
-    assert found[1]["of_body"].error == CellError("bad_row", "body: got null (None); expected text")
+    assert found[1]["of_body"].error == CellError("bad_row", "body: got NaN; expected a number or null")
     assert (job.refresh().state, job.progress.ok, job.progress.error) == ("succeeded", 10, 2)
     planned = client.plan(path, tasks, bad_rows="error")
     assert planned.rows == 6

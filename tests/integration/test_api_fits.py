@@ -13,8 +13,8 @@ import httpx
 import pytest
 
 from motet.protocol.columns import CellError, Column
+from motet.protocol.envelope import unpack
 from motet.protocol.manifest import Manifest
-from motet.protocol.wire import unpack
 from scheduler.api import blobs
 from scheduler.api.resources import Resources
 from scheduler.store import registry

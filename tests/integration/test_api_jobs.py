@@ -248,7 +248,7 @@ def test_removing_a_job_leaves_the_columns_that_others_show(house: House) -> Non
 
 def test_bad_rows_are_error_cells_of_every_task_and_every_cell_is_counted_once(house: House) -> None:
     job = house.open(TWO, bad_rows="error")["id"]
-    landed = house.put(job, 0, ["a", None, "c", "nul \0"], first_row=0)
+    landed = house.put(job, 0, ["a", 2**63, "c", "nul \0"], first_row=0)
     assert landed.json()["bad_rows"] == 2
     closed = house.close(job, 1, 4).json()
     assert counts(closed) == (0, 4, 0, 0)
@@ -260,7 +260,7 @@ def test_bad_rows_are_error_cells_of_every_task_and_every_cell_is_counted_once(h
     assert [r.ok for r in rows] == [True, False, True, False]
     assert rows[1]["topic"].error.error == "bad_row"
     again = house.open(TWO, bad_rows="error")["id"]
-    house.put(again, 0, ["a", None, "c", "nul \0"], first_row=0)
+    house.put(again, 0, ["a", 2**63, "c", "nul \0"], first_row=0)
     reused = house.close(again, 1, 4).json()
     assert (reused["state"], counts(reused)) == ("succeeded", (4, 4, 0, 8)), (
         "their errors are in the column's counts"
@@ -269,15 +269,15 @@ def test_bad_rows_are_error_cells_of_every_task_and_every_cell_is_counted_once(h
 
 def test_a_job_of_bad_rows_alone_is_over_when_it_is_closed(house: House) -> None:
     job = house.open(TWO, bad_rows="error")["id"]
-    house.put(job, 0, [None, 7], first_row=0)
+    house.put(job, 0, ["\0", 2**63], first_row=0)
     house.put(job, 1, ["", ""], bad={0: ["bad_row", "text: got null; expected text"], 1: ["bad_row", "mine"]})
     done = house.close(job, 2, 4).json()
     assert (done["state"], counts(done)) == ("succeeded", (0, 8, 0, 0))
     blocks, end = house.results(job)
     assert end["complete"]
     assert [r["vector"].error.message for b in blocks for r in b] == [
-        "text: got null; expected text",
-        "text: got a number; expected text",
+        "text: got a NUL character; expected text without NUL",
+        "text: got an int beyond 64 bits; expected a number of 64 bits",
         "text: got null; expected text",
         "mine",
     ]
@@ -288,8 +288,8 @@ def test_a_job_of_bad_rows_alone_is_over_when_it_is_closed(house: House) -> None
 def test_a_refused_part_is_not_stored_and_may_be_sent_mended(house: House) -> None:
     job = house.open()["id"]
     house.put(job, 0, ["a", "b"], first_row=0)
-    found = problems(house.put(job, 1, ["c", None, "e"], first_row=2))
-    assert [(p["field"], p["row"], p["got"]) for p in found] == [("rows.text", 3, "null")]
+    found = problems(house.put(job, 1, ["c", b"d", "e"], first_row=2))
+    assert [(p["field"], p["row"], p["got"]) for p in found] == [("rows.text", 3, "a value of type bytes")]
     lines = house.put_raw(job, 1, b'"c"\n{"text": \n"e"', "application/x-ndjson")
     (broken,) = problems(lines)
     assert broken["row"] == 3

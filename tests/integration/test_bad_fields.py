@@ -224,7 +224,7 @@ TWO_FIELDS = {
 }
 ROWS: list[Any] = [
     {"title": "t0", "body": "b0"},
-    {"title": None, "body": "b1"},
+    {"title": "\0", "body": "b1"},
     {"title": "t2", "n": None},
     7,
 ]
@@ -237,10 +237,10 @@ def test_all_forms_of_a_part_give_the_same_cells(api_house: ApiHouse) -> None:  
 
     lines = "\n".join(map(json.dumps, ROWS)).encode()
     columns = {
-        "columns": {"title": ["t0", None, "t2", ""], "body": ["b0", "b1", None, ""]},
-        "bad": {3: ["bad_row", "got a number; expected text, or an object of field to text"]},
+        "columns": {"title": ["t0", "\0", "t2", ""], "body": ["b0", "b1", None, ""]},
+        "bad": {3: ["bad_row", "got a number; expected text, or an object of field to value"]},
         "bad_fields": {
-            "body": [["bad_row", "body: got no such field; expected text (the row has title, n)", [2]]]
+            "body": [["bad_row", "body: got no such field; expected a value (the row has title, n)", [2]]]
         },
     }
     found = []
@@ -283,4 +283,4 @@ def test_a_plan_counts_for_each_pass_the_rows_that_it_can_read(api_house: ApiHou
 
     whole = [{"title": "one two", "body": "three four"}] * 4
     title, body = tokens(whole)
-    assert tokens([*whole[:2], *[{"title": "one two", "body": None}] * 2]) == [title, body // 2]
+    assert tokens([*whole[:2], *[{"title": "one two"}] * 2]) == [title, body // 2]

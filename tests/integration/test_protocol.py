@@ -19,9 +19,10 @@ from sqlalchemy import text
 
 from motet.errors import Problem
 from motet.protocol.columns import ERROR, CellError, Column
+from motet.protocol.envelope import pack, unwrap
 from motet.protocol.settings import Settings
 from motet.protocol.transport import MemoryTransport
-from motet.protocol.wire import Assignment, Beat, Outcome, Running, Usage, pack, unpack
+from motet.protocol.wire import Assignment, Beat, Outcome, Running, Usage
 from motet.tasks import Classify
 from scheduler.aggregator import Aggregator
 from scheduler.dispatcher import Dispatcher
@@ -838,7 +839,7 @@ def test_what_cannot_be_read_is_buried_and_its_neighbours_are_recorded(house: Ho
         replace(real, subtask=2**63 - 1, attempt=2**15 - 1),
         replace(real, nonce="\0", worker="\0" * 999, boot="\0"),
     ]
-    unreadable += [pack(unpack(real.encode()) | {"subtask": number}) for number in (2**63, -1)]
+    unreadable += [pack(unwrap(real.encode()) | {"subtask": number}) for number in (2**63, -1)]
     for body in [*unreadable, *(o.encode() for o in strange)]:
         stranger.report(taken[0].subtask, taken[0].attempt, body)
     for a in taken:

@@ -15,7 +15,7 @@ from sqlalchemy import text
 
 from motet.errors import Problem
 from motet.protocol.columns import ERROR, OK, RETURNED, STATE_MASK, Column
-from motet.protocol.wire import unpack
+from motet.protocol.envelope import unwrap
 from scheduler.blocks import row_order
 from scheduler.merge import array_of
 from scheduler.policy.lifecycle import MAX_DEATHS_ALONE, MAX_DEATHS_UNSEEN, MAX_TRIES
@@ -144,7 +144,7 @@ def _cells(seen: Seen) -> dict[str, dict[tuple[int, str], list[Any]]]:
     for part in seen.tables["cells"]:
         place = (part["job_id"], part["pass_number"], part["block_number"])
         rows = seen.order[place][part["lo"] : part["hi"]]
-        for number, wire in unpack(base64.b64decode(part["columns"])).items():
+        for number, wire in unwrap(base64.b64decode(part["columns"])).items():
             column = Column.from_wire(wire)
             for i, (row, answer) in enumerate(zip(rows, _answers(column), strict=True)):
                 if column.status[i] & STATE_MASK != RETURNED:
@@ -257,7 +257,7 @@ def _each_row_in_one_place(seen: Seen) -> None:
     ended = {id_ for id_, j in seen.jobs.items() if j["state"] not in ("loading", "running")}
     _must(not busy & ended, f"3: open sub-tasks or pieces of jobs that ended: {busy & ended}")
     for part in seen.tables["cells"]:
-        column = Column.from_wire(next(iter(unpack(base64.b64decode(part["columns"])).values())))
+        column = Column.from_wire(next(iter(unwrap(base64.b64decode(part["columns"])).values())))
         done = [i for i, s in enumerate(column.status) if s & STATE_MASK != RETURNED]
         places[part["job_id"], part["pass_number"], part["block_number"]].update(part["lo"] + i for i in done)
     for bp in seen.tables["block_pass"]:

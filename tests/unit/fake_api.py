@@ -23,7 +23,8 @@ from urllib.parse import parse_qs, urlsplit
 import msgpack
 
 from motet.protocol.columns import ERROR, OK, CellError, Column
-from motet.protocol.wire import by_offset, pack, zstd
+from motet.protocol.envelope import pack, zstd
+from motet.protocol.wire import by_offset
 
 LABELS = {"topic": ["sport", "tech"], "tone": ["glad", "sad", "loud"]}
 TOKEN = "user.secret"

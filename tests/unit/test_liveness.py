@@ -8,8 +8,9 @@ from typing import Any
 import msgpack
 import pytest
 
+from motet.protocol.envelope import BadMessage, pack, unwrap
 from motet.protocol.manifest import Manifest
-from motet.protocol.wire import PROTOCOL, Assignment, BadMessage, Beat, Control, Outcome, pack, unpack
+from motet.protocol.wire import PROTOCOL, Assignment, Beat, Control, Outcome
 from scheduler.policy.liveness import Watch, attuned, drops, speaks, usable
 
 
@@ -97,7 +98,7 @@ def test_fields_of_a_newer_minor_are_passed_over(message: Beat | Control) -> Non
 
 @pytest.mark.parametrize("message", [ASSIGNMENT, OUTCOME], ids=lambda m: type(m).__name__)
 def test_a_newer_minor_may_add_to_payloads_and_outcomes(message: Assignment | Outcome) -> None:
-    newer = unpack(message.encode()) | {"mood": "fine"}
+    newer = unwrap(message.encode()) | {"mood": "fine"}
     if isinstance(message, Outcome):
         newer["usage"] = [*newer["usage"], 7]
     assert type(message).decode(pack(newer)) == message
@@ -112,11 +113,11 @@ def test_what_an_older_minor_does_not_say_is_its_default() -> None:
     assert Control.decode(msgpack.packb({"epoch": 4})) == Control(epoch=4)
     less = {
         k: v
-        for k, v in unpack(ASSIGNMENT.encode()).items()
+        for k, v in unwrap(ASSIGNMENT.encode()).items()
         if k not in ("exclusive", "interactive", "predicted_s")
     }
     assert Assignment.decode(pack(less)) == ASSIGNMENT
-    less = {k: v for k, v in unpack(OUTCOME.encode()).items() if k not in ("refused", "error")}
+    less = {k: v for k, v in unwrap(OUTCOME.encode()).items() if k not in ("refused", "error")}
     assert Outcome.decode(pack(less)) == OUTCOME
 
 
@@ -132,4 +133,4 @@ def test_another_major_is_told_by_its_beat_and_its_other_messages_are_refused() 
     assert not usable({"w": other})
     for message in (ASSIGNMENT, OUTCOME):
         with pytest.raises(BadMessage, match=f"protocol {PROTOCOL + 1}"):
-            type(message).decode(pack(unpack(message.encode()) | {"v": PROTOCOL + 1}))
+            type(message).decode(pack(unwrap(message.encode()) | {"v": PROTOCOL + 1}))

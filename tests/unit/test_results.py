@@ -17,7 +17,7 @@ import pytest
 
 from motet import export
 from motet.protocol.columns import ERROR, OK, SKIPPED, TRUNCATED, CellError, Column
-from motet.protocol.wire import BadMessage, pack
+from motet.protocol.envelope import BadMessage, pack
 from motet.results import Block, Row, Span, read_frames
 from motet.rows import records
 

@@ -16,8 +16,8 @@ from hypothesis import strategies as st
 from motet import rows as rows_module
 from motet import sources
 from motet.errors import InvalidJob
+from motet.protocol.envelope import unpack
 from motet.protocol.settings import Settings
-from motet.protocol.wire import unpack
 from motet.rows import BLOCK_BYTES, BLOCK_ROWS, MAX_ROW_BYTES, PART_BYTES, Part, cut, survey
 from scheduler import blocks
 
@@ -124,12 +124,20 @@ def test_a_csv_field_may_be_as_long_as_a_row_may_be(tmp_path: Path) -> None:
         csv.field_size_limit(before)
 
 
+def nested(depth: int) -> Any:
+    return [nested(depth - 1)] if depth else "x"
+
+
 BAD_ROWS = [
     pytest.param(3, "rows", "int", id="a number for a row"),
     pytest.param({"text": 2**63}, "rows.text", "int", id="2**63"),
     pytest.param({"text": math.nan}, "rows.text", "NaN", id="NaN"),
-    pytest.param({"text": None}, "rows.text", "None", id="None"),
-    pytest.param({"text": ["a"]}, "rows.text", "list", id="a list"),
+    pytest.param(
+        {"text": [1, {"a": math.inf}]}, "rows.text", "infinite", id="infinity in an object in a list"
+    ),
+    pytest.param({"text": {1: "a"}}, "rows.text", "key is no text", id="an object with a number for a key"),
+    pytest.param({"text": nested(40)}, "rows.text", "deeper than 32", id="too deep"),
+    pytest.param({"text": object()}, "rows.text", "object", id="an unknown object"),
     pytest.param({"text": b"bytes"}, "rows.text", "bytes", id="bytes"),
     pytest.param({"body": "b"}, "rows.text", "no such field", id="a missing field"),
     pytest.param({}, "rows.text", "no such field", id="no field"),
@@ -280,7 +288,7 @@ def test_a_data_frame_is_read_by_position_whatever_its_index() -> None:
     frame = pandas.DataFrame({"text": ["a", "b"], "n": [1, 2]}, index=[7, 7])
     assert texts(frame) == [["a"], ["b"]]
     with pytest.raises(InvalidJob) as caught:
-        list(cut(pandas.DataFrame({"text": ["a", None]}), FIELDS))
+        list(cut(pandas.DataFrame({"text": ["a", b"b"]}), FIELDS))
     assert caught.value.problems[0].row == 1
     with pytest.raises(InvalidJob, match="no such column"):
         list(cut(frame, ["body"]))
@@ -295,7 +303,7 @@ def test_arrow_tables_and_parquet_files_are_read(tmp_path: Path) -> None:
     for source in (table, table.to_batches()[0], path):
         assert texts(source) == [["a"], ["b"], ["c"]]
     [part] = cut(table, ["n"], bad_rows="error")
-    assert sorted(part.bad_fields["n"]) == [0, 1, 2]
+    assert part.columns == {"n": [1, 2, 3]}
     with pytest.raises(InvalidJob, match="one of n, text"):
         list(cut(path, ["body"]))
     (tmp_path / "broken.parquet").write_bytes(b"PAR1 not really")
@@ -365,9 +373,10 @@ def test_a_dialogue_that_is_none_is_a_bad_row(dialogue: Any, got: str) -> None:
     assert list(part.bad_fields["messages"]) == [0]
 
 
-def test_a_list_is_no_text_where_no_dialogue_is_read() -> None:
+def test_a_list_of_messages_is_a_list_like_any_other_where_no_dialogue_is_read() -> None:
     [part] = cut([{"text": DIALOGUE}, DIALOGUE], FIELDS, dialogues={"messages"}, bad_rows="error")
-    assert list(part.bad_fields["text"]) == [0, 1]
+    assert list(part.bad_fields["text"]) == [1]
+    assert part.columns["text"] == [DIALOGUE, ""]
 
 
 def test_mean_bytes_are_those_of_good_rows() -> None:
@@ -377,24 +386,34 @@ def test_mean_bytes_are_those_of_good_rows() -> None:
     assert none.mean_bytes() == {"a": 0.0}
 
 
-def partly_bad_sources(folder: Path) -> dict[str, Any]:
+def partly_bad_sources(folder: Path, gone: str | None) -> dict[str, Any]:
     """The same three rows, of which the second has no title and the last no body."""
-    rows = [{"title": "t0", "body": "b0"}, {"title": None, "body": "b1"}, {"title": "t2", "body": None}]
+    rows = [{"title": "t0", "body": "b0"}, {"title": gone, "body": "b1"}, {"title": "t2", "body": gone}]
     sources: dict[str, Any] = {"rows": rows, "any iterable": iter(rows)}
     sources["jsonl"] = folder / "a.jsonl"
     sources["jsonl"].write_text("".join(json.dumps(row) + "\n" for row in rows))
     pandas, arrow = pytest.importorskip("pandas"), pytest.importorskip("pyarrow")
     sources["pandas"] = pandas.DataFrame(rows)
-    sources["pandas of NaN"] = (
-        pandas.DataFrame(rows).astype(object).where(lambda frame: frame.notna(), math.nan)
-    )
+    if gone is None:
+        sources["pandas of NaN"] = (
+            pandas.DataFrame(rows).astype(object).where(lambda frame: frame.notna(), math.nan)
+        )
     sources["arrow"] = arrow.Table.from_pylist(rows)
     pytest.importorskip("pyarrow.parquet").write_table(sources["arrow"], folder / "a.parquet")
     return {**sources, "parquet": folder / "a.parquet"}
 
 
-def test_a_null_in_one_field_leaves_the_other_fields_of_its_row_in_any_kind_of_source(tmp_path: Path) -> None:
-    for name, source in partly_bad_sources(tmp_path).items():
+def test_a_null_is_a_value_in_any_kind_of_source(tmp_path: Path) -> None:
+    for name, source in partly_bad_sources(tmp_path, None).items():
+        [part] = cut(source, ["title", "body"])
+        assert part.columns == {"title": ["t0", None, "t2"], "body": ["b0", "b1", None]}, name
+        assert (part.bad_fields, part.text_bytes) == ({}, 8), name
+
+
+def test_a_bad_value_in_one_field_leaves_the_other_fields_of_its_row_in_any_kind_of_source(
+    tmp_path: Path,
+) -> None:
+    for name, source in partly_bad_sources(tmp_path, "\0").items():
         [part] = cut(source, ["title", "body"], bad_rows="error")
         assert part.columns == {"title": ["t0", "", "t2"], "body": ["b0", "b1", ""]}, name
         assert {field: list(bad) for field, bad in part.bad_fields.items()} == {"title": [1], "body": [2]}, (
@@ -402,14 +421,14 @@ def test_a_null_in_one_field_leaves_the_other_fields_of_its_row_in_any_kind_of_s
         )
         assert part.bad == {}, name
         assert part.text_bytes == 8, name
-    for name, source in partly_bad_sources(tmp_path).items():
+    for name, source in partly_bad_sources(tmp_path, "\0").items():
         [part] = cut(source, ["body"], bad_rows="error")
         assert list(part.bad_fields) == ["body"], name
 
 
 def test_a_refusal_names_each_bad_field_of_a_row() -> None:
     with pytest.raises(InvalidJob) as caught:
-        list(cut([{"a": "x"}, {"a": None, "b": 3}, {"b": "y"}], ["a", "b"]))
+        list(cut([{"a": "x"}, {"a": b"", "b": 3j}, {"b": "y"}], ["a", "b"]))
     assert [(p.row, p.field) for p in caught.value.problems] == [
         (0, "rows.b"),
         (1, "rows.a"),
@@ -428,17 +447,17 @@ def test_of_a_row_that_is_too_long_only_as_much_is_bad_as_makes_it_so() -> None:
 
 
 def test_a_part_says_each_reason_once_however_many_rows_have_it() -> None:
-    [part] = cut([{"a": "x", "b": None}] * 1000, ["a", "b"], bad_rows="error")
+    [part] = cut([{"a": "x", "b": math.nan}] * 1000, ["a", "b"], bad_rows="error")
     sent = unpack(part.encode())
     [[error, message, offsets]] = sent["bad_fields"]["b"]
     assert (error, offsets) == ("bad_row", list(range(1000)))
-    assert message == "b: got null (None); expected text"
+    assert message == "b: got NaN; expected a number or null"
     assert sent["columns"] == {"a": ["x"] * 1000, "b": [None] * 1000}
     assert part.columns["b"] == [""] * 1000, "encoding changes nothing"
 
 
 def test_a_survey_keeps_rows_of_which_something_can_be_read() -> None:
-    rows = [{"a": "x", "b": None}, {"a": "x", "b": "y"}, {"a": 1, "b": None}, 7]
+    rows = [{"a": "x", "b": b""}, {"a": "x", "b": "y"}, {"a": 1j, "b": b""}, 7]
     found = survey(rows, ["a", "b"], bad_rows="error")
     assert (found.rows, found.text_bytes) == (4, 3)
     assert found.sample == ({"a": "x", "b": None}, {"a": "x", "b": "y"})

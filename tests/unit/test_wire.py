@@ -10,11 +10,18 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from motet.protocol.columns import ERROR, TRUNCATED, CellError, Column, values
+from motet.protocol.envelope import (
+    MAX_DECODED_BYTES,
+    BadMessage,
+    pack,
+    unfolded_bytes,
+    unpack,
+    unwrap,
+    zstd,
+)
 from motet.protocol.manifest import Manifest
 from motet.protocol.wire import (
-    MAX_DECODED_BYTES,
     Assignment,
-    BadMessage,
     Beat,
     Control,
     Outcome,
@@ -22,10 +29,6 @@ from motet.protocol.wire import (
     TaskOrder,
     Usage,
     bytes_read,
-    pack,
-    unfolded_bytes,
-    unpack,
-    zstd,
 )
 
 MODEL = Manifest(name="m", version="1", engine="encoder", answers="label", labels=("a", "b"), trunk="t")
@@ -109,7 +112,7 @@ def test_a_torn_message_is_a_bad_message(message: Assignment | Outcome) -> None:
 
 def test_a_worker_that_counts_no_squares_is_read_and_one_that_counts_more_than_we_know_too() -> None:
     message = MESSAGES[1]
-    wire = unpack(message.encode())
+    wire = unwrap(message.encode())
     counted = wire["usage"]
     assert Outcome.decode(pack(wire | {"usage": counted[:7]})).usage.squares == 0
     assert Outcome.decode(pack(wire | {"usage": [*counted, "later"]})) == message
@@ -117,7 +120,7 @@ def test_a_worker_that_counts_no_squares_is_read_and_one_that_counts_more_than_w
 
 @pytest.mark.parametrize("squares", [-1, 1 << 60, float("nan"), "many"])
 def test_squares_that_no_attempt_can_have_are_a_bad_message(squares: object) -> None:
-    wire = unpack(MESSAGES[1].encode())
+    wire = unwrap(MESSAGES[1].encode())
     wire["usage"][7] = squares
     with pytest.raises(BadMessage):
         Outcome.decode(pack(wire))

@@ -1,9 +1,10 @@
-"""A plain Python function as an engine: ``texts -> values``, one JSON value per text.
+"""A plain Python function as an engine: ``inputs -> values``, one JSON value per input.
 
     def shout(texts: list[str]) -> list[str]:
         return [text.upper() for text in texts]
 
-registered as an entry point of the group ``motet.engines``. A function that takes one text and returns one
+registered as an entry point of the group ``motet.engines``. An input is the rendered text; where the task's whole input
+is one field (``input="{age}"``), it is the field's value with its type. A function that takes one input and returns one
 value says so with an attribute: ``shout.per_row = True``. It runs in the worker's process: it is code that the
 operator installed, never a user's.
 """
@@ -18,6 +19,7 @@ from typing import Any
 
 from motet.protocol.columns import ERROR, OK, CellError, Column, is_storable_json, little_endian
 from motet.protocol.manifest import Manifest
+from motet.protocol.values import Value
 from motet.protocol.wire import TaskOrder
 from workers.engine import OutOfMemory, Pass, Prepared
 
@@ -52,7 +54,7 @@ class FunctionEngine:
         return None
 
     def prepare(self, pass_: Pass, texts: Sequence[str]) -> list[Prepared | CellError]:
-        return [Prepared(row, 1, False, text) for row, text in enumerate(texts)]
+        return [Prepared(row, 1, False, value) for row, value in enumerate(pass_.values or texts)]
 
     def run(self, pass_: Pass, batch: Sequence[Prepared]) -> Mapping[str, Column]:
         try:
@@ -64,17 +66,17 @@ class FunctionEngine:
     def unload(self, handle: Any) -> None:
         return None
 
-    def _values(self, texts: list[str]) -> Sequence[Any]:
+    def _values(self, inputs: list[Value]) -> Sequence[Any]:
         if self._per_row:
-            return [self._value(text) for text in texts]
-        values = self._function(texts)
-        if not isinstance(values, Sequence) or isinstance(values, str | bytes) or len(values) != len(texts):
+            return [self._value(one) for one in inputs]
+        values = self._function(inputs)
+        if not isinstance(values, Sequence) or isinstance(values, str | bytes) or len(values) != len(inputs):
             raise TypeError(f"{self._engine} must return one value per text")
         return values
 
-    def _value(self, text: str) -> Any:
+    def _value(self, one: Value) -> Any:
         try:
-            return self._function(text)
+            return self._function(one)
         except MemoryError:
             raise
         except Exception as error:  # noqa: BLE001 - the row's own error

@@ -25,6 +25,7 @@ import click
 
 from motet.errors import SetupError
 from motet.protocol import traces
+from motet.protocol.envelope import BadMessage
 from motet.protocol.logs import configure, event
 from motet.protocol.settings import Settings, cache_folder
 from motet.protocol.transport import (
@@ -34,7 +35,7 @@ from motet.protocol.transport import (
     WorkerTransport,
     queue_name,
 )
-from motet.protocol.wire import Assignment, BadMessage, Beat
+from motet.protocol.wire import Assignment, Beat
 from workers.engines import InstalledEngines
 from workers.launch.pulse import Pulse
 from workers.run.attempts import Attempts, Key

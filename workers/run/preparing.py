@@ -103,6 +103,7 @@ class Preparing:
             order.indices,
             order.tenant,
             lease,
+            values=order.values,
         )
         try:
             return _together(stream.engine, pass_, order.texts)
@@ -143,6 +144,7 @@ def _alone(engine: Engine, pass_: Pass, row: int, text: str) -> Prepared | CellE
         pass_,
         fields={name: column[row : row + 1] for name, column in pass_.fields.items()},
         indices=pass_.indices[row : row + 1],
+        values=pass_.values[row : row + 1],
     )
     try:
         (prepared,) = _together(engine, mine, [text])

@@ -9,7 +9,8 @@ from typing import NamedTuple
 
 import msgpack
 
-from motet.protocol.wire import BadMessage, Beat
+from motet.protocol.envelope import BadMessage
+from motet.protocol.wire import Beat
 
 _SEQ = msgpack.packb("seq")
 

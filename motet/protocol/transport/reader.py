@@ -6,9 +6,10 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from motet.protocol.envelope import BadMessage
 from motet.protocol.transport.connection import RedisConnection
 from motet.protocol.transport.keys import WORKERS, beat_key, queue_name
-from motet.protocol.wire import BadMessage, Beat
+from motet.protocol.wire import Beat
 
 if TYPE_CHECKING:
     import redis

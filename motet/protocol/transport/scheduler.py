@@ -8,6 +8,7 @@ from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, S
 from contextlib import suppress
 from typing import TYPE_CHECKING, Any
 
+from motet.protocol.envelope import BadMessage
 from motet.protocol.transport.beats import KnownBeat, read_beat
 from motet.protocol.transport.connection import RedisConnection
 from motet.protocol.transport.contract import DEAD_KEPT, Entry, Heard, Lag, TransportLost
@@ -27,7 +28,7 @@ from motet.protocol.transport.keys import (
 )
 from motet.protocol.transport.message import attempt_of, celery_message
 from motet.protocol.transport.reader import members
-from motet.protocol.wire import Assignment, BadMessage, Beat, Control, Running
+from motet.protocol.wire import Assignment, Beat, Control, Running
 
 if TYPE_CHECKING:
     import redis

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Literal
 
+from motet.protocol.envelope import BadMessage
 from motet.protocol.transport.connection import RedisConnection
 from motet.protocol.transport.keys import (
     OUTCOMES,
@@ -14,7 +15,7 @@ from motet.protocol.transport.keys import (
     queue_name,
     running_key,
 )
-from motet.protocol.wire import BadMessage, Beat, Control, Running
+from motet.protocol.wire import Beat, Control, Running
 
 if TYPE_CHECKING:
     import redis

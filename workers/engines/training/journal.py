@@ -14,7 +14,8 @@ import numpy as np
 from motet.errors import InvalidJob, MotetError, NotFound
 from motet.http import Address, Body, Http
 from motet.protocol.columns import OK, STATE_MASK, Column
-from motet.protocol.wire import LEASE_HEADER, BadMessage, unpack
+from motet.protocol.envelope import BadMessage, unpack
+from motet.protocol.wire import LEASE_HEADER
 from workers.engines.training.learner import Hopeless
 from workers.engines.training.run import RowSlice, TryAgain
 from workers.engines.training.state import SLICE, RunState
