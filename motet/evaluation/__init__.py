@@ -1,12 +1,14 @@
 """How well answers are: figures beside labels, with intervals, calibration and comparisons. Needs numpy, and no torch.
 
 ``measures``, ``calibration`` and ``intervals`` are plain functions on truth and answers, for training as well;
-``figures`` puts them together for a task, ``reading`` takes truth and answers from a source and a job, ``report`` draws.
+``truth`` reads labels from a source and ``reading`` puts a job's answers beside them, as ``answered``; ``figures`` puts
+all together for a task, ``report`` draws.
 """
 
+from motet.evaluation.answered import Answered
 from motet.evaluation.calibration import Bin, Calibration, calibration
 from motet.evaluation.evaluation import Evaluation, evaluate
-from motet.evaluation.figures import Answered, Comparison, Difference, TaskEvaluation, compare, measure
+from motet.evaluation.figures import Comparison, Difference, TaskEvaluation, compare, measure
 from motet.evaluation.intervals import Estimate, bootstrap, mcnemar, wilson
 from motet.evaluation.measures import (
     Confusion,

@@ -1,88 +1,37 @@
-"""One task's answers beside the truth: its figures with their intervals, and two tasks side by side. Pure.
-
-Whatever the kind of answer, a row is reduced to a pattern that all its figures depend on; figures are functions of how
-often each pattern occurs. So one bootstrap serves every kind, and a pair of tasks as well.
-"""
+"""One task's answers beside the truth: its figures with their intervals, and two tasks side by side. Pure."""
 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Collection, Hashable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, fields, is_dataclass, replace
-from itertools import compress
-from typing import Any, Literal, TypeAlias
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields, is_dataclass
+from typing import Any
 
 import numpy as np
 
 from motet.errors import InvalidJob, Problem
+from motet.evaluation.answered import FIGURES, Answered, AnswerKind, right_rows, sampled
 from motet.evaluation.calibration import Calibration, calibration
 from motet.evaluation.intervals import (
     RESAMPLES,
     SEED,
     Estimate,
-    bootstrap,
     mcnemar,
-    percentiles,
     wilson,
 )
 from motet.evaluation.measures import (
     SHARES,
     Confusion,
-    Float64s,
-    LabelCounts,
     LabelFigures,
-    NumberFigures,
     all_labels,
     confusion,
     figures_of_counts,
     folded,
     label_figures,
-    normalised,
     same_json,
     set_figures,
-    token_f1,
 )
 from motet.evaluation.words import NAMES, difference_words, figure_words, interval_words
-
-#: What truth and answers are: a label; a set of labels; a set of (start, end, label); a number; a text; any JSON.
-AnswerKind = Literal["label", "labels", "spans", "number", "text", "json"]
-
-#: From how often each pattern occurs to the figures, in the order of FIGURES.
-_Weigh: TypeAlias = "Callable[[Float64s], Float64s]"
-
-#: The figures of each kind. The first says which share of the rows is right, but for numbers.
-FIGURES: Mapping[AnswerKind, tuple[str, ...]] = {
-    "label": ("accuracy", "macro_f1"),
-    "labels": ("exact_match", "macro_f1", "micro_f1"),
-    "spans": ("exact_match", "macro_f1", "micro_f1"),
-    "number": ("mae", "rmse", "r2", "pearson"),
-    "text": ("exact_match", "token_f1"),
-    "json": ("exact_match",),
-}
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Answered:
-    """What a task said of the rows that have a label, and the label."""
-
-    kind: AnswerKind
-    #: Index of each row in the job.
-    rows: Sequence[int]
-    truth: Sequence[Any]
-    #: None where there is no answer, or none that counts.
-    answers: Sequence[Any]
-    #: For ``label``: each answer's score, None where it has none. For ``labels`` with all scores: {label: score}.
-    scores: Sequence[Any] = ()
-    #: The labels that the model knows, in its order.
-    labels: tuple[str, ...] = ()
-    #: Of the rows: cells that are errors, that were skipped, and texts in which no label could be read.
-    errors: int = 0
-    skipped: int = 0
-    unread: int = 0
-    #: Rows of the job without a label, which are left out.
-    unlabelled: int = 0
-    #: What somebody should look at.
-    warnings: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -224,7 +173,7 @@ def measure(
     """Everything that can be said of these answers. Raises ValueError where there is no row."""
     if not answered.truth:
         raise ValueError("got no row with a label; expected one at least")
-    (values,), intervals = _sampled((answered,), resamples, seed)
+    (values,), intervals = sampled((answered,), resamples, seed)
     figures = {
         name: _estimate(name, value, interval, len(answered.truth))
         for name, value, interval in zip(FIGURES[answered.kind], values, intervals, strict=True)
@@ -264,9 +213,9 @@ def compare(
     _check_comparable(first, second)
     if a.kind == "number":
         both = [x is not None and y is not None for x, y in zip(a.answers, b.answers, strict=True)]
-        a, b = _kept(a, both), _kept(b, both)
-    (values, others), intervals = _sampled((a, b), resamples, seed)
-    right = [_right(side) for side in (a, b)]
+        a, b = a.kept(both), b.kept(both)
+    (values, others), intervals = sampled((a, b), resamples, seed)
+    right = [right_rows(side) for side in (a, b)]
     only_first = sum(x and not y for x, y in zip(*right, strict=True))
     only_second = sum(y and not x for x, y in zip(*right, strict=True))
     counted = a.kind != "number"
@@ -322,133 +271,7 @@ def _estimate(name: str, value: float, interval: tuple[float | None, float | Non
     return Estimate(_defined(value), *interval)
 
 
-# -- patterns of rows
-
-
-def _sampled(
-    sides: Sequence[Answered], resamples: int, seed: int
-) -> tuple[list[Float64s], list[tuple[float | None, float | None]]]:
-    """The figures of each side, and the intervals of the only side's figures or of the differences of two."""
-    kind = sides[0].kind
-    if kind == "number":
-        sides = [_kept(side, [answer is not None for answer in side.answers]) for side in sides]
-    if not sides[0].truth:
-        undefined = np.full(len(FIGURES[kind]), np.nan)
-        return [undefined for _ in sides], [(None, None) for _ in undefined]
-    pattern, weigher = _KINDS[kind]
-    found = Counter(
-        zip(*([pattern(t, a) for t, a in zip(s.truth, s.answers, strict=True)] for s in sides), strict=True)
-    )
-    # In an order that is the same however the rows stand: what is drawn hangs on it.
-    patterns, counts = zip(*sorted(found.items(), key=repr), strict=True)
-    weighs = [weigher(column) for column in zip(*patterns, strict=True)]
-    often = np.array(counts, np.int64)
-
-    def figures(weights: Float64s) -> Float64s:
-        return weighs[0](weights) if len(weighs) == 1 else weighs[0](weights) - weighs[1](weights)
-
-    draws = bootstrap(figures, often, resamples=resamples, seed=seed)
-    return [weigh(often.astype(np.float64)) for weigh in weighs], percentiles(draws)
-
-
-def _weigh_items(patterns: Sequence[Any]) -> _Weigh:
-    """Figures of sets of items, each of which has a label; (truth, answer) are tuples of (item, label)."""
-    known = sorted({label for t, a in patterns for _, label in (*t, *(a or ()))})
-    code = {label: number for number, label in enumerate(known)}
-    whole = np.array([a is not None and t == a for t, a in patterns], np.float64)
-    right = _Occurrences(
-        ((i, code[m]) for i, (t, a) in enumerate(patterns) for _, m in {*t} & {*(a or ())}), len(code)
-    )
-    said = _Occurrences(((i, code[m]) for i, (_, a) in enumerate(patterns) for _, m in a or ()), len(code))
-    there = _Occurrences(((i, code[m]) for i, (t, _) in enumerate(patterns) for _, m in t), len(code))
-
-    def weigh(weights: Float64s) -> Float64s:
-        counts = LabelCounts(right.count(weights), said.count(weights), there.count(weights))
-        return np.array([weights @ whole / weights.sum(), counts.macro_f1(), counts.micro_f1()])
-
-    return weigh
-
-
-class _Occurrences:
-    """Which label occurs in which pattern."""
-
-    def __init__(self, pairs: Iterable[tuple[int, int]], labels: int) -> None:
-        table = np.array(list(pairs), np.int64).reshape(-1, 2)
-        self._pattern, self._label, self._labels = table[:, 0], table[:, 1], labels
-
-    def count(self, weights: Float64s) -> Float64s:
-        """How often each label occurs, in patterns that occur so often."""
-        return np.asarray(np.bincount(self._label, weights[self._pattern], self._labels), np.float64)
-
-
-def _weigh_labels(patterns: Sequence[Any]) -> _Weigh:
-    items = _weigh_items(patterns)
-    return lambda weights: items(weights)[:2]
-
-
-def _weigh_means(patterns: Sequence[Any]) -> _Weigh:
-    """Figures that are means over rows."""
-    table = np.array(patterns, np.float64)
-    return lambda weights: weights @ table / weights.sum()
-
-
-def _weigh_numbers(patterns: Sequence[Any]) -> _Weigh:
-    truth, answers = np.array(patterns, np.float64).T
-    return NumberFigures(truth, answers).of
-
-
-def _label_pattern(truth: str, answer: str | None) -> Hashable:
-    return ((truth, truth),), None if answer is None else ((answer, answer),)
-
-
-def _labels_pattern(truth: Collection[str], answer: Collection[str] | None) -> Hashable:
-    return tuple((m, m) for m in sorted(truth)), None if answer is None else tuple(
-        (m, m) for m in sorted(answer)
-    )
-
-
-def _spans_pattern(truth: Collection[Any], answer: Collection[Any] | None) -> Hashable:
-    def items(spans: Collection[Any]) -> Hashable:
-        return tuple((span, span[2]) for span in sorted(spans))
-
-    return items(truth), None if answer is None else items(answer)
-
-
-def _text_pattern(truth: str, answer: str | None) -> Hashable:
-    if answer is None:
-        return False, 0.0
-    return normalised(truth) == normalised(answer), token_f1(truth, answer)
-
-
-def _json_pattern(truth: Any, answer: Any) -> Hashable:
-    return (answer is not None and same_json(truth, answer),)
-
-
-def _number_pattern(truth: float, answer: float | None) -> Hashable:
-    return truth, answer
-
-
-_KINDS: Mapping[AnswerKind, tuple[Callable[[Any, Any], Hashable], Callable[[Sequence[Any]], _Weigh]]] = {
-    "label": (_label_pattern, _weigh_labels),
-    "labels": (_labels_pattern, _weigh_items),
-    "spans": (_spans_pattern, _weigh_items),
-    "number": (_number_pattern, _weigh_numbers),
-    "text": (_text_pattern, _weigh_means),
-    "json": (_json_pattern, _weigh_means),
-}
-
-
 # -- parts of an evaluation
-
-
-def _right(answered: Answered) -> list[bool]:
-    """Whether each row is right as a whole."""
-    match answered.kind:
-        case "text" | "json":
-            pattern = _KINDS[answered.kind][0]
-            return [bool(pattern(t, a)[0]) for t, a in _pairs(answered)]  # type: ignore[index]
-        case _:
-            return [a is not None and bool(t == a) for t, a in _pairs(answered)]
 
 
 def _labels(answered: Answered) -> tuple[LabelFigures, ...]:
@@ -459,7 +282,7 @@ def _labels(answered: Answered) -> tuple[LabelFigures, ...]:
             return set_figures(answered.truth, answered.answers, answered.labels)
         case "spans":
             right, said, there = Counter[str](), Counter[str](), Counter[str]()
-            for t, a in _pairs(answered):
+            for t, a in answered.pairs():
                 there.update(span[2] for span in t)
                 said.update(span[2] for span in a or ())
                 right.update(span[2] for span in t & (a or frozenset()))
@@ -472,7 +295,7 @@ def _calibrated(answered: Answered) -> tuple[Calibration | None, tuple[str, ...]
     """Scores beside whether they were right: of each answer, or of every label where there may be several."""
     scores: list[float] = []
     right: list[bool] = []
-    for (t, a), score in zip(_pairs(answered), answered.scores, strict=False):
+    for (t, a), score in zip(answered.pairs(), answered.scores, strict=False):
         if a is None or score is None:
             continue
         if isinstance(score, Mapping):
@@ -492,24 +315,12 @@ def _calibrated(answered: Answered) -> tuple[Calibration | None, tuple[str, ...]
 def _fields(answered: Answered) -> dict[str, float]:
     """For each key of true objects the share of rows that have it in which the answer has the same there."""
     has, same = Counter[str](), Counter[str]()
-    for t, a in _pairs(answered):
+    for t, a in answered.pairs():
         if isinstance(t, Mapping):
             has.update(map(str, t))
             said = a if isinstance(a, Mapping) else {}
             same.update(str(key) for key in t if key in said and same_json(t[key], said[key]))
     return {key: same[key] / n for key, n in has.items()}
-
-
-def _pairs(answered: Answered) -> Iterator[tuple[Any, Any]]:
-    return zip(answered.truth, answered.answers, strict=True)
-
-
-def _kept(answered: Answered, mask: Sequence[bool]) -> Answered:
-    """Only the rows that are marked."""
-    truth, answers, rows = (
-        list(compress(column, mask)) for column in (answered.truth, answered.answers, answered.rows)
-    )
-    return replace(answered, truth=truth, answers=answers, rows=rows, scores=())
 
 
 def _defined(value: float) -> float | None:

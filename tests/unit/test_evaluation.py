@@ -33,7 +33,6 @@ from motet.evaluation import (
     near_share,
     normalised,
     number_figures,
-    reading,
     root_mean_squared_error,
     same_json,
     set_accuracy,
@@ -43,6 +42,7 @@ from motet.evaluation import (
     wilson,
 )
 from motet.evaluation.report import MOST_LABELS
+from motet.evaluation.truth import TAKE
 from tests.unit.fake_api import TOKEN, FakeApi
 from tests.unit.test_cli_commands import Shell, api, motet
 from tests.unit.test_page import Reader
@@ -348,7 +348,7 @@ def test_entities_are_right_where_place_and_label_are() -> None:
     "spans", ['[[0, 4, "who"]]', [[0, 4, "who", 0.9]], [{"start": 0, "end": 4, "label": "who"}]]
 )
 def test_entities_are_read_as_lists_objects_or_their_json(spans: Any) -> None:
-    assert reading._spans(spans) == {(0, 4, "who")}
+    assert TAKE["spans"](spans) == {(0, 4, "who")}
 
 
 def test_measuring_needs_no_torch_and_no_server() -> None:
