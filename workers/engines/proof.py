@@ -10,18 +10,21 @@ from __future__ import annotations
 import itertools
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any, Protocol
+from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 
 from workers.engine import CannotLoad, DeviceBroken, OutOfMemory, Prepared
 from workers.engines.causal import kv
-from workers.engines.causal.runs import CacheRun, Runs, Varlen
-from workers.engines.causal.trees import Bools
+from workers.engines.causal.row_prompts import RowPrompts
+from workers.engines.causal.rows import ActiveRow, Causal, LabelScore
+from workers.engines.causal.steps import StepTokens, forward
+from workers.engines.causal.trees import tree
 from workers.engines.proved import ELSEWHERE
 from workers.engines.trunk import Tokens, torch_errors
+from workers.engines.writers import Writer
 
 #: Tokens of the rows of a language model: a piece of one needs two masks (kv.TOGETHER), and no two are of one length. More and
 #: longer rows take longer to register, and show nothing else.
@@ -36,18 +39,7 @@ ROW_WORDS = (1, 5, 30)
 LONGEST = 2048
 
 
-class LanguageModel(Protocol):
-    """What the proof needs of a loaded language model."""
-
-    model: Any
-    device: str
-    pool: kv.Pool
-    groups: int
-    windows: tuple[int | None, ...]
-    varlen: Varlen | None
-
-
-def among_others(loaded: LanguageModel, ids: Sequence[int], most: int) -> float:
+def among_others(loaded: Causal, ids: Sequence[int], most: int) -> float:
     """How far the logits of rows in one line are from those of the plain model, which reads one row at a time.
 
     ``ids``: tokens of ordinary text, cut into rows of at most ``most``. Of each row the median token's distance, as a
@@ -103,7 +95,7 @@ def _apart(found: torch.Tensor, expected: torch.Tensor) -> float:
 
 
 @contextmanager
-def _narrowed(loaded: LanguageModel) -> Iterator[tuple[int | None, ...]]:
+def _narrowed(loaded: Causal) -> Iterator[tuple[int | None, ...]]:
     """Windows of NARROW tokens instead of the model's own: what each layer then attends to."""
     holders: list[Any] = [loaded.model.config.get_text_config(), *loaded.model.modules()]
     wide = [h for h in holders if (getattr(h, "sliding_window", None) or 0) > NARROW]
@@ -142,27 +134,58 @@ def _one_at_a_time(model: Any, rows: Sequence[Sequence[int]], device: str) -> li
 
 
 def _in_one_line(
-    loaded: LanguageModel, windows: Sequence[int | None], rows: Sequence[Sequence[int]]
+    loaded: Causal, windows: tuple[int | None, ...], rows: Sequence[Sequence[int]]
 ) -> list[torch.Tensor]:
-    """The same, where each step reads pieces of several rows."""
-    pool, device = loaded.pool, loaded.device
-    pool.lay_out(len(rows), -(-max(map(len, rows)) // kv.STEP) * kv.STEP)
+    """The same, where each step reads pieces of several rows, as the engine runs its steps."""
+    handle = replace(loaded, windows=windows)
+    handle.pool.lay_out(len(rows), -(-max(map(len, rows)) // kv.STEP) * kv.STEP)
+    inside = [_inside(slot, ids) for slot, ids in enumerate(rows)]
     found: list[list[torch.Tensor]] = [[] for _ in rows]
     try:
         for step in _steps(rows):
-            line = [(row, place) for row, lo, hi in step for place in range(lo, hi)]
-            layout = _layout(loaded, windows, step, line)
-            logits = loaded.model(
-                input_ids=torch.tensor([[rows[row][place] for row, place in line]], device=device),
-                position_ids=torch.tensor([[place for _, place in line]], device=device),
-                use_cache=False,
-                layout=layout,
-            ).logits[0]
-            for (row, _), behind in zip(line, logits.float().cpu(), strict=True):
-                found[row].append(behind)
+            planned = StepTokens()
+            for number, lo, hi in step:
+                _plan(planned, inside[number], lo, hi, handle.pool.cells)
+            logits = forward(handle, planned).cpu()
+            for (row, _), behind in zip(planned.wanted, logits, strict=True):
+                found[row.slot].append(behind)
     finally:
-        pool.lay_out(0, 0)
+        handle.pool.lay_out(0, 0)
     return [torch.stack(behind) for behind in found]
+
+
+def _inside(slot: int, ids: Sequence[int]) -> ActiveRow:
+    """A row inside the engine, of which the logits behind every token are wanted."""
+    every = LabelScore("", False, dict.fromkeys(range(len(ids)), 0))
+    return ActiveRow(
+        ticket=slot,
+        tenant="",
+        urgent=False,
+        asking=RowPrompts((), 0),
+        tree=tree([ids]),
+        slot=slot,
+        todo=np.arange(len(ids)),
+        adapters=[],
+        prefixes={},
+        begins={},
+        scores=[every],
+        read={},
+        computed={},
+        cell=0,
+    )
+
+
+def _plan(planned: StepTokens, row: ActiveRow, lo: int, hi: int, cells: int) -> None:
+    """Add a piece of a row to a step: one token as a decode step, more as a part of its prompt."""
+    at, places = planned.tokens, np.arange(lo, hi)
+    planned.add(row.tree.tokens[lo:hi].tolist(), places.tolist(), row.slot, places.tolist())
+    planned.adapters += [""] * (hi - lo)
+    if hi - lo > 1:
+        planned.prefill.append((row, places, at))
+        return
+    writer = Writer.of("", {}, 1, 0, None)
+    row.decoding = {0: (writer, np.arange(cells) < lo, lo)}
+    planned.decode.append((row, 0, at))
 
 
 def _steps(rows: Sequence[Sequence[int]]) -> Iterator[list[tuple[int, int, int]]]:
@@ -178,69 +201,3 @@ def _pieces(length: int) -> list[tuple[int, int]]:
     end = length - WRITTEN
     cuts = sorted({0, end // 4, *range(end, length + 1)})
     return list(itertools.pairwise(cuts))
-
-
-def _layout(
-    loaded: LanguageModel,
-    windows: Sequence[int | None],
-    step: Sequence[tuple[int, int, int]],
-    line: Sequence[tuple[int, int]],
-) -> kv.StepLayout:
-    window = next((w for w in windows if w is not None), None)
-    at, prefills, decode = 0, [], []
-    pieces: list[CacheRun] = []
-    for row, lo, hi in step:
-        if hi - lo == 1:
-            decode.append((at, row, lo))
-        elif loaded.varlen is not None:
-            pieces.append(CacheRun(at, hi - lo, row, np.arange(hi)))
-            at += hi - lo
-            continue
-        for first in range(lo, hi, kv.TOGETHER) if hi - lo > 1 else ():
-            last = min(first + kv.TOGETHER, hi)
-            seen, near = _masks(loaded, window, np.arange(first, last)[None], last)
-            prefills.append(kv.PrefillSpan(at + first - lo, at + last - lo, row, seen, near))
-        at += hi - lo
-    return kv.StepLayout(
-        pool=loaded.pool,
-        slots=torch.tensor([row for row, _ in line], device=loaded.device),
-        cells=torch.tensor([place for _, place in line], device=loaded.device),
-        prefills=prefills,
-        decode=_decode(loaded, window, decode) if decode else None,
-        windows=windows,
-        runs=Runs.of(pieces, loaded.pool.cells, loaded.device, loaded.varlen)
-        if pieces and loaded.varlen is not None
-        else None,
-    )
-
-
-def _decode(
-    loaded: LanguageModel, window: int | None, decode: Sequence[tuple[int, int, int]]
-) -> kv.DecodeTokens:
-    """A decode step's tokens (where in the line, row, place), one of each row; a row that writes nothing repeats one."""
-    slots = 1 + max(row for _, row, _ in decode)
-    tokens = np.zeros((slots, 1), np.int64)
-    places = np.zeros(slots, np.int64)
-    for at, row, place in decode:
-        tokens[row, 0], places[row] = at, place
-    seen, near = _masks(loaded, window, places[:, None], int(places.max()) + 1)
-    return kv.DecodeTokens(
-        tokens=torch.from_numpy(tokens).to(loaded.device),
-        seen=seen,
-        near=near,
-        places=torch.tensor([at for at, _, _ in decode], device=loaded.device),
-        targets=torch.tensor([row for _, row, _ in decode], device=loaded.device),
-    )
-
-
-def _masks(
-    loaded: LanguageModel, window: int | None, places: NDArray[np.int64], cells: int
-) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """What tokens at these places of their rows, (rows, tokens), attend to; and the same within the window."""
-    behind = places[..., None] - np.arange(cells)
-    seen = behind >= 0
-
-    def mask(seen: Bools) -> torch.Tensor:
-        return kv.additive(seen, loaded.groups, loaded.model.dtype, loaded.device)
-
-    return mask(seen), None if window is None else mask(seen & (behind < window))

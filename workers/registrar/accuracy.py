@@ -14,11 +14,11 @@ from typing import Any
 
 import numpy as np
 
-from motet.evaluation import measures
 from motet.protocol.columns import CellError, Column, values
 from motet.protocol.manifest import Manifest
 from motet.protocol.wire import TaskOrder
 from workers.engine import BatchEngine, Engine, Pass, Prepared
+from workers.registrar.labelled import agreement, decisions
 from workers.run.assemble import assemble
 from workers.run.batch_adapter import run_to_the_end
 from workers.run.batching import pack
@@ -101,7 +101,7 @@ class Trial:
         return answers
 
 
-def compare(exact: Column, fast: Column, labels: Sequence[str]) -> tuple[bool, dict[str, float]]:
+def compare(exact: Column, fast: Column, model: Manifest) -> tuple[bool, dict[str, float]]:
     """Whether a format answers as fp32 does, and what was measured."""
     if exact.counts()[0] < len(exact) or fast.counts()[0] < len(fast):
         return False, {"ok_share": min(exact.counts()[0], fast.counts()[0]) / max(1, len(exact))}
@@ -113,8 +113,8 @@ def compare(exact: Column, fast: Column, labels: Sequence[str]) -> tuple[bool, d
             "cosine_min": round(lowest, 6),
             "cosine_mean": round(float(cosines.mean()), 6),
         }
-    agreement = _agreement(exact, fast, labels)
-    return agreement >= AGREEMENT, {"agreement": round(agreement, 4)}
+    share = agreement(decisions(fast, model), decisions(exact, model), model)
+    return share >= AGREEMENT, {"agreement": round(share, 4)}
 
 
 def compare_writing(exact: Mapping[str, Column], fast: Mapping[str, Column]) -> tuple[bool, dict[str, float]]:
@@ -132,27 +132,16 @@ def compare_writing(exact: Mapping[str, Column], fast: Mapping[str, Column]) -> 
     pairs = list(zip(values(exact[chosen], LABELS), values(fast[chosen], LABELS), strict=True))
     same = [a[0] == b[0] for a, b in pairs]
     near = [a[2][a[0]] - a[2][b[0]] <= NEAR_TIE for a, b in pairs]
-    agreement = sum(s or n for s, n in zip(same, near, strict=True)) / len(pairs)
+    share = sum(s or n for s, n in zip(same, near, strict=True)) / len(pairs)
     begun = [
         a["text"].split()[:1] == b["text"].split()[:1]
         for a, b in zip(values(exact[written]), values(fast[written]), strict=True)
     ]
-    return agreement >= AGREEMENT, {
-        "agreement": round(agreement, 4),
+    return share >= AGREEMENT, {
+        "agreement": round(share, 4),
         "same_label": round(sum(same) / len(pairs), 4),
         "same_first_word": round(sum(begun) / len(pairs), 4),
     }
-
-
-def _agreement(exact: Column, fast: Column, labels: Sequence[str]) -> float:
-    """Share of equal decisions: of rows, of (row, label) pairs, or of numbers that are nearly the same."""
-    true, said = (list(values(column, labels)) for column in (exact, fast))
-    if exact.kind == "label":
-        return measures.accuracy([label for label, *_ in true], [label for label, *_ in said])
-    if exact.kind == "labels":
-        given = [[[label for label, _ in row] for row in side] for side in (true, said)]
-        return measures.set_accuracy(given[0], given[1], labels)
-    return measures.near_share(true, said)
 
 
 def _unit(column: Column) -> np.ndarray[Any, np.dtype[np.float64]]:

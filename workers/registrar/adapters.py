@@ -10,7 +10,7 @@ from typing import Any
 
 from motet.errors import SetupError
 from motet.protocol.manifest import Manifest
-from workers.registrar.describe import PICKLES, Described, digests, read_json, read_tensors, sizes
+from workers.registrar.describe import PICKLES, Described, read_json, sitting_on, tensor_sizes
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 #: What PEFT can do beyond two low-rank matrices for each product, and engines do not.
@@ -41,27 +41,16 @@ class Adapter:
                 "--trunk NAME"
             )
         files = {file: self.folder / file for file in (CONFIG, WEIGHTS)}
-        read_tensors(files[WEIGHTS])
-        return Described(
-            manifest=Manifest(
-                name=name,
-                version=version,
-                engine=trunk.engine,
-                answers="text",
-                files=digests(files),
-                sizes=sizes(files),
-                trunk=trunk.trunk,
-                trunk_model=trunk.ref,
-                max_tokens=trunk.max_tokens,
-                parameters=trunk.parameters,
-                kv_width=trunk.kv_width,
-                licence=licence or trunk.licence,
-                source={
-                    "folder": self.folder.name,
-                    "base": str(self.spec.get("base_model_name_or_path", ""))[:200],
-                },
-            ),
-            files=files,
+        tensor_sizes(files[WEIGHTS])
+        base = str(self.spec.get("base_model_name_or_path", ""))[:200]
+        return sitting_on(
+            trunk,
+            files,
+            name=name,
+            version=version,
+            answers="text",
+            licence=licence or trunk.licence,
+            source={"folder": self.folder.name, "base": base},
         )
 
 

@@ -290,7 +290,7 @@ def measure(
                 kept=_kept(first, answers, was, held),
                 vectors={}
                 if side == COMPRESSED and form.layers
-                else compare(first.vectors, answers.vectors, ())[1],
+                else compare(first.vectors, answers.vectors, was.trunk.manifest)[1],
             )
         use_threads(1)
         speeds = _speeds(engine, passes, held.texts, rounds)

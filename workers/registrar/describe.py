@@ -9,7 +9,7 @@ import hashlib
 import json
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -72,30 +72,38 @@ class HeadFolder:
                 "train it again on this trunk"
             )
         files = {"head.safetensors": self.folder / "head.safetensors"}
-        read_tensors(files["head.safetensors"])
-        return Described(
-            manifest=Manifest(
-                name=name or str(self.spec["name"]),
-                version=version or str(self.spec["version"]),
-                engine=trunk.engine,
-                answers=HEAD_ANSWERS[self.spec["head"]],
-                files=digests(files),
-                sizes=sizes(files),
-                trunk=trunk.trunk,
-                trunk_model=trunk.ref,
-                max_tokens=min(int(self.spec["max_tokens"]), trunk.max_tokens),
-                dim=trunk.dim,
-                pooling=trunk.pooling,
-                labels=tuple(map(str, self.spec["labels"])),
-                thresholds=tuple(map(float, self.spec.get("thresholds") or ())),
-                parameters=trunk.parameters,
-                packed_width=trunk.packed_width,
-                licence=licence or str(self.spec.get("licence", "")),
-                source={"folder": self.folder.name, "training": str(self.spec.get("training", ""))},
-                scores={"data": self.spec.get("data", {}), **self.spec.get("scores", {})},
-            ),
-            files=files,
+        tensor_sizes(files["head.safetensors"])
+        return sitting_on(
+            trunk,
+            files,
+            name=name or str(self.spec["name"]),
+            version=version or str(self.spec["version"]),
+            answers=HEAD_ANSWERS[self.spec["head"]],
+            max_tokens=min(int(self.spec["max_tokens"]), trunk.max_tokens),
+            labels=tuple(map(str, self.spec["labels"])),
+            thresholds=tuple(map(float, self.spec.get("thresholds") or ())),
+            licence=licence or str(self.spec.get("licence", "")),
+            source={"folder": self.folder.name, "training": str(self.spec.get("training", ""))},
+            scores={"data": self.spec.get("data", {}), **self.spec.get("scores", {})},
         )
+
+
+def sitting_on(trunk: Manifest, files: Mapping[str, Path], **own: Any) -> Described:
+    """A head or an adapter on a trunk, of the trunk's shape. ``own``: the fields of the manifest that are not the trunk's."""
+    shared: dict[str, Any] = {
+        "engine": trunk.engine,
+        "trunk": trunk.trunk,
+        "trunk_model": trunk.ref,
+        "max_tokens": trunk.max_tokens,
+        "dim": trunk.dim,
+        "pooling": trunk.pooling,
+        "parameters": trunk.parameters,
+        "packed_width": trunk.packed_width,
+        "kv_width": trunk.kv_width,
+    }
+    return Described(
+        manifest=Manifest(**{**shared, "files": digests(files), "sizes": sizes(files), **own}), files=files
+    )
 
 
 def read_head(folder: Path) -> HeadFolder | None:
@@ -146,9 +154,9 @@ def describe_folder(
     limit = _max_tokens(folder, config, steady=engine in ("", "causal"))
     if max_tokens is not None and max_tokens > limit:
         raise SetupError(f"--max-tokens: got {max_tokens}; this model reads at most {limit}")
-    shards = {f: path for f, path in files.items() if f.endswith(".safetensors")}
     hashed = digests(files)
-    tensors = {name: size for path in shards.values() for name, size in tensor_sizes(path).items()}
+    shards = [path for name, path in files.items() if name.endswith(".safetensors")]
+    tensors = {name: size for path in shards for name, size in tensor_sizes(path).items()}
     base = Manifest(
         name=name,
         version=version,
@@ -168,7 +176,7 @@ def describe_folder(
         answers, labels = _classes(config)
         manifest = replace(base, engine="classifier", answers=answers, labels=labels)
     elif architecture.endswith(LANGUAGE):
-        manifest = _language_model(base, config, shards, engine or "causal")
+        manifest = _language_model(base, config, tensors, engine or "causal")
     else:
         manifest = replace(base, pooling=_pooling(folder), trunk=encoder_digest(hashed))
     return Described(manifest=manifest, files=files)
@@ -177,7 +185,7 @@ def describe_folder(
 def encoder_digest(files: Mapping[str, str]) -> str:
     """The trunk digest of an encoder with these files (relative path -> sha256)."""
     return trunk_digest(
-        weights_sha256=_weights_digest([files[f] for f in sorted(files) if f.endswith(".safetensors")]),
+        weights_sha256=_weights_digest(files),
         tokenizer_sha256=files["tokenizer.json"],
         config_sha256=files["config.json"],
     )
@@ -226,41 +234,27 @@ def read_json(path: Path) -> dict[str, Any]:
     return read
 
 
-def read_tensors(path: Path) -> int:
-    """How many numbers a safetensors file holds. Raises SetupError where it is torn or something else."""
-    return sum(tensor_sizes(path).values())
-
-
 def tensor_sizes(path: Path) -> dict[str, int]:
-    """How many numbers each tensor of a safetensors file holds. Raises SetupError as ``read_tensors`` does."""
-    return {name: math.prod(tensor["shape"]) for name, tensor in _tensors(path).items()}
+    """How many numbers each tensor of a safetensors file holds. Raises SetupError where it is torn or something else."""
+    return {name: size for name, (_, size) in _tensors(path).items()}
 
 
 def stored_format(files: Mapping[str, Path]) -> str:
     """The numeric format of all weights, so that running in it rounds none of them; "" where there are several."""
     weights = [path for name, path in files.items() if name.endswith(".safetensors")]
-    found = {tensor["dtype"] for path in weights for tensor in _tensors(path).values()}
+    found = {dtype for path in weights for dtype, _ in _tensors(path).values()}
     return {"F32": "fp32", "BF16": "bf16", "F16": "fp16"}.get(found.pop(), "") if len(found) == 1 else ""
 
 
-def _tensors(path: Path) -> dict[str, Any]:
-    """The header of a safetensors file: shape and dtype of each tensor. Raises SetupError."""
+def _tensors(path: Path) -> dict[str, tuple[str, int]]:
+    """Of each tensor of a safetensors file its dtype and how many numbers it holds: the header alone is read."""
+    from safetensors import SafetensorError, safe_open
+
     try:
-        size = path.stat().st_size
-        with path.open("rb") as file:
-            length = int.from_bytes(file.read(8), "little")
-            if not 2 <= length <= min(size - 8, 100_000_000):
-                raise ValueError("header length")
-            header = json.loads(file.read(length))
-        tensors = {key: tensor for key, tensor in header.items() if key != "__metadata__"}
-        end = max((int(tensor["data_offsets"][1]) for tensor in tensors.values()), default=0)
-        if end != size - 8 - length:
-            raise ValueError("tensors do not fill the file")
-        # A shape that is none is torn as well.
-        if any(not tensor["dtype"] or math.prod(tensor["shape"]) < 0 for tensor in tensors.values()):
-            raise ValueError("a tensor without numbers")
-        return tensors
-    except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
+        with safe_open(path, framework="numpy") as file:
+            found = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118 - no mapping
+            return {name: (one.get_dtype(), math.prod(one.get_shape())) for name, one in found.items()}
+    except (OSError, SafetensorError) as error:
         raise SetupError(
             f"{path}: it is missing or no whole safetensors file ({type(error).__name__}); fetch it again"
         ) from None
@@ -284,18 +278,17 @@ def _architecture(config: Mapping[str, Any]) -> str:
 
 
 def _language_model(
-    base: Manifest, config: Mapping[str, Any], shards: Mapping[str, Path], engine: str
+    base: Manifest, config: Mapping[str, Any], tensors: Mapping[str, int], engine: str
 ) -> Manifest:
     """The manifest of a model that writes: what attention keeps of a token, and how many numbers it really has."""
-    sizes = {name: size for path in shards.values() for name, size in tensor_sizes(path).items()}
     tied = config.get("tie_word_embeddings") is True
     # What is tied may be stored twice and is loaded once.
-    parameters = sum(size for name, size in sizes.items() if not (tied and name == "lm_head.weight"))
+    parameters = sum(size for name, size in tensors.items() if not (tied and name == "lm_head.weight"))
     beside = [base.files[name] for name in LANGUAGE_FILES if name in base.files]
     trunk = trunk_digest(
-        weights_sha256=_weights_digest([base.files[f] for f in sorted(shards)]),
+        weights_sha256=_weights_digest(base.files),
         # How a prompt is written and where an answer ends decide too: equal weights alone share nothing.
-        tokenizer_sha256=_weights_digest([base.files["tokenizer.json"], *beside]),
+        tokenizer_sha256=_digest_of([base.files["tokenizer.json"], *beside]),
         config_sha256=base.files["config.json"],
     )
     return replace(
@@ -414,9 +407,13 @@ def _classes(config: Mapping[str, Any]) -> tuple[Answer, tuple[str, ...]]:
     return "label", labels
 
 
-def _weights_digest(shards: list[str]) -> str:
-    """The digest of the weights; of several shards, the digest of theirs."""
-    return shards[0] if len(shards) == 1 else hashlib.sha256("\n".join(shards).encode()).hexdigest()
+def _weights_digest(files: Mapping[str, str]) -> str:
+    return _digest_of([files[name] for name in sorted(files) if name.endswith(".safetensors")])
+
+
+def _digest_of(digests: Sequence[str]) -> str:
+    """The digest of one file; of several, the digest of theirs."""
+    return digests[0] if len(digests) == 1 else hashlib.sha256("\n".join(digests).encode()).hexdigest()
 
 
 def _licence(folder: Path) -> str:

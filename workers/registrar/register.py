@@ -238,7 +238,7 @@ class Registry:
                     if writes:
                         passed, numbers = compare_writing(_by_kind(mine, exact), _by_kind(mine, answers))
                     else:
-                        passed, numbers = compare(exact[manifest.ref], answers[manifest.ref], manifest.labels)
+                        passed, numbers = compare(exact[manifest.ref], answers[manifest.ref], manifest)
                     measured[in_format] = {**numbers, "sentences": len(texts)}
                 apart = outcomes[in_format].apart if in_format in outcomes else 0.0
                 allowed += [in_format] if passed and within(apart, in_format) else []

@@ -30,6 +30,7 @@ from workers.run.batching import (
     limit,
     longest_first,
     overhead_tokens,
+    padded_tokens,
 )
 from workers.run.work import Work
 
@@ -295,7 +296,9 @@ class Stream:
         if not rows <= among:
             self._roomy = budget, most, among = self.pace.budget, self._most, rows
         if self.whole and len(rows) > 1:
-            self.pace.budget = self.pace.budget.out_of_memory(self._padded())
+            self.pace.budget = self.pace.budget.out_of_memory(
+                padded_tokens([row for _, row in self._inside.values()])
+            )
             self._wait_again(list(self._inside))
         elif not self.whole and tokens > LEAST_TOKENS:
             self.pace.budget = self.pace.budget.out_of_memory(tokens)
@@ -309,9 +312,6 @@ class Stream:
             self.pace.budget, self._most, self._roomy = budget, most, None
             return StepResult(lost=[(work, row, NO_MEMORY) for work, row in self._out(list(self._inside))])
         return StepResult()
-
-    def _padded(self) -> int:
-        return max([row.length for _, row in self._inside.values()]) * len(self._inside)
 
     def _wait_again(self, tickets: Sequence[Hashable]) -> None:
         for work, held in _by_work(self._out(tickets)):

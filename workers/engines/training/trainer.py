@@ -30,9 +30,8 @@ from workers.registrar.describe import (
     HEAD_ANSWERS,
     TRAINING_COPIES,
     describe_folder,
-    digests,
     encoder_digest,
-    sizes,
+    sitting_on,
 )
 from workers.run.device import other_devices
 
@@ -272,26 +271,19 @@ def made(
 def _head(
     recipe: Recipe, target: Target, path: Path, trunk: Manifest, trained: Trained, about: Mapping[str, str]
 ) -> Manifest:
-    here = {"head.safetensors": path}
-    return Manifest(
+    return sitting_on(
+        trunk,
+        {"head.safetensors": path},
         name=f"{recipe.name}.{target.name}",
         version=recipe.version,
-        engine=trunk.engine,
         answers=HEAD_ANSWERS[target.kind],
-        files=digests(here),
-        sizes=sizes(here),
-        trunk=trunk.trunk,
-        trunk_model=trunk.ref,
         max_tokens=min(recipe.max_tokens or trunk.max_tokens, trunk.max_tokens),
-        dim=trunk.dim,
-        pooling=trunk.pooling,
         labels=target.labels,
-        parameters=trunk.parameters,
         formats=trunk.formats,
         licence=recipe.licence,
         source=dict(about),
         scores={"test": trained.scores.get(target.name, {}), "frozen": trained.frozen.get(target.name, {})},
-    )
+    ).manifest
 
 
 def _trained_by(trainer: Manifest, trunk: str) -> Manifest:
