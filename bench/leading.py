@@ -1,8 +1,7 @@
 """The leader's step with very many workers: what `bench/scale.py --workers N` measures.
 
 Beats come through a real Valkey (bench/crowd.py), leases lie in a real Postgres, outcomes are recorded by the stage's
-own aggregator. The dispatcher is the live class, stepped in this process with the words that it listens for; that of
-the stage is stopped meanwhile.
+own aggregator. The dispatcher is the live class, stepped in this process with the words that it listens for.
 """
 
 from __future__ import annotations
@@ -97,26 +96,22 @@ class Led:
         self._step_at = time.monotonic()
         words = self.listener.wait(0.0)
         cpu_s, began = time.thread_time(), time.perf_counter()
-        sent = step(self.dispatcher, words)
+        sent = self.dispatcher.step(time.monotonic(), words)
         return Lap(seconds=time.perf_counter() - began, cpu_s=time.thread_time() - cpu_s, sent=sent)
 
     def until_leading(self) -> None:
-        """The stopped dispatcher's lease runs out first; then what lead it took over is settled in a few steps."""
+        """The stopped dispatcher's lease runs out first; ten thousand workers are taken in within a few steps."""
         deadline = time.monotonic() + 30
         while self.dispatcher.epoch is None:
             assert time.monotonic() < deadline, "another dispatcher leads"
             self.lap(beats=True)
-        for _ in range(3):
+        for _ in range(8):
             self.lap(beats=True)
 
     def close(self) -> None:
         self.dispatcher.stop()
         self.listener.close()
         self._stack.__exit__(None, None, None)
-
-
-def step(dispatcher: Dispatcher, words: object) -> int:
-    return dispatcher.step(time.monotonic())
 
 
 @contextmanager
@@ -183,11 +178,13 @@ def know_the_speed(stage: Stage) -> None:
 def leading(stage: Stage, count: int, *, looks: int, patience_s: float) -> Leading:
     """Measure the step with so many workers: idle, while they are filled, and full."""
     transport = RedisTransport(stage.redis.scheduler)
+    # That of the stage stands still until ours leads, and stands by from then on.
     os.kill(stage.pids["dispatch"], signal.SIGSTOP)
     led = Led(stage, transport)
     try:
         with crowd_of(stage, count) as crowd, Client(stage.url, stage.tokens["user"]) as client:
             led.until_leading()
+            os.kill(stage.pids["dispatch"], signal.SIGCONT)
             idle = [led.lap(beats=True) for _ in range(looks)]
             job = client.submit(
                 stream_short_texts(int(1.25 * count * DEPTH * ROWS)), label_tasks(4), progress=False
@@ -217,10 +214,10 @@ def leading(stage: Stage, count: int, *, looks: int, patience_s: float) -> Leadi
             job.cancel()
             for _ in range(3):
                 led.lap(beats=True)
+            assert not led.dispatcher.differences, "the audit found differences"
     finally:
         led.close()
         transport.close()
-        os.kill(stage.pids["dispatch"], signal.SIGCONT)
     return Leading(
         workers=count,
         idle=idle,

@@ -2,6 +2,11 @@
 
 Deciding is done by pure modules (liveness, place, carve, lifecycle); this shell fetches facts and carries the
 decisions out. Any number may run; one leads, the others stand by.
+
+A step has two halves. The quick step takes in what the words of committed transactions name, and gives work to whoever
+can have some. The beat step, four times a second whatever is said, hears all workers in one read, rescues, takes over,
+and tells workers what to drop. What a step reads is what changed since the last one; all is read at the start of a term,
+where words were missed, and, slice by slice, by the audit (scheduler/audit.py).
 """
 
 from __future__ import annotations
@@ -9,56 +14,72 @@ from __future__ import annotations
 import logging
 import threading
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Container, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from itertools import count, islice
 from typing import cast
+from uuid import UUID
 
 from motet.protocol import traces
 from motet.protocol.settings import Settings
 from motet.protocol.transport import SchedulerTransport, TransportLost
 from motet.protocol.wire import PROTOCOL, Beat, Control
-from scheduler.facts import Facts, read, under_way, workers
+from scheduler.audit import Audit, Differences
+from scheduler.crew import Crew
+from scheduler.facts import Flags, read_flags, under_way, workers
 from scheduler.identity import is_gone, own_name
+from scheduler.lease_book import LeaseBook
 from scheduler.payloads import Payloads
 from scheduler.policy.carve import MAX_ROWS, Carved, Frontier, carve
 from scheduler.policy.cost import Rates
 from scheduler.policy.lifecycle import Hopes, lost
-from scheduler.policy.liveness import Roster, Watch, attuned, drops, speaks, usable
+from scheduler.policy.liveness import Roster, attuned, drops, speaks, usable
 from scheduler.policy.place import Placer
 from scheduler.policy.placing.entries import Flight
 from scheduler.policy.placing.rebalancing import Clone, Recall
-from scheduler.policy.placing.records import Placement
+from scheduler.policy.placing.records import Demand, Placement
 from scheduler.policy.pressure import throttle
 from scheduler.pulse import pulse
 from scheduler.store import drains, endings, leases
 from scheduler.store.database import Database, StoreUnavailable
-from scheduler.store.demand import frontier
-from scheduler.store.endings import end_job
+from scheduler.store.demand import demand_of, frontier, jobs_waiting
+from scheduler.store.endings import end_job, overdue
 from scheduler.store.leadership import NotLeading, fence, lead, record_transport, resign
-from scheduler.store.leases import Cut, Held, Leased
+from scheduler.store.leases import Cut, Fate, Held, Leased, LeaseKey
 from scheduler.store.listening import Listener
 from scheduler.store.outcomes import record_given_up
+from scheduler.store.rates import rates
+from scheduler.store.words import EVERYTHING, SILENCE, Words
 
 log = logging.getLogger(__name__)
 
 #: An upload that stays silent for so long is abandoned.
 UPLOAD_SILENT_S = 3600.0
+#: Seconds between two beat steps. Longer: a death is seen later. Shorter: ten thousand beats are read more often.
+BEAT_STEP_S = 0.25
 #: Chores that need no haste (overdue jobs, forgotten workers) are done this often.
 _CHORES_S = 5.0
 #: The sweeper looks so often for jobs to delete; while it finds some it goes on in the next step.
 _SWEEP_S = 30.0
-#: Sub-tasks sent in one step: with many workers a step must still be much shorter than the leader's lease.
-MOST_PER_STEP = 64
-#: Who is owed a load, and which deadline comes near, is looked at so often; what idle workers may take over, so often.
-_TEND_S, _LATE_S = 1.0, 0.25
+#: Sub-tasks sent in one step at most. More: a step lasts longer, and the next beat step begins later. Fewer: the
+#: statements of a step are shared by fewer.
+MOST_PER_STEP = 256
+#: Sub-tasks whose payloads are built before they are sent. More: more texts are in memory at once.
+_BUILT_AT_ONCE = 64
+#: Workers that the policy learns of, or that are told something, in one beat step at most: ten thousand that come at
+#: once would make it longer than the leader's lease.
+_WORKERS_PER_STEP = 2_000
+#: Who is owed a load, and which deadline comes near, is looked at so often.
+_TEND_S = 1.0
 #: Rates are read anew so often.
 _LEARN_S = 0.5
-#: After a wake-up nothing more is done for so long: what comes in bursts is dealt with together.
+#: Seconds of rest between two quick steps that nobody asked for. Shorter: a processor is kept busy by small changes.
 _BREATH_S = 0.01
 #: After Redis was emptied a worker's first new beats say what it still holds.
 _HEAR_AGAIN_S = 2.5
+#: Jobs whose demand is read at once where everything is read.
+_JOBS_AT_ONCE = 1_000
 
 
 @dataclass
@@ -70,61 +91,90 @@ class Dispatcher:
     settings: Settings
     me: str = field(default_factory=own_name)
     epoch: int | None = None
+    #: What audits of this process have found.
+    differences: int = 0
 
     def __post_init__(self) -> None:
-        self._watch = Watch(self.settings.dead_s)
-        self._roster, self._hopes = Roster(), Hopes()
         self._payloads = Payloads(self.database)
-        self._renew_at = 0.0
-        #: When this term began.
-        self._led_at = 0.0
-        #: A lease may have been committed without our hearing of it: then nobody was sent it.
-        self._unheard = False
+        self._flight_numbers = count()
+        self._renew_at = self._chores_at = self._sweep_at = 0.0
         #: When leases of live workers that did not survive an emptied Redis are given up; None: it was not emptied.
         self._hear_again_at: float | None = None
-        self._chores_at = 0.0
-        self._sweep_at = 0.0
-        self._tend_at = self._late_at = self._learned_at = 0.0
-        self._placer = self._new_placer()
-        self._flight_numbers = count()
-        #: The last step left something that it could have placed.
-        self._more = False
         #: Attempts taken back from a worker, until when it is told so: their messages may still lie in its queue.
-        self._recalled: dict[str, dict[leases.LeaseKey, float]] = {}
-        self._controls: dict[str, Control] = {}
+        self._recalled: dict[str, dict[LeaseKey, float]] = {}
         #: (worker, boot) of those whose protocol was told to the log.
         self._strangers: set[tuple[str, str]] = set()
+        self._know_nothing(0.0)
 
-    def step(self, now: float) -> int:
-        """One round at monotonic time ``now``. The number of sub-tasks sent; 0 for a standby."""
-        if not self._lead(now):
+    def _know_nothing(self, now: float) -> None:
+        """As a term begins: nothing that was known in another one is gone by."""
+        s = self.settings
+        #: When this term began.
+        self._led_at = now
+        self._crew, self._roster, self._hopes = Crew(s.dead_s), Roster(), Hopes()
+        self._placer = Placer(Rates(), subtask_s=s.subtask_s, ahead_s=s.ahead_s, depth=s.depth)
+        self._book = LeaseBook()
+        self._audit = Audit(self._book, self._placer)
+        self._flags = Flags()
+        #: What was said and is not dealt with yet.
+        self._words = EVERYTHING
+        #: Jobs of which the leader itself changed what waits; those that are read anew in the next beat step; and
+        #: those with rows that were put off, with the time at which some of them may be carved.
+        self._touched: set[UUID] = set()
+        self._stale: set[UUID] = set()
+        self._later: dict[UUID, float] = {}
+        #: Leases that the policy does not know: of passes of which nothing waits, or of workers that get no work.
+        self._orphans: dict[LeaseKey, Held] = {}
+        #: Decided, and not leased yet: key in the policy -> job.
+        self._unleased: dict[int, UUID] = {}
+        #: A lease may have been committed without our hearing of it: then nobody was sent it; those that were found.
+        self._unheard = False
+        self._never_sent: set[LeaseKey] = set()
+        #: Workers whose leases are to be looked at, of whom the policy is to learn, and who are to be told something.
+        self._doubtful: set[str] = set()
+        self._to_learn: set[str] = set()
+        self._to_tell: set[str] = set()
+        #: Workers that nothing is put beside what they do.
+        self._taboo: set[str] = set()
+        self._controls: dict[str, Control] = {}
+        #: Share of its usual rate at which the leader sends, as of the last beat step.
+        self._open_share = 1.0
+        self._beat_at = self._tend_at = self._learned_at = 0.0
+
+    def step(self, now: float, words: Words = EVERYTHING) -> int:
+        """One round at monotonic time ``now``, in which ``words`` were said since the last one. The number of sub-tasks
+        sent; 0 for a standby."""
+        self._words |= words
+        if not self._lead(now) or self.epoch is None:
             return 0
-        epoch = self.epoch
-        assert epoch is not None
-        # Beats before leases: an attempt that a beat names and no lease does has truly ended.
-        live = self._watch.see(self.transport.beats(), now)
-        facts = self._read(now)
-        if self._rescue(epoch, live, facts, now):
-            facts = self._read(now)
-        self._note_strangers(live)
-        self._learn_of(usable(live, facts.drained), facts, now)
-        sent = self._send(epoch, self._decide(now))
-        if now >= self._late_at:
-            self._late_at = now + _LATE_S
-            sent += self._take_over(epoch, facts, now)
-        self._tell(epoch, live, facts, now)
-        if now >= self._chores_at:
-            self._chores_at = now + _CHORES_S
-            self._chores(epoch, live, facts, now)
-        if now >= self._sweep_at:
-            # A slice a step: a job of millions of rows goes while all others are served.
-            self._sweep_at = now if self._sweep(epoch) else now + _SWEEP_S
+        try:
+            return self._step(self.epoch, now)
+        except StoreUnavailable:
+            # Whether it was committed nobody knows.
+            self._words = EVERYTHING
+            raise
+
+    def _step(self, epoch: int, now: float) -> int:
+        beats = now >= self._beat_at or self._words.everything or self._words.drains
+        if beats:
+            self._look(epoch, now)
+        sent = self._quick_step(epoch, now)
+        if beats:
+            sent += self._take_over(epoch, now)
+            self._tell(epoch, now)
+            self._look_after(epoch, now)
         return sent
 
     def rest_s(self, now: float) -> float:
         """Seconds until there may be something to do that nobody tells us of."""
-        due_s = 0.0 if self._more else self._placer.next_due() - now
-        return min(self.settings.tick_s, max(_BREATH_S, due_s))
+        if self.epoch is None:
+            return self.settings.tick_s
+        due = self._beat_at
+        if self._touched or self._unleased:
+            due = now
+        elif self._most_to_send():
+            due = min(due, self._placer.next_due(), *self._later.values())
+        return max(_BREATH_S, due - now)
 
     def stop(self) -> None:
         """Hand the lead over at once."""
@@ -140,59 +190,169 @@ class Dispatcher:
         self.epoch = lead(self.database, self.me, led, self.settings.leader_lease_s, is_gone)
         self._renew_at = now + self.settings.leader_lease_s / 5
         if self.epoch is not None and self.epoch != led:
-            self._begin_to_lead(self.epoch, now)
+            log.info("leading", extra={"epoch": self.epoch})
+            self._know_nothing(now)
+            # We have heard no beat yet, so nobody is late by our clock.
+            leases.extend_all(self.database, self.epoch, self.settings.lease_s)
         return self.epoch is not None
 
-    def _begin_to_lead(self, epoch: int, now: float) -> None:
-        log.info("leading", extra={"epoch": epoch})
-        self._led_at, self._unheard = now, False
-        self._watch = Watch(self.settings.dead_s)
-        self._roster, self._hopes = Roster(), Hopes()
-        self._controls.clear()
-        self._placer = self._new_placer()
-        self._learned_at = 0.0
-        # We have heard no beat yet, so nobody is late by our clock.
-        leases.extend_all(self.database, epoch, self.settings.lease_s)
+    # -- the quick step: what the words name ---------------------------------------------------
 
-    def _new_placer(self) -> Placer:
-        s = self.settings
-        return Placer(Rates(), subtask_s=s.subtask_s, ahead_s=s.ahead_s, depth=s.depth)
+    def _quick_step(self, epoch: int, now: float) -> int:
+        """Take in what was said, and give work to whoever can have some. Nobody is judged here: the beats are of before."""
+        self._catch_up(now)
+        return self._send(epoch, self._decide(now))
 
-    def _read(self, now: float) -> Facts:
+    def _catch_up(self, now: float) -> None:
+        """Take in what changed since the last step: leases that ended, and what waits now of the jobs that were named."""
+        for flight, job in self._unleased.items():
+            # Its rows were taken by others, its job has ended, or Postgres was away.
+            self._placer.closed(flight, now)
+            self._touched.add(job)
+        self._unleased.clear()
+        words = self._words
+        if words.everything:
+            self._read_anew(now)
+        else:
+            keys = self._book.of(words.done, words.ended)
+            jobs = words.landed | words.ended | self._touched
+            jobs |= {job for job, at in self._later.items() if at <= now}
+            if keys or jobs:
+                with self.database.transaction() as connection:
+                    fates = leases.fates(connection, keys) if keys else {}
+                    wanted = demand_of(connection, now, jobs) if jobs else ([], {})
+                self._take_ends(fates, now)
+                self._want(jobs, *wanted)
+            self._stale |= words.done_of - jobs
+        self._words = SILENCE
+        self._touched.clear()
+
+    def _read_anew(self, now: float) -> None:
+        """Read everything."""
         with self.database.transaction() as connection:
-            if now < self._learned_at:
-                return read(connection, now, self._placer.rates)
-            self._learned_at = now + _LEARN_S
-            return read(connection, now)
+            stored = {h.key: h for h in leases.held(connection)}
+            fates = leases.fates(connection, self._book.keys() - stored.keys())
+            jobs = jobs_waiting(connection, UUID(int=0), _JOBS_AT_ONCE)
+            pages = [jobs]
+            while len(pages[-1]) == _JOBS_AT_ONCE:
+                pages.append(jobs_waiting(connection, pages[-1][-1], _JOBS_AT_ONCE))
+            wanted = [(page, demand_of(connection, now, page)) for page in pages]
+        found = [h for key, h in stored.items() if key not in self._book]
+        if self._unheard:
+            # Postgres committed them just before it went away: we did not hear of them, and sent nothing.
+            self._never_sent |= {h.key for h in found if h.age_s < now - self._led_at}
+        self._take_in(found)
+        self._take_ends(fates, now)
+        for page, more in wanted:
+            self._want(page, *more)
+        nothing_waits = {UUID(job) for job, _ in self._placer.wants()} - {
+            job for page in pages for job in page
+        }
+        self._want(nothing_waits, [], {})
+        self._stale.clear()
+        self._audit.begun(now)
 
-    # -- rescue --------------------------------------------------------------------------------
+    def _take_in(self, found: Collection[Held]) -> None:
+        """Leases that are stored and were not known here: of another leader."""
+        for h in found:
+            self._book.add(h)
+            self._orphans[h.key] = h
+            self._doubtful.add(h.worker)
 
-    def _rescue(self, epoch: int, live: Mapping[str, Beat], facts: Facts, now: float) -> bool:
-        """Extend the leases of attempts that are seen alive; close those that are gone, and return their rows."""
-        seen, in_vain = self._seen_alive(facts.held, live)
-        in_vain |= {h.key for h in facts.held if _left_behind(h, live)}
-        in_vain |= self._never_sent(facts.held, now) - seen
+    def _take_ends(self, fates: Mapping[LeaseKey, Fate], now: float) -> None:
+        """Let go of the leases that ended."""
+        for key, fate in fates.items():
+            if not fate.leased:
+                flight = self._placer.flight(key)
+                mine = fate.state == "done" and flight is not None and flight.worker.name == fate.worker
+                self._let_go(key, now, fate.busy_s if mine else None)
+
+    def _let_go(self, key: LeaseKey, now: float, busy_s: float | None = None) -> None:
+        self._placer.closed(key, now, busy_s)
+        self._orphans.pop(key, None)
+        held = self._book.drop(key)
+        if held is not None:
+            self._to_tell.add(held.worker)
+
+    def _want(self, jobs: Collection[UUID], demands: Sequence[Demand], more_at: Mapping[UUID, float]) -> None:
+        """What waits now of these jobs."""
+        waiting = {demand.id for demand in demands}
+        for demand in demands:
+            self._placer.want(demand)
+        for job in jobs:
+            for id_ in self._placer.passes_of(str(job)):
+                if id_ not in waiting:
+                    self._placer.unwanted(id_)
+            self._later.pop(job, None)
+        self._later.update(more_at)
+        self._stale.difference_update(jobs)
+
+    # -- the beat step: who is there, and what became of what they hold -------------------------
+
+    def _look(self, epoch: int, now: float) -> None:
+        """Hear all workers; rescue what is lost; tell the policy who may be given work."""
+        changed = self._crew.hear(self.transport.hear(), now)
+        # Whatever fails from here on, these are looked at again.
+        self._doubtful |= changed
+        self._to_learn |= changed
+        self._to_tell |= changed
+        self._beat_at = now + BEAT_STEP_S
+        self._read_flags(now)
+        self._touched |= self._stale
+        self._catch_up(now)
+        self._rescue(epoch, now)
+        self._note_strangers(changed)
+        self._learn_of_workers(now)
+        self._open_share = throttle(self.transport.outcome_backlog(), self.transport.memory_share())
+        if now >= self._tend_at:
+            self._tend_at = now + _TEND_S
+            self._placer.tend(now)
+
+    def _read_flags(self, now: float) -> None:
+        """What operators, aggregators and the clock of the database say of workers and leases."""
+        before = self._flags
+        with self.database.transaction() as connection:
+            self._flags = flags = read_flags(connection, self.settings.lease_s / 2)
+            if now >= self._learned_at:
+                self._learned_at = now + _LEARN_S
+                self._placer.rates = rates(connection)
+        self._to_learn |= before.drained ^ flags.drained
+        self._to_tell |= before.drained ^ flags.drained
+        self._to_learn |= {r.worker for r in set(before.refusals) ^ set(flags.refusals)}
+
+    def _rescue(self, epoch: int, now: float) -> None:
+        """Extend the leases of attempts that are seen alive; close those that are gone, and return their rows.
+
+        Looked at are leases that end soon, and those of workers of which something is new.
+        """
+        book, live, due = self._book, self._crew.live, self._flags.due
+        wiped = self._was_emptied(epoch, now)
+        asked: Container[LeaseKey] = book if wiped else due.keys() | self._never_sent
+        candidates = {
+            h.key: h for name in (book.workers() if wiped else self._doubtful) for h in book.at(name)
+        }
+        candidates |= {key: h for key in (*due, *self._never_sent) if (h := book.get(key)) is not None}
+        seen, in_vain = self._seen_alive(candidates.values(), asked)
+        in_vain |= {key for key, h in candidates.items() if _left_behind(h, live)}
+        in_vain |= self._never_sent - seen
         seen -= in_vain
-        late = [h.key for h in facts.held if h.key in seen and h.left_s < self.settings.lease_s / 2]
+        late = [key for key in due if key in seen]
         if late:
             leases.extend(self.database, epoch, late, self.settings.lease_s)
-        wiped = self._was_emptied(epoch, facts, now)
         gone = [
             h
-            for h in facts.held
-            if h.key not in seen
-            and (h.expired or h.key in in_vain or _another_boot(h, live) or (wiped and h.worker in live))
+            for key, h in candidates.items()
+            if key not in seen
+            and (due.get(key) or key in in_vain or _another_boot(h, live) or (wiped and h.worker in live))
         ]
-        closed = bool(gone) and self._close(epoch, gone, live)
+        for h in self._close(epoch, gone, live) if gone else ():
+            self._let_go(h.key, now)
+            self._touched.add(h.job)
+        # Those that wait on the stream, and those that come into a queue that drains, are looked at again.
+        self._doubtful = {h.worker for h in gone if h.key in book}
+        self._doubtful |= {h.worker for h in candidates.values() if _drains(h, live) and h.key in book}
         self._unheard = False
-        return closed
-
-    def _never_sent(self, held: Sequence[Held], now: float) -> set[tuple[int, int]]:
-        """Leases that Postgres committed just before it went away: we did not hear of them, and sent nothing."""
-        if not self._unheard:
-            return set()
-        known = self._placer.flights()
-        return {h.key for h in held if h.key not in known and h.age_s < now - self._led_at}
+        self._never_sent.clear()
 
     @contextmanager
     def _leasing(self) -> Iterator[None]:
@@ -202,13 +362,14 @@ class Dispatcher:
             self._unheard = True
             raise
 
-    def _was_emptied(self, epoch: int, facts: Facts, now: float) -> bool:
+    def _was_emptied(self, epoch: int, now: float) -> bool:
         """True once for each time that Redis was restarted or emptied, when live workers have beaten again."""
         identity = self.transport.identity()
-        if identity != facts.transport:
+        if identity != self._flags.transport:
             log.warning("redis is new, was restarted or emptied")
             record_transport(self.database, epoch, identity)
             self._controls.clear()
+            self._to_tell |= self._crew.live.keys()
             self._hear_again_at = now + _HEAR_AGAIN_S
         if self._hear_again_at is None or now < self._hear_again_at:
             return False
@@ -216,34 +377,39 @@ class Dispatcher:
         return True
 
     def _seen_alive(
-        self, held: Sequence[Held], live: Mapping[str, Beat]
-    ) -> tuple[set[tuple[int, int]], set[tuple[int, int]]]:
-        """Leases whose attempt a live worker holds, or whose message still waits in a live worker's queue.
+        self, held: Collection[Held], asked: Container[LeaseKey]
+    ) -> tuple[set[LeaseKey], set[LeaseKey]]:
+        """Leases whose attempt a live worker holds, or, of those that are ``asked``, whose message waits in its queue.
 
         And those among them that wait at a worker that drains: it takes no more, so they are better off elsewhere.
         """
-        seen: set[tuple[int, int]] = set()
-        waiting: set[tuple[int, int]] = set()
-        for name in {h.worker for h in held}:
-            beat = live.get(name)
-            if beat is None:
+        live = self._crew.live
+        seen: set[LeaseKey] = set()
+        unseen: dict[str, set[LeaseKey]] = {}
+        for h in held:
+            beat = live.get(h.worker)
+            if beat is None or beat.boot != h.boot:
                 continue
-            mine = {h.key for h in held if h.worker == name and h.boot == beat.boot}
-            seen |= mine & set(beat.held)
-            if mine - seen:
-                queued = mine & self.transport.queued(name)
-                if beat.state == "draining":
-                    waiting |= queued - seen
-                seen |= queued
+            if h.key in beat.held:
+                seen.add(h.key)
+            elif h.key in asked or beat.state == "draining":
+                unseen.setdefault(h.worker, set()).add(h.key)
+        waiting: set[LeaseKey] = set()
+        for name, queue in self.transport.queued_at(unseen).items():
+            queued = unseen[name] & queue
+            seen |= queued
+            if live[name].state == "draining":
+                waiting |= queued
         return seen, waiting
 
-    def _close(self, epoch: int, gone: Sequence[Held], live: Mapping[str, Beat]) -> bool:
+    def _close(self, epoch: int, gone: Sequence[Held], live: Mapping[str, Beat]) -> Sequence[Held]:
+        """Close these leases, and return their rows. Those that were closed."""
         # An outcome on the stream is as good as a result: it is merged, never rescued.
         waiting = self.transport.waiting_outcomes()
         gone = [h for h in gone if h.key not in waiting]
         if not gone:
-            return False
-        evidence = {name: self.transport.running(name) for name in {h.worker for h in gone}}
+            return ()
+        evidence = self.transport.running_at(sorted({h.worker for h in gone}))
         # Where both leases of a sub-task are gone, the one whose process died tells more.
         by_subtask = {h.subtask: h for h in sorted(gone, key=lambda h: _another_boot(h, live))}
         with self.database.transaction() as connection:
@@ -278,58 +444,36 @@ class Dispatcher:
                         "poison": len(given_up),
                     },
                 )
-        return True
+        return gone
+
+    def _learn_of_workers(self, now: float) -> None:
+        """Tell the policy what is new of workers, and of the leases that another leader gave them."""
+        flags, live, placer = self._flags, self._crew.live, self._placer
+        # A suspect that another leader sent, of a pass of which nothing waits: nothing is put beside it.
+        taboo = {h.worker for h in self._orphans.values() if h.exclusive}
+        self._to_learn |= taboo ^ self._taboo
+        self._taboo = taboo
+        some = sorted(self._to_learn)[:_WORKERS_PER_STEP]
+        able = usable({name: live[name] for name in some if name in live}, flags.drained | taboo)
+        for name in some:
+            if name not in able:
+                placer.gone(name)
+        for worker in workers(able, flags.refusals, self.settings.memory_share):
+            placer.worker(worker, now)
+        self._to_learn.difference_update(some)
+        for key, h in list(self._orphans.items()):
+            demand = placer.demand((str(h.job), h.pass_number))
+            if demand is not None and placer.adopt(demand, h.worker, under_way(h), now) is not None:
+                del self._orphans[key]
 
     # -- place, carve, lease, send -------------------------------------------------------------
 
-    def _learn_of(self, beats: Mapping[str, Beat], facts: Facts, now: float) -> None:
-        """Tell the policy what has changed since the last step."""
-        placer = self._placer
-        placer.rates = facts.rates
-        held = {h.key: h for h in facts.held}
-        for demand in facts.demand:
-            placer.want(demand)
-        for id_ in placer.wants() - {demand.id for demand in facts.demand}:
-            placer.unwanted(id_)
-        self._learn_of_workers(beats, facts, now)
-        for key in placer.flights():
-            if not isinstance(key, tuple):
-                # Decided, and never leased: its rows were taken by others, its job has ended, or Postgres was away.
-                placer.closed(key, now)
-        ended = placer.flights() - held.keys()
-        if ended:
-            with self.database.transaction() as connection:
-                spent = leases.spent(connection, {cast("leases.LeaseKey", key)[0] for key in ended})
-            for key in ended:
-                state, worker, busy_s = spent.get(cast("leases.LeaseKey", key)[0], ("", "", 0.0))
-                flight = placer.flight(key)
-                mine = flight is not None and flight.worker.name == worker and state == "done"
-                placer.closed(key, now, busy_s if mine else None)
-        known = placer.flights()
-        demands = {demand.id: demand for demand in facts.demand}
-        for key, h in held.items():
-            wanted = demands.get((str(h.job), h.pass_number))
-            if key not in known and wanted is not None:
-                placer.adopt(wanted, h.worker, under_way(h), now)
-
-    def _learn_of_workers(self, beats: Mapping[str, Beat], facts: Facts, now: float) -> None:
-        # A suspect that another leader sent, of a pass of which nothing waits: nothing is put beside it.
-        taboo = {h.worker for h in facts.held if h.exclusive and self._placer.flight(h.key) is None}
-        able = {name: beat for name, beat in beats.items() if name not in taboo}
-        for name in self._placer.workers() - able.keys():
-            self._placer.gone(name)
-        for worker in workers(able, facts.refusals, self.settings.memory_share):
-            self._placer.worker(worker, now)
-
     def _decide(self, now: float) -> list[tuple[Cut, Flight]]:
         """What to send now; nothing is changed yet but in the policy's mind."""
-        if now >= self._tend_at:
-            self._tend_at = now + _TEND_S
-            self._placer.tend(now)
         most = self._most_to_send()
-        self._more = False
         frontiers: dict[tuple[str, int], Frontier] = {}
         decided: list[tuple[Cut, Flight]] = []
+        exhausted: set[UUID] = set()
         if most == 0 or self._placer.next_due() > now:
             return decided
         with self.database.transaction() as connection:
@@ -341,14 +485,15 @@ class Dispatcher:
                     frontiers[at], p.budget_s, p.price, cap_s=self.settings.subtask_s, least=p.least
                 )
                 if carved is None:
-                    # More may lie behind what was read of it: the next step will see.
+                    # More may lie behind what was read of it.
                     self._placer.nothing(p, now)
-                    self._more = True
+                    exhausted.add(UUID(p.demand.job))
                     continue
                 cut = _cut(p, carved, self._placer.rates)
+                number = next(self._flight_numbers)
                 flight = self._placer.opened(
                     p,
-                    next(self._flight_numbers),
+                    number,
                     now,
                     rows=carved.rows,
                     size=carved.bytes,
@@ -356,13 +501,15 @@ class Dispatcher:
                     exclusive=carved.exclusive,
                     harmless=carved.deaths == 0,
                 )
+                self._unleased[number] = UUID(p.demand.job)
                 decided.append((cut, flight))
+        # Where nothing could be carved at all it is not asked for again at once.
+        (self._touched if decided else self._stale).update(exhausted)
         return decided
 
     def _most_to_send(self) -> int:
-        """Sub-tasks of this step at most: fewer while outcomes pile up, or Redis fills."""
-        open_share = throttle(self.transport.outcome_backlog(), self.transport.memory_share())
-        return int(MOST_PER_STEP * open_share)
+        """Sub-tasks of one step at most: fewer while outcomes pile up, or Redis fills."""
+        return int(MOST_PER_STEP * self._open_share)
 
     def _send(self, epoch: int, decided: Sequence[tuple[Cut, Flight]]) -> int:
         if not decided:
@@ -372,34 +519,47 @@ class Dispatcher:
             leased = leases.lease(self.database, epoch, [cut for cut, _ in decided], self.settings.lease_s)
         flights = {id(cut.carved): flight for cut, flight in decided}
         for item in leased:
-            self._placer.keyed(flights.pop(id(item.carved)), (item.subtask, item.attempt))
+            flight = flights.pop(id(item.carved))
+            del self._unleased[cast("int", flight.key)]
+            self._placer.keyed(flight, (item.subtask, item.attempt))
+            self._book.add(_held(item, flight.worker.boot))
         self._publish(leased)
         return len(leased)
 
     def _publish(self, leased: Sequence[Leased]) -> None:
-        began = time.time()
-        self.transport.publish_all(self._payloads.assignments(leased))
-        for item in leased:
-            _trace_sent(item, began)
+        for some in (leased[i : i + _BUILT_AT_ONCE] for i in range(0, len(leased), _BUILT_AT_ONCE)):
+            began = time.time()
+            self.transport.publish_all(self._payloads.assignments(some))
+            for item in some:
+                _trace_sent(item, began)
 
-    def _take_over(self, epoch: int, facts: Facts, now: float) -> int:
+    # -- take over, control and chores: the beat step's other half ------------------------------
+
+    def _take_over(self, epoch: int, now: float) -> int:
         """Near the end of a pass: give idle workers what waits elsewhere, or a second lease of what lags. How many."""
         words = self._placer.late(now)
-        held = {h.key: h for h in facts.held}
-        back = [held[w.flight.key] for w in words if isinstance(w, Recall) and w.flight.key in held]
+        keys = (cast("LeaseKey", w.flight.key) for w in words if isinstance(w, Recall))
+        back = [h for key in keys if (h := self._book.get(key)) is not None]
         if back:
             # An outcome on the stream is as good as a result.
             waiting = self.transport.waiting_outcomes()
             back = [h for h in back if h.key not in waiting]
         if back:
-            leases.recall(self.database, epoch, back)
-            for h in back:
-                self._recalled.setdefault(h.worker, {})[h.key] = now + self.settings.lease_s
-                log.info("recalled", extra={"subtask": h.subtask, "attempt": h.attempt, "worker": h.worker})
+            self._recall(epoch, back, now)
         return len(back) + self._clone(epoch, [w for w in words if isinstance(w, Clone)], now)
 
+    def _recall(self, epoch: int, back: Sequence[Held], now: float) -> None:
+        leases.recall(self.database, epoch, back)
+        for h in back:
+            self._recalled.setdefault(h.worker, {})[h.key] = now + self.settings.lease_s
+            log.info("recalled", extra={"subtask": h.subtask, "attempt": h.attempt, "worker": h.worker})
+        with self.database.transaction() as connection:
+            fates = leases.fates(connection, [h.key for h in back])
+        self._take_ends(fates, now)
+        self._touched |= {h.job for h in back}
+
     def _clone(self, epoch: int, words: Sequence[Clone], now: float) -> int:
-        asked = {cast("leases.LeaseKey", w.flight.key)[0]: w for w in words}
+        asked = {cast("LeaseKey", w.flight.key)[0]: w for w in words}
         if not asked:
             return 0
         clones = [
@@ -417,6 +577,7 @@ class Dispatcher:
             leased = leases.clone(self.database, epoch, clones, self.settings.lease_s)
         for item in leased:
             self._placer.cloned(asked[item.subtask], (item.subtask, item.attempt), now)
+            self._book.add(_held(item, asked[item.subtask].worker.boot, clone=True))
             log.info(
                 "cloned",
                 extra={"subtask": item.subtask, "attempt": item.attempt, "worker": item.worker},
@@ -424,56 +585,91 @@ class Dispatcher:
         self._publish(leased)
         return len(leased)
 
-    # -- control and chores --------------------------------------------------------------------
-
-    def _tell(self, epoch: int, live: Mapping[str, Beat], facts: Facts, now: float) -> None:
-        """Tell each worker which of its attempts have no lease any more, and whether it is to drain."""
-        leased = {h.key for h in facts.held}
+    def _tell(self, epoch: int, now: float) -> None:
+        """Tell workers which of their attempts have no lease any more, and whether they are to drain."""
+        self._to_tell |= self._recalled.keys()
         self._recalled = {
             name: kept
             for name, keys in self._recalled.items()
             if (kept := {key: until for key, until in keys.items() if until > now})
         }
+        live, leased, drained = self._crew.live, self._book.keys(), self._flags.drained
+        names = sorted(self._to_tell)
+        now_told, rest = names[:_WORKERS_PER_STEP], names[_WORKERS_PER_STEP:]
+        some = [name for name in now_told if name in live]
+        queues = self.transport.queued_at([name for name in some if live[name].state == "draining"])
         words: dict[str, Control] = {}
-        changed: dict[str, Control] = {}
-        for name, beat in live.items():
-            drop = drops(beat, leased)
-            if beat.state == "draining":
-                # What was taken back from its queue still lies there: it must not run it when it works again.
-                drop = tuple(sorted({*drop, *(self.transport.queued(name) - leased)}))
-            if name in self._recalled:
-                drop = tuple(sorted({*drop, *self._recalled[name]}))
-            drain = name in facts.drained
-            words[name] = Control(epoch=epoch, drop=drop, drain=drain)
-            if self._controls.get(name) != words[name] or not attuned(beat, drain):
-                changed[name] = words[name]
-        self.transport.control(changed)
-        self._controls = words
+        for name in some:
+            # What was taken back from the queue of a worker that drains still lies there: it must not run it when it works again.
+            lying = queues.get(name, set()) - leased
+            drop = tuple(sorted({*drops(live[name], leased), *lying, *self._recalled.get(name, ())}))
+            words[name] = Control(epoch=epoch, drop=drop, drain=name in drained)
+        deaf = {name for name, word in words.items() if not attuned(live[name], word.drain)}
+        self.transport.control(
+            {name: word for name, word in words.items() if name in deaf or self._controls.get(name) != word}
+        )
+        self._controls |= words
+        self._to_tell = {*rest, *deaf, *queues}
 
-    def _note_strangers(self, live: Mapping[str, Beat]) -> None:
+    def _note_strangers(self, changed: Collection[str]) -> None:
         """Say once of each process that speaks another major that it gets no work, and why."""
-        strangers = {(name, beat.boot) for name, beat in live.items() if not speaks(beat)}
-        for name, boot in sorted(strangers - self._strangers):
-            beat = live[name]
+        live = self._crew.live
+        for name in sorted(changed):
+            beat = live.get(name)
+            if beat is None or speaks(beat) or (name, beat.boot) in self._strangers:
+                continue
+            self._strangers.add((name, beat.boot))
             log.warning(
                 "incompatible worker: it gets no work until it is upgraded, or we are",
                 extra={
                     "worker": name,
-                    "boot": boot,
+                    "boot": beat.boot,
                     "host": beat.host,
                     "version": beat.version,
                     "protocol": beat.protocol,
                     "ours": PROTOCOL,
                 },
             )
-        self._strangers = strangers
+        self._strangers = {(name, boot) for name, boot in self._strangers if name in live}
 
-    def _chores(self, epoch: int, live: Mapping[str, Beat], facts: Facts, now: float) -> None:
-        known = workers(self._roster.see(live, now), facts.refusals, self.settings.memory_share)
-        hopeless = self._hopes.hopeless(facts.demand, known, facts.refusals, now)
+    def _look_after(self, epoch: int, now: float) -> None:
+        """What needs no haste, each in its time: chores, the sweeper, a slice of the audit."""
+        if now >= self._chores_at:
+            self._chores_at = now + _CHORES_S
+            self._chores(epoch, now)
+        if now >= self._sweep_at:
+            # A slice a step: a job of millions of rows goes while all others are served.
+            self._sweep_at = now if self._sweep(epoch) else now + _SWEEP_S
+        with self.database.transaction() as connection:
+            found = self._audit.go_on(connection, now)
+            fates = leases.fates(connection, found.ended) if found.ended else {}
+        if found:
+            self._put_right(found, fates, now)
+
+    def _put_right(self, found: Differences, fates: Mapping[LeaseKey, Fate], now: float) -> None:
+        """The leader went by what was not so. It goes on by what is, and says that it did not."""
+        self.differences += len(found)
+        self.transport.count_differences(len(found))
+        log.error(
+            "what the leader went by was not what is stored",
+            extra={
+                "unknown_leases": len(found.unknown),
+                "ended_leases": len(found.ended),
+                "passes": len(found.waiting),
+            },
+        )
+        self._take_in(found.unknown)
+        self._take_ends(fates, now)
+        self._touched |= found.jobs()
+
+    def _chores(self, epoch: int, now: float) -> None:
+        flags, live, placer = self._flags, self._crew.live, self._placer
+        known = workers(self._roster.see(live, now), flags.refusals, self.settings.memory_share)
+        waiting = [demand for id_ in sorted(placer.wants()) if (demand := placer.demand(id_)) is not None]
+        hopeless = self._hopes.hopeless(waiting, known, flags.refusals, now)
         with self.database.transaction() as connection:
             fence(connection, epoch)
-            ending = endings.overdue(connection, UPLOAD_SILENT_S) | hopeless
+            ending = overdue(connection, UPLOAD_SILENT_S) | hopeless
             for job, why in sorted(ending.items()):
                 end_job(connection, job, "failed", why)
             drains.forget_the_gone(connection, list(live))
@@ -506,6 +702,30 @@ def _left_behind(held: Held, live: Mapping[str, Beat]) -> bool:
     """Its worker says that it came there and cannot run: its payload was lost, or cannot be read."""
     beat = live.get(held.worker)
     return beat is not None and beat.boot == held.boot and held.key in beat.left
+
+
+def _drains(held: Held, live: Mapping[str, Beat]) -> bool:
+    """Its worker drains: what waits there is to come back."""
+    beat = live.get(held.worker)
+    return beat is not None and beat.state == "draining"
+
+
+def _held(item: Leased, boot: str, *, clone: bool = False) -> Held:
+    """A lease that was just made."""
+    return Held(
+        subtask=item.subtask,
+        attempt=item.attempt,
+        job=UUID(item.job),
+        pass_number=item.pass_number,
+        n_rows=item.carved.rows,
+        bytes=item.carved.bytes,
+        worker=item.worker,
+        boot=boot,
+        predicted_s=item.predicted_s,
+        exclusive=item.carved.exclusive,
+        clone=clone,
+        age_s=0.0,
+    )
 
 
 def _trace_sent(item: Leased, began: float) -> None:
@@ -548,13 +768,19 @@ def run(dispatcher: Dispatcher, wake: Listener, stopping: threading.Event) -> No
     """Step until ``stopping``. Trouble with Postgres or Redis is waited out."""
     tick_s = dispatcher.settings.tick_s
     beat = pulse(dispatcher.settings.pulse)
+    words = EVERYTHING
     while not stopping.is_set():
         beat()
         try:
-            if dispatcher.step(time.monotonic()) == MOST_PER_STEP:
-                continue  # there may be room for more
+            sent = dispatcher.step(time.monotonic(), words)
+            words = SILENCE
             if dispatcher.epoch is None:
-                stopping.wait(tick_s)  # and not for what the leader is told, which is often
+                # What the leader is told is not for us, and nobody keeps it: to lead begins by reading everything.
+                wake.close()
+                stopping.wait(tick_s)
+                continue
+            if sent >= MOST_PER_STEP:
+                words = wake.wait(0.0)  # there may be room for more
                 continue
         except NotLeading:
             dispatcher.epoch = None
@@ -562,7 +788,7 @@ def run(dispatcher: Dispatcher, wake: Listener, stopping: threading.Event) -> No
         except (StoreUnavailable, TransportLost) as trouble:
             log.warning("waiting for a service", extra={"trouble": f"{type(trouble).__name__}: {trouble}"})
             stopping.wait(tick_s)
-        wake.wait(dispatcher.rest_s(time.monotonic()))
+        words = wake.wait(dispatcher.rest_s(time.monotonic()))
     wake.close()
     try:
         dispatcher.stop()

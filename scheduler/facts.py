@@ -6,7 +6,7 @@ Facts from Postgres in one transaction, and beats as workers that may be given w
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from sqlalchemy import Connection
 
@@ -17,7 +17,7 @@ from scheduler.policy.placing.records import Demand, UnderWay, WorkerState
 from scheduler.store import drains, leases
 from scheduler.store.demand import demand
 from scheduler.store.leadership import transport_seen
-from scheduler.store.leases import Held
+from scheduler.store.leases import Held, LeaseKey
 from scheduler.store.rates import rates, refusals
 
 
@@ -31,19 +31,38 @@ class Facts:
     rates: Rates
     #: Workers that an operator drained: they get no more work.
     drained: frozenset[str]
-    #: Identity of Redis as a leader last dealt with it.
-    transport: str
 
 
-def read(connection: Connection, now: float, known: Rates | None = None) -> Facts:
-    """The facts; deadlines are told on the clock of ``now``. ``known``: rates that are fresh enough not to be read."""
+def read(connection: Connection, now: float) -> Facts:
+    """The facts; deadlines are told on the clock of ``now``."""
     return Facts(
         held=leases.held(connection),
         demand=demand(connection, now),
         refusals=refusals(connection),
-        rates=known or rates(connection),
+        rates=rates(connection),
+        drained=drains.drained(connection),
+    )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Flags:
+    """What the leader reads in each beat step, beside the beats: a few rows of each."""
+
+    refusals: Sequence[Refusal] = ()
+    drained: frozenset[str] = frozenset()
+    #: Identity of Redis as a leader last dealt with it.
+    transport: str = ""
+    #: Leases that end soon; True: they have ended.
+    due: Mapping[LeaseKey, bool] = field(default_factory=dict)
+
+
+def read_flags(connection: Connection, within_s: float) -> Flags:
+    """``within_s``: how soon a lease ends that is told."""
+    return Flags(
+        refusals=refusals(connection),
         drained=drains.drained(connection),
         transport=transport_seen(connection),
+        due=leases.due(connection, within_s),
     )
 
 

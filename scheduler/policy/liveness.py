@@ -5,7 +5,7 @@ A beat's own time is never read, so a wrong clock on a worker changes nothing.
 
 from __future__ import annotations
 
-from collections.abc import Container, Mapping
+from collections.abc import Container, Iterable, Mapping
 from collections.abc import Set as AbstractSet
 from dataclasses import dataclass, field, replace
 
@@ -27,20 +27,26 @@ class Watch:
     #: When we looked last.
     _looked: float = float("-inf")
 
-    def see(self, beats: Mapping[str, Beat], now: float) -> dict[str, Beat]:
-        """Take in the newest beats; return those of live workers."""
+    def see(
+        self, beats: Mapping[str, Beat], now: float, renewed: Iterable[str] | None = None
+    ) -> dict[str, Beat]:
+        """Take in the newest beats; return those of live workers. ``renewed``: those that are new, where that is known."""
         if now - self._looked > self.dead_s / 2:
             # We were away (Redis or Postgres was), so nobody's silence counts: all are given their time again.
             self._changed = dict.fromkeys(self._changed, now)
         self._looked = now
-        for name, beat in beats.items():
-            mark = (beat.boot, beat.seq)
-            if self._newest.get(name) != mark:
-                self._newest[name] = mark
-                self._changed[name] = now
-        for name in [n for n in self._newest if n not in beats]:
-            del self._newest[name], self._changed[name]
-        return {name: b for name, b in beats.items() if now - self._changed[name] < self.dead_s}
+        if renewed is None:
+            before, self._newest = self._newest, {name: (b.boot, b.seq) for name, b in beats.items()}
+            renewed = [name for name, mark in self._newest.items() if before.get(name) != mark]
+        changed = self._changed
+        for name in (*renewed, *(beats.keys() - changed.keys())):
+            changed[name] = now
+        for name in changed.keys() - beats.keys():
+            del changed[name]
+        # Mostly nobody is late, and then nobody is looked at one by one.
+        if now - min(changed.values(), default=now) < self.dead_s:
+            return dict(beats)
+        return {name: b for name, b in beats.items() if now - changed[name] < self.dead_s}
 
 
 @dataclass

@@ -34,6 +34,7 @@ class Placer:
         # Events go to the ledger as they are.
         self.worker, self.gone = ledger.worker, ledger.gone
         self.want, self.wants, self.unwanted = ledger.want, ledger.wants, ledger.unwanted
+        self.demand, self.rows_waiting, self.passes_of = ledger.demand, ledger.rows_waiting, ledger.passes_of
         self.opened, self.nothing, self.keyed = ledger.opened, ledger.nothing, ledger.keyed
         self.adopt, self.closed = ledger.adopt, ledger.closed
         self.flight, self.flights = ledger.flight, ledger.flights

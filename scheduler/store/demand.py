@@ -7,9 +7,11 @@ from collections import OrderedDict
 from collections.abc import Collection, Sequence
 from datetime import datetime
 from itertools import accumulate
+from math import inf
+from typing import Any
 from uuid import UUID
 
-from sqlalchemy import Connection, text
+from sqlalchemy import Connection, Row, text
 
 from motet.protocol.manifest import Manifest
 from scheduler.blocks import Reads, read_in_order
@@ -20,29 +22,40 @@ _MANIFESTS_KEPT = 1000
 #: Lengths of rows kept between steps, eight bytes each: those of the blocks that are carved on.
 _LENGTHS_KEPT = 2_000_000
 
-# The first passes of each tenant in each class, then the second ones: whoever has many hides nobody.
-_DEMAND = text("""
-    WITH waiting AS (
-        SELECT p.job_id, p.number, dense_rank() OVER (ORDER BY j.created, j.id) AS age,
-               row_number() OVER (PARTITION BY j.priority, j.tenant_id ORDER BY j.created, j.id, p.number) AS turn,
-               j.priority
-          FROM pass p JOIN job j ON j.id = p.job_id WHERE j.state = 'running' AND p.rows_waiting > 0
-         ORDER BY turn, j.priority, age, p.number LIMIT :limit)
+_DEMAND = """
+    WITH waiting AS ({})
     SELECT p.job_id, p.number, j.tenant_id, t.weight, j.priority, p.numerics, p.rate_key,
            cardinality(p.needs) > 0 AS dependent, m.id AS model, m.created AS model_created,
            array_prepend(p.model_id, ARRAY(SELECT k.model_id FROM task k
                                             WHERE k.job_id = p.job_id AND k.pass_number = p.number)) AS model_ids,
            p.rows_waiting - coalesce(later.n_rows, 0) AS n_rows,
            p.bytes_waiting - coalesce(later.bytes, 0) AS bytes,
-           w.age,
+           CAST(date_part('epoch', j.created) * 1000000 AS bigint) AS age,
            CASE WHEN p.tokens > 0 THEN CAST(p.bytes_done AS double precision) / p.tokens ELSE 0 END AS bytes_per_token,
-           date_part('epoch', j.deadline - clock_timestamp()) AS left_s
+           date_part('epoch', j.deadline - clock_timestamp()) AS left_s, later.more_in_s
       FROM waiting w JOIN pass p ON p.job_id = w.job_id AND p.number = w.number
       JOIN job j ON j.id = p.job_id JOIN tenant t ON t.id = j.tenant_id JOIN model m ON m.id = p.model_id
-      LEFT JOIN LATERAL (SELECT sum(hi - lo) AS n_rows, CAST(sum(bytes) AS bigint) AS bytes FROM piece
+      LEFT JOIN LATERAL (SELECT sum(hi - lo) AS n_rows, CAST(sum(bytes) AS bigint) AS bytes,
+                                date_part('epoch', min(not_before) - clock_timestamp()) AS more_in_s FROM piece
                           WHERE piece.job_id = p.job_id AND piece.pass_number = p.number
                             AND not_before > clock_timestamp()) later ON true
-     ORDER BY w.priority, w.age, p.number""")
+     ORDER BY j.priority, j.created, j.id, p.number"""
+# The first passes of each tenant in each class, then the second ones: whoever has many hides nobody.
+_OLDEST = text(
+    _DEMAND.format("""
+    SELECT p.job_id, p.number,
+           row_number() OVER (PARTITION BY j.priority, j.tenant_id ORDER BY j.created, j.id, p.number) AS turn
+      FROM pass p JOIN job j ON j.id = p.job_id WHERE j.state = 'running' AND p.rows_waiting > 0
+     ORDER BY turn, j.priority, j.created, j.id, p.number LIMIT :limit""")
+)
+_OF_JOBS = text(
+    _DEMAND.format("""
+    SELECT p.job_id, p.number FROM pass p JOIN job j ON j.id = p.job_id
+     WHERE j.id = ANY(:jobs) AND j.state = 'running' AND p.rows_waiting > 0""")
+)
+_WAITING = text("""
+    SELECT DISTINCT p.job_id FROM pass p JOIN job j ON j.id = p.job_id
+     WHERE j.state = 'running' AND p.rows_waiting > 0 AND p.job_id > :after ORDER BY 1 LIMIT :limit""")
 
 
 def demand(connection: Connection, now: float, limit: int = 500) -> list[Demand]:
@@ -50,7 +63,28 @@ def demand(connection: Connection, now: float, limit: int = 500) -> list[Demand]
 
     Where more than ``limit`` wait each tenant has as many of them in each class, its oldest.
     """
-    rows = [row for row in connection.execute(_DEMAND, {"limit": limit}) if row.n_rows > 0]
+    return _demands(connection, connection.execute(_OLDEST, {"limit": limit}).all(), now)
+
+
+def demand_of(
+    connection: Connection, now: float, jobs: Collection[UUID]
+) -> tuple[list[Demand], dict[UUID, float]]:
+    """``demand`` of these jobs, of all their passes; and, for jobs with rows that are put off, when more of them may be carved."""
+    rows = connection.execute(_OF_JOBS, {"jobs": list(jobs)}).all()
+    more_at: dict[UUID, float] = {}
+    for row in rows:
+        if row.more_in_s is not None:
+            more_at[row.job_id] = min(now + row.more_in_s, more_at.get(row.job_id, inf))
+    return _demands(connection, rows, now), more_at
+
+
+def jobs_waiting(connection: Connection, after: UUID, limit: int) -> list[UUID]:
+    """Running jobs with waiting rows, also with such that are put off: so many, by id, beyond ``after``."""
+    return list(connection.execute(_WAITING, {"after": after, "limit": limit}).scalars())
+
+
+def _demands(connection: Connection, found: Sequence[Row[Any]], now: float) -> list[Demand]:
+    rows = [row for row in found if row.n_rows > 0]
     models = _manifests(connection, {(row.model, row.model_created) for row in rows})
     return [
         Demand(

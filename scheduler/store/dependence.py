@@ -18,6 +18,7 @@ from motet.protocol.columns import CellError
 from motet.protocol.wire import by_offset
 from scheduler.blocks import Reads, absent, read_in_order, row_order, uint32_bytes
 from scheduler.policy.needs import row_fields, stored_task
+from scheduler.store.words import land, tell
 
 #: Class of a cell that was skipped since one that it reads has no answer.
 UPSTREAM = "upstream"
@@ -89,7 +90,7 @@ def because(task: str, error: str, message: str) -> CellError:
 def release(connection: Connection, blocks: Collection[tuple[UUID, int]]) -> list[Emptied]:
     """Let passes be carved that wait in these blocks for nothing any more, without the rows that lack what they need.
 
-    Those rows are counted as skipped cells, in this transaction. Returns the passes that thereby have nothing to do.
+    Those rows are counted as skipped cells, in this transaction, and the dispatcher is told. Returns the passes that thereby have nothing to do.
     """
     if not blocks:
         return []
@@ -124,6 +125,7 @@ def release(connection: Connection, blocks: Collection[tuple[UUID, int]]) -> lis
         [{"job": j, "pass": p, "rows": n, "bytes": size[j, p]} for (j, p), n in sorted(rows.items())],
     )
     connection.execute(_COUNT_SKIPPED, [{"job": job, "n": n} for job, n in sorted(skipped.items())])
+    tell(connection, [land(job) for job in sorted(skipped)])
     return [Emptied(_place(row), row.todo) for row, made in zip(free, released, strict=True) if not made["n"]]
 
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from sqlalchemy import Connection, text
 
-from scheduler.store.database import WORK, notify
+from scheduler.store.words import DRAINS, tell
 
 #: A drained worker that nobody has heard of for so long is forgotten; so is what it refused to load.
 FORGOTTEN_DAYS = 30
@@ -60,13 +60,13 @@ def drain(connection: Connection, hosts: Mapping[str, str], by: str) -> None:
     """Drain these workers (worker -> host), and tell the dispatcher. Again is harmless."""
     at = {"workers": list(hosts), "hosts": list(hosts.values()), "by": by}
     connection.execute(_DRAIN, at)
-    notify(connection, WORK)
+    tell(connection, [DRAINS])
 
 
 def resume(connection: Connection, workers: list[str]) -> None:
     """Let these workers have work again, and tell the dispatcher. Again is harmless."""
     connection.execute(_RESUME, {"workers": workers})
-    notify(connection, WORK)
+    tell(connection, [DRAINS])
 
 
 def holding(connection: Connection) -> frozenset[str]:

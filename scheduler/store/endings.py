@@ -14,7 +14,8 @@ from sqlalchemy import Connection, Row, text
 
 from motet.errors import NotFound
 from motet.protocol import traces
-from scheduler.store.database import JOB, WORK, notify
+from scheduler.store.database import JOB, notify
+from scheduler.store.words import end, tell
 
 #: What is told of a job that ends, wherever it does.
 ENDED = "id, state, created, finished, n_rows, n_tasks, cells_ok, cells_error, cells_skipped"
@@ -54,7 +55,7 @@ def end_job(connection: Connection, job: UUID, state: Literal["cancelled", "fail
     # Sub-tasks before leases, which know their workers.
     for statement in (_CLOSE_SUBTASKS, _DROP_LEASES, _DROP_PIECES, _DROP_CELLS, _NOTHING_WAITS):
         connection.execute(statement, {"job": job})
-    notify(connection, WORK)
+    tell(connection, [end(job)])
     notify(connection, JOB, str(job))
     return True
 
@@ -170,7 +171,7 @@ def _remove_from_sight(connection: Connection, job: UUID) -> None:
         return
     connection.execute(_GIVE_AWAY, {"job": job})
     connection.execute(_DROP_TASKS, {"job": job})
-    notify(connection, WORK)
+    tell(connection, [end(job)])
 
 
 def delete_slice(connection: Connection, job: UUID) -> bool:
@@ -198,7 +199,7 @@ def _delete_slice(connection: Connection, job: UUID) -> bool:
     if connection.execute(_DELETE_SUBTASKS, {"job": job, "limit": SLICE_SUBTASKS}).rowcount == SLICE_SUBTASKS:
         return False
     connection.execute(_DELETE_JOB, {"job": job})
-    notify(connection, WORK)
+    tell(connection, [end(job)])
     return True
 
 

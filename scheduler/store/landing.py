@@ -33,10 +33,11 @@ from scheduler.blocks import (
 )
 from scheduler.merge import errors_column
 from scheduler.policy.needs import dialogues_of, fields_read, needs_of, stored_task
-from scheduler.store.database import JOB, WORK, notify
+from scheduler.store.database import JOB, notify
 from scheduler.store.endings import ENDED, trace_end
 from scheduler.store.opening import PRIORITIES
 from scheduler.store.sealing import settle, store_column
+from scheduler.store.words import land, tell
 
 #: Rows of an interactive job at most: more would not be interactive for anyone.
 INTERACTIVE_ROWS = 256
@@ -477,5 +478,5 @@ def close_job(connection: Connection, tenant: UUID, job: UUID, *, parts: int, ro
     traces.add(job, traces.SUBMIT, closed.created, closed.started, rows=rows, parts=parts)
     if closed.finished is not None:
         trace_end(closed)
-    notify(connection, WORK)
+    tell(connection, [land(job)])
     notify(connection, JOB, str(job))

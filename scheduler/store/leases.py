@@ -11,7 +11,7 @@ import secrets
 from collections import defaultdict
 from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 from uuid import UUID
 
 from sqlalchemy import Connection, text
@@ -20,6 +20,7 @@ from scheduler.policy.carve import Carved, Range
 from scheduler.policy.lifecycle import Return
 from scheduler.store.database import Database
 from scheduler.store.leadership import fence
+from scheduler.store.words import land, tell
 
 LeaseKey = tuple[int, int]
 
@@ -41,10 +42,7 @@ class Held:
     exclusive: bool
     #: A second lease of its sub-task, made beside a straggler.
     clone: bool
-    #: The database's clock has passed its end.
-    expired: bool
-    #: Seconds until its end, and since it was made.
-    left_s: float
+    #: Seconds since it was made, as of when it was read.
     age_s: float
 
     @property
@@ -70,14 +68,14 @@ class Leased:
 
 _HELD = text("""
     SELECT l.subtask_id, l.attempt, s.job_id, s.pass_number, s.n_rows, s.bytes, l.worker, l.boot, l.predicted_s,
-           s.exclusive, l.clone, l.until < now.at AS expired, date_part('epoch', l.until - now.at) AS left_s,
-           date_part('epoch', now.at - l.leased) AS age_s
-      FROM lease l JOIN subtask s ON s.id = l.subtask_id CROSS JOIN (SELECT clock_timestamp() AS at) now""")
+           s.exclusive, l.clone, date_part('epoch', clock_timestamp() - l.leased) AS age_s
+      FROM lease l JOIN subtask s ON s.id = l.subtask_id WHERE l.subtask_id > :after
+     ORDER BY l.subtask_id, l.attempt LIMIT :limit""")
 
 
-def held(connection: Connection) -> list[Held]:
-    """Every live lease."""
-    # Unpacked, since a name asked of a row takes twice as long, and there are thousands in each step.
+def held(connection: Connection, after: int = 0, limit: int | None = None) -> list[Held]:
+    """Live leases of sub-tasks with ids beyond ``after``, by id; all, or so many."""
+    # Unpacked, since a name asked of a row takes twice as long, and there are thousands of rows.
     return [
         Held(
             subtask=subtask,
@@ -91,8 +89,6 @@ def held(connection: Connection) -> list[Held]:
             predicted_s=predicted_s,
             exclusive=exclusive,
             clone=clone,
-            expired=expired,
-            left_s=left_s,
             age_s=age_s,
         )
         for (
@@ -107,25 +103,45 @@ def held(connection: Connection) -> list[Held]:
             predicted_s,
             exclusive,
             clone,
-            expired,
-            left_s,
             age_s,
-        ) in connection.execute(_HELD)
+        ) in connection.execute(_HELD, {"after": after, "limit": limit})
     ]
 
 
-_SPENT = text("SELECT id, state, worker, busy_s FROM subtask WHERE id = ANY(:ids) AND state <> 'open'")
+_DUE = text("""
+    SELECT l.subtask_id, l.attempt, l.until < now.at AS expired
+      FROM (SELECT clock_timestamp() AS at) now JOIN lease l ON l.until < now.at + make_interval(secs => :within_s)""")
 
 
-def spent(connection: Connection, subtasks: Collection[int]) -> dict[int, tuple[str, str, float]]:
-    """Of these sub-tasks those that closed: state, who had it, and its device's seconds.
+def due(connection: Connection, within_s: float) -> dict[LeaseKey, bool]:
+    """Leases that end within so many seconds, by the clock of the database; True: it has passed their end."""
+    found = connection.execute(_DUE, {"within_s": within_s})
+    return {(subtask, attempt): expired for subtask, attempt, expired in found}
 
-    One that is neither here nor leased was recalled, or its job is gone: it spent nothing.
-    """
-    return {
-        row.id: (row.state, row.worker, row.busy_s)
-        for row in connection.execute(_SPENT, {"ids": list(subtasks)})
-    }
+
+_FATES = text("""
+    SELECT k.subtask, k.attempt, l.subtask_id IS NOT NULL AS leased, coalesce(s.state, ''), coalesce(s.worker, ''),
+           coalesce(s.busy_s, 0)
+      FROM unnest(CAST(:subtasks AS bigint[]), CAST(:attempts AS smallint[])) k (subtask, attempt)
+      LEFT JOIN subtask s ON s.id = k.subtask
+      LEFT JOIN lease l ON l.subtask_id = k.subtask AND l.attempt = k.attempt""")
+
+
+class Fate(NamedTuple):
+    """What became of a lease."""
+
+    leased: bool
+    #: Of its sub-task; "": there is none, since it was recalled or its job was removed.
+    state: str
+    #: Who had the sub-task when it closed, and its device's seconds.
+    worker: str
+    busy_s: float
+
+
+def fates(connection: Connection, keys: Collection[LeaseKey]) -> dict[LeaseKey, Fate]:
+    """What became of each of these leases."""
+    at = {"subtasks": [subtask for subtask, _ in keys], "attempts": [attempt for _, attempt in keys]}
+    return {(subtask, attempt): Fate(*fate) for subtask, attempt, *fate in connection.execute(_FATES, at)}
 
 
 _RUNS = text("""
@@ -578,7 +594,7 @@ _MORE_WAITS = text("""
 
 
 def put_back(connection: Connection, job: UUID, pass_number: int, returns: Iterable[Return]) -> None:
-    """Rows become pieces again, in the transaction that closed their sub-task."""
+    """Rows become pieces again, in the transaction that closed their sub-task; the dispatcher is told."""
     pieces = [
         {
             "block": r.range.block,
@@ -600,3 +616,4 @@ def put_back(connection: Connection, job: UUID, pass_number: int, returns: Itera
         _MORE_WAITS,
         {**at, "rows": sum(p["hi"] - p["lo"] for p in pieces), "bytes": sum(p["bytes"] for p in pieces)},
     )
+    tell(connection, [land(job)])

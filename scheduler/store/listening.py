@@ -10,31 +10,31 @@ from uuid import UUID
 import psycopg
 
 from scheduler.store.database import JOB, WORK, Database
+from scheduler.store.words import EVERYTHING, SILENCE, Words, heard
 
 
 @dataclass
 class Listener:
-    """Waits for NOTIFY on a channel, on a connection of its own; a lost connection is only a slower tick."""
+    """Waits for words, on a connection of its own. While the connection is lost words are missed, and that is said."""
 
     database: Database
-    channel: str = WORK
     _connection: psycopg.Connection[tuple[object, ...]] | None = None
 
-    def wait(self, timeout_s: float) -> None:
-        """Return at a notification, or after ``timeout_s``."""
+    def wait(self, timeout_s: float) -> Words:
+        """What was said since the last time; at most ``timeout_s`` is waited for it."""
         try:
             if self._connection is None:
                 self._connection = psycopg.connect(
                     self.database.libpq_url, autocommit=True, connect_timeout=3
                 )
-                self._connection.execute(f"LISTEN {self.channel}")
-                # What was said before we listened is not repeated: look once without waiting.
-                return
-            for _ in self._connection.notifies(timeout=timeout_s, stop_after=1):
-                pass
+                self._connection.execute(f"LISTEN {WORK}")
+                # What was said before we listened is not repeated.
+                return EVERYTHING
+            return heard(note.payload for note in self._connection.notifies(timeout=timeout_s, stop_after=1))
         except (psycopg.Error, OSError):
             self.close()
             time.sleep(min(timeout_s, 0.5))
+            return SILENCE
 
     def close(self) -> None:
         if self._connection is not None:

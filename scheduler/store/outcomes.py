@@ -28,7 +28,8 @@ from scheduler.merge import (
 from scheduler.policy.carve import part
 from scheduler.policy.cost import LoadKey, Workload
 from scheduler.policy.lifecycle import MAX_TRIES, GivenUp, Return, backoff_s, failed, runs
-from scheduler.store.database import JOB, WORK, Database, notify
+from scheduler.store import words
+from scheduler.store.database import JOB, Database, notify
 from scheduler.store.leases import LOCK_JOBS, OpenSubtask, open_subtask, put_back
 from scheduler.store.rates import Timed, learn
 from scheduler.store.sealing import BlockAnswers, TaskShape, append, asked_for, task_shapes, without_bad
@@ -99,17 +100,18 @@ def record(database: Database, outcomes: Sequence[Outcome]) -> Recorded:
         connection.execute(LOCK_JOBS, {"jobs": sorted(jobs)})
         live = {(row.id, row.attempt): row for row in connection.execute(_LIVE, {"ids": ids})}
         answers: list[BlockAnswers] = []
-        closed: set[int] = set()
+        #: Job -> its sub-tasks that this transaction closes.
+        closed: dict[UUID, set[int]] = defaultdict(set)
         shapes: dict[tuple[UUID, int], list[TaskShape]] = {}
         totals: dict[UUID, Counter[str]] = defaultdict(Counter)
         consumed: dict[UUID, dict[tuple[int, int], Amount]] = defaultdict(dict)
         learned = _Learned()
         for outcome in outcomes:
             row = live.get((outcome.subtask, outcome.attempt))
-            if row is None or outcome.subtask in closed or row.nonce != outcome.nonce:
+            if row is None or outcome.subtask in closed[row.job_id] or row.nonce != outcome.nonce:
                 done.dropped += 1
                 continue
-            closed.add(outcome.subtask)
+            closed[row.job_id].add(outcome.subtask)
             subtask = open_subtask(row)
             where = (subtask.job, subtask.pass_number)
             if where not in shapes:
@@ -136,8 +138,8 @@ def record(database: Database, outcomes: Sequence[Outcome]) -> Recorded:
         learned.store(connection)
         for job in totals:
             notify(connection, JOB, str(job))
-        if totals:
-            notify(connection, WORK)
+        if closed:
+            words.tell(connection, [words.done(job, ids) for job, ids in closed.items() if ids])
     for job, total in totals.items():
         traces.add(job, "record", began, subtasks=total["subtasks"], tokens=total["tokens"])
     return done

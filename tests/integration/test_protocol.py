@@ -658,7 +658,7 @@ def test_the_lead_of_a_process_that_is_gone_is_taken_before_it_runs_out(house: H
     assert leads is not None
     assert standby.epoch > leads
     with pytest.raises(NotLeading):
-        house.dispatcher._chores(leads, {}, house.dispatcher._read(house.now), house.now)
+        house.dispatcher._chores(leads, house.now)
     where, _, rest = name.rpartition(":")
     elsewhere = f"{where}:0000abcd-{rest.partition('-')[2]}"
     house.sql("UPDATE leader SET holder = :name, epoch = epoch + 1", name=elsewhere)
@@ -1065,7 +1065,10 @@ def test_sub_tasks_of_one_step_are_leased_in_order_each_with_its_own_nonce(house
     assert [(h.job, h.pass_number, h.n_rows, h.bytes, h.clone) for h in now] == [
         (job, 0, one.carved.rows, one.carved.bytes, False) for one in leased
     ]
-    assert all(0 <= h.age_s < 5 and 3 < h.left_s <= 8 and not h.expired for h in now)
+    assert all(0 <= h.age_s < 5 for h in now)
+    with house.database.transaction() as connection:
+        assert leases.due(connection, 3.0) == {}
+        assert leases.due(connection, 8.0) == {h.key: False for h in now}
     assert_each_row_is_in_one_place(house, job)
     house.transport.publish_all(Payloads(house.database).assignments(leased))
     assert house.finish(job).state == "succeeded"
@@ -1154,8 +1157,13 @@ def test_a_clone_runs_beside_the_first_and_whoever_answers_first_is_believed(hou
     house.aggregate()
     assert held(house) == []
     with house.database.transaction() as connection:
-        found = leases.spent(connection, [first.subtask, first.subtask + 1])
-    assert found == {first.subtask: ("done", "w2", pytest.approx(0.001))}
+        found = leases.fates(connection, [(first.subtask, 1), (first.subtask, 2), (first.subtask + 1, 1)])
+    done = (False, "done", "w2", pytest.approx(0.001))
+    assert found == {
+        (first.subtask, 1): done,
+        (first.subtask, 2): done,
+        (first.subtask + 1, 1): (False, "", "", 0.0),
+    }
     version = house.job(job).version
     slow.report(slow.outcome(original))
     house.aggregate()

@@ -25,6 +25,8 @@ from scheduler.policy.carve import Range
 from scheduler.policy.lifecycle import Return
 from scheduler.store import dependence, endings, leadership, leases, outcomes, payload_rows
 from scheduler.store.database import Database
+from scheduler.store.listening import Listener
+from scheduler.store.words import EVERYTHING, SILENCE, Words
 from tests.machine.world import Play
 
 Patch = pytest.MonkeyPatch
@@ -121,13 +123,13 @@ def _before_recording(patch: Patch, change: Callable[[Connection, Outcome], Outc
 
 
 def rescues_nothing(patch: Patch) -> None:
-    patch.setattr(Dispatcher, "_close", lambda self, epoch, gone, live: False)
+    patch.setattr(Dispatcher, "_close", lambda self, epoch, gone, live: ())
 
 
 def rescues_what_waits_on_the_stream(patch: Patch) -> None:
     close = Dispatcher._close
 
-    def blind(self: Dispatcher, epoch: int, gone: Any, live: Any) -> bool:
+    def blind(self: Dispatcher, epoch: int, gone: Any, live: Any) -> Any:
         with pytest.MonkeyPatch.context() as inner:
             inner.setattr(self.transport, "waiting_outcomes", set)
             return close(self, epoch, gone, live)
@@ -270,6 +272,60 @@ def carves_rows_that_were_taken_out(patch: Patch) -> None:
     )
 
 
+def tells_nobody_that_it_recorded(patch: Patch) -> None:
+    patch.setattr(outcomes.words, "tell", lambda connection, said: None)
+
+
+def misses_words_and_does_not_say_so(patch: Patch) -> None:
+    wait = Listener.wait
+    patch.setattr(Listener, "wait", lambda self, s: replace(wait(self, s), everything=False))
+
+
+def rescues_in_a_quick_step(patch: Patch) -> None:
+    quick = Dispatcher._quick_step
+
+    def hasty(self: Dispatcher, epoch: int, now: float) -> int:
+        self._read_flags(now)
+        self._rescue(epoch, now)
+        return quick(self, epoch, now)
+
+    patch.setattr(Dispatcher, "_quick_step", hasty)
+
+
+def hears_nobody_while_words_come(patch: Patch) -> None:
+    step = Dispatcher.step
+
+    def starved(self: Dispatcher, now: float, words: Words = EVERYTHING) -> int:
+        if words != SILENCE and not words.everything:
+            self._beat_at = now + scheduler.dispatcher.BEAT_STEP_S
+        return step(self, now, words)
+
+    patch.setattr(Dispatcher, "step", starved)
+
+
+def puts_right_in_silence(patch: Patch) -> None:
+    put_right = Dispatcher._put_right
+
+    def silent(self: Dispatcher, found: Any, fates: Any, now: float) -> None:
+        before = self.differences
+        put_right(self, found, fates, now)
+        self.differences = before
+
+    patch.setattr(Dispatcher, "_put_right", silent)
+
+
+def remembers_another_term(patch: Patch) -> None:
+    know_nothing = Dispatcher._know_nothing
+
+    def remember(self: Dispatcher, now: float) -> None:
+        if hasattr(self, "_book"):
+            self._led_at = now
+        else:
+            know_nothing(self, now)
+
+    patch.setattr(Dispatcher, "_know_nothing", remember)
+
+
 def _nothing(*names: str) -> Any:
     """A statement that takes these parameters and does nothing."""
     return text("SELECT " + ", ".join(f"CAST(:{n} AS text)" for n in names) + " WHERE false")
@@ -319,7 +375,7 @@ MUTANTS: Collection[Mutant] = (
     Mutant(
         "moves the cursor in another transaction",
         moves_the_cursor_in_another_transaction,
-        (_TICK, _SUBMIT, ("tick_fault", (0, 2, 0))),
+        (_TICK, _SUBMIT, ("tick_fault", (0, 3, 0))),
         5,
     ),
     Mutant("blames all rows", blames_all_rows, _KILLED, 9),
@@ -380,6 +436,45 @@ MUTANTS: Collection[Mutant] = (
     ),
     Mutant(
         "sends rows that were taken out", carves_rows_that_were_taken_out, (("submit", (8, 4, 4, 3, 5)),), 7
+    ),
+    Mutant(
+        "tells nobody that it recorded",
+        tells_nobody_that_it_recorded,
+        (*_TAKEN, _TICK, *_all("finish", 0, 0), _AGGREGATE, ("audit", (0,))),
+        10,
+    ),
+    Mutant(
+        "misses words and does not say so",
+        misses_words_and_does_not_say_so,
+        (*_TAKEN, _TICK, ("deafen", (0,)), *_all("finish", 0, 0), _AGGREGATE, ("audit", (0,))),
+        10,
+    ),
+    Mutant(
+        "rescues in a quick step",
+        rescues_in_a_quick_step,
+        (*_TAKEN, *_all("freeze"), *[_TICK] * 21, ("advance", (0,)), ("breathe", (0,))),
+        11,
+    ),
+    Mutant("hears nobody while words come", hears_nobody_while_words_come, (_SUBMIT, ("storm", (0,))), 12),
+    Mutant("puts right in silence", puts_right_in_silence, (*_TAKEN, _TICK, ("spoil", (0, 0))), 10),
+    Mutant(
+        "remembers another term",
+        remembers_another_term,
+        (
+            *_TAKEN,
+            _TICK,
+            ("advance", (5,)),
+            ("tick", (1,)),
+            *_all("work"),
+            _AGGREGATE,
+            ("submit", (8, 4, 1, 20, 5)),
+            ("tick", (1,)),
+            *_all("take"),
+            ("advance", (4,)),
+            _TICK,
+            ("audit", (0,)),
+        ),
+        10,
     ),
     Mutant(
         "loses rows of a flaky attempt",

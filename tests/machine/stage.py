@@ -19,6 +19,7 @@ from sqlalchemy import Connection, text
 from motet.protocol.transport import MemoryTransport, TransportLost
 from scheduler.store import demand
 from scheduler.store.database import Database, StoreUnavailable
+from scheduler.store.listening import Listener
 from tests.integration import landing
 from tests.integration.landing import HEAD, register
 
@@ -135,6 +136,8 @@ class TappedTransport(MemoryTransport):
     fails_in: int | None = None
     #: The next read is carried out, and its answer is lost on the way.
     swallows: bool = False
+    #: How often all workers were heard.
+    looks: int = 0
     watch: Callable[[Mapping[str, Any]], None] = staticmethod(lambda by_worker: None)
 
     def _tap(self) -> None:
@@ -149,17 +152,18 @@ class TappedTransport(MemoryTransport):
         self._tap()
         return super().identity()
 
-    def beats(self) -> Any:
+    def hear(self) -> Any:
         self._tap()
-        return super().beats()
+        self.looks += 1
+        return super().hear()
 
-    def queued(self, worker: str) -> Any:
+    def queued_at(self, workers: Any) -> Any:
         self._tap()
-        return super().queued(worker)
+        return super().queued_at(workers)
 
-    def running(self, worker: str) -> Any:
+    def running_at(self, workers: Any) -> Any:
         self._tap()
-        return super().running(worker)
+        return super().running_at(workers)
 
     def control(self, controls: Any) -> None:
         self._tap()
@@ -196,6 +200,8 @@ class Stage:
             for statement in list(connection.exec_driver_sql(_DEFAULTS.replace("%", "%%")).scalars()):
                 connection.exec_driver_sql(statement)
         self.taps = {role: Tap(url, role) for role in ROLES}
+        #: What dispatchers hear of committed transactions, on real connections.
+        self.listeners = {role: Listener(self.taps[role]) for role in ("A", "B")}
         register(self.taps["machine"], TRUNK, HEAD, OTHER_TRUNK, OTHER_HEAD)
 
     def empty(self) -> None:
@@ -203,6 +209,8 @@ class Stage:
         for tap in self.taps.values():
             tap.arm()
             tap.me = None
+        for listener in self.listeners.values():
+            listener.close()
         # Jobs of one play have the ids of those of another.
         demand._lengths_read.clear()
         with self.taps["machine"].transaction() as connection:
@@ -215,5 +223,7 @@ class Stage:
             )
 
     def close(self) -> None:
+        for listener in self.listeners.values():
+            listener.close()
         for tap in self.taps.values():
             tap.close()

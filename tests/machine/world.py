@@ -20,12 +20,14 @@ from motet.protocol.transport import TransportLost
 from motet.protocol.wire import Assignment, Beat, Outcome, Running, Usage
 from motet.tasks import Classify
 from scheduler.aggregator import Aggregator
-from scheduler.dispatcher import Dispatcher
+from scheduler.dispatcher import BEAT_STEP_S, Dispatcher
 from scheduler.facts import workers as able
 from scheduler.policy.placing.rebalancing import Clone, Recall
-from scheduler.store import drains, endings, registry
+from scheduler.store import drains, endings, leases, registry
 from scheduler.store.database import Database, StoreUnavailable
 from scheduler.store.leadership import NotLeading
+from scheduler.store.words import end, tell
+from scheduler.store.words import land as landed
 from tests.integration.landing import land
 from tests.machine.stage import HEAD, OTHER_TRUNK, TRUNK, Broken, Crash, Stage, TappedTransport
 
@@ -62,6 +64,8 @@ MOST_JOBS = 5
 PAUSES_S = (0.1, 0.5, 2.0, 4.5, 8.5, 20.0)
 #: Rounds in which a cluster without faults must end every job.
 HEAL_ROUNDS = 150
+#: Steps of a storm of words, a tenth of a second each; beat steps in which an audit reads what little there is.
+_STORM, _AUDIT_STEPS = 16, 5
 
 
 def label_of(words: str) -> int:
@@ -157,6 +161,8 @@ class World:
         #: The policy's words for the next step.
         self.words: list[tuple[str, int, int]] = []
         self.log: list[tuple[str, tuple[int, ...]]] = []
+        #: What a dispatcher goes by is wrong now, on purpose.
+        self.spoiled = False
         self.check = check
         #: What the oracle saw last.
         self.before: Any = None
@@ -170,6 +176,9 @@ class World:
         self._look()
 
     def _look(self) -> None:
+        for dispatcher in self.dispatchers.values():
+            if dispatcher.differences and not self.spoiled:
+                raise Broken(f"10: {dispatcher.me} went by {dispatcher.differences} things that were not so")
         if self.check is not None:
             self.check(self)
 
@@ -268,8 +277,12 @@ class World:
         if fault == "lost":
             self.transport.fails_in = at
         self._put_words(dispatcher)
+        words, looks = self.stage.listeners[role].wait(0.0), self.transport.looks
+        lost = None if words.everything else self._lost()
         try:
-            dispatcher.step(self.now)
+            dispatcher.step(self.now, words)
+            if lost is not None and looks == self.transport.looks and self._lost() - lost:
+                raise Broken(f"11: {role} heard nobody, and gave up sub-tasks {self._lost() - lost}")
         except NotLeading:
             dispatcher.epoch = None
         except (StoreUnavailable, TransportLost):
@@ -279,8 +292,70 @@ class World:
             self.costs += 1
         finally:
             self.transport.fails_in = None
+            if dispatcher.epoch is None:
+                # A standby does not listen; whoever was replaced does not any more.
+                self.stage.listeners[role].close()
             self.costs += tap.struck and fault == "freeze"
             tap.arm()
+
+    def _lost(self) -> set[int]:
+        """Sub-tasks that were given up, of jobs that run on."""
+        query = "SELECT s.id FROM subtask s JOIN job j ON j.id = s.job_id WHERE s.state = 'lost' AND j.state = 'running'"
+        with self.database.transaction() as connection:
+            return set(connection.exec_driver_sql(query).scalars())
+
+    def rule_storm(self, which: int) -> None:
+        """Transactions commit ten times a second, and each has something to say."""
+        role = "AB"[which % 2]
+        self._tick(role)
+        began, looks, epoch = self.now, self.transport.looks, self.dispatchers[role].epoch
+        for _ in range(_STORM):
+            self._advance(0.1)
+            self._beat_all()
+            with self.database.transaction() as connection:
+                tell(connection, [landed(job) for job in self.jobs] or [end(UUID(int=0))])
+            self._step(role)
+        heard, most = self.transport.looks - looks, (self.now - began) / BEAT_STEP_S
+        if epoch is not None and self.dispatchers[role].epoch == epoch and heard < most / 2:
+            raise Broken(
+                f"12: {role} heard all workers {heard} times in {self.now - began:.1f} s full of words"
+            )
+
+    def rule_deafen(self, which: int) -> None:
+        """The connection breaks on which a dispatcher listens."""
+        self.stage.listeners["AB"[which % 2]].close()
+
+    def rule_audit(self, which: int) -> None:
+        """A dispatcher reads everything anew, and finds that it is as it thinks."""
+        self._audit("AB"[which % 2])
+
+    def _audit(self, role: str) -> None:
+        self.dispatchers[role]._audit._begins_at = self.now
+        for _ in range(_AUDIT_STEPS):
+            self._tick(role)
+
+    def rule_spoil(self, which: int, i: int) -> None:
+        """A dispatcher forgets a live lease, by a fault that nobody thought of: its next audit must say so."""
+        role = "AB"[which % 2]
+        self._tick(role)
+        dispatcher = self.dispatchers[role]
+        keys = sorted(dispatcher._book.keys())
+        if dispatcher.epoch is None or not keys:
+            return
+        epoch, key = dispatcher.epoch, keys[i % len(keys)]
+        dispatcher._let_go(key, self.now)
+        # Its worker is told to drop it.
+        self.costs += 1
+        self.spoiled, dispatcher._audit._begins_at = True, self.now
+        for _ in range(_AUDIT_STEPS):
+            self._tick(role)
+            if dispatcher.differences or dispatcher.epoch != epoch or key in dispatcher._book:
+                break
+        with self.database.transaction() as connection:
+            leased = leases.fates(connection, [key])[key].leased
+        self.spoiled, found, dispatcher.differences = False, dispatcher.differences, 0
+        if leased and dispatcher.epoch == epoch and not found:
+            raise Broken(f"10: {role} had forgotten lease {key}, and its audit did not say so")
 
     def _while_frozen(self, role: str) -> None:
         """One dispatcher stands still between two transactions, for longer than any lease; the other one finds out."""
@@ -656,8 +731,11 @@ class World:
     # -- the end
 
     def heal(self) -> None:
-        """No more faults: within some rounds every job ends, and each row has its answer."""
+        """No more faults: within some rounds every job ends, each row has its answer, and an audit finds nothing."""
         self.words.clear()
+        for role in ("A", "B"):
+            self._audit(role)
+            self._look()
         for hand in self.hands:
             if hand.life == "gone":
                 self._restart(hand)

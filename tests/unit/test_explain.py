@@ -126,7 +126,6 @@ def told(
         refusals=list(refusals),
         rates=rates,
         drained=drained,
-        transport="",
     )
     case: dict[str, Any] = {
         "standing": Standing(job=job, passes=(standing_of(mine, **known),), left_s=left_s),
@@ -371,7 +370,6 @@ def test_a_job_beyond_those_that_are_looked_at_says_so() -> None:
         refusals=[],
         rates=RATES,
         drained=frozenset(),
-        transport="",
     )
     assert any("its turn comes after them" in note for note in told(beat(holds=True), facts=facts).notes)
 

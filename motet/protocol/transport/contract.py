@@ -122,6 +122,14 @@ class SchedulerTransport(Protocol):
         """Entries on the stream, and how long the oldest has waited there by the transport's own clock."""
         ...
 
+    def count_differences(self, more: int) -> None:
+        """An audit of the leader found so many more differences."""
+        ...
+
+    def differences(self) -> int:
+        """What audits have found since Redis was emptied."""
+        ...
+
     def dead_letters(self) -> int:
         """Unreadable entries that are kept, at most DEAD_KEPT."""
         ...

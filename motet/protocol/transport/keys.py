@@ -7,6 +7,7 @@ motet:w:<worker>:running           Running: rows of the micro-batch under way (e
 motet:w:<worker>:in:<sub>:<att>    payload of one attempt, expires
 motet:outcomes                     stream of outcomes, read by the group "aggregators"
 motet:dead                         the last few entries that could not be read
+motet:differences                  how many differences audits of the leader have found
 motet:canary                       random value; another one means that Redis was emptied
 motet.gpu.<worker>                 Celery's queue of the worker: ids and counts only
 """
@@ -14,6 +15,7 @@ motet.gpu.<worker>                 Celery's queue of the worker: ids and counts 
 from __future__ import annotations
 
 OUTCOMES, DEAD, WORKERS, CANARY = "motet:outcomes", "motet:dead", "motet:workers", "motet:canary"
+DIFFERENCES = "motet:differences"
 #: The consumer group of the aggregators on the stream of outcomes.
 GROUP = "aggregators"
 

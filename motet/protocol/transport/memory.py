@@ -27,6 +27,8 @@ class MemoryTransport:
     buried: list[tuple[Entry, str]] = field(default_factory=list)
     clock: Callable[[], float] = time.monotonic
     canary: str = "0"
+    #: Differences that audits found.
+    found: int = 0
     _next: int = 0
     _heard: dict[str, Beat] = field(default_factory=dict)
 
@@ -97,6 +99,12 @@ class MemoryTransport:
     def outcome_lag(self) -> Lag:
         oldest = min(self.reported_at.values(), default=None)
         return Lag(len(self.entries), 0.0 if oldest is None else max(0.0, self.clock() - oldest))
+
+    def count_differences(self, more: int) -> None:
+        self.found += more
+
+    def differences(self) -> int:
+        return self.found
 
     def dead_letters(self) -> int:
         return min(len(self.buried), DEAD_KEPT)

@@ -15,6 +15,7 @@ from motet.protocol.transport.contract import DEAD_KEPT, Entry, Heard, Lag, Tran
 from motet.protocol.transport.keys import (
     CANARY,
     DEAD,
+    DIFFERENCES,
     GROUP,
     OUTCOMES,
     WORKERS,
@@ -338,6 +339,12 @@ class RedisTransport:
         # An entry's id begins with Redis' own clock in milliseconds.
         since_ms = int(oldest[0][0].partition(b"-")[0])
         return Lag(int(entries), max(0.0, seconds + micros / 1e6 - since_ms / 1000))
+
+    def count_differences(self, more: int) -> None:
+        self._redis.call(lambda r: r.incrby(DIFFERENCES, more))
+
+    def differences(self) -> int:
+        return int(self._redis.call(lambda r: r.get(DIFFERENCES)) or 0)
 
     def dead_letters(self) -> int:
         return int(self._redis.call(lambda r: r.llen(DEAD)))

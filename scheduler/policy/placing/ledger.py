@@ -200,6 +200,21 @@ class Ledger:
         """Passes with waiting rows."""
         return frozenset(id_ for id_, entry in self.passes.items() if entry.rows > 0)
 
+    def demand(self, id_: PassId) -> Demand | None:
+        """A known pass, with the numbers that it was wanted with last."""
+        entry = self.passes.get(id_)
+        return entry.demand if entry is not None else None
+
+    def rows_waiting(self, id_: PassId) -> int:
+        """Rows of a pass that wait by now; 0 of one that is not known."""
+        entry = self.passes.get(id_)
+        return entry.rows if entry is not None else 0
+
+    def passes_of(self, job: str) -> list[PassId]:
+        """The known passes of a job."""
+        known = self.jobs.get(job)
+        return list(known.passes) if known is not None else []
+
     def unwanted(self, id_: PassId) -> None:
         """Nothing of this pass waits any more."""
         entry = self.passes.get(id_)
