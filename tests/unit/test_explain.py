@@ -86,8 +86,6 @@ def held(job: str = MINE, worker: str = "w1", **more: Any) -> Held:
             "predicted_s": 2.0,
             "exclusive": False,
             "clone": False,
-            "expired": False,
-            "left_s": 8.0,
             "age_s": 1.0,
             **more,
         }
