@@ -16,7 +16,7 @@ from tests.unit.test_worker_engines import tiny_bert
 from workers.engine import Prepared
 from workers.engines.causal import rows
 from workers.engines.causal.causal import CausalEngine
-from workers.engines.causal.prefixes import PrefixCache
+from workers.engines.causal.rows import prefix_cache
 from workers.engines.encoder.encoder import EncoderEngine
 from workers.engines.newest import Newest
 from workers.engines.training.trainer import TrainerEngine
@@ -79,7 +79,7 @@ def test_schemas_and_limits_of_tokens_that_any_tenant_may_bring_are_bounded(
         [cut] = tokens.prepare(["word " * 50], most)
         assert isinstance(cut, Prepared)
         assert cut.length == most
-    assert len(tokens._cut) == 2
+    assert tokens._reader.cache_info().currsize == 2
 
 
 @pytest.fixture(scope="module")
@@ -114,18 +114,18 @@ def test_every_engine_gives_the_devices_memory_back(
 
 
 def test_a_prefix_cache_counts_the_tokens_that_it_holds_and_lets_the_least_used_prefix_go_first() -> None:
-    cache = PrefixCache()
+    cache = prefix_cache()
     a, b, c = (("", tuple(range(length))) for length in (3, 5, 7))
     for prefix in (a, b, c, b):
-        cache.put("t", prefix, [])
-    cache.put("another", a, [])
-    assert cache.tokens == 3 + 5 + 7 + 3
-    assert cache.get("t", a) == []
+        cache.put(("t", prefix), [])
+    cache.put(("another", a), [])
+    assert cache.size == 3 + 5 + 7 + 3
+    assert cache.get(("t", a)) == []
     cache.shrink(11)
-    assert cache.tokens == 3 + 3
+    assert cache.size == 3 + 3
     assert ("t", a) in cache
     assert ("another", a) in cache
     cache.shrink(0)
-    assert (len(cache), cache.tokens) == (1, 3)
+    assert (len(cache), cache.size) == (1, 3)
     cache.clear()
-    assert (len(cache), cache.tokens) == (0, 0)
+    assert (len(cache), cache.size) == (0, 0)

@@ -11,6 +11,7 @@ operator installed, never a user's.
 
 from __future__ import annotations
 
+import itertools
 import json
 from array import array
 from collections.abc import Callable, Mapping, Sequence
@@ -85,21 +86,20 @@ class FunctionEngine:
 
 def json_column(values: Sequence[Any]) -> Column:
     """A column of kind json. A CellError among the values, or a value that is not strict JSON, is that row's error."""
-    status, errors = bytearray(), dict[int, CellError]()
-    bodies: list[bytes] = []
-    for row, value in enumerate(values):
-        body = value if isinstance(value, CellError) else _strict_json(value)
-        if isinstance(body, CellError):
-            errors[row], body = body, b""
-        status.append(ERROR if row in errors else OK)
-        bodies.append(body)
-    offsets = array("i", [0])
-    for body in bodies:
-        offsets.append(offsets[-1] + len(body))
+    return written_column(
+        [value if isinstance(value, CellError) else _strict_json(value) for value in values]
+    )
+
+
+def written_column(bodies: Sequence[bytes | CellError]) -> Column:
+    """A column of kind json, of values that are written as JSON already."""
+    errors = {row: body for row, body in enumerate(bodies) if isinstance(body, CellError)}
+    whole = [b"" if isinstance(body, CellError) else body for body in bodies]
+    offsets = array("i", itertools.accumulate(map(len, whole), initial=0))
     return Column(
         kind="json",
-        status=bytes(status),
-        arrays={"offsets": little_endian(offsets), "bytes": b"".join(bodies)},
+        status=bytes(ERROR if row in errors else OK for row in range(len(bodies))),
+        arrays={"offsets": little_endian(offsets), "bytes": b"".join(whole)},
         errors=errors,
     )
 

@@ -6,9 +6,9 @@ A folder is loaded from safetensors only and never runs code of its own: no ``au
 from __future__ import annotations
 
 import json
-import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import lru_cache
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -18,9 +18,10 @@ import torch
 from numpy.typing import NDArray
 
 from motet.protocol.columns import CellError
+from motet.protocol.manifest import Manifest
 from workers.engine import CannotLoad, DeviceBroken, OutOfMemory, Prepared
-from workers.engines.newest import Newest
 from workers.engines.packed import load_packed, packed_kind
+from workers.engines.proved import check_encoder
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 #: A text is cut to so many characters per token read before it is tokenised; English has four to five.
@@ -100,6 +101,27 @@ def load_transformer(
         raise CannotLoad(f"{auto_class} cannot be loaded from this folder: {type(error).__name__}") from error
 
 
+def load_reader(
+    auto_class: str,
+    model: Manifest,
+    files: Mapping[str, Path],
+    *,
+    device: str,
+    in_format: str,
+    may_miss: tuple[str, ...] = (),
+) -> tuple[Any, Tokens]:
+    """An encoder or a classifier whose rows stay apart, and its tokenizer. Raises what ``load_transformer`` raises."""
+    loaded = load_transformer(
+        auto_class,
+        files,
+        device=device,
+        in_format=in_format,
+        may_miss=may_miss,
+        admit=lambda config: check_encoder(model, config),
+    )
+    return loaded, Tokens(files["tokenizer.json"], model.max_tokens, embedding_rows(loaded))
+
+
 def cpu_computes(in_format: str) -> bool:
     """Whether this CPU has instructions for a format; without them each product takes some forty times as long."""
     return in_format == "fp32" or bool(getattr(torch.ops.mkldnn, f"_is_mkldnn_{in_format}_supported")())
@@ -170,8 +192,8 @@ class Tokens:
         """``most``: tokens that the model can read. ``rows``: ids that it has embeddings for. Raises CannotLoad."""
         try:
             self._json = path.read_text("utf-8")
-            self._cut: Newest[int, Any] = Newest(LIMITS)
-            self._lock = threading.Lock()
+            #: A tokenizer of its own for each limit: its limit is state that threads would share.
+            self._reader = lru_cache(LIMITS)(self._cut)
             self._most, self._rows = most, rows
             self._looks = check_ids(self._reader(most), rows)
             pad = _pad_id(json.loads(self._json))
@@ -212,17 +234,13 @@ class Tokens:
             f"a control token of id {largest:,}; the model has embeddings for {self._rows:,} ids; take it out of the text",
         )
 
-    def _reader(self, most: int) -> Any:
-        """A tokenizer of its own for each limit: its limit is state that threads would share."""
-        with self._lock:
-            if (reader := self._cut.get(most)) is None:
-                from tokenizers import Tokenizer
+    def _cut(self, most: int) -> Any:
+        from tokenizers import Tokenizer
 
-                reader = Tokenizer.from_str(self._json)
-                reader.no_padding()
-                reader.enable_truncation(most)
-                self._cut.put(most, reader)
-            return reader
+        reader = Tokenizer.from_str(self._json)
+        reader.no_padding()
+        reader.enable_truncation(most)
+        return reader
 
 
 def padded(batch: Sequence[Prepared], pad: int, device: str) -> tuple[torch.Tensor, torch.Tensor | None]:

@@ -164,12 +164,14 @@ class Launcher:
         """``tell``: says once to the scheduler that ``worker`` now is the process ``boot``. Raises TransportLost.
         ``forks``: starts workers; without it each is a program of its own."""
         self._grace_s, self._clock, self._forks = settings.grace_s, clock, forks
-        locks = _lock_dir(settings)
+        locks = cache_folder(settings.cache_dir) / "names"
+        locks.mkdir(parents=True, exist_ok=True)
+        redis = hashlib.sha256(settings.redis_url.encode()).hexdigest()[:12]
         self._charges = [
             _Charge(
                 slot,
                 Process(slot.worker, (command or _command)(slot), _arguments(slot), environment(slot, env)),
-                Lock(locks / _lock_name(slot.worker, settings.redis_url)),
+                Lock(locks / f"{slot.worker}-{redis}"),
             )
             for slot in slots
         ]
@@ -344,13 +346,3 @@ def _arguments(slot: Slot) -> list[str]:
         f"--threads={slot.threads}",
         f"--parent={os.getpid()}",
     ]
-
-
-def _lock_dir(settings: Settings) -> Path:
-    folder = cache_folder(settings.cache_dir) / "names"
-    folder.mkdir(parents=True, exist_ok=True)
-    return folder
-
-
-def _lock_name(worker: str, redis_url: str) -> str:
-    return f"{worker}-{hashlib.sha256(redis_url.encode()).hexdigest()[:12]}"

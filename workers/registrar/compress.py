@@ -272,25 +272,38 @@ def measure(
     engine = InstalledEngines().find(was.trunk.manifest.engine)
     fast = "bf16" if "bf16" in fast_formats("cpu") else "fp32"
     sides = {"fp32": (was, "fp32"), fast: (was, fast), COMPRESSED: (small, fast)}
+    # Heads are in the order of the truth, and those of the smaller trunk have names of their own.
+    heads = {name: head.manifest for name, head in zip(held.truth, was.heads, strict=True)}
     forms: dict[str, Measured] = {}
-    first: _Answers | None = None
+    first: dict[str, list[Label | None]] = {}
+    exact: Column | None = None
     with ExitStack() as stack:
         passes = {}
         for side, (bundle, in_format) in sides.items():
             trial = bundle.trial(engine, held.texts)
             passes[side] = stack.enter_context(trial.loaded(in_format))
-            answers = _answers(trial.run(passes[side]), bundle, held)
-            first = first or answers
+            columns = trial.run(passes[side])
+            said = {
+                name: decisions(columns[mine.manifest.name], mine.manifest)
+                for name, mine in zip(heads, bundle.heads, strict=True)
+            }
+            first, exact = first or said, exact or columns[_VECTOR]
+            other = side == COMPRESSED and form.layers
             forms[side] = Measured(
                 form=side,
                 in_format=in_format,
                 file_mb=_weights_mb(bundle.trunk.manifest),
                 memory_mb=resident_bytes(passes[side].handle.model) / 1e6,
-                scores=_scores(answers, was, held),
-                kept=_kept(first, answers, was, held),
-                vectors={}
-                if side == COMPRESSED and form.layers
-                else compare(first.vectors, answers.vectors, was.trunk.manifest)[1],
+                scores={name: score(said[name], held.truth[name], head) for name, head in heads.items()},
+                kept={
+                    name: agreement(
+                        [said[name][row] for row in held.known(name)],
+                        [first[name][row] for row in held.known(name)],
+                        head,
+                    )
+                    for name, head in heads.items()
+                },
+                vectors={} if other else compare(exact, columns[_VECTOR], was.trunk.manifest)[1],
             )
         use_threads(1)
         speeds = _speeds(engine, passes, held.texts, rounds)
@@ -298,40 +311,6 @@ def measure(
     return Report(
         forms=tuple(forms.values()), rows={head: len(held.known(head)) for head in held.truth}, speeds=speeds
     )
-
-
-@dataclass(frozen=True, slots=True)
-class _Answers:
-    #: By the name that the head has on the original, in the order of the held-out rows.
-    said: Mapping[str, Sequence[Label | None]]
-    vectors: Column
-
-
-def _answers(columns: Mapping[str, Column], bundle: Bundle, held: Labelled) -> _Answers:
-    said = {
-        # Heads are in the order of the truth, and those of the smaller trunk have names of their own.
-        name: decisions(columns[head.manifest.name], head.manifest)
-        for name, head in zip(held.truth, bundle.heads, strict=True)
-    }
-    return _Answers(said, columns[_VECTOR])
-
-
-def _scores(answers: _Answers, was: Bundle, held: Labelled) -> dict[str, float]:
-    return {
-        name: score(answers.said[name], held.truth[name], head.manifest)
-        for name, head in zip(held.truth, was.heads, strict=True)
-    }
-
-
-def _kept(first: _Answers, answers: _Answers, was: Bundle, held: Labelled) -> dict[str, float]:
-    return {
-        name: agreement(
-            [answers.said[name][row] for row in held.known(name)],
-            [first.said[name][row] for row in held.known(name)],
-            head.manifest,
-        )
-        for name, head in zip(held.truth, was.heads, strict=True)
-    }
 
 
 def _weights_mb(trunk: Manifest) -> float:
@@ -360,9 +339,7 @@ def _speeds(
 
 def show(report: Report, trunk: Manifest, form: Form) -> None:
     """Print what was measured, as two tables."""
-    takes = Table(box=None, pad_edge=False, header_style="bold", title_justify="left")
-    for i, name in enumerate(("form", "file MB", "memory MB", "tokens / CPU s", "compressed ÷ it")):
-        takes.add_column(name, justify="left" if i == 0 else "right", no_wrap=True)
+    takes = _table("form", "file MB", "memory MB", "tokens / CPU s", "compressed ÷ it")
     for one in report.forms:
         takes.add_row(
             one.form if one.form == one.in_format else f"{one.form}, computed in {one.in_format}",
@@ -371,10 +348,7 @@ def show(report: Report, trunk: Manifest, form: Form) -> None:
             f"{report.tokens_per_cpu_s(one.form):,.0f}",
             f"{report.speed_over(one.form):.2f} ×",
         )
-    tasks = Table(box=None, pad_edge=False, header_style="bold")
-    heads = ("task", "rows", *(one.form for one in report.forms), "change", "decisions kept")
-    for i, name in enumerate(heads):
-        tasks.add_column(name, justify="left" if i == 0 else "right", no_wrap=True)
+    tasks = _table("task", "rows", *(one.form for one in report.forms), "change", "decisions kept")
     for head, rows in report.rows.items():
         tasks.add_row(
             head,
@@ -394,6 +368,14 @@ def show(report: Report, trunk: Manifest, form: Form) -> None:
     else:
         words = "of another kind than the original's: do not compare them with stored ones"
     out.print(f"\nvectors (Embed): {words}\n")
+
+
+def _table(first: str, *numbers: str) -> Table:
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    table.add_column(first, no_wrap=True)
+    for name in numbers:
+        table.add_column(name, justify="right", no_wrap=True)
+    return table
 
 
 def _found(registry: Registry, model: str) -> tuple[Manifest, list[Manifest]]:

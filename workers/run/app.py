@@ -163,21 +163,9 @@ class WorkerApp:
         if not self.attempts.begin(key):
             event(log, "attempt left alone", subtask=subtask, attempt=attempt)
             return
-        try:
-            payload = self._payload(key)
-        except TransportLost:
-            self._leave_to_rescue(key, "payload out of reach")
-            return
-        if payload is None:
-            self._leave_to_rescue(key, "payload expired or lost")
-            return
-        try:
-            order = Assignment.decode(payload)
-        except BadMessage:
-            self._leave_to_rescue(key, "payload cannot be decoded")
-            return
-        if order.key != key:
-            self._leave_to_rescue(key, "payload of another attempt")
+        order = self._assignment(key)
+        if isinstance(order, str):
+            self._leave_to_rescue(key, order)
             return
         event(
             log,
@@ -259,6 +247,18 @@ class WorkerApp:
             self._heart.step()
         except TransportLost:
             pass
+
+    def _assignment(self, key: Key) -> Assignment | str:
+        """What to run, or why it cannot begin."""
+        try:
+            if (payload := self._payload(key)) is None:
+                return "payload expired or lost"
+            order = Assignment.decode(payload)
+        except TransportLost:
+            return "payload out of reach"
+        except BadMessage:
+            return "payload cannot be decoded"
+        return order if order.key == key else "payload of another attempt"
 
     def _payload(self, key: Key) -> bytes | None:
         """The attempt's payload. Raises TransportLost where Redis stays away, or nobody wants the attempt any more."""

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import platform
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from importlib.util import find_spec
@@ -210,16 +211,8 @@ def free_memory_mb() -> int:
     """Memory that nobody holds, of this host or of the container we are in."""
     import psutil
 
-    free = int(psutil.virtual_memory().available)
-    for limit, used in (
-        ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory.current"),
-        ("/sys/fs/cgroup/memory/memory.limit_in_bytes", "/sys/fs/cgroup/memory/memory.usage_in_bytes"),
-    ):
-        try:
-            free = min(free, int(Path(limit).read_text()) - int(Path(used).read_text()))
-        except (OSError, ValueError):
-            continue
-    return max(0, free) // MB
+    rooms = [int(psutil.virtual_memory().available), *(limit - used for limit, used in _containers())]
+    return max(0, min(rooms)) // MB
 
 
 def compute_exactly() -> None:
@@ -234,13 +227,17 @@ def _host_memory() -> int:
     """Bytes that this host, or the container we are in, has for us."""
     import psutil
 
-    total = int(psutil.virtual_memory().total)
-    for path in ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes"):
-        try:
-            total = min(total, int(Path(path).read_text()))
-        except (OSError, ValueError):
-            continue
-    return total
+    return min([int(psutil.virtual_memory().total), *(limit for limit, _ in _containers())])
+
+
+def _containers() -> Iterator[tuple[int, int]]:
+    """Bytes that the container we are in may use, and does use, where either version of cgroups limits it."""
+    for limit, used in (
+        ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory.current"),
+        ("/sys/fs/cgroup/memory/memory.limit_in_bytes", "/sys/fs/cgroup/memory/memory.usage_in_bytes"),
+    ):
+        with contextlib.suppress(OSError, ValueError):
+            yield int(Path(limit).read_text()), int(Path(used).read_text())
 
 
 def cores() -> int:

@@ -6,8 +6,8 @@ is a decode step of every answer and, under a budget, prefill of prompts that co
 Agrawal et al., Sarathi-Serve, OSDI 2024); an answer that has ended leaves at once. Why not transformers' own continuous
 batching: docs/decisions/0010.
 
-This module is the engine's contract; row_prompts.py makes prompts of rows, rows.py lets them in, prefixes.py is the
-prefix cache, steps.py runs a step, endings.py makes columns of a row that has ended.
+This module is the engine's contract; row_prompts.py makes prompts of rows, rows.py lets them in, steps.py runs a step,
+endings.py makes columns of a row that has ended.
 """
 
 from __future__ import annotations
@@ -27,9 +27,8 @@ from workers.engines.causal import kv, steps
 from workers.engines.causal.chat_tokens import ChatTokens, Prompt
 from workers.engines.causal.endings import end
 from workers.engines.causal.lora import Adapters
-from workers.engines.causal.prefixes import CACHE_SHARE
 from workers.engines.causal.row_prompts import RowPrompts, TaskPrompt, prepared
-from workers.engines.causal.rows import AHEAD, Causal, active_row, lay_out, slot_cells
+from workers.engines.causal.rows import AHEAD, CACHE_SHARE, Causal, active_row, lay_out, slot_cells
 from workers.engines.causal.runs import flash
 from workers.engines.prompts import BAD_MESSAGES, BadMessages
 from workers.engines.proof import among_others, not_in_one_line
@@ -129,7 +128,7 @@ class CausalEngine:
         if (memory := self._memory(handle.device)) is None:
             return True
         pool = handle.pool
-        each, cached = pool.token_bytes, handle.prefix_cache.tokens
+        each, cached = pool.token_bytes, handle.prefix_cache.size
         handle.room = tokens_in_flight(more_mb, each, memory[0], (pool.tokens + cached) * each, memory[1])
         handle.bound_prefix_cache()
         if pool.tokens <= handle.room:

@@ -6,11 +6,12 @@ whatever stands beside them, and a text that spells a control token stays text.
 
 from __future__ import annotations
 
+import itertools
 import json
 import re
-import threading
-from collections.abc import Hashable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,7 @@ from workers.engines.trunk import check_ids
 
 #: Stand for the contents while the template is filled in. Private characters: no template has them.
 _MARK = re.compile("\ue000(\\d+)\ue001")
-#: Ids of fixed parts that are kept.
+#: Fixed parts whose ids are kept, and frames: more are tokenised again. A task brings a few of each.
 _KEPT = 4096
 
 
@@ -77,9 +78,9 @@ class ChatTokens:
             raise
         except Exception as error:
             raise CannotLoad(f"the tokenizer cannot be read: {type(error).__name__}") from error
-        self._lock = threading.Lock()
-        self._frames: dict[tuple[Hashable, ...], _Frame] = {}
-        self._fixed: dict[str, list[int]] = {}
+        #: The ids of what is the same for every row of a task, and what the template puts around parts.
+        self._fixed = lru_cache(_KEPT)(self._ids)
+        self._frame = lru_cache(_KEPT)(self._filled)
 
     def texts(self, texts: Sequence[str]) -> list[list[int]]:
         """The ids of many texts, as contents."""
@@ -87,7 +88,7 @@ class ChatTokens:
 
     def label(self, label: str) -> list[int]:
         """The ids of a label as the beginning of an answer. Raises ValueError where it has none."""
-        ids = self._ids(label if self.has_template else f" {label}")
+        ids = self._fixed(label if self.has_template else f" {label}")
         if not ids:
             raise ValueError("a label without tokens")
         return ids
@@ -107,7 +108,8 @@ class ChatTokens:
         ids: list[int] = []
         fixed: int | None = None
         text = (0, 0)
-        frame = self._frame(messages, switches)
+        roles = tuple((message.role, len(message.parts)) for message in messages)
+        frame = self._frame(roles, tuple(sorted(switches.items())))
         for piece in frame.pieces:
             if not isinstance(piece, int):
                 ids += piece
@@ -115,10 +117,10 @@ class ChatTokens:
             part = parts[piece]
             start = len(ids)
             if part.fixed:
-                ids += self._ids(part.text)
+                ids += self._fixed(part.text)
                 continue
             found = known.get(part.text)
-            ids += self._ids(part.text, keep=False) if found is None else found
+            ids += self._ids(part.text) if found is None else found
             if fixed is None:
                 fixed, text = start, (start, len(ids))
         return Prompt(ids, len(ids) if fixed is None else fixed, text, frame.thinks)
@@ -131,40 +133,22 @@ class ChatTokens:
         """A token that is a single byte, as "<0xE4>": what it says depends on those that come behind it."""
         return str(self._control.id_to_token(token)).startswith("<0x")
 
-    def _ids(self, text: str, *, keep: bool = True) -> list[int]:
-        if keep and text in self._fixed:
-            return self._fixed[text]
+    def _ids(self, text: str) -> list[int]:
         ids: list[int] = self._data.encode(text, add_special_tokens=False).ids
-        if keep:
-            with self._lock:
-                if len(self._fixed) >= _KEPT:
-                    self._fixed.clear()
-                self._fixed[text] = ids
         return ids
 
-    def _frame(self, messages: Sequence[Message], switches: Mapping[str, bool]) -> _Frame:
-        """The same for equal roles and switches."""
-        shape = (*((message.role, len(message.parts)) for message in messages), *sorted(switches.items()))
-        if shape not in self._frames:
-            frame = self._filled(messages, switches)
-            with self._lock:
-                if len(self._frames) >= _KEPT:
-                    self._frames.clear()
-                self._frames[shape] = frame
-        return self._frames[shape]
-
-    def _filled(self, messages: Sequence[Message], switches: Mapping[str, bool]) -> _Frame:
-        number = 0
-        marked = []
-        for message in messages:
-            marks = [TextRun(f"\ue000{number + i}\ue001", True) for i in range(len(message.parts))]
-            number += len(marks)
-            marked.append(Message(message.role, tuple(marks)))
+    def _filled(self, roles: Sequence[tuple[str, int]], switches: Sequence[tuple[str, bool]]) -> _Frame:
+        """Around messages of these roles and numbers of parts."""
+        number = itertools.count()
+        marked = [
+            Message(role, tuple(TextRun(f"\ue000{next(number)}\ue001", True) for _ in range(parts)))
+            for role, parts in roles
+        ]
         if not self.has_template:
             # A model that was never taught to chat goes on writing after the text.
             begin: list[list[int] | int] = [self._control.encode("", add_special_tokens=True).ids]
             return _Frame(begin + self._cut(GAP.join(message.text for message in marked) + "\n"))
-        filled = self._templated(marked, switches)
+        filled = self._templated(marked, dict(switches))
         return _Frame(self._cut(filled), begins_thought(_MARK.split(filled)[-1]))
 
     def _templated(self, marked: Sequence[Message], switches: Mapping[str, bool]) -> str:

@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-import struct
 from collections.abc import Mapping
 
 import numpy as np
 
-from motet.protocol.columns import ERROR, OK, CellError, Column
+from motet.protocol.columns import Column
 from workers.engine import Ended
 from workers.engines.answers import label_column
 from workers.engines.causal.row_prompts import TaskPrompt
 from workers.engines.causal.rows import ActiveRow, Causal
+from workers.engines.function import written_column
 from workers.engines.writers import Writer
 
 
@@ -41,18 +41,7 @@ def _column(handle: Causal, row: ActiveRow, a: TaskPrompt, written: Mapping[str,
         prior = row.priors.get(a.name)
         scores = np.array(found, np.float32) - (np.array(prior, np.float32) if prior else 0)
         return label_column(scores[None], every_score=bool(a.spec.get("scores")))
-    return _json_column(row.failed.get(a.name) or written[a.name].answer(handle.tokens.words))
-
-
-def _json_column(answer: bytes | CellError) -> Column:
-    """A column of one row: a JSON value, or why there is none."""
-    if isinstance(answer, CellError):
-        return Column(kind="json", status=bytes([ERROR]), arrays=_json_arrays(b""), errors={0: answer})
-    return Column(kind="json", status=bytes([OK]), arrays=_json_arrays(answer))
-
-
-def _json_arrays(raw: bytes) -> dict[str, bytes]:
-    return {"offsets": struct.pack("<2i", 0, len(raw)), "bytes": raw}
+    return written_column([row.failed.get(a.name) or written[a.name].answer(handle.tokens.words)])
 
 
 def _written(writer: Writer | None) -> int:

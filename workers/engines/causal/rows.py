@@ -20,7 +20,6 @@ from workers.engine import OutOfMemory
 from workers.engines.causal import kv
 from workers.engines.causal.chat_tokens import ChatTokens
 from workers.engines.causal.lora import Adapters
-from workers.engines.causal.prefixes import CACHE_SHARE, LEAST_CACHED, PrefixCache
 from workers.engines.causal.row_prompts import PrefixKey, PriorKey, RowPrompts, TaskPrompt
 from workers.engines.causal.runs import Varlen
 from workers.engines.causal.trees import Bools, Ints, Tree, tree
@@ -33,6 +32,20 @@ from workers.engines.writers import Grammar, Writer
 AHEAD = 1 / 8
 #: Label priors kept for one model. Those pushed out are computed again; each is a few numbers.
 PRIORS = 1024
+#: Tokens of the shortest prefix that is cached: a shorter one is computed faster than it is copied.
+LEAST_CACHED = 8
+#: Tokens of the prefix cache, as a share of the tokens in flight, which it takes beside them. More holds more prefixes,
+#: and leaves fewer rows room.
+CACHE_SHARE = 1 / 8
+
+#: Of each layer, keys and values of a prefix's tokens.
+KeysValues = list[tuple[torch.Tensor, torch.Tensor]]
+#: What all rows of a task begin with, for one tenant each. It counts tokens.
+PrefixCache = Newest[tuple[str, PrefixKey], KeysValues]
+
+
+def prefix_cache() -> PrefixCache:
+    return Newest(size=lambda key: len(key[1][1]))
 
 
 @dataclass(slots=True)
@@ -126,7 +139,7 @@ class Causal:
     #: Tokens in flight at most: what its slots may have room for.
     room: int
     rows: dict[Hashable, ActiveRow] = field(default_factory=dict)
-    prefix_cache: PrefixCache = field(default_factory=PrefixCache)
+    prefix_cache: PrefixCache = field(default_factory=prefix_cache)
     #: (tenant, what it depends on) -> a label prior: how likely the labels are without any text.
     priors: Newest[tuple[str, PriorKey], tuple[float, ...]] = field(default_factory=lambda: Newest(PRIORS))
     grammar: Grammar | None = None
@@ -189,7 +202,7 @@ def active_row(
     prefixes = {}
     for prefix, number in fixed.items():
         places = grown.paths[number]
-        if (cached := handle.prefix_cache.get(tenant, prefix)) is not None:
+        if (cached := handle.prefix_cache.get((tenant, prefix))) is not None:
             handle.pool.write(slot, onto(places, handle.device), cached)
             known[places] = True
         else:

@@ -20,8 +20,7 @@ from motet.protocol.wire import TaskOrder
 from workers.engine import CannotLoad, Pass, Prepared
 from workers.engines.answers import Floats, logits_column
 from workers.engines.proof import beside_others
-from workers.engines.proved import check_encoder
-from workers.engines.trunk import Tokens, embedding_rows, free_cache, load_transformer, padded, torch_errors
+from workers.engines.trunk import Tokens, free_cache, load_reader, padded, torch_errors
 
 
 @dataclass(slots=True)
@@ -41,17 +40,11 @@ class ClassifierEngine:
         return model.memory_mb(in_format)
 
     def load(self, model: Manifest, files: Mapping[str, Path], *, device: str, in_format: str) -> Classifier:
-        loaded = load_transformer(
-            "AutoModelForSequenceClassification",
-            files,
-            device=device,
-            in_format=in_format,
-            admit=lambda config: check_encoder(model, config),
-        )
+        kind = "AutoModelForSequenceClassification"
+        loaded, tokens = load_reader(kind, model, files, device=device, in_format=in_format)
         outputs = 1 if model.answers == "number" else len(model.labels)
         if loaded.config.num_labels != outputs:
             raise CannotLoad(f"it answers {loaded.config.num_labels} scores; the manifest names {outputs}")
-        tokens = Tokens(files["tokenizer.json"], model.max_tokens, embedding_rows(loaded))
         handle = Classifier(model, device, loaded, tokens)
         self._logits(handle, [Prepared(0, 1, False, np.zeros(1, np.int32))])  # warm up
         return handle

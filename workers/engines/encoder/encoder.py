@@ -24,12 +24,10 @@ from workers.engine import CannotLoad, Pass, Prepared
 from workers.engines.answers import Floats, logits_column, vector_column
 from workers.engines.newest import Newest
 from workers.engines.proof import beside_others
-from workers.engines.proved import check_encoder
 from workers.engines.trunk import (
     Tokens,
-    embedding_rows,
     free_cache,
-    load_transformer,
+    load_reader,
     padded,
     pool,
     torch_errors,
@@ -95,18 +93,12 @@ class EncoderEngine:
         if model.pooling not in ("mean", "cls"):
             raise CannotLoad(f"pooling {model.pooling!r} is neither mean nor cls")
         # A pooler's own weights are often absent; its answer is not read here.
-        trunk = load_transformer(
-            "AutoModel",
-            files,
-            device=device,
-            in_format=in_format,
-            may_miss=("pooler.",),
-            admit=lambda config: check_encoder(model, config),
+        trunk, tokens = load_reader(
+            "AutoModel", model, files, device=device, in_format=in_format, may_miss=("pooler.",)
         )
         width = getattr(trunk.config, "hidden_size", 0)
         if width != model.dim:
             raise CannotLoad(f"its vectors have {width} numbers; the manifest says {model.dim}")
-        tokens = Tokens(files["tokenizer.json"], model.max_tokens, embedding_rows(trunk))
         handle = Encoder(model, device, trunk, tokens)
         self._pooled(handle, [Prepared(0, 1, False, np.zeros(1, np.int32))])  # warm up
         return handle

@@ -16,7 +16,7 @@ import socket
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Collection, Hashable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from math import ceil
 from pathlib import Path
@@ -25,12 +25,10 @@ import httpx
 
 from motet.errors import SetupError
 from motet.local.children import Child
-from motet.protocol.columns import CellError
 from motet.protocol.manifest import KV_TOKENS, WIDTHS, Manifest, decode_slots
 from motet.protocol.settings import Settings
-from motet.protocol.wire import TaskOrder
 from workers import scratch
-from workers.engine import CannotLoad, DeviceBroken, OutOfMemory, Pass, Prepared, Step
+from workers.engine import CannotLoad, DeviceBroken, OutOfMemory, Step
 from workers.engines.served.openai import OpenAIEngine, Served, connect
 
 DTYPES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
@@ -53,12 +51,12 @@ _NO_MEMORY = (
 _OURS = "MOTET_"
 
 
-@dataclass(slots=True)
+@dataclass(slots=True, kw_only=True)
 class Vllm(Served):
     """A server that is ours."""
 
-    child: Child | None = None
-    folder: tempfile.TemporaryDirectory[str] | None = None
+    child: Child
+    folder: tempfile.TemporaryDirectory[str]
 
 
 @dataclass(frozen=True, slots=True)
@@ -110,8 +108,8 @@ def grant(model: Manifest, in_format: str, gpus: int, room_mb: int) -> Grant:
     return Grant(least + ceil(more_mb), min(model.max_tokens, KV_TOKENS + longer))
 
 
-class VllmEngine:
-    """Answers generate, chat, choose and extract, on a GPU or a group of GPUs."""
+class VllmEngine(OpenAIEngine):
+    """The same on a GPU or a group of GPUs of this worker, by a server of its own."""
 
     spreads = True
 
@@ -121,7 +119,6 @@ class VllmEngine:
         self, gpus: Callable[[], Gpus | None] = visible_gpus, memory_share: float | None = None
     ) -> None:
         """``memory_share``: of a GPU's memory, what models may hold; None as the worker's settings say."""
-        self._served = OpenAIEngine()
         self._gpus = gpus
         self._share = Settings.from_env().memory_share if memory_share is None else memory_share
 
@@ -165,30 +162,18 @@ class VllmEngine:
         secret = secrets.token_urlsafe(32)
         return Vllm(served.server, served.loop, served.thread, secret=secret, child=child, folder=folder)
 
-    def attach(self, handle: Vllm, task: TaskOrder, files: Mapping[str, Path]) -> None:
-        self._served.attach(handle, task, files)
-
-    def prepare(self, pass_: Pass, texts: Sequence[str]) -> list[Prepared | CellError]:
-        return self._served.prepare(pass_, texts)
-
-    def admit(self, pass_: Pass, row: Prepared, ticket: Hashable, *, urgent: bool) -> bool:
-        return self._served.admit(pass_, row, ticket, urgent=urgent)
-
-    def step(self, handle: Vllm, tokens: int) -> Step:
-        if handle.child is not None and not handle.child.alive:
+    def step(self, handle: Served, tokens: int) -> Step:
+        assert isinstance(handle, Vllm)
+        if not handle.child.alive:
             _end(handle.child)
             raise DeviceBroken(f"vllm ended with {handle.child.exit_code}")
-        return self._served.step(handle, tokens)
+        return super().step(handle, tokens)
 
-    def abort(self, handle: Vllm, tickets: Collection[Hashable]) -> None:
-        self._served.abort(handle, tickets)
-
-    def unload(self, handle: Vllm) -> None:
-        self._served.unload(handle)
-        if handle.child is not None:
-            _end(handle.child)
-        if handle.folder is not None:
-            handle.folder.cleanup()
+    def unload(self, handle: Served) -> None:
+        assert isinstance(handle, Vllm)
+        super().unload(handle)
+        _end(handle.child)
+        handle.folder.cleanup()
 
     def _on_gpus(self, model: Manifest, in_format: str, gpus: Gpus) -> list[str]:
         """Options for every GPU of the group. Raises CannotLoad, OutOfMemory."""

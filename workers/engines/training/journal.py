@@ -57,8 +57,8 @@ class HttpJournal:
     def keep(self, files: Sequence[str]) -> None:
         self._tell({"files": sorted(files)})
 
-    def store(self, content: bytes | Path) -> str:
-        return self._put(lambda: _slices(content))
+    def store(self, path: Path) -> str:
+        return self._put(lambda: _slices(path))
 
     def _put(self, slices: Callable[[], Iterator[Any]]) -> str:
         """Store what comes in slices, each of which is small: sending it must not hold up who computes."""
@@ -101,11 +101,8 @@ class HttpJournal:
             raise TryAgain(str(error)) from None
 
 
-def _slices(content: bytes | Path) -> Iterator[Any]:
-    if isinstance(content, bytes):
-        yield content
-        return
-    with content.open("rb") as file:
+def _slices(path: Path) -> Iterator[Any]:
+    with path.open("rb") as file:
         while part := file.read(SLICE):
             yield part
 

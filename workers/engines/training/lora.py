@@ -34,26 +34,21 @@ def put_in(trunk: nn.Module, rank: int, seed: int) -> None:
     """Replace every linear layer of the trunk but the pooler, and freeze all the rest."""
     trunk.requires_grad_(False)
     dice = torch.Generator().manual_seed(seed)
-    for parent, name, layer in _layers(trunk):
+    for parent, name, layer in _layers(trunk, nn.Linear):
         setattr(parent, name, LowRank(layer, rank, dice))
 
 
 def merge(trunk: nn.Module) -> None:
     """Make plain layers of them again."""
-    found = [
-        (parent, name, child)
-        for parent in list(trunk.modules())
-        for name, child in list(parent.named_children())
-        if isinstance(child, LowRank)
-    ]
-    for parent, name, child in found:
-        setattr(parent, name, child.merged())
+    for parent, name, layer in _layers(trunk, LowRank):
+        setattr(parent, name, layer.merged())
 
 
-def _layers(trunk: nn.Module) -> list[tuple[nn.Module, str, Any]]:
+def _layers(trunk: nn.Module, kind: type[nn.Module]) -> list[tuple[nn.Module, str, Any]]:
+    """The layers of a kind with their parents and names, but for the pooler's."""
     return [
         (parent, name, child)
-        for path, parent in list(trunk.named_modules())
-        for name, child in list(parent.named_children())
-        if isinstance(child, nn.Linear) and "pooler" not in f"{path}.{name}"
+        for path, parent in trunk.named_modules()
+        for name, child in parent.named_children()
+        if isinstance(child, kind) and "pooler" not in f"{path}.{name}"
     ]

@@ -91,7 +91,7 @@ class Journal(Protocol):
         """Tell how far it is; a second report of a key replaces the first. A checkpoint replaces any other."""
         ...
 
-    def store(self, content: bytes | Path) -> str:
+    def store(self, path: Path) -> str:
         """Store a file; its sha256."""
         ...
 
@@ -337,6 +337,7 @@ class Tuning:
         )
         self._rows = self._learner.rows
         self._best = Best(run.recipe.patience)
+        self._stored = -math.inf
 
     def go(self) -> Steps:
         run, recipe = self._run, self._recipe
@@ -375,15 +376,13 @@ class Tuning:
     ) -> Steps:
         run, recipe, parts = self._run, self._recipe, self._run.parts
         held_out = parts.validation if len(parts.validation) else parts.train
-        stored = run.clock()
+        self._stored = run.clock()
         for epoch in range(first_epoch, recipe.epochs + 1):
             batches = self._batches(epoch)
             for step in range(first_step, len(batches)):
                 rows = batches[step]
                 lost, seen = lost + learn(rows, epoch, step, len(batches)) * len(rows), seen + len(rows)
-                if run.clock() - stored > CHECKPOINT_S and not run.telling_much:
-                    run.tell("checkpoint", {}, (yield from self._state(epoch, step + 1, lost, seen)))
-                    stored = run.clock()
+                yield from self._store(epoch, step + 1, lost, seen)
                 yield sum(self._rows[row].length for row in rows.tolist())
             told = {
                 "validation": (yield from self.scored(held_out, fast=self._trunk.fast)),
@@ -401,9 +400,7 @@ class Tuning:
             # One that goes on from an ended run finds no epoch left.
             after = epoch + 1 if goes_on else recipe.epochs + 1
             run.tell(f"{recipe.tune} {epoch:04}", report)
-            if run.clock() - stored > CHECKPOINT_S and not run.telling_much:
-                run.tell("checkpoint", {}, (yield from self._state(after, 0, 0.0, 0)))
-                stored = run.clock()
+            yield from self._store(after, 0, 0.0, 0)
             if not goes_on:
                 break
 
@@ -445,6 +442,13 @@ class Tuning:
         return [batches[i] for i in torch.randperm(len(batches), generator=dice).tolist()]
 
     # -- checkpoints
+
+    def _store(self, epoch: int, step: int, lost: float, seen: int) -> Steps:
+        """Where to go on, if the newest checkpoint is old and none is on its way."""
+        run = self._run
+        if run.clock() - self._stored > CHECKPOINT_S and not run.telling_much:
+            run.tell("checkpoint", {}, (yield from self._state(epoch, step, lost, seen)))
+            self._stored = run.clock()
 
     def _state(self, epoch: int, step: int, lost: float, seen: int) -> Generator[int, None, RunState]:
         """Where to go on, and a copy of all that learns, made in steps that are short."""

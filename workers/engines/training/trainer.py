@@ -21,11 +21,11 @@ from motet.training.recipe import Recipe, Target
 from workers import scratch
 from workers.engine import Ended, Pass, Prepared, Step
 from workers.engines.function import json_column
-from workers.engines.proved import check_encoder, inherited
+from workers.engines.proved import inherited
 from workers.engines.training.journal import HttpJournal
 from workers.engines.training.learner import Hopeless
 from workers.engines.training.run import Journal, Run, Trained, Trunk, TryAgain
-from workers.engines.trunk import Tokens, embedding_rows, free_cache, load_transformer, settle, torch_errors
+from workers.engines.trunk import free_cache, load_reader, settle, torch_errors
 from workers.registrar.describe import (
     HEAD_ANSWERS,
     TRAINING_COPIES,
@@ -76,18 +76,12 @@ class TrainerEngine:
         return model.memory_mb("fp32")
 
     def load(self, model: Manifest, files: Mapping[str, Path], *, device: str, in_format: str) -> Trainer:
-        trunk = load_transformer(
-            "AutoModel",
-            files,
-            device=device,
-            in_format="fp32",
-            may_miss=("pooler.",),
-            admit=lambda config: check_encoder(model, config),
+        trunk, tokens = load_reader(
+            "AutoModel", model, files, device=device, in_format="fp32", may_miss=("pooler.",)
         )
         beside = {
             name: path.read_bytes() for name, path in files.items() if not name.endswith(".safetensors")
         }
-        tokens = Tokens(files["tokenizer.json"], model.max_tokens, embedding_rows(trunk))
         return Trainer(
             Trunk(
                 manifest=model,
