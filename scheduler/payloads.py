@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from collections import OrderedDict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from operator import attrgetter
 from typing import Any, Literal, TypeVar
+
+from cachetools import LRUCache
 
 from motet.protocol.manifest import Manifest
 from motet.protocol.values import Value
@@ -34,10 +36,10 @@ class Payloads:
     database: Database
 
     def __post_init__(self) -> None:
-        self._blocks: OrderedDict[tuple[str, int], _Block] = OrderedDict()
-        self._passes: OrderedDict[tuple[str, int], _Pass] = OrderedDict()
+        self._blocks: LRUCache[tuple[str, int], _Block] = LRUCache(_CACHE_BYTES, attrgetter("bytes"))
+        self._passes: LRUCache[tuple[str, int], _Pass] = LRUCache(_PASSES_KEPT)
         #: Of places whose pass reads other tasks' answers, or may have an order of its own.
-        self._upstream: OrderedDict[_Place, _Upstream] = OrderedDict()
+        self._upstream: LRUCache[_Place, _Upstream] = LRUCache(_CACHE_BYTES, attrgetter("bytes"))
 
     def assignments(self, leased: Sequence[Leased]) -> dict[str, list[Assignment]]:
         """Worker -> the messages of its leased sub-tasks, in order; without those whose job was removed meanwhile."""
@@ -61,42 +63,41 @@ class Payloads:
         return by_worker
 
     def _passes_of(self, wanted: set[tuple[str, int]]) -> dict[tuple[str, int], _Pass]:
-        missing = wanted - self._passes.keys()
-        if missing:
-            with self.database.transaction() as connection:
-                found = {where: payload_rows.pass_of(connection, *where) for where in missing}
-            self._passes.update((where, _read_pass(*p)) for where, p in found.items() if p is not None)
-        passes = {where: self._passes[where] for where in wanted if where in self._passes}
-        for where in passes:
-            self._passes.move_to_end(where)
-        while len(self._passes) > _PASSES_KEPT:
-            self._passes.popitem(last=False)
-        return passes
+        return _kept_or_read(self._passes, wanted, self._read_passes)
 
     def _blocks_of(self, wanted: set[tuple[str, int]]) -> dict[tuple[str, int], _Block]:
-        missing = wanted - self._blocks.keys()
-        if missing:
-            with self.database.transaction() as connection:
-                found = payload_rows.block_texts(connection, missing)
-            for where, (payload, order, first_row, partly_bad) in found.items():
-                stored = decode_block(payload)
-                typed = {name: stored.values[name] for name in stored.types}
-                self._blocks[where] = _Block(
-                    stored.texts(), typed, row_order(order), first_row, partly_bad, len(payload) * 4
-                )
-        return _lately(self._blocks, wanted)
+        return _kept_or_read(self._blocks, wanted, self._read_blocks)
 
     def _upstream_of(self, wanted: set[_Place]) -> dict[_Place, _Upstream]:
-        missing = wanted - self._upstream.keys()
-        if missing:
-            with self.database.transaction() as connection:
-                found = payload_rows.upstream_answers(connection, missing)
-            for where, (order, answers) in found.items():
-                texts = {a.name: as_texts(a.column, a.spec, a.labels) for a in answers}
-                size = _ENTRY_BYTES + sum(len(text) for column in texts.values() for text in column)
-                size += len(order or b"")
-                self._upstream[where] = _Upstream(texts, None if order is None else row_order(order), size)
-        return _lately(self._upstream, wanted)
+        return _kept_or_read(self._upstream, wanted, self._read_upstream)
+
+    def _read_passes(self, wanted: set[tuple[str, int]]) -> dict[tuple[str, int], _Pass]:
+        with self.database.transaction() as connection:
+            found = {where: payload_rows.pass_of(connection, *where) for where in wanted}
+        return {where: _read_pass(*p) for where, p in found.items() if p is not None}
+
+    def _read_blocks(self, wanted: set[tuple[str, int]]) -> dict[tuple[str, int], _Block]:
+        with self.database.transaction() as connection:
+            found = payload_rows.block_texts(connection, wanted)
+        blocks = {}
+        for where, (payload, order, first_row, partly_bad) in found.items():
+            stored = decode_block(payload)
+            typed = {name: stored.values[name] for name in stored.types}
+            blocks[where] = _Block(
+                stored.texts(), typed, row_order(order), first_row, partly_bad, len(payload) * 4
+            )
+        return blocks
+
+    def _read_upstream(self, wanted: set[_Place]) -> dict[_Place, _Upstream]:
+        with self.database.transaction() as connection:
+            found = payload_rows.upstream_answers(connection, wanted)
+        upstream = {}
+        for where, (order, answers) in found.items():
+            texts = {a.name: as_texts(a.column, a.spec, a.labels) for a in answers}
+            size = _ENTRY_BYTES + sum(len(text) for column in texts.values() for text in column)
+            size += len(order or b"")
+            upstream[where] = _Upstream(texts, None if order is None else row_order(order), size)
+        return upstream
 
 
 def _groups(leased: Sequence[Leased]) -> Iterator[list[Leased]]:
@@ -113,14 +114,18 @@ def _groups(leased: Sequence[Leased]) -> Iterator[list[Leased]]:
         yield group
 
 
-def _lately(kept: OrderedDict[_K, _V], wanted: set[_K]) -> dict[_K, _V]:
-    """Those that are wanted and there; of all others only as many are kept as have room."""
+def _kept_or_read(
+    kept: LRUCache[_K, _V], wanted: set[_K], read: Callable[[set[_K]], dict[_K, _V]]
+) -> dict[_K, _V]:
+    """What is wanted and exists: out of the cache, or read and kept there for the next time."""
     found = {where: kept[where] for where in wanted if where in kept}
-    for where in found:
-        kept.move_to_end(where)
-    held = sum(one.bytes for one in kept.values())
-    while held > _CACHE_BYTES and len(kept) > len(wanted):
-        held -= kept.popitem(last=False)[1].bytes
+    if missing := wanted - found.keys():
+        new = read(missing)
+        for where, one in new.items():
+            # The cache refuses an entry that is larger than the whole of it: that one is read each time.
+            if kept.getsizeof(one) <= kept.maxsize:
+                kept[where] = one
+        found |= new
     return found
 
 
@@ -245,7 +250,7 @@ class _Upstream:
 #: Job, pass, block.
 _Place = tuple[str, int, int]
 _K = TypeVar("_K")
-_V = TypeVar("_V", _Block, _Upstream)
+_V = TypeVar("_V")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -7,10 +7,11 @@ behind several of them a token has as many times as much.
 from __future__ import annotations
 
 import time
-from collections import OrderedDict
 from collections.abc import Callable
 from math import inf
 from threading import Lock
+
+from cachetools import LRUCache
 
 #: A full bucket holds what comes in so many seconds: bursts are no harm.
 BURST_S = 10.0
@@ -25,7 +26,7 @@ class Allowance:
         """``requests_s``: requests a second in the long run; 0: as many as anybody likes."""
         self._requests_s, self._clock = requests_s, clock
         #: Token -> (requests left, when that was so).
-        self._buckets: OrderedDict[str, tuple[float, float]] = OrderedDict()
+        self._buckets: LRUCache[str, tuple[float, float]] = LRUCache(_KEPT)
         self._lock = Lock()
 
     def take(self, token: str) -> float:
@@ -34,10 +35,8 @@ class Allowance:
             return 0.0
         now, full = self._clock(), max(1.0, self._requests_s * BURST_S)
         with self._lock:
-            left, since = self._buckets.pop(token, (full, now))
+            left, since = self._buckets.get(token, (full, now))
             left = min(full, left + (now - since) * self._requests_s)
             granted = left >= 1
             self._buckets[token] = (left - granted, now)
-            if len(self._buckets) > _KEPT:
-                self._buckets.popitem(last=False)
         return 0.0 if granted else (1 - left) / self._requests_s

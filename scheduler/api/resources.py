@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections import OrderedDict
 from dataclasses import dataclass, field
 from pathlib import Path
 from threading import Lock
 from typing import Annotated, Generic, TypeVar, cast
 from uuid import UUID
 
+from cachetools import LRUCache
 from fastapi import Depends, Request
 
 from motet.errors import NotFound
@@ -37,22 +37,16 @@ class Recent(Generic[K, V]):
     """The last few things of a kind, for what never changes once it is known. Safe between threads."""
 
     def __init__(self, size: int) -> None:
-        self._size = size
-        self._kept: OrderedDict[K, V] = OrderedDict()
+        self._kept: LRUCache[K, V] = LRUCache(size)
         self._lock = Lock()
 
     def get(self, key: K) -> V | None:
         with self._lock:
-            if key in self._kept:
-                self._kept.move_to_end(key)
             return self._kept.get(key)
 
     def put(self, key: K, value: V) -> None:
         with self._lock:
             self._kept[key] = value
-            self._kept.move_to_end(key)
-            while len(self._kept) > self._size:
-                self._kept.popitem(last=False)
 
 
 @dataclass

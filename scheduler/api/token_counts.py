@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections import OrderedDict
 from collections.abc import Sequence
 from threading import Lock
 from typing import Any
+
+from cachetools import LRUCache
 
 from motet.protocol.manifest import Manifest
 from scheduler.api.blob_folder import BlobFolder
@@ -20,7 +21,7 @@ class TokenCounter:
 
     def __init__(self, blobs: BlobFolder) -> None:
         self._blobs = blobs
-        self._loaded: OrderedDict[str, Any] = OrderedDict()
+        self._loaded: LRUCache[str, Any] = LRUCache(_KEPT)
         self._lock = Lock()
 
     def lengths(self, model: Manifest, texts: Sequence[str]) -> list[int]:
@@ -37,14 +38,9 @@ class TokenCounter:
 
     def _tokenizer(self, sha256: str) -> Any:
         with self._lock:
-            if sha256 in self._loaded:
-                self._loaded.move_to_end(sha256)
-                return self._loaded[sha256]
-            found = self._load(sha256)
-            self._loaded[sha256] = found
-            while len(self._loaded) > _KEPT:
-                self._loaded.popitem(last=False)
-            return found
+            if sha256 not in self._loaded:
+                self._loaded[sha256] = self._load(sha256)
+            return self._loaded[sha256]
 
     def _load(self, sha256: str) -> Any:
         path = self._blobs.find(sha256)
