@@ -26,6 +26,7 @@ def test_another_number_alone_keeps_the_beat(before: int, after: int) -> None:
     second = read_beat("w", replace(BEAT, seq=after).encode(), first)
     assert second is not None
     assert second.beat is first.beat
+    assert second.whole() == replace(BEAT, seq=after)
     assert second.raw == replace(BEAT, seq=after).encode()
 
 

@@ -5,6 +5,7 @@ Most beats are such, and of ten thousand workers 2,500 come in each quarter of a
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import NamedTuple
 
 import msgpack
@@ -19,9 +20,15 @@ class KnownBeat(NamedTuple):
     """A beat as it came, and as it was read."""
 
     raw: bytes
+    #: As it was read last: with the ``seq`` of then.
     beat: Beat
+    seq: int
     #: What stands before and behind the value of ``seq``; None: not looked for yet.
     around: tuple[bytes, bytes] | None = None
+
+    def whole(self) -> Beat:
+        """The beat with its own number."""
+        return self.beat if self.beat.seq == self.seq else replace(self.beat, seq=self.seq)
 
 
 def read_beat(worker: str, raw: bytes, known: KnownBeat | None) -> KnownBeat | None:
@@ -31,14 +38,15 @@ def read_beat(worker: str, raw: bytes, known: KnownBeat | None) -> KnownBeat | N
     """
     if known is not None:
         before, behind = known.around or _around_seq(known.raw)
-        number = raw[len(before) : len(raw) - len(behind)]
-        if raw.startswith(before) and raw.endswith(behind) and _is_number(number):
-            return KnownBeat(raw, known.beat, (before, behind))
+        if raw.startswith(before) and raw.endswith(behind):
+            seq = _number(raw[len(before) : len(raw) - len(behind)])
+            if seq is not None:
+                return KnownBeat(raw, known.beat, seq, (before, behind))
     try:
         beat = Beat.decode(raw)
     except BadMessage:
         return None
-    return KnownBeat(raw, beat) if beat.worker == worker else None
+    return KnownBeat(raw, beat, beat.seq) if beat.worker == worker else None
 
 
 def _around_seq(raw: bytes) -> tuple[bytes, bytes]:
@@ -50,9 +58,10 @@ def _around_seq(raw: bytes) -> tuple[bytes, bytes]:
     return raw[:at], raw[at + unpacker.tell() :]
 
 
-def _is_number(raw: bytes) -> bool:
-    """Whether these bytes are one whole number and nothing else."""
+def _number(raw: bytes) -> int | None:
+    """The whole number that these bytes are; None where they are anything else."""
     try:
-        return type(msgpack.unpackb(raw)) is int
+        found = msgpack.unpackb(raw)
     except (ValueError, msgpack.UnpackException):
-        return False
+        return None
+    return found if type(found) is int else None

@@ -34,7 +34,7 @@ class Lag:
 class Heard:
     """What workers said last."""
 
-    #: Newest beat of every worker. Where only its number is new it is the object of the look before, with that number.
+    #: Newest beat of every worker; where only its ``seq`` is new, the object of the look before, with the ``seq`` of then.
     beats: dict[str, Beat]
     #: Workers whose beat is another one than when this transport looked last.
     renewed: frozenset[str]
@@ -56,7 +56,7 @@ class SchedulerTransport(Protocol):
         ...
 
     def beats(self) -> dict[str, Beat]:
-        """The beats of ``hear``."""
+        """Newest beat of every worker that has one, each with its own ``seq``."""
         ...
 
     def publish_all(self, by_worker: Mapping[str, Sequence[Assignment]]) -> None:

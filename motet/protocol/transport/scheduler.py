@@ -86,9 +86,14 @@ class RedisTransport:
         return str(self._redis.call(ask))
 
     def beats(self) -> dict[str, Beat]:
-        return self.hear().beats
+        known, _ = self._hear()
+        return {name: beat.whole() for name, beat in known.items()}
 
     def hear(self) -> Heard:
+        known, renewed = self._hear()
+        return Heard({name: beat.beat for name, beat in known.items()}, renewed)
+
+    def _hear(self) -> tuple[dict[str, KnownBeat], frozenset[str]]:
         def ask(r: redis.Redis) -> tuple[list[str], list[bytes | None]]:
             names, nameless = members(r)
             if nameless:
@@ -112,7 +117,7 @@ class RedisTransport:
         self._beats = found
         if silent:
             self._forget(silent[:_FORGOTTEN_AT_ONCE])
-        return Heard({name: known.beat for name, known in found.items()}, frozenset(renewed))
+        return found, frozenset(renewed)
 
     def publish_all(self, by_worker: Mapping[str, Sequence[Assignment]]) -> None:
         def send(r: redis.Redis) -> None:
