@@ -158,7 +158,8 @@ class Client:
 
         ``source`` is a path (.jsonl, .ndjson, .csv, .tsv, .txt, each also with .gz, or .parquet), a list or
         any iterable of texts or mappings (read once, in flat memory), a DataFrame or an Arrow table. Only the
-        fields that tasks read leave this machine; one that a Chat reads may hold a list of messages. A file is
+        fields that tasks read leave this machine, with their types: numbers, dates, nulls, lists and objects as well as
+        texts; one that a Chat reads may hold a list of messages. A file is
         read whole or refused: one with a quote that is never closed, say, or that grows meanwhile. With
         ``bad_rows="error"`` a value that is none (NaN, bytes, a missing field) gives error cells to the tasks that read
         it, and a row that is none to all; ``"refuse"`` raises InvalidJob that lists them, and nothing stays behind on

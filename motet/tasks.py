@@ -29,7 +29,8 @@ class Task:
     """One named AI operation asked of every row. Use a subclass; they differ in the kind of their cells.
 
     A template is text with ``{name}`` for a field of the row, or for the answer of another task of the job: then
-    this task waits for that cell. ``{{`` and ``}}`` are braces.
+    this task waits for that cell. A value that is no text stands there as its plain text
+    (``motet.protocol.values.plain_text``). ``{{`` and ``}}`` are braces.
     """
 
     kind: ClassVar[str] = ""
@@ -111,7 +112,11 @@ class Entities(Reading):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Function(Reading):
-    """The JSON value that a registered Python function returns for the rendered input."""
+    """The JSON value that a registered Python function returns for the input.
+
+    Where ``input`` is one field alone, such as ``{age}``, the function is given its value with its type (an int, a date,
+    None …); otherwise the rendered text.
+    """
 
     kind: ClassVar[str] = "function"
 

@@ -124,9 +124,10 @@ def blocks_of(
     ``secret``: of the tenant, for its reuse keys.
     """
     lengths = {name: byte_lengths(values) for name, values in part.columns.items()}
+    typed = frozenset(name for name, values in part.columns.items() if not is_text(values))
     totals = list(map(sum, zip(*lengths.values(), strict=True)))
     return tuple(
-        _encode(part, lengths, totals, lo, hi, readers, secret)
+        _encode(part, typed, lengths, totals, lo, hi, readers, secret)
         for lo, hi in cut(totals, block_rows, block_bytes)
     )
 
@@ -145,6 +146,7 @@ def cut(sizes: Sequence[int], block_rows: int, block_bytes: int) -> Iterator[tup
 
 def _encode(
     part: IncomingPart,
+    typed: Collection[str],
     lengths: Mapping[str, Sequence[int]],
     totals: Sequence[int],
     lo: int,
@@ -172,7 +174,7 @@ def _encode(
         text_bytes=sum(sizes),
         row_order=uint32_bytes(order),
         lengths=b"".join(packed.values()),
-        payload=_encode_columns(columns),
+        payload=_encode_columns(columns, typed),
         bad=bad,
         bad_fields=bad_fields,
         keys=tuple(k if k is None else keyed(secret, k) for k in _keys(readers, digests)),
@@ -204,6 +206,11 @@ def keyed(secret: bytes, digest: bytes) -> bytes:
     return hmac.digest(secret, digest, "sha256")
 
 
+def is_digest(secret: bytes, digest: bytes, stored: bytes) -> bool:
+    """``stored`` is of this content. One without the key was stored by an API that was not upgraded yet."""
+    return hmac.compare_digest(stored, keyed(secret, digest)) or hmac.compare_digest(stored, digest)
+
+
 @dataclass(frozen=True, slots=True)
 class StoredColumns:
     """The columns of a block, by offset in it."""
@@ -221,8 +228,9 @@ class StoredColumns:
 _FORMAT = 2
 
 
-def _encode_columns(columns: Mapping[str, Sequence[Value]]) -> bytes:
-    types = {name: column_type(values) for name, values in columns.items() if not is_text(values)}
+def _encode_columns(columns: Mapping[str, Sequence[Value]], typed: Collection[str]) -> bytes:
+    """``typed``: the columns that may hold more than text."""
+    types = {n: column_type(v) for n, v in columns.items() if n in typed and not is_text(v)}
     return wrap({"columns": columns, "v": _FORMAT, "types": types} if types else {"columns": columns})
 
 
@@ -284,16 +292,18 @@ def _fields_digest(
     for name in sorted(reads):
         values = columns[name]
         raw = name.encode()
-        if is_text(values):
-            seen.update(struct.pack("<II", len(raw), len(values)))
-            seen.update(raw)
-            seen.update(packed[name])
-            seen.update("".join(values).encode())
-        else:
+        try:
+            whole = "".join(values)
+        except TypeError:
             typed = packed_plain(values)
             seen.update(struct.pack("<II", len(raw) | _TYPED, len(typed)))
             seen.update(raw)
             seen.update(typed)
+        else:
+            seen.update(struct.pack("<II", len(raw), len(values)))
+            seen.update(raw)
+            seen.update(packed[name])
+            seen.update(whole.encode())
     for offset in sorted(bad):
         for word in bad[offset]:
             raw = word.encode()

@@ -40,7 +40,7 @@ from scheduler.api.submissions import (
     plan_submission,
     read_submission,
 )
-from scheduler.blocks import IncomingPart, absent, askable, blocks_of, keyed
+from scheduler.blocks import IncomingPart, absent, askable, blocks_of
 from scheduler.policy.cost import Rates
 from scheduler.policy.needs import fields_read
 from scheduler.policy.plan import PassPlan, Sample, estimate, reads_of
@@ -115,7 +115,6 @@ def _open(use: Resources, tenant: UUID, raw: bytes, key: str | None) -> Response
     asked = read_submission(json_body(raw), max_tasks=use.settings.max_tasks)
     status = 201 if asked.rows is None else 202
     with use.database.transaction() as connection:
-        asked = replace(asked, digest=keyed(landing.secret_of(connection, tenant), asked.digest))
         before = opening.opened_before(connection, tenant, key, asked.digest) if key else None
         if before is not None:
             return JSONResponse(describe(store.job_entry(connection, tenant, before)), status)
@@ -218,8 +217,7 @@ def _put_part(use: Resources, facts: LoadingJob, number: int, kind: str, raw: by
     if facts.bad_rows == "refuse" and (incoming.bad or incoming.bad_fields):
         incoming.refuse_bad_rows(_first_row(use, facts, incoming))
     with traces.span(facts.id, "land", part=number), use.database.transaction() as connection:
-        digest = keyed(facts.secret, hashlib.sha256(raw).digest())
-        landed = _land(use, connection, facts, number, digest, incoming)
+        landed = _land(use, connection, facts, number, hashlib.sha256(raw).digest(), incoming)
     log.debug(
         "part landed",
         extra={"job": facts.id, "part": number, "rows": landed.rows, "bad_rows": landed.bad_rows},

@@ -23,7 +23,6 @@ from motet.protocol.values import (
     NoValue,
     Value,
     clean,
-    is_text,
     plain_text,
     text_flaw,
 )
@@ -230,6 +229,8 @@ def _checked(
 
     ``bad_fields``: of every field the rows in which it is known to be bad; the others join them here.
     """
+    #: Columns that may hold more than text.
+    typed: set[str] = set()
     for name, values in columns.items():
         wrong = bad_fields[name]
         for offset in (*bad, *wrong):
@@ -243,6 +244,7 @@ def _checked(
                         wrong[i] = BadRow(name, str(no), EXPECTED)
                         values[i] = ""
         if not _all_clean(values):
+            typed.add(name)
             for i, value in enumerate(values):
                 try:
                     values[i] = clean(value)
@@ -250,7 +252,7 @@ def _checked(
                     mend = no.remedy or "make it text or leave the row out"
                     wrong[i] = BadRow(name, no.got, no.expected, f"{mend}, {_OR_ERROR}")
                     values[i] = ""
-    _refuse_long(columns, bad_fields, max_row_bytes)
+    _refuse_long(columns, typed, bad_fields, max_row_bytes)
     # A row that is none has no fields that could be bad.
     found = {
         name: {i: why for i, why in wrong.items() if i not in bad}
@@ -266,13 +268,18 @@ def _checked(
 
 
 def _refuse_long(
-    columns: Mapping[str, list[Any]], bad_fields: Mapping[str, dict[int, BadRow]], max_row_bytes: int
+    columns: Mapping[str, list[Any]],
+    typed: Collection[str],
+    bad_fields: Mapping[str, dict[int, BadRow]],
+    max_row_bytes: int,
 ) -> None:
     """Mark the longest values of rows beyond the limit, until what is left of the row is within it.
 
     A character has at most four bytes, so most rows need no counting.
     """
-    texts = {name: v if is_text(v) else list(map(plain_text, v)) for name, v in columns.items()}
+    texts = {
+        name: list(map(plain_text, columns[name])) if name in typed else v for name, v in columns.items()
+    }
     if sum(max(map(len, column)) for column in texts.values()) * 4 <= max_row_bytes:
         return
     for i in range(len(next(iter(texts.values())))):

@@ -26,6 +26,8 @@ from scheduler.blocks import (
     Reads,
     absent,
     askable,
+    is_digest,
+    keyed,
     read_in_order,
     row_order,
     task_bits,
@@ -36,6 +38,7 @@ from scheduler.policy.needs import dialogues_of, fields_read, needs_of, stored_t
 from scheduler.store.database import JOB, notify
 from scheduler.store.endings import ENDED, trace_end
 from scheduler.store.opening import PRIORITIES
+from scheduler.store.registry import secret_of
 from scheduler.store.sealing import settle, store_column
 from scheduler.store.words import land, tell
 
@@ -79,7 +82,6 @@ class Landed:
     bad_rows: int
 
 
-_SECRET = text("SELECT digest_key FROM tenant WHERE id = :tenant")
 _LOADING = text(
     "SELECT id, tenant_id, fields, bad_rows, priority, reuse FROM job WHERE id = :job AND tenant_id = :tenant"
 )
@@ -89,11 +91,6 @@ _READERS = text("""
       FROM task t JOIN model m ON m.id = t.model_id
       JOIN pass p ON p.job_id = t.job_id AND p.number = t.pass_number JOIN model l ON l.id = p.model_id
      WHERE t.job_id = :job ORDER BY t.number""")
-
-
-def secret_of(connection: Connection, tenant: UUID) -> bytes:
-    """The key of every digest of what a tenant sends."""
-    return bytes(connection.execute(_SECRET, {"tenant": tenant}).scalar_one())
 
 
 def loading(connection: Connection, tenant: UUID, job: UUID) -> LoadingJob:
@@ -227,7 +224,7 @@ def land_part(
         raise NotFound(f"no job {job.id}")
     before = connection.execute(_PART, {"job": job.id, "number": number}).first()
     if before is not None:
-        if bytes(before.digest) != digest:
+        if not is_digest(job.secret, digest, bytes(before.digest)):
             raise Conflict(f"part {number} is stored with other bytes; open a new job for other rows")
         return Landed(
             part=number, rows=before.n_rows, total_rows=int(before.total_rows), bad_rows=before.n_bad
@@ -236,7 +233,14 @@ def land_part(
     _check_limits(connection, job, held, n_rows, max_rows)
     landing = _arrange(connection, job, held, blocks)
     connection.execute(
-        _ADD_PART, {"job": job.id, "number": number, "digest": digest, "n_rows": n_rows, "n_bad": n_bad}
+        _ADD_PART,
+        {
+            "job": job.id,
+            "number": number,
+            "digest": keyed(job.secret, digest),
+            "n_rows": n_rows,
+            "n_bad": n_bad,
+        },
     )
     _copy(connection, _COPY_BLOCK, landing.blocks)
     _copy(connection, _COPY_BLOCK_PASS, landing.block_passes)

@@ -11,6 +11,8 @@ from uuid import UUID
 from sqlalchemy import Connection, text
 
 from motet.errors import Conflict, Overloaded
+from scheduler.blocks import is_digest, keyed
+from scheduler.store.registry import secret_of
 
 PRIORITIES: Mapping[str, int] = {"interactive": 0, "normal": 1, "bulk": 2}
 
@@ -94,7 +96,7 @@ def opened_before(connection: Connection, tenant: UUID, key: str, request_digest
     row = connection.execute(_BY_KEY, {"tenant": tenant, "key": key}).first()
     if row is None:
         return None
-    if bytes(row.request_digest) != request_digest:
+    if not is_digest(secret_of(connection, tenant), request_digest, bytes(row.request_digest)):
         raise Conflict(f"this Idempotency-Key opened job {row.id}, from another body; use a new key")
     found: UUID = row.id
     return found
@@ -128,7 +130,7 @@ def open_job(connection: Connection, job: NewJob, *, max_active_jobs: int) -> UU
             "fields": list(job.fields),
             "n_tasks": len(job.tasks),
             "key": job.idempotency_key,
-            "digest": job.request_digest,
+            "digest": keyed(secret_of(connection, job.tenant), job.request_digest),
             "deadline_s": job.deadline_s,
             "retention_days": job.retention_days,
         },

@@ -106,7 +106,7 @@ def test_bad_rows_stay_where_they_are_in_smaller_parts(house: House, proxy: Prox
     proxy.most_body_bytes = 50_000
     rows: list[Any] = dense(300, 4000)
     for i in range(0, 300, 7):
-        rows[i] = None if i % 2 else {"text": None}
+        rows[i] = None if i % 2 else {"text": b""}
     job = client.submit(rows, TASKS, bad_rows="error")
     for number in range(len(blocks(house, job.id))):
         house.answer(job.id, number)

@@ -131,6 +131,15 @@ def test_an_upload_that_was_under_way_before_values_had_types_goes_on(
         assert house.job(job)["state"] == "succeeded"
 
 
+def test_a_part_that_an_api_of_before_stored_is_the_same_part(house: House) -> None:
+    job = house.open()["id"]
+    raw = msgpack.packb({"columns": {"text": ["a"]}, "first_row": 0})
+    house.put_raw(job, 0, raw)
+    with house.database.transaction() as connection:
+        connection.execute(text("UPDATE part SET digest = :d"), {"d": hashlib.sha256(raw).digest()})
+    assert house.put_raw(job, 0, raw).json()["total_rows"] == 1
+
+
 def _make_old(url: str, job: str, parts: list[bytes], opening: Any) -> None:
     """Take a database back to what version 0008 held: bare payloads, digests without a key."""
     engine = create_engine(url)

@@ -380,7 +380,7 @@ MOODS = ("glad", "sad", "so so")
 
 def job_of(client: Client, api: FakeApi, rows: int = 12, bad: int = 0) -> Job:
     """A job of so many rows, the last ``bad`` of which are errors."""
-    sent = [{"text": f"ticket {i}"} for i in range(rows - bad)] + [{"text": None}] * bad
+    sent = [{"text": f"ticket {i}"} for i in range(rows - bad)] + [{"text": math.nan}] * bad
     job = client.submit(sent, TASKS, bad_rows="error", reuse=False)
     api.jobs[job.id].tasks["topic"]["labels"] = ["sport", "tech"]
     api.jobs[job.id].tasks["tone"]["labels"] = ["glad", "sad", "loud"]
