@@ -9,7 +9,7 @@
 Importing this loads nothing heavy: httpx, pyarrow and pandas come with their first use.
 """
 
-from motet.client import Alias, Client, Token, Worker
+from motet.client import Client
 from motet.errors import (
     Conflict,
     InvalidJob,
@@ -22,7 +22,11 @@ from motet.errors import (
     Unauthorized,
     Unreachable,
 )
-from motet.job import FailedCell, Job, Plan, PlannedPass
+from motet.job import Job
+from motet.messages.cluster import Worker
+from motet.messages.jobs import FailedCell, Plan, PlannedPass
+from motet.messages.registry import Alias
+from motet.messages.tokens import Token
 from motet.progress import Progress
 from motet.results import Cell, Row, Span
 from motet.tasks import (

@@ -6,24 +6,27 @@ It knows the API's routes (docs/http.md) and nothing of what is behind them. htt
 
 from __future__ import annotations
 
-import inspect
 import json
 import logging
 import math
 import os
 import re
 import secrets
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import replace
 from functools import partial
 from itertools import chain
 from types import TracebackType
-from typing import Any, Literal, TypeVar
+from typing import Any
 from uuid import UUID
 
 from motet.errors import InvalidJob, MotetError, NotFound, Problem
 from motet.http import Address, BodyRefused, Http, json_of
-from motet.job import Job, Plan
+from motet.job import Job
+from motet.messages.cluster import Worker, WorkerList
+from motet.messages.jobs import JobList, JobRecord, Plan, PlanRequest, Priority, Submission
+from motet.messages.registry import Alias, Promotion
+from motet.messages.tokens import Scope, Token, TokenRequest
 from motet.progress import Bar
 from motet.protocol.manifest import Manifest, trainer_name
 from motet.rows import MAX_ROW_BYTES, BadRows, cut, survey
@@ -35,85 +38,13 @@ from motet.training.recipe import Recipe, Tune
 from motet.training.run import TrainRun
 from motet.upload import send_parts
 
-Priority = Literal["interactive", "normal", "bulk"]
-Scope = Literal["user", "read", "admin", "worker"]
 Tasks = Mapping[str, Task | Mapping[str, Any]]
 
 log = logging.getLogger(__name__)
 
-_T = TypeVar("_T")
-
 _PAGE = 50
 #: What an id or a model's name looks like.
 _SEGMENT = re.compile(r"[A-Za-z0-9_.@+:-]{1,200}")
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Worker:
-    """One worker as the API sees it: its device, what it holds and how fast it is."""
-
-    worker: str
-    host: str = ""
-    #: ``starting``, ``ready``, ``draining`` (finishes what it holds, gets no more), ``drained`` (holds nothing),
-    #: ``silent`` (its heartbeat has stopped), ``incompatible`` (speaks another protocol and gets no work), or
-    #: ``gone`` (drained, and not there).
-    state: str = ""
-    device_kind: str = ""
-    device_name: str = ""
-    memory_mb: int = 0
-    memory_used_mb: int = 0
-    #: Busy share of the device in the last second, 0 to 1.
-    utilisation: float = 0.0
-    #: Models in its memory, as ``name@version``.
-    resident: Sequence[str] = ()
-    #: Seconds of predicted work that it holds.
-    backlog_s: float = 0.0
-    #: Sub-tasks that it holds.
-    held: int = 0
-    rows_done: int = 0
-    #: Learned tokens per second; None before it was measured.
-    rate_tokens_s: float | None = None
-    #: Major of the protocol that it speaks, and the version of motet that is installed there.
-    protocol: int | None = None
-    version: str = ""
-    #: ``since`` when and ``by`` which token it was drained; None where it was not.
-    drained: Mapping[str, str] | None = None
-    #: What it runs of the tenant's own jobs: ``job``, ``pass`` (its kind), ``subtasks``, ``rows``; and how many
-    #: sub-tasks of other tenants.
-    running: Sequence[Mapping[str, Any]] = ()
-    running_other: int = 0
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Alias:
-    """A name that a task may ask for in a version's place, such as ``support@prod``, and what it means now."""
-
-    alias: str
-    #: ``name@version`` of what it means: what a job that names the alias uses, and records.
-    ref: str
-    #: What a rollback goes back to; None: nothing stood before.
-    before: str | None = None
-    since: str = ""
-    #: Name of the token that asked for it.
-    by: str = ""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Token:
-    """A right to use the API. Its secret is known only in the answer that made it."""
-
-    id: str
-    name: str = ""
-    scope: str = ""
-    tenant: str = ""
-    created: str | None = None
-    expires: str | None = None
-    revoked: str | None = None
-    #: ``<id>.<secret>`` where it was just made, else None.
-    token: str | None = None
-
-    def __repr__(self) -> str:
-        return f"Token(id={self.id!r}, name={self.name!r}, scope={self.scope!r}, tenant={self.tenant!r})"
 
 
 class Client:
@@ -176,14 +107,14 @@ class Client:
         """
         specs = _specs(tasks)
         fields_read = fields_of(specs)
-        opening: dict[str, Any] = {
-            "tasks": {task: spec.to_json() for task, spec in specs.items()},
-            "name": name,
-            "priority": priority,
-            "reuse": reuse,
-            "bad_rows": bad_rows,
-        }
-        opening |= _amounts(deadline_s=deadline_s, retention_days=retention_days)
+        opening = Submission(
+            tasks={task: spec.to_json() for task, spec in specs.items()},
+            name=name,
+            priority=priority,
+            reuse=reuse,
+            bad_rows=bad_rows,
+            **_amounts(deadline_s=deadline_s, retention_days=retention_days),
+        )
         process = os.getpid()
         own_key = key or secrets.token_hex(16)
         parts = cut(source, fields_read, dialogues=dialogues_of(specs), bad_rows=bad_rows)
@@ -194,24 +125,23 @@ class Client:
             raise InvalidJob(Problem("rows", "no rows", "at least one row", "check the source"))
         if any(isinstance(spec, Prompted) for spec in specs.values()):
             # So that what stands in front of a prompt, text or instruction, can be chosen before the rows are there.
-            opening["mean_bytes"] = first.mean_bytes()
+            opening = replace(opening, mean_bytes=first.mean_bytes())
         second = next(parts, None)
         bar = Bar("sending", wanted=progress)
         whole = second is None and not first.bad and not first.bad_fields and first.is_json
-        if whole:
-            opening["rows"] = first.rows()
         tell = partial(_tell, bar)
         with bar:
             try:
-                record = self._http.post("/v1/jobs", opening, key=own_key, refused=tell)
+                record = self._open(
+                    replace(opening, rows=tuple(first.rows())) if whole else opening, own_key, tell
+                )
             except BodyRefused:
                 if not whole:
                     raise
                 # The rows do not fit beside the tasks: they are sent as those of a large job.
-                del opening["rows"]
-                record = self._http.post("/v1/jobs", opening, key=own_key, refused=tell)
+                record = self._open(opening, own_key, tell)
         job = Job(self._http, record, progress=progress)
-        if record["state"] == "loading":
+        if record.state == "loading":
             try:
                 total = chain([first] if second is None else [first, second], parts)
                 record = send_parts(self._http, record, total, bar, tell)
@@ -222,6 +152,10 @@ class Client:
                     self._abandon(job)
                 raise
         return Job(self._http, record, progress=progress)
+
+    def _open(self, opening: Submission, key: str, tell: Callable[[MotetError], object]) -> JobRecord:
+        body = opening.to_json(sparse=True)
+        return JobRecord.of(self._http.post("/v1/jobs", body, key=key, refused=tell))
 
     def plan(
         self,
@@ -239,23 +173,25 @@ class Client:
         found = survey(source, fields_of(specs), dialogues=dialogues_of(specs), bad_rows=bad_rows)
         if not found.sample:
             raise InvalidJob(Problem("rows", "no rows", "at least one good row", "check the source"))
-        # A bad value is left out: null would be one.
-        sample = [{name: text for name, text in row.items() if text is not None} for row in found.sample]
-        asked: dict[str, Any] = {
-            "tasks": {task: spec.to_json() for task, spec in specs.items()},
-            "priority": priority,
-            "bad_rows": bad_rows,
-            "total_rows": found.rows,
-            "total_bytes": found.text_bytes,
-        }
+        asked = PlanRequest(
+            tasks={task: spec.to_json() for task, spec in specs.items()},
+            priority=priority,
+            bad_rows=bad_rows,
+            # A bad value is left out: null would be one.
+            rows=tuple(
+                {name: text for name, text in row.items() if text is not None} for row in found.sample
+            ),
+            total_rows=found.rows,
+            total_bytes=found.text_bytes,
+        )
         while True:
             try:
-                return Plan.of(self._http.post("/v1/plan", {**asked, "rows": sample}))
+                return Plan.of(self._http.post("/v1/plan", asked.to_json(sparse=True)))
             except BodyRefused:
-                if len(sample) == 1:
+                if asked.rows is None or len(asked.rows) == 1:
                     raise
                 # An even sample of an even sample: the estimate is a little rougher.
-                sample = sample[::2]
+                asked = replace(asked, rows=asked.rows[::2])
 
     def train(
         self,
@@ -363,19 +299,18 @@ class Client:
         """The jobs of the token's tenant, newest first; all of them, or up to ``limit``."""
         left, after = limit, None
         while left is None or left > 0:
-            page = self._http.get(
-                "/v1/jobs", limit=_PAGE if left is None else min(left, _PAGE), after=after, state=state
-            )
-            for record in page["jobs"]:
+            most = _PAGE if left is None else min(left, _PAGE)
+            page = JobList.of(self._http.get("/v1/jobs", limit=most, after=after, state=state))
+            for record in page.jobs:
                 yield Job(self._http, record)
-            left = None if left is None else left - len(page["jobs"])
-            after = page["next"]
+            left = None if left is None else left - len(page.jobs)
+            after = page.next
             if after is None:
                 return
 
     def job(self, job_id: str) -> Job:
         """Pick up a job that was submitted before, here or elsewhere. Raises NotFound."""
-        return Job(self._http, self._http.get(f"/v1/jobs/{_segment('job', job_id)}"))
+        return Job(self._http, JobRecord.of(self._http.get(f"/v1/jobs/{_segment('job', job_id)}")))
 
     # -- what there is
 
@@ -390,12 +325,12 @@ class Client:
     def aliases(self) -> list[Alias]:
         """The aliases of all models, each with the version that it means now."""
         models = self._http.get("/v1/models")["models"]
-        found = [_known(Alias, alias) for model in models for alias in model.get("aliases", ())]
+        found = [Alias.of(alias) for model in models for alias in model.get("aliases", ())]
         return sorted(found, key=lambda alias: alias.alias)
 
     def workers(self) -> list[Worker]:
         """The workers and their devices."""
-        return [_known(Worker, worker) for worker in self._http.get("/v1/workers")["workers"]]
+        return list(WorkerList.of(self._http.get("/v1/workers")).workers)
 
     # -- for administrators
 
@@ -412,7 +347,7 @@ class Client:
 
     def _tell_workers(self, name: str, what: str) -> list[Worker]:
         answer = self._http.post(f"/v1/workers/{_segment('worker', name)}/{what}", {})
-        return [_known(Worker, worker) for worker in answer["workers"]]
+        return list(WorkerList.of(answer).workers)
 
     def remove_model(self, ref: str) -> None:
         """Take ``name@version`` from the registry. Raises Conflict while a running job uses it or an alias means it."""
@@ -425,10 +360,10 @@ class Client:
         InvalidJob, NotFound, Conflict where the alias is the name of a version.
         """
         name, version = _halves(ref, "version")
-        body = json.dumps({"version": version}).encode()
+        body = json.dumps(Promotion(version=version).to_json()).encode()
         kind = {"Content-Type": "application/json"}
         made = self._http.request("PUT", _alias_path(name, alias), content=body, headers=kind)
-        return _known(Alias, json_of(made))
+        return Alias.of(json_of(made))
 
     def rollback(self, alias: str) -> Alias:
         """Let ``name@alias`` mean again what it meant before. Twice goes back twice.
@@ -437,7 +372,7 @@ class Client:
         """
         # Not tried again: an answer that was lost may have gone back already.
         path = f"{_alias_path(*_halves(alias, 'alias'))}/rollback"
-        return _known(Alias, self._http.post(path, {}, again=False))
+        return Alias.of(self._http.post(path, {}, again=False))
 
     def remove_alias(self, alias: str) -> None:
         """Take ``name@alias`` away; the version that it meant stays. Raises NotFound."""
@@ -445,7 +380,7 @@ class Client:
 
     def tokens(self) -> list[Token]:
         """All tokens, without their secrets."""
-        return [_known(Token, token) for token in self._http.get("/v1/tokens")["tokens"]]
+        return [Token.of(token) for token in self._http.get("/v1/tokens")["tokens"]]
 
     def create_token(
         self,
@@ -456,11 +391,9 @@ class Client:
         expires_days: float | None = None,
     ) -> Token:
         """Make a token; its ``token`` is shown this once and stored nowhere."""
-        body: dict[str, Any] = {"name": name, "scope": scope}
-        body |= {} if tenant is None else {"tenant": tenant}
-        body |= _amounts(expires_days=expires_days)
+        asked = TokenRequest(name=name, scope=scope, tenant=tenant, **_amounts(expires_days=expires_days))
         # Not tried again: a token whose answer was lost would live on unseen.
-        return _known(Token, self._http.post("/v1/tokens", body, again=False))
+        return Token.of(self._http.post("/v1/tokens", asked.to_json(sparse=True), again=False))
 
     def revoke_token(self, token_id: str) -> None:
         """End a token at once. Raises NotFound."""
@@ -533,7 +466,7 @@ def _specs(tasks: object) -> dict[str, Task]:
     return specs
 
 
-def _amounts(**options: object) -> dict[str, float]:
+def _amounts(**options: object) -> dict[str, Any]:
     """Those options that are given. Raises InvalidJob for what is no number; its limits are the server's to know."""
     given = {name: value for name, value in options.items() if value is not None}
     problems = [
@@ -543,7 +476,7 @@ def _amounts(**options: object) -> dict[str, float]:
     ]
     if problems:
         raise InvalidJob(problems)
-    return given  # type: ignore[return-value]
+    return given
 
 
 def _tell(bar: Bar, refusal: MotetError) -> None:
@@ -578,9 +511,3 @@ def _halves(ref: str, what: str) -> tuple[str, str]:
 
 def _alias_path(name: str, alias: str) -> str:
     return f"/v1/models/{_segment('model', name)}/aliases/{_segment('alias', alias)}"
-
-
-def _known(cls: Callable[..., _T], record: Mapping[str, Any]) -> _T:
-    """Build from the API's JSON: unknown keys are a newer server's, missing ones an older one's."""
-    names = inspect.signature(cls).parameters
-    return cls(**{name: value for name, value in record.items() if name in names and value is not None})

@@ -16,16 +16,20 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from motet.messages.message import ApiMessage
+
 
 @dataclass(frozen=True, slots=True)
-class Problem:
+class Problem(ApiMessage):
     """One thing wrong with a submission: where it is, what was found, what was expected, what to do."""
 
     #: Path of the field, such as ``tasks.topic.model`` or ``rows.text``.
     field: str
     #: What was found, shortened, never a whole text of a user.
     got: str
+    #: What may stand there.
     expected: str
+    #: What to do.
     remedy: str
     #: Index of the row from 0, or None where the problem is not in a row.
     row: int | None = None
@@ -33,15 +37,6 @@ class Problem:
     def __str__(self) -> str:
         where = self.field if self.row is None else f"row {self.row}, {self.field}"
         return f"{where}: got {self.got}; expected {self.expected}; {self.remedy}"
-
-    def to_json(self) -> dict[str, object]:
-        return {
-            "field": self.field,
-            "row": self.row,
-            "got": self.got,
-            "expected": self.expected,
-            "remedy": self.remedy,
-        }
 
 
 class MotetError(Exception):

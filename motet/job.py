@@ -11,11 +11,12 @@ import sys
 import time
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field, fields
+from dataclasses import fields
 from typing import TYPE_CHECKING, Any, Literal
 
 from motet.errors import JobFailed, MotetError, NotFound, SetupError
 from motet.http import MAX_WAIT_S, Http
+from motet.messages.jobs import FailedCell, FailedCells, JobRecord, PlannedPass
 from motet.progress import Bar, Progress
 from motet.protocol.envelope import BadMessage
 from motet.results import Block, Row, read_frames
@@ -27,7 +28,7 @@ if TYPE_CHECKING:
     import pyarrow
 
     from motet.evaluation import Evaluation
-    from motet.explanation import Explanation
+    from motet.messages.explanation import Explanation
     from motet.sources import Source
 
 Order = Literal["row", "done"]
@@ -40,120 +41,20 @@ _PAGE = 1000
 _READS = 3
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class PlannedPass:
-    """One model pass over the rows, and the tasks that it answers together."""
-
-    kind: str
-    tasks: tuple[str, ...]
-    model: str
-    numerics: str = "fast"
-    #: Tokens read per row at most, special ones included.
-    max_tokens: int = 0
-    #: Tokens of all rows in this pass, after truncation; the same with padding, as a device computes them; and
-    #: what a pass per task would read.
-    tokens: int = 0
-    computed_tokens: int = 0
-    unfused_tokens: int = 0
-    #: Tokens that a language model writes at most.
-    tokens_out: int = 0
-    #: Predicted seconds on the devices that are there now; None where nothing was measured yet.
-    seconds: float | None = None
-    #: Predicted number of sub-tasks.
-    subtasks: int | None = None
-    #: Names of the tasks whose answers it reads, and so waits for.
-    needs: tuple[str, ...] = ()
-    #: What stands in front of its prompts, and so is shared: ``text`` or ``instruction``; "" where there are none.
-    first: str = ""
-
-    @property
-    def saved(self) -> float:
-        """The share of tokens, 0 to 1, that a pass per task would read and this one does not."""
-        return max(0.0, 1 - self.tokens / self.unfused_tokens) if self.unfused_tokens else 0.0
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Plan:
-    """What a submission would run: a dry run's answer. Totals are estimated from a sample of the rows."""
-
-    rows: int
-    passes: tuple[PlannedPass, ...]
-    #: Task name -> the exact model that it would use, as ``name@version``.
-    models: Mapping[str, str] = field(default_factory=dict)
-    tokens: int = 0
-    #: The same with padding, as devices compute them.
-    computed_tokens: int = 0
-    #: What the same tasks would read with a pass each.
-    unfused_tokens: int = 0
-    #: Tokens that language models write at most.
-    tokens_out: int = 0
-    seconds: float | None = None
-    #: Rows longer than a pass reads: cut and marked, or errors, as each task says.
-    truncated_rows: int = 0
-    #: The answer as the API gave it.
-    record: Mapping[str, Any]
-
-    @property
-    def tasks(self) -> int:
-        """How many tasks the passes answer."""
-        return sum(len(p.tasks) for p in self.passes)
-
-    @classmethod
-    def of(cls, record: Mapping[str, Any]) -> Plan:
-        """Read it from the API's answer."""
-        return cls(
-            rows=record["rows"],
-            passes=tuple(_planned(p) for p in record["passes"]),
-            models=record.get("models") or {},
-            tokens=record.get("tokens") or 0,
-            computed_tokens=record.get("computed_tokens") or 0,
-            unfused_tokens=record.get("unfused_tokens") or 0,
-            tokens_out=record.get("tokens_out") or 0,
-            seconds=record.get("seconds"),
-            truncated_rows=record.get("truncated_rows") or 0,
-            record=record,
-        )
-
-    def __str__(self) -> str:
-        lines = [
-            f"{count(self.tasks, 'task')} → {count(len(self.passes), 'pass', 'passes')}, {self.rows:,} rows"
-        ]
-        for p in self.passes:
-            waits = f", behind {', '.join(p.needs)}" if p.needs else ""
-            lines.append(f"  {p.kind}: {', '.join(p.tasks)}{waits} (~{p.tokens:,} tokens)")
-        lines.append(f"  ~{self.tokens:,} tokens in all; with a pass per task ~{self.unfused_tokens:,}")
-        if self.tokens_out:
-            lines.append(f"  at most {self.tokens_out:,} tokens written")
-        if self.truncated_rows:
-            lines.append(f"  ~{self.truncated_rows:,} rows are longer than a model reads")
-        return "\n".join(lines)
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class FailedCell:
-    """One cell without an answer."""
-
-    row: int
-    task: str
-    #: Class of the error, such as ``too_long`` or ``bad_row``.
-    error: str
-    message: str
-
-
 class Job:
     """One job. Properties that can change ask the server while the job runs, and no more once it has ended."""
 
     def __init__(
         self,
         http: Http,
-        record: Mapping[str, Any],
+        record: JobRecord,
         *,
         progress: bool | None = None,
         clock: Callable[[], float] = time.monotonic,
         sleep: Callable[[float], object] = time.sleep,
     ) -> None:
         self._http = http
-        self._record = dict(record)
+        self._record = record
         self._bar_wanted = progress
         self._clock, self._sleep = clock, sleep
 
@@ -161,22 +62,22 @@ class Job:
 
     @property
     def id(self) -> str:
-        return str(self._record["id"])
+        return self._record.id
 
     @property
     def name(self) -> str:
-        return str(self._record.get("name") or "")
+        return self._record.name
 
     @property
     def tasks(self) -> dict[str, dict[str, Any]]:
         """Task name -> its spec, with the exact model (``model_ref``) and labels that it uses."""
-        return dict(self._record["tasks"])
+        return {name: dict(spec) for name, spec in self._record.tasks.items()}
 
     def specs(self, tasks: Sequence[str] | None) -> dict[str, Mapping[str, Any]]:
         """The specs of these tasks, or of all. Raises NotFound for a task that the job does not have."""
         if isinstance(tasks, str):
             raise TypeError(f"got tasks={tasks!r}; expected a list of task names, such as [{tasks!r}]")
-        known = self._record["tasks"]
+        known = self._record.tasks
         for name in tasks or ():
             if name not in known:
                 raise NotFound(f"job {self.id} has no task {name!r}; it has {', '.join(known)}")
@@ -185,17 +86,19 @@ class Job:
     @property
     def rows(self) -> int:
         """Rows of the job; while it loads, those that have arrived."""
-        return int(self._record["rows"])
+        return self._record.rows
 
     @property
     def passes(self) -> tuple[PlannedPass, ...]:
         """The model passes that answer its tasks: which of them were fused."""
-        return tuple(_planned(p) for p in self._record.get("passes") or ())
+        return tuple(
+            PlannedPass(**{f.name: getattr(p, f.name) for f in fields(p)}) for p in self._record.passes
+        )
 
     @property
     def record(self) -> dict[str, Any]:
         """The job as the API last described it (docs/http.md)."""
-        return dict(self._record)
+        return self._record.to_json()
 
     @property
     def shows_a_bar(self) -> bool | None:
@@ -211,7 +114,7 @@ class Job:
     @property
     def state(self) -> str:
         """``loading``, ``running``, ``succeeded``, ``failed`` or ``cancelled``."""
-        return str(self.refresh()._record["state"])
+        return self.refresh()._record.state
 
     @property
     def progress(self) -> Progress:
@@ -221,22 +124,22 @@ class Job:
     @property
     def partial(self) -> bool:
         """True for a succeeded job some of whose cells are errors or skipped."""
-        return bool(self.refresh()._record.get("partial"))
+        return self.refresh()._record.partial
 
     @property
     def reason(self) -> str:
         """Why it failed or was cancelled; "" otherwise."""
-        return str(self.refresh()._record.get("reason") or "")
+        return self.refresh()._record.reason
 
     @property
     def usage(self) -> dict[str, Any]:
         """Real and computed tokens, seconds of devices, sub-tasks and lost attempts, so far."""
-        return dict(self.refresh()._record.get("usage") or {})
+        return self.refresh()._record.usage.to_json()
 
     def refresh(self) -> Job:
         """Ask the server how the job stands, unless it has ended. Returns itself."""
         if not self._ended:
-            self._record = self._http.get(self._path)
+            self._record = JobRecord.of(self._http.get(self._path))
         return self
 
     def watch(self, timeout: float | None = None) -> Iterator[Progress]:
@@ -314,10 +217,10 @@ class Job:
                     if bar is not None or not self._ended:
                         own_bar.track(progress)
         if end.get("job"):
-            self._record = dict(end["job"])
+            self._record = JobRecord.of(end["job"])
         else:
             self.refresh()
-        if rows != self.rows and self._record["state"] not in ("failed", "cancelled"):
+        if rows != self.rows and self._record.state not in ("failed", "cancelled"):
             raise MotetError(
                 f"job {self.id}: the server sent {rows:,} of its {self.rows:,} rows and called them all; "
                 "read them again, and if they stay away, look into the server's log"
@@ -335,10 +238,9 @@ class Job:
         """The cells that have no answer so far, by row: errors, and those skipped for another's error."""
         after: int | None = None
         while True:
-            page = self._http.get(f"{self._path}/errors", limit=_PAGE, after=after)
-            for cell in page["errors"]:
-                yield FailedCell(**{f.name: cell[f.name] for f in fields(FailedCell)})
-            after = page["next"]
+            page = FailedCells.of(self._http.get(f"{self._path}/errors", limit=_PAGE, after=after))
+            yield from page.errors
+            after = page.next
             if after is None:
                 return
 
@@ -348,7 +250,7 @@ class Job:
         ``left_out`` counts what is not told.
         """
         found: dict[str, Any] = self._http.get(f"{self._path}/activity", timeline=timeline or 0)
-        self._record = dict(found["job"])
+        self._record = JobRecord.of(found["job"])
         if timeline is None:
             found["timeline"] = list(self._subtasks())
             found["left_out"]["timeline"] = 0
@@ -365,7 +267,7 @@ class Job:
         """Why it waits: behind whom, for which model to load, which workers cannot run it; and when it will be done
         (p50 and p90). ``str`` of it is the answer in words.
         """
-        from motet.explanation import Explanation
+        from motet.messages.explanation import Explanation
 
         return Explanation.of(self._http.get(f"{self._path}/explain"))
 
@@ -450,7 +352,7 @@ class Job:
 
     def cancel(self) -> Job:
         """End the job; cells that are done stay. Harmless where it has ended. Returns itself."""
-        self._record = self._http.post(f"{self._path}/cancel")
+        self._record = JobRecord.of(self._http.post(f"{self._path}/cancel"))
         return self
 
     def delete(self) -> None:
@@ -468,18 +370,18 @@ class Job:
 
     @property
     def _ended(self) -> bool:
-        return self._record["state"] in ENDED
+        return self._record.state in ENDED
 
     def _check(self) -> None:
-        if self._record["state"] in ("failed", "cancelled"):
-            reason = self._record.get("reason") or "no reason was given"
-            raise JobFailed(self.id, f"{self._record['state']}: {reason}")
+        if self._record.state in ("failed", "cancelled"):
+            reason = self._record.reason or "no reason was given"
+            raise JobFailed(self.id, f"{self._record.state}: {reason}")
 
     def _next_version(self, wait_s: float) -> None:
         """Wait until the job differs from what is known here, but never ask again within a glance."""
         start = self._clock()
-        version = self._record.get("version")
-        self._record = self._http.get(self._path, wait_s=wait_s, version=version)
+        now = self._http.get(self._path, wait_s=wait_s, version=self._record.version)
+        self._record = JobRecord.of(now)
         if not self._ended:
             self._sleep(max(0.0, min(_GLANCE_S, wait_s) - (self._clock() - start)))
 
@@ -518,14 +420,3 @@ class Job:
             if not self._ended:
                 print(f"job {self.id} goes on; pick it up with: motet watch {self.id}", file=sys.stderr)
             raise
-
-
-def _planned(record: Mapping[str, Any]) -> PlannedPass:
-    known = {f.name: record[f.name] for f in fields(PlannedPass) if record.get(f.name) is not None}
-    lists = {name: tuple(record.get(name) or ()) for name in ("tasks", "needs")}
-    return PlannedPass(**{**known, **lists})
-
-
-def count(number: int, noun: str, nouns: str = "") -> str:
-    """A number with its noun: ``1 pass``, ``4 tasks``."""
-    return f"{number:,} {noun if number == 1 else nouns or noun + 's'}"

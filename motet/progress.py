@@ -4,16 +4,17 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Mapping
 from dataclasses import dataclass
 from datetime import datetime
 from types import TracebackType
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from motet.states import ENDED
 
 if TYPE_CHECKING:
     import rich.progress
+
+    from motet.messages.jobs import JobRecord
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -46,20 +47,19 @@ class Progress:
         return self.done / self.total if self.total else 0.0
 
     @classmethod
-    def of(cls, record: Mapping[str, Any]) -> Progress:
+    def of(cls, job: JobRecord) -> Progress:
         """Read it from a job as the API describes it."""
-        cells = record["cells"]
-        eta = record.get("eta_s")
+        cells = job.cells
         return cls(
-            state=record["state"],
-            rows=record["rows"],
-            total=cells["total"],
-            ok=cells["ok"],
-            error=cells["error"],
-            skipped=cells["skipped"],
-            reused=cells["reused"],
-            rate=_rate(record),
-            eta=None if eta is None else float(eta),
+            state=job.state,
+            rows=job.rows,
+            total=cells.total,
+            ok=cells.ok,
+            error=cells.error,
+            skipped=cells.skipped,
+            reused=cells.reused,
+            rate=_rate(job),
+            eta=job.eta_s,
         )
 
     def __str__(self) -> str:
@@ -84,21 +84,20 @@ def clock(seconds: float) -> str:
     return f"{hours}:{rest // 60:02}:{rest % 60:02}" if hours else f"{rest // 60}:{rest % 60:02}"
 
 
-def _rate(record: Mapping[str, Any]) -> float | None:
+def _rate(job: JobRecord) -> float | None:
     """Rows per second: of the whole run where it has ended, else what the API's estimate of the rest says.
 
     The clock here is never compared with the server's.
     """
-    rows, cells = record["rows"], record["cells"]
-    open_cells = cells["total"] - cells["ok"] - cells["error"] - cells["skipped"]
-    if record["state"] in ENDED:
-        if not record.get("started") or not record.get("finished"):
+    cells = job.cells
+    open_cells = cells.total - cells.ok - cells.error - cells.skipped
+    if job.state in ENDED:
+        if not job.started or not job.finished:
             return None
-        seconds = (_time(record["finished"]) - _time(record["started"])).total_seconds()
-        share = 1 - cells["skipped"] / cells["total"] if cells["total"] else 0.0
-        return rows * share / seconds if seconds > 0 else None
-    eta = record.get("eta_s")
-    return rows * open_cells / cells["total"] / eta if eta and cells["total"] else None
+        seconds = (_time(job.finished) - _time(job.started)).total_seconds()
+        share = 1 - cells.skipped / cells.total if cells.total else 0.0
+        return job.rows * share / seconds if seconds > 0 else None
+    return job.rows * open_cells / cells.total / job.eta_s if job.eta_s and cells.total else None
 
 
 def _time(iso: str) -> datetime:

@@ -11,10 +11,10 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor, wait
-from typing import Any
 
 from motet.errors import MotetError
 from motet.http import BodyRefused, Http, json_of
+from motet.messages.jobs import Closing, JobRecord, PartLanded
 from motet.progress import Bar
 from motet.protocol.values import byte_lengths
 from motet.rows import BLOCK_BYTES, BLOCK_ROWS, Part
@@ -25,22 +25,22 @@ _GLANCE_S = 0.25
 
 def send_parts(
     http: Http,
-    job: Mapping[str, Any],
+    job: JobRecord,
     parts: Iterator[Part],
     bar: Bar,
     tell: Callable[[MotetError], object],
-) -> dict[str, Any]:
+) -> JobRecord:
     """Send the parts, each while the next is cut and packed; close the job; return its record.
 
     ``job`` is its record: of one that holds rows, these are cut again, not sent again. ``tell`` hears, in the caller's
     thread, what is waited for, and once that smaller parts are sent.
     """
-    there = int(job["rows"])
+    there = job.rows
     rows = 0
     stop = threading.Event()
     in_flight: Future[None] | None = None
     news: list[MotetError] = []
-    sender = _Sender(http, str(job["id"]), int(job.get("parts") or 0), stop, news.append)
+    sender = _Sender(http, job.id, job.parts, stop, news.append)
     thread = ThreadPoolExecutor(1, thread_name_prefix="motet-upload")
 
     def landed() -> None:
@@ -64,9 +64,8 @@ def send_parts(
                     in_flight = thread.submit(sender.send, rest, *packed)
                 bar.show(f"{rows:,} rows")
             landed()
-            return http.post(  # type: ignore[no-any-return]
-                f"/v1/jobs/{job['id']}/close", {"parts": sender.number, "rows": rows}
-            )
+            sent = Closing(parts=sender.number, rows=rows)
+            return JobRecord.of(http.post(f"/v1/jobs/{job.id}/close", sent.to_json()))
     except Exception:
         # So that a part that is under way does not land behind the back of the next submission with this key.
         stop.set()
@@ -131,7 +130,7 @@ class _Sender:
             stop=self._stop,
             refused=self._tell,
         )
-        self.number = int(json_of(answer)["next_part"])
+        self.number = PartLanded.of(json_of(answer)).next_part
 
 
 def rows_of(part: Part, lo: int, hi: int) -> Part:

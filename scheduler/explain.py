@@ -12,7 +12,7 @@ from datetime import UTC, datetime, timedelta
 from functools import cached_property
 from typing import TYPE_CHECKING, Literal
 
-from motet.explanation import (
+from motet.messages.explanation import (
     Beside,
     CanLoad,
     Cannot,

@@ -16,7 +16,8 @@ from motet.cli.handed import HandedCommand, need
 from motet.cli.show import PositiveNumber, as_json, connect, put_json, put_table
 
 if TYPE_CHECKING:
-    from motet.client import Client, Worker
+    from motet.client import Client
+    from motet.messages.cluster import Worker
 
 #: Workers beat each second: asked oftener they say the same.
 _GLANCE_S = 0.5
@@ -247,7 +248,7 @@ def resume(name: str, as_json: bool) -> None:
 def _wait_until_drained(client: Client, names: Sequence[str], timeout_s: float | None) -> list[Worker]:
     """The workers once none of them holds anything. Raises TimeoutError; Ctrl-C leaves them draining."""
     from motet.errors import Conflict
-    from motet.job import count
+    from motet.messages.jobs import count
     from motet.progress import Bar
 
     give_up = None if timeout_s is None else time.monotonic() + timeout_s

@@ -10,7 +10,7 @@ from motet.cli.show import as_json, connect, console, find_job, put_json, table
 from motet.cli.watch import plain, seconds
 
 if TYPE_CHECKING:
-    from motet.explanation import Beside, Cannot, Explanation, PassExplained
+    from motet.messages.explanation import Beside, Cannot, Explanation, PassExplained
 
 #: Names of workers in a table before the others are counted.
 _NAMES = 3

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from rich.text import Text
 
-    from motet.job import PlannedPass
+    from motet.messages.jobs import PlannedPass
 
 #: With less room than this behind a pass' name, its tasks go into the next line.
 _ROOM = 22
@@ -41,7 +41,7 @@ def worth_drawing(passes: Sequence[PlannedPass]) -> bool:
 
 def shared(planned: PlannedPass) -> str:
     """What the pass reads once for several answers, and what that saves; "" for nothing."""
-    from motet.job import count
+    from motet.messages.jobs import count
 
     percent = int(100 * planned.saved)
     if percent < 1:

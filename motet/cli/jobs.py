@@ -229,7 +229,7 @@ def jobs(state: Any, limit: int, as_json: bool) -> None:
         (
             (
                 job["id"],
-                job.get("name") or "",
+                job["name"],
                 job["state"],
                 f"{job['rows']:,}",
                 ", ".join(job["tasks"]),
@@ -237,7 +237,7 @@ def jobs(state: Any, limit: int, as_json: bool) -> None:
                 f"{job['cells']['error']:,}",
                 *(f"{job['cells']['skipped']:,}" for _ in skipped),
                 *(f"{_written(job):,}" for _ in written),
-                (job.get("created") or "")[:19].replace("T", " "),
+                job["created"][:19].replace("T", " "),
             )
             for job in found
         ),
@@ -353,7 +353,7 @@ def _ended_before(job: Job, age_s: float | None) -> bool:
     """Whether it has ended, and that at least so long ago by this machine's clock."""
     from datetime import UTC, datetime
 
-    ended = job.record.get("finished")
+    ended = job.record["finished"]
     if not ended:
         return False
     return age_s is None or (datetime.now(UTC) - datetime.fromisoformat(ended)).total_seconds() >= age_s
@@ -361,7 +361,7 @@ def _ended_before(job: Job, age_s: float | None) -> bool:
 
 def _ask_to_remove(found: Sequence[Job], selected: bool) -> None:
     """Say what will be gone, and ask. Raises Abort; UsageError where nobody is there to answer."""
-    from motet.job import count
+    from motet.messages.jobs import count
 
     if not sys.stdin.isatty():
         if selected:
@@ -466,7 +466,7 @@ def _exporter(out: str) -> Callable[[Job, str], int]:
 
 
 def _written(job: Mapping[str, Any]) -> int:
-    return (job.get("usage") or {}).get("tokens_out") or 0
+    return int(job["usage"]["tokens_out"])
 
 
 def _share(cells: dict[str, int]) -> str:

@@ -12,7 +12,8 @@ from motet.cli.models import add_model
 from motet.cli.show import PositiveNumber, as_json, connect, console, cut, find_job, put_json, put_table
 
 if TYPE_CHECKING:
-    from motet.client import Alias, Client
+    from motet.client import Client
+    from motet.messages.registry import Alias
 
 
 @click.group(

@@ -15,12 +15,15 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from motet.messages.message import ApiMessage
+
 if TYPE_CHECKING:
     from rich.console import Console, Group
     from rich.table import Table
 
     from motet.client import Client
-    from motet.job import Job, Plan
+    from motet.job import Job
+    from motet.messages.jobs import Plan
     from motet.results import Row
 
 #: The beginning of a job's id that may stand for it.
@@ -204,7 +207,7 @@ def plan_table(plan: Plan, *, numbered: bool = False) -> Table:
 
 def plan_line(plan: Plan) -> str:
     """The plan in a line: ``4 tasks → 1 pass over 3,000 rows, ~84,000 tokens instead of ~336,000``."""
-    from motet.job import count
+    from motet.messages.jobs import count
 
     line = f"{count(plan.tasks, 'task')} → {count(len(plan.passes), 'pass', 'passes')} over {count(plan.rows, 'row')}"
     line += f", ~{plan.tokens:,} tokens"
@@ -267,6 +270,8 @@ def _visible(cell: object) -> str:
 
 
 def _plain(value: object) -> Any:
+    if isinstance(value, ApiMessage):
+        return value.to_json()
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
         return dataclasses.asdict(value)
     raise TypeError(f"no JSON for {type(value).__name__}")

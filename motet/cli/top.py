@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import dataclasses
 import os
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -26,12 +25,14 @@ from motet.cli.watch import (
     table,
     text,
 )
+from motet.messages.jobs import JobRecord
 from motet.progress import Progress, clock
 
 if TYPE_CHECKING:
     from rich.console import Console, Group, RenderableType
 
-    from motet.client import Client, Worker
+    from motet.client import Client
+    from motet.messages.cluster import Worker
 
 #: Unfinished jobs that are asked for; a screen holds fewer.
 _JOBS = 50
@@ -43,8 +44,8 @@ class ClusterView:
 
     url: str
     workers: Sequence[Worker]
-    #: Jobs as in docs/http.md: those that run, then those that load, newest first.
-    jobs: Sequence[Mapping[str, Any]]
+    #: Those that run, then those that load, newest first.
+    jobs: Sequence[JobRecord]
 
 
 @click.command(
@@ -70,8 +71,8 @@ def top(once: bool, as_json: bool) -> None:
         if as_json:
             put_json(
                 {
-                    "workers": [dataclasses.asdict(w) for w in seen.workers],
-                    "jobs": [dict(j) for j in seen.jobs],
+                    "workers": [w.to_json() for w in seen.workers],
+                    "jobs": [j.to_json() for j in seen.jobs],
                 }
             )
             return
@@ -107,7 +108,7 @@ def frame(seen: ClusterView, *, width: int, height: int = 1000, note: str = "") 
 
 
 def _head(seen: ClusterView) -> RenderableType:
-    from motet.job import count
+    from motet.messages.jobs import count
 
     ready = [w for w in seen.workers if w.state == "ready"]
     words = [f"{len(ready):,} of {count(len(seen.workers), 'device')} ready"]
@@ -176,25 +177,25 @@ def _jobs(seen: ClusterView, shown: int, width: int) -> RenderableType:
     )
 
 
-def _job(job: Mapping[str, Any], workers: Sequence[Worker], width: int) -> tuple[Any, ...]:
+def _job(job: JobRecord, workers: Sequence[Worker], width: int) -> tuple[Any, ...]:
     progress = Progress.of(job)
     return (
-        str(job["id"])[:13],
-        plain(job.get("name") or "–", 28 if width >= 100 else 16),
+        job.id[:13],
+        plain(job.name or "–", 28 if width >= 100 else 16),
         state(progress.state),
         f"{progress.rows:,}",
         meter(progress.share, 10),
         "–" if progress.rate is None else number(progress.rate),
         "–" if progress.eta is None else clock(progress.eta),
-        plain(_places(str(job["id"]), workers), 40),
+        plain(_places(job.id, workers), 40),
     )
 
 
 def _places(job: str, workers: Sequence[Worker]) -> str:
     """Where a job runs now, with its sub-tasks there; a long list becomes a number."""
-    from motet.job import count
+    from motet.messages.jobs import count
 
-    held = [(w.worker, sum(r.get("subtasks", 1) for r in w.running if r["job"] == job)) for w in workers]
+    held = [(w.worker, sum(r.subtasks for r in w.running if r.job == job)) for w in workers]
     places = [(worker, n) for worker, n in held if n]
     if len(places) > 3:
         return f"{len(places):,} devices, {count(sum(n for _, n in places), 'sub-task')}"
@@ -202,7 +203,7 @@ def _places(job: str, workers: Sequence[Worker]) -> str:
 
 
 def _more(hidden: int, noun: str) -> list[RenderableType]:
-    from motet.job import count
+    from motet.messages.jobs import count
 
     return [text(f"and {count(hidden, noun)} more", "dim")] if hidden > 0 else []
 
@@ -212,7 +213,9 @@ def _more(hidden: int, noun: str) -> list[RenderableType]:
 
 def look(client: Client) -> ClusterView:
     """Ask the API. Raises Unreachable, Overloaded, Unauthorized."""
-    under_way = [job.record for state in ("running", "loading") for job in client.jobs(state, _JOBS)]
+    under_way = [
+        JobRecord.of(job.record) for state in ("running", "loading") for job in client.jobs(state, _JOBS)
+    ]
     return ClusterView(url=client.url, workers=client.workers(), jobs=under_way)
 
 

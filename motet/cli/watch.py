@@ -21,6 +21,8 @@ if TYPE_CHECKING:
 
     from motet.client import Client
     from motet.job import Job
+    from motet.messages.activity import DeviceUnderWay, ErrorCount, JobActivity, PassUnderWay, RowsUnderWay
+    from motet.messages.jobs import JobRecord, JobUsage
 
 #: How often a terminal is redrawn, and how often at most a pipe gets a line.
 REDRAW_S, LINE_S = 1.0, 10.0
@@ -82,13 +84,13 @@ def check(job: Job) -> None:
 
     record = job.record
     if record["state"] in ("failed", "cancelled"):
-        raise JobFailed(job.id, f"{record['state']}: {record.get('reason') or 'no reason was given'}")
+        raise JobFailed(job.id, f"{record['state']}: {record['reason'] or 'no reason was given'}")
 
 
 # -- what is drawn ---------------------------------------------------------------------------------
 
 
-def picture(facts: Mapping[str, Any], *, width: int, height: int = 1000, note: str = "") -> Group:
+def picture(facts: JobActivity, *, width: int, height: int = 1000, note: str = "") -> Group:
     """A job as of one moment, from its activity (docs/http.md). ``note`` stands at the end, such as how to leave.
 
     Nothing is wider than ``width``; devices and errors that do not fit into ``height`` lines are counted.
@@ -96,41 +98,37 @@ def picture(facts: Mapping[str, Any], *, width: int, height: int = 1000, note: s
     from rich.console import Group
     from rich.text import Text
 
-    passes, devices, errors = facts["passes"], facts["devices"], facts["errors"]
-    # A server of an older minor does not count them.
-    untold = facts.get("left_out") or {"devices": 0, "errors": 0}
-    parts: list[RenderableType] = [*_head(facts, width), Text(), _passes(passes, facts["job"], width)]
+    job, passes, devices, errors = facts.job, facts.passes, facts.devices, facts.errors
+    parts: list[RenderableType] = [*_head(facts, width), Text(), _passes(passes, job, width)]
     room = max(0, height - len(passes) - 14 - (1 if note else 0))
     shown_errors = min(len(errors), _ERRORS, max(1, room // 3))
     shown_devices = min(len(devices), _DEVICES, max(1, room - (shown_errors + 3 if errors else 0)))
     if devices:
-        parts += [Text(), _devices(devices, shown_devices, width, ended=facts["job"]["state"] in ENDED)]
-        parts += _more(len(devices) - shown_devices + untold["devices"], "device")
+        parts += [Text(), _devices(devices, shown_devices, width, ended=job.state in ENDED)]
+        parts += _more(len(devices) - shown_devices + facts.left_out.devices, "device")
     if errors:
         parts += [Text(), _errors(errors[:shown_errors], width)]
-        hidden = len(errors) - shown_errors + untold["errors"]
+        hidden = len(errors) - shown_errors + facts.left_out.errors
         parts += _more(hidden, "kind of error", "kinds of errors")
-    elif facts["job"]["state"] in ("running", "succeeded") and (
-        facts["job"]["cells"]["error"] or facts["job"]["cells"]["skipped"]
-    ):
+    elif job.state in ("running", "succeeded") and (job.cells.error or job.cells.skipped):
         parts += [Text(), text("errors are told by class once their block is sealed", "dim")]
     if note:
         parts += [Text(), Text(note, style="dim", overflow="ellipsis", no_wrap=True)]
     return Group(*parts)
 
 
-def _head(facts: Mapping[str, Any], width: int) -> Iterator[Text]:
+def _head(facts: JobActivity, width: int) -> Iterator[Text]:
     """Name and state; the bar; cells."""
     from rich.text import Text
 
-    job = facts["job"]
+    job = facts.job
     progress = Progress.of(job)
     ended = progress.state in ENDED
-    name = plain(job.get("name") or "job", max(8, width - 40))
+    name = plain(job.name or "job", max(8, width - 40))
     title = text("").append(name, style="bold")
     title.append("  ").append(progress.state, style=f"bold {state_style(progress.state)}")
-    title.append(f" {'in' if ended else 'for'} {clock(facts['now_s'])}")
-    title.append(f"  {job['id'][:13] if width < 100 else job['id']}", style="dim")
+    title.append(f" {'in' if ended else 'for'} {clock(facts.now_s)}")
+    title.append(f"  {job.id[:13] if width < 100 else job.id}", style="dim")
     yield title
     words = [f"{int(100 * progress.share)} %"]
     if progress.rate:
@@ -148,22 +146,22 @@ def _head(facts: Mapping[str, Any], width: int) -> Iterator[Text]:
     ):
         if count_:
             cells.append(" · ").append(f"{count_:,} {word}", style=style)
-    if lost := (job.get("usage") or {}).get("attempts_lost"):
+    if lost := job.usage.attempts_lost:
         cells.append(f" · {lost:,} sub-tasks lost and run again", style="yellow")
     yield cells
-    if spent := written(job.get("usage") or {}):
+    if spent := written(job.usage):
         yield Text(spent)
-    saved = sum((p.get("unfused_tokens") or 0) - p["tokens"] for p in facts["passes"])
+    saved = sum(p.unfused_tokens - p.tokens for p in facts.passes)
     if ended and saved > 0:
-        tokens = sum(p["tokens"] for p in facts["passes"])
+        tokens = sum(p.tokens for p in facts.passes)
         yield Text(f"{number(tokens)} tokens read; a pass per task would have read {number(tokens + saved)}")
-    if reason := job.get("reason"):
-        yield Text(plain(reason, width), style="red")
+    if job.reason:
+        yield Text(plain(job.reason, width), style="red")
 
 
-def written(usage: Mapping[str, Any]) -> str:
+def written(usage: JobUsage) -> str:
     """What language models read, found read already and wrote; "" where none did."""
-    out, read, cached = (usage.get(name) or 0 for name in ("tokens_out", "tokens", "tokens_cached"))
+    out, read, cached = usage.tokens_out, usage.tokens, usage.tokens_cached
     if not out and not cached:
         return ""
     words = f"{number(out)} tokens written · {number(read)} read"
@@ -174,21 +172,21 @@ def _left(eta_s: float | None) -> str:
     return "time left not known yet" if eta_s is None else f"{clock(eta_s)} left"
 
 
-def _passes(passes: Sequence[Mapping[str, Any]], job: Mapping[str, Any], width: int) -> Table:
+def _passes(passes: Sequence[PassUnderWay], job: JobRecord, width: int) -> Table:
     """A line per pass: what it answers, which answers it waits for, and how far it is."""
     narrow = width < 90
-    needs = {tuple(p["tasks"]): p.get("needs") or () for p in job.get("passes") or ()}
+    needs = {p.tasks: p.needs for p in job.passes}
     return table(
         ("pass", "answers", "!", "#rows", "#blocks", "#running", "#tokens"),
         [
             (
-                plain(p["kind"], 22 if narrow else 36),
-                plain(_tasks(p["tasks"]) + _waits(needs.get(tuple(p["tasks"]), ())), 20 if narrow else 48),
-                bar(_share(p["rows"]), 8 if narrow else 16, done=p["rows"]["done"] == p["rows"]["total"] > 0),
-                f"{p['rows']['done']:,}/{p['rows']['total']:,}",
-                f"{p['blocks']['sealed']:,}/{p['blocks']['total']:,}",
-                f"{p['subtasks']['open']:,}",
-                number(p["tokens"]),
+                plain(p.kind, 22 if narrow else 36),
+                plain(_tasks(p.tasks) + _waits(needs.get(p.tasks, ())), 20 if narrow else 48),
+                bar(_share(p.rows), 8 if narrow else 16, done=p.rows.done == p.rows.total > 0),
+                f"{p.rows.done:,}/{p.rows.total:,}",
+                f"{p.blocks.sealed:,}/{p.blocks.total:,}",
+                f"{p.subtasks.open:,}",
+                number(p.tokens),
             )
             for p in passes
         ],
@@ -205,28 +203,28 @@ def _waits(needs: Sequence[str]) -> str:
     return f" ◀ {', '.join(needs)}" if needs else ""
 
 
-def _share(rows: Mapping[str, int]) -> float:
-    return rows["done"] / rows["total"] if rows["total"] else 0.0
+def _share(rows: RowsUnderWay) -> float:
+    return rows.done / rows.total if rows.total else 0.0
 
 
-def _devices(devices: Sequence[Mapping[str, Any]], shown: int, width: int, *, ended: bool) -> Table:
+def _devices(devices: Sequence[DeviceUnderWay], shown: int, width: int, *, ended: bool) -> Table:
     """A line per device: its rate and share of busy time in this job; how busy it is now, and its backlog."""
     now = () if ended else ("!now", "#backlog")
     return table(
         ("!device", "hardware", "state", "#sub-tasks", "#rows", "#tokens/s", "#busy", *now),
         [
             (
-                plain(d["worker"], 28),
-                plain(d["device_name"] or "", 24),
-                state(d["state"]),
-                f"{d['subtasks']:,}" + (f"+{d['open']:,}" if d["open"] else ""),
-                f"{d['rows']:,}",
-                number(d["tokens_s"]) if d["tokens_s"] else "–",
-                f"{d['share']:.0%}",
-                *(() if ended else (_now(d["utilisation"]), seconds(d["backlog_s"]))),
+                plain(d.worker, 28),
+                plain(d.device_name, 24),
+                state(d.state),
+                f"{d.subtasks:,}" + (f"+{d.open:,}" if d.open else ""),
+                f"{d.rows:,}",
+                number(d.tokens_s) if d.tokens_s else "–",
+                f"{d.share:.0%}",
+                *(() if ended else (_now(d.utilisation), seconds(d.backlog_s))),
             )
             # Those that work first, so that a long list is cut where nothing happens.
-            for d in sorted(devices, key=lambda d: (-d["open"], -d["rows"], d["worker"]))[:shown]
+            for d in sorted(devices, key=lambda d: (-d.open, -d.rows, d.worker))[:shown]
         ],
         drop=("hardware", "#backlog", "#rows", "#sub-tasks", "#busy", "state"),
         width=width,
@@ -237,16 +235,16 @@ def _now(utilisation: float | None) -> Text | str:
     return "–" if utilisation is None else meter(utilisation)
 
 
-def _errors(errors: Sequence[Mapping[str, Any]], width: int) -> Table:
+def _errors(errors: Sequence[ErrorCount], width: int) -> Table:
     return table(
         ("!errors", "task", "#cells", "#first row", "message"),
         [
             (
-                text(plain(e["error"], 24), "yellow" if e["error"] == "upstream" else "red"),
-                plain(e["task"], 24),
-                f"{e['count']:,}",
-                f"{e['first_row']:,}",
-                plain(e.get("message") or "", max(20, width - 64)),
+                text(plain(e.error, 24), "yellow" if e.error == "upstream" else "red"),
+                plain(e.task, 24),
+                f"{e.count:,}",
+                f"{e.first_row:,}",
+                plain(e.message, max(20, width - 64)),
             )
             for e in errors
         ],
@@ -256,7 +254,7 @@ def _errors(errors: Sequence[Mapping[str, Any]], width: int) -> Table:
 
 
 def _more(hidden: int, noun: str, nouns: str = "") -> list[Text]:
-    from motet.job import count
+    from motet.messages.jobs import count
 
     return [text(f"and {count(hidden, noun, nouns)} more", "dim")] if hidden > 0 else []
 
@@ -364,8 +362,15 @@ def near() -> Client:
     return Client.over(Http(Address.find(), timeout_s=PATIENCE_S))
 
 
-def look(job: Job) -> Mapping[str, Any] | None:
+def look(job: Job) -> JobActivity | None:
     """The job's activity, or None from a server that is too old to tell."""
+    from motet.messages.activity import JobActivity
+
+    told = _told(job)
+    return None if told is None else JobActivity.of(told)
+
+
+def _told(job: Job) -> Mapping[str, Any] | None:
     from motet.errors import NotFound
 
     try:
@@ -389,7 +394,7 @@ def _follow(job: Job, screen: Console) -> None:
     hint = "Ctrl-C leaves it running"
     with Live(console=screen, transient=True, auto_refresh=False, redirect_stdout=False) as live:
         note = hint
-        while facts["job"]["state"] not in ENDED:
+        while facts.job.state not in ENDED:
             live.update(picture(facts, width=screen.width, height=screen.height, note=note), refresh=True)
             time.sleep(REDRAW_S)
             try:
@@ -419,10 +424,12 @@ def _stream(job: Job) -> None:
     import dataclasses
     import json
 
+    from motet.messages.jobs import JobRecord
+
     said = ""
     for progress in job.watch():
-        facts = look(job)
-        told: dict[str, Any] = dataclasses.asdict(Progress.of(facts["job"]) if facts else progress)
+        facts = _told(job)
+        told = dataclasses.asdict(Progress.of(JobRecord.of(facts["job"])) if facts else progress)
         if facts:
             told |= {name: facts[name] for name in ("passes", "devices", "errors")}
         line = json.dumps({"job": job.id, **told}, ensure_ascii=False)

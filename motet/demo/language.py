@@ -19,7 +19,8 @@ from typing import Any
 from motet import datasets
 from motet.cli.show import console, cut, result_table
 from motet.demo.stage import DemoStage, Story, staged, told_of
-from motet.job import Job, Plan, count
+from motet.job import Job
+from motet.messages.jobs import Plan, count
 from motet.results import Row
 from motet.tasks import Choose, Generate, Task
 

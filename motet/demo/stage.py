@@ -15,7 +15,8 @@ from typing import TYPE_CHECKING, Any
 
 from motet.cli.show import console, plan_line, plan_picture, program
 from motet.client import Client
-from motet.job import Job, Plan, count
+from motet.job import Job
+from motet.messages.jobs import Plan, count
 from motet.states import State
 from motet.tasks import Task
 

@@ -16,7 +16,8 @@ from typing import Any
 from motet import datasets
 from motet.cli.show import console, result_table
 from motet.demo.stage import DemoStage, Story, staged, told_of
-from motet.job import Job, Plan
+from motet.job import Job
+from motet.messages.jobs import Plan
 from motet.tasks import Classify, Embed, Task
 
 TASKS: Mapping[str, Task] = {

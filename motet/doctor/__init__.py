@@ -6,39 +6,14 @@ facts of this machine. The API gathers those of the server's side by itself (`GE
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Literal, get_args
+from typing import get_args
 
-CheckState = Literal["ok", "warn", "fail", "skipped"]
+from motet.messages.cluster import CheckState, Finding
+
+__all__ = ["STATES", "Area", "CheckState", "Finding"]
+
 STATES: tuple[CheckState, ...] = get_args(CheckState)
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Finding:
-    """One thing that was looked at."""
-
-    #: What it belongs to: ``python``, ``disk``, ``gpu``, ``server``, ``redis`` …; findings are shown by area.
-    area: str
-    name: str
-    #: ``fail``: motet does not work so. ``warn``: it works, and will hurt. ``skipped``: not looked at, ``what`` says why.
-    state: CheckState
-    #: What was seen.
-    what: str
-    #: What to do; empty where there is nothing to do.
-    remedy: str = ""
-
-    def to_json(self) -> dict[str, str]:
-        """As `GET /v1/doctor` and `motet doctor --json` give it."""
-        return {name: getattr(self, name) for name in ("area", "name", "state", "what", "remedy")}
-
-    @classmethod
-    def from_json(cls, said: Mapping[str, Any]) -> Finding:
-        """Raises ValueError where a field is missing or no text, or the state is unknown."""
-        fields = {name: said.get(name) for name in ("area", "name", "state", "what", "remedy")}
-        if not all(isinstance(value, str) for value in fields.values()) or fields["state"] not in STATES:
-            raise ValueError(f"got {fields}; expected a finding of five texts")
-        return cls(**fields)  # type: ignore[arg-type]
 
 
 @dataclass(frozen=True, slots=True)

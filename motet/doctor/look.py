@@ -418,7 +418,7 @@ def _own_findings(address: Address) -> list[Finding]:
     try:
         said = answer.json()
         scope = str(said["scope"])
-        theirs = [Finding.from_json(one) for one in said["findings"]]
+        theirs = [Finding.checked(one) for one in said["findings"]]
         version = cluster.versions(version_here(), str(said["version"]), PROTOCOL, int(said["protocol"]))
     except (ValueError, TypeError, KeyError, AttributeError):
         what = f"{address.url} answers, but not as motet does"
@@ -453,7 +453,7 @@ def behind(env: Mapping[str, str]) -> list[Finding]:
     try:
         ran = subprocess.run(command, env=dict(env), capture_output=True, text=True, timeout=60, check=False)
         if ran.returncode == 0:
-            return [Finding.from_json(one) for one in json.loads(ran.stdout)]
+            return [Finding.checked(one) for one in json.loads(ran.stdout)]
         said = (ran.stderr.strip().splitlines() or ["no word"])[-1][:300]
     except (OSError, ValueError, subprocess.TimeoutExpired) as error:
         said = type(error).__name__

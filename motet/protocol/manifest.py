@@ -11,8 +11,9 @@ import json
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
+from motet.messages.message import ApiMessage, Limit
 from motet.protocol.columns import Kind
 
 #: What a model can answer, and so which task kinds may use it (see ANSWERS). ``text``: it is a language model.
@@ -68,45 +69,87 @@ def decode_slots(device_kind: str) -> int:
     return _DECODE_SLOTS.get(device_kind, _DECODE_SLOTS["cuda"])
 
 
+NAME = r"[A-Za-z0-9][A-Za-z0-9_.-]{0,99}"
+VERSION = r"[A-Za-z0-9][A-Za-z0-9_.-]{0,39}"
+_SHA256 = r"[0-9a-f]{64}"
+#: What a model's folder may hold. Pickles (.bin, .pt, .pkl), archives and code are none of it.
+#: Chat templates (.jinja) are filled in by transformers, in a sandbox.
+SUFFIXES = (".safetensors", ".json", ".txt", ".model", ".jinja")
+_MOST_FILES = 1000
+_MOST_LABELS = 32_000
+#: A relative path of up to five plain names, none of dots alone.
+_Path = Annotated[
+    str,
+    Limit(
+        "",
+        pattern=r"(?:(?!\.+/)[A-Za-z0-9_.-]{1,100}/){0,4}(?=[^/]{1,100}\Z)[A-Za-z0-9_.-]+"
+        rf"(?:{'|'.join(map(re.escape, SUFFIXES))})",
+    ),
+]
+_Count = Annotated[int, Limit("a whole number", least=0, most=2**53 - 1)]
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Manifest:
+class Manifest(ApiMessage):
     """One model of one version. ``engine`` names an entry point of the group ``motet.engines``."""
 
-    name: str
-    version: str
+    #: Name of the model.
+    name: Annotated[str, Limit("letters, digits, _ . -, up to 100", pattern=NAME)]
+    #: Its version.
+    version: Annotated[str, Limit("letters, digits, _ . -, up to 40", pattern=VERSION)]
     #: Entry point that runs it: ``encoder``, ``classifier``, or a user's own.
-    engine: str
+    engine: Annotated[str, Limit("the name of an entry point of motet.engines", pattern=NAME)]
+    #: What it answers, and so which kinds of task may use it.
     answers: Answer
     #: Relative path -> sha256 of every file of this model (a head's own files only).
-    files: Mapping[str, str] = field(default_factory=dict)
+    files: Annotated[
+        Mapping[_Path, Annotated[str, Limit("", pattern=_SHA256)]],
+        Limit(f"relative paths that end in {', '.join(SUFFIXES)}, each with its sha256", most=_MOST_FILES),
+    ] = field(default_factory=dict)
     #: Relative path -> bytes, for memory estimates and caches.
-    sizes: Mapping[str, int] = field(default_factory=dict)
+    sizes: Annotated[Mapping[_Path, _Count], Limit("paths with their bytes", most=_MOST_FILES)] = field(
+        default_factory=dict
+    )
     #: Digest of the trunk: an encoder's own, the one a head sits on, or "" where nothing can be shared.
-    trunk: str = ""
+    trunk: Annotated[str, Limit("a digest, or nothing", pattern=f"({_SHA256})?")] = ""
     #: The trunk model's ``name@version``, for heads; "" otherwise.
-    trunk_model: str = ""
+    trunk_model: Annotated[
+        str, Limit("name@version of the trunk, or nothing", pattern=f"({NAME}@{VERSION})?")
+    ] = ""
     #: Tokens read at most, special ones included; 0 where tokens mean nothing.
-    max_tokens: int = 0
+    max_tokens: _Count = 0
     #: Vector length of the trunk's pooled output; 0 where there is none.
-    dim: int = 0
+    dim: Annotated[int, Limit("a whole number up to 65,536", least=0, most=65_536)] = 0
+    #: How the trunk's output becomes one vector; "" where it does not.
     pooling: Literal["mean", "cls", ""] = ""
-    labels: tuple[str, ...] = ()
+    #: Names of what it can answer, by code.
+    labels: Annotated[
+        tuple[Annotated[str, Limit("", least=1, most=200)], ...],
+        Limit(f"a list of up to {_MOST_LABELS:,} different labels", most=_MOST_LABELS, unique=True),
+    ] = ()
     #: Multi-label heads: a label is given when its score reaches its threshold.
-    thresholds: tuple[float, ...] = ()
+    thresholds: Annotated[tuple[float, ...], Limit("a list of numbers", most=_MOST_LABELS)] = ()
     #: Parameters of the trunk (or whole model), for predictions of memory and cost.
-    parameters: int = 0
+    parameters: _Count = 0
     #: Bytes that each of them takes in memory in any format (1: packed to eight bits); 0: as many as the format's.
-    packed_width: int = 0
+    packed_width: Annotated[int, Limit("a whole number up to 8", least=0, most=8)] = 0
     #: Language models: numbers that attention keeps of each token, keys and values of all layers; 0 elsewhere.
-    kv_width: int = 0
+    kv_width: Annotated[int, Limit("a whole number below 2^31", least=0, most=2**31 - 1)] = 0
     #: Formats beside fp32 whose accuracy check passed at registration, such as ("bf16",).
-    formats: tuple[str, ...] = ()
+    formats: Annotated[
+        tuple[Annotated[str, Limit("", pattern="bf16|fp16|fp8|int8")], ...],
+        Limit("a list of bf16, fp16, fp8, int8", most=8),
+    ] = ()
     #: The same input gives the same answer, so columns may be reused.
     deterministic: bool = True
-    licence: str = ""
+    #: Under which it may be used.
+    licence: Annotated[str, Limit("text", most=2000)] = ""
     #: Where it came from: {"package": …} | {"folder": …} | {"hub": …}; told to people, never loaded from.
     #: Of a model on another server: {"url": …, "model": …, "in_flight": …, "key_env": …}, and that is asked.
-    source: Mapping[str, str] = field(default_factory=dict)
+    source: Annotated[
+        Mapping[Annotated[str, Limit("", most=100)], Annotated[str, Limit("", most=2000)]],
+        Limit("an object of text", most=20),
+    ] = field(default_factory=dict)
     #: Measured scores and how they were measured.
     scores: Mapping[str, Any] = field(default_factory=dict)
 
@@ -147,15 +190,6 @@ class Manifest:
         """Predicted memory of its weights in a numeric format, and of what comes with them."""
         kept = self.kv_width * KV_TOKENS * WIDTHS[in_format]
         return int((1.1 * self.weights_bytes(in_format) + kept) / (1 << 20)) + OVERHEAD_MB
-
-    def to_json(self) -> dict[str, Any]:
-        return {
-            # Not asdict, whose deep copies cost more than all else of a message.
-            **{name: getattr(self, name) for name in _FIELDS},
-            "labels": list(self.labels),
-            "thresholds": list(self.thresholds),
-            "formats": list(self.formats),
-        }
 
     @classmethod
     def from_json(cls, spec: Mapping[str, Any]) -> Manifest:

@@ -14,9 +14,7 @@ from pathlib import Path
 from typing import Any, get_type_hints
 
 from motet.errors import SetupError
-
-#: A hundred years: more is a slip of the hand.
-MAX_RETENTION_DAYS = 36_500
+from motet.messages.jobs import MAX_RETENTION_DAYS
 
 
 def cache_folder(named: str = "") -> Path:

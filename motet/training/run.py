@@ -19,6 +19,7 @@ from typing import Any
 from motet.errors import JobFailed, SetupError, Unauthorized
 from motet.http import Address, Http
 from motet.job import Job
+from motet.messages.training import FitList
 from motet.protocol.manifest import Manifest
 from motet.states import ENDED
 from motet.tasks import Classify, Number, Task, short
@@ -43,8 +44,8 @@ class TrainRun:
 
     def epochs(self) -> list[Epoch]:
         """Those that have ended so far."""
-        told = self._http.get(f"/v1/jobs/{self.job.id}/fits")["fits"]
-        return [self._epoch(epoch) for epoch in (told[0]["epochs"] if told else ())]
+        told = FitList.of(self._http.get(f"/v1/jobs/{self.job.id}/fits")).fits
+        return [self._epoch(epoch) for epoch in (told[0].epochs if told else ())]
 
     def _epoch(self, told: Mapping[str, Any]) -> Epoch:
         """An epoch as it was told; a newer worker may tell more of it."""

@@ -2,29 +2,43 @@
 
 from __future__ import annotations
 
-import json
 import time
 from collections.abc import Mapping
 from typing import Annotated, Any
 from uuid import UUID
 
-from fastapi import APIRouter, Query
-from starlette.responses import HTMLResponse, JSONResponse, Response
+from fastapi import Query
+from starlette.responses import HTMLResponse, Response
 
+from motet.messages.activity import (
+    DeviceState,
+    DeviceUnderWay,
+    ErrorCount,
+    JobActivity,
+    LeftOut,
+    PassBlocks,
+    PassUnderWay,
+    RowsUnderWay,
+    SubtaskCounts,
+    SubtaskPage,
+    SubtaskUnderWay,
+    ThroughputBucket,
+)
 from motet.protocol.transport import TransportLost
 from motet.protocol.wire import Beat
 from motet.states import State
-from scheduler.api import page, shapes
+from scheduler.api import page
 from scheduler.api.auth import Caller
-from scheduler.api.jobs import JobPath, describe
 from scheduler.api.markup import POLICY
-from scheduler.api.refusals import refusal
+from scheduler.api.records import JobPath, describe
+from scheduler.api.refusals import error_of, refusal
 from scheduler.api.resources import Resources, Use, job_id
+from scheduler.api.routing import Routes, errors
 from scheduler.store import activity as store
-from scheduler.store.activity import Activity, DeviceActivity, SubtaskActivity
+from scheduler.store.activity import Activity, DeviceActivity, PassActivity, SubtaskActivity
 from scheduler.store.jobs import job_entries
 
-routes = APIRouter()
+routes = Routes()
 
 #: Sub-tasks of a timeline at most.
 MAX_TIMELINE = 2000
@@ -34,9 +48,8 @@ MAX_TIMELINE = 2000
     "/v1/jobs/{job}/activity",
     summary="What happens in a job: passes, devices, sub-tasks in time, throughput, errors",
     tags=["jobs"],
-    responses=shapes.answers(
-        200, shapes.ActivityShape, shapes.ACTIVITY, "The job as of one moment.", 403, 404, 422
-    ),
+    response_description="The job as of one moment.",
+    responses=errors(403, 404, 422),
 )
 def show_activity(
     use: Use,
@@ -45,17 +58,16 @@ def show_activity(
     timeline: Annotated[
         int, Query(ge=0, le=MAX_TIMELINE, description="Newest sub-tasks to show; open ones come first.")
     ] = 500,
-) -> Response:
-    return JSONResponse(facts_of(use, caller.tenant, job_id(job), timeline=timeline))
+) -> JobActivity:
+    return facts_of(use, caller.tenant, job_id(job), timeline=timeline)
 
 
 @routes.get(
     "/v1/jobs/{job}/subtasks",
     summary="All sub-tasks of a job, page by page",
     tags=["jobs"],
-    responses=shapes.answers(
-        200, shapes.SubtasksShape, shapes.SUBTASKS, "A page of sub-tasks, oldest first.", 403, 404, 422
-    ),
+    response_description="A page of sub-tasks, oldest first.",
+    responses=errors(403, 404, 422),
 )
 def list_subtasks(
     use: Use,
@@ -63,10 +75,10 @@ def list_subtasks(
     job: JobPath,
     limit: Annotated[int, Query(ge=1, le=MAX_TIMELINE, description="Sub-tasks of a page.")] = 1000,
     after: Annotated[int, Query(ge=0, le=2**62, description="`next` of the page before.")] = 0,
-) -> Response:
+) -> SubtaskPage:
     with use.database.transaction() as connection:
         found, following = store.subtasks(connection, caller.tenant, job_id(job), after=after, limit=limit)
-    return JSONResponse({"subtasks": [_subtask(s) for s in found], "next": following})
+    return SubtaskPage(subtasks=tuple(_subtask(s) for s in found), next=following)
 
 
 # -- pages
@@ -115,7 +127,7 @@ def jobs_page(
     with use.database.transaction() as connection:
         entries = job_entries(connection, caller.tenant, limit=limit + 1, after=after, state=state)
     following = str(entries[limit - 1].id) if len(entries) > limit else None
-    shown = [describe(e) for e in entries[:limit]]
+    shown = [describe(e).to_json() for e in entries[:limit]]
     return _page(page.jobs_page(shown, following=following, state=state, limit=limit, first=after is None))
 
 
@@ -127,7 +139,7 @@ def jobs_page(
     responses=_html("What happens in it. HTTP Basic does as well: the token's id and its secret.", 404),
 )
 def job_page(use: Use, caller: Caller, job: JobPath) -> Response:
-    return _page(page.job_page(facts_of(use, caller.tenant, job_id(job), timeline=_DRAWN)))
+    return _page(page.job_page(facts_of(use, caller.tenant, job_id(job), timeline=_DRAWN).to_json()))
 
 
 def refused(error: Exception) -> Response:
@@ -136,8 +148,7 @@ def refused(error: Exception) -> Response:
     headers = {k: v for k, v in told.headers.items() if k in ("retry-after",)}
     if told.status_code == 401:
         headers["WWW-Authenticate"] = 'Basic realm="motet", charset="UTF-8"'
-    message = json.loads(bytes(told.body))["error"]["message"]
-    return _page(page.refused_page(told.status_code, message), told.status_code, headers)
+    return _page(page.refused_page(told.status_code, error_of(error).message), told.status_code, headers)
 
 
 def _page(content: str, status: int = 200, headers: Mapping[str, str] | None = None) -> Response:
@@ -147,107 +158,86 @@ def _page(content: str, status: int = 200, headers: Mapping[str, str] | None = N
 # -- facts
 
 
-def facts_of(use: Resources, tenant: UUID, job: UUID, *, timeline: int) -> dict[str, Any]:
-    """A job's activity as docs/http.md shows it. Raises NotFound."""
+def facts_of(use: Resources, tenant: UUID, job: UUID, *, timeline: int) -> JobActivity:
+    """A job's activity. Raises NotFound."""
     with use.database.transaction() as connection:
         found = store.activity(connection, tenant, job, timeline=timeline)
-    return {
-        "job": describe(found.job),
-        "now_s": _s(found.now_s),
-        "passes": _passes(found),
-        "devices": _devices(use, found),
-        "timeline": [_subtask(s) for s in found.timeline],
-        "throughput": [
-            {"at_s": _s(t.at_s), "tokens_s": round(t.tokens_s, 1), "rows_s": round(t.rows_s, 1)}
-            for t in found.throughput
-        ],
-        "errors": [
-            {
-                "task": e.task,
-                "error": e.error,
-                "count": e.count,
-                "first_row": e.first_row,
-                "message": e.message,
-            }
-            for e in found.errors
-        ],
-        "left_out": {
-            "timeline": found.subtasks_left_out,
-            "devices": found.devices_left_out,
-            "errors": found.errors_left_out,
-        },
-    }
-
-
-def _subtask(s: SubtaskActivity) -> dict[str, Any]:
-    return {
-        "subtask": s.id,
-        "worker": s.worker,
-        "pass": s.pass_number,
-        "state": s.state,
-        "exclusive": s.exclusive,
-        "carved_s": _s(s.carved_s),
-        "start_s": _s(s.start_s),
-        "end_s": None if s.end_s is None else _s(s.end_s),
-        "rows": s.rows,
-        "tokens": s.tokens,
-        "busy_s": _s(s.busy_s),
-    }
-
-
-def _passes(found: Activity) -> list[dict[str, Any]]:
-    return [
-        {
-            "number": p.number,
-            "kind": p.kind,
-            "tasks": list(p.tasks),
-            "blocks": {"total": p.blocks, "sealed": p.blocks_sealed, "waiting": p.blocks_waiting},
-            "rows": {
-                "total": p.rows,
-                "waiting": store.waiting(found.job, p),
-                "open": p.rows_open,
-                "done": p.rows_done,
-            },
-            "subtasks": {
-                "open": p.subtasks_open,
-                "done": p.subtasks_done,
-                "lost": p.subtasks_lost,
-                "failed": p.subtasks_failed,
-            },
-            "tokens": p.tokens,
-            "unfused_tokens": p.unfused_tokens,
-            "busy_s": _s(p.busy_s),
-        }
-        for p in found.passes
-    ]
-
-
-def _devices(use: Resources, found: Activity) -> list[dict[str, Any]]:
     beats = _beats(use)
-    silent = use.workers.silent(beats, time.monotonic()) if beats else set()
-    return [_device(d, beats, silent) for d in found.devices]
+    silent = use.workers.silent(beats, time.monotonic()) if beats else set[str]()
+    return JobActivity(
+        job=describe(found.job),
+        now_s=_s(found.now_s),
+        passes=tuple(_pass(found, p) for p in found.passes),
+        devices=tuple(_device(d, beats, silent) for d in found.devices),
+        timeline=tuple(_subtask(s) for s in found.timeline),
+        throughput=tuple(
+            ThroughputBucket(at_s=_s(t.at_s), tokens_s=round(t.tokens_s, 1), rows_s=round(t.rows_s, 1))
+            for t in found.throughput
+        ),
+        errors=tuple(
+            ErrorCount(task=e.task, error=e.error, count=e.count, first_row=e.first_row, message=e.message)
+            for e in found.errors
+        ),
+        left_out=LeftOut(
+            timeline=found.subtasks_left_out, devices=found.devices_left_out, errors=found.errors_left_out
+        ),
+    )
 
 
-def _device(d: DeviceActivity, beats: Mapping[str, Beat] | None, silent: set[str]) -> dict[str, Any]:
+def _subtask(s: SubtaskActivity) -> SubtaskUnderWay:
+    return SubtaskUnderWay(
+        subtask=s.id,
+        worker=s.worker,
+        pass_=s.pass_number,
+        state=s.state,
+        exclusive=s.exclusive,
+        carved_s=_s(s.carved_s),
+        start_s=_s(s.start_s),
+        end_s=None if s.end_s is None else _s(s.end_s),
+        rows=s.rows,
+        tokens=s.tokens,
+        busy_s=_s(s.busy_s),
+    )
+
+
+def _pass(found: Activity, p: PassActivity) -> PassUnderWay:
+    return PassUnderWay(
+        number=p.number,
+        kind=p.kind,
+        tasks=p.tasks,
+        blocks=PassBlocks(total=p.blocks, sealed=p.blocks_sealed, waiting=p.blocks_waiting),
+        rows=RowsUnderWay(
+            total=p.rows, waiting=store.waiting(found.job, p), open=p.rows_open, done=p.rows_done
+        ),
+        subtasks=SubtaskCounts(
+            open=p.subtasks_open, done=p.subtasks_done, lost=p.subtasks_lost, failed=p.subtasks_failed
+        ),
+        tokens=p.tokens,
+        unfused_tokens=p.unfused_tokens,
+        busy_s=_s(p.busy_s),
+    )
+
+
+def _device(d: DeviceActivity, beats: Mapping[str, Beat] | None, silent: set[str]) -> DeviceUnderWay:
     beat = beats.get(d.worker) if beats else None
     if beats is None or d.worker in silent:
-        state = "silent"
+        state: DeviceState = "silent"
     else:
         state = beat.state if beat else "gone"
-    return {
-        "worker": d.worker,
-        "device_name": beat.device_name if beat else d.device_name,
-        "state": state,
-        "subtasks": d.subtasks,
-        "open": d.open,
-        "rows": d.rows,
-        "tokens": d.tokens,
-        "busy_s": _s(d.busy_s),
-        "tokens_s": round(d.tokens / d.busy_s, 1) if d.busy_s > 0 else 0.0,
-        "share": round(d.busy_s / d.span_s, 3) if d.span_s > 0 else 0.0,
-        "utilisation": beat.utilisation if beat else None,
-        "backlog_s": beat.backlog_s if beat else None,
-    }
+    return DeviceUnderWay(
+        worker=d.worker,
+        device_name=beat.device_name if beat else d.device_name,
+        state=state,
+        subtasks=d.subtasks,
+        open=d.open,
+        rows=d.rows,
+        tokens=d.tokens,
+        busy_s=_s(d.busy_s),
+        tokens_s=round(d.tokens / d.busy_s, 1) if d.busy_s > 0 else 0.0,
+        share=round(d.busy_s / d.span_s, 3) if d.span_s > 0 else 0.0,
+        utilisation=beat.utilisation if beat else None,
+        backlog_s=beat.backlog_s if beat else None,
+    )
 
 
 def _beats(use: Resources) -> dict[str, Beat] | None:

@@ -28,6 +28,7 @@ from motet.protocol.settings import Settings
 from motet.protocol.transport import TransportLost
 from scheduler.api import (
     activity,
+    aliases,
     blobs,
     cluster,
     doctor,
@@ -36,6 +37,9 @@ from scheduler.api import (
     jobs,
     metrics,
     models,
+    opening,
+    parts,
+    planning,
     results,
     tokens,
 )
@@ -51,6 +55,13 @@ log = logging.getLogger(__name__)
 _EXPECTED = (MotetError, StoreUnavailable, TransportLost, RequestValidationError, HTTPException)
 _DESCRIPTION = """Submit rows × tasks as one job, stream merged rows while it runs.
 Every route but `/healthz`, `/readyz` and this description needs `Authorization: Bearer <id>.<secret>`."""
+
+
+#: In the order of the API's description.
+_ROUTES = (
+    opening, parts, jobs, planning, activity, explain, results, fits, models, aliases, blobs, tokens, cluster, doctor,
+    metrics,
+)  # fmt: skip
 
 
 def create_app(settings: Settings) -> FastAPI:
@@ -83,7 +94,7 @@ def create_app(settings: Settings) -> FastAPI:
         redirect_slashes=False,
     )
     app.state.resources = use
-    for module in (jobs, activity, explain, results, fits, models, blobs, tokens, cluster, doctor, metrics):
+    for module in _ROUTES:
         app.include_router(module.routes)
     for kind in _EXPECTED:
         app.add_exception_handler(kind, _refuse)

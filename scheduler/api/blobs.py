@@ -9,30 +9,31 @@ import time
 from contextlib import suppress
 from typing import Annotated
 
-from fastapi import APIRouter, Path, Request, Response
+from fastapi import Path, Request, Response
 from starlette.concurrency import run_in_threadpool
-from starlette.responses import FileResponse, JSONResponse
+from starlette.responses import FileResponse
 
 from motet.errors import InvalidJob, NotFound, Problem
+from motet.messages.registry import BlobRecord
 from motet.protocol.wire import LEASE_HEADER
-from scheduler.api import shapes
 from scheduler.api.auth import Caller
 from scheduler.api.blob_folder import SHA256
 from scheduler.api.bodies import chunks
 from scheduler.api.refusals import Forbidden, Unavailable
 from scheduler.api.resources import Resources, Use
+from scheduler.api.routing import Routes, errors, gives_bytes, takes_bytes
 from scheduler.store import blobs as store
 from scheduler.store.database import StoreUnavailable
 from scheduler.store.registry import has_live_lease
 
 log = logging.getLogger(__name__)
-routes = APIRouter(tags=["blobs"])
+routes = Routes(tags=["blobs"])
 
 BlobPath = Annotated[str, Path(description="Sha256 of the file, in lower-case hex.", examples=["9f86d081…"])]
 
 #: What lets a worker store a file.
 _LEASE = re.compile(r"([0-9]{1,18})\.([0-9]{1,4})\.([A-Za-z0-9_-]{1,128})")
-_BINARY = {"application/octet-stream": {"schema": {"type": "string", "format": "binary"}}}
+_BINARY = "application/octet-stream"
 
 
 @routes.api_route(
@@ -40,9 +41,9 @@ _BINARY = {"application/octet-stream": {"schema": {"type": "string", "format": "
     methods=["GET"],
     summary="A file by content; ranges are answered",
     responses={
-        **shapes.answers(200, None, None, "The file.", 403, 404),
-        200: {"description": "The file.", "content": _BINARY},
-        206: {"description": "The part asked for by `Range`.", "content": _BINARY},
+        **errors(403, 404),
+        200: gives_bytes("The file.", _BINARY),
+        206: gives_bytes("The part asked for by `Range`.", _BINARY),
     },
     response_class=FileResponse,
 )
@@ -53,7 +54,8 @@ def get_blob(use: Use, caller: Caller, sha256: BlobPath) -> Response:
 @routes.head(
     "/v1/blobs/{sha256}",
     summary="Whether a file is stored",
-    responses=shapes.answers(200, None, None, "It is; `Content-Length` is its size.", 403, 404),
+    response_description="It is; `Content-Length` is its size.",
+    responses=errors(403, 404),
 )
 def has_blob(use: Use, caller: Caller, sha256: BlobPath) -> Response:
     found = _file(use, sha256)
@@ -75,10 +77,11 @@ def _file(use: Resources, sha256: str) -> Response:
     "/v1/blobs/{sha256}",
     summary="Store a file",
     status_code=201,
-    responses=shapes.answers(201, None, None, "It is stored, now or before.", 403, 413, 422),
-    openapi_extra=shapes.takes(None, "The file as it is.", "application/octet-stream"),
+    response_description="It is stored, now or before.",
+    responses=errors(403, 413, 422),
+    openapi_extra=takes_bytes("The file as it is.", octet_stream="binary"),
 )
-async def put_blob(request: Request, use: Use, caller: Caller, sha256: BlobPath) -> Response:
+async def put_blob(request: Request, use: Use, caller: Caller, sha256: BlobPath) -> BlobRecord:
     if not SHA256.fullmatch(sha256):
         raise InvalidJob(
             Problem("sha256", "another form", "64 lower-case hex digits", "send the file's sha256")
@@ -93,7 +96,7 @@ async def put_blob(request: Request, use: Use, caller: Caller, sha256: BlobPath)
         # A sweep took the file of before in the moment between; from here on none takes it.
         raise Unavailable("the file was swept while it came in; send it again")
     log.info("blob stored", extra={"blob": sha256, "bytes": size, "token": caller.token})
-    return JSONResponse({"sha256": sha256, "bytes": size}, 201)
+    return BlobRecord(sha256=sha256, bytes=size)
 
 
 def lease_of(shown: str) -> tuple[int, int, str] | None:

@@ -5,14 +5,16 @@ from __future__ import annotations
 import asyncio
 import sys
 import zlib
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Iterator, Mapping
 from contextlib import asynccontextmanager
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
 from fastapi import Request
 
 from motet.errors import InvalidJob, Overloaded, Problem
+from motet.messages.message import ApiMessage, expectations, misfits
 from motet.protocol.values import Doubled
+from motet.tasks import short
 from scheduler.api.refusals import TooLarge
 from scheduler.api.resources import MAX_BODIES_BYTES, Resources
 from scheduler.api.strict_json import BrokenJson, flaw, loads
@@ -21,6 +23,8 @@ if sys.version_info >= (3, 14):
     from compression import zstd
 else:
     from backports import zstd
+
+M = TypeVar("M", bound=ApiMessage)
 
 #: Bodies that hold no rows.
 SMALL_BYTES = 1024 * 1024
@@ -101,6 +105,29 @@ def clean_object(body: Any, where: str = "body") -> dict[str, Any]:
             Problem(path or where, words, "JSON that other programs can read", "mend this value")
         )
     return body
+
+
+def taken(message: type[M], body: Mapping[str, Any], *, newer: bool = False) -> M:
+    """A clean object as a message. ``newer``: fields that are not known are passed over.
+
+    Raises InvalidJob with every field that is not known, is missing or does not fit.
+    """
+    if problems := misfits_of(message, body, newer=newer):
+        raise InvalidJob(problems)
+    return message.of(body)
+
+
+def misfits_of(message: type[ApiMessage], body: Mapping[str, Any], *, newer: bool = False) -> list[Problem]:
+    """Every field of an object that is not known to the message, is missing or does not fit."""
+    known = expectations(message)
+    strange = [] if newer else [key for key in body if key not in known]
+    return [
+        *(Problem(short(k), "an unknown option", f"one of {', '.join(known)}", "remove it") for k in strange),
+        *(
+            Problem(key, short(body.get(key, "nothing")), known[key], "mend it; see docs/http.md")
+            for key in misfits(message, body)
+        ),
+    ]
 
 
 def _kind(value: Any) -> str:

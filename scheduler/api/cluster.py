@@ -5,41 +5,37 @@ from __future__ import annotations
 import logging
 import re
 import time
-from collections.abc import Mapping, Sequence
-from typing import Annotated, Any
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Annotated
 from uuid import UUID
 
-from fastapi import APIRouter, Path
-from starlette.responses import JSONResponse, PlainTextResponse
+from fastapi import Path
+from starlette.responses import PlainTextResponse, Response
 
 from motet.errors import NotFound
+from motet.messages.cluster import ClusterPressure, Drained, Readiness, RunningWork, Worker, WorkerList
 from motet.protocol.transport import TransportLost
 from motet.protocol.wire import Beat
 from motet.tasks import short
-from scheduler.api import shapes
 from scheduler.api.auth import Caller
 from scheduler.api.refusals import Unavailable, refusal
 from scheduler.api.resources import Resources, Use
+from scheduler.api.routing import Routes, errors, reply
 from scheduler.policy.liveness import speaks
-from scheduler.policy.pressure import overloads, pressures, throttle
+from scheduler.policy.pressure import PressureFacts, overloads, pressures, throttle
 from scheduler.store import drains
 from scheduler.store.database import StoreUnavailable
-from scheduler.store.drains import Drain
-from scheduler.store.leases import HeldSubtasks, runs_by_worker
+from scheduler.store.leases import runs_by_worker
 from scheduler.store.rates import speeds
 from scheduler.store.registry import Registered, has_leader, models
 
 log = logging.getLogger(__name__)
-routes = APIRouter(tags=["cluster"])
+routes = Routes(tags=["cluster"])
 
 WorkerPath = Annotated[
     str, Path(description="A worker's name, or a host's for all of its workers.", examples=["gpu-host-gpu0"])
 ]
-_DRAINING = {
-    **shapes.WORKER,
-    "state": "draining",
-    "drained": {"since": "2026-11-23T18:33:00.000000Z", "by": "administrator"},
-}
 
 
 @routes.get("/healthz", summary="The process is up", response_class=PlainTextResponse)
@@ -50,15 +46,17 @@ def healthz() -> PlainTextResponse:
 @routes.get(
     "/readyz",
     summary="Postgres, Redis and a leader are there",
-    responses=shapes.answers(200, shapes.ReadyShape, shapes.READY, "All three are there.", anyone=True),
+    response_model=Readiness,
+    response_description="All three are there.",
+    responses=errors(anyone=True),
 )
-def readyz(use: Use) -> JSONResponse:
+def readyz(use: Use) -> Response:
     postgres, leader = _postgres(use)
     found = {"postgres": postgres, "redis": _redis(use), "leader": leader}
     missing = [name for name, there in found.items() if not there]
     if missing:
         return refusal(Unavailable(f"not there: {', '.join(missing)}"))
-    return JSONResponse({"ready": True, **found})
+    return reply(Readiness(ready=True, **found))
 
 
 def _postgres(use: Resources) -> tuple[bool, bool]:
@@ -82,54 +80,43 @@ def _redis(use: Resources) -> bool:
 @routes.get(
     "/v1/cluster",
     summary="How pressed the cluster is, and whether it takes new rows",
-    responses=shapes.answers(200, shapes.ClusterShape, shapes.CLUSTER, "As of about a second ago."),
+    response_description="As of about a second ago.",
+    responses=errors(),
 )
-def show_cluster(use: Use, caller: Caller) -> JSONResponse:
+def show_cluster(use: Use, caller: Caller) -> ClusterPressure:
     facts = use.door.look()
-    lag, memory_share = facts.lag, facts.memory_share
-    return JSONResponse(
-        {
-            "pressure": pressures(facts),
-            "throttle": None if lag is None or memory_share is None else throttle(lag.entries, memory_share),
-            "refused": [
-                {
-                    "reason": overload.reason,
-                    "what": overload.what,
-                    "remedy": overload.remedy,
-                    "retry_after_s": overload.retry_after_s,
-                }
-                for overload in overloads(facts)
-            ],
-        }
+    return ClusterPressure(
+        pressure=pressures(facts), throttle=throttle_of(facts), refused=tuple(overloads(facts))
     )
+
+
+def throttle_of(facts: PressureFacts) -> float | None:
+    """Share of its usual rate at which the dispatcher sends; None while Redis is away."""
+    lag, memory_share = facts.lag, facts.memory_share
+    return None if lag is None or memory_share is None else throttle(lag.entries, memory_share)
 
 
 @routes.get(
     "/v1/workers",
     summary="The workers that beat",
-    responses=shapes.answers(200, shapes.WorkersShape, {"workers": [shapes.WORKER]}, "Every worker."),
+    response_description="Every worker.",
+    responses=errors(),
 )
-def list_workers(use: Use, caller: Caller) -> JSONResponse:
-    return JSONResponse({"workers": list(_workers(use, caller.tenant).values())})
+def list_workers(use: Use, caller: Caller) -> WorkerList:
+    return WorkerList(workers=tuple(_workers(use, caller.tenant).values()))
 
 
 @routes.post(
     "/v1/workers/{worker}/drain",
     summary="Let a worker, or all of a host, finish what it has and give it no more",
-    responses=shapes.answers(
-        200,
-        shapes.WorkersShape,
-        {"workers": [_DRAINING]},
-        "The worker, or those of the host; it is `drained` once it holds nothing.",
-        403,
-        404,
-    ),
+    response_description="The worker, or those of the host; it is `drained` once it holds nothing.",
+    responses=errors(403, 404),
 )
-def drain_worker(use: Use, caller: Caller, worker: WorkerPath) -> JSONResponse:
+def drain_worker(use: Use, caller: Caller, worker: WorkerPath) -> WorkerList:
     """It stays so, restarted or not, until it is resumed. Again is harmless."""
     named = _named(use, worker, caller.tenant)
     with use.database.transaction() as connection:
-        drains.drain(connection, {name: record["host"] for name, record in named.items()}, caller.token)
+        drains.drain(connection, {name: worker.host for name, worker in named.items()}, caller.token)
     log.info("drained", extra={"workers": sorted(named), "token": caller.token})
     return _shown(use, named, caller.tenant)
 
@@ -137,11 +124,10 @@ def drain_worker(use: Use, caller: Caller, worker: WorkerPath) -> JSONResponse:
 @routes.post(
     "/v1/workers/{worker}/resume",
     summary="Let a drained worker, or all of a host, have work again",
-    responses=shapes.answers(
-        200, shapes.WorkersShape, {"workers": [shapes.WORKER]}, "The worker, or those of the host.", 403, 404
-    ),
+    response_description="The worker, or those of the host.",
+    responses=errors(403, 404),
 )
-def resume_worker(use: Use, caller: Caller, worker: WorkerPath) -> JSONResponse:
+def resume_worker(use: Use, caller: Caller, worker: WorkerPath) -> WorkerList:
     """Again is harmless."""
     named = _named(use, worker, caller.tenant)
     with use.database.transaction() as connection:
@@ -150,12 +136,12 @@ def resume_worker(use: Use, caller: Caller, worker: WorkerPath) -> JSONResponse:
     return _shown(use, named, caller.tenant)
 
 
-def _named(use: Resources, name: str, tenant: UUID) -> dict[str, dict[str, Any]]:
+def _named(use: Resources, name: str, tenant: UUID) -> dict[str, Worker]:
     """The worker of this name, or else those of the host of this name. Raises NotFound."""
     every = _workers(use, tenant)
     if name in every:
         return {name: every[name]}
-    found = {worker: record for worker, record in every.items() if on_host(worker, record["host"], name)}
+    found = {worker: record for worker, record in every.items() if on_host(worker, record.host, name)}
     if not found:
         raise NotFound(f"no worker and no host named {short(name)}; see `motet workers`")
     return found
@@ -168,13 +154,13 @@ def on_host(worker: str, host: str, name: str) -> bool:
     return bool(name) and name in (host, host.partition(".")[0], launched[1] if launched else "")
 
 
-def _shown(use: Resources, named: Mapping[str, Mapping[str, Any]], tenant: UUID) -> JSONResponse:
+def _shown(use: Resources, named: Mapping[str, Worker], tenant: UUID) -> WorkerList:
     """These workers as they are now; one that was forgotten meanwhile as it was."""
     now = _workers(use, tenant)
-    return JSONResponse({"workers": [now.get(name, {**was, "drained": None}) for name, was in named.items()]})
+    return WorkerList(workers=tuple(now.get(name, replace(was, drained=None)) for name, was in named.items()))
 
 
-def _workers(use: Resources, tenant: UUID) -> dict[str, dict[str, Any]]:
+def _workers(use: Resources, tenant: UUID) -> dict[str, Worker]:
     """Every worker that beats or is drained, by name, as docs/http.md shows it. Raises TransportLost."""
     if use.transport is None:
         raise Unavailable("no Redis is configured; set MOTET_REDIS_URL")
@@ -189,45 +175,34 @@ def _workers(use: Resources, tenant: UUID) -> dict[str, dict[str, Any]]:
         runs = runs_by_worker(connection, tenant)
     gone = {name: Beat(worker=name, boot="", seq=0, host=d.host) for name, d in drained.items()}
     return {
-        name: {
-            "worker": name,
-            "host": beat.host,
-            "state": _state(beat, silent=name in silent, drained=name in drained, holding=name in holding)
+        name: Worker(
+            worker=name,
+            host=beat.host,
+            state=_state(beat, silent=name in silent, drained=name in drained, holding=name in holding)
             if name in beats
             else "gone",
-            "device_kind": beat.device_kind if name in beats else "",
-            "device_name": beat.device_name,
-            "memory_mb": beat.memory_mb,
-            "memory_used_mb": beat.memory_used_mb,
-            "utilisation": beat.utilisation,
-            "resident": [refs.get(digest, digest[:12]) for digest in beat.resident],
-            "backlog_s": beat.backlog_s,
-            "held": len(beat.held),
-            "rows_done": beat.rows_done,
-            "rate_tokens_s": learned.get(beat.device_name),
-            "protocol": beat.protocol if name in beats else None,
-            "version": beat.version,
-            "drained": _when(drained.get(name)),
-            **_running(runs.get(name, ())),
-        }
+            device_kind=beat.device_kind if name in beats else "",
+            device_name=beat.device_name,
+            memory_mb=beat.memory_mb,
+            memory_used_mb=beat.memory_used_mb,
+            utilisation=beat.utilisation,
+            resident=tuple(refs.get(digest, digest[:12]) for digest in beat.resident),
+            backlog_s=beat.backlog_s,
+            held=len(beat.held),
+            rows_done=beat.rows_done,
+            rate_tokens_s=learned.get(beat.device_name),
+            protocol=beat.protocol if name in beats else None,
+            version=beat.version,
+            drained=Drained(since=drain.since, by=drain.by) if (drain := drained.get(name)) else None,
+            running=tuple(
+                RunningWork(job=str(run.job), pass_=run.pass_kind, subtasks=run.subtasks, rows=run.rows)
+                for run in runs.get(name, ())
+                if run.job is not None
+            ),
+            running_other=sum(run.subtasks for run in runs.get(name, ()) if run.job is None),
+        )
         for name, beat in sorted({**gone, **beats}.items())
     }
-
-
-def _running(runs: Sequence[HeldSubtasks]) -> dict[str, Any]:
-    """What a worker runs: jobs of the caller's tenant by name, those of others as a number of sub-tasks."""
-    own = [run for run in runs if run.job is not None]
-    return {
-        "running": [
-            {"job": str(run.job), "pass": run.pass_kind, "subtasks": run.subtasks, "rows": run.rows}
-            for run in own
-        ],
-        "running_other": sum(run.subtasks for run in runs if run.job is None),
-    }
-
-
-def _when(drain: Drain | None) -> dict[str, str] | None:
-    return None if drain is None else {"since": drain.since, "by": drain.by}
 
 
 def _state(beat: Beat, *, silent: bool, drained: bool, holding: bool) -> str:

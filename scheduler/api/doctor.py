@@ -11,79 +11,44 @@ import time
 from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
-from typing import Literal
 
-from fastapi import APIRouter
 from sqlalchemy.exc import SQLAlchemyError
-from starlette.responses import JSONResponse
 
 from motet.doctor import Finding, checks, cluster, look
 from motet.doctor.cluster import PostgresFacts, WorkerFacts
 from motet.errors import SetupError
+from motet.messages.cluster import DoctorReport
 from motet.protocol.settings import Settings
 from motet.protocol.transport import RedisTransport, TransportLost
 from motet.protocol.wire import PROTOCOL, Beat
-from scheduler.api import shapes
 from scheduler.api.auth import Caller
 from scheduler.api.resources import Use
+from scheduler.api.routing import Routes, errors
 from scheduler.store import registry
 from scheduler.store.database import Database, StoreUnavailable
 from scheduler.store.doctor import leader_seen, postgres_seen
 
-routes = APIRouter(tags=["cluster"])
+routes = Routes(tags=["cluster"])
 
 #: What concerns whoever submits; the rest tells of the server's insides.
 FOR_ALL = frozenset({"workers", "models"})
 
 
-class FindingShape(shapes.Shape):
-    area: str
-    name: str
-    state: Literal["ok", "warn", "fail", "skipped"]
-    what: str
-    remedy: str
-
-
-class DoctorShape(shapes.Shape):
-    scope: str
-    version: str
-    protocol: int
-    findings: list[FindingShape]
-
-
-DOCTOR = {
-    "scope": "admin",
-    "version": "0.1.0",
-    "protocol": PROTOCOL,
-    "findings": [
-        {
-            "area": "redis",
-            "name": "policy",
-            "state": "fail",
-            "what": "maxmemory-policy is allkeys-lru: payloads and outcomes may vanish, and their work is repeated",
-            "remedy": "set `maxmemory-policy noeviction` in redis.conf, and CONFIG SET it now",
-        }
-    ],
-}
-
-
 @routes.get(
     "/v1/doctor",
     summary="What is wrong with the server's side, and what to do; all of it for administrators",
-    responses=shapes.answers(200, DoctorShape, DOCTOR, "Good and bad findings."),
+    response_description="Good and bad findings.",
+    responses=errors(),
 )
-def doctor(use: Use, caller: Caller) -> JSONResponse:
+def doctor(use: Use, caller: Caller) -> DoctorReport:
     beats = _beats(use.transport)
     silent = use.workers.silent(beats, time.monotonic()) if beats else set()
     found = examine(use.settings, use.database, use.transport, beats, silent)
-    shown = found if caller.scope == "admin" else [f for f in found if f.area in FOR_ALL]
-    return JSONResponse(
-        {
-            "scope": caller.scope,
-            "version": look.version_here(),
-            "protocol": PROTOCOL,
-            "findings": [f.to_json() for f in shown],
-        }
+    return DoctorReport(
+        scope=caller.scope,
+        version=look.version_here(),
+        protocol=PROTOCOL,
+        findings=tuple(f for f in found if caller.scope == "admin" or f.area in FOR_ALL),
     )
 
 

@@ -9,9 +9,10 @@ from collections.abc import Callable
 from threading import Lock
 
 from motet.errors import Overloaded
+from motet.messages.cluster import Reason
 from motet.protocol.settings import Settings
 from motet.protocol.transport import Lag, SchedulerTransport, TransportLost
-from scheduler.policy.pressure import OUTCOMES, PressureFacts, Reason, overloads
+from scheduler.policy.pressure import OUTCOMES, PressureFacts, overloads
 from scheduler.store.database import Database
 from scheduler.store.pressure import data_folder, unfinished_rows
 

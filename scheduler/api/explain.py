@@ -3,39 +3,33 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict
 from datetime import UTC, datetime
 from uuid import UUID
 
-from fastapi import APIRouter
-from starlette.responses import JSONResponse, Response
-
-from motet.explanation import Explanation
+from motet.messages.explanation import Explanation
 from motet.protocol.transport import TransportLost
 from motet.protocol.wire import Beat
 from scheduler import facts
-from scheduler.api import shapes
 from scheduler.api.auth import Caller
-from scheduler.api.cluster import live_workers
-from scheduler.api.jobs import JobPath
+from scheduler.api.cluster import live_workers, throttle_of
+from scheduler.api.records import JobPath
 from scheduler.api.resources import Resources, Use, job_id
+from scheduler.api.routing import Routes, errors
 from scheduler.explain import Case, explain
-from scheduler.policy.pressure import throttle
 from scheduler.store import explain as store
 from scheduler.store.registry import has_leader
 
-routes = APIRouter(tags=["jobs"])
+routes = Routes(tags=["jobs"])
 
 
 @routes.get(
     "/v1/jobs/{job}/explain",
     summary="Why a job waits: behind whom, for which model, what cannot run it, and when it will be done",
-    responses=shapes.answers(
-        200, shapes.ExplanationShape, shapes.EXPLANATION, "As of this moment.", 403, 404, 422
-    ),
+    response_description="As of this moment.",
+    responses=errors(403, 404, 422),
 )
-def explain_job(use: Use, caller: Caller, job: JobPath) -> Response:
-    return JSONResponse(asdict(explanation(use, caller.tenant, job_id(job))))
+def explain_job(use: Use, caller: Caller, job: JobPath) -> Explanation:
+    return explanation(use, caller.tenant, job_id(job))
 
 
 def explanation(use: Resources, tenant: UUID, job: UUID) -> Explanation:
@@ -57,7 +51,7 @@ def explanation(use: Resources, tenant: UUID, job: UUID) -> Explanation:
             beats=beats,
             workers={w.name: w for w in facts.workers(beats or {}, known.refusals, s.memory_share)},
             leads=leads,
-            throttle=_throttle(use),
+            throttle=throttle_of(use.door.look()),
             subtask_s=s.subtask_s,
             ahead_s=s.ahead_s,
             depth=s.depth,
@@ -72,10 +66,3 @@ def _heard(use: Resources) -> Mapping[str, Beat] | None:
         return None if use.transport is None else live_workers(use)
     except TransportLost:
         return None
-
-
-def _throttle(use: Resources) -> float | None:
-    known = use.door.look()
-    if known.lag is None or known.memory_share is None:
-        return None
-    return throttle(known.lag.entries, known.memory_share)

@@ -17,7 +17,7 @@ from importlib import metadata
 from typing import Literal
 from uuid import UUID
 
-from fastapi import APIRouter, Request
+from fastapi import Request
 from prometheus_client import (
     CollectorRegistry,
     Histogram,
@@ -31,19 +31,20 @@ from prometheus_client.openmetrics import exposition as openmetrics
 from prometheus_client.registry import Collector
 from starlette.responses import Response
 
+from motet.messages.cluster import Reason
 from motet.protocol.columns import storable
 from motet.protocol.transport import Lag, TransportLost
 from motet.protocol.wire import PROTOCOL, Beat
-from scheduler.api import shapes
 from scheduler.api.auth import Caller
 from scheduler.api.resources import Resources
+from scheduler.api.routing import Routes, errors
 from scheduler.policy.liveness import speaks
-from scheduler.policy.pressure import Reason, pressures
+from scheduler.policy.pressure import pressures
 from scheduler.store import metrics as store
 from scheduler.store.database import StoreUnavailable
 from scheduler.store.metrics import MARGIN, JobFigures, StoreFigures
 
-routes = APIRouter(tags=["cluster"])
+routes = Routes(tags=["cluster"])
 
 
 @dataclass(frozen=True, slots=True)
@@ -430,7 +431,7 @@ motet_jobs{state="running"} 2.0
     summary="Figures of the cluster, for Prometheus",
     response_class=Response,
     responses={
-        **shapes.answers(200, None, None, "Every family, as text or, where asked for, as OpenMetrics.", 403),
+        **errors(403),
         200: {
             "description": "Every family, as text or, where asked for, as OpenMetrics.",
             "content": {"text/plain": {"example": _EXAMPLE}},

@@ -1,4 +1,4 @@
-"""Routes of the registry: what may be loaded, by which aliases, and what an administrator adds to it or takes away."""
+"""Routes of the registry: what may be loaded, and what an administrator adds to it or takes away."""
 
 from __future__ import annotations
 
@@ -6,38 +6,27 @@ import logging
 import re
 from collections import defaultdict
 from collections.abc import Iterable
-from dataclasses import replace
-from pathlib import Path as FilePath
-from typing import Annotated, Any
+from dataclasses import fields, replace
+from typing import Annotated
 
-from fastapi import APIRouter, Path, Request, Response
+from fastapi import Path, Request, Response
 from starlette.concurrency import run_in_threadpool
-from starlette.responses import JSONResponse
 
 from motet.errors import InvalidJob, NotFound, Problem
-from motet.protocol.manifest import Manifest
-from motet.tasks import short
-from scheduler.api import shapes
+from motet.messages.registry import ModelList, ModelRecord
+from motet.protocol.manifest import NAME, VERSION, Manifest
+from scheduler.api.aliases import shown_alias
 from scheduler.api.auth import Caller
 from scheduler.api.bodies import SMALL_BYTES, clean_object, json_body, whole_body
-from scheduler.api.jobs import moment
-from scheduler.api.manifests import (
-    MAX_JSON_BYTES,
-    MAX_TEMPLATE_BYTES,
-    NAME,
-    VERSION,
-    header_bytes,
-    json_flaw,
-    read_manifest,
-    safetensors_flaw,
-    template_flaw,
-)
+from scheduler.api.manifests import read_manifest
+from scheduler.api.model_files import file_flaw
 from scheduler.api.resources import Resources, Use
-from scheduler.store.aliases import AliasRow, aliases, promote, remove_alias, roll_back
+from scheduler.api.routing import Routes, errors, takes
+from scheduler.store.aliases import AliasRow, aliases
 from scheduler.store.registry import add_model, blob_sizes, find_models, models, remove_model
 
 log = logging.getLogger(__name__)
-routes = APIRouter(tags=["models"])
+routes = Routes(tags=["models"])
 
 RefPath = Annotated[
     str,
@@ -45,41 +34,43 @@ RefPath = Annotated[
         description="`name` (its newest version), `name@version` or `name@alias`.", examples=["news-topics@1"]
     ),
 ]
-NamePath = Annotated[str, Path(description="The model's name.", examples=["news-topics"])]
-AliasPath = Annotated[
-    str, Path(description="A letter, then letters, digits, _ . -, up to 40.", examples=["prod"])
-]
-#: Begins with a letter, so that it is not taken for a version of the usual kind; never the name of a version.
-_ALIAS = re.compile(r"[A-Za-z][A-Za-z0-9_.-]{0,39}")
-_SHOWN = {
-    **shapes.MODEL,
-    "ref": "news-topics@1",
-    "digest": "3c9f…",
-    "sizes": {"head.safetensors": 7880},
-    "aliases": [shapes.ALIAS],
+_MODEL = {
+    "name": "news-topics",
+    "version": "1",
+    "engine": "encoder",
+    "answers": "label",
+    "files": {"head.safetensors": "9f86d081884c7d659a2feaa0c55ad015a3bf4f1b2b0b822cd15d6c15b0f00a08"},
+    "trunk": "60303ae22b998861bce3b28f33eec1be758a213c86c93c076dbe9f558c11c752",
+    "trunk_model": "all-MiniLM-L6-v2@1",
+    "max_tokens": 256,
+    "pooling": "mean",
+    "labels": ["business", "entertainment", "politics", "sports", "tech"],
+    "licence": "Apache-2.0",
 }
 
 
 @routes.get(
     "/v1/models",
     summary="Every registered model",
-    responses=shapes.answers(200, shapes.ModelsShape, {"models": [_SHOWN]}, "By name, oldest version first."),
+    response_description="By name, oldest version first.",
+    responses=errors(),
 )
-def list_models(use: Use, caller: Caller) -> Response:
+def list_models(use: Use, caller: Caller) -> ModelList:
     with use.database.transaction() as connection:
         known = defaultdict[str, list[AliasRow]](list)
         for alias in aliases(connection):
             known[alias.ref].append(alias)
-        shown = [described(m.manifest, known[m.manifest.ref]) for m in models(connection)]
-    return JSONResponse({"models": shown})
+        shown = tuple(described(m.manifest, known[m.manifest.ref]) for m in models(connection))
+    return ModelList(models=shown)
 
 
 @routes.get(
     "/v1/models/{ref}",
     summary="One model",
-    responses=shapes.answers(200, shapes.ModelShape, _SHOWN, "Its manifest.", 404),
+    response_description="Its manifest.",
+    responses=errors(404),
 )
-def show_model(use: Use, caller: Caller, ref: RefPath) -> Response:
+def show_model(use: Use, caller: Caller, ref: RefPath) -> ModelRecord:
     asked = _ref(ref)
     with use.database.transaction() as connection:
         found = find_models(connection, [asked])
@@ -87,31 +78,30 @@ def show_model(use: Use, caller: Caller, ref: RefPath) -> Response:
             raise NotFound(f"no model {asked}; GET /v1/models lists them")
         manifest = found[asked].manifest
         known = _meaning(manifest, aliases(connection, manifest.name))
-    return JSONResponse(described(manifest, known))
+    return described(manifest, known)
 
 
 @routes.post(
     "/v1/models",
     summary="Register a model",
     status_code=201,
-    responses=shapes.answers(
-        201, shapes.ModelShape, _SHOWN, "Registered, now or before.", 403, 409, 413, 422
-    ),
-    openapi_extra=shapes.takes(shapes.MODEL, "A manifest whose files are stored as blobs."),
+    response_description="Registered, now or before.",
+    responses=errors(403, 409, 413, 422),
+    openapi_extra=takes(Manifest, _MODEL),
 )
-async def register_model(request: Request, use: Use, caller: Caller) -> Response:
+async def register_model(request: Request, use: Use, caller: Caller) -> ModelRecord:
     async with whole_body(request, use, SMALL_BYTES) as raw:
         return await run_in_threadpool(_register, use, raw)
 
 
-def _register(use: Resources, raw: bytes) -> Response:
+def _register(use: Resources, raw: bytes) -> ModelRecord:
     asked = read_manifest(clean_object(json_body(raw)))
     with use.database.transaction() as connection:
         stored = blob_sizes(connection, set(asked.files.values()))
         trunk = find_models(connection, [asked.trunk_model]).get(asked.trunk_model)
     problems = _trunk_problems(asked, trunk.manifest if trunk else None)
     for path, sha256 in asked.files.items():
-        flaw = _file_flaw(use.blobs.find(sha256) if sha256 in stored else None, path)
+        flaw = file_flaw(use.blobs.find(sha256) if sha256 in stored else None, path)
         if flaw:
             problems.append(
                 Problem(f"files.{path}", flaw, "a stored blob of safetensors, JSON or text", "upload it")
@@ -126,7 +116,7 @@ def _register(use: Resources, raw: bytes) -> Response:
         new = add_model(connection, manifest)
         known = _meaning(manifest, aliases(connection, manifest.name))
     log.info("model registered", extra={"model": manifest.ref, "digest": manifest.digest, "new": new})
-    return JSONResponse(described(manifest, known), 201)
+    return described(manifest, known)
 
 
 def _trunk_problems(asked: Manifest, trunk: Manifest | None) -> list[Problem]:
@@ -147,28 +137,12 @@ def _trunk_problems(asked: Manifest, trunk: Manifest | None) -> list[Problem]:
     return []
 
 
-def _file_flaw(path: FilePath | None, name: str) -> str | None:
-    """Why a file may not be part of a model, or None. Weights are looked at by their header only."""
-    if path is None:
-        return "no such blob"
-    size = path.stat().st_size
-    if name.endswith(".safetensors"):
-        with path.open("rb") as file:
-            n = header_bytes(file.read(8), size)
-            return "bytes that are not safetensors" if n is None else safetensors_flaw(file.read(n), size)
-    if name.endswith(".json"):
-        return f"{size:,} bytes of JSON" if size > MAX_JSON_BYTES else json_flaw(path.read_bytes())
-    if name.endswith(".jinja"):
-        with path.open("rb") as file:
-            return template_flaw(file.read(MAX_TEMPLATE_BYTES + 1))
-    return None
-
-
 @routes.delete(
     "/v1/models/{ref}",
     summary="Take a version out of the registry",
     status_code=204,
-    responses=shapes.answers(204, None, None, "It cannot be named by new jobs any more.", 403, 404, 409),
+    response_description="It cannot be named by new jobs any more.",
+    responses=errors(403, 404, 409),
 )
 def unregister_model(use: Use, caller: Caller, ref: RefPath) -> Response:
     asked = _ref(ref)
@@ -181,105 +155,10 @@ def unregister_model(use: Use, caller: Caller, ref: RefPath) -> Response:
     return Response(status_code=204)
 
 
-# -- aliases
-
-
-@routes.put(
-    "/v1/models/{name}/aliases/{alias}",
-    summary="Promote: let an alias mean a version from now on",
-    responses=shapes.answers(
-        200, shapes.AliasShape, shapes.ALIAS, "Jobs that come from now on use it.", 403, 404, 409, 413, 422
-    ),
-    openapi_extra=shapes.takes({"version": "1"}, "The version, as GET /v1/models lists it."),
-)
-async def promote_model(
-    request: Request, use: Use, caller: Caller, name: NamePath, alias: AliasPath
-) -> Response:
-    async with whole_body(request, use, SMALL_BYTES) as raw:
-        return await run_in_threadpool(_promote, use, name, alias, raw, caller.token)
-
-
-def _promote(use: Resources, name: str, alias: str, raw: bytes, by: str) -> Response:
-    body = clean_object(json_body(raw))
-    version = body.get("version")
-    problems = [
-        Problem(short(k), "an unknown option", "version", "remove it") for k in body if k != "version"
-    ]
-    if not _ALIAS.fullmatch(alias):
-        form = "a letter, then letters, digits, _ . -, up to 40"
-        problems.append(Problem("alias", short(alias), form, "choose another alias"))
-    if not isinstance(version, str) or not VERSION.fullmatch(version):
-        got = "nothing" if version is None else short(version)
-        problems.append(Problem("version", got, 'a version, such as "2"', "choose one; see `motet models`"))
-    if problems:
-        raise InvalidJob.first(problems)
-    if not NAME.fullmatch(name):
-        raise NotFound("no model of this name")
-    with use.database.transaction() as connection:
-        made = promote(connection, name, alias, body["version"], by)
-    log.info("alias promoted", extra={"alias": made.shown, "model": made.ref})
-    return JSONResponse(_shown(made))
-
-
-@routes.post(
-    "/v1/models/{name}/aliases/{alias}/rollback",
-    summary="Let an alias mean again what it meant before",
-    responses=shapes.answers(
-        200,
-        shapes.AliasShape,
-        {**shapes.ALIAS, "before": None},
-        "Jobs that come from now on use that; again goes back further.",
-        403,
-        404,
-        409,
-    ),
-)
-def roll_back_alias(use: Use, caller: Caller, name: NamePath, alias: AliasPath) -> Response:
-    _must_be_an_alias(name, alias)
-    with use.database.transaction() as connection:
-        made = roll_back(connection, name, alias, caller.token)
-    log.info("alias rolled back", extra={"alias": made.shown, "model": made.ref})
-    return JSONResponse(_shown(made))
-
-
-@routes.delete(
-    "/v1/models/{name}/aliases/{alias}",
-    summary="Take an alias away",
-    status_code=204,
-    responses=shapes.answers(204, None, None, "It means nothing any more; its model stays.", 403, 404),
-)
-def unname_model(use: Use, caller: Caller, name: NamePath, alias: AliasPath) -> Response:
-    _must_be_an_alias(name, alias)
-    with use.database.transaction() as connection:
-        if not remove_alias(connection, name, alias, caller.token):
-            raise NotFound(f"no alias {name}@{alias}; GET /v1/models lists them")
-    log.info("alias removed", extra={"alias": f"{name}@{alias}"})
-    return Response(status_code=204)
-
-
-def _must_be_an_alias(name: str, alias: str) -> None:
-    """What has no such form is none. Raises NotFound."""
-    if not NAME.fullmatch(name) or not _ALIAS.fullmatch(alias):
-        raise NotFound("no alias of this name")
-
-
-def _shown(alias: AliasRow) -> dict[str, Any]:
-    return {
-        "alias": alias.shown,
-        "ref": alias.ref,
-        "before": None if alias.before is None else f"{alias.name}@{alias.before}",
-        "since": moment(alias.since),
-        "by": alias.by,
-    }
-
-
-# -- both
-
-
 def _ref(text: str) -> str:
     """A reference from a path. What has no such form names no model. Raises NotFound."""
     name, at, version = text.partition("@")
-    if not NAME.fullmatch(name) or (at and not VERSION.fullmatch(version)):
+    if not re.fullmatch(NAME, name) or (at and not re.fullmatch(VERSION, version)):
         raise NotFound("no model of this name")
     return text
 
@@ -288,11 +167,11 @@ def _meaning(manifest: Manifest, known: Iterable[AliasRow]) -> list[AliasRow]:
     return [alias for alias in known if alias.ref == manifest.ref]
 
 
-def described(manifest: Manifest, named: Iterable[AliasRow]) -> dict[str, Any]:
+def described(manifest: Manifest, named: Iterable[AliasRow]) -> ModelRecord:
     """A manifest as it is shown: with its reference, its digest and the aliases that mean it."""
-    return {
-        **manifest.to_json(),
-        "ref": manifest.ref,
-        "digest": manifest.digest,
-        "aliases": [_shown(alias) for alias in named],
-    }
+    return ModelRecord(
+        **{f.name: getattr(manifest, f.name) for f in fields(manifest)},
+        ref=manifest.ref,
+        digest=manifest.digest,
+        aliases=tuple(shown_alias(alias) for alias in named),
+    )

@@ -10,6 +10,7 @@ from starlette.exceptions import HTTPException
 from starlette.responses import JSONResponse
 
 from motet.errors import Conflict, InvalidJob, MotetError, NotFound, Overloaded, Problem, Unauthorized
+from motet.messages.refusals import ErrorRecord
 from motet.protocol.transport import TransportLost
 from motet.tasks import short
 from scheduler.store.database import StoreUnavailable
@@ -42,59 +43,73 @@ class CutOff(Exception):
 
 
 def refusal(error: Exception) -> JSONResponse:
-    """The answer to a request that met this error. What is not known is a 500 that tells nothing."""
+    """The answer to a request that met this error."""
+    status, headers = 500, dict[str, str]()
     match error:
         case Forbidden():
-            return _answer(403, "forbidden", str(error))
+            status = 403
         case Unauthorized():
-            return _answer(401, "unauthorized", str(error), headers={"WWW-Authenticate": "Bearer"})
+            status, headers = 401, {"WWW-Authenticate": "Bearer"}
         case NotFound():
-            return _answer(404, "not_found", str(error))
+            status = 404
         case Conflict():
-            where: dict[str, Any] = {} if error.next_part is None else {"next_part": error.next_part}
-            return _answer(409, "conflict", str(error), **where)
-        case InvalidJob():
-            status, kind = (413, "too_large") if isinstance(error, TooLarge) else (422, "invalid_job")
-            more: dict[str, Any] = {"more": error.more} if error.more else {}
-            return _answer(status, kind, str(error), problems=[p.to_json() for p in error.problems], **more)
+            status = 409
+        case TooLarge():
+            status = 413
+        case InvalidJob() | RequestValidationError():
+            status = 422
         case Overloaded():
-            return _answer(429, "overloaded", str(error), headers=_come_back(error.retry_after_s))
-        case StoreUnavailable():
-            return _unavailable("the database does not answer; nothing is lost, try again")
-        case TransportLost():
-            return _unavailable("Redis does not answer; nothing is lost, try again")
-        case Unavailable():
-            return _unavailable(str(error))
-        case RequestValidationError():
-            return refusal(InvalidJob.first([_problem(e) for e in error.errors()]))
+            status, headers = 429, _come_back(error.retry_after_s)
+        case StoreUnavailable() | TransportLost() | Unavailable():
+            status, headers = 503, _come_back(RETRY_AFTER_S)
         case HTTPException():
-            return _http(error)
+            status, headers = error.status_code, dict(error.headers or {})
+    return JSONResponse({"error": error_of(error).to_json(sparse=True)}, status, headers)
+
+
+def error_of(error: Exception) -> ErrorRecord:
+    """An error as its answer tells it. What is not known tells nothing."""
+    match error:
+        case Forbidden():
+            return _told("forbidden", str(error))
+        case Unauthorized():
+            return _told("unauthorized", str(error))
+        case NotFound():
+            return _told("not_found", str(error))
+        case Conflict():
+            return _told("conflict", str(error), next_part=error.next_part)
+        case InvalidJob():
+            kind = "too_large" if isinstance(error, TooLarge) else "invalid_job"
+            return _told(kind, str(error), problems=error.problems, more=error.more or None)
+        case Overloaded():
+            return _told("overloaded", str(error))
+        case StoreUnavailable():
+            return _told("unavailable", "the database does not answer; nothing is lost, try again")
+        case TransportLost():
+            return _told("unavailable", "Redis does not answer; nothing is lost, try again")
+        case Unavailable():
+            return _told("unavailable", str(error))
+        case RequestValidationError():
+            return error_of(InvalidJob.first([_problem(e) for e in error.errors()]))
+        case HTTPException():
+            return _told(*_ROUTER.get(error.status_code, ("invalid_job", "the request cannot be read")))
         case _:
-            return _answer(500, "internal", "the server failed; its log says more under this request's id")
+            return _told("internal", "the server failed; its log says more under this request's id")
 
 
-def _answer(
-    status: int, kind: str, message: str, headers: dict[str, str] | None = None, **more: Any
-) -> JSONResponse:
-    return JSONResponse({"error": {"type": kind, "message": _utf8(message), **more}}, status, headers)
+#: What the router itself refuses: no such route, or not with this method.
+_ROUTER = {
+    404: ("not_found", "no such route; docs/http.md and /docs list them"),
+    405: ("method_not_allowed", "this route does not know this method"),
+}
 
 
-def _unavailable(message: str) -> JSONResponse:
-    return _answer(503, "unavailable", message, headers=_come_back(RETRY_AFTER_S))
+def _told(kind: str, message: str, **more: Any) -> ErrorRecord:
+    return ErrorRecord(type=kind, message=message.encode("utf-8", "backslashreplace").decode(), **more)
 
 
 def _come_back(seconds: float) -> dict[str, str]:
     return {"Retry-After": str(max(1, ceil(seconds)))}
-
-
-def _http(error: HTTPException) -> JSONResponse:
-    """What the router itself refuses: no such route, or not with this method."""
-    kind = {404: "not_found", 405: "method_not_allowed"}.get(error.status_code, "invalid_job")
-    message = {
-        404: "no such route; docs/http.md and /docs list them",
-        405: "this route does not know this method",
-    }.get(error.status_code, "the request cannot be read")
-    return _answer(error.status_code, kind, message, headers=dict(error.headers or {}))
 
 
 def _problem(error: dict[str, Any]) -> Problem:
@@ -106,7 +121,3 @@ def _problem(error: dict[str, Any]) -> Problem:
         str(error.get("msg", "another value")).lower(),
         "see docs/http.md",
     )
-
-
-def _utf8(message: str) -> str:
-    return message.encode("utf-8", "backslashreplace").decode()

@@ -8,63 +8,32 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import Any, Literal
+from dataclasses import dataclass, replace
+from typing import Any, Generic, TypeVar
 from uuid import UUID
 
 from motet.errors import InvalidJob, Problem
+from motet.messages.jobs import Submission
 from motet.protocol.manifest import Manifest
-from motet.protocol.settings import MAX_RETENTION_DAYS
 from motet.protocol.values import MAX_DEPTH, Doubled, byte_lengths
 from motet.tasks import Choose, Task, parse, short
 from scheduler.api.answer_schemas import schema_problems
-from scheduler.api.bodies import clean_object
+from scheduler.api.bodies import clean_object, misfits_of
 from scheduler.blocks import IncomingPart, absent
 from scheduler.policy.needs import dialogues_of, fields_of
 from scheduler.policy.plan import PassPlan, in_order, loaded_model, plan, reads_of, task_digest
 from scheduler.store.opening import PRIORITIES, NewJob, NewPass, NewTask
 from scheduler.store.registry import Registered
 
-#: Rows that a job may bring along in its first request.
-MAX_INLINE_ROWS = 1024
-_MAX_NAME = 200
-#: A deadline farther away than a year is a slip of the hand.
-_MAX_DEADLINE_S = 366 * 86_400
-#: Bytes of a row are never more than this in the mean.
-_MAX_MEAN_BYTES = 1 << 30
-_OPTIONS = (
-    "tasks",
-    "name",
-    "priority",
-    "reuse",
-    "bad_rows",
-    "rows",
-    "deadline_s",
-    "retention_days",
-    "mean_bytes",
-)
-_PLAN_OPTIONS = (*_OPTIONS, "total_rows", "total_bytes")
+S_co = TypeVar("S_co", bound=Submission, covariant=True)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Submission:
-    """What a client asks for, checked for form."""
+class CheckedSubmission(Generic[S_co]):
+    """What a client asks for, checked for form; its rows are not yet checked."""
 
+    said: S_co
     tasks: Mapping[str, Task]
-    name: str
-    priority: int
-    reuse: bool
-    bad_rows: Literal["refuse", "error"]
-    #: Rows brought along, not yet checked; None: they come in parts.
-    rows: Sequence[Any] | None
-    #: Seconds in which it must end, or it fails; None: no hurry.
-    deadline_s: float | None
-    #: Days for which it is kept after its end, where the cluster does not delete it sooner.
-    retention_days: float | None
-    total_rows: int | None
-    total_bytes: int | None
-    #: Field -> UTF-8 bytes in a row, about: what decides whether prompts begin with the text.
-    mean_bytes: Mapping[str, float] = field(default_factory=dict)
     #: Of the whole request: the same request gives the same digest, however its JSON was laid out.
     digest: bytes
 
@@ -79,27 +48,24 @@ class Submission:
         return dialogues_of(self.tasks)
 
 
-def read_submission(body: Any, *, max_tasks: int, dry_run: bool = False) -> Submission:
+def read_submission(message: type[S_co], body: Any, *, max_tasks: int) -> CheckedSubmission[S_co]:
     """Check a parsed body. Raises InvalidJob with every problem found, but for those of its rows."""
     if isinstance(body, dict) and isinstance(body.get("tasks"), Doubled):
         again = min(body["tasks"].doubled)
         raise InvalidJob(
             Problem("tasks", f"two tasks named {short(again)}", "a name for each task", "rename one of them")
         )
-    rows = body.get("rows") if isinstance(body, dict) else None
     # Rows are looked at one by one later: theirs may be bad without the submission being so.
     clean_object({k: v for k, v in body.items() if k != "rows"} if type(body) is dict else body)
-    known = _PLAN_OPTIONS if dry_run else _OPTIONS
     problems = [
-        Problem(short(key), "an unknown option", f"one of {', '.join(known)}", "remove it")
-        for key in body
-        if key not in known
+        replace(p, got=f"{len(rows):,} rows" if isinstance(rows := body["rows"], list) else "no list")
+        if p.field == "rows"
+        else p
+        for p in misfits_of(message, body)
+        if p.field != "tasks"
     ]
-    for key, ok, words in _checks(body, rows, dry_run):
-        if not ok:
-            problems.append(
-                Problem(key, short(body.get(key)) if key != "rows" else _rows_got(rows), words, "mend it")
-            )
+    if "rows" in body and body["rows"] is None:
+        problems.append(Problem("rows", "no list", "a list of rows", "leave it out to send parts"))
     try:
         tasks = parse(body.get("tasks"))
     except InvalidJob as error:
@@ -110,20 +76,7 @@ def read_submission(body: Any, *, max_tasks: int, dry_run: bool = False) -> Subm
     problems += schema_problems(tasks)
     if problems:
         raise InvalidJob(problems)
-    return Submission(
-        tasks=tasks,
-        name=body.get("name", ""),
-        priority=PRIORITIES[body.get("priority", "normal")],
-        reuse=body.get("reuse", True),
-        bad_rows=body.get("bad_rows", "refuse"),
-        rows=rows,
-        deadline_s=body.get("deadline_s"),
-        retention_days=body.get("retention_days"),
-        total_rows=body.get("total_rows"),
-        total_bytes=body.get("total_bytes"),
-        mean_bytes=body.get("mean_bytes") or {},
-        digest=_digest(body),
-    )
+    return CheckedSubmission(said=message.of(body), tasks=tasks, digest=_digest(body))
 
 
 def _digest(body: Mapping[str, Any]) -> bytes:
@@ -134,74 +87,12 @@ def _digest(body: Mapping[str, Any]) -> bytes:
         raise InvalidJob(deep) from None
 
 
-def _checks(body: Mapping[str, Any], rows: Any, dry_run: bool) -> list[tuple[str, bool, str]]:
-    """(option, whether it may be so, what was expected) of every option beside the tasks."""
-    name = body.get("name", "")
-    total_rows, total_bytes = body.get("total_rows"), body.get("total_bytes")
-    least = 0 if dry_run else 1
-    inline = isinstance(rows, list) and least <= len(rows) <= MAX_INLINE_ROWS
-    return [
-        ("name", isinstance(name, str) and len(name) <= _MAX_NAME, f"text of at most {_MAX_NAME} characters"),
-        ("priority", _one_of(body.get("priority", "normal"), PRIORITIES), f"one of {', '.join(PRIORITIES)}"),
-        ("reuse", isinstance(body.get("reuse", True), bool), "true or false"),
-        ("bad_rows", _one_of(body.get("bad_rows", "refuse"), ("refuse", "error")), "refuse or error"),
-        ("rows", inline or "rows" not in body, f"a list of {least} to {MAX_INLINE_ROWS:,} rows"),
-        (
-            "deadline_s",
-            _amount_or_none(body.get("deadline_s"), _MAX_DEADLINE_S),
-            f"seconds from now, more than 0 and at most {_MAX_DEADLINE_S:,}",
-        ),
-        (
-            "retention_days",
-            _amount_or_none(body.get("retention_days"), MAX_RETENTION_DAYS),
-            f"days, more than 0 and at most {MAX_RETENTION_DAYS:,}",
-        ),
-        ("total_rows", _count_or_none(total_rows), "a whole number"),
-        ("total_bytes", _count_or_none(total_bytes), "a whole number"),
-        (
-            "mean_bytes",
-            _are_sizes(body.get("mean_bytes")),
-            "an object of field to bytes in a row, 0 or more",
-        ),
-    ]
-
-
-def _one_of(value: Any, allowed: Mapping[str, int] | Sequence[str]) -> bool:
-    return isinstance(value, str) and value in allowed
-
-
-def _count_or_none(value: Any) -> bool:
-    return value is None or (isinstance(value, int) and not isinstance(value, bool) and 0 <= value <= 10**15)
-
-
-def _amount_or_none(value: Any, most: float) -> bool:
-    return value is None or (
-        isinstance(value, int | float) and not isinstance(value, bool) and 0 < value <= most
-    )
-
-
-def _are_sizes(value: Any) -> bool:
-    return value is None or (
-        isinstance(value, dict)
-        and not isinstance(value, Doubled)
-        and len(value) <= 1000
-        and all(
-            isinstance(size, int | float) and not isinstance(size, bool) and 0 <= size <= _MAX_MEAN_BYTES
-            for size in value.values()
-        )
-    )
-
-
 def mean_bytes_of(part: IncomingPart) -> dict[str, float]:
     """UTF-8 bytes of each field in the rows where it is good, as far as there are any."""
     good = {name: len(part) - len(absent(part.bad, part.bad_fields, (name,))) for name in part.columns}
     return {
         name: sum(byte_lengths(values)) / good[name] for name, values in part.columns.items() if good[name]
     }
-
-
-def _rows_got(rows: Any) -> str:
-    return f"{len(rows):,} rows" if isinstance(rows, list) else "no list"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -237,7 +128,9 @@ def _manifests(registered: Mapping[str, Registered]) -> dict[str, Manifest]:
     return {name: r.manifest for name, r in registered.items()}
 
 
-def new_job(job: UUID, tenant: UUID, asked: Submission, planned: Planned, key: str | None) -> NewJob:
+def new_job(
+    job: UUID, tenant: UUID, asked: CheckedSubmission[Submission], planned: Planned, key: str | None
+) -> NewJob:
     """What the store needs to open the job."""
     pass_of = {number: p for p in planned.passes for number in p.tasks}
     trunks = _manifests(planned.trunks)
@@ -259,10 +152,10 @@ def new_job(job: UUID, tenant: UUID, asked: Submission, planned: Planned, key: s
     return NewJob(
         id=job,
         tenant=tenant,
-        name=asked.name,
-        priority=asked.priority,
-        reuse=asked.reuse,
-        bad_rows=asked.bad_rows,
+        name=asked.said.name,
+        priority=PRIORITIES[asked.said.priority],
+        reuse=asked.said.reuse,
+        bad_rows=asked.said.bad_rows,
         fields=asked.fields,
         tasks=tuple(tasks),
         passes=tuple(
@@ -281,6 +174,6 @@ def new_job(job: UUID, tenant: UUID, asked: Submission, planned: Planned, key: s
         ),
         request_digest=asked.digest,
         idempotency_key=key,
-        deadline_s=asked.deadline_s,
-        retention_days=asked.retention_days,
+        deadline_s=asked.said.deadline_s,
+        retention_days=asked.said.retention_days,
     )

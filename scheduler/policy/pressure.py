@@ -8,12 +8,12 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING
+
+from motet.messages.cluster import Overload, Reason
 
 if TYPE_CHECKING:
     from motet.protocol.transport import Lag
-
-Reason = Literal["disk", "redis_memory", "outcomes", "rows"]
 
 #: Soft and hard limit of the outcomes that no aggregator has recorded yet.
 OUTCOMES = (250, 1000)
@@ -40,16 +40,6 @@ class PressureFacts:
     #: Free bytes on the disk of Postgres; None where the API cannot see it, or was told not to mind.
     free_bytes: int | None
     min_free_bytes: int
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Overload:
-    """One reason for which no new rows are taken now."""
-
-    reason: Reason
-    what: str
-    remedy: str
-    retry_after_s: float
 
 
 def throttle(outcomes: int, memory_share: float) -> float:

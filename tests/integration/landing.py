@@ -8,9 +8,11 @@ from collections.abc import Collection, Mapping, Sequence
 from uuid import UUID
 
 from motet.errors import Problem
+from motet.messages.jobs import Submission
 from motet.protocol.manifest import Manifest
 from motet.tasks import Task
-from scheduler.api.submissions import Submission, new_job, plan_submission
+from scheduler.api.records import PRIORITY_NAMES
+from scheduler.api.submissions import CheckedSubmission, new_job, plan_submission
 from scheduler.blocks import IncomingPart, blocks_of
 from scheduler.store import landing, opening, registry
 from scheduler.store.database import Database
@@ -66,17 +68,9 @@ def land(
         home = registry.tenant_named(connection, tenant)
         found = registry.find_models(connection, {t.model for t in tasks.values()})
         trunks = registry.find_models(connection, {m.manifest.trunk_model for m in found.values()} - {""})
-        asked = Submission(
+        asked = CheckedSubmission(
+            said=Submission(tasks={}, priority=PRIORITY_NAMES[priority], bad_rows="error"),
             tasks=tasks,
-            name="",
-            priority=priority,
-            reuse=True,
-            bad_rows="error",
-            rows=None,
-            deadline_s=None,
-            retention_days=None,
-            total_rows=None,
-            total_bytes=None,
             digest=hashlib.sha256(uuid.uuid4().bytes).digest(),
         )
         planned = plan_submission(tasks, found, trunks, ())

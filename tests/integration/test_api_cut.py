@@ -18,6 +18,7 @@ from sqlalchemy import make_url
 from motet import Client
 from motet.errors import MotetError
 from motet.results import read_frames
+from scheduler.api import result_streams
 from scheduler.api import results as route
 from tests.integration.api_house import House, house
 
@@ -176,12 +177,14 @@ def test_the_server_says_in_its_log_why_it_cut_an_answer_off(
 def test_rows_that_a_server_leaves_out_are_missed(
     house: House, job: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    as_frame = route.as_frame
+    as_frame = result_streams.as_frame
 
-    def forgetful(piece: route.Merged | route.End) -> bytes:
-        return b"" if isinstance(piece, route.Merged) and piece.block.number == 1 else as_frame(piece)
+    def forgetful(piece: result_streams.Merged | result_streams.End) -> bytes:
+        return (
+            b"" if isinstance(piece, result_streams.Merged) and piece.block.number == 1 else as_frame(piece)
+        )
 
-    monkeypatch.setattr(route, "as_frame", forgetful)
+    monkeypatch.setattr(result_streams, "as_frame", forgetful)
     with Client(house.url, house.tokens["user"]) as client:
         found = client.job(job)
         for order in ("row", "done"):

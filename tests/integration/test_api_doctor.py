@@ -22,11 +22,13 @@ from motet.doctor import Finding, look
 from motet.local.children import Child
 from motet.local.places import free_port
 from motet.local.valkey import RIGHTS, ValkeyUrls, _find_binary
+from motet.messages.cluster import DoctorReport
 from motet.protocol.redis_url import redis_py_url
 from motet.protocol.transport import RedisTransport, RedisWorkerTransport
 from motet.protocol.wire import Beat
-from scheduler.api.doctor import DoctorShape, head
+from scheduler.api.doctor import head
 from tests.integration.api_house import House, a_house
+from tests.messages import holds
 
 Found = dict[tuple[str, str], Finding]
 
@@ -46,8 +48,8 @@ def by_name(findings: list[Finding]) -> Found:
 def asked(house: House, token: str = "admin") -> Found:
     answer = house.call("GET", "/v1/doctor", token=token)
     assert answer.status_code == 200, answer.text
-    DoctorShape.model_validate(answer.json())
-    return by_name([Finding.from_json(one) for one in answer.json()["findings"]])
+    holds(DoctorReport, answer.json())
+    return by_name([Finding.checked(one) for one in answer.json()["findings"]])
 
 
 def here(house: House, token: str = "admin", **env: str) -> Found:
@@ -357,7 +359,7 @@ def test_the_command_prints_both_sides_and_ends_with_1_where_something_fails(
     assert {"python", "machine", "gpu", "server", "postgres", "redis", "workers", "models"} <= {
         f["area"] for f in said["findings"]
     }
-    by_name([Finding.from_json(f) for f in said["findings"]])
+    by_name([Finding.checked(f) for f in said["findings"]])
     house.sql("UPDATE alembic_version SET version_num = '0000'")
     monkeypatch.setattr(look, "machine", lambda *_: [])  # looked at once is enough: torch takes seconds
     for name, value in env.items():

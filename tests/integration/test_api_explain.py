@@ -16,20 +16,20 @@ import pytest
 import redis
 
 from motet.client import Client
-from motet.explanation import Explanation
 from motet.local.valkey import ValkeyUrls
+from motet.messages.explanation import Explanation
 from motet.protocol.redis_url import redis_py_url
 from motet.protocol.transport import RedisTransport, RedisWorkerTransport, queue_name
 from motet.protocol.wire import Assignment, Beat, Outcome, Usage
 from scheduler import aggregator, dispatcher
 from scheduler.aggregator import Aggregator
-from scheduler.api import shapes
 from scheduler.dispatcher import Dispatcher
 from scheduler.store.database import Database
 from scheduler.store.listening import Listener
 from tests.integration import test_protocol as protocol
 from tests.integration.api_house import House, a_house
 from tests.integration.landing import land, register
+from tests.messages import holds
 
 #: Seconds that the workers here take for a row.
 ROW_S = 0.004
@@ -57,7 +57,7 @@ class Works:
     def explain(self, job: object, token: str = "user") -> Explanation:
         answer = self.api.call("GET", f"/v1/jobs/{job}/explain", token=token)
         assert answer.status_code == 200, answer.text
-        shapes.ExplanationShape.model_validate(answer.json())
+        holds(Explanation, answer.json())
         return Explanation.of(answer.json())
 
 

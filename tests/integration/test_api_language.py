@@ -6,9 +6,12 @@ from typing import Any
 
 import pytest
 
-from scheduler.api import shapes
+from motet.messages.activity import JobActivity
+from motet.messages.explanation import Explanation
+from motet.messages.jobs import JobRecord, Plan
 from tests.integration.api_house import CLASSIFY, SPEAKER, TWO, House, house, problems  # noqa: F401 - a fixture
 from tests.integration.landing import register
+from tests.messages import holds
 
 REPLY = {"kind": "generate", "model": "speaker", "prompt": "Write a reply about {topic}.", "max_tokens": 32}
 MOOD = {"kind": "choose", "model": "speaker", "labels": ["good", "bad"]}
@@ -34,12 +37,12 @@ def test_a_job_shows_what_waits_for_what_and_the_labels_it_brought(house: House)
     assert job["tasks"]["mood"]["labels"] == ["good", "bad"]
     assert {job["tasks"][name]["first"] for name in ("reply", "mood", "summary")} == {"text"}
     assert (job["usage"]["tokens_out"], job["usage"]["tokens_cached"]) == (0, 0)
-    shapes.JobShape.model_validate(job)
+    holds(JobRecord, job)
     activity = house.call("GET", f"/v1/jobs/{job['id']}/activity").json()
-    shapes.ActivityShape.model_validate(activity)
+    holds(JobActivity, activity)
     assert [p["blocks"]["waiting"] for p in activity["passes"]] == [0, 0, 1]
     explained = house.call("GET", f"/v1/jobs/{job['id']}/explain").json()
-    shapes.ExplanationShape.model_validate(explained)
+    holds(Explanation, explained)
     assert [p["rows"]["blocked"] for p in explained["passes"]] == [0, 0, 2]
     assert [p["needs"] for p in explained["passes"]] == [[], [], ["topic"]]
     assert any("2 rows of reply wait for topic" in note for note in explained["notes"])
@@ -110,7 +113,7 @@ def test_a_plan_tells_what_comes_first_and_what_sharing_saves(house: House) -> N
     tasks = {"a": {**REPLY, "prompt": "A?"}, "b": {**REPLY, "prompt": "B?"}}
     rows = ["x" * 4000] * 4
     plan = house.call("POST", "/v1/plan", json={"tasks": tasks, "rows": rows, "total_rows": 40}).json()
-    shapes.PlanShape.model_validate(plan)
+    holds(Plan, plan)
     [one] = plan["passes"]
     assert one["first"] == "text"
     assert one["unfused_tokens"] > 1.9 * one["tokens"]
@@ -127,7 +130,7 @@ def test_a_plan_tells_what_comes_first_and_what_sharing_saves(house: House) -> N
 def test_a_plan_of_tasks_that_wait_needs_no_answers(house: House) -> None:  # noqa: F811
     plan = house.call("POST", "/v1/plan", json={"tasks": TASKS, "rows": ["one text"]}).json()
     assert [p["needs"] for p in plan["passes"]] == [[], [], ["topic"]]
-    shapes.PlanShape.model_validate(plan)
+    holds(Plan, plan)
 
 
 def test_a_row_may_hold_a_dialogue_where_a_chat_reads_it(house: House) -> None:  # noqa: F811

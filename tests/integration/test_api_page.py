@@ -16,18 +16,19 @@ import pytest
 from motet import job as handles
 from motet.client import Client
 from motet.local.valkey import ValkeyUrls
+from motet.messages.activity import JobActivity, SubtaskPage
 from motet.protocol.columns import CellError
 from motet.protocol.settings import Settings
 from motet.protocol.transport import MemoryTransport, RedisWorkerTransport
 from motet.protocol.wire import Beat
 from scheduler.aggregator import Aggregator
-from scheduler.api import shapes
 from scheduler.dispatcher import Dispatcher
 from scheduler.store import activity
 from scheduler.store.database import Database
 from tests.integration import test_protocol as protocol
 from tests.integration.api_house import CLASSIFY, TWO, House, a_house, house
 from tests.integration.landing import land, register
+from tests.messages import holds
 
 __all__ = ["house"]
 
@@ -47,7 +48,7 @@ class Works:
     def look(self, job: object, **params: Any) -> dict[str, Any]:
         answer = self.api.call("GET", f"/v1/jobs/{job}/activity", params=params)
         assert answer.status_code == 200, answer.text
-        shapes.ActivityShape.model_validate(answer.json())
+        holds(JobActivity, answer.json())
         return answer.json()  # type: ignore[no-any-return]
 
 
@@ -247,7 +248,7 @@ def test_sub_tasks_are_told_page_by_page_and_none_is_left_out(works: Works) -> N
     while after is not None:
         answer = works.api.call("GET", f"/v1/jobs/{job}/subtasks?limit=2&after={after}")
         page = answer.json()
-        shapes.SubtasksShape.model_validate(page)
+        holds(SubtaskPage, page)
         assert 0 < len(page["subtasks"]) <= 2
         found += page["subtasks"]
         after = page["next"]

@@ -14,7 +14,7 @@ import pytest
 from motet.protocol.manifest import Manifest, trunk_digest
 from motet.protocol.transport import RedisWorkerTransport
 from motet.protocol.wire import Beat
-from scheduler.api.manifests import safetensors_flaw
+from scheduler.api.model_files import safetensors_flaw
 from tests.integration.api_house import CLASSIFY, TOPICS, TWO, House, a_house, house, problems
 
 __all__ = ["house"]

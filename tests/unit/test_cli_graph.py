@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from motet.cli.graph import graph, shared, worth_drawing
-from motet.job import PlannedPass
+from motet.messages.jobs import PlannedPass
 
 TASKS = ("summary", "sentiment", "topic")
 

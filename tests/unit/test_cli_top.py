@@ -15,8 +15,10 @@ import pytest
 from rich.console import Console
 
 from motet.cli.top import ClusterView, frame
-from motet.client import Client, Worker
+from motet.client import Client
 from motet.errors import Unreachable
+from motet.messages.cluster import Worker
+from motet.messages.jobs import JobRecord
 from tests.unit.fake_api import TOKEN, FakeApi
 from tests.unit.test_cli_commands import TOPIC, Shell, api, motet, tickets
 from tests.unit.test_cli_watch import a_job
@@ -44,14 +46,14 @@ def a_worker(worker: str = "host-gpu0", **more: Any) -> Worker:
         "running": ({"job": JOB, "pass": "encoder all-MiniLM-L6-v2", "subtasks": 2, "rows": 900},),
         "running_other": 1,
     }
-    return Worker(worker=worker, **{**known, **more})
+    return Worker.of({"worker": worker, **known, **more})
 
 
 def seen(workers: list[Worker] | None = None, jobs: list[dict[str, Any]] | None = None) -> ClusterView:
     return ClusterView(
         url="http://127.0.0.1:8700",
         workers=[a_worker()] if workers is None else workers,
-        jobs=[a_job()] if jobs is None else jobs,
+        jobs=[JobRecord.of(job) for job in ([a_job()] if jobs is None else jobs)],
     )
 
 

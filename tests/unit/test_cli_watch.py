@@ -12,6 +12,7 @@ import pytest
 from rich.console import Console
 
 from motet.cli.watch import bar, number, picture
+from motet.messages.activity import JobActivity
 from tests.unit.fake_api import FakeApi
 from tests.unit.test_cli_commands import TOPIC, Shell, api, motet, tickets
 
@@ -88,7 +89,7 @@ def facts(**more: Any) -> dict[str, Any]:
 
 def drawn(told: dict[str, Any], width: int = 120, **how: Any) -> str:
     console = Console(width=width, file=io.StringIO(), markup=False, highlight=False, emoji=False)
-    console.print(picture(told, width=width, **how))
+    console.print(picture(JobActivity.of(told), width=width, **how))
     assert isinstance(console.file, io.StringIO)
     return console.file.getvalue()
 

@@ -29,10 +29,10 @@ def one(found: list[Finding], name: str) -> Finding:
 
 def test_a_finding_survives_the_wire_and_strangers_are_refused() -> None:
     finding = checks.python((3, 10, 9))
-    assert Finding.from_json(finding.to_json()) == finding
+    assert Finding.checked(finding.to_json()) == finding
     for bad in ({}, finding.to_json() | {"state": "dubious"}, finding.to_json() | {"what": 3}):
         with pytest.raises(ValueError, match="expected a finding"):
-            Finding.from_json(bad)
+            Finding.checked(bad)
 
 
 def test_old_python_fails() -> None:

@@ -10,10 +10,9 @@ from uuid import UUID
 
 import pytest
 
-from motet.explanation import Explanation
+from motet.messages.explanation import Explanation
 from motet.protocol.manifest import Manifest
 from motet.protocol.wire import PROTOCOL, Beat
-from scheduler.api import shapes
 from scheduler.explain import NAMES, Case, explain
 from scheduler.facts import Facts, workers
 from scheduler.policy.cost import Rate, Rates
@@ -22,6 +21,7 @@ from scheduler.policy.placing.records import Demand
 from scheduler.store.explain import Owner, PassStanding, Standing
 from scheduler.store.jobs import JobEntry
 from scheduler.store.leases import Held
+from tests.messages import holds
 
 MINE, OWN, THEIRS = (str(UUID(int=i)) for i in (1, 2, 3))
 NOW = datetime(2026, 11, 23, 18, 33, tzinfo=UTC)
@@ -141,7 +141,7 @@ def told(
     }
     found = explain(Case(**case))
     record = json.loads(json.dumps(asdict(found)))
-    shapes.ExplanationShape.model_validate(record)
+    holds(Explanation, record)
     assert Explanation.of(record) == found, "the client reads what the API says"
     return found
 

@@ -15,8 +15,8 @@ from motet.pages import environment, read
 from scheduler.api import markup
 from scheduler.api.charts import Stretch, curve, drawn_bars, nice, round_step
 from scheduler.api.page import job_page, jobs_page, refused_page
-from scheduler.api.shapes import ACTIVITY, JOB
 from scheduler.api.words import compact, duration, percent
+from tests.messages import ACTIVITY, JOB
 
 EVIL = "<script>alert('&\")</script>"
 

@@ -1,0 +1,154 @@
+"""The dry run: what a submission would run, estimated from a sample of its rows."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+from fastapi import Request
+from starlette.concurrency import run_in_threadpool
+
+from motet.messages.jobs import Plan, PlannedPass, PlanRequest
+from motet.protocol.transport import TransportLost
+from motet.protocol.values import plain_text
+from motet.tasks import Prompted, Task, placeholders, render
+from scheduler.api.auth import Caller
+from scheduler.api.bodies import json_body, whole_body
+from scheduler.api.cluster import live_workers
+from scheduler.api.opening import SUBMISSION, inline_rows, planned_with
+from scheduler.api.resources import Resources, Use
+from scheduler.api.routing import Routes, errors, takes
+from scheduler.api.submissions import read_submission
+from scheduler.blocks import IncomingPart, absent, askable
+from scheduler.policy.cost import Rates
+from scheduler.policy.needs import fields_read
+from scheduler.policy.plan import PassPlan, Sample, estimate, reads_of
+from scheduler.policy.prompt_cost import TaskTokens, estimate_prompts
+from scheduler.policy.prompt_order import instruction
+from scheduler.store.rates import rates as learned_rates
+
+routes = Routes(tags=["jobs"])
+
+
+@routes.post(
+    "/v1/plan",
+    summary="What a submission would run",
+    response_description="The passes, and an estimate.",
+    responses=errors(403, 413, 422),
+    openapi_extra=takes(PlanRequest, {**SUBMISSION, "total_rows": 3000, "total_bytes": 250_000}),
+)
+async def plan_job(request: Request, use: Use, caller: Caller) -> Plan:
+    async with whole_body(request, use, use.settings.max_part_bytes) as raw:
+        return await run_in_threadpool(_dry_run, use, raw)
+
+
+def _dry_run(use: Resources, raw: bytes) -> Plan:
+    asked = read_submission(PlanRequest, json_body(raw), max_tasks=use.settings.max_tasks)
+    incoming = inline_rows(use, asked) if asked.said.rows else None
+    planned = planned_with(use, asked, incoming)
+    part = incoming.part() if incoming else IncomingPart(columns={name: [] for name in asked.fields})
+    unread = {name: absent(part.bad, part.bad_fields, fields_read(name, asked.tasks)) for name in asked.tasks}
+    rows = {
+        i: {name: plain_text(values[i]) for name, values in part.columns.items()}
+        for i in askable(range(len(part)), list(unread.values()))
+    }
+    sample = Sample(
+        rows=len(rows),
+        total_rows=len(rows) if asked.said.total_rows is None else asked.said.total_rows,
+        # Of a pass that reads some of the fields the others' bytes tell nothing: then rows count.
+        text_bytes=sum(len(text.encode()) for row in rows.values() for text in row.values()),
+        total_bytes=asked.said.total_bytes,
+    )
+    by_rows = replace(sample, total_bytes=None)
+    rates, devices = _speeds(use)
+    too_long: set[int] = set()
+    passes: list[PlannedPass] = []
+    names = list(asked.tasks)
+    for p in planned.passes:
+        # Of answers that are not there yet nothing is counted.
+        unknown = {names[number]: "" for number in p.needs}
+        here = askable(list(rows), [unread[names[number]] for number in p.tasks])
+        seen = [{**rows[i], **unknown} for i in here]
+        lengths = use.counter.lengths(p.model, [render(p.input, row) for row in seen])
+        speeds = [
+            rates.of((p.learned_as, name, p.numerics), device_kind=kind, parameters=p.model.parameters)
+            for name, kind in devices
+        ]
+        prior = rates.of((p.learned_as, "", p.numerics), device_kind="cpu", parameters=p.model.parameters)
+        timing: dict[str, Any] = {
+            "seconds_per_token": [rate.seconds_per_token for rate in speeds],
+            "prior_s": prior.seconds_per_token,
+            "subtask_s": use.settings.subtask_s,
+        }
+        of_it = sample if all(reads_of(p, asked.tasks).times) else by_rows
+        if p.prompts:
+            prompts = [_asked(use, p, asked.tasks[names[number]], seen) for number in p.tasks]
+            guess = estimate_prompts(p, lengths, prompts, of_it, **timing)
+        else:
+            too_long.update(
+                i for i, n in zip(here, lengths, strict=True) if p.max_tokens and n > p.max_tokens
+            )
+            guess = estimate(p, lengths, of_it, **timing)
+        passes.append(
+            PlannedPass(
+                kind=p.kind,
+                tasks=tuple(names[number] for number in p.tasks),
+                model=p.model.ref,
+                numerics=p.numerics,
+                max_tokens=p.max_tokens,
+                needs=tuple(names[number] for number in p.needs),
+                first=p.first,
+                tokens=guess.tokens,
+                computed_tokens=guess.computed_tokens,
+                unfused_tokens=guess.unfused_tokens,
+                tokens_out=guess.tokens_out,
+                seconds=guess.seconds,
+                subtasks=guess.subtasks,
+            )
+        )
+    return Plan(
+        rows=sample.total_rows,
+        models={name: model.manifest.ref for name, model in planned.models.items()},
+        passes=tuple(passes),
+        tokens=sum(p.tokens for p in passes),
+        computed_tokens=sum(p.computed_tokens for p in passes),
+        unfused_tokens=sum(p.unfused_tokens for p in passes),
+        tokens_out=sum(p.tokens_out for p in passes),
+        # The passes share the devices, one after the other.
+        seconds=sum(p.seconds or 0.0 for p in passes) if devices else None,
+        truncated_rows=round(len(too_long) * sample.rows_factor),
+        devices=len(devices),
+    )
+
+
+def _asked(use: Resources, p: PassPlan, task: Task, rows: list[dict[str, str]]) -> TaskTokens:
+    """A task of a language model in tokens, by the tokenizer that will read it."""
+    system = str(getattr(task, "system", ""))
+    asked = instruction(task) if isinstance(task, Prompted) else ""
+
+    def tokens(template: str) -> list[int]:
+        if not placeholders(template):
+            return use.counter.lengths(p.model, [render(template, {})] if template else []) * len(rows) or [
+                0
+            ] * len(rows)
+        return use.counter.lengths(p.model, [render(template, row) for row in rows])
+
+    return TaskTokens(
+        system=system,
+        system_tokens=tokens(system),
+        instruction_tokens=tokens(asked),
+        system_fixed=not placeholders(system),
+        instruction_fixed=not placeholders(asked),
+        written=int(getattr(task, "max_tokens", 0)),
+    )
+
+
+def _speeds(use: Resources) -> tuple[Rates, list[tuple[str, str]]]:
+    """What was learned, and (name, kind) of each live device. No device where Redis is away: a plan needs none."""
+    with use.database.transaction() as connection:
+        rates = learned_rates(connection)
+    try:
+        beats = live_workers(use)
+    except TransportLost:
+        beats = {}
+    return rates, [(b.device_name, b.device_kind) for b in beats.values() if b.state == "ready"]
