@@ -147,8 +147,8 @@ def test_the_shipped_models_are_registered_once_with_what_was_measured(api: Api,
     assert (trainer.files, trainer.formats) == (trunk.files, trunk.formats), "one set of files, tried once"
     assert trainer.scores == {"among_others": trunk.scores["among_others"]}
     assert trainer.parameters == 5 * trunk.parameters, "its memory is predicted with all that training keeps"
-    for name in ("news-topics", "review-sentiment", "text-domain", "tone"):
-        head = api.manifest(f"{name}@1")
+    for ref in list(models)[2:]:
+        head = api.manifest(ref)
         assert (head.trunk, head.trunk_model, head.engine) == (trunk.trunk, trunk.ref, "encoder")
         assert list(head.files) == ["head.safetensors"]
         assert len(head.labels) >= 3
