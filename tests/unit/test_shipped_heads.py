@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 import struct
+import tomllib
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -30,6 +31,9 @@ KEYS = [
     "seed",
     "scores",
 ]
+
+#: SPDX licences of texts that a head which is for sale may learn from; CC-BY and CC-BY-SA ask for a line in NOTICE.
+ALLOWED = {"Apache-2.0", "BSD-3-Clause", "CC0-1.0", "CC-BY-4.0", "CC-BY-SA-4.0", "MIT"}
 
 every_head = pytest.mark.parametrize("folder", HEADS, ids=lambda folder: folder.name)
 
@@ -111,6 +115,25 @@ def test_a_head_says_what_it_learned_from_and_under_which_licence(folder: Path) 
     assert all(data[key] for key in ("source", "package", "licence", "citation"))
     assert record["licence"]
     assert record["training"].startswith("python examples/train_heads.py")
+
+
+@every_head
+def test_the_licence_of_the_texts_lets_a_head_ship_and_notice_names_it(folder: Path) -> None:
+    record = described(folder)
+    notice = (folder.parent / "NOTICE").read_text("utf-8")
+    [about] = [part for part in notice.split("\n\n") if folder.name in part.partition("\n")[0].split(", ")]
+
+    assert record["licence"] == "Apache-2.0"
+    assert record["data"]["licence"] in ALLOWED
+    assert f"licensed {record['data']['licence']}" in about
+    assert record["data"]["package"].replace("==", " ") in about
+
+
+def test_notice_goes_into_the_wheel() -> None:
+    project = tomllib.loads((Path(motet.__file__).parents[1] / "pyproject.toml").read_text("utf-8"))
+
+    assert "motet/heads/NOTICE" in project["project"]["license-files"]
+    assert "heads/NOTICE" in project["tool"]["setuptools"]["package-data"]["motet"]
 
 
 @every_head
