@@ -52,6 +52,11 @@ class InvalidJob(MotetError):
         super().__init__("\n".join([*map(str, self.problems), *([f"and {more:,} more"] if more else [])]))
 
     @classmethod
+    def of(cls, field: str, got: str, expected: str, remedy: str, row: int | None = None) -> InvalidJob:
+        """One problem."""
+        return cls(Problem(field, got, expected, remedy, row))
+
+    @classmethod
     def first(cls, problems: Sequence[Problem], most: int = 20) -> InvalidJob:
         """Of many problems the first ones, and how many there are beyond."""
         return cls(problems[:most], max(0, len(problems) - most))

@@ -272,18 +272,14 @@ def render(template: str, row: Mapping[str, Value]) -> str:
 def parse(tasks: object) -> dict[str, Task]:
     """Check and build the tasks of a submission from JSON. Raises InvalidJob with every problem found."""
     if not isinstance(tasks, Mapping):
-        raise InvalidJob(
-            Problem(
-                "tasks",
-                type(tasks).__name__,
-                "an object of task name to task",
-                'send {"topic": {"kind": "classify", "model": "news-topics"}}',
-            )
+        raise InvalidJob.of(
+            "tasks",
+            type(tasks).__name__,
+            "an object of task name to task",
+            'send {"topic": {"kind": "classify", "model": "news-topics"}}',
         )
     if not tasks:
-        raise InvalidJob(
-            Problem("tasks", "no task", "at least one task", "name what should be asked of each row")
-        )
+        raise InvalidJob.of("tasks", "no task", "at least one task", "name what should be asked of each row")
     problems: list[Problem] = []
     parsed: dict[str, Task] = {}
     for name, spec in tasks.items():
@@ -305,17 +301,12 @@ def parse(tasks: object) -> dict[str, Task]:
 
 def _parse_one(where: str, spec: object) -> Task:
     if not isinstance(spec, Mapping):
-        raise InvalidJob(Problem(where, type(spec).__name__, "an object", "give the task a kind and a model"))
+        raise InvalidJob.of(where, type(spec).__name__, "an object", "give the task a kind and a model")
     kind = spec.get("kind")
     cls = KINDS.get(kind) if isinstance(kind, str) else None
     if cls is None:
-        raise InvalidJob(
-            Problem(
-                f"{where}.kind",
-                short(kind),
-                f"one of {', '.join(sorted(KINDS))}",
-                "choose a known kind of task",
-            )
+        raise InvalidJob.of(
+            f"{where}.kind", short(kind), f"one of {', '.join(sorted(KINDS))}", "choose a known kind of task"
         )
     known = {f.name: f for f in fields(cls)}
     problems = [

@@ -19,7 +19,7 @@ from motet.progress import Bar
 from motet.protocol.values import byte_lengths
 from motet.rows import BLOCK_BYTES, BLOCK_ROWS, Part
 
-#: How often somebody who waits for a part looks whether it was refused.
+#: Seconds between two looks at whether a part was refused, while another part is waited for.
 _GLANCE_S = 0.25
 
 

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from motet.client import Client
     from motet.messages.cluster import Worker
 
-#: Workers beat each second: asked oftener they say the same.
+#: Seconds between two looks at the workers, which beat once a second.
 _GLANCE_S = 0.5
 
 
@@ -278,7 +278,7 @@ def _is_empty(worker: Worker) -> bool:
 
 def _put_workers(found: Sequence[Worker]) -> None:
     versions = {w.version for w in found if w.version}
-    # Worth a column only where somebody must do something about it.
+    # A column of its own only where a worker must be upgraded.
     mixed = len(versions) > 1 or any(w.state == "incompatible" for w in found)
     put_table(
         (

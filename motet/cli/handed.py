@@ -60,19 +60,12 @@ def _execute_workers(arguments: Sequence[str], *, admin: bool) -> NoReturn:
 
 
 def need(extra: str, *packages: str) -> None:
-    """Raise SetupError unless the cluster's distribution and these packages are installed here.
-
-    A package called ``scheduler`` or ``workers`` proves nothing: beside a client it may be somebody else's.
-    """
-    from importlib import metadata
-
+    """Raise SetupError unless the cluster's distribution and these packages are installed here."""
+    from motet.distributions import CLUSTER, installed
     from motet.errors import SetupError
 
-    missing = [name for name in packages if find_spec(name) is None]
-    try:
-        metadata.version("motet-cluster")
-    except metadata.PackageNotFoundError:
-        missing.insert(0, "motet-cluster")
+    missing = [] if installed(CLUSTER) else [CLUSTER]
+    missing += [name for name in packages if find_spec(name) is None]
     if missing:
         raise SetupError(
             f"this needs {' and '.join(missing)}, not installed here; pip install 'motet[{extra}]'"

@@ -29,7 +29,7 @@ from motet.cli.show import (
 if TYPE_CHECKING:
     from motet.job import Job
 
-#: Rows of a table that is printed where nobody says how many.
+#: Rows of a table without --limit.
 _TABLE_ROWS = 20
 _FORMATS = {".parquet": "to_parquet", ".jsonl": "to_jsonl", ".ndjson": "to_jsonl", ".csv": "to_csv"}
 #: A comma that ends an option: another one's name and = follow it.

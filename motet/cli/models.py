@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import os
 import re
 from pathlib import Path
@@ -11,7 +10,7 @@ from typing import Any
 import click
 
 from motet.cli.handed import HandedCommand
-from motet.cli.show import as_json
+from motet.cli.show import Points, as_json
 
 #: Points that a task may lose, unless told otherwise.
 TOLERATED_POINTS = 1.0
@@ -136,7 +135,7 @@ Rows are JSONL, CSV or Parquet; the heads that motet ships bring their own.""",
 )
 @click.option(
     "--tolerance",
-    type=float,
+    type=Points(),
     default=TOLERATED_POINTS,
     show_default=True,
     metavar="POINTS",
@@ -158,5 +157,3 @@ def compress(**options: Any) -> None:
     layers they are fitted anew), both run on held-out labelled rows, what was gained and lost is printed, and they are
     registered under names of their own. Refused where a task loses more than the tolerance, unless forced.
     """
-    if not math.isfinite(options["tolerance"]):
-        raise click.UsageError("--tolerance: expected a finite number of points")

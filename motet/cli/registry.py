@@ -64,7 +64,7 @@ def models(context: click.Context, as_json: bool) -> None:
                 cut(m.licence, 24),
             )
             for m in found
-            # What trains stands beside each encoder, and nobody asks it but `motet train`.
+            # The trainer of each encoder is a model too, which `motet train` alone asks.
             if m.answers != "models"
         ),
         empty="no models; register one with: motet models add SOURCE",
@@ -287,7 +287,3 @@ def revoke_token(token_id: str, as_json: bool) -> None:
         client.revoke_token(token_id)
     if as_json:
         put_json({"revoked": token_id})
-
-
-def _day(moment: str | None) -> str:
-    return (moment or "")[:10]

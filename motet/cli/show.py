@@ -28,27 +28,40 @@ if TYPE_CHECKING:
 
 #: The beginning of a job's id that may stand for it.
 _PREFIX = re.compile(r"[0-9a-z-]{4,35}")
-#: Below so many characters a table of results leaves out what says least.
+#: Width in characters below which a table of results leaves out scores and vectors.
 _NARROW = 110
-#: A column of words is given this much before others are dropped for it.
+#: Characters that a column of words keeps before other columns are dropped for it.
 _WORDS = 18
 
 as_json = click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 
 
-class PositiveNumber(click.FloatRange):
-    """A finite number above 0: NaN is neither below nor above a bound, so that click lets it through."""
+class _Finite(click.ParamType[float]):
+    """Refuses NaN and infinity, which click takes for numbers, NaN also where there are bounds."""
 
     name = "number"
-
-    def __init__(self) -> None:
-        super().__init__(0, min_open=True)
+    expected: str
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> float:
         number = float(super().convert(value, param, ctx))
         if not math.isfinite(number):
-            self.fail(f"got {value!r}; expected a finite number above 0; leave it out for none", param, ctx)
+            self.fail(f"got {value!r}; expected {self.expected}", param, ctx)
         return number
+
+
+class Points(_Finite, click.types.FloatParamType):
+    """Points of a figure, such as accuracy."""
+
+    expected = "a finite number of points"
+
+
+class PositiveNumber(_Finite, click.FloatRange):
+    """A finite number above 0, of an option that is left out for none."""
+
+    expected = "a finite number above 0; leave it out for none"
+
+    def __init__(self) -> None:
+        super().__init__(0, min_open=True)
 
 
 def connect(*, admin: bool = False) -> Client:

@@ -124,7 +124,7 @@ def _head(seen: ClusterView) -> RenderableType:
 def _devices(workers: Sequence[Worker], shown: int, width: int) -> RenderableType:
     if not workers:
         return text("no workers; start some with: motet worker --gpus all", "yellow")
-    # Those that need somebody first, then the busy ones.
+    # Devices that are not ready first, then the busy ones.
     first = sorted(workers, key=lambda w: (w.state == "ready", -w.utilisation, -w.held, w.worker))[:shown]
     return table(
         (

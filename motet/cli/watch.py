@@ -223,7 +223,7 @@ def _devices(devices: Sequence[DeviceUnderWay], shown: int, width: int, *, ended
                 f"{d.share:.0%}",
                 *(() if ended else (_now(d.utilisation), seconds(d.backlog_s))),
             )
-            # Those that work first, so that a long list is cut where nothing happens.
+            # Busy devices first, so that a long list is cut at the idle ones.
             for d in sorted(devices, key=lambda d: (-d.open, -d.rows, d.worker))[:shown]
         ],
         drop=("hardware", "#backlog", "#rows", "#sub-tasks", "#busy", "state"),

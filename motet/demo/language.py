@@ -34,10 +34,10 @@ TASKS: Mapping[str, Task] = {
         MODEL, prompt="Write one short sentence in reply to this {sentiment} comment.", max_tokens=32
     ),
 }
-#: Texts of these lengths, in characters, that people rated at least so far from 0 (of 4).
+#: Lengths of the texts in characters, and the least distance of their rating from 0 (of 4): a clear sentiment.
 _LENGTHS, _CLEAR = (80, 260), 1.5
 _ROWS_SHOWN = 5
-#: Small words that are French and not English; so many of them in a text call it French.
+#: Small words that are French and not English; a text with _FRENCH_WORDS different ones counts as French.
 _FRENCH = re.compile(
     r"\b(?:le|la|les|des|du|une|et|est|un|pas|pour|dans|que|qui|ce|cette|il|elle|je|vous|nous|très)\b"
 )

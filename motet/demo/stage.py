@@ -1,4 +1,4 @@
-"""What every demo stands on: a cluster that is stopped whatever happens, and a story of it on stdout."""
+"""The cluster of a demo, which is stopped whatever happens, and the story that it prints."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 #: Every demo's job is called so.
 NAME = "motet demo"
 _UNFINISHED: Sequence[State] = ("loading", "running")
-#: The plan's seconds are those of the workers that are there: it waits so long for all of them.
+#: Seconds to wait for all workers: the plan estimates with those that are ready.
 _WORKERS_S = 20.0
 
 
@@ -37,7 +37,7 @@ class DemoStage:
     client: Client
     data: Path
     story: Story
-    #: The job that it ran, for whoever looks on afterwards.
+    #: Id of the job that it ran, for the commands that are shown at the end.
     job: str = ""
 
     def plan(self, texts: Sequence[str], tasks: Mapping[str, Task]) -> Plan:

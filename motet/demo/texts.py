@@ -26,7 +26,7 @@ TASKS: Mapping[str, Task] = {
     "tone": Classify("tone"),
     "vector": Embed("all-MiniLM-L6-v2", dtype="fp16"),
 }
-#: One article among so many texts; the others are sentences and tweets.
+#: One text of this many is an article; the others are sentences and tweets.
 _ARTICLE_EACH = 10
 _ROWS_SHOWN = 8
 

@@ -9,6 +9,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from motet.doctor import Area, CheckState, Finding
+from motet.local.places import short_for_sockets
 
 INSTALLED, DISK, MACHINE, PORTS, GPU = map(Area, ("python", "disk", "machine", "ports", "gpu"))
 
@@ -135,14 +136,10 @@ def _folder_room(f: Folder) -> Finding:
     return DISK.finding(f"{f.use} room", state, what, remedy)
 
 
-#: Bytes that fit into the address of a unix socket, and the longest name that Postgres makes in the folder of its socket.
-SOCKET_PATH_BYTES, SOCKET_NAME = 103, "/motet-12345678/.s.PGSQL.5432.lock"
-
-
 def socket_folder(usable: Mapping[str, bool]) -> Finding:
     """Whether the embedded servers find a folder for their sockets. ``usable``: folder -> may be written to."""
     for path, writable in usable.items():
-        if writable and len((path + SOCKET_NAME).encode()) <= SOCKET_PATH_BYTES:
+        if writable and short_for_sockets(path):
             return DISK.ok("sockets", f"sockets go below {path}")
     return DISK.fail(
         "sockets",

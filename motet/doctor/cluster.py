@@ -130,7 +130,7 @@ class WorkerFacts:
 
 
 def workers(seen: Sequence[WorkerFacts], protocol: int) -> list[Finding]:
-    """Whether anybody can work, and who cannot."""
+    """Whether any worker can take work, and which cannot."""
     other = [w for w in seen if w.protocol != protocol]
     silent = [w for w in seen if w.state == "silent"]
     fit = [w for w in seen if w not in other and w not in silent]
@@ -312,7 +312,7 @@ READ_S = 15.0
 
 
 def aggregator(asked_s: float | None) -> Finding:
-    """Whether anybody merges outcomes. ``asked_s``: seconds since one asked for them; None: nobody ever did."""
+    """Whether an aggregator runs. ``asked_s``: seconds since one asked for outcomes; None: none ever did."""
     if asked_s is not None and asked_s <= READ_S:
         return SERVER.ok("aggregator", f"asked {asked_s:.1f} s ago")
     when = "ever asked for outcomes" if asked_s is None else f"asked for outcomes for {asked_s:.0f} s"

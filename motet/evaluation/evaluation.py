@@ -43,7 +43,7 @@ class Evaluation:
 
     @property
     def warnings(self) -> tuple[str, ...]:
-        """What somebody should look at, each with its task."""
+        """Oddities of labels or scores, each with its task."""
         return tuple(f"{name}: {words}" for name, task in self.tasks.items() for words in task.warnings)
 
     def to_dict(self) -> dict[str, Any]:

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from motet.errors import InvalidJob, Problem
+from motet.errors import InvalidJob
 from motet.evaluation.answered import FIGURES, Answered, AnswerKind, right_rows, sampled
 from motet.evaluation.calibration import Calibration, calibration
 from motet.evaluation.intervals import (
@@ -128,7 +128,7 @@ class Comparison:
     #: Their names, with the job where they are of two.
     first: str
     second: str
-    #: Rows that the figures are of; for numbers those that both have answered.
+    #: Rows behind the figures; for numbers only rows that both tasks answered.
     rows: int
     figures: Mapping[str, Difference]
     #: Rows that only the first has right, and only the second; None for numbers.
@@ -248,7 +248,7 @@ def _check_comparable(first: TaskEvaluation, second: TaskEvaluation) -> None:
         remedy = "evaluate both with the same labels"
     else:
         return
-    raise InvalidJob(Problem(f"compare.{first.task} {second.task}", got, expected, remedy))
+    raise InvalidJob.of(f"compare.{first.task} {second.task}", got, expected, remedy)
 
 
 def _same_truth(one: Any, other: Any) -> bool:

@@ -8,7 +8,7 @@ from contextlib import AbstractContextManager
 from dataclasses import replace
 from typing import Any, Protocol, TypeAlias
 
-from motet.errors import InvalidJob, NotFound, Problem
+from motet.errors import InvalidJob, NotFound
 from motet.evaluation.answered import Answered, AnswerKind
 from motet.evaluation.measures import LabelReader, folded
 from motet.evaluation.truth import NAMED, TAKE, TrueLabels
@@ -70,7 +70,7 @@ def read(
         tasks = [name for name, spec in specs.items() if spec["kind"] != "embed"]
     wanted = dict(tasks) if isinstance(tasks, Mapping) else {name: name for name in tasks}
     if not wanted:
-        raise InvalidJob(Problem("tasks", "no task", "one that answers no vectors", "name a task"))
+        raise InvalidJob.of("tasks", "no task", "one that answers no vectors", "name a task")
     table = TrueLabels(wanted, index)
     table.read(labels)
     fields = table.found(wanted, named=named)
@@ -108,8 +108,8 @@ def _check_tasks(job: AnsweredJob, tasks: Fields, others: Collection[str]) -> No
 
 
 def _vectors(task: str) -> InvalidJob:
-    return InvalidJob(
-        Problem(f"tasks.{task}", "vectors", "answers that can be right or wrong", "leave this task out")
+    return InvalidJob.of(
+        f"tasks.{task}", "vectors", "answers that can be right or wrong", "leave this task out"
     )
 
 
@@ -228,7 +228,7 @@ def _answer(kind: AnswerKind, value: Any) -> tuple[Any, Any]:
 
 
 def _read_labels(found: Answered, *, asked: bool, never: bool) -> Answered:
-    """What a language model wrote as labels, where it was asked for some."""
+    """Written answers read as labels, where the task asked for labels."""
     texts = all(
         isinstance(value, str) for value in (*found.truth, *(a for a in found.answers if a is not None))
     )

@@ -46,14 +46,12 @@ class TrueLabels:
             if not isinstance(row, Mapping):
                 if len(self._fields) != 1 or self._index is not None:
                     got = f"a value of type {short(type(row).__name__)}"
-                    raise InvalidJob(
-                        Problem(
-                            "labels",
-                            got,
-                            "a mapping of field to label",
-                            "name one task, or give mappings",
-                            number,
-                        )
+                    raise InvalidJob.of(
+                        "labels",
+                        got,
+                        "a mapping of field to label",
+                        "name one task, or give mappings",
+                        number,
                     )
                 row = {self._fields[0]: row}
             self._first = self._first or [short(name) for name in row][:NAMED]
@@ -71,10 +69,8 @@ class TrueLabels:
         if isinstance(place, bool) or not isinstance(place, int) or place < 0 or place in taken:
             again = isinstance(place, int) and place in taken
             got = f"{place} again" if again else "no such field" if name not in row else short(value)
-            raise InvalidJob(
-                Problem(
-                    f"labels.{short(name)}", got, "the index of a row, each once", "count rows from 0", number
-                )
+            raise InvalidJob.of(
+                f"labels.{short(name)}", got, "the index of a row, each once", "count rows from 0", number
             )
         taken.add(place)
         return place
@@ -85,9 +81,7 @@ class TrueLabels:
         has = ", ".join(self._first) or "no fields at all"
         absent = [(task, name) for task, name in wanted.items() if name not in self._present]
         if not self.rows:
-            raise InvalidJob(
-                Problem("labels", "no rows", "a row for each row of the job", "check the source")
-            )
+            raise InvalidJob.of("labels", "no rows", "a row for each row of the job", "check the source")
         if absent and (named or not there):
             raise InvalidJob(
                 [
@@ -105,24 +99,20 @@ class TrueLabels:
     def check_rows(self, job: str, rows: int) -> None:
         """Raise InvalidJob unless every row of labels has its row of the job, and is its only one."""
         if self._index is None and len(self.rows) != rows:
-            raise InvalidJob(
-                Problem(
-                    "labels",
-                    f"{len(self.rows):,} rows",
-                    f"{rows:,}, one for each row of job {job}, in order",
-                    "give the labels of the rows that were submitted, or name the field of the rows' index (--index)",
-                )
+            raise InvalidJob.of(
+                "labels",
+                f"{len(self.rows):,} rows",
+                f"{rows:,}, one for each row of job {job}, in order",
+                "give the labels of the rows that were submitted, or name the field of the rows' index (--index)",
             )
         beyond = next((n for n, row in enumerate(self.rows) if row >= rows), None)
         if beyond is not None:
-            raise InvalidJob(
-                Problem(
-                    f"labels.{short(str(self._index))}",
-                    f"index {self.rows[beyond]:,}",
-                    f"less than {rows:,}, the rows of job {job}",
-                    "count rows from 0",
-                    beyond,
-                )
+            raise InvalidJob.of(
+                f"labels.{short(str(self._index))}",
+                f"index {self.rows[beyond]:,}",
+                f"less than {rows:,}, the rows of job {job}",
+                "count rows from 0",
+                beyond,
             )
 
     def truth(self, field: str, take: Callable[[Any], Any]) -> dict[int, Any]:
@@ -144,13 +134,8 @@ class TrueLabels:
         if problems:
             raise InvalidJob(problems)
         if not found:
-            raise InvalidJob(
-                Problem(
-                    f"labels.{short(field)}",
-                    "null in every row",
-                    "a label in one at least",
-                    "check the field",
-                )
+            raise InvalidJob.of(
+                f"labels.{short(field)}", "null in every row", "a label in one at least", "check the field"
             )
         return found
 

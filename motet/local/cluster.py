@@ -9,35 +9,35 @@ import logging
 import os
 import secrets
 import signal
-import socket
 import sys
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field
-from importlib import metadata
 from pathlib import Path
 from types import TracebackType
 from typing import Protocol, Self
 
+from motet.distributions import installed
 from motet.errors import SetupError
 from motet.local.children import MARK, Child, evict, marked, rotate
-from motet.local.places import Lock, free_port, write_private
+from motet.local.places import Lock, free_port, why_taken, write_private
 from motet.local.postgres import STOP_S, Postgres
 from motet.local.valkey import Valkey, ValkeyUrls
 from motet.protocol.settings import Settings, cache_folder
 
 log = logging.getLogger("motet.cluster")
 
+#: Seconds until the API must be ready; a slow disk needs most of them for the first start of Postgres.
 READY_S = 180.0
-#: Longest pause before a process that died is started again.
+#: Longest pause in seconds before a process that died is started again.
 BACKOFF_S = 4.0
-#: One that lived so long did not die of its own start.
+#: A process that lived for this many seconds has started well: its next death begins the pauses anew.
 SETTLED_S = 30.0
-#: What a process of the scheduler may take to end.
+#: Seconds for a process of the scheduler to end by itself; after that it is killed.
 GRACE_S = 10.0
-#: One of them that gave no sign of life for so long is killed and started again: it is stopped, or hangs.
+#: A process of the scheduler without a sign of life for this many seconds hangs: it is killed and started again.
 SILENT_S = 30.0
 
 #: Settings that the cluster gives to its processes; those of the surrounding environment are for other clusters.
@@ -235,7 +235,7 @@ class Cluster:
 
     def _take_folder(self) -> None:
         if not self.data.exists():
-            # Nobody runs on a folder that is not there, and one that cannot start should not leave one behind.
+            # A folder that does not exist belongs to no cluster; and a cluster that cannot start must not leave one behind.
             _open_port(self._port, "--port")
         self.data.mkdir(mode=0o700, parents=True, exist_ok=True)
         (self.data / "pulse").mkdir(exist_ok=True)
@@ -283,7 +283,7 @@ class Cluster:
 
         for option in self._models:
             builtin = option == "--builtin"
-            registered = self.data / f"registered-{_version()}{'' if builtin else option[1:]}"
+            registered = self.data / f"registered-{installed() or 'unknown'}{'' if builtin else option[1:]}"
             if not registered.exists():
                 # Data sets and converted models are this user's, whatever cluster asks for them.
                 cache = str(cache_folder().absolute())
@@ -394,14 +394,10 @@ class Cluster:
 def _open_port(port: int, option: str) -> int:
     if port == 0:
         return free_port()
-    with socket.socket() as probe:
-        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        try:
-            probe.bind(("127.0.0.1", port))
-        except OSError as error:
-            raise SetupError(
-                f"port {port}: {error.strerror}; stop the program that has it, or let motet choose with `{option} 0`"
-            ) from None
+    if why := why_taken(port):
+        raise SetupError(
+            f"port {port}: {why}; stop the program that has it, or let motet choose with `{option} 0`"
+        )
     return port
 
 
@@ -418,10 +414,3 @@ def _answers(port: int, path: str) -> bool:
 
 def _obituary(child: Child) -> str:
     return f"{child.name} ended with exit code {child.exit_code}; the end of {child.log}:\n{child.tail()}"
-
-
-def _version() -> str:
-    try:
-        return metadata.version("motet")
-    except metadata.PackageNotFoundError:
-        return "unknown"

@@ -39,7 +39,7 @@ log = logging.getLogger("motet.local.flower")
 LOOK_S = 2.0
 #: Tasks that Flower remembers, about 3 KiB each.
 TASKS = 10_000
-#: A worker that has been silent for so long leaves pages and metrics.
+#: A worker that has been silent for this many seconds leaves pages and metrics.
 PURGE_S = 300
 EXIT_SETUP = 2
 

@@ -58,15 +58,13 @@ class SocketDir:
     def make(self, owner: int | None = None) -> Path:
         """Make the folder, given to the user id ``owner``, and remove what a killed predecessor left behind."""
         self.remove()
-        for parent in (Path(tempfile.gettempdir()), Path("/tmp"), Path("/var/tmp")):
-            fits = len(os.fsencode(parent / "motet-12345678" / ".s.PGSQL.5432.lock")) <= SOCKET_PATH_BYTES
-            if fits and os.access(parent, os.W_OK | os.X_OK) and (owner is None or open_to_all(parent)):
-                break
-        else:
+        usable = [p for p in socket_parents() if writable(p) and short_for_sockets(p)]
+        usable = usable if owner is None else [p for p in usable if open_to_all(p)]
+        if not usable:
             raise SetupError(
                 "no folder for sockets: expected /tmp to be writable, or TMPDIR to name a short path"
             )
-        path = Path(tempfile.mkdtemp(prefix="motet-", dir=parent))
+        path = Path(tempfile.mkdtemp(prefix="motet-", dir=usable[0]))
         if owner is not None:
             os.chown(path, owner, -1)
         self._link.symlink_to(path)
@@ -78,6 +76,20 @@ class SocketDir:
             if path.name.startswith("motet-"):
                 shutil.rmtree(path, ignore_errors=True)
             self._link.unlink()
+
+
+def socket_parents() -> list[Path]:
+    """The folders that are tried for sockets, in order."""
+    return [Path(name) for name in dict.fromkeys((tempfile.gettempdir(), "/tmp", "/var/tmp"))]
+
+
+def short_for_sockets(parent: str | Path) -> bool:
+    """Whether the address of Postgres' socket below this folder is short enough."""
+    return len(os.fsencode(Path(parent, "motet-12345678", ".s.PGSQL.5432.lock"))) <= SOCKET_PATH_BYTES
+
+
+def writable(folder: Path) -> bool:
+    return os.access(folder, os.W_OK | os.X_OK)
 
 
 def open_to_all(path: Path) -> bool:
@@ -101,6 +113,17 @@ def free_port() -> int:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return int(probe.getsockname()[1])
+
+
+def why_taken(port: int) -> str | None:
+    """Why a TCP port of the loopback interface cannot be listened on; None where it can."""
+    with socket.socket() as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind(("127.0.0.1", port))
+        except OSError as error:
+            return error.strerror or type(error).__name__
+    return None
 
 
 def installed_package(name: str) -> Path | None:

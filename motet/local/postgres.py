@@ -131,7 +131,7 @@ class Postgres:
         """End what is left of an earlier server; its backends may be busy, and outlive it. We hold the lock."""
         if sys.platform == "linux" and self._data.exists():
             evict(lambda: working_in(self._data, "postgres"), patience_s)
-            # Whoever wrote them is gone; by now the process id in them may be somebody else's.
+            # Their server is gone; by now the process id in them may be another program's.
             for folder, name in ((self._data, "postmaster.pid"), (self._socket_dir, ".s.PGSQL.5432.lock")):
                 if folder:
                     (folder / name).unlink(missing_ok=True)

@@ -64,7 +64,7 @@ class Settings:
     block_rows: int = 1024
     #: UTF-8 bytes of a block, whichever comes first.
     block_bytes: int = 1024 * 1024
-    #: Days after its end at which a job and its results are deleted; 0 keeps them until somebody removes them.
+    #: Days after its end at which a job and its results are deleted; 0 keeps them until they are removed by hand.
     retention_days: float = 0.0
 
     # -- protocol timers; lease >= 2 x dead, leader lease >= 5 x tick (reference: reliability 7)
@@ -95,7 +95,7 @@ class Settings:
     log_level: str = "INFO"
 
     # -- watching
-    #: A file that a process of the scheduler touches in every round of its work, for whoever restarts what hangs.
+    #: A file that a process of the scheduler touches in every round of its work, so that a supervisor sees it hang.
     #: `motet up` sets it. Empty: none.
     pulse: str = ""
     #: OTLP/HTTP receiver of traces, such as http://127.0.0.1:4318/v1/traces. Empty: no traces, and no cost.

@@ -8,9 +8,9 @@ from dataclasses import dataclass
 from uuid import UUID
 
 JOB, SUBMIT, SEND = "job", "submit", "send"
-#: What a span hangs from; of all others it is the job.
+#: The parent of a span, by name; all other spans have the job for a parent.
 _PARENTS = {"plan": SUBMIT, "land": SUBMIT, "execute": SEND}
-#: Spans that others hang from: whoever needs the id of one works it out from the job and these attributes.
+#: Spans that are parents: the id of one is a digest of the job and of these attributes, in every process alike.
 _ABOUT = {JOB: (), SUBMIT: (), SEND: ("subtask", "attempt")}
 
 Attribute = str | int | float | UUID

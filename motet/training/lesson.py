@@ -16,7 +16,7 @@ from motet.sources import Source
 from motet.tasks import Number, short
 from motet.training.recipe import Target
 
-#: Share of the rows that are kept for the test where nobody gives test rows.
+#: Share of the rows that is kept for the test where no test rows are given.
 TEST_SHARE = 0.15
 #: Fewer rows teach nothing that could be measured.
 _LEAST_ROWS = 20
@@ -61,7 +61,7 @@ def read_lesson(
     only, NaN.
     """
     if not tasks:
-        raise InvalidJob(Problem("tasks", "none", "what to learn", 'give {"topic": Labels("topic")}'))
+        raise InvalidJob.of("tasks", "none", "what to learn", 'give {"topic": Labels("topic")}')
     found = _Reading(tasks, text)
     found.read("train", train)
     n = len(found.texts)

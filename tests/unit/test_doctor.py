@@ -62,12 +62,12 @@ def test_an_extra_counts_as_wanted_where_its_mark_is_installed() -> None:
 def test_the_packages_here_fit_what_motet_was_installed_with(monkeypatch: pytest.MonkeyPatch) -> None:
     assert {f.name for f in look.packages()} == {"motet", *checks.MARKS}
     assert {f.state for f in look.packages()} <= {"ok", "skipped"}
-    real = look._installed
-    monkeypatch.setattr(look, "_installed", lambda name: "9.0.1" if name == "redis" else real(name))
+    real = look.installed
+    monkeypatch.setattr(look, "installed", lambda name: "9.0.1" if name == "redis" else real(name))
     wrong = one(look.packages(), "scheduler")
     assert wrong.state == "fail"
     assert "redis 9.0.1, expected <9,>=8.1" in wrong.what
-    monkeypatch.setattr(look, "_installed", lambda name: "5.2.0" if name == "transformers" else real(name))
+    monkeypatch.setattr(look, "installed", lambda name: "5.2.0" if name == "transformers" else real(name))
     assert "transformers 5.2.0" in one(look.packages(), "worker").what
 
 

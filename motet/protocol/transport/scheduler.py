@@ -61,7 +61,7 @@ class RedisTransport:
         self._redis = RedisConnection(url, timeout_s=3.0)
         self._payload_ttl_s = payload_ttl_s
         self._group_made = False
-        #: Entry of the stream -> its attempt: those that were looked at.
+        #: Entry of the stream -> its attempt, for entries that were read once.
         self._named: dict[bytes, AttemptKey] = {}
         #: Worker -> its newest beat.
         self._beats: dict[str, KnownBeat] = {}
@@ -308,7 +308,7 @@ class RedisTransport:
                 known.update(named for page in pages.execute() for named in _named(page))
             unread = {i: key for i, key in known.items() if _order(i) > given}
             self._read_names(r, unread, max(map(_order, unread), default=given), top)
-            if len(unread) > stream["length"] - len(standing):  # somebody cut the stream
+            if len(unread) > stream["length"] - len(standing):  # another program cut the stream
                 unread = {}
                 self._read_names(r, unread, given, top)
             self._named = {i: key for i, key in known.items() if i in standing} | unread
