@@ -12,7 +12,7 @@ V = TypeVar("V")
 
 
 class Newest(Generic[K, V]):
-    """The newest values of ``most`` in all, by last use: what is read is as new as what is put in. At least one is kept."""
+    """The newest values of ``most`` in all: what is read is as new as what was just added. At least one is kept."""
 
     def __init__(self, most: float = math.inf, size: Callable[[K], int] = lambda _: 1) -> None:
         """``size``: what a value counts for, by its key."""
@@ -36,7 +36,6 @@ class Newest(Generic[K, V]):
         if key not in self._held:
             self.size += self._size(key)
         self._held[key] = value
-        self._held.move_to_end(key)
         self.shrink(self._most)
 
     def shrink(self, most: float) -> None:

@@ -21,8 +21,6 @@ IDLE_MB = 1024
 AUTO, NOWHERE = "auto", "none"
 #: Numeric formats of two bytes in which a model may run, beside fp32.
 HALVES = ("bf16", "fp16")
-#: CUDA compute capability from which a GPU has bf16: Ampere. Those before it have fp16 alone.
-AMPERE = 8
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -146,6 +144,8 @@ def _gpu(name: str, mask: str) -> TrialDevice:
     """The GPU that a mask names."""
     import pynvml
 
+    from workers.run.device import half_of
+
     pynvml.nvmlInit()
     handle = (
         pynvml.nvmlDeviceGetHandleByIndex(int(mask))
@@ -153,13 +153,12 @@ def _gpu(name: str, mask: str) -> TrialDevice:
         else pynvml.nvmlDeviceGetHandleByUUID(mask)
     )
     memory = pynvml.nvmlDeviceGetMemoryInfo(handle)
-    generation, _ = pynvml.nvmlDeviceGetCudaComputeCapability(handle)
     return TrialDevice(
         name=name,
         mask=mask,
         free_mb=int(memory.free) >> 20,
         idle=int(memory.used) >> 20 < IDLE_MB,
-        half="bf16" if generation >= AMPERE else "fp16",
+        half=half_of(*pynvml.nvmlDeviceGetCudaComputeCapability(handle)),
     )
 
 

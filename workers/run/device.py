@@ -17,6 +17,8 @@ from motet.errors import SetupError
 
 #: A format counts as fast where it beats fp32 by this factor: less is not worth another rounding.
 FAST = 1.3
+#: Compute capability from which GPUs have bf16; those before it have fp16 alone.
+AMPERE = 8
 #: Tokens × width × inner width of MiniLM's larger matrix product.
 SHAPE = (1024, 384, 1536)
 #: Rounds of the comparison, each format once a round; the best time counts.
@@ -165,12 +167,17 @@ def fast_formats(torch_name: str, rounds: int = ROUNDS) -> tuple[str, ...]:
 
 
 def half_format(torch_name: str) -> str:
-    """The format of two bytes that a device may be fast at: GPUs before Ampere (compute capability 8) have no bf16."""
+    """The format of two bytes that a device may be fast at."""
     if not torch_name.startswith("cuda"):
         return "bf16"
     import torch
 
-    return "bf16" if torch.cuda.get_device_capability(torch_name) >= (8, 0) else "fp16"
+    return half_of(*torch.cuda.get_device_capability(torch_name))
+
+
+def half_of(generation: int, _: int) -> Literal["bf16", "fp16"]:
+    """The same by the compute capability of a GPU."""
+    return "bf16" if generation >= AMPERE else "fp16"
 
 
 def _seconds(work: Callable[[], object], settle: Callable[[], object]) -> float:

@@ -230,8 +230,7 @@ class Executor:
         if group is None and first.interactive:
             self._interactive_at = self._clock()
         tokens, rows = stream.limit(interactive_waits=self._clock() - self._interactive_at < INTERACTIVE_S)
-        alone = first.exclusive or stream.alone
-        with self._preparing.nothing_beside() if alone else nullcontext():
+        with self._preparing.nothing_beside() if first.exclusive or stream.alone else nullcontext():
             began = self._clock()
             self._activity = Occupation("running", began, FIRST_RUN_S)
             if not len(stream):
@@ -268,8 +267,7 @@ class Executor:
     def _take(self, loaded: Loaded, progress: StepResult, took: float) -> None:
         """Learn from a step, and hand out what it brought."""
         if progress.computed:
-            pace = loaded.stream.pace
-            before = pace.budget.tokens
+            before = (pace := loaded.stream.pace).budget.tokens
             pace.observed(progress.computed, progress.tokens, took)
             if pace.budget.tokens != before:
                 event(log, "budget", model=loaded.model.ref, tokens=pace.budget.tokens)
