@@ -41,17 +41,20 @@ from scheduler.api.submissions import (
     read_submission,
 )
 from scheduler.blocks import IncomingPart, absent, askable, blocks_of
+from scheduler.policy.capability import why_not, workers
 from scheduler.policy.cost import Rates
 from scheduler.policy.needs import fields_read
+from scheduler.policy.placing.records import WorkerState
 from scheduler.policy.plan import PassPlan, Sample, estimate, reads_of
 from scheduler.policy.prompt_cost import TaskTokens, estimate_prompts
 from scheduler.policy.prompt_order import instruction
-from scheduler.store import endings, landing, opening
+from scheduler.store import drains, endings, landing, opening
 from scheduler.store import jobs as store
 from scheduler.store.jobs import JobEntry, TaskEntry
 from scheduler.store.landing import LoadingJob
 from scheduler.store.opening import PRIORITIES
 from scheduler.store.rates import rates as learned_rates
+from scheduler.store.rates import refusals
 from scheduler.store.registry import find_models, model_refs
 
 log = logging.getLogger(__name__)
@@ -340,7 +343,7 @@ def _dry_run(use: Resources, raw: bytes) -> Response:
         total_bytes=asked.total_bytes,
     )
     by_rows = replace(sample, total_bytes=None)
-    rates, devices = _speeds(use)
+    rates, devices = _devices(use)
     too_long: set[int] = set()
     passes, estimates = [], []
     names = list(asked.tasks)
@@ -350,14 +353,14 @@ def _dry_run(use: Resources, raw: bytes) -> Response:
         here = askable(list(rows), [unread[names[number]] for number in p.tasks])
         seen = [{**rows[i], **unknown} for i in here]
         lengths = use.counter.lengths(p.model, [render(p.input, row) for row in seen])
-        speeds = [
-            rates.of((p.learned_as, name, p.numerics), device_kind=kind, parameters=p.model.parameters)
-            for name, kind in devices
-        ]
-        prior = rates.of((p.learned_as, "", p.numerics), device_kind="cpu", parameters=p.model.parameters)
+        demand = planned.demand(p)
         timing: dict[str, Any] = {
-            "seconds_per_token": [rate.seconds_per_token for rate in speeds],
-            "prior_s": prior.seconds_per_token,
+            "seconds_per_token": [
+                demand.rate(rates, device.kind).seconds_per_token
+                for device in devices
+                if why_not(device, demand) is None
+            ],
+            "prior_s": demand.rate(rates, ("cpu", "")).seconds_per_token,
             "subtask_s": use.settings.subtask_s,
         }
         of_it = sample if all(reads_of(p, asked.tasks).times) else by_rows
@@ -398,7 +401,7 @@ def _dry_run(use: Resources, raw: bytes) -> Response:
             "unfused_tokens": sum(e.unfused_tokens for e in estimates),
             "tokens_out": sum(e.tokens_out for e in estimates),
             # The passes share the devices, one after the other.
-            "seconds": sum(e.seconds or 0.0 for e in estimates) if devices else None,
+            "seconds": sum(seconds) if None not in (seconds := [e.seconds for e in estimates]) else None,
             "truncated_rows": round(len(too_long) * sample.rows_factor),
             "devices": len(devices),
         }
@@ -427,15 +430,17 @@ def _asked(use: Resources, p: PassPlan, task: Task, rows: list[dict[str, str]]) 
     )
 
 
-def _speeds(use: Resources) -> tuple[Rates, list[tuple[str, str]]]:
-    """What was learned, and (name, kind) of each live device. No device where Redis is away: a plan needs none."""
+def _devices(use: Resources) -> tuple[Rates, list[WorkerState]]:
+    """What was learned, and workers that may be given work. None where Redis is away: a plan needs none."""
     with use.database.transaction() as connection:
-        rates = learned_rates(connection)
+        rates, known = learned_rates(connection), refusals(connection)
+        drained = drains.drained(connection)
     try:
         beats = live_workers(use)
     except TransportLost:
         beats = {}
-    return rates, [(b.device_name, b.device_kind) for b in beats.values() if b.state == "ready"]
+    found = workers(beats, known, use.settings.memory_share, drained=drained)
+    return rates, [worker for worker in found if worker.barred is None]
 
 
 # -- looking
