@@ -495,7 +495,7 @@ class Dispatcher:
                     self._placer.nothing(p, now)
                     exhausted.add(UUID(p.demand.job))
                     continue
-                cut = _cut(p, carved, self._placer.rates)
+                cut = _cut(p, carved)
                 number = next(self._flight_numbers)
                 flight = self._placer.opened(
                     p,
@@ -576,6 +576,7 @@ class Dispatcher:
                 device=w.worker.device_name,
                 device_kind=w.worker.device_kind,
                 predicted_s=w.seconds,
+                measured=w.measured,
             )
             for subtask, w in asked.items()
         ]
@@ -749,8 +750,7 @@ def _trace_sent(item: Leased, began: float) -> None:
     )
 
 
-def _cut(p: Placement, carved: Carved, rates: Rates) -> Cut:
-    model = p.demand.model
+def _cut(p: Placement, carved: Carved) -> Cut:
     return Cut(
         job=p.demand.job,
         pass_number=p.demand.pass_number,
@@ -760,7 +760,7 @@ def _cut(p: Placement, carved: Carved, rates: Rates) -> Cut:
         device_kind=p.worker.device_kind,
         predicted_s=p.price.of(carved.rows, carved.bytes),
         carved=carved,
-        measured=rates.measured((model.trunk or model.digest, p.worker.device_name, p.demand.numerics)),
+        measured=p.measured,
     )
 
 

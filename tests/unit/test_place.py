@@ -1218,6 +1218,16 @@ def test_a_lease_of_a_worker_that_gets_no_work_is_not_adopted() -> None:
     assert Cluster().policy.adopt(demand("j"), "nobody", lease, 0.0) is None
 
 
+def test_what_was_measured_of_a_pass_with_a_speed_of_its_own_counts_as_measured() -> None:
+    for seen, own, expected in ((5, "L:shape", True), (5, "L:other", False), (2, "L:shape", False)):
+        cluster = Cluster().join(worker("a", SPEAKER, engines=("causal",)))
+        cluster.rates.learned["L:shape", "box", "fast"] = Rate(
+            (0.0, 0.0, 0.01, 0.0), (0.0,) * 16, observations=seen
+        )
+        cluster.want(demand("j", model=SPEAKER, rate_key=own))
+        assert next(cluster.policy.place(0.0)).measured == expected
+
+
 def test_a_worker_that_was_silent_or_drained_comes_back_with_its_leases_in_flight() -> None:
     cluster = Cluster().join(worker("a", A)).want(demand("j"), demand("k", model=B))
     sent = cluster.place()

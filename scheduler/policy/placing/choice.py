@@ -194,7 +194,8 @@ class Choice:
             part = decode_slots(worker.kind[0]) // _SLOTS_PART
             least = max(1, min(part, int(entry.rows / (2 * devices))))
         budget_s = size_s(self._subtask_s, work_s, devices)
-        return Placement(worker.state, entry.demand, budget_s, price, least)
+        measured = self._predictions.measured(worker, entry)
+        return Placement(worker.state, entry.demand, budget_s, price, least, measured)
 
     def _lane_is_full(self, worker: WorkerEntry) -> bool:
         return len(worker.flights) - worker.bulk >= _LANE * self._depth

@@ -34,6 +34,10 @@ class Predictions:
         rate = self.rate(entry.queue, worker.kind, entry.demand.rate_key)
         return rate.price(self.rates.pace(worker.name), entry.demand.bytes_per_token)
 
+    def measured(self, worker: WorkerEntry, entry: QueuedPass) -> bool:
+        """Whether that rests on outcomes."""
+        return self.rate(entry.queue, worker.kind, entry.demand.rate_key).measured
+
     def rate(self, queue: ModelQueue, kind: DeviceKind, name: str) -> Rate:
         """``name``: under which a pass' speed is learned; "": that of its model's trunk."""
         key = queue.rate_keys.get((kind, name))

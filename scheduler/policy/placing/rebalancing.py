@@ -70,6 +70,8 @@ class Clone:
     flight: Flight
     worker: WorkerState
     seconds: float
+    #: The seconds rest on outcomes of such devices.
+    measured: bool = False
 
 
 class Rebalancing:
@@ -260,7 +262,7 @@ class Rebalancing:
                     yield Recall(flight)
             elif _worth_a_clone(flight, seconds, end, now):
                 idle.pop(0)
-                yield Clone(flight, worker.state, seconds)
+                yield Clone(flight, worker.state, seconds, self._predictions.measured(worker, flight.of))
 
 
 def _worth_a_clone(flight: Flight, seconds: float, end: float, now: float) -> bool:

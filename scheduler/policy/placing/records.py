@@ -120,3 +120,5 @@ class Placement(NamedTuple):
     price: Price
     #: Rows of the sub-task at least, where that many wait.
     least: int = 1
+    #: The price rests on outcomes of such devices, and is no guess.
+    measured: bool = False
