@@ -27,14 +27,15 @@ from motet.protocol.transport import SchedulerTransport, TransportLost
 from motet.protocol.wire import PROTOCOL, Beat, Control
 from scheduler.audit import Audit, Differences
 from scheduler.crew import Crew
-from scheduler.facts import Flags, read_flags, under_way, workers
+from scheduler.facts import Flags, read_flags, under_way
 from scheduler.identity import is_gone, own_name
 from scheduler.lease_book import LeaseBook
 from scheduler.payloads import Payloads
+from scheduler.policy.capability import workers
 from scheduler.policy.carve import MAX_ROWS, Carved, Frontier, carve
 from scheduler.policy.cost import Rates
 from scheduler.policy.lifecycle import Hopes, lost
-from scheduler.policy.liveness import Roster, attuned, drops, speaks, usable
+from scheduler.policy.liveness import Roster, attuned, drops, speaks
 from scheduler.policy.place import Placer
 from scheduler.policy.placing.entries import Flight
 from scheduler.policy.placing.rebalancing import Clone, Recall
@@ -454,12 +455,17 @@ class Dispatcher:
         self._to_learn |= taboo ^ self._taboo
         self._taboo = taboo
         some = sorted(self._to_learn)[:_WORKERS_PER_STEP]
-        able = usable({name: live[name] for name in some if name in live}, flags.drained | taboo)
+        beats = {name: live[name] for name in some if name in live}
         for name in some:
-            if name not in able:
+            if name not in beats:
                 placer.gone(name)
-        for worker in workers(able, flags.refusals, self.settings.memory_share):
-            placer.worker(worker, now)
+        for worker in workers(
+            beats, flags.refusals, self.settings.memory_share, drained=flags.drained, suspects=taboo
+        ):
+            if worker.barred is None:
+                placer.worker(worker, now)
+            else:
+                placer.gone(worker.name)
         self._to_learn.difference_update(some)
         for key, h in list(self._orphans.items()):
             demand = placer.demand((str(h.job), h.pass_number))
@@ -489,7 +495,7 @@ class Dispatcher:
                     self._placer.nothing(p, now)
                     exhausted.add(UUID(p.demand.job))
                     continue
-                cut = _cut(p, carved, self._placer.rates)
+                cut = _cut(p, carved)
                 number = next(self._flight_numbers)
                 flight = self._placer.opened(
                     p,
@@ -570,6 +576,7 @@ class Dispatcher:
                 device=w.worker.device_name,
                 device_kind=w.worker.device_kind,
                 predicted_s=w.seconds,
+                measured=w.measured,
             )
             for subtask, w in asked.items()
         ]
@@ -743,8 +750,7 @@ def _trace_sent(item: Leased, began: float) -> None:
     )
 
 
-def _cut(p: Placement, carved: Carved, rates: Rates) -> Cut:
-    model = p.demand.model
+def _cut(p: Placement, carved: Carved) -> Cut:
     return Cut(
         job=p.demand.job,
         pass_number=p.demand.pass_number,
@@ -754,7 +760,7 @@ def _cut(p: Placement, carved: Carved, rates: Rates) -> Cut:
         device_kind=p.worker.device_kind,
         predicted_s=p.price.of(carved.rows, carved.bytes),
         carved=carved,
-        measured=rates.measured((model.trunk or model.digest, p.worker.device_name, p.demand.numerics)),
+        measured=p.measured,
     )
 
 

@@ -28,10 +28,9 @@ from motet.messages.explanation import (
     Why,
 )
 from motet.progress import clock
-from scheduler.policy.capability import cannot_run, need_mb, room_mb
+from scheduler.policy.capability import need_mb, room_mb, why_not, workers
 from scheduler.policy.fairness import BULK, INTERACTIVE, NORMAL
 from scheduler.policy.lifecycle import MAX_TRIES
-from scheduler.policy.liveness import speaks
 from scheduler.policy.placing.records import Demand, PassId, WorkerState
 from scheduler.simulation.forecast import ClusterNow, Forecast, Started, forecast
 
@@ -73,9 +72,10 @@ class Case:
     facts: Facts
     #: Of the jobs in ``facts``.
     owners: Mapping[str, Owner]
-    #: Newest beats of live workers, and the workers that they make; None where Redis is away, and nobody is heard.
+    #: Newest beats of live workers; None where Redis is away, and no worker is heard.
     beats: Mapping[str, Beat] | None
-    workers: Mapping[str, WorkerState]
+    #: Share of a device's memory that models may hold.
+    memory_share: float
     #: Some dispatcher leads.
     leads: bool
     #: Share of its usual rate at which it sends; None where that is not known.
@@ -95,64 +95,39 @@ class Case:
         return [p for p in self.standing.passes if p.demand.rows_waiting > p.rows_later]
 
     @cached_property
+    def workers(self) -> dict[str, WorkerState]:
+        """Live workers by name."""
+        found = workers(
+            self.beats or {},
+            self.facts.refusals,
+            self.memory_share,
+            drained=self.facts.drained,
+            suspects={h.worker for h in self.facts.held if h.exclusive},
+        )
+        return {worker.name: worker for worker in found}
+
+    @cached_property
     def usable(self) -> dict[str, WorkerState]:
         """Workers that may be given work at all."""
-        return {name: w for name, w in self.workers.items() if self.idle_for(name) is None}
+        return {name: w for name, w in self.workers.items() if w.barred is None}
 
     @cached_property
-    def suspects(self) -> set[str]:
-        """Workers that run a suspect, beside which nothing runs."""
-        return {h.worker for h in self.facts.held if h.exclusive}
-
-    def idle_for(self, name: str) -> Why | None:
-        """Why a worker is given no work of anybody."""
-        assert self.beats is not None
-        beat = self.beats[name]
-        if not speaks(beat):
-            return "incompatible"
-        if name in self.facts.drained:
-            return "drained"
-        if beat.state != "ready":
-            return "draining" if beat.state == "draining" else "starting"
-        return "exclusive" if name in self.suspects else None
-
-    def why_not(self, worker: WorkerState, demand: Demand) -> Why | None:
-        """Why a worker is given nothing of a pass; what it can never do before what it does not do now."""
-        idle = self.idle_for(worker.name)
-        if idle in ("incompatible", "starting"):
-            # It has not said yet, or not in our words, what it can do.
-            return idle
-        return cannot_run(worker, demand) or idle
-
-    def runs(self, worker: WorkerState, demand: Demand) -> bool:
-        return worker.name in self.usable and cannot_run(worker, demand) is None
-
-    @cached_property
-    def kinds(self) -> list[WorkerState]:
-        """One usable worker of each sort: what one of them can, all of them can, refusals apart."""
-        sorts = {
-            (w.kind, w.memory_mb, w.gpus, w.engines, w.spreads, w.formats): w for w in self.usable.values()
-        }
-        return [replace(w, refused=frozenset()) for w in sorts.values()]
+    def sorts(self) -> list[WorkerState]:
+        """One usable worker of each sort: a pass that one of a sort can run, refusals apart, all of it can."""
+        sorts = (replace(w, name="", boot="", resident=(), refused=frozenset()) for w in self.usable.values())
+        return list(dict.fromkeys(sorts))
 
     def work_s(self, demand: Demand) -> float | None:
         """Predicted device-seconds of what waits of a pass, on the fastest device that can run it."""
-        return min(
-            (self.seconds(w, demand) for w in self.kinds if cannot_run(w, demand) is None), default=None
+        prices = (
+            demand.rate(self.facts.rates, worker.kind).price(1.0, demand.bytes_per_token)
+            for worker in self.sorts
+            if why_not(worker, demand) is None
         )
-
-    def seconds(self, worker: WorkerState, demand: Demand) -> float:
-        model = demand.model
-        rate = self.facts.rates.of(
-            (demand.learned_as, worker.device_name, demand.numerics),
-            device_kind=worker.device_kind,
-            parameters=model.parameters,
-        )
-        return rate.price(1.0, demand.bytes_per_token).of(demand.rows_waiting, demand.bytes_waiting)
+        return min((p.of(demand.rows_waiting, demand.bytes_waiting) for p in prices), default=None)
 
     def load_s(self, worker: WorkerState, demand: Demand) -> float:
-        model = demand.model
-        return self.facts.rates.load_s(model.digest, worker.device_name, weights_bytes=model.weights_bytes())
+        return demand.load_s(self.facts.rates, worker.kind)
 
     @cached_property
     def leases(self) -> dict[str, list[Held]]:
@@ -224,7 +199,7 @@ def _pass(case: Case, p: PassStanding) -> PassExplained:
     can_load: dict[str, list[WorkerState]] = defaultdict(list)
     cannot: dict[tuple[Why, str], list[WorkerState]] = defaultdict(list)
     for name, worker in sorted(case.workers.items()):
-        why = case.why_not(worker, demand)
+        why = why_not(worker, demand)
         if why is not None:
             cannot[why, _words(case, why, worker, demand)].append(worker)
         elif demand.model.digest in worker.resident:
@@ -315,13 +290,13 @@ def _loading_s(case: Case, worker: WorkerState, demand: Demand) -> float | None:
 
 def _beside(case: Case) -> Iterator[Beside]:
     """What waits for workers that this job's passes could have, by class."""
-    useful = [w for w in case.kinds if any(cannot_run(w, p.demand) is None for p in case.standing.passes)]
+    useful = [w for w in case.sorts if any(why_not(w, p.demand) is None for p in case.standing.passes)]
     tenant = case.standing.passes[0].demand.tenant if case.standing.passes else ""
     for class_, name in _CLASSES.items():
         own: Counter[str] = Counter()
         other: Counter[tuple[str, str]] = Counter()
         for d in case.others:
-            if d.priority != class_ or not any(cannot_run(w, d) is None for w in useful):
+            if d.priority != class_ or not any(why_not(w, d) is None for w in useful):
                 continue
             seconds = case.work_s(d) or 0.0
             if d.tenant == tenant:
@@ -373,7 +348,6 @@ def _forecast(case: Case) -> Forecast | None:
             rates=case.facts.rates,
             demand=[*case.others, *mine],
             started=list(_started(case)),
-            can=case.runs,
             subtask_s=case.subtask_s,
             ahead_s=case.ahead_s,
             depth=case.depth,

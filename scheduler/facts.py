@@ -1,6 +1,6 @@
 """What the policy goes by, for whoever asks it: the dispatcher, which acts, and the API, which explains.
 
-Facts from Postgres in one transaction, and beats as workers that may be given work.
+Facts from Postgres in one transaction.
 """
 
 from __future__ import annotations
@@ -10,10 +10,8 @@ from dataclasses import dataclass, field
 
 from sqlalchemy import Connection
 
-from motet.protocol.wire import Beat
 from scheduler.policy.cost import Rates
-from scheduler.policy.lifecycle import Refusal
-from scheduler.policy.placing.records import Demand, UnderWay, WorkerState
+from scheduler.policy.placing.records import Demand, Refusal, UnderWay
 from scheduler.store import drains, leases
 from scheduler.store.demand import demand
 from scheduler.store.leadership import transport_seen
@@ -64,29 +62,6 @@ def read_flags(connection: Connection, within_s: float) -> Flags:
         transport=transport_seen(connection),
         due=leases.due(connection, within_s),
     )
-
-
-def workers(beats: Mapping[str, Beat], refusals: Sequence[Refusal], memory_share: float) -> list[WorkerState]:
-    """Workers as of their beats; models may hold ``memory_share`` of a device's memory."""
-    refused: dict[tuple[str, str], set[int]] = {}
-    for r in refusals:
-        refused.setdefault((r.worker, r.boot), set()).add(r.model_id)
-    return [
-        WorkerState(
-            name=name,
-            boot=b.boot,
-            device_kind=b.device_kind,
-            device_name=b.device_name,
-            engines=b.engines,
-            memory_mb=int(memory_share * b.memory_mb),
-            gpus=b.gpus,
-            spreads=b.spreads,
-            formats=b.formats,
-            resident=b.resident,
-            refused=frozenset(refused.get((name, b.boot), ())),
-        )
-        for name, b in beats.items()
-    ]
 
 
 def under_way(h: Held) -> UnderWay:

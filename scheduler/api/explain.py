@@ -49,7 +49,7 @@ def explanation(use: Resources, tenant: UUID, job: UUID) -> Explanation:
             facts=known,
             owners=owners,
             beats=beats,
-            workers={w.name: w for w in facts.workers(beats or {}, known.refusals, s.memory_share)},
+            memory_share=s.memory_share,
             leads=leads,
             throttle=throttle_of(use.door.look()),
             subtask_s=s.subtask_s,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -20,12 +21,16 @@ from scheduler.api.resources import Resources, Use
 from scheduler.api.routing import Routes, errors, takes
 from scheduler.api.submissions import read_submission
 from scheduler.blocks import IncomingPart, absent, askable
+from scheduler.policy.capability import why_not, workers
 from scheduler.policy.cost import Rates
 from scheduler.policy.needs import fields_read
+from scheduler.policy.placing.records import WorkerState
 from scheduler.policy.plan import PassPlan, Sample, estimate, reads_of
 from scheduler.policy.prompt_cost import TaskTokens, estimate_prompts
 from scheduler.policy.prompt_order import instruction
+from scheduler.store import drains
 from scheduler.store.rates import rates as learned_rates
+from scheduler.store.rates import refusals
 
 routes = Routes(tags=["jobs"])
 
@@ -60,7 +65,7 @@ def _dry_run(use: Resources, raw: bytes) -> Plan:
         total_bytes=asked.said.total_bytes,
     )
     by_rows = replace(sample, total_bytes=None)
-    rates, devices = _speeds(use)
+    rates, devices = _devices(use)
     too_long: set[int] = set()
     passes: list[PlannedPass] = []
     names = list(asked.tasks)
@@ -70,14 +75,14 @@ def _dry_run(use: Resources, raw: bytes) -> Plan:
         here = askable(list(rows), [unread[names[number]] for number in p.tasks])
         seen = [{**rows[i], **unknown} for i in here]
         lengths = use.counter.lengths(p.model, [render(p.input, row) for row in seen])
-        speeds = [
-            rates.of((p.learned_as, name, p.numerics), device_kind=kind, parameters=p.model.parameters)
-            for name, kind in devices
-        ]
-        prior = rates.of((p.learned_as, "", p.numerics), device_kind="cpu", parameters=p.model.parameters)
+        demand = planned.demand(p)
         timing: dict[str, Any] = {
-            "seconds_per_token": [rate.seconds_per_token for rate in speeds],
-            "prior_s": prior.seconds_per_token,
+            "seconds_per_token": [
+                demand.rate(rates, device.kind).seconds_per_token
+                for device in devices
+                if why_not(device, demand) is None
+            ],
+            "prior_s": demand.rate(rates, ("cpu", "")).seconds_per_token,
             "subtask_s": use.settings.subtask_s,
         }
         of_it = sample if all(reads_of(p, asked.tasks).times) else by_rows
@@ -115,10 +120,16 @@ def _dry_run(use: Resources, raw: bytes) -> Plan:
         unfused_tokens=sum(p.unfused_tokens for p in passes),
         tokens_out=sum(p.tokens_out for p in passes),
         # The passes share the devices, one after the other.
-        seconds=sum(p.seconds or 0.0 for p in passes) if devices else None,
+        seconds=_together([p.seconds for p in passes]),
         truncated_rows=round(len(too_long) * sample.rows_factor),
         devices=len(devices),
     )
+
+
+def _together(seconds: Sequence[float | None]) -> float | None:
+    """Their sum; None where one is not known: nothing that could run it is there."""
+    known = [s for s in seconds if s is not None]
+    return sum(known) if len(known) == len(seconds) else None
 
 
 def _asked(use: Resources, p: PassPlan, task: Task, rows: list[dict[str, str]]) -> TaskTokens:
@@ -143,12 +154,14 @@ def _asked(use: Resources, p: PassPlan, task: Task, rows: list[dict[str, str]]) 
     )
 
 
-def _speeds(use: Resources) -> tuple[Rates, list[tuple[str, str]]]:
-    """What was learned, and (name, kind) of each live device. No device where Redis is away: a plan needs none."""
+def _devices(use: Resources) -> tuple[Rates, list[WorkerState]]:
+    """What was learned, and workers that may be given work. None where Redis is away: a plan needs none."""
     with use.database.transaction() as connection:
-        rates = learned_rates(connection)
+        rates, known = learned_rates(connection), refusals(connection)
+        drained = drains.drained(connection)
     try:
         beats = live_workers(use)
     except TransportLost:
         beats = {}
-    return rates, [(b.device_name, b.device_kind) for b in beats.values() if b.state == "ready"]
+    found = workers(beats, known, use.settings.memory_share, drained=drained)
+    return rates, [worker for worker in found if worker.barred is None]

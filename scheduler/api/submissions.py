@@ -20,7 +20,9 @@ from motet.tasks import Choose, Task, parse, short
 from scheduler.api.answer_schemas import schema_problems
 from scheduler.api.bodies import clean_object, misfits_of
 from scheduler.blocks import IncomingPart, absent
+from scheduler.policy.fairness import NORMAL
 from scheduler.policy.needs import dialogues_of, fields_of
+from scheduler.policy.placing.records import Demand
 from scheduler.policy.plan import PassPlan, in_order, loaded_model, plan, reads_of, task_digest
 from scheduler.store.opening import PRIORITIES, NewJob, NewPass, NewTask
 from scheduler.store.registry import Registered
@@ -109,6 +111,24 @@ class Planned:
         """Registry id of the model that a pass loads."""
         by_ref = {**self.trunks, **{m.manifest.ref: m for m in self.models.values()}}
         return by_ref[planned.model.ref].id
+
+    def demand(self, planned: PassPlan) -> Demand:
+        """A pass as it would wait, without rows."""
+        models = list(self.models.values())
+        return Demand(
+            job="",
+            pass_number=planned.number,
+            tenant="",
+            weight=1.0,
+            priority=NORMAL,
+            age=0,
+            model_ids=frozenset((self.loaded_id(planned), *(models[number].id for number in planned.tasks))),
+            model=planned.model,
+            numerics=planned.numerics,
+            rate_key=planned.rate_key,
+            rows_waiting=0,
+            bytes_waiting=0,
+        )
 
 
 def plan_submission(

@@ -97,6 +97,11 @@ class Rate(NamedTuple):
         _, row, token, square = self.coefficients
         return max(1e-12, token + row / self.tokens_per_row + square * self.tokens_per_row)
 
+    @property
+    def measured(self) -> bool:
+        """Predictions rest on outcomes enough to hold a device to them."""
+        return self.observations >= _MEASURED
+
     def seconds(self, work: Workload) -> float:
         """Predicted seconds of one sub-task."""
         start, row, token, square = self.coefficients
@@ -194,11 +199,6 @@ class Rates:
         ratios = (rate.bytes_per_token for k, rate in self.learned.items() if k[0].partition(":")[0] == trunk)
         flops = _PRIOR_FLOPS.get(device_kind, _PRIOR_FLOPS["cpu"])
         return Rate.prior(2 * (parameters or _PRIOR_PARAMETERS) / flops, next(ratios, PRIOR_BYTES_PER_TOKEN))
-
-    def measured(self, key: RateKey) -> bool:
-        """Whether predictions under this key rest on outcomes enough to hold a device to them."""
-        known = self.learned.get(key)
-        return known is not None and known.observations >= _MEASURED
 
     def pace(self, worker: str) -> float:
         """How many times slower than its kind a worker is; 1 until something else was seen."""

@@ -6,10 +6,10 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from uuid import UUID
 
-from scheduler.policy.capability import cannot_run
+from scheduler.policy.capability import LASTING, why_not
 from scheduler.policy.carve import Range, part
 from scheduler.policy.liveness import GRACE_S
-from scheduler.policy.placing.records import Demand, PassId, WorkerState
+from scheduler.policy.placing.records import Demand, PassId, Refusal, WorkerState
 
 #: A row with a retriable error is tried so often in all; then its error is final.
 MAX_TRIES = 5
@@ -139,16 +139,6 @@ def failed(
     ], []
 
 
-@dataclass(frozen=True, slots=True)
-class Refusal:
-    """A worker that could not load a model, as of one boot."""
-
-    model_id: int
-    worker: str
-    boot: str
-    why: str
-
-
 @dataclass
 class Hopes:
     """When some worker could last run each waiting pass, by the leader's clock.
@@ -176,7 +166,7 @@ class Hopes:
         self._looked = now
         for d in demand:
             hope, _ = self._known.get(d.id, (now, now))
-            able = any(cannot_run(worker, d) is None for worker in workers)
+            able = any(why_not(worker, d) not in LASTING for worker in workers)
             self._known[d.id] = (now if able else hope, now)
         self._known = {id_: at for id_, at in self._known.items() if now - at[1] < GRACE_S}
         found: dict[UUID, str] = {}

@@ -5,7 +5,7 @@ A beat's own time is never read, so a wrong clock on a worker changes nothing.
 
 from __future__ import annotations
 
-from collections.abc import Container, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from collections.abc import Set as AbstractSet
 from dataclasses import dataclass, field, replace
 
@@ -75,11 +75,6 @@ class Roster:
 def speaks(beat: Beat) -> bool:
     """Whether a worker's protocol is of our major: what it is sent it understands, and what it says is what we read."""
     return beat.protocol == PROTOCOL
-
-
-def usable(live: Mapping[str, Beat], drained: Container[str] = ()) -> dict[str, Beat]:
-    """Live workers that may be given work: of our protocol, ready, and not drained by an operator."""
-    return {name: b for name, b in live.items() if speaks(b) and b.state == "ready" and name not in drained}
 
 
 def attuned(beat: Beat, drain: bool) -> bool:

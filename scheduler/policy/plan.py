@@ -55,11 +55,6 @@ class PassPlan:
     rate_key: str = ""
 
     @property
-    def learned_as(self) -> str:
-        """The name under which this pass' speed is learned."""
-        return learned_as(self.rate_key, self.model)
-
-    @property
     def prompts(self) -> bool:
         """A language model runs it."""
         return self.model.answers == "text"

@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 from math import ceil, exp, sqrt
 from random import Random
 
-from scheduler.policy.capability import on_first_mb
+from scheduler.policy.capability import on_first_mb, why_not
 from scheduler.policy.cost import Rate, Rates
 from scheduler.policy.fairness import BULK
 from scheduler.policy.placing.records import Demand, DeviceKind, PassId, WorkerState
@@ -62,8 +62,6 @@ class ClusterNow:
     demand: Sequence[Demand]
     #: Earlier ones first, of one worker.
     started: Sequence[Started]
-    #: Whether a worker can run a pass, now or once it has loaded its model.
-    can: Callable[[WorkerState, Demand], bool]
     subtask_s: float
     ahead_s: float
     depth: int
@@ -139,7 +137,7 @@ class _World:
         for demand in cluster.demand:
             name = self._pool_name(demand)
             if name not in able:
-                able[name] = frozenset(w.name for w in cluster.workers if cluster.can(w, demand))
+                able[name] = frozenset(w.name for w in cluster.workers if why_not(w, demand) is None)
                 if able[name]:
                     self._all_pools[name] = self._pool(name, demand, able[name])
             if able[name]:
@@ -207,33 +205,25 @@ class _World:
         """Costs are compared by a sub-task of rows like those of its first pass."""
         of_it = replace(demand, rows_waiting=256, bytes_waiting=256 * _row_bytes(demand))
         kinds = {w.kind: w for w in self._cluster.workers if w.name in able}
-        rates = {kind: self._rate(demand, kind) for kind in kinds}
+        rates = {kind: demand.rate(self._cluster.rates, kind) for kind in kinds}
         seconds = {
             kind: max(1e-9, _seconds(rate, of_it, self._cluster.subtask_s)) for kind, rate in rates.items()
         }
         fastest = min(seconds, key=lambda kind: seconds[kind])
-        model = demand.model
         return _Pool(
             name=name,
             demand=demand,
             memory_mb=max(65, *(on_first_mb(w, demand.model, demand.numerics) for w in kinds.values())),
             slowness={kind: s / seconds[fastest] for kind, s in seconds.items()},
-            load_s={
-                kind: self._cluster.rates.load_s(model.digest, kind[1], weights_bytes=model.weights_bytes())
-                for kind in kinds
-            },
+            load_s={kind: demand.load_s(self._cluster.rates, kind) for kind in kinds},
             observations={kind: rate.observations for kind, rate in rates.items()},
             fastest=fastest,
         )
 
-    def _rate(self, demand: Demand, kind: DeviceKind) -> Rate:
-        model = demand.model
-        key = (demand.learned_as, kind[1], demand.numerics)
-        return self._cluster.rates.of(key, device_kind=kind[0], parameters=model.parameters)
-
     def _work_s(self, demand: Demand) -> float:
         """Seconds of what waits of a pass on the fastest kind."""
-        return _seconds(self._rate(demand, self.pools[demand.id].fastest), demand, self._cluster.subtask_s)
+        rate = demand.rate(self._cluster.rates, self.pools[demand.id].fastest)
+        return _seconds(rate, demand, self._cluster.subtask_s)
 
     def _together(self) -> Iterator[list[WorkerState]]:
         """Workers, a few together where there are many: of one kind, that can run the same, and hold alike."""

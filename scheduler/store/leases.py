@@ -432,6 +432,8 @@ class SecondLease:
     device: str
     device_kind: str
     predicted_s: float
+    #: As in ``Assignment``.
+    measured: bool = False
 
 
 def clone(database: Database, epoch: int, clones: Sequence[SecondLease], lease_s: float) -> list[Leased]:
@@ -485,6 +487,7 @@ def _cloned(row: Any, attempt: int, asked: SecondLease, nonce: str) -> Leased:
             exclusive=subtask.exclusive,
         ),
         predicted_s=asked.predicted_s,
+        measured=asked.measured,
     )
 
 

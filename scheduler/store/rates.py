@@ -9,7 +9,7 @@ from typing import Any
 from sqlalchemy import Connection, text
 
 from scheduler.policy.cost import LoadKey, Rate, RateKey, Rates, Workload
-from scheduler.policy.lifecycle import Refusal
+from scheduler.policy.placing.records import Refusal
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

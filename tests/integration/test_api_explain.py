@@ -119,6 +119,40 @@ def test_a_drained_worker_can_be_resumed(works: Works) -> None:
     assert told.eta is None
 
 
+def test_a_plan_counts_on_workers_alone_that_can_run_the_model(works: Works) -> None:
+    register(works.api.database, HUGE)
+    rate = (
+        "INSERT INTO rate (trunk, device, numerics, coefficients, covariance, bytes_per_token, tokens_per_row,"
+        " observations) SELECT manifest->>'trunk', 'hand', 'fast', '{0,0,0.01,0}', '{0,0,0,0,0,0,0,0,0,0,0,0,0,0,0,0}',"
+        " 4, 64, 9 FROM model WHERE name = 'trunk'"
+    )
+    works.api.sql(rate)
+    asked = {"tasks": {"vector": {"kind": "embed", "model": "trunk"}}, "rows": ["a word"] * 100}
+
+    def plan(**more: Any) -> dict[str, Any]:
+        return works.api.call("POST", "/v1/plan", json={**asked, **more}).json()  # type: ignore[no-any-return]
+
+    works.beat("able")
+    alone = plan()
+    assert alone["seconds"] > 0
+    works.beat("of another engine", engines=("spacy-ner",))
+    works.beat("small", memory_mb=10)
+    works.beat("drained")
+    assert works.api.call("POST", "/v1/workers/drained/drain", token="admin").status_code == 200
+    works.beat("refuses")
+    works.api.sql(
+        "INSERT INTO refusal (model_id, worker, boot, why) SELECT id, 'refuses', 'b', 'torn' FROM model"
+        " WHERE name = 'trunk'"
+    )
+    beside = plan()
+    assert (beside["seconds"], beside["passes"]) == (alone["seconds"], alone["passes"])
+    assert beside["devices"] == 4
+    # A pass that no worker can run takes no time that could be told.
+    both = plan(tasks={**asked["tasks"], "large": {"kind": "embed", "model": "huge"}})  # type: ignore[dict-item]
+    assert [p["seconds"] is None for p in both["passes"]] == [False, True]
+    assert both["seconds"] is None
+
+
 def test_a_job_waits_behind_an_interactive_one_its_own_tenants_and_another_tenants(works: Works) -> None:
     works.land(2000, tenant="other")
     works.beat("w1")

@@ -21,7 +21,7 @@ from motet.protocol.wire import Assignment, Beat, Outcome, Running, Usage
 from motet.tasks import Classify
 from scheduler.aggregator import Aggregator
 from scheduler.dispatcher import BEAT_STEP_S, Dispatcher
-from scheduler.facts import workers as able
+from scheduler.policy.capability import workers as able
 from scheduler.policy.placing.rebalancing import Clone, Recall
 from scheduler.store import drains, endings, leases, registry
 from scheduler.store.database import Database, StoreUnavailable

@@ -10,8 +10,7 @@ import pytest
 import torch
 
 from motet.protocol.wire import Beat
-from scheduler.facts import workers
-from scheduler.policy.capability import cannot_hold, on_first_mb, room_mb
+from scheduler.policy.capability import cannot_hold, on_first_mb, room_mb, workers
 from scheduler.simulation.forecast import forecast
 from tests.unit.test_explain import beat, told
 from tests.unit.test_explain import demand as wanted

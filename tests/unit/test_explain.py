@@ -14,10 +14,9 @@ from motet.messages.explanation import Explanation
 from motet.protocol.manifest import Manifest
 from motet.protocol.wire import PROTOCOL, Beat
 from scheduler.explain import NAMES, Case, explain
-from scheduler.facts import Facts, workers
+from scheduler.facts import Facts
 from scheduler.policy.cost import Rate, Rates
-from scheduler.policy.lifecycle import Refusal
-from scheduler.policy.placing.records import Demand
+from scheduler.policy.placing.records import Demand, Refusal
 from scheduler.store.explain import Owner, PassStanding, Standing
 from scheduler.store.jobs import JobEntry
 from scheduler.store.leases import Held
@@ -130,7 +129,7 @@ def told(
         "facts": facts,
         "owners": {OWN: Owner("me", 1, "nightly"), THEIRS: Owner("they", 1, "their secret")},
         "beats": {b.worker: b for b in beats},
-        "workers": {w.name: w for w in workers({b.worker: b for b in beats}, refusals, 0.5)},
+        "memory_share": 0.5,
         "leads": True,
         "throttle": 1.0,
         "subtask_s": 2.0,

@@ -85,7 +85,6 @@ def cluster(
         rates=rates() if known is None else known,
         demand=demand,
         started=started,
-        can=lambda w, d: d.model.engine in w.engines and not d.model_ids & w.refused,
         subtask_s=2.0,
         ahead_s=0.5,
         depth=3,

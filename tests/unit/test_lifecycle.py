@@ -11,21 +11,20 @@ from hypothesis import strategies as st
 
 from motet.protocol.manifest import Manifest
 from motet.protocol.wire import PROTOCOL, Beat
-from scheduler.facts import workers
+from scheduler.policy.capability import workers
 from scheduler.policy.carve import Range
 from scheduler.policy.lifecycle import (
     MAX_DEATHS_UNSEEN,
     MAX_TRIES,
     GivenUp,
     Hopes,
-    Refusal,
     Return,
     failed,
     lost,
     runs,
 )
 from scheduler.policy.liveness import GRACE_S, Roster
-from scheduler.policy.placing.records import Demand
+from scheduler.policy.placing.records import Demand, Refusal
 
 RANGES = (Range(0, 10, 20, 100), Range(1, 0, 4, 40))
 

@@ -11,7 +11,8 @@ import pytest
 from motet.protocol.envelope import BadMessage, pack, unwrap
 from motet.protocol.manifest import Manifest
 from motet.protocol.wire import PROTOCOL, Assignment, Beat, Control, Outcome
-from scheduler.policy.liveness import Watch, attuned, drops, speaks, usable
+from scheduler.policy.capability import barred
+from scheduler.policy.liveness import Watch, attuned, drops, speaks
 
 
 def beat(seq: int, *, boot: str = "b", **kw: object) -> Beat:
@@ -35,12 +36,12 @@ def test_a_restarted_worker_is_alive_though_its_count_begins_again() -> None:
 
 def test_a_draining_worker_and_one_of_another_protocol_get_no_work() -> None:
     live = {"a": beat(1), "b": beat(1, state="draining"), "c": beat(1, protocol=PROTOCOL + 1)}
-    assert set(usable(live)) == {"a"}
+    assert {name for name, b in live.items() if barred(b) is None} == {"a"}
 
 
 def test_a_worker_that_an_operator_drained_gets_no_work_whatever_it_says() -> None:
     live = {"a": beat(1), "b": beat(1)}
-    assert set(usable(live, {"b", "long gone"})) == {"a"}
+    assert {name for name, b in live.items() if barred(b, drained=name == "b") is None} == {"a"}
 
 
 def test_a_worker_is_told_again_until_it_does_what_the_flag_says() -> None:
@@ -130,7 +131,7 @@ def test_a_beat_that_does_not_say_who_beats_is_none(name: str) -> None:
 def test_another_major_is_told_by_its_beat_and_its_other_messages_are_refused() -> None:
     other = Beat.decode(msgpack.packb({"worker": "w", "boot": "b", "seq": 1, "protocol": PROTOCOL + 1}))
     assert not speaks(other)
-    assert not usable({"w": other})
+    assert barred(other) == "incompatible"
     for message in (ASSIGNMENT, OUTCOME):
         with pytest.raises(BadMessage, match=f"protocol {PROTOCOL + 1}"):
             type(message).decode(pack(unwrap(message.encode()) | {"v": PROTOCOL + 1}))

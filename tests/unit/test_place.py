@@ -1218,6 +1218,52 @@ def test_a_lease_of_a_worker_that_gets_no_work_is_not_adopted() -> None:
     assert Cluster().policy.adopt(demand("j"), "nobody", lease, 0.0) is None
 
 
+def test_what_was_measured_of_a_pass_with_a_speed_of_its_own_counts_as_measured() -> None:
+    for seen, own, expected in ((5, "L:shape", True), (5, "L:other", False), (2, "L:shape", False)):
+        cluster = Cluster().join(worker("a", SPEAKER, engines=("causal",)))
+        cluster.rates.learned["L:shape", "box", "fast"] = Rate(
+            (0.0, 0.0, 0.01, 0.0), (0.0,) * 16, observations=seen
+        )
+        cluster.want(demand("j", model=SPEAKER, rate_key=own))
+        assert next(cluster.policy.place(0.0)).measured == expected
+
+
+def test_a_worker_that_was_silent_or_drained_comes_back_with_its_leases_in_flight() -> None:
+    cluster = Cluster().join(worker("a", A)).want(demand("j"), demand("k", model=B))
+    sent = cluster.place()
+    assert len(sent) == 2
+    cluster.policy.gone("a")
+    cluster.now = 0.5
+    assert cluster.join(worker("a", A)).place() == [], "it has as much as it may have"
+    back = cluster.policy.ledger.workers["a"]
+    assert [flight.key for flight in back.flights] == [s.key for s in sent]
+    assert back.drain == pytest.approx(4.0)
+    assert cluster.flight(sent[0]) in cluster.policy.ledger.queues[A.digest, "fast"].flights.values()
+    cluster.now = 2.0
+    cluster.done(sent[0])
+    assert len(cluster.place()) == 1
+
+
+def test_another_process_in_a_workers_place_has_none_of_its_leases() -> None:
+    cluster = Cluster().join(worker("a", A)).want(demand("j"))
+    first, second = cluster.place()
+    cluster.policy.gone("a")
+    assert len(cluster.join(worker("a", A, boot="another")).place()) == 2
+    cluster.policy.closed(first.key, 1.0, None)
+    cluster.policy.gone("a")
+    cluster.policy.closed(second.key, 1.0, None)
+    assert cluster.join(worker("a", A, boot="another")).place() == []
+
+
+def test_a_lease_that_ended_while_its_worker_was_silent_is_not_counted_when_it_comes_back() -> None:
+    cluster = Cluster().join(worker("a", A)).want(demand("j"))
+    for sent in cluster.place():
+        cluster.policy.gone("a")
+        cluster.policy.closed(sent.key, 1.0, None)
+    assert len(cluster.join(worker("a", A)).place()) == 2
+    assert not cluster.policy.ledger._away
+
+
 def test_an_idle_worker_that_can_is_woken_behind_idle_ones_that_cannot() -> None:
     cluster = Cluster().join(*(worker(f"f{i}", engines=("function",)) for i in range(5)))
     cluster.join(*(worker(f"r{i}", A, refused=frozenset({1, 2})) for i in range(5)))

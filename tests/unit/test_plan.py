@@ -14,6 +14,7 @@ from motet.errors import InvalidJob, Problem
 from motet.protocol.manifest import Manifest
 from motet.tasks import Chat, Choose, Classify, Embed, Entities, Extract, Function, Generate, Number, Task
 from scheduler.blocks import Reads
+from scheduler.policy.cost import learned_as
 from scheduler.policy.plan import (
     PassPlan,
     Sample,
@@ -432,7 +433,7 @@ def test_tasks_with_other_system_messages_share_no_text() -> None:
 def test_speed_is_learned_by_what_is_asked_and_not_by_how_it_is_worded() -> None:
     def key(**tasks: tuple[Task, Manifest]) -> str:
         (one,) = passes(**tasks)
-        return one.learned_as
+        return learned_as(one.rate_key, one.model)
 
     same = key(a=(ask("Summarise it."), LLM))
     assert key(b=(ask("Rephrase this."), LLM)) == same

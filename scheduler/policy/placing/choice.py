@@ -12,6 +12,7 @@ from itertools import islice
 from math import ceil, inf
 
 from motet.protocol.manifest import decode_slots
+from scheduler.policy.capability import refuses
 from scheduler.policy.carve import MIN_S, size_s
 from scheduler.policy.fairness import INTERACTIVE
 from scheduler.policy.placing.asking import ALL, Asks, unfilled
@@ -84,9 +85,7 @@ class Choice:
             return self._placement(worker, first, now) if first is not None else None
         switching = self._ledger.switching
         ordered = switching.get(worker)
-        if ordered is not None and (
-            self.first(ordered, worker) is None or not self._ledger.fits(worker, ordered)
-        ):
+        if ordered is not None and self.first(ordered, worker) is None:
             del switching[worker]
             ordered = None
         if now > worker.stays_until:
@@ -105,7 +104,7 @@ class Choice:
         best: QueuedPass | None = None
         for digest in worker.resident:
             for queue in self._ledger.queues_of.get(digest, ()):
-                if not queue.waiting or queue is but or not self._ledger.fits(worker, queue):
+                if not queue.waiting or queue is but:
                     continue
                 first = self.first(queue, worker)
                 if first is not None and (best is None or self.rank(first) < self.rank(best)):
@@ -113,7 +112,9 @@ class Choice:
         return best
 
     def first(self, queue: ModelQueue, worker: WorkerEntry) -> QueuedPass | None:
-        """The fairest pass of a queue that this worker may run."""
+        """The fairest pass of a queue that this worker can run."""
+        if not self._ledger.fits(worker, queue):
+            return None
         best: QueuedPass | None = None
         for class_ in queue.classes:
             first = queue.first(class_)
@@ -121,16 +122,15 @@ class Choice:
                 best = first
         if best is None:
             return None
-        refused = worker.state.refused
-        if refused and best.demand.model_ids & refused:
-            # A head of it cannot be loaded there. Rare, so all passes of the queue are looked at.
-            able = (
-                entry
-                for entry in self._ledger.passes.values()
-                if entry.queue is queue and entry.rows > 0 and not entry.demand.model_ids & refused
-            )
-            return min(able, key=self.rank, default=None)
-        return best
+        if not refuses(worker.state, best.demand):
+            return best
+        # A head of it cannot be loaded there. Rare, so all passes of the queue are looked at.
+        able = (
+            entry
+            for entry in self._ledger.passes.values()
+            if entry.queue is queue and entry.rows > 0 and not refuses(worker.state, entry.demand)
+        )
+        return min(able, key=self.rank, default=None)
 
     def rank(self, entry: QueuedPass) -> tuple[float, ...]:
         """The smaller, the earlier it is served."""
@@ -144,7 +144,7 @@ class Choice:
         best: ModelQueue | None = None
         best_key: tuple[float, ...] = ()
         for queue in self._ledger.active.values():
-            if queue.digest in worker.resident or not self._ledger.fits(worker, queue):
+            if queue.digest in worker.resident:
                 continue
             entry = self.first(queue, worker)
             if entry is None:
@@ -168,8 +168,7 @@ class Choice:
     def is_served(self, queue: ModelQueue) -> bool:
         """A worker serves it, has its work in line, or holds its model and will come to it."""
         return bool(queue.power or queue.flights) or any(
-            self._ledger.fits(worker, queue) and self.first(queue, worker) is not None
-            for worker in queue.hosts.values()
+            self.first(queue, worker) is not None for worker in queue.hosts.values()
         )
 
     def reload_s(self, worker: WorkerEntry, queue: ModelQueue) -> float:
@@ -195,7 +194,8 @@ class Choice:
             part = decode_slots(worker.kind[0]) // _SLOTS_PART
             least = max(1, min(part, int(entry.rows / (2 * devices))))
         budget_s = size_s(self._subtask_s, work_s, devices)
-        return Placement(worker.state, entry.demand, budget_s, price, least)
+        measured = self._predictions.measured(worker, entry)
+        return Placement(worker.state, entry.demand, budget_s, price, least, measured)
 
     def _lane_is_full(self, worker: WorkerEntry) -> bool:
         return len(worker.flights) - worker.bulk >= _LANE * self._depth
@@ -208,9 +208,7 @@ class Choice:
             for kind in sorted(kinds, key=lambda kind: self._predictions.waiting_s(queue, kind)):
                 most = ceil(min(left, self._predictions.waiting_s(queue, kind) / MIN_S + 1))
                 able = (
-                    worker
-                    for worker in kinds.get(kind, {}).values()
-                    if self._ledger.fits(worker, queue) and self.first(queue, worker) is not None
+                    worker for worker in kinds.get(kind, {}).values() if self.first(queue, worker) is not None
                 )
                 for worker in list(islice(able, most)):
                     self._asks.at(worker, -inf)
@@ -248,9 +246,7 @@ class Choice:
     ) -> WorkerEntry | None:
         best, best_s = None, inf
         for worker in workers:
-            if worker.exclusive or self._lane_is_full(worker):
-                continue
-            if not self._ledger.fits(worker, queue) or entry.demand.model_ids & worker.state.refused:
+            if worker.exclusive or self._lane_is_full(worker) or not self._ledger.can_run(worker, entry):
                 continue
             lane = [f for f in worker.flights if f.demand.priority == INTERACTIVE]
             wait_s = sum(f.seconds for f in lane) + (_BUSY_S if len(worker.flights) > len(lane) else 0.0)

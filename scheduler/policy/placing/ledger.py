@@ -11,7 +11,7 @@ from itertools import count
 from math import inf
 
 from motet.protocol.residency import NeverFits, Resident, evictions
-from scheduler.policy.capability import cannot_hold, on_first_mb
+from scheduler.policy.capability import cannot_hold, on_first_mb, refuses
 from scheduler.policy.fairness import CLASS_WEIGHTS, INTERACTIVE, Account, FairQueue, begun
 from scheduler.policy.placing.asking import Asks
 from scheduler.policy.placing.entries import (
@@ -37,6 +37,8 @@ class Ledger:
     def __init__(self, predictions: Predictions, asks: Asks) -> None:
         self._predictions, self._asks = predictions, asks
         self.workers: dict[str, WorkerEntry] = {}
+        #: Workers that get no work now, and whose leases are in flight still.
+        self._away: dict[str, WorkerEntry] = {}
         self.passes: dict[PassId, QueuedPass] = {}
         #: By digest of the model and numeric class.
         self.queues: dict[tuple[str, str], ModelQueue] = {}
@@ -73,23 +75,29 @@ class Ledger:
             self.gone(state.name)
             worker = None
         if worker is None:
-            worker = WorkerEntry(state, next(self._numbers), state.name, state.kind, drain=now)
-            self.workers[state.name] = worker
-            self.kinds[worker.kind] += 1
-            self._hold(worker, dict.fromkeys(state.resident, now))
-            self._asks.at(worker, -inf)
-            return
-        if worker.state == state:
-            return
-        if worker.state.refused != state.refused or worker.state.boot != state.boot:
-            worker.can.clear()
+            self._join(state, now)
+        elif worker.state != state:
+            if worker.state.refused != state.refused or worker.state.boot != state.boot:
+                worker.can.clear()
+            worker.state = state
+            self._hold_with_flights(worker, {d: worker.resident.get(d, -inf) for d in state.resident}, now)
+
+    def _join(self, state: WorkerState, now: float) -> None:
+        """A new worker, or the same process after it was silent or drained, with its leases in flight."""
+        worker = self._away.pop(state.name, None)
+        if worker is None or (worker.state.boot, worker.kind) != (state.boot, state.kind):
+            worker = WorkerEntry(state, next(self._numbers), state.name, state.kind)
         worker.state = state
-        self._hold(worker, {d: worker.resident.get(d, -inf) for d in state.resident})
+        worker.can.clear()
+        self.workers[state.name] = worker
+        self.kinds[worker.kind] += 1
+        self._hold_with_flights(worker, dict.fromkeys(state.resident, now), now)
         for flight in worker.flights:
-            # The beat is older than what is still to be loaded.
-            if flight.of.queue.digest not in worker.resident:
-                self._make_room(worker, flight.of.queue)
-                worker.resident[flight.of.queue.digest] = now
+            flight.of.queue.flights[id(flight)] = flight
+        if worker.flights:
+            self.serve(worker, worker.flights[-1].of.queue)
+        worker.drain = _end_of(worker, now)
+        self._asks.when_little_is_left(worker)
 
     def gone(self, name: str) -> None:
         """A worker that gets no more work. Its leases stay in flight until each is `closed`."""
@@ -106,6 +114,8 @@ class Ledger:
         self._asks.unpark(worker)
         self._hold(worker, {})
         worker.generation += 1
+        if worker.flights:
+            self._away[name] = worker
         self.fresh.update(self.active)
 
     def serve(self, worker: WorkerEntry, queue: ModelQueue | None) -> None:
@@ -132,6 +142,10 @@ class Ledger:
         if known is None:
             known = worker.can[queue] = cannot_hold(worker.state, queue.model, queue.numerics) is None
         return known
+
+    def can_run(self, worker: WorkerEntry, entry: QueuedPass) -> bool:
+        """Whether the worker can ever run the pass: its model fits, and nothing that it needs was refused."""
+        return self.fits(worker, entry.queue) and not refuses(worker.state, entry.demand)
 
     def victims(self, worker: WorkerEntry, queue: ModelQueue) -> Sequence[str]:
         """The models that the worker will evict for a queue's, by the rule that it follows itself."""
@@ -172,6 +186,14 @@ class Ledger:
         worker.resident = resident
         if idle:
             self._asks.at(worker, -inf)
+
+    def _hold_with_flights(self, worker: WorkerEntry, resident: dict[str, float], now: float) -> None:
+        """The worker holds these models, as of a beat that is older than what its flights are still to load."""
+        self._hold(worker, resident)
+        for flight in worker.flights:
+            if flight.of.queue.digest not in worker.resident:
+                self._make_room(worker, flight.of.queue)
+                worker.resident[flight.of.queue.digest] = now
 
     def _host(self, worker: WorkerEntry, digest: str) -> None:
         for queue in self.queues_of.get(digest, ()):
@@ -390,6 +412,8 @@ class Ledger:
         if self.workers.get(worker.name) is worker:
             worker.drain = _end_of(worker, now)
             self._asks.when_little_is_left(worker)
+        elif not flights and self._away.get(worker.name) is worker:
+            del self._away[worker.name]
         if entry.rows <= 0 and entry.flights <= 0:
             self._forget(entry)
 

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from itertools import islice
 from math import inf
 
-from scheduler.policy.cost import Price, Rate, Rates
+from scheduler.policy.cost import Price, Rate, Rates, learned_as
 from scheduler.policy.placing.entries import ModelQueue, QueuedPass, WorkerEntry
 from scheduler.policy.placing.records import DeviceKind
 
@@ -34,15 +34,15 @@ class Predictions:
         rate = self.rate(entry.queue, worker.kind, entry.demand.rate_key)
         return rate.price(self.rates.pace(worker.name), entry.demand.bytes_per_token)
 
+    def measured(self, worker: WorkerEntry, entry: QueuedPass) -> bool:
+        """Whether that rests on outcomes."""
+        return self.rate(entry.queue, worker.kind, entry.demand.rate_key).measured
+
     def rate(self, queue: ModelQueue, kind: DeviceKind, name: str) -> Rate:
         """``name``: under which a pass' speed is learned; "": that of its model's trunk."""
         key = queue.rate_keys.get((kind, name))
         if key is None:
-            key = queue.rate_keys[kind, name] = (
-                name or queue.model.trunk or queue.digest,
-                kind[1],
-                queue.numerics,
-            )
+            key = queue.rate_keys[kind, name] = (learned_as(name, queue.model), kind[1], queue.numerics)
         known = self.rates.learned.get(key)
         if known is None:
             known = self.rates.of(key, device_kind=kind[0], parameters=queue.model.parameters)

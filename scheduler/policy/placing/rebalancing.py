@@ -70,6 +70,8 @@ class Clone:
     flight: Flight
     worker: WorkerState
     seconds: float
+    #: The seconds rest on outcomes of such devices.
+    measured: bool = False
 
 
 class Rebalancing:
@@ -124,7 +126,7 @@ class Rebalancing:
         # Mostly nobody is: then no worker is looked at.
         if queue in ledger.switching.values() or not any(owed(load_s(queue, kind)) for kind in ledger.kinds):
             return
-        able = (w for w in ledger.workers.values() if self._may_switch(w, queue, entry, now))
+        able = (w for w in ledger.workers.values() if self._may_switch(w, entry, now))
         some = list(islice(able, 4 * SAMPLE))
         if not some or not owed(load_s(queue, some[0].kind)):
             return
@@ -185,20 +187,17 @@ class Rebalancing:
         able = (
             worker
             for worker in of.hosts.values()
-            if worker.serves is not None
-            and worker.serves[0] is of
-            and self._may_switch(worker, to, theirs, now)
+            if worker.serves is not None and worker.serves[0] is of and self._may_switch(worker, theirs, now)
         )
         return min(islice(able, 4 * SAMPLE), key=lambda worker: worker.drain, default=None)
 
-    def _may_switch(self, worker: WorkerEntry, queue: ModelQueue, entry: QueuedPass, now: float) -> bool:
-        """Whether a worker may be made to load a queue's model for a pass of it."""
+    def _may_switch(self, worker: WorkerEntry, entry: QueuedPass, now: float) -> bool:
+        """Whether a worker may be made to load a pass' model."""
         return (
             worker.stays_until <= now
             and worker not in self._ledger.switching
-            and queue.digest not in worker.resident
-            and self._ledger.fits(worker, queue)
-            and not entry.demand.model_ids & worker.state.refused
+            and entry.queue.digest not in worker.resident
+            and self._ledger.can_run(worker, entry)
         )
 
     def _switch(self, worker: WorkerEntry, queue: ModelQueue, load_s: float, now: float) -> None:
@@ -253,7 +252,7 @@ class Rebalancing:
             if flight.exclusive or flight.demand.priority == INTERACTIVE:
                 continue
             _, worker = idle[0]
-            if flight.demand.model_ids & worker.state.refused:
+            if not self._ledger.can_run(worker, flight.of):
                 continue
             seconds = price(worker, flight.of).of(flight.rows, flight.bytes)
             gain_s = end - (now + _TRIP_S + seconds)
@@ -263,7 +262,7 @@ class Rebalancing:
                     yield Recall(flight)
             elif _worth_a_clone(flight, seconds, end, now):
                 idle.pop(0)
-                yield Clone(flight, worker.state, seconds)
+                yield Clone(flight, worker.state, seconds, self._predictions.measured(worker, flight.of))
 
 
 def _worth_a_clone(flight: Flight, seconds: float, end: float, now: float) -> bool:

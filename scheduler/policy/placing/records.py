@@ -6,8 +6,9 @@ from collections.abc import Hashable
 from dataclasses import dataclass
 from typing import NamedTuple
 
+from motet.messages.explanation import Why
 from motet.protocol.manifest import Manifest
-from scheduler.policy.cost import Price, learned_as
+from scheduler.policy.cost import Price, Rate, Rates, learned_as
 
 #: (job, pass number).
 PassId = tuple[str, int]
@@ -50,10 +51,19 @@ class Demand:
         """The name under which its speed is learned."""
         return learned_as(self.rate_key, self.model)
 
+    def rate(self, rates: Rates, kind: DeviceKind) -> Rate:
+        """What is known of its speed on a kind of device."""
+        key = (self.learned_as, kind[1], self.numerics)
+        return rates.of(key, device_kind=kind[0], parameters=self.model.parameters)
+
+    def load_s(self, rates: Rates, kind: DeviceKind) -> float:
+        """Seconds that loading its model takes on a kind of device."""
+        return rates.load_s(self.model.digest, kind[1], weights_bytes=self.model.weights_bytes())
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class WorkerState:
-    """One live worker that may be given work, as of its newest beat."""
+    """One worker, as of its newest beat. Whether it can run a pass: `scheduler.policy.capability`."""
 
     name: str
     boot: str
@@ -68,12 +78,24 @@ class WorkerState:
     #: Numeric formats beside fp32 that the device is fast at.
     formats: tuple[str, ...] = ()
     resident: tuple[str, ...] = ()
-    #: Ids of models that it could not load.
+    #: Ids of models that this process could not load.
     refused: frozenset[int] = frozenset()
+    #: Why it is given no work at all now; None: it may be given work.
+    barred: Why | None = None
 
     @property
     def kind(self) -> DeviceKind:
         return (self.device_kind, self.device_name)
+
+
+@dataclass(frozen=True, slots=True)
+class Refusal:
+    """A worker that could not load a model, as of one boot."""
+
+    model_id: int
+    worker: str
+    boot: str
+    why: str
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -98,3 +120,5 @@ class Placement(NamedTuple):
     price: Price
     #: Rows of the sub-task at least, where that many wait.
     least: int = 1
+    #: The price rests on outcomes of such devices, and is no guess.
+    measured: bool = False
