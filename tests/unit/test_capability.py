@@ -10,7 +10,7 @@ from uuid import UUID
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from motet.explanation import Why
+from motet.messages.explanation import Why
 
 from motet.protocol.manifest import Manifest
 from motet.protocol.wire import PROTOCOL, Beat
