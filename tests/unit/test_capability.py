@@ -219,7 +219,6 @@ def _case(
         refusals=refused,
         rates=Rates(),
         drained=drained,
-        transport="",
     )
     return Case(
         standing=Standing(job=entry(id=UUID(mine.job)), passes=(standing_of(mine),), left_s=None),
