@@ -14,7 +14,8 @@ from motet.explanation import Why
 
 from motet.protocol.manifest import Manifest
 from motet.protocol.wire import PROTOCOL, Beat
-from scheduler.explain import Case, explain
+from scheduler.explaining.case import Case
+from scheduler.explaining.explain import explain
 from scheduler.facts import Facts
 from scheduler.policy.capability import LASTING, why_not, workers
 from scheduler.policy.cost import Rates
