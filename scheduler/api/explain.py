@@ -15,7 +15,8 @@ from scheduler.api.cluster import live_workers, throttle_of
 from scheduler.api.records import JobPath
 from scheduler.api.resources import Resources, Use, job_id
 from scheduler.api.routing import Routes, errors
-from scheduler.explain import Case, explain
+from scheduler.explaining.case import Case
+from scheduler.explaining.explain import explain
 from scheduler.store import explain as store
 from scheduler.store.registry import has_leader
 

@@ -14,7 +14,8 @@ from motet.messages.explanation import Why
 
 from motet.protocol.manifest import Manifest
 from motet.protocol.wire import PROTOCOL, Beat
-from scheduler.explain import Case, explain
+from scheduler.explaining.case import Case
+from scheduler.explaining.explain import explain
 from scheduler.facts import Facts
 from scheduler.policy.capability import LASTING, why_not, workers
 from scheduler.policy.cost import Rates
@@ -219,7 +220,6 @@ def _case(
         refusals=refused,
         rates=Rates(),
         drained=drained,
-        transport="",
     )
     return Case(
         standing=Standing(job=entry(id=UUID(mine.job)), passes=(standing_of(mine),), left_s=None),

@@ -13,7 +13,8 @@ import pytest
 from motet.messages.explanation import Explanation
 from motet.protocol.manifest import Manifest
 from motet.protocol.wire import PROTOCOL, Beat
-from scheduler.explain import NAMES, Case, explain
+from scheduler.explaining.case import Case
+from scheduler.explaining.explain import NAMES, explain
 from scheduler.facts import Facts
 from scheduler.policy.cost import Rate, Rates
 from scheduler.policy.placing.records import Demand, Refusal
