@@ -48,7 +48,7 @@ def client(house: House, proxy: Proxy) -> Iterator[Client]:
 def stored(house: House, job: str) -> list[str]:
     """The texts of a job as the server holds them, in row order."""
     found = house.sql("SELECT payload FROM block WHERE job_id = :job ORDER BY number", job=job)
-    return [text for (payload,) in found for text in decode_block(bytes(payload))["text"]]
+    return [text for (payload,) in found for text in decode_block(bytes(payload)).texts()["text"]]
 
 
 def blocks(house: House, job: str) -> list[Any]:
