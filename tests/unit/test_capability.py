@@ -10,8 +10,8 @@ from uuid import UUID
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from motet.messages.explanation import Why
 
+from motet.messages.explanation import Why
 from motet.protocol.manifest import Manifest
 from motet.protocol.wire import PROTOCOL, Beat
 from scheduler.explaining.case import Case
