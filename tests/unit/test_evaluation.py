@@ -16,6 +16,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from motet import Choose, Classify, Client, Embed, Extract, Generate, InvalidJob, Job, NotFound, Number
+from motet.errors import SetupError
 from motet.evaluation import (
     Answered,
     LabelReader,
@@ -43,6 +44,7 @@ from motet.evaluation import (
 )
 from motet.evaluation.report import MOST_LABELS
 from motet.evaluation.truth import TAKE
+from motet.pages import environment
 from tests.unit.fake_api import TOKEN, FakeApi
 from tests.unit.test_cli_commands import Shell, api, motet
 from tests.unit.test_page import Reader
@@ -635,6 +637,12 @@ def test_evaluate_writes_a_page_that_loads_nothing_and_holds_no_text(
     assert page.count("<svg") == 2 * 2 + 2
     assert "Reliability diagram: expected calibration error" in page
     assert "Gist of row" not in page
+
+
+def test_a_page_without_jinja2_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "jinja2", None)
+    with pytest.raises(SetupError, match=r"pip install 'motet\[evaluate\]'"):
+        environment("a package that no page was drawn of")
 
 
 def test_a_page_of_many_labels_draws_the_rarest_as_one(tmp_path: Path) -> None:
