@@ -1,12 +1,14 @@
-"""The crew: live workers as of their newest beats, and whose beat says something new."""
+"""The crew: live workers as of their newest beats, whose beat says something new, and what beats say of leases."""
 
 from __future__ import annotations
 
+from collections.abc import Collection, Container, Mapping
 from operator import attrgetter
 
-from motet.protocol.transport import Heard
+from motet.protocol.transport import Heard, SchedulerTransport
 from motet.protocol.wire import Beat
 from scheduler.policy.liveness import Watch
+from scheduler.store.leases import Held, LeaseKey
 
 #: What of a beat the leader acts on. All else is for people, and is new in every beat of a worker that works.
 _says = attrgetter(
@@ -32,3 +34,49 @@ class Crew:
             if old is not new and old is not None and _says(old) != _says(new):
                 changed.add(name)
         return changed
+
+
+def seen_alive(
+    transport: SchedulerTransport,
+    live: Mapping[str, Beat],
+    held: Collection[Held],
+    asked: Container[LeaseKey],
+) -> tuple[set[LeaseKey], set[LeaseKey]]:
+    """Leases whose attempt a live worker holds, or, of those that are ``asked``, whose message waits in its queue.
+
+    And those among them that wait at a worker that drains: it takes no more, so they are better off elsewhere.
+    """
+    seen: set[LeaseKey] = set()
+    unseen: dict[str, set[LeaseKey]] = {}
+    for h in held:
+        beat = live.get(h.worker)
+        if beat is None or beat.boot != h.boot:
+            continue
+        if h.key in beat.held:
+            seen.add(h.key)
+        elif h.key in asked or beat.state == "draining":
+            unseen.setdefault(h.worker, set()).add(h.key)
+    waiting: set[LeaseKey] = set()
+    for name, queue in transport.queued_at(unseen).items():
+        queued = unseen[name] & queue
+        seen |= queued
+        if live[name].state == "draining":
+            waiting |= queued
+    return seen, waiting
+
+
+def another_boot(held: Held, live: Mapping[str, Beat]) -> bool:
+    """Another process beats in the place of the one that held this lease."""
+    return held.worker in live and live[held.worker].boot != held.boot
+
+
+def left_behind(held: Held, live: Mapping[str, Beat]) -> bool:
+    """Its worker says that it came there and cannot run: its payload was lost, or cannot be read."""
+    beat = live.get(held.worker)
+    return beat is not None and beat.boot == held.boot and held.key in beat.left
+
+
+def at_a_draining(held: Held, live: Mapping[str, Beat]) -> bool:
+    """Its worker drains: what waits there is to come back."""
+    beat = live.get(held.worker)
+    return beat is not None and beat.state == "draining"

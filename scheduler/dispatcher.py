@@ -24,9 +24,10 @@ from uuid import UUID
 from motet.protocol import traces
 from motet.protocol.settings import Settings
 from motet.protocol.transport import SchedulerTransport, TransportLost
-from motet.protocol.wire import PROTOCOL, Beat, Control
+from motet.protocol.wire import Beat
 from scheduler.audit import Audit, Differences
-from scheduler.crew import Crew
+from scheduler.controls import Controls
+from scheduler.crew import Crew, another_boot, at_a_draining, left_behind, seen_alive
 from scheduler.facts import Flags, read_flags, under_way
 from scheduler.identity import is_gone, own_name
 from scheduler.lease_book import LeaseBook
@@ -35,7 +36,7 @@ from scheduler.policy.capability import workers
 from scheduler.policy.carve import MAX_ROWS, Carved, Frontier, carve
 from scheduler.policy.cost import Rates
 from scheduler.policy.lifecycle import Hopes, lost
-from scheduler.policy.liveness import Roster, attuned, drops, speaks
+from scheduler.policy.liveness import Roster
 from scheduler.policy.place import Placer
 from scheduler.policy.placing.entries import Flight
 from scheduler.policy.placing.rebalancing import Clone, Recall
@@ -68,8 +69,7 @@ _SWEEP_S = 30.0
 MOST_PER_STEP = 256
 #: Sub-tasks whose payloads are built before they are sent. More: more texts are in memory at once.
 _BUILT_AT_ONCE = 64
-#: Workers that the policy learns of, or that are told something, in one beat step at most: ten thousand that come at
-#: once would make it longer than the leader's lease.
+#: Workers that the policy learns of in one beat step at most: ten thousand that come at once would make it too long.
 _WORKERS_PER_STEP = 2_000
 #: Who is owed a load, and which deadline comes near, is looked at so often.
 _TEND_S = 1.0
@@ -101,10 +101,6 @@ class Dispatcher:
         self._renew_at = self._chores_at = self._sweep_at = 0.0
         #: When leases of live workers that did not survive an emptied Redis are given up; None: it was not emptied.
         self._hear_again_at: float | None = None
-        #: Attempts taken back from a worker, until when it is told so: their messages may still lie in its queue.
-        self._recalled: dict[str, dict[LeaseKey, float]] = {}
-        #: (worker, boot) of those whose protocol was told to the log.
-        self._strangers: set[tuple[str, str]] = set()
         self._know_nothing(0.0)
 
     def _know_nothing(self, now: float) -> None:
@@ -131,13 +127,12 @@ class Dispatcher:
         #: A lease may have been committed without our hearing of it: then nobody was sent it; those that were found.
         self._unheard = False
         self._never_sent: set[LeaseKey] = set()
-        #: Workers whose leases are to be looked at, of whom the policy is to learn, and who are to be told something.
+        #: Workers whose leases are to be looked at, and of whom the policy is to learn.
         self._doubtful: set[str] = set()
         self._to_learn: set[str] = set()
-        self._to_tell: set[str] = set()
+        self._controls = Controls(self.transport)
         #: Workers that nothing is put beside what they do.
         self._taboo: set[str] = set()
-        self._controls: dict[str, Control] = {}
         #: Share of its usual rate at which the leader sends, as of the last beat step.
         self._open_share = 1.0
         self._beat_at = self._tend_at = self._learned_at = 0.0
@@ -162,7 +157,7 @@ class Dispatcher:
         sent = self._quick_step(epoch, now)
         if beats:
             sent += self._take_over(epoch, now)
-            self._tell(epoch, now)
+            self._controls.tell(epoch, self._crew.live, self._book.keys(), self._flags.drained, now)
             self._look_after(epoch, now)
         return sent
 
@@ -273,7 +268,7 @@ class Dispatcher:
         self._orphans.pop(key, None)
         held = self._book.drop(key)
         if held is not None:
-            self._to_tell.add(held.worker)
+            self._controls.due.add(held.worker)
 
     def _want(self, jobs: Collection[UUID], demands: Sequence[Demand], more_at: Mapping[UUID, float]) -> None:
         """What waits now of these jobs."""
@@ -296,13 +291,13 @@ class Dispatcher:
         # Whatever fails from here on, these are looked at again.
         self._doubtful |= changed
         self._to_learn |= changed
-        self._to_tell |= changed
+        self._controls.due |= changed
         self._beat_at = now + BEAT_STEP_S
         self._read_flags(now)
         self._touched |= self._stale
         self._catch_up(now)
         self._rescue(epoch, now)
-        self._note_strangers(changed)
+        self._controls.note_strangers(self._crew.live, changed)
         self._learn_of_workers(now)
         self._open_share = throttle(self.transport.outcome_backlog(), self.transport.memory_share())
         if now >= self._tend_at:
@@ -318,7 +313,7 @@ class Dispatcher:
                 self._learned_at = now + _LEARN_S
                 self._placer.rates = rates(connection)
         self._to_learn |= before.drained ^ flags.drained
-        self._to_tell |= before.drained ^ flags.drained
+        self._controls.due |= before.drained ^ flags.drained
         self._to_learn |= {r.worker for r in set(before.refusals) ^ set(flags.refusals)}
 
     def _rescue(self, epoch: int, now: float) -> None:
@@ -333,8 +328,8 @@ class Dispatcher:
             h.key: h for name in (book.workers() if wiped else self._doubtful) for h in book.at(name)
         }
         candidates |= {key: h for key in (*due, *self._never_sent) if (h := book.get(key)) is not None}
-        seen, in_vain = self._seen_alive(candidates.values(), asked)
-        in_vain |= {key for key, h in candidates.items() if _left_behind(h, live)}
+        seen, in_vain = seen_alive(self.transport, live, candidates.values(), asked)
+        in_vain |= {key for key, h in candidates.items() if left_behind(h, live)}
         in_vain |= self._never_sent - seen
         seen -= in_vain
         late = [key for key in due if key in seen]
@@ -344,14 +339,14 @@ class Dispatcher:
             h
             for key, h in candidates.items()
             if key not in seen
-            and (due.get(key) or key in in_vain or _another_boot(h, live) or (wiped and h.worker in live))
+            and (due.get(key) or key in in_vain or another_boot(h, live) or (wiped and h.worker in live))
         ]
         for h in self._close(epoch, gone, live) if gone else ():
             self._let_go(h.key, now)
             self._touched.add(h.job)
         # Those that wait on the stream, and those that come into a queue that drains, are looked at again.
         self._doubtful = {h.worker for h in gone if h.key in book}
-        self._doubtful |= {h.worker for h in candidates.values() if _drains(h, live) and h.key in book}
+        self._doubtful |= {h.worker for h in candidates.values() if at_a_draining(h, live) and h.key in book}
         self._unheard = False
         self._never_sent.clear()
 
@@ -369,39 +364,12 @@ class Dispatcher:
         if identity != self._flags.transport:
             log.warning("redis is new, was restarted or emptied")
             record_transport(self.database, epoch, identity)
-            self._controls.clear()
-            self._to_tell |= self._crew.live.keys()
+            self._controls.lost(self._crew.live.keys())
             self._hear_again_at = now + _HEAR_AGAIN_S
         if self._hear_again_at is None or now < self._hear_again_at:
             return False
         self._hear_again_at = None
         return True
-
-    def _seen_alive(
-        self, held: Collection[Held], asked: Container[LeaseKey]
-    ) -> tuple[set[LeaseKey], set[LeaseKey]]:
-        """Leases whose attempt a live worker holds, or, of those that are ``asked``, whose message waits in its queue.
-
-        And those among them that wait at a worker that drains: it takes no more, so they are better off elsewhere.
-        """
-        live = self._crew.live
-        seen: set[LeaseKey] = set()
-        unseen: dict[str, set[LeaseKey]] = {}
-        for h in held:
-            beat = live.get(h.worker)
-            if beat is None or beat.boot != h.boot:
-                continue
-            if h.key in beat.held:
-                seen.add(h.key)
-            elif h.key in asked or beat.state == "draining":
-                unseen.setdefault(h.worker, set()).add(h.key)
-        waiting: set[LeaseKey] = set()
-        for name, queue in self.transport.queued_at(unseen).items():
-            queued = unseen[name] & queue
-            seen |= queued
-            if live[name].state == "draining":
-                waiting |= queued
-        return seen, waiting
 
     def _close(self, epoch: int, gone: Sequence[Held], live: Mapping[str, Beat]) -> Sequence[Held]:
         """Close these leases, and return their rows. Those that were closed."""
@@ -412,14 +380,14 @@ class Dispatcher:
             return ()
         evidence = self.transport.running_at(sorted({h.worker for h in gone}))
         # Where both leases of a sub-task are gone, the one whose process died tells more.
-        by_subtask = {h.subtask: h for h in sorted(gone, key=lambda h: _another_boot(h, live))}
+        by_subtask = {h.subtask: h for h in sorted(gone, key=lambda h: another_boot(h, live))}
         with self.database.transaction() as connection:
             fence(connection, epoch)
             for subtask in leases.close_lost(connection, gone):
                 h = by_subtask[subtask.id]
                 running = evidence[h.worker]
                 # Silence is no death: only another process in its place proves one.
-                died = _another_boot(h, live)
+                died = another_boot(h, live)
                 seen = running is not None and running.boot == h.boot
                 suspects = running.rows.get(h.key, ()) if running is not None and seen else ()
                 returns, given_up = lost(
@@ -557,7 +525,7 @@ class Dispatcher:
     def _recall(self, epoch: int, back: Sequence[Held], now: float) -> None:
         leases.recall(self.database, epoch, back)
         for h in back:
-            self._recalled.setdefault(h.worker, {})[h.key] = now + self.settings.lease_s
+            self._controls.recalled(h.worker, h.key, now + self.settings.lease_s)
             log.info("recalled", extra={"subtask": h.subtask, "attempt": h.attempt, "worker": h.worker})
         with self.database.transaction() as connection:
             fates = leases.fates(connection, [h.key for h in back])
@@ -591,53 +559,6 @@ class Dispatcher:
             )
         self._publish(leased)
         return len(leased)
-
-    def _tell(self, epoch: int, now: float) -> None:
-        """Tell workers which of their attempts have no lease any more, and whether they are to drain."""
-        self._to_tell |= self._recalled.keys()
-        self._recalled = {
-            name: kept
-            for name, keys in self._recalled.items()
-            if (kept := {key: until for key, until in keys.items() if until > now})
-        }
-        live, leased, drained = self._crew.live, self._book.keys(), self._flags.drained
-        names = sorted(self._to_tell)
-        now_told, rest = names[:_WORKERS_PER_STEP], names[_WORKERS_PER_STEP:]
-        some = [name for name in now_told if name in live]
-        queues = self.transport.queued_at([name for name in some if live[name].state == "draining"])
-        words: dict[str, Control] = {}
-        for name in some:
-            # What was taken back from the queue of a worker that drains still lies there: it must not run it when it works again.
-            lying = queues.get(name, set()) - leased
-            drop = tuple(sorted({*drops(live[name], leased), *lying, *self._recalled.get(name, ())}))
-            words[name] = Control(epoch=epoch, drop=drop, drain=name in drained)
-        deaf = {name for name, word in words.items() if not attuned(live[name], word.drain)}
-        self.transport.control(
-            {name: word for name, word in words.items() if name in deaf or self._controls.get(name) != word}
-        )
-        self._controls |= words
-        self._to_tell = {*rest, *deaf, *queues}
-
-    def _note_strangers(self, changed: Collection[str]) -> None:
-        """Say once of each process that speaks another major that it gets no work, and why."""
-        live = self._crew.live
-        for name in sorted(changed):
-            beat = live.get(name)
-            if beat is None or speaks(beat) or (name, beat.boot) in self._strangers:
-                continue
-            self._strangers.add((name, beat.boot))
-            log.warning(
-                "incompatible worker: it gets no work until it is upgraded, or we are",
-                extra={
-                    "worker": name,
-                    "boot": beat.boot,
-                    "host": beat.host,
-                    "version": beat.version,
-                    "protocol": beat.protocol,
-                    "ours": PROTOCOL,
-                },
-            )
-        self._strangers = {(name, boot) for name, boot in self._strangers if name in live}
 
     def _look_after(self, epoch: int, now: float) -> None:
         """What needs no haste, each in its time: chores, the sweeper, a slice of the audit."""
@@ -698,23 +619,6 @@ class Dispatcher:
             if left <= 0:
                 break
         return bool(due or columns)
-
-
-def _another_boot(held: Held, live: Mapping[str, Beat]) -> bool:
-    """Another process beats in the place of the one that held this lease."""
-    return held.worker in live and live[held.worker].boot != held.boot
-
-
-def _left_behind(held: Held, live: Mapping[str, Beat]) -> bool:
-    """Its worker says that it came there and cannot run: its payload was lost, or cannot be read."""
-    beat = live.get(held.worker)
-    return beat is not None and beat.boot == held.boot and held.key in beat.left
-
-
-def _drains(held: Held, live: Mapping[str, Beat]) -> bool:
-    """Its worker drains: what waits there is to come back."""
-    beat = live.get(held.worker)
-    return beat is not None and beat.state == "draining"
 
 
 def _held(item: Leased, boot: str, *, clone: bool = False) -> Held:
