@@ -28,6 +28,7 @@ from motet.messages.explanation import (
     Why,
 )
 from motet.progress import clock
+from motet.states import ENDED, State
 from scheduler.policy.capability import cannot_run, need_mb, room_mb
 from scheduler.policy.fairness import BULK, INTERACTIVE, NORMAL
 from scheduler.policy.lifecycle import MAX_TRIES
@@ -175,7 +176,7 @@ class Case:
 def explain(case: Case) -> Explanation:
     """Why the job waits, or when it will be done."""
     job = case.standing.job
-    if job.state in ("succeeded", "failed", "cancelled"):
+    if job.state in ENDED:
         return _ended(case)
     passes = tuple(_pass(case, p) for p in case.standing.passes)
     stuck = [p for p in passes if p.rows.waiting + p.rows.later and p.work_s is None]
@@ -428,7 +429,7 @@ def _eta(case: Case, predicted: Forecast) -> Eta:
         p50_at=_at(case.now, p50_s),
         p90_at=_at(case.now, p90_s),
         measured=predicted.measured,
-        complete=case.standing.job.state != "loading",
+        complete=case.standing.job.state != State.LOADING,
     )
 
 
@@ -448,7 +449,7 @@ def _due(case: Case, eta: Eta | None) -> Due | None:
 def _says(case: Case, told: Explanation, stuck: Sequence[PassExplained]) -> str:
     """The answer in one sentence."""
     done = _done_in(told.eta)
-    if told.state == "loading":
+    if told.state == State.LOADING:
         rows = _n(case.standing.job.n_rows, "row")
         says = f"It waits for its upload: {rows} have arrived so far, and nothing runs before it is closed"
         return f"{says}; these would then take {_range(told.eta)}." if told.eta else f"{says}."
@@ -550,7 +551,7 @@ def _notes(case: Case, told: Explanation, stuck: Sequence[PassExplained]) -> Ite
         yield "When it is done is a guess: nothing was measured yet of its models on these devices."
     yield from _beside_notes(told)
     looked_at = {d.id for d in case.facts.demand}
-    if told.state == "running" and any(p.demand.id not in looked_at for p in case.waits):
+    if told.state == State.RUNNING and any(p.demand.id not in looked_at for p in case.waits):
         yield f"{len(looked_at):,} older passes wait, and no more are looked at at a time: its turn comes after them."
     for p in told.passes:
         if not (p.rows.waiting or p.rows.later):

@@ -16,10 +16,12 @@ from uuid import UUID
 
 from sqlalchemy import Connection, text
 
+from motet.states import CARVED
 from scheduler.policy.carve import Carved, Range
 from scheduler.policy.lifecycle import Return
 from scheduler.store.database import Database
 from scheduler.store.leadership import fence
+from scheduler.store.tables import spelt
 from scheduler.store.words import land, tell
 
 LeaseKey = tuple[int, int]
@@ -198,7 +200,9 @@ def extend_all(database: Database, epoch: int, lease_s: float) -> None:
         connection.execute(_EXTEND_ALL, {"lease_s": lease_s})
 
 
-_RUNNING = text("SELECT id FROM job WHERE id = ANY(:jobs) AND state = 'running' ORDER BY id FOR SHARE")
+_RUNNING = text(
+    f"SELECT id FROM job WHERE id = ANY(:jobs) AND state IN {spelt(CARVED)} ORDER BY id FOR SHARE"
+)
 # Every statement is for all cuts of a step at once: what a sub-task costs is then its rows, not its round trips.
 PLACES = "unnest(CAST(:jobs AS uuid[]), CAST(:passes AS smallint[]), CAST(:blocks AS int[])"
 _CURSORS = text(f"""

@@ -19,12 +19,13 @@ from motet.protocol import traces
 from motet.protocol.columns import LAYOUT, CellError, Column, Kind
 from motet.protocol.envelope import unwrap, wrap
 from motet.protocol.manifest import Manifest, column_kind
+from motet.states import Skip
 from scheduler.blocks import askable, row_order
 from scheduler.merge import AnswersPart, array_of, mark_returned, merge
 from scheduler.policy.needs import row_fields, stored_task
 from scheduler.store.arrays import Elements
-from scheduler.store.dependence import UPSTREAM, Place, absents, failed_upstream, release, skips
-from scheduler.store.endings import ENDED, trace_end
+from scheduler.store.dependence import Place, absents, failed_upstream, release, skips
+from scheduler.store.endings import succeed
 
 
 @dataclass(frozen=True, slots=True)
@@ -123,11 +124,6 @@ _PASSES_SEALED = text("""
       FROM unnest(CAST(:jobs AS uuid[]), CAST(:blocks AS int[]), CAST(:opens AS smallint[]), CAST(:dones AS int[]))
            k (job, number, passes_open, done_number)
      WHERE block.job_id = k.job AND block.number = k.number""")
-_SUCCEED = text(f"""
-    UPDATE job SET state = 'succeeded', finished = clock_timestamp(), version = version + 1
-     WHERE id = ANY(:jobs) AND state = 'running' AND blocks_done = n_blocks
-       AND cells_ok + cells_error + cells_skipped = n_rows * n_tasks
- RETURNING {ENDED}""")
 
 
 def without_bad(
@@ -187,8 +183,7 @@ def append(
     if not asked:
         return 0
     sealed = _seal(connection, asked, by_place)
-    for ended in connection.execute(_SUCCEED, {"jobs": sorted({job for job, _, _ in asked})}):
-        trace_end(ended)
+    succeed(connection, {job for job, _, _ in asked})
     return sealed
 
 
@@ -363,7 +358,7 @@ def store_columns(connection: Connection, columns: Sequence[Keyed]) -> list[int]
 
 def _lasts(e: CellError) -> bool:
     """The same input will always meet it; a skipped cell, whose reason is "task: class", will where its task's error does."""
-    return (e.message.rpartition(": ")[2] if e.error == UPSTREAM else e.error) in _LASTING
+    return (e.message.rpartition(": ")[2] if e.error == Skip.UPSTREAM else e.error) in _LASTING
 
 
 def _values(column: Column) -> dict[str, Any]:
