@@ -244,8 +244,8 @@ _DUE = text("""
 #: Days for which events are kept. With fewer, a reader that was away for longer misses ends; with more, the table grows.
 EVENTS_KEPT_DAYS = 7
 _OLD_EVENTS = text("""
-    DELETE FROM outbox WHERE id IN (
-      SELECT id FROM (SELECT id, created FROM outbox ORDER BY id LIMIT :limit) oldest
+    DELETE FROM outbox WHERE id <= (
+      SELECT max(id) FROM (SELECT id, created FROM outbox ORDER BY id LIMIT :limit) oldest
        WHERE created < clock_timestamp() - make_interval(days => :days))""")
 _UNSHOWN = text("""
     DELETE FROM sealed_column WHERE id IN (

@@ -301,7 +301,10 @@ def _pairs(blocks: Sequence[tuple[UUID, int]]) -> dict[str, list[Any]]:
 _LASTING = frozenset({"too_long", "context_length", "bad_row"})
 _NEXT_IDS = text("""
     SELECT nextval(pg_get_serial_sequence('sealed_column', 'id')) AS id FROM generate_series(1, :n)""")
-_TAKEN = text("SELECT tenant_id, key FROM sealed_column WHERE key = ANY(:keys)")
+# By tenant and key, in which order the index has them.
+_TAKEN = text("""
+    SELECT c.tenant_id, c.key FROM unnest(CAST(:tenants AS uuid[]), CAST(:keys AS bytea[])) k (tenant, key)
+      JOIN sealed_column c ON c.tenant_id = k.tenant AND c.key = k.key""")
 _INSERT = text("""
     INSERT INTO sealed_column (id, tenant_id, key, kind, n_rows, n_ok, n_error, n_skipped, status, errors, offsets,
                                codes, scores, all_scores, numbers, starts, ends, texts, vectors, dim, dtype)
@@ -338,9 +341,9 @@ def store_columns(connection: Connection, columns: Sequence[Keyed]) -> list[int]
     keys = [
         c.key if c.key is not None and all(map(_lasts, c.column.errors.values())) else None for c in columns
     ]
-    wanted = sorted({key for key in keys if key is not None})
-    found = connection.execute(_TAKEN, {"keys": wanted}).all() if wanted else ()
-    taken = {(row.tenant_id, bytes(row.key)) for row in found}
+    wanted = {(c.tenant, key) for c, key in zip(columns, keys, strict=True) if key is not None}
+    at = {"tenants": [tenant for tenant, _ in wanted], "keys": [key for _, key in wanted]}
+    taken = {(row.tenant_id, bytes(row.key)) for row in connection.execute(_TAKEN, at)} if wanted else set()
     rows: list[dict[str, Any]] = []
     for at, column, key in zip(ids, columns, keys, strict=True):
         named = None if key is None or (column.tenant, key) in taken else key

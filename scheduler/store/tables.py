@@ -364,7 +364,6 @@ job = _table(
     Index("job_ended", "finished", postgresql_where=text("finished IS NOT NULL")),
     Index("job_newest", "tenant_id", text("created DESC"), text("id DESC")),
     Index("job_unfinished", "state", "id", postgresql_where=text(f"state IN {spelt(LIVE)}")),
-    postgresql_with={"fillfactor": 80},
 )
 
 
@@ -413,7 +412,7 @@ class _PassColumns(TypedColumns):
     tokens = _must(BigInteger, default="0")
 
 
-pass_ = _table("pass", _PassColumns, Index("pass_by_model", "model_id"), postgresql_with={"fillfactor": 50})
+pass_ = _table("pass", _PassColumns, Index("pass_by_model", "model_id"))
 
 
 class _TaskColumns(TypedColumns):
@@ -509,7 +508,7 @@ block_pass = _table(
         "block_pass_ready", "job_id", "pass_number", "block_number", postgresql_where=text("state = 'ready'")
     ),
     Index("block_pass_waiting", "job_id", "block_number", postgresql_where=text("state = 'waiting'")),
-    postgresql_with={"fillfactor": 80},
+    postgresql_with={"fillfactor": 90},
 )
 
 # -- work under way ------------------------------------------------------------------------------
@@ -603,7 +602,7 @@ class _LeaseColumns(TypedColumns):
     device_kind = _must(Text, default="''")
 
 
-lease = _table("lease", _LeaseColumns, postgresql_with={"fillfactor": 50})
+lease = _table("lease", _LeaseColumns)
 
 
 class _CellsColumns(TypedColumns):
