@@ -14,9 +14,11 @@ from uuid import UUID
 from sqlalchemy import Connection, Row, text
 
 from motet.protocol.manifest import Manifest
+from motet.states import CARVED
 from scheduler.blocks import Reads, read_in_order
 from scheduler.policy.carve import Frontier, OpenBlock, Piece, Range
 from scheduler.policy.placing.records import Demand
+from scheduler.store.schema import spelt
 
 _MANIFESTS_KEPT = 1000
 #: Lengths of rows kept between steps, eight bytes each: those of the blocks that are carved on.

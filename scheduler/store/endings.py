@@ -16,7 +16,7 @@ from motet.errors import NotFound
 from motet.protocol import traces
 from motet.states import LIVE, State
 from scheduler.store.database import JOB, notify
-from scheduler.store.tables import spelt
+from scheduler.store.schema import spelt
 from scheduler.store.words import end, tell
 
 #: Counts of a job that its trace and its event tell.

@@ -40,8 +40,8 @@ from scheduler.store.database import JOB, notify
 from scheduler.store.endings import succeed
 from scheduler.store.opening import PRIORITIES
 from scheduler.store.registry import secret_of
+from scheduler.store.schema import spelt
 from scheduler.store.sealing import settle, store_column
-from scheduler.store.tables import spelt
 from scheduler.store.words import land, tell
 
 #: Rows of an interactive job at most: more would not be interactive for anyone.

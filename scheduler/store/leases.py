@@ -21,7 +21,7 @@ from scheduler.policy.carve import Carved, Range
 from scheduler.policy.lifecycle import Return
 from scheduler.store.database import Database
 from scheduler.store.leadership import fence
-from scheduler.store.tables import spelt
+from scheduler.store.schema import spelt
 from scheduler.store.words import land, tell
 
 LeaseKey = tuple[int, int]

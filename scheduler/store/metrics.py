@@ -11,7 +11,7 @@ from sqlalchemy import Connection, text
 
 from motet.states import CARVED, LIVE
 from scheduler.store.rates import speeds
-from scheduler.store.tables import spelt
+from scheduler.store.schema import spelt
 
 #: A job is looked for among the ended ones for so long after its end: longer than any transaction that ends one.
 MARGIN = timedelta(seconds=60)

@@ -14,7 +14,7 @@ from motet.errors import Conflict, Overloaded
 from motet.states import LIVE
 from scheduler.blocks import is_digest, keyed
 from scheduler.store.registry import secret_of
-from scheduler.store.tables import spelt
+from scheduler.store.schema import spelt
 
 PRIORITIES: Mapping[str, int] = {"interactive": 0, "normal": 1, "bulk": 2}
 

@@ -33,9 +33,9 @@ from scheduler.store import words
 from scheduler.store.database import JOB, Database, notify
 from scheduler.store.leases import LOCK_JOBS, OpenSubtask, open_subtask, put_back
 from scheduler.store.rates import Timed, learn
+from scheduler.store.schema import spelt
 from scheduler.store.sealing import BlockAnswers, TaskShape, append, asked_for, task_shapes, without_bad
 from scheduler.store.spending import Amount, by_block, spend
-from scheduler.store.tables import spelt
 
 
 @dataclass

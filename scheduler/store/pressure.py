@@ -5,7 +5,7 @@ from __future__ import annotations
 from sqlalchemy import Connection, text
 
 from motet.states import CARVED, LIVE, State
-from scheduler.store.tables import spelt
+from scheduler.store.schema import spelt
 
 _UNFINISHED_ROWS = text(f"""
     SELECT CAST(coalesce(sum(n) FILTER (WHERE state IN {spelt(CARVED)}), 0) AS bigint) AS running,

@@ -14,7 +14,7 @@ from motet.errors import Conflict
 from motet.protocol.manifest import Manifest
 from motet.states import LIVE
 from scheduler.store.aliases import alias_of, find_alias, lock_names
-from scheduler.store.tables import spelt
+from scheduler.store.schema import spelt
 
 # -- tenants and tokens ----------------------------------------------------------------------------
 

@@ -6,111 +6,32 @@ Views and functions for SQL users stand in migrations/ alone.
 
 from __future__ import annotations
 
-import re
-from collections.abc import Collection
-from inspect import cleandoc
-from typing import Any, TypeVar, cast
-
 from sqlalchemy import (
     ARRAY,
     REAL,
     BigInteger,
     Boolean,
     CheckConstraint,
-    Column,
-    Constraint,
-    DateTime,
     Double,
     ForeignKey,
-    ForeignKeyConstraint,
-    Identity,
-    Index,
     Integer,
     LargeBinary,
-    MetaData,
     SmallInteger,
-    Table,
     Text,
     TypedColumns,
     UniqueConstraint,
     Uuid,
-    text,
 )
 from sqlalchemy.dialects.postgresql import JSONB
-from sqlalchemy.types import TypeEngine
 
 from motet.states import ENDED, LIVE, State
+from scheduler.store.schema import NOW, TIME, identity, index, key, may, must, spelt, table, within
 
-T = TypeVar("T")
-C = TypeVar("C", bound=TypedColumns)
-
-metadata = MetaData()
-
-_TIME = DateTime(timezone=True)
-_NOW = "clock_timestamp()"
 #: 32 bytes that nobody can guess.
 _SECRET = (
     "decode(replace(CAST(gen_random_uuid() AS text) || CAST(gen_random_uuid() AS text), '-', ''), 'hex')"
 )
 _CELLS = "cells_ok + cells_error + cells_skipped"
-
-
-def spelt(states: Collection[State]) -> str:
-    """These states for IN; spelt out, since a parameter finds no partial index."""
-    return "(" + ", ".join(f"'{state}'" for state in State if state in states) + ")"
-
-
-def _table(name: str, columns: type[C], *more: Constraint | Index, **rest: Any) -> Table[C]:
-    """A table; the docstring of its columns is its comment, and then those of columns, a line for each."""
-    says, _, each = cleandoc(columns.__doc__ or "").partition("\n\n")
-    table = Table(name, metadata, columns, *more, comment=_one_line(says), **rest)
-    for line in re.split(r"\n(?! )", each) if each else ():
-        column, _, meaning = line.partition(": ")
-        table.c[column].comment = _one_line(meaning)
-    return table
-
-
-def _of(table: str, **columns: str) -> ForeignKeyConstraint:
-    """Rows that go with a row of another table: column here -> column there."""
-    return ForeignKeyConstraint([*columns], [f"{table}.{c}" for c in columns.values()], ondelete="CASCADE")
-
-
-def _one_line(words: str) -> str:
-    return " ".join(words.split())
-
-
-def _must(
-    kind: type[TypeEngine[T]] | TypeEngine[T],
-    *more: ForeignKey,
-    default: str | None = None,
-    check: str | None = None,
-    external: bool = False,
-    **rest: Any,
-) -> Column[T]:
-    """A column that is never NULL.
-
-    ``default`` and ``check`` are SQL; ``external``: large values are stored as they are, since they are compressed already.
-    """
-    checks = () if check is None else (CheckConstraint(check),)
-    server_default = None if default is None else text(default)
-    rest.setdefault("nullable", False)
-    return Column(kind, *more, *checks, server_default=server_default, info={"external": external}, **rest)
-
-
-def _may(kind: type[TypeEngine[T]] | TypeEngine[T], *more: ForeignKey, **rest: Any) -> Column[T | None]:
-    """A column that may be NULL."""
-    return cast("Column[T | None]", _must(kind, *more, nullable=True, **rest))
-
-
-def _key(kind: type[TypeEngine[T]] | TypeEngine[T], *more: ForeignKey, **rest: Any) -> Column[T]:
-    """A column of the primary key."""
-    return _must(kind, *more, primary_key=True, autoincrement=False, **rest)
-
-
-def _identity() -> Column[int]:
-    """The primary key, counted up by Postgres."""
-    return Column(BigInteger, Identity(always=True), primary_key=True)
-
 
 # -- the cluster ---------------------------------------------------------------------------------
 
@@ -121,35 +42,35 @@ class _LeaderColumns(TypedColumns):
     transport: Identity of Redis as last seen: another one means that what it held is gone.
     """
 
-    id = _key(Integer, check="id = 1")
-    epoch = _must(BigInteger)
-    holder = _must(Text)
-    until = _must(_TIME)
-    transport = _must(Text, default="''")
+    id = key(Integer, check="id = 1")
+    epoch = must(BigInteger)
+    holder = must(Text)
+    until = must(TIME)
+    transport = must(Text, default="''")
 
 
-leader = _table("leader", _LeaderColumns)
+leader = table("leader", _LeaderColumns)
 
 
 class _TenantColumns(TypedColumns):
-    """Whose jobs, tokens and columns these are; nothing is shared across tenants. The one without a
-    name is nobody: it has jobs that are being removed.
+    """Whose jobs, tokens and columns these are; nothing is shared across tenants. The one without a name is
+    nobody: it has jobs that are being removed.
 
     weight: Share of device-seconds relative to other tenants.
     row_quota: Rows in unfinished jobs at most; NULL: no limit.
-    digest_key: Secret: keys every digest of what the tenant sent (parts, requests, reuse), so that a
-      short text cannot be guessed from one.
+    digest_key: Secret: keys every digest of what the tenant sent (parts, requests, reuse), so that a short
+      text cannot be guessed from one.
     """
 
-    id = _key(Uuid, default="gen_random_uuid()")
-    name = _must(Text, unique=True)
-    weight = _must(REAL, default="1", check="weight > 0")
-    row_quota = _may(BigInteger)
-    created = _must(_TIME, default=_NOW)
-    digest_key = _must(LargeBinary, default=_SECRET, check="octet_length(digest_key) = 32")
+    id = key(Uuid, default="gen_random_uuid()")
+    name = must(Text, unique=True)
+    weight = must(REAL, default="1", check="weight > 0")
+    row_quota = may(BigInteger)
+    created = must(TIME, default=NOW)
+    digest_key = must(LargeBinary, default=_SECRET, check="octet_length(digest_key) = 32")
 
 
-tenant = _table("tenant", _TenantColumns)
+tenant = table("tenant", _TenantColumns)
 
 
 class _TokenColumns(TypedColumns):
@@ -158,17 +79,17 @@ class _TokenColumns(TypedColumns):
     secret_sha256: The secret has 256 random bits, so a plain hash is enough.
     """
 
-    id = _key(Text)
-    tenant_id = _must(Uuid, ForeignKey("tenant.id", ondelete="CASCADE"))
-    name = _must(Text)
-    scope = _must(Text, check="scope IN ('user', 'read', 'admin', 'worker')")
-    secret_sha256 = _must(LargeBinary)
-    created = _must(_TIME, default=_NOW)
-    expires = _may(_TIME)
-    revoked = _may(_TIME)
+    id = key(Text)
+    tenant_id = must(Uuid, ForeignKey("tenant.id", ondelete="CASCADE"))
+    name = must(Text)
+    scope = must(Text, check="scope IN ('user', 'read', 'admin', 'worker')")
+    secret_sha256 = must(LargeBinary)
+    created = must(TIME, default=NOW)
+    expires = may(TIME)
+    revoked = may(TIME)
 
 
-token = _table("token", _TokenColumns)
+token = table("token", _TokenColumns)
 
 
 class _DrainedColumns(TypedColumns):
@@ -178,14 +99,14 @@ class _DrainedColumns(TypedColumns):
     seen: When it was last heard of, to the hour: one that is long gone is forgotten.
     """
 
-    worker = _key(Text)
-    host = _must(Text, default="''")
-    since = _must(_TIME, default=_NOW)
-    by = _must(Text, default="''")
-    seen = _must(_TIME, default=_NOW)
+    worker = key(Text)
+    host = must(Text, default="''")
+    since = must(TIME, default=NOW)
+    by = must(Text, default="''")
+    seen = must(TIME, default=NOW)
 
 
-drained = _table("drained", _DrainedColumns)
+drained = table("drained", _DrainedColumns)
 
 
 class _OutboxColumns(TypedColumns):
@@ -198,35 +119,33 @@ class _OutboxColumns(TypedColumns):
     delivered: When it was delivered; NULL: not yet.
     """
 
-    id = _identity()
-    tenant_id = _must(Uuid, ForeignKey("tenant.id", ondelete="CASCADE"))
-    kind = _must(Text, check="kind = 'job_ended'")
-    job_id = _must(Uuid)
-    body = _must(JSONB)
-    created = _must(_TIME, default=_NOW)
-    attempts = _must(SmallInteger, default="0")
-    next_at = _must(_TIME, default=_NOW)
-    delivered = _may(_TIME)
+    id = identity()
+    tenant_id = must(Uuid, ForeignKey("tenant.id", ondelete="CASCADE"))
+    kind = must(Text, check="kind = 'job_ended'")
+    job_id = must(Uuid)
+    body = must(JSONB)
+    created = must(TIME, default=NOW)
+    attempts = must(SmallInteger, default="0")
+    next_at = must(TIME, default=NOW)
+    delivered = may(TIME)
 
 
-outbox = _table(
+outbox = table(
     "outbox",
     _OutboxColumns,
-    Index("outbox_one_end", "job_id", unique=True, postgresql_where=text("kind = 'job_ended'")),
+    index("outbox_one_end", "job_id", unique=True, where="kind = 'job_ended'"),
 )
-
-# -- models --------------------------------------------------------------------------------------
 
 
 class _BlobColumns(TypedColumns):
     """Content-addressed files that lie in the blob folder behind the API."""
 
-    sha256 = _key(Text, check="sha256 ~ '^[0-9a-f]{64}$'")
-    bytes = _must(BigInteger)
-    created = _must(_TIME, default=_NOW)
+    sha256 = key(Text, check="sha256 ~ '^[0-9a-f]{64}$'")
+    bytes = must(BigInteger)
+    created = must(TIME, default=NOW)
 
 
-blob = _table("blob", _BlobColumns)
+blob = table("blob", _BlobColumns)
 
 
 class _ModelColumns(TypedColumns):
@@ -236,16 +155,16 @@ class _ModelColumns(TypedColumns):
     trunk: Tasks whose models have one trunk fuse into one pass.
     """
 
-    id = _identity()
-    name = _must(Text)
-    version = _must(Text)
-    digest = _must(Text)
-    trunk = _must(Text)
-    manifest = _must(JSONB)
-    created = _must(_TIME, default=_NOW)
+    id = identity()
+    name = must(Text)
+    version = must(Text)
+    digest = must(Text)
+    trunk = must(Text)
+    manifest = must(JSONB)
+    created = must(TIME, default=NOW)
 
 
-model = _table("model", _ModelColumns, UniqueConstraint("name", "version"))
+model = table("model", _ModelColumns, UniqueConstraint("name", "version"))
 
 
 class _AliasStepColumns(TypedColumns):
@@ -258,18 +177,18 @@ class _AliasStepColumns(TypedColumns):
     by: Id of the token that asked for it.
     """
 
-    id = _identity()
-    name = _must(Text)
-    alias = _must(Text)
-    what = _must(Text, check="what IN ('promoted', 'rolled back', 'removed')")
-    version = _must(Text)
-    model_id = _may(BigInteger, ForeignKey("model.id", ondelete="SET NULL"))
-    before = _may(BigInteger, ForeignKey("alias_step.id"))
-    by = _must(Text, default="''")
-    at = _must(_TIME, default=_NOW)
+    id = identity()
+    name = must(Text)
+    alias = must(Text)
+    what = must(Text, check="what IN ('promoted', 'rolled back', 'removed')")
+    version = must(Text)
+    model_id = may(BigInteger, ForeignKey("model.id", ondelete="SET NULL"))
+    before = may(BigInteger, ForeignKey("alias_step.id"))
+    by = must(Text, default="''")
+    at = must(TIME, default=NOW)
 
 
-alias_step = _table("alias_step", _AliasStepColumns, Index("alias_step_by_model", "model_id"))
+alias_step = table("alias_step", _AliasStepColumns, index("alias_step_by_model", "model_id"))
 
 
 class _AliasColumns(TypedColumns):
@@ -278,26 +197,26 @@ class _AliasColumns(TypedColumns):
     step: The step that it stands at: who, when, and what stood before.
     """
 
-    name = _key(Text)
-    alias = _key(Text)
-    model_id = _must(BigInteger, ForeignKey("model.id"))
-    step = _must(BigInteger, ForeignKey("alias_step.id"))
+    name = key(Text)
+    alias = key(Text)
+    model_id = must(BigInteger, ForeignKey("model.id"))
+    step = must(BigInteger, ForeignKey("alias_step.id"))
 
 
-alias = _table("alias", _AliasColumns, Index("alias_by_model", "model_id"))
+alias = table("alias", _AliasColumns, index("alias_by_model", "model_id"))
 
 
 class _RefusalColumns(TypedColumns):
     """Workers that cannot load a model, as of that boot: it is not placed there again."""
 
-    model_id = _key(BigInteger, ForeignKey("model.id", ondelete="CASCADE"))
-    worker = _key(Text)
-    boot = _must(Text)
-    why = _must(Text)
-    at = _must(_TIME, default=_NOW)
+    model_id = key(BigInteger, ForeignKey("model.id", ondelete="CASCADE"))
+    worker = key(Text)
+    boot = must(Text)
+    why = must(Text)
+    at = must(TIME, default=NOW)
 
 
-refusal = _table("refusal", _RefusalColumns)
+refusal = table("refusal", _RefusalColumns)
 
 # -- jobs ----------------------------------------------------------------------------------------
 
@@ -305,55 +224,55 @@ refusal = _table("refusal", _RefusalColumns)
 class _JobColumns(TypedColumns):
     """N rows x K tasks, submitted together, or a training run.
 
-    state: open: rows keep coming; loading: an upload; running; paused: its rows wait; and three that
-      no job leaves.
+    state: open: rows keep coming; loading: an upload; running; paused: its rows wait; and three that no job
+      leaves.
     deadline: A job that has not ended by then fails; what is done stays.
     version: Grows with every change that a watcher should see.
     touched: Last part received: an upload that stays silent is abandoned.
-    retention_days: Days after its end at which the job is deleted; NULL: as the cluster keeps all
-      others. The sooner one counts.
+    retention_days: Days after its end at which the job is deleted; NULL: as the cluster keeps all others. The
+      sooner one counts.
     tokens_cached: Sum over its blocks and tasks, as in spent.
     tokens_out: Sum over its blocks and tasks, as in spent.
     """
 
-    id = _key(Uuid)
-    tenant_id = _must(Uuid, ForeignKey("tenant.id", ondelete="CASCADE"))
-    name = _must(Text, default="''")
-    kind = _must(Text, default="'infer'", check="kind IN ('infer', 'train')")
-    state = _must(Text, default="'loading'", check=f"state IN {spelt([*State])}")
-    reason = _must(Text, default="''")
-    priority = _must(SmallInteger, default="1", check="priority IN (0, 1, 2)")
-    reuse = _must(Boolean, default="true")
-    bad_rows = _must(Text, default="'refuse'", check="bad_rows IN ('refuse', 'error')")
-    deadline = _may(_TIME)
-    fields = _must(ARRAY(Text))
-    n_tasks = _must(Integer, check="n_tasks > 0")
-    n_rows = _must(BigInteger, default="0")
-    n_blocks = _must(Integer, default="0")
-    n_parts = _must(Integer, default="0")
-    blocks_done = _must(Integer, default="0")
-    cells_ok = _must(BigInteger, default="0")
-    cells_error = _must(BigInteger, default="0")
-    cells_skipped = _must(BigInteger, default="0")
-    cells_reused = _must(BigInteger, default="0")
-    tokens = _must(BigInteger, default="0")
-    computed_tokens = _must(BigInteger, default="0")
-    busy_s = _must(Double, default="0")
-    subtasks = _must(BigInteger, default="0")
-    attempts_lost = _must(BigInteger, default="0")
-    version = _must(BigInteger, default="1")
-    idempotency_key = _may(Text)
-    request_digest = _must(LargeBinary)
-    created = _must(_TIME, default=_NOW)
-    touched = _must(_TIME, default=_NOW)
-    started = _may(_TIME)
-    finished = _may(_TIME)
-    retention_days = _may(Double, check="retention_days > 0")
-    tokens_cached = _must(BigInteger, default="0")
-    tokens_out = _must(BigInteger, default="0")
+    id = key(Uuid)
+    tenant_id = must(Uuid, ForeignKey("tenant.id", ondelete="CASCADE"))
+    name = must(Text, default="''")
+    kind = must(Text, default="'infer'", check="kind IN ('infer', 'train')")
+    state = must(Text, default="'loading'", check=f"state IN {spelt([*State])}")
+    reason = must(Text, default="''")
+    priority = must(SmallInteger, default="1", check="priority IN (0, 1, 2)")
+    reuse = must(Boolean, default="true")
+    bad_rows = must(Text, default="'refuse'", check="bad_rows IN ('refuse', 'error')")
+    deadline = may(TIME)
+    fields = must(ARRAY(Text))
+    n_tasks = must(Integer, check="n_tasks > 0")
+    n_rows = must(BigInteger, default="0")
+    n_blocks = must(Integer, default="0")
+    n_parts = must(Integer, default="0")
+    blocks_done = must(Integer, default="0")
+    cells_ok = must(BigInteger, default="0")
+    cells_error = must(BigInteger, default="0")
+    cells_skipped = must(BigInteger, default="0")
+    cells_reused = must(BigInteger, default="0")
+    tokens = must(BigInteger, default="0")
+    computed_tokens = must(BigInteger, default="0")
+    busy_s = must(Double, default="0")
+    subtasks = must(BigInteger, default="0")
+    attempts_lost = must(BigInteger, default="0")
+    version = must(BigInteger, default="1")
+    idempotency_key = may(Text)
+    request_digest = must(LargeBinary)
+    created = must(TIME, default=NOW)
+    touched = must(TIME, default=NOW)
+    started = may(TIME)
+    finished = may(TIME)
+    retention_days = may(Double, check="retention_days > 0")
+    tokens_cached = must(BigInteger, default="0")
+    tokens_out = must(BigInteger, default="0")
 
 
-job = _table(
+job = table(
     "job",
     _JobColumns,
     CheckConstraint(
@@ -361,23 +280,23 @@ job = _table(
     ),
     CheckConstraint(f"{_CELLS} <= n_rows * n_tasks", name="every_cell_at_most_once"),
     UniqueConstraint("tenant_id", "idempotency_key"),
-    Index("job_ended", "finished", postgresql_where=text("finished IS NOT NULL")),
-    Index("job_newest", "tenant_id", text("created DESC"), text("id DESC")),
-    Index("job_unfinished", "state", "id", postgresql_where=text(f"state IN {spelt(LIVE)}")),
+    index("job_ended", "finished", where="finished IS NOT NULL"),
+    index("job_newest", "tenant_id", "created DESC", "id DESC"),
+    index("job_unfinished", "state", "id", where=f"state IN {spelt(LIVE)}"),
 )
 
 
 class _PartColumns(TypedColumns):
     """Parts of the upload received so far: a part sent twice is answered, not stored twice."""
 
-    job_id = _key(Uuid, ForeignKey("job.id", ondelete="CASCADE"))
-    number = _key(Integer)
-    digest = _must(LargeBinary)
-    n_rows = _must(Integer)
-    n_bad = _must(Integer)
+    job_id = key(Uuid, ForeignKey("job.id", ondelete="CASCADE"))
+    number = key(Integer)
+    digest = must(LargeBinary)
+    n_rows = must(Integer)
+    n_bad = must(Integer)
 
 
-part = _table("part", _PartColumns)
+part = table("part", _PartColumns)
 
 
 class _PassColumns(TypedColumns):
@@ -386,33 +305,33 @@ class _PassColumns(TypedColumns):
     kind: The name that Flower shows; few in number, never an id.
     rows_waiting: Rows beyond the cursors of ready blocks, pieces included.
     needs: Numbers of the tasks whose cells it reads: a block of it waits until they are sealed there.
-    rate_key: Name under which its speed is learned, where a row costs differently than in other
-      passes of its model; else empty: the trunk's.
+    rate_key: Name under which its speed is learned, where a row costs differently than in other passes of its
+      model; else empty: the trunk's.
     reads: How often it reads each of the job's fields, in their order; empty: each once.
-    bytes_beside: UTF-8 bytes that it reads of a row beside the fields: its templates' own, and other
-      tasks' answers, about.
+    bytes_beside: UTF-8 bytes that it reads of a row beside the fields: its templates' own, and other tasks'
+      answers, about.
     bytes_done: Sum of the bytes of its sub-tasks that are done, by which they were priced.
     tokens: Sum of the tokens that these sub-tasks had.
     """
 
-    job_id = _key(Uuid, ForeignKey("job.id", ondelete="CASCADE"))
-    number = _key(SmallInteger)
-    kind = _must(Text)
-    model_id = _must(BigInteger, ForeignKey("model.id"))
-    numerics = _must(Text, check="numerics IN ('fast', 'exact')")
-    max_tokens = _must(Integer)
-    input = _must(Text)
-    rows_waiting = _must(BigInteger, default="0")
-    bytes_waiting = _must(BigInteger, default="0")
-    needs = _must(ARRAY(SmallInteger), default="'{}'")
-    rate_key = _must(Text, default="''")
-    reads = _must(ARRAY(Integer), default="'{}'")
-    bytes_beside = _must(Integer, default="0")
-    bytes_done = _must(BigInteger, default="0")
-    tokens = _must(BigInteger, default="0")
+    job_id = key(Uuid, ForeignKey("job.id", ondelete="CASCADE"))
+    number = key(SmallInteger)
+    kind = must(Text)
+    model_id = must(BigInteger, ForeignKey("model.id"))
+    numerics = must(Text, check="numerics IN ('fast', 'exact')")
+    max_tokens = must(Integer)
+    input = must(Text)
+    rows_waiting = must(BigInteger, default="0")
+    bytes_waiting = must(BigInteger, default="0")
+    needs = must(ARRAY(SmallInteger), default="'{}'")
+    rate_key = must(Text, default="''")
+    reads = must(ARRAY(Integer), default="'{}'")
+    bytes_beside = must(Integer, default="0")
+    bytes_done = must(BigInteger, default="0")
+    tokens = must(BigInteger, default="0")
 
 
-pass_ = _table("pass", _PassColumns, Index("pass_by_model", "model_id"))
+pass_ = table("pass", _PassColumns, index("pass_by_model", "model_id"))
 
 
 class _TaskColumns(TypedColumns):
@@ -421,18 +340,18 @@ class _TaskColumns(TypedColumns):
     digest: Of the spec and its model: with the digest of a block's fields, the reuse key.
     """
 
-    job_id = _key(Uuid, ForeignKey("job.id", ondelete="CASCADE"))
-    number = _key(SmallInteger)
-    name = _must(Text)
-    pass_number = _must(SmallInteger)
-    model_id = _must(BigInteger, ForeignKey("model.id"))
-    kind = _must(Text)
-    spec = _must(JSONB)
-    labels = _must(ARRAY(Text), default="'{}'")
-    digest = _must(LargeBinary)
+    job_id = key(Uuid, ForeignKey("job.id", ondelete="CASCADE"))
+    number = key(SmallInteger)
+    name = must(Text)
+    pass_number = must(SmallInteger)
+    model_id = must(BigInteger, ForeignKey("model.id"))
+    kind = must(Text)
+    spec = must(JSONB)
+    labels = must(ARRAY(Text), default="'{}'")
+    digest = must(LargeBinary)
 
 
-task = _table("task", _TaskColumns, UniqueConstraint("job_id", "name"), Index("task_by_model", "model_id"))
+task = table("task", _TaskColumns, UniqueConstraint("job_id", "name"), index("task_by_model", "model_id"))
 
 
 class _BlockColumns(TypedColumns):
@@ -440,38 +359,35 @@ class _BlockColumns(TypedColumns):
 
     n_work: Rows that some task can be asked.
     row_order: uint32 little-endian: offsets of the rows that some task can be asked, longest first.
-    lengths: uint32 little-endian: UTF-8 bytes of each field, all rows of the first field, then the
-      next.
+    lengths: uint32 little-endian: UTF-8 bytes of each field, all rows of the first field, then the next.
     payload: Envelope (motet/protocol/envelope.py): field -> values in row order.
     bad: Offset -> [error, message] of rows that came in broken: error cells of every task.
     keys: Reuse key of each task number (element 1 is task 0); NULL: this column is not for reuse.
     done_number: The how-manieth block of its job to be finished, from 1.
-    bad_fields: Field -> [[error, message, [offset, ...]], ...] of values that came in broken: error
-      cells of the tasks that read it.
+    bad_fields: Field -> [[error, message, [offset, ...]], ...] of values that came in broken: error cells of
+      the tasks that read it.
     """
 
-    job_id = _key(Uuid, ForeignKey("job.id", ondelete="CASCADE"))
-    number = _key(Integer)
-    first_row = _must(BigInteger)
-    n_rows = _must(Integer, check="n_rows > 0")
-    n_work = _must(Integer)
-    bytes = _must(BigInteger)
-    row_order = _must(LargeBinary, external=True)
-    lengths = _must(LargeBinary, external=True)
-    payload = _must(LargeBinary, external=True)
-    bad = _must(JSONB, default="'{}'")
-    keys = _must(ARRAY(LargeBinary), default="'{}'")  # type: ignore[assignment] # as a method of what has columns
-    passes_open = _must(SmallInteger)
-    done_number = _may(Integer)
-    bad_fields = _must(JSONB, default="'{}'")
+    job_id = key(Uuid, ForeignKey("job.id", ondelete="CASCADE"))
+    number = key(Integer)
+    first_row = must(BigInteger)
+    n_rows = must(Integer, check="n_rows > 0")
+    n_work = must(Integer)
+    bytes = must(BigInteger)
+    row_order = must(LargeBinary, external=True)
+    lengths = must(LargeBinary, external=True)
+    payload = must(LargeBinary, external=True)
+    bad = must(JSONB, default="'{}'")
+    keys = must(ARRAY(LargeBinary), default="'{}'")  # type: ignore[assignment] # as a method of what has columns
+    passes_open = must(SmallInteger)
+    done_number = may(Integer)
+    bad_fields = must(JSONB, default="'{}'")
 
 
-block = _table(
+block = table(
     "block",
     _BlockColumns,
-    Index(
-        "block_done", "job_id", "done_number", unique=True, postgresql_where=text("done_number IS NOT NULL")
-    ),
+    index("block_done", "job_id", "done_number", unique=True, where="done_number IS NOT NULL"),
 )
 
 
@@ -480,34 +396,32 @@ class _BlockPassColumns(TypedColumns):
 
     state: waiting: for cells that it reads; ready: it may be carved; sealed: its columns are merged.
     todo: Bit i: the job's task number i is to be computed here (the others were reused).
-    n: Rows to do: those in row_order that a task of the pass can be asked and no failed upstream cell
-      has taken out.
+    n: Rows to do: those in row_order that a task of the pass can be asked and no failed upstream cell has
+      taken out.
     row_order: As block.row_order, without the rows that no task of the pass can be asked, or a failed
       upstream cell has taken out; NULL: none was.
     bytes: UTF-8 bytes that the pass reads of the rows that work is done on.
     """
 
-    job_id = _key(Uuid)
-    pass_number = _key(SmallInteger)
-    block_number = _key(Integer)
-    state = _must(Text, check="state IN ('waiting', 'ready', 'sealed')")
-    todo = _must(BigInteger)
-    n = _must(Integer)
-    cursor = _must(Integer, default="0", check="cursor BETWEEN 0 AND n")
-    done = _must(Integer, default="0", check="done BETWEEN 0 AND n")
-    row_order = _may(LargeBinary, external=True)
-    bytes = _must(BigInteger, default="0")
+    job_id = key(Uuid)
+    pass_number = key(SmallInteger)
+    block_number = key(Integer)
+    state = must(Text, check="state IN ('waiting', 'ready', 'sealed')")
+    todo = must(BigInteger)
+    n = must(Integer)
+    cursor = must(Integer, default="0", check="cursor BETWEEN 0 AND n")
+    done = must(Integer, default="0", check="done BETWEEN 0 AND n")
+    row_order = may(LargeBinary, external=True)
+    bytes = must(BigInteger, default="0")
 
 
-block_pass = _table(
+block_pass = table(
     "block_pass",
     _BlockPassColumns,
-    _of("block", job_id="job_id", block_number="number"),
-    _of("pass", job_id="job_id", pass_number="number"),
-    Index(
-        "block_pass_ready", "job_id", "pass_number", "block_number", postgresql_where=text("state = 'ready'")
-    ),
-    Index("block_pass_waiting", "job_id", "block_number", postgresql_where=text("state = 'waiting'")),
+    within("block", job_id="job_id", block_number="number"),
+    within("pass", job_id="job_id", pass_number="number"),
+    index("block_pass_ready", "job_id", "pass_number", "block_number", where="state = 'ready'"),
+    index("block_pass_waiting", "job_id", "block_number", where="state = 'waiting'"),
     postgresql_with={"fillfactor": 90},
 )
 
@@ -522,24 +436,24 @@ class _PieceColumns(TypedColumns):
     exclusive: Suspected of killing its worker: runs with nothing beside it.
     """
 
-    id = _identity()
-    job_id = _must(Uuid)
-    pass_number = _must(SmallInteger)
-    block_number = _must(Integer)
-    lo = _must(Integer)
-    hi = _must(Integer, check="hi > lo")
-    bytes = _must(BigInteger)
-    tries = _must(SmallInteger, default="0")
-    deaths = _must(SmallInteger, default="0")
-    exclusive = _must(Boolean, default="false")
-    not_before = _must(_TIME, default="'-infinity'")
+    id = identity()
+    job_id = must(Uuid)
+    pass_number = must(SmallInteger)
+    block_number = must(Integer)
+    lo = must(Integer)
+    hi = must(Integer, check="hi > lo")
+    bytes = must(BigInteger)
+    tries = must(SmallInteger, default="0")
+    deaths = must(SmallInteger, default="0")
+    exclusive = must(Boolean, default="false")
+    not_before = must(TIME, default="'-infinity'")
 
 
-piece = _table(
+piece = table(
     "piece",
     _PieceColumns,
-    _of("block_pass", job_id="job_id", pass_number="pass_number", block_number="block_number"),
-    Index("piece_by_pass", "job_id", "pass_number", "block_number"),
+    within("block_pass", job_id="job_id", pass_number="pass_number", block_number="block_number"),
+    index("piece_by_pass", "job_id", "pass_number", "block_number"),
 )
 
 
@@ -550,34 +464,34 @@ class _SubtaskColumns(TypedColumns):
     sizes: UTF-8 bytes of each range.
     """
 
-    id = _identity()
-    job_id = _must(Uuid)
-    pass_number = _must(SmallInteger)
-    state = _must(Text, default="'open'", check="state IN ('open', 'done', 'lost', 'failed')")
-    blocks = _must(ARRAY(Integer))
-    los = _must(ARRAY(Integer))
-    his = _must(ARRAY(Integer))
-    sizes = _must(ARRAY(BigInteger))
-    todo = _must(BigInteger)
-    n_rows = _must(Integer)
-    bytes = _must(BigInteger)
-    tries = _must(SmallInteger, default="0")
-    deaths = _must(SmallInteger, default="0")
-    exclusive = _must(Boolean, default="false")
-    attempts = _must(SmallInteger, default="0")
-    worker = _must(Text, default="''")
-    busy_s = _must(REAL, default="0")
-    tokens = _must(BigInteger, default="0")
-    created = _must(_TIME, default=_NOW)
-    closed = _may(_TIME)
+    id = identity()
+    job_id = must(Uuid)
+    pass_number = must(SmallInteger)
+    state = must(Text, default="'open'", check="state IN ('open', 'done', 'lost', 'failed')")
+    blocks = must(ARRAY(Integer))
+    los = must(ARRAY(Integer))
+    his = must(ARRAY(Integer))
+    sizes = must(ARRAY(BigInteger))
+    todo = must(BigInteger)
+    n_rows = must(Integer)
+    bytes = must(BigInteger)
+    tries = must(SmallInteger, default="0")
+    deaths = must(SmallInteger, default="0")
+    exclusive = must(Boolean, default="false")
+    attempts = must(SmallInteger, default="0")
+    worker = must(Text, default="''")
+    busy_s = must(REAL, default="0")
+    tokens = must(BigInteger, default="0")
+    created = must(TIME, default=NOW)
+    closed = may(TIME)
 
 
-subtask = _table(
+subtask = table(
     "subtask",
     _SubtaskColumns,
-    _of("pass", job_id="job_id", pass_number="number"),
-    Index("subtask_by_job", "job_id", "id"),
-    Index("subtask_open", "job_id", "pass_number", postgresql_where=text("state = 'open'")),
+    within("pass", job_id="job_id", pass_number="number"),
+    index("subtask_by_job", "job_id", "id"),
+    index("subtask_open", "job_id", "pass_number", where="state = 'open'"),
 )
 
 
@@ -585,48 +499,47 @@ class _LeaseColumns(TypedColumns):
     """Live leases only: the right of one attempt to run one open sub-task. A clone is a second one.
 
     clone: A second lease of an open sub-task, beside a straggler.
-    device_kind: cuda or cpu, as the worker says: what is guessed of a device that nothing was learned
-      of.
+    device_kind: cuda or cpu, as the worker says: what is guessed of a device that nothing was learned of.
     """
 
-    subtask_id = _key(BigInteger, ForeignKey("subtask.id", ondelete="CASCADE"))
-    attempt = _key(SmallInteger)
-    worker = _must(Text)
-    boot = _must(Text)
-    nonce = _must(Text)
-    device = _must(Text, default="''")
-    predicted_s = _must(REAL)
-    leased = _must(_TIME, default=_NOW)
-    until = _must(_TIME)
-    clone = _must(Boolean, default="false")
-    device_kind = _must(Text, default="''")
+    subtask_id = key(BigInteger, ForeignKey("subtask.id", ondelete="CASCADE"))
+    attempt = key(SmallInteger)
+    worker = must(Text)
+    boot = must(Text)
+    nonce = must(Text)
+    device = must(Text, default="''")
+    predicted_s = must(REAL)
+    leased = must(TIME, default=NOW)
+    until = must(TIME)
+    clone = must(Boolean, default="false")
+    device_kind = must(Text, default="''")
 
 
-lease = _table("lease", _LeaseColumns)
+lease = table("lease", _LeaseColumns)
 
 
 class _CellsColumns(TypedColumns):
     """Answers of done sub-tasks for [lo, hi) of a block's order, until the (block, pass) is sealed."""
 
-    job_id = _key(Uuid)
-    pass_number = _key(SmallInteger)
-    block_number = _key(Integer)
-    subtask_id = _key(BigInteger)
-    lo = _key(Integer)
-    hi = _must(Integer, check="hi > lo")
-    columns = _must(LargeBinary, external=True)
+    job_id = key(Uuid)
+    pass_number = key(SmallInteger)
+    block_number = key(Integer)
+    subtask_id = key(BigInteger)
+    lo = key(Integer)
+    hi = must(Integer, check="hi > lo")
+    columns = must(LargeBinary, external=True)
 
 
-cells = _table(
+cells = table(
     "cells",
     _CellsColumns,
-    _of("block_pass", job_id="job_id", pass_number="pass_number", block_number="block_number"),
+    within("block_pass", job_id="job_id", pass_number="pass_number", block_number="block_number"),
 )
 
 
 class _SpentColumns(TypedColumns):
-    """What a task of a language model consumed in a block, over all accepted outcomes, those of rows
-    that came back included.
+    """What a task of a language model consumed in a block, over all accepted outcomes, those of rows that
+    came back included.
 
     tokens_in: Tokens of its prompts.
     tokens_cached: Of them those that were computed for another task or row already.
@@ -634,38 +547,35 @@ class _SpentColumns(TypedColumns):
     device_s: Seconds of devices: its share of each step.
     """
 
-    job_id = _key(Uuid)
-    block_number = _key(Integer)
-    task_number = _key(SmallInteger)
-    tokens_in = _must(BigInteger, check="tokens_in >= 0")
-    tokens_cached = _must(BigInteger, check="tokens_cached >= 0")
-    tokens_out = _must(BigInteger, check="tokens_out >= 0")
-    device_s = _must(Double, check="device_s >= 0")
+    job_id = key(Uuid)
+    block_number = key(Integer)
+    task_number = key(SmallInteger)
+    tokens_in = must(BigInteger, check="tokens_in >= 0")
+    tokens_cached = must(BigInteger, check="tokens_cached >= 0")
+    tokens_out = must(BigInteger, check="tokens_out >= 0")
+    device_s = must(Double, check="device_s >= 0")
 
 
-spent = _table("spent", _SpentColumns, _of("block", job_id="job_id", block_number="number"))
+spent = table("spent", _SpentColumns, within("block", job_id="job_id", block_number="number"))
 
 
 class _FitColumns(TypedColumns):
     """One training run: a row of a training job, as the worker that runs it tells.
 
     reports: Key of an epoch -> loss and scores. An attempt that does it again replaces it.
-    checkpoint: Sha256 of the blob with which another attempt goes on; NULL: there is none, or no
-      need.
+    checkpoint: Sha256 of the blob with which another attempt goes on; NULL: there is none, or no need.
     files: Sha256 of the blobs that came out: kept as long as the job, named by a model or not.
     """
 
-    job_id = _key(Uuid, ForeignKey("job.id", ondelete="CASCADE"))
-    row_index = _key(BigInteger, check="row_index >= 0")
-    reports = _must(JSONB, default="'{}'")
-    checkpoint = _may(Text)
-    files = _must(ARRAY(Text), default="'{}'")
-    told = _must(_TIME, default=_NOW)
+    job_id = key(Uuid, ForeignKey("job.id", ondelete="CASCADE"))
+    row_index = key(BigInteger, check="row_index >= 0")
+    reports = must(JSONB, default="'{}'")
+    checkpoint = may(Text)
+    files = must(ARRAY(Text), default="'{}'")
+    told = must(TIME, default=NOW)
 
 
-fit = _table("fit", _FitColumns)
-
-# -- answers -------------------------------------------------------------------------------------
+fit = table("fit", _FitColumns)
 
 
 class _SealedColumnColumns(TypedColumns):
@@ -677,55 +587,53 @@ class _SealedColumnColumns(TypedColumns):
     texts: UTF-8 JSON values end to end, cut by offsets.
     """
 
-    id = _identity()
-    tenant_id = _must(Uuid, ForeignKey("tenant.id", ondelete="CASCADE"))
-    key = _may(LargeBinary)
-    refs = _must(Integer, default="1")
-    kind = _must(Text)
-    n_rows = _must(Integer)
-    n_ok = _must(Integer)
-    n_error = _must(Integer)
-    n_skipped = _must(Integer)
-    status = _may(LargeBinary)
-    errors = _may(JSONB)
-    offsets = _may(ARRAY(Integer))
-    codes = _may(ARRAY(SmallInteger))
-    scores = _may(ARRAY(REAL))
-    all_scores = _may(ARRAY(REAL))
-    numbers = _may(ARRAY(Double))
-    starts = _may(ARRAY(Integer))
-    ends = _may(ARRAY(Integer))
-    texts = _may(LargeBinary)
-    vectors = _may(LargeBinary, external=True)
-    dim = _must(Integer, default="0")
-    dtype = _must(Text, default="''")
+    id = identity()
+    tenant_id = must(Uuid, ForeignKey("tenant.id", ondelete="CASCADE"))
+    key = may(LargeBinary)
+    refs = must(Integer, default="1")
+    kind = must(Text)
+    n_rows = must(Integer)
+    n_ok = must(Integer)
+    n_error = must(Integer)
+    n_skipped = must(Integer)
+    status = may(LargeBinary)
+    errors = may(JSONB)
+    offsets = may(ARRAY(Integer))
+    codes = may(ARRAY(SmallInteger))
+    scores = may(ARRAY(REAL))
+    all_scores = may(ARRAY(REAL))
+    numbers = may(ARRAY(Double))
+    starts = may(ARRAY(Integer))
+    ends = may(ARRAY(Integer))
+    texts = may(LargeBinary)
+    vectors = may(LargeBinary, external=True)
+    dim = must(Integer, default="0")
+    dtype = must(Text, default="''")
 
 
-sealed_column = _table(
+sealed_column = table(
     "sealed_column",
     _SealedColumnColumns,
-    Index("sealed_column_by_key", "tenant_id", "key", unique=True, postgresql_where=text("key IS NOT NULL")),
-    Index("sealed_column_unshown", "id", postgresql_where=text("refs <= 0")),
+    index("sealed_column_by_key", "tenant_id", "key", unique=True, where="key IS NOT NULL"),
+    index("sealed_column_unshown", "id", where="refs <= 0"),
 )
 
 
 class _BlockColumnColumns(TypedColumns):
     """Which sealed column a block of a job shows for a task."""
 
-    job_id = _key(Uuid)
-    block_number = _key(Integer)
-    task_number = _key(SmallInteger)
-    column_id = _must(BigInteger, ForeignKey("sealed_column.id"))
+    job_id = key(Uuid)
+    block_number = key(Integer)
+    task_number = key(SmallInteger)
+    column_id = must(BigInteger, ForeignKey("sealed_column.id"))
 
 
-block_column = _table(
+block_column = table(
     "block_column",
     _BlockColumnColumns,
-    _of("block", job_id="job_id", block_number="number"),
-    Index("block_column_by_column", "column_id"),
+    within("block", job_id="job_id", block_number="number"),
+    index("block_column_by_column", "column_id"),
 )
-
-# -- what was learned of speed -------------------------------------------------------------------
 
 
 class _RateColumns(TypedColumns):
@@ -742,18 +650,18 @@ class _RateColumns(TypedColumns):
     updated: When the last of them came.
     """
 
-    trunk = _key(Text)
-    device = _key(Text)
-    numerics = _key(Text)
-    coefficients = _must(ARRAY(Double), check="cardinality(coefficients) = 4")
-    covariance = _must(ARRAY(Double), check="cardinality(covariance) = 16")
-    bytes_per_token = _must(Double)
-    tokens_per_row = _must(Double)
-    observations = _must(BigInteger)
-    updated = _must(_TIME, default=_NOW)
+    trunk = key(Text)
+    device = key(Text)
+    numerics = key(Text)
+    coefficients = must(ARRAY(Double), check="cardinality(coefficients) = 4")
+    covariance = must(ARRAY(Double), check="cardinality(covariance) = 16")
+    bytes_per_token = must(Double)
+    tokens_per_row = must(Double)
+    observations = must(BigInteger)
+    updated = must(TIME, default=NOW)
 
 
-rate = _table("rate", _RateColumns)
+rate = table("rate", _RateColumns)
 
 
 class _PaceColumns(TypedColumns):
@@ -765,13 +673,13 @@ class _PaceColumns(TypedColumns):
     updated: When the last outcome of this worker came.
     """
 
-    worker = _key(Text)
-    pace = _must(Double)
-    observations = _must(BigInteger)
-    updated = _must(_TIME, default=_NOW)
+    worker = key(Text)
+    pace = must(Double)
+    observations = must(BigInteger)
+    updated = must(TIME, default=NOW)
 
 
-pace = _table("pace", _PaceColumns)
+pace = table("pace", _PaceColumns)
 
 
 class _LoadTimeColumns(TypedColumns):
@@ -783,10 +691,10 @@ class _LoadTimeColumns(TypedColumns):
     updated: When it was loaded last.
     """
 
-    model = _key(Text)
-    device = _key(Text)
-    seconds = _must(Double)
-    updated = _must(_TIME, default=_NOW)
+    model = key(Text)
+    device = key(Text)
+    seconds = must(Double)
+    updated = must(TIME, default=NOW)
 
 
-load_time = _table("load_time", _LoadTimeColumns)
+load_time = table("load_time", _LoadTimeColumns)

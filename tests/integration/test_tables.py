@@ -11,7 +11,8 @@ from alembic.autogenerate import compare_metadata
 from alembic.migration import MigrationContext
 from sqlalchemy import Connection, create_engine, make_url, text
 
-from scheduler.store.tables import metadata
+from scheduler.store import tables  # noqa: F401 - for it fills what follows
+from scheduler.store.schema import metadata
 
 #: Everything of a table that the catalog knows and Alembic does not compare.
 CATALOG = {
