@@ -8,8 +8,8 @@ from typing import Annotated, Any
 
 from fastapi import Path, Query
 
-from motet.states import State
 from motet.messages.jobs import BlockCounts, CellCounts, JobPass, JobRecord, JobUsage, Priority
+from motet.states import State
 from scheduler.api.bell import MAX_WAIT_S
 from scheduler.store.jobs import JobEntry, TaskEntry
 from scheduler.store.opening import PRIORITIES
