@@ -141,7 +141,7 @@ class Client:
                 # The rows do not fit beside the tasks: they are sent as those of a large job.
                 record = self._open(opening, own_key, tell)
         job = Job(self._http, record, progress=progress)
-        if record.state == "loading":
+        if record.state == State.LOADING:
             try:
                 total = chain([first] if second is None else [first, second], parts)
                 record = send_parts(self._http, record, total, bar, tell)
@@ -295,7 +295,7 @@ class Client:
         job = self.submit([row], {"fit": Fit(trainer.ref)}, name=name, reuse=False, progress=progress)
         return TrainRun(job, name, list(tasks))
 
-    def jobs(self, state: State | None = None, limit: int | None = None) -> Iterator[Job]:
+    def jobs(self, state: str | None = None, limit: int | None = None) -> Iterator[Job]:
         """The jobs of the token's tenant, newest first; all of them, or up to ``limit``."""
         left, after = limit, None
         while left is None or left > 0:

@@ -20,7 +20,7 @@ from motet.messages.jobs import FailedCell, FailedCells, JobRecord, PlannedPass
 from motet.progress import Bar, Progress
 from motet.protocol.envelope import BadMessage
 from motet.results import Block, Row, read_frames
-from motet.states import ENDED
+from motet.states import ENDED, ENDED_EARLY
 from motet.tasks import short
 
 if TYPE_CHECKING:
@@ -220,7 +220,7 @@ class Job:
             self._record = JobRecord.of(end["job"])
         else:
             self.refresh()
-        if rows != self.rows and self._record.state not in ("failed", "cancelled"):
+        if rows != self.rows and self._record.state not in ENDED_EARLY:
             raise MotetError(
                 f"job {self.id}: the server sent {rows:,} of its {self.rows:,} rows and called them all; "
                 "read them again, and if they stay away, look into the server's log"
@@ -373,7 +373,7 @@ class Job:
         return self._record.state in ENDED
 
     def _check(self) -> None:
-        if self._record.state in ("failed", "cancelled"):
+        if self._record.state in ENDED_EARLY:
             reason = self._record.reason or "no reason was given"
             raise JobFailed(self.id, f"{self._record.state}: {reason}")
 

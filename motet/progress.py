@@ -9,7 +9,7 @@ from datetime import datetime
 from types import TracebackType
 from typing import TYPE_CHECKING
 
-from motet.states import ENDED
+from motet.states import ENDED, State
 
 if TYPE_CHECKING:
     import rich.progress
@@ -130,7 +130,7 @@ class Bar:
 
     def track(self, progress: Progress) -> None:
         """Draw how far a job is; before its first cell there is no share that could be told."""
-        if progress.state == "running" and not progress.done:
+        if progress.state == State.RUNNING and not progress.done:
             self.show(f"starting: workers load the model · {progress.total:,} cells")
         else:
             words = str(progress).removeprefix("running · ")

@@ -25,6 +25,7 @@ from motet.protocol import traces
 from motet.protocol.settings import Settings
 from motet.protocol.transport import SchedulerTransport, TransportLost
 from motet.protocol.wire import Beat
+from motet.states import State
 from scheduler.audit import Audit, Differences
 from scheduler.controls import Controls
 from scheduler.crew import Crew, another_boot, at_a_draining, left_behind, seen_alive
@@ -599,7 +600,7 @@ class Dispatcher:
             fence(connection, epoch)
             ending = overdue(connection, UPLOAD_SILENT_S) | hopeless
             for job, why in sorted(ending.items()):
-                end_job(connection, job, "failed", why)
+                end_job(connection, job, State.FAILED, why)
             drains.forget_the_gone(connection, list(live))
 
     def _sweep(self, epoch: int) -> bool:
@@ -608,6 +609,7 @@ class Dispatcher:
             fence(connection, epoch)
             due = endings.due_for_deletion(connection, self.settings.retention_days)
             columns = endings.sweep_columns(connection)
+            endings.sweep_events(connection)
         left = endings.SLICE_BLOCKS
         for job in due:
             with self.database.transaction() as connection:

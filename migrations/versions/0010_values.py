@@ -8,7 +8,7 @@ newer blocks, for an older version cannot read them, and forgets the reuse keys:
 from alembic import op
 
 revision = "0010"
-down_revision = "0008"
+down_revision = "0009"
 branch_labels = None
 depends_on = None
 

@@ -25,6 +25,7 @@ from motet.cli.show import (
     put_table,
     result_table,
 )
+from motet.states import LIVE, REACHED
 
 if TYPE_CHECKING:
     from motet.job import Job
@@ -212,7 +213,7 @@ Examples:
   motet jobs
   motet jobs --state running --json"""
 )
-@click.option("--state", type=click.Choice(["loading", "running", "succeeded", "failed", "cancelled"]))
+@click.option("--state", type=click.Choice(list(REACHED)))
 @click.option("--limit", type=click.IntRange(1), default=20, show_default=True)
 @as_json
 def jobs(state: Any, limit: int, as_json: bool) -> None:
@@ -367,7 +368,7 @@ def _ask_to_remove(found: Sequence[Job], selected: bool) -> None:
         if selected:
             raise click.UsageError(f"this removes {count(len(found), 'job')}; say --yes to do it in a script")
         return
-    running = sum(job.record["state"] in ("loading", "running") for job in found)
+    running = sum(job.record["state"] in LIVE for job in found)
     rows = sum(job.rows for job in found)
     words = f"remove {count(len(found), 'job')} with {count(rows, 'row')} and all results"
     click.confirm(words + (f" ({running:,} still running)" if running else ""), abort=True, err=True)

@@ -27,6 +27,7 @@ from motet.cli.watch import (
 )
 from motet.messages.jobs import JobRecord
 from motet.progress import Progress, clock
+from motet.states import State
 
 if TYPE_CHECKING:
     from rich.console import Console, Group, RenderableType
@@ -214,7 +215,9 @@ def _more(hidden: int, noun: str) -> list[RenderableType]:
 def look(client: Client) -> ClusterView:
     """Ask the API. Raises Unreachable, Overloaded, Unauthorized."""
     under_way = [
-        JobRecord.of(job.record) for state in ("running", "loading") for job in client.jobs(state, _JOBS)
+        JobRecord.of(job.record)
+        for state in (State.RUNNING, State.LOADING)
+        for job in client.jobs(state, _JOBS)
     ]
     return ClusterView(url=client.url, workers=client.workers(), jobs=under_way)
 

@@ -12,7 +12,7 @@ import click
 
 from motet.cli.show import as_json, connect, console, cut, find_job, program
 from motet.progress import Progress, clock
-from motet.states import ENDED
+from motet.states import ENDED, ENDED_EARLY, State
 
 if TYPE_CHECKING:
     from rich.console import Console, Group, RenderableType
@@ -35,12 +35,12 @@ _WORDS = 14
 
 _STATES = {
     "ready": "green",
-    "running": "cyan",
-    "succeeded": "green",
-    "loading": "yellow",
+    State.RUNNING: "cyan",
+    State.SUCCEEDED: "green",
+    State.LOADING: "yellow",
     "draining": "yellow",
 }
-_STATES |= {"drained": "yellow", "starting": "yellow", "cancelled": "yellow"}
+_STATES |= {"drained": "yellow", "starting": "yellow", State.CANCELLED: "yellow"}
 
 
 @click.command(
@@ -83,7 +83,7 @@ def check(job: Job) -> None:
     from motet.errors import JobFailed
 
     record = job.record
-    if record["state"] in ("failed", "cancelled"):
+    if record["state"] in ENDED_EARLY:
         raise JobFailed(job.id, f"{record['state']}: {record['reason'] or 'no reason was given'}")
 
 
@@ -110,7 +110,7 @@ def picture(facts: JobActivity, *, width: int, height: int = 1000, note: str = "
         parts += [Text(), _errors(errors[:shown_errors], width)]
         hidden = len(errors) - shown_errors + facts.left_out.errors
         parts += _more(hidden, "kind of error", "kinds of errors")
-    elif job.state in ("running", "succeeded") and (job.cells.error or job.cells.skipped):
+    elif job.state in (State.RUNNING, State.SUCCEEDED) and (job.cells.error or job.cells.skipped):
         parts += [Text(), text("errors are told by class once their block is sealed", "dim")]
     if note:
         parts += [Text(), Text(note, style="dim", overflow="ellipsis", no_wrap=True)]
@@ -135,7 +135,7 @@ def _head(facts: JobActivity, width: int) -> Iterator[Text]:
         words.append(f"{number(progress.rate)} rows/s")
     if not ended:
         words.append("starting" if not progress.done else _left(progress.eta))
-    line = bar(progress.share, min(40, max(10, width - 36)), done=progress.state == "succeeded")
+    line = bar(progress.share, min(40, max(10, width - 36)), done=progress.state == State.SUCCEEDED)
     yield line.append("  ").append(" · ".join(words))
     cells = text(f"{progress.total:,} cells: ")
     cells.append(f"{progress.ok:,} ok", style="green" if progress.ok else "")
@@ -415,7 +415,7 @@ def _report(job: Job, screen: Console, now: Callable[[], float] = time.monotonic
     facts = look(job)
     if facts is not None:
         screen.print(picture(facts, width=min(screen.width, 120)))
-    elif job.record["state"] == "succeeded":
+    elif job.record["state"] == State.SUCCEEDED:
         click.echo(str(job.progress))
 
 

@@ -17,7 +17,7 @@ from motet.cli.show import console, plan_line, plan_picture, program
 from motet.client import Client
 from motet.job import Job
 from motet.messages.jobs import Plan, count
-from motet.states import State
+from motet.states import LIVE
 from motet.tasks import Task
 
 if TYPE_CHECKING:
@@ -25,7 +25,6 @@ if TYPE_CHECKING:
 
 #: Every demo's job is called so.
 NAME = "motet demo"
-_UNFINISHED: Sequence[State] = ("loading", "running")
 #: Seconds to wait for all workers: the plan estimates with those that are ready.
 _WORKERS_S = 20.0
 
@@ -126,7 +125,7 @@ def _follow(job: Job, story: Story) -> None:
 
 def _cancel_unfinished(client: Client, story: Story) -> None:
     """End what a demo that was killed has left: it would take the workers from this one."""
-    left = [job for state in _UNFINISHED for job in client.jobs(state) if job.name == NAME]
+    left = [job for state in LIVE for job in client.jobs(state) if job.name == NAME]
     for job in left:
         job.cancel()
     if left:

@@ -15,6 +15,7 @@ from motet.evaluation.truth import NAMED, TAKE, TrueLabels
 from motet.protocol.columns import ERROR, OK, STATE_MASK
 from motet.results import Answers, Block
 from motet.sources import Source
+from motet.states import State
 from motet.tasks import short
 
 #: Task -> the field of its labels; names of tasks, whose fields are called alike; None for all that there are.
@@ -74,7 +75,7 @@ def read(
     table = TrueLabels(wanted, index)
     table.read(labels)
     fields = table.found(wanted, named=named)
-    if job.record["state"] != "loading":
+    if job.record["state"] != State.LOADING:
         table.check_rows(job.id, job.rows)
 
     columns: dict[str, _Column] = {}

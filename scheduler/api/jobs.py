@@ -10,7 +10,7 @@ from fastapi import Query, Request, Response
 from starlette.concurrency import run_in_threadpool
 
 from motet.messages.jobs import Closing, JobList, JobRecord
-from motet.states import State
+from motet.states import ENDED, State
 from scheduler.api.auth import Caller
 from scheduler.api.records import JobPath, WaitS, describe
 from scheduler.api.resources import Use, job_id
@@ -84,7 +84,7 @@ async def show_job(
     def look() -> JobEntry | None:
         with use.database.transaction() as connection:
             now, state = store.job_version(connection, caller.tenant, at)
-            if now == version and state in store.UNFINISHED:
+            if now == version and state not in ENDED:
                 return None
             return store.job_entry(connection, caller.tenant, at)
 

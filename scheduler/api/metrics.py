@@ -35,6 +35,7 @@ from motet.messages.cluster import Reason
 from motet.protocol.columns import storable
 from motet.protocol.transport import Lag, TransportLost
 from motet.protocol.wire import PROTOCOL, Beat
+from motet.states import ENDED, LIVE, REACHED
 from scheduler.api.auth import Caller
 from scheduler.api.resources import Resources
 from scheduler.api.routing import Routes, errors
@@ -136,8 +137,6 @@ _MIB = 1 << 20
 _BUCKETS_S = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60)
 _METHODS = frozenset({"GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS"})
 _BEAT_STATES = frozenset({"starting", "ready", "draining"})
-_UNFINISHED = ("loading", "running")
-_FINISHED = ("succeeded", "failed", "cancelled")
 
 
 # -- requests
@@ -206,7 +205,7 @@ class Tally:
         for name in _COUNTED:
             # An end takes unsealed answers back: they are counted as skipped then, and the counter stands still.
             self.totals[name] += max(0, getattr(job, name) - (getattr(before, name) if before else 0))
-        if job.state in _FINISHED and (before is None or before.state not in _FINISHED):
+        if job.state in ENDED and (before is None or before.state not in ENDED):
             self.ended[job.state] += 1
 
 
@@ -296,11 +295,12 @@ class Figures(Collector):
 
 def _show_store(page: _Page, found: StoreFigures, tally: Tally) -> None:
     jobs, totals = found.jobs, tally.totals
-    unfinished = [job for job in jobs if job.state in _UNFINISHED]
-    for state in _UNFINISHED:
-        page.add("motet_jobs", sum(job.state == state for job in unfinished), state=state)
-    for state in _FINISHED:
-        page.add("motet_jobs_finished_total", tally.ended[state], state=state)
+    unfinished = [job for job in jobs if job.state in LIVE]
+    for name in REACHED:
+        if name in ENDED:
+            page.add("motet_jobs_finished_total", tally.ended[name], state=name)
+        else:
+            page.add("motet_jobs", sum(job.state == name for job in unfinished), state=name)
     page.add("motet_rows", sum(job.n_rows for job in unfinished))
     page.add("motet_rows_landed_total", totals["n_rows"])
     page.add("motet_rows_waiting", found.rows_waiting)

@@ -8,7 +8,7 @@ from datetime import datetime
 from typing import Any
 from urllib.parse import urlencode
 
-from motet.states import ENDED, STATES
+from motet.states import ENDED, REACHED, State
 from scheduler.api.charts import curve, lanes
 from scheduler.api.markup import render
 from scheduler.api.words import compact, count, duration, moment, number, percent
@@ -58,7 +58,7 @@ def _figures(facts: PageFacts) -> list[_Figure]:
     figures: list[_Figure] = []
     if not live:
         figures.append(("Took", duration(facts["now_s"]), f"until {moment(job['finished'])[11:]}"))
-    elif job["state"] == "loading":
+    elif job["state"] == State.LOADING:
         figures.append(("Rows so far", f"{job['rows']:,}", "parts are still coming"))
     else:
         left = "not known yet" if job["eta_s"] is None else f"about {duration(job['eta_s'])}"
@@ -139,7 +139,7 @@ def jobs_page(
     return render(
         "jobs.html",
         jobs=[{**job, "name": _name(job), "share": percent(_share(job)), "time": _time(job)} for job in jobs],
-        filters=[("all", _address(), state is None), *((s, _address(state=s), s == state) for s in STATES)],
+        filters=[("all", _address(), state is None), *((s, _address(state=s), s == state) for s in REACHED)],
         state=state,
         newest=None if first else _address(state=state),
         older=_address(state=state, limit=limit, after=following) if following else None,

@@ -9,6 +9,7 @@ from typing import Annotated, Any
 from fastapi import Path, Query
 
 from motet.messages.jobs import BlockCounts, CellCounts, JobPass, JobRecord, JobUsage, Priority
+from motet.states import State
 from scheduler.api.bell import MAX_WAIT_S
 from scheduler.store.jobs import JobEntry, TaskEntry
 from scheduler.store.opening import PRIORITIES
@@ -54,7 +55,7 @@ def describe(job: JobEntry) -> JobRecord:
         ),
         blocks=BlockCounts(total=job.n_blocks, done=job.blocks_done),
         version=job.version,
-        partial=job.state == "succeeded" and job.cells_ok < total,
+        partial=job.state == State.SUCCEEDED and job.cells_ok < total,
         usage=JobUsage(
             tokens=job.tokens,
             computed_tokens=job.computed_tokens,
@@ -86,7 +87,7 @@ def eta_s(job: JobEntry) -> float | None:
     """
     done = job.cells_ok + job.cells_error + job.cells_skipped - job.cells_reused
     left = job.n_rows * job.n_tasks - job.cells_reused - done
-    if job.state != "running" or not job.running_s or done < _PACE_SHARE * (done + left) or done <= 0:
+    if job.state != State.RUNNING or not job.running_s or done < _PACE_SHARE * (done + left) or done <= 0:
         return None
     return round(job.running_s * left / done, 1)
 

@@ -19,6 +19,7 @@ from starlette.responses import StreamingResponse
 from motet.errors import NotFound
 from motet.messages.jobs import FailedCell, FailedCells, JobRecord
 from motet.protocol.columns import sized
+from motet.states import State
 from scheduler.api.auth import Caller
 from scheduler.api.records import JobPath, WaitS, describe
 from scheduler.api.resources import Resources, Use, job_id
@@ -60,7 +61,7 @@ class Look:
 
     def complete(self, after: int) -> bool:
         """Whether every block before ``after`` was sent and none will follow."""
-        if self.blocks or self.job.state == "loading":
+        if self.blocks or self.job.state == State.LOADING:
             return False
         return self.job.ended or after >= self.job.n_blocks
 

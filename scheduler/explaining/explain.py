@@ -26,6 +26,7 @@ from motet.messages.explanation import (
     Share,
     Why,
 )
+from motet.states import ENDED, State
 from scheduler.explaining.case import Case
 from scheduler.explaining.sentences import REASONS, error_note, notes, reason, says
 from scheduler.policy.capability import need_mb, room_mb, why_not
@@ -52,7 +53,7 @@ _OVERDUE = 0.25
 def explain(case: Case) -> Explanation:
     """Why the job waits, or when it will be done."""
     job = case.standing.job
-    if job.state in ("succeeded", "failed", "cancelled"):
+    if job.state in ENDED:
         return _ended(case)
     passes = tuple(_pass(case, p) for p in case.standing.passes)
     stuck = [p for p in passes if p.rows.waiting + p.rows.later and p.work_s is None]
@@ -278,7 +279,7 @@ def _eta(case: Case, predicted: Forecast) -> Eta:
         p50_at=_at(case.now, p50_s),
         p90_at=_at(case.now, p90_s),
         measured=predicted.measured,
-        complete=case.standing.job.state != "loading",
+        complete=case.standing.job.state != State.LOADING,
     )
 
 

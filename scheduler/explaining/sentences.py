@@ -6,6 +6,7 @@ from collections.abc import Iterator, Sequence
 
 from motet.messages.explanation import Beside, Cannot, Eta, Explanation, PassExplained, Share, Why
 from motet.progress import clock
+from motet.states import State
 from scheduler.explaining.case import Case
 from scheduler.policy.capability import room_mb
 from scheduler.policy.fairness import INTERACTIVE
@@ -54,7 +55,7 @@ def reason(case: Case, why: Why, worker: WorkerState, demand: Demand) -> str:
 def says(case: Case, told: Explanation, stuck: Sequence[PassExplained]) -> str:
     """The answer in one sentence."""
     done = _done_in(told.eta)
-    if told.state == "loading":
+    if told.state == State.LOADING:
         rows = _n(case.standing.job.n_rows, "row")
         waits = f"It waits for its upload: {rows} have arrived so far, and nothing runs before it is closed"
         return f"{waits}; these would then take {_range(told.eta)}." if told.eta else f"{waits}."
@@ -156,7 +157,7 @@ def notes(case: Case, told: Explanation, stuck: Sequence[PassExplained]) -> Iter
         yield "When it is done is a guess: nothing was measured yet of its models on these devices."
     yield from _beside_notes(told)
     looked_at = {d.id for d in case.facts.demand}
-    if told.state == "running" and any(p.demand.id not in looked_at for p in case.waits):
+    if told.state == State.RUNNING and any(p.demand.id not in looked_at for p in case.waits):
         yield f"{len(looked_at):,} older passes wait, and no more are looked at at a time: its turn comes after them."
     for p in told.passes:
         if not (p.rows.waiting or p.rows.later):

@@ -13,7 +13,8 @@ from uuid import UUID
 from sqlalchemy import Connection, text
 
 from motet.errors import NotFound
-from scheduler.store.jobs import UNFINISHED, JobEntry, job_entry
+from motet.states import ENDED
+from scheduler.store.jobs import JobEntry, job_entry
 
 #: The job's life is cut into so many equal buckets.
 BUCKETS = 60
@@ -374,7 +375,7 @@ def _errors(connection: Connection, life: Mapping[str, Any]) -> tuple[list[Error
 
 def ended(job: JobEntry) -> bool:
     """Nothing of it will change."""
-    return job.state not in UNFINISHED
+    return job.state in ENDED
 
 
 def waiting(job: JobEntry, p: PassActivity) -> int:

@@ -14,9 +14,11 @@ from uuid import UUID
 from sqlalchemy import Connection, Row, text
 
 from motet.protocol.manifest import Manifest
+from motet.states import CARVED
 from scheduler.blocks import Reads, read_in_order
 from scheduler.policy.carve import Frontier, OpenBlock, Piece, Range
 from scheduler.policy.placing.records import Demand
+from scheduler.store.schema import spelt
 
 _MANIFESTS_KEPT = 1000
 #: Lengths of rows kept between steps, eight bytes each: those of the blocks that are carved on.
@@ -42,20 +44,20 @@ _DEMAND = """
      ORDER BY j.priority, j.created, j.id, p.number"""
 # The first passes of each tenant in each class, then the second ones: whoever has many hides nobody.
 _OLDEST = text(
-    _DEMAND.format("""
+    _DEMAND.format(f"""
     SELECT p.job_id, p.number,
            row_number() OVER (PARTITION BY j.priority, j.tenant_id ORDER BY j.created, j.id, p.number) AS turn
-      FROM pass p JOIN job j ON j.id = p.job_id WHERE j.state = 'running' AND p.rows_waiting > 0
+      FROM pass p JOIN job j ON j.id = p.job_id WHERE j.state IN {spelt(CARVED)} AND p.rows_waiting > 0
      ORDER BY turn, j.priority, j.created, j.id, p.number LIMIT :limit""")
 )
 _OF_JOBS = text(
-    _DEMAND.format("""
+    _DEMAND.format(f"""
     SELECT p.job_id, p.number FROM pass p JOIN job j ON j.id = p.job_id
-     WHERE j.id = ANY(:jobs) AND j.state = 'running' AND p.rows_waiting > 0""")
+     WHERE j.id = ANY(:jobs) AND j.state IN {spelt(CARVED)} AND p.rows_waiting > 0""")
 )
-_WAITING = text("""
+_WAITING = text(f"""
     SELECT DISTINCT p.job_id FROM pass p JOIN job j ON j.id = p.job_id
-     WHERE j.state = 'running' AND p.rows_waiting > 0 AND p.job_id > :after ORDER BY 1 LIMIT :limit""")
+     WHERE j.state IN {spelt(CARVED)} AND p.rows_waiting > 0 AND p.job_id > :after ORDER BY 1 LIMIT :limit""")
 
 
 def demand(connection: Connection, now: float, limit: int = 500) -> list[Demand]:

@@ -16,12 +16,11 @@ from sqlalchemy import Connection, Row, text
 
 from motet.protocol.columns import CellError
 from motet.protocol.wire import by_offset
+from motet.states import Skip
 from scheduler.blocks import Reads, absent, read_in_order, row_order, uint32_bytes
 from scheduler.policy.needs import row_fields, stored_task
 from scheduler.store.words import land, tell
 
-#: Class of a cell that was skipped since one that it reads has no answer.
-UPSTREAM = "upstream"
 #: A (block, pass): job, pass number, block number.
 Place = tuple[UUID, int, int]
 
@@ -84,7 +83,7 @@ def failed_upstream(connection: Connection, places: Collection[Place]) -> dict[P
 
 def because(task: str, error: str, message: str) -> CellError:
     """The reason of a skipped cell: the task that failed first, and how."""
-    return CellError(UPSTREAM, message if error == UPSTREAM else f"{task}: {error}")
+    return CellError(Skip.UPSTREAM, message if error == Skip.UPSTREAM else f"{task}: {error}")
 
 
 def release(connection: Connection, blocks: Collection[tuple[UUID, int]]) -> list[Emptied]:

@@ -1,33 +1,46 @@
-"""How a job ends before its time: cancelled by a person, failed by the scheduler, removed for good.
+"""How a job ends: done, cancelled by a person, failed by the scheduler, removed for good.
 
 And how storage is freed: by whoever removes a small job, by the sweeper of the leading dispatcher for all else.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 from uuid import UUID
 
-from sqlalchemy import Connection, Row, text
+from sqlalchemy import Connection, Row, TextClause, text
 
 from motet.errors import NotFound
 from motet.protocol import traces
+from motet.states import LIVE, State
 from scheduler.store.database import JOB, notify
+from scheduler.store.schema import spelt
 from scheduler.store.words import end, tell
 
-#: What is told of a job that ends, wherever it does.
-ENDED = "id, state, created, finished, n_rows, n_tasks, cells_ok, cells_error, cells_skipped"
+#: Counts of a job that its trace and its event tell.
+_COUNTS = ("n_rows", "n_tasks", "cells_ok", "cells_error", "cells_skipped")
+
+
+def _ending(update: str) -> TextClause:
+    """An UPDATE that ends jobs, which writes the event of each end as well: no job ends without it, or twice."""
+    told = ", ".join(f"'{name}', {name}" for name in _COUNTS)
+    return text(f"""
+    WITH ended AS ({update} RETURNING id, tenant_id, state, created, finished, {", ".join(_COUNTS)}),
+    told AS (INSERT INTO outbox (tenant_id, kind, job_id, body)
+             SELECT tenant_id, 'job_ended', id, jsonb_build_object('state', state, {told}) FROM ended)
+    SELECT id, state, created, finished, {", ".join(_COUNTS)} FROM ended""")
+
+
 _LOCK = text("SELECT id FROM job WHERE id = :job FOR UPDATE")
 #: One UPDATE freezes the counts: what is in no sealed column by now is skipped, and never changes again.
-_END = text(f"""
+_END = _ending(f"""
     UPDATE job SET state = :state, reason = :reason, finished = clock_timestamp(), version = version + 1,
            cells_ok = k.ok, cells_error = k.error, cells_skipped = n_rows * n_tasks - k.ok - k.error
       FROM (SELECT CAST(coalesce(sum(s.n_ok), 0) AS bigint) AS ok, CAST(coalesce(sum(s.n_error), 0) AS bigint) AS error
               FROM block_column b JOIN sealed_column s ON s.id = b.column_id WHERE b.job_id = :job) k
-     WHERE id = :job AND state IN ('loading', 'running')
- RETURNING {ENDED}""")
+     WHERE id = :job AND state IN {spelt(LIVE)}""")
 _DROP_CELLS = text("DELETE FROM cells WHERE job_id = :job")
 _CLOSE_SUBTASKS = text("""
     UPDATE subtask SET state = 'lost', closed = clock_timestamp(),
@@ -40,7 +53,7 @@ _DROP_PIECES = text("DELETE FROM piece WHERE job_id = :job")
 _NOTHING_WAITS = text("UPDATE pass SET rows_waiting = 0, bytes_waiting = 0 WHERE job_id = :job")
 
 
-def end_job(connection: Connection, job: UUID, state: Literal["cancelled", "failed"], reason: str) -> bool:
+def end_job(connection: Connection, job: UUID, state: State, reason: str) -> bool:
     """End an unfinished job; its open sub-tasks close and nothing of it is carved again.
 
     The row lock on the job serialises this with the aggregator: an outcome is counted before the end or not
@@ -51,7 +64,7 @@ def end_job(connection: Connection, job: UUID, state: Literal["cancelled", "fail
     ended = connection.execute(_END, {"job": job, "state": state, "reason": reason}).first()
     if ended is None:
         return False
-    trace_end(ended)
+    _trace(ended)
     # Sub-tasks before leases, which know their workers.
     for statement in (_CLOSE_SUBTASKS, _DROP_LEASES, _DROP_PIECES, _DROP_CELLS, _NOTHING_WAITS):
         connection.execute(statement, {"job": job})
@@ -60,17 +73,31 @@ def end_job(connection: Connection, job: UUID, state: Literal["cancelled", "fail
     return True
 
 
-def trace_end(job: Row[Any]) -> None:
-    """The span that all others of a job hang from, once its end is committed. ``job``: the columns ENDED."""
-    counts = {name: getattr(job, name) for name in ENDED.split(", ")[4:]}
-    traces.add(job.id, traces.JOB, job.created, job.finished, state=job.state, **counts)
+_SUCCEED = _ending(f"""
+    UPDATE job SET state = '{State.SUCCEEDED}', finished = clock_timestamp(), version = version + 1
+     WHERE id = ANY(:jobs) AND state = '{State.RUNNING}' AND blocks_done = n_blocks
+       AND cells_ok + cells_error + cells_skipped = n_rows * n_tasks""")
 
 
-_STALE = text("""
-    SELECT id FROM job WHERE state = 'loading' AND touched < clock_timestamp() - make_interval(secs => :silent_s)""")
-_OVERDUE = text("""
+def succeed(connection: Connection, jobs: Collection[UUID]) -> None:
+    """Let those of these jobs succeed, whose locks the caller holds, that run and have every cell."""
+    for ended in connection.execute(_SUCCEED, {"jobs": sorted(jobs)}):
+        _trace(ended)
+
+
+def _trace(ended: Row[Any]) -> None:
+    """The span that all others of a job hang from, once its end is committed."""
+    counts = {name: getattr(ended, name) for name in _COUNTS}
+    traces.add(ended.id, traces.JOB, ended.created, ended.finished, state=ended.state, **counts)
+
+
+# -- ending in time --------------------------------------------------------------------------------
+
+_STALE = text(f"""
+    SELECT id FROM job WHERE state = '{State.LOADING}' AND touched < clock_timestamp() - make_interval(secs => :silent_s)""")
+_OVERDUE = text(f"""
     SELECT id, to_char(deadline AT TIME ZONE 'UTC', 'YYYY-MM-DD"T"HH24:MI:SS"Z"') AS at FROM job
-     WHERE state IN ('loading', 'running') AND deadline < clock_timestamp()""")
+     WHERE state IN {spelt(LIVE)} AND deadline < clock_timestamp()""")
 
 
 def overdue(connection: Connection, silent_s: float) -> dict[UUID, str]:
@@ -89,13 +116,13 @@ _MINE = text("SELECT id FROM job WHERE id = :job AND tenant_id = :tenant")
 def cancel_job(connection: Connection, tenant: UUID, job: UUID) -> None:
     """End a job; what is answered stays. Harmless where it has ended. Raises NotFound."""
     _must_be_mine(connection, tenant, job)
-    end_job(connection, job, "cancelled", "cancelled on request")
+    end_job(connection, job, State.CANCELLED, "cancelled on request")
 
 
 def remove_job(connection: Connection, tenant: UUID, job: UUID) -> None:
     """Remove a job and its results for good, ending it first. Raises NotFound."""
     _must_be_mine(connection, tenant, job)
-    end_job(connection, job, "cancelled", "deleted on request")
+    end_job(connection, job, State.CANCELLED, "deleted on request")
     _remove_from_sight(connection, job)
 
 
@@ -214,6 +241,12 @@ _DUE = text("""
        AND (t.name = ''
             OR j.finished < clock_timestamp() - 86400 * make_interval(secs => least(j.retention_days, :days)))
      ORDER BY j.finished, j.id LIMIT :limit""")
+#: Days for which events are kept. With fewer, a reader that was away for longer misses ends; with more, the table grows.
+EVENTS_KEPT_DAYS = 7
+_OLD_EVENTS = text("""
+    DELETE FROM outbox WHERE id <= (
+      SELECT max(id) FROM (SELECT id, created FROM outbox ORDER BY id LIMIT :limit) oldest
+       WHERE created < clock_timestamp() - make_interval(days => :days))""")
 _UNSHOWN = text("""
     DELETE FROM sealed_column WHERE id IN (
       SELECT c.id FROM sealed_column c
@@ -243,3 +276,8 @@ def due_for_deletion(connection: Connection, retention_days: float) -> list[DueD
 def sweep_columns(connection: Connection, limit: int = 500) -> int:
     """Delete sealed columns that no block shows. Those go with their last block; this is for what slipped by."""
     return int(connection.execute(_UNSHOWN, {"limit": limit}).rowcount)
+
+
+def sweep_events(connection: Connection, limit: int = 5_000) -> int:
+    """Delete events that were kept for EVENTS_KEPT_DAYS, delivered or not. How many."""
+    return int(connection.execute(_OLD_EVENTS, {"limit": limit, "days": EVENTS_KEPT_DAYS}).rowcount)

@@ -12,7 +12,8 @@ from sqlalchemy import Connection, text
 
 from motet.errors import NotFound
 from motet.protocol.columns import Column, sized
-from scheduler.store.results import ENDED, VECTORS, read_columns
+from motet.states import ENDED
+from scheduler.store.results import VECTORS, read_columns
 
 
 @dataclass(frozen=True, slots=True)

@@ -16,8 +16,6 @@ from motet.protocol.manifest import column_kind_of
 from motet.states import State
 from scheduler.store.results import VECTORS
 
-UNFINISHED = ("loading", "running")
-
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TaskEntry:

@@ -20,6 +20,7 @@ from motet.protocol import traces
 from motet.protocol.columns import CellError, Kind
 from motet.protocol.manifest import Manifest, column_kind
 from motet.protocol.wire import by_reason
+from motet.states import LIVE, State
 from scheduler.blocks import (
     EncodedBlock,
     Reader,
@@ -36,9 +37,10 @@ from scheduler.blocks import (
 from scheduler.merge import errors_column
 from scheduler.policy.needs import dialogues_of, fields_read, needs_of, stored_task
 from scheduler.store.database import JOB, notify
-from scheduler.store.endings import ENDED, trace_end
+from scheduler.store.endings import succeed
 from scheduler.store.opening import PRIORITIES
 from scheduler.store.registry import secret_of
+from scheduler.store.schema import spelt
 from scheduler.store.sealing import settle, store_column
 from scheduler.store.words import land, tell
 
@@ -145,8 +147,8 @@ _PART = text("""
     SELECT digest, n_rows, n_bad,
            (SELECT sum(n_rows) FROM part WHERE job_id = :job AND number <= :number) AS total_rows
       FROM part WHERE job_id = :job AND number = :number""")
-_ROWS_HELD = text("""
-    SELECT coalesce(sum(n_rows), 0) FROM job WHERE tenant_id = :tenant AND state IN ('loading', 'running')""")
+_ROWS_HELD = text(f"""
+    SELECT coalesce(sum(n_rows), 0) FROM job WHERE tenant_id = :tenant AND state IN {spelt(LIVE)}""")
 _ADD_PART = text("""
     INSERT INTO part (job_id, number, digest, n_rows, n_bad) VALUES (:job, :number, :digest, :n_rows, :n_bad)""")
 _FIND_COLUMNS = text("""
@@ -275,7 +277,7 @@ def land_part(
 
 
 def _check_order(job: LoadingJob, held: Row[Any], number: int, first_row: int | None) -> None:
-    if held.state != "loading":
+    if held.state != State.LOADING:
         raise Conflict(f"job {job.id} is {held.state} and takes no more parts; open a new one")
     if number != held.n_parts:
         conflict = Conflict(f"part {number} is out of order; part {held.n_parts} comes next")
@@ -451,10 +453,9 @@ def _copy(connection: Connection, table: tuple[str, Sequence[str]], rows: Sequen
 # -- closing -------------------------------------------------------------------------------------
 
 _CLOSE = text(f"""
-    UPDATE job SET state = CASE WHEN blocks_done = n_blocks THEN 'succeeded' ELSE 'running' END,
-           started = clock_timestamp(), touched = clock_timestamp(), version = version + 1,
-           finished = CASE WHEN blocks_done = n_blocks THEN clock_timestamp() END
-     WHERE id = :job RETURNING {ENDED}, started""")
+    UPDATE job SET state = '{State.RUNNING}', started = clock_timestamp(), touched = clock_timestamp(),
+           version = version + 1
+     WHERE id = :job RETURNING created, started""")
 
 
 def close_job(connection: Connection, tenant: UUID, job: UUID, *, parts: int, rows: int) -> None:
@@ -466,7 +467,7 @@ def close_job(connection: Connection, tenant: UUID, job: UUID, *, parts: int, ro
     held = connection.execute(_LOCK, {"job": job, "tenant": tenant}).first()
     if held is None:
         raise NotFound(f"no job {job}")
-    if held.started is None and held.state != "loading":
+    if held.started is None and held.state != State.LOADING:
         raise Conflict(f"job {job} is {held.state}; it cannot be closed any more")
     if (parts, rows) != (held.n_parts, held.n_rows):
         conflict = Conflict(
@@ -474,13 +475,13 @@ def close_job(connection: Connection, tenant: UUID, job: UUID, *, parts: int, ro
         )
         conflict.next_part = held.n_parts
         raise conflict
-    if held.state != "loading":
+    if held.state != State.LOADING:
         return
     if not held.n_rows:
         raise InvalidJob(Problem("rows", "no row", "at least one row", "send a part, or cancel the job"))
     closed = connection.execute(_CLOSE, {"job": job}).one()
     traces.add(job, traces.SUBMIT, closed.created, closed.started, rows=rows, parts=parts)
-    if closed.finished is not None:
-        trace_end(closed)
+    if held.blocks_done == held.n_blocks:
+        succeed(connection, [job])
     tell(connection, [land(job)])
     notify(connection, JOB, str(job))

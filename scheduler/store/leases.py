@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import secrets
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
@@ -16,10 +16,12 @@ from uuid import UUID
 
 from sqlalchemy import Connection, text
 
+from motet.states import CARVED
 from scheduler.policy.carve import Carved, Range
 from scheduler.policy.lifecycle import Return
 from scheduler.store.database import Database
 from scheduler.store.leadership import fence
+from scheduler.store.schema import spelt
 from scheduler.store.words import land, tell
 
 LeaseKey = tuple[int, int]
@@ -198,7 +200,9 @@ def extend_all(database: Database, epoch: int, lease_s: float) -> None:
         connection.execute(_EXTEND_ALL, {"lease_s": lease_s})
 
 
-_RUNNING = text("SELECT id FROM job WHERE id = ANY(:jobs) AND state = 'running' ORDER BY id FOR SHARE")
+_RUNNING = text(
+    f"SELECT id FROM job WHERE id = ANY(:jobs) AND state IN {spelt(CARVED)} ORDER BY id FOR SHARE"
+)
 # Every statement is for all cuts of a step at once: what a sub-task costs is then its rows, not its round trips.
 PLACES = "unnest(CAST(:jobs AS uuid[]), CAST(:passes AS smallint[]), CAST(:blocks AS int[])"
 _CURSORS = text(f"""
@@ -226,7 +230,8 @@ _OPEN = text(f"""
         job uuid, pass smallint, block int, lo int, hi int, bytes bigint)),
     counted AS (
       UPDATE pass p SET rows_waiting = p.rows_waiting - less.n_rows, bytes_waiting = p.bytes_waiting - less.bytes
-        FROM (SELECT job, pass, sum(n_rows) AS n_rows, sum(bytes) AS bytes FROM k GROUP BY job, pass) less
+        FROM unnest(CAST(:of_jobs AS uuid[]), CAST(:of_passes AS smallint[]), CAST(:of_rows AS bigint[]),
+                    CAST(:of_bytes AS bigint[])) less (job, pass, n_rows, bytes)
        WHERE p.job_id = less.job AND p.number = less.pass),
     opened AS (
       INSERT INTO subtask (id, job_id, pass_number, blocks, los, his, sizes, todo, n_rows, bytes, tries, deaths, exclusive,
@@ -376,9 +381,19 @@ def _open(connection: Connection, taken: _Taken, lease_s: float) -> list[Leased]
         for cut in taken.cuts
         if (left := cut.carved.leftover) is not None
     ]
+    rows: Counter[tuple[str, int]] = Counter()
+    size: Counter[tuple[str, int]] = Counter()
+    for cut in taken.cuts:
+        rows[cut.job, cut.pass_number] += cut.carved.rows
+        size[cut.job, cut.pass_number] += cut.carved.bytes
     ids = connection.execute(
         _OPEN,
         {
+            # Summed up here, for Postgres takes the cuts for a hundred passes, and reads all of them.
+            "of_jobs": [UUID(job) for job, _ in rows],
+            "of_passes": [number for _, number in rows],
+            "of_rows": list(rows.values()),
+            "of_bytes": list(size.values()),
             **at_places(taken.cursors),
             "cursors": list(taken.cursors.values()),
             "eaten": taken.pieces,

@@ -9,7 +9,9 @@ from uuid import UUID
 
 from sqlalchemy import Connection, text
 
+from motet.states import CARVED, LIVE
 from scheduler.store.rates import speeds
+from scheduler.store.schema import spelt
 
 #: A job is looked for among the ended ones for so long after its end: longer than any transaction that ends one.
 MARGIN = timedelta(seconds=60)
@@ -57,7 +59,7 @@ class StoreFigures:
     speeds: Mapping[str, float]
 
 
-_NOW = text("""
+_NOW = text(f"""
     SELECT clock_timestamp() AS now, epoch,
            CASE WHEN until > clock_timestamp()
                 THEN CAST(extract(epoch FROM until - clock_timestamp()) AS double precision) ELSE 0 END AS left_s,
@@ -66,14 +68,14 @@ _NOW = text("""
            (SELECT CAST(coalesce(extract(epoch FROM clock_timestamp() - min(leased)), 0) AS double precision)
               FROM lease) AS oldest_lease_s,
            (SELECT CAST(coalesce(sum(p.rows_waiting), 0) AS bigint) FROM pass p JOIN job j ON j.id = p.job_id
-             WHERE p.rows_waiting > 0 AND j.state = 'running') AS rows_waiting,
+             WHERE p.rows_waiting > 0 AND j.state IN {spelt(CARVED)}) AS rows_waiting,
            pg_database_size(current_database()) AS database_bytes
       FROM leader WHERE id = 1""")
 _COUNTS = """
     SELECT id, state, n_rows, n_rows * n_tasks AS n_cells, cells_ok, cells_error, cells_skipped, cells_reused,
            tokens, computed_tokens, busy_s, subtasks, attempts_lost FROM job"""
 _JOBS = text(f"""
-    {_COUNTS} WHERE state IN ('loading', 'running') UNION ALL {_COUNTS} WHERE finished > :since""")
+    {_COUNTS} WHERE state IN {spelt(LIVE)} UNION ALL {_COUNTS} WHERE finished > :since""")
 #: For a test that asks Postgres how it would find the answers.
 STATEMENTS = (_NOW, _JOBS)
 

@@ -11,8 +11,10 @@ from uuid import UUID
 from sqlalchemy import Connection, text
 
 from motet.errors import Conflict, Overloaded
+from motet.states import LIVE
 from scheduler.blocks import is_digest, keyed
 from scheduler.store.registry import secret_of
+from scheduler.store.schema import spelt
 
 PRIORITIES: Mapping[str, int] = {"interactive": 0, "normal": 1, "bulk": 2}
 
@@ -73,8 +75,8 @@ class NewJob:
 
 _BY_KEY = text("""
     SELECT id, request_digest, state FROM job WHERE tenant_id = :tenant AND idempotency_key = :key""")
-_UNFINISHED_JOBS = text("""
-    SELECT count(*) FROM job WHERE tenant_id = :tenant AND state IN ('loading', 'running')""")
+_UNFINISHED_JOBS = text(f"""
+    SELECT count(*) FROM job WHERE tenant_id = :tenant AND state IN {spelt(LIVE)}""")
 _STILL_THERE = text("""
     SELECT id FROM model WHERE id = ANY(:ids) AND NOT manifest ? 'removed' ORDER BY id FOR KEY SHARE""")
 _OPEN = text("""

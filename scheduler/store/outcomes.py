@@ -18,6 +18,7 @@ from sqlalchemy import Connection, text
 from motet.protocol import traces
 from motet.protocol.columns import CellError, Column, cut
 from motet.protocol.wire import Outcome, Usage
+from motet.states import CARVED
 from scheduler.merge import (
     BadColumn,
     check,
@@ -32,6 +33,7 @@ from scheduler.store import words
 from scheduler.store.database import JOB, Database, notify
 from scheduler.store.leases import LOCK_JOBS, OpenSubtask, open_subtask, put_back
 from scheduler.store.rates import Timed, learn
+from scheduler.store.schema import spelt
 from scheduler.store.sealing import BlockAnswers, TaskShape, append, asked_for, task_shapes, without_bad
 from scheduler.store.spending import Amount, by_block, spend
 
@@ -54,13 +56,13 @@ class Recorded:
 
 
 _JOBS_OF = text("SELECT DISTINCT job_id FROM subtask WHERE id = ANY(:ids)")
-_LIVE = text("""
+_LIVE = text(f"""
     SELECT s.*, l.attempt, l.nonce, l.worker AS holder, l.boot, l.device, l.device_kind, l.clone, p.numerics,
            m.digest AS model, coalesce(nullif(p.rate_key, ''), nullif(m.trunk, ''), m.digest) AS learned_as,
            coalesce(CAST(m.manifest ->> 'parameters' AS bigint), 0) AS parameters
       FROM subtask s JOIN lease l ON l.subtask_id = s.id JOIN job j ON j.id = s.job_id
       JOIN pass p ON p.job_id = s.job_id AND p.number = s.pass_number JOIN model m ON m.id = p.model_id
-     WHERE s.id = ANY(:ids) AND s.state = 'open' AND j.state = 'running'
+     WHERE s.id = ANY(:ids) AND s.state = 'open' AND j.state IN {spelt(CARVED)}
      ORDER BY s.id FOR UPDATE OF s""")
 _CLOSE = text("""
     UPDATE subtask SET state = :state, closed = clock_timestamp(), worker = :worker, busy_s = :busy_s, tokens = :tokens

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 from sqlalchemy import Connection, text
 
-_UNFINISHED_ROWS = text("""
-    SELECT CAST(coalesce(sum(n) FILTER (WHERE state = 'running'), 0) AS bigint) AS running,
-           CAST(coalesce(sum(n) FILTER (WHERE state = 'loading'), 0) AS bigint) AS loading
+from motet.states import CARVED, LIVE, State
+from scheduler.store.schema import spelt
+
+_UNFINISHED_ROWS = text(f"""
+    SELECT CAST(coalesce(sum(n) FILTER (WHERE state IN {spelt(CARVED)}), 0) AS bigint) AS running,
+           CAST(coalesce(sum(n) FILTER (WHERE state = '{State.LOADING}'), 0) AS bigint) AS loading
       FROM (SELECT state, n_rows - (cells_ok + cells_error + cells_skipped) / n_tasks AS n FROM job
-             WHERE state IN ('loading', 'running')) unfinished""")
+             WHERE state IN {spelt(LIVE)}) unfinished""")
 # Only over a unix socket is its disk one of this machine's, and only some roles may know where it is.
 _DATA_FOLDER = text("""
     SELECT CASE WHEN inet_server_addr() IS NULL AND pg_has_role(current_user, 'pg_read_all_settings', 'USAGE')

@@ -12,7 +12,9 @@ from sqlalchemy import Connection, text
 
 from motet.errors import Conflict
 from motet.protocol.manifest import Manifest
+from motet.states import LIVE
 from scheduler.store.aliases import alias_of, find_alias, lock_names
+from scheduler.store.schema import spelt
 
 # -- tenants and tokens ----------------------------------------------------------------------------
 
@@ -171,8 +173,8 @@ _THE_MODEL = text("SELECT id, manifest FROM model WHERE name = :name AND version
 _SHOW_MODEL = text("UPDATE model SET manifest = manifest - 'removed' WHERE id = :id")
 _HIDE_MODEL = text("UPDATE model SET manifest = manifest || '{\"removed\": true}' WHERE id = :id")
 _DELETE_MODEL = text("DELETE FROM model WHERE id = :id")
-_USED_BY = text("""
-    SELECT j.id, j.state IN ('loading', 'running') AS unfinished FROM job j
+_USED_BY = text(f"""
+    SELECT j.id, j.state IN {spelt(LIVE)} AS unfinished FROM job j
      WHERE j.id IN (SELECT job_id FROM task WHERE model_id = :id UNION SELECT job_id FROM pass WHERE model_id = :id)
      ORDER BY unfinished DESC LIMIT 1""")
 _SITS_ON = text(

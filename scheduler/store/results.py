@@ -12,10 +12,10 @@ from sqlalchemy import Connection, Row, text
 
 from motet.errors import NotFound
 from motet.protocol.columns import LAYOUT, CellError, Column
+from motet.states import ENDED
 from scheduler.store.arrays import flat
 
 RowOrder = Literal["row", "done"]
-ENDED = ("succeeded", "failed", "cancelled")
 
 
 @dataclass(frozen=True, slots=True)

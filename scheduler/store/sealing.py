@@ -19,12 +19,13 @@ from motet.protocol import traces
 from motet.protocol.columns import LAYOUT, CellError, Column, Kind
 from motet.protocol.envelope import unwrap, wrap
 from motet.protocol.manifest import Manifest, column_kind
+from motet.states import Skip
 from scheduler.blocks import askable, row_order
 from scheduler.merge import AnswersPart, array_of, mark_returned, merge
 from scheduler.policy.needs import row_fields, stored_task
 from scheduler.store.arrays import Elements
-from scheduler.store.dependence import UPSTREAM, Place, absents, failed_upstream, release, skips
-from scheduler.store.endings import ENDED, trace_end
+from scheduler.store.dependence import Place, absents, failed_upstream, release, skips
+from scheduler.store.endings import succeed
 
 
 @dataclass(frozen=True, slots=True)
@@ -123,11 +124,6 @@ _PASSES_SEALED = text("""
       FROM unnest(CAST(:jobs AS uuid[]), CAST(:blocks AS int[]), CAST(:opens AS smallint[]), CAST(:dones AS int[]))
            k (job, number, passes_open, done_number)
      WHERE block.job_id = k.job AND block.number = k.number""")
-_SUCCEED = text(f"""
-    UPDATE job SET state = 'succeeded', finished = clock_timestamp(), version = version + 1
-     WHERE id = ANY(:jobs) AND state = 'running' AND blocks_done = n_blocks
-       AND cells_ok + cells_error + cells_skipped = n_rows * n_tasks
- RETURNING {ENDED}""")
 
 
 def without_bad(
@@ -187,8 +183,7 @@ def append(
     if not asked:
         return 0
     sealed = _seal(connection, asked, by_place)
-    for ended in connection.execute(_SUCCEED, {"jobs": sorted({job for job, _, _ in asked})}):
-        trace_end(ended)
+    succeed(connection, {job for job, _, _ in asked})
     return sealed
 
 
@@ -306,7 +301,10 @@ def _pairs(blocks: Sequence[tuple[UUID, int]]) -> dict[str, list[Any]]:
 _LASTING = frozenset({"too_long", "context_length", "bad_row"})
 _NEXT_IDS = text("""
     SELECT nextval(pg_get_serial_sequence('sealed_column', 'id')) AS id FROM generate_series(1, :n)""")
-_TAKEN = text("SELECT tenant_id, key FROM sealed_column WHERE key = ANY(:keys)")
+# By tenant and key, in which order the index has them.
+_TAKEN = text("""
+    SELECT c.tenant_id, c.key FROM unnest(CAST(:tenants AS uuid[]), CAST(:keys AS bytea[])) k (tenant, key)
+      JOIN sealed_column c ON c.tenant_id = k.tenant AND c.key = k.key""")
 _INSERT = text("""
     INSERT INTO sealed_column (id, tenant_id, key, kind, n_rows, n_ok, n_error, n_skipped, status, errors, offsets,
                                codes, scores, all_scores, numbers, starts, ends, texts, vectors, dim, dtype)
@@ -343,9 +341,9 @@ def store_columns(connection: Connection, columns: Sequence[Keyed]) -> list[int]
     keys = [
         c.key if c.key is not None and all(map(_lasts, c.column.errors.values())) else None for c in columns
     ]
-    wanted = sorted({key for key in keys if key is not None})
-    found = connection.execute(_TAKEN, {"keys": wanted}).all() if wanted else ()
-    taken = {(row.tenant_id, bytes(row.key)) for row in found}
+    wanted = {(c.tenant, key) for c, key in zip(columns, keys, strict=True) if key is not None}
+    at = {"tenants": [tenant for tenant, _ in wanted], "keys": [key for _, key in wanted]}
+    taken = {(row.tenant_id, bytes(row.key)) for row in connection.execute(_TAKEN, at)} if wanted else set()
     rows: list[dict[str, Any]] = []
     for at, column, key in zip(ids, columns, keys, strict=True):
         named = None if key is None or (column.tenant, key) in taken else key
@@ -363,7 +361,7 @@ def store_columns(connection: Connection, columns: Sequence[Keyed]) -> list[int]
 
 def _lasts(e: CellError) -> bool:
     """The same input will always meet it; a skipped cell, whose reason is "task: class", will where its task's error does."""
-    return (e.message.rpartition(": ")[2] if e.error == UPSTREAM else e.error) in _LASTING
+    return (e.message.rpartition(": ")[2] if e.error == Skip.UPSTREAM else e.error) in _LASTING
 
 
 def _values(column: Column) -> dict[str, Any]:

@@ -27,7 +27,7 @@ from motet.results import Block, read_frames, writes_text
 from scheduler.api.app import server as api_server
 from scheduler.api.auth import new_token
 from scheduler.merge import errors_column
-from scheduler.store import registry, sealing
+from scheduler.store import endings, registry, sealing
 from scheduler.store.database import JOB, Database, notify
 from scheduler.store.dependence import absents
 
@@ -191,7 +191,7 @@ class House:
                 connection.execute(text(_COUNT), {**at, "ok": ok, "error": error - len(bad[task.number])})
             connection.execute(text(_SEAL), at)
             connection.execute(text(_FINISH), at)
-            connection.execute(sealing._SUCCEED, {"jobs": [UUID(job)]})
+            endings.succeed(connection, [UUID(job)])
             notify(connection, JOB, job)
 
 

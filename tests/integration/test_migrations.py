@@ -50,6 +50,8 @@ def test_downgrading_leaves_nothing_and_upgrading_brings_all_back(empty_url: str
         "results",
         "merged",
         "column_cells",
+        "outbox",
+        "job_moves",
     } <= there
     downgrade(empty_url)
     assert things(empty_url) == set()
@@ -265,6 +267,62 @@ def test_going_down_fails_unfinished_jobs_whose_bad_fields_an_older_version_woul
         ("plain", "running", 0),
     ]
     assert columns == 0
+    engine.dispose()
+
+
+def test_jobs_under_way_go_up_to_all_states_and_only_those_of_an_unknown_state_fail_on_the_way_down(
+    empty_url: str,
+) -> None:
+    upgrade(empty_url, "0008")
+    engine = create_engine(empty_url)
+    with engine.begin() as connection:
+        connection.execute(
+            text(
+                "INSERT INTO tenant (name) VALUES ('default');"
+                "INSERT INTO model (name, version, digest, trunk, manifest) VALUES ('m', '1', 'd', 't', '{}');"
+                "INSERT INTO job (id, tenant_id, name, state, fields, n_tasks, n_rows, request_digest)"
+                " SELECT gen_random_uuid(), t.id, k.name, k.state, '{text}', 1, 2, 'x'"
+                " FROM tenant t, (VALUES ('loads', 'loading'), ('runs', 'running'), ('waits', 'running'))"
+                " k (name, state) WHERE t.name = 'default';"
+                "INSERT INTO pass (job_id, number, kind, model_id, numerics, max_tokens, input, rows_waiting)"
+                " SELECT job.id, 0, 'm', model.id, 'fast', 0, '{text}', 1 FROM job, model;"
+                "INSERT INTO subtask (job_id, pass_number, blocks, los, his, sizes, todo, n_rows, bytes)"
+                " SELECT id, 0, '{0}', '{0}', '{1}', '{4}', 1, 1, 4 FROM job WHERE state = 'running';"
+                "INSERT INTO lease (subtask_id, attempt, worker, boot, nonce, predicted_s, until)"
+                " SELECT id, 1, 'w', 'b', 'n', 1, now() FROM subtask"
+            )
+        )
+    for go in (upgrade, lambda url: downgrade(url, "0008"), upgrade):
+        go(empty_url)
+        with engine.connect() as connection:
+            found = connection.execute(
+                text(
+                    "SELECT j.name, j.state, p.rows_waiting, s.state, l.attempt FROM job j"
+                    " JOIN pass p ON p.job_id = j.id LEFT JOIN subtask s ON s.job_id = j.id"
+                    " LEFT JOIN lease l ON l.subtask_id = s.id ORDER BY j.name"
+                )
+            ).all()
+        assert [tuple(row) for row in found] == [
+            ("loads", "loading", 1, None, None),
+            ("runs", "running", 1, "open", 1),
+            ("waits", "running", 1, "open", 1),
+        ]
+    with engine.begin() as connection:
+        connection.execute(text("UPDATE job SET state = 'paused' WHERE name = 'waits'"))
+    downgrade(empty_url, "0008")
+    with engine.connect() as connection:
+        found = connection.execute(
+            text(
+                "SELECT j.name, j.state, j.cells_skipped, p.rows_waiting, s.state, l.attempt FROM job j"
+                " JOIN pass p ON p.job_id = j.id JOIN subtask s ON s.job_id = j.id"
+                " LEFT JOIN lease l ON l.subtask_id = s.id ORDER BY j.name"
+            )
+        ).all()
+    assert [tuple(row) for row in found] == [
+        ("runs", "running", 0, 1, "open", 1),
+        ("waits", "failed", 2, 0, "lost", None),
+    ]
+    upgrade(empty_url)
     engine.dispose()
 
 

@@ -16,6 +16,7 @@ from sqlalchemy import text
 from motet.errors import Problem
 from motet.protocol.columns import ERROR, OK, RETURNED, STATE_MASK, Column
 from motet.protocol.envelope import unwrap
+from motet.states import ENDED
 from scheduler.blocks import row_order
 from scheduler.merge import array_of
 from scheduler.policy.lifecycle import MAX_DEATHS_ALONE, MAX_DEATHS_UNSEEN, MAX_TRIES
@@ -42,7 +43,8 @@ _ALL = text("""
       'shown', (SELECT json_agg(k) FROM (SELECT b.job_id, b.block_number, b.task_number, c.n_rows, c.codes, c.errors,
                encode(c.status, 'base64') AS status FROM block_column b JOIN sealed_column c ON c.id = b.column_id) k),
       'column', (SELECT json_agg(k) FROM (SELECT c.id, c.refs, (SELECT count(*) FROM block_column b
-               WHERE b.column_id = c.id) AS shown FROM sealed_column c) k))""")
+               WHERE b.column_id = c.id) AS shown FROM sealed_column c) k),
+      'told', (SELECT json_agg(k) FROM (SELECT job_id AS about, body ->> 'state' AS state FROM outbox) k))""")
 
 #: (job, pass, block).
 Place = tuple[str, int, int]
@@ -98,6 +100,7 @@ def check(world: World) -> None:
         _write_once(job, j, mine)
         _right(world, job, mine)
         _frozen(job, j, mine)
+    _ends_are_told(world, seen)
     _each_row_in_one_place(seen)
     _nothing_waits_in_vain_or_runs_early(seen)
     _leases(seen)
@@ -234,6 +237,14 @@ def _frozen(job: Job, j: dict[str, Any], mine: dict[tuple[int, str], list[Any]])
     if job.frozen is None:
         job.frozen = now
     _must(job.frozen == now, f"3: job {j['id'][-2:]} ended and changed: {job.frozen} {now}")
+
+
+def _ends_are_told(world: World, seen: Seen) -> None:
+    """One event of each job that has ended, deleted or not, and none of another."""
+    told = sorted(t["about"] for t in seen.tables["told"])
+    ended = {id_ for id_, j in seen.jobs.items() if j["state"] in ENDED}
+    gone = {str(job.id) for job in world.jobs.values() if job.deleted}
+    _must(told == sorted(ended | gone), f"3: {len(ended | gone)} jobs have ended, and of {told} it is told")
 
 
 def _nothing_of_the_deleted(world: World, seen: Seen) -> None:

@@ -50,7 +50,7 @@ SELECT format('ALTER TABLE public.%I ALTER %I SET DEFAULT machine.clock_timestam
 _EMPTY = """
 DELETE FROM lease; DELETE FROM subtask; DELETE FROM piece; DELETE FROM cells; DELETE FROM block_column;
 DELETE FROM block_pass; DELETE FROM block; DELETE FROM job; DELETE FROM sealed_column; DELETE FROM refusal;
-DELETE FROM drained; DELETE FROM rate; DELETE FROM pace; DELETE FROM load_time;
+DELETE FROM outbox; DELETE FROM drained; DELETE FROM rate; DELETE FROM pace; DELETE FROM load_time;
 UPDATE leader SET epoch = 0, holder = '', until = '-infinity', transport = '';
 UPDATE machine.clock SET at = '2026-01-01T00:00:00Z';
 SELECT setval(pg_get_serial_sequence('subtask', 'id'), 1), setval(pg_get_serial_sequence('piece', 'id'), 1),

@@ -1,0 +1,700 @@
+"""The schema of the database as SQLAlchemy tables: types, constraints, indexes, and what each of them means.
+
+Migrations make it, and never import this file; tests/integration/test_tables.py holds a migrated database against it.
+Views and functions for SQL users stand in migrations/ alone.
+"""
+
+from __future__ import annotations
+
+from sqlalchemy import (
+    ARRAY,
+    REAL,
+    BigInteger,
+    Boolean,
+    CheckConstraint,
+    Double,
+    ForeignKey,
+    Integer,
+    LargeBinary,
+    SmallInteger,
+    Text,
+    TypedColumns,
+    UniqueConstraint,
+    Uuid,
+)
+from sqlalchemy.dialects.postgresql import JSONB
+
+from motet.states import ENDED, LIVE, State
+from scheduler.store.schema import NOW, TIME, identity, index, key, may, must, spelt, table, within
+
+#: 32 bytes that nobody can guess.
+_SECRET = (
+    "decode(replace(CAST(gen_random_uuid() AS text) || CAST(gen_random_uuid() AS text), '-', ''), 'hex')"
+)
+_CELLS = "cells_ok + cells_error + cells_skipped"
+
+# -- the cluster ---------------------------------------------------------------------------------
+
+
+class _LeaderColumns(TypedColumns):
+    """The one dispatcher that leads. Every transaction of the scheduler checks its epoch first.
+
+    transport: Identity of Redis as last seen: another one means that what it held is gone.
+    """
+
+    id = key(Integer, check="id = 1")
+    epoch = must(BigInteger)
+    holder = must(Text)
+    until = must(TIME)
+    transport = must(Text, default="''")
+
+
+leader = table("leader", _LeaderColumns)
+
+
+class _TenantColumns(TypedColumns):
+    """Whose jobs, tokens and columns these are; nothing is shared across tenants. The one without a name is
+    nobody: it has jobs that are being removed.
+
+    weight: Share of device-seconds relative to other tenants.
+    row_quota: Rows in unfinished jobs at most; NULL: no limit.
+    digest_key: Secret: keys every digest of what the tenant sent (parts, requests, reuse), so that a short
+      text cannot be guessed from one.
+    """
+
+    id = key(Uuid, default="gen_random_uuid()")
+    name = must(Text, unique=True)
+    weight = must(REAL, default="1", check="weight > 0")
+    row_quota = may(BigInteger)
+    created = must(TIME, default=NOW)
+    digest_key = must(LargeBinary, default=_SECRET, check="octet_length(digest_key) = 32")
+
+
+tenant = table("tenant", _TenantColumns)
+
+
+class _TokenColumns(TypedColumns):
+    """Who may ask: an id in clear, and the hash of its secret.
+
+    secret_sha256: The secret has 256 random bits, so a plain hash is enough.
+    """
+
+    id = key(Text)
+    tenant_id = must(Uuid, ForeignKey("tenant.id", ondelete="CASCADE"))
+    name = must(Text)
+    scope = must(Text, check="scope IN ('user', 'read', 'admin', 'worker')")
+    secret_sha256 = must(LargeBinary)
+    created = must(TIME, default=NOW)
+    expires = may(TIME)
+    revoked = may(TIME)
+
+
+token = table("token", _TokenColumns)
+
+
+class _DrainedColumns(TypedColumns):
+    """Workers that get no more work until somebody resumes them; a restart changes nothing.
+
+    by: Id of the token that drained it.
+    seen: When it was last heard of, to the hour: one that is long gone is forgotten.
+    """
+
+    worker = key(Text)
+    host = must(Text, default="''")
+    since = must(TIME, default=NOW)
+    by = must(Text, default="''")
+    seen = must(TIME, default=NOW)
+
+
+drained = table("drained", _DrainedColumns)
+
+
+class _OutboxColumns(TypedColumns):
+    """Events, written in the transaction of what they tell, and delivered at least once.
+
+    job_id: The job, which may have been removed since.
+    body: States, ids and counts; never a text of a user.
+    attempts: Deliveries tried so far.
+    next_at: When the next delivery is tried.
+    delivered: When it was delivered; NULL: not yet.
+    """
+
+    id = identity()
+    tenant_id = must(Uuid, ForeignKey("tenant.id", ondelete="CASCADE"))
+    kind = must(Text, check="kind = 'job_ended'")
+    job_id = must(Uuid)
+    body = must(JSONB)
+    created = must(TIME, default=NOW)
+    attempts = must(SmallInteger, default="0")
+    next_at = must(TIME, default=NOW)
+    delivered = may(TIME)
+
+
+outbox = table(
+    "outbox",
+    _OutboxColumns,
+    index("outbox_one_end", "job_id", unique=True, where="kind = 'job_ended'"),
+)
+
+
+class _BlobColumns(TypedColumns):
+    """Content-addressed files that lie in the blob folder behind the API."""
+
+    sha256 = key(Text, check="sha256 ~ '^[0-9a-f]{64}$'")
+    bytes = must(BigInteger)
+    created = must(TIME, default=NOW)
+
+
+blob = table("blob", _BlobColumns)
+
+
+class _ModelColumns(TypedColumns):
+    """The registry: what may be loaded. A version never changes its meaning.
+
+    digest: Sha256 of all that decides its answers: part of every reuse key.
+    trunk: Tasks whose models have one trunk fuse into one pass.
+    """
+
+    id = identity()
+    name = must(Text)
+    version = must(Text)
+    digest = must(Text)
+    trunk = must(Text)
+    manifest = must(JSONB)
+    created = must(TIME, default=NOW)
+
+
+model = table("model", _ModelColumns, UniqueConstraint("name", "version"))
+
+
+class _AliasStepColumns(TypedColumns):
+    """Every step of every alias, for good: who let it mean which version, and when.
+
+    name: Of the model.
+    version: What the alias means from this step on; of one that was removed: what it meant.
+    model_id: That version; NULL: it is deleted, and what bears its name now may be another model.
+    before: The step that a rollback from here goes back to; NULL: nothing stood before.
+    by: Id of the token that asked for it.
+    """
+
+    id = identity()
+    name = must(Text)
+    alias = must(Text)
+    what = must(Text, check="what IN ('promoted', 'rolled back', 'removed')")
+    version = must(Text)
+    model_id = may(BigInteger, ForeignKey("model.id", ondelete="SET NULL"))
+    before = may(BigInteger, ForeignKey("alias_step.id"))
+    by = must(Text, default="''")
+    at = must(TIME, default=NOW)
+
+
+alias_step = table("alias_step", _AliasStepColumns, index("alias_step_by_model", "model_id"))
+
+
+class _AliasColumns(TypedColumns):
+    """name@alias -> the version that it means now. No version of that model has such a name.
+
+    step: The step that it stands at: who, when, and what stood before.
+    """
+
+    name = key(Text)
+    alias = key(Text)
+    model_id = must(BigInteger, ForeignKey("model.id"))
+    step = must(BigInteger, ForeignKey("alias_step.id"))
+
+
+alias = table("alias", _AliasColumns, index("alias_by_model", "model_id"))
+
+
+class _RefusalColumns(TypedColumns):
+    """Workers that cannot load a model, as of that boot: it is not placed there again."""
+
+    model_id = key(BigInteger, ForeignKey("model.id", ondelete="CASCADE"))
+    worker = key(Text)
+    boot = must(Text)
+    why = must(Text)
+    at = must(TIME, default=NOW)
+
+
+refusal = table("refusal", _RefusalColumns)
+
+# -- jobs ----------------------------------------------------------------------------------------
+
+
+class _JobColumns(TypedColumns):
+    """N rows x K tasks, submitted together, or a training run.
+
+    state: open: rows keep coming; loading: an upload; running; paused: its rows wait; and three that no job
+      leaves.
+    deadline: A job that has not ended by then fails; what is done stays.
+    version: Grows with every change that a watcher should see.
+    touched: Last part received: an upload that stays silent is abandoned.
+    retention_days: Days after its end at which the job is deleted; NULL: as the cluster keeps all others. The
+      sooner one counts.
+    tokens_cached: Sum over its blocks and tasks, as in spent.
+    tokens_out: Sum over its blocks and tasks, as in spent.
+    """
+
+    id = key(Uuid)
+    tenant_id = must(Uuid, ForeignKey("tenant.id", ondelete="CASCADE"))
+    name = must(Text, default="''")
+    kind = must(Text, default="'infer'", check="kind IN ('infer', 'train')")
+    state = must(Text, default="'loading'", check=f"state IN {spelt([*State])}")
+    reason = must(Text, default="''")
+    priority = must(SmallInteger, default="1", check="priority IN (0, 1, 2)")
+    reuse = must(Boolean, default="true")
+    bad_rows = must(Text, default="'refuse'", check="bad_rows IN ('refuse', 'error')")
+    deadline = may(TIME)
+    fields = must(ARRAY(Text))
+    n_tasks = must(Integer, check="n_tasks > 0")
+    n_rows = must(BigInteger, default="0")
+    n_blocks = must(Integer, default="0")
+    n_parts = must(Integer, default="0")
+    blocks_done = must(Integer, default="0")
+    cells_ok = must(BigInteger, default="0")
+    cells_error = must(BigInteger, default="0")
+    cells_skipped = must(BigInteger, default="0")
+    cells_reused = must(BigInteger, default="0")
+    tokens = must(BigInteger, default="0")
+    computed_tokens = must(BigInteger, default="0")
+    busy_s = must(Double, default="0")
+    subtasks = must(BigInteger, default="0")
+    attempts_lost = must(BigInteger, default="0")
+    version = must(BigInteger, default="1")
+    idempotency_key = may(Text)
+    request_digest = must(LargeBinary)
+    created = must(TIME, default=NOW)
+    touched = must(TIME, default=NOW)
+    started = may(TIME)
+    finished = may(TIME)
+    retention_days = may(Double, check="retention_days > 0")
+    tokens_cached = must(BigInteger, default="0")
+    tokens_out = must(BigInteger, default="0")
+
+
+job = table(
+    "job",
+    _JobColumns,
+    CheckConstraint(
+        f"state NOT IN {spelt(ENDED)} OR {_CELLS} = n_rows * n_tasks", name="every_cell_accounted_for"
+    ),
+    CheckConstraint(f"{_CELLS} <= n_rows * n_tasks", name="every_cell_at_most_once"),
+    UniqueConstraint("tenant_id", "idempotency_key"),
+    index("job_ended", "finished", where="finished IS NOT NULL"),
+    index("job_newest", "tenant_id", "created DESC", "id DESC"),
+    index("job_unfinished", "state", "id", where=f"state IN {spelt(LIVE)}"),
+)
+
+
+class _PartColumns(TypedColumns):
+    """Parts of the upload received so far: a part sent twice is answered, not stored twice."""
+
+    job_id = key(Uuid, ForeignKey("job.id", ondelete="CASCADE"))
+    number = key(Integer)
+    digest = must(LargeBinary)
+    n_rows = must(Integer)
+    n_bad = must(Integer)
+
+
+part = table("part", _PartColumns)
+
+
+class _PassColumns(TypedColumns):
+    """One model pass that answers several tasks at once: what fusion makes of tasks.
+
+    kind: The name that Flower shows; few in number, never an id.
+    rows_waiting: Rows beyond the cursors of ready blocks, pieces included.
+    needs: Numbers of the tasks whose cells it reads: a block of it waits until they are sealed there.
+    rate_key: Name under which its speed is learned, where a row costs differently than in other passes of its
+      model; else empty: the trunk's.
+    reads: How often it reads each of the job's fields, in their order; empty: each once.
+    bytes_beside: UTF-8 bytes that it reads of a row beside the fields: its templates' own, and other tasks'
+      answers, about.
+    bytes_done: Sum of the bytes of its sub-tasks that are done, by which they were priced.
+    tokens: Sum of the tokens that these sub-tasks had.
+    """
+
+    job_id = key(Uuid, ForeignKey("job.id", ondelete="CASCADE"))
+    number = key(SmallInteger)
+    kind = must(Text)
+    model_id = must(BigInteger, ForeignKey("model.id"))
+    numerics = must(Text, check="numerics IN ('fast', 'exact')")
+    max_tokens = must(Integer)
+    input = must(Text)
+    rows_waiting = must(BigInteger, default="0")
+    bytes_waiting = must(BigInteger, default="0")
+    needs = must(ARRAY(SmallInteger), default="'{}'")
+    rate_key = must(Text, default="''")
+    reads = must(ARRAY(Integer), default="'{}'")
+    bytes_beside = must(Integer, default="0")
+    bytes_done = must(BigInteger, default="0")
+    tokens = must(BigInteger, default="0")
+
+
+pass_ = table("pass", _PassColumns, index("pass_by_model", "model_id"))
+
+
+class _TaskColumns(TypedColumns):
+    """One named AI operation asked of every row of a job, and the model that answers it.
+
+    digest: Of the spec and its model: with the digest of a block's fields, the reuse key.
+    """
+
+    job_id = key(Uuid, ForeignKey("job.id", ondelete="CASCADE"))
+    number = key(SmallInteger)
+    name = must(Text)
+    pass_number = must(SmallInteger)
+    model_id = must(BigInteger, ForeignKey("model.id"))
+    kind = must(Text)
+    spec = must(JSONB)
+    labels = must(ARRAY(Text), default="'{}'")
+    digest = must(LargeBinary)
+
+
+task = table("task", _TaskColumns, UniqueConstraint("job_id", "name"), index("task_by_model", "model_id"))
+
+
+class _BlockColumns(TypedColumns):
+    """Contiguous rows, stored together: the unit of storage, sealing and reuse.
+
+    n_work: Rows that some task can be asked.
+    row_order: uint32 little-endian: offsets of the rows that some task can be asked, longest first.
+    lengths: uint32 little-endian: UTF-8 bytes of each field, all rows of the first field, then the next.
+    payload: Envelope (motet/protocol/envelope.py): field -> values in row order.
+    bad: Offset -> [error, message] of rows that came in broken: error cells of every task.
+    keys: Reuse key of each task number (element 1 is task 0); NULL: this column is not for reuse.
+    done_number: The how-manieth block of its job to be finished, from 1.
+    bad_fields: Field -> [[error, message, [offset, ...]], ...] of values that came in broken: error cells of
+      the tasks that read it.
+    """
+
+    job_id = key(Uuid, ForeignKey("job.id", ondelete="CASCADE"))
+    number = key(Integer)
+    first_row = must(BigInteger)
+    n_rows = must(Integer, check="n_rows > 0")
+    n_work = must(Integer)
+    bytes = must(BigInteger)
+    row_order = must(LargeBinary, external=True)
+    lengths = must(LargeBinary, external=True)
+    payload = must(LargeBinary, external=True)
+    bad = must(JSONB, default="'{}'")
+    keys = must(ARRAY(LargeBinary), default="'{}'")  # type: ignore[assignment] # as a method of what has columns
+    passes_open = must(SmallInteger)
+    done_number = may(Integer)
+    bad_fields = must(JSONB, default="'{}'")
+
+
+block = table(
+    "block",
+    _BlockColumns,
+    index("block_done", "job_id", "done_number", unique=True, where="done_number IS NOT NULL"),
+)
+
+
+class _BlockPassColumns(TypedColumns):
+    """How far a pass has come in a block: carved up to the cursor, done rows, sealed.
+
+    state: waiting: for cells that it reads; ready: it may be carved; sealed: its columns are merged.
+    todo: Bit i: the job's task number i is to be computed here (the others were reused).
+    n: Rows to do: those in row_order that a task of the pass can be asked and no failed upstream cell has
+      taken out.
+    row_order: As block.row_order, without the rows that no task of the pass can be asked, or a failed
+      upstream cell has taken out; NULL: none was.
+    bytes: UTF-8 bytes that the pass reads of the rows that work is done on.
+    """
+
+    job_id = key(Uuid)
+    pass_number = key(SmallInteger)
+    block_number = key(Integer)
+    state = must(Text, check="state IN ('waiting', 'ready', 'sealed')")
+    todo = must(BigInteger)
+    n = must(Integer)
+    cursor = must(Integer, default="0", check="cursor BETWEEN 0 AND n")
+    done = must(Integer, default="0", check="done BETWEEN 0 AND n")
+    row_order = may(LargeBinary, external=True)
+    bytes = must(BigInteger, default="0")
+
+
+block_pass = table(
+    "block_pass",
+    _BlockPassColumns,
+    within("block", job_id="job_id", block_number="number"),
+    within("pass", job_id="job_id", pass_number="number"),
+    index("block_pass_ready", "job_id", "pass_number", "block_number", where="state = 'ready'"),
+    index("block_pass_waiting", "job_id", "block_number", where="state = 'waiting'"),
+    postgresql_with={"fillfactor": 90},
+)
+
+# -- work under way ------------------------------------------------------------------------------
+
+
+class _PieceColumns(TypedColumns):
+    """Rows of a block, [lo, hi) in its order, that came back and wait to be carved again.
+
+    tries: Times that these rows came back with a retriable error.
+    deaths: Times that a worker died while these rows were in its running micro-batch.
+    exclusive: Suspected of killing its worker: runs with nothing beside it.
+    """
+
+    id = identity()
+    job_id = must(Uuid)
+    pass_number = must(SmallInteger)
+    block_number = must(Integer)
+    lo = must(Integer)
+    hi = must(Integer, check="hi > lo")
+    bytes = must(BigInteger)
+    tries = must(SmallInteger, default="0")
+    deaths = must(SmallInteger, default="0")
+    exclusive = must(Boolean, default="false")
+    not_before = must(TIME, default="'-infinity'")
+
+
+piece = table(
+    "piece",
+    _PieceColumns,
+    within("block_pass", job_id="job_id", pass_number="pass_number", block_number="block_number"),
+    index("piece_by_pass", "job_id", "pass_number", "block_number"),
+)
+
+
+class _SubtaskColumns(TypedColumns):
+    """A slice of rows x one pass: the unit of queueing, lease and retry. It closes once.
+
+    blocks: With los and his: the ranges [lo, hi) of each block's order, in sub-task order.
+    sizes: UTF-8 bytes of each range.
+    """
+
+    id = identity()
+    job_id = must(Uuid)
+    pass_number = must(SmallInteger)
+    state = must(Text, default="'open'", check="state IN ('open', 'done', 'lost', 'failed')")
+    blocks = must(ARRAY(Integer))
+    los = must(ARRAY(Integer))
+    his = must(ARRAY(Integer))
+    sizes = must(ARRAY(BigInteger))
+    todo = must(BigInteger)
+    n_rows = must(Integer)
+    bytes = must(BigInteger)
+    tries = must(SmallInteger, default="0")
+    deaths = must(SmallInteger, default="0")
+    exclusive = must(Boolean, default="false")
+    attempts = must(SmallInteger, default="0")
+    worker = must(Text, default="''")
+    busy_s = must(REAL, default="0")
+    tokens = must(BigInteger, default="0")
+    created = must(TIME, default=NOW)
+    closed = may(TIME)
+
+
+subtask = table(
+    "subtask",
+    _SubtaskColumns,
+    within("pass", job_id="job_id", pass_number="number"),
+    index("subtask_by_job", "job_id", "id"),
+    index("subtask_open", "job_id", "pass_number", where="state = 'open'"),
+)
+
+
+class _LeaseColumns(TypedColumns):
+    """Live leases only: the right of one attempt to run one open sub-task. A clone is a second one.
+
+    clone: A second lease of an open sub-task, beside a straggler.
+    device_kind: cuda or cpu, as the worker says: what is guessed of a device that nothing was learned of.
+    """
+
+    subtask_id = key(BigInteger, ForeignKey("subtask.id", ondelete="CASCADE"))
+    attempt = key(SmallInteger)
+    worker = must(Text)
+    boot = must(Text)
+    nonce = must(Text)
+    device = must(Text, default="''")
+    predicted_s = must(REAL)
+    leased = must(TIME, default=NOW)
+    until = must(TIME)
+    clone = must(Boolean, default="false")
+    device_kind = must(Text, default="''")
+
+
+lease = table("lease", _LeaseColumns)
+
+
+class _CellsColumns(TypedColumns):
+    """Answers of done sub-tasks for [lo, hi) of a block's order, until the (block, pass) is sealed."""
+
+    job_id = key(Uuid)
+    pass_number = key(SmallInteger)
+    block_number = key(Integer)
+    subtask_id = key(BigInteger)
+    lo = key(Integer)
+    hi = must(Integer, check="hi > lo")
+    columns = must(LargeBinary, external=True)
+
+
+cells = table(
+    "cells",
+    _CellsColumns,
+    within("block_pass", job_id="job_id", pass_number="pass_number", block_number="block_number"),
+)
+
+
+class _SpentColumns(TypedColumns):
+    """What a task of a language model consumed in a block, over all accepted outcomes, those of rows that
+    came back included.
+
+    tokens_in: Tokens of its prompts.
+    tokens_cached: Of them those that were computed for another task or row already.
+    tokens_out: Tokens written.
+    device_s: Seconds of devices: its share of each step.
+    """
+
+    job_id = key(Uuid)
+    block_number = key(Integer)
+    task_number = key(SmallInteger)
+    tokens_in = must(BigInteger, check="tokens_in >= 0")
+    tokens_cached = must(BigInteger, check="tokens_cached >= 0")
+    tokens_out = must(BigInteger, check="tokens_out >= 0")
+    device_s = must(Double, check="device_s >= 0")
+
+
+spent = table("spent", _SpentColumns, within("block", job_id="job_id", block_number="number"))
+
+
+class _FitColumns(TypedColumns):
+    """One training run: a row of a training job, as the worker that runs it tells.
+
+    reports: Key of an epoch -> loss and scores. An attempt that does it again replaces it.
+    checkpoint: Sha256 of the blob with which another attempt goes on; NULL: there is none, or no need.
+    files: Sha256 of the blobs that came out: kept as long as the job, named by a model or not.
+    """
+
+    job_id = key(Uuid, ForeignKey("job.id", ondelete="CASCADE"))
+    row_index = key(BigInteger, check="row_index >= 0")
+    reports = must(JSONB, default="'{}'")
+    checkpoint = may(Text)
+    files = must(ARRAY(Text), default="'{}'")
+    told = must(TIME, default=NOW)
+
+
+fit = table("fit", _FitColumns)
+
+
+class _SealedColumnColumns(TypedColumns):
+    """All answers of one task in one block, in row order, as flat typed arrays.
+
+    key: Reuse key: digest of fields, task and model. NULL: not to be reused.
+    refs: Blocks of jobs that show this column; removed at 0.
+    status: A byte per row: 0 ok, 1 error, 2 skipped, +16 truncated. NULL: all ok.
+    texts: UTF-8 JSON values end to end, cut by offsets.
+    """
+
+    id = identity()
+    tenant_id = must(Uuid, ForeignKey("tenant.id", ondelete="CASCADE"))
+    key = may(LargeBinary)
+    refs = must(Integer, default="1")
+    kind = must(Text)
+    n_rows = must(Integer)
+    n_ok = must(Integer)
+    n_error = must(Integer)
+    n_skipped = must(Integer)
+    status = may(LargeBinary)
+    errors = may(JSONB)
+    offsets = may(ARRAY(Integer))
+    codes = may(ARRAY(SmallInteger))
+    scores = may(ARRAY(REAL))
+    all_scores = may(ARRAY(REAL))
+    numbers = may(ARRAY(Double))
+    starts = may(ARRAY(Integer))
+    ends = may(ARRAY(Integer))
+    texts = may(LargeBinary)
+    vectors = may(LargeBinary, external=True)
+    dim = must(Integer, default="0")
+    dtype = must(Text, default="''")
+
+
+sealed_column = table(
+    "sealed_column",
+    _SealedColumnColumns,
+    index("sealed_column_by_key", "tenant_id", "key", unique=True, where="key IS NOT NULL"),
+    index("sealed_column_unshown", "id", where="refs <= 0"),
+)
+
+
+class _BlockColumnColumns(TypedColumns):
+    """Which sealed column a block of a job shows for a task."""
+
+    job_id = key(Uuid)
+    block_number = key(Integer)
+    task_number = key(SmallInteger)
+    column_id = must(BigInteger, ForeignKey("sealed_column.id"))
+
+
+block_column = table(
+    "block_column",
+    _BlockColumnColumns,
+    within("block", job_id="job_id", block_number="number"),
+    index("block_column_by_column", "column_id"),
+)
+
+
+class _RateColumns(TypedColumns):
+    """What was learned of a trunk's speed on a kind of device, so that a restart forgets nothing.
+
+    trunk: Digest of the trunk, or of a model that shares none.
+    device: Name of the kind of device, such as NVIDIA H200.
+    numerics: Numeric class: fast or exact.
+    coefficients: Seconds of a sub-task, a row, a token, a squared length in tokens.
+    covariance: Of the coefficients, row by row: how much each may still change.
+    bytes_per_token: UTF-8 bytes that a token stands for in texts seen lately.
+    tokens_per_row: Length of the rows seen lately.
+    observations: Outcomes that it was learned from; 0: a guess.
+    updated: When the last of them came.
+    """
+
+    trunk = key(Text)
+    device = key(Text)
+    numerics = key(Text)
+    coefficients = must(ARRAY(Double), check="cardinality(coefficients) = 4")
+    covariance = must(ARRAY(Double), check="cardinality(covariance) = 16")
+    bytes_per_token = must(Double)
+    tokens_per_row = must(Double)
+    observations = must(BigInteger)
+    updated = must(TIME, default=NOW)
+
+
+rate = table("rate", _RateColumns)
+
+
+class _PaceColumns(TypedColumns):
+    """Workers beside their kind: finds the device that is silently slow.
+
+    worker: Its name, which outlives its restarts.
+    pace: Its seconds for what takes its kind one second.
+    observations: Outcomes that it was learned from.
+    updated: When the last outcome of this worker came.
+    """
+
+    worker = key(Text)
+    pace = must(Double)
+    observations = must(BigInteger)
+    updated = must(TIME, default=NOW)
+
+
+pace = table("pace", _PaceColumns)
+
+
+class _LoadTimeColumns(TypedColumns):
+    """How long loading takes: what a placement pays where the model is not resident.
+
+    model: Digest of the model that is loaded.
+    device: Name of the kind of device.
+    seconds: A mean in which late loads weigh most; heads that were loaded with it included.
+    updated: When it was loaded last.
+    """
+
+    model = key(Text)
+    device = key(Text)
+    seconds = must(Double)
+    updated = must(TIME, default=NOW)
+
+
+load_time = table("load_time", _LoadTimeColumns)
