@@ -283,15 +283,15 @@ class Cluster:
 
         for option in self._models:
             builtin = option == "--builtin"
-            registered = self.data / f"registered-{installed() or 'unknown'}{'' if builtin else option[1:]}"
-            if not registered.exists():
+            done = registered(self.data, option)
+            if not done.exists():
                 # Data sets and converted models are this user's, whatever cluster asks for them.
                 cache = str(cache_folder().absolute())
                 env = {**worker, "MOTET_TOKEN": self.tokens["admin"], "MOTET_CACHE_DIR": cache}
                 what = "the model and its heads" if builtin else f"what {option} names"
                 words = f"registering {what} (once)"
                 self._run_once("register", words, self.command("workers", "register", option), env)
-                registered.touch()
+                done.touch()
         client = {"url": self.url, "token": self.tokens["user"], "admin_token": self.tokens["admin"]}
         write_private(self.data / "client.json", json.dumps(client))
 
@@ -389,6 +389,11 @@ class Cluster:
     def _left_behind(self) -> set[int]:
         """Processes of a cluster on this folder; ours or, while we hold its lock, those of a killed one."""
         return marked(str(self.data))
+
+
+def registered(data: Path, option: str = "--builtin") -> Path:
+    """The file in a cluster's folder that says that ``register`` has run with this option, by this version."""
+    return data / f"registered-{installed() or 'unknown'}{'' if option == '--builtin' else option[1:]}"
 
 
 def _open_port(port: int, option: str) -> int:

@@ -20,7 +20,7 @@ import redis
 
 from motet.http import Address, Http
 from motet.local.children import Child, marked
-from motet.local.cluster import Cluster, Service, _version
+from motet.local.cluster import Cluster, Service, registered
 from motet.local.valkey import RIGHTS, Valkey
 from motet.protocol.envelope import BadMessage
 from motet.protocol.manifest import Manifest
@@ -51,7 +51,7 @@ class House(Cluster):
     def start(self) -> None:
         _write_engines(self._engines)
         # The built-in model is not needed, and costs half a minute.
-        (self.data / f"registered-{_version()}").touch()
+        registered(self.data).touch()
         RIGHTS[ROLE] = "~* &* +@all"
         try:
             super().start()

@@ -12,7 +12,7 @@ from typing import TypeVar
 import httpx
 import redis
 
-from motet.local.cluster import Cluster, _version
+from motet.local.cluster import Cluster, registered
 from motet.protocol.manifest import Manifest
 from motet.protocol.redis_url import redis_py_url
 
@@ -44,7 +44,7 @@ def small_cluster(
     data = folder / "data"
     data.mkdir()
     # No model of ours is needed.
-    (data / f"registered-{_version()}").touch()
+    registered(data).touch()
     path = os.pathsep.join(filter(None, (str(modules), os.environ.get("PYTHONPATH"))))
     with surrounded(PYTHONPATH=path, **(env or {})):
         cluster = Cluster(data, cpus=cpus, port=0, flower_port=0 if flower else None)

@@ -12,7 +12,7 @@ import httpx
 import pytest
 
 from motet import Client, Function
-from motet.local.cluster import Cluster, _version
+from motet.local.cluster import Cluster, registered
 from motet.protocol import traces
 from motet.protocol.manifest import Manifest
 from tests.integration.api_house import House, a_house, house
@@ -52,7 +52,7 @@ def cluster(tmp_path: Path, receiver: Receiver, monkeypatch: pytest.MonkeyPatch)
     data = tmp_path / "data"
     data.mkdir()
     # No model of ours is needed.
-    (data / f"registered-{_version()}").touch()
+    registered(data).touch()
     with Cluster(data, cpus=1, port=0) as running:
         shout = Manifest(
             name="shout",
