@@ -40,7 +40,7 @@ from scheduler.policy.lifecycle import Hopes, lost
 from scheduler.policy.liveness import Roster
 from scheduler.policy.place import Placer
 from scheduler.policy.placing.entries import Flight
-from scheduler.policy.placing.rebalancing import Clone, Recall
+from scheduler.policy.placing.rebalancing import TEND_S, Clone, Recall
 from scheduler.policy.placing.records import Demand, Placement
 from scheduler.policy.pressure import throttle
 from scheduler.pulse import pulse
@@ -72,8 +72,6 @@ MOST_PER_STEP = 256
 _BUILT_AT_ONCE = 64
 #: Workers that the policy learns of in one beat step at most: ten thousand that come at once would make it too long.
 _WORKERS_PER_STEP = 2_000
-#: Who is owed a load, and which deadline comes near, is looked at so often.
-_TEND_S = 1.0
 #: Rates are read anew so often.
 _LEARN_S = 0.5
 #: Seconds of rest between two quick steps that nobody asked for. Shorter: a processor is kept busy by small changes.
@@ -302,7 +300,7 @@ class Dispatcher:
         self._learn_of_workers(now)
         self._open_share = throttle(self.transport.outcome_backlog(), self.transport.memory_share())
         if now >= self._tend_at:
-            self._tend_at = now + _TEND_S
+            self._tend_at = now + TEND_S
             self._placer.tend(now)
 
     def _read_flags(self, now: float) -> None:

@@ -8,7 +8,7 @@ only rises.
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Iterator
+from collections.abc import Hashable
 
 from scheduler.policy.cost import Rates
 from scheduler.policy.placing.asking import Asks
@@ -17,7 +17,6 @@ from scheduler.policy.placing.entries import Flight
 from scheduler.policy.placing.ledger import Ledger
 from scheduler.policy.placing.predictions import Predictions
 from scheduler.policy.placing.rebalancing import Clone, Rebalancing, Recall
-from scheduler.policy.placing.records import Placement
 
 
 class Placer:
@@ -31,6 +30,8 @@ class Placer:
         self.ledger = ledger = Ledger(predictions, asks)
         self.choice = choice = Choice(ledger, predictions, asks, subtask_s=subtask_s, depth=depth)
         self._rebalancing = Rebalancing(ledger, predictions, asks, choice, subtask_s=subtask_s)
+        # Asked for each sub-task, so without a call in between.
+        self.place, self.next_due = choice.place, choice.next_due
         # Events go to the ledger as they are.
         self.worker, self.gone = ledger.worker, ledger.gone
         self.want, self.wants, self.unwanted = ledger.want, ledger.wants, ledger.unwanted
@@ -51,14 +52,6 @@ class Placer:
     def workers(self) -> frozenset[str]:
         """Names of the workers that may be given work."""
         return frozenset(self.ledger.workers)
-
-    def place(self, now: float) -> Iterator[Placement]:
-        """Placements in the order they should be carved. Call `opened` or `nothing` for each before the next one."""
-        return self.choice.place(now)
-
-    def next_due(self) -> float:
-        """When a worker will ask next; inf where none will, and -inf where one should be asked now."""
-        return self.choice.next_due()
 
     def tend(self, now: float) -> None:
         """Once a second: deadlines, workers that must switch models for fairness, and models that end late."""

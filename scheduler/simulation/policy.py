@@ -10,7 +10,7 @@ from scheduler.policy.carve import MAX_ROWS, Carved, Frontier, OpenBlock, Piece,
 from scheduler.policy.cost import Rates, Workload
 from scheduler.policy.place import Placer
 from scheduler.policy.placing.entries import Flight
-from scheduler.policy.placing.rebalancing import Clone
+from scheduler.policy.placing.rebalancing import TEND_S, Clone
 from scheduler.policy.placing.records import Demand, Placement, UnderWay, WorkerState
 from scheduler.simulation.cluster import (
     BYTES_PER_TOKEN,
@@ -21,9 +21,6 @@ from scheduler.simulation.cluster import (
     UncarvedRows,
 )
 from scheduler.simulation.events import Attempt, Subtask
-
-#: The dispatcher tends to those who are owed something so often.
-TEND_S = 1.0
 
 
 @dataclass(slots=True, eq=False)

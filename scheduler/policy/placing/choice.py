@@ -49,7 +49,7 @@ class Choice:
         self._subtask_s, self._depth = subtask_s, depth
 
     def place(self, now: float) -> Iterator[Placement]:
-        """Placements in the order they should be carved. The caller says what became of each before the next one."""
+        """Placements in the order they should be carved. Call `opened` or `nothing` for each before the next one."""
         ledger, asks = self._ledger, self._asks
         while ledger.fresh:
             # It stays fresh until all of it was offered: a caller that stops here comes back to it.

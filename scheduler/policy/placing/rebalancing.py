@@ -20,6 +20,8 @@ from scheduler.policy.placing.ledger import Ledger
 from scheduler.policy.placing.predictions import Predictions
 from scheduler.policy.placing.records import WorkerState
 
+#: Seconds between two calls of `Rebalancing.tend`. Longer: what is owed comes later. Shorter: more CPU for all models.
+TEND_S = 1.0
 #: A model that nobody serves is loaded by force when its tenant lags this many load times behind its share. Larger: a
 #: tenant with a model of its own waits longer. Smaller: more time goes into loads.
 OWED_TENANT = 1.0
