@@ -58,7 +58,7 @@ class Routes(APIRouter):
 
 
 def _errors(path: str, method: str, *, asks: bool) -> dict[int | str, dict[str, Any]]:
-    """``responses=`` of a route: the errors that it may give. ``asks``: there is something in the request to be wrong."""
+    """``responses=`` of a route: the errors that it may give. ``asks``: its address may be wrong."""
     codes = {503}
     if "anyone" not in ALLOWED[method, path]:
         codes |= {401, 403, 429}
@@ -67,7 +67,7 @@ def _errors(path: str, method: str, *, asks: bool) -> dict[int | str, dict[str, 
     if asks:
         codes |= {422}
     if method in ("POST", "PUT"):
-        codes |= {409, 413}
+        codes |= {409, 413, 422}
     return {code: {"model": ErrorBody, "description": _ERRORS[code]} for code in sorted(codes)}
 
 
