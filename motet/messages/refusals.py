@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any, ClassVar
 
 from motet.errors import Problem
 from motet.messages.message import ApiMessage
@@ -10,7 +12,9 @@ from motet.messages.message import ApiMessage
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ErrorRecord(ApiMessage):
-    """Why a request was not done."""
+    """Why a request was not done. What there is nothing to say of is left out."""
+
+    __pydantic_config__: ClassVar[Mapping[str, Any]] = {"json_schema_serialization_defaults_required": False}
 
     #: Class of the error, such as ``invalid_job`` or ``not_found``.
     type: str

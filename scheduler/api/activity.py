@@ -33,7 +33,7 @@ from scheduler.api.markup import POLICY
 from scheduler.api.records import JobPath, describe
 from scheduler.api.refusals import error_of, refusal
 from scheduler.api.resources import Resources, Use, job_id
-from scheduler.api.routing import Routes, errors
+from scheduler.api.routing import Routes
 from scheduler.store import activity as store
 from scheduler.store.activity import Activity, DeviceActivity, PassActivity, SubtaskActivity
 from scheduler.store.jobs import job_entries
@@ -48,8 +48,6 @@ MAX_TIMELINE = 2000
     "/v1/jobs/{job}/activity",
     summary="What happens in a job: passes, devices, sub-tasks in time, throughput, errors",
     tags=["jobs"],
-    response_description="The job as of one moment.",
-    responses=errors(403, 404, 422),
 )
 def show_activity(
     use: Use,
@@ -66,8 +64,6 @@ def show_activity(
     "/v1/jobs/{job}/subtasks",
     summary="All sub-tasks of a job, page by page",
     tags=["jobs"],
-    response_description="A page of sub-tasks, oldest first.",
-    responses=errors(403, 404, 422),
 )
 def list_subtasks(
     use: Use,

@@ -15,7 +15,7 @@ from motet.tasks import short
 from scheduler.api.auth import Caller
 from scheduler.api.records import moment
 from scheduler.api.resources import Use
-from scheduler.api.routing import Routes, body, errors, takes
+from scheduler.api.routing import Routes, body, takes
 from scheduler.store.aliases import AliasRow, promote, remove_alias, roll_back
 
 log = logging.getLogger(__name__)
@@ -33,7 +33,6 @@ _ALIAS = re.compile(r"[A-Za-z][A-Za-z0-9_.-]{0,39}")
     "/v1/models/{name}/aliases/{alias}",
     summary="Promote: let an alias mean a version from now on",
     response_description="Jobs that come from now on use it.",
-    responses=errors(403, 404, 409, 413, 422),
     openapi_extra=takes(Promotion, {"version": "1"}),
 )
 def promote_model(
@@ -54,7 +53,6 @@ def promote_model(
     "/v1/models/{name}/aliases/{alias}/rollback",
     summary="Let an alias mean again what it meant before",
     response_description="Jobs that come from now on use that; again goes back further.",
-    responses=errors(403, 404, 409),
 )
 def roll_back_alias(use: Use, caller: Caller, name: NamePath, alias: AliasPath) -> Alias:
     _must_be_an_alias(name, alias)
@@ -69,7 +67,6 @@ def roll_back_alias(use: Use, caller: Caller, name: NamePath, alias: AliasPath) 
     summary="Take an alias away",
     status_code=204,
     response_description="It means nothing any more; its model stays.",
-    responses=errors(403, 404),
 )
 def unname_model(use: Use, caller: Caller, name: NamePath, alias: AliasPath) -> Response:
     _must_be_an_alias(name, alias)

@@ -21,7 +21,7 @@ from scheduler.api.blob_folder import SHA256
 from scheduler.api.bodies import chunks
 from scheduler.api.refusals import Forbidden, Unavailable
 from scheduler.api.resources import Resources, Use
-from scheduler.api.routing import Routes, errors, gives_bytes, takes_bytes
+from scheduler.api.routing import Routes, gives_bytes, takes_bytes
 from scheduler.store import blobs as store
 from scheduler.store.database import StoreUnavailable
 from scheduler.store.registry import has_live_lease
@@ -41,7 +41,6 @@ _BINARY = "application/octet-stream"
     methods=["GET"],
     summary="A file by content; ranges are answered",
     responses={
-        **errors(403, 404),
         200: gives_bytes("The file.", _BINARY),
         206: gives_bytes("The part asked for by `Range`.", _BINARY),
     },
@@ -55,7 +54,6 @@ def get_blob(use: Use, caller: Caller, sha256: BlobPath) -> Response:
     "/v1/blobs/{sha256}",
     summary="Whether a file is stored",
     response_description="It is; `Content-Length` is its size.",
-    responses=errors(403, 404),
 )
 def has_blob(use: Use, caller: Caller, sha256: BlobPath) -> Response:
     found = _file(use, sha256)
@@ -77,8 +75,6 @@ def _file(use: Resources, sha256: str) -> Response:
     "/v1/blobs/{sha256}",
     summary="Store a file",
     status_code=201,
-    response_description="It is stored, now or before.",
-    responses=errors(403, 413, 422),
     openapi_extra=takes_bytes("The file as it is.", octet_stream="binary"),
 )
 async def put_blob(request: Request, use: Use, caller: Caller, sha256: BlobPath) -> BlobRecord:

@@ -21,7 +21,7 @@ from motet.tasks import short
 from scheduler.api.auth import Caller
 from scheduler.api.refusals import Unavailable, refusal
 from scheduler.api.resources import Resources, Use
-from scheduler.api.routing import Routes, errors, reply
+from scheduler.api.routing import Routes, reply
 from scheduler.policy.liveness import speaks
 from scheduler.policy.pressure import PressureFacts, overloads, pressures, throttle
 from scheduler.store import drains
@@ -47,8 +47,6 @@ def healthz() -> PlainTextResponse:
     "/readyz",
     summary="Postgres, Redis and a leader are there",
     response_model=Readiness,
-    response_description="All three are there.",
-    responses=errors(anyone=True),
 )
 def readyz(use: Use) -> Response:
     postgres, leader = _postgres(use)
@@ -80,8 +78,6 @@ def _redis(use: Resources) -> bool:
 @routes.get(
     "/v1/cluster",
     summary="How pressed the cluster is, and whether it takes new rows",
-    response_description="As of about a second ago.",
-    responses=errors(),
 )
 def show_cluster(use: Use, caller: Caller) -> ClusterPressure:
     facts = use.door.look()
@@ -99,8 +95,6 @@ def throttle_of(facts: PressureFacts) -> float | None:
 @routes.get(
     "/v1/workers",
     summary="The workers that beat",
-    response_description="Every worker.",
-    responses=errors(),
 )
 def list_workers(use: Use, caller: Caller) -> WorkerList:
     return WorkerList(workers=tuple(_workers(use, caller.tenant).values()))
@@ -110,7 +104,6 @@ def list_workers(use: Use, caller: Caller) -> WorkerList:
     "/v1/workers/{worker}/drain",
     summary="Let a worker, or all of a host, finish what it has and give it no more",
     response_description="The worker, or those of the host; it is `drained` once it holds nothing.",
-    responses=errors(403, 404),
 )
 def drain_worker(use: Use, caller: Caller, worker: WorkerPath) -> WorkerList:
     """It stays so, restarted or not, until it is resumed. Again is harmless."""
@@ -124,8 +117,6 @@ def drain_worker(use: Use, caller: Caller, worker: WorkerPath) -> WorkerList:
 @routes.post(
     "/v1/workers/{worker}/resume",
     summary="Let a drained worker, or all of a host, have work again",
-    response_description="The worker, or those of the host.",
-    responses=errors(403, 404),
 )
 def resume_worker(use: Use, caller: Caller, worker: WorkerPath) -> WorkerList:
     """Again is harmless."""

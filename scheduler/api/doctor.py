@@ -23,7 +23,7 @@ from motet.protocol.transport import RedisTransport, TransportLost
 from motet.protocol.wire import PROTOCOL, Beat
 from scheduler.api.auth import Caller
 from scheduler.api.resources import Use
-from scheduler.api.routing import Routes, errors
+from scheduler.api.routing import Routes
 from scheduler.store import registry
 from scheduler.store.database import Database, StoreUnavailable
 from scheduler.store.doctor import leader_seen, postgres_seen
@@ -37,8 +37,6 @@ FOR_ALL = frozenset({"workers", "models"})
 @routes.get(
     "/v1/doctor",
     summary="What is wrong with the server's side, and what to do; all of it for administrators",
-    response_description="Good and bad findings.",
-    responses=errors(),
 )
 def doctor(use: Use, caller: Caller) -> DoctorReport:
     beats = _beats(use.transport)

@@ -14,7 +14,7 @@ from scheduler.api.auth import Caller
 from scheduler.api.cluster import live_workers, throttle_of
 from scheduler.api.records import JobPath
 from scheduler.api.resources import Resources, Use, job_id
-from scheduler.api.routing import Routes, errors
+from scheduler.api.routing import Routes
 from scheduler.explaining.case import Case
 from scheduler.explaining.explain import explain
 from scheduler.store import explain as store
@@ -26,8 +26,6 @@ routes = Routes(tags=["jobs"])
 @routes.get(
     "/v1/jobs/{job}/explain",
     summary="Why a job waits: behind whom, for which model, what cannot run it, and when it will be done",
-    response_description="As of this moment.",
-    responses=errors(403, 404, 422),
 )
 def explain_job(use: Use, caller: Caller, job: JobPath) -> Explanation:
     return explanation(use, caller.tenant, job_id(job))

@@ -18,7 +18,7 @@ from scheduler.api.blobs import drop_blob, lease_of
 from scheduler.api.records import JobPath
 from scheduler.api.refusals import Forbidden
 from scheduler.api.resources import Use, job_id
-from scheduler.api.routing import Routes, body, errors, gives_bytes, takes
+from scheduler.api.routing import Routes, body, gives_bytes, takes
 from scheduler.blocks import decode_block
 from scheduler.store import fits as store
 from scheduler.store.jobs import job_entry
@@ -49,8 +49,6 @@ UnderLease = Annotated[store.Bearer, Depends(_bearer)]
 @routes.get(
     "/v1/jobs/{job}/fits",
     summary="How far the runs of a training job are: loss and scores of each epoch",
-    response_description="As the workers told last.",
-    responses=errors(403, 404, 422),
 )
 def show_fits(use: Use, caller: Caller, job: JobPath) -> FitList:
     asked = job_id(job)
@@ -69,8 +67,6 @@ def _in_order(reports: Mapping[str, Any]) -> tuple[Any, ...]:
 @routes.get(
     "/v1/fits/{row}",
     summary="Where a run goes on (workers, under their lease)",
-    response_description="Its checkpoint.",
-    responses=errors(403, 404, 422),
 )
 def show_checkpoint(use: Use, caller: Caller, row: RowPath, bearer: UnderLease) -> Checkpoint:
     with use.database.transaction() as connection:
@@ -82,7 +78,6 @@ def show_checkpoint(use: Use, caller: Caller, row: RowPath, bearer: UnderLease) 
     summary="Tell how far a run is, or what came out of it (workers, under their lease)",
     status_code=204,
     response_description="It is noted.",
-    responses=errors(403, 404, 413, 422),
     openapi_extra=takes(FitReport, {"key": "heads 0001", "report": {"loss": 0.7}, "checkpoint": None}),
 )
 def tell_fit(
@@ -113,7 +108,6 @@ def tell_fit(
     "/v1/fits/{row}/data/{job}/{number}",
     summary="A block of the rows that a run learns from (workers, under their lease)",
     responses={
-        **errors(403, 404, 422),
         200: gives_bytes(
             "zstd msgpack: `texts` and the column `vectors`, or `end` behind the last block.", _PACKED
         ),

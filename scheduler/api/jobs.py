@@ -14,7 +14,7 @@ from motet.states import ENDED, State
 from scheduler.api.auth import Caller
 from scheduler.api.records import JobPath, WaitS, describe
 from scheduler.api.resources import Use, job_id
-from scheduler.api.routing import Routes, body, errors, takes
+from scheduler.api.routing import Routes, body, takes
 from scheduler.store import endings, landing
 from scheduler.store import jobs as store
 from scheduler.store.jobs import JobEntry
@@ -27,8 +27,6 @@ routes = Routes(tags=["jobs"])
     "/v1/jobs/{job}/close",
     summary="All parts are sent: let it run",
     status_code=202,
-    response_description="It runs.",
-    responses=errors(403, 404, 409, 422),
     openapi_extra=takes(Closing, {"parts": 3, "rows": 3000}),
 )
 def close_job(
@@ -45,8 +43,6 @@ def close_job(
 @routes.get(
     "/v1/jobs",
     summary="Jobs, newest first",
-    response_description="A page of jobs.",
-    responses=errors(403, 422),
 )
 def list_jobs(
     use: Use,
@@ -65,8 +61,6 @@ def list_jobs(
 @routes.get(
     "/v1/jobs/{job}",
     summary="A job, now or when it changes",
-    response_description="The job.",
-    responses=errors(403, 404, 422),
 )
 async def show_job(
     request: Request,
@@ -101,8 +95,6 @@ async def show_job(
 @routes.post(
     "/v1/jobs/{job}/cancel",
     summary="End a job; what is answered stays",
-    response_description="As it ended.",
-    responses=errors(403, 404),
 )
 def cancel_job(use: Use, caller: Caller, job: JobPath) -> JobRecord:
     at = job_id(job)
@@ -118,7 +110,6 @@ def cancel_job(use: Use, caller: Caller, job: JobPath) -> JobRecord:
     summary="Remove a job and its results for good",
     status_code=204,
     response_description="It is gone.",
-    responses=errors(403, 404),
 )
 def remove_job(use: Use, caller: Caller, job: JobPath) -> Response:
     at = job_id(job)

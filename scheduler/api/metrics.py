@@ -38,7 +38,7 @@ from motet.protocol.wire import PROTOCOL, Beat
 from motet.states import ENDED, LIVE, REACHED
 from scheduler.api.auth import Caller
 from scheduler.api.resources import Resources
-from scheduler.api.routing import Routes, errors
+from scheduler.api.routing import Routes
 from scheduler.policy.liveness import speaks
 from scheduler.policy.pressure import pressures
 from scheduler.store import metrics as store
@@ -431,7 +431,6 @@ motet_jobs{state="running"} 2.0
     summary="Figures of the cluster, for Prometheus",
     response_class=Response,
     responses={
-        **errors(403),
         200: {
             "description": "Every family, as text or, where asked for, as OpenMetrics.",
             "content": {"text/plain": {"example": _EXAMPLE}},

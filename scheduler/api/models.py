@@ -21,7 +21,7 @@ from scheduler.api.bodies import SMALL_BYTES, clean_object, json_body, whole_bod
 from scheduler.api.manifests import read_manifest
 from scheduler.api.model_files import file_flaw
 from scheduler.api.resources import Resources, Use
-from scheduler.api.routing import Routes, errors, takes
+from scheduler.api.routing import Routes, takes
 from scheduler.store.aliases import AliasRow, aliases
 from scheduler.store.registry import add_model, blob_sizes, find_models, models, remove_model
 
@@ -52,8 +52,6 @@ _MODEL = {
 @routes.get(
     "/v1/models",
     summary="Every registered model",
-    response_description="By name, oldest version first.",
-    responses=errors(),
 )
 def list_models(use: Use, caller: Caller) -> ModelList:
     with use.database.transaction() as connection:
@@ -67,8 +65,6 @@ def list_models(use: Use, caller: Caller) -> ModelList:
 @routes.get(
     "/v1/models/{ref}",
     summary="One model",
-    response_description="Its manifest.",
-    responses=errors(404),
 )
 def show_model(use: Use, caller: Caller, ref: RefPath) -> ModelRecord:
     asked = _ref(ref)
@@ -86,7 +82,6 @@ def show_model(use: Use, caller: Caller, ref: RefPath) -> ModelRecord:
     summary="Register a model",
     status_code=201,
     response_description="Registered, now or before.",
-    responses=errors(403, 409, 413, 422),
     openapi_extra=takes(Manifest, _MODEL),
 )
 async def register_model(request: Request, use: Use, caller: Caller) -> ModelRecord:
@@ -142,7 +137,6 @@ def _trunk_problems(asked: Manifest, trunk: Manifest | None) -> list[Problem]:
     summary="Take a version out of the registry",
     status_code=204,
     response_description="It cannot be named by new jobs any more.",
-    responses=errors(403, 404, 409),
 )
 def unregister_model(use: Use, caller: Caller, ref: RefPath) -> Response:
     asked = _ref(ref)

@@ -24,7 +24,7 @@ from scheduler.api.bodies import json_body, whole_body
 from scheduler.api.parts import land
 from scheduler.api.records import describe
 from scheduler.api.resources import Resources, Use
-from scheduler.api.routing import Routes, errors, reply, takes
+from scheduler.api.routing import Routes, reply, takes
 from scheduler.api.rows import Incoming, read_rows
 from scheduler.api.submissions import (
     CheckedSubmission,
@@ -71,7 +71,6 @@ SUBMISSION = {
     response_model=JobRecord,
     response_description="Open: send parts.",
     responses={
-        **errors(403, 409, 413, 422, 429),
         202: {"model": JobRecord, "description": "Submitted with its rows: it runs."},
     },
     openapi_extra=takes(Submission, SUBMISSION),

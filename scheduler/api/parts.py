@@ -19,7 +19,7 @@ from scheduler.api.auth import Caller
 from scheduler.api.bodies import whole_body
 from scheduler.api.records import JobPath
 from scheduler.api.resources import Resources, Use, job_id
-from scheduler.api.routing import Routes, errors, takes_bytes
+from scheduler.api.routing import Routes, takes_bytes
 from scheduler.api.rows import Incoming, read_columns, read_lines
 from scheduler.blocks import blocks_of
 from scheduler.store import jobs as store
@@ -33,8 +33,6 @@ routes = Routes(tags=["jobs"])
 @routes.put(
     "/v1/jobs/{job}/parts/{number}",
     summary="Send a part of the rows",
-    response_description="Stored, now or before.",
-    responses=errors(403, 404, 409, 413, 422, 429),
     openapi_extra=takes_bytes(
         'Msgpack of `{"columns": {field: [value, …]}, "first_row": i}`, or a JSON object or a string a line.',
         msgpack="binary",

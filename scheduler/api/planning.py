@@ -18,7 +18,7 @@ from scheduler.api.bodies import json_body, whole_body
 from scheduler.api.cluster import live_workers
 from scheduler.api.opening import SUBMISSION, inline_rows, planned_with
 from scheduler.api.resources import Resources, Use
-from scheduler.api.routing import Routes, errors, takes
+from scheduler.api.routing import Routes, takes
 from scheduler.api.submissions import read_submission
 from scheduler.blocks import IncomingPart, absent, askable
 from scheduler.policy.capability import why_not, workers
@@ -38,8 +38,6 @@ routes = Routes(tags=["jobs"])
 @routes.post(
     "/v1/plan",
     summary="What a submission would run",
-    response_description="The passes, and an estimate.",
-    responses=errors(403, 413, 422),
     openapi_extra=takes(PlanRequest, {**SUBMISSION, "total_rows": 3000, "total_bytes": 250_000}),
 )
 async def plan_job(request: Request, use: Use, caller: Caller) -> Plan:

@@ -24,7 +24,7 @@ from scheduler.api.auth import Caller
 from scheduler.api.records import JobPath, WaitS, describe
 from scheduler.api.resources import Resources, Use, job_id
 from scheduler.api.result_streams import End, Merged, frame_stream, line_stream
-from scheduler.api.routing import Routes, errors, gives_bytes
+from scheduler.api.routing import Routes, gives_bytes
 from scheduler.store.database import StoreUnavailable
 from scheduler.store.jobs import job_entry
 from scheduler.store.results import ReadyBlock, RowOrder, Shown, read_columns, ready_blocks, shown, unanswered
@@ -118,7 +118,6 @@ def _fitting(blocks: Sequence[ReadyBlock], budget: float) -> Sequence[ReadyBlock
     "/v1/jobs/{job}/results",
     summary="Merged rows, block by block, while the job runs",
     responses={
-        **errors(403, 404, 422),
         200: gives_bytes(
             "Length-prefixed frames of zstd msgpack (docs/http.md), or with `Accept: application/x-ndjson` "
             'a JSON line per row: `{"row": 0, "topic": "business", "errors": {}}`.',
@@ -161,8 +160,6 @@ async def show_results(
 @routes.get(
     "/v1/jobs/{job}/errors",
     summary="Cells without an answer, by row",
-    response_description="A page of cells.",
-    responses=errors(403, 404, 422),
 )
 def show_errors(
     use: Use,

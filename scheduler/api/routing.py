@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import AsyncIterator, Callable, Mapping
 from functools import cache, wraps
+from inspect import cleandoc
 from typing import Any, TypeVar, get_type_hints
 
 from fastapi import APIRouter, Depends, Request
@@ -14,6 +15,7 @@ from starlette.responses import Response
 
 from motet.messages.message import ApiMessage
 from motet.messages.refusals import ErrorBody
+from scheduler.api.auth import ALLOWED
 from scheduler.api.bodies import SMALL_BYTES, clean_object, json_body, taken, whole_body
 from scheduler.api.resources import Use
 
@@ -31,15 +33,42 @@ _ERRORS = {
 }
 
 
+#: What FastAPI says of an answer that nobody describes.
+_UNSAID = "Successful Response"
+#: Arguments of a handler that are no part of the request.
+_NOT_ASKED = {"use", "caller", "request", "return"}
+
+
 class Routes(APIRouter):
-    """A router whose handlers may return messages. Each is written in the thread that made it, without a second check."""
+    """A router whose handlers may return messages. Each is written in the thread that made it, without a second check;
+    it is described by its own words, and so are the errors that the route may give."""
 
     def add_api_route(self, path: str, endpoint: Callable[..., Any], **options: Any) -> None:
-        message = get_type_hints(endpoint)["return"]
-        if isinstance(message, type) and issubclass(message, ApiMessage):
-            options["response_model"] = message
+        hints = get_type_hints(endpoint)
+        message = options.get("response_model")
+        if isinstance(hints["return"], type) and issubclass(hints["return"], ApiMessage):
+            message = options["response_model"] = hints["return"]
             endpoint = _replying(endpoint, options.get("status_code") or 200)
+        if isinstance(message, type) and options.get("response_description", _UNSAID) == _UNSAID:
+            options["response_description"] = cleandoc(message.__doc__ or "")
+        methods = options["methods"] or ["GET"]
+        errors = _errors(path, methods[0], asks=bool(hints.keys() - _NOT_ASKED))
+        options["responses"] = {**errors, **(options["responses"] or {})}
         super().add_api_route(path, endpoint, **options)
+
+
+def _errors(path: str, method: str, *, asks: bool) -> dict[int | str, dict[str, Any]]:
+    """``responses=`` of a route: the errors that it may give. ``asks``: its address may be wrong."""
+    codes = {503}
+    if "anyone" not in ALLOWED[method, path]:
+        codes |= {401, 403, 429}
+    if "{" in path:
+        codes |= {404}
+    if asks:
+        codes |= {422}
+    if method in ("POST", "PUT"):
+        codes |= {409, 413, 422}
+    return {code: {"model": ErrorBody, "description": _ERRORS[code]} for code in sorted(codes)}
 
 
 def _replying(handler: Callable[..., Any], status: int) -> Callable[..., Any]:
@@ -62,12 +91,6 @@ def reply(message: ApiMessage, status: int = 200, headers: Mapping[str, str] | N
 
 
 _adapter: Callable[[Any], TypeAdapter[Any]] = cache(TypeAdapter)
-
-
-def errors(*codes: int, anyone: bool = False) -> dict[int | str, dict[str, Any]]:
-    """``responses=`` of a route: the errors that it may give, beside those of all. ``anyone``: it needs no token."""
-    of_all = {503} if anyone else {401, 429, 503}
-    return {code: {"model": ErrorBody, "description": _ERRORS[code]} for code in sorted({*of_all, *codes})}
 
 
 def takes(message: type[ApiMessage], example: Mapping[str, Any]) -> dict[str, Any]:

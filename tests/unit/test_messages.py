@@ -101,6 +101,9 @@ def test_each_field_is_described_by_its_own_line() -> None:
     schemas = described()["components"]["schemas"]
     assert schemas["JobRecord"]["properties"]["version"]["description"].startswith("Differs whenever")
     assert "pass" in schemas["SubtaskUnderWay"]["required"], "by its name in JSON, and always there"
+    assert schemas["ErrorRecord"]["required"] == ["type", "message"], (
+        "the rest is left out where it is nothing"
+    )
 
 
 def test_an_answer_of_a_newer_server_is_read_without_what_is_new() -> None:
