@@ -10,6 +10,7 @@ import json
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import MISSING, dataclass, field, fields
+from functools import lru_cache
 from typing import Any, ClassVar, Literal
 
 from motet.errors import InvalidJob, Problem
@@ -258,13 +259,19 @@ def render(template: str, row: Mapping[str, Value]) -> str:
     """
     if template == "{text}":
         return plain_text(row["text"])
+    return "".join([plain_text(row[piece]) if is_name else piece for piece, is_name in _pieces(template)])
+
+
+@lru_cache(256)
+def _pieces(template: str) -> tuple[tuple[str, bool], ...]:
+    """A template as literal texts and names of fields, in order; True stands beside a name."""
     parts = re.split(r"(\{\{|\}\}|\{[^{}]*\})", template)
-    return "".join(
-        p[0]
+    return tuple(
+        (p[0], False)
         if p in ("{{", "}}")
-        else plain_text(row[p[1:-1]])
+        else (p[1:-1], True)
         if len(p) > 1 and p[0] == "{" and p[-1] == "}"
-        else p
+        else (p, False)
         for p in parts
     )
 

@@ -41,7 +41,7 @@ DROP TABLE pads;
 
 DOWN = """
 CREATE TEMPORARY TABLE gone ON COMMIT DROP AS
-  SELECT id FROM job WHERE state IN ('loading', 'running')
+  SELECT id FROM job WHERE state IN ('open', 'loading', 'running', 'paused')
      AND EXISTS (SELECT FROM block b WHERE b.job_id = job.id AND octet_length(b.payload) > 0 AND get_byte(b.payload, 0) = 1);
 UPDATE job SET state = 'failed', reason = 'motet was taken back to a version that cannot run it',
        finished = clock_timestamp(), version = version + 1,

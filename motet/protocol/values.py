@@ -220,6 +220,9 @@ def is_text(values: Sequence[Value]) -> bool:
 
 def byte_lengths(values: Sequence[Value]) -> list[int]:
     """UTF-8 bytes of each value's text."""
-    texts: Sequence[Any] = values if is_text(values) else list(map(plain_text, values))
-    # Most texts are ASCII, which each knows of itself: nothing is encoded to count its bytes.
-    return [len(text) if text.isascii() else len(text.encode()) for text in texts]
+    texts: Sequence[Any] = values
+    try:
+        # Most texts are ASCII, which each knows of itself: nothing is encoded to count its bytes.
+        return [len(text) if text.isascii() else len(text.encode()) for text in texts]
+    except AttributeError:
+        return byte_lengths(list(map(plain_text, values)))

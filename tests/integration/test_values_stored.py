@@ -141,7 +141,7 @@ def test_a_part_that_an_api_of_before_stored_is_the_same_part(house: House) -> N
 
 
 def _make_old(url: str, job: str, parts: list[bytes], opening: Any) -> None:
-    """Take a database back to what version 0008 held: bare payloads, digests without a key."""
+    """Take a database back to what version 0009 held: bare payloads, digests without a key."""
     engine = create_engine(url)
     with engine.begin() as connection:
         for number, raw in enumerate(parts):
@@ -171,7 +171,7 @@ def _make_old(url: str, job: str, parts: list[bytes], opening: Any) -> None:
                 {"k": old, "j": at.job_id, "n": at.number},
             )
         connection.execute(text("ALTER TABLE tenant DROP COLUMN digest_key"))
-        connection.execute(text("UPDATE alembic_version SET version_num = '0008'"))
+        connection.execute(text("UPDATE alembic_version SET version_num = '0009'"))
     engine.dispose()
 
 
@@ -182,7 +182,7 @@ def test_going_down_fails_the_jobs_whose_blocks_an_older_version_cannot_read(
         job = house.submit(["a"])["id"]
         done = house.submit(["b"])["id"]
         house.answer(done, 0)
-    downgrade(database_url, "0008")
+    downgrade(database_url, "0009")
     upgrade(database_url)
     with a_house(database_url, tmp_path) as house:
         assert (house.job(job)["state"], house.job(done)["state"]) == ("failed", "succeeded")
