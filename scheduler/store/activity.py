@@ -14,6 +14,7 @@ from sqlalchemy import Connection, text
 
 from motet.errors import NotFound
 from motet.states import ENDED
+from scheduler.store.database import one_moment
 from scheduler.store.jobs import JobEntry, job_entry
 
 #: The job's life is cut into so many equal buckets.
@@ -124,8 +125,6 @@ class Activity:
     errors_left_out: int
 
 
-#: One snapshot for all statements: else rows could be seen twice, or nowhere, while they move.
-_ONE_MOMENT = text("SET TRANSACTION ISOLATION LEVEL REPEATABLE READ, READ ONLY")
 _NOW = text("""
     SELECT created, date_part('epoch', coalesce(finished, clock_timestamp()) - created) AS now_s
       FROM job WHERE id = :job AND tenant_id = :tenant""")
@@ -136,7 +135,7 @@ def activity(connection: Connection, tenant: UUID, job: UUID, *, timeline: int) 
 
     The connection's transaction must be fresh: it becomes a read of one moment.
     """
-    connection.execute(_ONE_MOMENT)
+    one_moment(connection)
     found = connection.execute(_NOW, {"job": job, "tenant": tenant}).first()
     if found is None:
         raise NotFound(f"no job {job}")

@@ -99,3 +99,8 @@ def _transient(error: BaseException | None) -> bool:
 def notify(connection: Connection, channel: str, payload: str = "") -> None:
     """Wake listeners when (and only if) this transaction commits."""
     connection.execute(text("SELECT pg_notify(:channel, :payload)"), {"channel": channel, "payload": payload})
+
+
+def one_moment(connection: Connection) -> None:
+    """One snapshot for all statements of a fresh transaction: else rows could be seen twice, or nowhere, while they move."""
+    connection.execute(text("SET TRANSACTION ISOLATION LEVEL REPEATABLE READ, READ ONLY"))

@@ -19,15 +19,13 @@ from motet.protocol.wire import by_offset
 from motet.states import Skip
 from scheduler.blocks import Reads, absent, read_in_order, row_order, uint32_bytes
 from scheduler.policy.needs import row_fields, stored_task
+from scheduler.store.leases import more_waits
+from scheduler.store.places import PLACES, Place, at_places
 from scheduler.store.words import land, tell
 
-#: A (block, pass): job, pass number, block number.
-Place = tuple[UUID, int, int]
-
-_PLACES = "unnest(CAST(:jobs AS uuid[]), CAST(:passes AS smallint[]), CAST(:blocks AS int[]))"
 _FAILED = text(f"""
     SELECT k.job, k.pass, k.block, t.name, s.errors
-      FROM {_PLACES} k (job, pass, block)
+      FROM {PLACES} k (job, pass, block)
       JOIN pass p ON p.job_id = k.job AND p.number = k.pass CROSS JOIN LATERAL unnest(p.needs) n (task)
       JOIN task t ON t.job_id = k.job AND t.number = n.task
       JOIN block_column b ON b.job_id = k.job AND b.block_number = k.block AND b.task_number = n.task
@@ -52,9 +50,6 @@ _READS = text("""
 _RELEASE = text("""
     UPDATE block_pass SET state = 'ready', n = :n, row_order = :row_order
      WHERE job_id = :job AND pass_number = :pass AND block_number = :block""")
-_MORE_WAITS = text("""
-    UPDATE pass SET rows_waiting = rows_waiting + :rows, bytes_waiting = bytes_waiting + :bytes
-     WHERE job_id = :job AND number = :pass""")
 _COUNT_SKIPPED = text("UPDATE job SET cells_skipped = cells_skipped + :n WHERE id = :job")
 
 
@@ -71,10 +66,8 @@ def failed_upstream(connection: Connection, places: Collection[Place]) -> dict[P
 
     Rows that came in broken are among them. It is the same now and when the place is sealed: sealed columns never change.
     """
-    jobs, passes, blocks = zip(*places, strict=True)
     found: dict[Place, dict[int, CellError]] = defaultdict(dict)
-    at = {"jobs": list(jobs), "passes": list(passes), "blocks": list(blocks)}
-    for job, number, block, name, errors in connection.execute(_FAILED, at):
+    for job, number, block, name, errors in connection.execute(_FAILED, at_places(places)):
         here = found[job, number, block]
         for offset, e in (errors or {}).items():
             here.setdefault(int(offset), because(name, e["error"], e["message"]))
@@ -119,10 +112,7 @@ def release(connection: Connection, blocks: Collection[tuple[UUID, int]]) -> lis
         in_order = bytes(row.row_order) if own is None else own
         size[job, number] += sum(read_in_order(in_order, row.lengths, row.n_rows, reads))
     connection.execute(_RELEASE, released)
-    connection.execute(
-        _MORE_WAITS,
-        [{"job": j, "pass": p, "rows": n, "bytes": size[j, p]} for (j, p), n in sorted(rows.items())],
-    )
+    more_waits(connection, {at: (n, size[at]) for at, n in sorted(rows.items())})
     connection.execute(_COUNT_SKIPPED, [{"job": job, "n": n} for job, n in sorted(skipped.items())])
     tell(connection, [land(job) for job in sorted(skipped)])
     return [Emptied(_place(row), row.todo) for row, made in zip(free, released, strict=True) if not made["n"]]

@@ -10,6 +10,7 @@ from sqlalchemy import Connection, text
 
 from motet.protocol.manifest import Manifest
 from scheduler.policy.placing.records import Demand
+from scheduler.store.database import one_moment
 from scheduler.store.jobs import JobEntry, job_entry
 
 
@@ -53,8 +54,6 @@ class Owner:
     name: str
 
 
-#: One snapshot for all statements of an explanation: else rows could be seen twice, or nowhere, while they move.
-_ONE_MOMENT = text("SET TRANSACTION ISOLATION LEVEL REPEATABLE READ, READ ONLY")
 _PASSES = text("""
     SELECT p.number, p.kind, p.numerics, p.rate_key, cardinality(p.needs) > 0 AS dependent, p.rows_waiting, p.bytes_waiting, m.manifest, j.tenant_id, j.priority, t.weight,
            array_prepend(p.model_id, ARRAY(SELECT k.model_id FROM task k
@@ -84,7 +83,7 @@ def standing(connection: Connection, tenant: UUID, job: UUID) -> Standing:
 
     The connection's transaction must be fresh: it becomes a read of one moment.
     """
-    connection.execute(_ONE_MOMENT)
+    one_moment(connection)
     entry = job_entry(connection, tenant, job)
     found = connection.execute(_PASSES, {"job": job}).all()
     return Standing(

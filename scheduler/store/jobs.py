@@ -169,5 +169,10 @@ def _entries(connection: Connection, rows: Sequence[Row[Any]]) -> list[JobEntry]
             )
         )
     return [
-        JobEntry(**row._mapping, tasks=tuple(tasks[row.id]), passes=tuple(passes[row.id])) for row in rows
+        JobEntry(
+            **{**row._mapping, "state": State(row.state)},
+            tasks=tuple(tasks[row.id]),
+            passes=tuple(passes[row.id]),
+        )
+        for row in rows
     ]

@@ -38,6 +38,7 @@ from scheduler.merge import errors_column
 from scheduler.policy.needs import dialogues_of, fields_read, needs_of, stored_task
 from scheduler.store.database import JOB, notify
 from scheduler.store.endings import succeed
+from scheduler.store.leases import more_waits
 from scheduler.store.opening import PRIORITIES
 from scheduler.store.registry import secret_of
 from scheduler.store.schema import spelt
@@ -157,10 +158,6 @@ _FIND_COLUMNS = text("""
 _SHARE_COLUMNS = text("""
     UPDATE sealed_column c SET refs = c.refs + k.n
       FROM unnest(CAST(:ids AS bigint[]), CAST(:counts AS int[])) k (id, n) WHERE c.id = k.id""")
-_MORE_WAITS = text("""
-    UPDATE pass SET rows_waiting = rows_waiting + k.n_rows, bytes_waiting = bytes_waiting + k.bytes
-      FROM unnest(CAST(:passes AS smallint[]), CAST(:rows AS bigint[]), CAST(:bytes AS bigint[])) k (number, n_rows, bytes)
-     WHERE pass.job_id = :job AND pass.number = k.number""")
 _GROW = text("""
     UPDATE job SET n_rows = n_rows + :rows, n_blocks = n_blocks + :blocks, n_parts = n_parts + 1,
            blocks_done = blocks_done + :done, cells_ok = cells_ok + :ok, cells_error = cells_error + :error,
@@ -247,17 +244,8 @@ def land_part(
     _copy(connection, _COPY_BLOCK, landing.blocks)
     _copy(connection, _COPY_BLOCK_PASS, landing.block_passes)
     _copy(connection, _COPY_BLOCK_COLUMN, landing.block_columns)
-    waiting = sorted(landing.rows_waiting)
-    if waiting:
-        connection.execute(
-            _MORE_WAITS,
-            {
-                "job": job.id,
-                "passes": waiting,
-                "rows": [landing.rows_waiting[p] for p in waiting],
-                "bytes": [landing.bytes_waiting[p] for p in waiting],
-            },
-        )
+    waits = {(job.id, p): (n, landing.bytes_waiting[p]) for p, n in landing.rows_waiting.items()}
+    more_waits(connection, waits)
     cells = landing.cells
     connection.execute(
         _GROW,

@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import secrets
 from collections import Counter, defaultdict
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 from uuid import UUID
@@ -21,6 +21,7 @@ from scheduler.policy.carve import Carved, Range
 from scheduler.policy.lifecycle import Return
 from scheduler.store.database import Database
 from scheduler.store.leadership import fence
+from scheduler.store.places import PLACES, at_places
 from scheduler.store.schema import spelt
 from scheduler.store.words import land, tell
 
@@ -203,11 +204,9 @@ def extend_all(database: Database, epoch: int, lease_s: float) -> None:
 _RUNNING = text(
     f"SELECT id FROM job WHERE id = ANY(:jobs) AND state IN {spelt(CARVED)} ORDER BY id FOR SHARE"
 )
-# Every statement is for all cuts of a step at once: what a sub-task costs is then its rows, not its round trips.
-PLACES = "unnest(CAST(:jobs AS uuid[]), CAST(:passes AS smallint[]), CAST(:blocks AS int[])"
 _CURSORS = text(f"""
     SELECT b.job_id, b.pass_number, b.block_number, b.cursor
-      FROM {PLACES}) k (job, pass, block)
+      FROM {PLACES} k (job, pass, block)
       JOIN block_pass b ON b.job_id = k.job AND b.pass_number = k.pass AND b.block_number = k.block
      WHERE b.state = 'ready' ORDER BY 1, 2, 3 FOR NO KEY UPDATE OF b""")
 _STILL_PIECES = text("SELECT id, job_id, pass_number FROM piece WHERE id = ANY(:ids) ORDER BY id FOR UPDATE")
@@ -221,7 +220,7 @@ _OPEN = text(f"""
                 worker text, boot text, nonce text, device text, device_kind text, predicted_s real) ORDER BY place) c),
     advanced AS (
       UPDATE block_pass b SET cursor = k.cursor
-        FROM {PLACES}, CAST(:cursors AS int[])) k (job, pass, block, cursor)
+        FROM ROWS FROM ({PLACES}, unnest(CAST(:cursors AS int[]))) k (job, pass, block, cursor)
        WHERE b.job_id = k.job AND b.pass_number = k.pass AND b.block_number = k.block),
     eaten AS (DELETE FROM piece WHERE id = ANY(:eaten)),
     left_over AS (
@@ -333,15 +332,6 @@ def _pieces(connection: Connection, ids: Collection[int]) -> dict[int, tuple[str
     return {id_: (str(job), number) for id_, job, number in found}
 
 
-def at_places(places: Collection[_Place]) -> dict[str, list[Any]]:
-    """Places as the parameters that ``PLACES`` names."""
-    return {
-        "jobs": [UUID(job) for job, _, _ in places],
-        "passes": [number for _, number, _ in places],
-        "blocks": [block for _, _, block in places],
-    }
-
-
 def _open(connection: Connection, taken: _Taken, lease_s: float) -> list[Leased]:
     """Take the rows, and open and lease the sub-tasks."""
     nonces = [secrets.token_hex(16) for _ in taken.cuts]
@@ -420,7 +410,7 @@ def _open(connection: Connection, taken: _Taken, lease_s: float) -> list[Leased]
 
 # -- clones ----------------------------------------------------------------------------------------
 
-_JOBS_OF = text("SELECT DISTINCT job_id FROM subtask WHERE id = ANY(:ids)")
+JOBS_OF = text("SELECT DISTINCT job_id FROM subtask WHERE id = ANY(:ids)")
 _CLONABLE = text("""
     SELECT s.*, l.worker AS holder FROM subtask s JOIN lease l ON l.subtask_id = s.id
      WHERE s.id = ANY(:ids) AND s.job_id = ANY(:jobs) AND s.state = 'open' AND s.deaths = 0 AND NOT s.exclusive
@@ -460,7 +450,7 @@ def clone(database: Database, epoch: int, clones: Sequence[SecondLease], lease_s
     ids = sorted({c.subtask for c in clones})
     with database.transaction() as connection:
         fence(connection, epoch)
-        jobs = sorted(connection.execute(_JOBS_OF, {"ids": ids}).scalars())
+        jobs = sorted(connection.execute(JOBS_OF, {"ids": ids}).scalars())
         running = list(connection.execute(_RUNNING, {"jobs": jobs}).scalars())
         clonable = {row.id: row for row in connection.execute(_CLONABLE, {"ids": ids, "jobs": running})}
         chosen: dict[int, tuple[SecondLease, str]] = {}
@@ -607,8 +597,19 @@ _PUT_BACK = text("""
       FROM jsonb_to_recordset(CAST(:pieces AS jsonb)) AS k (block int, lo int, hi int, bytes bigint, tries smallint,
            deaths smallint, exclusive boolean, after_s float8)""")
 _MORE_WAITS = text("""
-    UPDATE pass SET rows_waiting = rows_waiting + :rows, bytes_waiting = bytes_waiting + :bytes
-     WHERE job_id = :job AND number = :pass""")
+    UPDATE pass SET rows_waiting = pass.rows_waiting + k.n_rows, bytes_waiting = pass.bytes_waiting + k.bytes
+      FROM unnest(CAST(:jobs AS uuid[]), CAST(:passes AS smallint[]), CAST(:rows AS bigint[]), CAST(:bytes AS bigint[]))
+           k (job, number, n_rows, bytes)
+     WHERE pass.job_id = k.job AND pass.number = k.number""")
+
+
+def more_waits(connection: Connection, waits: Mapping[tuple[UUID, int], tuple[int, int]]) -> None:
+    """Count what has come to wait in passes of jobs whose locks the caller holds: (job, pass) -> rows, bytes."""
+    if waits:
+        jobs, passes = zip(*waits, strict=True)
+        rows, sizes = zip(*waits.values(), strict=True)
+        at = {"jobs": list(jobs), "passes": list(passes), "rows": list(rows), "bytes": list(sizes)}
+        connection.execute(_MORE_WAITS, at)
 
 
 def put_back(connection: Connection, job: UUID, pass_number: int, returns: Iterable[Return]) -> None:
@@ -630,8 +631,6 @@ def put_back(connection: Connection, job: UUID, pass_number: int, returns: Itera
         return
     at = {"job": job, "pass": pass_number}
     connection.execute(_PUT_BACK, {**at, "pieces": json.dumps(pieces)})
-    connection.execute(
-        _MORE_WAITS,
-        {**at, "rows": sum(p["hi"] - p["lo"] for p in pieces), "bytes": sum(p["bytes"] for p in pieces)},
-    )
+    rows, size = (int(sum(n)) for n in zip(*((p["hi"] - p["lo"], p["bytes"]) for p in pieces), strict=True))
+    more_waits(connection, {(job, pass_number): (rows, size)})
     tell(connection, [land(job)])

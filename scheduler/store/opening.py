@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any, Literal
 from uuid import UUID
 
-from sqlalchemy import Connection, text
+from sqlalchemy import Connection, insert, text
 
 from motet.errors import Conflict, Overloaded
 from motet.states import LIVE
 from scheduler.blocks import is_digest, keyed
+from scheduler.store import tables
 from scheduler.store.registry import secret_of
 from scheduler.store.schema import spelt
 
@@ -21,7 +21,7 @@ PRIORITIES: Mapping[str, int] = {"interactive": 0, "normal": 1, "bulk": 2}
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class NewTask:
-    """A task of a job that is being opened."""
+    """A task of a job that is being opened: columns of its row."""
 
     name: str
     pass_number: int
@@ -34,7 +34,7 @@ class NewTask:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class NewPass:
-    """A pass of a job that is being opened; its number is its place."""
+    """A pass of a job that is being opened: columns of its row; its number is its place."""
 
     kind: str
     model_id: int
@@ -85,12 +85,8 @@ _OPEN = text("""
     VALUES (:id, :tenant, :name, :kind, :priority, :reuse, :bad_rows, :fields, :n_tasks, :key, :digest,
             clock_timestamp() + make_interval(secs => CAST(:deadline_s AS double precision)), :retention_days)
     ON CONFLICT (tenant_id, idempotency_key) DO NOTHING RETURNING id""")
-_ADD_PASS = text("""
-    INSERT INTO pass (job_id, number, kind, model_id, numerics, max_tokens, input, needs, rate_key, reads, bytes_beside)
-    VALUES (:job, :number, :kind, :model_id, :numerics, :max_tokens, :input, :needs, :rate_key, :reads, :bytes_beside)""")
-_ADD_TASK = text("""
-    INSERT INTO task (job_id, number, name, pass_number, model_id, kind, spec, labels, digest)
-    VALUES (:job, :number, :name, :pass_number, :model_id, :kind, CAST(:spec AS jsonb), :labels, :digest)""")
+_ADD_PASS = insert(tables.pass_)
+_ADD_TASK = insert(tables.task)
 
 
 def opened_before(connection: Connection, tenant: UUID, key: str, request_digest: bytes) -> UUID | None:
@@ -144,40 +140,14 @@ def open_job(connection: Connection, job: NewJob, *, max_active_jobs: int) -> UU
         if before is None:
             raise Conflict("the same request is under way; send it again")
         return before
-    connection.execute(
-        _ADD_PASS,
-        [
-            {
-                "job": job.id,
-                "number": number,
-                "kind": p.kind,
-                "model_id": p.model_id,
-                "numerics": p.numerics,
-                "max_tokens": p.max_tokens,
-                "input": p.input,
-                "needs": list(p.needs),
-                "rate_key": p.rate_key,
-                "reads": list(p.reads),
-                "bytes_beside": p.bytes_beside,
-            }
-            for number, p in enumerate(job.passes)
-        ],
-    )
-    connection.execute(
-        _ADD_TASK,
-        [
-            {
-                "job": job.id,
-                "number": number,
-                "name": t.name,
-                "pass_number": t.pass_number,
-                "model_id": t.model_id,
-                "kind": t.kind,
-                "spec": json.dumps(t.spec),
-                "labels": list(t.labels),
-                "digest": t.digest,
-            }
-            for number, t in enumerate(job.tasks)
-        ],
-    )
+    passes = [
+        {"job_id": job.id, "number": number, **asdict(p), "needs": list(p.needs), "reads": list(p.reads)}
+        for number, p in enumerate(job.passes)
+    ]
+    connection.execute(_ADD_PASS, passes)
+    tasks = [
+        {"job_id": job.id, "number": number, **asdict(t), "labels": list(t.labels)}
+        for number, t in enumerate(job.tasks)
+    ]
+    connection.execute(_ADD_TASK, tasks)
     return job.id

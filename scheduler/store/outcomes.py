@@ -31,7 +31,7 @@ from scheduler.policy.cost import LoadKey, Workload
 from scheduler.policy.lifecycle import MAX_TRIES, GivenUp, Return, backoff_s, failed, runs
 from scheduler.store import words
 from scheduler.store.database import JOB, Database, notify
-from scheduler.store.leases import LOCK_JOBS, OpenSubtask, open_subtask, put_back
+from scheduler.store.leases import JOBS_OF, LOCK_JOBS, OpenSubtask, open_subtask, put_back
 from scheduler.store.rates import Timed, learn
 from scheduler.store.schema import spelt
 from scheduler.store.sealing import BlockAnswers, TaskShape, append, asked_for, task_shapes, without_bad
@@ -55,7 +55,6 @@ class Recorded:
             setattr(self, name, getattr(self, name) + getattr(other, name))
 
 
-_JOBS_OF = text("SELECT DISTINCT job_id FROM subtask WHERE id = ANY(:ids)")
 _LIVE = text(f"""
     SELECT s.*, l.attempt, l.nonce, l.worker AS holder, l.boot, l.device, l.device_kind, l.clone, p.numerics,
            m.digest AS model, coalesce(nullif(p.rate_key, ''), nullif(m.trunk, ''), m.digest) AS learned_as,
@@ -98,7 +97,7 @@ def record(database: Database, outcomes: Sequence[Outcome]) -> Recorded:
     began = time.time()
     with database.transaction() as connection:
         ids = sorted({o.subtask for o in outcomes})
-        jobs = [row.job_id for row in connection.execute(_JOBS_OF, {"ids": ids})]
+        jobs = [row.job_id for row in connection.execute(JOBS_OF, {"ids": ids})]
         connection.execute(LOCK_JOBS, {"jobs": sorted(jobs)})
         live = {(row.id, row.attempt): row for row in connection.execute(_LIVE, {"ids": ids})}
         answers: list[BlockAnswers] = []

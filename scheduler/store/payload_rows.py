@@ -10,7 +10,7 @@ from uuid import UUID
 from sqlalchemy import Connection, text
 
 from motet.protocol.columns import Column
-from scheduler.store.leases import PLACES, at_places
+from scheduler.store.places import PLACES, at_places
 from scheduler.store.results import read_columns
 
 _TEXTS = text("""
@@ -43,7 +43,7 @@ def block_texts(
 
 _UPSTREAM = text(f"""
     SELECT w.job_id, w.pass_number, w.block_number, w.row_order, n.task, t.name, t.spec, t.labels, c.column_id
-      FROM {PLACES}) k (job, pass, block)
+      FROM {PLACES} k (job, pass, block)
       JOIN block_pass w ON w.job_id = k.job AND w.pass_number = k.pass AND w.block_number = k.block
       JOIN pass p ON p.job_id = k.job AND p.number = k.pass LEFT JOIN LATERAL unnest(p.needs) n (task) ON true
       LEFT JOIN task t ON t.job_id = k.job AND t.number = n.task

@@ -24,8 +24,9 @@ from scheduler.blocks import askable, row_order
 from scheduler.merge import AnswersPart, array_of, mark_returned, merge
 from scheduler.policy.needs import row_fields, stored_task
 from scheduler.store.arrays import Elements
-from scheduler.store.dependence import Place, absents, failed_upstream, release, skips
+from scheduler.store.dependence import absents, failed_upstream, release, skips
 from scheduler.store.endings import succeed
+from scheduler.store.places import PLACES, Place, at_places
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,18 +92,16 @@ class BlockAnswers:
     final: int
 
 
-# Every statement is for all places of a transaction at once: what a block costs is then its bytes, not its round trips.
-_PLACES = "unnest(CAST(:jobs AS uuid[]), CAST(:passes AS smallint[]), CAST(:blocks AS int[]))"
 _HERE = "p.job_id = k.job AND p.pass_number = k.pass AND p.block_number = k.block"
 _DONE = text(f"""
     UPDATE block_pass p SET done = p.done + k.final
-      FROM (SELECT * FROM ROWS FROM ({_PLACES}, unnest(CAST(:finals AS int[])))) k (job, pass, block, final)
+      FROM (SELECT * FROM ROWS FROM ({PLACES}, unnest(CAST(:finals AS int[])))) k (job, pass, block, final)
      WHERE {_HERE} RETURNING p.job_id, p.pass_number, p.block_number, p.done = p.n AS full, p.todo""")
 _CELLS = text("""
     INSERT INTO cells (job_id, pass_number, block_number, subtask_id, lo, hi, columns)
     VALUES (:job, :pass, :block, :subtask, :lo, :hi, :columns)""")
 _TAKE_CELLS = text(f"""
-    DELETE FROM cells p USING {_PLACES} k (job, pass, block) WHERE {_HERE}
+    DELETE FROM cells p USING {PLACES} k (job, pass, block) WHERE {_HERE}
     RETURNING p.job_id, p.pass_number, p.block_number, p.lo, p.hi, p.columns""")
 _BLOCKS = text("""
     SELECT b.job_id, b.number, b.n_rows, b.row_order, b.bad, b.bad_fields, b.keys, b.passes_open, j.tenant_id,
@@ -111,13 +110,13 @@ _BLOCKS = text("""
       JOIN block b ON b.job_id = k.job AND b.number = k.block JOIN job j ON j.id = b.job_id""")
 _PARTLY_BAD = text(f"""
     SELECT k.job, k.pass AS pass_, k.block, b.bad, b.bad_fields, coalesce(p.row_order, b.row_order) AS row_order
-      FROM {_PLACES} k (job, pass, block) JOIN block_pass p ON {_HERE}
+      FROM {PLACES} k (job, pass, block) JOIN block_pass p ON {_HERE}
       JOIN block b ON b.job_id = k.job AND b.number = k.block AND b.bad_fields <> '{{}}'""")
 _SHOW = text("""
     INSERT INTO block_column (job_id, block_number, task_number, column_id)
     SELECT * FROM unnest(CAST(:jobs AS uuid[]), CAST(:blocks AS int[]), CAST(:tasks AS smallint[]),
                          CAST(:columns AS bigint[]))""")
-_SEAL = text(f"UPDATE block_pass p SET state = 'sealed' FROM {_PLACES} k (job, pass, block) WHERE {_HERE}")
+_SEAL = text(f"UPDATE block_pass p SET state = 'sealed' FROM {PLACES} k (job, pass, block) WHERE {_HERE}")
 _COUNT_DONE = text("UPDATE job SET blocks_done = blocks_done + :n WHERE id = :job RETURNING blocks_done")
 _PASSES_SEALED = text("""
     UPDATE block SET passes_open = k.passes_open, done_number = k.done_number
@@ -138,7 +137,7 @@ def without_bad(
     """
     mixed = {at for at, tasks in shapes.items() if len({frozenset(task.reads) for task in tasks}) > 1}
     places = sorted({(a.job, a.pass_number, a.block) for a in answers if (a.job, a.pass_number) in mixed})
-    found = connection.execute(_PARTLY_BAD, _at(places)).all() if places else ()
+    found = connection.execute(_PARTLY_BAD, at_places(places)).all() if places else ()
     orders = {(row.job, row.pass_, row.block): row_order(bytes(row.row_order)) for row in found}
     bad = {
         (row.job, row.pass_, row.block): absents(
@@ -173,7 +172,7 @@ def append(
     for a in answers:
         by_place[a.job, a.pass_number, a.block].append(a)
     finals = [sum(a.final for a in here) for here in by_place.values()]
-    counted = connection.execute(_DONE, {**_at(list(by_place)), "finals": finals}).all()
+    counted = connection.execute(_DONE, {**at_places(list(by_place)), "finals": finals}).all()
     assert len(counted) == len(by_place), "answers for a block that is not there"
     full = sorted((p.job_id, p.pass_number, p.block_number, p.todo) for p in counted if p.full)
     asked = {(job, number, block): asked_for(shapes[job, number], todo) for job, number, block, todo in full}
@@ -199,12 +198,6 @@ def settle(connection: Connection, blocks: Collection[tuple[UUID, int]]) -> int:
     return _seal(connection, {e.place: asked_for(shapes[e.place[:2]], e.todo) for e in emptied}, {})
 
 
-def _at(places: Sequence[Place]) -> dict[str, list[Any]]:
-    """Places as the parameters that ``_PLACES`` names."""
-    jobs, passes, blocks = zip(*places, strict=True)
-    return {"jobs": list(jobs), "passes": list(passes), "blocks": list(blocks)}
-
-
 def _cells(a: BlockAnswers) -> dict[str, Any]:
     at = {"job": a.job, "pass": a.pass_number, "block": a.block, "subtask": a.subtask}
     return {**at, "lo": a.lo, "hi": a.hi, "columns": _packed(a)}
@@ -225,7 +218,7 @@ def _seal(
     pieces: dict[Place, list[_Piece]] = {
         p: [(a.lo, a.hi, a.columns) for a in last.get(p, ())] for p in places
     }
-    for row in connection.execute(_TAKE_CELLS, _at(places)):
+    for row in connection.execute(_TAKE_CELLS, at_places(places)):
         pieces[row.job_id, row.pass_number, row.block_number].append(
             (row.lo, row.hi, _unpacked(bytes(row.columns)))
         )
@@ -243,7 +236,7 @@ def _seal(
     connection.execute(
         _SHOW, {"jobs": list(jobs), "blocks": list(numbers), "tasks": list(tasks), "columns": stored}
     )
-    connection.execute(_SEAL, _at(places))
+    connection.execute(_SEAL, at_places(places))
     _count_sealed(connection, blocks, Counter((job, block) for job, _, block in places))
     return len(columns) + settle(connection, {(job, block) for job, _, block in depend})
 

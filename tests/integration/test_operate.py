@@ -302,8 +302,8 @@ def test_a_job_past_its_deadline_fails_with_the_reason_and_keeps_what_is_done(
 
 
 def test_an_upload_past_its_deadline_fails_too(house: House, crew: list[Obedient]) -> None:
-    job = land(house.database, texts(5), TASKS)
-    house.sql("UPDATE job SET state = 'loading', deadline = clock_timestamp() - interval '1 s'")
+    job = land(house.database, texts(5), TASKS, close=False)
+    house.sql("UPDATE job SET deadline = clock_timestamp() - interval '1 s'")
     house.tick()
     assert house.job(job).state == "failed"
 

@@ -237,7 +237,7 @@ def doubles_a_suspect(patch: Patch) -> None:
 
 
 def forgets_to_count_what_came_back(patch: Patch) -> None:
-    patch.setattr(leases, "_MORE_WAITS", _nothing("job", "pass", "rows", "bytes"))
+    patch.setattr(leases, "_MORE_WAITS", _nothing("jobs", "passes", "rows", "bytes"))
 
 
 def gives_up_at_the_first_failure(patch: Patch) -> None:
