@@ -16,6 +16,9 @@ _says = attrgetter(
     *("memory_mb", "gpus", "spreads", "formats", "resident"),
 )
 
+#: What of a beat decides which models a worker can ever run.
+_can_run = attrgetter("engines", "device_kind", "device_name", "memory_mb", "gpus", "spreads", "formats")
+
 
 class Crew:
     """What the leader heard of all workers."""
@@ -34,6 +37,12 @@ class Crew:
             if old is not new and old is not None and _says(old) != _says(new):
                 changed.add(name)
         return changed
+
+
+def one_of_each_kind(beats: Mapping[str, Beat], too: Collection[str]) -> dict[str, Beat]:
+    """Of workers that can run the same models one, and each of those in ``too``."""
+    kinds = {_can_run(beat): name for name, beat in beats.items()}
+    return {name: beats[name] for name in sorted({*kinds.values(), *too}) if name in beats}
 
 
 def seen_alive(

@@ -28,7 +28,7 @@ from motet.protocol.wire import Beat
 from motet.states import State
 from scheduler.audit import Audit, Differences
 from scheduler.controls import Controls
-from scheduler.crew import Crew, another_boot, at_a_draining, left_behind, seen_alive
+from scheduler.crew import Crew, another_boot, at_a_draining, left_behind, one_of_each_kind, seen_alive
 from scheduler.facts import Flags, read_flags, under_way
 from scheduler.identity import is_gone, own_name
 from scheduler.lease_book import LeaseBook
@@ -591,15 +591,20 @@ class Dispatcher:
 
     def _chores(self, epoch: int, now: float) -> None:
         flags, live, placer = self._flags, self._crew.live, self._placer
-        known = workers(self._roster.see(live, now), flags.refusals, self.settings.memory_share)
         waiting = [demand for id_ in sorted(placer.wants()) if (demand := placer.demand(id_)) is not None]
+        refusing = {r.worker for r in flags.refusals}
+        # What one of a kind can run the others can, but for those that refused something.
+        some = one_of_each_kind(self._roster.see(live, now), refusing) if waiting else {}
+        known = workers(some, flags.refusals, self.settings.memory_share)
         hopeless = self._hopes.hopeless(waiting, known, flags.refusals, now)
         with self.database.transaction() as connection:
             fence(connection, epoch)
             ending = overdue(connection, UPLOAD_SILENT_S) | hopeless
             for job, why in sorted(ending.items()):
                 end_job(connection, job, State.FAILED, why)
-            drains.forget_the_gone(connection, list(live))
+            drains.forget_the_gone(
+                connection, [name for name in sorted(flags.drained | refusing) if name in live]
+            )
 
     def _sweep(self, epoch: int) -> bool:
         """Delete some of what is no longer kept, in short transactions. True where more of it may be left."""

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from math import inf
+from typing import Any
 
 import psycopg
-from sqlalchemy import Connection, Engine, create_engine, exc, text
+from sqlalchemy import Connection, Engine, create_engine, event, exc, text
 from sqlalchemy.engine import make_url
+from sqlalchemy.pool import ConnectionPoolEntry
 
 from motet.protocol import traces
 
@@ -15,6 +19,17 @@ from motet.protocol import traces
 WORK = "motet_work"
 #: Watchers listen here; the payload is a job's id.
 JOB = "motet_job"
+
+
+#: Seconds after its use for which a connection counts as alive. Longer: more transactions fail, and are tried again, when
+#: Postgres is restarted. Shorter: more of them ask first.
+_FRESH_S = 1.0
+#: Under this name a connection keeps when it was used last.
+_RESTED = "rested"
+
+
+def _rests(_: Any, record: ConnectionPoolEntry) -> None:
+    record.info[_RESTED] = time.monotonic()
 
 
 class StoreUnavailable(Exception):
@@ -32,8 +47,6 @@ class Database:
             pool_size=pool,
             max_overflow=pool,
             pool_timeout=5,
-            # A connection that a restart of Postgres killed is replaced before use, not handed out.
-            pool_pre_ping=True,
             # An autobegin transaction only ever inside `transaction`.
             isolation_level="READ COMMITTED",
             connect_args={
@@ -47,6 +60,20 @@ class Database:
             # A parameter may be a user's text: never in a log, never in an exception.
             hide_parameters=True,
         )
+
+        event.listen(self.engine, "checkin", _rests)
+        event.listen(self.engine, "checkout", self._asked_for)
+
+    def _asked_for(self, connection: Any, record: ConnectionPoolEntry, _: Any) -> None:
+        """A connection that a restart of Postgres killed is replaced before use, not handed out. One that was used a
+        moment ago is not asked: in a burst that would be a round trip for each transaction."""
+        if time.monotonic() - record.info.get(_RESTED, -inf) > _FRESH_S:
+            try:
+                alive = self.engine.dialect.do_ping(connection)
+            except psycopg.Error:
+                alive = False
+            if not alive:
+                raise exc.DisconnectionError
 
     @property
     def libpq_url(self) -> str:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from array import array
-from collections import OrderedDict
 from collections.abc import Collection, Sequence
 from datetime import datetime
 from itertools import accumulate
@@ -11,6 +10,7 @@ from math import inf
 from typing import Any
 from uuid import UUID
 
+from cachetools import LRUCache
 from sqlalchemy import Connection, Row, text
 
 from motet.protocol.manifest import Manifest
@@ -182,7 +182,7 @@ def frontier(connection: Connection, job: str, pass_number: int, *, rows: int, l
 
 
 #: (job, pass, block) -> bytes of the first i rows in order, for every i. Of what may be carved they never change.
-_lengths_read: OrderedDict[tuple[UUID, int, int], array[int]] = OrderedDict()
+_lengths_read: LRUCache[tuple[UUID, int, int], array[int]] = LRUCache(_LENGTHS_KEPT, len)
 
 
 def _lengths_of(
@@ -190,18 +190,13 @@ def _lengths_of(
 ) -> dict[int, array[int]]:
     """``OpenBlock.cumulative`` of these blocks, decoded once."""
     missing = [block for block in blocks if (job, pass_number, block) not in _lengths_read]
+    read: dict[int, array[int]] = {}
     if missing:
         for row in connection.execute(_LENGTHS, {"job": job, "pass": pass_number, "blocks": missing}):
             reads = Reads(tuple(row.reads), row.bytes_beside, row.max_tokens)
             sizes = read_in_order(row.row_order, row.lengths, row.n_rows, reads)
-            _lengths_read[job, pass_number, row.number] = array("Q", accumulate(sizes, initial=0))
-    found = {}
-    for block in blocks:
-        key = (job, pass_number, block)
-        if key in _lengths_read:  # the job may be removed while we read
-            _lengths_read.move_to_end(key)
-            found[block] = _lengths_read[key]
-    kept = sum(map(len, _lengths_read.values())) if missing else 0
-    while kept > _LENGTHS_KEPT:
-        kept -= len(_lengths_read.popitem(last=False)[1])
-    return found
+            read[row.number] = array("Q", accumulate(sizes, initial=0))
+        _lengths_read.update({(job, pass_number, block): lengths for block, lengths in read.items()})
+    # The job may be removed while we read.
+    found = ((block, _lengths_read.get((job, pass_number, block), read.get(block))) for block in blocks)
+    return {block: lengths for block, lengths in found if lengths is not None}

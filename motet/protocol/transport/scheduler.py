@@ -65,6 +65,8 @@ class RedisTransport:
         self._named: dict[bytes, AttemptKey] = {}
         #: Worker -> its newest beat.
         self._beats: dict[str, KnownBeat] = {}
+        #: All workers at the last look, and the keys of their beats.
+        self._beat_keys: tuple[list[str], list[str]] = ([], [])
 
     def close(self) -> None:
         self._redis.close()
@@ -98,7 +100,11 @@ class RedisTransport:
             names, nameless = members(r)
             if nameless:
                 r.srem(WORKERS, *nameless)
-            raw: Any = r.mget([beat_key(name) for name in names]) if names else []
+            known, keys = self._beat_keys
+            if names != known:
+                keys = [beat_key(name) for name in names]
+                self._beat_keys = (names, keys)
+            raw: Any = r.mget(keys) if names else []
             return names, raw
 
         names, raw = self._redis.call(ask)

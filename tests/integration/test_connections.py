@@ -1,0 +1,44 @@
+"""A connection that Postgres has cut is replaced before it is used again, and one that was used just now is not asked."""
+
+from __future__ import annotations
+
+import pytest
+from sqlalchemy import text
+
+from scheduler.store import database as module
+from scheduler.store.database import Database
+
+
+def backend(database: Database) -> int:
+    with database.transaction() as connection:
+        return int(connection.execute(text("SELECT pg_backend_pid()")).scalar_one())
+
+
+def cut(database_url: str, pid: int) -> None:
+    other = Database(database_url)
+    with other.transaction() as connection:
+        connection.execute(text("SELECT pg_terminate_backend(:pid, 1000)"), {"pid": pid})
+    other.close()
+
+
+def test_a_connection_that_was_cut_while_it_rested_is_replaced(
+    database_url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module, "_FRESH_S", 0.0)
+    database = Database(database_url, pool=1)
+    first = backend(database)
+    cut(database_url, first)
+    assert backend(database) != first
+    database.close()
+
+
+def test_in_a_burst_nobody_asks_whether_the_connection_lives(
+    database_url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    database = Database(database_url, pool=1)
+    first = backend(database)
+    asked: list[object] = []
+    monkeypatch.setattr(database.engine.dialect, "do_ping", lambda connection: asked.append(connection))
+    assert [backend(database) for _ in range(3)] == [first] * 3
+    assert asked == []
+    database.close()
