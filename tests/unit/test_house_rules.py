@@ -33,6 +33,7 @@ PURE = (
             "policy/pressure",
             "policy/lifecycle",
             "policy/liveness",
+            "policy/gather",
             "merge",
             "blocks",
             "explaining/case",

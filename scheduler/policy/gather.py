@@ -1,0 +1,145 @@
+"""Gather: which callers' rows of an open job land together, when, and which are refused. Pure.
+
+An *ask* is one caller's rows; a *group* is the asks that land as one block in one transaction. Nagle's rule
+(RFC 896) decides when: a group lands at once while fewer than ``width`` groups are under way, else when one of them
+is answered. No timer: a lone caller never waits for company, and groups grow exactly as far as the cluster is behind.
+
+Rows wait here and not in Postgres, since here a refusal is free: nothing was stored that must be undone.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Hashable, Sequence
+from dataclasses import dataclass, field
+from math import inf
+
+#: Rows that wait for one open job at one process; more are refused. Larger: callers wait seconds for a refusal.
+MAX_WAITING_ROWS = 4096
+#: Seconds a row takes, as assumed before the first group was answered: it only says when a refused caller comes back.
+FIRST_ROW_S = 0.01
+#: Weight of the newest group in the measured seconds a row. Larger: one slow group refuses callers for no reason.
+_NEWEST = 0.2
+#: The shortest ``Retry-After`` of a refusal, in seconds: HTTP counts whole ones.
+_RETRY_S = 1.0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class Waiting:
+    """One ask that has not landed."""
+
+    #: Whoever waits for the answer, as the caller of this module knows it.
+    caller: Hashable
+    rows: int
+    #: UTF-8 bytes of its rows.
+    bytes: int
+    #: On the clock of ``now``: when the caller gives up; ``inf``: never.
+    until: float = inf
+    #: Its rows are skipped when they are late, so they share a block only with asks of which the same is true.
+    drop_late: bool = False
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class Group:
+    """Asks that land together, in the order in which they came."""
+
+    asks: tuple[Waiting, ...]
+    began: float
+
+    @property
+    def rows(self) -> int:
+        return sum(ask.rows for ask in self.asks)
+
+
+class GatherFull(Exception):
+    """Too many rows wait; the caller may come back after ``retry_after_s`` seconds."""
+
+    def __init__(self, waiting: int, retry_after_s: float) -> None:
+        super().__init__(f"{waiting} rows wait to land in this job")
+        self.waiting = waiting
+        self.retry_after_s = retry_after_s
+
+
+@dataclass(slots=True)
+class Gatherer:
+    """The asks of one open job at one process."""
+
+    #: Groups under way at most, before the next one waits for an answer.
+    width: int
+    #: Rows and bytes of a group at most: about one interactive micro-batch, since a block is answered whole.
+    max_rows: int
+    max_bytes: int
+    #: A group is one ask: where a pass writes text, callers do not wait for each other's answers.
+    alone: bool = False
+    #: Seconds from landing to answer per row, smoothed.
+    row_s: float = FIRST_ROW_S
+    _queue: deque[Waiting] = field(default_factory=deque)
+    _rows: int = 0
+    _under_way: set[Group] = field(default_factory=set)
+
+    @property
+    def waiting_rows(self) -> int:
+        return self._rows
+
+    @property
+    def under_way(self) -> int:
+        return len(self._under_way)
+
+    def add(self, ask: Waiting, now: float) -> None:
+        """Let an ask wait. Raises GatherFull where the queue is full, or its caller would give up before it lands."""
+        wait_s = self.row_s * self._rows
+        if self._rows + ask.rows > MAX_WAITING_ROWS or now + wait_s > ask.until:
+            raise GatherFull(self._rows, max(_RETRY_S, wait_s))
+        self._queue.append(ask)
+        self._rows += ask.rows
+
+    def leave(self, ask: Waiting) -> bool:
+        """Its caller went away: True where the ask had not landed yet, and now never will."""
+        try:
+            self._queue.remove(ask)
+        except ValueError:
+            return False
+        self._rows -= ask.rows
+        return True
+
+    def late(self, now: float) -> list[Waiting]:
+        """Take out the asks whose callers have given up: nothing of them was stored."""
+        late = [ask for ask in self._queue if ask.until <= now]
+        if late:
+            self._queue = deque(ask for ask in self._queue if ask.until > now)
+            self._rows -= sum(ask.rows for ask in late)
+        return late
+
+    def next(self, now: float) -> Group | None:
+        """The group to land now, or None: nobody waits, or enough is under way."""
+        if not self._queue or len(self._under_way) >= self.width:
+            return None
+        first = self._queue.popleft()
+        asks, rows, size = [first], first.rows, first.bytes
+        while self._queue and not self.alone:
+            ask = self._queue[0]
+            full = rows + ask.rows > self.max_rows or size + ask.bytes > self.max_bytes
+            if full or ask.drop_late != first.drop_late:
+                break
+            asks.append(self._queue.popleft())
+            rows, size = rows + ask.rows, size + ask.bytes
+        self._rows -= rows
+        group = Group(asks=tuple(asks), began=now)
+        self._under_way.add(group)
+        return group
+
+    def answered(self, group: Group, now: float) -> None:
+        """Its cells are sealed, and the next group may land. Twice is harmless."""
+        if group in self._under_way:
+            self._under_way.remove(group)
+            row_s = (now - group.began) / group.rows / max(1, self.width)
+            self.row_s += _NEWEST * (row_s - self.row_s)
+
+    def failed(self, group: Group) -> None:
+        """It did not land, or nobody will answer it: the next one may, and nothing is learned."""
+        self._under_way.discard(group)
+
+    def drain(self) -> Sequence[Waiting]:
+        """Take out all that wait: the job has ended, or the process does."""
+        rest, self._queue, self._rows = tuple(self._queue), deque(), 0
+        return rest
