@@ -230,7 +230,7 @@ def land_part(
         )
     _check_order(job, held, number, first_row)
     _check_limits(connection, job, held, n_rows, max_rows)
-    landing = _arrange(connection, job, held, blocks)
+    landing = arrange(connection, job, held, blocks)
     connection.execute(
         _ADD_PART,
         {
@@ -296,7 +296,7 @@ def _check_limits(
 
 
 @dataclass
-class _Landing:
+class Arranged:
     """Rows for every table that a part touches, and what they add up to."""
 
     blocks: list[tuple[Any, ...]]
@@ -309,13 +309,40 @@ class _Landing:
     depend: list[int]
     blocks_done: int = 0
 
+    def of_one_block(self) -> dict[str, Any]:
+        """All of it as parameters by name, for a statement that stores one block."""
+        (block,) = self.blocks
+        names = (
+            "job number first_row n_rows n_work bytes row_order lengths payload bad bad_fields keys passes_open"
+            " done_number"
+        )
+        passes = zip(*(row[1:2] + row[3:] for row in self.block_passes), strict=True)
+        waiting = sorted(self.rows_waiting)
+        return {
+            **dict(zip(names.split(), block, strict=True)),
+            **dict(
+                zip(
+                    ["passes", "states", "todos", "ns", "cursors", "dones", "sizes", "orders"],
+                    map(list, passes),
+                    strict=True,
+                )
+            ),
+            "tasks": [row[2] for row in self.block_columns],
+            "columns": [row[3] for row in self.block_columns],
+            "waiting": waiting,
+            "rows_waiting": [self.rows_waiting[p] for p in waiting],
+            "bytes_waiting": [self.bytes_waiting[p] for p in waiting],
+            "blocks_done": self.blocks_done,
+            "errors": self.cells["error"],
+        }
 
-def _arrange(
+
+def arrange(
     connection: Connection, job: LoadingJob, held: Row[Any], blocks: Sequence[EncodedBlock]
-) -> _Landing:
+) -> Arranged:
     """Where each block stands, what of it is answered, and what waits."""
     stored = _stored_columns(connection, job, blocks)
-    landing = _Landing([], [], [], Counter(), Counter(), Counter(), [])
+    landing = Arranged([], [], [], Counter(), Counter(), Counter(), [])
     shared: Counter[int] = Counter()
     first_row = held.n_rows
     for number, block in enumerate(blocks, held.n_blocks):
@@ -362,7 +389,7 @@ def _arrange(
 
 def _add_passes(
     connection: Connection,
-    landing: _Landing,
+    landing: Arranged,
     job: LoadingJob,
     number: int,
     block: EncodedBlock,

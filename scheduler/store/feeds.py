@@ -1,0 +1,166 @@
+"""Open jobs: the asks of many callers land as one block, and the answers of blocks are read by number.
+
+Lock order: the job's row first, as in landing.py. What may arrive twice (an ask under its key) is found, not stored.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from uuid import UUID
+
+from sqlalchemy import Connection, text
+
+from motet.errors import Conflict, NotFound
+from motet.protocol.columns import Column
+from scheduler.blocks import EncodedBlock
+from scheduler.store.database import JOB, WORK
+from scheduler.store.landing import LoadingJob, arrange
+from scheduler.store.results import read_columns
+from scheduler.store.sealing import settle
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class NewAsk:
+    """One caller's rows, under its key; its rows follow those of the ask before it in the block."""
+
+    #: Digest of the caller's key.
+    key: bytes
+    #: Digest of its rows.
+    digest: bytes
+    n_rows: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LandedAsk:
+    """Where an ask's rows stand: [lo, lo + n_rows) of a block, which begins at row ``first_row`` of the job."""
+
+    key: bytes
+    digest: bytes
+    block: int
+    lo: int
+    n_rows: int
+    first_row: int
+
+
+#: Nothing else of the job may change while its rows are numbered.
+_LOCK = text("""
+    SELECT state, n_rows, n_blocks, blocks_done FROM job
+     WHERE id = :job AND tenant_id = :tenant FOR NO KEY UPDATE""")
+# A statement of its own, behind the lock: under READ COMMITTED the statement that waits for the lock would not see
+# an ask that was committed while it waited.
+_KNOWN = text("""
+    SELECT a.key, a.digest, a.block_number AS block, a.lo, a.n_rows, b.first_row
+      FROM ask a JOIN block b ON b.job_id = a.job_id AND b.number = a.block_number
+     WHERE a.job_id = :job AND a.key = ANY(:keys)""")
+# The block, its passes, the asks, what waits, and the job's counts: one round trip.
+_STORE = text(f"""
+    WITH stored AS (
+        INSERT INTO block (job_id, number, first_row, n_rows, n_work, bytes, row_order, lengths, payload, bad,
+                           bad_fields, keys, passes_open, done_number, landed, due)
+        VALUES (:job, :number, :first_row, :n_rows, :n_work, :bytes, :row_order, :lengths, :payload,
+                CAST(:bad AS jsonb), CAST(:bad_fields AS jsonb), :keys, :passes_open, :done_number, clock_timestamp(),
+                clock_timestamp() + make_interval(secs => CAST(:due_s AS double precision)))),
+    passes AS (
+        INSERT INTO block_pass (job_id, pass_number, block_number, state, todo, n, cursor, done, bytes, row_order)
+        SELECT :job, k.pass, :number, k.state, k.todo, k.n, k.cursor, k.done, k.bytes, k.row_order
+          FROM unnest(CAST(:passes AS smallint[]), CAST(:states AS text[]), CAST(:todos AS bigint[]),
+                      CAST(:ns AS int[]), CAST(:cursors AS int[]), CAST(:dones AS int[]), CAST(:sizes AS bigint[]),
+                      CAST(:orders AS bytea[])) k (pass, state, todo, n, cursor, done, bytes, row_order)),
+    columns AS (
+        INSERT INTO block_column (job_id, block_number, task_number, column_id)
+        SELECT :job, :number, k.task, k.column_id
+          FROM unnest(CAST(:tasks AS smallint[]), CAST(:columns AS bigint[])) k (task, column_id)),
+    asks AS (
+        INSERT INTO ask (job_id, key, digest, block_number, lo, n_rows)
+        SELECT :job, k.key, k.digest, :number, k.lo, k.n_rows
+          FROM unnest(CAST(:ask_keys AS bytea[]), CAST(:digests AS bytea[]), CAST(:los AS int[]),
+                      CAST(:ask_rows AS int[])) k (key, digest, lo, n_rows)),
+    waits AS (
+        UPDATE pass SET rows_waiting = rows_waiting + k.n_rows, bytes_waiting = bytes_waiting + k.bytes
+          FROM unnest(CAST(:waiting AS smallint[]), CAST(:rows_waiting AS bigint[]),
+                      CAST(:bytes_waiting AS bigint[])) k (number, n_rows, bytes)
+         WHERE pass.job_id = :job AND pass.number = k.number)
+    UPDATE job SET n_rows = n_rows + :n_rows, n_blocks = n_blocks + 1, blocks_done = blocks_done + :blocks_done,
+           cells_error = cells_error + :errors, version = version + 1, touched = clock_timestamp()
+     WHERE id = :job
+ RETURNING pg_notify('{WORK}', 'land'), CASE WHEN :blocks_done > 0 THEN pg_notify('{JOB}', CAST(:job AS text)) END""")
+
+
+def land_asks(
+    connection: Connection,
+    job: LoadingJob,
+    block: EncodedBlock,
+    asks: Sequence[NewAsk],
+    *,
+    due_s: float | None = None,
+) -> tuple[list[LandedAsk], bool]:
+    """Store the asks' rows as the job's next block. Where they stand, and whether this call stored them.
+
+    Where some of the keys are there already nothing is stored, and only these asks are told: the caller takes them
+    out and lands the rest again. ``due_s``: seconds after which the rows are skipped where nothing of them was carved.
+    Raises NotFound; Conflict where the job takes no rows.
+    """
+    held = connection.execute(_LOCK, {"job": job.id, "tenant": job.tenant}).first()
+    if held is None:
+        raise NotFound(f"no job {job.id}")
+    known = connection.execute(_KNOWN, {"job": job.id, "keys": [ask.key for ask in asks]}).all()
+    if known:
+        return [
+            LandedAsk(
+                key=bytes(row.key),
+                digest=bytes(row.digest),
+                block=row.block,
+                lo=row.lo,
+                n_rows=row.n_rows,
+                first_row=row.first_row,
+            )
+            for row in known
+        ], False
+    if held.state != "open":
+        raise Conflict(f"job {job.id} is {held.state} and takes no more rows")
+    arranged = arrange(connection, job, held, [block])
+    landed, lo = [], 0
+    for ask in asks:
+        landed.append(
+            LandedAsk(
+                key=ask.key,
+                digest=ask.digest,
+                block=held.n_blocks,
+                lo=lo,
+                n_rows=ask.n_rows,
+                first_row=held.n_rows,
+            )
+        )
+        lo += ask.n_rows
+    assert lo == block.n_rows, "the asks are not the rows of the block"
+    connection.execute(_STORE, {**arranged.of_one_block(), **_of_asks(landed), "due_s": due_s})
+    if arranged.depend:
+        # Last, since it counts on with what is counted by now.
+        settle(connection, {(job.id, number) for number in arranged.depend})
+    return landed, True
+
+
+def _of_asks(asks: Sequence[LandedAsk]) -> dict[str, list[object]]:
+    return {
+        "ask_keys": [ask.key for ask in asks],
+        "digests": [ask.digest for ask in asks],
+        "los": [ask.lo for ask in asks],
+        "ask_rows": [ask.n_rows for ask in asks],
+    }
+
+
+_ANSWERED = text("""
+    SELECT b.number, c.task_number, c.column_id
+      FROM block b JOIN block_column c ON c.job_id = b.job_id AND c.block_number = b.number
+     WHERE b.job_id = :job AND b.number = ANY(:blocks) AND b.passes_open = 0""")
+
+
+def answers(connection: Connection, job: UUID, blocks: Sequence[int]) -> Mapping[int, Mapping[int, Column]]:
+    """Of these blocks those that are answered: number -> task number -> column. Each is whole or not there."""
+    shown = connection.execute(_ANSWERED, {"job": job, "blocks": list(blocks)}).all()
+    columns = read_columns(connection, sorted({row.column_id for row in shown}))
+    found: dict[int, dict[int, Column]] = {}
+    for row in shown:
+        found.setdefault(row.number, {})[row.task_number] = columns[row.column_id]
+    return found
