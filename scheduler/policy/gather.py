@@ -10,9 +10,13 @@ Rows wait here and not in Postgres, since here a refusal is free: nothing was st
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Hashable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from math import inf
+from typing import Generic, TypeVar
+
+#: Whoever waits for an answer, as the caller of this module knows it.
+C = TypeVar("C")
 
 #: Rows that wait for one open job at one process; more are refused. Larger: callers wait seconds for a refusal.
 MAX_WAITING_ROWS = 4096
@@ -25,11 +29,10 @@ _RETRY_S = 1.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
-class Waiting:
+class Waiting(Generic[C]):
     """One ask that has not landed."""
 
-    #: Whoever waits for the answer, as the caller of this module knows it.
-    caller: Hashable
+    caller: C
     rows: int
     #: UTF-8 bytes of its rows.
     bytes: int
@@ -40,10 +43,10 @@ class Waiting:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
-class Group:
+class Group(Generic[C]):
     """Asks that land together, in the order in which they came."""
 
-    asks: tuple[Waiting, ...]
+    asks: tuple[Waiting[C], ...]
     began: float
 
     @property
@@ -61,7 +64,7 @@ class GatherFull(Exception):
 
 
 @dataclass(slots=True)
-class Gatherer:
+class Gatherer(Generic[C]):
     """The asks of one open job at one process."""
 
     #: Groups under way at most, before the next one waits for an answer.
@@ -73,9 +76,9 @@ class Gatherer:
     alone: bool = False
     #: Seconds from landing to answer per row, smoothed.
     row_s: float = FIRST_ROW_S
-    _queue: deque[Waiting] = field(default_factory=deque)
+    _queue: deque[Waiting[C]] = field(default_factory=deque)
     _rows: int = 0
-    _under_way: set[Group] = field(default_factory=set)
+    _under_way: set[Group[C]] = field(default_factory=set)
 
     @property
     def waiting_rows(self) -> int:
@@ -85,7 +88,7 @@ class Gatherer:
     def under_way(self) -> int:
         return len(self._under_way)
 
-    def add(self, ask: Waiting, now: float) -> None:
+    def add(self, ask: Waiting[C], now: float) -> None:
         """Let an ask wait. Raises GatherFull where the queue is full, or its caller would give up before it lands."""
         wait_s = self.row_s * self._rows
         if self._rows + ask.rows > MAX_WAITING_ROWS or now + wait_s > ask.until:
@@ -93,7 +96,7 @@ class Gatherer:
         self._queue.append(ask)
         self._rows += ask.rows
 
-    def leave(self, ask: Waiting) -> bool:
+    def leave(self, ask: Waiting[C]) -> bool:
         """Its caller went away: True where the ask had not landed yet, and now never will."""
         try:
             self._queue.remove(ask)
@@ -102,7 +105,11 @@ class Gatherer:
         self._rows -= ask.rows
         return True
 
-    def late(self, now: float) -> list[Waiting]:
+    def waits(self, caller: C) -> bool:
+        """Whether the caller's ask has not landed yet."""
+        return any(ask.caller is caller for ask in self._queue)
+
+    def late(self, now: float) -> list[Waiting[C]]:
         """Take out the asks whose callers have given up: nothing of them was stored."""
         late = [ask for ask in self._queue if ask.until <= now]
         if late:
@@ -110,7 +117,7 @@ class Gatherer:
             self._rows -= sum(ask.rows for ask in late)
         return late
 
-    def next(self, now: float) -> Group | None:
+    def next(self, now: float) -> Group[C] | None:
         """The group to land now, or None: nobody waits, or enough is under way."""
         if not self._queue or len(self._under_way) >= self.width:
             return None
@@ -128,18 +135,18 @@ class Gatherer:
         self._under_way.add(group)
         return group
 
-    def answered(self, group: Group, now: float) -> None:
+    def answered(self, group: Group[C], now: float) -> None:
         """Its cells are sealed, and the next group may land. Twice is harmless."""
         if group in self._under_way:
             self._under_way.remove(group)
             row_s = (now - group.began) / group.rows / max(1, self.width)
             self.row_s += _NEWEST * (row_s - self.row_s)
 
-    def failed(self, group: Group) -> None:
+    def failed(self, group: Group[C]) -> None:
         """It did not land, or nobody will answer it: the next one may, and nothing is learned."""
         self._under_way.discard(group)
 
-    def drain(self) -> Sequence[Waiting]:
+    def drain(self) -> Sequence[Waiting[C]]:
         """Take out all that wait: the job has ended, or the process does."""
         rest, self._queue, self._rows = tuple(self._queue), deque(), 0
         return rest

@@ -150,17 +150,30 @@ def _of_asks(asks: Sequence[LandedAsk]) -> dict[str, list[object]]:
     }
 
 
-_ANSWERED = text("""
-    SELECT b.number, c.task_number, c.column_id
-      FROM block b JOIN block_column c ON c.job_id = b.job_id AND c.block_number = b.number
-     WHERE b.job_id = :job AND b.number = ANY(:blocks) AND b.passes_open = 0""")
+# The job's row comes along even where no block is answered.
+_LOOK = text("""
+    SELECT j.state, b.number, c.task_number, c.column_id
+      FROM job j LEFT JOIN block b ON b.job_id = j.id AND b.number = ANY(:blocks) AND b.passes_open = 0
+      LEFT JOIN block_column c ON c.job_id = b.job_id AND c.block_number = b.number
+     WHERE j.id = :job""")
 
 
-def answers(connection: Connection, job: UUID, blocks: Sequence[int]) -> Mapping[int, Mapping[int, Column]]:
-    """Of these blocks those that are answered: number -> task number -> column. Each is whole or not there."""
-    shown = connection.execute(_ANSWERED, {"job": job, "blocks": list(blocks)}).all()
-    columns = read_columns(connection, sorted({row.column_id for row in shown}))
+@dataclass(frozen=True, slots=True, kw_only=True)
+class FeedLook:
+    """An open job at one moment, as those see it who wait for some of its blocks."""
+
+    #: None: it was removed.
+    state: str | None
+    #: Number of an answered block -> task number -> column. A block is whole or not there.
+    answered: Mapping[int, Mapping[int, Column]]
+
+
+def look(connection: Connection, job: UUID, blocks: Sequence[int]) -> FeedLook:
+    """The job's state, and those of these blocks that are answered."""
+    rows = connection.execute(_LOOK, {"job": job, "blocks": list(blocks)}).all()
+    shown = [row for row in rows if row.column_id is not None]
+    columns = read_columns(connection, sorted({row.column_id for row in shown})) if shown else {}
     found: dict[int, dict[int, Column]] = {}
     for row in shown:
         found.setdefault(row.number, {})[row.task_number] = columns[row.column_id]
-    return found
+    return FeedLook(state=rows[0].state if rows else None, answered=found)

@@ -14,7 +14,7 @@ from motet.tasks import Classify, Embed
 from scheduler.blocks import EncodedBlock, IncomingPart, blocks_of
 from scheduler.store import feeds, landing
 from scheduler.store.database import Database
-from scheduler.store.feeds import LandedAsk, NewAsk
+from scheduler.store.feeds import FeedLook, LandedAsk, NewAsk
 from scheduler.store.landing import LoadingJob
 from tests.integration.landing import HEAD, TRUNK, land, register
 
@@ -156,7 +156,7 @@ def test_a_block_that_no_task_can_be_asked_is_answered_at_once(database: Databas
     assert (n_rows, n_blocks, done, waiting) == (1, 1, 1, 0)
     assert (ok, error + skipped) == (0, 3)
     with database.transaction() as connection:
-        answered = feeds.answers(connection, feed.id, [0, 7])
+        answered = feeds.look(connection, feed.id, [0, 7]).answered
     assert set(answered) == {0}
     assert sorted(answered[0]) == [0, 1, 2]
 
@@ -164,7 +164,8 @@ def test_a_block_that_no_task_can_be_asked_is_answered_at_once(database: Databas
 def test_what_is_under_way_is_not_told_as_answered(database: Database, feed: LoadingJob) -> None:
     lands(database, feed, block_of(feed, "a"), ask("x"))
     with database.transaction() as connection:
-        assert feeds.answers(connection, feed.id, [0]) == {}
+        assert feeds.look(connection, feed.id, [0]) == FeedLook(state="open", answered={})
+        assert feeds.look(connection, uuid.uuid4(), [0]).state is None
 
 
 def test_a_job_that_is_no_longer_open_takes_no_ask_but_knows_the_old_ones(

@@ -11,17 +11,19 @@ from hypothesis import strategies as st
 from scheduler.policy.gather import MAX_WAITING_ROWS, Gatherer, GatherFull, Group, Waiting
 
 
-def gatherer(*, width: int = 2, max_rows: int = 16, max_bytes: int = 1000, alone: bool = False) -> Gatherer:
+def gatherer(
+    *, width: int = 2, max_rows: int = 16, max_bytes: int = 1000, alone: bool = False
+) -> Gatherer[object]:
     return Gatherer(width=width, max_rows=max_rows, max_bytes=max_bytes, alone=alone)
 
 
 def ask(
     caller: object = "one", *, rows: int = 1, size: int = 10, until: float = inf, drop: bool = False
-) -> Waiting:
+) -> Waiting[object]:
     return Waiting(caller=caller, rows=rows, bytes=size, until=until, drop_late=drop)
 
 
-def callers(group: Group | None) -> list[object]:
+def callers(group: Group[object] | None) -> list[object]:
     assert group is not None
     return [a.caller for a in group.asks]
 
@@ -142,10 +144,10 @@ def test_every_ask_lands_once_in_order_or_leaves(
     moves: list[tuple[str, int, bool]], width: int, alone: bool
 ) -> None:
     g = gatherer(width=width, alone=alone, max_rows=100, max_bytes=10_000)
-    added: list[Waiting] = []
-    left: list[Waiting] = []
-    landed: list[Waiting] = []
-    under: list[Group] = []
+    added: list[Waiting[object]] = []
+    left: list[Waiting[object]] = []
+    landed: list[Waiting[object]] = []
+    under: list[Group[object]] = []
 
     def land() -> None:
         group = g.next(0.0)

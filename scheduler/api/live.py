@@ -1,0 +1,332 @@
+"""Live: the asks of one open job are gathered, landed and answered, by this process.
+
+The event loop owns everything here; Postgres is spoken to in threads. Any number of processes may serve one job: rows
+are numbered and keys are checked under the job's lock in Postgres (store/feeds.py), each process gathers by itself.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Callable, Coroutine, Mapping, Sequence
+from concurrent.futures import Executor
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any, TypeVar
+
+from motet.errors import Conflict, MotetError, NotFound, Overloaded
+from motet.protocol.columns import Column, cut
+from motet.states import ENDED
+from scheduler.api.bell import Bell
+from scheduler.blocks import IncomingPart, blocks_of
+from scheduler.policy.gather import Gatherer, GatherFull, Group, Waiting
+from scheduler.store import feeds
+from scheduler.store.database import Database, StoreUnavailable
+from scheduler.store.feeds import FeedLook, LandedAsk, NewAsk
+from scheduler.store.landing import LoadingJob
+
+T = TypeVar("T")
+
+log = logging.getLogger(__name__)
+
+#: Whoever waits looks so often, in seconds, where no word of Postgres comes: a lost word costs no more.
+_POLL_S = 1.0
+#: Pause before a landing is tried again while Postgres is away, in seconds.
+_AGAIN_S = 0.25
+
+
+class Late(MotetError):
+    """The answer did not come in the time that the caller gave."""
+
+    def __init__(self, *, stored: bool, row: int | None = None) -> None:
+        where = f"row {row} of the job" if row is not None else "what was stored of it"
+        super().__init__(
+            f"not answered in time: {where} goes on; ask again with the same key for its answer"
+            if stored
+            else "not landed in time: nothing was stored, and nothing runs; ask again"
+        )
+        #: False: nothing of it was stored, and nothing will be.
+        self.stored = stored
+        #: Index of its first row in the job, where that is known.
+        self.row = row
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Answer:
+    """The merged cells of an ask's rows."""
+
+    first_row: int
+    n_rows: int
+    #: Task number -> a column of ``n_rows``.
+    columns: Mapping[int, Column]
+
+
+@dataclass(eq=False, slots=True, kw_only=True)
+class Ask:
+    """One caller's rows on their way."""
+
+    part: IncomingPart
+    key: bytes
+    digest: bytes
+    #: On the loop's clock.
+    until: float
+    answer: asyncio.Future[Answer]
+    #: Index of its first row in the job, once it has landed.
+    row: int | None = None
+
+    def fails(self, error: Exception) -> None:
+        if not self.answer.done():
+            self.answer.set_exception(error)
+
+
+@dataclass(eq=False, slots=True)
+class _Block:
+    """A block under way: the group that landed it here, if one did, and the asks that wait for it."""
+
+    group: Group[Ask] | None
+    #: (the ask, its place in the block)
+    asks: list[tuple[Ask, int]] = field(default_factory=list)
+
+
+class Feed:
+    """One open job at this process. Used from the event loop only."""
+
+    def __init__(
+        self,
+        job: LoadingJob,
+        gatherer: Gatherer[Ask],
+        database: Database,
+        bell: Bell,
+        threads: Executor,
+        width: Callable[[], int],
+    ) -> None:
+        self._job, self._gatherer, self._database = job, gatherer, database
+        self._bell, self._threads, self._width = bell, threads, width
+        self._under_way: dict[int, _Block] = {}
+        self._tasks: set[asyncio.Task[None]] = set()
+        self._reading = False
+        #: Asks without an answer, by their key: a key repeated meanwhile is the same ask.
+        self._asks: dict[bytes, Ask] = {}
+
+    @property
+    def waiting_rows(self) -> int:
+        return self._gatherer.waiting_rows
+
+    @property
+    def idle(self) -> bool:
+        return not self._gatherer.waiting_rows and not self._under_way and not self._tasks
+
+    async def ask(
+        self,
+        part: IncomingPart,
+        size: int,
+        key: bytes,
+        digest: bytes,
+        *,
+        within_s: float,
+        drop_late: bool = False,
+    ) -> Answer:
+        """The rows' merged cells.
+
+        ``size``: UTF-8 bytes of the rows. ``within_s``: how long the caller waits, in seconds.
+        Raises Overloaded; Late; Conflict where the key stands for other rows or the job takes none; NotFound where it
+        was removed.
+        """
+        loop = asyncio.get_running_loop()
+        now = loop.time()
+        if (same := self._asks.get(key)) is not None:
+            return await self._as(same, digest, now + within_s)
+        ask = Ask(part=part, key=key, digest=digest, until=now + within_s, answer=loop.create_future())
+        waiting = Waiting(caller=ask, rows=len(part), bytes=size, until=ask.until, drop_late=drop_late)
+        try:
+            self._gatherer.add(waiting, now)
+        except GatherFull as full:
+            raise Overloaded(str(full), full.retry_after_s) from None
+        self._asks[key] = ask
+        ask.answer.add_done_callback(self._forget(key))
+        self._pump()
+        try:
+            return await self._as(ask, digest, ask.until)
+        finally:
+            # Of a caller that went away before its rows landed nothing is stored.
+            if self._gatherer.leave(waiting):
+                ask.fails(Late(stored=False))
+                self._pump()
+
+    def _forget(self, key: bytes) -> Callable[[asyncio.Future[Answer]], None]:
+        def done(answer: asyncio.Future[Answer]) -> None:
+            self._asks.pop(key, None)
+            # Its caller may have gone: then nobody else will look at the error.
+            if not answer.cancelled():
+                answer.exception()
+
+        return done
+
+    async def _as(self, ask: Ask, digest: bytes, until: float) -> Answer:
+        """The answer of an ask, for one of the callers that wait for it."""
+        if ask.digest != digest:
+            raise _other_rows()
+        try:
+            async with asyncio.timeout_at(until):
+                return await asyncio.shield(ask.answer)
+        except TimeoutError:
+            raise Late(stored=not self._gatherer.waits(ask), row=ask.row) from None
+
+    def _pump(self) -> None:
+        loop = asyncio.get_running_loop()
+        for late in self._gatherer.late(loop.time()):
+            late.caller.fails(Late(stored=False))
+        self._gatherer.width = self._width()
+        while (group := self._gatherer.next(loop.time())) is not None:
+            self._spawn(self._land(group))
+
+    def _spawn(self, work: Coroutine[Any, Any, None]) -> None:
+        task = asyncio.ensure_future(work)
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+
+    async def _in_thread(self, work: Callable[[], T]) -> T:
+        return await asyncio.get_running_loop().run_in_executor(self._threads, work)
+
+    # -- landing
+
+    async def _land(self, group: Group[Ask]) -> None:
+        asks = [waiting.caller for waiting in group.asks]
+        try:
+            asks = await self._land_all(group, asks)
+        except (MotetError, StoreUnavailable) as error:
+            for ask in asks:
+                ask.fails(error)
+        except Exception as error:
+            log.error("landing failed", exc_info=error, extra={"job": self._job.id})
+            for ask in asks:
+                ask.fails(error)
+        else:
+            return
+        self._gatherer.failed(group)
+        self._pump()
+
+    async def _land_all(self, group: Group[Ask], asks: list[Ask]) -> list[Ask]:
+        """Land what is left of the group until it stands in Postgres. While that is away, callers wait or give up."""
+        loop = asyncio.get_running_loop()
+        due = max(ask.until for ask in asks) if group.asks[0].drop_late else None
+        while asks:
+            due_s = None if due is None else due - loop.time()
+            try:
+                landed, stored = await self._in_thread(partial(self._store, asks, due_s))
+            except StoreUnavailable:
+                # Whether it was committed nobody knows: the keys will tell.
+                if all(ask.until <= loop.time() for ask in asks):
+                    raise
+                await asyncio.sleep(_AGAIN_S)
+                continue
+            by_key = {place.key: place for place in landed}
+            if stored:
+                number = landed[0].block
+                self._under_way[number] = _Block(group, [(ask, by_key[ask.key].lo) for ask in asks])
+                for ask in asks:
+                    ask.row = by_key[ask.key].first_row + by_key[ask.key].lo
+                self._read()
+                return asks
+            for ask in asks:
+                if (place := by_key.get(ask.key)) is not None:
+                    self._found(ask, place)
+            asks = [ask for ask in asks if ask.key not in by_key]
+        # Every ask was there before.
+        self._gatherer.failed(group)
+        self._pump()
+        return asks
+
+    def _store(self, asks: Sequence[Ask], due_s: float | None) -> tuple[list[LandedAsk], bool]:
+        part = _together([ask.part for ask in asks])
+        (block,) = blocks_of(part, self._job.readers, block_rows=len(part), block_bytes=1 << 40)
+        new = [NewAsk(key=ask.key, digest=ask.digest, n_rows=len(ask.part)) for ask in asks]
+        with self._database.transaction() as connection:
+            return feeds.land_asks(connection, self._job, block, new, due_s=due_s)
+
+    def _found(self, ask: Ask, place: LandedAsk) -> None:
+        """Its key landed before, here or in another process: it waits for that block, or has its answer at once."""
+        if place.digest != ask.digest:
+            ask.fails(_other_rows())
+            return
+        ask.row = place.first_row + place.lo
+        self._under_way.setdefault(place.block, _Block(None)).asks.append((ask, place.lo))
+        self._read()
+
+    # -- answering
+
+    def _read(self) -> None:
+        if not self._reading:
+            self._reading = True
+            self._spawn(self._answer())
+
+    async def _answer(self) -> None:
+        """Look for the blocks under way at each word about the job, and once a second, until none is left."""
+        try:
+            with self._bell.heard(self._job.id) as rung:
+                while self._under_way:
+                    rung.clear()
+                    numbers = sorted(self._under_way)
+                    try:
+                        found = await self._in_thread(partial(self._look, numbers))
+                    except StoreUnavailable:
+                        await asyncio.sleep(_AGAIN_S)
+                        continue
+                    self._resolve(found, numbers)
+                    if self._under_way:
+                        try:
+                            await asyncio.wait_for(rung.wait(), _POLL_S)
+                        except TimeoutError:
+                            continue
+        finally:
+            self._reading = False
+
+    def _look(self, numbers: Sequence[int]) -> FeedLook:
+        with self._database.transaction() as connection:
+            return feeds.look(connection, self._job.id, numbers)
+
+    def _resolve(self, found: FeedLook, asked: Sequence[int]) -> None:
+        now = asyncio.get_running_loop().time()
+        for number, columns in found.answered.items():
+            block = self._under_way.pop(number)
+            for ask, lo in block.asks:
+                if not ask.answer.done():
+                    n, row = len(ask.part), ask.row
+                    assert row is not None
+                    cells = {task: cut(column, lo, lo + n) for task, column in columns.items()}
+                    ask.answer.set_result(Answer(first_row=row, n_rows=n, columns=cells))
+            if block.group is not None:
+                self._gatherer.answered(block.group, now)
+        if found.state is None or found.state in ENDED:
+            # Nothing more will be answered of what was looked for.
+            gone = NotFound(f"job {self._job.id} was removed")
+            error = gone if found.state is None else Conflict(f"job {self._job.id} is {found.state}")
+            for number in asked:
+                if (block_gone := self._under_way.pop(number, None)) is not None:
+                    for ask, _ in block_gone.asks:
+                        ask.fails(error)
+                    if block_gone.group is not None:
+                        self._gatherer.failed(block_gone.group)
+        self._pump()
+
+
+def _other_rows() -> Conflict:
+    return Conflict("this key was used for other rows; use a new key")
+
+
+def _together(parts: Sequence[IncomingPart]) -> IncomingPart:
+    """The parts, one behind the other."""
+    if len(parts) == 1:
+        return parts[0]
+    columns: dict[str, list[Any]] = {name: [] for name in parts[0].columns}
+    bad: dict[int, tuple[str, str]] = {}
+    bad_fields: dict[str, dict[int, tuple[str, str]]] = {}
+    rows = 0
+    for part in parts:
+        for name, texts in part.columns.items():
+            columns[name] += texts
+        bad.update((rows + i, why) for i, why in part.bad.items())
+        for name, of in part.bad_fields.items():
+            bad_fields.setdefault(name, {}).update((rows + i, why) for i, why in of.items())
+        rows += len(part)
+    return IncomingPart(columns=columns, bad=bad, bad_fields=bad_fields)
