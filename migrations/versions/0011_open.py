@@ -6,7 +6,7 @@ Going down fails the open jobs: an older version would wait for ever for their n
 from alembic import op
 
 revision = "0011"
-down_revision = "0008"
+down_revision = "0010"
 branch_labels = None
 depends_on = None
 
