@@ -6,6 +6,7 @@ MotetError
 ├── Unauthorized     bring another token                  (HTTP 401, 403)
 ├── Conflict         the thing has moved on: look again   (HTTP 409)
 ├── Overloaded       come back after .retry_after_s       (HTTP 429, 503)
+├── Late             ask again with the same key, or give it more time (HTTP 503, 504)
 ├── Unreachable      start the server, or mend the address
 ├── JobFailed        the job ended as failed or cancelled (.job_id, .reason)
 └── SetupError       mend this machine's set-up: a missing package, folder, port or setting
@@ -88,6 +89,17 @@ class Overloaded(MotetError):
     def retry_after(self) -> float:
         """The same as ``retry_after_s``, under the name of the HTTP header."""
         return self.retry_after_s
+
+
+class Late(MotetError):
+    """The answer to an ask did not come within the time that its caller gave."""
+
+    def __init__(self, message: str, *, stored: bool, row: int | None = None) -> None:
+        super().__init__(message)
+        #: False: nothing of it was stored, and nothing runs.
+        self.stored = stored
+        #: Index of its first row in the job, where that is known.
+        self.row = row
 
 
 class Unreachable(MotetError):

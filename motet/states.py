@@ -41,9 +41,9 @@ ENDED = frozenset(state for state, following in MOVES.items() if not following)
 #: Jobs that have not ended, in the order of their states.
 LIVE = tuple(state for state in State if state not in ENDED)
 #: Jobs whose rows are carved.
-CARVED = (State.RUNNING,)
+CARVED = (State.OPEN, State.RUNNING)
 #: States that jobs of this version come to: what filters offer.
-REACHED = tuple(state for state in State if state not in (State.OPEN, State.PAUSED))
+REACHED = tuple(state for state in State if state is not State.PAUSED)
 
 
 class Skip(StrEnum):

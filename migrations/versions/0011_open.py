@@ -11,24 +11,7 @@ branch_labels = None
 depends_on = None
 
 UP = """
-ALTER TABLE job DROP CONSTRAINT job_state_check;
-ALTER TABLE job ADD CONSTRAINT job_state_check
-  CHECK (state IN ('open', 'loading', 'running', 'paused', 'succeeded', 'failed', 'cancelled'));
-ALTER TABLE job
-  ADD COLUMN keep_s double precision CHECK (keep_s > 0),
-  ADD COLUMN first_block int NOT NULL DEFAULT 0,
-  ADD COLUMN past_ok bigint NOT NULL DEFAULT 0,
-  ADD COLUMN past_error bigint NOT NULL DEFAULT 0,
-  ADD COLUMN past_skipped bigint NOT NULL DEFAULT 0,
-  ADD CONSTRAINT a_training_run_is_never_open CHECK (state <> 'open' OR kind = 'infer'),
-  ADD CONSTRAINT past_cells_are_counted
-    CHECK (past_ok <= cells_ok AND past_error <= cells_error AND past_skipped <= cells_skipped);
-COMMENT ON COLUMN job.keep_s IS 'Of an open job: seconds for which its rows are kept once they are answered; NULL: no open job.';
-COMMENT ON COLUMN job.first_block IS 'The first block that is still there: those before it were kept long enough.';
-COMMENT ON COLUMN job.past_ok IS 'Cells that are ok in blocks that are gone; past_error and past_skipped likewise.';
-ALTER TABLE block ADD COLUMN landed timestamptz, ADD COLUMN due timestamptz;
-COMMENT ON COLUMN block.landed IS 'When its rows landed in an open job; NULL: in no open job.';
-COMMENT ON COLUMN block.due IS 'Where nothing of it was carved by then, its rows are skipped as late; NULL: never.';
+ALTER TABLE job ADD CONSTRAINT a_training_run_is_never_open CHECK (state <> 'open' OR kind = 'infer');
 CREATE TABLE ask (
   job_id       uuid NOT NULL,
   key          bytea NOT NULL,
@@ -41,16 +24,15 @@ CREATE TABLE ask (
 );
 CREATE INDEX ask_by_block ON ask (job_id, block_number);
 COMMENT ON TABLE ask IS 'One caller''s rows in an open job: [lo, lo + n_rows) of a block. A key names one run of rows.';
-COMMENT ON COLUMN ask.key IS 'Digest of the caller''s key.';
-COMMENT ON COLUMN ask.digest IS 'Digest of its rows: the same key with other rows is a conflict.';
+COMMENT ON COLUMN ask.key IS 'Keyed digest of the caller''s key.';
+COMMENT ON COLUMN ask.digest IS 'Keyed digest of its rows: the same key with other rows is a conflict.';
 """
 
 DOWN = """
-CREATE TEMPORARY TABLE gone ON COMMIT DROP AS SELECT id FROM job WHERE keep_s IS NOT NULL AND state IN ('open', 'running');
+CREATE TEMPORARY TABLE gone ON COMMIT DROP AS SELECT id FROM job WHERE state = 'open';
 UPDATE job SET state = 'failed', reason = 'motet was taken back to a version that cannot run it',
        finished = clock_timestamp(), version = version + 1,
-       cells_ok = past_ok + k.ok, cells_error = past_error + k.error,
-       cells_skipped = n_rows * n_tasks - past_ok - k.ok - past_error - k.error
+       cells_ok = k.ok, cells_error = k.error, cells_skipped = n_rows * n_tasks - k.ok - k.error
   FROM (SELECT g.id, CAST(coalesce(sum(s.n_ok), 0) AS bigint) AS ok, CAST(coalesce(sum(s.n_error), 0) AS bigint) AS error
           FROM gone g LEFT JOIN block_column b ON b.job_id = g.id LEFT JOIN sealed_column s ON s.id = b.column_id
          GROUP BY g.id) k
@@ -62,13 +44,7 @@ DELETE FROM cells USING gone WHERE job_id = gone.id;
 UPDATE pass SET rows_waiting = 0, bytes_waiting = 0 FROM gone WHERE job_id = gone.id;
 DROP TABLE gone;
 DROP TABLE ask;
-ALTER TABLE block DROP COLUMN landed, DROP COLUMN due;
-ALTER TABLE job DROP COLUMN keep_s, DROP COLUMN first_block,
-  DROP COLUMN past_ok, DROP COLUMN past_error, DROP COLUMN past_skipped;
 ALTER TABLE job DROP CONSTRAINT a_training_run_is_never_open;
-ALTER TABLE job DROP CONSTRAINT job_state_check;
-ALTER TABLE job ADD CONSTRAINT job_state_check
-  CHECK (state IN ('loading', 'running', 'succeeded', 'failed', 'cancelled'));
 """
 
 

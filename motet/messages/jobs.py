@@ -17,6 +17,9 @@ MAX_INLINE_ROWS = 1024
 MAX_DEADLINE_S = 366 * 86_400
 #: A hundred years: more is a slip of the hand.
 MAX_RETENTION_DAYS = 36_500
+#: Rows of one ask: more are a job.
+MAX_ASK_ROWS = 64
+_ASK_KEY = Limit("text of 1 to 200 characters", least=1, most=200)
 _COUNT = Limit("a whole number", least=0, most=2**62 - 1)
 _TOTAL = Limit("a whole number", least=0, most=10**15)
 
@@ -36,6 +39,8 @@ class Submission(ApiMessage):
     priority: Priority = "normal"
     #: False: everything is computed anew.
     reuse: bool = True
+    #: True: an open job, whose rows come by asking until it is closed; it takes no parts.
+    open: bool = False
     #: Whether a value that is no text refuses the job, or is an error of the tasks that read it.
     bad_rows: Literal["refuse", "error"] = "refuse"
     #: Seconds from now in which it must end, or it fails; null: no hurry.
@@ -92,10 +97,35 @@ class PlanRequest(Submission):
 class Closing(ApiMessage):
     """What was sent of a job's rows; both numbers are checked."""
 
-    #: Parts that were sent.
-    parts: Annotated[int, _COUNT]
+    #: Parts that were sent; of an open job, which has none: not needed.
+    parts: Annotated[int, _COUNT] | None = None
     #: Rows in all of them.
-    rows: Annotated[int, _COUNT]
+    rows: Annotated[int, _COUNT] | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class AskRequest(ApiMessage):
+    """Rows for an open job, to be answered at once."""
+
+    #: The rows, each an object or a text.
+    rows: Annotated[tuple[Any, ...], Limit(f"a list of 1 to {MAX_ASK_ROWS} rows", least=1, most=MAX_ASK_ROWS)]
+    #: Name of the rows together: asked again, they are found, and not done twice.
+    key: Annotated[str, _ASK_KEY] | None = None
+    #: A name for each row: then each is an ask of its own, that may fail alone.
+    keys: Annotated[tuple[Annotated[str, _ASK_KEY], ...], Limit("a key for each row", unique=True)] | None = (
+        None
+    )
+    #: Seconds for which the caller waits.
+    within_s: Annotated[float, Limit("seconds, more than 0 and at most 3,600", above=0, most=3600)] = 30.0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class AskAnswer(ApiMessage):
+    """The merged rows of an ask, in its order."""
+
+    #: Each as ``GET /v1/jobs/{id}/results`` shows it to people; of a row with a key of its own that was refused:
+    #: ``{"error": …}``.
+    rows: tuple[Mapping[str, Any], ...]
 
 
 # -- a job

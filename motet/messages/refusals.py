@@ -26,6 +26,8 @@ class ErrorRecord(ApiMessage):
     more: int | None = None
     #: Number of the part that comes next, where another came out of order.
     next_part: int | None = None
+    #: Index in the job of the first row of an ask that was not answered in time.
+    row: int | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

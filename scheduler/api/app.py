@@ -29,6 +29,7 @@ from motet.protocol.transport import TransportLost
 from scheduler.api import (
     activity,
     aliases,
+    asks,
     blobs,
     cluster,
     doctor,
@@ -59,7 +60,7 @@ Every route but `/healthz`, `/readyz` and this description needs `Authorization:
 
 #: In the order of the API's description.
 _ROUTES = (
-    opening, parts, jobs, planning, activity, explain, results, fits, models, aliases, blobs, tokens, cluster, doctor,
+    opening, parts, asks, jobs, planning, activity, explain, results, fits, models, aliases, blobs, tokens, cluster, doctor,
     metrics,
 )  # fmt: skip
 

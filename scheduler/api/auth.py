@@ -52,6 +52,7 @@ ALLOWED: Mapping[tuple[str, str], frozenset[str]] = {
     ("GET", "/v1/jobs"): _LOOK,
     ("PUT", "/v1/jobs/{job}/parts/{number}"): _SUBMIT,
     ("POST", "/v1/jobs/{job}/close"): _SUBMIT,
+    ("POST", "/v1/jobs/{job}/ask"): _SUBMIT,
     ("POST", "/v1/jobs/{job}/cancel"): _SUBMIT,
     ("POST", "/v1/plan"): _SUBMIT,
     ("GET", "/v1/jobs/{job}"): _LOOK,

@@ -8,13 +8,15 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import time
 from collections.abc import Callable, Coroutine, Mapping, Sequence
-from concurrent.futures import Executor
+from concurrent.futures import Executor, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, TypeVar
+from uuid import UUID
 
-from motet.errors import Conflict, MotetError, NotFound, Overloaded
+from motet.errors import Conflict, Late, MotetError, NotFound, Overloaded
 from motet.protocol.columns import Column, cut
 from motet.states import ENDED
 from scheduler.api.bell import Bell
@@ -23,7 +25,8 @@ from scheduler.policy.gather import Gatherer, GatherFull, Group, Waiting
 from scheduler.store import feeds
 from scheduler.store.database import Database, StoreUnavailable
 from scheduler.store.feeds import FeedLook, LandedAsk, NewAsk
-from scheduler.store.landing import LoadingJob
+from scheduler.store.landing import LoadingJob, loading
+from scheduler.store.results import ShownTask, shown
 
 T = TypeVar("T")
 
@@ -33,22 +36,15 @@ log = logging.getLogger(__name__)
 _POLL_S = 1.0
 #: Pause before a landing is tried again while Postgres is away, in seconds.
 _AGAIN_S = 0.25
-
-
-class Late(MotetError):
-    """The answer did not come in the time that the caller gave."""
-
-    def __init__(self, *, stored: bool, row: int | None = None) -> None:
-        where = f"row {row} of the job" if row is not None else "what was stored of it"
-        super().__init__(
-            f"not answered in time: {where} goes on; ask again with the same key for its answer"
-            if stored
-            else "not landed in time: nothing was stored, and nothing runs; ask again"
-        )
-        #: False: nothing of it was stored, and nothing will be.
-        self.stored = stored
-        #: Index of its first row in the job, where that is known.
-        self.row = row
+#: Rows and UTF-8 bytes of a group at most: about an interactive micro-batch. Larger: a caller waits for the rows of
+#: others; smaller: each transaction and each forward pass serves fewer callers.
+GROUP_ROWS, GROUP_BYTES = 16, 256 * 1024
+#: Groups under way for each worker, and in all: less, and workers wait for the next group; more, and groups stay small.
+_EACH, _LEAST, _MOST = 3, 2, 64
+#: Workers are counted so often, in seconds.
+_COUNT_S = 2.0
+#: Open jobs that a process keeps ready; beyond it those that nobody asks are let go of.
+_KEPT = 1024
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -99,7 +95,9 @@ class Feed:
         bell: Bell,
         threads: Executor,
         width: Callable[[], int],
+        tasks: Sequence[ShownTask],
     ) -> None:
+        self.job, self.tasks = job, tasks
         self._job, self._gatherer, self._database = job, gatherer, database
         self._bell, self._threads, self._width = bell, threads, width
         self._under_way: dict[int, _Block] = {}
@@ -107,10 +105,6 @@ class Feed:
         self._reading = False
         #: Asks without an answer, by their key: a key repeated meanwhile is the same ask.
         self._asks: dict[bytes, Ask] = {}
-
-    @property
-    def waiting_rows(self) -> int:
-        return self._gatherer.waiting_rows
 
     @property
     def idle(self) -> bool:
@@ -124,7 +118,6 @@ class Feed:
         digest: bytes,
         *,
         within_s: float,
-        drop_late: bool = False,
     ) -> Answer:
         """The rows' merged cells.
 
@@ -137,7 +130,7 @@ class Feed:
         if (same := self._asks.get(key)) is not None:
             return await self._as(same, digest, now + within_s)
         ask = Ask(part=part, key=key, digest=digest, until=now + within_s, answer=loop.create_future())
-        waiting = Waiting(caller=ask, rows=len(part), bytes=size, until=ask.until, drop_late=drop_late)
+        waiting = Waiting(caller=ask, rows=len(part), bytes=size, until=ask.until)
         try:
             self._gatherer.add(waiting, now)
         except GatherFull as full:
@@ -150,7 +143,7 @@ class Feed:
         finally:
             # Of a caller that went away before its rows landed nothing is stored.
             if self._gatherer.leave(waiting):
-                ask.fails(Late(stored=False))
+                ask.fails(_late(stored=False))
                 self._pump()
 
     def _forget(self, key: bytes) -> Callable[[asyncio.Future[Answer]], None]:
@@ -170,12 +163,12 @@ class Feed:
             async with asyncio.timeout_at(until):
                 return await asyncio.shield(ask.answer)
         except TimeoutError:
-            raise Late(stored=not self._gatherer.waits(ask), row=ask.row) from None
+            raise _late(stored=not self._gatherer.waits(ask), row=ask.row) from None
 
     def _pump(self) -> None:
         loop = asyncio.get_running_loop()
         for late in self._gatherer.late(loop.time()):
-            late.caller.fails(Late(stored=False))
+            late.caller.fails(_late(stored=False))
         self._gatherer.width = self._width()
         while (group := self._gatherer.next(loop.time())) is not None:
             self._spawn(self._land(group))
@@ -209,11 +202,9 @@ class Feed:
     async def _land_all(self, group: Group[Ask], asks: list[Ask]) -> list[Ask]:
         """Land what is left of the group until it stands in Postgres. While that is away, callers wait or give up."""
         loop = asyncio.get_running_loop()
-        due = max(ask.until for ask in asks) if group.asks[0].drop_late else None
         while asks:
-            due_s = None if due is None else due - loop.time()
             try:
-                landed, stored = await self._in_thread(partial(self._store, asks, due_s))
+                landed, stored = await self._in_thread(partial(self._store, asks))
             except StoreUnavailable:
                 # Whether it was committed nobody knows: the keys will tell.
                 if all(ask.until <= loop.time() for ask in asks):
@@ -237,12 +228,14 @@ class Feed:
         self._pump()
         return asks
 
-    def _store(self, asks: Sequence[Ask], due_s: float | None) -> tuple[list[LandedAsk], bool]:
+    def _store(self, asks: Sequence[Ask]) -> tuple[list[LandedAsk], bool]:
         part = _together([ask.part for ask in asks])
-        (block,) = blocks_of(part, self._job.readers, block_rows=len(part), block_bytes=1 << 40)
+        (block,) = blocks_of(
+            part, self._job.readers, secret=self._job.secret, block_rows=len(part), block_bytes=1 << 40
+        )
         new = [NewAsk(key=ask.key, digest=ask.digest, n_rows=len(ask.part)) for ask in asks]
         with self._database.transaction() as connection:
-            return feeds.land_asks(connection, self._job, block, new, due_s=due_s)
+            return feeds.land_asks(connection, self._job, block, new)
 
     def _found(self, ask: Ask, place: LandedAsk) -> None:
         """Its key landed before, here or in another process: it waits for that block, or has its answer at once."""
@@ -308,6 +301,69 @@ class Feed:
                     if block_gone.group is not None:
                         self._gatherer.failed(block_gone.group)
         self._pump()
+
+
+class Feeds:
+    """The open jobs that this process serves. Used from the event loop only."""
+
+    def __init__(self, database: Database, bell: Bell, count_workers: Callable[[], int]) -> None:
+        self._database, self._bell, self._count_workers = database, bell, count_workers
+        self._feeds: dict[tuple[UUID, UUID], Feed] = {}
+        # One lands while another reads; more would only wait for the job's lock.
+        self._threads = ThreadPoolExecutor(2, "asks")
+        self._width = _LEAST
+        self._counted_at = -_COUNT_S
+
+    async def of(self, tenant: UUID, job: UUID) -> Feed:
+        """The tenant's job. Raises NotFound, StoreUnavailable."""
+        found = self._feeds.get((tenant, job))
+        if found is None:
+            facts, tasks = await asyncio.get_running_loop().run_in_executor(
+                self._threads, partial(self._facts, tenant, job)
+            )
+            found = self._feeds.setdefault((tenant, job), self._new(facts, tasks))
+            self._forget_idle()
+        await self._count()
+        return found
+
+    def close(self) -> None:
+        self._threads.shutdown(wait=False, cancel_futures=True)
+
+    def _facts(self, tenant: UUID, job: UUID) -> tuple[LoadingJob, Sequence[ShownTask]]:
+        with self._database.transaction() as connection:
+            return loading(connection, tenant, job), shown(connection, tenant, job).tasks
+
+    def _new(self, job: LoadingJob, tasks: Sequence[ShownTask]) -> Feed:
+        writes = any(kind in ("text", "json") for kind in job.kinds)
+        gatherer: Gatherer[Ask] = Gatherer(
+            width=self._width, max_rows=GROUP_ROWS, max_bytes=GROUP_BYTES, alone=writes
+        )
+        return Feed(job, gatherer, self._database, self._bell, self._threads, lambda: self._width, tasks)
+
+    def _forget_idle(self) -> None:
+        for key in list(self._feeds):
+            if len(self._feeds) <= _KEPT:
+                break
+            if self._feeds[key].idle:
+                del self._feeds[key]
+
+    async def _count(self) -> None:
+        now = time.monotonic()
+        if now - self._counted_at >= _COUNT_S:
+            self._counted_at = now
+            workers = await asyncio.get_running_loop().run_in_executor(self._threads, self._count_workers)
+            self._width = min(_MOST, max(_LEAST, _EACH * workers))
+
+
+def _late(*, stored: bool, row: int | None = None) -> Late:
+    where = f"row {row} of the job" if row is not None else "what was stored of it"
+    return Late(
+        f"not answered in time: {where} goes on; ask again with the same key for its answer"
+        if stored
+        else "not landed in time: nothing was stored, and nothing runs; ask again",
+        stored=stored,
+        row=row,
+    )
 
 
 def _other_rows() -> Conflict:

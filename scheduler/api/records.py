@@ -28,7 +28,7 @@ def describe(job: JobEntry) -> JobRecord:
     return JobRecord(
         id=str(job.id),
         name=job.name,
-        state=job.state,
+        state=State(job.state),
         kind=job.kind,  # type: ignore[arg-type]
         reason=job.reason,
         priority=PRIORITY_NAMES[job.priority],

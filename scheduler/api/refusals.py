@@ -9,7 +9,7 @@ from fastapi.exceptions import RequestValidationError
 from starlette.exceptions import HTTPException
 from starlette.responses import JSONResponse
 
-from motet.errors import Conflict, InvalidJob, MotetError, NotFound, Overloaded, Problem, Unauthorized
+from motet.errors import Conflict, InvalidJob, Late, MotetError, NotFound, Overloaded, Problem, Unauthorized
 from motet.messages.refusals import ErrorRecord
 from motet.protocol.transport import TransportLost
 from motet.tasks import short
@@ -60,6 +60,9 @@ def refusal(error: Exception) -> JSONResponse:
             status = 422
         case Overloaded():
             status, headers = 429, _come_back(error.retry_after_s)
+        case Late():
+            # Nothing was stored: come back. Else the rows go on, and a gateway would say the same.
+            status, headers = (504, {}) if error.stored else (503, _come_back(RETRY_AFTER_S))
         case StoreUnavailable() | TransportLost() | Unavailable():
             status, headers = 503, _come_back(RETRY_AFTER_S)
         case HTTPException():
@@ -83,6 +86,8 @@ def error_of(error: Exception) -> ErrorRecord:
             return _told(kind, str(error), problems=error.problems, more=error.more or None)
         case Overloaded():
             return _told("overloaded", str(error))
+        case Late():
+            return _told("late", str(error), row=error.row)
         case StoreUnavailable():
             return _told("unavailable", "the database does not answer; nothing is lost, try again")
         case TransportLost():

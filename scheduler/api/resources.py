@@ -13,11 +13,12 @@ from fastapi import Depends, Request
 
 from motet.errors import NotFound
 from motet.protocol.settings import Settings
-from motet.protocol.transport import RedisTransport
+from motet.protocol.transport import RedisTransport, TransportLost
 from scheduler.api.allowance import Allowance
 from scheduler.api.bell import Bell
 from scheduler.api.blob_folder import BlobFolder
 from scheduler.api.door import Door
+from scheduler.api.live import Feeds
 from scheduler.api.token_counts import TokenCounter
 from scheduler.api.workers_seen import WorkersSeen
 from scheduler.store.database import Database
@@ -67,8 +68,21 @@ class Resources:
     loading: Recent[tuple[UUID, UUID], LoadingJob] = field(default_factory=lambda: Recent(1024))
     #: Tokens that read the figures lately, and when: they may while Postgres, which knows them, is away.
     readers: Recent[str, tuple[StoredToken, float]] = field(default_factory=lambda: Recent(64))
+    #: Open jobs that are asked here.
+    feeds: Feeds = field(init=False)
     #: Bytes of bodies that are being read or worked on now.
     bodies_bytes: int = 0
+
+    def __post_init__(self) -> None:
+        self.feeds = Feeds(self.database, self.bell, self._ready_workers)
+
+    def _ready_workers(self) -> int:
+        """Workers that take work, as far as Redis tells."""
+        try:
+            beats = self.transport.beats() if self.transport is not None else {}
+        except TransportLost:
+            return 0
+        return sum(beat.state == "ready" for beat in beats.values())
 
     @classmethod
     def of(cls, settings: Settings) -> Resources:
@@ -90,6 +104,7 @@ class Resources:
 
     def close(self) -> None:
         """Let go of every connection."""
+        self.feeds.close()
         self.database.close()
         if self.transport is not None:
             self.transport.close()

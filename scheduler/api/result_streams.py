@@ -14,7 +14,7 @@ from motet.protocol.columns import Column, values
 from motet.protocol.envelope import pack
 from scheduler.api.refusals import CutOff, error_of
 from scheduler.store.database import StoreUnavailable
-from scheduler.store.results import ReadyBlock, RowOrder, Shown
+from scheduler.store.results import ReadyBlock, RowOrder, Shown, ShownTask
 
 
 @dataclass(frozen=True, slots=True)
@@ -98,6 +98,11 @@ def as_frame(piece: Merged | End) -> bytes:
                 "columns": {t.name: c.to_wire() for t, c in tasks},
             }
         )
+    return framed(body)
+
+
+def framed(body: bytes) -> bytes:
+    """A body behind its length."""
     return len(body).to_bytes(4, "big") + body
 
 
@@ -105,21 +110,24 @@ def as_lines(piece: Merged | End) -> bytes:
     """The rows of a block as JSON lines; a cell without an answer is null, and told under ``errors``."""
     if isinstance(piece, End):
         return b""
-    tasks = piece.job.tasks
-    cells = {
-        t.name: [_plain(c, v) for v in values(c, t.labels)] for t, c in zip(tasks, piece.columns, strict=True)
-    }
-    lines = []
-    for offset in range(piece.block.n_rows):
-        row: dict[str, Any] = {"row": piece.block.first_row + offset}
+    rows = plain_rows(piece.job.tasks, piece.columns, piece.block.first_row)
+    return ("\n".join(json.dumps(row, ensure_ascii=False) for row in rows) + "\n").encode()
+
+
+def plain_rows(tasks: Sequence[ShownTask], columns: Sequence[Column], first_row: int) -> list[dict[str, Any]]:
+    """The rows of these columns as people read them; a cell without an answer is None, and told under ``errors``."""
+    cells = {t.name: [_plain(c, v) for v in values(c, t.labels)] for t, c in zip(tasks, columns, strict=True)}
+    rows = []
+    for offset in range(len(columns[0])):
+        row: dict[str, Any] = {"row": first_row + offset}
         row.update((name, column[offset]) for name, column in cells.items())
         row["errors"] = {
             t.name: {"error": e.error, "message": e.message}
-            for t, c in zip(tasks, piece.columns, strict=True)
+            for t, c in zip(tasks, columns, strict=True)
             if (e := c.errors.get(offset)) is not None
         }
-        lines.append(json.dumps(row, ensure_ascii=False))
-    return ("\n".join(lines) + "\n").encode()
+        rows.append(row)
+    return rows
 
 
 def _plain(column: Column, value: Any) -> Any:

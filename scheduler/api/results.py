@@ -61,7 +61,7 @@ class Look:
 
     def complete(self, after: int) -> bool:
         """Whether every block before ``after`` was sent and none will follow."""
-        if self.blocks or self.job.state == State.LOADING:
+        if self.blocks or self.job.state in (State.OPEN, State.LOADING):
             return False
         return self.job.ended or after >= self.job.n_blocks
 

@@ -50,6 +50,10 @@ class CheckedSubmission(Generic[S_co]):
         return dialogues_of(self.tasks)
 
 
+#: Options that an open job does not take, and what to do instead.
+_NOT_OPEN = {"rows": "ask them when it is open", "deadline_s": "give each ask its within_s"}
+
+
 def read_submission(message: type[S_co], body: Any, *, max_tasks: int) -> CheckedSubmission[S_co]:
     """Check a parsed body. Raises InvalidJob with every problem found, but for those of its rows."""
     if isinstance(body, dict) and isinstance(body.get("tasks"), Doubled):
@@ -76,6 +80,16 @@ def read_submission(message: type[S_co], body: Any, *, max_tasks: int) -> Checke
         many = Problem("tasks", f"{len(tasks)} tasks", f"at most {max_tasks}", "split them over two jobs")
         problems.append(many)
     problems += schema_problems(tasks)
+    if body.get("open") is True:
+        problems += [
+            Problem(name, short(body[name]), f"no {name} in an open job", remedy)
+            for name, remedy in _NOT_OPEN.items()
+            if body.get(name) is not None
+        ]
+        if any(task.kind == "fit" for task in tasks.values()):
+            problems.append(
+                Problem("open", "a training run", "tasks that answer rows", "submit it with rows")
+            )
     if problems:
         raise InvalidJob(problems)
     return CheckedSubmission(said=message.of(body), tasks=tasks, digest=_digest(body))
@@ -174,7 +188,8 @@ def new_job(
         tenant=tenant,
         name=asked.said.name,
         priority=PRIORITIES[asked.said.priority],
-        reuse=asked.said.reuse,
+        # Groups of callers that meet by chance never come again.
+        reuse=asked.said.reuse and not asked.said.open,
         bad_rows=asked.said.bad_rows,
         fields=asked.fields,
         tasks=tuple(tasks),
@@ -196,4 +211,5 @@ def new_job(
         idempotency_key=key,
         deadline_s=asked.said.deadline_s,
         retention_days=asked.said.retention_days,
+        open=asked.said.open,
     )

@@ -38,8 +38,6 @@ class Waiting(Generic[C]):
     bytes: int
     #: On the clock of ``now``: when the caller gives up; ``inf``: never.
     until: float = inf
-    #: Its rows are skipped when they are late, so they share a block only with asks of which the same is true.
-    drop_late: bool = False
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -125,8 +123,7 @@ class Gatherer(Generic[C]):
         asks, rows, size = [first], first.rows, first.bytes
         while self._queue and not self.alone:
             ask = self._queue[0]
-            full = rows + ask.rows > self.max_rows or size + ask.bytes > self.max_bytes
-            if full or ask.drop_late != first.drop_late:
+            if rows + ask.rows > self.max_rows or size + ask.bytes > self.max_bytes:
                 break
             asks.append(self._queue.popleft())
             rows, size = rows + ask.rows, size + ask.bytes

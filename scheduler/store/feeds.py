@@ -13,7 +13,9 @@ from sqlalchemy import Connection, text
 
 from motet.errors import Conflict, NotFound
 from motet.protocol.columns import Column
+from motet.states import State
 from scheduler.blocks import EncodedBlock
+from scheduler.store import words
 from scheduler.store.database import JOB, WORK
 from scheduler.store.landing import LoadingJob, arrange
 from scheduler.store.results import read_columns
@@ -57,10 +59,9 @@ _KNOWN = text("""
 _STORE = text(f"""
     WITH stored AS (
         INSERT INTO block (job_id, number, first_row, n_rows, n_work, bytes, row_order, lengths, payload, bad,
-                           bad_fields, keys, passes_open, done_number, landed, due)
+                           bad_fields, keys, passes_open, done_number)
         VALUES (:job, :number, :first_row, :n_rows, :n_work, :bytes, :row_order, :lengths, :payload,
-                CAST(:bad AS jsonb), CAST(:bad_fields AS jsonb), :keys, :passes_open, :done_number, clock_timestamp(),
-                clock_timestamp() + make_interval(secs => CAST(:due_s AS double precision)))),
+                CAST(:bad AS jsonb), CAST(:bad_fields AS jsonb), :keys, :passes_open, :done_number)),
     passes AS (
         INSERT INTO block_pass (job_id, pass_number, block_number, state, todo, n, cursor, done, bytes, row_order)
         SELECT :job, k.pass, :number, k.state, k.todo, k.n, k.cursor, k.done, k.bytes, k.row_order
@@ -84,7 +85,7 @@ _STORE = text(f"""
     UPDATE job SET n_rows = n_rows + :n_rows, n_blocks = n_blocks + 1, blocks_done = blocks_done + :blocks_done,
            cells_error = cells_error + :errors, version = version + 1, touched = clock_timestamp()
      WHERE id = :job
- RETURNING pg_notify('{WORK}', 'land'), CASE WHEN :blocks_done > 0 THEN pg_notify('{JOB}', CAST(:job AS text)) END""")
+ RETURNING pg_notify('{WORK}', :word), CASE WHEN :blocks_done > 0 THEN pg_notify('{JOB}', CAST(:job AS text)) END""")
 
 
 def land_asks(
@@ -92,13 +93,11 @@ def land_asks(
     job: LoadingJob,
     block: EncodedBlock,
     asks: Sequence[NewAsk],
-    *,
-    due_s: float | None = None,
 ) -> tuple[list[LandedAsk], bool]:
     """Store the asks' rows as the job's next block. Where they stand, and whether this call stored them.
 
     Where some of the keys are there already nothing is stored, and only these asks are told: the caller takes them
-    out and lands the rest again. ``due_s``: seconds after which the rows are skipped where nothing of them was carved.
+    out and lands the rest again.
     Raises NotFound; Conflict where the job takes no rows.
     """
     held = connection.execute(_LOCK, {"job": job.id, "tenant": job.tenant}).first()
@@ -117,7 +116,7 @@ def land_asks(
             )
             for row in known
         ], False
-    if held.state != "open":
+    if held.state != State.OPEN:
         raise Conflict(f"job {job.id} is {held.state} and takes no more rows")
     arranged = arrange(connection, job, held, [block])
     landed, lo = [], 0
@@ -134,7 +133,7 @@ def land_asks(
         )
         lo += ask.n_rows
     assert lo == block.n_rows, "the asks are not the rows of the block"
-    connection.execute(_STORE, {**arranged.of_one_block(), **_of_asks(landed), "due_s": due_s})
+    connection.execute(_STORE, {**arranged.of_one_block(), **_of_asks(landed), "word": words.land(job.id)})
     if arranged.depend:
         # Last, since it counts on with what is counted by now.
         settle(connection, {(job.id, number) for number in arranged.depend})

@@ -468,20 +468,39 @@ def _copy(connection: Connection, table: tuple[str, Sequence[str]], rows: Sequen
 # -- closing -------------------------------------------------------------------------------------
 
 _CLOSE = text(f"""
-    UPDATE job SET state = '{State.RUNNING}', started = clock_timestamp(), touched = clock_timestamp(),
+    UPDATE job SET state = '{State.RUNNING}', started = coalesce(started, clock_timestamp()), touched = clock_timestamp(),
            version = version + 1
      WHERE id = :job RETURNING created, started""")
 
 
-def close_job(connection: Connection, tenant: UUID, job: UUID, *, parts: int, rows: int) -> None:
-    """All parts are here: let the job run, or end it at once where every block is answered. Twice is harmless.
+def close_job(
+    connection: Connection, tenant: UUID, job: UUID, *, parts: int | None = None, rows: int | None = None
+) -> None:
+    """All rows are here: let the job run, or end it at once where every block is answered. Twice is harmless.
+
+    ``parts``, ``rows``: what was sent to a job that is loading; an open one has no parts.
 
     Raises NotFound; Conflict where parts or rows differ from what is stored, or the job ended before;
-    InvalidJob for a job without rows, which goes on loading.
+    InvalidJob for a job without rows, which goes on loading, and where it is not said how much was sent.
     """
     held = connection.execute(_LOCK, {"job": job, "tenant": tenant}).first()
     if held is None:
         raise NotFound(f"no job {job}")
+    if held.state == State.OPEN:
+        connection.execute(_CLOSE, {"job": job})
+        if held.blocks_done == held.n_blocks:
+            succeed(connection, [job])
+        notify(connection, JOB, str(job))
+        return
+    if held.started is not None and not held.n_parts:
+        return  # it was open, and is closed
+    problems = [
+        Problem(name, "nothing", "a whole number", "say how much was sent")
+        for name, sent in (("parts", parts), ("rows", rows))
+        if sent is None
+    ]
+    if problems:
+        raise InvalidJob(problems)
     if held.started is None and held.state != State.LOADING:
         raise Conflict(f"job {job} is {held.state}; it cannot be closed any more")
     if (parts, rows) != (held.n_parts, held.n_rows):
@@ -495,7 +514,7 @@ def close_job(connection: Connection, tenant: UUID, job: UUID, *, parts: int, ro
     if not held.n_rows:
         raise InvalidJob(Problem("rows", "no row", "at least one row", "send a part, or cancel the job"))
     closed = connection.execute(_CLOSE, {"job": job}).one()
-    traces.add(job, traces.SUBMIT, closed.created, closed.started, rows=rows, parts=parts)
+    traces.add(job, traces.SUBMIT, closed.created, closed.started, rows=held.n_rows, parts=held.n_parts)
     if held.blocks_done == held.n_blocks:
         succeed(connection, [job])
     tell(connection, [land(job)])

@@ -10,7 +10,7 @@ from uuid import UUID
 from sqlalchemy import Connection, insert, text
 
 from motet.errors import Conflict, Overloaded
-from motet.states import LIVE
+from motet.states import LIVE, State
 from scheduler.blocks import is_digest, keyed
 from scheduler.store import tables
 from scheduler.store.registry import secret_of
@@ -71,6 +71,8 @@ class NewJob:
     deadline_s: float | None = None
     #: Days after its end at which it is deleted, where the cluster does not delete it sooner; None: as all others.
     retention_days: float | None = None
+    #: Its rows come by asking, until it is closed.
+    open: bool = False
 
 
 _BY_KEY = text("""
@@ -81,9 +83,10 @@ _STILL_THERE = text("""
     SELECT id FROM model WHERE id = ANY(:ids) AND NOT manifest ? 'removed' ORDER BY id FOR KEY SHARE""")
 _OPEN = text("""
     INSERT INTO job (id, tenant_id, name, kind, priority, reuse, bad_rows, fields, n_tasks, idempotency_key,
-                     request_digest, deadline, retention_days)
+                     request_digest, deadline, retention_days, state, started)
     VALUES (:id, :tenant, :name, :kind, :priority, :reuse, :bad_rows, :fields, :n_tasks, :key, :digest,
-            clock_timestamp() + make_interval(secs => CAST(:deadline_s AS double precision)), :retention_days)
+            clock_timestamp() + make_interval(secs => CAST(:deadline_s AS double precision)), :retention_days,
+            :state, CASE WHEN :open THEN clock_timestamp() END)
     ON CONFLICT (tenant_id, idempotency_key) DO NOTHING RETURNING id""")
 _ADD_PASS = insert(tables.pass_)
 _ADD_TASK = insert(tables.task)
@@ -131,6 +134,8 @@ def open_job(connection: Connection, job: NewJob, *, max_active_jobs: int) -> UU
             "digest": keyed(secret_of(connection, job.tenant), job.request_digest),
             "deadline_s": job.deadline_s,
             "retention_days": job.retention_days,
+            "state": State.OPEN if job.open else State.LOADING,
+            "open": job.open,
         },
     ).first()
     if made is None:

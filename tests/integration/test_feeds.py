@@ -44,7 +44,7 @@ def feed(database: Database) -> LoadingJob:
         )
         connection.execute(
             text(
-                "UPDATE job SET state = 'open', keep_s = 60, reuse = false, n_rows = 0, n_blocks = 0, n_parts = 0"
+                "UPDATE job SET state = 'open', reuse = false, n_rows = 0, n_blocks = 0, n_parts = 0"
                 " WHERE id = :job"
             ),
             {"job": job},

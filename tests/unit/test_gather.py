@@ -17,10 +17,8 @@ def gatherer(
     return Gatherer(width=width, max_rows=max_rows, max_bytes=max_bytes, alone=alone)
 
 
-def ask(
-    caller: object = "one", *, rows: int = 1, size: int = 10, until: float = inf, drop: bool = False
-) -> Waiting[object]:
-    return Waiting(caller=caller, rows=rows, bytes=size, until=until, drop_late=drop)
+def ask(caller: object = "one", *, rows: int = 1, size: int = 10, until: float = inf) -> Waiting[object]:
+    return Waiting(caller=caller, rows=rows, bytes=size, until=until)
 
 
 def callers(group: Group[object] | None) -> list[object]:
@@ -68,14 +66,6 @@ def test_where_text_is_written_callers_do_not_wait_for_each_other() -> None:
     g.add(ask("b"), 0.0)
     assert callers(g.next(0.0)) == ["a"]
     assert callers(g.next(0.0)) == ["b"]
-
-
-def test_rows_that_may_be_dropped_never_share_a_block_with_others() -> None:
-    g = gatherer()
-    for name, drop in (("a", False), ("b", True), ("c", True)):
-        g.add(ask(name, drop=drop), 0.0)
-    assert callers(g.next(0.0)) == ["a"]
-    assert callers(g.next(0.0)) == ["b", "c"]
 
 
 def test_too_many_waiting_rows_are_refused_with_a_time_to_come_back() -> None:
@@ -130,10 +120,10 @@ def test_a_group_that_did_not_land_makes_room_and_teaches_nothing() -> None:
 
 moves = st.lists(
     st.one_of(
-        st.tuples(st.just("add"), st.integers(1, 64), st.booleans()),
-        st.tuples(st.just("next"), st.just(0), st.just(False)),
-        st.tuples(st.just("answer"), st.integers(0, 9), st.just(False)),
-        st.tuples(st.just("leave"), st.integers(0, 99), st.just(False)),
+        st.tuples(st.just("add"), st.integers(1, 64)),
+        st.tuples(st.just("next"), st.just(0)),
+        st.tuples(st.just("answer"), st.integers(0, 9)),
+        st.tuples(st.just("leave"), st.integers(0, 99)),
     ),
     max_size=80,
 )
@@ -141,7 +131,7 @@ moves = st.lists(
 
 @given(moves=moves, width=st.integers(1, 4), alone=st.booleans())
 def test_every_ask_lands_once_in_order_or_leaves(
-    moves: list[tuple[str, int, bool]], width: int, alone: bool
+    moves: list[tuple[str, int]], width: int, alone: bool
 ) -> None:
     g = gatherer(width=width, alone=alone, max_rows=100, max_bytes=10_000)
     added: list[Waiting[object]] = []
@@ -154,14 +144,13 @@ def test_every_ask_lands_once_in_order_or_leaves(
         if group is not None:
             assert group.rows <= 100 or len(group.asks) == 1
             assert not alone or len(group.asks) == 1
-            assert len({a.drop_late for a in group.asks}) == 1
             under.append(group)
             landed.extend(group.asks)
         assert g.under_way <= width
 
-    for number, (kind, value, drop) in enumerate(moves):
+    for number, (kind, value) in enumerate(moves):
         if kind == "add":
-            one = ask(number, rows=value, drop=drop)
+            one = ask(number, rows=value)
             g.add(one, 0.0)
             added.append(one)
         elif kind == "next":

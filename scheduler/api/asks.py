@@ -1,0 +1,145 @@
+"""The route of asks: rows of an open job, answered in the same round trip."""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import secrets
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from fastapi import Request, Response
+
+from motet.errors import InvalidJob, Problem
+from motet.messages.jobs import MAX_ASK_ROWS, AskAnswer, AskRequest
+from motet.protocol.envelope import pack, packed_plain
+from motet.protocol.values import byte_lengths
+from scheduler.api.auth import Caller
+from scheduler.api.bodies import clean_object, json_body, taken, whole_body
+from scheduler.api.live import Answer, Feed
+from scheduler.api.records import JobPath
+from scheduler.api.refusals import error_of
+from scheduler.api.resources import Use, job_id
+from scheduler.api.result_streams import framed, plain_rows
+from scheduler.api.routing import Routes, errors, reply, takes
+from scheduler.api.rows import read_rows
+from scheduler.blocks import IncomingPart, keyed
+
+routes = Routes(tags=["jobs"])
+
+_FRAMES = "application/msgpack"
+
+
+@dataclass(frozen=True, slots=True)
+class _Ask:
+    """Rows under one key, read and checked."""
+
+    part: IncomingPart
+    key: bytes
+    digest: bytes
+    bytes: int
+
+
+@routes.post(
+    "/v1/jobs/{job}/ask",
+    summary="Ask an open job: its merged rows in the same round trip",
+    response_model=AskAnswer,
+    response_description="The rows, or with `Accept: application/msgpack` frames of zstd msgpack (docs/http.md).",
+    responses={
+        **errors(403, 404, 409, 413, 422),
+        504: {"description": "Not answered in time: the rows go on; ask again with the same key."},
+    },
+    openapi_extra=takes(
+        AskRequest, {"rows": [{"text": "My card was charged twice."}], "key": "ticket-81", "within_s": 5}
+    ),
+)
+async def ask(request: Request, use: Use, caller: Caller, job: JobPath) -> Response:
+    feed = await use.feeds.of(caller.tenant, job_id(job))
+    async with whole_body(request, use, 2 * MAX_ASK_ROWS * use.settings.max_row_bytes) as raw:
+        body = json_body(raw)
+        # Rows are looked at one by one later: theirs may be bad without the ask being so.
+        clean_object({k: v for k, v in body.items() if k != "rows"} if type(body) is dict else body)
+        asked = taken(AskRequest, body)
+        frames = _FRAMES in request.headers.get("accept", "")
+        if asked.keys is None:
+            made = _read(feed, asked.rows, asked.key, use.settings.max_row_bytes)
+            answer = await _answer(feed, made, asked.within_s)
+            return _reply(feed, [answer], frames=frames)
+        if len(asked.keys) != len(asked.rows):
+            raise InvalidJob(
+                Problem(
+                    "keys",
+                    f"{len(asked.keys)} keys",
+                    f"{len(asked.rows)}, a key for each row",
+                    "add the others",
+                )
+            )
+        answers = await asyncio.gather(
+            *(
+                _one(feed, row, key, use.settings.max_row_bytes, asked.within_s)
+                for row, key in zip(asked.rows, asked.keys, strict=True)
+            ),
+            return_exceptions=True,
+        )
+        return _reply(feed, answers, frames=frames)
+
+
+async def _one(feed: Feed, row: Any, key: str, max_row_bytes: int, within_s: float) -> Answer:
+    return await _answer(feed, _read(feed, [row], key, max_row_bytes), within_s)
+
+
+async def _answer(feed: Feed, ask: _Ask, within_s: float) -> Answer:
+    return await feed.ask(ask.part, ask.bytes, ask.key, ask.digest, within_s=within_s)
+
+
+def _read(feed: Feed, rows: Sequence[Any], key: str | None, max_row_bytes: int) -> _Ask:
+    """The rows, checked. Raises InvalidJob for bad ones, where the job refuses them."""
+    incoming = read_rows(rows, feed.job.fields, max_row_bytes, feed.job.dialogues)
+    if feed.job.bad_rows == "refuse":
+        incoming.refuse_bad_rows(0)
+    part = incoming.part()
+    secret = feed.job.secret
+    name = key.encode() if key is not None else secrets.token_bytes(16)
+    content = packed_plain(
+        [{n: list(v) for n, v in part.columns.items()}, dict(part.bad), dict(part.bad_fields)]
+    )
+    return _Ask(
+        part=part,
+        # A key may be a word of the caller's own: only its digest is stored.
+        key=keyed(secret, hashlib.sha256(name).digest()),
+        digest=keyed(secret, hashlib.sha256(content).digest()),
+        bytes=sum(sum(byte_lengths(values)) for values in part.columns.values()),
+    )
+
+
+def _reply(feed: Feed, answers: Sequence[Answer | BaseException], *, frames: bool) -> Response:
+    if frames:
+        return Response(b"".join(map(framed, (_frame(feed, a) for a in answers))), media_type=_FRAMES)
+    rows: list[dict[str, Any]] = []
+    for answer in answers:
+        if isinstance(answer, Answer):
+            columns = [answer.columns[t.number] for t in feed.tasks]
+            rows += plain_rows(feed.tasks, columns, answer.first_row)
+        else:
+            rows.append({"error": _error(answer)})
+    return reply(AskAnswer(rows=tuple(rows)))
+
+
+def _frame(feed: Feed, answer: Answer | BaseException) -> bytes:
+    if not isinstance(answer, Answer):
+        return pack({"error": _error(answer)})
+    return pack(
+        {
+            "block": 0,
+            "first_row": answer.first_row,
+            "rows": answer.n_rows,
+            "columns": {t.name: answer.columns[t.number].to_wire() for t in feed.tasks},
+        }
+    )
+
+
+def _error(error: BaseException) -> dict[str, Any]:
+    if not isinstance(error, Exception):
+        raise error
+    return error_of(error).to_json(sparse=True)

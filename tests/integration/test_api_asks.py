@@ -1,0 +1,228 @@
+"""Asks over HTTP: many callers, one open job, each answered in its own round trip, once for each key."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
+from typing import Any
+
+import httpx
+import pytest
+
+from motet.results import Block, read_frames
+from tests.integration.api_house import CLASSIFY, TWO, House
+from tests.integration.api_house import house as house
+
+
+@contextmanager
+def answering(house: House, job: str, *, after: int = 0) -> Iterator[None]:
+    """A hand that answers every block as soon as it has landed, from block ``after`` on."""
+    stop = threading.Event()
+
+    def work() -> None:
+        number = after
+        while not stop.is_set():
+            there = house.sql("SELECT 1 FROM block WHERE job_id = :job AND number = :n", job=job, n=number)
+            if there:
+                house.answer(job, number)
+                number += 1
+            else:
+                time.sleep(0.005)
+
+    thread = threading.Thread(target=work, daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        stop.set()
+        thread.join(10)
+
+
+def ask(house: House, job: str, rows: Any, *, token: str = "user", **more: Any) -> httpx.Response:
+    return house.call("POST", f"/v1/jobs/{job}/ask", token=token, json={"rows": rows, **more})
+
+
+@pytest.fixture
+def feed(house: House) -> str:
+    record = house.open(TWO, open=True, name="risk", priority="interactive")
+    assert record["state"] == "open"
+    return str(record["id"])
+
+
+def test_a_row_is_answered_in_one_round_trip(house: House, feed: str) -> None:
+    with answering(house, feed):
+        answer = ask(house, feed, ["hello"])
+        assert answer.status_code == 200, answer.text
+        (row,) = answer.json()["rows"]
+        assert row["row"] == 0
+        assert row["topic"] == "business"
+        assert row["errors"] == {}
+        again = ask(house, feed, [{"text": "next"}, "and next"])
+        assert [r["row"] for r in again.json()["rows"]] == [1, 2]
+
+
+def test_many_callers_share_blocks_and_each_has_its_own_row(house: House, feed: str) -> None:
+    with ThreadPoolExecutor(16) as callers, answering(house, feed):
+        answers = list(callers.map(lambda n: ask(house, feed, [f"caller {n}"], key=f"k{n}"), range(48)))
+        rows = [answer.json()["rows"][0]["row"] for answer in answers]
+        assert sorted(rows) == list(range(48))
+        again = [ask(house, feed, [f"caller {n}"], key=f"k{n}").json()["rows"][0]["row"] for n in range(48)]
+    assert again == rows
+    (counted,) = house.sql(
+        "SELECT n_rows, n_blocks, (SELECT count(*) FROM ask WHERE job_id = job.id) AS asks FROM job WHERE id = :job",
+        job=feed,
+    )
+    assert counted.n_rows == counted.asks == 48
+    assert counted.n_blocks < 48
+
+
+def test_a_key_stands_for_its_rows_for_ever(house: House, feed: str) -> None:
+    with answering(house, feed):
+        first = ask(house, feed, ["a"], key="same").json()
+        assert ask(house, feed, ["a"], key="same").json() == first
+        other = ask(house, feed, ["b"], key="same")
+    assert other.status_code == 409
+    assert other.json()["error"]["type"] == "conflict"
+    assert house.job(feed)["rows"] == 1
+
+
+def test_the_same_key_at_the_same_moment_lands_once(house: House, feed: str) -> None:
+    with ThreadPoolExecutor(8) as callers, answering(house, feed):
+        answers = list(callers.map(lambda _: ask(house, feed, ["a"], key="same").json(), range(8)))
+    assert all(answer == answers[0] for answer in answers)
+    assert house.job(feed)["rows"] == 1
+
+
+def test_a_bad_row_refuses_its_ask_alone(house: House, feed: str) -> None:
+    with answering(house, feed):
+        found = ask(house, feed, ["good", {"wrong": 1}, "also good"], keys=["a", "b", "c"])
+        assert found.status_code == 200, found.text
+        good, bad, also = found.json()["rows"]
+        assert sorted((good["row"], also["row"])) == [0, 1]
+        assert bad["error"]["type"] == "invalid_job"
+        assert "rows.text" in bad["error"]["message"]
+        alone = ask(house, feed, [{"wrong": 1}])
+    assert alone.status_code == 422
+    assert house.job(feed)["rows"] == 2
+
+
+@pytest.mark.parametrize(
+    ("body", "field"),
+    [
+        ({"rows": []}, "rows"),
+        ({"rows": ["x"] * 65}, "rows"),
+        ({"rows": "x"}, "rows"),
+        ({}, "rows"),
+        ({"rows": ["x"], "within_s": 0}, "within_s"),
+        ({"rows": ["x"], "within_s": -1}, "within_s"),
+        ({"rows": ["x"], "key": "k" * 10_000}, "key"),
+        ({"rows": ["x"], "key": ""}, "key"),
+        ({"rows": ["x", "y"], "keys": ["k"]}, "keys"),
+        ({"rows": ["x", "y"], "keys": ["k", "k"]}, "keys"),
+        ({"rows": ["x"], "unheard": 1}, "unheard"),
+    ],
+)
+def test_what_no_ask_is_is_refused_by_name(house: House, feed: str, body: Any, field: str) -> None:
+    answer = house.call("POST", f"/v1/jobs/{feed}/ask", json=body)
+    assert answer.status_code == 422, answer.text
+    assert field in [p["field"] for p in answer.json()["error"]["problems"]], answer.text
+    assert house.job(feed)["rows"] == 0
+
+
+def test_unknown_and_foreign_and_ordinary_jobs_take_no_asks(house: House, feed: str) -> None:
+    assert ask(house, "0b9f3c1e-6f0c-4f0e-9b0a-2f6f0a3c8d11", ["a"]).status_code == 404
+    assert ask(house, feed, ["a"], token="stranger").status_code == 404
+    assert ask(house, feed, ["a"], token="read").status_code == 403
+    ordinary = house.open(CLASSIFY)["id"]
+    refused = ask(house, ordinary, ["a"])
+    assert refused.status_code == 409
+    assert "loading" in refused.text
+
+
+def test_an_open_job_takes_no_parts_and_no_rows_of_its_own(house: House, feed: str) -> None:
+    assert house.put(feed, 0, ["a"]).status_code == 409
+    answer = house.call("POST", "/v1/jobs", json={"tasks": CLASSIFY, "open": True, "rows": ["a"]})
+    assert answer.status_code == 422
+    assert answer.json()["error"]["problems"][0]["field"] == "rows"
+
+
+def test_who_does_not_wait_long_enough_finds_the_answer_by_the_key(house: House, feed: str) -> None:
+    late = ask(house, feed, ["slow"], key="k", within_s=0.3)
+    assert late.status_code == 504, late.text
+    assert late.json()["error"]["type"] == "late"
+    assert late.json()["error"]["row"] == 0
+    with answering(house, feed):
+        assert ask(house, feed, ["slow"], key="k").json()["rows"][0]["row"] == 0
+    assert house.job(feed)["rows"] == 1
+
+
+def test_an_open_job_succeeds_only_when_it_is_closed_and_all_is_answered(house: House, feed: str) -> None:
+    with answering(house, feed):
+        ask(house, feed, ["a"])
+    assert house.job(feed)["state"] == "open"
+    house.call("POST", f"/v1/jobs/{feed}/close", json={})
+    record = house.job(feed)
+    assert record["state"] == "succeeded"
+    assert record["cells"] == {"total": 2, "ok": 2, "error": 0, "skipped": 0, "reused": 0}
+    assert ask(house, feed, ["b"]).status_code == 409
+    assert house.call("POST", f"/v1/jobs/{feed}/close", json={}).status_code == 202
+
+
+def test_rows_under_way_are_answered_though_the_job_is_closed_meanwhile(house: House, feed: str) -> None:
+    with ThreadPoolExecutor(1) as caller:
+        waiting: Future[httpx.Response] = caller.submit(ask, house, feed, ["a"])
+        while not house.job(feed)["rows"]:
+            time.sleep(0.01)
+        house.call("POST", f"/v1/jobs/{feed}/close", json={})
+        assert house.job(feed)["state"] == "running"
+        with answering(house, feed):
+            assert waiting.result(20).json()["rows"][0]["row"] == 0
+    assert house.job(feed)["state"] == "succeeded"
+
+
+def test_callers_of_a_job_that_is_cancelled_are_told(house: House, feed: str) -> None:
+    with ThreadPoolExecutor(1) as caller:
+        waiting: Future[httpx.Response] = caller.submit(ask, house, feed, ["a"])
+        while not house.job(feed)["rows"]:
+            time.sleep(0.01)
+        house.call("POST", f"/v1/jobs/{feed}/cancel")
+        answer = waiting.result(20)
+    assert answer.status_code == 409
+    assert "cancelled" in answer.text
+    assert house.job(feed)["cells"]["skipped"] == 2
+
+
+def test_every_row_can_be_followed_as_it_is_done(house: House, feed: str) -> None:
+    with answering(house, feed):
+        for n in range(3):
+            ask(house, feed, [f"row {n}"])
+        blocks, end = house.results(feed, order="done")
+        assert [row.index for block in blocks for row in block] == [0, 1, 2]
+        assert not end["complete"]
+        ask(house, feed, ["one more"])
+        more, _ = house.results(feed, order="done", after=end["next"], wait_s=5)
+    assert [row.index for block in more for row in block] == [3]
+
+
+def test_clients_get_frames_in_the_order_of_their_asks(house: House, feed: str) -> None:
+    with answering(house, feed):
+        answer = house.call(
+            "POST",
+            f"/v1/jobs/{feed}/ask",
+            json={"rows": ["a", {"wrong": 1}, "b"], "keys": ["1", "2", "3"]},
+            headers={"Accept": "application/msgpack"},
+        )
+    first, bad, last = read_frames(answer.content)
+    assert bad["error"]["type"] == "invalid_job"
+    tasks = house.job(feed)["tasks"]
+    rows = [row for frame in (first, last) for row in Block.from_wire(frame, tasks)]
+    assert sorted(row.index for row in rows) == [0, 1]
+    assert len(rows[0]["vector"].vector or ()) == 2
+
+
+def test_opening_again_under_its_key_finds_the_same_open_job(house: House) -> None:
+    first = house.open(CLASSIFY, open=True, key="risk")
+    assert house.open(CLASSIFY, open=True, key="risk")["id"] == first["id"]
