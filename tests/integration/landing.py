@@ -60,7 +60,7 @@ def land(
     close: bool = True,
     gaps: Mapping[str, Collection[int]] | None = None,
 ) -> UUID:
-    """Open, fill and close a job. A row that is a text is that of every field; a Problem is one that arrived broken.
+    """Open, fill and close a job; without rows, an open one. A row that is a text is that of every field; a Problem is one that arrived broken.
 
     ``gaps``: field -> rows that have no text there.
     """
@@ -69,13 +69,15 @@ def land(
         found = registry.find_models(connection, {t.model for t in tasks.values()})
         trunks = registry.find_models(connection, {m.manifest.trunk_model for m in found.values()} - {""})
         asked = CheckedSubmission(
-            said=Submission(tasks={}, priority=PRIORITY_NAMES[priority], bad_rows="error"),
+            said=Submission(tasks={}, priority=PRIORITY_NAMES[priority], bad_rows="error", open=not rows),
             tasks=tasks,
             digest=hashlib.sha256(uuid.uuid4().bytes).digest(),
         )
         planned = plan_submission(tasks, found, trunks, ())
         job = new_job(job_id or uuid.uuid4(), home, asked, planned, None)
         opening.open_job(connection, job, max_active_jobs=100)
+        if not rows:
+            return job.id
         loading = landing.loading(connection, home, job.id)
         missing = {name: set((gaps or {}).get(name, ())) for name in asked.fields}
         part = IncomingPart(

@@ -35,20 +35,8 @@ def database(database_url: str) -> Database:
 @pytest.fixture
 def feed(database: Database) -> LoadingJob:
     """An open job, without a row."""
-    job = land(database, ["first"], TASKS, close=False)
+    job = land(database, [], TASKS)
     with database.transaction() as connection:
-        for table in ("block_pass", "block", "part"):
-            connection.execute(text(f"DELETE FROM {table} WHERE job_id = :job"), {"job": job})
-        connection.execute(
-            text("UPDATE pass SET rows_waiting = 0, bytes_waiting = 0 WHERE job_id = :job"), {"job": job}
-        )
-        connection.execute(
-            text(
-                "UPDATE job SET state = 'open', reuse = false, n_rows = 0, n_blocks = 0, n_parts = 0"
-                " WHERE id = :job"
-            ),
-            {"job": job},
-        )
         tenant = connection.execute(
             text("SELECT tenant_id FROM job WHERE id = :job"), {"job": job}
         ).scalar_one()
@@ -60,7 +48,7 @@ def block_of(feed: LoadingJob, *texts: str, bad: frozenset[int] = frozenset()) -
         columns={"text": ["" if i in bad else t for i, t in enumerate(texts)]},
         bad=dict.fromkeys(bad, ("bad_row", "text: got null")),
     )
-    (block,) = blocks_of(part, feed.readers, block_rows=1024, block_bytes=1 << 20)
+    (block,) = blocks_of(part, feed.readers, secret=feed.secret, block_rows=1024, block_bytes=1 << 20)
     return block
 
 
