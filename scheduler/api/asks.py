@@ -17,12 +17,12 @@ from motet.protocol.envelope import pack, packed_plain
 from motet.protocol.values import byte_lengths
 from scheduler.api.auth import Caller
 from scheduler.api.bodies import clean_object, json_body, taken, whole_body
-from scheduler.api.live import Answer, Feed
+from scheduler.api.live import AskAnswered, Feed
 from scheduler.api.records import JobPath
 from scheduler.api.refusals import error_of
 from scheduler.api.resources import Use, job_id
 from scheduler.api.result_streams import framed, plain_rows
-from scheduler.api.routing import Routes, errors, reply, takes
+from scheduler.api.routing import Routes, reply, takes
 from scheduler.api.rows import read_rows
 from scheduler.blocks import IncomingPart, keyed
 
@@ -47,7 +47,6 @@ class _Ask:
     response_model=AskAnswer,
     response_description="The rows, or with `Accept: application/msgpack` frames of zstd msgpack (docs/http.md).",
     responses={
-        **errors(403, 404, 409, 413, 422),
         504: {"description": "Not answered in time: the rows go on; ask again with the same key."},
     },
     openapi_extra=takes(
@@ -85,11 +84,11 @@ async def ask(request: Request, use: Use, caller: Caller, job: JobPath) -> Respo
         return _reply(feed, answers, frames=frames)
 
 
-async def _one(feed: Feed, row: Any, key: str, max_row_bytes: int, within_s: float) -> Answer:
+async def _one(feed: Feed, row: Any, key: str, max_row_bytes: int, within_s: float) -> AskAnswered:
     return await _answer(feed, _read(feed, [row], key, max_row_bytes), within_s)
 
 
-async def _answer(feed: Feed, ask: _Ask, within_s: float) -> Answer:
+async def _answer(feed: Feed, ask: _Ask, within_s: float) -> AskAnswered:
     return await feed.ask(ask.part, ask.bytes, ask.key, ask.digest, within_s=within_s)
 
 
@@ -113,12 +112,12 @@ def _read(feed: Feed, rows: Sequence[Any], key: str | None, max_row_bytes: int) 
     )
 
 
-def _reply(feed: Feed, answers: Sequence[Answer | BaseException], *, frames: bool) -> Response:
+def _reply(feed: Feed, answers: Sequence[AskAnswered | BaseException], *, frames: bool) -> Response:
     if frames:
         return Response(b"".join(map(framed, (_frame(feed, a) for a in answers))), media_type=_FRAMES)
     rows: list[dict[str, Any]] = []
     for answer in answers:
-        if isinstance(answer, Answer):
+        if isinstance(answer, AskAnswered):
             columns = [answer.columns[t.number] for t in feed.tasks]
             rows += plain_rows(feed.tasks, columns, answer.first_row)
         else:
@@ -126,8 +125,8 @@ def _reply(feed: Feed, answers: Sequence[Answer | BaseException], *, frames: boo
     return reply(AskAnswer(rows=tuple(rows)))
 
 
-def _frame(feed: Feed, answer: Answer | BaseException) -> bytes:
-    if not isinstance(answer, Answer):
+def _frame(feed: Feed, answer: AskAnswered | BaseException) -> bytes:
+    if not isinstance(answer, AskAnswered):
         return pack({"error": _error(answer)})
     return pack(
         {

@@ -48,7 +48,7 @@ _KEPT = 1024
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Answer:
+class AskAnswered:
     """The merged cells of an ask's rows."""
 
     first_row: int
@@ -66,7 +66,7 @@ class Ask:
     digest: bytes
     #: On the loop's clock.
     until: float
-    answer: asyncio.Future[Answer]
+    answer: asyncio.Future[AskAnswered]
     #: Index of its first row in the job, once it has landed.
     row: int | None = None
 
@@ -118,7 +118,7 @@ class Feed:
         digest: bytes,
         *,
         within_s: float,
-    ) -> Answer:
+    ) -> AskAnswered:
         """The rows' merged cells.
 
         ``size``: UTF-8 bytes of the rows. ``within_s``: how long the caller waits, in seconds.
@@ -146,8 +146,8 @@ class Feed:
                 ask.fails(_late(stored=False))
                 self._pump()
 
-    def _forget(self, key: bytes) -> Callable[[asyncio.Future[Answer]], None]:
-        def done(answer: asyncio.Future[Answer]) -> None:
+    def _forget(self, key: bytes) -> Callable[[asyncio.Future[AskAnswered]], None]:
+        def done(answer: asyncio.Future[AskAnswered]) -> None:
             self._asks.pop(key, None)
             # Its caller may have gone: then nobody else will look at the error.
             if not answer.cancelled():
@@ -155,7 +155,7 @@ class Feed:
 
         return done
 
-    async def _as(self, ask: Ask, digest: bytes, until: float) -> Answer:
+    async def _as(self, ask: Ask, digest: bytes, until: float) -> AskAnswered:
         """The answer of an ask, for one of the callers that wait for it."""
         if ask.digest != digest:
             raise _other_rows()
@@ -287,7 +287,7 @@ class Feed:
                     n, row = len(ask.part), ask.row
                     assert row is not None
                     cells = {task: cut(column, lo, lo + n) for task, column in columns.items()}
-                    ask.answer.set_result(Answer(first_row=row, n_rows=n, columns=cells))
+                    ask.answer.set_result(AskAnswered(first_row=row, n_rows=n, columns=cells))
             if block.group is not None:
                 self._gatherer.answered(block.group, now)
         if found.state is None or found.state in ENDED:

@@ -279,6 +279,7 @@ job = table(
         f"state NOT IN {spelt(ENDED)} OR {_CELLS} = n_rows * n_tasks", name="every_cell_accounted_for"
     ),
     CheckConstraint(f"{_CELLS} <= n_rows * n_tasks", name="every_cell_at_most_once"),
+    CheckConstraint(f"state <> '{State.OPEN}' OR kind = 'infer'", name="a_training_run_is_never_open"),
     UniqueConstraint("tenant_id", "idempotency_key"),
     index("job_ended", "finished", where="finished IS NOT NULL"),
     index("job_newest", "tenant_id", "created DESC", "id DESC"),
@@ -388,6 +389,29 @@ block = table(
     "block",
     _BlockColumns,
     index("block_done", "job_id", "done_number", unique=True, where="done_number IS NOT NULL"),
+)
+
+
+class _AskColumns(TypedColumns):
+    """One caller's rows in an open job: [lo, lo + n_rows) of a block. A key names one run of rows.
+
+    key: Keyed digest of the caller's key.
+    digest: Keyed digest of its rows: the same key with other rows is a conflict.
+    """
+
+    job_id = key(Uuid)
+    key = key(LargeBinary)
+    digest = must(LargeBinary)
+    block_number = must(Integer)
+    lo = must(Integer, check="lo >= 0")
+    n_rows = must(Integer, check="n_rows > 0")
+
+
+ask = table(
+    "ask",
+    _AskColumns,
+    within("block", job_id="job_id", block_number="number"),
+    index("ask_by_block", "job_id", "block_number"),
 )
 
 
