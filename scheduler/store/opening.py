@@ -12,9 +12,9 @@ from sqlalchemy import Connection, insert, text
 from motet.errors import Conflict, Overloaded
 from motet.states import LIVE, State
 from scheduler.blocks import is_digest, keyed
-from scheduler.store import tables
 from scheduler.store.registry import secret_of
 from scheduler.store.schema import spelt
+from scheduler.store.tables import jobs as tables
 
 PRIORITIES: Mapping[str, int] = {"interactive": 0, "normal": 1, "bulk": 2}
 
