@@ -213,7 +213,7 @@ Examples:
   motet jobs
   motet jobs --state running --json"""
 )
-@click.option("--state", type=click.Choice(list(REACHED)))
+@click.option("--state", type=click.Choice([state.value for state in REACHED]))
 @click.option("--limit", type=click.IntRange(1), default=20, show_default=True)
 @as_json
 def jobs(state: Any, limit: int, as_json: bool) -> None:

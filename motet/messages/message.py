@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import KW_ONLY, MISSING, dataclass, fields
+from enum import StrEnum
 from functools import cache
 from types import NoneType, UnionType
 from typing import Annotated, Any, ClassVar, Literal, Self, Union, get_args, get_origin, get_type_hints
@@ -227,6 +228,9 @@ def _reader(kind: Any) -> Callable[[Any], Any] | None:
             return tuple if read is None else lambda values: tuple(map(read, values))
         case origin if isinstance(origin, type) and issubclass(origin, ApiMessage):
             return origin.of
+        case origin if isinstance(origin, type) and issubclass(origin, StrEnum):
+            # A word of a newer server stays what it is.
+            return lambda value: origin(value) if value in set(origin) else value
         case origin:
             return float if origin is float else None
 
@@ -242,8 +246,8 @@ def _writer(kind: Any) -> Callable[[Any], Any] | None:
             return list if write is None else lambda values: list(map(write, values))
         case origin if isinstance(origin, type) and issubclass(origin, ApiMessage):
             return origin.to_json
-        case _:
-            return None
+        case origin:
+            return str if isinstance(origin, type) and issubclass(origin, StrEnum) else None
 
 
 _plan: Callable[[Any], tuple[FieldPlan, ...]] = cache(_planned)

@@ -14,19 +14,20 @@ import secrets
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Annotated
+from typing import Annotated, get_args
 from uuid import UUID
 
 from fastapi import Depends, Request, Security
 from fastapi.security import HTTPAuthorizationCredentials, HTTPBearer
 
 from motet.errors import Overloaded, Unauthorized
+from motet.messages.tokens import Scope
 from scheduler.api.refusals import Forbidden
 from scheduler.api.resources import Resources, Use
 from scheduler.store.database import StoreUnavailable
 from scheduler.store.registry import StoredToken, find_token
 
-SCOPES = ("user", "read", "admin", "worker")
+SCOPES: tuple[Scope, ...] = get_args(Scope)
 
 _OPEN = frozenset({"anyone"})
 _ANY = frozenset(SCOPES)

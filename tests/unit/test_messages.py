@@ -7,6 +7,7 @@ import json
 import pkgutil
 from collections.abc import Iterator, Mapping
 from dataclasses import fields
+from enum import StrEnum
 from types import NoneType, UnionType
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
@@ -24,6 +25,7 @@ from motet.messages.refusals import ErrorBody
 from motet.messages.tokens import TokenRequest
 from motet.protocol.manifest import Manifest
 from motet.protocol.settings import Settings
+from motet.states import State
 from scheduler.api import create_app
 from scheduler.api.bodies import misfits_of, taken
 from scheduler.api.manifests import read_manifest
@@ -111,6 +113,11 @@ def test_an_answer_of_a_newer_server_is_read_without_what_is_new() -> None:
     assert JobRecord.of(newer) == JobRecord.of(JOB)
 
 
+def test_a_state_that_only_a_newer_server_knows_stays_a_word() -> None:
+    assert JobRecord.of(JOB).state is State.RUNNING
+    assert JobRecord.of({**JOB, "state": "pondering"}).to_json()["state"] == "pondering"
+
+
 def test_an_answer_of_an_older_server_is_read_with_defaults() -> None:
     least = {name: JOB[name] for name in ("id", "state", "rows", "tasks", "cells")}
     read = JobRecord.of(least)
@@ -140,6 +147,8 @@ def made_up(kind: Any) -> Any:
             return (made_up(of[0]),)
         case origin if origin is Mapping:
             return {made_up(of[0]): made_up(of[1])}
+        case origin if issubclass(origin, StrEnum):
+            return next(iter(origin))
         case origin if issubclass(origin, ApiMessage):
             hints = get_type_hints(origin)
             return origin(**{f.name: made_up(hints[f.name]) for f in fields(origin)})  # type: ignore[arg-type]
