@@ -265,12 +265,15 @@ def test_what_cannot_be_learned_from_is_not_found_and_says_what_to_do(house: Hou
     journal.close()
 
 
-def test_a_proxy_that_takes_no_large_files_ends_a_run_with_what_to_set(house: House, hand: Hand) -> None:
+def test_a_proxy_that_takes_no_large_files_ends_a_run_with_what_to_set(
+    house: House, hand: Hand, tmp_path: Path
+) -> None:
     job = embedded(house, ["a"])
+    (large := tmp_path / "model.safetensors").write_bytes(bytes(2000))
     with proxied(house.url, most_body_bytes=1000) as proxy:
         journal = HttpJournal(proxy.url, house.tokens["worker"], learner(house, job).lease, 0, job)
         with pytest.raises(Hopeless, match="client_max_body_size"):
-            journal.store(bytes(2000))
+            journal.store(large)
         journal.close()
 
 

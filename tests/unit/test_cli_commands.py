@@ -309,7 +309,7 @@ def test_an_error_is_one_line_with_a_remedy(api: FakeApi, motet: Shell, tickets:
 
 def test_many_problems_are_listed_below_each_other(api: FakeApi, motet: Shell, tmp_path: Path) -> None:
     path = tmp_path / "bad.jsonl"
-    path.write_text('{"text": 1}\n{"text": 2}\n')
+    path.write_text('{"text": NaN}\n{"text": NaN}\n')
     ran = motet("submit", str(path), *TOPIC)
     assert ran.err.splitlines()[0] == "error: 2 problems (rows count from 0):"
     assert "--bad-rows error" in ran.err
