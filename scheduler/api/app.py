@@ -191,7 +191,10 @@ def server(settings: Settings) -> Server:
         limit_concurrency=2000,
         timeout_keep_alive=30,
         timeout_graceful_shutdown=10,
+        # Not httptools: it sets no limit to a request's head, and sends chunks to a proxy that speaks HTTP/1.0.
+        http="h11",
         h11_max_incomplete_event_size=64 * 1024,
+        loop="uvloop",
         callback_notify=_pulse(settings),
         timeout_notify=1,
     )

@@ -99,6 +99,9 @@ FAMILIES: Mapping[str, Family] = {
         "gauge", "Age of the oldest outcome that waits; 0 where none does"
     ),
     "motet_dead_letters": Family("gauge", "Outcomes that could not be read; the last hundred are kept"),
+    "motet_leader_differences": Family(
+        "gauge", "What audits of the leader found to be otherwise than it thought; more than 0 is a fault"
+    ),
     "motet_redis_memory_ratio": Family("gauge", "Used share of Redis' memory limit; 0 where it has none"),
     # -- of both
     "motet_pressure": Family(
@@ -218,6 +221,7 @@ class Moving:
 
     lag: Lag
     dead_letters: int
+    differences: int
     memory_share: float
     beats: Mapping[str, Beat]
     #: Workers whose beat has stopped.
@@ -285,6 +289,7 @@ class Figures(Collector):
             return Moving(
                 lag=transport.outcome_lag(),
                 dead_letters=transport.dead_letters(),
+                differences=transport.differences(),
                 memory_share=transport.memory_share(),
                 beats=beats,
                 silent=self._use.workers.silent(beats, time.monotonic()),
@@ -333,6 +338,7 @@ def _show_redis(page: _Page, moving: Moving) -> None:
     page.add("motet_outcomes_waiting", moving.lag.entries)
     page.add("motet_outcomes_oldest_seconds", moving.lag.oldest_s)
     page.add("motet_dead_letters", moving.dead_letters)
+    page.add("motet_leader_differences", moving.differences)
     page.add("motet_redis_memory_ratio", moving.memory_share)
 
 

@@ -49,6 +49,10 @@ class Recent(Generic[K, V]):
         with self._lock:
             self._kept[key] = value
 
+    def drop(self, key: K) -> None:
+        with self._lock:
+            self._kept.pop(key, None)
+
 
 @dataclass
 class Resources:
@@ -66,8 +70,8 @@ class Resources:
     allowance: Allowance
     #: Jobs whose parts are coming in, by tenant and id.
     loading: Recent[tuple[UUID, UUID], LoadingJob] = field(default_factory=lambda: Recent(1024))
-    #: Tokens that read the figures lately, and when: they may while Postgres, which knows them, is away.
-    readers: Recent[str, tuple[StoredToken, float]] = field(default_factory=lambda: Recent(64))
+    #: Tokens that were shown lately, and when they were read.
+    known_tokens: Recent[str, tuple[StoredToken, float]] = field(default_factory=lambda: Recent(1024))
     #: Open jobs that are asked here.
     feeds: Feeds = field(init=False)
     #: Bytes of bodies that are being read or worked on now.

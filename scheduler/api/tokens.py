@@ -70,6 +70,7 @@ def remove_token(use: Use, caller: Caller, token: str) -> Response:
     with use.database.transaction() as connection:
         if not _ID.fullmatch(token) or not revoke_token(connection, token):
             raise NotFound("no token of this id")
+    use.known_tokens.drop(token)
     log.info("token revoked", extra={"token": token})
     return Response(status_code=204)
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from math import inf
 from typing import Any
@@ -26,6 +26,11 @@ JOB = "motet_job"
 _FRESH_S = 1.0
 #: Under this name a connection keeps when it was used last.
 _RESTED = "rested"
+
+
+_NOTIFY = text("""
+    SELECT count(pg_notify(channel, payload))
+      FROM unnest(CAST(:channels AS text[]), CAST(:payloads AS text[])) k (channel, payload)""")
 
 
 def _rests(_: Any, record: ConnectionPoolEntry) -> None:
@@ -125,7 +130,13 @@ def _transient(error: BaseException | None) -> bool:
 
 def notify(connection: Connection, channel: str, payload: str = "") -> None:
     """Wake listeners when (and only if) this transaction commits."""
-    connection.execute(text("SELECT pg_notify(:channel, :payload)"), {"channel": channel, "payload": payload})
+    notify_all(connection, [(channel, payload)])
+
+
+def notify_all(connection: Connection, notes: Collection[tuple[str, str]]) -> None:
+    """``notify`` with each of these (channel, payload), in one statement."""
+    channels, payloads = zip(*notes, strict=True)
+    connection.execute(_NOTIFY, {"channels": list(channels), "payloads": list(payloads)})
 
 
 def one_moment(connection: Connection) -> None:

@@ -6,6 +6,7 @@ count and seal. Reading an entry twice, or two aggregators at once, is harmless:
 
 from __future__ import annotations
 
+import json
 import time
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Sequence
@@ -31,7 +32,7 @@ from scheduler.policy.cost import LoadKey, Workload
 from scheduler.policy.lifecycle import MAX_TRIES, GivenUp, Return, backoff_s, failed, runs
 from scheduler.store import words
 from scheduler.store.database import JOB, Database, notify
-from scheduler.store.leases import JOBS_OF, LOCK_JOBS, OpenSubtask, open_subtask, put_back
+from scheduler.store.leases import OpenSubtask, open_subtask, put_back
 from scheduler.store.rates import Timed, learn
 from scheduler.store.schema import spelt
 from scheduler.store.sealing import BlockAnswers, TaskShape, append, asked_for, task_shapes, without_bad
@@ -55,6 +56,8 @@ class Recorded:
             setattr(self, name, getattr(self, name) + getattr(other, name))
 
 
+_LOCK_JOBS_OF = text("""
+    SELECT id FROM job WHERE id IN (SELECT job_id FROM subtask WHERE id = ANY(:ids)) ORDER BY id FOR NO KEY UPDATE""")
 _LIVE = text(f"""
     SELECT s.*, l.attempt, l.nonce, l.worker AS holder, l.boot, l.device, l.device_kind, l.clone, p.numerics,
            m.digest AS model, coalesce(nullif(p.rate_key, ''), nullif(m.trunk, ''), m.digest) AS learned_as,
@@ -63,27 +66,36 @@ _LIVE = text(f"""
       JOIN pass p ON p.job_id = s.job_id AND p.number = s.pass_number JOIN model m ON m.id = p.model_id
      WHERE s.id = ANY(:ids) AND s.state = 'open' AND j.state IN {spelt(CARVED)}
      ORDER BY s.id FOR UPDATE OF s""")
-_CLOSE = text("""
-    UPDATE subtask SET state = :state, closed = clock_timestamp(), worker = :worker, busy_s = :busy_s, tokens = :tokens
-     WHERE id = :id""")
-_DROP = text("DELETE FROM lease WHERE subtask_id = :id")
 _REFUSE = text("""
     INSERT INTO refusal (model_id, worker, boot, why)
     SELECT id, :worker, :boot, :why FROM model WHERE digest = :digest ORDER BY id
     ON CONFLICT (model_id, worker) DO UPDATE SET boot = excluded.boot, why = excluded.why, at = clock_timestamp()""")
-_COUNT = text("""
-    UPDATE job SET cells_ok = cells_ok + :ok, cells_error = cells_error + :error, version = version + 1,
-           tokens = tokens + :tokens, computed_tokens = computed_tokens + :computed,
-           busy_s = busy_s + :busy_s, subtasks = subtasks + :subtasks,
-           tokens_cached = tokens_cached + :tokens_cached, tokens_out = tokens_out + :tokens_out,
+# What is counted in a job, and how large what was read turned out to be, in one statement with the sub-tasks that say so.
+_COUNTED = """
+    UPDATE job SET cells_ok = cells_ok + c.ok, cells_error = cells_error + c.error, version = version + 1,
+           tokens = job.tokens + c.tokens, computed_tokens = computed_tokens + c.computed,
+           busy_s = job.busy_s + c.busy_s, subtasks = job.subtasks + c.subtasks,
+           tokens_cached = job.tokens_cached + c.tokens_cached, tokens_out = job.tokens_out + c.tokens_out,
            started = coalesce(started, clock_timestamp())
-     WHERE id = :job""")
-
-_MEASURE = text("""
-    UPDATE pass SET bytes_done = pass.bytes_done + k.bytes, tokens = pass.tokens + k.tokens
-      FROM unnest(CAST(:jobs AS uuid[]), CAST(:passes AS smallint[]), CAST(:bytes AS bigint[]), CAST(:tokens AS bigint[]))
-           k (job, number, bytes, tokens)
-     WHERE pass.job_id = k.job AND pass.number = k.number""")
+      FROM jsonb_to_recordset(CAST(:counts AS jsonb)) AS c (
+           job uuid, ok bigint, error bigint, tokens bigint, computed bigint, busy_s float8, subtasks int,
+           tokens_cached bigint, tokens_out bigint)
+     WHERE job.id = c.job"""
+_COUNT = text(_COUNTED)
+_CLOSE = text(f"""
+    WITH k AS MATERIALIZED (
+      SELECT * FROM jsonb_to_recordset(CAST(:closed AS jsonb)) AS k (
+             id bigint, state text, worker text, busy_s real, tokens bigint, job uuid, pass smallint, bytes bigint)),
+    closed AS (
+      UPDATE subtask SET state = k.state, closed = clock_timestamp(), worker = k.worker, busy_s = k.busy_s,
+             tokens = k.tokens FROM k WHERE subtask.id = k.id),
+    dropped AS (DELETE FROM lease USING k WHERE lease.subtask_id = k.id),
+    measured AS (
+      UPDATE pass SET bytes_done = pass.bytes_done + m.bytes, tokens = pass.tokens + m.tokens
+        FROM (SELECT job, pass, CAST(sum(bytes) AS bigint) AS bytes, CAST(sum(tokens) AS bigint) AS tokens FROM k
+               WHERE state = 'done' AND tokens > 0 GROUP BY job, pass) m
+       WHERE pass.job_id = m.job AND pass.number = m.pass)
+    {_COUNTED}""")
 
 #: Outcomes that are shorter than either of these teach nothing about speed.
 _LEARN_FROM_TOKENS, _LEARN_FROM_S = 128, 0.25
@@ -97,28 +109,25 @@ def record(database: Database, outcomes: Sequence[Outcome]) -> Recorded:
     began = time.time()
     with database.transaction() as connection:
         ids = sorted({o.subtask for o in outcomes})
-        jobs = [row.job_id for row in connection.execute(JOBS_OF, {"ids": ids})]
-        connection.execute(LOCK_JOBS, {"jobs": sorted(jobs)})
+        connection.execute(_LOCK_JOBS_OF, {"ids": ids})
         live = {(row.id, row.attempt): row for row in connection.execute(_LIVE, {"ids": ids})}
         answers: list[BlockAnswers] = []
-        #: Job -> its sub-tasks that this transaction closes.
-        closed: dict[UUID, set[int]] = defaultdict(set)
+        #: Sub-tasks that this transaction closes.
+        closed: dict[int, _Closed] = {}
         shapes: dict[tuple[UUID, int], list[TaskShape]] = {}
         totals: dict[UUID, Counter[str]] = defaultdict(Counter)
         consumed: dict[UUID, dict[tuple[int, int], Amount]] = defaultdict(dict)
         learned = _Learned()
         for outcome in outcomes:
             row = live.get((outcome.subtask, outcome.attempt))
-            if row is None or outcome.subtask in closed[row.job_id] or row.nonce != outcome.nonce:
+            if row is None or outcome.subtask in closed or row.nonce != outcome.nonce:
                 done.dropped += 1
                 continue
-            closed[row.job_id].add(outcome.subtask)
             subtask = open_subtask(row)
             where = (subtask.job, subtask.pass_number)
             if where not in shapes:
                 shapes[where] = task_shapes(connection, *where)
-            answers += _take_in(
-                connection,
+            more, returns, verdict = _take_in(
                 outcome,
                 subtask,
                 row,
@@ -128,26 +137,58 @@ def record(database: Database, outcomes: Sequence[Outcome]) -> Recorded:
                 learned,
                 done,
             )
+            answers += more
+            put_back(connection, subtask.job, subtask.pass_number, returns)
+            closed[subtask.id] = _Closed(subtask, row.bytes, row.holder, verdict, outcome.usage)
         answers = without_bad(connection, answers, shapes)
         done.rows += sum(a.final for a in answers)
         for job, total in totals.items():
             used = spend(connection, job, consumed[job])
             total.update(tokens_cached=used.tokens_cached, tokens_out=used.tokens_out)
-            _count(connection, job, total, [a for a in answers if a.job == job])
+        if closed:
+            counts = [
+                _counts(job, total, [a for a in answers if a.job == job]) for job, total in totals.items()
+            ]
+            rows = [one.row() for one in closed.values()]
+            connection.execute(_CLOSE, {"closed": json.dumps(rows), "counts": json.dumps(counts)})
         done.sealed += append(connection, answers, shapes)
         # Last, and in one order: these few rows are shared by all aggregators.
         learned.store(connection)
-        for job in totals:
-            notify(connection, JOB, str(job))
         if closed:
-            words.tell(connection, [words.done(job, ids) for job, ids in closed.items() if ids])
+            of_jobs = (
+                (job, [c.subtask.id for c in closed.values() if c.subtask.job == job]) for job in totals
+            )
+            words.tell(connection, [words.done(job, ids) for job, ids in of_jobs], totals)
     for job, total in totals.items():
         traces.add(job, "record", began, subtasks=total["subtasks"], tokens=total["tokens"])
     return done
 
 
+@dataclass(frozen=True, slots=True)
+class _Closed:
+    """A sub-task that is closed by its outcome."""
+
+    subtask: OpenSubtask
+    #: By which it was priced.
+    bytes: int
+    worker: str
+    state: str
+    usage: Usage
+
+    def row(self) -> dict[str, Any]:
+        return {
+            "id": self.subtask.id,
+            "state": self.state,
+            "worker": self.worker,
+            "busy_s": self.usage.busy_s,
+            "tokens": self.usage.tokens,
+            "job": str(self.subtask.job),
+            "pass": self.subtask.pass_number,
+            "bytes": self.bytes,
+        }
+
+
 def _take_in(
-    connection: Connection,
     outcome: Outcome,
     subtask: OpenSubtask,
     row: Any,
@@ -156,8 +197,8 @@ def _take_in(
     consumed: dict[tuple[int, int], Amount],
     learned: _Learned,
     done: Recorded,
-) -> list[BlockAnswers]:
-    """Close the sub-task by what its outcome says; its rows become answers or pieces.
+) -> tuple[list[BlockAnswers], list[Return], str]:
+    """What an outcome says: answers, rows that return, and the state in which its sub-task closes.
 
     ``total`` and ``consumed`` take in what it used.
     """
@@ -191,15 +232,9 @@ def _take_in(
         done.accepted += 1
         learned.see(row, outcome.usage)
     u = outcome.usage
-    connection.execute(
-        _CLOSE,
-        {"id": subtask.id, "state": verdict, "worker": row.holder, "busy_s": u.busy_s, "tokens": u.tokens},
-    )
-    connection.execute(_DROP, {"id": subtask.id})
-    put_back(connection, subtask.job, subtask.pass_number, returns)
     total.update(tokens=u.tokens, computed=u.computed_tokens, subtasks=1)
     total["busy_us"] += int(u.busy_s * 1e6)
-    return answers
+    return answers, returns, verdict
 
 
 def _answered(
@@ -272,7 +307,7 @@ def record_given_up(connection: Connection, subtask: OpenSubtask, rows: Sequence
     by_pass = {(subtask.job, subtask.pass_number): shapes}
     given_up = give_up(subtask.job, subtask.pass_number, subtask.id, rows, asked)
     answers = without_bad(connection, given_up, by_pass)
-    _count(connection, subtask.job, Counter(), answers)
+    connection.execute(_COUNT, {"counts": json.dumps([_counts(subtask.job, Counter(), answers)])})
     append(connection, answers, by_pass)
     notify(connection, JOB, str(subtask.job))
 
@@ -285,17 +320,12 @@ class _Learned:
     loads: list[tuple[LoadKey, float]] = field(default_factory=list)
     #: (digest of a model, worker) -> boot, why.
     refusals: dict[tuple[str, str], tuple[str, str]] = field(default_factory=dict)
-    #: (job, pass) -> bytes by which its sub-tasks were priced, and the tokens that these turned out to be.
-    ratios: dict[tuple[UUID, int], tuple[int, int]] = field(default_factory=dict)
 
     def see(self, row: Any, u: Usage) -> None:
         """Learn from an accepted outcome. A clone ran where it should not have; what loaded also ran cold.
 
         Bytes are those that the sub-task was priced by, never the worker's count: what is learned is applied to such.
         """
-        if u.tokens > 0:
-            size, tokens = self.ratios.get((row.job_id, row.pass_number), (0, 0))
-            self.ratios[row.job_id, row.pass_number] = (size + row.bytes, tokens + u.tokens)
         if row.clone:
             return
         if u.load_s > 0:
@@ -316,34 +346,26 @@ class _Learned:
             )
 
     def store(self, connection: Connection) -> None:
-        if self.ratios:
-            jobs, passes = zip(*self.ratios, strict=True)
-            sizes, tokens = zip(*self.ratios.values(), strict=True)
-            at = {"jobs": list(jobs), "passes": list(passes), "bytes": list(sizes), "tokens": list(tokens)}
-            connection.execute(_MEASURE, at)
         learn(connection, self.timed, self.loads)
         for (digest, worker), (boot, why) in sorted(self.refusals.items()):
             connection.execute(_REFUSE, {"digest": digest, "worker": worker, "boot": boot, "why": why})
 
 
-def _count(connection: Connection, job: UUID, total: Counter[str], answers: Sequence[BlockAnswers]) -> None:
-    """Count what is inserted, never what was sent."""
+def _counts(job: UUID, total: Counter[str], answers: Sequence[BlockAnswers]) -> dict[str, Any]:
+    """What is counted in a job: what is inserted, never what was sent."""
     ok = error = 0
     for a in answers:
         for column in a.columns.values():
             n_ok, n_error, _, _ = column.counts()
             ok, error = ok + n_ok, error + n_error
-    connection.execute(
-        _COUNT,
-        {
-            "job": job,
-            "ok": ok,
-            "error": error,
-            "tokens": total["tokens"],
-            "computed": total["computed"],
-            "busy_s": total["busy_us"] / 1e6,
-            "subtasks": total["subtasks"],
-            "tokens_cached": total["tokens_cached"],
-            "tokens_out": total["tokens_out"],
-        },
-    )
+    return {
+        "job": str(job),
+        "ok": ok,
+        "error": error,
+        "tokens": total["tokens"],
+        "computed": total["computed"],
+        "busy_s": total["busy_us"] / 1e6,
+        "subtasks": total["subtasks"],
+        "tokens_cached": total["tokens_cached"],
+        "tokens_out": total["tokens_out"],
+    }

@@ -9,10 +9,12 @@ import json
 from collections import Counter, defaultdict
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
+from threading import Lock
 from typing import Any
 from uuid import UUID
 
 import numpy as np
+from cachetools import LRUCache, cached
 from sqlalchemy import Connection, Row, text
 
 from motet.protocol import traces
@@ -52,8 +54,9 @@ _SHAPES = text("""
      WHERE t.job_id = :job AND t.pass_number = :pass ORDER BY t.number""")
 
 
+@cached(LRUCache(1024), key=lambda _, job, pass_number: (job, pass_number), lock=Lock())
 def task_shapes(connection: Connection, job: UUID, pass_number: int) -> list[TaskShape]:
-    """The tasks of a pass, by number."""
+    """The tasks of a pass, by number. They never change: those of passes that were asked for lately are not read again."""
     found = []
     for row in connection.execute(_SHAPES, {"job": job, "pass": pass_number}):
         manifest = Manifest.from_json(row.manifest)
@@ -96,7 +99,9 @@ _HERE = "p.job_id = k.job AND p.pass_number = k.pass AND p.block_number = k.bloc
 _DONE = text(f"""
     UPDATE block_pass p SET done = p.done + k.final
       FROM (SELECT * FROM ROWS FROM ({PLACES}, unnest(CAST(:finals AS int[])))) k (job, pass, block, final)
-     WHERE {_HERE} RETURNING p.job_id, p.pass_number, p.block_number, p.done = p.n AS full, p.todo""")
+     WHERE {_HERE} RETURNING p.job_id, p.pass_number, p.block_number, p.done = p.n AS full, p.todo,
+           EXISTS (SELECT FROM cells c WHERE c.job_id = p.job_id AND c.pass_number = p.pass_number
+                      AND c.block_number = p.block_number) AS begun""")
 _CELLS = text("""
     INSERT INTO cells (job_id, pass_number, block_number, subtask_id, lo, hi, columns)
     VALUES (:job, :pass, :block, :subtask, :lo, :hi, :columns)""")
@@ -112,17 +117,21 @@ _PARTLY_BAD = text(f"""
     SELECT k.job, k.pass AS pass_, k.block, b.bad, b.bad_fields, coalesce(p.row_order, b.row_order) AS row_order
       FROM {PLACES} k (job, pass, block) JOIN block_pass p ON {_HERE}
       JOIN block b ON b.job_id = k.job AND b.number = k.block AND b.bad_fields <> '{{}}'""")
-_SHOW = text("""
-    INSERT INTO block_column (job_id, block_number, task_number, column_id)
-    SELECT * FROM unnest(CAST(:jobs AS uuid[]), CAST(:blocks AS int[]), CAST(:tasks AS smallint[]),
-                         CAST(:columns AS bigint[]))""")
-_SEAL = text(f"UPDATE block_pass p SET state = 'sealed' FROM {PLACES} k (job, pass, block) WHERE {_HERE}")
-_COUNT_DONE = text("UPDATE job SET blocks_done = blocks_done + :n WHERE id = :job RETURNING blocks_done")
-_PASSES_SEALED = text("""
-    UPDATE block SET passes_open = k.passes_open, done_number = k.done_number
-      FROM unnest(CAST(:jobs AS uuid[]), CAST(:blocks AS int[]), CAST(:opens AS smallint[]), CAST(:dones AS int[]))
-           k (job, number, passes_open, done_number)
-     WHERE block.job_id = k.job AND block.number = k.number""")
+_SEALED = text(f"""
+    WITH shown AS (
+      INSERT INTO block_column (job_id, block_number, task_number, column_id)
+      SELECT * FROM unnest(CAST(:shown_jobs AS uuid[]), CAST(:shown_blocks AS int[]), CAST(:shown_tasks AS smallint[]),
+                           CAST(:shown_columns AS bigint[]))),
+    sealed AS (UPDATE block_pass p SET state = 'sealed' FROM {PLACES} k (job, pass, block) WHERE {_HERE}),
+    k AS MATERIALIZED (
+      SELECT * FROM unnest(CAST(:of_jobs AS uuid[]), CAST(:numbers AS int[]), CAST(:opens AS smallint[]),
+                           CAST(:nths AS int[])) k (job, number, passes_open, nth)),
+    counted AS (
+      UPDATE job SET blocks_done = job.blocks_done + f.n
+        FROM (SELECT job, CAST(count(*) AS int) AS n FROM k WHERE nth IS NOT NULL GROUP BY job) f
+       WHERE job.id = f.job RETURNING job.id, job.blocks_done - f.n AS before)
+    UPDATE block SET passes_open = k.passes_open, done_number = counted.before + k.nth
+      FROM k LEFT JOIN counted ON counted.id = k.job WHERE block.job_id = k.job AND block.number = k.number""")
 
 
 def without_bad(
@@ -181,7 +190,8 @@ def append(
         connection.execute(_CELLS, kept)
     if not asked:
         return 0
-    sealed = _seal(connection, asked, by_place)
+    begun = [(p.job_id, p.pass_number, p.block_number) for p in counted if p.full and p.begun]
+    sealed = _seal(connection, asked, by_place, begun)
     succeed(connection, {job for job, _, _ in asked})
     return sealed
 
@@ -195,7 +205,7 @@ def settle(connection: Connection, blocks: Collection[tuple[UUID, int]]) -> int:
     if not emptied:
         return 0
     shapes = {at: task_shapes(connection, *at) for at in sorted({e.place[:2] for e in emptied})}
-    return _seal(connection, {e.place: asked_for(shapes[e.place[:2]], e.todo) for e in emptied}, {})
+    return _seal(connection, {e.place: asked_for(shapes[e.place[:2]], e.todo) for e in emptied}, {}, ())
 
 
 def _cells(a: BlockAnswers) -> dict[str, Any]:
@@ -207,8 +217,10 @@ def _seal(
     connection: Connection,
     asked: Mapping[Place, Sequence[TaskShape]],
     last: Mapping[Place, Sequence[BlockAnswers]],
+    begun: Sequence[Place],
 ) -> int:
-    """Merge all answers of these full places into one column per task; ``last`` were never stored on their own.
+    """Merge all answers of these full places into one column per task; ``last`` were never stored on their own,
+    others were in the places that are ``begun``.
 
     Then whatever waited for these columns is released. The number of columns sealed.
     """
@@ -218,7 +230,7 @@ def _seal(
     pieces: dict[Place, list[_Piece]] = {
         p: [(a.lo, a.hi, a.columns) for a in last.get(p, ())] for p in places
     }
-    for row in connection.execute(_TAKE_CELLS, at_places(places)):
+    for row in connection.execute(_TAKE_CELLS, at_places(begun)) if begun else ():
         pieces[row.job_id, row.pass_number, row.block_number].append(
             (row.lo, row.hi, _unpacked(bytes(row.columns)))
         )
@@ -234,10 +246,16 @@ def _seal(
     stored = store_columns(connection, columns)
     jobs, numbers, tasks = zip(*shown, strict=True)
     connection.execute(
-        _SHOW, {"jobs": list(jobs), "blocks": list(numbers), "tasks": list(tasks), "columns": stored}
+        _SEALED,
+        {
+            "shown_jobs": list(jobs),
+            "shown_blocks": list(numbers),
+            "shown_tasks": list(tasks),
+            "shown_columns": stored,
+            **at_places(places),
+            **_passes_left(blocks, Counter((job, block) for job, _, block in places)),
+        },
     )
-    connection.execute(_SEAL, at_places(places))
-    _count_sealed(connection, blocks, Counter((job, block) for job, _, block in places))
     return len(columns) + settle(connection, {(job, block) for job, _, block in depend})
 
 
@@ -265,23 +283,22 @@ def _merged(
     return found
 
 
-def _count_sealed(
-    connection: Connection,
-    blocks: Mapping[tuple[UUID, int], Row[Any]],
-    sealed: Mapping[tuple[UUID, int], int],
-) -> None:
-    """Blocks have so many passes less to do; those that have none left get the next numbers of their job."""
-    opens = {place: blocks[place].passes_open - sealed[place] for place in sorted(sealed)}
-    dones: dict[tuple[UUID, int], int] = {}
-    for job in sorted({job for job, _ in opens}):
-        finished = [place for place, left in opens.items() if place[0] == job and not left]
-        if finished:
-            total = connection.execute(_COUNT_DONE, {"job": job, "n": len(finished)}).scalar_one()
-            dones.update(zip(finished, range(total - len(finished) + 1, total + 1), strict=True))
-    connection.execute(
-        _PASSES_SEALED,
-        {**_pairs(list(opens)), "opens": list(opens.values()), "dones": [dones.get(p) for p in opens]},
-    )
+def _passes_left(
+    blocks: Mapping[tuple[UUID, int], Row[Any]], sealed: Mapping[tuple[UUID, int], int]
+) -> dict[str, list[Any]]:
+    """Blocks have so many passes less to do; those that have none left get the next numbers of their job, in order."""
+    left = {place: blocks[place].passes_open - sealed[place] for place in sorted(sealed)}
+    nth: Counter[UUID] = Counter()
+    nths: list[int | None] = []
+    for (job, _), opens in left.items():
+        nth[job] += not opens
+        nths.append(None if opens else nth[job])
+    return {
+        "of_jobs": [job for job, _ in left],
+        "numbers": [number for _, number in left],
+        "opens": list(left.values()),
+        "nths": nths,
+    }
 
 
 def _pairs(blocks: Sequence[tuple[UUID, int]]) -> dict[str, list[Any]]:

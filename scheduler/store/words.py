@@ -12,7 +12,7 @@ from uuid import UUID
 
 from sqlalchemy import Connection
 
-from scheduler.store.database import WORK, notify
+from scheduler.store.database import JOB, WORK, notify_all
 
 #: Bytes of one payload; Postgres takes fewer than 8,000.
 _MOST_BYTES = 7_900
@@ -70,15 +70,16 @@ def done(job: UUID, subtasks: Iterable[int]) -> str:
     return " ".join(("done", str(job), *map(str, subtasks)))
 
 
-def tell(connection: Connection, words: Collection[str]) -> None:
-    """Say these when (and only if) this transaction commits."""
-    payload = "\n".join(words)
-    if len(payload) <= _MOST_BYTES:
-        notify(connection, WORK, payload)
-    else:
-        for word in words:
-            # A word that is too long is one that nobody understands.
-            notify(connection, WORK, word if len(word) <= _MOST_BYTES else "")
+def tell(connection: Connection, words: Collection[str], changed: Iterable[UUID] = ()) -> None:
+    """Say these when (and only if) this transaction commits; and to watchers, that these jobs have changed."""
+    together = "\n".join(words)
+    # A word that is too long is one that nobody understands.
+    payloads = (
+        [together] if len(together) <= _MOST_BYTES else [w if len(w) <= _MOST_BYTES else "" for w in words]
+    )
+    notify_all(
+        connection, [*((JOB, str(job)) for job in changed), *((WORK, payload) for payload in payloads)]
+    )
 
 
 def heard(payloads: Iterable[str]) -> Words:

@@ -104,6 +104,35 @@ def test_every_route_refuses_every_token_that_is_not_good_enough(house: House) -
     assert house.job(job)["state"] == "running", "nobody of them has touched it"
 
 
+def test_a_token_that_was_used_just_now_is_refused_once_it_is_revoked(
+    house: House, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    here, elsewhere = made(house, "user"), made(house, "user")
+    for token in (here, elsewhere):
+        assert ask(house, "GET", "/v1/jobs", token).status_code == 200
+    house.call("DELETE", f"/v1/tokens/{here.partition('.')[0]}", token="admin")
+    assert ask(house, "GET", "/v1/jobs", here).status_code == 401, "at once where it was revoked"
+    # Another API process hears of it within two seconds.
+    house.sql(f"UPDATE token SET revoked = now() WHERE id = '{elsewhere.partition('.')[0]}'")
+    monkeypatch.setattr("scheduler.api.auth._FRESH_S", 0.0)
+    assert ask(house, "GET", "/v1/jobs", elsewhere).status_code == 401
+
+
+def test_a_token_that_was_found_just_now_is_not_looked_up_again_and_its_secret_still_counts(
+    house: House, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    token = made(house, "user")
+    assert ask(house, "GET", "/v1/jobs", token).status_code == 200
+
+    def looked_up(*_: object) -> None:
+        raise AssertionError("it is known")
+
+    monkeypatch.setattr("scheduler.api.auth.find_token", looked_up)
+    monkeypatch.setattr("scheduler.api.auth._FRESH_S", 60.0)
+    assert ask(house, "GET", "/v1/jobs", token).status_code == 200
+    assert ask(house, "GET", "/v1/jobs", f"{token.partition('.')[0]}.wrong").status_code == 401
+
+
 def good_body(path: str) -> Any:
     """A body that would be taken, so that only the tenant is in the way."""
     if path.endswith("/close"):

@@ -7,6 +7,7 @@ import shutil
 import socket
 import subprocess
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -193,3 +194,20 @@ def test_rows_that_a_server_leaves_out_are_missed(
         with pytest.raises(MotetError, match="3,072 of its 4,096 rows"):
             found.to_jsonl(tmp_path / "rows.jsonl")
     assert not list(tmp_path.iterdir()), "no file that looks whole"
+
+
+def test_a_request_whose_head_does_not_end_is_refused(house: House) -> None:
+    at = httpx.URL(house.url)
+    for head in (b"GET /healthz?" + b"x" * 200_000, b"GET /healthz HTTP/1.1\r\n" + b"a: b\r\n" * 40_000):
+        with socket.create_connection((at.host, at.port or 0)) as line, line.makefile("rb") as answer:
+            with suppress(ConnectionError):
+                line.sendall(head)
+            assert answer.readline().startswith((b"HTTP/1.1 400", b"HTTP/1.1 431"))
+    with socket.create_connection((at.host, at.port or 0)) as line, line.makefile("rb") as answer:
+        for _ in range(3):
+            line.sendall(b"GET /healthz HTTP/1.1\r\nhost: x\r\na: " + b"b" * 30_000 + b"\r\n\r\n")
+            assert answer.readline().startswith(b"HTTP/1.1 200"), "each request of a line has its own head"
+            while (header := answer.readline().strip()) != b"":
+                if header.lower().startswith(b"content-length"):
+                    length = int(header.partition(b":")[2])
+            answer.read(length)

@@ -325,6 +325,13 @@ def test_an_unreadable_entry_is_buried_not_read_again(pair: Pair) -> None:
     assert pair.scheduler.dead_letters() == 1
 
 
+def test_differences_are_counted(pair: Pair) -> None:
+    assert pair.scheduler.differences() == 0
+    pair.scheduler.count_differences(2)
+    pair.scheduler.count_differences(1)
+    assert pair.scheduler.differences() == 3
+
+
 def test_the_lag_is_the_age_of_the_oldest_entry_and_ends_with_it(pair: Pair) -> None:
     assert pair.scheduler.outcome_lag() == Lag(0, 0.0)
     worker = pair.worker("w")

@@ -57,16 +57,16 @@ def acknowledges_before_it_commits(patch: Patch) -> None:
 
 
 def counts_what_was_sent(patch: Patch) -> None:
-    count = outcomes._count
+    counts = outcomes._counts
 
-    def sent(connection: Connection, job: UUID, total: Any, answers: Sequence[Any]) -> None:
+    def sent(job: UUID, total: Any, answers: Sequence[Any]) -> Any:
         all_of = [
             replace(a, columns={n: replace(c, status=_as_ok(c.status)) for n, c in a.columns.items()})
             for a in answers
         ]
-        count(connection, job, total, all_of)
+        return counts(job, total, all_of)
 
-    patch.setattr(outcomes, "_count", sent)
+    patch.setattr(outcomes, "_counts", sent)
 
 
 def _as_ok(status: bytes) -> bytes:
@@ -227,8 +227,9 @@ def counts_cells_that_a_cancelled_job_loses(patch: Patch) -> None:
 
 
 def keeps_the_lease_of_the_slower_one(patch: Patch) -> None:
-    one = "DELETE FROM lease WHERE subtask_id = :id AND attempt = (SELECT min(attempt) FROM lease WHERE subtask_id = :id)"
-    patch.setattr(outcomes, "_DROP", text(one))
+    both = "DELETE FROM lease USING k WHERE lease.subtask_id = k.id"
+    one = f"{both} AND lease.attempt = (SELECT min(o.attempt) FROM lease o WHERE o.subtask_id = k.id)"
+    patch.setattr(outcomes, "_CLOSE", text(str(outcomes._CLOSE).replace(both, one)))
 
 
 def doubles_a_suspect(patch: Patch) -> None:
@@ -273,7 +274,7 @@ def carves_rows_that_were_taken_out(patch: Patch) -> None:
 
 
 def tells_nobody_that_it_recorded(patch: Patch) -> None:
-    patch.setattr(outcomes.words, "tell", lambda connection, said: None)
+    patch.setattr(outcomes.words, "tell", lambda connection, said, changed=(): None)
 
 
 def misses_words_and_does_not_say_so(patch: Patch) -> None:

@@ -17,7 +17,7 @@ from typing import Any
 from sqlalchemy import Connection, text
 
 from motet.protocol.transport import MemoryTransport, TransportLost
-from scheduler.store import demand
+from scheduler.store import demand, sealing
 from scheduler.store.database import Database, StoreUnavailable
 from scheduler.store.listening import Listener
 from tests.integration import landing
@@ -213,6 +213,7 @@ class Stage:
             listener.close()
         # Jobs of one play have the ids of those of another.
         demand._lengths_read.clear()
+        sealing.task_shapes.cache.clear()
         with self.taps["machine"].transaction() as connection:
             connection.exec_driver_sql(_EMPTY)
 
