@@ -99,7 +99,7 @@ FAMILIES: Mapping[str, Family] = {
         "gauge", "Age of the oldest outcome that waits; 0 where none does"
     ),
     "motet_dead_letters": Family("gauge", "Outcomes that could not be read; the last hundred are kept"),
-    "motet_leader_differences": Family(
+    "motet_audit_differences": Family(
         "gauge", "What audits of the leader found to be otherwise than it thought; more than 0 is a fault"
     ),
     "motet_redis_memory_ratio": Family("gauge", "Used share of Redis' memory limit; 0 where it has none"),
@@ -338,7 +338,7 @@ def _show_redis(page: _Page, moving: Moving) -> None:
     page.add("motet_outcomes_waiting", moving.lag.entries)
     page.add("motet_outcomes_oldest_seconds", moving.lag.oldest_s)
     page.add("motet_dead_letters", moving.dead_letters)
-    page.add("motet_leader_differences", moving.differences)
+    page.add("motet_audit_differences", moving.differences)
     page.add("motet_redis_memory_ratio", moving.memory_share)
 
 
