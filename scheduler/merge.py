@@ -5,7 +5,7 @@ Sealing calls ``merge`` once per (block, task).
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
@@ -82,13 +82,17 @@ def _check_json(column: Column) -> None:
             raise BadColumn("a value that is not JSON, or that Postgres does not take")
 
 
-def returned_rows(columns: Sequence[Column]) -> Positions:
-    """Positions whose answer is not final in some column: a retriable error, or marked as returned."""
+def returned_rows(columns: Mapping[int, Column], but: Mapping[int, Collection[int]]) -> Positions:
+    """Positions whose answer is not final in some column: a retriable error, or marked as returned.
+
+    ``but``: number of a column -> positions in it whose answers nobody asks for.
+    """
     found: set[int] = set()
-    for column in columns:
-        found.update(i for i, e in column.errors.items() if e.retriable)
+    for number, column in columns.items():
+        here = {i for i, e in column.errors.items() if e.retriable}
         states = np.frombuffer(column.status, "u1") & STATE_MASK
-        found.update(np.flatnonzero(states == RETURNED).tolist())
+        here.update(np.flatnonzero(states == RETURNED).tolist())
+        found |= here.difference(but.get(number, ()))
     return np.array(sorted(found), dtype=np.int64)
 
 

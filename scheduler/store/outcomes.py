@@ -9,11 +9,12 @@ from __future__ import annotations
 import json
 import time
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 from uuid import UUID
 
+import numpy as np
 from sqlalchemy import Connection, text
 
 from motet.protocol import traces
@@ -22,6 +23,7 @@ from motet.protocol.wire import Outcome, Usage
 from motet.states import CARVED
 from scheduler.merge import (
     BadColumn,
+    Positions,
     check,
     errors_column,
     mark_returned,
@@ -33,9 +35,19 @@ from scheduler.policy.lifecycle import MAX_TRIES, GivenUp, Return, backoff_s, fa
 from scheduler.store import words
 from scheduler.store.database import JOB, Database, notify
 from scheduler.store.leases import OpenSubtask, open_subtask, put_back
+from scheduler.store.places import Place
 from scheduler.store.rates import Timed, learn
 from scheduler.store.schema import spelt
-from scheduler.store.sealing import BlockAnswers, TaskShape, append, asked_for, task_shapes, without_bad
+from scheduler.store.sealing import (
+    BlockAnswers,
+    PartlyBad,
+    TaskShape,
+    append,
+    asked_for,
+    partly_bad,
+    task_shapes,
+    without_bad,
+)
 from scheduler.store.spending import Amount, by_block, spend
 
 
@@ -115,6 +127,7 @@ def record(database: Database, outcomes: Sequence[Outcome]) -> Recorded:
         #: Sub-tasks that this transaction closes.
         closed: dict[int, _Closed] = {}
         shapes: dict[tuple[UUID, int], list[TaskShape]] = {}
+        bad: dict[Place, PartlyBad] = {}
         totals: dict[UUID, Counter[str]] = defaultdict(Counter)
         consumed: dict[UUID, dict[tuple[int, int], Amount]] = defaultdict(dict)
         learned = _Learned()
@@ -127,11 +140,13 @@ def record(database: Database, outcomes: Sequence[Outcome]) -> Recorded:
             where = (subtask.job, subtask.pass_number)
             if where not in shapes:
                 shapes[where] = task_shapes(connection, *where)
+            bad.update(partly_bad(connection, [(*where, r.block) for r in subtask.ranges], shapes))
             more, returns, verdict = _take_in(
                 outcome,
                 subtask,
                 row,
                 shapes[where],
+                bad,
                 totals[subtask.job],
                 consumed[subtask.job],
                 learned,
@@ -140,7 +155,7 @@ def record(database: Database, outcomes: Sequence[Outcome]) -> Recorded:
             answers += more
             put_back(connection, subtask.job, subtask.pass_number, returns)
             closed[subtask.id] = _Closed(subtask, row.bytes, row.holder, verdict, outcome.usage)
-        answers = without_bad(connection, answers, shapes)
+        answers = without_bad(answers, bad)
         done.rows += sum(a.final for a in answers)
         for job, total in totals.items():
             used = spend(connection, job, consumed[job])
@@ -193,6 +208,7 @@ def _take_in(
     subtask: OpenSubtask,
     row: Any,
     shapes: Sequence[TaskShape],
+    bad: Mapping[Place, PartlyBad],
     total: Counter[str],
     consumed: dict[tuple[int, int], Amount],
     learned: _Learned,
@@ -209,7 +225,7 @@ def _take_in(
     verdict = outcome.verdict
     if verdict == "done":
         try:
-            answers, returns = _answered(outcome, subtask, asked)
+            answers, returns = _answered(outcome, subtask, asked, bad)
             used = by_block(outcome.spent, subtask.ranges, {s.name: s.number for s in asked})
             for at, amount in used.items():
                 consumed.setdefault(at, Amount()).add(amount)
@@ -238,9 +254,12 @@ def _take_in(
 
 
 def _answered(
-    outcome: Outcome, subtask: OpenSubtask, asked: Sequence[TaskShape]
+    outcome: Outcome, subtask: OpenSubtask, asked: Sequence[TaskShape], bad: Mapping[Place, PartlyBad]
 ) -> tuple[list[BlockAnswers], list[Return]]:
-    """A done outcome, cut by block. Raises BadColumn. Rows with a retriable error return, until their tries are spent."""
+    """A done outcome, cut by block. Raises BadColumn.
+
+    Rows with a retriable error return, until their tries are spent; an error of a cell that is bad anyway sends none.
+    """
     n_rows = sum(map(len, subtask.ranges))
     columns: dict[int, Column] = {}
     for shape in asked:
@@ -251,9 +270,9 @@ def _answered(
             column, kind=shape.kind, n_rows=n_rows, n_labels=shape.n_labels, dim=shape.dim, dtype=shape.dtype
         )
         columns[shape.number] = column
-    again = returned_rows(list(columns.values()))
-    if subtask.tries + 1 >= MAX_TRIES:
-        again = again[:0]
+    again: Positions = np.array([], dtype=np.int64)
+    if subtask.tries + 1 < MAX_TRIES:
+        again = returned_rows(columns, _dropped(subtask, columns, bad))
     columns = {number: mark_returned(c, again) for number, c in columns.items()}
     answers: list[BlockAnswers] = []
     returns: list[Return] = []
@@ -281,6 +300,20 @@ def _answered(
     return answers, returns
 
 
+def _dropped(
+    subtask: OpenSubtask, tasks: Iterable[int], bad: Mapping[Place, PartlyBad]
+) -> dict[int, set[int]]:
+    """Task number -> positions in the sub-task of the cells that ``without_bad`` drops."""
+    found: dict[int, set[int]] = {task: set() for task in tasks}
+    start = 0
+    for r in subtask.ranges:
+        if (here := bad.get((subtask.job, subtask.pass_number, r.block))) is not None:
+            for task, positions in found.items():
+                positions.update((start + here.positions(task, r.lo, r.hi)).tolist())
+        start += len(r)
+    return found
+
+
 def give_up(
     job: UUID, pass_number: int, subtask: int, rows: Iterable[GivenUp], asked: Sequence[TaskShape]
 ) -> list[BlockAnswers]:
@@ -306,7 +339,8 @@ def record_given_up(connection: Connection, subtask: OpenSubtask, rows: Sequence
     asked = asked_for(shapes, subtask.todo)
     by_pass = {(subtask.job, subtask.pass_number): shapes}
     given_up = give_up(subtask.job, subtask.pass_number, subtask.id, rows, asked)
-    answers = without_bad(connection, given_up, by_pass)
+    places = [(a.job, a.pass_number, a.block) for a in given_up]
+    answers = without_bad(given_up, partly_bad(connection, places, by_pass))
     connection.execute(_COUNT, {"counts": json.dumps([_counts(subtask.job, Counter(), answers)])})
     append(connection, answers, by_pass)
     notify(connection, JOB, str(subtask.job))

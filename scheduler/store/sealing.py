@@ -23,7 +23,7 @@ from motet.protocol.envelope import unwrap, wrap
 from motet.protocol.manifest import Manifest, column_kind
 from motet.states import Skip
 from scheduler.blocks import askable, row_order
-from scheduler.merge import AnswersPart, array_of, mark_returned, merge
+from scheduler.merge import AnswersPart, Positions, array_of, mark_returned, merge
 from scheduler.policy.needs import row_fields, stored_task
 from scheduler.store.arrays import Elements
 from scheduler.store.dependence import absents, failed_upstream, release, skips
@@ -134,39 +134,52 @@ _SEALED = text(f"""
       FROM k LEFT JOIN counted ON counted.id = k.job WHERE block.job_id = k.job AND block.number = k.number""")
 
 
-def without_bad(
+@dataclass(frozen=True, slots=True)
+class PartlyBad:
+    """Of a (block, pass) whose tasks read different fields: the rows that only some of its tasks can be asked."""
+
+    order: Sequence[int]
+    #: Task number -> the rows of the block whose value it should have read is bad.
+    rows: Mapping[int, Collection[int]]
+
+    def positions(self, task: int, lo: int, hi: int) -> Positions:
+        """Those rows of a task, counted from ``lo`` of the order."""
+        return np.flatnonzero([row in self.rows[task] for row in self.order[lo:hi]])
+
+
+def partly_bad(
     connection: Connection,
-    answers: Sequence[BlockAnswers],
+    places: Collection[Place],
     shapes: Mapping[tuple[UUID, int], Sequence[TaskShape]],
-) -> list[BlockAnswers]:
+) -> dict[Place, PartlyBad]:
+    """Those of these places in which a row can be bad for one task and good for another."""
+    mixed = {at for at, tasks in shapes.items() if len({frozenset(task.reads) for task in tasks}) > 1}
+    asked = sorted(place for place in set(places) if place[:2] in mixed)
+    found = connection.execute(_PARTLY_BAD, at_places(asked)).all() if asked else ()
+    return {
+        (row.job, row.pass_, row.block): PartlyBad(
+            row_order(bytes(row.row_order)),
+            absents(row, {shape.number: shape.reads for shape in shapes[row.job, row.pass_]}),
+        )
+        for row in found
+    }
+
+
+def without_bad(answers: Sequence[BlockAnswers], bad: Mapping[Place, PartlyBad]) -> list[BlockAnswers]:
     """The answers, but for those of tasks to rows whose value they should have read is bad.
 
     Tasks of one pass may read different fields. Where only one of them is bad in a row, all are asked; the cells of
     those that read it were counted as errors when the row landed, and are sealed as such.
     """
-    mixed = {at for at, tasks in shapes.items() if len({frozenset(task.reads) for task in tasks}) > 1}
-    places = sorted({(a.job, a.pass_number, a.block) for a in answers if (a.job, a.pass_number) in mixed})
-    found = connection.execute(_PARTLY_BAD, at_places(places)).all() if places else ()
-    orders = {(row.job, row.pass_, row.block): row_order(bytes(row.row_order)) for row in found}
-    bad = {
-        (row.job, row.pass_, row.block): absents(
-            row, {shape.number: shape.reads for shape in shapes[row.job, row.pass_]}
-        )
-        for row in found
-    }
 
-    def kept(answer: BlockAnswers) -> BlockAnswers:
-        place = (answer.job, answer.pass_number, answer.block)
-        if place not in orders:
-            return answer
-        rows = orders[place][answer.lo : answer.hi]
-        columns = {
-            number: mark_returned(column, np.flatnonzero([i in bad[place][number] for i in rows]))
-            for number, column in answer.columns.items()
-        }
-        return replace(answer, columns=columns)
+    def kept(a: BlockAnswers) -> BlockAnswers:
+        here = bad.get((a.job, a.pass_number, a.block))
+        if here is None:
+            return a
+        columns = {n: mark_returned(c, here.positions(n, a.lo, a.hi)) for n, c in a.columns.items()}
+        return replace(a, columns=columns)
 
-    return [kept(answer) for answer in answers]
+    return [kept(a) for a in answers]
 
 
 def append(

@@ -165,6 +165,26 @@ def test_rows_that_come_back_are_the_right_ones_and_their_bad_cells_are_counted_
     check_all(house, job, rows, gaps, tasks)
 
 
+def test_a_cell_that_is_bad_anyway_sends_no_row_back(house: House) -> None:
+    """Its task was asked only because others of the pass were; that it met trouble which passes is nobody's loss."""
+    rows = texts(8)
+    tasks = {name: TASKS[name] for name in ("mood", "titled")}
+    gaps = {"title": {1, 6}}
+    job = land(house.database, rows, tasks, gaps=gaps)
+    asked: Counter[str] = Counter()
+    busy = CellError("busy", "later", retriable=True)
+    fails = failing("titled", lambda t: t in {rows[1], rows[6], rows[3]}, busy)
+
+    def answer(a: Assignment, outcome: Outcome) -> Outcome:
+        asked.update(a.texts)
+        outcome = speak(a, outcome)
+        return fails(a, outcome) if all(asked[t] == 1 for t in a.texts) else outcome
+
+    finish(house, job, answer)
+    check_all(house, job, rows, gaps, tasks)
+    assert asked == Counter(rows) + Counter([rows[3]]), "only the row whose good cell failed is asked again"
+
+
 def test_rows_that_are_given_up_do_not_count_a_bad_cell_again(house: House) -> None:
     rows = texts(6)
     tasks = {name: TASKS[name] for name in ("mood", "titled")}

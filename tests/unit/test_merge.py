@@ -132,7 +132,8 @@ def test_a_row_returns_if_any_of_its_cells_may_still_succeed() -> None:
         arrays=sound.arrays,
         errors={1: CellError("engine", "lost", retriable=True)},
     )
-    assert returned_rows([sound, flaky]).tolist() == [1, 2]
+    assert returned_rows({0: sound, 1: flaky}, {}).tolist() == [1, 2]
+    assert returned_rows({0: sound, 1: flaky}, {1: {2}}).tolist() == [1]
 
 
 @pytest.mark.parametrize(
