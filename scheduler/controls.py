@@ -60,7 +60,7 @@ class Controls:
         words: dict[str, Control] = {}
         for name in some:
             # What was taken back from the queue of a worker that drains still lies there: it must not run it when it works again.
-            lying = queues.get(name, set()) - leased
+            lying = (key for key in queues.get(name, ()) if key not in leased)
             drop = tuple(sorted({*drops(live[name], leased), *lying, *self._recalled.get(name, ())}))
             words[name] = Control(epoch=epoch, drop=drop, drain=name in drained)
         deaf = {name for name, word in words.items() if not attuned(live[name], word.drain)}

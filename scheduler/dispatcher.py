@@ -17,6 +17,7 @@ import time
 from collections.abc import Collection, Container, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import lru_cache
 from itertools import count, islice
 from typing import cast
 from uuid import UUID
@@ -80,6 +81,9 @@ _BREATH_S = 0.01
 _HEAR_AGAIN_S = 2.5
 #: Jobs whose demand is read at once where everything is read.
 _JOBS_AT_ONCE = 1_000
+
+#: Sub-tasks of few jobs are placed at a time, and reading an id takes as long as writing a message.
+_job_id = lru_cache(1024)(UUID)
 
 
 @dataclass
@@ -460,7 +464,7 @@ class Dispatcher:
                 if carved is None:
                     # More may lie behind what was read of it.
                     self._placer.nothing(p, now)
-                    exhausted.add(UUID(p.demand.job))
+                    exhausted.add(_job_id(p.demand.job))
                     continue
                 cut = _cut(p, carved)
                 number = next(self._flight_numbers)
@@ -474,7 +478,7 @@ class Dispatcher:
                     exclusive=carved.exclusive,
                     harmless=carved.deaths == 0,
                 )
-                self._unleased[number] = UUID(p.demand.job)
+                self._unleased[number] = _job_id(p.demand.job)
                 decided.append((cut, flight))
         # Where nothing could be carved at all it is not asked for again at once.
         (self._touched if decided else self._stale).update(exhausted)
@@ -631,7 +635,7 @@ def _held(item: Leased, boot: str, *, clone: bool = False) -> Held:
     return Held(
         subtask=item.subtask,
         attempt=item.attempt,
-        job=UUID(item.job),
+        job=_job_id(item.job),
         pass_number=item.pass_number,
         n_rows=item.carved.rows,
         bytes=item.carved.bytes,

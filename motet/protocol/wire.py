@@ -56,6 +56,21 @@ class TaskOrder:
         return column_kind(str(self.spec.get("kind", "")), self.manifest)
 
 
+#: Manifests kept with their JSON: the same few are sent with each sub-task. By identity, since a manifest has no hash.
+_MANIFESTS_KEPT = 256
+_manifests: dict[int, tuple[Manifest, dict[str, Any]]] = {}
+
+
+def _as_json(manifest: Manifest) -> dict[str, Any]:
+    """To be packed, never to be changed."""
+    known = _manifests.get(id(manifest))
+    if known is None:
+        if len(_manifests) >= _MANIFESTS_KEPT:
+            _manifests.clear()
+        known = _manifests[id(manifest)] = (manifest, manifest.to_json())
+    return known[1]
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Assignment:
     """A leased sub-task on its way to a worker: one attempt, with all the worker needs to run it."""
@@ -104,11 +119,11 @@ class Assignment:
                 "job": self.job,
                 "tenant": self.tenant,
                 "pass_kind": self.pass_kind,
-                "model": self.model.to_json(),
+                "model": _as_json(self.model),
                 "numerics": self.numerics,
                 "max_tokens": self.max_tokens,
                 "tasks": [
-                    {"name": t.name, "spec": dict(t.spec), "manifest": t.manifest.to_json()}
+                    {"name": t.name, "spec": dict(t.spec), "manifest": _as_json(t.manifest)}
                     for t in self.tasks
                 ],
                 # The texts follow from the values.

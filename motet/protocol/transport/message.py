@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import base64
 import json
-import uuid
+import secrets
+from functools import lru_cache
 
 from motet.protocol.transport.keys import queue_name
 from motet.protocol.wire import Assignment
@@ -16,43 +17,68 @@ ENTRY_POINT = "motet.run"
 def celery_message(worker: str, assignment: Assignment) -> str:
     """One Celery message (protocol 2) as kombu stores it in a Redis list."""
     a = assignment
-    task_id = str(uuid.uuid4())
-    args = [a.subtask, a.attempt, a.job, len(a.texts)]
-    body = json.dumps([args, {}, {"callbacks": None, "errbacks": None, "chain": None, "chord": None}])
-    return json.dumps(
+    body = f"[[{a.subtask}, {a.attempt}, {_quoted(a.job)}, {len(a.texts)}], {_BODY}]"
+    return _MESSAGE % {
+        "body": base64.b64encode(body.encode()).decode(),
+        "id": _new_id(),
+        "shadow": _quoted(a.pass_kind),
+        "subtask": a.subtask,
+        "attempt": a.attempt,
+        "rows": len(a.texts),
+        "queue": _quoted(queue_name(worker)),
+        "tag": _new_id(),
+    }
+
+
+#: JSON of a text. Few are said again and again: kinds of passes, queues, jobs.
+_quoted = lru_cache(32_768)(json.dumps)
+_BODY = json.dumps([{}, {"callbacks": None, "errbacks": None, "chain": None, "chord": None}])[1:-1]
+#: A leader writes thousands of these a second, so all that is alike in them is written once.
+_MESSAGE = (
+    json.dumps(
         {
-            "body": base64.b64encode(body.encode()).decode(),
+            "body": "%(body)s",
             "content-encoding": "utf-8",
             "content-type": "application/json",
             "headers": {
                 "lang": "py",
                 "task": ENTRY_POINT,
-                "id": task_id,
-                "root_id": task_id,
+                "id": "%(id)s",
+                "root_id": "%(id)s",
                 "parent_id": None,
                 "group": None,
-                "shadow": a.pass_kind,
+                "shadow": "<shadow>",
                 "eta": None,
                 "expires": None,
                 "retries": 0,
                 "timelimit": [None, None],
-                "argsrepr": f"(subtask={a.subtask}, attempt={a.attempt}, rows={len(a.texts)})",
+                "argsrepr": "(subtask=%(subtask)d, attempt=%(attempt)d, rows=%(rows)d)",
                 "kwargsrepr": "{}",
                 "origin": "motet-dispatcher",
                 "ignore_result": True,
-                "motet": [a.subtask, a.attempt],
+                "motet": "<motet>",
             },
             "properties": {
-                "correlation_id": task_id,
+                "correlation_id": "%(id)s",
                 "reply_to": "",
                 "delivery_mode": 2,
-                "delivery_info": {"exchange": "", "routing_key": queue_name(worker)},
+                "delivery_info": {"exchange": "", "routing_key": "<queue>"},
                 "priority": 0,
                 "body_encoding": "base64",
-                "delivery_tag": str(uuid.uuid4()),
+                "delivery_tag": "%(tag)s",
             },
         }
     )
+    .replace('"<shadow>"', "%(shadow)s")
+    .replace('"<motet>"', "[%(subtask)d, %(attempt)d]")
+    .replace('"<queue>"', "%(queue)s")
+)
+
+
+def _new_id() -> str:
+    """A random UUID of version 4."""
+    h = secrets.token_hex(16)
+    return f"{h[:8]}-{h[8:12]}-4{h[13:16]}-a{h[17:20]}-{h[20:]}"
 
 
 def attempt_of(body: bytes) -> tuple[int, int] | None:
