@@ -35,6 +35,12 @@ MOST_TRANSACTIONS = 15
 #: Rule -> how often it comes in a burst, and the largest of each number that it is called with.
 RULES: dict[str, tuple[int, tuple[int, ...]]] = {
     "submit": (4, (11, 4, 6, 20, 6)),
+    "open": (2, (6,)),
+    "ask": (10, (1, 3, 5, 20)),
+    "ask_again": (5, (1, 20, 2)),
+    "land_crash": (3, (1, 3, 2, 3)),
+    "race": (3, (1, 3, 3)),
+    "close": (2, (1, 11, 7)),
     "cancel": (1, (11,)),
     "delete": (1, (11,)),
     "round": (6, (7,)),
@@ -71,6 +77,12 @@ RULES: dict[str, tuple[int, tuple[int, ...]]] = {
 #: Rule -> when it does anything at all.
 _WHEN: dict[str, Callable[[World], object]] = {
     "submit": lambda w: len(w.jobs) < MOST_JOBS,
+    "open": lambda w: len(w.jobs) < MOST_JOBS,
+    "ask": lambda w: w.callers.jobs,
+    "ask_again": lambda w: w.callers.asks,
+    "land_crash": lambda w: w.callers.jobs,
+    "race": lambda w: w.callers.jobs,
+    "close": lambda w: w.callers.jobs,
     "take": lambda w: any(w.transport.queues.values()),
     "work": lambda w: any(w.transport.queues.values()) or any(h.holding for h in w.hands),
     "begin": lambda w: any(h.holding for h in w.hands),
@@ -116,9 +128,14 @@ class Machine(RuleBasedStateMachine):
             self.broken(tuple(self.world.log), f"{type(error).__name__}: {error}")
             raise
 
-    @initialize(numbers=st.tuples(*(st.integers(0, most) for most in RULES["submit"][1])))
-    def first(self, numbers: tuple[int, ...]) -> None:
+    @initialize(
+        numbers=st.tuples(*(st.integers(0, most) for most in RULES["submit"][1])), tasks=st.integers(0, 13)
+    )
+    def first(self, numbers: tuple[int, ...], tasks: int) -> None:
+        """Something to do: of every two plays one has an open job too."""
         self.move("submit", *numbers)
+        if tasks <= RULES["open"][1][0]:
+            self.move("open", tasks)
 
     @rule(luck=st.integers(0, 1 << 30))
     def burst(self, luck: int) -> None:

@@ -1,4 +1,4 @@
-"""The nine invariants of reliability.md 4 and 9, as far as they can be seen at any moment, over all of Postgres at once.
+"""The nine invariants of reliability.md 4 and 9 and those of open jobs (13 to 17), as far as they can be seen at any moment, over all of Postgres at once.
 
 Invariant 6 (no write under an old epoch) is checked inside each transaction of a dispatcher: see ``stage.Tap``.
 """
@@ -16,12 +16,12 @@ from sqlalchemy import text
 from motet.errors import Problem
 from motet.protocol.columns import ERROR, OK, RETURNED, STATE_MASK, Column
 from motet.protocol.envelope import unwrap
-from motet.states import ENDED
+from motet.states import CARVED, ENDED
 from scheduler.blocks import row_order
 from scheduler.merge import array_of
 from scheduler.policy.lifecycle import MAX_DEATHS_ALONE, MAX_DEATHS_UNSEEN, MAX_TRIES
 from tests.machine.stage import Broken
-from tests.machine.world import NEEDS, Job, World, label_for
+from tests.machine.world import NEEDS, Job, World, label_for, row_of
 
 _ALL = text("""
     SELECT json_build_object(
@@ -29,8 +29,10 @@ _ALL = text("""
                cells_skipped, version, finished FROM job) k),
       'task', (SELECT json_agg(k) FROM (SELECT job_id, number, name, pass_number FROM task) k),
       'pass', (SELECT json_agg(k) FROM (SELECT job_id, number, rows_waiting, needs FROM pass) k),
-      'block', (SELECT json_agg(k) FROM (SELECT job_id, number, first_row, encode(row_order, 'base64') AS row_order
+      'block', (SELECT json_agg(k) FROM (SELECT job_id, number, first_row, n_rows, encode(row_order, 'base64') AS row_order
                FROM block) k),
+      'ask', (SELECT json_agg(k) FROM (SELECT job_id, encode(key, 'hex') AS key, encode(digest, 'hex') AS digest,
+               block_number, lo, n_rows FROM ask ORDER BY job_id, block_number, lo) k),
       'block_pass', (SELECT json_agg(k) FROM (SELECT job_id, pass_number, block_number, state, todo, n, cursor, done,
                encode(row_order, 'base64') AS row_order FROM block_pass) k),
       'piece', (SELECT json_agg(k) FROM (SELECT job_id, pass_number, block_number, lo, hi, tries, deaths, exclusive
@@ -96,10 +98,21 @@ def check(world: World) -> None:
     for j in seen.jobs.values():
         job = world.jobs[UUID(j["id"])]
         mine = cells.get(j["id"], {})
+        if job.asked:
+            _landed_once(world, seen, job, j)
+            _ends_when_closed(world, job, j)
+        if j["state"] == "open" and j["blocks_done"] == j["n_blocks"]:
+            total = j["cells_ok"] + j["cells_error"] + j["cells_skipped"]
+            _must(total == j["n_rows"] * j["n_tasks"], f"2: {total} cells are counted of all that has landed")
+        _must(
+            j["state"] != "running" or j["blocks_done"] < j["n_blocks"],
+            f"17: all is answered in job {j['id'][-2:]}, and it runs on",
+        )
         _counters(job, j, mine, _skipped(seen, j["id"]))
         _write_once(job, j, mine)
         _right(world, job, mine)
         _frozen(job, j, mine)
+        _told(world, job, mine)
     _ends_are_told(world, seen)
     _each_row_in_one_place(seen)
     _nothing_waits_in_vain_or_runs_early(seen)
@@ -125,6 +138,9 @@ def check_end(world: World) -> None:
         job = world.jobs[UUID(j["id"])]
         if j["state"] == "succeeded":
             _must(len(job.cells) == total, f"7: {len(job.cells)} of {total} cells can be read")
+    for asked in world.callers.asks:
+        if seen.jobs[str(asked.job)]["state"] == "succeeded" and not asked.refused:
+            _must(asked.answer is not None, f"7: {asked.key!r} was never answered")
     for name in ("piece", "lease", "cells"):
         _must(not seen.tables[name], f"7: left in {name}: {seen.tables[name]}")
     _must(not seen.open, f"7: sub-tasks still open: {list(seen.open)}")
@@ -133,6 +149,48 @@ def check_end(world: World) -> None:
             c["refs"] == c["shown"],
             f"7: column {c['id']} has {c['refs']} references, and {c['shown']} show it",
         )
+
+
+def _landed_once(world: World, seen: Seen, job: Job, j: dict[str, Any]) -> None:
+    """Each row of an open job is that of one key; rows are dense, and stay where they came to stand."""
+    there, rows = world.callers.jobs[job.id], list[str | Problem]()
+    asks = [a for a in seen.tables["ask"] if a["job_id"] == j["id"]]
+    blocks = sorted((b for b in seen.tables["block"] if b["job_id"] == j["id"]), key=lambda b: b["number"])
+    for at, block in enumerate(blocks):
+        where = f"block {block['number']} of job {j['id'][-2:]}"
+        _must(block["number"] == at, f"14: {where} is the {at + 1}th")
+        _must(block["first_row"] == len(rows), f"14: {where} begins at {block['first_row']}, not {len(rows)}")
+        for a in asks:
+            if a["block_number"] == at:
+                whose = there.rows.get((bytes.fromhex(a["key"]), bytes.fromhex(a["digest"])))
+                _must(whose is not None and len(whose) == a["n_rows"], f"13: nobody asked {a}")
+                _must(a["lo"] == len(rows) - block["first_row"], f"13: {where} has rows of no key before {a}")
+                rows += whose or ()
+        _must(len(rows) == block["first_row"] + block["n_rows"], f"13: {where} has rows of no key")
+    _must(len(rows) == j["n_rows"], f"14: job {j['id'][-2:]} counts {j['n_rows']} rows of {len(rows)}")
+    _must(rows[: len(job.rows)] == job.rows, f"14: rows of job {j['id'][-2:]} came to stand elsewhere")
+    job.rows = rows
+
+
+def _ends_when_closed(world: World, job: Job, j: dict[str, Any]) -> None:
+    asked = world.callers.jobs[job.id].closing
+    _must(asked or j["state"] in ("open", "cancelled"), f"16: nobody closed job {j['id'][-2:]}: {j['state']}")
+
+
+def _told(world: World, job: Job, mine: dict[tuple[int, str], list[Any]]) -> None:
+    """What a caller was told is what can be read, ever after."""
+    for asked in world.callers.asks:
+        if asked.job == job.id and asked.place is not None and asked.answer is not None:
+            first = asked.place[1] + asked.place[2]
+            for (i, task), answer in asked.answer.items():
+                now = mine.get((first + i, task), [None])[0]
+                _must(now == answer, f"15: {asked.key!r} was told {answer} by {task}, and it is {now}")
+
+
+def _own(job: Job, row: int) -> int:
+    """The number that the row's text begins with, by which its failures and deaths are counted."""
+    words = job.rows[row]
+    return row_of(words) if isinstance(words, str) else -1
 
 
 def _must(holds: object, otherwise: str) -> None:
@@ -185,13 +243,13 @@ def _counters(job: Job, j: dict[str, Any], mine: dict[tuple[int, str], list[Any]
     ok = sum(isinstance(answers[0], int) for answers in mine.values())
     shown = sum(answers[0] == "upstream" for answers in mine.values())
     error = len(mine) - ok - shown
-    if j["state"] == "running":
+    if j["state"] in CARVED:
         # A row that came in broken is an error from the first, and shown with its block.
         broken = [row for row, words in enumerate(job.rows) if isinstance(words, Problem)]
         error += sum((row, task) not in mine for row in broken for task in job.tasks)
     counted = (j["cells_ok"], j["cells_error"])
     _must(counted == (ok, error), f"2: counted {counted} cells, and found {(ok, error)}")
-    if j["state"] in ("running", "succeeded"):
+    if j["state"] in (*CARVED, "succeeded"):
         found = shown if j["state"] == "succeeded" else skipped
         _must(
             j["cells_skipped"] == found, f"2: counted {j['cells_skipped']} skipped cells, and found {found}"
@@ -199,7 +257,7 @@ def _counters(job: Job, j: dict[str, Any], mine: dict[tuple[int, str], list[Any]
 
 
 def _write_once(job: Job, j: dict[str, Any], mine: dict[tuple[int, str], list[Any]]) -> None:
-    if job.frozen is None and j["state"] in ("running", "succeeded"):
+    if job.frozen is None and j["state"] in (*CARVED, "succeeded"):
         for at, answer in job.cells.items():
             now = mine.get(at, [None])[0]
             _must(now == answer, f"4: {at} was {answer}, and is {now}")
@@ -219,15 +277,14 @@ def _right(world: World, job: Job, mine: dict[tuple[int, str], list[Any]]) -> No
             _must(isinstance(read, str), f"7: row {row} of {task} is skipped, and {NEEDS[task]} is {read}")
         elif answer == "poison":
             _must(
-                job.died_alone[row] >= MAX_DEATHS_ALONE,
-                f"9: row {row} is poison, and ran alone in {job.died_alone[row]} dying processes",
+                job.died_alone[_own(job, row)] >= MAX_DEATHS_ALONE,
+                f"9: row {row} is poison, and ran alone in {job.died_alone[_own(job, row)]} dying processes",
             )
         elif answer == "worker_died":
             _must(world.deaths >= MAX_DEATHS_UNSEEN, f"9: row {row} is {answer} after {world.deaths} deaths")
         else:
-            _must(
-                job.failures[row] >= MAX_TRIES, f"9: row {row} is {answer} after {job.failures[row]} failures"
-            )
+            failures = job.failures[_own(job, row)]
+            _must(failures >= MAX_TRIES, f"9: row {row} is {answer} after {failures} failures")
 
 
 def _frozen(job: Job, j: dict[str, Any], mine: dict[tuple[int, str], list[Any]]) -> None:
@@ -265,7 +322,7 @@ def _each_row_in_one_place(seen: Seen) -> None:
         for b, lo, hi in zip(s["blocks"], s["los"], s["his"], strict=True):
             places[s["job_id"], s["pass_number"], b].update(range(lo, hi))
     busy = {job for job, _, _ in places} | {s["job_id"] for s in seen.open.values()}
-    ended = {id_ for id_, j in seen.jobs.items() if j["state"] not in ("loading", "running")}
+    ended = {id_ for id_, j in seen.jobs.items() if j["state"] in ENDED}
     _must(not busy & ended, f"3: open sub-tasks or pieces of jobs that ended: {busy & ended}")
     for part in seen.tables["cells"]:
         column = Column.from_wire(next(iter(unwrap(base64.b64decode(part["columns"])).values())))
@@ -295,7 +352,7 @@ def _nothing_waits_in_vain_or_runs_early(seen: Seen) -> None:
     shown = {(c["job_id"], c["block_number"], c["task_number"]) for c in seen.tables["shown"]}
     needs = {(p["job_id"], p["number"]): p["needs"] for p in seen.tables["pass"]}
     for bp in seen.tables["block_pass"]:
-        if seen.jobs[bp["job_id"]]["state"] not in ("loading", "running") or not bp["todo"]:
+        if seen.jobs[bp["job_id"]]["state"] in ENDED or not bp["todo"]:
             continue
         reads = needs[bp["job_id"], bp["pass_number"]]
         missing = [t for t in reads if (bp["job_id"], bp["block_number"], t) not in shown]
@@ -330,7 +387,7 @@ def _suspects(world: World, seen: Seen) -> None:
         job = world.jobs[UUID(s["job_id"])]
         for b, lo, hi in zip(*blocks, strict=True):
             order = seen.order[s["job_id"], s["pass_number"], b]
-            blamed = [i for i, row in enumerate(order) if row in job.suspects]
+            blamed = [i for i, row in enumerate(order) if _own(job, row) in job.suspects]
             fair = blamed and min(blamed) <= lo and hi - 1 <= max(blamed)
             _must(
                 fair, f"9: rows {order[lo:hi]} are suspected; in dying processes ran {sorted(job.suspects)}"

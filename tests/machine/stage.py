@@ -23,8 +23,8 @@ from scheduler.store.listening import Listener
 from tests.integration import landing
 from tests.integration.landing import HEAD, register
 
-#: Who has a connection: two dispatchers, two aggregators, and the machine itself.
-ROLES = ("A", "B", "agg0", "agg1", "machine")
+#: Who has a connection: two dispatchers, two aggregators, two processes of the API, and the machine itself.
+ROLES = ("A", "B", "agg0", "agg1", "api0", "api1", "machine")
 
 #: So large that it is believed slow: a handful of rows makes several sub-tasks.
 TRUNK = replace(landing.TRUNK, parameters=600_000_000)
@@ -49,7 +49,7 @@ SELECT format('ALTER TABLE public.%I ALTER %I SET DEFAULT machine.clock_timestam
 #: Deleting some tens of rows takes a tenth of the time of TRUNCATE, which makes new files.
 _EMPTY = """
 DELETE FROM lease; DELETE FROM subtask; DELETE FROM piece; DELETE FROM cells; DELETE FROM block_column;
-DELETE FROM block_pass; DELETE FROM block; DELETE FROM job; DELETE FROM sealed_column; DELETE FROM refusal;
+DELETE FROM block_pass; DELETE FROM ask; DELETE FROM block; DELETE FROM job; DELETE FROM sealed_column; DELETE FROM refusal;
 DELETE FROM outbox; DELETE FROM drained; DELETE FROM rate; DELETE FROM pace; DELETE FROM load_time;
 UPDATE leader SET epoch = 0, holder = '', until = '-infinity', transport = '';
 UPDATE machine.clock SET at = '2026-01-01T00:00:00Z';

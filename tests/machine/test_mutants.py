@@ -8,11 +8,14 @@ import pytest
 
 from tests.machine.machine import perform, search
 from tests.machine.mutants import MUTANTS, Mutant
+from tests.machine.open_mutants import OPEN_MUTANTS
 from tests.machine.stage import Stage
 
 #: `make mutants` sets it: the machine then has so many plays to find each mutant anew.
 PLAYS = int(os.environ.get("MACHINE_MUTANTS", "0"))
-each_mutant = pytest.mark.parametrize("mutant", MUTANTS, ids=lambda m: m.name.replace(" ", "-"))
+each_mutant = pytest.mark.parametrize(
+    "mutant", [*MUTANTS, *OPEN_MUTANTS], ids=lambda m: m.name.replace(" ", "-")
+)
 
 
 @each_mutant

@@ -29,6 +29,7 @@ from scheduler.store.leadership import NotLeading
 from scheduler.store.words import end, tell
 from scheduler.store.words import land as landed
 from tests.integration.landing import land
+from tests.machine.callers import APIS, LANDING_FAULTS, Asked, Callers
 from tests.machine.stage import HEAD, OTHER_TRUNK, TRUNK, Broken, Crash, Stage, TappedTransport
 
 Key = tuple[int, int]
@@ -82,7 +83,7 @@ def label_for(task: str, words: str) -> int:
 
 
 def row_of(words: str) -> int:
-    """Each text begins with its row."""
+    """Each text begins with its row; in an open job, with a number of its own."""
     return int(words[1:4])
 
 
@@ -97,12 +98,14 @@ class Job:
     id: UUID
     rows: list[str | Problem]
     tasks: tuple[str, ...]
+    #: Its rows come by asking; those that have landed are read from Postgres at each look.
+    asked: bool = False
     deleted: bool = False
     #: Counters and cells as of its end; nothing of them changes afterwards.
     frozen: tuple[Any, ...] | None = None
     #: (row, task) -> its answer, once it has one.
     cells: dict[tuple[int, str], Any] = field(default_factory=dict)
-    #: Row -> reports that said that it failed; dying processes in which it ran with nothing beside it, or at all.
+    #: Number in a row's text -> reports that said that the row failed; dying processes in which it ran with nothing beside it, or at all.
     failures: Counter[int] = field(default_factory=Counter)
     died_alone: Counter[int] = field(default_factory=Counter)
     suspects: set[int] = field(default_factory=set)
@@ -149,6 +152,7 @@ class World:
             self._start_aggregator(role)
         self.hands = [Hand(f"w{i}") for i in range(3)]
         self.jobs: dict[UUID, Job] = {}
+        self.callers = Callers(stage)
         #: Every attempt that any worker ever took: what may be reported late.
         self.taken: list[tuple[Hand, str, Assignment]] = []
         #: What workers reported of their own attempts since Redis was emptied last: key -> states that may come of it.
@@ -173,6 +177,7 @@ class World:
         """One move, after which every invariant must hold. Raises Broken."""
         self.log.append((rule, numbers))
         getattr(self, f"rule_{rule}")(*numbers)
+        self.callers.listen(APIS[len(self.log) % 2])
         self._look()
 
     def _look(self) -> None:
@@ -232,6 +237,65 @@ class World:
             with self.database.transaction() as connection:
                 endings.remove_job(connection, registry.tenant_named(connection, "default"), job.id)
             job.deleted = True
+            self.callers.forget(job.id)
+
+    # -- open jobs
+
+    def rule_open(self, tasks: int) -> None:
+        """A job that takes rows until it is closed."""
+        if len(self.jobs) >= MOST_JOBS:
+            return
+        job, names = UUID(int=len(self.jobs) + 1), _CHOICES[tasks % len(_CHOICES)]
+        self._advance(0.01)
+        land(self.database, [], {n: _TASKS[n] for n in names}, job_id=job, priority=0)
+        self.jobs[job] = Job(job, [], names, asked=True)
+        self.callers.opened(job, names)
+
+    def rule_ask(self, api: int, i: int, rows: int, special: int) -> None:
+        """A caller asks, and lands alone; or one of another caller lands with it."""
+        if (job := self._some_open(i)) is not None:
+            asks = [self.callers.new(job, rows, special)]
+            if rows % 2:
+                asks.append(self.callers.new(job, rows))
+            self.callers.land(APIS[api % 2], asks)
+
+    def rule_ask_again(self, api: int, i: int, how: int) -> None:
+        """A key is used again: for the same rows, beside a new one or alone, or for other rows."""
+        if (old := self._some_ask(i)) is None:
+            return
+        match how % 3:
+            case 0:
+                asks = [self.callers.again(old)]
+            case 1:
+                asks = [self.callers.new(old.job, 0), self.callers.again(old)]
+            case _:
+                asks = [self.callers.other_rows(old)]
+        self.callers.land(APIS[api % 2], asks)
+
+    def rule_land_crash(self, api: int, i: int, rows: int, fault: int) -> None:
+        """A process of the API dies before or after it commits a landing, or loses Postgres and lands again."""
+        if (job := self._some_open(i)) is not None:
+            asks = [self.callers.new(job, rows), self.callers.new(job, 0)]
+            self.callers.land(APIS[api % 2], asks, LANDING_FAULTS[fault % len(LANDING_FAULTS)])
+
+    def rule_race(self, api: int, i: int, how: int) -> None:
+        """Two processes of the API want the lock of a job at once."""
+        if (job := self._some_open(i)) is not None:
+            self.callers.race(APIS[api % 2], APIS[(api + 1) % 2], job, how)
+
+    def rule_close(self, api: int, i: int, fault: int) -> None:
+        """Of an open job, one time in three; half of them go wrong."""
+        if i % 3 == 0 and (job := self._some_open(i // 3)) is not None:
+            self.callers.close(APIS[api % 2], job, (*LANDING_FAULTS, "", "", "", "")[fault % 8])
+
+    def _some_open(self, i: int) -> UUID | None:
+        """A job that was opened to be asked, whatever became of it."""
+        there = [job for job in self.callers.jobs if not self.jobs[job].deleted]
+        return there[i % len(there)] if there else None
+
+    def _some_ask(self, i: int) -> Asked | None:
+        asks = self.callers.asks
+        return asks[-1 - i % len(asks)] if asks else None
 
     # -- dispatchers
 
@@ -300,7 +364,7 @@ class World:
 
     def _lost(self) -> set[int]:
         """Sub-tasks that were given up, of jobs that run on."""
-        query = "SELECT s.id FROM subtask s JOIN job j ON j.id = s.job_id WHERE s.state = 'lost' AND j.state = 'running'"
+        query = "SELECT s.id FROM subtask s JOIN job j ON j.id = s.job_id WHERE s.state = 'lost' AND j.state IN ('open', 'running')"
         with self.database.transaction() as connection:
             return set(connection.exec_driver_sql(query).scalars())
 
@@ -742,7 +806,18 @@ class World:
             hand.life = "up"
         with self.database.transaction() as connection:
             drains.resume(connection, [hand.name for hand in self.hands])
+        for asked in [a for a in self.callers.asks if a.place is None and not a.refused]:
+            self.callers.land("api0", [asked])
+        self._go_on()
+        for job in list(self.callers.jobs):
+            self.callers.close("api1", job)
+        self._go_on()
+
+    def _go_on(self) -> None:
+        """Until every job has ended, or is open and all that it was asked is answered."""
         for _ in range(HEAL_ROUNDS):
+            self.callers.listen("api0")
+            self._look()
             if self._over():
                 break
             self._advance(1.0)
@@ -760,7 +835,7 @@ class World:
     def _over(self) -> bool:
         with self.database.transaction() as connection:
             waiting = connection.exec_driver_sql(
-                "SELECT count(*) FROM job WHERE state IN ('loading', 'running')"
+                "SELECT count(*) FROM job WHERE state IN ('loading', 'running') OR state = 'open' AND blocks_done < n_blocks"
             ).scalar_one()
         return not waiting and not self.transport.entries
 
