@@ -60,6 +60,8 @@ class Leading:
     refilling: list[Lap]
     leases: int
     dispatcher_mb: float
+    #: What a sub-task takes in Valkey, payload and message, until it is answered.
+    valkey_bytes: float
 
     @property
     def idle_ms(self) -> float:
@@ -189,7 +191,11 @@ def leading(stage: Stage, count: int, *, looks: int, patience_s: float) -> Leadi
             job = client.submit(
                 stream_short_texts(int(1.25 * count * DEPTH * ROWS)), label_tasks(4), progress=False
             )
-            filling: list[Lap] = []
+            valkey = redis.Redis.from_url(redis_py_url(stage.redis.scheduler))
+            before = valkey.info("memory")["used_memory"]
+            filling = [led.lap()]
+            valkey_bytes = (valkey.info("memory")["used_memory"] - before) / max(1, filling[0].sent)
+            valkey.close()
             until = time.monotonic() + patience_s
             while _leases(stage) < count * DEPTH and time.monotonic() < until:
                 filling.append(led.lap())
@@ -226,6 +232,7 @@ def leading(stage: Stage, count: int, *, looks: int, patience_s: float) -> Leadi
         refilling=refilling,
         leases=leases,
         dispatcher_mb=peak_rss_mb(os.getpid()),
+        valkey_bytes=valkey_bytes,
     )
 
 

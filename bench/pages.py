@@ -323,10 +323,18 @@ def dispatcher(results: Results, _: Heads) -> str:
             f"{step['longest'] / 1e3:.2f} s",
             f"{step['sent_per_s']:,}",
         )
-        for workers, step in results["scale"]["dispatcher_step_ms"].items()
+        for workers, step in results["scale_workers"]["details"].items()
     ]
     head = ("workers", "idle step", "full step", "leases", "longest step", "sub-tasks sent per second")
-    return f"{table(head, rows)}\n\n{measured_on(results, ('scale',))}"
+    kept = results["scale_workers"]
+    return "\n\n".join(
+        (
+            table(head, rows),
+            f"Log-log slopes of the step over workers: idle {kept['step_slope_idle']}, full {kept['step_slope_full']}."
+            f" The leader's process: {kept['dispatcher_mb']:,} MiB with {kept['workers']:,} workers.",
+            measured_on(results, ("scale_workers",)),
+        )
+    )
 
 
 def decisions(results: Results, _: Heads) -> str:
@@ -358,12 +366,12 @@ def decisions(results: Results, _: Heads) -> str:
 
 def full_first(results: Results, _: Heads) -> str:
     kept = results["scale"]
-    per_s = [step["sent_per_s"] for step in kept["dispatcher_step_ms"].values()]
+    leads = results["scale_workers"]
     us = kept["cpu_us_per_row"]
     return (
-        f"1. **Sub-tasks per second of the dispatcher.** At {min(per_s):,} to {max(per_s):,} a second of whole steps and"
-        f" 2 seconds of work each, {2 * min(per_s):,} to {2 * max(per_s):,} workers are kept busy. What grows with workers"
-        " is reading beats and leases anew in each step.\n"
+        f"1. **Sub-tasks per second of the leader**, which is one process: {leads['subtasks_s']:,} a second placed, leased,"
+        f" packed and published beside {leads['workers']:,} workers, so {2 * leads['subtasks_s']:,} workers with sub-tasks of"
+        f" two seconds. Its beat step takes {leads['full_step_ms']:.0f} ms there, four times a second.\n"
         f"2. **The API**, at {_significant(1e6 / us['api'], 3):,} rows/s of one core ({kept['text_bytes_per_row']:.0f}-byte"
         " rows), of which there may be several; one job's parts come in order, so one job uses one.\n"
         f"3. **Postgres**, at {_significant(1e6 / us['postgres'], 3):,} rows/s of each core it has, for rows, 4 cells each,"
@@ -381,9 +389,9 @@ FIGURES: Mapping[str, tuple[tuple[str, ...], Callable[[Results, Heads], str]]] =
     "one-job": (("scale",), one_job),
     "storage": (("storage",), storage),
     "memory": (("memory",), memory),
-    "dispatcher": (("scale",), dispatcher),
+    "dispatcher": (("scale_workers",), dispatcher),
     "decisions": (("dispatch", "growth"), decisions),
-    "full-first": (("scale",), full_first),
+    "full-first": (("scale", "scale_workers"), full_first),
 }
 
 

@@ -3,12 +3,8 @@
 1. One job of 1,000,000 short rows x 4 label tasks, end to end: client, API, dispatcher, aggregator, Postgres and
    Valkey as processes, two stand-ins for workers on the real wire (bench/stand_in.py). CPU seconds are those of
    /proc, Postgres with all its backends.
-2. The dispatcher's step against the number of workers: their beats come through a real Valkey; nothing waits (idle),
-   then 100,000 rows wait and every worker is empty (steps are counted until nobody has room; sent per second), then
-   every worker holds leases (full). Their device was never measured, so sub-tasks are the short ones of a small
-   encoder on a CPU. The dispatcher is the live class, stepped in this process under a leader's lease of ten minutes;
-   that of the stage is stopped meanwhile. Wall clock; idle and full are medians.
-3. What a sub-task takes in Valkey: payload and message until it is answered.
+2. The leader with 10, 100 and 1,000 workers, as below, and what a sub-task takes in Valkey: payload and message until
+   it is answered.
 
 Last line, JSON: rows_per_s, cpu_us_per_row by process, full_at_rows_per_s (one core of each process), wal and stored
 bytes per row, redis bytes per row under way, dispatcher_step_ms by workers, next_bottleneck.
@@ -28,141 +24,19 @@ from __future__ import annotations
 
 import argparse
 import math
-import os
-import signal
 import statistics
 import sys
-import threading
-import time
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent))
 
-import redis
 from harness import cluster_folder, finish, options, say, table
-from leading import Lap, Leading, know_the_speed, leading
-from stage import Run, Stage, drive, label_tasks, short_texts
-from stand_in import StandIn, workers_of
-
-from motet.client import Client
-from motet.protocol.redis_url import redis_py_url
-from motet.protocol.settings import Settings
-from motet.protocol.transport import RedisTransport
-from scheduler.dispatcher import Dispatcher
+from leading import ROWS, Lap, Leading, know_the_speed, leading
+from stage import Run, Stage, drive
 
 #: Processes of the scheduler's side, which are full at one core each; Postgres has as many as there are backends.
 ONE_CORE = ("api", "dispatch", "aggregate")
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Steps:
-    """The dispatcher's step with so many workers."""
-
-    workers: int
-    idle_s: float
-    #: All steps from the first with work until nobody has room, the longest of them, and what they sent.
-    placing_s: float
-    longest_s: float
-    sent: int
-    #: A step when nobody has room.
-    full_s: float
-    leases: int
-
-
-def dispatching(stage: Stage, counts: tuple[int, ...], rows: int) -> tuple[list[Steps], dict[str, float]]:
-    """Step a dispatcher of our own with so many workers beating, and weigh what it sends in Valkey."""
-    found: list[Steps] = []
-    in_valkey: dict[str, float] = {}
-    os.kill(stage.pids["dispatch"], signal.SIGSTOP)
-    transport = RedisTransport(stage.redis.scheduler)
-    valkey = redis.Redis.from_url(redis_py_url(stage.redis.scheduler))
-    try:
-        with stage.database() as database, Client(stage.url, stage.tokens["user"]) as client:
-            for count in counts:
-                dispatcher = Dispatcher(database, transport, Settings(leader_lease_s=600))
-                with beating(workers_of(stage.redis.worker, count, "never measured")):
-                    _until_leading(dispatcher)
-                    idle_s = statistics.median(_step(dispatcher)[0] for _ in range(7))
-                    job = client.submit(short_texts(rows), label_tasks(4))
-                    before = valkey.info("memory")["used_memory"]
-                    placing = [_step(dispatcher)]
-                    weight = valkey.info("memory")["used_memory"] - before
-                    with stage.sql() as sql:
-                        asked = sql.execute(
-                            "SELECT sum(n_rows) FROM subtask WHERE job_id = %s", (job.id,)
-                        ).fetchone()
-                    if placing[0][1] and asked:
-                        in_valkey = {"subtask": weight / placing[0][1], "row": weight / int(str(asked[0]))}
-                    while placing[-1][1]:
-                        placing.append(_step(dispatcher))
-                    full_s = statistics.median(_step(dispatcher)[0] for _ in range(5))
-                    with stage.sql() as sql:
-                        held = sql.execute("SELECT count(*) FROM lease").fetchone()
-                    job.cancel()
-                dispatcher.stop()
-                for name in transport.beats():
-                    transport.forget(name)
-                found.append(
-                    Steps(
-                        workers=count,
-                        idle_s=idle_s,
-                        placing_s=sum(seconds for seconds, _ in placing),
-                        longest_s=max(seconds for seconds, _ in placing),
-                        sent=sum(sent for _, sent in placing),
-                        full_s=full_s,
-                        leases=int(str(held[0])) if held else 0,
-                    )
-                )
-                say(f"  {count:,} workers: the longest step took {found[-1].longest_s:.2f} s")
-    finally:
-        transport.close()
-        valkey.close()
-        os.kill(stage.pids["dispatch"], signal.SIGCONT)
-    return found, in_valkey
-
-
-@contextmanager
-def beating(workers: list[StandIn]) -> Iterator[None]:
-    """They beat each second, and hold whatever is leased to them for ever: their messages wait in their queues."""
-    stopping = threading.Event()
-
-    def beat() -> None:
-        while not stopping.is_set():
-            began = time.monotonic()
-            for worker in workers:
-                worker.beat()
-            stopping.wait(max(0.0, 1.0 - (time.monotonic() - began)))
-
-    for worker in workers:
-        worker.beat()
-    thread = threading.Thread(target=beat, daemon=True)
-    thread.start()
-    try:
-        yield
-    finally:
-        stopping.set()
-        thread.join()
-
-
-def _until_leading(dispatcher: Dispatcher) -> None:
-    """The stopped dispatcher's lease runs out first; then what lead it took over is settled in a few steps."""
-    deadline = time.monotonic() + 30
-    while dispatcher.epoch is None:
-        assert time.monotonic() < deadline, "another dispatcher leads"
-        dispatcher.step(time.monotonic())
-        time.sleep(0.2)
-    for _ in range(3):
-        _step(dispatcher)
-
-
-def _step(dispatcher: Dispatcher) -> tuple[float, int]:
-    """Seconds, and sub-tasks sent."""
-    start = time.perf_counter()
-    sent = dispatcher.step(time.monotonic())
-    return time.perf_counter() - start, sent
 
 
 def leader(arguments: argparse.Namespace) -> None:
@@ -174,22 +48,7 @@ def leader(arguments: argparse.Namespace) -> None:
         know_the_speed(stage)
         found = [leading(stage, count, looks=looks, patience_s=patience_s) for count in counts]
     most = found[-1]
-    table(
-        "the leader's step (ms, CPU in brackets)",
-        ("workers", "idle", "full", "leases", "longest", "sub-tasks/s", "process MiB"),
-        [
-            (
-                f"{s.workers:,}",
-                f"{s.idle_ms:.1f} ({1e3 * statistics.median(x.cpu_s for x in s.idle):.1f})",
-                f"{s.full_ms:.1f} ({1e3 * statistics.median(x.cpu_s for x in s.changed):.1f})",
-                f"{s.leases:,}",
-                f"{s.longest_s * 1e3:.0f}",
-                f"{s.subtasks_s:,.0f}",
-                f"{s.dispatcher_mb:.0f}",
-            )
-            for s in found
-        ],
-    )
+    tell_leader(found)
     finish(
         "scale_workers",
         {
@@ -208,6 +67,26 @@ def leader(arguments: argparse.Namespace) -> None:
     )
 
 
+def tell_leader(found: Sequence[Leading]) -> None:
+    """The figures of the leader as a table."""
+    table(
+        "the leader's step (ms, CPU in brackets)",
+        ("workers", "idle", "full", "leases", "longest", "sub-tasks/s", "process MiB"),
+        [
+            (
+                f"{s.workers:,}",
+                f"{s.idle_ms:.1f} ({1e3 * statistics.median(x.cpu_s for x in s.idle):.1f})",
+                f"{s.full_ms:.1f} ({1e3 * statistics.median(x.cpu_s for x in s.changed):.1f})",
+                f"{s.leases:,}",
+                f"{s.longest_s * 1e3:.0f}",
+                f"{s.subtasks_s:,.0f}",
+                f"{s.dispatcher_mb:.0f}",
+            )
+            for s in found
+        ],
+    )
+
+
 def slope(points: Mapping[int, float]) -> float:
     """Of the straight line through the logarithms; 0 of a single point."""
     if len(points) < 2:
@@ -221,8 +100,12 @@ def _laps(found: Leading) -> dict[str, object]:
         return [[round(lap.seconds * 1e3, 2), round(lap.cpu_s * 1e3, 2), lap.sent] for lap in laps]
 
     return {
+        "idle": round(found.idle_ms, 1),
+        "full": round(found.full_ms, 1),
+        "longest": round(found.longest_s * 1e3, 1),
         "leases": found.leases,
-        "idle": told(found.idle),
+        "sent_per_s": round(found.subtasks_s),
+        "idle_laps": told(found.idle),
         "changed": told(found.changed),
         "filling": told(found.filling)[:20],
         "refilling": told(found.refilling),
@@ -236,17 +119,17 @@ def main() -> None:
     if arguments.workers:
         leader(arguments)
         return
-    rows, counts, waiting = arguments.size.of(
-        full=(1_000_000, (10, 100, 1000), 100_000),
-        quick=(100_000, (10, 100), 100_000),
-        smoke=(1_000, (2,), 2_000),
+    rows, counts, looks = arguments.size.of(
+        full=(1_000_000, (10, 100, 1000), 7), quick=(100_000, (10, 100), 5), smoke=(1_000, (2,), 2)
     )
     with cluster_folder() as folder, Stage(folder) as stage:
         stage.register()
         drive(stage, min(rows, 20_000))
         run = drive(stage, rows)
-        steps, in_valkey = dispatching(stage, counts, waiting)
-    tell(run, steps)
+        know_the_speed(stage)
+        steps = [leading(stage, count, looks=looks, patience_s=20.0) for count in counts]
+    tell(run)
+    tell_leader(steps)
     per_row = {name: seconds / run.rows * 1e6 for name, seconds in run.cpu_s.items()}
     full_at = {name: round(1e6 / per_row[name]) for name in ONE_CORE}
     finish(
@@ -260,15 +143,18 @@ def main() -> None:
             "stored_bytes_per_row": round(run.stored_bytes / run.rows, 1),
             "wal_bytes_per_row": round(run.wal_bytes / run.rows, 1),
             "subtasks": run.subtasks,
-            "redis_bytes": {name: round(size) for name, size in in_valkey.items()},
+            "redis_bytes": {
+                "subtask": round(steps[-1].valkey_bytes),
+                "row": round(steps[-1].valkey_bytes / ROWS),
+            },
             "redis_peak_mb": round(run.redis_peak_mb, 1),
             "dispatcher_step_ms": {
                 str(s.workers): {
-                    "idle": round(s.idle_s * 1e3, 1),
-                    "full": round(s.full_s * 1e3, 1),
+                    "idle": round(s.idle_ms, 1),
+                    "full": round(s.full_ms, 1),
                     "longest": round(s.longest_s * 1e3, 1),
                     "leases": s.leases,
-                    "sent_per_s": round(s.sent / s.placing_s),
+                    "sent_per_s": round(s.subtasks_s),
                 }
                 for s in steps
             },
@@ -285,7 +171,7 @@ def main() -> None:
     )
 
 
-def tell(run: Run, steps: list[Steps]) -> None:
+def tell(run: Run) -> None:
     """The figures as tables."""
     say(
         f"{run.rows:,} rows x 4 tasks: submitted in {run.submit_s:.1f} s, ran {run.running_s:.1f} s, "
@@ -303,22 +189,6 @@ def tell(run: Run, steps: list[Steps]) -> None:
                 f"{run.rows / max(s, 1e-9):,.0f}",
             )
             for name, s in sorted(run.cpu_s.items(), key=lambda item: -item[1])
-        ],
-    )
-    table(
-        "the dispatcher's step (ms)",
-        ("workers", "idle", "full", "leases", "longest", "sent", "sent/s"),
-        [
-            (
-                f"{s.workers:,}",
-                f"{s.idle_s * 1e3:.1f}",
-                f"{s.full_s * 1e3:.1f}",
-                f"{s.leases:,}",
-                f"{s.longest_s * 1e3:.1f}",
-                f"{s.sent:,}",
-                f"{s.sent / s.placing_s:,.0f}",
-            )
-            for s in steps
         ],
     )
 

@@ -17,7 +17,6 @@ import time
 from collections.abc import Collection, Container, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from functools import lru_cache
 from itertools import count, islice
 from typing import cast
 from uuid import UUID
@@ -32,7 +31,7 @@ from scheduler.controls import Controls
 from scheduler.crew import Crew, another_boot, at_a_draining, left_behind, one_of_each_kind, seen_alive
 from scheduler.facts import Flags, read_flags, under_way
 from scheduler.identity import is_gone, own_name
-from scheduler.lease_book import LeaseBook
+from scheduler.lease_book import LeaseBook, held_of, job_id
 from scheduler.payloads import Payloads
 from scheduler.policy.capability import workers
 from scheduler.policy.carve import MAX_ROWS, Carved, Frontier, carve
@@ -81,9 +80,6 @@ _BREATH_S = 0.01
 _HEAR_AGAIN_S = 2.5
 #: Jobs whose demand is read at once where everything is read.
 _JOBS_AT_ONCE = 1_000
-
-#: Sub-tasks of few jobs are placed at a time, and reading an id takes as long as writing a message.
-_job_id = lru_cache(1024)(UUID)
 
 
 @dataclass
@@ -464,7 +460,7 @@ class Dispatcher:
                 if carved is None:
                     # More may lie behind what was read of it.
                     self._placer.nothing(p, now)
-                    exhausted.add(_job_id(p.demand.job))
+                    exhausted.add(job_id(p.demand.job))
                     continue
                 cut = _cut(p, carved)
                 number = next(self._flight_numbers)
@@ -478,7 +474,7 @@ class Dispatcher:
                     exclusive=carved.exclusive,
                     harmless=carved.deaths == 0,
                 )
-                self._unleased[number] = _job_id(p.demand.job)
+                self._unleased[number] = job_id(p.demand.job)
                 decided.append((cut, flight))
         # Where nothing could be carved at all it is not asked for again at once.
         (self._touched if decided else self._stale).update(exhausted)
@@ -499,7 +495,7 @@ class Dispatcher:
             flight = flights.pop(id(item.carved))
             del self._unleased[cast("int", flight.key)]
             self._placer.keyed(flight, (item.subtask, item.attempt))
-            self._book.add(_held(item, flight.worker.boot))
+            self._book.add(held_of(item, flight.worker.boot))
         self._publish(leased)
         return len(leased)
 
@@ -555,7 +551,7 @@ class Dispatcher:
             leased = leases.clone(self.database, epoch, clones, self.settings.lease_s)
         for item in leased:
             self._placer.cloned(asked[item.subtask], (item.subtask, item.attempt), now)
-            self._book.add(_held(item, asked[item.subtask].worker.boot, clone=True))
+            self._book.add(held_of(item, asked[item.subtask].worker.boot, clone=True))
             log.info(
                 "cloned",
                 extra={"subtask": item.subtask, "attempt": item.attempt, "worker": item.worker},
@@ -628,24 +624,6 @@ class Dispatcher:
             if left <= 0:
                 break
         return bool(due or columns)
-
-
-def _held(item: Leased, boot: str, *, clone: bool = False) -> Held:
-    """A lease that was just made."""
-    return Held(
-        subtask=item.subtask,
-        attempt=item.attempt,
-        job=_job_id(item.job),
-        pass_number=item.pass_number,
-        n_rows=item.carved.rows,
-        bytes=item.carved.bytes,
-        worker=item.worker,
-        boot=boot,
-        predicted_s=item.predicted_s,
-        exclusive=item.carved.exclusive,
-        clone=clone,
-        age_s=0.0,
-    )
 
 
 def _trace_sent(item: Leased, began: float) -> None:

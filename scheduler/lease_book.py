@@ -4,9 +4,13 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Collection, Iterable, Iterator, KeysView
+from functools import lru_cache
 from uuid import UUID
 
-from scheduler.store.leases import Held, LeaseKey
+from scheduler.store.leases import Held, Leased, LeaseKey
+
+#: Sub-tasks of few jobs are placed at a time, and reading an id takes as long as writing a message.
+job_id = lru_cache(1024)(UUID)
 
 
 class LeaseBook:
@@ -67,3 +71,21 @@ class LeaseBook:
         for job in jobs:
             found |= self._of_job.get(job, set())
         return found
+
+
+def held_of(item: Leased, boot: str, *, clone: bool = False) -> Held:
+    """A lease that was just made."""
+    return Held(
+        subtask=item.subtask,
+        attempt=item.attempt,
+        job=job_id(item.job),
+        pass_number=item.pass_number,
+        n_rows=item.carved.rows,
+        bytes=item.carved.bytes,
+        worker=item.worker,
+        boot=boot,
+        predicted_s=item.predicted_s,
+        exclusive=item.carved.exclusive,
+        clone=clone,
+        age_s=0.0,
+    )
