@@ -20,6 +20,7 @@ from motet.errors import Conflict, Late, MotetError, NotFound, Overloaded
 from motet.protocol.columns import Column, cut
 from motet.states import ENDED
 from scheduler.api.bell import Bell
+from scheduler.api.refusals import Unavailable
 from scheduler.blocks import IncomingPart, blocks_of
 from scheduler.policy.gather import Gatherer, GatherFull, Group, Waiting
 from scheduler.store import feeds
@@ -41,6 +42,8 @@ _AGAIN_S = 0.25
 GROUP_ROWS, GROUP_BYTES = 16, 256 * 1024
 #: Groups under way for each worker, and in all: less, and workers wait for the next group; more, and groups stay small.
 _EACH, _LEAST, _MOST = 3, 2, 64
+#: Seconds in which callers may still be answered after the process was told to end: less than the server gives them.
+_GRACE_S = 8.0
 #: Workers are counted so often, in seconds.
 _COUNT_S = 2.0
 #: Open jobs that a process keeps ready; beyond it those that nobody asks are let go of.
@@ -64,9 +67,11 @@ class Ask:
     part: IncomingPart
     key: bytes
     digest: bytes
-    #: On the loop's clock.
-    until: float
     answer: asyncio.Future[AskAnswered]
+    #: Its place among those that have not landed; it waits for as long as one of its callers does.
+    waiting: Waiting[Ask] = field(init=False)
+    #: Who wait for it: all that have asked with its key meanwhile.
+    callers: int = 0
     #: Index of its first row in the job, once it has landed.
     row: int | None = None
 
@@ -103,6 +108,8 @@ class Feed:
         self._under_way: dict[int, _Block] = {}
         self._tasks: set[asyncio.Task[None]] = set()
         self._reading = False
+        #: On the loop's clock: when it was seen first that the process is about to end; 0: it is not.
+        self._stopping_at = 0.0
         #: Asks without an answer, by their key: a key repeated meanwhile is the same ask.
         self._asks: dict[bytes, Ask] = {}
 
@@ -127,28 +134,25 @@ class Feed:
         """
         loop = asyncio.get_running_loop()
         now = loop.time()
-        if (same := self._asks.get(key)) is not None:
+        same = self._asks.get(key)
+        if same is not None and not same.answer.done():
             return await self._as(same, digest, now + within_s)
-        ask = Ask(part=part, key=key, digest=digest, until=now + within_s, answer=loop.create_future())
-        waiting = Waiting(caller=ask, rows=len(part), bytes=size, until=ask.until)
+        ask = Ask(part=part, key=key, digest=digest, answer=loop.create_future())
+        ask.waiting = Waiting(caller=ask, rows=len(part), bytes=size, until=now + within_s)
         try:
-            self._gatherer.add(waiting, now)
+            self._gatherer.add(ask.waiting, now)
         except GatherFull as full:
             raise Overloaded(str(full), full.retry_after_s) from None
         self._asks[key] = ask
-        ask.answer.add_done_callback(self._forget(key))
+        ask.answer.add_done_callback(self._forget(ask))
         self._pump()
-        try:
-            return await self._as(ask, digest, ask.until)
-        finally:
-            # Of a caller that went away before its rows landed nothing is stored.
-            if self._gatherer.leave(waiting):
-                ask.fails(_late(stored=False))
-                self._pump()
+        return await self._as(ask, digest, now + within_s)
 
-    def _forget(self, key: bytes) -> Callable[[asyncio.Future[AskAnswered]], None]:
+    def _forget(self, ask: Ask) -> Callable[[asyncio.Future[AskAnswered]], None]:
         def done(answer: asyncio.Future[AskAnswered]) -> None:
-            self._asks.pop(key, None)
+            # By now its key may be that of a newer ask.
+            if self._asks.get(ask.key) is ask:
+                del self._asks[ask.key]
             # Its caller may have gone: then nobody else will look at the error.
             if not answer.cancelled():
                 answer.exception()
@@ -159,11 +163,19 @@ class Feed:
         """The answer of an ask, for one of the callers that wait for it."""
         if ask.digest != digest:
             raise _other_rows()
+        ask.callers += 1
+        ask.waiting.until = max(ask.waiting.until, until)
         try:
             async with asyncio.timeout_at(until):
                 return await asyncio.shield(ask.answer)
         except TimeoutError:
-            raise _late(stored=not self._gatherer.waits(ask), row=ask.row) from None
+            raise _late(stored=not self._gatherer.waits(ask.waiting), row=ask.row) from None
+        finally:
+            ask.callers -= 1
+            # Of rows whose last caller went away before they landed nothing is stored.
+            if not ask.callers and self._gatherer.leave(ask.waiting):
+                ask.fails(_late(stored=False))
+                self._pump()
 
     def _pump(self) -> None:
         loop = asyncio.get_running_loop()
@@ -207,14 +219,16 @@ class Feed:
                 landed, stored = await self._in_thread(partial(self._store, asks))
             except StoreUnavailable:
                 # Whether it was committed nobody knows: the keys will tell.
-                if all(ask.until <= loop.time() for ask in asks):
+                if self._bell.stopping or all(ask.waiting.until <= loop.time() for ask in asks):
                     raise
                 await asyncio.sleep(_AGAIN_S)
                 continue
             by_key = {place.key: place for place in landed}
             if stored:
                 number = landed[0].block
-                self._under_way[number] = _Block(group, [(ask, by_key[ask.key].lo) for ask in asks])
+                block = self._under_way.setdefault(number, _Block(group))
+                block.group = group
+                block.asks += [(ask, by_key[ask.key].lo) for ask in asks]
                 for ask in asks:
                     ask.row = by_key[ask.key].first_row + by_key[ask.key].lo
                 self._read()
@@ -261,11 +275,14 @@ class Feed:
                     rung.clear()
                     numbers = sorted(self._under_way)
                     try:
-                        found = await self._in_thread(partial(self._look, numbers))
-                    except StoreUnavailable:
+                        self._resolve(await self._in_thread(partial(self._look, numbers)), numbers)
+                    except Exception as error:
+                        # Whatever it was: without another look all would wait for ever, and nothing more would land.
+                        if not isinstance(error, StoreUnavailable):
+                            log.error("looking failed", exc_info=error, extra={"job": self._job.id})
                         await asyncio.sleep(_AGAIN_S)
-                        continue
-                    self._resolve(found, numbers)
+                    if self._bell.stopping:
+                        self._send_home(asyncio.get_running_loop().time())
                     if self._under_way:
                         try:
                             await asyncio.wait_for(rung.wait(), _POLL_S)
@@ -273,6 +290,18 @@ class Feed:
                             continue
         finally:
             self._reading = False
+
+    def _send_home(self, now: float) -> None:
+        """The process is about to end: those who have waited on for a while are told to ask another one."""
+        self._stopping_at = self._stopping_at or now
+        if now - self._stopping_at < _GRACE_S:
+            return
+        gone = Unavailable("this server is about to end: ask again with the same key for the answer")
+        for waiting in self._gatherer.drain():
+            waiting.caller.fails(gone)
+        for ask in list(self._asks.values()):
+            ask.fails(gone)
+        self._under_way.clear()
 
     def _look(self, numbers: Sequence[int]) -> FeedLook:
         with self._database.transaction() as connection:
@@ -313,6 +342,7 @@ class Feeds:
         self._threads = ThreadPoolExecutor(2, "asks")
         self._width = _LEAST
         self._counted_at = -_COUNT_S
+        self._counting: asyncio.Task[None] | None = None
 
     async def of(self, tenant: UUID, job: UUID) -> Feed:
         """The tenant's job. Raises NotFound, StoreUnavailable."""
@@ -323,7 +353,7 @@ class Feeds:
             )
             found = self._feeds.setdefault((tenant, job), self._new(facts, tasks))
             self._forget_idle()
-        await self._count()
+        self._count()
         return found
 
     def close(self) -> None:
@@ -347,12 +377,17 @@ class Feeds:
             if self._feeds[key].idle:
                 del self._feeds[key]
 
-    async def _count(self) -> None:
-        now = time.monotonic()
-        if now - self._counted_at >= _COUNT_S:
-            self._counted_at = now
-            workers = await asyncio.get_running_loop().run_in_executor(self._threads, self._count_workers)
-            self._width = min(_MOST, max(_LEAST, _EACH * workers))
+    def _count(self) -> None:
+        """Count workers now and then, beside: where Redis is away that takes seconds, and nobody waits for it."""
+        if time.monotonic() - self._counted_at >= _COUNT_S and (
+            self._counting is None or self._counting.done()
+        ):
+            self._counting = asyncio.ensure_future(self._recount())
+
+    async def _recount(self) -> None:
+        workers = await asyncio.to_thread(self._count_workers)
+        self._counted_at = time.monotonic()
+        self._width = min(_MOST, max(_LEAST, _EACH * workers))
 
 
 def _late(*, stored: bool, row: int | None = None) -> Late:

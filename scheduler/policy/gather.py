@@ -9,7 +9,7 @@ Rows wait here and not in Postgres, since here a refusal is free: nothing was st
 
 from __future__ import annotations
 
-from collections import deque
+from collections import OrderedDict
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from math import inf
@@ -24,11 +24,12 @@ MAX_WAITING_ROWS = 4096
 FIRST_ROW_S = 0.01
 #: Weight of the newest group in the measured seconds a row. Larger: one slow group refuses callers for no reason.
 _NEWEST = 0.2
-#: The shortest ``Retry-After`` of a refusal, in seconds: HTTP counts whole ones.
-_RETRY_S = 1.0
+#: The shortest ``Retry-After`` of a refusal, in seconds: HTTP counts whole ones. And the longest: after an outage a row
+#: seems to take as long as the outage, and callers sent away for hours would not see that it is over.
+_RETRY_S, _RETRY_MOST_S = 1.0, 30.0
 
 
-@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+@dataclass(slots=True, kw_only=True, eq=False)
 class Waiting(Generic[C]):
     """One ask that has not landed."""
 
@@ -36,7 +37,7 @@ class Waiting(Generic[C]):
     rows: int
     #: UTF-8 bytes of its rows.
     bytes: int
-    #: On the clock of ``now``: when the caller gives up; ``inf``: never.
+    #: On the clock of ``now``: when the caller gives up; ``inf``: never. It may be put off, never brought forward.
     until: float = inf
 
 
@@ -74,8 +75,11 @@ class Gatherer(Generic[C]):
     alone: bool = False
     #: Seconds from landing to answer per row, smoothed.
     row_s: float = FIRST_ROW_S
-    _queue: deque[Waiting[C]] = field(default_factory=deque)
+    #: In the order in which they came; a set, so that one of thousands leaves without a search.
+    _queue: OrderedDict[Waiting[C], None] = field(default_factory=OrderedDict)
     _rows: int = 0
+    #: Nobody in the queue gives up before.
+    _soonest: float = inf
     _under_way: set[Group[C]] = field(default_factory=set)
 
     @property
@@ -90,42 +94,44 @@ class Gatherer(Generic[C]):
         """Let an ask wait. Raises GatherFull where the queue is full, or its caller would give up before it lands."""
         wait_s = self.row_s * self._rows
         if self._rows + ask.rows > MAX_WAITING_ROWS or now + wait_s > ask.until:
-            raise GatherFull(self._rows, max(_RETRY_S, wait_s))
-        self._queue.append(ask)
+            raise GatherFull(self._rows, min(max(_RETRY_S, wait_s), _RETRY_MOST_S))
+        self._queue[ask] = None
         self._rows += ask.rows
+        self._soonest = min(self._soonest, ask.until)
 
     def leave(self, ask: Waiting[C]) -> bool:
         """Its caller went away: True where the ask had not landed yet, and now never will."""
-        try:
-            self._queue.remove(ask)
-        except ValueError:
+        if ask not in self._queue:
             return False
+        del self._queue[ask]
         self._rows -= ask.rows
         return True
 
-    def waits(self, caller: C) -> bool:
-        """Whether the caller's ask has not landed yet."""
-        return any(ask.caller is caller for ask in self._queue)
+    def waits(self, ask: Waiting[C]) -> bool:
+        """Whether it has not landed yet."""
+        return ask in self._queue
 
     def late(self, now: float) -> list[Waiting[C]]:
         """Take out the asks whose callers have given up: nothing of them was stored."""
+        if now < self._soonest:
+            return []
         late = [ask for ask in self._queue if ask.until <= now]
-        if late:
-            self._queue = deque(ask for ask in self._queue if ask.until > now)
-            self._rows -= sum(ask.rows for ask in late)
+        for ask in late:
+            self.leave(ask)
+        self._soonest = min((ask.until for ask in self._queue), default=inf)
         return late
 
     def next(self, now: float) -> Group[C] | None:
         """The group to land now, or None: nobody waits, or enough is under way."""
         if not self._queue or len(self._under_way) >= self.width:
             return None
-        first = self._queue.popleft()
-        asks, rows, size = [first], first.rows, first.bytes
-        while self._queue and not self.alone:
-            ask = self._queue[0]
-            if rows + ask.rows > self.max_rows or size + ask.bytes > self.max_bytes:
+        asks, rows, size = list[Waiting[C]](), 0, 0
+        while self._queue and not (asks and self.alone):
+            ask = next(iter(self._queue))
+            if asks and (rows + ask.rows > self.max_rows or size + ask.bytes > self.max_bytes):
                 break
-            asks.append(self._queue.popleft())
+            del self._queue[ask]
+            asks.append(ask)
             rows, size = rows + ask.rows, size + ask.bytes
         self._rows -= rows
         group = Group(asks=tuple(asks), began=now)
@@ -145,5 +151,7 @@ class Gatherer(Generic[C]):
 
     def drain(self) -> Sequence[Waiting[C]]:
         """Take out all that wait: the job has ended, or the process does."""
-        rest, self._queue, self._rows = tuple(self._queue), deque(), 0
+        rest = tuple(self._queue)
+        self._queue.clear()
+        self._rows, self._soonest = 0, inf
         return rest

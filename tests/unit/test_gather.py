@@ -86,6 +86,26 @@ def test_a_caller_that_would_give_up_first_is_refused_at_once() -> None:
     g.add(ask(until=3.0), 0.0)
 
 
+def test_after_an_outage_callers_are_sent_away_for_seconds_and_not_for_hours() -> None:
+    g = gatherer()
+    g.row_s = 100.0
+    g.add(ask(rows=20), 0.0)
+    with pytest.raises(GatherFull) as refused:
+        g.add(ask(until=60.0), 0.0)
+    assert refused.value.retry_after_s <= 30.0
+
+
+def test_giving_up_may_be_put_off() -> None:
+    g = gatherer(width=0)
+    first, second = ask("a", until=1.0), ask("b", until=5.0)
+    g.add(first, 0.0)
+    g.add(second, 0.0)
+    first.until = 3.0
+    assert g.late(2.0) == []
+    assert g.late(3.0) == [first]
+    assert g.late(5.0) == [second]
+
+
 def test_who_leaves_before_landing_leaves_nothing() -> None:
     g = gatherer(width=1)
     first, second = ask("a"), ask("b")
