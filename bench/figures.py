@@ -26,7 +26,19 @@ from pages import written
 BENCH = Path(__file__).resolve().parent
 #: In this order: those that want the quietest machine first, the longest last.
 BENCHES = (
-    *("storage", "dispatch", "memory", "scale", "latency", "interactive", "tax", "fusion", "llm", "compress"),
+    *(
+        "storage",
+        "dispatch",
+        "memory",
+        "scale",
+        "latency",
+        "interactive",
+        "live",
+        "tax",
+        "fusion",
+        "llm",
+        "compress",
+    ),
     *("slow", "truth", "rivals", "growth", "simulate", "train", "soak"),
 )
 #: What `--smoke` runs: the one that takes least.

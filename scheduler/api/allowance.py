@@ -29,14 +29,14 @@ class Allowance:
         self._buckets: LRUCache[str, tuple[float, float]] = LRUCache(_KEPT)
         self._lock = Lock()
 
-    def take(self, token: str) -> float:
-        """Take one request out of a token's bucket. Seconds until there will be one; 0: it is granted."""
+    def take(self, token: str, cost: float = 1.0) -> float:
+        """Take a request, or ``cost`` of one, out of a token's bucket. Seconds until there will be so much; 0: granted."""
         if not 0 < self._requests_s < inf:
             return 0.0
         now, full = self._clock(), max(1.0, self._requests_s * BURST_S)
         with self._lock:
             left, since = self._buckets.get(token, (full, now))
             left = min(full, left + (now - since) * self._requests_s)
-            granted = left >= 1
-            self._buckets[token] = (left - granted, now)
-        return 0.0 if granted else (1 - left) / self._requests_s
+            granted = left >= cost
+            self._buckets[token] = (left - cost * granted, now)
+        return 0.0 if granted else (cost - left) / self._requests_s

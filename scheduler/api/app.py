@@ -17,15 +17,11 @@ from types import FrameType
 
 import uvicorn
 from fastapi import Depends, FastAPI
-from fastapi.exceptions import RequestValidationError
-from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from motet.errors import MotetError
 from motet.protocol.settings import Settings
-from motet.protocol.transport import TransportLost
 from scheduler.api import (
     activity,
     aliases,
@@ -44,20 +40,19 @@ from scheduler.api import (
     results,
     tokens,
 )
-from scheduler.api.auth import authenticate, is_page
-from scheduler.api.refusals import CutOff, refusal
+from scheduler.api.auth import ASK, authenticate, is_page
+from scheduler.api.refusals import EXPECTED, CutOff, refusal
 from scheduler.api.resources import Resources
 from scheduler.pulse import pulse
-from scheduler.store.database import StoreUnavailable
 
 log = logging.getLogger(__name__)
 
-#: Errors that have an answer of their own; anything else is ours, and told to the log.
-_EXPECTED = (MotetError, StoreUnavailable, TransportLost, RequestValidationError, HTTPException)
 _DESCRIPTION = """Submit rows × tasks as one job, stream merged rows while it runs.
 Every route but `/healthz`, `/readyz` and this description needs `Authorization: Bearer <id>.<secret>`."""
 
 
+#: Probes ask every few seconds, callers of open jobs hundreds of times a second: a line for each would hide all others.
+_NO_NEWS = frozenset({"/healthz", "/readyz", "/metrics", ASK})
 #: In the order of the API's description.
 _ROUTES = (
     opening, parts, asks, jobs, planning, activity, explain, results, fits, models, aliases, blobs, tokens, cluster, doctor,
@@ -97,9 +92,10 @@ def create_app(settings: Settings) -> FastAPI:
     app.state.resources = use
     for module in _ROUTES:
         app.include_router(module.routes)
-    for kind in _EXPECTED:
+    for kind in EXPECTED:
         app.add_exception_handler(kind, _refuse)
     app.state.figures = metrics.Figures(use)
+    app.add_middleware(asks.AsksAhead, use=use)
     app.add_middleware(AccessLog, requests=app.state.figures.requests)
     return app
 
@@ -147,20 +143,21 @@ class AccessLog:
             route = getattr(scope.get("route"), "path", "-")
             took_s = time.monotonic() - start
             self._requests.saw(scope["method"], route, status, took_s)
-            log.log(
-                # Probes ask every few seconds; what they ask is no news.
-                logging.DEBUG if route in ("/healthz", "/readyz", "/metrics") else logging.INFO,
-                "request",
-                extra={
-                    "request": request_id,
-                    "method": scope["method"],
-                    # The route, not the path: a path may hold anything, and a query is nobody's business here.
-                    "route": route,
-                    "status": status,
-                    "ms": round(took_s * 1000, 1),
-                    "tenant": scope.get("state", {}).get("tenant"),
-                },
-            )
+            level = logging.DEBUG if route in _NO_NEWS else logging.INFO
+            if log.isEnabledFor(level):
+                log.log(
+                    level,
+                    "request",
+                    extra={
+                        "request": request_id,
+                        "method": scope["method"],
+                        # The route, not the path: a path may hold anything, and a query is nobody's business here.
+                        "route": route,
+                        "status": status,
+                        "ms": round(took_s * 1000, 1),
+                        "tenant": scope.get("state", {}).get("tenant"),
+                    },
+                )
 
 
 class Server(uvicorn.Server):

@@ -19,6 +19,7 @@ from uuid import UUID
 
 from fastapi import Depends, Request, Security
 from fastapi.security import HTTPAuthorizationCredentials, HTTPBearer
+from starlette.concurrency import run_in_threadpool
 
 from motet.errors import Overloaded, Unauthorized
 from motet.messages.tokens import Scope
@@ -41,6 +42,12 @@ _BLOBS = frozenset({"worker", "admin"})
 #: The route that goes on while Postgres is away, for those who could read it shortly before.
 FIGURES = "/metrics"
 _REMEMBERED_S = 3600.0
+
+#: The route of open jobs, served hundreds of times a second.
+ASK = "/v1/jobs/{job}/ask"
+#: What an ask takes of a token's requests. Larger: MOTET_MAX_REQUESTS_S refuses callers that an open job has room for;
+#: smaller: a program that runs wild keeps a process of the API busy. An open job has its own bound (policy/gather.py).
+_ASK_COSTS = 0.1
 #: Seconds for which a token is not looked up again. Longer: a token that another API process revoked is good for longer.
 #: Shorter: more requests ask Postgres first.
 _FRESH_S = 2.0
@@ -56,7 +63,7 @@ ALLOWED: Mapping[tuple[str, str], frozenset[str]] = {
     ("GET", "/v1/jobs"): _LOOK,
     ("PUT", "/v1/jobs/{job}/parts/{number}"): _SUBMIT,
     ("POST", "/v1/jobs/{job}/close"): _SUBMIT,
-    ("POST", "/v1/jobs/{job}/ask"): _SUBMIT,
+    ("POST", ASK): _SUBMIT,
     ("POST", "/v1/jobs/{job}/cancel"): _SUBMIT,
     ("POST", "/v1/plan"): _SUBMIT,
     ("GET", "/v1/jobs/{job}"): _LOOK,
@@ -171,8 +178,8 @@ def authenticate(
 
     Why a token is not good is never told: it would help to guess.
     """
-    route = request.scope.get("route")
-    scopes = ALLOWED.get((request.method, getattr(route, "path", "")), frozenset())
+    path = getattr(request.scope.get("route"), "path", "")
+    scopes = ALLOWED.get((request.method, path), frozenset())
     if scopes is _OPEN:
         return None
     shown = split_token(credentials.credentials) if credentials else None
@@ -180,12 +187,12 @@ def authenticate(
         shown = basic_token(request.headers.get("Authorization", ""))
     if shown is None:
         raise Unauthorized(_REFUSED)
-    stored = _find(use, getattr(route, "path", ""), shown.id)
+    stored = _find(use, path, shown.id)
     proved = hmac.compare_digest(shown.digest, stored.secret_sha256 if stored else _NOBODY)
     if stored is None or not proved or stored.revoked or stored.expired:
         raise Unauthorized(_REFUSED)
     request.state.tenant = stored.tenant
-    wait_s = use.allowance.take(stored.id)
+    wait_s = use.allowance.take(stored.id, _ASK_COSTS if path == ASK else 1.0)
     if wait_s:
         raise Overloaded("this token asks too often; come back in a moment", wait_s)
     if stored.scope not in scopes:
@@ -197,7 +204,7 @@ def _find(use: Resources, path: str, token_id: str) -> StoredToken | None:
     """The stored token, as of two seconds ago at most. Raises StoreUnavailable, but for a known reader of the figures:
     no token can be revoked while Postgres is away, and that it is away is what the figures have to say."""
     known, now = use.known_tokens.get(token_id), time.monotonic()
-    if known is not None and now - known[1] < _FRESH_S:
+    if known is not None and _fresh(known, now):
         return known[0]
     try:
         with use.database.transaction() as connection:
@@ -209,6 +216,25 @@ def _find(use: Resources, path: str, token_id: str) -> StoredToken | None:
     if stored is not None:
         use.known_tokens.put(token_id, (stored, now))
     return stored
+
+
+def _fresh(known: tuple[StoredToken, float], now: float) -> bool:
+    return now - known[1] < _FRESH_S
+
+
+async def authenticated(request: Request, use: Resources) -> Identity:
+    """`authenticate` of a route that FastAPI does not call: in a thread only where Postgres must be asked."""
+    scheme, _, rest = request.headers.get("Authorization", "").partition(" ")
+    credentials = (
+        HTTPAuthorizationCredentials(scheme=scheme, credentials=rest.strip())
+        if scheme.lower() == "bearer"
+        else None
+    )
+    shown = split_token(credentials.credentials) if credentials else None
+    known = use.known_tokens.get(shown.id) if shown else None
+    if shown is None or (known is not None and _fresh(known, time.monotonic())):
+        return _identity(authenticate(request, use, credentials))
+    return _identity(await run_in_threadpool(authenticate, request, use, credentials))
 
 
 def is_page(request: Request) -> bool:

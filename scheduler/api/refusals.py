@@ -15,6 +15,9 @@ from motet.protocol.transport import TransportLost
 from motet.tasks import short
 from scheduler.store.database import StoreUnavailable
 
+#: Errors that have an answer of their own; anything else is ours, and told to the log.
+EXPECTED = (MotetError, StoreUnavailable, TransportLost, RequestValidationError, HTTPException)
+
 #: When to come back where nobody knows when it will be better.
 RETRY_AFTER_S = 2.0
 

@@ -22,7 +22,18 @@ BENCH = ROOT / "bench"
 PARTS = frozenset(
     f"{name}.py"
     for name in (
-        *("bare", "client", "engine", "family", "harness", "lower_bound", "pages", "paced", "rival_policies"),
+        *(
+            "bare",
+            "callers",
+            "client",
+            "engine",
+            "family",
+            "harness",
+            "lower_bound",
+            "pages",
+            "paced",
+            "rival_policies",
+        ),
         *("crowd", "leading", "stage", "stand_in"),
     )
 )

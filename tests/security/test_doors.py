@@ -122,6 +122,16 @@ def test_a_token_that_asks_too_often_waits_and_nobody_else_does(database_url: st
         assert house.call("GET", "/healthz", token=None).status_code == 200
 
 
+def test_an_ask_of_an_open_job_takes_a_tenth_of_a_request(database_url: str, tmp_path: Path) -> None:
+    """An open job has a bound of its own: rows that wait."""
+    with a_house(database_url, tmp_path, max_requests_s=1) as house:
+        place = f"/v1/jobs/{uuid.uuid4()}/ask"
+        codes = [house.call("POST", place, json={"rows": ["a"]}).status_code for _ in range(60)]
+        assert codes == [404] * 60
+        codes = [house.call("POST", place, json={"rows": ["a"]}).status_code for _ in range(80)]
+        assert 429 in codes
+
+
 def test_an_allowance_fills_again_and_never_beyond_its_burst() -> None:
     now = [0.0]
     allowance = Allowance(2.0, clock=lambda: now[0])
@@ -134,3 +144,5 @@ def test_an_allowance_fills_again_and_never_beyond_its_burst() -> None:
     now[0] = 1e9
     assert sum(not allowance.take("t") for _ in range(100)) == 2 * BURST_S
     assert not any(Allowance(0.0).take("t") for _ in range(10_000))
+    now[0] = 2e9
+    assert sum(not allowance.take("t", 0.1) for _ in range(1000)) in (20 * BURST_S - 1, 20 * BURST_S)

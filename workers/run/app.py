@@ -62,6 +62,10 @@ FETCH_S = 30.0
 RETRY_S = 0.25
 #: Longest that one read of the queue waits for a message (kombu's BRPOP: one second).
 QUEUE_READ_S = 1.2
+#: Seconds for which events for Flower are gathered. Longer: its pages lag; shorter: each costs a message of its own.
+EVENTS_S = 0.5
+#: Events that are sent before that, three a sub-task. Fewer: threads that take work send them in between.
+EVENTS_KEPT = 1000
 
 #: Added to the score by which the kernel chooses whom to end when memory is out; 1000 is the most.
 OOM_SCORE = 500
@@ -366,6 +370,17 @@ def serve(app: Celery, worker: WorkerApp) -> None:
             has_room = qos.can_consume
             qos.can_consume = lambda: worker.tap_open and has_room()
 
+    class Tell(bootsteps.StartStopStep):  # type: ignore[misc]
+        """Sends the events of tasks together, not each as it comes: that took a sixth of a worker with short sub-tasks."""
+
+        requires = ("celery.worker.consumer.events:Events",)
+
+        def start(self, consumer: Any) -> None:
+            """Also after each reconnection, which makes another dispatcher and forgets what was to be repeated."""
+            dispatcher = consumer.event_dispatcher
+            dispatcher.on_send_buffered, dispatcher.buffer_limit = None, EVENTS_KEPT
+            consumer.timer.call_repeatedly(EVENTS_S, dispatcher.flush)
+
     class End(bootsteps.StartStopStep):  # type: ignore[misc]
         """Drains when Celery ends on its own, on an error that it does not know."""
 
@@ -393,6 +408,7 @@ def serve(app: Celery, worker: WorkerApp) -> None:
         event(log, "ready", boot=worker.boot)
 
     app.steps["consumer"].add(Tap)
+    app.steps["consumer"].add(Tell)
     app.steps["worker"].add(End)
     signals.task_received.connect(received, weak=False)
     signals.worker_ready.connect(ready, weak=False)
