@@ -6,14 +6,18 @@
     for row in job.results():
         print(row.index, row["topic"])
 
-Importing this loads nothing heavy: httpx, pyarrow and pandas come with their first use.
+Importing this loads nothing heavy: httpx, pyarrow and pandas come with their first use, and so does asyncio with
+``AsyncClient``.
 """
+
+import typing
 
 from motet.client import Client
 from motet.errors import (
     Conflict,
     InvalidJob,
     JobFailed,
+    Late,
     MotetError,
     NotFound,
     Overloaded,
@@ -22,6 +26,7 @@ from motet.errors import (
     Unauthorized,
     Unreachable,
 )
+from motet.feed import Feed
 from motet.job import Job
 from motet.messages.cluster import Worker
 from motet.messages.jobs import FailedCell, Plan, PlannedPass
@@ -46,8 +51,12 @@ from motet.training.epochs import Epoch
 from motet.training.lesson import Labels
 from motet.training.run import TrainRun
 
+if typing.TYPE_CHECKING:
+    from motet.aio import AsyncClient
+
 __all__ = [
     "Alias",
+    "AsyncClient",
     "Cell",
     "Chat",
     "Choose",
@@ -59,6 +68,7 @@ __all__ = [
     "Epoch",
     "Extract",
     "FailedCell",
+    "Feed",
     "Fit",
     "Function",
     "Generate",
@@ -66,6 +76,7 @@ __all__ = [
     "Job",
     "JobFailed",
     "Labels",
+    "Late",
     "MotetError",
     "NotFound",
     "Number",
@@ -84,3 +95,11 @@ __all__ = [
     "Unreachable",
     "Worker",
 ]
+
+
+def __getattr__(name: str) -> typing.Any:
+    if name == "AsyncClient":
+        from motet.aio import AsyncClient
+
+        return AsyncClient
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

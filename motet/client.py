@@ -6,6 +6,7 @@ It knows the API's routes (docs/http.md) and nothing of what is behind them. htt
 
 from __future__ import annotations
 
+import hashlib
 import json
 import logging
 import math
@@ -17,10 +18,10 @@ from dataclasses import replace
 from functools import partial
 from itertools import chain
 from types import TracebackType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 from uuid import UUID
 
-from motet.errors import InvalidJob, MotetError, NotFound, Problem
+from motet.errors import Conflict, InvalidJob, MotetError, NotFound, Problem
 from motet.http import Address, BodyRefused, Http, json_of
 from motet.job import Job
 from motet.messages.cluster import Worker, WorkerList
@@ -32,11 +33,14 @@ from motet.protocol.manifest import Manifest, trainer_name
 from motet.rows import MAX_ROW_BYTES, BadRows, cut, survey
 from motet.sources import Source
 from motet.states import State
-from motet.tasks import Chat, Embed, Fit, Prompted, Task, parse, placeholders, short
+from motet.tasks import Embed, Fit, Prompted, Task, dialogues_of, fields_of, parse, short
 from motet.training.lesson import Learned, read_lesson
 from motet.training.recipe import Recipe, Tune
 from motet.training.run import TrainRun
 from motet.upload import send_parts
+
+if TYPE_CHECKING:
+    from motet.feed import Feed
 
 Tasks = Mapping[str, Task | Mapping[str, Any]]
 
@@ -156,6 +160,61 @@ class Client:
     def _open(self, opening: Submission, key: str, tell: Callable[[MotetError], object]) -> JobRecord:
         body = opening.to_json(sparse=True)
         return JobRecord.of(self._http.post("/v1/jobs", body, key=key, refused=tell))
+
+    def open(
+        self,
+        tasks: Tasks,
+        *,
+        name: str,
+        priority: Priority = "interactive",
+        bad_rows: BadRows = "refuse",
+        retention_days: float | None = None,
+    ) -> Feed:
+        """Open a job for rows that come one by one, each answered at once: ``feed.ask({"text": …})`` (docs/live.md).
+
+        The job stays open until it is closed, whoever leaves. Opening again under its ``name`` with the same tasks and
+        options attaches to it, from anywhere; with others it is a Conflict, and so is the name of a job that was closed.
+        With ``bad_rows="error"`` a row that a task cannot read is asked and its cell is an error; with ``"refuse"`` it
+        raises InvalidJob for its caller. Raises InvalidJob, Unauthorized, Overloaded, Unreachable.
+        """
+        from motet.feed import Feed
+
+        if not name:
+            raise InvalidJob(
+                Problem("name", "no name", "a name to find the job by", "give one, such as risk")
+            )
+        opening = Submission(
+            tasks={task: spec.to_json() for task, spec in _specs(tasks).items()},
+            name=name,
+            priority=priority,
+            bad_rows=bad_rows,
+            open=True,
+            **_amounts(retention_days=retention_days),
+        )
+        record = self._open(opening, _key_of(name), lambda refusal: log.warning("waiting: %s", refusal))
+        if record.state != State.OPEN:
+            raise Conflict(
+                f"the job {short(name)} of these tasks is {record.state} and takes no more rows; "
+                "take another name, or remove it first"
+            )
+        return Feed(self._http, record, bad_rows=bad_rows)
+
+    def feed(self, name: str, *, bad_rows: BadRows = "refuse") -> Feed:
+        """Pick up an open job by its name or id, without its tasks; by its id also one that was closed.
+
+        Of several of that name the newest. Raises NotFound.
+        """
+        from motet.feed import Feed
+
+        found = next((job for job in self.jobs(State.OPEN) if job.name == name), None)
+        if found is None:
+            try:
+                found = self.job(name)
+            except NotFound:
+                raise NotFound(
+                    f"no open job is called {short(name)}; see `motet jobs --state open`"
+                ) from None
+        return Feed(self._http, JobRecord.of(found.record), bad_rows=bad_rows)
 
     def plan(
         self,
@@ -426,29 +485,6 @@ class Client:
             pass
 
 
-def fields_of(tasks: Mapping[str, Task]) -> list[str]:
-    """The row fields that these tasks read, in order of first use.
-
-    The name of another task is no field: that task's answer is meant. A task's own name means the field.
-    """
-    return list(
-        dict.fromkeys(
-            name for own, task in tasks.items() for name in task.reads if name == own or name not in tasks
-        )
-    )
-
-
-def dialogues_of(tasks: Mapping[str, Task]) -> set[str]:
-    """The row fields that may hold a list of messages: those that a Chat answers."""
-    return {
-        name
-        for own, task in tasks.items()
-        if isinstance(task, Chat)
-        for name in placeholders(task.messages)
-        if name == own or name not in tasks
-    }
-
-
 def _specs(tasks: object) -> dict[str, Task]:
     """Check the tasks here as the server would, before any row is read. Raises InvalidJob."""
     if isinstance(tasks, Mapping):
@@ -464,6 +500,13 @@ def _specs(tasks: object) -> dict[str, Task]:
             )
         )
     return specs
+
+
+def _key_of(name: str) -> str:
+    """The Idempotency-Key under which an open job of this name is opened: the name, where a header can hold it."""
+    if name.isascii() and name.isprintable() and len(name) <= 200:
+        return name
+    return f"sha256:{hashlib.sha256(name.encode()).hexdigest()}"
 
 
 def _amounts(**options: object) -> dict[str, Any]:

@@ -23,6 +23,7 @@ from urllib.parse import urlsplit
 from motet.errors import (
     Conflict,
     InvalidJob,
+    Late,
     MotetError,
     NotFound,
     Overloaded,
@@ -233,6 +234,7 @@ class Http:
         again: bool = True,
         wait_s: float = 0.0,
         answer_s: float | None = None,
+        patience_s: float | None = None,
         stop: threading.Event | None = None,
         refused: Callable[[Overloaded], object] | None = None,
     ) -> httpx.Response:
@@ -243,12 +245,14 @@ class Http:
         ``timeout_s`` in all; ``stop`` ends that early. ``refused`` is told of the first refusal that is waited out.
         ``again=False`` tries again only where the request cannot have been taken. With ``wait_s`` the API may take
         that long to answer; where a proxy cuts that short, this and all later waits are shorter. ``answer_s`` is how
-        long one try may be without a sign of life, where that is not what all have.
+        long one try may be without a sign of life, and ``patience_s`` how long is tried in all, where that is not what
+        all have.
         Raises the errors of motet.errors, by docs/http.md.
         """
         import httpx
 
         start = self._clock()
+        patient_s = self.timeout_s if patience_s is None else patience_s
         for attempt in range(1_000_000):
             refusal: MotetError
             may_wait_s = min(wait_s, self._longest_wait_s)
@@ -265,7 +269,7 @@ class Http:
                 refusal = Unreachable(_out_of_reach(self.address.url, error))
                 if not isinstance(error, httpx.TransportError) or not (again or unsent):
                     raise refusal from None
-                limit_s = self.timeout_s if self._met or not unsent else min(_FIRST_CONTACT_S, self.timeout_s)
+                limit_s = patient_s if self._met or not unsent else min(_FIRST_CONTACT_S, patient_s)
                 delay_s = 0.0
             else:
                 self._met = True
@@ -273,9 +277,11 @@ class Http:
                     return answer
                 cut = answer.status_code in _PROXY_IS_ALONE
                 refusal = error_of(answer)
+                if isinstance(refusal, Late):
+                    raise refusal
                 if answer.status_code not in _COME_BACK or not (again or answer.status_code in (429, 503)):
                     raise refusal
-                limit_s = self.timeout_s
+                limit_s = patient_s
                 delay_s = refusal.retry_after_s if isinstance(refusal, Overloaded) else 0.0
             now = self._clock()
             if cut and now - sent >= _CUT_AFTER_S and may_wait_s > _SHORTEST_WAIT_S:
@@ -432,27 +438,11 @@ def error_of(answer: httpx.Response) -> MotetError:
     status = answer.status_code
     said = _error_body(answer)
     message = _printable(str(said.get("message") or "")) or _in_other_words(answer)
-    if status in (401, 403):
-        return Unauthorized(message)
-    if status == 404:
-        return NotFound(message)
-    if status == 409:
-        conflict = Conflict(message)
-        if isinstance(said.get("next_part"), int):
-            conflict.next_part = said["next_part"]
-        return conflict
-    if status in (429, 503):
-        return Overloaded(message, _retry_after_s(answer.headers.get("Retry-After")))
     if status == 413 and not said:
         return BodyRefused(_too_large_for_a_proxy(answer))
-    if status in (400, 405, 413, 415, 422):
-        problems = [_problem(p) for p in said.get("problems") or () if isinstance(p, dict)]
-        more = said.get("more")
-        left_out = more if isinstance(more, int) else 0
-        invalid = (BodyRefused if status == 413 else InvalidJob)(problems, more=left_out)
-        if not problems:
-            invalid.args = (message,)
-        return invalid
+    known = _known_error(status, said, message, _retry_after_s(answer.headers.get("Retry-After")))
+    if known is not None:
+        return known
     if status in _PROXY_IS_ALONE:
         return Unreachable(
             f"a proxy before {answer.url.host} cannot reach the server ({status} to {_asked(answer)}); "
@@ -463,8 +453,61 @@ def error_of(answer: httpx.Response) -> MotetError:
             f"{answer.url.host} answers {status}, which motet's API never does; check MOTET_URL"
         )
     if said:
-        return MotetError(f"the server failed ({status}): {message}; its log says more")
+        return _failed(status, message)
     return MotetError(message)
+
+
+#: Class of an error -> the status of an answer that is that error.
+_STATUS = {
+    "unauthorized": 401,
+    "forbidden": 403,
+    "not_found": 404,
+    "conflict": 409,
+    "too_large": 413,
+    "invalid_job": 422,
+    "overloaded": 429,
+    "unavailable": 503,
+}
+
+
+def error_told(said: Mapping[str, Any]) -> MotetError:
+    """The error of one row of an ask, which stands in a good answer among those of others."""
+    message = _printable(str(said.get("message") or "no reason was given"))
+    status = _STATUS.get(str(said.get("type")), 500)
+    return _known_error(status, said, message, 1.0) or _failed(status, message)
+
+
+def _known_error(
+    status: int, said: Mapping[str, Any], message: str, retry_after_s: float
+) -> MotetError | None:
+    """The error of this status, in the API's words where there are any; None where the status alone tells nothing."""
+    if said.get("type") == "late":
+        row = said.get("row")
+        return Late(message, stored=bool(said.get("stored")), row=row if isinstance(row, int) else None)
+    if status in (401, 403):
+        return Unauthorized(message)
+    if status == 404:
+        return NotFound(message)
+    if status == 409:
+        conflict = Conflict(message)
+        if isinstance(said.get("next_part"), int):
+            conflict.next_part = said["next_part"]
+        return conflict
+    if status in (429, 503):
+        return Overloaded(message, retry_after_s)
+    if status in (400, 405, 413, 415, 422):
+        problems = [_problem(p) for p in said.get("problems") or () if isinstance(p, dict)]
+        more = said.get("more")
+        left_out = more if isinstance(more, int) else 0
+        invalid = (BodyRefused if status == 413 else InvalidJob)(problems, more=left_out)
+        if not problems:
+            invalid.args = (message,)
+        return invalid
+    return None
+
+
+def _failed(status: int, message: str) -> MotetError:
+    return MotetError(f"the server failed ({status}): {message}; its log says more")
 
 
 def _asked(answer: httpx.Response) -> str:

@@ -113,7 +113,7 @@ class Job:
 
     @property
     def state(self) -> str:
-        """``loading``, ``running``, ``succeeded``, ``failed`` or ``cancelled``."""
+        """``open``, ``loading``, ``running``, ``succeeded``, ``failed`` or ``cancelled``."""
         return self.refresh()._record.state
 
     @property
@@ -201,7 +201,7 @@ class Job:
         own_bar = self.bar() if bar is None else bar
         with own_bar, self._left_running():
             while True:
-                frames, end = self._read(asked, order, after, _GLANCE_S if own_bar.wanted else MAX_WAIT_S)
+                frames, end = self.frames(asked, order, after, _GLANCE_S if own_bar.wanted else MAX_WAIT_S)
                 for frame in frames:
                     block = Block.from_wire(frame, specs)
                     if bar is None:
@@ -227,6 +227,32 @@ class Job:
             )
         if check:
             self._check()
+
+    def frames(
+        self, tasks: str | None, order: Order, after: int, wait_s: float
+    ) -> tuple[list[Mapping[str, Any]], Mapping[str, Any]]:
+        """One answer of results, as it was sent: the blocks that are ready, and the frame that ends it."""
+        params = {"order": order, "after": after, **({"tasks": tasks} if tasks is not None else {})}
+        for attempt in range(_READS):
+            answer = self._http.request(
+                "GET",
+                f"{self._path}/results",
+                params=params,
+                headers={"Accept": "application/msgpack"},
+                wait_s=wait_s,
+            )
+            try:
+                *frames, end = read_frames(answer.content)
+                if not end.get("end"):
+                    raise BadMessage("a results stream without its last frame")
+            except (BadMessage, ValueError) as error:
+                # A server that dies while it streams ends its answer early; a proxy may hide that.
+                if attempt == _READS - 1:
+                    raise MotetError(f"job {self.id}: unreadable results: {error}") from None
+                self._sleep(_GLANCE_S)
+            else:
+                return frames, end
+        raise AssertionError("the last read returns or raises")
 
     @contextmanager
     def reading(self, tasks: Sequence[str] | None = None) -> Iterator[Iterator[Block]]:
@@ -384,32 +410,6 @@ class Job:
         self._record = JobRecord.of(now)
         if not self._ended:
             self._sleep(max(0.0, min(_GLANCE_S, wait_s) - (self._clock() - start)))
-
-    def _read(
-        self, tasks: str | None, order: Order, after: int, wait_s: float
-    ) -> tuple[list[Mapping[str, Any]], Mapping[str, Any]]:
-        """One answer of results: the blocks that are ready, and the frame that ends it."""
-        params = {"order": order, "after": after, **({"tasks": tasks} if tasks is not None else {})}
-        for attempt in range(_READS):
-            answer = self._http.request(
-                "GET",
-                f"{self._path}/results",
-                params=params,
-                headers={"Accept": "application/msgpack"},
-                wait_s=wait_s,
-            )
-            try:
-                *frames, end = read_frames(answer.content)
-                if not end.get("end"):
-                    raise BadMessage("a results stream without its last frame")
-            except (BadMessage, ValueError) as error:
-                # A server that dies while it streams ends its answer early; a proxy may hide that.
-                if attempt == _READS - 1:
-                    raise MotetError(f"job {self.id}: unreadable results: {error}") from None
-                self._sleep(_GLANCE_S)
-            else:
-                return frames, end
-        raise AssertionError("the last read returns or raises")
 
     @contextmanager
     def _left_running(self) -> Iterator[None]:

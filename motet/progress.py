@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 class Progress:
     """A job's cells counted, as the API knew them at one moment."""
 
-    #: loading, running, succeeded, failed or cancelled.
+    #: open, loading, running, succeeded, failed or cancelled.
     state: str
     rows: int
     #: Cells: rows x tasks. The next three are final and add up to ``done``.
@@ -40,6 +40,16 @@ class Progress:
     def done(self) -> int:
         """Cells that are final."""
         return self.ok + self.error + self.skipped
+
+    @property
+    def waiting(self) -> int:
+        """Cells that are not final."""
+        return self.total - self.done
+
+    @property
+    def is_open(self) -> bool:
+        """Whether rows keep coming, so that ``total`` grows and neither share nor time left mean anything."""
+        return self.state == State.OPEN
 
     @property
     def share(self) -> float:
@@ -63,7 +73,11 @@ class Progress:
         )
 
     def __str__(self) -> str:
-        words = [self.state, f"{self.done:,} of {self.total:,} cells"]
+        if self.is_open:
+            # Rows keep coming: there is no whole of which a share could be told.
+            words = [self.state, f"{self.rows:,} rows", f"{self.waiting:,} cells wait"]
+        else:
+            words = [self.state, f"{self.done:,} of {self.total:,} cells"]
         if self.reused:
             words.append(f"{self.reused:,} reused")
         if self.error:
@@ -134,7 +148,7 @@ class Bar:
             self.show(f"starting: workers load the model · {progress.total:,} cells")
         else:
             words = str(progress).removeprefix("running · ")
-            self.show(words, share=progress.share)
+            self.show(words, share=None if progress.is_open else progress.share)
 
     def hide(self) -> None:
         """Take it off the screen until it is shown again."""

@@ -20,6 +20,8 @@ if TYPE_CHECKING:
     import numpy
     import numpy.typing
 
+#: A row's cursor counts so many for each finished block before its own: more than rows of any block of an open job.
+CURSORS_A_BLOCK = 10_000
 #: Struct code and bytes of a vector's element.
 _ELEMENT = {"fp32": ("f", 4), "fp16": ("e", 2)}
 
@@ -153,6 +155,14 @@ class Row(Mapping[str, "Cell"]):
     def index(self) -> int:
         """The row's place in the job, from 0."""
         return self._block.first_row + self._offset
+
+    @property
+    def cursor(self) -> int | None:
+        """Where ``Feed.rows(after=cursor)`` goes on behind this row; None of a row that did not come from there."""
+        done, offset = self._block.done, self._offset + 1
+        if done is None:
+            return None
+        return done * CURSORS_A_BLOCK if offset == len(self._block) else (done - 1) * CURSORS_A_BLOCK + offset
 
     @property
     def errors(self) -> dict[str, CellError]:

@@ -68,10 +68,13 @@ class Part:
     def __len__(self) -> int:
         return len(next(iter(self.columns.values())))
 
-    def encode(self, *, squeeze: bool = True) -> bytes:
-        """The body to send: msgpack, under zstd unless told otherwise. The same rows give the same bytes."""
+    def encode(self, *, squeeze: bool = True, beside: Mapping[str, Any] | None = None) -> bytes:
+        """The body to send: msgpack, under zstd unless told otherwise. The same rows give the same bytes.
+
+        ``beside``: what else stands in the body.
+        """
         columns = {name: list(values) for name, values in self.columns.items()}
-        body: dict[str, Any] = {"columns": columns, "first_row": self.first_row}
+        body: dict[str, Any] = {"columns": columns, "first_row": self.first_row, **(beside or {})}
         if self.bad:
             body["bad"] = {offset: list(why) for offset, why in self.bad.items()}
         if self.bad_fields:
@@ -173,6 +176,35 @@ def cut(
         raise InvalidJob(problems[:MAX_PROBLEMS])
     if part.rows:
         yield part.close()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CheckedRow:
+    """One row as its fields' values, for a part that is put together later."""
+
+    values: Sequence[Value]
+    #: UTF-8 bytes of its texts.
+    size: int
+    #: Field -> what is wrong there; "" stands for the row as a whole.
+    faults: Mapping[str, Fault]
+
+
+def check_row(
+    row: object, fields: Sequence[str], *, dialogues: Collection[str] = (), bad_rows: BadRows = "refuse"
+) -> CheckedRow:
+    """A row by itself, as ``cut`` reads it. Raises InvalidJob for a bad one, unless it shall be sent as a mark."""
+    values, size, faults = _values(row, fields, dialogues)
+    if faults and bad_rows == "refuse":
+        raise InvalidJob([replace(fault.at(0, None), row=None) for fault in faults.values()])
+    return CheckedRow(values=values, size=size, faults=faults)
+
+
+def part_of(rows: Iterable[CheckedRow], fields: Sequence[str]) -> Part:
+    """Rows that were checked one by one, as one part."""
+    part = _Filling(fields)
+    for row in rows:
+        part.add(row.values, row.size, row.faults)
+    return part.close()
 
 
 def survey(

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import MISSING, dataclass, field, fields
 from functools import lru_cache
 from typing import Any, ClassVar, Literal
@@ -274,6 +274,46 @@ def _pieces(template: str) -> tuple[tuple[str, bool], ...]:
         else (p, False)
         for p in parts
     )
+
+
+def fields_of(tasks: Mapping[str, Task]) -> tuple[str, ...]:
+    """Fields of the row that some task reads, in order of first use.
+
+    The name of another task is no field: that task's answer is meant. A task's own name means the field.
+    """
+    return tuple(dict.fromkeys(read for name in tasks for read in fields_read(name, tasks)))
+
+
+def fields_read(name: str, tasks: Mapping[str, Task]) -> tuple[str, ...]:
+    """Fields of the row that this task reads."""
+    return row_fields(name, tasks[name], tasks)
+
+
+def row_fields(name: str, task: Task, names: Collection[str]) -> tuple[str, ...]:
+    """Fields of the row that a task of this name reads in a job whose tasks have these names."""
+    return tuple(read for read in task.reads if read == name or read not in names)
+
+
+def dialogues_of(tasks: Mapping[str, Task]) -> frozenset[str]:
+    """Fields of the row that hold a dialogue, for some chat reads them as one."""
+    return frozenset(
+        read
+        for name, task in tasks.items()
+        if isinstance(task, Chat)
+        for read in placeholders(task.messages)
+        if read == name or read not in tasks
+    )
+
+
+def stored_task(spec: Mapping[str, Any]) -> Task:
+    """A task from the spec that a job's record tells, which was checked when the job was opened."""
+    kind = KINDS[spec["kind"]]
+    known: dict[str, Any] = {
+        f.name: tuple(value) if isinstance(value := spec[f.name], list) else value
+        for f in fields(kind)
+        if f.name in spec
+    }
+    return kind(**known)
 
 
 def parse(tasks: object) -> dict[str, Task]:

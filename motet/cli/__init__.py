@@ -16,6 +16,7 @@ from motet.cli.cluster import demo, drain, resume, up, worker, workers
 from motet.cli.doctor import doctor
 from motet.cli.evaluate import evaluate
 from motet.cli.explain import explain
+from motet.cli.feeds import ask, close, open_, tail
 from motet.cli.jobs import cancel, jobs, plan, results, rm, submit
 from motet.cli.models import compress
 from motet.cli.registry import models, token
@@ -42,6 +43,7 @@ def command() -> None:
 
 for part in (
     *(up, demo, submit, plan, jobs, watch, explain, top, results, evaluate, cancel, rm),
+    *(open_, ask, tail, close),
     *(train, models, compress, workers, worker, drain, resume, simulate, token, doctor),
 ):
     command.add_command(part)

@@ -25,7 +25,7 @@ from motet.cli.show import (
     put_table,
     result_table,
 )
-from motet.states import LIVE, REACHED
+from motet.states import LIVE, REACHED, State
 
 if TYPE_CHECKING:
     from motet.job import Job
@@ -36,7 +36,7 @@ _FORMATS = {".parquet": "to_parquet", ".jsonl": "to_jsonl", ".ndjson": "to_jsonl
 #: A comma that ends an option: another one's name and = follow it.
 _NEXT_OPTION = re.compile(r",(?=[a-z_]+=)")
 
-_task = click.option(
+task_option = click.option(
     "--task",
     "tasks",
     multiple=True,
@@ -44,7 +44,7 @@ _task = click.option(
     metavar="NAME=KIND:MODEL[,OPTION=VALUE…]",
     help="A task to ask of every row; give it several times. Kinds and options: see below.",
 )
-_TASKS = """\b
+TASKS_HELP = """\b
 Tasks:
   topic=classify:MODEL                      a label; also number, embed,
                                             entities, function
@@ -79,7 +79,7 @@ def duration(context: click.Context, param: click.Parameter, value: str | None) 
     return float(number) * _UNITS[unit]
 
 
-_bad_rows = click.option(
+bad_rows_option = click.option(
     "--bad-rows",
     type=click.Choice(["refuse", "error"]),
     default="refuse",
@@ -87,13 +87,19 @@ _bad_rows = click.option(
     help="What a row without text in a field does: refuse the job and list such rows, or give error cells to the tasks "
     "that read the field.",
 )
-_priority = click.option(
-    "--priority", type=click.Choice(["interactive", "normal", "bulk"]), default="normal", show_default=True
-)
+
+
+def priority_option(default: str) -> Callable[[Callable[..., None]], Callable[..., None]]:
+    return click.option(
+        "--priority",
+        type=click.Choice(["interactive", "normal", "bulk"]),
+        default=default,
+        show_default=True,
+    )
 
 
 @click.command(
-    epilog=_TASKS
+    epilog=TASKS_HELP
     + """\b
 Examples:
   motet submit tickets.jsonl --task topic=classify:news-topics --task vector=embed:all-MiniLM-L6-v2
@@ -102,11 +108,11 @@ Examples:
       --task reply=generate:qwen3-0.6b,prompt='Write a reply to a {mood} customer.',max_tokens=120"""
 )
 @click.argument("file")
-@_task
+@task_option
 @click.option("--name", default="", help="A name to find the job by.")
-@_priority
+@priority_option("normal")
 @click.option("--reuse/--no-reuse", default=True, show_default=True, help="Take answers of earlier jobs.")
-@_bad_rows
+@bad_rows_option
 @click.option(
     "--deadline",
     callback=duration,
@@ -176,15 +182,15 @@ def submit(
 
 
 @click.command(
-    epilog=_TASKS
+    epilog=TASKS_HELP
     + """\b
 Example:
   motet plan tickets.jsonl --task topic=classify:news-topics --task mood=classify:review-sentiment"""
 )
 @click.argument("file")
-@_task
-@_priority
-@_bad_rows
+@task_option
+@priority_option("normal")
+@bad_rows_option
 @as_json
 def plan(file: str, tasks: Sequence[str], priority: Any, bad_rows: Any, as_json: bool) -> None:
     """Show what a job would run, without running it.
@@ -234,7 +240,7 @@ def jobs(state: Any, limit: int, as_json: bool) -> None:
                 job["state"],
                 f"{job['rows']:,}",
                 ", ".join(job["tasks"]),
-                _share(job["cells"]),
+                _cells(job),
                 f"{job['cells']['error']:,}",
                 *(f"{job['cells']['skipped']:,}" for _ in skipped),
                 *(f"{_written(job):,}" for _ in written),
@@ -470,5 +476,8 @@ def _written(job: Mapping[str, Any]) -> int:
     return int(job["usage"]["tokens_out"])
 
 
-def _share(cells: dict[str, int]) -> str:
-    return f"{cells['ok'] + cells['error']:,}/{cells['total']:,}"
+def _cells(job: Mapping[str, Any]) -> str:
+    """Cells that are done, of how many; of an open job, whose rows keep coming, the first alone."""
+    cells = job["cells"]
+    done = f"{cells['ok'] + cells['error']:,}"
+    return done if job["state"] == State.OPEN else f"{done}/{cells['total']:,}"

@@ -185,7 +185,7 @@ def _job(job: JobRecord, workers: Sequence[Worker], width: int) -> tuple[Any, ..
         plain(job.name or "–", 28 if width >= 100 else 16),
         state(progress.state),
         f"{progress.rows:,}",
-        meter(progress.share, 10),
+        f"{progress.waiting:,} wait" if progress.is_open else meter(progress.share, 10),
         "–" if progress.rate is None else number(progress.rate),
         "–" if progress.eta is None else clock(progress.eta),
         plain(_places(job.id, workers), 40),
@@ -216,7 +216,7 @@ def look(client: Client) -> ClusterView:
     """Ask the API. Raises Unreachable, Overloaded, Unauthorized."""
     under_way = [
         JobRecord.of(job.record)
-        for state in (State.RUNNING, State.LOADING)
+        for state in (State.OPEN, State.RUNNING, State.LOADING)
         for job in client.jobs(state, _JOBS)
     ]
     return ClusterView(url=client.url, workers=client.workers(), jobs=under_way)

@@ -35,6 +35,7 @@ _WORDS = 14
 
 _STATES = {
     "ready": "green",
+    State.OPEN: "cyan",
     State.RUNNING: "cyan",
     State.SUCCEEDED: "green",
     State.LOADING: "yellow",
@@ -130,13 +131,16 @@ def _head(facts: JobActivity, width: int) -> Iterator[Text]:
     title.append(f" {'in' if ended else 'for'} {clock(facts.now_s)}")
     title.append(f"  {job.id[:13] if width < 100 else job.id}", style="dim")
     yield title
-    words = [f"{int(100 * progress.share)} %"]
-    if progress.rate:
-        words.append(f"{number(progress.rate)} rows/s")
-    if not ended:
-        words.append("starting" if not progress.done else _left(progress.eta))
-    line = bar(progress.share, min(40, max(10, width - 36)), done=progress.state == State.SUCCEEDED)
-    yield line.append("  ").append(" · ".join(words))
+    if progress.is_open:
+        yield text(f"{progress.rows:,} rows so far · {progress.waiting:,} cells wait")
+    else:
+        words = [f"{int(100 * progress.share)} %"]
+        if progress.rate:
+            words.append(f"{number(progress.rate)} rows/s")
+        if not ended:
+            words.append("starting" if not progress.done else _left(progress.eta))
+        line = bar(progress.share, min(40, max(10, width - 36)), done=progress.state == State.SUCCEEDED)
+        yield line.append("  ").append(" · ".join(words))
     cells = text(f"{progress.total:,} cells: ")
     cells.append(f"{progress.ok:,} ok", style="green" if progress.ok else "")
     for count_, word, style in (

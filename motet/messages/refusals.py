@@ -28,6 +28,8 @@ class ErrorRecord(ApiMessage):
     next_part: int | None = None
     #: Index in the job of the first row of an ask that was not answered in time.
     row: int | None = None
+    #: Whether the rows of such an ask were stored, and go on.
+    stored: bool | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -19,13 +19,13 @@ from motet.protocol.envelope import pack, packed_plain
 from motet.protocol.values import byte_lengths
 from scheduler.api.auth import ASK, Caller, Identity, authenticated
 from scheduler.api.bodies import clean_object, json_body, taken, whole_body
-from scheduler.api.live import AskAnswered, Feed
+from scheduler.api.live import AskAnswered, LiveFeed
 from scheduler.api.records import JobPath
 from scheduler.api.refusals import EXPECTED, error_of, refusal
 from scheduler.api.resources import Resources, Use, job_id
 from scheduler.api.result_streams import framed, plain_rows
 from scheduler.api.routing import Routes, reply, takes
-from scheduler.api.rows import read_rows
+from scheduler.api.rows import PART_FIELDS, Incoming, columns_in, read_rows, unpacked
 from scheduler.blocks import IncomingPart, keyed
 
 routes = Routes(tags=["jobs"])
@@ -90,16 +90,12 @@ class AsksAhead:
 
 async def _asked(request: Request, use: Resources, caller: Identity, job: str) -> Response:
     feed = await use.feeds.of(caller.tenant, job_id(job))
+    kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
     async with whole_body(request, use, 2 * MAX_ASK_ROWS * use.settings.max_row_bytes) as raw:
-        body = json_body(raw)
-        # Rows are looked at one by one later: theirs may be bad without the ask being so.
-        clean_object({k: v for k, v in body.items() if k != "rows"} if type(body) is dict else body)
-        asked = taken(AskRequest, body)
+        asked, incoming = (_columns if kind == _FRAMES else _rows)(feed, raw, use.settings.max_row_bytes)
         frames = _FRAMES in request.headers.get("accept", "")
         if asked.keys is None:
-            made = _read(feed, asked.rows, asked.key, use.settings.max_row_bytes)
-            answer = await _answer(feed, made, asked.within_s)
-            return _reply(feed, [answer], frames=frames)
+            return _reply(feed, [await _answer(feed, incoming, asked.key, asked.within_s)], frames=frames)
         if len(asked.keys) != len(asked.rows):
             raise InvalidJob(
                 Problem(
@@ -110,26 +106,37 @@ async def _asked(request: Request, use: Resources, caller: Identity, job: str) -
                 )
             )
         answers = await asyncio.gather(
-            *(
-                _one(feed, row, key, use.settings.max_row_bytes, asked.within_s)
-                for row, key in zip(asked.rows, asked.keys, strict=True)
-            ),
+            *(_answer(feed, incoming.row(i), key, asked.within_s) for i, key in enumerate(asked.keys)),
             return_exceptions=True,
         )
         return _reply(feed, answers, frames=frames)
 
 
-async def _one(feed: Feed, row: Any, key: str, max_row_bytes: int, within_s: float) -> AskAnswered:
-    return await _answer(feed, _read(feed, [row], key, max_row_bytes), within_s)
+def _rows(feed: LiveFeed, raw: bytes, max_row_bytes: int) -> tuple[AskRequest, Incoming]:
+    """An ask in JSON. Raises InvalidJob where it is none; its bad rows are marked."""
+    body = json_body(raw)
+    # Rows are looked at one by one later: theirs may be bad without the ask being so.
+    clean_object({k: v for k, v in body.items() if k != "rows"} if type(body) is dict else body)
+    asked = taken(AskRequest, body)
+    return asked, read_rows(asked.rows, feed.job.fields, max_row_bytes, feed.job.dialogues)
 
 
-async def _answer(feed: Feed, ask: _Ask, within_s: float) -> AskAnswered:
+def _columns(feed: LiveFeed, raw: bytes, max_row_bytes: int) -> tuple[AskRequest, Incoming]:
+    """The same in msgpack, with the rows in the form of parts: values keep types that JSON cannot carry."""
+    body = unpacked(raw)
+    incoming = columns_in(body, feed.job.fields, max_row_bytes, feed.job.dialogues)
+    options = {k: v for k, v in body.items() if k not in PART_FIELDS}
+    # The rows stand in the columns: the message is asked for their number alone.
+    return taken(AskRequest, clean_object(options | {"rows": [""] * len(incoming)})), incoming
+
+
+async def _answer(feed: LiveFeed, incoming: Incoming, key: str | None, within_s: float) -> AskAnswered:
+    ask = _checked(feed, incoming, key)
     return await feed.ask(ask.part, ask.bytes, ask.key, ask.digest, within_s=within_s)
 
 
-def _read(feed: Feed, rows: Sequence[Any], key: str | None, max_row_bytes: int) -> _Ask:
-    """The rows, checked. Raises InvalidJob for bad ones, where the job refuses them."""
-    incoming = read_rows(rows, feed.job.fields, max_row_bytes, feed.job.dialogues)
+def _checked(feed: LiveFeed, incoming: Incoming, key: str | None) -> _Ask:
+    """The rows under their key. Raises InvalidJob for bad ones, where the job refuses them."""
     if feed.job.bad_rows == "refuse":
         incoming.refuse_bad_rows(0)
     part = incoming.part()
@@ -147,7 +154,7 @@ def _read(feed: Feed, rows: Sequence[Any], key: str | None, max_row_bytes: int) 
     )
 
 
-def _reply(feed: Feed, answers: Sequence[AskAnswered | BaseException], *, frames: bool) -> Response:
+def _reply(feed: LiveFeed, answers: Sequence[AskAnswered | BaseException], *, frames: bool) -> Response:
     if frames:
         return Response(b"".join(map(framed, (_frame(feed, a) for a in answers))), media_type=_FRAMES)
     rows: list[dict[str, Any]] = []
@@ -160,7 +167,7 @@ def _reply(feed: Feed, answers: Sequence[AskAnswered | BaseException], *, frames
     return reply(AskAnswer(rows=tuple(rows)))
 
 
-def _frame(feed: Feed, answer: AskAnswered | BaseException) -> bytes:
+def _frame(feed: LiveFeed, answer: AskAnswered | BaseException) -> bytes:
     if not isinstance(answer, AskAnswered):
         return pack({"error": _error(answer)})
     return pack(

@@ -89,7 +89,7 @@ class _Block:
     asks: list[tuple[Ask, int]] = field(default_factory=list)
 
 
-class Feed:
+class LiveFeed:
     """One open job at this process. Used from the event loop only."""
 
     def __init__(
@@ -337,14 +337,14 @@ class Feeds:
 
     def __init__(self, database: Database, bell: Bell, count_workers: Callable[[], int]) -> None:
         self._database, self._bell, self._count_workers = database, bell, count_workers
-        self._feeds: dict[tuple[UUID, UUID], Feed] = {}
+        self._feeds: dict[tuple[UUID, UUID], LiveFeed] = {}
         # One lands while another reads; more would only wait for the job's lock.
         self._threads = ThreadPoolExecutor(2, "asks")
         self._width = _LEAST
         self._counted_at = -_COUNT_S
         self._counting: asyncio.Task[None] | None = None
 
-    async def of(self, tenant: UUID, job: UUID) -> Feed:
+    async def of(self, tenant: UUID, job: UUID) -> LiveFeed:
         """The tenant's job. Raises NotFound, StoreUnavailable."""
         found = self._feeds.get((tenant, job))
         if found is None:
@@ -363,12 +363,12 @@ class Feeds:
         with self._database.transaction() as connection:
             return loading(connection, tenant, job), shown(connection, tenant, job).tasks
 
-    def _new(self, job: LoadingJob, tasks: Sequence[ShownTask]) -> Feed:
+    def _new(self, job: LoadingJob, tasks: Sequence[ShownTask]) -> LiveFeed:
         writes = any(kind in ("text", "json") for kind in job.kinds)
         gatherer: Gatherer[Ask] = Gatherer(
             width=self._width, max_rows=GROUP_ROWS, max_bytes=GROUP_BYTES, alone=writes
         )
-        return Feed(job, gatherer, self._database, self._bell, self._threads, lambda: self._width, tasks)
+        return LiveFeed(job, gatherer, self._database, self._bell, self._threads, lambda: self._width, tasks)
 
     def _forget_idle(self) -> None:
         for key in list(self._feeds):

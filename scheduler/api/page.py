@@ -33,7 +33,7 @@ def job_page(facts: PageFacts) -> str:
         **facts,
         name=_name(job),
         live=live,
-        progress=percent(_share(job)) if live else job["state"],
+        progress=percent(_share(job)) if live and not _is_open(job) else job["state"],
         figures=_figures(facts),
         cells=_cells(job),
         subtasks=sum(sum(p["subtasks"].values()) for p in facts["passes"]),
@@ -58,13 +58,18 @@ def _figures(facts: PageFacts) -> list[_Figure]:
     figures: list[_Figure] = []
     if not live:
         figures.append(("Took", duration(facts["now_s"]), f"until {moment(job['finished'])[11:]}"))
+    elif _is_open(job):
+        waiting = job["cells"]["total"] - _final(job)
+        figures.append(("Rows so far", f"{job['rows']:,}", "each is answered as it comes"))
+        figures.append(("Waiting", f"{waiting:,}", "cells without an answer yet"))
     elif job["state"] == State.LOADING:
         figures.append(("Rows so far", f"{job['rows']:,}", "parts are still coming"))
     else:
         left = "not known yet" if job["eta_s"] is None else f"about {duration(job['eta_s'])}"
         figures.append(("Time left", left, f"{duration(facts['now_s'])} so far"))
-    done = f"{count(_final(job), 'cell')} of {job['cells']['total']:,}"
-    figures.append(("Done", percent(_share(job)), done))
+    if not _is_open(job):
+        done = f"{count(_final(job), 'cell')} of {job['cells']['total']:,}"
+        figures.append(("Done", percent(_share(job)), done))
     rate, rows_s = _pace(facts)
     figures.append(("Speed", f"{compact(rate)} tokens/s", f"{number(round(rows_s, 1))} rows/s, mean"))
     busy = sum(d["open"] > 0 for d in devices)
@@ -84,6 +89,11 @@ def _pace(facts: PageFacts) -> tuple[float, float]:
     under_way = points[first:]
     tokens_s, rows_s = (sum(p[key] for p in under_way) / len(under_way) for key in ("tokens_s", "rows_s"))
     return tokens_s, rows_s
+
+
+def _is_open(job: PageFacts) -> bool:
+    """Whether rows keep coming: there is no whole of which a share could be told."""
+    return bool(job["state"] == State.OPEN)
 
 
 def _share(job: PageFacts) -> float:
@@ -138,13 +148,17 @@ def jobs_page(
     """The list of jobs, newest first. ``following``: the ``after`` of the next page; ``first``: this is the newest."""
     return render(
         "jobs.html",
-        jobs=[{**job, "name": _name(job), "share": percent(_share(job)), "time": _time(job)} for job in jobs],
+        jobs=[{**job, "name": _name(job), "share": _done(job), "time": _time(job)} for job in jobs],
         filters=[("all", _address(), state is None), *((s, _address(state=s), s == state) for s in REACHED)],
         state=state,
         newest=None if first else _address(state=state),
         older=_address(state=state, limit=limit, after=following) if following else None,
         live=first and any(j["state"] not in ENDED for j in jobs),
     )
+
+
+def _done(job: PageFacts) -> str:
+    return count(_final(job), "cell") if _is_open(job) else percent(_share(job))
 
 
 def _address(**query: object) -> str:

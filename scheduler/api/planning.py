@@ -12,7 +12,7 @@ from starlette.concurrency import run_in_threadpool
 from motet.messages.jobs import Plan, PlannedPass, PlanRequest
 from motet.protocol.transport import TransportLost
 from motet.protocol.values import plain_text
-from motet.tasks import Prompted, Task, placeholders, render
+from motet.tasks import Prompted, Task, fields_read, placeholders, render
 from scheduler.api.auth import Caller
 from scheduler.api.bodies import json_body, whole_body
 from scheduler.api.cluster import live_workers
@@ -23,7 +23,6 @@ from scheduler.api.submissions import read_submission
 from scheduler.blocks import IncomingPart, absent, askable
 from scheduler.policy.capability import why_not, workers
 from scheduler.policy.cost import Rates
-from scheduler.policy.needs import fields_read
 from scheduler.policy.placing.records import WorkerState
 from scheduler.policy.plan import PassPlan, Sample, estimate, reads_of
 from scheduler.policy.prompt_cost import TaskTokens, estimate_prompts

@@ -90,7 +90,7 @@ def error_of(error: Exception) -> ErrorRecord:
         case Overloaded():
             return _told("overloaded", str(error))
         case Late():
-            return _told("late", str(error), row=error.row)
+            return _told("late", str(error), row=error.row, stored=error.stored)
         case StoreUnavailable():
             return _told("unavailable", "the database does not answer; nothing is lost, try again")
         case TransportLost():

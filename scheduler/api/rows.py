@@ -38,6 +38,9 @@ _MAX_CONTAINERS = 1_000_000
 #: A refusal names so many rows.
 MAX_PROBLEMS = 20
 
+#: Fields of a body of columns that tell its rows.
+PART_FIELDS = frozenset({"columns", "first_row", "bad", "bad_fields"})
+
 #: The way out for whoever cannot mend the rows, in Python's words and in the shell's.
 _OR_ERROR = 'or get error cells for such rows with bad_rows="error" (--bad-rows error)'
 _SKIP = f"mend the row, {_OR_ERROR}"
@@ -79,12 +82,23 @@ class Incoming:
     #: Index of its first row, where the sender says it.
     first_row: int | None = None
 
+    def __len__(self) -> int:
+        return len(next(iter(self.columns.values())))
+
     def part(self) -> IncomingPart:
         """What is stored: what is bad keeps its place, without text."""
         return IncomingPart(
             columns=self.columns,
             bad=_as_marks(self.bad),
             bad_fields={name: _as_marks(bad) for name, bad in self.bad_fields.items()},
+        )
+
+    def row(self, i: int) -> Incoming:
+        """Row ``i`` alone."""
+        return Incoming(
+            columns={name: values[i : i + 1] for name, values in self.columns.items()},
+            bad={0: self.bad[i]} if i in self.bad else {},
+            bad_fields={name: {0: wrong[i]} for name, wrong in self.bad_fields.items() if i in wrong},
         )
 
     def refuse_bad_rows(self, first_row: int) -> None:
@@ -106,6 +120,11 @@ def read_columns(
 
     Raises InvalidJob where the body is not of that form.
     """
+    return columns_in(unpacked(raw), fields, max_row_bytes, dialogues)
+
+
+def unpacked(raw: bytes) -> Any:
+    """A stranger's msgpack. Raises InvalidJob where it is none, or too much."""
     left = _MAX_CONTAINERS
 
     def count(container: Any) -> Any:
@@ -117,7 +136,7 @@ def read_columns(
 
     try:
         # Bytes that are not UTF-8 become lone surrogates, which are found where every text is checked.
-        body = msgpack.unpackb(
+        return msgpack.unpackb(
             raw,
             strict_map_key=False,
             unicode_errors="surrogateescape",
@@ -128,6 +147,12 @@ def read_columns(
         )
     except Exception as error:  # noqa: BLE001 - any stranger's bytes: every decoder error means the same thing
         raise _malformed(f"bytes that are no msgpack ({type(error).__name__})") from None
+
+
+def columns_in(
+    body: Any, fields: Sequence[str], max_row_bytes: int, dialogues: Collection[str] = ()
+) -> Incoming:
+    """The rows of a body of that form that was unpacked before. Raises InvalidJob."""
     columns = body.get("columns") if isinstance(body, dict) else None
     if not isinstance(columns, dict) or not all(isinstance(c, list) for c in columns.values()):
         raise _malformed("no columns of rows")

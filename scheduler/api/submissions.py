@@ -16,12 +16,11 @@ from motet.errors import InvalidJob, Problem
 from motet.messages.jobs import Submission
 from motet.protocol.manifest import Manifest
 from motet.protocol.values import MAX_DEPTH, Doubled, byte_lengths
-from motet.tasks import Choose, Task, parse, short
+from motet.tasks import Choose, Task, dialogues_of, fields_of, parse, short
 from scheduler.api.answer_schemas import schema_problems
 from scheduler.api.bodies import clean_object, misfits_of
 from scheduler.blocks import IncomingPart, absent
 from scheduler.policy.fairness import NORMAL
-from scheduler.policy.needs import dialogues_of, fields_of
 from scheduler.policy.placing.records import Demand
 from scheduler.policy.plan import PassPlan, in_order, loaded_model, plan, reads_of, task_digest
 from scheduler.store.opening import PRIORITIES, NewJob, NewPass, NewTask

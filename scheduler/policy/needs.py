@@ -6,27 +6,13 @@ a task's own name is a field for it. So the answer hides a field of the same nam
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
-from dataclasses import fields
-from typing import Any
+from collections.abc import Mapping, Sequence
 
 from motet.errors import Problem
-from motet.tasks import KINDS, Chat, Task, placeholders
+from motet.tasks import Task
 
 #: Of each task of a job, by number: the numbers of the tasks whose answers it reads, ascending.
 Needs = Sequence[tuple[int, ...]]
-_MISSING = object()
-
-
-def stored_task(spec: Mapping[str, Any]) -> Task:
-    """A task from its stored spec, which was checked when its job was opened."""
-    kind = KINDS[spec["kind"]]
-    known: dict[str, Any] = {
-        f.name: tuple(value) if isinstance(value, list) else value
-        for f in fields(kind)
-        if (value := spec.get(f.name, _MISSING)) is not _MISSING
-    }
-    return kind(**known)
 
 
 def needs_of(tasks: Mapping[str, Task]) -> tuple[tuple[int, ...], ...]:
@@ -35,32 +21,6 @@ def needs_of(tasks: Mapping[str, Task]) -> tuple[tuple[int, ...], ...]:
     return tuple(
         tuple(sorted(number[read] for read in set(task.reads) & number.keys() - {name}))
         for name, task in tasks.items()
-    )
-
-
-def fields_of(tasks: Mapping[str, Task]) -> tuple[str, ...]:
-    """Fields of the row that some task reads, in order of first use."""
-    return tuple(dict.fromkeys(read for name in tasks for read in fields_read(name, tasks)))
-
-
-def fields_read(name: str, tasks: Mapping[str, Task]) -> tuple[str, ...]:
-    """Fields of the row that this task reads."""
-    return row_fields(name, tasks[name], tasks)
-
-
-def row_fields(name: str, task: Task, names: Collection[str]) -> tuple[str, ...]:
-    """Fields of the row that a task of this name reads in a job whose tasks have these names."""
-    return tuple(read for read in task.reads if read == name or read not in names)
-
-
-def dialogues_of(tasks: Mapping[str, Task]) -> frozenset[str]:
-    """Fields of the row that hold a dialogue, for some chat reads them as one."""
-    return frozenset(
-        read
-        for name, task in tasks.items()
-        if isinstance(task, Chat)
-        for read in placeholders(task.messages)
-        if read == name or read not in tasks
     )
 
 

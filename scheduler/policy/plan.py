@@ -20,11 +20,11 @@ from typing import Literal
 
 from motet.errors import InvalidJob, Problem
 from motet.protocol.manifest import ANSWERS, Manifest, column_kind
-from motet.tasks import Chat, First, Prompted, Reading, Task, render, short, uses
+from motet.tasks import Chat, First, Prompted, Reading, Task, fields_of, render, short, uses
 from scheduler.blocks import Reads
 from scheduler.policy.carve import MAX_ROWS
 from scheduler.policy.cost import learned_as
-from scheduler.policy.needs import cycle_problem, fields_of, levels_of, needs_of
+from scheduler.policy.needs import cycle_problem, levels_of, needs_of
 from scheduler.policy.prompt_order import ANSWER_BYTES, first_of, rate_key
 
 #: Tokens of a micro-batch that padding is estimated with: what a CPU slot starts from.

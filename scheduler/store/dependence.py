@@ -17,8 +17,8 @@ from sqlalchemy import Connection, Row, text
 from motet.protocol.columns import CellError
 from motet.protocol.wire import by_offset
 from motet.states import Skip
+from motet.tasks import row_fields, stored_task
 from scheduler.blocks import Reads, absent, read_in_order, row_order, uint32_bytes
-from scheduler.policy.needs import row_fields, stored_task
 from scheduler.store.leases import more_waits
 from scheduler.store.places import PLACES, Place, at_places
 from scheduler.store.words import land, tell

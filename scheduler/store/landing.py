@@ -21,6 +21,7 @@ from motet.protocol.columns import CellError, Kind
 from motet.protocol.manifest import Manifest, column_kind
 from motet.protocol.wire import by_reason
 from motet.states import LIVE, State
+from motet.tasks import dialogues_of, fields_read, stored_task
 from scheduler.blocks import (
     EncodedBlock,
     Reader,
@@ -35,7 +36,7 @@ from scheduler.blocks import (
     uint32_bytes,
 )
 from scheduler.merge import errors_column
-from scheduler.policy.needs import dialogues_of, fields_read, needs_of, stored_task
+from scheduler.policy.needs import needs_of
 from scheduler.store.database import JOB, notify
 from scheduler.store.endings import succeed
 from scheduler.store.leases import more_waits

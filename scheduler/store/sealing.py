@@ -22,9 +22,9 @@ from motet.protocol.columns import LAYOUT, CellError, Column, Kind
 from motet.protocol.envelope import unwrap, wrap
 from motet.protocol.manifest import Manifest, column_kind
 from motet.states import Skip
+from motet.tasks import row_fields, stored_task
 from scheduler.blocks import askable, row_order
 from scheduler.merge import AnswersPart, Positions, array_of, mark_returned, merge
-from scheduler.policy.needs import row_fields, stored_task
 from scheduler.store.arrays import Elements
 from scheduler.store.dependence import absents, failed_upstream, release, skips
 from scheduler.store.endings import succeed

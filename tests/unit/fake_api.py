@@ -2,7 +2,7 @@
 
 It answers every row at once: ``topic`` is "sport" for even rows and "tech" for odd ones, bad rows are errors. What a
 language model writes is "<task> of row <i>"; what it chooses goes round its labels, what it extracts is the row and its
-parity. A number is half the row. A training run has two epochs, and gives a head for each task of its recipe.
+parity. A number is half the row. A row that an open job is asked is a block of its own. A training run has two epochs, and gives a head for each task of its recipe.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ import json
 import socket
 import struct
 import threading
+import time
 from array import array
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -52,6 +53,8 @@ class FakeJob:
     columns: list[dict[str, list[str]]] = field(default_factory=list)
     #: Blocks in the order in which they are finished; what is not in it is not ready.
     done: list[int] = field(default_factory=list)
+    #: Key of an ask -> (block, what was asked).
+    asked: dict[str, tuple[int, Any]] = field(default_factory=dict)
 
     @property
     def rows(self) -> int:
@@ -93,7 +96,7 @@ class FakeJob:
             },
             "created": "2026-11-23T18:33:00Z",
             "started": "2026-11-23T18:33:01Z",
-            "finished": "2026-11-23T18:33:03Z" if self.state != "running" else None,
+            "finished": "2026-11-23T18:33:03Z" if self.state not in ("open", "running") else None,
             "eta_s": None,
         }
 
@@ -111,6 +114,12 @@ class FakeApi:
         self.fault: Fault = lambda method, path: None
         #: Finish jobs as soon as they are closed.
         self.eager = True
+        #: What is told instead of an answer to a row that is asked: an error, or None.
+        self.refuse: Callable[[dict[str, Any]], dict[str, Any] | None] = lambda row: None
+        #: Seconds that an ask takes, requests of asks under way and the most there were, and rows of each request.
+        self.ask_s = 0.0
+        self.asking = self.most_asking = 0
+        self.asks: list[int] = []
         #: Blocks in one answer of results.
         self.blocks_per_answer = 2
         #: Workers that are ready.
@@ -230,6 +239,8 @@ class FakeApi:
         self.jobs[job.id] = job
         if key:
             self.keys[key] = (job.id, digest)
+        if opening.get("open"):
+            job.state = "open"
         if "rows" not in opening:
             return 201, job.record()
         rows = opening["rows"]
@@ -274,15 +285,20 @@ class FakeApi:
                 return self._part(job, int(number), body)
             case "POST", ["close"]:
                 said = json.loads(body)
+                if job.state == "open":
+                    self._start(job)
+                    return 202, job.record()
                 if (said["parts"], said["rows"]) != (len(job.blocks), job.rows):
                     return _error(409, "other parts than sent")
                 if job.state == "loading":
                     self._start(job)
                 return 202, job.record()
             case "POST", ["cancel"]:
-                if job.state in ("loading", "running"):
+                if job.state in ("open", "loading", "running"):
                     job.state, job.reason = "cancelled", "cancelled by its owner"
                 return 200, job.record()
+            case "POST", ["ask"]:
+                return self._ask(job, msgpack.unpackb(body, timestamp=3, strict_map_key=False))
             case "GET", ["fits"]:
                 return 200, {"fits": [{"row": 0, "epochs": epochs_of(json.loads(job.columns[0]["text"][0]))}]}
             case "GET", ["explain"]:
@@ -311,6 +327,46 @@ class FakeApi:
             "bad_rows": 0,
             "next_part": number + 1,
         }
+
+    def _ask(self, job: FakeJob, body: dict[str, Any]) -> tuple[int, Any]:
+        columns = body["columns"]
+        rows = [dict(zip(columns, values, strict=True)) for values in zip(*columns.values(), strict=True)]
+        self.asks.append(len(rows))
+        frames = [self._answer(job, row, key) for row, key in zip(rows, body["keys"], strict=True)]
+        return 200, framed(frames)
+
+    def _answer(self, job: FakeJob, row: dict[str, Any], key: str) -> dict[str, Any]:
+        if (error := self.refuse(row)) is not None:
+            return {"error": error}
+        block, before = job.asked.get(key, (len(job.blocks), row))
+        if before != row:
+            return {"error": {"type": "conflict", "message": "this key was used for other rows"}}
+        if key not in job.asked:
+            if job.state != "open":
+                return {"error": {"type": "conflict", "message": f"job {job.id} is {job.state}"}}
+            self._land(job, {name: [value] for name, value in row.items()}, {}, {}, key)
+            job.asked[key] = (block, row)
+            job.done.append(block)
+        return self._frame(job, block, list(job.tasks)) | {"done": None}
+
+    def wait(self, path: str, query: dict[str, str]) -> None:
+        """Hold a request for results open until there are some, and one that asks for as long as asks take."""
+        _, _, job_id, what = [*path.strip("/").split("/"), "", "", ""][:4]
+        job = self.jobs.get(job_id)
+        if what == "ask":
+            with self.lock:
+                self.asking += 1
+                self.most_asking = max(self.most_asking, self.asking)
+            time.sleep(self.ask_s)
+        end = time.monotonic() + float(query.get("wait_s", 0))
+        while (
+            what == "results"
+            and job is not None
+            and job.state == "open"
+            and len(job.done) <= int(query["after"])
+            and time.monotonic() < end
+        ):
+            time.sleep(0.005)
 
     def _list(self, query: dict[str, str]) -> tuple[int, Any]:
         found = [j for j in reversed(self.jobs.values()) if query.get("state") in (None, j.state)]
@@ -364,18 +420,21 @@ class FakeApi:
         else:
             sent = job.done[after : after + self.blocks_per_answer]
             end = after + len(sent)
-        frames = []
-        for b in sent:
-            first, n, bad = job.blocks[b]
-            specs = {task: {**job.tasks[task], "texts": job.columns[b].get("text")} for task in tasks}
-            columns = {task: column(task, first, n, bad[task], specs[task]).to_wire() for task in tasks}
-            frames.append(
-                {"block": b, "first_row": first, "rows": n, "done": job.done.index(b) + 1, "columns": columns}
-            )
-        complete = job.state not in ("loading", "running") and end >= len(job.done)
-        frames.append({"end": True, "next": end, "state": job.state, "complete": complete})
-        packed = [pack(frame) for frame in frames]
-        return b"".join(struct.pack(">I", len(p)) + p for p in packed)
+        frames = [self._frame(job, b, tasks) for b in sent]
+        complete = job.state not in ("open", "loading", "running") and end >= len(job.done)
+        return framed([*frames, {"end": True, "next": end, "state": job.state, "complete": complete}])
+
+    def _frame(self, job: FakeJob, block: int, tasks: list[str]) -> dict[str, Any]:
+        first, n, bad = job.blocks[block]
+        specs = {task: {**job.tasks[task], "texts": job.columns[block].get("text")} for task in tasks}
+        columns = {task: column(task, first, n, bad[task], specs[task]).to_wire() for task in tasks}
+        done = job.done.index(block) + 1
+        return {"block": block, "first_row": first, "rows": n, "done": done, "columns": columns}
+
+
+def framed(frames: list[dict[str, Any]]) -> bytes:
+    packed = [pack(frame) for frame in frames]
+    return b"".join(struct.pack(">I", len(p)) + p for p in packed)
 
 
 def passes_of(tasks: dict[str, dict[str, Any]]) -> list[dict[str, Any]]:
@@ -485,7 +544,9 @@ def serving() -> Iterator[FakeApi]:
             body = self.rfile.read(int(self.headers.get("Content-Length") or 0))
             if self.headers.get("Content-Encoding") == "zstd":
                 body = zstd.decompress(body)
+            api.wait(parts.path, query)
             with api.lock:
+                api.asking -= parts.path.endswith("/ask")
                 api.requests.append((self.command, parts.path))
                 fault = api.fault(self.command, parts.path)
                 if fault == "lost":

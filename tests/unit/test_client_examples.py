@@ -26,6 +26,7 @@ EXAMPLES = ROOT / "examples"
         ("dataframe", "kettle"),
         ("stream_results", "5,000 rows so far"),
         ("resume", "one job under one key: True"),
+        ("open_job", "both times: True"),
         ("language_model", "Ben is content (0.75)"),
         ("train", "2 tasks in one pass"),
     ],

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from motet.tasks import Classify, Generate, Task
-from scheduler.policy.needs import cycle_of, cycle_problem, fields_of, levels_of, needs_of
+from motet.tasks import Classify, Generate, Task, fields_of
+from scheduler.policy.needs import cycle_of, cycle_problem, levels_of, needs_of
 
 
 def ask(prompt: str, about: str = "{text}") -> Generate:

@@ -355,3 +355,15 @@ def test_the_list_leads_to_each_job_and_to_the_next_page() -> None:
     assert "3 min 20 s" in Reader(jobs_page([ended])).text
     assert f"job {JOB['id'][:8]}" in Reader(jobs_page([{**JOB, "name": None}])).text
     assert "No job is failed." in Reader(jobs_page([], state="failed")).text
+
+
+def test_of_an_open_job_neither_share_nor_time_left_is_told() -> None:
+    cells = {"total": 120, "ok": 110, "error": 2, "skipped": 0, "reused": 0}
+    told = facts(state="open", rows=60, cells=cells, eta_s=None, finished=None)
+    page = job_page(told)
+    assert "each is answered as it comes" in page
+    assert "cells without an answer yet" in page
+    for words in ("Time left", "<dt>Done</dt>", 'class="whole"', " % "):
+        assert words not in page.partition("<table")[0].replace("100 % ", ""), words
+    listed = jobs_page([told["job"]])
+    assert "112 cells" in listed

@@ -1,0 +1,223 @@
+"""Commands on open jobs: open, ask, tail, close (docs/live.md)."""
+
+from __future__ import annotations
+
+import json
+import sys
+import threading
+from collections.abc import Iterable, Mapping, Sequence
+from concurrent.futures import Future
+from queue import Queue
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from motet.cli.jobs import TASKS_HELP, bad_rows_option, parse_tasks, priority_option, task_option
+from motet.cli.show import PositiveNumber, as_json, connect, console, program, put_json, result_table
+
+if TYPE_CHECKING:
+    from motet.feed import AskedRow, Feed
+    from motet.results import Row
+
+#: Lines of `motet ask JOB -` that are read ahead of the answers. More: memory; fewer: requests carry fewer rows.
+_AHEAD = 1024
+
+_within = click.option(
+    "--within",
+    "within_s",
+    type=click.FloatRange(0, 3600, min_open=True),
+    default=30.0,
+    show_default=True,
+    metavar="SECONDS",
+    help="Wait so long for an answer.",
+)
+
+
+@click.command(
+    "open",
+    epilog=TASKS_HELP
+    + """\b
+Example:
+  motet open --name risk --task topic=classify:news-topics --task vector=embed:all-MiniLM-L6-v2
+  motet ask risk "My card was charged twice."
+""",
+)
+@task_option
+@click.option("--name", required=True, help="What it is called by `motet ask`, `tail` and `close`.")
+@priority_option("interactive")
+@bad_rows_option
+@click.option(
+    "--retention-days",
+    type=PositiveNumber(),
+    metavar="DAYS",
+    help="Delete it so long after its end, or sooner where the server keeps jobs no longer.",
+)
+@as_json
+def open_(
+    tasks: Sequence[str],
+    name: str,
+    priority: Any,
+    bad_rows: Any,
+    retention_days: float | None,
+    as_json: bool,
+) -> None:
+    """Open a job that answers rows as they come; print its id.
+
+    It takes rows until it is closed. The same again gives the same job.
+    """
+    specs = parse_tasks(tasks)
+    with connect() as client:
+        feed = client.open(
+            specs, name=name, priority=priority, bad_rows=bad_rows, retention_days=retention_days
+        )
+        if as_json:
+            put_json(feed.job.record)
+            return
+        click.echo(feed.job.id)
+        if sys.stderr.isatty():
+            click.echo(f'it is open; ask it with: {program()} ask {name} "…"', err=True)
+
+
+@click.command(
+    epilog="""\b
+Examples:
+  motet ask risk "My card was charged twice."
+  motet ask risk '{"subject": "Refund", "body": "Where is it?"}' --key ticket-81
+  tail -f tickets.log | motet ask risk -"""
+)
+@click.argument("job")
+@click.argument("row")
+@click.option("--key", help="Names the row for ever: asked again with it, it is found and not done twice.")
+@_within
+@as_json
+def ask(job: str, row: str, key: str | None, within_s: float, as_json: bool) -> None:
+    """Ask an open JOB one ROW, or many; print the answers.
+
+    JOB is a name or an id. ROW is a text, or a JSON object of fields. With - for ROW, each line of the input is one, and its answer a line of JSON, in order and as soon as it is there;
+    a line that is refused is answered by {"error": …}, and the command fails at the end.
+    """
+    from motet.export import json_row
+
+    if row == "-" and key is not None:
+        raise click.UsageError("--key names one row; of many lines each has a key of its own")
+    with connect() as client, client.feed(job) as feed:
+        if row == "-":
+            if not _ask_lines(feed, sys.stdin, within_s):
+                raise click.ClickException("some lines have no answer; their lines say why")
+            return
+        answer = feed.ask(_row(row), within_s=within_s, key=key)
+    if as_json or not sys.stdout.isatty():
+        click.echo(json.dumps(json_row(answer), ensure_ascii=False))
+    else:
+        out = console()
+        out.print(result_table([answer], width=out.width))
+
+
+def _row(line: str) -> AskedRow:
+    """A line as a row: an object where it looks like one, else the text itself."""
+    if line.lstrip().startswith("{"):
+        from motet.sources import parse_json
+
+        try:
+            found = parse_json(line)
+        except (ValueError, RecursionError):
+            return line
+        if isinstance(found, dict):
+            return found
+    return line
+
+
+def _ask_lines(feed: Feed, lines: Iterable[str], within_s: float) -> bool:
+    """Ask every line and print the answers, in order and as they come; whether all have one."""
+    from motet.errors import MotetError
+    from motet.export import json_row
+
+    answers: Queue[Future[Row] | None] = Queue(_AHEAD)
+
+    def ask_on() -> None:
+        try:
+            for text in lines:
+                if line := text.rstrip("\r\n"):
+                    answers.put(_asked(feed, line, within_s))
+        except Exception as error:  # noqa: BLE001 - it is raised where the answers are printed
+            answers.put(_failed(error))
+        answers.put(None)
+
+    # It may wait for a line that never comes: the program ends without it.
+    threading.Thread(target=ask_on, daemon=True).start()
+    all_answered = True
+    while (answer := answers.get()) is not None:
+        try:
+            told = json_row(answer.result())
+        except MotetError as error:
+            told, all_answered = {"error": str(error)}, False
+        _put_line(told)
+    return all_answered
+
+
+def _asked(feed: Feed, line: str, within_s: float) -> Future[Row]:
+    from motet.errors import InvalidJob
+
+    try:
+        return feed.put(_row(line), within_s=within_s)
+    except InvalidJob as error:
+        return _failed(error)
+
+
+def _failed(error: Exception) -> Future[Row]:
+    failed: Future[Row] = Future()
+    failed.set_exception(error)
+    return failed
+
+
+def _put_line(told: Mapping[str, Any]) -> None:
+    click.echo(json.dumps(told, ensure_ascii=False))
+    sys.stdout.flush()
+
+
+@click.command(
+    epilog="""\b
+Examples:
+  motet tail risk
+  motet tail risk --after 170003 >> risk.jsonl"""
+)
+@click.argument("job")
+@click.option(
+    "--after",
+    type=click.IntRange(0),
+    default=0,
+    metavar="CURSOR",
+    help="Go on behind the row of this cursor. Default: from the first one.",
+)
+@as_json
+def tail(job: str, after: int, as_json: bool) -> None:
+    """Print the rows of an open JOB as they are done.
+
+    Every row, whoever asked it: a line of JSON each, with its cursor. It goes on until the job ends; Ctrl-C leaves that
+    open. JOB is a name or an id.
+    """
+    from motet.export import json_row
+
+    with connect() as client:
+        for row in client.feed(job).rows(after):
+            _put_line({"cursor": row.cursor, **json_row(row)})
+
+
+@click.command(
+    epilog="""\b
+Example:
+  motet close risk"""
+)
+@click.argument("job")
+@as_json
+def close(job: str, as_json: bool) -> None:
+    """Let an open JOB take no more rows.
+
+    It succeeds when the rows it has are answered. JOB is a name or an id.
+    """
+    with connect() as client:
+        closed = client.feed(job).close()
+        if as_json:
+            put_json(closed.record)
+        else:
+            click.echo(str(closed.progress))

@@ -1,0 +1,352 @@
+"""A feed: an open job as the client holds it. Rows are asked one by one, and each is answered in its own round trip.
+
+The threads of a process share requests by Nagle's rule (RFC 896): a row goes out at once while fewer than ``REQUESTS``
+requests are under way, else with all others that wait when one of them is answered. Every row has a key of its own,
+kept over retries, so that repeating is harmless; a bad row is refused alone. docs/live.md says what a feed is for.
+"""
+
+from __future__ import annotations
+
+import os
+import secrets
+import threading
+import time
+import weakref
+from collections import deque
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import Future
+from dataclasses import dataclass
+from types import TracebackType
+from typing import Any, TypeAlias
+
+from motet.errors import InvalidJob, JobFailed, Late, MotetError, Overloaded, Problem
+from motet.http import MAX_WAIT_S, BodyRefused, Http, error_told
+from motet.job import Job
+from motet.messages.jobs import MAX_ASK_ROWS, JobRecord
+from motet.protocol.envelope import BadMessage
+from motet.protocol.values import text_flaw
+from motet.results import CURSORS_A_BLOCK, Block, Row, read_frames
+from motet.rows import BadRows, CheckedRow, check_row, part_of
+from motet.states import ENDED, ENDED_EARLY
+from motet.tasks import dialogues_of, fields_of, short, stored_task
+
+#: Requests under way at most. Fewer: rows wait for the answers of others; more: each request carries fewer rows.
+REQUESTS = 4
+#: UTF-8 bytes of the rows of one request, where it has several: many proxies take a body of 1 MiB and no more.
+_REQUEST_BYTES = 768 * 1024
+#: Seconds that a caller waits beyond its own time for the server's word on what became of the row.
+GRACE_S = 1.0
+#: The longest time that a caller may give, in seconds, and the longest key, in characters: the server's limits.
+_MOST_S, _MOST_KEY = 3600.0, 200
+
+#: What a row may be: a text, a mapping of field to value, or a list of messages where a Chat reads one.
+AskedRow: TypeAlias = "str | Mapping[str, Any] | Sequence[Any]"
+
+
+@dataclass(eq=False, slots=True)
+class _Ask:
+    """One row on its way."""
+
+    row: CheckedRow
+    key: str
+    #: On the feed's clock: its caller gives up.
+    until: float
+    answer: Future[Row]
+    #: It was in a request before, and is asked again.
+    sent: bool = False
+
+
+class Feed:
+    """An open job: ``ask`` rows, follow all ``rows``, ``close`` it. Usable from several threads and in forked children.
+
+    Leaving ``with`` waits for the rows that were put, and leaves the job open: another program may open it under the
+    same name, and go on.
+    """
+
+    def __init__(
+        self,
+        http: Http,
+        record: JobRecord,
+        *,
+        bad_rows: BadRows = "refuse",
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self.job = Job(http, record)
+        self._http, self._bad_rows, self._clock = http, bad_rows, clock
+        tasks = {name: stored_task(spec) for name, spec in record.tasks.items()}
+        self._fields, self._dialogues = fields_of(tasks), dialogues_of(tasks)
+        self._most_bytes = _REQUEST_BYTES
+        self.leave_to_parent()
+        _FEEDS.add(self)
+
+    def leave_to_parent(self) -> None:
+        """Forget rows and threads of the process that this one was forked from: their answers come there."""
+        self._waiting: deque[_Ask] = deque()
+        self._senders = 0
+        self._changed = threading.Condition()
+        self._stop = threading.Event()
+
+    # -- asking
+
+    def ask(self, row: AskedRow, *, within_s: float = 30.0, key: str | None = None) -> Row:
+        """The row's merged answers.
+
+        ``key`` names the row for ever: asked again with it, here or elsewhere, the row is found and not done twice.
+        Raises InvalidJob for a row that the tasks cannot read, Late where the answer is not there ``within_s`` seconds
+        from now, Conflict where the key stands for another row or the job takes none, NotFound where it was removed,
+        Overloaded and Unreachable where that lasts as long.
+        """
+        answer = self.put(row, within_s=within_s, key=key)
+        try:
+            return answer.result(within_s + GRACE_S)
+        except TimeoutError:
+            raise late(stored=not answer.cancel()) from None
+        except BaseException:
+            # Of a caller that is interrupted nothing is sent any more.
+            answer.cancel()
+            raise
+
+    def put(self, row: AskedRow, *, within_s: float = 30.0, key: str | None = None) -> Future[Row]:
+        """As ``ask``, without waiting: the answer, or the error, comes by the future.
+
+        Raises InvalidJob at once for a bad row. A future that is cancelled before its row was sent takes it back.
+        """
+        checked = check_row(row, self._fields, dialogues=self._dialogues, bad_rows=self._bad_rows)
+        _check_options(within_s, key)
+        ask = _Ask(checked, secrets.token_hex(16) if key is None else key, self._clock() + within_s, Future())
+        with self._changed:
+            if self._stop.is_set():
+                raise MotetError("this feed was interrupted; open it again under its name")
+            self._waiting.append(ask)
+            is_free = self._senders < REQUESTS
+            self._senders += is_free
+        if is_free:
+            # A daemon: a program that ends waits for no answer.
+            threading.Thread(target=self._send, name="motet-feed", daemon=True).start()
+        return ask.answer
+
+    # -- following
+
+    def rows(self, after: int = 0) -> Iterator[Row]:
+        """Every merged row of the job, whoever asked it, as it is done; it ends when the job does.
+
+        ``after`` is the ``cursor`` of the last row that was seen: none comes twice, none is left out. Raises JobFailed
+        behind the last row of a job that failed or was cancelled.
+        """
+        for rows in self.groups(after):
+            yield from rows
+
+    def groups(self, after: int = 0) -> Iterator[Sequence[Row]]:
+        """As ``rows``, the rows that were done together at a time."""
+        specs = self.job.specs(None)
+        block_after, seen = divmod(after, CURSORS_A_BLOCK)
+        while True:
+            frames, end = self.job.frames(None, "done", block_after, MAX_WAIT_S)
+            for frame in frames:
+                rows = list(Block.from_wire(frame, specs))[seen:]
+                seen = 0
+                if rows:
+                    yield rows
+            block_after = int(end["next"])
+            if end["complete"] or (end["state"] in ENDED and not frames):
+                break
+        self.job.refresh()
+        if end["state"] in ENDED_EARLY:
+            raise JobFailed(self.job.id, f"{end['state']}: {self.job.reason or 'no reason was given'}")
+
+    # -- the job
+
+    @property
+    def name(self) -> str:
+        return self.job.name
+
+    @property
+    def state(self) -> str:
+        """``open`` while it takes rows; then as any job's."""
+        return self.job.state
+
+    def close(self) -> Job:
+        """Take no more rows; the job succeeds when those it has are answered. Again is harmless. Returns the job."""
+        record = JobRecord.of(self._http.post(f"/v1/jobs/{self.job.id}/close", {}))
+        self.job = Job(self._http, record)
+        return self.job
+
+    def __enter__(self) -> Feed:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if error is not None:
+            self.interrupt()
+            return
+        try:
+            with self._changed:
+                self._changed.wait_for(lambda: not self._senders)
+        except BaseException:
+            self.interrupt()
+            raise
+
+    def interrupt(self) -> None:
+        """Take back the rows that wait, and send none again: requests under way are the last ones."""
+        with self._changed:
+            self._stop.set()
+            waiting, self._waiting = self._waiting, deque()
+        for ask in waiting:
+            _gave_up(ask)
+
+    def __reduce__(self) -> tuple[Callable[..., Feed], tuple[Http, JobRecord, BadRows]]:
+        return _again, (self._http, JobRecord.of(self.job.record), self._bad_rows)
+
+    def __repr__(self) -> str:
+        return f"<Feed {self.job.name!r} {self.job.id}>"
+
+    # -- a sender: a thread that lives while rows wait
+
+    def _send(self) -> None:
+        while asks := self._next():
+            try:
+                again_s = self._exchange(asks)
+            except BaseException as error:  # noqa: BLE001 - the callers wait in other threads: each is told
+                for ask in asks:
+                    _fail(ask, error)
+            else:
+                self._stop.wait(again_s)
+                if self._stop.is_set():
+                    self.interrupt()
+
+    def _next(self) -> list[_Ask]:
+        """The rows of the next request; none: they are all sent, and this sender is no more."""
+        expired: list[_Ask] = []
+        asks: list[_Ask] = []
+        with self._changed:
+            keys: set[str] = set()
+            size = 0
+            now = self._clock()
+            while self._waiting and len(asks) < MAX_ASK_ROWS:
+                ask = self._waiting[0]
+                # The same key twice in one request is refused: its second row goes with the next one.
+                if asks and (ask.key in keys or size + ask.row.size > self._most_bytes):
+                    break
+                self._waiting.popleft()
+                if not ask.sent and not ask.answer.set_running_or_notify_cancel():
+                    continue
+                ask.sent = True
+                if ask.until <= now:
+                    expired.append(ask)
+                    continue
+                asks.append(ask)
+                keys.add(ask.key)
+                size += ask.row.size
+            if not asks:
+                self._senders -= 1
+                self._changed.notify_all()
+        for ask in expired:
+            _fail(ask, late(stored=False))
+        return asks
+
+    def _exchange(self, asks: Sequence[_Ask]) -> float:
+        """Send the rows and hand out the answers. Seconds until those that wait again may be sent."""
+        within_s = min(_MOST_S, max(ask.until for ask in asks) - self._clock())
+        squeeze = not self._http.stays_here
+        told = {"keys": [ask.key for ask in asks], "within_s": within_s}
+        part = part_of([ask.row for ask in asks], self._fields)
+        try:
+            answer = self._http.request(
+                "POST",
+                f"/v1/jobs/{self.job.id}/ask",
+                content=part.encode(squeeze=squeeze, beside=told),
+                headers={
+                    "Content-Type": "application/msgpack",
+                    "Content-Encoding": "zstd" if squeeze else "identity",
+                    "Accept": "application/msgpack",
+                },
+                answer_s=within_s + GRACE_S,
+                patience_s=within_s,
+                stop=self._stop,
+            )
+        except BodyRefused:
+            if len(asks) == 1:
+                raise
+            # Half of it: so few bodies are refused before one fits.
+            self._most_bytes = sum(ask.row.size for ask in asks) // 2
+            self._wait_again(asks)
+            return 0.0
+        try:
+            frames = list(read_frames(answer.content))
+        except (BadMessage, ValueError) as error:
+            raise MotetError(f"job {self.job.id}: unreadable answers: {error}") from None
+        if len(frames) != len(asks):
+            raise MotetError(f"job {self.job.id}: {len(frames):,} answers to {len(asks):,} rows")
+        return self._hand_out(asks, frames)
+
+    def _hand_out(self, asks: Sequence[_Ask], frames: Sequence[Mapping[str, Any]]) -> float:
+        specs = self.job.specs(None)
+        again: list[_Ask] = []
+        again_s = 0.0
+        for ask, frame in zip(asks, frames, strict=True):
+            if "error" not in frame:
+                ask.answer.set_result(Row(Block.from_wire(frame, specs), 0))
+                continue
+            error = error_told(frame["error"])
+            if isinstance(error, Overloaded) and self._clock() + error.retry_after_s < ask.until:
+                again.append(ask)
+                again_s = max(again_s, error.retry_after_s)
+            else:
+                _fail(ask, error)
+        self._wait_again(again)
+        return again_s
+
+    def _wait_again(self, asks: Sequence[_Ask]) -> None:
+        """They wait before all others, under their keys."""
+        with self._changed:
+            self._waiting.extendleft(reversed(asks))
+
+
+def _check_options(within_s: float, key: str | None) -> None:
+    if not 0 < within_s <= _MOST_S:
+        what = f"seconds, more than 0 and at most {_MOST_S:,.0f}"
+        raise InvalidJob(Problem("within_s", short(within_s), what, "give it more time"))
+    if key is not None and (not 1 <= len(key) <= _MOST_KEY or text_flaw(key)):
+        got = text_flaw(key) or f"{len(key):,} characters"
+        what = f"text of 1 to {_MOST_KEY} characters"
+        raise InvalidJob(Problem("key", got, what, "take a digest of it"))
+
+
+def late(*, stored: bool) -> Late:
+    if stored:
+        return Late(
+            "not answered in time: the row may go on; ask again with the same key for its answer", stored=True
+        )
+    return Late("not sent in time: nothing was stored, and nothing runs; ask again", stored=False)
+
+
+def _fail(ask: _Ask, error: BaseException) -> None:
+    if not ask.answer.done():
+        ask.answer.set_exception(error)
+
+
+def _gave_up(ask: _Ask) -> None:
+    """Its feed was interrupted before it could be sent, or sent again."""
+    if not ask.answer.cancel():
+        _fail(
+            ask, MotetError("the feed was interrupted before this row was answered; ask again with its key")
+        )
+
+
+#: Every feed of this process.
+_FEEDS: weakref.WeakSet[Feed] = weakref.WeakSet()
+
+
+def _leave_feeds_to_parent() -> None:
+    for feed in _FEEDS:
+        feed.leave_to_parent()
+
+
+if hasattr(os, "register_at_fork"):  # not on Windows, which does not fork
+    os.register_at_fork(after_in_child=_leave_feeds_to_parent)
+
+
+def _again(http: Http, record: JobRecord, bad_rows: BadRows) -> Feed:
+    """A feed of the same job, in the process that unpickles one."""
+    return Feed(http, record, bad_rows=bad_rows)
