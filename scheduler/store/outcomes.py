@@ -82,7 +82,7 @@ _REFUSE = text("""
     INSERT INTO refusal (model_id, worker, boot, why)
     SELECT id, :worker, :boot, :why FROM model WHERE digest = :digest ORDER BY id
     ON CONFLICT (model_id, worker) DO UPDATE SET boot = excluded.boot, why = excluded.why, at = clock_timestamp()""")
-# What is counted in a job, and how large what was read turned out to be, in one statement with the sub-tasks that say so.
+# What is counted in a job, which is named twice: the planner knows the length of a list, and not of a set in JSON; and how large what was read turned out to be, in one statement with the sub-tasks that say so.
 _COUNTED = """
     UPDATE job SET cells_ok = cells_ok + c.ok, cells_error = cells_error + c.error, version = version + 1,
            tokens = job.tokens + c.tokens, computed_tokens = computed_tokens + c.computed,
@@ -92,7 +92,7 @@ _COUNTED = """
       FROM jsonb_to_recordset(CAST(:counts AS jsonb)) AS c (
            job uuid, ok bigint, error bigint, tokens bigint, computed bigint, busy_s float8, subtasks int,
            tokens_cached bigint, tokens_out bigint)
-     WHERE job.id = c.job"""
+     WHERE job.id = c.job AND job.id = ANY(:jobs)"""
 _COUNT = text(_COUNTED)
 _CLOSE = text(f"""
     WITH k AS MATERIALIZED (
@@ -165,7 +165,9 @@ def record(database: Database, outcomes: Sequence[Outcome]) -> Recorded:
                 _counts(job, total, [a for a in answers if a.job == job]) for job, total in totals.items()
             ]
             rows = [one.row() for one in closed.values()]
-            connection.execute(_CLOSE, {"closed": json.dumps(rows), "counts": json.dumps(counts)})
+            connection.execute(
+                _CLOSE, {"closed": json.dumps(rows), "counts": json.dumps(counts), "jobs": list(totals)}
+            )
         done.sealed += append(connection, answers, shapes)
         # Last, and in one order: these few rows are shared by all aggregators.
         learned.store(connection)
@@ -341,7 +343,8 @@ def record_given_up(connection: Connection, subtask: OpenSubtask, rows: Sequence
     given_up = give_up(subtask.job, subtask.pass_number, subtask.id, rows, asked)
     places = [(a.job, a.pass_number, a.block) for a in given_up]
     answers = without_bad(given_up, partly_bad(connection, places, by_pass))
-    connection.execute(_COUNT, {"counts": json.dumps([_counts(subtask.job, Counter(), answers)])})
+    counts = [_counts(subtask.job, Counter(), answers)]
+    connection.execute(_COUNT, {"counts": json.dumps(counts), "jobs": [subtask.job]})
     append(connection, answers, by_pass)
     notify(connection, JOB, str(subtask.job))
 

@@ -377,6 +377,7 @@ def test_workers_are_those_that_beat(database_url: str, redis_url: str, tmp_path
             seq=1,
             host="here",
             device_name="cpu x",
+            engines=("encoder",),
             memory_mb=100,
             resident=(TOPICS.trunk, "f" * 64),
             held=((1, 1), (2, 1)),

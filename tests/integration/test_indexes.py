@@ -78,6 +78,7 @@ BEHIND_THE_SCENES = {
     "pass_by_model": "the foreign key to a model that is deleted",
     "alias_by_model": "the foreign key to a model that is deleted",
     "alias_step_by_model": "the foreign key to a model that is deleted",
+    "ask_by_block": "the foreign key to a block that is deleted",
 }
 
 

@@ -142,6 +142,7 @@ def test_a_part_that_an_api_of_before_stored_is_the_same_part(house: House) -> N
 
 def _make_old(url: str, job: str, parts: list[bytes], opening: Any) -> None:
     """Take a database back to what version 0009 held: bare payloads, digests without a key."""
+    downgrade(url, "0010")
     engine = create_engine(url)
     with engine.begin() as connection:
         for number, raw in enumerate(parts):

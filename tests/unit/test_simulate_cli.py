@@ -86,7 +86,9 @@ def test_a_job_that_ran_is_recorded_and_can_be_simulated(
         method: str, path: str, query: dict[str, str], body: bytes, key: str | None
     ) -> tuple[int, Any]:
         if path.endswith("/activity"):
-            told = an_activity(passes=[{"model": "fake@1"}])
+            told = an_activity(passes=[{"model": "fake@1", "tasks": ["topic"]}])
+            _, record = plain("GET", path.removesuffix("/activity"), {}, b"", None)
+            told["job"] = {**record, **told["job"]}
             return 200, {**told, "left_out": {"timeline": 5000, "devices": 3, "errors": 0}}
         if path.endswith("/subtasks"):
             after, limit = int(query["after"]), int(query["limit"])
@@ -100,6 +102,7 @@ def test_a_job_that_ran_is_recorded_and_can_be_simulated(
     motet("submit", tickets, *TOPIC)
     trace = tmp_path / "recorded.jsonl"
     recorded = motet("simulate", "--record", "job-1")
+    assert recorded.code == 0, recorded.err
     trace.write_text(recorded.out)
     line = json.loads(trace.read_text())
     assert line["model"]["name"] == "fake@1"
