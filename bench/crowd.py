@@ -31,8 +31,8 @@ from motet.protocol.wire import Assignment, Beat
 #: Slices of a second: more are more even, and cost a round trip each.
 SLICES = 10
 DEVICE = "crowd"
-#: Device seconds that a row is said to take: a sub-task of two seconds has 32 rows.
-ROW_S = 2.0 / 32
+#: Device seconds that a row is said to take: a sub-task of two seconds has 12 rows.
+ROW_S = 2.0 / 12
 
 
 class Crowd:

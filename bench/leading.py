@@ -15,6 +15,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from math import inf
 from pathlib import Path
 
 import redis
@@ -34,7 +35,9 @@ from scheduler.store.rates import Timed, learn
 
 #: Sub-tasks at a worker, as the dispatcher's own default has it.
 DEPTH = 3
-ROWS = 32
+#: Rows of a sub-task. So few that the payloads of 30,000 sub-tasks fill less than half of the embedded Valkey, where the
+#: leader would send less.
+ROWS = 12
 #: Seconds between two looks at beats: the beat step's.
 BEAT_STEP_S = 0.25
 
@@ -55,7 +58,7 @@ class Leading:
     workers: int
     idle: list[Lap]
     filling: list[Lap]
-    #: The first step after a hundredth of all leases was answered, and those that give their workers new ones.
+    #: The step that deals with the most of a hundredth of all leases that was answered, and those that deal with a tenth.
     changed: list[Lap]
     refilling: list[Lap]
     leases: int
@@ -145,8 +148,8 @@ def crowd_of(stage: Stage, count: int) -> Iterator[subprocess.Popen[str]]:
         valkey.close()
 
 
-def answered(stage: Stage, crowd: subprocess.Popen[str], count: int) -> None:
-    """So many of the oldest attempts are answered, and the answers recorded; then beats have told of it."""
+def answered(stage: Stage, crowd: subprocess.Popen[str], count: int, led: Led) -> list[Lap]:
+    """So many of the oldest attempts are answered and recorded; the steps from then on until beats have told of it."""
     assert crowd.stdin is not None
     assert crowd.stdout is not None
     crowd.stdin.write(f"answer {count}\n")
@@ -154,11 +157,15 @@ def answered(stage: Stage, crowd: subprocess.Popen[str], count: int) -> None:
     crowd.stdout.readline()
     valkey = redis.Redis.from_url(redis_py_url(stage.redis.scheduler))
     deadline = time.monotonic() + 60
-    while valkey.xlen(OUTCOMES):
+    laps: list[Lap] = []
+    told_at = inf
+    while time.monotonic() < told_at:
+        laps.append(led.lap(beats=True))
         assert time.monotonic() < deadline, "the aggregator records nothing"
-        time.sleep(0.02)
+        if told_at == inf and not valkey.xlen(OUTCOMES):
+            told_at = time.monotonic() + 1.2
     valkey.close()
-    time.sleep(1.2)
+    return laps
 
 
 def know_the_speed(stage: Stage) -> None:
@@ -209,14 +216,12 @@ def leading(stage: Stage, count: int, *, looks: int, patience_s: float) -> Leadi
             for look in range(looks):
                 # The last look gives a tenth of all workers new work at once: enough to tell how many that are a second.
                 last = look == looks - 1
-                answered(stage, crowd, max(1, leases // (10 if last else 100)))
-                laps = [led.lap(beats=True)]
-                while laps[-1].sent:
-                    laps.append(led.lap())
+                laps = answered(stage, crowd, max(1, leases // (10 if last else 100)), led)
                 if last:
                     refilling = [lap for lap in laps if lap.sent]
                 else:
-                    changed.append(laps[0])
+                    # The step that has the most of it to deal with.
+                    changed.append(max(laps, key=lambda lap: lap.sent))
             job.cancel()
             for _ in range(3):
                 led.lap(beats=True)
