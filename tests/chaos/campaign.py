@@ -18,6 +18,7 @@ import redis
 
 from motet.errors import MotetError
 from tests.chaos import leftovers
+from tests.chaos.asking import Asking
 from tests.chaos.faults import KINDS, LIMIT_S, Arena, Missed, schedule
 from tests.chaos.house import House
 from tests.chaos.ledger import Freed, Ledger
@@ -79,6 +80,8 @@ class Report:
     attack_s: float
     drained_s: float
     took_s: float
+    #: How many keys of the open job were answered, and after how long.
+    asks: dict[str, Any]
     left: dict[str, int] = field(default_factory=dict)
     #: Payloads of lost attempts that lay in Redis at the end, until they expire.
     payloads: int = 0
@@ -133,6 +136,7 @@ class Report:
             "left_behind": self.left,
             "payloads_not_yet_expired": self.payloads,
             "troubles": len(self.troubles),
+            "asks": self.asks,
             "freed_after_cancel_s": _spread([freed.after_s for freed in self.freed]),
             "attack_s": round(self.attack_s, 1),
             "drained_s": round(self.drained_s, 1),
@@ -190,6 +194,7 @@ class Campaign:
         self._house, self._watcher, self._ledger, self._plan, self._say = house, watcher, ledger, plan, say
         self._dice = random.Random(f"campaign {plan.seed}")
         self._arena = Arena(house, ledger, random.Random(f"faults {plan.seed}"))
+        self._asking = Asking(ledger, ledger.clients[0], plan.seed)
         self._over = threading.Event()
         self._attack_s = 0.0
 
@@ -197,6 +202,7 @@ class Campaign:
         for i in range(TENANTS):
             self._ledger.later(f"feeder-{i}", self._feed)
         self._warm_up()
+        self._asking.start()
         began = time.monotonic()
         for number, act in enumerate(schedule(self._plan.seed, self._plan.faults)):
             hurried = time.monotonic() - began > self._plan.attack_s
@@ -206,6 +212,7 @@ class Campaign:
         self._over.set()
         self._house.thaw()
         self._ledger.join(FEEDER_S, "feeder")
+        self._asking.stop()
         return self._reckon()
 
     def _warm_up(self) -> None:
@@ -275,8 +282,12 @@ class Campaign:
 
     def _reckon(self) -> Report:
         drained_s = self._ledger.await_end(self._plan.drain_s)
-        left = leftovers.in_services(self._house, self._ledger.kept)
+        self._asking.await_end(self._plan.drain_s)
+        least, most = self._ledger.kept
+        # The open job is none of the ledger's.
+        left = leftovers.in_services(self._house, (least + 1, most + 1))
         verdict = self._ledger.judge()
+        verdict.add(self._asking.judge())
         entries = list(self._ledger.entries.values())
         return Report(
             plan=self._plan,
@@ -290,6 +301,7 @@ class Campaign:
             attack_s=self._attack_s,
             drained_s=drained_s,
             took_s=0.0,
+            asks=self._asking.figures(),
             left=left,
             payloads=leftovers.payloads(self._house),
             troubles=self._ledger.troubles,
@@ -318,6 +330,8 @@ def table(report: Report) -> str:
         "",
         f"{len(report.wounds)} faults of {report.kinds} kinds over {report.jobs} jobs, {report.rows:,} rows,"
         f" {v.cells:,} cells read: {v.lost} lost, {v.doubled} doubled, {v.stuck} stuck, {v.wrong} wrong",
+        f"{report.asks['answered']} asks of an open job answered: p50 {_word(report.asks['p50_s'])} s,"
+        f" p99 {_word(report.asks['p99_s'])} s, max {_word(report.asks['max_s'])} s",
         f"{report.wasted} attempts lost (at most {report.wasted_most} may be); free after cancel or delete:"
         f" p50 {_word(freed['p50_s'])} s, max {_word(freed['max_s'])} s;"
         f" attacked for {report.attack_s:.0f} s; all ended {report.drained_s:.1f} s after the last fault; left behind: {report.left or 'nothing'},"

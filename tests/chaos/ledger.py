@@ -251,7 +251,7 @@ class Ledger:
             )
             return
         cells = record["cells"]
-        count = judge(verdict, order, _rows(job), record["state"])
+        count = judge(verdict, order, cells_of(job), record["state"])
         _compare_counters(verdict, entry, record["state"], cells, count)
         stored, distinct = self.house.sql(
             "SELECT count(*), count(DISTINCT (row, task)) FROM results WHERE job_id = %s",
@@ -278,7 +278,8 @@ def _compare_counters(
         verdict.breach("wrong", f"job {order.number}: counters {dict(cells)}, cells {dict(count)}")
 
 
-def _rows(job: Job) -> Iterator[tuple[int, Mapping[str, Came]]]:
+def cells_of(job: Job) -> Iterator[tuple[int, Mapping[str, Came]]]:
+    """Each row of a job, and its cells by task."""
     for row in job.results(check=False):
         yield (
             row.index,

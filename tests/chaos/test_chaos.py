@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from tests.chaos.__main__ import DEFAULT_SEED
+from tests.chaos.asking import Answered, Asking
 from tests.chaos.campaign import SLACK, Plan, Report, run, table
 from tests.chaos.faults import KINDS as KINDS_OF_FAULTS
 from tests.chaos.faults import LENGTHY, schedule
@@ -108,6 +110,15 @@ def test_what_a_cancelled_job_has_must_be_right_and_need_not_be_whole(asked: Ord
     assert _judged(asked, list(answers.items()), "cancelled").clean
     answers[2]["weigh"] = Came("ok", -1)
     assert _judged(asked, list(answers.items()), "cancelled").wrong == 1
+
+
+def test_the_oracle_sees_a_key_that_is_answered_otherwise_the_second_time() -> None:
+    nobody: Any = None
+    asking = Asking(nobody, nobody, 1)
+    for row, answer in ((3, "a"), (3, "a"), (4, "a"), (3, "b")):
+        asking._note("key", Answered("text", row, {"digest": answer}), 0.0)
+    assert asking.verdict.wrong == 2
+    assert asking.answered["key"].row == 3
 
 
 def test_work_is_recorded_again_only_where_the_union_of_what_is_done_holds_it() -> None:

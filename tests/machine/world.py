@@ -812,12 +812,12 @@ class World:
         for job in list(self.callers.jobs):
             self.callers.close("api1", job)
         self._go_on()
+        self.callers.listen("api0")
+        self._look()
 
     def _go_on(self) -> None:
         """Until every job has ended, or is open and all that it was asked is answered."""
         for _ in range(HEAL_ROUNDS):
-            self.callers.listen("api0")
-            self._look()
             if self._over():
                 break
             self._advance(1.0)
@@ -830,6 +830,7 @@ class World:
                 self._do_all(hand)
             self._aggregate("agg0")
             self._aggregate("agg1")
+            self.callers.listen("api0")
             self._look()
 
     def _over(self) -> bool:
