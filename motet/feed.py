@@ -121,8 +121,7 @@ class Feed:
             is_free = self._senders < REQUESTS
             self._senders += is_free
         if is_free:
-            # A daemon: a program that ends waits for no answer.
-            threading.Thread(target=self._send, name="motet-feed", daemon=True).start()
+            self._start_sender()
         return ask.answer
 
     # -- following
@@ -202,6 +201,16 @@ class Feed:
         return f"<Feed {self.job.name!r} {self.job.id}>"
 
     # -- a sender: a thread that lives while rows wait
+
+    def _start_sender(self) -> None:
+        try:
+            # A daemon: a program that ends waits for no answer.
+            threading.Thread(target=self._send, name="motet-feed", daemon=True).start()
+        except BaseException:
+            # No thread is left, or the caller was interrupted: the next row tries again.
+            with self._changed:
+                self._senders -= 1
+            raise
 
     def _send(self) -> None:
         while asks := self._next():

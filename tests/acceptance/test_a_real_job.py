@@ -10,6 +10,7 @@ import signal
 import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import psutil
@@ -66,6 +67,22 @@ def test_four_tasks_cost_one_pass_and_every_cell_is_there(client: Client) -> Non
     one = client.submit(texts, {"topic": TASKS["topic"]}, reuse=False)
     one.wait()
     assert job.usage["tokens"] == one.usage["tokens"]
+
+
+def test_many_threads_ask_one_open_job_and_each_is_answered(client: Client) -> None:
+    texts = rows(50, "open")
+    with client.open(TASKS, name="acceptance") as feed, ThreadPoolExecutor(8) as threads:
+        answered = list(threads.map(lambda n: feed.ask(texts[n], within_s=60, key=f"k{n}"), range(50)))
+        again = list(threads.map(lambda n: feed.ask(texts[n], within_s=60, key=f"k{n}"), range(50)))
+    assert sorted(row.index for row in answered) == list(range(50))
+    assert [row.index for row in again] == [row.index for row in answered]
+    assert all(row.ok for row in answered)
+    job = feed.close().wait(timeout=60)
+    assert (job.state, job.rows, job.progress.ok) == ("succeeded", 50, 200)
+    told = {row.index: row for row in client.feed(job.id).rows()}
+    assert {i: str(row["topic"]) for i, row in told.items()} == {
+        row.index: str(row["topic"]) for row in answered
+    }
 
 
 def test_the_same_job_again_runs_nothing_and_says_the_same(client: Client) -> None:

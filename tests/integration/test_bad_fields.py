@@ -14,8 +14,8 @@ import pytest
 from motet.errors import Problem
 from motet.protocol.columns import CellError
 from motet.protocol.wire import Assignment, Outcome
-from motet.tasks import Choose, Classify, Generate, Task
-from scheduler.policy.needs import fields_read, needs_of
+from motet.tasks import Choose, Classify, Generate, Task, fields_read
+from scheduler.policy.needs import needs_of
 from tests.integration.api_house import CLASSIFY
 from tests.integration.api_house import House as ApiHouse
 from tests.integration.api_house import house as api_house  # noqa: F401 - a fixture

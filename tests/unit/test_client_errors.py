@@ -19,6 +19,7 @@ from motet.client import Client
 from motet.errors import (
     Conflict,
     InvalidJob,
+    Late,
     MotetError,
     NotFound,
     Overloaded,
@@ -26,7 +27,7 @@ from motet.errors import (
     Unauthorized,
     Unreachable,
 )
-from motet.http import Address, BodyRefused, Http, error_of, look_at
+from motet.http import Address, BodyRefused, Http, error_of, error_told, look_at
 from motet.progress import Bar
 from motet.tasks import Classify
 from tests.unit.fake_api import TOKEN, FakeApi, serving
@@ -84,6 +85,35 @@ def test_a_body_of_another_server_is_never_repeated(status: int, body: bytes) ->
 @pytest.mark.parametrize("more", ["see below", {}, [1], 1.5, None])
 def test_what_another_server_says_beside_an_error_breaks_nothing(more: object) -> None:
     assert isinstance(error_of(answer(422, said("no", more=more))), InvalidJob)
+
+
+@pytest.mark.parametrize(("status", "stored"), [(503, False), (504, True)])
+def test_late_is_told_from_a_proxy_that_lost_its_patience(status: int, stored: bool) -> None:
+    told = {"error": {"type": "late", "message": "not answered in time", "stored": stored, "row": 7}}
+    late = error_of(answer(status, told))
+    assert isinstance(late, Late)
+    assert (late.stored, late.row, str(late)) == (stored, 7, "not answered in time")
+    assert not isinstance(error_of(answer(status)), Late)
+
+
+@pytest.mark.parametrize(
+    ("kind", "expected"),
+    [
+        ("late", Late),
+        ("conflict", Conflict),
+        ("overloaded", Overloaded),
+        ("unavailable", Overloaded),
+        ("invalid_job", InvalidJob),
+        ("not_found", NotFound),
+        ("forbidden", Unauthorized),
+        ("internal", MotetError),
+        ("of a newer server", MotetError),
+    ],
+)
+def test_the_error_of_one_row_among_others_has_its_type(kind: str, expected: type[MotetError]) -> None:
+    error = error_told({"type": kind, "message": "said\x1b so"})
+    assert type(error) is expected
+    assert "said\N{REPLACEMENT CHARACTER} so" in str(error)
 
 
 def test_control_characters_do_not_reach_a_terminal() -> None:

@@ -15,7 +15,7 @@ from motet.errors import Late, MotetError
 from motet.protocol.columns import Column
 from scheduler.api import live
 from scheduler.api.bell import Bell
-from scheduler.api.live import Ask, AskAnswered, Feed, Feeds
+from scheduler.api.live import Ask, AskAnswered, Feeds, LiveFeed
 from scheduler.api.refusals import Unavailable
 from scheduler.blocks import IncomingPart
 from scheduler.policy.gather import Gatherer
@@ -23,7 +23,7 @@ from scheduler.store.database import StoreUnavailable
 from scheduler.store.feeds import FeedLook, LandedAsk
 
 
-class Store(Feed):
+class Store(LiveFeed):
     """A feed whose Postgres is this object: blocks are answered when ``answers`` says so."""
 
     def __init__(self, threads: ThreadPoolExecutor, *, width: int = 1) -> None:
