@@ -6,7 +6,7 @@ import asyncio
 import hashlib
 import re
 import secrets
-from collections.abc import Sequence
+from collections.abc import Coroutine, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -31,6 +31,13 @@ from scheduler.blocks import IncomingPart, keyed
 routes = Routes(tags=["jobs"])
 
 _FRAMES = "application/msgpack"
+#: An ask that takes so many seconds is given up where its caller hangs up. Shorter: a task more for most asks; longer:
+#: callers that are gone take the place of others.
+_WATCHED_AFTER_S = 0.5
+#: Marks a request whose body has been read whole: what it receives next is that its caller hangs up.
+_READ = "motet.read"
+#: What the log says of it; nobody is there to read it.
+_GONE = 499
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,16 +89,41 @@ class AsksAhead:
         request = Request(scope, receive)
         try:
             caller = await authenticated(request, self._use)
-            response = await _asked(request, self._use, caller, found[1])
+            response = await _while_there(request, _asked(request, self._use, caller, found[1]))
         except EXPECTED as error:
             response = refusal(error)
         await response(scope, receive, send)
+
+
+async def _while_there(request: Request, work: Coroutine[Any, Any, Response]) -> Response:
+    """The answer; given up where its caller hangs up, so that rows of his which have not landed take nobody's place."""
+    answer = asyncio.ensure_future(work)
+    gone: asyncio.Future[None] | None = None
+    try:
+        # Most are answered sooner: these are not watched. Its body has been read by then, or its sender is slow.
+        await asyncio.wait({answer}, timeout=_WATCHED_AFTER_S)
+        if not answer.done() and request.scope.get(_READ):
+            gone = asyncio.ensure_future(_hung_up(request))
+            await asyncio.wait({answer, gone}, return_when=asyncio.FIRST_COMPLETED)
+            if not answer.done():
+                return Response(status_code=_GONE)
+        return await answer
+    finally:
+        for task in (answer, gone):
+            if task is not None:
+                task.cancel()
+
+
+async def _hung_up(request: Request) -> None:
+    while (await request.receive())["type"] != "http.disconnect":
+        pass
 
 
 async def _asked(request: Request, use: Resources, caller: Identity, job: str) -> Response:
     feed = await use.feeds.of(caller.tenant, job_id(job))
     kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
     async with whole_body(request, use, 2 * MAX_ASK_ROWS * use.settings.max_row_bytes) as raw:
+        request.scope[_READ] = True
         asked, incoming = (_columns if kind == _FRAMES else _rows)(feed, raw, use.settings.max_row_bytes)
         frames = _FRAMES in request.headers.get("accept", "")
         if asked.keys is None:

@@ -64,6 +64,26 @@ def test_a_row_is_answered_in_one_round_trip(house: House, feed: str) -> None:
         assert [r["row"] for r in again.json()["rows"]] == [1, 2]
 
 
+def test_rows_of_a_caller_that_hung_up_take_nobodys_place(house: House, feed: str) -> None:
+    with ThreadPoolExecutor(2) as callers:
+        under_way = [callers.submit(ask, house, feed, [f"row {n}"]) for n in range(2)]
+        while house.job(feed)["rows"] < 2:
+            time.sleep(0.01)
+        # As much is under way as may be: this one waits, and its caller gives up without a word.
+        with pytest.raises(httpx.ReadTimeout):
+            httpx.post(
+                f"{house.url}/v1/jobs/{feed}/ask",
+                headers={"Authorization": f"Bearer {house.tokens['user']}"},
+                json={"rows": ["nobody waits for it"], "within_s": 600},
+                timeout=1.0,
+            )
+        time.sleep(0.5)
+        with answering(house, feed):
+            assert [one.result(20).status_code for one in under_way] == [200, 200]
+            assert ask(house, feed, ["next"]).json()["rows"][0]["row"] == 2
+    assert house.job(feed)["rows"] == 3
+
+
 def test_many_callers_share_blocks_and_each_has_its_own_row(house: House, feed: str) -> None:
     with ThreadPoolExecutor(16) as callers, answering(house, feed):
         answers = list(callers.map(lambda n: ask(house, feed, [f"caller {n}"], key=f"k{n}"), range(48)))
