@@ -20,7 +20,7 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from importlib.util import find_spec
@@ -31,6 +31,7 @@ from uuid import uuid4
 import httpx
 import psutil
 from callers import Order, to_json
+from family import own_children
 from harness import (
     cluster,
     cpu_s,
@@ -55,8 +56,8 @@ LEVELS = (1, 8, 32, 128)
 WORDS = 12
 #: A text that both sides answered must be of the same topic so often: half precision rounds.
 SAME_TOPIC = 0.97
-#: Keys that are asked again at the end.
-AGAIN = 200
+#: Seconds that LitServe may take to load its models.
+START_S = 120.0
 HEADS = {"topic": "news-topics", "sentiment": "review-sentiment", "tone": "tone"}
 
 
@@ -83,7 +84,7 @@ class Side:
             port=self.port, path=self.path, token=self.token, callers=callers, seconds=seconds,
             texts=list(asked), name=uuid4().hex[:8], keyed=self.keyed,
         )  # fmt: skip
-        before, busy = cpu_s(self.pids), machine_s()
+        before, busy, began = cpu_s(self.pids), machine_s(), time.perf_counter()
         done = subprocess.run(
             [sys.executable, str(HERE / "callers.py")],
             input=to_json(order), capture_output=True, text=True, check=True,
@@ -95,7 +96,9 @@ class Side:
         self.answers[order.name] = {n: (status, body) for n, status, body, _, _ in seen}
         self.latencies.setdefault(callers, []).extend(s * 1000 for _, _, s in good)
         self.cpu_ms.setdefault(callers, []).append(1000 * used / max(1, len(seen)))
-        self.others.setdefault(callers, []).append((machine_s() - busy - used - told["cpu_s"]) / seconds)
+        self.others.setdefault(callers, []).append(
+            (machine_s() - busy - used - told["cpu_s"]) / (time.perf_counter() - began)
+        )
         for n, body, _ in good:
             self.topics[asked[n % len(asked)]] = self._topic(json.loads(body))
         return len(good) / seconds
@@ -116,7 +119,13 @@ def main() -> None:
     rounds = size.of(full=3, quick=1, smoke=1)
     asked = short_texts(size.of(full=40_000, quick=20_000, smoke=400))
     rates: dict[int, dict[str, list[float]]] = {}
-    with cluster(2) as running, httpx.Client(base_url=running.url, headers=bearer(running)) as http:
+    with (
+        own_children(),
+        litserve() as ready,
+        cluster(2) as running,
+        httpx.Client(base_url=running.url, headers=bearer(running), timeout=60) as http,
+    ):
+        lit = ready()
         job = open_job(http)
         motet = Side(
             port_of(running),
@@ -125,27 +134,28 @@ def main() -> None:
             [*running.pids.values()],
             keyed=True,
         )
-        with litserve() as lit:
-            sides = {"motet": motet} | ({"litserve": lit} if lit else {})
-            for side in sides.values():
-                side.round(8, size.of(full=6.0, quick=2.0, smoke=0.3), asked[-200:])
-                side.latencies.clear()
-                side.cpu_ms.clear()
-                side.others.clear()
-            for callers in LEVELS:
-                say(f"{callers} connections")
-                rates[callers] = in_turn(
-                    {
-                        name: lambda side=side, n=callers: alone(side, lit, n, seconds, asked)
-                        for name, side in sides.items()
-                    },
-                    rounds,
-                )
+        sides = {"motet": motet} | ({"litserve": lit} if lit else {})
+        for side in sides.values():
+            side.round(8, size.of(full=6.0, quick=2.0, smoke=0.3), asked[-200:])
+            side.latencies.clear()
+            side.cpu_ms.clear()
+            side.others.clear()
+        for callers in LEVELS:
+            say(f"{callers} connections")
+            rates[callers] = in_turn(
+                {
+                    name: lambda side=side, n=callers: alone(side, lit, n, seconds, asked)
+                    for name, side in sides.items()
+                },
+                rounds,
+            )
+        if lit:
+            evict_all(lit.pids)
         beside = bulk_beside(
             running, http, job, motet, asked, size.of(full=16.0, quick=5.0, smoke=0.5),
             size.of(full=30_000, quick=12_000, smoke=2_000),
         )  # fmt: skip
-        lost, doubled = held_to_keys(http, job, motet, asked)
+        lost, doubled = held_to_keys(http, job, motet, asked, size.of(full=200, quick=30, smoke=5))
     if lit and (other := [t for t in motet.topics if lit.topics.get(t, motet.topics[t]) != motet.topics[t]]):
         both = len(motet.topics.keys() & lit.topics.keys())
         say(f"{len(other)} of {both} texts have another topic")
@@ -174,7 +184,9 @@ def main() -> None:
         keys[f"p99_ms_{n}"] = round(quantile(motet.latencies[n], 99), 1)
     keys["cpu_ms_32"] = round(statistics.median(motet.cpu_ms[32]), 2)
     for n in (32, 128):
-        keys[f"of_litserve_{n}"] = round(ratio(rates[n], "motet", "litserve"), 3) if lit else None
+        keys[f"of_litserve_{n}"] = (
+            round(ratio(rates[n], "motet", "litserve"), 3) if lit and all(rates[n]["litserve"]) else None
+        )
     keys |= {"bulk_beside": round(beside, 3), "lost": lost, "doubled": doubled}
     finish(
         "live", keys, arguments, whole=lit is not None,
@@ -272,8 +284,10 @@ def bulk_beside(
     return beside / max(1e-9, bulk_s)
 
 
-def held_to_keys(http: httpx.Client, job: str, motet: Side, asked: Sequence[str]) -> tuple[int, int]:
-    """Asks without the row of their key; rows beyond one a key, and keys that were answered in two ways."""
+def held_to_keys(
+    http: httpx.Client, job: str, motet: Side, asked: Sequence[str], again_: int = 200
+) -> tuple[int, int]:
+    """Asks without the row of their key; rows beyond one a key, and keys that were answered in two ways: so many are asked again."""
     lost, rows, sent = 0, [], 0
     for name, answers in motet.answers.items():
         sent += len(answers)
@@ -289,7 +303,7 @@ def held_to_keys(http: httpx.Client, job: str, motet: Side, asked: Sequence[str]
     names = [
         (name, n) for name, answers in motet.answers.items() for n, (s, _) in answers.items() if s == 200
     ]
-    for name, n in names[:: max(1, len(names) // AGAIN)]:
+    for name, n in names[:: max(1, len(names) // again_)]:
         # The round that warmed up took the last texts.
         pool = asked[-200:] if name == next(iter(motet.answers)) else asked
         again = http.post(f"/v1/jobs/{job}/ask", json={"rows": [pool[n % len(pool)]], "key": f"{name}-{n}"})
@@ -305,35 +319,45 @@ def quantile(ms: Sequence[float], percent: int) -> float:
 
 
 @contextmanager
-def litserve() -> Iterator[Side | None]:
-    """LitServe, ready; None where it is not installed."""
+def litserve() -> Iterator[Callable[[], Side | None]]:
+    """LitServe on its way up; the function waits until it is ready. None where it is not installed."""
     if find_spec("litserve") is None:
         say("LitServe is not installed (pip install litserve): motet alone")
-        yield None
+        yield lambda: None
         return
     port = free_port()
     process = subprocess.Popen(
         [sys.executable, str(HERE / "rival" / "lit_serve.py"), str(port)],
         stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL,
     )  # fmt: skip
-    try:
-        end = time.monotonic() + 120
+
+    def ready() -> Side:
+        end = time.monotonic() + START_S
         while True:
             with suppress(httpx.HTTPError):
                 if httpx.get(f"http://127.0.0.1:{port}/health").status_code == 200:
-                    break
+                    return Side(port, "/predict", "", [process.pid], keyed=False)
             if process.poll() is not None or time.monotonic() > end:
                 raise SystemExit("LitServe did not start")
             time.sleep(0.2)
-        yield Side(port, "/predict", "", [process.pid], keyed=False)
+
+    try:
+        yield ready
     finally:
-        below = [psutil.Process(pid) for pid in family(process.pid)] if process.poll() is None else []
-        process.terminate()
-        _, left = psutil.wait_procs(below, timeout=10)
-        for one in left:
-            with suppress(psutil.NoSuchProcess):
-                one.kill()
+        evict_all([process.pid])
         process.wait()
+
+
+def evict_all(pids: Sequence[int]) -> None:
+    """End these processes and their children."""
+    below = []
+    for pid in pids:
+        with suppress(psutil.NoSuchProcess):
+            below += [psutil.Process(one) for one in family(pid)]
+    for one in below:
+        with suppress(psutil.NoSuchProcess):
+            one.kill()
+    psutil.wait_procs(below, timeout=10)
 
 
 if __name__ == "__main__":

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 from uuid import UUID
 
 from sqlalchemy import Connection, text
@@ -18,7 +19,7 @@ from scheduler.blocks import EncodedBlock
 from scheduler.store import words
 from scheduler.store.database import JOB, WORK
 from scheduler.store.landing import LoadingJob, arrange
-from scheduler.store.results import read_columns
+from scheduler.store.results import COLUMN_FIELDS, column_of
 from scheduler.store.sealing import settle
 
 
@@ -149,12 +150,13 @@ def _of_asks(asks: Sequence[LandedAsk]) -> dict[str, list[object]]:
     }
 
 
-# The job's row comes along even where no block is answered.
-_LOOK = text("""
-    SELECT j.state, b.number, c.task_number, c.column_id
-      FROM job j LEFT JOIN block b ON b.job_id = j.id AND b.number = ANY(:blocks) AND b.passes_open = 0
+# One round trip for all who wait. The job's row comes along even where no block is answered.
+_LOOK = f"""
+    SELECT j.state, b.number, c.task_number, {COLUMN_FIELDS}
+      FROM job j LEFT JOIN block b ON b.job_id = j.id AND b.number = ANY(%s) AND b.passes_open = 0
       LEFT JOIN block_column c ON c.job_id = b.job_id AND c.block_number = b.number
-     WHERE j.id = :job""")
+      LEFT JOIN sealed_column s ON s.id = c.column_id
+     WHERE j.id = %s"""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -169,10 +171,11 @@ class FeedLook:
 
 def look(connection: Connection, job: UUID, blocks: Sequence[int]) -> FeedLook:
     """The job's state, and those of these blocks that are answered."""
-    rows = connection.execute(_LOOK, {"job": job, "blocks": list(blocks)}).all()
-    shown = [row for row in rows if row.column_id is not None]
-    columns = read_columns(connection, sorted({row.column_id for row in shown})) if shown else {}
+    driver: Any = connection.connection.driver_connection
+    with driver.cursor(binary=True) as cursor:
+        rows = cursor.execute(_LOOK, (list(blocks), job)).fetchall()
     found: dict[int, dict[int, Column]] = {}
-    for row in shown:
-        found.setdefault(row.number, {})[row.task_number] = columns[row.column_id]
-    return FeedLook(state=rows[0].state if rows else None, answered=found)
+    for _, number, task, *fields in rows:
+        if task is not None:
+            found.setdefault(number, {})[task] = column_of(fields)
+    return FeedLook(state=rows[0][0] if rows else None, answered=found)

@@ -140,11 +140,12 @@ def ready_blocks(
     return [block for i, block in enumerate(found) if block.number == after + i]
 
 
-#: array_send gives a typed array's bytes, so that no cell becomes a Python object on its way.
-_COLUMNS = """
-    SELECT id, kind, n_rows, status, CAST(errors AS text), array_send(offsets), array_send(codes), array_send(scores),
-           array_send(all_scores), array_send(numbers), array_send(starts), array_send(ends), texts, vectors, dim, dtype
-      FROM sealed_column WHERE id = ANY(%s)"""
+#: What `column_of` reads of a row ``s`` of sealed_column. array_send gives a typed array's bytes, so that no cell becomes
+#: a Python object on its way.
+COLUMN_FIELDS = """s.kind, s.n_rows, s.status, CAST(s.errors AS text), array_send(s.offsets), array_send(s.codes),
+           array_send(s.scores), array_send(s.all_scores), array_send(s.numbers), array_send(s.starts),
+           array_send(s.ends), s.texts, s.vectors, s.dim, s.dtype"""
+_COLUMNS = f"SELECT s.id, {COLUMN_FIELDS} FROM sealed_column s WHERE s.id = ANY(%s)"
 _STORED = ("offsets", "codes", "scores", "all", "numbers", "starts", "ends", "bytes", "vectors")
 
 
@@ -153,11 +154,12 @@ def read_columns(connection: Connection, ids: Sequence[int]) -> dict[int, Column
     driver: Any = connection.connection.driver_connection
     with driver.cursor(binary=True) as cursor:
         cursor.execute(_COLUMNS, (list(ids),))
-        return {row[0]: _column(row) for row in cursor}
+        return {row[0]: column_of(row[1:]) for row in cursor}
 
 
-def _column(row: Sequence[Any]) -> Column:
-    _, kind, n_rows, status, errors, *stored, dim, dtype = row
+def column_of(fields: Sequence[Any]) -> Column:
+    """A column from its COLUMN_FIELDS, read in binary."""
+    kind, n_rows, status, errors, *stored, dim, dtype = fields
     found = dict(zip(_STORED, stored, strict=True))
     arrays: dict[str, bytes] = {}
     for name, code in LAYOUT[kind]:

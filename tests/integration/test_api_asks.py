@@ -246,3 +246,25 @@ def test_clients_get_frames_in_the_order_of_their_asks(house: House, feed: str) 
 def test_opening_again_under_its_key_finds_the_same_open_job(house: House) -> None:
     first = house.open(CLASSIFY, open=True, key="risk")
     assert house.open(CLASSIFY, open=True, key="risk")["id"] == first["id"]
+
+
+def test_asks_are_counted_as_requests_and_are_no_lines_in_the_log(
+    house: House, feed: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    with answering(house, feed), caplog.at_level("INFO"):
+        answer = ask(house, feed, ["a"])
+        house.job(feed)
+    assert answer.headers["x-request-id"]
+    routes = [vars(record)["route"] for record in caplog.records if record.message == "request"]
+    assert "/v1/jobs/{job}" in routes
+    assert "/v1/jobs/{job}/ask" not in routes
+    figures = house.call("GET", "/metrics", token="read").text
+    assert [line for line in figures.splitlines() if "/v1/jobs/{job}/ask" in line and "_count" in line]
+
+
+def test_strangers_ask_nothing(house: House, feed: str) -> None:
+    for token in (None, "unknown.token", "no token"):
+        answer = house.call("POST", f"/v1/jobs/{feed}/ask", token=token, json={"rows": ["a"]})
+        assert answer.status_code == 401
+        assert answer.headers["www-authenticate"] == "Bearer"
+    assert house.job(feed)["rows"] == 0
