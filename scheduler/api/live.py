@@ -103,7 +103,7 @@ class LiveFeed:
         tasks: Sequence[ShownTask],
     ) -> None:
         self.job, self.tasks = job, tasks
-        self._job, self._gatherer, self._database = job, gatherer, database
+        self._gatherer, self._database = gatherer, database
         self._bell, self._threads, self._width = bell, threads, width
         self._under_way: dict[int, _Block] = {}
         self._tasks: set[asyncio.Task[None]] = set()
@@ -203,7 +203,7 @@ class LiveFeed:
             for ask in asks:
                 ask.fails(error)
         except Exception as error:
-            log.error("landing failed", exc_info=error, extra={"job": self._job.id})
+            log.error("landing failed", exc_info=error, extra={"job": self.job.id})
             for ask in asks:
                 ask.fails(error)
         else:
@@ -245,11 +245,11 @@ class LiveFeed:
     def _store(self, asks: Sequence[Ask]) -> tuple[list[LandedAsk], bool]:
         part = _together([ask.part for ask in asks])
         (block,) = blocks_of(
-            part, self._job.readers, secret=self._job.secret, block_rows=len(part), block_bytes=1 << 40
+            part, self.job.readers, secret=self.job.secret, block_rows=len(part), block_bytes=1 << 40
         )
         new = [NewAsk(key=ask.key, digest=ask.digest, n_rows=len(ask.part)) for ask in asks]
         with self._database.transaction() as connection:
-            return feeds.land_asks(connection, self._job, block, new)
+            return feeds.land_asks(connection, self.job, block, new)
 
     def _found(self, ask: Ask, place: LandedAsk) -> None:
         """Its key landed before, here or in another process: it waits for that block, or has its answer at once."""
@@ -270,7 +270,7 @@ class LiveFeed:
     async def _answer(self) -> None:
         """Look for the blocks under way at each word about the job, and once a second, until none is left."""
         try:
-            with self._bell.heard(self._job.id) as rung:
+            with self._bell.heard(self.job.id) as rung:
                 while self._under_way:
                     rung.clear()
                     numbers = sorted(self._under_way)
@@ -279,7 +279,7 @@ class LiveFeed:
                     except Exception as error:
                         # Whatever it was: without another look all would wait for ever, and nothing more would land.
                         if not isinstance(error, StoreUnavailable):
-                            log.error("looking failed", exc_info=error, extra={"job": self._job.id})
+                            log.error("looking failed", exc_info=error, extra={"job": self.job.id})
                         await asyncio.sleep(_AGAIN_S)
                     if self._bell.stopping:
                         self._send_home(asyncio.get_running_loop().time())
@@ -305,7 +305,7 @@ class LiveFeed:
 
     def _look(self, numbers: Sequence[int]) -> FeedLook:
         with self._database.transaction() as connection:
-            return feeds.look(connection, self._job.id, numbers)
+            return feeds.look(connection, self.job.id, numbers)
 
     def _resolve(self, found: FeedLook, asked: Sequence[int]) -> None:
         now = asyncio.get_running_loop().time()
@@ -321,8 +321,8 @@ class LiveFeed:
                 self._gatherer.answered(block.group, now)
         if found.state is None or found.state in ENDED:
             # Nothing more will be answered of what was looked for.
-            gone = NotFound(f"job {self._job.id} was removed")
-            error = gone if found.state is None else Conflict(f"job {self._job.id} is {found.state}")
+            gone = NotFound(f"job {self.job.id} was removed")
+            error = gone if found.state is None else Conflict(f"job {self.job.id} is {found.state}")
             for number in asked:
                 if (block_gone := self._under_way.pop(number, None)) is not None:
                     for ask, _ in block_gone.asks:
