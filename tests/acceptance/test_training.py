@@ -94,7 +94,8 @@ def test_a_worker_that_is_killed_while_a_trunk_learns_changes_no_bit_of_what_com
         process.send_signal(signal.SIGKILL)
     assert [m.files for m in run.models] == [m.files for m in whole.models]
     assert run.answer()["scores"] == whole.answer()["scores"]
-    assert run.job.refresh()._record["usage"]["attempts_lost"] == 1
+    # Both workers were killed at once: the second may have been given it before its death was heard.
+    assert run.job.refresh()._record["usage"]["attempts_lost"] in (1, 2)
     assert [(e.stage, e.epoch) for e in run.epochs() if e.stage == "lora"] == [("lora", n) for n in (1, 2, 3)]
     assert run.tasks()["topic"].model == "whole.topic@1"
     every = rows()[TRAIN:]

@@ -165,6 +165,8 @@ def test_a_database_that_breaks_its_promises_is_named(house: House) -> None:
     house.sql(
         f"SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE datname = '{name}' AND pid <> pg_backend_pid()"
     )
+    # Whoever is the first to use a connection that was cut is told to come back.
+    house.call("GET", "/v1/doctor")
     durability = asked(house)["postgres", "durability"]
     assert durability.state == "fail"
     assert "synchronous_commit off" in durability.what

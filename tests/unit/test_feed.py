@@ -60,7 +60,7 @@ def feed(client: Client) -> Iterator[Feed]:
 
 
 def senders() -> list[threading.Thread]:
-    return [t for t in threading.enumerate() if t.name.startswith("motet-") and t.is_alive()]
+    return [t for t in threading.enumerate() if t.name == "motet-feed" and t.is_alive()]
 
 
 # -- opening
