@@ -112,10 +112,15 @@ def shipped() -> Bundle:
 
 
 def some(all_: Labelled, rows: int) -> Labelled:
-    """Rows at equal distances, about as many as asked for."""
-    step = max(1, len(all_.texts) // rows)
+    """Rows at equal distances, about as many as asked for of those that each head has a label for."""
+    picked: set[int] = set()
+    for truth in all_.truth.values():
+        known = [i for i, label in enumerate(truth) if label is not None]
+        picked.update(known[:: max(1, len(known) // rows)])
+    kept = sorted(picked)
     return Labelled(
-        texts=all_.texts[::step], truth={head: truth[::step] for head, truth in all_.truth.items()}
+        texts=[all_.texts[i] for i in kept],
+        truth={head: [truth[i] for i in kept] for head, truth in all_.truth.items()},
     )
 
 

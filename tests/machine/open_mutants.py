@@ -68,7 +68,7 @@ def lands_in_one_statement_without_a_lock(patch: Patch) -> None:
 
 
 def answers_before_all_is_sealed(patch: Patch) -> None:
-    patch.setattr(feeds, "_LOOK", text(str(feeds._LOOK).replace("AND b.passes_open = 0", "")))
+    patch.setattr(feeds, "_LOOK", feeds._LOOK.replace("AND b.passes_open = 0", ""))
 
 
 def answers_with_the_rows_of_another(patch: Patch) -> None:

@@ -122,7 +122,9 @@ class Heads(nn.Module):
 
 def standard(features: Tensor) -> tuple[Tensor, Tensor]:
     """What to subtract from features (rows, dim), and then to multiply them by, for mean 0 and deviation 1."""
-    center, spread = features.mean(0), features.std(0)
+    # One row has no deviation: torch says NaN, which would become the head's weights.
+    center = features.mean(0)
+    spread = features.std(0) if len(features) > 1 else torch.zeros_like(center)
     return center, torch.where(spread > _STILL, 1 / spread, 0.0)
 
 
