@@ -100,11 +100,6 @@ class Job:
         """The job as the API last described it (docs/http.md)."""
         return self._record.to_json()
 
-    @property
-    def shows_a_bar(self) -> bool | None:
-        """What ``submit(progress=…)`` said; None leaves it to whether stderr is a terminal."""
-        return self._bar_wanted
-
     def bar(self) -> Bar:
         """A progress bar under the job's name, silent where none is wanted."""
         return Bar(short(self.name, 20).strip("'") if self.name else "job", wanted=self._bar_wanted)

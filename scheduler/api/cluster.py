@@ -207,15 +207,6 @@ def _state(beat: Beat, *, silent: bool, drained: bool, holding: bool) -> str:
     return beat.state
 
 
-def live_workers(use: Resources) -> dict[str, Beat]:
-    """Newest beat of every worker that is not known to be silent. Raises TransportLost."""
-    if use.transport is None:
-        return {}
-    beats = use.transport.beats()
-    silent = use.workers.silent(beats, time.monotonic())
-    return {name: beat for name, beat in beats.items() if name not in silent}
-
-
 def refs_by_digest(registered: list[Registered]) -> Mapping[str, str]:
     """Digest, of a model or of the trunk that it is, -> ``name@version``."""
     refs: dict[str, str] = {}

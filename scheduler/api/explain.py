@@ -11,7 +11,7 @@ from motet.protocol.transport import TransportLost
 from motet.protocol.wire import Beat
 from scheduler import facts
 from scheduler.api.auth import Caller
-from scheduler.api.cluster import live_workers, throttle_of
+from scheduler.api.cluster import throttle_of
 from scheduler.api.records import JobPath
 from scheduler.api.resources import Resources, Use, job_id
 from scheduler.api.routing import Routes
@@ -62,6 +62,6 @@ def explanation(use: Resources, tenant: UUID, job: UUID) -> Explanation:
 def _heard(use: Resources) -> Mapping[str, Beat] | None:
     """Beats of live workers; None where Redis is away, and nobody can be heard."""
     try:
-        return None if use.transport is None else live_workers(use)
+        return None if use.transport is None else use.live_workers()
     except TransportLost:
         return None

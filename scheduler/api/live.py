@@ -198,20 +198,16 @@ class LiveFeed:
     async def _land(self, group: Group[Ask]) -> None:
         asks = [waiting.caller for waiting in group.asks]
         try:
-            asks = await self._land_all(group, asks)
-        except (MotetError, StoreUnavailable) as error:
-            for ask in asks:
-                ask.fails(error)
+            await self._land_all(group, asks)
         except Exception as error:
-            log.error("landing failed", exc_info=error, extra={"job": self.job.id})
+            if not isinstance(error, MotetError | StoreUnavailable):
+                log.error("landing failed", exc_info=error, extra={"job": self.job.id})
             for ask in asks:
                 ask.fails(error)
-        else:
-            return
-        self._gatherer.failed(group)
-        self._pump()
+            self._gatherer.failed(group)
+            self._pump()
 
-    async def _land_all(self, group: Group[Ask], asks: list[Ask]) -> list[Ask]:
+    async def _land_all(self, group: Group[Ask], asks: list[Ask]) -> None:
         """Land what is left of the group until it stands in Postgres. While that is away, callers wait or give up."""
         loop = asyncio.get_running_loop()
         while asks:
@@ -232,7 +228,7 @@ class LiveFeed:
                 for ask in asks:
                     ask.row = by_key[ask.key].first_row + by_key[ask.key].lo
                 self._read()
-                return asks
+                return
             for ask in asks:
                 if (place := by_key.get(ask.key)) is not None:
                     self._found(ask, place)
@@ -240,7 +236,6 @@ class LiveFeed:
         # Every ask was there before.
         self._gatherer.failed(group)
         self._pump()
-        return asks
 
     def _store(self, asks: Sequence[Ask]) -> tuple[list[LandedAsk], bool]:
         part = _together([ask.part for ask in asks])

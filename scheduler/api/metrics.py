@@ -13,7 +13,6 @@ from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime
-from importlib import metadata
 from typing import Literal
 from uuid import UUID
 
@@ -31,6 +30,7 @@ from prometheus_client.openmetrics import exposition as openmetrics
 from prometheus_client.registry import Collector
 from starlette.responses import Response
 
+from motet.distributions import installed
 from motet.messages.cluster import Reason
 from motet.protocol.columns import storable
 from motet.protocol.transport import Lag, TransportLost
@@ -248,7 +248,7 @@ class Figures(Collector):
     def collect(self) -> Iterator[Metric]:
         """Every family. A service that is away is said to be; the other's figures are there all the same."""
         page = _Page()
-        page.add("motet_build_info", 1, version=_version(), protocol=str(PROTOCOL))
+        page.add("motet_build_info", 1, version=installed() or "unknown", protocol=str(PROTOCOL))
         stored = self._stored()
         page.add("motet_up", stored is not None, service="postgres")
         if stored is not None:
@@ -403,13 +403,6 @@ class _Page:
 def _label(words: str) -> str:
     """A worker says its names itself: bounded, and nothing that UTF-8 cannot hold."""
     return storable(words, 100).encode("utf-8", "replace").decode()
-
-
-def _version() -> str:
-    try:
-        return metadata.version("motet")
-    except metadata.PackageNotFoundError:
-        return "unknown"
 
 
 # -- the route

@@ -15,7 +15,6 @@ from motet.protocol.values import plain_text
 from motet.tasks import Prompted, Task, fields_read, placeholders, render
 from scheduler.api.auth import Caller
 from scheduler.api.bodies import json_body, whole_body
-from scheduler.api.cluster import live_workers
 from scheduler.api.opening import SUBMISSION, inline_rows, planned_with
 from scheduler.api.resources import Resources, Use
 from scheduler.api.routing import Routes, takes
@@ -157,7 +156,7 @@ def _devices(use: Resources) -> tuple[Rates, list[WorkerState]]:
         rates, known = learned_rates(connection), refusals(connection)
         drained = drains.drained(connection)
     try:
-        beats = live_workers(use)
+        beats = use.live_workers()
     except TransportLost:
         beats = {}
     found = workers(beats, known, use.settings.memory_share, drained=drained)

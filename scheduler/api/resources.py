@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from dataclasses import dataclass, field
 from pathlib import Path
 from threading import Lock
@@ -14,6 +15,7 @@ from fastapi import Depends, Request
 from motet.errors import NotFound
 from motet.protocol.settings import Settings
 from motet.protocol.transport import RedisTransport, TransportLost
+from motet.protocol.wire import Beat
 from scheduler.api.allowance import Allowance
 from scheduler.api.bell import Bell
 from scheduler.api.blob_folder import BlobFolder
@@ -80,13 +82,20 @@ class Resources:
     def __post_init__(self) -> None:
         self.feeds = Feeds(self.database, self.bell, self._ready_workers)
 
+    def live_workers(self) -> dict[str, Beat]:
+        """Newest beat of every worker that is not known to be silent. Raises TransportLost."""
+        if self.transport is None:
+            return {}
+        beats = self.transport.beats()
+        silent = self.workers.silent(beats, time.monotonic())
+        return {name: beat for name, beat in beats.items() if name not in silent}
+
     def _ready_workers(self) -> int:
         """Workers that take work, as far as Redis tells."""
         try:
-            beats = self.transport.beats() if self.transport is not None else {}
+            return sum(beat.state == "ready" for beat in self.live_workers().values())
         except TransportLost:
             return 0
-        return sum(beat.state == "ready" for beat in beats.values())
 
     @classmethod
     def of(cls, settings: Settings) -> Resources:

@@ -58,7 +58,6 @@ class GatherFull(Exception):
 
     def __init__(self, waiting: int, retry_after_s: float) -> None:
         super().__init__(f"{waiting} rows wait to land in this job")
-        self.waiting = waiting
         self.retry_after_s = retry_after_s
 
 

@@ -11,9 +11,8 @@ import socket
 import threading
 import time
 from collections.abc import Callable
-from functools import cache
-from importlib import metadata
 
+from motet.distributions import installed
 from motet.protocol.logs import event
 from motet.protocol.transport import TransportLost, WorkerTransport
 from motet.protocol.wire import Beat, Control
@@ -52,6 +51,8 @@ class Heart:
         self._engines, self._spreads = engines, spreads
         self._transport, self._attempts, self._executor = transport, attempts, executor
         self._consume, self._clock = consume, clock
+        #: "" where it runs from a bare folder.
+        self._version = installed() or ""
         self._seq = 0
         #: Highest epoch of a leader heard of: an older one has been replaced and is not obeyed.
         self._epoch = -1
@@ -92,7 +93,7 @@ class Heart:
             worker=self._worker,
             boot=self._boot,
             seq=self._seq,
-            version=_version(),
+            version=self._version,
             host=socket.gethostname(),
             pid=os.getpid(),
             state="draining" if self._leaving or self._told_to_drain else "ready",
@@ -137,15 +138,6 @@ class Heart:
         if measured is not None:
             return round(measured, 3)
         return round(min(1.0, max(0.0, (busy - before) / (now - then))), 3) if now > then else 0.0
-
-
-@cache
-def _version() -> str:
-    """The installed version of motet; "" where it runs from a bare folder."""
-    try:
-        return metadata.version("motet")
-    except metadata.PackageNotFoundError:
-        return ""
 
 
 class Watchdog:
