@@ -7,11 +7,9 @@ kept over retries, so that repeating is harmless; a bad row is refused alone. do
 
 from __future__ import annotations
 
-import os
 import secrets
 import threading
 import time
-import weakref
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future
@@ -19,6 +17,7 @@ from dataclasses import dataclass
 from types import TracebackType
 from typing import Any, TypeAlias
 
+from motet import forks
 from motet.errors import InvalidJob, JobFailed, Late, MotetError, Overloaded, Problem
 from motet.http import MAX_WAIT_S, BodyRefused, Http, error_told
 from motet.job import Job
@@ -77,7 +76,7 @@ class Feed:
         self._fields, self._dialogues = fields_of(tasks), dialogues_of(tasks)
         self._most_bytes = _REQUEST_BYTES
         self.leave_to_parent()
-        _FEEDS.add(self)
+        forks.mind(self)
 
     def leave_to_parent(self) -> None:
         """Forget rows and threads of the process that this one was forked from: their answers come there."""
@@ -341,19 +340,6 @@ def _gave_up(ask: _Ask) -> None:
         _fail(
             ask, MotetError("the feed was interrupted before this row was answered; ask again with its key")
         )
-
-
-#: Every feed of this process.
-_FEEDS: weakref.WeakSet[Feed] = weakref.WeakSet()
-
-
-def _leave_feeds_to_parent() -> None:
-    for feed in _FEEDS:
-        feed.leave_to_parent()
-
-
-if hasattr(os, "register_at_fork"):  # not on Windows, which does not fork
-    os.register_at_fork(after_in_child=_leave_feeds_to_parent)
 
 
 def _again(http: Http, record: JobRecord, bad_rows: BadRows) -> Feed:

@@ -12,7 +12,6 @@ import os
 import random
 import threading
 import time
-import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -20,6 +19,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias
 from urllib.parse import urlsplit
 
+from motet import forks
 from motet.errors import (
     Conflict,
     InvalidJob,
@@ -161,7 +161,7 @@ class Http:
         #: Opened by the first request: httpx takes a tenth of a second to import.
         self._line: httpx.Client | None = None
         self._connecting = threading.Lock()
-        _LINES.add(self)
+        forks.mind(self)
 
     def __reduce__(self) -> tuple[Callable[..., Http], tuple[Address, float, Mapping[str, str]]]:
         return _again, (self.address, self.timeout_s, self.headers)
@@ -403,19 +403,6 @@ def _silence(error: Exception) -> str:
     if "CERTIFICATE" in str(error):
         return "a certificate that is not trusted here"
     return "no connection" if isinstance(error, httpx.ConnectError) else "the connection was lost"
-
-
-#: Every line of this process.
-_LINES: weakref.WeakSet[Http] = weakref.WeakSet()
-
-
-def _leave_lines_to_parent() -> None:
-    for http in _LINES:
-        http.leave_to_parent()
-
-
-if hasattr(os, "register_at_fork"):  # not on Windows, which does not fork
-    os.register_at_fork(after_in_child=_leave_lines_to_parent)
 
 
 def _again(address: Address, timeout_s: float, headers: Mapping[str, str]) -> Http:
