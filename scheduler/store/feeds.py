@@ -19,6 +19,7 @@ from scheduler.blocks import EncodedBlock
 from scheduler.store import words
 from scheduler.store.database import JOB, WORK
 from scheduler.store.landing import LoadingJob, arrange
+from scheduler.store.leases import MORE_WAITS, waiting
 from scheduler.store.results import COLUMN_FIELDS, column_of
 from scheduler.store.sealing import settle
 
@@ -61,12 +62,12 @@ _STORE = text(f"""
     WITH stored AS (
         INSERT INTO block (job_id, number, first_row, n_rows, n_work, bytes, row_order, lengths, payload, bad,
                            bad_fields, keys, passes_open, done_number)
-        VALUES (:job, :number, :first_row, :n_rows, :n_work, :bytes, :row_order, :lengths, :payload,
+        VALUES (:job, :number, :first_row, :n_rows, :n_work, :text_bytes, :row_order, :lengths, :payload,
                 CAST(:bad AS jsonb), CAST(:bad_fields AS jsonb), :keys, :passes_open, :done_number)),
     passes AS (
         INSERT INTO block_pass (job_id, pass_number, block_number, state, todo, n, cursor, done, bytes, row_order)
         SELECT :job, k.pass, :number, k.state, k.todo, k.n, k.cursor, k.done, k.bytes, k.row_order
-          FROM unnest(CAST(:passes AS smallint[]), CAST(:states AS text[]), CAST(:todos AS bigint[]),
+          FROM unnest(CAST(:pass_numbers AS smallint[]), CAST(:states AS text[]), CAST(:todos AS bigint[]),
                       CAST(:ns AS int[]), CAST(:cursors AS int[]), CAST(:dones AS int[]), CAST(:sizes AS bigint[]),
                       CAST(:orders AS bytea[])) k (pass, state, todo, n, cursor, done, bytes, row_order)),
     columns AS (
@@ -78,11 +79,7 @@ _STORE = text(f"""
         SELECT :job, k.key, k.digest, :number, k.lo, k.n_rows
           FROM unnest(CAST(:ask_keys AS bytea[]), CAST(:digests AS bytea[]), CAST(:los AS int[]),
                       CAST(:ask_rows AS int[])) k (key, digest, lo, n_rows)),
-    waits AS (
-        UPDATE pass SET rows_waiting = rows_waiting + k.n_rows, bytes_waiting = bytes_waiting + k.bytes
-          FROM unnest(CAST(:waiting AS smallint[]), CAST(:rows_waiting AS bigint[]),
-                      CAST(:bytes_waiting AS bigint[])) k (number, n_rows, bytes)
-         WHERE pass.job_id = :job AND pass.number = k.number)
+    waits AS ({MORE_WAITS})
     UPDATE job SET n_rows = n_rows + :n_rows, n_blocks = n_blocks + 1, blocks_done = blocks_done + :blocks_done,
            cells_error = cells_error + :errors, version = version + 1, touched = clock_timestamp()
      WHERE id = :job
@@ -134,7 +131,8 @@ def land_asks(
         )
         lo += ask.n_rows
     assert lo == block.n_rows, "the asks are not the rows of the block"
-    connection.execute(_STORE, {**arranged.of_one_block(), **_of_asks(landed), "word": words.land(job.id)})
+    of_block, waits = arranged.of_one_block(), waiting(arranged.waits(job.id))
+    connection.execute(_STORE, {**of_block, **_of_asks(landed), **waits, "word": words.land(job.id)})
     if arranged.depend:
         # Last, since it counts on with what is counted by now.
         settle(connection, {(job.id, number) for number in arranged.depend})

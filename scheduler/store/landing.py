@@ -245,8 +245,7 @@ def land_part(
     _copy(connection, _COPY_BLOCK, landing.blocks)
     _copy(connection, _COPY_BLOCK_PASS, landing.block_passes)
     _copy(connection, _COPY_BLOCK_COLUMN, landing.block_columns)
-    waits = {(job.id, p): (n, landing.bytes_waiting[p]) for p, n in landing.rows_waiting.items()}
-    more_waits(connection, waits)
+    more_waits(connection, landing.waits(job.id))
     cells = landing.cells
     connection.execute(
         _GROW,
@@ -310,29 +309,29 @@ class Arranged:
     depend: list[int]
     blocks_done: int = 0
 
+    def waits(self, job: UUID) -> dict[tuple[UUID, int], tuple[int, int]]:
+        """What has come to wait: (job, pass) -> rows, bytes."""
+        return {(job, p): (n, self.bytes_waiting[p]) for p, n in self.rows_waiting.items()}
+
     def of_one_block(self) -> dict[str, Any]:
         """All of it as parameters by name, for a statement that stores one block."""
         (block,) = self.blocks
         names = (
-            "job number first_row n_rows n_work bytes row_order lengths payload bad bad_fields keys passes_open"
+            "job number first_row n_rows n_work text_bytes row_order lengths payload bad bad_fields keys passes_open"
             " done_number"
         )
         passes = zip(*(row[1:2] + row[3:] for row in self.block_passes), strict=True)
-        waiting = sorted(self.rows_waiting)
         return {
             **dict(zip(names.split(), block, strict=True)),
             **dict(
                 zip(
-                    ["passes", "states", "todos", "ns", "cursors", "dones", "sizes", "orders"],
+                    ["pass_numbers", "states", "todos", "ns", "cursors", "dones", "sizes", "orders"],
                     map(list, passes),
                     strict=True,
                 )
             ),
             "tasks": [row[2] for row in self.block_columns],
             "columns": [row[3] for row in self.block_columns],
-            "waiting": waiting,
-            "rows_waiting": [self.rows_waiting[p] for p in waiting],
-            "bytes_waiting": [self.bytes_waiting[p] for p in waiting],
             "blocks_done": self.blocks_done,
             "errors": self.cells["error"],
         }

@@ -596,20 +596,29 @@ _PUT_BACK = text("""
            CASE WHEN after_s > 0 THEN clock_timestamp() + make_interval(secs => after_s) ELSE '-infinity' END
       FROM jsonb_to_recordset(CAST(:pieces AS jsonb)) AS k (block int, lo int, hi int, bytes bigint, tries smallint,
            deaths smallint, exclusive boolean, after_s float8)""")
-_MORE_WAITS = text("""
+#: Counts what has come to wait in passes of jobs whose locks the caller holds; its parameters: ``waiting``.
+MORE_WAITS = """
     UPDATE pass SET rows_waiting = pass.rows_waiting + k.n_rows, bytes_waiting = pass.bytes_waiting + k.bytes
       FROM unnest(CAST(:jobs AS uuid[]), CAST(:passes AS smallint[]), CAST(:rows AS bigint[]), CAST(:bytes AS bigint[]))
            k (job, number, n_rows, bytes)
-     WHERE pass.job_id = k.job AND pass.number = k.number""")
+     WHERE pass.job_id = k.job AND pass.number = k.number"""
+_MORE_WAITS = text(MORE_WAITS)
+
+
+def waiting(waits: Mapping[tuple[UUID, int], tuple[int, int]]) -> dict[str, list[Any]]:
+    """(job, pass) -> rows, bytes, as the parameters of ``MORE_WAITS``."""
+    return {
+        "jobs": [job for job, _ in waits],
+        "passes": [number for _, number in waits],
+        "rows": [rows for rows, _ in waits.values()],
+        "bytes": [size for _, size in waits.values()],
+    }
 
 
 def more_waits(connection: Connection, waits: Mapping[tuple[UUID, int], tuple[int, int]]) -> None:
     """Count what has come to wait in passes of jobs whose locks the caller holds: (job, pass) -> rows, bytes."""
     if waits:
-        jobs, passes = zip(*waits, strict=True)
-        rows, sizes = zip(*waits.values(), strict=True)
-        at = {"jobs": list(jobs), "passes": list(passes), "rows": list(rows), "bytes": list(sizes)}
-        connection.execute(_MORE_WAITS, at)
+        connection.execute(_MORE_WAITS, waiting(waits))
 
 
 def put_back(connection: Connection, job: UUID, pass_number: int, returns: Iterable[Return]) -> None:
