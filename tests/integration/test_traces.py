@@ -80,7 +80,7 @@ def test_the_spans_of_a_job_form_one_tree_from_submit_to_seal(cluster: Cluster, 
         """Every kind of span is there; the last ones are sent a second after they ended."""
         names = Counter(span.name for _, span in receiver.spans())
         done = names["seal"] == 3 and names["execute"] == names["send"] > 0
-        return names if done and names["job"] and names["record"] else Counter()
+        return names if done and names["job"] and names["record"] and names["submit"] else Counter()
 
     names = eventually(whole)
     assert (names["job"], names["submit"], names["plan"]) == (1, 1, 1)
