@@ -88,8 +88,12 @@ class Client:
         retention_days: float | None = None,
         progress: bool | None = None,
         key: str | None = None,
+        opened: Callable[[Job], object] | None = None,
     ) -> Job:
-        """Send the rows and start the job; return it at once, while it runs.
+        """Send the rows and start the job; return it when all of them are sent, while it runs.
+
+        Rows that have arrived are run while others are sent. ``opened`` is called once with the job, in this thread,
+        before its parts are sent (of a job that is one request, after it): another thread may read its results then.
 
         ``source`` is a path (.jsonl, .ndjson, .csv, .tsv, .txt, each also with .gz, or .parquet), a list or
         any iterable of texts or mappings (read once, in flat memory), a DataFrame or an Arrow table. Only the
@@ -147,6 +151,8 @@ class Client:
         job = Job(self._http, record, progress=progress)
         if record.state == State.LOADING:
             try:
+                if opened is not None:
+                    opened(job)
                 total = chain([first] if second is None else [first, second], parts)
                 record = send_parts(self._http, record, total, bar, tell)
             except BaseException as error:
@@ -155,6 +161,8 @@ class Client:
                 if os.getpid() == process and (key is None or isinstance(error, InvalidJob)):
                     self._abandon(job)
                 raise
+        elif opened is not None:
+            opened(job)
         return Job(self._http, record, progress=progress)
 
     def _open(self, opening: Submission, key: str, tell: Callable[[MotetError], object]) -> JobRecord:

@@ -127,8 +127,8 @@ def test_going_down_fails_the_jobs_that_only_language_models_or_dependence_could
                 "INSERT INTO tenant (name) VALUES ('default');"
                 "INSERT INTO model (name, version, digest, trunk, manifest) VALUES ('m', '1', 'd', 't', '{}'),"
                 " ('llm', '1', 'e', '', '{\"answers\": \"text\"}');"
-                "INSERT INTO job (id, tenant_id, name, state, fields, n_tasks, n_rows, request_digest)"
-                " SELECT gen_random_uuid(), t.id, m, 'running', '{text}', 1, 7, 'x'"
+                "INSERT INTO job (id, tenant_id, name, state, fields, n_tasks, n_rows, request_digest, closed)"
+                " SELECT gen_random_uuid(), t.id, m, 'running', '{text}', 1, 7, 'x', now()"
                 " FROM tenant t, unnest('{plain,waits,prompts}'::text[]) m WHERE t.name = 'default';"
                 "INSERT INTO pass (job_id, number, kind, model_id, numerics, max_tokens, input, needs, rows_waiting)"
                 " SELECT job.id, 0, 'm', model.id, 'fast', 0, '{text}',"
@@ -245,9 +245,9 @@ def test_going_down_fails_unfinished_jobs_whose_bad_fields_an_older_version_woul
         connection.execute(
             text(
                 "INSERT INTO tenant (name) VALUES ('default');"
-                "INSERT INTO job (id, tenant_id, name, state, fields, n_tasks, n_rows, cells_ok, request_digest)"
+                "INSERT INTO job (id, tenant_id, name, state, fields, n_tasks, n_rows, cells_ok, request_digest, closed)"
                 " SELECT gen_random_uuid(), t.id, k.name, k.state, '{text}', 1, 2,"
-                " CASE k.state WHEN 'succeeded' THEN 2 ELSE 0 END, 'x'"
+                " CASE k.state WHEN 'succeeded' THEN 2 ELSE 0 END, 'x', now()"
                 " FROM tenant t, (VALUES ('ended', 'succeeded'), ('partly', 'running'), ('plain', 'running'))"
                 " k (name, state) WHERE t.name = 'default';"
                 "INSERT INTO block (job_id, number, first_row, n_rows, n_work, bytes, row_order, lengths, payload,"

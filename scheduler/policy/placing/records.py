@@ -35,6 +35,8 @@ class Demand:
     rate_key: str = ""
     #: It reads other tasks' answers. What of it may run goes first in its job: then blocks are done while others wait.
     dependent: bool = False
+    #: More rows of it are on their way: its last sub-tasks are not these.
+    loading: bool = False
     rows_waiting: int
     bytes_waiting: int
     #: Learned of this job; 0: not yet.
