@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import threading
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ import pytest
 
 from motet import Classify, Client, Embed
 from motet.errors import Conflict, InvalidJob, JobFailed, NotFound, Overloaded, Unauthorized
+from motet.job import Job
 from motet.protocol.columns import CellError
 from tests.integration.api_house import House, a_house, house
 
@@ -115,6 +117,51 @@ def test_a_broken_upload_goes_on_under_the_same_key(house: House, client: Client
     assert (whole.id, whole.state, whole.rows) == (job.id, "running", 2500)
     with pytest.raises(Conflict):
         client.submit(TEXTS, {"topic": TASKS["topic"]}, key="nightly run")
+
+
+def test_rows_can_be_read_while_others_of_the_job_are_still_read_and_sent(
+    house: House, client: Client
+) -> None:
+    opened: list[Job] = []
+    told: list[tuple[str, int]] = []
+
+    def rows() -> Iterator[str]:
+        yield from TEXTS[:2100]
+        (job,) = opened
+        while not job.refresh().rows:
+            time.sleep(0.01)
+        house.answer(job.id, 0)
+        told.append((job.state, next(job.results(order="done")).index))
+        yield from TEXTS[2100:]
+
+    job = client.submit(rows(), TASKS, opened=opened.append)
+    assert told == [("loading", 0)]
+    assert (job.id, job.state, job.progress.done) == (opened[0].id, "running", 2048)
+    small = client.submit(["a"], TASKS, opened=opened.append)
+    assert [job.id for job in opened[1:]] == [small.id]
+
+
+def test_a_bad_row_behind_rows_that_were_answered_refuses_the_job_and_leaves_nothing(
+    house: House, client: Client
+) -> None:
+    opened: list[Job] = []
+    read: list[int] = []
+
+    def rows() -> Iterator[Any]:
+        yield from TEXTS[:2100]
+        while not opened[0].refresh().rows:
+            time.sleep(0.01)
+        house.answer(opened[0].id, 0)
+        read.append(next(opened[0].results(order="done")).index)
+        yield {"text": float("nan")}
+
+    with pytest.raises(InvalidJob, match="row 2100"):
+        client.submit(rows(), TASKS, opened=opened.append)
+    assert read == [0]
+    with pytest.raises(NotFound):
+        list(opened[0].results())
+    assert house.sql("SELECT count(*) FROM block") == [(0,)]
+    assert house.sql("SELECT body ->> 'state' FROM outbox") == [("cancelled",)]
 
 
 def test_a_plan_a_cancellation_and_errors_as_types(house: House, client: Client) -> None:

@@ -203,7 +203,9 @@ class Choice:
             # learned of rows that were alone.
             part = decode_slots(worker.kind[0]) // _SLOTS_PART
             least = max(1, min(part, int(entry.rows / (2 * devices))))
-        budget_s = size_s(self._subtask_s, work_s, devices)
+        # Of an upload more is on its way: what has landed is shared out whole, and nothing is kept for an even end.
+        remaining_s = 2 * work_s if entry.demand.loading else work_s
+        budget_s = size_s(self._subtask_s, remaining_s, devices)
         measured = self._predictions.measured(worker, entry)
         return Placement(worker.state, entry.demand, budget_s, price, least, measured)
 
