@@ -13,7 +13,7 @@ from math import ceil, inf
 
 from motet.protocol.manifest import decode_slots
 from scheduler.policy.capability import refuses
-from scheduler.policy.carve import MIN_S, size_s
+from scheduler.policy.carve import MAX_BYTES, MAX_ROWS, MIN_S, size_s
 from scheduler.policy.fairness import INTERACTIVE
 from scheduler.policy.placing.asking import ALL, Asks, unfilled
 from scheduler.policy.placing.entries import ModelQueue, QueuedPass, WorkerEntry
@@ -138,7 +138,7 @@ class Choice:
         demand = entry.demand
         if not demand.loading or not worker.bulk or demand.priority == INTERACTIVE:
             return False
-        if unfilled(worker) is entry.queue:
+        if unfilled(worker) is entry.queue or entry.rows >= MAX_ROWS or entry.bytes >= MAX_BYTES:
             return False
         return self._predictions.price(worker, entry).of(entry.rows, entry.bytes) < self._subtask_s
 
