@@ -159,7 +159,9 @@ def real_work(arguments: argparse.Namespace) -> None:
 def main() -> None:
     parser = options(__doc__)
     parser.add_argument("--workers", type=int, help="measure the leader alone, with up to so many workers")
-    parser.add_argument("--texts", type=int, help="measure first results of so many of the demo's texts alone")
+    parser.add_argument(
+        "--texts", type=int, help="measure first results of so many of the demo's texts alone"
+    )
     parser.add_argument(
         "--over", type=float, default=10.0, help="seconds over which they come  [default: %(default)s]"
     )

@@ -13,6 +13,7 @@ import math
 import os
 import re
 import secrets
+import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
 from functools import partial
@@ -47,6 +48,9 @@ Tasks = Mapping[str, Task | Mapping[str, Any]]
 log = logging.getLogger(__name__)
 
 _PAGE = 50
+#: Seconds for the first part beyond which a source is slow. Longer: first results of slow sources come later. Shorter:
+#: small jobs take three requests on a busy machine, and not one.
+_SLOW_S = 1.0
 #: What an id or a model's name looks like.
 _SEGMENT = re.compile(r"[A-Za-z0-9_.@+:-]{1,200}")
 
@@ -127,16 +131,19 @@ class Client:
         own_key = key or secrets.token_hex(16)
         parts = cut(source, fields_read, dialogues=dialogues_of(specs), bad_rows=bad_rows)
         # Two parts are cut before anything is sent: a small job is one request, and a source that cannot be
-        # read, or is bad from its start, never reaches the server.
+        # read, or is bad from its start, never reaches the server. A slow source is not waited for: its first rows can
+        # be run while it is read.
+        began = time.monotonic()
         first = next(parts, None)
+        slow = time.monotonic() - began > _SLOW_S
         if first is None:
             raise InvalidJob(Problem("rows", "no rows", "at least one row", "check the source"))
         if any(isinstance(spec, Prompted) for spec in specs.values()):
             # So that what stands in front of a prompt, text or instruction, can be chosen before the rows are there.
             opening = replace(opening, mean_bytes=first.mean_bytes())
-        second = next(parts, None)
+        second = None if slow else next(parts, None)
         bar = Bar("sending", wanted=progress)
-        whole = second is None and not first.bad and not first.bad_fields and first.is_json
+        whole = second is None and not slow and not first.bad and not first.bad_fields and first.is_json
         tell = partial(_tell, bar)
         with bar:
             try:

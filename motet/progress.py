@@ -73,9 +73,11 @@ class Progress:
         )
 
     def __str__(self) -> str:
-        if self.grows:
+        if self.state == State.OPEN:
             # There is no whole of which a share could be told.
             words = [self.state, f"{self.rows:,} rows", f"{self.waiting:,} cells wait"]
+        elif self.grows:
+            words = [self.state, f"{self.rows:,} rows so far", f"{self.done:,} of their {self.total:,} cells"]
         else:
             words = [self.state, f"{self.done:,} of {self.total:,} cells"]
         if self.reused:

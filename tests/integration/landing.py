@@ -107,9 +107,7 @@ def land_more(
 def close(database: Database, job: UUID, *, parts: int, rows: int, tenant: str = "default") -> None:
     """Close a job that is loading."""
     with database.transaction() as connection:
-        landing.close_job(
-            connection, registry.tenant_named(connection, tenant), job, parts=parts, rows=rows
-        )
+        landing.close_job(connection, registry.tenant_named(connection, tenant), job, parts=parts, rows=rows)
 
 
 def _land(

@@ -12,6 +12,8 @@ from typing import Any
 
 import pytest
 
+import motet.client
+import motet.upload
 from motet import Classify, Client, Embed
 from motet.errors import Conflict, InvalidJob, JobFailed, NotFound, Overloaded, Unauthorized
 from motet.job import Job
@@ -120,10 +122,12 @@ def test_a_broken_upload_goes_on_under_the_same_key(house: House, client: Client
 
 
 def test_rows_can_be_read_while_others_of_the_job_are_still_read_and_sent(
-    house: House, client: Client
+    house: House, client: Client, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     opened: list[Job] = []
     told: list[tuple[str, int]] = []
+    shown: list[str] = []
+    monkeypatch.setattr(motet.upload.Bar, "show", lambda self, words, share=None: shown.append(str(words)))
 
     def rows() -> Iterator[str]:
         yield from TEXTS[:2100]
@@ -132,13 +136,32 @@ def test_rows_can_be_read_while_others_of_the_job_are_still_read_and_sent(
             time.sleep(0.01)
         house.answer(job.id, 0)
         told.append((job.state, next(job.results(order="done")).index))
-        yield from TEXTS[2100:]
+        # In three parts more, of which the bar tells.
+        yield from TEXTS[2100:] * 8
 
     job = client.submit(rows(), TASKS, opened=opened.append)
     assert told == [("loading", 0)]
+    assert any("2,048 cells done" in words for words in shown)
     assert (job.id, job.state, job.progress.done) == (opened[0].id, "running", 2048)
     small = client.submit(["a"], TASKS, opened=opened.append)
     assert [job.id for job in opened[1:]] == [small.id]
+
+
+def test_the_first_rows_of_a_slow_source_are_sent_before_its_second_part_is_read(
+    house: House, client: Client, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(motet.client, "_SLOW_S", -1.0)
+    opened: list[Job] = []
+    seen: list[int] = []
+
+    def rows() -> Iterator[str]:
+        yield from TEXTS[:1025]
+        seen.append(len(opened))
+        yield from TEXTS[1025:]
+
+    assert client.submit(rows(), TASKS, opened=opened.append).rows == 2500
+    assert seen == [1]
+    assert client.submit(["a"], TASKS).rows == 1
 
 
 def test_a_bad_row_behind_rows_that_were_answered_refuses_the_job_and_leaves_nothing(

@@ -181,7 +181,9 @@ def _ends_when_closed(world: World, job: Job, j: dict[str, Any]) -> None:
 
 def _uploaded_once(world: World, job: Job, j: dict[str, Any]) -> None:
     """An upload has the rows of its parts, and comes to its end only when it was closed."""
-    _must(j["n_rows"] == len(job.rows), f"14: job {j['id'][-2:]} counts {j['n_rows']} rows of {len(job.rows)}")
+    _must(
+        j["n_rows"] == len(job.rows), f"14: job {j['id'][-2:]} counts {j['n_rows']} rows of {len(job.rows)}"
+    )
     closing = world.uploads.jobs[job.id].closing
     _must(
         closing or j["state"] in ("loading", "cancelled"),

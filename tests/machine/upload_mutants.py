@@ -28,7 +28,9 @@ def lets_an_upload_succeed(patch: Patch) -> None:
 
 
 def closes_and_forgets_what_was_counted_early(patch: Patch) -> None:
-    patch.setattr(landing, "_CLOSE", text(str(landing._CLOSE).replace("SET state", "SET cells_ok = 0, state")))
+    patch.setattr(
+        landing, "_CLOSE", text(str(landing._CLOSE).replace("SET state", "SET cells_ok = 0, state"))
+    )
 
 
 def closes_and_forgets_to_succeed(patch: Patch) -> None:
