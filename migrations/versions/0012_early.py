@@ -16,7 +16,7 @@ ALTER TABLE job ADD COLUMN closed timestamptz;
 COMMENT ON COLUMN job.closed IS 'When no more rows could come; NULL: they can, or it ended before.';
 COMMENT ON COLUMN job.started IS
   'When its first rows landed, or an open job was opened: from then on they are carved.';
-UPDATE job SET closed = coalesce(started, created)
+UPDATE job SET closed = touched
  WHERE state IN ('running', 'succeeded') OR state IN ('failed', 'cancelled') AND started IS NOT NULL AND n_parts > 0;
 UPDATE job SET started = touched WHERE state = 'loading' AND n_parts > 0;
 ALTER TABLE job ADD CONSTRAINT only_a_closed_job_runs_to_its_end

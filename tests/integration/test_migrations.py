@@ -326,6 +326,39 @@ def test_jobs_under_way_go_up_to_all_states_and_only_those_of_an_unknown_state_f
     engine.dispose()
 
 
+def test_jobs_know_when_they_were_closed_and_an_older_version_takes_up_an_upload(empty_url: str) -> None:
+    upgrade(empty_url, "0011")
+    engine = create_engine(empty_url)
+    with engine.begin() as connection:
+        connection.execute(
+            text(
+                "INSERT INTO tenant (name) VALUES ('default');"
+                "INSERT INTO job (id, tenant_id, name, state, fields, n_tasks, n_parts, started, request_digest)"
+                " SELECT gen_random_uuid(), t.id, k.name, k.state, '{text}', 1, k.parts, k.started, 'x'"
+                " FROM tenant t, (VALUES ('asked', 'open', 0, now()), ('begun', 'loading', 0, NULL),"
+                " ('given up', 'cancelled', 2, NULL), ('loads', 'loading', 2, NULL), ('runs', 'running', 2, now()),"
+                " ('stopped', 'cancelled', 2, now())) k (name, state, parts, started) WHERE t.name = 'default'"
+            )
+        )
+    seen = "SELECT name, started IS NOT NULL, {} FROM job ORDER BY name"
+    upgrade(empty_url)
+    with engine.connect() as connection:
+        found = connection.execute(text(seen.format("closed IS NOT NULL"))).all()
+    assert [tuple(row) for row in found] == [
+        ("asked", True, False),
+        ("begun", False, False),
+        ("given up", False, False),
+        ("loads", True, False),
+        ("runs", True, True),
+        ("stopped", True, True),
+    ]
+    downgrade(empty_url, "0011")
+    with engine.connect() as connection:
+        started = [name for name, yes, _ in connection.execute(text(seen.format("true"))) if yes]
+    assert started == ["asked", "runs", "stopped"], "as it was: when they were closed, or opened"
+    engine.dispose()
+
+
 def test_two_processes_that_migrate_at_once_take_turns(empty_url: str) -> None:
     failures: list[BaseException] = []
 
