@@ -41,7 +41,10 @@ _AGAIN_S = 0.25
 #: others; smaller: each transaction and each forward pass serves fewer callers.
 GROUP_ROWS, GROUP_BYTES = 16, 256 * 1024
 #: Groups under way for each worker, and in all: less, and workers wait for the next group; more, and groups stay small.
-_EACH, _LEAST, _MOST = 3, 2, 64
+_EACH, _LEAST, _MOST = 2, 2, 64
+#: Seconds for which an ask waits for company while others are under way. Longer: callers wait although a worker may be
+#: idle. Shorter: the first of those who ask again together lands alone, and a transaction serves one row.
+_PATIENCE_S = 0.005
 #: Seconds in which callers may still be answered after the process was told to end: less than the server gives them.
 _GRACE_S = 8.0
 #: Workers are counted so often, in seconds.
@@ -108,6 +111,8 @@ class LiveFeed:
         self._under_way: dict[int, _Block] = {}
         self._tasks: set[asyncio.Task[None]] = set()
         self._reading = False
+        #: Whether the asks that wait for company will be looked at again by themselves.
+        self._waking = False
         #: On the loop's clock: when it was seen first that the process is about to end; 0: it is not.
         self._stopping_at = 0.0
         #: Asks without an answer, by their key: a key repeated meanwhile is the same ask.
@@ -184,6 +189,13 @@ class LiveFeed:
         self._gatherer.width = self._width()
         while (group := self._gatherer.next(loop.time())) is not None:
             self._spawn(self._land(group))
+        if self._gatherer.patient_until() > loop.time() and not self._waking:
+            self._waking = True
+            loop.call_at(self._gatherer.patient_until(), self._woken)
+
+    def _woken(self) -> None:
+        self._waking = False
+        self._pump()
 
     def _spawn(self, work: Coroutine[Any, Any, None]) -> None:
         task = asyncio.ensure_future(work)
@@ -361,7 +373,11 @@ class Feeds:
     def _new(self, job: LoadingJob, tasks: Sequence[ShownTask]) -> LiveFeed:
         writes = any(kind in ("text", "json") for kind in job.kinds)
         gatherer: Gatherer[Ask] = Gatherer(
-            width=self._width, max_rows=GROUP_ROWS, max_bytes=GROUP_BYTES, alone=writes
+            width=self._width,
+            max_rows=GROUP_ROWS,
+            max_bytes=GROUP_BYTES,
+            alone=writes,
+            patience_s=_PATIENCE_S,
         )
         return LiveFeed(job, gatherer, self._database, self._bell, self._threads, lambda: self._width, tasks)
 

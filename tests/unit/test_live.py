@@ -233,7 +233,7 @@ def test_workers_that_cannot_be_counted_hold_nobody_up() -> None:
         assert loop.time() - began < 0.3
         await ended.wait()
         await asyncio.sleep(0.05)
-        assert feeds._width == 27
+        assert feeds._width == 18
         feeds.close()
 
     asyncio.run(play())
