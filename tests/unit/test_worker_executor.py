@@ -294,6 +294,17 @@ def test_the_last_micro_batch_of_a_sub_task_is_filled_up_with_the_next_one_of_th
     assert list(house.outcomes()) == [first.key, second.key]
 
 
+def test_rows_somewhat_shorter_fill_up_a_micro_batch_as_long_as_that_costs_less_than_another(
+    house: House,
+) -> None:
+    house.known_cost()
+    house.submit(an_order("a" * 40))
+    house.submit(an_order(*["b" * 25] * 6))
+    house.steps()
+    assert len(house.engine.batches) == 2
+    assert len(house.engine.batches[0]) > 1
+
+
 def test_rows_much_shorter_than_the_longest_do_not_fill_up_a_micro_batch(house: House) -> None:
     house.known_cost()
     house.submit(an_order("a" * 300))

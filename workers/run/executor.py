@@ -229,7 +229,10 @@ class Executor:
         stream, progress = loaded.stream, StepResult()
         if group is None and first.interactive:
             self._interactive_at = self._clock()
-        tokens, rows = stream.limit(interactive_waits=self._clock() - self._interactive_at < INTERACTIVE_S)
+        tokens, rows = stream.limit(
+            interactive_waits=self._clock() - self._interactive_at < INTERACTIVE_S,
+            waited_for=group is None and first.interactive,
+        )
         with self._preparing.nothing_beside() if first.exclusive or stream.alone else nullcontext():
             began = self._clock()
             self._activity = Occupation("running", began, FIRST_RUN_S)
