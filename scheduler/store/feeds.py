@@ -17,7 +17,7 @@ from motet.protocol.columns import Column
 from motet.states import State
 from scheduler.blocks import EncodedBlock
 from scheduler.store import words
-from scheduler.store.database import JOB, WORK
+from scheduler.store.database import JOB, WORK, together
 from scheduler.store.landing import LoadingJob, arrange
 from scheduler.store.leases import MORE_WAITS, waiting
 from scheduler.store.results import COLUMN_FIELDS, column_of
@@ -98,10 +98,14 @@ def land_asks(
     out and lands the rest again.
     Raises NotFound; Conflict where the job takes no rows.
     """
-    held = connection.execute(_LOCK, {"job": job.id, "tenant": job.tenant}).first()
-    if held is None:
+    locked, known = together(
+        connection,
+        (_LOCK, {"job": job.id, "tenant": job.tenant}),
+        (_KNOWN, {"job": job.id, "keys": [ask.key for ask in asks]}),
+    )
+    if not locked:
         raise NotFound(f"no job {job.id}")
-    known = connection.execute(_KNOWN, {"job": job.id, "keys": [ask.key for ask in asks]}).all()
+    (held,) = locked
     if known:
         return [
             LandedAsk(
@@ -132,7 +136,7 @@ def land_asks(
         lo += ask.n_rows
     assert lo == block.n_rows, "the asks are not the rows of the block"
     of_block, waits = arranged.of_one_block(), waiting(arranged.waits(job.id))
-    connection.execute(_STORE, {**of_block, **_of_asks(landed), **waits, "word": words.land(job.id)})
+    together(connection, (_STORE, {**of_block, **_of_asks(landed), **waits, "word": words.land(job.id)}))
     if arranged.depend:
         # Last, since it counts on with what is counted by now.
         settle(connection, {(job.id, number) for number in arranged.depend})
