@@ -68,10 +68,13 @@ class Side:
     port: int
     path: str
     token: str
-    pids: list[int]
+    #: By name.
+    pids: Mapping[str, int]
     keyed: bool
     latencies: dict[int, list[float]] = field(default_factory=dict)
     cpu_ms: dict[int, list[float]] = field(default_factory=dict)
+    #: The same by process, with its children.
+    cpu_ms_by: dict[int, list[dict[str, float]]] = field(default_factory=dict)
     others: dict[int, list[float]] = field(default_factory=dict)
     #: Name of a round -> number of the ask -> (status, body).
     answers: dict[str, dict[int, tuple[int, str]]] = field(default_factory=dict)
@@ -84,24 +87,32 @@ class Side:
             port=self.port, path=self.path, token=self.token, callers=callers, seconds=seconds,
             texts=list(asked), name=uuid4().hex[:8], keyed=self.keyed,
         )  # fmt: skip
-        before, busy, began = cpu_s(self.pids), machine_s(), time.perf_counter()
+        before, busy, began = self._cpu_s(), machine_s(), time.perf_counter()
         done = subprocess.run(
             [sys.executable, str(HERE / "callers.py")],
             input=to_json(order), capture_output=True, text=True, check=True,
         )  # fmt: skip
         told = json.loads(done.stdout)
-        used = cpu_s(self.pids) - before
+        after = self._cpu_s()
+        by = {name: after[name] - before[name] for name in before}
+        used = sum(by.values())
         seen = told["seen"]
         good = [(n, body, s) for n, status, body, s, in_time in seen if status == 200 and in_time]
         self.answers[order.name] = {n: (status, body) for n, status, body, _, _ in seen}
         self.latencies.setdefault(callers, []).extend(s * 1000 for _, _, s in good)
         self.cpu_ms.setdefault(callers, []).append(1000 * used / max(1, len(seen)))
+        self.cpu_ms_by.setdefault(callers, []).append(
+            {name: round(1000 * s / max(1, len(seen)), 3) for name, s in by.items()}
+        )
         self.others.setdefault(callers, []).append(
             (machine_s() - busy - used - told["cpu_s"]) / (time.perf_counter() - began)
         )
         for n, body, _ in good:
             self.topics[asked[n % len(asked)]] = self._topic(json.loads(body))
         return len(good) / seconds
+
+    def _cpu_s(self) -> dict[str, float]:
+        return {name: cpu_s([pid]) for name, pid in self.pids.items()}
 
     def _topic(self, answer: Any) -> str:
         if self.keyed:
@@ -131,7 +142,7 @@ def main() -> None:
             port_of(running),
             f"/v1/jobs/{job}/ask",
             running.tokens["user"],
-            [*running.pids.values()],
+            running.pids,
             keyed=True,
         )
         sides = {"motet": motet} | ({"litserve": lit} if lit else {})
@@ -139,6 +150,7 @@ def main() -> None:
             side.round(8, size.of(full=6.0, quick=2.0, smoke=0.3), asked[-200:])
             side.latencies.clear()
             side.cpu_ms.clear()
+            side.cpu_ms_by.clear()
             side.others.clear()
         for callers in LEVELS:
             say(f"{callers} connections")
@@ -150,7 +162,7 @@ def main() -> None:
                 rounds,
             )
         if lit:
-            evict_all(lit.pids)
+            evict_all([*lit.pids.values()])
         beside = bulk_beside(
             running, http, job, motet, asked, size.of(full=16.0, quick=5.0, smoke=0.5),
             size.of(full=30_000, quick=12_000, smoke=2_000),
@@ -193,6 +205,7 @@ def main() -> None:
         details={
             "rates": rates,
             "cpu_ms": {name: side.cpu_ms for name, side in sides.items()},
+            "cpu_ms_by": motet.cpu_ms_by,
             "others_cpu": {name: side.others for name, side in sides.items()},
             "p99_ms": {name: {n: quantile(side.latencies[n], 99) for n in LEVELS} for name, side in sides.items()},
         },
@@ -230,7 +243,7 @@ def alone(side: Side, lit: Side | None, callers: int, seconds: float, asked: Seq
     """A round in which LitServe, where it is not asked, stands still."""
     if lit is None or side is lit:
         return side.round(callers, seconds, asked)
-    standing = [psutil.Process(pid) for pid in lit.pids for pid in family(pid)]
+    standing = [psutil.Process(pid) for top in lit.pids.values() for pid in family(top)]
     for process in standing:
         process.suspend()
     try:
@@ -336,7 +349,7 @@ def litserve() -> Iterator[Callable[[], Side | None]]:
         while True:
             with suppress(httpx.HTTPError):
                 if httpx.get(f"http://127.0.0.1:{port}/health").status_code == 200:
-                    return Side(port, "/predict", "", [process.pid], keyed=False)
+                    return Side(port, "/predict", "", {"litserve": process.pid}, keyed=False)
             if process.poll() is not None or time.monotonic() > end:
                 raise SystemExit("LitServe did not start")
             time.sleep(0.2)
