@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Sequence
-from uuid import UUID
+from typing import Any
 
 from sqlalchemy import Connection, text
 
 from scheduler.blocks import EncodedBlock
-from scheduler.store import feeds, landing, sealing
+from scheduler.store import feeds, landing, outcomes, sealing
 from scheduler.store.feeds import LandedAsk, NewAsk
 from scheduler.store.landing import LoadingJob
+from scheduler.store.sealing import BlockAnswers
 from tests.machine.mutants import Mutant, Patch
 
 # -- the seeds ---------------------------------------------------------------------------------------
@@ -77,16 +78,19 @@ def answers_with_the_rows_of_another(patch: Patch) -> None:
 
 
 def lets_an_open_job_succeed(patch: Patch) -> None:
-    succeed = sealing.succeed
+    append = sealing.append
     runs = text(
         "UPDATE job SET state = 'running', closed = now() WHERE id = ANY(:jobs) AND state = 'open' AND blocks_done = n_blocks"
     )
 
-    def early(connection: Connection, jobs: Collection[UUID]) -> None:
+    def early(connection: Connection, answers: Sequence[BlockAnswers], *rest: Any, **more: Any) -> int:
+        sealed = append(connection, answers, *rest, **more)
+        jobs = {answer.job for answer in answers}
         connection.execute(runs, {"jobs": sorted(jobs)})
-        succeed(connection, jobs)
+        sealing.succeed(connection, jobs)
+        return sealed
 
-    patch.setattr(sealing, "succeed", early)
+    patch.setattr(outcomes, "append", early)
 
 
 def closes_and_forgets_to_succeed(patch: Patch) -> None:
