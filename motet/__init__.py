@@ -15,6 +15,7 @@ import typing
 from motet.client import Client
 from motet.errors import (
     Conflict,
+    Gone,
     InvalidJob,
     JobFailed,
     Late,
@@ -72,6 +73,7 @@ __all__ = [
     "Fit",
     "Function",
     "Generate",
+    "Gone",
     "InvalidJob",
     "Job",
     "JobFailed",

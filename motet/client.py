@@ -183,6 +183,7 @@ class Client:
         name: str,
         priority: Priority = "interactive",
         bad_rows: BadRows = "refuse",
+        keep_days: float | None = None,
         retention_days: float | None = None,
     ) -> Feed:
         """Open a job for rows that come one by one, each answered at once: ``feed.ask({"text": …})`` (docs/live.md).
@@ -190,7 +191,8 @@ class Client:
         The job stays open until it is closed, whoever leaves. Opening again under its ``name`` with the same tasks and
         options attaches to it, from anywhere; with others it is a Conflict, and so is the name of a job that was closed.
         With ``bad_rows="error"`` a row that a task cannot read is asked and its cell is an error; with ``"refuse"`` it
-        raises InvalidJob for its caller. Raises InvalidJob, Unauthorized, Overloaded, Unreachable.
+        raises InvalidJob for its caller. Each row and its key are deleted ``keep_days`` after it was answered, or 7; the
+        whole job ``retention_days`` after its end. Raises InvalidJob, Unauthorized, Overloaded, Unreachable.
         """
         from motet.feed import Feed
 
@@ -204,7 +206,7 @@ class Client:
             priority=priority,
             bad_rows=bad_rows,
             open=True,
-            **_amounts(retention_days=retention_days),
+            **_amounts(keep_s=_seconds(keep_days), retention_days=retention_days),
         )
         record = self._open(opening, _key_of(name), lambda refusal: log.warning("waiting: %s", refusal))
         if record.state != State.OPEN:
@@ -522,6 +524,11 @@ def _key_of(name: str) -> str:
     if name.isascii() and name.isprintable() and len(name) <= 200:
         return name
     return f"sha256:{hashlib.sha256(name.encode()).hexdigest()}"
+
+
+def _seconds(days: float | None) -> float | None:
+    """Days in seconds; what is no number is left for others to refuse."""
+    return days * 86_400 if isinstance(days, int | float) and not isinstance(days, bool) else days
 
 
 def _amounts(**options: object) -> dict[str, Any]:

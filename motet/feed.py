@@ -18,7 +18,7 @@ from types import TracebackType
 from typing import Any, TypeAlias
 
 from motet import forks
-from motet.errors import InvalidJob, JobFailed, Late, MotetError, Overloaded, Problem
+from motet.errors import Gone, InvalidJob, JobFailed, Late, MotetError, Overloaded, Problem
 from motet.http import MAX_WAIT_S, BodyRefused, Http, error_told
 from motet.job import Job
 from motet.messages.jobs import MAX_ASK_ROWS, JobRecord
@@ -125,23 +125,30 @@ class Feed:
 
     # -- following
 
-    def rows(self, after: int = 0) -> Iterator[Row]:
+    def rows(self, after: int = 0, *, skip_gone: bool = False) -> Iterator[Row]:
         """Every merged row of the job, whoever asked it, as it is done; it ends when the job does.
 
         ``after`` is the ``cursor`` of the last row that was seen: none comes twice, none is left out. Raises JobFailed
-        behind the last row of a job that failed or was cancelled.
+        behind the last row of a job that failed or was cancelled. A job keeps answered rows for ``keep_days``: raises
+        Gone where rows behind ``after`` were deleted, and with ``skip_gone`` goes on with those that are kept.
         """
-        for rows in self.groups(after):
+        for rows in self.groups(after, skip_gone=skip_gone):
             yield from rows
 
-    def groups(self, after: int = 0) -> Iterator[Sequence[Row]]:
+    def groups(self, after: int = 0, *, skip_gone: bool = False) -> Iterator[Sequence[Row]]:
         """As ``rows``, the rows that were done together at a time."""
         specs = self.job.specs(None)
         block_after, seen = divmod(after, CURSORS_A_BLOCK)
         while True:
-            frames, end = self.job.frames(None, "done", block_after, MAX_WAIT_S)
+            frames, end = self.job.frames(None, "done", block_after, MAX_WAIT_S, skip_gone=skip_gone)
             for frame in frames:
-                rows = list(Block.from_wire(frame, specs))[seen:]
+                block = Block.from_wire(frame, specs)
+                if seen and block.done != block_after + 1:
+                    # Of the first block of all, whose rows were seen in part: the server takes 0 for the beginning.
+                    if not skip_gone:
+                        raise Gone(f"job {self.job.id}: rows behind {after} are gone", int(end["first_row"]))
+                    seen = 0
+                rows = list(block)[seen:]
                 seen = 0
                 if rows:
                     yield rows

@@ -22,6 +22,7 @@ from urllib.parse import urlsplit
 from motet import forks
 from motet.errors import (
     Conflict,
+    Gone,
     InvalidJob,
     Late,
     MotetError,
@@ -449,6 +450,7 @@ _STATUS = {
     "unauthorized": 401,
     "forbidden": 403,
     "not_found": 404,
+    "gone": 410,
     "conflict": 409,
     "too_large": 413,
     "invalid_job": 422,
@@ -475,6 +477,9 @@ def _known_error(
         return Unauthorized(message)
     if status == 404:
         return NotFound(message)
+    if status == 410:
+        row = said.get("first_row")
+        return Gone(message, row if isinstance(row, int) else 0)
     if status == 409:
         conflict = Conflict(message)
         if isinstance(said.get("next_part"), int):

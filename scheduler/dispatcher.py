@@ -44,7 +44,7 @@ from scheduler.policy.placing.rebalancing import TEND_S, Clone, Recall
 from scheduler.policy.placing.records import Demand, Placement
 from scheduler.policy.pressure import throttle
 from scheduler.pulse import pulse
-from scheduler.store import drains, endings, leases
+from scheduler.store import drains, endings, keeping, leases
 from scheduler.store.database import Database, StoreUnavailable
 from scheduler.store.demand import demand_of, frontier, jobs_waiting
 from scheduler.store.endings import end_job, overdue
@@ -613,6 +613,7 @@ class Dispatcher:
             due = endings.due_for_deletion(connection, self.settings.retention_days)
             columns = endings.sweep_columns(connection)
             endings.sweep_events(connection)
+            fronts = keeping.due_fronts(connection)
         left = endings.SLICE_BLOCKS
         for job in due:
             with self.database.transaction() as connection:
@@ -623,7 +624,17 @@ class Dispatcher:
             left -= max(1, job.n_blocks)
             if left <= 0:
                 break
-        return bool(due or columns)
+        more = [self._forget_front(epoch, job) for job in fronts]
+        return bool(due or columns or any(more))
+
+    def _forget_front(self, epoch: int, job: UUID) -> bool:
+        """Delete some of the rows that an open job has kept long enough. True where there are more."""
+        with self.database.transaction() as connection:
+            fence(connection, epoch)
+            forgotten = keeping.forget_front(connection, job)
+        if forgotten.blocks:
+            log.info("front deleted", extra={"job": str(job), "blocks": forgotten.blocks})
+        return forgotten.more
 
 
 def _trace_sent(item: Leased, began: float) -> None:

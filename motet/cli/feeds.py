@@ -47,6 +47,12 @@ Example:
 @priority_option("interactive")
 @bad_rows_option
 @click.option(
+    "--keep-days",
+    type=PositiveNumber(),
+    metavar="DAYS",
+    help="Delete each row so long after it was answered.  [default: 7]",
+)
+@click.option(
     "--retention-days",
     type=PositiveNumber(),
     metavar="DAYS",
@@ -58,6 +64,7 @@ def open_(
     name: str,
     priority: Any,
     bad_rows: Any,
+    keep_days: float | None,
     retention_days: float | None,
     as_json: bool,
 ) -> None:
@@ -68,7 +75,12 @@ def open_(
     specs = parse_tasks(tasks)
     with connect() as client:
         feed = client.open(
-            specs, name=name, priority=priority, bad_rows=bad_rows, retention_days=retention_days
+            specs,
+            name=name,
+            priority=priority,
+            bad_rows=bad_rows,
+            keep_days=keep_days,
+            retention_days=retention_days,
         )
         if as_json:
             put_json(feed.job.record)
@@ -189,8 +201,9 @@ Examples:
     metavar="CURSOR",
     help="Go on behind the row of this cursor. Default: from the first one.",
 )
+@click.option("--skip-gone", is_flag=True, help="Pass over rows behind it that are no longer kept.")
 @as_json
-def tail(job: str, after: int, as_json: bool) -> None:
+def tail(job: str, after: int, skip_gone: bool, as_json: bool) -> None:
     """Print the rows of an open JOB as they are done.
 
     Every row, whoever asked it: a line of JSON each, with its cursor. It goes on until the job ends; Ctrl-C leaves that
@@ -199,7 +212,7 @@ def tail(job: str, after: int, as_json: bool) -> None:
     from motet.export import json_row
 
     with connect() as client:
-        for row in client.feed(job).rows(after):
+        for row in client.feed(job).rows(after, skip_gone=skip_gone):
             _put_line({"cursor": row.cursor, **json_row(row)})
 
 

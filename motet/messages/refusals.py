@@ -30,6 +30,8 @@ class ErrorRecord(ApiMessage):
     row: int | None = None
     #: Whether the rows of such an ask were stored, and go on.
     stored: bool | None = None
+    #: Index of the first row that is kept, where rows that were asked for are gone.
+    first_row: int | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -9,7 +9,17 @@ from fastapi.exceptions import RequestValidationError
 from starlette.exceptions import HTTPException
 from starlette.responses import JSONResponse
 
-from motet.errors import Conflict, InvalidJob, Late, MotetError, NotFound, Overloaded, Problem, Unauthorized
+from motet.errors import (
+    Conflict,
+    Gone,
+    InvalidJob,
+    Late,
+    MotetError,
+    NotFound,
+    Overloaded,
+    Problem,
+    Unauthorized,
+)
 from motet.messages.refusals import ErrorRecord
 from motet.protocol.transport import TransportLost
 from motet.tasks import short
@@ -53,6 +63,8 @@ def refusal(error: Exception) -> JSONResponse:
             status = 403
         case Unauthorized():
             status, headers = 401, {"WWW-Authenticate": "Bearer"}
+        case Gone():
+            status = 410
         case NotFound():
             status = 404
         case Conflict():
@@ -80,6 +92,8 @@ def error_of(error: Exception) -> ErrorRecord:
             return _told("forbidden", str(error))
         case Unauthorized():
             return _told("unauthorized", str(error))
+        case Gone():
+            return _told("gone", str(error), first_row=error.first_row)
         case NotFound():
             return _told("not_found", str(error))
         case Conflict():

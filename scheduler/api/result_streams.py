@@ -8,7 +8,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from motet.errors import NotFound
+from motet.errors import Gone, NotFound
 from motet.messages.jobs import JobRecord
 from motet.protocol.columns import Column, values
 from motet.protocol.envelope import pack
@@ -33,6 +33,8 @@ class End:
     after: int
     state: str
     complete: bool
+    #: Index of the first row from which on all are kept.
+    first_row: int = 0
     #: The job as ``GET /v1/jobs/{id}`` tells it, behind the last block of all: that saves a question.
     job: JobRecord | None = None
 
@@ -50,7 +52,7 @@ def frame_stream(pieces: Iterator[Merged | End], order: RowOrder) -> Iterator[by
     except (StoreUnavailable, NotFound):
         if sent is None:
             raise
-        yield as_frame(End(sent.block.cursor(order), sent.job.state, complete=False))
+        yield as_frame(End(sent.block.cursor(order), sent.job.state, False, sent.job.first_row))
 
 
 def line_stream(pieces: Iterator[Merged | End], order: RowOrder) -> Iterator[bytes]:
@@ -77,7 +79,7 @@ def line_stream(pieces: Iterator[Merged | End], order: RowOrder) -> Iterator[byt
 def _last_line(error: Exception, after: int) -> bytes:
     """Why the lines end before the rows do, in the words of a refusal, and where to go on."""
     said = error_of(error).to_json(sparse=True)
-    if not isinstance(error, NotFound):
+    if not isinstance(error, NotFound) or isinstance(error, Gone):
         said["message"] += f"; there are more rows: ask again with after={after}"
     return json.dumps({"error": said | {"next": after}}, ensure_ascii=False).encode() + b"\n"
 
@@ -86,6 +88,7 @@ def as_frame(piece: Merged | End) -> bytes:
     """A block, or the end, as a frame of docs/http.md."""
     if isinstance(piece, End):
         end = {"end": True, "next": piece.after, "state": piece.state, "complete": piece.complete}
+        end["first_row"] = piece.first_row
         body = pack(end | ({"job": piece.job.to_json()} if piece.job else {}))
     else:
         tasks = zip(piece.job.tasks, piece.columns, strict=True)

@@ -13,7 +13,7 @@ from typing import Any, Generic, TypeVar
 from uuid import UUID
 
 from motet.errors import InvalidJob, Problem
-from motet.messages.jobs import Submission
+from motet.messages.jobs import DEFAULT_KEEP_S, Submission
 from motet.protocol.manifest import Manifest
 from motet.protocol.values import MAX_DEPTH, Doubled, byte_lengths
 from motet.tasks import Choose, Task, dialogues_of, fields_of, parse, short
@@ -79,6 +79,10 @@ def read_submission(message: type[S_co], body: Any, *, max_tasks: int) -> Checke
         many = Problem("tasks", f"{len(tasks)} tasks", f"at most {max_tasks}", "split them over two jobs")
         problems.append(many)
     problems += schema_problems(tasks)
+    if body.get("keep_s") is not None and body.get("open") is not True:
+        problems.append(
+            Problem("keep_s", short(body["keep_s"]), "an open job", "say retention_days of any other")
+        )
     if body.get("open") is True:
         problems += [
             Problem(name, short(body[name]), f"no {name} in an open job", remedy)
@@ -211,4 +215,5 @@ def new_job(
         deadline_s=asked.said.deadline_s,
         retention_days=asked.said.retention_days,
         open=asked.said.open,
+        keep_s=(asked.said.keep_s or DEFAULT_KEEP_S) if asked.said.open else None,
     )

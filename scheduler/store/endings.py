@@ -37,7 +37,8 @@ _LOCK = text("SELECT id FROM job WHERE id = :job FOR UPDATE")
 #: One UPDATE freezes the counts: what is in no sealed column by now is skipped, and never changes again.
 _END = _ending(f"""
     UPDATE job SET state = :state, reason = :reason, finished = clock_timestamp(), version = version + 1,
-           cells_ok = k.ok, cells_error = k.error, cells_skipped = n_rows * n_tasks - k.ok - k.error
+           cells_ok = past_ok + k.ok, cells_error = past_error + k.error,
+           cells_skipped = n_rows * n_tasks - past_ok - k.ok - past_error - k.error
       FROM (SELECT CAST(coalesce(sum(s.n_ok), 0) AS bigint) AS ok, CAST(coalesce(sum(s.n_error), 0) AS bigint) AS error
               FROM block_column b JOIN sealed_column s ON s.id = b.column_id WHERE b.job_id = :job) k
      WHERE id = :job AND state IN {spelt(LIVE)}""")
@@ -157,6 +158,7 @@ _DELETE_BLOCKS = tuple(
         ("cells", "block_number"),
         ("piece", "block_number"),
         ("spent", "block_number"),
+        ("ask", "block_number"),
         ("block_column", "block_number"),
         ("block_pass", "block_number"),
         ("block", "number"),

@@ -61,9 +61,10 @@ _KNOWN = text("""
 _STORE = text(f"""
     WITH stored AS (
         INSERT INTO block (job_id, number, first_row, n_rows, n_work, bytes, row_order, lengths, payload, bad,
-                           bad_fields, keys, passes_open, done_number)
+                           bad_fields, keys, passes_open, done_number, done_at)
         VALUES (:job, :number, :first_row, :n_rows, :n_work, :text_bytes, :row_order, :lengths, :payload,
-                CAST(:bad AS jsonb), CAST(:bad_fields AS jsonb), :keys, :passes_open, :done_number)),
+                CAST(:bad AS jsonb), CAST(:bad_fields AS jsonb), :keys, :passes_open, :done_number,
+                CASE WHEN :blocks_done > 0 THEN clock_timestamp() END)),
     passes AS (
         INSERT INTO block_pass (job_id, pass_number, block_number, state, todo, n, cursor, done, bytes, row_order)
         SELECT :job, k.pass, :number, k.state, k.todo, k.n, k.cursor, k.done, k.bytes, k.row_order

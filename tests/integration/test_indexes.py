@@ -78,7 +78,6 @@ BEHIND_THE_SCENES = {
     "pass_by_model": "the foreign key to a model that is deleted",
     "alias_by_model": "the foreign key to a model that is deleted",
     "alias_step_by_model": "the foreign key to a model that is deleted",
-    "ask_by_block": "the foreign key to a block that is deleted",
 }
 
 
@@ -169,7 +168,7 @@ def play(house: House, job: UUID, other: UUID) -> None:
         shown = results.shown(connection, tenant, job)
         results.ready_blocks(connection, shown, "row", 0)
         results.ready_blocks(connection, shown, "done", 0)
-        results.unanswered(connection, tenant, job, after=-1, limit=10)
+        results.unanswered(connection, job, after=-1, limit=10)
         metrics.figures(connection, None)
         pressure.unfinished_rows(connection)
         endings.overdue(connection, 3600.0)

@@ -42,6 +42,13 @@ class _JobColumns(TypedColumns):
     tokens_cached: Sum over its blocks and tasks, as in spent.
     tokens_out: Sum over its blocks and tasks, as in spent.
     closed: When no more rows could come; NULL: they can, or it ended before.
+    keep_s: Seconds for which an open job keeps a row after it was answered; NULL: until it is removed.
+    first_block: From this block on all are kept; before it only those that were answered late.
+    first_row: Index of the first row of that block.
+    past_done: Blocks whose done_number is no larger are deleted.
+    past_ok: Cells of deleted blocks; they are in cells_ok as well.
+    past_error: As past_ok.
+    past_skipped: As past_ok.
     """
 
     id = key(Uuid)
@@ -80,11 +87,22 @@ class _JobColumns(TypedColumns):
     tokens_cached = must(BigInteger, default="0")
     tokens_out = must(BigInteger, default="0")
     closed = may(TIME)
+    keep_s = may(Double, check="keep_s > 0")
+    first_block = must(Integer, default="0")
+    first_row = must(BigInteger, default="0")
+    past_done = must(Integer, default="0")
+    past_ok = must(BigInteger, default="0")
+    past_error = must(BigInteger, default="0")
+    past_skipped = must(BigInteger, default="0")
 
 
 job = table(
     "job",
     _JobColumns,
+    CheckConstraint(
+        "past_ok <= cells_ok AND past_error <= cells_error AND past_skipped <= cells_skipped",
+        name="past_cells_are_counted",
+    ),
     CheckConstraint(
         f"state NOT IN {spelt(ENDED)} OR {_CELLS} = n_rows * n_tasks", name="every_cell_accounted_for"
     ),
@@ -181,6 +199,7 @@ class _BlockColumns(TypedColumns):
     done_number: The how-manieth block of its job to be finished, from 1.
     bad_fields: Field -> [[error, message, [offset, ...]], ...] of values that came in broken: error cells of
       the tasks that read it.
+    done_at: When all of it was answered by work, or landed answered in an open job: its age counts from there.
     """
 
     job_id = key(Uuid, ForeignKey("job.id", ondelete="CASCADE"))
@@ -197,6 +216,7 @@ class _BlockColumns(TypedColumns):
     passes_open = must(SmallInteger)
     done_number = may(Integer)
     bad_fields = must(JSONB, default="'{}'")
+    done_at = may(TIME)
 
 
 block = table(
@@ -227,6 +247,35 @@ ask = table(
     within("block", job_id="job_id", block_number="number"),
     index("ask_by_block", "job_id", "block_number"),
 )
+
+
+class _AskSpanColumns(TypedColumns):
+    """Asks of an open job that one API process ended in one span of seconds. Kept for minutes.
+
+    at: Start of the span, on the clock of that process.
+    process: Name of the API process: each gathers and counts by itself.
+    n_rows: Rows of the asks that were answered.
+    answered: Asks that were answered in time.
+    late: Asks whose callers gave up.
+    refused: Asks that were told to come back.
+    failed: Asks that ended in another error.
+    waiting: Rows that waited to land at the end of the span.
+    times: Asks answered, by how long they took: scheduler/ask_times.py has the bounds.
+    """
+
+    job_id = key(Uuid, ForeignKey("job.id", ondelete="CASCADE"))
+    at = key(TIME)
+    process = key(Text)
+    n_rows = must(Integer)
+    answered = must(Integer)
+    late = must(Integer)
+    refused = must(Integer)
+    failed = must(Integer)
+    waiting = must(Integer)
+    times = must(ARRAY(Integer))
+
+
+ask_span = table("ask_span", _AskSpanColumns)
 
 
 class _BlockPassColumns(TypedColumns):
