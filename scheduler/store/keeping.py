@@ -45,8 +45,8 @@ _COUNT = text("""
 # In one order, as everywhere: but an open job's columns have no reuse key, and no other job shows them.
 _LOCK_COLUMNS = text("SELECT id FROM sealed_column WHERE id = ANY(:columns) ORDER BY id FOR NO KEY UPDATE")
 _RELEASE = text("""
-    UPDATE sealed_column c SET refs = c.refs - r.n
-      FROM (SELECT id, count(*) AS n FROM unnest(CAST(:columns AS bigint[])) k (id) GROUP BY id) r WHERE c.id = r.id""")
+    UPDATE sealed_column SET refs = refs - cardinality(array_positions(CAST(:columns AS bigint[]), id))
+     WHERE id = ANY(CAST(:columns AS bigint[]))""")
 _DELETE_COLUMNS = text("DELETE FROM sealed_column WHERE id = ANY(:columns) AND refs <= 0")
 # Set by set and children first: a cascade would ask for each row by itself. Of a done block nothing else is left.
 _DELETE = tuple(

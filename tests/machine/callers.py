@@ -8,7 +8,7 @@ from __future__ import annotations
 import hashlib
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 from uuid import UUID
@@ -86,6 +86,10 @@ class Callers:
         """It was deleted."""
         self.jobs.pop(job, None)
         self.asks = [a for a in self.asks if a.job != job]
+
+    def forget_blocks(self, job: UUID, blocks: Collection[int]) -> None:
+        """They are gone with their keys: whoever asks with one of these again asks anew."""
+        self.asks = [a for a in self.asks if a.job != job or a.place is None or a.place[0] not in blocks]
 
     # -- moves
 

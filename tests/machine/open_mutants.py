@@ -8,7 +8,7 @@ from typing import Any
 from sqlalchemy import Connection, text
 
 from scheduler.blocks import EncodedBlock
-from scheduler.store import feeds, landing, outcomes, sealing
+from scheduler.store import endings, feeds, keeping, landing, outcomes, sealing
 from scheduler.store.feeds import LandedAsk, NewAsk
 from scheduler.store.landing import LoadingJob
 from scheduler.store.sealing import BlockAnswers
@@ -112,6 +112,48 @@ def loses_the_errors_of_rows_that_came_broken(patch: Patch) -> None:
     )
 
 
+def forgets_blocks_that_are_not_answered(patch: Patch) -> None:
+    """It deletes by number alone whatever is old."""
+    front = str(keeping._FRONT).replace("b.done_number,", "b.number + 1 AS done_number,")
+    front = front.replace("b.done_at < :until AS due", "true AS due").replace("s.state = 'open'", "false")
+    front = front.replace(
+        "b.done_number > :past_done AND b.done_number <= :past_done + :limit",
+        ":limit > 0 AND :past_done >= 0 AND :until IS NOT NULL",
+    )
+    patch.setattr(keeping, "_FRONT", text(front.replace("ORDER BY b.done_number", "ORDER BY b.number")))
+
+
+def forgets_what_it_counted_when_a_job_ends(patch: Patch) -> None:
+    patch.setattr(
+        endings,
+        "_END",
+        text(
+            str(endings._END)
+            .replace("past_ok +", "")
+            .replace("past_error +", "")
+            .replace("- past_ok", "")
+            .replace("- past_error", "")
+        ),
+    )
+
+
+def forgets_to_count_what_it_deletes(patch: Patch) -> None:
+    patch.setattr(keeping, "_MOVE", text(str(keeping._MOVE).replace("past_ok + :ok", "past_ok + 0 * :ok")))
+
+
+def forgets_the_front_of_a_closed_job(patch: Patch) -> None:
+    for name in ("_DUE", "_HOLD"):
+        patch.setattr(keeping, name, text(str(getattr(keeping, name)).replace("= 'open'", "<> 'loading'")))
+
+
+def forgets_to_say_where_rows_begin(patch: Patch) -> None:
+    patch.setattr(
+        keeping,
+        "_MOVE",
+        text(str(keeping._MOVE).replace("THEN :next_row ELSE", "THEN first_row + 0 * :next_row ELSE")),
+    )
+
+
 # -- the plays ---------------------------------------------------------------------------------------
 
 _OPEN = ("open", (0,))
@@ -119,6 +161,8 @@ _ASK = ("ask", (0, 0, 1, 20))
 #: Two processes with the same key at once; with a key each.
 _SAME_KEY, _OTHER_KEYS = ("race", (0, 0, 0)), ("race", (0, 0, 1))
 _ROUND = ("round", (7,))
+#: A month later, two steps of a dispatcher.
+_MONTH = (("forget_front", (0,)), ("tick", (0,)), ("tick", (0,)))
 
 OPEN_MUTANTS: Collection[Mutant] = (
     Mutant("checks keys before it locks", checks_keys_before_it_locks, (_OPEN, _SAME_KEY), 13),
@@ -157,5 +201,35 @@ OPEN_MUTANTS: Collection[Mutant] = (
         loses_the_errors_of_rows_that_came_broken,
         (_OPEN, ("ask", (0, 0, 0, 0))),
         2,
+    ),
+    Mutant(
+        "forgets blocks that are not answered",
+        forgets_blocks_that_are_not_answered,
+        (_OPEN, _ASK, _ROUND, _ROUND, ("ask", (0, 0, 0, 20)), *_MONTH),
+        19,
+    ),
+    Mutant(
+        "forgets what it counted when a job ends",
+        forgets_what_it_counted_when_a_job_ends,
+        (_OPEN, _ASK, _ROUND, _ROUND, *_MONTH, _ASK, _ROUND, _ROUND, ("cancel", (0,))),
+        2,
+    ),
+    Mutant(
+        "forgets to count what it deletes",
+        forgets_to_count_what_it_deletes,
+        (_OPEN, _ASK, _ROUND, _ROUND, *_MONTH),
+        19,
+    ),
+    Mutant(
+        "forgets the front of a closed job",
+        forgets_the_front_of_a_closed_job,
+        (_OPEN, _ASK, _ROUND, _ROUND, ("close", (0, 0, 7)), *_MONTH),
+        19,
+    ),
+    Mutant(
+        "forgets to say where rows begin",
+        forgets_to_say_where_rows_begin,
+        (_OPEN, _ASK, _ROUND, _ROUND, *_MONTH),
+        19,
     ),
 )

@@ -78,6 +78,12 @@ _EVERYTHING: Play = (
     *_MIXED,
     ("delete", (0,)),
     ("tick", (0,)),
+    ("open", (0,)),
+    ("ask", (0, 0, 1, 20)),
+    *[("tick", (1,)), ("round", (7,))] * 4,
+    ("forget_front", (0,)),
+    ("tick", (0,)),
+    ("tick", (1,)),
 )
 
 
@@ -106,6 +112,7 @@ _COMMITS = (
         "clone",
         "_chores",
         "_sweep",
+        "_forget_front",
     ),
     "record",
 )
