@@ -68,11 +68,12 @@ def create_app(settings: Settings) -> FastAPI:
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
         listening = asyncio.create_task(use.bell.run())
         sweeping = asyncio.create_task(blobs.keep_swept(use))
+        counting = asyncio.create_task(use.feeds.meter.keep_told())
         try:
             yield
         finally:
             use.bell.stop()
-            for task in (listening, sweeping):
+            for task in (listening, sweeping, counting):
                 task.cancel()
                 with suppress(asyncio.CancelledError):
                     await task

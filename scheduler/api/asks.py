@@ -127,7 +127,9 @@ async def _asked(request: Request, use: Resources, caller: Identity, job: str) -
         asked, incoming = (_columns if kind == _FRAMES else _rows)(feed, raw, use.settings.max_row_bytes)
         frames = _FRAMES in request.headers.get("accept", "")
         if asked.keys is None:
-            return _reply(feed, [await _answer(feed, incoming, asked.key, asked.within_s)], frames=frames)
+            return _reply(
+                feed, [await _answer(use, feed, incoming, asked.key, asked.within_s)], frames=frames
+            )
         if len(asked.keys) != len(asked.rows):
             raise InvalidJob(
                 Problem(
@@ -138,7 +140,7 @@ async def _asked(request: Request, use: Resources, caller: Identity, job: str) -
                 )
             )
         answers = await asyncio.gather(
-            *(_answer(feed, incoming.row(i), key, asked.within_s) for i, key in enumerate(asked.keys)),
+            *(_answer(use, feed, incoming.row(i), key, asked.within_s) for i, key in enumerate(asked.keys)),
             return_exceptions=True,
         )
         return _reply(feed, answers, frames=frames)
@@ -162,9 +164,12 @@ def _columns(feed: LiveFeed, raw: bytes, max_row_bytes: int) -> tuple[AskRequest
     return taken(AskRequest, clean_object(options | {"rows": [""] * len(incoming)})), incoming
 
 
-async def _answer(feed: LiveFeed, incoming: Incoming, key: str | None, within_s: float) -> AskAnswered:
-    ask = _checked(feed, incoming, key)
-    return await feed.ask(ask.part, ask.bytes, ask.key, ask.digest, within_s=within_s)
+async def _answer(
+    use: Resources, feed: LiveFeed, incoming: Incoming, key: str | None, within_s: float
+) -> AskAnswered:
+    with use.feeds.meter.ask(feed.job.id, len(incoming)):
+        ask = _checked(feed, incoming, key)
+        return await feed.ask(ask.part, ask.bytes, ask.key, ask.digest, within_s=within_s)
 
 
 def _checked(feed: LiveFeed, incoming: Incoming, key: str | None) -> _Ask:

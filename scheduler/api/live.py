@@ -19,6 +19,7 @@ from uuid import UUID
 from motet.errors import Conflict, Late, MotetError, NotFound, Overloaded
 from motet.protocol.columns import Column, cut
 from motet.states import ENDED
+from scheduler.api.ask_meter import AskMeter
 from scheduler.api.bell import Bell
 from scheduler.api.refusals import Unavailable
 from scheduler.blocks import IncomingPart, blocks_of
@@ -117,6 +118,11 @@ class LiveFeed:
         self._stopping_at = 0.0
         #: Asks without an answer, by their key: a key repeated meanwhile is the same ask.
         self._asks: dict[bytes, Ask] = {}
+
+    @property
+    def waiting_rows(self) -> int:
+        """Rows that have not landed."""
+        return self._gatherer.waiting_rows
 
     @property
     def idle(self) -> bool:
@@ -345,6 +351,7 @@ class Feeds:
     def __init__(self, database: Database, bell: Bell, count_workers: Callable[[], int]) -> None:
         self._database, self._bell, self._count_workers = database, bell, count_workers
         self._feeds: dict[tuple[UUID, UUID], LiveFeed] = {}
+        self.meter = AskMeter(database, self.waiting)
         # One lands while another reads; more would only wait for the job's lock.
         self._threads = ThreadPoolExecutor(2, "asks")
         self._width = _LEAST
@@ -362,6 +369,10 @@ class Feeds:
             self._forget_idle()
         self._count()
         return found
+
+    def waiting(self) -> Mapping[UUID, int]:
+        """Rows of each open job that wait to land here."""
+        return {job: feed.waiting_rows for (_, job), feed in list(self._feeds.items())}
 
     def close(self) -> None:
         self._threads.shutdown(wait=False, cancel_futures=True)

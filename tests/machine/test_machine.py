@@ -75,15 +75,14 @@ _EVERYTHING: Play = (
     *[("tick", (0,))] * 10,
     *(("work", (i,)) for i in (0, 1, 2)),
     ("aggregate", (0,)),
+    ("open", (0,)),
+    ("ask", (0, 0, 1, 20)),
+    *[("round", (7,))] * 4,
+    ("forget_front", (0,)),
+    ("tick", (0,)),
     *_MIXED,
     ("delete", (0,)),
     ("tick", (0,)),
-    ("open", (0,)),
-    ("ask", (0, 0, 1, 20)),
-    *[("tick", (1,)), ("round", (7,))] * 4,
-    ("forget_front", (0,)),
-    ("tick", (0,)),
-    ("tick", (1,)),
 )
 
 
