@@ -100,6 +100,15 @@ def clock(seconds: float) -> str:
     return f"{hours}:{rest // 60:02}:{rest % 60:02}" if hours else f"{rest // 60}:{rest % 60:02}"
 
 
+def instant(seconds: float | None) -> str:
+    """The time of an answer: ``27 ms``, ``1.23 s``, ``42 s``; ``–`` where there was none."""
+    if seconds is None:
+        return "–"
+    if seconds < 0.9995:
+        return f"{seconds * 1000:.3g} ms"
+    return f"{seconds:.2f} s" if seconds < 9.995 else f"{seconds:.0f} s"
+
+
 def _rate(job: JobRecord) -> float | None:
     """Rows per second: of the whole run where it has ended, else what the API's estimate of the rest says.
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping
-from dataclasses import replace
 from typing import Annotated, Any
 from uuid import UUID
 
@@ -40,13 +39,11 @@ from scheduler.api.routing import Routes
 from scheduler.ask_times import quantile_s
 from scheduler.store import activity as store
 from scheduler.store.activity import Activity, DeviceActivity, PassActivity, SubtaskActivity
-from scheduler.store.ask_spans import SPAN_S, AskSpan, together
+from scheduler.store.ask_spans import MINUTE, SPAN_S, AskSpan, last_minute
 from scheduler.store.jobs import job_entries
 
 routes = Routes()
 
-#: Spans of a minute.
-_MINUTE = 60 // SPAN_S
 #: Sub-tasks of a timeline at most.
 MAX_TIMELINE = 2000
 
@@ -192,10 +189,8 @@ def _asks(found: Activity) -> AsksUnderWay:
     """The newest spans, which end about now; and the last minute of them as one."""
     spans = found.asks
     newest_s = found.now_s - (len(spans) - 1) * SPAN_S
-    minute = spans[-_MINUTE:]
-    last = replace(together(minute, 0), waiting=minute[-1].waiting)
     return AsksUnderWay(
-        minute=_ask_counts(last, found.now_s, SPAN_S * len(minute)),
+        minute=_ask_counts(last_minute(spans), found.now_s, SPAN_S * MINUTE),
         spans=tuple(_ask_counts(s, newest_s + i * SPAN_S, SPAN_S) for i, s in enumerate(spans)),
     )
 

@@ -72,22 +72,26 @@ class AskMeter:
         return found
 
     async def keep_told(self) -> None:
-        """Write each span as soon as it is over, until cancelled. While Postgres is away they wait, as long as anybody would ask."""
+        """Write each span as soon as it is over, until cancelled."""
         while True:
             await asyncio.sleep(SPAN_S - time.time() % SPAN_S)
-            over = _at(time.time()) - SPAN_S
-            for job, rows in self._waiting().items():
-                if rows:
-                    self._span(job, over).waiting = rows
-            ended = [(job, span) for (job, at), span in self._spans.items() if at <= over]
-            try:
-                await asyncio.to_thread(self._store, ended)
-            except Exception as error:
-                # Whatever it was: the next span is written all the same.
-                if not isinstance(error, StoreUnavailable):
-                    log.error("asks were not counted", exc_info=error)
-                over -= KEPT_S
-            self._spans = {key: span for key, span in self._spans.items() if key[1] > over}
+            await self.tell(time.time())
+
+    async def tell(self, now: float) -> None:
+        """Write the spans that are over. While Postgres is away they wait, for as long as anybody would ask of them."""
+        over = _at(now) - SPAN_S
+        for job, rows in self._waiting().items():
+            if rows:
+                self._span(job, over).waiting = rows
+        ended = [(job, span) for (job, at), span in self._spans.items() if at <= over]
+        try:
+            await asyncio.to_thread(self._store, ended)
+        except Exception as error:
+            # Whatever it was: the next span is written all the same.
+            if not isinstance(error, StoreUnavailable):
+                log.error("asks were not counted", exc_info=error)
+            over -= KEPT_S
+        self._spans = {key: span for key, span in self._spans.items() if key[1] > over}
 
     def _store(self, spans: list[tuple[UUID, AskSpan]]) -> None:
         if spans:

@@ -10,7 +10,8 @@ from math import ceil, floor, log10
 from typing import Any
 
 from motet.pages import COLOURS
-from scheduler.api.words import compact, count, duration, instant, number
+from motet.progress import instant
+from scheduler.api.words import compact, count, duration, number
 
 #: Bars of one device that lie above each other: it rarely has more than three sub-tasks at a time.
 _ROWS = 4

@@ -8,10 +8,11 @@ from datetime import datetime
 from typing import Any
 from urllib.parse import urlencode
 
+from motet.progress import instant
 from motet.states import ENDED, GROWING, REACHED, State
 from scheduler.api.charts import curve, lanes, minutes
 from scheduler.api.markup import render
-from scheduler.api.words import compact, count, duration, instant, moment, number, percent
+from scheduler.api.words import compact, count, duration, moment, number, percent
 
 PageFacts = Mapping[str, Any]
 #: (what it is called, what it is, a remark).

@@ -34,15 +34,6 @@ def duration(seconds: float) -> str:
     return f"{h} h {m:02} min" if days < 1 else f"{days} d {h} h"
 
 
-def instant(seconds: float | None) -> str:
-    """``27 ms``, ``1.23 s``, ``42 s``: the time of an answer; ``–`` where there was none."""
-    if seconds is None:
-        return "–"
-    if seconds < 0.9995:
-        return f"{seconds * 1000:.3g} ms"
-    return f"{seconds:.2f} s" if seconds < 9.995 else duration(seconds)
-
-
 def percent(share: float) -> str:
     """``38 %``; all but everything is not ``100 %``."""
     return f"{min(99, round(share * 100)) if share < 1 else 100} %"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from uuid import UUID
 
 from sqlalchemy import Connection, text
@@ -13,6 +13,8 @@ from scheduler.ask_times import added, no_times
 
 #: Seconds of one span. Shorter: more statements; longer: a page that shows what was, not what is.
 SPAN_S = 5
+#: Spans of a minute.
+MINUTE = 60 // SPAN_S
 #: Spans are told for so many seconds, and deleted as much later.
 KEPT_S = 600
 
@@ -83,6 +85,12 @@ def look(connection: Connection, job: UUID) -> list[AskSpan]:
     for row in connection.execute(_LOOK, {"job": job, "first": first}):
         found[row.at].append(AskSpan(**row._mapping))
     return [together(found[at], at) for at in range(first, last + 1, SPAN_S)]
+
+
+def last_minute(spans: Sequence[AskSpan]) -> AskSpan:
+    """The newest spans as one; of rows that wait, as many as do at its end."""
+    newest = spans[-MINUTE:]
+    return replace(together(newest, newest[0].at), waiting=newest[-1].waiting)
 
 
 def together(spans: Sequence[AskSpan], at: int) -> AskSpan:

@@ -2,17 +2,23 @@
 
 from __future__ import annotations
 
+import asyncio
 import threading
 import time
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from typing import Any
+from uuid import UUID
 
 import httpx
 import pytest
 
+from motet.errors import Overloaded
 from motet.results import Block, read_frames
+from scheduler.api.ask_meter import AskMeter
+from scheduler.store.ask_spans import SPAN_S
+from scheduler.store.database import StoreUnavailable
 from tests.integration.api_house import CLASSIFY, TWO, House
 from tests.integration.api_house import house as house
 
@@ -268,3 +274,57 @@ def test_strangers_ask_nothing(house: House, feed: str) -> None:
         assert answer.status_code == 401
         assert answer.headers["www-authenticate"] == "Bearer"
     assert house.job(feed)["rows"] == 0
+
+
+def unavailable(spans: object) -> None:
+    raise StoreUnavailable("Postgres is away")
+
+
+def test_what_becomes_of_asks_is_counted_over_all_processes(
+    house: House, feed: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with answering(house, feed):
+        for n in range(3):
+            ask(house, feed, [f"row {n}", "and another"])
+    assert ask(house, feed, ["nobody answers"], within_s=0.05).status_code == 504
+    assert ask(house, feed, [{"other": 1}]).status_code == 422
+    # Two more processes of the API, as it counts itself; of one of them Postgres is away at first.
+    meters = [AskMeter(house.database, lambda: {UUID(feed): 2}) for _ in range(2)]
+    for meter in meters:
+        with meter.ask(UUID(feed), 6):
+            pass
+        with pytest.raises(Overloaded), meter.ask(UUID(feed), 1):
+            raise Overloaded("too many wait", 1.0)
+    now = time.time()
+    with monkeypatch.context() as away:
+        away.setattr(meters[1], "_store", unavailable)
+        asyncio.run(meters[1].tell(now + SPAN_S))
+    for meter in (*meters, *meters):
+        asyncio.run(meter.tell(now + SPAN_S))
+    house.sql("UPDATE ask_span SET at = at - make_interval(secs => 15)")
+    told = house.call("GET", f"/v1/jobs/{feed}/activity").json()["asks"]
+    assert len(told["spans"]) == 120
+    minute = told["minute"]
+    # Less than a minute is told of what this API itself counted: it writes each span when it is over.
+    assert minute["asks_s"] >= 2 / 60 - 0.01
+    assert minute["rows_s"] >= 12 / 60 - 0.01
+    assert minute["refused"] == 2
+    assert 0 < minute["p50_s"] <= minute["p99_s"]
+    assert max(s["waiting"] for s in told["spans"]) == 4
+    metrics = house.call("GET", "/metrics", token="read").text
+    for line in (
+        'motet_asks_total{result="answered"} 3.0',
+        'motet_asks_total{result="late"} 1.0',
+        'motet_asks_total{result="failed"} 1.0',
+        "motet_ask_duration_seconds_count 3.0",
+        "motet_ask_rows_waiting 0.0",
+    ):
+        assert line in metrics, line
+    page = house.call("GET", f"/jobs/{feed}")
+    assert page.status_code == 200
+    assert "Last minutes" in page.text
+    why = house.call("GET", f"/v1/jobs/{feed}/explain").json()
+    assert any("in the last minute" in note.lower() for note in why["notes"]), why
+    # A job that goes takes its counts along.
+    house.call("DELETE", f"/v1/jobs/{feed}")
+    assert not house.sql("SELECT 1 FROM ask_span")
