@@ -70,7 +70,7 @@ _MOVE = text("""
            past_skipped = past_skipped + :skipped, version = version + 1,
            first_row = CASE WHEN :next_block > first_block THEN :next_row ELSE first_row END,
            first_block = greatest(first_block, :next_block)
-     WHERE id = :job""")
+     WHERE id = :job AND past_done = :before""")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -113,10 +113,11 @@ def forget_front(connection: Connection, job: UUID) -> Forgotten:
     connection.execute(_DELETE_COLUMNS, columns)
     connection.execute(_DELETE_SUBTASKS, {"job": job, "limit": _FRONT_SUBTASKS})
     newest = max(front, key=lambda block: int(block.number))
-    connection.execute(
+    moved = connection.execute(
         _MOVE,
         {
             "job": job,
+            "before": held.past_done,
             "past_done": front[-1].done_number,
             "next_block": newest.number + 1,
             "next_row": newest.next_row,
@@ -125,4 +126,5 @@ def forget_front(connection: Connection, job: UUID) -> Forgotten:
             "skipped": counted.skipped,
         },
     )
+    assert moved.rowcount == 1, "two sweepers at once, of one leader"
     return Forgotten(blocks=len(front), more=len(front) == FRONT_BLOCKS)
