@@ -35,6 +35,8 @@ class Progress:
     rate: float | None
     #: Seconds that the rest will take, or None where that is not known.
     eta: float | None
+    #: Of an open job: rows before this one are no longer kept.
+    first_row: int = 0
 
     @property
     def done(self) -> int:
@@ -70,12 +72,14 @@ class Progress:
             reused=cells.reused,
             rate=_rate(job),
             eta=job.eta_s,
+            first_row=job.first_row,
         )
 
     def __str__(self) -> str:
         if self.state == State.OPEN:
             # There is no whole of which a share could be told.
             words = [self.state, f"{self.rows:,} rows", f"{self.waiting:,} cells wait"]
+            words += [f"kept from row {self.first_row:,} on"] if self.first_row else []
         elif self.grows:
             words = [self.state, f"{self.rows:,} rows so far", f"{self.done:,} of their {self.total:,} cells"]
         else:

@@ -180,7 +180,7 @@ class Requests:
         self._seconds.labels(method, route).observe(seconds)
 
 
-class Asks:
+class AskFigures:
     """Counts and times the asks of one API process."""
 
     def __init__(self, registry: CollectorRegistry) -> None:
@@ -264,7 +264,7 @@ class Figures(Collector):
         self._since: datetime | None = None
         self.registry = CollectorRegistry()
         self.requests = Requests(self.registry)
-        use.feeds.meter.heard = Asks(self.registry).saw
+        use.feeds.meter.heard = AskFigures(self.registry).saw
         self.registry.register(self)
         ProcessCollector(registry=self.registry)
 

@@ -19,7 +19,7 @@ FRONT_BLOCKS = 64
 #: Closed sub-tasks looked at in one transaction, the oldest first.
 _FRONT_SUBTASKS = 512
 #: Open jobs looked at in one round of the sweeper: those that are behind the most.
-_ROUND = 2
+ROUND = 2
 
 # The oldest block that is left is the one behind those that are gone: one look by an index for each open job.
 _DUE = text(f"""
@@ -84,7 +84,7 @@ class Forgotten:
 
 def due_fronts(connection: Connection) -> list[UUID]:
     """The open jobs whose oldest answered rows have been kept long enough: the first few."""
-    return list(connection.execute(_DUE, {"limit": _ROUND}).scalars())
+    return list(connection.execute(_DUE, {"limit": ROUND}).scalars())
 
 
 def forget_front(connection: Connection, job: UUID) -> Forgotten:

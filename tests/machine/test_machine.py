@@ -110,7 +110,7 @@ _COMMITS = (
         "recall",
         "clone",
         "_chores",
-        "_sweep",
+        "sweep",
         "_forget_front",
     ),
     "record",

@@ -34,6 +34,7 @@ PURE = (
             "policy/lifecycle",
             "policy/liveness",
             "policy/gather",
+            "ask_times",
             "merge",
             "blocks",
             "explaining/case",
