@@ -15,7 +15,7 @@ from sqlalchemy import Connection, text
 from motet.states import State
 
 #: Blocks deleted in one transaction. More: the leader does nothing else for longer; fewer: more transactions.
-FRONT_BLOCKS = 64
+FRONT_BLOCKS = 32
 #: Closed sub-tasks looked at in one transaction, the oldest first.
 _FRONT_SUBTASKS = 512
 #: Open jobs looked at in one round of the sweeper: those that are behind the most.
