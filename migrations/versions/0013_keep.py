@@ -7,7 +7,7 @@ older version ends a job whose front is gone with the cells of that front as ski
 from alembic import op
 
 revision = "0013"
-down_revision = "0011"
+down_revision = "0012"
 branch_labels = None
 depends_on = None
 

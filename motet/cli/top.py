@@ -184,7 +184,7 @@ def _jobs(seen: ClusterView, shown: int, width: int) -> RenderableType:
 
 def _job(job: JobRecord, seen: ClusterView, width: int) -> tuple[Any, ...]:
     progress = Progress.of(job)
-    rate = seen.rates.get(job.id) if progress.is_open else progress.rate
+    rate = seen.rates.get(job.id) if progress.state == State.OPEN else progress.rate
     return (
         job.id[:13],
         plain(job.name or "–", 28 if width >= 100 else 16),
