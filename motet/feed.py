@@ -146,7 +146,9 @@ class Feed:
                 if seen and block.done != block_after + 1:
                     # Of the first block of all, whose rows were seen in part: the server takes 0 for the beginning.
                     if not skip_gone:
-                        raise Gone(f"job {self.job.id}: rows behind {after} are gone", int(end["first_row"]))
+                        raise Gone(
+                            f"job {self.job.id}: rows behind {after} are gone", int(end.get("first_row", 0))
+                        )
                     seen = 0
                 rows = list(block)[seen:]
                 seen = 0

@@ -88,7 +88,8 @@ def as_frame(piece: Merged | End) -> bytes:
     """A block, or the end, as a frame of docs/http.md."""
     if isinstance(piece, End):
         end = {"end": True, "next": piece.after, "state": piece.state, "complete": piece.complete}
-        end["first_row"] = piece.first_row
+        if piece.first_row:
+            end["first_row"] = piece.first_row
         body = pack(end | ({"job": piece.job.to_json()} if piece.job else {}))
     else:
         tasks = zip(piece.job.tasks, piece.columns, strict=True)
