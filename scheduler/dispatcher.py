@@ -44,7 +44,7 @@ from scheduler.policy.placing.rebalancing import TEND_S, Clone, Recall
 from scheduler.policy.placing.records import Demand, Placement
 from scheduler.policy.pressure import throttle
 from scheduler.pulse import pulse
-from scheduler.store import drains, leases
+from scheduler.store import drains, dropping, leases
 from scheduler.store.database import Database, StoreUnavailable
 from scheduler.store.demand import demand_of, frontier, jobs_waiting
 from scheduler.store.endings import end_job, overdue
@@ -260,6 +260,9 @@ class Dispatcher:
         for key, fate in fates.items():
             if not fate.leased:
                 flight = self._placer.flight(key)
+                if fate.state == "lost" and (held := self._book.get(key)) is not None:
+                    # Given up by whoever waited: its worker may hold it though it has not said so yet.
+                    self._controls.recalled(held.worker, key, now + self.settings.lease_s)
                 mine = fate.state == "done" and flight is not None and flight.worker.name == fate.worker
                 self._let_go(key, now, fate.busy_s if mine else None)
 
@@ -294,6 +297,8 @@ class Dispatcher:
         self._controls.due |= changed
         self._beat_at = now + BEAT_STEP_S
         self._read_flags(now)
+        if self._flags.late:
+            dropping.expire(self.database, epoch, self._flags.late)
         self._touched |= self._stale
         self._catch_up(now)
         self._rescue(epoch, now)

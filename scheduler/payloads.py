@@ -80,11 +80,11 @@ class Payloads:
         with self.database.transaction() as connection:
             found = payload_rows.block_texts(connection, wanted)
         blocks = {}
-        for where, (payload, order, first_row, partly_bad) in found.items():
+        for where, (payload, order, first_row, partly_bad, say) in found.items():
             stored = decode_block(payload)
             typed = {name: stored.values[name] for name in stored.types}
             blocks[where] = _Block(
-                stored.texts(), typed, row_order(order), first_row, partly_bad, len(payload) * 4
+                stored.texts(), typed, row_order(order), first_row, partly_bad, say, len(payload) * 4
             )
         return blocks
 
@@ -140,7 +140,10 @@ def _assignment(
         return None
     tasks = tuple(order for number, order in p.tasks if leased.carved.todo >> number & 1)
     also = _names_beside_input(tasks)
-    named = any(order.spec.get("temperature", 0) or order.spec["kind"] == "fit" for order in tasks)
+    says = {blocks[leased.job, r.block].say for r in leased.carved.ranges}
+    # Two processes cannot both be told; the answers are whole without it.
+    say = says.pop() if len(says) == 1 and p.model.answers == "text" else ""
+    named = say or any(order.spec.get("temperature", 0) or order.spec["kind"] == "fit" for order in tasks)
     texts: list[str] = []
     fields: dict[str, list[str]] = {name: [] for name in also}
     indices: list[int] = []
@@ -184,6 +187,7 @@ def _assignment(
         values=tuple(values) if is_typed else (),
         fields={name: tuple(of_rows) for name, of_rows in fields.items()},
         indices=tuple(indices),
+        say=say,
         exclusive=leased.carved.exclusive,
         interactive=p.priority == INTERACTIVE,
         predicted_s=leased.predicted_s,
@@ -232,6 +236,8 @@ class _Block:
     first_row: int
     #: Some values of it came in broken: a pass may have to leave out rows that others do not.
     partly_bad: bool
+    #: The API process that reads along; "": none.
+    say: str
     #: About what it takes here.
     bytes: int
 

@@ -75,7 +75,9 @@ def failed_upstream(connection: Connection, places: Collection[Place]) -> dict[P
 
 
 def because(task: str, error: str, message: str) -> CellError:
-    """The reason of a skipped cell: the task that failed first, and how."""
+    """The reason of a skipped cell: the task that failed first, and how; or that the row was dropped."""
+    if error in (Skip.LATE, Skip.ABANDONED):
+        return CellError(error, message)
     return CellError(Skip.UPSTREAM, message if error == Skip.UPSTREAM else f"{task}: {error}")
 
 

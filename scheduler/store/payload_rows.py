@@ -14,7 +14,7 @@ from scheduler.store.places import PLACES, at_places
 from scheduler.store.results import read_columns
 
 _TEXTS = text("""
-    SELECT b.job_id, b.number, b.payload, b.row_order, b.first_row, b.bad_fields <> '{}'
+    SELECT b.job_id, b.number, b.payload, b.row_order, b.first_row, b.bad_fields <> '{}', b.say
       FROM unnest(CAST(:jobs AS uuid[]), CAST(:blocks AS int[])) k (job, block)
       JOIN block b ON b.job_id = k.job AND b.number = k.block""")
 _PASS = text("""
@@ -28,16 +28,17 @@ _TASKS = text("""
 
 def block_texts(
     connection: Connection, blocks: Collection[tuple[str, int]]
-) -> dict[tuple[str, int], tuple[bytes, bytes, int, bool]]:
-    """(job, block) -> payload, row order, first row, and whether some pass has an order of its own from the start.
+) -> dict[tuple[str, int], tuple[bytes, bytes, int, bool, str]]:
+    """(job, block) -> payload, row order, first row, whether some pass has an order of its own from the start, and the
+    API process that reads along.
 
     Of those that are still there.
     """
     jobs, numbers = zip(*blocks, strict=True)
     at = {"jobs": [UUID(job) for job in jobs], "blocks": list(numbers)}
     return {
-        (str(job), number): (bytes(payload), bytes(order), first_row, partly_bad)
-        for job, number, payload, order, first_row, partly_bad in connection.execute(_TEXTS, at)
+        (str(job), number): (bytes(payload), bytes(order), first_row, partly_bad, say)
+        for job, number, payload, order, first_row, partly_bad, say in connection.execute(_TEXTS, at)
     }
 
 

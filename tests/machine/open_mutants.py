@@ -7,10 +7,13 @@ from typing import Any
 
 from sqlalchemy import Connection, text
 
+from motet.states import Skip
 from scheduler.blocks import EncodedBlock
-from scheduler.store import endings, feeds, keeping, landing, outcomes, sealing
+from scheduler.store import dropping, endings, feeds, keeping, landing, outcomes, sealing
+from scheduler.store.database import Database
 from scheduler.store.feeds import LandedAsk, NewAsk
 from scheduler.store.landing import LoadingJob
+from scheduler.store.leadership import fence
 from scheduler.store.sealing import BlockAnswers
 from tests.machine.mutants import Mutant, Patch
 
@@ -36,13 +39,13 @@ def _look_first(patch: Patch, statement: str) -> None:
     land = feeds.land_asks
 
     def hasty(
-        connection: Connection, job: LoadingJob, block: EncodedBlock, asks: Sequence[NewAsk]
+        connection: Connection, job: LoadingJob, block: EncodedBlock, asks: Sequence[NewAsk], **more: Any
     ) -> tuple[list[LandedAsk], bool]:
         rows = connection.execute(text(statement), {"job": job.id, "keys": [a.key for a in asks]}).all()
         known = [row._mapping for row in rows if row.key is not None]
         if known:
             return [LandedAsk(**row) for row in known], False
-        return land(connection, job, block, asks)
+        return land(connection, job, block, asks, **more)
 
     patch.setattr(feeds, "land_asks", hasty)
     patch.setattr(feeds, "_KNOWN", _KNOWN_NEVER)
@@ -154,6 +157,38 @@ def forgets_to_say_where_rows_begin(patch: Patch) -> None:
     )
 
 
+def expires_what_was_leased(patch: Patch) -> None:
+    skip = dropping._skip
+    patch.setattr(dropping, "_LATE", text(str(dropping._LATE).replace("AND p.cursor = 0", "")))
+    patch.setattr(dropping, "_skip", lambda c, places, closed, why: skip(c, places, closed, Skip.LATE))
+
+    def expire(database: Database, epoch: int, blocks: Collection[dropping.BlockKey]) -> None:
+        with database.transaction() as connection:
+            fence(connection, epoch)
+            for job, number in blocks:
+                dropping.abandon(connection, job, [number])
+
+    patch.setattr(dropping, "expire", expire)
+
+
+def abandons_and_lets_it_run(patch: Patch) -> None:
+    """Then its outcome, which comes too late, finds an open sub-task."""
+    patch.setattr(dropping, "_CLOSE", text("SELECT CAST(:ids AS bigint[])"))
+    patch.setattr(dropping, "_DROP_LEASES", text("SELECT CAST(:ids AS bigint[])"))
+
+
+def keeps_the_key_of_what_was_given_up(patch: Patch) -> None:
+    patch.setattr(dropping, "_FORGET_ASKS", text(f"{dropping._FORGET_ASKS} AND false"))
+
+
+def counts_nothing_that_is_given_up(patch: Patch) -> None:
+    patch.setattr(dropping, "_COUNT", text(str(dropping._COUNT).replace("+ :n", "+ 0 * :n")))
+
+
+def gives_up_rows_that_wait_and_counts_them_on(patch: Patch) -> None:
+    patch.setattr(dropping, "more_waits", lambda connection, waits: None)
+
+
 # -- the plays ---------------------------------------------------------------------------------------
 
 _OPEN = ("open", (0,))
@@ -163,6 +198,8 @@ _SAME_KEY, _OTHER_KEYS = ("race", (0, 0, 0)), ("race", (0, 0, 1))
 _ROUND = ("round", (7,))
 #: A month later, two steps of a dispatcher.
 _MONTH = (("forget_front", (0,)), ("tick", (0,)), ("tick", (0,)))
+_ASK_DROP, _EXPIRE, _ABANDON = ("ask_drop", (0, 0, 1)), ("expire", (0,)), ("abandon", (0, 0, 7))
+_TICK = ("tick", (0,))
 
 OPEN_MUTANTS: Collection[Mutant] = (
     Mutant("checks keys before it locks", checks_keys_before_it_locks, (_OPEN, _SAME_KEY), 13),
@@ -231,5 +268,25 @@ OPEN_MUTANTS: Collection[Mutant] = (
         forgets_to_say_where_rows_begin,
         (_OPEN, _ASK, _ROUND, _ROUND, *_MONTH),
         19,
+    ),
+    Mutant("expires what was leased", expires_what_was_leased, (_OPEN, _ASK_DROP, _TICK, _EXPIRE), 20),
+    Mutant("abandons and lets it run", abandons_and_lets_it_run, (_OPEN, _ASK_DROP, _TICK, _ABANDON), 5),
+    Mutant(
+        "keeps the key of what was given up",
+        keeps_the_key_of_what_was_given_up,
+        (_OPEN, _ASK_DROP, _ABANDON),
+        21,
+    ),
+    Mutant(
+        "counts nothing that is given up",
+        counts_nothing_that_is_given_up,
+        (("open", (4,)), _ASK_DROP, _ABANDON),
+        2,
+    ),
+    Mutant(
+        "gives up rows that wait and counts them on",
+        gives_up_rows_that_wait_and_counts_them_on,
+        (_OPEN, _ASK_DROP, _EXPIRE),
+        5,
     ),
 )

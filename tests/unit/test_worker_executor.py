@@ -27,6 +27,7 @@ from workers.run.device import Device
 from workers.run.executor import LOAD_S, PREPARE_S, Executor
 from workers.run.lane import SHARE, WINDOW_S
 from workers.run.reporter import Reporter
+from workers.run.sayer import Sayer
 from workers.run.stream import FIRST_MEASURED_S, FIRST_RUN_S, RUN_S
 
 TRUNK = Manifest(name="trunk", version="1", engine="fake", answers="number", trunk="t", formats=("bf16",))
@@ -139,6 +140,7 @@ class House:
         self.transport: MemoryWorkerTransport = self.redis.worker("w")
         self.attempts = Attempts()
         self.reporter = Reporter(self.transport, self.attempts)
+        self.sayer = Sayer(self.transport, self.clock)
         #: Tokenising that waits to be done, and whether of interactive rows; None does it at once.
         self.pending: list[tuple[Callable[[], None], bool]] | None = None
         self.executor = Executor(
@@ -153,6 +155,7 @@ class House:
             budget_mb=self.budget_mb,
             broken=self._broken,
             spawn=self._spawn,
+            sayer=self.sayer,
             clock=self.clock,
         )
 
