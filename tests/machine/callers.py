@@ -32,6 +32,7 @@ RACES = ("the same key", "other keys", "a key and a close", "a close and a key")
 #: A transaction waits for a lock of another one after so many seconds at most, or it waits for none.
 _WAITS_S = 2.0
 _KEYS = text("SELECT job_id, key FROM ask")
+_KEPT = text("SELECT job_id, number FROM block")
 _WAITING = text("""
     SELECT count(*) FROM pg_stat_activity WHERE datname = current_database() AND wait_event_type = 'Lock'""")
 
@@ -237,10 +238,13 @@ class Callers:
         """See whose keys are free by now: only what may be given up loses its key."""
         with self._stage.taps["machine"].transaction() as connection:
             known = {(job, bytes(key)) for job, key in connection.execute(_KEYS)}
+            kept = {(job, number) for job, number in connection.execute(_KEPT)}
         droppable = {(a.job, a.place) for a in self.asks if a.drop}
         for asked in self.asks:
             if asked.place is None or asked.gone or asked.refused or (asked.job, asked.key) in known:
                 continue
+            if (asked.job, asked.place[0]) not in kept:
+                continue  # it went from the front
             if (asked.job, asked.place) not in droppable:
                 raise Broken(f"13: key {asked.key!r} is free, and nobody gave it up")
             asked.gone = True
