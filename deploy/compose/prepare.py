@@ -53,6 +53,9 @@ CPU_WORKER_MEMORY=4g
 # Days after its end at which a job is deleted; 0 keeps all.
 RETENTION_DAYS=0
 
+# Share of a device that interactive rows, such as asks of open jobs, may take from bulk that waits: 0.1 to 0.9.
+#LANE_SHARE=0.3
+
 #POSTGRES_MEMORY=2g
 #REDIS_MAXMEMORY=512mb
 #REDIS_MEMORY=1g
