@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import struct
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -379,20 +379,32 @@ class Cell:
 
 
 def read_frames(body: bytes) -> Iterator[Mapping[str, Any]]:
-    """The frames of a results answer: 4 bytes of length, big-endian, then zstd of msgpack.
+    """The frames of a whole results answer. Raises BadMessage where the body is torn or no such stream."""
+    return frames_in((body,))
 
-    Raises BadMessage where the body is torn or no such stream.
+
+def frames_in(pieces: Iterable[bytes]) -> Iterator[Mapping[str, Any]]:
+    """The frames of an answer as its pieces arrive: each 4 bytes of length, big-endian, then zstd of msgpack.
+
+    Raises BadMessage where the pieces together are torn or no such stream.
     """
-    at = 0
-    while at < len(body):
-        if at + 4 > len(body):
-            raise BadMessage("a results stream that ends within a length")
-        size = int.from_bytes(body[at : at + 4], "big")
-        at += 4
-        if at + size > len(body):
-            raise BadMessage(f"a results stream that ends {at + size - len(body)} bytes early")
-        frame = unpack(body[at : at + size])
-        if not isinstance(frame, dict):
-            raise BadMessage("a frame that is no mapping")
-        yield frame
-        at += size
+    rest = b""
+    for piece in pieces:
+        rest, at = rest + piece, 0
+        while at + 4 <= len(rest) and at + 4 + (size := int.from_bytes(rest[at : at + 4], "big")) <= len(
+            rest
+        ):
+            frame = unpack(rest[at + 4 : at + 4 + size])
+            if not isinstance(frame, dict):
+                raise BadMessage("a frame that is no mapping")
+            yield frame
+            at += 4 + size
+        rest = rest[at:]
+    if rest:
+        raise BadMessage(_torn(rest))
+
+
+def _torn(rest: bytes) -> str:
+    if len(rest) < 4:
+        return "a results stream that ends within a length"
+    return f"a results stream that ends {int.from_bytes(rest[:4], 'big') + 4 - len(rest)} bytes early"

@@ -111,7 +111,7 @@ class LiveFeed:
         self._bell, self._threads, self._width = bell, threads, width
         self._under_way: dict[int, _Block] = {}
         self._tasks: set[asyncio.Task[None]] = set()
-        self._reading = False
+        self._reading = self._pumps_soon = False
         #: Whether the asks that wait for company will be looked at again by themselves.
         self._waking = False
         #: On the loop's clock: when it was seen first that the process is about to end; 0: it is not.
@@ -156,7 +156,10 @@ class LiveFeed:
             raise Overloaded(str(full), full.retry_after_s) from None
         self._asks[key] = ask
         ask.answer.add_done_callback(self._forget(ask))
-        self._pump()
+        if not self._pumps_soon:
+            # As soon as the other rows of its request wait too: so they land together.
+            self._pumps_soon = True
+            loop.call_soon(self._pump)
         return await self._as(ask, digest, now + within_s)
 
     def _forget(self, ask: Ask) -> Callable[[asyncio.Future[AskAnswered]], None]:
@@ -189,6 +192,7 @@ class LiveFeed:
                 self._pump()
 
     def _pump(self) -> None:
+        self._pumps_soon = False
         loop = asyncio.get_running_loop()
         for late in self._gatherer.late(loop.time()):
             late.caller.fails(_late(stored=False))
@@ -237,6 +241,13 @@ class LiveFeed:
                     raise
                 await asyncio.sleep(_AGAIN_S)
                 continue
+            except Overloaded as over:
+                # The tenant's quota: it may have room for some of them.
+                fits = len(asks) // 2
+                for ask in asks[fits:]:
+                    ask.fails(over)
+                asks = asks[:fits]
+                continue
             by_key = {place.key: place for place in landed}
             if stored:
                 number = landed[0].block
@@ -251,7 +262,7 @@ class LiveFeed:
                 if (place := by_key.get(ask.key)) is not None:
                     self._found(ask, place)
             asks = [ask for ask in asks if ask.key not in by_key]
-        # Every ask was there before.
+        # Every ask was there before, or was refused.
         self._gatherer.failed(group)
         self._pump()
 

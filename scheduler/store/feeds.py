@@ -18,7 +18,7 @@ from motet.states import State
 from scheduler.blocks import EncodedBlock
 from scheduler.store import words
 from scheduler.store.database import JOB, WORK, together
-from scheduler.store.landing import LoadingJob, arrange
+from scheduler.store.landing import LoadingJob, arrange, check_quota
 from scheduler.store.leases import MORE_WAITS, waiting
 from scheduler.store.results import COLUMN_FIELDS, column_of
 from scheduler.store.sealing import settle
@@ -49,8 +49,8 @@ class LandedAsk:
 
 #: Nothing else of the job may change while its rows are numbered.
 _LOCK = text("""
-    SELECT state, n_rows, n_blocks, blocks_done FROM job
-     WHERE id = :job AND tenant_id = :tenant FOR NO KEY UPDATE""")
+    SELECT j.state, j.n_rows, j.n_blocks, j.blocks_done, t.row_quota FROM job j JOIN tenant t ON t.id = j.tenant_id
+     WHERE j.id = :job AND j.tenant_id = :tenant FOR NO KEY UPDATE OF j""")
 # A statement of its own, behind the lock: under READ COMMITTED the statement that waits for the lock would not see
 # an ask that was committed while it waited.
 _KNOWN = text("""
@@ -97,7 +97,7 @@ def land_asks(
 
     Where some of the keys are there already nothing is stored, and only these asks are told: the caller takes them
     out and lands the rest again.
-    Raises NotFound; Conflict where the job takes no rows.
+    Raises NotFound; Conflict where the job takes no rows; Overloaded beyond the tenant's quota.
     """
     locked, known = together(
         connection,
@@ -121,6 +121,7 @@ def land_asks(
         ], False
     if held.state != State.OPEN:
         raise Conflict(f"job {job.id} is {held.state} and takes no more rows")
+    check_quota(connection, job.tenant, held.row_quota, block.n_rows)
     arranged = arrange(connection, job, held, [block])
     landed, lo = [], 0
     for ask in asks:

@@ -46,7 +46,8 @@ from scheduler.store.schema import spelt
 from scheduler.store.sealing import settle, store_column
 from scheduler.store.words import land, tell
 
-#: Rows of an interactive job at most: more would not be interactive for anyone.
+#: Rows of an interactive job at most: more would not be interactive for anyone. Of an open job no more than a few
+#: groups wait for answers at a time (policy/gather.py), so it has no such limit, and none on all rows it ever had.
 INTERACTIVE_ROWS = 256
 
 
@@ -152,8 +153,11 @@ _PART = text("""
     SELECT digest, n_rows, n_bad,
            (SELECT sum(n_rows) FROM part WHERE job_id = :job AND number <= :number) AS total_rows
       FROM part WHERE job_id = :job AND number = :number""")
+# An open job, which never had a part, keeps its answered rows for months: only those that wait are held against it.
 _ROWS_HELD = text(f"""
-    SELECT coalesce(sum(n_rows), 0) FROM job WHERE tenant_id = :tenant AND state IN {spelt(LIVE)}""")
+    SELECT coalesce(sum(CASE WHEN n_parts > 0 THEN n_rows
+                             ELSE n_rows - (cells_ok + cells_error + cells_skipped) / n_tasks END), 0)
+      FROM job WHERE tenant_id = :tenant AND state IN {spelt(LIVE)}""")
 _ADD_PART = text("""
     INSERT INTO part (job_id, number, digest, n_rows, n_bad) VALUES (:job, :number, :digest, :n_rows, :n_bad)""")
 _FIND_COLUMNS = text("""
@@ -309,10 +313,19 @@ def _check_limits(
         if job.interactive:
             what, remedy = f"at most {most:,} rows in an interactive job", 'submit it with priority="normal"'
         raise InvalidJob(Problem("rows", f"{total:,} rows", what, remedy))
-    if held.row_quota is not None:
-        waiting = int(connection.execute(_ROWS_HELD, {"tenant": job.tenant}).scalar_one())
-        if waiting + n_rows > held.row_quota:
-            raise Overloaded(f"the tenant's quota is {held.row_quota:,} rows in unfinished jobs", 30.0)
+    check_quota(connection, job.tenant, held.row_quota, n_rows)
+
+
+def check_quota(connection: Connection, tenant: UUID, quota: int | None, n_rows: int) -> None:
+    """Raises Overloaded where so many more rows are beyond the tenant's quota."""
+    if quota is None:
+        return
+    waiting = int(connection.execute(_ROWS_HELD, {"tenant": tenant}).scalar_one())
+    if waiting + n_rows > quota:
+        raise Overloaded(
+            f"the tenant's quota is {quota:,} rows in unfinished jobs, and {waiting:,} are; wait until jobs have ended",
+            30.0,
+        )
 
 
 @dataclass
