@@ -36,7 +36,7 @@ ENV = """\
 # Read by docker compose; see docs/operations.md. Made once by `make env`, then yours: it is never written again.
 
 # Where the API and Flower are reached. Beyond loopback, put a proxy with TLS in front: tokens and
-# texts go over this line.
+# texts go over this line. A range, such as 127.0.0.1:8700-8702, is for `--scale api=3`.
 API_LISTEN=127.0.0.1:8700
 FLOWER_LISTEN=127.0.0.1:5555
 

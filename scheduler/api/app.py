@@ -98,7 +98,7 @@ def create_app(settings: Settings) -> FastAPI:
         app.add_exception_handler(kind, _refuse)
     app.state.figures = metrics.Figures(use)
     app.add_middleware(asks.AsksAhead, use=use)
-    app.add_middleware(line.UnderWay)
+    app.add_middleware(line.RequestBound)
     app.add_middleware(AccessLog, requests=app.state.figures.requests)
     return app
 

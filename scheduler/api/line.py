@@ -115,7 +115,7 @@ def _written(status: int, headers: list[tuple[bytes, bytes]], body: bytes) -> by
     return b"HTTP/1.1 %d Service Unavailable\r\n%sconnection: close\r\n\r\n%s" % (status, head, body)
 
 
-class UnderWay:
+class RequestBound:
     """Refuses requests beyond ``MAX_UNDER_WAY``: each is known to wait for something, and has its memory."""
 
     def __init__(self, app: ASGIApp) -> None:

@@ -19,7 +19,7 @@ from motet.results import Block, frames_in, read_frames
 from scheduler.api.ask_meter import AskMeter
 from scheduler.store.ask_spans import SPAN_S
 from scheduler.store.database import StoreUnavailable
-from tests.integration.api_house import CLASSIFY, TWO, House
+from tests.integration.api_house import CLASSIFY, TWO, House, running
 from tests.integration.api_house import house as house
 
 
@@ -122,6 +122,27 @@ def test_the_same_key_at_the_same_moment_lands_once(house: House, feed: str) -> 
         answers = list(callers.map(lambda _: ask(house, feed, ["a"], key="same").json(), range(8)))
     assert all(answer == answers[0] for answer in answers)
     assert house.job(feed)["rows"] == 1
+
+
+def test_two_api_processes_give_one_answer_for_a_key(house: House, feed: str) -> None:
+    """Each gathers by itself; a key is checked under the job's lock."""
+
+    def ask_at(url: str, n: int) -> Any:
+        answer = house.line.post(
+            f"{url}/v1/jobs/{feed}/ask",
+            headers={"Authorization": f"Bearer {house.tokens['user']}"},
+            json={"rows": [f"caller {n}"], "key": f"k{n}"},
+        )
+        assert answer.status_code == 200, answer.text
+        return answer.json()["rows"][0]
+
+    with running(house.settings) as second, ThreadPoolExecutor(16) as callers, answering(house, feed):
+        here = [callers.submit(ask_at, house.url, n) for n in range(24)]
+        there = [callers.submit(ask_at, second, n) for n in range(24)]
+        rows = [one.result(20) for one in here]
+        assert [one.result(20) for one in there] == rows
+    assert sorted(row["row"] for row in rows) == list(range(24))
+    assert house.job(feed)["rows"] == 24
 
 
 def test_a_bad_row_refuses_its_ask_alone(house: House, feed: str) -> None:
