@@ -92,8 +92,8 @@ class House:
         self.connected = 0
         self.statuses: Counter[int] = Counter()
         self.untold = self.cut = 0
-        #: Milliseconds, of the first part and of the second.
-        self.waits: tuple[list[float], list[float]] = ([], [])
+        #: Milliseconds: without bad ones, while these come, which is more to compute, and beside them.
+        self.waits: tuple[list[float], list[float], list[float]] = ([], [], [])
         self.part = 0
 
     def request(self) -> bytes:
@@ -178,6 +178,8 @@ async def play(order: Order) -> dict[str, Any]:
     await asyncio.sleep(order.seconds)
     house.part = 1
     bad = [asyncio.ensure_future(kind(house)) for kind in (deaf, slow, gone) for _ in range(order.bad)]
+    await asyncio.sleep(order.seconds / 2)
+    house.part = 2
     await asyncio.sleep(order.seconds)
     house.ended = True
     left = house.connected

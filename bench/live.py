@@ -313,7 +313,7 @@ def many_connected(running: Cluster, job: str, asked: Sequence[str], size: Size)
     )  # fmt: skip
     seen = connected.connected(order, running.pids["api"])
     assert seen["connected"] == order.connections, "not all were connected"
-    alone_ms, beside_ms = (quantile(waits, 99) for waits in seen["waits"])
+    alone_ms, beside_ms = (quantile(seen["waits"][part], 99) for part in (0, 2))
     say(
         f"  {seen['connected']:,} callers connected, {order.asking} ask at a time: API {seen['api_mb']:.0f} MB, before "
         f"{seen['api_mb_before']:.0f}; p99 {alone_ms:.0f} ms, beside bad callers {beside_ms:.0f} ms; "

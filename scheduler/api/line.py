@@ -12,7 +12,7 @@ from uvicorn.protocols.http.h11_impl import H11Protocol
 from scheduler.api.auth import ASK
 from scheduler.api.refusals import Unavailable, refusal
 
-#: Connections of one process at most. An idle one costs about 15 kB: more cost memory, fewer refuse callers that wait.
+#: Connections of one process at most. An idle one costs about 7 kB: more cost memory, fewer refuse callers that wait.
 MAX_CONNECTIONS = 16_000
 #: Open files that a process keeps for other things than connections: Postgres, Redis, blobs.
 SPARE_FILES = 512

@@ -59,13 +59,13 @@ def forgets_keys(patch: Patch) -> None:
 def numbers_rows_outside_the_lock(patch: Patch) -> None:
     before = "(SELECT n_rows FROM job WHERE id = :job) before"
     lock = f"""
-        SELECT job.state, before.n_rows, job.n_blocks, job.blocks_done FROM job, {before}
+        SELECT job.state, before.n_rows, job.n_blocks, job.blocks_done, NULL AS row_quota FROM job, {before}
          WHERE id = :job AND tenant_id = :tenant FOR NO KEY UPDATE OF job"""
     patch.setattr(feeds, "_LOCK", text(lock))
 
 
 def lands_in_one_statement_without_a_lock(patch: Patch) -> None:
-    patch.setattr(feeds, "_LOCK", text(str(feeds._LOCK).replace("FOR NO KEY UPDATE", "")))
+    patch.setattr(feeds, "_LOCK", text(str(feeds._LOCK).replace("FOR NO KEY UPDATE OF j", "")))
 
 
 def answers_before_all_is_sealed(patch: Patch) -> None:
@@ -98,7 +98,9 @@ def closes_and_forgets_to_succeed(patch: Patch) -> None:
 
 
 def lands_in_a_job_that_is_closed(patch: Patch) -> None:
-    patch.setattr(feeds, "_LOCK", text(str(feeds._LOCK).replace("SELECT state,", "SELECT 'open' AS state,")))
+    patch.setattr(
+        feeds, "_LOCK", text(str(feeds._LOCK).replace("SELECT j.state,", "SELECT 'open' AS state,"))
+    )
 
 
 def forgets_to_count_what_lands(patch: Patch) -> None:
