@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Sequence
 from typing import Any
 
 from sqlalchemy import Connection, text
 
+from motet.states import State
 from scheduler.blocks import EncodedBlock
 from scheduler.store import endings, feeds, keeping, landing, outcomes, sealing
 from scheduler.store.feeds import LandedAsk, NewAsk
@@ -77,20 +78,26 @@ def answers_with_the_rows_of_another(patch: Patch) -> None:
     patch.setattr(feeds, "_KNOWN", text(str(feeds._KNOWN).replace("a.lo,", "0 AS lo,")))
 
 
-def lets_an_open_job_succeed(patch: Patch) -> None:
-    append = sealing.append
+def lets_succeed(state: State) -> Callable[[Patch], None]:
+    """Jobs in this state, whose rows may still grow, end once all that they have is answered."""
     runs = text(
-        "UPDATE job SET state = 'running', closed = now() WHERE id = ANY(:jobs) AND state = 'open' AND blocks_done = n_blocks"
+        f"UPDATE job SET state = 'running', closed = now() WHERE id = ANY(:jobs) AND state = '{state}'"
+        " AND blocks_done = n_blocks"
     )
 
-    def early(connection: Connection, answers: Sequence[BlockAnswers], *rest: Any, **more: Any) -> int:
-        sealed = append(connection, answers, *rest, **more)
-        jobs = {answer.job for answer in answers}
-        connection.execute(runs, {"jobs": sorted(jobs)})
-        sealing.succeed(connection, jobs)
-        return sealed
+    def lets_it(patch: Patch) -> None:
+        append = sealing.append
 
-    patch.setattr(outcomes, "append", early)
+        def early(connection: Connection, answers: Sequence[BlockAnswers], *rest: Any, **more: Any) -> int:
+            sealed = append(connection, answers, *rest, **more)
+            jobs = {answer.job for answer in answers}
+            connection.execute(runs, {"jobs": sorted(jobs)})
+            sealing.succeed(connection, jobs)
+            return sealed
+
+        patch.setattr(outcomes, "append", early)
+
+    return lets_it
 
 
 def closes_and_forgets_to_succeed(patch: Patch) -> None:
@@ -189,7 +196,7 @@ OPEN_MUTANTS: Collection[Mutant] = (
         (_OPEN, _ASK, ("ask_again", (0, 0, 0))),
         13,
     ),
-    Mutant("lets an open job succeed", lets_an_open_job_succeed, (_OPEN, _ASK, _ROUND), 16),
+    Mutant("lets an open job succeed", lets_succeed(State.OPEN), (_OPEN, _ASK, _ROUND), 16),
     Mutant(
         "closes and forgets to succeed",
         closes_and_forgets_to_succeed,
