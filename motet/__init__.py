@@ -28,6 +28,7 @@ from motet.errors import (
     Unreachable,
 )
 from motet.feed import Feed
+from motet.folds import Count, Ewm, Last, Max, Mean, Sum
 from motet.job import Job
 from motet.messages.cluster import Worker
 from motet.messages.jobs import FailedCell, Plan, PlannedPass
@@ -64,9 +65,11 @@ __all__ = [
     "Classify",
     "Client",
     "Conflict",
+    "Count",
     "Embed",
     "Entities",
     "Epoch",
+    "Ewm",
     "Extract",
     "FailedCell",
     "Feed",
@@ -78,7 +81,10 @@ __all__ = [
     "Job",
     "JobFailed",
     "Labels",
+    "Last",
     "Late",
+    "Max",
+    "Mean",
     "MotetError",
     "NotFound",
     "Number",
@@ -90,6 +96,7 @@ __all__ = [
     "Row",
     "SetupError",
     "Span",
+    "Sum",
     "Task",
     "Token",
     "TrainRun",

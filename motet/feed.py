@@ -20,6 +20,7 @@ from typing import Any, TypeAlias
 
 from motet import forks
 from motet.errors import Gone, InvalidJob, JobFailed, Late, MotetError, Overloaded, Problem
+from motet.folds import asked_fields, stored_folds
 from motet.http import MAX_WAIT_S, BodyRefused, Http, error_told
 from motet.job import Job
 from motet.messages.jobs import MAX_ASK_ROWS, JobRecord
@@ -28,7 +29,7 @@ from motet.protocol.values import text_flaw
 from motet.results import CURSORS_A_BLOCK, Block, Row, frames_in
 from motet.rows import BadRows, CheckedRow, check_row, part_of
 from motet.states import ENDED, ENDED_EARLY
-from motet.tasks import dialogues_of, fields_of, short, stored_task
+from motet.tasks import dialogues_of, short, stored_task
 
 #: Requests under way at most. Fewer: rows wait for the answers of others; more: each request carries fewer rows.
 REQUESTS = 4
@@ -102,7 +103,8 @@ class Feed:
         self.job = Job(http, record)
         self._http, self._bad_rows, self._clock = http, bad_rows, clock
         tasks = {name: stored_task(spec) for name, spec in record.tasks.items()}
-        self._fields, self._dialogues = fields_of(tasks), dialogues_of(tasks)
+        self._fields = asked_fields(tasks, stored_folds(record.folds))
+        self._dialogues = dialogues_of(tasks)
         self._most_bytes = _REQUEST_BYTES
         self.leave_to_parent()
         forks.mind(self)

@@ -9,12 +9,13 @@ from __future__ import annotations
 import json
 import struct
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from motet.errors import SetupError
 from motet.protocol.columns import LAYOUT, OK, STATE_MASK, STATES, TRUNCATED, CellError, Column, sized, values
 from motet.protocol.envelope import BadMessage, unpack
+from motet.protocol.values import Value
 
 if TYPE_CHECKING:
     import numpy
@@ -86,6 +87,8 @@ class Block:
     #: The place of this block among the finished ones; None before it is known.
     done: int | None
     answers: Mapping[str, Answers]
+    #: Fold of an open job -> what each row was given.
+    state: Mapping[str, Sequence[Value]] = field(default_factory=dict)
 
     def __len__(self) -> int:
         return self.rows
@@ -107,6 +110,9 @@ class Block:
         }
         if any(len(a.column) != rows for a in answers.values()):
             raise ValueError("a column of another length than its block")
+        state = frame.get("state") or {}
+        if any(len(values) != rows for values in state.values()):
+            raise ValueError("state of another length than its block")
         done = frame.get("done")
         return cls(
             number=int(frame["block"]),
@@ -114,6 +120,7 @@ class Block:
             rows=rows,
             done=None if done is None else int(done),
             answers=answers,
+            state=state,
         )
 
     @classmethod
@@ -163,6 +170,11 @@ class Row(Mapping[str, "Cell"]):
         if done is None:
             return None
         return done * CURSORS_A_BLOCK if offset == len(self._block) else (done - 1) * CURSORS_A_BLOCK + offset
+
+    @property
+    def state(self) -> dict[str, Value]:
+        """What the row of an open job with state was given of the rows before it, by name (docs/live.md)."""
+        return {name: values[self._offset] for name, values in self._block.state.items()}
 
     @property
     def errors(self) -> dict[str, CellError]:

@@ -26,7 +26,7 @@ from scheduler.api.refusals import EXPECTED, error_of, refusal
 from scheduler.api.resources import Resources, Use, job_id
 from scheduler.api.result_streams import framed, plain_rows
 from scheduler.api.routing import Routes, reply, takes
-from scheduler.api.rows import PART_FIELDS, Incoming, columns_in, read_rows, unpacked
+from scheduler.api.rows import PART_FIELDS, Incoming, columns_in, foldable, read_rows, unpacked
 from scheduler.blocks import IncomingPart, keyed
 
 routes = Routes(tags=["jobs"])
@@ -160,13 +160,13 @@ def _rows(feed: LiveFeed, raw: bytes, max_row_bytes: int) -> tuple[AskRequest, I
     # Rows are looked at one by one later: theirs may be bad without the ask being so.
     clean_object({k: v for k, v in body.items() if k != "rows"} if type(body) is dict else body)
     asked = taken(AskRequest, body)
-    return asked, read_rows(asked.rows, feed.job.fields, max_row_bytes, feed.job.dialogues)
+    return asked, read_rows(asked.rows, feed.job.asked, max_row_bytes, feed.job.dialogues)
 
 
 def _columns(feed: LiveFeed, raw: bytes, max_row_bytes: int) -> tuple[AskRequest, Incoming]:
     """The same in msgpack, with the rows in the form of parts: values keep types that JSON cannot carry."""
     body = unpacked(raw)
-    incoming = columns_in(body, feed.job.fields, max_row_bytes, feed.job.dialogues)
+    incoming = columns_in(body, feed.job.asked, max_row_bytes, feed.job.dialogues)
     options = {k: v for k, v in body.items() if k not in PART_FIELDS}
     # The rows stand in the columns: the message is asked for their number alone.
     return taken(AskRequest, clean_object(options | {"rows": [""] * len(incoming)})), incoming
@@ -184,6 +184,10 @@ def _checked(feed: LiveFeed, incoming: Incoming, key: str | None) -> _Ask:
     """The rows under their key. Raises InvalidJob for bad ones, where the job refuses them."""
     if feed.job.bad_rows == "refuse":
         incoming.refuse_bad_rows(0)
+    if feed.job.folds:
+        incoming = foldable(incoming, feed.job.folds)
+        if feed.job.bad_rows == "refuse":
+            incoming.refuse_bad_rows(0)
     part = incoming.part()
     secret = feed.job.secret
     name = key.encode() if key is not None else secrets.token_bytes(16)
@@ -206,7 +210,7 @@ def _reply(feed: LiveFeed, answers: Sequence[AskAnswered | BaseException], *, fr
     for answer in answers:
         if isinstance(answer, AskAnswered):
             columns = [answer.columns[t.number] for t in feed.tasks]
-            rows += plain_rows(feed.tasks, columns, answer.first_row)
+            rows += plain_rows(feed.tasks, columns, answer.first_row, answer.given)
         else:
             rows.append({"error": _error(answer)})
     return reply(AskAnswer(rows=tuple(rows)))
@@ -268,6 +272,7 @@ def _frame(feed: LiveFeed, answer: AskAnswered | BaseException, place: int | Non
             "first_row": answer.first_row,
             "rows": answer.n_rows,
             "columns": {t.name: answer.columns[t.number].to_wire() for t in feed.tasks},
+            **({"state": dict(answer.given)} if answer.given else {}),
         }
     )
 

@@ -18,11 +18,12 @@ from uuid import UUID
 
 from motet.errors import Conflict, Late, MotetError, NotFound, Overloaded
 from motet.protocol.columns import Column, cut
+from motet.protocol.values import Value
 from motet.states import ENDED
 from scheduler.api.ask_meter import AskMeter
 from scheduler.api.bell import Bell
 from scheduler.api.refusals import Unavailable
-from scheduler.blocks import IncomingPart, blocks_of
+from scheduler.blocks import IncomingPart
 from scheduler.policy.gather import Gatherer, GatherFull, Group, Waiting
 from scheduler.store import feeds
 from scheduler.store.database import Database, StoreUnavailable
@@ -62,6 +63,8 @@ class AskAnswered:
     n_rows: int
     #: Task number -> a column of ``n_rows``.
     columns: Mapping[int, Column]
+    #: Fold -> what each row was given.
+    given: Mapping[str, Sequence[Value]]
 
 
 @dataclass(eq=False, slots=True, kw_only=True)
@@ -268,12 +271,9 @@ class LiveFeed:
 
     def _store(self, asks: Sequence[Ask]) -> tuple[list[LandedAsk], bool]:
         part = _together([ask.part for ask in asks])
-        (block,) = blocks_of(
-            part, self.job.readers, secret=self.job.secret, block_rows=len(part), block_bytes=1 << 40
-        )
         new = [NewAsk(key=ask.key, digest=ask.digest, n_rows=len(ask.part)) for ask in asks]
         with self._database.transaction() as connection:
-            return feeds.land_asks(connection, self.job, block, new)
+            return feeds.land_asks(connection, self.job, part, new)
 
     def _found(self, ask: Ask, place: LandedAsk) -> None:
         """Its key landed before, here or in another process: it waits for that block, or has its answer at once."""
@@ -329,7 +329,7 @@ class LiveFeed:
 
     def _look(self, numbers: Sequence[int]) -> FeedLook:
         with self._database.transaction() as connection:
-            return feeds.look(connection, self.job.id, numbers)
+            return feeds.look(connection, self.job.id, numbers, self.job.folds)
 
     def _resolve(self, found: FeedLook, asked: Sequence[int]) -> None:
         now = asyncio.get_running_loop().time()
@@ -340,7 +340,8 @@ class LiveFeed:
                     n, row = len(ask.part), ask.row
                     assert row is not None
                     cells = {task: cut(column, lo, lo + n) for task, column in columns.items()}
-                    ask.answer.set_result(AskAnswered(first_row=row, n_rows=n, columns=cells))
+                    given = {name: v[lo : lo + n] for name, v in found.given.get(number, {}).items()}
+                    ask.answer.set_result(AskAnswered(first_row=row, n_rows=n, columns=cells, given=given))
             if block.group is not None:
                 self._gatherer.answered(block.group, now)
         if found.state is None or found.state in ENDED:

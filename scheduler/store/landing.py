@@ -16,6 +16,7 @@ from psycopg.types.json import Jsonb
 from sqlalchemy import Connection, Row, text
 
 from motet.errors import Conflict, InvalidJob, NotFound, Overloaded, Problem
+from motet.folds import Fold, asked_fields, stored_folds
 from motet.protocol import traces
 from motet.protocol.columns import CellError, Kind
 from motet.protocol.manifest import Manifest, column_kind
@@ -60,6 +61,10 @@ class LoadingJob:
     #: Of the tenant: the key of every digest of its rows.
     secret: bytes = field(repr=False)
     fields: tuple[str, ...]
+    #: Fields that a caller sends; the others are folded.
+    asked: tuple[str, ...]
+    #: What is folded of the rows of an open job, by name.
+    folds: Mapping[str, Fold]
     #: Fields among them that hold dialogues.
     dialogues: frozenset[str]
     bad_rows: Literal["refuse", "error"]
@@ -90,7 +95,7 @@ class Landed:
 
 
 _LOADING = text(
-    "SELECT id, tenant_id, fields, bad_rows, priority, reuse FROM job WHERE id = :job AND tenant_id = :tenant"
+    "SELECT id, tenant_id, fields, folds, bad_rows, priority, reuse FROM job WHERE id = :job AND tenant_id = :tenant"
 )
 _READERS = text("""
     SELECT t.number, t.name, t.kind, t.pass_number, t.spec, t.digest, m.manifest, l.manifest AS loaded,
@@ -107,7 +112,7 @@ def loading(connection: Connection, tenant: UUID, job: UUID) -> LoadingJob:
         raise NotFound(f"no job {job}")
     rows = connection.execute(_READERS, {"job": job}).all()
     tasks = {row.name: stored_task(row.spec) for row in rows}
-    names, needs = list(tasks), needs_of(tasks)
+    names, needs, folds = list(tasks), needs_of(tasks), stored_folds(found.folds)
     readers: list[Reader] = []
     kinds: list[Kind] = []
     passes: dict[int, list[int]] = {}
@@ -132,6 +137,8 @@ def loading(connection: Connection, tenant: UUID, job: UUID) -> LoadingJob:
         tenant=found.tenant_id,
         secret=secret_of(connection, tenant),
         fields=tuple(found.fields),
+        asked=asked_fields(tasks, folds) if folds else tuple(found.fields),
+        folds=folds,
         dialogues=dialogues_of(tasks),
         bad_rows=found.bad_rows,
         interactive=found.priority == PRIORITIES["interactive"],

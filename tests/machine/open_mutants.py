@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Sequence
+from dataclasses import replace
 from typing import Any
 
 from sqlalchemy import Connection, text
 
 from motet.states import State
-from scheduler.blocks import EncodedBlock
-from scheduler.store import endings, feeds, keeping, landing, outcomes, sealing
+from scheduler.blocks import IncomingPart
+from scheduler.store import endings, feeds, folds, keeping, landing, outcomes, sealing
 from scheduler.store.feeds import LandedAsk, NewAsk
+from scheduler.store.folds import Folding
 from scheduler.store.landing import LoadingJob
 from scheduler.store.sealing import BlockAnswers
 from tests.machine.mutants import Mutant, Patch
@@ -37,13 +39,13 @@ def _look_first(patch: Patch, statement: str) -> None:
     land = feeds.land_asks
 
     def hasty(
-        connection: Connection, job: LoadingJob, block: EncodedBlock, asks: Sequence[NewAsk]
+        connection: Connection, job: LoadingJob, part: IncomingPart, asks: Sequence[NewAsk]
     ) -> tuple[list[LandedAsk], bool]:
         rows = connection.execute(text(statement), {"job": job.id, "keys": [a.key for a in asks]}).all()
         known = [row._mapping for row in rows if row.key is not None]
         if known:
             return [LandedAsk(**row) for row in known], False
-        return land(connection, job, block, asks)
+        return land(connection, job, part, asks)
 
     patch.setattr(feeds, "land_asks", hasty)
     patch.setattr(feeds, "_KNOWN", _KNOWN_NEVER)
@@ -163,6 +165,73 @@ def forgets_to_say_where_rows_begin(patch: Patch) -> None:
     )
 
 
+def folds_a_key_again(patch: Patch) -> None:
+    land = feeds.land_asks
+
+    def eager(
+        connection: Connection, job: LoadingJob, part: IncomingPart, asks: Sequence[NewAsk]
+    ) -> tuple[list[LandedAsk], bool]:
+        landed, stored = land(connection, job, part, asks)
+        if job.folds and not stored:
+            _write(connection, job, folds.fold(connection, job, part))
+        return landed, stored
+
+    patch.setattr(feeds, "land_asks", eager)
+
+
+def folds_outside_the_lock(patch: Patch) -> None:
+    land, read = feeds.land_asks, folds.fold
+    early: dict[int, Folding] = {}
+
+    def hasty(
+        connection: Connection, job: LoadingJob, part: IncomingPart, asks: Sequence[NewAsk]
+    ) -> tuple[list[LandedAsk], bool]:
+        if job.folds:
+            early[id(part)] = read(connection, job, part)
+        return land(connection, job, part, asks)
+
+    patch.setattr(feeds, "land_asks", hasty)
+    patch.setattr(folds, "fold", lambda connection, job, part: early[id(part)])
+
+
+def commits_state_apart_from_its_rows(patch: Patch) -> None:
+    read = folds.fold
+
+    def apart(connection: Connection, job: LoadingJob, part: IncomingPart) -> Folding:
+        folding = read(connection, job, part)
+        with connection.engine.begin() as own:
+            _write(own, job, folding)
+        return folding
+
+    patch.setattr(folds, "fold", apart)
+
+
+def _write(connection: Connection, job: LoadingJob, folding: Folding) -> None:
+    connection.execute(text(folds.WRITE), {"job": job.id, **folding.written})
+
+
+def folds_rows_of_one_landing_side_by_side(patch: Patch) -> None:
+    """Each row of it is given what was before the landing."""
+    read = folds.fold
+
+    def blind(connection: Connection, job: LoadingJob, part: IncomingPart) -> Folding:
+        folding = read(connection, job, part)
+        alone = [read(connection, job, _row(part, i)).part.columns for i in range(len(part))]
+        columns = {name: [row[name][0] for row in alone] for name in folding.part.columns}
+        return replace(folding, part=replace(folding.part, columns=columns))
+
+    patch.setattr(folds, "fold", blind)
+
+
+def _row(part: IncomingPart, i: int) -> IncomingPart:
+    bad = {0: part.bad[i]} if i in part.bad else {}
+    return IncomingPart(columns={name: [values[i]] for name, values in part.columns.items()}, bad=bad)
+
+
+def forgets_state_when_it_sweeps(patch: Patch) -> None:
+    patch.setattr(folds, "_OF_CLOSED", text("DELETE FROM fold WHERE :limit > 0"))
+
+
 # -- the plays ---------------------------------------------------------------------------------------
 
 _OPEN = ("open", (0,))
@@ -172,6 +241,8 @@ _SAME_KEY, _OTHER_KEYS = ("race", (0, 0, 0)), ("race", (0, 0, 1))
 _ROUND = ("round", (7,))
 #: A month later, two steps of a dispatcher.
 _MONTH = (("forget_front", (0,)), ("tick", (0,)), ("tick", (0,)))
+#: A job with state; asks of three rows and of one, by two keys.
+_FOLDING, _ASKS = ("open", (2,)), ("ask", (0, 0, 5, 20))
 
 OPEN_MUTANTS: Collection[Mutant] = (
     Mutant("checks keys before it locks", checks_keys_before_it_locks, (_OPEN, _SAME_KEY), 13),
@@ -241,4 +312,24 @@ OPEN_MUTANTS: Collection[Mutant] = (
         (_OPEN, _ASK, _ROUND, _ROUND, *_MONTH),
         19,
     ),
+    Mutant("folds a key again", folds_a_key_again, (_FOLDING, _ASK, ("ask_again", (0, 0, 0))), 20),
+    Mutant(
+        "folds outside the lock",
+        folds_outside_the_lock,
+        (_FOLDING, ("race", (0, 0, 1)), ("race", (0, 0, 1))),
+        20,
+    ),
+    Mutant(
+        "commits state apart from its rows",
+        commits_state_apart_from_its_rows,
+        (_FOLDING, _ASK, ("land_crash", (0, 0, 0, 0))),
+        20,
+    ),
+    Mutant(
+        "folds rows of one landing side by side",
+        folds_rows_of_one_landing_side_by_side,
+        (_FOLDING, _ASKS),
+        20,
+    ),
+    Mutant("forgets state when it sweeps", forgets_state_when_it_sweeps, (_FOLDING, _ASKS, _ROUND, _ASK), 20),
 )
