@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from operator import attrgetter
 from typing import Any, Literal, TypeVar
 
@@ -138,14 +138,11 @@ def _assignment(
     """The message of a leased sub-task; None where its pass or a block of it is gone."""
     if p is None or any((leased.job, r.block) not in blocks for r in leased.carved.ranges):
         return None
-    tasks = tuple(order for number, order in p.tasks if leased.carved.todo >> number & 1)
-    also = _names_beside_input(tasks)
-    named = any(order.spec.get("temperature", 0) or order.spec["kind"] == "fit" for order in tasks)
+    o = p.order(leased.carved.todo)
     texts: list[str] = []
-    fields: dict[str, list[str]] = {name: [] for name in also}
+    fields: dict[str, list[str]] = {name: [] for name in o.also}
     indices: list[int] = []
-    # A function whose whole input is one field of the row is given its values; another task's answer is text.
-    sole = sole_field(p.input) if tasks and all(t.spec["kind"] == "function" for t in tasks) else None
+    whole, sole = o.whole, o.whole if o.typed else None
     values: list[Value] = []
     is_typed = False
     for r in leased.carved.ranges:
@@ -162,12 +159,16 @@ def _assignment(
         rows = order[r.lo : r.hi]
         if sole is not None:
             is_typed = is_typed or sole in block.typed
-            column = block.typed.get(sole, columns[sole])
-            values += (column[i] for i in rows)
-        texts += (render(p.input, {f: column[i] for f, column in columns.items()}) for i in rows)
+            of_field = block.typed.get(sole, columns[sole])
+            values += (of_field[i] for i in rows)
+        if whole is not None:
+            column = columns[whole]
+            texts += [column[i] for i in rows]
+        else:
+            texts += (render(p.input, {f: column[i] for f, column in columns.items()}) for i in rows)
         for name, of_rows in fields.items():
             of_rows += (columns[name][i] for i in rows)
-        if named:
+        if o.drawn:
             indices += (block.first_row + i for i in rows)
     return Assignment(
         subtask=leased.subtask,
@@ -179,7 +180,7 @@ def _assignment(
         model=p.model,
         numerics=p.numerics,
         max_tokens=p.max_tokens,
-        tasks=tasks,
+        tasks=o.tasks,
         texts=tuple(texts),
         values=tuple(values) if is_typed else (),
         fields={name: tuple(of_rows) for name, of_rows in fields.items()},
@@ -188,6 +189,16 @@ def _assignment(
         interactive=p.priority == INTERACTIVE,
         predicted_s=leased.predicted_s,
         measured=leased.measured,
+    )
+
+
+def _order(input: str, tasks: tuple[TaskOrder, ...]) -> _Order:
+    return _Order(
+        tasks,
+        also=_names_beside_input(tasks),
+        whole=sole_field(input),
+        typed=bool(tasks) and all(t.spec["kind"] == "function" for t in tasks),
+        drawn=any(t.spec.get("temperature", 0) or t.spec["kind"] == "fit" for t in tasks),
     )
 
 
@@ -247,6 +258,21 @@ class _Upstream:
     bytes: int
 
 
+@dataclass(frozen=True, slots=True)
+class _Order:
+    """Some tasks of a pass, and what their rows are sent as."""
+
+    tasks: tuple[TaskOrder, ...]
+    #: Names that their other templates read.
+    also: tuple[str, ...]
+    #: The field that is the whole input; None: it is rendered.
+    whole: str | None
+    #: Functions alone, which are given the values of such a field; another task's answer is text.
+    typed: bool
+    #: An answer depends on where its row stands in the job.
+    drawn: bool
+
+
 #: Job, pass, block.
 _Place = tuple[str, int, int]
 _K = TypeVar("_K")
@@ -265,3 +291,14 @@ class _Pass:
     #: It reads other tasks' answers.
     needs: bool
     tasks: tuple[tuple[int, TaskOrder], ...]
+    #: By which of them are to be computed: mostly all of them, always.
+    _orders: dict[int, _Order] = field(default_factory=dict)
+
+    def order(self, todo: int) -> _Order:
+        """What a sub-task with these tasks is made of."""
+        known = self._orders.get(todo)
+        if known is None:
+            known = self._orders[todo] = _order(
+                self.input, tuple(order for number, order in self.tasks if todo >> number & 1)
+            )
+        return known
