@@ -463,14 +463,15 @@ class Dispatcher:
                     self._placer.nothing(p, now)
                     exhausted.add(job_id(p.demand.job))
                     continue
-                cut = _cut(p, carved)
+                rows, size = carved.rows, carved.bytes
+                cut = _cut(p, carved, p.price.of(rows, size))
                 number = next(self._flight_numbers)
                 flight = self._placer.opened(
                     p,
                     number,
                     now,
-                    rows=carved.rows,
-                    size=carved.bytes,
+                    rows=rows,
+                    size=size,
                     seconds=cut.predicted_s,
                     exclusive=carved.exclusive,
                     harmless=carved.deaths == 0,
@@ -489,6 +490,11 @@ class Dispatcher:
         if not decided:
             return 0
         # Rows before messages: a crash in between leaves a lease to rescue, never a message without a row.
+        leased = self._lease(epoch, decided)
+        self._publish(leased)
+        return len(leased)
+
+    def _lease(self, epoch: int, decided: Sequence[tuple[Cut, Flight]]) -> Sequence[Leased]:
         with self._leasing():
             leased = leases.lease(self.database, epoch, [cut for cut, _ in decided], self.settings.lease_s)
         flights = {id(cut.carved): flight for cut, flight in decided}
@@ -497,8 +503,7 @@ class Dispatcher:
             del self._unleased[cast("int", flight.key)]
             self._placer.keyed(flight, (item.subtask, item.attempt))
             self._book.add(held_of(item, flight.worker.boot))
-        self._publish(leased)
-        return len(leased)
+        return leased
 
     def _publish(self, leased: Sequence[Leased]) -> None:
         for some in (leased[i : i + _BUILT_AT_ONCE] for i in range(0, len(leased), _BUILT_AT_ONCE)):
@@ -625,7 +630,7 @@ def _trace_sent(item: Leased, began: float) -> None:
     )
 
 
-def _cut(p: Placement, carved: Carved) -> Cut:
+def _cut(p: Placement, carved: Carved, seconds: float) -> Cut:
     return Cut(
         job=p.demand.job,
         pass_number=p.demand.pass_number,
@@ -633,7 +638,7 @@ def _cut(p: Placement, carved: Carved) -> Cut:
         boot=p.worker.boot,
         device=p.worker.device_name,
         device_kind=p.worker.device_kind,
-        predicted_s=p.price.of(carved.rows, carved.bytes),
+        predicted_s=seconds,
         carved=carved,
         measured=p.measured,
     )

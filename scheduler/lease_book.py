@@ -38,9 +38,10 @@ class LeaseBook:
         return self._held.get(key)
 
     def add(self, held: Held) -> None:
-        self._held[held.key] = self._at[held.worker][held.key] = held
-        self._of_subtask[held.subtask].add(held.key)
-        self._of_job[held.job].add(held.key)
+        key = held.key
+        self._held[key] = self._at[held.worker][key] = held
+        self._of_subtask[held.subtask].add(key)
+        self._of_job[held.job].add(key)
 
     def drop(self, key: LeaseKey) -> Held | None:
         """Take a lease out. None where it is not in."""

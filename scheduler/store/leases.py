@@ -337,6 +337,7 @@ def _open(connection: Connection, taken: _Taken, lease_s: float) -> list[Leased]
     # All out of one system call.
     random = secrets.token_hex(16 * len(taken.cuts))
     nonces = [random[i : i + 32] for i in range(0, len(random), 32)]
+    sizes = [(cut.carved.rows, cut.carved.bytes) for cut in taken.cuts]
     opened = [
         {
             "place": place,
@@ -347,8 +348,8 @@ def _open(connection: Connection, taken: _Taken, lease_s: float) -> list[Leased]
             "his": [r.hi for r in cut.carved.ranges],
             "sizes": [r.bytes for r in cut.carved.ranges],
             "todo": cut.carved.todo,
-            "n_rows": cut.carved.rows,
-            "bytes": cut.carved.bytes,
+            "n_rows": n_rows,
+            "bytes": size,
             "tries": cut.carved.tries,
             "deaths": cut.carved.deaths,
             "exclusive": cut.carved.exclusive,
@@ -359,7 +360,7 @@ def _open(connection: Connection, taken: _Taken, lease_s: float) -> list[Leased]
             "device_kind": cut.device_kind,
             "predicted_s": cut.predicted_s,
         }
-        for place, (cut, nonce) in enumerate(zip(taken.cuts, nonces, strict=True))
+        for place, (cut, nonce, (n_rows, size)) in enumerate(zip(taken.cuts, nonces, sizes, strict=True))
     ]
     leftovers = [
         {
@@ -374,10 +375,10 @@ def _open(connection: Connection, taken: _Taken, lease_s: float) -> list[Leased]
         if (left := cut.carved.leftover) is not None
     ]
     rows: Counter[tuple[str, int]] = Counter()
-    size: Counter[tuple[str, int]] = Counter()
-    for cut in taken.cuts:
-        rows[cut.job, cut.pass_number] += cut.carved.rows
-        size[cut.job, cut.pass_number] += cut.carved.bytes
+    bytes_: Counter[tuple[str, int]] = Counter()
+    for cut, (n_rows, size) in zip(taken.cuts, sizes, strict=True):
+        rows[cut.job, cut.pass_number] += n_rows
+        bytes_[cut.job, cut.pass_number] += size
     ids = connection.execute(
         _OPEN,
         {
@@ -385,7 +386,7 @@ def _open(connection: Connection, taken: _Taken, lease_s: float) -> list[Leased]
             "of_jobs": [UUID(job) for job, _ in rows],
             "of_passes": [number for _, number in rows],
             "of_rows": list(rows.values()),
-            "of_bytes": list(size.values()),
+            "of_bytes": list(bytes_.values()),
             **at_places(taken.cursors),
             "cursors": list(taken.cursors.values()),
             "eaten": taken.pieces,
