@@ -28,7 +28,7 @@ from motet.protocol.redis_url import redis_py_url
 from motet.protocol.settings import Settings
 from motet.protocol.transport import OUTCOMES, WORKERS, RedisTransport, queue_name
 from motet.protocol.transport.keys import beat_key, control_key
-from scheduler.dispatcher import Dispatcher
+from scheduler.dispatcher import Dispatcher, look_for_circles_rarely
 from scheduler.policy.cost import Workload
 from scheduler.store.listening import Listener
 from scheduler.store.rates import Timed, learn
@@ -98,6 +98,7 @@ class Led:
         self.listener = Listener(self.database)
         self.dispatcher = Dispatcher(self.database, transport, Settings(leader_lease_s=600))
         self._step_at = 0.0
+        look_for_circles_rarely()
 
     def lap(self, *, beats: bool = False) -> Lap:
         """One step; ``beats``: not before it has to look at the beats again."""

@@ -8,6 +8,7 @@ the next beat step, and counts where it still differs in the same way.
 from __future__ import annotations
 
 import logging
+from bisect import bisect_left
 from collections.abc import Collection
 from dataclasses import dataclass, field
 from uuid import UUID
@@ -59,6 +60,8 @@ class Audit:
     #: The leases behind this one, and then the jobs behind that one, are still to be looked at.
     _lease: int | None = 0
     _job: UUID | None = None
+    #: The book as of the begin, by id: what came into it since then the next audit looks at.
+    _keys: list[LeaseKey] = field(default_factory=list)
     _doubts: Differences = field(default_factory=Differences)
 
     def begun(self, now: float) -> None:
@@ -73,6 +76,7 @@ class Audit:
             if now < self._begins_at:
                 return certain
             self._begins_at, self._lease, self._job = None, 0, None
+            self._keys = sorted(self.book.keys())
         if self._lease is not None:
             self._doubts = self._look_at_leases(connection, self._lease)
         elif self._job is not None:
@@ -93,11 +97,11 @@ class Audit:
         if last is None:
             self._job = _FIRST_JOB
         keys = {h.key for h in stored}
+        begins = bisect_left(self._keys, (after + 1, 0))
+        ends = len(self._keys) if last is None else bisect_left(self._keys, (last + 1, 0))
         return Differences(
             unknown=tuple(h for h in stored if h.key not in self.book),
-            ended=tuple(
-                key for key in self.book.keys() - keys if after < key[0] and (last is None or key[0] <= last)
-            ),
+            ended=tuple(key for key in self._keys[begins:ends] if key not in keys and key in self.book),
         )
 
     def _look_at_jobs(self, connection: Connection, after: UUID, now: float) -> Differences:

@@ -11,6 +11,7 @@ where words were missed, and, slice by slice, by the audit (scheduler/audit.py).
 
 from __future__ import annotations
 
+import gc
 import logging
 import threading
 import time
@@ -28,7 +29,7 @@ from motet.protocol.wire import Beat
 from motet.states import State
 from scheduler.audit import Audit, Differences
 from scheduler.controls import Controls
-from scheduler.crew import Crew, another_boot, at_a_draining, left_behind, one_of_each_kind, seen_alive
+from scheduler.crew import Crew, another_boot, draining, left_behind, one_of_each_kind, seen_alive
 from scheduler.facts import Flags, read_flags, under_way
 from scheduler.identity import is_gone, own_name
 from scheduler.lease_book import LeaseBook, held_of, job_id
@@ -44,15 +45,15 @@ from scheduler.policy.placing.rebalancing import TEND_S, Clone, Recall
 from scheduler.policy.placing.records import Demand, Placement
 from scheduler.policy.pressure import throttle
 from scheduler.pulse import pulse
+from scheduler.speeds import Speeds
 from scheduler.store import drains, leases
 from scheduler.store.database import Database, StoreUnavailable
-from scheduler.store.demand import demand_of, frontier, jobs_waiting
+from scheduler.store.demand import all_jobs_waiting, demand_of, frontier
 from scheduler.store.endings import end_job, overdue
 from scheduler.store.leadership import NotLeading, fence, lead, record_transport, resign
 from scheduler.store.leases import Cut, Fate, Held, Leased, LeaseKey
 from scheduler.store.listening import Listener
 from scheduler.store.outcomes import record_given_up
-from scheduler.store.rates import rates
 from scheduler.store.words import EVERYTHING, SILENCE, Words
 from scheduler.sweeper import sweep
 
@@ -73,14 +74,12 @@ MOST_PER_STEP = 256
 _BUILT_AT_ONCE = 64
 #: Workers that the policy learns of in one beat step at most: ten thousand that come at once would make it too long.
 _WORKERS_PER_STEP = 2_000
-#: Rates are read anew so often.
+#: What outcomes have taught is read so often.
 _LEARN_S = 0.5
 #: Seconds of rest between two quick steps that nobody asked for. Shorter: a processor is kept busy by small changes.
 _BREATH_S = 0.01
 #: After Redis was emptied a worker's first new beats say what it still holds.
 _HEAR_AGAIN_S = 2.5
-#: Jobs whose demand is read at once where everything is read.
-_JOBS_AT_ONCE = 1_000
 
 
 @dataclass
@@ -130,7 +129,7 @@ class Dispatcher:
         #: Workers whose leases are to be looked at, and of whom the policy is to learn.
         self._doubtful: set[str] = set()
         self._to_learn: set[str] = set()
-        self._controls = Controls(self.transport)
+        self._controls, self._speeds = Controls(self.transport), Speeds()
         #: Workers that nothing is put beside what they do.
         self._taboo: set[str] = set()
         #: Share of its usual rate at which the leader sends, as of the last beat step.
@@ -225,14 +224,11 @@ class Dispatcher:
 
     def _read_anew(self, now: float) -> None:
         """Read everything."""
+        self._speeds.forget()
         with self.database.transaction() as connection:
             stored = {h.key: h for h in leases.held(connection)}
             fates = leases.fates(connection, self._book.keys() - stored.keys())
-            jobs = jobs_waiting(connection, UUID(int=0), _JOBS_AT_ONCE)
-            pages = [jobs]
-            while len(pages[-1]) == _JOBS_AT_ONCE:
-                pages.append(jobs_waiting(connection, pages[-1][-1], _JOBS_AT_ONCE))
-            wanted = [(page, demand_of(connection, now, page)) for page in pages]
+            wanted = [(page, demand_of(connection, now, page)) for page in all_jobs_waiting(connection)]
         found = [h for key, h in stored.items() if key not in self._book]
         if self._unheard:
             # Postgres committed them just before it went away: we did not hear of them, and sent nothing.
@@ -241,9 +237,9 @@ class Dispatcher:
         self._take_ends(fates, now)
         for page, more in wanted:
             self._want(page, *more)
-        nothing_waits = {UUID(job) for job, _ in self._placer.wants()} - {
-            job for page in pages for job in page
-        }
+        nothing_waits = {UUID(job) for job, _ in self._placer.wants()}.difference(
+            *(page for page, _ in wanted)
+        )
         self._want(nothing_waits, [], {})
         self._stale.clear()
         self._audit.begun(now)
@@ -261,6 +257,8 @@ class Dispatcher:
             if not fate.leased:
                 flight = self._placer.flight(key)
                 mine = fate.state == "done" and flight is not None and flight.worker.name == fate.worker
+                if mine or (fate.state == "done" and flight is None):
+                    self._speeds.ended(flight)
                 self._let_go(key, now, fate.busy_s if mine else None)
 
     def _let_go(self, key: LeaseKey, now: float, busy_s: float | None = None) -> None:
@@ -311,7 +309,7 @@ class Dispatcher:
             self._flags = flags = read_flags(connection, self.settings.lease_s / 2)
             if now >= self._learned_at:
                 self._learned_at = now + _LEARN_S
-                self._placer.rates = rates(connection)
+                self._placer.rates = self._speeds.read(connection, self._placer.rates)
         self._to_learn |= before.drained ^ flags.drained
         self._controls.due |= before.drained ^ flags.drained
         self._to_learn |= {r.worker for r in set(before.refusals) ^ set(flags.refusals)}
@@ -324,12 +322,12 @@ class Dispatcher:
         book, live, due = self._book, self._crew.live, self._flags.due
         wiped = self._was_emptied(epoch, now)
         asked: Container[LeaseKey] = book if wiped else due.keys() | self._never_sent
-        candidates = {
-            h.key: h for name in (book.workers() if wiped else self._doubtful) for h in book.at(name)
-        }
+        candidates: dict[LeaseKey, Held] = {}
+        for name in book.workers() if wiped else self._doubtful:
+            candidates |= book.at(name)
         candidates |= {key: h for key in (*due, *self._never_sent) if (h := book.get(key)) is not None}
-        seen, in_vain = seen_alive(self.transport, live, candidates.values(), asked)
-        in_vain |= {key for key, h in candidates.items() if left_behind(h, live)}
+        seen, in_vain = seen_alive(self.transport, live, candidates, asked)
+        in_vain |= left_behind(candidates, live)
         in_vain |= self._never_sent - seen
         seen -= in_vain
         late = [key for key in due if key in seen]
@@ -346,7 +344,8 @@ class Dispatcher:
             self._touched.add(h.job)
         # Those that wait on the stream, and those that come into a queue that drains, are looked at again.
         self._doubtful = {h.worker for h in gone if h.key in book}
-        self._doubtful |= {h.worker for h in candidates.values() if at_a_draining(h, live) and h.key in book}
+        drains = draining({h.worker for h in candidates.values()}, live)
+        self._doubtful |= {name for name in drains if book.at(name)}
         self._unheard = False
         self._never_sent.clear()
 
@@ -650,11 +649,19 @@ def _rows_wanted(p: Placement, subtasks: int) -> int:
     return subtasks * min(MAX_ROWS, 1 + int(p.budget_s / row_s))
 
 
+def look_for_circles_rarely() -> None:
+    """Of a hundred thousand leases and beats that live for seconds nothing is garbage in circles, and looking through all
+    of them takes a third of a second."""
+    gc.freeze()
+    gc.set_threshold(5_000, 20, 200)
+
+
 def run(dispatcher: Dispatcher, wake: Listener, stopping: threading.Event) -> None:
     """Step until ``stopping``. Trouble with Postgres or Redis is waited out."""
     tick_s = dispatcher.settings.tick_s
     beat = pulse(dispatcher.settings.pulse)
     words = EVERYTHING
+    look_for_circles_rarely()
     while not stopping.is_set():
         beat()
         try:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Collection, Iterable, Iterator, KeysView
+from collections.abc import Collection, Iterable, Iterator, KeysView, Mapping
 from functools import lru_cache
 from uuid import UUID
 
@@ -60,9 +60,9 @@ class LeaseBook:
         """Workers that hold any."""
         return self._at.keys()
 
-    def at(self, worker: str) -> Collection[Held]:
+    def at(self, worker: str) -> Mapping[LeaseKey, Held]:
         """What a worker holds."""
-        return self._at[worker].values() if worker in self._at else ()
+        return self._at.get(worker, {})
 
     def of(self, subtasks: Iterable[int], jobs: Iterable[UUID]) -> set[LeaseKey]:
         """The leases of these sub-tasks, and of these jobs."""

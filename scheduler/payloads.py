@@ -192,11 +192,11 @@ def _assignment(
     )
 
 
-def _order(input: str, tasks: tuple[TaskOrder, ...]) -> _Order:
+def _order(template: str, tasks: tuple[TaskOrder, ...]) -> _Order:
     return _Order(
         tasks,
         also=_names_beside_input(tasks),
-        whole=sole_field(input),
+        whole=sole_field(template),
         typed=bool(tasks) and all(t.spec["kind"] == "function" for t in tasks),
         drawn=any(t.spec.get("temperature", 0) or t.spec["kind"] == "fit" for t in tasks),
     )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from array import array
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from datetime import datetime
 from itertools import accumulate
 from math import inf
@@ -21,6 +21,8 @@ from scheduler.policy.placing.records import Demand
 from scheduler.store.schema import spelt
 
 _MANIFESTS_KEPT = 1000
+#: Jobs whose demand is read at once where everything is read.
+_JOBS_AT_ONCE = 1_000
 #: Lengths of rows kept between steps, eight bytes each: those of the blocks that are carved on.
 _LENGTHS_KEPT = 2_000_000
 
@@ -83,6 +85,14 @@ def demand_of(
 def jobs_waiting(connection: Connection, after: UUID, limit: int) -> list[UUID]:
     """Jobs with waiting rows that may be carved, also with such that are put off: so many, by id, beyond ``after``."""
     return list(connection.execute(_WAITING, {"after": after, "limit": limit}).scalars())
+
+
+def all_jobs_waiting(connection: Connection) -> Iterator[list[UUID]]:
+    """The same, all of them in pages."""
+    page = jobs_waiting(connection, UUID(int=0), _JOBS_AT_ONCE)
+    while page:
+        yield page
+        page = jobs_waiting(connection, page[-1], _JOBS_AT_ONCE) if len(page) == _JOBS_AT_ONCE else []
 
 
 def _demands(connection: Connection, found: Sequence[Row[Any]], now: float) -> list[Demand]:

@@ -37,14 +37,14 @@ class RedisConnection:
         except self._errors as error:
             raise TransportLost(type(error).__name__) from error
 
-    def send_all(self, commands: Sequence[bytes]) -> list[Exception]:
-        """Commands as they are written on the wire, all in one round trip. What Redis refused of them.
+    def exchange(self, commands: Sequence[bytes]) -> list[Any]:
+        """Commands as they are written on the wire, all in one round trip: an answer for each, also where it is an error.
 
         Where the connection breaks all are sent once more, so twice must be harmless. Raises TransportLost.
         """
         pool = self.client.connection_pool
 
-        def send(_: redis.Redis) -> list[Exception]:
+        def send(_: redis.Redis) -> list[Any]:
             connection = pool.get_connection()
             try:
                 return connection.retry.call_with_retry(
@@ -55,15 +55,15 @@ class RedisConnection:
 
         return self.call(send)  # type: ignore[no-any-return]
 
-    def _answers(self, connection: Any, commands: Sequence[bytes]) -> list[Exception]:
+    def _answers(self, connection: Any, commands: Sequence[bytes]) -> list[Any]:
         connection.send_packed_command([b"".join(commands)])
-        refused: list[Exception] = []
+        answers: list[Any] = []
         for _ in commands:
             try:
-                connection.read_response()
+                answers.append(connection.read_response())
             except self._refusals as error:
-                refused.append(error)
-        return refused
+                answers.append(error)
+        return answers
 
     def close(self) -> None:
         self.client.close()

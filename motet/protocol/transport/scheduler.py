@@ -72,8 +72,8 @@ class RedisTransport:
         self._named: dict[bytes, AttemptKey] = {}
         #: Worker -> its newest beat.
         self._beats: dict[str, KnownBeat] = {}
-        #: All workers at the last look, and the keys of their beats.
-        self._beat_keys: tuple[list[str], list[str]] = ([], [])
+        #: All workers at the last look, and what asks Redis for their beats.
+        self._question: tuple[list[str], bytes] = ([], b"")
 
     def close(self) -> None:
         self._redis.close()
@@ -107,11 +107,13 @@ class RedisTransport:
             names, nameless = members(r)
             if nameless:
                 r.srem(WORKERS, *nameless)
-            known, keys = self._beat_keys
+            known, question = self._question
             if names != known:
-                keys = [beat_key(name) for name in names]
-                self._beat_keys = (names, keys)
-            raw: Any = r.mget(keys) if names else []
+                question = as_command(b"MGET", *(beat_key(name).encode() for name in names))
+                self._question = (names, question)
+            [raw] = self._redis.exchange([question]) if names else [[]]
+            if isinstance(raw, Exception):
+                raise raw
             return names, raw
 
         names, raw = self._redis.call(ask)
@@ -147,12 +149,16 @@ class RedisTransport:
                 commands.append(as_command(b"LPUSH", queue, celery_message(worker, a).encode()))
                 held += len(payload)
                 if held > _SENT_AT_ONCE:
-                    refused += self._redis.send_all(commands)
+                    refused += self._sent(commands)
                     commands, held = [], 0
         if commands:
-            refused += self._redis.send_all(commands)
+            refused += self._sent(commands)
         if refused:
             raise TransportLost(type(refused[0]).__name__) from refused[0]
+
+    def _sent(self, commands: Sequence[bytes]) -> list[Exception]:
+        """What Redis refused of these."""
+        return [answer for answer in self._redis.exchange(commands) if isinstance(answer, Exception)]
 
     def queued(self, worker: str) -> set[tuple[int, int]]:
         return self.queued_at([worker])[worker]
