@@ -21,6 +21,7 @@ from scheduler.policy.placing.records import PassId
 from scheduler.store import leases
 from scheduler.store.demand import demand_of, jobs_waiting
 from scheduler.store.leases import Held, LeaseKey
+from scheduler.store.manifests import Manifests
 
 log = logging.getLogger(__name__)
 
@@ -55,6 +56,7 @@ class Audit:
 
     book: LeaseBook
     placer: Placer
+    manifests: Manifests
     #: When the next one begins; None: one is under way.
     _begins_at: float | None = 0.0
     #: The leases behind this one, and then the jobs behind that one, are still to be looked at.
@@ -115,7 +117,7 @@ class Audit:
         return self._of_jobs(connection, here, now)
 
     def _of_jobs(self, connection: Connection, jobs: Collection[UUID], now: float) -> Differences:
-        demands, _ = demand_of(connection, now, jobs)
+        demands, _ = demand_of(connection, now, jobs, self.manifests)
         stored = {d.id: d.rows_waiting for d in demands}
         known = {id_ for job in jobs for id_ in self.placer.passes_of(str(job))}
         found = ((id_, self.placer.rows_waiting(id_), stored.get(id_, 0)) for id_ in known | stored.keys())

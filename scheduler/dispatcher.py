@@ -48,11 +48,12 @@ from scheduler.pulse import pulse
 from scheduler.speeds import Speeds
 from scheduler.store import drains, leases
 from scheduler.store.database import Database, StoreUnavailable
-from scheduler.store.demand import all_jobs_waiting, demand_of, frontier
+from scheduler.store.demand import Lengths, all_jobs_waiting, demand_of, frontier
 from scheduler.store.endings import end_job, overdue
 from scheduler.store.leadership import NotLeading, fence, lead, record_transport, resign
 from scheduler.store.leases import Cut, Fate, Held, Leased, LeaseKey
 from scheduler.store.listening import Listener
+from scheduler.store.manifests import Manifests
 from scheduler.store.outcomes import record_given_up
 from scheduler.store.words import EVERYTHING, SILENCE, Words
 from scheduler.sweeper import sweep
@@ -95,7 +96,8 @@ class Dispatcher:
     differences: int = 0
 
     def __post_init__(self) -> None:
-        self._payloads = Payloads(self.database)
+        self._manifests, self._lengths = Manifests(), Lengths()
+        self._payloads = Payloads(self.database, self._manifests)
         self._flight_numbers = count()
         self._renew_at = self._chores_at = self._sweep_at = 0.0
         #: When leases of live workers that did not survive an emptied Redis are given up; None: it was not emptied.
@@ -110,7 +112,7 @@ class Dispatcher:
         self._crew, self._roster, self._hopes = Crew(s.dead_s), Roster(), Hopes()
         self._placer = Placer(Rates(), subtask_s=s.subtask_s, ahead_s=s.ahead_s, depth=s.depth)
         self._book = LeaseBook()
-        self._audit = Audit(self._book, self._placer)
+        self._audit = Audit(self._book, self._placer, self._manifests)
         self._flags = Flags()
         #: What was said and is not dealt with yet.
         self._words = EVERYTHING
@@ -213,9 +215,9 @@ class Dispatcher:
             jobs = words.landed | words.ended | self._touched
             jobs |= {job for job, at in self._later.items() if at <= now}
             if keys or jobs:
-                with self.database.transaction() as connection:
+                with self.database.reading() as connection:
                     fates = leases.fates(connection, keys) if keys else {}
-                    wanted = demand_of(connection, now, jobs) if jobs else ([], {})
+                    wanted = demand_of(connection, now, jobs, self._manifests) if jobs else ([], {})
                 self._take_ends(fates, now)
                 self._want(jobs, *wanted)
             self._stale |= words.done_of - jobs
@@ -225,10 +227,13 @@ class Dispatcher:
     def _read_anew(self, now: float) -> None:
         """Read everything."""
         self._speeds.forget()
-        with self.database.transaction() as connection:
+        with self.database.reading() as connection:
             stored = {h.key: h for h in leases.held(connection)}
             fates = leases.fates(connection, self._book.keys() - stored.keys())
-            wanted = [(page, demand_of(connection, now, page)) for page in all_jobs_waiting(connection)]
+            wanted = [
+                (page, demand_of(connection, now, page, self._manifests))
+                for page in all_jobs_waiting(connection)
+            ]
         found = [h for key, h in stored.items() if key not in self._book]
         if self._unheard:
             # Postgres committed them just before it went away: we did not hear of them, and sent nothing.
@@ -305,7 +310,7 @@ class Dispatcher:
     def _read_flags(self, now: float) -> None:
         """What operators, aggregators and the clock of the database say of workers and leases."""
         before = self._flags
-        with self.database.transaction() as connection:
+        with self.database.reading() as connection:
             self._flags = flags = read_flags(connection, self.settings.lease_s / 2)
             if now >= self._learned_at:
                 self._learned_at = now + _LEARN_S
@@ -449,11 +454,12 @@ class Dispatcher:
         exhausted: set[UUID] = set()
         if most == 0 or self._placer.next_due() > now:
             return decided
-        with self.database.transaction() as connection:
+        with self.database.reading() as connection:
             for p in islice(self._placer.place(now), most):
                 at = p.demand.id
                 if at not in frontiers:
-                    frontiers[at] = frontier(connection, *at, rows=_rows_wanted(p, most), limit=most)
+                    rows = _rows_wanted(p, most)
+                    frontiers[at] = frontier(connection, *at, self._lengths, rows=rows, limit=most)
                 carved = carve(
                     frontiers[at], p.budget_s, p.price, cap_s=self.settings.subtask_s, least=p.least
                 )
@@ -531,7 +537,7 @@ class Dispatcher:
         for h in back:
             self._controls.recalled(h.worker, h.key, now + self.settings.lease_s)
             log.info("recalled", extra={"subtask": h.subtask, "attempt": h.attempt, "worker": h.worker})
-        with self.database.transaction() as connection:
+        with self.database.reading() as connection:
             fates = leases.fates(connection, [h.key for h in back])
         self._take_ends(fates, now)
         self._touched |= {h.job for h in back}
@@ -574,7 +580,7 @@ class Dispatcher:
             self._sweep_at = (
                 now if sweep(self.database, epoch, self.settings.retention_days) else now + _SWEEP_S
             )
-        with self.database.transaction() as connection:
+        with self.database.reading() as connection:
             found = self._audit.go_on(connection, now)
             fates = leases.fates(connection, found.ended) if found.ended else {}
         if found:

@@ -19,8 +19,8 @@ from sqlalchemy import Connection, text
 from motet.states import CARVED
 from scheduler.policy.carve import Carved, Range
 from scheduler.policy.lifecycle import Return
-from scheduler.store.database import Database
-from scheduler.store.leadership import fence
+from scheduler.store.database import Database, together
+from scheduler.store.leadership import fence, fenced, must_lead
 from scheduler.store.places import PLACES, at_places
 from scheduler.store.schema import spelt
 from scheduler.store.words import land, tell
@@ -266,13 +266,25 @@ def lease(database: Database, epoch: int, cuts: Sequence[Cut], lease_s: float) -
 
     A cut whose job has ended, or whose rows were taken meanwhile, is left out: nothing of it is changed.
     """
+    jobs = sorted({UUID(c.job) for c in cuts})
+    uncarved = {place for c in cuts if not c.carved.pieces for place in _ranges(c)}
+    ids = [id_ for c in cuts for id_ in c.carved.pieces]
     with database.transaction() as connection:
-        fence(connection, epoch)
-        jobs = {c.job for c in cuts}
-        running = {
-            str(id_) for id_ in connection.execute(_RUNNING, {"jobs": sorted(map(UUID, jobs))}).scalars()
-        }
-        taken = _take_rows(connection, [c for c in cuts if c.job in running])
+        # Locks in their order; what of them turns out not to be needed is let go with all others.
+        leads, live, cursors, pieces = together(
+            connection,
+            fenced(epoch),
+            (_RUNNING, {"jobs": jobs}),
+            (_CURSORS, at_places(uncarved)),
+            (_STILL_PIECES, {"ids": ids}),
+        )
+        must_lead(leads)
+        running = {str(job.id) for job in live}
+        taken = _take_rows(
+            [c for c in cuts if c.job in running],
+            {(str(job), number, block): cursor for job, number, block, cursor in cursors},
+            {id_: (str(job), number) for id_, job, number in pieces},
+        )
         return _open(connection, taken, lease_s) if taken.cuts else []
 
 
@@ -289,11 +301,11 @@ class _Taken:
     pieces: list[int] = field(default_factory=list)
 
 
-def _take_rows(connection: Connection, cuts: Sequence[Cut]) -> _Taken:
-    """Lock what the cuts were carved from, and see which of them hold; those before count for those after."""
-    uncarved = [c for c in cuts if not c.carved.pieces]
-    cursors = _cursors(connection, {place for c in uncarved for place in _ranges(c)})
-    pieces = _pieces(connection, {id_ for c in cuts for id_ in c.carved.pieces})
+def _take_rows(cuts: Sequence[Cut], cursors: dict[_Place, int], pieces: dict[int, tuple[str, int]]) -> _Taken:
+    """Which of the cuts hold; those before count for those after.
+
+    ``cursors``: how far the blocks that are ready are carved. ``pieces``: job and pass of those that are still there.
+    """
     taken = _Taken()
     for cut in cuts:
         if cut.carved.pieces:
@@ -315,22 +327,6 @@ def _take_rows(connection: Connection, cuts: Sequence[Cut]) -> _Taken:
 
 def _ranges(cut: Cut) -> dict[_Place, Range]:
     return {(cut.job, cut.pass_number, r.block): r for r in cut.carved.ranges}
-
-
-def _cursors(connection: Connection, places: Collection[_Place]) -> dict[_Place, int]:
-    """How far these blocks are carved, locked; without those that are not ready."""
-    if not places:
-        return {}
-    found = connection.execute(_CURSORS, at_places(places))
-    return {(str(job), number, block): cursor for job, number, block, cursor in found}
-
-
-def _pieces(connection: Connection, ids: Collection[int]) -> dict[int, tuple[str, int]]:
-    """The job and pass of those of these pieces that are still there, locked."""
-    if not ids:
-        return {}
-    found = connection.execute(_STILL_PIECES, {"ids": list(ids)})
-    return {id_: (str(job), number) for id_, job, number in found}
 
 
 def _open(connection: Connection, taken: _Taken, lease_s: float) -> list[Leased]:

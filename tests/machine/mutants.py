@@ -142,6 +142,7 @@ def rescues_what_waits_on_the_stream(patch: Patch) -> None:
 def does_not_fence(patch: Patch) -> None:
     for module in (scheduler.dispatcher, scheduler.sweeper, leases, leadership):
         patch.setattr(module, "fence", lambda connection, epoch: None)
+    patch.setattr(leases, "must_lead", lambda found: None)
 
 
 def publishes_before_it_commits(patch: Patch) -> None:

@@ -48,7 +48,8 @@ class RedisConnection:
             connection = pool.get_connection()
             try:
                 return connection.retry.call_with_retry(
-                    lambda: self._answers(connection, commands), lambda _: connection.disconnect()
+                    lambda: self._answers(connection, commands),
+                    lambda _: connection.disconnect(),  # type: ignore[no-untyped-call]
                 )
             finally:
                 pool.release(connection)
