@@ -118,13 +118,13 @@ def test_a_restart_forgets_nothing(database: Database) -> None:
 
 def test_what_finished_sub_tasks_touched_is_read_anew_and_nothing_else(database: Database) -> None:
     with database.transaction() as connection:
-        learn(connection, [timed(), timed(worker="w2")], [(("model", KEY[1]), 8.0)])
+        learn(connection, [timed(), timed(worker="w2")] * 10, [(("model", KEY[1]), 8.0)])
     mine = known(database)
     other: RateKey = ("t", "another", "fast")
     with database.transaction() as connection:
         learn(
             connection,
-            [timed(seconds=2.0), timed(worker="w2"), timed(key=other)],
+            [timed(seconds=0.6), timed(worker="w2", seconds=0.4), timed(key=other)],
             [(("model", KEY[1]), 4.0), (("other", KEY[1]), 1.0)],
         )
     before = mine.paces["w2"]
