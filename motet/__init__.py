@@ -28,6 +28,7 @@ from motet.errors import (
     Unreachable,
 )
 from motet.feed import Feed
+from motet.folds import Count, Ewm, Last, Max, Mean, Sum
 from motet.job import Job
 from motet.messages.cluster import Worker
 from motet.messages.jobs import FailedCell, Plan, PlannedPass
@@ -66,9 +67,11 @@ __all__ = [
     "Classify",
     "Client",
     "Conflict",
+    "Count",
     "Embed",
     "Entities",
     "Epoch",
+    "Ewm",
     "Extract",
     "FailedCell",
     "Feed",
@@ -80,7 +83,10 @@ __all__ = [
     "Job",
     "JobFailed",
     "Labels",
+    "Last",
     "Late",
+    "Max",
+    "Mean",
     "MotetError",
     "NotFound",
     "Number",
@@ -93,6 +99,7 @@ __all__ = [
     "RowStream",
     "SetupError",
     "Span",
+    "Sum",
     "Task",
     "TextDelta",
     "Token",

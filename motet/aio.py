@@ -13,7 +13,7 @@ from concurrent.futures import Future
 from types import TracebackType
 from typing import TypeVar
 
-from motet.client import Client, Tasks
+from motet.client import Client, Folds, Tasks
 from motet.feed import GRACE_S, AskedRow, Feed, late
 from motet.job import Job
 from motet.messages.jobs import Priority
@@ -129,6 +129,7 @@ class AsyncClient:
         bad_rows: BadRows = "refuse",
         keep_days: float | None = None,
         retention_days: float | None = None,
+        state: Folds | None = None,
     ) -> AsyncFeed:
         """As ``Client.open``, by ``async with``."""
         return AsyncFeed(
@@ -139,6 +140,7 @@ class AsyncClient:
                 bad_rows=bad_rows,
                 keep_days=keep_days,
                 retention_days=retention_days,
+                state=state,
             )
         )
 

@@ -23,6 +23,7 @@ from typing import TYPE_CHECKING, Any
 from uuid import UUID
 
 from motet.errors import Conflict, InvalidJob, MotetError, NotFound, Problem
+from motet.folds import Fold, parse_folds
 from motet.http import Address, BodyRefused, Http, json_of
 from motet.job import Job
 from motet.messages.cluster import Worker, WorkerList
@@ -44,6 +45,8 @@ if TYPE_CHECKING:
     from motet.feed import Feed
 
 Tasks = Mapping[str, Task | Mapping[str, Any]]
+#: Name of a field -> what it holds of the rows before.
+Folds = Mapping[str, Fold | Mapping[str, Any]]
 
 log = logging.getLogger(__name__)
 
@@ -185,6 +188,7 @@ class Client:
         bad_rows: BadRows = "refuse",
         keep_days: float | None = None,
         retention_days: float | None = None,
+        state: Folds | None = None,
     ) -> Feed:
         """Open a job for rows that come one by one, each answered at once: ``feed.ask({"text": …})`` (docs/live.md).
 
@@ -192,7 +196,8 @@ class Client:
         options attaches to it, from anywhere; with others it is a Conflict, and so is the name of a job that was closed.
         With ``bad_rows="error"`` a row that a task cannot read is asked and its cell is an error; with ``"refuse"`` it
         raises InvalidJob for its caller. Each row and its key are deleted ``keep_days`` after it was answered, or 7; the
-        whole job ``retention_days`` after its end. Raises InvalidJob, Unauthorized, Overloaded, Unreachable.
+        whole job ``retention_days`` after its end. ``state`` gives each row what was folded of the rows of its key before
+        it, as fields of these names. Raises InvalidJob, Unauthorized, Overloaded, Unreachable.
         """
         from motet.feed import Feed
 
@@ -200,12 +205,14 @@ class Client:
             raise InvalidJob(
                 Problem("name", "no name", "a name to find the job by", "give one, such as risk")
             )
+        specs = _specs(tasks)
         opening = Submission(
-            tasks={task: spec.to_json() for task, spec in _specs(tasks).items()},
+            tasks={task: spec.to_json() for task, spec in specs.items()},
             name=name,
             priority=priority,
             bad_rows=bad_rows,
             open=True,
+            state=_state(state, specs),
             **_amounts(keep_s=_seconds(keep_days), retention_days=retention_days),
         )
         record = self._open(opening, _key_of(name), lambda refusal: log.warning("waiting: %s", refusal))
@@ -517,6 +524,15 @@ def _specs(tasks: object) -> dict[str, Task]:
             )
         )
     return specs
+
+
+def _state(state: object, tasks: Mapping[str, Task]) -> dict[str, Any] | None:
+    """Check the folds as the server would. Raises InvalidJob."""
+    if state is None:
+        return None
+    if isinstance(state, Mapping):
+        state = {name: fold.to_json() if isinstance(fold, Fold) else fold for name, fold in state.items()}
+    return {name: fold.to_json() for name, fold in parse_folds(state, tasks).items()}
 
 
 def _key_of(name: str) -> str:

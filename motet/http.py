@@ -128,6 +128,11 @@ class Address:
         return cls(url=url, token=token)
 
 
+def whole(answer: httpx.Response) -> object:
+    """Read an answer to its end."""
+    return answer.read()
+
+
 class BodyRefused(InvalidJob):
     """A body of this size is not taken, by the API or by a proxy before it: send less at once."""
 
@@ -238,8 +243,11 @@ class Http:
         patience_s: float | None = None,
         stop: threading.Event | None = None,
         refused: Callable[[Overloaded], object] | None = None,
+        read: Callable[[httpx.Response], object] = whole,
     ) -> httpx.Response:
-        """Send until there is an answer, and return it whole if it is a good one.
+        """Send until there is an answer, and return it if it is a good one.
+
+        ``read`` reads a good one as it comes, and may be called again with the next where that is lost meanwhile.
 
         Lost connections, 429, 503 and the statuses of a proxy that does not reach the API
         (408, 502, 504, 520 to 524) are tried again with jittered back-off, as late as Retry-After asks, for
@@ -263,7 +271,7 @@ class Http:
                 with self._answer(
                     method, path, asked, content, headers, (answer_s or self._silence_s) + may_wait_s
                 ) as answer:
-                    answer.read()
+                    (read if answer.is_success else whole)(answer)
             except httpx.RequestError as error:
                 unsent = isinstance(error, httpx.ConnectError | httpx.ConnectTimeout | httpx.PoolTimeout)
                 cut = not unsent and not isinstance(error, httpx.TimeoutException)
@@ -469,7 +477,8 @@ def error_told(said: Mapping[str, Any]) -> MotetError:
     """The error of one row of an ask, which stands in a good answer among those of others."""
     message = _printable(str(said.get("message") or "no reason was given"))
     status = _STATUS.get(str(said.get("type")), 500)
-    return _known_error(status, said, message, 1.0) or _failed(status, message)
+    again_s = _retry_after_s(str(said.get("retry_after_s", "")))
+    return _known_error(status, said, message, again_s) or _failed(status, message)
 
 
 def _known_error(

@@ -412,7 +412,7 @@ def _clean_text(value: object) -> bool:
     return True
 
 
-def _is_template(value: object) -> bool:
+def is_template(value: object) -> bool:
     return _is_prompt(value) and bool(placeholders(str(value)))
 
 
@@ -428,8 +428,8 @@ def _is_prompt_or_nothing(value: object) -> bool:
     return value == "" or _is_prompt(value)
 
 
-def _is_one_field(value: object) -> bool:
-    return isinstance(value, str) and value.startswith("{") and _is_template(value) and value.count("{") == 1
+def is_one_field(value: object) -> bool:
+    return isinstance(value, str) and value.startswith("{") and is_template(value) and value.count("{") == 1
 
 
 def _is_whole(low: int, high: int) -> Callable[[object], bool]:
@@ -473,10 +473,10 @@ _SEED = "a whole number from 0 to 2^63 - 1"
 _SCHEMA = "a JSON Schema of up to 20,000 characters"
 _CHECKS: Mapping[str, Callable[[Any], bool]] = {
     _MODEL: lambda v: _clean_text(v) and len(str(v)) <= 200,
-    _TEMPLATE: _is_template,
+    _TEMPLATE: is_template,
     _PROMPT: _is_prompt,
     _PROMPT_OR_NOTHING: _is_prompt_or_nothing,
-    _FIELD: _is_one_field,
+    _FIELD: is_one_field,
     _TOKENS: _is_whole(3, 1_000_000),
     _WRITTEN: _is_whole(1, 100_000),
     _STOP: _are_texts(0, 16, 100),

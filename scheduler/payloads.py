@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from operator import attrgetter
-from typing import Any, Literal, TypeVar
+from typing import TypeVar
 
 from cachetools import LRUCache
 
-from motet.protocol.manifest import Manifest
 from motet.protocol.values import Value
 from motet.protocol.wire import Assignment, TaskOrder
 from motet.tasks import KINDS, placeholders, render, sole_field
@@ -19,6 +18,7 @@ from scheduler.policy.fairness import INTERACTIVE
 from scheduler.store import payload_rows
 from scheduler.store.database import Database
 from scheduler.store.leases import Leased
+from scheduler.store.manifests import Manifests
 
 #: Decoded blocks kept between payloads, in bytes of their texts: those of a step, and those that are carved on.
 _CACHE_BYTES = 16 * 1024 * 1024
@@ -34,6 +34,7 @@ class Payloads:
     """Builds assignments; keeps the blocks, passes and answers that it decoded lately."""
 
     database: Database
+    manifests: Manifests
 
     def __post_init__(self) -> None:
         self._blocks: LRUCache[tuple[str, int], _Block] = LRUCache(_CACHE_BYTES, attrgetter("bytes"))
@@ -45,15 +46,17 @@ class Payloads:
         """Worker -> the messages of its leased sub-tasks, in order; without those whose job was removed meanwhile."""
         by_worker: dict[str, list[Assignment]] = {}
         for group in _groups(leased):
-            passes = self._passes_of({(item.job, item.pass_number) for item in group})
-            blocks = self._blocks_of({(item.job, r.block) for item in group for r in item.carved.ranges})
+            passes, blocks = self._passes_and_blocks(
+                {(item.job, item.pass_number) for item in group},
+                {(item.job, r.block) for item in group for r in item.carved.ranges},
+            )
             upstream = self._upstream_of(
                 {
                     (item.job, item.pass_number, r.block)
                     for item in group
                     if (p := passes.get((item.job, item.pass_number)))
                     for r in item.carved.ranges
-                    if p.needs or ((b := blocks.get((item.job, r.block))) and b.partly_bad)
+                    if p.stored.needs or ((b := blocks.get((item.job, r.block))) and b.partly_bad)
                 }
             )
             for item in group:
@@ -62,34 +65,29 @@ class Payloads:
                     by_worker.setdefault(item.worker, []).append(a)
         return by_worker
 
-    def _passes_of(self, wanted: set[tuple[str, int]]) -> dict[tuple[str, int], _Pass]:
-        return _kept_or_read(self._passes, wanted, self._read_passes)
-
-    def _blocks_of(self, wanted: set[tuple[str, int]]) -> dict[tuple[str, int], _Block]:
-        return _kept_or_read(self._blocks, wanted, self._read_blocks)
+    def _passes_and_blocks(
+        self, passes: set[tuple[str, int]], blocks: set[tuple[str, int]]
+    ) -> tuple[dict[tuple[str, int], _Pass], dict[tuple[str, int], _Block]]:
+        """Those that exist: out of the caches, or read together and kept for the next time."""
+        known_passes, known_blocks = _kept(self._passes, passes), _kept(self._blocks, blocks)
+        new_passes, new_blocks = passes - known_passes.keys(), blocks - known_blocks.keys()
+        if new_passes or new_blocks:
+            with self.database.reading() as connection:
+                read, texts = payload_rows.passes_and_blocks(
+                    connection, new_passes, new_blocks, self.manifests
+                )
+            known_passes |= _keep(self._passes, {where: _read_pass(p) for where, p in read.items()})
+            known_blocks |= _keep(self._blocks, {where: _read_block(b) for where, b in texts.items()})
+        return known_passes, known_blocks
 
     def _upstream_of(self, wanted: set[_Place]) -> dict[_Place, _Upstream]:
-        return _kept_or_read(self._upstream, wanted, self._read_upstream)
-
-    def _read_passes(self, wanted: set[tuple[str, int]]) -> dict[tuple[str, int], _Pass]:
-        with self.database.transaction() as connection:
-            found = {where: payload_rows.pass_of(connection, *where) for where in wanted}
-        return {where: _read_pass(*p) for where, p in found.items() if p is not None}
-
-    def _read_blocks(self, wanted: set[tuple[str, int]]) -> dict[tuple[str, int], _Block]:
-        with self.database.transaction() as connection:
-            found = payload_rows.block_texts(connection, wanted)
-        blocks = {}
-        for where, (payload, order, first_row, partly_bad, say) in found.items():
-            stored = decode_block(payload)
-            typed = {name: stored.values[name] for name in stored.types}
-            blocks[where] = _Block(
-                stored.texts(), typed, row_order(order), first_row, partly_bad, say, len(payload) * 4
-            )
-        return blocks
+        found = _kept(self._upstream, wanted)
+        if missing := wanted - found.keys():
+            found |= _keep(self._upstream, self._read_upstream(missing))
+        return found
 
     def _read_upstream(self, wanted: set[_Place]) -> dict[_Place, _Upstream]:
-        with self.database.transaction() as connection:
+        with self.database.reading() as connection:
             found = payload_rows.upstream_answers(connection, wanted)
         upstream = {}
         for where, (order, answers) in found.items():
@@ -114,19 +112,18 @@ def _groups(leased: Sequence[Leased]) -> Iterator[list[Leased]]:
         yield group
 
 
-def _kept_or_read(
-    kept: LRUCache[_K, _V], wanted: set[_K], read: Callable[[set[_K]], dict[_K, _V]]
-) -> dict[_K, _V]:
-    """What is wanted and exists: out of the cache, or read and kept there for the next time."""
-    found = {where: kept[where] for where in wanted if where in kept}
-    if missing := wanted - found.keys():
-        new = read(missing)
-        for where, one in new.items():
-            # The cache refuses an entry that is larger than the whole of it: that one is read each time.
-            if kept.getsizeof(one) <= kept.maxsize:
-                kept[where] = one
-        found |= new
-    return found
+def _kept(cache: LRUCache[_K, _V], wanted: set[_K]) -> dict[_K, _V]:
+    """What of that is in the cache."""
+    return {where: cache[where] for where in wanted if where in cache}
+
+
+def _keep(cache: LRUCache[_K, _V], new: dict[_K, _V]) -> dict[_K, _V]:
+    """The same, which is in the cache from now on."""
+    for where, one in new.items():
+        # The cache refuses an entry that is larger than the whole of it: that one is read each time.
+        if cache.getsizeof(one) <= cache.maxsize:
+            cache[where] = one
+    return new
 
 
 def _assignment(
@@ -138,23 +135,20 @@ def _assignment(
     """The message of a leased sub-task; None where its pass or a block of it is gone."""
     if p is None or any((leased.job, r.block) not in blocks for r in leased.carved.ranges):
         return None
-    tasks = tuple(order for number, order in p.tasks if leased.carved.todo >> number & 1)
-    also = _names_beside_input(tasks)
+    o, stored = p.order(leased.carved.todo), p.stored
     says = {blocks[leased.job, r.block].say for r in leased.carved.ranges}
     # Two processes cannot both be told; the answers are whole without it.
-    say = says.pop() if len(says) == 1 and p.model.answers == "text" else ""
-    named = say or any(order.spec.get("temperature", 0) or order.spec["kind"] == "fit" for order in tasks)
+    say = says.pop() if len(says) == 1 and stored.model.answers == "text" else ""
     texts: list[str] = []
-    fields: dict[str, list[str]] = {name: [] for name in also}
+    fields: dict[str, list[str]] = {name: [] for name in o.also}
     indices: list[int] = []
-    # A function whose whole input is one field of the row is given its values; another task's answer is text.
-    sole = sole_field(p.input) if tasks and all(t.spec["kind"] == "function" for t in tasks) else None
+    whole, sole = o.whole, o.whole if o.typed else None
     values: list[Value] = []
     is_typed = False
     for r in leased.carved.ranges:
         block = blocks[leased.job, r.block]
         columns, order = block.columns, block.order
-        if p.needs or block.partly_bad:
+        if stored.needs or block.partly_bad:
             answers = upstream.get((leased.job, leased.pass_number, r.block))
             if answers is None:
                 return None
@@ -165,33 +159,47 @@ def _assignment(
         rows = order[r.lo : r.hi]
         if sole is not None:
             is_typed = is_typed or sole in block.typed
-            column = block.typed.get(sole, columns[sole])
-            values += (column[i] for i in rows)
-        texts += (render(p.input, {f: column[i] for f, column in columns.items()}) for i in rows)
+            of_field = block.typed.get(sole, columns[sole])
+            values += (of_field[i] for i in rows)
+        if whole is not None:
+            column = columns[whole]
+            texts += [column[i] for i in rows]
+        else:
+            texts += (render(stored.input, {f: column[i] for f, column in columns.items()}) for i in rows)
         for name, of_rows in fields.items():
             of_rows += (columns[name][i] for i in rows)
-        if named:
+        if o.drawn or say:
             indices += (block.first_row + i for i in rows)
     return Assignment(
         subtask=leased.subtask,
         attempt=leased.attempt,
         nonce=leased.nonce,
         job=leased.job,
-        tenant=p.tenant,
-        pass_kind=p.kind,
-        model=p.model,
-        numerics=p.numerics,
-        max_tokens=p.max_tokens,
-        tasks=tasks,
+        tenant=stored.tenant,
+        pass_kind=stored.kind,
+        model=stored.model,
+        numerics=stored.numerics,
+        max_tokens=stored.max_tokens,
+        tasks=o.tasks,
         texts=tuple(texts),
         values=tuple(values) if is_typed else (),
         fields={name: tuple(of_rows) for name, of_rows in fields.items()},
         indices=tuple(indices),
         say=say,
         exclusive=leased.carved.exclusive,
-        interactive=p.priority == INTERACTIVE,
+        interactive=stored.priority == INTERACTIVE,
         predicted_s=leased.predicted_s,
         measured=leased.measured,
+    )
+
+
+def _order(template: str, tasks: tuple[TaskOrder, ...]) -> _Order:
+    return _Order(
+        tasks,
+        also=_names_beside_input(tasks),
+        whole=sole_field(template),
+        typed=bool(tasks) and all(t.spec["kind"] == "function" for t in tasks),
+        drawn=any(t.spec.get("temperature", 0) or t.spec["kind"] == "fit" for t in tasks),
     )
 
 
@@ -207,20 +215,21 @@ def _names_beside_input(tasks: Sequence[TaskOrder]) -> tuple[str, ...]:
     )
 
 
-def _read_pass(row: Any, tasks: Sequence[Any]) -> _Pass:
-    return _Pass(
-        kind=row.kind,
-        numerics=row.numerics,
-        max_tokens=row.max_tokens,
-        input=row.input,
-        model=Manifest.from_json(row.manifest),
-        tenant=str(row.tenant_id),
-        priority=row.priority,
-        needs=bool(row.needs),
-        tasks=tuple(
-            (t.number, TaskOrder(name=t.name, spec=t.spec, manifest=Manifest.from_json(t.manifest)))
-            for t in tasks
-        ),
+def _read_pass(stored: payload_rows.StoredPass) -> _Pass:
+    tasks = ((t.number, TaskOrder(name=t.name, spec=t.spec, manifest=t.manifest)) for t in stored.tasks)
+    return _Pass(stored, tuple(tasks))
+
+
+def _read_block(stored: payload_rows.StoredBlock) -> _Block:
+    columns = decode_block(stored.payload)
+    return _Block(
+        columns.texts(),
+        typed={name: columns.values[name] for name in columns.types},
+        order=row_order(stored.row_order),
+        first_row=stored.first_row,
+        partly_bad=stored.partly_bad,
+        say=stored.say,
+        bytes=len(stored.payload) * 4,
     )
 
 
@@ -253,21 +262,40 @@ class _Upstream:
     bytes: int
 
 
+@dataclass(frozen=True, slots=True)
+class _Order:
+    """Some tasks of a pass, and what their rows are sent as."""
+
+    tasks: tuple[TaskOrder, ...]
+    #: Names that their other templates read.
+    also: tuple[str, ...]
+    #: The field that is the whole input; None: it is rendered.
+    whole: str | None
+    #: Functions alone, which are given the values of such a field; another task's answer is text.
+    typed: bool
+    #: An answer depends on where its row stands in the job.
+    drawn: bool
+
+
 #: Job, pass, block.
 _Place = tuple[str, int, int]
 _K = TypeVar("_K")
 _V = TypeVar("_V")
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(frozen=True, slots=True)
 class _Pass:
-    kind: str
-    numerics: Literal["fast", "exact"]
-    max_tokens: int
-    input: str
-    model: Manifest
-    tenant: str
-    priority: int
-    #: It reads other tasks' answers.
-    needs: bool
+    stored: payload_rows.StoredPass
+    #: By number.
     tasks: tuple[tuple[int, TaskOrder], ...]
+    #: By which of them are to be computed: mostly all of them, always.
+    _orders: dict[int, _Order] = field(default_factory=dict)
+
+    def order(self, todo: int) -> _Order:
+        """What a sub-task with these tasks is made of."""
+        known = self._orders.get(todo)
+        if known is None:
+            known = self._orders[todo] = _order(
+                self.stored.input, tuple(order for number, order in self.tasks if todo >> number & 1)
+            )
+        return known

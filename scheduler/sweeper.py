@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 from uuid import UUID
 
-from scheduler.store import endings, keeping
+from scheduler.store import endings, folds, keeping
 from scheduler.store.database import Database
 from scheduler.store.leadership import fence
 
@@ -22,6 +22,7 @@ def sweep(database: Database, epoch: int, retention_days: float) -> bool:
         due = endings.due_for_deletion(connection, retention_days)
         columns = endings.sweep_columns(connection)
         endings.sweep_events(connection)
+        forgotten = folds.sweep(connection)
         fronts = keeping.due_fronts(connection)
     left = endings.SLICE_BLOCKS
     for job in due:
@@ -31,7 +32,7 @@ def sweep(database: Database, epoch: int, retention_days: float) -> bool:
         if left <= 0:
             break
     more = [_forget_front(database, epoch, job) for job in fronts]
-    return bool(due or columns or any(more) or len(fronts) == keeping.ROUND)
+    return bool(due or columns or forgotten or any(more) or len(fronts) == keeping.ROUND)
 
 
 def _delete_slice(database: Database, epoch: int, job: UUID) -> bool:

@@ -6,7 +6,7 @@ Going down forgets who read along, and lets rows that were to be dropped be comp
 from alembic import op
 
 revision = "0015"
-down_revision = "0013"
+down_revision = "0014"
 branch_labels = None
 depends_on = None
 

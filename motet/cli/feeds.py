@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import sys
 import threading
 from collections.abc import Iterable, Mapping, Sequence
@@ -22,6 +23,10 @@ if TYPE_CHECKING:
 #: Lines of `motet ask JOB -` that are read ahead of the answers. More: memory; fewer: requests carry fewer rows.
 _AHEAD = 1024
 
+#: A fold on the command line; a comma inside braces belongs to a name.
+_FOLD = re.compile(r"(?P<name>[^=\s]+)\s*=\s*(?P<kind>[a-z]+)\((?P<options>.*)\)")
+_NEXT_OPTION = re.compile(r",(?![^{]*\})")
+
 _within = click.option(
     "--within",
     "within_s",
@@ -37,6 +42,13 @@ _within = click.option(
     "open",
     epilog=TASKS_HELP
     + """\b
+State, what the rows of a key before a row come to, as a field of it:
+  n_week='count(key={customer_id}, window=7d)'   how many rows
+  spent='sum({amount}, key={customer_id})'       also mean, max, last
+  trend='ewm({amount}, key={customer_id}, half_life=1d)'
+Further options: window=90s|15m|24h|7d, at={time}.
+
+\b
 Example:
   motet open --name risk --task topic=classify:news-topics --task vector=embed:all-MiniLM-L6-v2
   motet ask risk "My card was charged twice."
@@ -44,6 +56,13 @@ Example:
 )
 @task_option
 @click.option("--name", required=True, help="What it is called by `motet ask`, `tail` and `close`.")
+@click.option(
+    "--state",
+    "folds",
+    multiple=True,
+    metavar="NAME=FOLD",
+    help="A field that holds what the rows of a key before it come to; give it several times. See below.",
+)
 @priority_option("interactive")
 @bad_rows_option
 @click.option(
@@ -62,6 +81,7 @@ Example:
 def open_(
     tasks: Sequence[str],
     name: str,
+    folds: Sequence[str],
     priority: Any,
     bad_rows: Any,
     keep_days: float | None,
@@ -81,6 +101,7 @@ def open_(
             bad_rows=bad_rows,
             keep_days=keep_days,
             retention_days=retention_days,
+            state=_parse_state(folds),
         )
         if as_json:
             put_json(feed.job.record)
@@ -88,6 +109,25 @@ def open_(
         click.echo(feed.job.id)
         if sys.stderr.isatty():
             click.echo(f'it is open; ask it with: {program()} ask {name} "…"', err=True)
+
+
+def _parse_state(folds: Sequence[str]) -> dict[str, dict[str, str]] | None:
+    """Specs of ``n_week=count(key={customer_id}, window=7d)``; what they say is checked with the tasks."""
+    specs: dict[str, dict[str, str]] = {}
+    for told in folds:
+        found = _FOLD.fullmatch(told.strip())
+        if found is None or found["name"] in specs:
+            raise click.BadParameter(
+                f"got {told!r}; expected each name once, as n_week='count(key={{customer_id}}, window=7d)'",
+                param_hint="--state",
+            )
+        specs[found["name"]] = {"kind": found["kind"]}
+        for option in _NEXT_OPTION.split(found["options"]) if found["options"].strip() else ():
+            key, equals, value = option.partition("=")
+            # The field that is folded stands first, without a name.
+            name, value = (key, value) if equals and "{" not in key else ("value", option)
+            specs[found["name"]][name.strip()] = value.strip()
+    return specs or None
 
 
 @click.command(

@@ -46,6 +46,8 @@ class Submission(ApiMessage):
     reuse: bool = True
     #: True: an open job, whose rows come by asking until it is closed; it takes no parts.
     open: bool = False
+    #: What an open job remembers of the rows of a key: name -> spec of a fold (motet.folds).
+    state: Annotated[Mapping[str, Any], Limit("an object of name to fold")] | None = None
     #: Whether a value that is no text refuses the job, or is an error of the tasks that read it.
     bad_rows: Literal["refuse", "error"] = "refuse"
     #: Seconds from now in which it must end, or it fails; null: no hurry.
@@ -263,6 +265,8 @@ class JobRecord(ApiMessage):
     first_row: int = 0
     #: Seconds left at the pace so far; null where there is no pace yet.
     eta_s: float | None = None
+    #: What an open job was given as ``state``: name -> spec of a fold, whose value each row has as a field.
+    folds: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

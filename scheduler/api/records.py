@@ -73,6 +73,7 @@ def describe(job: JobEntry) -> JobRecord:
         retention_days=job.retention_days,
         keep_s=job.keep_s,
         first_row=job.first_row,
+        folds=job.folds or {},
         eta_s=eta_s(job),
     )
 

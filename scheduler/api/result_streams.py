@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,6 +12,7 @@ from motet.errors import Gone, NotFound
 from motet.messages.jobs import JobRecord
 from motet.protocol.columns import Column, values
 from motet.protocol.envelope import pack
+from motet.protocol.values import Value, json_value
 from scheduler.api.refusals import CutOff, error_of
 from scheduler.store.database import StoreUnavailable
 from scheduler.store.results import ReadyBlock, RowOrder, Shown, ShownTask
@@ -24,6 +25,8 @@ class Merged:
     job: Shown
     block: ReadyBlock
     columns: Sequence[Column]
+    #: Fold -> what each row was given.
+    given: Mapping[str, Sequence[Value]]
 
 
 @dataclass(frozen=True, slots=True)
@@ -100,6 +103,7 @@ def as_frame(piece: Merged | End) -> bytes:
                 "rows": piece.block.n_rows,
                 "done": piece.block.done,
                 "columns": {t.name: c.to_wire() for t, c in tasks},
+                **({"state": dict(piece.given)} if piece.given else {}),
             }
         )
     return framed(body)
@@ -114,17 +118,24 @@ def as_lines(piece: Merged | End) -> bytes:
     """The rows of a block as JSON lines; a cell without an answer is null, and told under ``errors``."""
     if isinstance(piece, End):
         return b""
-    rows = plain_rows(piece.job.tasks, piece.columns, piece.block.first_row)
+    rows = plain_rows(piece.job.tasks, piece.columns, piece.block.first_row, piece.given)
     return ("\n".join(json.dumps(row, ensure_ascii=False) for row in rows) + "\n").encode()
 
 
-def plain_rows(tasks: Sequence[ShownTask], columns: Sequence[Column], first_row: int) -> list[dict[str, Any]]:
+def plain_rows(
+    tasks: Sequence[ShownTask],
+    columns: Sequence[Column],
+    first_row: int,
+    given: Mapping[str, Sequence[Value]],
+) -> list[dict[str, Any]]:
     """The rows of these columns as people read them; a cell without an answer is None, and told under ``errors``."""
     cells = {t.name: [_plain(c, v) for v in values(c, t.labels)] for t, c in zip(tasks, columns, strict=True)}
     rows = []
     for offset in range(len(columns[0])):
         row: dict[str, Any] = {"row": first_row + offset}
         row.update((name, column[offset]) for name, column in cells.items())
+        if given:
+            row["state"] = {name: json_value(values[offset]) for name, values in given.items()}
         row["errors"] = {
             t.name: {"error": e.error, "message": e.message}
             for t, c in zip(tasks, columns, strict=True)

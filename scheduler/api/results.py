@@ -25,6 +25,7 @@ from scheduler.api.records import JobPath, WaitS, describe
 from scheduler.api.resources import Resources, Use, job_id
 from scheduler.api.result_streams import End, Merged, frame_stream, line_stream
 from scheduler.api.routing import Routes, gives_bytes
+from scheduler.store import folds
 from scheduler.store.database import StoreUnavailable
 from scheduler.store.jobs import job_entry
 from scheduler.store.results import ReadyBlock, RowOrder, Shown, read_columns, ready_blocks, shown, unanswered
@@ -98,13 +99,15 @@ def read_on(asked: ResultsQuery, look: Look, after: int, budget: float) -> Itera
         budget -= sum(b.bytes for b in batch)
         with asked.use.database.transaction() as connection:
             columns = read_columns(connection, sorted({c for b in batch for c in b.columns}))
+            given = folds.given(connection, asked.job, look.job.folds, [b.number for b in batch])
         if any(c not in columns for b in batch for c in b.columns):
             # The job was removed meanwhile, or its front has moved: the look says which, and where to go on.
             look = look_for(asked, after)
             continue
         for block in batch:
             tasks = zip(look.job.tasks, block.columns, strict=True)
-            yield Merged(look.job, block, [sized(columns[c], t.dim, t.dtype) for t, c in tasks])
+            shown_columns = [sized(columns[c], t.dim, t.dtype) for t, c in tasks]
+            yield Merged(look.job, block, shown_columns, given.get(block.number, {}))
             after = block.cursor(asked.order)
         rest = look.blocks[len(batch) :]
         look = Look(look.job, rest) if rest else look_for(asked, after)

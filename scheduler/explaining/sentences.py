@@ -164,6 +164,7 @@ def notes(case: Case, told: Explanation, stuck: Sequence[PassExplained]) -> Iter
     if told.state == State.OPEN:
         yield from _open_notes(case)
     yield from _beside_notes(told)
+    yield from _lane_note(case)
     looked_at = {d.id for d in case.facts.demand}
     if told.state in CARVED and any(p.demand.id not in looked_at for p in case.waits):
         yield f"{len(looked_at):,} older passes wait, and no more are looked at at a time: its turn comes after them."
@@ -230,6 +231,16 @@ def _beside_notes(told: Explanation) -> Iterator[str]:
             of = _n(b.other_tenants, "other tenant")
             parts.append(f"{_n(b.other_jobs, 'job')} of {of} ({_time(b.other_s)} of work)")
         yield f"Beside it in class {b.priority}: {' and '.join(parts)}."
+
+
+def _lane_note(case: Case) -> Iterator[str]:
+    """Where interactive work and other work are there at once, how devices are shared between them."""
+    classes = {owner.priority == INTERACTIVE for owner in case.owners.values()}
+    if len(classes | {case.standing.job.priority == INTERACTIVE}) > 1:
+        yield (
+            "Interactive rows go before others, and take at most"
+            f" {case.lane_share:.0%} of a device from them (MOTET_LANE_SHARE)."
+        )
 
 
 def _named(c: Cannot) -> str:

@@ -167,6 +167,10 @@ _DELETE_BLOCKS = tuple(
 _DELETE_COLUMNS = text("DELETE FROM sealed_column WHERE id = ANY(:ids) AND refs <= 0")
 _DELETE_SUBTASKS = text("""
     DELETE FROM subtask WHERE id IN (SELECT id FROM subtask WHERE job_id = :job ORDER BY id LIMIT :limit)""")
+#: Keys of folded state deleted in one transaction.
+SLICE_KEYS = 5_000
+_DELETE_KEYS = text("""
+    DELETE FROM fold WHERE job_id = :job AND key IN (SELECT key FROM fold WHERE job_id = :job LIMIT :limit)""")
 _DELETE_JOB = text("DELETE FROM job WHERE id = :job")
 _N_BLOCKS = text("SELECT n_blocks FROM job WHERE id = :job")
 # Its tasks go at once, and with them all that the views of SQL users show of it.
@@ -226,6 +230,8 @@ def _delete_slice(connection: Connection, job: UUID) -> bool:
         if last.n == SLICE_BLOCKS:
             return False
     if connection.execute(_DELETE_SUBTASKS, {"job": job, "limit": SLICE_SUBTASKS}).rowcount == SLICE_SUBTASKS:
+        return False
+    if connection.execute(_DELETE_KEYS, {"job": job, "limit": SLICE_KEYS}).rowcount == SLICE_KEYS:
         return False
     connection.execute(_DELETE_JOB, {"job": job})
     tell(connection, [end(job)])

@@ -43,6 +43,8 @@ class Shown:
     first_block: int = 0
     #: Index of the first row of that block.
     first_row: int = 0
+    #: What is folded of its rows, by name.
+    folds: tuple[str, ...] = ()
 
     @property
     def ended(self) -> bool:
@@ -73,7 +75,8 @@ class ReadyBlock:
 
 
 _JOB = text(
-    "SELECT id, state, n_blocks, past_done, first_block, first_row FROM job WHERE id = :job AND tenant_id = :tenant"
+    "SELECT id, state, n_blocks, past_done, first_block, first_row, folds"
+    " FROM job WHERE id = :job AND tenant_id = :tenant"
 )
 #: What the vectors of a task t of a model m are.
 VECTORS = """
@@ -120,6 +123,7 @@ def shown(connection: Connection, tenant: UUID, job: UUID, tasks: Sequence[str] 
         first_block=found.first_block,
         first_row=found.first_row,
         tasks=tuple(sorted(asked, key=lambda t: t.number)),
+        folds=tuple(sorted(found.folds or ())),
     )
 
 

@@ -23,7 +23,7 @@ from scheduler.store.landing import LoadingJob
 from scheduler.store.listening import Listener
 from scheduler.store.words import EVERYTHING
 from tests.integration.landing import HEAD, TRUNK, land, register
-from tests.integration.test_feeds import ask, block_of
+from tests.integration.test_feeds import ask, part_of
 
 TASKS = {
     "length": Classify("length"),
@@ -60,7 +60,7 @@ class Cluster:
         """The block that the rows land in."""
         with self.database.transaction() as connection:
             landed, _ = feeds.land_asks(
-                connection, self.feed, block_of(self.feed, *texts), [ask(key, len(texts))], due_s=due_s
+                connection, self.feed, part_of(*texts), [ask(key, len(texts))], due_s=due_s
             )
         return landed[0].block
 

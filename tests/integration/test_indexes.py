@@ -20,6 +20,7 @@ from scheduler.store import (
     demand,
     endings,
     explain,
+    folds,
     jobs,
     keeping,
     leases,
@@ -27,6 +28,7 @@ from scheduler.store import (
     pressure,
     results,
 )
+from scheduler.store.manifests import Manifests
 from scheduler.store.registry import tenant_named
 from tests.integration.landing import land
 from tests.integration.test_protocol import TASKS, House, texts
@@ -58,6 +60,8 @@ INSERT INTO subtask (job_id, pass_number, state, blocks, los, his, sizes, todo, 
     FROM block_pass;
 INSERT INTO piece (job_id, pass_number, block_number, lo, hi, bytes)
   SELECT job_id, pass_number, block_number, 0, 1, 1 FROM block_pass;
+INSERT INTO fold SELECT id, sha256(i::text::bytea), 'x', clock_timestamp() + make_interval(hours => i)
+  FROM job, generate_series(1, 10) i;
 INSERT INTO cells SELECT job_id, pass_number, block_number, 0, 0, 1, 'x' FROM block_pass;
 INSERT INTO spent SELECT job_id, block_number, pass_number, 1, 0, 1, 1 FROM block_pass;
 """
@@ -83,7 +87,7 @@ SMALL = {
 #: Indexes of few rows of a large table; a statement may read such an index from end to end.
 OF_FEW = {"job_unfinished", "sealed_column_unshown", "subtask_open"}
 #: Indexes that the sweeper reads from end to end, twice a minute, until it has found enough.
-SWEPT = {"job_ended", "outbox_pkey"}
+SWEPT = {"job_ended", "job_folding", "outbox_pkey"}
 #: Indexes that no statement names, and what uses them.
 BEHIND_THE_SCENES = {
     "task_by_model": "the foreign key to a model that is deleted",
@@ -173,7 +177,7 @@ def play(house: House, job: UUID, other: UUID) -> None:
         house.work()
     with house.database.transaction() as connection:
         tenant = tenant_named(connection, "default")
-        demand.demand(connection, 0.0)
+        demand.demand(connection, 0.0, Manifests())
         jobs.job_entry(connection, tenant, job)
         newest = jobs.job_entries(connection, tenant, limit=10)
         jobs.job_entries(connection, tenant, limit=10, after=newest[-1].id, state=State.SUCCEEDED)
@@ -189,6 +193,7 @@ def play(house: House, job: UUID, other: UUID) -> None:
         endings.due_for_deletion(connection, 30.0)
         endings.sweep_columns(connection)
         endings.sweep_events(connection)
+        folds.sweep(connection)
     for look in (
         lambda c: activity.activity(c, tenant, job, timeline=20),
         lambda c: explain.standing(c, tenant, job),

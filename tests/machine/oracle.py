@@ -1,4 +1,4 @@
-"""The nine invariants of reliability.md 4 and 9 and those of open jobs (13 to 17, 19 to 21) and uploads (18), as far as they can be seen at any moment, over all of Postgres at once.
+"""The nine invariants of reliability.md 4 and 9 and those of open jobs (13 to 17, 19 to 22) and uploads (18), as far as they can be seen at any moment, over all of Postgres at once.
 
 Invariant 6 (no write under an old epoch) is checked inside each transaction of a dispatcher: see ``stage.Tap``.
 """
@@ -17,9 +17,10 @@ from motet.errors import Problem
 from motet.protocol.columns import ERROR, OK, RETURNED, STATE_MASK, Column
 from motet.protocol.envelope import unwrap
 from motet.states import CARVED, ENDED, GROWING
-from scheduler.blocks import row_order
+from scheduler.blocks import decode_block, row_order
 from scheduler.merge import array_of
 from scheduler.policy.lifecycle import MAX_DEATHS_ALONE, MAX_DEATHS_UNSEEN, MAX_TRIES
+from tests.machine.callers import amount_of, who_of
 from tests.machine.stage import Broken
 from tests.machine.world import NEEDS, Job, World, label_for, row_of
 
@@ -29,8 +30,9 @@ _ALL = text("""
                cells_skipped, version, finished, first_block, first_row, past_ok, past_error, past_skipped FROM job) k),
       'task', (SELECT json_agg(k) FROM (SELECT job_id, number, name, pass_number FROM task) k),
       'pass', (SELECT json_agg(k) FROM (SELECT job_id, number, rows_waiting, needs FROM pass) k),
-      'block', (SELECT json_agg(k) FROM (SELECT job_id, number, first_row, n_rows, done_number, encode(row_order, 'base64') AS row_order
-               FROM block) k),
+      'block', (SELECT json_agg(k) FROM (SELECT job_id, number, first_row, n_rows, done_number,
+               encode(row_order, 'base64') AS row_order, encode(payload, 'base64') AS payload FROM block) k),
+      'fold', (SELECT json_agg(k) FROM (SELECT job_id, encode(state, 'base64') AS state FROM fold) k),
       'ask', (SELECT json_agg(k) FROM (SELECT job_id, encode(key, 'hex') AS key, encode(digest, 'hex') AS digest,
                block_number, lo, n_rows FROM ask ORDER BY job_id, block_number, lo) k),
       'block_pass', (SELECT json_agg(k) FROM (SELECT job_id, pass_number, block_number, state, todo, n, cursor, done,
@@ -104,6 +106,8 @@ def check(world: World) -> None:
             _gone_by_right(world, seen, job, j)
             _landed_once(world, seen, job, j)
             _dropped_by_right(world, seen, job, mine)
+            if world.callers.jobs[job.id].loading.folds:
+                _folded_once(seen, job, j)
             _ends_when_closed(world, job, j)
         if job.uploaded:
             _uploaded_once(world, job, j)
@@ -179,7 +183,11 @@ def _gone_by_right(world: World, seen: Seen, job: Job, j: dict[str, Any]) -> Non
             for task in job.tasks:
                 answer = job.cells.pop((row, task))
                 job.past[
-                    "ok" if isinstance(answer, int) else "skipped" if answer == "upstream" else "error"
+                    "ok"
+                    if isinstance(answer, int)
+                    else "skipped"
+                    if answer in ("upstream", *DROPPED)
+                    else "error"
                 ] += 1
     world.callers.forget_blocks(job.id, gone)
     past = tuple(j[f"past_{kind}"] for kind in ("ok", "error", "skipped"))
@@ -240,14 +248,39 @@ def _dropped_by_right(world: World, seen: Seen, job: Job, mine: dict[tuple[int, 
     for (row, task), answer in dropped.items():
         _must(
             any(a.drop and row in of[a] for a in asks),
-            f"20: row {row} is {answer}, and nobody would give it up",
+            f"21: row {row} is {answer}, and nobody would give it up",
         )
         _must(
             answer != "late" or (passes[task], row) not in leased,
-            f"20: row {row} was leased, and {task} is late",
+            f"21: row {row} was leased, and {task} is late",
         )
         held = [a.key for a in asks if row in of[a] and not a.gone]
-        _must(not held, f"21: row {row} is {answer}, and keys {held} still stand for it")
+        _must(not held, f"22: row {row} is {answer}, and keys {held} still stand for it")
+
+
+def _folded_once(seen: Seen, job: Job, j: dict[str, Any]) -> None:
+    """Each row was given what the rows of its key before it come to, and the state is that of all of them."""
+    #: Whose -> how many rows, their sum, the last one.
+    known: dict[str, list[Any]] = {}
+    #: Row -> what it was given, of those that are still kept.
+    given: dict[int, list[Any]] = {}
+    for block in (b for b in seen.tables["block"] if b["job_id"] == j["id"]):
+        values = decode_block(base64.b64decode(block["payload"])).values
+        rows = zip(values["n"], values["spent"], values["lately"], strict=True)
+        given.update(enumerate(map(list, rows), block["first_row"]))
+    for row, words in enumerate(job.rows):
+        if isinstance(words, str):
+            before = known.setdefault(who_of(words), [0, 0, None])
+            now = given.get(row, before)
+            _must(now == before, f"20: row {row} was given {now}, and before it was {before}")
+            known[who_of(words)] = [before[0] + 1, before[1] + amount_of(words), words]
+    kept = [unwrap(base64.b64decode(f["state"])) for f in seen.tables["fold"] if f["job_id"] == j["id"]]
+    # In the order of the names: the newest value with its time, a bucket of counts, one of sums.
+    found = sorted([n[0], spent[0][0], lately[1]] for lately, n, spent in kept)
+    _must(
+        found == sorted(known.values()) or (not found and j["state"] != "open"),
+        f"20: the state is {found}, and the rows come to {sorted(known.values())}",
+    )
 
 
 def _ends_when_closed(world: World, job: Job, j: dict[str, Any]) -> None:

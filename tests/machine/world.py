@@ -16,6 +16,7 @@ from uuid import UUID
 from sqlalchemy import text
 
 from motet.errors import Problem
+from motet.folds import Count, Last, Sum
 from motet.protocol.columns import ERROR, CellError, Column
 from motet.protocol.settings import Settings
 from motet.protocol.transport import TransportLost
@@ -57,6 +58,14 @@ _CHOICES = (
     ("size", "then", "last"),
     ("then", "other", "size", "again"),
 )
+#: What some open jobs fold of their rows, whoever reads it.
+FOLDS = {
+    "n": Count(key="{who}"),
+    "spent": Sum("{amount}", key="{who}"),
+    "lately": Last("{text}", key="{who}"),
+}
+#: Numbers of tasks with which a job is opened so.
+_FOLDED = (2, 4, 6)
 #: Task -> the one whose answer it reads.
 NEEDS = {"then": "size", "last": "then"}
 #: What befalls a dispatcher at a transaction of its step; "lost" befalls a call to Redis, "swallowed"
@@ -298,7 +307,8 @@ class World:
             return
         job, names = UUID(int=len(self.jobs) + 1), _CHOICES[tasks % len(_CHOICES)]
         self._advance(0.01)
-        land(self.database, [], {n: _TASKS[n] for n in names}, job_id=job, priority=0)
+        folds = FOLDS if tasks % len(_CHOICES) in _FOLDED else None
+        land(self.database, [], {n: _TASKS[n] for n in names}, job_id=job, priority=0, folds=folds)
         self.jobs[job] = Job(job, [], names, asked=True)
         self.callers.opened(job, names)
 

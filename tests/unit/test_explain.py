@@ -133,6 +133,7 @@ def told(
         "owners": {OWN: Owner("me", 1, "nightly"), THEIRS: Owner("they", 1, "their secret")},
         "beats": {b.worker: b for b in beats},
         "memory_share": 0.5,
+        "lane_share": 0.3,
         "leads": True,
         "throttle": 1.0,
         "subtask_s": 2.0,
@@ -309,6 +310,7 @@ def test_an_interactive_job_waits_behind_no_bulk() -> None:
     )
     assert "behind" not in found.says
     assert [b.priority for b in found.beside] == ["bulk"]
+    assert any("at most 30% of a device from them (MOTET_LANE_SHARE)" in note for note in found.notes)
     assert found.eta is not None
     assert found.eta.p90_s < 2
 

@@ -33,6 +33,7 @@ PURE = (
             "policy/pressure",
             "policy/lifecycle",
             "policy/liveness",
+            "policy/folds",
             "policy/gather",
             "ask_times",
             "merge",

@@ -49,6 +49,7 @@ class _JobColumns(TypedColumns):
     past_ok: Cells of deleted blocks; they are in cells_ok as well.
     past_error: As past_ok.
     past_skipped: As past_ok.
+    folds: Name -> spec of what is folded of its rows (motet/folds.py); NULL: nothing.
     """
 
     id = key(Uuid)
@@ -94,6 +95,7 @@ class _JobColumns(TypedColumns):
     past_ok = must(BigInteger, default="0")
     past_error = must(BigInteger, default="0")
     past_skipped = must(BigInteger, default="0")
+    folds = may(JSONB(none_as_null=True))
 
 
 job = table(
@@ -114,6 +116,7 @@ job = table(
     CheckConstraint(f"state <> '{State.OPEN}' OR kind = 'infer'", name="a_training_run_is_never_open"),
     UniqueConstraint("tenant_id", "idempotency_key"),
     index("job_ended", "finished", where="finished IS NOT NULL"),
+    index("job_folding", "id", where="folds IS NOT NULL"),
     index("job_newest", "tenant_id", "created DESC", "id DESC"),
     index("job_unfinished", "state", "id", where=f"state IN {spelt(LIVE)}"),
 )
@@ -281,6 +284,28 @@ class _AskSpanColumns(TypedColumns):
 
 
 ask_span = table("ask_span", _AskSpanColumns)
+
+
+class _FoldColumns(TypedColumns):
+    """What an open job remembers of the rows of a key, as of the newest landing.
+
+    key: Keyed digest of the template of the key and its typed value.
+    state: Envelope: an entry for each fold of the template, in order of their names (scheduler/policy/folds.py).
+    until: Nothing of it counts from then on; NULL: as long as its job is open.
+    """
+
+    job_id = key(Uuid, ForeignKey("job.id", ondelete="CASCADE"))
+    key = key(LargeBinary)
+    state = must(LargeBinary)
+    until = may(TIME)
+
+
+fold = table(
+    "fold",
+    _FoldColumns,
+    index("fold_until", "until", where="until IS NOT NULL"),
+    postgresql_with={"fillfactor": 70},
+)
 
 
 class _BlockPassColumns(TypedColumns):
