@@ -183,6 +183,21 @@ def test_small_interactive_batches_do_not_make_bulk_look_dear() -> None:
     assert abs(cost.seconds(16_384) - 0.00855) < 0.001
 
 
+def test_steps_of_one_token_do_not_make_a_prompt_look_dear() -> None:
+    """A language model writes for a lone caller, then others come: their prompts go in whole, not by a few tokens a step."""
+    cost = Cost()
+    for tokens in (500, 1, 300, 1):
+        cost = cost.observed(tokens, 0.1 + tokens / 1000)
+    line = cost.tokens_in(0.6)
+    for _ in range(300):
+        cost = cost.observed(1, 0.1)
+    assert cost.tokens_in(0.6) == pytest.approx(line, rel=0.05)
+    for _ in range(300):
+        cost = cost.observed(1, 0.2)  # others need the processor too
+    assert cost.seconds(1) == pytest.approx(0.2, rel=0.01)
+    assert cost.tokens_in(0.6) == pytest.approx(0.4 / 0.002, rel=0.05)
+
+
 def test_a_cold_start_is_forgotten_at_once() -> None:
     cost = Cost().observed(512, 5.0).observed(512, 0.1).observed(1024, 0.2)
     assert cost.seconds(1024) < 0.25

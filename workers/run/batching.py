@@ -195,7 +195,7 @@ class Cost:
             kept * self.tt + tokens * tokens,
             kept * self.ts + tokens * seconds,
         )
-        return Cost(*sums, *_terms(*sums))
+        return Cost(*sums, *self._terms(*sums))
 
     @property
     def overhead_tokens(self) -> float | None:
@@ -219,18 +219,25 @@ class Cost:
         wanted_s = max(seconds - self.fixed, self.fixed)
         return max(1, int(wanted_s / self.each)) if self.each > 0 else MOST_TOKENS
 
+    def _terms(self, count: float, t: float, s: float, tt: float, ts: float) -> tuple[float, float]:
+        """(fixed, each) of the line through what was observed; where that tells too little, of the line known before,
+        as much higher or lower as the mean is now, and through zero while none is known.
 
-def _terms(count: float, t: float, s: float, tt: float, ts: float) -> tuple[float, float]:
-    """(fixed, each) of the line through what was observed; through zero where that tells too little."""
-    if t <= 0:
-        return 0.0, 0.0
-    mean_t, mean_s, ratio = t / count, s / count, s / t
-    variance = tt / count - mean_t * mean_t
-    if variance < (0.25 * mean_t) ** 2:
-        return 0.0, ratio
-    each = (ts / count - mean_t * mean_s) / variance
-    fixed = mean_s - each * mean_t
-    return (fixed, each) if each > 0 and fixed > 0 else (0.0, ratio)
+        A language model that writes for one caller runs steps of one token. They tell nothing of what a prompt costs,
+        and through zero they would have it taken in by a few tokens at a time.
+        """
+        if t <= 0:
+            return 0.0, 0.0
+        mean_t, mean_s = t / count, s / count
+        variance = tt / count - mean_t * mean_t
+        each = (ts / count - mean_t * mean_s) / variance if variance >= (0.25 * mean_t) ** 2 else 0.0
+        fixed = mean_s - each * mean_t
+        if each > 0 and fixed > 0:
+            return fixed, each
+        before_s = self.fixed + self.each * mean_t
+        if each > 0 or before_s <= 0:
+            return 0.0, s / t
+        return self.fixed * mean_s / before_s, self.each * mean_s / before_s
 
 
 @dataclass(slots=True)
