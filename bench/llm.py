@@ -100,10 +100,13 @@ class Bench:
         self.handle: Causal = self.engine.load(self.manifest, described.files, device="cpu", in_format="fp32")
         self.plain = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
 
-    def rows(self, tasks: Mapping[str, Task], texts: Sequence[str]) -> tuple[Pass, list[Prepared]]:
-        size = statistics.mean(len(text.encode()) for text in texts)
+    def rows(
+        self, tasks: Mapping[str, Task], texts: Sequence[str], *, known: bool = True
+    ) -> tuple[Pass, list[Prepared]]:
+        """``known``: the planner sees the texts; not so of an open job's."""
+        size = {"text": statistics.mean(len(text.encode()) for text in texts)} if known else {}
         asked = [task for task in tasks.values() if isinstance(task, Prompted)]
-        first = first_of(asked, {"text": size}, frozenset())  # as the planner decides it
+        first = first_of(asked, size, frozenset())  # as the planner decides it
         orders = tuple(
             TaskOrder(name=name, spec={**task.to_json(), "first": first}, manifest=self.manifest)
             for name, task in tasks.items()
@@ -534,7 +537,7 @@ def bare_first(bench: Bench, task: Mapping[str, Task], text: str) -> float:
     """Seconds until the bare engine tells the first text of a row's answer."""
     bench.forget()
     began = time.perf_counter()
-    pass_, [row] = bench.rows(task, [text])
+    pass_, [row] = bench.rows(task, [text], known=False)
     bench.engine.admit(replace(pass_, deltas=True), row, 0, urgent=True)
     while bench.handle.rows and not bench.engine.step(bench.handle, BUDGET).deltas:
         pass
@@ -546,7 +549,7 @@ def bare_first(bench: Bench, task: Mapping[str, Task], text: str) -> float:
 
 def run_beside(bench: Bench, task: Mapping[str, Task], texts: Sequence[str], most: int) -> None:
     """Answer these rows, as many at a time as there are callers."""
-    pass_, rows = bench.rows(task, texts)
+    pass_, rows = bench.rows(task, texts, known=False)
     told = replace(pass_, deltas=True)
     waiting, answered = list(enumerate(rows)), 0
     while waiting or bench.handle.rows:
