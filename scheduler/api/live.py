@@ -565,19 +565,14 @@ class Feeds:
 
 
 async def _read_along(
-    words: asyncio.Queue[Said], answer: asyncio.Future[AskAnswered]
+    words: asyncio.Queue[Said | None], answer: asyncio.Future[AskAnswered]
 ) -> AsyncGenerator[AskDelta | AskReset, None]:
     """What is said of a row until it is answered."""
     reading = ReadAlong()
-    while not answer.done():
-        word = asyncio.ensure_future(words.get())
-        try:
-            both: set[asyncio.Future[Any]] = {answer, word}
-            await asyncio.wait(both, return_when=asyncio.FIRST_COMPLETED)
-            said = word.result() if word.done() else None
-        finally:
-            word.cancel()
-        for event in reading.hear(said) if said is not None else ():
+    # The end comes as a word too: to wait for either of two things would cost two tasks for each word.
+    answer.add_done_callback(lambda _: words.put_nowait(None))
+    while (said := await words.get()) is not None and not answer.done():
+        for event in reading.hear(said):
             yield event
 
 

@@ -103,7 +103,7 @@ class Ears:
         self.name = secrets.token_hex(8)
         self._listener = SayListener(redis_url, self.name) if redis_url else None
         self._thread: threading.Thread | None = None
-        self._readers: dict[_Row, set[asyncio.Queue[Said]]] = {}
+        self._readers: dict[_Row, set[asyncio.Queue[Said | None]]] = {}
         self._early: deque[Said] = deque(maxlen=_EARLY)
 
     async def open(self) -> None:
@@ -122,9 +122,9 @@ class Ears:
         await asyncio.to_thread(listener.listening.wait, _OPENS_S)
 
     @contextmanager
-    def of(self, job: str, row: int) -> Iterator[asyncio.Queue[Said]]:
-        """What is said of a row, also just before."""
-        words: asyncio.Queue[Said] = asyncio.Queue()
+    def of(self, job: str, row: int) -> Iterator[asyncio.Queue[Said | None]]:
+        """What is said of a row, also just before. Whoever reads may put None there, as an end."""
+        words: asyncio.Queue[Said | None] = asyncio.Queue()
         for said in self._early:
             if (said.job, said.row) == (job, row):
                 words.put_nowait(said)
@@ -164,6 +164,8 @@ class EventStream(Response):
         # Its length is not known.
         del self.headers["content-length"]
         self._events = events
+        #: On the loop's clock: when something was sent last.
+        self._told_at = 0.0
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         telling = asyncio.ensure_future(self._tell(send))
@@ -179,28 +181,28 @@ class EventStream(Response):
 
     async def _tell(self, send: Send) -> None:
         await send({"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers})
+        # Beside the events and not between them: a wait for each with a time limit is a task for each.
+        signs = asyncio.ensure_future(self._give_signs_of_life(send))
         try:
-            async for body in _with_signs_of_life(self._events):
+            async for name, data in self._events:
+                self._told_at = asyncio.get_running_loop().time()
+                event = f"event: {name}\ndata: {json.dumps(data, ensure_ascii=False)}\n\n"
+                body = event.encode("utf-8", "replace")
                 await send({"type": "http.response.body", "body": body, "more_body": True})
         finally:
+            signs.cancel()
+            await asyncio.wait({signs})
             await self._events.aclose()
         await send({"type": "http.response.body", "body": b""})
 
-
-async def _with_signs_of_life(events: AsyncGenerator[SentEvent, None]) -> AsyncGenerator[bytes, None]:
-    while True:
-        coming = asyncio.ensure_future(anext(events))
-        try:
-            while not (await asyncio.wait({coming}, timeout=_SIGN_OF_LIFE_S))[0]:
-                yield b": it goes on\n\n"
-            name, data = coming.result()
-        except StopAsyncIteration:
-            return
-        finally:
-            coming.cancel()
-            with suppress(BaseException):
-                await coming
-        yield f"event: {name}\ndata: {json.dumps(data, ensure_ascii=False)}\n\n".encode("utf-8", "replace")
+    async def _give_signs_of_life(self, send: Send) -> None:
+        loop = asyncio.get_running_loop()
+        self._told_at = loop.time()
+        while True:
+            await asyncio.sleep(self._told_at + _SIGN_OF_LIFE_S - loop.time())
+            if loop.time() - self._told_at >= _SIGN_OF_LIFE_S:
+                self._told_at = loop.time()
+                await send({"type": "http.response.body", "body": b": it goes on\n\n", "more_body": True})
 
 
 async def _hung_up(receive: Receive) -> None:

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import asyncio
+from collections.abc import AsyncGenerator
 from dataclasses import replace
+from typing import Any
 
 import pytest
 
 from motet.protocol.transport import MemoryTransport, TransportLost
 from motet.protocol.wire import Assignment, Said
 from motet.told import TextDelta, ToldText
-from scheduler.api.streaming import AskDelta, AskReset, ReadAlong
+from scheduler.api import streaming
+from scheduler.api.streaming import AskDelta, AskReset, EventStream, ReadAlong, SentEvent
 from tests.unit.test_worker_executor import Clock, an_order
 from workers.run.sayer import SAY_S, Sayer
 from workers.run.stream import WrittenText
@@ -120,3 +124,27 @@ def test_the_deltas_since_the_last_reset_are_the_text() -> None:
     assert told.whole("axe") is None
     assert told.end("axe") is None
     assert told.end("ax") == TextDelta("t", "ax", reset=True)
+
+
+def test_signs_of_life_are_given_where_nothing_else_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(streaming, "_SIGN_OF_LIFE_S", 0.1)
+    bodies: list[bytes] = []
+
+    async def events() -> AsyncGenerator[SentEvent, None]:
+        for number in range(10):
+            yield "delta", {"n": number}
+        await asyncio.sleep(0.35)
+        yield "row", {}
+
+    async def send(message: Any) -> None:
+        bodies.append(message.get("body", b""))
+
+    async def receive() -> Any:
+        await asyncio.Event().wait()
+
+    asyncio.run(EventStream(events())({"type": "http"}, receive, send))
+    kinds = [body.split(b"\n")[0].partition(b": ")[2].decode() for body in bodies if body]
+    signs = kinds.count("it goes on")
+    assert signs >= 2
+    assert kinds == ["delta"] * 10 + ["it goes on"] * signs + ["row"]
+    assert bodies[-1] == b""
