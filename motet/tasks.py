@@ -42,6 +42,8 @@ class Task:
     model: str = field(kw_only=False)
     #: ``exact`` is fp32; ``fast`` allows the formats whose accuracy check passed when the model was registered.
     numerics: Numerics = "fast"
+    #: Rows may say that they are none of this task's (``condition_of``); their cells are skipped. The server sets it.
+    conditional: bool = field(default=False, metadata={"later": True, "reserved": True})
 
     def to_json(self) -> dict[str, Any]:
         """The spec as JSON, defaults included, so that its digest does not depend on how it was written.
@@ -52,7 +54,7 @@ class Task:
         values = {
             f.name: told[f.name]
             for f in fields(self)
-            if told[f.name] is not None or not f.metadata.get("later")
+            if told[f.name] != f.default or not f.metadata.get("later")
         }
         return {"kind": self.kind, **{k: list(v) if isinstance(v, tuple) else v for k, v in values.items()}}
 
@@ -157,7 +159,7 @@ class Generate(Prompted):
     """
 
     kind: ClassVar[str] = "generate"
-    templates: ClassVar[tuple[str, ...]] = ("about", "prompt", "system")
+    templates: ClassVar[tuple[str, ...]] = ("about", "prompt", "system", "options")
 
     #: The instruction.
     prompt: str
@@ -172,6 +174,10 @@ class Generate(Prompted):
     #: Whether the model thinks before it answers, where it can: None leaves it to the model, and its thoughts in the
     #: cell; else the cell holds the answer alone. Thoughts count as tokens written.
     thinking: bool | None = field(default=None, metadata={"later": True})
+    #: A template of JSON: what a row says of these options for itself. Its cell also counts tokens. The server sets it.
+    options: str = field(default="", metadata={"later": True, "reserved": True})
+    #: The text is continued as it stands, without a chat template. The server sets it.
+    raw: bool = field(default=False, metadata={"later": True, "reserved": True})
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -179,7 +185,7 @@ class Chat(Task):
     """The model's next message in a dialogue: a row holds a list of ``{"role": …, "content": …}`` so far."""
 
     kind: ClassVar[str] = "chat"
-    templates: ClassVar[tuple[str, ...]] = ("messages", "system")
+    templates: ClassVar[tuple[str, ...]] = ("messages", "system", "options")
 
     #: The field that holds the dialogue.
     messages: str = "{messages}"
@@ -191,6 +197,7 @@ class Chat(Task):
     seed: int = 0
     #: As of Generate.
     thinking: bool | None = field(default=None, metadata={"later": True})
+    options: str = field(default="", metadata={"later": True, "reserved": True})
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -294,6 +301,17 @@ def row_fields(name: str, task: Task, names: Collection[str]) -> tuple[str, ...]
     return tuple(read for read in task.reads if read == name or read not in names)
 
 
+def condition_of(name: str) -> str:
+    """The reserved field of a row that holds no value: marked as bad there, the row is none of the task's."""
+    return f"?{name}"
+
+
+def asked_fields(name: str, task: Task, names: Collection[str]) -> tuple[str, ...]:
+    """The fields of a row that decide whether a task can be asked it: those that it reads, and its condition."""
+    read = row_fields(name, task, names)
+    return (*read, condition_of(name)) if task.conditional else read
+
+
 def dialogues_of(tasks: Mapping[str, Task]) -> frozenset[str]:
     """Fields of the row that hold a dialogue, for some chat reads them as one."""
     return frozenset(
@@ -355,7 +373,7 @@ def _parse_one(where: str, spec: object) -> Task:
         raise InvalidJob.of(
             f"{where}.kind", short(kind), f"one of {', '.join(sorted(KINDS))}", "choose a known kind of task"
         )
-    known = {f.name: f for f in fields(cls)}
+    known = {f.name: f for f in fields(cls) if not f.metadata.get("reserved")}
     problems = [
         Problem(
             f"{where}.{short(key)}", "an unknown option", f"one of {', '.join(sorted(known))}", "remove it"

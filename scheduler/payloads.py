@@ -195,7 +195,10 @@ def _order(template: str, tasks: tuple[TaskOrder, ...]) -> _Order:
         also=_names_beside_input(tasks),
         whole=sole_field(template),
         typed=bool(tasks) and all(t.spec["kind"] == "function" for t in tasks),
-        drawn=any(t.spec.get("temperature", 0) or t.spec["kind"] == "fit" for t in tasks),
+        # What a row says of its options may be a temperature.
+        drawn=any(
+            t.spec.get("temperature", 0) or t.spec.get("options") or t.spec["kind"] == "fit" for t in tasks
+        ),
     )
 
 
@@ -206,7 +209,7 @@ def _names_beside_input(tasks: Sequence[TaskOrder]) -> tuple[str, ...]:
             name
             for order in tasks
             for template in KINDS[order.spec["kind"]].templates[1:]
-            for name in placeholders(order.spec[template])
+            for name in placeholders(order.spec.get(template, ""))
         )
     )
 

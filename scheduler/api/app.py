@@ -42,6 +42,8 @@ from scheduler.api import (
     tokens,
 )
 from scheduler.api.auth import ASK, authenticate, is_page
+from scheduler.api.openai.app import OpenAIDoors
+from scheduler.api.openai.batch_work import BatchWorker
 from scheduler.api.refusals import EXPECTED, CutOff, refusal
 from scheduler.api.resources import Resources
 from scheduler.pulse import pulse
@@ -70,11 +72,12 @@ def create_app(settings: Settings) -> FastAPI:
         listening = asyncio.create_task(use.bell.run())
         sweeping = asyncio.create_task(blobs.keep_swept(use))
         counting = asyncio.create_task(use.feeds.meter.keep_told())
+        batching = asyncio.create_task(BatchWorker(use).run())
         try:
             yield
         finally:
             use.bell.stop()
-            for task in (listening, sweeping, counting):
+            for task in (listening, sweeping, counting, batching):
                 task.cancel()
                 with suppress(asyncio.CancelledError):
                     await task
@@ -98,6 +101,7 @@ def create_app(settings: Settings) -> FastAPI:
         app.add_exception_handler(kind, _refuse)
     app.state.figures = metrics.Figures(use)
     app.add_middleware(asks.AsksAhead, use=use)
+    app.add_middleware(OpenAIDoors, use=use)
     app.add_middleware(line.RequestBound)
     app.add_middleware(AccessLog, requests=app.state.figures.requests)
     return app

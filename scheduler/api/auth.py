@@ -32,7 +32,9 @@ SCOPES: tuple[Scope, ...] = get_args(Scope)
 
 _OPEN = frozenset({"anyone"})
 _ANY = frozenset(SCOPES)
-_SUBMIT = frozenset({"user", "admin"})
+#: Scopes that may submit rows.
+SUBMITS = frozenset({"user", "admin"})
+_SUBMIT = SUBMITS
 _LOOK = _SUBMIT | {"read"}
 _ADMIN = frozenset({"admin"})
 _READ = frozenset({"read", "admin"})
@@ -179,7 +181,17 @@ def authenticate(
     Why a token is not good is never told: it would help to guess.
     """
     path = getattr(request.scope.get("route"), "path", "")
-    scopes = ALLOWED.get((request.method, path), frozenset())
+    return _allowed(request, use, credentials, path, ALLOWED.get((request.method, path), frozenset()))
+
+
+def _allowed(
+    request: Request,
+    use: Resources,
+    credentials: HTTPAuthorizationCredentials | None,
+    path: str,
+    scopes: frozenset[str],
+) -> Identity | None:
+    """``authenticate`` for a route that these scopes may use."""
     if scopes is _OPEN:
         return None
     shown = split_token(credentials.credentials) if credentials else None
@@ -222,8 +234,14 @@ def _fresh(known: tuple[StoredToken, float], now: float) -> bool:
     return now - known[1] < _FRESH_S
 
 
-async def authenticated(request: Request, use: Resources) -> Identity:
-    """`authenticate` of a route that FastAPI does not call: in a thread only where Postgres must be asked."""
+async def authenticated(request: Request, use: Resources, scopes: frozenset[str] | None = None) -> Identity:
+    """`authenticate` of a route that FastAPI does not call: in a thread only where Postgres must be asked.
+
+    ``scopes``: of a route that stands in a table of its own (scheduler/api/openai/app.py).
+    """
+    path = getattr(request.scope.get("route"), "path", "")
+    if scopes is None:
+        scopes = ALLOWED.get((request.method, path), frozenset())
     scheme, _, rest = request.headers.get("Authorization", "").partition(" ")
     credentials = (
         HTTPAuthorizationCredentials(scheme=scheme, credentials=rest.strip())
@@ -233,8 +251,8 @@ async def authenticated(request: Request, use: Resources) -> Identity:
     shown = split_token(credentials.credentials) if credentials else None
     known = use.known_tokens.get(shown.id) if shown else None
     if shown is None or (known is not None and _fresh(known, time.monotonic())):
-        return _identity(authenticate(request, use, credentials))
-    return _identity(await run_in_threadpool(authenticate, request, use, credentials))
+        return _identity(_allowed(request, use, credentials, path, scopes))
+    return _identity(await run_in_threadpool(_allowed, request, use, credentials, path, scopes))
 
 
 def is_page(request: Request) -> bool:

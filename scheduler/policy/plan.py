@@ -210,7 +210,8 @@ def task_digest(task: Task, model: Manifest, loaded: Manifest) -> bytes:
         name: value
         for name, value in task.to_json().items()
         # A task that leaves thoughts to the model says no more of them than those before it could.
-        if name not in ("model", "max_tokens", "numerics") and (name, value) != ("thinking", None)
+        if name not in ("model", "max_tokens", "numerics", "conditional")
+        and (name, value) != ("thinking", None)
     }
     if not isinstance(task, Reading):
         # Of these it says how much is written.

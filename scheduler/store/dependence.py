@@ -17,7 +17,7 @@ from sqlalchemy import Connection, Row, text
 from motet.protocol.columns import CellError
 from motet.protocol.wire import by_offset
 from motet.states import Skip
-from motet.tasks import row_fields, stored_task
+from motet.tasks import asked_fields, stored_task
 from scheduler.blocks import Reads, absent, read_in_order, row_order, uint32_bytes
 from scheduler.store.leases import more_waits
 from scheduler.store.places import PLACES, Place, at_places
@@ -123,10 +123,12 @@ def _place(row: Row[Any]) -> Place:
 
 
 def _reads_of(connection: Connection, row: Row[Any]) -> dict[int, tuple[str, ...]]:
-    """The fields that each task reads which is to be computed in this place."""
+    """The fields that decide whether each task can be asked a row which is to be computed in this place."""
     tasks = connection.execute(_READS, {"job": row.job_id, "pass": row.pass_number})
     return {
-        t.number: row_fields(t.name, stored_task(t.spec), t.names) for t in tasks if row.todo >> t.number & 1
+        t.number: asked_fields(t.name, stored_task(t.spec), t.names)
+        for t in tasks
+        if row.todo >> t.number & 1
     }
 
 

@@ -10,7 +10,7 @@ from motet.protocol.columns import CellError
 from motet.protocol.wire import TaskOrder
 from workers.engine import Pass, Prepared
 from workers.engines.causal.chat_tokens import ChatTokens, Prompt
-from workers.engines.prompts import NOTHING, messages_of
+from workers.engines.prompts import NOTHING, messages_of, row_spec
 from workers.engines.thoughts import switches
 
 #: Room that is left for an answer where a text is cut to fit.
@@ -98,10 +98,14 @@ def prepared(
 def _asked(
     tokens: ChatTokens, task: TaskOrder, text: str, ids: list[int], fields: Mapping[str, str]
 ) -> TaskPrompt:
-    spec = task.spec
+    spec = row_spec(task.spec, fields)
     adapter = task.manifest.digest if task.manifest.trunk_model else ""
     told = switches(spec)
-    prompt = tokens.prompt(messages_of(spec, text, fields), {text: ids}, told)
+    prompt = (
+        tokens.raw(ids)
+        if spec.get("raw")
+        else tokens.prompt(messages_of(spec, text, fields), {text: ids}, told)
+    )
     if spec["kind"] != "choose":
         return TaskPrompt(task.name, spec, prompt, most=int(spec["max_tokens"]), adapter=adapter)
     empty = None
