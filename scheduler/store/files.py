@@ -13,7 +13,7 @@ from sqlalchemy import Connection, text
 
 from motet.errors import NotFound
 
-Newest = Literal["desc", "asc"]
+FileOrder = Literal["desc", "asc"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -96,7 +96,13 @@ def find_file(connection: Connection, tenant: UUID, file: str) -> StoredFile:
 
 
 def list_files(
-    connection: Connection, tenant: UUID, *, purpose: str | None, after: str | None, limit: int, order: Newest
+    connection: Connection,
+    tenant: UUID,
+    *,
+    purpose: str | None,
+    after: str | None,
+    limit: int,
+    order: FileOrder,
 ) -> Sequence[StoredFile]:
     """Files behind ``after``, of a purpose or all."""
     at = {"tenant": tenant, "purpose": purpose, "limit": limit, **({"after": after} if after else {})}

@@ -521,9 +521,9 @@ def test_every_door_is_closed_to_whoever_may_not_submit(speaking: House) -> None
             answer = speaking.call(method, address, token=token)
             assert answer.status_code == (403 if token in SCOPES else 401), (method, path, token)
             assert answer.json()["error"]["code"] in ("invalid_api_key", "insufficient_permissions")
-    with OpenAI(base_url=f"{speaking.url}{PREFIX}", api_key="sk-wrong", max_retries=0) as stranger:
-        with pytest.raises(openai.AuthenticationError):
-            stranger.models.list()
+    stranger = OpenAI(base_url=f"{speaking.url}{PREFIX}", api_key="sk-wrong", max_retries=0)
+    with stranger, pytest.raises(openai.AuthenticationError):
+        stranger.models.list()
 
 
 def test_a_method_that_a_door_does_not_have_is_refused(speaking: House) -> None:

@@ -28,15 +28,17 @@ _ASKED_WRONG: Mapping[str, str] = {
 
 
 @dataclass(frozen=True, slots=True)
-class Tokens:
+class UsedTokens:
     """What a request or a batch consumed."""
 
     prompt: int = 0
     cached: int = 0
     written: int = 0
 
-    def __add__(self, other: Tokens) -> Tokens:
-        return Tokens(self.prompt + other.prompt, self.cached + other.cached, self.written + other.written)
+    def __add__(self, other: UsedTokens) -> UsedTokens:
+        return UsedTokens(
+            self.prompt + other.prompt, self.cached + other.cached, self.written + other.written
+        )
 
 
 def cell_error(error: CellError) -> DoorError:
@@ -57,7 +59,7 @@ def cells_of(column: Column) -> list[Any]:
 
 def body_of(
     asked: AskedRequest, cells: Sequence[Any], prompt_tokens: Sequence[int], *, name: str, created: int
-) -> tuple[dict[str, Any], Tokens]:
+) -> tuple[dict[str, Any], UsedTokens]:
     """The answer's body and what it consumed, from the value of each row of a request.
 
     ``prompt_tokens``: of each text of embeddings, which no cell counts. ``name``: what makes its id.
@@ -67,7 +69,7 @@ def body_of(
         if isinstance(cell, DoorError):
             raise cell
     if asked.endpoint == EMBEDDINGS:
-        used = Tokens(prompt=sum(prompt_tokens))
+        used = UsedTokens(prompt=sum(prompt_tokens))
         return {
             "object": "list",
             "data": [
@@ -77,12 +79,12 @@ def body_of(
             "model": asked.model,
             "usage": {"prompt_tokens": used.prompt, "total_tokens": used.prompt},
         }, used
-    used = Tokens()
+    used = UsedTokens()
     for number, cell in enumerate(cells):
         read, cached, written = cell["usage"]
         # The choices of a text have its prompt in common, which is told once.
         first = number % asked.choices == 0
-        used += Tokens(read if first else 0, cached if first else 0, written)
+        used += UsedTokens(read if first else 0, cached if first else 0, written)
     kind, prefix = ("chat.completion", "chatcmpl") if asked.endpoint == CHAT else ("text_completion", "cmpl")
     return {
         "id": f"{prefix}-{name}",
@@ -118,7 +120,7 @@ def _vector(cell: Any, *, in_base64: bool) -> Any:
     return base64.b64encode(floats.tobytes()).decode()
 
 
-def batch_usage(used: Tokens) -> dict[str, Any]:
+def batch_usage(used: UsedTokens) -> dict[str, Any]:
     """Tokens as a batch tells them."""
     return {
         "input_tokens": used.prompt,

@@ -17,7 +17,7 @@ from uuid import UUID
 from motet.messages.jobs import Submission
 from motet.states import Skip
 from motet.tasks import Task, condition_of
-from scheduler.api.openai.lines import FileSurvey, Find, Reads, line_at, read_line, tasks_of
+from scheduler.api.openai.lines import FileSurvey, Find, TokenReaders, line_at, read_line, tasks_of
 from scheduler.api.openai.requests import ASKED, OPTIONS, task_of
 from scheduler.api.opening import planned_with
 from scheduler.api.resources import Resources
@@ -43,7 +43,7 @@ def load(
     path: Path,
     found: FileSurvey,
     find: Find,
-    reads: Reads,
+    reads: TokenReaders,
     goes_on: Callable[[], None],
 ) -> None:
     """Open the batch's job, land its rows and let it run.
@@ -111,7 +111,7 @@ def _parts(
     path: Path,
     found: FileSurvey,
     find: Find,
-    reads: Reads,
+    reads: TokenReaders,
     names: list[str],
     fields: tuple[str, ...],
 ) -> Iterator[tuple[IncomingPart, bytes]]:
@@ -132,7 +132,7 @@ def _parts(
 
 
 def _rows(
-    use: Resources, path: Path, found: FileSurvey, find: Find, reads: Reads
+    use: Resources, path: Path, found: FileSurvey, find: Find, reads: TokenReaders
 ) -> Iterator[tuple[int, Mapping[str, str]]]:
     """(task, field -> value) of every row, lines that begin alike side by side."""
     with path.open("rb") as file:

@@ -15,9 +15,9 @@ from uuid import UUID
 from sqlalchemy import Connection
 
 from scheduler.api.blob_folder import NewBlob
-from scheduler.api.openai.answers import Tokens, batch_usage, body_of, cells_of
+from scheduler.api.openai.answers import UsedTokens, batch_usage, body_of, cells_of
 from scheduler.api.openai.batch_load import LINE
-from scheduler.api.openai.lines import Find, Reads, line_at, lines_of, read_line
+from scheduler.api.openai.lines import Find, TokenReaders, line_at, lines_of, read_line
 from scheduler.api.openai.refusals import DoorError
 from scheduler.api.openai.requests import ASKED
 from scheduler.api.resources import Resources
@@ -52,7 +52,7 @@ class _Files:
     done: set[int] = field(default_factory=set)
     completed: int = 0
     failed: int = 0
-    used: Tokens = field(default_factory=Tokens)
+    used: UsedTokens = field(default_factory=UsedTokens)
 
     def put(self, line: dict[str, Any], *, ok: bool) -> None:
         raw = json.dumps(line, ensure_ascii=False, separators=(",", ":")).encode("utf-8", "replace") + b"\n"
@@ -76,7 +76,7 @@ def write_files(
     owned: Owned,
     path: Path,
     find: Find,
-    reads: Reads,
+    reads: TokenReaders,
     state: BatchState,
     errors: Sequence[dict[str, Any]] | None,
     goes_on: Callable[[], None],
@@ -146,7 +146,7 @@ def _write(
     lines: BinaryIO,
     request: _Request,
     find: Find,
-    reads: Reads,
+    reads: TokenReaders,
     state: BatchState,
 ) -> None:
     """The lines that a request answers. Its rows may not all have landed: then none of it was done."""

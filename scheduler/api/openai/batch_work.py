@@ -18,7 +18,7 @@ from motet.errors import Conflict, InvalidJob, Overloaded
 from motet.protocol.transport import TransportLost
 from scheduler.api.openai.batch_load import load
 from scheduler.api.openai.batch_output import write_files
-from scheduler.api.openai.lines import Find, Reads, survey
+from scheduler.api.openai.lines import Find, TokenReaders, survey
 from scheduler.api.openai.naming import decoder
 from scheduler.api.refusals import Unavailable
 from scheduler.api.resources import Resources
@@ -121,7 +121,9 @@ class BatchWorker:
         else:
             self._finish(owned, path, find, reads, goes_on)
 
-    def _load(self, owned: Owned, path: Path, find: Find, reads: Reads, goes_on: Callable[[], None]) -> None:
+    def _load(
+        self, owned: Owned, path: Path, find: Find, reads: TokenReaders, goes_on: Callable[[], None]
+    ) -> None:
         found = survey(path, find, reads, max_row_bytes=self._use.settings.max_row_bytes, goes_on=goes_on)
         most = self._use.settings.max_tasks
         if len(found.tasks) > most and not found.errors:
@@ -152,7 +154,7 @@ class BatchWorker:
             self._fail(owned, "invalid_value", str(invalid))
 
     def _finish(
-        self, owned: Owned, path: Path, find: Find, reads: Reads, goes_on: Callable[[], None]
+        self, owned: Owned, path: Path, find: Find, reads: TokenReaders, goes_on: Callable[[], None]
     ) -> None:
         batch = owned.batch
         if not batch.lines:
@@ -175,7 +177,7 @@ class BatchWorker:
         with self._use.database.transaction() as connection:
             owned.end(connection, "failed", errors=[_fault(code, message)])
 
-    def _models(self, owned: Owned) -> tuple[Find, Reads]:
+    def _models(self, owned: Owned) -> tuple[Find, TokenReaders]:
         """Models by the names in lines, each looked up once; those that were fixed before stay what they are."""
         fixed = owned.batch.models or {}
         known: dict[str, Registered | None] = {}

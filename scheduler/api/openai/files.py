@@ -22,7 +22,7 @@ from scheduler.api.refusals import Unavailable
 from scheduler.api.resources import Resources
 from scheduler.store import files as store
 from scheduler.store.blobs import record_blob
-from scheduler.store.files import Newest, StoredFile
+from scheduler.store.files import FileOrder, StoredFile
 
 #: Bytes of a file at most.
 MAX_FILE_BYTES = 512 * 1024 * 1024
@@ -112,7 +112,7 @@ def _listed(
 ) -> Response:
     with use.database.transaction() as connection:
         found = store.list_files(
-            connection, tenant, purpose=purpose, after=after, limit=limit + 1, order=cast(Newest, order)
+            connection, tenant, purpose=purpose, after=after, limit=limit + 1, order=cast(FileOrder, order)
         )
     return JSONResponse(a_list([described_file(one) for one in found[:limit]], more=len(found) > limit))
 

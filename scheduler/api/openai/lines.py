@@ -36,7 +36,7 @@ _ALIKE = (256, 1024, 4096)
 #: Name of a model in a line -> the model, or None.
 Find = Callable[[str], Registered | None]
 #: A model -> what reads its token ids.
-Reads = Callable[[Registered | None], Decoded]
+TokenReaders = Callable[[Registered | None], Decoded]
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,7 +67,7 @@ class FileSurvey:
 
 
 def survey(
-    path: Path, find: Find, reads: Reads, *, max_row_bytes: int, goes_on: Callable[[], None]
+    path: Path, find: Find, reads: TokenReaders, *, max_row_bytes: int, goes_on: Callable[[], None]
 ) -> FileSurvey:
     """Look at every line. ``goes_on`` is called now and then, and may raise."""
     found = FileSurvey()
@@ -131,7 +131,7 @@ def line_at(file: BinaryIO, place: int) -> bytes:
     return file.readline(MOST_LINE_BYTES + 1)
 
 
-def read_line(raw: bytes, find: Find, reads: Reads, max_row_bytes: int) -> Line:
+def read_line(raw: bytes, find: Find, reads: TokenReaders, max_row_bytes: int) -> Line:
     """Check a line. Raises DoorError."""
     try:
         said = clean_object(loads(raw.removeprefix(b"\xef\xbb\xbf")), "line")
