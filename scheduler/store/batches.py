@@ -89,7 +89,7 @@ _ONE_AT_A_TIME = text("SELECT pg_advisory_xact_lock(hashtextextended(:what, 0))"
 _BY_KEY = text("SELECT id, request_digest FROM batch WHERE tenant_id = :tenant AND idempotency_key = :key")
 _JUST_MADE = text("""
     SELECT id FROM batch WHERE tenant_id = :tenant AND request_digest = :digest
-       AND created > clock_timestamp() - make_interval(secs => :within_s) ORDER BY created DESC LIMIT 1""")
+       AND created > now() - make_interval(secs => :within_s) ORDER BY created DESC LIMIT 1""")
 _ADD = text("""
     INSERT INTO batch (id, tenant_id, endpoint, input_file, input_sha256, "window", notes, priority,
                        output_expires_s, idempotency_key, request_digest, expires)

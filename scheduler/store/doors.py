@@ -20,7 +20,7 @@ _USED = text("UPDATE door SET used = clock_timestamp() WHERE job_id = :job")
 _TOO_MANY = text("""
     SELECT job_id FROM door WHERE tenant_id = :tenant ORDER BY used DESC, job_id OFFSET :most FOR UPDATE""")
 _IDLE = text("""
-    SELECT tenant_id, job_id FROM door WHERE used < clock_timestamp() - make_interval(secs => :idle_s)
+    SELECT tenant_id, job_id FROM door WHERE used < now() - make_interval(secs => :idle_s)
      ORDER BY used LIMIT 100 FOR UPDATE SKIP LOCKED""")
 _DROP = text("DELETE FROM door WHERE job_id = :job")
 _STATE = text("SELECT state FROM job WHERE id = :job")

@@ -39,7 +39,8 @@ _ADD = text(f"""
     RETURNING {_FIELDS}""")
 _FIND = text(f"SELECT {_FIELDS} FROM file WHERE id = :file AND {_LIVES}")
 _DELETE = text("DELETE FROM file WHERE id = :file AND tenant_id = :tenant RETURNING sha256")
-_EXPIRE = text("DELETE FROM file WHERE expires <= clock_timestamp()")
+# Not clock_timestamp(), which finds no index.
+_EXPIRE = text("DELETE FROM file WHERE expires <= now()")
 _BEYOND = {"desc": "<", "asc": ">"}
 _LISTS = {
     (order, after): text(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import random
 import threading
 import time
 from collections.abc import Iterator, Sequence
@@ -17,9 +18,12 @@ from openai import OpenAI
 
 from motet.states import Skip
 from scheduler.api.auth import SCOPES, SUBMITS
+from scheduler.api.bodies import clean_object
 from scheduler.api.openai.app import DOORS, PREFIX
 from scheduler.api.openai.batch_work import BatchWorker
+from scheduler.api.openai.requests import SERVED, read_request
 from scheduler.api.resources import Resources
+from scheduler.api.strict_json import loads
 from scheduler.store import registry
 from tests.integration.api_house import SPEAKER, House
 from tests.integration.api_house import house as house
@@ -530,3 +534,73 @@ def test_a_method_that_a_door_does_not_have_is_refused(speaking: House) -> None:
     answer = speaking.call("PUT", f"{PREFIX}/files")
     assert answer.status_code == 405
     assert isinstance(answer, httpx.Response)
+
+
+# -- garbage
+
+
+def test_no_garbage_is_the_servers_own_failure(speaking: House) -> None:
+    """Bodies that were torn, and values that nobody expects, at every door."""
+    dice = random.Random(3)
+    odd: list[Any] = [
+        None,
+        True,
+        -1,
+        2**63,
+        0.5,
+        "",
+        "\0",
+        "\ud800",
+        "x" * 70_000,
+        [],
+        [[]],
+        {},
+        {"a": {}},
+        [1, "a"],
+    ]
+    whole: dict[str, dict[str, Any]] = {
+        "chat/completions": {**line(0)["body"], "stop": ["x"], "response_format": {"type": "json_object"}},
+        "completions": {"model": "speaker", "prompt": ["a", "b"], "n": 2},
+        "embeddings": {"model": "tiny", "input": ["a"], "encoding_format": "float", "dimensions": 3},
+        "batches": {"input_file_id": "file-x", "endpoint": CHAT, "completion_window": "24h", "metadata": {}},
+    }
+    statuses: set[int] = set()
+    for path, good in whole.items():
+        bodies = [json.dumps({**good, name: value}).encode() for name in [*good, "wings"] for value in odd]
+        bodies += [json.dumps(value).encode() for value in odd]
+        bodies += [json.dumps(good).encode()[: dice.randrange(200)] for _ in range(20)]
+        bodies += [dice.randbytes(dice.randrange(200)) for _ in range(20)]
+        # Nobody answers here: what is taken would wait.
+        bodies = [raw for raw in bodies if not _is_taken(path, raw)]
+        for raw in bodies:
+            answer = speaking.call("POST", f"{PREFIX}/{path}", content=raw)
+            assert answer.status_code < 500, (path, raw[:200], answer.text)
+            assert set(answer.json()["error"]) == {"message", "type", "param", "code"}
+            statuses.add(answer.status_code)
+    for path in (
+        "/files/%00",
+        "/files/%ff",
+        "/batches/..%2f",
+        "/models/" + "x" * 300,
+        "/batches?limit=x",
+        "/files?after=%00",
+        "/files?order=up",
+        "/files?purpose=%00",
+        "/batches?after=" + "y" * 99,
+    ):
+        answer = speaking.call("GET", f"{PREFIX}{path}")
+        assert answer.status_code < 500, (path, answer.text)
+        statuses.add(answer.status_code)
+    assert statuses >= {400, 404}
+
+
+def _is_taken(path: str, raw: bytes) -> bool:
+    """A request that is good, and so waits for an answer."""
+    endpoint = f"/v1/{path}"
+    if endpoint not in SERVED:
+        return False
+    try:
+        asked = read_request(endpoint, clean_object(loads(raw)), lambda ids: "text")
+    except Exception:  # noqa: BLE001 - whatever it is, it is refused
+        return False
+    return asked.model in ("speaker", "tiny") and asked.dimensions in (None, 2)

@@ -17,7 +17,7 @@ from uuid import UUID
 from motet.messages.jobs import Submission
 from motet.states import Skip
 from motet.tasks import Task, condition_of
-from scheduler.api.openai.lines import FileSurvey, Find, TokenReaders, line_at, read_line, tasks_of
+from scheduler.api.openai.lines import FileSurvey, Find, TokenReaders, line_at, read_again, tasks_of
 from scheduler.api.openai.requests import ASKED, OPTIONS, task_of
 from scheduler.api.opening import planned_with
 from scheduler.api.resources import Resources
@@ -57,7 +57,7 @@ def load(
         owned.has_job(connection, job)
         facts = landing.loading(connection, batch.tenant_id, job)
     parts = rows = 0
-    for number, (part, digest) in enumerate(_parts(use, path, found, find, reads, names, facts.fields)):
+    for number, (part, digest) in enumerate(_parts(path, found, find, reads, names, facts.fields)):
         goes_on()
         blocks = blocks_of(
             part,
@@ -107,7 +107,6 @@ def _opened(use: Resources, owned: Owned, found: FileSurvey) -> UUID:
 
 
 def _parts(
-    use: Resources,
     path: Path,
     found: FileSurvey,
     find: Find,
@@ -119,7 +118,7 @@ def _parts(
     columns: dict[str, list[Any]] = {name: [] for name in fields}
     tasks: list[int] = []
     size = 0
-    for task, values in _rows(use, path, found, find, reads):
+    for task, values in _rows(path, found, find, reads):
         if tasks and (len(tasks) >= _PART_ROWS or size > _PART_BYTES):
             yield _part(columns, tasks, names)
             columns, tasks, size = {name: [] for name in fields}, [], 0
@@ -132,12 +131,12 @@ def _parts(
 
 
 def _rows(
-    use: Resources, path: Path, found: FileSurvey, find: Find, reads: TokenReaders
+    path: Path, found: FileSurvey, find: Find, reads: TokenReaders
 ) -> Iterator[tuple[int, Mapping[str, str]]]:
     """(task, field -> value) of every row, lines that begin alike side by side."""
     with path.open("rb") as file:
         for _, place in found.order:
-            line = read_line(line_at(file, place), find, reads, use.settings.max_row_bytes)
+            line = read_again(line_at(file, place), find, reads)
             asked = line.asked
             task = found.tasks[asked.endpoint, found.models[asked.model]]
             places = json.dumps([task, [place, *found.equal.get(place, ())]], separators=(",", ":"))

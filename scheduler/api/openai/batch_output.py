@@ -17,7 +17,7 @@ from sqlalchemy import Connection
 from scheduler.api.blob_folder import NewBlob
 from scheduler.api.openai.answers import UsedTokens, batch_usage, body_of, cells_of
 from scheduler.api.openai.batch_load import LINE
-from scheduler.api.openai.lines import Find, TokenReaders, line_at, lines_of, read_line
+from scheduler.api.openai.lines import Find, TokenReaders, line_at, lines_of, read_again
 from scheduler.api.openai.refusals import DoorError
 from scheduler.api.openai.requests import ASKED
 from scheduler.api.resources import Resources
@@ -154,7 +154,7 @@ def _write(
         raw, name = line_at(lines, place), _name(owned.batch.id, place)
         made.done.add(place)
         try:
-            line = read_line(raw, find, reads, use.settings.max_row_bytes)
+            line = read_again(raw, find, reads)
         except DoorError as error:  # its model was removed meanwhile
             made.put(_line(name, _custom_id(raw), error.status, {"error": error.body()}), ok=False)
             continue

@@ -102,9 +102,9 @@ async def list_files(request: Request, use: Resources, caller: Identity) -> Resp
     if order not in ("asc", "desc"):
         raise DoorError("order: expected asc or desc", param="order", code="invalid_value")
     purpose = query.get("purpose")
-    return await run_in_threadpool(
-        _listed, use, caller.tenant, None if purpose is None else short(purpose), after, limit, order
-    )
+    if purpose is not None and not re.fullmatch(r"[a-z_-]{1,40}", purpose):
+        raise DoorError("purpose: expected a word such as batch", param="purpose", code="invalid_value")
+    return await run_in_threadpool(_listed, use, caller.tenant, purpose, after, limit, order)
 
 
 def _listed(
