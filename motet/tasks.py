@@ -307,9 +307,9 @@ def condition_of(name: str) -> str:
 
 
 def asked_fields(name: str, task: Task, names: Collection[str]) -> tuple[str, ...]:
-    """The fields of a row that decide whether a task can be asked it: those that it reads, and its condition."""
+    """The fields of a row that decide whether a task is asked it: its condition, and those that it reads."""
     read = row_fields(name, task, names)
-    return (*read, condition_of(name)) if task.conditional else read
+    return (condition_of(name), *read) if task.conditional else read
 
 
 def dialogues_of(tasks: Mapping[str, Task]) -> frozenset[str]:

@@ -63,8 +63,8 @@ class Reader:
 
     @property
     def asks(self) -> tuple[str, ...]:
-        """The fields that decide whether the task can be asked a row."""
-        return (*self.reads, self.condition) if self.condition else self.reads
+        """The fields that decide whether the task is asked a row. A row that is none of its own is not bad for it."""
+        return (self.condition, *self.reads) if self.condition else self.reads
 
 
 class Reads(NamedTuple):

@@ -5,10 +5,12 @@ from __future__ import annotations
 import json
 import math
 import random
+import socket
 import threading
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import httpx
@@ -404,6 +406,30 @@ def test_what_a_killed_process_left_behind_is_taken_over(speaking: House, client
     assert ended.status == "completed"
     assert len(lines_of(client, ended.output_file_id)) == 30
     use.close()
+
+
+def test_a_file_of_too_many_lines_fails_and_one_that_was_cut_off_leaves_nothing(
+    client: OpenAI, speaking: House, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("scheduler.api.openai.lines.MOST_LINES", 5)
+    failed = until(client, batch(client, [line(n) for n in range(6)]), "failed")
+    assert failed.errors is not None
+    assert [one.code for one in failed.errors.data or ()] == ["too_many_tasks"]
+    host, port = speaking.url.removeprefix("http://").split(":")
+    with socket.create_connection((host, int(port))) as line_to:
+        head = (
+            f"POST {PREFIX}/files HTTP/1.1\r\nHost: x\r\nContent-Length: 1000000\r\n"
+            f"Authorization: Bearer {speaking.tokens['user']}\r\n"
+            "Content-Type: multipart/form-data; boundary=x\r\n\r\n--x\r\n"
+            'Content-Disposition: form-data; name="file"; filename="f"\r\n\r\n'
+        )
+        line_to.sendall(head.encode() + b"y" * 100_000)
+    coming = Path(speaking.settings.blob_dir) / "incoming"
+    end = time.monotonic() + 10
+    while any(coming.iterdir()):
+        assert time.monotonic() < end
+        time.sleep(0.01)
+    assert len(list(client.files.list())) == 1
 
 
 # -- requests that wait
