@@ -43,7 +43,7 @@ from scheduler.api import (
 )
 from scheduler.api.auth import ASK, authenticate, is_page
 from scheduler.api.openai.app import OpenAIDoors
-from scheduler.api.openai.batch_work import BatchWorker
+from scheduler.api.openai.batch_work import BATCHES_AT_ONCE, BatchWorker
 from scheduler.api.refusals import EXPECTED, CutOff, refusal
 from scheduler.api.resources import Resources
 from scheduler.pulse import pulse
@@ -72,12 +72,12 @@ def create_app(settings: Settings) -> FastAPI:
         listening = asyncio.create_task(use.bell.run())
         sweeping = asyncio.create_task(blobs.keep_swept(use))
         counting = asyncio.create_task(use.feeds.meter.keep_told())
-        batching = asyncio.create_task(BatchWorker(use).run())
+        batching = [asyncio.create_task(BatchWorker(use).run()) for _ in range(BATCHES_AT_ONCE)]
         try:
             yield
         finally:
             use.bell.stop()
-            for task in (listening, sweeping, counting, batching):
+            for task in (listening, sweeping, counting, *batching):
                 task.cancel()
                 with suppress(asyncio.CancelledError):
                     await task

@@ -20,6 +20,7 @@ from motet.tasks import Chat, Choose, Extract, Generate, Task
 from tests.tiny_language import CONTEXT, SWITCHED, TinyServer, a_llama, serving
 from workers.engine import CannotLoad, Ended, Engine, Pass, Prepared
 from workers.engines import InstalledEngines
+from workers.engines.causal.causal import CausalEngine
 from workers.engines.served import chat_server, openai
 from workers.engines.served.openai import OpenAIEngine, beginnings, named
 from workers.registrar.describe import describe_folder
@@ -363,6 +364,26 @@ def test_a_row_may_say_its_own_options_and_is_told_what_it_consumed(choir: Choir
         assert 0 <= cached <= read
         assert 0 < written <= 40
     assert found[0]["usage"][2] <= 3
+
+
+def test_rows_with_prompts_of_their_own_about_one_text_read_it_once(choir: Choir) -> None:
+    texts = [
+        "The match was delayed by rain, and the crowd went home early. ",
+        "Shares rose after the rate was held. ",
+    ]
+    asked_of = [
+        json.dumps([{"role": "user", "content": text + question}])
+        for question in ("What is it about?", "Is it good news?", "Name a title.")
+        for text in texts
+    ]
+    task = Chat("tiny", messages="{asked}", options="{options}")
+    found = choir.answers(task, asked_of, fields={"options": ['{"max_tokens": 6}'] * 6})
+    plain = choir.answers(Chat("tiny", max_tokens=6), asked_of)
+    assert [one["text"] for one in found] == [one["text"] for one in plain]
+    if isinstance(choir.engine, CausalEngine):
+        cached = [one["usage"][1] for one in found]
+        # The first of each text reads it, the other two find it there.
+        assert sum(n > 16 for n in cached) == 4
 
 
 def test_a_text_is_gone_on_with_as_it_stands(choir: Choir) -> None:

@@ -1,4 +1,4 @@
-"""Who brings batches further: one thread of each API process, one batch at a time.
+"""Who brings batches further: two threads of each API process, each with one batch at a time.
 
 A batch is owned for a while by whoever works on it. What a process leaves behind that was killed is taken over by another
 one, or by itself when it is back, and done again from the last step that was committed.
@@ -30,6 +30,8 @@ from scheduler.store.registry import Registered, find_models
 
 log = logging.getLogger(__name__)
 
+#: Batches that a process works on at a time. One: a large file holds up the small ones behind it; more: requests wait.
+BATCHES_AT_ONCE = 2
 #: Seconds for which a batch is owned without a sign of its owner. Longer: after a crash it lies still for longer.
 #: Shorter: an owner that was merely slow loses it, and the work is done twice.
 _OWNED_S = 20.0
@@ -50,7 +52,7 @@ class _Stopping(Exception):
 
 
 class BatchWorker:
-    """One per API process. ``step`` runs in a thread."""
+    """Works on one batch at a time. ``step`` runs in a thread."""
 
     def __init__(self, use: Resources, owner: str | None = None) -> None:
         self._use = use

@@ -17,6 +17,11 @@ from workers.engines.thoughts import switches
 ANSWER_SHARE = 1 / 4
 
 CONTEXT_LENGTH = "context_length"
+#: Rows share a beginning of so many tokens or more: a shorter one is computed faster than it is kept.
+LEAST_SHARED = 16
+#: A row joins others where it begins like them for this share of what they have in common. Lower: texts that have but a
+#: system message in common share only that. Higher: rows about one text fall apart by their first words beyond it.
+STILL_ALIKE = 0.75
 
 #: What a label prior depends on: the adapter, the prompt without any text, the labels.
 PriorKey = tuple[str, tuple[int, ...], tuple[tuple[int, ...], ...]]
@@ -93,6 +98,47 @@ def prepared(
     return Prepared(
         row, _own_tokens(asked), truncated, RowPrompts(tuple(_bounded(a, context) for a in asked), index)
     )
+
+
+def sharing(rows: Sequence[Prepared | CellError]) -> list[Prepared | CellError]:
+    """The rows of a pass with one task; those that begin alike have their beginning as a fixed prefix, so that it is
+    computed once for all of them."""
+    prompts = {i: row.inputs for i, row in enumerate(rows) if isinstance(row, Prepared)}
+    told = {i: asked.tasks[0].prompt.ids for i, asked in prompts.items()}
+    order = sorted(told, key=told.__getitem__)
+    found = list(rows)
+    at = 0
+    while at < len(order):
+        common, end = _group(order, told, at)
+        for i in order[at:end] if end - at > 1 else ():
+            (task,) = prompts[i].tasks
+            fixed = max(task.prompt.fixed, min(common, len(task.prompt.ids) - 1))
+            alike = replace(task, prompt=replace(task.prompt, fixed=fixed))
+            row = rows[i]
+            assert isinstance(row, Prepared)
+            found[i] = replace(row, inputs=replace(prompts[i], tasks=(alike,)))
+        at = end
+    return found
+
+
+def _group(order: Sequence[int], told: Mapping[int, list[int]], at: int) -> tuple[int, int]:
+    """(tokens in common, end) of the rows from ``at`` on that begin alike."""
+    common, end = 0, at + 1
+    while end < len(order):
+        alike = _common(told[order[end - 1]], told[order[end]])
+        if alike < max(LEAST_SHARED, common * STILL_ALIKE):
+            break
+        common = min(common, alike) if common else alike
+        end += 1
+    return common, end
+
+
+def _common(a: Sequence[int], b: Sequence[int]) -> int:
+    """Leading tokens that both have."""
+    for i, (x, y) in enumerate(zip(a, b, strict=False)):
+        if x != y:
+            return i
+    return min(len(a), len(b))
 
 
 def _asked(
