@@ -42,7 +42,7 @@ from scheduler.api import (
     tokens,
 )
 from scheduler.api.auth import ASK, authenticate, is_page
-from scheduler.api.openai.app import OpenAIDoors
+from scheduler.api.openai.app import ONLINE, PREFIX, OpenAIDoors
 from scheduler.api.openai.batch_work import BATCHES_AT_ONCE, BatchWorker
 from scheduler.api.refusals import EXPECTED, CutOff, refusal
 from scheduler.api.resources import Resources
@@ -55,7 +55,7 @@ Every route but `/healthz`, `/readyz` and this description needs `Authorization:
 
 
 #: Probes ask every few seconds, callers of open jobs hundreds of times a second: a line for each would hide all others.
-_NO_NEWS = frozenset({"/healthz", "/readyz", "/metrics", ASK})
+_NO_NEWS = frozenset({"/healthz", "/readyz", "/metrics", ASK, *(PREFIX + path for path in ONLINE)})
 #: In the order of the API's description.
 _ROUTES = (
     opening, parts, asks, jobs, planning, activity, explain, results, fits, models, aliases, blobs, tokens, cluster, doctor,

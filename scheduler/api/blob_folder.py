@@ -53,7 +53,7 @@ class BlobFolder:
 
         Raises as ``receive``, and whatever ``chunks`` raises: then nothing is stored.
         """
-        with self.new() as blob:
+        with await run_in_threadpool(self.new) as blob:
             held = bytearray()
             async for chunk in chunks:
                 if blob.size + len(held) + len(chunk) > limit:

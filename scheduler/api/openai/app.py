@@ -16,7 +16,7 @@ from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response
 from starlette.types import ASGIApp, Receive, Scope, Send
 
-from scheduler.api.auth import SUBMITS, authenticated
+from scheduler.api.auth import ASK_COSTS, SUBMITS, authenticated
 from scheduler.api.openai import batches, files, naming, online
 from scheduler.api.openai.refusals import DoorError, door_refusal
 from scheduler.api.refusals import EXPECTED
@@ -46,6 +46,8 @@ DOORS: dict[tuple[str, str], Handler] = {
     ("POST", "/completions"): online.complete,
     ("POST", "/embeddings"): online.embed,
 }
+#: Those that are asked as often as open jobs are.
+ONLINE = frozenset(path for (_, path), handler in DOORS.items() if handler.__module__ == online.__name__)
 #: What may stand in a path: ids of ours, and names of models.
 _PLACE = r"([A-Za-z0-9_.@-]{1,200})"
 _PATHS = {
@@ -80,7 +82,7 @@ class OpenAIDoors:
         path, places = _found(asked)
         # What log and metrics know it by.
         request.scope["route"] = SimpleNamespace(path=f"{PREFIX}{path}" if path else "-")
-        caller = await authenticated(request, self._use, SUBMITS)
+        caller = await authenticated(request, self._use, SUBMITS, ASK_COSTS if path in ONLINE else 1.0)
         handler = DOORS.get((request.method, path))
         if handler is None:
             if path:
