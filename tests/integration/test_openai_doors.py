@@ -617,6 +617,15 @@ def test_no_garbage_is_the_servers_own_failure(speaking: House) -> None:
         answer = speaking.call("GET", f"{PREFIX}{path}")
         assert answer.status_code < 500, (path, answer.text)
         statuses.add(answer.status_code)
+    form = b'--x\r\nContent-Disposition: form-data; name="file"; filename="f"\r\n\r\ndata\r\n--x--\r\n'
+    for _ in range(60):
+        torn = bytearray(form * dice.randrange(1, 3))
+        for _ in range(dice.randrange(1, 6)):
+            torn[dice.randrange(len(torn))] = dice.randrange(256)
+        boundary = dice.choice(["x", "x", "x", "", "y" * 300, '"', "\u00e9"])
+        kind = f"multipart/form-data; boundary={boundary}".encode("latin-1")
+        answer = speaking.call("POST", f"{PREFIX}/files", content=bytes(torn), headers={"Content-Type": kind})
+        assert answer.status_code == 400, (bytes(torn), answer.text)
     assert statuses >= {400, 404}
 
 

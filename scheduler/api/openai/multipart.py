@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import AsyncIterator
 from typing import Any
 
-from python_multipart.exceptions import MultipartParseError
+from python_multipart.exceptions import FormParserError
 from python_multipart.multipart import MultipartParser, parse_options_header
 from starlette.requests import Request
 
@@ -28,7 +28,10 @@ class UploadForm:
         #: What the file is called; None: there was none.
         self.filename: str | None = None
         self._request = request
-        self._parser = MultipartParser(boundary, _Events(self).callbacks())
+        try:
+            self._parser = MultipartParser(boundary, _Events(self).callbacks())
+        except FormParserError as error:
+            raise _broken(error) from None
         self._pieces: list[bytes] = []
         self._whole = False
 
@@ -40,12 +43,16 @@ class UploadForm:
                 for piece in self._pieces:
                     yield piece
                 self._pieces.clear()
-        except MultipartParseError as error:
-            raise DoorError(f"a broken form: {error}", param="file") from None
+        except FormParserError as error:
+            raise _broken(error) from None
         if not self._whole:
             raise DoorError("the form breaks off before its end; send it again", param="file")
         if self.filename is None:
             raise DoorError("the form has no file", param="file", code="missing_required_parameter")
+
+
+def _broken(error: FormParserError) -> DoorError:
+    return DoorError(f"a broken form: {error}", param="file")
 
 
 class _Events:
