@@ -160,6 +160,7 @@ async def _ask(
     size = sum(len(text.encode()) for values in columns.values() for text in values)
     for last in (False, True):
         feed = await _feed(use, tenant, asked.endpoint, model)
+        await use.door.admit_ask(interactive=feed.job.interactive)
         key = keyed(feed.job.secret, secrets.token_bytes(32))
         try:
             return await feed.ask(part, size, key, key, within_s=_WITHIN_S)
