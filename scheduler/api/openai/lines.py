@@ -40,7 +40,7 @@ TokenReaders = Callable[[Registered | None], Decoded]
 
 
 @dataclass(frozen=True, slots=True)
-class Line:
+class BatchLine:
     """A checked line."""
 
     custom_id: str
@@ -131,16 +131,16 @@ def line_at(file: BinaryIO, place: int) -> bytes:
     return file.readline(MOST_LINE_BYTES + 1)
 
 
-def read_again(raw: bytes, find: Find, reads: TokenReaders) -> Line:
+def read_again(raw: bytes, find: Find, reads: TokenReaders) -> BatchLine:
     """A line that was checked before. Raises DoorError where its model was removed meanwhile."""
     said = json.loads(raw.removeprefix(b"\xef\xbb\xbf"))
     model = find(said["body"]["model"])
     if model is None:
         raise unknown_model(said["body"]["model"])
-    return Line(said["custom_id"], read_request(said["url"], said["body"], reads(model)))
+    return BatchLine(said["custom_id"], read_request(said["url"], said["body"], reads(model)))
 
 
-def read_line(raw: bytes, find: Find, reads: TokenReaders, max_row_bytes: int) -> Line:
+def read_line(raw: bytes, find: Find, reads: TokenReaders, max_row_bytes: int) -> BatchLine:
     """Check a line. Raises DoorError."""
     try:
         said = clean_object(loads(raw.removeprefix(b"\xef\xbb\xbf")), "line")
@@ -172,7 +172,7 @@ def read_line(raw: bytes, find: Find, reads: TokenReaders, max_row_bytes: int) -
     check_model(url, asked.model, model.manifest)
     check_dimensions(asked.dimensions, model.manifest)
     check_length(asked, max_row_bytes)
-    return Line(custom_id, asked)
+    return BatchLine(custom_id, asked)
 
 
 def check_length(asked: AskedRequest, max_row_bytes: int) -> None:
@@ -184,7 +184,7 @@ def check_length(asked: AskedRequest, max_row_bytes: int) -> None:
             )
 
 
-def _note(found: FileSurvey, line: Line, place: int, find: Find, first_of: dict[bytes, int]) -> None:
+def _note(found: FileSurvey, line: BatchLine, place: int, find: Find, first_of: dict[bytes, int]) -> None:
     """Keep of a good line what its rows need to be found and ordered."""
     asked = line.asked
     model = find(asked.model)

@@ -163,7 +163,8 @@ async def _ask(
         await use.door.admit_ask(interactive=feed.job.interactive)
         key = keyed(feed.job.secret, secrets.token_bytes(32))
         try:
-            return await feed.ask(part, size, key, key, within_s=_WITHIN_S)
+            with use.feeds.meter.ask(feed.job.id, len(part)):
+                return await feed.ask(part, size, key, key, within_s=_WITHIN_S)
         except (Conflict, NotFound):
             # It was closed, by its age, by another door or by its owner: the next one is made.
             if last:
