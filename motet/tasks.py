@@ -7,18 +7,12 @@ is the one place where a stranger's task is checked for form; whether its model 
 from __future__ import annotations
 
 import json
-import re
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import MISSING, dataclass, field, fields
-from functools import lru_cache
 from typing import Any, ClassVar, Literal
 
 from motet.errors import InvalidJob, Problem
-from motet.protocol.values import Value, plain_text
-
-#: A placeholder in a template: ``{field}``. Only names are replaced: no attributes, no formats, no code.
-_PLACEHOLDER = re.compile(r"\{([^{}]*)\}")
-_NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_.-]{0,63}\Z")
+from motet.templates import NAME, is_placeholder, is_template, placeholders, resolved
 
 TooLong = Literal["truncate", "error"]
 Numerics = Literal["fast", "exact"]
@@ -30,8 +24,8 @@ class Task:
     """One named AI operation asked of every row. Use a subclass; they differ in the kind of their cells.
 
     A template is text with ``{name}`` for a field of the row, or for the answer of another task of the job: then
-    this task waits for that cell. A value that is no text stands there as its plain text
-    (``motet.protocol.values.plain_text``). ``{{`` and ``}}`` are braces.
+    this task waits for that cell. ``{name[0]}`` or ``{name.score}`` is a part of it (``motet.templates``). A value that
+    is no text stands there as its plain text (``motet.protocol.values.plain_text``). ``{{`` and ``}}`` are braces.
     """
 
     kind: ClassVar[str] = ""
@@ -62,9 +56,14 @@ class Task:
         return str(getattr(self, self.templates[0]))
 
     @property
-    def reads(self) -> tuple[str, ...]:
-        """Names that this task's templates read, in order of first use: fields of the row, and other tasks."""
+    def placeholders(self) -> tuple[str, ...]:
+        """What this task's templates name, in order of first use: fields of the row, other tasks, and parts of them."""
         return tuple(dict.fromkeys(n for t in self.templates for n in placeholders(getattr(self, t))))
+
+    def reads(self, name: str, names: Collection[str]) -> tuple[str, ...]:
+        """The fields of the row and the other tasks that a task of this ``name`` reads, where its job has these names."""
+        others = frozenset(names) - {name}
+        return tuple(dict.fromkeys(resolved(one, others).name for one in self.placeholders))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -116,10 +115,24 @@ class Function(Reading):
     """The JSON value that a registered Python function returns for the input.
 
     Where ``input`` is one field alone, such as ``{age}``, the function is given its value with its type (an int, a date,
-    None …); otherwise the rendered text.
+    None …); otherwise the rendered text. With ``inputs`` it is given a dict of these fields and answers, each with its
+    type: a label is ``{"label", "score"}``, spans are a list of ``{"text", "label", "score", "start", "end"}``, a vector
+    is a list of floats; None where a part is not there.
     """
 
     kind: ClassVar[str] = "function"
+
+    #: Fields, answers of other tasks, or parts of them, without braces: ``("mood", "event.kind", "messages[-1]")``.
+    #: ``input`` is not read then.
+    inputs: tuple[str, ...] | None = field(default=None, metadata={"later": True})
+
+    @property
+    def shared_input(self) -> str:
+        return template_of(self.inputs) if self.inputs else self.input
+
+    @property
+    def placeholders(self) -> tuple[str, ...]:
+        return self.inputs or placeholders(self.input)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -230,50 +243,15 @@ class Extract(Prompted):
     thinking: bool | None = False
 
 
+def template_of(inputs: Sequence[str]) -> str:
+    """The template that stands for a function's ``inputs``: it names what they name."""
+    return "".join(f"{{{one}}}" for one in inputs)
+
+
 #: Every kind of task that can cross the wire.
 KINDS: Mapping[str, type[Task]] = {
     k.kind: k for k in (Classify, Number, Embed, Entities, Function, Fit, Generate, Chat, Choose, Extract)
 }
-
-
-def placeholders(template: str) -> tuple[str, ...]:
-    """Field names in a template, in order of first use. ``{{`` and ``}}`` are literal braces."""
-    return tuple(dict.fromkeys(uses(template)))
-
-
-def uses(template: str) -> list[str]:
-    """The same names, each as often as it stands there."""
-    return _PLACEHOLDER.findall(template.replace("{{", "").replace("}}", ""))
-
-
-def sole_field(template: str) -> str | None:
-    """The field that is the whole of a template: its values may go without a text. None where there is more."""
-    whole = _PLACEHOLDER.fullmatch(template)
-    return whole[1] if whole else None
-
-
-def render(template: str, row: Mapping[str, Value]) -> str:
-    """Fill a template by named replacement only. Raises KeyError for a field that the row lacks.
-
-    A row's text is data: braces inside it are never looked at again.
-    """
-    if template == "{text}":
-        return plain_text(row["text"])
-    return "".join([plain_text(row[piece]) if is_name else piece for piece, is_name in _pieces(template)])
-
-
-@lru_cache(256)
-def _pieces(template: str) -> tuple[tuple[str, bool], ...]:
-    """A template as literal texts and names of fields, in order; True stands beside a name."""
-    parts = re.split(r"(\{\{|\}\}|\{[^{}]*\})", template)
-    return tuple(
-        (p[0], False)
-        if p in ("{{", "}}")
-        else (p[1:-1], True)
-        if len(p) > 1 and p[0] == "{" and p[-1] == "}"
-        else (p, False)
-        for p in parts
-    )
 
 
 def fields_of(tasks: Mapping[str, Task]) -> tuple[str, ...]:
@@ -291,7 +269,7 @@ def fields_read(name: str, tasks: Mapping[str, Task]) -> tuple[str, ...]:
 
 def row_fields(name: str, task: Task, names: Collection[str]) -> tuple[str, ...]:
     """Fields of the row that a task of this name reads in a job whose tasks have these names."""
-    return tuple(read for read in task.reads if read == name or read not in names)
+    return tuple(read for read in task.reads(name, names) if read == name or read not in names)
 
 
 def dialogues_of(tasks: Mapping[str, Task]) -> frozenset[str]:
@@ -301,7 +279,7 @@ def dialogues_of(tasks: Mapping[str, Task]) -> frozenset[str]:
         for name, task in tasks.items()
         if isinstance(task, Chat)
         for read in placeholders(task.messages)
-        if read == name or read not in tasks
+        if resolved(read, tasks.keys() - {name}).name not in tasks.keys() - {name}
     )
 
 
@@ -330,7 +308,7 @@ def parse(tasks: object) -> dict[str, Task]:
     problems: list[Problem] = []
     parsed: dict[str, Task] = {}
     for name, spec in tasks.items():
-        if not isinstance(name, str) or not _NAME.match(name):
+        if not isinstance(name, str) or not NAME.match(name):
             problems.append(
                 Problem(
                     "tasks", short(name), "a name of letters, digits, _ . -, up to 64", "rename this task"
@@ -418,10 +396,7 @@ def _is_template(value: object) -> bool:
 
 def _is_prompt(value: object) -> bool:
     """A template that need not name a field."""
-    if not _clean_text(value) or not isinstance(value, str):
-        return False
-    bare = _PLACEHOLDER.sub("", value.replace("{{", "").replace("}}", ""))
-    return all(_NAME.match(n) for n in placeholders(value)) and "{" not in bare and "}" not in bare
+    return isinstance(value, str) and _clean_text(value) and is_template(value)
 
 
 def _is_prompt_or_nothing(value: object) -> bool:
@@ -429,7 +404,7 @@ def _is_prompt_or_nothing(value: object) -> bool:
 
 
 def _is_one_field(value: object) -> bool:
-    return isinstance(value, str) and value.startswith("{") and _is_template(value) and value.count("{") == 1
+    return isinstance(value, str) and value[:1] + value[-1:] == "{}" and bool(NAME.match(value[1:-1]))
 
 
 def _is_whole(low: int, high: int) -> Callable[[object], bool]:
@@ -460,13 +435,14 @@ def _is_schema(value: object) -> bool:
 
 
 _MODEL = "the name of a registered model"
-_TEMPLATE = "text that names at least one field, such as {text}"
+_TEMPLATE = "text that names at least one field, such as {text}, or a part of one, such as {messages[-1]}"
 _PROMPT = "text, with {field} where a field of the row or another task's answer belongs"
 _PROMPT_OR_NOTHING = "such text, or nothing"
 _FIELD = "one field in braces, such as {messages}"
 _TOKENS = "a whole number from 3 to 1,000,000, or null"
 _WRITTEN = "a whole number from 1 to 100,000"
 _STOP = "up to 16 different texts of up to 100 characters"
+_INPUTS = "1 to 64 different names of fields or tasks, or parts of them such as event.kind"
 _LABELS = "2 to 100 different texts of up to 200 characters"
 _TEMPERATURE = "a number from 0 to 10"
 _SEED = "a whole number from 0 to 2^63 - 1"
@@ -480,6 +456,7 @@ _CHECKS: Mapping[str, Callable[[Any], bool]] = {
     _TOKENS: _is_whole(3, 1_000_000),
     _WRITTEN: _is_whole(1, 100_000),
     _STOP: _are_texts(0, 16, 100),
+    _INPUTS: lambda v: _are_texts(1, 64, 200)(v) and all(is_placeholder(one) for one in v),
     _LABELS: _are_texts(2, 100, 200),
     _TEMPERATURE: _is_temperature,
     _SEED: _is_whole(0, 2**63 - 1),
@@ -489,6 +466,7 @@ _BRACES = "write {field} where the row's field belongs, {{ and }} for braces"
 _EXPECTED: Mapping[str, _Expected] = {
     "model": _Expected(_MODEL, "see `motet models`"),
     "input": _Expected(_TEMPLATE, _BRACES),
+    "inputs": _Expected(_INPUTS, "list them without braces: mood, event.kind, messages[-1]"),
     "about": _Expected(_TEMPLATE, _BRACES),
     "prompt": _Expected(_PROMPT, _BRACES),
     "question": _Expected(_PROMPT_OR_NOTHING, _BRACES),

@@ -12,13 +12,15 @@ from cachetools import LRUCache
 from motet.protocol.manifest import Manifest
 from motet.protocol.values import Value
 from motet.protocol.wire import Assignment, TaskOrder
-from motet.tasks import KINDS, placeholders, render, sole_field
-from scheduler.answers import as_texts
+from motet.tasks import KINDS
+from motet.templates import filled, part_of, placeholders, render, resolved, sole_placeholder, text_of
+from scheduler.answers import as_texts, as_values, part_text
 from scheduler.blocks import decode_block, row_order
 from scheduler.policy.fairness import INTERACTIVE
 from scheduler.store import payload_rows
 from scheduler.store.database import Database
 from scheduler.store.leases import Leased
+from scheduler.store.payload_rows import UpstreamAnswer
 
 #: Decoded blocks kept between payloads, in bytes of their texts: those of a step, and those that are carved on.
 _CACHE_BYTES = 16 * 1024 * 1024
@@ -95,8 +97,10 @@ class Payloads:
         for where, (order, answers) in found.items():
             texts = {a.name: as_texts(a.column, a.spec, a.labels) for a in answers}
             size = _ENTRY_BYTES + sum(len(text) for column in texts.values() for text in column)
+            size += sum(len(array) for a in answers for array in a.column.arrays.values())
             size += len(order or b"")
-            upstream[where] = _Upstream(texts, None if order is None else row_order(order), size)
+            own = None if order is None else row_order(order)
+            upstream[where] = _Upstream({a.name: a for a in answers}, texts, own, size)
         return upstream
 
 
@@ -139,34 +143,41 @@ def _assignment(
     if p is None or any((leased.job, r.block) not in blocks for r in leased.carved.ranges):
         return None
     tasks = tuple(order for number, order in p.tasks if leased.carved.todo >> number & 1)
-    also = _names_beside_input(tasks)
+    beside = _placeholders_beside_input(tasks)
     named = any(order.spec.get("temperature", 0) or order.spec["kind"] == "fit" for order in tasks)
-    texts: list[str] = []
-    fields: dict[str, list[str]] = {name: [] for name in also}
-    indices: list[int] = []
+    is_function = bool(tasks) and all(order.spec["kind"] == "function" for order in tasks)
+    inputs: Sequence[str] = (is_function and tasks[0].spec.get("inputs")) or ()
     # A function whose whole input is one field of the row is given its values; another task's answer is text.
-    sole = sole_field(p.input) if tasks and all(t.spec["kind"] == "function" for t in tasks) else None
+    sole = sole_placeholder(p.input) if is_function and not inputs else None
+    texts: list[str] = []
+    fields: dict[str, list[str]] = {written: [] for written in beside}
+    indices: list[int] = []
     values: list[Value] = []
-    is_typed = False
+    is_typed = bool(inputs)
     for r in leased.carved.ranges:
         block = blocks[leased.job, r.block]
-        columns, order = block.columns, block.order
+        answers: _Upstream | None = None
         if p.needs or block.partly_bad:
             answers = upstream.get((leased.job, leased.pass_number, r.block))
             if answers is None:
                 return None
-            # The answer of a task hides a field of its name.
-            columns = {**columns, **answers.texts}
-            sole = None if sole in answers.texts else sole
-            order = block.order if answers.order is None else answers.order
+        readable = _Readable(block, answers or _NO_ANSWERS)
+        order = block.order if answers is None or answers.order is None else answers.order
         rows = order[r.lo : r.hi]
-        if sole is not None:
-            is_typed = is_typed or sole in block.typed
-            column = block.typed.get(sole, columns[sole])
-            values += (column[i] for i in rows)
-        texts += (render(p.input, {f: column[i] for f, column in columns.items()}) for i in rows)
-        for name, of_rows in fields.items():
-            of_rows += (columns[name][i] for i in rows)
+        if inputs:
+            columns = [readable.values(one, rows) for one in inputs]
+            values += (dict(zip(inputs, row, strict=True)) for row in zip(*columns, strict=True))
+            texts += [""] * len(rows)
+        else:
+            if sole is not None and not readable.is_answer(sole):
+                is_typed = is_typed or readable.is_typed(sole)
+                values += readable.values(sole, rows)
+            read = {one: readable.texts(one, rows) for one in placeholders(p.input)}
+            texts += (
+                render(p.input, {one: column[i] for one, column in read.items()}) for i in range(len(rows))
+            )
+        for written, of_rows in fields.items():
+            of_rows += readable.texts(written, rows)
         if named:
             indices += (block.first_row + i for i in rows)
     return Assignment(
@@ -191,14 +202,14 @@ def _assignment(
     )
 
 
-def _names_beside_input(tasks: Sequence[TaskOrder]) -> tuple[str, ...]:
-    """What the tasks' other templates read, in order of first use: the worker renders these, since they differ by task."""
+def _placeholders_beside_input(tasks: Sequence[TaskOrder]) -> tuple[str, ...]:
+    """What the tasks' other templates name, in order of first use: the worker renders these, since they differ by task."""
     return tuple(
         dict.fromkeys(
-            name
+            written
             for order in tasks
             for template in KINDS[order.spec["kind"]].templates[1:]
-            for name in placeholders(order.spec[template])
+            for written in placeholders(order.spec[template])
         )
     )
 
@@ -240,11 +251,68 @@ class _Block:
 class _Upstream:
     """What a pass has of its own in one block: its rows, and what it reads of other tasks."""
 
-    #: Task name -> its answers as text, by offset in the block.
+    #: Task name -> its answers, by offset in the block.
+    answers: Mapping[str, UpstreamAnswer]
+    #: Task name -> the same as text.
     texts: Mapping[str, Sequence[str]]
     #: The order of the rows that it has to do; None: the block's own.
     order: Sequence[int] | None
     bytes: int
+
+
+_NO_ANSWERS = _Upstream({}, {}, None, 0)
+
+
+@dataclass(frozen=True, slots=True)
+class _Readable:
+    """All that a pass can read in one block, by placeholder. The answer of a task hides a field of its name."""
+
+    block: _Block
+    upstream: _Upstream
+
+    def is_answer(self, written: str) -> bool:
+        return resolved(written, self.upstream.answers).name in self.upstream.answers
+
+    def is_typed(self, written: str) -> bool:
+        """Whether its values may be more than text."""
+        meant = resolved(written, self.upstream.answers)
+        return bool(meant.steps) or meant.name in self.upstream.answers or meant.name in self.block.typed
+
+    def texts(self, written: str, rows: Sequence[int]) -> list[str]:
+        """What stands in a template for these rows."""
+        meant = resolved(written, self.upstream.answers)
+        if not meant.steps:
+            whole = self.upstream.texts.get(meant.name)
+            whole = self.block.columns[meant.name] if whole is None else whole
+            return [whole[i] for i in rows]
+        answer = self.upstream.answers.get(meant.name)
+        if answer is None:
+            return [text_of(part_of(value, meant.steps)) for value in self._fields(meant.name, rows)]
+        every = self._answers(answer)
+        return [part_text(answer.column.kind, every[i], meant.steps) for i in rows]
+
+    def values(self, written: str, rows: Sequence[int]) -> list[Value]:
+        """The same as values with their types."""
+        meant = resolved(written, self.upstream.answers)
+        answer = self.upstream.answers.get(meant.name)
+        if answer is None:
+            return [part_of(value, meant.steps) for value in self._fields(meant.name, rows)]
+        every = self._answers(answer)
+        return [part_of(every[i], meant.steps) for i in rows]
+
+    def _fields(self, name: str, rows: Sequence[int]) -> list[Value]:
+        column = self.block.typed.get(name, self.block.columns[name])
+        return [column[i] for i in rows]
+
+    def _answers(self, answer: UpstreamAnswer) -> list[Any]:
+        """Spans are told with their text where the task read nothing but fields: others' answers are not at hand here."""
+        template = str(answer.spec.get("input", ""))
+        names = placeholders(template)
+        fields = {**self.block.columns, **self.block.typed}
+        if answer.column.kind != "spans" or not all(resolved(one, ()).name in fields for one in names):
+            return as_values(answer.column, answer.labels)
+        rows = [{name: column[i] for name, column in fields.items()} for i in range(len(answer.column))]
+        return as_values(answer.column, answer.labels, [filled(template, row) for row in rows])
 
 
 #: Job, pass, block.

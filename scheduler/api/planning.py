@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -11,8 +11,9 @@ from starlette.concurrency import run_in_threadpool
 
 from motet.messages.jobs import Plan, PlannedPass, PlanRequest
 from motet.protocol.transport import TransportLost
-from motet.protocol.values import plain_text
-from motet.tasks import Prompted, Task, fields_read, placeholders, render
+from motet.protocol.values import Value, plain_text
+from motet.tasks import Prompted, Task, fields_read
+from motet.templates import filled, placeholders, render
 from scheduler.api.auth import Caller
 from scheduler.api.bodies import json_body, whole_body
 from scheduler.api.opening import SUBMISSION, inline_rows, planned_with
@@ -49,15 +50,15 @@ def _dry_run(use: Resources, raw: bytes) -> Plan:
     planned = planned_with(use, asked, incoming)
     part = incoming.part() if incoming else IncomingPart(columns={name: [] for name in asked.fields})
     unread = {name: absent(part.bad, part.bad_fields, fields_read(name, asked.tasks)) for name in asked.tasks}
-    rows = {
-        i: {name: plain_text(values[i]) for name, values in part.columns.items()}
+    rows: dict[int, dict[str, Value]] = {
+        i: {name: values[i] for name, values in part.columns.items()}
         for i in askable(range(len(part)), list(unread.values()))
     }
     sample = Sample(
         rows=len(rows),
         total_rows=len(rows) if asked.said.total_rows is None else asked.said.total_rows,
         # Of a pass that reads some of the fields the others' bytes tell nothing: then rows count.
-        text_bytes=sum(len(text.encode()) for row in rows.values() for text in row.values()),
+        text_bytes=sum(len(plain_text(value).encode()) for row in rows.values() for value in row.values()),
         total_bytes=asked.said.total_bytes,
     )
     by_rows = replace(sample, total_bytes=None)
@@ -67,10 +68,10 @@ def _dry_run(use: Resources, raw: bytes) -> Plan:
     names = list(asked.tasks)
     for p in planned.passes:
         # Of answers that are not there yet nothing is counted.
-        unknown = {names[number]: "" for number in p.needs}
+        unknown: dict[str, Value] = {names[number]: "" for number in p.needs}
         here = askable(list(rows), [unread[names[number]] for number in p.tasks])
         seen = [{**rows[i], **unknown} for i in here]
-        lengths = use.counter.lengths(p.model, [render(p.input, row) for row in seen])
+        lengths = use.counter.lengths(p.model, [filled(p.input, row, unknown) for row in seen])
         demand = planned.demand(p)
         timing: dict[str, Any] = {
             "seconds_per_token": [
@@ -83,7 +84,7 @@ def _dry_run(use: Resources, raw: bytes) -> Plan:
         }
         of_it = sample if all(reads_of(p, asked.tasks).times) else by_rows
         if p.prompts:
-            prompts = [_asked(use, p, asked.tasks[names[number]], seen) for number in p.tasks]
+            prompts = [_asked(use, p, asked.tasks[names[number]], seen, unknown) for number in p.tasks]
             guess = estimate_prompts(p, lengths, prompts, of_it, **timing)
         else:
             too_long.update(
@@ -128,8 +129,10 @@ def _together(seconds: Sequence[float | None]) -> float | None:
     return sum(known) if len(known) == len(seconds) else None
 
 
-def _asked(use: Resources, p: PassPlan, task: Task, rows: list[dict[str, str]]) -> TaskTokens:
-    """A task of a language model in tokens, by the tokenizer that will read it."""
+def _asked(
+    use: Resources, p: PassPlan, task: Task, rows: list[dict[str, Value]], answers: Collection[str]
+) -> TaskTokens:
+    """A task of a language model in tokens, by the tokenizer that will read it. ``answers``: names that are tasks."""
     system = str(getattr(task, "system", ""))
     asked = instruction(task) if isinstance(task, Prompted) else ""
 
@@ -138,7 +141,7 @@ def _asked(use: Resources, p: PassPlan, task: Task, rows: list[dict[str, str]]) 
             return use.counter.lengths(p.model, [render(template, {})] if template else []) * len(rows) or [
                 0
             ] * len(rows)
-        return use.counter.lengths(p.model, [render(template, row) for row in rows])
+        return use.counter.lengths(p.model, [filled(template, row, answers) for row in rows])
 
     return TaskTokens(
         system=system,

@@ -20,7 +20,8 @@ from typing import Literal
 
 from motet.errors import InvalidJob, Problem
 from motet.protocol.manifest import ANSWERS, Manifest, column_kind
-from motet.tasks import Chat, First, Prompted, Reading, Task, fields_of, render, short, uses
+from motet.tasks import Chat, First, Function, Prompted, Reading, Task, fields_of, short
+from motet.templates import render, resolved, uses
 from scheduler.blocks import Reads
 from scheduler.policy.carve import MAX_ROWS
 from scheduler.policy.cost import learned_as
@@ -91,7 +92,9 @@ def plan(
         task, model = tasks[names[number]], models[names[number]]
         loaded = loaded_model(model, trunks)
         max_tokens = tokens_read(task, model, loaded)
-        what = (*_what_is_shared(model, loaded), task.shared_input, max_tokens, task.numerics, needs[number])
+        # Values are no text, whatever template stands for them.
+        shared_input = (task.shared_input, isinstance(task, Function) and task.inputs is not None)
+        what = (*_what_is_shared(model, loaded), shared_input, max_tokens, task.numerics, needs[number])
         fused.setdefault((*what, _order(task)), []).append(number)
     resolved: dict[tuple[object, ...], list[int]] = {}
     for (*alike, first), numbers in fused.items():
@@ -186,9 +189,12 @@ def reads_of(planned: PassPlan, tasks: Mapping[str, Task]) -> Reads:
     answers = {names[number] for number in planned.needs}
     own = [tasks[names[number]] for number in planned.tasks]
     often = Counter(uses(planned.input))
+    fixed = render(planned.input, dict.fromkeys(often, ""))
     # Of each name what the prompt says that names it most.
     often += reduce(or_, (Counter(_uses_beside_input(task)) for task in own))
-    fixed = render(planned.input, dict.fromkeys(often, ""))
+    # How long a part is nobody knows: it counts as the whole.
+    for one in [one for one in often if resolved(one, answers).name != one]:
+        often[resolved(one, answers).name] += often.pop(one)
     return Reads(
         tuple(often[name] for name in fields_of(tasks)),
         len(fixed.encode()) + ANSWER_BYTES * sum(often[name] for name in answers),
@@ -285,13 +291,16 @@ def _unreadable(
     return [
         Problem(
             f"tasks.{name}",
-            f"{{{names[read]}}}, which is {_NO_TEXT[kinds[names[read]]]}",
-            "a field of the row, or an answer that is a label, a number, a text or JSON",
-            f"read another task's answer, or rename the task {names[read]} if a field of that name is meant",
+            f"{{{written}}}, which is {_NO_TEXT[kinds[meant.name]]}",
+            "a field of the row, an answer that is a label, a number, a text or JSON, or a part of it",
+            f"name a part of it, such as {{{meant.name}[0]}}, or give a function the whole by inputs=(…); rename the task "
+            f"{meant.name} if a field of that name is meant",
         )
         for name, read_by in zip(names, needs, strict=True)
-        for read in read_by
-        if kinds.get(names[read]) in _NO_TEXT
+        if not (isinstance(task := tasks[name], Function) and task.inputs)
+        for written in task.placeholders
+        for meant in [resolved(written, {names[read] for read in read_by})]
+        if not meant.steps and kinds.get(meant.name) in _NO_TEXT and meant.name != name
     ]
 
 
