@@ -14,6 +14,9 @@ from typing import Any, ClassVar, Literal
 from motet.errors import InvalidJob, Problem
 from motet.templates import NAME, is_placeholder, is_template, placeholders, resolved
 
+#: What a classifier says that abstains, unless a task names another word.
+UNSURE = "unsure"
+
 TooLong = Literal["truncate", "error"]
 Numerics = Literal["fast", "exact"]
 First = Literal["auto", "text", "instruction"]
@@ -85,6 +88,16 @@ class Classify(Reading):
     kind: ClassVar[str] = "classify"
     #: Return every label's score, not only the winner's.
     scores: bool = False
+    #: Where the best label's score is below this, the cell says ``otherwise`` with that score: the model abstains.
+    min_score: float | None = field(default=None, metadata={"later": True})
+    #: A label of the model, or another word. None with a ``min_score``: "unsure".
+    otherwise: str | None = field(default=None, metadata={"later": True})
+
+    def labels_of(self, known: Sequence[str]) -> tuple[str, ...]:
+        """The labels that its cells may hold, where the model knows these."""
+        if self.min_score is None or (word := self.otherwise or UNSURE) in known:
+            return tuple(known)
+        return (*known, word)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -445,6 +458,8 @@ _STOP = "up to 16 different texts of up to 100 characters"
 _INPUTS = "1 to 64 different names of fields or tasks, or parts of them such as event.kind"
 _LABELS = "2 to 100 different texts of up to 200 characters"
 _TEMPERATURE = "a number from 0 to 10"
+_SHARE = "a number above 0, at most 1"
+_LABEL = "a text of up to 200 characters"
 _SEED = "a whole number from 0 to 2^63 - 1"
 _SCHEMA = "a JSON Schema of up to 20,000 characters"
 _CHECKS: Mapping[str, Callable[[Any], bool]] = {
@@ -459,6 +474,8 @@ _CHECKS: Mapping[str, Callable[[Any], bool]] = {
     _INPUTS: lambda v: _are_texts(1, 64, 200)(v) and all(is_placeholder(one) for one in v),
     _LABELS: _are_texts(2, 100, 200),
     _TEMPERATURE: _is_temperature,
+    _SHARE: lambda v: isinstance(v, int | float) and not isinstance(v, bool) and 0 < v <= 1,
+    _LABEL: lambda v: _clean_text(v) and len(v) <= 200,
     _SEED: _is_whole(0, 2**63 - 1),
     _SCHEMA: _is_schema,
 }
@@ -479,6 +496,8 @@ _EXPECTED: Mapping[str, _Expected] = {
     "dtype": _Expected("fp32 or fp16", "choose one", ("fp32", "fp16")),
     "normalize": _Expected("true or false", "choose one", kind=bool),
     "scores": _Expected("true or false", "choose one", kind=bool),
+    "min_score": _Expected(_SHARE, "say below which score the model should abstain, such as 0.5"),
+    "otherwise": _Expected(_LABEL, "say what stands in the cell then, such as unsure"),
     "calibrate": _Expected("true or false", "choose one", kind=bool),
     "labels": _Expected(_LABELS, "list the labels to choose from"),
     "stop": _Expected(_STOP, "list the texts before which writing ends"),

@@ -20,7 +20,7 @@ from typing import Literal
 
 from motet.errors import InvalidJob, Problem
 from motet.protocol.manifest import ANSWERS, Manifest, column_kind
-from motet.tasks import Chat, First, Function, Prompted, Reading, Task, fields_of, short
+from motet.tasks import Chat, Classify, First, Function, Prompted, Reading, Task, fields_of, short
 from motet.templates import render, resolved, uses
 from scheduler.blocks import Reads
 from scheduler.policy.carve import MAX_ROWS
@@ -253,6 +253,7 @@ def _wrong(
                 f"choose a model made for {task.kind}, or another kind of task: see `motet models`",
             )
         )
+    problems += _cannot_abstain(name, task, model)
     if model.trunk_model and model.trunk_model not in trunks:
         problems.append(
             Problem(
@@ -272,6 +273,30 @@ def _wrong(
             )
         )
     return problems
+
+
+def _cannot_abstain(name: str, task: Task, model: Manifest) -> list[Problem]:
+    if not isinstance(task, Classify):
+        return []
+    if task.min_score is not None and model.answers == "labels":
+        return [
+            Problem(
+                f"tasks.{name}.min_score",
+                f"{task.min_score} for {model.ref}, which gives each label that reaches its own threshold",
+                "a model that gives one label",
+                "leave min_score out: a row may get no label at all",
+            )
+        ]
+    if task.otherwise is not None and task.min_score is None:
+        return [
+            Problem(
+                f"tasks.{name}.otherwise",
+                f"{short(task.otherwise)} without min_score",
+                "the score below which it is said",
+                "add min_score=0.5, or leave otherwise out",
+            )
+        ]
+    return []
 
 
 #: Kinds of columns that cannot stand in a template.
