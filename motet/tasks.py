@@ -11,6 +11,7 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import MISSING, dataclass, field, fields
 from typing import Any, ClassVar, Literal
 
+from motet.conditions import BadCondition, condition
 from motet.errors import InvalidJob, Problem
 from motet.templates import NAME, is_placeholder, is_template, placeholders, resolved
 
@@ -39,6 +40,8 @@ class Task:
     model: str = field(kw_only=False)
     #: ``exact`` is fp32; ``fast`` allows the formats whose accuracy check passed when the model was registered.
     numerics: Numerics = "fast"
+    #: The task runs on the rows for which this condition (``motet.conditions``) holds; its other cells are skipped.
+    when: str | None = field(default=None, metadata={"later": True})
 
     def to_json(self) -> dict[str, Any]:
         """The spec as JSON, defaults included, so that its digest does not depend on how it was written.
@@ -66,7 +69,8 @@ class Task:
     def reads(self, name: str, names: Collection[str]) -> tuple[str, ...]:
         """The fields of the row and the other tasks that a task of this ``name`` reads, where its job has these names."""
         others = frozenset(names) - {name}
-        return tuple(dict.fromkeys(resolved(one, others).name for one in self.placeholders))
+        of_condition = condition(self.when).placeholders if self.when else ()
+        return tuple(dict.fromkeys(resolved(one, others).name for one in (*self.placeholders, *of_condition)))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -362,13 +366,26 @@ def _parse_one(where: str, spec: object) -> Task:
                 problems.append(Problem(f"{where}.{key}", "nothing", needed.words, needed.remedy))
             continue
         expected = _NEW_TOKENS if key == "max_tokens" and issubclass(cls, _WRITES) else _EXPECTED[key]
-        if expected.check(spec[key]) or (spec[key] is None and f.default is None):
+        if key == "when" and spec[key] is not None and (flaw := _flaw_of(spec[key])):
+            problems.append(Problem(f"{where}.when", flaw, expected.words, expected.remedy))
+        elif expected.check(spec[key]) or (spec[key] is None and f.default is None):
             values[key] = tuple(spec[key]) if isinstance(spec[key], list) else spec[key]
         else:
             problems.append(Problem(f"{where}.{key}", short(spec[key]), expected.words, expected.remedy))
     if problems:
         raise InvalidJob(problems)
     return cls(**values)
+
+
+def _flaw_of(written: object) -> str:
+    """What is wrong with a condition, in words; "" where nothing is."""
+    if not isinstance(written, str):
+        return short(written)
+    try:
+        condition(written)
+    except BadCondition as bad:
+        return str(bad)
+    return ""
 
 
 def short(value: object, limit: int = 40) -> str:
@@ -458,6 +475,7 @@ _STOP = "up to 16 different texts of up to 100 characters"
 _INPUTS = "1 to 64 different names of fields or tasks, or parts of them such as event.kind"
 _LABELS = "2 to 100 different texts of up to 200 characters"
 _TEMPERATURE = "a number from 0 to 10"
+_CONDITION = "a condition on fields and answers, such as alert != 'none' and risk > 0.4"
 _SHARE = "a number above 0, at most 1"
 _LABEL = "a text of up to 200 characters"
 _SEED = "a whole number from 0 to 2^63 - 1"
@@ -474,6 +492,7 @@ _CHECKS: Mapping[str, Callable[[Any], bool]] = {
     _INPUTS: lambda v: _are_texts(1, 64, 200)(v) and all(is_placeholder(one) for one in v),
     _LABELS: _are_texts(2, 100, 200),
     _TEMPERATURE: _is_temperature,
+    _CONDITION: lambda v: not _flaw_of(v),
     _SHARE: lambda v: isinstance(v, int | float) and not isinstance(v, bool) and 0 < v <= 1,
     _LABEL: lambda v: _clean_text(v) and len(v) <= 200,
     _SEED: _is_whole(0, 2**63 - 1),
@@ -491,6 +510,7 @@ _EXPECTED: Mapping[str, _Expected] = {
     "messages": _Expected(_FIELD, "name the field that holds the list of messages"),
     "max_tokens": _Expected(_TOKENS, "leave it out to use the model's own limit"),
     "too_long": _Expected("truncate or error", "choose one", ("truncate", "error")),
+    "when": _Expected(_CONDITION, "compare with == != < <= > >= in, and join with and, or, not"),
     "numerics": _Expected("fast or exact", "choose one", ("fast", "exact")),
     "first": _Expected("auto, text or instruction", "choose one", ("auto", "text", "instruction")),
     "dtype": _Expected("fp32 or fp16", "choose one", ("fp32", "fp16")),

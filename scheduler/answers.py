@@ -75,6 +75,17 @@ def _value(kind: str, value: Any, read: str | None) -> Any:
     return value
 
 
+def told(value: Any, kind: str, spec: Mapping[str, Any]) -> Any:
+    """What a value (``as_values``) says in short: the name of a label, the names of labels, the text of what was written."""
+    match kind:
+        case "label" if value is not None:
+            return value["label"]
+        case "labels" if value is not None:
+            return [one["label"] for one in value]
+    written = spec.get("kind") in _WRITTEN and spec.get("schema") is None
+    return value["text"] if written and isinstance(value, dict) and "text" in value else value
+
+
 def part_text(kind: str, value: Any, steps: tuple[Selector, ...]) -> str:
     """A part of a value (``as_values``) as text: of a span its text, of a label its name; "" where it is not there."""
     part = part_of(value, steps)

@@ -13,14 +13,13 @@ from motet.protocol.manifest import Manifest
 from motet.protocol.values import Value
 from motet.protocol.wire import Assignment, TaskOrder
 from motet.tasks import KINDS
-from motet.templates import filled, part_of, placeholders, render, resolved, sole_placeholder, text_of
-from scheduler.answers import as_texts, as_values, part_text
+from motet.templates import placeholders, render, sole_placeholder
 from scheduler.blocks import decode_block, row_order
 from scheduler.policy.fairness import INTERACTIVE
+from scheduler.readable import Readable, UpstreamAnswer
 from scheduler.store import payload_rows
 from scheduler.store.database import Database
 from scheduler.store.leases import Leased
-from scheduler.store.payload_rows import UpstreamAnswer
 
 #: Decoded blocks kept between payloads, in bytes of their texts: those of a step, and those that are carved on.
 _CACHE_BYTES = 16 * 1024 * 1024
@@ -40,7 +39,7 @@ class Payloads:
     def __post_init__(self) -> None:
         self._blocks: LRUCache[tuple[str, int], _Block] = LRUCache(_CACHE_BYTES, attrgetter("bytes"))
         self._passes: LRUCache[tuple[str, int], _Pass] = LRUCache(_PASSES_KEPT)
-        #: Of places whose pass reads other tasks' answers, or may have an order of its own.
+        #: Of places whose pass may have an order of its own, since it reads other tasks' answers or has a condition.
         self._upstream: LRUCache[_Place, _Upstream] = LRUCache(_CACHE_BYTES, attrgetter("bytes"))
 
     def assignments(self, leased: Sequence[Leased]) -> dict[str, list[Assignment]]:
@@ -55,7 +54,7 @@ class Payloads:
                     for item in group
                     if (p := passes.get((item.job, item.pass_number)))
                     for r in item.carved.ranges
-                    if p.needs or ((b := blocks.get((item.job, r.block))) and b.partly_bad)
+                    if p.own_order or ((b := blocks.get((item.job, r.block))) and b.partly_bad)
                 }
             )
             for item in group:
@@ -95,12 +94,11 @@ class Payloads:
             found = payload_rows.upstream_answers(connection, wanted)
         upstream = {}
         for where, (order, answers) in found.items():
-            texts = {a.name: as_texts(a.column, a.spec, a.labels) for a in answers}
-            size = _ENTRY_BYTES + sum(len(text) for column in texts.values() for text in column)
+            size = _ENTRY_BYTES + sum(len(text) for a in answers for text in a.texts)
             size += sum(len(array) for a in answers for array in a.column.arrays.values())
             size += len(order or b"")
             own = None if order is None else row_order(order)
-            upstream[where] = _Upstream({a.name: a for a in answers}, texts, own, size)
+            upstream[where] = _Upstream({a.name: a for a in answers}, own, size)
         return upstream
 
 
@@ -157,11 +155,11 @@ def _assignment(
     for r in leased.carved.ranges:
         block = blocks[leased.job, r.block]
         answers: _Upstream | None = None
-        if p.needs or block.partly_bad:
+        if p.own_order or block.partly_bad:
             answers = upstream.get((leased.job, leased.pass_number, r.block))
             if answers is None:
                 return None
-        readable = _Readable(block, answers or _NO_ANSWERS)
+        readable = Readable(block.columns, block.typed, answers.answers if answers else {})
         order = block.order if answers is None or answers.order is None else answers.order
         rows = order[r.lo : r.hi]
         if inputs:
@@ -223,7 +221,7 @@ def _read_pass(row: Any, tasks: Sequence[Any]) -> _Pass:
         model=Manifest.from_json(row.manifest),
         tenant=str(row.tenant_id),
         priority=row.priority,
-        needs=bool(row.needs),
+        own_order=bool(row.needs) or row.condition is not None,
         tasks=tuple(
             (t.number, TaskOrder(name=t.name, spec=t.spec, manifest=Manifest.from_json(t.manifest)))
             for t in tasks
@@ -253,66 +251,9 @@ class _Upstream:
 
     #: Task name -> its answers, by offset in the block.
     answers: Mapping[str, UpstreamAnswer]
-    #: Task name -> the same as text.
-    texts: Mapping[str, Sequence[str]]
     #: The order of the rows that it has to do; None: the block's own.
     order: Sequence[int] | None
     bytes: int
-
-
-_NO_ANSWERS = _Upstream({}, {}, None, 0)
-
-
-@dataclass(frozen=True, slots=True)
-class _Readable:
-    """All that a pass can read in one block, by placeholder. The answer of a task hides a field of its name."""
-
-    block: _Block
-    upstream: _Upstream
-
-    def is_answer(self, written: str) -> bool:
-        return resolved(written, self.upstream.answers).name in self.upstream.answers
-
-    def is_typed(self, written: str) -> bool:
-        """Whether its values may be more than text."""
-        meant = resolved(written, self.upstream.answers)
-        return bool(meant.steps) or meant.name in self.upstream.answers or meant.name in self.block.typed
-
-    def texts(self, written: str, rows: Sequence[int]) -> list[str]:
-        """What stands in a template for these rows."""
-        meant = resolved(written, self.upstream.answers)
-        if not meant.steps:
-            whole = self.upstream.texts.get(meant.name)
-            whole = self.block.columns[meant.name] if whole is None else whole
-            return [whole[i] for i in rows]
-        answer = self.upstream.answers.get(meant.name)
-        if answer is None:
-            return [text_of(part_of(value, meant.steps)) for value in self._fields(meant.name, rows)]
-        every = self._answers(answer)
-        return [part_text(answer.column.kind, every[i], meant.steps) for i in rows]
-
-    def values(self, written: str, rows: Sequence[int]) -> list[Value]:
-        """The same as values with their types."""
-        meant = resolved(written, self.upstream.answers)
-        answer = self.upstream.answers.get(meant.name)
-        if answer is None:
-            return [part_of(value, meant.steps) for value in self._fields(meant.name, rows)]
-        every = self._answers(answer)
-        return [part_of(every[i], meant.steps) for i in rows]
-
-    def _fields(self, name: str, rows: Sequence[int]) -> list[Value]:
-        column = self.block.typed.get(name, self.block.columns[name])
-        return [column[i] for i in rows]
-
-    def _answers(self, answer: UpstreamAnswer) -> list[Any]:
-        """Spans are told with their text where the task read nothing but fields: others' answers are not at hand here."""
-        template = str(answer.spec.get("input", ""))
-        names = placeholders(template)
-        fields = {**self.block.columns, **self.block.typed}
-        if answer.column.kind != "spans" or not all(resolved(one, ()).name in fields for one in names):
-            return as_values(answer.column, answer.labels)
-        rows = [{name: column[i] for name, column in fields.items()} for i in range(len(answer.column))]
-        return as_values(answer.column, answer.labels, [filled(template, row) for row in rows])
 
 
 #: Job, pass, block.
@@ -330,6 +271,6 @@ class _Pass:
     model: Manifest
     tenant: str
     priority: int
-    #: It reads other tasks' answers.
-    needs: bool
+    #: It reads other tasks' answers, or has a condition: some rows of a block may not be its own.
+    own_order: bool
     tasks: tuple[tuple[int, TaskOrder], ...]

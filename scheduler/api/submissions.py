@@ -210,6 +210,7 @@ def new_job(
                 rate_key=p.rate_key,
                 reads=read.times,
                 bytes_beside=read.beside,
+                condition=p.condition,
             )
             for p, read in zip(planned.passes, reads, strict=True)
         ),

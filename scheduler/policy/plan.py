@@ -50,6 +50,8 @@ class PassPlan:
     tasks: tuple[int, ...]
     #: Numbers of the tasks whose cells it reads: a block of it waits until these are sealed there.
     needs: tuple[int, ...] = ()
+    #: It runs on the rows for which this holds; None: on all.
+    condition: str | None = None
     #: What stands in front in its prompts: "text" or "instruction"; "" where there are none.
     first: Literal["text", "instruction", ""] = ""
     #: The name under which this pass' speed is learned, where that is not its trunk's; "": it is.
@@ -74,7 +76,7 @@ def plan(
     ``models``: task name -> manifest of its model; a task without one names an unknown model. ``trunks``:
     ``name@version`` -> manifest, for every trunk that a head of these names. ``registered``: versions and aliases to suggest.
     ``mean_bytes``: field -> UTF-8 bytes in a row, as far as they are known.
-    Two tasks fuse when trunk, template, tokens read, numeric class and the tasks that they need are the same;
+    Two tasks fuse when trunk, template, tokens read, numeric class, condition and the tasks that they need are the same;
     ``too_long`` may differ, for it only decides what becomes of a row's answer. Since all tasks of a pass need the
     same ones, passes can no more wait for each other than tasks can. Raises InvalidJob with every problem found.
     """
@@ -94,7 +96,8 @@ def plan(
         max_tokens = tokens_read(task, model, loaded)
         # Values are no text, whatever template stands for them.
         shared_input = (task.shared_input, isinstance(task, Function) and task.inputs is not None)
-        what = (*_what_is_shared(model, loaded), shared_input, max_tokens, task.numerics, needs[number])
+        own = (task.numerics, needs[number], task.when)
+        what = (*_what_is_shared(model, loaded), shared_input, max_tokens, *own)
         fused.setdefault((*what, _order(task)), []).append(number)
     resolved: dict[tuple[object, ...], list[int]] = {}
     for (*alike, first), numbers in fused.items():
@@ -136,6 +139,7 @@ def _pass(
         input=task.shared_input,
         tasks=tuple(numbers),
         needs=needs[numbers[0]],
+        condition=task.when,
         first="instruction" if first == "instruction" else "text" if isinstance(task, Prompted) else "",
         rate_key=rate_key(learned_as("", loaded), [tasks[name] for name in names]) if speaks else "",
     )

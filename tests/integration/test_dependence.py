@@ -485,6 +485,48 @@ def test_parts_of_answers_and_of_fields_come_as_text_and_functions_get_values(ho
     assert check(house, job).state == "succeeded"
 
 
+CONDITIONAL: Mapping[str, Task] = {
+    "mood": Choose("llm", labels=("good", "bad")),
+    "reply": Generate("llm", prompt="Answer, it is {mood}.", when="mood == 'bad' and age < 30"),
+    "check": Generate("llm", prompt="Is {reply} right?"),
+    "old": Generate("llm", prompt="Greet.", when="age >= 30"),
+}
+
+
+def test_a_task_runs_where_its_condition_holds_and_the_rest_is_counted(house: House) -> None:
+    rows: list[dict[str, Any]] = [{"text": "x" * (1 + i % 4), "age": i} for i in range(40)]
+    job = land(house.database, rows, CONDITIONAL, block_rows=16)
+    sent = seen(house, job)
+    wanted = {
+        "reply": {i for i, r in enumerate(rows) if len(r["text"]) % 2 and r["age"] < 30},
+        "old": {i for i, r in enumerate(rows) if r["age"] >= 30},
+    }
+    for task, right in wanted.items():
+        done = sum(len(a.texts) for a in sent if a.tasks[0].name == task)
+        skipped = reasons(house, job, task)
+        assert done == len(right), "a row that is not the task's costs nothing"
+        assert set(skipped) == set(range(40)) - right
+        assert {why.partition(":")[0] for why in skipped.values()} == {"condition"}
+    # What reads an answer that was not asked for is skipped too, and says whose.
+    assert set(reasons(house, job, "check").values()) == {"upstream: reply: condition"}
+    j = check(house, job)
+    assert (j.cells_ok, j.cells_error) == (40 + 2 * len(wanted["reply"]) + len(wanted["old"]), 0)
+    again = land(house.database, rows, CONDITIONAL, block_rows=16)
+    assert house.job(again).state == "succeeded", "equal conditions on equal answers are reused"
+    assert (house.job(again).cells_ok, house.job(again).cells_skipped) == (j.cells_ok, j.cells_skipped)
+
+
+def test_a_row_that_cannot_be_compared_is_an_error_or_skipped_by_its_upstream(house: House) -> None:
+    rows: list[dict[str, Any]] = [{"text": "abc", "age": 1} for _ in range(4)]
+    job = land(house.database, rows, CONDITIONAL, block_rows=4, gaps={"age": [1], "text": [2]})
+    seen(house, job)
+    assert reasons(house, job, "reply") == {}
+    assert set(reasons(house, job, "old")) == {0, 3}
+    j = check(house, job)
+    # mood: row 2. reply, check and old: rows 1 and 2, but check reads no age: it is skipped by reply in row 1.
+    assert (j.cells_error, j.cells_skipped) == (1 + 2 + 1 + 2, 1 + 2)
+
+
 def test_tokens_are_counted_with_the_cells_and_their_sums_agree(house: House) -> None:
     job = land(house.database, texts(50), PROMPTS, block_rows=16)
     sent = seen(house, job)
