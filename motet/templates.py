@@ -189,6 +189,11 @@ def filled(template: str, row: Mapping[str, Any], answers: Collection[str] = ())
 
 
 def _text_in(written: str, row: Mapping[str, Any], answers: Collection[str]) -> str:
+    value = value_in(written, row, answers)
+    return text_of(value) if resolved(written, answers).steps else plain_text(value)
+
+
+def value_in(written: str, row: Mapping[str, Any], answers: Collection[str] = ()) -> Any:
+    """What a placeholder leads to in a row by field and answer. Raises KeyError where the row lacks it."""
     meant = resolved(written, answers)
-    value = row[meant.name]
-    return text_of(part_of(value, meant.steps)) if meant.steps else plain_text(value)
+    return part_of(row[meant.name], meant.steps)

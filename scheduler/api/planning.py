@@ -4,16 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Collection, Sequence
 from dataclasses import replace
+from math import ceil
 from typing import Any
+from uuid import UUID
 
 from fastapi import Request
 from starlette.concurrency import run_in_threadpool
 
+from motet.conditions import condition
 from motet.messages.jobs import Plan, PlannedPass, PlanRequest
 from motet.protocol.transport import TransportLost
 from motet.protocol.values import Value, plain_text
 from motet.tasks import Prompted, Task, fields_read
-from motet.templates import filled, placeholders, render
+from motet.templates import filled, placeholders, render, value_in
 from scheduler.api.auth import Caller
 from scheduler.api.bodies import json_body, whole_body
 from scheduler.api.opening import SUBMISSION, inline_rows, planned_with
@@ -28,6 +31,7 @@ from scheduler.policy.plan import PassPlan, Sample, estimate, reads_of
 from scheduler.policy.prompt_cost import TaskTokens, estimate_prompts
 from scheduler.policy.prompt_order import instruction
 from scheduler.store import drains
+from scheduler.store.dependence import known_share
 from scheduler.store.rates import rates as learned_rates
 from scheduler.store.rates import refusals
 
@@ -41,10 +45,10 @@ routes = Routes(tags=["jobs"])
 )
 async def plan_job(request: Request, use: Use, caller: Caller) -> Plan:
     async with whole_body(request, use, use.settings.max_part_bytes) as raw:
-        return await run_in_threadpool(_dry_run, use, raw)
+        return await run_in_threadpool(_dry_run, use, caller, raw)
 
 
-def _dry_run(use: Resources, raw: bytes) -> Plan:
+def _dry_run(use: Resources, caller: Caller, raw: bytes) -> Plan:
     asked = read_submission(PlanRequest, json_body(raw), max_tasks=use.settings.max_tasks)
     incoming = inline_rows(use, asked) if asked.said.rows else None
     planned = planned_with(use, asked, incoming)
@@ -70,7 +74,7 @@ def _dry_run(use: Resources, raw: bytes) -> Plan:
         # Of answers that are not there yet nothing is counted.
         unknown: dict[str, Value] = {names[number]: "" for number in p.needs}
         here = askable(list(rows), [unread[names[number]] for number in p.tasks])
-        seen = [{**rows[i], **unknown} for i in here]
+        seen, share = _asked_of(use, caller.tenant, p, [{**rows[i], **unknown} for i in here])
         lengths = use.counter.lengths(p.model, [filled(p.input, row, unknown) for row in seen])
         demand = planned.demand(p)
         timing: dict[str, Any] = {
@@ -100,6 +104,7 @@ def _dry_run(use: Resources, raw: bytes) -> Plan:
                 max_tokens=p.max_tokens,
                 needs=tuple(names[number] for number in p.needs),
                 first=p.first,
+                share=share,
                 tokens=guess.tokens,
                 computed_tokens=guess.computed_tokens,
                 unfused_tokens=guess.unfused_tokens,
@@ -121,6 +126,21 @@ def _dry_run(use: Resources, raw: bytes) -> Plan:
         truncated_rows=round(len(too_long) * sample.rows_factor),
         devices=len(devices),
     )
+
+
+def _asked_of(
+    use: Resources, tenant: UUID, p: PassPlan, rows: list[dict[str, Value]]
+) -> tuple[list[dict[str, Value]], float]:
+    """Those of these rows that a pass runs on, or as many as these may be; and their share of all."""
+    if p.condition is None or not rows:
+        return rows, 1.0
+    if not p.needs:
+        held = condition(p.condition)
+        kept = [row for row in rows if held.holds({one: value_in(one, row) for one in held.placeholders})]
+        return kept, len(kept) / len(rows)
+    with use.database.transaction() as connection:
+        share = known_share(connection, tenant, p.condition)
+    return rows[: ceil(share * len(rows))], share
 
 
 def _together(seconds: Sequence[float | None]) -> float | None:

@@ -115,6 +115,21 @@ def _hold_conditions(
                 here[i] = _NOT_HELD
 
 
+_SHARE = text("""
+    SELECT CAST(sum(b.n) AS float8) / nullif(sum(k.n_rows), 0)
+      FROM (SELECT p.job_id, p.number FROM pass p JOIN job j ON j.id = p.job_id
+             WHERE j.tenant_id = :tenant AND p.condition = :condition AND j.state = 'succeeded'
+             ORDER BY j.finished DESC LIMIT 1) p
+      JOIN block_pass b ON b.job_id = p.job_id AND b.pass_number = p.number AND b.todo <> 0
+      JOIN block k ON k.job_id = b.job_id AND k.number = b.block_number""")
+
+
+def known_share(connection: Connection, tenant: UUID, condition: str) -> float:
+    """The share of the rows, 0 to 1, on which a condition held in the tenant's newest job that had it; 1: not known."""
+    share = connection.execute(_SHARE, {"tenant": tenant, "condition": condition}).scalar()
+    return 1.0 if share is None else float(share)
+
+
 def because(task: str, error: str, message: str) -> CellError:
     """The reason of a skipped cell: the task that failed first, and how."""
     return CellError(Skip.UPSTREAM, message if error == Skip.UPSTREAM else f"{task}: {error}")
