@@ -216,6 +216,7 @@ def one_job(results: Results, _: Heads) -> str:
     run, rows = kept["details"], kept["details"]["rows"]
     facts = [
         ("end to end, first row sent to last result read", f"{run['total_s']:.1f} s: {kept['rows_per_s']:,} rows/s"),
+        *([("first result", f"{kept['first_result_s']:.2f} s")] if "first_result_s" in kept else []),
         ("submitted / ran", f"{run['submit_s']:.1f} s / {run['running_s']:.1f} s"),
         ("sub-tasks", f"{kept['subtasks']:,} of {rows / kept['subtasks']:,.0f} rows"),
         ("stored, rows and 4 cells each", f"{kept['stored_bytes_per_row']} bytes per row; the text alone is {kept['text_bytes_per_row']}"),

@@ -6,7 +6,7 @@
 2. The leader with 10, 100 and 1,000 workers, as below, and what a sub-task takes in Valkey: payload and message until
    it is answered.
 
-Last line, JSON: rows_per_s, cpu_us_per_row by process, full_at_rows_per_s (one core of each process), wal and stored
+Last line, JSON: rows_per_s, first_result_s (from the first row read to the first one answered), cpu_us_per_row by process, full_at_rows_per_s (one core of each process), wal and stored
 bytes per row, redis bytes per row under way, dispatcher_step_ms by workers, next_bottleneck.
 
 With ``--workers N`` the leader alone is measured, with 100 workers up to N (bench/leading.py): idle; while all of them
@@ -15,9 +15,15 @@ idle_step_ms and full_step_ms (medians of beat steps, wall clock), subtasks_s (s
 all else is live), dispatcher_mb (largest resident set of this process, the client included), longest_step_s, and
 step_slope_idle and step_slope_full (log-log slopes over the numbers of workers).
 
+With ``--texts N`` a cluster of two real CPU workers answers the demo's four tasks for N of its texts, three times each: as
+fast as they are read, and where they come over ``--over`` seconds, as from a database or over a line. Last line, JSON:
+first_result_s and total_s of both, medians, from the first row read to the first and the last row answered. Over an
+older checkout: PYTHONPATH=CHECKOUT python bench/scale.py --texts N --save FILE.
+
     python bench/scale.py                    about three minutes
     python bench/scale.py --quick            100,000 rows, up to 100 workers
     python bench/scale.py --workers 10000    the leader: about five minutes
+    python bench/scale.py --texts 5000       first results of real work: some minutes
 """
 
 from __future__ import annotations
@@ -31,9 +37,12 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent))
 
-from harness import cluster_folder, finish, options, say, table
+from harness import cluster, cluster_folder, finish, options, say, table, texts
 from leading import ROWS, Lap, Leading, know_the_speed, leading
 from stage import Run, Stage, drive
+from uploading import Wait, median, wait_for
+
+from motet import Client
 
 #: Processes of the scheduler's side, which are full at one core each; Postgres has as many as there are backends.
 ONE_CORE = ("api", "dispatch", "aggregate")
@@ -112,10 +121,54 @@ def _laps(found: Leading) -> dict[str, object]:
     }
 
 
+def real_work(arguments: argparse.Namespace) -> None:
+    """Measure and tell how long callers of real work wait while rows are on their way."""
+    rounds = arguments.size.of(full=3, quick=1, smoke=1)
+    rows = texts(arguments.texts)
+    found: dict[str, list[Wait]] = {"at once": [], "slowly": []}
+    with cluster() as running, Client(running.url, running.tokens["user"]) as client:
+        wait_for(client, rows[:256], 0.0)  # loads the models
+        for _ in range(rounds):
+            found["at once"].append(wait_for(client, rows, 0.0))
+            found["slowly"].append(wait_for(client, rows, arguments.over))
+    waits = {how: median(some) for how, some in found.items()}
+    table(
+        f"{len(rows):,} texts of the demo x 4 tasks, medians of {rounds}",
+        ("how they come", "sent after s", "first result s", "all results s"),
+        [
+            (how, f"{w.submit_s:.2f}", f"{w.first_result_s:.2f}", f"{w.total_s:.2f}")
+            for how, w in waits.items()
+        ],
+    )
+    at_once, slowly = waits["at once"], waits["slowly"]
+    finish(
+        "scale_texts",
+        {
+            "rows": len(rows),
+            "first_result_s": round(at_once.first_result_s, 2),
+            "total_s": round(at_once.total_s, 2),
+            "slow_over_s": arguments.over,
+            "slow_first_result_s": round(slowly.first_result_s, 2),
+            "slow_total_s": round(slowly.total_s, 2),
+        },
+        arguments,
+        whole=arguments.texts >= 5_000,
+    )
+
+
 def main() -> None:
     parser = options(__doc__)
     parser.add_argument("--workers", type=int, help="measure the leader alone, with up to so many workers")
+    parser.add_argument(
+        "--texts", type=int, help="measure first results of so many of the demo's texts alone"
+    )
+    parser.add_argument(
+        "--over", type=float, default=10.0, help="seconds over which they come  [default: %(default)s]"
+    )
     arguments = parser.parse_args()
+    if arguments.texts:
+        real_work(arguments)
+        return
     if arguments.workers:
         leader(arguments)
         return
@@ -136,6 +189,7 @@ def main() -> None:
         "scale",
         {
             "rows_per_s": round(run.rows_per_s),
+            "first_result_s": round(run.first_result_s, 2),
             "cpu_us_per_row": {name: round(us, 2) for name, us in per_row.items()},
             "full_at_rows_per_s": full_at,
             "next_bottleneck": min(full_at, key=full_at.__getitem__),
@@ -174,8 +228,8 @@ def main() -> None:
 def tell(run: Run) -> None:
     """The figures as tables."""
     say(
-        f"{run.rows:,} rows x 4 tasks: submitted in {run.submit_s:.1f} s, ran {run.running_s:.1f} s, "
-        f"{run.total_s:.1f} s in all, {run.rows_per_s:,.0f} rows/s, {run.subtasks:,} sub-tasks"
+        f"{run.rows:,} rows x 4 tasks: first result after {run.first_result_s:.2f} s, submitted in "
+        f"{run.submit_s:.1f} s, ran {run.running_s:.1f} s, {run.total_s:.1f} s in all, {run.rows_per_s:,.0f} rows/s, {run.subtasks:,} sub-tasks"
     )
     table(
         "CPU by process",

@@ -148,7 +148,9 @@ class Run:
     rows: int
     cells: int
     submit_s: float
-    #: From the job's start to its end, as Postgres has it.
+    #: Until the first row could be read.
+    first_result_s: float
+    #: From the landing of the first rows to the job's end, as Postgres has it.
     running_s: float
     total_s: float
     #: By process, the client and the stand-ins included.
@@ -206,6 +208,7 @@ def drive(stage: Stage, rows: int, *, workers: int = 2, tasks: int = 4, row_s: f
             rows=rows,
             cells=told["cells"],
             submit_s=told["submit_s"],
+            first_result_s=told["first_result_s"],
             running_s=float(running_s),
             total_s=told["total_s"],
             cpu_s={**cpu, "client": told["cpu_s"]},

@@ -13,6 +13,7 @@ import math
 import os
 import re
 import secrets
+import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
 from functools import partial
@@ -47,6 +48,9 @@ Tasks = Mapping[str, Task | Mapping[str, Any]]
 log = logging.getLogger(__name__)
 
 _PAGE = 50
+#: Seconds for the first part beyond which a source is slow. Longer: first results of slow sources come later. Shorter:
+#: small jobs take three requests on a busy machine, and not one.
+_SLOW_S = 1.0
 #: What an id or a model's name looks like.
 _SEGMENT = re.compile(r"[A-Za-z0-9_.@+:-]{1,200}")
 
@@ -88,8 +92,12 @@ class Client:
         retention_days: float | None = None,
         progress: bool | None = None,
         key: str | None = None,
+        opened: Callable[[Job], object] | None = None,
     ) -> Job:
-        """Send the rows and start the job; return it at once, while it runs.
+        """Send the rows and start the job; return it when all of them are sent, while it runs.
+
+        Rows that have arrived are run while others are sent. ``opened`` is called once with the job, in this thread,
+        before its parts are sent (of a job that is one request, after it): another thread may read its results then.
 
         ``source`` is a path (.jsonl, .ndjson, .csv, .tsv, .txt, each also with .gz, or .parquet), a list or
         any iterable of texts or mappings (read once, in flat memory), a DataFrame or an Arrow table. Only the
@@ -123,16 +131,19 @@ class Client:
         own_key = key or secrets.token_hex(16)
         parts = cut(source, fields_read, dialogues=dialogues_of(specs), bad_rows=bad_rows)
         # Two parts are cut before anything is sent: a small job is one request, and a source that cannot be
-        # read, or is bad from its start, never reaches the server.
+        # read, or is bad from its start, never reaches the server. A slow source is not waited for: its first rows can
+        # be run while it is read.
+        began = time.monotonic()
         first = next(parts, None)
+        slow = time.monotonic() - began > _SLOW_S
         if first is None:
             raise InvalidJob(Problem("rows", "no rows", "at least one row", "check the source"))
         if any(isinstance(spec, Prompted) for spec in specs.values()):
             # So that what stands in front of a prompt, text or instruction, can be chosen before the rows are there.
             opening = replace(opening, mean_bytes=first.mean_bytes())
-        second = next(parts, None)
+        second = None if slow else next(parts, None)
         bar = Bar("sending", wanted=progress)
-        whole = second is None and not first.bad and not first.bad_fields and first.is_json
+        whole = second is None and not slow and not first.bad and not first.bad_fields and first.is_json
         tell = partial(_tell, bar)
         with bar:
             try:
@@ -147,6 +158,8 @@ class Client:
         job = Job(self._http, record, progress=progress)
         if record.state == State.LOADING:
             try:
+                if opened is not None:
+                    opened(job)
                 total = chain([first] if second is None else [first, second], parts)
                 record = send_parts(self._http, record, total, bar, tell)
             except BaseException as error:
@@ -155,6 +168,8 @@ class Client:
                 if os.getpid() == process and (key is None or isinstance(error, InvalidJob)):
                     self._abandon(job)
                 raise
+        elif opened is not None:
+            opened(job)
         return Job(self._http, record, progress=progress)
 
     def _open(self, opening: Submission, key: str, tell: Callable[[MotetError], object]) -> JobRecord:

@@ -169,7 +169,7 @@ class Job:
     def results(
         self, tasks: Sequence[str] | None = None, order: Order = "row", *, check: bool = True
     ) -> Iterator[Row]:
-        """Stream the merged rows while the job runs, and to its end; all ``tasks``, or those named.
+        """Stream the merged rows while the job is sent and runs, and to its end; all ``tasks``, or those named.
 
         ``order="row"`` gives them by index, ``"done"`` as blocks of them are finished. Raises JobFailed
         behind the last row of a job that failed or was cancelled, unless ``check`` is off.

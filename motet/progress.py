@@ -9,7 +9,7 @@ from datetime import datetime
 from types import TracebackType
 from typing import TYPE_CHECKING
 
-from motet.states import ENDED, State
+from motet.states import ENDED, GROWING, State
 
 if TYPE_CHECKING:
     import rich.progress
@@ -47,9 +47,9 @@ class Progress:
         return self.total - self.done
 
     @property
-    def is_open(self) -> bool:
+    def grows(self) -> bool:
         """Whether rows keep coming, so that ``total`` grows and neither share nor time left mean anything."""
-        return self.state == State.OPEN
+        return self.state in GROWING
 
     @property
     def share(self) -> float:
@@ -73,9 +73,11 @@ class Progress:
         )
 
     def __str__(self) -> str:
-        if self.is_open:
-            # Rows keep coming: there is no whole of which a share could be told.
+        if self.state == State.OPEN:
+            # There is no whole of which a share could be told.
             words = [self.state, f"{self.rows:,} rows", f"{self.waiting:,} cells wait"]
+        elif self.grows:
+            words = [self.state, f"{self.rows:,} rows so far", f"{self.done:,} of their {self.total:,} cells"]
         else:
             words = [self.state, f"{self.done:,} of {self.total:,} cells"]
         if self.reused:
@@ -148,7 +150,7 @@ class Bar:
             self.show(f"starting: workers load the model · {progress.total:,} cells")
         else:
             words = str(progress).removeprefix("running · ")
-            self.show(words, share=None if progress.is_open else progress.share)
+            self.show(words, share=None if progress.grows else progress.share)
 
     def hide(self) -> None:
         """Take it off the screen until it is shown again."""

@@ -40,8 +40,10 @@ MOVES: Mapping[State, frozenset[State]] = {
 ENDED = frozenset(state for state, following in MOVES.items() if not following)
 #: Jobs that have not ended, in the order of their states.
 LIVE = tuple(state for state in State if state not in ENDED)
-#: Jobs whose rows are carved.
-CARVED = (State.OPEN, State.RUNNING)
+#: Jobs to which rows are still coming: what they have so far is no whole.
+GROWING = (State.OPEN, State.LOADING)
+#: Jobs whose rows are carved: of an upload those that have landed, while the others are on their way.
+CARVED = (*GROWING, State.RUNNING)
 #: States that jobs of this version come to: what filters offer.
 REACHED = tuple(state for state in State if state is not State.PAUSED)
 

@@ -3,7 +3,7 @@
 Parts are cut by motet.rows, always in the same way. What a proxy before the API takes is known once it has refused a
 body. From then on parts go in pieces of whole blocks, so that stored columns are still found for reuse; a block goes in
 pieces only where it is too large itself. Parts are numbered as they are sent, so an upload that broke off goes on behind
-the parts and rows that the server has, however they were cut.
+the parts and rows that the server has, however they were cut. The server runs what it has while the rest is sent.
 """
 
 from __future__ import annotations
@@ -62,7 +62,7 @@ def send_parts(
                     packed = sender.pack(rest)
                     landed()
                     in_flight = thread.submit(sender.send, rest, *packed)
-                bar.show(f"{rows:,} rows")
+                bar.show(_so_far(rows, sender.cells_done))
             landed()
             sent = Closing(parts=sender.number, rows=rows)
             return JobRecord.of(http.post(f"/v1/jobs/{job.id}/close", sent.to_json()))
@@ -85,6 +85,8 @@ class _Sender:
         self._http, self._job, self._stop, self._tell = http, job, stop, tell
         #: The number of the next part, and so how many there are.
         self.number = number
+        #: Cells that were final when the last part had landed.
+        self.cells_done = 0
         #: Larger bodies are not tried any more; None before one was refused.
         self._most_bytes: int | None = None
         self._squeeze = not http.stays_here
@@ -130,7 +132,13 @@ class _Sender:
             stop=self._stop,
             refused=self._tell,
         )
-        self.number = PartLanded.of(json_of(answer)).next_part
+        landed = PartLanded.of(json_of(answer))
+        self.number, self.cells_done = landed.next_part, landed.cells_done
+
+
+def _so_far(rows: int, cells_done: int) -> str:
+    """Rows read, and what the server has done meanwhile with those that it has."""
+    return f"{rows:,} rows · {cells_done:,} cells done" if cells_done else f"{rows:,} rows"
 
 
 def rows_of(part: Part, lo: int, hi: int) -> Part:

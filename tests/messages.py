@@ -62,6 +62,7 @@ JOB = {
     },
     "created": "2026-11-23T18:33:00Z",
     "started": "2026-11-23T18:33:01Z",
+    "closed": "2026-11-23T18:33:01Z",
     "finished": None,
     "deadline": None,
     "retention_days": None,

@@ -185,7 +185,7 @@ def _job(job: JobRecord, workers: Sequence[Worker], width: int) -> tuple[Any, ..
         plain(job.name or "–", 28 if width >= 100 else 16),
         state(progress.state),
         f"{progress.rows:,}",
-        f"{progress.waiting:,} wait" if progress.is_open else meter(progress.share, 10),
+        f"{progress.waiting:,} wait" if progress.grows else meter(progress.share, 10),
         "–" if progress.rate is None else number(progress.rate),
         "–" if progress.eta is None else clock(progress.eta),
         plain(_places(job.id, workers), 40),

@@ -131,7 +131,7 @@ def _head(facts: JobActivity, width: int) -> Iterator[Text]:
     title.append(f" {'in' if ended else 'for'} {clock(facts.now_s)}")
     title.append(f"  {job.id[:13] if width < 100 else job.id}", style="dim")
     yield title
-    if progress.is_open:
+    if progress.grows:
         yield text(f"{progress.rows:,} rows so far · {progress.waiting:,} cells wait")
     else:
         words = [f"{int(100 * progress.share)} %"]

@@ -231,8 +231,10 @@ class JobRecord(ApiMessage):
     usage: JobUsage = field(default_factory=JobUsage)
     #: When it was opened, as RFC 3339.
     created: str = ""
-    #: When its upload was closed.
+    #: When its first rows came: they are run from then on. Of an open job, when it was opened.
     started: str | None = None
+    #: When its last rows had come; null: more may come, or it ended before.
+    closed: str | None = None
     #: When it ended.
     finished: str | None = None
     #: It fails where it has not ended by then; null: no hurry.
@@ -267,6 +269,8 @@ class PartLanded(ApiMessage):
     bad_rows: int
     #: Number of the part that comes next.
     next_part: int
+    #: Cells of the job that are final by now: parts are run while others are sent.
+    cells_done: int = 0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

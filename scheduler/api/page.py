@@ -8,7 +8,7 @@ from datetime import datetime
 from typing import Any
 from urllib.parse import urlencode
 
-from motet.states import ENDED, REACHED, State
+from motet.states import ENDED, GROWING, REACHED, State
 from scheduler.api.charts import curve, lanes
 from scheduler.api.markup import render
 from scheduler.api.words import compact, count, duration, moment, number, percent
@@ -33,7 +33,7 @@ def job_page(facts: PageFacts) -> str:
         **facts,
         name=_name(job),
         live=live,
-        progress=percent(_share(job)) if live and not _is_open(job) else job["state"],
+        progress=percent(_share(job)) if live and not _grows(job) else job["state"],
         figures=_figures(facts),
         cells=_cells(job),
         subtasks=sum(sum(p["subtasks"].values()) for p in facts["passes"]),
@@ -58,16 +58,15 @@ def _figures(facts: PageFacts) -> list[_Figure]:
     figures: list[_Figure] = []
     if not live:
         figures.append(("Took", duration(facts["now_s"]), f"until {moment(job['finished'])[11:]}"))
-    elif _is_open(job):
+    elif _grows(job):
         waiting = job["cells"]["total"] - _final(job)
-        figures.append(("Rows so far", f"{job['rows']:,}", "each is answered as it comes"))
+        how = "each is answered as it comes" if job["state"] == State.OPEN else "more are on their way"
+        figures.append(("Rows so far", f"{job['rows']:,}", how))
         figures.append(("Waiting", f"{waiting:,}", "cells without an answer yet"))
-    elif job["state"] == State.LOADING:
-        figures.append(("Rows so far", f"{job['rows']:,}", "parts are still coming"))
     else:
         left = "not known yet" if job["eta_s"] is None else f"about {duration(job['eta_s'])}"
         figures.append(("Time left", left, f"{duration(facts['now_s'])} so far"))
-    if not _is_open(job):
+    if not _grows(job):
         done = f"{count(_final(job), 'cell')} of {job['cells']['total']:,}"
         figures.append(("Done", percent(_share(job)), done))
     rate, rows_s = _pace(facts)
@@ -91,9 +90,9 @@ def _pace(facts: PageFacts) -> tuple[float, float]:
     return tokens_s, rows_s
 
 
-def _is_open(job: PageFacts) -> bool:
+def _grows(job: PageFacts) -> bool:
     """Whether rows keep coming: there is no whole of which a share could be told."""
-    return bool(job["state"] == State.OPEN)
+    return job["state"] in GROWING
 
 
 def _share(job: PageFacts) -> float:
@@ -130,6 +129,7 @@ def _usage(job: PageFacts) -> list[_Figure]:
         ("Attempts lost", f"{usage['attempts_lost']:,}", ""),
         ("Cells reused", f"{job['cells']['reused']:,}", ""),
         ("Started", moment(job["started"]), ""),
+        ("All rows there", moment(job["closed"]), ""),
         ("Ended", moment(job["finished"]), ""),
     ]
 
@@ -158,7 +158,7 @@ def jobs_page(
 
 
 def _done(job: PageFacts) -> str:
-    return count(_final(job), "cell") if _is_open(job) else percent(_share(job))
+    return count(_final(job), "cell") if _grows(job) else percent(_share(job))
 
 
 def _address(**query: object) -> str:

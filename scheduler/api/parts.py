@@ -1,4 +1,4 @@
-"""The route of parts: rows of a job that is loading, as columns or lines."""
+"""The route of parts: rows of a job that is loading, as columns or lines. They are run while others are sent."""
 
 from __future__ import annotations
 
@@ -85,6 +85,7 @@ def _put_part(use: Resources, facts: LoadingJob, number: int, kind: str, raw: by
         total_rows=landed.total_rows,
         bad_rows=landed.bad_rows,
         next_part=landed.part + 1,
+        cells_done=landed.cells_done,
     )
 
 

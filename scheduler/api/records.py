@@ -67,6 +67,7 @@ def describe(job: JobEntry) -> JobRecord:
         ),
         created=moment(job.created) or "",
         started=moment(job.started),
+        closed=moment(job.closed),
         finished=moment(job.finished),
         deadline=moment(job.deadline),
         retention_days=job.retention_days,

@@ -26,7 +26,7 @@ from motet.messages.explanation import (
     Share,
     Why,
 )
-from motet.states import ENDED, State
+from motet.states import ENDED, GROWING
 from scheduler.explaining.case import Case
 from scheduler.explaining.sentences import REASONS, error_note, notes, reason, says
 from scheduler.policy.capability import need_mb, room_mb, why_not
@@ -279,7 +279,7 @@ def _eta(case: Case, predicted: Forecast) -> Eta:
         p50_at=_at(case.now, p50_s),
         p90_at=_at(case.now, p90_s),
         measured=predicted.measured,
-        complete=case.standing.job.state != State.LOADING,
+        complete=case.standing.job.state not in GROWING,
     )
 
 

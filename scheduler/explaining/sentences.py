@@ -6,7 +6,7 @@ from collections.abc import Iterator, Sequence
 
 from motet.messages.explanation import Beside, Cannot, Eta, Explanation, PassExplained, Share, Why
 from motet.progress import clock
-from motet.states import State
+from motet.states import CARVED, State
 from scheduler.explaining.case import Case
 from scheduler.policy.capability import room_mb
 from scheduler.policy.fairness import INTERACTIVE
@@ -55,10 +55,9 @@ def reason(case: Case, why: Why, worker: WorkerState, demand: Demand) -> str:
 def says(case: Case, told: Explanation, stuck: Sequence[PassExplained]) -> str:
     """The answer in one sentence."""
     done = _done_in(told.eta)
-    if told.state == State.LOADING:
+    if told.state == State.LOADING and not any(_to_come(p) for p in told.passes):
         rows = _n(case.standing.job.n_rows, "row")
-        waits = f"It waits for its upload: {rows} have arrived so far, and nothing runs before it is closed"
-        return f"{waits}; these would then take {_range(told.eta)}." if told.eta else f"{waits}."
+        return f"It waits for its upload: {rows} have arrived so far, and all of them are answered."
     if case.beats is None:
         return "It waits for Redis, which does not answer: nothing is sent, and no worker can be heard."
     if not case.leads:
@@ -82,6 +81,10 @@ def says(case: Case, told: Explanation, stuck: Sequence[PassExplained]) -> str:
             f" ({tries}); {done}."
         )
     return "All its rows are answered, and the last of them are being merged."
+
+
+def _to_come(p: PassExplained) -> int:
+    return p.rows.waiting + p.rows.later + p.rows.open + p.rows.blocked
 
 
 def _under_way(told: Explanation, share: Share, done: str) -> str:
@@ -157,7 +160,7 @@ def notes(case: Case, told: Explanation, stuck: Sequence[PassExplained]) -> Iter
         yield "When it is done is a guess: nothing was measured yet of its models on these devices."
     yield from _beside_notes(told)
     looked_at = {d.id for d in case.facts.demand}
-    if told.state == State.RUNNING and any(p.demand.id not in looked_at for p in case.waits):
+    if told.state in CARVED and any(p.demand.id not in looked_at for p in case.waits):
         yield f"{len(looked_at):,} older passes wait, and no more are looked at at a time: its turn comes after them."
     for p in told.passes:
         if not (p.rows.waiting or p.rows.later):
@@ -214,7 +217,9 @@ def _told_why(c: Cannot) -> str:
 
 
 def _done_in(eta: Eta | None) -> str:
-    return f"done in {_range(eta)}" if eta is not None else "when it is done cannot be told"
+    if eta is None:
+        return "when it is done cannot be told"
+    return f"{'' if eta.complete else 'what has arrived is '}done in {_range(eta)}"
 
 
 def _range(eta: Eta | None) -> str:

@@ -14,7 +14,7 @@ from cachetools import LRUCache
 from sqlalchemy import Connection, Row, text
 
 from motet.protocol.manifest import Manifest
-from motet.states import CARVED
+from motet.states import CARVED, State
 from scheduler.blocks import Reads, read_in_order
 from scheduler.policy.carve import Frontier, OpenBlock, Piece, Range
 from scheduler.policy.placing.records import Demand
@@ -24,10 +24,10 @@ _MANIFESTS_KEPT = 1000
 #: Lengths of rows kept between steps, eight bytes each: those of the blocks that are carved on.
 _LENGTHS_KEPT = 2_000_000
 
-_DEMAND = """
-    WITH waiting AS ({})
+_DEMAND = f"""
+    WITH waiting AS ({{}})
     SELECT p.job_id, p.number, j.tenant_id, t.weight, j.priority, p.numerics, p.rate_key,
-           cardinality(p.needs) > 0 AS dependent, m.id AS model, m.created AS model_created,
+           cardinality(p.needs) > 0 AS dependent, j.state = '{State.LOADING}' AS loading, m.id AS model, m.created AS model_created,
            array_prepend(p.model_id, ARRAY(SELECT k.model_id FROM task k
                                             WHERE k.job_id = p.job_id AND k.pass_number = p.number)) AS model_ids,
            p.rows_waiting - coalesce(later.n_rows, 0) AS n_rows,
@@ -61,7 +61,7 @@ _WAITING = text(f"""
 
 
 def demand(connection: Connection, now: float, limit: int = 500) -> list[Demand]:
-    """Passes of running jobs with rows that may be carved now; deadlines are told on the clock of ``now``.
+    """Passes of jobs with rows that may be carved now; deadlines are told on the clock of ``now``.
 
     Where more than ``limit`` wait each tenant has as many of them in each class, its oldest.
     """
@@ -81,7 +81,7 @@ def demand_of(
 
 
 def jobs_waiting(connection: Connection, after: UUID, limit: int) -> list[UUID]:
-    """Running jobs with waiting rows, also with such that are put off: so many, by id, beyond ``after``."""
+    """Jobs with waiting rows that may be carved, also with such that are put off: so many, by id, beyond ``after``."""
     return list(connection.execute(_WAITING, {"after": after, "limit": limit}).scalars())
 
 
@@ -101,6 +101,7 @@ def _demands(connection: Connection, found: Sequence[Row[Any]], now: float) -> l
             model=models[row.model, row.model_created],
             rate_key=row.rate_key,
             dependent=row.dependent,
+            loading=row.loading,
             rows_waiting=row.n_rows,
             bytes_waiting=row.bytes,
             bytes_per_token=row.bytes_per_token,

@@ -75,12 +75,13 @@ class JobEntry:
     version: int
     created: datetime
     started: datetime | None
+    closed: datetime | None
     finished: datetime | None
     #: It fails where it has not ended by then; None: no hurry.
     deadline: datetime | None
     #: Days after its end at which it is deleted; None: when the cluster deletes all others, if ever.
     retention_days: float | None
-    #: Seconds since it was closed, by the database's clock; None before.
+    #: Seconds since it started, by the database's clock; None before.
     running_s: float | None
     tasks: tuple[TaskEntry, ...] = ()
     passes: tuple[PassEntry, ...] = ()
@@ -89,7 +90,7 @@ class JobEntry:
 _ENTRY = """
     SELECT id, name, kind, state, reason, priority, n_rows, n_tasks, n_parts, n_blocks, blocks_done, cells_ok,
            cells_error, cells_skipped, cells_reused, tokens, computed_tokens, tokens_cached, tokens_out, busy_s, subtasks, attempts_lost, version,
-           created, started, finished, deadline, retention_days,
+           created, started, closed, finished, deadline, retention_days,
            CAST(extract(epoch FROM clock_timestamp() - started) AS double precision) AS running_s
       FROM job WHERE tenant_id = :tenant"""
 _ONE = text(f"{_ENTRY} AND id = :job")

@@ -1,6 +1,6 @@
-"""Rows land part by part in a job that is loading, until it is closed.
+"""Rows land part by part in a job that is loading, until it is closed. They may be carved from then on.
 
-Lock order: the job's row first, then shared columns by id, then blocks and passes. What may arrive twice (a part, a
+Landing, leasing and recording lock the job's row, so each sees the others whole. Lock order: the job's row first, then shared columns by id, then blocks and passes. What may arrive twice (a part, a
 close) is answered as it was the first time.
 """
 
@@ -86,6 +86,8 @@ class Landed:
     #: Rows of the job up to and with this part.
     total_rows: int
     bad_rows: int
+    #: Cells of the job that are final by now.
+    cells_done: int
 
 
 _LOADING = text(
@@ -148,7 +150,8 @@ def loading(connection: Connection, tenant: UUID, job: UUID) -> LoadingJob:
 
 
 _LOCK = text("""
-    SELECT j.state, j.n_rows, j.n_blocks, j.n_parts, j.blocks_done, j.started, t.row_quota
+    SELECT j.state, j.reason, j.n_rows, j.n_blocks, j.n_parts, j.blocks_done, j.started, j.closed, t.row_quota,
+           j.cells_ok + j.cells_error + j.cells_skipped AS cells_done
       FROM job j JOIN tenant t ON t.id = j.tenant_id
      WHERE j.id = :job AND j.tenant_id = :tenant FOR NO KEY UPDATE OF j""")
 _PART = text("""
@@ -169,8 +172,9 @@ _GROW = text("""
     UPDATE job SET n_rows = n_rows + :rows, n_blocks = n_blocks + :blocks, n_parts = n_parts + 1,
            blocks_done = blocks_done + :done, cells_ok = cells_ok + :ok, cells_error = cells_error + :error,
            cells_skipped = cells_skipped + :skipped, cells_reused = cells_reused + :reused,
-           version = version + 1, touched = clock_timestamp()
-     WHERE id = :job""")
+           version = version + 1, touched = clock_timestamp(), started = coalesce(started, clock_timestamp())
+     WHERE id = :job
+ RETURNING cells_ok + cells_error + cells_skipped AS cells_done""")
 
 _COPY_BLOCK = (
     "COPY block (job_id, number, first_row, n_rows, n_work, bytes, row_order, lengths, payload, bad, bad_fields,"
@@ -215,7 +219,8 @@ def land_part(
 ) -> Landed:
     """Store one part: its blocks, what waits of them, and what is answered already. One transaction, the caller's.
 
-    A (block, task) whose reuse key names a stored column of the tenant shows that column and is not run again. A pass
+    A (block, task) whose reuse key names a stored column of the tenant shows that column and is not run again: also one
+    that an earlier part of the same job has had sealed by now. A pass
     that reads other tasks' answers waits in a block, unless all of them are shown there already.
     Bad rows are counted as error cells here, once, but for reused columns, whose own counts hold them: a row that is
     none in every task, a bad value in the tasks that read it. A pass is not done on rows that none of its tasks can
@@ -233,7 +238,11 @@ def land_part(
         if not is_digest(job.secret, digest, bytes(before.digest)):
             raise Conflict(f"part {number} is stored with other bytes; open a new job for other rows")
         return Landed(
-            part=number, rows=before.n_rows, total_rows=int(before.total_rows), bad_rows=before.n_bad
+            part=number,
+            rows=before.n_rows,
+            total_rows=int(before.total_rows),
+            bad_rows=before.n_bad,
+            cells_done=held.cells_done,
         )
     _check_order(job, held, number, first_row)
     _check_limits(connection, job, held, n_rows, max_rows)
@@ -253,7 +262,7 @@ def land_part(
     _copy(connection, _COPY_BLOCK_COLUMN, landing.block_columns)
     more_waits(connection, landing.waits(job.id))
     cells = landing.cells
-    connection.execute(
+    cells_done = connection.execute(
         _GROW,
         {
             "job": job.id,
@@ -262,17 +271,23 @@ def land_part(
             "done": landing.blocks_done,
             **{name: cells[name] for name in ("ok", "error", "skipped", "reused")},
         },
-    )
+    ).scalar_one()
     if landing.depend:
         # Last, since it counts on with what is counted by now.
         settle(connection, {(job.id, number) for number in landing.depend})
-    notify(connection, JOB, str(job.id))
-    return Landed(part=number, rows=n_rows, total_rows=held.n_rows + n_rows, bad_rows=n_bad)
+    tell(connection, [land(job.id)], [job.id])
+    return Landed(
+        part=number,
+        rows=n_rows,
+        total_rows=held.n_rows + n_rows,
+        bad_rows=n_bad,
+        cells_done=cells_done,
+    )
 
 
 def _check_order(job: LoadingJob, held: Row[Any], number: int, first_row: int | None) -> None:
     if held.state != State.LOADING:
-        raise Conflict(f"job {job.id} is {held.state} and takes no more parts; open a new one")
+        raise Conflict(f"job {job.id} is {_ended(held)} and takes no more parts; open a new one")
     if number != held.n_parts:
         conflict = Conflict(f"part {number} is out of order; part {held.n_parts} comes next")
         conflict.next_part = held.n_parts
@@ -283,6 +298,11 @@ def _check_order(job: LoadingJob, held: Row[Any], number: int, first_row: int | 
         )
         conflict.next_part = held.n_parts
         raise conflict
+
+
+def _ended(held: Row[Any]) -> str:
+    """The state of a job that loads no more, with the reason of its end: rows that ran early may have been it."""
+    return f"{held.state} ({held.reason})" if held.reason else str(held.state)
 
 
 def _check_limits(
@@ -476,9 +496,9 @@ def _copy(connection: Connection, table: tuple[str, Sequence[str]], rows: Sequen
 # -- closing -------------------------------------------------------------------------------------
 
 _CLOSE = text(f"""
-    UPDATE job SET state = '{State.RUNNING}', started = coalesce(started, clock_timestamp()), touched = clock_timestamp(),
+    UPDATE job SET state = '{State.RUNNING}', closed = clock_timestamp(), touched = clock_timestamp(),
            version = version + 1
-     WHERE id = :job RETURNING created, started""")
+     WHERE id = :job RETURNING created, closed""")
 
 
 def close_job(
@@ -509,8 +529,8 @@ def close_job(
     ]
     if problems:
         raise InvalidJob(problems)
-    if held.started is None and held.state != State.LOADING:
-        raise Conflict(f"job {job} is {held.state}; it cannot be closed any more")
+    if held.closed is None and held.state != State.LOADING:
+        raise Conflict(f"job {job} is {_ended(held)}; it cannot be closed any more")
     if (parts, rows) != (held.n_parts, held.n_rows):
         conflict = Conflict(
             f"job {job} has {held.n_rows} rows in {held.n_parts} parts, not {rows} rows in {parts} parts"
@@ -522,7 +542,7 @@ def close_job(
     if not held.n_rows:
         raise InvalidJob(Problem("rows", "no row", "at least one row", "send a part, or cancel the job"))
     closed = connection.execute(_CLOSE, {"job": job}).one()
-    traces.add(job, traces.SUBMIT, closed.created, closed.started, rows=held.n_rows, parts=held.n_parts)
+    traces.add(job, traces.SUBMIT, closed.created, closed.closed, rows=held.n_rows, parts=held.n_parts)
     if held.blocks_done == held.n_blocks:
         succeed(connection, [job])
     tell(connection, [land(job)])

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from sqlalchemy import Connection, text
 
-from motet.states import CARVED, LIVE, State
+from motet.states import LIVE, State
 from scheduler.store.schema import spelt
 
 _UNFINISHED_ROWS = text(f"""
-    SELECT CAST(coalesce(sum(n) FILTER (WHERE state IN {spelt(CARVED)}), 0) AS bigint) AS running,
+    SELECT CAST(coalesce(sum(n) FILTER (WHERE state IN {spelt([State.OPEN, State.RUNNING])}), 0) AS bigint) AS running,
            CAST(coalesce(sum(n) FILTER (WHERE state = '{State.LOADING}'), 0) AS bigint) AS loading
       FROM (SELECT state, n_rows - (cells_ok + cells_error + cells_skipped) / n_tasks AS n FROM job
              WHERE state IN {spelt(LIVE)}) unfinished""")

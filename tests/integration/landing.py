@@ -8,6 +8,8 @@ from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 from uuid import UUID
 
+from sqlalchemy import Connection
+
 from motet.errors import Problem
 from motet.messages.jobs import Submission
 from motet.protocol.manifest import Manifest
@@ -17,6 +19,7 @@ from scheduler.api.submissions import CheckedSubmission, new_job, plan_submissio
 from scheduler.blocks import IncomingPart, blocks_of
 from scheduler.store import landing, opening, registry
 from scheduler.store.database import Database
+from scheduler.store.landing import LoadingJob
 
 #: A trunk, and a head on it that says how long a text is: see ``label_of`` of who uses them.
 TRUNK = Manifest(
@@ -61,7 +64,7 @@ def land(
     close: bool = True,
     gaps: Mapping[str, Collection[int]] | None = None,
 ) -> UUID:
-    """Open, fill and close a job; without rows, an open one. A row that is a text is that of every field; a Problem is one that arrived broken.
+    """Open a job, land its rows as one part, and close it; without rows, an open one. A row that is a text is that of every field; a Problem is one that arrived broken.
 
     ``gaps``: field -> rows that have no text there.
     """
@@ -80,30 +83,67 @@ def land(
         if not rows:
             return job.id
         loading = landing.loading(connection, home, job.id)
-        missing = {name: set((gaps or {}).get(name, ())) for name in asked.fields}
-        part = IncomingPart(
-            columns={
-                name: [
-                    ""
-                    if isinstance(r, Problem) or i in missing[name]
-                    else r[name]
-                    if isinstance(r, Mapping)
-                    else r
-                    for i, r in enumerate(rows)
-                ]
-                for name in asked.fields
-            },
-            bad={i: ("bad_row", r.got) for i, r in enumerate(rows) if isinstance(r, Problem)},
-            bad_fields={
-                name: dict.fromkeys(gone, ("bad_row", f"{name}: got null"))
-                for name, gone in missing.items()
-                if gone
-            },
-        )
-        blocks = blocks_of(
-            part, loading.readers, secret=loading.secret, block_rows=block_rows, block_bytes=1 << 20
-        )
-        landing.land_part(connection, loading, 0, b"digest", blocks, first_row=0, max_rows=1_000_000)
+        _land(connection, loading, rows, 0, 0, block_rows, gaps or {})
         if close:
             landing.close_job(connection, home, job.id, parts=1, rows=len(rows))
     return job.id
+
+
+def land_more(
+    database: Database,
+    job: UUID,
+    rows: Sequence[str | Mapping[str, str] | Problem],
+    *,
+    number: int,
+    first_row: int,
+    block_rows: int = 1024,
+    tenant: str = "default",
+) -> landing.Landed:
+    """Land a further part of a job that is loading."""
+    with database.transaction() as connection:
+        loading = landing.loading(connection, registry.tenant_named(connection, tenant), job)
+        return _land(connection, loading, rows, number, first_row, block_rows, {})
+
+
+def close(database: Database, job: UUID, *, parts: int, rows: int, tenant: str = "default") -> None:
+    """Close a job that is loading."""
+    with database.transaction() as connection:
+        landing.close_job(connection, registry.tenant_named(connection, tenant), job, parts=parts, rows=rows)
+
+
+def _land(
+    connection: Connection,
+    loading: LoadingJob,
+    rows: Sequence[str | Mapping[str, str] | Problem],
+    number: int,
+    first_row: int,
+    block_rows: int,
+    gaps: Mapping[str, Collection[int]],
+) -> landing.Landed:
+    missing = {name: set(gaps.get(name, ())) for name in loading.fields}
+    part = IncomingPart(
+        columns={
+            name: [
+                ""
+                if isinstance(r, Problem) or i in missing[name]
+                else r[name]
+                if isinstance(r, Mapping)
+                else r
+                for i, r in enumerate(rows)
+            ]
+            for name in loading.fields
+        },
+        bad={i: ("bad_row", r.got) for i, r in enumerate(rows) if isinstance(r, Problem)},
+        bad_fields={
+            name: dict.fromkeys(gone, ("bad_row", f"{name}: got null"))
+            for name, gone in missing.items()
+            if gone
+        },
+    )
+    blocks = blocks_of(
+        part, loading.readers, secret=loading.secret, block_rows=block_rows, block_bytes=1 << 20
+    )
+    digest = f"part {number}".encode()
+    return landing.land_part(
+        connection, loading, number, digest, blocks, first_row=first_row, max_rows=1_000_000
+    )

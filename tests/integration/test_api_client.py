@@ -5,14 +5,18 @@ from __future__ import annotations
 import json
 import math
 import threading
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+import motet.client
+import motet.upload
 from motet import Classify, Client, Embed
 from motet.errors import Conflict, InvalidJob, JobFailed, NotFound, Overloaded, Unauthorized
+from motet.job import Job
 from motet.protocol.columns import CellError
 from tests.integration.api_house import House, a_house, house
 
@@ -115,6 +119,72 @@ def test_a_broken_upload_goes_on_under_the_same_key(house: House, client: Client
     assert (whole.id, whole.state, whole.rows) == (job.id, "running", 2500)
     with pytest.raises(Conflict):
         client.submit(TEXTS, {"topic": TASKS["topic"]}, key="nightly run")
+
+
+def test_rows_can_be_read_while_others_of_the_job_are_still_read_and_sent(
+    house: House, client: Client, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    opened: list[Job] = []
+    told: list[tuple[str, int]] = []
+    shown: list[str] = []
+    monkeypatch.setattr(motet.upload.Bar, "show", lambda self, words, share=None: shown.append(str(words)))
+
+    def rows() -> Iterator[str]:
+        yield from TEXTS[:2100]
+        (job,) = opened
+        while not job.refresh().rows:
+            time.sleep(0.01)
+        house.answer(job.id, 0)
+        told.append((job.state, next(job.results(order="done")).index))
+        # In three parts more, of which the bar tells.
+        yield from TEXTS[2100:] * 8
+
+    job = client.submit(rows(), TASKS, opened=opened.append)
+    assert told == [("loading", 0)]
+    assert any("2,048 cells done" in words for words in shown)
+    assert (job.id, job.state, job.progress.done) == (opened[0].id, "running", 2048)
+    small = client.submit(["a"], TASKS, opened=opened.append)
+    assert [job.id for job in opened[1:]] == [small.id]
+
+
+def test_the_first_rows_of_a_slow_source_are_sent_before_its_second_part_is_read(
+    house: House, client: Client, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(motet.client, "_SLOW_S", -1.0)
+    opened: list[Job] = []
+    seen: list[int] = []
+
+    def rows() -> Iterator[str]:
+        yield from TEXTS[:1025]
+        seen.append(len(opened))
+        yield from TEXTS[1025:]
+
+    assert client.submit(rows(), TASKS, opened=opened.append).rows == 2500
+    assert seen == [1]
+    assert client.submit(["a"], TASKS).rows == 1
+
+
+def test_a_bad_row_behind_rows_that_were_answered_refuses_the_job_and_leaves_nothing(
+    house: House, client: Client
+) -> None:
+    opened: list[Job] = []
+    read: list[int] = []
+
+    def rows() -> Iterator[Any]:
+        yield from TEXTS[:2100]
+        while not opened[0].refresh().rows:
+            time.sleep(0.01)
+        house.answer(opened[0].id, 0)
+        read.append(next(opened[0].results(order="done")).index)
+        yield {"text": float("nan")}
+
+    with pytest.raises(InvalidJob, match="row 2100"):
+        client.submit(rows(), TASKS, opened=opened.append)
+    assert read == [0]
+    with pytest.raises(NotFound):
+        list(opened[0].results())
+    assert house.sql("SELECT count(*) FROM block") == [(0,)]
+    assert house.sql("SELECT body ->> 'state' FROM outbox") == [("cancelled",)]
 
 
 def test_a_plan_a_cancellation_and_errors_as_types(house: House, client: Client) -> None:

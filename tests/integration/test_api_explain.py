@@ -202,7 +202,8 @@ def test_an_upload_that_goes_on_and_a_job_that_has_ended(works: Works) -> None:
     job = works.api.open()["id"]
     works.api.put(job, 0, [f"text {i}" for i in range(50)])
     told = works.explain(job)
-    assert told.says.startswith("It waits for its upload: 50 rows have arrived so far")
+    assert told.says.startswith("It waits for a worker to load tiny@1")
+    assert "; what has arrived is done in" in told.says
     assert told.eta is not None
     assert not told.eta.complete
     works.api.call("POST", f"/v1/jobs/{job}/cancel")

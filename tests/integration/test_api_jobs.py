@@ -40,9 +40,23 @@ def test_a_job_is_opened_filled_part_by_part_and_runs_when_it_is_closed(house: H
         }
     ]
     first = house.put(job["id"], 0, TEXTS[:1024], first_row=0)
-    assert first.json() == {"part": 0, "rows": 1024, "total_rows": 1024, "bad_rows": 0, "next_part": 1}
+    assert first.json() == {
+        "part": 0,
+        "rows": 1024,
+        "total_rows": 1024,
+        "bad_rows": 0,
+        "next_part": 1,
+        "cells_done": 0,
+    }
     second = house.put(job["id"], 1, TEXTS[1024:], first_row=1024)
-    assert second.json() == {"part": 1, "rows": 476, "total_rows": 1500, "bad_rows": 0, "next_part": 2}
+    assert second.json() == {
+        "part": 1,
+        "rows": 476,
+        "total_rows": 1500,
+        "bad_rows": 0,
+        "next_part": 2,
+        "cells_done": 0,
+    }
     closed = house.close(job["id"], 2, 1500)
     assert closed.status_code == 202
     assert closed.json()["state"] == "running"

@@ -369,8 +369,8 @@ def test_a_revoked_token_reads_nothing_even_if_it_did_before(
 
 
 _FINISHED_JOBS = """
-    INSERT INTO job (id, tenant_id, state, fields, n_tasks, request_digest, created, finished)
-    SELECT gen_random_uuid(), t.id, 'succeeded', '{text}', 1, '', at, at
+    INSERT INTO job (id, tenant_id, state, fields, n_tasks, request_digest, created, closed, finished)
+    SELECT gen_random_uuid(), t.id, 'succeeded', '{text}', 1, '', at, at, at
       FROM tenant t, generate_series(now() - interval '9 days', now() - interval '1 day', interval '40 s') at
      WHERE t.name = 'default'"""
 _THEIR_PASSES = """

@@ -19,7 +19,8 @@ from tests.integration.test_protocol import TASKS, House, texts
 from tests.integration.test_protocol import house as plain_house  # noqa: F401 - a fixture
 
 _MAKE = text("""
-    INSERT INTO job (id, tenant_id, state, fields, n_tasks, request_digest) VALUES (:id, :tenant, :state, '{}', 1, 'x')""")
+    INSERT INTO job (id, tenant_id, state, fields, n_tasks, request_digest, closed)
+    VALUES (:id, :tenant, :state, '{}', 1, 'x', now())""")
 _MOVE = text("UPDATE job SET state = :state WHERE id = :id")
 
 

@@ -161,7 +161,9 @@ def test_a_job_that_is_no_longer_open_takes_no_ask_but_knows_the_old_ones(
 ) -> None:
     (first,), _ = lands(database, feed, block_of(feed, "a"), ask("x"))
     with database.transaction() as connection:
-        connection.execute(text("UPDATE job SET state = 'running' WHERE id = :job"), {"job": feed.id})
+        connection.execute(
+            text("UPDATE job SET state = 'running', closed = now() WHERE id = :job"), {"job": feed.id}
+        )
     with pytest.raises(Conflict, match="takes no more rows"):
         lands(database, feed, block_of(feed, "b"), ask(uuid.uuid4().hex))
     assert lands(database, feed, block_of(feed, "a"), ask("x")) == ([first], False)

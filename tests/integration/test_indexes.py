@@ -23,8 +23,8 @@ from tests.integration.test_protocol import house as plain_house  # noqa: F401 -
 
 #: Jobs that have ended, each of five blocks, two passes and two tasks.
 _ENDED = """
-INSERT INTO job (id, tenant_id, state, fields, n_tasks, request_digest, finished)
-  SELECT gen_random_uuid(), t.id, 'succeeded', '{text}', 2, 'x', clock_timestamp() - make_interval(hours => i)
+INSERT INTO job (id, tenant_id, state, fields, n_tasks, request_digest, closed, finished)
+  SELECT gen_random_uuid(), t.id, 'succeeded', '{text}', 2, 'x', now(), clock_timestamp() - make_interval(hours => i)
     FROM generate_series(1, 1500) i, tenant t WHERE t.name = 'default';
 INSERT INTO part SELECT id, 0, 'x', 1, 0 FROM job;
 INSERT INTO outbox (tenant_id, kind, job_id, body) SELECT tenant_id, 'job_ended', id, '{}' FROM job;

@@ -127,8 +127,8 @@ def test_going_down_fails_the_jobs_that_only_language_models_or_dependence_could
                 "INSERT INTO tenant (name) VALUES ('default');"
                 "INSERT INTO model (name, version, digest, trunk, manifest) VALUES ('m', '1', 'd', 't', '{}'),"
                 " ('llm', '1', 'e', '', '{\"answers\": \"text\"}');"
-                "INSERT INTO job (id, tenant_id, name, state, fields, n_tasks, n_rows, request_digest)"
-                " SELECT gen_random_uuid(), t.id, m, 'running', '{text}', 1, 7, 'x'"
+                "INSERT INTO job (id, tenant_id, name, state, fields, n_tasks, n_rows, request_digest, closed)"
+                " SELECT gen_random_uuid(), t.id, m, 'running', '{text}', 1, 7, 'x', now()"
                 " FROM tenant t, unnest('{plain,waits,prompts}'::text[]) m WHERE t.name = 'default';"
                 "INSERT INTO pass (job_id, number, kind, model_id, numerics, max_tokens, input, needs, rows_waiting)"
                 " SELECT job.id, 0, 'm', model.id, 'fast', 0, '{text}',"
@@ -245,9 +245,9 @@ def test_going_down_fails_unfinished_jobs_whose_bad_fields_an_older_version_woul
         connection.execute(
             text(
                 "INSERT INTO tenant (name) VALUES ('default');"
-                "INSERT INTO job (id, tenant_id, name, state, fields, n_tasks, n_rows, cells_ok, request_digest)"
+                "INSERT INTO job (id, tenant_id, name, state, fields, n_tasks, n_rows, cells_ok, request_digest, closed)"
                 " SELECT gen_random_uuid(), t.id, k.name, k.state, '{text}', 1, 2,"
-                " CASE k.state WHEN 'succeeded' THEN 2 ELSE 0 END, 'x'"
+                " CASE k.state WHEN 'succeeded' THEN 2 ELSE 0 END, 'x', now()"
                 " FROM tenant t, (VALUES ('ended', 'succeeded'), ('partly', 'running'), ('plain', 'running'))"
                 " k (name, state) WHERE t.name = 'default';"
                 "INSERT INTO block (job_id, number, first_row, n_rows, n_work, bytes, row_order, lengths, payload,"
@@ -323,6 +323,39 @@ def test_jobs_under_way_go_up_to_all_states_and_only_those_of_an_unknown_state_f
         ("waits", "failed", 2, 0, "lost", None),
     ]
     upgrade(empty_url)
+    engine.dispose()
+
+
+def test_jobs_know_when_they_were_closed_and_an_older_version_takes_up_an_upload(empty_url: str) -> None:
+    upgrade(empty_url, "0011")
+    engine = create_engine(empty_url)
+    with engine.begin() as connection:
+        connection.execute(
+            text(
+                "INSERT INTO tenant (name) VALUES ('default');"
+                "INSERT INTO job (id, tenant_id, name, state, fields, n_tasks, n_parts, started, request_digest)"
+                " SELECT gen_random_uuid(), t.id, k.name, k.state, '{text}', 1, k.parts, k.started, 'x'"
+                " FROM tenant t, (VALUES ('asked', 'open', 0, now()), ('begun', 'loading', 0, NULL),"
+                " ('given up', 'cancelled', 2, NULL), ('loads', 'loading', 2, NULL), ('runs', 'running', 2, now()),"
+                " ('stopped', 'cancelled', 2, now())) k (name, state, parts, started) WHERE t.name = 'default'"
+            )
+        )
+    seen = "SELECT name, started IS NOT NULL, {} FROM job ORDER BY name"
+    upgrade(empty_url)
+    with engine.connect() as connection:
+        found = connection.execute(text(seen.format("closed IS NOT NULL"))).all()
+    assert [tuple(row) for row in found] == [
+        ("asked", True, False),
+        ("begun", False, False),
+        ("given up", False, False),
+        ("loads", True, False),
+        ("runs", True, True),
+        ("stopped", True, True),
+    ]
+    downgrade(empty_url, "0011")
+    with engine.connect() as connection:
+        started = [name for name, yes, _ in connection.execute(text(seen.format("true"))) if yes]
+    assert started == ["asked", "runs", "stopped"], "as it was: when they were closed, or opened"
     engine.dispose()
 
 

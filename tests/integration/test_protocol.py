@@ -701,10 +701,11 @@ def refuse_all(house: House, *hands: Hand) -> None:
     house.due()
 
 
-def test_a_job_that_no_worker_can_load_fails_with_the_reason(house: House) -> None:
-    job = land(house.database, texts(5), TASKS)
+@pytest.mark.parametrize("closed", [True, False])
+def test_a_job_that_no_worker_can_load_fails_with_the_reason(house: House, closed: bool) -> None:
+    job = land(house.database, texts(5), TASKS, close=closed)
     begun = house.now
-    while house.job(job).state == "running" and house.now < begun + 2 * GRACE_S:
+    while house.job(job).state in ("loading", "running") and house.now < begun + 2 * GRACE_S:
         house.tick()
         refuse_all(house, *house.hands)
         house.now += 10

@@ -35,6 +35,10 @@ MOST_TRANSACTIONS = 15
 #: Rule -> how often it comes in a burst, and the largest of each number that it is called with.
 RULES: dict[str, tuple[int, tuple[int, ...]]] = {
     "submit": (4, (11, 4, 6, 20, 6)),
+    "upload": (3, (5, 4, 6, 12)),
+    "part": (8, (1, 3, 5, 12, 3, 7)),
+    "part_again": (2, (1, 3, 5)),
+    "close_late": (3, (1, 3, 7)),
     "open": (2, (6,)),
     "ask": (10, (1, 3, 5, 20)),
     "ask_again": (5, (1, 20, 2)),
@@ -77,6 +81,10 @@ RULES: dict[str, tuple[int, tuple[int, ...]]] = {
 #: Rule -> when it does anything at all.
 _WHEN: dict[str, Callable[[World], object]] = {
     "submit": lambda w: len(w.jobs) < MOST_JOBS,
+    "upload": lambda w: len(w.jobs) < MOST_JOBS,
+    "part": lambda w: w.uploads.jobs,
+    "part_again": lambda w: w.uploads.jobs,
+    "close_late": lambda w: w.uploads.jobs,
     "open": lambda w: len(w.jobs) < MOST_JOBS,
     "ask": lambda w: w.callers.jobs,
     "ask_again": lambda w: w.callers.asks,

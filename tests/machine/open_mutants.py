@@ -79,7 +79,7 @@ def answers_with_the_rows_of_another(patch: Patch) -> None:
 def lets_an_open_job_succeed(patch: Patch) -> None:
     succeed = sealing.succeed
     runs = text(
-        "UPDATE job SET state = 'running' WHERE id = ANY(:jobs) AND state = 'open' AND blocks_done = n_blocks"
+        "UPDATE job SET state = 'running', closed = now() WHERE id = ANY(:jobs) AND state = 'open' AND blocks_done = n_blocks"
     )
 
     def early(connection: Connection, jobs: Collection[UUID]) -> None:

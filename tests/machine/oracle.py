@@ -1,4 +1,4 @@
-"""The nine invariants of reliability.md 4 and 9 and those of open jobs (13 to 17), as far as they can be seen at any moment, over all of Postgres at once.
+"""The nine invariants of reliability.md 4 and 9 and those of open jobs (13 to 17) and uploads (18), as far as they can be seen at any moment, over all of Postgres at once.
 
 Invariant 6 (no write under an old epoch) is checked inside each transaction of a dispatcher: see ``stage.Tap``.
 """
@@ -16,7 +16,7 @@ from sqlalchemy import text
 from motet.errors import Problem
 from motet.protocol.columns import ERROR, OK, RETURNED, STATE_MASK, Column
 from motet.protocol.envelope import unwrap
-from motet.states import CARVED, ENDED
+from motet.states import CARVED, ENDED, GROWING
 from scheduler.blocks import row_order
 from scheduler.merge import array_of
 from scheduler.policy.lifecycle import MAX_DEATHS_ALONE, MAX_DEATHS_UNSEEN, MAX_TRIES
@@ -101,7 +101,9 @@ def check(world: World) -> None:
         if job.asked:
             _landed_once(world, seen, job, j)
             _ends_when_closed(world, job, j)
-        if j["state"] == "open" and j["blocks_done"] == j["n_blocks"]:
+        if job.uploaded:
+            _uploaded_once(world, job, j)
+        if j["state"] in GROWING and j["blocks_done"] == j["n_blocks"]:
             total = j["cells_ok"] + j["cells_error"] + j["cells_skipped"]
             _must(total == j["n_rows"] * j["n_tasks"], f"2: {total} cells are counted of all that has landed")
         _must(
@@ -175,6 +177,18 @@ def _landed_once(world: World, seen: Seen, job: Job, j: dict[str, Any]) -> None:
 def _ends_when_closed(world: World, job: Job, j: dict[str, Any]) -> None:
     asked = world.callers.jobs[job.id].closing
     _must(asked or j["state"] in ("open", "cancelled"), f"16: nobody closed job {j['id'][-2:]}: {j['state']}")
+
+
+def _uploaded_once(world: World, job: Job, j: dict[str, Any]) -> None:
+    """An upload has the rows of its parts, and comes to its end only when it was closed."""
+    _must(
+        j["n_rows"] == len(job.rows), f"14: job {j['id'][-2:]} counts {j['n_rows']} rows of {len(job.rows)}"
+    )
+    closing = world.uploads.jobs[job.id].closing
+    _must(
+        closing or j["state"] in ("loading", "cancelled"),
+        f"18: nobody closed the upload of job {j['id'][-2:]}: {j['state']}",
+    )
 
 
 def _told(world: World, job: Job, mine: dict[tuple[int, str], list[Any]]) -> None:

@@ -10,11 +10,12 @@ from tests.machine.machine import perform, search
 from tests.machine.mutants import MUTANTS, Mutant
 from tests.machine.open_mutants import OPEN_MUTANTS
 from tests.machine.stage import Stage
+from tests.machine.upload_mutants import UPLOAD_MUTANTS
 
 #: `make mutants` sets it: the machine then has so many plays to find each mutant anew.
 PLAYS = int(os.environ.get("MACHINE_MUTANTS", "0"))
 each_mutant = pytest.mark.parametrize(
-    "mutant", [*MUTANTS, *OPEN_MUTANTS], ids=lambda m: m.name.replace(" ", "-")
+    "mutant", [*MUTANTS, *OPEN_MUTANTS, *UPLOAD_MUTANTS], ids=lambda m: m.name.replace(" ", "-")
 )
 
 

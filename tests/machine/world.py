@@ -31,6 +31,7 @@ from scheduler.store.words import land as landed
 from tests.integration.landing import land
 from tests.machine.callers import APIS, LANDING_FAULTS, Asked, Callers
 from tests.machine.stage import HEAD, OTHER_TRUNK, TRUNK, Broken, Crash, Stage, TappedTransport
+from tests.machine.uploads import UPLOAD_FAULTS, Uploads
 
 Key = tuple[int, int]
 #: Rules in the order of a play, each with what it was called with.
@@ -83,7 +84,7 @@ def label_for(task: str, words: str) -> int:
 
 
 def row_of(words: str) -> int:
-    """Each text begins with its row; in an open job, with a number of its own."""
+    """Each text begins with its row; in an open job and in an upload, with a number."""
     return int(words[1:4])
 
 
@@ -100,6 +101,8 @@ class Job:
     tasks: tuple[str, ...]
     #: Its rows come by asking; those that have landed are read from Postgres at each look.
     asked: bool = False
+    #: Its rows come in parts, while those before are run.
+    uploaded: bool = False
     deleted: bool = False
     #: Counters and cells as of its end; nothing of them changes afterwards.
     frozen: tuple[Any, ...] | None = None
@@ -153,6 +156,7 @@ class World:
         self.hands = [Hand(f"w{i}") for i in range(3)]
         self.jobs: dict[UUID, Job] = {}
         self.callers = Callers(stage)
+        self.uploads = Uploads(stage)
         #: Every attempt that any worker ever took: what may be reported late.
         self.taken: list[tuple[Hand, str, Assignment]] = []
         #: What workers reported of their own attempts since Redis was emptied last: key -> states that may come of it.
@@ -238,6 +242,42 @@ class World:
                 endings.remove_job(connection, registry.tenant_named(connection, "default"), job.id)
             job.deleted = True
             self.callers.forget(job.id)
+            self.uploads.jobs.pop(job.id, None)
+
+    # -- uploads
+
+    def rule_upload(self, rows: int, block_rows: int, tasks: int, special: int) -> None:
+        """An upload begins: its first part lands."""
+        if len(self.jobs) >= MOST_JOBS:
+            return
+        job, names = UUID(int=len(self.jobs) + 1), _CHOICES[tasks % len(_CHOICES)]
+        texts = _part(0, rows, special)
+        self._advance(0.01)
+        self.uploads.begin(job, texts, {n: _TASKS[n] for n in names}, block_rows % 6 + 2)
+        self.jobs[job] = Job(job, texts, names, uploaded=True)
+
+    def rule_part(self, api: int, i: int, rows: int, special: int, same: int, fault: int) -> None:
+        """A part lands, of other rows or (``same`` 0) of those of the first one; half of them go wrong at first."""
+        if (job := self._some_upload(i)) is None:
+            return
+        there = self.uploads.jobs[job]
+        texts = there.parts[0] if same % 4 == 0 else _part(there.rows, rows, special)
+        if self.uploads.more(APIS[api % 2], job, texts, UPLOAD_FAULTS[fault % len(UPLOAD_FAULTS)]):
+            self.jobs[job].rows = [*self.jobs[job].rows, *texts]
+
+    def rule_part_again(self, api: int, i: int, number: int) -> None:
+        """The answer to a part was lost: it is sent again."""
+        if (job := self._some_upload(i)) is not None:
+            self.uploads.again(APIS[api % 2], job, number)
+
+    def rule_close_late(self, api: int, i: int, fault: int) -> None:
+        """All parts are there: an upload is closed, whatever of it has run by now."""
+        if (job := self._some_upload(i)) is not None:
+            self.uploads.close(APIS[api % 2], job, UPLOAD_FAULTS[fault % len(UPLOAD_FAULTS)])
+
+    def _some_upload(self, i: int) -> UUID | None:
+        there = list(self.uploads.jobs)
+        return there[i % len(there)] if there else None
 
     # -- open jobs
 
@@ -364,7 +404,7 @@ class World:
 
     def _lost(self) -> set[int]:
         """Sub-tasks that were given up, of jobs that run on."""
-        query = "SELECT s.id FROM subtask s JOIN job j ON j.id = s.job_id WHERE s.state = 'lost' AND j.state IN ('open', 'running')"
+        query = "SELECT s.id FROM subtask s JOIN job j ON j.id = s.job_id WHERE s.state = 'lost' AND j.state IN ('open', 'loading', 'running')"
         with self.database.transaction() as connection:
             return set(connection.exec_driver_sql(query).scalars())
 
@@ -811,12 +851,14 @@ class World:
         self._go_on()
         for job in list(self.callers.jobs):
             self.callers.close("api1", job)
+        for job in list(self.uploads.jobs):
+            self.uploads.close("api1", job)
         self._go_on()
         self.callers.listen("api0")
         self._look()
 
     def _go_on(self) -> None:
-        """Until every job has ended, or is open and all that it was asked is answered."""
+        """Until every job has ended, or takes rows still and all that have come are answered."""
         for _ in range(HEAL_ROUNDS):
             if self._over():
                 break
@@ -836,9 +878,20 @@ class World:
     def _over(self) -> bool:
         with self.database.transaction() as connection:
             waiting = connection.exec_driver_sql(
-                "SELECT count(*) FROM job WHERE state IN ('loading', 'running') OR state = 'open' AND blocks_done < n_blocks"
+                "SELECT count(*) FROM job"
+                " WHERE state = 'running' OR state IN ('open', 'loading') AND blocks_done < n_blocks"
             ).scalar_one()
         return not waiting and not self.transport.entries
+
+
+def _part(first: int, rows: int, special: int) -> list[str | Problem]:
+    """1 to 6 rows with the numbers from ``first`` on, of which one kills or came broken, as in ``rule_submit``."""
+    texts: list[str | Problem] = [f"u{i:03d}{'x' * (i * 7 % 23)}" for i in range(first, first + rows % 6 + 1)]
+    if special < len(texts):
+        texts[special] = (
+            f"{texts[special]}!" if special % 2 else Problem("text", "NUL", "text", "remove it", row=special)
+        )
+    return texts
 
 
 def _answers(texts: Sequence[str], beside: int = 0) -> Column:

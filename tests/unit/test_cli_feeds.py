@@ -125,6 +125,19 @@ def an_open_job(**more: Any) -> dict[str, Any]:
     return {**a_job(), "state": "open", "name": "risk", "rows": 60, "cells": cells, "eta_s": None, **more}
 
 
+def test_of_an_upload_that_goes_on_what_is_done_is_told_and_no_share_of_a_whole(
+    api: FakeApi, motet: Shell
+) -> None:
+    loading = an_open_job(state="loading")
+    assert str(Progress.of(JobRecord.of(loading))) == (
+        "loading · 60 rows so far · 112 of their 120 cells · 2 errors"
+    )
+    head = drawn(facts(job=loading)).partition("pass")[0]
+    assert "60 rows so far · 8 cells wait" in head
+    assert "%" not in head
+    assert "8 wait" in top_drawn(seen(jobs=[loading]))
+
+
 def test_of_an_open_job_neither_share_nor_time_left_is_told(api: FakeApi, motet: Shell) -> None:
     assert str(Progress.of(JobRecord.of(an_open_job()))) == "open · 60 rows · 8 cells wait · 2 errors"
     shown = drawn(facts(job=an_open_job()))

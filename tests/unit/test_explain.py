@@ -354,9 +354,17 @@ def test_back_pressure_is_told(throttle: float, words: str) -> None:
 
 def test_a_job_whose_upload_goes_on_knows_only_of_its_rows_so_far() -> None:
     found = told(beat(holds=True), job=entry("loading"))
-    assert found.says.startswith("It waits for its upload: 1,000 rows have arrived so far")
     assert found.eta is not None
     assert not found.eta.complete
+    assert "; what has arrived is done in" in found.says
+    assert "upload" not in found.says, "what has arrived is run while the rest comes"
+
+
+def test_a_job_that_is_faster_than_its_upload_waits_for_that() -> None:
+    found = told(beat(holds=True), mine=demand(rows=0), job=entry("loading"))
+    assert found.says == (
+        "It waits for its upload: 1,000 rows have arrived so far, and all of them are answered."
+    )
 
 
 def test_a_job_beyond_those_that_are_looked_at_says_so() -> None:

@@ -91,7 +91,7 @@ def every_text_is_evil(value: Any, keep: frozenset[str] = frozenset()) -> Any:
         case dict():
             return {
                 (k + EVIL if "topic" in k else k): v
-                if k in ("created", "started", "finished", "state", "id")
+                if k in ("created", "started", "closed", "finished", "state", "id")
                 else every_text_is_evil(v, keep)
                 for k, v in value.items()
             }

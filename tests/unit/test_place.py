@@ -365,6 +365,39 @@ def test_a_job_whose_tokens_are_shorter_than_usual_gets_fewer_bytes_for_its_seco
     assert cluster.place()[0].rows == 10
 
 
+def test_of_an_upload_a_busy_worker_takes_only_whole_sub_tasks_and_an_idle_one_what_is_there() -> None:
+    cluster = Cluster().join(worker("w", A)).want(demand("up", 5, loading=True))
+    assert [s.rows for s in cluster.place()] == [5], "it is idle"
+    cluster.want(demand("up", 5, loading=True))
+    assert cluster.place() == [], "half a second of work would make a short sub-task"
+    cluster.want(demand("up", 25, loading=True))
+    assert [s.rows for s in cluster.place()] == [20], "and the last five rows wait for those that come"
+    assert cluster.run(2.7)[-1].rows == 5, "or until nothing else is there to do"
+
+
+def test_what_is_left_of_an_upload_is_taken_up_at_once_when_it_is_closed() -> None:
+    cluster = Cluster().join(worker("w", A)).want(demand("up", 5, loading=True))
+    cluster.place()
+    cluster.want(demand("up", 5, loading=True))
+    assert cluster.place() == []
+    cluster.want(demand("up", 5))
+    assert jobs(cluster.place()) != []
+
+
+def test_an_upload_that_waits_for_more_rows_hides_nobody() -> None:
+    cluster = Cluster().join(worker("w", A)).want(demand("up", 5, loading=True))
+    cluster.place()
+    cluster.want(demand("up", 5, loading=True), demand("other", 5, age=9, tenant="up"))
+    assert set(jobs(cluster.place())) == {"other"}
+
+
+def test_interactive_rows_of_an_upload_wait_for_no_further_part() -> None:
+    cluster = Cluster().join(worker("w", A)).want(demand("bulk", 100))
+    cluster.place()
+    cluster.want(demand("up", 1, loading=True, priority=INTERACTIVE))
+    assert jobs(cluster.place()) == ["up"]
+
+
 def test_no_more_is_placed_than_waits() -> None:
     cluster = Cluster().join(worker("a"), worker("b")).want(demand("j", 1))
     assert [s.rows for s in cluster.place()] == [1]

@@ -13,7 +13,7 @@ from math import ceil, inf
 
 from motet.protocol.manifest import decode_slots
 from scheduler.policy.capability import refuses
-from scheduler.policy.carve import MIN_S, size_s
+from scheduler.policy.carve import MAX_BYTES, MAX_ROWS, MIN_S, size_s
 from scheduler.policy.fairness import INTERACTIVE
 from scheduler.policy.placing.asking import ALL, Asks, unfilled
 from scheduler.policy.placing.entries import ModelQueue, QueuedPass, WorkerEntry
@@ -120,17 +120,27 @@ class Choice:
             first = queue.first(class_)
             if first is not None and (best is None or self.rank(first) < self.rank(best)):
                 best = first
-        if best is None:
-            return None
-        if not refuses(worker.state, best.demand):
+        if best is None or self._suits(worker, best):
             return best
-        # A head of it cannot be loaded there. Rare, so all passes of the queue are looked at.
+        # A head of it cannot be loaded there, or it waits for more rows. Rare, so all passes of the queue are looked at.
         able = (
             entry
             for entry in self._ledger.passes.values()
-            if entry.queue is queue and entry.rows > 0 and not refuses(worker.state, entry.demand)
+            if entry.queue is queue and entry.rows > 0 and self._suits(worker, entry)
         )
         return min(able, key=self.rank, default=None)
+
+    def _suits(self, worker: WorkerEntry, entry: QueuedPass) -> bool:
+        return not refuses(worker.state, entry.demand) and not self.waits_for_more(worker, entry)
+
+    def waits_for_more(self, worker: WorkerEntry, entry: QueuedPass) -> bool:
+        """Whether a pass of an upload leaves a worker with work alone: what has landed makes no whole sub-task yet."""
+        demand = entry.demand
+        if not demand.loading or not worker.bulk or demand.priority == INTERACTIVE:
+            return False
+        if unfilled(worker) is entry.queue or entry.rows >= MAX_ROWS or entry.bytes >= MAX_BYTES:
+            return False
+        return self._predictions.price(worker, entry).of(entry.rows, entry.bytes) < self._subtask_s
 
     def rank(self, entry: QueuedPass) -> tuple[float, ...]:
         """The smaller, the earlier it is served."""
@@ -193,7 +203,9 @@ class Choice:
             # learned of rows that were alone.
             part = decode_slots(worker.kind[0]) // _SLOTS_PART
             least = max(1, min(part, int(entry.rows / (2 * devices))))
-        budget_s = size_s(self._subtask_s, work_s, devices)
+        # Of an upload more is on its way: what has landed is shared out whole, and nothing is kept for an even end.
+        remaining_s = 2 * work_s if entry.demand.loading else work_s
+        budget_s = size_s(self._subtask_s, remaining_s, devices)
         measured = self._predictions.measured(worker, entry)
         return Placement(worker.state, entry.demand, budget_s, price, least, measured)
 

@@ -212,11 +212,15 @@ class Ledger:
             if demand.rows_waiting <= 0:
                 return
             entry = self._new(demand)
+        closed = entry.demand.loading and not demand.loading
         entry.demand = demand
         if demand.deadline is not None:
             self.dated[demand.id] = entry
         entry.tenant.account.weight = demand.weight
         self._set(entry, demand.rows_waiting, demand.bytes_waiting)
+        if closed and entry.rows > 0:
+            # Workers with work left it to wait for more rows. No more come.
+            self.fresh[entry.queue.key] = entry.queue
 
     def wants(self) -> frozenset[PassId]:
         """Passes with waiting rows."""

@@ -200,6 +200,7 @@ class Rebalancing:
             and worker not in self._ledger.switching
             and entry.queue.digest not in worker.resident
             and self._ledger.can_run(worker, entry)
+            and not self._choice.waits_for_more(worker, entry)
         )
 
     def _switch(self, worker: WorkerEntry, queue: ModelQueue, load_s: float, now: float) -> None:

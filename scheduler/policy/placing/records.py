@@ -35,6 +35,8 @@ class Demand:
     rate_key: str = ""
     #: It reads other tasks' answers. What of it may run goes first in its job: then blocks are done while others wait.
     dependent: bool = False
+    #: More rows of its job are on their way: what waits is not all that is left.
+    loading: bool = False
     rows_waiting: int
     bytes_waiting: int
     #: Learned of this job; 0: not yet.

@@ -36,10 +36,12 @@ class _JobColumns(TypedColumns):
     deadline: A job that has not ended by then fails; what is done stays.
     version: Grows with every change that a watcher should see.
     touched: Last part received: an upload that stays silent is abandoned.
+    started: When its first rows landed, or an open job was opened: from then on they are carved.
     retention_days: Days after its end at which the job is deleted; NULL: as the cluster keeps all others. The
       sooner one counts.
     tokens_cached: Sum over its blocks and tasks, as in spent.
     tokens_out: Sum over its blocks and tasks, as in spent.
+    closed: When no more rows could come; NULL: they can, or it ended before.
     """
 
     id = key(Uuid)
@@ -77,6 +79,7 @@ class _JobColumns(TypedColumns):
     retention_days = may(Double, check="retention_days > 0")
     tokens_cached = must(BigInteger, default="0")
     tokens_out = must(BigInteger, default="0")
+    closed = may(TIME)
 
 
 job = table(
@@ -86,6 +89,10 @@ job = table(
         f"state NOT IN {spelt(ENDED)} OR {_CELLS} = n_rows * n_tasks", name="every_cell_accounted_for"
     ),
     CheckConstraint(f"{_CELLS} <= n_rows * n_tasks", name="every_cell_at_most_once"),
+    CheckConstraint(
+        f"state NOT IN {spelt([State.RUNNING, State.SUCCEEDED])} OR closed IS NOT NULL",
+        name="only_a_closed_job_runs_to_its_end",
+    ),
     CheckConstraint(f"state <> '{State.OPEN}' OR kind = 'infer'", name="a_training_run_is_never_open"),
     UniqueConstraint("tenant_id", "idempotency_key"),
     index("job_ended", "finished", where="finished IS NOT NULL"),
