@@ -50,7 +50,9 @@ class Fold:
     def reads(self) -> tuple[str, ...]:
         """Fields of the row that it reads, in order of first use."""
         told = (getattr(self, name, "") for name in ("key", "value", "at"))
-        return tuple(dict.fromkeys(resolved(one, ()).name for template in told for one in placeholders(template)))
+        return tuple(
+            dict.fromkeys(resolved(one, ()).name for template in told for one in placeholders(template))
+        )
 
     @property
     def keeps_s(self) -> float | None:
