@@ -211,6 +211,23 @@ def test_a_function_is_registered_by_its_entry_point(api: Api, tmp_path: Path) -
     )
 
 
+def test_data_for_functions_is_registered_beside_models(api: Api, tmp_path: Path) -> None:
+    data = tmp_path / "films.json"
+    data.write_text('{"titles": ["Alien"]}')
+    done = register(api, tmp_path, str(data), "--name", "films", "--artefact", "--json")
+    assert done.returncode == 0, done.stderr
+    told = json.loads(done.stdout)["models"]
+    assert [(one["ref"], one["answers"]) for one in told] == [("films@1", "artefact")]
+    manifest = api.manifest("films@1")
+    assert api.blobs[manifest.files["films.json"]] == data.read_bytes()
+    (tmp_path / "films.pkl").write_bytes(b"x")
+    data.write_text("{torn")
+    for source, words in ((tmp_path / "films.pkl", "films.pkl: got .pkl"), (data, "cannot be read as json")):
+        refused = register(api, tmp_path, str(source), "--name", "other", "--artefact")
+        assert refused.returncode == 2
+        assert words in refused.stderr
+
+
 def a_classifier(folder: Path, **config: Any) -> Path:
     """A tiny random BERT with two labels, saved as transformers saves it."""
     import torch

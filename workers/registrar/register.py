@@ -16,6 +16,7 @@ from typing import Any
 from urllib.parse import quote
 
 import motet
+from motet.artefacts import artefact_files, describe_artefact, send_file
 from motet.errors import Conflict, NotFound, SetupError
 from motet.http import Address, Http
 from motet.protocol.columns import Column
@@ -59,6 +60,7 @@ from workers.registrar.describe import (
 from workers.registrar.trying import (
     AUTO,
     HALVES,
+    NOWHERE,
     TrialDevice,
     TrialPlan,
     halves,
@@ -78,8 +80,6 @@ TRIED: Mapping[str, Callable[[str], Task]] = {
     "spans": Entities,
     "json": Function,
 }
-#: Seconds in which the API must take the next piece of a file, or answer behind the last one.
-_FILE_S = 300.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -97,6 +97,7 @@ class NewModel:
     allow_gguf: bool
     engine: str | None
     trunk: str | None
+    artefact: bool
     openai: str | None
     model: str | None
     in_flight: int
@@ -145,7 +146,14 @@ class Registry:
         known = {model.manifest.ref: self._known(model.manifest) for model in asked}
         new = [model for model in asked if known[model.manifest.ref] is None]
         trainers = [model.manifest for model in new if model.manifest.answers == "models"]
-        tried = {m.ref: m for m in self._tried([model for model in new if model.manifest not in trainers])}
+        # An artefact answers nothing by itself; it was read when it was described.
+        tried = {model.manifest.ref: model.manifest for model in new if model.manifest.answers == "artefact"}
+        tried |= {
+            m.ref: m
+            for m in self._tried(
+                [m for m in new if m.manifest not in trainers and m.manifest.ref not in tried]
+            )
+        }
         for trainer in trainers:
             # It was tried as what it trains.
             ref = trainer.source["trains"]
@@ -210,7 +218,9 @@ class Registry:
         granted = {stored_format(new.files)} if new else set(trunk.formats)
         wanted = granted.union(halves(self._try_on, self._devices()))
         formats = tuple(one for one in HALVES if one in wanted and trunk.parameters)
-        plan = self._plan(trunk, ("fp32", *formats), engine.memory_mb)
+        # Ordinary sentences say nothing of arguments that a task must give.
+        try_on = NOWHERE if any(trunk.keywords.values()) else self._try_on
+        plan = self._plan(trunk, ("fp32", *formats), engine.memory_mb, try_on)
         # A trunk that is registered already was proved then.
         proving = engine if new and isinstance(engine, Provable) else None
         if new and proving and "fp32" not in plan.formats:
@@ -247,7 +257,7 @@ class Registry:
             yield replace(manifest, formats=tuple(allowed), scores={**manifest.scores, **measured})
 
     def _plan(
-        self, trunk: Manifest, formats: Sequence[str], memory_mb: Callable[[Manifest, str], int]
+        self, trunk: Manifest, formats: Sequence[str], memory_mb: Callable[[Manifest, str], int], try_on: str
     ) -> TrialPlan:
         """Where to try a model, in which of the formats. ``memory_mb``: its engine's estimate. Raises SetupError."""
 
@@ -262,7 +272,7 @@ class Registry:
             return memory_mb(trunk, in_format)
 
         wants_gpu = trunk.engine == "vllm"
-        plan = plan_trial(self._try_on, self._devices(), formats, need_mb, wants_gpu=wants_gpu)
+        plan = plan_trial(try_on, self._devices(), formats, need_mb, wants_gpu=wants_gpu)
         if plan.device is not None and plan.device.is_gpu:
             # CUDA shows this process one choice only.
             self._found = [d for d in self._devices() if d == plan.device or not d.is_gpu]
@@ -281,7 +291,7 @@ class Registry:
 
     def _send(self, manifest: Manifest, files: Mapping[str, Path]) -> None:
         for name, path in files.items():
-            self._upload(manifest.files[name], path)
+            send_file(self._http, manifest.files[name], path)
         try:
             self._http.post("/v1/models", manifest.to_json())
         except Conflict as error:
@@ -296,15 +306,6 @@ class Registry:
             files = {name: cache.ensure(sha256) for name, sha256 in manifest.files.items()}
             self._near[ref] = Described(manifest=manifest, files=_linked(self._cache, manifest, files))
         return self._near[ref]
-
-    def _upload(self, sha256: str, path: Path) -> None:
-        """Send a file, unless the API has it."""
-        try:
-            self._http.request("HEAD", f"/v1/blobs/{sha256}")
-            return
-        except NotFound:
-            pass
-        self._http.request("PUT", f"/v1/blobs/{sha256}", content=path, answer_s=_FILE_S)
 
 
 @dataclass(frozen=True, slots=True)
@@ -432,7 +433,24 @@ def _asked(options: NewModel, registry: Registry) -> Iterator[Described]:
         yield _describe_source(options.source, options, registry)
 
 
+def _describe_artefact(source: str, options: NewModel) -> Described:
+    """Files of data, read once to see that workers can. Raises SetupError."""
+    from workers.engines.artefacts import read_artefact
+
+    files = artefact_files(Path(source).expanduser())
+    try:
+        read_artefact(files)
+    except CannotLoad as error:
+        raise SetupError(str(error)) from None
+    name, version = options.name or "", options.version or "1"
+    return Described(
+        manifest=describe_artefact(files, name=name, version=version, licence=options.licence), files=files
+    )
+
+
 def _describe_source(source: str, options: NewModel, registry: Registry) -> Described:
+    if options.artefact:
+        return _describe_artefact(source, options)
     if source.endswith(".gguf"):
         folder, told = _convert(source, options.allow_gguf)
     else:

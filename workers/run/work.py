@@ -137,8 +137,8 @@ class Work:
 
     @property
     def heads(self) -> list[TaskOrder]:
-        """Tasks with a head of their own, each once."""
-        return [task for task in self.tasks if task.manifest.trunk_model]
+        """Tasks with a head or an artefact of their own, each once."""
+        return [task for task in self.tasks if task.manifest.is_beside]
 
     @property
     def tokens_waiting(self) -> int:
