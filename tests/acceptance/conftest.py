@@ -25,13 +25,14 @@ def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
 
 
 def with_functions(folder: Path) -> str:
-    """Install tests/acceptance/functions.py there, with entry points, as an operator installs a package."""
+    """Install tests/acceptance/functions.py and an example there, with entry points, as an operator does."""
     shutil.copy(Path(__file__).with_name("functions.py"), folder / "acceptance_functions.py")
+    shutil.copy(Path(__file__).parents[2] / "examples" / "recommend.py", folder)
     package = folder / "acceptance_functions-1.0.dist-info"
     package.mkdir()
     (package / "METADATA").write_text("Metadata-Version: 2.1\nName: acceptance-functions\nVersion: 1.0\n")
     (package / "entry_points.txt").write_text(
-        "[motet.engines]\ntold = acceptance_functions:told\nnames = acceptance_functions:Names\n"
+        "[motet.engines]\ntold = acceptance_functions:told\nrecommend = recommend:recommend\nnames = acceptance_functions:Names\n"
     )
     return str(folder)
 

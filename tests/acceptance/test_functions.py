@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +27,7 @@ INPUTS = ("text", "age", "paid", "tags", "last", "vector", "who", "topic", "topi
 def admin(cluster: Cluster) -> Iterator[Client]:
     """With the functions registered, as `motet models add --function` does."""
     with Client(cluster.url, cluster.tokens["admin"]) as connected:
-        for name in ("told", "names"):
+        for name in ("told", "names", "recommend"):
             engine = InstalledEngines().find(name)
             assert isinstance(engine, SelfDescribing)
             connected._http.post("/v1/models", engine.describe(name, "1").to_json())
@@ -108,3 +109,17 @@ def test_what_a_function_does_not_take_is_refused_with_what_it_takes(client: Cli
     assert (problem.field, problem.expected) == ("tasks.told.params.q", "one of k, note")
     with pytest.raises(InvalidJob, match=r"tasks\.told\.params\.k"):
         client.submit(ROWS, {**tasks(), "told": Function("told", inputs=INPUTS)}, progress=False)
+
+
+def test_the_example_fits_asks_and_refits(
+    cluster: Cluster, admin: Client, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("MOTET_URL", cluster.url)
+    monkeypatch.setenv("MOTET_TOKEN", cluster.tokens["admin"])
+    import_module("recommend").main()
+    assert capsys.readouterr().out.splitlines() == [
+        "seen-together@1: seen ['Alien'], next ['Aliens', 'Blade Runner']",
+        "seen-together@1: seen ['Clue'], next ['Brazil']",
+        "seen-together@2: seen ['Alien'], next ['Aliens', 'Blade Runner']",
+        "seen-together@2: seen ['Clue'], next ['Dune', 'Brazil']",
+    ]

@@ -117,8 +117,8 @@ def register(options: NewModel) -> int:
         print(json.dumps({"models": done}, ensure_ascii=False))
     else:
         for one in done:
-            formats = ", ".join(("fp32", *one["formats"]))
-            print(f"{one['state']:<12}{one['ref']}  ({one['answers']}; {formats})")
+            formats = "" if one["answers"] == "artefact" else "; " + ", ".join(("fp32", *one["formats"]))
+            print(f"{one['state']:<12}{one['ref']}  ({one['answers']}{formats})")
             for in_format, why in one["not_tried"].items():
                 print(f"{'':<12}not tried in {in_format}: {why}; the first worker that loads it will say")
     return 0
@@ -334,7 +334,7 @@ def _outcomes(trial: Trial, plan: TrialPlan, proving: Provable | None) -> dict[s
         raise
     except Exception as error:
         raise SetupError(
-            f"{trial.model.ref}: running ordinary sentences failed: {type(error).__name__}"
+            f"{trial.model.ref}: running ordinary sentences failed: {type(error).__name__}{_untried(trial.model)}"
         ) from error
 
 
@@ -350,7 +350,18 @@ def _outcome(trial: Trial, in_format: str, proving: Provable | None) -> _Outcome
 def _check_answered(manifest: Manifest, answers: Column) -> None:
     if not answers.counts()[0]:
         why = next(iter(answers.errors.values()))
-        raise SetupError(f"{manifest.ref}: every ordinary sentence failed: {why.error}, {why.message}")
+        raise SetupError(
+            f"{manifest.ref}: every ordinary sentence failed: {why.error}, {why.message}{_untried(manifest)}"
+        )
+
+
+def _untried(manifest: Manifest) -> str:
+    """What to do where a function cannot read sentences, in words."""
+    return (
+        "; a function that reads a dict is registered untried: --try none"
+        if manifest.answers == "json"
+        else ""
+    )
 
 
 def _check_unproved(model: Described, plan: TrialPlan) -> None:

@@ -19,7 +19,7 @@ from workers.run.assemble import assemble
 from workers.run.batching import longest_first
 
 #: Options of a task that mean nothing to an engine: the same model pass answers tasks that differ in them.
-_NOT_FOR_ENGINES = frozenset({"model", "input", "about", "messages", "too_long", "numerics"})
+_NOT_FOR_ENGINES = frozenset({"model", "artefact", "input", "about", "messages", "too_long", "numerics"})
 #: And one that counts what is read, which a pass has in common; a language model is asked to write so many.
 _READ = frozenset({"max_tokens"})
 
