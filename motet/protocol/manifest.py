@@ -48,7 +48,11 @@ def column_kind_of(task_kind: str, answers: Answer) -> Kind:
     """Kind of the column that a task of this kind gets from a model that answers so."""
     if answers == "text":
         return _OF_TEXT[task_kind]
-    return "json" if answers in ("models", "artefact") else answers
+    match answers:
+        case "models" | "artefact":
+            return "json"
+        case _:
+            return answers
 
 
 #: Names of the variables in which workers may hold the keys of other servers: a manifest can ask for no other secret.

@@ -157,7 +157,7 @@ def plan_submission(
     artefacts = {
         name: found[task.artefact]
         for name, task in tasks.items()
-        if isinstance(task, Function) and task.artefact in found
+        if isinstance(task, Function) and task.artefact and task.artefact in found
     }
     of_artefacts = _manifests(artefacts)
     passes = plan(

@@ -103,8 +103,14 @@ def plan(
         task, model = tasks[names[number]], models[names[number]]
         loaded = loaded_model(model, trunks)
         max_tokens = tokens_read(task, model, loaded)
-        # Values are no text, whatever template stands for them.
-        shared_input = (task.shared_input, isinstance(task, Function) and task.inputs is not None)
+        # Values are no text, whatever template stands for them. Calls with other parameters share nothing, and one that
+        # raises must not be the other's error.
+        called = (
+            (task.inputs is not None, json.dumps(task.params, sort_keys=True))
+            if isinstance(task, Function)
+            else ()
+        )
+        shared_input = (task.shared_input, called)
         own = (task.numerics, needs[number], task.when)
         what = (*_what_is_shared(model, loaded), shared_input, max_tokens, *own)
         fused.setdefault((*what, _order(task)), []).append(number)
@@ -174,13 +180,9 @@ def _what_is_shared(model: Manifest, loaded: Manifest) -> tuple[object, ...]:
     Two registrations of the same weights may differ in pooling or in the formats that passed their check:
     then the answers would depend on which of the two was loaded, so they stay apart.
     """
-    if model.answers == "text":
-        return ("", model.digest, loaded.digest)
-    if model.answers == "artefact":
-        return ("", loaded.digest)
-    if model.trunk:
+    if model.trunk and model.answers != "text":
         return (model.trunk, loaded.engine, loaded.pooling, loaded.formats)
-    return ("", model.digest)
+    return ("", model.digest, loaded.digest)
 
 
 def loaded_model(model: Manifest, trunks: Mapping[str, Manifest]) -> Manifest:

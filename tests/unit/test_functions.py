@@ -128,14 +128,23 @@ def test_an_artefact_stands_beside_its_function_and_a_refitted_one_has_another_d
     assert planned(films(), replace(task, params={"k": 2}))[0] != digest
 
 
-def test_tasks_of_one_function_share_a_pass_and_each_has_its_own_arguments() -> None:
+def test_calls_with_equal_arguments_share_a_pass_and_others_do_not() -> None:
+    two = dict.fromkeys(("a", "b"), Function("rank", params={"k": 1}, artefact="films"))
+    other = {**two, "b": Function("rank", params={"k": 2}, artefact="films")}
+    beside = dict.fromkeys(two, films())
+    assert len(plan(two, dict.fromkeys(two, RANK), {}, artefacts=beside)) == 1
+    assert len(plan(other, dict.fromkeys(two, RANK), {}, artefacts=beside)) == 2
+    assert len(plan(two, dict.fromkeys(two, RANK), {}, artefacts={**beside, "b": films("2", "2" * 64)})) == 2
+    functions = {"a": RANK, "b": replace(RANK, name="rank2", source={"function": "rank 2"})}
+    assert len(plan(two, functions, {}, artefacts=beside)) == 2
+
+
+def test_each_task_of_a_function_has_its_own_arguments() -> None:
     tasks: Mapping[str, Function] = {
         "a": Function("rank", params={"k": 1}, artefact="films@1"),
         "b": Function("rank", params={"k": 2, "best": False}, artefact="films@2"),
     }
     beside = {"a": films(), "b": films("2", "2" * 64)}
-    (one,) = plan(tasks, dict.fromkeys(tasks, RANK), {}, artefacts=beside)
-    assert one.tasks == (0, 1)
     engine = FunctionEngine(rank)
     orders = tuple(
         TaskOrder(name=name, spec=task.to_json(), manifest=beside[name]) for name, task in tasks.items()
