@@ -203,6 +203,15 @@ def test_a_function_is_registered_by_its_entry_point(api: Api, tmp_path: Path) -
     taken = register(api, tmp_path, "--function", "shout", "--version", "prod", path=str(tmp_path))
     assert taken.returncode == 2
     assert "shout@prod is an alias, of shout@1; choose another --version" in taken.stderr
+    with (tmp_path / "shouting.py").open("a") as module:
+        module.write(
+            "def rank(rows, *, k, artefact, best=True):\n    return [artefact[r][:k] for r in rows]\n"
+        )
+    with (package / "entry_points.txt").open("a") as points:
+        points.write("rank = shouting:rank\n")
+    told = register(api, tmp_path, "--function", "rank", path=str(tmp_path))
+    assert api.manifest("rank@1").keywords == {"k": True, "artefact": True, "best": False}
+    assert "not tried in fp32: a task must give it k, artefact" in told.stdout
     unknown = register(api, tmp_path, "--function", "whisper")
     assert unknown.returncode == 2
     assert (

@@ -60,7 +60,6 @@ from workers.registrar.describe import (
 from workers.registrar.trying import (
     AUTO,
     HALVES,
-    NOWHERE,
     TrialDevice,
     TrialPlan,
     halves,
@@ -218,9 +217,7 @@ class Registry:
         granted = {stored_format(new.files)} if new else set(trunk.formats)
         wanted = granted.union(halves(self._try_on, self._devices()))
         formats = tuple(one for one in HALVES if one in wanted and trunk.parameters)
-        # Ordinary sentences say nothing of arguments that a task must give.
-        try_on = NOWHERE if any(trunk.keywords.values()) else self._try_on
-        plan = self._plan(trunk, ("fp32", *formats), engine.memory_mb, try_on)
+        plan = self._plan(trunk, ("fp32", *formats), engine.memory_mb)
         # A trunk that is registered already was proved then.
         proving = engine if new and isinstance(engine, Provable) else None
         if new and proving and "fp32" not in plan.formats:
@@ -257,9 +254,14 @@ class Registry:
             yield replace(manifest, formats=tuple(allowed), scores={**manifest.scores, **measured})
 
     def _plan(
-        self, trunk: Manifest, formats: Sequence[str], memory_mb: Callable[[Manifest, str], int], try_on: str
+        self, trunk: Manifest, formats: Sequence[str], memory_mb: Callable[[Manifest, str], int]
     ) -> TrialPlan:
         """Where to try a model, in which of the formats. ``memory_mb``: its engine's estimate. Raises SetupError."""
+
+        if needed := [name for name, must in trunk.keywords.items() if must]:
+            # Ordinary sentences say nothing of arguments that a task must give.
+            why = f"a task must give it {', '.join(needed)}"
+            return TrialPlan(device=None, formats=(), left_out=dict.fromkeys(formats, why))
 
         def need_mb(device: TrialDevice, in_format: str) -> int:
             if not trunk.files:  # a function, or what another server holds
@@ -272,7 +274,7 @@ class Registry:
             return memory_mb(trunk, in_format)
 
         wants_gpu = trunk.engine == "vllm"
-        plan = plan_trial(try_on, self._devices(), formats, need_mb, wants_gpu=wants_gpu)
+        plan = plan_trial(self._try_on, self._devices(), formats, need_mb, wants_gpu=wants_gpu)
         if plan.device is not None and plan.device.is_gpu:
             # CUDA shows this process one choice only.
             self._found = [d for d in self._devices() if d == plan.device or not d.is_gpu]
