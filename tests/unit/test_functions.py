@@ -16,6 +16,7 @@ import pytest
 import safetensors.numpy
 
 from motet.artefacts import artefact_files, describe_artefact
+from motet.cli.jobs import parse_tasks
 from motet.errors import InvalidJob, Problem, SetupError
 from motet.protocol.columns import values
 from motet.protocol.manifest import Manifest
@@ -237,3 +238,13 @@ def test_a_worker_reads_an_artefact_once_and_keeps_a_few_that_nobody_uses() -> N
     for one in (*orders, *late):
         assert answers(outcomes[one.key]) == [one.tasks[0].manifest.version] * 2
     assert len(engine.handle) <= ARTEFACTS_KEPT + 1
+
+
+def test_the_command_line_says_the_same() -> None:
+    written = (
+        'picks=function:rank,inputs=history|messages[-1],params={"k": 20, "q": [1, 2]},artefact=films@prod'
+    )
+    (task,) = parse(parse_tasks([written])).values()
+    assert task == Function(
+        "rank", inputs=("history", "messages[-1]"), params={"k": 20, "q": [1, 2]}, artefact="films@prod"
+    )
