@@ -6,6 +6,9 @@ of_litserve_N    req_s_N over LitServe's of the same round; median
 cpu_ms_32        CPU of all of motet's processes, Postgres and Redis too, for each row at 32 connections
 bulk_beside      (bulk device-seconds a second beside 32 callers, and theirs) / bulk device-seconds a second alone
 lost, doubled    asks without the row of their key, and keys with more than one row; must be 0
+connected_mb     most memory of the API while 10,000 callers are connected and 200 ask at a time
+untold           refusals of these without Retry-After; must be 0
+beside_bad       their p99 beside 300 callers that read slowly, never read or hang up, over p99 without these
 
 motet is an embedded cluster with two CPU workers, LitServe has two processes of one thread, batches of 16 and 5 ms;
 same weights, in bf16 where the processor has it. Each key is sent once; a part of them again at the end, for the same
@@ -28,11 +31,13 @@ from pathlib import Path
 from typing import Any
 from uuid import uuid4
 
+import connected
 import httpx
 import psutil
 from callers import Order, to_json
 from family import own_children
 from harness import (
+    Size,
     cluster,
     cpu_s,
     finish,
@@ -68,10 +73,13 @@ class Side:
     port: int
     path: str
     token: str
-    pids: list[int]
+    #: By name.
+    pids: Mapping[str, int]
     keyed: bool
     latencies: dict[int, list[float]] = field(default_factory=dict)
     cpu_ms: dict[int, list[float]] = field(default_factory=dict)
+    #: The same by process, with its children.
+    cpu_ms_by: dict[int, list[dict[str, float]]] = field(default_factory=dict)
     others: dict[int, list[float]] = field(default_factory=dict)
     #: Name of a round -> number of the ask -> (status, body).
     answers: dict[str, dict[int, tuple[int, str]]] = field(default_factory=dict)
@@ -84,24 +92,32 @@ class Side:
             port=self.port, path=self.path, token=self.token, callers=callers, seconds=seconds,
             texts=list(asked), name=uuid4().hex[:8], keyed=self.keyed,
         )  # fmt: skip
-        before, busy, began = cpu_s(self.pids), machine_s(), time.perf_counter()
+        before, busy, began = self._cpu_s(), machine_s(), time.perf_counter()
         done = subprocess.run(
             [sys.executable, str(HERE / "callers.py")],
             input=to_json(order), capture_output=True, text=True, check=True,
         )  # fmt: skip
         told = json.loads(done.stdout)
-        used = cpu_s(self.pids) - before
+        after = self._cpu_s()
+        by = {name: after[name] - before[name] for name in before}
+        used = sum(by.values())
         seen = told["seen"]
         good = [(n, body, s) for n, status, body, s, in_time in seen if status == 200 and in_time]
         self.answers[order.name] = {n: (status, body) for n, status, body, _, _ in seen}
         self.latencies.setdefault(callers, []).extend(s * 1000 for _, _, s in good)
         self.cpu_ms.setdefault(callers, []).append(1000 * used / max(1, len(seen)))
+        self.cpu_ms_by.setdefault(callers, []).append(
+            {name: round(1000 * s / max(1, len(seen)), 3) for name, s in by.items()}
+        )
         self.others.setdefault(callers, []).append(
             (machine_s() - busy - used - told["cpu_s"]) / (time.perf_counter() - began)
         )
         for n, body, _ in good:
             self.topics[asked[n % len(asked)]] = self._topic(json.loads(body))
         return len(good) / seconds
+
+    def _cpu_s(self) -> dict[str, float]:
+        return {name: cpu_s([pid]) for name, pid in self.pids.items()}
 
     def _topic(self, answer: Any) -> str:
         if self.keyed:
@@ -131,7 +147,7 @@ def main() -> None:
             port_of(running),
             f"/v1/jobs/{job}/ask",
             running.tokens["user"],
-            [*running.pids.values()],
+            running.pids,
             keyed=True,
         )
         sides = {"motet": motet} | ({"litserve": lit} if lit else {})
@@ -139,6 +155,7 @@ def main() -> None:
             side.round(8, size.of(full=6.0, quick=2.0, smoke=0.3), asked[-200:])
             side.latencies.clear()
             side.cpu_ms.clear()
+            side.cpu_ms_by.clear()
             side.others.clear()
         for callers in LEVELS:
             say(f"{callers} connections")
@@ -150,11 +167,13 @@ def main() -> None:
                 rounds,
             )
         if lit:
-            evict_all(lit.pids)
+            evict_all([*lit.pids.values()])
         beside = bulk_beside(
             running, http, job, motet, asked, size.of(full=16.0, quick=5.0, smoke=0.5),
             size.of(full=30_000, quick=12_000, smoke=2_000),
         )  # fmt: skip
+        # In a job of its own: what they ask is not held to its keys.
+        crowd = many_connected(running, open_job(http), asked, size)
         lost, doubled = held_to_keys(http, job, motet, asked, size.of(full=200, quick=30, smoke=5))
     if lit and (other := [t for t in motet.topics if lit.topics.get(t, motet.topics[t]) != motet.topics[t]]):
         both = len(motet.topics.keys() & lit.topics.keys())
@@ -187,12 +206,13 @@ def main() -> None:
         keys[f"of_litserve_{n}"] = (
             round(ratio(rates[n], "motet", "litserve"), 3) if lit and all(rates[n]["litserve"]) else None
         )
-    keys |= {"bulk_beside": round(beside, 3), "lost": lost, "doubled": doubled}
+    keys |= {"bulk_beside": round(beside, 3), "lost": lost, "doubled": doubled, **crowd}
     finish(
         "live", keys, arguments, whole=lit is not None,
         details={
             "rates": rates,
             "cpu_ms": {name: side.cpu_ms for name, side in sides.items()},
+            "cpu_ms_by": motet.cpu_ms_by,
             "others_cpu": {name: side.others for name, side in sides.items()},
             "p99_ms": {name: {n: quantile(side.latencies[n], 99) for n in LEVELS} for name, side in sides.items()},
         },
@@ -230,7 +250,7 @@ def alone(side: Side, lit: Side | None, callers: int, seconds: float, asked: Seq
     """A round in which LitServe, where it is not asked, stands still."""
     if lit is None or side is lit:
         return side.round(callers, seconds, asked)
-    standing = [psutil.Process(pid) for pid in lit.pids for pid in family(pid)]
+    standing = [psutil.Process(pid) for top in lit.pids.values() for pid in family(top)]
     for process in standing:
         process.suspend()
     try:
@@ -282,6 +302,29 @@ def bulk_beside(
     beside = (third[0] - second[0] + third[1] - second[1]) / (third[2] - second[2])
     say(f"  device-seconds a second: bulk alone {bulk_s:.2f}, bulk and asks {beside:.2f}")
     return beside / max(1e-9, bulk_s)
+
+
+def many_connected(running: Cluster, job: str, asked: Sequence[str], size: Size) -> dict[str, float | None]:
+    """Figures of thousands of callers, of whom 200 ask at a time, without bad ones and beside them."""
+    order = connected.Order(
+        port=port_of(running), path=f"/v1/jobs/{job}/ask", token=running.tokens["user"],
+        connections=size.of(full=10_000, quick=2_000, smoke=60), asking=size.of(full=200, quick=200, smoke=20),
+        bad=size.of(full=100, quick=20, smoke=3), seconds=size.of(full=20.0, quick=5.0, smoke=0.5),
+        texts=list(asked), name=uuid4().hex[:8],
+    )  # fmt: skip
+    seen = connected.connected(order, running.pids["api"])
+    assert seen["connected"] == order.connections, "not all were connected"
+    alone_ms, beside_ms = (quantile(seen["waits"][part], 99) for part in (0, 2))
+    say(
+        f"  {seen['connected']:,} callers connected, {order.asking} ask at a time: API {seen['api_mb']:.0f} MB, before "
+        f"{seen['api_mb_before']:.0f}; p99 {alone_ms:.0f} ms, beside bad callers {beside_ms:.0f} ms; "
+        f"statuses {seen['statuses']}, connections cut {seen['cut']}"
+    )
+    return {
+        "connected_mb": round(seen["api_mb"], 1),
+        "untold": seen["untold"],
+        "beside_bad": round(beside_ms / alone_ms, 2) if max(beside_ms, alone_ms) < float("inf") else None,
+    }
 
 
 def held_to_keys(
@@ -336,7 +379,7 @@ def litserve() -> Iterator[Callable[[], Side | None]]:
         while True:
             with suppress(httpx.HTTPError):
                 if httpx.get(f"http://127.0.0.1:{port}/health").status_code == 200:
-                    return Side(port, "/predict", "", [process.pid], keyed=False)
+                    return Side(port, "/predict", "", {"litserve": process.pid}, keyed=False)
             if process.poll() is not None or time.monotonic() > end:
                 raise SystemExit("LitServe did not start")
             time.sleep(0.2)

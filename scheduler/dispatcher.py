@@ -44,7 +44,7 @@ from scheduler.policy.placing.rebalancing import TEND_S, Clone, Recall
 from scheduler.policy.placing.records import Demand, Placement
 from scheduler.policy.pressure import throttle
 from scheduler.pulse import pulse
-from scheduler.store import drains, endings, leases
+from scheduler.store import drains, leases
 from scheduler.store.database import Database, StoreUnavailable
 from scheduler.store.demand import demand_of, frontier, jobs_waiting
 from scheduler.store.endings import end_job, overdue
@@ -54,6 +54,7 @@ from scheduler.store.listening import Listener
 from scheduler.store.outcomes import record_given_up
 from scheduler.store.rates import rates
 from scheduler.store.words import EVERYTHING, SILENCE, Words
+from scheduler.sweeper import sweep
 
 log = logging.getLogger(__name__)
 
@@ -566,7 +567,9 @@ class Dispatcher:
             self._chores(epoch, now)
         if now >= self._sweep_at:
             # A slice a step: a job of millions of rows goes while all others are served.
-            self._sweep_at = now if self._sweep(epoch) else now + _SWEEP_S
+            self._sweep_at = (
+                now if sweep(self.database, epoch, self.settings.retention_days) else now + _SWEEP_S
+            )
         with self.database.transaction() as connection:
             found = self._audit.go_on(connection, now)
             fates = leases.fates(connection, found.ended) if found.ended else {}
@@ -605,25 +608,6 @@ class Dispatcher:
             drains.forget_the_gone(
                 connection, [name for name in sorted(flags.drained | refusing) if name in live]
             )
-
-    def _sweep(self, epoch: int) -> bool:
-        """Delete some of what is no longer kept, in short transactions. True where more of it may be left."""
-        with self.database.transaction() as connection:
-            fence(connection, epoch)
-            due = endings.due_for_deletion(connection, self.settings.retention_days)
-            columns = endings.sweep_columns(connection)
-            endings.sweep_events(connection)
-        left = endings.SLICE_BLOCKS
-        for job in due:
-            with self.database.transaction() as connection:
-                fence(connection, epoch)
-                gone = endings.delete_slice(connection, job.id)
-            if gone:
-                log.info("job deleted", extra={"job": str(job.id), "why": job.why, "blocks": job.n_blocks})
-            left -= max(1, job.n_blocks)
-            if left <= 0:
-                break
-        return bool(due or columns)
 
 
 def _trace_sent(item: Leased, began: float) -> None:

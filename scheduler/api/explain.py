@@ -49,6 +49,7 @@ def explanation(use: Resources, tenant: UUID, job: UUID) -> Explanation:
             owners=owners,
             beats=beats,
             memory_share=s.memory_share,
+            lane_share=s.lane_share,
             leads=leads,
             throttle=throttle_of(use.door.look()),
             subtask_s=s.subtask_s,

@@ -71,6 +71,9 @@ def describe(job: JobEntry) -> JobRecord:
         finished=moment(job.finished),
         deadline=moment(job.deadline),
         retention_days=job.retention_days,
+        keep_s=job.keep_s,
+        first_row=job.first_row,
+        folds=job.folds or {},
         eta_s=eta_s(job),
     )
 

@@ -21,6 +21,9 @@ MAX_ROWS = 8192
 _CLOSE = 0.99
 #: A piece is split where less than this share of it fits.
 _SPLIT = 0.75
+#: A block of so many rows that callers wait for is never parted: it is answered when all of it is, so whoever is in it
+#: would wait for two workers. As many as an open job lands together.
+WHOLE_ROWS = 16
 MAX_BYTES = 4 * 1024 * 1024
 
 
@@ -117,6 +120,8 @@ def carve(
 ) -> Carved | None:
     """Cut about ``budget_s`` seconds of rows, ``least`` if they are there. Eats from the frontier; None where nothing waits.
 
+    Of a second block with no more than ``least`` rows left all are cut, or none.
+
     Pieces go first: their blocks are waited for. A piece that is exclusive, or was tried before, goes alone and whole;
     of any other that is too long, since it was cut for a faster device, ``Carved.leftover`` is to become a piece.
     Rows with a common prefix stay together up to ``cap_s`` seconds, even beyond the budget.
@@ -173,6 +178,9 @@ def _from_blocks(frontier: Frontier, budget_s: float, cap_s: float, price: Price
         if not ranges:
             # At least one row, so that a long row is never stuck.
             hi = max(hi, min(lo + least, block.n))
+        elif hi < block.n <= lo + least:
+            # It would be parted, and can go whole into the next one.
+            break
         if hi <= lo:
             break
         size = block.cumulative[hi] - block.cumulative[lo]

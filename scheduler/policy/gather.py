@@ -1,8 +1,9 @@
 """Gather: which callers' rows of an open job land together, when, and which are refused. Pure.
 
 An *ask* is one caller's rows; a *group* is the asks that land as one block in one transaction. Nagle's rule
-(RFC 896) decides when: a group lands at once while fewer than ``width`` groups are under way, else when one of them
-is answered. No timer: a lone caller never waits for company, and groups grow exactly as far as the cluster is behind.
+(RFC 896) decides when: a group lands at once where none is under way, soon while fewer than ``width`` are, else when
+one of them is answered. A lone caller never waits for company, and groups grow as far as the cluster is behind. Soon,
+and not at once, since those who were answered together ask again together: the first of them is not to land alone.
 
 Rows wait here and not in Postgres, since here a refusal is free: nothing was stored that must be undone.
 """
@@ -12,7 +13,7 @@ from __future__ import annotations
 from collections import OrderedDict
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from math import inf
+from math import ceil, inf
 from typing import Generic, TypeVar
 
 #: Whoever waits for an answer, as the caller of this module knows it.
@@ -39,6 +40,8 @@ class Waiting(Generic[C]):
     bytes: int
     #: On the clock of ``now``: when the caller gives up; ``inf``: never. It may be put off, never brought forward.
     until: float = inf
+    #: When it came, on the same clock. ``add`` knows.
+    since: float = field(default=0.0, init=False)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -57,7 +60,10 @@ class GatherFull(Exception):
     """Too many rows wait; the caller may come back after ``retry_after_s`` seconds."""
 
     def __init__(self, waiting: int, retry_after_s: float) -> None:
-        super().__init__(f"{waiting} rows wait to land in this job")
+        super().__init__(
+            f"{waiting:,} rows wait to land in this job, more than are answered in time;"
+            f" come back in {ceil(retry_after_s)} s, or give it more time"
+        )
         self.retry_after_s = retry_after_s
 
 
@@ -72,6 +78,8 @@ class Gatherer(Generic[C]):
     max_bytes: int
     #: A group is one ask: where a pass writes text, callers do not wait for each other's answers.
     alone: bool = False
+    #: Seconds for which an ask waits for company while others are under way.
+    patience_s: float = 0.0
     #: Seconds from landing to answer per row, smoothed.
     row_s: float = FIRST_ROW_S
     #: In the order in which they came; a set, so that one of thousands leaves without a search.
@@ -94,6 +102,7 @@ class Gatherer(Generic[C]):
         wait_s = self.row_s * self._rows
         if self._rows + ask.rows > MAX_WAITING_ROWS or now + wait_s > ask.until:
             raise GatherFull(self._rows, min(max(_RETRY_S, wait_s), _RETRY_MOST_S))
+        ask.since = now
         self._queue[ask] = None
         self._rows += ask.rows
         self._soonest = min(self._soonest, ask.until)
@@ -121,8 +130,8 @@ class Gatherer(Generic[C]):
         return late
 
     def next(self, now: float) -> Group[C] | None:
-        """The group to land now, or None: nobody waits, or enough is under way."""
-        if not self._queue or len(self._under_way) >= self.width:
+        """The group to land now, or None: nobody waits, enough is under way, or company may come."""
+        if not self._queue or len(self._under_way) >= self.width or self.patient_until() > now:
             return None
         asks, rows, size = list[Waiting[C]](), 0, 0
         while self._queue and not (asks and self.alone):
@@ -136,6 +145,12 @@ class Gatherer(Generic[C]):
         group = Group(asks=tuple(asks), began=now)
         self._under_way.add(group)
         return group
+
+    def patient_until(self) -> float:
+        """Until when those that wait, wait for company; -inf: they do not."""
+        if not self._queue or not self._under_way or self.alone or self._rows >= self.max_rows:
+            return -inf
+        return next(iter(self._queue)).since + self.patience_s
 
     def answered(self, group: Group[C], now: float) -> None:
         """Its cells are sealed, and the next group may land. Twice is harmless."""

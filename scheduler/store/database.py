@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
+from functools import lru_cache
 from math import inf
 from typing import Any
 
 import psycopg
-from sqlalchemy import Connection, Engine, create_engine, event, exc, text
+from psycopg.rows import namedtuple_row
+from sqlalchemy import Connection, Engine, TextClause, create_engine, event, exc, text
+from sqlalchemy.dialects.postgresql.psycopg import PGDialect_psycopg
 from sqlalchemy.engine import make_url
 from sqlalchemy.pool import ConnectionPoolEntry
 
@@ -128,6 +131,37 @@ def _transient(error: BaseException | None) -> bool:
     return str(state).startswith(_TRANSIENT_CLASSES)
 
 
+#: A statement and its parameters.
+Asked = tuple[TextClause, Mapping[str, Any]]
+
+
+def together(connection: Connection, *asked: Asked) -> list[list[Any]]:
+    """Execute these in order, in one round trip; the rows of each. For what is executed hundreds of times a second.
+
+    They go to the driver itself, which costs a third of the way through SQLAlchemy.
+    """
+    driver: Any = connection.connection.driver_connection
+    spelled = [(_spelled(statement), parameters) for statement, parameters in asked]
+    for watch in connection.dispatch.before_cursor_execute:
+        for statement, parameters in spelled:
+            watch(connection, None, statement, parameters, None, False)
+    with driver.pipeline():
+        cursors = [
+            driver.cursor(binary=True, row_factory=namedtuple_row).execute(statement, parameters)
+            for statement, parameters in spelled
+        ]
+    return [cursor.fetchall() if cursor.description else [] for cursor in cursors]
+
+
+@lru_cache(256)
+def _spelled(statement: TextClause) -> str:
+    """A statement as the driver takes it."""
+    return str(statement.compile(dialect=_DIALECT))
+
+
+_DIALECT = PGDialect_psycopg()  # type: ignore[no-untyped-call]
+
+
 def notify(connection: Connection, channel: str, payload: str = "") -> None:
     """Wake listeners when (and only if) this transaction commits."""
     notify_all(connection, [(channel, payload)])
@@ -135,8 +169,13 @@ def notify(connection: Connection, channel: str, payload: str = "") -> None:
 
 def notify_all(connection: Connection, notes: Collection[tuple[str, str]]) -> None:
     """``notify`` with each of these (channel, payload), in one statement."""
+    connection.execute(*notifying(notes))
+
+
+def notifying(notes: Collection[tuple[str, str]]) -> Asked:
+    """The statement of ``notify_all``."""
     channels, payloads = zip(*notes, strict=True)
-    connection.execute(_NOTIFY, {"channels": list(channels), "payloads": list(payloads)})
+    return _NOTIFY, {"channels": list(channels), "payloads": list(payloads)}
 
 
 def one_moment(connection: Connection) -> None:

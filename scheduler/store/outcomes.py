@@ -33,7 +33,7 @@ from scheduler.policy.carve import part
 from scheduler.policy.cost import LoadKey, Workload
 from scheduler.policy.lifecycle import MAX_TRIES, GivenUp, Return, backoff_s, failed, runs
 from scheduler.store import words
-from scheduler.store.database import JOB, Database, notify
+from scheduler.store.database import JOB, Asked, Database, notify, together
 from scheduler.store.leases import OpenSubtask, open_subtask, put_back
 from scheduler.store.places import Place
 from scheduler.store.rates import Timed, learn
@@ -121,8 +121,8 @@ def record(database: Database, outcomes: Sequence[Outcome]) -> Recorded:
     began = time.time()
     with database.transaction() as connection:
         ids = sorted({o.subtask for o in outcomes})
-        connection.execute(_LOCK_JOBS_OF, {"ids": ids})
-        live = {(row.id, row.attempt): row for row in connection.execute(_LIVE, {"ids": ids})}
+        _, leased = together(connection, (_LOCK_JOBS_OF, {"ids": ids}), (_LIVE, {"ids": ids}))
+        live = {(row.id, row.attempt): row for row in leased}
         answers: list[BlockAnswers] = []
         #: Sub-tasks that this transaction closes.
         closed: dict[int, _Closed] = {}
@@ -165,17 +165,17 @@ def record(database: Database, outcomes: Sequence[Outcome]) -> Recorded:
                 _counts(job, total, [a for a in answers if a.job == job]) for job, total in totals.items()
             ]
             rows = [one.row() for one in closed.values()]
-            connection.execute(
-                _CLOSE, {"closed": json.dumps(rows), "counts": json.dumps(counts), "jobs": list(totals)}
+            close: Asked = (
+                _CLOSE,
+                {"closed": json.dumps(rows), "counts": json.dumps(counts), "jobs": list(totals)},
             )
-        done.sealed += append(connection, answers, shapes)
-        # Last, and in one order: these few rows are shared by all aggregators.
-        learned.store(connection)
-        if closed:
             of_jobs = (
                 (job, [c.subtask.id for c in closed.values() if c.subtask.job == job]) for job in totals
             )
-            words.tell(connection, [words.done(job, ids) for job, ids in of_jobs], totals)
+            tell = words.telling([words.done(job, ids) for job, ids in of_jobs], totals)
+            done.sealed += append(connection, answers, shapes, first=[close], last=[tell])
+        # Last, and in one order: these few rows are shared by all aggregators.
+        learned.store(connection)
     for job, total in totals.items():
         traces.add(job, "record", began, subtasks=total["subtasks"], tokens=total["tokens"])
     return done

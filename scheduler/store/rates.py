@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,6 +10,7 @@ from sqlalchemy import Connection, text
 
 from scheduler.policy.cost import LoadKey, Rate, RateKey, Rates, Workload
 from scheduler.policy.placing.records import Refusal
+from scheduler.store.database import together
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -89,10 +90,21 @@ def learn(connection: Connection, timed: Sequence[Timed], loads: Sequence[tuple[
     """
     if not timed and not loads:
         return
+    priors = {
+        t.key: Rates().of(t.key, device_kind=t.device_kind, parameters=t.parameters) for t in reversed(timed)
+    }
+    first = sorted(dict(reversed(loads)).items())
+    held = together(
+        connection,
+        *((_HOLD_RATE, _rate_values(key, prior)) for key, prior in sorted(priors.items())),
+        (_HOLD_PACES, {"workers": sorted({t.worker for t in timed}), "pace": Rates().pace("")}),
+        *((_HOLD_LOAD, {"model": m, "device": d, "seconds": seconds}) for (m, d), seconds in first),
+    )
+    n = len(priors)
     known = Rates(
-        _hold_rates(connection, timed),
-        _hold_paces(connection, {t.worker for t in timed}),
-        _hold_loads(connection, dict(reversed(loads))),
+        {key: _rate(row) for key, [row] in zip(sorted(priors), held[:n], strict=True)},
+        {row.worker: (row.pace, row.observations) for row in held[n]},
+        {load: row.seconds for (load, _), [row] in zip(first, held[n + 1 :], strict=True)},
     )
     for t in timed:
         known.observe(t.key, t.worker, known.learned[t.key], t.work, t.seconds, t.text_bytes)
@@ -101,44 +113,24 @@ def learn(connection: Connection, timed: Sequence[Timed], loads: Sequence[tuple[
     _keep(connection, known)
 
 
-def _hold_rates(connection: Connection, timed: Sequence[Timed]) -> dict[RateKey, Rate]:
-    priors = {
-        t.key: Rates().of(t.key, device_kind=t.device_kind, parameters=t.parameters) for t in reversed(timed)
-    }
-    return {
-        key: _rate(connection.execute(_HOLD_RATE, _rate_values(key, prior)).one())
-        for key, prior in sorted(priors.items())
-    }
-
-
-def _hold_paces(connection: Connection, workers: Iterable[str]) -> dict[str, tuple[float, int]]:
-    held = connection.execute(_HOLD_PACES, {"workers": sorted(workers), "pace": Rates().pace("")})
-    return {row.worker: (row.pace, row.observations) for row in held}
-
-
-def _hold_loads(connection: Connection, first: Mapping[LoadKey, float]) -> dict[LoadKey, float]:
-    return {
-        (model, device): connection.execute(
-            _HOLD_LOAD, {"model": model, "device": device, "seconds": seconds}
-        ).scalar_one()
-        for (model, device), seconds in sorted(first.items())
-    }
-
-
 def _keep(connection: Connection, rates: Rates) -> None:
-    for key, rate in rates.learned.items():
-        connection.execute(_KEEP_RATE, _rate_values(key, rate))
     paces = rates.paces
-    connection.execute(
-        _KEEP_PACES,
-        {
-            "workers": list(paces),
-            "paces": [pace for pace, _ in paces.values()],
-            "observations": [seen for _, seen in paces.values()],
-        },
+    together(
+        connection,
+        *((_KEEP_RATE, _rate_values(key, rate)) for key, rate in rates.learned.items()),
+        (
+            _KEEP_PACES,
+            {
+                "workers": list(paces),
+                "paces": [pace for pace, _ in paces.values()],
+                "observations": [seen for _, seen in paces.values()],
+            },
+        ),
+        *(
+            (_KEEP_LOAD, {"model": model, "device": device, "seconds": seconds})
+            for (model, device), seconds in rates.loads.items()
+        ),
     )
-    for (model, device), seconds in rates.loads.items():
-        connection.execute(_KEEP_LOAD, {"model": model, "device": device, "seconds": seconds})
 
 
 def _rate(row: Any) -> Rate:

@@ -15,17 +15,18 @@ from uuid import UUID
 
 import numpy as np
 from cachetools import LRUCache, cached
-from sqlalchemy import Connection, Row, text
+from sqlalchemy import Connection, text
 
 from motet.protocol import traces
 from motet.protocol.columns import LAYOUT, CellError, Column, Kind
 from motet.protocol.envelope import unwrap, wrap
 from motet.protocol.manifest import Manifest, column_kind
-from motet.states import Skip
+from motet.states import Skip, State
 from motet.tasks import row_fields, stored_task
 from scheduler.blocks import askable, row_order
 from scheduler.merge import AnswersPart, Positions, array_of, mark_returned, merge
 from scheduler.store.arrays import Elements
+from scheduler.store.database import Asked, together
 from scheduler.store.dependence import absents, left_out, release, skips
 from scheduler.store.endings import succeed
 from scheduler.store.places import PLACES, Place, at_places
@@ -110,10 +111,12 @@ _CELLS = text("""
 _TAKE_CELLS = text(f"""
     DELETE FROM cells p USING {PLACES} k (job, pass, block) WHERE {_HERE}
     RETURNING p.job_id, p.pass_number, p.block_number, p.lo, p.hi, p.columns""")
-_BLOCKS = text("""
-    SELECT b.job_id, b.number, b.n_rows, b.row_order, b.bad, b.bad_fields, b.keys, b.passes_open, j.tenant_id,
-           EXISTS (SELECT FROM pass p WHERE p.job_id = b.job_id AND (p.needs <> '{}' OR p.condition IS NOT NULL)) AS depends
-      FROM unnest(CAST(:jobs AS uuid[]), CAST(:blocks AS int[])) k (job, block)
+# Of places that are full.
+_BLOCKS = text(f"""
+    SELECT b.job_id, b.number, b.n_rows, b.row_order, b.bad, b.bad_fields, b.keys, b.passes_open, j.tenant_id, j.state,
+           EXISTS (SELECT FROM pass o
+                    WHERE o.job_id = b.job_id AND (o.needs <> '{{}}' OR o.condition IS NOT NULL)) AS depends
+      FROM {PLACES} k (job, pass, block) JOIN block_pass p ON {_HERE} AND p.done = p.n
       JOIN block b ON b.job_id = k.job AND b.number = k.block JOIN job j ON j.id = b.job_id""")
 _PARTLY_BAD = text(f"""
     SELECT k.job, k.pass AS pass_, k.block, b.bad, b.bad_fields, coalesce(p.row_order, b.row_order) AS row_order
@@ -132,7 +135,8 @@ _SEALED = text(f"""
       UPDATE job SET blocks_done = job.blocks_done + f.n
         FROM (SELECT job, CAST(count(*) AS int) AS n FROM k WHERE nth IS NOT NULL GROUP BY job) f
        WHERE job.id = f.job RETURNING job.id, job.blocks_done - f.n AS before)
-    UPDATE block SET passes_open = k.passes_open, done_number = counted.before + k.nth
+    UPDATE block SET passes_open = k.passes_open, done_number = counted.before + k.nth,
+           done_at = CASE WHEN k.nth IS NOT NULL THEN clock_timestamp() END
       FROM k LEFT JOIN counted ON counted.id = k.job WHERE block.job_id = k.job AND block.number = k.number""")
 
 
@@ -188,26 +192,39 @@ def append(
     connection: Connection,
     answers: Sequence[BlockAnswers],
     shapes: Mapping[tuple[UUID, int], Sequence[TaskShape]],
+    *,
+    first: Sequence[Asked] = (),
+    last: Sequence[Asked] = (),
 ) -> int:
-    """Store answers; seal every (block, pass) that is thereby full; complete jobs. The number of sealed columns."""
+    """Store answers; seal every (block, pass) that is thereby full; complete jobs. The number of sealed columns.
+
+    ``first``, ``last``: statements without an answer that share its round trips.
+    """
     if not answers:
+        together(connection, *first, *last)
         return 0
     by_place: dict[Place, list[BlockAnswers]] = defaultdict(list)
     for a in answers:
         by_place[a.job, a.pass_number, a.block].append(a)
     finals = [sum(a.final for a in here) for here in by_place.values()]
-    counted = connection.execute(_DONE, {**at_places(list(by_place)), "finals": finals}).all()
+    at = at_places(list(by_place))
+    most = sum(len(shapes[place[:2]]) for place in by_place)
+    *_, counted, read, ids = together(
+        connection, *first, (_DONE, {**at, "finals": finals}), (_BLOCKS, at), (_NEXT_IDS, {"n": most})
+    )
     assert len(counted) == len(by_place), "answers for a block that is not there"
     full = sorted((p.job_id, p.pass_number, p.block_number, p.todo) for p in counted if p.full)
     asked = {(job, number, block): asked_for(shapes[job, number], todo) for job, number, block, todo in full}
     kept = [_cells(a) for place, here in by_place.items() if place not in asked for a in here]
-    if kept:
-        connection.execute(_CELLS, kept)
+    store: list[Asked] = [(_CELLS, cells) for cells in kept]
     if not asked:
+        together(connection, *store, *last)
         return 0
     begun = [(p.job_id, p.pass_number, p.block_number) for p in counted if p.full and p.begun]
-    sealed = _seal(connection, asked, by_place, begun)
-    succeed(connection, {job for job, _, _ in asked})
+    blocks = _by_place(read)
+    sealed = _seal(connection, asked, by_place, begun, blocks, [row.id for row in ids], [*store, *last])
+    if running := {job for job, _, number in asked if blocks[job, number].state == State.RUNNING}:
+        succeed(connection, running)
     return sealed
 
 
@@ -220,7 +237,11 @@ def settle(connection: Connection, blocks: Collection[tuple[UUID, int]]) -> int:
     if not emptied:
         return 0
     shapes = {at: task_shapes(connection, *at) for at in sorted({e.place[:2] for e in emptied})}
-    return _seal(connection, {e.place: asked_for(shapes[e.place[:2]], e.todo) for e in emptied}, {}, ())
+    asked = {e.place: asked_for(shapes[e.place[:2]], e.todo) for e in emptied}
+    read, ids = together(
+        connection, (_BLOCKS, at_places(list(asked))), (_NEXT_IDS, {"n": sum(map(len, asked.values()))})
+    )
+    return _seal(connection, asked, {}, (), _by_place(read), [row.id for row in ids])
 
 
 def _cells(a: BlockAnswers) -> dict[str, Any]:
@@ -233,15 +254,17 @@ def _seal(
     asked: Mapping[Place, Sequence[TaskShape]],
     last: Mapping[Place, Sequence[BlockAnswers]],
     begun: Sequence[Place],
+    blocks: Mapping[tuple[UUID, int], Any],
+    ids: Sequence[int],
+    beside: Sequence[Asked] = (),
 ) -> int:
     """Merge all answers of these full places into one column per task; ``last`` were never stored on their own,
     others were in the places that are ``begun``.
 
-    Then whatever waited for these columns is released. The number of columns sealed.
+    ``blocks``: those of these places; ``ids``: fresh ones, enough for all columns; ``beside``: statements that share the
+    last round trip. Then whatever waited for these columns is released. The number of columns sealed.
     """
     places = list(asked)
-    of_blocks = sorted({(job, block) for job, _, block in places})
-    blocks = {(row.job_id, row.number): row for row in connection.execute(_BLOCKS, _pairs(of_blocks))}
     pieces: dict[Place, list[_Piece]] = {
         p: [(a.lo, a.hi, a.columns) for a in last.get(p, ())] for p in places
     }
@@ -258,24 +281,31 @@ def _seal(
         with traces.span(job, "seal", pass_number=pass_number, block=number, tasks=len(shapes)):
             columns += _merged(blocks[job, number], shapes, pieces.pop(place), failed.get(place, {}))
         shown += ((job, number, shape.number) for shape in shapes)
-    stored = store_columns(connection, columns)
+    ids = ids[: len(columns)]
+    rows = _rows_of(connection, columns, ids)
+    store: list[Asked] = [(_INSERT, row) for row in rows]
+    if any(row["key"] is not None for row in rows):
+        # Others may have stored one of these keys meanwhile.
+        _insert(connection, rows)
+        store = []
     jobs, numbers, tasks = zip(*shown, strict=True)
-    connection.execute(
+    sealed: Asked = (
         _SEALED,
         {
             "shown_jobs": list(jobs),
             "shown_blocks": list(numbers),
             "shown_tasks": list(tasks),
-            "shown_columns": stored,
+            "shown_columns": ids,
             **at_places(places),
             **_passes_left(blocks, Counter((job, block) for job, _, block in places)),
         },
     )
+    together(connection, *store, sealed, *beside)
     return len(columns) + settle(connection, {(job, block) for job, _, block in depend})
 
 
 def _merged(
-    block: Row[Any],
+    block: Any,
     shapes: Sequence[TaskShape],
     pieces: Sequence[_Piece],
     failed: Mapping[int, CellError],
@@ -299,7 +329,7 @@ def _merged(
 
 
 def _passes_left(
-    blocks: Mapping[tuple[UUID, int], Row[Any]], sealed: Mapping[tuple[UUID, int], int]
+    blocks: Mapping[tuple[UUID, int], Any], sealed: Mapping[tuple[UUID, int], int]
 ) -> dict[str, list[Any]]:
     """Blocks have so many passes less to do; those that have none left get the next numbers of their job, in order."""
     left = {place: blocks[place].passes_open - sealed[place] for place in sorted(sealed)}
@@ -316,8 +346,9 @@ def _passes_left(
     }
 
 
-def _pairs(blocks: Sequence[tuple[UUID, int]]) -> dict[str, list[Any]]:
-    return {"jobs": [job for job, _ in blocks], "blocks": [number for _, number in blocks]}
+def _by_place(read: Sequence[Any]) -> dict[tuple[UUID, int], Any]:
+    """(job, block number) -> what was read of it."""
+    return {(row.job_id, row.number): row for row in read}
 
 
 # -- columns ---------------------------------------------------------------------------------------
@@ -363,6 +394,12 @@ def store_columns(connection: Connection, columns: Sequence[Keyed]) -> list[int]
     A column with this key may be there already (the same work done twice at once): then ours is kept without one.
     """
     ids = list(connection.execute(_NEXT_IDS, {"n": len(columns)}).scalars())
+    _insert(connection, _rows_of(connection, columns, ids))
+    return ids
+
+
+def _rows_of(connection: Connection, columns: Sequence[Keyed], ids: Sequence[int]) -> list[dict[str, Any]]:
+    """The columns as rows to insert, under these ids, in the order in which they are inserted."""
     keys = [
         c.key if c.key is not None and all(map(_lasts, c.column.errors.values())) else None for c in columns
     ]
@@ -370,18 +407,21 @@ def store_columns(connection: Connection, columns: Sequence[Keyed]) -> list[int]
     at = {"tenants": [tenant for tenant, _ in wanted], "keys": [key for _, key in wanted]}
     taken = {(row.tenant_id, bytes(row.key)) for row in connection.execute(_TAKEN, at)} if wanted else set()
     rows: list[dict[str, Any]] = []
-    for at, column, key in zip(ids, columns, keys, strict=True):
+    for id_, column, key in zip(ids, columns, keys, strict=True):
         named = None if key is None or (column.tenant, key) in taken else key
         if named is not None:
             taken.add((column.tenant, named))
-        rows.append({**_values(column.column), "id": at, "tenant": column.tenant, "key": named})
+        rows.append({**_values(column.column), "id": id_, "tenant": column.tenant, "key": named})
     # By key: two aggregators that seal the same work at once then wait for each other in one order.
     rows.sort(key=lambda row: (row["key"] or b"", row["id"]))
+    return rows
+
+
+def _insert(connection: Connection, rows: Sequence[dict[str, Any]]) -> None:
     if connection.execute(_INSERT, rows).rowcount < len(rows):
         # Another transaction stored one of these keys between our look and our insert.
-        there = set(connection.execute(_INSERTED, {"ids": ids}).scalars())
+        there = set(connection.execute(_INSERTED, {"ids": [row["id"] for row in rows]}).scalars())
         connection.execute(_INSERT, [{**row, "key": None} for row in rows if row["id"] not in there])
-    return ids
 
 
 def _lasts(e: CellError) -> bool:

@@ -12,7 +12,7 @@ from uuid import UUID
 
 from sqlalchemy import Connection
 
-from scheduler.store.database import JOB, WORK, notify_all
+from scheduler.store.database import JOB, WORK, Asked, notifying
 
 #: Bytes of one payload; Postgres takes fewer than 8,000.
 _MOST_BYTES = 7_900
@@ -72,14 +72,17 @@ def done(job: UUID, subtasks: Iterable[int]) -> str:
 
 def tell(connection: Connection, words: Collection[str], changed: Iterable[UUID] = ()) -> None:
     """Say these when (and only if) this transaction commits; and to watchers, that these jobs have changed."""
+    connection.execute(*telling(words, changed))
+
+
+def telling(words: Collection[str], changed: Iterable[UUID] = ()) -> Asked:
+    """The statement of ``tell``."""
     together = "\n".join(words)
     # A word that is too long is one that nobody understands.
     payloads = (
         [together] if len(together) <= _MOST_BYTES else [w if len(w) <= _MOST_BYTES else "" for w in words]
     )
-    notify_all(
-        connection, [*((JOB, str(job)) for job in changed), *((WORK, payload) for payload in payloads)]
-    )
+    return notifying([*((JOB, str(job)) for job in changed), *((WORK, payload) for payload in payloads)])
 
 
 def heard(payloads: Iterable[str]) -> Words:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass, replace
+from types import SimpleNamespace
 from typing import Any
 from uuid import UUID
 
@@ -23,7 +24,7 @@ from scheduler.dispatcher import Dispatcher
 from scheduler.policy import lifecycle
 from scheduler.policy.carve import Range
 from scheduler.policy.lifecycle import Return
-from scheduler.store import dependence, endings, leadership, leases, outcomes, payload_rows
+from scheduler.store import dependence, endings, leadership, leases, outcomes, payload_rows, words
 from scheduler.store.database import Database
 from scheduler.store.listening import Listener
 from scheduler.store.words import EVERYTHING, SILENCE, Words
@@ -274,7 +275,8 @@ def carves_rows_that_were_taken_out(patch: Patch) -> None:
 
 
 def tells_nobody_that_it_recorded(patch: Patch) -> None:
-    patch.setattr(outcomes.words, "tell", lambda connection, said, changed=(): None)
+    said = SimpleNamespace(done=words.done, telling=lambda said, changed=(): (text("SELECT 1"), {}))
+    patch.setattr(outcomes, "words", said)
 
 
 def misses_words_and_does_not_say_so(patch: Patch) -> None:

@@ -206,6 +206,20 @@ def test_no_micro_batch_keeps_the_first_interactive_row_waiting_for_long() -> No
     assert limit(Budget(1024), slow, "cpu", interactive_waits=False)[0] == 2
 
 
+def test_rows_that_are_waited_for_are_not_cut_to_one_where_short_ones_made_a_model_look_slow() -> None:
+    """Micro-batches of one row teach nothing of what a start costs, and would go on for ever."""
+    cost = Cost()
+    for _ in range(20):
+        cost = cost.observed(18, 0.1)
+    assert limit(Budget(1024), cost, "cpu", interactive_waits=True)[0] < 2 * 18
+    assert limit(Budget(1024), cost, "cpu", interactive_waits=True, waited_for=True)[0] >= 16 * 18
+
+
+def test_a_function_that_takes_seconds_is_asked_few_rows_at_a_time_by_those_who_wait_too() -> None:
+    slow = Cost().observed(10, 10.0)
+    assert limit(Budget(1024), slow, "cpu", interactive_waits=True, waited_for=True)[0] == 2
+
+
 def test_what_is_slow_to_start_is_not_run_row_by_row() -> None:
     asks_a_server = Cost()
     for tokens in (100, 1000, 200, 900):

@@ -298,3 +298,11 @@ def test_a_group_of_the_next_block_that_does_not_fit_any_more_waits_for_its_own_
     frontier = Frontier(blocks=[block(0, [10] * 5), block(1, [10] * 50, bounds=(0, 30))])
     assert cut(frontier, 0.25, cap_s=2.0).ranges == (Range(0, 0, 5, 50),)
     assert cut(frontier, 0.25, cap_s=2.0).ranges == (Range(1, 0, 30, 300),)
+
+
+def test_small_blocks_that_callers_wait_for_are_cut_whole_or_wait() -> None:
+    frontier = Frontier(blocks=[block(0, [500] * 16), block(1, [10] * 3), block(2, [500] * 16)])
+    counts = []
+    while (carved := carve(frontier, 9.0, KB_A_SECOND, least=16)) is not None:
+        counts.append([(r.block, len(r)) for r in carved.ranges])
+    assert counts == [[(0, 16), (1, 3)], [(2, 16)]]

@@ -12,9 +12,9 @@ from scheduler.policy.gather import MAX_WAITING_ROWS, Gatherer, GatherFull, Grou
 
 
 def gatherer(
-    *, width: int = 2, max_rows: int = 16, max_bytes: int = 1000, alone: bool = False
+    *, width: int = 2, max_rows: int = 16, max_bytes: int = 1000, alone: bool = False, patience_s: float = 0.0
 ) -> Gatherer[object]:
-    return Gatherer(width=width, max_rows=max_rows, max_bytes=max_bytes, alone=alone)
+    return Gatherer(width=width, max_rows=max_rows, max_bytes=max_bytes, alone=alone, patience_s=patience_s)
 
 
 def ask(caller: object = "one", *, rows: int = 1, size: int = 10, until: float = inf) -> Waiting[object]:
@@ -43,6 +43,25 @@ def test_while_enough_is_under_way_callers_gather_and_land_together_at_the_next_
     assert g.next(0.1) is None
     g.answered(first, 0.2)
     assert callers(g.next(0.2)) == ["b", "c", "d"]
+
+
+def test_those_who_ask_again_together_land_together() -> None:
+    g = gatherer(patience_s=0.005)
+    g.add(ask("alone"), 0.0)
+    assert callers(g.next(0.0)) == ["alone"]
+    for i, name in enumerate("abc"):
+        g.add(ask(name), 1.0 + i / 1000)
+        assert g.next(1.0 + i / 1000) is None
+    assert g.patient_until() == 1.005
+    assert callers(g.next(1.005)) == ["a", "b", "c"]
+
+
+def test_nobody_waits_for_company_behind_a_full_group() -> None:
+    g = gatherer(width=3, max_rows=2, patience_s=0.005)
+    for name in "abcd":
+        g.add(ask(name), 0.0)
+    assert callers(g.next(0.0)) == ["a", "b"]
+    assert callers(g.next(0.0)) == ["c", "d"]
 
 
 def test_a_group_holds_no_more_rows_and_bytes_than_one_micro_batch() -> None:

@@ -25,10 +25,12 @@ from workers.run.batching import Budget, Cost, Pace
 from workers.run.blobs import CannotFetch
 from workers.run.device import Device
 from workers.run.executor import LOAD_S, PREPARE_S, Executor
-from workers.run.lane import SHARE, WINDOW_S
+from workers.run.lane import WINDOW_S
 from workers.run.reporter import Reporter
 from workers.run.stream import FIRST_MEASURED_S, FIRST_RUN_S, RUN_S
 
+#: Of a device that interactive work may take from bulk.
+SHARE = 0.3
 TRUNK = Manifest(name="trunk", version="1", engine="fake", answers="number", trunk="t", formats=("bf16",))
 OTHER = Manifest(name="other", version="1", engine="fake", answers="number", trunk="o")
 
@@ -142,6 +144,7 @@ class House:
         #: Tokenising that waits to be done, and whether of interactive rows; None does it at once.
         self.pending: list[tuple[Callable[[], None], bool]] | None = None
         self.executor = Executor(
+            lane_share=SHARE,
             worker="w",
             boot="b",
             device=self.device or Device("cpu", "a fake", "cpu", 1000, self.formats),
@@ -292,6 +295,17 @@ def test_the_last_micro_batch_of_a_sub_task_is_filled_up_with_the_next_one_of_th
         ["b", "b"],
     ]
     assert list(house.outcomes()) == [first.key, second.key]
+
+
+def test_rows_somewhat_shorter_fill_up_a_micro_batch_as_long_as_that_costs_less_than_another(
+    house: House,
+) -> None:
+    house.known_cost()
+    house.submit(an_order("a" * 40))
+    house.submit(an_order(*["b" * 25] * 6))
+    house.steps()
+    assert len(house.engine.batches) == 2
+    assert len(house.engine.batches[0]) > 1
 
 
 def test_rows_much_shorter_than_the_longest_do_not_fill_up_a_micro_batch(house: House) -> None:

@@ -20,7 +20,8 @@ from workers.run.assemble import assemble
 from workers.run.batching import fitting
 from workers.run.work import Work
 
-#: Rows of other sub-tasks fill up a micro-batch only where they are nearly as long as its longest.
+#: Rows of other sub-tasks fill up a micro-batch where they are nearly as long as its longest; shorter ones too, as long
+#: as the padding costs less than another micro-batch.
 LIKE_LENGTH = 0.75
 #: Tokens of a step, and the pause after one that only waited, where rows run from beginning to end.
 STEP_TOKENS, GLANCE_S = 1024, 0.005
@@ -106,13 +107,20 @@ def micro_batch(
     if first.rows or first.exclusive:
         return
     room = min(max_rows, tokens // max(1, longest)) - count
+    spare = overhead_tokens
     for work in (other for other in ready if _beside(other, first)):
         if room <= 0:
             return
         lo = next((i for i, row in enumerate(work.rows) if row.length <= longest), len(work.rows))
-        like = sum(1 for row in work.rows[lo : lo + room] if row.length >= LIKE_LENGTH * longest)
-        yield work, lo, lo + like
-        room -= like
+        hi = lo
+        for row in work.rows[lo : lo + room]:
+            if row.length < LIKE_LENGTH * longest:
+                spare -= longest - row.length
+                if spare < 0:
+                    break
+            hi += 1
+        yield work, lo, hi
+        room -= hi - lo
 
 
 def _beside(work: Work, first: Work) -> bool:

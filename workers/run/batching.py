@@ -24,6 +24,9 @@ PROBE_TOKENS, PROBE_ROWS = 512, 8
 #: Longest micro-batch while somebody waits interactively. Starting one costs a CPU core 5 ms: cuts of 50 ms lose 4 %
 #: of its throughput, cuts of 100 ms 1 % (MiniLM, fp32). A GPU starts one sooner, and its budgets are shorter anyway.
 INTERACTIVE_CUT_S = {"cpu": 0.1, "cuda": 0.05}
+#: The same of rows for which somebody waits: their sub-task is answered whole, so that cuts only make it later. What is
+#: believed of short micro-batches may be far too long, and cuts of 0.1 s are then cuts of one row, which confirm it.
+INTERACTIVE_TURN_S = 2.0
 #: Longest micro-batch at any time: the first interactive row after a quiet while waits for one of those. A CPU core
 #: gains nothing from longer ones (1,024 tokens 0.2 s; 2,048 tokens 0.4 s and no faster).
 LONGEST_S = 0.25
@@ -244,16 +247,25 @@ class Pace:
 
 
 def limit(
-    budget: Budget, cost: Cost, device_kind: str, *, interactive_waits: bool, longest_s: float = LONGEST_S
+    budget: Budget,
+    cost: Cost,
+    device_kind: str,
+    *,
+    interactive_waits: bool,
+    waited_for: bool = False,
+    longest_s: float = LONGEST_S,
 ) -> tuple[int, int]:
-    """Most tokens and rows of the next micro-batch.
+    """Most tokens and rows of the next micro-batch. ``waited_for``: it is made of the rows that somebody waits for.
 
-    The budget; cut short while somebody waits interactively, to ``longest_s`` at any time, and to a probe while the
+    The budget; cut short while somebody waits for others, to ``longest_s`` at any time, and to a probe while the
     cost is unknown.
     """
     if not cost.known:
         return min(budget.tokens, PROBE_TOKENS), PROBE_ROWS
-    longest_s = INTERACTIVE_CUT_S[device_kind] if interactive_waits else longest_s
+    if waited_for:
+        longest_s = INTERACTIVE_TURN_S
+    elif interactive_waits:
+        longest_s = INTERACTIVE_CUT_S[device_kind]
     return min(budget.tokens, cost.tokens_in(longest_s)), MOST_ROWS
 
 

@@ -131,12 +131,17 @@ class Stream:
         """Some of its rows are inside."""
         return any(one is work for one, _ in self._inside.values())
 
-    def limit(self, *, interactive_waits: bool) -> tuple[int, int]:
-        """Most tokens and rows of the next step."""
+    def limit(self, *, interactive_waits: bool, waited_for: bool) -> tuple[int, int]:
+        """Most tokens and rows of the next step. ``waited_for``: somebody waits for the rows that have the turn."""
         longest_s = LONGEST_S if self.whole else LONGEST_STEP_S[self._kind]
         pace = self.pace
         return limit(
-            pace.budget, pace.cost, self._kind, interactive_waits=interactive_waits, longest_s=longest_s
+            pace.budget,
+            pace.cost,
+            self._kind,
+            interactive_waits=interactive_waits,
+            waited_for=waited_for and self.whole,
+            longest_s=longest_s,
         )
 
     def deadline_s(self, tokens: int) -> float:

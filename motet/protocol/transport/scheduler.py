@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import json
 import secrets
+import time
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
+from math import inf
 from typing import TYPE_CHECKING, Any
 
 from motet.protocol.envelope import BadMessage
@@ -38,6 +40,9 @@ if TYPE_CHECKING:
 _PAGE = 16
 #: Pending entries that one read of the group lists at most; the dispatcher stops at far fewer.
 _MANY = 100_000
+#: What others read and did not settle is looked for so often, in seconds; more often where it is reclaimed sooner. A
+#: search at each read is a round trip for nothing.
+_CLAIM_S = 1.0
 #: Seconds for which a consumer that just read is left alone, so that two heirs do not take from each other.
 _FRESH_S = 0.3
 #: An entry's id may be this many seconds ahead of Redis' clock, which can be set back, before the stream is begun anew.
@@ -61,6 +66,8 @@ class RedisTransport:
         self._redis = RedisConnection(url, timeout_s=3.0)
         self._payload_ttl_s = payload_ttl_s
         self._group_made = False
+        #: When `read_outcomes` looked last for what others left, and found nothing.
+        self._claimed_at = -inf
         #: Entry of the stream -> its attempt, for entries that were read once.
         self._named: dict[bytes, AttemptKey] = {}
         #: Worker -> its newest beat.
@@ -202,8 +209,12 @@ class RedisTransport:
 
     def read_outcomes(self, consumer: str, count: int, block_s: float, reclaim_s: float) -> list[Entry]:
         def read(r: redis.Redis) -> list[Entry]:
-            claimed = r.xautoclaim(OUTCOMES, GROUP, consumer, int(reclaim_s * 1000), count=count)[1]
-            found = [_entry(i, fields) for i, fields in claimed if fields]
+            found: list[Entry] = []
+            if (now := time.monotonic()) >= self._claimed_at + min(_CLAIM_S, reclaim_s / 10):
+                claimed = r.xautoclaim(OUTCOMES, GROUP, consumer, int(reclaim_s * 1000), count=count)[1]
+                found = [_entry(i, fields) for i, fields in claimed if fields]
+                # As long as there is some it is looked for again at once.
+                self._claimed_at = -inf if found else now
             if not found:
                 # Blocking longer than the socket's own time-out would look like a lost connection.
                 fresh = r.xreadgroup(

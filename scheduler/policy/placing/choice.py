@@ -13,7 +13,7 @@ from math import ceil, inf
 
 from motet.protocol.manifest import decode_slots
 from scheduler.policy.capability import refuses
-from scheduler.policy.carve import MAX_BYTES, MAX_ROWS, MIN_S, size_s
+from scheduler.policy.carve import MAX_BYTES, MAX_ROWS, MIN_S, WHOLE_ROWS, size_s
 from scheduler.policy.fairness import INTERACTIVE
 from scheduler.policy.placing.asking import ALL, Asks, unfilled
 from scheduler.policy.placing.entries import ModelQueue, QueuedPass, WorkerEntry
@@ -203,6 +203,8 @@ class Choice:
             # learned of rows that were alone.
             part = decode_slots(worker.kind[0]) // _SLOTS_PART
             least = max(1, min(part, int(entry.rows / (2 * devices))))
+        elif entry.demand.priority == INTERACTIVE and WHOLE_ROWS * work_s <= self._subtask_s * entry.rows:
+            least = WHOLE_ROWS
         # Of an upload more is on its way: what has landed is shared out whole, and nothing is kept for an even end.
         remaining_s = 2 * work_s if entry.demand.loading else work_s
         budget_s = size_s(self._subtask_s, remaining_s, devices)
