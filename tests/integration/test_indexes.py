@@ -28,6 +28,7 @@ from scheduler.store import (
     pressure,
     results,
 )
+from scheduler.store.manifests import Manifests
 from scheduler.store.registry import tenant_named
 from tests.integration.landing import land
 from tests.integration.test_protocol import TASKS, House, texts
@@ -176,7 +177,7 @@ def play(house: House, job: UUID, other: UUID) -> None:
         house.work()
     with house.database.transaction() as connection:
         tenant = tenant_named(connection, "default")
-        demand.demand(connection, 0.0)
+        demand.demand(connection, 0.0, Manifests())
         jobs.job_entry(connection, tenant, job)
         newest = jobs.job_entries(connection, tenant, limit=10)
         jobs.job_entries(connection, tenant, limit=10, after=newest[-1].id, state=State.SUCCEEDED)
