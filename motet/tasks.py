@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import MISSING, dataclass, field, fields
+from keyword import iskeyword
 from typing import Any, ClassVar, Literal
 
 from motet.conditions import BadCondition, condition
@@ -57,6 +58,11 @@ class Task:
             if told[f.name] != f.default or not f.metadata.get("later")
         }
         return {"kind": self.kind, **{k: list(v) if isinstance(v, tuple) else v for k, v in values.items()}}
+
+    @property
+    def registered(self) -> tuple[str, ...]:
+        """What it names of the registry."""
+        return (self.model,)
 
     @property
     def shared_input(self) -> str:
@@ -136,7 +142,8 @@ class Function(Reading):
     Where ``input`` is one field alone, such as ``{age}``, the function is given its value with its type (an int, a date,
     None …); otherwise the rendered text. With ``inputs`` it is given a dict of these fields and answers, each with its
     type: a label is ``{"label", "score"}``, spans are a list of ``{"text", "label", "score", "start", "end"}``, a vector
-    is a list of floats; None where a part is not there.
+    is a list of floats; None where a part is not there. ``params`` and the data of ``artefact`` are keyword arguments:
+    ``def rank(rows, *, k=10, artefact=None)``.
     """
 
     kind: ClassVar[str] = "function"
@@ -144,6 +151,14 @@ class Function(Reading):
     #: Fields, answers of other tasks, or parts of them, without braces: ``("mood", "event.kind", "messages[-1]")``.
     #: ``input`` is not read then.
     inputs: tuple[str, ...] | None = field(default=None, metadata={"later": True})
+    #: Keyword arguments for the function: a JSON object.
+    params: Mapping[str, Any] | None = field(default=None, metadata={"later": True})
+    #: A registered artefact, ``name``, ``name@version`` or ``name@alias``: the function gets its data as ``artefact``.
+    artefact: str | None = field(default=None, metadata={"later": True})
+
+    @property
+    def registered(self) -> tuple[str, ...]:
+        return (self.model, self.artefact) if self.artefact else (self.model,)
 
     @property
     def shared_input(self) -> str:
@@ -482,7 +497,21 @@ def _is_schema(value: object) -> bool:
         return False
 
 
+def _are_params(value: object) -> bool:
+    """An object of keyword arguments. Whether the function takes them, the API asks."""
+    return (
+        _is_schema(value)
+        and isinstance(value, dict)
+        and all(
+            isinstance(name, str) and name.isidentifier() and not iskeyword(name) and name != "artefact"
+            for name in value
+        )
+    )
+
+
 _MODEL = "the name of a registered model"
+_ARTEFACT = "the name of a registered artefact"
+_PARAMS = "an object of the function's keyword arguments, of up to 20,000 characters of JSON; artefact is none of them"
 _TEMPLATE = "text that names at least one field, such as {text}, or a part of one, such as {messages[-1]}"
 _PROMPT = "text, with {field} where a field of the row or another task's answer belongs"
 _PROMPT_OR_NOTHING = "such text, or nothing"
@@ -500,6 +529,8 @@ _SEED = "a whole number from 0 to 2^63 - 1"
 _SCHEMA = "a JSON Schema of up to 20,000 characters"
 _CHECKS: Mapping[str, Callable[[Any], bool]] = {
     _MODEL: lambda v: _clean_text(v) and len(str(v)) <= 200,
+    _ARTEFACT: lambda v: _clean_text(v) and len(str(v)) <= 200,
+    _PARAMS: _are_params,
     _TEMPLATE: is_template,
     _PROMPT: _is_prompt,
     _PROMPT_OR_NOTHING: _is_prompt_or_nothing,
@@ -521,6 +552,8 @@ _EXPECTED: Mapping[str, _Expected] = {
     "model": _Expected(_MODEL, "see `motet models`"),
     "input": _Expected(_TEMPLATE, _BRACES),
     "inputs": _Expected(_INPUTS, "list them without braces: mood, event.kind, messages[-1]"),
+    "params": _Expected(_PARAMS, 'name them as the function does, such as {"k": 10}'),
+    "artefact": _Expected(_ARTEFACT, "see `motet models`"),
     "about": _Expected(_TEMPLATE, _BRACES),
     "prompt": _Expected(_PROMPT, _BRACES),
     "question": _Expected(_PROMPT_OR_NOTHING, _BRACES),

@@ -59,7 +59,7 @@ def models(context: click.Context, as_json: bool) -> None:
                 m.trunk_model or "–",
                 f"{m.max_tokens:,}" if m.max_tokens else "–",
                 str(m.dim or "–"),
-                ", ".join(("fp32", *m.formats)),
+                "–" if m.answers == "artefact" else ", ".join(("fp32", *m.formats)),
                 f"{m.bytes / 1e6:,.1f}",
                 cut(m.licence, 24),
             )

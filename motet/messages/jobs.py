@@ -230,7 +230,8 @@ class JobRecord(ApiMessage):
     rows: int
     #: Parts that have arrived: an upload that broke off goes on with the part of this number.
     parts: int = 0
-    #: Task name -> its spec, with ``model_ref``, ``labels`` and ``column``, the type of its answers.
+    #: Task name -> its spec, with ``model_ref``, ``labels`` and ``column``, the type of its answers; ``artefact_ref`` too,
+    #: where its function reads one.
     tasks: Mapping[str, Mapping[str, Any]]
     #: Its cells, counted.
     cells: CellCounts

@@ -50,8 +50,10 @@ class TaskShape:
 
 _SHAPES = text("""
     SELECT t.number, t.name, t.kind, t.spec, cardinality(t.labels) AS n_labels, m.manifest,
+           coalesce(CAST(l.manifest->>'deterministic' AS boolean), true) AS steady,
            ARRAY(SELECT o.name FROM task o WHERE o.job_id = t.job_id) AS names
       FROM task t JOIN model m ON m.id = t.model_id
+      JOIN pass p ON p.job_id = t.job_id AND p.number = t.pass_number JOIN model l ON l.id = p.model_id
      WHERE t.job_id = :job AND t.pass_number = :pass ORDER BY t.number""")
 
 
@@ -70,7 +72,7 @@ def task_shapes(connection: Connection, job: UUID, pass_number: int) -> list[Tas
                 row.n_labels,
                 manifest.dim,
                 row.spec.get("dtype", "fp32"),
-                manifest.deterministic,
+                manifest.deterministic and row.steady,
             )
         )
     return found
