@@ -132,6 +132,9 @@ class AskRequest(ApiMessage):
     )
     #: Seconds for which the caller waits.
     within_s: Annotated[float, Limit("seconds, more than 0 and at most 3,600", above=0, most=3600)] = 30.0
+    #: Rows that nobody waits for any more are given up: not begun where they are late, aborted where the caller hangs up.
+    #: Their cells are then ``skipped``, and their keys are free for new rows.
+    drop_late: bool = False
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -131,7 +131,9 @@ def known_share(connection: Connection, tenant: UUID, condition: str) -> float:
 
 
 def because(task: str, error: str, message: str) -> CellError:
-    """The reason of a skipped cell: the task that failed first, and how."""
+    """The reason of a skipped cell: the task that failed first, and how; or that the row was dropped."""
+    if error in (Skip.LATE, Skip.ABANDONED):
+        return CellError(error, message)
     return CellError(Skip.UPSTREAM, message if error == Skip.UPSTREAM else f"{task}: {error}")
 
 
