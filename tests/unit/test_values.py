@@ -115,7 +115,7 @@ def assignment_of(block: EncodedBlock, field: str = "age") -> Assignment:
         ((0, order),),
     )  # fmt: skip
     typed = {name: stored.values[name] for name in stored.types}
-    here = payloads._Block(stored.texts(), typed, range(block.n_rows), 0, False, 1)
+    here = payloads._Block(stored.texts(), typed, range(block.n_rows), 0, False, "", 1)
     carved = SimpleNamespace(
         todo=1, ranges=[SimpleNamespace(block=0, lo=0, hi=block.n_rows)], exclusive=False
     )
