@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     import pyarrow
 
     from motet.evaluation import Evaluation
-    from motet.evaluation.asked import Costs
+    from motet.evaluation.further import Costs
     from motet.messages.explanation import Explanation
     from motet.sources import Source
 

@@ -2,7 +2,7 @@
 
 ``measures``, ``orders``, ``calibration`` and ``intervals`` are plain functions on truth and answers, for training as
 well; ``truth`` reads labels from a source and ``reading`` puts a job's answers, or ``parts`` of them, beside them, as
-``answered``, with the ``views`` that were ``asked`` for; ``figures`` puts all together for a task, ``report`` draws.
+``answered``, with the ``views`` that ``further`` figures need; ``figures`` puts all together for a task, ``report`` draws.
 """
 
 from motet.evaluation.answered import Answered

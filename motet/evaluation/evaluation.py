@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from motet.errors import NotFound
-from motet.evaluation.asked import THRESHOLD, Asked, Costs
 from motet.evaluation.figures import Comparison, TaskEvaluation, measure
+from motet.evaluation.further import THRESHOLD, Costs, FurtherFigures
 from motet.evaluation.intervals import RESAMPLES, SEED
 from motet.evaluation.parts import task_and_path
 from motet.evaluation.reading import AnsweredJob, Fields, read
@@ -82,7 +82,7 @@ def evaluate(
     seed: int = SEED,
 ) -> Evaluation:
     """What ``Job.evaluate`` promises."""
-    asked = Asked.of(positive=positive, top=top, at=at, costs=costs, threshold=threshold)
+    asked = FurtherFigures.of(positive=positive, top=top, at=at, costs=costs, threshold=threshold)
     answered, fields = read(
         job, labels, tasks, index=index, as_labels=as_labels, as_text=as_text, asked=asked, group=group
     )

@@ -10,14 +10,14 @@ from motet.errors import InvalidJob
 from motet.tasks import short
 
 #: Keys of objects and places in lists, from the outside inward; a negative place counts from the end.
-Path: TypeAlias = "tuple[str | int, ...]"
+PartPath: TypeAlias = "tuple[str | int, ...]"
 
 _STEP = re.compile(r"\.([^.\[\]]+)|\[(-?[0-9]{1,9})\]")
 #: What a path leads to where there is nothing.
 MISSING = object()
 
 
-def task_and_path(name: str, tasks: Collection[str]) -> tuple[str, Path] | None:
+def task_and_path(name: str, tasks: Collection[str]) -> tuple[str, PartPath] | None:
     """The task that is named, and the way to the part of its answer; None where no task has this name.
 
     A task's name may hold dots: the longest that fits is meant. Raises InvalidJob for a path that is none.
@@ -42,13 +42,14 @@ def task_and_path(name: str, tasks: Collection[str]) -> tuple[str, Path] | None:
     return task, tuple(path)
 
 
-def part(value: Any, path: Path) -> Any:
+def part(value: Any, path: PartPath) -> Any:
     """What stands there in a JSON value, or MISSING."""
     for step in path:
-        if (isinstance(step, str) and isinstance(value, Mapping) and step in value) or (
-            isinstance(step, int) and isinstance(value, list) and -len(value) <= step < len(value)
-        ):
+        leads_on = isinstance(value, Mapping if isinstance(step, str) else list)
+        if not leads_on:
+            return MISSING
+        try:
             value = value[step]
-        else:
+        except LookupError:
             return MISSING
     return value

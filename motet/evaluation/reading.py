@@ -11,9 +11,9 @@ from typing import Any, Protocol, TypeAlias
 
 from motet.errors import InvalidJob, NotFound
 from motet.evaluation.answered import Answered, AnswerKind
-from motet.evaluation.asked import Asked
+from motet.evaluation.further import FurtherFigures
 from motet.evaluation.measures import LabelReader, folded
-from motet.evaluation.parts import MISSING, Path, part, task_and_path
+from motet.evaluation.parts import MISSING, PartPath, part, task_and_path
 from motet.evaluation.truth import NAMED, TAKE, TrueLabels
 from motet.evaluation.views import plain_kind, positive_score, told
 from motet.protocol.columns import ERROR, OK, STATE_MASK
@@ -62,7 +62,7 @@ def read(
     index: str | None,
     as_labels: Collection[str],
     as_text: Collection[str],
-    asked: Asked,
+    asked: FurtherFigures,
     group: str | None,
 ) -> tuple[dict[str, Answered], dict[str, str]]:
     """Task -> its answers beside the truth, and task -> the field that the truth stands in.
@@ -106,7 +106,7 @@ def read(
     return answered, fields
 
 
-def _place(job: AnsweredJob, name: str) -> tuple[str, Path]:
+def _place(job: AnsweredJob, name: str) -> tuple[str, PartPath]:
     """The task that is named, and the path to the part of its answers. Raises NotFound, InvalidJob."""
     found = task_and_path(name, job.tasks)
     if found is None:
@@ -132,7 +132,7 @@ def _check_positive(table: TrueLabels, fields: Mapping[str, str], positive: str 
         )
 
 
-def _check_asked(answered: Mapping[str, Answered], asked: Asked) -> None:
+def _check_asked(answered: Mapping[str, Answered], asked: FurtherFigures) -> None:
     """Whatever was asked for was there for one task at least. Raises InvalidJob."""
     kinds = {view.kind for found in answered.values() for view in (found, *found.views)}
     scores = "a number or a label's score beside a binary truth"
@@ -177,8 +177,8 @@ class _Column:
         answers: Answers,
         labels: TrueLabels,
         field: str,
-        path: Path,
-        asked: Asked,
+        path: PartPath,
+        asked: FurtherFigures,
     ) -> None:
         self._task, self._path = task, path
         self._kind = _kind(task, answers)

@@ -12,7 +12,7 @@ from typing import Any
 
 from motet.errors import InvalidJob
 from motet.evaluation.answered import Answered
-from motet.evaluation.asked import NO_ANSWER, Asked
+from motet.evaluation.further import NO_ANSWER, FurtherFigures
 from motet.evaluation.measures import folded
 from motet.tasks import short
 
@@ -20,7 +20,7 @@ from motet.tasks import short
 _FLAGS = {"1": True, "true": True, "0": False, "false": False}
 
 
-def plain_kind(found: Answered, asked: Asked, *, is_part: bool) -> Answered:
+def plain_kind(found: Answered, asked: FurtherFigures, *, is_part: bool) -> Answered:
     """JSON answers as the kind that they are: lists of ids where lists are asked for, numbers beside a binary truth.
 
     A part of an answer that is a number beside a number is one; a whole answer stays JSON, with its exact match.
@@ -49,7 +49,7 @@ def plain_kind(found: Answered, asked: Asked, *, is_part: bool) -> Answered:
     return found
 
 
-def told(found: Answered, asked: Asked, sure: Sequence[float | None] | None = None) -> Answered:
+def told(found: Answered, asked: FurtherFigures, sure: Sequence[float | None] | None = None) -> Answered:
     """The same with its views. ``sure``: for labels, the score of the positive label of each row."""
     views = []
     flags, scores = None, sure
@@ -96,13 +96,15 @@ def positive_score(value: Any, positive: str, labels: Sequence[str], kind: str) 
     return 1 - float(score) if len(labels) == 2 else math.nan
 
 
-def _binary(found: Answered, flags: Sequence[bool], scores: Sequence[float | None], asked: Asked) -> Answered:
+def _binary(
+    found: Answered, flags: Sequence[bool], scores: Sequence[float | None], asked: FurtherFigures
+) -> Answered:
     return replace(_bare(found, kind="binary", answers=scores), truth=flags, top=asked.top)
 
 
 def _bare(found: Answered, **changes: Any) -> Answered:
     """The same rows without what belongs to their own kind."""
-    return replace(found, **{"scores": (), "labels": (), "warnings": (), **changes})
+    return replace(found, **{"scores": (), "labels": (), "warnings": (), "top": (), "at": (), **changes})
 
 
 # -- lists of ids
@@ -145,7 +147,10 @@ def _ids(value: Any) -> tuple[str, ...] | None:
 
 
 def _row_costs(
-    found: Answered, asked: Asked, flags: Sequence[bool] | None, scores: Sequence[float | None] | None
+    found: Answered,
+    asked: FurtherFigures,
+    flags: Sequence[bool] | None,
+    scores: Sequence[float | None] | None,
 ) -> list[float] | None:
     """What each row costs; None where its kind has no costs."""
     if asked.matrix and found.kind == "label":

@@ -17,8 +17,10 @@ from hypothesis import strategies as st
 from motet import Choose, Classify, Client, Extract, InvalidJob, Job, NotFound, Number
 from motet.evaluation import (
     Answered,
+    Evaluation,
     TaskEvaluation,
     average_precision,
+    evaluate,
     hit_at,
     kolmogorov_smirnov,
     measure,
@@ -26,7 +28,7 @@ from motet.evaluation import (
     precision_recall_at_top,
     roc_auc,
 )
-from motet.evaluation.asked import Asked
+from motet.evaluation.further import FurtherFigures
 from motet.evaluation.orders import OrderFigures
 from motet.evaluation.parts import MISSING, part, task_and_path
 from motet.evaluation.views import told
@@ -43,8 +45,9 @@ RANKED = st.lists(st.tuples(st.booleans(), SCORES), min_size=1, max_size=25)
 
 def of_scores(truth: Sequence[bool], scores: Sequence[float | None], **more: Any) -> TaskEvaluation:
     about = {name: more.pop(name) for name in ("groups", "top") if name in more}
+    named: dict[str, Any] = {"task": "risk", "label_field": "bad", "resamples": 200} | more
     answered = Answered(kind="binary", rows=range(len(truth)), truth=truth, answers=scores, **about)
-    return measure(answered, **{"task": "risk", "label_field": "bad", "resamples": 200} | more)
+    return measure(answered, **named)
 
 
 # -- known values
@@ -77,7 +80,7 @@ def test_the_top_share_is_rounded_up_to_whole_rows() -> None:
     truth, scores = [True, False, True, *[False] * 7], [1 - i / 10 for i in range(10)]
     assert precision_recall_at_top(truth, scores, 1) == (1.0, 0.5)
     assert precision_recall_at_top(truth, scores, 20) == (0.5, 0.5)
-    assert precision_recall_at_top(truth, scores, 21) == (pytest.approx(2 / 3), 1.0)
+    assert precision_recall_at_top(truth, scores, 21) == pytest.approx((2 / 3, 1.0))
     assert precision_recall_at_top(truth, scores, 100) == (0.2, 1.0)
 
 
@@ -191,14 +194,14 @@ def test_rows_of_one_group_that_are_alike_say_no_more_than_one_row() -> None:
         answered = Answered(
             kind="label", rows=range(len(all_rows)), truth=all_rows, answers=answers * copies, **more
         )
-        found = measure(answered).figures["accuracy"]
+        found = measure(answered, resamples=500).figures["accuracy"]
         assert found.value == pytest.approx(2 / 3)
         assert found.low is not None
         assert found.high is not None
         return found.high - found.low
 
     by_group = width(10, groups=[f"g{i}" for i in range(60) for _ in range(10)])
-    assert by_group == pytest.approx(width(1), rel=0.15)
+    assert by_group == pytest.approx(width(1), rel=0.2)
     assert by_group > 2.5 * width(10)
 
 
@@ -244,19 +247,19 @@ def test_a_thousand_resamples_of_many_rows_take_no_time() -> None:
 # -- costs
 
 
-def labelled(asked: Asked, answers: Sequence[str | None]) -> dict[str, float | None]:
+def labelled(asked: FurtherFigures, answers: Sequence[str | None]) -> dict[str, float | None]:
     truth = ["sick", "sick", "well", "well"]
     found = told(Answered(kind="label", rows=range(4), truth=truth, answers=answers), asked)
     return {name: e.value for name, e in measure(found, resamples=20).figures.items()}
 
 
 def test_costs_are_means_over_rows_and_no_answer_costs_as_much_as_the_worst() -> None:
-    matrix = Asked.of(costs={"sick": {"well": 10}, "Well": {"sick": 2, "well": 1}})
+    matrix = FurtherFigures.of(costs={"sick": {"well": 10}, "Well": {"sick": 2, "well": 1}})
     assert labelled(matrix, ["well", "sick", "sick", "well"])["cost"] == (10 + 0 + 2 + 1) / 4
     assert labelled(matrix, [None, "sick", None, "well"])["cost"] == (10 + 0 + 2 + 1) / 4
-    silent = Asked.of(costs={"sick": {"well": 10, "no answer": 3}, "well": {"sick": 2}})
+    silent = FurtherFigures.of(costs={"sick": {"well": 10, "no answer": 3}, "well": {"sick": 2}})
     assert labelled(silent, [None, "sick", "well", "well"])["cost"] == 3 / 4
-    mistakes = Asked.of(positive="sick", costs={"FN": 5, "FP": 1, "TP": 0.5})
+    mistakes = FurtherFigures.of(positive="sick", costs={"FN": 5, "FP": 1, "TP": 0.5})
     assert labelled(mistakes, ["well", "sick", "sick", None])["cost"] == (5 + 0.5 + 1 + 1) / 4
 
 
@@ -266,7 +269,7 @@ def test_costs_of_scores_have_a_threshold() -> None:
     )
 
     def cost(threshold: float) -> float | None:
-        found = told(rows, Asked.of(costs={"FN": 5, "FP": 1}, threshold=threshold))
+        found = told(rows, FurtherFigures.of(costs={"FN": 5, "FP": 1}, threshold=threshold))
         return measure(found, resamples=20).figures["cost"].value
 
     assert (cost(0.5), cost(0.4), cost(0.3)) == (10 / 4, 5 / 4, 6 / 4)
@@ -291,7 +294,7 @@ def test_costs_of_scores_have_a_threshold() -> None:
 )
 def test_what_cannot_be_meant_is_refused_by_name(more: dict[str, Any], words: str) -> None:
     with pytest.raises(InvalidJob, match=words):
-        Asked.of(**more)
+        FurtherFigures.of(**more)
 
 
 # -- parts of answers
@@ -354,6 +357,11 @@ def truth_of() -> list[dict[str, Any]]:
     ]
 
 
+def evaluated(job: Job, *asked: Any, **more: Any) -> Evaluation:
+    """As Job.evaluate, with few resamples."""
+    return evaluate(job, *asked, resamples=20, **more)
+
+
 def value_of(found: TaskEvaluation, name: str) -> float | None:
     return found.figures[name].value
 
@@ -365,20 +373,21 @@ def test_numbers_and_parts_of_answers_are_ranked_beside_a_binary_truth(client: C
         ({"urgency": "word", "films.risk": "word"}, "Bad"),
         ({"urgency": "flag", "films.risk": "flag"}, None),
     ):
-        found = job.evaluate(truth_of(), tasks, positive=positive, top=(25, 50))
+        found = evaluated(job, truth_of(), tasks, positive=positive, top=(25, 50))
         for name in tasks:
             assert value_of(found[name], "roc_auc") == value_of(found[name], "average_precision") == 1.0
             assert value_of(found[name], "precision_top_50") == pytest.approx(4 / 6)
             assert value_of(found[name], "recall_top_25") == pytest.approx(3 / 4)
             assert (found[name].positive, found[name].rows) == (4, 12)
         assert ("mae" in found["urgency"].figures) == (tasks["urgency"] == "flag")
-        assert found.compare("urgency", "films.risk").figures["roc_auc"].difference.value == 0.0
-    part_alone = job.evaluate([{"risk": i / 10} for i in range(12)], {"films.risk": "risk"})["films.risk"]
+        compared = found["urgency"].compare(found["films.risk"], resamples=20)
+        assert compared.figures["roc_auc"].difference.value == 0.0
+    part_alone = evaluated(job, [{"risk": i / 10} for i in range(12)], {"films.risk": "risk"})["films.risk"]
     assert (part_alone.kind, value_of(part_alone, "mae")) == ("number", 0.0)
 
 
 def test_errors_have_the_worst_rank(client: Client, api: FakeApi) -> None:
-    found = job_of(client, api, bad=2).evaluate(truth_of(), {"urgency": "bad"}, top=20)["urgency"]
+    found = evaluated(job_of(client, api, bad=2), truth_of(), {"urgency": "bad"}, top=20)["urgency"]
     # Of the four bad rows two are first and two behind all eight others.
     assert (value_of(found, "roc_auc"), found.errors) == (0.5, 2)
     assert value_of(found, "precision_top_20") == pytest.approx(2 / 3)
@@ -386,12 +395,12 @@ def test_errors_have_the_worst_rank(client: Client, api: FakeApi) -> None:
 
 def test_the_score_of_a_label_is_ranked_beside_its_other_figures(client: Client, api: FakeApi) -> None:
     job = job_of(client, api)
-    found = job.evaluate(truth_of(), ["topic"], positive="TECH", costs={"FN": 5, "FP": 1})["topic"]
+    found = evaluated(job, truth_of(), ["topic"], positive="TECH", costs={"FN": 5, "FP": 1})["topic"]
     assert (found.accuracy, value_of(found, "roc_auc"), value_of(found, "cost")) == (1.0, 1.0, 0.0)
-    tone = job.evaluate(truth_of(), ["tone"], positive="sad")["tone"]
+    tone = evaluated(job, truth_of(), ["tone"], positive="sad")["tone"]
     assert (value_of(tone, "roc_auc"), tone.positive) == (1.0, 4)
     with pytest.raises(InvalidJob, match="tells the surest of 3 labels alone; expected every label's score"):
-        job.evaluate(truth_of(), ["mood"], positive="sad")
+        evaluated(job, truth_of(), ["mood"], positive="sad")
 
 
 def test_lists_of_ids_are_looked_through_for_the_true_ones(client: Client, api: FakeApi) -> None:
@@ -399,7 +408,7 @@ def test_lists_of_ids_are_looked_through_for_the_true_ones(client: Client, api: 
     truth = truth_of()
     truth[4]["film"] = [9, "101", 103]
     truth[5]["film"] = None
-    found = job.evaluate(truth, {"films.best": "film"}, at=(1, 4))["films.best"]
+    found = evaluated(job, truth, {"films.best": "film"}, at=(1, 4))["films.best"]
     assert (found.kind, found.rows, found.unlabelled) == ("ranking", 11, 1)
     assert value_of(found, "hit_rate_at_1") == 1 / 11
     # Rows 0 to 3 have theirs at places 1 to 4, and row 4 the second and the fourth of three.
@@ -409,11 +418,11 @@ def test_lists_of_ids_are_looked_through_for_the_true_ones(client: Client, api: 
     assert value_of(found, "ndcg_at_4") == pytest.approx((single + several) / 11)
     truth[5]["film"] = []
     with pytest.raises(InvalidJob, match="row 5, labels: got an empty list; expected an id or a list of ids"):
-        job.evaluate(truth, {"films.best": "film"}, at=4)
+        evaluated(job, truth, {"films.best": "film"}, at=4)
 
 
 def test_a_part_that_is_not_there_counts_as_no_answer(client: Client, api: FakeApi) -> None:
-    found = job_of(client, api).evaluate(truth_of(), {"films.best[1].idd": "bad"})
+    found = evaluated(job_of(client, api), truth_of(), {"films.best[1].idd": "bad"})
     assert found.warnings == ("films.best[1].idd: 12 answers have no such part; they count as no answer",)
 
 
@@ -448,25 +457,25 @@ def test_what_does_not_fit_the_labels_says_why(
     client: Client, api: FakeApi, tasks: dict[str, str], more: dict[str, Any], words: str
 ) -> None:
     with pytest.raises(InvalidJob, match=words):
-        job_of(client, api).evaluate(truth_of(), tasks, **more)
+        evaluated(job_of(client, api), truth_of(), tasks, **more)
 
 
 def test_groups_come_from_a_field_of_the_labels(client: Client, api: FakeApi) -> None:
     job, truth = job_of(client, api), truth_of()
     truth[3]["topic"] = "sport"
-    found = job.evaluate(truth, {"topic": "topic", "mood": "topic"}, group="who")
+    found = evaluated(job, truth, {"topic": "topic", "mood": "topic"}, group="who")
     assert (found["topic"].groups, found["topic"].accuracy) == (6, 11 / 12)
     assert "12 rows in 6 groups" in str(found["topic"])
-    compared = found.compare("topic", "mood")
+    compared = found["topic"].compare(found["mood"], resamples=20)
     assert (compared.p, compared.only_first, compared.groups) == (None, 11, 6)
     assert "there is no McNemar's test" in compared.verdict
     del truth[3]["who"]
-    with pytest.raises(InvalidJob, match="row 3, labels.who: got no such field"):
-        job.evaluate(truth, ["topic"], group="who")
-    with pytest.raises(InvalidJob, match="labels.who: got one group; expected two at least"):
-        job.evaluate([t | {"who": 1} for t in truth], ["topic"], group="who")
-    with pytest.raises(NotFound, match="has no task 'topical.x'"):
-        job.evaluate(truth, ["topical.x"])
+    with pytest.raises(InvalidJob, match=r"row 3, labels\.who: got no such field"):
+        evaluated(job, truth, ["topic"], group="who")
+    with pytest.raises(InvalidJob, match=r"labels\.who: got one group; expected two at least"):
+        evaluated(job, [t | {"who": 1} for t in truth], ["topic"], group="who")
+    with pytest.raises(NotFound, match=r"has no task 'topical\.x'"):
+        evaluated(job, truth, ["topical.x"])
 
 
 # -- the command

@@ -21,7 +21,7 @@ THRESHOLD = 0.5
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Asked:
+class FurtherFigures:
     """Further figures; nothing is asked for by default."""
 
     #: The label that a score is about.
@@ -46,7 +46,7 @@ class Asked:
         at: int | Sequence[int] = (),
         costs: Costs | None = None,
         threshold: float = THRESHOLD,
-    ) -> Asked:
+    ) -> FurtherFigures:
         """Raises InvalidJob for what cannot be meant."""
         shares = (top,) if isinstance(top, int | float | str) else top
         for share in shares:
