@@ -235,5 +235,6 @@ def _numbers(values: Sequence[Any]) -> list[float] | None:
 
 
 def _finite(values: Sequence[Any]) -> list[float | None]:
-    """Numbers that have an order; what is none is no answer."""
-    return [float(value) if value is not None and math.isfinite(value) else None for value in values]
+    """Numbers that have an order; NaN, infinity and what is beyond a float is no answer."""
+    found = [None if value is None else _numbers([value]) for value in values]
+    return [None if each is None else each[0] for each in found]

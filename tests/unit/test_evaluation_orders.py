@@ -31,7 +31,7 @@ from motet.evaluation import (
 from motet.evaluation.further import FurtherFigures
 from motet.evaluation.orders import OrderFigures
 from motet.evaluation.parts import MISSING, part, task_and_path
-from motet.evaluation.views import told
+from motet.evaluation.views import plain_kind, told
 from tests.unit.fake_api import TOKEN, FakeApi
 from tests.unit.test_cli_commands import Shell, api, motet
 from tests.unit.test_page import Reader
@@ -275,6 +275,14 @@ def test_costs_of_scores_have_a_threshold() -> None:
     assert (cost(0.5), cost(0.4), cost(0.3)) == (10 / 4, 5 / 4, 6 / 4)
 
 
+def test_an_answer_that_no_float_can_hold_is_no_answer() -> None:
+    rows = Answered(
+        kind="json", rows=range(4), truth=[True, False, False, True], answers=[10**400, 1, math.nan, 2.5]
+    )
+    found = told(plain_kind(rows, FurtherFigures(), is_part=True), FurtherFigures())
+    assert (found.kind, found.answers) == ("binary", [None, 1.0, None, 2.5])
+
+
 @pytest.mark.parametrize(
     ("more", "words"),
     [
@@ -500,6 +508,7 @@ def test_evaluate_prints_ranks_costs_and_groups(
         assert words in ran.out
         assert words in page.read_text()
     assert "12 rows in 6 groups, 4 of them positive · 1 error" in " ".join(ran.out.split())
+    assert "second: urgency · 12 rows in 6 groups" in page.read_text()
     assert "resampling the groups of rows" in page.read_text()
     Reader(page.read_text())
     record = json.loads(motet(*asked, *more, "--json").out)["evaluations"][0]["tasks"]["films.risk"]
