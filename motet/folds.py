@@ -12,7 +12,8 @@ from dataclasses import MISSING, dataclass, field, fields
 from typing import Any, ClassVar
 
 from motet.errors import InvalidJob, Problem
-from motet.tasks import Task, fields_of, is_one_field, is_template, placeholders, short
+from motet.tasks import Task, fields_of, is_one_field, is_template, short
+from motet.templates import placeholders, resolved
 
 #: Half-lives without a row after which an exponentially weighted mean begins anew: what came before weighs 2^-32.
 HALF_LIVES = 32
@@ -49,7 +50,9 @@ class Fold:
     def reads(self) -> tuple[str, ...]:
         """Fields of the row that it reads, in order of first use."""
         told = (getattr(self, name, "") for name in ("key", "value", "at"))
-        return tuple(dict.fromkeys(name for template in told for name in placeholders(template)))
+        return tuple(
+            dict.fromkeys(resolved(one, ()).name for template in told for one in placeholders(template))
+        )
 
     @property
     def keeps_s(self) -> float | None:

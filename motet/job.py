@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     import pyarrow
 
     from motet.evaluation import Evaluation
+    from motet.evaluation.further import Costs
     from motet.messages.explanation import Explanation
     from motet.sources import Source
 
@@ -315,6 +316,12 @@ class Job:
         index: str | None = None,
         as_labels: Collection[str] = (),
         as_text: Collection[str] = (),
+        positive: str | None = None,
+        top: float | Sequence[float] = (),
+        at: int | Sequence[int] = (),
+        costs: Costs | None = None,
+        threshold: float = 0.5,
+        group: str | None = None,
     ) -> Evaluation:
         """Wait for the job and compare its cells with labels: ``job.evaluate("test.jsonl").tasks["topic"].accuracy``.
 
@@ -322,7 +329,14 @@ class Job:
         theirs, from 0, in the field ``index``. A task's labels stand in the field of its name, or in the one that
         ``tasks`` names (``{"topic": "true_topic"}``); tasks without such a field are left out. A row whose label is
         null is left out; a cell without an answer is wrong. What a language model wrote is taken for labels, or for
-        text, where ``as_labels`` or ``as_text`` names its task, else as docs/evaluate.md says.
+        text, where ``as_labels`` or ``as_text`` names its task, else as docs/evaluate.md says. A task may be followed
+        by the path to a part of its JSON answers: ``{"risk.score": "bad"}``.
+
+        ``positive`` is the label whose score is ranked for ROC AUC and average precision, ``top`` the shares in per
+        cent of the rows whose precision and recall are asked for, ``at`` the lengths of lists of ids for HR@k and
+        NDCG@k, ``costs`` what a row costs, as ``{"FN": 5, "FP": 1}`` (of numbers, with ``threshold``) or as
+        ``{true label: {answer: cost}}``. Rows with the same value in the field ``group`` of the labels are resampled
+        together.
 
         Raises InvalidJob for labels that do not fit, NotFound for a task that the job does not have, SetupError
         without numpy, JobFailed as ``results`` does.
@@ -331,7 +345,20 @@ class Job:
             raise SetupError("an evaluation needs numpy; pip install 'motet[evaluate]'")
         from motet.evaluation.evaluation import evaluate
 
-        return evaluate(self, labels, tasks, index=index, as_labels=as_labels, as_text=as_text)
+        return evaluate(
+            self,
+            labels,
+            tasks,
+            index=index,
+            as_labels=as_labels,
+            as_text=as_text,
+            positive=positive,
+            top=top,
+            at=at,
+            costs=costs,
+            threshold=threshold,
+            group=group,
+        )
 
     # -- taking it away
 

@@ -11,10 +11,11 @@ from cachetools import LRUCache
 
 from motet.protocol.values import Value
 from motet.protocol.wire import Assignment, TaskOrder
-from motet.tasks import KINDS, placeholders, render, sole_field
-from scheduler.answers import as_texts
+from motet.tasks import KINDS
+from motet.templates import placeholders, render, sole_placeholder
 from scheduler.blocks import decode_block, row_order
 from scheduler.policy.fairness import INTERACTIVE
+from scheduler.readable import Readable, UpstreamAnswer
 from scheduler.store import payload_rows
 from scheduler.store.database import Database
 from scheduler.store.leases import Leased
@@ -39,7 +40,7 @@ class Payloads:
     def __post_init__(self) -> None:
         self._blocks: LRUCache[tuple[str, int], _Block] = LRUCache(_CACHE_BYTES, attrgetter("bytes"))
         self._passes: LRUCache[tuple[str, int], _Pass] = LRUCache(_PASSES_KEPT)
-        #: Of places whose pass reads other tasks' answers, or may have an order of its own.
+        #: Of places whose pass may have an order of its own, since it reads other tasks' answers or has a condition.
         self._upstream: LRUCache[_Place, _Upstream] = LRUCache(_CACHE_BYTES, attrgetter("bytes"))
 
     def assignments(self, leased: Sequence[Leased]) -> dict[str, list[Assignment]]:
@@ -56,7 +57,7 @@ class Payloads:
                     for item in group
                     if (p := passes.get((item.job, item.pass_number)))
                     for r in item.carved.ranges
-                    if p.stored.needs or ((b := blocks.get((item.job, r.block))) and b.partly_bad)
+                    if p.stored.own_order or ((b := blocks.get((item.job, r.block))) and b.partly_bad)
                 }
             )
             for item in group:
@@ -91,10 +92,11 @@ class Payloads:
             found = payload_rows.upstream_answers(connection, wanted)
         upstream = {}
         for where, (order, answers) in found.items():
-            texts = {a.name: as_texts(a.column, a.spec, a.labels) for a in answers}
-            size = _ENTRY_BYTES + sum(len(text) for column in texts.values() for text in column)
+            size = _ENTRY_BYTES + sum(len(text) for a in answers for text in a.texts)
+            size += sum(len(array) for a in answers for array in a.column.arrays.values())
             size += len(order or b"")
-            upstream[where] = _Upstream(texts, None if order is None else row_order(order), size)
+            own = None if order is None else row_order(order)
+            upstream[where] = _Upstream({a.name: a for a in answers}, own, size)
         return upstream
 
 
@@ -140,34 +142,39 @@ def _assignment(
     # Two processes cannot both be told; the answers are whole without it.
     say = says.pop() if len(says) == 1 and stored.model.answers == "text" else ""
     texts: list[str] = []
-    fields: dict[str, list[str]] = {name: [] for name in o.also}
+    fields: dict[str, list[str]] = {written: [] for written in o.beside}
     indices: list[int] = []
-    whole, sole = o.whole, o.whole if o.typed else None
     values: list[Value] = []
-    is_typed = False
+    is_typed = bool(o.inputs)
     for r in leased.carved.ranges:
         block = blocks[leased.job, r.block]
-        columns, order = block.columns, block.order
-        if stored.needs or block.partly_bad:
-            answers = upstream.get((leased.job, leased.pass_number, r.block))
-            if answers is None:
+        answers: Mapping[str, UpstreamAnswer] = {}
+        order = block.order
+        if stored.own_order or block.partly_bad:
+            own = upstream.get((leased.job, leased.pass_number, r.block))
+            if own is None:
                 return None
-            # The answer of a task hides a field of its name.
-            columns = {**columns, **answers.texts}
-            sole = None if sole in answers.texts else sole
-            order = block.order if answers.order is None else answers.order
+            answers, order = own.answers, block.order if own.order is None else own.order
+        readable = Readable(block.columns, block.typed, answers)
         rows = order[r.lo : r.hi]
-        if sole is not None:
-            is_typed = is_typed or sole in block.typed
-            of_field = block.typed.get(sole, columns[sole])
-            values += (of_field[i] for i in rows)
-        if whole is not None:
-            column = columns[whole]
-            texts += [column[i] for i in rows]
+        if o.inputs:
+            columns = [readable.values(written, rows) for written in o.inputs]
+            values += (dict(zip(o.inputs, row, strict=True)) for row in zip(*columns, strict=True))
+            texts += [""] * len(rows)
+        elif o.whole is not None:
+            # Another task's answer is text.
+            if o.typed and not readable.is_answer(o.whole):
+                is_typed = is_typed or readable.is_typed(o.whole)
+                values += readable.values(o.whole, rows)
+            texts += readable.texts(o.whole, rows)
         else:
-            texts += (render(stored.input, {f: column[i] for f, column in columns.items()}) for i in rows)
-        for name, of_rows in fields.items():
-            of_rows += (columns[name][i] for i in rows)
+            read = {written: readable.texts(written, rows) for written in o.reads}
+            texts += (
+                render(stored.input, {written: column[i] for written, column in read.items()})
+                for i in range(len(rows))
+            )
+        for written, of_rows in fields.items():
+            of_rows += readable.texts(written, rows)
         if o.drawn or say:
             indices += (block.first_row + i for i in rows)
     return Assignment(
@@ -194,23 +201,29 @@ def _assignment(
 
 
 def _order(template: str, tasks: tuple[TaskOrder, ...]) -> _Order:
+    is_function = bool(tasks) and all(t.spec["kind"] == "function" for t in tasks)
     return _Order(
         tasks,
-        also=_names_beside_input(tasks),
-        whole=sole_field(template),
-        typed=bool(tasks) and all(t.spec["kind"] == "function" for t in tasks),
-        drawn=any(t.spec.get("temperature", 0) or t.spec["kind"] == "fit" for t in tasks),
+        reads=placeholders(template),
+        beside=_placeholders_beside_input(tasks),
+        inputs=tuple((is_function and tasks[0].spec.get("inputs")) or ()),
+        whole=sole_placeholder(template),
+        typed=is_function,
+        # What a row says of its options may be a temperature.
+        drawn=any(
+            t.spec.get("temperature", 0) or t.spec.get("options") or t.spec["kind"] == "fit" for t in tasks
+        ),
     )
 
 
-def _names_beside_input(tasks: Sequence[TaskOrder]) -> tuple[str, ...]:
-    """What the tasks' other templates read, in order of first use: the worker renders these, since they differ by task."""
+def _placeholders_beside_input(tasks: Sequence[TaskOrder]) -> tuple[str, ...]:
+    """What the tasks' other templates name, in order of first use: the worker renders these, since they differ by task."""
     return tuple(
         dict.fromkeys(
-            name
+            written
             for order in tasks
             for template in KINDS[order.spec["kind"]].templates[1:]
-            for name in placeholders(order.spec[template])
+            for written in placeholders(order.spec.get(template, ""))
         )
     )
 
@@ -255,8 +268,8 @@ class _Block:
 class _Upstream:
     """What a pass has of its own in one block: its rows, and what it reads of other tasks."""
 
-    #: Task name -> its answers as text, by offset in the block.
-    texts: Mapping[str, Sequence[str]]
+    #: Task name -> its answers, by offset in the block.
+    answers: Mapping[str, UpstreamAnswer]
     #: The order of the rows that it has to do; None: the block's own.
     order: Sequence[int] | None
     bytes: int
@@ -267,11 +280,14 @@ class _Order:
     """Some tasks of a pass, and what their rows are sent as."""
 
     tasks: tuple[TaskOrder, ...]
-    #: Names that their other templates read.
-    also: tuple[str, ...]
-    #: The field that is the whole input; None: it is rendered.
+    #: Placeholders of their input, and of their other templates.
+    reads: tuple[str, ...]
+    beside: tuple[str, ...]
+    #: What a function is given a dict of; (): it reads the input.
+    inputs: tuple[str, ...]
+    #: The placeholder that is the whole input; None: it is rendered.
     whole: str | None
-    #: Functions alone, which are given the values of such a field; another task's answer is text.
+    #: Functions alone, which are given the values of such a field.
     typed: bool
     #: An answer depends on where its row stands in the job.
     drawn: bool

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import os
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import click
 
@@ -26,6 +27,7 @@ Examples:
   motet evaluate 0198f2c4 --labels test.jsonl
   motet evaluate 0198f2c4 --labels test.csv --task topic=true_topic --html report.html
   motet evaluate 0198f2c4 --labels test.jsonl --compare topic topic_llm
+  motet evaluate 0198f2c4 --labels test.csv --task risk.score=bad --top 1,5 --cost FN=5,FP=1 --group customer
   motet evaluate 0198f2c4 0198f3aa --labels test.jsonl --json | jq '.comparisons[].p'"""
 )
 @click.argument("jobs", nargs=-1, required=True, metavar="JOB [JOB]")
@@ -37,8 +39,8 @@ Examples:
     "tasks",
     multiple=True,
     metavar="NAME[=FIELD]",
-    help="Only this task, and where its labels stand; give it several times. Default: every task that has a field "
-    "of its name.",
+    help="Only this task, or a part of its JSON answers such as risk.score, and where its labels stand; give it "
+    "several times. Default: every task that has a field of its name.",
 )
 @click.option(
     "--compare",
@@ -53,6 +55,17 @@ Examples:
     "--as-labels", multiple=True, metavar="TASK", help="Read a label out of what this task has written."
 )
 @click.option("--as-text", multiple=True, metavar="TASK", help="Compare what this task has written as text.")
+@click.option("--positive", metavar="LABEL", help="ROC AUC and average precision of this label's score.")
+@click.option("--top", metavar="Q,…", help="Precision and recall of the top Q % of the rows, such as 1,5,10.")
+@click.option("--at", metavar="K,…", help="HR@K and NDCG@K of answers that are lists of ids, such as 10.")
+@click.option("--costs", metavar="FILE.json", help='What answers cost: {"true label": {"answer": cost}}.')
+@click.option("--cost", metavar="FN=…,FP=…", help="What mistakes of a binary answer cost, such as FN=5,FP=1.")
+@click.option(
+    "--threshold", type=float, metavar="T", help="For --cost: the score of a positive answer. [0.5]"
+)
+@click.option(
+    "--group", metavar="FIELD", help="The field of the labels that holds what rows belong to: drawn together."
+)
 @click.option("--html", metavar="FILE", help="Write a page with confusion matrices and reliability diagrams.")
 @as_json
 def evaluate(
@@ -63,13 +76,21 @@ def evaluate(
     index: str | None,
     as_labels: Sequence[str],
     as_text: Sequence[str],
+    positive: str | None,
+    top: str | None,
+    at: str | None,
+    costs: str | None,
+    cost: str | None,
+    threshold: float | None,
+    group: str | None,
     html: str | None,
     as_json: bool,
 ) -> None:
     """Compare JOB with labels: accuracy, F1, confusion, calibration.
 
     FILE is read as rows are: .jsonl, .ndjson, .csv, .tsv, .txt (each also with .gz) or .parquet. Rows whose label is
-    null are left out. Cells that are errors or skipped count as wrong. Figures have 95 % intervals.
+    null are left out. Cells that are errors or skipped count as wrong, or have the worst rank. Figures have 95 %
+    intervals.
 
     Of two jobs that answered the same rows, tasks of one name are put side by side: the difference with its interval,
     and McNemar's test of which is right more often. It waits for jobs that still run.
@@ -78,6 +99,21 @@ def evaluate(
         raise click.UsageError("name one job, or two to put side by side")
     if html is not None and not os.path.isdir(os.path.dirname(html) or "."):
         raise click.UsageError(f"--html {html!r}: no such folder {os.path.dirname(html)!r}")
+    if costs is not None and cost is not None:
+        raise click.UsageError("give --costs FILE.json or --cost FN=…,FP=…, not both")
+    if threshold is not None and cost is None:
+        raise click.UsageError(
+            "--threshold says where --cost FN=…,FP=… takes a score for positive; give both"
+        )
+    further: dict[str, Any] = {
+        "positive": positive,
+        "top": [] if top is None else _numbers("--top", top, float),
+        "at": [] if at is None else _numbers("--at", at, int),
+        "costs": _costs_of(cost) if cost is not None else _costs_in(costs) if costs is not None else None,
+        "group": group,
+    }
+    if threshold is not None:
+        further["threshold"] = threshold
     fields = _fields(tasks, compare)
     with connect() as client:
         found = [find_job(client, job) for job in jobs]
@@ -89,6 +125,7 @@ def evaluate(
                 index=index,
                 as_labels=_of(job, found, as_labels),
                 as_text=_of(job, found, as_text),
+                **further,
             )
             for job, own in zip(found, wanted, strict=True)
         ]
@@ -116,6 +153,38 @@ def evaluate(
         _put_evaluation(out, evaluation, several=len(evaluations) > 1)
     for comparison in comparisons:
         _put_comparison(out, comparison)
+
+
+def _numbers(option: str, text: str, number: type[int] | type[float]) -> list[float]:
+    """Numbers with commas between them."""
+    try:
+        return [number(each) for each in text.split(",")]
+    except ValueError:
+        raise click.UsageError(f"{option} {text!r}: expected numbers, such as 1,5,10") from None
+
+
+def _costs_of(text: str) -> dict[str, float]:
+    """``FN=5,FP=1``."""
+    found = {}
+    for each in text.split(","):
+        outcome, _, number = each.partition("=")
+        try:
+            found[outcome.strip().upper()] = float(number)
+        except ValueError:
+            raise click.UsageError(f"--cost {text!r}: expected such as FN=5,FP=1") from None
+    return found
+
+
+def _costs_in(path: str) -> Any:
+    try:
+        with open(path, encoding="utf-8") as file:
+            return json.load(file)
+    except OSError as error:
+        raise click.UsageError(f"--costs {path!r}: {error.strerror}") from None
+    except (ValueError, RecursionError):
+        raise click.UsageError(
+            f'--costs {path!r}: expected JSON, such as {{"sport": {{"tech": 2}}}}'
+        ) from None
 
 
 def _fields(tasks: Sequence[str], compare: tuple[str, str] | None) -> dict[str, str]:
@@ -183,10 +252,10 @@ def _put_evaluation(out: Console, evaluation: Evaluation, *, several: bool) -> N
 
 
 def _figures(task: TaskEvaluation, rows: str) -> list[tuple[str, ...]]:
-    from motet.evaluation.words import NAMES, figure_words, interval_words
+    from motet.evaluation.words import figure_name, figure_words, interval_words
 
     lines = [
-        (NAMES[name], figure_words(name, estimate.value), interval_words(name, estimate), rows)
+        (figure_name(name), figure_words(name, estimate.value), interval_words(name, estimate), rows)
         for name, estimate in task.figures.items()
     ]
     if task.calibration is not None:
@@ -236,16 +305,21 @@ def _labels(task: TaskEvaluation) -> object:
     )
 
 
+def _rows(comparison: Comparison) -> str:
+    groups = f" in {comparison.groups:,} groups" if comparison.groups else ""
+    return f"{comparison.rows:,} rows{groups}"
+
+
 def _put_comparison(out: Console, comparison: Comparison) -> None:
-    from motet.evaluation.words import NAMES, difference_words, figure_words
+    from motet.evaluation.words import difference_words, figure_name, figure_words
 
     out.print(f"first: {comparison.first}\nsecond: {comparison.second}")
     out.print(
         table(
-            (f"{comparison.rows:,} rows", "#first", "#second", "#first − second"),
+            (_rows(comparison), "#first", "#second", "#first − second"),
             (
                 (
-                    NAMES[name],
+                    figure_name(name),
                     figure_words(name, d.first),
                     figure_words(name, d.second),
                     difference_words(name, d.difference),

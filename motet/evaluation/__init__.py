@@ -1,8 +1,8 @@
 """How well answers are: figures beside labels, with intervals, calibration and comparisons. Needs numpy, and no torch.
 
-``measures``, ``calibration`` and ``intervals`` are plain functions on truth and answers, for training as well;
-``truth`` reads labels from a source and ``reading`` puts a job's answers beside them, as ``answered``; ``figures`` puts
-all together for a task, ``report`` draws.
+``measures``, ``orders``, ``calibration`` and ``intervals`` are plain functions on truth and answers, for training as
+well; ``truth`` reads labels from a source and ``reading`` puts a job's answers, or ``parts`` of them, beside them, as
+``answered``, with the ``views`` that ``further`` figures need; ``figures`` puts all together for a task, ``report`` draws.
 """
 
 from motet.evaluation.answered import Answered
@@ -31,6 +31,14 @@ from motet.evaluation.measures import (
     set_macro_f1,
     token_f1,
 )
+from motet.evaluation.orders import (
+    average_precision,
+    hit_at,
+    kolmogorov_smirnov,
+    ndcg_at,
+    precision_recall_at_top,
+    roc_auc,
+)
 
 __all__ = [
     "Answered",
@@ -45,21 +53,27 @@ __all__ = [
     "LabelReader",
     "TaskEvaluation",
     "accuracy",
+    "average_precision",
     "bootstrap",
     "calibration",
     "compare",
     "confusion",
     "evaluate",
     "exact_match",
+    "hit_at",
+    "kolmogorov_smirnov",
     "label_figures",
     "macro_f1",
     "mcnemar",
     "mean_absolute_error",
     "measure",
+    "ndcg_at",
     "near_share",
     "normalised",
     "number_figures",
+    "precision_recall_at_top",
     "r_squared",
+    "roc_auc",
     "root_mean_squared_error",
     "same_json",
     "set_accuracy",

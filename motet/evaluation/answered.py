@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Collection, Hashable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from itertools import compress
 from typing import Any, Literal, TypeAlias
 
@@ -23,14 +24,16 @@ from motet.evaluation.measures import (
     same_json,
     token_f1,
 )
+from motet.evaluation.orders import OrderFigures, hit_at, ndcg_at
 
-#: What truth and answers are: a label; a set of labels; a set of (start, end, label); a number; a text; any JSON.
-AnswerKind = Literal["label", "labels", "spans", "number", "text", "json"]
+#: What truth and answers are: a label; a set of labels; a set of (start, end, label); a number; a text; any JSON; true
+#: or false, with a score; a set of ids, with a list of ids; a label, with what the answer costs.
+AnswerKind = Literal["label", "labels", "spans", "number", "text", "json", "binary", "ranking", "cost"]
 
 #: From how often each pattern occurs to the figures, in the order of FIGURES.
 _Weigh: TypeAlias = "Callable[[Float64s], Float64s]"
 
-#: The figures of each kind. The first says which share of the rows is right, but for numbers.
+#: The figures of each kind. The first says which share of the rows is right, where rows are right or wrong.
 FIGURES: Mapping[AnswerKind, tuple[str, ...]] = {
     "label": ("accuracy", "macro_f1"),
     "labels": ("exact_match", "macro_f1", "micro_f1"),
@@ -38,7 +41,12 @@ FIGURES: Mapping[AnswerKind, tuple[str, ...]] = {
     "number": ("mae", "rmse", "r2", "pearson"),
     "text": ("exact_match", "token_f1"),
     "json": ("exact_match",),
+    "binary": ("roc_auc", "average_precision", "ks"),
+    "ranking": (),
+    "cost": ("cost",),
 }
+#: Kinds whose rows are right or wrong as a whole.
+RIGHT_OR_WRONG = frozenset({"label", "labels", "spans", "text", "json"})
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -63,6 +71,21 @@ class Answered:
     unlabelled: int = 0
     #: Oddities of labels or scores, in words for the user.
     warnings: tuple[str, ...] = ()
+    #: The group of each row, such as a customer; groups are resampled where there are any, and rows where not.
+    groups: Sequence[str] = ()
+    #: For ``binary``: shares of the rows in per cent, for precision and recall.
+    top: tuple[float, ...] = ()
+    #: For ``ranking``: lengths of lists.
+    at: tuple[int, ...] = ()
+    #: Other looks at the same rows, whose figures stand beside those of this one.
+    views: tuple[Answered, ...] = ()
+
+    @property
+    def figure_names(self) -> tuple[str, ...]:
+        """Its figures in their order, without those of its views."""
+        tops = (f"{figure}_top_{share:g}" for share in self.top for figure in ("precision", "recall"))
+        lists = (f"{figure}_at_{k}" for k in self.at for figure in ("hit_rate", "ndcg"))
+        return (*FIGURES[self.kind], *tops, *lists)
 
     def pairs(self) -> Iterator[tuple[Any, Any]]:
         """The truth and the answer of each row."""
@@ -70,10 +93,10 @@ class Answered:
 
     def kept(self, mask: Sequence[bool]) -> Answered:
         """Only the rows that are marked, without their scores."""
-        truth, answers, rows = (
-            list(compress(column, mask)) for column in (self.truth, self.answers, self.rows)
+        truth, answers, rows, groups = (
+            list(compress(column, mask)) for column in (self.truth, self.answers, self.rows, self.groups)
         )
-        return replace(self, truth=truth, answers=answers, rows=rows, scores=())
+        return replace(self, truth=truth, answers=answers, rows=rows, groups=groups, scores=())
 
 
 def sampled(
@@ -84,12 +107,13 @@ def sampled(
     if kind == "number":
         sides = [side.kept([answer is not None for answer in side.answers]) for side in sides]
     if not sides[0].truth:
-        undefined = np.full(len(FIGURES[kind]), np.nan)
+        undefined = np.full(len(sides[0].figure_names), np.nan)
         return [undefined for _ in sides], [(None, None) for _ in undefined]
-    pattern, weigher = _KINDS[kind]
-    found = Counter(
+    pattern, weigher = _reduction(sides[0])
+    rows = list(
         zip(*([pattern(t, a) for t, a in zip(s.truth, s.answers, strict=True)] for s in sides), strict=True)
     )
+    found = Counter(rows)
     # Sorted, because the draws depend on the order of the patterns, and must not depend on that of the rows.
     patterns, counts = zip(*sorted(found.items(), key=repr), strict=True)
     weighs = [weigher(column) for column in zip(*patterns, strict=True)]
@@ -98,8 +122,37 @@ def sampled(
     def figures(weights: Float64s) -> Float64s:
         return weighs[0](weights) if len(weighs) == 1 else weighs[0](weights) - weighs[1](weights)
 
-    draws = bootstrap(figures, often, resamples=resamples, seed=seed)
+    if sides[0].groups:
+        clusters = _Clusters(sides[0].groups, rows, patterns)
+        draws = bootstrap(
+            lambda weights: figures(clusters.weights(weights)), clusters.ones, resamples=resamples, seed=seed
+        )
+    else:
+        draws = bootstrap(figures, often, resamples=resamples, seed=seed)
     return [weigh(often.astype(np.float64)) for weigh in weighs], percentiles(draws)
+
+
+class _Clusters:
+    """How often each pattern comes where whole groups are drawn: the cluster bootstrap.
+
+    Groups are drawn with replacement, as many as there are, and each brings all its rows (Davison and Hinkley,
+    Bootstrap Methods and their Application, 1997, section 3.8). A resample has about as many rows, not as many.
+    """
+
+    def __init__(self, groups: Sequence[str], rows: Sequence[Hashable], patterns: Sequence[Hashable]) -> None:
+        number = {group: i for i, group in enumerate(sorted(set(groups)))}
+        code = {pattern: i for i, pattern in enumerate(patterns)}
+        pairs = Counter((number[g], code[row]) for g, row in zip(groups, rows, strict=True))
+        table = np.array([(*pair, n) for pair, n in sorted(pairs.items())], np.int64)
+        self._group, self._pattern, self._rows = table.T
+        self._patterns = len(patterns)
+        #: Each group once.
+        self.ones = np.ones(len(number), np.int64)
+
+    def weights(self, drawn: Float64s) -> Float64s:
+        """From how often each group is drawn to how often each pattern comes."""
+        often = np.bincount(self._pattern, drawn[self._group] * self._rows, self._patterns)
+        return np.asarray(often, np.float64)
 
 
 def _weigh_items(patterns: Sequence[Any]) -> _Weigh:
@@ -179,6 +232,23 @@ def _number_pattern(truth: float, answer: float | None) -> Hashable:
     return truth, answer
 
 
+def _binary_pattern(truth: bool, answer: float | None) -> Hashable:
+    return truth, answer
+
+
+def _weigh_order(patterns: Sequence[Any], top: Sequence[float]) -> _Weigh:
+    truth, scores = zip(*patterns, strict=True)
+    return OrderFigures(truth, scores, top).of
+
+
+def _ranking_pattern(truth: Collection[str], answer: Sequence[str] | None, at: Sequence[int]) -> Hashable:
+    return tuple(figure(truth, answer, k) for k in at for figure in (hit_at, ndcg_at))
+
+
+def _cost_pattern(_truth: Any, cost: float) -> Hashable:
+    return (cost,)
+
+
 _KINDS: Mapping[AnswerKind, tuple[Callable[[Any, Any], Hashable], Callable[[Sequence[Any]], _Weigh]]] = {
     "label": (_label_pattern, _weigh_labels),
     "labels": (_labels_pattern, _weigh_items),
@@ -186,7 +256,21 @@ _KINDS: Mapping[AnswerKind, tuple[Callable[[Any, Any], Hashable], Callable[[Sequ
     "number": (_number_pattern, _weigh_numbers),
     "text": (_text_pattern, _weigh_means),
     "json": (_json_pattern, _weigh_means),
+    "cost": (_cost_pattern, _weigh_means),
 }
+
+
+def _reduction(
+    answered: Answered,
+) -> tuple[Callable[[Any, Any], Hashable], Callable[[Sequence[Any]], _Weigh]]:
+    """From truth and answer to a pattern, and from patterns to what weighs them."""
+    match answered.kind:
+        case "binary":
+            return _binary_pattern, partial(_weigh_order, top=answered.top)
+        case "ranking":
+            return partial(_ranking_pattern, at=answered.at), _weigh_means
+        case kind:
+            return _KINDS[kind]
 
 
 def right_rows(answered: Answered) -> list[bool]:

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from motet.errors import NotFound
 from motet.evaluation.figures import Comparison, TaskEvaluation, measure
+from motet.evaluation.further import THRESHOLD, Costs, FurtherFigures
 from motet.evaluation.intervals import RESAMPLES, SEED
+from motet.evaluation.parts import task_and_path
 from motet.evaluation.reading import AnsweredJob, Fields, read
 from motet.evaluation.report import page
 from motet.sources import Source
@@ -70,11 +72,20 @@ def evaluate(
     index: str | None = None,
     as_labels: Collection[str] = (),
     as_text: Collection[str] = (),
+    positive: str | None = None,
+    top: float | Sequence[float] = (),
+    at: int | Sequence[int] = (),
+    costs: Costs | None = None,
+    threshold: float = THRESHOLD,
+    group: str | None = None,
     resamples: int = RESAMPLES,
     seed: int = SEED,
 ) -> Evaluation:
     """What ``Job.evaluate`` promises."""
-    answered, fields = read(job, labels, tasks, index=index, as_labels=as_labels, as_text=as_text)
+    asked = FurtherFigures.of(positive=positive, top=top, at=at, costs=costs, threshold=threshold)
+    answered, fields = read(
+        job, labels, tasks, index=index, as_labels=as_labels, as_text=as_text, asked=asked, group=group
+    )
     specs = job.tasks
     return Evaluation(
         job=job.id,
@@ -85,10 +96,16 @@ def evaluate(
                 job=job.id,
                 task=task,
                 label_field=fields[task],
-                model=str(specs[task].get("model_ref") or specs[task].get("model") or ""),
+                model=_model(specs, task),
                 resamples=resamples,
                 seed=seed,
             )
             for task, rows in answered.items()
         },
     )
+
+
+def _model(specs: Mapping[str, Mapping[str, Any]], name: str) -> str:
+    found = task_and_path(name, specs)
+    spec = specs[found[0]] if found else {}
+    return str(spec.get("model_ref") or spec.get("model") or "")

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from motet.errors import InvalidJob
-from motet.evaluation.answered import FIGURES, Answered, AnswerKind, right_rows, sampled
+from motet.evaluation.answered import RIGHT_OR_WRONG, Answered, AnswerKind, right_rows, sampled
 from motet.evaluation.calibration import Calibration, calibration
 from motet.evaluation.intervals import (
     RESAMPLES,
@@ -31,7 +31,7 @@ from motet.evaluation.measures import (
     same_json,
     set_figures,
 )
-from motet.evaluation.words import NAMES, difference_words, figure_words, interval_words
+from motet.evaluation.words import difference_words, figure_name, figure_words, interval_words
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -50,13 +50,17 @@ class TaskEvaluation:
     rows: int
     #: Rows without a label, left out.
     unlabelled: int
-    #: Cells that are errors, or were skipped. They count as wrong; for numbers, which are not right or wrong, they
-    #: are left out.
+    #: Cells that are errors, or were skipped. They count as wrong, or have the worst rank; the errors of numbers, which
+    #: are not right or wrong, leave them out.
     errors: int
     skipped: int
     #: Texts in which no label could be read. They count as wrong.
     unread: int
-    #: Name -> figure with its interval: FIGURES says which.
+    #: Groups of rows that intervals resample; 0 where they resample rows.
+    groups: int = 0
+    #: Rows that are positive, where scores are beside a binary truth; else None.
+    positive: int | None = None
+    #: Name -> figure with its interval: FIGURES says which, and those that were asked for behind them.
     figures: Mapping[str, Estimate]
     #: Each label for itself; for kinds that have labels.
     labels: tuple[LabelFigures, ...] = ()
@@ -95,12 +99,18 @@ class TaskEvaluation:
             (self.unlabelled, "left out, without a true label"),
         )
         rows = f"{self.rows:,} {'row' if self.rows == 1 else 'rows'}"
+        if self.groups:
+            rows += f" in {self.groups:,} groups"
+        if self.positive is not None:
+            rows += f", {self.positive:,} of them positive"
         return " · ".join([rows, *(f"{n:,} {words}" for n, words in counts if n)])
 
     def __str__(self) -> str:
         parts = [self.counted]
         for name, estimate in self.figures.items():
-            words = f"{NAMES[name]} {figure_words(name, estimate.value)} {interval_words(name, estimate)}"
+            words = (
+                f"{figure_name(name)} {figure_words(name, estimate.value)} {interval_words(name, estimate)}"
+            )
             parts.append(words.rstrip())
         if self.calibration is not None:
             parts.append(f"calibration error {self.calibration.ece:.3f}")
@@ -131,15 +141,24 @@ class Comparison:
     #: Rows behind the figures; for numbers only rows that both tasks answered.
     rows: int
     figures: Mapping[str, Difference]
-    #: Rows that only the first has right, and only the second; None for numbers.
+    #: Rows that only the first has right, and only the second; None where rows are not right or wrong.
     only_first: int | None
     only_second: int | None
-    #: Of McNemar's exact test; None for numbers.
+    #: Of McNemar's exact test; None where rows are not right or wrong, and where they come in groups: it takes them for
+    #: independent.
     p: float | None
+    #: Groups of rows that intervals resample; 0 where they resample rows.
+    groups: int = 0
 
     @property
     def verdict(self) -> str:
         """Which of the two is right more often, and whether that may be chance."""
+        if self.only_first is not None and self.only_second is not None and self.groups:
+            return (
+                f"Only {self.first} is right on {self.only_first:,} rows, only {self.second} on"
+                f" {self.only_second:,}. Rows of one group are not independent: there is no McNemar's test, and an"
+                " interval of the difference that holds 0 tells neither apart from chance."
+            )
         if self.p is None or self.only_first is None or self.only_second is None:
             return "An interval of the difference that holds 0 tells neither apart from chance."
         p = f"{self.p:.3f}" if self.p >= 0.001 else f"{self.p:.1e}"
@@ -149,10 +168,13 @@ class Comparison:
         )
 
     def __str__(self) -> str:
-        lines = [f"{self.first} beside {self.second}, {self.rows:,} rows"]
+        groups = f" in {self.groups:,} groups" if self.groups else ""
+        lines = [f"{self.first} beside {self.second}, {self.rows:,} rows{groups}"]
         for name, d in self.figures.items():
             first, second = figure_words(name, d.first), figure_words(name, d.second)
-            lines.append(f"  {NAMES[name]}: {first} beside {second}, {difference_words(name, d.difference)}")
+            lines.append(
+                f"  {figure_name(name)}: {first} beside {second}, {difference_words(name, d.difference)}"
+            )
         return "\n".join([*lines, f"  {self.verdict}"])
 
     def to_dict(self) -> dict[str, Any]:
@@ -173,11 +195,15 @@ def measure(
     """Everything that can be said of these answers. Raises ValueError where there is no row."""
     if not answered.truth:
         raise ValueError("got no row with a label; expected one at least")
-    (values,), intervals = sampled((answered,), resamples, seed)
-    figures = {
-        name: _estimate(name, value, interval, len(answered.truth))
-        for name, value, interval in zip(FIGURES[answered.kind], values, intervals, strict=True)
-    }
+    figures: dict[str, Estimate] = {}
+    for view in (answered, *answered.views):
+        (values,), intervals = sampled((view,), resamples, seed)
+        # A group is one draw, so that rows in groups say no more than so many rows.
+        independent = len(set(view.groups)) or len(view.truth)
+        figures |= {
+            name: _estimate(name, value, interval, independent)
+            for name, value, interval in zip(view.figure_names, values, intervals, strict=True)
+        }
     scored, warnings = _calibrated(answered)
     return TaskEvaluation(
         job=job,
@@ -190,6 +216,10 @@ def measure(
         errors=answered.errors,
         skipped=answered.skipped,
         unread=answered.unread,
+        groups=len(set(answered.groups)),
+        positive=next(
+            (sum(view.truth) for view in (answered, *answered.views) if view.kind == "binary"), None
+        ),
         figures=figures,
         labels=_labels(answered),
         confusion=confusion(answered.truth, answered.answers, answered.labels)
@@ -209,46 +239,70 @@ def compare(
 
     Raises InvalidJob where they did not answer the same question on the same rows.
     """
-    a, b = first.answered, second.answered
-    _check_comparable(first, second)
-    if a.kind == "number":
-        both = [x is not None and y is not None for x, y in zip(a.answers, b.answers, strict=True)]
-        a, b = a.kept(both), b.kept(both)
-    (values, others), intervals = sampled((a, b), resamples, seed)
-    right = [right_rows(side) for side in (a, b)]
-    only_first = sum(x and not y for x, y in zip(*right, strict=True))
-    only_second = sum(y and not x for x, y in zip(*right, strict=True))
-    counted = a.kind != "number"
+    shared = _shared_views(first, second)
+    pairs = [_both_answered(a, b) for a, b in shared]
+    figures: dict[str, Difference] = {}
+    for a, b in pairs:
+        (values, others), intervals = sampled((a, b), resamples, seed)
+        figures |= {
+            name: Difference(
+                first=_defined(x), second=_defined(y), difference=Estimate(_defined(x - y), *interval)
+            )
+            for name, x, y, interval in zip(a.figure_names, values, others, intervals, strict=True)
+        }
+    a, b = pairs[0]
+    only_first = only_second = None
+    if a.kind in RIGHT_OR_WRONG:
+        right = list(zip(right_rows(a), right_rows(b), strict=True))
+        only_first = sum(x and not y for x, y in right)
+        only_second = sum(y and not x for x, y in right)
     return Comparison(
         first=_name(first, second),
         second=_name(second, first),
         rows=len(a.truth),
-        figures={
-            name: Difference(
-                first=_defined(x), second=_defined(y), difference=Estimate(_defined(x - y), *interval)
-            )
-            for name, x, y, interval in zip(FIGURES[a.kind], values, others, intervals, strict=True)
-        },
-        only_first=only_first if counted else None,
-        only_second=only_second if counted else None,
-        p=mcnemar(only_first, only_second) if counted else None,
+        figures=figures,
+        only_first=only_first,
+        only_second=only_second,
+        p=mcnemar(only_first, only_second)
+        if only_first is not None and only_second is not None and not a.groups
+        else None,
+        groups=len(set(a.groups)),
     )
 
 
-def _check_comparable(first: TaskEvaluation, second: TaskEvaluation) -> None:
-    a, b = first.answered, second.answered
-    if a.kind != b.kind:
-        got, expected = f"{a.kind} and {b.kind}", "answers of one kind"
+def _both_answered(a: Answered, b: Answered) -> tuple[Answered, Answered]:
+    """Of numbers only the rows that both have answered."""
+    if a.kind != "number":
+        return a, b
+    both = [x is not None and y is not None for x, y in zip(a.answers, b.answers, strict=True)]
+    return a.kept(both), b.kept(both)
+
+
+def _shared_views(first: TaskEvaluation, second: TaskEvaluation) -> list[tuple[Answered, Answered]]:
+    """What both can be compared by: answers of one kind, scores beside the same truth, costs. Raises InvalidJob."""
+    theirs = {(view.kind, view.figure_names): view for view in _views(second)}
+    shared = [
+        (view, other) for view in _views(first) if (other := theirs.get((view.kind, view.figure_names)))
+    ]
+    if not shared:
+        got, expected = f"{first.answered.kind} and {second.answered.kind}", "answers of one kind"
         remedy = "compare others; what was written is read as labels with as_labels (--as-labels TASK)"
     elif first.label_field != second.label_field:
         got = f"labels {first.label_field!r} and {second.label_field!r}"
         expected, remedy = "the same labels for both", "name the field of both (--task TASK=FIELD)"
-    elif list(a.rows) != list(b.rows) or not all(map(_same_truth, a.truth, b.truth)):
+    elif any(list(a.rows) != list(b.rows) or not all(map(_same_truth, a.truth, b.truth)) for a, b in shared):
         got, expected = "other rows or labels", "the same for both"
         remedy = "evaluate both with the same labels"
+    elif any(list(a.groups) != list(b.groups) for a, b in shared):
+        got, expected = "other groups", "the same groups of rows for both"
+        remedy = "evaluate both with the same group"
     else:
-        return
+        return shared
     raise InvalidJob.of(f"compare.{first.task} {second.task}", got, expected, remedy)
+
+
+def _views(task: TaskEvaluation) -> tuple[Answered, ...]:
+    return (task.answered, *task.answered.views)
 
 
 def _same_truth(one: Any, other: Any) -> bool:
@@ -265,7 +319,7 @@ def _name(task: TaskEvaluation, beside: TaskEvaluation) -> str:
 
 
 def _estimate(name: str, value: float, interval: tuple[float | None, float | None], rows: int) -> Estimate:
-    if name in SHARES and value in (0.0, 1.0):
+    if (name in SHARES or name.startswith("hit_rate_at_")) and value in (0.0, 1.0):
         # No resample of rows that are all right holds a wrong one, however few they are.
         interval = wilson(round(value * rows), rows)
     return Estimate(_defined(value), *interval)

@@ -48,8 +48,8 @@ class Confusion:
 
 #: Figures that are shares of rows.
 SHARES = frozenset({"accuracy", "exact_match"})
-#: Figures that are better where they are smaller, in the unit of the labels.
-LOSSES = frozenset({"mae", "rmse"})
+#: Figures that are better where they are smaller, in the unit of the labels or of the costs.
+LOSSES = frozenset({"mae", "rmse", "cost"})
 #: Numbers are near each other if they differ by less than this share of the truth's spread.
 NEAR_SHARE = 0.01
 

@@ -5,7 +5,7 @@ It holds labels and numbers, and no text of a row. This file chooses what is tol
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,7 +22,7 @@ _LABEL = 18
 
 
 def page(
-    evaluations: Sequence[tuple[str, Iterable[TaskEvaluation]]], comparisons: Sequence[Comparison] = ()
+    evaluations: Sequence[tuple[str, Collection[TaskEvaluation]]], comparisons: Sequence[Comparison] = ()
 ) -> str:
     """The whole page: comparisons first, then every task of every evaluation, which is given with its title."""
     several = len(evaluations) > 1
@@ -31,6 +31,7 @@ def page(
         words=words,
         names=" and ".join(title for title, _ in evaluations),
         comparisons=comparisons,
+        grouped=any(task.groups for _, tasks in evaluations for task in tasks),
         tasks=[_task(task, title if several else "") for title, tasks in evaluations for task in tasks],
     )
 
@@ -43,7 +44,7 @@ def _task(task: TaskEvaluation, job: str) -> dict[str, Any]:
         task.counted,
     ]
     figures = [
-        (words.NAMES[name], words.figure_words(name, e.value), words.interval_words(name, e))
+        (words.figure_name(name), words.figure_words(name, e.value), words.interval_words(name, e))
         for name, e in task.figures.items()
     ]
     scored = task.calibration

@@ -28,13 +28,15 @@ _NULL = "write null (None) where a row has no label"
 class TrueLabels:
     """The labels as they stand in their source: a value for each row and field."""
 
-    def __init__(self, wanted: Mapping[str, str], index: str | None) -> None:
+    def __init__(self, wanted: Mapping[str, str], index: str | None, group: str | None = None) -> None:
         self._fields = list(dict.fromkeys(wanted.values()))
-        self._index = index
+        self._index, self._group = index, group
         self.values: dict[str, list[Any]] = {name: [] for name in self._fields}
         #: The row of the job that each row of labels belongs to, and its line in a text file.
         self.rows: list[int] = []
         self.lines: list[int | None] = []
+        #: Row of the job -> what it belongs to; empty where no group is asked for.
+        self.groups: dict[int, str] = {}
         self._present: set[str] = set()
         #: Fields of the first row, to be named where one is missing.
         self._first: list[str] = []
@@ -44,7 +46,7 @@ class TrueLabels:
         taken: set[int] = set()
         for number, (row, line) in enumerate(records(source)):
             if not isinstance(row, Mapping):
-                if len(self._fields) != 1 or self._index is not None:
+                if len(self._fields) != 1 or self._index is not None or self._group is not None:
                     got = f"a value of type {short(type(row).__name__)}"
                     raise InvalidJob.of(
                         "labels",
@@ -60,6 +62,26 @@ class TrueLabels:
                 column.append(row.get(name))
             self.rows.append(number if self._index is None else self._row(row, number, taken))
             self.lines.append(line)
+            if self._group is not None:
+                self.groups[self.rows[-1]] = self._group_of(row, number)
+        if self._group is not None and self.rows and len(set(self.groups.values())) < 2:
+            name = f"labels.{short(self._group)}"
+            raise InvalidJob.of(name, "one group", "two at least, since groups are drawn", "check the field")
+
+    def _group_of(self, row: Mapping[str, Any], number: int) -> str:
+        """What a row belongs to."""
+        name = str(self._group)
+        expected = "the group of each row: text or a whole number"
+        try:
+            value = _label(_plain(row.get(name)))
+        except _Wrong as wrong:
+            raise InvalidJob.of(
+                f"labels.{short(name)}", wrong.got, expected, "name what it belongs to", number
+            ) from None
+        if value is None:
+            got = "null" if name in row else "no such field"
+            raise InvalidJob.of(f"labels.{short(name)}", got, expected, "name what it belongs to", number)
+        return value
 
     def _row(self, row: Mapping[str, Any], number: int, taken: set[int]) -> int:
         """The index that a row of labels names."""
@@ -114,6 +136,24 @@ class TrueLabels:
                 "count rows from 0",
                 beyond,
             )
+
+    def labels(self, field: str) -> set[str]:
+        """Different labels of a field, as text; values that are none are left out."""
+        found = set()
+        for value in self.values[field]:
+            try:
+                found.add(_label(_plain(value)))
+            except _Wrong:
+                continue
+        return {label for label in found if label is not None}
+
+    def flags(self, field: str) -> bool:
+        """Whether every value of a field that is there is true or false, which a table holds as text."""
+        values = [value for each in self.values[field] if (value := _plain(each)) not in (None, "")]
+        return bool(values) and all(
+            isinstance(value, bool) or (isinstance(value, str) and value.casefold() in ("true", "false"))
+            for value in values
+        )
 
     def truth(self, field: str, take: Callable[[Any], Any]) -> dict[int, Any]:
         """Row -> its true value, without those that have none. Raises InvalidJob with up to 20 problems."""

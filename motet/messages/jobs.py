@@ -233,7 +233,8 @@ class JobRecord(ApiMessage):
     rows: int
     #: Parts that have arrived: an upload that broke off goes on with the part of this number.
     parts: int = 0
-    #: Task name -> its spec, with ``model_ref``, ``labels`` and ``column``, the type of its answers.
+    #: Task name -> its spec, with ``model_ref``, ``labels`` and ``column``, the type of its answers; ``artefact_ref`` too,
+    #: where its function reads one.
     tasks: Mapping[str, Mapping[str, Any]]
     #: Its cells, counted.
     cells: CellCounts
@@ -332,6 +333,9 @@ class PlannedPass(JobPass):
 
     #: What stands in front of its prompts, and so is shared: ``text`` or ``instruction``; "" where there are none.
     first: Literal["text", "instruction", ""] = ""
+    #: The share of the rows, 0 to 1, that it will run on: where its condition reads fields alone, of the sampled rows;
+    #: else of the newest job that ended with the same condition; 1 where that is not known.
+    share: float = 1.0
     #: Tokens of all rows in this pass, after truncation.
     tokens: int = 0
     #: The same with padding, as a device computes them.
@@ -394,6 +398,7 @@ class Plan(ApiMessage):
         ]
         for p in self.passes:
             waits = f", behind {', '.join(p.needs)}" if p.needs else ""
+            waits += f", on ~{p.share:.0%} of the rows" if p.share < 1 else ""
             lines.append(f"  {p.kind}: {', '.join(p.tasks)}{waits} (~{p.tokens:,} tokens)")
         lines.append(f"  ~{self.tokens:,} tokens in all; with a pass per task ~{self.unfused_tokens:,}")
         if self.tokens_out:

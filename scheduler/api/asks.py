@@ -44,7 +44,7 @@ _ABORTED_AFTER_S = 0.05
 #: Marks a request whose rows are given up where its caller hangs up.
 _DROPS = "motet.drops"
 #: Marks a request whose body has been read whole: what it receives next is that its caller hangs up.
-_READ = "motet.read"
+READ = "motet.read"
 #: What the log says of it; nobody is there to read it.
 _GONE = 499
 
@@ -98,13 +98,13 @@ class AsksAhead:
         request = Request(scope, receive)
         try:
             caller = await authenticated(request, self._use)
-            response = await _while_there(request, _asked(request, self._use, caller, found[1]))
+            response = await while_there(request, _asked(request, self._use, caller, found[1]))
         except EXPECTED as error:
             response = refusal(error)
         await response(scope, receive, send)
 
 
-async def _while_there(request: Request, work: Coroutine[Any, Any, Response]) -> Response:
+async def while_there(request: Request, work: Coroutine[Any, Any, Response]) -> Response:
     """The answer; given up where its caller hangs up, so that rows of his which have not landed take nobody's place."""
     answer = asyncio.ensure_future(work)
     gone: asyncio.Future[None] | None = None
@@ -113,7 +113,7 @@ async def _while_there(request: Request, work: Coroutine[Any, Any, Response]) ->
         await asyncio.wait({answer}, timeout=_ABORTED_AFTER_S)
         if not answer.done() and not request.scope.get(_DROPS):
             await asyncio.wait({answer}, timeout=_WATCHED_AFTER_S - _ABORTED_AFTER_S)
-        if not answer.done() and request.scope.get(_READ):
+        if not answer.done() and request.scope.get(READ):
             gone = asyncio.ensure_future(_hung_up(request.receive))
             await asyncio.wait({answer, gone}, return_when=asyncio.FIRST_COMPLETED)
             if not answer.done():
@@ -138,7 +138,7 @@ async def _asked(request: Request, use: Resources, caller: Identity, job: str) -
     async with AsyncExitStack() as held:
         body = whole_body(request, use, 2 * MAX_ASK_ROWS * use.settings.max_row_bytes)
         raw = await held.enter_async_context(body)
-        request.scope[_READ] = True
+        request.scope[READ] = True
         asked, incoming = (_columns if kind == _FRAMES else _rows)(feed, raw, use.settings.max_row_bytes)
         request.scope[_DROPS] = asked.drop_late
         accepted = request.headers.get("accept", "")

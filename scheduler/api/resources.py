@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -80,6 +81,12 @@ class Resources:
     manifests: Manifests = field(default_factory=Manifests)
     #: Open jobs that are asked here.
     feeds: Feeds = field(init=False)
+    #: (tenant, endpoint, model) -> the open job behind one of OpenAI's doors, and when its use was noted.
+    known_doors: Recent[tuple[UUID, str, int], tuple[UUID, float]] = field(
+        default_factory=lambda: Recent(4096)
+    )
+    #: Set where a batch waits for somebody to work on it.
+    batch_waits: asyncio.Event = field(default_factory=asyncio.Event)
     #: Bytes of bodies that are being read or worked on now.
     bodies_bytes: int = 0
 

@@ -17,11 +17,12 @@ from motet.folds import Fold, parse_folds, stored_fields
 from motet.messages.jobs import DEFAULT_KEEP_S, Submission
 from motet.protocol.manifest import Manifest
 from motet.protocol.values import MAX_DEPTH, Doubled, byte_lengths
-from motet.tasks import Choose, Task, dialogues_of, fields_of, parse, short
+from motet.tasks import Choose, Classify, Function, Task, dialogues_of, fields_of, parse, short
 from scheduler.api.answer_schemas import schema_problems
 from scheduler.api.bodies import clean_object, misfits_of
 from scheduler.blocks import IncomingPart, absent
 from scheduler.policy.fairness import NORMAL
+from scheduler.policy.functions import beside_functions
 from scheduler.policy.placing.records import Demand
 from scheduler.policy.plan import PassPlan, in_order, loaded_model, plan, reads_of, task_digest
 from scheduler.store.opening import PRIORITIES, NewJob, NewPass, NewTask
@@ -135,9 +136,9 @@ class Planned:
     """A submission with its models found and its passes made."""
 
     passes: tuple[PassPlan, ...]
-    #: Task name -> its model.
+    #: Task name -> its model, or the artefact that its function reads.
     models: Mapping[str, Registered]
-    #: ``name@version`` -> trunk, for the heads among them.
+    #: ``name@version`` -> what it stands beside: the trunk of a head, the function of an artefact.
     trunks: Mapping[str, Registered]
 
     def loaded_id(self, planned: PassPlan) -> int:
@@ -173,12 +174,39 @@ def plan_submission(
 ) -> Planned:
     """Plan with what the registry knows: ``found`` by the refs that tasks name. Raises InvalidJob."""
     models = {name: found[task.model] for name, task in tasks.items() if task.model in found}
-    passes = plan(tasks, _manifests(models), _manifests(trunks), registered=registered, mean_bytes=mean_bytes)
-    return Planned(passes=passes, models=models, trunks=trunks)
+    artefacts = {
+        name: found[task.artefact]
+        for name, task in tasks.items()
+        if isinstance(task, Function) and task.artefact and task.artefact in found
+    }
+    of_artefacts = _manifests(artefacts)
+    passes = plan(
+        tasks,
+        _manifests(models),
+        _manifests(trunks),
+        artefacts=of_artefacts,
+        registered=registered,
+        mean_bytes=mean_bytes,
+    )
+    answering, _ = beside_functions(_manifests(models), of_artefacts)
+    return Planned(
+        passes=passes,
+        models={
+            name: Registered((artefacts.get(name) or m).id, answering[name]) for name, m in models.items()
+        },
+        trunks={**trunks, **{models[name].manifest.ref: models[name] for name in artefacts}},
+    )
 
 
 def _manifests(registered: Mapping[str, Registered]) -> dict[str, Manifest]:
     return {name: r.manifest for name, r in registered.items()}
+
+
+def _labels(task: Task, model: Manifest) -> tuple[str, ...]:
+    """What the codes of the task's cells mean."""
+    if isinstance(task, Choose):
+        return task.labels
+    return task.labels_of(model.labels) if isinstance(task, Classify) else model.labels
 
 
 def new_job(
@@ -198,7 +226,7 @@ def new_job(
                 model_id=model.id,
                 kind=task.kind,
                 spec=task.to_json(),
-                labels=task.labels if isinstance(task, Choose) else model.manifest.labels,
+                labels=_labels(task, model.manifest),
                 digest=task_digest(task, model.manifest, loaded_model(model.manifest, trunks)),
             )
         )
@@ -223,6 +251,7 @@ def new_job(
                 rate_key=p.rate_key,
                 reads=read.times,
                 bytes_beside=read.beside,
+                condition=p.condition,
             )
             for p, read in zip(planned.passes, reads, strict=True)
         ),

@@ -17,7 +17,7 @@ from typing import Any, NamedTuple, TypeAlias
 
 from motet.folds import HALF_LIVES, Ewm, Fold, Last, Windowed
 from motet.protocol.values import Value, column_type, plain_text
-from motet.tasks import placeholders, render, sole_field
+from motet.templates import filled, placeholders, resolved, sole_placeholder, value_in
 from scheduler.blocks import BadFields, IncomingPart
 
 #: Buckets of a window. More: its old edge is sharper, and each key takes more storage and time.
@@ -69,12 +69,13 @@ def keeps_s(group: FoldGroup) -> float | None:
 
 def keys_of(template: str, part: IncomingPart) -> list[Value]:
     """The key of each row; None: it has none, or what the template reads is bad."""
-    reads, sole = placeholders(template), sole_field(template)
+    reads = {resolved(one, ()).name for one in placeholders(template)}
+    sole = sole_placeholder(template)
     keys: list[Value] = []
     for i in range(len(part)):
         row = {name: None if _is_bad(part, name, i) else part.columns[name][i] for name in reads}
         lacks = any(value is None for value in row.values())
-        keys.append(None if lacks else row[sole] if sole else render(template, row))
+        keys.append(None if lacks else value_in(sole, row) if sole else filled(template, row))
     return keys
 
 
@@ -97,7 +98,7 @@ def misfits(
     found: dict[str, dict[int, Misfit]] = {}
     for name, fold in folds.items():
         for template, check in ((getattr(fold, "value", ""), _value_misfit), (fold.at, _time_misfit)):
-            read = sole_field(template)
+            read = sole_placeholder(template)
             for i, value in enumerate(columns[read] if read else ()):
                 if i in passed_over.get(read or "", {}):
                     continue
@@ -193,7 +194,7 @@ def _copied(state: KeyState | None, n: int) -> KeyState:
 
 
 def _time_in(fold: Fold, part: IncomingPart, i: int, now: float) -> float:
-    read = sole_field(fold.at)
+    read = sole_placeholder(fold.at)
     if read is None:
         return now
     at = time_of(part.columns[read][i])
@@ -203,7 +204,7 @@ def _time_in(fold: Fold, part: IncomingPart, i: int, now: float) -> float:
 
 def _value_in(fold: Fold, part: IncomingPart, i: int) -> Value:
     """What the row adds; None: nothing. Of a count, the row itself."""
-    read = sole_field(getattr(fold, "value", ""))
+    read = sole_placeholder(getattr(fold, "value", ""))
     return part.columns[read][i] if read else 1
 
 

@@ -88,7 +88,7 @@ _PARTS = f"""
     waits AS ({MORE_WAITS})"""
 _GROW = f"""
     UPDATE job SET n_rows = n_rows + :n_rows, n_blocks = n_blocks + 1, blocks_done = blocks_done + :blocks_done,
-           cells_error = cells_error + :errors, version = version + 1, touched = clock_timestamp()
+           cells_error = cells_error + :errors, cells_skipped = cells_skipped + :skipped, version = version + 1, touched = clock_timestamp()
      WHERE id = :job
  RETURNING pg_notify('{WORK}', :word), CASE WHEN :blocks_done > 0 THEN pg_notify('{JOB}', CAST(:job AS text)) END"""
 _STORE = text(_PARTS + _GROW)

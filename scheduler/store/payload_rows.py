@@ -9,8 +9,8 @@ from uuid import UUID
 
 from sqlalchemy import Connection, text
 
-from motet.protocol.columns import Column
 from motet.protocol.manifest import Manifest
+from scheduler.readable import UpstreamAnswer
 from scheduler.store.database import together
 from scheduler.store.manifests import Manifests, ModelId
 from scheduler.store.places import PLACES, at_places
@@ -21,7 +21,7 @@ _TEXTS = text("""
       FROM unnest(CAST(:jobs AS uuid[]), CAST(:blocks AS int[])) k (job, block)
       JOIN block b ON b.job_id = k.job AND b.number = k.block""")
 _PASSES = text("""
-    SELECT p.job_id, p.number, p.kind, p.numerics, p.max_tokens, p.input, p.needs, j.tenant_id, j.priority,
+    SELECT p.job_id, p.number, p.kind, p.numerics, p.max_tokens, p.input, p.needs, p.condition, j.tenant_id, j.priority,
            m.id AS model, m.created AS model_created, t.number AS task, t.name, t.spec, h.id AS head, h.created AS head_created
       FROM unnest(CAST(:jobs AS uuid[]), CAST(:passes AS smallint[])) k (job, pass)
       JOIN pass p ON p.job_id = k.job AND p.number = k.pass JOIN model m ON m.id = p.model_id JOIN job j ON j.id = p.job_id
@@ -75,16 +75,6 @@ _UPSTREAM = text(f"""
       LEFT JOIN block_column c ON c.job_id = k.job AND c.block_number = k.block AND c.task_number = n.task""")
 
 
-@dataclass(frozen=True, slots=True)
-class UpstreamAnswer:
-    """What another task answered in a block."""
-
-    name: str
-    spec: Mapping[str, Any]
-    labels: tuple[str, ...]
-    column: Column
-
-
 def upstream_answers(
     connection: Connection, places: Collection[tuple[str, int, int]]
 ) -> dict[tuple[str, int, int], tuple[bytes | None, list[UpstreamAnswer]]]:
@@ -123,8 +113,8 @@ class StoredPass:
     numerics: Literal["fast", "exact"]
     max_tokens: int
     input: str
-    #: It reads other tasks' answers.
-    needs: bool
+    #: It reads other tasks' answers, or has a condition: some rows of a block may not be its own.
+    own_order: bool
     tenant: str
     priority: int
     model: Manifest
@@ -152,7 +142,7 @@ def _pass(rows: Sequence[Any], known: Mapping[ModelId, Manifest]) -> StoredPass:
         numerics=first.numerics,
         max_tokens=first.max_tokens,
         input=first.input,
-        needs=bool(first.needs),
+        own_order=bool(first.needs) or first.condition is not None,
         tenant=str(first.tenant_id),
         priority=first.priority,
         model=known[first.model, first.model_created],

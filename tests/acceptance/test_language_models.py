@@ -167,6 +167,30 @@ def test_circles_and_answers_that_no_sentence_can_hold_are_refused(client: Clien
         client.submit(["x"], {"a": Function("no-such-function")})
 
 
+@pytest.mark.parametrize(
+    ("example", "says"),
+    [("openai_batch", "24 of 24 lines answered, each once"), ("openai_chat", "tokens read once")],
+)
+def test_openai_s_own_client_is_answered_by_a_real_model(
+    cluster: Cluster, folder: Path, example: str, says: str
+) -> None:
+    """The examples as they stand, with the variables that `motet token create --openai` prints."""
+    done = subprocess.run(
+        [sys.executable, str(Path(__file__).parents[2] / "examples" / f"{example}.py")],
+        capture_output=True,
+        text=True,
+        timeout=120,
+        env={
+            **os.environ,
+            "OPENAI_BASE_URL": f"{cluster.url}/openai/v1",
+            "OPENAI_API_KEY": cluster.tokens["user"],
+            "MODEL": NAME,
+        },
+    )
+    assert done.returncode == 0, done.stderr
+    assert says in done.stdout
+
+
 def test_text_is_read_as_it_is_written_and_is_all_of_the_answer(client: Client, folder: Path) -> None:
     reply = {"reply": Generate(NAME, prompt="Write a letter.", max_tokens=60, numerics="exact")}
     with client.open(reply, name="letters") as feed, ThreadPoolExecutor(4) as threads:

@@ -45,6 +45,22 @@ def payment(who: Any, amount: Any, day: int, city: Any = "Wien") -> dict[str, An
     return {"text": "paid", "who": who, "amount": amount, "time": at, "city": city}
 
 
+def test_a_row_that_is_read_along_says_what_it_was_given(house: House, feed: Feed) -> None:
+    with answering(house, feed.job.id):
+        feed.ask(payment("anna", 2, 1))
+        with feed.stream(payment("anna", 3, 1)) as deltas:
+            list(deltas)
+        told = house.call(
+            "POST",
+            f"/v1/jobs/{feed.job.id}/ask",
+            headers={"Accept": "text/event-stream"},
+            json={"rows": [{"text": "paid", "who": "bert", "amount": 1, "time": 0, "city": "Wien"}]},
+        )
+    assert deltas.row is not None
+    assert deltas.row.state == {"n_week": 1, "spent": 2, "last": "Wien"}
+    assert '"state": {"last": null, "n_week": 0, "spent": 0}' in told.text
+
+
 def test_each_row_says_what_it_was_given_and_so_does_whoever_follows(
     house: House, client: Client, feed: Feed
 ) -> None:

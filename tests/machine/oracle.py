@@ -182,13 +182,8 @@ def _gone_by_right(world: World, seen: Seen, job: Job, j: dict[str, Any]) -> Non
         for row in rows:
             for task in job.tasks:
                 answer = job.cells.pop((row, task))
-                job.past[
-                    "ok"
-                    if isinstance(answer, int)
-                    else "skipped"
-                    if answer in ("upstream", *DROPPED)
-                    else "error"
-                ] += 1
+                skipped = answer in ("upstream", *DROPPED)
+                job.past["ok" if isinstance(answer, int) else "skipped" if skipped else "error"] += 1
     world.callers.forget_blocks(job.id, gone)
     past = tuple(j[f"past_{kind}"] for kind in ("ok", "error", "skipped"))
     found = tuple(job.past[kind] for kind in ("ok", "error", "skipped"))

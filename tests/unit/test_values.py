@@ -26,7 +26,8 @@ from motet.protocol.values import MAX_DEPTH, NoValue, Value, clean, column_type,
 from motet.protocol.wire import Assignment, TaskOrder
 from motet.rows import Part, cut, survey
 from motet.sources import Source
-from motet.tasks import Function, render, sole_field
+from motet.tasks import Function
+from motet.templates import render, sole_placeholder
 from motet.upload import rows_of
 from scheduler import payloads
 from scheduler.api.rows import Incoming, read_columns, read_lines, read_rows
@@ -107,11 +108,14 @@ def assignment_of(block: EncodedBlock, field: str = "age") -> Assignment:
     order = TaskOrder(name="f", spec=Function("f", input=f"{{{field}}}").to_json(), manifest=manifest)
     stored = decode_block(block.payload)
     pass_ = payloads._Pass(
-        kind="function f", numerics="fast", max_tokens=0, input=f"{{{field}}}", model=manifest, tenant="t",
-        priority=1, needs=False, tasks=((0, order),),
+        payloads.payload_rows.StoredPass(
+            kind="function f", numerics="fast", max_tokens=0, input=f"{{{field}}}", own_order=False, tenant="t",
+            priority=1, model=manifest, tasks=(),
+        ),
+        ((0, order),),
     )  # fmt: skip
     typed = {name: stored.values[name] for name in stored.types}
-    here = payloads._Block(stored.texts(), typed, range(block.n_rows), 0, False, 1)
+    here = payloads._Block(stored.texts(), typed, range(block.n_rows), 0, False, "", 1)
     carved = SimpleNamespace(
         todo=1, ranges=[SimpleNamespace(block=0, lo=0, hi=block.n_rows)], exclusive=False
     )
@@ -534,8 +538,8 @@ def test_an_envelope_of_another_format_or_with_a_key_is_refused() -> None:
 
 
 def test_a_function_of_several_fields_or_of_texts_alone_reads_texts() -> None:
-    assert sole_field("{age}") == "age"
-    assert [sole_field(t) for t in ("{age} ", "{a}{b}", "{{age}}", "age")] == [None] * 4
+    assert sole_placeholder("{age}") == "age"
+    assert [sole_placeholder(t) for t in ("{age} ", "{a}{b}", "{{age}}", "age")] == [None] * 4
     order = assignment_of(block_of(IncomingPart(columns={"age": ["a", "b"]})))
     assert (order.texts, order.values) == (("a", "b"), ())
     assert called_with(order) == ["a", "b"]

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from motet.protocol.columns import CellError
-from motet.tasks import placeholders, render
+from motet.templates import placeholders, render
 
 #: Between text and instruction.
 GAP = "\n\n"
@@ -49,6 +49,21 @@ class Message:
 
 class BadMessages(Exception):
     """A row's dialogue cannot be read."""
+
+
+def row_spec(spec: Mapping[str, Any], fields: Mapping[str, str]) -> Mapping[str, Any]:
+    """A task's spec with what the row says of its options for itself."""
+    template = spec.get("options")
+    if not template:
+        return spec
+    own: dict[str, Any] = json.loads(render(template, fields) or "{}")
+    return {**spec, **own}
+
+
+def counted(text: str, finish: str, spent: tuple[int, int, int]) -> dict[str, Any]:
+    """The answer of a task whose rows have options of their own. ``spent``: tokens of the prompt, of them cached ones,
+    and tokens written."""
+    return {"text": text, "finish": finish, "usage": list(spent)}
 
 
 def messages_of(spec: Mapping[str, Any], text: str, fields: Mapping[str, str]) -> list[Message]:

@@ -90,7 +90,9 @@ class Executor:
         self._arrivals = itertools.count()
         #: In the order of their arrival.
         self._works: dict[Key, Work] = {}
-        self._shelf = Shelf(device, engines, files, budget_mb, self._changed, self._in_use, clock)
+        self._shelf = Shelf(
+            device, engines, files, budget_mb, self._changed, self._in_use, self._heads_in_use, clock
+        )
         self._preparing = Preparing(
             self._changed, spawn, self._stream_for, self._ready, self._lost_device, clock
         )
@@ -355,6 +357,10 @@ class Executor:
     def _in_use(self) -> set[ModelKey]:
         """The models that must stay. Under the lock."""
         return {w.model for w in self._works.values() if w.stage in IN_USE} | self._preparing.models()
+
+    def _heads_in_use(self) -> set[str]:
+        """Digests of what must stay beside the models. Under the lock."""
+        return {task.manifest.digest for w in self._works.values() if w.stage in IN_USE for task in w.heads}
 
     def _lost_device(self) -> None:
         event(log, "device broken", logging.ERROR)

@@ -5,8 +5,8 @@ Going down forgets who read along, and lets rows that were to be dropped be comp
 
 from alembic import op
 
-revision = "0015"
-down_revision = "0014"
+revision = "0017"
+down_revision = "0016"
 branch_labels = None
 depends_on = None
 
