@@ -30,12 +30,15 @@ class FakeLanguageEngine(FakeEngine):
     seen: list[list[str]] = field(default_factory=list)
     #: Rows inside beyond which there is no memory.
     memory: int | None = None
+    #: Seconds that a row takes to come in.
+    admit_s: float = 0.0
     tenants: set[str] = field(default_factory=set)
 
     def admit(self, pass_: Pass, row: Prepared, ticket: Hashable, *, urgent: bool) -> bool:
         if len(self.inside_) >= self.places + urgent:
             return False
         self.tenants.add(pass_.tenant)
+        self.clock.now += self.admit_s
         self.inside_[ticket] = [row.inputs, len(row.inputs), pass_.tasks]
         return True
 
@@ -128,6 +131,21 @@ def test_who_waits_interactively_goes_in_before_bulk_and_beyond_its_places(house
     assert house.engine.seen[-1] == ["bulk bulk"] * 4 + ["hi"]
     house.executor.step()
     assert list(house.outcomes()) == [quick.key]
+
+
+def test_what_is_asked_by_many_at_once_is_written_together(house: LanguageHouse) -> None:
+    house.engine.places = 32
+    for _ in range(16):
+        house.submit(asks("a" * 10, interactive=True))
+    house.steps()
+    assert [len(texts) for texts in house.engine.seen] == [16] * 10
+
+
+def test_rows_that_are_slow_to_come_in_do_not_make_a_step_look_slow(house: LanguageHouse) -> None:
+    house.engine.admit_s = 1.0
+    house.submit(asks("aaaa", "bbbb"))
+    house.steps()
+    assert house.executor._shelf.paces[MODEL.digest, "fp32"].cost.seconds(2) == pytest.approx(0.01, rel=0.1)
 
 
 def test_tokens_and_seconds_are_told_row_by_row_and_add_up(house: LanguageHouse) -> None:

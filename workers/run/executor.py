@@ -245,7 +245,7 @@ class Executor:
             waited_for=group is None and first.interactive,
         )
         with self._preparing.nothing_beside() if first.exclusive or stream.alone else nullcontext():
-            began = self._clock()
+            began = stepping = self._clock()
             self._activity = Occupation("running", began, FIRST_RUN_S)
             if not len(stream):
                 loaded.goes_on()
@@ -260,6 +260,9 @@ class Executor:
                 if len(stream):
                     self._activity = Occupation("running", began, stream.deadline_s(tokens))
                     self._evidence.mark(stream.running())
+                    if not stream.whole:
+                        # Rows come in once, and have many steps: what that takes is no part of what a token costs.
+                        stepping = self._clock()
                     progress = stream.step(tokens)
             except Unsound as error:
                 self._give_up(first.model, error)
@@ -276,15 +279,15 @@ class Executor:
             loaded.waits(loaded.used + LOOK_S, tokens)
             return
         loaded.goes_on()
-        self._take(loaded, progress, took)
+        self._take(loaded, progress, took, loaded.used - stepping)
 
-    def _take(self, loaded: Loaded, progress: StepResult, took: float) -> None:
-        """Learn from a step, and hand out what it brought."""
+    def _take(self, loaded: Loaded, progress: StepResult, took: float, step_s: float) -> None:
+        """Learn from a step, and hand out what it brought. ``took``: seconds of the turn; ``step_s``: of its tokens."""
         if progress.written:
             self._sayer.write(progress.written)
         if progress.computed:
             before = (pace := loaded.stream.pace).budget.tokens
-            pace.observed(progress.computed, progress.tokens, took)
+            pace.observed(progress.computed, progress.tokens, step_s)
             if pace.budget.tokens != before:
                 event(log, "budget", model=loaded.model.ref, tokens=pace.budget.tokens)
         count = sum(len(rows) for _, rows, _, _ in progress.answered)
