@@ -405,11 +405,14 @@ def _value(name: str, row: Mapping[str, Any], dialogues: Collection[str]) -> Val
         return value
     if value is None and name not in row:
         has = ", ".join(short(key) for key in list(row)[:8]) or "no fields at all"
+        whole, _, part = name.partition(".")
+        # Of an answer {a.b} is a part; the names of fields may hold dots.
+        remedy = f"write {{{whole}[{part}]}} for a part of the field {whole}" if part and whole in row else ""
         return Fault(
             name,
             "no such field",
             f"a value (the row has {has})",
-            f"name a field that rows have, or another task, {OR_ERROR}",
+            f"{remedy or 'name a field that rows have, or another task'}, {OR_ERROR}",
         )
     if name not in dialogues:
         return _clean(name, value)

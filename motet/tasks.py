@@ -7,18 +7,16 @@ is the one place where a stranger's task is checked for form; whether its model 
 from __future__ import annotations
 
 import json
-import re
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import MISSING, dataclass, field, fields
-from functools import lru_cache
 from typing import Any, ClassVar, Literal
 
+from motet.conditions import BadCondition, condition
 from motet.errors import InvalidJob, Problem
-from motet.protocol.values import Value, plain_text
+from motet.templates import NAME, is_placeholder, is_template, placeholders, resolved
 
-#: A placeholder in a template: ``{field}``. Only names are replaced: no attributes, no formats, no code.
-_PLACEHOLDER = re.compile(r"\{([^{}]*)\}")
-_NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_.-]{0,63}\Z")
+#: What a classifier says that abstains, unless a task names another word.
+UNSURE = "unsure"
 
 TooLong = Literal["truncate", "error"]
 Numerics = Literal["fast", "exact"]
@@ -30,8 +28,8 @@ class Task:
     """One named AI operation asked of every row. Use a subclass; they differ in the kind of their cells.
 
     A template is text with ``{name}`` for a field of the row, or for the answer of another task of the job: then
-    this task waits for that cell. A value that is no text stands there as its plain text
-    (``motet.protocol.values.plain_text``). ``{{`` and ``}}`` are braces.
+    this task waits for that cell. ``{name[0]}`` or ``{name.score}`` is a part of it (``motet.templates``). A value that
+    is no text stands there as its plain text (``motet.protocol.values.plain_text``). ``{{`` and ``}}`` are braces.
     """
 
     kind: ClassVar[str] = ""
@@ -42,6 +40,8 @@ class Task:
     model: str = field(kw_only=False)
     #: ``exact`` is fp32; ``fast`` allows the formats whose accuracy check passed when the model was registered.
     numerics: Numerics = "fast"
+    #: The task runs on the rows for which this condition (``motet.conditions``) holds; its other cells are skipped.
+    when: str | None = field(default=None, metadata={"later": True})
 
     def to_json(self) -> dict[str, Any]:
         """The spec as JSON, defaults included, so that its digest does not depend on how it was written.
@@ -62,9 +62,15 @@ class Task:
         return str(getattr(self, self.templates[0]))
 
     @property
-    def reads(self) -> tuple[str, ...]:
-        """Names that this task's templates read, in order of first use: fields of the row, and other tasks."""
+    def placeholders(self) -> tuple[str, ...]:
+        """What this task's templates name, in order of first use: fields of the row, other tasks, and parts of them."""
         return tuple(dict.fromkeys(n for t in self.templates for n in placeholders(getattr(self, t))))
+
+    def reads(self, name: str, names: Collection[str]) -> tuple[str, ...]:
+        """The fields of the row and the other tasks that a task of this ``name`` reads, where its job has these names."""
+        others = frozenset(names) - {name}
+        of_condition = condition(self.when).placeholders if self.when else ()
+        return tuple(dict.fromkeys(resolved(one, others).name for one in (*self.placeholders, *of_condition)))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -86,6 +92,16 @@ class Classify(Reading):
     kind: ClassVar[str] = "classify"
     #: Return every label's score, not only the winner's.
     scores: bool = False
+    #: Where the best label's score is below this, the cell says ``otherwise`` with that score: the model abstains.
+    min_score: float | None = field(default=None, metadata={"later": True})
+    #: A label of the model, or another word. None with a ``min_score``: "unsure".
+    otherwise: str | None = field(default=None, metadata={"later": True})
+
+    def labels_of(self, known: Sequence[str]) -> tuple[str, ...]:
+        """The labels that its cells may hold, where the model knows these."""
+        if self.min_score is None or (word := self.otherwise or UNSURE) in known:
+            return tuple(known)
+        return (*known, word)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -116,10 +132,24 @@ class Function(Reading):
     """The JSON value that a registered Python function returns for the input.
 
     Where ``input`` is one field alone, such as ``{age}``, the function is given its value with its type (an int, a date,
-    None …); otherwise the rendered text.
+    None …); otherwise the rendered text. With ``inputs`` it is given a dict of these fields and answers, each with its
+    type: a label is ``{"label", "score"}``, spans are a list of ``{"text", "label", "score", "start", "end"}``, a vector
+    is a list of floats; None where a part is not there.
     """
 
     kind: ClassVar[str] = "function"
+
+    #: Fields, answers of other tasks, or parts of them, without braces: ``("mood", "event.kind", "messages[-1]")``.
+    #: ``input`` is not read then.
+    inputs: tuple[str, ...] | None = field(default=None, metadata={"later": True})
+
+    @property
+    def shared_input(self) -> str:
+        return template_of(self.inputs) if self.inputs else self.input
+
+    @property
+    def placeholders(self) -> tuple[str, ...]:
+        return self.inputs or placeholders(self.input)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -230,50 +260,15 @@ class Extract(Prompted):
     thinking: bool | None = False
 
 
+def template_of(inputs: Sequence[str]) -> str:
+    """The template that stands for a function's ``inputs``: it names what they name."""
+    return "".join(f"{{{one}}}" for one in inputs)
+
+
 #: Every kind of task that can cross the wire.
 KINDS: Mapping[str, type[Task]] = {
     k.kind: k for k in (Classify, Number, Embed, Entities, Function, Fit, Generate, Chat, Choose, Extract)
 }
-
-
-def placeholders(template: str) -> tuple[str, ...]:
-    """Field names in a template, in order of first use. ``{{`` and ``}}`` are literal braces."""
-    return tuple(dict.fromkeys(uses(template)))
-
-
-def uses(template: str) -> list[str]:
-    """The same names, each as often as it stands there."""
-    return _PLACEHOLDER.findall(template.replace("{{", "").replace("}}", ""))
-
-
-def sole_field(template: str) -> str | None:
-    """The field that is the whole of a template: its values may go without a text. None where there is more."""
-    whole = _PLACEHOLDER.fullmatch(template)
-    return whole[1] if whole else None
-
-
-def render(template: str, row: Mapping[str, Value]) -> str:
-    """Fill a template by named replacement only. Raises KeyError for a field that the row lacks.
-
-    A row's text is data: braces inside it are never looked at again.
-    """
-    if template == "{text}":
-        return plain_text(row["text"])
-    return "".join([plain_text(row[piece]) if is_name else piece for piece, is_name in _pieces(template)])
-
-
-@lru_cache(256)
-def _pieces(template: str) -> tuple[tuple[str, bool], ...]:
-    """A template as literal texts and names of fields, in order; True stands beside a name."""
-    parts = re.split(r"(\{\{|\}\}|\{[^{}]*\})", template)
-    return tuple(
-        (p[0], False)
-        if p in ("{{", "}}")
-        else (p[1:-1], True)
-        if len(p) > 1 and p[0] == "{" and p[-1] == "}"
-        else (p, False)
-        for p in parts
-    )
 
 
 def fields_of(tasks: Mapping[str, Task]) -> tuple[str, ...]:
@@ -291,7 +286,7 @@ def fields_read(name: str, tasks: Mapping[str, Task]) -> tuple[str, ...]:
 
 def row_fields(name: str, task: Task, names: Collection[str]) -> tuple[str, ...]:
     """Fields of the row that a task of this name reads in a job whose tasks have these names."""
-    return tuple(read for read in task.reads if read == name or read not in names)
+    return tuple(read for read in task.reads(name, names) if read == name or read not in names)
 
 
 def dialogues_of(tasks: Mapping[str, Task]) -> frozenset[str]:
@@ -301,7 +296,7 @@ def dialogues_of(tasks: Mapping[str, Task]) -> frozenset[str]:
         for name, task in tasks.items()
         if isinstance(task, Chat)
         for read in placeholders(task.messages)
-        if read == name or read not in tasks
+        if resolved(read, tasks.keys() - {name}).name not in tasks.keys() - {name}
     )
 
 
@@ -330,7 +325,7 @@ def parse(tasks: object) -> dict[str, Task]:
     problems: list[Problem] = []
     parsed: dict[str, Task] = {}
     for name, spec in tasks.items():
-        if not isinstance(name, str) or not _NAME.match(name):
+        if not isinstance(name, str) or not NAME.match(name):
             problems.append(
                 Problem(
                     "tasks", short(name), "a name of letters, digits, _ . -, up to 64", "rename this task"
@@ -371,13 +366,26 @@ def _parse_one(where: str, spec: object) -> Task:
                 problems.append(Problem(f"{where}.{key}", "nothing", needed.words, needed.remedy))
             continue
         expected = _NEW_TOKENS if key == "max_tokens" and issubclass(cls, _WRITES) else _EXPECTED[key]
-        if expected.check(spec[key]) or (spec[key] is None and f.default is None):
+        if key == "when" and spec[key] is not None and (flaw := _flaw_of(spec[key])):
+            problems.append(Problem(f"{where}.when", flaw, expected.words, expected.remedy))
+        elif expected.check(spec[key]) or (spec[key] is None and f.default is None):
             values[key] = tuple(spec[key]) if isinstance(spec[key], list) else spec[key]
         else:
             problems.append(Problem(f"{where}.{key}", short(spec[key]), expected.words, expected.remedy))
     if problems:
         raise InvalidJob(problems)
     return cls(**values)
+
+
+def _flaw_of(written: object) -> str:
+    """What is wrong with a condition, in words; "" where nothing is."""
+    if not isinstance(written, str):
+        return short(written)
+    try:
+        condition(written)
+    except BadCondition as bad:
+        return str(bad)
+    return ""
 
 
 def short(value: object, limit: int = 40) -> str:
@@ -418,10 +426,7 @@ def _is_template(value: object) -> bool:
 
 def _is_prompt(value: object) -> bool:
     """A template that need not name a field."""
-    if not _clean_text(value) or not isinstance(value, str):
-        return False
-    bare = _PLACEHOLDER.sub("", value.replace("{{", "").replace("}}", ""))
-    return all(_NAME.match(n) for n in placeholders(value)) and "{" not in bare and "}" not in bare
+    return isinstance(value, str) and _clean_text(value) and is_template(value)
 
 
 def _is_prompt_or_nothing(value: object) -> bool:
@@ -429,7 +434,7 @@ def _is_prompt_or_nothing(value: object) -> bool:
 
 
 def _is_one_field(value: object) -> bool:
-    return isinstance(value, str) and value.startswith("{") and _is_template(value) and value.count("{") == 1
+    return isinstance(value, str) and value[:1] + value[-1:] == "{}" and bool(NAME.match(value[1:-1]))
 
 
 def _is_whole(low: int, high: int) -> Callable[[object], bool]:
@@ -460,15 +465,19 @@ def _is_schema(value: object) -> bool:
 
 
 _MODEL = "the name of a registered model"
-_TEMPLATE = "text that names at least one field, such as {text}"
+_TEMPLATE = "text that names at least one field, such as {text}, or a part of one, such as {messages[-1]}"
 _PROMPT = "text, with {field} where a field of the row or another task's answer belongs"
 _PROMPT_OR_NOTHING = "such text, or nothing"
 _FIELD = "one field in braces, such as {messages}"
 _TOKENS = "a whole number from 3 to 1,000,000, or null"
 _WRITTEN = "a whole number from 1 to 100,000"
 _STOP = "up to 16 different texts of up to 100 characters"
+_INPUTS = "1 to 64 different names of fields or tasks, or parts of them such as event.kind"
 _LABELS = "2 to 100 different texts of up to 200 characters"
 _TEMPERATURE = "a number from 0 to 10"
+_CONDITION = "a condition on fields and answers, such as alert != 'none' and risk > 0.4"
+_SHARE = "a number above 0, at most 1"
+_LABEL = "a text of up to 200 characters"
 _SEED = "a whole number from 0 to 2^63 - 1"
 _SCHEMA = "a JSON Schema of up to 20,000 characters"
 _CHECKS: Mapping[str, Callable[[Any], bool]] = {
@@ -480,8 +489,12 @@ _CHECKS: Mapping[str, Callable[[Any], bool]] = {
     _TOKENS: _is_whole(3, 1_000_000),
     _WRITTEN: _is_whole(1, 100_000),
     _STOP: _are_texts(0, 16, 100),
+    _INPUTS: lambda v: _are_texts(1, 64, 200)(v) and all(is_placeholder(one) for one in v),
     _LABELS: _are_texts(2, 100, 200),
     _TEMPERATURE: _is_temperature,
+    _CONDITION: lambda v: not _flaw_of(v),
+    _SHARE: lambda v: isinstance(v, int | float) and not isinstance(v, bool) and 0 < v <= 1,
+    _LABEL: lambda v: _clean_text(v) and len(v) <= 200,
     _SEED: _is_whole(0, 2**63 - 1),
     _SCHEMA: _is_schema,
 }
@@ -489,6 +502,7 @@ _BRACES = "write {field} where the row's field belongs, {{ and }} for braces"
 _EXPECTED: Mapping[str, _Expected] = {
     "model": _Expected(_MODEL, "see `motet models`"),
     "input": _Expected(_TEMPLATE, _BRACES),
+    "inputs": _Expected(_INPUTS, "list them without braces: mood, event.kind, messages[-1]"),
     "about": _Expected(_TEMPLATE, _BRACES),
     "prompt": _Expected(_PROMPT, _BRACES),
     "question": _Expected(_PROMPT_OR_NOTHING, _BRACES),
@@ -496,11 +510,14 @@ _EXPECTED: Mapping[str, _Expected] = {
     "messages": _Expected(_FIELD, "name the field that holds the list of messages"),
     "max_tokens": _Expected(_TOKENS, "leave it out to use the model's own limit"),
     "too_long": _Expected("truncate or error", "choose one", ("truncate", "error")),
+    "when": _Expected(_CONDITION, "compare with == != < <= > >= in, and join with and, or, not"),
     "numerics": _Expected("fast or exact", "choose one", ("fast", "exact")),
     "first": _Expected("auto, text or instruction", "choose one", ("auto", "text", "instruction")),
     "dtype": _Expected("fp32 or fp16", "choose one", ("fp32", "fp16")),
     "normalize": _Expected("true or false", "choose one", kind=bool),
     "scores": _Expected("true or false", "choose one", kind=bool),
+    "min_score": _Expected(_SHARE, "say below which score the model should abstain, such as 0.5"),
+    "otherwise": _Expected(_LABEL, "say what stands in the cell then, such as unsure"),
     "calibrate": _Expected("true or false", "choose one", kind=bool),
     "labels": _Expected(_LABELS, "list the labels to choose from"),
     "stop": _Expected(_STOP, "list the texts before which writing ends"),

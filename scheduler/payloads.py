@@ -12,10 +12,11 @@ from cachetools import LRUCache
 from motet.protocol.manifest import Manifest
 from motet.protocol.values import Value
 from motet.protocol.wire import Assignment, TaskOrder
-from motet.tasks import KINDS, placeholders, render, sole_field
-from scheduler.answers import as_texts
+from motet.tasks import KINDS
+from motet.templates import placeholders, render, sole_placeholder
 from scheduler.blocks import decode_block, row_order
 from scheduler.policy.fairness import INTERACTIVE
+from scheduler.readable import Readable, UpstreamAnswer
 from scheduler.store import payload_rows
 from scheduler.store.database import Database
 from scheduler.store.leases import Leased
@@ -38,7 +39,7 @@ class Payloads:
     def __post_init__(self) -> None:
         self._blocks: LRUCache[tuple[str, int], _Block] = LRUCache(_CACHE_BYTES, attrgetter("bytes"))
         self._passes: LRUCache[tuple[str, int], _Pass] = LRUCache(_PASSES_KEPT)
-        #: Of places whose pass reads other tasks' answers, or may have an order of its own.
+        #: Of places whose pass may have an order of its own, since it reads other tasks' answers or has a condition.
         self._upstream: LRUCache[_Place, _Upstream] = LRUCache(_CACHE_BYTES, attrgetter("bytes"))
 
     def assignments(self, leased: Sequence[Leased]) -> dict[str, list[Assignment]]:
@@ -53,7 +54,7 @@ class Payloads:
                     for item in group
                     if (p := passes.get((item.job, item.pass_number)))
                     for r in item.carved.ranges
-                    if p.needs or ((b := blocks.get((item.job, r.block))) and b.partly_bad)
+                    if p.own_order or ((b := blocks.get((item.job, r.block))) and b.partly_bad)
                 }
             )
             for item in group:
@@ -93,10 +94,11 @@ class Payloads:
             found = payload_rows.upstream_answers(connection, wanted)
         upstream = {}
         for where, (order, answers) in found.items():
-            texts = {a.name: as_texts(a.column, a.spec, a.labels) for a in answers}
-            size = _ENTRY_BYTES + sum(len(text) for column in texts.values() for text in column)
+            size = _ENTRY_BYTES + sum(len(text) for a in answers for text in a.texts)
+            size += sum(len(array) for a in answers for array in a.column.arrays.values())
             size += len(order or b"")
-            upstream[where] = _Upstream(texts, None if order is None else row_order(order), size)
+            own = None if order is None else row_order(order)
+            upstream[where] = _Upstream({a.name: a for a in answers}, own, size)
         return upstream
 
 
@@ -139,34 +141,41 @@ def _assignment(
     if p is None or any((leased.job, r.block) not in blocks for r in leased.carved.ranges):
         return None
     tasks = tuple(order for number, order in p.tasks if leased.carved.todo >> number & 1)
-    also = _names_beside_input(tasks)
+    beside = _placeholders_beside_input(tasks)
     named = any(order.spec.get("temperature", 0) or order.spec["kind"] == "fit" for order in tasks)
-    texts: list[str] = []
-    fields: dict[str, list[str]] = {name: [] for name in also}
-    indices: list[int] = []
+    is_function = bool(tasks) and all(order.spec["kind"] == "function" for order in tasks)
+    inputs: Sequence[str] = (is_function and tasks[0].spec.get("inputs")) or ()
     # A function whose whole input is one field of the row is given its values; another task's answer is text.
-    sole = sole_field(p.input) if tasks and all(t.spec["kind"] == "function" for t in tasks) else None
+    sole = sole_placeholder(p.input) if is_function and not inputs else None
+    texts: list[str] = []
+    fields: dict[str, list[str]] = {written: [] for written in beside}
+    indices: list[int] = []
     values: list[Value] = []
-    is_typed = False
+    is_typed = bool(inputs)
     for r in leased.carved.ranges:
         block = blocks[leased.job, r.block]
-        columns, order = block.columns, block.order
-        if p.needs or block.partly_bad:
+        answers: _Upstream | None = None
+        if p.own_order or block.partly_bad:
             answers = upstream.get((leased.job, leased.pass_number, r.block))
             if answers is None:
                 return None
-            # The answer of a task hides a field of its name.
-            columns = {**columns, **answers.texts}
-            sole = None if sole in answers.texts else sole
-            order = block.order if answers.order is None else answers.order
+        readable = Readable(block.columns, block.typed, answers.answers if answers else {})
+        order = block.order if answers is None or answers.order is None else answers.order
         rows = order[r.lo : r.hi]
-        if sole is not None:
-            is_typed = is_typed or sole in block.typed
-            column = block.typed.get(sole, columns[sole])
-            values += (column[i] for i in rows)
-        texts += (render(p.input, {f: column[i] for f, column in columns.items()}) for i in rows)
-        for name, of_rows in fields.items():
-            of_rows += (columns[name][i] for i in rows)
+        if inputs:
+            columns = [readable.values(one, rows) for one in inputs]
+            values += (dict(zip(inputs, row, strict=True)) for row in zip(*columns, strict=True))
+            texts += [""] * len(rows)
+        else:
+            if sole is not None and not readable.is_answer(sole):
+                is_typed = is_typed or readable.is_typed(sole)
+                values += readable.values(sole, rows)
+            read = {one: readable.texts(one, rows) for one in placeholders(p.input)}
+            texts += (
+                render(p.input, {one: column[i] for one, column in read.items()}) for i in range(len(rows))
+            )
+        for written, of_rows in fields.items():
+            of_rows += readable.texts(written, rows)
         if named:
             indices += (block.first_row + i for i in rows)
     return Assignment(
@@ -191,14 +200,14 @@ def _assignment(
     )
 
 
-def _names_beside_input(tasks: Sequence[TaskOrder]) -> tuple[str, ...]:
-    """What the tasks' other templates read, in order of first use: the worker renders these, since they differ by task."""
+def _placeholders_beside_input(tasks: Sequence[TaskOrder]) -> tuple[str, ...]:
+    """What the tasks' other templates name, in order of first use: the worker renders these, since they differ by task."""
     return tuple(
         dict.fromkeys(
-            name
+            written
             for order in tasks
             for template in KINDS[order.spec["kind"]].templates[1:]
-            for name in placeholders(order.spec[template])
+            for written in placeholders(order.spec[template])
         )
     )
 
@@ -212,7 +221,7 @@ def _read_pass(row: Any, tasks: Sequence[Any]) -> _Pass:
         model=Manifest.from_json(row.manifest),
         tenant=str(row.tenant_id),
         priority=row.priority,
-        needs=bool(row.needs),
+        own_order=bool(row.needs) or row.condition is not None,
         tasks=tuple(
             (t.number, TaskOrder(name=t.name, spec=t.spec, manifest=Manifest.from_json(t.manifest)))
             for t in tasks
@@ -240,8 +249,8 @@ class _Block:
 class _Upstream:
     """What a pass has of its own in one block: its rows, and what it reads of other tasks."""
 
-    #: Task name -> its answers as text, by offset in the block.
-    texts: Mapping[str, Sequence[str]]
+    #: Task name -> its answers, by offset in the block.
+    answers: Mapping[str, UpstreamAnswer]
     #: The order of the rows that it has to do; None: the block's own.
     order: Sequence[int] | None
     bytes: int
@@ -262,6 +271,6 @@ class _Pass:
     model: Manifest
     tenant: str
     priority: int
-    #: It reads other tasks' answers.
-    needs: bool
+    #: It reads other tasks' answers, or has a condition: some rows of a block may not be its own.
+    own_order: bool
     tasks: tuple[tuple[int, TaskOrder], ...]

@@ -189,6 +189,7 @@ def plan_table(plan: Plan, *, numbered: bool = False) -> Table:
     ``numbered``: the tasks are told elsewhere, by the number of the pass.
     """
     estimated = any(p.seconds is not None for p in plan.passes)
+    partly = any(p.share < 1 for p in plan.passes)
     writes = any(p.tokens_out for p in plan.passes)
     return table(
         (
@@ -196,6 +197,7 @@ def plan_table(plan: Plan, *, numbered: bool = False) -> Table:
             "engine",
             "!model",
             *([] if numbered else ["tasks"]),
+            *(["#of the rows"] if partly else []),
             "#tokens",
             "#instead of",
             *(["#written ≤"] if writes else []),
@@ -208,6 +210,7 @@ def plan_table(plan: Plan, *, numbered: bool = False) -> Table:
                 p.kind.partition(" ")[0],
                 p.model,
                 *([] if numbered else [", ".join(p.tasks)]),
+                *([f"~{p.share:.0%}"] if partly else []),
                 f"~{p.tokens:,}",
                 f"~{p.unfused_tokens:,}",
                 *([f"{p.tokens_out:,}"] if writes else []),

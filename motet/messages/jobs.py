@@ -306,6 +306,9 @@ class PlannedPass(JobPass):
 
     #: What stands in front of its prompts, and so is shared: ``text`` or ``instruction``; "" where there are none.
     first: Literal["text", "instruction", ""] = ""
+    #: The share of the rows, 0 to 1, that it will run on: where its condition reads fields alone, of the sampled rows;
+    #: else of the newest job that ended with the same condition; 1 where that is not known.
+    share: float = 1.0
     #: Tokens of all rows in this pass, after truncation.
     tokens: int = 0
     #: The same with padding, as a device computes them.
@@ -368,6 +371,7 @@ class Plan(ApiMessage):
         ]
         for p in self.passes:
             waits = f", behind {', '.join(p.needs)}" if p.needs else ""
+            waits += f", on ~{p.share:.0%} of the rows" if p.share < 1 else ""
             lines.append(f"  {p.kind}: {', '.join(p.tasks)}{waits} (~{p.tokens:,} tokens)")
         lines.append(f"  ~{self.tokens:,} tokens in all; with a pass per task ~{self.unfused_tokens:,}")
         if self.tokens_out:

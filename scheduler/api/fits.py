@@ -12,7 +12,7 @@ from motet.errors import InvalidJob, NotFound, Problem
 from motet.messages.training import Checkpoint, FitList, FitRecord, FitReport
 from motet.protocol.envelope import pack
 from motet.protocol.wire import LEASE_HEADER
-from motet.tasks import render
+from motet.templates import filled
 from scheduler.api.auth import Caller
 from scheduler.api.blobs import drop_blob, lease_of
 from scheduler.api.records import JobPath
@@ -131,9 +131,9 @@ def show_lesson(
         return Response(pack({"end": True}), media_type=_PACKED)
     read: list[str] = []
     if texts:
-        columns = decode_block(found.payload).texts()
+        columns = decode_block(found.payload).values
         read = [
-            render(found.input, dict(zip(columns, row_, strict=True)))
+            filled(found.input, dict(zip(columns, row_, strict=True)))
             for row_ in zip(*columns.values(), strict=True)
         ]
     return Response(pack({"texts": read, "vectors": found.vectors.to_wire()}), media_type=_PACKED)

@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import replace
+from math import ceil
 from typing import Any
+from uuid import UUID
 
 from fastapi import Request
 from starlette.concurrency import run_in_threadpool
 
+from motet.conditions import condition
 from motet.messages.jobs import Plan, PlannedPass, PlanRequest
 from motet.protocol.transport import TransportLost
-from motet.protocol.values import plain_text
-from motet.tasks import Prompted, Task, fields_read, placeholders, render
+from motet.protocol.values import Value, plain_text
+from motet.tasks import Prompted, Task, fields_read
+from motet.templates import filled, placeholders, render, value_in
 from scheduler.api.auth import Caller
 from scheduler.api.bodies import json_body, whole_body
 from scheduler.api.opening import SUBMISSION, inline_rows, planned_with
@@ -27,6 +31,7 @@ from scheduler.policy.plan import PassPlan, Sample, estimate, reads_of
 from scheduler.policy.prompt_cost import TaskTokens, estimate_prompts
 from scheduler.policy.prompt_order import instruction
 from scheduler.store import drains
+from scheduler.store.dependence import known_share
 from scheduler.store.rates import rates as learned_rates
 from scheduler.store.rates import refusals
 
@@ -40,24 +45,24 @@ routes = Routes(tags=["jobs"])
 )
 async def plan_job(request: Request, use: Use, caller: Caller) -> Plan:
     async with whole_body(request, use, use.settings.max_part_bytes) as raw:
-        return await run_in_threadpool(_dry_run, use, raw)
+        return await run_in_threadpool(_dry_run, use, caller, raw)
 
 
-def _dry_run(use: Resources, raw: bytes) -> Plan:
+def _dry_run(use: Resources, caller: Caller, raw: bytes) -> Plan:
     asked = read_submission(PlanRequest, json_body(raw), max_tasks=use.settings.max_tasks)
     incoming = inline_rows(use, asked) if asked.said.rows else None
     planned = planned_with(use, asked, incoming)
     part = incoming.part() if incoming else IncomingPart(columns={name: [] for name in asked.fields})
     unread = {name: absent(part.bad, part.bad_fields, fields_read(name, asked.tasks)) for name in asked.tasks}
-    rows = {
-        i: {name: plain_text(values[i]) for name, values in part.columns.items()}
+    rows: dict[int, dict[str, Value]] = {
+        i: {name: values[i] for name, values in part.columns.items()}
         for i in askable(range(len(part)), list(unread.values()))
     }
     sample = Sample(
         rows=len(rows),
         total_rows=len(rows) if asked.said.total_rows is None else asked.said.total_rows,
         # Of a pass that reads some of the fields the others' bytes tell nothing: then rows count.
-        text_bytes=sum(len(text.encode()) for row in rows.values() for text in row.values()),
+        text_bytes=sum(len(plain_text(value).encode()) for row in rows.values() for value in row.values()),
         total_bytes=asked.said.total_bytes,
     )
     by_rows = replace(sample, total_bytes=None)
@@ -67,10 +72,10 @@ def _dry_run(use: Resources, raw: bytes) -> Plan:
     names = list(asked.tasks)
     for p in planned.passes:
         # Of answers that are not there yet nothing is counted.
-        unknown = {names[number]: "" for number in p.needs}
+        unknown: dict[str, Value] = {names[number]: "" for number in p.needs}
         here = askable(list(rows), [unread[names[number]] for number in p.tasks])
-        seen = [{**rows[i], **unknown} for i in here]
-        lengths = use.counter.lengths(p.model, [render(p.input, row) for row in seen])
+        seen, share = _asked_of(use, caller.tenant, p, [{**rows[i], **unknown} for i in here])
+        lengths = use.counter.lengths(p.model, [filled(p.input, row, unknown) for row in seen])
         demand = planned.demand(p)
         timing: dict[str, Any] = {
             "seconds_per_token": [
@@ -83,7 +88,7 @@ def _dry_run(use: Resources, raw: bytes) -> Plan:
         }
         of_it = sample if all(reads_of(p, asked.tasks).times) else by_rows
         if p.prompts:
-            prompts = [_asked(use, p, asked.tasks[names[number]], seen) for number in p.tasks]
+            prompts = [_asked(use, p, asked.tasks[names[number]], seen, unknown) for number in p.tasks]
             guess = estimate_prompts(p, lengths, prompts, of_it, **timing)
         else:
             too_long.update(
@@ -99,6 +104,7 @@ def _dry_run(use: Resources, raw: bytes) -> Plan:
                 max_tokens=p.max_tokens,
                 needs=tuple(names[number] for number in p.needs),
                 first=p.first,
+                share=share,
                 tokens=guess.tokens,
                 computed_tokens=guess.computed_tokens,
                 unfused_tokens=guess.unfused_tokens,
@@ -122,14 +128,31 @@ def _dry_run(use: Resources, raw: bytes) -> Plan:
     )
 
 
+def _asked_of(
+    use: Resources, tenant: UUID, p: PassPlan, rows: list[dict[str, Value]]
+) -> tuple[list[dict[str, Value]], float]:
+    """Those of these rows that a pass runs on, or as many as these may be; and their share of all."""
+    if p.condition is None or not rows:
+        return rows, 1.0
+    if not p.needs:
+        held = condition(p.condition)
+        kept = [row for row in rows if held.holds({one: value_in(one, row) for one in held.placeholders})]
+        return kept, len(kept) / len(rows)
+    with use.database.transaction() as connection:
+        share = known_share(connection, tenant, p.condition)
+    return rows[: ceil(share * len(rows))], share
+
+
 def _together(seconds: Sequence[float | None]) -> float | None:
     """Their sum; None where one is not known: nothing that could run it is there."""
     known = [s for s in seconds if s is not None]
     return sum(known) if len(known) == len(seconds) else None
 
 
-def _asked(use: Resources, p: PassPlan, task: Task, rows: list[dict[str, str]]) -> TaskTokens:
-    """A task of a language model in tokens, by the tokenizer that will read it."""
+def _asked(
+    use: Resources, p: PassPlan, task: Task, rows: list[dict[str, Value]], answers: Collection[str]
+) -> TaskTokens:
+    """A task of a language model in tokens, by the tokenizer that will read it. ``answers``: names that are tasks."""
     system = str(getattr(task, "system", ""))
     asked = instruction(task) if isinstance(task, Prompted) else ""
 
@@ -138,7 +161,7 @@ def _asked(use: Resources, p: PassPlan, task: Task, rows: list[dict[str, str]]) 
             return use.counter.lengths(p.model, [render(template, {})] if template else []) * len(rows) or [
                 0
             ] * len(rows)
-        return use.counter.lengths(p.model, [render(template, row) for row in rows])
+        return use.counter.lengths(p.model, [filled(template, row, answers) for row in rows])
 
     return TaskTokens(
         system=system,

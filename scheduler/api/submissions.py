@@ -16,7 +16,7 @@ from motet.errors import InvalidJob, Problem
 from motet.messages.jobs import Submission
 from motet.protocol.manifest import Manifest
 from motet.protocol.values import MAX_DEPTH, Doubled, byte_lengths
-from motet.tasks import Choose, Task, dialogues_of, fields_of, parse, short
+from motet.tasks import Choose, Classify, Task, dialogues_of, fields_of, parse, short
 from scheduler.api.answer_schemas import schema_problems
 from scheduler.api.bodies import clean_object, misfits_of
 from scheduler.blocks import IncomingPart, absent
@@ -161,6 +161,13 @@ def _manifests(registered: Mapping[str, Registered]) -> dict[str, Manifest]:
     return {name: r.manifest for name, r in registered.items()}
 
 
+def _labels(task: Task, model: Manifest) -> tuple[str, ...]:
+    """What the codes of the task's cells mean."""
+    if isinstance(task, Choose):
+        return task.labels
+    return task.labels_of(model.labels) if isinstance(task, Classify) else model.labels
+
+
 def new_job(
     job: UUID, tenant: UUID, asked: CheckedSubmission[Submission], planned: Planned, key: str | None
 ) -> NewJob:
@@ -178,7 +185,7 @@ def new_job(
                 model_id=model.id,
                 kind=task.kind,
                 spec=task.to_json(),
-                labels=task.labels if isinstance(task, Choose) else model.manifest.labels,
+                labels=_labels(task, model.manifest),
                 digest=task_digest(task, model.manifest, loaded_model(model.manifest, trunks)),
             )
         )
@@ -203,6 +210,7 @@ def new_job(
                 rate_key=p.rate_key,
                 reads=read.times,
                 bytes_beside=read.beside,
+                condition=p.condition,
             )
             for p, read in zip(planned.passes, reads, strict=True)
         ),

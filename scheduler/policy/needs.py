@@ -19,7 +19,7 @@ def needs_of(tasks: Mapping[str, Task]) -> tuple[tuple[int, ...], ...]:
     """Who reads whose answer."""
     number = {name: i for i, name in enumerate(tasks)}
     return tuple(
-        tuple(sorted(number[read] for read in set(task.reads) & number.keys() - {name}))
+        tuple(sorted(number[read] for read in set(task.reads(name, number)) & number.keys() - {name}))
         for name, task in tasks.items()
     )
 

@@ -20,7 +20,8 @@ from typing import Literal
 
 from motet.errors import InvalidJob, Problem
 from motet.protocol.manifest import ANSWERS, Manifest, column_kind
-from motet.tasks import Chat, First, Prompted, Reading, Task, fields_of, render, short, uses
+from motet.tasks import Chat, Classify, First, Function, Prompted, Reading, Task, fields_of, short
+from motet.templates import render, resolved, uses
 from scheduler.blocks import Reads
 from scheduler.policy.carve import MAX_ROWS
 from scheduler.policy.cost import learned_as
@@ -49,6 +50,8 @@ class PassPlan:
     tasks: tuple[int, ...]
     #: Numbers of the tasks whose cells it reads: a block of it waits until these are sealed there.
     needs: tuple[int, ...] = ()
+    #: It runs on the rows for which this holds; None: on all.
+    condition: str | None = None
     #: What stands in front in its prompts: "text" or "instruction"; "" where there are none.
     first: Literal["text", "instruction", ""] = ""
     #: The name under which this pass' speed is learned, where that is not its trunk's; "": it is.
@@ -73,7 +76,7 @@ def plan(
     ``models``: task name -> manifest of its model; a task without one names an unknown model. ``trunks``:
     ``name@version`` -> manifest, for every trunk that a head of these names. ``registered``: versions and aliases to suggest.
     ``mean_bytes``: field -> UTF-8 bytes in a row, as far as they are known.
-    Two tasks fuse when trunk, template, tokens read, numeric class and the tasks that they need are the same;
+    Two tasks fuse when trunk, template, tokens read, numeric class, condition and the tasks that they need are the same;
     ``too_long`` may differ, for it only decides what becomes of a row's answer. Since all tasks of a pass need the
     same ones, passes can no more wait for each other than tasks can. Raises InvalidJob with every problem found.
     """
@@ -91,7 +94,10 @@ def plan(
         task, model = tasks[names[number]], models[names[number]]
         loaded = loaded_model(model, trunks)
         max_tokens = tokens_read(task, model, loaded)
-        what = (*_what_is_shared(model, loaded), task.shared_input, max_tokens, task.numerics, needs[number])
+        # Values are no text, whatever template stands for them.
+        shared_input = (task.shared_input, isinstance(task, Function) and task.inputs is not None)
+        own = (task.numerics, needs[number], task.when)
+        what = (*_what_is_shared(model, loaded), shared_input, max_tokens, *own)
         fused.setdefault((*what, _order(task)), []).append(number)
     resolved: dict[tuple[object, ...], list[int]] = {}
     for (*alike, first), numbers in fused.items():
@@ -133,6 +139,7 @@ def _pass(
         input=task.shared_input,
         tasks=tuple(numbers),
         needs=needs[numbers[0]],
+        condition=task.when,
         first="instruction" if first == "instruction" else "text" if isinstance(task, Prompted) else "",
         rate_key=rate_key(learned_as("", loaded), [tasks[name] for name in names]) if speaks else "",
     )
@@ -186,9 +193,12 @@ def reads_of(planned: PassPlan, tasks: Mapping[str, Task]) -> Reads:
     answers = {names[number] for number in planned.needs}
     own = [tasks[names[number]] for number in planned.tasks]
     often = Counter(uses(planned.input))
+    fixed = render(planned.input, dict.fromkeys(often, ""))
     # Of each name what the prompt says that names it most.
     often += reduce(or_, (Counter(_uses_beside_input(task)) for task in own))
-    fixed = render(planned.input, dict.fromkeys(often, ""))
+    # How long a part is nobody knows: it counts as the whole.
+    for one in [one for one in often if resolved(one, answers).name != one]:
+        often[resolved(one, answers).name] += often.pop(one)
     return Reads(
         tuple(often[name] for name in fields_of(tasks)),
         len(fixed.encode()) + ANSWER_BYTES * sum(often[name] for name in answers),
@@ -247,6 +257,7 @@ def _wrong(
                 f"choose a model made for {task.kind}, or another kind of task: see `motet models`",
             )
         )
+    problems += _cannot_abstain(name, task, model)
     if model.trunk_model and model.trunk_model not in trunks:
         problems.append(
             Problem(
@@ -268,6 +279,30 @@ def _wrong(
     return problems
 
 
+def _cannot_abstain(name: str, task: Task, model: Manifest) -> list[Problem]:
+    if not isinstance(task, Classify):
+        return []
+    if task.min_score is not None and model.answers == "labels":
+        return [
+            Problem(
+                f"tasks.{name}.min_score",
+                f"{task.min_score} for {model.ref}, which gives each label that reaches its own threshold",
+                "a model that gives one label",
+                "leave min_score out: a row may get no label at all",
+            )
+        ]
+    if task.otherwise is not None and task.min_score is None:
+        return [
+            Problem(
+                f"tasks.{name}.otherwise",
+                f"{short(task.otherwise)} without min_score",
+                "the score below which it is said",
+                "add min_score=0.5, or leave otherwise out",
+            )
+        ]
+    return []
+
+
 #: Kinds of columns that cannot stand in a template.
 _NO_TEXT = {"vector": "a vector", "spans": "a list of spans"}
 
@@ -285,13 +320,16 @@ def _unreadable(
     return [
         Problem(
             f"tasks.{name}",
-            f"{{{names[read]}}}, which is {_NO_TEXT[kinds[names[read]]]}",
-            "a field of the row, or an answer that is a label, a number, a text or JSON",
-            f"read another task's answer, or rename the task {names[read]} if a field of that name is meant",
+            f"{{{written}}}, which is {_NO_TEXT[kinds[meant.name]]}",
+            "a field of the row, an answer that is a label, a number, a text or JSON, or a part of it",
+            f"name a part of it, such as {{{meant.name}[0]}}, or give a function the whole by inputs=(…); rename the task "
+            f"{meant.name} if a field of that name is meant",
         )
         for name, read_by in zip(names, needs, strict=True)
-        for read in read_by
-        if kinds.get(names[read]) in _NO_TEXT
+        if not (isinstance(task := tasks[name], Function) and task.inputs)
+        for written in task.placeholders
+        for meant in [resolved(written, {names[read] for read in read_by})]
+        if not meant.steps and kinds.get(meant.name) in _NO_TEXT and meant.name != name
     ]
 
 

@@ -11,7 +11,8 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Literal
 
-from motet.tasks import Chat, Choose, Extract, Generate, Prompted, Task, placeholders
+from motet.tasks import Chat, Choose, Extract, Generate, Prompted, Task
+from motet.templates import placeholders, resolved
 from scheduler.policy.cost import PRIOR_BYTES_PER_TOKEN
 
 #: UTF-8 bytes of a text, and of another task's answer, before anything is known of either.
@@ -49,8 +50,9 @@ def instruction(task: Prompted) -> str:
 
 def template_bytes(template: str, mean_bytes: Mapping[str, float], answers: frozenset[str]) -> float:
     """UTF-8 bytes of a rendered template, about."""
-    names = placeholders(template)
-    own = len(template.encode()) - sum(len(name.encode()) + 2 for name in names)
+    written = placeholders(template)
+    own = len(template.encode()) - sum(len(one.encode()) + 2 for one in written)
+    names = [resolved(one, answers).name for one in written]
     return own + sum(
         ANSWER_BYTES if name in answers else mean_bytes.get(name, PRIOR_TEXT_BYTES) for name in names
     )

@@ -1,5 +1,7 @@
 """Dependence, block by block: a pass that reads other tasks' answers waits in a block until these are sealed there.
 
+A condition is held against the rows at that moment; of a pass that needs no answer, as soon as the block has landed.
+
 All functions work inside the transaction that sealed them, or that landed the block, and that holds the job's lock. So
 whoever looks finds a pass either waiting, or with rows to carve, and every row taken out of it counted as skipped.
 """
@@ -14,12 +16,15 @@ from uuid import UUID
 
 from sqlalchemy import Connection, Row, text
 
+from motet.conditions import condition
 from motet.protocol.columns import CellError
 from motet.protocol.wire import by_offset
 from motet.states import Skip
 from motet.tasks import row_fields, stored_task
-from scheduler.blocks import Reads, absent, read_in_order, row_order, uint32_bytes
+from scheduler.blocks import Reads, absent, decode_block, read_in_order, row_order, uint32_bytes
+from scheduler.readable import Readable
 from scheduler.store.leases import more_waits
+from scheduler.store.payload_rows import upstream_answers
 from scheduler.store.places import PLACES, Place, at_places
 from scheduler.store.words import land, tell
 
@@ -61,17 +66,68 @@ class Emptied:
     todo: int
 
 
-def failed_upstream(connection: Connection, places: Collection[Place]) -> dict[Place, dict[int, CellError]]:
+def left_out(connection: Connection, places: Collection[Place]) -> dict[Place, dict[int, CellError]]:
     """Of each of these places that has any: offset -> why its cells are skipped, of rows that lack what they need.
 
-    Rows that came in broken are among them. It is the same now and when the place is sealed: sealed columns never change.
+    Rows that came in broken are among them, and those for which its condition does not hold. It is the same now and
+    when the place is sealed: sealed columns never change.
     """
     found: dict[Place, dict[int, CellError]] = defaultdict(dict)
     for job, number, block, name, errors in connection.execute(_FAILED, at_places(places)):
         here = found[job, number, block]
         for offset, e in (errors or {}).items():
             here.setdefault(int(offset), because(name, e["error"], e["message"]))
+    _hold_conditions(connection, places, found)
     return dict(found)
+
+
+_CONDITIONS = text(f"""
+    SELECT k.job, k.pass AS pass_, k.block, p.condition, b.payload, b.bad, b.bad_fields, b.n_rows
+      FROM {PLACES} k (job, pass, block)
+      JOIN pass p ON p.job_id = k.job AND p.number = k.pass AND p.condition IS NOT NULL
+      JOIN block b ON b.job_id = k.job AND b.number = k.block""")
+_NOT_HELD = CellError(Skip.CONDITION, "the condition of its task does not hold")
+
+
+def _hold_conditions(
+    connection: Connection, places: Collection[Place], found: dict[Place, dict[int, CellError]]
+) -> None:
+    """Add the rows for which a place's condition does not hold to those that lack what they need."""
+    asked = connection.execute(_CONDITIONS, at_places(places)).all()
+    if not asked:
+        return
+    upstream = upstream_answers(connection, [(str(row.job), row.pass_, row.block) for row in asked])
+    for row in asked:
+        place = (row.job, row.pass_, row.block)
+        _, answers = upstream[str(row.job), row.pass_, row.block]
+        held = condition(row.condition)
+        here = found[place]
+        stored = decode_block(bytes(row.payload))
+        readable = Readable(stored.values, {}, {a.name: a for a in answers})
+        # Where what it compares came in broken, the cell says that.
+        bad = {int(i) for i in row.bad}.union(
+            *(by_offset(row.bad_fields.get(readable.name_of(one), {})) for one in held.placeholders)
+        )
+        rows = [i for i in range(row.n_rows) if i not in here and i not in bad]
+        columns = [readable.compared(one, rows) for one in held.placeholders]
+        for i, *values in zip(rows, *columns, strict=True):
+            if not held.holds(dict(zip(held.placeholders, values, strict=True))):
+                here[i] = _NOT_HELD
+
+
+_SHARE = text("""
+    SELECT CAST(sum(b.n) AS float8) / nullif(sum(k.n_rows), 0)
+      FROM (SELECT p.job_id, p.number FROM pass p JOIN job j ON j.id = p.job_id
+             WHERE j.tenant_id = :tenant AND p.condition = :condition AND j.state = 'succeeded'
+             ORDER BY j.finished DESC LIMIT 1) p
+      JOIN block_pass b ON b.job_id = p.job_id AND b.pass_number = p.number AND b.todo <> 0
+      JOIN block k ON k.job_id = b.job_id AND k.number = b.block_number""")
+
+
+def known_share(connection: Connection, tenant: UUID, condition: str) -> float:
+    """The share of the rows, 0 to 1, on which a condition held in the tenant's newest job that had it; 1: not known."""
+    share = connection.execute(_SHARE, {"tenant": tenant, "condition": condition}).scalar()
+    return 1.0 if share is None else float(share)
 
 
 def because(task: str, error: str, message: str) -> CellError:
@@ -90,7 +146,7 @@ def release(connection: Connection, blocks: Collection[tuple[UUID, int]]) -> lis
     free = connection.execute(_FREE, {"jobs": list(jobs), "blocks": list(numbers)}).all()
     if not free:
         return []
-    failed = failed_upstream(connection, [_place(row) for row in free])
+    failed = left_out(connection, [_place(row) for row in free])
     skipped: Counter[UUID] = Counter()
     rows: Counter[tuple[UUID, int]] = Counter()
     size: Counter[tuple[UUID, int]] = Counter()

@@ -71,6 +71,8 @@ class LoadingJob:
     #: Task numbers of each pass, in order of pass number, and those of the tasks whose cells it reads.
     passes: tuple[tuple[int, ...], ...]
     needs: tuple[tuple[int, ...], ...]
+    #: Numbers of the passes that run on some rows only.
+    conditional: frozenset[int]
     #: What each pass reads of a row.
     reads: tuple[Reads, ...]
 
@@ -93,7 +95,7 @@ _LOADING = text(
 )
 _READERS = text("""
     SELECT t.number, t.name, t.kind, t.pass_number, t.spec, t.digest, m.manifest, l.manifest AS loaded,
-           p.max_tokens, p.reads, p.bytes_beside
+           p.max_tokens, p.reads, p.bytes_beside, p.condition
       FROM task t JOIN model m ON m.id = t.model_id
       JOIN pass p ON p.job_id = t.job_id AND p.number = t.pass_number JOIN model l ON l.id = p.model_id
      WHERE t.job_id = :job ORDER BY t.number""")
@@ -111,6 +113,7 @@ def loading(connection: Connection, tenant: UUID, job: UUID) -> LoadingJob:
     kinds: list[Kind] = []
     passes: dict[int, list[int]] = {}
     reads: dict[int, Reads] = {}
+    conditional: set[int] = set()
     for row in rows:
         model, loaded = Manifest.from_json(row.manifest), Manifest.from_json(row.loaded)
         # What is drawn is drawn anew for each job, and for each row of it.
@@ -126,6 +129,8 @@ def loading(connection: Connection, tenant: UUID, job: UUID) -> LoadingJob:
         kinds.append(column_kind(row.kind, model))
         passes.setdefault(row.pass_number, []).append(row.number)
         reads[row.pass_number] = Reads(tuple(row.reads), row.bytes_beside, row.max_tokens)
+        if row.condition is not None:
+            conditional.add(row.pass_number)
     return LoadingJob(
         id=found.id,
         tenant=found.tenant_id,
@@ -139,6 +144,7 @@ def loading(connection: Connection, tenant: UUID, job: UUID) -> LoadingJob:
         kinds=tuple(kinds),
         passes=tuple(tuple(passes[number]) for number in sorted(passes)),
         needs=tuple(needs[passes[number][0]] for number in sorted(passes)),
+        conditional=frozenset(conditional),
         reads=tuple(reads[number] for number in sorted(passes)),
     )
 
@@ -325,7 +331,7 @@ class Arranged:
     rows_waiting: Counter[int]
     bytes_waiting: Counter[int]
     cells: Counter[str]
-    #: Blocks in which some pass waits for cells of another, of which some are there already.
+    #: Blocks in which some pass waits, and may wait for nothing any more: for cells that are there, for its condition.
     depend: list[int]
     blocks_done: int = 0
 
@@ -381,7 +387,8 @@ def arrange(
                 landing.cells["error"] += len(todo[task])
         open_passes = _add_passes(connection, landing, job, number, block, todo)
         landing.blocks_done += not open_passes
-        if open_passes and len(landing.block_columns) > shown and any(job.needs):
+        is_there = any(job.needs) and len(landing.block_columns) > shown
+        if open_passes and (is_there or any(not job.needs[p] for p in job.conditional)):
             landing.depend.append(number)
         landing.blocks.append(
             (
@@ -435,7 +442,8 @@ def _add_passes(
         state, settled, size = "sealed", n, 0
         if asked and n:
             open_passes += 1
-            state, settled = "waiting" if job.needs[pass_number] else "ready", 0
+            waits = job.needs[pass_number] or pass_number in job.conditional
+            state, settled = "waiting" if waits else "ready", 0
             reads = job.reads[pass_number]
             size = sum(read_in_order(order, block.lengths, block.n_rows, reads))
         if state == "ready":

@@ -48,6 +48,8 @@ class NewPass:
     #: How often it reads each field of the job, and bytes beside them: see ``scheduler.blocks.Reads``.
     reads: tuple[int, ...] = ()
     bytes_beside: int = 0
+    #: It runs on the rows for which this holds; None: on all.
+    condition: str | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

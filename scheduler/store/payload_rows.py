@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
-from dataclasses import dataclass
+from collections.abc import Collection
 from typing import Any
 from uuid import UUID
 
 from sqlalchemy import Connection, text
 
-from motet.protocol.columns import Column
+from scheduler.readable import UpstreamAnswer
 from scheduler.store.places import PLACES, at_places
 from scheduler.store.results import read_columns
 
@@ -18,7 +17,7 @@ _TEXTS = text("""
       FROM unnest(CAST(:jobs AS uuid[]), CAST(:blocks AS int[])) k (job, block)
       JOIN block b ON b.job_id = k.job AND b.number = k.block""")
 _PASS = text("""
-    SELECT p.kind, p.numerics, p.max_tokens, p.input, p.needs, m.manifest, j.tenant_id, j.priority
+    SELECT p.kind, p.numerics, p.max_tokens, p.input, p.needs, p.condition, m.manifest, j.tenant_id, j.priority
       FROM pass p JOIN model m ON m.id = p.model_id JOIN job j ON j.id = p.job_id
      WHERE p.job_id = :job AND p.number = :pass""")
 _TASKS = text("""
@@ -48,16 +47,6 @@ _UPSTREAM = text(f"""
       JOIN pass p ON p.job_id = k.job AND p.number = k.pass LEFT JOIN LATERAL unnest(p.needs) n (task) ON true
       LEFT JOIN task t ON t.job_id = k.job AND t.number = n.task
       LEFT JOIN block_column c ON c.job_id = k.job AND c.block_number = k.block AND c.task_number = n.task""")
-
-
-@dataclass(frozen=True, slots=True)
-class UpstreamAnswer:
-    """What another task answered in a block."""
-
-    name: str
-    spec: Mapping[str, Any]
-    labels: tuple[str, ...]
-    column: Column
 
 
 def upstream_answers(

@@ -27,7 +27,7 @@ from scheduler.blocks import askable, row_order
 from scheduler.merge import AnswersPart, Positions, array_of, mark_returned, merge
 from scheduler.store.arrays import Elements
 from scheduler.store.database import Asked, together
-from scheduler.store.dependence import absents, failed_upstream, release, skips
+from scheduler.store.dependence import absents, left_out, release, skips
 from scheduler.store.endings import succeed
 from scheduler.store.places import PLACES, Place, at_places
 
@@ -112,7 +112,8 @@ _TAKE_CELLS = text(f"""
 # Of places that are full.
 _BLOCKS = text(f"""
     SELECT b.job_id, b.number, b.n_rows, b.row_order, b.bad, b.bad_fields, b.keys, b.passes_open, j.tenant_id, j.state,
-           EXISTS (SELECT FROM pass o WHERE o.job_id = b.job_id AND o.needs <> '{{}}') AS depends
+           EXISTS (SELECT FROM pass o
+                    WHERE o.job_id = b.job_id AND (o.needs <> '{{}}' OR o.condition IS NOT NULL)) AS depends
       FROM {PLACES} k (job, pass, block) JOIN block_pass p ON {_HERE} AND p.done = p.n
       JOIN block b ON b.job_id = k.job AND b.number = k.block JOIN job j ON j.id = b.job_id""")
 _PARTLY_BAD = text(f"""
@@ -269,7 +270,7 @@ def _seal(
             (row.lo, row.hi, _unpacked(bytes(row.columns)))
         )
     depend = [place for place in places if blocks[place[0], place[2]].depends]
-    failed = failed_upstream(connection, depend) if depend else {}
+    failed = left_out(connection, depend) if depend else {}
     columns: list[Keyed] = []
     shown: list[tuple[UUID, int, int]] = []
     for place, shapes in asked.items():
@@ -350,7 +351,7 @@ def _by_place(read: Sequence[Any]) -> dict[tuple[UUID, int], Any]:
 # -- columns ---------------------------------------------------------------------------------------
 
 #: Errors that the same input will always meet; a column with any other is not offered for reuse.
-_LASTING = frozenset({"too_long", "context_length", "bad_row"})
+_LASTING = frozenset({Skip.CONDITION, "too_long", "context_length", "bad_row"})
 _NEXT_IDS = text("""
     SELECT nextval(pg_get_serial_sequence('sealed_column', 'id')) AS id FROM generate_series(1, :n)""")
 # By tenant and key, in which order the index has them.

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import uuid
 from collections.abc import Collection, Mapping, Sequence
+from typing import Any
 from uuid import UUID
 
 from sqlalchemy import Connection
@@ -53,7 +54,7 @@ def register(database: Database, *models: Manifest) -> None:
 
 def land(
     database: Database,
-    rows: Sequence[str | Mapping[str, str] | Problem],
+    rows: Sequence[str | Mapping[str, Any] | Problem],
     tasks: Mapping[str, Task],
     *,
     block_rows: int = 1024,

@@ -127,6 +127,23 @@ def test_a_plan_tells_what_comes_first_and_what_sharing_saves(house: House) -> N
     assert one["first"] == "text"
 
 
+def test_a_plan_tells_on_which_share_of_the_rows_a_condition_lets_a_pass_run(house: House) -> None:  # noqa: F811
+    tasks = {
+        **CLASSIFY,
+        "old": {**REPLY, "prompt": "Greet.", "when": "age >= 30"},
+        "reply": {**REPLY, "when": "topic != 'sport' and topic.score > 0.5"},
+    }
+    asked = {"tasks": tasks, "rows": [{"text": "word", "age": i} for i in range(40)], "total_rows": 400}
+    planned = house.call("POST", "/v1/plan", json=asked).json()
+    holds(Plan, planned)
+    shares = {p["tasks"][0]: (p["share"], p["tokens"]) for p in planned["passes"]}
+    assert {task: share for task, (share, _) in shares.items()} == {"topic": 1.0, "old": 0.25, "reply": 1.0}
+    asked["tasks"]["old"].pop("when")
+    everywhere = house.call("POST", "/v1/plan", json=asked).json()
+    every = {p["tasks"][0]: p["tokens"] for p in everywhere["passes"]}
+    assert shares["old"][1] == pytest.approx(every["old"] / 4, rel=0.05)
+
+
 def test_a_plan_of_tasks_that_wait_needs_no_answers(house: House) -> None:  # noqa: F811
     plan = house.call("POST", "/v1/plan", json={"tasks": TASKS, "rows": ["one text"]}).json()
     assert [p["needs"] for p in plan["passes"]] == [[], [], ["topic"]]

@@ -15,7 +15,7 @@ from motet.errors import Problem
 from motet.protocol.columns import ERROR, CellError, Column
 from motet.protocol.manifest import Manifest
 from motet.protocol.wire import Assignment, Outcome, Spent
-from motet.tasks import Choose, Classify, Generate, Task
+from motet.tasks import Choose, Classify, Function, Generate, Task
 from scheduler.policy.prompt_order import ANSWER_BYTES
 from scheduler.store import endings, explain
 from scheduler.store.registry import tenant_named
@@ -392,6 +392,8 @@ def speak(a: Assignment, outcome: Outcome) -> Outcome:
                 columns[order.name] = of_json(
                     *(f'{{"text": "{t.upper()}", "finish": "stop"}}' for t in a.texts)
                 )
+            case "function":
+                columns[order.name] = of_json(*(["1"] * len(a.texts)))
             case "choose":
                 codes = struct.pack(f"<{len(a.texts)}h", *(len(t) % 2 for t in a.texts))
                 columns[order.name] = Column(
@@ -444,6 +446,85 @@ def test_prompts_come_with_all_that_they_read(house: House) -> None:
         assert a.fields["mood"] == tuple(("good", "bad")[len(t) % 2] for t in a.texts)
         assert [rows[i] for i in a.indices] == list(a.texts)
     assert house.labels(job, "mood") == ["bad", "good", "good"]
+
+
+def test_parts_of_answers_and_of_fields_come_as_text_and_functions_get_values(house: House) -> None:
+    register(house.database, Manifest(name="fn", version="1", engine="encoder", answers="json"))
+    rows: list[dict[str, Any]] = [
+        {"text": f"row {i}", "turns": [{"role": "user", "content": f"<{i}>"}] * 2, "age": i or None}
+        for i in range(3)
+    ]
+    job = land(
+        house.database,
+        rows,
+        {
+            "mood": Choose("llm", labels=("good", "bad")),
+            "summary": Generate("llm", prompt="Summarise."),
+            "reply": Generate(
+                "llm", prompt="It ended by {summary.finish} as {mood.label}.", about="{turns[-1]}"
+            ),
+            "risk": Function(
+                "fn", inputs=("mood", "summary.text", "turns[0].content", "age", "summary.gone")
+            ),
+        },
+        block_rows=2,
+        gaps={},
+    )
+    sent = seen(house, job)
+    reply = {a.texts: a.fields for a in sent if a.tasks[0].name == "reply"}
+    assert sorted(t for texts_ in reply for t in texts_) == [f"user: <{i}>" for i in range(3)]
+    assert all(f["summary.finish"] == ("stop",) * len(t) for t, f in reply.items())
+    assert {word for f in reply.values() for word in f["mood.label"]} <= {"good", "bad"}
+    given = [v for a in sent if a.tasks[0].name == "risk" for v in a.values]
+    assert [g["age"] for g in sorted(given, key=lambda g: g["turns[0].content"])] == [None, 1, 2]
+    for g in given:
+        assert g["mood"]["label"] in ("good", "bad")
+        assert isinstance(g["mood"]["score"], float)
+        assert g["summary.text"].startswith("ROW ")
+        assert g["summary.gone"] is None
+    assert check(house, job).state == "succeeded"
+
+
+CONDITIONAL: Mapping[str, Task] = {
+    "mood": Choose("llm", labels=("good", "bad")),
+    "reply": Generate("llm", prompt="Answer, it is {mood}.", when="mood == 'bad' and age < 30"),
+    "check": Generate("llm", prompt="Is {reply} right?"),
+    "old": Generate("llm", prompt="Greet.", when="age >= 30"),
+}
+
+
+def test_a_task_runs_where_its_condition_holds_and_the_rest_is_counted(house: House) -> None:
+    rows: list[dict[str, Any]] = [{"text": "x" * (1 + i % 4), "age": i} for i in range(40)]
+    job = land(house.database, rows, CONDITIONAL, block_rows=16)
+    sent = seen(house, job)
+    wanted = {
+        "reply": {i for i, r in enumerate(rows) if len(r["text"]) % 2 and r["age"] < 30},
+        "old": {i for i, r in enumerate(rows) if r["age"] >= 30},
+    }
+    for task, right in wanted.items():
+        done = sum(len(a.texts) for a in sent if a.tasks[0].name == task)
+        skipped = reasons(house, job, task)
+        assert done == len(right), "a row that is not the task's costs nothing"
+        assert set(skipped) == set(range(40)) - right
+        assert {why.partition(":")[0] for why in skipped.values()} == {"condition"}
+    # What reads an answer that was not asked for is skipped too, and says whose.
+    assert set(reasons(house, job, "check").values()) == {"upstream: reply: condition"}
+    j = check(house, job)
+    assert (j.cells_ok, j.cells_error) == (40 + 2 * len(wanted["reply"]) + len(wanted["old"]), 0)
+    again = land(house.database, rows, CONDITIONAL, block_rows=16)
+    assert house.job(again).state == "succeeded", "equal conditions on equal answers are reused"
+    assert (house.job(again).cells_ok, house.job(again).cells_skipped) == (j.cells_ok, j.cells_skipped)
+
+
+def test_a_row_that_cannot_be_compared_is_an_error_or_skipped_by_its_upstream(house: House) -> None:
+    rows: list[dict[str, Any]] = [{"text": "abc", "age": 1} for _ in range(4)]
+    job = land(house.database, rows, CONDITIONAL, block_rows=4, gaps={"age": [1], "text": [2]})
+    seen(house, job)
+    assert reasons(house, job, "reply") == {}
+    assert set(reasons(house, job, "old")) == {0, 3}
+    j = check(house, job)
+    # mood: row 2. reply, check and old: rows 1 and 2, but check reads no age: it is skipped by reply in row 1.
+    assert (j.cells_error, j.cells_skipped) == (1 + 2 + 1 + 2, 1 + 2)
 
 
 def test_tokens_are_counted_with_the_cells_and_their_sums_agree(house: House) -> None:

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from motet.errors import InvalidJob
 from motet.protocol.envelope import BadMessage
 from motet.protocol.wire import by_offset, by_reason
-from motet.tasks import placeholders
+from motet.templates import placeholders
 from scheduler.api.rows import Incoming, read_columns, read_lines, read_rows
 from scheduler.blocks import (
     EncodedBlock,

@@ -24,6 +24,7 @@ PURE = (
             "policy/prompt_order",
             "policy/prompt_cost",
             "answers",
+            "readable",
             "policy/carve",
             "policy/cost",
             "policy/fairness",

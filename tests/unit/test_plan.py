@@ -12,7 +12,19 @@ from hypothesis import strategies as st
 
 from motet.errors import InvalidJob, Problem
 from motet.protocol.manifest import Manifest
-from motet.tasks import Chat, Choose, Classify, Embed, Entities, Extract, Function, Generate, Number, Task
+from motet.tasks import (
+    Chat,
+    Choose,
+    Classify,
+    Embed,
+    Entities,
+    Extract,
+    Function,
+    Generate,
+    Number,
+    Task,
+    parse,
+)
 from scheduler.blocks import Reads
 from scheduler.policy.cost import learned_as
 from scheduler.policy.plan import (
@@ -407,6 +419,18 @@ def test_an_answer_that_is_no_text_is_refused_with_what_to_do() -> None:
     assert problem.field == "tasks.use"
     assert problem.got == "{vector}, which is a vector"
     assert "rename the task vector" in problem.remedy
+
+
+def test_abstaining_that_could_never_happen_is_refused() -> None:
+    several = replace(TOPICS, answers="labels")
+    (problem,) = problems_of(t=(Classify("topic", min_score=0.5), several))
+    assert problem.field == "tasks.t.min_score"
+    assert "reaches its own threshold" in problem.got
+    (problem,) = problems_of(t=(Classify("topic", otherwise="unsure"), TOPICS))
+    assert (problem.field, problem.got) == ("tasks.t.otherwise", "unsure without min_score")
+    with pytest.raises(InvalidJob) as refused:
+        parse({"t": {"kind": "classify", "model": "m", "min_score": 50, "otherwise": ""}})
+    assert [p.field for p in refused.value.problems] == ["tasks.t.min_score", "tasks.t.otherwise"]
 
 
 def test_the_instruction_comes_first_where_that_saves_more() -> None:

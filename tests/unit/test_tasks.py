@@ -5,7 +5,8 @@ from __future__ import annotations
 import pytest
 
 from motet.errors import InvalidJob
-from motet.tasks import Chat, Choose, Classify, Embed, Extract, Generate, Task, parse, placeholders, render
+from motet.tasks import Chat, Choose, Classify, Embed, Extract, Generate, Task, parse
+from motet.templates import placeholders, render
 
 
 def test_a_task_survives_the_wire() -> None:

@@ -26,7 +26,8 @@ from motet.protocol.values import MAX_DEPTH, NoValue, Value, clean, column_type,
 from motet.protocol.wire import Assignment, TaskOrder
 from motet.rows import Part, cut, survey
 from motet.sources import Source
-from motet.tasks import Function, render, sole_field
+from motet.tasks import Function
+from motet.templates import render, sole_placeholder
 from motet.upload import rows_of
 from scheduler import payloads
 from scheduler.api.rows import Incoming, read_columns, read_lines, read_rows
@@ -534,8 +535,8 @@ def test_an_envelope_of_another_format_or_with_a_key_is_refused() -> None:
 
 
 def test_a_function_of_several_fields_or_of_texts_alone_reads_texts() -> None:
-    assert sole_field("{age}") == "age"
-    assert [sole_field(t) for t in ("{age} ", "{a}{b}", "{{age}}", "age")] == [None] * 4
+    assert sole_placeholder("{age}") == "age"
+    assert [sole_placeholder(t) for t in ("{age} ", "{a}{b}", "{{age}}", "age")] == [None] * 4
     order = assignment_of(block_of(IncomingPart(columns={"age": ["a", "b"]})))
     assert (order.texts, order.values) == (("a", "b"), ())
     assert called_with(order) == ["a", "b"]

@@ -18,9 +18,12 @@ from hypothesis import strategies as st
 from motet.errors import SetupError
 from motet.protocol.columns import ERROR, OK, TRUNCATED, CellError, Column, cut, values
 from motet.protocol.logs import configure, event
+from motet.protocol.manifest import Manifest
 from motet.protocol.transport import MemoryTransport, TransportLost
-from motet.protocol.wire import Beat, Control, Outcome
-from workers.engines.answers import label_column, labels_column, number_column, vector_column
+from motet.protocol.wire import Beat, Control, Outcome, TaskOrder
+from motet.tasks import Classify
+from scheduler.merge import check as check_column
+from workers.engines.answers import label_column, labels_column, logits_column, number_column, vector_column
 from workers.engines.function import json_column
 from workers.launch.pulse import LOADING_SILENCE_S, SILENCE_S
 from workers.run.assemble import assemble
@@ -127,6 +130,30 @@ def test_single_labels_are_the_softmax_winner_with_every_score_on_request() -> N
     assert (first, second) == ("b", "a")
     assert score == every["b"] == pytest.approx(0.6652, abs=1e-4)
     assert sum(every.values()) == pytest.approx(1)
+
+
+@pytest.mark.parametrize(
+    ("spec", "labels", "given"),
+    [
+        ({"min_score": 0.9}, ("a", "b", "c", "unsure"), ["unsure", "a", None]),
+        ({"min_score": 0.9, "otherwise": "c"}, LABELS, ["c", "a", None]),
+        ({"min_score": 0.5, "otherwise": "?"}, ("a", "b", "c", "?"), ["b", "a", None]),
+    ],
+)
+def test_a_classifier_abstains_below_the_score_that_its_task_asks_for(
+    spec: dict[str, Any], labels: tuple[str, ...], given: list[str | None]
+) -> None:
+    head = Manifest(name="h", version="1", engine="encoder", answers="label", labels=LABELS)
+    assert Classify("h", **spec).labels_of(LABELS) == labels
+    logits = np.array([[0, 2, 1], [5, 0, 0], [np.nan, 0, 0]], np.float32)
+    for scores in (False, True):
+        task = Classify("h", scores=scores, **spec)
+        column = logits_column(TaskOrder(name="t", spec=task.to_json(), manifest=head), logits)
+        check_column(column, kind="label", n_rows=3, n_labels=len(labels))
+        found = list(values(column, labels))
+        assert [v and v[0] for v in found] == given
+        assert found[0][1] == pytest.approx(0.6652, abs=1e-4)
+    assert set(found[0][2]) == set(labels)
 
 
 def test_several_labels_reach_their_thresholds_and_come_best_first() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any, Literal
 
 import numpy as np
@@ -10,6 +11,7 @@ from numpy.typing import NDArray
 
 from motet.protocol.columns import ERROR, OK, CellError, Column
 from motet.protocol.wire import TaskOrder
+from motet.tasks import UNSURE, Classify
 
 Floats = NDArray[np.float32]
 
@@ -30,6 +32,24 @@ def label_column(logits: Floats, *, every_score: bool) -> Column:
     if every_score:
         arrays["all"] = np.where(bad[:, None], 0, scores).astype("<f4").tobytes()
     return _column("label", bad, arrays)
+
+
+def abstaining(column: Column, task: TaskOrder) -> Column:
+    """The column of a classifier, with its word for rows whose best score is below ``min_score`` (motet.tasks.Classify)."""
+    least = task.spec.get("min_score")
+    if least is None:
+        return column
+    known = task.manifest.labels
+    labels = Classify("", min_score=least, otherwise=task.spec.get("otherwise")).labels_of(known)
+    word = labels.index(task.spec.get("otherwise") or UNSURE)
+    scores = np.frombuffer(column.arrays["scores"], "<f4")
+    codes = np.frombuffer(column.arrays["codes"], "<i2")
+    unsure = (scores < least) & (np.frombuffer(column.status, np.uint8) == OK)
+    arrays = {**column.arrays, "codes": np.where(unsure, word, codes).astype("<i2").tobytes()}
+    if "all" in arrays and len(labels) > len(known):
+        every = np.frombuffer(arrays["all"], "<f4").reshape(len(scores), -1)
+        arrays["all"] = np.pad(every, ((0, 0), (0, 1))).astype("<f4").tobytes()
+    return replace(column, arrays=arrays)
 
 
 def labels_column(logits: Floats, thresholds: Sequence[float], *, every_score: bool) -> Column:
@@ -108,7 +128,7 @@ def logits_column(task: TaskOrder, logits: Floats) -> Column:
     every_score = bool(task.spec.get("scores"))
     match task.manifest.answers:
         case "label":
-            return label_column(logits, every_score=every_score)
+            return abstaining(label_column(logits, every_score=every_score), task)
         case "labels":
             return labels_column(logits, task.manifest.thresholds, every_score=every_score)
         case "number":

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from motet.protocol.columns import CellError
-from motet.tasks import placeholders, render
+from motet.templates import placeholders, render
 
 #: Between text and instruction.
 GAP = "\n\n"

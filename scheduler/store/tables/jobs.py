@@ -127,6 +127,7 @@ class _PassColumns(TypedColumns):
       answers, about.
     bytes_done: Sum of the bytes of its sub-tasks that are done, by which they were priced.
     tokens: Sum of the tokens that these sub-tasks had.
+    condition: It runs on the rows for which this holds; null: on all.
     """
 
     job_id = key(Uuid, ForeignKey("job.id", ondelete="CASCADE"))
@@ -144,6 +145,7 @@ class _PassColumns(TypedColumns):
     bytes_beside = must(Integer, default="0")
     bytes_done = must(BigInteger, default="0")
     tokens = must(BigInteger, default="0")
+    condition = may(Text)
 
 
 pass_ = table("pass", _PassColumns, index("pass_by_model", "model_id"))
