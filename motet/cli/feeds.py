@@ -12,7 +12,14 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from motet.cli.jobs import TASKS_HELP, bad_rows_option, parse_tasks, priority_option, task_option
+from motet.cli.jobs import (
+    TASKS_HELP,
+    bad_rows_option,
+    notify_option,
+    parse_tasks,
+    priority_option,
+    task_option,
+)
 from motet.cli.show import PositiveNumber, as_json, connect, console, program, put_json, result_table
 
 if TYPE_CHECKING:
@@ -52,6 +59,7 @@ Example:
     metavar="DAYS",
     help="Delete it so long after its end, or sooner where the server keeps jobs no longer.",
 )
+@notify_option
 @as_json
 def open_(
     tasks: Sequence[str],
@@ -59,6 +67,7 @@ def open_(
     priority: Any,
     bad_rows: Any,
     retention_days: float | None,
+    notify_when: str | None,
     as_json: bool,
 ) -> None:
     """Open a job that answers rows as they come; print its id.
@@ -68,7 +77,12 @@ def open_(
     specs = parse_tasks(tasks)
     with connect() as client:
         feed = client.open(
-            specs, name=name, priority=priority, bad_rows=bad_rows, retention_days=retention_days
+            specs,
+            name=name,
+            priority=priority,
+            bad_rows=bad_rows,
+            retention_days=retention_days,
+            notify_when=notify_when,
         )
         if as_json:
             put_json(feed.job.record)

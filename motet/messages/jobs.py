@@ -61,6 +61,8 @@ class Submission(ApiMessage):
         ]
         | None
     ) = None
+    #: A condition on the answers of its tasks: each row for which it holds is an event (docs/webhooks.md).
+    notify_when: Annotated[str, Limit("a condition on answers, such as risk > 0.4")] | None = None
     #: Field -> UTF-8 bytes of it in a row, about: decides whether prompts begin with the text.
     mean_bytes: (
         Annotated[
@@ -241,6 +243,10 @@ class JobRecord(ApiMessage):
     deadline: str | None = None
     #: Days after its end at which it is deleted; null: when the server deletes all others.
     retention_days: float | None = None
+    #: Each row for which this holds is an event; null: no row is.
+    notify_when: str | None = None
+    #: Rows for which it held so far.
+    rows_matched: int = 0
     #: Seconds left at the pace so far; null where there is no pace yet.
     eta_s: float | None = None
 

@@ -39,11 +39,13 @@ from scheduler.api import (
     planning,
     results,
     tokens,
+    webhooks,
 )
 from scheduler.api.auth import ASK, authenticate, is_page
 from scheduler.api.refusals import EXPECTED, CutOff, refusal
 from scheduler.api.resources import Resources
 from scheduler.pulse import pulse
+from scheduler.webhooks.deliverer import Deliverer
 
 log = logging.getLogger(__name__)
 
@@ -55,7 +57,7 @@ Every route but `/healthz`, `/readyz` and this description needs `Authorization:
 _NO_NEWS = frozenset({"/healthz", "/readyz", "/metrics", ASK})
 #: In the order of the API's description.
 _ROUTES = (
-    opening, parts, asks, jobs, planning, activity, explain, results, fits, models, aliases, blobs, tokens, cluster, doctor,
+    opening, parts, asks, jobs, planning, activity, explain, results, fits, models, aliases, blobs, tokens, webhooks, cluster, doctor,
     metrics,
 )  # fmt: skip
 
@@ -68,11 +70,12 @@ def create_app(settings: Settings) -> FastAPI:
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
         listening = asyncio.create_task(use.bell.run())
         sweeping = asyncio.create_task(blobs.keep_swept(use))
+        delivering = asyncio.create_task(Deliverer(use.database, settings).run())
         try:
             yield
         finally:
             use.bell.stop()
-            for task in (listening, sweeping):
+            for task in (listening, sweeping, delivering):
                 task.cancel()
                 with suppress(asyncio.CancelledError):
                     await task

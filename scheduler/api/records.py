@@ -71,6 +71,8 @@ def describe(job: JobEntry) -> JobRecord:
         finished=moment(job.finished),
         deadline=moment(job.deadline),
         retention_days=job.retention_days,
+        notify_when=job.notify_when,
+        rows_matched=job.rows_matched,
         eta_s=eta_s(job),
     )
 

@@ -12,11 +12,13 @@ from dataclasses import dataclass, replace
 from typing import Any, Generic, TypeVar
 from uuid import UUID
 
+from motet.conditions import condition
 from motet.errors import InvalidJob, Problem
 from motet.messages.jobs import Submission
 from motet.protocol.manifest import Manifest
 from motet.protocol.values import MAX_DEPTH, Doubled, byte_lengths
-from motet.tasks import Choose, Classify, Task, dialogues_of, fields_of, parse, short
+from motet.tasks import Choose, Classify, Task, dialogues_of, fields_of, notify_problems, parse, short
+from motet.templates import resolved
 from scheduler.api.answer_schemas import schema_problems
 from scheduler.api.bodies import clean_object, misfits_of
 from scheduler.blocks import IncomingPart, absent
@@ -79,6 +81,7 @@ def read_submission(message: type[S_co], body: Any, *, max_tasks: int) -> Checke
         many = Problem("tasks", f"{len(tasks)} tasks", f"at most {max_tasks}", "split them over two jobs")
         problems.append(many)
     problems += schema_problems(tasks)
+    problems += notify_problems(body.get("notify_when"), tasks)
     if body.get("open") is True:
         problems += [
             Problem(name, short(body[name]), f"no {name} in an open job", remedy)
@@ -219,4 +222,15 @@ def new_job(
         deadline_s=asked.said.deadline_s,
         retention_days=asked.said.retention_days,
         open=asked.said.open,
+        notify_when=asked.said.notify_when,
+        notify_needs=_notify_needs(asked),
     )
+
+
+def _notify_needs(asked: CheckedSubmission[Submission]) -> tuple[int, ...]:
+    """Numbers of the tasks whose answers tell which rows are events."""
+    if asked.said.notify_when is None:
+        return ()
+    names = list(asked.tasks)
+    reads = condition(asked.said.notify_when).placeholders
+    return tuple(sorted({names.index(resolved(one, names).name) for one in reads}))

@@ -42,6 +42,9 @@ class _JobColumns(TypedColumns):
     tokens_cached: Sum over its blocks and tasks, as in spent.
     tokens_out: Sum over its blocks and tasks, as in spent.
     closed: When no more rows could come; NULL: they can, or it ended before.
+    notify_when: Each row for which this holds is an event; NULL: none is.
+    notify_needs: Numbers of the tasks whose answers it reads.
+    rows_matched: Rows for which it held so far.
     """
 
     id = key(Uuid)
@@ -80,6 +83,9 @@ class _JobColumns(TypedColumns):
     tokens_cached = must(BigInteger, default="0")
     tokens_out = must(BigInteger, default="0")
     closed = may(TIME)
+    notify_when = may(Text)
+    notify_needs = must(ARRAY(SmallInteger), default="'{}'")
+    rows_matched = must(BigInteger, default="0")
 
 
 job = table(
