@@ -39,7 +39,6 @@ CREATE TABLE webhook (
   failures   int NOT NULL DEFAULT 0,
   rest_until timestamptz NOT NULL DEFAULT '-infinity'
 );
-CREATE INDEX webhook_by_tenant ON webhook (tenant_id, id);
 COMMENT ON TABLE webhook IS 'Addresses of a tenant that are told of events.';
 COMMENT ON COLUMN webhook.kinds IS 'Kinds of events that it is told of.';
 COMMENT ON COLUMN webhook.job_id IS 'It is told of this job alone, which may have been removed since; NULL: of all.';

@@ -81,7 +81,8 @@ def read_submission(message: type[S_co], body: Any, *, max_tasks: int) -> Checke
         many = Problem("tasks", f"{len(tasks)} tasks", f"at most {max_tasks}", "split them over two jobs")
         problems.append(many)
     problems += schema_problems(tasks)
-    problems += notify_problems(body.get("notify_when"), tasks)
+    if isinstance(written := body.get("notify_when"), str):
+        problems += notify_problems(written, tasks)
     if body.get("open") is True:
         problems += [
             Problem(name, short(body[name]), f"no {name} in an open job", remedy)

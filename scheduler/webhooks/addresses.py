@@ -72,7 +72,7 @@ class RefusedAddress(ValueError):
 
 
 @dataclass(frozen=True, slots=True)
-class Target:
+class Destination:
     """A URL that was understood, and what is sent to its host."""
 
     tls: bool
@@ -91,7 +91,7 @@ class Target:
         return shown if self.port == (443 if self.tls else 80) else f"{shown}:{self.port}"
 
 
-def target(url: str, allowed: frozenset[str] = frozenset()) -> Target:
+def target(url: str, allowed: frozenset[str] = frozenset()) -> Destination:
     """Understand a webhook's URL. ``allowed``: hosts, or host:port, that an administrator allows. Raises RefusedAddress."""
     if len(url) > MOST_CHARACTERS or not url.isascii() or not url.isprintable() or " " in url or "\\" in url:
         raise RefusedAddress(f"characters that no URL has, or more than {MOST_CHARACTERS:,} of them")
@@ -115,7 +115,7 @@ def target(url: str, allowed: frozenset[str] = frozenset()) -> Target:
     if not tls and not known:
         raise RefusedAddress("http without TLS")
     path = parts.path or "/"
-    return Target(tls, host, port, f"{path}?{parts.query}" if parts.query else path, known)
+    return Destination(tls, host, port, f"{path}?{parts.query}" if parts.query else path, known)
 
 
 def _host(host: str) -> str:
@@ -143,7 +143,7 @@ def is_public(address: str) -> bool:
             return found in _UNICAST_6 and not any(found in network for network in _NOT_PUBLIC_6)
 
 
-async def resolved_addresses(to: Target) -> list[str]:
+async def resolved_addresses(to: Destination) -> list[str]:
     """The addresses of a host, now: all of them public, or the host allowed. Raises RefusedAddress."""
     loop = asyncio.get_running_loop()
     try:

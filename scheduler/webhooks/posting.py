@@ -12,7 +12,7 @@ from functools import lru_cache
 
 import h11
 
-from scheduler.webhooks.addresses import RefusedAddress, Target, resolved_addresses, target
+from scheduler.webhooks.addresses import Destination, RefusedAddress, resolved_addresses, target
 
 #: Seconds from the look-up of the name to the end of the answer. Longer: a silent receiver takes a place for longer.
 #: Shorter: one that works before it answers is told again.
@@ -56,7 +56,7 @@ async def post(
     return status
 
 
-def _head(to: Target, headers: Mapping[str, str], body: bytes) -> h11.Request:
+def _head(to: Destination, headers: Mapping[str, str], body: bytes) -> h11.Request:
     every = {
         "Host": to.host_header,
         "User-Agent": "motet-webhooks",
@@ -68,7 +68,7 @@ def _head(to: Target, headers: Mapping[str, str], body: bytes) -> h11.Request:
     return h11.Request(method="POST", target=to.path, headers=list(every.items()))
 
 
-async def _status(to: Target, head: h11.Request, body: bytes, ca: str) -> int:
+async def _status(to: Destination, head: h11.Request, body: bytes, ca: str) -> int:
     reader, writer = await _connection(to, ca)
     try:
         wire = h11.Connection(h11.CLIENT, max_incomplete_event_size=MOST_REPLY_BYTES)
@@ -81,7 +81,7 @@ async def _status(to: Target, head: h11.Request, body: bytes, ca: str) -> int:
         writer.transport.abort()
 
 
-async def _connection(to: Target, ca: str) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
+async def _connection(to: Destination, ca: str) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
     """A connection to one of the addresses that were checked; TLS and certificate are those of the name."""
     addresses = await resolved_addresses(to)
     trust = await asyncio.to_thread(_trust, ca) if to.tls else None

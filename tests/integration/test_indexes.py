@@ -15,7 +15,18 @@ import pytest
 from sqlalchemy import event, text
 
 from motet.states import State
-from scheduler.store import activity, demand, endings, explain, jobs, leases, metrics, pressure, results
+from scheduler.store import (
+    activity,
+    demand,
+    endings,
+    explain,
+    jobs,
+    leases,
+    metrics,
+    pressure,
+    results,
+    webhooks,
+)
 from scheduler.store.registry import tenant_named
 from tests.integration.landing import land
 from tests.integration.test_protocol import TASKS, House, texts
@@ -27,7 +38,12 @@ INSERT INTO job (id, tenant_id, state, fields, n_tasks, request_digest, closed, 
   SELECT gen_random_uuid(), t.id, 'succeeded', '{text}', 2, 'x', now(), clock_timestamp() - make_interval(hours => i)
     FROM generate_series(1, 1500) i, tenant t WHERE t.name = 'default';
 INSERT INTO part SELECT id, 0, 'x', 1, 0 FROM job;
-INSERT INTO outbox (tenant_id, kind, job_id, body) SELECT tenant_id, 'job_ended', id, '{}' FROM job;
+INSERT INTO outbox (tenant_id, kind, job_id, body, handed) SELECT tenant_id, 'job_ended', id, '{}', now() FROM job;
+INSERT INTO webhook (id, tenant_id, url, kinds, secret)
+  SELECT 'wh_' || i, t.id, 'https://example.com', '{job_ended}', 'x' FROM generate_series(1, 9) i, tenant t
+   WHERE t.name = 'default';
+INSERT INTO delivery (webhook_id, event_id, state, until)
+  SELECT w.id, o.id, 'delivered', now() FROM webhook w, outbox o;
 INSERT INTO pass (job_id, number, kind, model_id, numerics, max_tokens, input)
   SELECT j.id, n, 'm', m.id, 'fast', 0, '' FROM job j, generate_series(0, 1) n, model m WHERE m.name = 'trunk';
 INSERT INTO task (job_id, number, name, pass_number, model_id, kind, spec, digest)
@@ -67,6 +83,8 @@ SMALL = {
     "drained",
     "blob",
     "lease",
+    "webhook",
+    "deliverer",
 }
 #: Indexes of few rows of a large table; a statement may read such an index from end to end.
 OF_FEW = {"job_unfinished", "sealed_column_unshown", "subtask_open"}
@@ -78,6 +96,7 @@ BEHIND_THE_SCENES = {
     "pass_by_model": "the foreign key to a model that is deleted",
     "alias_by_model": "the foreign key to a model that is deleted",
     "alias_step_by_model": "the foreign key to a model that is deleted",
+    "delivery_by_event": "the foreign key to an event that is deleted",
     "ask_by_block": "the foreign key to a block that is deleted",
 }
 
@@ -177,6 +196,14 @@ def play(house: House, job: UUID, other: UUID) -> None:
         endings.due_for_deletion(connection, 30.0)
         endings.sweep_columns(connection)
         endings.sweep_events(connection)
+        webhooks.may_deliver(connection, "me", 5.0, None)
+        webhooks.hand_events(connection)
+        webhooks.due_deliveries(connection, 4)
+        webhooks.delivered(connection, "wh_1", 1)
+        webhooks.not_delivered(connection, "wh_1", 1, "no", again_s=5.0, rest_s=5.0)
+        webhooks.give_up(connection)
+        webhooks.replay(connection, tenant, "wh_1", since_s=60.0)
+        webhooks.webhooks(connection, tenant)
     for look in (
         lambda c: activity.activity(c, tenant, job, timeline=20),
         lambda c: explain.standing(c, tenant, job),

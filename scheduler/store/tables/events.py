@@ -56,7 +56,7 @@ class _WebhookColumns(TypedColumns):
     rest_until = must(TIME, default="'-infinity'")
 
 
-webhook = table("webhook", _WebhookColumns, index("webhook_by_tenant", "tenant_id", "id"))
+webhook = table("webhook", _WebhookColumns)
 
 
 class _DeliveryColumns(TypedColumns):
