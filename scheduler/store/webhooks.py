@@ -204,10 +204,6 @@ _GIVE_UP = text("""
     UPDATE delivery d SET state = 'given_up', ended = clock_timestamp(),
            said = CASE WHEN d.said = '' THEN 'not tried: earlier ones failed' ELSE d.said END
       FROM webhook w WHERE d.webhook_id = w.id AND d.state = 'waiting' AND d.until < clock_timestamp()""")
-_FIGURES = text("""
-    SELECT count(*) AS waiting, extract(epoch FROM clock_timestamp() - min(o.created)) AS oldest_s,
-           (SELECT count(*) FROM webhook WHERE failures > 0) AS failing
-      FROM delivery d JOIN outbox o ON o.id = d.event_id WHERE d.state = 'waiting'""")
 
 
 def may_deliver(connection: Connection, me: str, lease_s: float, gone: str | None) -> bool:
@@ -255,20 +251,3 @@ def not_delivered(
 def give_up(connection: Connection) -> int:
     """Give up what waits behind others that fail, and is too old by now. How many."""
     return int(connection.execute(_GIVE_UP).rowcount)
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class DeliveryFigures:
-    """How deliveries stand, of all tenants."""
-
-    waiting: int
-    #: Webhooks whose last try failed.
-    failing: int
-    #: Age of the oldest event that waits, in seconds; 0: none does.
-    oldest_s: float
-
-
-def delivery_figures(connection: Connection) -> DeliveryFigures:
-    """As of now."""
-    row = connection.execute(_FIGURES).one()
-    return DeliveryFigures(waiting=row.waiting, failing=row.failing, oldest_s=float(row.oldest_s or 0.0))
