@@ -51,6 +51,7 @@ CREATE TABLE delivery (
   webhook_id text NOT NULL REFERENCES webhook ON DELETE CASCADE,
   event_id   bigint NOT NULL REFERENCES outbox ON DELETE CASCADE,
   state      text NOT NULL DEFAULT 'waiting' CHECK (state IN ('waiting', 'delivered', 'given_up')),
+  happened   timestamptz NOT NULL,
   attempts   int NOT NULL DEFAULT 0,
   next_at    timestamptz NOT NULL DEFAULT clock_timestamp(),
   until      timestamptz NOT NULL,
@@ -61,6 +62,7 @@ CREATE TABLE delivery (
 CREATE INDEX delivery_by_event ON delivery (event_id);
 CREATE INDEX delivery_due ON delivery (webhook_id, next_at) WHERE state = 'waiting';
 COMMENT ON TABLE delivery IS 'An event on its way to a webhook.';
+COMMENT ON COLUMN delivery.happened IS 'When the event was written.';
 COMMENT ON COLUMN delivery.attempts IS 'Tries so far.';
 COMMENT ON COLUMN delivery.next_at IS 'When it is tried next.';
 COMMENT ON COLUMN delivery.until IS 'It is given up where it was not delivered by then.';

@@ -83,21 +83,20 @@ _WEBHOOKS = text("""
            SELECT count(*) FILTER (WHERE d.state = 'waiting') AS waiting,
                   count(*) FILTER (WHERE d.state = 'delivered') AS delivered,
                   count(*) FILTER (WHERE d.state = 'given_up') AS given_up,
-                  min(o.created) FILTER (WHERE d.state = 'waiting') AS oldest,
+                  min(d.happened) FILTER (WHERE d.state = 'waiting') AS oldest,
                   (array_agg(d.said ORDER BY d.event_id DESC)
                      FILTER (WHERE d.said <> '' AND d.state <> 'delivered'))[1] AS said
-             FROM delivery d JOIN outbox o ON o.id = d.event_id WHERE d.webhook_id = w.id) d
+             FROM delivery d WHERE d.webhook_id = w.id) d
      WHERE w.tenant_id = :tenant AND (CAST(:id AS text) IS NULL OR w.id = :id) ORDER BY w.created, w.id""")
 _SECRET = text("SELECT url, secret FROM webhook WHERE tenant_id = :tenant AND id = :id")
 _REMOVE = text("DELETE FROM webhook WHERE tenant_id = :tenant AND id = :id")
 _REPLAY = text("""
     UPDATE delivery d SET state = 'waiting', attempts = 0, next_at = clock_timestamp(), ended = NULL, said = '',
            until = clock_timestamp() + make_interval(secs => :given_up_s)
-      FROM outbox o
-     WHERE o.id = d.event_id AND d.webhook_id = :id
+     WHERE d.webhook_id = :id
        AND (CAST(:event AS bigint) IS NULL OR d.event_id = :event)
        AND (d.state = 'given_up' OR :event IS NOT NULL
-            OR o.created > clock_timestamp() - make_interval(secs => CAST(:since_s AS double precision)))""")
+            OR d.happened > clock_timestamp() - make_interval(secs => CAST(:since_s AS double precision)))""")
 _AWAKE = text("UPDATE webhook SET rest_until = '-infinity', failures = 0 WHERE id = :id")
 
 
@@ -168,8 +167,8 @@ _HAND = text("""
       SELECT id, tenant_id, kind, job_id, created FROM outbox WHERE handed IS NULL ORDER BY id LIMIT :limit
          FOR UPDATE SKIP LOCKED),
     told AS (
-      INSERT INTO delivery (webhook_id, event_id, until)
-      SELECT w.id, n.id, n.created + make_interval(secs => :given_up_s)
+      INSERT INTO delivery (webhook_id, event_id, happened, until)
+      SELECT w.id, n.id, n.created, n.created + make_interval(secs => :given_up_s)
         FROM new n JOIN webhook w ON w.tenant_id = n.tenant_id AND n.kind = ANY(w.kinds)
          AND (w.job_id IS NULL OR w.job_id = n.job_id) AND w.created <= n.created
       ON CONFLICT DO NOTHING)

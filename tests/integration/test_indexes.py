@@ -42,8 +42,8 @@ INSERT INTO outbox (tenant_id, kind, job_id, body, handed) SELECT tenant_id, 'jo
 INSERT INTO webhook (id, tenant_id, url, kinds, secret)
   SELECT 'wh_' || i, t.id, 'https://example.com', '{job_ended}', 'x' FROM generate_series(1, 9) i, tenant t
    WHERE t.name = 'default';
-INSERT INTO delivery (webhook_id, event_id, state, until)
-  SELECT w.id, o.id, 'delivered', now() FROM webhook w, outbox o;
+INSERT INTO delivery (webhook_id, event_id, state, happened, until)
+  SELECT w.id, o.id, 'delivered', now(), now() FROM webhook w, outbox o;
 INSERT INTO pass (job_id, number, kind, model_id, numerics, max_tokens, input)
   SELECT j.id, n, 'm', m.id, 'fast', 0, '' FROM job j, generate_series(0, 1) n, model m WHERE m.name = 'trunk';
 INSERT INTO task (job_id, number, name, pass_number, model_id, kind, spec, digest)
@@ -87,7 +87,7 @@ SMALL = {
     "deliverer",
 }
 #: Indexes of few rows of a large table; a statement may read such an index from end to end.
-OF_FEW = {"job_unfinished", "sealed_column_unshown", "subtask_open"}
+OF_FEW = {"job_unfinished", "sealed_column_unshown", "subtask_open", "outbox_new", "delivery_due"}
 #: Indexes that the sweeper reads from end to end, twice a minute, until it has found enough.
 SWEPT = {"job_ended", "outbox_pkey"}
 #: Indexes that no statement names, and what uses them.

@@ -4,10 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
-import os
 import socket
-import subprocess
-import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -16,17 +13,13 @@ from pathlib import Path
 from queue import Empty
 from typing import Any
 
-import httpx
 import pytest
 
 from motet.client import Client
 from motet.errors import InvalidJob, NotFound
-from motet.local.places import free_port
-from motet.protocol.settings import Settings
-from scheduler.store.database import Database
 from scheduler.webhooks import posting
 from scheduler.webhooks.posting import NotTaken, post
-from tests.integration.api_house import CLASSIFY, House, a_house, furnish, problems, running
+from tests.integration.api_house import CLASSIFY, House, a_house, problems, running
 from tests.integration.webhook_receiver import Received, Receiver, certificate_for, receiving
 
 #: What an administrator allows in these tests.
@@ -209,57 +202,6 @@ def test_a_silent_receiver_holds_up_nobody_else(house: House, client: Client, re
         over.set()
 
 
-def test_an_event_outlives_the_process_that_was_delivering_it(
-    database_url: str, tmp_path: Path, receiver: Receiver
-) -> None:
-    """SIGKILL between the receiver's taking it and the record of that."""
-    settings = Settings(
-        database_url=database_url, blob_dir=str(tmp_path / "blobs"), api_port=0, webhook_hosts="127.0.0.1"
-    )
-    database, over, port = Database(database_url, pool=2), threading.Event(), free_port()
-    env = {
-        **os.environ,
-        "MOTET_DATABASE_URL": database_url,
-        "MOTET_BLOB_DIR": settings.blob_dir,
-        "MOTET_REDIS_URL": "redis://127.0.0.1:1/0",
-        "MOTET_API_PORT": str(port),
-        "MOTET_WEBHOOK_HOSTS": settings.webhook_hosts,
-        "MOTET_MIN_FREE_MB": "0",
-    }
-    with httpx.Client(timeout=60, trust_env=False, verify=False) as line:
-        house = House(f"http://127.0.0.1:{port}", settings, database, line)
-        furnish(house)
-        child = subprocess.Popen([sys.executable, "-m", "scheduler", "api"], env=env)
-        try:
-            _wait_until_healthy(port)
-            with Client(house.url, house.tokens["user"]) as client:
-                client.add_webhook(receiver.url())
-            receiver.answer = lambda _: over.wait(30)
-            end_a_job(house)
-            first = receiver.next()
-        finally:
-            child.kill()
-            child.wait()
-        over.set()
-        receiver.answer = 200
-        assert settled(house, "waiting").attempts == 0
-        with running(settings):
-            again = receiver.next()
-            assert (again.headers["webhook-id"], again.body) == (first.headers["webhook-id"], first.body)
-            assert settled(house, "delivered").attempts == 1
-    database.close()
-
-
-def _wait_until_healthy(port: int) -> None:
-    for _ in range(1000):
-        try:
-            if httpx.get(f"http://127.0.0.1:{port}/healthz", trust_env=False).is_success:
-                return
-        except httpx.TransportError:
-            time.sleep(0.02)
-    raise AssertionError("the API did not start")
-
-
 def test_a_process_that_ends_in_order_leaves_deliveries_to_the_next_at_once(
     house: House, client: Client, receiver: Receiver
 ) -> None:
@@ -273,29 +215,28 @@ def test_a_process_that_ends_in_order_leaves_deliveries_to_the_next_at_once(
 # -- where it may go
 
 
-@pytest.mark.parametrize(
-    "url",
-    [
-        "http://example.com/",
-        "https://localhost/",
-        "https://[::1]/",
-        "https://[::ffff:127.0.0.1]/",
-        "https://169.254.169.254/latest/meta-data",
-        "https://[fd00:ec2::254]/",
-        "https://[64:ff9b::7f00:1]/",
-        "https://10.0.0.1/",
-        "https://0x7f.1/",
-        "https://2130706433/",
-        "https://user:secret@127.0.0.1/",
-        "https://nowhere.invalid/",
-        "https://" + "a" * 3000,
-        "\0",
-    ],
-)
-def test_an_address_that_must_not_be_reached_is_refused_with_what_to_do(house: House, url: str) -> None:
-    (problem,) = problems(house.call("POST", "/v1/webhooks", json={"url": url}))
-    assert problem["field"] == "url"
-    assert problem["remedy"]
+FORBIDDEN = [
+    "http://example.com/",
+    "https://localhost/",
+    "https://[::1]/",
+    "https://[::ffff:127.0.0.1]/",
+    "https://169.254.169.254/latest/meta-data",
+    "https://[fd00:ec2::254]/",
+    "https://[64:ff9b::7f00:1]/",
+    "https://10.0.0.1/",
+    "https://0x7f.1/",
+    "https://2130706433/",
+    "https://user:secret@127.0.0.1/",
+    "https://nowhere.invalid/",
+    "https://" + "a" * 3000,
+    "\0",
+]
+
+
+def test_an_address_that_must_not_be_reached_is_refused_with_what_to_do(house: House) -> None:
+    for url in FORBIDDEN:
+        (problem,) = problems(house.call("POST", "/v1/webhooks", json={"url": url}))
+        assert (problem["field"], bool(problem["remedy"])) == ("url", True)
     assert house.sql("SELECT count(*) FROM webhook") == [(0,)]
 
 

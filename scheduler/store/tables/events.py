@@ -62,6 +62,7 @@ webhook = table("webhook", _WebhookColumns)
 class _DeliveryColumns(TypedColumns):
     """An event on its way to a webhook.
 
+    happened: When the event was written.
     attempts: Tries so far.
     next_at: When it is tried next.
     until: It is given up where it was not delivered by then.
@@ -72,6 +73,7 @@ class _DeliveryColumns(TypedColumns):
     webhook_id = key(Text, ForeignKey("webhook.id", ondelete="CASCADE"))
     event_id = key(BigInteger, ForeignKey("outbox.id", ondelete="CASCADE"))
     state = must(Text, default="'waiting'", check="state IN ('waiting', 'delivered', 'given_up')")
+    happened = must(TIME)
     attempts = must(Integer, default="0")
     next_at = must(TIME, default=NOW)
     until = must(TIME)
