@@ -3,8 +3,8 @@
     MOTET_REDIS_URL=… MOTET_SCHEDULER_REDIS_URL=… python bench/crowd.py --workers 10000
 
 Each beats once a second, takes every message from its queue, and holds it until it is told to answer. Orders come line
-by line on stdin: ``answer 300`` answers the 300 oldest attempts; the line ``answered 300`` says that their outcomes are
-on the stream. A slice of a tenth of a second beats for a tenth of the workers, so that a look at any moment finds
+by line on stdin: ``answer 300`` answers the 300 oldest attempts, ``free 100`` all that the 100 workers with the oldest
+ones hold; the line ``answered 300`` says that so many outcomes are on the stream. A slice of a tenth of a second beats for a tenth of the workers, so that a look at any moment finds
 some of the beats new.
 """
 
@@ -16,6 +16,7 @@ import select
 import sys
 import time
 from collections import OrderedDict
+from itertools import islice
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent))
@@ -86,7 +87,17 @@ class Crowd:
 
     def answer(self, count: int) -> int:
         """Put the outcomes of the oldest attempts on the stream. How many."""
-        oldest = [self.held.popitem(last=False) for _ in range(min(count, len(self.held)))]
+        return self._answer([self.held.popitem(last=False) for _ in range(min(count, len(self.held)))])
+
+    def free(self, count: int) -> int:
+        """Answer all that the workers with the oldest attempts hold. How many attempts."""
+        names = islice(dict.fromkeys(self.held.values()), count)
+        keys = [(key, name) for name in names for key in self.of_worker[name]]
+        for key, _ in keys:
+            del self.held[key]
+        return self._answer(keys)
+
+    def _answer(self, oldest: list[tuple[tuple[int, int], str]]) -> int:
         pipe = self.redis.pipeline(transaction=False)
         for key, name in oldest:
             pipe.get(payload_key(name, *key))
@@ -117,7 +128,8 @@ def main() -> None:
             order = sys.stdin.readline().split()
             if not order:
                 return
-            print("answered", crowd.answer(int(order[1])), flush=True)
+            did = crowd.free if order[0] == "free" else crowd.answer
+            print("answered", did(int(order[1])), flush=True)
             continue
         crowd.beat(slice_)
         # A slice that takes longer than its time is not made up for: then beats are rarer.

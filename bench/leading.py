@@ -28,7 +28,7 @@ from motet.protocol.redis_url import redis_py_url
 from motet.protocol.settings import Settings
 from motet.protocol.transport import OUTCOMES, WORKERS, RedisTransport, queue_name
 from motet.protocol.transport.keys import beat_key, control_key
-from scheduler.dispatcher import Dispatcher
+from scheduler.dispatcher import Dispatcher, look_for_circles_rarely
 from scheduler.policy.cost import Workload
 from scheduler.store.listening import Listener
 from scheduler.store.rates import Timed, learn
@@ -38,6 +38,8 @@ DEPTH = 3
 #: Rows of a sub-task. So few that the payloads of 30,000 sub-tasks fill less than half of the embedded Valkey, where the
 #: leader would send less.
 ROWS = 12
+#: Times that a tenth of all workers is given new work at once: enough to tell how many sub-tasks that are a second.
+REFILLS = 3
 #: Seconds between two looks at beats: the beat step's.
 BEAT_STEP_S = 0.25
 
@@ -58,9 +60,12 @@ class Leading:
     workers: int
     idle: list[Lap]
     filling: list[Lap]
-    #: The step that deals with the most of a hundredth of all leases that was answered, and those that deal with a tenth.
+    #: The step that deals with the most of a hundredth of all leases that was answered.
     changed: list[Lap]
+    #: From the leader's first look at a tenth of all workers without work until they have some: beat steps included.
     refilling: list[Lap]
+    #: Stage -> microseconds of it for each sub-task of these steps: wall clock, and CPU of the leader's process.
+    stages: dict[str, tuple[float, float]]
     leases: int
     dispatcher_mb: float
     #: What a sub-task takes in Valkey, payload and message, until it is answered.
@@ -80,7 +85,7 @@ class Leading:
 
     @property
     def subtasks_s(self) -> float:
-        """Placed, leased, packed and published a second of the steps that did so, while all leases but these are live."""
+        """Taken in as ended, placed, leased, packed and published again a second, while all leases but these are live."""
         return sum(lap.sent for lap in self.refilling) / max(1e-9, sum(lap.seconds for lap in self.refilling))
 
 
@@ -93,6 +98,7 @@ class Led:
         self.listener = Listener(self.database)
         self.dispatcher = Dispatcher(self.database, transport, Settings(leader_lease_s=600))
         self._step_at = 0.0
+        look_for_circles_rarely()
 
     def lap(self, *, beats: bool = False) -> Lap:
         """One step; ``beats``: not before it has to look at the beats again."""
@@ -117,6 +123,42 @@ class Led:
         self.dispatcher.stop()
         self.listener.close()
         self._stack.__exit__(None, None, None)
+
+
+class Stages:
+    """What the stages of a dispatcher's steps take from now on: each is a method that is called through a watch."""
+
+    def __init__(self, dispatcher: Dispatcher) -> None:
+        self._taken: dict[str, list[float]] = {}
+        for stage, owner, method in (
+            ("hear, rescue, learn of workers", dispatcher, "_look"),
+            ("  of it: hear", dispatcher.transport, "hear"),
+            ("take in what ended", dispatcher, "_catch_up"),
+            ("place and carve", dispatcher, "_decide"),
+            ("lease", dispatcher, "_lease"),
+            ("render", dispatcher._payloads, "assignments"),
+            ("pack and publish", dispatcher.transport, "publish_all"),
+        ):
+            self._watch(stage, owner, method)
+
+    def _watch(self, stage: str, owner: object, method: str) -> None:
+        act = getattr(owner, method)
+        taken = self._taken[stage] = [0.0, 0.0]
+
+        def watched(*arguments: object) -> object:
+            cpu_s, began = time.thread_time(), time.perf_counter()
+            try:
+                return act(*arguments)
+            finally:
+                taken[0] += time.perf_counter() - began
+                taken[1] += time.thread_time() - cpu_s
+
+        setattr(owner, method, watched)
+
+    def each(self, subtasks: int) -> dict[str, tuple[float, float]]:
+        """Microseconds of each stage for one of so many sub-tasks."""
+        n = max(1, subtasks)
+        return {stage: (wall / n * 1e6, cpu / n * 1e6) for stage, (wall, cpu) in self._taken.items()}
 
 
 @contextmanager
@@ -148,13 +190,36 @@ def crowd_of(stage: Stage, count: int) -> Iterator[subprocess.Popen[str]]:
         valkey.close()
 
 
-def answered(stage: Stage, crowd: subprocess.Popen[str], count: int, led: Led) -> list[Lap]:
-    """So many of the oldest attempts are answered and recorded; the steps from then on until beats have told of it."""
+def _order(crowd: subprocess.Popen[str], order: str) -> None:
+    """Have the crowd do something, and wait until it has."""
     assert crowd.stdin is not None
     assert crowd.stdout is not None
-    crowd.stdin.write(f"answer {count}\n")
+    crowd.stdin.write(f"{order}\n")
     crowd.stdin.flush()
     crowd.stdout.readline()
+
+
+def freed(stage: Stage, crowd: subprocess.Popen[str], count: int, led: Led) -> list[Lap]:
+    """All that so many workers hold is answered and recorded. The steps, as one follows the other in `run`, from then on
+    until a beat step finds nobody to give work to."""
+    _order(crowd, f"free {count}")
+    valkey = redis.Redis.from_url(redis_py_url(stage.redis.scheduler))
+    deadline = time.monotonic() + 60
+    while valkey.xlen(OUTCOMES):
+        assert time.monotonic() < deadline, "the aggregator records nothing"
+        time.sleep(0.02)
+    valkey.close()
+    # A beat that tells of it comes within a second.
+    time.sleep(1.1)
+    laps = [led.lap()]
+    while laps[-1].sent:
+        laps.append(led.lap())
+    return laps
+
+
+def answered(stage: Stage, crowd: subprocess.Popen[str], count: int, led: Led) -> list[Lap]:
+    """So many of the oldest attempts are answered and recorded; the steps from then on until beats have told of it."""
+    _order(crowd, f"answer {count}")
     valkey = redis.Redis.from_url(redis_py_url(stage.redis.scheduler))
     deadline = time.monotonic() + 60
     laps: list[Lap] = []
@@ -196,7 +261,7 @@ def leading(stage: Stage, count: int, *, looks: int, patience_s: float) -> Leadi
             os.kill(stage.pids["dispatch"], signal.SIGCONT)
             idle = [led.lap(beats=True) for _ in range(looks)]
             job = client.submit(
-                stream_short_texts(int(1.25 * count * DEPTH * ROWS)), label_tasks(4), progress=False
+                stream_short_texts(int(1.5 * count * DEPTH * ROWS)), label_tasks(4), progress=False
             )
             valkey = redis.Redis.from_url(redis_py_url(stage.redis.scheduler))
             before = valkey.info("memory")["used_memory"]
@@ -213,15 +278,13 @@ def leading(stage: Stage, count: int, *, looks: int, patience_s: float) -> Leadi
             )
             changed: list[Lap] = []
             refilling: list[Lap] = []
-            for look in range(looks):
-                # The last look gives a tenth of all workers new work at once: enough to tell how many that are a second.
-                last = look == looks - 1
-                laps = answered(stage, crowd, max(1, leases // (10 if last else 100)), led)
-                if last:
-                    refilling = [lap for lap in laps if lap.sent]
-                else:
-                    # The step that has the most of it to deal with.
-                    changed.append(max(laps, key=lambda lap: lap.sent))
+            for _ in range(looks - 1):
+                laps = answered(stage, crowd, max(1, leases // 100), led)
+                # The step that has the most of it to deal with.
+                changed.append(max(laps, key=lambda lap: lap.sent))
+            stages = Stages(led.dispatcher)
+            for _ in range(REFILLS):
+                refilling += freed(stage, crowd, max(1, count // 10), led)
             job.cancel()
             for _ in range(3):
                 led.lap(beats=True)
@@ -235,6 +298,7 @@ def leading(stage: Stage, count: int, *, looks: int, patience_s: float) -> Leadi
         filling=filling,
         changed=changed,
         refilling=refilling,
+        stages=stages.each(sum(lap.sent for lap in refilling)),
         leases=leases,
         dispatcher_mb=peak_rss_mb(os.getpid()),
         valkey_bytes=valkey_bytes,

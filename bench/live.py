@@ -6,6 +6,9 @@ of_litserve_N    req_s_N over LitServe's of the same round; median
 cpu_ms_32        CPU of all of motet's processes, Postgres and Redis too, for each row at 32 connections
 bulk_beside      (bulk device-seconds a second beside 32 callers, and theirs) / bulk device-seconds a second alone
 lost, doubled    asks without the row of their key, and keys with more than one row; must be 0
+connected_mb     most memory of the API while 10,000 callers are connected and 200 ask at a time
+untold           refusals of these without Retry-After; must be 0
+beside_bad       their p99 beside 300 callers that read slowly, never read or hang up, over p99 without these
 
 motet is an embedded cluster with two CPU workers, LitServe has two processes of one thread, batches of 16 and 5 ms;
 same weights, in bf16 where the processor has it. Each key is sent once; a part of them again at the end, for the same
@@ -28,11 +31,13 @@ from pathlib import Path
 from typing import Any
 from uuid import uuid4
 
+import connected
 import httpx
 import psutil
 from callers import Order, to_json
 from family import own_children
 from harness import (
+    Size,
     cluster,
     cpu_s,
     finish,
@@ -167,6 +172,8 @@ def main() -> None:
             running, http, job, motet, asked, size.of(full=16.0, quick=5.0, smoke=0.5),
             size.of(full=30_000, quick=12_000, smoke=2_000),
         )  # fmt: skip
+        # In a job of its own: what they ask is not held to its keys.
+        crowd = many_connected(running, open_job(http), asked, size)
         lost, doubled = held_to_keys(http, job, motet, asked, size.of(full=200, quick=30, smoke=5))
     if lit and (other := [t for t in motet.topics if lit.topics.get(t, motet.topics[t]) != motet.topics[t]]):
         both = len(motet.topics.keys() & lit.topics.keys())
@@ -199,7 +206,7 @@ def main() -> None:
         keys[f"of_litserve_{n}"] = (
             round(ratio(rates[n], "motet", "litserve"), 3) if lit and all(rates[n]["litserve"]) else None
         )
-    keys |= {"bulk_beside": round(beside, 3), "lost": lost, "doubled": doubled}
+    keys |= {"bulk_beside": round(beside, 3), "lost": lost, "doubled": doubled, **crowd}
     finish(
         "live", keys, arguments, whole=lit is not None,
         details={
@@ -295,6 +302,29 @@ def bulk_beside(
     beside = (third[0] - second[0] + third[1] - second[1]) / (third[2] - second[2])
     say(f"  device-seconds a second: bulk alone {bulk_s:.2f}, bulk and asks {beside:.2f}")
     return beside / max(1e-9, bulk_s)
+
+
+def many_connected(running: Cluster, job: str, asked: Sequence[str], size: Size) -> dict[str, float | None]:
+    """Figures of thousands of callers, of whom 200 ask at a time, without bad ones and beside them."""
+    order = connected.Order(
+        port=port_of(running), path=f"/v1/jobs/{job}/ask", token=running.tokens["user"],
+        connections=size.of(full=10_000, quick=2_000, smoke=60), asking=size.of(full=200, quick=200, smoke=20),
+        bad=size.of(full=100, quick=20, smoke=3), seconds=size.of(full=20.0, quick=5.0, smoke=0.5),
+        texts=list(asked), name=uuid4().hex[:8],
+    )  # fmt: skip
+    seen = connected.connected(order, running.pids["api"])
+    assert seen["connected"] == order.connections, "not all were connected"
+    alone_ms, beside_ms = (quantile(seen["waits"][part], 99) for part in (0, 2))
+    say(
+        f"  {seen['connected']:,} callers connected, {order.asking} ask at a time: API {seen['api_mb']:.0f} MB, before "
+        f"{seen['api_mb_before']:.0f}; p99 {alone_ms:.0f} ms, beside bad callers {beside_ms:.0f} ms; "
+        f"statuses {seen['statuses']}, connections cut {seen['cut']}"
+    )
+    return {
+        "connected_mb": round(seen["api_mb"], 1),
+        "untold": seen["untold"],
+        "beside_bad": round(beside_ms / alone_ms, 2) if max(beside_ms, alone_ms) < float("inf") else None,
+    }
 
 
 def held_to_keys(

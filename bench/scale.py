@@ -10,9 +10,10 @@ Last line, JSON: rows_per_s, first_result_s (from the first row read to the firs
 bytes per row, redis bytes per row under way, dispatcher_step_ms by workers, next_bottleneck.
 
 With ``--workers N`` the leader alone is measured, with 100 workers up to N (bench/leading.py): idle; while all of them
-are filled with three sub-tasks each; and full, while a hundredth of the leases has changed. Last line, JSON:
-idle_step_ms and full_step_ms (medians of beat steps, wall clock), subtasks_s (sent a second of the steps that sent, while
-all else is live), dispatcher_mb (largest resident set of this process, the client included), longest_step_s, and
+are filled with three sub-tasks each; and full, while a hundredth of the leases has changed, and while all that a tenth of
+the workers held has been answered. Last line, JSON: idle_step_ms and full_step_ms (medians of beat steps, wall clock),
+subtasks_s (taken in as ended, placed, leased, packed and published anew a second of all steps from the first look at that
+tenth until it has work, while all else is live), dispatcher_mb (largest resident set of this process, the client included), longest_step_s, and
 step_slope_idle and step_slope_full (log-log slopes over the numbers of workers).
 
 With ``--texts N`` a cluster of two real CPU workers answers the demo's four tasks for N of its texts, three times each: as
@@ -58,6 +59,7 @@ def leader(arguments: argparse.Namespace) -> None:
         found = [leading(stage, count, looks=looks, patience_s=patience_s) for count in counts]
     most = found[-1]
     tell_leader(found)
+    tell_stages(most)
     finish(
         "scale_workers",
         {
@@ -96,6 +98,15 @@ def tell_leader(found: Sequence[Leading]) -> None:
     )
 
 
+def tell_stages(found: Leading) -> None:
+    """What a sub-task takes the leader, stage by stage."""
+    table(
+        f"a sub-task at {found.workers:,} workers",
+        ("stage", "us", "CPU us"),
+        [(stage, f"{wall:.1f}", f"{cpu:.1f}") for stage, (wall, cpu) in found.stages.items()],
+    )
+
+
 def slope(points: Mapping[int, float]) -> float:
     """Of the straight line through the logarithms; 0 of a single point."""
     if len(points) < 2:
@@ -114,6 +125,7 @@ def _laps(found: Leading) -> dict[str, object]:
         "longest": round(found.longest_s * 1e3, 1),
         "leases": found.leases,
         "sent_per_s": round(found.subtasks_s),
+        "stage_us": {stage.strip(): [round(us, 1) for us in both] for stage, both in found.stages.items()},
         "idle_laps": told(found.idle),
         "changed": told(found.changed),
         "filling": told(found.filling)[:20],

@@ -18,6 +18,10 @@ turns; ratios are medians of the rounds'. A CHECKPOINT precedes every timed side
                         from "all rows are in" to "job succeeded", divided by label cells. So sub-tasks, leases,
                         unsealed cells and new versions of blocks count; blocks and texts do not. No VACUUM comes
                         before the figure; scores are random, which is the worst case for compression.
+  bytes_per_asked_row   The same of a row of an open job, asks and rows and all that was said of them included, from
+                        nothing to answered: groups of 6 short rows, each with a key of its own, and 4 tasks.
+  front_ms_per_block    Milliseconds of one connection to delete such a group from the front of its job, committed:
+                        64 of them in a transaction, of which nobody waits for the most part.
 
     python bench/storage.py            about two minutes
     python bench/storage.py --quick    the same sides on fewer rows, within 60 s
@@ -37,6 +41,7 @@ from uuid import UUID
 
 import numpy as np
 import psycopg
+from sqlalchemy import text
 
 sys.path.insert(0, str(Path(__file__).parent))
 
@@ -50,15 +55,23 @@ from motet.protocol.settings import Settings
 from motet.protocol.transport import RedisTransport, RedisWorkerTransport
 from motet.protocol.wire import Outcome, Usage
 from scheduler.aggregator import Aggregator
+from scheduler.blocks import IncomingPart, blocks_of
 from scheduler.policy.carve import carve
 from scheduler.policy.cost import Price
-from scheduler.store import demand, leases
+from scheduler.store import demand, feeds, keeping, landing, leases
 from scheduler.store.database import Database
 from scheduler.store.endings import delete_job
+from scheduler.store.feeds import NewAsk
+from scheduler.store.landing import LoadingJob
 from scheduler.store.leases import Cut, Leased
 
 TASKS = 4
 SUBTASK_ROWS = 1500
+#: Rows of a group of an open job: about what 32 callers make.
+GROUP_ROWS = 6
+_LONG_AGO = text("""
+    UPDATE block SET done_at = '-infinity' FROM job j
+     WHERE j.id = :job AND block.job_id = j.id AND done_number > past_done AND done_number <= past_done + :n""")
 WORKER = "bench-stand-in"
 #: Sub-tasks are cut by rows alone, whatever their length.
 A_SECOND_A_ROW = Price(start_s=0.0, per_row=1.0, per_byte=0.0, per_square=0.0)
@@ -118,7 +131,54 @@ class Bench:
         self.sql.execute("DROP TABLE bare_row")
         return rate
 
+    # -- an open job
+
+    def keep(self, blocks: int) -> tuple[float, float]:
+        """Bytes that a row of an open job takes, and milliseconds for which one block of them is deleted."""
+        job = UUID(self.client.open(label_tasks(TASKS), name="kept").job.id)
+        with self.database.transaction() as connection:
+            tenant = connection.execute(
+                text("SELECT tenant_id FROM job WHERE id = :job"), {"job": job}
+            ).scalar_one()
+            facts = landing.loading(connection, tenant, job)
+        before = table_bytes(self.sql)
+        rows = short_texts(blocks * GROUP_ROWS)
+        for at in range(0, len(rows), GROUP_ROWS):
+            self._land(facts, rows[at : at + GROUP_ROWS])
+        self._answer(job, GROUP_ROWS)
+        self._aggregate()
+        self._expect(len(rows) * TASKS, "SELECT cells_ok FROM job WHERE id = %s", str(job))
+        size = (table_bytes(self.sql) - before) / len(rows)
+        self.sql.execute("VACUUM ANALYZE")
+        took_s = 0.0
+        for _ in range(blocks // keeping.FRONT_BLOCKS):
+            with self.database.transaction() as connection:
+                connection.execute(_LONG_AGO, {"job": job, "n": keeping.FRONT_BLOCKS})
+                began = time.perf_counter()
+                assert keeping.forget_front(connection, job).blocks == keeping.FRONT_BLOCKS
+                connection.commit()
+                took_s += time.perf_counter() - began
+        forgotten = blocks // keeping.FRONT_BLOCKS * keeping.FRONT_BLOCKS
+        self.client.feed(str(job)).job.delete()
+        return size, 1000 * took_s / max(1, forgotten)
+
+    def _land(self, facts: LoadingJob, rows: Sequence[str]) -> None:
+        part = IncomingPart(columns={"text": list(rows)})
+        (block,) = blocks_of(
+            part, facts.readers, secret=facts.secret, block_rows=len(rows), block_bytes=1 << 30
+        )
+        asks = [NewAsk(key=uuid.uuid4().bytes * 2, digest=bytes(32), n_rows=1) for _ in rows]
+        with self.database.transaction() as connection:
+            feeds.land_asks(connection, facts, block, asks)
+
     # -- cells
+
+    def _aggregate(self) -> None:
+        transport = RedisTransport(self.stage.redis.scheduler)
+        aggregator = Aggregator(self.database, transport, Settings(reclaim_s=600))
+        while aggregator.step(block_s=0.01):
+            pass
+        transport.close()
 
     def seal(self, side: str, rows: int, sizes: list[float] | None = None) -> float:
         """Sealed label cells/s; keeps the bytes that a cell took, where they are asked for."""
@@ -140,11 +200,11 @@ class Bench:
         self._remove(job)
         return rate
 
-    def _answer(self, job: UUID) -> None:
+    def _answer(self, job: UUID, subtask_rows: int = SUBTASK_ROWS) -> None:
         """Lease every row of the job and put its outcomes on the stream, as a worker does."""
         dice = np.random.default_rng(0)
         transport = RedisWorkerTransport(self.stage.redis.worker, WORKER)
-        for leased in self._lease_all(job):
+        for leased in self._lease_all(job, subtask_rows):
             n = leased.carved.rows
             columns = {
                 task: Column(
@@ -172,7 +232,7 @@ class Bench:
             transport.report(leased.subtask, leased.attempt, outcome.encode())
         transport.close()
 
-    def _lease_all(self, job: UUID) -> Iterator[Leased]:
+    def _lease_all(self, job: UUID, subtask_rows: int) -> Iterator[Leased]:
         """Every sub-task of the job, leased for an hour in the name of the dispatcher that leads."""
         [(epoch,)] = self.sql.execute("SELECT epoch FROM leader").fetchall()
         while True:
@@ -181,7 +241,7 @@ class Bench:
             if frontier.empty:
                 return
             cuts: list[Cut] = []
-            while carved := carve(frontier, SUBTASK_ROWS, A_SECOND_A_ROW):
+            while carved := carve(frontier, subtask_rows, A_SECOND_A_ROW):
                 cuts.append(
                     Cut(
                         job=str(job),
@@ -275,8 +335,10 @@ def _binary_cells(rows: int) -> list[bytes]:
 
 def main() -> None:
     arguments = options(__doc__).parse_args()
-    mixed, short, cells, rounds = arguments.size.of(
-        full=(200_000, 400_000, 250_000, 7), quick=(60_000, 100_000, 100_000, 3), smoke=(300, 300, 2_000, 1)
+    mixed, short, cells, blocks, rounds = arguments.size.of(
+        full=(200_000, 400_000, 250_000, 3_200, 7),
+        quick=(60_000, 100_000, 100_000, 640, 3),
+        smoke=(300, 300, 2_000, 64, 1),
     )
     say(f"storage: {mixed:,} mixed and {short:,} short rows, {cells * TASKS:,} cells, {rounds} rounds")
     sizes: list[float] = []
@@ -296,6 +358,10 @@ def main() -> None:
                 "motet, cells": lambda: bench.seal("motet, cells", cells),
                 "COPY, cells": lambda: bench.copy_cells("COPY, cells", cells),
             }
+            row_bytes, front_ms = bench.keep(blocks)
+            say(
+                f"  {row_bytes:,.0f} bytes per asked row; {front_ms:.2f} ms to delete a group of {GROUP_ROWS}"
+            )
             rates = in_turn(sides, rounds, lambda side, rate: say(f"  {side:<20}{rate:>14,.0f} /s"))
             costs = bench.costs
     table(
@@ -305,6 +371,8 @@ def main() -> None:
     )
     keys = {
         "bytes_per_label_cell": round(sizes[0], 2),
+        "bytes_per_asked_row": round(row_bytes),
+        "front_ms_per_block": round(front_ms, 3),
         "rows_vs_copy": round(ratio(rates, "motet, mixed rows", "COPY, mixed rows"), 3),
         "cells_vs_copy": round(ratio(rates, "motet, cells", "COPY, cells"), 3),
     }

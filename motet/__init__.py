@@ -15,6 +15,7 @@ import typing
 from motet.client import Client
 from motet.errors import (
     Conflict,
+    Gone,
     InvalidJob,
     JobFailed,
     Late,
@@ -27,6 +28,7 @@ from motet.errors import (
     Unreachable,
 )
 from motet.feed import Feed
+from motet.folds import Count, Ewm, Last, Max, Mean, Sum
 from motet.job import Job
 from motet.messages.cluster import Worker
 from motet.messages.jobs import FailedCell, Plan, PlannedPass
@@ -63,20 +65,26 @@ __all__ = [
     "Classify",
     "Client",
     "Conflict",
+    "Count",
     "Embed",
     "Entities",
     "Epoch",
+    "Ewm",
     "Extract",
     "FailedCell",
     "Feed",
     "Fit",
     "Function",
     "Generate",
+    "Gone",
     "InvalidJob",
     "Job",
     "JobFailed",
     "Labels",
+    "Last",
     "Late",
+    "Max",
+    "Mean",
     "MotetError",
     "NotFound",
     "Number",
@@ -88,6 +96,7 @@ __all__ = [
     "Row",
     "SetupError",
     "Span",
+    "Sum",
     "Task",
     "Token",
     "TrainRun",

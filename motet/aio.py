@@ -13,7 +13,7 @@ from concurrent.futures import Future
 from types import TracebackType
 from typing import TypeVar
 
-from motet.client import Client, Tasks
+from motet.client import Client, Folds, Tasks
 from motet.feed import GRACE_S, AskedRow, Feed, late
 from motet.job import Job
 from motet.messages.jobs import Priority
@@ -70,9 +70,9 @@ class AsyncFeed:
         except TimeoutError:
             raise late(stored=not answer.cancelled()) from None
 
-    async def rows(self, after: int = 0) -> AsyncIterator[Row]:
+    async def rows(self, after: int = 0, *, skip_gone: bool = False) -> AsyncIterator[Row]:
         """Every merged row of the job as it is done, as ``Feed.rows``."""
-        groups = self.feed.groups(after)
+        groups = self.feed.groups(after, skip_gone=skip_gone)
         while (rows := await _apart(lambda: next(groups, None))) is not None:
             for row in rows:
                 yield row
@@ -112,12 +112,20 @@ class AsyncClient:
         name: str,
         priority: Priority = "interactive",
         bad_rows: BadRows = "refuse",
+        keep_days: float | None = None,
         retention_days: float | None = None,
+        state: Folds | None = None,
     ) -> AsyncFeed:
         """As ``Client.open``, by ``async with``."""
         return AsyncFeed(
             lambda: self.client.open(
-                tasks, name=name, priority=priority, bad_rows=bad_rows, retention_days=retention_days
+                tasks,
+                name=name,
+                priority=priority,
+                bad_rows=bad_rows,
+                keep_days=keep_days,
+                retention_days=retention_days,
+                state=state,
             )
         )
 

@@ -23,6 +23,7 @@ from typing import TYPE_CHECKING, Any
 from uuid import UUID
 
 from motet.errors import Conflict, InvalidJob, MotetError, NotFound, Problem
+from motet.folds import Fold, parse_folds
 from motet.http import Address, BodyRefused, Http, json_of
 from motet.job import Job
 from motet.messages.cluster import Worker, WorkerList
@@ -54,6 +55,8 @@ if TYPE_CHECKING:
     from motet.feed import Feed
 
 Tasks = Mapping[str, Task | Mapping[str, Any]]
+#: Name of a field -> what it holds of the rows before.
+Folds = Mapping[str, Fold | Mapping[str, Any]]
 
 log = logging.getLogger(__name__)
 
@@ -196,7 +199,9 @@ class Client:
         name: str,
         priority: Priority = "interactive",
         bad_rows: BadRows = "refuse",
+        keep_days: float | None = None,
         retention_days: float | None = None,
+        state: Folds | None = None,
         notify_when: str | None = None,
     ) -> Feed:
         """Open a job for rows that come one by one, each answered at once: ``feed.ask({"text": …})`` (docs/live.md).
@@ -204,7 +209,9 @@ class Client:
         The job stays open until it is closed, whoever leaves. Opening again under its ``name`` with the same tasks and
         options attaches to it, from anywhere; with others it is a Conflict, and so is the name of a job that was closed.
         With ``bad_rows="error"`` a row that a task cannot read is asked and its cell is an error; with ``"refuse"`` it
-        raises InvalidJob for its caller. Webhooks are told of each row for which ``notify_when`` holds, a condition on
+        raises InvalidJob for its caller. Each row and its key are deleted ``keep_days`` after it was answered, or 7; the
+        whole job ``retention_days`` after its end. ``state`` gives each row what was folded of the rows of its key before
+        it, as fields of these names. Webhooks are told of each row for which ``notify_when`` holds, a condition on
         answers such as ``"risk > 0.4"`` (docs/webhooks.md). Raises InvalidJob, Unauthorized, Overloaded, Unreachable.
         """
         from motet.feed import Feed
@@ -221,7 +228,8 @@ class Client:
             bad_rows=bad_rows,
             open=True,
             notify_when=_condition(notify_when, specs),
-            **_amounts(retention_days=retention_days),
+            state=_state(state, specs),
+            **_amounts(keep_s=_seconds(keep_days), retention_days=retention_days),
         )
         record = self._open(opening, _key_of(name), lambda refusal: log.warning("waiting: %s", refusal))
         if record.state != State.OPEN:
@@ -569,11 +577,25 @@ def _specs(tasks: object) -> dict[str, Task]:
     return specs
 
 
+def _state(state: object, tasks: Mapping[str, Task]) -> dict[str, Any] | None:
+    """Check the folds as the server would. Raises InvalidJob."""
+    if state is None:
+        return None
+    if isinstance(state, Mapping):
+        state = {name: fold.to_json() if isinstance(fold, Fold) else fold for name, fold in state.items()}
+    return {name: fold.to_json() for name, fold in parse_folds(state, tasks).items()}
+
+
 def _key_of(name: str) -> str:
     """The Idempotency-Key under which an open job of this name is opened: the name, where a header can hold it."""
     if name.isascii() and name.isprintable() and len(name) <= 200:
         return name
     return f"sha256:{hashlib.sha256(name.encode()).hexdigest()}"
+
+
+def _seconds(days: float | None) -> float | None:
+    """Days in seconds; what is no number is left for others to refuse."""
+    return days * 86_400 if isinstance(days, int | float) and not isinstance(days, bool) else days
 
 
 def _amounts(**options: object) -> dict[str, Any]:

@@ -3,6 +3,7 @@
 MotetError
 ├── InvalidJob       mend the job, submit it again        (HTTP 422; .problems says where)
 ├── NotFound         ask for something that exists        (HTTP 404)
+│   └── Gone         go on with the rows that are kept    (HTTP 410; .first_row)
 ├── Unauthorized     bring another token                  (HTTP 401, 403)
 ├── Conflict         the thing has moved on: look again   (HTTP 409)
 ├── Overloaded       come back after .retry_after_s       (HTTP 429, 503)
@@ -65,6 +66,14 @@ class InvalidJob(MotetError):
 
 class NotFound(MotetError):
     """No such job, model, token or blob, or it belongs to another tenant."""
+
+
+class Gone(NotFound):
+    """Rows that were asked for are no longer kept; ``first_row`` is the index of the first row that is."""
+
+    def __init__(self, message: str, first_row: int) -> None:
+        super().__init__(message)
+        self.first_row = first_row
 
 
 class Unauthorized(MotetError):

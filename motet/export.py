@@ -27,6 +27,7 @@ from typing import IO, TYPE_CHECKING, Any
 
 from motet.errors import SetupError
 from motet.protocol.columns import OK, STATE_MASK, TRUNCATED, typed
+from motet.protocol.values import json_value
 from motet.results import Answers, Block, Cell, Row
 
 if TYPE_CHECKING:
@@ -97,6 +98,8 @@ def json_row(row: Row) -> dict[str, Any]:
     names = column_names(row)
     for task, cell in row.items():
         record.update(zip(names[task], _json_values(cell), strict=False))
+    if state := row.state:
+        record["state"] = {name: json_value(value) for name, value in state.items()}
     if errors := row.errors:
         record["errors"] = {task: {"error": e.error, "message": e.message} for task, e in errors.items()}
     if truncated := [task for task, cell in row.items() if cell.truncated]:

@@ -1,7 +1,8 @@
 """A feed: an open job as the client holds it. Rows are asked one by one, and each is answered in its own round trip.
 
 The threads of a process share requests by Nagle's rule (RFC 896): a row goes out at once while fewer than ``REQUESTS``
-requests are under way, else with all others that wait when one of them is answered. Every row has a key of its own,
+requests are under way, else with all others that wait when one of them is answered, or half of it. Each row is told as
+soon as it is answered, and none waits for the slowest of its request. Every row has a key of its own,
 kept over retries, so that repeating is harmless; a bad row is refused alone. docs/live.md says what a feed is for.
 """
 
@@ -11,26 +12,29 @@ import secrets
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from types import TracebackType
 from typing import Any, TypeAlias
 
 from motet import forks
-from motet.errors import InvalidJob, JobFailed, Late, MotetError, Overloaded, Problem
+from motet.errors import Gone, InvalidJob, JobFailed, Late, MotetError, Overloaded, Problem
+from motet.folds import asked_fields, stored_folds
 from motet.http import MAX_WAIT_S, BodyRefused, Http, error_told
 from motet.job import Job
 from motet.messages.jobs import MAX_ASK_ROWS, JobRecord
 from motet.protocol.envelope import BadMessage
 from motet.protocol.values import text_flaw
-from motet.results import CURSORS_A_BLOCK, Block, Row, read_frames
+from motet.results import CURSORS_A_BLOCK, Block, Row, frames_in
 from motet.rows import BadRows, CheckedRow, check_row, part_of
 from motet.states import ENDED, ENDED_EARLY
-from motet.tasks import dialogues_of, fields_of, short, stored_task
+from motet.tasks import dialogues_of, short, stored_task
 
 #: Requests under way at most. Fewer: rows wait for the answers of others; more: each request carries fewer rows.
 REQUESTS = 4
+#: Requests beside these whose last rows are still to come. More: slow rows hold up fewer others; each costs a connection.
+STRAGGLERS = 12
 #: UTF-8 bytes of the rows of one request, where it has several: many proxies take a body of 1 MiB and no more.
 _REQUEST_BYTES = 768 * 1024
 #: Seconds that a caller waits beyond its own time for the server's word on what became of the row.
@@ -55,6 +59,32 @@ class _Ask:
     sent: bool = False
 
 
+@dataclass(eq=False, slots=True)
+class _Request:
+    """Rows that were sent together, and what became of them."""
+
+    asks: Sequence[_Ask]
+    clock: Callable[[], float]
+    #: Place -> those without an answer.
+    open: dict[int, _Ask] = field(init=False)
+    #: To be sent again, as soon as this is so on the feed's clock.
+    again: list[_Ask] = field(default_factory=list)
+    again_at: float = 0.0
+    #: Its last rows are waited for, and another sender took this one's place.
+    straggles: bool = False
+
+    def __post_init__(self) -> None:
+        self.open = dict(enumerate(self.asks))
+
+    def ask_again(self, ask: _Ask, after_s: float) -> None:
+        self.again.append(ask)
+        self.again_at = max(self.again_at, self.clock() + after_s)
+
+    def again_s(self) -> float:
+        """Seconds until then."""
+        return max(0.0, self.again_at - self.clock()) if self.again else 0.0
+
+
 class Feed:
     """An open job: ``ask`` rows, follow all ``rows``, ``close`` it. Usable from several threads and in forked children.
 
@@ -73,7 +103,8 @@ class Feed:
         self.job = Job(http, record)
         self._http, self._bad_rows, self._clock = http, bad_rows, clock
         tasks = {name: stored_task(spec) for name, spec in record.tasks.items()}
-        self._fields, self._dialogues = fields_of(tasks), dialogues_of(tasks)
+        self._fields = asked_fields(tasks, stored_folds(record.folds))
+        self._dialogues = dialogues_of(tasks)
         self._most_bytes = _REQUEST_BYTES
         self.leave_to_parent()
         forks.mind(self)
@@ -81,7 +112,8 @@ class Feed:
     def leave_to_parent(self) -> None:
         """Forget rows and threads of the process that this one was forked from: their answers come there."""
         self._waiting: deque[_Ask] = deque()
-        self._senders = 0
+        #: Senders whose request is on its way, and those of which half is answered.
+        self._senders = self._stragglers = 0
         self._changed = threading.Condition()
         self._stop = threading.Event()
 
@@ -117,31 +149,37 @@ class Feed:
             if self._stop.is_set():
                 raise MotetError("this feed was interrupted; open it again under its name")
             self._waiting.append(ask)
-            is_free = self._senders < REQUESTS
-            self._senders += is_free
-        if is_free:
-            self._start_sender()
+        self._send_more()
         return ask.answer
 
     # -- following
 
-    def rows(self, after: int = 0) -> Iterator[Row]:
+    def rows(self, after: int = 0, *, skip_gone: bool = False) -> Iterator[Row]:
         """Every merged row of the job, whoever asked it, as it is done; it ends when the job does.
 
         ``after`` is the ``cursor`` of the last row that was seen: none comes twice, none is left out. Raises JobFailed
-        behind the last row of a job that failed or was cancelled.
+        behind the last row of a job that failed or was cancelled. A job keeps answered rows for ``keep_days``: raises
+        Gone where rows behind ``after`` were deleted, and with ``skip_gone`` goes on with those that are kept.
         """
-        for rows in self.groups(after):
+        for rows in self.groups(after, skip_gone=skip_gone):
             yield from rows
 
-    def groups(self, after: int = 0) -> Iterator[Sequence[Row]]:
+    def groups(self, after: int = 0, *, skip_gone: bool = False) -> Iterator[Sequence[Row]]:
         """As ``rows``, the rows that were done together at a time."""
         specs = self.job.specs(None)
         block_after, seen = divmod(after, CURSORS_A_BLOCK)
         while True:
-            frames, end = self.job.frames(None, "done", block_after, MAX_WAIT_S)
+            frames, end = self.job.frames(None, "done", block_after, MAX_WAIT_S, skip_gone=skip_gone)
             for frame in frames:
-                rows = list(Block.from_wire(frame, specs))[seen:]
+                block = Block.from_wire(frame, specs)
+                if seen and block.done != block_after + 1:
+                    # Of the first block of all, whose rows were seen in part: the server takes 0 for the beginning.
+                    if not skip_gone:
+                        raise Gone(
+                            f"job {self.job.id}: rows behind {after} are gone", int(end.get("first_row", 0))
+                        )
+                    seen = 0
+                rows = list(block)[seen:]
                 seen = 0
                 if rows:
                     yield rows
@@ -180,7 +218,7 @@ class Feed:
             return
         try:
             with self._changed:
-                self._changed.wait_for(lambda: not self._senders)
+                self._changed.wait_for(lambda: not self._senders + self._stragglers)
         except BaseException:
             self.interrupt()
             raise
@@ -201,7 +239,12 @@ class Feed:
 
     # -- a sender: a thread that lives while rows wait
 
-    def _start_sender(self) -> None:
+    def _send_more(self) -> None:
+        """Start a sender where rows wait and another request may be under way."""
+        with self._changed:
+            if not self._waiting or self._senders >= REQUESTS:
+                return
+            self._senders += 1
         try:
             # A daemon: a program that ends waits for no answer.
             threading.Thread(target=self._send, name="motet-feed", daemon=True).start()
@@ -213,15 +256,34 @@ class Feed:
 
     def _send(self) -> None:
         while asks := self._next():
+            request = _Request(asks, self._clock)
             try:
-                again_s = self._exchange(asks)
+                self._exchange(request)
             except BaseException as error:  # noqa: BLE001 - the callers wait in other threads: each is told
                 for ask in asks:
                     _fail(ask, error)
             else:
-                self._stop.wait(again_s)
+                self._stop.wait(request.again_s())
+                self._wait_again(request.again)
                 if self._stop.is_set():
                     self.interrupt()
+            if request.straggles:
+                # Another sender took this one's place.
+                with self._changed:
+                    self._stragglers -= 1
+                    self._changed.notify_all()
+                self._send_more()
+                return
+
+    def _half_answered(self, request: _Request) -> None:
+        """Half of a request is answered: the rows that wait need not wait for its slowest."""
+        with self._changed:
+            if self._stragglers >= STRAGGLERS:
+                return
+            request.straggles = True
+            self._stragglers += 1
+            self._senders -= 1
+        self._send_more()
 
     def _next(self) -> list[_Ask]:
         """The rows of the next request; none: they are all sent, and this sender is no more."""
@@ -253,57 +315,69 @@ class Feed:
             _fail(ask, late(stored=False))
         return asks
 
-    def _exchange(self, asks: Sequence[_Ask]) -> float:
-        """Send the rows and hand out the answers. Seconds until those that wait again may be sent."""
+    def _exchange(self, request: _Request) -> None:
+        """Send the rows, and hand out the answers as they come."""
+        asks = request.asks
         within_s = min(_MOST_S, max(ask.until for ask in asks) - self._clock())
         squeeze = not self._http.stays_here
         told = {"keys": [ask.key for ask in asks], "within_s": within_s}
         part = part_of([ask.row for ask in asks], self._fields)
         try:
-            answer = self._http.request(
+            self._http.request(
                 "POST",
                 f"/v1/jobs/{self.job.id}/ask",
                 content=part.encode(squeeze=squeeze, beside=told),
                 headers={
                     "Content-Type": "application/msgpack",
                     "Content-Encoding": "zstd" if squeeze else "identity",
-                    "Accept": "application/msgpack",
+                    "Accept": "application/msgpack; order=done",
                 },
                 answer_s=within_s + GRACE_S,
                 patience_s=within_s,
                 stop=self._stop,
+                read=lambda answer: self._read(request, answer.iter_bytes()),
             )
         except BodyRefused:
             if len(asks) == 1:
                 raise
             # Half of it: so few bodies are refused before one fits.
             self._most_bytes = sum(ask.row.size for ask in asks) // 2
-            self._wait_again(asks)
-            return 0.0
+            request.again += asks
+            return
+        if request.open:
+            answered = len(asks) - len(request.open)
+            raise MotetError(f"job {self.job.id}: {answered:,} answers to {len(asks):,} rows")
+
+    def _read(self, request: _Request, pieces: Iterable[bytes]) -> None:
+        specs = self.job.specs(None)
         try:
-            frames = list(read_frames(answer.content))
+            for number, frame in enumerate(frames_in(self._watched(request, pieces))):
+                # A server that says nothing of the place answers in the order of the rows. What comes again after a lost
+                # connection was handed out before.
+                ask = request.open.pop(frame.get("ask", number), None)
+                if ask is not None:
+                    self._hand_out(request, ask, frame, specs)
         except (BadMessage, ValueError) as error:
             raise MotetError(f"job {self.job.id}: unreadable answers: {error}") from None
-        if len(frames) != len(asks):
-            raise MotetError(f"job {self.job.id}: {len(frames):,} answers to {len(asks):,} rows")
-        return self._hand_out(asks, frames)
 
-    def _hand_out(self, asks: Sequence[_Ask], frames: Sequence[Mapping[str, Any]]) -> float:
-        specs = self.job.specs(None)
-        again: list[_Ask] = []
-        again_s = 0.0
-        for ask, frame in zip(asks, frames, strict=True):
-            if "error" not in frame:
-                ask.answer.set_result(Row(Block.from_wire(frame, specs), 0))
-                continue
-            error = error_told(frame["error"])
-            if isinstance(error, Overloaded) and self._clock() + error.retry_after_s < ask.until:
-                again.append(ask)
-                again_s = max(again_s, error.retry_after_s)
-            else:
-                _fail(ask, error)
-        self._wait_again(again)
-        return again_s
+    def _watched(self, request: _Request, pieces: Iterable[bytes]) -> Iterator[bytes]:
+        for piece in pieces:
+            yield piece
+            # By now all of it is handed out.
+            if not request.straggles and request.open and 2 * len(request.open) <= len(request.asks):
+                self._half_answered(request)
+
+    def _hand_out(
+        self, request: _Request, ask: _Ask, frame: Mapping[str, Any], specs: Mapping[str, Any]
+    ) -> None:
+        if "error" not in frame:
+            ask.answer.set_result(Row(Block.from_wire(frame, specs), 0))
+            return
+        error = error_told(frame["error"])
+        if isinstance(error, Overloaded) and self._clock() + error.retry_after_s < ask.until:
+            request.ask_again(ask, error.retry_after_s)
+        else:
+            _fail(ask, error)
 
     def _wait_again(self, asks: Sequence[_Ask]) -> None:
         """They wait before all others, under their keys."""

@@ -22,6 +22,7 @@ from urllib.parse import urlsplit
 from motet import forks
 from motet.errors import (
     Conflict,
+    Gone,
     InvalidJob,
     Late,
     MotetError,
@@ -125,6 +126,11 @@ class Address:
         if not token.isascii() or not token.isprintable() or " " in token:
             raise SetupError("the token holds characters that no token has; copy it again, as <id>.<secret>")
         return cls(url=url, token=token)
+
+
+def whole(answer: httpx.Response) -> object:
+    """Read an answer to its end."""
+    return answer.read()
 
 
 class BodyRefused(InvalidJob):
@@ -237,8 +243,11 @@ class Http:
         patience_s: float | None = None,
         stop: threading.Event | None = None,
         refused: Callable[[Overloaded], object] | None = None,
+        read: Callable[[httpx.Response], object] = whole,
     ) -> httpx.Response:
-        """Send until there is an answer, and return it whole if it is a good one.
+        """Send until there is an answer, and return it if it is a good one.
+
+        ``read`` reads a good one as it comes, and may be called again with the next where that is lost meanwhile.
 
         Lost connections, 429, 503 and the statuses of a proxy that does not reach the API
         (408, 502, 504, 520 to 524) are tried again with jittered back-off, as late as Retry-After asks, for
@@ -262,7 +271,7 @@ class Http:
                 with self._answer(
                     method, path, asked, content, headers, (answer_s or self._silence_s) + may_wait_s
                 ) as answer:
-                    answer.read()
+                    (read if answer.is_success else whole)(answer)
             except httpx.RequestError as error:
                 unsent = isinstance(error, httpx.ConnectError | httpx.ConnectTimeout | httpx.PoolTimeout)
                 cut = not unsent and not isinstance(error, httpx.TimeoutException)
@@ -449,6 +458,7 @@ _STATUS = {
     "unauthorized": 401,
     "forbidden": 403,
     "not_found": 404,
+    "gone": 410,
     "conflict": 409,
     "too_large": 413,
     "invalid_job": 422,
@@ -461,7 +471,8 @@ def error_told(said: Mapping[str, Any]) -> MotetError:
     """The error of one row of an ask, which stands in a good answer among those of others."""
     message = _printable(str(said.get("message") or "no reason was given"))
     status = _STATUS.get(str(said.get("type")), 500)
-    return _known_error(status, said, message, 1.0) or _failed(status, message)
+    again_s = _retry_after_s(str(said.get("retry_after_s", "")))
+    return _known_error(status, said, message, again_s) or _failed(status, message)
 
 
 def _known_error(
@@ -475,6 +486,9 @@ def _known_error(
         return Unauthorized(message)
     if status == 404:
         return NotFound(message)
+    if status == 410:
+        row = said.get("first_row")
+        return Gone(message, row if isinstance(row, int) else 0)
     if status == 409:
         conflict = Conflict(message)
         if isinstance(said.get("next_part"), int):

@@ -6,6 +6,7 @@ A ``Job`` is a handle: the job outlives it, and ``client.job(id)`` makes another
 from __future__ import annotations
 
 import importlib.util
+import logging
 import os
 import sys
 import time
@@ -30,6 +31,8 @@ if TYPE_CHECKING:
     from motet.evaluation import Evaluation
     from motet.messages.explanation import Explanation
     from motet.sources import Source
+
+log = logging.getLogger(__name__)
 
 Order = Literal["row", "done"]
 
@@ -215,7 +218,8 @@ class Job:
             self._record = JobRecord.of(end["job"])
         else:
             self.refresh()
-        if rows != self.rows and self._record.state not in ENDED_EARLY:
+        kept = self.rows - self._record.first_row
+        if not kept <= rows <= self.rows and self._record.state not in ENDED_EARLY:
             raise MotetError(
                 f"job {self.id}: the server sent {rows:,} of its {self.rows:,} rows and called them all; "
                 "read them again, and if they stay away, look into the server's log"
@@ -224,10 +228,16 @@ class Job:
             self._check()
 
     def frames(
-        self, tasks: str | None, order: Order, after: int, wait_s: float
+        self, tasks: str | None, order: Order, after: int, wait_s: float, *, skip_gone: bool = False
     ) -> tuple[list[Mapping[str, Any]], Mapping[str, Any]]:
-        """One answer of results, as it was sent: the blocks that are ready, and the frame that ends it."""
-        params = {"order": order, "after": after, **({"tasks": tasks} if tasks is not None else {})}
+        """One answer of results, as it was sent: the blocks that are ready, and the frame that ends it.
+
+        Logs where the rows begin, when they are asked for from the first one and that is gone. Raises Gone where those
+        behind ``after`` are, unless these are skipped.
+        """
+        params: dict[str, Any] = {"order": order, "after": after}
+        params |= {"tasks": tasks} if tasks is not None else {}
+        params |= {"skip_gone": "true"} if skip_gone else {}
         for attempt in range(_READS):
             answer = self._http.request(
                 "GET",
@@ -246,6 +256,9 @@ class Job:
                     raise MotetError(f"job {self.id}: unreadable results: {error}") from None
                 self._sleep(_GLANCE_S)
             else:
+                if end.get("first_row") and not after:
+                    begins = end["first_row"]
+                    log.warning("job %s: rows before row %s were deleted; it begins there", self.id, begins)
                 return frames, end
         raise AssertionError("the last read returns or raises")
 

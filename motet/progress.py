@@ -35,6 +35,8 @@ class Progress:
     rate: float | None
     #: Seconds that the rest will take, or None where that is not known.
     eta: float | None
+    #: Of an open job: rows before this one are no longer kept.
+    first_row: int = 0
 
     @property
     def done(self) -> int:
@@ -70,12 +72,14 @@ class Progress:
             reused=cells.reused,
             rate=_rate(job),
             eta=job.eta_s,
+            first_row=job.first_row,
         )
 
     def __str__(self) -> str:
         if self.state == State.OPEN:
             # There is no whole of which a share could be told.
             words = [self.state, f"{self.rows:,} rows", f"{self.waiting:,} cells wait"]
+            words += [f"kept from row {self.first_row:,} on"] if self.first_row else []
         elif self.grows:
             words = [self.state, f"{self.rows:,} rows so far", f"{self.done:,} of their {self.total:,} cells"]
         else:
@@ -98,6 +102,15 @@ def clock(seconds: float) -> str:
     whole = max(0, round(seconds))
     hours, rest = divmod(whole, 3600)
     return f"{hours}:{rest // 60:02}:{rest % 60:02}" if hours else f"{rest // 60}:{rest % 60:02}"
+
+
+def instant(seconds: float | None) -> str:
+    """The time of an answer: ``27 ms``, ``1.23 s``, ``42 s``; ``–`` where there was none."""
+    if seconds is None:
+        return "–"
+    if seconds < 0.9995:
+        return f"{seconds * 1000:.3g} ms"
+    return f"{seconds:.2f} s" if seconds < 9.995 else f"{seconds:.0f} s"
 
 
 def _rate(job: JobRecord) -> float | None:

@@ -8,13 +8,14 @@ from __future__ import annotations
 
 import json
 import struct
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from motet.errors import SetupError
 from motet.protocol.columns import LAYOUT, OK, STATE_MASK, STATES, TRUNCATED, CellError, Column, sized, values
 from motet.protocol.envelope import BadMessage, unpack
+from motet.protocol.values import Value
 
 if TYPE_CHECKING:
     import numpy
@@ -86,6 +87,8 @@ class Block:
     #: The place of this block among the finished ones; None before it is known.
     done: int | None
     answers: Mapping[str, Answers]
+    #: Fold of an open job -> what each row was given.
+    state: Mapping[str, Sequence[Value]] = field(default_factory=dict)
 
     def __len__(self) -> int:
         return self.rows
@@ -107,6 +110,9 @@ class Block:
         }
         if any(len(a.column) != rows for a in answers.values()):
             raise ValueError("a column of another length than its block")
+        state = frame.get("state") or {}
+        if any(len(values) != rows for values in state.values()):
+            raise ValueError("state of another length than its block")
         done = frame.get("done")
         return cls(
             number=int(frame["block"]),
@@ -114,6 +120,7 @@ class Block:
             rows=rows,
             done=None if done is None else int(done),
             answers=answers,
+            state=state,
         )
 
     @classmethod
@@ -163,6 +170,11 @@ class Row(Mapping[str, "Cell"]):
         if done is None:
             return None
         return done * CURSORS_A_BLOCK if offset == len(self._block) else (done - 1) * CURSORS_A_BLOCK + offset
+
+    @property
+    def state(self) -> dict[str, Value]:
+        """What the row of an open job with state was given of the rows before it, by name (docs/live.md)."""
+        return {name: values[self._offset] for name, values in self._block.state.items()}
 
     @property
     def errors(self) -> dict[str, CellError]:
@@ -379,20 +391,32 @@ class Cell:
 
 
 def read_frames(body: bytes) -> Iterator[Mapping[str, Any]]:
-    """The frames of a results answer: 4 bytes of length, big-endian, then zstd of msgpack.
+    """The frames of a whole results answer. Raises BadMessage where the body is torn or no such stream."""
+    return frames_in((body,))
 
-    Raises BadMessage where the body is torn or no such stream.
+
+def frames_in(pieces: Iterable[bytes]) -> Iterator[Mapping[str, Any]]:
+    """The frames of an answer as its pieces arrive: each 4 bytes of length, big-endian, then zstd of msgpack.
+
+    Raises BadMessage where the pieces together are torn or no such stream.
     """
-    at = 0
-    while at < len(body):
-        if at + 4 > len(body):
-            raise BadMessage("a results stream that ends within a length")
-        size = int.from_bytes(body[at : at + 4], "big")
-        at += 4
-        if at + size > len(body):
-            raise BadMessage(f"a results stream that ends {at + size - len(body)} bytes early")
-        frame = unpack(body[at : at + size])
-        if not isinstance(frame, dict):
-            raise BadMessage("a frame that is no mapping")
-        yield frame
-        at += size
+    rest = b""
+    for piece in pieces:
+        rest, at = rest + piece, 0
+        while at + 4 <= len(rest) and at + 4 + (size := int.from_bytes(rest[at : at + 4], "big")) <= len(
+            rest
+        ):
+            frame = unpack(rest[at + 4 : at + 4 + size])
+            if not isinstance(frame, dict):
+                raise BadMessage("a frame that is no mapping")
+            yield frame
+            at += 4 + size
+        rest = rest[at:]
+    if rest:
+        raise BadMessage(_torn(rest))
+
+
+def _torn(rest: bytes) -> str:
+    if len(rest) < 4:
+        return "a results stream that ends within a length"
+    return f"a results stream that ends {int.from_bytes(rest[:4], 'big') + 4 - len(rest)} bytes early"

@@ -13,7 +13,7 @@ from typing import Any, ClassVar, Literal
 
 from motet.conditions import BadCondition, condition
 from motet.errors import InvalidJob, Problem
-from motet.templates import NAME, is_placeholder, is_template, placeholders, resolved
+from motet.templates import NAME, is_placeholder, is_well_formed, placeholders, resolved
 
 #: What a classifier says that abstains, unless a task names another word.
 UNSURE = "unsure"
@@ -436,20 +436,20 @@ def _clean_text(value: object) -> bool:
     return True
 
 
-def _is_template(value: object) -> bool:
+def is_template(value: object) -> bool:
     return _is_prompt(value) and bool(placeholders(str(value)))
 
 
 def _is_prompt(value: object) -> bool:
     """A template that need not name a field."""
-    return isinstance(value, str) and _clean_text(value) and is_template(value)
+    return isinstance(value, str) and _clean_text(value) and is_well_formed(value)
 
 
 def _is_prompt_or_nothing(value: object) -> bool:
     return value == "" or _is_prompt(value)
 
 
-def _is_one_field(value: object) -> bool:
+def is_one_field(value: object) -> bool:
     return isinstance(value, str) and value[:1] + value[-1:] == "{}" and bool(NAME.match(value[1:-1]))
 
 
@@ -498,10 +498,10 @@ _SEED = "a whole number from 0 to 2^63 - 1"
 _SCHEMA = "a JSON Schema of up to 20,000 characters"
 _CHECKS: Mapping[str, Callable[[Any], bool]] = {
     _MODEL: lambda v: _clean_text(v) and len(str(v)) <= 200,
-    _TEMPLATE: _is_template,
+    _TEMPLATE: is_template,
     _PROMPT: _is_prompt,
     _PROMPT_OR_NOTHING: _is_prompt_or_nothing,
-    _FIELD: _is_one_field,
+    _FIELD: is_one_field,
     _TOKENS: _is_whole(3, 1_000_000),
     _WRITTEN: _is_whole(1, 100_000),
     _STOP: _are_texts(0, 16, 100),

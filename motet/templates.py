@@ -54,7 +54,7 @@ def sole_placeholder(template: str) -> str | None:
     return whole[1] if whole else None
 
 
-def is_template(text: str) -> bool:
+def is_well_formed(text: str) -> bool:
     """Every brace belongs to a placeholder that can be read, or is doubled."""
     bare = _PLACEHOLDER.sub("", text.replace("{{", "").replace("}}", ""))
     return "{" not in bare and "}" not in bare and all(is_placeholder(one) for one in placeholders(text))

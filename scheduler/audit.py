@@ -8,6 +8,7 @@ the next beat step, and counts where it still differs in the same way.
 from __future__ import annotations
 
 import logging
+from bisect import bisect_left
 from collections.abc import Collection
 from dataclasses import dataclass, field
 from uuid import UUID
@@ -20,6 +21,7 @@ from scheduler.policy.placing.records import PassId
 from scheduler.store import leases
 from scheduler.store.demand import demand_of, jobs_waiting
 from scheduler.store.leases import Held, LeaseKey
+from scheduler.store.manifests import Manifests
 
 log = logging.getLogger(__name__)
 
@@ -54,11 +56,14 @@ class Audit:
 
     book: LeaseBook
     placer: Placer
+    manifests: Manifests
     #: When the next one begins; None: one is under way.
     _begins_at: float | None = 0.0
     #: The leases behind this one, and then the jobs behind that one, are still to be looked at.
     _lease: int | None = 0
     _job: UUID | None = None
+    #: The book as of the begin, by id: what came into it since then the next audit looks at.
+    _keys: list[LeaseKey] = field(default_factory=list)
     _doubts: Differences = field(default_factory=Differences)
 
     def begun(self, now: float) -> None:
@@ -73,6 +78,7 @@ class Audit:
             if now < self._begins_at:
                 return certain
             self._begins_at, self._lease, self._job = None, 0, None
+            self._keys = sorted(self.book.keys())
         if self._lease is not None:
             self._doubts = self._look_at_leases(connection, self._lease)
         elif self._job is not None:
@@ -93,11 +99,11 @@ class Audit:
         if last is None:
             self._job = _FIRST_JOB
         keys = {h.key for h in stored}
+        begins = bisect_left(self._keys, (after + 1, 0))
+        ends = len(self._keys) if last is None else bisect_left(self._keys, (last + 1, 0))
         return Differences(
             unknown=tuple(h for h in stored if h.key not in self.book),
-            ended=tuple(
-                key for key in self.book.keys() - keys if after < key[0] and (last is None or key[0] <= last)
-            ),
+            ended=tuple(key for key in self._keys[begins:ends] if key not in keys and key in self.book),
         )
 
     def _look_at_jobs(self, connection: Connection, after: UUID, now: float) -> Differences:
@@ -111,7 +117,7 @@ class Audit:
         return self._of_jobs(connection, here, now)
 
     def _of_jobs(self, connection: Connection, jobs: Collection[UUID], now: float) -> Differences:
-        demands, _ = demand_of(connection, now, jobs)
+        demands, _ = demand_of(connection, now, jobs, self.manifests)
         stored = {d.id: d.rows_waiting for d in demands}
         known = {id_ for job in jobs for id_ in self.placer.passes_of(str(job))}
         found = ((id_, self.placer.rows_waiting(id_), stored.get(id_, 0)) for id_ in known | stored.keys())

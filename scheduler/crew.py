@@ -48,7 +48,7 @@ def one_of_each_kind(beats: Mapping[str, Beat], too: Collection[str]) -> dict[st
 def seen_alive(
     transport: SchedulerTransport,
     live: Mapping[str, Beat],
-    held: Collection[Held],
+    held: Mapping[LeaseKey, Held],
     asked: Container[LeaseKey],
 ) -> tuple[set[LeaseKey], set[LeaseKey]]:
     """Leases whose attempt a live worker holds, or, of those that are ``asked``, whose message waits in its queue.
@@ -57,14 +57,14 @@ def seen_alive(
     """
     seen: set[LeaseKey] = set()
     unseen: dict[str, set[LeaseKey]] = {}
-    for h in held:
+    for key, h in held.items():
         beat = live.get(h.worker)
         if beat is None or beat.boot != h.boot:
             continue
-        if h.key in beat.held:
-            seen.add(h.key)
-        elif h.key in asked or beat.state == "draining":
-            unseen.setdefault(h.worker, set()).add(h.key)
+        if key in beat.held:
+            seen.add(key)
+        elif key in asked or beat.state == "draining":
+            unseen.setdefault(h.worker, set()).add(key)
     waiting: set[LeaseKey] = set()
     for name, queue in transport.queued_at(unseen).items():
         queued = unseen[name] & queue
@@ -79,13 +79,18 @@ def another_boot(held: Held, live: Mapping[str, Beat]) -> bool:
     return held.worker in live and live[held.worker].boot != held.boot
 
 
-def left_behind(held: Held, live: Mapping[str, Beat]) -> bool:
-    """Its worker says that it came there and cannot run: its payload was lost, or cannot be read."""
-    beat = live.get(held.worker)
-    return beat is not None and beat.boot == held.boot and held.key in beat.left
+def left_behind(held: Mapping[LeaseKey, Held], live: Mapping[str, Beat]) -> set[LeaseKey]:
+    """Those whose worker says that they came there and cannot run: the payload was lost, or cannot be read."""
+    beats = ((name, live.get(name)) for name in {h.worker for h in held.values()})
+    return {
+        key
+        for name, beat in beats
+        if beat is not None
+        for key in beat.left
+        if (h := held.get(key)) is not None and (h.worker, h.boot) == (name, beat.boot)
+    }
 
 
-def at_a_draining(held: Held, live: Mapping[str, Beat]) -> bool:
-    """Its worker drains: what waits there is to come back."""
-    beat = live.get(held.worker)
-    return beat is not None and beat.state == "draining"
+def draining(workers: Collection[str], live: Mapping[str, Beat]) -> set[str]:
+    """Those that drain: what waits there is to come back."""
+    return {name for name in workers if (beat := live.get(name)) is not None and beat.state == "draining"}

@@ -11,6 +11,7 @@ where words were missed, and, slice by slice, by the audit (scheduler/audit.py).
 
 from __future__ import annotations
 
+import gc
 import logging
 import threading
 import time
@@ -28,7 +29,7 @@ from motet.protocol.wire import Beat
 from motet.states import State
 from scheduler.audit import Audit, Differences
 from scheduler.controls import Controls
-from scheduler.crew import Crew, another_boot, at_a_draining, left_behind, one_of_each_kind, seen_alive
+from scheduler.crew import Crew, another_boot, draining, left_behind, one_of_each_kind, seen_alive
 from scheduler.facts import Flags, read_flags, under_way
 from scheduler.identity import is_gone, own_name
 from scheduler.lease_book import LeaseBook, held_of, job_id
@@ -44,16 +45,18 @@ from scheduler.policy.placing.rebalancing import TEND_S, Clone, Recall
 from scheduler.policy.placing.records import Demand, Placement
 from scheduler.policy.pressure import throttle
 from scheduler.pulse import pulse
-from scheduler.store import drains, endings, leases
+from scheduler.speeds import Speeds
+from scheduler.store import drains, leases
 from scheduler.store.database import Database, StoreUnavailable
-from scheduler.store.demand import demand_of, frontier, jobs_waiting
+from scheduler.store.demand import Lengths, all_jobs_waiting, demand_of, frontier
 from scheduler.store.endings import end_job, overdue
 from scheduler.store.leadership import NotLeading, fence, lead, record_transport, resign
 from scheduler.store.leases import Cut, Fate, Held, Leased, LeaseKey
 from scheduler.store.listening import Listener
+from scheduler.store.manifests import Manifests
 from scheduler.store.outcomes import record_given_up
-from scheduler.store.rates import rates
 from scheduler.store.words import EVERYTHING, SILENCE, Words
+from scheduler.sweeper import sweep
 
 log = logging.getLogger(__name__)
 
@@ -72,14 +75,12 @@ MOST_PER_STEP = 256
 _BUILT_AT_ONCE = 64
 #: Workers that the policy learns of in one beat step at most: ten thousand that come at once would make it too long.
 _WORKERS_PER_STEP = 2_000
-#: Rates are read anew so often.
+#: What outcomes have taught is read so often.
 _LEARN_S = 0.5
 #: Seconds of rest between two quick steps that nobody asked for. Shorter: a processor is kept busy by small changes.
 _BREATH_S = 0.01
 #: After Redis was emptied a worker's first new beats say what it still holds.
 _HEAR_AGAIN_S = 2.5
-#: Jobs whose demand is read at once where everything is read.
-_JOBS_AT_ONCE = 1_000
 
 
 @dataclass
@@ -95,7 +96,8 @@ class Dispatcher:
     differences: int = 0
 
     def __post_init__(self) -> None:
-        self._payloads = Payloads(self.database)
+        self._manifests, self._lengths = Manifests(), Lengths()
+        self._payloads = Payloads(self.database, self._manifests)
         self._flight_numbers = count()
         self._renew_at = self._chores_at = self._sweep_at = 0.0
         #: When leases of live workers that did not survive an emptied Redis are given up; None: it was not emptied.
@@ -110,7 +112,7 @@ class Dispatcher:
         self._crew, self._roster, self._hopes = Crew(s.dead_s), Roster(), Hopes()
         self._placer = Placer(Rates(), subtask_s=s.subtask_s, ahead_s=s.ahead_s, depth=s.depth)
         self._book = LeaseBook()
-        self._audit = Audit(self._book, self._placer)
+        self._audit = Audit(self._book, self._placer, self._manifests)
         self._flags = Flags()
         #: What was said and is not dealt with yet.
         self._words = EVERYTHING
@@ -129,7 +131,7 @@ class Dispatcher:
         #: Workers whose leases are to be looked at, and of whom the policy is to learn.
         self._doubtful: set[str] = set()
         self._to_learn: set[str] = set()
-        self._controls = Controls(self.transport)
+        self._controls, self._speeds = Controls(self.transport), Speeds()
         #: Workers that nothing is put beside what they do.
         self._taboo: set[str] = set()
         #: Share of its usual rate at which the leader sends, as of the last beat step.
@@ -213,9 +215,9 @@ class Dispatcher:
             jobs = words.landed | words.ended | self._touched
             jobs |= {job for job, at in self._later.items() if at <= now}
             if keys or jobs:
-                with self.database.transaction() as connection:
+                with self.database.reading() as connection:
                     fates = leases.fates(connection, keys) if keys else {}
-                    wanted = demand_of(connection, now, jobs) if jobs else ([], {})
+                    wanted = demand_of(connection, now, jobs, self._manifests) if jobs else ([], {})
                 self._take_ends(fates, now)
                 self._want(jobs, *wanted)
             self._stale |= words.done_of - jobs
@@ -224,14 +226,14 @@ class Dispatcher:
 
     def _read_anew(self, now: float) -> None:
         """Read everything."""
-        with self.database.transaction() as connection:
+        self._speeds.forget()
+        with self.database.reading() as connection:
             stored = {h.key: h for h in leases.held(connection)}
             fates = leases.fates(connection, self._book.keys() - stored.keys())
-            jobs = jobs_waiting(connection, UUID(int=0), _JOBS_AT_ONCE)
-            pages = [jobs]
-            while len(pages[-1]) == _JOBS_AT_ONCE:
-                pages.append(jobs_waiting(connection, pages[-1][-1], _JOBS_AT_ONCE))
-            wanted = [(page, demand_of(connection, now, page)) for page in pages]
+            wanted = [
+                (page, demand_of(connection, now, page, self._manifests))
+                for page in all_jobs_waiting(connection)
+            ]
         found = [h for key, h in stored.items() if key not in self._book]
         if self._unheard:
             # Postgres committed them just before it went away: we did not hear of them, and sent nothing.
@@ -240,9 +242,9 @@ class Dispatcher:
         self._take_ends(fates, now)
         for page, more in wanted:
             self._want(page, *more)
-        nothing_waits = {UUID(job) for job, _ in self._placer.wants()} - {
-            job for page in pages for job in page
-        }
+        nothing_waits = {UUID(job) for job, _ in self._placer.wants()}.difference(
+            *(page for page, _ in wanted)
+        )
         self._want(nothing_waits, [], {})
         self._stale.clear()
         self._audit.begun(now)
@@ -260,6 +262,8 @@ class Dispatcher:
             if not fate.leased:
                 flight = self._placer.flight(key)
                 mine = fate.state == "done" and flight is not None and flight.worker.name == fate.worker
+                if mine or (fate.state == "done" and flight is None):
+                    self._speeds.ended(flight)
                 self._let_go(key, now, fate.busy_s if mine else None)
 
     def _let_go(self, key: LeaseKey, now: float, busy_s: float | None = None) -> None:
@@ -306,11 +310,11 @@ class Dispatcher:
     def _read_flags(self, now: float) -> None:
         """What operators, aggregators and the clock of the database say of workers and leases."""
         before = self._flags
-        with self.database.transaction() as connection:
+        with self.database.reading() as connection:
             self._flags = flags = read_flags(connection, self.settings.lease_s / 2)
             if now >= self._learned_at:
                 self._learned_at = now + _LEARN_S
-                self._placer.rates = rates(connection)
+                self._placer.rates = self._speeds.read(connection, self._placer.rates)
         self._to_learn |= before.drained ^ flags.drained
         self._controls.due |= before.drained ^ flags.drained
         self._to_learn |= {r.worker for r in set(before.refusals) ^ set(flags.refusals)}
@@ -323,12 +327,12 @@ class Dispatcher:
         book, live, due = self._book, self._crew.live, self._flags.due
         wiped = self._was_emptied(epoch, now)
         asked: Container[LeaseKey] = book if wiped else due.keys() | self._never_sent
-        candidates = {
-            h.key: h for name in (book.workers() if wiped else self._doubtful) for h in book.at(name)
-        }
+        candidates: dict[LeaseKey, Held] = {}
+        for name in book.workers() if wiped else self._doubtful:
+            candidates |= book.at(name)
         candidates |= {key: h for key in (*due, *self._never_sent) if (h := book.get(key)) is not None}
-        seen, in_vain = seen_alive(self.transport, live, candidates.values(), asked)
-        in_vain |= {key for key, h in candidates.items() if left_behind(h, live)}
+        seen, in_vain = seen_alive(self.transport, live, candidates, asked)
+        in_vain |= left_behind(candidates, live)
         in_vain |= self._never_sent - seen
         seen -= in_vain
         late = [key for key in due if key in seen]
@@ -345,7 +349,8 @@ class Dispatcher:
             self._touched.add(h.job)
         # Those that wait on the stream, and those that come into a queue that drains, are looked at again.
         self._doubtful = {h.worker for h in gone if h.key in book}
-        self._doubtful |= {h.worker for h in candidates.values() if at_a_draining(h, live) and h.key in book}
+        drains = draining({h.worker for h in candidates.values()}, live)
+        self._doubtful |= {name for name in drains if book.at(name)}
         self._unheard = False
         self._never_sent.clear()
 
@@ -449,11 +454,12 @@ class Dispatcher:
         exhausted: set[UUID] = set()
         if most == 0 or self._placer.next_due() > now:
             return decided
-        with self.database.transaction() as connection:
+        with self.database.reading() as connection:
             for p in islice(self._placer.place(now), most):
                 at = p.demand.id
                 if at not in frontiers:
-                    frontiers[at] = frontier(connection, *at, rows=_rows_wanted(p, most), limit=most)
+                    rows = _rows_wanted(p, most)
+                    frontiers[at] = frontier(connection, *at, self._lengths, rows=rows, limit=most)
                 carved = carve(
                     frontiers[at], p.budget_s, p.price, cap_s=self.settings.subtask_s, least=p.least
                 )
@@ -462,14 +468,15 @@ class Dispatcher:
                     self._placer.nothing(p, now)
                     exhausted.add(job_id(p.demand.job))
                     continue
-                cut = _cut(p, carved)
+                rows, size = carved.rows, carved.bytes
+                cut = _cut(p, carved, p.price.of(rows, size))
                 number = next(self._flight_numbers)
                 flight = self._placer.opened(
                     p,
                     number,
                     now,
-                    rows=carved.rows,
-                    size=carved.bytes,
+                    rows=rows,
+                    size=size,
                     seconds=cut.predicted_s,
                     exclusive=carved.exclusive,
                     harmless=carved.deaths == 0,
@@ -488,6 +495,11 @@ class Dispatcher:
         if not decided:
             return 0
         # Rows before messages: a crash in between leaves a lease to rescue, never a message without a row.
+        leased = self._lease(epoch, decided)
+        self._publish(leased)
+        return len(leased)
+
+    def _lease(self, epoch: int, decided: Sequence[tuple[Cut, Flight]]) -> Sequence[Leased]:
         with self._leasing():
             leased = leases.lease(self.database, epoch, [cut for cut, _ in decided], self.settings.lease_s)
         flights = {id(cut.carved): flight for cut, flight in decided}
@@ -496,8 +508,7 @@ class Dispatcher:
             del self._unleased[cast("int", flight.key)]
             self._placer.keyed(flight, (item.subtask, item.attempt))
             self._book.add(held_of(item, flight.worker.boot))
-        self._publish(leased)
-        return len(leased)
+        return leased
 
     def _publish(self, leased: Sequence[Leased]) -> None:
         for some in (leased[i : i + _BUILT_AT_ONCE] for i in range(0, len(leased), _BUILT_AT_ONCE)):
@@ -526,7 +537,7 @@ class Dispatcher:
         for h in back:
             self._controls.recalled(h.worker, h.key, now + self.settings.lease_s)
             log.info("recalled", extra={"subtask": h.subtask, "attempt": h.attempt, "worker": h.worker})
-        with self.database.transaction() as connection:
+        with self.database.reading() as connection:
             fates = leases.fates(connection, [h.key for h in back])
         self._take_ends(fates, now)
         self._touched |= {h.job for h in back}
@@ -566,8 +577,10 @@ class Dispatcher:
             self._chores(epoch, now)
         if now >= self._sweep_at:
             # A slice a step: a job of millions of rows goes while all others are served.
-            self._sweep_at = now if self._sweep(epoch) else now + _SWEEP_S
-        with self.database.transaction() as connection:
+            self._sweep_at = (
+                now if sweep(self.database, epoch, self.settings.retention_days) else now + _SWEEP_S
+            )
+        with self.database.reading() as connection:
             found = self._audit.go_on(connection, now)
             fates = leases.fates(connection, found.ended) if found.ended else {}
         if found:
@@ -606,25 +619,6 @@ class Dispatcher:
                 connection, [name for name in sorted(flags.drained | refusing) if name in live]
             )
 
-    def _sweep(self, epoch: int) -> bool:
-        """Delete some of what is no longer kept, in short transactions. True where more of it may be left."""
-        with self.database.transaction() as connection:
-            fence(connection, epoch)
-            due = endings.due_for_deletion(connection, self.settings.retention_days)
-            columns = endings.sweep_columns(connection)
-            endings.sweep_events(connection)
-        left = endings.SLICE_BLOCKS
-        for job in due:
-            with self.database.transaction() as connection:
-                fence(connection, epoch)
-                gone = endings.delete_slice(connection, job.id)
-            if gone:
-                log.info("job deleted", extra={"job": str(job.id), "why": job.why, "blocks": job.n_blocks})
-            left -= max(1, job.n_blocks)
-            if left <= 0:
-                break
-        return bool(due or columns)
-
 
 def _trace_sent(item: Leased, began: float) -> None:
     traces.add(
@@ -641,7 +635,7 @@ def _trace_sent(item: Leased, began: float) -> None:
     )
 
 
-def _cut(p: Placement, carved: Carved) -> Cut:
+def _cut(p: Placement, carved: Carved, seconds: float) -> Cut:
     return Cut(
         job=p.demand.job,
         pass_number=p.demand.pass_number,
@@ -649,7 +643,7 @@ def _cut(p: Placement, carved: Carved) -> Cut:
         boot=p.worker.boot,
         device=p.worker.device_name,
         device_kind=p.worker.device_kind,
-        predicted_s=p.price.of(carved.rows, carved.bytes),
+        predicted_s=seconds,
         carved=carved,
         measured=p.measured,
     )
@@ -661,11 +655,19 @@ def _rows_wanted(p: Placement, subtasks: int) -> int:
     return subtasks * min(MAX_ROWS, 1 + int(p.budget_s / row_s))
 
 
+def look_for_circles_rarely() -> None:
+    """Of a hundred thousand leases and beats that live for seconds nothing is garbage in circles, and looking through all
+    of them takes a third of a second."""
+    gc.freeze()
+    gc.set_threshold(5_000, 20, 200)
+
+
 def run(dispatcher: Dispatcher, wake: Listener, stopping: threading.Event) -> None:
     """Step until ``stopping``. Trouble with Postgres or Redis is waited out."""
     tick_s = dispatcher.settings.tick_s
     beat = pulse(dispatcher.settings.pulse)
     words = EVERYTHING
+    look_for_circles_rarely()
     while not stopping.is_set():
         beat()
         try:

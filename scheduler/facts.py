@@ -16,6 +16,7 @@ from scheduler.store import drains, leases
 from scheduler.store.demand import demand
 from scheduler.store.leadership import transport_seen
 from scheduler.store.leases import Held, LeaseKey
+from scheduler.store.manifests import Manifests
 from scheduler.store.rates import rates, refusals
 
 
@@ -31,11 +32,11 @@ class Facts:
     drained: frozenset[str]
 
 
-def read(connection: Connection, now: float) -> Facts:
+def read(connection: Connection, now: float, manifests: Manifests) -> Facts:
     """The facts; deadlines are told on the clock of ``now``."""
     return Facts(
         held=leases.held(connection),
-        demand=demand(connection, now),
+        demand=demand(connection, now, manifests),
         refusals=refusals(connection),
         rates=rates(connection),
         drained=drains.drained(connection),

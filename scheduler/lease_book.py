@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Collection, Iterable, Iterator, KeysView
+from collections.abc import Collection, Iterable, Iterator, KeysView, Mapping
 from functools import lru_cache
 from uuid import UUID
 
@@ -38,9 +38,10 @@ class LeaseBook:
         return self._held.get(key)
 
     def add(self, held: Held) -> None:
-        self._held[held.key] = self._at[held.worker][held.key] = held
-        self._of_subtask[held.subtask].add(held.key)
-        self._of_job[held.job].add(held.key)
+        key = held.key
+        self._held[key] = self._at[held.worker][key] = held
+        self._of_subtask[held.subtask].add(key)
+        self._of_job[held.job].add(key)
 
     def drop(self, key: LeaseKey) -> Held | None:
         """Take a lease out. None where it is not in."""
@@ -59,9 +60,9 @@ class LeaseBook:
         """Workers that hold any."""
         return self._at.keys()
 
-    def at(self, worker: str) -> Collection[Held]:
+    def at(self, worker: str) -> Mapping[LeaseKey, Held]:
         """What a worker holds."""
-        return self._at[worker].values() if worker in self._at else ()
+        return self._at.get(worker, {})
 
     def of(self, subtasks: Iterable[int], jobs: Iterable[UUID]) -> set[LeaseKey]:
         """The leases of these sub-tasks, and of these jobs."""

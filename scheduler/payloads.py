@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from operator import attrgetter
-from typing import Any, Literal, TypeVar
+from typing import TypeVar
 
 from cachetools import LRUCache
 
-from motet.protocol.manifest import Manifest
 from motet.protocol.values import Value
 from motet.protocol.wire import Assignment, TaskOrder
 from motet.tasks import KINDS
@@ -20,6 +19,7 @@ from scheduler.readable import Readable, UpstreamAnswer
 from scheduler.store import payload_rows
 from scheduler.store.database import Database
 from scheduler.store.leases import Leased
+from scheduler.store.manifests import Manifests
 
 #: Decoded blocks kept between payloads, in bytes of their texts: those of a step, and those that are carved on.
 _CACHE_BYTES = 16 * 1024 * 1024
@@ -35,6 +35,7 @@ class Payloads:
     """Builds assignments; keeps the blocks, passes and answers that it decoded lately."""
 
     database: Database
+    manifests: Manifests
 
     def __post_init__(self) -> None:
         self._blocks: LRUCache[tuple[str, int], _Block] = LRUCache(_CACHE_BYTES, attrgetter("bytes"))
@@ -46,15 +47,17 @@ class Payloads:
         """Worker -> the messages of its leased sub-tasks, in order; without those whose job was removed meanwhile."""
         by_worker: dict[str, list[Assignment]] = {}
         for group in _groups(leased):
-            passes = self._passes_of({(item.job, item.pass_number) for item in group})
-            blocks = self._blocks_of({(item.job, r.block) for item in group for r in item.carved.ranges})
+            passes, blocks = self._passes_and_blocks(
+                {(item.job, item.pass_number) for item in group},
+                {(item.job, r.block) for item in group for r in item.carved.ranges},
+            )
             upstream = self._upstream_of(
                 {
                     (item.job, item.pass_number, r.block)
                     for item in group
                     if (p := passes.get((item.job, item.pass_number)))
                     for r in item.carved.ranges
-                    if p.own_order or ((b := blocks.get((item.job, r.block))) and b.partly_bad)
+                    if p.stored.own_order or ((b := blocks.get((item.job, r.block))) and b.partly_bad)
                 }
             )
             for item in group:
@@ -63,34 +66,29 @@ class Payloads:
                     by_worker.setdefault(item.worker, []).append(a)
         return by_worker
 
-    def _passes_of(self, wanted: set[tuple[str, int]]) -> dict[tuple[str, int], _Pass]:
-        return _kept_or_read(self._passes, wanted, self._read_passes)
-
-    def _blocks_of(self, wanted: set[tuple[str, int]]) -> dict[tuple[str, int], _Block]:
-        return _kept_or_read(self._blocks, wanted, self._read_blocks)
+    def _passes_and_blocks(
+        self, passes: set[tuple[str, int]], blocks: set[tuple[str, int]]
+    ) -> tuple[dict[tuple[str, int], _Pass], dict[tuple[str, int], _Block]]:
+        """Those that exist: out of the caches, or read together and kept for the next time."""
+        known_passes, known_blocks = _kept(self._passes, passes), _kept(self._blocks, blocks)
+        new_passes, new_blocks = passes - known_passes.keys(), blocks - known_blocks.keys()
+        if new_passes or new_blocks:
+            with self.database.reading() as connection:
+                read, texts = payload_rows.passes_and_blocks(
+                    connection, new_passes, new_blocks, self.manifests
+                )
+            known_passes |= _keep(self._passes, {where: _read_pass(p) for where, p in read.items()})
+            known_blocks |= _keep(self._blocks, {where: _read_block(b) for where, b in texts.items()})
+        return known_passes, known_blocks
 
     def _upstream_of(self, wanted: set[_Place]) -> dict[_Place, _Upstream]:
-        return _kept_or_read(self._upstream, wanted, self._read_upstream)
-
-    def _read_passes(self, wanted: set[tuple[str, int]]) -> dict[tuple[str, int], _Pass]:
-        with self.database.transaction() as connection:
-            found = {where: payload_rows.pass_of(connection, *where) for where in wanted}
-        return {where: _read_pass(*p) for where, p in found.items() if p is not None}
-
-    def _read_blocks(self, wanted: set[tuple[str, int]]) -> dict[tuple[str, int], _Block]:
-        with self.database.transaction() as connection:
-            found = payload_rows.block_texts(connection, wanted)
-        blocks = {}
-        for where, (payload, order, first_row, partly_bad) in found.items():
-            stored = decode_block(payload)
-            typed = {name: stored.values[name] for name in stored.types}
-            blocks[where] = _Block(
-                stored.texts(), typed, row_order(order), first_row, partly_bad, len(payload) * 4
-            )
-        return blocks
+        found = _kept(self._upstream, wanted)
+        if missing := wanted - found.keys():
+            found |= _keep(self._upstream, self._read_upstream(missing))
+        return found
 
     def _read_upstream(self, wanted: set[_Place]) -> dict[_Place, _Upstream]:
-        with self.database.transaction() as connection:
+        with self.database.reading() as connection:
             found = payload_rows.upstream_answers(connection, wanted)
         upstream = {}
         for where, (order, answers) in found.items():
@@ -116,19 +114,18 @@ def _groups(leased: Sequence[Leased]) -> Iterator[list[Leased]]:
         yield group
 
 
-def _kept_or_read(
-    kept: LRUCache[_K, _V], wanted: set[_K], read: Callable[[set[_K]], dict[_K, _V]]
-) -> dict[_K, _V]:
-    """What is wanted and exists: out of the cache, or read and kept there for the next time."""
-    found = {where: kept[where] for where in wanted if where in kept}
-    if missing := wanted - found.keys():
-        new = read(missing)
-        for where, one in new.items():
-            # The cache refuses an entry that is larger than the whole of it: that one is read each time.
-            if kept.getsizeof(one) <= kept.maxsize:
-                kept[where] = one
-        found |= new
-    return found
+def _kept(cache: LRUCache[_K, _V], wanted: set[_K]) -> dict[_K, _V]:
+    """What of that is in the cache."""
+    return {where: cache[where] for where in wanted if where in cache}
+
+
+def _keep(cache: LRUCache[_K, _V], new: dict[_K, _V]) -> dict[_K, _V]:
+    """The same, which is in the cache from now on."""
+    for where, one in new.items():
+        # The cache refuses an entry that is larger than the whole of it: that one is read each time.
+        if cache.getsizeof(one) <= cache.maxsize:
+            cache[where] = one
+    return new
 
 
 def _assignment(
@@ -140,63 +137,75 @@ def _assignment(
     """The message of a leased sub-task; None where its pass or a block of it is gone."""
     if p is None or any((leased.job, r.block) not in blocks for r in leased.carved.ranges):
         return None
-    tasks = tuple(order for number, order in p.tasks if leased.carved.todo >> number & 1)
-    beside = _placeholders_beside_input(tasks)
-    named = any(order.spec.get("temperature", 0) or order.spec["kind"] == "fit" for order in tasks)
-    is_function = bool(tasks) and all(order.spec["kind"] == "function" for order in tasks)
-    inputs: Sequence[str] = (is_function and tasks[0].spec.get("inputs")) or ()
-    # A function whose whole input is one field of the row is given its values; another task's answer is text.
-    sole = sole_placeholder(p.input) if is_function and not inputs else None
+    o, stored = p.order(leased.carved.todo), p.stored
     texts: list[str] = []
-    fields: dict[str, list[str]] = {written: [] for written in beside}
+    fields: dict[str, list[str]] = {written: [] for written in o.beside}
     indices: list[int] = []
     values: list[Value] = []
-    is_typed = bool(inputs)
+    is_typed = bool(o.inputs)
     for r in leased.carved.ranges:
         block = blocks[leased.job, r.block]
-        answers: _Upstream | None = None
-        if p.own_order or block.partly_bad:
-            answers = upstream.get((leased.job, leased.pass_number, r.block))
-            if answers is None:
+        answers: Mapping[str, UpstreamAnswer] = {}
+        order = block.order
+        if stored.own_order or block.partly_bad:
+            own = upstream.get((leased.job, leased.pass_number, r.block))
+            if own is None:
                 return None
-        readable = Readable(block.columns, block.typed, answers.answers if answers else {})
-        order = block.order if answers is None or answers.order is None else answers.order
+            answers, order = own.answers, block.order if own.order is None else own.order
+        readable = Readable(block.columns, block.typed, answers)
         rows = order[r.lo : r.hi]
-        if inputs:
-            columns = [readable.values(one, rows) for one in inputs]
-            values += (dict(zip(inputs, row, strict=True)) for row in zip(*columns, strict=True))
+        if o.inputs:
+            columns = [readable.values(written, rows) for written in o.inputs]
+            values += (dict(zip(o.inputs, row, strict=True)) for row in zip(*columns, strict=True))
             texts += [""] * len(rows)
+        elif o.whole is not None:
+            # Another task's answer is text.
+            if o.typed and not readable.is_answer(o.whole):
+                is_typed = is_typed or readable.is_typed(o.whole)
+                values += readable.values(o.whole, rows)
+            texts += readable.texts(o.whole, rows)
         else:
-            if sole is not None and not readable.is_answer(sole):
-                is_typed = is_typed or readable.is_typed(sole)
-                values += readable.values(sole, rows)
-            read = {one: readable.texts(one, rows) for one in placeholders(p.input)}
+            read = {written: readable.texts(written, rows) for written in o.reads}
             texts += (
-                render(p.input, {one: column[i] for one, column in read.items()}) for i in range(len(rows))
+                render(stored.input, {written: column[i] for written, column in read.items()})
+                for i in range(len(rows))
             )
         for written, of_rows in fields.items():
             of_rows += readable.texts(written, rows)
-        if named:
+        if o.drawn:
             indices += (block.first_row + i for i in rows)
     return Assignment(
         subtask=leased.subtask,
         attempt=leased.attempt,
         nonce=leased.nonce,
         job=leased.job,
-        tenant=p.tenant,
-        pass_kind=p.kind,
-        model=p.model,
-        numerics=p.numerics,
-        max_tokens=p.max_tokens,
-        tasks=tasks,
+        tenant=stored.tenant,
+        pass_kind=stored.kind,
+        model=stored.model,
+        numerics=stored.numerics,
+        max_tokens=stored.max_tokens,
+        tasks=o.tasks,
         texts=tuple(texts),
         values=tuple(values) if is_typed else (),
         fields={name: tuple(of_rows) for name, of_rows in fields.items()},
         indices=tuple(indices),
         exclusive=leased.carved.exclusive,
-        interactive=p.priority == INTERACTIVE,
+        interactive=stored.priority == INTERACTIVE,
         predicted_s=leased.predicted_s,
         measured=leased.measured,
+    )
+
+
+def _order(template: str, tasks: tuple[TaskOrder, ...]) -> _Order:
+    is_function = bool(tasks) and all(t.spec["kind"] == "function" for t in tasks)
+    return _Order(
+        tasks,
+        reads=placeholders(template),
+        beside=_placeholders_beside_input(tasks),
+        inputs=tuple((is_function and tasks[0].spec.get("inputs")) or ()),
+        whole=sole_placeholder(template),
+        typed=is_function,
+        drawn=any(t.spec.get("temperature", 0) or t.spec["kind"] == "fit" for t in tasks),
     )
 
 
@@ -212,20 +221,20 @@ def _placeholders_beside_input(tasks: Sequence[TaskOrder]) -> tuple[str, ...]:
     )
 
 
-def _read_pass(row: Any, tasks: Sequence[Any]) -> _Pass:
-    return _Pass(
-        kind=row.kind,
-        numerics=row.numerics,
-        max_tokens=row.max_tokens,
-        input=row.input,
-        model=Manifest.from_json(row.manifest),
-        tenant=str(row.tenant_id),
-        priority=row.priority,
-        own_order=bool(row.needs) or row.condition is not None,
-        tasks=tuple(
-            (t.number, TaskOrder(name=t.name, spec=t.spec, manifest=Manifest.from_json(t.manifest)))
-            for t in tasks
-        ),
+def _read_pass(stored: payload_rows.StoredPass) -> _Pass:
+    tasks = ((t.number, TaskOrder(name=t.name, spec=t.spec, manifest=t.manifest)) for t in stored.tasks)
+    return _Pass(stored, tuple(tasks))
+
+
+def _read_block(stored: payload_rows.StoredBlock) -> _Block:
+    columns = decode_block(stored.payload)
+    return _Block(
+        columns.texts(),
+        typed={name: columns.values[name] for name in columns.types},
+        order=row_order(stored.row_order),
+        first_row=stored.first_row,
+        partly_bad=stored.partly_bad,
+        bytes=len(stored.payload) * 4,
     )
 
 
@@ -256,21 +265,43 @@ class _Upstream:
     bytes: int
 
 
+@dataclass(frozen=True, slots=True)
+class _Order:
+    """Some tasks of a pass, and what their rows are sent as."""
+
+    tasks: tuple[TaskOrder, ...]
+    #: Placeholders of their input, and of their other templates.
+    reads: tuple[str, ...]
+    beside: tuple[str, ...]
+    #: What a function is given a dict of; (): it reads the input.
+    inputs: tuple[str, ...]
+    #: The placeholder that is the whole input; None: it is rendered.
+    whole: str | None
+    #: Functions alone, which are given the values of such a field.
+    typed: bool
+    #: An answer depends on where its row stands in the job.
+    drawn: bool
+
+
 #: Job, pass, block.
 _Place = tuple[str, int, int]
 _K = TypeVar("_K")
 _V = TypeVar("_V")
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(frozen=True, slots=True)
 class _Pass:
-    kind: str
-    numerics: Literal["fast", "exact"]
-    max_tokens: int
-    input: str
-    model: Manifest
-    tenant: str
-    priority: int
-    #: It reads other tasks' answers, or has a condition: some rows of a block may not be its own.
-    own_order: bool
+    stored: payload_rows.StoredPass
+    #: By number.
     tasks: tuple[tuple[int, TaskOrder], ...]
+    #: By which of them are to be computed: mostly all of them, always.
+    _orders: dict[int, _Order] = field(default_factory=dict)
+
+    def order(self, todo: int) -> _Order:
+        """What a sub-task with these tasks is made of."""
+        known = self._orders.get(todo)
+        if known is None:
+            known = self._orders[todo] = _order(
+                self.stored.input, tuple(order for number, order in self.tasks if todo >> number & 1)
+            )
+        return known

@@ -66,6 +66,8 @@ JOB = {
     "finished": None,
     "deadline": None,
     "retention_days": None,
+    "keep_s": None,
+    "first_row": 0,
     "eta_s": 7.4,
 }
 _SUBTASK = {
@@ -116,5 +118,6 @@ ACTIVITY = {
     "timeline": [_SUBTASK],
     "throughput": [{"at_s": 2.0, "tokens_s": 10310.0, "rows_s": 256.0}],
     "errors": [{"task": "topic", "error": "too_long", "count": 3, "first_row": 17, "message": "301 tokens"}],
+    "asks": None,
     "left_out": {"timeline": 4, "devices": 0, "errors": 0},
 }

@@ -36,7 +36,7 @@ ENV = """\
 # Read by docker compose; see docs/operations.md. Made once by `make env`, then yours: it is never written again.
 
 # Where the API and Flower are reached. Beyond loopback, put a proxy with TLS in front: tokens and
-# texts go over this line.
+# texts go over this line. A range, such as 127.0.0.1:8700-8702, is for `--scale api=3`.
 API_LISTEN=127.0.0.1:8700
 FLOWER_LISTEN=127.0.0.1:5555
 
@@ -52,6 +52,9 @@ CPU_WORKER_MEMORY=4g
 
 # Days after its end at which a job is deleted; 0 keeps all.
 RETENTION_DAYS=0
+
+# Share of a device that interactive rows, such as asks of open jobs, may take from bulk that waits: 0.1 to 0.9.
+#LANE_SHARE=0.3
 
 #POSTGRES_MEMORY=2g
 #REDIS_MAXMEMORY=512mb

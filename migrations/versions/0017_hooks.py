@@ -6,7 +6,7 @@ Events that are stored already are handed to nobody: there was no webhook when t
 from alembic import op
 
 revision = "0017"
-down_revision = "0013"
+down_revision = "0015"
 branch_labels = None
 depends_on = None
 

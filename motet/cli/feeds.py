@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import sys
 import threading
 from collections.abc import Iterable, Mapping, Sequence
@@ -29,6 +30,10 @@ if TYPE_CHECKING:
 #: Lines of `motet ask JOB -` that are read ahead of the answers. More: memory; fewer: requests carry fewer rows.
 _AHEAD = 1024
 
+#: A fold on the command line; a comma inside braces belongs to a name.
+_FOLD = re.compile(r"(?P<name>[^=\s]+)\s*=\s*(?P<kind>[a-z]+)\((?P<options>.*)\)")
+_NEXT_OPTION = re.compile(r",(?![^{]*\})")
+
 _within = click.option(
     "--within",
     "within_s",
@@ -44,6 +49,13 @@ _within = click.option(
     "open",
     epilog=TASKS_HELP
     + """\b
+State, what the rows of a key before a row come to, as a field of it:
+  n_week='count(key={customer_id}, window=7d)'   how many rows
+  spent='sum({amount}, key={customer_id})'       also mean, max, last
+  trend='ewm({amount}, key={customer_id}, half_life=1d)'
+Further options: window=90s|15m|24h|7d, at={time}.
+
+\b
 Example:
   motet open --name risk --task topic=classify:news-topics --task vector=embed:all-MiniLM-L6-v2
   motet ask risk "My card was charged twice."
@@ -51,8 +63,21 @@ Example:
 )
 @task_option
 @click.option("--name", required=True, help="What it is called by `motet ask`, `tail` and `close`.")
+@click.option(
+    "--state",
+    "folds",
+    multiple=True,
+    metavar="NAME=FOLD",
+    help="A field that holds what the rows of a key before it come to; give it several times. See below.",
+)
 @priority_option("interactive")
 @bad_rows_option
+@click.option(
+    "--keep-days",
+    type=PositiveNumber(),
+    metavar="DAYS",
+    help="Delete each row so long after it was answered.  [default: 7]",
+)
 @click.option(
     "--retention-days",
     type=PositiveNumber(),
@@ -64,8 +89,10 @@ Example:
 def open_(
     tasks: Sequence[str],
     name: str,
+    folds: Sequence[str],
     priority: Any,
     bad_rows: Any,
+    keep_days: float | None,
     retention_days: float | None,
     notify_when: str | None,
     as_json: bool,
@@ -81,7 +108,9 @@ def open_(
             name=name,
             priority=priority,
             bad_rows=bad_rows,
+            keep_days=keep_days,
             retention_days=retention_days,
+            state=_parse_state(folds),
             notify_when=notify_when,
         )
         if as_json:
@@ -90,6 +119,25 @@ def open_(
         click.echo(feed.job.id)
         if sys.stderr.isatty():
             click.echo(f'it is open; ask it with: {program()} ask {name} "…"', err=True)
+
+
+def _parse_state(folds: Sequence[str]) -> dict[str, dict[str, str]] | None:
+    """Specs of ``n_week=count(key={customer_id}, window=7d)``; what they say is checked with the tasks."""
+    specs: dict[str, dict[str, str]] = {}
+    for told in folds:
+        found = _FOLD.fullmatch(told.strip())
+        if found is None or found["name"] in specs:
+            raise click.BadParameter(
+                f"got {told!r}; expected each name once, as n_week='count(key={{customer_id}}, window=7d)'",
+                param_hint="--state",
+            )
+        specs[found["name"]] = {"kind": found["kind"]}
+        for option in _NEXT_OPTION.split(found["options"]) if found["options"].strip() else ():
+            key, equals, value = option.partition("=")
+            # The field that is folded stands first, without a name.
+            name, value = (key, value) if equals and "{" not in key else ("value", option)
+            specs[found["name"]][name.strip()] = value.strip()
+    return specs or None
 
 
 @click.command(
@@ -203,8 +251,9 @@ Examples:
     metavar="CURSOR",
     help="Go on behind the row of this cursor. Default: from the first one.",
 )
+@click.option("--skip-gone", is_flag=True, help="Pass over rows behind it that are no longer kept.")
 @as_json
-def tail(job: str, after: int, as_json: bool) -> None:
+def tail(job: str, after: int, skip_gone: bool, as_json: bool) -> None:
     """Print the rows of an open JOB as they are done.
 
     Every row, whoever asked it: a line of JSON each, with its cursor. It goes on until the job ends; Ctrl-C leaves that
@@ -213,7 +262,7 @@ def tail(job: str, after: int, as_json: bool) -> None:
     from motet.export import json_row
 
     with connect() as client:
-        for row in client.feed(job).rows(after):
+        for row in client.feed(job).rows(after, skip_gone=skip_gone):
             _put_line({"cursor": row.cursor, **json_row(row)})
 
 

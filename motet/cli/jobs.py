@@ -65,18 +65,18 @@ A text that begins with @ is read from that file: prompt=@reply.txt.
 A prompt may name another task, as {mood}: it waits for that answer.
 
 """
-#: What stands behind the number of a duration, and its seconds.
-_UNITS = {"s": 1.0, "m": 60.0, "h": 3600.0, "d": 86_400.0, "w": 7 * 86_400.0}
 
 
 def duration(context: click.Context, param: click.Parameter, value: str | None) -> float | None:
     """Seconds of ``90s``, ``15m``, ``2h``, ``30d`` or ``1w``. Raises BadParameter."""
     if value is None:
         return None
-    number, unit = value[:-1], value[-1:]
-    if unit not in _UNITS or not re.fullmatch(r"[0-9]{1,9}(\.[0-9]{1,9})?", number) or float(number) <= 0:
+    from motet.folds import duration_s
+
+    seconds = duration_s(value)
+    if not seconds:
         raise click.BadParameter(f"got {value!r}; expected a number and a unit, such as 90s, 15m, 2h or 30d")
-    return float(number) * _UNITS[unit]
+    return seconds
 
 
 bad_rows_option = click.option(

@@ -5,9 +5,9 @@ from __future__ import annotations
 import os
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -47,6 +47,10 @@ class ClusterView:
     workers: Sequence[Worker]
     #: Those that run, then those that load, newest first.
     jobs: Sequence[JobRecord]
+    #: Seconds of this machine's clock.
+    at: float = 0.0
+    #: Open job -> rows per second since the look before.
+    rates: Mapping[str, float] = field(default_factory=dict)
 
 
 @click.command(
@@ -172,23 +176,24 @@ def _jobs(seen: ClusterView, shown: int, width: int) -> RenderableType:
         return text("no job is under way", "dim")
     return table(
         ("!job", "name", "!state", "#rows", "!done", "#rows/s", "#left", "runs on"),
-        [_job(job, seen.workers, width) for job in seen.jobs[:shown]],
+        [_job(job, seen, width) for job in seen.jobs[:shown]],
         drop=("#rows", "#rows/s", "runs on", "name"),
         width=width,
     )
 
 
-def _job(job: JobRecord, workers: Sequence[Worker], width: int) -> tuple[Any, ...]:
+def _job(job: JobRecord, seen: ClusterView, width: int) -> tuple[Any, ...]:
     progress = Progress.of(job)
+    rate = seen.rates.get(job.id) if progress.state == State.OPEN else progress.rate
     return (
         job.id[:13],
         plain(job.name or "–", 28 if width >= 100 else 16),
         state(progress.state),
         f"{progress.rows:,}",
         f"{progress.waiting:,} wait" if progress.grows else meter(progress.share, 10),
-        "–" if progress.rate is None else number(progress.rate),
+        "–" if rate is None else number(rate),
         "–" if progress.eta is None else clock(progress.eta),
-        plain(_places(job.id, workers), 40),
+        plain(_places(job.id, seen.workers), 40),
     )
 
 
@@ -212,14 +217,20 @@ def _more(hidden: int, noun: str) -> list[RenderableType]:
 # -- following ------------------------------------------------------------------------------------
 
 
-def look(client: Client) -> ClusterView:
-    """Ask the API. Raises Unreachable, Overloaded, Unauthorized."""
+def look(client: Client, before: ClusterView | None = None) -> ClusterView:
+    """Ask the API; ``before``: what it told before, which says how fast open jobs grow. Raises Unreachable, Overloaded, Unauthorized."""
     under_way = [
         JobRecord.of(job.record)
         for state in (State.OPEN, State.RUNNING, State.LOADING)
         for job in client.jobs(state, _JOBS)
     ]
-    return ClusterView(url=client.url, workers=client.workers(), jobs=under_way)
+    now = time.monotonic()
+    rates: dict[str, float] = {}
+    if before is not None and now > before.at:
+        rows = {job.id: job.rows for job in before.jobs}
+        growing = (job for job in under_way if job.state == State.OPEN and job.id in rows)
+        rates = {job.id: (job.rows - rows[job.id]) / (now - before.at) for job in growing}
+    return ClusterView(url=client.url, workers=client.workers(), jobs=under_way, at=now, rates=rates)
 
 
 def _follow(client: Client, seen: ClusterView, screen: Console) -> None:
@@ -236,7 +247,7 @@ def _follow(client: Client, seen: ClusterView, screen: Console) -> None:
                 if key(REDRAW_S) in ("q", "Q", "\x03", "\x04"):
                     break
                 try:
-                    seen, note, away_since = look(client), "q ends", None
+                    seen, note, away_since = look(client, seen), "q ends", None
                 except (Unreachable, Overloaded):
                     away_since = away_since or time.monotonic()
                     gone = clock(time.monotonic() - away_since)

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from motet.cli.show import as_json, connect, console, cut, find_job, program
-from motet.progress import Progress, clock
+from motet.progress import Progress, clock, instant
 from motet.states import ENDED, ENDED_EARLY, State
 
 if TYPE_CHECKING:
@@ -21,7 +21,14 @@ if TYPE_CHECKING:
 
     from motet.client import Client
     from motet.job import Job
-    from motet.messages.activity import DeviceUnderWay, ErrorCount, JobActivity, PassUnderWay, RowsUnderWay
+    from motet.messages.activity import (
+        AskCounts,
+        DeviceUnderWay,
+        ErrorCount,
+        JobActivity,
+        PassUnderWay,
+        RowsUnderWay,
+    )
     from motet.messages.jobs import JobRecord, JobUsage
 
 #: How often a terminal is redrawn, and how often at most a pipe gets a line.
@@ -132,7 +139,10 @@ def _head(facts: JobActivity, width: int) -> Iterator[Text]:
     title.append(f"  {job.id[:13] if width < 100 else job.id}", style="dim")
     yield title
     if progress.grows:
-        yield text(f"{progress.rows:,} rows so far · {progress.waiting:,} cells wait")
+        kept = f" · kept from row {job.first_row:,} on" if job.first_row else ""
+        yield text(f"{progress.rows:,} rows so far · {progress.waiting:,} cells wait{kept}")
+        if facts.asks is not None:
+            yield text(asked(facts.asks.minute))
     else:
         words = [f"{int(100 * progress.share)} %"]
         if progress.rate:
@@ -161,6 +171,18 @@ def _head(facts: JobActivity, width: int) -> Iterator[Text]:
         yield Text(f"{number(tokens)} tokens read; a pass per task would have read {number(tokens + saved)}")
     if job.reason:
         yield Text(plain(job.reason, width), style="red")
+
+
+def asked(minute: AskCounts) -> str:
+    """The last minute of an open job, over all servers."""
+    words = [f"{number(minute.asks_s)} asks/s"]
+    if minute.p50_s is not None:
+        words.append(f"half of them answered in {instant(minute.p50_s)}, 99 % in {instant(minute.p99_s)}")
+    if minute.waiting:
+        words.append(f"{minute.waiting:,} rows wait to be stored")
+    ended = ((minute.late, "late"), (minute.refused, "refused"), (minute.failed, "failed"))
+    words += [f"{n:,} {how}" for n, how in ended if n]
+    return " · ".join(words)
 
 
 def written(usage: JobUsage) -> str:

@@ -172,6 +172,40 @@ class ErrorCount(ApiMessage):
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class AskCounts(ApiMessage):
+    """Asks of an open job that ended within some seconds, at all API processes."""
+
+    #: The end of these seconds.
+    at_s: float
+    #: Asks answered per second.
+    asks_s: float
+    #: Rows of theirs per second.
+    rows_s: float
+    #: Asks whose callers gave up before the answer came.
+    late: int
+    #: Asks that were told to come back later.
+    refused: int
+    #: Asks that ended in another error.
+    failed: int
+    #: Rows that waited to be stored at their end.
+    waiting: int
+    #: Seconds within which half of the answers came; null without an answer.
+    p50_s: float | None
+    #: Seconds within which 99 of 100 answers came.
+    p99_s: float | None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class AsksUnderWay(ApiMessage):
+    """The last ten minutes of an open job."""
+
+    #: The last minute, as one.
+    minute: AskCounts
+    #: Spans of five seconds, oldest first; the one under way is not among them.
+    spans: tuple[AskCounts, ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class LeftOut(ApiMessage):
     """What an activity does not tell, counted."""
 
@@ -201,5 +235,7 @@ class JobActivity(ApiMessage):
     throughput: tuple[ThroughputBucket, ...]
     #: Errors of sealed blocks by task and class, most first.
     errors: tuple[ErrorCount, ...]
+    #: Of an open job: its asks of late; null of any other.
+    asks: AsksUnderWay | None = None
     #: What is not told here.
     left_out: LeftOut = field(default_factory=LeftOut)

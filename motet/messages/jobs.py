@@ -17,6 +17,11 @@ MAX_INLINE_ROWS = 1024
 MAX_DEADLINE_S = 366 * 86_400
 #: A hundred years: more is a slip of the hand.
 MAX_RETENTION_DAYS = 36_500
+#: What an open job keeps its answered rows for, where it does not say: a week, in seconds.
+DEFAULT_KEEP_S = 7 * 86_400.0
+#: An answer is kept for a minute at least: with less, callers who wait might find it gone.
+MIN_KEEP_S = 60
+_MAX_KEEP_S = MAX_RETENTION_DAYS * 86_400
 #: Rows of one ask: more are a job.
 MAX_ASK_ROWS = 64
 _ASK_KEY = Limit("text of 1 to 200 characters", least=1, most=200)
@@ -41,6 +46,8 @@ class Submission(ApiMessage):
     reuse: bool = True
     #: True: an open job, whose rows come by asking until it is closed; it takes no parts.
     open: bool = False
+    #: What an open job remembers of the rows of a key: name -> spec of a fold (motet.folds).
+    state: Annotated[Mapping[str, Any], Limit("an object of name to fold")] | None = None
     #: Whether a value that is no text refuses the job, or is an error of the tasks that read it.
     bad_rows: Literal["refuse", "error"] = "refuse"
     #: Seconds from now in which it must end, or it fails; null: no hurry.
@@ -58,6 +65,14 @@ class Submission(ApiMessage):
         Annotated[
             float,
             Limit(f"days, more than 0 and at most {MAX_RETENTION_DAYS:,}", above=0, most=MAX_RETENTION_DAYS),
+        ]
+        | None
+    ) = None
+    #: Of an open job: seconds for which a row is kept after it was answered; null: 7 days.
+    keep_s: (
+        Annotated[
+            float,
+            Limit(f"seconds, {MIN_KEEP_S} to {_MAX_KEEP_S:,}", least=MIN_KEEP_S, most=_MAX_KEEP_S),
         ]
         | None
     ) = None
@@ -243,12 +258,18 @@ class JobRecord(ApiMessage):
     deadline: str | None = None
     #: Days after its end at which it is deleted; null: when the server deletes all others.
     retention_days: float | None = None
+    #: Of an open job: seconds for which a row is kept after it was answered; null: until the job is removed.
+    keep_s: float | None = None
+    #: Index of the first row from which on all are kept; those before it were deleted by ``keep_s``.
+    first_row: int = 0
     #: Each row for which this holds is an event; null: no row is.
     notify_when: str | None = None
     #: Rows for which it held so far.
     rows_matched: int = 0
     #: Seconds left at the pace so far; null where there is no pace yet.
     eta_s: float | None = None
+    #: What an open job was given as ``state``: name -> spec of a fold, whose value each row has as a field.
+    folds: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -301,6 +322,8 @@ class FailedCells(ApiMessage):
     errors: tuple[FailedCell, ...]
     #: ``after`` of the next page; null behind the last one.
     next: int | None = None
+    #: Index of the first row from which on all are kept: what an open job deleted before it is not told.
+    first_row: int = 0
 
 
 # -- a plan

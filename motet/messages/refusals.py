@@ -26,10 +26,14 @@ class ErrorRecord(ApiMessage):
     more: int | None = None
     #: Number of the part that comes next, where another came out of order.
     next_part: int | None = None
+    #: Seconds after which to come back, as ``Retry-After`` says it of a whole answer.
+    retry_after_s: int | None = None
     #: Index in the job of the first row of an ask that was not answered in time.
     row: int | None = None
     #: Whether the rows of such an ask were stored, and go on.
     stored: bool | None = None
+    #: Index of the first row that is kept, where rows that were asked for are gone.
+    first_row: int | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -99,6 +99,9 @@ class Settings:
     grace_s: float = 20.0
     #: Share of a device's memory that models may hold.
     memory_share: float = 0.92
+    #: Share of a device that interactive work may take from bulk that waits, 0.1 to 0.9. Larger: callers wait less where
+    #: asks are the purpose; smaller: bulk goes on faster beside them. Workers go by theirs, `explain` tells the API's.
+    lane_share: float = 0.3
     log_level: str = "INFO"
 
     # -- watching
@@ -119,6 +122,8 @@ class Settings:
             value = getattr(self, field.name)
             if isinstance(value, float) and not math.isfinite(value):
                 raise SetupError(f"MOTET_{field.name.upper()}: got {value}; expected a finite number")
+        if not 0.1 <= self.lane_share <= 0.9:
+            raise SetupError(f"MOTET_LANE_SHARE: got {self.lane_share}; expected a share from 0.1 to 0.9")
         for name, least in (("max_waiting_rows", 1), ("min_free_mb", 0), ("max_requests_s", 0)):
             if not getattr(self, name) >= least:  # also refuses NaN
                 raise SetupError(

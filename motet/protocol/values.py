@@ -194,6 +194,11 @@ def plain_text(value: Value) -> str:
     return _json(value, quoted=False)
 
 
+def json_value(value: Value) -> bool | int | float | str | None:
+    """A value as JSON for people: what has no type there, and what has several, is its text."""
+    return value if value is None or isinstance(value, bool | int | float | str) else plain_text(value)
+
+
 def _json(value: Any, *, quoted: bool = True) -> str:
     """The shortest JSON of a value. A decimal is a number as it was written; a date is a text, quoted where JSON is."""
     if value is None or isinstance(value, bool | str):

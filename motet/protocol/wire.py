@@ -9,13 +9,13 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 import msgpack
 
 from motet.protocol.columns import Column, Kind, storable, typed
-from motet.protocol.envelope import BadMessage, unwrap, wrap
+from motet.protocol.envelope import BadMessage, packed_plain, unwrap, wrap, wrap_packed
 from motet.protocol.manifest import Manifest, column_kind
 from motet.protocol.values import Value, plain_text
 
@@ -54,21 +54,6 @@ class TaskOrder:
     @property
     def column_kind(self) -> Kind:
         return column_kind(str(self.spec.get("kind", "")), self.manifest)
-
-
-#: Manifests kept with their JSON: the same few are sent with each sub-task. By identity, since a manifest has no hash.
-_MANIFESTS_KEPT = 256
-_manifests: dict[int, tuple[Manifest, dict[str, Any]]] = {}
-
-
-def _as_json(manifest: Manifest) -> dict[str, Any]:
-    """To be packed, never to be changed."""
-    known = _manifests.get(id(manifest))
-    if known is None:
-        if len(_manifests) >= _MANIFESTS_KEPT:
-            _manifests.clear()
-        known = _manifests[id(manifest)] = (manifest, manifest.to_json())
-    return known[1]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -110,22 +95,13 @@ class Assignment:
         return (self.subtask, self.attempt)
 
     def encode(self) -> bytes:
-        return wrap(
+        # One map, packed in two halves: the one that is alike in all sub-tasks of a pass is packed once.
+        own = packed_plain(
             {
-                "v": PROTOCOL,
                 "subtask": self.subtask,
                 "attempt": self.attempt,
                 "nonce": self.nonce,
                 "job": self.job,
-                "tenant": self.tenant,
-                "pass_kind": self.pass_kind,
-                "model": _as_json(self.model),
-                "numerics": self.numerics,
-                "max_tokens": self.max_tokens,
-                "tasks": [
-                    {"name": t.name, "spec": dict(t.spec), "manifest": _as_json(t.manifest)}
-                    for t in self.tasks
-                ],
                 # The texts follow from the values.
                 "texts": [] if self.values else list(self.texts),
                 "values": list(self.values),
@@ -137,6 +113,7 @@ class Assignment:
                 "measured": self.measured,
             }
         )
+        return wrap_packed(_joined(_order_of(self), own))
 
     @classmethod
     def decode(cls, raw: bytes) -> Assignment:
@@ -167,6 +144,44 @@ class Assignment:
                 predicted_s=float(wire.get("predicted_s", 0.0)),
                 measured=bool(wire.get("measured", False)),
             )
+
+
+#: What is alike in all sub-tasks of a pass, packed, with that which it was made of: by the identity of its parts, since
+#: a manifest has no hash. So many are kept, for few passes are sent at a time.
+_ORDERS_KEPT = 256
+_orders: dict[tuple[object, ...], tuple[Assignment, bytes]] = {}
+
+
+def _order_of(a: Assignment) -> bytes:
+    """The tasks and models of an assignment, packed."""
+    key = (id(a.model), id(a.tasks), a.tenant, a.pass_kind, a.numerics, a.max_tokens)
+    known = _orders.get(key)
+    if known is None:
+        if len(_orders) >= _ORDERS_KEPT:
+            _orders.clear()
+        packed = packed_plain(
+            {
+                "v": PROTOCOL,
+                "tenant": a.tenant,
+                "pass_kind": a.pass_kind,
+                "model": a.model.to_json(),
+                "numerics": a.numerics,
+                "max_tokens": a.max_tokens,
+                "tasks": [
+                    {"name": t.name, "spec": dict(t.spec), "manifest": t.manifest.to_json()} for t in a.tasks
+                ],
+            }
+        )
+        # Kept with the parts, so that no other object takes their identity; without the texts.
+        known = _orders[key] = (replace(a, texts=(), values=(), fields={}, indices=()), packed)
+    return known[1]
+
+
+def _joined(*maps: bytes) -> bytes:
+    """Maps of different keys, each of fewer than 16 and packed, as one."""
+    #: Msgpack's fixmap says in the lower half of its only byte how many entries follow; map 16 in two bytes of its own.
+    entries = sum(packed[0] & 0x0F for packed in maps)
+    return b"\xde" + entries.to_bytes(2, "big") + b"".join(packed[1:] for packed in maps)
 
 
 #: UTF-8 bytes that a token stands for, at the most that is counted on.

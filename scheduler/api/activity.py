@@ -11,6 +11,8 @@ from fastapi import Query
 from starlette.responses import HTMLResponse, Response
 
 from motet.messages.activity import (
+    AskCounts,
+    AsksUnderWay,
     DeviceState,
     DeviceUnderWay,
     ErrorCount,
@@ -34,8 +36,10 @@ from scheduler.api.records import JobPath, describe
 from scheduler.api.refusals import error_of, refusal
 from scheduler.api.resources import Resources, Use, job_id
 from scheduler.api.routing import Routes
+from scheduler.ask_times import quantile_s
 from scheduler.store import activity as store
 from scheduler.store.activity import Activity, DeviceActivity, PassActivity, SubtaskActivity
+from scheduler.store.ask_spans import MINUTE, SPAN_S, AskSpan, last_minute
 from scheduler.store.jobs import job_entries
 
 routes = Routes()
@@ -174,9 +178,35 @@ def facts_of(use: Resources, tenant: UUID, job: UUID, *, timeline: int) -> JobAc
             ErrorCount(task=e.task, error=e.error, count=e.count, first_row=e.first_row, message=e.message)
             for e in found.errors
         ),
+        asks=_asks(found) if found.asks else None,
         left_out=LeftOut(
             timeline=found.subtasks_left_out, devices=found.devices_left_out, errors=found.errors_left_out
         ),
+    )
+
+
+def _asks(found: Activity) -> AsksUnderWay:
+    """The newest spans, which end about now; and the last minute of them as one."""
+    spans = found.asks
+    newest_s = found.now_s - (len(spans) - 1) * SPAN_S
+    return AsksUnderWay(
+        minute=_ask_counts(last_minute(spans), found.now_s, SPAN_S * MINUTE),
+        spans=tuple(_ask_counts(s, newest_s + i * SPAN_S, SPAN_S) for i, s in enumerate(spans)),
+    )
+
+
+def _ask_counts(s: AskSpan, at_s: float, seconds: float) -> AskCounts:
+    p50_s, p99_s = (quantile_s(s.times, share) for share in (0.5, 0.99))
+    return AskCounts(
+        at_s=_s(at_s),
+        asks_s=round(s.answered / seconds, 2),
+        rows_s=round(s.n_rows / seconds, 2),
+        late=s.late,
+        refused=s.refused,
+        failed=s.failed,
+        waiting=s.waiting,
+        p50_s=None if p50_s is None else _s(p50_s),
+        p99_s=None if p99_s is None else _s(p99_s),
     )
 
 

@@ -32,6 +32,7 @@ from scheduler.api import (
     explain,
     fits,
     jobs,
+    line,
     metrics,
     models,
     opening,
@@ -70,12 +71,13 @@ def create_app(settings: Settings) -> FastAPI:
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
         listening = asyncio.create_task(use.bell.run())
         sweeping = asyncio.create_task(blobs.keep_swept(use))
+        counting = asyncio.create_task(use.feeds.meter.keep_told())
         delivering = asyncio.create_task(Deliverer(use.database, settings).run())
         try:
             yield
         finally:
             use.bell.stop()
-            for task in (listening, sweeping, delivering):
+            for task in (listening, sweeping, counting, delivering):
                 task.cancel()
                 with suppress(asyncio.CancelledError):
                     await task
@@ -99,6 +101,7 @@ def create_app(settings: Settings) -> FastAPI:
         app.add_exception_handler(kind, _refuse)
     app.state.figures = metrics.Figures(use)
     app.add_middleware(asks.AsksAhead, use=use)
+    app.add_middleware(line.RequestBound)
     app.add_middleware(AccessLog, requests=app.state.figures.requests)
     return app
 
@@ -187,12 +190,12 @@ def server(settings: Settings) -> Server:
         server_header=False,
         # Whoever stands in front of us may lie about who asked; nothing here depends on it.
         proxy_headers=False,
-        # Waiting requests cost no thread, so this is far above what the thread pool takes at once.
-        limit_concurrency=2000,
-        timeout_keep_alive=30,
+        # Connections and requests have bounds of their own (line.py), which are told with a time to come back.
+        limit_concurrency=None,
+        timeout_keep_alive=line.KEEP_ALIVE_S,
         timeout_graceful_shutdown=10,
         # Not httptools: it sets no limit to a request's head, and sends chunks to a proxy that speaks HTTP/1.0.
-        http="h11",
+        http=line.Line,
         h11_max_incomplete_event_size=64 * 1024,
         loop="uvloop",
         callback_notify=_pulse(settings),
@@ -215,6 +218,7 @@ def _pulse(settings: Settings) -> Callable[[], Awaitable[None]]:
 
 def serve(settings: Settings) -> None:
     """Run the API until SIGTERM or SIGINT; requests under way are finished first."""
+    line.allow_open_files()
     # uvicorn raises the signal again when it has served to the end: to end when asked is no failure, so the code is 0.
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: sys.exit(0))

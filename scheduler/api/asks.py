@@ -7,11 +7,12 @@ import hashlib
 import re
 import secrets
 from collections.abc import Coroutine, Sequence
+from contextlib import AsyncExitStack
 from dataclasses import dataclass
 from typing import Any
 
 from fastapi import Request, Response
-from starlette.types import ASGIApp, Receive, Scope, Send
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from motet.errors import InvalidJob, Problem
 from motet.messages.jobs import MAX_ASK_ROWS, AskAnswer, AskRequest
@@ -25,12 +26,14 @@ from scheduler.api.refusals import EXPECTED, error_of, refusal
 from scheduler.api.resources import Resources, Use, job_id
 from scheduler.api.result_streams import framed, plain_rows
 from scheduler.api.routing import Routes, reply, takes
-from scheduler.api.rows import PART_FIELDS, Incoming, columns_in, read_rows, unpacked
+from scheduler.api.rows import PART_FIELDS, Incoming, columns_in, foldable, read_rows, unpacked
 from scheduler.blocks import IncomingPart, keyed
 
 routes = Routes(tags=["jobs"])
 
 _FRAMES = "application/msgpack"
+#: With it in ``Accept``, frames come as their asks are answered. Older servers do not know it, and send them in order.
+_AS_ANSWERED = "order=done"
 #: An ask that takes so many seconds is given up where its caller hangs up. Shorter: a task more for most asks; longer:
 #: callers that are gone take the place of others.
 _WATCHED_AFTER_S = 0.5
@@ -103,7 +106,7 @@ async def _while_there(request: Request, work: Coroutine[Any, Any, Response]) ->
         # Most are answered sooner: these are not watched. Its body has been read by then, or its sender is slow.
         await asyncio.wait({answer}, timeout=_WATCHED_AFTER_S)
         if not answer.done() and request.scope.get(_READ):
-            gone = asyncio.ensure_future(_hung_up(request))
+            gone = asyncio.ensure_future(_hung_up(request.receive))
             await asyncio.wait({answer, gone}, return_when=asyncio.FIRST_COMPLETED)
             if not answer.done():
                 return Response(status_code=_GONE)
@@ -114,20 +117,27 @@ async def _while_there(request: Request, work: Coroutine[Any, Any, Response]) ->
                 task.cancel()
 
 
-async def _hung_up(request: Request) -> None:
-    while (await request.receive())["type"] != "http.disconnect":
+async def _hung_up(receive: Receive) -> None:
+    while (await receive())["type"] != "http.disconnect":
         pass
 
 
 async def _asked(request: Request, use: Resources, caller: Identity, job: str) -> Response:
     feed = await use.feeds.of(caller.tenant, job_id(job))
+    # Before its body is read: what is refused costs no memory, and nothing of it is stored.
+    await use.door.admit_ask(interactive=feed.job.interactive)
     kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
-    async with whole_body(request, use, 2 * MAX_ASK_ROWS * use.settings.max_row_bytes) as raw:
+    async with AsyncExitStack() as held:
+        body = whole_body(request, use, 2 * MAX_ASK_ROWS * use.settings.max_row_bytes)
+        raw = await held.enter_async_context(body)
         request.scope[_READ] = True
         asked, incoming = (_columns if kind == _FRAMES else _rows)(feed, raw, use.settings.max_row_bytes)
-        frames = _FRAMES in request.headers.get("accept", "")
+        accepted = request.headers.get("accept", "")
+        frames = _FRAMES in accepted
         if asked.keys is None:
-            return _reply(feed, [await _answer(feed, incoming, asked.key, asked.within_s)], frames=frames)
+            return _reply(
+                feed, [await _answer(use, feed, incoming, asked.key, asked.within_s)], frames=frames
+            )
         if len(asked.keys) != len(asked.rows):
             raise InvalidJob(
                 Problem(
@@ -137,10 +147,10 @@ async def _asked(request: Request, use: Resources, caller: Identity, job: str) -
                     "add the others",
                 )
             )
-        answers = await asyncio.gather(
-            *(_answer(feed, incoming.row(i), key, asked.within_s) for i, key in enumerate(asked.keys)),
-            return_exceptions=True,
-        )
+        work = [_answer(use, feed, incoming.row(i), key, asked.within_s) for i, key in enumerate(asked.keys)]
+        if frames and _AS_ANSWERED in accepted and len(work) > 1:
+            return _AsAnswered(feed, work, held.pop_all())
+        answers = await asyncio.gather(*work, return_exceptions=True)
         return _reply(feed, answers, frames=frames)
 
 
@@ -150,27 +160,34 @@ def _rows(feed: LiveFeed, raw: bytes, max_row_bytes: int) -> tuple[AskRequest, I
     # Rows are looked at one by one later: theirs may be bad without the ask being so.
     clean_object({k: v for k, v in body.items() if k != "rows"} if type(body) is dict else body)
     asked = taken(AskRequest, body)
-    return asked, read_rows(asked.rows, feed.job.fields, max_row_bytes, feed.job.dialogues)
+    return asked, read_rows(asked.rows, feed.job.asked, max_row_bytes, feed.job.dialogues)
 
 
 def _columns(feed: LiveFeed, raw: bytes, max_row_bytes: int) -> tuple[AskRequest, Incoming]:
     """The same in msgpack, with the rows in the form of parts: values keep types that JSON cannot carry."""
     body = unpacked(raw)
-    incoming = columns_in(body, feed.job.fields, max_row_bytes, feed.job.dialogues)
+    incoming = columns_in(body, feed.job.asked, max_row_bytes, feed.job.dialogues)
     options = {k: v for k, v in body.items() if k not in PART_FIELDS}
     # The rows stand in the columns: the message is asked for their number alone.
     return taken(AskRequest, clean_object(options | {"rows": [""] * len(incoming)})), incoming
 
 
-async def _answer(feed: LiveFeed, incoming: Incoming, key: str | None, within_s: float) -> AskAnswered:
-    ask = _checked(feed, incoming, key)
-    return await feed.ask(ask.part, ask.bytes, ask.key, ask.digest, within_s=within_s)
+async def _answer(
+    use: Resources, feed: LiveFeed, incoming: Incoming, key: str | None, within_s: float
+) -> AskAnswered:
+    with use.feeds.meter.ask(feed.job.id, len(incoming)):
+        ask = _checked(feed, incoming, key)
+        return await feed.ask(ask.part, ask.bytes, ask.key, ask.digest, within_s=within_s)
 
 
 def _checked(feed: LiveFeed, incoming: Incoming, key: str | None) -> _Ask:
     """The rows under their key. Raises InvalidJob for bad ones, where the job refuses them."""
     if feed.job.bad_rows == "refuse":
         incoming.refuse_bad_rows(0)
+    if feed.job.folds:
+        incoming = foldable(incoming, feed.job.folds)
+        if feed.job.bad_rows == "refuse":
+            incoming.refuse_bad_rows(0)
     part = incoming.part()
     secret = feed.job.secret
     name = key.encode() if key is not None else secrets.token_bytes(16)
@@ -193,21 +210,69 @@ def _reply(feed: LiveFeed, answers: Sequence[AskAnswered | BaseException], *, fr
     for answer in answers:
         if isinstance(answer, AskAnswered):
             columns = [answer.columns[t.number] for t in feed.tasks]
-            rows += plain_rows(feed.tasks, columns, answer.first_row)
+            rows += plain_rows(feed.tasks, columns, answer.first_row, answer.given)
         else:
             rows.append({"error": _error(answer)})
     return reply(AskAnswer(rows=tuple(rows)))
 
 
-def _frame(feed: LiveFeed, answer: AskAnswered | BaseException) -> bytes:
+class _AsAnswered(Response):
+    """Frames in the order in which the asks are answered, each with the place of its ask: none waits for the slowest."""
+
+    def __init__(
+        self, feed: LiveFeed, work: Sequence[Coroutine[Any, Any, AskAnswered]], held: AsyncExitStack
+    ) -> None:
+        """``held``: what is let go of when all are answered."""
+        super().__init__(media_type=_FRAMES)
+        # Not known yet.
+        del self.headers["content-length"]
+        self._feed, self._work, self._held = feed, work, held
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        open_ = {asyncio.ensure_future(one): place for place, one in enumerate(self._work)}
+        gone = asyncio.ensure_future(_hung_up(receive))
+        start: Message | None = {
+            "type": "http.response.start",
+            "status": self.status_code,
+            "headers": self.raw_headers,
+        }
+        try:
+            async with self._held:
+                while open_:
+                    await asyncio.wait({*open_, gone}, return_when=asyncio.FIRST_COMPLETED)
+                    if gone.done():
+                        if start is not None:
+                            # Nobody reads it; the log does.
+                            await Response(status_code=_GONE)(scope, receive, send)
+                        return
+                    answered = [one for one in open_ if one.done()]
+                    body = b"".join(framed(self._told(one, open_.pop(one))) for one in answered)
+                    if start is not None:
+                        # With the first of them, so that these are one packet.
+                        await send(start)
+                        start = None
+                    await send({"type": "http.response.body", "body": body, "more_body": bool(open_)})
+        finally:
+            for task in (*open_, gone):
+                task.cancel()
+
+    def _told(self, answer: asyncio.Future[AskAnswered], place: int) -> bytes:
+        return _frame(self._feed, answer.exception() or answer.result(), place)
+
+
+def _frame(feed: LiveFeed, answer: AskAnswered | BaseException, place: int | None = None) -> bytes:
+    """``place``: of the ask in its request, told where frames come in another order."""
+    where = {} if place is None else {"ask": place}
     if not isinstance(answer, AskAnswered):
-        return pack({"error": _error(answer)})
+        return pack(where | {"error": _error(answer)})
     return pack(
-        {
+        where
+        | {
             "block": 0,
             "first_row": answer.first_row,
             "rows": answer.n_rows,
             "columns": {t.name: answer.columns[t.number].to_wire() for t in feed.tasks},
+            **({"state": dict(answer.given)} if answer.given else {}),
         }
     )
 

@@ -5,11 +5,12 @@ Pure; lengths are per cent, so that text keeps its size on every screen.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from math import ceil, floor, log10
 from typing import Any
 
 from motet.pages import COLOURS
+from motet.progress import instant
 from scheduler.api.words import compact, count, duration, number
 
 #: Bars of one device that lie above each other: it rarely has more than three sub-tasks at a time.
@@ -19,8 +20,10 @@ _ROW_PX = 16
 _LATE = 0.35
 #: Lanes of a timeline: more devices than these are counted in words.
 _LANES = 100
-#: Pixels of the curve's height.
-_CURVE_PX = 150
+#: Pixels of the curve's height, and of a small chart's.
+_CURVE_PX, _SMALL_PX = 150, 72
+#: Spans of a small chart at least: a minute.
+_LEAST_SPANS = 12
 
 Tick = tuple[float, str, str]
 
@@ -156,6 +159,7 @@ def _bar(bar: Mapping[str, Any], start_s: float, end_s: float, row: int, span: S
 def curve(points: Sequence[Mapping[str, float]]) -> dict[str, Any]:
     """Tokens per second over the life of a job."""
     n, to_s = len(points), points[-1]["at_s"]
+    from_s = max(0.0, (n * points[0]["at_s"] - to_s) / (n - 1)) if n > 1 else 0.0
     mean, most = sum(p["tokens_s"] for p in points) / n, max(p["tokens_s"] for p in points)
     top = nice(most)
     told = compact if top >= 1e6 else number
@@ -163,7 +167,7 @@ def curve(points: Sequence[Mapping[str, float]]) -> dict[str, Any]:
         "height": _CURVE_PX,
         "steps": " ".join(f"V{100 - 100 * p['tokens_s'] / top:.2f} H{i + 1}" for i, p in enumerate(points)),
         "levels": [(_CURVE_PX * (1 - share), told(top * share)) for share in (0.0, 0.5, 1.0)],
-        "ticks": Stretch(0.0, to_s).axis(),
+        "ticks": Stretch(from_s, to_s).axis(),
         "hits": [
             (
                 100 * i / n,
@@ -173,8 +177,113 @@ def curve(points: Sequence[Mapping[str, float]]) -> dict[str, Any]:
             )
             for i, p in enumerate(points)
         ],
-        "label": f"Tokens per second over {duration(to_s)}: {compact(mean)} on average, {compact(most)} at most",
+        "label": f"Tokens per second over {duration(to_s - from_s)}: {compact(mean)} on average, {compact(most)} at most",
     }
+
+
+# -- the last minutes of an open job
+
+
+def minutes(asks: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """Small charts of the spans of an open job's asks: how many, how fast, how many wait, what went wrong."""
+    spans: Sequence[Mapping[str, Any]] = asks["spans"]
+    # A young job's begin with it, but a minute is always drawn.
+    begins = next((i for i, s in enumerate(spans) if s["at_s"] > 0), 0)
+    spans = spans[min(begins, max(0, len(spans) - _LEAST_SPANS)) :]
+    minute = asks["minute"]
+    return [
+        _small(
+            spans,
+            title="Asks answered",
+            now=f"{number(round(minute['asks_s'], 1))} a second",
+            lines=(("stroke", "answered", [s["asks_s"] for s in spans]),),
+            told=lambda y: number(round(y, 1)),
+            filled=True,
+        ),
+        _small(
+            spans,
+            title="Time to the answer",
+            now=f"{instant(minute['p50_s'])}, 99 % in {instant(minute['p99_s'])}",
+            lines=(
+                ("line p0", "half of them", [s["p50_s"] for s in spans]),
+                ("line p1", "99 %", [s["p99_s"] for s in spans]),
+            ),
+            told=lambda y: instant(y) if y else "0",
+        ),
+        _small(
+            spans,
+            title="Rows that wait to be stored",
+            now=f"{minute['waiting']:,} now",
+            lines=(("stroke", "waiting", [s["waiting"] for s in spans]),),
+            told=number,
+            filled=True,
+        ),
+        _small(
+            spans,
+            title="Asks without an answer",
+            now=f"{minute['late']:,} late, {minute['refused']:,} refused, {minute['failed']:,} failed",
+            lines=(
+                ("line p4", "late", [s["late"] for s in spans]),
+                ("line p6", "refused", [s["refused"] for s in spans]),
+                ("line p3", "failed", [s["failed"] for s in spans]),
+            ),
+            told=number,
+        ),
+    ]
+
+
+def _small(
+    spans: Sequence[Mapping[str, Any]],
+    *,
+    title: str,
+    now: str,
+    lines: Sequence[tuple[str, str, Sequence[float | None]]],
+    told: Callable[[float], str],
+    filled: bool = False,
+) -> dict[str, Any]:
+    """Lines of (class, words, a value for each span) over one axis; the first may be filled."""
+    n = len(spans)
+    to_s = spans[-1]["at_s"]
+    top = nice(max((y for _, _, values in lines for y in values if y is not None), default=0.0))
+    if all(isinstance(y, int) for _, _, values in lines for y in values):
+        # Half a row is none.
+        top = max(2.0, top)
+    names = [words for _, words, _ in lines] if len(lines) > 1 else []
+    hits = []
+    for i, span in enumerate(spans):
+        values = [
+            f"{told(values[i] or 0) if values[i] is not None else '–'}{f' {words}' if names else ''}"
+            for _, words, values in lines
+        ]
+        hits.append((100 * i / n, 100 / n, f"{_ago(to_s - span['at_s'])}: {', '.join(values)}"))
+    width_s = (to_s - spans[0]["at_s"]) * n / (n - 1) if n > 1 else 0.0
+    return {
+        "title": title,
+        "now": now,
+        "height": _SMALL_PX,
+        "lines": [(css, _steps(values, top)) for css, _, values in lines],
+        "filled": filled,
+        "key": [(css.rpartition(" ")[2], words) for css, words, _ in lines] if names else [],
+        "levels": [(_SMALL_PX * (1 - share), told(top * share)) for share in (0.0, 0.5, 1.0)],
+        "ticks": [(0.0, _ago(width_s), "start"), (50.0, _ago(width_s / 2), "middle"), (100.0, "now", "end")],
+        "hits": hits,
+        "label": f"{title} over the last {duration(width_s)}: {now} in the last minute",
+    }
+
+
+def _steps(values: Sequence[float | None], top: float) -> str:
+    """A line of steps, broken where there is no value."""
+    path, before = [], None
+    for i, y in enumerate(values):
+        if y is not None:
+            at = f"{100 - 100 * y / top:.2f}"
+            path.append(f"{f'M{i} {at}' if before is None else f'V{at}'} H{i + 1}")
+        before = y
+    return " ".join(path)
+
+
+def _ago(seconds: float) -> str:
+    return f"{duration(seconds).replace(' 00 s', '')} ago" if seconds >= 0.5 else "now"
 
 
 # -- round numbers

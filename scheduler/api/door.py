@@ -6,14 +6,17 @@ import logging
 import shutil
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from threading import Lock
+
+from starlette.concurrency import run_in_threadpool
 
 from motet.errors import Overloaded
 from motet.messages.cluster import Reason
 from motet.protocol.settings import Settings
 from motet.protocol.transport import Lag, SchedulerTransport, TransportLost
 from scheduler.policy.pressure import OUTCOMES, PressureFacts, overloads
-from scheduler.store.database import Database
+from scheduler.store.database import Database, StoreUnavailable
 from scheduler.store.pressure import data_folder, unfinished_rows
 
 log = logging.getLogger(__name__)
@@ -42,9 +45,18 @@ class Door:
 
     def admit(self, *, interactive: bool, uploading: bool = False) -> None:
         """Raises Overloaded where rows like these are not taken now, StoreUnavailable where nobody knows."""
-        worst = next(overloads(self.look(), interactive=interactive, uploading=uploading), None)
-        if worst is not None:
-            raise Overloaded(f"{worst.what}; {worst.remedy}", worst.retry_after_s)
+        _judge(self.look(), interactive=interactive, uploading=uploading)
+
+    async def admit_ask(self, *, interactive: bool) -> None:
+        """As ``admit``, for the event loop: once a second one ask waits for a look, all others go by what is known.
+
+        While Postgres is away nothing is refused here: the landing waits for it as long as the caller does.
+        """
+        if self._facts is None or self._clock() >= self._look_again_at:
+            with suppress(StoreUnavailable):
+                await run_in_threadpool(self.look)
+        if self._facts is not None:
+            _judge(self._facts, interactive=interactive)
 
     def look(self) -> PressureFacts:
         """The facts as of a moment ago. Raises StoreUnavailable."""
@@ -100,6 +112,12 @@ class Door:
             log.warning(
                 "new rows are refused" if reasons else "new rows are taken", extra={"reasons": reasons}
             )
+
+
+def _judge(facts: PressureFacts, *, interactive: bool, uploading: bool = False) -> None:
+    worst = next(overloads(facts, interactive=interactive, uploading=uploading), None)
+    if worst is not None:
+        raise Overloaded(f"{worst.what}; {worst.remedy}", worst.retry_after_s)
 
 
 def _free_bytes(folder: str | None) -> int | None:

@@ -37,7 +37,7 @@ def explanation(use: Resources, tenant: UUID, job: UUID) -> Explanation:
     beats = _heard(use)
     with use.database.transaction() as connection:
         standing = store.standing(connection, tenant, job)
-        known = facts.read(connection, now=0.0)
+        known = facts.read(connection, 0.0, use.manifests)
         jobs = {UUID(d.job) for d in known.demand} | {h.job for h in known.held}
         owners = store.owners(connection, jobs)
         leads = has_leader(connection)
@@ -49,6 +49,7 @@ def explanation(use: Resources, tenant: UUID, job: UUID) -> Explanation:
             owners=owners,
             beats=beats,
             memory_share=s.memory_share,
+            lane_share=s.lane_share,
             leads=leads,
             throttle=throttle_of(use.door.look()),
             subtask_s=s.subtask_s,

@@ -18,10 +18,12 @@ from uuid import UUID
 
 from motet.errors import Conflict, Late, MotetError, NotFound, Overloaded
 from motet.protocol.columns import Column, cut
+from motet.protocol.values import Value
 from motet.states import ENDED
+from scheduler.api.ask_meter import AskMeter
 from scheduler.api.bell import Bell
 from scheduler.api.refusals import Unavailable
-from scheduler.blocks import IncomingPart, blocks_of
+from scheduler.blocks import IncomingPart
 from scheduler.policy.gather import Gatherer, GatherFull, Group, Waiting
 from scheduler.store import feeds
 from scheduler.store.database import Database, StoreUnavailable
@@ -61,6 +63,8 @@ class AskAnswered:
     n_rows: int
     #: Task number -> a column of ``n_rows``.
     columns: Mapping[int, Column]
+    #: Fold -> what each row was given.
+    given: Mapping[str, Sequence[Value]]
 
 
 @dataclass(eq=False, slots=True, kw_only=True)
@@ -110,13 +114,18 @@ class LiveFeed:
         self._bell, self._threads, self._width = bell, threads, width
         self._under_way: dict[int, _Block] = {}
         self._tasks: set[asyncio.Task[None]] = set()
-        self._reading = False
+        self._reading = self._pumps_soon = False
         #: Whether the asks that wait for company will be looked at again by themselves.
         self._waking = False
         #: On the loop's clock: when it was seen first that the process is about to end; 0: it is not.
         self._stopping_at = 0.0
         #: Asks without an answer, by their key: a key repeated meanwhile is the same ask.
         self._asks: dict[bytes, Ask] = {}
+
+    @property
+    def waiting_rows(self) -> int:
+        """Rows that have not landed."""
+        return self._gatherer.waiting_rows
 
     @property
     def idle(self) -> bool:
@@ -150,7 +159,10 @@ class LiveFeed:
             raise Overloaded(str(full), full.retry_after_s) from None
         self._asks[key] = ask
         ask.answer.add_done_callback(self._forget(ask))
-        self._pump()
+        if not self._pumps_soon:
+            # As soon as the other rows of its request wait too: so they land together.
+            self._pumps_soon = True
+            loop.call_soon(self._pump)
         return await self._as(ask, digest, now + within_s)
 
     def _forget(self, ask: Ask) -> Callable[[asyncio.Future[AskAnswered]], None]:
@@ -183,6 +195,7 @@ class LiveFeed:
                 self._pump()
 
     def _pump(self) -> None:
+        self._pumps_soon = False
         loop = asyncio.get_running_loop()
         for late in self._gatherer.late(loop.time()):
             late.caller.fails(_late(stored=False))
@@ -231,6 +244,13 @@ class LiveFeed:
                     raise
                 await asyncio.sleep(_AGAIN_S)
                 continue
+            except Overloaded as over:
+                # The tenant's quota: it may have room for some of them.
+                fits = len(asks) // 2
+                for ask in asks[fits:]:
+                    ask.fails(over)
+                asks = asks[:fits]
+                continue
             by_key = {place.key: place for place in landed}
             if stored:
                 number = landed[0].block
@@ -245,18 +265,15 @@ class LiveFeed:
                 if (place := by_key.get(ask.key)) is not None:
                     self._found(ask, place)
             asks = [ask for ask in asks if ask.key not in by_key]
-        # Every ask was there before.
+        # Every ask was there before, or was refused.
         self._gatherer.failed(group)
         self._pump()
 
     def _store(self, asks: Sequence[Ask]) -> tuple[list[LandedAsk], bool]:
         part = _together([ask.part for ask in asks])
-        (block,) = blocks_of(
-            part, self.job.readers, secret=self.job.secret, block_rows=len(part), block_bytes=1 << 40
-        )
         new = [NewAsk(key=ask.key, digest=ask.digest, n_rows=len(ask.part)) for ask in asks]
         with self._database.transaction() as connection:
-            return feeds.land_asks(connection, self.job, block, new)
+            return feeds.land_asks(connection, self.job, part, new)
 
     def _found(self, ask: Ask, place: LandedAsk) -> None:
         """Its key landed before, here or in another process: it waits for that block, or has its answer at once."""
@@ -312,7 +329,7 @@ class LiveFeed:
 
     def _look(self, numbers: Sequence[int]) -> FeedLook:
         with self._database.transaction() as connection:
-            return feeds.look(connection, self.job.id, numbers)
+            return feeds.look(connection, self.job.id, numbers, self.job.folds)
 
     def _resolve(self, found: FeedLook, asked: Sequence[int]) -> None:
         now = asyncio.get_running_loop().time()
@@ -323,7 +340,8 @@ class LiveFeed:
                     n, row = len(ask.part), ask.row
                     assert row is not None
                     cells = {task: cut(column, lo, lo + n) for task, column in columns.items()}
-                    ask.answer.set_result(AskAnswered(first_row=row, n_rows=n, columns=cells))
+                    given = {name: v[lo : lo + n] for name, v in found.given.get(number, {}).items()}
+                    ask.answer.set_result(AskAnswered(first_row=row, n_rows=n, columns=cells, given=given))
             if block.group is not None:
                 self._gatherer.answered(block.group, now)
         if found.state is None or found.state in ENDED:
@@ -345,6 +363,7 @@ class Feeds:
     def __init__(self, database: Database, bell: Bell, count_workers: Callable[[], int]) -> None:
         self._database, self._bell, self._count_workers = database, bell, count_workers
         self._feeds: dict[tuple[UUID, UUID], LiveFeed] = {}
+        self.meter = AskMeter(database, self.waiting)
         # One lands while another reads; more would only wait for the job's lock.
         self._threads = ThreadPoolExecutor(2, "asks")
         self._width = _LEAST
@@ -362,6 +381,10 @@ class Feeds:
             self._forget_idle()
         self._count()
         return found
+
+    def waiting(self) -> Mapping[UUID, int]:
+        """Rows of each open job that wait to land here."""
+        return {job: feed.waiting_rows for (_, job), feed in list(self._feeds.items())}
 
     def close(self) -> None:
         self._threads.shutdown(wait=False, cancel_futures=True)

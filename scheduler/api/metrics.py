@@ -13,7 +13,7 @@ from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime
-from typing import Literal
+from typing import Literal, get_args
 from uuid import UUID
 
 from fastapi import Request
@@ -36,9 +36,11 @@ from motet.protocol.columns import storable
 from motet.protocol.transport import Lag, TransportLost
 from motet.protocol.wire import PROTOCOL, Beat
 from motet.states import ENDED, LIVE, REACHED
+from scheduler.api.ask_meter import Result
 from scheduler.api.auth import Caller
 from scheduler.api.resources import Resources
 from scheduler.api.routing import Routes
+from scheduler.ask_times import BOUNDS_S
 from scheduler.policy.liveness import speaks
 from scheduler.policy.pressure import pressures
 from scheduler.store import metrics as store
@@ -128,7 +130,10 @@ FAMILIES: Mapping[str, Family] = {
     "motet_device_tokens_per_second": Family(
         "gauge", "Learned speed of the device, with the model that it runs fastest", _DEVICE
     ),
-    # -- of this process
+    # -- of this process: of several API processes take the sum
+    "motet_asks_total": Family("counter", "Asks of open jobs that ended here", ("result",)),
+    "motet_ask_duration_seconds": Family("histogram", "Seconds from an ask to its answer"),
+    "motet_ask_rows_waiting": Family("gauge", "Rows of open jobs that wait here to be stored"),
     "motet_http_requests_total": Family("counter", "Requests answered", ("method", "route", "status")),
     "motet_http_request_duration_seconds": Family(
         "histogram", "Seconds from a request to the end of its answer, waiting included", ("method", "route")
@@ -138,6 +143,8 @@ FAMILIES: Mapping[str, Family] = {
 _MIB = 1 << 20
 #: Long ones wait for news on purpose (``wait_s`` up to 30 s).
 _BUCKETS_S = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60)
+#: Every other bound of those that pages go by: a factor of 1.4 lies between two.
+_ASK_BUCKETS_S = BOUNDS_S[::2]
 _METHODS = frozenset({"GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS"})
 _BEAT_STATES = frozenset({"starting", "ready", "draining"})
 
@@ -171,6 +178,25 @@ class Requests:
         method = method if method in _METHODS else "other"
         self._count.labels(method, route, str(status)).inc()
         self._seconds.labels(method, route).observe(seconds)
+
+
+class AskFigures:
+    """Counts and times the asks of one API process."""
+
+    def __init__(self, registry: CollectorRegistry) -> None:
+        counted, timed = FAMILIES["motet_asks_total"], FAMILIES["motet_ask_duration_seconds"]
+        self._count = CountedSeries("motet_asks_total", counted.words, counted.labels, registry=registry)
+        self._seconds = Histogram(
+            "motet_ask_duration_seconds", timed.words, registry=registry, buckets=_ASK_BUCKETS_S
+        )
+        for result in get_args(Result):
+            self._count.labels(result)
+
+    def saw(self, result: Result, seconds: float) -> None:
+        """One ask ended so; only answers are timed."""
+        self._count.labels(result).inc()
+        if result == "answered":
+            self._seconds.observe(seconds)
 
 
 # -- jobs
@@ -238,6 +264,7 @@ class Figures(Collector):
         self._since: datetime | None = None
         self.registry = CollectorRegistry()
         self.requests = Requests(self.registry)
+        use.feeds.meter.heard = AskFigures(self.registry).saw
         self.registry.register(self)
         ProcessCollector(registry=self.registry)
 
@@ -255,6 +282,7 @@ class Figures(Collector):
             _show_store(page, stored[0], stored[1])
             for reason, pressure in self._pressures().items():
                 page.add("motet_pressure", pressure, reason=reason)
+        page.add("motet_ask_rows_waiting", sum(self._use.feeds.waiting().values()))
         moving = self._moving()
         page.add("motet_up", moving is not None, service="redis")
         if moving is not None:

@@ -8,8 +8,9 @@ from datetime import datetime
 from typing import Any
 from urllib.parse import urlencode
 
+from motet.progress import instant
 from motet.states import ENDED, GROWING, REACHED, State
-from scheduler.api.charts import curve, lanes
+from scheduler.api.charts import curve, lanes, minutes
 from scheduler.api.markup import render
 from scheduler.api.words import compact, count, duration, moment, number, percent
 
@@ -40,6 +41,7 @@ def job_page(facts: PageFacts) -> str:
         told=facts["timeline"][-_TOLD:],
         lanes=lanes(facts) if facts["timeline"] else None,
         pace=_pace(facts),
+        minutes=minutes(facts["asks"]) if facts["asks"] else [],
         curve=curve(points) if any(p["tokens_s"] for p in points) else None,
         unanswered=job["cells"]["error"] + job["cells"]["skipped"],
         untold=job["cells"]["error"] + job["cells"]["skipped"] - sum(e["count"] for e in facts["errors"]),
@@ -58,10 +60,11 @@ def _figures(facts: PageFacts) -> list[_Figure]:
     figures: list[_Figure] = []
     if not live:
         figures.append(("Took", duration(facts["now_s"]), f"until {moment(job['finished'])[11:]}"))
+    elif job["state"] == State.OPEN:
+        figures += _open_figures(job, facts["asks"])
     elif _grows(job):
         waiting = job["cells"]["total"] - _final(job)
-        how = "each is answered as it comes" if job["state"] == State.OPEN else "more are on their way"
-        figures.append(("Rows so far", f"{job['rows']:,}", how))
+        figures.append(("Rows so far", f"{job['rows']:,}", "more are on their way"))
         figures.append(("Waiting", f"{waiting:,}", "cells without an answer yet"))
     else:
         left = "not known yet" if job["eta_s"] is None else f"about {duration(job['eta_s'])}"
@@ -76,6 +79,25 @@ def _figures(facts: PageFacts) -> list[_Figure]:
     tokens, unfused = (sum(p[key] for p in facts["passes"]) for key in ("tokens", "unfused_tokens"))
     if tokens and unfused > tokens:
         figures.append(("Fusion", f"{unfused / tokens:.1f} × fewer", "tokens read than with a pass per task"))
+    return figures
+
+
+def _open_figures(job: PageFacts, asks: PageFacts | None) -> list[_Figure]:
+    """Of an open job: the last minute, and what there is of its rows."""
+    first, waiting = job["first_row"], job["cells"]["total"] - _final(job)
+    kept = f"kept from row {first:,} on" if first else "all of them kept"
+    figures = [("Rows so far", f"{job['rows']:,}", kept)]
+    if asks:
+        minute = asks["minute"]
+        answered = f"{number(round(minute['asks_s'], 1))} a second"
+        figures.append(("Asks", answered, f"{number(round(minute['rows_s'], 1))} rows/s, last minute"))
+        slow = (
+            f"99 % in {instant(minute['p99_s'])}"
+            if minute["p99_s"] is not None
+            else "none in the last minute"
+        )
+        figures.append(("Half answered in", instant(minute["p50_s"]), slow))
+    figures.append(("Under way", f"{waiting:,}", "cells without an answer yet"))
     return figures
 
 
@@ -131,6 +153,7 @@ def _usage(job: PageFacts) -> list[_Figure]:
         ("Started", moment(job["started"]), ""),
         ("All rows there", moment(job["closed"]), ""),
         ("Ended", moment(job["finished"]), ""),
+        *([("Rows kept for", duration(job["keep_s"]), "after they were answered")] if job["keep_s"] else []),
     ]
 
 

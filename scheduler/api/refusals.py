@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from math import ceil
 from typing import Any
 
@@ -9,7 +10,17 @@ from fastapi.exceptions import RequestValidationError
 from starlette.exceptions import HTTPException
 from starlette.responses import JSONResponse
 
-from motet.errors import Conflict, InvalidJob, Late, MotetError, NotFound, Overloaded, Problem, Unauthorized
+from motet.errors import (
+    Conflict,
+    Gone,
+    InvalidJob,
+    Late,
+    MotetError,
+    NotFound,
+    Overloaded,
+    Problem,
+    Unauthorized,
+)
 from motet.messages.refusals import ErrorRecord
 from motet.protocol.transport import TransportLost
 from motet.tasks import short
@@ -53,6 +64,8 @@ def refusal(error: Exception) -> JSONResponse:
             status = 403
         case Unauthorized():
             status, headers = 401, {"WWW-Authenticate": "Bearer"}
+        case Gone():
+            status = 410
         case NotFound():
             status = 404
         case Conflict():
@@ -62,24 +75,44 @@ def refusal(error: Exception) -> JSONResponse:
         case InvalidJob() | RequestValidationError():
             status = 422
         case Overloaded():
-            status, headers = 429, _come_back(error.retry_after_s)
+            status = 429
         case Late():
             # Nothing was stored: come back. Else the rows go on, and a gateway would say the same.
-            status, headers = (504, {}) if error.stored else (503, _come_back(RETRY_AFTER_S))
+            status = 504 if error.stored else 503
         case StoreUnavailable() | TransportLost() | Unavailable():
-            status, headers = 503, _come_back(RETRY_AFTER_S)
+            status = 503
         case HTTPException():
             status, headers = error.status_code, dict(error.headers or {})
-    return JSONResponse({"error": error_of(error).to_json(sparse=True)}, status, headers)
+    told = error_of(error)
+    if told.retry_after_s is not None:
+        headers["Retry-After"] = str(told.retry_after_s)
+    return JSONResponse({"error": told.to_json(sparse=True)}, status, headers)
 
 
 def error_of(error: Exception) -> ErrorRecord:
     """An error as its answer tells it. What is not known tells nothing."""
+    return replace(_record(error), retry_after_s=_retry_after_s(error))
+
+
+def _retry_after_s(error: Exception) -> int | None:
+    """Whole seconds after which to come back; None: that would not help."""
+    match error:
+        case Overloaded():
+            return max(1, ceil(error.retry_after_s))
+        case Late(stored=False) | StoreUnavailable() | TransportLost() | Unavailable():
+            return ceil(RETRY_AFTER_S)
+        case _:
+            return None
+
+
+def _record(error: Exception) -> ErrorRecord:
     match error:
         case Forbidden():
             return _told("forbidden", str(error))
         case Unauthorized():
             return _told("unauthorized", str(error))
+        case Gone():
+            return _told("gone", str(error), first_row=error.first_row)
         case NotFound():
             return _told("not_found", str(error))
         case Conflict():
@@ -98,7 +131,7 @@ def error_of(error: Exception) -> ErrorRecord:
         case Unavailable():
             return _told("unavailable", str(error))
         case RequestValidationError():
-            return error_of(InvalidJob.first([_problem(e) for e in error.errors()]))
+            return _record(InvalidJob.first([_problem(e) for e in error.errors()]))
         case HTTPException():
             return _told(*_ROUTER.get(error.status_code, ("invalid_job", "the request cannot be read")))
         case _:
@@ -114,10 +147,6 @@ _ROUTER = {
 
 def _told(kind: str, message: str, **more: Any) -> ErrorRecord:
     return ErrorRecord(type=kind, message=message.encode("utf-8", "backslashreplace").decode(), **more)
-
-
-def _come_back(seconds: float) -> dict[str, str]:
-    return {"Retry-After": str(max(1, ceil(seconds)))}
 
 
 def _problem(error: dict[str, Any]) -> Problem:

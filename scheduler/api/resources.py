@@ -25,6 +25,7 @@ from scheduler.api.token_counts import TokenCounter
 from scheduler.api.workers_seen import WorkersSeen
 from scheduler.store.database import Database
 from scheduler.store.landing import LoadingJob
+from scheduler.store.manifests import Manifests
 from scheduler.store.registry import StoredToken
 
 K = TypeVar("K")
@@ -74,6 +75,7 @@ class Resources:
     loading: Recent[tuple[UUID, UUID], LoadingJob] = field(default_factory=lambda: Recent(1024))
     #: Tokens that were shown lately, and when they were read.
     known_tokens: Recent[str, tuple[StoredToken, float]] = field(default_factory=lambda: Recent(1024))
+    manifests: Manifests = field(default_factory=Manifests)
     #: Open jobs that are asked here.
     feeds: Feeds = field(init=False)
     #: Bytes of bodies that are being read or worked on now.

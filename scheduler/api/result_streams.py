@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from motet.errors import NotFound
+from motet.errors import Gone, NotFound
 from motet.messages.jobs import JobRecord
 from motet.protocol.columns import Column, values
 from motet.protocol.envelope import pack
+from motet.protocol.values import Value, json_value
 from scheduler.api.refusals import CutOff, error_of
 from scheduler.store.database import StoreUnavailable
 from scheduler.store.results import ReadyBlock, RowOrder, Shown, ShownTask
@@ -24,6 +25,8 @@ class Merged:
     job: Shown
     block: ReadyBlock
     columns: Sequence[Column]
+    #: Fold -> what each row was given.
+    given: Mapping[str, Sequence[Value]]
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,6 +36,8 @@ class End:
     after: int
     state: str
     complete: bool
+    #: Index of the first row from which on all are kept.
+    first_row: int = 0
     #: The job as ``GET /v1/jobs/{id}`` tells it, behind the last block of all: that saves a question.
     job: JobRecord | None = None
 
@@ -50,7 +55,7 @@ def frame_stream(pieces: Iterator[Merged | End], order: RowOrder) -> Iterator[by
     except (StoreUnavailable, NotFound):
         if sent is None:
             raise
-        yield as_frame(End(sent.block.cursor(order), sent.job.state, complete=False))
+        yield as_frame(End(sent.block.cursor(order), sent.job.state, False, sent.job.first_row))
 
 
 def line_stream(pieces: Iterator[Merged | End], order: RowOrder) -> Iterator[bytes]:
@@ -77,7 +82,7 @@ def line_stream(pieces: Iterator[Merged | End], order: RowOrder) -> Iterator[byt
 def _last_line(error: Exception, after: int) -> bytes:
     """Why the lines end before the rows do, in the words of a refusal, and where to go on."""
     said = error_of(error).to_json(sparse=True)
-    if not isinstance(error, NotFound):
+    if not isinstance(error, NotFound) or isinstance(error, Gone):
         said["message"] += f"; there are more rows: ask again with after={after}"
     return json.dumps({"error": said | {"next": after}}, ensure_ascii=False).encode() + b"\n"
 
@@ -86,6 +91,8 @@ def as_frame(piece: Merged | End) -> bytes:
     """A block, or the end, as a frame of docs/http.md."""
     if isinstance(piece, End):
         end = {"end": True, "next": piece.after, "state": piece.state, "complete": piece.complete}
+        if piece.first_row:
+            end["first_row"] = piece.first_row
         body = pack(end | ({"job": piece.job.to_json()} if piece.job else {}))
     else:
         tasks = zip(piece.job.tasks, piece.columns, strict=True)
@@ -96,6 +103,7 @@ def as_frame(piece: Merged | End) -> bytes:
                 "rows": piece.block.n_rows,
                 "done": piece.block.done,
                 "columns": {t.name: c.to_wire() for t, c in tasks},
+                **({"state": dict(piece.given)} if piece.given else {}),
             }
         )
     return framed(body)
@@ -110,17 +118,24 @@ def as_lines(piece: Merged | End) -> bytes:
     """The rows of a block as JSON lines; a cell without an answer is null, and told under ``errors``."""
     if isinstance(piece, End):
         return b""
-    rows = plain_rows(piece.job.tasks, piece.columns, piece.block.first_row)
+    rows = plain_rows(piece.job.tasks, piece.columns, piece.block.first_row, piece.given)
     return ("\n".join(json.dumps(row, ensure_ascii=False) for row in rows) + "\n").encode()
 
 
-def plain_rows(tasks: Sequence[ShownTask], columns: Sequence[Column], first_row: int) -> list[dict[str, Any]]:
+def plain_rows(
+    tasks: Sequence[ShownTask],
+    columns: Sequence[Column],
+    first_row: int,
+    given: Mapping[str, Sequence[Value]],
+) -> list[dict[str, Any]]:
     """The rows of these columns as people read them; a cell without an answer is None, and told under ``errors``."""
     cells = {t.name: [_plain(c, v) for v in values(c, t.labels)] for t, c in zip(tasks, columns, strict=True)}
     rows = []
     for offset in range(len(columns[0])):
         row: dict[str, Any] = {"row": first_row + offset}
         row.update((name, column[offset]) for name, column in cells.items())
+        if given:
+            row["state"] = {name: json_value(values[offset]) for name, values in given.items()}
         row["errors"] = {
             t.name: {"error": e.error, "message": e.message}
             for t, c in zip(tasks, columns, strict=True)

@@ -16,7 +16,7 @@ from fastapi import Query, Request, Response
 from starlette.concurrency import run_in_threadpool
 from starlette.responses import StreamingResponse
 
-from motet.errors import NotFound
+from motet.errors import Gone, NotFound
 from motet.messages.jobs import FailedCell, FailedCells, JobRecord
 from motet.protocol.columns import sized
 from motet.states import State
@@ -25,6 +25,7 @@ from scheduler.api.records import JobPath, WaitS, describe
 from scheduler.api.resources import Resources, Use, job_id
 from scheduler.api.result_streams import End, Merged, frame_stream, line_stream
 from scheduler.api.routing import Routes, gives_bytes
+from scheduler.store import folds
 from scheduler.store.database import StoreUnavailable
 from scheduler.store.jobs import job_entry
 from scheduler.store.results import ReadyBlock, RowOrder, Shown, read_columns, ready_blocks, shown, unanswered
@@ -50,6 +51,8 @@ class ResultsQuery:
     #: None: all of them.
     tasks: tuple[str, ...] | None
     order: RowOrder
+    #: Rows that were asked for and are gone are passed over.
+    skip_gone: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,32 +70,50 @@ class Look:
 
 
 def look_for(asked: ResultsQuery, after: int) -> Look:
-    """The job, then what is ready. In that order: an ended job gets no more blocks."""
+    """The job, then what is ready. In that order: an ended job gets no more blocks.
+
+    ``after`` 0 is wherever the rows begin now. Raises Gone for another one, behind which rows are gone.
+    """
     with asked.use.database.transaction() as connection:
         job = shown(connection, asked.tenant, asked.job, asked.tasks)
+        if 0 < after < job.front(asked.order) and not asked.skip_gone:
+            raise _gone(job)
         return Look(job, ready_blocks(connection, job, asked.order, after))
+
+
+def _gone(job: Shown) -> Gone:
+    return Gone(
+        f"rows that were asked for are gone: job {job.id} keeps answered rows for a time, and all of them from row"
+        f" {job.first_row} on; ask with skip_gone=true to go on with those that are kept",
+        job.first_row,
+    )
 
 
 def read_on(asked: ResultsQuery, look: Look, after: int, budget: float) -> Iterator[Merged | End]:
     """Blocks while any are ready and the budget lasts, then the end. About a megabyte is held at a time.
 
-    Raises StoreUnavailable or NotFound where Postgres or the job goes away, also between two blocks.
+    Raises StoreUnavailable, NotFound or Gone where Postgres, the job or its next rows go away, also between two blocks.
     """
     while look.blocks and budget > 0:
         batch = _fitting(look.blocks, min(_BATCH_BYTES, budget))
         budget -= sum(b.bytes for b in batch)
         with asked.use.database.transaction() as connection:
             columns = read_columns(connection, sorted({c for b in batch for c in b.columns}))
+            given = folds.given(connection, asked.job, look.job.folds, [b.number for b in batch])
         if any(c not in columns for b in batch for c in b.columns):
-            raise NotFound("the job was removed meanwhile")
+            # The job was removed meanwhile, or its front has moved: the look says which, and where to go on.
+            look = look_for(asked, after)
+            continue
         for block in batch:
             tasks = zip(look.job.tasks, block.columns, strict=True)
-            yield Merged(look.job, block, [sized(columns[c], t.dim, t.dtype) for t, c in tasks])
+            shown_columns = [sized(columns[c], t.dim, t.dtype) for t, c in tasks]
+            yield Merged(look.job, block, shown_columns, given.get(block.number, {}))
             after = block.cursor(asked.order)
         rest = look.blocks[len(batch) :]
         look = Look(look.job, rest) if rest else look_for(asked, after)
     complete = look.complete(after)
-    yield End(after, look.job.state, complete, _as_it_ended(asked) if complete else None)
+    after = max(after, look.job.front(asked.order))
+    yield End(after, look.job.state, complete, look.job.first_row, _as_it_ended(asked) if complete else None)
 
 
 def _as_it_ended(asked: ResultsQuery) -> JobRecord | None:
@@ -137,10 +158,13 @@ async def show_results(
         str | None,
         Query(description="Only these tasks, with commas between them.", examples=["topic,vector"]),
     ] = None,
+    skip_gone: Annotated[
+        bool, Query(description="Pass over rows behind `after` that an open job no longer keeps.")
+    ] = False,
     wait_s: WaitS = 0.0,
 ) -> Response:
     names = None if tasks is None else tuple(dict.fromkeys(tasks.split(",")))
-    asked = ResultsQuery(use, caller.tenant, job_id(job), names, order)
+    asked = ResultsQuery(use, caller.tenant, job_id(job), names, order, skip_gone)
 
     def news() -> Look | None:
         look = look_for(asked, after)
@@ -154,7 +178,9 @@ async def show_results(
     stream = line_stream(pieces, order) if lines else frame_stream(pieces, order)
     # The first piece before the status: a database that is away now is a 503, not a torn stream.
     first = await run_in_threadpool(next, stream)
-    return StreamingResponse(chain((first,), stream), media_type=_LINES if lines else _FRAMES)
+    # Lines have no place for it.
+    begins = {"Motet-First-Row": str(look.job.first_row)} if look.job.first_row else None
+    return StreamingResponse(chain((first,), stream), media_type=_LINES if lines else _FRAMES, headers=begins)
 
 
 @routes.get(
@@ -171,6 +197,9 @@ def show_errors(
     after: Annotated[int, Query(ge=-1, le=2**62, description="`next` of the page before.")] = -1,
 ) -> FailedCells:
     with use.database.transaction() as connection:
-        cells, following = unanswered(connection, caller.tenant, job_id(job), after=after, limit=limit)
+        of = shown(connection, caller.tenant, job_id(job))
+        if 0 <= after < of.first_row - 1:
+            raise _gone(of)
+        cells, following = unanswered(connection, of.id, after=max(after, of.first_row - 1), limit=limit)
     failed = (FailedCell(row=c.row, task=c.task, error=c.error.error, message=c.error.message) for c in cells)
-    return FailedCells(errors=tuple(failed), next=following)
+    return FailedCells(errors=tuple(failed), next=following, first_row=of.first_row)

@@ -10,12 +10,13 @@ from __future__ import annotations
 
 import re
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import msgpack
 
 from motet.errors import InvalidJob, Problem
+from motet.folds import Fold
 from motet.protocol.envelope import extension
 from motet.protocol.values import (
     Doubled,
@@ -30,6 +31,7 @@ from motet.tasks import short
 from scheduler.api.dialogues import EXPECTED, NoDialogue, dialogue_text
 from scheduler.api.strict_json import BrokenJson, loads
 from scheduler.blocks import IncomingPart
+from scheduler.policy.folds import misfits
 
 #: Rows of one part at most: a guard for memory, far above any real part.
 MAX_PART_ROWS = 1 << 20
@@ -111,6 +113,21 @@ class Incoming:
 
 def _as_marks(bad: Mapping[int, BadRow]) -> dict[int, tuple[str, str]]:
     return {i: (b.error, b.message) for i, b in bad.items()}
+
+
+def foldable(incoming: Incoming, folds: Mapping[str, Fold]) -> Incoming:
+    """The rows with each marked that a fold cannot take: the fold's own name is bad there, as a field that tasks read."""
+    passed_over = {name: {**incoming.bad, **incoming.bad_fields.get(name, {})} for name in incoming.columns}
+    bad_fields = dict(incoming.bad_fields)
+    for name, found in misfits(folds, incoming.columns, passed_over).items():
+        bad_fields[name] = {
+            i: BadRow(no.field, no.got, no.expected, f"which {name} folds: mend it, {_OR_ERROR}")
+            for i, no in found.items()
+        }
+    for name, fold in folds.items():
+        for i, why in (mark for read in fold.reads for mark in incoming.bad_fields.get(read, {}).items()):
+            bad_fields[name] = {**bad_fields.get(name, {}), i: why}
+    return replace(incoming, bad_fields=bad_fields)
 
 
 def read_columns(

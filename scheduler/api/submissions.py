@@ -8,13 +8,14 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any, Generic, TypeVar
 from uuid import UUID
 
 from motet.conditions import condition
 from motet.errors import InvalidJob, Problem
-from motet.messages.jobs import Submission
+from motet.folds import Fold, parse_folds, stored_fields
+from motet.messages.jobs import DEFAULT_KEEP_S, Submission
 from motet.protocol.manifest import Manifest
 from motet.protocol.values import MAX_DEPTH, Doubled, byte_lengths
 from motet.tasks import Choose, Classify, Task, dialogues_of, fields_of, notify_problems, parse, short
@@ -39,11 +40,13 @@ class CheckedSubmission(Generic[S_co]):
     tasks: Mapping[str, Task]
     #: Of the whole request: the same request gives the same digest, however its JSON was laid out.
     digest: bytes
+    #: What is folded of its rows, by name.
+    folds: Mapping[str, Fold] = field(default_factory=dict)
 
     @property
     def fields(self) -> tuple[str, ...]:
-        """Fields that some task reads, in order of first use: names that are no other task's."""
-        return fields_of(self.tasks)
+        """Fields that some task reads, in order of first use: names that are no other task's; then those of folds."""
+        return stored_fields(self.tasks, self.folds) if self.folds else fields_of(self.tasks)
 
     @property
     def dialogues(self) -> frozenset[str]:
@@ -69,7 +72,7 @@ def read_submission(message: type[S_co], body: Any, *, max_tasks: int) -> Checke
         if p.field == "rows"
         else p
         for p in misfits_of(message, body)
-        if p.field != "tasks"
+        if p.field not in ("tasks", "state")
     ]
     if "rows" in body and body["rows"] is None:
         problems.append(Problem("rows", "no list", "a list of rows", "leave it out to send parts"))
@@ -80,7 +83,24 @@ def read_submission(message: type[S_co], body: Any, *, max_tasks: int) -> Checke
     if len(tasks) > max_tasks:
         many = Problem("tasks", f"{len(tasks)} tasks", f"at most {max_tasks}", "split them over two jobs")
         problems.append(many)
+    folds: Mapping[str, Fold] = {}
+    if body.get("state") is not None:
+        try:
+            folds = parse_folds(body["state"], tasks)
+        except InvalidJob as error:
+            problems += error.problems
+        if body.get("open") is not True:
+            told = Problem("state", "a job that is not open", "an open job", "open it, or leave state out")
+            problems.append(told)
+        problems += [
+            Problem(f"state.{name}", "a field that holds a dialogue", "another name", "rename it")
+            for name in sorted(dialogues_of(tasks).intersection(folds))
+        ]
     problems += schema_problems(tasks)
+    if body.get("keep_s") is not None and body.get("open") is not True:
+        problems.append(
+            Problem("keep_s", short(body["keep_s"]), "an open job", "say retention_days of any other")
+        )
     if isinstance(written := body.get("notify_when"), str):
         problems += notify_problems(written, tasks)
     if body.get("open") is True:
@@ -95,7 +115,7 @@ def read_submission(message: type[S_co], body: Any, *, max_tasks: int) -> Checke
             )
     if problems:
         raise InvalidJob(problems)
-    return CheckedSubmission(said=message.of(body), tasks=tasks, digest=_digest(body))
+    return CheckedSubmission(said=message.of(body), tasks=tasks, digest=_digest(body), folds=folds)
 
 
 def _digest(body: Mapping[str, Any]) -> bytes:
@@ -223,6 +243,8 @@ def new_job(
         deadline_s=asked.said.deadline_s,
         retention_days=asked.said.retention_days,
         open=asked.said.open,
+        keep_s=(asked.said.keep_s or DEFAULT_KEEP_S) if asked.said.open else None,
+        folds={name: fold.to_json() for name, fold in asked.folds.items()} or None,
         notify_when=asked.said.notify_when,
         notify_needs=_notify_needs(asked),
     )

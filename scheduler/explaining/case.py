@@ -31,6 +31,8 @@ class Case:
     beats: Mapping[str, Beat] | None
     #: Share of a device's memory that models may hold.
     memory_share: float
+    #: Share of a device that interactive work may take from bulk that waits.
+    lane_share: float
     #: Some dispatcher leads.
     leads: bool
     #: Share of its usual rate at which it sends; None where that is not known.

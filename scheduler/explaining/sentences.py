@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 
 from motet.messages.explanation import Beside, Cannot, Eta, Explanation, PassExplained, Share, Why
-from motet.progress import clock
+from motet.progress import clock, instant
 from motet.states import CARVED, State
+from scheduler.ask_times import quantile_s
 from scheduler.explaining.case import Case
 from scheduler.policy.capability import room_mb
 from scheduler.policy.fairness import INTERACTIVE
@@ -80,6 +81,8 @@ def says(case: Case, told: Explanation, stuck: Sequence[PassExplained]) -> str:
             f"It waits to try {_n(told.retries.rows, 'row')} again, in {_time(told.retries.until_s)}"
             f" ({tries}); {done}."
         )
+    if told.state == State.OPEN:
+        return "It is open: all rows that have come are answered, and it takes more until it is closed."
     return "All its rows are answered, and the last of them are being merged."
 
 
@@ -158,7 +161,10 @@ def notes(case: Case, told: Explanation, stuck: Sequence[PassExplained]) -> Iter
     """What else is worth knowing."""
     if told.eta is not None and not told.eta.measured:
         yield "When it is done is a guess: nothing was measured yet of its models on these devices."
+    if told.state == State.OPEN:
+        yield from _open_notes(case)
     yield from _beside_notes(told)
+    yield from _lane_note(case)
     looked_at = {d.id for d in case.facts.demand}
     if told.state in CARVED and any(p.demand.id not in looked_at for p in case.waits):
         yield f"{len(looked_at):,} older passes wait, and no more are looked at at a time: its turn comes after them."
@@ -187,6 +193,28 @@ def notes(case: Case, told: Explanation, stuck: Sequence[PassExplained]) -> Iter
         yield f"Its deadline in {left} {kept}."
 
 
+def _open_notes(case: Case) -> Iterator[str]:
+    job, asks = case.standing.job, case.standing.asks
+    if asks is not None:
+        p50_s, p99_s = (quantile_s(asks.times, share) for share in (0.5, 0.99))
+        if p50_s is None:
+            told = ["In the last minute none of its asks was answered"]
+        else:
+            told = [
+                f"In the last minute {_n(asks.answered, 'ask')} of it {'was' if asks.answered == 1 else 'were'} answered,"
+                f" half of them in {instant(p50_s)} and 99 % in {instant(p99_s)}"
+            ]
+        if asks.late:
+            told.append(f"{asks.late:,} came too late for their callers")
+        if asks.refused:
+            told.append(f"{asks.refused:,} were refused, since too many waited")
+        if asks.waiting:
+            told.append(f"{_n(asks.waiting, 'row')} {'waits' if asks.waiting == 1 else 'wait'} to be stored")
+        yield f"{'; '.join(told)}."
+    if job.first_row:
+        yield f"Its rows before {job.first_row:,} were deleted, having been kept long enough."
+
+
 def error_note(errors: int) -> Iterator[str]:
     if errors:
         yield f"{_n(errors, 'cell')} of it {'is an error' if errors == 1 else 'are errors'}."
@@ -203,6 +231,16 @@ def _beside_notes(told: Explanation) -> Iterator[str]:
             of = _n(b.other_tenants, "other tenant")
             parts.append(f"{_n(b.other_jobs, 'job')} of {of} ({_time(b.other_s)} of work)")
         yield f"Beside it in class {b.priority}: {' and '.join(parts)}."
+
+
+def _lane_note(case: Case) -> Iterator[str]:
+    """Where interactive work and other work are there at once, how devices are shared between them."""
+    classes = {owner.priority == INTERACTIVE for owner in case.owners.values()}
+    if len(classes | {case.standing.job.priority == INTERACTIVE}) > 1:
+        yield (
+            "Interactive rows go before others, and take at most"
+            f" {case.lane_share:.0%} of a device from them (MOTET_LANE_SHARE)."
+        )
 
 
 def _named(c: Cannot) -> str:

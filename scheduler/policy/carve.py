@@ -88,11 +88,11 @@ class Carved(NamedTuple):
 
     @property
     def rows(self) -> int:
-        return sum(map(len, self.ranges))
+        return sum([r.hi - r.lo for r in self.ranges])
 
     @property
     def bytes(self) -> int:
-        return sum(r.bytes for r in self.ranges)
+        return sum([r.bytes for r in self.ranges])
 
 
 @dataclass

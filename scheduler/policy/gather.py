@@ -13,7 +13,7 @@ from __future__ import annotations
 from collections import OrderedDict
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from math import inf
+from math import ceil, inf
 from typing import Generic, TypeVar
 
 #: Whoever waits for an answer, as the caller of this module knows it.
@@ -60,7 +60,10 @@ class GatherFull(Exception):
     """Too many rows wait; the caller may come back after ``retry_after_s`` seconds."""
 
     def __init__(self, waiting: int, retry_after_s: float) -> None:
-        super().__init__(f"{waiting} rows wait to land in this job")
+        super().__init__(
+            f"{waiting:,} rows wait to land in this job, more than are answered in time;"
+            f" come back in {ceil(retry_after_s)} s, or give it more time"
+        )
         self.retry_after_s = retry_after_s
 
 

@@ -13,7 +13,9 @@ from uuid import UUID
 from sqlalchemy import Connection, text
 
 from motet.errors import NotFound
-from motet.states import ENDED
+from motet.states import ENDED, State
+from scheduler.store import ask_spans
+from scheduler.store.ask_spans import KEPT_S, AskSpan
 from scheduler.store.database import one_moment
 from scheduler.store.jobs import JobEntry, job_entry
 
@@ -21,6 +23,8 @@ from scheduler.store.jobs import JobEntry, job_entry
 BUCKETS = 60
 #: Answers end here, whatever a job does.
 MAX_DEVICES, MAX_ERRORS, MESSAGE_CHARS = 1000, 50, 500
+#: Blocks and sub-tasks of an open job that are looked at: it may have millions.
+NEWEST = 10_000
 #: Cells without an answer that are told by class; the others are counted under this name.
 LOOKED_INTO, NOT_LOOKED_INTO = 100_000, "not_looked_into"
 
@@ -119,6 +123,8 @@ class Activity:
     timeline: tuple[SubtaskActivity, ...]
     throughput: tuple[Throughput, ...]
     errors: tuple[ErrorClass, ...]
+    #: Of an open job: its asks of late; else none.
+    asks: tuple[AskSpan, ...]
     #: How many there are beyond those told.
     subtasks_left_out: int
     devices_left_out: int
@@ -126,7 +132,7 @@ class Activity:
 
 
 _NOW = text("""
-    SELECT created, date_part('epoch', coalesce(finished, clock_timestamp()) - created) AS now_s
+    SELECT created, state, n_blocks, date_part('epoch', coalesce(finished, clock_timestamp()) - created) AS now_s
       FROM job WHERE id = :job AND tenant_id = :tenant""")
 
 
@@ -139,7 +145,14 @@ def activity(connection: Connection, tenant: UUID, job: UUID, *, timeline: int) 
     found = connection.execute(_NOW, {"job": job, "tenant": tenant}).first()
     if found is None:
         raise NotFound(f"no job {job}")
-    life = {"job": job, "created": found.created, "now": found.now_s}
+    is_open = found.state == State.OPEN
+    life = {"job": job, "created": found.created, "now": found.now_s, "since": 0.0}
+    life |= {"from_block": 0, "from_subtask": 0}
+    if is_open:
+        # Its rows are of days, and only the newest are looked at.
+        life["from_block"] = max(0, found.n_blocks - NEWEST)
+        life["from_subtask"] = connection.execute(_NEWEST, {"job": job, "newest": NEWEST}).scalar() or 0
+        life["since"] = max(0.0, found.now_s - KEPT_S)
     passes = _passes(connection, life)
     newest = _told(connection.execute(_TIMELINE, {**life, "limit": timeline}), found.now_s)
     devices, n_devices = _devices(connection, life)
@@ -153,21 +166,23 @@ def activity(connection: Connection, tenant: UUID, job: UUID, *, timeline: int) 
         timeline=tuple(newest),
         throughput=tuple(_throughput(connection, life)),
         errors=tuple(errors),
+        asks=tuple(ask_spans.look(connection, job)) if is_open else (),
         subtasks_left_out=n_subtasks - len(newest),
         devices_left_out=n_devices - len(devices),
         errors_left_out=n_errors - len(errors),
     )
 
 
+_NEWEST = text("SELECT id FROM subtask WHERE job_id = :job ORDER BY id DESC OFFSET :newest LIMIT 1")
 _PASSES = text("""
     SELECT p.number, p.kind, b.*, s.*,
            (SELECT sum(u.tokens_in) FROM spent u JOIN task t ON t.job_id = u.job_id AND t.number = u.task_number
-             WHERE u.job_id = p.job_id AND t.pass_number = p.number) AS prompt_tokens,
+             WHERE u.job_id = p.job_id AND u.block_number >= :from_block AND t.pass_number = p.number) AS prompt_tokens,
            ARRAY(SELECT t.name FROM task t WHERE t.job_id = p.job_id AND t.pass_number = p.number ORDER BY t.number) AS tasks
       FROM pass p
       LEFT JOIN (SELECT pass_number, count(*) AS blocks, count(*) FILTER (WHERE state = 'sealed') AS blocks_sealed,
                         count(*) FILTER (WHERE state = 'waiting') AS blocks_waiting, sum(n) AS n_rows, sum(done) AS rows_done
-                   FROM block_pass WHERE job_id = :job GROUP BY pass_number) b ON b.pass_number = p.number
+                   FROM block_pass WHERE job_id = :job AND block_number >= :from_block GROUP BY pass_number) b ON b.pass_number = p.number
       LEFT JOIN (SELECT pass_number, count(*) FILTER (WHERE state = 'open') AS n_open,
                         count(*) FILTER (WHERE state = 'done') AS n_done,
                         count(*) FILTER (WHERE state = 'lost') AS n_lost,
@@ -175,7 +190,7 @@ _PASSES = text("""
                         sum(n_rows) FILTER (WHERE state = 'open') AS rows_open,
                         sum(tokens) AS tokens, sum(tokens * bit_count(CAST(todo AS bit(64)))) AS unfused_tokens,
                         CAST(sum(busy_s) AS double precision) AS busy_s
-                   FROM subtask WHERE job_id = :job GROUP BY pass_number) s ON s.pass_number = p.number
+                   FROM subtask WHERE job_id = :job AND id > :from_subtask GROUP BY pass_number) s ON s.pass_number = p.number
      WHERE p.job_id = :job ORDER BY p.number""")
 
 
@@ -213,7 +228,7 @@ _DEVICES = text("""
       FROM (SELECT worker, '' AS device, count(*) AS closed, 0 AS open,
                    coalesce(sum(n_rows) FILTER (WHERE state = 'done'), 0) AS n_rows, sum(tokens) AS tokens,
                    sum(busy_s) AS busy_s, min(created) AS first, max(closed) AS last
-              FROM subtask WHERE job_id = :job AND worker <> '' AND state IN ('done', 'failed') GROUP BY worker
+              FROM subtask WHERE job_id = :job AND id > :from_subtask AND worker <> '' AND state IN ('done', 'failed') GROUP BY worker
             UNION ALL
             SELECT l.worker, max(l.device), 0, count(*), 0, 0, 0, min(l.leased), NULL
               FROM subtask s JOIN lease l ON l.subtask_id = s.id
@@ -298,10 +313,11 @@ _THROUGHPUT = text("""
     WITH done AS MATERIALIZED (
       SELECT tokens, n_rows, date_part('epoch', created - :created) AS carved_s, CAST(busy_s AS double precision) AS busy_s,
              least(date_part('epoch', closed - :created), :now) AS end_s
-        FROM subtask WHERE job_id = :job AND state = 'done'),
+        FROM subtask WHERE job_id = :job AND id > :from_subtask AND state = 'done'),
     timed AS MATERIALIZED (
-      SELECT tokens, n_rows, least(greatest(carved_s, end_s - busy_s), end_s - CAST(1e-6 AS double precision)) AS start_s, end_s
-        FROM done),
+      SELECT tokens, n_rows, least(greatest(carved_s, end_s - busy_s), end_s - CAST(1e-6 AS double precision)) - :since AS start_s,
+             end_s - :since AS end_s
+        FROM done WHERE end_s >= :since),
     spread AS MATERIALIZED (
       SELECT tokens, n_rows, bucket,
              (least(end_s, (bucket + 1) * :width) - greatest(start_s, bucket * :width)) / (end_s - start_s) AS share
@@ -311,7 +327,7 @@ _THROUGHPUT = text("""
 
 
 def _throughput(connection: Connection, life: Mapping[str, Any]) -> list[Throughput]:
-    width = life["now"] / BUCKETS
+    width = (life["now"] - life["since"]) / BUCKETS
     if width <= 0:
         return []
     at = {**life, "width": width, "buckets": BUCKETS}
@@ -320,7 +336,7 @@ def _throughput(connection: Connection, life: Mapping[str, Any]) -> list[Through
         return []
     return [
         Throughput(
-            (b + 1) * width,
+            life["since"] + (b + 1) * width,
             found[b].tokens / width if b in found else 0.0,
             found[b].n_rows / width if b in found else 0.0,
         )
@@ -334,7 +350,7 @@ _ERRORS = text("""
       SELECT bc.task_number, bc.block_number, bc.column_id, s.n_error + s.n_skipped AS n,
              sum(s.n_error + s.n_skipped) OVER (ORDER BY bc.block_number, bc.task_number) AS upto
         FROM block_column bc JOIN sealed_column s ON s.id = bc.column_id
-       WHERE bc.job_id = :job AND s.n_error + s.n_skipped > 0),
+       WHERE bc.job_id = :job AND bc.block_number >= :from_block AND s.n_error + s.n_skipped > 0),
     counted AS (
       SELECT bad.task_number, e.value ->> 'error' AS error, count(*) AS n,
              min(ARRAY[bad.block_number, CAST(e.key AS int)]) AS first
@@ -355,7 +371,13 @@ _ERRORS = text("""
 
 def _errors(connection: Connection, life: Mapping[str, Any]) -> tuple[list[ErrorClass], int]:
     """The classes of most cells, and how many classes there are in all."""
-    at = {"job": life["job"], "looked": LOOKED_INTO, "limit": MAX_ERRORS, "chars": MESSAGE_CHARS}
+    at = {
+        "job": life["job"],
+        "from_block": life["from_block"],
+        "looked": LOOKED_INTO,
+        "limit": MAX_ERRORS,
+        "chars": MESSAGE_CHARS,
+    }
     found = connection.execute(_ERRORS, at).all()
     told = [
         ErrorClass(

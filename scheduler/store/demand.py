@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 from array import array
-from collections.abc import Collection, Sequence
-from datetime import datetime
+from collections.abc import Collection, Iterator, Sequence
 from itertools import accumulate
 from math import inf
 from typing import Any
@@ -13,14 +12,16 @@ from uuid import UUID
 from cachetools import LRUCache
 from sqlalchemy import Connection, Row, text
 
-from motet.protocol.manifest import Manifest
 from motet.states import CARVED, State
 from scheduler.blocks import Reads, read_in_order
 from scheduler.policy.carve import Frontier, OpenBlock, Piece, Range
 from scheduler.policy.placing.records import Demand
+from scheduler.store.database import together
+from scheduler.store.manifests import Manifests
 from scheduler.store.schema import spelt
 
-_MANIFESTS_KEPT = 1000
+#: Jobs whose demand is read at once where everything is read.
+_JOBS_AT_ONCE = 1_000
 #: Lengths of rows kept between steps, eight bytes each: those of the blocks that are carved on.
 _LENGTHS_KEPT = 2_000_000
 
@@ -60,16 +61,16 @@ _WAITING = text(f"""
      WHERE j.state IN {spelt(CARVED)} AND p.rows_waiting > 0 AND p.job_id > :after ORDER BY 1 LIMIT :limit""")
 
 
-def demand(connection: Connection, now: float, limit: int = 500) -> list[Demand]:
+def demand(connection: Connection, now: float, manifests: Manifests, limit: int = 500) -> list[Demand]:
     """Passes of jobs with rows that may be carved now; deadlines are told on the clock of ``now``.
 
     Where more than ``limit`` wait each tenant has as many of them in each class, its oldest.
     """
-    return _demands(connection, connection.execute(_OLDEST, {"limit": limit}).all(), now)
+    return _demands(connection, connection.execute(_OLDEST, {"limit": limit}).all(), now, manifests)
 
 
 def demand_of(
-    connection: Connection, now: float, jobs: Collection[UUID]
+    connection: Connection, now: float, jobs: Collection[UUID], manifests: Manifests
 ) -> tuple[list[Demand], dict[UUID, float]]:
     """``demand`` of these jobs, of all their passes; and, for jobs with rows that are put off, when more of them may be carved."""
     rows = connection.execute(_OF_JOBS, {"jobs": list(jobs)}).all()
@@ -77,7 +78,7 @@ def demand_of(
     for row in rows:
         if row.more_in_s is not None:
             more_at[row.job_id] = min(now + row.more_in_s, more_at.get(row.job_id, inf))
-    return _demands(connection, rows, now), more_at
+    return _demands(connection, rows, now, manifests), more_at
 
 
 def jobs_waiting(connection: Connection, after: UUID, limit: int) -> list[UUID]:
@@ -85,9 +86,19 @@ def jobs_waiting(connection: Connection, after: UUID, limit: int) -> list[UUID]:
     return list(connection.execute(_WAITING, {"after": after, "limit": limit}).scalars())
 
 
-def _demands(connection: Connection, found: Sequence[Row[Any]], now: float) -> list[Demand]:
+def all_jobs_waiting(connection: Connection) -> Iterator[list[UUID]]:
+    """The same, all of them in pages."""
+    page = jobs_waiting(connection, UUID(int=0), _JOBS_AT_ONCE)
+    while page:
+        yield page
+        page = jobs_waiting(connection, page[-1], _JOBS_AT_ONCE) if len(page) == _JOBS_AT_ONCE else []
+
+
+def _demands(
+    connection: Connection, found: Sequence[Row[Any]], now: float, manifests: Manifests
+) -> list[Demand]:
     rows = [row for row in found if row.n_rows > 0]
-    models = _manifests(connection, {(row.model, row.model_created) for row in rows})
+    models = manifests.of(connection, {(row.model, row.model_created) for row in rows})
     return [
         Demand(
             job=str(row.job_id),
@@ -111,27 +122,6 @@ def _demands(connection: Connection, found: Sequence[Row[Any]], now: float) -> l
     ]
 
 
-_MANIFESTS = text("SELECT id, created, manifest FROM model WHERE id = ANY(:ids)")
-#: A model never changes; after a restore of an older dump its id may name another, born at another time.
-_Model = tuple[int, datetime]
-_manifests_read: dict[_Model, Manifest] = {}
-
-
-def _manifests(connection: Connection, wanted: Collection[_Model]) -> dict[_Model, Manifest]:
-    """The manifests of these models, read and parsed once.
-
-    Threads of the API ask at the same time, so what one has found it does not look up again where another may empty it.
-    """
-    found = {model: known for model in wanted if (known := _manifests_read.get(model)) is not None}
-    if missing := [model for model in wanted if model not in found]:
-        for row in connection.execute(_MANIFESTS, {"ids": [id_ for id_, _ in missing]}):
-            found[row.id, row.created] = Manifest.from_json(row.manifest)
-        if len(_manifests_read) > _MANIFESTS_KEPT:
-            _manifests_read.clear()
-        _manifests_read.update(found)
-    return found
-
-
 _PIECES = text("""
     SELECT p.id, p.block_number, p.lo, p.hi, p.bytes, p.tries, p.deaths, p.exclusive, bp.todo
       FROM piece p JOIN block_pass bp USING (job_id, pass_number, block_number)
@@ -149,10 +139,41 @@ _LENGTHS = text("""
      WHERE b.job_id = :job AND b.number = ANY(:blocks)""")
 
 
-def frontier(connection: Connection, job: str, pass_number: int, *, rows: int, limit: int = 16) -> Frontier:
+class Lengths:
+    """Of blocks that are carved on: bytes of the first i rows in order, for every i. Of what may be carved they never change."""
+
+    def __init__(self) -> None:
+        self._known: LRUCache[tuple[UUID, int, int], array[int]] = LRUCache(_LENGTHS_KEPT, len)
+
+    def of(
+        self, connection: Connection, job: UUID, pass_number: int, blocks: Sequence[int]
+    ) -> dict[int, array[int]]:
+        """``OpenBlock.cumulative`` of these blocks, decoded once; without those of a job that is removed while we read."""
+        found: dict[int, array[int]] = {}
+        missing: list[int] = []
+        for block in blocks:
+            known = self._known.get((job, pass_number, block))
+            if known is None:
+                missing.append(block)
+            else:
+                found[block] = known
+        if missing:
+            for row in connection.execute(_LENGTHS, {"job": job, "pass": pass_number, "blocks": missing}):
+                reads = Reads(tuple(row.reads), row.bytes_beside, row.max_tokens)
+                sizes = read_in_order(row.row_order, row.lengths, row.n_rows, reads)
+                found[row.number] = self._known[job, pass_number, row.number] = array(
+                    "Q", accumulate(sizes, initial=0)
+                )
+        return found
+
+
+def frontier(
+    connection: Connection, job: str, pass_number: int, lengths: Lengths, *, rows: int, limit: int = 16
+) -> Frontier:
     """The next pieces and open blocks of a pass: enough for so many rows, at most ``limit`` of each."""
     job_id = UUID(job)
     at = {"job": job_id, "pass": pass_number, "limit": limit}
+    returned, uncarved = together(connection, (_PIECES, at), (_OPEN_BLOCKS, at))
     pieces = [
         Piece(
             row.id,
@@ -162,42 +183,21 @@ def frontier(connection: Connection, job: str, pass_number: int, *, rows: int, l
             deaths=row.deaths,
             exclusive=row.exclusive,
         )
-        for row in connection.execute(_PIECES, at)
+        for row in returned
     ]
     wanted = rows - sum(len(p.range) for p in pieces)
     opened = []
-    for row in connection.execute(_OPEN_BLOCKS, at) if wanted > 0 else ():
+    for row in uncarved if wanted > 0 else ():
         opened.append(row)
         wanted -= row.n - row.cursor
         if wanted <= 0:
             break
-    lengths = _lengths_of(connection, job_id, pass_number, [row.block_number for row in opened])
+    known = lengths.of(connection, job_id, pass_number, [row.block_number for row in opened])
     return Frontier(
         pieces=pieces,
         blocks=[
-            OpenBlock(row.block_number, row.cursor, row.n, row.todo, lengths[row.block_number])
+            OpenBlock(row.block_number, row.cursor, row.n, row.todo, known[row.block_number])
             for row in opened
-            if row.block_number in lengths
+            if row.block_number in known
         ],
     )
-
-
-#: (job, pass, block) -> bytes of the first i rows in order, for every i. Of what may be carved they never change.
-_lengths_read: LRUCache[tuple[UUID, int, int], array[int]] = LRUCache(_LENGTHS_KEPT, len)
-
-
-def _lengths_of(
-    connection: Connection, job: UUID, pass_number: int, blocks: Sequence[int]
-) -> dict[int, array[int]]:
-    """``OpenBlock.cumulative`` of these blocks, decoded once."""
-    missing = [block for block in blocks if (job, pass_number, block) not in _lengths_read]
-    read: dict[int, array[int]] = {}
-    if missing:
-        for row in connection.execute(_LENGTHS, {"job": job, "pass": pass_number, "blocks": missing}):
-            reads = Reads(tuple(row.reads), row.bytes_beside, row.max_tokens)
-            sizes = read_in_order(row.row_order, row.lengths, row.n_rows, reads)
-            read[row.number] = array("Q", accumulate(sizes, initial=0))
-        _lengths_read.update({(job, pass_number, block): lengths for block, lengths in read.items()})
-    # The job may be removed while we read.
-    found = ((block, _lengths_read.get((job, pass_number, block), read.get(block))) for block in blocks)
-    return {block: lengths for block, lengths in found if lengths is not None}

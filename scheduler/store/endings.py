@@ -39,7 +39,8 @@ _LOCK = text("SELECT id FROM job WHERE id = :job FOR UPDATE")
 #: One UPDATE freezes the counts: what is in no sealed column by now is skipped, and never changes again.
 _END = _ending(f"""
     UPDATE job SET state = :state, reason = :reason, finished = clock_timestamp(), version = version + 1,
-           cells_ok = k.ok, cells_error = k.error, cells_skipped = n_rows * n_tasks - k.ok - k.error
+           cells_ok = past_ok + k.ok, cells_error = past_error + k.error,
+           cells_skipped = n_rows * n_tasks - past_ok - k.ok - past_error - k.error
       FROM (SELECT CAST(coalesce(sum(s.n_ok), 0) AS bigint) AS ok, CAST(coalesce(sum(s.n_error), 0) AS bigint) AS error
               FROM block_column b JOIN sealed_column s ON s.id = b.column_id WHERE b.job_id = :job) k
      WHERE id = :job AND state IN {spelt(LIVE)}""")
@@ -159,6 +160,7 @@ _DELETE_BLOCKS = tuple(
         ("cells", "block_number"),
         ("piece", "block_number"),
         ("spent", "block_number"),
+        ("ask", "block_number"),
         ("block_column", "block_number"),
         ("block_pass", "block_number"),
         ("block", "number"),
@@ -167,6 +169,10 @@ _DELETE_BLOCKS = tuple(
 _DELETE_COLUMNS = text("DELETE FROM sealed_column WHERE id = ANY(:ids) AND refs <= 0")
 _DELETE_SUBTASKS = text("""
     DELETE FROM subtask WHERE id IN (SELECT id FROM subtask WHERE job_id = :job ORDER BY id LIMIT :limit)""")
+#: Keys of folded state deleted in one transaction.
+SLICE_KEYS = 5_000
+_DELETE_KEYS = text("""
+    DELETE FROM fold WHERE job_id = :job AND key IN (SELECT key FROM fold WHERE job_id = :job LIMIT :limit)""")
 _DELETE_JOB = text("DELETE FROM job WHERE id = :job")
 _N_BLOCKS = text("SELECT n_blocks FROM job WHERE id = :job")
 # Its tasks go at once, and with them all that the views of SQL users show of it.
@@ -226,6 +232,8 @@ def _delete_slice(connection: Connection, job: UUID) -> bool:
         if last.n == SLICE_BLOCKS:
             return False
     if connection.execute(_DELETE_SUBTASKS, {"job": job, "limit": SLICE_SUBTASKS}).rowcount == SLICE_SUBTASKS:
+        return False
+    if connection.execute(_DELETE_KEYS, {"job": job, "limit": SLICE_KEYS}).rowcount == SLICE_KEYS:
         return False
     connection.execute(_DELETE_JOB, {"job": job})
     tell(connection, [end(job)])

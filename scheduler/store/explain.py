@@ -9,7 +9,11 @@ from uuid import UUID
 from sqlalchemy import Connection, text
 
 from motet.protocol.manifest import Manifest
+from motet.states import State
 from scheduler.policy.placing.records import Demand
+from scheduler.store import ask_spans
+from scheduler.store.activity import NEWEST
+from scheduler.store.ask_spans import AskSpan
 from scheduler.store.database import one_moment
 from scheduler.store.jobs import JobEntry, job_entry
 
@@ -43,6 +47,8 @@ class Standing:
     passes: tuple[PassStanding, ...]
     #: Seconds until its deadline; None: it has none.
     left_s: float | None
+    #: Of an open job: what became of its asks in the last minute, at all API processes.
+    asks: AskSpan | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,8 +67,10 @@ _PASSES = text("""
            ARRAY(SELECT k.name FROM task k WHERE k.job_id = p.job_id AND k.pass_number = p.number ORDER BY k.number) AS tasks,
            CASE WHEN p.tokens > 0 THEN CAST(p.bytes_done AS double precision) / p.tokens ELSE 0 END AS bytes_per_token,
            date_part('epoch', j.deadline - clock_timestamp()) AS left_s,
-           (SELECT sum(n) FROM block_pass b WHERE b.job_id = p.job_id AND b.pass_number = p.number) AS n_rows,
-           (SELECT sum(done) FROM block_pass b WHERE b.job_id = p.job_id AND b.pass_number = p.number) AS rows_done,
+           (SELECT sum(n) FROM block_pass b WHERE b.job_id = p.job_id AND b.pass_number = p.number
+               AND b.block_number >= :from_block) AS n_rows,
+           (SELECT sum(done) FROM block_pass b WHERE b.job_id = p.job_id AND b.pass_number = p.number
+               AND b.block_number >= :from_block) AS rows_done,
            (SELECT sum(s.n_rows) FROM subtask s
              WHERE s.job_id = p.job_id AND s.pass_number = p.number AND s.state = 'open') AS rows_open,
            ARRAY(SELECT k.name FROM task k WHERE k.job_id = p.job_id AND k.number = ANY(p.needs) ORDER BY k.number) AS needs,
@@ -85,10 +93,13 @@ def standing(connection: Connection, tenant: UUID, job: UUID) -> Standing:
     """
     one_moment(connection)
     entry = job_entry(connection, tenant, job)
-    found = connection.execute(_PASSES, {"job": job}).all()
+    # An open job has rows of days: of those that are done only the newest are looked at.
+    from_block = max(0, entry.n_blocks - NEWEST) if entry.state == State.OPEN else 0
+    found = connection.execute(_PASSES, {"job": job, "from_block": from_block}).all()
     return Standing(
         job=entry,
         left_s=found[0].left_s if found else None,
+        asks=ask_spans.last_minute(ask_spans.look(connection, job)) if entry.state == State.OPEN else None,
         passes=tuple(
             PassStanding(
                 demand=Demand(

@@ -5,8 +5,8 @@ Lock order: the job's row first, as in landing.py. What may arrive twice (an ask
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 from uuid import UUID
 
@@ -14,14 +14,18 @@ from sqlalchemy import Connection, text
 
 from motet.errors import Conflict, NotFound
 from motet.protocol.columns import Column
+from motet.protocol.values import Value
 from motet.states import State
-from scheduler.blocks import EncodedBlock
-from scheduler.store import words
+from scheduler.blocks import EncodedBlock, IncomingPart, blocks_of
+from scheduler.store import folds, words
 from scheduler.store.database import JOB, WORK, together
-from scheduler.store.landing import LoadingJob, arrange
+from scheduler.store.landing import LoadingJob, arrange, check_quota
 from scheduler.store.leases import MORE_WAITS, waiting
 from scheduler.store.results import COLUMN_FIELDS, column_of
 from scheduler.store.sealing import settle
+
+#: A group is one block, whatever its size: its rows are answered together.
+_WHOLE_BYTES = 1 << 40
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -49,8 +53,8 @@ class LandedAsk:
 
 #: Nothing else of the job may change while its rows are numbered.
 _LOCK = text("""
-    SELECT state, n_rows, n_blocks, blocks_done FROM job
-     WHERE id = :job AND tenant_id = :tenant FOR NO KEY UPDATE""")
+    SELECT j.state, j.n_rows, j.n_blocks, j.blocks_done, t.row_quota FROM job j JOIN tenant t ON t.id = j.tenant_id
+     WHERE j.id = :job AND j.tenant_id = :tenant FOR NO KEY UPDATE OF j""")
 # A statement of its own, behind the lock: under READ COMMITTED the statement that waits for the lock would not see
 # an ask that was committed while it waited.
 _KNOWN = text("""
@@ -58,12 +62,13 @@ _KNOWN = text("""
       FROM ask a JOIN block b ON b.job_id = a.job_id AND b.number = a.block_number
      WHERE a.job_id = :job AND a.key = ANY(:keys)""")
 # The block, its passes, the asks, what waits, and the job's counts: one round trip.
-_STORE = text(f"""
+_PARTS = f"""
     WITH stored AS (
         INSERT INTO block (job_id, number, first_row, n_rows, n_work, bytes, row_order, lengths, payload, bad,
-                           bad_fields, keys, passes_open, done_number)
+                           bad_fields, keys, passes_open, done_number, done_at)
         VALUES (:job, :number, :first_row, :n_rows, :n_work, :text_bytes, :row_order, :lengths, :payload,
-                CAST(:bad AS jsonb), CAST(:bad_fields AS jsonb), :keys, :passes_open, :done_number)),
+                CAST(:bad AS jsonb), CAST(:bad_fields AS jsonb), :keys, :passes_open, :done_number,
+                CASE WHEN :blocks_done > 0 THEN clock_timestamp() END)),
     passes AS (
         INSERT INTO block_pass (job_id, pass_number, block_number, state, todo, n, cursor, done, bytes, row_order)
         SELECT :job, k.pass, :number, k.state, k.todo, k.n, k.cursor, k.done, k.bytes, k.row_order
@@ -79,25 +84,33 @@ _STORE = text(f"""
         SELECT :job, k.key, k.digest, :number, k.lo, k.n_rows
           FROM unnest(CAST(:ask_keys AS bytea[]), CAST(:digests AS bytea[]), CAST(:los AS int[]),
                       CAST(:ask_rows AS int[])) k (key, digest, lo, n_rows)),
-    waits AS ({MORE_WAITS})
+    waits AS ({MORE_WAITS})"""
+_GROW = f"""
     UPDATE job SET n_rows = n_rows + :n_rows, n_blocks = n_blocks + 1, blocks_done = blocks_done + :blocks_done,
            cells_error = cells_error + :errors, version = version + 1, touched = clock_timestamp()
      WHERE id = :job
- RETURNING pg_notify('{WORK}', :word), CASE WHEN :blocks_done > 0 THEN pg_notify('{JOB}', CAST(:job AS text)) END""")
+ RETURNING pg_notify('{WORK}', :word), CASE WHEN :blocks_done > 0 THEN pg_notify('{JOB}', CAST(:job AS text)) END"""
+_STORE = text(_PARTS + _GROW)
+#: The same with what was folded.
+_STORE_FOLDED = text(f"{_PARTS}, folds AS ({folds.WRITE}) {_GROW}")
 
 
 def land_asks(
     connection: Connection,
     job: LoadingJob,
-    block: EncodedBlock,
+    part: IncomingPart,
     asks: Sequence[NewAsk],
 ) -> tuple[list[LandedAsk], bool]:
     """Store the asks' rows as the job's next block. Where they stand, and whether this call stored them.
 
+    Of a job with state each row is given what was folded before it, and is folded: behind the lock, so in the order in
+    which rows are numbered; and of a key that is there nothing is folded again.
     Where some of the keys are there already nothing is stored, and only these asks are told: the caller takes them
     out and lands the rest again.
-    Raises NotFound; Conflict where the job takes no rows.
+    Raises NotFound; Conflict where the job takes no rows; Overloaded beyond the tenant's quota.
     """
+    # Before the lock where it can be, so that nobody waits for it.
+    block = None if job.folds else _encoded(job, part)
     locked, known = together(
         connection,
         (_LOCK, {"job": job.id, "tenant": job.tenant}),
@@ -120,6 +133,12 @@ def land_asks(
         ], False
     if held.state != State.OPEN:
         raise Conflict(f"job {job.id} is {held.state} and takes no more rows")
+    check_quota(connection, job.tenant, held.row_quota, len(part))
+    store, written = _STORE, dict[str, Any]()
+    if block is None:
+        folding = folds.fold(connection, job, part)
+        store, written = _STORE_FOLDED, folding.written
+        block = _encoded(job, folding.part)
     arranged = arrange(connection, job, held, [block])
     landed, lo = [], 0
     for ask in asks:
@@ -136,11 +155,17 @@ def land_asks(
         lo += ask.n_rows
     assert lo == block.n_rows, "the asks are not the rows of the block"
     of_block, waits = arranged.of_one_block(), waiting(arranged.waits(job.id))
-    together(connection, (_STORE, {**of_block, **_of_asks(landed), **waits, "word": words.land(job.id)}))
+    told = {**of_block, **_of_asks(landed), **waits, **written, "word": words.land(job.id)}
+    together(connection, (store, told))
     if arranged.depend:
         # Last, since it counts on with what is counted by now.
         settle(connection, {(job.id, number) for number in arranged.depend})
     return landed, True
+
+
+def _encoded(job: LoadingJob, part: IncomingPart) -> EncodedBlock:
+    (block,) = blocks_of(part, job.readers, secret=job.secret, block_rows=len(part), block_bytes=_WHOLE_BYTES)
+    return block
 
 
 def _of_asks(asks: Sequence[LandedAsk]) -> dict[str, list[object]]:
@@ -169,10 +194,12 @@ class FeedLook:
     state: str | None
     #: Number of an answered block -> task number -> column. A block is whole or not there.
     answered: Mapping[int, Mapping[int, Column]]
+    #: Number of an answered block -> fold -> what each of its rows was given.
+    given: Mapping[int, Mapping[str, Sequence[Value]]] = field(default_factory=dict)
 
 
-def look(connection: Connection, job: UUID, blocks: Sequence[int]) -> FeedLook:
-    """The job's state, and those of these blocks that are answered."""
+def look(connection: Connection, job: UUID, blocks: Sequence[int], names: Collection[str] = ()) -> FeedLook:
+    """The job's state, and those of these blocks that are answered; with what these folds of it gave."""
     driver: Any = connection.connection.driver_connection
     with driver.cursor(binary=True) as cursor:
         rows = cursor.execute(_LOOK, (list(blocks), job)).fetchall()
@@ -180,4 +207,5 @@ def look(connection: Connection, job: UUID, blocks: Sequence[int]) -> FeedLook:
     for _, number, task, *fields in rows:
         if task is not None:
             found.setdefault(number, {})[task] = column_of(fields)
-    return FeedLook(state=rows[0][0] if rows else None, answered=found)
+    given = folds.given(connection, job, names, list(found))
+    return FeedLook(state=rows[0][0] if rows else None, answered=found, given=given)

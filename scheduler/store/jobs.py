@@ -81,6 +81,12 @@ class JobEntry:
     deadline: datetime | None
     #: Days after its end at which it is deleted; None: when the cluster deletes all others, if ever.
     retention_days: float | None
+    #: Of an open job: seconds for which it keeps a row after it was answered; None: until it is removed.
+    keep_s: float | None
+    #: From this row on all are kept.
+    first_row: int
+    #: Name -> spec of what is folded of its rows; None: nothing.
+    folds: Mapping[str, Mapping[str, Any]] | None
     #: Seconds since it started, by the database's clock; None before.
     running_s: float | None
     #: Each row for which this holds is an event; None: no row is.
@@ -94,7 +100,7 @@ class JobEntry:
 _ENTRY = """
     SELECT id, name, kind, state, reason, priority, n_rows, n_tasks, n_parts, n_blocks, blocks_done, cells_ok,
            cells_error, cells_skipped, cells_reused, tokens, computed_tokens, tokens_cached, tokens_out, busy_s, subtasks, attempts_lost, version,
-           created, started, closed, finished, deadline, retention_days, notify_when, rows_matched,
+           created, started, closed, finished, deadline, retention_days, keep_s, first_row, folds, notify_when, rows_matched,
            CAST(extract(epoch FROM clock_timestamp() - started) AS double precision) AS running_s
       FROM job WHERE tenant_id = :tenant"""
 _ONE = text(f"{_ENTRY} AND id = :job")

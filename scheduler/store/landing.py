@@ -16,6 +16,7 @@ from psycopg.types.json import Jsonb
 from sqlalchemy import Connection, Row, text
 
 from motet.errors import Conflict, InvalidJob, NotFound, Overloaded, Problem
+from motet.folds import Fold, asked_fields, stored_folds
 from motet.protocol import traces
 from motet.protocol.columns import CellError, Kind
 from motet.protocol.manifest import Manifest, column_kind
@@ -47,7 +48,8 @@ from scheduler.store.schema import spelt
 from scheduler.store.sealing import settle, store_column
 from scheduler.store.words import land, tell
 
-#: Rows of an interactive job at most: more would not be interactive for anyone.
+#: Rows of an interactive job at most: more would not be interactive for anyone. Of an open job no more than a few
+#: groups wait for answers at a time (policy/gather.py), so it has no such limit, and none on all rows it ever had.
 INTERACTIVE_ROWS = 256
 
 
@@ -60,6 +62,10 @@ class LoadingJob:
     #: Of the tenant: the key of every digest of its rows.
     secret: bytes = field(repr=False)
     fields: tuple[str, ...]
+    #: Fields that a caller sends; the others are folded.
+    asked: tuple[str, ...]
+    #: What is folded of the rows of an open job, by name.
+    folds: Mapping[str, Fold]
     #: Fields among them that hold dialogues.
     dialogues: frozenset[str]
     bad_rows: Literal["refuse", "error"]
@@ -94,7 +100,7 @@ class Landed:
 
 
 _LOADING = text(
-    "SELECT id, tenant_id, fields, bad_rows, priority, reuse, notify_when IS NOT NULL AS notifies FROM job"
+    "SELECT id, tenant_id, fields, folds, bad_rows, priority, reuse, notify_when IS NOT NULL AS notifies FROM job"
     " WHERE id = :job AND tenant_id = :tenant"
 )
 _READERS = text("""
@@ -112,7 +118,7 @@ def loading(connection: Connection, tenant: UUID, job: UUID) -> LoadingJob:
         raise NotFound(f"no job {job}")
     rows = connection.execute(_READERS, {"job": job}).all()
     tasks = {row.name: stored_task(row.spec) for row in rows}
-    names, needs = list(tasks), needs_of(tasks)
+    names, needs, folds = list(tasks), needs_of(tasks), stored_folds(found.folds)
     readers: list[Reader] = []
     kinds: list[Kind] = []
     passes: dict[int, list[int]] = {}
@@ -140,6 +146,8 @@ def loading(connection: Connection, tenant: UUID, job: UUID) -> LoadingJob:
         tenant=found.tenant_id,
         secret=secret_of(connection, tenant),
         fields=tuple(found.fields),
+        asked=asked_fields(tasks, folds) if folds else tuple(found.fields),
+        folds=folds,
         dialogues=dialogues_of(tasks),
         bad_rows=found.bad_rows,
         interactive=found.priority == PRIORITIES["interactive"],
@@ -163,8 +171,11 @@ _PART = text("""
     SELECT digest, n_rows, n_bad,
            (SELECT sum(n_rows) FROM part WHERE job_id = :job AND number <= :number) AS total_rows
       FROM part WHERE job_id = :job AND number = :number""")
+# An open job, which never had a part, keeps its answered rows for months: only those that wait are held against it.
 _ROWS_HELD = text(f"""
-    SELECT coalesce(sum(n_rows), 0) FROM job WHERE tenant_id = :tenant AND state IN {spelt(LIVE)}""")
+    SELECT coalesce(sum(CASE WHEN n_parts > 0 THEN n_rows
+                             ELSE n_rows - (cells_ok + cells_error + cells_skipped) / n_tasks END), 0)
+      FROM job WHERE tenant_id = :tenant AND state IN {spelt(LIVE)}""")
 _ADD_PART = text("""
     INSERT INTO part (job_id, number, digest, n_rows, n_bad) VALUES (:job, :number, :digest, :n_rows, :n_bad)""")
 _FIND_COLUMNS = text("""
@@ -323,10 +334,19 @@ def _check_limits(
         if job.interactive:
             what, remedy = f"at most {most:,} rows in an interactive job", 'submit it with priority="normal"'
         raise InvalidJob(Problem("rows", f"{total:,} rows", what, remedy))
-    if held.row_quota is not None:
-        waiting = int(connection.execute(_ROWS_HELD, {"tenant": job.tenant}).scalar_one())
-        if waiting + n_rows > held.row_quota:
-            raise Overloaded(f"the tenant's quota is {held.row_quota:,} rows in unfinished jobs", 30.0)
+    check_quota(connection, job.tenant, held.row_quota, n_rows)
+
+
+def check_quota(connection: Connection, tenant: UUID, quota: int | None, n_rows: int) -> None:
+    """Raises Overloaded where so many more rows are beyond the tenant's quota."""
+    if quota is None:
+        return
+    waiting = int(connection.execute(_ROWS_HELD, {"tenant": tenant}).scalar_one())
+    if waiting + n_rows > quota:
+        raise Overloaded(
+            f"the tenant's quota is {quota:,} rows in unfinished jobs, and {waiting:,} are; wait until jobs have ended",
+            30.0,
+        )
 
 
 @dataclass

@@ -5,11 +5,11 @@ Not an advisory lock: a frozen leader would keep one for ever (reference: reliab
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 
 from sqlalchemy import Connection, text
 
-from scheduler.store.database import Database
+from scheduler.store.database import Asked, Database
 
 
 class NotLeading(Exception):
@@ -63,7 +63,17 @@ def resign(database: Database, me: str, epoch: int) -> None:
 
 def fence(connection: Connection, epoch: int) -> None:
     """The first statement of every transaction of the dispatcher. Raises NotLeading."""
-    if connection.execute(_FENCE, {"epoch": epoch}).first() is None:
+    must_lead(connection.execute(*fenced(epoch)).all())
+
+
+def fenced(epoch: int) -> Asked:
+    """The statement of ``fence``, for a transaction that begins with several at once: ``must_lead`` with its rows."""
+    return _FENCE, {"epoch": epoch}
+
+
+def must_lead(found: Collection[object]) -> None:
+    """Raise NotLeading where the fence has found nothing."""
+    if not found:
         raise NotLeading
 
 

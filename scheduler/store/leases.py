@@ -19,8 +19,8 @@ from sqlalchemy import Connection, text
 from motet.states import CARVED
 from scheduler.policy.carve import Carved, Range
 from scheduler.policy.lifecycle import Return
-from scheduler.store.database import Database
-from scheduler.store.leadership import fence
+from scheduler.store.database import Database, together
+from scheduler.store.leadership import fence, fenced, must_lead
 from scheduler.store.places import PLACES, at_places
 from scheduler.store.schema import spelt
 from scheduler.store.words import land, tell
@@ -78,7 +78,7 @@ _HELD = text("""
 
 def held(connection: Connection, after: int = 0, limit: int | None = None) -> list[Held]:
     """Live leases of sub-tasks with ids beyond ``after``, by id; all, or so many."""
-    # Unpacked, since a name asked of a row takes twice as long, and there are thousands of rows.
+    # Fetched all at once, and unpacked: one by one and by name takes four times as long, and there are thousands of rows.
     return [
         Held(
             subtask=subtask,
@@ -107,7 +107,7 @@ def held(connection: Connection, after: int = 0, limit: int | None = None) -> li
             exclusive,
             clone,
             age_s,
-        ) in connection.execute(_HELD, {"after": after, "limit": limit})
+        ) in connection.execute(_HELD, {"after": after, "limit": limit}).all()
     ]
 
 
@@ -118,7 +118,7 @@ _DUE = text("""
 
 def due(connection: Connection, within_s: float) -> dict[LeaseKey, bool]:
     """Leases that end within so many seconds, by the clock of the database; True: it has passed their end."""
-    found = connection.execute(_DUE, {"within_s": within_s})
+    found = connection.execute(_DUE, {"within_s": within_s}).all()
     return {(subtask, attempt): expired for subtask, attempt, expired in found}
 
 
@@ -144,7 +144,8 @@ class Fate(NamedTuple):
 def fates(connection: Connection, keys: Collection[LeaseKey]) -> dict[LeaseKey, Fate]:
     """What became of each of these leases."""
     at = {"subtasks": [subtask for subtask, _ in keys], "attempts": [attempt for _, attempt in keys]}
-    return {(subtask, attempt): Fate(*fate) for subtask, attempt, *fate in connection.execute(_FATES, at)}
+    found = connection.execute(_FATES, at).all()
+    return {(subtask, attempt): Fate(*fate) for subtask, attempt, *fate in found}
 
 
 _RUNS = text("""
@@ -265,13 +266,25 @@ def lease(database: Database, epoch: int, cuts: Sequence[Cut], lease_s: float) -
 
     A cut whose job has ended, or whose rows were taken meanwhile, is left out: nothing of it is changed.
     """
+    jobs = sorted({UUID(c.job) for c in cuts})
+    uncarved = {place for c in cuts if not c.carved.pieces for place in _ranges(c)}
+    ids = [id_ for c in cuts for id_ in c.carved.pieces]
     with database.transaction() as connection:
-        fence(connection, epoch)
-        jobs = {c.job for c in cuts}
-        running = {
-            str(id_) for id_ in connection.execute(_RUNNING, {"jobs": sorted(map(UUID, jobs))}).scalars()
-        }
-        taken = _take_rows(connection, [c for c in cuts if c.job in running])
+        # Locks in their order; what of them turns out not to be needed is let go with all others.
+        leads, live, cursors, pieces = together(
+            connection,
+            fenced(epoch),
+            (_RUNNING, {"jobs": jobs}),
+            (_CURSORS, at_places(uncarved)),
+            (_STILL_PIECES, {"ids": ids}),
+        )
+        must_lead(leads)
+        running = {str(job.id) for job in live}
+        taken = _take_rows(
+            [c for c in cuts if c.job in running],
+            {(str(job), number, block): cursor for job, number, block, cursor in cursors},
+            {id_: (str(job), number) for id_, job, number in pieces},
+        )
         return _open(connection, taken, lease_s) if taken.cuts else []
 
 
@@ -288,11 +301,11 @@ class _Taken:
     pieces: list[int] = field(default_factory=list)
 
 
-def _take_rows(connection: Connection, cuts: Sequence[Cut]) -> _Taken:
-    """Lock what the cuts were carved from, and see which of them hold; those before count for those after."""
-    uncarved = [c for c in cuts if not c.carved.pieces]
-    cursors = _cursors(connection, {place for c in uncarved for place in _ranges(c)})
-    pieces = _pieces(connection, {id_ for c in cuts for id_ in c.carved.pieces})
+def _take_rows(cuts: Sequence[Cut], cursors: dict[_Place, int], pieces: dict[int, tuple[str, int]]) -> _Taken:
+    """Which of the cuts hold; those before count for those after.
+
+    ``cursors``: how far the blocks that are ready are carved. ``pieces``: job and pass of those that are still there.
+    """
     taken = _Taken()
     for cut in cuts:
         if cut.carved.pieces:
@@ -316,25 +329,12 @@ def _ranges(cut: Cut) -> dict[_Place, Range]:
     return {(cut.job, cut.pass_number, r.block): r for r in cut.carved.ranges}
 
 
-def _cursors(connection: Connection, places: Collection[_Place]) -> dict[_Place, int]:
-    """How far these blocks are carved, locked; without those that are not ready."""
-    if not places:
-        return {}
-    found = connection.execute(_CURSORS, at_places(places))
-    return {(str(job), number, block): cursor for job, number, block, cursor in found}
-
-
-def _pieces(connection: Connection, ids: Collection[int]) -> dict[int, tuple[str, int]]:
-    """The job and pass of those of these pieces that are still there, locked."""
-    if not ids:
-        return {}
-    found = connection.execute(_STILL_PIECES, {"ids": list(ids)})
-    return {id_: (str(job), number) for id_, job, number in found}
-
-
 def _open(connection: Connection, taken: _Taken, lease_s: float) -> list[Leased]:
     """Take the rows, and open and lease the sub-tasks."""
-    nonces = [secrets.token_hex(16) for _ in taken.cuts]
+    # All out of one system call.
+    random = secrets.token_hex(16 * len(taken.cuts))
+    nonces = [random[i : i + 32] for i in range(0, len(random), 32)]
+    sizes = [(cut.carved.rows, cut.carved.bytes) for cut in taken.cuts]
     opened = [
         {
             "place": place,
@@ -345,8 +345,8 @@ def _open(connection: Connection, taken: _Taken, lease_s: float) -> list[Leased]
             "his": [r.hi for r in cut.carved.ranges],
             "sizes": [r.bytes for r in cut.carved.ranges],
             "todo": cut.carved.todo,
-            "n_rows": cut.carved.rows,
-            "bytes": cut.carved.bytes,
+            "n_rows": n_rows,
+            "bytes": size,
             "tries": cut.carved.tries,
             "deaths": cut.carved.deaths,
             "exclusive": cut.carved.exclusive,
@@ -357,7 +357,7 @@ def _open(connection: Connection, taken: _Taken, lease_s: float) -> list[Leased]
             "device_kind": cut.device_kind,
             "predicted_s": cut.predicted_s,
         }
-        for place, (cut, nonce) in enumerate(zip(taken.cuts, nonces, strict=True))
+        for place, (cut, nonce, (n_rows, size)) in enumerate(zip(taken.cuts, nonces, sizes, strict=True))
     ]
     leftovers = [
         {
@@ -372,10 +372,10 @@ def _open(connection: Connection, taken: _Taken, lease_s: float) -> list[Leased]
         if (left := cut.carved.leftover) is not None
     ]
     rows: Counter[tuple[str, int]] = Counter()
-    size: Counter[tuple[str, int]] = Counter()
-    for cut in taken.cuts:
-        rows[cut.job, cut.pass_number] += cut.carved.rows
-        size[cut.job, cut.pass_number] += cut.carved.bytes
+    bytes_: Counter[tuple[str, int]] = Counter()
+    for cut, (n_rows, size) in zip(taken.cuts, sizes, strict=True):
+        rows[cut.job, cut.pass_number] += n_rows
+        bytes_[cut.job, cut.pass_number] += size
     ids = connection.execute(
         _OPEN,
         {
@@ -383,7 +383,7 @@ def _open(connection: Connection, taken: _Taken, lease_s: float) -> list[Leased]
             "of_jobs": [UUID(job) for job, _ in rows],
             "of_passes": [number for _, number in rows],
             "of_rows": list(rows.values()),
-            "of_bytes": list(size.values()),
+            "of_bytes": list(bytes_.values()),
             **at_places(taken.cursors),
             "cursors": list(taken.cursors.values()),
             "eaten": taken.pieces,

@@ -7,6 +7,7 @@ from dataclasses import asdict, dataclass
 from typing import Any, Literal
 from uuid import UUID
 
+from psycopg.types.json import Jsonb
 from sqlalchemy import Connection, insert, text
 
 from motet.errors import Conflict, Overloaded
@@ -75,6 +76,10 @@ class NewJob:
     retention_days: float | None = None
     #: Its rows come by asking, until it is closed.
     open: bool = False
+    #: Seconds for which an open job keeps a row after it was answered; None: until it is removed.
+    keep_s: float | None = None
+    #: Name -> spec of what is folded of them; None: nothing.
+    folds: Mapping[str, Any] | None = None
     #: Each row for which this holds is an event, and numbers of the tasks whose answers it reads; None: no row is.
     notify_when: str | None = None
     notify_needs: tuple[int, ...] = ()
@@ -88,10 +93,12 @@ _STILL_THERE = text("""
     SELECT id FROM model WHERE id = ANY(:ids) AND NOT manifest ? 'removed' ORDER BY id FOR KEY SHARE""")
 _OPEN = text("""
     INSERT INTO job (id, tenant_id, name, kind, priority, reuse, bad_rows, fields, n_tasks, idempotency_key,
-                     request_digest, deadline, retention_days, state, started, notify_when, notify_needs)
+                     request_digest, deadline, retention_days, keep_s, folds, state, started,
+                     notify_when, notify_needs)
     VALUES (:id, :tenant, :name, :kind, :priority, :reuse, :bad_rows, :fields, :n_tasks, :key, :digest,
             clock_timestamp() + make_interval(secs => CAST(:deadline_s AS double precision)), :retention_days,
-            :state, CASE WHEN :open THEN clock_timestamp() END, :notify_when, :notify_needs)
+            :keep_s, CAST(:folds AS jsonb), :state, CASE WHEN :open THEN clock_timestamp() END,
+            :notify_when, :notify_needs)
     ON CONFLICT (tenant_id, idempotency_key) DO NOTHING RETURNING id""")
 _ADD_PASS = insert(tables.pass_)
 _ADD_TASK = insert(tables.task)
@@ -139,6 +146,8 @@ def open_job(connection: Connection, job: NewJob, *, max_active_jobs: int) -> UU
             "digest": keyed(secret_of(connection, job.tenant), job.request_digest),
             "deadline_s": job.deadline_s,
             "retention_days": job.retention_days,
+            "keep_s": job.keep_s,
+            "folds": None if job.folds is None else Jsonb(job.folds),
             "state": State.OPEN if job.open else State.LOADING,
             "open": job.open,
             "notify_when": job.notify_when,

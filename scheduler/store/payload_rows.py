@@ -2,41 +2,61 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
-from typing import Any
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
 from uuid import UUID
 
 from sqlalchemy import Connection, text
 
+from motet.protocol.manifest import Manifest
 from scheduler.readable import UpstreamAnswer
+from scheduler.store.database import together
+from scheduler.store.manifests import Manifests, ModelId
 from scheduler.store.places import PLACES, at_places
 from scheduler.store.results import read_columns
 
 _TEXTS = text("""
-    SELECT b.job_id, b.number, b.payload, b.row_order, b.first_row, b.bad_fields <> '{}'
+    SELECT b.job_id, b.number, b.payload, b.row_order, b.first_row, b.bad_fields <> '{}' AS partly_bad
       FROM unnest(CAST(:jobs AS uuid[]), CAST(:blocks AS int[])) k (job, block)
       JOIN block b ON b.job_id = k.job AND b.number = k.block""")
-_PASS = text("""
-    SELECT p.kind, p.numerics, p.max_tokens, p.input, p.needs, p.condition, m.manifest, j.tenant_id, j.priority
-      FROM pass p JOIN model m ON m.id = p.model_id JOIN job j ON j.id = p.job_id
-     WHERE p.job_id = :job AND p.number = :pass""")
-_TASKS = text("""
-    SELECT t.number, t.name, t.spec, m.manifest FROM task t JOIN model m ON m.id = t.model_id
-     WHERE t.job_id = :job AND t.pass_number = :pass ORDER BY t.number""")
+_PASSES = text("""
+    SELECT p.job_id, p.number, p.kind, p.numerics, p.max_tokens, p.input, p.needs, p.condition, j.tenant_id, j.priority,
+           m.id AS model, m.created AS model_created, t.number AS task, t.name, t.spec, h.id AS head, h.created AS head_created
+      FROM unnest(CAST(:jobs AS uuid[]), CAST(:passes AS smallint[])) k (job, pass)
+      JOIN pass p ON p.job_id = k.job AND p.number = k.pass JOIN model m ON m.id = p.model_id JOIN job j ON j.id = p.job_id
+      JOIN task t ON t.job_id = k.job AND t.pass_number = k.pass JOIN model h ON h.id = t.model_id
+     ORDER BY p.job_id, p.number, t.number""")
 
 
-def block_texts(
-    connection: Connection, blocks: Collection[tuple[str, int]]
-) -> dict[tuple[str, int], tuple[bytes, bytes, int, bool]]:
-    """(job, block) -> payload, row order, first row, and whether some pass has an order of its own from the start.
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StoredBlock:
+    """A block as it landed."""
 
-    Of those that are still there.
-    """
-    jobs, numbers = zip(*blocks, strict=True)
-    at = {"jobs": [UUID(job) for job in jobs], "blocks": list(numbers)}
-    return {
-        (str(job), number): (bytes(payload), bytes(order), first_row, partly_bad)
-        for job, number, payload, order, first_row, partly_bad in connection.execute(_TEXTS, at)
+    payload: bytes
+    row_order: bytes
+    first_row: int
+    #: Some pass has an order of its own from the start.
+    partly_bad: bool
+
+
+def passes_and_blocks(
+    connection: Connection,
+    passes: Collection[tuple[str, int]],
+    blocks: Collection[tuple[str, int]],
+    manifests: Manifests,
+) -> tuple[dict[tuple[str, int], StoredPass], dict[tuple[str, int], StoredBlock]]:
+    """These (job, pass) and (job, block), as far as they are still there."""
+    found, texts = together(
+        connection,
+        (_PASSES, {"jobs": [UUID(job) for job, _ in passes], "passes": [n for _, n in passes]}),
+        (_TEXTS, {"jobs": [UUID(job) for job, _ in blocks], "blocks": [n for _, n in blocks]}),
+    )
+    return _passes(connection, found, manifests), {
+        (str(row.job_id), row.number): StoredBlock(
+            payload=row.payload, row_order=row.row_order, first_row=row.first_row, partly_bad=row.partly_bad
+        )
+        for row in texts
     }
 
 
@@ -69,8 +89,61 @@ def upstream_answers(
     return found
 
 
-def pass_of(connection: Connection, job: str, pass_number: int) -> tuple[Any, list[Any]] | None:
-    """The pass and its tasks with their manifests; None where the job was removed."""
-    at = {"job": UUID(job), "pass": pass_number}
-    found = connection.execute(_PASS, at).first()
-    return (found, list(connection.execute(_TASKS, at))) if found else None
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StoredTask:
+    """A task of a pass."""
+
+    number: int
+    name: str
+    spec: Mapping[str, Any]
+    manifest: Manifest
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StoredPass:
+    """A pass as its sub-tasks are sent."""
+
+    kind: str
+    numerics: Literal["fast", "exact"]
+    max_tokens: int
+    input: str
+    #: It reads other tasks' answers, or has a condition: some rows of a block may not be its own.
+    own_order: bool
+    tenant: str
+    priority: int
+    model: Manifest
+    #: In order.
+    tasks: tuple[StoredTask, ...]
+
+
+def _passes(
+    connection: Connection, found: Sequence[Any], manifests: Manifests
+) -> dict[tuple[str, int], StoredPass]:
+    rows: dict[tuple[str, int], list[Any]] = {}
+    for row in found:
+        rows.setdefault((str(row.job_id), row.number), []).append(row)
+    models = {
+        model for row in found for model in ((row.model, row.model_created), (row.head, row.head_created))
+    }
+    known = manifests.of(connection, models)
+    return {where: _pass(of_pass, known) for where, of_pass in rows.items()}
+
+
+def _pass(rows: Sequence[Any], known: Mapping[ModelId, Manifest]) -> StoredPass:
+    first = rows[0]
+    return StoredPass(
+        kind=first.kind,
+        numerics=first.numerics,
+        max_tokens=first.max_tokens,
+        input=first.input,
+        own_order=bool(first.needs) or first.condition is not None,
+        tenant=str(first.tenant_id),
+        priority=first.priority,
+        model=known[first.model, first.model_created],
+        tasks=tuple(
+            StoredTask(
+                number=row.task, name=row.name, spec=row.spec, manifest=known[row.head, row.head_created]
+            )
+            for row in rows
+        ),
+    )

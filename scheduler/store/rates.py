@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from sqlalchemy import Connection, text
@@ -27,20 +27,55 @@ class Timed:
     text_bytes: int
 
 
-_RATES = text("""
-    SELECT trunk, device, numerics, coefficients, covariance, bytes_per_token, tokens_per_row, observations FROM rate""")
+_RATES = """
+    SELECT trunk, device, numerics, coefficients, covariance, bytes_per_token, tokens_per_row, observations FROM rate"""
 _REFUSALS = text("SELECT model_id, worker, boot, why FROM refusal")
-_PACES = text("SELECT worker, pace, observations FROM pace")
-_LOADS = text("SELECT model, device, seconds FROM load_time")
+_PACES = "SELECT worker, pace, observations FROM pace"
+_LOADS = "SELECT model, device, seconds FROM load_time"
+_ALL_RATES, _ALL_PACES, _ALL_LOADS = text(_RATES), text(_PACES), text(_LOADS)
 
 
 def rates(connection: Connection) -> Rates:
     """All that was learned."""
     return Rates(
-        {(row.trunk, row.device, row.numerics): _rate(row) for row in connection.execute(_RATES)},
-        {row.worker: (row.pace, row.observations) for row in connection.execute(_PACES)},
-        {(row.model, row.device): row.seconds for row in connection.execute(_LOADS)},
+        {(row.trunk, row.device, row.numerics): _rate(row) for row in connection.execute(_ALL_RATES)},
+        {worker: (pace, seen) for worker, pace, seen in connection.execute(_ALL_PACES).all()},
+        {(row.model, row.device): row.seconds for row in connection.execute(_ALL_LOADS)},
     )
+
+
+@dataclass(frozen=True, slots=True)
+class Touched:
+    """What finished sub-tasks may have changed."""
+
+    rates: set[RateKey] = field(default_factory=set)
+    loads: set[LoadKey] = field(default_factory=set)
+    workers: set[str] = field(default_factory=set)
+
+    def __bool__(self) -> bool:
+        return bool(self.workers)
+
+
+_RATES_OF = text(f"""{_RATES}
+     WHERE (trunk, device, numerics) IN (SELECT * FROM unnest(CAST(:trunks AS text[]), CAST(:devices AS text[]),
+                                                              CAST(:numerics AS text[])))""")
+_PACES_OF = text(f"{_PACES} WHERE worker = ANY(:workers)")
+_LOADS_OF = text(f"""{_LOADS}
+     WHERE (model, device) IN (SELECT * FROM unnest(CAST(:models AS text[]), CAST(:devices AS text[])))""")
+
+
+def refresh(connection: Connection, known: Rates, touched: Touched) -> None:
+    """Read anew of what is known that which may have changed: of ten thousand workers, few have ended a sub-task since."""
+    trunks, devices, numerics = zip(*touched.rates, strict=True)
+    for row in connection.execute(
+        _RATES_OF, {"trunks": list(trunks), "devices": list(devices), "numerics": list(numerics)}
+    ):
+        known.learned[row.trunk, row.device, row.numerics] = _rate(row)
+    models, devices = zip(*touched.loads, strict=True)
+    for row in connection.execute(_LOADS_OF, {"models": list(models), "devices": list(devices)}):
+        known.loads[row.model, row.device] = row.seconds
+    paces = connection.execute(_PACES_OF, {"workers": list(touched.workers)}).all()
+    known.paces.update((worker, (pace, seen)) for worker, pace, seen in paces)
 
 
 def refusals(connection: Connection) -> list[Refusal]:

@@ -38,10 +38,21 @@ class Shown:
     state: str
     n_blocks: int
     tasks: tuple[ShownTask, ...]
+    #: What is gone of an open job's front: all blocks of done numbers up to this, and blocks before this one.
+    past_done: int = 0
+    first_block: int = 0
+    #: Index of the first row of that block.
+    first_row: int = 0
+    #: What is folded of its rows, by name.
+    folds: tuple[str, ...] = ()
 
     @property
     def ended(self) -> bool:
         return self.state in ENDED
+
+    def front(self, order: RowOrder) -> int:
+        """The ``after`` behind which everything is kept."""
+        return self.past_done if order == "done" else self.first_block
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -63,7 +74,10 @@ class ReadyBlock:
         return self.number + 1 if order == "row" else self.done or 0
 
 
-_JOB = text("SELECT id, state, n_blocks FROM job WHERE id = :job AND tenant_id = :tenant")
+_JOB = text(
+    "SELECT id, state, n_blocks, past_done, first_block, first_row, folds"
+    " FROM job WHERE id = :job AND tenant_id = :tenant"
+)
 #: What the vectors of a task t of a model m are.
 VECTORS = """
     coalesce(CAST(m.manifest->>'dim' AS int), 0) AS dim, coalesce(t.spec->>'dtype', 'fp32') AS dtype"""
@@ -105,17 +119,22 @@ def shown(connection: Connection, tenant: UUID, job: UUID, tasks: Sequence[str] 
         id=found.id,
         state=found.state,
         n_blocks=found.n_blocks,
+        past_done=found.past_done,
+        first_block=found.first_block,
+        first_row=found.first_row,
         tasks=tuple(sorted(asked, key=lambda t: t.number)),
+        folds=tuple(sorted(found.folds or ())),
     )
 
 
 def ready_blocks(
     connection: Connection, job: Shown, order: RowOrder, after: int, limit: int = 64
 ) -> list[ReadyBlock]:
-    """The next blocks in which all asked tasks are sealed, in the order asked for.
+    """The next blocks in which all asked tasks are sealed, in the order asked for; none that stand before its front.
 
     By row: from block ``after`` on, without a gap while the job runs. By done: those finished after ``after``.
     """
+    after = max(after, job.front(order))
     at = {
         "job": job.id,
         "tasks": [t.number for t in job.tasks],
@@ -203,14 +222,12 @@ class UnansweredCell:
 
 
 def unanswered(
-    connection: Connection, tenant: UUID, job: UUID, *, after: int, limit: int
+    connection: Connection, job: UUID, *, after: int, limit: int
 ) -> tuple[list[UnansweredCell], int | None]:
     """Cells without an answer of rows beyond ``after``, by row, and the ``after`` for those that follow, or None.
 
-    About ``limit`` of them: those of one row stay together. Raises NotFound.
+    About ``limit`` of them: those of one row stay together.
     """
-    if connection.execute(_JOB, {"job": job, "tenant": tenant}).first() is None:
-        raise NotFound(f"no job {job}")
     cells: list[UnansweredCell] = []
     for cell in _unanswered(connection, job, after, limit):
         if len(cells) >= limit and cell.row != cells[-1].row:

@@ -135,7 +135,8 @@ _SEALED = text(f"""
       UPDATE job SET blocks_done = job.blocks_done + f.n
         FROM (SELECT job, CAST(count(*) AS int) AS n FROM k WHERE nth IS NOT NULL GROUP BY job) f
        WHERE job.id = f.job RETURNING job.id, job.blocks_done - f.n AS before)
-    UPDATE block SET passes_open = k.passes_open, done_number = counted.before + k.nth
+    UPDATE block SET passes_open = k.passes_open, done_number = counted.before + k.nth,
+           done_at = CASE WHEN k.nth IS NOT NULL THEN clock_timestamp() END
       FROM k LEFT JOIN counted ON counted.id = k.job WHERE block.job_id = k.job AND block.number = k.number""")
 
 

@@ -26,6 +26,7 @@ PARTS = frozenset(
             "bare",
             "callers",
             "client",
+            "connected",
             "engine",
             "family",
             "harness",

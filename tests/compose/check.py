@@ -212,6 +212,7 @@ def _check(stack: Stack, rows: int) -> None:
     _check_freeze(stack, "aggregator", "aggregate")
     _check_frozen_worker(stack)
     _check_scale(stack, rows)
+    _check_several_apis(stack)
     _check_restart(stack, record["id"])
 
 
@@ -397,6 +398,57 @@ def _check_scale(stack: Stack, rows: int) -> None:
     done = {name: after[name] - before[name] for name in sorted(names)}
     stack.ok(f"both did some of it: {done} rows", all(done.values()), done)
     stack.compose("up", "-d", "--wait", "--no-recreate", "--scale", "worker-cpu=1")
+
+
+#: Asks each API process that the name stands for, under one key; prints how many there are and the rows they told.
+_ASK_ALL = """
+import json, socket, urllib.request
+from pathlib import Path
+token = Path("/run/secrets/user_token").read_text().strip()
+def call(host, path, body, **headers):
+    request = urllib.request.Request(f"http://{host}:8700{path}", json.dumps(body).encode(),
+        {"Authorization": f"Bearer {token}", "Content-Type": "application/json", **headers})
+    with urllib.request.urlopen(request, timeout=60) as answer:
+        return json.load(answer)
+task = {"kind": "classify", "model": "news-topics"}
+job = call("api", "/v1/jobs", {"tasks": {"topic": task}, "open": True, "priority": "interactive"})["id"]
+hosts = sorted({one[4][0] for one in socket.getaddrinfo("api", 8700)})
+rows = [call(host, f"/v1/jobs/{job}/ask", {"rows": ["one text"], "key": "same"})["rows"] for host in hosts]
+call("api", f"/v1/jobs/{job}/close", {})
+print(json.dumps({"processes": len(hosts), "rows": rows}))
+"""
+
+
+def _check_several_apis(stack: Stack) -> None:
+    """One name, three processes, each of which gathers by itself."""
+    stack.compose("up", "-d", "--wait", "--no-recreate", "--scale", "api=3")
+    asked = _run(
+        [
+            *(
+                "docker",
+                "compose",
+                "-p",
+                stack.project,
+                "run",
+                "--rm",
+                "-T",
+                "--entrypoint",
+                "python",
+                "motet",
+            ),
+            *("-c", _ASK_ALL),
+        ],
+        cwd=stack.folder,
+        env=stack.env,
+    )
+    told = json.loads(asked.splitlines()[-1])
+    stack.ok("three API processes answer to one name", told["processes"] == 3, told)
+    stack.ok(
+        "each gives the same answer for a key",
+        told["rows"][0][0]["row"] == 0 and told["rows"] == told["rows"][:1] * 3,
+        told,
+    )
+    stack.compose("up", "-d", "--wait", "--no-recreate", "--scale", "api=1")
 
 
 def _check_restart(stack: Stack, job: str) -> None:

@@ -11,6 +11,7 @@ from uuid import UUID
 from sqlalchemy import Connection
 
 from motet.errors import Problem
+from motet.folds import Fold
 from motet.messages.jobs import Submission
 from motet.protocol.manifest import Manifest
 from motet.tasks import Task
@@ -63,11 +64,12 @@ def land(
     job_id: UUID | None = None,
     close: bool = True,
     gaps: Mapping[str, Collection[int]] | None = None,
+    folds: Mapping[str, Fold] | None = None,
     notify_when: str | None = None,
 ) -> UUID:
     """Open a job, land its rows as one part, and close it; without rows, an open one. A row that is a text is that of every field; a Problem is one that arrived broken.
 
-    ``gaps``: field -> rows that have no text there.
+    ``folds``: of an open one. ``gaps``: field -> rows that have no text there.
     """
     with database.transaction() as connection:
         home = registry.tenant_named(connection, tenant)
@@ -83,6 +85,7 @@ def land(
             ),
             tasks=tasks,
             digest=hashlib.sha256(uuid.uuid4().bytes).digest(),
+            folds=folds or {},
         )
         planned = plan_submission(tasks, found, trunks, ())
         job = new_job(job_id or uuid.uuid4(), home, asked, planned, None)

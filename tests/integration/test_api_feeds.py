@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from datetime import date
@@ -180,3 +181,33 @@ def test_late_says_whether_the_rows_were_stored(house: House, feed: Feed) -> Non
     answer = house.call("POST", f"/v1/jobs/{feed.job.id}/ask", json={"rows": ["a"], "within_s": 0.2})
     assert answer.status_code == 504
     assert (answer.json()["error"]["stored"], answer.json()["error"]["row"]) == (True, 0)
+
+
+def test_rows_are_told_as_they_are_answered_and_slow_ones_hold_up_no_others(
+    house: House, feed: Feed, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("motet.feed.REQUESTS", 1)
+
+    def landed(blocks: int) -> None:
+        while house.sql("SELECT n_blocks FROM job WHERE id = :job", job=feed.job.id)[0].n_blocks < blocks:
+            time.sleep(0.01)
+
+    with feed:
+        first = feed.put("first")
+        landed(1)
+        rows = [feed.put(f"row {n}") for n in range(17)]
+        house.answer(feed.job.id, 0)
+        assert first.result(10).index == 0
+        # One request of 17 rows is two blocks, and only the first of them is answered.
+        landed(3)
+        house.answer(feed.job.id, 1)
+        assert [row.result(10).index for row in rows[:16]] == list(range(1, 17))
+        assert not rows[16].done()
+        # Most of the one request that may be under way is answered: the next goes out beside it.
+        later = feed.put("later")
+        landed(4)
+        house.answer(feed.job.id, 3)
+        assert later.result(10).index == 18
+        assert not rows[16].done()
+        house.answer(feed.job.id, 2)
+        assert rows[16].result(10).index == 17

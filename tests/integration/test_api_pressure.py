@@ -164,6 +164,7 @@ def test_outcomes_that_nobody_records_shut_the_door_and_their_recording_opens_it
         redis.Redis.from_url(redis_py_url(redis_url)) as line,
     ):
         begun = house.open()["id"]
+        feed = house.open(open=True, name="risk", priority="interactive")["id"]
         long_ago_ms = (int(line.time()[0]) - 60) * 1000
         pipe = line.pipeline(transaction=False)
         for i in range(625):
@@ -180,6 +181,10 @@ def test_outcomes_that_nobody_records_shut_the_door_and_their_recording_opens_it
         assert words.startswith("1,000 outcomes wait to be recorded, the oldest for 6")
         assert "start another aggregator" in words
         said(house.put(begun, 0, ["a"], first_row=0))
+        # What an ask is judged by is as old as for all others, and it is asked only now.
+        asked = house.call("POST", f"/v1/jobs/{feed}/ask", json={"rows": ["a"], "within_s": 0.2})
+        assert said(asked).startswith("1,000 outcomes wait to be recorded")
+        assert house.job(feed)["rows"] == 0
         figures = house.call("GET", "/metrics", token="read").text
         assert 'motet_pressure{reason="outcomes"} 1.0' in figures
         assert 'motet_pressure{reason="rows"} 0.0' in figures
@@ -187,6 +192,8 @@ def test_outcomes_that_nobody_records_shut_the_door_and_their_recording_opens_it
         line.xtrim(OUTCOMES, maxlen=0)
         assert refusing(house)["throttle"] == 1.0
         assert house.put(begun, 0, ["a"], first_row=0).status_code == 200
+        late = house.call("POST", f"/v1/jobs/{feed}/ask", json={"rows": ["a"], "within_s": 0.2})
+        assert late.status_code == 504, "it has landed, and nobody answers here"
 
 
 def test_a_redis_that_is_nearly_full_shuts_the_door(database_url: str, tmp_path: Path) -> None:

@@ -11,7 +11,7 @@ from sqlalchemy import text
 
 from motet.errors import Conflict
 from motet.tasks import Classify, Embed
-from scheduler.blocks import EncodedBlock, IncomingPart, blocks_of
+from scheduler.blocks import IncomingPart
 from scheduler.store import feeds, landing
 from scheduler.store.database import Database
 from scheduler.store.feeds import FeedLook, LandedAsk, NewAsk
@@ -43,13 +43,11 @@ def feed(database: Database) -> LoadingJob:
         return landing.loading(connection, tenant, job)
 
 
-def block_of(feed: LoadingJob, *texts: str, bad: frozenset[int] = frozenset()) -> EncodedBlock:
-    part = IncomingPart(
+def part_of(*texts: str, bad: frozenset[int] = frozenset()) -> IncomingPart:
+    return IncomingPart(
         columns={"text": ["" if i in bad else t for i, t in enumerate(texts)]},
         bad=dict.fromkeys(bad, ("bad_row", "text: got null")),
     )
-    (block,) = blocks_of(part, feed.readers, secret=feed.secret, block_rows=1024, block_bytes=1 << 20)
-    return block
 
 
 def ask(key: str, rows: int = 1, *, digest: str = "same") -> NewAsk:
@@ -57,10 +55,10 @@ def ask(key: str, rows: int = 1, *, digest: str = "same") -> NewAsk:
 
 
 def lands(
-    database: Database, feed: LoadingJob, block: EncodedBlock, *asks: NewAsk
+    database: Database, feed: LoadingJob, part: IncomingPart, *asks: NewAsk
 ) -> tuple[list[LandedAsk], bool]:
     with database.transaction() as connection:
-        return feeds.land_asks(connection, feed, block, asks)
+        return feeds.land_asks(connection, feed, part, asks)
 
 
 def counts(database: Database, job: UUID) -> tuple[int, ...]:
@@ -77,28 +75,28 @@ def counts(database: Database, job: UUID) -> tuple[int, ...]:
 
 
 def test_asks_of_many_callers_land_as_one_block(database: Database, feed: LoadingJob) -> None:
-    landed, stored = lands(database, feed, block_of(feed, "a", "bb", "ccc"), ask("x", 2), ask("y"))
+    landed, stored = lands(database, feed, part_of("a", "bb", "ccc"), ask("x", 2), ask("y"))
     assert stored
     assert [(a.block, a.lo, a.n_rows, a.first_row) for a in landed] == [(0, 0, 2, 0), (0, 2, 1, 0)]
     # The head and the trunk are one pass; what reads the head's answer waits behind it.
     assert counts(database, feed.id) == (3, 1, 0, 0, 0, 0, 3, 2)
-    again, _ = lands(database, feed, block_of(feed, "d"), ask("z"))
+    again, _ = lands(database, feed, part_of("d"), ask("z"))
     assert (again[0].block, again[0].first_row) == (1, 3)
 
 
 def test_a_key_that_is_there_stores_nothing_and_says_where_its_rows_are(
     database: Database, feed: LoadingJob
 ) -> None:
-    (first,), _ = lands(database, feed, block_of(feed, "a"), ask("x"))
-    found, stored = lands(database, feed, block_of(feed, "a", "b"), ask("x"), ask("y"))
+    (first,), _ = lands(database, feed, part_of("a"), ask("x"))
+    found, stored = lands(database, feed, part_of("a", "b"), ask("x"), ask("y"))
     assert not stored
     assert found == [first]
     assert counts(database, feed.id)[0] == 1
 
 
 def test_a_key_with_other_rows_is_told_by_its_digest(database: Database, feed: LoadingJob) -> None:
-    lands(database, feed, block_of(feed, "a"), ask("x", digest="one"))
-    (found,), stored = lands(database, feed, block_of(feed, "b"), ask("x", digest="other"))
+    lands(database, feed, part_of("a"), ask("x", digest="one"))
+    (found,), stored = lands(database, feed, part_of("b"), ask("x", digest="other"))
     assert not stored
     assert found.digest == b"one"
 
@@ -113,7 +111,7 @@ def test_the_same_keys_at_once_land_once_and_rows_are_dense(database: Database, 
             asks = [ask(f"shared {turn}"), ask(f"own {number} {turn}")]
             while asks:
                 texts = [a.key.decode() for a in asks]
-                landed, stored = lands(database, feed, block_of(feed, *texts), *asks)
+                landed, stored = lands(database, feed, part_of(*texts), *asks)
                 found.append(landed)
                 if stored:
                     break
@@ -139,7 +137,7 @@ def test_the_same_keys_at_once_land_once_and_rows_are_dense(database: Database, 
 
 
 def test_a_block_that_no_task_can_be_asked_is_answered_at_once(database: Database, feed: LoadingJob) -> None:
-    lands(database, feed, block_of(feed, "", bad=frozenset({0})), ask("x"))
+    lands(database, feed, part_of("", bad=frozenset({0})), ask("x"))
     n_rows, n_blocks, done, ok, error, skipped, waiting, _ = counts(database, feed.id)
     assert (n_rows, n_blocks, done, waiting) == (1, 1, 1, 0)
     assert (ok, error + skipped) == (0, 3)
@@ -150,7 +148,7 @@ def test_a_block_that_no_task_can_be_asked_is_answered_at_once(database: Databas
 
 
 def test_what_is_under_way_is_not_told_as_answered(database: Database, feed: LoadingJob) -> None:
-    lands(database, feed, block_of(feed, "a"), ask("x"))
+    lands(database, feed, part_of("a"), ask("x"))
     with database.transaction() as connection:
         assert feeds.look(connection, feed.id, [0]) == FeedLook(state="open", answered={})
         assert feeds.look(connection, uuid.uuid4(), [0]).state is None
@@ -159,11 +157,11 @@ def test_what_is_under_way_is_not_told_as_answered(database: Database, feed: Loa
 def test_a_job_that_is_no_longer_open_takes_no_ask_but_knows_the_old_ones(
     database: Database, feed: LoadingJob
 ) -> None:
-    (first,), _ = lands(database, feed, block_of(feed, "a"), ask("x"))
+    (first,), _ = lands(database, feed, part_of("a"), ask("x"))
     with database.transaction() as connection:
         connection.execute(
             text("UPDATE job SET state = 'running', closed = now() WHERE id = :job"), {"job": feed.id}
         )
     with pytest.raises(Conflict, match="takes no more rows"):
-        lands(database, feed, block_of(feed, "b"), ask(uuid.uuid4().hex))
-    assert lands(database, feed, block_of(feed, "a"), ask("x")) == ([first], False)
+        lands(database, feed, part_of("b"), ask(uuid.uuid4().hex))
+    assert lands(database, feed, part_of("a"), ask("x")) == ([first], False)

@@ -20,13 +20,16 @@ from scheduler.store import (
     demand,
     endings,
     explain,
+    folds,
     jobs,
+    keeping,
     leases,
     metrics,
     pressure,
     results,
     webhooks,
 )
+from scheduler.store.manifests import Manifests
 from scheduler.store.registry import tenant_named
 from tests.integration.landing import land
 from tests.integration.test_protocol import TASKS, House, texts
@@ -52,6 +55,7 @@ INSERT INTO block (job_id, number, first_row, n_rows, n_work, bytes, row_order, 
   SELECT id, b, b, 1, 1, 1, 'x', 'x', 'x', 0, b + 1 FROM job, generate_series(0, 4) b;
 INSERT INTO block_pass (job_id, pass_number, block_number, state, todo, n, cursor, done)
   SELECT b.job_id, p.number, b.number, 'sealed', 1, 1, 1, 1 FROM block b JOIN pass p ON p.job_id = b.job_id;
+INSERT INTO ask SELECT job_id, sha256(number::text::bytea), 'x', number, 0, 1 FROM block;
 INSERT INTO sealed_column (tenant_id, key, kind, n_rows, n_ok, n_error, n_skipped)
   SELECT t.id, sha256(i::text::bytea), 'label', 1, 1, 0, 0 FROM generate_series(1, 15000) i, tenant t
    WHERE t.name = 'default';
@@ -62,6 +66,8 @@ INSERT INTO subtask (job_id, pass_number, state, blocks, los, his, sizes, todo, 
     FROM block_pass;
 INSERT INTO piece (job_id, pass_number, block_number, lo, hi, bytes)
   SELECT job_id, pass_number, block_number, 0, 1, 1 FROM block_pass;
+INSERT INTO fold SELECT id, sha256(i::text::bytea), 'x', clock_timestamp() + make_interval(hours => i)
+  FROM job, generate_series(1, 10) i;
 INSERT INTO cells SELECT job_id, pass_number, block_number, 0, 0, 1, 'x' FROM block_pass;
 INSERT INTO spent SELECT job_id, block_number, pass_number, 1, 0, 1, 1 FROM block_pass;
 """
@@ -89,7 +95,7 @@ SMALL = {
 #: Indexes of few rows of a large table; a statement may read such an index from end to end.
 OF_FEW = {"job_unfinished", "sealed_column_unshown", "subtask_open", "outbox_new", "delivery_due"}
 #: Indexes that the sweeper reads from end to end, twice a minute, until it has found enough.
-SWEPT = {"job_ended", "outbox_pkey"}
+SWEPT = {"job_ended", "job_folding", "outbox_pkey"}
 #: Indexes that no statement names, and what uses them.
 BEHIND_THE_SCENES = {
     "task_by_model": "the foreign key to a model that is deleted",
@@ -97,7 +103,7 @@ BEHIND_THE_SCENES = {
     "alias_by_model": "the foreign key to a model that is deleted",
     "alias_step_by_model": "the foreign key to a model that is deleted",
     "delivery_by_event": "the foreign key to an event that is deleted",
-    "ask_by_block": "the foreign key to a block that is deleted",
+    "ask_by_block": "deleting blocks, where a job has more asks than the few here",
 }
 
 
@@ -180,7 +186,7 @@ def play(house: House, job: UUID, other: UUID) -> None:
         house.work()
     with house.database.transaction() as connection:
         tenant = tenant_named(connection, "default")
-        demand.demand(connection, 0.0)
+        demand.demand(connection, 0.0, Manifests())
         jobs.job_entry(connection, tenant, job)
         newest = jobs.job_entries(connection, tenant, limit=10)
         jobs.job_entries(connection, tenant, limit=10, after=newest[-1].id, state=State.SUCCEEDED)
@@ -188,7 +194,7 @@ def play(house: House, job: UUID, other: UUID) -> None:
         shown = results.shown(connection, tenant, job)
         results.ready_blocks(connection, shown, "row", 0)
         results.ready_blocks(connection, shown, "done", 0)
-        results.unanswered(connection, tenant, job, after=-1, limit=10)
+        results.unanswered(connection, job, after=-1, limit=10)
         metrics.figures(connection, None)
         pressure.unfinished_rows(connection)
         endings.overdue(connection, 3600.0)
@@ -196,6 +202,7 @@ def play(house: House, job: UUID, other: UUID) -> None:
         endings.due_for_deletion(connection, 30.0)
         endings.sweep_columns(connection)
         endings.sweep_events(connection)
+        folds.sweep(connection)
         webhooks.may_deliver(connection, "me", 5.0, None)
         webhooks.hand_events(connection)
         webhooks.due_deliveries(connection, 4)
@@ -220,6 +227,12 @@ def play(house: House, job: UUID, other: UUID) -> None:
             break
     with house.database.transaction() as connection:
         results.ready_blocks(connection, results.shown(connection, tenant, job), "row", 0)
+    house.sql("ALTER TABLE job DISABLE TRIGGER USER")
+    house.sql("UPDATE job SET state = 'open', finished = NULL, keep_s = 60 WHERE id = :job", job=job)
+    house.sql("UPDATE block SET done_at = done_at - interval '1 h' WHERE job_id = :job", job=job)
+    with house.database.transaction() as connection:
+        assert keeping.due_fronts(connection) == [job]
+        assert keeping.forget_front(connection, job).more
         endings.delete_slice(connection, job)
 
 

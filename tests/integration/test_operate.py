@@ -26,6 +26,7 @@ from motet.errors import InvalidJob, NotFound, SetupError, Unauthorized
 from motet.protocol.settings import Settings
 from motet.protocol.transport import MemoryTransport, RedisWorkerTransport
 from motet.protocol.wire import PROTOCOL, Beat, Control
+from scheduler import sweeper
 from scheduler.api import blobs
 from scheduler.dispatcher import Dispatcher
 from scheduler.store import blobs as blob_rows
@@ -480,7 +481,7 @@ def test_only_the_leader_sweeps(house: House, crew: list[Obedient]) -> None:
     assert epoch is not None
     house.sql("UPDATE leader SET epoch = epoch + 1")
     with pytest.raises(NotLeading):
-        house.dispatcher._sweep(epoch)
+        sweeper.sweep(house.database, epoch, 1.0)
     assert left(house) == {job}
 
 

@@ -32,11 +32,12 @@ from scheduler.policy.carve import Carved, Frontier, Range
 from scheduler.policy.liveness import GRACE_S
 from scheduler.store import leases
 from scheduler.store.database import Database, StoreUnavailable
-from scheduler.store.demand import demand
+from scheduler.store.demand import Lengths, demand
 from scheduler.store.demand import frontier as frontier_of
 from scheduler.store.endings import delete_job, end_job
 from scheduler.store.leadership import NotLeading
 from scheduler.store.leases import Cut, Held, Leased, SecondLease
+from scheduler.store.manifests import Manifests
 from scheduler.store.outcomes import Recorded, record
 from scheduler.store.sealing import task_shapes
 from tests.integration.landing import HEAD, TRUNK, land, register
@@ -357,7 +358,7 @@ def test_a_pass_is_priced_by_the_fields_that_it_reads(house: House) -> None:
     )
     assert [ratio.n for ratio in learned] == [4, 5], "by the bytes that it is applied to"
     with house.database.transaction() as connection:
-        assert [d.bytes_per_token for d in demand(connection, 0.0)][-1] == 5.0
+        assert [d.bytes_per_token for d in demand(connection, 0.0, Manifests())][-1] == 5.0
     assert house.finish(job).state == "succeeded"
     assert_accounted_for(house, job, n)
 
@@ -983,7 +984,7 @@ def led(house: House) -> int:
 
 def frontier(house: House, job: UUID, rows: int = 1000) -> Frontier:
     with house.database.transaction() as connection:
-        return frontier_of(connection, str(job), 0, rows=rows)
+        return frontier_of(connection, str(job), 0, Lengths(), rows=rows)
 
 
 def cut(house: House, job: UUID, *ranges: tuple[int, int, int], worker: str = "w1") -> Cut:
@@ -1025,7 +1026,7 @@ def held(house: House) -> list[Held]:
 
 def send(house: House, *leased: Leased) -> list[Assignment]:
     """Publish, and let each worker take what is its."""
-    house.transport.publish_all(Payloads(house.database).assignments(leased))
+    house.transport.publish_all(Payloads(house.database, Manifests()).assignments(leased))
     return [a for hand in house.hands for a in hand.take_all()]
 
 
@@ -1073,7 +1074,7 @@ def test_sub_tasks_of_one_step_are_leased_in_order_each_with_its_own_nonce(house
         assert leases.due(connection, 3.0) == {}
         assert leases.due(connection, 8.0) == {h.key: False for h in now}
     assert_each_row_is_in_one_place(house, job)
-    house.transport.publish_all(Payloads(house.database).assignments(leased))
+    house.transport.publish_all(Payloads(house.database, Manifests()).assignments(leased))
     assert house.finish(job).state == "succeeded"
     assert_accounted_for(house, job, 100)
 
@@ -1326,7 +1327,7 @@ def test_what_was_decided_and_could_not_be_leased_is_decided_anew(
 
 def waiting(house: House, limit: int) -> list[UUID]:
     with house.database.transaction() as connection:
-        return [UUID(d.job) for d in demand(connection, house.now, limit)]
+        return [UUID(d.job) for d in demand(connection, house.now, Manifests(), limit)]
 
 
 def test_many_waiting_jobs_of_one_tenant_hide_neither_another_tenant_nor_bulk_work(house: House) -> None:

@@ -18,7 +18,7 @@ from motet.tasks import Classify
 from scheduler.policy.cost import RateKey, Rates, Workload
 from scheduler.store.database import Database
 from scheduler.store.outcomes import record
-from scheduler.store.rates import Timed, learn, rates
+from scheduler.store.rates import Timed, Touched, learn, rates, refresh
 from tests.integration.landing import land, register
 
 MODEL = Manifest(
@@ -114,6 +114,26 @@ def test_a_restart_forgets_nothing(database: Database) -> None:
         with database.transaction() as connection:
             learn(connection, [t], [(("model", "NVIDIA L4"), t.seconds)])
     assert known(database) == never_stopped
+
+
+def test_what_finished_sub_tasks_touched_is_read_anew_and_nothing_else(database: Database) -> None:
+    with database.transaction() as connection:
+        learn(connection, [timed(), timed(worker="w2")] * 10, [(("model", KEY[1]), 8.0)])
+    mine = known(database)
+    other: RateKey = ("t", "another", "fast")
+    with database.transaction() as connection:
+        learn(
+            connection,
+            [timed(seconds=0.6), timed(worker="w2", seconds=0.4), timed(key=other)],
+            [(("model", KEY[1]), 4.0), (("other", KEY[1]), 1.0)],
+        )
+    before = mine.paces["w2"]
+    with database.reading() as connection:
+        refresh(connection, mine, Touched({KEY}, {("model", KEY[1])}, {"w1"}))
+    now = known(database)
+    assert mine.learned == {KEY: now.learned[KEY]}
+    assert mine.loads == {("model", KEY[1]): 6.0}
+    assert mine.paces == {"w1": now.paces["w1"], "w2": before} != now.paces
 
 
 def test_outcomes_that_come_together_teach_as_one_after_the_other_would(database: Database) -> None:

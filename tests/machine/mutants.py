@@ -17,6 +17,7 @@ from sqlalchemy import Connection, text
 
 import scheduler.aggregator
 import scheduler.dispatcher
+import scheduler.sweeper
 from motet.protocol.columns import OK, RETURNED
 from motet.protocol.wire import Outcome
 from scheduler.aggregator import Aggregator
@@ -139,8 +140,9 @@ def rescues_what_waits_on_the_stream(patch: Patch) -> None:
 
 
 def does_not_fence(patch: Patch) -> None:
-    for module in (scheduler.dispatcher, leases, leadership):
+    for module in (scheduler.dispatcher, scheduler.sweeper, leases, leadership):
         patch.setattr(module, "fence", lambda connection, epoch: None)
+    patch.setattr(leases, "must_lead", lambda found: None)
 
 
 def publishes_before_it_commits(patch: Patch) -> None:

@@ -1,4 +1,4 @@
-"""The nine invariants of reliability.md 4 and 9 and those of open jobs (13 to 17) and uploads (18), as far as they can be seen at any moment, over all of Postgres at once.
+"""The nine invariants of reliability.md 4 and 9 and those of open jobs (13 to 17, 19, 20) and uploads (18), as far as they can be seen at any moment, over all of Postgres at once.
 
 Invariant 6 (no write under an old epoch) is checked inside each transaction of a dispatcher: see ``stage.Tap``.
 """
@@ -17,20 +17,22 @@ from motet.errors import Problem
 from motet.protocol.columns import ERROR, OK, RETURNED, STATE_MASK, Column
 from motet.protocol.envelope import unwrap
 from motet.states import CARVED, ENDED, GROWING
-from scheduler.blocks import row_order
+from scheduler.blocks import decode_block, row_order
 from scheduler.merge import array_of
 from scheduler.policy.lifecycle import MAX_DEATHS_ALONE, MAX_DEATHS_UNSEEN, MAX_TRIES
+from tests.machine.callers import amount_of, who_of
 from tests.machine.stage import Broken
 from tests.machine.world import NEEDS, Job, World, label_for, row_of
 
 _ALL = text("""
     SELECT json_build_object(
       'job', (SELECT json_agg(k) FROM (SELECT id, state, n_rows, n_tasks, n_blocks, blocks_done, cells_ok, cells_error,
-               cells_skipped, version, finished FROM job) k),
+               cells_skipped, version, finished, first_block, first_row, past_ok, past_error, past_skipped FROM job) k),
       'task', (SELECT json_agg(k) FROM (SELECT job_id, number, name, pass_number FROM task) k),
       'pass', (SELECT json_agg(k) FROM (SELECT job_id, number, rows_waiting, needs FROM pass) k),
-      'block', (SELECT json_agg(k) FROM (SELECT job_id, number, first_row, n_rows, encode(row_order, 'base64') AS row_order
-               FROM block) k),
+      'block', (SELECT json_agg(k) FROM (SELECT job_id, number, first_row, n_rows, done_number,
+               encode(row_order, 'base64') AS row_order, encode(payload, 'base64') AS payload FROM block) k),
+      'fold', (SELECT json_agg(k) FROM (SELECT job_id, encode(state, 'base64') AS state FROM fold) k),
       'ask', (SELECT json_agg(k) FROM (SELECT job_id, encode(key, 'hex') AS key, encode(digest, 'hex') AS digest,
                block_number, lo, n_rows FROM ask ORDER BY job_id, block_number, lo) k),
       'block_pass', (SELECT json_agg(k) FROM (SELECT job_id, pass_number, block_number, state, todo, n, cursor, done,
@@ -77,11 +79,11 @@ class Seen:
         self.leases = {(x["subtask_id"], x["attempt"]): x["nonce"] for x in self.tables["lease"]}
 
     def rows(self, s: dict[str, Any]) -> list[int]:
-        """Rows of a sub-task, in its order."""
+        """Rows of a sub-task, in its order, but for those that were deleted since."""
         return [
             row
             for b, lo, hi in zip(s["blocks"], s["los"], s["his"], strict=True)
-            for row in self.order[s["job_id"], s["pass_number"], b][lo:hi]
+            for row in self.order.get((s["job_id"], s["pass_number"], b), [])[lo:hi]
         ]
 
 
@@ -99,7 +101,10 @@ def check(world: World) -> None:
         job = world.jobs[UUID(j["id"])]
         mine = cells.get(j["id"], {})
         if job.asked:
+            _gone_by_right(world, seen, job, j)
             _landed_once(world, seen, job, j)
+            if world.callers.jobs[job.id].loading.folds:
+                _folded_once(seen, job, j)
             _ends_when_closed(world, job, j)
         if job.uploaded:
             _uploaded_once(world, job, j)
@@ -139,7 +144,8 @@ def check_end(world: World) -> None:
         _must(total == j["n_rows"] * j["n_tasks"], f"7: job {j['id'][-2:]} accounts for {total} cells")
         job = world.jobs[UUID(j["id"])]
         if j["state"] == "succeeded":
-            _must(len(job.cells) == total, f"7: {len(job.cells)} of {total} cells can be read")
+            kept = total - job.past.total()
+            _must(len(job.cells) == kept, f"7: {len(job.cells)} of {kept} cells can be read")
     for asked in world.callers.asks:
         if seen.jobs[str(asked.job)]["state"] == "succeeded" and not asked.refused:
             _must(asked.answer is not None, f"7: {asked.key!r} was never answered")
@@ -153,14 +159,53 @@ def check_end(world: World) -> None:
         )
 
 
+def _gone_by_right(world: World, seen: Seen, job: Job, j: dict[str, Any]) -> None:
+    """Only answered blocks of an open job are deleted; their cells stay counted, and what is kept is told."""
+    there = {b["number"] for b in seen.tables["block"] if b["job_id"] == j["id"]}
+    gone = {
+        number: span for number, span in job.spans.items() if number not in there and span[0] not in job.gone
+    }
+    if gone:
+        assert world.before is not None
+        was = world.before.jobs[j["id"]]["state"]
+        _must(was == "open", f"19: job {j['id'][-2:]} is {was}, and lost blocks {sorted(gone)}")
+        done = {
+            b["number"] for b in world.before.tables["block"] if b["job_id"] == j["id"] and b["done_number"]
+        }
+        _must(gone.keys() <= done, f"19: blocks {sorted(gone.keys() - done)} went that were not answered")
+    for first, n in gone.values():
+        rows = range(first, first + n)
+        job.gone.update(rows)
+        for row in rows:
+            for task in job.tasks:
+                answer = job.cells.pop((row, task))
+                job.past[
+                    "ok" if isinstance(answer, int) else "skipped" if answer == "upstream" else "error"
+                ] += 1
+    world.callers.forget_blocks(job.id, gone)
+    past = tuple(j[f"past_{kind}"] for kind in ("ok", "error", "skipped"))
+    found = tuple(job.past[kind] for kind in ("ok", "error", "skipped"))
+    _must(past == found, f"19: {past} cells are counted of rows that are gone, and there were {found}")
+    first = j["first_row"]
+    _must(
+        not job.gone or max(job.gone) < first,
+        f"19: rows are kept from {first} on, and {max(job.gone, default=0)} is gone",
+    )
+
+
 def _landed_once(world: World, seen: Seen, job: Job, j: dict[str, Any]) -> None:
     """Each row of an open job is that of one key; rows are dense, and stay where they came to stand."""
     there, rows = world.callers.jobs[job.id], list[str | Problem]()
     asks = [a for a in seen.tables["ask"] if a["job_id"] == j["id"]]
-    blocks = sorted((b for b in seen.tables["block"] if b["job_id"] == j["id"]), key=lambda b: b["number"])
-    for at, block in enumerate(blocks):
-        where = f"block {block['number']} of job {j['id'][-2:]}"
-        _must(block["number"] == at, f"14: {where} is the {at + 1}th")
+    blocks = {b["number"]: b for b in seen.tables["block"] if b["job_id"] == j["id"]}
+    for at in range(j["n_blocks"]):
+        where = f"block {at} of job {j['id'][-2:]}"
+        if at not in blocks:
+            _must(at in job.spans, f"14: {where} is not there")
+            rows += job.rows[job.spans[at][0] : sum(job.spans[at])]
+            continue
+        block = blocks[at]
+        job.spans[at] = (block["first_row"], block["n_rows"])
         _must(block["first_row"] == len(rows), f"14: {where} begins at {block['first_row']}, not {len(rows)}")
         for a in asks:
             if a["block_number"] == at:
@@ -172,6 +217,31 @@ def _landed_once(world: World, seen: Seen, job: Job, j: dict[str, Any]) -> None:
     _must(len(rows) == j["n_rows"], f"14: job {j['id'][-2:]} counts {j['n_rows']} rows of {len(rows)}")
     _must(rows[: len(job.rows)] == job.rows, f"14: rows of job {j['id'][-2:]} came to stand elsewhere")
     job.rows = rows
+
+
+def _folded_once(seen: Seen, job: Job, j: dict[str, Any]) -> None:
+    """Each row was given what the rows of its key before it come to, and the state is that of all of them."""
+    #: Whose -> how many rows, their sum, the last one.
+    known: dict[str, list[Any]] = {}
+    #: Row -> what it was given, of those that are still kept.
+    given: dict[int, list[Any]] = {}
+    for block in (b for b in seen.tables["block"] if b["job_id"] == j["id"]):
+        values = decode_block(base64.b64decode(block["payload"])).values
+        rows = zip(values["n"], values["spent"], values["lately"], strict=True)
+        given.update(enumerate(map(list, rows), block["first_row"]))
+    for row, words in enumerate(job.rows):
+        if isinstance(words, str):
+            before = known.setdefault(who_of(words), [0, 0, None])
+            now = given.get(row, before)
+            _must(now == before, f"20: row {row} was given {now}, and before it was {before}")
+            known[who_of(words)] = [before[0] + 1, before[1] + amount_of(words), words]
+    kept = [unwrap(base64.b64decode(f["state"])) for f in seen.tables["fold"] if f["job_id"] == j["id"]]
+    # In the order of the names: the newest value with its time, a bucket of counts, one of sums.
+    found = sorted([n[0], spent[0][0], lately[1]] for lately, n, spent in kept)
+    _must(
+        found == sorted(known.values()) or (not found and j["state"] != "open"),
+        f"20: the state is {found}, and the rows come to {sorted(known.values())}",
+    )
 
 
 def _ends_when_closed(world: World, job: Job, j: dict[str, Any]) -> None:
@@ -197,6 +267,8 @@ def _told(world: World, job: Job, mine: dict[tuple[int, str], list[Any]]) -> Non
         if asked.job == job.id and asked.place is not None and asked.answer is not None:
             first = asked.place[1] + asked.place[2]
             for (i, task), answer in asked.answer.items():
+                if first + i in job.gone:
+                    continue
                 now = mine.get((first + i, task), [None])[0]
                 _must(now == answer, f"15: {asked.key!r} was told {answer} by {task}, and it is {now}")
 
@@ -260,14 +332,12 @@ def _counters(job: Job, j: dict[str, Any], mine: dict[tuple[int, str], list[Any]
     if j["state"] in CARVED:
         # A row that came in broken is an error from the first, and shown with its block.
         broken = [row for row, words in enumerate(job.rows) if isinstance(words, Problem)]
-        error += sum((row, task) not in mine for row in broken for task in job.tasks)
-    counted = (j["cells_ok"], j["cells_error"])
-    _must(counted == (ok, error), f"2: counted {counted} cells, and found {(ok, error)}")
+        error += sum((row, task) not in mine for row in broken if row not in job.gone for task in job.tasks)
+    counted, found = (j["cells_ok"], j["cells_error"]), (job.past["ok"] + ok, job.past["error"] + error)
+    _must(counted == found, f"2: counted {counted} cells, and found {found}")
     if j["state"] in (*CARVED, "succeeded"):
-        found = shown if j["state"] == "succeeded" else skipped
-        _must(
-            j["cells_skipped"] == found, f"2: counted {j['cells_skipped']} skipped cells, and found {found}"
-        )
+        n = job.past["skipped"] + (shown if j["state"] == "succeeded" else skipped)
+        _must(j["cells_skipped"] == n, f"2: counted {j['cells_skipped']} skipped cells, and found {n}")
 
 
 def _write_once(job: Job, j: dict[str, Any], mine: dict[tuple[int, str], list[Any]]) -> None:

@@ -18,7 +18,7 @@ from typing import Any
 from sqlalchemy import Connection, text
 
 from motet.protocol.transport import MemoryTransport, TransportLost
-from scheduler.store import demand, sealing
+from scheduler.store import sealing
 from scheduler.store.database import WORK, Database, StoreUnavailable
 from scheduler.store.listening import Listener
 from scheduler.store.words import Words, heard
@@ -112,6 +112,12 @@ class Tap(Database):
                 raise _end(mine)
         if mine.endswith("after"):
             raise _end(mine)
+
+    @contextmanager
+    def reading(self) -> Iterator[Connection]:
+        """Breaks and freezes as a transaction does."""
+        with self.transaction() as connection:
+            yield connection
 
     def _audit(self, connection: Connection) -> bool:
         """No write under an old epoch: whoever writes leads at that very moment, for nobody can take over meanwhile.
@@ -236,7 +242,6 @@ class Stage:
         for listener in self.listeners.values():
             listener.close()
         # Jobs of one play have the ids of those of another.
-        demand._lengths_read.clear()
         sealing.task_shapes.cache.clear()
         with self.taps["machine"].transaction() as connection:
             connection.exec_driver_sql(_EMPTY)

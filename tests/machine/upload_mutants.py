@@ -3,28 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Collection
-from uuid import UUID
 
-from sqlalchemy import Connection, text
+from sqlalchemy import text
 
-from scheduler.store import landing, outcomes, sealing
+from motet.states import State
+from scheduler.store import landing, outcomes
 from tests.machine.mutants import Mutant, Patch
+from tests.machine.open_mutants import lets_succeed
 
 # -- the seeds ---------------------------------------------------------------------------------------
-
-
-def lets_an_upload_succeed(patch: Patch) -> None:
-    succeed = sealing.succeed
-    runs = text(
-        "UPDATE job SET state = 'running', closed = now()"
-        " WHERE id = ANY(:jobs) AND state = 'loading' AND blocks_done = n_blocks"
-    )
-
-    def early(connection: Connection, jobs: Collection[UUID]) -> None:
-        connection.execute(runs, {"jobs": sorted(jobs)})
-        succeed(connection, jobs)
-
-    patch.setattr(sealing, "succeed", early)
 
 
 def closes_and_forgets_what_was_counted_early(patch: Patch) -> None:
@@ -64,7 +51,7 @@ _ROUND = ("round", (7,))
 _CLOSE = ("close_late", (0, 0, 7))
 
 UPLOAD_MUTANTS: Collection[Mutant] = (
-    Mutant("lets an upload succeed", lets_an_upload_succeed, (_UPLOAD, _ROUND, _ROUND), 18),
+    Mutant("lets an upload succeed", lets_succeed(State.LOADING), (_UPLOAD, _ROUND, _ROUND), 18),
     Mutant(
         "closes and forgets what was counted early",
         closes_and_forgets_what_was_counted_early,

@@ -13,7 +13,10 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 from uuid import UUID
 
+from sqlalchemy import text
+
 from motet.errors import Problem
+from motet.folds import Count, Last, Sum
 from motet.protocol.columns import ERROR, CellError, Column
 from motet.protocol.settings import Settings
 from motet.protocol.transport import TransportLost
@@ -55,6 +58,14 @@ _CHOICES = (
     ("size", "then", "last"),
     ("then", "other", "size", "again"),
 )
+#: What some open jobs fold of their rows, whoever reads it.
+FOLDS = {
+    "n": Count(key="{who}"),
+    "spent": Sum("{amount}", key="{who}"),
+    "lately": Last("{text}", key="{who}"),
+}
+#: Numbers of tasks with which a job is opened so.
+_FOLDED = (2, 4, 6)
 #: Task -> the one whose answer it reads.
 NEEDS = {"then": "size", "last": "then"}
 #: What befalls a dispatcher at a transaction of its step; "lost" befalls a call to Redis, "swallowed"
@@ -62,6 +73,7 @@ NEEDS = {"then": "size", "last": "then"}
 DISPATCHER_FAULTS = ("crash after", "crash before", "away after", "away before", "freeze", "lost")
 AGGREGATOR_FAULTS = ("crash before", "crash after", "away after", "away before", "lost", "swallowed")
 MOST_JOBS = 5
+_A_MONTH = text("UPDATE block SET done_at = done_at - interval '30 days' WHERE job_id = :job")
 #: Around the beat, the death of a silent worker, the lead's and a lease's end.
 PAUSES_S = (0.1, 0.5, 2.0, 4.5, 8.5, 20.0)
 #: Rounds in which a cluster without faults must end every job.
@@ -104,6 +116,11 @@ class Job:
     #: Its rows come in parts, while those before are run.
     uploaded: bool = False
     deleted: bool = False
+    #: Of an open job: first row of each block that has landed, and how many it has.
+    spans: dict[int, tuple[int, int]] = field(default_factory=dict)
+    #: Rows that were deleted from its front, and their cells by ok, error and skipped.
+    gone: set[int] = field(default_factory=set)
+    past: Counter[str] = field(default_factory=Counter)
     #: Counters and cells as of its end; nothing of them changes afterwards.
     frozen: tuple[Any, ...] | None = None
     #: (row, task) -> its answer, once it has one.
@@ -287,7 +304,8 @@ class World:
             return
         job, names = UUID(int=len(self.jobs) + 1), _CHOICES[tasks % len(_CHOICES)]
         self._advance(0.01)
-        land(self.database, [], {n: _TASKS[n] for n in names}, job_id=job, priority=0)
+        folds = FOLDS if tasks % len(_CHOICES) in _FOLDED else None
+        land(self.database, [], {n: _TASKS[n] for n in names}, job_id=job, priority=0, folds=folds)
         self.jobs[job] = Job(job, [], names, asked=True)
         self.callers.opened(job, names)
 
@@ -327,6 +345,15 @@ class World:
         """Of an open job, one time in three; half of them go wrong."""
         if i % 3 == 0 and (job := self._some_open(i // 3)) is not None:
             self.callers.close(APIS[api % 2], job, (*LANDING_FAULTS, "", "", "", "")[fault % 8])
+
+    def rule_forget_front(self, i: int) -> None:
+        """A month passes for the answered rows of an open job: the next steps of a dispatcher sweep them away."""
+        if (job := self._some_open(i)) is None:
+            return
+        with self.database.transaction() as connection:
+            connection.execute(_A_MONTH, {"job": job})
+        for dispatcher in self.dispatchers.values():
+            dispatcher._sweep_at = 0.0
 
     def _some_open(self, i: int) -> UUID | None:
         """A job that was opened to be asked, whatever became of it."""

@@ -151,7 +151,7 @@ def test_a_server_that_goes_away_is_waited_for_until_q(
     screen = Console(width=100, height=30, file=io.StringIO(), force_terminal=True, markup=False)
     answers: list[ClusterView | None] = [None, seen([a_worker("host-gpu7")]), None]
 
-    def look(client: Client) -> ClusterView:
+    def look(client: Client, before: ClusterView | None = None) -> ClusterView:
         said = answers.pop(0)
         if not answers:
             os.write(keyboard, b"q")

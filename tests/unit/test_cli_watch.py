@@ -297,3 +297,23 @@ def test_a_server_that_is_too_old_to_tell_still_shows_how_far_a_job_is(
 ) -> None:
     motet("submit", tickets, *TOPIC)
     assert motet("watch", "job-1").out.startswith("succeeded · 30 of 30 cells")
+
+
+def test_an_open_job_shows_its_last_minute_and_from_where_rows_are_kept() -> None:
+    minute = {
+        "at_s": 42.0,
+        "asks_s": 12.34,
+        "rows_s": 20.0,
+        "late": 2,
+        "refused": 0,
+        "failed": 1,
+        "waiting": 7,
+        "p50_s": 0.0271,
+        "p99_s": 1.234,
+    }
+    shown = drawn(facts(job=a_job("open", first_row=1234), asks={"minute": minute, "spans": []}))
+    assert "kept from row 1,234 on" in shown
+    assert (
+        line(shown, "12 asks/s")
+        == "12 asks/s · half of them answered in 27.1 ms, 99 % in 1.23 s · 7 rows wait to be stored · 2 late · 1 failed"
+    )

@@ -13,11 +13,13 @@ import pytest
 from motet.messages.explanation import Explanation
 from motet.protocol.manifest import Manifest
 from motet.protocol.wire import PROTOCOL, Beat
+from scheduler.ask_times import no_times, place
 from scheduler.explaining.case import Case
 from scheduler.explaining.explain import NAMES, explain
 from scheduler.facts import Facts
 from scheduler.policy.cost import Rate, Rates
 from scheduler.policy.placing.records import Demand, Refusal
+from scheduler.store.ask_spans import AskSpan
 from scheduler.store.explain import Owner, PassStanding, Standing
 from scheduler.store.jobs import JobEntry
 from scheduler.store.leases import Held
@@ -131,6 +133,7 @@ def told(
         "owners": {OWN: Owner("me", 1, "nightly"), THEIRS: Owner("they", 1, "their secret")},
         "beats": {b.worker: b for b in beats},
         "memory_share": 0.5,
+        "lane_share": 0.3,
         "leads": True,
         "throttle": 1.0,
         "subtask_s": 2.0,
@@ -307,6 +310,7 @@ def test_an_interactive_job_waits_behind_no_bulk() -> None:
     )
     assert "behind" not in found.says
     assert [b.priority for b in found.beside] == ["bulk"]
+    assert any("at most 30% of a device from them (MOTET_LANE_SHARE)" in note for note in found.notes)
     assert found.eta is not None
     assert found.eta.p90_s < 2
 
@@ -389,3 +393,24 @@ def test_what_has_ended_says_how() -> None:
     found = told(job=entry("failed", reason="its deadline passed", cells_error=2))
     assert str(found) == "It has ended: failed: its deadline passed.\n2 cells of it are errors."
     assert (found.eta, found.passes) == (None, ())
+
+
+def test_an_open_job_says_how_its_asks_fare_and_what_it_no_longer_keeps() -> None:
+    times = no_times()
+    times[place(0.027)] = 98
+    times[place(0.4)] = 2
+    asks = AskSpan(at=0, answered=100, late=3, refused=12, waiting=1, times=times)
+    job = entry("open", first_row=1234)
+    standing = Standing(job=job, passes=(standing_of(demand(rows=0)),), left_s=None, asks=asks)
+    found = told(beat(), job=job, standing=standing)
+    assert (
+        found.says
+        == "It is open: all rows that have come are answered, and it takes more until it is closed."
+    )
+    assert found.notes[0].startswith("In the last minute 100 asks of it were answered, half of them in 2")
+    assert found.notes[0].endswith(
+        "3 came too late for their callers; 12 were refused, since too many waited; 1 row waits to be stored."
+    )
+    assert found.notes[1] == "Its rows before 1,234 were deleted, having been kept long enough."
+    quiet = Standing(job=job, passes=(standing_of(demand(rows=0)),), left_s=None, asks=AskSpan(at=0))
+    assert "none of its asks was answered" in told(beat(), job=job, standing=quiet).notes[0]

@@ -296,6 +296,16 @@ def test_a_refused_row_comes_back_while_it_has_time(api: FakeApi, feed: Feed) ->
         feed.ask("b", within_s=0.5)
 
 
+def test_a_refused_row_says_when_to_come_back_and_is_not_sent_before(api: FakeApi, feed: Feed) -> None:
+    api.refuse = lambda row: {"type": "overloaded", "message": "4,096 rows wait", "retry_after_s": 7}
+    began = time.monotonic()
+    with pytest.raises(Overloaded) as refused:
+        feed.ask("a", within_s=5)
+    assert refused.value.retry_after_s == 7
+    assert time.monotonic() - began < 1
+    assert len(api.asks) == 1
+
+
 def test_a_server_that_is_away_is_unreachable_after_the_callers_time(api: FakeApi, feed: Feed) -> None:
     api.fault = lambda method, path: "lost" if path.endswith("/ask") else None
     started = time.monotonic()

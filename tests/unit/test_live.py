@@ -184,12 +184,25 @@ def test_who_waits_when_the_process_is_told_to_end_is_told_to_come_back(
     async def play() -> None:
         feed = Store(threads)
         feed.answers = False
-        waiting = [asyncio.ensure_future(feed.asks(key, within_s=60)) for key in ("landed", "queued")]
-        await asyncio.sleep(0.05)
+        waiting = []
+        for key in ("landed", "queued"):
+            waiting.append(asyncio.ensure_future(feed.asks(key, within_s=60)))
+            await asyncio.sleep(0.05)
         feed.bell.stop()
         found = await asyncio.wait_for(asyncio.gather(*waiting, return_exceptions=True), 2.0)
         assert [type(one) for one in found] == [Unavailable, Unavailable]
         assert list(feed.landed) == [b"landed"]
+
+    asyncio.run(play())
+
+
+def test_rows_that_come_together_land_together(threads: ThreadPoolExecutor) -> None:
+    """A client sends the rows of its threads in one request: the first of them does not run off alone."""
+
+    async def play() -> None:
+        feed = Store(threads, width=4)
+        await asyncio.gather(*(feed.asks(str(n)) for n in range(32)))
+        assert feed.blocks == 2
 
     asyncio.run(play())
 

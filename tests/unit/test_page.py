@@ -13,7 +13,7 @@ from jinja2 import UndefinedError
 
 from motet.pages import environment, read
 from scheduler.api import markup
-from scheduler.api.charts import Stretch, curve, drawn_bars, nice, round_step
+from scheduler.api.charts import Stretch, curve, drawn_bars, minutes, nice, round_step
 from scheduler.api.page import job_page, jobs_page, refused_page
 from scheduler.api.words import compact, duration, percent
 from tests.messages import ACTIVITY, JOB
@@ -361,9 +361,62 @@ def test_of_an_open_job_neither_share_nor_time_left_is_told() -> None:
     cells = {"total": 120, "ok": 110, "error": 2, "skipped": 0, "reused": 0}
     told = facts(state="open", rows=60, cells=cells, eta_s=None, finished=None)
     page = job_page(told)
-    assert "each is answered as it comes" in page
+    assert "all of them kept" in page
     assert "cells without an answer yet" in page
     for words in ("Time left", "<dt>Done</dt>", 'class="whole"', " % "):
         assert words not in page.partition("<table")[0].replace("100 % ", ""), words
     listed = jobs_page([told["job"]])
     assert "112 cells" in listed
+
+
+# -- an open job
+
+
+def spans(*asks_s: float, **more: Any) -> list[dict[str, Any]]:
+    """Spans of five seconds, the last of which ends now."""
+    idle = {"rows_s": 0.0, "late": 0, "refused": 0, "failed": 0, "waiting": 0, "p50_s": None, "p99_s": None}
+    return [
+        {**idle, "at_s": 600.0 - 5 * (len(asks_s) - 1 - i), "asks_s": n, **(more if n else {})}
+        for i, n in enumerate(asks_s)
+    ]
+
+
+def open_facts(*asks_s: float, first_row: int = 0) -> dict[str, Any]:
+    found = facts(state="open", first_row=first_row, keep_s=604_800.0, finished=None, eta_s=None)
+    told = spans(*asks_s, p50_s=0.027, p99_s=1.234, late=2, waiting=3)
+    found["asks"] = {"spans": told, "minute": {**told[-1], "asks_s": 12.34}}
+    return found
+
+
+def test_the_page_of_an_open_job_shows_its_last_minutes() -> None:
+    read = Reader(job_page(open_facts(*[0.0] * 60, *[12.0] * 60, first_row=1234)))
+    for words in (
+        "Asks 12 a second",
+        "Half answered in 27 ms 99 % in 1.23 s",
+        "kept from row 1,234 on",
+        "Time to the answer 27 ms, 99 % in 1.23 s",
+        "2 late, 0 refused, 0 failed",
+        "Rows kept for 7 d 0 h",
+        "10 min ago",
+    ):
+        assert words in read.text, words
+    titles = [
+        element["aria-label"] for name, element in read.seen if name == "svg" and element.get("role") == "img"
+    ]
+    assert "Asks answered over the last 10 min 00 s: 12 a second in the last minute" in titles
+
+
+def test_a_line_is_broken_where_nothing_was_answered() -> None:
+    chart = minutes(open_facts(*[4.0] * 6, *[0.0] * 6, *[8.0] * 3)["asks"])
+    asked, took = chart[0]["lines"][0][1], chart[1]["lines"][0][1]
+    assert asked.count("M") == 1
+    assert took.count("M") == 2
+    assert len(chart[0]["hits"]) == 15
+    assert drawn("small", chart[1]).count("<path") == 2
+
+
+def test_a_job_that_nobody_has_asked_yet_has_a_page() -> None:
+    page = open_facts(*[0.0] * 120)
+    page["asks"]["minute"] = page["asks"]["spans"][-1]
+    read = Reader(job_page(page))
+    assert "Half answered in – none in the last minute" in read.text

@@ -11,6 +11,7 @@ import pytest
 from scheduler import payloads
 from scheduler.blocks import uint32_bytes
 from scheduler.payloads import Payloads
+from scheduler.store.manifests import Manifests
 
 
 def test_places_with_an_order_and_no_texts_leave_the_cache_too(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -19,7 +20,7 @@ def test_places_with_an_order_and_no_texts_leave_the_cache_too(monkeypatch: pyte
     monkeypatch.setattr(
         payloads.payload_rows, "upstream_answers", lambda _, places: {place: (order, []) for place in places}
     )
-    packed = Payloads(cast(Any, SimpleNamespace(transaction=nullcontext)))
+    packed = Payloads(cast(Any, SimpleNamespace(reading=nullcontext)), Manifests())
     for block in range(100):
         place = ("job", 0, block)
         assert list(packed._upstream_of({place})) == [place]

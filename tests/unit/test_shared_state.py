@@ -7,12 +7,10 @@ from datetime import UTC, datetime
 from types import SimpleNamespace
 from typing import Any
 
-import pytest
-
 from motet.protocol.manifest import Manifest
 from motet.protocol.wire import Beat
 from scheduler.api.workers_seen import WorkersSeen
-from scheduler.store import demand
+from scheduler.store.manifests import Manifests
 
 BEATS = {name: Beat(worker=name, boot="b", seq=1) for name in ("w1", "w2", "w3")}
 MODELS = [
@@ -58,16 +56,14 @@ def test_a_thread_that_looks_while_another_does_takes_no_silent_worker_for_a_liv
     assert seen.silent(BEATS, 6.0) == set(BEATS)
 
 
-def test_manifests_that_another_thread_forgets_meanwhile_are_found_all_the_same(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    monkeypatch.setattr(demand, "_manifests_read", {})
+def test_manifests_that_another_thread_forgets_meanwhile_are_found_all_the_same() -> None:
+    manifests = Manifests()
 
     class Line:
         """A connection during whose answers another thread empties what is kept."""
 
         def execute(self, _: object, at: dict[str, list[int]]) -> Any:
-            demand._manifests_read.clear()
+            manifests._known.clear()
             return [
                 SimpleNamespace(id=number, created=created, manifest=manifest.to_json())
                 for number, created, manifest in MODELS
@@ -76,5 +72,5 @@ def test_manifests_that_another_thread_forgets_meanwhile_are_found_all_the_same(
 
     first, both = MODELS[:1], MODELS
     for wanted in (first, both):
-        found = demand._manifests(Line(), {(number, created) for number, created, _ in wanted})  # type: ignore[arg-type]
+        found = manifests.of(Line(), {(number, created) for number, created, _ in wanted})  # type: ignore[arg-type]
         assert found == {(number, created): manifest for number, created, manifest in wanted}

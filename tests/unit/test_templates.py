@@ -9,7 +9,7 @@ import pytest
 
 from motet.errors import InvalidJob
 from motet.tasks import Classify, Function, Generate, dialogues_of, fields_of, parse
-from motet.templates import Reference, filled, is_template, part_of, resolved, text_of
+from motet.templates import Reference, filled, is_well_formed, part_of, resolved, text_of
 
 TURNS = [{"role": "user", "content": "Hi {you}"}, {"role": "assistant", "content": "What is it?"}]
 
@@ -32,7 +32,7 @@ TURNS = [{"role": "user", "content": "Hi {you}"}, {"role": "assistant", "content
 def test_a_placeholder_means_a_field_an_answer_or_a_part(
     written: str, answers: set[str], meant: Reference
 ) -> None:
-    assert is_template(f"<{{{written}}}>")
+    assert is_well_formed(f"<{{{written}}}>")
     assert resolved(written, answers) == meant
 
 
@@ -41,7 +41,7 @@ def test_a_placeholder_means_a_field_an_answer_or_a_part(
     ["", "1st", "a b", "a[", "a[]", "a]", "a[1:2:3]", "a[1.5]", "a[0]b", "a[[0]]", "[0]", "a!r", "a:>9"],
 )
 def test_what_is_no_placeholder_is_refused(written: str) -> None:
-    assert not is_template(f"{{{written}}}")
+    assert not is_well_formed(f"{{{written}}}")
     with pytest.raises(InvalidJob, match="text that names at least one field"):
         parse({"t": {"kind": "classify", "model": "m", "input": f"{{{written}}} {{text}}"}})
 

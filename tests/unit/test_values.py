@@ -108,8 +108,11 @@ def assignment_of(block: EncodedBlock, field: str = "age") -> Assignment:
     order = TaskOrder(name="f", spec=Function("f", input=f"{{{field}}}").to_json(), manifest=manifest)
     stored = decode_block(block.payload)
     pass_ = payloads._Pass(
-        kind="function f", numerics="fast", max_tokens=0, input=f"{{{field}}}", model=manifest, tenant="t",
-        priority=1, needs=False, tasks=((0, order),),
+        payloads.payload_rows.StoredPass(
+            kind="function f", numerics="fast", max_tokens=0, input=f"{{{field}}}", own_order=False, tenant="t",
+            priority=1, model=manifest, tasks=(),
+        ),
+        ((0, order),),
     )  # fmt: skip
     typed = {name: stored.values[name] for name in stored.types}
     here = payloads._Block(stored.texts(), typed, range(block.n_rows), 0, False, 1)

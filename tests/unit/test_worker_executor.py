@@ -25,10 +25,12 @@ from workers.run.batching import Budget, Cost, Pace
 from workers.run.blobs import CannotFetch
 from workers.run.device import Device
 from workers.run.executor import LOAD_S, PREPARE_S, Executor
-from workers.run.lane import SHARE, WINDOW_S
+from workers.run.lane import WINDOW_S
 from workers.run.reporter import Reporter
 from workers.run.stream import FIRST_MEASURED_S, FIRST_RUN_S, RUN_S
 
+#: Of a device that interactive work may take from bulk.
+SHARE = 0.3
 TRUNK = Manifest(name="trunk", version="1", engine="fake", answers="number", trunk="t", formats=("bf16",))
 OTHER = Manifest(name="other", version="1", engine="fake", answers="number", trunk="o")
 
@@ -142,6 +144,7 @@ class House:
         #: Tokenising that waits to be done, and whether of interactive rows; None does it at once.
         self.pending: list[tuple[Callable[[], None], bool]] | None = None
         self.executor = Executor(
+            lane_share=SHARE,
             worker="w",
             boot="b",
             device=self.device or Device("cpu", "a fake", "cpu", 1000, self.formats),

@@ -120,6 +120,7 @@ class WorkerApp:
             attempts=self.attempts,
             reporter=self._reporter,
             budget_mb=int(settings.memory_share * device.memory_mb) // device.gpus,
+            lane_share=settings.lane_share,
             broken=lambda: exit_now(EXIT_DEVICE),
             spawn=lambda job, interactive: self._pools[interactive].submit(self._vital, job),
             pulse=pulse,

@@ -69,12 +69,13 @@ class Executor:
         attempts: Attempts,
         reporter: Reporter,
         budget_mb: int,
+        lane_share: float,
         broken: Callable[[], None],
         spawn: Callable[[Callable[[], None], bool], object],
         pulse: Callable[[int], None] = lambda silence_s: None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        """``budget_mb``: memory of one GPU that models may hold. ``broken``: ends the process, for a device that is lost.
+        """``budget_mb``: memory of one GPU that models may hold. ``lane_share``: of the device, see lane.py. ``broken``: ends the process, for a device that is lost.
         ``spawn``: runs a function away from the device's thread; True: not behind those that came with False.
         ``pulse``: tells the launcher how many seconds this process may be silent from now."""
         self._worker, self._boot, self._device = worker, boot, device
@@ -92,7 +93,7 @@ class Executor:
             self._changed, spawn, self._stream_for, self._ready, self._lost_device, clock
         )
         self._evidence = Evidence(transport, boot, clock)
-        self._interactive_at, self._lane = float("-inf"), Lane()
+        self._interactive_at, self._lane = float("-inf"), Lane(lane_share)
         self._activity: Occupation | None = None
         self._busy_s, self.rows_done = 0.0, 0
 

@@ -6,20 +6,20 @@ lane owes what it took while bulk waited. Its debt melts with time, and beyond a
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
-#: Of any ``WINDOW_S`` or more in which bulk always waits, the lane takes at most this share and one turn more.
-SHARE, WINDOW_S = 0.3, 5.0
+#: Of any ``WINDOW_S`` or more in which bulk always waits, the lane takes at most its share and one turn more.
+WINDOW_S = 5.0
 #: What it may take in a row. One-row jobs that come at once are then all served before bulk goes on.
 BURST_S = 0.25
-#: Share of the device that it has under full bulk for ever: with a burst just before, no window exceeds ``SHARE``.
-STEADY = SHARE - BURST_S / WINDOW_S
 
 
 @dataclass(frozen=True, slots=True)
 class Lane:
     """What the interactive lane of one device owes to bulk: a bucket that leaks."""
 
+    #: ``MOTET_LANE_SHARE``; more than a burst is of a window.
+    share: float
     owed_s: float = 0.0
     #: When that was so.
     at: float = 0.0
@@ -33,7 +33,9 @@ class Lane:
 
         It never owes more than the share of one window, so that a long load keeps others waiting for at most that.
         """
-        return Lane(min(self._owed(now) + seconds, SHARE * WINDOW_S), now)
+        return replace(self, owed_s=min(self._owed(now) + seconds, self.share * WINDOW_S), at=now)
 
     def _owed(self, now: float) -> float:
-        return max(0.0, self.owed_s - STEADY * (now - self.at))
+        # What it has under full bulk for ever: with a burst just before, no window exceeds its share.
+        steady = self.share - BURST_S / WINDOW_S
+        return max(0.0, self.owed_s - steady * (now - self.at))

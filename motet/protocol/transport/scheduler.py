@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from motet.protocol.envelope import BadMessage
 from motet.protocol.transport.beats import KnownBeat, read_beat
-from motet.protocol.transport.connection import RedisConnection
+from motet.protocol.transport.connection import RedisConnection, as_command
 from motet.protocol.transport.contract import DEAD_KEPT, Entry, Heard, Lag, TransportLost
 from motet.protocol.transport.keys import (
     CANARY,
@@ -72,8 +72,8 @@ class RedisTransport:
         self._named: dict[bytes, AttemptKey] = {}
         #: Worker -> its newest beat.
         self._beats: dict[str, KnownBeat] = {}
-        #: All workers at the last look, and the keys of their beats.
-        self._beat_keys: tuple[list[str], list[str]] = ([], [])
+        #: All workers at the last look, and what asks Redis for their beats.
+        self._question: tuple[list[str], bytes] = ([], b"")
 
     def close(self) -> None:
         self._redis.close()
@@ -107,11 +107,13 @@ class RedisTransport:
             names, nameless = members(r)
             if nameless:
                 r.srem(WORKERS, *nameless)
-            known, keys = self._beat_keys
+            known, question = self._question
             if names != known:
-                keys = [beat_key(name) for name in names]
-                self._beat_keys = (names, keys)
-            raw: Any = r.mget(keys) if names else []
+                question = as_command(b"MGET", *(beat_key(name).encode() for name in names))
+                self._question = (names, question)
+            [raw] = self._redis.exchange([question]) if names else [[]]
+            if isinstance(raw, Exception):
+                raise raw
             return names, raw
 
         names, raw = self._redis.call(ask)
@@ -133,31 +135,30 @@ class RedisTransport:
         return found, frozenset(renewed)
 
     def publish_all(self, by_worker: Mapping[str, Sequence[Assignment]]) -> None:
-        def send(r: redis.Redis) -> None:
-            refused: list[Exception] = []
-            pipe, held = r.pipeline(transaction=False), 0
+        ttl_s = str(self._payload_ttl_s).encode()
+        refused: list[Exception] = []
+        commands: list[bytes] = []
+        held = 0
+        for worker, assignments in by_worker.items():
+            queue = queue_name(worker).encode()
+            for a in assignments:
+                key, payload = payload_key(worker, a.subtask, a.attempt).encode(), a.encode()
+                commands.append(as_command(b"SET", key, payload, b"EX", ttl_s))
+                # Kombu's own list format, written here so that a step is one round trip and no connection of
+                # Celery's is needed on this side; the contract suite reads it back with a real Celery worker.
+                commands.append(as_command(b"LPUSH", queue, celery_message(worker, a).encode()))
+                held += len(payload)
+                if held > _SENT_AT_ONCE:
+                    refused += self._sent(commands)
+                    commands, held = [], 0
+        if commands:
+            refused += self._sent(commands)
+        if refused:
+            raise TransportLost(type(refused[0]).__name__) from refused[0]
 
-            def flush() -> None:
-                answers = pipe.execute(raise_on_error=False)
-                refused.extend(answer for answer in answers if isinstance(answer, Exception))
-
-            for worker, assignments in by_worker.items():
-                for a in assignments:
-                    payload = a.encode()
-                    pipe.set(payload_key(worker, a.subtask, a.attempt), payload, ex=self._payload_ttl_s)
-                    # Kombu's own list format, written here so that a step is one round trip and no connection of
-                    # Celery's is needed on this side; the contract suite reads it back with a real Celery worker.
-                    pipe.lpush(queue_name(worker), celery_message(worker, a))
-                    held += len(payload)
-                    if held > _SENT_AT_ONCE:
-                        flush()
-                        held = 0
-            flush()
-            if refused:
-                raise refused[0]
-
-        if by_worker:
-            self._redis.call(send)
+    def _sent(self, commands: Sequence[bytes]) -> list[Exception]:
+        """What Redis refused of these."""
+        return [answer for answer in self._redis.exchange(commands) if isinstance(answer, Exception)]
 
     def queued(self, worker: str) -> set[tuple[int, int]]:
         return self.queued_at([worker])[worker]

@@ -240,9 +240,11 @@ class Rebalancing:
             for worker in islice(kind.values(), SAMPLE)
             if not worker.flights and self._ledger.fits(worker, queue)
         ]
+        if not idle:
+            return
         idle.sort(key=lambda pair: (pair[0], pair[1].number))
         ends = {
-            worker.number: _ends(worker, now)
+            worker.number: _ends(worker, now) if _may_give(worker, now) else {}
             for worker in {f.at.number: f.at for f in queue.flights.values()}.values()
         }
         late = sorted(
@@ -266,6 +268,12 @@ class Rebalancing:
             elif _worth_a_clone(flight, seconds, end, now):
                 idle.pop(0)
                 yield Clone(flight, worker.state, seconds, self._predictions.measured(worker, flight.of))
+
+
+def _may_give(worker: WorkerEntry, now: float) -> bool:
+    """Whether something waits or lags there. Near the end most workers run their last sub-task, and in time."""
+    first = worker.flights[0]
+    return len(worker.flights) > 1 or now - first.began - first.load_s > _OVERDUE * first.seconds
 
 
 def _worth_a_clone(flight: Flight, seconds: float, end: float, now: float) -> bool:

@@ -42,6 +42,14 @@ class _JobColumns(TypedColumns):
     tokens_cached: Sum over its blocks and tasks, as in spent.
     tokens_out: Sum over its blocks and tasks, as in spent.
     closed: When no more rows could come; NULL: they can, or it ended before.
+    keep_s: Seconds for which an open job keeps a row after it was answered; NULL: until it is removed.
+    first_block: From this block on all are kept; before it only those that were answered late.
+    first_row: Index of the first row of that block.
+    past_done: Blocks whose done_number is no larger are deleted.
+    past_ok: Cells of deleted blocks; they are in cells_ok as well.
+    past_error: As past_ok.
+    past_skipped: As past_ok.
+    folds: Name -> spec of what is folded of its rows (motet/folds.py); NULL: nothing.
     notify_when: Each row for which this holds is an event; NULL: none is.
     notify_needs: Numbers of the tasks whose answers it reads.
     rows_matched: Rows for which it held so far.
@@ -83,6 +91,14 @@ class _JobColumns(TypedColumns):
     tokens_cached = must(BigInteger, default="0")
     tokens_out = must(BigInteger, default="0")
     closed = may(TIME)
+    keep_s = may(Double, check="keep_s > 0")
+    first_block = must(Integer, default="0")
+    first_row = must(BigInteger, default="0")
+    past_done = must(Integer, default="0")
+    past_ok = must(BigInteger, default="0")
+    past_error = must(BigInteger, default="0")
+    past_skipped = must(BigInteger, default="0")
+    folds = may(JSONB(none_as_null=True))
     notify_when = may(Text)
     notify_needs = must(ARRAY(SmallInteger), default="'{}'")
     rows_matched = must(BigInteger, default="0")
@@ -91,6 +107,10 @@ class _JobColumns(TypedColumns):
 job = table(
     "job",
     _JobColumns,
+    CheckConstraint(
+        "past_ok <= cells_ok AND past_error <= cells_error AND past_skipped <= cells_skipped",
+        name="past_cells_are_counted",
+    ),
     CheckConstraint(
         f"state NOT IN {spelt(ENDED)} OR {_CELLS} = n_rows * n_tasks", name="every_cell_accounted_for"
     ),
@@ -102,6 +122,7 @@ job = table(
     CheckConstraint(f"state <> '{State.OPEN}' OR kind = 'infer'", name="a_training_run_is_never_open"),
     UniqueConstraint("tenant_id", "idempotency_key"),
     index("job_ended", "finished", where="finished IS NOT NULL"),
+    index("job_folding", "id", where="folds IS NOT NULL"),
     index("job_newest", "tenant_id", "created DESC", "id DESC"),
     index("job_unfinished", "state", "id", where=f"state IN {spelt(LIVE)}"),
 )
@@ -189,6 +210,7 @@ class _BlockColumns(TypedColumns):
     done_number: The how-manieth block of its job to be finished, from 1.
     bad_fields: Field -> [[error, message, [offset, ...]], ...] of values that came in broken: error cells of
       the tasks that read it.
+    done_at: When all of it was answered by work, or landed answered in an open job: its age counts from there.
     """
 
     job_id = key(Uuid, ForeignKey("job.id", ondelete="CASCADE"))
@@ -205,6 +227,7 @@ class _BlockColumns(TypedColumns):
     passes_open = must(SmallInteger)
     done_number = may(Integer)
     bad_fields = must(JSONB, default="'{}'")
+    done_at = may(TIME)
 
 
 block = table(
@@ -234,6 +257,57 @@ ask = table(
     _AskColumns,
     within("block", job_id="job_id", block_number="number"),
     index("ask_by_block", "job_id", "block_number"),
+)
+
+
+class _AskSpanColumns(TypedColumns):
+    """Asks of an open job that one API process ended in one span of seconds. Kept for minutes.
+
+    at: Start of the span, on the clock of that process.
+    process: Name of the API process: each gathers and counts by itself.
+    n_rows: Rows of the asks that were answered.
+    answered: Asks that were answered in time.
+    late: Asks whose callers gave up.
+    refused: Asks that were told to come back.
+    failed: Asks that ended in another error.
+    waiting: Rows that waited to land at the end of the span.
+    times: Asks answered, by how long they took: scheduler/ask_times.py has the bounds.
+    """
+
+    job_id = key(Uuid, ForeignKey("job.id", ondelete="CASCADE"))
+    at = key(TIME)
+    process = key(Text)
+    n_rows = must(Integer)
+    answered = must(Integer)
+    late = must(Integer)
+    refused = must(Integer)
+    failed = must(Integer)
+    waiting = must(Integer)
+    times = must(ARRAY(Integer))
+
+
+ask_span = table("ask_span", _AskSpanColumns)
+
+
+class _FoldColumns(TypedColumns):
+    """What an open job remembers of the rows of a key, as of the newest landing.
+
+    key: Keyed digest of the template of the key and its typed value.
+    state: Envelope: an entry for each fold of the template, in order of their names (scheduler/policy/folds.py).
+    until: Nothing of it counts from then on; NULL: as long as its job is open.
+    """
+
+    job_id = key(Uuid, ForeignKey("job.id", ondelete="CASCADE"))
+    key = key(LargeBinary)
+    state = must(LargeBinary)
+    until = may(TIME)
+
+
+fold = table(
+    "fold",
+    _FoldColumns,
+    index("fold_until", "until", where="until IS NOT NULL"),
+    postgresql_with={"fillfactor": 70},
 )
 
 

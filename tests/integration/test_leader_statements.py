@@ -1,0 +1,67 @@
+"""What a one-row job costs the leader in round trips to Postgres: each is a wait in the way of one row."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import psycopg
+import pytest
+
+from scheduler.store.words import Words
+from tests.integration.landing import land
+from tests.integration.test_protocol import TASKS, House, house
+
+__all__ = ["house"]
+
+
+@contextmanager
+def round_trips(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
+    """What Postgres is asked meanwhile, a text for all that is asked at once; COMMIT included."""
+    asked: list[str] = []
+    pipelines: list[object] = []
+    execute, command = psycopg.Cursor.execute, psycopg.Connection._exec_command
+
+    def note(connection: psycopg.Connection[Any], query: str) -> None:
+        pipeline = connection._pipeline
+        if query.startswith("BEGIN") or (pipeline is not None and any(pipeline is one for one in pipelines)):
+            asked[-1] += "; " + query
+        else:
+            asked.append(query)
+        if pipeline is not None:
+            pipelines.append(pipeline)
+
+    def executed(self: Any, query: Any, *arguments: Any, **more: Any) -> Any:
+        note(self.connection, " ".join(str(query).split()))
+        return execute(self, query, *arguments, **more)
+
+    def commanded(self: Any, query: Any, *arguments: Any, **more: Any) -> Any:
+        note(self, bytes(query).decode())
+        return command(self, query, *arguments, **more)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(psycopg.Cursor, "execute", executed)
+        patch.setattr(psycopg.Connection, "_exec_command", commanded)
+        yield asked
+
+
+def test_a_one_row_job_costs_the_leader_eight_round_trips(
+    house: House,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Three to read what waits, three to lease it, one to read what is sent, and one to see that it has ended."""
+    # The models are known, the workers too, and the leader has beaten a moment ago.
+    house.finish(land(house.database, ["before"], TASKS))
+    house.tick()
+    job = land(house.database, ["one row"], TASKS)
+    with round_trips(monkeypatch) as sent:
+        assert house.dispatcher.step(house.now, Words(landed=frozenset({job}))) == 1
+    [a] = [a for hand in house.hands for a in hand.take_all()]
+    assert len(sent) == 7, "\n".join(sent)
+    [hand] = [hand for hand in house.hands if hand.holding]
+    hand.report(hand.outcome(a))
+    house.aggregate()
+    with round_trips(monkeypatch) as sent:
+        house.dispatcher.step(house.now, Words(done=frozenset({a.subtask}), done_of=frozenset({job})))
+    assert len(sent) == 1, "\n".join(sent)
