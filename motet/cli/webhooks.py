@@ -9,6 +9,7 @@ import click
 
 from motet.cli.jobs import duration
 from motet.cli.show import as_json, connect, find_job, put_json, put_table
+from motet.messages.jobs import count
 
 
 @click.group(
@@ -125,7 +126,7 @@ def replay(webhook: str, since: float | None, event: str | None, as_json: bool) 
     if as_json:
         put_json({"events": again})
     else:
-        click.echo(f"{again:,} events are delivered again")
+        click.echo(f"{count(again, 'event')} delivered again")
 
 
 @webhooks.command(

@@ -68,7 +68,7 @@ def list_webhooks(use: Use, caller: Caller) -> WebhookList:
     status_code=201,
     response_model=Webhook,
     response_description="Its secret is never shown again.",
-    openapi_extra=takes(WebhookRequest, {"url": "https://example.com/motet", "events": ["job.ended"]}),
+    openapi_extra=takes(WebhookRequest, {"url": "https://hooks.example/motet", "events": ["job.ended"]}),
 )
 async def make_webhook(
     use: Use, caller: Caller, asked: Annotated[WebhookRequest, body(WebhookRequest)]

@@ -12,11 +12,14 @@ from http.server import BaseHTTPRequestHandler
 from pathlib import Path
 from queue import Empty
 from typing import Any
+from uuid import UUID
 
 import pytest
 
+from motet.cli import main
 from motet.client import Client
 from motet.errors import InvalidJob, NotFound
+from scheduler.store.events import tell_event
 from scheduler.webhooks import posting
 from scheduler.webhooks.posting import NotTaken, post
 from tests.integration.api_house import CLASSIFY, House, a_house, problems, running
@@ -149,6 +152,56 @@ def test_a_test_a_removal_and_what_is_no_webhook(house: House, client: Client, r
             ask(made.id)
     with pytest.raises(InvalidJob, match="events"):
         client.add_webhook(receiver.url(), events=["job.started"])  # type: ignore[list-item]
+
+
+def test_a_batch_that_ended_is_told_in_its_own_words(
+    house: House, client: Client, receiver: Receiver
+) -> None:
+    client.add_webhook(receiver.url(), events=["batch.ended"])
+    job = end_a_job(house)
+    with house.database.transaction() as connection:
+        tell_event(
+            connection,
+            house.tenants["default"],
+            "batch_ended",
+            UUID(job),
+            {"batch": "batch_1", "state": "completed"},
+        )
+    got = told(receiver.next())
+    assert (got["type"], got["data"]) == (
+        "batch.ended",
+        {"job": job, "batch": "batch_1", "state": "completed"},
+    )
+
+
+def test_the_command_line_adds_tests_lists_replays_and_removes(
+    house: House, receiver: Receiver, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("MOTET_URL", house.url)
+    monkeypatch.setenv("MOTET_TOKEN", house.tokens["user"])
+
+    def motet(*words: str, code: int = 0) -> str:
+        with pytest.raises(SystemExit) as ended:
+            main(["webhooks", *words])
+        out, error = capsys.readouterr()
+        assert ended.value.code == code, error
+        return out + error
+
+    id_, secret, *_ = motet("add", receiver.url(), "--events", "job.ended,row.matched").split()
+    assert motet("test", id_).startswith("taken: status 204")
+    assert receiver.next().proves(secret)
+    receiver.answer = 500
+    assert "not taken: status 500" in motet("test", id_, code=1)
+    receiver.next()
+    end_a_job(house)
+    tries(house, 1)
+    assert "status 500" in motet("list")
+    (listed,) = json.loads(motet("list", "--json"))
+    assert (listed["id"], listed["events"], listed["waiting"]) == (id_, ["job.ended", "row.matched"], 1)
+    assert motet("replay", id_, "--since", "1h") == "1 event delivered again\n"
+    assert "events" in motet("add", receiver.url(), "--events", "nothing", code=1)
+    motet("remove", id_)
+    assert "no webhooks" in motet("list")
 
 
 # -- at least once
