@@ -74,8 +74,9 @@ def tell_matches(connection: Connection, blocks: Collection[tuple[UUID, int]]) -
     for job, bodies in sorted(found.items()):
         if bodies:
             connection.execute(_MATCHED, {"job": job, "n": len(bodies)})
-            left = max(0, MOST_ROWS - first[job].rows_matched)
-            tell_event(connection, first[job].tenant_id, "row_matched", job, *bodies[:left])
+            told = bodies[: max(0, MOST_ROWS - first[job].rows_matched)]
+            if told:
+                tell_event(connection, first[job].tenant_id, "row_matched", job, *told)
 
 
 def _matches(written: str, first_row: int, answers: Sequence[UpstreamAnswer]) -> list[dict[str, Any]]:
