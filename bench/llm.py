@@ -20,6 +20,10 @@ choose_gain                rows a second of Choose with 4 labels / of generating
 choose_gain_own            the same / of generating it in motet's own engine, which shares the question as Choose does
 llm_tax                    seconds of a job through a whole cluster (one CPU worker) / of the bare engine on the same rows,
                            both with a thread for each core
+stream_first_token_ms      milliseconds from an ask to the first text that its reader sees / beyond those of the bare
+                           engine, which takes in the same row; one caller, median
+stream_of_bare_16          tokens a second that 16 callers read who each ask again at once / those of the bare engine with
+                           16 rows inside
 """
 
 from __future__ import annotations
@@ -32,6 +36,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Collection, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -143,10 +148,10 @@ def main() -> None:
     parser = options(__doc__)
     parser.add_argument(
         "--only",
-        help="names of parts, with commas: prefix, saved, batch, choose, tax; they replace those of the last full run",
+        help="names of parts, with commas: prefix, saved, batch, choose, tax, stream; they replace those of the last full run",
     )
     arguments = parser.parse_args()
-    wanted = set((arguments.only or "prefix,saved,batch,choose,tax").split(","))
+    wanted = set((arguments.only or "prefix,saved,batch,choose,tax,stream").split(","))
     size = arguments.size
     with scratch() as folder:
         bench = Bench(tiny(folder / "tiny") if size is Size.SMOKE else smollm.folder(), size)
@@ -176,6 +181,7 @@ def measured(
         "batch": batches,
         "choose": choosing,
         "tax": tax,
+        "stream": streaming,
     }
     for name, part in parts.items():
         if name in wanted:
@@ -469,6 +475,84 @@ def tax(bench: Bench, size: Size) -> tuple[dict[str, Any], dict[str, Any]]:
         found = in_turn({"bare engine": bare, "motet": through}, size.of(full=3, quick=1, smoke=1))
     torch.set_num_threads(1)
     return {"llm_tax": round(ratio(found, "motet", "bare engine"), 4)}, {"seconds": found, "rows": len(texts)}
+
+
+#: Callers who read along at once.
+CALLERS = 16
+
+
+def streaming(bench: Bench, size: Size) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Text read as it is written: when the first of it is there, and how much of it in a second."""
+    alone, asks = size.of(full=20, quick=8, smoke=1), size.of(full=96, quick=32, smoke=3)
+    callers, rounds = size.of(full=CALLERS, quick=CALLERS, smoke=2), size.of(full=3, quick=1, smoke=1)
+    task = {"reply": Generate("x", prompt="Write a long reply.", max_tokens=48, numerics="exact")}
+    texts = [one.text for one in random.Random(5).sample(datasets.vader(), alone + asks)]
+    firsts: dict[str, list[float]] = {"bare engine": [], "motet": []}
+    torch.set_num_threads(len(os.sched_getaffinity(0)))
+    with cluster(cpus=1) as running, Client(running.url, running.tokens["user"]) as client:
+        register(running, bench)
+        asked = {"reply": replace(task["reply"], model=smollm.NAME)}
+        with client.open(asked, name="stream") as feed, ThreadPoolExecutor(callers) as threads:
+
+            def read(text: str) -> float:
+                """Seconds until the first text."""
+                began = time.perf_counter()
+                with feed.stream(text, within_s=600) as deltas:
+                    next(deltas, None)
+                    first_s = time.perf_counter() - began
+                    for _ in deltas:
+                        pass
+                return first_s
+
+            read("warm up")
+            bare_first(bench, task, "warm up")
+            for text in texts[:alone]:
+                firsts["bare engine"].append(bare_first(bench, task, text))
+                firsts["motet"].append(read(text))
+
+            def bare() -> float:
+                bench.forget()
+                return timed(lambda: run_beside(bench, task, texts[alone:], callers))
+
+            found = in_turn(
+                {
+                    "bare engine": bare,
+                    "motet": lambda: timed(lambda: list(threads.map(read, texts[alone:]))),
+                },
+                rounds,
+            )
+    torch.set_num_threads(1)
+    more_ms = 1000 * (statistics.median(firsts["motet"]) - statistics.median(firsts["bare engine"]))
+    keys = {
+        "stream_first_token_ms": round(more_ms, 1),
+        "stream_of_bare_16": round(ratio(found, "bare engine", "motet"), 3),
+    }
+    return keys, {"first_s": firsts, "seconds": found, "asks": asks, "callers": callers}
+
+
+def bare_first(bench: Bench, task: Mapping[str, Task], text: str) -> float:
+    """Seconds until the bare engine tells the first text of a row's answer."""
+    bench.forget()
+    began = time.perf_counter()
+    pass_, [row] = bench.rows(task, [text])
+    bench.engine.admit(replace(pass_, deltas=True), row, 0, urgent=True)
+    while bench.handle.rows and not bench.engine.step(bench.handle, BUDGET).deltas:
+        pass
+    first_s = time.perf_counter() - began
+    while bench.handle.rows:
+        bench.engine.step(bench.handle, BUDGET)
+    return first_s
+
+
+def run_beside(bench: Bench, task: Mapping[str, Task], texts: Sequence[str], most: int) -> None:
+    """Let these rows in, as many at a time as there are callers."""
+    pass_, rows = bench.rows(task, texts)
+    waiting = list(enumerate(rows))
+    while waiting or bench.handle.rows:
+        while waiting and len(bench.handle.rows) < most:
+            number, row = waiting.pop(0)
+            bench.engine.admit(replace(pass_, deltas=True), row, number, urgent=True)
+        bench.engine.step(bench.handle, BUDGET)
 
 
 def register(running: Cluster, bench: Bench) -> None:

@@ -55,7 +55,7 @@ from motet.protocol.settings import Settings
 from motet.protocol.transport import RedisTransport, RedisWorkerTransport
 from motet.protocol.wire import Outcome, Usage
 from scheduler.aggregator import Aggregator
-from scheduler.blocks import IncomingPart, blocks_of
+from scheduler.blocks import IncomingPart
 from scheduler.policy.carve import carve
 from scheduler.policy.cost import Price
 from scheduler.store import demand, feeds, keeping, landing, leases
@@ -164,12 +164,9 @@ class Bench:
 
     def _land(self, facts: LoadingJob, rows: Sequence[str]) -> None:
         part = IncomingPart(columns={"text": list(rows)})
-        (block,) = blocks_of(
-            part, facts.readers, secret=facts.secret, block_rows=len(rows), block_bytes=1 << 30
-        )
         asks = [NewAsk(key=uuid.uuid4().bytes * 2, digest=bytes(32), n_rows=1) for _ in rows]
         with self.database.transaction() as connection:
-            feeds.land_asks(connection, facts, block, asks)
+            feeds.land_asks(connection, facts, part, asks)
 
     # -- cells
 

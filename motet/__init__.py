@@ -36,6 +36,7 @@ from motet.messages.registry import Alias
 from motet.messages.tokens import Token
 from motet.progress import Progress
 from motet.results import Cell, Row, Span
+from motet.row_stream import RowStream
 from motet.tasks import (
     Chat,
     Choose,
@@ -49,6 +50,7 @@ from motet.tasks import (
     Number,
     Task,
 )
+from motet.told import TextDelta
 from motet.training.epochs import Epoch
 from motet.training.lesson import Labels
 from motet.training.run import TrainRun
@@ -94,10 +96,12 @@ __all__ = [
     "Problem",
     "Progress",
     "Row",
+    "RowStream",
     "SetupError",
     "Span",
     "Sum",
     "Task",
+    "TextDelta",
     "Token",
     "TrainRun",
     "Unauthorized",

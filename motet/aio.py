@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import threading
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncGenerator, AsyncIterator, Callable
 from concurrent.futures import Future
 from types import TracebackType
 from typing import TypeVar
@@ -19,6 +19,7 @@ from motet.job import Job
 from motet.messages.jobs import Priority
 from motet.results import Row
 from motet.rows import BadRows
+from motet.told import TextDelta
 
 T = TypeVar("T")
 
@@ -69,6 +70,20 @@ class AsyncFeed:
                 return await asyncio.wrap_future(answer)
         except TimeoutError:
             raise late(stored=not answer.cancelled()) from None
+
+    async def stream(
+        self,
+        row: AskedRow,
+        *,
+        task: str | None = None,
+        within_s: float = 300.0,
+        key: str | None = None,
+        drop_late: bool = True,
+    ) -> AsyncGenerator[TextDelta, None]:
+        """The row's text as it is written, as ``Feed.stream``. Close it, or cancel whoever awaits it, to give the row up."""
+        with self.feed.stream(row, task=task, within_s=within_s, key=key, drop_late=drop_late) as deltas:
+            while (delta := await _apart(lambda: next(deltas, None))) is not None:
+                yield delta
 
     async def rows(self, after: int = 0, *, skip_gone: bool = False) -> AsyncIterator[Row]:
         """Every merged row of the job as it is done, as ``Feed.rows``."""

@@ -18,6 +18,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from itertools import chain
+from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
 from uuid import UUID
@@ -486,6 +487,18 @@ class Client:
     def remove_model(self, ref: str) -> None:
         """Take ``name@version`` from the registry. Raises Conflict while a running job uses it or an alias means it."""
         self._http.request("DELETE", f"/v1/models/{_segment('model', ref)}")
+
+    def add_artefact(
+        self, source: str | Path, name: str, *, version: str | None = None, licence: str = ""
+    ) -> Manifest:
+        """Register data for functions: a file (.json, .safetensors, .parquet) or a folder of them.
+
+        ``version`` counts up by default; content that is the newest version's already stays that version. Needs an
+        administrator's token. Raises SetupError for files that are no data.
+        """
+        from motet.artefacts import add_artefact
+
+        return add_artefact(self._http, Path(source), name=name, version=version, licence=licence)
 
     def promote(self, ref: str, alias: str) -> Alias:
         """Let an alias mean a version: after ``promote("support@2", "prod")`` a task may ask for ``support@prod``.

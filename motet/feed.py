@@ -27,6 +27,7 @@ from motet.messages.jobs import MAX_ASK_ROWS, JobRecord
 from motet.protocol.envelope import BadMessage
 from motet.protocol.values import text_flaw
 from motet.results import CURSORS_A_BLOCK, Block, Row, frames_in
+from motet.row_stream import RowStream
 from motet.rows import BadRows, CheckedRow, check_row, part_of
 from motet.states import ENDED, ENDED_EARLY
 from motet.tasks import dialogues_of, short, stored_task
@@ -151,6 +152,38 @@ class Feed:
             self._waiting.append(ask)
         self._send_more()
         return ask.answer
+
+    def stream(
+        self,
+        row: AskedRow,
+        *,
+        task: str | None = None,
+        within_s: float = 300.0,
+        key: str | None = None,
+        drop_late: bool = True,
+    ) -> RowStream:
+        """The row's text as it is written, by a language model's task, or by all of them.
+
+        An iterator of ``TextDelta``; behind the last one its ``row`` is what ``ask`` returns, and the deltas together (from
+        the last ``reset`` on, which is rare) are its text. Leaving it early gives the row up, and frees its device within a
+        second; with ``drop_late=False`` the row goes on. Raises what ``ask`` raises.
+        """
+        checked = check_row(row, self._fields, dialogues=self._dialogues, bad_rows=self._bad_rows)
+        _check_options(within_s, key)
+        specs = self.job.specs(None)
+        if task is not None and task not in specs:
+            raise InvalidJob(Problem("task", short(task), f"one of {', '.join(specs)}", "name another task"))
+        told = {"key": secrets.token_hex(16) if key is None else key, "drop_late": drop_late}
+        part = part_of([checked], self._fields)
+        return RowStream(
+            self._http,
+            f"/v1/jobs/{self.job.id}/ask",
+            lambda left_s: part.encode(squeeze=False, beside={**told, "within_s": min(_MOST_S, left_s)}),
+            specs,
+            [task] if task is not None else list(specs),
+            within_s=within_s,
+            clock=self._clock,
+        )
 
     # -- following
 

@@ -13,7 +13,7 @@ import random
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias
@@ -325,6 +325,12 @@ class Http:
         with self._good(method, path, content, headers, answer_s) as answer:
             answer.read()
         return answer
+
+    def answering(
+        self, path: str, content: bytes, headers: Mapping[str, str], silence_s: float
+    ) -> AbstractContextManager[httpx.Response]:
+        """A good answer to a POST, to be read as it comes, with at most ``silence_s`` between two signs of life. Tried once."""
+        return self._good("POST", path, content, headers, silence_s)
 
     def pieces(self, path: str, size: int) -> Iterator[bytes]:
         """The bytes of a GET in pieces of ``size``, as they arrive. Tried once; raises between pieces as well."""

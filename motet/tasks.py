@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import MISSING, dataclass, field, fields
+from keyword import iskeyword
 from typing import Any, ClassVar, Literal
 
 from motet.conditions import BadCondition, condition
@@ -40,6 +41,8 @@ class Task:
     model: str = field(kw_only=False)
     #: ``exact`` is fp32; ``fast`` allows the formats whose accuracy check passed when the model was registered.
     numerics: Numerics = "fast"
+    #: Rows may say that they are none of this task's (``condition_of``); their cells are skipped. The server sets it.
+    conditional: bool = field(default=False, metadata={"later": True, "reserved": True})
     #: The task runs on the rows for which this condition (``motet.conditions``) holds; its other cells are skipped.
     when: str | None = field(default=None, metadata={"later": True})
 
@@ -52,9 +55,14 @@ class Task:
         values = {
             f.name: told[f.name]
             for f in fields(self)
-            if told[f.name] is not None or not f.metadata.get("later")
+            if told[f.name] != f.default or not f.metadata.get("later")
         }
         return {"kind": self.kind, **{k: list(v) if isinstance(v, tuple) else v for k, v in values.items()}}
+
+    @property
+    def registered(self) -> tuple[str, ...]:
+        """What it names of the registry."""
+        return (self.model,)
 
     @property
     def shared_input(self) -> str:
@@ -134,7 +142,8 @@ class Function(Reading):
     Where ``input`` is one field alone, such as ``{age}``, the function is given its value with its type (an int, a date,
     None …); otherwise the rendered text. With ``inputs`` it is given a dict of these fields and answers, each with its
     type: a label is ``{"label", "score"}``, spans are a list of ``{"text", "label", "score", "start", "end"}``, a vector
-    is a list of floats; None where a part is not there.
+    is a list of floats; None where a part is not there. ``params`` and the data of ``artefact`` are keyword arguments:
+    ``def rank(rows, *, k=10, artefact=None)``.
     """
 
     kind: ClassVar[str] = "function"
@@ -142,6 +151,14 @@ class Function(Reading):
     #: Fields, answers of other tasks, or parts of them, without braces: ``("mood", "event.kind", "messages[-1]")``.
     #: ``input`` is not read then.
     inputs: tuple[str, ...] | None = field(default=None, metadata={"later": True})
+    #: Keyword arguments for the function: a JSON object.
+    params: Mapping[str, Any] | None = field(default=None, metadata={"later": True})
+    #: A registered artefact, ``name``, ``name@version`` or ``name@alias``: the function gets its data as ``artefact``.
+    artefact: str | None = field(default=None, metadata={"later": True})
+
+    @property
+    def registered(self) -> tuple[str, ...]:
+        return (self.model, self.artefact) if self.artefact else (self.model,)
 
     @property
     def shared_input(self) -> str:
@@ -187,7 +204,7 @@ class Generate(Prompted):
     """
 
     kind: ClassVar[str] = "generate"
-    templates: ClassVar[tuple[str, ...]] = ("about", "prompt", "system")
+    templates: ClassVar[tuple[str, ...]] = ("about", "prompt", "system", "options")
 
     #: The instruction.
     prompt: str
@@ -202,6 +219,10 @@ class Generate(Prompted):
     #: Whether the model thinks before it answers, where it can: None leaves it to the model, and its thoughts in the
     #: cell; else the cell holds the answer alone. Thoughts count as tokens written.
     thinking: bool | None = field(default=None, metadata={"later": True})
+    #: A template of JSON: what a row says of these options for itself. Its cell also counts tokens. The server sets it.
+    options: str = field(default="", metadata={"later": True, "reserved": True})
+    #: The text is continued as it stands, without a chat template. The server sets it.
+    raw: bool = field(default=False, metadata={"later": True, "reserved": True})
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -209,7 +230,7 @@ class Chat(Task):
     """The model's next message in a dialogue: a row holds a list of ``{"role": …, "content": …}`` so far."""
 
     kind: ClassVar[str] = "chat"
-    templates: ClassVar[tuple[str, ...]] = ("messages", "system")
+    templates: ClassVar[tuple[str, ...]] = ("messages", "system", "options")
 
     #: The field that holds the dialogue.
     messages: str = "{messages}"
@@ -221,6 +242,7 @@ class Chat(Task):
     seed: int = 0
     #: As of Generate.
     thinking: bool | None = field(default=None, metadata={"later": True})
+    options: str = field(default="", metadata={"later": True, "reserved": True})
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -289,6 +311,17 @@ def row_fields(name: str, task: Task, names: Collection[str]) -> tuple[str, ...]
     return tuple(read for read in task.reads(name, names) if read == name or read not in names)
 
 
+def condition_of(name: str) -> str:
+    """The reserved field of a row that holds no value: marked as bad there, the row is none of the task's."""
+    return f"?{name}"
+
+
+def asked_fields(name: str, task: Task, names: Collection[str]) -> tuple[str, ...]:
+    """The fields of a row that decide whether a task is asked it: its condition, and those that it reads."""
+    read = row_fields(name, task, names)
+    return (condition_of(name), *read) if task.conditional else read
+
+
 def dialogues_of(tasks: Mapping[str, Task]) -> frozenset[str]:
     """Fields of the row that hold a dialogue, for some chat reads them as one."""
     return frozenset(
@@ -350,7 +383,7 @@ def _parse_one(where: str, spec: object) -> Task:
         raise InvalidJob.of(
             f"{where}.kind", short(kind), f"one of {', '.join(sorted(KINDS))}", "choose a known kind of task"
         )
-    known = {f.name: f for f in fields(cls)}
+    known = {f.name: f for f in fields(cls) if not f.metadata.get("reserved")}
     problems = [
         Problem(
             f"{where}.{short(key)}", "an unknown option", f"one of {', '.join(sorted(known))}", "remove it"
@@ -480,7 +513,21 @@ def _is_schema(value: object) -> bool:
         return False
 
 
+def _are_params(value: object) -> bool:
+    """An object of keyword arguments. Whether the function takes them, the API asks."""
+    return (
+        _is_schema(value)
+        and isinstance(value, dict)
+        and all(
+            isinstance(name, str) and name.isidentifier() and not iskeyword(name) and name != "artefact"
+            for name in value
+        )
+    )
+
+
 _MODEL = "the name of a registered model"
+_ARTEFACT = "the name of a registered artefact"
+_PARAMS = "an object of the function's keyword arguments, of up to 20,000 characters of JSON; artefact is none of them"
 _TEMPLATE = "text that names at least one field, such as {text}, or a part of one, such as {messages[-1]}"
 _PROMPT = "text, with {field} where a field of the row or another task's answer belongs"
 _PROMPT_OR_NOTHING = "such text, or nothing"
@@ -498,6 +545,8 @@ _SEED = "a whole number from 0 to 2^63 - 1"
 _SCHEMA = "a JSON Schema of up to 20,000 characters"
 _CHECKS: Mapping[str, Callable[[Any], bool]] = {
     _MODEL: lambda v: _clean_text(v) and len(str(v)) <= 200,
+    _ARTEFACT: lambda v: _clean_text(v) and len(str(v)) <= 200,
+    _PARAMS: _are_params,
     _TEMPLATE: is_template,
     _PROMPT: _is_prompt,
     _PROMPT_OR_NOTHING: _is_prompt_or_nothing,
@@ -519,6 +568,8 @@ _EXPECTED: Mapping[str, _Expected] = {
     "model": _Expected(_MODEL, "see `motet models`"),
     "input": _Expected(_TEMPLATE, _BRACES),
     "inputs": _Expected(_INPUTS, "list them without braces: mood, event.kind, messages[-1]"),
+    "params": _Expected(_PARAMS, 'name them as the function does, such as {"k": 10}'),
+    "artefact": _Expected(_ARTEFACT, "see `motet models`"),
     "about": _Expected(_TEMPLATE, _BRACES),
     "prompt": _Expected(_PROMPT, _BRACES),
     "question": _Expected(_PROMPT_OR_NOTHING, _BRACES),

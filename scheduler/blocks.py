@@ -58,6 +58,13 @@ class Reader:
     reusable: bool
     #: Tasks of the job whose answers it reads, each by name and number.
     needs: tuple[tuple[str, int], ...] = ()
+    #: ``motet.tasks.condition_of`` where the task is conditional, else "".
+    condition: str = ""
+
+    @property
+    def asks(self) -> tuple[str, ...]:
+        """The fields that decide whether the task is asked a row. A row that is none of its own is not bad for it."""
+        return (self.condition, *self.reads) if self.condition else self.reads
 
 
 class Reads(NamedTuple):
@@ -93,7 +100,13 @@ class EncodedBlock:
     @property
     def n_bad(self) -> int:
         """Rows of which something is bad."""
-        return len(set(self.bad).union(*self.bad_fields.values()))
+        marks = (bad for name, bad in self.bad_fields.items() if not is_condition(name))
+        return len(set(self.bad).union(*marks))
+
+
+def is_condition(field_name: str) -> bool:
+    """A mark there says that a row is none of a task's, not that something is wrong with it (``motet.tasks``)."""
+    return field_name.startswith("?")
 
 
 def absent(bad: Bad, bad_fields: BadFields, reads: Sequence[str]) -> dict[int, tuple[str, str]]:
@@ -158,7 +171,7 @@ def _encode(
     packed = {name: uint32_bytes(lengths[name][lo:hi]) for name in columns}
     bad = _between(part.bad, lo, hi)
     bad_fields = {name: here for name, of in part.bad_fields.items() if (here := _between(of, lo, hi))}
-    absents = {reads: absent(bad, bad_fields, reads) for reads in {reader.reads for reader in readers}}
+    absents = {asks: absent(bad, bad_fields, asks) for asks in {reader.asks for reader in readers}}
     sizes = totals[lo:hi]
     # Stable even in reverse: rows of one length stay in row order.
     order = sorted(
@@ -166,8 +179,8 @@ def _encode(
     )
     digests: dict[tuple[str, ...], bytes] = {}
     for reader in readers:
-        if reader.reusable and reader.reads not in digests:
-            digests[reader.reads] = _fields_digest(columns, packed, absents[reader.reads], reader.reads)
+        if reader.reusable and reader.asks not in digests:
+            digests[reader.asks] = _fields_digest(columns, packed, absents[reader.asks], reader.reads)
     return EncodedBlock(
         n_rows=hi - lo,
         n_work=len(order),
@@ -195,7 +208,7 @@ def _keys(readers: Sequence[Reader], digests: Mapping[tuple[str, ...], bytes]) -
             upstream = {name: key(needed) for name, needed in reader.needs}
             known = {name: k for name, k in upstream.items() if k is not None}
             reusable = reader.reusable and len(known) == len(upstream)
-            keys[number] = reuse_key(digests[reader.reads], reader.digest, known) if reusable else None
+            keys[number] = reuse_key(digests[reader.asks], reader.digest, known) if reusable else None
         return keys[number]
 
     return tuple(key(number) for number in range(len(readers)))

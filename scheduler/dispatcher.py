@@ -46,7 +46,7 @@ from scheduler.policy.placing.records import Demand, Placement
 from scheduler.policy.pressure import throttle
 from scheduler.pulse import pulse
 from scheduler.speeds import Speeds
-from scheduler.store import drains, leases
+from scheduler.store import drains, dropping, leases
 from scheduler.store.database import Database, StoreUnavailable
 from scheduler.store.demand import Lengths, all_jobs_waiting, demand_of, frontier
 from scheduler.store.endings import end_job, overdue
@@ -261,6 +261,9 @@ class Dispatcher:
         for key, fate in fates.items():
             if not fate.leased:
                 flight = self._placer.flight(key)
+                if fate.state == "lost" and (held := self._book.get(key)) is not None:
+                    # Given up by whoever waited: its worker may hold it though it has not said so yet.
+                    self._controls.recalled(held.worker, key, now + self.settings.lease_s)
                 mine = fate.state == "done" and flight is not None and flight.worker.name == fate.worker
                 if mine or (fate.state == "done" and flight is None):
                     self._speeds.ended(flight)
@@ -297,6 +300,8 @@ class Dispatcher:
         self._controls.due |= changed
         self._beat_at = now + BEAT_STEP_S
         self._read_flags(now)
+        if self._flags.late:
+            dropping.expire(self.database, epoch, self._flags.late)
         self._touched |= self._stale
         self._catch_up(now)
         self._rescue(epoch, now)

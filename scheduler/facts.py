@@ -14,6 +14,7 @@ from scheduler.policy.cost import Rates
 from scheduler.policy.placing.records import Demand, Refusal, UnderWay
 from scheduler.store import drains, leases
 from scheduler.store.demand import demand
+from scheduler.store.dropping import BlockKey, late_blocks
 from scheduler.store.leadership import transport_seen
 from scheduler.store.leases import Held, LeaseKey
 from scheduler.store.manifests import Manifests
@@ -53,6 +54,8 @@ class Flags:
     transport: str = ""
     #: Leases that end soon; True: they have ended.
     due: Mapping[LeaseKey, bool] = field(default_factory=dict)
+    #: Blocks whose callers' time is over before a worker began them.
+    late: Sequence[BlockKey] = ()
 
 
 def read_flags(connection: Connection, within_s: float) -> Flags:
@@ -62,6 +65,7 @@ def read_flags(connection: Connection, within_s: float) -> Flags:
         drained=drains.drained(connection),
         transport=transport_seen(connection),
         due=leases.due(connection, within_s),
+        late=late_blocks(connection),
     )
 
 

@@ -25,7 +25,9 @@ from motet.protocol.columns import (
     Kind,
     is_storable_json,
 )
+from motet.states import Skip
 
+_SKIPS = frozenset(Skip)
 _DTYPES = {"h": "<i2", "i": "<i4", "f": "<f4", "d": "<f8", "B": "u1"}
 Positions = npt.NDArray[np.int64]
 
@@ -114,7 +116,7 @@ def mark_returned(column: Column, positions: Positions) -> Column:
 
 
 def errors_column(kind: Kind, errors: Sequence[CellError]) -> Column:
-    """A column in which every row is an error."""
+    """A column in which every row is an error, or skipped where its class is a reason to skip."""
     n = len(errors)
     arrays: dict[str, bytes] = {}
     for name, code in LAYOUT[kind]:
@@ -126,7 +128,7 @@ def errors_column(kind: Kind, errors: Sequence[CellError]) -> Column:
             arrays[name] = b""
     return Column(
         kind=kind,
-        status=bytes([ERROR]) * n,
+        status=bytes(SKIPPED if e.error in _SKIPS else ERROR for e in errors),
         arrays=arrays,
         errors=dict(enumerate(errors)),
         dim=0,

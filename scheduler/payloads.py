@@ -138,6 +138,9 @@ def _assignment(
     if p is None or any((leased.job, r.block) not in blocks for r in leased.carved.ranges):
         return None
     o, stored = p.order(leased.carved.todo), p.stored
+    says = {blocks[leased.job, r.block].say for r in leased.carved.ranges}
+    # Two processes cannot both be told; the answers are whole without it.
+    say = says.pop() if len(says) == 1 and stored.model.answers == "text" else ""
     texts: list[str] = []
     fields: dict[str, list[str]] = {written: [] for written in o.beside}
     indices: list[int] = []
@@ -172,7 +175,7 @@ def _assignment(
             )
         for written, of_rows in fields.items():
             of_rows += readable.texts(written, rows)
-        if o.drawn:
+        if o.drawn or say:
             indices += (block.first_row + i for i in rows)
     return Assignment(
         subtask=leased.subtask,
@@ -189,6 +192,7 @@ def _assignment(
         values=tuple(values) if is_typed else (),
         fields={name: tuple(of_rows) for name, of_rows in fields.items()},
         indices=tuple(indices),
+        say=say,
         exclusive=leased.carved.exclusive,
         interactive=stored.priority == INTERACTIVE,
         predicted_s=leased.predicted_s,
@@ -205,7 +209,10 @@ def _order(template: str, tasks: tuple[TaskOrder, ...]) -> _Order:
         inputs=tuple((is_function and tasks[0].spec.get("inputs")) or ()),
         whole=sole_placeholder(template),
         typed=is_function,
-        drawn=any(t.spec.get("temperature", 0) or t.spec["kind"] == "fit" for t in tasks),
+        # What a row says of its options may be a temperature.
+        drawn=any(
+            t.spec.get("temperature", 0) or t.spec.get("options") or t.spec["kind"] == "fit" for t in tasks
+        ),
     )
 
 
@@ -216,7 +223,7 @@ def _placeholders_beside_input(tasks: Sequence[TaskOrder]) -> tuple[str, ...]:
             written
             for order in tasks
             for template in KINDS[order.spec["kind"]].templates[1:]
-            for written in placeholders(order.spec[template])
+            for written in placeholders(order.spec.get(template, ""))
         )
     )
 
@@ -234,6 +241,7 @@ def _read_block(stored: payload_rows.StoredBlock) -> _Block:
         order=row_order(stored.row_order),
         first_row=stored.first_row,
         partly_bad=stored.partly_bad,
+        say=stored.say,
         bytes=len(stored.payload) * 4,
     )
 
@@ -250,6 +258,8 @@ class _Block:
     first_row: int
     #: Some values of it came in broken: a pass may have to leave out rows that others do not.
     partly_bad: bool
+    #: The API process that reads along; "": none.
+    say: str
     #: About what it takes here.
     bytes: int
 

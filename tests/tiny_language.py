@@ -251,7 +251,10 @@ class TinyServer:
             body = await told(request)
             if (refused := fault()) is not None:
                 return refused
-            return await self._write(request, body, list(body["prompt"]))
+            prompt = body["prompt"]
+            if isinstance(prompt, str):
+                prompt = self.tokenizer(prompt)["input_ids"]
+            return await self._write(request, body, list(prompt))
 
         async def counted(scope: Any, receive: Any, send: Any) -> None:
             self._now += scope["type"] == "http"

@@ -201,6 +201,15 @@ class BatchEngine(Loader, Protocol):
         ...
 
 
+@runtime_checkable
+class Detaching(Protocol):
+    """An engine that can put away again what was attached beside a model, such as a function its artefacts."""
+
+    def detach(self, handle: Any, digest: str) -> None:
+        """Forget what was attached of the model of this digest. Twice is harmless."""
+        ...
+
+
 def spreads(engine: object) -> bool:
     """Whether an engine uses all GPUs of a group for one model (`Loader`)."""
     return bool(getattr(engine, "spreads", False))

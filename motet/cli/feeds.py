@@ -145,14 +145,21 @@ def _parse_state(folds: Sequence[str]) -> dict[str, dict[str, str]] | None:
 Examples:
   motet ask risk "My card was charged twice."
   motet ask risk '{"subject": "Refund", "body": "Where is it?"}' --key ticket-81
+  motet ask letters "Where is my refund?" --stream reply
   tail -f tickets.log | motet ask risk -"""
 )
 @click.argument("job")
 @click.argument("row")
 @click.option("--key", help="Names the row for ever: asked again with it, it is found and not done twice.")
+@click.option(
+    "--stream",
+    "task",
+    metavar="TASK",
+    help="Print this task's text as it is written. Ctrl-C gives the row up.",
+)
 @_within
 @as_json
-def ask(job: str, row: str, key: str | None, within_s: float, as_json: bool) -> None:
+def ask(job: str, row: str, key: str | None, task: str | None, within_s: float, as_json: bool) -> None:
     """Ask an open JOB one ROW, or many; print the answers.
 
     JOB is a name or an id. ROW is a text, or a JSON object of fields. With - for ROW, each line of the input is one, and its answer a line of JSON, in order and as soon as it is there;
@@ -162,10 +169,15 @@ def ask(job: str, row: str, key: str | None, within_s: float, as_json: bool) -> 
 
     if row == "-" and key is not None:
         raise click.UsageError("--key names one row; of many lines each has a key of its own")
+    if task is not None and (row == "-" or as_json):
+        raise click.UsageError("--stream prints the text of one row; without it come lines and JSON")
     with connect() as client, client.feed(job) as feed:
         if row == "-":
             if not _ask_lines(feed, sys.stdin, within_s):
                 raise click.ClickException("some lines have no answer; their lines say why")
+            return
+        if task is not None:
+            _print_as_written(feed, _row(row), task, key, within_s)
             return
         answer = feed.ask(_row(row), within_s=within_s, key=key)
     if as_json or not sys.stdout.isatty():
@@ -173,6 +185,17 @@ def ask(job: str, row: str, key: str | None, within_s: float, as_json: bool) -> 
     else:
         out = console()
         out.print(result_table([answer], width=out.width))
+
+
+def _print_as_written(feed: Feed, row: AskedRow, task: str, key: str | None, within_s: float) -> None:
+    with feed.stream(row, task=task, within_s=within_s, key=key) as deltas:
+        for delta in deltas:
+            click.echo(f"\n{delta}" if delta.reset else str(delta), nl=False)
+            sys.stdout.flush()
+    click.echo()
+    cell = deltas.row[task] if deltas.row is not None else None
+    if cell is not None and cell.error is not None:
+        raise click.ClickException(f"{task}: {cell.error.error}: {cell.error.message}")
 
 
 def _row(line: str) -> AskedRow:

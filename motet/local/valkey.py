@@ -35,6 +35,8 @@ RIGHTS = {
         # kombu writes down its queue, and reports events for Flower.
         " (~_kombu.binding* +sadd +smembers)"
         " (&/0.celeryev/* +publish)"
+        # Text as it is written, for the API, which alone listens.
+        " (&motet:say:* +publish)"
     ),
     # It listens to events, reads beats and counts queues. Flower insists on asking for events when it starts; nobody
     # hears it (remote control is off), and answers are not among its rights.

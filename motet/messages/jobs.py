@@ -134,6 +134,9 @@ class AskRequest(ApiMessage):
     )
     #: Seconds for which the caller waits.
     within_s: Annotated[float, Limit("seconds, more than 0 and at most 3,600", above=0, most=3600)] = 30.0
+    #: Rows that nobody waits for any more are given up: not begun where they are late, aborted where the caller hangs up.
+    #: Their cells are then ``skipped``, and their keys are free for new rows.
+    drop_late: bool = False
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -232,7 +235,8 @@ class JobRecord(ApiMessage):
     rows: int
     #: Parts that have arrived: an upload that broke off goes on with the part of this number.
     parts: int = 0
-    #: Task name -> its spec, with ``model_ref``, ``labels`` and ``column``, the type of its answers.
+    #: Task name -> its spec, with ``model_ref``, ``labels`` and ``column``, the type of its answers; ``artefact_ref`` too,
+    #: where its function reads one.
     tasks: Mapping[str, Mapping[str, Any]]
     #: Its cells, counted.
     cells: CellCounts

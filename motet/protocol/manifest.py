@@ -17,8 +17,8 @@ from motet.messages.message import ApiMessage, Limit
 from motet.protocol.columns import Kind
 
 #: What a model can answer, and so which task kinds may use it (see ANSWERS). ``text``: it is a language model.
-#: ``models``: it trains others.
-Answer = Literal["label", "labels", "number", "vector", "spans", "json", "text", "models"]
+#: ``models``: it trains others. ``artefact``: nothing by itself; it is data that a function reads.
+Answer = Literal["label", "labels", "number", "vector", "spans", "json", "text", "models", "artefact"]
 
 #: Task kind -> answers that satisfy it.
 ANSWERS: Mapping[str, frozenset[str]] = {
@@ -48,7 +48,11 @@ def column_kind_of(task_kind: str, answers: Answer) -> Kind:
     """Kind of the column that a task of this kind gets from a model that answers so."""
     if answers == "text":
         return _OF_TEXT[task_kind]
-    return "json" if answers == "models" else answers
+    match answers:
+        case "models" | "artefact":
+            return "json"
+        case _:
+            return answers
 
 
 #: Names of the variables in which workers may hold the keys of other servers: a manifest can ask for no other secret.
@@ -75,6 +79,10 @@ _SHA256 = r"[0-9a-f]{64}"
 #: What a model's folder may hold. Pickles (.bin, .pt, .pkl), archives and code are none of it.
 #: Chat templates (.jinja) are filled in by transformers, in a sandbox.
 SUFFIXES = (".safetensors", ".json", ".txt", ".model", ".jinja")
+#: What an artefact is made of.
+ARTEFACT_SUFFIXES = (".json", ".safetensors", ".parquet")
+#: An artefact's ``engine``, which is none: the function that reads it runs it.
+ARTEFACT = "artefact"
 _MOST_FILES = 1000
 _MOST_LABELS = 32_000
 #: A relative path of up to five plain names, none of dots alone.
@@ -83,7 +91,7 @@ _Path = Annotated[
     Limit(
         "",
         pattern=r"(?:(?!\.+/)[A-Za-z0-9_.-]{1,100}/){0,4}(?=[^/]{1,100}\Z)[A-Za-z0-9_.-]+"
-        rf"(?:{'|'.join(map(re.escape, SUFFIXES))})",
+        rf"(?:{'|'.join(map(re.escape, dict.fromkeys(SUFFIXES + ARTEFACT_SUFFIXES)))})",
     ),
 ]
 _Count = Annotated[int, Limit("a whole number", least=0, most=2**53 - 1)]
@@ -104,7 +112,11 @@ class Manifest(ApiMessage):
     #: Relative path -> sha256 of every file of this model (a head's own files only).
     files: Annotated[
         Mapping[_Path, Annotated[str, Limit("", pattern=_SHA256)]],
-        Limit(f"relative paths that end in {', '.join(SUFFIXES)}, each with its sha256", most=_MOST_FILES),
+        Limit(
+            f"relative paths that end in {', '.join(SUFFIXES)} (of an artefact in {', '.join(ARTEFACT_SUFFIXES)}), "
+            "each with its sha256",
+            most=_MOST_FILES,
+        ),
     ] = field(default_factory=dict)
     #: Relative path -> bytes, for memory estimates and caches.
     sizes: Annotated[Mapping[_Path, _Count], Limit("paths with their bytes", most=_MOST_FILES)] = field(
@@ -140,6 +152,11 @@ class Manifest(ApiMessage):
         tuple[Annotated[str, Limit("", pattern="bf16|fp16|fp8|int8")], ...],
         Limit("a list of bf16, fp16, fp8, int8", most=8),
     ] = ()
+    #: Functions: the keyword arguments that a task may give -> whether it must; ``artefact`` is among them.
+    keywords: Annotated[
+        Mapping[Annotated[str, Limit("", pattern=r"[A-Za-z_][A-Za-z0-9_]{0,99}")], bool],
+        Limit("an object of names, each true or false", most=100),
+    ] = field(default_factory=dict)
     #: The same input gives the same answer, so columns may be reused.
     deterministic: bool = True
     #: Under which it may be used.
@@ -172,10 +189,17 @@ class Manifest(ApiMessage):
             "thresholds": list(self.thresholds),
             "function": self.source.get("function", ""),
         }
+        if self.keywords:
+            decisive["keywords"] = dict(sorted(self.keywords.items()))
         if "url" in self.source:
             # Of a model that another server runs, nothing is known but where it is asked for, and by which name.
             decisive["served"] = [self.source["url"], self.source.get("model", "")]
         return hashlib.sha256(json.dumps(decisive, sort_keys=True).encode()).hexdigest()
+
+    @property
+    def is_beside(self) -> bool:
+        """It is attached to a loaded model: a head or an adapter to its trunk, an artefact to a function."""
+        return bool(self.trunk_model) or self.answers == "artefact"
 
     @property
     def bytes(self) -> int:

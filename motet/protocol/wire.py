@@ -80,8 +80,10 @@ class Assignment:
     values: tuple[Value, ...] = ()
     #: What other templates of the tasks name (fields of the row, answers of other tasks) -> a text per row.
     fields: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
-    #: Index in the job of each row; only where a task draws its answers.
+    #: Index in the job of each row; only where a task draws its answers, or its text is told as it is written.
     indices: tuple[int, ...] = ()
+    #: Channel of the API process to which text is told as it is written (`Said`); "": nobody listens.
+    say: str = ""
     #: Nothing may run beside it: it is suspected of killing its process.
     exclusive: bool = False
     interactive: bool = False
@@ -107,6 +109,7 @@ class Assignment:
                 "values": list(self.values),
                 "fields": {name: list(texts) for name, texts in self.fields.items()},
                 "indices": list(self.indices),
+                "say": self.say,
                 "exclusive": self.exclusive,
                 "interactive": self.interactive,
                 "predicted_s": self.predicted_s,
@@ -139,6 +142,7 @@ class Assignment:
                 values=tuple(wire.get("values", ())),
                 fields={str(name): tuple(texts) for name, texts in wire.get("fields", {}).items()},
                 indices=tuple(map(int, wire.get("indices", ()))),
+                say=str(wire.get("say", "")),
                 exclusive=bool(wire.get("exclusive", False)),
                 interactive=bool(wire.get("interactive", False)),
                 predicted_s=float(wire.get("predicted_s", 0.0)),
@@ -327,6 +331,40 @@ class Outcome:
                     squares=_count(usage[7], most=1 << 60) if len(usage) > 7 else 0,
                 ),
                 spent={str(name): Spent.from_wire(s) for name, s in wire.get("spent", {}).items()},
+            )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Said:
+    """Text that one attempt wrote for a row, on its way to whoever reads along. It may be lost; it is never stored."""
+
+    job: str
+    #: Index in the job.
+    row: int
+    task: str
+    #: Sub-task and number of the attempt: a row that is written anew is of a higher one.
+    attempt: tuple[int, int]
+    #: Characters of the answer before this text.
+    begins: int
+    text: str
+
+    def encode(self) -> bytes:
+        return wrap([PROTOCOL, self.job, self.row, self.task, *self.attempt, self.begins, self.text])
+
+    @classmethod
+    def decode(cls, raw: bytes) -> Said:
+        """Raises BadMessage."""
+        wire = unwrap(raw)
+        with _believing():
+            _, job, row, task, subtask, attempt, begins, text = wire
+            _same_version({"v": wire[0]})
+            return cls(
+                job=str(job),
+                row=_count(row, most=1 << 63),
+                task=str(task),
+                attempt=(_count(subtask, most=1 << 63), _count(attempt, most=1 << 15)),
+                begins=_count(begins),
+                text=str(text),
             )
 
 

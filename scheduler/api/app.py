@@ -43,6 +43,8 @@ from scheduler.api import (
     webhooks,
 )
 from scheduler.api.auth import ASK, authenticate, is_page
+from scheduler.api.openai.app import ONLINE, PREFIX, OpenAIDoors
+from scheduler.api.openai.batch_work import BATCHES_AT_ONCE, BatchWorker
 from scheduler.api.refusals import EXPECTED, CutOff, refusal
 from scheduler.api.resources import Resources
 from scheduler.pulse import pulse
@@ -55,7 +57,7 @@ Every route but `/healthz`, `/readyz` and this description needs `Authorization:
 
 
 #: Probes ask every few seconds, callers of open jobs hundreds of times a second: a line for each would hide all others.
-_NO_NEWS = frozenset({"/healthz", "/readyz", "/metrics", ASK})
+_NO_NEWS = frozenset({"/healthz", "/readyz", "/metrics", ASK, *(PREFIX + path for path in ONLINE)})
 #: In the order of the API's description.
 _ROUTES = (
     opening, parts, asks, jobs, planning, activity, explain, results, fits, models, aliases, blobs, tokens, webhooks, cluster, doctor,
@@ -73,11 +75,12 @@ def create_app(settings: Settings) -> FastAPI:
         sweeping = asyncio.create_task(blobs.keep_swept(use))
         counting = asyncio.create_task(use.feeds.meter.keep_told())
         delivering = asyncio.create_task(Deliverer(use.database, settings).run())
+        batching = [asyncio.create_task(BatchWorker(use).run()) for _ in range(BATCHES_AT_ONCE)]
         try:
             yield
         finally:
             use.bell.stop()
-            for task in (listening, sweeping, counting, delivering):
+            for task in (listening, sweeping, counting, delivering, *batching):
                 task.cancel()
                 with suppress(asyncio.CancelledError):
                     await task
@@ -101,6 +104,7 @@ def create_app(settings: Settings) -> FastAPI:
         app.add_exception_handler(kind, _refuse)
     app.state.figures = metrics.Figures(use)
     app.add_middleware(asks.AsksAhead, use=use)
+    app.add_middleware(OpenAIDoors, use=use)
     app.add_middleware(line.RequestBound)
     app.add_middleware(AccessLog, requests=app.state.figures.requests)
     return app

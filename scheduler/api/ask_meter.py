@@ -47,7 +47,7 @@ class AskMeter:
         except Overloaded:
             self._saw(job, 0, "refused", began)
             raise
-        except (Late, asyncio.CancelledError):
+        except (Late, asyncio.CancelledError, GeneratorExit):
             # Its caller has given up, with a word or without.
             self._saw(job, 0, "late", began)
             raise

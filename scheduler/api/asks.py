@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import asyncio
+import base64
 import hashlib
 import re
 import secrets
-from collections.abc import Coroutine, Sequence
-from contextlib import AsyncExitStack
+from collections.abc import AsyncGenerator, Coroutine, Sequence
+from contextlib import AsyncExitStack, aclosing
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,13 +21,14 @@ from motet.protocol.envelope import pack, packed_plain
 from motet.protocol.values import byte_lengths
 from scheduler.api.auth import ASK, Caller, Identity, authenticated
 from scheduler.api.bodies import clean_object, json_body, taken, whole_body
-from scheduler.api.live import AskAnswered, LiveFeed
+from scheduler.api.live import AskAnswered, AskEvent, LiveFeed
 from scheduler.api.records import JobPath
 from scheduler.api.refusals import EXPECTED, error_of, refusal
 from scheduler.api.resources import Resources, Use, job_id
 from scheduler.api.result_streams import framed, plain_rows
 from scheduler.api.routing import Routes, reply, takes
 from scheduler.api.rows import PART_FIELDS, Incoming, columns_in, foldable, read_rows, unpacked
+from scheduler.api.streaming import EVENTS, AskDelta, AskLanded, AskReset, EventStream, SentEvent
 from scheduler.blocks import IncomingPart, keyed
 
 routes = Routes(tags=["jobs"])
@@ -37,14 +39,18 @@ _AS_ANSWERED = "order=done"
 #: An ask that takes so many seconds is given up where its caller hangs up. Shorter: a task more for most asks; longer:
 #: callers that are gone take the place of others.
 _WATCHED_AFTER_S = 0.5
+#: And one that is to be aborted then is watched so soon.
+_ABORTED_AFTER_S = 0.05
+#: Marks a request whose rows are given up where its caller hangs up.
+_DROPS = "motet.drops"
 #: Marks a request whose body has been read whole: what it receives next is that its caller hangs up.
-_READ = "motet.read"
+READ = "motet.read"
 #: What the log says of it; nobody is there to read it.
 _GONE = 499
 
 
 @dataclass(frozen=True, slots=True)
-class _Ask:
+class CheckedAsk:
     """Rows under one key, read and checked."""
 
     part: IncomingPart
@@ -92,20 +98,22 @@ class AsksAhead:
         request = Request(scope, receive)
         try:
             caller = await authenticated(request, self._use)
-            response = await _while_there(request, _asked(request, self._use, caller, found[1]))
+            response = await while_there(request, _asked(request, self._use, caller, found[1]))
         except EXPECTED as error:
             response = refusal(error)
         await response(scope, receive, send)
 
 
-async def _while_there(request: Request, work: Coroutine[Any, Any, Response]) -> Response:
+async def while_there(request: Request, work: Coroutine[Any, Any, Response]) -> Response:
     """The answer; given up where its caller hangs up, so that rows of his which have not landed take nobody's place."""
     answer = asyncio.ensure_future(work)
     gone: asyncio.Future[None] | None = None
     try:
         # Most are answered sooner: these are not watched. Its body has been read by then, or its sender is slow.
-        await asyncio.wait({answer}, timeout=_WATCHED_AFTER_S)
-        if not answer.done() and request.scope.get(_READ):
+        await asyncio.wait({answer}, timeout=_ABORTED_AFTER_S)
+        if not answer.done() and not request.scope.get(_DROPS):
+            await asyncio.wait({answer}, timeout=_WATCHED_AFTER_S - _ABORTED_AFTER_S)
+        if not answer.done() and request.scope.get(READ):
             gone = asyncio.ensure_future(_hung_up(request.receive))
             await asyncio.wait({answer, gone}, return_when=asyncio.FIRST_COMPLETED)
             if not answer.done():
@@ -130,14 +138,15 @@ async def _asked(request: Request, use: Resources, caller: Identity, job: str) -
     async with AsyncExitStack() as held:
         body = whole_body(request, use, 2 * MAX_ASK_ROWS * use.settings.max_row_bytes)
         raw = await held.enter_async_context(body)
-        request.scope[_READ] = True
+        request.scope[READ] = True
         asked, incoming = (_columns if kind == _FRAMES else _rows)(feed, raw, use.settings.max_row_bytes)
+        request.scope[_DROPS] = asked.drop_late
         accepted = request.headers.get("accept", "")
+        if EVENTS in accepted:
+            return await _streamed(use, feed, incoming, asked, held, frames=kind == _FRAMES)
         frames = _FRAMES in accepted
         if asked.keys is None:
-            return _reply(
-                feed, [await _answer(use, feed, incoming, asked.key, asked.within_s)], frames=frames
-            )
+            return _reply(feed, [await _answer(use, feed, incoming, asked.key, asked)], frames=frames)
         if len(asked.keys) != len(asked.rows):
             raise InvalidJob(
                 Problem(
@@ -147,7 +156,7 @@ async def _asked(request: Request, use: Resources, caller: Identity, job: str) -
                     "add the others",
                 )
             )
-        work = [_answer(use, feed, incoming.row(i), key, asked.within_s) for i, key in enumerate(asked.keys)]
+        work = [_answer(use, feed, incoming.row(i), key, asked) for i, key in enumerate(asked.keys)]
         if frames and _AS_ANSWERED in accepted and len(work) > 1:
             return _AsAnswered(feed, work, held.pop_all())
         answers = await asyncio.gather(*work, return_exceptions=True)
@@ -173,14 +182,89 @@ def _columns(feed: LiveFeed, raw: bytes, max_row_bytes: int) -> tuple[AskRequest
 
 
 async def _answer(
-    use: Resources, feed: LiveFeed, incoming: Incoming, key: str | None, within_s: float
+    use: Resources, feed: LiveFeed, incoming: Incoming, key: str | None, asked: AskRequest
 ) -> AskAnswered:
     with use.feeds.meter.ask(feed.job.id, len(incoming)):
-        ask = _checked(feed, incoming, key)
-        return await feed.ask(ask.part, ask.bytes, ask.key, ask.digest, within_s=within_s)
+        ask = checked_ask(feed, incoming, key)
+        return await feed.ask(
+            ask.part, ask.bytes, ask.key, ask.digest, within_s=asked.within_s, drop_late=asked.drop_late
+        )
 
 
-def _checked(feed: LiveFeed, incoming: Incoming, key: str | None) -> _Ask:
+async def _streamed(
+    use: Resources,
+    feed: LiveFeed,
+    incoming: Incoming,
+    asked: AskRequest,
+    held: AsyncExitStack,
+    *,
+    frames: bool,
+) -> Response:
+    """The row as events. What goes wrong before it is stored is refused as without them.
+
+    ``frames``: the row itself as a frame, for whoever asked in msgpack; else as people read it. ``held``: what is let go
+    of when it is answered.
+    """
+    keys = (asked.key,) if asked.keys is None else asked.keys
+    if len(asked.rows) != 1 or len(keys) != 1:
+        problem = Problem("rows", f"{len(asked.rows)} rows", "one row", "ask each in a request of its own")
+        raise InvalidJob(problem)
+    ask = checked_ask(feed, incoming, keys[0])
+    told = feed.stream(
+        ask.part, ask.bytes, ask.key, ask.digest, within_s=asked.within_s, drop_late=asked.drop_late
+    )
+    events = _metered(use, feed, told, held.pop_all())
+    try:
+        first = await anext(events)
+    except BaseException:
+        await events.aclose()
+        raise
+    return EventStream(_told(feed, first, events, frames=frames))
+
+
+async def _metered(
+    use: Resources, feed: LiveFeed, events: AsyncGenerator[AskEvent, None], held: AsyncExitStack
+) -> AsyncGenerator[AskEvent, None]:
+    async with held, aclosing(events):
+        with use.feeds.meter.ask(feed.job.id, 1):
+            async for event in events:
+                if isinstance(event, AskAnswered):
+                    break
+                yield event
+        # Once it is there it is counted as answered, whether its caller hears it or not.
+        yield event
+
+
+async def _told(
+    feed: LiveFeed, first: AskEvent, events: AsyncGenerator[AskEvent, None], *, frames: bool
+) -> AsyncGenerator[SentEvent, None]:
+    try:
+        yield _sent(feed, first, frames=frames)
+        async for event in events:
+            yield _sent(feed, event, frames=frames)
+    except EXPECTED as error:
+        yield "error", {"error": _error(error)}
+    finally:
+        await events.aclose()
+
+
+def _sent(feed: LiveFeed, event: AskEvent, *, frames: bool) -> SentEvent:
+    match event:
+        case AskLanded():
+            return "landed", {"row": event.row}
+        case AskDelta():
+            return "delta", {"task": event.task, "from": event.begins, "text": event.text}
+        case AskReset():
+            return "reset", {"task": event.task}
+    if frames:
+        return "row", {"frame": base64.b64encode(_frame(feed, event)).decode()}
+    [row] = plain_rows(
+        feed.tasks, [event.columns[t.number] for t in feed.tasks], event.first_row, event.given
+    )
+    return "row", row
+
+
+def checked_ask(feed: LiveFeed, incoming: Incoming, key: str | None) -> CheckedAsk:
     """The rows under their key. Raises InvalidJob for bad ones, where the job refuses them."""
     if feed.job.bad_rows == "refuse":
         incoming.refuse_bad_rows(0)
@@ -194,7 +278,7 @@ def _checked(feed: LiveFeed, incoming: Incoming, key: str | None) -> _Ask:
     content = packed_plain(
         [{n: list(v) for n, v in part.columns.items()}, dict(part.bad), dict(part.bad_fields)]
     )
-    return _Ask(
+    return CheckedAsk(
         part=part,
         # A key may be a word of the caller's own: only its digest is stored.
         key=keyed(secret, hashlib.sha256(name).digest()),

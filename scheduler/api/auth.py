@@ -32,7 +32,9 @@ SCOPES: tuple[Scope, ...] = get_args(Scope)
 
 _OPEN = frozenset({"anyone"})
 _ANY = frozenset(SCOPES)
-_SUBMIT = frozenset({"user", "admin"})
+#: Scopes that may submit rows.
+SUBMITS = frozenset({"user", "admin"})
+_SUBMIT = SUBMITS
 _LOOK = _SUBMIT | {"read"}
 _ADMIN = frozenset({"admin"})
 _READ = frozenset({"read", "admin"})
@@ -47,7 +49,7 @@ _REMEMBERED_S = 3600.0
 ASK = "/v1/jobs/{job}/ask"
 #: What an ask takes of a token's requests. Larger: MOTET_MAX_REQUESTS_S refuses callers that an open job has room for;
 #: smaller: a program that runs wild keeps a process of the API busy. An open job has its own bound (policy/gather.py).
-_ASK_COSTS = 0.1
+ASK_COSTS = 0.1
 #: Seconds for which a token is not looked up again. Longer: a token that another API process revoked is good for longer.
 #: Shorter: more requests ask Postgres first.
 _FRESH_S = 2.0
@@ -184,7 +186,18 @@ def authenticate(
     Why a token is not good is never told: it would help to guess.
     """
     path = getattr(request.scope.get("route"), "path", "")
-    scopes = ALLOWED.get((request.method, path), frozenset())
+    return _allowed(request, use, credentials, path, ALLOWED.get((request.method, path), frozenset()), 1.0)
+
+
+def _allowed(
+    request: Request,
+    use: Resources,
+    credentials: HTTPAuthorizationCredentials | None,
+    path: str,
+    scopes: frozenset[str],
+    cost: float,
+) -> Identity | None:
+    """``authenticate`` for a route that these scopes may use. ``cost``: what it takes of a token's requests."""
     if scopes is _OPEN:
         return None
     shown = split_token(credentials.credentials) if credentials else None
@@ -197,7 +210,7 @@ def authenticate(
     if stored is None or not proved or stored.revoked or stored.expired:
         raise Unauthorized(_REFUSED)
     request.state.tenant = stored.tenant
-    wait_s = use.allowance.take(stored.id, _ASK_COSTS if path == ASK else 1.0)
+    wait_s = use.allowance.take(stored.id, ASK_COSTS if path == ASK else cost)
     if wait_s:
         raise Overloaded("this token asks too often; come back in a moment", wait_s)
     if stored.scope not in scopes:
@@ -227,8 +240,16 @@ def _fresh(known: tuple[StoredToken, float], now: float) -> bool:
     return now - known[1] < _FRESH_S
 
 
-async def authenticated(request: Request, use: Resources) -> Identity:
-    """`authenticate` of a route that FastAPI does not call: in a thread only where Postgres must be asked."""
+async def authenticated(
+    request: Request, use: Resources, scopes: frozenset[str] | None = None, cost: float = 1.0
+) -> Identity:
+    """`authenticate` of a route that FastAPI does not call: in a thread only where Postgres must be asked.
+
+    ``scopes``: of a route that stands in a table of its own (scheduler/api/openai/app.py).
+    """
+    path = getattr(request.scope.get("route"), "path", "")
+    if scopes is None:
+        scopes = ALLOWED.get((request.method, path), frozenset())
     scheme, _, rest = request.headers.get("Authorization", "").partition(" ")
     credentials = (
         HTTPAuthorizationCredentials(scheme=scheme, credentials=rest.strip())
@@ -238,8 +259,8 @@ async def authenticated(request: Request, use: Resources) -> Identity:
     shown = split_token(credentials.credentials) if credentials else None
     known = use.known_tokens.get(shown.id) if shown else None
     if shown is None or (known is not None and _fresh(known, time.monotonic())):
-        return _identity(authenticate(request, use, credentials))
-    return _identity(await run_in_threadpool(authenticate, request, use, credentials))
+        return _identity(_allowed(request, use, credentials, path, scopes, cost))
+    return _identity(await run_in_threadpool(_allowed, request, use, credentials, path, scopes, cost))
 
 
 def is_page(request: Request) -> bool:

@@ -7,7 +7,8 @@ import os
 import re
 import secrets
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import BinaryIO
 
@@ -36,7 +37,7 @@ class BlobFolder:
         """The file of this digest, or None. It is whole: files appear under their name in one step."""
         if not SHA256.fullmatch(sha256):
             return None
-        path = self._path(sha256)
+        path = self.path_of(sha256)
         return path if path.is_file() else None
 
     async def receive(self, sha256: str, chunks: AsyncIterator[bytes]) -> int:
@@ -44,22 +45,41 @@ class BlobFolder:
 
         Raises InvalidJob where the bytes have another digest, TooLarge, Unavailable where the disk is full.
         """
-        path, file = await run_in_threadpool(self._begin)
-        try:
-            with file:
-                size, found = await self._write(file, chunks)
-                if found != sha256:
-                    raise InvalidJob(
-                        Problem("body", f"bytes of digest {found}", f"those of {sha256}", "send it again")
-                    )
-                await run_in_threadpool(self._settle, file, path, sha256)
-        except OSError as error:
-            raise Unavailable(
-                f"the blob folder cannot be written ({os.strerror(error.errno or 0)})"
-            ) from None
-        finally:
-            path.unlink(missing_ok=True)
+        _, size = await self.store(chunks, MAX_BYTES, sha256)
         return size
+
+    async def store(self, chunks: AsyncIterator[bytes], limit: int, sha256: str = "") -> tuple[str, int]:
+        """Store a file of at most ``limit`` bytes; its digest, which is ``sha256`` where that is told, and its size.
+
+        Raises as ``receive``, and whatever ``chunks`` raises: then nothing is stored.
+        """
+        with await run_in_threadpool(self.new) as blob:
+            held = bytearray()
+            async for chunk in chunks:
+                if blob.size + len(held) + len(chunk) > limit:
+                    raise TooLarge("body", limit)
+                held += chunk
+                if len(held) >= _CHUNK:
+                    await run_in_threadpool(blob.write, bytes(held))
+                    held.clear()
+            await run_in_threadpool(blob.write, bytes(held))
+            if sha256 and blob.sha256 != sha256:
+                raise InvalidJob(
+                    Problem("body", f"bytes of digest {blob.sha256}", f"those of {sha256}", "send it again")
+                )
+            await run_in_threadpool(blob.settle)
+            return blob.sha256, blob.size
+
+    def new(self) -> NewBlob:
+        """A blob to write piece by piece. Raises Unavailable."""
+        with _writing():
+            self._incoming.mkdir(parents=True, exist_ok=True)
+            path = self._incoming / secrets.token_hex(16)
+            return NewBlob(self, path, path.open("xb"))
+
+    def path_of(self, sha256: str) -> Path:
+        """Where the file of this digest stands, or will."""
+        return self.root / sha256[:2] / sha256[2:4] / sha256
 
     def sweep(self) -> None:
         """Remove uploads that were abandoned long ago."""
@@ -69,46 +89,53 @@ class BlobFolder:
             if time.time() - left.stat().st_mtime > _ABANDONED_S:
                 left.unlink(missing_ok=True)
 
-    def _path(self, sha256: str) -> Path:
-        return self.root / sha256[:2] / sha256[2:4] / sha256
 
-    def _begin(self) -> tuple[Path, BinaryIO]:
-        try:
-            self._incoming.mkdir(parents=True, exist_ok=True)
-            path = self._incoming / secrets.token_hex(16)
-            return path, path.open("xb")
-        except OSError as error:
-            raise Unavailable(
-                f"the blob folder cannot be written ({os.strerror(error.errno or 0)})"
-            ) from None
+class NewBlob:
+    """A file that is being written; it is gone at the end of the ``with`` unless it was settled."""
 
-    async def _write(self, file: BinaryIO, chunks: AsyncIterator[bytes]) -> tuple[int, str]:
-        digest, size, held = hashlib.sha256(), 0, bytearray()
+    def __init__(self, folder: BlobFolder, path: Path, file: BinaryIO) -> None:
+        self._folder, self._path, self._file = folder, path, file
+        self._digest = hashlib.sha256()
+        self.size = 0
 
-        def put(data: bytes) -> None:
-            digest.update(data)
-            file.write(data)
+    def __enter__(self) -> NewBlob:
+        return self
 
-        async for chunk in chunks:
-            size += len(chunk)
-            if size > MAX_BYTES:
-                raise TooLarge("body", MAX_BYTES)
-            held += chunk
-            if len(held) >= _CHUNK:
-                await run_in_threadpool(put, bytes(held))
-                held.clear()
-        await run_in_threadpool(put, bytes(held))
-        return size, digest.hexdigest()
+    def __exit__(self, *_: object) -> None:
+        self._file.close()
+        self._path.unlink(missing_ok=True)
 
-    def _settle(self, file: BinaryIO, path: Path, sha256: str) -> None:
-        file.flush()
-        os.fsync(file.fileno())
-        final = self._path(sha256)
-        final.parent.mkdir(parents=True, exist_ok=True)
-        path.replace(final)
-        # The name is on disk only when its folder is.
-        folder = os.open(final.parent, os.O_RDONLY)
-        try:
-            os.fsync(folder)
-        finally:
-            os.close(folder)
+    @property
+    def sha256(self) -> str:
+        """Of what was written so far."""
+        return self._digest.hexdigest()
+
+    def write(self, data: bytes) -> None:
+        """Raises Unavailable where the disk is full."""
+        with _writing():
+            self._digest.update(data)
+            self._file.write(data)
+            self.size += len(data)
+
+    def settle(self) -> None:
+        """Put it into its place, in one step. Raises Unavailable."""
+        with _writing():
+            self._file.flush()
+            os.fsync(self._file.fileno())
+            final = self._folder.path_of(self.sha256)
+            final.parent.mkdir(parents=True, exist_ok=True)
+            self._path.replace(final)
+            # The name is on disk only when its folder is.
+            folder = os.open(final.parent, os.O_RDONLY)
+            try:
+                os.fsync(folder)
+            finally:
+                os.close(folder)
+
+
+@contextmanager
+def _writing() -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise Unavailable(f"the blob folder cannot be written ({os.strerror(error.errno or 0)})") from None

@@ -9,23 +9,25 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import Callable, Coroutine, Mapping, Sequence
+from collections.abc import AsyncGenerator, Callable, Coroutine, Mapping, Sequence
 from concurrent.futures import Executor, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeAlias, TypeVar
 from uuid import UUID
 
 from motet.errors import Conflict, Late, MotetError, NotFound, Overloaded
 from motet.protocol.columns import Column, cut
 from motet.protocol.values import Value
+from motet.protocol.wire import Said
 from motet.states import ENDED
 from scheduler.api.ask_meter import AskMeter
 from scheduler.api.bell import Bell
 from scheduler.api.refusals import Unavailable
+from scheduler.api.streaming import AskDelta, AskLanded, AskReset, Ears, ReadAlong
 from scheduler.blocks import IncomingPart
 from scheduler.policy.gather import Gatherer, GatherFull, Group, Waiting
-from scheduler.store import feeds
+from scheduler.store import dropping, feeds
 from scheduler.store.database import Database, StoreUnavailable
 from scheduler.store.feeds import FeedLook, LandedAsk, NewAsk
 from scheduler.store.landing import LoadingJob, loading
@@ -47,6 +49,9 @@ _EACH, _LEAST, _MOST = 2, 2, 64
 #: Seconds for which an ask waits for company while others are under way. Longer: callers wait although a worker may be
 #: idle. Shorter: the first of those who ask again together lands alone, and a transaction serves one row.
 _PATIENCE_S = 0.005
+#: Where text is written a group is one ask, and a worker writes many at once: as many more than it can as this.
+#: Less: places of a language model stay empty between two asks; more: rows wait where no refusal is free.
+_AHEAD = 1.25
 #: Seconds in which callers may still be answered after the process was told to end: less than the server gives them.
 _GRACE_S = 8.0
 #: Workers are counted so often, in seconds.
@@ -67,6 +72,10 @@ class AskAnswered:
     given: Mapping[str, Sequence[Value]]
 
 
+#: What ``LiveFeed.stream`` tells: AskLanded first, AskAnswered last.
+AskEvent: TypeAlias = AskLanded | AskDelta | AskReset | AskAnswered
+
+
 @dataclass(eq=False, slots=True, kw_only=True)
 class Ask:
     """One caller's rows on their way."""
@@ -79,8 +88,18 @@ class Ask:
     waiting: Waiting[Ask] = field(init=False)
     #: Who wait for it: all that have asked with its key meanwhile.
     callers: int = 0
-    #: Index of its first row in the job, once it has landed.
+    #: Index of its first row in the job, once it has landed, and the block that it is part of.
     row: int | None = None
+    block: int | None = None
+    landed: asyncio.Event = field(default_factory=asyncio.Event)
+    #: It is given up when the last of its callers goes away.
+    drop_late: bool = False
+    #: Somebody reads along as its text is written.
+    told: bool = False
+
+    def lands(self, place: LandedAsk) -> None:
+        self.row, self.block = place.first_row + place.lo, place.block
+        self.landed.set()
 
     def fails(self, error: Exception) -> None:
         if not self.answer.done():
@@ -108,8 +127,10 @@ class LiveFeed:
         threads: Executor,
         width: Callable[[], int],
         tasks: Sequence[ShownTask],
+        ears: Ears | None = None,
     ) -> None:
         self.job, self.tasks = job, tasks
+        self._ears = ears or Ears("")
         self._gatherer, self._database = gatherer, database
         self._bell, self._threads, self._width = bell, threads, width
         self._under_way: dict[int, _Block] = {}
@@ -139,22 +160,74 @@ class LiveFeed:
         digest: bytes,
         *,
         within_s: float,
+        drop_late: bool = False,
     ) -> AskAnswered:
         """The rows' merged cells.
 
-        ``size``: UTF-8 bytes of the rows. ``within_s``: how long the caller waits, in seconds.
+        ``size``: UTF-8 bytes of the rows. ``within_s``: how long the caller waits, in seconds. ``drop_late``: when the
+        caller goes away (this is cancelled, or late) the rows are given up, though they have landed.
         Raises Overloaded; Late; Conflict where the key stands for other rows or the job takes none; NotFound where it
         was removed.
         """
+        until = asyncio.get_running_loop().time() + within_s
+        return await self._as(self._taken(part, size, key, digest, until, drop_late), digest, until)
+
+    async def stream(
+        self,
+        part: IncomingPart,
+        size: int,
+        key: bytes,
+        digest: bytes,
+        *,
+        within_s: float,
+        drop_late: bool = False,
+    ) -> AsyncGenerator[AskEvent, None]:
+        """As ``ask``, of one row, told as it comes about: AskLanded, then AskDelta and AskReset as text is written,
+        and AskAnswered at the end. Closing it is going away. Raises what ``ask`` does; before AskLanded nothing is told.
+        """
+        assert len(part) == 1, "only one row is told as it is written"
+        await self._ears.open()
+        until = asyncio.get_running_loop().time() + within_s
+        ask = self._taken(part, size, key, digest, until, drop_late, told=True)
+        answer = asyncio.ensure_future(self._as(ask, digest, until))
+        landed = asyncio.ensure_future(ask.landed.wait())
+        try:
+            await asyncio.wait({answer, landed}, return_when=asyncio.FIRST_COMPLETED)
+            if ask.row is not None:
+                row = ask.row
+                with self._ears.of(str(self.job.id), row) as words:
+                    yield AskLanded(row)
+                    async for event in _read_along(words, answer):
+                        yield event
+            yield await answer
+        finally:
+            landed.cancel()
+            answer.cancel()
+            await asyncio.wait({landed, answer})
+
+    def _taken(
+        self,
+        part: IncomingPart,
+        size: int,
+        key: bytes,
+        digest: bytes,
+        until: float,
+        drop_late: bool,
+        *,
+        told: bool = False,
+    ) -> Ask:
+        """The ask of this key: one that waits for its answer, or a new one. Raises Overloaded."""
         loop = asyncio.get_running_loop()
-        now = loop.time()
         same = self._asks.get(key)
         if same is not None and not same.answer.done():
-            return await self._as(same, digest, now + within_s)
-        ask = Ask(part=part, key=key, digest=digest, answer=loop.create_future())
-        ask.waiting = Waiting(caller=ask, rows=len(part), bytes=size, until=now + within_s)
+            same.drop_late = same.drop_late and drop_late
+            return same
+        ask = Ask(
+            part=part, key=key, digest=digest, answer=loop.create_future(), drop_late=drop_late, told=told
+        )
+        ask.waiting = Waiting(caller=ask, rows=len(part), bytes=size, until=until, droppable=drop_late)
         try:
-            self._gatherer.add(ask.waiting, now)
+            self._gatherer.add(ask.waiting, loop.time())
         except GatherFull as full:
             raise Overloaded(str(full), full.retry_after_s) from None
         self._asks[key] = ask
@@ -163,7 +236,7 @@ class LiveFeed:
             # As soon as the other rows of its request wait too: so they land together.
             self._pumps_soon = True
             loop.call_soon(self._pump)
-        return await self._as(ask, digest, now + within_s)
+        return ask
 
     def _forget(self, ask: Ask) -> Callable[[asyncio.Future[AskAnswered]], None]:
         def done(answer: asyncio.Future[AskAnswered]) -> None:
@@ -186,6 +259,8 @@ class LiveFeed:
             async with asyncio.timeout_at(until):
                 return await asyncio.shield(ask.answer)
         except TimeoutError:
+            if ask.drop_late and not self._gatherer.waits(ask.waiting):
+                raise Late("not answered in time, and given up: ask again", stored=False) from None
             raise _late(stored=not self._gatherer.waits(ask.waiting), row=ask.row) from None
         finally:
             ask.callers -= 1
@@ -193,6 +268,8 @@ class LiveFeed:
             if not ask.callers and self._gatherer.leave(ask.waiting):
                 ask.fails(_late(stored=False))
                 self._pump()
+            elif ask.block is not None:
+                self._give_up_unwanted(ask.block)
 
     def _pump(self) -> None:
         self._pumps_soon = False
@@ -258,8 +335,9 @@ class LiveFeed:
                 block.group = group
                 block.asks += [(ask, by_key[ask.key].lo) for ask in asks]
                 for ask in asks:
-                    ask.row = by_key[ask.key].first_row + by_key[ask.key].lo
+                    ask.lands(by_key[ask.key])
                 self._read()
+                self._give_up_unwanted(number)
                 return
             for ask in asks:
                 if (place := by_key.get(ask.key)) is not None:
@@ -272,17 +350,58 @@ class LiveFeed:
     def _store(self, asks: Sequence[Ask]) -> tuple[list[LandedAsk], bool]:
         part = _together([ask.part for ask in asks])
         new = [NewAsk(key=ask.key, digest=ask.digest, n_rows=len(ask.part)) for ask in asks]
+        # A group is droppable as a whole, or not at all: the time of the last of its callers counts.
+        until = max(ask.waiting.until for ask in asks)
+        due_s = max(0.0, until - time.monotonic()) if asks[0].waiting.droppable else None
+        say = self._ears.name if any(ask.told for ask in asks) else ""
         with self._database.transaction() as connection:
-            return feeds.land_asks(connection, self.job, part, new)
+            return feeds.land_asks(connection, self.job, part, new, say=say, due_s=due_s)
 
     def _found(self, ask: Ask, place: LandedAsk) -> None:
         """Its key landed before, here or in another process: it waits for that block, or has its answer at once."""
         if place.digest != ask.digest:
             ask.fails(_other_rows())
             return
-        ask.row = place.first_row + place.lo
+        ask.lands(place)
         self._under_way.setdefault(place.block, _Block(None)).asks.append((ask, place.lo))
         self._read()
+
+    # -- giving up
+
+    def _give_up_unwanted(self, number: int) -> None:
+        """Give up a block that was landed here, if its asks may be given up and nobody waits for any of them."""
+        block = self._under_way.get(number)
+        if block is None or block.group is None or any(a.callers or not a.drop_late for a, _ in block.asks):
+            return
+        for ask, _ in block.asks:
+            # From now on its key stands for new rows.
+            if self._asks.get(ask.key) is ask:
+                del self._asks[ask.key]
+        self._spawn(self._abandon(number))
+
+    async def _abandon(self, number: int) -> None:
+        try:
+            await self._in_thread(partial(self._abandoned, number))
+        except StoreUnavailable:
+            # It goes on, and what of it is not begun is late in its time.
+            log.warning("a block was not given up", extra={"job": self.job.id, "block": number})
+
+    def _abandoned(self, number: int) -> None:
+        with self._database.transaction() as connection:
+            dropping.abandon(connection, self.job.id, [number])
+
+    def _again(self, ask: Ask) -> None:
+        """Its row was given up by others who used its key, and somebody waits for it: it lands anew."""
+        ask.row = ask.block = None
+        ask.landed.clear()
+        w = ask.waiting
+        ask.waiting = Waiting(caller=ask, rows=w.rows, bytes=w.bytes, until=w.until, droppable=ask.drop_late)
+        try:
+            self._gatherer.add(ask.waiting, asyncio.get_running_loop().time())
+        except GatherFull:
+            ask.fails(_late(stored=False))
+            return
+        self._asks[ask.key] = ask
 
     # -- answering
 
@@ -340,6 +459,9 @@ class LiveFeed:
                     n, row = len(ask.part), ask.row
                     assert row is not None
                     cells = {task: cut(column, lo, lo + n) for task, column in columns.items()}
+                    if ask.callers and dropping.is_dropped(cells.values()):
+                        self._again(ask)
+                        continue
                     given = {name: v[lo : lo + n] for name, v in found.given.get(number, {}).items()}
                     ask.answer.set_result(AskAnswered(first_row=row, n_rows=n, columns=cells, given=given))
             if block.group is not None:
@@ -357,16 +479,31 @@ class LiveFeed:
         self._pump()
 
 
+class ReadyWorkers(NamedTuple):
+    """Workers that take work."""
+
+    workers: int = 0
+    #: Answers that language models may write on them at once.
+    slots: int = 0
+
+
 class Feeds:
     """The open jobs that this process serves. Used from the event loop only."""
 
-    def __init__(self, database: Database, bell: Bell, count_workers: Callable[[], int]) -> None:
+    def __init__(
+        self,
+        database: Database,
+        bell: Bell,
+        count_workers: Callable[[], ReadyWorkers],
+        ears: Ears | None = None,
+    ) -> None:
         self._database, self._bell, self._count_workers = database, bell, count_workers
+        self._ears = ears or Ears("")
         self._feeds: dict[tuple[UUID, UUID], LiveFeed] = {}
         self.meter = AskMeter(database, self.waiting)
         # One lands while another reads; more would only wait for the job's lock.
         self._threads = ThreadPoolExecutor(2, "asks")
-        self._width = _LEAST
+        self._width = self._writing = _LEAST
         self._counted_at = -_COUNT_S
         self._counting: asyncio.Task[None] | None = None
 
@@ -388,6 +525,7 @@ class Feeds:
 
     def close(self) -> None:
         self._threads.shutdown(wait=False, cancel_futures=True)
+        self._ears.close()
 
     def _facts(self, tenant: UUID, job: UUID) -> tuple[LoadingJob, Sequence[ShownTask]]:
         with self._database.transaction() as connection:
@@ -402,7 +540,8 @@ class Feeds:
             alone=writes,
             patience_s=_PATIENCE_S,
         )
-        return LiveFeed(job, gatherer, self._database, self._bell, self._threads, lambda: self._width, tasks)
+        width = (lambda: self._writing) if writes else (lambda: self._width)
+        return LiveFeed(job, gatherer, self._database, self._bell, self._threads, width, tasks, self._ears)
 
     def _forget_idle(self) -> None:
         for key in list(self._feeds):
@@ -419,9 +558,27 @@ class Feeds:
             self._counting = asyncio.ensure_future(self._recount())
 
     async def _recount(self) -> None:
-        workers = await asyncio.to_thread(self._count_workers)
+        ready = await asyncio.to_thread(self._count_workers)
         self._counted_at = time.monotonic()
-        self._width = min(_MOST, max(_LEAST, _EACH * workers))
+        self._width = min(_MOST, max(_LEAST, _EACH * ready.workers))
+        self._writing = max(self._width, int(_AHEAD * ready.slots))
+
+
+async def _read_along(
+    words: asyncio.Queue[Said], answer: asyncio.Future[AskAnswered]
+) -> AsyncGenerator[AskDelta | AskReset, None]:
+    """What is said of a row until it is answered."""
+    reading = ReadAlong()
+    while not answer.done():
+        word = asyncio.ensure_future(words.get())
+        try:
+            both: set[asyncio.Future[Any]] = {answer, word}
+            await asyncio.wait(both, return_when=asyncio.FIRST_COMPLETED)
+            said = word.result() if word.done() else None
+        finally:
+            word.cancel()
+        for event in reading.hear(said) if said is not None else ():
+            yield event
 
 
 def _late(*, stored: bool, row: int | None = None) -> Late:

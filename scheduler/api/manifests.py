@@ -8,7 +8,7 @@ from typing import Any
 
 from motet.errors import InvalidJob, Problem
 from motet.http import is_address
-from motet.protocol.manifest import KEY_ENV, Manifest
+from motet.protocol.manifest import ARTEFACT_SUFFIXES, KEY_ENV, SUFFIXES, Manifest
 from scheduler.api.bodies import taken
 
 #: What GET adds to a manifest: a manifest that was fetched may be sent back.
@@ -36,6 +36,17 @@ def _disagreements(m: Manifest) -> list[Problem]:
         wrong.append(("dim", "0", "the length of the vector"))
     if m.answers == "text" and not m.max_tokens:
         wrong.append(("max_tokens", "0", "the tokens of the model's context"))
+    is_artefact = m.answers == "artefact"
+    if is_artefact and not m.files:
+        wrong.append(("files", "none", "the files of an artefact"))
+    if is_artefact and m.trunk_model:
+        wrong.append(("trunk_model", m.trunk_model, "nothing, for any function may read an artefact"))
+    suffixes = ARTEFACT_SUFFIXES if is_artefact else SUFFIXES
+    wrong += [
+        (f"files.{path}", "another file", f"one that ends in {', '.join(suffixes)}")
+        for path in m.files
+        if not path.endswith(suffixes)
+    ]
     if "url" in m.source:
         wrong += _served_elsewhere(m.source)
     if m.trunk_model and not m.trunk:

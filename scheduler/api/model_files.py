@@ -31,6 +31,9 @@ def file_flaw(path: Path | None, name: str) -> str | None:
             return "bytes that are not safetensors" if n is None else safetensors_flaw(file.read(n), size)
     if name.endswith(".json"):
         return f"{size:,} bytes of JSON" if size > MAX_JSON_BYTES else json_flaw(path.read_bytes())
+    if name.endswith(".parquet"):
+        with path.open("rb") as file:
+            return parquet_flaw(file.read(4), size)
     if name.endswith(".jinja"):
         with path.open("rb") as file:
             return template_flaw(file.read(MAX_TEMPLATE_BYTES + 1))
@@ -44,6 +47,11 @@ def json_flaw(raw: bytes) -> str | None:
     except (ValueError, RecursionError):
         return "bytes that are not JSON"
     return "auto_map, which names code to run" if _names_code(content) else None
+
+
+def parquet_flaw(head: bytes, size: int) -> str | None:
+    """Why a file that begins so is no Parquet, in words, or None."""
+    return None if head == b"PAR1" and size >= 12 else "bytes that are not Parquet"
 
 
 def template_flaw(raw: bytes) -> str | None:

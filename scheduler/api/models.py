@@ -99,7 +99,9 @@ def _register(use: Resources, raw: bytes) -> ModelRecord:
         flaw = file_flaw(use.blobs.find(sha256) if sha256 in stored else None, path)
         if flaw:
             problems.append(
-                Problem(f"files.{path}", flaw, "a stored blob of safetensors, JSON or text", "upload it")
+                Problem(
+                    f"files.{path}", flaw, "a stored blob of safetensors, JSON, text or Parquet", "upload it"
+                )
             )
         elif path in asked.sizes and asked.sizes[path] != stored[sha256]:
             got, has = f"{asked.sizes[path]:,} bytes", f"{stored[sha256]:,} bytes"

@@ -144,7 +144,7 @@ def planned_with(use: Resources, asked: CheckedSubmission[Submission], incoming:
     """
     mean_bytes = mean_bytes_of(incoming.part()) if incoming else {}
     with use.database.transaction() as connection:
-        wanted = {task.model for task in asked.tasks.values()}
+        wanted = {ref for task in asked.tasks.values() for ref in task.registered}
         found = find_models(connection, wanted)
         trunks = find_models(connection, {m.manifest.trunk_model for m in found.values()} - {""})
         known = model_refs(connection) if len(found) < len(wanted) else []

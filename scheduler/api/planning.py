@@ -13,6 +13,7 @@ from starlette.concurrency import run_in_threadpool
 
 from motet.conditions import condition
 from motet.messages.jobs import Plan, PlannedPass, PlanRequest
+from motet.protocol.manifest import Manifest
 from motet.protocol.transport import TransportLost
 from motet.protocol.values import Value, plain_text
 from motet.tasks import Prompted, Task, fields_read
@@ -115,7 +116,7 @@ def _dry_run(use: Resources, caller: Caller, raw: bytes) -> Plan:
         )
     return Plan(
         rows=sample.total_rows,
-        models={name: model.manifest.ref for name, model in planned.models.items()},
+        models={name: _asked_ref(model.manifest) for name, model in planned.models.items()},
         passes=tuple(passes),
         tokens=sum(p.tokens for p in passes),
         computed_tokens=sum(p.computed_tokens for p in passes),
@@ -184,3 +185,8 @@ def _devices(use: Resources) -> tuple[Rates, list[WorkerState]]:
         beats = {}
     found = workers(beats, known, use.settings.memory_share, drained=drained)
     return rates, [worker for worker in found if worker.barred is None]
+
+
+def _asked_ref(answering: Manifest) -> str:
+    """The model that a task asks: the function, where an artefact stands beside it."""
+    return answering.trunk_model if answering.answers == "artefact" else answering.ref

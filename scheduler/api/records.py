@@ -83,7 +83,14 @@ def describe(job: JobEntry) -> JobRecord:
 def _described(task: TaskEntry) -> dict[str, Any]:
     """A task's spec with what it uses, and the type of its answers: known before the first of them."""
     column = {"kind": task.kind} | ({"dim": task.dim, "dtype": task.dtype} if task.kind == "vector" else {})
-    return {**task.spec, "model_ref": task.model_ref, "labels": list(task.labels), "column": column}
+    artefact = {"artefact_ref": task.artefact_ref} if task.artefact_ref else {}
+    return {
+        **task.spec,
+        "model_ref": task.model_ref,
+        **artefact,
+        "labels": list(task.labels),
+        "column": column,
+    }
 
 
 def eta_s(job: JobEntry) -> float | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -13,6 +14,7 @@ from cachetools import LRUCache
 from fastapi import Depends, Request
 
 from motet.errors import NotFound
+from motet.protocol.manifest import decode_slots
 from motet.protocol.settings import Settings
 from motet.protocol.transport import RedisTransport, TransportLost
 from motet.protocol.wire import Beat
@@ -20,7 +22,8 @@ from scheduler.api.allowance import Allowance
 from scheduler.api.bell import Bell
 from scheduler.api.blob_folder import BlobFolder
 from scheduler.api.door import Door
-from scheduler.api.live import Feeds
+from scheduler.api.live import Feeds, ReadyWorkers
+from scheduler.api.streaming import Ears
 from scheduler.api.token_counts import TokenCounter
 from scheduler.api.workers_seen import WorkersSeen
 from scheduler.store.database import Database
@@ -78,11 +81,18 @@ class Resources:
     manifests: Manifests = field(default_factory=Manifests)
     #: Open jobs that are asked here.
     feeds: Feeds = field(init=False)
+    #: (tenant, endpoint, model) -> the open job behind one of OpenAI's doors, and when its use was noted.
+    known_doors: Recent[tuple[UUID, str, int], tuple[UUID, float]] = field(
+        default_factory=lambda: Recent(4096)
+    )
+    #: Set where a batch waits for somebody to work on it.
+    batch_waits: asyncio.Event = field(default_factory=asyncio.Event)
     #: Bytes of bodies that are being read or worked on now.
     bodies_bytes: int = 0
 
     def __post_init__(self) -> None:
-        self.feeds = Feeds(self.database, self.bell, self._ready_workers)
+        ears = Ears(self.settings.redis_url)
+        self.feeds = Feeds(self.database, self.bell, self._ready_workers, ears)
 
     def live_workers(self) -> dict[str, Beat]:
         """Newest beat of every worker that is not known to be silent. Raises TransportLost."""
@@ -92,12 +102,13 @@ class Resources:
         silent = self.workers.silent(beats, time.monotonic())
         return {name: beat for name, beat in beats.items() if name not in silent}
 
-    def _ready_workers(self) -> int:
+    def _ready_workers(self) -> ReadyWorkers:
         """Workers that take work, as far as Redis tells."""
         try:
-            return sum(beat.state == "ready" for beat in self.live_workers().values())
+            ready = [beat for beat in self.live_workers().values() if beat.state == "ready"]
         except TransportLost:
-            return 0
+            return ReadyWorkers()
+        return ReadyWorkers(len(ready), sum(decode_slots(beat.device_kind) for beat in ready))
 
     @classmethod
     def of(cls, settings: Settings) -> Resources:

@@ -18,12 +18,23 @@ from motet.folds import Fold, parse_folds, stored_fields
 from motet.messages.jobs import DEFAULT_KEEP_S, Submission
 from motet.protocol.manifest import Manifest
 from motet.protocol.values import MAX_DEPTH, Doubled, byte_lengths
-from motet.tasks import Choose, Classify, Task, dialogues_of, fields_of, notify_problems, parse, short
+from motet.tasks import (
+    Choose,
+    Classify,
+    Function,
+    Task,
+    dialogues_of,
+    fields_of,
+    notify_problems,
+    parse,
+    short,
+)
 from motet.templates import resolved
 from scheduler.api.answer_schemas import schema_problems
 from scheduler.api.bodies import clean_object, misfits_of
 from scheduler.blocks import IncomingPart, absent
 from scheduler.policy.fairness import NORMAL
+from scheduler.policy.functions import beside_functions
 from scheduler.policy.placing.records import Demand
 from scheduler.policy.plan import PassPlan, in_order, loaded_model, plan, reads_of, task_digest
 from scheduler.store.opening import PRIORITIES, NewJob, NewPass, NewTask
@@ -139,9 +150,9 @@ class Planned:
     """A submission with its models found and its passes made."""
 
     passes: tuple[PassPlan, ...]
-    #: Task name -> its model.
+    #: Task name -> its model, or the artefact that its function reads.
     models: Mapping[str, Registered]
-    #: ``name@version`` -> trunk, for the heads among them.
+    #: ``name@version`` -> what it stands beside: the trunk of a head, the function of an artefact.
     trunks: Mapping[str, Registered]
 
     def loaded_id(self, planned: PassPlan) -> int:
@@ -177,8 +188,28 @@ def plan_submission(
 ) -> Planned:
     """Plan with what the registry knows: ``found`` by the refs that tasks name. Raises InvalidJob."""
     models = {name: found[task.model] for name, task in tasks.items() if task.model in found}
-    passes = plan(tasks, _manifests(models), _manifests(trunks), registered=registered, mean_bytes=mean_bytes)
-    return Planned(passes=passes, models=models, trunks=trunks)
+    artefacts = {
+        name: found[task.artefact]
+        for name, task in tasks.items()
+        if isinstance(task, Function) and task.artefact and task.artefact in found
+    }
+    of_artefacts = _manifests(artefacts)
+    passes = plan(
+        tasks,
+        _manifests(models),
+        _manifests(trunks),
+        artefacts=of_artefacts,
+        registered=registered,
+        mean_bytes=mean_bytes,
+    )
+    answering, _ = beside_functions(_manifests(models), of_artefacts)
+    return Planned(
+        passes=passes,
+        models={
+            name: Registered((artefacts.get(name) or m).id, answering[name]) for name, m in models.items()
+        },
+        trunks={**trunks, **{models[name].manifest.ref: models[name] for name in artefacts}},
+    )
 
 
 def _manifests(registered: Mapping[str, Registered]) -> dict[str, Manifest]:

@@ -36,6 +36,13 @@ class TokenCounter:
             return [2 + round(len(text.encode()) / PRIOR_BYTES_PER_TOKEN) for text in texts]
         return [len(encoding.ids) for encoding in tokenizer.encode_batch(list(texts))]
 
+    def text(self, model: Manifest, ids: Sequence[int]) -> str | None:
+        """What these ids say; None where they are none of the model's, or its tokenizer is not at hand."""
+        tokenizer = self._tokenizer(model.files.get("tokenizer.json", ""))
+        if tokenizer is None or not all(0 <= one < tokenizer.get_vocab_size() for one in ids):
+            return None
+        return str(tokenizer.decode(list(ids), skip_special_tokens=True))
+
     def _tokenizer(self, sha256: str) -> Any:
         with self._lock:
             if sha256 not in self._loaded:

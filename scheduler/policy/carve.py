@@ -55,6 +55,8 @@ class Piece:
     tries: int = 0
     deaths: int = 0
     exclusive: bool = False
+    #: As of `OpenBlock`.
+    alone: bool = False
 
 
 class OpenBlock(NamedTuple):
@@ -69,6 +71,8 @@ class OpenBlock(NamedTuple):
     cumulative: Sequence[int]
     #: Where groups of rows with a common prefix begin, ascending from 0; empty where rows share nothing.
     bounds: Sequence[int] = ()
+    #: Its callers read along, or may give it up: it shares no sub-task with other blocks.
+    alone: bool = False
 
     def bytes_between(self, lo: int, hi: int) -> int:
         return self.cumulative[hi] - self.cumulative[lo]
@@ -148,7 +152,8 @@ def _from_pieces(frontier: Frontier, budget_s: float, price: Price, least: int) 
             more, longer = rows + len(other.range), size + other.range.bytes
             fits = price.of(more, longer) <= budget_s and longer <= MAX_BYTES and more <= MAX_ROWS
             blameless = not (other.exclusive or other.tries or other.deaths)
-            if fits and blameless and other.todo == first.todo:
+            apart = other.range.block != first.range.block and (other.alone or first.alone)
+            if fits and blameless and other.todo == first.todo and not apart:
                 taken.append(other)
                 frontier.pieces.remove(other)
                 size, rows = longer, more
@@ -170,6 +175,8 @@ def _from_blocks(frontier: Frontier, budget_s: float, cap_s: float, price: Price
     ranges: list[Range] = []
     while blocks and blocks[0].todo == todo and left_rows > 0:
         block = blocks[0]
+        if ranges and block.alone:
+            break
         lo = block.cursor
         hi = _furthest(block, left_s, left_bytes, left_rows, price)
         if block.bounds and hi < block.n:
@@ -186,11 +193,13 @@ def _from_blocks(frontier: Frontier, budget_s: float, cap_s: float, price: Price
         size = block.cumulative[hi] - block.cumulative[lo]
         ranges.append(Range(block.number, lo, hi, size))
         if hi < block.n:
-            blocks[0] = OpenBlock(block.number, hi, block.n, todo, block.cumulative, block.bounds)
+            blocks[0] = block._replace(cursor=hi)
             break
         left_s -= price.of(hi - lo, size) - price.start_s
         left_bytes, left_rows = left_bytes - size, left_rows - (hi - lo)
         blocks.pop(0)
+        if block.alone:
+            break
     return Carved(ranges=tuple(ranges), todo=todo)
 
 

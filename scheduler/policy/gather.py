@@ -42,6 +42,8 @@ class Waiting(Generic[C]):
     until: float = inf
     #: When it came, on the same clock. ``add`` knows.
     since: float = field(default=0.0, init=False)
+    #: It is given up when its caller goes away: it lands with others of which that is so, and a block is dropped whole.
+    droppable: bool = False
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -137,6 +139,8 @@ class Gatherer(Generic[C]):
         while self._queue and not (asks and self.alone):
             ask = next(iter(self._queue))
             if asks and (rows + ask.rows > self.max_rows or size + ask.bytes > self.max_bytes):
+                break
+            if asks and ask.droppable is not asks[0].droppable:
                 break
             del self._queue[ask]
             asks.append(ask)

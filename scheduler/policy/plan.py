@@ -25,6 +25,7 @@ from motet.templates import render, resolved, uses
 from scheduler.blocks import Reads
 from scheduler.policy.carve import MAX_ROWS
 from scheduler.policy.cost import learned_as
+from scheduler.policy.functions import beside_functions, function_problems
 from scheduler.policy.needs import cycle_problem, levels_of, needs_of
 from scheduler.policy.prompt_order import ANSWER_BYTES, first_of, rate_key
 
@@ -68,13 +69,15 @@ def plan(
     models: Mapping[str, Manifest],
     trunks: Mapping[str, Manifest],
     *,
+    artefacts: Mapping[str, Manifest] | None = None,
     registered: Collection[str] = (),
     mean_bytes: Mapping[str, float] | None = None,
 ) -> tuple[PassPlan, ...]:
     """Fuse tasks into passes: those that need no other first, in the order of each pass' first task, then the rest.
 
     ``models``: task name -> manifest of its model; a task without one names an unknown model. ``trunks``:
-    ``name@version`` -> manifest, for every trunk that a head of these names. ``registered``: versions and aliases to suggest.
+    ``name@version`` -> manifest, for every trunk that a head of these names. ``artefacts``: task name -> the artefact that
+    its function reads, where it names a registered one. ``registered``: versions and aliases to suggest.
     ``mean_bytes``: field -> UTF-8 bytes in a row, as far as they are known.
     Two tasks fuse when trunk, template, tokens read, numeric class, condition and the tasks that they need are the same;
     ``too_long`` may differ, for it only decides what becomes of a row's answer. Since all tasks of a pass need the
@@ -82,10 +85,16 @@ def plan(
     """
     names, needs = list(tasks), needs_of(tasks)
     problems = [p for name, task in tasks.items() for p in _wrong(name, task, models, trunks, registered)]
+    for name, model in models.items():
+        task, artefact = tasks[name], (artefacts or {}).get(name)
+        named = getattr(task, "artefact", None) or ""
+        problems += function_problems(name, task, model, artefact, _suggest(named, registered))
     problems += _unreadable(tasks, models, needs)
     problems += cycle_problem(names, needs)
     if problems:
         raise InvalidJob(problems)
+    models, functions = beside_functions(models, artefacts or {})
+    trunks = {**trunks, **functions}
     levels = levels_of(needs)
     # In order of level and first task, since a group begins with its first task.
     order = sorted(range(len(names)), key=lambda number: (levels[number], number))
@@ -94,8 +103,14 @@ def plan(
         task, model = tasks[names[number]], models[names[number]]
         loaded = loaded_model(model, trunks)
         max_tokens = tokens_read(task, model, loaded)
-        # Values are no text, whatever template stands for them.
-        shared_input = (task.shared_input, isinstance(task, Function) and task.inputs is not None)
+        # Values are no text, whatever template stands for them. Calls with other parameters share nothing, and one that
+        # raises must not be the other's error.
+        called = (
+            (task.inputs is not None, json.dumps(task.params, sort_keys=True))
+            if isinstance(task, Function)
+            else ()
+        )
+        shared_input = (task.shared_input, called)
         own = (task.numerics, needs[number], task.when)
         what = (*_what_is_shared(model, loaded), shared_input, max_tokens, *own)
         fused.setdefault((*what, _order(task)), []).append(number)
@@ -165,11 +180,9 @@ def _what_is_shared(model: Manifest, loaded: Manifest) -> tuple[object, ...]:
     Two registrations of the same weights may differ in pooling or in the formats that passed their check:
     then the answers would depend on which of the two was loaded, so they stay apart.
     """
-    if model.answers == "text":
-        return ("", model.digest, loaded.digest)
-    if model.trunk:
+    if model.trunk and model.answers != "text":
         return (model.trunk, loaded.engine, loaded.pooling, loaded.formats)
-    return ("", model.digest)
+    return ("", model.digest, loaded.digest)
 
 
 def loaded_model(model: Manifest, trunks: Mapping[str, Manifest]) -> Manifest:
@@ -220,7 +233,8 @@ def task_digest(task: Task, model: Manifest, loaded: Manifest) -> bytes:
         name: value
         for name, value in task.to_json().items()
         # A task that leaves thoughts to the model says no more of them than those before it could.
-        if name not in ("model", "max_tokens", "numerics") and (name, value) != ("thinking", None)
+        if name not in ("model", "artefact", "max_tokens", "numerics", "conditional")
+        and (name, value) != ("thinking", None)
     }
     if not isinstance(task, Reading):
         # Of these it says how much is written.

@@ -21,10 +21,13 @@ _ADOPT = text("""
       FROM unnest(CAST(:shas AS text[]), CAST(:sizes AS bigint[]), CAST(:ages AS double precision[]))
            k (sha256, bytes, age_s)
      ORDER BY sha256 ON CONFLICT (sha256) DO NOTHING""")
-# Hidden models count: finished jobs name them, and they may come back. So does what training runs made and need.
+# Hidden models count: finished jobs name them, and they may come back. So does what training runs made and need, and
+# what users uploaded or batches read.
 _NAMED = """
     SELECT 1 FROM model m, jsonb_each_text(m.manifest -> 'files') f (path, sha256) WHERE f.sha256 = blob.sha256
-     UNION ALL SELECT 1 FROM fit WHERE fit.checkpoint = blob.sha256 OR blob.sha256 = ANY(fit.files)"""
+     UNION ALL SELECT 1 FROM fit WHERE fit.checkpoint = blob.sha256 OR blob.sha256 = ANY(fit.files)
+     UNION ALL SELECT 1 FROM file WHERE file.sha256 = blob.sha256
+     UNION ALL SELECT 1 FROM batch WHERE batch.input_sha256 = blob.sha256 AND batch.ended IS NULL"""
 # First the locks, then a look with a fresh snapshot: a model that came in between is seen.
 _LOCK = text(f"""
     SELECT sha256 FROM blob WHERE created < clock_timestamp() - make_interval(secs => :kept_s) AND NOT EXISTS ({_NAMED})

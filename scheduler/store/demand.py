@@ -123,14 +123,19 @@ def _demands(
 
 
 _PIECES = text("""
-    SELECT p.id, p.block_number, p.lo, p.hi, p.bytes, p.tries, p.deaths, p.exclusive, bp.todo
+    SELECT p.id, p.block_number, p.lo, p.hi, p.bytes, p.tries, p.deaths, p.exclusive, bp.todo,
+           b.due IS NOT NULL OR b.say <> '' AS alone
       FROM piece p JOIN block_pass bp USING (job_id, pass_number, block_number)
+      JOIN block b ON b.job_id = p.job_id AND b.number = p.block_number
      WHERE p.job_id = :job AND p.pass_number = :pass AND p.not_before <= clock_timestamp()
      ORDER BY p.block_number, p.lo LIMIT :limit""")
+# What is late is not begun: the leader drops it in its next beat step (dropping.py).
 _OPEN_BLOCKS = text("""
-    SELECT block_number, cursor, n, todo FROM block_pass
-     WHERE job_id = :job AND pass_number = :pass AND state = 'ready' AND cursor < n
-     ORDER BY block_number LIMIT :limit""")
+    SELECT p.block_number, p.cursor, p.n, p.todo, b.due IS NOT NULL OR b.say <> '' AS alone
+      FROM block_pass p JOIN block b ON b.job_id = p.job_id AND b.number = p.block_number
+     WHERE p.job_id = :job AND p.pass_number = :pass AND p.state = 'ready' AND p.cursor < p.n
+       AND (p.cursor > 0 OR b.due IS NULL OR b.due > (SELECT clock_timestamp()))
+     ORDER BY p.block_number LIMIT :limit""")
 _LENGTHS = text("""
     SELECT b.number, coalesce(w.row_order, b.row_order) AS row_order, b.lengths, b.n_rows,
            p.reads, p.bytes_beside, p.max_tokens
@@ -182,6 +187,7 @@ def frontier(
             tries=row.tries,
             deaths=row.deaths,
             exclusive=row.exclusive,
+            alone=row.alone,
         )
         for row in returned
     ]
@@ -196,7 +202,7 @@ def frontier(
     return Frontier(
         pieces=pieces,
         blocks=[
-            OpenBlock(row.block_number, row.cursor, row.n, row.todo, known[row.block_number])
+            OpenBlock(row.block_number, row.cursor, row.n, row.todo, known[row.block_number], alone=row.alone)
             for row in opened
             if row.block_number in known
         ],

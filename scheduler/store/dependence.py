@@ -20,7 +20,7 @@ from motet.conditions import condition
 from motet.protocol.columns import CellError
 from motet.protocol.wire import by_offset
 from motet.states import Skip
-from motet.tasks import row_fields, stored_task
+from motet.tasks import asked_fields, stored_task
 from scheduler.blocks import Reads, absent, decode_block, read_in_order, row_order, uint32_bytes
 from scheduler.readable import Readable
 from scheduler.store.leases import more_waits
@@ -131,7 +131,9 @@ def known_share(connection: Connection, tenant: UUID, condition: str) -> float:
 
 
 def because(task: str, error: str, message: str) -> CellError:
-    """The reason of a skipped cell: the task that failed first, and how."""
+    """The reason of a skipped cell: the task that failed first, and how; or that the row was dropped."""
+    if error in (Skip.LATE, Skip.ABANDONED):
+        return CellError(error, message)
     return CellError(Skip.UPSTREAM, message if error == Skip.UPSTREAM else f"{task}: {error}")
 
 
@@ -179,10 +181,12 @@ def _place(row: Row[Any]) -> Place:
 
 
 def _reads_of(connection: Connection, row: Row[Any]) -> dict[int, tuple[str, ...]]:
-    """The fields that each task reads which is to be computed in this place."""
+    """The fields that decide whether each task can be asked a row which is to be computed in this place."""
     tasks = connection.execute(_READS, {"job": row.job_id, "pass": row.pass_number})
     return {
-        t.number: row_fields(t.name, stored_task(t.spec), t.names) for t in tasks if row.todo >> t.number & 1
+        t.number: asked_fields(t.name, stored_task(t.spec), t.names)
+        for t in tasks
+        if row.todo >> t.number & 1
     }
 
 

@@ -65,10 +65,11 @@ _KNOWN = text("""
 _PARTS = f"""
     WITH stored AS (
         INSERT INTO block (job_id, number, first_row, n_rows, n_work, bytes, row_order, lengths, payload, bad,
-                           bad_fields, keys, passes_open, done_number, done_at)
+                           bad_fields, keys, passes_open, done_number, done_at, say, due)
         VALUES (:job, :number, :first_row, :n_rows, :n_work, :text_bytes, :row_order, :lengths, :payload,
                 CAST(:bad AS jsonb), CAST(:bad_fields AS jsonb), :keys, :passes_open, :done_number,
-                CASE WHEN :blocks_done > 0 THEN clock_timestamp() END)),
+                CASE WHEN :blocks_done > 0 THEN clock_timestamp() END, :say,
+                clock_timestamp() + make_interval(secs => CAST(:due_s AS double precision)))),
     passes AS (
         INSERT INTO block_pass (job_id, pass_number, block_number, state, todo, n, cursor, done, bytes, row_order)
         SELECT :job, k.pass, :number, k.state, k.todo, k.n, k.cursor, k.done, k.bytes, k.row_order
@@ -87,7 +88,7 @@ _PARTS = f"""
     waits AS ({MORE_WAITS})"""
 _GROW = f"""
     UPDATE job SET n_rows = n_rows + :n_rows, n_blocks = n_blocks + 1, blocks_done = blocks_done + :blocks_done,
-           cells_error = cells_error + :errors, version = version + 1, touched = clock_timestamp()
+           cells_error = cells_error + :errors, cells_skipped = cells_skipped + :skipped, version = version + 1, touched = clock_timestamp()
      WHERE id = :job
  RETURNING pg_notify('{WORK}', :word), CASE WHEN :blocks_done > 0 THEN pg_notify('{JOB}', CAST(:job AS text)) END"""
 _STORE = text(_PARTS + _GROW)
@@ -100,11 +101,16 @@ def land_asks(
     job: LoadingJob,
     part: IncomingPart,
     asks: Sequence[NewAsk],
+    *,
+    say: str = "",
+    due_s: float | None = None,
 ) -> tuple[list[LandedAsk], bool]:
     """Store the asks' rows as the job's next block. Where they stand, and whether this call stored them.
 
     Of a job with state each row is given what was folded before it, and is folded: behind the lock, so in the order in
     which rows are numbered; and of a key that is there nothing is folded again.
+    ``say``: this process of the API reads along as text is written. ``due_s``: what no worker has begun so many seconds
+    from now is dropped (dropping.py); None: all of it is computed, whoever waits.
     Where some of the keys are there already nothing is stored, and only these asks are told: the caller takes them
     out and lands the rest again.
     Raises NotFound; Conflict where the job takes no rows; Overloaded beyond the tenant's quota.
@@ -155,8 +161,8 @@ def land_asks(
         lo += ask.n_rows
     assert lo == block.n_rows, "the asks are not the rows of the block"
     of_block, waits = arranged.of_one_block(), waiting(arranged.waits(job.id))
-    told = {**of_block, **_of_asks(landed), **waits, **written, "word": words.land(job.id)}
-    together(connection, (store, told))
+    told = {"say": say, "due_s": due_s, "word": words.land(job.id)}
+    together(connection, (store, {**of_block, **_of_asks(landed), **waits, **written, **told}))
     if arranged.depend:
         # Last, since it counts on with what is counted by now.
         settle(connection, {(job.id, number) for number in arranged.depend})

@@ -24,6 +24,8 @@ class TaskEntry:
     name: str
     spec: Mapping[str, Any]
     model_ref: str
+    #: Of the artefact that its function reads; "" where it reads none.
+    artefact_ref: str
     labels: tuple[str, ...]
     #: Kind of its columns.
     kind: Kind
@@ -114,8 +116,9 @@ _LISTS = {
 }
 _TASKS_OF = text(f"""
     SELECT t.job_id, t.name, t.pass_number, t.spec, t.labels, m.name || '@' || m.version AS ref, t.kind,
-           m.manifest->>'answers' AS answers, {VECTORS}
-      FROM task t JOIN model m ON m.id = t.model_id WHERE t.job_id = ANY(:jobs) ORDER BY t.job_id, t.number""")
+           l.name || '@' || l.version AS loaded_ref, m.manifest->>'answers' AS answers, {VECTORS}
+      FROM task t JOIN model m ON m.id = t.model_id
+      JOIN pass p ON p.job_id = t.job_id AND p.number = t.pass_number JOIN model l ON l.id = p.model_id WHERE t.job_id = ANY(:jobs) ORDER BY t.job_id, t.number""")
 _PASSES_OF = text("""
     SELECT p.job_id, p.number, p.kind, p.numerics, p.max_tokens, m.name || '@' || m.version AS ref,
            ARRAY(SELECT t.name FROM task t WHERE t.job_id = p.job_id AND t.number = ANY(p.needs) ORDER BY t.number) AS needs
@@ -159,7 +162,8 @@ def _entries(connection: Connection, rows: Sequence[Row[Any]]) -> list[JobEntry]
             TaskEntry(
                 name=t.name,
                 spec=t.spec,
-                model_ref=t.ref,
+                model_ref=t.loaded_ref if t.answers == "artefact" else t.ref,
+                artefact_ref=t.ref if t.answers == "artefact" else "",
                 labels=tuple(t.labels),
                 kind=column_kind_of(t.kind, t.answers),
                 dim=t.dim,

@@ -21,8 +21,8 @@ from motet.protocol import traces
 from motet.protocol.columns import CellError, Kind
 from motet.protocol.manifest import Manifest, column_kind
 from motet.protocol.wire import by_reason
-from motet.states import LIVE, State
-from motet.tasks import dialogues_of, fields_read, stored_task
+from motet.states import LIVE, Skip, State
+from motet.tasks import condition_of, dialogues_of, fields_read, stored_task
 from scheduler.blocks import (
     EncodedBlock,
     Reader,
@@ -134,6 +134,7 @@ def loading(connection: Connection, tenant: UUID, job: UUID) -> LoadingJob:
                 digest=bytes(row.digest),
                 reusable=found.reuse and model.deterministic and loaded.deterministic and not drawn,
                 needs=tuple((names[number], number) for number in needs[row.number]),
+                condition=condition_of(row.name) if tasks[row.name].conditional else "",
             )
         )
         kinds.append(column_kind(row.kind, model))
@@ -388,6 +389,7 @@ class Arranged:
             "columns": [row[3] for row in self.block_columns],
             "blocks_done": self.blocks_done,
             "errors": self.cells["error"],
+            "skipped": self.cells["skipped"],
         }
 
 
@@ -411,8 +413,9 @@ def arrange(
                     ok=column.n_ok, error=column.n_error, skipped=column.n_skipped, reused=block.n_rows
                 )
             else:
-                todo[task] = absent(block.bad, block.bad_fields, job.readers[task].reads)
-                landing.cells["error"] += len(todo[task])
+                todo[task] = absent(block.bad, block.bad_fields, job.readers[task].asks)
+                unasked = sum(error == Skip.CONDITION for error, _ in todo[task].values())
+                landing.cells.update(error=len(todo[task]) - unasked, skipped=unasked)
         open_passes = _add_passes(connection, landing, job, number, block, todo)
         landing.blocks_done += not open_passes
         is_there = any(job.needs) and len(landing.block_columns) > shown

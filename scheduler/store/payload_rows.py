@@ -17,7 +17,7 @@ from scheduler.store.places import PLACES, at_places
 from scheduler.store.results import read_columns
 
 _TEXTS = text("""
-    SELECT b.job_id, b.number, b.payload, b.row_order, b.first_row, b.bad_fields <> '{}' AS partly_bad
+    SELECT b.job_id, b.number, b.payload, b.row_order, b.first_row, b.bad_fields <> '{}' AS partly_bad, b.say
       FROM unnest(CAST(:jobs AS uuid[]), CAST(:blocks AS int[])) k (job, block)
       JOIN block b ON b.job_id = k.job AND b.number = k.block""")
 _PASSES = text("""
@@ -38,6 +38,8 @@ class StoredBlock:
     first_row: int
     #: Some pass has an order of its own from the start.
     partly_bad: bool
+    #: The API process that reads along; "": none.
+    say: str
 
 
 def passes_and_blocks(
@@ -54,7 +56,11 @@ def passes_and_blocks(
     )
     return _passes(connection, found, manifests), {
         (str(row.job_id), row.number): StoredBlock(
-            payload=row.payload, row_order=row.row_order, first_row=row.first_row, partly_bad=row.partly_bad
+            payload=row.payload,
+            row_order=row.row_order,
+            first_row=row.first_row,
+            partly_bad=row.partly_bad,
+            say=row.say,
         )
         for row in texts
     }

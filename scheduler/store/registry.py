@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass
 from datetime import datetime
 from uuid import UUID
@@ -232,7 +232,8 @@ def add_model(connection: Connection, manifest: Manifest) -> bool:
     if connection.execute(_ADD_MODEL, values).first() is not None:
         return True
     known = connection.execute(_THE_MODEL, {"name": manifest.name, "version": manifest.version}).one()
-    if _plain(known.manifest) != json.loads(values["manifest"]):
+    # As read: a field that came later is its default in a manifest from before it.
+    if Manifest.from_json(known.manifest) != Manifest.from_json(json.loads(values["manifest"])):
         raise Conflict(f"{manifest.ref} is registered with other content; register it under another version")
     connection.execute(_SHOW_MODEL, {"id": known.id})
     return False
@@ -260,10 +261,6 @@ def remove_model(connection: Connection, ref: str) -> bool:
         raise Conflict(f"job {user.id} uses {ref}; wait for it, or cancel it")
     connection.execute(_DELETE_MODEL if user is None else _HIDE_MODEL, {"id": found.id})
     return True
-
-
-def _plain(manifest: Mapping[str, object]) -> dict[str, object]:
-    return {key: value for key, value in manifest.items() if key != "removed"}
 
 
 # -- the cluster -----------------------------------------------------------------------------------

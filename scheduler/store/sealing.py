@@ -22,7 +22,7 @@ from motet.protocol.columns import LAYOUT, CellError, Column, Kind
 from motet.protocol.envelope import unwrap, wrap
 from motet.protocol.manifest import Manifest, column_kind
 from motet.states import Skip, State
-from motet.tasks import row_fields, stored_task
+from motet.tasks import asked_fields, stored_task
 from scheduler.blocks import askable, row_order
 from scheduler.merge import AnswersPart, Positions, array_of, mark_returned, merge
 from scheduler.store.arrays import Elements
@@ -39,7 +39,7 @@ class TaskShape:
 
     number: int
     name: str
-    #: The fields of a row that it reads.
+    #: The fields of a row that decide whether it can be asked.
     reads: tuple[str, ...]
     kind: Kind
     n_labels: int
@@ -51,8 +51,10 @@ class TaskShape:
 
 _SHAPES = text("""
     SELECT t.number, t.name, t.kind, t.spec, cardinality(t.labels) AS n_labels, m.manifest,
+           coalesce(CAST(l.manifest->>'deterministic' AS boolean), true) AS steady,
            ARRAY(SELECT o.name FROM task o WHERE o.job_id = t.job_id) AS names
       FROM task t JOIN model m ON m.id = t.model_id
+      JOIN pass p ON p.job_id = t.job_id AND p.number = t.pass_number JOIN model l ON l.id = p.model_id
      WHERE t.job_id = :job AND t.pass_number = :pass ORDER BY t.number""")
 
 
@@ -66,12 +68,12 @@ def task_shapes(connection: Connection, job: UUID, pass_number: int) -> list[Tas
             TaskShape(
                 row.number,
                 row.name,
-                row_fields(row.name, stored_task(row.spec), row.names),
+                asked_fields(row.name, stored_task(row.spec), row.names),
                 column_kind(row.kind, manifest),
                 row.n_labels,
                 manifest.dim,
                 row.spec.get("dtype", "fp32"),
-                manifest.deterministic,
+                manifest.deterministic and row.steady,
             )
         )
     return found
@@ -328,6 +330,8 @@ def _merged(
         parts = [AnswersPart(order[lo:hi], columns[shape.number]) for lo, hi, columns in pieces]
         absent_here = {i: CellError(*why) for i, why in bad[shape.number].items()}
         skipped = skips(every, failed, absent_here)
+        for i in [i for i, e in absent_here.items() if e.error == Skip.CONDITION]:
+            skipped[i] = absent_here.pop(i)
         column = merge(shape.kind, block.n_rows, parts, absent=absent_here, skipped=skipped)
         key = block.keys[shape.number] if shape.deterministic and shape.number < len(block.keys) else None
         found.append(Keyed(block.tenant_id, column, None if key is None else bytes(key)))
@@ -360,7 +364,7 @@ def _by_place(read: Sequence[Any]) -> dict[tuple[UUID, int], Any]:
 # -- columns ---------------------------------------------------------------------------------------
 
 #: Errors that the same input will always meet; a column with any other is not offered for reuse.
-_LASTING = frozenset({Skip.CONDITION, "too_long", "context_length", "bad_row"})
+_LASTING = frozenset({"too_long", "context_length", "bad_row", Skip.CONDITION})
 _NEXT_IDS = text("""
     SELECT nextval(pg_get_serial_sequence('sealed_column', 'id')) AS id FROM generate_series(1, :n)""")
 # By tenant and key, in which order the index has them.

@@ -5,17 +5,21 @@ The model is a tiny one with random weights, so that every answer can be compute
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
+from datetime import datetime
 from pathlib import Path
 
 import psycopg
 import pytest
 
-from motet import Choose, Client, Function, Generate, Task
+from motet import Choose, Client, Function, Generate, Row, Task, TextDelta
 from motet.local.cluster import Cluster
 from motet.protocol.wire import TaskOrder
 from tests.acceptance.test_a_real_job import rows, until, workers_of
@@ -161,3 +165,69 @@ def test_circles_and_answers_that_no_sentence_can_hold_are_refused(client: Clien
         client.submit(["x"], circle)
     with pytest.raises(InvalidJob):
         client.submit(["x"], {"a": Function("no-such-function")})
+
+
+@pytest.mark.parametrize(
+    ("example", "says"),
+    [("openai_batch", "24 of 24 lines answered, each once"), ("openai_chat", "tokens read once")],
+)
+def test_openai_s_own_client_is_answered_by_a_real_model(
+    cluster: Cluster, folder: Path, example: str, says: str
+) -> None:
+    """The examples as they stand, with the variables that `motet token create --openai` prints."""
+    done = subprocess.run(
+        [sys.executable, str(Path(__file__).parents[2] / "examples" / f"{example}.py")],
+        capture_output=True,
+        text=True,
+        timeout=120,
+        env={
+            **os.environ,
+            "OPENAI_BASE_URL": f"{cluster.url}/openai/v1",
+            "OPENAI_API_KEY": cluster.tokens["user"],
+            "MODEL": NAME,
+        },
+    )
+    assert done.returncode == 0, done.stderr
+    assert says in done.stdout
+
+
+def test_text_is_read_as_it_is_written_and_is_all_of_the_answer(client: Client, folder: Path) -> None:
+    reply = {"reply": Generate(NAME, prompt="Write a letter.", max_tokens=60, numerics="exact")}
+    with client.open(reply, name="letters") as feed, ThreadPoolExecutor(4) as threads:
+
+        def read(text: str) -> tuple[list[TextDelta], Row | None]:
+            with feed.stream(text, task="reply", within_s=60) as deltas:
+                return list(deltas), deltas.row
+
+        told = list(threads.map(read, rows(8, "ws")))
+        whole = [str(feed.ask(text)["reply"]) for text in rows(8, "ws")]
+    for (deltas, row), text in zip(told, whole, strict=True):
+        assert row is not None
+        assert "".join(map(str, deltas)) == str(row["reply"]) == text
+        assert not any(delta.reset for delta in deltas)
+    assert sum(len(deltas) for deltas, _ in told) > 2 * len(told)
+
+
+def test_a_reader_that_goes_away_frees_the_device_within_a_second(
+    client: Client, cluster: Cluster, folder: Path
+) -> None:
+    most = {
+        f"t{i}": Generate(NAME, prompt=f"Write letter {i}.", max_tokens=400, numerics="exact")
+        for i in range(8)
+    }
+    with client.open(most, name="long letters") as feed:
+        deltas = feed.stream(rows(1, "wa")[0], within_s=60)
+        next(deltas)
+        deltas.close()
+        gone = time.time()
+        until(lambda: feed.job.refresh().progress.skipped == 8, 5, "skipped cells")
+        assert time.time() - gone < 1
+        until(lambda: dropped_at(cluster) > gone, 5, "a worker that lets go of it")
+        assert dropped_at(cluster) - gone < 1
+
+
+def dropped_at(cluster: Cluster) -> float:
+    """When a worker last let go of an attempt, by the log."""
+    lines = (cluster.data / "logs" / "workers.log").read_text("utf-8", "replace").splitlines()
+    told = [json.loads(line)["at"] for line in lines if '"event": "dropped"' in line]
+    return max((datetime.fromisoformat(at).timestamp() for at in told), default=0.0)

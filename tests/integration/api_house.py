@@ -279,7 +279,9 @@ def _laid(
 
 
 def _value(spec: Mapping[str, Any], row: int) -> dict[str, Any]:
-    return {"text": f"row {row}", "finish": "stop"} if writes_text(spec) else {"row": row}
+    # Rows with options of their own count what they consumed.
+    counted = {"usage": [7, 2, 3]} if spec.get("options") else {}
+    return {"text": f"row {row}", "finish": "stop", **counted} if writes_text(spec) else {"row": row}
 
 
 @contextmanager

@@ -14,7 +14,8 @@ from motet.errors import Problem
 from motet.folds import Fold
 from motet.messages.jobs import Submission
 from motet.protocol.manifest import Manifest
-from motet.tasks import Task
+from motet.states import Skip
+from motet.tasks import Task, condition_of
 from scheduler.api.records import PRIORITY_NAMES
 from scheduler.api.submissions import CheckedSubmission, new_job, plan_submission
 from scheduler.blocks import IncomingPart, blocks_of
@@ -65,11 +66,13 @@ def land(
     close: bool = True,
     gaps: Mapping[str, Collection[int]] | None = None,
     folds: Mapping[str, Fold] | None = None,
+    unasked: Mapping[str, Collection[int]] | None = None,
     notify_when: str | None = None,
 ) -> UUID:
     """Open a job, land its rows as one part, and close it; without rows, an open one. A row that is a text is that of every field; a Problem is one that arrived broken.
 
-    ``folds``: of an open one. ``gaps``: field -> rows that have no text there.
+    ``folds``: of an open one. ``gaps``: field -> rows that have no text there. ``unasked``: a conditional task -> rows
+    that are none of its own.
     """
     with database.transaction() as connection:
         home = registry.tenant_named(connection, tenant)
@@ -93,7 +96,7 @@ def land(
         if not rows:
             return job.id
         loading = landing.loading(connection, home, job.id)
-        _land(connection, loading, rows, 0, 0, block_rows, gaps or {})
+        _land(connection, loading, rows, 0, 0, block_rows, gaps or {}, unasked)
         if close:
             landing.close_job(connection, home, job.id, parts=1, rows=len(rows))
     return job.id
@@ -129,6 +132,7 @@ def _land(
     first_row: int,
     block_rows: int,
     gaps: Mapping[str, Collection[int]],
+    unasked: Mapping[str, Collection[int]] | None = None,
 ) -> landing.Landed:
     missing = {name: set(gaps.get(name, ())) for name in loading.fields}
     part = IncomingPart(
@@ -148,6 +152,11 @@ def _land(
             name: dict.fromkeys(gone, ("bad_row", f"{name}: got null"))
             for name, gone in missing.items()
             if gone
+        }
+        | {
+            condition_of(name): dict.fromkeys(others, (str(Skip.CONDITION), "another's row"))
+            for name, others in (unasked or {}).items()
+            if others
         },
     )
     blocks = blocks_of(

@@ -16,6 +16,7 @@ from motet.cli.feeds import open_
 from scheduler.payloads import Payloads
 from scheduler.policy.carve import Carved, Range
 from scheduler.store.leases import Leased
+from scheduler.store.manifests import Manifests
 from tests.integration.api_house import House, problems
 from tests.integration.api_house import house as house
 from tests.integration.test_api_asks import answering, ask
@@ -169,7 +170,7 @@ def test_workers_get_state_typed_where_it_is_the_whole_input_and_as_text_elsewhe
     )
     # As a dispatcher would have leased them; what it sends is made of what is stored.
     sent = [
-        Payloads(house.database).assignments(
+        Payloads(house.database, Manifests()).assignments(
             [
                 Leased(
                     subtask=1,

@@ -190,6 +190,27 @@ def test_the_newest_version_is_meant_where_none_is_named(house: House) -> None:
     assert [t["model_ref"] for t in job["tasks"].values()] == ["mood@2", "mood@1"]
 
 
+def test_an_artefact_is_data_and_a_manifest_from_before_a_field_stays_the_same_one(house: House) -> None:
+    def artefact(name: str, raw: bytes) -> dict[str, Any]:
+        bare = {"labels": [], "trunk": "", "trunk_model": "", "engine": "artefact", "answers": "artefact"}
+        return manifest(house, name="films", files={name: store(house, raw)}, **bare)
+
+    for name, raw in (
+        ("x.parquet", b"no parquet"),
+        ("x.json", b"{torn"),
+        ("x.pkl", b"\x80"),
+        ("x.txt", b"a"),
+    ):
+        (problem,) = problems(house.call("POST", "/v1/models", token="admin", json=artefact(name, raw)))
+        assert problem["field"].startswith("files")
+    films = artefact("films.json", b"{}")
+    assert house.call("POST", "/v1/models", token="admin", json=films).status_code == 201
+    house.sql("UPDATE model SET manifest = manifest - 'keywords' WHERE name = 'films' RETURNING id")
+    assert house.call("POST", "/v1/models", token="admin", json=films).status_code == 201
+    other = {**films, "licence": "CC0"}
+    assert house.call("POST", "/v1/models", token="admin", json=other).status_code == 409
+
+
 def test_a_version_never_changes_its_meaning(house: House) -> None:
     spec = manifest(house)
     assert house.call("POST", "/v1/models", token="admin", json=spec).status_code == 201

@@ -17,9 +17,12 @@ from sqlalchemy import event, text
 from motet.states import State
 from scheduler.store import (
     activity,
+    batches,
     demand,
+    doors,
     endings,
     explain,
+    files,
     folds,
     jobs,
     keeping,
@@ -70,6 +73,15 @@ INSERT INTO fold SELECT id, sha256(i::text::bytea), 'x', clock_timestamp() + mak
   FROM job, generate_series(1, 10) i;
 INSERT INTO cells SELECT job_id, pass_number, block_number, 0, 0, 1, 'x' FROM block_pass;
 INSERT INTO spent SELECT job_id, block_number, pass_number, 1, 0, 1, 1 FROM block_pass;
+INSERT INTO file (id, tenant_id, purpose, filename, bytes, sha256, expires)
+  SELECT 'file-' || i, t.id, 'batch', 'f', 1, md5(i::text), clock_timestamp() + make_interval(hours => i)
+    FROM generate_series(1, 3000) i, tenant t WHERE t.name = 'default';
+INSERT INTO batch (id, tenant_id, endpoint, input_file, input_sha256, "window", state, request_digest, created, expires, ended)
+  SELECT 'batch_' || i, t.id, '/e', 'file-' || i, md5(i::text), '24h', 'completed', 'x',
+         clock_timestamp() - make_interval(hours => i), clock_timestamp(), clock_timestamp()
+    FROM generate_series(1, 3000) i, tenant t WHERE t.name = 'default';
+INSERT INTO door SELECT j.tenant_id, '/e' || row_number() OVER (), m.id, j.id, clock_timestamp()
+  FROM job j, model m WHERE m.name = 'trunk';
 """
 #: The test's own, of a hand that needs no index.
 _DUE = "UPDATE piece SET not_before = '-infinity'"
@@ -87,13 +99,21 @@ SMALL = {
     "load_time",
 } | {
     "drained",
+    "door",
     "blob",
     "lease",
     "webhook",
     "deliverer",
 }
 #: Indexes of few rows of a large table; a statement may read such an index from end to end.
-OF_FEW = {"job_unfinished", "sealed_column_unshown", "subtask_open", "outbox_new", "delivery_due"}
+OF_FEW = {
+    "batch_unfinished",
+    "job_unfinished",
+    "sealed_column_unshown",
+    "subtask_open",
+    "outbox_new",
+    "delivery_due",
+}
 #: Indexes that the sweeper reads from end to end, twice a minute, until it has found enough.
 SWEPT = {"job_ended", "job_folding", "outbox_pkey"}
 #: Indexes that no statement names, and what uses them.
@@ -104,6 +124,10 @@ BEHIND_THE_SCENES = {
     "alias_step_by_model": "the foreign key to a model that is deleted",
     "delivery_by_event": "the foreign key to an event that is deleted",
     "ask_by_block": "deleting blocks, where a job has more asks than the few here",
+    "batch_by_input": "the sweep of blobs",
+    "file_by_blob": "the sweep of blobs",
+    "batch_by_job": "the foreign key to a job that is deleted",
+    "door_by_model": "the foreign key to a model that is deleted",
 }
 
 
@@ -236,10 +260,67 @@ def play(house: House, job: UUID, other: UUID) -> None:
         endings.delete_slice(connection, job)
 
 
+def play_doors(house: House, job: UUID) -> None:
+    """All that OpenAI's doors ask of the store."""
+    with house.database.transaction() as connection:
+        tenant = tenant_named(connection, "default")
+        made = files.add_file(
+            connection,
+            file="file-new",
+            tenant=tenant,
+            purpose="batch",
+            filename="f",
+            size=1,
+            sha256="ab" * 32,
+            expires_s=60.0,
+        )
+        files.find_file(connection, tenant, made.id)
+        for order, after in (("desc", "file-7"), ("asc", "file-7"), ("desc", None), ("asc", None)):
+            files.list_files(connection, tenant, purpose=None, after=after, limit=10, order=order)  # type: ignore[arg-type]
+        files.expire_files(connection)
+        asked = batches.NewBatch(
+            endpoint="/e",
+            input_file=made.id,
+            input_sha256=made.sha256,
+            window="24h",
+            window_s=60.0,
+            notes=None,
+            priority="normal",
+            output_expires_s=None,
+            request_digest=b"x" * 32,
+        )
+        for key in (None, "k", "k"):
+            batches.add_batch(connection, tenant, asked, key=key, again_s=60.0)
+        batches.list_batches(connection, tenant, after=None, limit=10)
+        batches.list_batches(connection, tenant, after="batch_7", limit=10)
+        owned = batches.take_batch(connection, "me", 60.0)
+        assert owned is not None
+        owned.keep(connection, 60.0)
+        owned.checked(connection, 1, {})
+        owned.has_job(connection, job)
+        owned.started(connection)
+        batches.answered_blocks(connection, job, 0, 4)
+        other = batches.take_batch(connection, "me", 60.0)
+        assert other is not None
+        other.leave(connection, 0.0)
+        batches.cancel_batch(connection, tenant, other.batch.id)
+        last = batches.take_batch(connection, "me", 60.0)
+        assert last is not None
+        last.end(connection, "cancelled")
+        files.delete_file(connection, tenant, made.id)
+        doors.lock_doors(connection, tenant)
+        (model,) = house.sql("SELECT id FROM model WHERE name = 'trunk'")
+        doors.put_door(connection, tenant, "/new", model.id, job, most=1500)
+        doors.find_door(connection, tenant, "/new", model.id)
+        doors.used_door(connection, job)
+        doors.shut_idle_doors(connection, 3600.0)
+
+
 @pytest.fixture
 def plans(house: House) -> Plans:
     large, small = live(house)
     with Plans(house) as found:
+        play_doors(house, large)
         play(house, large, small)
         assert house.sql("SELECT count(*) AS n FROM job WHERE state = 'running'")[0].n == 0
     return found

@@ -20,6 +20,7 @@ from motet.tasks import Chat, Choose, Extract, Generate, Task
 from tests.tiny_language import CONTEXT, SWITCHED, TinyServer, a_llama, serving
 from workers.engine import CannotLoad, Ended, Engine, Pass, Prepared
 from workers.engines import InstalledEngines
+from workers.engines.causal.causal import CausalEngine
 from workers.engines.served import chat_server, openai
 from workers.engines.served.openai import OpenAIEngine, beginnings, named
 from workers.registrar.describe import describe_folder
@@ -339,6 +340,58 @@ def test_drawn_answers_are_the_same_for_equal_seed_row_and_task(choir: Choir) ->
     assert one == two[::-1]
     assert one[0] != one[1]
     assert choir.answers(asked(temperature=1.0, seed=8, max_tokens=20), ["Hello"], indices=[5]) != one[:1]
+
+
+def test_a_row_may_say_its_own_options_and_is_told_what_it_consumed(choir: Choir) -> None:
+    """One pass, and each row is asked as it says: the same as a task with these options would answer."""
+    own: list[dict[str, Any]] = [
+        {"max_tokens": 3},
+        {"max_tokens": 9},
+        {"max_tokens": 9, "temperature": 1.0, "seed": 3, "draw": 0},
+        {"max_tokens": 9, "temperature": 1.0, "seed": 3, "draw": 0},
+        {"max_tokens": 40, "schema": {"enum": ["left", "right"]}},
+    ]
+    asked_of = json.dumps([{"role": "user", "content": "The weather"}])
+    task = Chat("tiny", messages="{asked}", options="{options}")
+    found = choir.answers(task, [asked_of] * len(own), fields={"options": list(map(json.dumps, own))})
+    plain = [choir.answers(Chat("tiny", max_tokens=n), [asked_of])[0] for n in (3, 9)]
+    assert [(one["text"], one["finish"]) for one in found[:2]] == [(p["text"], p["finish"]) for p in plain]
+    assert found[2]["text"] == found[3]["text"]
+    assert json.loads(found[4]["text"]) in ("left", "right")
+    for one in found:
+        read, cached, written = one["usage"]
+        assert read > 0
+        assert 0 <= cached <= read
+        assert 0 < written <= 40
+    assert found[0]["usage"][2] <= 3
+
+
+def test_rows_with_prompts_of_their_own_about_one_text_read_it_once(choir: Choir) -> None:
+    texts = [
+        "The match was delayed by rain, and the crowd went home early. ",
+        "Shares rose after the rate was held. ",
+    ]
+    asked_of = [
+        json.dumps([{"role": "user", "content": text + question}])
+        for question in ("What is it about?", "Is it good news?", "Name a title.")
+        for text in texts
+    ]
+    task = Chat("tiny", messages="{asked}", options="{options}")
+    found = choir.answers(task, asked_of, fields={"options": ['{"max_tokens": 6}'] * 6})
+    plain = choir.answers(Chat("tiny", max_tokens=6), asked_of)
+    assert [one["text"] for one in found] == [one["text"] for one in plain]
+    if isinstance(choir.engine, CausalEngine):
+        cached = [one["usage"][1] for one in found]
+        # The first of each text reads it, the other two find it there.
+        assert sum(n > 16 for n in cached) == 4
+
+
+def test_a_text_is_gone_on_with_as_it_stands(choir: Choir) -> None:
+    task = Generate("tiny", about="{asked}", prompt="", raw=True, options="{options}", first="text")
+    (found,) = choir.answers(task, ["Once upon"], fields={"options": ['{"max_tokens": 5}']})
+    assert isinstance(found, dict), found
+    assert found["usage"][0] <= len("Once upon") + 1, "nothing stands around it"
+    assert found["usage"][2] == 5
 
 
 def test_a_row_that_is_forgotten_leaves_its_place_to_others(choir: Choir) -> None:

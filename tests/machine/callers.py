@@ -19,7 +19,7 @@ from motet.errors import Conflict, NotFound, Problem
 from motet.protocol.columns import OK, STATE_MASK, Column, cut
 from scheduler.blocks import IncomingPart
 from scheduler.merge import array_of
-from scheduler.store import feeds, landing
+from scheduler.store import dropping, feeds, landing
 from scheduler.store.database import Database, StoreUnavailable
 from scheduler.store.feeds import LandedAsk, NewAsk
 from scheduler.store.landing import LoadingJob
@@ -31,6 +31,8 @@ LANDING_FAULTS = ("crash before", "crash after", "away before", "away after")
 RACES = ("the same key", "other keys", "a key and a close", "a close and a key")
 #: A transaction waits for a lock of another one after so many seconds at most, or it waits for none.
 _WAITS_S = 2.0
+_KEYS = text("SELECT job_id, key FROM ask")
+_KEPT = text("SELECT job_id, number FROM block")
 _WAITING = text("""
     SELECT count(*) FROM pg_stat_activity WHERE datname = current_database() AND wait_event_type = 'Lock'""")
 
@@ -48,6 +50,9 @@ class Asked:
     answer: dict[tuple[int, str], Any] | None = None
     #: Its key stands for other rows, or the job takes none any more.
     refused: bool = False
+    #: It may be given up: late, or abandoned. And it was: its key is free.
+    drop: bool = False
+    gone: bool = False
 
     @property
     def digest(self) -> bytes:
@@ -93,7 +98,7 @@ class Callers:
 
     # -- moves
 
-    def new(self, job: UUID, rows: int, special: int = 20) -> Asked:
+    def new(self, job: UUID, rows: int, special: int = 20, *, drop: bool = False) -> Asked:
         """A caller with 1 to 3 rows; of them one kills (``special`` odd) or came broken (even)."""
         there = self.jobs[job]
         texts: list[str | Problem] = []
@@ -104,7 +109,7 @@ class Callers:
                 texts.append(f"{words}!" if special % 2 else Problem("text", words, "text", "remove it"))
             else:
                 texts.append(words)
-        return self._known(Asked(job, f"{job}/{len(self.asks)}".encode(), tuple(texts)))
+        return self._known(Asked(job, f"{job}/{len(self.asks)}".encode(), tuple(texts), drop=drop))
 
     def other_rows(self, asked: Asked) -> Asked:
         """Another caller, that uses the key of this one for other rows."""
@@ -122,7 +127,7 @@ class Callers:
             self.asks.append(asked)
         return asked
 
-    def land(self, api: str, asks: Sequence[Asked], fault: str = "") -> None:
+    def land(self, api: str, asks: Sequence[Asked], fault: str = "", due_s: float | None = None) -> None:
         """As a process of the API lands them: again under the same keys, where nobody knows what became of it."""
         tap = self._stage.taps[api]
         tap.arm(0, fault)
@@ -131,7 +136,7 @@ class Callers:
             while left:
                 try:
                     with tap.transaction() as connection:
-                        landed, stored = self._store(connection, left)
+                        landed, stored = self._store(connection, left, due_s)
                 except StoreUnavailable:
                     continue
                 self._tell_places(left, landed)
@@ -189,10 +194,13 @@ class Callers:
         wait.end()
         self._tell_places([here], landed)
 
-    def _store(self, connection: Connection, asks: Sequence[Asked]) -> tuple[list[LandedAsk], bool]:
+    def _store(
+        self, connection: Connection, asks: Sequence[Asked], due_s: float | None = None
+    ) -> tuple[list[LandedAsk], bool]:
         loading = self.jobs[asks[0].job].loading
         new = [NewAsk(key=a.key, digest=a.digest, n_rows=len(a.rows)) for a in asks]
-        return feeds.land_asks(connection, loading, _part(loading, [r for a in asks for r in a.rows]), new)
+        part = _part(loading, [r for a in asks for r in a.rows])
+        return feeds.land_asks(connection, loading, part, new, due_s=due_s)
 
     def _tell_places(self, asks: Sequence[Asked], landed: Sequence[LandedAsk]) -> None:
         by_key = {one.key: one for one in landed}
@@ -209,7 +217,37 @@ class Callers:
             asked.place = place
 
     def _place_of(self, key: bytes) -> tuple[int, int, int] | None:
-        return next((a.place for a in self.asks if a.key == key and a.place is not None), None)
+        return next((a.place for a in self.asks if a.key == key and a.place and not a.gone), None)
+
+    # -- giving up
+
+    def abandon(self, api: str, asked: Asked, fault: str = "") -> None:
+        """A process of the API gives up the block of an ask. Twice is harmless."""
+        assert asked.place is not None
+        tap = self._stage.taps[api]
+        tap.arm(0, fault)
+        try:
+            with tap.transaction() as connection:
+                dropping.abandon(connection, asked.job, [asked.place[0]])
+        except (StoreUnavailable, Crash):
+            pass
+        finally:
+            tap.arm()
+
+    def note_gone(self) -> None:
+        """See whose keys are free by now: only what may be given up loses its key."""
+        with self._stage.taps["machine"].transaction() as connection:
+            known = {(job, bytes(key)) for job, key in connection.execute(_KEYS)}
+            kept = {(job, number) for job, number in connection.execute(_KEPT)}
+        droppable = {(a.job, a.place) for a in self.asks if a.drop}
+        for asked in self.asks:
+            if asked.place is None or asked.gone or asked.refused or (asked.job, asked.key) in known:
+                continue
+            if (asked.job, asked.place[0]) not in kept:
+                continue  # it went from the front
+            if (asked.job, asked.place) not in droppable:
+                raise Broken(f"13: key {asked.key!r} is free, and nobody gave it up")
+            asked.gone = True
 
     # -- answers
 
@@ -236,7 +274,8 @@ class Callers:
         lacking = {(i, task) for i in range(len(asked.rows)) for task in names} - asked.answer.keys()
         if lacking:
             raise Broken(f"15: key {asked.key!r} was answered without {sorted(lacking)}")
-        told = [a.answer for a in self.asks if a.key == asked.key and a.answer is not None]
+        same = [a for a in self.asks if a.key == asked.key and a.place == asked.place]
+        told = [a.answer for a in same if a.answer is not None]
         if any(answer != asked.answer for answer in told):
             raise Broken(f"15: key {asked.key!r} was answered by {told}")
 

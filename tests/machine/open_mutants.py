@@ -8,12 +8,14 @@ from typing import Any
 
 from sqlalchemy import Connection, text
 
-from motet.states import State
+from motet.states import Skip, State
 from scheduler.blocks import IncomingPart
-from scheduler.store import endings, feeds, folds, keeping, landing, outcomes, sealing
+from scheduler.store import dropping, endings, feeds, folds, keeping, landing, outcomes, sealing
+from scheduler.store.database import Database
 from scheduler.store.feeds import LandedAsk, NewAsk
 from scheduler.store.folds import Folding
 from scheduler.store.landing import LoadingJob
+from scheduler.store.leadership import fence
 from scheduler.store.sealing import BlockAnswers
 from tests.machine.mutants import Mutant, Patch
 
@@ -39,13 +41,13 @@ def _look_first(patch: Patch, statement: str) -> None:
     land = feeds.land_asks
 
     def hasty(
-        connection: Connection, job: LoadingJob, part: IncomingPart, asks: Sequence[NewAsk]
+        connection: Connection, job: LoadingJob, part: IncomingPart, asks: Sequence[NewAsk], **more: Any
     ) -> tuple[list[LandedAsk], bool]:
         rows = connection.execute(text(statement), {"job": job.id, "keys": [a.key for a in asks]}).all()
         known = [row._mapping for row in rows if row.key is not None]
         if known:
             return [LandedAsk(**row) for row in known], False
-        return land(connection, job, part, asks)
+        return land(connection, job, part, asks, **more)
 
     patch.setattr(feeds, "land_asks", hasty)
     patch.setattr(feeds, "_KNOWN", _KNOWN_NEVER)
@@ -169,9 +171,9 @@ def folds_a_key_again(patch: Patch) -> None:
     land = feeds.land_asks
 
     def eager(
-        connection: Connection, job: LoadingJob, part: IncomingPart, asks: Sequence[NewAsk]
+        connection: Connection, job: LoadingJob, part: IncomingPart, asks: Sequence[NewAsk], **more: Any
     ) -> tuple[list[LandedAsk], bool]:
-        landed, stored = land(connection, job, part, asks)
+        landed, stored = land(connection, job, part, asks, **more)
         if job.folds and not stored:
             _write(connection, job, folds.fold(connection, job, part))
         return landed, stored
@@ -184,11 +186,11 @@ def folds_outside_the_lock(patch: Patch) -> None:
     early: dict[int, Folding] = {}
 
     def hasty(
-        connection: Connection, job: LoadingJob, part: IncomingPart, asks: Sequence[NewAsk]
+        connection: Connection, job: LoadingJob, part: IncomingPart, asks: Sequence[NewAsk], **more: Any
     ) -> tuple[list[LandedAsk], bool]:
         if job.folds:
             early[id(part)] = read(connection, job, part)
-        return land(connection, job, part, asks)
+        return land(connection, job, part, asks, **more)
 
     patch.setattr(feeds, "land_asks", hasty)
     patch.setattr(folds, "fold", lambda connection, job, part: early[id(part)])
@@ -232,6 +234,38 @@ def forgets_state_when_it_sweeps(patch: Patch) -> None:
     patch.setattr(folds, "_OF_CLOSED", text("DELETE FROM fold WHERE :limit > 0"))
 
 
+def expires_what_was_leased(patch: Patch) -> None:
+    skip = dropping._skip
+    patch.setattr(dropping, "_LATE", text(str(dropping._LATE).replace("AND p.cursor = 0", "")))
+    patch.setattr(dropping, "_skip", lambda c, places, closed, why: skip(c, places, closed, Skip.LATE))
+
+    def expire(database: Database, epoch: int, blocks: Collection[dropping.BlockKey]) -> None:
+        with database.transaction() as connection:
+            fence(connection, epoch)
+            for job, number in blocks:
+                dropping.abandon(connection, job, [number])
+
+    patch.setattr(dropping, "expire", expire)
+
+
+def abandons_and_lets_it_run(patch: Patch) -> None:
+    """Then its outcome, which comes too late, finds an open sub-task."""
+    patch.setattr(dropping, "_CLOSE", text("SELECT CAST(:ids AS bigint[])"))
+    patch.setattr(dropping, "_DROP_LEASES", text("SELECT CAST(:ids AS bigint[])"))
+
+
+def keeps_the_key_of_what_was_given_up(patch: Patch) -> None:
+    patch.setattr(dropping, "_FORGET_ASKS", text(f"{dropping._FORGET_ASKS} AND false"))
+
+
+def counts_nothing_that_is_given_up(patch: Patch) -> None:
+    patch.setattr(dropping, "_COUNT", text(str(dropping._COUNT).replace("+ :n", "+ 0 * :n")))
+
+
+def gives_up_rows_that_wait_and_counts_them_on(patch: Patch) -> None:
+    patch.setattr(dropping, "more_waits", lambda connection, waits: None)
+
+
 # -- the plays ---------------------------------------------------------------------------------------
 
 _OPEN = ("open", (0,))
@@ -243,6 +277,8 @@ _ROUND = ("round", (7,))
 _MONTH = (("forget_front", (0,)), ("tick", (0,)), ("tick", (0,)))
 #: A job with state; asks of three rows and of one, by two keys.
 _FOLDING, _ASKS = ("open", (2,)), ("ask", (0, 0, 5, 20))
+_ASK_DROP, _EXPIRE, _ABANDON = ("ask_drop", (0, 0, 1)), ("expire", (0,)), ("abandon", (0, 0, 7))
+_TICK = ("tick", (0,))
 
 OPEN_MUTANTS: Collection[Mutant] = (
     Mutant("checks keys before it locks", checks_keys_before_it_locks, (_OPEN, _SAME_KEY), 13),
@@ -332,4 +368,24 @@ OPEN_MUTANTS: Collection[Mutant] = (
         20,
     ),
     Mutant("forgets state when it sweeps", forgets_state_when_it_sweeps, (_FOLDING, _ASKS, _ROUND, _ASK), 20),
+    Mutant("expires what was leased", expires_what_was_leased, (_OPEN, _ASK_DROP, _TICK, _EXPIRE), 21),
+    Mutant("abandons and lets it run", abandons_and_lets_it_run, (_OPEN, _ASK_DROP, _TICK, _ABANDON), 5),
+    Mutant(
+        "keeps the key of what was given up",
+        keeps_the_key_of_what_was_given_up,
+        (_OPEN, _ASK_DROP, _ABANDON),
+        22,
+    ),
+    Mutant(
+        "counts nothing that is given up",
+        counts_nothing_that_is_given_up,
+        (("open", (4,)), _ASK_DROP, _ABANDON),
+        2,
+    ),
+    Mutant(
+        "gives up rows that wait and counts them on",
+        gives_up_rows_that_wait_and_counts_them_on,
+        (_OPEN, _ASK_DROP, _EXPIRE),
+        5,
+    ),
 )

@@ -1,4 +1,4 @@
-"""The nine invariants of reliability.md 4 and 9 and those of open jobs (13 to 17, 19, 20) and uploads (18), as far as they can be seen at any moment, over all of Postgres at once.
+"""The nine invariants of reliability.md 4 and 9 and those of open jobs (13 to 17, 19 to 22) and uploads (18), as far as they can be seen at any moment, over all of Postgres at once.
 
 Invariant 6 (no write under an old epoch) is checked inside each transaction of a dispatcher: see ``stage.Tap``.
 """
@@ -52,6 +52,8 @@ _ALL = text("""
 
 #: (job, pass, block).
 Place = tuple[str, int, int]
+#: Why cells have no answer that nobody waited for.
+DROPPED = ("late", "abandoned")
 
 
 @dataclass
@@ -103,6 +105,7 @@ def check(world: World) -> None:
         if job.asked:
             _gone_by_right(world, seen, job, j)
             _landed_once(world, seen, job, j)
+            _dropped_by_right(world, seen, job, mine)
             if world.callers.jobs[job.id].loading.folds:
                 _folded_once(seen, job, j)
             _ends_when_closed(world, job, j)
@@ -115,7 +118,7 @@ def check(world: World) -> None:
             j["state"] != "running" or j["blocks_done"] < j["n_blocks"],
             f"17: all is answered in job {j['id'][-2:]}, and it runs on",
         )
-        _counters(job, j, mine, _skipped(seen, j["id"]))
+        _counters(job, j, mine, _skipped(seen, j["id"]) + _dropped(seen, j["id"], mine))
         _write_once(job, j, mine)
         _right(world, job, mine)
         _frozen(job, j, mine)
@@ -180,7 +183,11 @@ def _gone_by_right(world: World, seen: Seen, job: Job, j: dict[str, Any]) -> Non
             for task in job.tasks:
                 answer = job.cells.pop((row, task))
                 job.past[
-                    "ok" if isinstance(answer, int) else "skipped" if answer == "upstream" else "error"
+                    "ok"
+                    if isinstance(answer, int)
+                    else "skipped"
+                    if answer in ("upstream", *DROPPED)
+                    else "error"
                 ] += 1
     world.callers.forget_blocks(job.id, gone)
     past = tuple(j[f"past_{kind}"] for kind in ("ok", "error", "skipped"))
@@ -213,10 +220,42 @@ def _landed_once(world: World, seen: Seen, job: Job, j: dict[str, Any]) -> None:
                 _must(whose is not None and len(whose) == a["n_rows"], f"13: nobody asked {a}")
                 _must(a["lo"] == len(rows) - block["first_row"], f"13: {where} has rows of no key before {a}")
                 rows += whose or ()
+        # What was given up has no key any more.
+        gone = {a.place[1]: a for a in world.callers.asks if a.job == job.id and a.gone and a.place[0] == at}  # type: ignore[index]
+        for lo, asked in sorted(gone.items()):
+            _must(lo == len(rows) - block["first_row"], f"13: {where} has rows of no key before {asked}")
+            rows += asked.rows
         _must(len(rows) == block["first_row"] + block["n_rows"], f"13: {where} has rows of no key")
     _must(len(rows) == j["n_rows"], f"14: job {j['id'][-2:]} counts {j['n_rows']} rows of {len(rows)}")
     _must(rows[: len(job.rows)] == job.rows, f"14: rows of job {j['id'][-2:]} came to stand elsewhere")
     job.rows = rows
+
+
+def _dropped_by_right(world: World, seen: Seen, job: Job, mine: dict[tuple[int, str], list[Any]]) -> None:
+    """Late or abandoned is only what its callers may give up; late only what was never leased; and its key is free."""
+    dropped = {at: answer for at, (answer, *_) in mine.items() if answer in DROPPED}
+    if not dropped:
+        return
+    asks = [a for a in world.callers.asks if a.job == job.id and a.place is not None]
+    of = {a: range(a.place[1] + a.place[2], a.place[1] + a.place[2] + len(a.rows)) for a in asks}  # type: ignore[index]
+    passes = {t["name"]: t["pass_number"] for t in seen.tables["task"] if t["job_id"] == str(job.id)}
+    leased = {
+        (s["pass_number"], row)
+        for s in seen.tables["subtask"]
+        if s["job_id"] == str(job.id)
+        for row in seen.rows(s)
+    }
+    for (row, task), answer in dropped.items():
+        _must(
+            any(a.drop and row in of[a] for a in asks),
+            f"21: row {row} is {answer}, and nobody would give it up",
+        )
+        _must(
+            answer != "late" or (passes[task], row) not in leased,
+            f"21: row {row} was leased, and {task} is late",
+        )
+        held = [a.key for a in asks if row in of[a] and not a.gone]
+        _must(not held, f"22: row {row} is {answer}, and keys {held} still stand for it")
 
 
 def _folded_once(seen: Seen, job: Job, j: dict[str, Any]) -> None:
@@ -323,11 +362,21 @@ def _skipped(seen: Seen, job: str) -> int:
     )
 
 
+def _dropped(seen: Seen, job: str, mine: dict[tuple[int, str], list[Any]]) -> int:
+    """Cells that were given up, but for those of rows that were taken out of their pass, since what it reads was."""
+    rows: dict[int, set[int]] = defaultdict(set)
+    for (of, number, _), order in seen.order.items():
+        if of == job:
+            rows[number].update(order)
+    passes = {t["name"]: t["pass_number"] for t in seen.tables["task"] if t["job_id"] == job}
+    return sum(answers[0] in DROPPED and row in rows[passes[task]] for (row, task), answers in mine.items())
+
+
 def _counters(job: Job, j: dict[str, Any], mine: dict[tuple[int, str], list[Any]], skipped: int) -> None:
     twice = [at for at, answers in mine.items() if len(answers) > 1]
     _must(not twice, f"1: more than one result of {twice}")
     ok = sum(isinstance(answers[0], int) for answers in mine.values())
-    shown = sum(answers[0] == "upstream" for answers in mine.values())
+    shown = sum(answers[0] in ("upstream", *DROPPED) for answers in mine.values())
     error = len(mine) - ok - shown
     if j["state"] in CARVED:
         # A row that came in broken is an error from the first, and shown with its block.
@@ -359,6 +408,8 @@ def _right(world: World, job: Job, mine: dict[tuple[int, str], list[Any]]) -> No
         elif answer == "upstream":
             read = mine.get((row, NEEDS[task]), [None])[0]
             _must(isinstance(read, str), f"7: row {row} of {task} is skipped, and {NEEDS[task]} is {read}")
+        elif answer in DROPPED:
+            continue
         elif answer == "poison":
             _must(
                 job.died_alone[_own(job, row)] >= MAX_DEATHS_ALONE,

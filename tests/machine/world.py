@@ -76,6 +76,8 @@ MOST_JOBS = 5
 _A_MONTH = text("UPDATE block SET done_at = done_at - interval '30 days' WHERE job_id = :job")
 #: Around the beat, the death of a silent worker, the lead's and a lease's end.
 PAUSES_S = (0.1, 0.5, 2.0, 4.5, 8.5, 20.0)
+#: Seconds after which the rows of some callers are dropped, where no worker has begun them.
+DUE_S = 3.0
 #: Rounds in which a cluster without faults must end every job.
 HEAL_ROUNDS = 150
 #: Steps of a storm of words, a tenth of a second each; beat steps in which an audit reads what little there is.
@@ -202,6 +204,7 @@ class World:
         self._look()
 
     def _look(self) -> None:
+        self.callers.note_gone()
         for dispatcher in self.dispatchers.values():
             if dispatcher.differences and not self.spoiled:
                 raise Broken(f"10: {dispatcher.me} went by {dispatcher.differences} things that were not so")
@@ -354,6 +357,24 @@ class World:
             connection.execute(_A_MONTH, {"job": job})
         for dispatcher in self.dispatchers.values():
             dispatcher._sweep_at = 0.0
+
+    def rule_ask_drop(self, api: int, i: int, rows: int) -> None:
+        """A caller asks that does not want its answer late, or alone with another such."""
+        if (job := self._some_open(i)) is not None:
+            asks = [self.callers.new(job, rows, drop=True) for _ in range(1 + rows % 2)]
+            self.callers.land(APIS[api % 2], asks, due_s=DUE_S)
+
+    def rule_expire(self, which: int) -> None:
+        """Such callers' time is over, and a dispatcher steps."""
+        self._advance(DUE_S)
+        self._tick("AB"[which % 2])
+
+    def rule_abandon(self, api: int, i: int, fault: int) -> None:
+        """Such callers go away; half of the time that goes wrong."""
+        asks = [a for a in self.callers.asks if a.drop and a.place is not None]
+        if asks:
+            asked = asks[-1 - i % len(asks)]
+            self.callers.abandon(APIS[api % 2], asked, (*LANDING_FAULTS, "", "", "", "")[fault % 8])
 
     def _some_open(self, i: int) -> UUID | None:
         """A job that was opened to be asked, whatever became of it."""

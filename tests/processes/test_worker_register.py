@@ -203,12 +203,38 @@ def test_a_function_is_registered_by_its_entry_point(api: Api, tmp_path: Path) -
     taken = register(api, tmp_path, "--function", "shout", "--version", "prod", path=str(tmp_path))
     assert taken.returncode == 2
     assert "shout@prod is an alias, of shout@1; choose another --version" in taken.stderr
+    with (tmp_path / "shouting.py").open("a") as module:
+        module.write(
+            "def rank(rows, *, k, artefact, best=True):\n    return [artefact[r][:k] for r in rows]\n"
+        )
+    with (package / "entry_points.txt").open("a") as points:
+        points.write("rank = shouting:rank\n")
+    told = register(api, tmp_path, "--function", "rank", path=str(tmp_path))
+    assert api.manifest("rank@1").keywords == {"k": True, "artefact": True, "best": False}
+    assert "not tried in fp32: a task must give it k, artefact" in told.stdout
     unknown = register(api, tmp_path, "--function", "whisper")
     assert unknown.returncode == 2
     assert (
         "no engine 'whisper' here; installed are causal, classifier, encoder, openai, spacy-ner, trainer, vllm"
         in unknown.stderr
     )
+
+
+def test_data_for_functions_is_registered_beside_models(api: Api, tmp_path: Path) -> None:
+    data = tmp_path / "films.json"
+    data.write_text('{"titles": ["Alien"]}')
+    done = register(api, tmp_path, str(data), "--name", "films", "--artefact", "--json")
+    assert done.returncode == 0, done.stderr
+    told = json.loads(done.stdout)["models"]
+    assert [(one["ref"], one["answers"]) for one in told] == [("films@1", "artefact")]
+    manifest = api.manifest("films@1")
+    assert api.blobs[manifest.files["films.json"]] == data.read_bytes()
+    (tmp_path / "films.pkl").write_bytes(b"x")
+    data.write_text("{torn")
+    for source, words in ((tmp_path / "films.pkl", "films.pkl: got .pkl"), (data, "cannot be read as json")):
+        refused = register(api, tmp_path, str(source), "--name", "other", "--artefact")
+        assert refused.returncode == 2
+        assert words in refused.stderr
 
 
 def a_classifier(folder: Path, **config: Any) -> Path:

@@ -87,9 +87,13 @@ FLOWER_EITHER = (
         "BRPOP motet.gpu.w 1",
         "PUBLISH /0.celeryev/task.sent x",
     ),
+    *("PUBLISH motet:say:a x", "SUBSCRIBE motet:say:a"),
 )
-#: And a worker listens to nobody's events.
+#: And a worker listens to nobody's events, nor to what others say.
 WORKER_EITHER = (
+    "SUBSCRIBE motet:say:a",
+    "PSUBSCRIBE motet:say:*",
+    "PUBLISH motet:said:a x",
     "PSUBSCRIBE /0.celeryev/*",
     "SUBSCRIBE /0.celeryev/x",
     "PUBLISH /0.celery.pidbox x",
@@ -167,6 +171,7 @@ def test_every_role_can_do_its_own_work(lines: dict[str, redis.Redis]) -> None:
         ("worker", "SADD motet:workers w"),
         ("worker", "XADD motet:outcomes * m x"),
         ("worker", "LLEN motet.gpu.w"),
+        ("worker", "PUBLISH motet:say:a x"),
         ("flower", "SMEMBERS motet:workers"),
         ("flower", "GET motet:w:w:beat"),
         ("flower", "LLEN motet.gpu.w"),

@@ -289,6 +289,8 @@ def test_models_workers_and_tokens_are_shown(api: FakeApi, motet: Shell) -> None
     assert json.loads(motet("workers", "--json").out)[0]["backlog_s"] == 1.5
     assert motet("token", "create", "laptop").out == "t2.made\n"
     assert json.loads(motet("token", "create", "laptop", "--json").out)["token"] == "t2.made"
+    variables = motet("token", "create", "laptop", "--openai").out.splitlines()
+    assert variables == [f"export OPENAI_BASE_URL={api.url}/openai/v1", "export OPENAI_API_KEY=t2.made"]
     assert "laptop" in motet("token", "list").out
     assert motet("token", "revoke", "t1").code == 0
 

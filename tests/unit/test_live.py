@@ -15,7 +15,7 @@ from motet.errors import Late, MotetError
 from motet.protocol.columns import Column
 from scheduler.api import live
 from scheduler.api.bell import Bell
-from scheduler.api.live import Ask, AskAnswered, Feeds, LiveFeed
+from scheduler.api.live import Ask, AskAnswered, Feeds, LiveFeed, ReadyWorkers
 from scheduler.api.refusals import Unavailable
 from scheduler.blocks import IncomingPart
 from scheduler.policy.gather import Gatherer
@@ -231,12 +231,12 @@ def test_workers_that_cannot_be_counted_hold_nobody_up() -> None:
         ended = asyncio.Event()
         loop = asyncio.get_running_loop()
 
-        def count() -> int:
+        def count() -> ReadyWorkers:
             import time
 
             time.sleep(0.5)
             loop.call_soon_threadsafe(ended.set)
-            return 9
+            return ReadyWorkers(9, 288)
 
         database: Any = None
         feeds = Feeds(database, Bell("postgresql://nowhere"), count)
@@ -246,7 +246,7 @@ def test_workers_that_cannot_be_counted_hold_nobody_up() -> None:
         assert loop.time() - began < 0.3
         await ended.wait()
         await asyncio.sleep(0.05)
-        assert feeds._width == 18
+        assert (feeds._width, feeds._writing) == (18, 360)
         feeds.close()
 
     asyncio.run(play())

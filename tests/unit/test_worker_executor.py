@@ -27,6 +27,7 @@ from workers.run.device import Device
 from workers.run.executor import LOAD_S, PREPARE_S, Executor
 from workers.run.lane import WINDOW_S
 from workers.run.reporter import Reporter
+from workers.run.sayer import Sayer
 from workers.run.stream import FIRST_MEASURED_S, FIRST_RUN_S, RUN_S
 
 #: Of a device that interactive work may take from bulk.
@@ -141,6 +142,7 @@ class House:
         self.transport: MemoryWorkerTransport = self.redis.worker("w")
         self.attempts = Attempts()
         self.reporter = Reporter(self.transport, self.attempts)
+        self.sayer = Sayer(self.transport, self.clock)
         #: Tokenising that waits to be done, and whether of interactive rows; None does it at once.
         self.pending: list[tuple[Callable[[], None], bool]] | None = None
         self.executor = Executor(
@@ -156,6 +158,7 @@ class House:
             budget_mb=self.budget_mb,
             broken=self._broken,
             spawn=self._spawn,
+            sayer=self.sayer,
             clock=self.clock,
         )
 

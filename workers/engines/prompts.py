@@ -51,6 +51,21 @@ class BadMessages(Exception):
     """A row's dialogue cannot be read."""
 
 
+def row_spec(spec: Mapping[str, Any], fields: Mapping[str, str]) -> Mapping[str, Any]:
+    """A task's spec with what the row says of its options for itself."""
+    template = spec.get("options")
+    if not template:
+        return spec
+    own: dict[str, Any] = json.loads(render(template, fields) or "{}")
+    return {**spec, **own}
+
+
+def counted(text: str, finish: str, spent: tuple[int, int, int]) -> dict[str, Any]:
+    """The answer of a task whose rows have options of their own. ``spent``: tokens of the prompt, of them cached ones,
+    and tokens written."""
+    return {"text": text, "finish": finish, "usage": list(spent)}
+
+
 def messages_of(spec: Mapping[str, Any], text: str, fields: Mapping[str, str]) -> list[Message]:
     """The messages of a task (``Task.to_json``) for one row, to be answered by the assistant.
 

@@ -112,7 +112,9 @@ class Writer:
 
         ``thought``: the tokens that begin and end a thought. ``begun``: the prompt has begun one.
         """
-        seed = hashlib.sha256(f"{spec.get('seed', 0)}/{index}/{name}".encode()).digest()
+        # A row that brings a seed of its own draws the same wherever it stands.
+        place = spec.get("draw", index)
+        seed = hashlib.sha256(f"{spec.get('seed', 0)}/{place}/{name}".encode()).digest()
         asked = spec.get("thinking")
         # A schema lets nothing stand before the value, unless the task asks for thoughts.
         may_think = thought is not None and (asked is True or (asked is False and matcher is None))
@@ -207,9 +209,16 @@ class Writer:
 
     def answer(self, words: Callable[[Sequence[int]], str]) -> bytes | CellError:
         """The JSON of the ended answer, or why there is none."""
-        text = "" if self.thinks else words(self.ids[self.answer_at :]).replace("\0", "")
         if self.schema is not None:
-            return _kept(text, self.schema, self.finish)
+            return _kept(self._written(words), self.schema, self.finish)
+        return _json({"text": self.text(words), "finish": self.finish})
+
+    def _written(self, words: Callable[[Sequence[int]], str]) -> str:
+        return "" if self.thinks else words(self.ids[self.answer_at :]).replace("\0", "")
+
+    def text(self, words: Callable[[Sequence[int]], str]) -> str:
+        """What was written, without thoughts that nobody wants and up to the first stop text."""
+        text = self._written(words)
         if self.bare and not self.answer_at:
             # Where the tags are no single tokens, they are known by their text.
             text = without_thoughts(text, begun=self.begun)
@@ -217,7 +226,7 @@ class Writer:
             text = text.partition(one)[0]
         # A character that was cut in the middle.
         text = text.rstrip(NO_CHARACTER) if self.finish == "length" else text
-        return _json({"text": text.strip(), "finish": self.finish})
+        return text.strip()
 
 
 def _kept(text: str, schema: Mapping[str, Any], finish: str) -> bytes | CellError:

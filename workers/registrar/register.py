@@ -16,6 +16,7 @@ from typing import Any
 from urllib.parse import quote
 
 import motet
+from motet.artefacts import artefact_files, describe_artefact, send_file
 from motet.errors import Conflict, NotFound, SetupError
 from motet.http import Address, Http
 from motet.protocol.columns import Column
@@ -78,8 +79,6 @@ TRIED: Mapping[str, Callable[[str], Task]] = {
     "spans": Entities,
     "json": Function,
 }
-#: Seconds in which the API must take the next piece of a file, or answer behind the last one.
-_FILE_S = 300.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -97,6 +96,7 @@ class NewModel:
     allow_gguf: bool
     engine: str | None
     trunk: str | None
+    artefact: bool
     openai: str | None
     model: str | None
     in_flight: int
@@ -116,8 +116,8 @@ def register(options: NewModel) -> int:
         print(json.dumps({"models": done}, ensure_ascii=False))
     else:
         for one in done:
-            formats = ", ".join(("fp32", *one["formats"]))
-            print(f"{one['state']:<12}{one['ref']}  ({one['answers']}; {formats})")
+            formats = "" if one["answers"] == "artefact" else "; " + ", ".join(("fp32", *one["formats"]))
+            print(f"{one['state']:<12}{one['ref']}  ({one['answers']}{formats})")
             for in_format, why in one["not_tried"].items():
                 print(f"{'':<12}not tried in {in_format}: {why}; the first worker that loads it will say")
     return 0
@@ -145,7 +145,14 @@ class Registry:
         known = {model.manifest.ref: self._known(model.manifest) for model in asked}
         new = [model for model in asked if known[model.manifest.ref] is None]
         trainers = [model.manifest for model in new if model.manifest.answers == "models"]
-        tried = {m.ref: m for m in self._tried([model for model in new if model.manifest not in trainers])}
+        # An artefact answers nothing by itself; it was read when it was described.
+        tried = {model.manifest.ref: model.manifest for model in new if model.manifest.answers == "artefact"}
+        tried |= {
+            m.ref: m
+            for m in self._tried(
+                [m for m in new if m.manifest not in trainers and m.manifest.ref not in tried]
+            )
+        }
         for trainer in trainers:
             # It was tried as what it trains.
             ref = trainer.source["trains"]
@@ -251,6 +258,11 @@ class Registry:
     ) -> TrialPlan:
         """Where to try a model, in which of the formats. ``memory_mb``: its engine's estimate. Raises SetupError."""
 
+        if needed := [name for name, must in trunk.keywords.items() if must]:
+            # Ordinary sentences say nothing of arguments that a task must give.
+            why = f"a task must give it {', '.join(needed)}"
+            return TrialPlan(device=None, formats=(), left_out=dict.fromkeys(formats, why))
+
         def need_mb(device: TrialDevice, in_format: str) -> int:
             if not trunk.files:  # a function, or what another server holds
                 return 0
@@ -281,7 +293,7 @@ class Registry:
 
     def _send(self, manifest: Manifest, files: Mapping[str, Path]) -> None:
         for name, path in files.items():
-            self._upload(manifest.files[name], path)
+            send_file(self._http, manifest.files[name], path)
         try:
             self._http.post("/v1/models", manifest.to_json())
         except Conflict as error:
@@ -296,15 +308,6 @@ class Registry:
             files = {name: cache.ensure(sha256) for name, sha256 in manifest.files.items()}
             self._near[ref] = Described(manifest=manifest, files=_linked(self._cache, manifest, files))
         return self._near[ref]
-
-    def _upload(self, sha256: str, path: Path) -> None:
-        """Send a file, unless the API has it."""
-        try:
-            self._http.request("HEAD", f"/v1/blobs/{sha256}")
-            return
-        except NotFound:
-            pass
-        self._http.request("PUT", f"/v1/blobs/{sha256}", content=path, answer_s=_FILE_S)
 
 
 @dataclass(frozen=True, slots=True)
@@ -333,7 +336,7 @@ def _outcomes(trial: Trial, plan: TrialPlan, proving: Provable | None) -> dict[s
         raise
     except Exception as error:
         raise SetupError(
-            f"{trial.model.ref}: running ordinary sentences failed: {type(error).__name__}"
+            f"{trial.model.ref}: running ordinary sentences failed: {type(error).__name__}{_untried(trial.model)}"
         ) from error
 
 
@@ -349,7 +352,18 @@ def _outcome(trial: Trial, in_format: str, proving: Provable | None) -> _Outcome
 def _check_answered(manifest: Manifest, answers: Column) -> None:
     if not answers.counts()[0]:
         why = next(iter(answers.errors.values()))
-        raise SetupError(f"{manifest.ref}: every ordinary sentence failed: {why.error}, {why.message}")
+        raise SetupError(
+            f"{manifest.ref}: every ordinary sentence failed: {why.error}, {why.message}{_untried(manifest)}"
+        )
+
+
+def _untried(manifest: Manifest) -> str:
+    """What to do where a function cannot read sentences, in words."""
+    return (
+        "; a function that reads a dict is registered untried: --try none"
+        if manifest.answers == "json"
+        else ""
+    )
 
 
 def _check_unproved(model: Described, plan: TrialPlan) -> None:
@@ -432,7 +446,24 @@ def _asked(options: NewModel, registry: Registry) -> Iterator[Described]:
         yield _describe_source(options.source, options, registry)
 
 
+def _describe_artefact(source: str, options: NewModel) -> Described:
+    """Files of data, read once to see that workers can. Raises SetupError."""
+    from workers.engines.artefacts import read_artefact
+
+    files = artefact_files(Path(source).expanduser())
+    try:
+        read_artefact(files)
+    except CannotLoad as error:
+        raise SetupError(str(error)) from None
+    name, version = options.name or "", options.version or "1"
+    return Described(
+        manifest=describe_artefact(files, name=name, version=version, licence=options.licence), files=files
+    )
+
+
 def _describe_source(source: str, options: NewModel, registry: Registry) -> Described:
+    if options.artefact:
+        return _describe_artefact(source, options)
     if source.endswith(".gguf"):
         folder, told = _convert(source, options.allow_gguf)
     else:

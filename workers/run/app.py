@@ -27,6 +27,7 @@ from motet.errors import SetupError
 from motet.protocol import traces
 from motet.protocol.envelope import BadMessage
 from motet.protocol.logs import configure, event
+from motet.protocol.manifest import decode_slots
 from motet.protocol.settings import Settings, cache_folder
 from motet.protocol.transport import (
     ENTRY_POINT,
@@ -44,6 +45,7 @@ from workers.run.blobs import BlobCache, HttpBlobs
 from workers.run.device import Device, probe, use_threads
 from workers.run.executor import Executor
 from workers.run.reporter import Reporter
+from workers.run.sayer import Sayer
 from workers.run.work import Work
 
 if TYPE_CHECKING:
@@ -52,8 +54,9 @@ if TYPE_CHECKING:
 #: By name: this module runs as __main__.
 log = logging.getLogger("workers.run.app")
 
-#: Celery threads: waiting ones are free. The dispatcher sends at most three bulk sub-tasks, ten where a language model
-#: answers, and twice three of the lane.
+#: Celery threads, and as many more as a language model writes answers at once: waiting ones are free. The dispatcher
+#: sends at most three bulk sub-tasks, ten where a language model answers, and twice three of the lane, or of a language
+#: model's lane one for each such answer.
 THREADS = 16
 #: Threads that tokenise; a GPU is hungrier than a CPU slot, which has only its own core.
 PREPARING = {"cpu": 1, "cuda": 4}
@@ -100,6 +103,7 @@ class WorkerApp:
         self._device = device
         self._grace_s, self._beat_s = settings.grace_s, settings.beat_s
         self._reporter = Reporter(transport, self.attempts)
+        self._sayer = Sayer(transport)
         #: By whether it is for interactive rows: they must not wait for a whole bulk sub-task to be tokenised.
         self._pools = {
             True: ThreadPoolExecutor(1, thread_name_prefix="prepare-interactive"),
@@ -123,6 +127,7 @@ class WorkerApp:
             lane_share=settings.lane_share,
             broken=lambda: exit_now(EXIT_DEVICE),
             spawn=lambda job, interactive: self._pools[interactive].submit(self._vital, job),
+            sayer=self._sayer,
             pulse=pulse,
         )
         self._heart = Heart(
@@ -154,6 +159,7 @@ class WorkerApp:
         self._heart.step()
         self._thread("executor", self._own_the_device)
         self._thread("reporter", self._reporter.run)
+        self._thread("sayer", self._sayer.run)
         self._thread("heart", lambda: self._heart.run(self._stopped, self._beat_s))
         self._thread("watchdog", lambda: self._watchdog.run(self._stopped))
         self._thread("drain", self._drain_when_told)
@@ -209,6 +215,10 @@ class WorkerApp:
         self._executor.run()
 
     @property
+    def device_kind(self) -> str:
+        return self._device.kind
+
+    @property
     def leaving(self) -> bool:
         return self._leaving.is_set()
 
@@ -221,6 +231,7 @@ class WorkerApp:
         self._stopped.set()
         self._executor.stop()
         self._reporter.stop()
+        self._sayer.stop()
         for thread in self._threads:
             thread.join(timeout=2.0)
         self._say_goodbye()
@@ -332,7 +343,7 @@ def celery_app(redis_url: str, worker: WorkerApp) -> Celery:
         worker_disable_prefetch=True,
         worker_prefetch_multiplier=1,
         worker_pool="threads",
-        worker_concurrency=THREADS,
+        worker_concurrency=THREADS + decode_slots(worker.device_kind),
         task_ignore_result=True,
         result_backend=None,
         accept_content=["json"],

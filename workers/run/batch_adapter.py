@@ -15,7 +15,7 @@ from typing import Any
 from motet.protocol.columns import CellError, Column
 from motet.protocol.manifest import Manifest
 from motet.protocol.wire import TaskOrder
-from workers.engine import BatchEngine, Ended, Engine, Pass, Prepared, Step, Together
+from workers.engine import BatchEngine, Detaching, Ended, Engine, Pass, Prepared, Step, Together
 from workers.run.assemble import assemble
 from workers.run.batching import fitting
 from workers.run.work import Work
@@ -52,6 +52,10 @@ class BatchAdapter:
 
     def attach(self, handle: Batches, task: TaskOrder, files: Mapping[str, Path]) -> None:
         self._engine.attach(handle.handle, task, files)
+
+    def detach(self, handle: Batches, digest: str) -> None:
+        if isinstance(self._engine, Detaching):
+            self._engine.detach(handle.handle, digest)
 
     def prepare(self, pass_: Pass, texts: Sequence[str]) -> list[Prepared | CellError]:
         return self._engine.prepare(replace(pass_, handle=pass_.handle.handle), texts)

@@ -11,6 +11,7 @@ import socket
 import threading
 import time
 from collections.abc import Callable
+from contextlib import suppress
 
 from motet.distributions import installed
 from motet.protocol.logs import event
@@ -24,6 +25,9 @@ from workers.run.executor import Executor
 log = logging.getLogger(__name__)
 
 WATCH_S = 0.5
+#: Between beats the control word is read so often, in seconds, while somebody waits for what is held. Longer: what a
+#: caller gave up runs on. Shorter: each worker asks Redis more often.
+LISTEN_S = 0.2
 #: A leader that was replaced is silent by then: an older epoch's word that stands for so long is the true one, and the
 #: higher number was never a leader's. Were it the last word of a replaced one, the new one would say its own again.
 STANDS_S = 3.0
@@ -83,9 +87,20 @@ class Heart:
         if control is not None:
             self.obey(control)
 
+    def listen(self) -> None:
+        """Do what the newest control word says, between two beats."""
+        with suppress(TransportLost):
+            if (control := self._transport.hear()) is not None:
+                self.obey(control)
+
     def run(self, stopped: threading.Event, every_s: float) -> None:
-        while not stopped.wait(every_s):
-            self.step()
+        next_s = self._clock() + every_s
+        while not stopped.wait(max(0.0, min(LISTEN_S, next_s - self._clock()))):
+            if self._clock() >= next_s:
+                next_s = self._clock() + every_s
+                self.step()
+            elif self._executor.waited_for():
+                self.listen()
 
     def beat(self) -> Beat:
         """What is true now."""

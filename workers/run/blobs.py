@@ -29,7 +29,7 @@ from workers.engine import CannotLoad
 log = logging.getLogger(__name__)
 
 #: What a model folder may hold: weights as safetensors, and text. Nothing that runs when it is read.
-ALLOWED = frozenset({".safetensors", ".json", ".txt", ".model", ".jinja"})
+ALLOWED = frozenset({".safetensors", ".json", ".txt", ".model", ".jinja", ".parquet"})
 CHUNK = 1 << 20
 TRIES = 5
 #: Folders older than this were left behind by a process that died.

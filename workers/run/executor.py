@@ -29,6 +29,7 @@ from workers.run.evidence import Evidence
 from workers.run.lane import Lane
 from workers.run.preparing import Preparing
 from workers.run.reporter import Reporter
+from workers.run.sayer import Sayer
 from workers.run.shelf import Engines, Files, Loaded, Shelf, why_not
 from workers.run.stream import FIRST_RUN_S, StepResult, Stream, Suspects, Unsound
 from workers.run.turns import next_turn, to_prepare
@@ -72,15 +73,16 @@ class Executor:
         lane_share: float,
         broken: Callable[[], None],
         spawn: Callable[[Callable[[], None], bool], object],
+        sayer: Sayer,
         pulse: Callable[[int], None] = lambda silence_s: None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         """``budget_mb``: memory of one GPU that models may hold. ``lane_share``: of the device, see lane.py. ``broken``: ends the process, for a device that is lost.
         ``spawn``: runs a function away from the device's thread; True: not behind those that came with False.
-        ``pulse``: tells the launcher how many seconds this process may be silent from now."""
+        ``sayer``: tells text as it is written. ``pulse``: tells the launcher how many seconds this process may be silent from now."""
         self._worker, self._boot, self._device = worker, boot, device
         self._engines, self._files, self._attempts, self._reporter = engines, files, attempts, reporter
-        self._broken, self._pulse, self._clock = broken, pulse, clock
+        self._broken, self._sayer, self._pulse, self._clock = broken, sayer, pulse, clock
 
         #: Guards the attempts and the shelf; notified when there may be something to do.
         self._changed = threading.Condition()
@@ -88,7 +90,9 @@ class Executor:
         self._arrivals = itertools.count()
         #: In the order of their arrival.
         self._works: dict[Key, Work] = {}
-        self._shelf = Shelf(device, engines, files, budget_mb, self._changed, self._in_use, clock)
+        self._shelf = Shelf(
+            device, engines, files, budget_mb, self._changed, self._in_use, self._heads_in_use, clock
+        )
         self._preparing = Preparing(
             self._changed, spawn, self._stream_for, self._ready, self._lost_device, clock
         )
@@ -127,6 +131,7 @@ class Executor:
             gone = [self._works.pop(key) for key in keys if key in self._works]
             self._wake()
         for work in gone:
+            self._sayer.forget(work.order)
             self._attempts.release(work.order.key)
             work.finished.set()
             event(log, "dropped", **work.ids)
@@ -150,6 +155,11 @@ class Executor:
     def loading(self) -> bool:
         """Whether a model is being loaded now."""
         return (activity := self._activity) is not None and activity.what == "loading"
+
+    def waited_for(self) -> bool:
+        """Whether it holds what somebody waits for, who may go away. Any thread may ask."""
+        with self._changed:
+            return any(work.interactive for work in self._works.values())
 
     def backlog_s(self) -> float:
         """Predicted seconds of the work held here and not yet done."""
@@ -270,6 +280,8 @@ class Executor:
 
     def _take(self, loaded: Loaded, progress: StepResult, took: float) -> None:
         """Learn from a step, and hand out what it brought."""
+        if progress.written:
+            self._sayer.write(progress.written)
         if progress.computed:
             before = (pace := loaded.stream.pace).budget.tokens
             pace.observed(progress.computed, progress.tokens, took)
@@ -346,6 +358,10 @@ class Executor:
         """The models that must stay. Under the lock."""
         return {w.model for w in self._works.values() if w.stage in IN_USE} | self._preparing.models()
 
+    def _heads_in_use(self) -> set[str]:
+        """Digests of what must stay beside the models. Under the lock."""
+        return {task.manifest.digest for w in self._works.values() if w.stage in IN_USE for task in w.heads}
+
     def _lost_device(self) -> None:
         event(log, "device broken", logging.ERROR)
         self._stopped = True
@@ -394,6 +410,7 @@ class Executor:
             if not self._holds(work):
                 return False
             del self._works[work.order.key]
+            self._sayer.forget(work.order)
             work.pass_ = None  # its outcome may wait for Redis, and must not keep a model in memory
             self._wake()
             return True

@@ -103,6 +103,7 @@ class Preparing:
             order.indices,
             order.tenant,
             lease,
+            deltas=bool(order.say),
             values=order.values,
         )
         try:

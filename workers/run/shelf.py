@@ -12,7 +12,7 @@ import time
 from collections import defaultdict
 from collections.abc import Callable, Collection, Mapping
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from math import ceil
 from pathlib import Path
 from typing import Protocol
@@ -20,7 +20,16 @@ from typing import Protocol
 from motet.protocol.logs import event
 from motet.protocol.manifest import Manifest
 from motet.protocol.residency import NeverFits, Resident, evictions
-from workers.engine import BatchEngine, CannotLoad, DeviceBroken, Elastic, Engine, OutOfMemory, spreads
+from workers.engine import (
+    BatchEngine,
+    CannotLoad,
+    Detaching,
+    DeviceBroken,
+    Elastic,
+    Engine,
+    OutOfMemory,
+    spreads,
+)
 from workers.run.batch_adapter import BatchAdapter
 from workers.run.batching import START_TOKENS, Budget, Pace
 from workers.run.blobs import CannotFetch, FileRefused
@@ -29,6 +38,10 @@ from workers.run.stream import Stream
 from workers.run.work import ModelKey, Stage, Work
 
 log = logging.getLogger(__name__)
+
+#: Artefacts beside one function that no attempt uses and that stay all the same. Refitting makes a new one each time, so
+#: without a limit a worker's memory would fill; a low one reads files again where jobs with several take turns.
+ARTEFACTS_KEPT = 4
 
 
 class Files(Protocol):
@@ -60,8 +73,10 @@ class Loaded:
     #: Of a group of GPUs, what it takes of the first one.
     memory_mb: int
     used: float
-    #: Digests of the heads beside it.
+    #: Digests of the heads and artefacts beside it.
     heads: set[str]
+    #: Of these the artefacts, in the order in which they were attached.
+    artefacts: list[str] = field(default_factory=list)
     #: The rows inside wait for another machine: their turn comes again then.
     look_at: float = float("-inf")
     #: When a step brought nothing first, of those since the last that did; None: the newest step brought something.
@@ -95,11 +110,13 @@ class Shelf:
         budget_mb: int,
         lock: threading.Condition,
         in_use: Callable[[], Collection[ModelKey]],
+        heads_in_use: Callable[[], Collection[str]],
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        """``budget_mb``: what models may hold of one GPU. ``in_use``: the models that must stay, asked under ``lock``."""
+        """``budget_mb``: what models may hold of one GPU. ``in_use``: the models that must stay, ``heads_in_use``: the
+        digests of what must stay beside them; asked under ``lock``."""
         self._device, self._engines, self._files, self._budget_mb = device, engines, files, budget_mb
-        self._lock, self._in_use, self._clock = lock, in_use, clock
+        self._lock, self._in_use, self._heads_in_use, self._clock = lock, in_use, heads_in_use, clock
         #: Changed under the lock, and by the device's thread alone.
         self.loaded: dict[ModelKey, Loaded] = {}
         start = Budget(START_TOKENS[device.kind])
@@ -157,7 +174,21 @@ class Shelf:
         with self._files.folder(model) as files:
             loaded.stream.engine.attach(loaded.stream.handle, task, files)
         loaded.heads.add(model.digest)
+        if model.answers == "artefact":
+            self._put_away_artefacts(loaded, but=model.digest)
         return True
+
+    def _put_away_artefacts(self, loaded: Loaded, but: str) -> None:
+        """Keep a few of those that nobody uses, the last ones attached. Engines hold rows only inside a step."""
+        loaded.artefacts = [one for one in loaded.artefacts if one != but]
+        with self._lock:
+            used = self._heads_in_use()
+            gone = [one for one in loaded.artefacts if one not in used][:-ARTEFACTS_KEPT]
+            loaded.artefacts = [one for one in loaded.artefacts if one not in gone] + [but]
+            loaded.heads.difference_update(gone)
+        for digest in gone:
+            if isinstance(loaded.stream.engine, Detaching):
+                loaded.stream.engine.detach(loaded.stream.handle, digest)
 
     def free(self, but: ModelKey) -> bool:
         """Push out all models that nobody uses; False where there was none. Raises DeviceBroken."""

@@ -13,7 +13,7 @@ from collections import defaultdict
 from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from operator import itemgetter
-from typing import Any
+from typing import Any, NamedTuple
 
 from motet.protocol.columns import CellError, Column, cut
 from motet.protocol.wire import TaskOrder
@@ -66,6 +66,19 @@ class Suspects:
         return all(work.interactive for work, _ in self.rows)
 
 
+class WrittenText(NamedTuple):
+    """Text that was written for a row in one step."""
+
+    work: Work
+    #: Position in the sub-task.
+    row: int
+    #: Of the row's stay inside: after another one it is written anew from its beginning.
+    ticket: Hashable
+    #: What was asked.
+    ask: str
+    text: str
+
+
 @dataclass(slots=True)
 class StepResult:
     """What a step brought."""
@@ -77,6 +90,8 @@ class StepResult:
     tokens: int = 0
     #: The rows inside wait for another machine, and nothing was computed.
     waits: bool = False
+    #: Text that was written for rows that are inside, or have ended now.
+    written: list[WrittenText] = field(default_factory=list)
 
 
 class Stream:
@@ -139,7 +154,9 @@ class Stream:
             pace.budget,
             pace.cost,
             self._kind,
-            interactive_waits=interactive_waits,
+            # A language model's step for somebody who waits is not cut for others who might come: it would take in a
+            # prompt by a few tokens at a time, each for the price of a step.
+            interactive_waits=interactive_waits and (self.whole or not waited_for),
             waited_for=waited_for and self.whole,
             longest_s=longest_s,
         )
@@ -255,6 +272,11 @@ class Stream:
         inside, ended = self._inside, set[Hashable]()
         progress = StepResult(computed=max(0, int(step.computed_tokens)))
         bad: list[tuple[list[WorkRow], Exception]] = []
+        for delta in step.deltas:
+            # One that was put out meanwhile is nobody's any more.
+            if delta.ticket in inside:
+                work, row = inside[delta.ticket]
+                progress.written.append(WrittenText(work, row.row, delta.ticket, delta.task, delta.text))
         for one in step.ended:
             if isinstance(one, Ended):
                 # One that was put out meanwhile, or has ended already, is nobody's any more.

@@ -19,7 +19,9 @@ from workers.run.assemble import assemble
 from workers.run.batching import longest_first
 
 #: Options of a task that mean nothing to an engine: the same model pass answers tasks that differ in them.
-_NOT_FOR_ENGINES = frozenset({"model", "input", "about", "messages", "too_long", "numerics"})
+_NOT_FOR_ENGINES = frozenset(
+    {"model", "artefact", "input", "about", "messages", "too_long", "numerics", "conditional", "when"}
+)
 #: And one that counts what is read, which a pass has in common; a language model is asked to write so many.
 _READ = frozenset({"max_tokens"})
 
@@ -137,8 +139,8 @@ class Work:
 
     @property
     def heads(self) -> list[TaskOrder]:
-        """Tasks with a head of their own, each once."""
-        return [task for task in self.tasks if task.manifest.trunk_model]
+        """Tasks with a head or an artefact of their own, each once."""
+        return [task for task in self.tasks if task.manifest.is_beside]
 
     @property
     def tokens_waiting(self) -> int:

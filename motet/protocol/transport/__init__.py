@@ -1,7 +1,7 @@
 """Redis, or memory in its place. Transport only: all of it may be lost at any moment and no row is.
 
 ``contract`` says what both sides ask of it, ``keys`` every key, ``message`` Celery's form; ``scheduler``, ``worker`` and
-``reader`` are the three sides of Redis, ``memory`` is both sides without it.
+``reader`` are the three sides of Redis, ``listener`` a fourth one, of the API; ``memory`` is both sides without it.
 """
 
 from motet.protocol.transport.contract import (
@@ -14,6 +14,7 @@ from motet.protocol.transport.contract import (
     WorkerTransport,
 )
 from motet.protocol.transport.keys import CANARY, DEAD, GROUP, OUTCOMES, WORKERS, queue_name
+from motet.protocol.transport.listener import SayListener
 from motet.protocol.transport.memory import MemoryTransport, MemoryWorkerTransport
 from motet.protocol.transport.message import ENTRY_POINT, celery_message
 from motet.protocol.transport.reader import RedisReader, Seen
@@ -36,6 +37,7 @@ __all__ = [
     "RedisReader",
     "RedisTransport",
     "RedisWorkerTransport",
+    "SayListener",
     "SchedulerTransport",
     "Seen",
     "TransportLost",

@@ -146,6 +146,14 @@ class WorkerTransport(Protocol):
         """Say the beat, hear the newest control word."""
         ...
 
+    def hear(self) -> Control | None:
+        """The newest control word, between two beats."""
+        ...
+
+    def say(self, words: Sequence[tuple[str, bytes]]) -> None:
+        """Tell API processes, by name, encoded `Said`. Whoever does not listen now never hears it; nothing is kept."""
+        ...
+
     def fetch(self, subtask: int, attempt: int) -> bytes | None:
         """Payload of an attempt, or None where it has expired or was lost."""
         ...

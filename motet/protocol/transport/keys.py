@@ -10,6 +10,10 @@ motet:dead                         the last few entries that could not be read
 motet:differences                  how many differences audits of the leader have found
 motet:canary                       random value; another one means that Redis was emptied
 motet.gpu.<worker>                 Celery's queue of the worker: ids and counts only
+
+And one channel, of which nothing is kept: what is published while nobody listens is gone.
+
+motet:say:<api>                    Said: text as it is written; workers publish, that process of the API listens
 """
 
 from __future__ import annotations
@@ -18,6 +22,11 @@ OUTCOMES, DEAD, WORKERS, CANARY = "motet:outcomes", "motet:dead", "motet:workers
 DIFFERENCES = "motet:differences"
 #: The consumer group of the aggregators on the stream of outcomes.
 GROUP = "aggregators"
+
+
+def say_channel(api: str) -> str:
+    """Channel of one API process."""
+    return f"motet:say:{api}"
 
 
 def queue_name(worker: str) -> str:

@@ -25,6 +25,8 @@ class MemoryTransport:
     #: Entry -> when it was put on the stream.
     reported_at: dict[str, float] = field(default_factory=dict)
     buried: list[tuple[Entry, str]] = field(default_factory=list)
+    #: API process -> what workers said to it.
+    said: dict[str, list[bytes]] = field(default_factory=dict)
     clock: Callable[[], float] = time.monotonic
     canary: str = "0"
     #: Differences that audits found.
@@ -135,6 +137,13 @@ class MemoryWorkerTransport:
     def beat(self, beat: Beat) -> Control | None:
         self.shared.newest_beats[self.name] = beat
         return self.shared.controls.get(self.name)
+
+    def hear(self) -> Control | None:
+        return self.shared.controls.get(self.name)
+
+    def say(self, words: Sequence[tuple[str, bytes]]) -> None:
+        for api, body in words:
+            self.shared.said.setdefault(api, []).append(body)
 
     def fetch(self, subtask: int, attempt: int) -> bytes | None:
         return self.shared.payloads.get((self.name, subtask, attempt))

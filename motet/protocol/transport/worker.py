@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Literal
 
 from motet.protocol.envelope import BadMessage
@@ -14,6 +15,7 @@ from motet.protocol.transport.keys import (
     payload_key,
     queue_name,
     running_key,
+    say_channel,
 )
 from motet.protocol.wire import Beat, Control, Running
 
@@ -42,11 +44,19 @@ class RedisWorkerTransport:
             pipe.get(control_key(self._worker))
             return pipe.execute()[2]  # type: ignore[no-any-return]
 
-        raw = self._redis.call(say)
-        try:
-            return Control.decode(raw) if raw else None
-        except BadMessage:
-            return None
+        return _control(self._redis.call(say))
+
+    def hear(self) -> Control | None:
+        return _control(self._redis.call(lambda r: r.get(control_key(self._worker))))
+
+    def say(self, words: Sequence[tuple[str, bytes]]) -> None:
+        def publish(r: redis.Redis) -> None:
+            pipe = r.pipeline(transaction=False)
+            for api, body in words:
+                pipe.publish(say_channel(api), body)
+            pipe.execute()
+
+        self._redis.call(publish)
 
     def fetch(self, subtask: int, attempt: int) -> bytes | None:
         return self._redis.call(lambda r: r.get(payload_key(self._worker, subtask, attempt)))  # type: ignore[no-any-return]
@@ -72,3 +82,10 @@ class RedisWorkerTransport:
         if what == "queue":
             return int(self._redis.call(lambda r: r.llen(queue_name(self._worker))))
         return int(self._redis.call(lambda r: r.xlen(OUTCOMES)))
+
+
+def _control(raw: bytes | None) -> Control | None:
+    try:
+        return Control.decode(raw) if raw else None
+    except BadMessage:
+        return None

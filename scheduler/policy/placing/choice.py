@@ -211,8 +211,11 @@ class Choice:
         measured = self._predictions.measured(worker, entry)
         return Placement(worker.state, entry.demand, budget_s, price, least, measured)
 
-    def _lane_is_full(self, worker: WorkerEntry) -> bool:
-        return len(worker.flights) - worker.bulk >= _LANE * self._depth
+    def _lane_is_full(self, worker: WorkerEntry, queue: ModelQueue | None = None) -> bool:
+        """``queue``: whose interactive work is to come. A language model writes many answers at once: its lane is wider."""
+        wide = queue is not None and queue.model.answers == "text"
+        most = decode_slots(worker.kind[0]) if wide else _LANE * self._depth
+        return len(worker.flights) - worker.bulk >= most
 
     def _wake(self, queue: ModelQueue) -> None:
         """More waits: idle workers ask again, those that hold the model first, the fastest kind first."""
@@ -260,7 +263,11 @@ class Choice:
     ) -> WorkerEntry | None:
         best, best_s = None, inf
         for worker in workers:
-            if worker.exclusive or self._lane_is_full(worker) or not self._ledger.can_run(worker, entry):
+            if (
+                worker.exclusive
+                or self._lane_is_full(worker, queue)
+                or not self._ledger.can_run(worker, entry)
+            ):
                 continue
             lane = [f for f in worker.flights if f.demand.priority == INTERACTIVE]
             wait_s = sum(f.seconds for f in lane) + (_BUSY_S if len(worker.flights) > len(lane) else 0.0)

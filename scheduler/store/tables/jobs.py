@@ -211,6 +211,8 @@ class _BlockColumns(TypedColumns):
     bad_fields: Field -> [[error, message, [offset, ...]], ...] of values that came in broken: error cells of
       the tasks that read it.
     done_at: When all of it was answered by work, or landed answered in an open job: its age counts from there.
+    due: What no worker has begun by then is skipped: its callers are gone. NULL: they wait for ever.
+    say: The API process whose callers read along as text is written; empty: nobody does.
     """
 
     job_id = key(Uuid, ForeignKey("job.id", ondelete="CASCADE"))
@@ -228,11 +230,14 @@ class _BlockColumns(TypedColumns):
     done_number = may(Integer)
     bad_fields = must(JSONB, default="'{}'")
     done_at = may(TIME)
+    due = may(TIME)
+    say = must(Text, default="''")
 
 
 block = table(
     "block",
     _BlockColumns,
+    index("block_due", "due", where="due IS NOT NULL AND done_number IS NULL"),
     index("block_done", "job_id", "done_number", unique=True, where="done_number IS NOT NULL"),
 )
 

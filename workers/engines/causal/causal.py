@@ -27,7 +27,7 @@ from workers.engines.causal import kv, steps
 from workers.engines.causal.chat_tokens import ChatTokens, Prompt
 from workers.engines.causal.endings import end
 from workers.engines.causal.lora import Adapters
-from workers.engines.causal.row_prompts import RowPrompts, TaskPrompt, prepared
+from workers.engines.causal.row_prompts import RowPrompts, TaskPrompt, prepared, sharing
 from workers.engines.causal.rows import AHEAD, CACHE_SHARE, Causal, active_row, lay_out, slot_cells
 from workers.engines.causal.runs import flash
 from workers.engines.prompts import BAD_MESSAGES, BadMessages
@@ -166,7 +166,9 @@ class CausalEngine:
                 )
             except BadMessages:
                 found.append(BAD_MESSAGES)
-        return found
+        # Rows that bring their own prompts may be about one text; those of other tasks share what their task says.
+        alone = len(pass_.tasks) == 1 and pass_.tasks[0].spec.get("options")
+        return sharing(found) if alone else found
 
     # -- on the device's thread
 

@@ -125,6 +125,11 @@ class ChatTokens:
                 fixed, text = start, (start, len(ids))
         return Prompt(ids, len(ids) if fixed is None else fixed, text, frame.thinks)
 
+    def raw(self, ids: list[int]) -> Prompt:
+        """The prompt that is these tokens, with nothing around but what every text of the model begins with."""
+        begin = self._control.encode("", add_special_tokens=True).ids
+        return Prompt([*begin, *ids], len(begin), (len(begin), len(begin) + len(ids)))
+
     def words(self, ids: Sequence[int]) -> str:
         """Written tokens as text, without control tokens."""
         return str(self._control.decode(list(ids), skip_special_tokens=True))

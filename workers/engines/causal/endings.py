@@ -11,7 +11,8 @@ from workers.engine import Ended
 from workers.engines.answers import label_column
 from workers.engines.causal.row_prompts import TaskPrompt
 from workers.engines.causal.rows import ActiveRow, Causal
-from workers.engines.function import written_column
+from workers.engines.function import json_column, written_column
+from workers.engines.prompts import counted
 from workers.engines.writers import Writer
 
 
@@ -28,19 +29,28 @@ def end(handle: Causal, row: ActiveRow) -> Ended:
     columns = {}
     spent = {}
     for a in row.asking.tasks:
-        columns[a.name] = _column(handle, row, a, written)
         out = _written(written.get(a.name))
         cached = row.read[a.name] - row.computed[a.name]
+        columns[a.name] = _column(handle, row, a, written, (row.read[a.name], cached, out))
         spent[a.name] = (row.read[a.name], cached, out, row.seconds * weights[a.name] / total)
     return Ended(row.ticket, columns, spent)
 
 
-def _column(handle: Causal, row: ActiveRow, a: TaskPrompt, written: Mapping[str, Writer]) -> Column:
+def _column(
+    handle: Causal,
+    row: ActiveRow,
+    a: TaskPrompt,
+    written: Mapping[str, Writer],
+    spent: tuple[int, int, int],
+) -> Column:
     if a.labels:
         found = [s.logp for s in row.scores if s.task == a.name and not s.empty]
         prior = row.priors.get(a.name)
         scores = np.array(found, np.float32) - (np.array(prior, np.float32) if prior else 0)
         return label_column(scores[None], every_score=bool(a.spec.get("scores")))
+    if a.spec.get("options") and a.name not in row.failed:
+        writer = written[a.name]
+        return json_column([counted(writer.text(handle.tokens.words), writer.finish, spent)])
     return written_column([row.failed.get(a.name) or written[a.name].answer(handle.tokens.words)])
 
 

@@ -10,13 +10,18 @@ from motet.protocol.columns import CellError
 from motet.protocol.wire import TaskOrder
 from workers.engine import Pass, Prepared
 from workers.engines.causal.chat_tokens import ChatTokens, Prompt
-from workers.engines.prompts import NOTHING, messages_of
+from workers.engines.prompts import NOTHING, messages_of, row_spec
 from workers.engines.thoughts import switches
 
 #: Room that is left for an answer where a text is cut to fit.
 ANSWER_SHARE = 1 / 4
 
 CONTEXT_LENGTH = "context_length"
+#: Rows share a beginning of so many tokens or more: a shorter one is computed faster than it is kept.
+LEAST_SHARED = 16
+#: A row joins others where it begins like them for this share of what they have in common. Lower: texts that have but a
+#: system message in common share only that. Higher: rows about one text fall apart by their first words beyond it.
+STILL_ALIKE = 0.75
 
 #: What a label prior depends on: the adapter, the prompt without any text, the labels.
 PriorKey = tuple[str, tuple[int, ...], tuple[tuple[int, ...], ...]]
@@ -95,13 +100,58 @@ def prepared(
     )
 
 
+def sharing(rows: Sequence[Prepared | CellError]) -> list[Prepared | CellError]:
+    """The rows of a pass with one task; those that begin alike have their beginning as a fixed prefix, so that it is
+    computed once for all of them."""
+    prompts = {i: row.inputs for i, row in enumerate(rows) if isinstance(row, Prepared)}
+    told = {i: asked.tasks[0].prompt.ids for i, asked in prompts.items()}
+    order = sorted(told, key=told.__getitem__)
+    found = list(rows)
+    at = 0
+    while at < len(order):
+        common, end = _group(order, told, at)
+        for i in order[at:end] if end - at > 1 else ():
+            (task,) = prompts[i].tasks
+            fixed = max(task.prompt.fixed, min(common, len(task.prompt.ids) - 1))
+            alike = replace(task, prompt=replace(task.prompt, fixed=fixed))
+            row = rows[i]
+            assert isinstance(row, Prepared)
+            found[i] = replace(row, inputs=replace(prompts[i], tasks=(alike,)))
+        at = end
+    return found
+
+
+def _group(order: Sequence[int], told: Mapping[int, list[int]], at: int) -> tuple[int, int]:
+    """(tokens in common, end) of the rows from ``at`` on that begin alike."""
+    common, end = 0, at + 1
+    while end < len(order):
+        alike = _common(told[order[end - 1]], told[order[end]])
+        if alike < max(LEAST_SHARED, common * STILL_ALIKE):
+            break
+        common = min(common, alike) if common else alike
+        end += 1
+    return common, end
+
+
+def _common(a: Sequence[int], b: Sequence[int]) -> int:
+    """Leading tokens that both have."""
+    for i, (x, y) in enumerate(zip(a, b, strict=False)):
+        if x != y:
+            return i
+    return min(len(a), len(b))
+
+
 def _asked(
     tokens: ChatTokens, task: TaskOrder, text: str, ids: list[int], fields: Mapping[str, str]
 ) -> TaskPrompt:
-    spec = task.spec
+    spec = row_spec(task.spec, fields)
     adapter = task.manifest.digest if task.manifest.trunk_model else ""
     told = switches(spec)
-    prompt = tokens.prompt(messages_of(spec, text, fields), {text: ids}, told)
+    prompt = (
+        tokens.raw(ids)
+        if spec.get("raw")
+        else tokens.prompt(messages_of(spec, text, fields), {text: ids}, told)
+    )
     if spec["kind"] != "choose":
         return TaskPrompt(task.name, spec, prompt, most=int(spec["max_tokens"]), adapter=adapter)
     empty = None

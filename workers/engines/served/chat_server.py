@@ -242,10 +242,11 @@ class ChatServer:
         return set() if name in ("", "response_format") else _TOGETHER.get(name, {name})
 
     async def complete(
-        self, prompt: Sequence[int], spending: Spending, *, urgent: bool, **options: Any
+        self, prompt: Sequence[int] | str, spending: Spending, *, urgent: bool, **options: Any
     ) -> dict[str, Any]:
-        """The first choice of a completion of these tokens. Raises Refused."""
-        body = {"model": self.model, "prompt": list(prompt), **options}
+        """The first choice of a completion of these tokens, or of this text. Raises Refused."""
+        asked = prompt if isinstance(prompt, str) else list(prompt)
+        body = {"model": self.model, "prompt": asked, **options}
         return _first(await self.post("/completions", body, spending, urgent=urgent))
 
     async def tokens(self, *, urgent: bool, **what: Any) -> list[int]:

@@ -23,7 +23,7 @@ import re
 import threading
 from collections.abc import Callable, Collection, Hashable, Mapping, Sequence
 from concurrent.futures import Future
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -36,7 +36,7 @@ from workers.engine import CannotLoad, Delta, Ended, Pass, Prepared, Step
 from workers.engines.answers import label_column
 from workers.engines.function import json_column
 from workers.engines.newest import Newest
-from workers.engines.prompts import BAD_MESSAGES, NOTHING, BadMessages, messages_of, plain
+from workers.engines.prompts import BAD_MESSAGES, NOTHING, BadMessages, counted, messages_of, plain, row_spec
 from workers.engines.schemas import violation
 from workers.engines.served.chat_server import (
     ANSWER_S,
@@ -275,9 +275,10 @@ async def _row(
             return None
         return lambda text: handle.deltas.put((place, Delta(ticket, task.name, text))) if text else None
 
+    # With what the row says of its options for itself.
+    asked = [replace(task, spec=row_spec(task.spec, row.inputs.fields)) for task in pass_.tasks]
     questions = [
-        _Question(handle, task, row.inputs, urgent, pass_.tenant, Spending(), tells(task))
-        for task in pass_.tasks
+        _Question(handle, task, row.inputs, urgent, pass_.tenant, Spending(), tells(task)) for task in asked
     ]
     # Begun in this order, and so sent one after the other.
     columns = await asyncio.gather(*map(_column, questions))
@@ -314,6 +315,8 @@ async def _answer(q: _Question, share: float) -> Column:
     if q.task.spec["kind"] == "choose":
         scores = await _label_scores(q, share)
         return label_column(np.array([scores], np.float32), every_score=bool(q.task.spec.get("scores")))
+    if q.task.spec.get("options"):
+        return json_column([await _counted(q, share)])
     if q.task.spec.get("schema") is not None:
         return json_column([await _by_schema(q, share)])
     teller = Teller(q.task.spec.get("stop") or ())
@@ -321,6 +324,42 @@ async def _answer(q: _Question, share: float) -> Column:
     if q.tell is not None:
         q.tell(teller.rest(text.strip()))
     return json_column([{"text": text.strip(), "finish": finish}])
+
+
+async def _counted(q: _Question, share: float) -> dict[str, Any]:
+    """The answer of a row with options of its own."""
+    schema = q.task.spec.get("schema")
+    if q.task.spec.get("raw"):
+        text, finish = await _continued(q)
+    elif schema is not None:
+        text, finish = await _constrained(q, q.messages(share), schema)
+    else:
+        teller = Teller(q.task.spec.get("stop") or ())
+        text, finish = await _written(q, q.messages(share), told=_told_by(q, teller))
+        if q.tell is not None:
+            q.tell(teller.rest(text.strip()))
+    spent = q.spending
+    return counted(text.strip(), finish, (spent.tokens_in, spent.cached, spent.tokens_out))
+
+
+async def _continued(q: _Question) -> tuple[str, str]:
+    """How the model goes on with the text as it stands."""
+    spec = q.task.spec
+    stops = list(spec.get("stop") or ())
+    choice = await q.server.complete(
+        q.asking.text,
+        q.spending,
+        urgent=q.urgent,
+        max_tokens=int(spec["max_tokens"]),
+        temperature=float(spec.get("temperature", 0.0)),
+        **({"stop": stops} if stops else {}),
+        **({"seed": int(spec["seed"])} if "draw" in spec else {}),
+        **q.handle.salt(q.tenant),
+    )
+    whole = str(choice.get("text") or "").replace("\0", "")
+    text = _until(whole, stops)
+    cut_short = choice.get("finish_reason") == "length" and text == whole
+    return text, "length" if cut_short else "stop"
 
 
 def _told_by(q: _Question, teller: Teller) -> Callable[[str], None] | None:
@@ -343,7 +382,7 @@ async def _written(q: _Question, messages: Sequence[Mapping[str, str]], **option
         spare.add("temperature")
     if temperature > 0:
         seed = int(spec.get("seed", 0))
-        said = f"{seed}/{q.asking.index}/{q.task.name}"
+        said = f"{seed}/{spec.get('draw', q.asking.index)}/{q.task.name}"
         options["seed"] = int.from_bytes(hashlib.sha256(said.encode()).digest()[:4], "big") >> 1
         if seed == 0:
             spare.add("seed")

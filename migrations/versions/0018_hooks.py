@@ -5,8 +5,8 @@ Events that are stored already are handed to nobody: there was no webhook when t
 
 from alembic import op
 
-revision = "0017"
-down_revision = "0015"
+revision = "0018"
+down_revision = "0017"
 branch_labels = None
 depends_on = None
 

@@ -1,0 +1,231 @@
+"""The lines of a batch's file: checked one by one in flat memory, then in the order in which they share most.
+
+A file is read twice: once to check every line, where only digests and places are kept, and once line by line in order.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, BinaryIO
+
+from motet.errors import InvalidJob
+from motet.protocol.values import text_flaw
+from motet.tasks import short
+from scheduler.api.bodies import clean_object
+from scheduler.api.openai.naming import check_dimensions, check_model, unknown_model
+from scheduler.api.openai.refusals import DoorError
+from scheduler.api.openai.requests import SERVED, AskedRequest, Decoded, read_request
+from scheduler.api.strict_json import BrokenJson, loads
+from scheduler.store.registry import Registered
+
+MOST_LINES = 200_000
+#: A line holds a request; a longer one is refused before it is read whole.
+MOST_LINE_BYTES = 8 * 1024 * 1024
+#: A refused file is told so many of its faults.
+MOST_ERRORS = 100
+_MOST_ID = 512
+#: Equal lines that one row answers: their places stand in that row.
+_MOST_EQUAL = 1000
+#: Characters of what is asked by which lines are brought together that begin alike: coarse to fine.
+_ALIKE = (256, 1024, 4096)
+
+#: Name of a model in a line -> the model, or None.
+Find = Callable[[str], Registered | None]
+#: A model -> what reads its token ids.
+TokenReaders = Callable[[Registered | None], Decoded]
+
+
+@dataclass(frozen=True, slots=True)
+class BatchLine:
+    """A checked line."""
+
+    custom_id: str
+    asked: AskedRequest
+
+
+@dataclass(slots=True)
+class FileSurvey:
+    """What a look at every line of a file found."""
+
+    lines: int = 0
+    #: [{code, message, param, line}]: why the file is refused.
+    errors: list[dict[str, Any]] = field(default_factory=list)
+    #: Names of models -> name@version.
+    models: dict[str, str] = field(default_factory=dict)
+    #: (endpoint, name@version), in the order in which lines name them: the tasks.
+    tasks: dict[tuple[str, str], int] = field(default_factory=dict)
+    #: Some answers are drawn, and others each time.
+    drawn: bool = False
+    #: (where it belongs in the order, its place in the file) of each line that gets rows of its own.
+    order: list[tuple[bytes, int]] = field(default_factory=list)
+    #: Place of such a line -> places of the lines that ask the same.
+    equal: dict[int, list[int]] = field(default_factory=dict)
+
+
+def survey(
+    path: Path, find: Find, reads: TokenReaders, *, max_row_bytes: int, goes_on: Callable[[], None]
+) -> FileSurvey:
+    """Look at every line. ``goes_on`` is called now and then, and may raise."""
+    found = FileSurvey()
+    seen: set[bytes] = set()
+    first_of: dict[bytes, int] = {}
+    with path.open("rb") as file:
+        for number, offset, raw in lines_of(file):
+            if number % 256 == 0:
+                goes_on()
+            found.lines += 1
+            if found.lines > MOST_LINES:
+                _told(
+                    found,
+                    None,
+                    DoorError(f"more than {MOST_LINES:,} lines; split the file", code="too_many_tasks"),
+                )
+                break
+            try:
+                if raw is None:
+                    raise DoorError(f"a line of more than {MOST_LINE_BYTES:,} bytes", code="line_too_long")
+                line = read_line(raw, find, reads, max_row_bytes)
+                name = _digest(line.custom_id)
+                if name in seen:
+                    raise DoorError(
+                        "custom_id stands in an earlier line as well",
+                        param="custom_id",
+                        code="duplicate_custom_id",
+                    )
+                seen.add(name)
+                _note(found, line, offset, find, first_of)
+            except DoorError as error:
+                _told(found, number, error)
+                if len(found.errors) >= MOST_ERRORS:
+                    break
+    if not found.lines:
+        _told(found, None, DoorError("the file has no line", code="empty_file"))
+    found.order.sort()
+    return found
+
+
+def lines_of(file: BinaryIO) -> Iterator[tuple[int, int, bytes | None]]:
+    """(number from 1, place, bytes) of every line that is not empty; None instead of the bytes of one too long."""
+    number = place = 0
+    while raw := file.readline(MOST_LINE_BYTES + 1):
+        number += 1
+        length = len(raw)
+        whole: bytes | None = raw
+        if length > MOST_LINE_BYTES:
+            whole = None
+            while raw and not raw.endswith(b"\n"):
+                raw = file.readline(MOST_LINE_BYTES)
+                length += len(raw)
+        if whole is None or whole.strip(b" \t\r\n\xef\xbb\xbf"):
+            yield number, place, whole
+        place += length
+
+
+def line_at(file: BinaryIO, place: int) -> bytes:
+    """The line that begins there; it was checked before."""
+    file.seek(place)
+    return file.readline(MOST_LINE_BYTES + 1)
+
+
+def read_again(raw: bytes, find: Find, reads: TokenReaders) -> BatchLine:
+    """A line that was checked before. Raises DoorError where its model was removed meanwhile."""
+    said = json.loads(raw.removeprefix(b"\xef\xbb\xbf"))
+    model = find(said["body"]["model"])
+    if model is None:
+        raise unknown_model(said["body"]["model"])
+    return BatchLine(said["custom_id"], read_request(said["url"], said["body"], reads(model)))
+
+
+def read_line(raw: bytes, find: Find, reads: TokenReaders, max_row_bytes: int) -> BatchLine:
+    """Check a line. Raises DoorError."""
+    try:
+        said = clean_object(loads(raw.removeprefix(b"\xef\xbb\xbf")), "line")
+    except BrokenJson as broken:
+        raise DoorError(str(broken), code="invalid_json_line") from None
+    except InvalidJob as wrong:
+        raise DoorError(str(wrong), code="invalid_json_line") from None
+    custom_id = said.get("custom_id")
+    if not isinstance(custom_id, str) or not 0 < len(custom_id) <= _MOST_ID or text_flaw(custom_id):
+        raise DoorError(
+            f"custom_id: expected a text of 1 to {_MOST_ID} characters",
+            param="custom_id",
+            code="missing_required_parameter" if custom_id is None else "invalid_value",
+        )
+    if said.get("method") != "POST":
+        raise DoorError('method: expected "POST"', param="method", code="invalid_method")
+    url, body = said.get("url"), said.get("body")
+    if not isinstance(url, str) or url not in SERVED:
+        raise DoorError(
+            f"url: got {short(url)}; expected one of {', '.join(SERVED)}", param="url", code="invalid_url"
+        )
+    if not isinstance(body, dict):
+        raise DoorError("body: expected an object", param="body", code="missing_required_parameter")
+    name = body.get("model")
+    model = find(name) if isinstance(name, str) and name else None
+    asked = read_request(url, body, reads(model))
+    if model is None:
+        raise unknown_model(asked.model)
+    check_model(url, asked.model, model.manifest)
+    check_dimensions(asked.dimensions, model.manifest)
+    check_length(asked, max_row_bytes)
+    return BatchLine(custom_id, asked)
+
+
+def check_length(asked: AskedRequest, max_row_bytes: int) -> None:
+    """Raises DoorError where a text is longer than a row may be."""
+    for text, options in asked.rows()[:: asked.choices]:
+        if (size := len(text.encode()) + len(options.encode())) > max_row_bytes:
+            raise DoorError(
+                f"{size:,} bytes are asked; expected at most {max_row_bytes:,} a text", code="too_long"
+            )
+
+
+def _note(found: FileSurvey, line: BatchLine, place: int, find: Find, first_of: dict[bytes, int]) -> None:
+    """Keep of a good line what its rows need to be found and ordered."""
+    asked = line.asked
+    model = find(asked.model)
+    assert model is not None
+    ref = found.models.setdefault(asked.model, model.manifest.ref)
+    task = found.tasks.setdefault((asked.endpoint, ref), len(found.tasks))
+    found.drawn = found.drawn or asked.drawn
+    if not asked.drawn:
+        rows = json.dumps([task, asked.rows(), asked.dimensions, asked.base64, asked.choices])
+        first = first_of.setdefault(_digest(rows), place)
+        if first != place:
+            equal = found.equal.setdefault(first, [])
+            if len(equal) < _MOST_EQUAL:
+                equal.append(place)
+                return
+            first_of[_digest(rows)] = place
+    text = asked.texts[0]
+    alike = b"".join(_digest(text[:most])[:6] for most in _ALIKE)
+    found.order.append((task.to_bytes(2, "big") + alike, place))
+
+
+def _digest(text: str) -> bytes:
+    return hashlib.blake2b(text.encode("utf-8", "surrogatepass"), digest_size=16).digest()
+
+
+def _told(found: FileSurvey, number: int | None, error: DoorError) -> None:
+    found.errors.append(
+        {
+            "code": error.code or "invalid_value",
+            "message": error.message,
+            "param": error.param,
+            "line": number,
+        }
+    )
+
+
+def tasks_of(models: Mapping[str, str], tasks: Mapping[tuple[str, str], int]) -> dict[tuple[str, str], str]:
+    """(endpoint, name@version) -> the name of its task in the job."""
+    short_name = {
+        "/v1/chat/completions": "chat",
+        "/v1/completions": "completion",
+        "/v1/embeddings": "embedding",
+    }
+    return {(endpoint, ref): f"{short_name[endpoint]}-{number}" for (endpoint, ref), number in tasks.items()}

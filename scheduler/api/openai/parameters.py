@@ -1,0 +1,127 @@
+"""Every parameter of OpenAI's requests: served, ignored since it changes no answer, or refused since it would. Pure.
+
+One table; docs/openai.md shows it, and a test holds it against the types of the installed ``openai`` package.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from motet.tasks import short
+from scheduler.api.openai.refusals import DoorError
+
+CHAT, COMPLETIONS, EMBEDDINGS = "/v1/chat/completions", "/v1/completions", "/v1/embeddings"
+
+
+@dataclass(frozen=True, slots=True)
+class Parameter:
+    """What becomes of one parameter."""
+
+    how: Literal["served", "ignored", "refused"]
+    #: For people: how it is served, or why not.
+    why: str = ""
+    #: Of one that is refused the values, beside null, that change no answer.
+    harmless: tuple[Any, ...] = ()
+
+
+def _served(why: str = "") -> Parameter:
+    return Parameter("served", why)
+
+
+def _ignored(why: str = "changes no answer") -> Parameter:
+    return Parameter("ignored", why)
+
+
+def _refused(why: str, *harmless: Any) -> Parameter:
+    return Parameter("refused", why, harmless)
+
+
+_NO_TOOLS = "tools are not served: ask without them, or for JSON with response_format"
+_NO_STREAM = "streaming is not served here; ask for the whole answer"
+_NO_SAMPLERS = "the engines draw by temperature alone"
+
+_WRITING: Mapping[str, Parameter] = {
+    "model": _served("the name of a registered model"),
+    "max_tokens": _served("tokens written at most; 1,024 where nothing is said"),
+    "temperature": _served("0 to 2; 1 where nothing is said"),
+    "seed": _served("the same seed draws the same answer"),
+    "stop": _served("a text or up to 4"),
+    "n": _served("up to 16 choices, drawn apart; their prompt is counted once"),
+    "stream": _refused(_NO_STREAM, False),
+    "stream_options": _ignored(),
+    "top_p": _refused(_NO_SAMPLERS, 1),
+    "frequency_penalty": _refused(_NO_SAMPLERS, 0),
+    "presence_penalty": _refused(_NO_SAMPLERS, 0),
+    "logit_bias": _refused(_NO_SAMPLERS, {}),
+    "user": _ignored("the token says who asks"),
+}
+_NO_LOGPROBS = "the engines do not tell likelihoods of tokens"
+
+PARAMETERS: Mapping[str, Mapping[str, Parameter]] = {
+    CHAT: {
+        "messages": _served("texts of system, developer, user and assistant; the last one is the user's"),
+        **_WRITING,
+        "max_completion_tokens": _served("the same as max_tokens"),
+        "response_format": _served("text, json_object, json_schema"),
+        "logprobs": _refused(_NO_LOGPROBS, False),
+        "top_logprobs": _refused(_NO_LOGPROBS, 0),
+        "tools": _refused(_NO_TOOLS, []),
+        "tool_choice": _refused(_NO_TOOLS, "none", "auto"),
+        "parallel_tool_calls": _ignored("there are no tools"),
+        "functions": _refused(_NO_TOOLS, []),
+        "function_call": _refused(_NO_TOOLS, "none", "auto"),
+        "modalities": _refused("answers are text", ["text"]),
+        "audio": _refused("answers are text"),
+        "web_search_options": _refused("nothing is searched for"),
+        "reasoning_effort": _refused("how long a model thinks is its own affair"),
+        "verbosity": _refused("ask for it in the prompt", "medium"),
+        "moderation": _refused("nothing is moderated"),
+        "prediction": _ignored("only makes answers sooner"),
+        "metadata": _ignored(),
+        "store": _ignored("every request is a row of a job"),
+        "service_tier": _ignored(),
+        "safety_identifier": _ignored(),
+        "prompt_cache_key": _ignored("equal beginnings are shared anyway"),
+        "prompt_cache_options": _ignored("equal beginnings are shared anyway"),
+        "prompt_cache_retention": _ignored("equal beginnings are shared anyway"),
+    },
+    COMPLETIONS: {
+        "prompt": _served("a text, token ids of the model, or a list of either"),
+        **_WRITING,
+        "best_of": _refused("ask for n choices and take one", 1),
+        "echo": _refused("put the prompt in front yourself", False),
+        "logprobs": _refused(_NO_LOGPROBS, 0),
+        "suffix": _refused("models here continue, they do not fill in", ""),
+    },
+    EMBEDDINGS: {
+        "input": _served("a text, token ids of the model, or a list of either, up to 2,048"),
+        "model": _served("the name of a registered model"),
+        "encoding_format": _served("float or base64"),
+        "dimensions": _served("the model's own number; others are refused"),
+        "user": _ignored("the token says who asks"),
+    },
+}
+
+
+def check_parameters(endpoint: str, body: Mapping[str, Any]) -> None:
+    """Raises DoorError for the first parameter that is unknown, or would change the answer and is not served."""
+    known = PARAMETERS[endpoint]
+    for name, value in body.items():
+        parameter = known.get(name)
+        if parameter is None:
+            raise DoorError(
+                f"unknown parameter {short(name)}; docs/openai.md lists those that are known",
+                param=short(name),
+                code="unknown_parameter",
+            )
+        if parameter.how == "refused" and value is not None and not _harmless(value, parameter.harmless):
+            raise DoorError(
+                f"{name} is not served: {parameter.why}", param=name, code="unsupported_parameter"
+            )
+
+
+def _harmless(value: Any, among: tuple[Any, ...]) -> bool:
+    """Equal, and of a like type: 1 is no true."""
+    return any(value == one and isinstance(value, bool) == isinstance(one, bool) for one in among)
