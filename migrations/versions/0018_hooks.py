@@ -20,7 +20,10 @@ COMMENT ON COLUMN job.rows_matched IS 'Rows for which it held so far.';
 
 ALTER TABLE outbox DROP CONSTRAINT outbox_kind_check,
   ADD CONSTRAINT outbox_kind_check CHECK (kind IN ('job_ended', 'batch_ended', 'row_matched')),
-  DROP COLUMN attempts, DROP COLUMN next_at;
+  DROP COLUMN attempts, DROP COLUMN next_at,
+  ALTER COLUMN job_id DROP NOT NULL;
+COMMENT ON COLUMN outbox.job_id IS
+  'The job, which may have been removed since; NULL: a batch ended before it had one.';
 ALTER TABLE outbox RENAME COLUMN delivered TO handed;
 UPDATE outbox SET handed = clock_timestamp();
 CREATE INDEX outbox_new ON outbox (id) WHERE handed IS NULL;
@@ -84,6 +87,8 @@ DROP TABLE deliverer;
 DROP TABLE delivery;
 DROP TABLE webhook;
 DELETE FROM outbox WHERE kind <> 'job_ended';
+ALTER TABLE outbox ALTER COLUMN job_id SET NOT NULL;
+COMMENT ON COLUMN outbox.job_id IS 'The job, which may have been removed since.';
 DROP INDEX outbox_new;
 ALTER TABLE outbox RENAME COLUMN handed TO delivered;
 UPDATE outbox SET delivered = NULL;

@@ -39,12 +39,12 @@ _MATCHED = text("UPDATE job SET rows_matched = rows_matched + :n WHERE id = :job
 _TELL = text(f"""
     WITH told AS (
       INSERT INTO outbox (tenant_id, kind, job_id, body)
-      SELECT :tenant, :kind, :job, CAST(b AS jsonb) FROM unnest(CAST(:bodies AS text[])) b)
+      SELECT :tenant, :kind, CAST(:job AS uuid), CAST(b AS jsonb) FROM unnest(CAST(:bodies AS text[])) b)
     SELECT pg_notify('{EVENTS}', '')""")
 
 
 def tell_event(
-    connection: Connection, tenant: UUID, kind: str, job: UUID, *bodies: Mapping[str, Any]
+    connection: Connection, tenant: UUID, kind: str, job: UUID | None, *bodies: Mapping[str, Any]
 ) -> None:
     """Write events of one kind about a job: with this transaction they are told, or never were."""
     written = [json.dumps(body, allow_nan=False) for body in bodies]

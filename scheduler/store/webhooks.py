@@ -59,7 +59,8 @@ class DueDelivery:
     failures: int
     event: int
     kind: str
-    job: UUID
+    #: None: a batch ended before it had one.
+    job: UUID | None
     body: Mapping[str, Any]
     created: datetime
     #: Tries so far.

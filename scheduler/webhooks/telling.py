@@ -46,7 +46,7 @@ def event_of(message: str) -> int | None:
 
 def message(due: DueDelivery) -> bytes:
     """The body: what happened, when, and what about."""
-    return body_of(due.kind, due.created, {"job": str(due.job), **_data(due)})
+    return body_of(due.kind, due.created, {"job": None if due.job is None else str(due.job), **_data(due)})
 
 
 def body_of(kind: str, created: datetime, data: Mapping[str, Any]) -> bytes:

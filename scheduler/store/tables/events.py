@@ -11,7 +11,7 @@ from scheduler.store.schema import NOW, TIME, identity, index, key, may, must, t
 class _OutboxColumns(TypedColumns):
     """Events, written in the transaction of what they tell, and delivered at least once.
 
-    job_id: The job, which may have been removed since.
+    job_id: The job, which may have been removed since; NULL: a batch ended before it had one.
     body: States, ids, counts, labels and numbers; never a text of a user.
     handed: When the webhooks were found that it goes to; NULL: not yet.
     """
@@ -19,7 +19,7 @@ class _OutboxColumns(TypedColumns):
     id = identity()
     tenant_id = must(Uuid, ForeignKey("tenant.id", ondelete="CASCADE"))
     kind = must(Text, check="kind IN ('job_ended', 'batch_ended', 'row_matched')")
-    job_id = must(Uuid)
+    job_id = may(Uuid)
     body = must(JSONB)
     created = must(TIME, default=NOW)
     handed = may(TIME)
