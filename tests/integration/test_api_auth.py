@@ -27,6 +27,7 @@ PLACE = {
     "token": "none",
     "sha256": "0" * 64,
     "worker": "none",
+    "webhook": "wh_000000000000",
 }
 
 
