@@ -13,7 +13,7 @@ BENCHES := $(patsubst %,bench/%.py,tax fusion latency interactive live storage m
 unexport PYTHONDONTWRITEBYTECODE
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test test-all test-long check lint format bench figures env compose-test chaos soak fuzz mutants vllm-test clean
+.PHONY: help install demo test test-all test-long check lint format bench figures env compose-test chaos soak fuzz mutants vllm-test clients-test clean
 
 # Each file's tests run in one process, one after the other: they share what is slow to start.
 PYTEST := $(BIN)/python -m pytest --numprocesses=logical --maxprocesses=4 --dist=loadfile --no-loadscope-reorder
@@ -82,6 +82,17 @@ vllm-test: bench/.venv-vllm/.complete $(INSTALLED) ## hold vLLM to the promises 
 bench/.venv-vllm/.complete: tests/vllm/prepare.py
 	@echo 'installing vLLM for CPUs into bench/.venv-vllm (once, about 3.4 GB) …'
 	@$(or $(PYTHON),python3) tests/vllm/prepare.py bench/.venv-vllm
+
+# Some 160 packages, and LlamaIndex wants an older openai than the tests: too much for CI, and for .venv.
+clients-test: tests/clients/.venv/.complete $(INSTALLED) ## let LiteLLM and its proxy, LangChain and LlamaIndex ask OpenAI's doors (0.9 GB, once; then minutes)
+	MOTET_CLIENTS=$(CURDIR)/tests/clients/.venv/bin/python $(BIN)/python -m pytest -s --timeout=600 tests/clients
+
+tests/clients/.venv/.complete: tests/clients/requirements.txt
+	@echo 'installing other clients into tests/clients/.venv (once, about 0.9 GB) …'
+	@rm -rf $(@D)
+	@$(or $(PYTHON),python3) -m venv $(@D)
+	@$(@D)/bin/python -m pip install --disable-pip-version-check -q -r tests/clients/requirements.txt
+	@touch $@
 
 clean: ## remove .venv and all caches
 	rm -rf .venv .mypy_cache .ruff_cache .pytest_cache .hypothesis build dist *.egg-info

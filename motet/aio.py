@@ -130,6 +130,7 @@ class AsyncClient:
         keep_days: float | None = None,
         retention_days: float | None = None,
         state: Folds | None = None,
+        notify_when: str | None = None,
     ) -> AsyncFeed:
         """As ``Client.open``, by ``async with``."""
         return AsyncFeed(
@@ -141,6 +142,7 @@ class AsyncClient:
                 keep_days=keep_days,
                 retention_days=retention_days,
                 state=state,
+                notify_when=notify_when,
             )
         )
 

@@ -14,7 +14,7 @@ import os
 import re
 import secrets
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from itertools import chain
@@ -31,12 +31,22 @@ from motet.messages.cluster import Worker, WorkerList
 from motet.messages.jobs import JobList, JobRecord, Plan, PlanRequest, Priority, Submission
 from motet.messages.registry import Alias, Promotion
 from motet.messages.tokens import Scope, Token, TokenRequest
+from motet.messages.webhooks import (
+    EventName,
+    Replayed,
+    ReplayRequest,
+    Webhook,
+    WebhookList,
+    WebhookRecord,
+    WebhookRequest,
+    WebhookTest,
+)
 from motet.progress import Bar
 from motet.protocol.manifest import Manifest, trainer_name
 from motet.rows import MAX_ROW_BYTES, BadRows, cut, survey
 from motet.sources import Source
 from motet.states import State
-from motet.tasks import Embed, Fit, Prompted, Task, dialogues_of, fields_of, parse, short
+from motet.tasks import Embed, Fit, Prompted, Task, dialogues_of, fields_of, notify_problems, parse, short
 from motet.training.lesson import Learned, read_lesson
 from motet.training.recipe import Recipe, Tune
 from motet.training.run import TrainRun
@@ -94,6 +104,7 @@ class Client:
         bad_rows: BadRows = "refuse",
         deadline_s: float | None = None,
         retention_days: float | None = None,
+        notify_when: str | None = None,
         progress: bool | None = None,
         key: str | None = None,
         opened: Callable[[Job], object] | None = None,
@@ -113,7 +124,8 @@ class Client:
         the server.
         ``reuse=False`` computes everything anew. A job that has not ended ``deadline_s`` seconds from now fails;
         what is done by then can be read. ``retention_days`` after its end it is deleted with its results, or
-        sooner where the server keeps jobs no longer. ``progress`` forces the bar on or off. Submitting again
+        sooner where the server keeps jobs no longer. Webhooks are told of each row for which ``notify_when`` holds, a
+        condition on answers such as ``"risk > 0.4"`` (docs/webhooks.md). ``progress`` forces the bar on or off. Submitting again
         with the same ``key`` gives the same job, or goes on with its upload where that broke off.
 
         While the cluster takes no more rows it waits, and says so on the bar or in the log; where a proxy takes no
@@ -129,6 +141,7 @@ class Client:
             priority=priority,
             reuse=reuse,
             bad_rows=bad_rows,
+            notify_when=_condition(notify_when, specs),
             **_amounts(deadline_s=deadline_s, retention_days=retention_days),
         )
         process = os.getpid()
@@ -190,6 +203,7 @@ class Client:
         keep_days: float | None = None,
         retention_days: float | None = None,
         state: Folds | None = None,
+        notify_when: str | None = None,
     ) -> Feed:
         """Open a job for rows that come one by one, each answered at once: ``feed.ask({"text": …})`` (docs/live.md).
 
@@ -198,7 +212,8 @@ class Client:
         With ``bad_rows="error"`` a row that a task cannot read is asked and its cell is an error; with ``"refuse"`` it
         raises InvalidJob for its caller. Each row and its key are deleted ``keep_days`` after it was answered, or 7; the
         whole job ``retention_days`` after its end. ``state`` gives each row what was folded of the rows of its key before
-        it, as fields of these names. Raises InvalidJob, Unauthorized, Overloaded, Unreachable.
+        it, as fields of these names. Webhooks are told of each row for which ``notify_when`` holds, a condition on
+        answers such as ``"risk > 0.4"`` (docs/webhooks.md). Raises InvalidJob, Unauthorized, Overloaded, Unreachable.
         """
         from motet.feed import Feed
 
@@ -213,6 +228,7 @@ class Client:
             priority=priority,
             bad_rows=bad_rows,
             open=True,
+            notify_when=_condition(notify_when, specs),
             state=_state(state, specs),
             **_amounts(keep_s=_seconds(keep_days), retention_days=retention_days),
         )
@@ -416,6 +432,41 @@ class Client:
         """The workers and their devices."""
         return list(WorkerList.of(self._http.get("/v1/workers")).workers)
 
+    # -- webhooks
+
+    def webhooks(self) -> list[WebhookRecord]:
+        """The tenant's webhooks, and how their deliveries stand."""
+        return list(WebhookList.of(self._http.get("/v1/webhooks")).webhooks)
+
+    def add_webhook(
+        self, url: str, *, events: Sequence[EventName] | None = None, job: str | None = None
+    ) -> Webhook:
+        """Post events to this address from now on: all kinds, or ``events``; of all jobs, or of one.
+
+        Its ``secret``, which proves that a message is motet's, is shown this once. Raises InvalidJob for an address that
+        the server does not connect to, NotFound for a job that is none.
+        """
+        asked = WebhookRequest(url=url, events=None if events is None else tuple(events), job=job)
+        # Not tried again: a webhook whose answer was lost would be told all the same, and nobody knew its secret.
+        return Webhook.of(self._http.post("/v1/webhooks", asked.to_json(sparse=True), again=False))
+
+    def test_webhook(self, webhook: str) -> WebhookTest:
+        """Send a message of type ``test``, once, at once, and say what became of it. Raises NotFound."""
+        return WebhookTest.of(self._http.post(f"{_webhook_path(webhook)}/test", {}, again=False))
+
+    def replay_webhook(self, webhook: str, *, event: str | None = None, since_s: float | None = None) -> int:
+        """Deliver again what was given up, and all of the last ``since_s`` seconds; or one event, by its ``webhook-id``.
+
+        How many. Raises NotFound.
+        """
+        asked = ReplayRequest(event=event, **_amounts(since_s=since_s))
+        answer = self._http.post(f"{_webhook_path(webhook)}/replay", asked.to_json(sparse=True))
+        return Replayed.of(answer).events
+
+    def remove_webhook(self, webhook: str) -> None:
+        """Tell it nothing more. Raises NotFound."""
+        self._http.request("DELETE", _webhook_path(webhook))
+
     # -- for administrators
 
     def drain(self, name: str) -> list[Worker]:
@@ -601,6 +652,17 @@ def _halves(ref: str, what: str) -> tuple[str, str]:
         problem = Problem("model", short(ref), f"name@{what}", "see `motet models`")
         raise InvalidJob(problem)
     return name, rest
+
+
+def _webhook_path(webhook: str) -> str:
+    return f"/v1/webhooks/{_segment('webhook', webhook)}"
+
+
+def _condition(written: str | None, tasks: Mapping[str, Task]) -> str | None:
+    """A condition on answers of these tasks. Raises InvalidJob."""
+    if problems := notify_problems(written, tasks):
+        raise InvalidJob(problems)
+    return written
 
 
 def _alias_path(name: str, alias: str) -> str:

@@ -421,6 +421,22 @@ def _flaw_of(written: object) -> str:
     return ""
 
 
+def notify_problems(written: object, tasks: Mapping[str, Task]) -> list[Problem]:
+    """What is wrong with the condition that says which rows of a job with these tasks are events; None: with none."""
+    if written is None:
+        return []
+    expected, remedy = f"a condition on answers of {', '.join(tasks)}", _EXPECTED["when"].remedy
+    if any(task.kind == "fit" for task in tasks.values()):
+        return [Problem("notify_when", "a training run", "tasks that answer rows", "leave it out")]
+    if flaw := _flaw_of(written):
+        return [Problem("notify_when", flaw, expected, remedy)]
+    others = {resolved(one, tasks).name for one in condition(str(written)).placeholders} - tasks.keys()
+    return [
+        Problem("notify_when", f"{short(name)}, which is no task", expected, remedy)
+        for name in sorted(others)
+    ]
+
+
 def short(value: object, limit: int = 40) -> str:
     """A value as words for a message: never more than ``limit`` characters of it."""
     text = value if isinstance(value, str) else repr(value)

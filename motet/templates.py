@@ -85,7 +85,7 @@ def resolved(written: str, answers: Collection[str]) -> Reference:
     while "." in head:
         head, _, key = head.rpartition(".")
         keys.insert(0, key)
-        if head in answers:
+        if head in answers and all(keys):
             return Reference(head, (*keys, *steps))
     return Reference(name, steps)
 

@@ -24,6 +24,7 @@ from motet.cli.simulate import simulate
 from motet.cli.top import top
 from motet.cli.train import train
 from motet.cli.watch import watch
+from motet.cli.webhooks import webhooks
 from motet.errors import InvalidJob, MotetError
 
 
@@ -44,7 +45,7 @@ def command() -> None:
 for part in (
     *(up, demo, submit, plan, jobs, watch, explain, top, results, evaluate, cancel, rm),
     *(open_, ask, tail, close),
-    *(train, models, compress, workers, worker, drain, resume, simulate, token, doctor),
+    *(train, models, compress, workers, worker, drain, resume, simulate, token, webhooks, doctor),
 ):
     command.add_command(part)
 

@@ -13,7 +13,14 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from motet.cli.jobs import TASKS_HELP, bad_rows_option, parse_tasks, priority_option, task_option
+from motet.cli.jobs import (
+    TASKS_HELP,
+    bad_rows_option,
+    notify_option,
+    parse_tasks,
+    priority_option,
+    task_option,
+)
 from motet.cli.show import PositiveNumber, as_json, connect, console, program, put_json, result_table
 
 if TYPE_CHECKING:
@@ -77,6 +84,7 @@ Example:
     metavar="DAYS",
     help="Delete it so long after its end, or sooner where the server keeps jobs no longer.",
 )
+@notify_option
 @as_json
 def open_(
     tasks: Sequence[str],
@@ -86,6 +94,7 @@ def open_(
     bad_rows: Any,
     keep_days: float | None,
     retention_days: float | None,
+    notify_when: str | None,
     as_json: bool,
 ) -> None:
     """Open a job that answers rows as they come; print its id.
@@ -102,6 +111,7 @@ def open_(
             keep_days=keep_days,
             retention_days=retention_days,
             state=_parse_state(folds),
+            notify_when=notify_when,
         )
         if as_json:
             put_json(feed.job.record)

@@ -98,6 +98,13 @@ def priority_option(default: str) -> Callable[[Callable[..., None]], Callable[..
     )
 
 
+notify_option = click.option(
+    "--notify-when",
+    metavar="CONDITION",
+    help='Tell webhooks of each row for which this holds, such as "risk > 0.4".',
+)
+
+
 @click.command(
     epilog=TASKS_HELP
     + """\b
@@ -125,6 +132,7 @@ Examples:
     metavar="DAYS",
     help="Delete it so long after its end, or sooner where the server keeps jobs no longer.",
 )
+@notify_option
 @click.option("--key", help="Submitting again with the same key gives the same job, or resumes its upload.")
 @click.option("--wait", is_flag=True, help="Wait until the job has ended; fail if it fails.")
 @click.option("--out", metavar="FILE", help="Wait, and write the rows to a .parquet, .jsonl or .csv file.")
@@ -138,6 +146,7 @@ def submit(
     bad_rows: Any,
     deadline: float | None,
     retention_days: float | None,
+    notify_when: str | None,
     key: str | None,
     wait: bool,
     out: str | None,
@@ -161,6 +170,7 @@ def submit(
             bad_rows=bad_rows,
             deadline_s=deadline,
             retention_days=retention_days,
+            notify_when=notify_when,
             key=key,
         )
         if not as_json:

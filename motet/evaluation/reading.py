@@ -13,7 +13,7 @@ from motet.errors import InvalidJob, NotFound
 from motet.evaluation.answered import Answered, AnswerKind
 from motet.evaluation.further import FurtherFigures
 from motet.evaluation.measures import LabelReader, folded
-from motet.evaluation.parts import MISSING, PartPath, part, task_and_path
+from motet.evaluation.parts import task_and_path
 from motet.evaluation.truth import NAMED, TAKE, TrueLabels
 from motet.evaluation.views import plain_kind, positive_score, told
 from motet.protocol.columns import ERROR, OK, STATE_MASK
@@ -21,6 +21,7 @@ from motet.results import Answers, Block
 from motet.sources import Source
 from motet.states import State
 from motet.tasks import short
+from motet.templates import Selector, part_of
 
 #: Task -> the field of its labels; names of tasks, whose fields are called alike; None for all that there are. A task
 #: may be followed by the path to a part of its JSON answers.
@@ -106,7 +107,7 @@ def read(
     return answered, fields
 
 
-def _place(job: AnsweredJob, name: str) -> tuple[str, PartPath]:
+def _place(job: AnsweredJob, name: str) -> tuple[str, tuple[Selector, ...]]:
     """The task that is named, and the path to the part of its answers. Raises NotFound, InvalidJob."""
     found = task_and_path(name, job.tasks)
     if found is None:
@@ -177,7 +178,7 @@ class _Column:
         answers: Answers,
         labels: TrueLabels,
         field: str,
-        path: PartPath,
+        path: tuple[Selector, ...],
         asked: FurtherFigures,
     ) -> None:
         self._task, self._path = task, path
@@ -271,9 +272,8 @@ class _Column:
             self._skipped += state not in (OK, ERROR)
             value = answers.decoded(offset) if state == OK else None
             if state == OK and self._path:
-                value = part(value, self._path)
-                self._partless += value is MISSING
-                value = None if value is MISSING else value
+                value = part_of(value, self._path)
+                self._partless += value is None
             answer, score = _answer(self._kind, value) if state == OK else (None, None)
             if self.sure is not None:
                 self.sure.append(self._sure(value) if state == OK else None)

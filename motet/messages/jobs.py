@@ -76,6 +76,8 @@ class Submission(ApiMessage):
         ]
         | None
     ) = None
+    #: A condition on the answers of its tasks: each row for which it holds is an event (docs/webhooks.md).
+    notify_when: Annotated[str, Limit("a condition on answers, such as risk > 0.4")] | None = None
     #: Field -> UTF-8 bytes of it in a row, about: decides whether prompts begin with the text.
     mean_bytes: (
         Annotated[
@@ -264,6 +266,10 @@ class JobRecord(ApiMessage):
     keep_s: float | None = None
     #: Index of the first row from which on all are kept; those before it were deleted by ``keep_s``.
     first_row: int = 0
+    #: Each row for which this holds is an event; null: no row is.
+    notify_when: str | None = None
+    #: Rows for which it held so far.
+    rows_matched: int = 0
     #: Seconds left at the pace so far; null where there is no pace yet.
     eta_s: float | None = None
     #: What an open job was given as ``state``: name -> spec of a fold, whose value each row has as a field.

@@ -59,6 +59,13 @@ class Settings:
     #: Room that must stay free on the disk of Postgres, where the API sees it; 0: it does not look.
     min_free_mb: int = 500
 
+    # -- webhooks
+    #: Hosts of the own network that webhooks may name, also without TLS, each as host or host:port, with commas between.
+    #: Whoever may submit jobs can then have motet send requests there.
+    webhook_hosts: str = ""
+    #: A PEM file of certificates that webhooks' servers may show beside the system's.
+    webhook_ca: str = ""
+
     # -- storage
     #: Rows of a block: more amortise storage and padding, fewer stream earlier and reuse finer.
     block_rows: int = 1024

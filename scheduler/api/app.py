@@ -40,6 +40,7 @@ from scheduler.api import (
     planning,
     results,
     tokens,
+    webhooks,
 )
 from scheduler.api.auth import ASK, authenticate, is_page
 from scheduler.api.openai.app import ONLINE, PREFIX, OpenAIDoors
@@ -47,6 +48,7 @@ from scheduler.api.openai.batch_work import BATCHES_AT_ONCE, BatchWorker
 from scheduler.api.refusals import EXPECTED, CutOff, refusal
 from scheduler.api.resources import Resources
 from scheduler.pulse import pulse
+from scheduler.webhooks.deliverer import Deliverer
 
 log = logging.getLogger(__name__)
 
@@ -58,7 +60,7 @@ Every route but `/healthz`, `/readyz` and this description needs `Authorization:
 _NO_NEWS = frozenset({"/healthz", "/readyz", "/metrics", ASK, *(PREFIX + path for path in ONLINE)})
 #: In the order of the API's description.
 _ROUTES = (
-    opening, parts, asks, jobs, planning, activity, explain, results, fits, models, aliases, blobs, tokens, cluster, doctor,
+    opening, parts, asks, jobs, planning, activity, explain, results, fits, models, aliases, blobs, tokens, webhooks, cluster, doctor,
     metrics,
 )  # fmt: skip
 
@@ -72,12 +74,13 @@ def create_app(settings: Settings) -> FastAPI:
         listening = asyncio.create_task(use.bell.run())
         sweeping = asyncio.create_task(blobs.keep_swept(use))
         counting = asyncio.create_task(use.feeds.meter.keep_told())
+        delivering = asyncio.create_task(Deliverer(use.database, settings).run())
         batching = [asyncio.create_task(BatchWorker(use).run()) for _ in range(BATCHES_AT_ONCE)]
         try:
             yield
         finally:
             use.bell.stop()
-            for task in (listening, sweeping, counting, *batching):
+            for task in (listening, sweeping, counting, delivering, *batching):
                 task.cancel()
                 with suppress(asyncio.CancelledError):
                     await task
@@ -88,7 +91,7 @@ def create_app(settings: Settings) -> FastAPI:
         version="0.1.0",
         description=_DESCRIPTION,
         lifespan=lifespan,
-        # Of every route, also of one that somebody adds and forgets to think about.
+        # Of every route, also of one that somebody adds here; those of modules have it from `Routes`.
         dependencies=[Depends(authenticate)],
         redoc_url=None,
         # A path is right or wrong: a redirect would be built from a header that the client wrote.
@@ -96,7 +99,8 @@ def create_app(settings: Settings) -> FastAPI:
     )
     app.state.resources = use
     for module in _ROUTES:
-        app.include_router(module.routes)
+        # As they are: `include_router` would read every handler anew for each application, most of a second.
+        app.router.routes += module.routes.routes
     for kind in EXPECTED:
         app.add_exception_handler(kind, _refuse)
     app.state.figures = metrics.Figures(use)

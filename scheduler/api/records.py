@@ -74,6 +74,8 @@ def describe(job: JobEntry) -> JobRecord:
         keep_s=job.keep_s,
         first_row=job.first_row,
         folds=job.folds or {},
+        notify_when=job.notify_when,
+        rows_matched=job.rows_matched,
         eta_s=eta_s(job),
     )
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import AsyncIterator, Callable, Mapping
+from enum import Enum
 from functools import cache, wraps
 from inspect import cleandoc
 from typing import Any, TypeVar, get_type_hints
@@ -15,7 +16,7 @@ from starlette.responses import Response
 
 from motet.messages.message import ApiMessage
 from motet.messages.refusals import ErrorBody
-from scheduler.api.auth import ALLOWED
+from scheduler.api.auth import ALLOWED, authenticate
 from scheduler.api.bodies import SMALL_BYTES, clean_object, json_body, taken, whole_body
 from scheduler.api.resources import Use
 
@@ -41,7 +42,11 @@ _NOT_ASKED = {"use", "caller", "request", "return"}
 
 class Routes(APIRouter):
     """A router whose handlers may return messages. Each is written in the thread that made it, without a second check;
-    it is described by its own words, and so are the errors that the route may give."""
+    it is described by its own words, and so are the errors that the route may give. Each asks who calls (auth.py), also
+    one that somebody adds and forgets to think about."""
+
+    def __init__(self, tags: list[str | Enum] | None = None) -> None:
+        super().__init__(tags=tags, dependencies=[Depends(authenticate)])
 
     def add_api_route(self, path: str, endpoint: Callable[..., Any], **options: Any) -> None:
         hints = get_type_hints(endpoint)

@@ -12,12 +12,24 @@ from dataclasses import dataclass, field, replace
 from typing import Any, Generic, TypeVar
 from uuid import UUID
 
+from motet.conditions import condition
 from motet.errors import InvalidJob, Problem
 from motet.folds import Fold, parse_folds, stored_fields
 from motet.messages.jobs import DEFAULT_KEEP_S, Submission
 from motet.protocol.manifest import Manifest
 from motet.protocol.values import MAX_DEPTH, Doubled, byte_lengths
-from motet.tasks import Choose, Classify, Function, Task, dialogues_of, fields_of, parse, short
+from motet.tasks import (
+    Choose,
+    Classify,
+    Function,
+    Task,
+    dialogues_of,
+    fields_of,
+    notify_problems,
+    parse,
+    short,
+)
+from motet.templates import resolved
 from scheduler.api.answer_schemas import schema_problems
 from scheduler.api.bodies import clean_object, misfits_of
 from scheduler.blocks import IncomingPart, absent
@@ -100,6 +112,8 @@ def read_submission(message: type[S_co], body: Any, *, max_tasks: int) -> Checke
         problems.append(
             Problem("keep_s", short(body["keep_s"]), "an open job", "say retention_days of any other")
         )
+    if isinstance(written := body.get("notify_when"), str):
+        problems += notify_problems(written, tasks)
     if body.get("open") is True:
         problems += [
             Problem(name, short(body[name]), f"no {name} in an open job", remedy)
@@ -262,4 +276,15 @@ def new_job(
         open=asked.said.open,
         keep_s=(asked.said.keep_s or DEFAULT_KEEP_S) if asked.said.open else None,
         folds={name: fold.to_json() for name, fold in asked.folds.items()} or None,
+        notify_when=asked.said.notify_when,
+        notify_needs=_notify_needs(asked),
     )
+
+
+def _notify_needs(asked: CheckedSubmission[Submission]) -> tuple[int, ...]:
+    """Numbers of the tasks whose answers tell which rows are events."""
+    if asked.said.notify_when is None:
+        return ()
+    names = list(asked.tasks)
+    reads = condition(asked.said.notify_when).placeholders
+    return tuple(sorted({names.index(resolved(one, names).name) for one in reads}))

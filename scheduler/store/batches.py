@@ -20,6 +20,7 @@ from motet.errors import Conflict, NotFound
 from motet.states import ENDED
 from scheduler.blocks import is_digest, keyed
 from scheduler.store.endings import cancel_job
+from scheduler.store.events import tell_event
 from scheduler.store.registry import secret_of
 from scheduler.store.schema import spelt
 
@@ -280,6 +281,8 @@ class Owned:
             output_file=output_file,
             error_file=error_file,
         )
+        body = {"batch": self.batch.id, "state": state, "completed": completed, "failed": failed}
+        tell_event(connection, self.batch.tenant_id, "batch_ended", self.batch.job_id, body)
 
 
 def take_batch(connection: Connection, owner: str, for_s: float) -> Owned | None:

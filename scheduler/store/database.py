@@ -22,6 +22,8 @@ from motet.protocol import traces
 WORK = "motet_work"
 #: Watchers listen here; the payload is a job's id.
 JOB = "motet_job"
+#: Whoever delivers events listens here: there are new ones.
+EVENTS = "motet_events"
 
 
 #: Seconds after its use for which a connection counts as alive. Longer: more transactions fail, and are tried again, when

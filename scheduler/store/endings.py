@@ -15,7 +15,7 @@ from sqlalchemy import Connection, Row, TextClause, text
 from motet.errors import NotFound
 from motet.protocol import traces
 from motet.states import LIVE, State
-from scheduler.store.database import JOB, notify
+from scheduler.store.database import EVENTS, JOB, notify
 from scheduler.store.schema import spelt
 from scheduler.store.words import end, tell
 
@@ -27,10 +27,12 @@ def _ending(update: str) -> TextClause:
     """An UPDATE that ends jobs, which writes the event of each end as well: no job ends without it, or twice."""
     told = ", ".join(f"'{name}', {name}" for name in _COUNTS)
     return text(f"""
-    WITH ended AS ({update} RETURNING id, tenant_id, state, created, finished, {", ".join(_COUNTS)}),
+    WITH ended AS ({update} RETURNING id, tenant_id, state, created, finished, notify_when, rows_matched, {", ".join(_COUNTS)}),
     told AS (INSERT INTO outbox (tenant_id, kind, job_id, body)
-             SELECT tenant_id, 'job_ended', id, jsonb_build_object('state', state, {told}) FROM ended)
-    SELECT id, state, created, finished, {", ".join(_COUNTS)} FROM ended""")
+             SELECT tenant_id, 'job_ended', id, jsonb_build_object('state', state, {told}) ||
+                    CASE WHEN notify_when IS NULL THEN '{{}}' ELSE jsonb_build_object('rows_matched', rows_matched) END
+               FROM ended)
+    SELECT id, state, created, finished, {", ".join(_COUNTS)}, pg_notify('{EVENTS}', '') FROM ended""")
 
 
 _LOCK = text("SELECT id FROM job WHERE id = :job FOR UPDATE")

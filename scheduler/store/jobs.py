@@ -91,6 +91,10 @@ class JobEntry:
     folds: Mapping[str, Mapping[str, Any]] | None
     #: Seconds since it started, by the database's clock; None before.
     running_s: float | None
+    #: Each row for which this holds is an event; None: no row is.
+    notify_when: str | None = None
+    #: Rows for which it held so far.
+    rows_matched: int = 0
     tasks: tuple[TaskEntry, ...] = ()
     passes: tuple[PassEntry, ...] = ()
 
@@ -98,7 +102,7 @@ class JobEntry:
 _ENTRY = """
     SELECT id, name, kind, state, reason, priority, n_rows, n_tasks, n_parts, n_blocks, blocks_done, cells_ok,
            cells_error, cells_skipped, cells_reused, tokens, computed_tokens, tokens_cached, tokens_out, busy_s, subtasks, attempts_lost, version,
-           created, started, closed, finished, deadline, retention_days, keep_s, first_row, folds,
+           created, started, closed, finished, deadline, retention_days, keep_s, first_row, folds, notify_when, rows_matched,
            CAST(extract(epoch FROM clock_timestamp() - started) AS double precision) AS running_s
       FROM job WHERE tenant_id = :tenant"""
 _ONE = text(f"{_ENTRY} AND id = :job")

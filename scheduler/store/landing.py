@@ -40,6 +40,7 @@ from scheduler.merge import errors_column
 from scheduler.policy.needs import needs_of
 from scheduler.store.database import JOB, notify
 from scheduler.store.endings import succeed
+from scheduler.store.events import tell_matches
 from scheduler.store.leases import more_waits
 from scheduler.store.opening import PRIORITIES
 from scheduler.store.registry import secret_of
@@ -81,6 +82,8 @@ class LoadingJob:
     conditional: frozenset[int]
     #: What each pass reads of a row.
     reads: tuple[Reads, ...]
+    #: Some of its rows are events.
+    notifies: bool
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -97,7 +100,8 @@ class Landed:
 
 
 _LOADING = text(
-    "SELECT id, tenant_id, fields, folds, bad_rows, priority, reuse FROM job WHERE id = :job AND tenant_id = :tenant"
+    "SELECT id, tenant_id, fields, folds, bad_rows, priority, reuse, notify_when IS NOT NULL AS notifies FROM job"
+    " WHERE id = :job AND tenant_id = :tenant"
 )
 _READERS = text("""
     SELECT t.number, t.name, t.kind, t.pass_number, t.spec, t.digest, m.manifest, l.manifest AS loaded,
@@ -155,6 +159,7 @@ def loading(connection: Connection, tenant: UUID, job: UUID) -> LoadingJob:
         needs=tuple(needs[passes[number][0]] for number in sorted(passes)),
         conditional=frozenset(conditional),
         reads=tuple(reads[number] for number in sorted(passes)),
+        notifies=found.notifies,
     )
 
 
@@ -284,6 +289,9 @@ def land_part(
             **{name: cells[name] for name in ("ok", "error", "skipped", "reused")},
         },
     ).scalar_one()
+    if job.notifies:
+        # Answers of earlier jobs may be all that its condition reads.
+        tell_matches(connection, {(job.id, number) for _, number, *_ in landing.block_columns})
     if landing.depend:
         # Last, since it counts on with what is counted by now.
         settle(connection, {(job.id, number) for number in landing.depend})

@@ -9,7 +9,7 @@ from uuid import UUID
 
 import psycopg
 
-from scheduler.store.database import JOB, WORK, Database
+from scheduler.store.database import EVENTS, JOB, WORK, Database
 from scheduler.store.words import EVERYTHING, SILENCE, Words, heard
 
 
@@ -58,3 +58,15 @@ async def job_changes(libpq_url: str) -> AsyncIterator[UUID | None]:
                 yield UUID(note.payload)
             except ValueError:
                 continue
+
+
+async def event_hints(libpq_url: str) -> AsyncIterator[None]:
+    """One for each time that events were written, and one when listening has begun. Raises psycopg.Error."""
+    connection = await psycopg.AsyncConnection.connect(
+        libpq_url, autocommit=True, connect_timeout=3, application_name="motet-webhooks"
+    )
+    async with connection:
+        await connection.execute(f"LISTEN {EVENTS}")
+        yield None
+        async for _ in connection.notifies():
+            yield None

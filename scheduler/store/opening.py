@@ -80,6 +80,9 @@ class NewJob:
     keep_s: float | None = None
     #: Name -> spec of what is folded of them; None: nothing.
     folds: Mapping[str, Any] | None = None
+    #: Each row for which this holds is an event, and numbers of the tasks whose answers it reads; None: no row is.
+    notify_when: str | None = None
+    notify_needs: tuple[int, ...] = ()
 
 
 _BY_KEY = text("""
@@ -90,10 +93,12 @@ _STILL_THERE = text("""
     SELECT id FROM model WHERE id = ANY(:ids) AND NOT manifest ? 'removed' ORDER BY id FOR KEY SHARE""")
 _OPEN = text("""
     INSERT INTO job (id, tenant_id, name, kind, priority, reuse, bad_rows, fields, n_tasks, idempotency_key,
-                     request_digest, deadline, retention_days, keep_s, folds, state, started)
+                     request_digest, deadline, retention_days, keep_s, folds, state, started,
+                     notify_when, notify_needs)
     VALUES (:id, :tenant, :name, :kind, :priority, :reuse, :bad_rows, :fields, :n_tasks, :key, :digest,
             clock_timestamp() + make_interval(secs => CAST(:deadline_s AS double precision)), :retention_days,
-            :keep_s, CAST(:folds AS jsonb), :state, CASE WHEN :open THEN clock_timestamp() END)
+            :keep_s, CAST(:folds AS jsonb), :state, CASE WHEN :open THEN clock_timestamp() END,
+            :notify_when, :notify_needs)
     ON CONFLICT (tenant_id, idempotency_key) DO NOTHING RETURNING id""")
 _ADD_PASS = insert(tables.pass_)
 _ADD_TASK = insert(tables.task)
@@ -145,6 +150,8 @@ def open_job(connection: Connection, job: NewJob, *, max_active_jobs: int) -> UU
             "folds": None if job.folds is None else Jsonb(job.folds),
             "state": State.OPEN if job.open else State.LOADING,
             "open": job.open,
+            "notify_when": job.notify_when,
+            "notify_needs": list(job.notify_needs),
         },
     ).first()
     if made is None:

@@ -29,6 +29,7 @@ from scheduler.store.arrays import Elements
 from scheduler.store.database import Asked, together
 from scheduler.store.dependence import absents, left_out, release, skips
 from scheduler.store.endings import succeed
+from scheduler.store.events import tell_matches
 from scheduler.store.places import PLACES, Place, at_places
 
 
@@ -114,6 +115,7 @@ _TAKE_CELLS = text(f"""
 # Of places that are full.
 _BLOCKS = text(f"""
     SELECT b.job_id, b.number, b.n_rows, b.row_order, b.bad, b.bad_fields, b.keys, b.passes_open, j.tenant_id, j.state,
+           j.notify_when IS NOT NULL AS notifies, j.notify_needs,
            EXISTS (SELECT FROM pass o
                     WHERE o.job_id = b.job_id AND (o.needs <> '{{}}' OR o.condition IS NOT NULL)) AS depends
       FROM {PLACES} k (job, pass, block) JOIN block_pass p ON {_HERE} AND p.done = p.n
@@ -301,6 +303,12 @@ def _seal(
         },
     )
     together(connection, *store, sealed, *beside)
+    notifying = {
+        (job, number)
+        for (job, _, number), shapes in asked.items()
+        if (block := blocks[job, number]).notifies and {s.number for s in shapes} & set(block.notify_needs)
+    }
+    tell_matches(connection, notifying)
     return len(columns) + settle(connection, {(job, block) for job, _, block in depend})
 
 

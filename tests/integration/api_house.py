@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import struct
 import threading
@@ -288,6 +289,13 @@ def _value(spec: Mapping[str, Any], row: int) -> dict[str, Any]:
 def running(settings: Settings) -> Iterator[str]:
     """A real uvicorn with this API in a thread; its URL."""
     server = api_server(settings)
+
+    async def looks_often() -> None:
+        # uvicorn itself looks ten times a second whether to stop; hundreds of tests would wait for that.
+        while not await server.on_tick(0):
+            await asyncio.sleep(0.01)
+
+    server.main_loop = looks_often  # type: ignore[method-assign]
     thread = threading.Thread(target=server.run, daemon=True)
     thread.start()
     try:

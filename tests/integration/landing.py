@@ -67,6 +67,7 @@ def land(
     gaps: Mapping[str, Collection[int]] | None = None,
     folds: Mapping[str, Fold] | None = None,
     unasked: Mapping[str, Collection[int]] | None = None,
+    notify_when: str | None = None,
 ) -> UUID:
     """Open a job, land its rows as one part, and close it; without rows, an open one. A row that is a text is that of every field; a Problem is one that arrived broken.
 
@@ -78,7 +79,13 @@ def land(
         found = registry.find_models(connection, {t.model for t in tasks.values()})
         trunks = registry.find_models(connection, {m.manifest.trunk_model for m in found.values()} - {""})
         asked = CheckedSubmission(
-            said=Submission(tasks={}, priority=PRIORITY_NAMES[priority], bad_rows="error", open=not rows),
+            said=Submission(
+                tasks={},
+                priority=PRIORITY_NAMES[priority],
+                bad_rows="error",
+                open=not rows,
+                notify_when=notify_when,
+            ),
             tasks=tasks,
             digest=hashlib.sha256(uuid.uuid4().bytes).digest(),
             folds=folds or {},

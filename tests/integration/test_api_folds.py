@@ -134,6 +134,7 @@ def test_with_bad_rows_as_errors_only_who_reads_the_fold_has_one(house: House, c
         "spent": [["bad_row", "amount: got text; expected a number that a float can hold, or null", [0]]]
     }
     assert house.job(feed.job.id)["cells"]["error"] == 1
+    feed.job.cancel()  # whoever waits for the other answer is told at once
 
 
 def test_bad_state_is_refused_by_name_on_either_side(house: House, client: Client) -> None:
@@ -205,3 +206,4 @@ def test_workers_get_state_typed_where_it_is_the_whole_input_and_as_text_elsewhe
     typed, texts = ([a for a in sent if a.values], [a for a in sent if not a.values])
     assert [(sorted(a.values), {type(v) for v in a.values}) for a in typed] == [([0, 1], {int})]
     assert [sorted(a.texts) for a in texts] == [["0: paid", "1: paid"]]
+    feed.job.cancel()  # whoever waits for the answers is told at once

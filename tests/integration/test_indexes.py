@@ -30,6 +30,7 @@ from scheduler.store import (
     metrics,
     pressure,
     results,
+    webhooks,
 )
 from scheduler.store.manifests import Manifests
 from scheduler.store.registry import tenant_named
@@ -43,7 +44,12 @@ INSERT INTO job (id, tenant_id, state, fields, n_tasks, request_digest, closed, 
   SELECT gen_random_uuid(), t.id, 'succeeded', '{text}', 2, 'x', now(), clock_timestamp() - make_interval(hours => i)
     FROM generate_series(1, 1500) i, tenant t WHERE t.name = 'default';
 INSERT INTO part SELECT id, 0, 'x', 1, 0 FROM job;
-INSERT INTO outbox (tenant_id, kind, job_id, body) SELECT tenant_id, 'job_ended', id, '{}' FROM job;
+INSERT INTO outbox (tenant_id, kind, job_id, body, handed) SELECT tenant_id, 'job_ended', id, '{}', now() FROM job;
+INSERT INTO webhook (id, tenant_id, url, kinds, secret)
+  SELECT 'wh_' || i, t.id, 'https://example.com', '{job_ended}', 'x' FROM generate_series(1, 9) i, tenant t
+   WHERE t.name = 'default';
+INSERT INTO delivery (webhook_id, event_id, state, happened, until)
+  SELECT w.id, o.id, 'delivered', now(), now() FROM webhook w, outbox o;
 INSERT INTO pass (job_id, number, kind, model_id, numerics, max_tokens, input)
   SELECT j.id, n, 'm', m.id, 'fast', 0, '' FROM job j, generate_series(0, 1) n, model m WHERE m.name = 'trunk';
 INSERT INTO task (job_id, number, name, pass_number, model_id, kind, spec, digest)
@@ -96,9 +102,18 @@ SMALL = {
     "door",
     "blob",
     "lease",
+    "webhook",
+    "deliverer",
 }
 #: Indexes of few rows of a large table; a statement may read such an index from end to end.
-OF_FEW = {"batch_unfinished", "job_unfinished", "sealed_column_unshown", "subtask_open"}
+OF_FEW = {
+    "batch_unfinished",
+    "job_unfinished",
+    "sealed_column_unshown",
+    "subtask_open",
+    "outbox_new",
+    "delivery_due",
+}
 #: Indexes that the sweeper reads from end to end, twice a minute, until it has found enough.
 SWEPT = {"job_ended", "job_folding", "outbox_pkey"}
 #: Indexes that no statement names, and what uses them.
@@ -107,6 +122,7 @@ BEHIND_THE_SCENES = {
     "pass_by_model": "the foreign key to a model that is deleted",
     "alias_by_model": "the foreign key to a model that is deleted",
     "alias_step_by_model": "the foreign key to a model that is deleted",
+    "delivery_by_event": "the foreign key to an event that is deleted",
     "ask_by_block": "deleting blocks, where a job has more asks than the few here",
     "batch_by_input": "the sweep of blobs",
     "file_by_blob": "the sweep of blobs",
@@ -211,6 +227,14 @@ def play(house: House, job: UUID, other: UUID) -> None:
         endings.sweep_columns(connection)
         endings.sweep_events(connection)
         folds.sweep(connection)
+        webhooks.may_deliver(connection, "me", 5.0, None)
+        webhooks.hand_events(connection)
+        webhooks.due_deliveries(connection, 4)
+        webhooks.delivered(connection, "wh_1", 1)
+        webhooks.not_delivered(connection, "wh_1", 1, "no", again_s=5.0, rest_s=5.0)
+        webhooks.give_up(connection)
+        webhooks.replay(connection, tenant, "wh_1", since_s=60.0)
+        webhooks.webhooks(connection, tenant)
     for look in (
         lambda c: activity.activity(c, tenant, job, timeline=20),
         lambda c: explain.standing(c, tenant, job),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import re
 from collections.abc import Iterator
+from functools import cache
 from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
 
@@ -71,10 +72,16 @@ def files(*packages: str) -> Iterator[Path]:
         yield from sorted((ROOT / package).rglob("*.py"))
 
 
+@cache
+def nodes(path: Path) -> tuple[ast.AST, ...]:
+    """Every node of a module, read once for all rules."""
+    return tuple(ast.walk(ast.parse(path.read_text("utf-8"))))
+
+
 def imports(path: Path) -> set[str]:
     """Every module named by an import statement anywhere in a file, inside functions too."""
     found: set[str] = set()
-    for node in ast.walk(ast.parse(path.read_text("utf-8"))):
+    for node in nodes(path):
         if isinstance(node, ast.Import):
             found |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom) and node.module and not node.level:
@@ -112,7 +119,7 @@ def module_graph() -> dict[str, set[str]]:
     graph: dict[str, set[str]] = {}
     for module, path in modules.items():
         found = graph[module] = set()
-        for node in ast.walk(ast.parse(path.read_text("utf-8"))):
+        for node in nodes(path):
             if isinstance(node, ast.Import):
                 found |= {alias.name for alias in node.names}
             elif isinstance(node, ast.ImportFrom) and node.module:
@@ -150,7 +157,7 @@ def test_sql_stands_in_the_store_alone() -> None:
     users = {
         str(f.relative_to(ROOT))
         for f in files(*PACKAGES)
-        for node in ast.walk(ast.parse(f.read_text("utf-8")))
+        for node in nodes(f)
         if isinstance(node, ast.Constant) and isinstance(node.value, str) and statement.search(node.value)
     }
     assert {u for u in users if not u.startswith("scheduler/store/")} == set()
@@ -162,7 +169,7 @@ def test_redis_keys_are_known_to_the_transport_alone() -> None:
     users = {
         str(f.relative_to(ROOT))
         for f in files(*PACKAGES)
-        for node in ast.walk(ast.parse(f.read_text("utf-8")))
+        for node in nodes(f)
         if isinstance(node, ast.Constant) and isinstance(node.value, str) and key.search(node.value)
     }
     assert users <= allowed, users - allowed
@@ -172,7 +179,7 @@ def test_one_module_speaks_http_to_the_api_and_two_to_strangers_servers() -> Non
     users = {
         str(f.relative_to(ROOT))
         for f in files(*PACKAGES)
-        for node in ast.walk(ast.parse(f.read_text("utf-8")))
+        for node in nodes(f)
         if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node.value.id == "httpx"
         # A type in an annotation calls nobody.
         if node.attr != "Response"

@@ -78,7 +78,8 @@ class OpenAIDoors:
         await response(scope, receive, send)
 
     async def _answer(self, request: Request) -> Response:
-        asked = request.scope["path"].removeprefix(PREFIX)
+        # Some clients put a slash behind every path.
+        asked = request.scope["path"].removeprefix(PREFIX).rstrip("/")
         path, places = _found(asked)
         # What log and metrics know it by.
         request.scope["route"] = SimpleNamespace(path=f"{PREFIX}{path}" if path else "-")

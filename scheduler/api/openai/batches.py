@@ -59,8 +59,8 @@ def _create(
 
 def _asked(use: Resources, tenant: UUID, body: Mapping[str, Any]) -> NewBatch:
     """Raises DoorError."""
-    for name in body:
-        if name not in _FIELDS:
+    for name, value in body.items():
+        if name not in _FIELDS and value is not None:
             raise DoorError(f"unknown parameter {short(name)}", param=short(name), code="unknown_parameter")
     endpoint, file = body.get("endpoint"), body.get("input_file_id")
     if not isinstance(endpoint, str) or endpoint not in SERVED:
@@ -70,7 +70,9 @@ def _asked(use: Resources, tenant: UUID, body: Mapping[str, Any]) -> NewBatch:
     if not isinstance(file, str):
         raise DoorError("input_file_id: expected the id of a file", param="input_file_id")
     window, window_s = _window(body.get("completion_window"))
-    priority = body.get("priority", "normal")
+    priority = body.get("priority")
+    if priority is None:
+        priority = "normal"
     if priority not in ("normal", "bulk"):
         raise DoorError('priority: expected "normal" or "bulk"', param="priority", code="invalid_value")
     try:
@@ -148,7 +150,10 @@ async def list_batches(request: Request, use: Resources, caller: Identity) -> Re
 
 def _listed(use: Resources, tenant: UUID, after: str | None, limit: int) -> list[StoredBatch]:
     with use.database.transaction() as connection:
-        return list(store.list_batches(connection, tenant, after=after, limit=limit))
+        found = list(store.list_batches(connection, tenant, after=after, limit=limit))
+        if after is not None and not found:
+            store.find_batch(connection, tenant, after)
+        return found
 
 
 async def show_batch(request: Request, use: Resources, caller: Identity, batch: str) -> Response:

@@ -114,6 +114,9 @@ def _listed(
         found = store.list_files(
             connection, tenant, purpose=purpose, after=after, limit=limit + 1, order=cast(FileOrder, order)
         )
+        if after is not None and not found:
+            # Whoever deletes what they list must see that the next page has no beginning, and not an end.
+            store.find_file(connection, tenant, after)
     return JSONResponse(a_list([described_file(one) for one in found[:limit]], more=len(found) > limit))
 
 

@@ -24,6 +24,10 @@ class UploadForm:
         kind, options = parse_options_header(request.headers.get("content-type", ""))
         if kind != b"multipart/form-data" or not (boundary := options.get(b"boundary")):
             raise DoorError("expected multipart/form-data with a file and a purpose", param="file")
+        if request.headers.get("content-encoding", "identity").strip().lower() not in ("", "identity"):
+            raise DoorError(
+                "a form is read as it is; send it without a Content-Encoding", param="Content-Encoding"
+            )
         self.fields: dict[str, str] = {}
         #: What the file is called; None: there was none.
         self.filename: str | None = None

@@ -106,9 +106,14 @@ PARAMETERS: Mapping[str, Mapping[str, Parameter]] = {
 
 
 def check_parameters(endpoint: str, body: Mapping[str, Any]) -> None:
-    """Raises DoorError for the first parameter that is unknown, or would change the answer and is not served."""
+    """Raises DoorError for the first parameter that is unknown, or would change the answer and is not served.
+
+    Null is as good as nothing: clients send it for whatever their caller left out.
+    """
     known = PARAMETERS[endpoint]
     for name, value in body.items():
+        if value is None:
+            continue
         parameter = known.get(name)
         if parameter is None:
             raise DoorError(
@@ -116,7 +121,7 @@ def check_parameters(endpoint: str, body: Mapping[str, Any]) -> None:
                 param=short(name),
                 code="unknown_parameter",
             )
-        if parameter.how == "refused" and value is not None and not _harmless(value, parameter.harmless):
+        if parameter.how == "refused" and not _harmless(value, parameter.harmless):
             raise DoorError(
                 f"{name} is not served: {parameter.why}", param=name, code="unsupported_parameter"
             )

@@ -4,6 +4,6 @@ Migrations make it, and never import this package; tests/integration/test_tables
 Views and functions for SQL users stand in migrations/ alone.
 """
 
-from scheduler.store.tables import cluster, doors, jobs
+from scheduler.store.tables import cluster, doors, events, jobs
 
-__all__ = ["cluster", "doors", "jobs"]
+__all__ = ["cluster", "doors", "events", "jobs"]

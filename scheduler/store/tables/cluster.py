@@ -10,7 +10,6 @@ from sqlalchemy import (
     ForeignKey,
     Integer,
     LargeBinary,
-    SmallInteger,
     Text,
     TypedColumns,
     UniqueConstraint,
@@ -97,34 +96,6 @@ class _DrainedColumns(TypedColumns):
 
 
 drained = table("drained", _DrainedColumns)
-
-
-class _OutboxColumns(TypedColumns):
-    """Events, written in the transaction of what they tell, and delivered at least once.
-
-    job_id: The job, which may have been removed since.
-    body: States, ids and counts; never a text of a user.
-    attempts: Deliveries tried so far.
-    next_at: When the next delivery is tried.
-    delivered: When it was delivered; NULL: not yet.
-    """
-
-    id = identity()
-    tenant_id = must(Uuid, ForeignKey("tenant.id", ondelete="CASCADE"))
-    kind = must(Text, check="kind = 'job_ended'")
-    job_id = must(Uuid)
-    body = must(JSONB)
-    created = must(TIME, default=NOW)
-    attempts = must(SmallInteger, default="0")
-    next_at = must(TIME, default=NOW)
-    delivered = may(TIME)
-
-
-outbox = table(
-    "outbox",
-    _OutboxColumns,
-    index("outbox_one_end", "job_id", unique=True, where="kind = 'job_ended'"),
-)
 
 
 class _BlobColumns(TypedColumns):

@@ -50,6 +50,9 @@ class _JobColumns(TypedColumns):
     past_error: As past_ok.
     past_skipped: As past_ok.
     folds: Name -> spec of what is folded of its rows (motet/folds.py); NULL: nothing.
+    notify_when: Each row for which this holds is an event; NULL: none is.
+    notify_needs: Numbers of the tasks whose answers it reads.
+    rows_matched: Rows for which it held so far.
     """
 
     id = key(Uuid)
@@ -96,6 +99,9 @@ class _JobColumns(TypedColumns):
     past_error = must(BigInteger, default="0")
     past_skipped = must(BigInteger, default="0")
     folds = may(JSONB(none_as_null=True))
+    notify_when = may(Text)
+    notify_needs = must(ARRAY(SmallInteger), default="'{}'")
+    rows_matched = must(BigInteger, default="0")
 
 
 job = table(
