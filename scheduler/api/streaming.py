@@ -150,8 +150,8 @@ class Ears:
             words.put_nowait(said)
 
 
-#: An event's name and its data.
-SentEvent: TypeAlias = tuple[str, Mapping[str, Any]]
+#: An event's name, "" for one without, and its data: JSON, or a word that is none.
+SentEvent: TypeAlias = tuple[str, Mapping[str, Any] | str]
 
 
 class EventStream(Response):
@@ -200,7 +200,9 @@ async def _with_signs_of_life(events: AsyncGenerator[SentEvent, None]) -> AsyncG
             coming.cancel()
             with suppress(BaseException):
                 await coming
-        yield f"event: {name}\ndata: {json.dumps(data, ensure_ascii=False)}\n\n".encode("utf-8", "replace")
+        said = data if isinstance(data, str) else json.dumps(data, ensure_ascii=False)
+        head = f"event: {name}\n" if name else ""
+        yield f"{head}data: {said}\n\n".encode("utf-8", "replace")
 
 
 async def _hung_up(receive: Receive) -> None:
