@@ -236,6 +236,26 @@ def test_every_line_is_once_in_one_of_the_two_files(client: OpenAI, speaking: Ho
     assert [one.id for one in client.batches.list()] == [made.id]
 
 
+def test_a_batch_also_answers_responses_rankings_and_classes(client: OpenAI, speaking: House) -> None:
+    asked: dict[str, dict[str, Any]] = {
+        "responses": {"model": "speaker", "input": "Hello", "temperature": 0},
+        "rerank": {"model": "tiny", "query": "a", "documents": ["b", "c"]},
+        "classify": {"model": "tiny", "input": "c", "labels": ["a", "b"]},
+    }
+    lines = [
+        {"custom_id": path, "method": "POST", "url": f"/v1/{path}", "body": body}
+        for path, body in asked.items()
+    ]
+    # The same texts, asked for otherwise: another line's answer would be wrong.
+    lines.append({**lines[1], "custom_id": "first", "body": {**asked["rerank"], "top_n": 1}})
+    with answering(speaking):
+        ended = until(client, batch(client, lines, endpoint="/v1/responses"), "completed", "failed")
+    found = {name: one["response"]["body"] for name, one in lines_of(client, ended.output_file_id).items()}
+    assert found["responses"]["output"][0]["content"][0]["text"].startswith("row ")
+    assert [len(found[name]["results"]) for name in ("rerank", "first")] == [2, 1]
+    assert found["classify"]["data"][0]["prediction"] in ("a", "b")
+
+
 def test_equal_lines_that_are_not_drawn_run_once(client: OpenAI, speaking: House) -> None:
     same = {"messages": [{"role": "user", "content": "the same"}]}
     lines = [line(n, **same, temperature=0) for n in range(4)]
@@ -266,6 +286,10 @@ BAD_LINES: Sequence[tuple[bytes, str]] = (
     (json.dumps(line(1, model="tiny")).encode(), "model_mismatch"),
     (json.dumps(line(1, top_p=0.5)).encode(), "unsupported_parameter"),
     (json.dumps(line(1, stream=True)).encode(), "unsupported_parameter"),
+    (
+        json.dumps(line(1, tasks={"vector": {"kind": "embed", "model": "tiny"}})).encode(),
+        "unsupported_parameter",
+    ),
     (json.dumps(line(1, wings=2)).encode(), "unknown_parameter"),
     (json.dumps(line(1, temperature="hot")).encode(), "invalid_value"),
     (json.dumps(line(1, messages=[])).encode(), "invalid_value"),
@@ -532,11 +556,15 @@ def test_tasks_about_the_last_message_are_answered_beside_it(client: OpenAI, spe
         said: Any = client.chat.completions.create(**asked, extra_body={"tasks": tasks})
         client.chat.completions.create(**asked, extra_body={"tasks": tasks})
         client.chat.completions.create(**asked)
+        told: list[Any] = list(
+            client.chat.completions.create(**asked, stream=True, extra_body={"tasks": tasks})
+        )
     assert said.choices[0].message.content == "row 0"
     assert said.x_motet == {"tasks": {"topic": "business", "vector": [0.0, 0.5]}, "errors": {}}
     assert len(speaking.sql("SELECT 1 FROM job")) == 2, "one for each distinct set"
+    assert told[-1].x_motet == said.x_motet
+    nobody = {"topic": {"kind": "classify", "model": "nobody"}}
     with pytest.raises(openai.BadRequestError) as refused:
-        nobody = {"topic": {"kind": "classify", "model": "nobody"}}
         client.chat.completions.create(**asked, extra_body={"tasks": nobody})
     assert refused.value.param == "tasks.topic.model"
 
