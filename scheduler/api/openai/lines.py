@@ -20,7 +20,7 @@ from scheduler.api.openai.checks import Decoded
 from scheduler.api.openai.naming import check_dimensions, check_model, unknown_model
 from scheduler.api.openai.parameters import CHAT, CLASSIFY, COMPLETIONS, EMBEDDINGS, RERANK, RESPONSES
 from scheduler.api.openai.refusals import DoorError
-from scheduler.api.openai.requests import SERVED, AskedRequest, read_request
+from scheduler.api.openai.requests import SERVED, AskedRequest, read_request, text_of
 from scheduler.api.strict_json import BrokenJson, loads
 from scheduler.store.registry import Registered
 
@@ -185,7 +185,9 @@ def read_line(raw: bytes, find: Find, reads: TokenReaders, max_row_bytes: int) -
 def check_length(asked: AskedRequest, max_row_bytes: int) -> None:
     """Raises DoorError where a text is longer than a row may be."""
     for text, options in asked.rows()[:: asked.choices]:
-        if (size := len(text.encode()) + len(options.encode())) > max_row_bytes:
+        # Tasks beside a chat read its last message as a text of its own.
+        read = (text, options, text_of(text) if asked.tasks else "")
+        if (size := sum(len(one.encode()) for one in read)) > max_row_bytes:
             raise DoorError(
                 f"{size:,} bytes are asked; expected at most {max_row_bytes:,} a text", code="too_long"
             )

@@ -27,10 +27,7 @@ from scheduler.api.openai.landing import WITHIN_S, beside, feed_of, forget_door,
 from scheduler.api.openai.lines import check_length
 from scheduler.api.openai.naming import check_dimensions, decoder, find_model
 from scheduler.api.openai.parameters import CHAT, CLASSIFY, COMPLETIONS, EMBEDDINGS, RERANK, RESPONSES
-from scheduler.api.openai.requests import (
-    AskedRequest,
-    read_request,
-)
+from scheduler.api.openai.requests import AskedRequest, read_request
 from scheduler.api.openai.streams import streamed
 from scheduler.api.resources import Resources
 from scheduler.blocks import keyed
