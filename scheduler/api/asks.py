@@ -42,7 +42,7 @@ _WATCHED_AFTER_S = 0.5
 #: And one that is to be aborted then is watched so soon.
 _ABORTED_AFTER_S = 0.05
 #: Marks a request whose rows are given up where its caller hangs up.
-_DROPS = "motet.drops"
+DROPS = "motet.drops"
 #: Marks a request whose body has been read whole: what it receives next is that its caller hangs up.
 READ = "motet.read"
 #: What the log says of it; nobody is there to read it.
@@ -111,7 +111,7 @@ async def while_there(request: Request, work: Coroutine[Any, Any, Response]) -> 
     try:
         # Most are answered sooner: these are not watched. Its body has been read by then, or its sender is slow.
         await asyncio.wait({answer}, timeout=_ABORTED_AFTER_S)
-        if not answer.done() and not request.scope.get(_DROPS):
+        if not answer.done() and not request.scope.get(DROPS):
             await asyncio.wait({answer}, timeout=_WATCHED_AFTER_S - _ABORTED_AFTER_S)
         if not answer.done() and request.scope.get(READ):
             gone = asyncio.ensure_future(_hung_up(request.receive))
@@ -140,7 +140,7 @@ async def _asked(request: Request, use: Resources, caller: Identity, job: str) -
         raw = await held.enter_async_context(body)
         request.scope[READ] = True
         asked, incoming = (_columns if kind == _FRAMES else _rows)(feed, raw, use.settings.max_row_bytes)
-        request.scope[_DROPS] = asked.drop_late
+        request.scope[DROPS] = asked.drop_late
         accepted = request.headers.get("accept", "")
         if EVENTS in accepted:
             return await _streamed(use, feed, incoming, asked, held, frames=kind == _FRAMES)

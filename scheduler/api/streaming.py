@@ -150,8 +150,8 @@ class Ears:
             words.put_nowait(said)
 
 
-#: An event's name and its data.
-SentEvent: TypeAlias = tuple[str, Mapping[str, Any]]
+#: An event's name, "" for one without, and its data: JSON, or a word that is none.
+SentEvent: TypeAlias = tuple[str, Mapping[str, Any] | str]
 
 
 class EventStream(Response):
@@ -186,8 +186,9 @@ class EventStream(Response):
         try:
             async for name, data in self._events:
                 self._told_at = asyncio.get_running_loop().time()
-                event = f"event: {name}\ndata: {json.dumps(data, ensure_ascii=False)}\n\n"
-                body = event.encode("utf-8", "replace")
+                said = data if isinstance(data, str) else json.dumps(data, ensure_ascii=False)
+                head = f"event: {name}\n" if name else ""
+                body = f"{head}data: {said}\n\n".encode("utf-8", "replace")
                 await send({"type": "http.response.body", "body": body, "more_body": True})
         finally:
             signs.cancel()

@@ -236,6 +236,26 @@ def test_every_line_is_once_in_one_of_the_two_files(client: OpenAI, speaking: Ho
     assert [one.id for one in client.batches.list()] == [made.id]
 
 
+def test_a_batch_also_answers_responses_rankings_and_classes(client: OpenAI, speaking: House) -> None:
+    asked: dict[str, dict[str, Any]] = {
+        "responses": {"model": "speaker", "input": "Hello", "temperature": 0},
+        "rerank": {"model": "tiny", "query": "a", "documents": ["b", "c"]},
+        "classify": {"model": "tiny", "input": "c", "labels": ["a", "b"]},
+    }
+    lines = [
+        {"custom_id": path, "method": "POST", "url": f"/v1/{path}", "body": body}
+        for path, body in asked.items()
+    ]
+    # The same texts, asked for otherwise: another line's answer would be wrong.
+    lines.append({**lines[1], "custom_id": "first", "body": {**asked["rerank"], "top_n": 1}})
+    with answering(speaking):
+        ended = until(client, batch(client, lines, endpoint="/v1/responses"), "completed", "failed")
+    found = {name: one["response"]["body"] for name, one in lines_of(client, ended.output_file_id).items()}
+    assert found["responses"]["output"][0]["content"][0]["text"].startswith("row ")
+    assert [len(found[name]["results"]) for name in ("rerank", "first")] == [2, 1]
+    assert found["classify"]["data"][0]["prediction"] in ("a", "b")
+
+
 def test_equal_lines_that_are_not_drawn_run_once(client: OpenAI, speaking: House) -> None:
     same = {"messages": [{"role": "user", "content": "the same"}]}
     lines = [line(n, **same, temperature=0) for n in range(4)]
@@ -266,6 +286,10 @@ BAD_LINES: Sequence[tuple[bytes, str]] = (
     (json.dumps(line(1, model="tiny")).encode(), "model_mismatch"),
     (json.dumps(line(1, top_p=0.5)).encode(), "unsupported_parameter"),
     (json.dumps(line(1, stream=True)).encode(), "unsupported_parameter"),
+    (
+        json.dumps(line(1, tasks={"vector": {"kind": "embed", "model": "tiny"}})).encode(),
+        "unsupported_parameter",
+    ),
     (json.dumps(line(1, wings=2)).encode(), "unknown_parameter"),
     (json.dumps(line(1, temperature="hot")).encode(), "invalid_value"),
     (json.dumps(line(1, messages=[])).encode(), "invalid_value"),
@@ -481,6 +505,70 @@ def test_texts_become_vectors(client: OpenAI, speaking: House) -> None:
     assert one.usage.prompt_tokens > 0
 
 
+def test_a_response_is_a_chat_that_nobody_keeps(client: OpenAI, speaking: House) -> None:
+    with answering(speaking):
+        said = client.responses.create(
+            model="speaker",
+            instructions="Be brief.",
+            input=[{"role": "user", "content": [{"type": "input_text", "text": "Hello"}]}],
+            max_output_tokens=5,
+            temperature=0,
+            text={"format": {"type": "json_schema", "name": "any", "schema": {"type": "object"}}},
+        )
+    assert (said.status, said.output_text, said.instructions) == ("completed", "row 0", "Be brief.")
+    assert said.usage is not None
+    assert (said.usage.input_tokens, said.usage.output_tokens) == (7, 3)
+    [asked] = speaking.sql("SELECT name FROM job")
+    assert asked.name == "openai /v1/responses speaker@1"
+
+
+def test_documents_are_ranked_and_texts_classified_by_their_vectors(client: OpenAI, speaking: House) -> None:
+    """The n-th text's vector is (n, 0.5): the first is like the second more than like the third."""
+    with answering(speaking):
+        ranked: Any = client.post(
+            "/rerank",
+            cast_to=object,
+            body={
+                "model": "tiny",
+                "query": "what",
+                "documents": ["b", {"text": "c"}, "d"],
+                "top_n": 2,
+                "return_documents": True,
+            },
+        )
+        sorted_: Any = client.post(
+            "/classify", cast_to=object, body={"model": "tiny", "input": ["c", "d"], "labels": ["a", "b"]}
+        )
+    assert [(one["index"], one["document"]["text"]) for one in ranked["results"]] == [(0, "b"), (1, "c")]
+    assert math.isclose(ranked["results"][0]["relevance_score"], 0.5 / math.sqrt(1.25))
+    assert ranked["usage"]["prompt_tokens"] > 0
+    assert [one["prediction"] for one in sorted_["data"]] == ["b", "b"]
+    assert [one["label"] for one in sorted_["data"][0]["predictions"]] == ["a", "b"]
+
+
+def test_tasks_about_the_last_message_are_answered_beside_it(client: OpenAI, speaking: House) -> None:
+    tasks = {
+        "topic": {"kind": "classify", "model": "topics"},
+        "vector": {"kind": "embed", "model": "tiny", "input": "{text}"},
+    }
+    asked: dict[str, Any] = {"model": "speaker", "messages": [{"role": "user", "content": "Shares rose."}]}
+    with answering(speaking):
+        said: Any = client.chat.completions.create(**asked, extra_body={"tasks": tasks})
+        client.chat.completions.create(**asked, extra_body={"tasks": tasks})
+        client.chat.completions.create(**asked)
+        told: list[Any] = list(
+            client.chat.completions.create(**asked, stream=True, extra_body={"tasks": tasks})
+        )
+    assert said.choices[0].message.content == "row 0"
+    assert said.x_motet == {"tasks": {"topic": "business", "vector": [0.0, 0.5]}, "errors": {}}
+    assert len(speaking.sql("SELECT 1 FROM job")) == 2, "one for each distinct set"
+    assert told[-1].x_motet == said.x_motet
+    nobody = {"topic": {"kind": "classify", "model": "nobody"}}
+    with pytest.raises(openai.BadRequestError) as refused:
+        client.chat.completions.create(**asked, extra_body={"tasks": nobody})
+    assert refused.value.param == "tasks.topic.model"
+
+
 def test_models_that_can_be_asked_are_listed(client: OpenAI) -> None:
     assert {"speaker", "speaker@1", "tiny", "tiny@1"} <= {model.id for model in client.models.list()}
     assert client.models.retrieve("speaker").owned_by == "motet"
@@ -500,6 +588,14 @@ WRONG_REQUESTS: Sequence[Any] = (
     ("embeddings", {"model": "tiny", "input": "a", "dimensions": 1}, 400, "dimensions"),
     ("completions", {"model": "speaker", "prompt": "a", "echo": True}, 400, "echo"),
     ("completions", {"model": "speaker", "prompt": "a", "n": 0}, 400, "n"),
+    (
+        "responses",
+        {"model": "speaker", "input": "a", "previous_response_id": "resp_1"},
+        400,
+        "previous_response_id",
+    ),
+    ("rerank", {"model": "speaker", "query": "a", "documents": ["b"]}, 400, "model"),
+    ("classify", {"model": "tiny", "input": "a", "labels": ["b"]}, 400, "labels"),
     ("nowhere", {}, 404, None),
 )
 
@@ -588,6 +684,9 @@ def test_no_garbage_is_the_servers_own_failure(speaking: House) -> None:
         "chat/completions": {**line(0)["body"], "stop": ["x"], "response_format": {"type": "json_object"}},
         "completions": {"model": "speaker", "prompt": ["a", "b"], "n": 2},
         "embeddings": {"model": "tiny", "input": ["a"], "encoding_format": "float", "dimensions": 3},
+        "responses": {"model": "speaker", "input": "a", "instructions": "b", "text": {}},
+        "rerank": {"model": "tiny", "query": "a", "documents": ["b"], "top_n": 1},
+        "classify": {"model": "tiny", "input": "a", "labels": ["b", "c"]},
         "batches": {"input_file_id": "file-x", "endpoint": CHAT, "completion_window": "24h", "metadata": {}},
     }
     statuses: set[int] = set()

@@ -227,6 +227,7 @@ def _case(
         owners={},
         beats=heard,
         memory_share=0.5,
+        lane_share=0.3,
         leads=False,
         throttle=1.0,
         subtask_s=2.0,

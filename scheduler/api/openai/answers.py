@@ -11,7 +11,9 @@ from typing import Any
 
 from motet.protocol.columns import STATE_MASK, CellError, Column, values
 from motet.states import Skip
-from scheduler.api.openai.parameters import CHAT, EMBEDDINGS
+from scheduler.api.openai import responses
+from scheduler.api.openai.parameters import CHAT, CLASSIFY, EMBEDDINGS, RERANK, RESPONSES
+from scheduler.api.openai.ranking import classification, ranking
 from scheduler.api.openai.refusals import DoorError
 from scheduler.api.openai.requests import AskedRequest
 
@@ -68,23 +70,13 @@ def body_of(
     for cell in cells:
         if isinstance(cell, DoorError):
             raise cell
-    if asked.endpoint == EMBEDDINGS:
+    if asked.options is None:
         used = UsedTokens(prompt=sum(prompt_tokens))
-        return {
-            "object": "list",
-            "data": [
-                {"object": "embedding", "index": i, "embedding": _vector(cell, in_base64=asked.base64)}
-                for i, cell in enumerate(cells)
-            ],
-            "model": asked.model,
-            "usage": {"prompt_tokens": used.prompt, "total_tokens": used.prompt},
-        }, used
-    used = UsedTokens()
-    for number, cell in enumerate(cells):
-        read, cached, written = cell["usage"]
-        # The choices of a text have its prompt in common, which is told once.
-        first = number % asked.choices == 0
-        used += UsedTokens(read if first else 0, cached if first else 0, written)
+        return _body_of_vectors(asked, cells, used, name), used
+    used = used_by(asked, cells)
+    if asked.endpoint == RESPONSES:
+        told = responses.body_of(asked, cells[0], batch_usage(used), name=name, created=created)
+        return told, used
     kind, prefix = ("chat.completion", "chatcmpl") if asked.endpoint == CHAT else ("text_completion", "cmpl")
     return {
         "id": f"{prefix}-{name}",
@@ -92,14 +84,56 @@ def body_of(
         "created": created,
         "model": asked.model,
         "choices": [_choice(asked.endpoint, number, cell) for number, cell in enumerate(cells)],
-        "usage": {
-            "prompt_tokens": used.prompt,
-            "completion_tokens": used.written,
-            "total_tokens": used.prompt + used.written,
-            "prompt_tokens_details": {"cached_tokens": used.cached},
-        },
+        "usage": chat_usage(used),
         "system_fingerprint": None,
     }, used
+
+
+def used_by(asked: AskedRequest, cells: Sequence[Any]) -> UsedTokens:
+    """What written answers consumed."""
+    used = UsedTokens()
+    for number, cell in enumerate(cells):
+        read, cached, written = cell["usage"]
+        # The choices of a text have its prompt in common, which is told once.
+        first = number % asked.choices == 0
+        used += UsedTokens(read if first else 0, cached if first else 0, written)
+    return used
+
+
+def chat_usage(used: UsedTokens) -> dict[str, Any]:
+    return {
+        "prompt_tokens": used.prompt,
+        "completion_tokens": used.written,
+        "total_tokens": used.prompt + used.written,
+        "prompt_tokens_details": {"cached_tokens": used.cached},
+    }
+
+
+def _body_of_vectors(
+    asked: AskedRequest, cells: Sequence[Any], used: UsedTokens, name: str
+) -> dict[str, Any]:
+    usage = {"prompt_tokens": used.prompt, "total_tokens": used.prompt}
+    if asked.endpoint == RERANK:
+        results = ranking(asked.texts, cells, asked.about)
+        return {"id": f"rerank-{name}", "model": asked.model, "results": results, "usage": usage}
+    if asked.endpoint == CLASSIFY:
+        return {
+            "id": f"classify-{name}",
+            "object": "list",
+            "model": asked.model,
+            "data": classification(asked.texts, cells, asked.about),
+            "usage": usage,
+        }
+    assert asked.endpoint == EMBEDDINGS
+    return {
+        "object": "list",
+        "data": [
+            {"object": "embedding", "index": i, "embedding": _vector(cell, in_base64=asked.base64)}
+            for i, cell in enumerate(cells)
+        ],
+        "model": asked.model,
+        "usage": usage,
+    }
 
 
 def _choice(endpoint: str, number: int, cell: Mapping[str, Any]) -> dict[str, Any]:

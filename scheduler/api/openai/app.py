@@ -45,6 +45,9 @@ DOORS: dict[tuple[str, str], Handler] = {
     ("POST", "/chat/completions"): online.chat,
     ("POST", "/completions"): online.complete,
     ("POST", "/embeddings"): online.embed,
+    ("POST", "/responses"): online.respond,
+    ("POST", "/rerank"): online.rerank,
+    ("POST", "/classify"): online.classify,
 }
 #: Those that are asked as often as open jobs are.
 ONLINE = frozenset(path for (_, path), handler in DOORS.items() if handler.__module__ == online.__name__)

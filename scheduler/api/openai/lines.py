@@ -16,9 +16,11 @@ from motet.errors import InvalidJob
 from motet.protocol.values import text_flaw
 from motet.tasks import short
 from scheduler.api.bodies import clean_object
+from scheduler.api.openai.checks import Decoded
 from scheduler.api.openai.naming import check_dimensions, check_model, unknown_model
+from scheduler.api.openai.parameters import CHAT, CLASSIFY, COMPLETIONS, EMBEDDINGS, RERANK, RESPONSES
 from scheduler.api.openai.refusals import DoorError
-from scheduler.api.openai.requests import SERVED, AskedRequest, Decoded, read_request
+from scheduler.api.openai.requests import SERVED, AskedRequest, read_request, text_of
 from scheduler.api.strict_json import BrokenJson, loads
 from scheduler.store.registry import Registered
 
@@ -167,6 +169,11 @@ def read_line(raw: bytes, find: Find, reads: TokenReaders, max_row_bytes: int) -
     name = body.get("model")
     model = find(name) if isinstance(name, str) and name else None
     asked = read_request(url, body, reads(model))
+    for option, used in (("stream", asked.stream), ("tasks", bool(asked.tasks))):
+        if used:
+            raise DoorError(
+                f"{option} is not served in a batch: leave it out", param=option, code="unsupported_parameter"
+            )
     if model is None:
         raise unknown_model(asked.model)
     check_model(url, asked.model, model.manifest)
@@ -178,7 +185,9 @@ def read_line(raw: bytes, find: Find, reads: TokenReaders, max_row_bytes: int) -
 def check_length(asked: AskedRequest, max_row_bytes: int) -> None:
     """Raises DoorError where a text is longer than a row may be."""
     for text, options in asked.rows()[:: asked.choices]:
-        if (size := len(text.encode()) + len(options.encode())) > max_row_bytes:
+        # Tasks beside a chat read its last message as a text of its own.
+        read = (text, options, text_of(text) if asked.tasks else "")
+        if (size := sum(len(one.encode()) for one in read)) > max_row_bytes:
             raise DoorError(
                 f"{size:,} bytes are asked; expected at most {max_row_bytes:,} a text", code="too_long"
             )
@@ -193,7 +202,7 @@ def _note(found: FileSurvey, line: BatchLine, place: int, find: Find, first_of: 
     task = found.tasks.setdefault((asked.endpoint, ref), len(found.tasks))
     found.drawn = found.drawn or asked.drawn
     if not asked.drawn:
-        rows = json.dumps([task, asked.rows(), asked.dimensions, asked.base64, asked.choices])
+        rows = json.dumps([task, asked.rows(), asked.dimensions, asked.base64, asked.choices, asked.about])
         first = first_of.setdefault(_digest(rows), place)
         if first != place:
             equal = found.equal.setdefault(first, [])
@@ -224,8 +233,11 @@ def _told(found: FileSurvey, number: int | None, error: DoorError) -> None:
 def tasks_of(models: Mapping[str, str], tasks: Mapping[tuple[str, str], int]) -> dict[tuple[str, str], str]:
     """(endpoint, name@version) -> the name of its task in the job."""
     short_name = {
-        "/v1/chat/completions": "chat",
-        "/v1/completions": "completion",
-        "/v1/embeddings": "embedding",
+        CHAT: "chat",
+        COMPLETIONS: "completion",
+        RESPONSES: "response",
+        EMBEDDINGS: "embedding",
+        RERANK: "ranking",
+        CLASSIFY: "classification",
     }
     return {(endpoint, ref): f"{short_name[endpoint]}-{number}" for (endpoint, ref), number in tasks.items()}

@@ -12,8 +12,9 @@ from starlette.responses import JSONResponse, Response
 from motet.protocol.manifest import Manifest
 from motet.tasks import short
 from scheduler.api.auth import Identity
+from scheduler.api.openai.checks import Decoded
 from scheduler.api.openai.refusals import DoorError
-from scheduler.api.openai.requests import SERVED, Decoded
+from scheduler.api.openai.requests import SERVED
 from scheduler.api.resources import Resources
 from scheduler.store.aliases import aliases
 from scheduler.store.registry import Registered, find_models, models

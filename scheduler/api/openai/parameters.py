@@ -13,6 +13,9 @@ from motet.tasks import short
 from scheduler.api.openai.refusals import DoorError
 
 CHAT, COMPLETIONS, EMBEDDINGS = "/v1/chat/completions", "/v1/completions", "/v1/embeddings"
+RESPONSES = "/v1/responses"
+#: In the form of Cohere and Jina.
+RERANK, CLASSIFY = "/v1/rerank", "/v1/classify"
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,7 +42,7 @@ def _refused(why: str, *harmless: Any) -> Parameter:
 
 
 _NO_TOOLS = "tools are not served: ask without them, or for JSON with response_format"
-_NO_STREAM = "streaming is not served here; ask for the whole answer"
+_NO_MEMORY = "send the whole dialogue each time"
 _NO_SAMPLERS = "the engines draw by temperature alone"
 
 _WRITING: Mapping[str, Parameter] = {
@@ -49,8 +52,8 @@ _WRITING: Mapping[str, Parameter] = {
     "seed": _served("the same seed draws the same answer"),
     "stop": _served("a text or up to 4"),
     "n": _served("up to 16 choices, drawn apart; their prompt is counted once"),
-    "stream": _refused(_NO_STREAM, False),
-    "stream_options": _ignored(),
+    "stream": _served("up to 16 answers, as they are written"),
+    "stream_options": _served("include_usage"),
     "top_p": _refused(_NO_SAMPLERS, 1),
     "frequency_penalty": _refused(_NO_SAMPLERS, 0),
     "presence_penalty": _refused(_NO_SAMPLERS, 0),
@@ -65,6 +68,7 @@ PARAMETERS: Mapping[str, Mapping[str, Parameter]] = {
         **_WRITING,
         "max_completion_tokens": _served("the same as max_tokens"),
         "response_format": _served("text, json_object, json_schema"),
+        "tasks": _served("motet's own: up to 16 tasks about the last message"),
         "logprobs": _refused(_NO_LOGPROBS, False),
         "top_logprobs": _refused(_NO_LOGPROBS, 0),
         "tools": _refused(_NO_TOOLS, []),
@@ -95,11 +99,61 @@ PARAMETERS: Mapping[str, Mapping[str, Parameter]] = {
         "logprobs": _refused(_NO_LOGPROBS, 0),
         "suffix": _refused("models here continue, they do not fill in", ""),
     },
+    RESPONSES: {
+        "input": _served("a text, or messages of text; the last one is the user's"),
+        "instructions": _served("the first system message"),
+        "model": _served("the name of a registered model"),
+        "max_output_tokens": _served("tokens written at most; 1,024 where nothing is said"),
+        "temperature": _served("0 to 2; 1 where nothing is said"),
+        "text": _served("its format: text, json_object, json_schema"),
+        "stream": _served("told as it is written"),
+        "stream_options": _ignored(),
+        "store": _ignored("answers are not kept here: send the whole dialogue each time"),
+        "previous_response_id": _refused(_NO_MEMORY),
+        "conversation": _refused(_NO_MEMORY),
+        "context_management": _refused(_NO_MEMORY, []),
+        "prompt": _refused("write the prompt out"),
+        "background": _refused("send a batch", False),
+        "background_options": _refused("send a batch"),
+        "include": _refused("there is nothing more to tell", []),
+        "tools": _refused(_NO_TOOLS, []),
+        "tool_choice": _refused(_NO_TOOLS, "none", "auto"),
+        "parallel_tool_calls": _ignored("there are no tools"),
+        "max_tool_calls": _ignored("there are no tools"),
+        "access_programs": _refused(_NO_TOOLS),
+        "image": _refused("answers are text"),
+        "reasoning": _refused("how long a model thinks is its own affair"),
+        "moderation": _refused("nothing is moderated"),
+        "top_logprobs": _refused(_NO_LOGPROBS, 0),
+        "top_p": _refused(_NO_SAMPLERS, 1),
+        "truncation": _refused("what does not fit is an error", "disabled"),
+        "metadata": _ignored(),
+        "service_tier": _ignored(),
+        "user": _ignored("the token says who asks"),
+        "safety_identifier": _ignored(),
+        "prompt_cache_key": _ignored("equal beginnings are shared anyway"),
+        "prompt_cache_options": _ignored("equal beginnings are shared anyway"),
+        "prompt_cache_retention": _ignored("equal beginnings are shared anyway"),
+    },
     EMBEDDINGS: {
         "input": _served("a text, token ids of the model, or a list of either, up to 2,048"),
         "model": _served("the name of a registered model"),
         "encoding_format": _served("float or base64"),
         "dimensions": _served("the model's own number; others are refused"),
+        "user": _ignored("the token says who asks"),
+    },
+    RERANK: {
+        "query": _served("a text"),
+        "documents": _served("up to 1,000 texts, or objects with a text"),
+        "model": _served("the name of a registered model that answers with vectors"),
+        "top_n": _served("how many are told, the most alike first; all where nothing is said"),
+        "return_documents": _served("each result repeats its document"),
+        "user": _ignored("the token says who asks"),
+    },
+    CLASSIFY: {
+        "input": _served("a text, or up to 1,000, or objects with a text"),
+        "labels": _served("2 to 100 texts"),
+        "model": _served("the name of a registered model that answers with vectors"),
         "user": _ignored("the token says who asks"),
     },
 }

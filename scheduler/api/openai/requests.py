@@ -6,13 +6,23 @@ The same for a request that waits for its answer and for a line of a batch.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
-from motet.protocol.values import text_flaw
-from motet.tasks import Chat, Embed, Generate, Task, short
-from scheduler.api.openai.parameters import CHAT, COMPLETIONS, EMBEDDINGS, check_parameters
+from motet.errors import InvalidJob
+from motet.tasks import Chat, Embed, Generate, Task, parse, short
+from scheduler.api.openai.checks import Decoded, asked_schema, flag, one_of, texts, whole_number, wrong
+from scheduler.api.openai.parameters import (
+    CHAT,
+    CLASSIFY,
+    COMPLETIONS,
+    EMBEDDINGS,
+    RERANK,
+    RESPONSES,
+    check_parameters,
+)
+from scheduler.api.openai.ranking import labelled, ranked
 from scheduler.api.openai.refusals import DoorError
 
 #: Field of a row that a task reads: a dialogue as JSON, a prompt or a text. The other: its options as JSON.
@@ -24,17 +34,26 @@ DEFAULT_TOKENS = 1024
 _MOST_TOKENS = 1 << 20
 _MOST_CHOICES = 16
 _MOST_PROMPTS = 128
+#: Answers that one stream tells: each is a row of its own.
+MOST_STREAMED = 16
+_STREAM_OPTIONS = ("include_usage", "include_obfuscation")
+#: What says how many tokens are written at most, the newest word first.
+_LENGTHS = ("max_completion_tokens", "max_output_tokens", "max_tokens")
+#: What a response repeats of its request.
+_REPEATED = ("instructions", "max_output_tokens", "temperature", "text")
+#: Name of the task that answers, and the field that tasks beside it read.
+ANSWER, TEXT = "answer", "text"
+_MOST_TASKS = 16
+_NOT_A_TASK = frozenset({ANSWER, TEXT, ASKED, OPTIONS})
 _MOST_INPUTS = 2048
 _MOST_STOPS = 4
 _STOP_CHARACTERS = 200
-_SCHEMA_BYTES = 64 * 1024
 #: Whoever instructs is the system to a model; what a tool said is not served.
 _ROLES = {"system": "system", "developer": "system", "user": "user", "assistant": "assistant"}
 #: Fields of a message that may stand there; of them what is not role and content changes no answer, or is refused.
-_MESSAGE = frozenset({"role", "content", "name", "refusal", "annotations"})
-
-#: Token ids -> their text, by a model's own tokenizer. Raises DoorError.
-Decoded = Callable[[Sequence[int]], str]
+_MESSAGE = frozenset({"role", "content", "name", "refusal", "annotations", "id", "status"})
+#: Types of the parts of a message that are text.
+_TEXTS = ("text", "input_text", "output_text")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -52,6 +71,13 @@ class AskedRequest:
     base64: bool = False
     #: Length of vectors that is asked for; None: the model's.
     dimensions: int | None = None
+    #: Told as it is written; with what it consumed at the end.
+    stream: bool = False
+    usage_told: bool = False
+    #: Tasks beside, about the text of the last message.
+    tasks: Mapping[str, Task] = field(default_factory=dict)
+    #: What the answer needs to know of the question.
+    about: Mapping[str, Any] = field(default_factory=dict)
 
     @property
     def drawn(self) -> bool:
@@ -73,7 +99,7 @@ class AskedRequest:
 
 def task_of(endpoint: str, model: str, *, conditional: bool = False) -> Task:
     """The task that answers requests to an endpoint. ``model``: ``name@version``."""
-    if endpoint == CHAT:
+    if endpoint in (CHAT, RESPONSES):
         return Chat(model=model, messages=_OF_ROW, options=_OPTIONS_OF_ROW, conditional=conditional)
     if endpoint == COMPLETIONS:
         return Generate(
@@ -89,34 +115,127 @@ def task_of(endpoint: str, model: str, *, conditional: bool = False) -> Task:
 
 
 #: Endpoint -> what its models answer.
-SERVED: Mapping[str, str] = {CHAT: "text", COMPLETIONS: "text", EMBEDDINGS: "vector"}
+SERVED: Mapping[str, str] = {
+    CHAT: "text",
+    COMPLETIONS: "text",
+    RESPONSES: "text",
+    EMBEDDINGS: "vector",
+    RERANK: "vector",
+    CLASSIFY: "vector",
+}
 
 
 def read_request(endpoint: str, body: Mapping[str, Any], decoded: Decoded) -> AskedRequest:
     """Check a body that is clean JSON. Raises DoorError that names the parameter."""
     model = body.get("model")
     if not isinstance(model, str) or not 0 < len(model) <= 200:
-        raise _wrong("model", model, "the name of a registered model")
+        raise wrong("model", model, "the name of a registered model")
     check_parameters(endpoint, body)
     if endpoint == EMBEDDINGS:
         return AskedRequest(
             endpoint=endpoint,
             model=model,
-            texts=_texts("input", body.get("input"), decoded, _MOST_INPUTS),
+            texts=texts("input", body.get("input"), decoded, _MOST_INPUTS),
             options=None,
-            base64=_one_of(body, "encoding_format", ("float", "base64")) == "base64",
-            dimensions=_number(body, "dimensions", 1, 1 << 16),
+            base64=one_of(body, "encoding_format", ("float", "base64")) == "base64",
+            dimensions=whole_number(body, "dimensions", 1, 1 << 16),
         )
-    said = endpoint == CHAT
-    return AskedRequest(
+    if endpoint in (RERANK, CLASSIFY):
+        asked, about = (ranked if endpoint == RERANK else labelled)(body, decoded)
+        return AskedRequest(endpoint=endpoint, model=model, texts=asked, options=None, about=about)
+    stream, usage_told = _streamed(endpoint, body)
+    if endpoint == RESPONSES:
+        asked = (_dialogue(_input(body), "input"),)
+    elif endpoint == CHAT:
+        asked = (_dialogue(body.get("messages"), "messages"),)
+    else:
+        asked = texts("prompt", body.get("prompt"), decoded, _MOST_PROMPTS)
+    request = AskedRequest(
         endpoint=endpoint,
         model=model,
-        texts=(_dialogue(body.get("messages")),)
-        if said
-        else _texts("prompt", body.get("prompt"), decoded, _MOST_PROMPTS),
+        texts=asked,
         options=_options(endpoint, body),
-        choices=_number(body, "n", 1, _MOST_CHOICES) or 1,
+        choices=(endpoint != RESPONSES and whole_number(body, "n", 1, _MOST_CHOICES)) or 1,
+        stream=stream,
+        usage_told=usage_told,
+        tasks=_tasks(body) if endpoint == CHAT else {},
+        about={name: body.get(name) for name in _REPEATED} if endpoint == RESPONSES else {},
     )
+    if request.tasks and request.choices > 1:
+        raise DoorError("tasks are asked once a request: leave n out", param="n", code="unsupported_value")
+    if stream and len(request.rows()) > MOST_STREAMED:
+        raise DoorError(
+            f"{len(request.rows())} answers in one stream; expected at most {MOST_STREAMED}",
+            param="stream",
+            code="unsupported_value",
+        )
+    return request
+
+
+def _streamed(endpoint: str, body: Mapping[str, Any]) -> tuple[bool, bool]:
+    """Whether the answer is told as it is written, and whether its usage is told at the end."""
+    stream = flag(body, "stream")
+    told = body.get("stream_options")
+    if endpoint == RESPONSES or told is None:
+        return stream, False
+    if not isinstance(told, Mapping) or not stream or told.keys() - _STREAM_OPTIONS:
+        raise wrong("stream_options", told, f"an object of {', '.join(_STREAM_OPTIONS)}, with stream=true")
+    usage_told, _ = (flag(told, name, "stream_options.") for name in _STREAM_OPTIONS)
+    return stream, usage_told
+
+
+def _tasks(body: Mapping[str, Any]) -> dict[str, Task]:
+    """Tasks that are asked beside the chat. Raises DoorError that names the option."""
+    if body.get("tasks") is None:
+        return {}
+    try:
+        tasks = parse(body["tasks"])
+    except InvalidJob as error:
+        [first, *_] = error.problems
+        raise DoorError(str(error), param=first.field, code="invalid_value") from None
+    if len(tasks) > _MOST_TASKS or tasks.keys() & _NOT_A_TASK:
+        named = ", ".join(sorted(_NOT_A_TASK))
+        raise wrong("tasks", body["tasks"], f"up to {_MOST_TASKS} tasks, none of them named {named}")
+    known = {ANSWER, TEXT, *tasks}
+    for name, task in tasks.items():
+        if task.kind == "fit" or set(task.reads(name, tasks)) - known:
+            expected = f"a task about {{{TEXT}}} (the last message), {{{ANSWER}}} or another task's answer"
+            raise wrong(f"tasks.{name}", body["tasks"][name], expected)
+    return tasks
+
+
+def text_of(dialogue: str) -> str:
+    """The text that tasks beside a chat are about: its last message."""
+    return str(json.loads(dialogue)[-1]["content"])
+
+
+def _input(body: Mapping[str, Any]) -> Any:
+    """What a response answers, as messages of a chat."""
+    said, instructions = body.get("input"), body.get("instructions")
+    if not isinstance(said, str) and not isinstance(said, list):
+        raise wrong("input", said, "a text, or a list of messages")
+    messages: list[Any] = [{"role": "user", "content": said}] if isinstance(said, str) else list(said)
+    if instructions is None:
+        return messages
+    if not isinstance(instructions, str):
+        raise wrong("instructions", instructions, "a text")
+    return [{"role": "system", "content": instructions}, *messages]
+
+
+def _format(body: Mapping[str, Any]) -> Any:
+    """How the text of a response shall be formed."""
+    told = body.get("text")
+    if told is None:
+        return None
+    if not isinstance(told, Mapping) or told.keys() - {"format", "verbosity"}:
+        raise wrong("text", told, "an object with a format")
+    if told.get("verbosity") not in (None, "medium"):
+        raise DoorError(
+            "text.verbosity is not served: ask for it in the prompt",
+            param="text.verbosity",
+            code="unsupported_parameter",
+        )
+    return told.get("format")
 
 
 def _options(endpoint: str, body: Mapping[str, Any]) -> dict[str, Any]:
@@ -124,17 +243,18 @@ def _options(endpoint: str, body: Mapping[str, Any]) -> dict[str, Any]:
     if temperature is None:
         temperature = 1.0
     if isinstance(temperature, bool) or not isinstance(temperature, int | float) or not 0 <= temperature <= 2:
-        raise _wrong("temperature", temperature, "a number from 0 to 2")
-    most = _number(body, "max_completion_tokens", 1, _MOST_TOKENS) or _number(
-        body, "max_tokens", 1, _MOST_TOKENS
-    )
+        raise wrong("temperature", temperature, "a number from 0 to 2")
+    said = (whole_number(body, name, 1, _MOST_TOKENS) for name in _LENGTHS)
+    most = next((one for one in list(said) if one is not None), None)
     options: dict[str, Any] = {"max_tokens": most or DEFAULT_TOKENS, "temperature": float(temperature)}
-    seed = _number(body, "seed", -(1 << 63), (1 << 63) - 1)
+    seed = whole_number(body, "seed", -(1 << 63), (1 << 63) - 1)
     if seed is not None and temperature > 0:
         options["seed"] = seed
     if stops := _stops(body.get("stop")):
         options["stop"] = stops
-    if endpoint == CHAT and (schema := _schema(body.get("response_format"))) is not None:
+    form = _format(body) if endpoint == RESPONSES else body.get("response_format")
+    where = "text.format" if endpoint == RESPONSES else "response_format"
+    if (schema := asked_schema(form, where)) is not None:
         options["schema"] = schema
     return options
 
@@ -146,48 +266,27 @@ def _stops(stop: Any) -> list[str]:
         or len(stops) > _MOST_STOPS
         or not all(isinstance(one, str) and 0 < len(one) <= _STOP_CHARACTERS for one in stops)
     ):
-        raise _wrong(
+        raise wrong(
             "stop", stop, f"a text, or up to {_MOST_STOPS}, each of 1 to {_STOP_CHARACTERS} characters"
         )
     return stops
 
 
-def _schema(form: Any) -> Mapping[str, Any] | None:
-    """The JSON Schema that an answer shall keep; None where any text will do."""
-    if form is None:
-        return None
-    kind = form.get("type") if isinstance(form, Mapping) else None
-    match kind:
-        case "text":
-            return None
-        case "json_object":
-            return {"type": "object"}
-        case "json_schema":
-            named = form.get("json_schema")
-            schema = named.get("schema") if isinstance(named, Mapping) else None
-            if isinstance(schema, Mapping) and len(json.dumps(schema)) <= _SCHEMA_BYTES:
-                return schema
-            expected = f"a JSON Schema of up to {_SCHEMA_BYTES // 1024} KiB"
-            raise _wrong("response_format.json_schema.schema", schema, expected)
-    raise _wrong("response_format", kind, 'an object of type "text", "json_object" or "json_schema"')
-
-
-def _dialogue(messages: Any) -> str:
-    """The dialogue as JSON, as chat tasks read it."""
+def _dialogue(messages: Any, where: str) -> str:
+    """The dialogue as JSON, as chat tasks read it. ``where``: the parameter that says it."""
     if not isinstance(messages, list) or not messages:
-        raise _wrong("messages", messages, "a list of messages")
-    said = [_message(number, message) for number, message in enumerate(messages)]
+        raise wrong(where, messages, "a list of messages")
+    said = [_message(f"{where}[{number}]", message) for number, message in enumerate(messages)]
     if said[-1]["role"] != "user":
-        raise DoorError("the last message must be the user's", param="messages", code="invalid_value")
+        raise DoorError("the last message must be the user's", param=where, code="invalid_value")
     return json.dumps(said, ensure_ascii=False, separators=(",", ":"))
 
 
-def _message(number: int, message: Any) -> dict[str, str]:
-    where = f"messages[{number}]"
+def _message(where: str, message: Any) -> dict[str, str]:
     if not isinstance(message, Mapping):
-        raise _wrong(where, message, "a message")
+        raise wrong(where, message, "a message")
     for name, value in message.items():
-        if name not in _MESSAGE and value not in (None, []):
+        if name not in _MESSAGE and value not in (None, []) and (name, value) != ("type", "message"):
             raise DoorError(
                 f"{where}.{short(name)} is not served: a message has a role and a text",
                 param=f"{where}.{short(name)}",
@@ -195,7 +294,7 @@ def _message(number: int, message: Any) -> dict[str, str]:
             )
     role = message.get("role")
     if not isinstance(role, str) or role not in _ROLES:
-        raise _wrong(f"{where}.role", role, f"one of {', '.join(_ROLES)}")
+        raise wrong(f"{where}.role", role, f"one of {', '.join(_ROLES)}")
     return {"role": _ROLES[role], "content": _content(f"{where}.content", message.get("content"))}
 
 
@@ -203,67 +302,12 @@ def _content(where: str, content: Any) -> str:
     """The text of a message: a string, or parts of type text, one behind the other."""
     if isinstance(content, list) and content:
         parts = [
-            part.get("text") if isinstance(part, Mapping) and part.get("type") == "text" else None
+            part.get("text") if isinstance(part, Mapping) and part.get("type") in _TEXTS else None
             for part in content
         ]
         if all(isinstance(part, str) for part in parts):
             return "".join(str(part) for part in parts)
         raise DoorError(f"{where} holds a part that is no text", param=where, code="unsupported_value")
     if not isinstance(content, str):
-        raise _wrong(where, content, "a text, or a list of parts of type text")
+        raise wrong(where, content, "a text, or a list of parts of type text")
     return content
-
-
-def _texts(name: str, value: Any, decoded: Decoded, most: int) -> tuple[str, ...]:
-    """A text or a list of token ids, or a list of either."""
-    many = value if isinstance(value, list) and not _is_ids(value) else [value]
-    if not many or len(many) > most:
-        raise _wrong(name, value, f"a text, token ids, or a list of up to {most:,} of either")
-    texts = [decoded(one) if _is_ids(one) else one for one in many]
-    if not all(isinstance(one, str) and one for one in texts):
-        raise _wrong(
-            name, value, f"a text that is not empty, token ids, or a list of up to {most:,} of either"
-        )
-    return tuple(texts)
-
-
-def _is_ids(value: Any) -> bool:
-    return isinstance(value, list) and bool(value) and all(type(one) is int for one in value)
-
-
-def _number(body: Mapping[str, Any], name: str, least: int, most: int) -> int | None:
-    value = body.get(name)
-    if value is None:
-        return None
-    if type(value) is not int or not least <= value <= most:
-        raise _wrong(name, value, f"a whole number from {least:,} to {most:,}")
-    return value
-
-
-def _one_of(body: Mapping[str, Any], name: str, words: Sequence[str]) -> str:
-    """The word that is said; the first one where none is."""
-    value = body.get(name)
-    if value is None:
-        return words[0]
-    if not isinstance(value, str) or value not in words:
-        raise _wrong(name, value, f"one of {', '.join(words)}")
-    return value
-
-
-def _wrong(where: str, got: Any, expected: str) -> DoorError:
-    """What stands there is told by its type, never by its words: they may be as private as a text."""
-    if got is None:
-        code, told = "missing_required_parameter", "nothing"
-    else:
-        code, told = "invalid_value", short(got) if isinstance(got, bool | int | float) else _kind(got)
-    return DoorError(f"{where}: got {told}; expected {expected}", param=where, code=code)
-
-
-def _kind(value: Any) -> str:
-    if isinstance(value, str):
-        return f"a text of {len(value):,} characters" + (
-            f" with {flaw}" if (flaw := text_flaw(value)) else ""
-        )
-    if isinstance(value, list | dict):
-        return "a list" if isinstance(value, list) else "an object"
-    return f"a value of type {type(value).__name__}"

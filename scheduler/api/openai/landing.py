@@ -1,0 +1,132 @@
+"""The open jobs behind doors, and requests as rows of them."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import time
+import uuid
+from collections.abc import Sequence
+from typing import Any
+from uuid import UUID
+
+from starlette.concurrency import run_in_threadpool
+
+from motet.messages.jobs import Submission
+from scheduler.api.live import AskAnswered, LiveFeed
+from scheduler.api.openai.parameters import CHAT, CLASSIFY, EMBEDDINGS, RERANK, RESPONSES
+from scheduler.api.openai.requests import (
+    ANSWER,
+    ASKED,
+    OPTIONS,
+    TEXT,
+    AskedRequest,
+    task_of,
+    text_of,
+)
+from scheduler.api.opening import planned_with
+from scheduler.api.resources import Resources
+from scheduler.api.result_streams import plain_rows
+from scheduler.api.submissions import CheckedSubmission, new_job
+from scheduler.blocks import IncomingPart
+from scheduler.store import doors, opening
+from scheduler.store.registry import Registered
+
+#: Seconds that a caller waits at most: as long as their SDK does.
+WITHIN_S = 600.0
+#: Open jobs of one tenant behind doors; beyond it the one is closed that was not used for the longest time.
+MOST_DOORS = 32
+#: Days for which what was asked is kept after its door was closed.
+_KEPT_DAYS = 30.0
+#: Endpoints whose requests are rows of the job behind another one's door.
+_SAME_DOOR = {RESPONSES: CHAT, RERANK: EMBEDDINGS, CLASSIFY: EMBEDDINGS}
+#: A door is noted as used so often, in seconds.
+_NOTED_S = 300.0
+
+
+def _door_name(asked: AskedRequest) -> str:
+    """What requests have in common that one door answers, beside tenant and model."""
+    endpoint = _SAME_DOOR.get(asked.endpoint, asked.endpoint)
+    if not asked.tasks:
+        return endpoint
+    tasks = json.dumps({name: task.to_json() for name, task in asked.tasks.items()}, sort_keys=True)
+    return f"{endpoint} {hashlib.sha256(tasks.encode()).hexdigest()}"
+
+
+async def feed_of(use: Resources, tenant: UUID, asked: AskedRequest, model: Registered) -> LiveFeed:
+    """The open job behind a door, made where there is none."""
+    at = (tenant, _door_name(asked), model.id)
+    found, now = use.known_doors.get(at), time.monotonic()
+    if found is None:
+        job = await run_in_threadpool(_door, use, tenant, asked, model)
+    else:
+        job, noted = found
+        if now - noted <= _NOTED_S:
+            return await use.feeds.of(tenant, job)
+        await run_in_threadpool(_note, use, job)
+    use.known_doors.put(at, (job, now))
+    return await use.feeds.of(tenant, job)
+
+
+def _note(use: Resources, job: UUID) -> None:
+    with use.database.transaction() as connection:
+        doors.used_door(connection, job)
+
+
+def _door(use: Resources, tenant: UUID, request: AskedRequest, model: Registered) -> UUID:
+    endpoint = _door_name(request)
+    with use.database.transaction() as connection:
+        found = doors.find_door(connection, tenant, endpoint, model.id)
+        if found is not None:
+            doors.used_door(connection, found)
+            return found
+    use.door.admit(interactive=True)
+    ref = model.manifest.ref
+    said = Submission(
+        tasks={},
+        name=f"openai {request.endpoint} {ref}",
+        priority="interactive",
+        reuse=False,
+        bad_rows="error",
+        retention_days=_KEPT_DAYS,
+        open=True,
+    )
+    digest = hashlib.sha256(f"{endpoint} {ref}".encode()).digest()
+    tasks = {ANSWER: task_of(request.endpoint, ref), **request.tasks}
+    asked = CheckedSubmission(said=said, tasks=tasks, digest=digest)
+    made = new_job(uuid.uuid4(), tenant, asked, planned_with(use, asked, None), None)
+    with use.database.transaction() as connection:
+        doors.lock_doors(connection, tenant)
+        found = doors.find_door(connection, tenant, endpoint, model.id)
+        if found is not None:
+            return found
+        job = opening.open_job(connection, made, max_active_jobs=use.settings.max_active_jobs)
+        doors.put_door(connection, tenant, endpoint, model.id, job, most=MOST_DOORS)
+        return job
+
+
+def beside(asked: AskedRequest, feed: LiveFeed, answer: AskAnswered) -> dict[str, Any]:
+    """What the tasks beside a chat answered."""
+    if not asked.tasks:
+        return {}
+    tasks = [task for task in feed.tasks if task.name in asked.tasks]
+    columns = [answer.columns[task.number] for task in tasks]
+    [row] = plain_rows(tasks, columns, answer.first_row, answer.given)
+    return {"x_motet": {"tasks": {task.name: row[task.name] for task in tasks}, "errors": row["errors"]}}
+
+
+def part_of(asked: AskedRequest, rows: Sequence[tuple[str, str]]) -> tuple[IncomingPart, int]:
+    """Rows of a request as they land, and their UTF-8 bytes."""
+    columns: dict[str, list[str]] = {ASKED: [text for text, _ in rows]}
+    if asked.options is not None:
+        columns[OPTIONS] = [options for _, options in rows]
+    if any(TEXT in task.reads(name, asked.tasks) for name, task in asked.tasks.items()):
+        columns[TEXT] = [text_of(text) for text, _ in rows]
+    return IncomingPart(columns=columns), sum(
+        len(text.encode()) for values in columns.values() for text in values
+    )
+
+
+def forget_door(use: Resources, tenant: UUID, asked: AskedRequest, model: Registered) -> None:
+    """Its job takes no rows any more."""
+    use.known_doors.drop((tenant, _door_name(asked), model.id))
