@@ -102,7 +102,9 @@ def read_on(asked: ResultsQuery, look: Look, after: int, budget: float) -> Itera
             given = folds.given(connection, asked.job, look.job.folds, [b.number for b in batch])
         if any(c not in columns for b in batch for c in b.columns):
             # The job was removed meanwhile, or its front has moved: the look says which, and where to go on.
-            look = look_for(asked, after)
+            before, look = look.job.front(asked.order), look_for(asked, after)
+            if look.job.front(asked.order) == before:
+                raise NotFound("the job was removed meanwhile")
             continue
         for block in batch:
             tasks = zip(look.job.tasks, block.columns, strict=True)

@@ -13,12 +13,12 @@ from typing import Any
 import pytest
 
 from motet import Classify, Client
+from motet.artefacts import send_file
 from motet.errors import InvalidJob, MotetError, Unreachable
 from motet.http import Address, Http
 from scheduler.blocks import decode_block
 from tests.integration.api_house import House, house
 from tests.integration.proxy import Proxy, proxied
-from workers.registrar.register import Registry
 
 __all__ = ["house"]
 
@@ -199,7 +199,7 @@ def test_a_file_of_a_model_that_a_proxy_refuses_says_how_much_it_must_take(
     path.write_bytes(bytes(40 << 20))
     http = Http(Address(url=proxy.url, token=house.tokens["admin"]))
     with pytest.raises(InvalidJob, match="client_max_body_size 40m"):
-        Registry(http, tmp_path)._upload(hashlib.sha256(path.read_bytes()).hexdigest(), path)
+        send_file(http, hashlib.sha256(path.read_bytes()).hexdigest(), path)
 
 
 def test_a_file_of_a_model_is_sent_again_where_a_proxy_was_alone(
@@ -211,7 +211,7 @@ def test_a_file_of_a_model_is_sent_again_where_a_proxy_was_alone(
     fails = [502, 504, 522]
     proxy.fault = lambda method, path: fails.pop() if method == "PUT" and fails else None
     http = Http(Address(url=proxy.url, token=house.tokens["admin"]), sleep=lambda s: None)
-    Registry(http, tmp_path)._upload(sha256, path)
+    send_file(http, sha256, path)
     assert proxy.statuses("PUT", sha256) == [522, 504, 502, 201]
     assert house.call("GET", f"/v1/blobs/{sha256}", token="worker").content == b"weights"
 
