@@ -20,7 +20,7 @@ from tests.tiny_language import a_llama
 
 LINES = 20_000
 #: Distinct requests for each model: equal lines run once, so the batch is large and its work is not.
-DISTINCT = 400
+DISTINCT = 150
 MODELS = ("all-MiniLM-L6-v2", "tiny-one", "tiny-two")
 PROCESSES = ("api", "dispatch", "aggregate", "valkey", "postgres")
 
