@@ -37,6 +37,7 @@ from scheduler.store import demand, leases
 from scheduler.store.database import Database
 from scheduler.store.leadership import lead
 from scheduler.store.leases import Cut
+from scheduler.store.manifests import Manifests
 
 SUBTASK_S = 2.0
 ROWS = 32
@@ -90,7 +91,7 @@ def live_path(stage: Stage, counts: Sequence[int], steps: int) -> dict[int, dict
             for count in counts:
                 # The first steps read models and make plans.
                 job = client.submit(short_texts((steps + 5) * count * ROWS), label_tasks(4))
-                payloads = Payloads(database)
+                payloads = Payloads(database, Manifests())
                 laps = [_step(database, transport, payloads, epoch, job.id, count) for _ in range(steps + 5)]
                 found[count] = {
                     name: statistics.median(lap[name] * 1e3 / count for lap in laps[5:]) for name in STAGES
@@ -109,7 +110,7 @@ def _step(
     """Send so many sub-tasks. The seconds of each stage."""
     start = time.perf_counter()
     with database.transaction() as connection:
-        frontier = demand.frontier(connection, job, 0, rows=count * ROWS, limit=count)
+        frontier = demand.frontier(connection, job, 0, demand.Lengths(), rows=count * ROWS, limit=count)
     found = time.perf_counter()
     cuts = _cuts(job, frontier, count)
     carved = time.perf_counter()

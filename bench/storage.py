@@ -234,7 +234,9 @@ class Bench:
         [(epoch,)] = self.sql.execute("SELECT epoch FROM leader").fetchall()
         while True:
             with self.database.transaction() as connection:
-                frontier = demand.frontier(connection, str(job), 0, rows=64 * SUBTASK_ROWS, limit=64)
+                frontier = demand.frontier(
+                    connection, str(job), 0, demand.Lengths(), rows=64 * SUBTASK_ROWS, limit=64
+                )
             if frontier.empty:
                 return
             cuts: list[Cut] = []

@@ -25,7 +25,7 @@ STEPS = int(os.environ.get("MACHINE_STEPS", "12"))
 #: Moves of a burst, which is one step.
 _BURST = 8
 #: No more plays are begun after so many seconds: CI has three minutes for this, on a machine of any speed.
-SECONDS = float(os.environ.get("MACHINE_SECONDS", "80"))
+SECONDS = float(os.environ.get("MACHINE_SECONDS", "60"))
 #: Another one gives other plays. Any must pass.
 SEED = int(os.environ.get("MACHINE_SEED", "0"))
 
