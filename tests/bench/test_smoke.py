@@ -35,7 +35,7 @@ PARTS = frozenset(
             "paced",
             "rival_policies",
         ),
-        *("crowd", "leading", "stage", "stand_in"),
+        *("crowd", "leading", "stage", "stand_in", "uploading"),
     )
 )
 COMMANDS = sorted(file.name for file in BENCH.glob("*.py") if file.name not in PARTS)

@@ -17,13 +17,13 @@ from tests.chaos.oracle import Came, Order, Verdict, expected, judge, order
 from tests.chaos.recovery import covered
 
 SEED = int(os.environ.get("CHAOS_SEED", DEFAULT_SEED))
-FAULTS, KINDS, JOBS = 60, 9, 20
+FAULTS, KINDS, JOBS = 36, 9, 12
 #: What the attack may take on two quiet cores.
 ATTACK_S = 240.0
 
 
 @pytest.mark.timeout(900)
-def test_under_sixty_faults_each_cell_is_recorded_exactly_once(tmp_path: Path) -> None:
+def test_under_many_faults_each_cell_is_recorded_exactly_once(tmp_path: Path) -> None:
     plan = Plan(seed=SEED, faults=FAULTS, jobs=JOBS, rows=0, patience_s=2.8, attack_s=200.0)
     report = run(tmp_path / "data", plan)
     print(table(report))
