@@ -17,7 +17,7 @@ from tests.chaos.oracle import Came, Order, Verdict, expected, judge, order
 from tests.chaos.recovery import covered
 
 SEED = int(os.environ.get("CHAOS_SEED", DEFAULT_SEED))
-FAULTS, KINDS, JOBS = 36, 9, 12
+FAULTS, KINDS, JOBS = 48, 9, 12
 #: What the attack may take on two quiet cores.
 ATTACK_S = 240.0
 
