@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncGenerator, AsyncIterator
+from contextlib import aclosing
 from dataclasses import dataclass
 from uuid import UUID
 
@@ -47,26 +48,28 @@ async def job_changes(libpq_url: str) -> AsyncIterator[UUID | None]:
 
     The connection is its own: LISTEN belongs to a session.
     """
-    connection = await psycopg.AsyncConnection.connect(
-        libpq_url, autocommit=True, connect_timeout=3, application_name="motet-watch"
-    )
-    async with connection:
-        await connection.execute(f"LISTEN {JOB}")
-        yield None
-        async for note in connection.notifies():
+    async with aclosing(_payloads(libpq_url, JOB, "motet-watch")) as payloads:
+        async for payload in payloads:
             try:
-                yield UUID(note.payload)
+                yield None if payload is None else UUID(payload)
             except ValueError:
                 continue
 
 
 async def event_hints(libpq_url: str) -> AsyncIterator[None]:
     """One for each time that events were written, and one when listening has begun. Raises psycopg.Error."""
+    async with aclosing(_payloads(libpq_url, EVENTS, "motet-webhooks")) as payloads:
+        async for _ in payloads:
+            yield None
+
+
+async def _payloads(libpq_url: str, channel: str, name: str) -> AsyncGenerator[str | None, None]:
+    """What is said on a channel, for ever; None once, when listening has begun. ``name``: the connection's, in Postgres."""
     connection = await psycopg.AsyncConnection.connect(
-        libpq_url, autocommit=True, connect_timeout=3, application_name="motet-webhooks"
+        libpq_url, autocommit=True, connect_timeout=3, application_name=name
     )
     async with connection:
-        await connection.execute(f"LISTEN {EVENTS}")
+        await connection.execute(f"LISTEN {channel}")
         yield None
-        async for _ in connection.notifies():
-            yield None
+        async for note in connection.notifies():
+            yield note.payload
