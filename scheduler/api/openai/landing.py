@@ -6,12 +6,13 @@ import hashlib
 import json
 import time
 import uuid
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Awaitable, Callable, Sequence
+from typing import Any, TypeVar
 from uuid import UUID
 
 from starlette.concurrency import run_in_threadpool
 
+from motet.errors import Conflict, NotFound
 from motet.messages.jobs import Submission
 from scheduler.api.live import AskAnswered, LiveFeed
 from scheduler.api.openai.parameters import CHAT, CLASSIFY, EMBEDDINGS, RERANK, RESPONSES
@@ -31,6 +32,8 @@ from scheduler.api.submissions import CheckedSubmission, new_job
 from scheduler.blocks import IncomingPart
 from scheduler.store import doors, opening
 from scheduler.store.registry import Registered
+
+T = TypeVar("T")
 
 #: Seconds that a caller waits at most: as long as their SDK does.
 WITHIN_S = 600.0
@@ -53,7 +56,7 @@ def _door_name(asked: AskedRequest) -> str:
     return f"{endpoint} {hashlib.sha256(tasks.encode()).hexdigest()}"
 
 
-async def feed_of(use: Resources, tenant: UUID, asked: AskedRequest, model: Registered) -> LiveFeed:
+async def _feed_of(use: Resources, tenant: UUID, asked: AskedRequest, model: Registered) -> LiveFeed:
     """The open job behind a door, made where there is none."""
     at = (tenant, _door_name(asked), model.id)
     found, now = use.known_doors.get(at), time.monotonic()
@@ -127,6 +130,25 @@ def part_of(asked: AskedRequest, rows: Sequence[tuple[str, str]]) -> tuple[Incom
     )
 
 
-def forget_door(use: Resources, tenant: UUID, asked: AskedRequest, model: Registered) -> None:
-    """Its job takes no rows any more."""
-    use.known_doors.drop((tenant, _door_name(asked), model.id))
+async def through_door(
+    use: Resources,
+    tenant: UUID,
+    asked: AskedRequest,
+    model: Registered,
+    ask: Callable[[LiveFeed], Awaitable[T]],
+) -> T:
+    """What ``ask`` makes of the open job behind a door; where that takes no rows any more, of the next one.
+
+    Raises Overloaded where rows are refused now, and what ``ask`` raises.
+    """
+    for last in (False, True):
+        feed = await _feed_of(use, tenant, asked, model)
+        await use.door.admit_ask(interactive=feed.job.interactive)
+        try:
+            return await ask(feed)
+        except (Conflict, NotFound):
+            # It was closed, by its age, by another door or by its owner: the next one is made.
+            if last:
+                raise
+            use.known_doors.drop((tenant, _door_name(asked), model.id))
+    raise AssertionError("the second try returns or raises")

@@ -15,7 +15,7 @@ from starlette.concurrency import run_in_threadpool
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 
-from motet.errors import Conflict, InvalidJob, NotFound
+from motet.errors import InvalidJob
 from motet.tasks import Function, Task
 from scheduler.api.answer_schemas import schema_problems
 from scheduler.api.asks import DROPS, READ, while_there
@@ -23,7 +23,7 @@ from scheduler.api.auth import Identity
 from scheduler.api.bodies import clean_object, json_body, whole_body
 from scheduler.api.live import AskAnswered, LiveFeed
 from scheduler.api.openai.answers import body_of, cells_of
-from scheduler.api.openai.landing import WITHIN_S, beside, feed_of, forget_door, part_of
+from scheduler.api.openai.landing import WITHIN_S, beside, part_of, through_door
 from scheduler.api.openai.lines import check_length
 from scheduler.api.openai.naming import check_dimensions, decoder, find_model
 from scheduler.api.openai.parameters import CHAT, CLASSIFY, COMPLETIONS, EMBEDDINGS, RERANK, RESPONSES
@@ -131,16 +131,10 @@ async def _ask(
     use: Resources, tenant: UUID, asked: AskedRequest, model: Registered, rows: Sequence[tuple[str, str]]
 ) -> tuple[LiveFeed, AskAnswered]:
     part, size = part_of(asked, rows)
-    for last in (False, True):
-        feed = await feed_of(use, tenant, asked, model)
-        await use.door.admit_ask(interactive=feed.job.interactive)
+
+    async def ask(feed: LiveFeed) -> tuple[LiveFeed, AskAnswered]:
         key = keyed(feed.job.secret, secrets.token_bytes(32))
-        try:
-            with use.feeds.meter.ask(feed.job.id, len(part)):
-                return feed, await feed.ask(part, size, key, key, within_s=WITHIN_S, drop_late=True)
-        except (Conflict, NotFound):
-            # It was closed, by its age, by another door or by its owner: the next one is made.
-            if last:
-                raise
-            forget_door(use, tenant, asked, model)
-    raise AssertionError("the second try returns or raises")
+        with use.feeds.meter.ask(feed.job.id, len(part)):
+            return feed, await feed.ask(part, size, key, key, within_s=WITHIN_S, drop_late=True)
+
+    return await through_door(use, tenant, asked, model, ask)

@@ -12,11 +12,10 @@ from uuid import UUID
 
 from starlette.responses import Response
 
-from motet.errors import Conflict, NotFound
 from scheduler.api.live import AskAnswered, AskEvent, LiveFeed
 from scheduler.api.openai.answers import cells_of
 from scheduler.api.openai.chunks import SentText, wire_of
-from scheduler.api.openai.landing import WITHIN_S, beside, feed_of, forget_door, part_of
+from scheduler.api.openai.landing import WITHIN_S, beside, part_of, through_door
 from scheduler.api.openai.refusals import DoorError, as_door_error
 from scheduler.api.openai.requests import ANSWER, AskedRequest
 from scheduler.api.refusals import EXPECTED
@@ -31,24 +30,17 @@ _RowEvent = tuple[int, AskEvent]
 
 async def streamed(use: Resources, tenant: UUID, asked: AskedRequest, model: Registered) -> Response:
     """The answer as events. What goes wrong before a row is stored is refused as without them."""
-    for last in (False, True):
-        feed = await feed_of(use, tenant, asked, model)
-        await use.door.admit_ask(interactive=feed.job.interactive)
+
+    async def ask(feed: LiveFeed) -> Response:
         events = _metered(use, feed, asked)
         try:
             await anext(events)
-        except (Conflict, NotFound):
-            # Its job was closed: the next one is made.
-            await events.aclose()
-            if last:
-                raise
-            forget_door(use, tenant, asked, model)
         except BaseException:
             await events.aclose()
             raise
-        else:
-            return EventStream(_told(feed, asked, events))
-    raise AssertionError("the second try returns or raises")
+        return EventStream(_told(feed, asked, events))
+
+    return await through_door(use, tenant, asked, model, ask)
 
 
 async def _metered(use: Resources, feed: LiveFeed, asked: AskedRequest) -> AsyncGenerator[_RowEvent, None]:
