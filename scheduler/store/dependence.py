@@ -23,13 +23,14 @@ from motet.states import Skip
 from motet.tasks import asked_fields, stored_task
 from scheduler.blocks import Reads, absent, decode_block, read_in_order, row_order, uint32_bytes
 from scheduler.readable import Readable
+from scheduler.store.database import together
 from scheduler.store.leases import more_waits
 from scheduler.store.payload_rows import upstream_answers
 from scheduler.store.places import PLACES, Place, at_places
 from scheduler.store.words import land, tell
 
 _FAILED = text(f"""
-    SELECT k.job, k.pass, k.block, t.name, s.errors
+    SELECT k.job, k.pass AS pass_, k.block, t.name, s.errors
       FROM {PLACES} k (job, pass, block)
       JOIN pass p ON p.job_id = k.job AND p.number = k.pass CROSS JOIN LATERAL unnest(p.needs) n (task)
       JOIN task t ON t.job_id = k.job AND t.number = n.task
@@ -73,11 +74,14 @@ def left_out(connection: Connection, places: Collection[Place]) -> dict[Place, d
     when the place is sealed: sealed columns never change.
     """
     found: dict[Place, dict[int, CellError]] = defaultdict(dict)
-    for job, number, block, name, errors in connection.execute(_FAILED, at_places(places)):
-        here = found[job, number, block]
-        for offset, e in (errors or {}).items():
-            here.setdefault(int(offset), because(name, e["error"], e["message"]))
-    _hold_conditions(connection, places, found)
+    at = at_places(places)
+    failed, conditional = together(connection, (_FAILED, at), (_CONDITIONS, at))
+    for row in failed:
+        here = found[row.job, row.pass_, row.block]
+        for offset, e in (row.errors or {}).items():
+            here.setdefault(int(offset), because(row.name, e["error"], e["message"]))
+    if conditional:
+        _hold_conditions(connection, conditional, found)
     return dict(found)
 
 
@@ -90,12 +94,9 @@ _NOT_HELD = CellError(Skip.CONDITION, "the condition of its task does not hold")
 
 
 def _hold_conditions(
-    connection: Connection, places: Collection[Place], found: dict[Place, dict[int, CellError]]
+    connection: Connection, asked: Sequence[Any], found: dict[Place, dict[int, CellError]]
 ) -> None:
-    """Add the rows for which a place's condition does not hold to those that lack what they need."""
-    asked = connection.execute(_CONDITIONS, at_places(places)).all()
-    if not asked:
-        return
+    """Add the rows for which a place's condition (``_CONDITIONS``) does not hold to those that lack what they need."""
     upstream = upstream_answers(connection, [(str(row.job), row.pass_, row.block) for row in asked])
     for row in asked:
         place = (row.job, row.pass_, row.block)
