@@ -28,7 +28,7 @@ from scheduler.api.resources import Resources, Use, job_id
 from scheduler.api.result_streams import framed, plain_rows
 from scheduler.api.routing import Routes, reply, takes
 from scheduler.api.rows import PART_FIELDS, Incoming, columns_in, foldable, read_rows, unpacked
-from scheduler.api.streaming import EVENTS, AskDelta, AskLanded, AskReset, EventStream, SentEvent
+from scheduler.api.streaming import EVENTS, AskDelta, AskLanded, AskReset, EventStream, SentEvent, hung_up
 from scheduler.blocks import IncomingPart, keyed
 
 routes = Routes(tags=["jobs"])
@@ -114,7 +114,7 @@ async def while_there(request: Request, work: Coroutine[Any, Any, Response]) -> 
         if not answer.done() and not request.scope.get(DROPS):
             await asyncio.wait({answer}, timeout=_WATCHED_AFTER_S - _ABORTED_AFTER_S)
         if not answer.done() and request.scope.get(READ):
-            gone = asyncio.ensure_future(_hung_up(request.receive))
+            gone = asyncio.ensure_future(hung_up(request.receive))
             await asyncio.wait({answer, gone}, return_when=asyncio.FIRST_COMPLETED)
             if not answer.done():
                 return Response(status_code=_GONE)
@@ -123,11 +123,6 @@ async def while_there(request: Request, work: Coroutine[Any, Any, Response]) -> 
         for task in (answer, gone):
             if task is not None:
                 task.cancel()
-
-
-async def _hung_up(receive: Receive) -> None:
-    while (await receive())["type"] != "http.disconnect":
-        pass
 
 
 async def _asked(request: Request, use: Resources, caller: Identity, job: str) -> Response:
@@ -258,10 +253,14 @@ def _sent(feed: LiveFeed, event: AskEvent, *, frames: bool) -> SentEvent:
             return "reset", {"task": event.task}
     if frames:
         return "row", {"frame": base64.b64encode(_frame(feed, event)).decode()}
-    [row] = plain_rows(
-        feed.tasks, [event.columns[t.number] for t in feed.tasks], event.first_row, event.given
-    )
+    [row] = _plain(feed, event)
     return "row", row
+
+
+def _plain(feed: LiveFeed, answer: AskAnswered) -> list[dict[str, Any]]:
+    """The rows of an answer as people read them."""
+    columns = [answer.columns[task.number] for task in feed.tasks]
+    return plain_rows(feed.tasks, columns, answer.first_row, answer.given)
 
 
 def checked_ask(feed: LiveFeed, incoming: Incoming, key: str | None) -> CheckedAsk:
@@ -293,8 +292,7 @@ def _reply(feed: LiveFeed, answers: Sequence[AskAnswered | BaseException], *, fr
     rows: list[dict[str, Any]] = []
     for answer in answers:
         if isinstance(answer, AskAnswered):
-            columns = [answer.columns[t.number] for t in feed.tasks]
-            rows += plain_rows(feed.tasks, columns, answer.first_row, answer.given)
+            rows += _plain(feed, answer)
         else:
             rows.append({"error": _error(answer)})
     return reply(AskAnswer(rows=tuple(rows)))
@@ -314,7 +312,7 @@ class _AsAnswered(Response):
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         open_ = {asyncio.ensure_future(one): place for place, one in enumerate(self._work)}
-        gone = asyncio.ensure_future(_hung_up(receive))
+        gone = asyncio.ensure_future(hung_up(receive))
         start: Message | None = {
             "type": "http.response.start",
             "status": self.status_code,

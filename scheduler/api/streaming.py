@@ -169,7 +169,7 @@ class EventStream(Response):
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         telling = asyncio.ensure_future(self._tell(send))
-        gone = asyncio.ensure_future(_hung_up(receive))
+        gone = asyncio.ensure_future(hung_up(receive))
         try:
             await asyncio.wait({telling, gone}, return_when=asyncio.FIRST_COMPLETED)
             if telling.done():
@@ -206,6 +206,7 @@ class EventStream(Response):
                 await send({"type": "http.response.body", "body": b": it goes on\n\n", "more_body": True})
 
 
-async def _hung_up(receive: Receive) -> None:
+async def hung_up(receive: Receive) -> None:
+    """Wait until the caller is gone. Its body must have been read: what is received next is that."""
     while (await receive())["type"] != "http.disconnect":
         pass
