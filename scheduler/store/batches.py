@@ -11,7 +11,7 @@ import secrets
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
-from typing import Any, Literal
+from typing import Any
 from uuid import UUID
 
 from sqlalchemy import Connection, Row, text
@@ -23,10 +23,8 @@ from scheduler.store.endings import cancel_job
 from scheduler.store.events import tell_event
 from scheduler.store.registry import secret_of
 from scheduler.store.schema import spelt
+from scheduler.store.tables.doors import BatchState
 
-BatchState = Literal[
-    "validating", "in_progress", "finalizing", "completed", "failed", "expired", "cancelling", "cancelled"
-]
 #: States that a batch never leaves.
 OVER: frozenset[BatchState] = frozenset({"completed", "failed", "expired", "cancelled"})
 

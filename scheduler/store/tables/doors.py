@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Literal, get_args
+
 from sqlalchemy import (
     BigInteger,
     CheckConstraint,
@@ -19,10 +21,11 @@ from sqlalchemy.dialects.postgresql import JSONB
 
 from scheduler.store.schema import NOW, TIME, index, key, may, must, table
 
-_BATCH_STATES = (
-    "state IN ('validating', 'in_progress', 'finalizing', 'completed', 'failed', 'expired', 'cancelling',"
-    " 'cancelled')"
-)
+#: Where a batch is in its life, in OpenAI's words.
+BatchState = Literal[
+    "validating", "in_progress", "finalizing", "completed", "failed", "expired", "cancelling", "cancelled"
+]
+_BATCH_STATES = f"state IN {get_args(BatchState)}"
 
 
 class _FileColumns(TypedColumns):
