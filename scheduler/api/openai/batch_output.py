@@ -23,8 +23,9 @@ from scheduler.api.openai.requests import ASKED
 from scheduler.api.resources import Resources
 from scheduler.blocks import decode_block
 from scheduler.store import blobs, files
-from scheduler.store.batches import BatchState, Owned, answered_blocks
+from scheduler.store.batches import Owned, answered_blocks
 from scheduler.store.results import read_columns
+from scheduler.store.tables.doors import BatchState
 
 #: Blocks read at once.
 _BLOCKS = 4

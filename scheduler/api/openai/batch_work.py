@@ -22,11 +22,12 @@ from scheduler.api.openai.lines import Find, TokenReaders, survey
 from scheduler.api.openai.naming import decoder
 from scheduler.api.refusals import Unavailable
 from scheduler.api.resources import Resources
-from scheduler.store.batches import BatchState, NotMine, Owned, find_batch, take_batch
+from scheduler.store.batches import NotMine, Owned, find_batch, take_batch
 from scheduler.store.database import StoreUnavailable
 from scheduler.store.doors import shut_idle_doors
 from scheduler.store.files import expire_files
 from scheduler.store.registry import Registered, find_models
+from scheduler.store.tables.doors import BatchState
 
 log = logging.getLogger(__name__)
 
