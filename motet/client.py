@@ -15,6 +15,7 @@ import re
 import secrets
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import replace
 from functools import partial
 from itertools import chain
@@ -26,6 +27,7 @@ from uuid import UUID
 from motet.errors import Conflict, InvalidJob, MotetError, NotFound, Problem
 from motet.folds import Fold, parse_folds
 from motet.http import Address, BodyRefused, Http, json_of
+from motet.inputs import all_as_trained, says_nothing
 from motet.job import Job
 from motet.messages.cluster import Worker, WorkerList
 from motet.messages.jobs import JobList, JobRecord, Plan, PlanRequest, Priority, Submission
@@ -133,7 +135,7 @@ class Client:
         Unauthorized, Conflict (the key belongs to another job), Overloaded where that lasts longer than the
         client's ``timeout``, Unreachable.
         """
-        specs = _specs(tasks)
+        specs = self._specs(tasks)
         fields_read = fields_of(specs)
         opening = Submission(
             tasks={task: spec.to_json() for task, spec in specs.items()},
@@ -221,7 +223,7 @@ class Client:
             raise InvalidJob(
                 Problem("name", "no name", "a name to find the job by", "give one, such as risk")
             )
-        specs = _specs(tasks)
+        specs = self._specs(tasks)
         opening = Submission(
             tasks={task: spec.to_json() for task, spec in specs.items()},
             name=name,
@@ -269,7 +271,7 @@ class Client:
 
         The whole source is read, so an iterator is used up; only a sample of it is sent. Raises as ``submit``.
         """
-        specs = _specs(tasks)
+        specs = self._specs(tasks)
         found = survey(source, fields_of(specs), dialogues=dialogues_of(specs), bad_rows=bad_rows)
         if not found.sample:
             raise InvalidJob(Problem("rows", "no rows", "at least one good row", "check the source"))
@@ -303,7 +305,8 @@ class Client:
         test: Source | None = None,
         tune: Tune = "heads",
         epochs: int | None = None,
-        text: str = "text",
+        text: str | Sequence[str] = "text",
+        numbers: Sequence[str] = (),
         version: str | None = None,
         seed: int = 0,
         progress: bool | None = None,
@@ -318,6 +321,9 @@ class Client:
         once, split over all devices and found again when the same rows come back; then the heads learn in seconds
         (``tune="heads"``), and with ``"lora"`` or ``"all"`` the trunk learns after them, on one device. Out comes a head
         ``<name>.<task>`` for each task, and with the latter two a trunk ``<name>``; ``version`` counts up by default.
+        ``text`` is the field, or a template, that heads read; several (``("{history}", "{last}")``) are read apart by the
+        trunk, and a head reads their vectors side by side. ``numbers`` are fields that it reads beside them, standardised;
+        null is their mean, and told apart. Tasks that ask such a head read the same unless they name others.
         ``more``: further fields of ``motet.training.recipe.Recipe``, such as ``patience``, ``hidden``, ``rate``, ``loss``.
 
         Raises InvalidJob with every problem of the rows, NotFound for the trunk, and as ``submit``.
@@ -334,7 +340,7 @@ class Client:
                     "register it again, as it was: motet models add, with --builtin for those that motet ships",
                 )
             ) from None
-        lesson = read_lesson(train, test, tasks, text=text, seed=seed)
+        lesson = read_lesson(train, test, tasks, text=text, numbers=numbers, seed=seed)
         if version is None:
             taken = {m.version for m in self.models() if m.name == name or m.name.startswith(f"{name}.")}
             version = str(1 + max((int(v) for v in taken if v.isdigit()), default=0))
@@ -346,8 +352,10 @@ class Client:
                 # As long as the name of the job that will be there.
                 job=str(UUID(int=0)),
                 train_rows=lesson.train_rows,
-                test_rows=len(lesson.texts) - lesson.train_rows,
+                test_rows=lesson.rows - lesson.train_rows,
                 targets=lesson.targets,
+                inputs=lesson.inputs,
+                numbers=lesson.numbers,
                 tune=tune,
                 seed=seed,
                 data=lesson.digest,
@@ -369,7 +377,7 @@ class Client:
             raise InvalidJob(
                 Problem(
                     "train",
-                    f"labels of {size:,} bytes, packed",
+                    f"labels{' and numbers' if numbers else ''} of {size:,} bytes, packed",
                     f"at most {MAX_ROW_BYTES:,}",
                     "train on fewer rows, or fewer tasks at once",
                 )
@@ -388,7 +396,7 @@ class Client:
                     f"{cell.error}: {cell.message}",
                     "rows that the trunk reads",
                     "leave it out",
-                    cell.row,
+                    cell.row // recipe.texts,
                 )
             )
         row = replace(recipe, job=embedded.id).dumps()
@@ -565,6 +573,22 @@ class Client:
 
     # -- inside
 
+    def _specs(self, tasks: object) -> dict[str, Task]:
+        """The tasks, checked as the server would, with what their heads were trained to read. Raises InvalidJob."""
+        specs = _parsed(tasks)
+        # A head that motet trained is NAME.TASK; no other can know what it reads.
+        wanted = {
+            task.model
+            for task in specs.values()
+            if says_nothing(task) and "." in task.model.partition("@")[0]
+        }
+        found: dict[str, Manifest] = {}
+        for ref in wanted:
+            # What is not there the server refuses, beside all other problems.
+            with suppress(NotFound):
+                found[ref] = self.model(ref)
+        return all_as_trained(specs, found)
+
     def _abandon(self, job: Job) -> None:
         """Remove a job whose rows never came whole. Best effort: an abandoned upload also ends by itself."""
         try:
@@ -573,7 +597,7 @@ class Client:
             pass
 
 
-def _specs(tasks: object) -> dict[str, Task]:
+def _parsed(tasks: object) -> dict[str, Task]:
     """Check the tasks here as the server would, before any row is read. Raises InvalidJob."""
     if isinstance(tasks, Mapping):
         tasks = {name: spec.to_json() if isinstance(spec, Task) else spec for name, spec in tasks.items()}

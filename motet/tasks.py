@@ -14,10 +14,15 @@ from typing import Any, ClassVar, Literal
 
 from motet.conditions import BadCondition, condition
 from motet.errors import InvalidJob, Problem
+from motet.labels import is_listed, labels_flaw
 from motet.templates import NAME, is_placeholder, is_well_formed, placeholders, resolved
 
 #: What a classifier says that abstains, unless a task names another word.
 UNSURE = "unsure"
+#: Texts of one row that a head may read. Each is a pass of the trunk over it.
+MOST_TEXTS = 8
+#: Numbers that it may read beside them.
+MOST_NUMBERS = 64
 
 TooLong = Literal["truncate", "error"]
 Numerics = Literal["fast", "exact"]
@@ -67,12 +72,18 @@ class Task:
     @property
     def shared_input(self) -> str:
         """The template that tasks of one pass have in common: what is read once for all of them."""
-        return str(getattr(self, self.templates[0]))
+        return "".join(self.texts)
+
+    @property
+    def texts(self) -> tuple[str, ...]:
+        """The templates of the texts that it reads apart: one, unless it asks a head on several."""
+        read = getattr(self, self.templates[0])
+        return read if isinstance(read, tuple) else (read,)
 
     @property
     def placeholders(self) -> tuple[str, ...]:
         """What this task's templates name, in order of first use: fields of the row, other tasks, and parts of them."""
-        return tuple(dict.fromkeys(n for t in self.templates for n in placeholders(getattr(self, t))))
+        return _named(self)
 
     def reads(self, name: str, names: Collection[str]) -> tuple[str, ...]:
         """The fields of the row and the other tasks that a task of this ``name`` reads, where its job has these names."""
@@ -85,8 +96,8 @@ class Task:
 class Reading(Task):
     """A task of a model that reads a text and answers at once: encoders, classifiers, functions."""
 
-    #: What the model reads.
-    input: str = "{text}"
+    #: What the model reads. Of a head on several texts a template for each, in the order in which it was trained.
+    input: str | tuple[str, ...] = "{text}"
     #: A row with more tokens than the model (or ``max_tokens``) reads is cut and marked, or its cell is an error.
     too_long: TooLong = "truncate"
     #: Tokens read per row, special ones included; None means as many as the model was made for.
@@ -94,7 +105,20 @@ class Reading(Task):
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Classify(Reading):
+class Headed(Reading):
+    """A task that a head may answer. One that was trained on several texts, or on numbers beside them, knows the names
+    that it was trained on: they are read unless the task gives others."""
+
+    #: Names of fields or answers that are numbers, or parts of them, without braces, for a head that reads numbers.
+    numbers: tuple[str, ...] | None = field(default=None, metadata={"later": True})
+
+    @property
+    def placeholders(self) -> tuple[str, ...]:
+        return tuple(dict.fromkeys((*_named(self), *(self.numbers or ()))))
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Classify(Headed):
     """A label with its score; a list of (label, score) where the model is multi-label."""
 
     kind: ClassVar[str] = "classify"
@@ -113,7 +137,7 @@ class Classify(Reading):
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Number(Reading):
+class Number(Headed):
     """A float, from a model with a number head."""
 
     kind: ClassVar[str] = "number"
@@ -161,12 +185,12 @@ class Function(Reading):
         return (self.model, self.artefact) if self.artefact else (self.model,)
 
     @property
-    def shared_input(self) -> str:
-        return template_of(self.inputs) if self.inputs else self.input
+    def texts(self) -> tuple[str, ...]:
+        return (template_of(self.inputs),) if self.inputs else (str(self.input),)
 
     @property
     def placeholders(self) -> tuple[str, ...]:
-        return self.inputs or placeholders(self.input)
+        return self.inputs or _named(self)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -256,7 +280,9 @@ class Choose(Prompted):
     kind: ClassVar[str] = "choose"
     templates: ClassVar[tuple[str, ...]] = ("about", "question", "system")
 
-    labels: tuple[str, ...]
+    #: Two labels or more, up to MOST_LABELS, the same for every row; or the field, or the part of another task's answer,
+    #: that lists each row's own: ``"{candidates}"``.
+    labels: tuple[str, ...] | str
     #: The instruction; "" asks which of the labels fits.
     question: str = ""
     calibrate: bool = True
@@ -264,6 +290,16 @@ class Choose(Prompted):
     scores: bool = False
     #: False: the model's template is told that no thought comes before the label. None leaves it as it is.
     thinking: bool | None = False
+
+    @property
+    def fixed_labels(self) -> tuple[str, ...]:
+        """The labels that every row has; () where each row brings its own."""
+        return () if isinstance(self.labels, str) else self.labels
+
+    @property
+    def placeholders(self) -> tuple[str, ...]:
+        listed = placeholders(self.labels) if isinstance(self.labels, str) else ()
+        return tuple(dict.fromkeys((*_named(self), *listed)))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -280,6 +316,12 @@ class Extract(Prompted):
     seed: int = 0
     #: As of Generate; a model that thinks keeps the schema from the end of its thoughts on.
     thinking: bool | None = False
+
+
+def _named(task: Task) -> tuple[str, ...]:
+    """What a task's templates name, in order of first use."""
+    beside = [getattr(task, option) for option in task.templates[1:]]
+    return tuple(dict.fromkeys(n for t in (*task.texts, *beside) for n in placeholders(t)))
 
 
 def template_of(inputs: Sequence[str]) -> str:
@@ -398,9 +440,11 @@ def _parse_one(where: str, spec: object) -> Task:
                 needed = _EXPECTED[key]
                 problems.append(Problem(f"{where}.{key}", "nothing", needed.words, needed.remedy))
             continue
-        expected = _NEW_TOKENS if key == "max_tokens" and issubclass(cls, _WRITES) else _EXPECTED[key]
+        expected = _expected(cls, key)
         if key == "when" and spec[key] is not None and (flaw := _flaw_of(spec[key])):
             problems.append(Problem(f"{where}.when", flaw, expected.words, expected.remedy))
+        elif key == "labels" and isinstance(spec[key], list) and (flaw := labels_flaw(spec[key], least=2)):
+            problems.append(Problem(f"{where}.labels", flaw, expected.words, expected.remedy))
         elif expected.check(spec[key]) or (spec[key] is None and f.default is None):
             values[key] = tuple(spec[key]) if isinstance(spec[key], list) else spec[key]
         else:
@@ -408,6 +452,12 @@ def _parse_one(where: str, spec: object) -> Task:
     if problems:
         raise InvalidJob(problems)
     return cls(**values)
+
+
+def _expected(kind: type[Task], option: str) -> _Expected:
+    if option == "max_tokens" and issubclass(kind, _WRITES):
+        return _NEW_TOKENS
+    return _HEADS_INPUT if option == "input" and issubclass(kind, Headed) else _EXPECTED[option]
 
 
 def _flaw_of(written: object) -> str:
@@ -535,8 +585,12 @@ _FIELD = "one field in braces, such as {messages}"
 _TOKENS = "a whole number from 3 to 1,000,000, or null"
 _WRITTEN = "a whole number from 1 to 100,000"
 _STOP = "up to 16 different texts of up to 100 characters"
+_TEXTS = "text that names at least one field, such as {text}; of a head on several texts a list of one for each, up to 8"
 _INPUTS = "1 to 64 different names of fields or tasks, or parts of them such as event.kind"
-_LABELS = "2 to 100 different texts of up to 200 characters"
+_NUMBERS = (
+    "1 to 64 different names of fields or tasks that are numbers, or parts of them such as customer[age]"
+)
+_LABELS = "2 to 1,000 different texts of up to 200 characters, or the field that lists a row's own, such as {candidates}"
 _TEMPERATURE = "a number from 0 to 10"
 _CONDITION = "a condition on fields and answers, such as alert != 'none' and risk > 0.4"
 _SHARE = "a number above 0, at most 1"
@@ -554,8 +608,12 @@ _CHECKS: Mapping[str, Callable[[Any], bool]] = {
     _TOKENS: _is_whole(3, 1_000_000),
     _WRITTEN: _is_whole(1, 100_000),
     _STOP: _are_texts(0, 16, 100),
+    _TEXTS: lambda v: (
+        all(map(is_template, v)) if isinstance(v, list) and 1 <= len(v) <= MOST_TEXTS else is_template(v)
+    ),
     _INPUTS: lambda v: _are_texts(1, 64, 200)(v) and all(is_placeholder(one) for one in v),
-    _LABELS: _are_texts(2, 100, 200),
+    _NUMBERS: lambda v: _are_texts(1, MOST_NUMBERS, 200)(v) and all(is_placeholder(one) for one in v),
+    _LABELS: lambda v: is_listed(v) or not labels_flaw(v, least=2),
     _TEMPERATURE: _is_temperature,
     _CONDITION: lambda v: not _flaw_of(v),
     _SHARE: lambda v: isinstance(v, int | float) and not isinstance(v, bool) and 0 < v <= 1,
@@ -568,6 +626,7 @@ _EXPECTED: Mapping[str, _Expected] = {
     "model": _Expected(_MODEL, "see `motet models`"),
     "input": _Expected(_TEMPLATE, _BRACES),
     "inputs": _Expected(_INPUTS, "list them without braces: mood, event.kind, messages[-1]"),
+    "numbers": _Expected(_NUMBERS, "list them without braces: age, customer[income], mood.score"),
     "params": _Expected(_PARAMS, 'name them as the function does, such as {"k": 10}'),
     "artefact": _Expected(_ARTEFACT, "see `motet models`"),
     "about": _Expected(_TEMPLATE, _BRACES),
@@ -595,4 +654,5 @@ _EXPECTED: Mapping[str, _Expected] = {
 }
 #: Kinds of tasks in which ``max_tokens`` counts what is written, not what is read.
 _WRITES = (Generate, Chat, Extract)
+_HEADS_INPUT = _Expected(_TEXTS, _BRACES)
 _NEW_TOKENS = _Expected(_WRITTEN, "say how many tokens may be written at most")

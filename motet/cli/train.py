@@ -18,6 +18,7 @@ Examples:
   motet train train.jsonl --name support --labels topic --labels mood=sentiment --test test.jsonl
   motet train mails.csv --name mails --text body --multi tags --number urgency --tune all --epochs 3
   motet train train.jsonl --name support --labels topic --plot curves.svg
+  motet train calls.jsonl --name calls --labels intent --text history --text last --numbers age
 
 Rows may lack labels of some tasks: null, or no such field. In CSV, labels of --multi stand as a|b."""
 )
@@ -38,7 +39,19 @@ Rows may lack labels of some tasks: null, or no such field. In CSV, labels of --
 @click.option(
     "--test", metavar="FILE", help="Rows to measure by (default: some rows of FILE are kept for that)."
 )
-@click.option("--text", default="text", show_default=True, metavar="FIELD", help="The field that is read.")
+@click.option(
+    "--text",
+    "texts",
+    multiple=True,
+    metavar="FIELD",
+    help="The field that is read (default: text), or a template such as '{messages[-1]}'; again for each further text.",
+)
+@click.option(
+    "--numbers",
+    multiple=True,
+    metavar="FIELD",
+    help="A number that is read beside the texts; again for each.",
+)
 @click.option(
     "--tune",
     type=click.Choice(["heads", "lora", "all"]),
@@ -75,7 +88,8 @@ def train(
     multi: Sequence[str],
     number: Sequence[str],
     test: str | None,
-    text: str,
+    texts: Sequence[str],
+    numbers: Sequence[str],
     tune: Any,
     epochs: int | None,
     patience: int,
@@ -95,7 +109,8 @@ def train(
     tasks = _tasks(single, multi, number, balance)
     with connect() as client:
         run = client.train(
-            name=name, trunk=trunk, tasks=tasks, train=file, test=test, text=text, tune=tune, epochs=epochs,
+            name=name, trunk=trunk, tasks=tasks, train=file, test=test,
+            text=texts if len(texts) > 1 else next(iter(texts), "text"), numbers=numbers, tune=tune, epochs=epochs,
             patience=patience, seed=seed, version=version, licence=licence, command=command_line(),
         )  # fmt: skip
         out = console()

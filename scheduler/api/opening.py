@@ -9,13 +9,16 @@ import logging
 import re
 import time
 import uuid
-from typing import Annotated
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Annotated, TypeVar
 from uuid import UUID
 
 from fastapi import Header, Request, Response
 from starlette.concurrency import run_in_threadpool
 
 from motet.errors import InvalidJob, Problem
+from motet.inputs import all_as_trained
 from motet.messages.jobs import JobRecord, Submission
 from motet.protocol import traces
 from motet.tasks import short
@@ -36,10 +39,11 @@ from scheduler.api.submissions import (
 )
 from scheduler.store import jobs as store
 from scheduler.store import landing, opening
-from scheduler.store.registry import find_models, model_refs
+from scheduler.store.registry import Registered, find_models, model_refs
 
 log = logging.getLogger(__name__)
 routes = Routes(tags=["jobs"])
+S = TypeVar("S", bound=Submission, covariant=True)
 
 _KEY = re.compile(r"[\x20-\x7e\xa0-\xff]{1,200}")
 #: A submission for the API's description.
@@ -100,9 +104,10 @@ def _open(use: Resources, tenant: UUID, raw: bytes, key: str | None) -> Response
         if before is not None:
             return reply(describe(store.job_entry(connection, tenant, before)), status)
     use.door.admit(interactive=asked.said.priority == "interactive")
+    asked, known = with_models(use, asked)
     incoming = inline_rows(use, asked)
     began = time.time()
-    planned = planned_with(use, asked, incoming)
+    planned = planned_with(asked, known, incoming)
     job = new_job(uuid.uuid4(), tenant, asked, planned, key)
     ready = time.time()
     with use.database.transaction() as connection:
@@ -137,15 +142,36 @@ def inline_rows(use: Resources, asked: CheckedSubmission[Submission]) -> Incomin
     return incoming
 
 
-def planned_with(use: Resources, asked: CheckedSubmission[Submission], incoming: Incoming | None) -> Planned:
-    """A submission with its models found and its passes made. Raises InvalidJob.
+@dataclass(frozen=True, slots=True)
+class KnownModels:
+    """What the registry knows of a submission's models."""
 
-    ``incoming``: rows that came along, which say how long texts are where the submission does not.
-    """
-    mean_bytes = mean_bytes_of(incoming.part()) if incoming else {}
+    #: By the names that tasks give them.
+    found: Mapping[str, Registered]
+    trunks: Mapping[str, Registered]
+    #: Versions and aliases to suggest where a task names none of them.
+    refs: Sequence[str]
+
+
+def with_models(use: Resources, asked: CheckedSubmission[S]) -> tuple[CheckedSubmission[S], KnownModels]:
+    """A submission with its models found, and its tasks with what their heads were trained to read."""
     with use.database.transaction() as connection:
         wanted = {ref for task in asked.tasks.values() for ref in task.registered}
         found = find_models(connection, wanted)
         trunks = find_models(connection, {m.manifest.trunk_model for m in found.values()} - {""})
-        known = model_refs(connection) if len(found) < len(wanted) else []
-    return plan_submission(asked.tasks, found, trunks, known, {**mean_bytes, **(asked.said.mean_bytes or {})})
+        refs = model_refs(connection) if len(found) < len(wanted) else []
+    manifests = {ref: model.manifest for ref, model in found.items()}
+    tasks = all_as_trained(asked.tasks, manifests)
+    return replace(asked, tasks=tasks), KnownModels(found, trunks, refs)
+
+
+def planned_with(
+    asked: CheckedSubmission[Submission], known: KnownModels, incoming: Incoming | None
+) -> Planned:
+    """A submission with its passes made. Raises InvalidJob.
+
+    ``incoming``: rows that came along, which say how long texts are where the submission does not.
+    """
+    mean_bytes = mean_bytes_of(incoming.part()) if incoming else {}
+    told = {**mean_bytes, **(asked.said.mean_bytes or {})}
+    return plan_submission(asked.tasks, known.found, known.trunks, known.refs, told)

@@ -12,7 +12,7 @@ from sqlalchemy import Connection, Row, text
 
 from motet.errors import NotFound
 from motet.protocol.columns import Kind
-from motet.protocol.manifest import column_kind_of
+from motet.protocol.manifest import column_kind
 from motet.states import State
 from scheduler.store.results import VECTORS
 
@@ -165,7 +165,7 @@ def _entries(connection: Connection, rows: Sequence[Row[Any]]) -> list[JobEntry]
                 model_ref=t.loaded_ref if t.answers == "artefact" else t.ref,
                 artefact_ref=t.ref if t.answers == "artefact" else "",
                 labels=tuple(t.labels),
-                kind=column_kind_of(t.kind, t.answers),
+                kind=column_kind(t.spec, t.answers),
                 dim=t.dim,
                 dtype=t.dtype,
             )

@@ -1,5 +1,8 @@
 """An encoder and any number of heads in one pass: one forward, one pooled vector, one product with all heads.
 
+A row may bring several texts: each is one forward, and a head on several of them reads their vectors side by side, and
+the numbers beside them (row_inputs.py).
+
 Takes sentence-transformers and transformers folders. A head is a linear layer on the un-normalised pooled vector
 (``head.safetensors``: ``weight`` (labels, dim), ``bias`` (labels)), or on a hidden layer of it (``hidden.weight``
 (units, dim), ``hidden.bias`` (units), GELU; then ``weight`` is (labels, units)); ``Embed`` asks for the vector
@@ -20,8 +23,20 @@ from torch.nn.functional import gelu
 from motet.protocol.columns import CellError, Column
 from motet.protocol.manifest import Manifest
 from motet.protocol.wire import TaskOrder
-from workers.engine import CannotLoad, Pass, Prepared
+from workers.engine import PLACES, CannotLoad, Pass, Prepared
 from workers.engines.answers import Floats, logits_column, vector_column
+from workers.engines.encoder.row_inputs import (
+    NUMBERS_CENTER,
+    NUMBERS_SCALE,
+    RowInputs,
+    features_of,
+    flaw_of,
+    numbers_of,
+    prepare_several,
+    reads_more,
+    standardised,
+    with_marks,
+)
 from workers.engines.newest import Newest
 from workers.engines.proof import beside_others
 from workers.engines.trunk import (
@@ -58,10 +73,18 @@ class Head:
     weight: torch.Tensor
     bias: torch.Tensor
     hidden: tuple[torch.Tensor, torch.Tensor] | None = None
+    #: Of each number that it reads, what to subtract and then to multiply by, on the CPU; None: it reads none.
+    numbers: tuple[torch.Tensor, torch.Tensor] | None = None
 
     def to(self, device: str) -> Head:
         hidden = None if self.hidden is None else (self.hidden[0].to(device), self.hidden[1].to(device))
-        return Head(self.weight.to(device), self.bias.to(device), hidden)
+        return Head(self.weight.to(device), self.bias.to(device), hidden, self.numbers)
+
+    def __call__(self, features: torch.Tensor) -> torch.Tensor:
+        """(n, outputs), alone."""
+        if self.hidden is not None:
+            features = gelu(torch.addmm(self.hidden[1], features, self.hidden[0].T))
+        return torch.addmm(self.bias, features, self.weight.T)
 
 
 class Fused:
@@ -112,9 +135,13 @@ class EncoderEngine:
 
     def prepare(self, pass_: Pass, texts: Sequence[str]) -> list[Prepared | CellError]:
         tokens: Tokens = pass_.handle.tokens
+        if reads_more(pass_):
+            return prepare_several(tokens, pass_, texts)
         return tokens.prepare(texts, pass_.max_tokens)
 
     def run(self, pass_: Pass, batch: Sequence[Prepared]) -> Mapping[str, Column]:
+        if isinstance(batch[0].inputs, RowInputs):
+            return self._run_several(pass_, batch)
         handle: Encoder = pass_.handle
         heads = [t for t in pass_.tasks if t.manifest.trunk_model]
         vectors = [t for t in pass_.tasks if not t.manifest.trunk_model]
@@ -133,6 +160,45 @@ class EncoderEngine:
         for task in vectors:
             columns[task.name] = _vector_column(task, answers[:, lo:])
         return columns
+
+    def _run_several(self, pass_: Pass, batch: Sequence[Prepared]) -> Mapping[str, Column]:
+        """Of rows that bring several texts, or numbers beside one."""
+        handle: Encoder = pass_.handle
+        rows: list[RowInputs] = [row.inputs for row in batch]
+        vectors = [self._vectors(handle, texts) for texts in zip(*(row.texts for row in rows), strict=True)]
+        parts = []
+        with torch_errors(), torch.inference_mode():
+            for task in pass_.tasks:
+                read = [vectors[place] for place in task.spec.get(PLACES, (0,))]
+                if not task.manifest.trunk_model:
+                    parts.append(read[0])
+                    continue
+                head = handle.heads[task.manifest.digest]
+                if head.numbers is not None:
+                    said = numbers_of(rows, task.name, len(head.numbers[0]))
+                    read.append(standardised(said, *head.numbers).to(handle.device))
+                features = torch.cat(read, 1)
+                # What cannot be read is no number in any output, and its cell an error.
+                features[[i for i, row in enumerate(rows) if flaw_of(row, task)]] = torch.nan
+                parts.append(head(features))
+            answers = torch.cat(parts, 1).cpu().numpy()
+        columns = {}
+        lo = 0
+        for task, part in zip(pass_.tasks, parts, strict=True):
+            mine = answers[:, lo : lo + part.shape[1]]
+            lo += part.shape[1]
+            made = logits_column(task, mine) if task.manifest.trunk_model else _vector_column(task, mine)
+            columns[task.name] = with_marks(made, rows, task)
+        return columns
+
+    def _vectors(self, handle: Encoder, texts: Sequence[Prepared | CellError]) -> torch.Tensor:
+        """(n, dim) fp32 of one text of each row, NaN where it cannot be read."""
+        good = [i for i, text in enumerate(texts) if isinstance(text, Prepared)]
+        found = torch.full((len(texts), handle.manifest.dim), torch.nan, device=handle.device)
+        if good:
+            pooled = self._pooled(handle, [text for text in texts if isinstance(text, Prepared)])
+            found[torch.tensor(good, device=handle.device)] = pooled
+        return found
 
     def unload(self, handle: Encoder) -> None:
         handle.model = None
@@ -170,14 +236,23 @@ def _read_head(manifest: Manifest, files: Mapping[str, Path], dim: int) -> Head:
     from safetensors.torch import load_file
 
     try:
-        found = {name: tensor.float() for name, tensor in load_file(files["head.safetensors"]).items()}
+        # Numbers are as exact as rows hold them: of large ones fp32 would keep less than their deviation.
+        found = {
+            name: tensor.double() if name in (NUMBERS_CENTER, NUMBERS_SCALE) else tensor.float()
+            for name, tensor in load_file(files["head.safetensors"]).items()
+        }
         hidden = (found["hidden.weight"], found["hidden.bias"]) if "hidden.weight" in found else None
-        head = Head(found["weight"], found["bias"], hidden)
+        beside = (found[NUMBERS_CENTER], found[NUMBERS_SCALE]) if manifest.numbers else None
+        head = Head(found["weight"], found["bias"], hidden, beside)
     except Exception as error:
         raise CannotLoad(
             f"head {manifest.ref}: head.safetensors cannot be read: {type(error).__name__}"
         ) from error
     outputs = 1 if manifest.answers == "number" else len(manifest.labels)
+    n = len(manifest.numbers)
+    if beside is not None and any(tuple(tensor.shape) != (n,) for tensor in beside):
+        raise CannotLoad(f"head {manifest.ref}: it knows other numbers than the {n} of its manifest")
+    dim = features_of(dim, max(1, len(manifest.inputs)), n)
     if hidden is not None:
         units = len(hidden[1]) if hidden[1].ndim == 1 else -1
         _check_shape(manifest, "hidden layer", *hidden, (units, dim))

@@ -110,7 +110,7 @@ class TrainerEngine:
                 words = "weights of eight bits cannot learn; tune heads alone, or the model that it was compressed from"
                 rows.append(CellError("bad_recipe", words))
                 continue
-            length = recipe.train_rows + recipe.test_rows
+            length = (recipe.train_rows + recipe.test_rows) * recipe.texts
             rows.append(Prepared(row, length, False, TrainingOrder(recipe, pass_.lease, pass_.indices[row])))
         return rows
 
@@ -273,6 +273,8 @@ def _head(
         answers=HEAD_ANSWERS[target.kind],
         max_tokens=min(recipe.max_tokens or trunk.max_tokens, trunk.max_tokens),
         labels=target.labels,
+        inputs=recipe.inputs,
+        numbers=tuple(one.name for one in recipe.numbers),
         formats=trunk.formats,
         licence=recipe.licence,
         source=dict(about),
