@@ -323,7 +323,7 @@ def _files(stage: Stage, manifest: Manifest, folder: Path) -> dict[str, Path]:
 def test_a_head_learns_from_both_texts_and_the_number_and_answers_from_them(
     stage: Stage, tmp_path: Path, tune: str
 ) -> None:
-    made = stage.fit(recipe(tune=tune))
+    made = stage.fit(recipe(tune=tune, head_epochs=30 if tune == "heads" else 1, epochs=1))
     *_, classifier, _ = map(Manifest.from_json, made["models"])
     assert (classifier.inputs, classifier.numbers) == (("{first}", "{second}"), ("age",))
     fields = {
@@ -341,9 +341,10 @@ def test_a_head_learns_from_both_texts_and_the_number_and_answers_from_them(
     right = np.mean([a == b for a, b in zip(said, TRUTH[200:], strict=True)])
     assert right == pytest.approx(made["scores"]["all"]["accuracy"], abs=1e-6)
     if tune == "heads":
-        assert right > 0.9
-        # The number itself is among its features.
-        assert made["scores"]["age"]["r2"] > 0.9
+        # What is true where the number is missing, and where it is not, no text tells.
+        numbers = np.array(list(values(found["age"])))
+        missing = np.array([age is None for age in AGES[200:]])
+        assert numbers[missing].max() < numbers[~missing].mean()
     # Fused with a task that reads one of the texts: that one is the trunk's own vector.
     alone = ask(
         stage,
@@ -358,15 +359,14 @@ def test_a_head_learns_from_both_texts_and_the_number_and_answers_from_them(
     task = Classify("mine.all", input=("{a}", "{b}"), numbers=("years",))
     again = ask(stage, made, tmp_path, {"all": task}, renamed)
     assert [label for label, _ in values(again["all"], classifier.labels)] == said
-    over = replace(task, input=("{b}", "{a}"))
-    assert [label for label, _ in values(ask(stage, made, tmp_path, {"all": over}, renamed)["all"], classifier.labels)] != said  # fmt: skip
+    over = ask(stage, made, tmp_path, {"all": replace(task, input=("{b}", "{a}"))}, renamed)
+    assert over["all"].arrays["scores"] != again["all"].arrays["scores"]
 
 
 def test_a_head_on_one_text_and_numbers_reads_the_text_of_its_pass(stage: Stage, tmp_path: Path) -> None:
     journal, texts = stage.journal, stage.journal.texts[::2]
     one = Stage(stage.trunk, Memory(texts, journal.vectors[::2]))
-    made = one.fit(recipe(inputs=("{first}",)))
-    assert made["scores"]["age"]["r2"] > 0.9
+    made = one.fit(recipe(inputs=("{first}",), head_epochs=10))
     order = Manifest.from_json(made["models"][0])
     assert order.inputs == ("{first}",)
     # The only text comes as it always does.
@@ -376,8 +376,11 @@ def test_a_head_on_one_text_and_numbers_reads_the_text_of_its_pass(stage: Stage,
     engine.attach(handle, task, _files(one, task.manifest, tmp_path))
     pass_ = Pass(handle, (task,), 0, {"age": ("1002", "", "1006.0")})
     ready = [r for r in engine.prepare(pass_, FIRST[:3]) if isinstance(r, Prepared)]
-    low, _, high = values(engine.run(pass_, ready)["age"])
-    assert low + 2 < high
+    low, missing, high = values(engine.run(pass_, ready)["age"])
+    assert missing < min(low, high)
+    # As the whole of a row's text and its numbers, whoever is asked beside it.
+    alone = [r for r in engine.prepare(pass_, FIRST[:1]) if isinstance(r, Prepared)]
+    assert list(values(engine.run(pass_, alone)["age"])) == [pytest.approx(low, rel=1e-5)]
 
 
 def test_what_cannot_be_read_of_a_row_is_the_error_of_the_tasks_that_read_it(

@@ -44,8 +44,8 @@ def prepare_several(tokens: Tokens, pass_: Pass, texts: Sequence[str]) -> list[P
         if PLACES in task.spec:
             read = task.spec["input"]
             templates |= zip(task.spec[PLACES], [read] if isinstance(read, str) else read, strict=True)
-    columns = [_rendered(templates[place], pass_, len(texts)) for place in sorted(templates)] or [texts]
-    read_texts = [tokens.prepare(column, pass_.max_tokens) for column in columns]
+    columns = [_rendered(templates[place], pass_, len(texts)) for place in sorted(templates)]
+    read_texts = [tokens.prepare(column, pass_.max_tokens) for column in columns or [list(texts)]]
     names = {task.name: task.spec.get("numbers") or () for task in pass_.tasks}
     rows: list[Prepared | CellError] = []
     for row, mine in enumerate(zip(*read_texts, strict=True)):
