@@ -99,7 +99,7 @@ def _open(use: Resources, tenant: UUID, raw: bytes, key: str | None) -> Response
         )
     asked = read_submission(Submission, json_body(raw), max_tasks=use.settings.max_tasks)
     status = 201 if asked.said.rows is None else 202
-    with use.database.transaction() as connection:
+    with use.database.reading() as connection:
         before = opening.opened_before(connection, tenant, key, asked.digest) if key else None
         if before is not None:
             return reply(describe(store.job_entry(connection, tenant, before)), status)
@@ -155,7 +155,7 @@ class KnownModels:
 
 def with_models(use: Resources, asked: CheckedSubmission[S]) -> tuple[CheckedSubmission[S], KnownModels]:
     """A submission with its models found, and its tasks with what their heads were trained to read."""
-    with use.database.transaction() as connection:
+    with use.database.reading() as connection:
         wanted = {ref for task in asked.tasks.values() for ref in task.registered}
         found = find_models(connection, wanted)
         trunks = find_models(connection, {m.manifest.trunk_model for m in found.values()} - {""})
