@@ -12,6 +12,7 @@ import torch
 
 from motet import InvalidJob
 from motet.cli.jobs import parse_tasks
+from motet.export import _batch, json_row
 from motet.labels import MOST_LABELS
 from motet.protocol.columns import STATE_MASK, Column
 from motet.results import Answers, Block
@@ -220,3 +221,9 @@ def test_a_chosen_label_is_read_like_any_other() -> None:
         None,
         "bad_labels",
     )
+    # In exports too: a text, a score, and a map, for rows differ in their labels.
+    assert json_row(next(iter(block)))["pick"] == "fox"
+    table = _batch(block)
+    assert table.column("pick").to_pylist() == ["fox", None]
+    assert table.column("pick_score").to_pylist() == [0.75, None]
+    assert table.column("pick_scores").to_pylist() == [[("fox", 0.75), ("hen", 0.25)], None]
