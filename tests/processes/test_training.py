@@ -175,10 +175,10 @@ def test_heads_on_two_texts_and_a_number_are_asked_as_they_were_trained(admin: C
     tasks = {
         "topic": Classify("pair.topic"),
         "glad": Classify("pair.glad"),
-        "thing": Embed("all-MiniLM-L6-v2", input="{thing}"),
+        "vector": Embed("all-MiniLM-L6-v2", input="{thing}"),
     }
     [planned] = admin.plan(held, tasks).passes
-    assert planned.tasks == ("topic", "glad", "thing")
+    assert planned.tasks == ("topic", "glad", "vector")
     job = admin.submit(held, tasks).wait()
     found = job.evaluate(held, ["topic", "glad"])
     for task in ("topic", "glad"):
