@@ -109,6 +109,8 @@ class Manifest(ApiMessage):
     engine: Annotated[str, Limit("the name of an entry point of motet.engines", pattern=NAME)]
     #: What it answers, and so which kinds of task may use it.
     answers: Answer
+    #: What the input of its tasks holds: a text, or one field that is a medium. Of a head as of its trunk.
+    reads: Literal["text", "image"] = "text"
     #: Relative path -> sha256 of every file of this model (a head's own files only).
     files: Annotated[
         Mapping[_Path, Annotated[str, Limit("", pattern=_SHA256)]],
@@ -189,6 +191,8 @@ class Manifest(ApiMessage):
             "thresholds": list(self.thresholds),
             "function": self.source.get("function", ""),
         }
+        if self.reads != "text":
+            decisive["reads"] = self.reads
         if self.keywords:
             decisive["keywords"] = dict(sorted(self.keywords.items()))
         if "url" in self.source:
