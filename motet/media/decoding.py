@@ -14,6 +14,7 @@ from contextlib import nullcontext
 from typing import TYPE_CHECKING, Any
 
 from motet.errors import SetupError
+from motet.media.medium import MAX_MEDIUM_BYTES
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -26,8 +27,6 @@ MAX_PIXELS = 50_000_000
 MAX_PIXELS_OF = {"WEBP": 16_000_000, "AVIF": 16_000_000}
 #: The longer side may be so many times the shorter one. Resizing to a square would leave nothing of a thinner picture.
 MAX_RATIO = 100
-#: A file may be so long, in bytes: also what fields of one row may hold together.
-MAX_BYTES = 32_000_000
 #: Above so many pixels only one picture of the process is decoded at a time.
 LARGE = 4_000_000
 #: Rows of pixels that are brought to RGB at once.
@@ -67,9 +66,9 @@ def decode(data: bytes, side: int | None = None) -> Image:
     pillow = _pillow()
     if not data:
         raise BadMedium(BAD_IMAGE, "the picture is empty: it has no bytes")
-    if len(data) > MAX_BYTES:
+    if len(data) > MAX_MEDIUM_BYTES:
         raise BadMedium(
-            TOO_LARGE, f"the picture's file has {len(data):,} bytes; at most {MAX_BYTES:,} are read"
+            TOO_LARGE, f"the picture's file has {len(data):,} bytes; at most {MAX_MEDIUM_BYTES:,} are read"
         )
     try:
         return _decode(pillow, data, side)
