@@ -87,6 +87,13 @@ def vector_column(vectors: Floats, dtype: Literal["fp32", "fp16"]) -> Column:
     return _column("vector", bad, {"vectors": cast.tobytes()}, dim=vectors.shape[1], dtype=dtype)
 
 
+def vector_answer(task: TaskOrder, pooled: Floats) -> Column:
+    """Pooled vectors (n, dim) as a task asks for them."""
+    if task.spec.get("normalize", True):
+        pooled = pooled / np.maximum(np.linalg.norm(pooled, axis=1, keepdims=True), 1e-12)
+    return vector_column(pooled, task.spec.get("dtype", "fp32"))
+
+
 def _column(
     kind: Literal["label", "labels", "number", "vector"],
     bad: NDArray[np.bool_],

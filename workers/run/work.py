@@ -255,7 +255,7 @@ class Work:
             [(rows, columns[self.asks[task.name]]) for rows, columns in self.answers],
             {**refused, **self.errors},
             frozenset(self.truncated),
-            dim=task.manifest.dim if kind == "vector" else 0,
+            dim=task.manifest.vector_dim(task.spec) if kind == "vector" else 0,
             dtype=task.spec.get("dtype", "fp32") if kind == "vector" else "",
         )
 
