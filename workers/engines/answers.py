@@ -20,10 +20,14 @@ NOT_FINITE = CellError("not_finite", "the model answered NaN or infinity")
 THRESHOLD = 0.5
 
 
-def label_column(logits: Floats, *, every_score: bool) -> Column:
-    """Single-label: softmax over (n, labels); the winner and its score, all scores on request."""
+def label_column(logits: Floats, *, every_score: bool, apart: bool = False) -> Column:
+    """Single-label: softmax over (n, labels); the winner and its score, all scores on request.
+
+    ``apart``: each label's score is a chance of its own, the sigmoid of its logit.
+    """
     bad = ~_finite(logits)
-    scores = _softmax(np.where(bad[:, None], 0, logits))
+    known = np.where(bad[:, None], 0, logits)
+    scores = _sigmoid(known) if apart else _softmax(known)
     codes = scores.argmax(1)
     arrays = {
         "codes": np.where(bad, 0, codes).astype("<i2").tobytes(),
