@@ -20,7 +20,7 @@ from motet.tasks import Prompted, Task, fields_read
 from motet.templates import filled, placeholders, render, value_in
 from scheduler.api.auth import Caller
 from scheduler.api.bodies import json_body, whole_body
-from scheduler.api.opening import SUBMISSION, inline_rows, planned_with
+from scheduler.api.opening import SUBMISSION, inline_rows, models_of, planned_with
 from scheduler.api.resources import Resources, Use
 from scheduler.api.routing import Routes, takes
 from scheduler.api.submissions import read_submission
@@ -51,8 +51,9 @@ async def plan_job(request: Request, use: Use, caller: Caller) -> Plan:
 
 def _dry_run(use: Resources, caller: Caller, raw: bytes) -> Plan:
     asked = read_submission(PlanRequest, json_body(raw), max_tasks=use.settings.max_tasks)
-    incoming = inline_rows(use, asked) if asked.said.rows else None
-    planned = planned_with(use, asked, incoming)
+    found = models_of(use, asked)
+    incoming = inline_rows(use, asked, found) if asked.said.rows else None
+    planned = planned_with(asked, incoming, found)
     part = incoming.part() if incoming else IncomingPart(columns={name: [] for name in asked.fields})
     unread = {name: absent(part.bad, part.bad_fields, fields_read(name, asked.tasks)) for name in asked.tasks}
     rows: dict[int, dict[str, Value]] = {

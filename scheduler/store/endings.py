@@ -16,6 +16,7 @@ from motet.errors import NotFound
 from motet.protocol import traces
 from motet.states import LIVE, State
 from scheduler.store.database import EVENTS, JOB, notify
+from scheduler.store.media import release_media
 from scheduler.store.schema import spelt
 from scheduler.store.words import end, tell
 
@@ -226,6 +227,7 @@ def _delete_slice(connection: Connection, job: UUID) -> bool:
         at = {"job": job, "first": last.first}
         ids: Sequence[int] = [row.id for row in connection.execute(_ITS_COLUMNS, at)]
         connection.execute(_RELEASE, at)
+        release_media(connection, job, first=last.first)
         for statement in _DELETE_BLOCKS:
             connection.execute(statement, at)
         connection.execute(_DELETE_COLUMNS, {"ids": ids})

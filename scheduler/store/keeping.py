@@ -13,6 +13,7 @@ from uuid import UUID
 from sqlalchemy import Connection, text
 
 from motet.states import State
+from scheduler.store.media import release_media
 
 #: Blocks deleted in one transaction. More: the leader does nothing else for longer; fewer: more transactions.
 FRONT_BLOCKS = 32
@@ -108,6 +109,7 @@ def forget_front(connection: Connection, job: UUID) -> Forgotten:
     columns = {"columns": counted.columns or []}
     connection.execute(_LOCK_COLUMNS, columns)
     connection.execute(_RELEASE, columns)
+    release_media(connection, job, numbers=gone["numbers"])
     for statement in _DELETE:
         connection.execute(statement, gone)
     connection.execute(_DELETE_COLUMNS, columns)

@@ -91,6 +91,8 @@ class Work:
     finished: threading.Event = field(default_factory=threading.Event)
     #: What its rows were prepared for, and are let in with.
     pass_: Pass | None = None
+    #: Sha256 -> bytes of the media that its rows refer to, from their arrival until the rows are prepared.
+    media: Mapping[str, bytes] = field(default_factory=dict)
     #: What must be in memory for it, its heads aside.
     model: ModelKey = field(init=False)
 
