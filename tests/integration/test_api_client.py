@@ -13,7 +13,6 @@ from typing import Any
 import pytest
 
 import motet.upload
-import motet.upload
 from motet import Classify, Client, Embed
 from motet.errors import Conflict, InvalidJob, JobFailed, NotFound, Overloaded, Unauthorized
 from motet.job import Job
