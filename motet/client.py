@@ -12,6 +12,7 @@ import logging
 import math
 import os
 import re
+import secrets
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -140,8 +141,9 @@ class Client:
             notify_when=_condition(notify_when, specs),
             **_amounts(deadline_s=deadline_s, retention_days=retention_days),
         )
-        media = RowMedia(self._http, specs, MediaOptions(root=media_root, size=media_size))
-        with media:
+        own_key = key or secrets.token_hex(16)
+        options = MediaOptions(root=media_root, size=media_size)
+        with RowMedia(self._http, specs, options, key=own_key) as media:
             parts = cut(
                 source, fields_of(specs), dialogues=dialogues_of(specs), bad_rows=bad_rows, media=media.rows
             )
@@ -151,7 +153,8 @@ class Client:
                 parts,
                 media,
                 prompted=any(isinstance(spec, Prompted) for spec in specs.values()),
-                key=key,
+                key=own_key,
+                resumable=key is not None,
                 progress=progress,
                 opened=opened,
             )

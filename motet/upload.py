@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import logging
 import os
-import secrets
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -46,16 +45,16 @@ def submit_parts(
     media: RowMedia,
     *,
     prompted: bool,
-    key: str | None,
+    key: str,
+    resumable: bool,
     progress: bool | None,
     opened: Callable[[Job], object] | None,
 ) -> Job:
     """Open a job and send all of its parts; what ``Client.submit`` does once it knows what to read.
 
-    ``prompted``: a task of it has a prompt. The others are as there.
+    ``prompted``: a task of it has a prompt. ``resumable``: its caller knows the key. The others are as there.
     """
     process = os.getpid()
-    own_key = key or secrets.token_hex(16)
     # Two parts are cut before anything is sent: a small job is one request, and a source that cannot be
     # read, or is bad from its start, never reaches the server. A slow source is not waited for: its first rows can
     # be run while it is read.
@@ -74,12 +73,12 @@ def submit_parts(
     with bar:
         try:
             inline = replace(opening, rows=tuple(first.rows())) if whole else opening
-            record = open_job(http, inline, own_key, tell)
+            record = open_job(http, inline, key, tell)
         except BodyRefused:
             if not whole:
                 raise
             # The rows do not fit beside the tasks: they are sent as those of a large job.
-            record = open_job(http, opening, own_key, tell)
+            record = open_job(http, opening, key, tell)
     job = Job(http, record, progress=progress)
     if record.state == State.LOADING:
         try:
@@ -91,7 +90,7 @@ def submit_parts(
         except BaseException as error:
             # Only a caller who gave the key can come back to go on. The job of a child that was forked by the
             # source, and leaves through here, is its parent's.
-            if os.getpid() == process and (key is None or isinstance(error, InvalidJob)):
+            if os.getpid() == process and (not resumable or isinstance(error, InvalidJob)):
                 # Best effort: an abandoned upload also ends by itself.
                 with suppress(MotetError):
                     job.delete()

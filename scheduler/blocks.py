@@ -205,6 +205,11 @@ def media_in(values: Sequence[Value]) -> Iterator[Medium]:
     return (value for value in values if type(value) is Medium)
 
 
+def upload_digest(secret: bytes, key: str) -> bytes:
+    """Under which name an upload claims media: its Idempotency-Key may be a word of the user's own."""
+    return keyed(secret, hashlib.sha256(key.encode()).digest())
+
+
 def medium_key(secret: bytes, sha256: str) -> bytes:
     """The name under which a tenant's medium of this digest is stored."""
     return keyed(secret, bytes.fromhex(sha256))

@@ -19,6 +19,7 @@ CREATE TABLE medium (
   payload    bytea NOT NULL,
   refs       int NOT NULL DEFAULT 0,
   claimed    timestamptz DEFAULT clock_timestamp(),
+  claimed_by bytea,
   UNIQUE (tenant_id, key)
 );
 ALTER TABLE medium ALTER payload SET STORAGE EXTERNAL;
@@ -30,7 +31,9 @@ COMMENT ON COLUMN medium.width IS 'Pixels, as its head tells; NULL: not known.';
 COMMENT ON COLUMN medium.payload IS 'Envelope (motet/protocol/envelope.py): its bytes as they came.';
 COMMENT ON COLUMN medium.refs IS 'Blocks that refer to it; removed at 0, unless an upload counts on it.';
 COMMENT ON COLUMN medium.claimed IS
-  'When an upload sent it or asked for it, and no block has landed with it since; NULL: none has.';
+  'When an upload last sent it or asked for it whose rows may still come; NULL: no such upload is known.';
+COMMENT ON COLUMN medium.claimed_by IS
+  'Keyed digest of the Idempotency-Key of that upload; NULL: several, or it told none.';
 
 ALTER TABLE block ADD COLUMN media bigint[] NOT NULL DEFAULT '{}';
 COMMENT ON COLUMN block.media IS 'Ids of the media that its rows refer to, each once.';

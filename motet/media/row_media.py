@@ -57,10 +57,11 @@ class RowMedia:
         *,
         sends: bool = True,
         apart: bool = True,
+        key: str | None = None,
     ) -> None:
-        """``sends``: False where they are only looked at. ``apart``: send in a thread of its own. Raises InvalidJob."""
+        """``key``: Idempotency-Key of the job, where it has one. ``sends``: False where they are only looked at. ``apart``: send in a thread of its own. Raises InvalidJob."""
         self._http, self._specs, self._size = http, specs, options.size
-        self._sender = MediaSender(http, apart=apart) if sends else None
+        self._sender = MediaSender(http, apart=apart, key=key) if sends else None
         keep = None if self._sender is None else self._sender.add
         self._reader = MediaReader(
             fields_of(specs), self._fields, root=options.root, size=options.size, keep=keep

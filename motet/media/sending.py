@@ -42,10 +42,11 @@ class MediaSent:
 class MediaSender:
     """Takes media from threads that read, and sends them. ``flush`` returns when all of them are stored."""
 
-    def __init__(self, http: Http, *, apart: bool) -> None:
-        """``apart``: send in a thread of its own, from ``begin`` on; else in ``flush``, for a process that may be forked."""
+    def __init__(self, http: Http, *, apart: bool, key: str | None = None) -> None:
+        """``key``: Idempotency-Key of the job whose rows will follow, where there is one. ``apart``: send in a thread of its own, from ``begin`` on; else in ``flush``, for a process that may be forked."""
         self._http = http
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="motet-media-send") if apart else None
+        self._headers = {} if key is None else {"Idempotency-Key": key}
         self._stop = threading.Event()
         self._lock = threading.Lock()
         self._waiting: dict[str, bytes] = {}
@@ -148,7 +149,7 @@ class MediaSender:
                 left = left[n:]
 
     def _request(self, path: str, body: bytes, kind: str) -> dict[str, object]:
-        headers = {"Content-Type": kind}
+        headers = {"Content-Type": kind, **self._headers}
         answer = self._http.request(
             "POST", path, content=body, headers=headers, stop=self._stop, refused=self.news.append
         )

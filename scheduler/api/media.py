@@ -13,7 +13,7 @@ from typing import Annotated
 from uuid import UUID
 
 import msgpack
-from fastapi import Path, Request, Response
+from fastapi import Header, Path, Request, Response
 from starlette.concurrency import run_in_threadpool
 
 from motet.errors import InvalidJob, Problem
@@ -28,7 +28,7 @@ from scheduler.api.refusals import Forbidden, TooLarge
 from scheduler.api.resources import Resources, Use
 from scheduler.api.routing import Routes, body, gives_bytes, takes, takes_bytes
 from scheduler.api.rows import BadRow, Incoming, unpacked
-from scheduler.blocks import media_in, medium_key
+from scheduler.blocks import media_in, medium_key, upload_digest
 from scheduler.store import media as store
 from scheduler.store.registry import secret_of
 
@@ -47,6 +47,15 @@ MediumPath = Annotated[
     str, Path(description="Sha256 of the bytes, in lower-case hex.", examples=["9f86d081…"])
 ]
 
+UploadKey = Annotated[
+    str | None,
+    Header(
+        description="That of the job whose rows will follow: its pictures are kept for it, and go with it at once.",
+        max_length=200,
+        examples=["4f1c9a3e"],
+    ),
+]
+
 
 @routes.post(
     "/v1/media/missing",
@@ -54,12 +63,16 @@ MediumPath = Annotated[
     openapi_extra=takes(MediaQuery, {"media": [_DIGEST]}),
 )
 def missing_media(
-    use: Use, caller: Caller, asked: Annotated[MediaQuery, body(MediaQuery, newer=True)]
+    use: Use,
+    caller: Caller,
+    asked: Annotated[MediaQuery, body(MediaQuery, newer=True)],
+    idempotency_key: UploadKey = None,
 ) -> MissingMedia:
     with use.database.transaction() as connection:
         secret = secret_of(connection, caller.tenant)
         keys = {sha256: medium_key(secret, sha256) for sha256 in asked.media}
-        known = store.claim_media(connection, caller.tenant, keys.values())
+        by = None if idempotency_key is None else upload_digest(secret, idempotency_key)
+        known = store.claim_media(connection, caller.tenant, keys.values(), by)
     return MissingMedia(missing=tuple(sha256 for sha256, key in keys.items() if key not in known))
 
 
@@ -69,7 +82,9 @@ def missing_media(
     status_code=201,
     openapi_extra=takes_bytes("The bytes of the picture's file.", octet_stream="binary"),
 )
-async def put_medium(request: Request, use: Use, caller: Caller, sha256: MediumPath) -> MediumRecord:
+async def put_medium(
+    request: Request, use: Use, caller: Caller, sha256: MediumPath, idempotency_key: UploadKey = None
+) -> MediumRecord:
     if not SHA256.fullmatch(sha256):
         raise InvalidJob(
             Problem("sha256", "another form", "64 lower-case hex digits", "send the sha256 of the bytes")
@@ -81,7 +96,7 @@ async def put_medium(request: Request, use: Use, caller: Caller, sha256: MediumP
                 raise InvalidJob(
                     Problem("body", "bytes of another digest", "those of the address", "send it again")
                 )
-            [stored] = await run_in_threadpool(_stored, use, caller.tenant, [raw])
+            [stored] = await run_in_threadpool(_stored, use, caller.tenant, [raw], idempotency_key)
             return stored
     except TooLarge:
         raise TooLarge("body", MAX_MEDIUM_BYTES, "make the picture smaller") from None
@@ -93,13 +108,16 @@ async def put_medium(request: Request, use: Use, caller: Caller, sha256: MediumP
     status_code=201,
     openapi_extra=takes_bytes('Msgpack of `{"media": [bytes, …]}`, 32 MB in all.', msgpack="binary"),
 )
-async def post_media(request: Request, use: Use, caller: Caller) -> MediaStored:
+async def post_media(
+    request: Request, use: Use, caller: Caller, idempotency_key: UploadKey = None
+) -> MediaStored:
     await run_in_threadpool(use.door.admit, interactive=False, uploading=True)
     async with whole_body(request, use, REQUEST_BYTES) as raw:
-        return MediaStored(media=tuple(await run_in_threadpool(_unpacked, use, caller.tenant, raw)))
+        stored = await run_in_threadpool(_unpacked, use, caller.tenant, raw, idempotency_key)
+        return MediaStored(media=tuple(stored))
 
 
-def _unpacked(use: Resources, tenant: UUID, raw: bytes) -> list[MediumRecord]:
+def _unpacked(use: Resources, tenant: UUID, raw: bytes, key: str | None) -> list[MediumRecord]:
     told = unpacked(raw)
     media = told.get("media") if isinstance(told, dict) else None
     good = isinstance(media, list) and 0 < len(media) <= MAX_DIGESTS
@@ -112,10 +130,10 @@ def _unpacked(use: Resources, tenant: UUID, raw: bytes) -> list[MediumRecord]:
                 'send msgpack of {"media": [bytes, …]}',
             )
         )
-    return _stored(use, tenant, media)
+    return _stored(use, tenant, media, key)
 
 
-def _stored(use: Resources, tenant: UUID, media: Sequence[bytes]) -> list[MediumRecord]:
+def _stored(use: Resources, tenant: UUID, media: Sequence[bytes], key: str | None) -> list[MediumRecord]:
     """Store these. Raises InvalidJob for one that is empty, TooLarge, Overloaded beyond the tenant's quota."""
     for data in media:
         if not data:
@@ -141,6 +159,7 @@ def _stored(use: Resources, tenant: UUID, media: Sequence[bytes]) -> list[Medium
                 for one, envelope in zip(found, envelopes, strict=True)
             ],
             use.settings.max_media_mb * 1_000_000,
+            None if key is None else upload_digest(secret, key),
         )
     log.debug("media stored", extra={"media": len(found), "bytes": sum(one.bytes for one in found)})
     return [MediumRecord.of(one.to_json()) for one in found]

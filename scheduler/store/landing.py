@@ -36,6 +36,7 @@ from scheduler.blocks import (
     row_order,
     task_bits,
     uint32_bytes,
+    upload_digest,
 )
 from scheduler.merge import errors_column
 from scheduler.policy.needs import needs_of
@@ -88,6 +89,8 @@ class LoadingJob:
     reads: tuple[Reads, ...]
     #: Some of its rows are events.
     notifies: bool
+    #: Keyed digest of its Idempotency-Key, under which its upload claims media; None: it has none.
+    upload: bytes | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -123,6 +126,7 @@ def loading(connection: Connection, tenant: UUID, job: UUID) -> LoadingJob:
     rows = connection.execute(_READERS, {"job": job}).all()
     tasks = {row.name: stored_task(row.spec) for row in rows}
     names, needs, folds = list(tasks), needs_of(tasks), stored_folds(found.folds)
+    secret, named = secret_of(connection, tenant), found.idempotency_key
     readers: list[Reader] = []
     kinds: list[Kind] = []
     passes: dict[int, list[int]] = {}
@@ -151,7 +155,7 @@ def loading(connection: Connection, tenant: UUID, job: UUID) -> LoadingJob:
     return LoadingJob(
         id=found.id,
         tenant=found.tenant_id,
-        secret=secret_of(connection, tenant),
+        secret=secret,
         fields=tuple(found.fields),
         asked=asked_fields(tasks, folds) if folds else tuple(found.fields),
         folds=folds,
@@ -167,6 +171,7 @@ def loading(connection: Connection, tenant: UUID, job: UUID) -> LoadingJob:
         conditional=frozenset(conditional),
         reads=tuple(reads[number] for number in sorted(passes)),
         notifies=found.notifies,
+        upload=None if named is None else upload_digest(secret, named),
     )
 
 
@@ -409,7 +414,7 @@ def arrange(
     landing = Arranged([], [], [], Counter(), Counter(), Counter(), [])
     shared: Counter[int] = Counter()
     first_row = held.n_rows
-    media = refer_to_media(connection, job.tenant, [block.media for block in blocks])
+    media = refer_to_media(connection, job.tenant, [block.media for block in blocks], job.upload)
     for number, block in enumerate(blocks, held.n_blocks):
         todo: dict[int, dict[int, tuple[str, str]]] = {}
         shown = len(landing.block_columns)

@@ -1,6 +1,7 @@
 """Media of a tenant: stored once by content, referred to by blocks, gone with the last of these.
 
-Who knows a digest learns only whether his own tenant has it. Locks are taken in the order of keys, and the tenant's row,
+Who knows a digest learns only whether his own tenant has it. An upload claims what it sends or asks for, until its rows are
+here: what it counts on does not go meanwhile with another job. Locks are taken in the order of keys, and the tenant's row,
 which counts bytes, last; behind the job's row and shared columns.
 """
 
@@ -16,8 +17,8 @@ from sqlalchemy import Connection, text
 
 from motet.errors import InvalidJob, Overloaded, Problem
 
-#: Seconds for which a medium is kept that an upload sent or asked for and no block refers to. Shorter: a slow upload
-#: loses pictures before their rows land; longer: those of an upload that broke off stay.
+#: Seconds for which a medium that no block refers to is kept for an upload that claimed it. Shorter: a slow upload loses
+#: pictures before their rows land; longer: those of an upload that broke off stay.
 UNUSED_S = 6 * 3600.0
 #: A claim younger than this is not written anew: an upload asks for the same medium again and again.
 _CLAIM_S = 600
@@ -46,24 +47,30 @@ class StoredMedium:
     height: int | None
 
 
+#: Of two uploads that claim the same medium neither knows of the other: then only time ends the claim.
+_CLAIMED = """claimed = clock_timestamp(),
+    claimed_by = CASE WHEN medium.claimed IS NULL OR medium.claimed_by = CAST(:by AS bytea) THEN CAST(:by AS bytea) END"""
 # Not DO NOTHING: what is there already counts as sent just now, so that no sweep takes it before its rows are here.
-_ADD = text("""
+_ADD = text(f"""
     WITH stored AS (
-        INSERT INTO medium (tenant_id, key, media_type, bytes, width, height, payload)
-        SELECT :tenant, k.* FROM unnest(CAST(:keys AS bytea[]), CAST(:types AS text[]), CAST(:sizes AS int[]),
-                                        CAST(:widths AS int[]), CAST(:heights AS int[]), CAST(:payloads AS bytea[])) k
-         ORDER BY 1, 2
-        ON CONFLICT (tenant_id, key) DO UPDATE SET claimed = clock_timestamp()
+        INSERT INTO medium (tenant_id, claimed_by, key, media_type, bytes, width, height, payload)
+        SELECT :tenant, CAST(:by AS bytea), k.* FROM unnest(CAST(:keys AS bytea[]), CAST(:types AS text[]), CAST(:sizes AS int[]),
+                                        CAST(:widths AS int[]), CAST(:heights AS int[]), CAST(:payloads AS bytea[]))
+               k (key, media_type, bytes, width, height, payload)
+         ORDER BY k.key
+        ON CONFLICT (tenant_id, key) DO UPDATE SET {_CLAIMED}
         RETURNING bytes, xmax = 0 AS is_new)
     SELECT coalesce(sum(bytes) FILTER (WHERE is_new), 0) FROM stored""")
 _COUNT = text("""
     UPDATE tenant SET media_bytes = media_bytes + :more WHERE id = :tenant RETURNING media_bytes""")
 
 
-def add_media(connection: Connection, tenant: UUID, media: Collection[NewMedium], quota: int) -> None:
+def add_media(
+    connection: Connection, tenant: UUID, media: Collection[NewMedium], quota: int, by: bytes | None = None
+) -> None:
     """Store these, as far as they are not there. Again is harmless.
 
-    ``quota``: bytes of all media of a tenant; 0: no limit. Raises Overloaded beyond it.
+    ``by``: keyed digest of the key of the upload that claims them, where it told one. ``quota``: bytes of all media of a tenant; 0: no limit. Raises Overloaded beyond it.
     """
     each = sorted({one.key: one for one in media}.values(), key=lambda one: one.key)
     columns = {
@@ -74,7 +81,7 @@ def add_media(connection: Connection, tenant: UUID, media: Collection[NewMedium]
         "heights": [one.height for one in each],
         "payloads": [one.payload for one in each],
     }
-    more = int(connection.execute(_ADD, {"tenant": tenant, **columns}).scalar_one())
+    more = int(connection.execute(_ADD, {"tenant": tenant, "by": by, **columns}).scalar_one())
     if not more:
         return
     held = int(connection.execute(_COUNT, {"tenant": tenant, "more": more}).scalar_one())
@@ -87,17 +94,20 @@ def add_media(connection: Connection, tenant: UUID, media: Collection[NewMedium]
 
 
 _CLAIM = text(f"""
-    UPDATE medium SET claimed = clock_timestamp() WHERE id IN (
+    UPDATE medium SET {_CLAIMED} WHERE id IN (
       SELECT id FROM medium WHERE tenant_id = :tenant AND key = ANY(:keys)
-         AND (claimed IS NULL OR claimed < clock_timestamp() - make_interval(secs => {_CLAIM_S}))
+         AND (claimed IS NULL OR claimed < clock_timestamp() - make_interval(secs => {_CLAIM_S})
+              OR claimed_by IS DISTINCT FROM CAST(:by AS bytea) AND claimed_by IS NOT NULL)
        ORDER BY key FOR NO KEY UPDATE)""")
 _KNOWN = text("""
     SELECT key, media_type, bytes, width, height FROM medium WHERE tenant_id = :tenant AND key = ANY(:keys)""")
 
 
-def claim_media(connection: Connection, tenant: UUID, keys: Collection[bytes]) -> dict[bytes, StoredMedium]:
-    """Those of these media that the tenant has: they stay until the rows are here of whoever asks."""
-    at = {"tenant": tenant, "keys": sorted(keys)}
+def claim_media(
+    connection: Connection, tenant: UUID, keys: Collection[bytes], by: bytes | None = None
+) -> dict[bytes, StoredMedium]:
+    """Those of these media that the tenant has: they stay until the rows are here of whoever asks (``add_media``)."""
+    at = {"tenant": tenant, "keys": sorted(keys), "by": by}
     connection.execute(_CLAIM, at)
     return known_media(connection, tenant, keys)
 
@@ -116,14 +126,15 @@ def known_media(connection: Connection, tenant: UUID, keys: Collection[bytes]) -
 _HOLD = text("""
     SELECT id, key FROM medium WHERE tenant_id = :tenant AND key = ANY(:keys) ORDER BY key FOR NO KEY UPDATE""")
 _REFER = text("""
-    UPDATE medium m SET refs = m.refs + k.n, claimed = NULL
+    UPDATE medium m SET refs = m.refs + k.n,
+           claimed = CASE WHEN m.claimed_by = CAST(:by AS bytea) THEN NULL ELSE m.claimed END
       FROM unnest(CAST(:ids AS bigint[]), CAST(:counts AS int[])) k (id, n) WHERE m.id = k.id""")
 
 
 def refer_to_media(
-    connection: Connection, tenant: UUID, blocks: Sequence[Sequence[bytes]]
+    connection: Connection, tenant: UUID, blocks: Sequence[Sequence[bytes]], by: bytes | None
 ) -> list[list[int]]:
-    """Count these blocks as referring to these media, by their keys; the ids for each block.
+    """Count these blocks as referring to these media, by their keys; the ids for each block. Claims of ``by`` end.
 
     Raises InvalidJob where one is not stored: it was swept between its upload and this.
     """
@@ -134,7 +145,7 @@ def refer_to_media(
     ids: Mapping[bytes, int] = {bytes(row.key): row.id for row in found}
     if absent := len(counts) - len(ids):
         raise not_stored("rows", absent)
-    at = {"ids": [ids[key] for key in counts], "counts": list(counts.values())}
+    at = {"ids": [ids[key] for key in counts], "counts": list(counts.values()), "by": by}
     connection.execute(_REFER, at)
     return [[ids[key] for key in block] for block in blocks]
 
@@ -156,8 +167,9 @@ _LOCK = text("SELECT id FROM medium WHERE id = ANY(:ids) ORDER BY key FOR NO KEY
 _RELEASE = text("""
     UPDATE medium m SET refs = m.refs - k.n
       FROM unnest(CAST(:ids AS bigint[]), CAST(:counts AS int[])) k (id, n) WHERE m.id = k.id""")
-_DELETE = text("""
-    DELETE FROM medium WHERE id = ANY(:ids) AND refs <= 0 AND claimed IS NULL RETURNING tenant_id, bytes""")
+_UNCLAIMED = "(claimed IS NULL OR claimed < clock_timestamp() - make_interval(secs => :unused_s))"
+_DELETE = text(f"""
+    DELETE FROM medium WHERE id = ANY(:ids) AND refs <= 0 AND {_UNCLAIMED} RETURNING tenant_id, bytes""")
 
 
 def release_media(
@@ -176,18 +188,18 @@ def release_media(
     at = {"ids": [row.id for row in rows], "counts": [row.n for row in rows]}
     connection.execute(_LOCK, at)
     connection.execute(_RELEASE, at)
-    _discount(connection, connection.execute(_DELETE, at).all())
+    _discount(connection, connection.execute(_DELETE, {**at, "unused_s": UNUSED_S}).all())
 
 
-_UNUSED = text("""
+_UNUSED = text(f"""
     DELETE FROM medium WHERE id IN (
-      SELECT id FROM medium WHERE refs <= 0 AND (claimed IS NULL OR claimed < clock_timestamp() - make_interval(secs => :s))
+      SELECT id FROM medium WHERE refs <= 0 AND {_UNCLAIMED}
        ORDER BY key LIMIT :limit FOR UPDATE SKIP LOCKED) RETURNING tenant_id, bytes""")
 
 
 def sweep_media(connection: Connection, limit: int = 500, unused_s: float = UNUSED_S) -> int:
     """Delete media that uploads sent whose rows never came. How many."""
-    gone = connection.execute(_UNUSED, {"limit": limit, "s": unused_s}).all()
+    gone = connection.execute(_UNUSED, {"limit": limit, "unused_s": unused_s}).all()
     _discount(connection, gone)
     return len(gone)
 

@@ -252,7 +252,8 @@ class _MediumColumns(TypedColumns):
     width: Pixels, as its head tells; NULL: not known.
     payload: Envelope (motet/protocol/envelope.py): its bytes as they came.
     refs: Blocks that refer to it; removed at 0, unless an upload counts on it.
-    claimed: When an upload sent it or asked for it, and no block has landed with it since; NULL: none has.
+    claimed: When an upload last sent it or asked for it whose rows may still come; NULL: no such upload is known.
+    claimed_by: Keyed digest of the Idempotency-Key of that upload; NULL: several, or it told none.
     """
 
     id = identity()
@@ -265,6 +266,7 @@ class _MediumColumns(TypedColumns):
     payload = must(LargeBinary, external=True)
     refs = must(Integer, default="0")
     claimed = may(TIME, default=NOW)
+    claimed_by = may(LargeBinary)
 
 
 medium = table(
