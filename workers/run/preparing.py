@@ -121,9 +121,7 @@ class Preparing:
         moved = {i: _moved(row, i) for i, row in zip(kept, rows, strict=True)}
         return [lost[i] if i in lost else moved[i] for i in range(len(order.texts))]
 
-    def _asked(
-        self, engine: Engine, pass_: Pass, texts: Sequence[str]
-    ) -> Sequence[Prepared | CellError]:
+    def _asked(self, engine: Engine, pass_: Pass, texts: Sequence[str]) -> Sequence[Prepared | CellError]:
         """The rows as the engine prepares them, together or else one by one."""
         if not texts:
             return []
