@@ -113,7 +113,9 @@ def add_model(**options: Any) -> None:
     if not any(
         options[one] for one in ("source", "function", "builtin", "smollm2", "efficientnet", "openai")
     ):
-        raise click.UsageError("name a source, or --function, --builtin, --smollm2, --efficientnet or --openai")
+        raise click.UsageError(
+            "name a source, or --function, --builtin, --smollm2, --efficientnet or --openai"
+        )
     if options["artefact"] and not (options["source"] and options["name"]):
         raise click.UsageError(
             "--artefact needs the file or folder, and --name, by which tasks will ask for it"

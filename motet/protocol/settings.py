@@ -126,7 +126,12 @@ class Settings:
                 raise SetupError(f"MOTET_{field.name.upper()}: got {value}; expected a finite number")
         if not 0.1 <= self.lane_share <= 0.9:
             raise SetupError(f"MOTET_LANE_SHARE: got {self.lane_share}; expected a share from 0.1 to 0.9")
-        for name, least in (("max_waiting_rows", 1), ("min_free_mb", 0), ("max_requests_s", 0), ("max_media_mb", 0)):
+        for name, least in (
+            ("max_waiting_rows", 1),
+            ("min_free_mb", 0),
+            ("max_requests_s", 0),
+            ("max_media_mb", 0),
+        ):
             if not getattr(self, name) >= least:  # also refuses NaN
                 raise SetupError(
                     f"MOTET_{name.upper()}: got {getattr(self, name)}; expected a number from {least}"
