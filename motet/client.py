@@ -21,7 +21,6 @@ from itertools import chain
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
-from uuid import UUID
 
 from motet.errors import Conflict, InvalidJob, MotetError, NotFound, Problem
 from motet.folds import Fold, parse_folds
@@ -42,8 +41,8 @@ from motet.messages.webhooks import (
     WebhookTest,
 )
 from motet.progress import Bar
-from motet.protocol.manifest import Manifest, trainer_name
-from motet.rows import MAX_ROW_BYTES, BadRows, cut, survey
+from motet.protocol.manifest import Manifest
+from motet.rows import BadRows, cut, survey
 from motet.sources import Source
 from motet.states import State
 from motet.tasks import Features, Prompted, Task, dialogues_of, fields_of, notify_problems, parse, short

@@ -83,7 +83,7 @@ def an_image_model(folder: Path, kind: str, *, trunk: bool = False, seed: int = 
     import transformers
 
     name, shape, processor, options = ARCHITECTURES[kind]
-    classes = {i: label for i, label in enumerate(LABELS)}
+    classes = dict(enumerate(LABELS))
     config = getattr(transformers, f"{name}Config")(
         **shape, id2label=classes, label2id={label: i for i, label in classes.items()}
     )
