@@ -43,7 +43,9 @@ REQUEST_BYTES = MAX_MEDIUM_BYTES + 64 * 1024
 _PACKED = "application/msgpack"
 _DIGEST = "9f86d081884c7d659a2feaa0c55ad015a3bf4f1b2b0b822cd15d6c15b0f00a08"
 
-MediumPath = Annotated[str, Path(description="Sha256 of the bytes, in lower-case hex.", examples=["9f86d081…"])]
+MediumPath = Annotated[
+    str, Path(description="Sha256 of the bytes, in lower-case hex.", examples=["9f86d081…"])
+]
 
 
 @routes.post(
@@ -150,7 +152,7 @@ def _stored(use: Resources, tenant: UUID, media: Sequence[bytes]) -> list[Medium
     openapi_extra=takes(MediaQuery, {"media": [_DIGEST]}),
     responses={
         200: gives_bytes(
-            "Msgpack of `{\"media\": {sha256: bytes}, \"missing\": [sha256]}`: the first of those that were asked for, "
+            'Msgpack of `{"media": {sha256: bytes}, "missing": [sha256]}`: the first of those that were asked for, '
             "8 MiB or one at least; the worker asks again for the rest.",
             _PACKED,
         ),
@@ -179,9 +181,7 @@ def fetch_media(
     return Response(msgpack.packb(told), media_type=_PACKED)
 
 
-def with_media(
-    use: Resources, tenant: UUID, secret: bytes, incoming: Incoming, *, refuse: bool
-) -> Incoming:
+def with_media(use: Resources, tenant: UUID, secret: bytes, incoming: Incoming, *, refuse: bool) -> Incoming:
     """The rows with each medium as it is stored, whatever its sender said of it; too many bytes in a row are marked bad.
 
     What is not stored is refused (InvalidJob), or with ``refuse=False`` marked as a bad value of its row.

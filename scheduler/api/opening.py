@@ -165,9 +165,7 @@ def models_of(use: Resources, asked: CheckedSubmission[Submission]) -> FoundMode
     return FoundModels(models=found, trunks=trunks, registered=known)
 
 
-def inline_rows(
-    use: Resources, asked: CheckedSubmission[Submission], found: FoundModels
-) -> Incoming | None:
+def inline_rows(use: Resources, asked: CheckedSubmission[Submission], found: FoundModels) -> Incoming | None:
     """The rows that came along. Raises InvalidJob where they may not be bad, and are."""
     if asked.said.rows is None:
         return None

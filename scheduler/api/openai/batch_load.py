@@ -97,7 +97,13 @@ def _opened(use: Resources, owned: Owned, found: FileSurvey) -> UUID:
     )
     digest = hashlib.sha256(batch.id.encode()).digest()
     asked = CheckedSubmission(said=said, tasks=tasks, digest=digest)
-    made = new_job(uuid.uuid4(), batch.tenant_id, asked, planned_with(asked, None, models_of(use, asked)), f"openai {batch.id}")
+    made = new_job(
+        uuid.uuid4(),
+        batch.tenant_id,
+        asked,
+        planned_with(asked, None, models_of(use, asked)),
+        f"openai {batch.id}",
+    )
     with use.database.transaction() as connection:
         return opening.open_job(
             connection,
