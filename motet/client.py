@@ -18,7 +18,6 @@ from dataclasses import replace
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
-from uuid import UUID
 
 from motet.errors import Conflict, InvalidJob, NotFound, Problem
 from motet.folds import Fold, parse_folds
@@ -39,14 +38,16 @@ from motet.messages.webhooks import (
     WebhookRequest,
     WebhookTest,
 )
-from motet.protocol.manifest import Manifest, trainer_name
-from motet.rows import MAX_ROW_BYTES, BadRows, cut, survey
+from motet.protocol.manifest import Manifest
+from motet.rows import BadRows, cut, survey
 from motet.sources import Source
 from motet.states import State
-from motet.tasks import Embed, Fit, Prompted, Task, dialogues_of, fields_of, notify_problems, parse, short
-from motet.training.lesson import Learned, read_lesson
-from motet.training.recipe import Recipe, Tune
+from motet.tasks import Features, Prompted, Task, dialogues_of, fields_of, notify_problems, parse, short
+from motet.training.lesson import Learned
+from motet.training.recipe import Tune
 from motet.training.run import TrainRun
+from motet.training.starting import Training
+from motet.training.starting import start as start_training
 from motet.upload import open_job, submit_parts
 
 if TYPE_CHECKING:
@@ -292,6 +293,9 @@ class Client:
         tune: Tune = "heads",
         epochs: int | None = None,
         text: str = "text",
+        image: str | None = None,
+        features: Features = "last",
+        media_root: str | os.PathLike[str] | None = None,
         version: str | None = None,
         seed: int = 0,
         progress: bool | None = None,
@@ -306,82 +310,20 @@ class Client:
         once, split over all devices and found again when the same rows come back; then the heads learn in seconds
         (``tune="heads"``), and with ``"lora"`` or ``"all"`` the trunk learns after them, on one device. Out comes a head
         ``<name>.<task>`` for each task, and with the latter two a trunk ``<name>``; ``version`` counts up by default.
+        On a trunk that reads pictures only heads learn, from those in the field ``image``, read as ``submit`` reads them;
+        ``features="stages"`` gives them more to tell small or drawn things apart.
         ``more``: further fields of ``motet.training.recipe.Recipe``, such as ``patience``, ``hidden``, ``rate``, ``loss``.
 
         Raises InvalidJob with every problem of the rows, NotFound for the trunk, and as ``submit``.
         """
-        base = self.model(trunk)
-        try:
-            trainer = self.model(f"{trainer_name(base.name)}@{base.version}")
-        except NotFound:
-            raise InvalidJob(
-                Problem(
-                    "trunk",
-                    short(base.ref),
-                    "an encoder that was registered with what trains on it",
-                    "register it again, as it was: motet models add, with --builtin for those that motet ships",
-                )
-            ) from None
-        lesson = read_lesson(train, test, tasks, text=text, seed=seed)
-        if version is None:
-            taken = {m.version for m in self.models() if m.name == name or m.name.startswith(f"{name}.")}
-            version = str(1 + max((int(v) for v in taken if v.isdigit()), default=0))
-        try:
-            recipe = Recipe(
-                name=name,
-                version=version,
-                trunk=base.ref,
-                # As long as the name of the job that will be there.
-                job=str(UUID(int=0)),
-                train_rows=lesson.train_rows,
-                test_rows=len(lesson.texts) - lesson.train_rows,
-                targets=lesson.targets,
-                tune=tune,
-                seed=seed,
-                data=lesson.digest,
-                command=command,
-                licence=licence,
-                **dict[str, Any](
-                    () if epochs is None else {"head_epochs" if tune == "heads" else "epochs": epochs}
-                ),
-                **more,
-            )
-            size = len(Recipe.loads(recipe.dumps()).dumps().encode())
-        except (TypeError, ValueError) as error:
-            raise InvalidJob(
-                Problem(
-                    "train", str(error)[:200], "options of a training run", "see motet.training.recipe.Recipe"
-                )
-            ) from None
-        if size > MAX_ROW_BYTES:
-            raise InvalidJob(
-                Problem(
-                    "train",
-                    f"labels of {size:,} bytes, packed",
-                    f"at most {MAX_ROW_BYTES:,}",
-                    "train on fewer rows, or fewer tasks at once",
-                )
-            )
-        embedded = self.submit(
-            lesson.texts,
-            {"vector": Embed(base.ref, normalize=False)},
-            name=f"{name}: vectors",
-            progress=progress,
-        ).wait()
-        if embedded.progress.error:
-            cell = next(iter(embedded.errors()))
-            raise InvalidJob(
-                Problem(
-                    "train",
-                    f"{cell.error}: {cell.message}",
-                    "rows that the trunk reads",
-                    "leave it out",
-                    cell.row,
-                )
-            )
-        row = replace(recipe, job=embedded.id).dumps()
-        job = self.submit([row], {"fit": Fit(trainer.ref)}, name=name, reuse=False, progress=progress)
-        return TrainRun(job, name, list(tasks))
+        return start_training(
+            self,
+            Training(
+                name=name, trunk=trunk, tasks=tasks, train=train, test=test, tune=tune, epochs=epochs, text=text,
+                image=image, features=features, media_root=media_root, version=version, seed=seed, progress=progress,
+                command=command, licence=licence, more=more,
+            ),
+        )  # fmt: skip
 
     def jobs(self, state: str | None = None, limit: int | None = None) -> Iterator[Job]:
         """The jobs of the token's tenant, newest first; all of them, or up to ``limit``."""

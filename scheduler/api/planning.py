@@ -13,7 +13,7 @@ from starlette.concurrency import run_in_threadpool
 
 from motet.conditions import condition
 from motet.messages.jobs import Plan, PlannedPass, PlanRequest
-from motet.protocol.manifest import Manifest
+from motet.protocol.manifest import PATCH_PIXELS, Manifest
 from motet.protocol.transport import TransportLost
 from motet.protocol.values import Value, plain_text
 from motet.tasks import Prompted, Task, fields_read
@@ -111,6 +111,7 @@ def _dry_run(use: Resources, caller: Caller, raw: bytes) -> Plan:
                 computed_tokens=guess.computed_tokens,
                 unfused_tokens=guess.unfused_tokens,
                 tokens_out=guess.tokens_out,
+                pixels=guess.tokens * PATCH_PIXELS if p.model.reads != "text" else 0,
                 seconds=guess.seconds,
                 subtasks=guess.subtasks,
             )
@@ -123,6 +124,7 @@ def _dry_run(use: Resources, caller: Caller, raw: bytes) -> Plan:
         computed_tokens=sum(p.computed_tokens for p in passes),
         unfused_tokens=sum(p.unfused_tokens for p in passes),
         tokens_out=sum(p.tokens_out for p in passes),
+        pixels=sum(p.pixels for p in passes),
         # The passes share the devices, one after the other.
         seconds=_together([p.seconds for p in passes]),
         truncated_rows=round(len(too_long) * sample.rows_factor),

@@ -34,7 +34,7 @@ def convert_lite(weights: Path, folder: Path, *, side: int) -> None:
 
     found = _folded(_read(weights))
     try:
-        trunk = Lite.of(found)
+        Lite.of(found)
     except (KeyError, ValueError, RuntimeError) as error:
         raise SetupError(
             f"{weights.name}: no weights of an EfficientNet-Lite: {type(error).__name__}"
@@ -45,8 +45,6 @@ def convert_lite(weights: Path, folder: Path, *, side: int) -> None:
         "architectures": ["EfficientNetLite"],
         "image_size": side,
         "short_side": side + FRAME,
-        "dim": trunk.dim,
-        "stage_dim": trunk.stage_dim,
     }
     (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n", "utf-8")
     save_file(found, folder / "model.safetensors", metadata={"format": "pt"})
