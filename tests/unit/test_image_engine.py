@@ -11,12 +11,12 @@ import torch
 from safetensors.torch import save_file
 
 from motet.errors import SetupError
-from motet.protocol.columns import OK, CellError, Column, values
+from motet.protocol.columns import CellError, Column, values
 from motet.protocol.manifest import Manifest
 from motet.protocol.wire import TaskOrder
-from motet.tasks import Choose, Classify, Embed, Number, Task
+from motet.tasks import Classify, Embed, Number, Task
 from tests.nasty_pictures import halves, nasty, saved
-from tests.tiny_pictures import DIM, LABELS, SIDE, STAGE_DIM, a_lite, an_image_model, lite_weights, two_towers
+from tests.tiny_pictures import DIM, LABELS, SIDE, STAGE_DIM, a_lite, lite_weights
 from workers.engine import CannotLoad, Pass, Prepared
 from workers.engines.image import converting, seeing
 from workers.engines.image.classifier import ImageClassifierEngine
@@ -246,100 +246,6 @@ def test_classes_get_names_of_their_own() -> None:
         "crane (n4)",
         "tabby",
     )
-
-
-# -- models of transformers
-
-
-def test_a_classifier_answers_as_transformers_does(tmp_path: Path) -> None:
-    import transformers
-
-    folder = an_image_model(tmp_path, "vit")
-    model = described(folder)
-    engine = ImageClassifierEngine()
-    handle = engine.load(model.manifest, model.files, device="cpu", in_format="fp32")
-    column = seen(engine, handle, [order("c", Classify("tiny", scores=True), model.manifest)], PICTURES)["c"]
-
-    processor = transformers.AutoImageProcessor.from_pretrained(folder, backend="pil")
-    plain = transformers.AutoModelForImageClassification.from_pretrained(folder)
-    from motet.media.decoding import decode
-
-    pixels = processor(images=[decode(one, SIDE) for one in PICTURES], return_tensors="pt")
-    with torch.no_grad():
-        expected = plain(**pixels).logits.softmax(1).numpy()
-    found = np.array([list(every.values()) for _, _, every in values(column, model.manifest.labels)])
-    np.testing.assert_allclose(found, expected, atol=1e-4)
-    assert model.manifest.labels == LABELS
-    assert engine.among_others(handle, ()) < 1e-4
-
-
-def test_labels_that_repeat_are_told_apart_by_their_code(tmp_path: Path) -> None:
-    import json
-
-    folder = an_image_model(tmp_path, "resnet")
-    config = json.loads((folder / "config.json").read_text())
-    config["id2label"] = {"0": "crane", "1": "cat", "2": "crane"}
-    (folder / "config.json").write_text(json.dumps(config))
-    assert described(folder).manifest.labels == ("crane (0)", "cat", "crane (2)")
-
-
-@pytest.mark.parametrize("kind", ["clip", "siglip"])
-def test_two_towers_choose_among_labels_as_transformers_does(kind: str, tmp_path: Path) -> None:
-    import transformers
-    from tokenizers import Tokenizer
-
-    from motet.media.decoding import decode
-
-    folder = two_towers(tmp_path, kind)
-    model = described(folder)
-    assert (model.manifest.answers, model.manifest.reads) == ("match", "image")
-    engine = ImageEngine()
-    handle = engine.load(model.manifest, model.files, device="cpu", in_format="fp32")
-    labels = ("good weather", "a Monday", "bad")
-    tasks = [
-        order("c", Choose("tiny", labels=labels, about="{photo}", scores=True), model.manifest),
-        order("look", Embed("tiny"), model.manifest),
-    ]
-    columns = seen(engine, handle, tasks, PICTURES)
-
-    plain = transformers.AutoModel.from_pretrained(folder)
-    processor = transformers.AutoImageProcessor.from_pretrained(folder, backend="pil")
-    pixels = processor(images=[decode(one, SIDE) for one in PICTURES], return_tensors="pt")["pixel_values"]
-    tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
-    tokenizer.no_padding()
-    if kind == "siglip":
-        tokenizer.enable_padding(length=40, pad_id=0)
-    with torch.no_grad():
-        rows = [
-            plain(
-                pixel_values=pixels, input_ids=torch.tensor([tokenizer.encode(label.lower()).ids])
-            ).logits_per_image
-            if kind == "siglip"
-            else plain(
-                pixel_values=pixels, input_ids=torch.tensor([tokenizer.encode(label).ids])
-            ).logits_per_image
-            for label in labels
-        ]
-    logits = torch.cat(rows, 1)
-    expected = (logits.sigmoid() if kind == "siglip" else logits.softmax(1)).numpy()
-    found = np.array([list(every.values()) for _, _, every in values(columns["c"], labels)])
-    np.testing.assert_allclose(found, expected, atol=1e-4)
-    assert vectors(columns["look"]).shape == (len(PICTURES), model.manifest.dim)
-    assert columns["c"].status == bytes([OK]) * len(PICTURES)
-
-
-def test_a_model_whose_pictures_need_torchvision_is_refused_with_that_word(tmp_path: Path) -> None:
-    import json
-
-    a_lite(tmp_path)
-    (tmp_path / "config.json").write_text(
-        json.dumps({"model_type": "dinov3_vit", "architectures": ["DINOv3ViTModel"]})
-    )
-    (tmp_path / "preprocessor_config.json").write_text(
-        json.dumps({"image_processor_type": "DINOv3ViTImageProcessor"})
-    )
-    with pytest.raises(SetupError, match="torchvision"):
-        described(tmp_path)
 
 
 def test_numbers_and_one_pixel_pictures_are_seen(loaded: Trunk, lite: Described, tmp_path: Path) -> None:
