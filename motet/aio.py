@@ -17,7 +17,7 @@ from typing import TypeVar
 from motet.client import Client, Folds, Tasks
 from motet.feed import GRACE_S, AskedRow, Feed, late
 from motet.job import Job
-from motet.media.row_media import MEDIA_SIZE
+from motet.media.reading import MEDIA_SIZE
 from motet.messages.jobs import Priority
 from motet.results import Row
 from motet.rows import BadRows

@@ -23,7 +23,8 @@ from motet.errors import Conflict, InvalidJob, NotFound, Problem
 from motet.folds import Fold, parse_folds
 from motet.http import Address, BodyRefused, Http, json_of
 from motet.job import Job
-from motet.media.row_media import MEDIA_SIZE, MediaOptions, RowMedia
+from motet.media.reading import MEDIA_SIZE
+from motet.media.row_media import MediaOptions, RowMedia
 from motet.messages.cluster import Worker, WorkerList
 from motet.messages.jobs import JobList, JobRecord, Plan, PlanRequest, Priority, Submission
 from motet.messages.registry import Alias, Promotion

@@ -7,6 +7,7 @@ of msgpack (motet.protocol.envelope), in JSON the object ``{"medium": "<sha256>"
 
 from __future__ import annotations
 
+import builtins
 import hashlib
 import re
 import struct
@@ -51,7 +52,7 @@ class Medium:
     height: int | None = None
 
     @classmethod
-    def of(cls, data: bytes) -> Medium:
+    def of(cls, data: builtins.bytes) -> Medium:
         """What these bytes are, as far as their head tells. Reads no pixel, and never fails."""
         kind, size = measured(data)
         width, height = size or (None, None)

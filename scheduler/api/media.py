@@ -120,8 +120,8 @@ async def post_media(
 def _unpacked(use: Resources, tenant: UUID, raw: bytes, key: str | None) -> list[MediumRecord]:
     told = unpacked(raw)
     media = told.get("media") if isinstance(told, dict) else None
-    good = isinstance(media, list) and 0 < len(media) <= MAX_DIGESTS
-    if not good or not all(isinstance(one, bytes) for one in media):
+    good = isinstance(media, list) and all(isinstance(one, bytes) for one in media)
+    if not good or not 0 < len(media or ()) <= MAX_DIGESTS:
         raise InvalidJob(
             Problem(
                 "media",
@@ -130,7 +130,7 @@ def _unpacked(use: Resources, tenant: UUID, raw: bytes, key: str | None) -> list
                 'send msgpack of {"media": [bytes, …]}',
             )
         )
-    return _stored(use, tenant, media, key)
+    return _stored(use, tenant, media or [], key)
 
 
 def _stored(use: Resources, tenant: UUID, media: Sequence[bytes], key: str | None) -> list[MediumRecord]:

@@ -107,7 +107,8 @@ class Landed:
 
 
 _LOADING = text(
-    "SELECT id, tenant_id, fields, folds, bad_rows, priority, reuse, notify_when IS NOT NULL AS notifies FROM job"
+    "SELECT id, tenant_id, fields, folds, bad_rows, priority, reuse, notify_when IS NOT NULL AS notifies,"
+    " idempotency_key FROM job"
     " WHERE id = :job AND tenant_id = :tenant"
 )
 _READERS = text("""

@@ -7,6 +7,7 @@ which counts bytes, last; behind the job's row and shared columns.
 
 from __future__ import annotations
 
+import builtins
 from collections import Counter
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
@@ -28,13 +29,13 @@ _CLAIM_S = 600
 class NewMedium:
     """A medium on its way into the store."""
 
-    key: bytes
+    key: builtins.bytes
     media_type: str
     bytes: int
     width: int | None
     height: int | None
     #: Envelope of its bytes.
-    payload: bytes
+    payload: builtins.bytes
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
