@@ -19,9 +19,10 @@ from motet.protocol.columns import values
 from motet.protocol.manifest import Manifest
 from motet.protocol.wire import TaskOrder
 from motet.tasks import Choose, Classify, Embed, Task
-from tests.tiny_pictures import ARCHITECTURES, LABELS, SIDE, a_lite, an_image_model, two_towers
+from tests.tiny_pictures import ARCHITECTURES, LABELS, a_lite, an_image_model, two_towers
 from workers.engine import Pass, Prepared
 from workers.engines.image.classifier import ImageClassifierEngine
+from workers.engines.image.hub import _side
 from workers.engines.image.image import ImageEngine
 from workers.engines.image.pictures import trial_pictures
 from workers.registrar.describe import Described, describe_folder
@@ -64,7 +65,7 @@ def plain(folder: Path, auto: str) -> tuple[Any, Any]:
     """The model as transformers loads it, and what its own processor makes of our pictures."""
     processor = transformers.AutoImageProcessor.from_pretrained(folder, backend="pil")
     model = getattr(transformers, auto).from_pretrained(folder, dtype=torch.float32).eval()
-    return model, processor(images=[decode(one, SIDE) for one in PICTURES], return_tensors="pt")
+    return model, processor(images=[decode(one, _side(processor)) for one in PICTURES], return_tensors="pt")
 
 
 @pytest.mark.parametrize("kind", ARCHITECTURES)
@@ -115,7 +116,9 @@ def test_two_towers_choose_among_labels_as_transformers_does(kind: str, tmp_path
 
     plain = transformers.AutoModel.from_pretrained(folder)
     processor = transformers.AutoImageProcessor.from_pretrained(folder, backend="pil")
-    pixels = processor(images=[decode(one, SIDE) for one in PICTURES], return_tensors="pt")["pixel_values"]
+    pixels = processor(images=[decode(one, _side(processor)) for one in PICTURES], return_tensors="pt")[
+        "pixel_values"
+    ]
     tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
     tokenizer.no_padding()
     if kind == "siglip":

@@ -20,7 +20,7 @@ from motet.tasks import Classify, Embed, Task
 from motet.training.recipe import Recipe, Target
 from tests.unit.test_trainer import Memory, Stage
 from workers.engine import Pass, Prepared
-from workers.engines.image.image import ImageEngine, Trunk
+from workers.engines.image.image import ImageEngine, ImageTrunk
 from workers.registrar.describe import Described, describe_folder, read_head
 from workers.registrar.efficientnet import LITES, folders
 
@@ -54,7 +54,7 @@ def seen(
 ) -> list[Any]:
     trunk, head = lite0
     engine = ImageEngine()
-    handle: Trunk = engine.load(trunk.manifest, trunk.files, device="cpu", in_format=in_format)
+    handle: ImageTrunk = engine.load(trunk.manifest, trunk.files, device="cpu", in_format=in_format)
     model = head if isinstance(task, Classify) else trunk
     order = TaskOrder(name="t", spec=task.to_json(), manifest=model.manifest)
     engine.attach(handle, order, head.files)

@@ -20,7 +20,7 @@ from tests.tiny_pictures import DIM, LABELS, SIDE, STAGE_DIM, a_lite, lite_weigh
 from workers.engine import CannotLoad, Pass, Prepared
 from workers.engines.image import converting, seeing
 from workers.engines.image.classifier import ImageClassifierEngine
-from workers.engines.image.image import ImageEngine, Trunk
+from workers.engines.image.image import ImageEngine, ImageTrunk
 from workers.engines.image.lite import Lite
 from workers.engines.image.pictures import trial_pictures
 from workers.registrar.accuracy import compare_seeing
@@ -49,7 +49,7 @@ def lite(tmp_path_factory: pytest.TempPathFactory) -> Described:
 
 
 @pytest.fixture(scope="module")
-def loaded(lite: Described) -> Trunk:
+def loaded(lite: Described) -> ImageTrunk:
     return ImageEngine().load(lite.manifest, lite.files, device="cpu", in_format="fp32")
 
 
@@ -101,7 +101,7 @@ def test_the_folder_of_a_lite_says_what_it_reads_and_how_long_its_vectors_are(li
     assert m.trunk
 
 
-def test_a_picture_is_seen_alike_alone_and_among_others(loaded: Trunk, lite: Described) -> None:
+def test_a_picture_is_seen_alike_alone_and_among_others(loaded: ImageTrunk, lite: Described) -> None:
     engine, task = ImageEngine(), order("look", Embed("tiny", normalize=False), lite.manifest)
     together = vectors(seen(engine, loaded, [task], PICTURES)["look"])
     alone = np.concatenate([vectors(seen(engine, loaded, [task], [one])["look"]) for one in PICTURES])
@@ -113,7 +113,7 @@ def test_a_picture_is_seen_alike_alone_and_among_others(loaded: Trunk, lite: Des
 
 
 def test_heads_on_both_kinds_of_features_and_vectors_share_one_pass(
-    loaded: Trunk, lite: Described, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    loaded: ImageTrunk, lite: Described, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     engine = ImageEngine()
     last, stages = (
@@ -145,7 +145,7 @@ def test_heads_on_both_kinds_of_features_and_vectors_share_one_pass(
 
 
 def test_pictures_go_through_a_few_at_a_time_and_come_back_in_order(
-    loaded: Trunk, lite: Described, monkeypatch: pytest.MonkeyPatch
+    loaded: ImageTrunk, lite: Described, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     task = order("look", Embed("tiny"), lite.manifest)
     whole = vectors(seen(ImageEngine(), loaded, [task], PICTURES)["look"])
@@ -155,7 +155,7 @@ def test_pictures_go_through_a_few_at_a_time_and_come_back_in_order(
     )
 
 
-def test_what_is_no_picture_is_an_error_of_its_row_alone(loaded: Trunk, lite: Described) -> None:
+def test_what_is_no_picture_is_an_error_of_its_row_alone(loaded: ImageTrunk, lite: Described) -> None:
     pass_ = Pass(loaded, (order("look", Embed("tiny"), lite.manifest),), 0, values=(PICTURES[0], nasty()["svg"].data, "a text", None, PICTURES[1]))  # fmt: skip
     rows = ImageEngine().prepare(pass_, [""] * 5)
 
@@ -184,7 +184,7 @@ def test_vectors_of_another_length_than_the_manifest_says_are_refused(lite: Desc
 
 
 def test_a_head_made_for_the_last_features_does_not_fit_the_stages(
-    loaded: Trunk, lite: Described, tmp_path: Path
+    loaded: ImageTrunk, lite: Described, tmp_path: Path
 ) -> None:
     from dataclasses import replace
 
@@ -194,7 +194,7 @@ def test_a_head_made_for_the_last_features_does_not_fit_the_stages(
         ImageEngine().attach(loaded, order("a", Classify("last"), told), head.files)
 
 
-def test_bf16_answers_nearly_as_fp32_does(lite: Described, loaded: Trunk) -> None:
+def test_bf16_answers_nearly_as_fp32_does(lite: Described, loaded: ImageTrunk) -> None:
     engine, task = ImageEngine(), order("look", Embed("tiny"), lite.manifest)
     half = engine.load(lite.manifest, lite.files, device="cpu", in_format="bf16")
     exact, fast = (seen(engine, handle, [task], PICTURES)["look"] for handle in (loaded, half))
@@ -248,7 +248,7 @@ def test_classes_get_names_of_their_own() -> None:
     )
 
 
-def test_numbers_and_one_pixel_pictures_are_seen(loaded: Trunk, lite: Described, tmp_path: Path) -> None:
+def test_numbers_and_one_pixel_pictures_are_seen(loaded: ImageTrunk, lite: Described, tmp_path: Path) -> None:
     head = a_head(tmp_path / "one", lite.manifest, labels=("only",))
     from dataclasses import replace
 
