@@ -26,8 +26,8 @@ from workers.registrar.efficientnet import LITES, folders
 
 #: Of the digits these many are learned from, and tested.
 TRAIN, TEST = 700, 200
-#: Least accuracy by the last features, and by those of the stages.
-LAST, STAGES = 0.90, 0.95
+#: Least accuracy by the last features, and by those of the stages: of all 1,797 digits 0.958 and 0.991 were measured.
+LAST, STAGES = 0.88, 0.975
 
 
 @pytest.fixture(scope="module", autouse=True)
