@@ -37,7 +37,7 @@ _LEAVES = ("a path that leaves media_root", _INSIDE)
 _NO_FILE = ("a path at which there is no file", _INSIDE)
 
 
-class Folder:
+class MediaFolder:
     """One folder, and what lies below it. Several threads may read from it."""
 
     def __init__(self, root: str | os.PathLike[str]) -> None:

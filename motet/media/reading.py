@@ -22,7 +22,7 @@ from typing import Any, TypeAlias
 
 from motet.errors import InvalidJob, Problem, SetupError
 from motet.media.decoding import BAD_IMAGE, TOO_LARGE, BadMedium, decode
-from motet.media.folder import Folder, RefusedPath
+from motet.media.folder import MediaFolder, RefusedPath
 from motet.media.medium import MAX_MEDIUM_BYTES, UNKNOWN_TYPE, Medium, measured, reference
 from motet.protocol.values import Doubled, kind_of
 from motet.sources import OR_ERROR, Fault, Rows
@@ -91,7 +91,7 @@ class MediaReader:
                 )
             )
         self._names, self._ask_fields, self._size, self._keep = names, fields, size, keep
-        self._root = None if root is None else Folder(root)
+        self._root = None if root is None else MediaFolder(root)
         self._fields: Collection[str] | None = None
         self._lock = threading.Lock()
         self.read = MediaRead()

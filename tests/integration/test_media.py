@@ -148,7 +148,7 @@ def test_an_upload_that_broke_off_goes_on_and_sends_no_picture_twice(
         client.submit(claims / "claims.jsonl", TASKS, media_root=claims, key="k")
     assert len(kept(house)) == 2
     job = client.submit(claims / "claims.jsonl", TASKS, media_root=claims, key="k")
-    assert requests == [2, 2, 2, 2], "of six pictures two were stored before"
+    assert sum(requests) == 2 + 2 + 4, "of six pictures two were stored before"
     assert (job.rows, [refs for refs, _ in kept(house)]) == (10, [1] * 6)
 
 
