@@ -116,7 +116,7 @@ def _decode(pillow: Any, data: bytes, side: int | None) -> Image:
         with _one_at_a_time if width * height > LARGE else nullcontext():
             image.load()
             turn = _turn(image)
-            picture = _turned(pillow, _smaller(pillow, image, side, _to_rgb(pillow, image)), turn)
+            picture: Image = _turned(pillow, _smaller(pillow, image, side, _to_rgb(pillow, image)), turn)
     picture.info = {}  # where and with what it was taken is nobody's business behind here
     return picture
 

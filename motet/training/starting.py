@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 from uuid import UUID
@@ -13,7 +13,7 @@ from motet.job import Job
 from motet.protocol.manifest import Manifest, trainer_name
 from motet.rows import MAX_ROW_BYTES
 from motet.sources import Source
-from motet.tasks import Embed, Features, Fit, Task, short
+from motet.tasks import Embed, Features, Fit, short
 from motet.training.lesson import Learned, Lesson, read_lesson
 from motet.training.recipe import Recipe, Tune
 from motet.training.run import TrainRun
@@ -29,7 +29,8 @@ class Submits(Protocol):
 
     def models(self) -> list[Manifest]: ...
 
-    def submit(self, source: Any, tasks: Mapping[str, Task], **options: Any) -> Job: ...
+    @property
+    def submit(self) -> Callable[..., Job]: ...
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

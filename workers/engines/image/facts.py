@@ -10,14 +10,14 @@ from typing import Literal
 import torch
 
 from motet.protocol.manifest import Answer, Manifest
-from workers.engines.image.lite import Lite, Seen
+from workers.engines.image.lite import ImageVectors, Lite
 from workers.engines.image.preparing import patches
 from workers.engines.image.seeing import blank, load_trunk, processor_of
 from workers.engines.trunk import torch_errors
 
 
 @dataclass(frozen=True, slots=True)
-class Facts:
+class ImageFacts:
     """Of a trunk or two towers."""
 
     dim: int
@@ -27,7 +27,7 @@ class Facts:
     tokens: int
 
 
-def facts_of(files: Mapping[str, Path], answers: Answer) -> Facts:
+def facts_of(files: Mapping[str, Path], answers: Answer) -> ImageFacts:
     """Load it on the CPU and show it a picture. Raises CannotLoad, OutOfMemory."""
     # Whatever it is, its first token and their mean are of one length.
     model = Manifest(
@@ -38,11 +38,11 @@ def facts_of(files: Mapping[str, Path], answers: Answer) -> Facts:
     stages = isinstance(sight.model, Lite)
     with torch_errors(), torch.inference_mode():
         [seen] = sight.see([row], lambda pixels: sight.model(pixels, stages=stages))
-    assert isinstance(seen, Seen)
+    assert isinstance(seen, ImageVectors)
     pooling: Literal["mean", "cls", ""] = (
         "" if answers == "match" else "cls" if _has_cls(sight.model) else "mean"
     )
-    return Facts(
+    return ImageFacts(
         dim=seen.last.shape[1],
         stage_dim=0 if seen.stages is None else seen.stages.shape[1],
         pooling=pooling,

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from motet.protocol.manifest import Manifest
 from workers.engine import CannotLoad
-from workers.engines.image.lite import Seen
+from workers.engines.image.lite import ImageVectors
 from workers.engines.image.preparing import Pixels
 from workers.engines.trunk import load_transformer
 
@@ -141,8 +141,8 @@ class HubTrunk:
     def __init__(self, model: Any, pooling: str) -> None:
         self.loaded, self._pooling = model, pooling
 
-    def __call__(self, pixels: Tensor, *, stages: bool = False) -> Seen:
-        return Seen(pooled(self.loaded(pixel_values=pixels).last_hidden_state, self._pooling))
+    def __call__(self, pixels: Tensor, *, stages: bool = False) -> ImageVectors:
+        return ImageVectors(pooled(self.loaded(pixel_values=pixels).last_hidden_state, self._pooling))
 
 
 class TwoTowers:
@@ -163,8 +163,8 @@ class TwoTowers:
             pad = getattr(text, "pad_token_id", None) or 0
             self._tokenizer.enable_padding(length=self._most, pad_id=pad)
 
-    def __call__(self, pixels: Tensor, *, stages: bool = False) -> Seen:
-        return Seen(self._model.get_image_features(pixel_values=pixels).pooler_output.float())
+    def __call__(self, pixels: Tensor, *, stages: bool = False) -> ImageVectors:
+        return ImageVectors(self._model.get_image_features(pixel_values=pixels).pooler_output.float())
 
     def texts(self, texts: Sequence[str]) -> Tensor:
         """(n, dim) of unit length."""

@@ -10,7 +10,6 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal
 
 import torch
 from torch import Tensor
@@ -18,10 +17,11 @@ from torch import Tensor
 from motet.protocol.columns import CellError, Column
 from motet.protocol.manifest import Manifest
 from motet.protocol.wire import TaskOrder
+from motet.tasks import Features
 from workers.engine import CannotLoad, Pass, Prepared
 from workers.engines.answers import Floats, label_column, logits_column, vector_answer
 from workers.engines.heads import FUSED, Fused, Head, read_head
-from workers.engines.image.lite import Seen
+from workers.engines.image.lite import ImageVectors
 from workers.engines.image.pictures import trial_pictures
 from workers.engines.image.preparing import prepared
 from workers.engines.image.seeing import Sight, blank, joined, load_trunk, two_towers
@@ -31,12 +31,10 @@ from workers.engines.trunk import free_cache, torch_errors
 
 #: Sets of labels whose vectors are kept: each takes a few hundred kilobytes.
 LABEL_SETS = 256
-#: A task reads the last features, or those of the stages too.
-Source = Literal["last", "stages"]
 
 
 @dataclass(slots=True)
-class Trunk:
+class ImageTrunk:
     """A loaded trunk with its heads."""
 
     manifest: Manifest
@@ -55,8 +53,8 @@ class ImageEngine:
     def memory_mb(self, model: Manifest, in_format: str) -> int:
         return model.memory_mb(in_format)
 
-    def load(self, model: Manifest, files: Mapping[str, Path], *, device: str, in_format: str) -> Trunk:
-        handle = Trunk(model, load_trunk(model, files, device=device, in_format=in_format))
+    def load(self, model: Manifest, files: Mapping[str, Path], *, device: str, in_format: str) -> ImageTrunk:
+        handle = ImageTrunk(model, load_trunk(model, files, device=device, in_format=in_format))
         seen = self._seen(handle, [blank(handle.sight.preparation)], stages=bool(model.stage_dim))  # warm up
         stage_dim = 0 if seen.stages is None else seen.stages.shape[1]
         if (seen.last.shape[1], stage_dim) != (model.dim, model.stage_dim):
@@ -66,7 +64,7 @@ class ImageEngine:
             )
         return handle
 
-    def attach(self, handle: Trunk, task: TaskOrder, files: Mapping[str, Path]) -> None:
+    def attach(self, handle: ImageTrunk, task: TaskOrder, files: Mapping[str, Path]) -> None:
         if not task.manifest.trunk_model or task.manifest.digest in handle.heads:
             return
         trunk = handle.manifest
@@ -80,7 +78,7 @@ class ImageEngine:
         return prepared(sight.preparation, pass_.values or texts, sight.device)
 
     def run(self, pass_: Pass, batch: Sequence[Prepared]) -> Mapping[str, Column]:
-        handle: Trunk = pass_.handle
+        handle: ImageTrunk = pass_.handle
         asks_stages = any(source_of(task) == "stages" for task in pass_.tasks)
         seen = self._seen(handle, batch, stages=asks_stages)
         with torch_errors(), torch.inference_mode():
@@ -101,14 +99,14 @@ class ImageEngine:
             lo = hi
         return columns
 
-    def unload(self, handle: Trunk) -> None:
+    def unload(self, handle: ImageTrunk) -> None:
         handle.sight.model = None
         handle.heads.clear()
         handle.fused.clear()
         handle.texts.clear()
         free_cache(handle.sight.device)
 
-    def among_others(self, handle: Trunk, texts: Sequence[str]) -> float:
+    def among_others(self, handle: ImageTrunk, texts: Sequence[str]) -> float:
         """``Provable``: of the vectors of pictures, whatever the texts."""
         rows = [
             row
@@ -119,12 +117,12 @@ class ImageEngine:
         alone = torch.cat([self._seen(handle, [row], stages=False).last for row in rows])
         return max(apart(a, b) for a, b in zip(together[:, None], alone[:, None], strict=True))
 
-    def _seen(self, handle: Trunk, batch: Sequence[Prepared], *, stages: bool) -> Seen:
+    def _seen(self, handle: ImageTrunk, batch: Sequence[Prepared], *, stages: bool) -> ImageVectors:
         with torch_errors(), torch.inference_mode():
             return joined(handle.sight.see(batch, lambda pixels: handle.sight.model(pixels, stages=stages)))
 
     def _answers(
-        self, handle: Trunk, tasks: Sequence[TaskOrder], vectors: Tensor
+        self, handle: ImageTrunk, tasks: Sequence[TaskOrder], vectors: Tensor
     ) -> list[tuple[TaskOrder, Tensor]]:
         """(n, outputs) of each task that reads these vectors."""
         heads = [task for task in tasks if task.manifest.trunk_model]
@@ -136,14 +134,14 @@ class ImageEngine:
                 answers.append((task, vectors))
         return answers
 
-    def _fused(self, handle: Trunk, heads: Sequence[TaskOrder]) -> Fused:
+    def _fused(self, handle: ImageTrunk, heads: Sequence[TaskOrder]) -> Fused:
         key = tuple(task.manifest.digest for task in heads)
         if (known := handle.fused.get(key)) is None:
             known = Fused([handle.heads[digest] for digest in key])
             handle.fused.put(key, known)
         return known
 
-    def _fitting(self, handle: Trunk, task: TaskOrder, vectors: Tensor) -> Tensor:
+    def _fitting(self, handle: ImageTrunk, task: TaskOrder, vectors: Tensor) -> Tensor:
         towers = two_towers(handle.sight)
         assert towers is not None
         words = tuple(f"{task.spec.get('question', '')} {label}".strip() for label in task.spec["labels"])
@@ -152,7 +150,7 @@ class ImageEngine:
             handle.texts.put(words, known)
         return towers.logits(vectors, known)
 
-    def _column(self, handle: Trunk, task: TaskOrder, numbers: Floats) -> Column:
+    def _column(self, handle: ImageTrunk, task: TaskOrder, numbers: Floats) -> Column:
         if task.spec["kind"] == "choose":
             towers = two_towers(handle.sight)
             every = bool(task.spec.get("scores"))
@@ -160,7 +158,7 @@ class ImageEngine:
         return logits_column(task, numbers) if task.manifest.trunk_model else vector_answer(task, numbers)
 
 
-def source_of(task: TaskOrder) -> Source:
+def source_of(task: TaskOrder) -> Features:
     """Which features a task reads: a head those that it was trained on."""
     stages = task.manifest.pooling == "stages" or task.spec.get("features") == "stages"
     return "stages" if stages else "last"

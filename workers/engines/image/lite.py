@@ -25,7 +25,7 @@ GRID = 2
 Shape = tuple[int, ...]
 
 
-class Seen(NamedTuple):
+class ImageVectors(NamedTuple):
     """What a trunk says of pictures, in fp32."""
 
     #: (n, dim): the pooled last features.
@@ -52,7 +52,7 @@ class SameConv(nn.Conv2d):
         return super().forward(x)
 
 
-class Block(nn.Module):
+class LiteBlock(nn.Module):
     """An inverted residual block: wider, over the picture, narrower."""
 
     def __init__(self, shapes: Mapping[str, Shape], *, stride: int) -> None:
@@ -67,7 +67,8 @@ class Block(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         y = x if self.expand is None else f.relu6(self.expand(x), inplace=True)
         y = self.project(f.relu6(self.depthwise(y), inplace=True))
-        return x + y if self._adds else y
+        out: Tensor = x + y if self._adds else y
+        return out
 
 
 class Lite(nn.Module):
@@ -85,7 +86,9 @@ class Lite(nn.Module):
         if len(begins) != len(STRIDES):
             raise ValueError(f"{len(begins)} stages; expected {len(STRIDES)}")
         strides = dict(zip(begins, STRIDES, strict=True))
-        self.blocks = nn.ModuleList(Block(block, stride=strides.get(i, 1)) for i, block in enumerate(blocks))
+        self.blocks = nn.ModuleList(
+            LiteBlock(block, stride=strides.get(i, 1)) for i, block in enumerate(blocks)
+        )
         ends = [*(begin - 1 for begin in begins[1:]), count - 1]
         self._pooled = frozenset(ends[stage] for stage in POOLED)
         self.dim = shapes["head.weight"][0]
@@ -99,7 +102,7 @@ class Lite(nn.Module):
         model.load_state_dict(dict(weights), assign=True)
         return model.eval()
 
-    def forward(self, pixels: Tensor, *, stages: bool = False) -> Seen:
+    def forward(self, pixels: Tensor, *, stages: bool = False) -> ImageVectors:
         """``pixels``: (n, 3, side, side), from -1 to 1."""
         x = f.relu6(self.stem(pixels), inplace=True)
         found: list[Tensor] = []
@@ -108,7 +111,7 @@ class Lite(nn.Module):
             if stages and number in self._pooled:
                 found.append(f.adaptive_avg_pool2d(x.float(), GRID).flatten(1))
         last = f.relu6(self.head(x), inplace=True).mean((2, 3), dtype=torch.float32)
-        return Seen(last, torch.cat([*found, last], 1) if stages else None)
+        return ImageVectors(last, torch.cat([*found, last], 1) if stages else None)
 
 
 def _shapes_of(shapes: Mapping[str, Shape], number: int) -> dict[str, Shape]:

@@ -6,6 +6,7 @@ Numbers stay bytes of 0 to 255 until they are on the device: a quarter of what t
 from __future__ import annotations
 
 import os
+import warnings
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -29,6 +30,9 @@ NO_PICTURE = CellError(
 )
 
 Pixels = NDArray[Any]
+
+# What Pillow says of strangers' files belongs into no log.
+warnings.filterwarnings("ignore", module=r"PIL\b")
 
 
 class Preparation(Protocol):

@@ -14,7 +14,7 @@ from torch import Tensor
 from motet.protocol.manifest import Manifest
 from workers.engine import CannotLoad, DeviceBroken, OutOfMemory, Prepared
 from workers.engines.image.hub import TwoTowers, load_hub, processor_of, wrapped
-from workers.engines.image.lite import MODEL_TYPE, Lite, Seen
+from workers.engines.image.lite import MODEL_TYPE, ImageVectors, Lite
 from workers.engines.image.preparing import MiddleSquare, Preparation, chunks
 from workers.engines.trunk import DTYPES, cpu_computes, imitated, onto, torch_errors
 
@@ -120,7 +120,7 @@ def two_towers(sight: Sight) -> TwoTowers | None:
     return sight.model if isinstance(sight.model, TwoTowers) else None
 
 
-def joined(parts: Sequence[Seen]) -> Seen:
+def joined(parts: Sequence[ImageVectors]) -> ImageVectors:
     """The parts of a batch as one."""
     stages = [part.stages for part in parts if part.stages is not None]
-    return Seen(torch.cat([part.last for part in parts]), torch.cat(stages) if stages else None)
+    return ImageVectors(torch.cat([part.last for part in parts]), torch.cat(stages) if stages else None)
