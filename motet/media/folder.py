@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import stat
+import weakref
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
@@ -53,12 +54,12 @@ class MediaFolder:
                 "media_root", why, "a folder that can be read", "name the folder of the pictures"
             ) from None
         self._named = Path(os.path.abspath(root)).parts
+        # Also where nobody closes it, as the one of a feed that is forgotten.
+        self._ending = weakref.finalize(self, os.close, self._fd)
 
     def close(self) -> None:
         """Let go of it. Twice is harmless."""
-        if self._fd >= 0:
-            os.close(self._fd)
-            self._fd = -1
+        self._ending()
 
     def read(self, path: str, most: int = MAX_MEDIUM_BYTES) -> bytes:
         """The bytes of a plain file of at most ``most``. Raises RefusedPath."""
