@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import stat
+import weakref
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
@@ -37,7 +38,7 @@ _LEAVES = ("a path that leaves media_root", _INSIDE)
 _NO_FILE = ("a path at which there is no file", _INSIDE)
 
 
-class Folder:
+class MediaFolder:
     """One folder, and what lies below it. Several threads may read from it."""
 
     def __init__(self, root: str | os.PathLike[str]) -> None:
@@ -53,12 +54,12 @@ class Folder:
                 "media_root", why, "a folder that can be read", "name the folder of the pictures"
             ) from None
         self._named = Path(os.path.abspath(root)).parts
+        # Also where nobody closes it, as the one of a feed that is forgotten.
+        self._ending = weakref.finalize(self, os.close, self._fd)
 
     def close(self) -> None:
         """Let go of it. Twice is harmless."""
-        if self._fd >= 0:
-            os.close(self._fd)
-            self._fd = -1
+        self._ending()
 
     def read(self, path: str, most: int = MAX_MEDIUM_BYTES) -> bytes:
         """The bytes of a plain file of at most ``most``. Raises RefusedPath."""

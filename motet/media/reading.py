@@ -22,7 +22,7 @@ from typing import Any, TypeAlias
 
 from motet.errors import InvalidJob, Problem, SetupError
 from motet.media.decoding import BAD_IMAGE, TOO_LARGE, BadMedium, decode
-from motet.media.folder import Folder, RefusedPath
+from motet.media.folder import MediaFolder, RefusedPath
 from motet.media.medium import MAX_MEDIUM_BYTES, UNKNOWN_TYPE, Medium, measured, reference
 from motet.protocol.values import Doubled, kind_of
 from motet.sources import OR_ERROR, Fault, Rows
@@ -41,6 +41,8 @@ _AHEAD = 4 * _THREADS
 
 #: What a value may be where a picture is expected.
 EXPECTED = "a picture: bytes, a path below media_root, a PIL image, an array, or a data URL"
+#: Types whose values are no pictures by themselves.
+_PLAIN = frozenset({int, float, bool, type(None)})
 _ADDRESS = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*://|//")
 _DATA_URL = re.compile(r"data:([^,;]*)((?:;[^,;]*)*),", re.ASCII)
 
@@ -91,7 +93,7 @@ class MediaReader:
                 )
             )
         self._names, self._ask_fields, self._size, self._keep = names, fields, size, keep
-        self._root = None if root is None else Folder(root)
+        self._root = None if root is None else MediaFolder(root)
         self._fields: Collection[str] | None = None
         self._lock = threading.Lock()
         self.read = MediaRead()
@@ -112,16 +114,7 @@ class MediaReader:
         waiting: deque[tuple[Future[Any] | Any, int | None]] = deque()
         threads: ThreadPoolExecutor | None = None
         try:
-            while True:
-                try:
-                    row, line = next(rows)
-                except StopIteration:
-                    break
-                except InvalidJob:
-                    # What came before is told as well.
-                    while waiting:
-                        yield _done(waiting)
-                    raise
+            for row, line in rows:
                 found = self._found(row)
                 if not found and not waiting:
                     yield row, line
@@ -134,6 +127,11 @@ class MediaReader:
                     yield _done(waiting)
             while waiting:
                 yield _done(waiting)
+        except InvalidJob:
+            # What came before it is told as well.
+            while waiting:
+                yield _done(waiting)
+            raise
         finally:
             rows.close()
             if threads is not None:
@@ -150,13 +148,19 @@ class MediaReader:
 
     def _found(self, row: Any) -> list[str]:
         """The fields of a row that hold media."""
-        if not isinstance(row, Mapping) or isinstance(row, Doubled):
+        if (
+            type(row) is str
+            or type(row) is Doubled
+            or (type(row) is not dict and not isinstance(row, Mapping))
+        ):
             return []
         found = []
+        known = self._root is not None or self._fields is not None
         for name in self._names:
             value = row.get(name)
-            if type(value) is str and self._root is None and self._fields is None and value[:5] != "data:":
-                continue  # most values of most rows; a path that is none is refused by the server
+            # Most values of most rows. A path that is none is refused by the server.
+            if not known and ((kind := type(value)) in _PLAIN or (kind is str and value[:5] != "data:")):
+                continue
             if self._is_medium(name, value, name in row):
                 found.append(name)
         return found

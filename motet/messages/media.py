@@ -45,6 +45,7 @@ class MediumRecord(ApiMessage):
     bytes: int
     #: Pixels as its head tells them; null: not known.
     width: int | None = None
+    #: As ``width``.
     height: int | None = None
 
 
@@ -52,4 +53,5 @@ class MediumRecord(ApiMessage):
 class MediaStored(ApiMessage):
     """Media that are stored, now or before, in the order in which they came."""
 
+    #: A record of each.
     media: tuple[MediumRecord, ...]

@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
+from uuid import UUID
 
 import msgpack
 import pytest
@@ -20,6 +21,7 @@ from motet.media.medium import MAX_MEDIUM_BYTES, Medium
 from motet.protocol.envelope import unwrap
 from motet.protocol.manifest import Manifest
 from motet.protocol.wire import Assignment
+from motet.states import State
 from scheduler.blocks import decode_block
 from scheduler.payloads import Payloads
 from scheduler.store import endings, keeping, media, payload_rows, registry
@@ -129,6 +131,25 @@ def test_retention_takes_pictures_with_their_job(house: House, client: Client) -
     assert kept(house) == []
 
 
+def test_a_job_of_many_pictures_is_deleted_in_slices_of_these(
+    house: House, client: Client, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("motet.rows.BLOCK_ROWS", 4)
+    monkeypatch.setattr(endings, "SLICE_MEDIA", 3)
+    job = client.submit([{"photo": png(seed=n), "note": ""} for n in range(14)], TASKS)
+    assert [n for (n,) in house.sql("SELECT n_rows FROM block ORDER BY number")] == [4, 4, 4, 2]
+    at = UUID(job.id)
+    left = []
+    with house.database.transaction() as connection:
+        assert endings.end_job(connection, at, State.CANCELLED, "")
+    while not left or left[-1]:
+        with house.database.transaction() as connection:
+            whole = endings.delete_slice(connection, at)
+        left.append(len(kept(house)))
+        assert whole == (not left[-1])
+    assert left == [8, 4, 0]
+
+
 def test_an_upload_that_broke_off_goes_on_and_sends_no_picture_twice(
     house: House, client: Client, claims: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -148,7 +169,7 @@ def test_an_upload_that_broke_off_goes_on_and_sends_no_picture_twice(
         client.submit(claims / "claims.jsonl", TASKS, media_root=claims, key="k")
     assert len(kept(house)) == 2
     job = client.submit(claims / "claims.jsonl", TASKS, media_root=claims, key="k")
-    assert requests == [2, 2, 2, 2], "of six pictures two were stored before"
+    assert sum(requests) == 2 + 2 + 4, "of six pictures two were stored before"
     assert (job.rows, [refs for refs, _ in kept(house)]) == (10, [1] * 6)
 
 

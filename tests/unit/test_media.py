@@ -22,7 +22,7 @@ from PIL import Image
 
 from motet.errors import InvalidJob
 from motet.media.fields import media_fields
-from motet.media.folder import Folder, RefusedPath
+from motet.media.folder import MediaFolder, RefusedPath
 from motet.media.medium import MAX_MEDIUM_BYTES, UNKNOWN_TYPE, Medium, measured, reference
 from motet.media.reading import MediaReader
 from motet.protocol.envelope import BadMessage, pack, unpack
@@ -344,7 +344,7 @@ def test_a_path_that_is_swapped_while_it_is_opened_leads_nowhere(claims: Path) -
     (other).write_bytes(png())
     thread = threading.Thread(target=swap)
     thread.start()
-    folder = Folder(claims)
+    folder = MediaFolder(claims)
     try:
         for _ in range(1000):
             try:
@@ -360,7 +360,7 @@ def test_a_path_that_is_swapped_while_it_is_opened_leads_nowhere(claims: Path) -
 @pytest.mark.parametrize("root", ["nowhere", "a.png", "with\0nul"])
 def test_a_root_that_is_no_folder_is_refused_by_name(claims: Path, root: str) -> None:
     with pytest.raises(InvalidJob, match="media_root"):
-        Folder(f"{claims}/{root}")
+        MediaFolder(f"{claims}/{root}")
 
 
 # -- sizes

@@ -1001,14 +1001,17 @@ def test_an_idle_executor_has_nothing_to_do(house: House) -> None:
 # -- media
 
 
+@dataclass
 class Eyes(FakeEngine):
     """Answers each picture with its bytes' number."""
 
+    prepared: list[list[str]] = field(default_factory=list)
+
     def prepare(self, pass_: Pass, texts: Sequence[str]) -> list[Prepared | CellError]:
-        self.batches.append(list(texts))
+        self.prepared.append(list(texts))
         if any(value == b"panic" for value in pass_.values):
             raise ValueError("a picture that must not be logged")
-        return [Prepared(row, 1, False, value) for row, value in enumerate(pass_.values)]
+        return [Prepared(row, 1, False, "x" * len(value)) for row, value in enumerate(pass_.values)]
 
 
 def seeing(*pictures: bytes, stored: bool = True) -> tuple[House, list[Medium]]:
@@ -1029,7 +1032,7 @@ def test_an_engine_is_given_the_bytes_of_media_fetched_once_under_the_lease() ->
     house, media = seeing(b"one", b"three", b"sevenup")
     order = an_order(*(one.text for one in [*media, media[0]]), values=(*media, media[0]))
     house.submit(order)
-    assert not house.engine.batches, "they are fetched while the model is not even loaded"
+    assert not house.engine.loads, "they are fetched while the model is not even loaded"
     house.steps()
     assert numbers_of(house) == [3.0, 5.0, 7.0, 3.0]
     asked = [set(asked) for asked, _ in house.pictures.asked]
@@ -1069,7 +1072,8 @@ def test_rows_whose_medium_cannot_be_had_are_lost_for_now_and_others_are_not(
     assert list(values(column))[::2] == [3.0, 3.0]
     lost = column.errors[1]
     assert (lost.error, lost.retriable) == ("lost_medium", True)
-    assert len(house.engine.batches[-1]) == 2, "the engine never saw the row"
+    assert isinstance(house.engine, Eyes)
+    assert len(house.engine.prepared[-1]) == 2, "the engine never saw the row"
 
 
 def test_a_picture_that_breaks_the_engine_is_the_one_row_at_fault() -> None:
