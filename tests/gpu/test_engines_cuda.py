@@ -283,13 +283,13 @@ def test_a_language_model_has_what_others_leave_and_gives_it_back(tmp_path: Path
 
 
 def test_pictures_look_on_a_gpu_as_they_do_on_a_cpu(tmp_path: Path) -> None:
-    trunk = describe_folder(a_lite(tmp_path), name="tiny", version="1", licence="", source={})
+    lite = describe_folder(a_lite(tmp_path), name="tiny", version="1", licence="", source={})
     engine, pictures = ImageEngine(), trial_pictures(12)
     task = Embed("tiny", input="{photo}", features="stages")
-    order = TaskOrder(name="look", spec=task.to_json(), manifest=trunk.manifest)
+    order = TaskOrder(name="look", spec=task.to_json(), manifest=lite.manifest)
     found = {}
     for device in ("cpu", GPU):
-        handle = engine.load(trunk.manifest, trunk.files, device=device, in_format="fp32")
+        handle = engine.load(lite.manifest, lite.files, device=device, in_format="fp32")
         pass_ = Pass(handle, (order,), 0, values=pictures)
         rows = [row for row in engine.prepare(pass_, [""] * len(pictures)) if isinstance(row, Prepared)]
         found[device] = np.array(list(values(engine.run(pass_, rows)["look"])))
