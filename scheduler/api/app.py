@@ -62,7 +62,6 @@ _NO_NEWS = frozenset({"/healthz", "/readyz", "/metrics", ASK, *(PREFIX + path fo
 #: In the order of the API's description.
 _ROUTES = (
     opening, parts, asks, jobs, planning, activity, explain, results, fits, models, aliases, blobs, media, tokens, webhooks, cluster, doctor,
-    media,
     metrics,
 )  # fmt: skip
 
