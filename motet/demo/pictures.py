@@ -19,6 +19,7 @@ from motet.cli.show import console, result_table
 from motet.demo.stage import DemoStage, Story, staged, told_of
 from motet.errors import SetupError
 from motet.job import Job
+from motet.media.sheet import contact_sheet
 from motet.messages.jobs import Plan
 from motet.results import Row
 from motet.tasks import Classify, Embed, Task
@@ -47,9 +48,9 @@ PHOTOGRAPHS: Mapping[str, frozenset[str]] = {
 }
 #: Shares of a photograph that a row shows of each side.
 _SHOWN = (0.6, 1.0)
-#: Pixels of the longer side of a row's picture, and of a picture on the sheet with the words below it.
-_SIDE, _THUMB, _WORDS = 400, 96, 14
-_COLUMNS, _ROWS_SHOWN = 20, 8
+#: Pixels of the longer side of a row's picture.
+_SIDE = 400
+_ROWS_SHOWN = 8
 
 
 @dataclass(frozen=True, slots=True)
@@ -131,23 +132,6 @@ def _run_job(stage: DemoStage, chosen: Sequence[PictureRow]) -> dict[str, Any]:
 def _words(row: Row) -> str:
     cell = row["object"]
     return f"{cell} {cell.score:.2f}" if cell.ok else "–"
-
-
-def contact_sheet(photos: Sequence[bytes], words: Sequence[str]) -> Image:
-    """All pictures in small, each with its words below."""
-    image = _pillow()
-    from PIL import ImageDraw
-
-    step = _THUMB + _WORDS
-    sheet = image.new("RGB", (_COLUMNS * _THUMB, -(-len(photos) // _COLUMNS) * step), "white")
-    draw = ImageDraw.Draw(sheet)
-    for number, (photo, said) in enumerate(zip(photos, words, strict=True)):
-        small = image.open(io.BytesIO(photo))
-        small.thumbnail((_THUMB - 4, _THUMB - 4))
-        left, top = number % _COLUMNS * _THUMB, number // _COLUMNS * step
-        sheet.paste(small, (left + (_THUMB - small.width) // 2, top + (_THUMB - small.height) // 2))
-        draw.text((left + 3, top + _THUMB - 1), said[:15], fill="black", font_size=10)
-    return sheet
 
 
 def _measure(

@@ -15,6 +15,7 @@ from sklearn.datasets import load_digits
 
 from motet import datasets
 from motet.demo import pictures
+from motet.media.sheet import contact_sheet
 from motet.protocol.columns import values
 from motet.protocol.wire import TaskOrder
 from motet.tasks import Classify, Embed, Task
@@ -136,7 +137,7 @@ def test_the_demo_cuts_out_the_same_pictures_each_time_and_draws_them_on_one_she
     assert rows == pictures.choose(21)
     assert len({row.photo for row in rows}) == 21
 
-    sheet = pictures.contact_sheet([row.photo for row in rows], [row.of for row in rows])
+    sheet = contact_sheet([row.photo for row in rows], [row.of for row in rows])
 
     assert sheet.size == (20 * 96, 2 * 110)
     assert np.asarray(sheet)[:110, :96].min() < 255, "the first picture is there"
