@@ -14,6 +14,7 @@ from PIL import Image
 from sklearn.datasets import load_digits
 
 from motet import datasets
+from motet.demo import pictures
 from motet.protocol.columns import values
 from motet.protocol.wire import TaskOrder
 from motet.tasks import Classify, Embed, Task
@@ -26,8 +27,8 @@ from workers.registrar.efficientnet import LITES, folders
 
 #: Of the digits these many are learned from, and tested.
 TRAIN, TEST = 700, 200
-#: Least accuracy by the last features, and by those of the stages.
-LAST, STAGES = 0.90, 0.95
+#: Least accuracy by the last features, and by those of the stages: of all 1,797 digits 0.958 and 0.991 were measured.
+LAST, STAGES = 0.88, 0.975
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -128,3 +129,15 @@ def _accuracy(trunk: Described, vectors: Any, truth: Sequence[str], features: An
         )
     )
     return float(made["scores"]["digit"]["accuracy"])
+
+
+def test_the_demo_cuts_out_the_same_pictures_each_time_and_draws_them_on_one_sheet() -> None:
+    rows = pictures.choose(21)
+    assert rows == pictures.choose(21)
+    assert len({row.photo for row in rows}) == 21
+
+    sheet = pictures.contact_sheet([row.photo for row in rows], [row.of for row in rows])
+
+    assert sheet.size == (20 * 96, 2 * 110)
+    assert np.asarray(sheet)[:110, :96].min() < 255, "the first picture is there"
+    assert np.asarray(sheet)[110:, 96:].min() == 255, "and nothing behind the last one"
