@@ -20,6 +20,7 @@ from motet.job import Job
 from motet.media.reading import MEDIA_SIZE
 from motet.messages.jobs import Priority
 from motet.results import Row
+from motet.row_stream import RowStream
 from motet.rows import BadRows
 from motet.told import TextDelta
 
@@ -87,7 +88,12 @@ class AsyncFeed:
         drop_late: bool = True,
     ) -> AsyncGenerator[TextDelta, None]:
         """The row's text as it is written, as ``Feed.stream``. Close it, or cancel whoever awaits it, to give the row up."""
-        with self.feed.stream(row, task=task, within_s=within_s, key=key, drop_late=drop_late) as deltas:
+        feed = self.feed
+
+        def begin() -> RowStream:
+            return feed.stream(row, task=task, within_s=within_s, key=key, drop_late=drop_late)
+
+        with await _apart(begin) if feed.holds_media(row) else begin() as deltas:
             while (delta := await _apart(lambda: next(deltas, None))) is not None:
                 yield delta
 

@@ -16,7 +16,7 @@ import msgpack
 from fastapi import Header, Path, Request, Response
 from starlette.concurrency import run_in_threadpool
 
-from motet.errors import InvalidJob, Problem
+from motet.errors import InvalidJob, NotFound, Problem
 from motet.media.medium import MAX_MEDIUM_BYTES, SHA256, Medium
 from motet.messages.media import MAX_DIGESTS, MediaQuery, MediaStored, MediumRecord, MissingMedia
 from motet.protocol.envelope import unwrap, wrap
@@ -86,9 +86,7 @@ async def put_medium(
     request: Request, use: Use, caller: Caller, sha256: MediumPath, idempotency_key: UploadKey = None
 ) -> MediumRecord:
     if not SHA256.fullmatch(sha256):
-        raise InvalidJob(
-            Problem("sha256", "another form", "64 lower-case hex digits", "send the sha256 of the bytes")
-        )
+        raise NotFound("a picture is named by its sha256, 64 lower-case hex digits")
     await run_in_threadpool(use.door.admit, interactive=False, uploading=True)
     try:
         async with whole_body(request, use, MAX_MEDIUM_BYTES) as raw:

@@ -100,7 +100,7 @@ def _open(use: Resources, tenant: UUID, raw: bytes, key: str | None) -> Response
         )
     asked = read_submission(Submission, json_body(raw), max_tasks=use.settings.max_tasks)
     status = 201 if asked.said.rows is None else 202
-    with use.database.transaction() as connection:
+    with use.database.reading() as connection:
         before = opening.opened_before(connection, tenant, key, asked.digest) if key else None
         if before is not None:
             return reply(describe(store.job_entry(connection, tenant, before)), status)
@@ -140,7 +140,7 @@ def _secret_for(use: Resources, tenant: UUID, incoming: Incoming) -> bytes:
     """The tenant's key of digests, where some row refers to a medium; else nothing."""
     if not any(True for values in incoming.columns.values() for _ in media_in(values)):
         return b""
-    with use.database.transaction() as connection:
+    with use.database.reading() as connection:
         return secret_of(connection, tenant)
 
 
@@ -157,7 +157,7 @@ class FoundModels:
 
 def models_of(use: Resources, asked: CheckedSubmission[Submission]) -> FoundModels:
     """Look the models of a submission up."""
-    with use.database.transaction() as connection:
+    with use.database.reading() as connection:
         wanted = {ref for task in asked.tasks.values() for ref in task.registered}
         found = find_models(connection, wanted)
         trunks = find_models(connection, {m.manifest.trunk_model for m in found.values()} - {""})

@@ -281,7 +281,7 @@ def test_bad_uploads_are_refused_by_name(house: House) -> None:
 
     packed = {"Content-Type": "application/msgpack"}
     refused("PUT", f"/v1/media/{'0' * 64}", 422, "another digest", content=data)
-    refused("PUT", "/v1/media/nothing", 422, "64 lower-case hex digits", content=data)
+    refused("PUT", "/v1/media/nothing", 404, "64 lower-case hex digits", content=data)
     refused("PUT", f"/v1/media/{hashlib.sha256(b'').hexdigest()}", 422, "no bytes", content=b"")
     refused(
         "PUT", f"/v1/media/{sha256}", 413, "make the picture smaller", content=b"0" * (MAX_MEDIUM_BYTES + 1)

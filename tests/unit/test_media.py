@@ -27,7 +27,7 @@ from motet.media.medium import MAX_MEDIUM_BYTES, UNKNOWN_TYPE, Medium, measured,
 from motet.media.reading import MediaReader
 from motet.protocol.envelope import BadMessage, pack, unpack
 from motet.protocol.manifest import Manifest
-from motet.protocol.values import NoValue, clean, column_type, plain_text
+from motet.protocol.values import NoValue, clean, column_type, json_value, plain_text
 from motet.rows import Part, cut, survey
 from motet.tasks import Choose, Classify
 from scheduler.api.rows import read_columns, read_rows
@@ -111,6 +111,7 @@ def test_a_medium_is_a_value_with_a_type_of_its_own_and_never_its_bytes() -> Non
     assert clean(medium) == medium
     assert column_type([medium, None]) == "medium"
     assert plain_text(medium) == f"medium:{medium.sha256[:16]} (image/png, 320x256)"
+    assert json_value(medium) == plain_text(medium), "also where rows are told to people"
     assert reference(json.loads(json.dumps(medium.to_json()))) == medium
     assert reference({"medium": "x"}) is reference("medium") is None
     with pytest.raises(NoValue, match="inside a list"):
