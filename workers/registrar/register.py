@@ -228,13 +228,13 @@ class Registry:
         if new and proving and "fp32" not in plan.formats:
             _check_unproved(new, plan)
         writes = trunk.answers == "text"
-        texts = SENTENCES if not writes else FEW if trunk.parameters else VERY_FEW
+        texts: Sequence[str] = SENTENCES if not writes else FEW if trunk.parameters else VERY_FEW
         pictures: Sequence[bytes] = ()
         if trunk.reads != "text":
             from workers.engines.image.pictures import trial_pictures
 
             pictures = trial_pictures(TRIED_PICTURES)
-            texts = [""] * len(pictures)
+            texts = ("",) * len(pictures)
         asked = {model.manifest.ref: _try_out(model.manifest) for model in models}
         outcomes: dict[str, _Outcome] = {}
         if plan.device is not None:
