@@ -350,7 +350,7 @@ def _of_array(array: Any, size: int | None) -> bytes:
     try:
         from PIL import Image
     except ImportError:
-        raise SetupError("arrays become pictures with Pillow; pip install pillow") from None
+        raise SetupError("arrays become pictures with Pillow; pip install 'motet[media]'") from None
     import numpy
 
     return _of_pil(Image.fromarray(numpy.ascontiguousarray(array)), size)
