@@ -1,4 +1,4 @@
-"""The cluster of a demo, which is stopped whatever happens, and the story that it prints."""
+"""The cluster of a demo or an application, which is stopped whatever happens, and the story that it prints."""
 
 from __future__ import annotations
 
@@ -19,52 +19,84 @@ from motet.job import Job
 from motet.messages.jobs import Plan, count
 from motet.states import LIVE
 from motet.tasks import Task
+from motet.training.epochs import score_words
+from motet.training.lesson import Learned
+from motet.training.run import TrainRun
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
 
+#: Texts, or rows of fields.
+Rows = Sequence[str] | Sequence[Mapping[str, Any]]
 #: Every demo's job is called so.
-NAME = "motet demo"
+DEMO = "motet demo"
 #: Seconds to wait for all workers: the plan estimates with those that are ready.
 _WORKERS_S = 20.0
 
 
 @dataclass(slots=True)
-class DemoStage:
-    """Where a demo plays."""
+class Stage:
+    """Where a demo or an application plays."""
 
     client: Client
+    #: An administrator's, to register what was trained or fitted.
+    admin: Client
     data: Path
     story: Story
+    #: Every job is called so.
+    name: str = DEMO
     #: Id of the job that it ran, for the commands that are shown at the end.
     job: str = ""
 
-    def plan(self, texts: Sequence[str], tasks: Mapping[str, Task]) -> Plan:
-        """Plan the demo's job, and draw it."""
+    def plan(self, rows: Rows, tasks: Mapping[str, Task]) -> Plan:
+        """Plan a job, and draw it."""
         with self.story.phase("planning") as note:
-            plan = self.client.plan(texts, tasks)
+            plan = self.client.plan(rows, tasks)
             note(plan_line(plan))
         self.story.show(plan_picture(plan, width=console().width))
         return plan
 
-    def run(self, texts: Sequence[str], tasks: Mapping[str, Task]) -> tuple[Job, float]:
+    def run(self, rows: Rows, tasks: Mapping[str, Task]) -> tuple[Job, float]:
         """Run it: the ended job, and its seconds. Raises JobFailed."""
         start = time.monotonic()
-        # Without reuse, so that every run of the demo computes; with it, the second one would only look up.
+        # Without reuse, so that every run computes; with it, the second one would only look up.
         with self.story.phase("running the job", slow=True) as note:
             progress = False if self.story.quiet else None
-            job = self.client.submit(texts, tasks, name=NAME, reuse=False, progress=progress)
+            job = self.client.submit(rows, tasks, name=self.name, reuse=False, progress=progress)
             _follow(job, self.story)
             seconds = time.monotonic() - start
             note(str(job.progress))
         self.job = job.id
         return job, seconds
 
+    def train(
+        self,
+        name: str,
+        *,
+        trunk: str,
+        tasks: Mapping[str, Learned],
+        train: Rows,
+        test: Rows,
+        text: str = "text",
+        licence: str = "",
+    ) -> dict[str, Task]:
+        """Learn heads on a frozen trunk and register them; return the tasks that ask them. Raises as ``Client.train``."""
+        with self.story.phase(f"training {name} on {count(len(train), 'row')}", slow=True) as note:
+            progress = False if self.story.quiet else None
+            run = self.client.train(
+                name=name, trunk=trunk, tasks=tasks, train=train, test=test, text=text, licence=licence,
+                progress=progress,
+            )  # fmt: skip
+            _follow(run.job, self.story)
+            told = "; ".join(f"{task} {score_words(s)}" for task, s in run.answer()["scores"].items())
+            note(f"{name}: {told}")
+        return TrainRun(self.admin.job(run.job.id), name, list(tasks)).tasks()
+
 
 @contextmanager
 def staged(
-    data: Path, story: Story, *, cpus: int, keep: bool, models: Sequence[str] = ()
-) -> Iterator[DemoStage]:
+    data: Path, story: Story, *, cpus: int, keep: bool, models: Sequence[str] = (), name: str = DEMO
+) -> Iterator[Stage]:
     """A cluster of its own with its workers ready, and stopped at the end; with ``keep`` at Ctrl-C.
 
     ``models``: what is registered beside the models that motet ships; see ``Cluster``.
@@ -76,17 +108,20 @@ def staged(
         cluster.start()
         note(f"ready at {cluster.url}; logs in {data / 'logs'}")
     try:
-        with Client(cluster.url, cluster.tokens["user"]) as client:
-            _cancel_unfinished(client, story)
+        with (
+            Client(cluster.url, cluster.tokens["user"]) as client,
+            Client(cluster.url, cluster.tokens["admin"]) as admin,
+        ):
+            _cancel_unfinished(client, story, name)
             _await_workers(client, cpus, story)
-            stage = DemoStage(client, data, story)
+            stage = Stage(client, admin, data, story, name)
             yield stage
         if keep:
             story.say(f"\nthe cluster runs on at {cluster.url}, until Ctrl-C; in another shell:")
             story.command(f"{_shell(data)} {program()} jobs")
             _until_interrupted()
     finally:
-        with story.phase("ending the demo", slow=True) as note:
+        with story.phase(f"ending {name}", slow=True) as note:
             cluster.stop()
             note("everything is stopped")
     if not keep:
@@ -97,7 +132,7 @@ def staged(
 
 
 def told_of(job: Job, seconds: float) -> dict[str, Any]:
-    """What every demo measures of its job."""
+    """What is measured of every job."""
     return {
         "job": job.id,
         "state": job.state,
@@ -123,13 +158,13 @@ def _follow(job: Job, story: Story) -> None:
     job.wait()
 
 
-def _cancel_unfinished(client: Client, story: Story) -> None:
-    """End what a demo that was killed has left: it would take the workers from this one."""
-    left = [job for state in LIVE for job in client.jobs(state) if job.name == NAME]
+def _cancel_unfinished(client: Client, story: Story, name: str) -> None:
+    """End what one that was killed has left: it would take the workers from this one."""
+    left = [job for state in LIVE for job in client.jobs(state) if job.name == name]
     for job in left:
         job.cancel()
     if left:
-        story.say(f"         cancelled {count(len(left), 'job')} of an earlier demo")
+        story.say(f"         cancelled {count(len(left), 'job')} of an earlier {name.removeprefix('motet ')}")
 
 
 def _await_workers(client: Client, wanted: int, story: Story) -> None:

@@ -1,0 +1,58 @@
+"""Figures with 95 % intervals for what no job answered: baselines, rivals, rules. A job's own are ``Job.evaluate``'s."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Hashable, Sequence
+
+import numpy as np
+
+from motet.evaluation import Estimate, bootstrap, macro_f1, wilson
+from motet.evaluation.intervals import percentiles
+from motet.evaluation.measures import Float64s
+
+
+def share(right: Sequence[bool]) -> Estimate:
+    """The share of rows that are right, with Wilson's interval."""
+    if not right:
+        return Estimate(None)
+    return Estimate(sum(right) / len(right), *wilson(sum(right), len(right)))
+
+
+def accuracy(truth: Sequence[Hashable], said: Sequence[Hashable | None]) -> Estimate:
+    """The share of rows whose answer is the truth. None is wrong."""
+    return share([a == b for a, b in zip(truth, said, strict=True)])
+
+
+def label_f1(truth: Sequence[str], said: Sequence[str | None]) -> Estimate:
+    """Macro F1, as `motet evaluate` has it, with a bootstrap over rows."""
+    return resampled(lambda rows: macro_f1([truth[i] for i in rows], [said[i] for i in rows]), len(truth))
+
+
+def mean(values: Sequence[float]) -> Estimate:
+    """The mean of one value a row, such as a hit or NDCG, with a bootstrap over rows."""
+    at = np.asarray(values, np.float64)
+    if not len(at):
+        return Estimate(None)
+    drawn = bootstrap(lambda weights: np.array([weights @ at / len(at)]), np.ones(len(at), np.int64))
+    return Estimate(float(at.mean()), *percentiles(drawn)[0])
+
+
+def resampled(figure: Callable[[Sequence[int]], float], rows: int, *, resamples: int = 500) -> Estimate:
+    """A figure of some rows, given by their numbers (with repetition), with a bootstrap over rows.
+
+    ``figure`` is called once with all rows in order and ``resamples`` times with drawn ones; NaN where it is not defined.
+    """
+    if not rows:
+        return Estimate(None)
+
+    def of(weights: Float64s) -> Float64s:
+        return np.array([figure(np.repeat(np.arange(rows), weights.astype(int)).tolist())])
+
+    drawn = bootstrap(of, np.ones(rows, np.int64), resamples=resamples)
+    return Estimate(figure(range(rows)), *percentiles(drawn)[0])
+
+
+def commonest(train: Sequence[str]) -> str:
+    """The label that a model which knows nothing would always say."""
+    return Counter(train).most_common(1)[0][0]
