@@ -19,7 +19,14 @@ ALL = "all"
 
 
 def play(
-    name: str, *, data: Path, cpus: int, quick: bool, keep: bool = False, live: bool = False, quiet: bool = False
+    name: str,
+    *,
+    data: Path,
+    cpus: int,
+    quick: bool,
+    keep: bool = False,
+    live: bool = False,
+    quiet: bool = False,
 ) -> dict[str, Any]:
     """Run an application, or ``all``, on a cluster in ``data``; return its outcome as JSON, by application for ``all``.
 

@@ -9,12 +9,16 @@ from __future__ import annotations
 import csv
 import io
 import json
+import math
 import random
+import re
+import tarfile
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from importlib.resources import files
 from typing import Any
 
+from motet import datasets
 from motet.apps.data.files import DataFile, Download, located
 from motet.templates import filled
 
@@ -47,6 +51,14 @@ class Question:
 
     text: str
     intent: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Felt:
+    """A text, and the mood that people read in it: ``negative``, ``neutral`` or ``positive``."""
+
+    text: str
+    mood: str
 
 
 def dialogues() -> tuple[list[Dialogue], list[Dialogue]]:
@@ -129,3 +141,29 @@ QUESTIONS = DataFile(
     published="Banking77 (github.com/PolyAI-LDN/task-specific-datasets)",
     make=_make_questions,
 )
+
+
+def felt_texts() -> list[Felt]:
+    """Tweets and product reviews whose mood people rated, those that the shipped head did not learn from. Raises SetupError."""
+    _, held_out = datasets.split(datasets.vader())
+    return [
+        Felt(text=one.text, mood=_mood(one.mean, 0.5))
+        for one in held_out
+        if one.domain in ("tweet", "product")
+    ]
+
+
+def by_word_list(texts: Sequence[str]) -> list[str]:
+    """Their moods by VADER's list of rated words alone: the sum of what they say, squeezed into -1 to 1. Raises SetupError."""
+    with tarfile.open(datasets.fetch(datasets.VADER)) as archive:
+        [member] = [one for one in archive.getmembers() if one.name.endswith("/vader_lexicon.txt")]
+        listed = archive.extractfile(member)
+        assert listed is not None
+        lines = [line.split("\t") for line in listed.read().decode("utf-8").splitlines() if line.strip()]
+    felt = {word: float(rating) for word, rating, *_ in lines}
+    sums = [sum(felt.get(word, 0.0) for word in re.findall(r"[\w']+", text.lower())) for text in texts]
+    return [_mood(said / math.sqrt(said * said + 15), 0.05) for said in sums]
+
+
+def _mood(value: float, least: float) -> str:
+    return "positive" if value >= least else "negative" if value <= -least else "neutral"
