@@ -85,3 +85,21 @@ def words_alone(train: Sequence[str], labels: Sequence[str], test: Sequence[str]
     means /= np.maximum(np.linalg.norm(means, axis=1, keepdims=True), 1e-12)
     nearest = (vectors([Counter(split(text.lower())) for text in test]) @ means.T).argmax(1)
     return [kinds[at] for at in nearest]
+
+
+def chrf(right: str, said: str, *, most: int = 6, beta: float = 2.0) -> float:
+    """How alike two texts are, 0 to 1: the F score of their n-grams of 1 to ``most`` letters (Popović, chrF, WMT 2015)."""
+    a, b = ("".join(text.split()) for text in (right, said))
+    precisions, recalls = [], []
+    for n in range(1, most + 1):
+        there, got = (Counter(text[i : i + n] for i in range(len(text) - n + 1)) for text in (a, b))
+        if there and got:
+            common = (there & got).total()
+            precisions.append(common / got.total())
+            recalls.append(common / there.total())
+    if not precisions:
+        return float(a == b)
+    precision, recall = sum(precisions) / len(precisions), sum(recalls) / len(recalls)
+    if precision + recall == 0:
+        return 0.0
+    return (1 + beta**2) * precision * recall / (beta**2 * precision + recall)
