@@ -66,9 +66,12 @@ def question_score(stage: Stage, trunk: str) -> Score:
     )
 
 
-def mood_score(stage: Stage) -> Score:
-    """Mood on texts that people have rated: tweets and product reviews that the shipped head did not learn from."""
-    felt = customers.felt_texts()
+def mood_score(stage: Stage, most: int | None = None) -> Score:
+    """Mood on texts that people have rated: tweets and product reviews that the shipped head did not learn from.
+
+    ``most``: so many of them, or all.
+    """
+    felt = customers.felt_texts()[:most]
     texts, truth = [one.text for one in felt], [one.mood for one in felt]
     job, _ = stage.run(texts, {"mood": Classify("review-sentiment")}, "the rated texts")
     return Score(

