@@ -19,7 +19,14 @@ ALL = "all"
 
 
 def play(
-    name: str, *, data: Path, cpus: int, quick: bool, keep: bool = False, live: bool = False, quiet: bool = False
+    name: str,
+    *,
+    data: Path,
+    cpus: int,
+    quick: bool,
+    keep: bool = False,
+    live: bool = False,
+    quiet: bool = False,
 ) -> dict[str, Any]:
     """Run an application, or ``all``, on a cluster in ``data``; return its outcome as JSON, by application for ``all``.
 
@@ -32,9 +39,16 @@ def play(
         raise SetupError(f"--live: {name} has nothing live; leave it out")
     story = Story(quiet)
     registers = dict.fromkeys(line for one in applications.values() for line in one.registers)
+    settings = {key: value for one in applications.values() for key, value in one.settings.items()}
     told: dict[str, Any] = {}
     with staged(
-        data, story, cpus=cpus, keep=keep, models=tuple(registers), name=f"motet app {name}"
+        data,
+        story,
+        cpus=cpus,
+        keep=keep,
+        models=tuple(registers),
+        name=f"motet app {name}",
+        settings=settings,
     ) as stage:
         for one, application in applications.items():
             folder = data / "apps" / one
