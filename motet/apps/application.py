@@ -78,6 +78,8 @@ class Application:
     registers: tuple[str, ...] = ()
     #: Settings of its cluster's processes, by the names of their variables.
     settings: Mapping[str, str] = field(default_factory=dict)
+    #: Modules without which it cannot run -> the packages that bring them.
+    needs: Mapping[str, str] = field(default_factory=dict)
     #: Plays on after ``run`` until it is told to stop; None where there is nothing live.
     live: Callable[[Stage, Asked], None] | None = None
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from motet.evaluation.intervals import Estimate
+from motet.evaluation import Estimate, TaskEvaluation
 from motet.pages import COLOURS, environment
 
 #: Pixels: the plot of a panel, and the room left of, above and below it.
@@ -57,6 +57,17 @@ def draw(path: Path, title: str, panels: Sequence[Panel]) -> Path:
     template = environment().get_template("chart.svg")
     path.write_text(template.render(title=title, panels=drawn, width=left, height=height), "utf-8")
     return path
+
+
+def matrix_of(task: TaskEvaluation, most: int) -> list[Matrix]:
+    """The confusion matrix of a task's ``most`` frequent labels; nothing where it has none."""
+    if task.confusion is None:
+        return []
+    frequent = sorted(task.labels, key=lambda label: -label.support)[:most]
+    at = [task.confusion.labels.index(one.label) for one in frequent]
+    counts = [[task.confusion.counts[i][j] for j in at] for i in at]
+    title = f"{task.task}: the {len(at)} most frequent of {len(task.labels)} labels"
+    return [Matrix(title, [one.label for one in frequent], counts)]
 
 
 def _lines(panel: Lines) -> dict[str, Any]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +38,11 @@ def play(
     applications = {one: find(one) for one in names}
     if live and (name == ALL or applications[name].live is None):
         raise SetupError(f"--live: {name} has nothing live; leave it out")
+    missing = {p for one in applications.values() for m, p in one.needs.items() if find_spec(m) is None}
+    if missing:
+        raise SetupError(
+            f"{name} needs packages that are not installed here; pip install {' '.join(sorted(missing))}"
+        )
     story = Story(quiet)
     registers = dict.fromkeys(line for one in applications.values() for line in one.registers)
     settings = {key: value for one in applications.values() for key, value in one.settings.items()}

@@ -56,11 +56,11 @@ class Stage:
         self.story.show(plan_picture(plan, width=console().width))
         return plan
 
-    def run(self, rows: Rows, tasks: Mapping[str, Task]) -> tuple[Job, float]:
+    def run(self, rows: Rows, tasks: Mapping[str, Task], what: str = "the job") -> tuple[Job, float]:
         """Run it: the ended job, and its seconds. Raises JobFailed."""
         start = time.monotonic()
         # Without reuse, so that every run computes; with it, the second one would only look up.
-        with self.story.phase("running the job", slow=True) as note:
+        with self.story.phase(f"running {what}", slow=True) as note:
             progress = False if self.story.quiet else None
             job = self.client.submit(rows, tasks, name=self.name, reuse=False, progress=progress)
             _follow(job, self.story)

@@ -297,7 +297,9 @@ class Cluster:
                 env = {**worker, "MOTET_TOKEN": self.tokens["admin"], "MOTET_CACHE_DIR": cache}
                 what = "the model and its heads" if builtin else f"what {option} names"
                 words = f"registering {what} (once)"
-                self._run_once("register", words, self.command("workers", "register", *shlex.split(option)), env)
+                self._run_once(
+                    "register", words, self.command("workers", "register", *shlex.split(option)), env
+                )
                 done.touch()
         client = {"url": self.url, "token": self.tokens["user"], "admin_token": self.tokens["admin"]}
         write_private(self.data / "client.json", json.dumps(client))
