@@ -76,6 +76,8 @@ class Application:
     run: Callable[[Stage, Asked], Outcome]
     #: What is registered beside the models that motet ships: arguments of `motet models add`, a line each.
     registers: tuple[str, ...] = ()
+    #: Settings of its cluster's processes, by the names of their variables.
+    settings: Mapping[str, str] = field(default_factory=dict)
     #: Modules without which it cannot run -> the packages that bring them.
     needs: Mapping[str, str] = field(default_factory=dict)
     #: Plays on after ``run`` until it is told to stop; None where there is nothing live.

@@ -45,9 +45,16 @@ def play(
         )
     story = Story(quiet)
     registers = dict.fromkeys(line for one in applications.values() for line in one.registers)
+    settings = {key: value for one in applications.values() for key, value in one.settings.items()}
     told: dict[str, Any] = {}
     with staged(
-        data, story, cpus=cpus, keep=keep, models=tuple(registers), name=f"motet app {name}"
+        data,
+        story,
+        cpus=cpus,
+        keep=keep,
+        models=tuple(registers),
+        name=f"motet app {name}",
+        settings=settings,
     ) as stage:
         for one, application in applications.items():
             folder = data / "apps" / one

@@ -95,16 +95,23 @@ class Stage:
 
 @contextmanager
 def staged(
-    data: Path, story: Story, *, cpus: int, keep: bool, models: Sequence[str] = (), name: str = DEMO
+    data: Path,
+    story: Story,
+    *,
+    cpus: int,
+    keep: bool,
+    models: Sequence[str] = (),
+    name: str = DEMO,
+    settings: Mapping[str, str] | None = None,
 ) -> Iterator[Stage]:
     """A cluster of its own with its workers ready, and stopped at the end; with ``keep`` at Ctrl-C.
 
-    ``models``: what is registered beside the models that motet ships; see ``Cluster``.
+    ``models``: what is registered beside the models that motet ships; ``settings``: of its processes; see ``Cluster``.
     """
     from motet.local.cluster import Cluster
 
     with story.phase(f"starting Postgres, Valkey, API, scheduler and {cpus} CPU workers", slow=True) as note:
-        cluster = Cluster(data, cpus=cpus, port=0, models=models)
+        cluster = Cluster(data, cpus=cpus, port=0, models=models, settings=settings)
         cluster.start()
         note(f"ready at {cluster.url}; logs in {data / 'logs'}")
     try:

@@ -108,9 +108,14 @@ class Cluster:
         port: int = 8700,
         flower_port: int | None = None,
         models: Sequence[str] = (),
+        settings: Mapping[str, str] | None = None,
     ) -> None:
-        """``models``: lines of options of `python -m workers register`, each run once beside ``--builtin``."""
+        """``models``: lines of options of `python -m workers register`, each run once beside ``--builtin``.
+
+        ``settings``: variables of its processes, in place of those of the environment.
+        """
         self.data = data.resolve()
+        self._settings = dict(settings or {})
         self._models = ("--builtin", *models)
         self._workers = [*(("--cpus", str(cpus)) if cpus else ()), *(("--gpus", gpus) if gpus else ())]
         self._port = port
@@ -382,7 +387,7 @@ class Cluster:
             if name not in foreign and not name.startswith("PG")
         }
         given = {f"MOTET_{name}": value for name, value in settings.items()}
-        return env | given | {MARK: str(self.data), "PYTHONUNBUFFERED": "1"}
+        return env | self._settings | given | {MARK: str(self.data), "PYTHONUNBUFFERED": "1"}
 
     def _log(self, name: str) -> Path:
         return self.data / "logs" / f"{name}.log"

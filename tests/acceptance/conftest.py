@@ -20,7 +20,8 @@ def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
     with pytest.MonkeyPatch.context() as patch:
         patch.syspath_prepend(modules)
         patch.setenv("PYTHONPATH", os.pathsep.join(filter(None, (modules, os.environ.get("PYTHONPATH")))))
-        with Cluster(data, cpus=2, port=0) as running:
+        # An application's webhook is received on this machine.
+        with Cluster(data, cpus=2, port=0, settings={"MOTET_WEBHOOK_HOSTS": "127.0.0.1"}) as running:
             yield running
 
 
