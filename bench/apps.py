@@ -12,6 +12,7 @@ from typing import Any
 
 from harness import Size, cluster_folder, finish, options
 
+from motet.apps.data.customers import felt_texts
 from motet.apps.run import play
 from motet.apps.support_scores import mood_score
 from motet.demo.stage import Story, staged
@@ -35,7 +36,7 @@ def every(folder: Path, *, quick: bool) -> dict[str, Any]:
 
 def few(folder: Path) -> dict[str, Any]:
     with staged(folder, Story(quiet=True), cpus=1, keep=False, name="bench apps") as stage:
-        return {"support": {"scores": [mood_score(stage, FEW).to_json()]}}
+        return {"support": {"scores": [mood_score(stage, felt_texts()[:FEW]).to_json()]}}
 
 
 if __name__ == "__main__":

@@ -38,7 +38,11 @@ _LENGTHS, _ARTICLES, _QUICK = (2000, 4000), 60, 12
 
 
 def run(stage: Stage, asked: Asked) -> Outcome:
-    articles = choose(_QUICK if asked.quick else _ARTICLES)
+    return digest(stage, asked, choose(_QUICK if asked.quick else _ARTICLES))
+
+
+def digest(stage: Stage, asked: Asked, articles: Sequence[LabelledText]) -> Outcome:
+    """Ask all prompts about each article, together and then apart."""
     texts = [one.text for one in articles]
     stage.plan(texts, {**PROMPTS, **HEAD})
     job, seconds = stage.run(texts, {**PROMPTS, **HEAD}, f"{len(PROMPTS)} prompts together")

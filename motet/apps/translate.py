@@ -30,7 +30,11 @@ _ASKED, _QUICK, _SHOWN = 60, 16, 8
 
 
 def run(stage: Stage, asked: Asked) -> Outcome:
-    pairs = translations.sentences()
+    return translate(stage, asked, translations.sentences())
+
+
+def translate(stage: Stage, asked: Asked, pairs: Sequence[translations.Pair]) -> Outcome:
+    """Translate the sentences, and set what comes out beside what people said."""
     most = _QUICK if asked.quick else _ASKED
     rows = [{"text": one.english, "ask": at < most} for at, one in enumerate(pairs)]
     stage.plan(rows, TASKS)

@@ -34,6 +34,7 @@ def with_functions(folder: Path) -> str:
     (package / "METADATA").write_text("Metadata-Version: 2.1\nName: acceptance-functions\nVersion: 1.0\n")
     (package / "entry_points.txt").write_text(
         "[motet.engines]\ntold = acceptance_functions:told\nrecommend = recommend:recommend\nnames = acceptance_functions:Names\n"
+        "capitals = acceptance_functions:capitals\n"
     )
     return str(folder)
 

@@ -59,6 +59,22 @@ class Felt:
 
     text: str
     mood: str
+    #: What a list of rated words says of it.
+    listed: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Said:
+    """All of it, each set as (to learn from, to test with) where there is something to learn."""
+
+    dialogues: tuple[Sequence[Dialogue], Sequence[Dialogue]]
+    questions: tuple[Sequence[Question], Sequence[Question]]
+    felt: Sequence[Felt]
+
+
+def said() -> Said:
+    """Everything that the application reads, with 30 questions of each intent to learn from. Raises SetupError."""
+    return Said(dialogues=dialogues(), questions=questions(each=30), felt=felt_texts())
 
 
 def dialogues() -> tuple[list[Dialogue], list[Dialogue]]:
@@ -146,10 +162,11 @@ QUESTIONS = DataFile(
 def felt_texts() -> list[Felt]:
     """Tweets and product reviews whose mood people rated, those that the shipped head did not learn from. Raises SetupError."""
     _, held_out = datasets.split(datasets.vader())
+    rated = [one for one in held_out if one.domain in ("tweet", "product")]
+    listed = by_word_list([one.text for one in rated])
     return [
-        Felt(text=one.text, mood=_mood(one.mean, 0.5))
-        for one in held_out
-        if one.domain in ("tweet", "product")
+        Felt(text=one.text, mood=_mood(one.mean, 0.5), listed=by_list)
+        for one, by_list in zip(rated, listed, strict=True)
     ]
 
 
