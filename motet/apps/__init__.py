@@ -4,11 +4,11 @@ How one is made. ``motet/apps/NAME.py`` tells the story from top to bottom and e
 
     APPLICATION = Application(run=run, registers=("--function support-urgency --try none",), live=live)
 
-    def run(stage: Stage, asked: Asked) -> Outcome: ...
+    def run(stage: StagedCluster, asked: RunOptions) -> AppOutcome: ...
 
 ``run`` reads its data (``motet/apps/data/``, ``motet.datasets``), trains with ``stage.train(...)``, runs its job with
 ``stage.run(rows, tasks)``, prints with ``stage.story``, draws into ``asked.folder`` (``motet.apps.pictures``) and returns
-the ``Outcome``: scores, each beside its baselines (``motet.apps.scores``). The frame starts and stops the cluster, prints the
+the ``AppOutcome``: scores, each beside its baselines (``motet.apps.scores``). The frame starts and stops the cluster, prints the
 scores and writes the JSON. A Function that it registers is a plain function in ``motet/apps/functions/``, named as an
 entry point of the group ``motet.engines`` in pyproject.toml. A line for it stands in ``SENTENCES`` below.
 """

@@ -7,12 +7,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from motet.demo.stage import Stage
+from motet.demo.stage import StagedCluster
 from motet.evaluation.intervals import Estimate
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Asked:
+class RunOptions:
     """How an application shall run."""
 
     #: Where it writes its pictures and results; it is there.
@@ -49,7 +49,7 @@ class Score:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Outcome:
+class AppOutcome:
     """What an application measured."""
 
     scores: tuple[Score, ...] = ()
@@ -73,7 +73,7 @@ class Outcome:
 class Application:
     """One application, as its module ends in it."""
 
-    run: Callable[[Stage, Asked], Outcome]
+    run: Callable[[StagedCluster, RunOptions], AppOutcome]
     #: What is registered beside the models that motet ships: arguments of `motet models add`, a line each.
     registers: tuple[str, ...] = ()
     #: Settings of its cluster's processes, by the names of their variables.
@@ -81,7 +81,7 @@ class Application:
     #: Modules without which it cannot run -> the packages that bring them.
     needs: Mapping[str, str] = field(default_factory=dict)
     #: Plays on after ``run`` until it is told to stop; None where there is nothing live.
-    live: Callable[[Stage, Asked], None] | None = None
+    live: Callable[[StagedCluster, RunOptions], None] | None = None
 
 
 def _told(estimate: Estimate) -> dict[str, float | None]:

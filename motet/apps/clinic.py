@@ -11,7 +11,7 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 
-from motet.apps.application import Application, Asked, Outcome
+from motet.apps.application import Application, AppOutcome, RunOptions
 from motet.apps.clinic_scores import Cohort, extraction, found_by_model, ranking, ranking_ms
 from motet.apps.data.hpo import Ontology, ontology
 from motet.apps.data.patients import HARD, STANDARD, Patient, patients
@@ -19,7 +19,7 @@ from motet.apps.functions import diseases
 from motet.apps.functions.findings import ASSISTS, lexicon
 from motet.apps.pictures import Bars, draw
 from motet.cli.show import cut, table
-from motet.demo.stage import Stage, told_of
+from motet.demo.stage import StagedCluster, told_of
 from motet.results import Row
 from motet.tasks import Extract, Function, Generate, Task
 
@@ -62,7 +62,7 @@ def tasks(lexicon_ref: str, diseases_ref: str) -> dict[str, Task]:
     }
 
 
-def run(stage: Stage, asked: Asked) -> Outcome:
+def run(stage: StagedCluster, asked: RunOptions) -> AppOutcome:
     with stage.story.phase("reading the Human Phenotype Ontology") as note:
         known = ontology()
         note(
@@ -71,7 +71,7 @@ def run(stage: Stage, asked: Asked) -> Outcome:
     return assist(stage, asked, known)
 
 
-def assist(stage: Stage, asked: Asked, known: Ontology, count: int = PATIENTS) -> Outcome:
+def assist(stage: StagedCluster, asked: RunOptions, known: Ontology, count: int = PATIENTS) -> AppOutcome:
     """The application on this ontology, with ``count`` synthetic patients of each difficulty."""
     hard, standard = (patients(known, count, difficulty=one, seed=1) for one in (HARD, STANDARD))
     every, told = [*hard, *standard], TOLD_QUICK if asked.quick else TOLD
@@ -100,7 +100,7 @@ def assist(stage: Stage, asked: Asked, known: Ontology, count: int = PATIENTS) -
     each_ms = ranking_ms(shown_by, answers[:100])
     stage.story.say(f"ranking takes {each_ms:.1f} ms a patient on one core; {ASSISTS}")
     bars = {f"{score.name}": score.estimate for score in scores}
-    return Outcome(
+    return AppOutcome(
         scores=scores,
         unmeasured={
             "real notes": "all patients are synthetic",
@@ -117,7 +117,7 @@ def assist(stage: Stage, asked: Asked, known: Ontology, count: int = PATIENTS) -
     )
 
 
-def _show(stage: Stage, known: Ontology, every: Sequence[Patient], answers: Sequence[Row]) -> None:
+def _show(stage: StagedCluster, known: Ontology, every: Sequence[Patient], answers: Sequence[Row]) -> None:
     """Notes with their findings side by side, and the candidates for each."""
     for row in answers:
         patient, found, ranked = every[row.index], row["findings"].value, row["ranked"].value

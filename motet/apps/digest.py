@@ -8,17 +8,21 @@ from __future__ import annotations
 
 import random
 from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING
 
 from motet import datasets
 from motet.apps import scores
-from motet.apps.application import Application, Asked, Outcome, Score
+from motet.apps.application import Application, AppOutcome, RunOptions, Score
 from motet.apps.pictures import Bars, draw
 from motet.cli.show import cut, table
 from motet.datasets import LabelledText
-from motet.demo.stage import Stage, told_of
+from motet.demo.stage import StagedCluster, told_of
 from motet.evaluation import Estimate
 from motet.results import Row
 from motet.tasks import Choose, Classify, Generate, Task
+
+if TYPE_CHECKING:
+    from rich.table import Table
 
 WRITER = "smollm2-135m"
 TOPICS = ("business", "entertainment", "politics", "sport", "tech")
@@ -37,23 +41,24 @@ _SAME = {"sports": "sport"}
 _LENGTHS, _ARTICLES, _QUICK = (2000, 4000), 60, 12
 
 
-def run(stage: Stage, asked: Asked) -> Outcome:
+def run(stage: StagedCluster, asked: RunOptions) -> AppOutcome:
     return digest(stage, asked, choose(_QUICK if asked.quick else _ARTICLES))
 
 
-def digest(stage: Stage, asked: Asked, articles: Sequence[LabelledText]) -> Outcome:
+def digest(stage: StagedCluster, asked: RunOptions, articles: Sequence[LabelledText]) -> AppOutcome:
     """Ask all prompts about each article, together and then apart."""
     texts = [one.text for one in articles]
-    stage.plan(texts, {**PROMPTS, **HEAD})
-    job, seconds = stage.run(texts, {**PROMPTS, **HEAD}, f"{len(PROMPTS)} prompts together")
+    stage.plan(texts, PROMPTS)
+    job, seconds = stage.run(texts, PROMPTS, f"{len(PROMPTS)} prompts together")
     rows = list(job.results())
     stage.story.show(_table(rows))
+    headed, _ = stage.run(texts, HEAD, "the shipped head")
     together = job.usage
     apart = [stage.run(texts, {name: task}, f"{name} apart") for name, task in PROMPTS.items()]
     apart_s, apart_busy_s = sum(s for _, s in apart), sum(one.usage["busy_s"] for one, _ in apart)
 
     truth = [one.label for one in articles]
-    head = [_SAME.get(str(row["head"]), str(row["head"])) if row["head"].ok else None for row in rows]
+    head = [_SAME.get(str(row["head"]), str(row["head"])) for row in headed.results()]
     topic = Score(
         name="topic, by the language model",
         figure="accuracy",
@@ -69,7 +74,7 @@ def digest(stage: Stage, asked: Asked, articles: Sequence[LabelledText]) -> Outc
         f"{together['busy_s']:.1f} device-seconds together, {apart_busy_s:.1f} apart"
     )
     bars = {"together": Estimate(together["busy_s"]), "each prompt apart": Estimate(apart_busy_s)}
-    return Outcome(
+    return AppOutcome(
         scores=(topic,),
         unmeasured={
             "headlines, summaries, names": "nobody has judged them, and 135 million parameters are few"
@@ -102,13 +107,12 @@ def choose(articles: int) -> list[LabelledText]:
     return picked[:articles]
 
 
-def _table(rows: Sequence[Row], most: int = 8) -> object:
+def _table(rows: Sequence[Row], most: int = 8) -> Table:
     return table(
-        ("!topic", "!head", "headline", "summary", "who"),
+        ("!topic", "headline", "summary", "who"),
         (
             (
                 str(row["topic"]),
-                str(row["head"]),
                 *(cut(str(row[name]), 60) for name in ("headline", "summary", "who")),
             )
             for row in rows[:most]

@@ -11,14 +11,14 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from motet.apps.application import Application, Asked, Outcome
+from motet.apps.application import Application, AppOutcome, RunOptions
 from motet.apps.data import movielens
 from motet.apps.data.movielens import Ratings, Viewer
 from motet.apps.films_scores import LENGTHS, WAYS, measure
 from motet.apps.functions.films import fit
 from motet.apps.pictures import draw
 from motet.cli.show import table
-from motet.demo.stage import Stage, told_of
+from motet.demo.stage import StagedCluster, told_of
 from motet.job import Job
 from motet.tasks import Embed, Function, Generate, Task
 
@@ -27,7 +27,7 @@ ENCODER, LLM, ARTEFACT = "all-MiniLM-L6-v2", "smollm2-135m", "films"
 TOLD, TOLD_QUICK = 12, 3
 
 
-def run(stage: Stage, asked: Asked) -> Outcome:
+def run(stage: StagedCluster, asked: RunOptions) -> AppOutcome:
     with stage.story.phase("reading MovieLens") as note:
         known = movielens.ratings()
         tested = [viewer for viewer in known.viewers if viewer.hidden is not None]
@@ -37,7 +37,7 @@ def run(stage: Stage, asked: Asked) -> Outcome:
     return recommend(stage, asked, known)
 
 
-def recommend(stage: Stage, asked: Asked, known: Ratings) -> Outcome:
+def recommend(stage: StagedCluster, asked: RunOptions, known: Ratings) -> AppOutcome:
     """The application on these films and viewers."""
     films = list(known.films.values())
     embedded, seconds = stage.run([film.row() for film in films], items())
@@ -53,7 +53,7 @@ def recommend(stage: Stage, asked: Asked, known: Ratings) -> Outcome:
     _show(stage, job, known, tested, told)
 
     found = measure(job, known, tested)
-    return Outcome(
+    return AppOutcome(
         scores=found.scores(),
         unmeasured={"the sentence why": "nobody has said which reasons are good ones"},
         measured={
@@ -102,7 +102,7 @@ def row_of(known: Ratings, viewer: Viewer, *, told: bool) -> dict[str, Any]:
     }
 
 
-def _show(stage: Stage, job: Job, known: Ratings, tested: Sequence[Viewer], told: int) -> None:
+def _show(stage: StagedCluster, job: Job, known: Ratings, tested: Sequence[Viewer], told: int) -> None:
     """The ten films of those viewers whom the language model wrote to."""
     for row in job.results(["all_hybrid", "fresh", "why"]):
         if row.index >= min(told, 3):

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from motet.cli.show import cut, table
-from motet.demo.stage import Stage
+from motet.demo.stage import StagedCluster
 from motet.errors import MotetError
 from motet.results import Row
 from motet.tasks import Task
@@ -79,7 +79,7 @@ def written(path: Path, rows: Sequence[Row]) -> Path:
     return path
 
 
-def converse(stage: Stage, tasks: Mapping[str, Task]) -> None:
+def converse(stage: StagedCluster, tasks: Mapping[str, Task]) -> None:
     """Answer each typed turn as a row of an open job, and tell where its queue is; an empty line begins with another customer."""
     story, messages = stage.story, list[dict[str, str]]()
     with stage.client.open(tasks, name=stage.name) as feed:
@@ -100,7 +100,8 @@ def converse(stage: Stage, tasks: Mapping[str, Task]) -> None:
                 ) as said:
                     for _ in said:
                         pass
-                    row = said.row
+                row = said.row
+                assert row is not None, "it is there behind the last of its text"
             except MotetError as error:
                 story.say(f"no answer: {error}")
                 messages.pop()

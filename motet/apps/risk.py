@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 from motet.apps import risk_cards
-from motet.apps.application import Application, Asked, Outcome
+from motet.apps.application import Application, AppOutcome, RunOptions
 from motet.apps.data import credit
 from motet.apps.data.cards import Payment, payments
 from motet.apps.data.credit import NUMBERS, WORDS, Loan, loans
@@ -23,7 +23,7 @@ from motet.apps.pictures import Lines, draw
 from motet.apps.risk_scores import Warned, of_loans, of_news
 from motet.cli.show import cut, table
 from motet.datasets import LabelledText
-from motet.demo.stage import Stage
+from motet.demo.stage import StagedCluster
 from motet.tasks import Classify, Function, Generate, Task
 from motet.training.lesson import Labels
 
@@ -34,7 +34,7 @@ OF_EACH = 120
 NOTED, NOTED_QUICK, LIVE, LIVE_QUICK = 40, 12, 600, 300
 
 
-def run(stage: Stage, asked: Asked) -> Outcome:
+def run(stage: StagedCluster, asked: RunOptions) -> AppOutcome:
     with stage.story.phase("reading loans and news, making payments") as note:
         book, (learned, news), stream = loans(), r8(), payments()
         note(f"{len(book):,} loans, {len(learned) + len(news):,} news, {len(stream):,} simulated payments")
@@ -42,13 +42,13 @@ def run(stage: Stage, asked: Asked) -> Outcome:
 
 
 def warn(
-    stage: Stage,
-    asked: Asked,
+    stage: StagedCluster,
+    asked: RunOptions,
     book: Sequence[Loan],
     learned: Sequence[LabelledText],
     news: Sequence[LabelledText],
     stream: Sequence[Payment],
-) -> Outcome:
+) -> AppOutcome:
     """The application on this data."""
     on_loans = credit_desk(stage, asked, book)
     on_news = news_desk(stage, learned, news)
@@ -60,7 +60,7 @@ def warn(
         Lines("loans: what mistakes cost", on_loans.curves, x="threshold"),
         Lines("cards: of 100 payments, simulated", risk_cards.alerts_a_day(on_cards), x="day"),
     ]
-    return Outcome(
+    return AppOutcome(
         scores=(*on_loans.scores, *on_news.scores),
         unmeasured={"alerts on cards": "the payments are simulated", "notes": "no officer has judged them"},
         measured={"cards": on_cards.to_json()},
@@ -68,7 +68,7 @@ def warn(
     )
 
 
-def credit_desk(stage: Stage, asked: Asked, book: Sequence[Loan]) -> Warned:
+def credit_desk(stage: StagedCluster, asked: RunOptions, book: Sequence[Loan]) -> Warned:
     """Fit on most loans, ask the function about the others, and show the riskiest ones."""
     train, test = credit.split(book)
     weights = fit([one.fields for one in train], [one.bad for one in train], numbers=NUMBERS, words=WORDS)
@@ -103,7 +103,7 @@ def credit_desk(stage: Stage, asked: Asked, book: Sequence[Loan]) -> Warned:
     return of_loans(job, test, [row["risk"].value["score"] for row in answers])
 
 
-def news_desk(stage: Stage, learned: Sequence[LabelledText], news: Sequence[LabelledText]) -> Warned:
+def news_desk(stage: StagedCluster, learned: Sequence[LabelledText], news: Sequence[LabelledText]) -> Warned:
     """Train a head on the news, ask it and the function that adds up its scores, and show what alerts."""
     train, test = ([{"text": one.text, "topic": one.label} for one in rows] for rows in (learned, news[:200]))
     trained = stage.train("risk-news", trunk=TRUNK, tasks={"topic": Labels("topic")}, train=train, test=test)

@@ -18,7 +18,7 @@ from motet.apps.data.cards import DAY, Payment
 from motet.apps.hooks import HookReceiver, receiving
 from motet.cli.show import table
 from motet.client import Client
-from motet.demo.stage import Stage, Story
+from motet.demo.stage import StagedCluster, Story
 from motet.feed import Feed
 from motet.folds import Count, Fold, Mean, Sum
 from motet.job import Job
@@ -81,7 +81,7 @@ class Watched:
         }
 
 
-def watch(stage: Stage, payments: Sequence[Payment], live: int, bulk: Sequence[str]) -> Watched:
+def watch(stage: StagedCluster, payments: Sequence[Payment], live: int, bulk: Sequence[str]) -> Watched:
     """Ask the last ``live`` payments at RATE beside a bulk job over ``bulk``; those before them are the history."""
     with receiving() as hook, _desk(stage.client, hook) as feed:
         before, live_ones = payments[:-live], payments[-live:]

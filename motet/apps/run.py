@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from motet.apps import SENTENCES, find
-from motet.apps.application import Asked, Outcome, Score
+from motet.apps.application import AppOutcome, RunOptions, Score
 from motet.cli.show import table
 from motet.demo.stage import Story, staged
 from motet.errors import SetupError
@@ -59,7 +59,7 @@ def play(
         for one, application in applications.items():
             folder = data / "apps" / one
             folder.mkdir(parents=True, exist_ok=True)
-            asked = Asked(folder=folder, quick=quick)
+            asked = RunOptions(folder=folder, quick=quick)
             story.say(f"\n{one}: {SENTENCES[one]}\n")
             started = time.monotonic()
             outcome = application.run(stage, asked)
@@ -70,7 +70,7 @@ def play(
     return told if name == ALL else told[name]
 
 
-def show(story: Story, outcome: Outcome) -> None:
+def show(story: Story, outcome: AppOutcome) -> None:
     """Print the scores beside their baselines, what has none, and the files."""
     if outcome.scores:
         story.say("")

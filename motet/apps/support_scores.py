@@ -6,8 +6,8 @@ from collections.abc import Sequence
 
 from motet.apps import scores
 from motet.apps.application import Score
-from motet.apps.data.customers import Dialogue, Felt, Said
-from motet.demo.stage import Stage
+from motet.apps.data.customers import CustomerSets, Dialogue, Felt
+from motet.demo.stage import StagedCluster
 from motet.evaluation import TaskEvaluation
 from motet.tasks import Classify
 from motet.training.lesson import Labels
@@ -37,7 +37,7 @@ def intent_score(
     )
 
 
-def question_score(stage: Stage, trunk: str, said: Said) -> Score:
+def question_score(stage: StagedCluster, trunk: str, said: CustomerSets) -> Score:
     """Which question a bank is asked."""
     train, test = said.questions
     texts, learned = [one.text for one in train], [one.intent for one in train]
@@ -65,7 +65,7 @@ def question_score(stage: Stage, trunk: str, said: Said) -> Score:
     )
 
 
-def mood_score(stage: Stage, felt: Sequence[Felt]) -> Score:
+def mood_score(stage: StagedCluster, felt: Sequence[Felt]) -> Score:
     """Mood on texts that people have rated, and that the shipped head did not learn from."""
     texts, truth = [one.text for one in felt], [one.mood for one in felt]
     job, _ = stage.run(texts, {"mood": Classify("review-sentiment")}, "the rated texts")

@@ -8,15 +8,20 @@ is asked to translate stands beside it, on some of the rows.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING
 
 from motet.apps import scores
-from motet.apps.application import Application, Asked, Outcome, Score
+from motet.apps.application import Application, AppOutcome, RunOptions, Score
 from motet.apps.data import translations
 from motet.apps.pictures import Bars, draw
 from motet.cli.show import cut, table
-from motet.demo.stage import Stage, told_of
+from motet.demo.stage import StagedCluster, told_of
+from motet.evaluation import Estimate
 from motet.results import Row
 from motet.tasks import Function, Generate, Task
+
+if TYPE_CHECKING:
+    from rich.table import Table
 
 TASKS: Mapping[str, Task] = {
     "portuguese": Function("translate-en-pt"),
@@ -29,11 +34,11 @@ TASKS: Mapping[str, Task] = {
 _ASKED, _QUICK, _SHOWN = 60, 16, 8
 
 
-def run(stage: Stage, asked: Asked) -> Outcome:
+def run(stage: StagedCluster, asked: RunOptions) -> AppOutcome:
     return translate(stage, asked, translations.sentences())
 
 
-def translate(stage: Stage, asked: Asked, pairs: Sequence[translations.Pair]) -> Outcome:
+def translate(stage: StagedCluster, asked: RunOptions, pairs: Sequence[translations.Pair]) -> AppOutcome:
     """Translate the sentences, and set what comes out beside what people said."""
     most = _QUICK if asked.quick else _ASKED
     rows = [{"text": one.english, "ask": at < most} for at, one in enumerate(pairs)]
@@ -69,7 +74,7 @@ def translate(stage: Stage, asked: Asked, pairs: Sequence[translations.Pair]) ->
         estimate=_likeness(english, _said(answers, "back")),
     )
     bars = {"translation model": some.estimate, **some.baselines}
-    return Outcome(
+    return AppOutcome(
         scores=(everywhere, some, there_and_back),
         unmeasured={"whether a reader would take it": "chrF counts letters in common with one translation"},
         measured={**told_of(job, seconds), "sentences_a_second": round(len(rows) / seconds, 2)},
@@ -87,11 +92,11 @@ def _said(rows: Sequence[Row], task: str) -> list[str]:
     return [str(row[task].value) if row[task].ok else "" for row in rows]
 
 
-def _likeness(right: Sequence[str], said: Sequence[str]) -> scores.Estimate:
+def _likeness(right: Sequence[str], said: Sequence[str]) -> Estimate:
     return scores.mean([scores.chrf(a, b) for a, b in zip(right, said, strict=True)])
 
 
-def _table(rows: Sequence[Row], pairs: Sequence[translations.Pair]) -> object:
+def _table(rows: Sequence[Row], pairs: Sequence[translations.Pair]) -> Table:
     return table(
         ("English", "Portuguese", "by people", "and back"),
         (

@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from rich.console import RenderableType
 
 #: Texts, or rows of fields.
-Rows = Sequence[str] | Sequence[Mapping[str, Any]]
+SourceRows = Sequence[str] | Sequence[Mapping[str, Any]]
 #: Every demo's job is called so.
 DEMO = "motet demo"
 #: Seconds to wait for all workers: the plan estimates with those that are ready.
@@ -36,7 +36,7 @@ _WORKERS_S = 20.0
 
 
 @dataclass(slots=True)
-class Stage:
+class StagedCluster:
     """Where a demo or an application plays."""
 
     client: Client
@@ -49,7 +49,7 @@ class Stage:
     #: Id of the job that it ran, for the commands that are shown at the end.
     job: str = ""
 
-    def plan(self, rows: Rows, tasks: Mapping[str, Task]) -> Plan:
+    def plan(self, rows: SourceRows, tasks: Mapping[str, Task]) -> Plan:
         """Plan a job, and draw it."""
         with self.story.phase("planning") as note:
             plan = self.client.plan(rows, tasks)
@@ -57,7 +57,7 @@ class Stage:
         self.story.show(plan_picture(plan, width=console().width))
         return plan
 
-    def run(self, rows: Rows, tasks: Mapping[str, Task], what: str = "the job") -> tuple[Job, float]:
+    def run(self, rows: SourceRows, tasks: Mapping[str, Task], what: str = "the job") -> tuple[Job, float]:
         """Run it: the ended job, and its seconds. Raises JobFailed."""
         start = time.monotonic()
         # Without reuse, so that every run computes; with it, the second one would only look up.
@@ -76,8 +76,8 @@ class Stage:
         *,
         trunk: str,
         tasks: Mapping[str, Learned],
-        train: Rows,
-        test: Rows,
+        train: SourceRows,
+        test: SourceRows,
         text: str = "text",
         licence: str = "",
     ) -> dict[str, Task]:
@@ -132,7 +132,7 @@ def staged(
     models: Sequence[str] = (),
     name: str = DEMO,
     settings: Mapping[str, str] | None = None,
-) -> Iterator[Stage]:
+) -> Iterator[StagedCluster]:
     """A cluster of its own with its workers ready, and stopped at the end; with ``keep`` at Ctrl-C.
 
     ``models``: what is registered beside the models that motet ships; ``settings``: of its processes; see ``Cluster``.
@@ -150,7 +150,7 @@ def staged(
         ):
             _cancel_unfinished(client, story, name)
             _await_workers(client, cpus, story)
-            stage = Stage(client, admin, data, story, name)
+            stage = StagedCluster(client, admin, data, story, name)
             yield stage
         if keep:
             story.say(f"\nthe cluster runs on at {cluster.url}, until Ctrl-C; in another shell:")

@@ -13,12 +13,12 @@ import pytest
 
 from motet import Client
 from motet.apps import clinic, films, risk
-from motet.apps.application import Application, Asked, Outcome
+from motet.apps.application import Application, AppOutcome, RunOptions
 from motet.apps.data.cards import payments
 from motet.apps.data.hpo import parsed
 from motet.apps.data.movielens import Film, trial
 from motet.datasets import LabelledText
-from motet.demo.stage import Stage, Story
+from motet.demo.stage import StagedCluster, Story
 from motet.local.cluster import Cluster
 from tests.small_data import loans, news
 from tests.small_ontology import ANNOTATIONS, OBO
@@ -30,7 +30,7 @@ WRITER = "smollm2-135m"
 
 
 @pytest.fixture(scope="module")
-def stage(cluster: Cluster, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Stage]:
+def stage(cluster: Cluster, tmp_path_factory: pytest.TempPathFactory) -> Iterator[StagedCluster]:
     """With the functions that the three register, and a tiny model in place of the one that writes."""
     with (
         Client(cluster.url, cluster.tokens["user"]) as client,
@@ -48,7 +48,7 @@ def stage(cluster: Cluster, tmp_path_factory: pytest.TempPathFactory) -> Iterato
             timeout=120,
             env={**os.environ, "MOTET_URL": cluster.url, "MOTET_TOKEN": cluster.tokens["admin"]},
         )
-        yield Stage(client, admin, cluster.data, Story(quiet=True), "apps")
+        yield StagedCluster(client, admin, cluster.data, Story(quiet=True), "apps")
 
 
 def functions(application: Application) -> list[str]:
@@ -57,17 +57,19 @@ def functions(application: Application) -> list[str]:
 
 
 @pytest.fixture
-def asked(tmp_path: Path) -> Asked:
-    return Asked(folder=tmp_path, quick=True)
+def asked(tmp_path: Path) -> RunOptions:
+    return RunOptions(folder=tmp_path, quick=True)
 
 
-def scores(outcome: Outcome) -> dict[str, float]:
+def scores(outcome: AppOutcome) -> dict[str, float]:
     for path in outcome.files:
         ElementTree.parse(path)
     return {one.name: one.estimate.value for one in outcome.scores if one.estimate.value is not None}
 
 
-def test_films_are_found_by_who_liked_what_and_cold_ones_by_their_line(stage: Stage, asked: Asked) -> None:
+def test_films_are_found_by_who_liked_what_and_cold_ones_by_their_line(
+    stage: StagedCluster, asked: RunOptions
+) -> None:
     genres = ("Comedy", "Horror", "Western")
     listed = {
         at: Film(id=at, title=f"{genres[at % 3]} {at}", year=1990, genres=genres[at % 3]) for at in range(150)
@@ -86,7 +88,7 @@ def test_films_are_found_by_who_liked_what_and_cold_ones_by_their_line(stage: St
 
 
 def test_a_clinic_finds_what_notes_say_and_never_diagnoses(
-    stage: Stage, asked: Asked, capsys: pytest.CaptureFixture[str]
+    stage: StagedCluster, asked: RunOptions, capsys: pytest.CaptureFixture[str]
 ) -> None:
     stage.story.quiet = False
     try:
@@ -102,7 +104,9 @@ def test_a_clinic_finds_what_notes_say_and_never_diagnoses(
     assert "HPO 2025-01-16" in told
 
 
-def test_risk_warns_at_three_desks_and_the_webhook_hears_of_each_alert(stage: Stage, asked: Asked) -> None:
+def test_risk_warns_at_three_desks_and_the_webhook_hears_of_each_alert(
+    stage: StagedCluster, asked: RunOptions
+) -> None:
     learned, fresh = (
         [LabelledText(text=t, label=n, document=t) for n, t in news(40, seed=s)] for s in (1, 2)
     )

@@ -15,12 +15,12 @@ import pytest
 
 from motet import apps
 from motet.apps import queue, scores
-from motet.apps.application import Application, Asked, Outcome, Score
+from motet.apps.application import Application, AppOutcome, RunOptions, Score
 from motet.apps.data import customers, translations
 from motet.apps.data.files import DataFile, located
 from motet.apps.functions.support import urgency
-from motet.apps.pictures import Bars, Lines, Matrix, draw
-from motet.demo.stage import Stage
+from motet.apps.pictures import Bars, Lines, Matrix, Panel, draw
+from motet.demo.stage import StagedCluster
 from motet.errors import SetupError
 from motet.evaluation import Estimate
 from motet.protocol.columns import OK, SKIPPED, Column
@@ -165,7 +165,7 @@ def test_chrf_is_that_of_its_paper() -> None:
 
 
 def test_a_picture_holds_every_panel_and_no_markup_of_a_label(tmp_path: Path) -> None:
-    panels = [
+    panels: list[Panel] = [
         Lines(f"lines {EVIL}", {f"a {EVIL}": [(0, 1), (1, 3)], "b": [(0, 2)], "none": []}, x="k", y="share"),
         Bars("bars", {f"c {EVIL}": Estimate(0.5, 0.4, 0.6), "d": Estimate(0.25), "none": Estimate(None)}),
         Matrix("matrix", [f"e {EVIL}", "f"], [[3, 1], [0, 2]]),
@@ -233,7 +233,7 @@ def test_data_that_is_missing_or_another_says_in_one_sentence_what_to_do(
 
 
 def test_dialogues_are_cut_at_the_turn_that_was_drawn() -> None:
-    turns = [
+    turns: list[dict[str, Any]] = [
         {"speaker": "USER", "utterance": "A room.", "frames": [{"service": "H", "state": {"active_intent": "Find", "slot_values": {}}}]},
         {"speaker": "SYSTEM", "utterance": "Where?", "frames": [{"service": "H"}]},
         {"speaker": "USER", "utterance": "Rome.", "frames": [{"service": "H", "state": {"active_intent": "Reserve", "slot_values": {"city": ["Rome"]}}}]},
@@ -304,7 +304,7 @@ def test_sentences_with_a_translation_are_read_from_a_catalogue(tmp_path: Path) 
 # -- the command
 
 
-def twin(stage: Stage, asked: Asked) -> Outcome:
+def twin(stage: StagedCluster, asked: RunOptions) -> AppOutcome:
     """An application of two rows."""
     labels = {"topic": Classify("news-topics")}
     job, _ = stage.run(["one", "two"], labels)
@@ -313,7 +313,7 @@ def twin(stage: Stage, asked: Asked) -> Outcome:
     score = Score(
         name="topic", figure="accuracy", rows=2, estimate=right, baselines={"chance": Estimate(0.5)}
     )
-    return Outcome(
+    return AppOutcome(
         scores=(score,),
         unmeasured={"style": "nobody judged it"},
         files=(picture,),

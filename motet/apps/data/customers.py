@@ -19,7 +19,7 @@ from importlib.resources import files
 from typing import Any
 
 from motet import datasets
-from motet.apps.data.files import DataFile, Download, located
+from motet.apps.data.files import DataFile, FetchUrl, located
 from motet.templates import filled
 
 _SGD = "https://raw.githubusercontent.com/google-research-datasets/dstc8-schema-guided-dialogue/e852981ae34990f4358979625854259302feaa78"
@@ -64,7 +64,7 @@ class Felt:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Said:
+class CustomerSets:
     """All of it, each set as (to learn from, to test with) where there is something to learn."""
 
     dialogues: tuple[Sequence[Dialogue], Sequence[Dialogue]]
@@ -72,9 +72,9 @@ class Said:
     felt: Sequence[Felt]
 
 
-def said() -> Said:
+def said() -> CustomerSets:
     """Everything that the application reads, with 30 questions of each intent to learn from. Raises SetupError."""
-    return Said(dialogues=dialogues(), questions=questions(each=30), felt=felt_texts())
+    return CustomerSets(dialogues=dialogues(), questions=questions(each=30), felt=felt_texts())
 
 
 def dialogues() -> tuple[list[Dialogue], list[Dialogue]]:
@@ -102,7 +102,7 @@ def _rows(file: DataFile) -> Iterator[Mapping[str, Any]]:
         yield from map(json.loads, lines)
 
 
-def _make_dialogues(download: Download) -> bytes:
+def _make_dialogues(download: FetchUrl) -> bytes:
     """The dialogues and turns that were drawn (sgd-turns.txt: split, file, then ``dialogue.turns`` each)."""
     lines = []
     for drawn in (files(__package__) / "sgd-turns.txt").read_text("utf-8").splitlines():
@@ -131,7 +131,7 @@ def _dialogue(split: str, name: str, turns: Sequence[Mapping[str, Any]], length:
     }
 
 
-def _make_questions(download: Download) -> bytes:
+def _make_questions(download: FetchUrl) -> bytes:
     lines = []
     for split in ("train", "test"):
         table = io.StringIO(download(f"{_BANKING}/{split}.csv").decode("utf-8"), newline="")

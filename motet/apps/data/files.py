@@ -18,7 +18,7 @@ from motet.datasets import cache_dir
 from motet.errors import SetupError
 
 #: Gives what is published at an https address. Raises OSError, HTTPException.
-Download = Callable[[str], bytes]
+FetchUrl = Callable[[str], bytes]
 #: Seconds without a byte after which a download is given up.
 _SILENT_S = 60.0
 
@@ -32,10 +32,10 @@ class DataFile:
     #: Where it is published, in words.
     published: str
     #: Makes it of what is published.
-    make: Callable[[Download], bytes]
+    make: Callable[[FetchUrl], bytes]
 
 
-def located(file: DataFile, *, cache: Path | None = None, download: Download | None = None) -> Path:
+def located(file: DataFile, *, cache: Path | None = None, download: FetchUrl | None = None) -> Path:
     """The path of the file: in ``$MOTET_DATA``, else in the cache (``motet.datasets.cache_dir``), else fetched into it.
 
     Raises SetupError that says in one sentence how to get it, or that what lies there is another file.
