@@ -15,6 +15,7 @@ import pytest
 
 from motet import apps
 from motet.apps import queue, scores
+from motet.apps import run as playing
 from motet.apps.application import Application, AppOutcome, RunOptions, Score
 from motet.apps.data import customers, translations
 from motet.apps.data.files import DataFile, located
@@ -324,9 +325,9 @@ def twin(stage: StagedCluster, asked: RunOptions) -> AppOutcome:
 @pytest.fixture
 def with_twin(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(apps, "SENTENCES", {"twin": "two rows"})
-    monkeypatch.setattr("motet.apps.run.SENTENCES", apps.SENTENCES)
+    monkeypatch.setattr(playing, "SENTENCES", apps.SENTENCES)
     application = Application(run=twin, registers=("--smollm2", "--function f --try none"))
-    monkeypatch.setattr("motet.apps.run.find", lambda name: application)
+    monkeypatch.setattr(playing, "find", lambda name: application)
 
 
 @pytest.mark.usefixtures("with_twin", "cluster")
@@ -379,7 +380,7 @@ def test_what_an_application_needs_is_said_before_anything_starts(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], cluster: type[FakeCluster]
 ) -> None:
     lacking = Application(run=twin, needs={"no_such_module_at_all": "no-such-package"})
-    monkeypatch.setattr("motet.apps.run.find", lambda name: lacking)
+    monkeypatch.setattr(playing, "find", lambda name: lacking)
     assert run("app", "translate") == 1
     assert (
         "translate needs packages that are not installed here; pip install no-such-package"
