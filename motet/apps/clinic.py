@@ -92,7 +92,7 @@ def assist(stage: StagedCluster, asked: RunOptions, known: Ontology, count: int 
     of_standard = Cohort("standard", standard, answers[count:])
     scores = (
         extraction(of_hard, known, floor=0.83),
-        extraction(of_standard, known, floor=0.90),
+        extraction(of_standard, known, floor=0.88),
         found_by_model(Cohort("hard", hard[:told], answers[:told]), known),
         ranking(of_hard, job, known, floor=0.79),
         ranking(of_standard, job, known, floor=0.95),

