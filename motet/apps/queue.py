@@ -37,13 +37,14 @@ def needs_person(row: Row) -> bool:
 def as_table(rows: Sequence[Row]) -> Table:
     """The beginning of the queue."""
     return table(
-        ("!urgency", "wants", "mood", "says", "because", "draft", "person?"),
+        ("!urgency", "wants", "mood", "says", "who and what", "because", "draft", "person?"),
         (
             (
                 _urgency(row).get("level", "–"),
                 cut(str(row["intent"]), 24),
                 str(row["mood"]),
                 cut(_urgency(row).get("said", ""), 44),
+                cut(", ".join(_named(row)), 24),
                 cut(", ".join(_urgency(row).get("because", ())), 44),
                 cut(str(row["reply"]), 60) if row["reply"].ok else "",
                 "yes" if needs_person(row) else "",
@@ -71,6 +72,7 @@ def written(path: Path, rows: Sequence[Row]) -> Path:
                 "intent": row["intent"].value,
                 "mood": row["mood"].value,
                 "urgency": row["urgency"].value,
+                "named": _named(row),
                 "reply": row["reply"].value,
                 "fits": row["fits"].value,
                 "person": needs_person(row),
@@ -115,6 +117,13 @@ def converse(stage: StagedCluster, tasks: Mapping[str, Task]) -> None:
             if row["reply"].ok:
                 messages.append({"role": "assistant", "content": str(row["reply"])})
         feed.close()
+
+
+def _named(row: Row) -> list[str]:
+    """Names, places, amounts in what was said, as far as its beginning is told."""
+    said = _urgency(row).get("said", "")
+    spans = row["who"].value or () if "who" in row else ()
+    return [said[span.start : span.end] for span in spans if span.end <= len(said)]
 
 
 def _urgency(row: Row) -> Mapping[str, Any]:
