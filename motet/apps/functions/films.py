@@ -121,12 +121,10 @@ _SCORES: Mapping[str, Callable[[Mapping[str, Any], Any], Any]] = {
 WAYS = tuple(_SCORES)
 
 
-def fit(
-    films: Sequence[Film], vectors: Sequence[Sequence[float]], liked: Sequence[Sequence[int]], folder: Path
-) -> Path:
+def fit(films: Sequence[Film], vectors: Sequence[Any], liked: Sequence[Sequence[int]], folder: Path) -> Path:
     """Write what ``pick`` reads into a folder: data alone, no code. Returns the folder.
 
-    ``vectors`` of unit length, one a film; ``liked`` holds the ids that each viewer liked.
+    ``vectors``: of unit length, a list or an array for each film; ``liked`` holds the ids that each viewer liked.
     """
     import numpy as np
     from safetensors.numpy import save_file
