@@ -156,7 +156,7 @@ def _note(answered: dict[int, float], at: int, _: Future[Row]) -> None:
 
 def _await_begun(job: Job) -> None:
     """Until its first rows are answered: then it is at the workers."""
-    for progress in job.watch(timeout=WITHIN_S):
+    for progress in job.watch(timeout=HISTORY_S):
         if progress.ok:
             return
 

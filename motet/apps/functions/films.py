@@ -73,7 +73,8 @@ def _because(titles: Sequence[str], numbers: Mapping[str, Any], film: int, liked
 
     if not len(liked):
         return ""
-    ties = np.where(numbers["neighbours"][liked] == film, numbers["weights"][liked], 0.0).max(axis=1)
+    near, weights = numbers["neighbours"][film], numbers["weights"][film]
+    ties = np.where(near[:, None] == liked, weights[:, None], 0.0).max(axis=0)
     if not ties.any():
         ties = numbers["vectors"][liked] @ numbers["vectors"][film]
     return str(titles[liked[int(ties.argmax())]])
@@ -86,9 +87,10 @@ def _popularity(numbers: Mapping[str, Any], liked: Any) -> Any:
 def _neighbours(numbers: Mapping[str, Any], liked: Any) -> Any:
     import numpy as np
 
-    scores = np.zeros(len(numbers["ids"]), np.float32)
-    np.add.at(scores, numbers["neighbours"][liked], numbers["weights"][liked])
-    return scores
+    is_liked = np.zeros(len(numbers["ids"]), np.float32)
+    is_liked[liked] = 1
+    # Of each film the liked ones among its own neighbours: so rare films are reached as well.
+    return (is_liked[numbers["neighbours"]] * numbers["weights"]).sum(axis=1)
 
 
 def _content(numbers: Mapping[str, Any], liked: Any) -> Any:
