@@ -75,13 +75,13 @@ def credit_desk(stage: StagedCluster, asked: RunOptions, book: Sequence[Loan]) -
     """Fit on most loans, ask the function about the others, and show the riskiest ones."""
     train, test = credit.split(book)
     weights = fit([one.fields for one in train], [one.bad for one in train], numbers=NUMBERS, words=WORDS)
-    path = asked.folder / "credit-risk.json"
+    path = asked.folder / "credit-weights.json"
     path.write_text(json.dumps(weights), "utf-8")
     tasks: dict[str, Task] = {
         "risk": Function(
             "credit-risk",
             inputs=(*NUMBERS, *WORDS),
-            artefact=stage.admin.add_artefact(path, "credit-risk").ref,
+            artefact=stage.admin.add_artefact(path, "credit-weights").ref,
         ),
         "note": Generate(
             LLM,
