@@ -83,7 +83,7 @@ QUIET = {"amount": 20.0, "usual": 20.0, "n_month": 10, "n_day": 0, "spent_day": 
         ({"amount": 250.0, "usual": 90.0}, "250.00 at once"),
         ({"amount": 90.0}, "4.5 times the usual 20.00"),
         ({"n_day": 8}, "payment 9 in a day"),
-        ({"amount": 60.0, "spent_day": 480.0}, "540.00 in a day"),
+        ({"amount": 60.0, "spent_day": 780.0}, "840.00 in a day"),
     ],
 )
 def test_an_unusual_payment_alerts_with_its_reason(changed: dict[str, Any], reason: str) -> None:
