@@ -123,7 +123,7 @@ def _show(stage: StagedCluster, known: Ontology, every: Sequence[Patient], answe
         patient, found, ranked = every[row.index], row["findings"].value, row["ranked"].value
         stage.story.say(f"\nsynthetic patient {row.index} ({ASSISTS}; HPO {known.version}): {patient.text}")
         by_model = row["findings_llm"].value or {"present": [], "absent": []}
-        lines = [
+        found_by = [
             (
                 said,
                 "; ".join(f"{one['name']} [{one['said']}]" for one in found[said]),
@@ -131,8 +131,8 @@ def _show(stage: StagedCluster, known: Ontology, every: Sequence[Patient], answe
             )
             for said in ("present", "absent")
         ]
-        stage.story.show(table(("!found", "by the lexicon [as written]", f"by {LLM}"), lines))
-        lines = [
+        stage.story.show(table(("!found", "by the lexicon [as written]", f"by {LLM}"), found_by))
+        candidates = [
             (
                 at,
                 one["name"],
@@ -142,7 +142,7 @@ def _show(stage: StagedCluster, known: Ontology, every: Sequence[Patient], answe
             )
             for at, one in enumerate(ranked["candidates"], 1)
         ]
-        stage.story.show(table(("#", "candidate", "#p", "what speaks for it", "truth"), lines))
+        stage.story.show(table(("#", "candidate", "#p", "what speaks for it", "truth"), candidates))
         asks = ", ".join(one["name"] for one in ranked["ask"])
         stage.story.say(f"would tell them apart: {asks}. {LLM} asks: {row['ask']}\n{ASSISTS}")
 

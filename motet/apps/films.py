@@ -108,7 +108,9 @@ def _show(stage: StagedCluster, job: Job, known: Ratings, tested: Sequence[Viewe
         if row.index >= min(told, 3):
             break
         ten = row["all_hybrid"].value or []
-        lines = [(at, pick["title"], pick["because"]) for at, pick in enumerate(ten, 1)]
+        lines: list[Sequence[object]] = [
+            (at, pick["title"], pick["because"]) for at, pick in enumerate(ten, 1)
+        ]
         lines += [("new", pick["title"], pick["because"]) for pick in row["fresh"].value or []]
         last = known.films[tested[row.index].liked[-1]].title
         stage.story.say(f"\nviewer {row.index}, who liked {last} last: {row['why']}")

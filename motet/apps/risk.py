@@ -32,6 +32,8 @@ TRUNK, LLM = "all-MiniLM-L6-v2", "smollm2-135m"
 OF_EACH = 120
 #: Loans that the language model may write a note on; payments while the clock runs; with --quick.
 NOTED, NOTED_QUICK, LIVE, LIVE_QUICK = 40, 12, 600, 300
+#: Payments before them that become the cards' history, with --quick.
+HISTORY_QUICK = 1_500
 
 
 def run(stage: StagedCluster, asked: RunOptions) -> AppOutcome:
@@ -53,7 +55,8 @@ def warn(
     on_loans = credit_desk(stage, asked, book)
     on_news = news_desk(stage, learned, news)
     live = min(LIVE_QUICK if asked.quick else LIVE, len(stream) // 2)
-    on_cards = risk_cards.watch(stage, stream, live, [one.text for one in news])
+    recent = stream[-live - HISTORY_QUICK :] if asked.quick else stream
+    on_cards = risk_cards.watch(stage, recent, live, [one.text for one in news])
     risk_cards.show(stage.story, on_cards)
     panels = [
         Lines("news: alerts from a threshold on", on_news.curves, x="threshold"),
@@ -72,13 +75,13 @@ def credit_desk(stage: StagedCluster, asked: RunOptions, book: Sequence[Loan]) -
     """Fit on most loans, ask the function about the others, and show the riskiest ones."""
     train, test = credit.split(book)
     weights = fit([one.fields for one in train], [one.bad for one in train], numbers=NUMBERS, words=WORDS)
-    path = asked.folder / "credit-risk.json"
+    path = asked.folder / "credit-weights.json"
     path.write_text(json.dumps(weights), "utf-8")
     tasks: dict[str, Task] = {
         "risk": Function(
             "credit-risk",
             inputs=(*NUMBERS, *WORDS),
-            artefact=stage.admin.add_artefact(path, "credit-risk").ref,
+            artefact=stage.admin.add_artefact(path, "credit-weights").ref,
         ),
         "note": Generate(
             LLM,

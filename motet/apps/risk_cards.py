@@ -12,6 +12,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future, wait
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 from motet.apps.data.cards import DAY, Payment
@@ -39,6 +40,8 @@ STATE: Mapping[str, Fold] = {
 ALERT = "judged.score > 0.5"
 #: Payments a second while the clock runs, and seconds that a payment, and a message behind it, may take at most.
 RATE, WITHIN_S = 10.0, 30.0
+#: Seconds in which all of the history must be answered.
+HISTORY_S = 300.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -126,8 +129,8 @@ def _asked(
         if rate is not None:
             time.sleep(max(0.0, began + at / rate - time.monotonic()))
         sent.append(time.monotonic())
-        future = feed.put(payment.row(), within_s=WITHIN_S)
-        future.add_done_callback(lambda _, at=at: answered.setdefault(at, time.monotonic()))
+        future = feed.put(payment.row(), within_s=WITHIN_S if rate else HISTORY_S)
+        future.add_done_callback(partial(_note, answered, at))
         asked.append(future)
     wait(asked)
     rows = [future.result() for future in asked]
@@ -139,16 +142,21 @@ def _asked(
             payment=payment,
             score=one["score"],
             reason=one["reason"],
-            answer_s=answered[at] - sent[at],
+            # Whoever waits for an answer may be told a moment before it was noted.
+            answer_s=answered.get(at, time.monotonic()) - sent[at],
             hook_s=hook.rows[row.index] - sent[at] if row.index in hook.rows else None,
         )
         for at, (payment, row, one) in enumerate(zip(payments, rows, judged, strict=True))
     ]
 
 
+def _note(answered: dict[int, float], at: int, _: Future[Row]) -> None:
+    answered[at] = time.monotonic()
+
+
 def _await_begun(job: Job) -> None:
     """Until its first rows are answered: then it is at the workers."""
-    for progress in job.watch(timeout=WITHIN_S):
+    for progress in job.watch(timeout=HISTORY_S):
         if progress.ok:
             return
 

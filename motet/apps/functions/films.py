@@ -73,7 +73,8 @@ def _because(titles: Sequence[str], numbers: Mapping[str, Any], film: int, liked
 
     if not len(liked):
         return ""
-    ties = np.where(numbers["neighbours"][liked] == film, numbers["weights"][liked], 0.0).max(axis=1)
+    near, weights = numbers["neighbours"][film], numbers["weights"][film]
+    ties = np.where(near[:, None] == liked, weights[:, None], 0.0).max(axis=0)
     if not ties.any():
         ties = numbers["vectors"][liked] @ numbers["vectors"][film]
     return str(titles[liked[int(ties.argmax())]])
@@ -86,9 +87,10 @@ def _popularity(numbers: Mapping[str, Any], liked: Any) -> Any:
 def _neighbours(numbers: Mapping[str, Any], liked: Any) -> Any:
     import numpy as np
 
-    scores = np.zeros(len(numbers["ids"]), np.float32)
-    np.add.at(scores, numbers["neighbours"][liked], numbers["weights"][liked])
-    return scores
+    is_liked = np.zeros(len(numbers["ids"]), np.float32)
+    is_liked[liked] = 1
+    # Of each film the liked ones among its own neighbours: so rare films are reached as well.
+    return (is_liked[numbers["neighbours"]] * numbers["weights"]).sum(axis=1)
 
 
 def _content(numbers: Mapping[str, Any], liked: Any) -> Any:
@@ -121,12 +123,10 @@ _SCORES: Mapping[str, Callable[[Mapping[str, Any], Any], Any]] = {
 WAYS = tuple(_SCORES)
 
 
-def fit(
-    films: Sequence[Film], vectors: Sequence[Sequence[float]], liked: Sequence[Sequence[int]], folder: Path
-) -> Path:
+def fit(films: Sequence[Film], vectors: Sequence[Any], liked: Sequence[Sequence[int]], folder: Path) -> Path:
     """Write what ``pick`` reads into a folder: data alone, no code. Returns the folder.
 
-    ``vectors`` of unit length, one a film; ``liked`` holds the ids that each viewer liked.
+    ``vectors``: of unit length, a list or an array for each film; ``liked`` holds the ids that each viewer liked.
     """
     import numpy as np
     from safetensors.numpy import save_file
