@@ -62,7 +62,7 @@ class Judged:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Watched:
+class CardsWatched:
     """The desk's day."""
 
     #: What came before the clock ran, as history, and then at RATE beside a bulk job.
@@ -88,7 +88,7 @@ class Watched:
         }
 
 
-def watch(stage: StagedCluster, payments: Sequence[Payment], live: int, bulk: Sequence[str]) -> Watched:
+def watch(stage: StagedCluster, payments: Sequence[Payment], live: int, bulk: Sequence[str]) -> CardsWatched:
     """Ask the last ``live`` payments at RATE beside a bulk job over ``bulk``; those before them are the history."""
     with receiving() as hook, _desk(stage.client, hook) as feed:
         before, live_ones = payments[:-live], payments[-live:]
@@ -106,7 +106,7 @@ def watch(stage: StagedCluster, payments: Sequence[Payment], live: int, bulk: Se
             bulk_rows = beside.progress.ok
         finally:
             beside.cancel()
-    return Watched(before=history, live=judged, bulk_rows=bulk_rows, load_1m=load_1m)
+    return CardsWatched(before=history, live=judged, bulk_rows=bulk_rows, load_1m=load_1m)
 
 
 @contextmanager
@@ -166,7 +166,7 @@ def _await_begun(job: Job) -> None:
             return
 
 
-def show(story: Story, watched: Watched) -> None:
+def show(story: Story, watched: CardsWatched) -> None:
     """The newest alerts with their reasons, the rate of alerts, and how soon they were told."""
     told = watched.to_json()
     newest = [one for one in reversed(watched.live) if one.alert][:5]
@@ -181,7 +181,7 @@ def show(story: Story, watched: Watched) -> None:
     )
 
 
-def alerts_a_day(watched: Watched) -> dict[str, list[tuple[float, float]]]:
+def alerts_a_day(watched: CardsWatched) -> dict[str, list[tuple[float, float]]]:
     """Alerts and frauds of 100 payments, by simulated day."""
     every = [*watched.before, *watched.live]
     first = min(one.payment.time for one in every)
