@@ -21,7 +21,7 @@ from motet.apps.functions import cards
 from motet.apps.functions.credit import assess, fit
 from motet.apps.functions.news import watch
 from motet.apps.hooks import HookReceiver, is_proved, receiving
-from motet.apps.risk_cards import Judged, CardsWatched, alerts_a_day, quantile_ms
+from motet.apps.risk_cards import CardsWatched, Judged, alerts_a_day, quantile_ms
 from motet.apps.risk_scores import (
     against_threshold,
     auc,
