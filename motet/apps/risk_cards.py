@@ -29,7 +29,9 @@ from motet.tasks import Classify, Function, Task
 
 NAME = "risk-cards"
 TASKS: Mapping[str, Task] = {
-    "judged": Function("card-rule", inputs=("amount", "usual", "n_month", "n_day", "spent_day"))
+    "judged": Function(
+        "card-rule", inputs=("amount", "usual", "n_month", "n_day", "spent_day"), params={"spent": 500.0}
+    )
 }
 #: What the job keeps of a card, folded before each of its payments.
 STATE: Mapping[str, Fold] = {
