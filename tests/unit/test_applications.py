@@ -59,11 +59,11 @@ def said(last: str, mood: str = "neutral", intent: str = "FindEvents", score: fl
             ["says that it is urgent", "says what was lost", "sounds unhappy"],
         ),
         (
-            said("please pay him right now", intent="TransferMoney"),
+            said("please pay him right away", intent="TransferMoney"),
             "high",
             ["says that it is urgent", "something is to be booked or paid"],
         ),
-        (said("You are losing me, I said foreign"), "low", []),
+        (said("You are losing me, not right now"), "low", []),
     ],
 )
 def test_urgency_says_what_spoke_for_it(row: dict[str, Any], level: str, why: list[str]) -> None:

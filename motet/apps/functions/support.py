@@ -9,9 +9,7 @@ from typing import Any
 #: What is said -> what it speaks for, and how much.
 _SAID: tuple[tuple[re.Pattern[str], str, int], ...] = (
     (
-        re.compile(
-            r"\b(?:urgent|asap|as soon as possible|immediately|right (?:now|away)|emergency|hurry)\b", re.I
-        ),
+        re.compile(r"\b(?:urgent|asap|as soon as possible|immediately|right away|emergency|hurry)\b", re.I),
         "says that it is urgent",
         3,
     ),
