@@ -54,8 +54,9 @@ def tasks(lexicon_ref: str, diseases_ref: str) -> dict[str, Task]:
         ),
         "ask": Generate(
             LLM,
-            about="{text}",
-            prompt="Write one short question to the patient: is there {ranked.ask[0].name}?",
+            # Not about the note: what a small model adds to it would read like a finding.
+            about="{ranked.ask[0].name}",
+            prompt="Write one short question to a patient, whether they have noticed this.",
             max_tokens=40,
             when="told",
         ),
@@ -144,7 +145,9 @@ def _show(stage: StagedCluster, known: Ontology, every: Sequence[Patient], answe
         ]
         stage.story.show(table(("#", "candidate", "#p", "what speaks for it", "truth"), candidates))
         asks = ", ".join(one["name"] for one in ranked["ask"])
-        stage.story.say(f"would tell them apart: {asks}. {LLM} asks: {row['ask']}\n{ASSISTS}")
+        stage.story.say(
+            f"would tell them apart: {asks}. As {LLM} puts it, unchecked: {row['ask']}\n{ASSISTS}"
+        )
 
 
 APPLICATION = Application(

@@ -6,6 +6,7 @@ alert. The payments are simulated: how many alerts are right says nothing about 
 
 from __future__ import annotations
 
+import os
 import secrets
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -28,7 +29,9 @@ from motet.tasks import Classify, Function, Task
 
 NAME = "risk-cards"
 TASKS: Mapping[str, Task] = {
-    "judged": Function("card-rule", inputs=("amount", "usual", "n_month", "n_day", "spent_day"))
+    "judged": Function(
+        "card-rule", inputs=("amount", "usual", "n_month", "n_day", "spent_day"), params={"spent": 500.0}
+    )
 }
 #: What the job keeps of a card, folded before each of its payments.
 STATE: Mapping[str, Fold] = {
@@ -61,7 +64,7 @@ class Judged:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Watched:
+class CardsWatched:
     """The desk's day."""
 
     #: What came before the clock ran, as history, and then at RATE beside a bulk job.
@@ -69,6 +72,8 @@ class Watched:
     live: Sequence[Judged]
     #: Rows that the bulk job had done by then.
     bulk_rows: int
+    #: The machine's load average just before, of one minute: another's work makes all times longer.
+    load_1m: float = 0.0
 
     def to_json(self) -> dict[str, Any]:
         hooks = [one.hook_s for one in self.live if one.hook_s is not None]
@@ -80,11 +85,12 @@ class Watched:
             "payment_to_hook_p95_ms": quantile_ms(hooks, 0.95),
             "payment_to_answer_p95_ms": quantile_ms([one.answer_s for one in self.live], 0.95),
             "bulk_rows_beside": self.bulk_rows,
+            "load_1m": round(self.load_1m, 2),
             "simulated": "how many alerts are right says nothing about real cards",
         }
 
 
-def watch(stage: StagedCluster, payments: Sequence[Payment], live: int, bulk: Sequence[str]) -> Watched:
+def watch(stage: StagedCluster, payments: Sequence[Payment], live: int, bulk: Sequence[str]) -> CardsWatched:
     """Ask the last ``live`` payments at RATE beside a bulk job over ``bulk``; those before them are the history."""
     with receiving() as hook, _desk(stage.client, hook) as feed:
         before, live_ones = payments[:-live], payments[-live:]
@@ -96,12 +102,13 @@ def watch(stage: StagedCluster, payments: Sequence[Payment], live: int, bulk: Se
         try:
             _await_begun(beside)
             words = f"{live:,} payments at {RATE:g} a second, beside {len(bulk):,} texts of a bulk job"
+            load_1m = os.getloadavg()[0]
             with stage.story.phase(words, slow=True):
                 judged = _asked(feed, hook, live_ones, rate=RATE)
             bulk_rows = beside.progress.ok
         finally:
             beside.cancel()
-    return Watched(before=history, live=judged, bulk_rows=bulk_rows)
+    return CardsWatched(before=history, live=judged, bulk_rows=bulk_rows, load_1m=load_1m)
 
 
 @contextmanager
@@ -161,7 +168,7 @@ def _await_begun(job: Job) -> None:
             return
 
 
-def show(story: Story, watched: Watched) -> None:
+def show(story: Story, watched: CardsWatched) -> None:
     """The newest alerts with their reasons, the rate of alerts, and how soon they were told."""
     told = watched.to_json()
     newest = [one for one in reversed(watched.live) if one.alert][:5]
@@ -170,12 +177,13 @@ def show(story: Story, watched: Watched) -> None:
     story.say(
         f"alerts: {_share(watched.live):.1%} of the last {len(watched.live):,} payments, "
         f"{_share(watched.before):.1%} of the {len(watched.before):,} before them (simulated)\n"
-        f"payment to webhook: p95 {told['payment_to_hook_p95_ms']} ms of {told['alerts']} alerts, at {RATE:g} payments a "
-        f"second beside a bulk job that did {watched.bulk_rows:,} rows meanwhile"
+        f"payment to webhook: p95 {told['payment_to_hook_p95_ms']} ms, p50 {told['payment_to_hook_p50_ms']} ms of "
+        f"{told['alerts']} alerts; payment to answer: p95 {told['payment_to_answer_p95_ms']} ms; at {RATE:g} payments a second "
+        f"beside a bulk job that did {watched.bulk_rows:,} rows meanwhile (load {watched.load_1m:.1f})"
     )
 
 
-def alerts_a_day(watched: Watched) -> dict[str, list[tuple[float, float]]]:
+def alerts_a_day(watched: CardsWatched) -> dict[str, list[tuple[float, float]]]:
     """Alerts and frauds of 100 payments, by simulated day."""
     every = [*watched.before, *watched.live]
     first = min(one.payment.time for one in every)

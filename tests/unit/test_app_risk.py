@@ -21,7 +21,7 @@ from motet.apps.functions import cards
 from motet.apps.functions.credit import assess, fit
 from motet.apps.functions.news import watch
 from motet.apps.hooks import HookReceiver, is_proved, receiving
-from motet.apps.risk_cards import Judged, Watched, alerts_a_day, quantile_ms
+from motet.apps.risk_cards import CardsWatched, Judged, alerts_a_day, quantile_ms
 from motet.apps.risk_scores import (
     against_threshold,
     auc,
@@ -83,7 +83,7 @@ QUIET = {"amount": 20.0, "usual": 20.0, "n_month": 10, "n_day": 0, "spent_day": 
         ({"amount": 250.0, "usual": 90.0}, "250.00 at once"),
         ({"amount": 90.0}, "4.5 times the usual 20.00"),
         ({"n_day": 8}, "payment 9 in a day"),
-        ({"amount": 60.0, "spent_day": 480.0}, "540.00 in a day"),
+        ({"amount": 60.0, "spent_day": 780.0}, "840.00 in a day"),
     ],
 )
 def test_an_unusual_payment_alerts_with_its_reason(changed: dict[str, Any], reason: str) -> None:
@@ -121,14 +121,14 @@ def judged(count: int, *, hook_s: float | None = 0.1) -> list[Judged]:
 def test_the_desk_tells_quantiles_and_alerts_by_day() -> None:
     assert quantile_ms([], 0.95) is None
     assert quantile_ms([at / 1000 for at in range(100)], 0.95) == 95
-    told = Watched(before=(), live=[*judged(3), *judged(1, hook_s=None)], bulk_rows=7).to_json()
+    told = CardsWatched(before=(), live=[*judged(3), *judged(1, hook_s=None)], bulk_rows=7).to_json()
     assert (told["payments"], told["alerts"], told["payment_to_hook_p95_ms"], told["bulk_rows_beside"]) == (
         4,
         3,
         100,
         7,
     )
-    watched = Watched(before=judged(1, hook_s=None), live=judged(3), bulk_rows=7)
+    watched = CardsWatched(before=judged(1, hook_s=None), live=judged(3), bulk_rows=7)
     assert alerts_a_day(watched)["alerts"] == [(0, 75.0)]
 
 

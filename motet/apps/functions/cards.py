@@ -15,7 +15,7 @@ def judge(
     large: float = 220.0,
     times: float = 4.0,
     most: int = 8,
-    spent: float = 500.0,
+    spent: float = 800.0,
 ) -> list[dict[str, Any]]:
     """``{"score", "reason"}`` of each payment, from 0 to 1; above 0.5 is an alert. Runs at the workers.
 
