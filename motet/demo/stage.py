@@ -27,8 +27,8 @@ from motet.training.run import TrainRun
 if TYPE_CHECKING:
     from rich.console import RenderableType
 
-#: Texts, or rows of fields.
-SourceRows = Sequence[str] | Sequence[Mapping[str, Any]]
+#: Texts, pictures, or rows of fields.
+SourceRows = Sequence[Any]
 #: Every demo's job is called so.
 DEMO = "motet demo"
 #: Seconds to wait for all workers: the plan estimates with those that are ready.
