@@ -42,8 +42,10 @@ ROOM_BYTES = 6 << 30
 def spare_time() -> None:
     """Let this run, and every process that it starts, keep what it compiles and write its files into memory.
 
-    Tests start some two hundred Python processes; each that had to compile torch again would take seconds more.
+    Tests start some two hundred Python processes; each that had to compile torch again would take seconds more. And
+    their matrices are small: shared by threads, each product takes longer, and other tests wait for the cores.
     """
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
     os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
     sys.dont_write_bytecode = False
     if "TMPDIR" not in os.environ and _suits(MEMORY):
