@@ -6,6 +6,7 @@ import fcntl
 import itertools
 import os
 import shutil
+import subprocess
 import sys
 import tempfile
 import time
@@ -19,6 +20,7 @@ import redis
 from sqlalchemy import make_url
 
 from motet.local import postgres
+from motet.local.cluster import Cluster, registered
 from motet.local.valkey import Valkey, ValkeyUrls
 from motet.protocol.redis_url import redis_py_url
 
@@ -147,6 +149,30 @@ def redis_url(redis_urls: ValkeyUrls) -> str:
         if keys := list(client.scan_iter(count=1000)):  # its rights do not hold FLUSHALL
             client.unlink(*keys)
     return redis_urls.scheduler
+
+
+@pytest.fixture(scope="session")
+def with_models(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a stopped cluster that knows the shipped models; ``copy_of`` gives each test its own.
+
+    One for all processes of a run: registering them takes a dozen CPU seconds.
+    """
+    own = tmp_path_factory.getbasetemp()
+    shared = own.parent if "PYTEST_XDIST_WORKER" in os.environ else own
+    folder = shared / "with-models"
+    with locked(shared / "with-models.lock", fcntl.LOCK_EX):
+        if not registered(folder).exists():
+            with Cluster(folder, port=0):
+                pass
+    return folder
+
+
+def copy_of(prepared: Path, folder: Path) -> Path:
+    """A copy of a stopped cluster's folder, in ``folder``."""
+    folder.mkdir(exist_ok=True)
+    # Postgres' files belong to its own user where we are root.
+    subprocess.run(["cp", "--archive", f"{prepared}/.", str(folder)], check=True)
+    return folder
 
 
 def _named(url: str, database: str) -> str:
