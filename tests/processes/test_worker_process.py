@@ -69,6 +69,11 @@ def gated(texts):
     return list(map(len, texts))
 '''
 
+#: A host where neither is installed, as far as anybody can see: functions need none, and importing them costs each
+#: worker seconds. The tests that need them remove this file.
+WITHOUT_TORCH = "sitecustomize.py"
+HIDES_TORCH = "import sys\nsys.modules |= dict.fromkeys(('torch', 'transformers'))\n"
+
 
 def eventually(what: Callable[[], Found], within_s: float = PATIENCE_S) -> Found:
     """Ask until the answer is true, and return it."""
@@ -229,8 +234,7 @@ def set_up(folder: Path, urls: ValkeyUrls, blobs: Blobs) -> Iterator[Stage]:
     (package / "entry_points.txt").write_text(
         "[motet.engines]\nupper = test_engines:upper\ngated = test_engines:gated\n"
     )
-    # Importing the real one costs each worker seconds; the tests that need it remove this one.
-    (folder / "transformers.py").write_text("raise ImportError('not in this test')")
+    (folder / WITHOUT_TORCH).write_text(HIDES_TORCH)
     (folder / "log").touch()
     stage = Stage(folder, urls, blobs, RedisTransport(urls.scheduler))
     yield stage
@@ -403,7 +407,7 @@ def test_a_real_encoder_comes_through_http_and_answers(stage: Stage) -> None:
         model=model,
         tasks=(TaskOrder(name="vector", spec=Embed("minilm").to_json(), manifest=model),),
     )
-    (stage.folder / "transformers.py").unlink()
+    (stage.folder / WITHOUT_TORCH).unlink()
     stage.worker("w")
     stage.scheduler.publish_all({"w": [order]})
     outcome = stage.outcome(order)
@@ -623,8 +627,8 @@ def children_of(launcher: int, module: str) -> list[psutil.Process]:
 
 
 def test_where_importing_starts_a_thread_workers_are_programs_of_their_own(stage: Stage) -> None:
-    (stage.folder / "sitecustomize.py").write_text(
-        "import sys, threading\n"
+    (stage.folder / WITHOUT_TORCH).write_text(
+        f"{HIDES_TORCH}import threading\n"
         "if 'workers.launch.forkserver' in sys.orig_argv:\n"
         "    threading.Thread(target=threading.Event().wait, daemon=True).start()\n"
     )
