@@ -19,8 +19,8 @@ import pytest
 import redis
 from sqlalchemy import make_url
 
-from motet.local import postgres
 from motet.local.cluster import Cluster, registered
+from motet.local.postgres import Postgres
 from motet.local.valkey import Valkey, ValkeyUrls
 from motet.protocol.redis_url import redis_py_url
 
@@ -28,15 +28,6 @@ NUMBERS = itertools.count(1)
 
 #: A folder in memory, on Linux. Dropping a database of a test waits 100 ms for a disk, and 3 ms for this.
 MEMORY = Path("/dev/shm")
-#: Settings of a server whose data nobody will miss: it never waits for a disk, and writes each page once.
-CARELESS = {
-    **postgres.SETTINGS,
-    "fsync": "off",
-    "full_page_writes": "off",
-    "synchronous_commit": "off",
-    "wal_level": "minimal",
-    "max_wal_senders": "0",
-}
 #: What must be free there, so that a run with two clusters fits, and earlier runs never fill the memory.
 ROOM_BYTES = 6 << 30
 
@@ -98,13 +89,12 @@ def locked(path: Path, how: int) -> Iterator[int]:
 @pytest.fixture(scope="session")
 def postgres_url() -> Iterator[str]:
     """The SQLAlchemy URL of a real Postgres, started for this run, with an empty database ``motet``."""
-    with tempfile.TemporaryDirectory(prefix="motet-test-") as folder, pytest.MonkeyPatch.context() as patch:
-        patch.setattr(postgres, "SETTINGS", CARELESS)
-        server = postgres.Postgres(Path(folder))
+    with tempfile.TemporaryDirectory(prefix="motet-test-") as folder:
+        postgres = Postgres(Path(folder))
         try:
-            yield server.start()
+            yield postgres.start()
         finally:
-            server.stop()
+            postgres.stop()
 
 
 @pytest.fixture(scope="session")
