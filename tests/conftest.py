@@ -13,6 +13,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import psycopg
 import pytest
@@ -56,6 +57,31 @@ def _suits(folder: Path) -> bool:
 
 
 spare_time()
+
+#: Files whose tests share the cluster of tests/acceptance/conftest.py. One process runs those of a folder: each more
+#: would start another cluster.
+SHARE_A_CLUSTER = frozenset(
+    f"tests/{name}.py"
+    for name in (
+        *(f"acceptance/{name}" for name in ("test_a_real_job", "test_functions", "test_language_models")),
+        *(f"processes/{name}" for name in ("test_batches", "test_compressed_on_a_cluster", "test_training")),
+    )
+)
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
+    """Each file's tests in one process, and those of files that share a cluster."""
+    if config.getvalue("dist") != "loadfile":
+        return None
+    from xdist.scheduler import LoadFileScheduling
+
+    class ByCluster(LoadFileScheduling):
+        def _split_scope(self, nodeid: str) -> str:
+            file = super()._split_scope(nodeid)
+            return str(Path(file).parent) if file in SHARE_A_CLUSTER else file
+
+    return ByCluster(config, log)
 
 
 @pytest.hookimpl(

@@ -28,6 +28,7 @@ from motet.protocol.manifest import Manifest
 from motet.protocol.transport import RedisTransport, celery_message, queue_name
 from motet.protocol.wire import Assignment, Beat, Control, Outcome, TaskOrder
 from motet.tasks import Embed, Function
+from tests.torchless import hide_torch
 from workers.run.app import EXIT_STUCK
 
 Found = TypeVar("Found")
@@ -68,11 +69,6 @@ def gated(texts):
             time.sleep(0.005)
     return list(map(len, texts))
 '''
-
-#: A host where neither is installed, as far as anybody can see: functions need none, and importing them costs each
-#: worker seconds. The tests that need them remove this file.
-WITHOUT_TORCH = "sitecustomize.py"
-HIDES_TORCH = "import sys\nsys.modules |= dict.fromkeys(('torch', 'transformers'))\n"
 
 
 def eventually(what: Callable[[], Found], within_s: float = PATIENCE_S) -> Found:
@@ -132,6 +128,8 @@ class Stage:
     urls: ValkeyUrls
     blobs: Blobs
     scheduler: RedisTransport
+    #: Hides torch from all its processes; the tests that need it remove this file.
+    torchless: Path
     started: list[subprocess.Popen[bytes]] = field(default_factory=list)
     arrived: dict[tuple[int, int], Outcome] = field(default_factory=dict)
 
@@ -234,9 +232,8 @@ def set_up(folder: Path, urls: ValkeyUrls, blobs: Blobs) -> Iterator[Stage]:
     (package / "entry_points.txt").write_text(
         "[motet.engines]\nupper = test_engines:upper\ngated = test_engines:gated\n"
     )
-    (folder / WITHOUT_TORCH).write_text(HIDES_TORCH)
     (folder / "log").touch()
-    stage = Stage(folder, urls, blobs, RedisTransport(urls.scheduler))
+    stage = Stage(folder, urls, blobs, RedisTransport(urls.scheduler), torchless=hide_torch(folder))
     yield stage
     for process in stage.started:
         # A launcher ends its workers before itself; whoever still hangs then is killed.
@@ -407,7 +404,7 @@ def test_a_real_encoder_comes_through_http_and_answers(stage: Stage) -> None:
         model=model,
         tasks=(TaskOrder(name="vector", spec=Embed("minilm").to_json(), manifest=model),),
     )
-    (stage.folder / WITHOUT_TORCH).unlink()
+    stage.torchless.unlink()
     stage.worker("w")
     stage.scheduler.publish_all({"w": [order]})
     outcome = stage.outcome(order)
@@ -627,11 +624,12 @@ def children_of(launcher: int, module: str) -> list[psutil.Process]:
 
 
 def test_where_importing_starts_a_thread_workers_are_programs_of_their_own(stage: Stage) -> None:
-    (stage.folder / WITHOUT_TORCH).write_text(
-        f"{HIDES_TORCH}import threading\n"
+    starts_a_thread = (
+        "import threading\n"
         "if 'workers.launch.forkserver' in sys.orig_argv:\n"
         "    threading.Thread(target=threading.Event().wait, daemon=True).start()\n"
     )
+    hide_torch(stage.folder, then=starts_a_thread)
     launcher = stage.run("workers", "--cpus", "1", "--name", "h")
     before = stage.beat("h-cpu0")
     assert "fork server cannot be copied" in stage.log
