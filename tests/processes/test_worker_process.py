@@ -59,8 +59,9 @@ def gated(texts):
         if "spin" in text:  # in C, for ages, and nothing else of Python runs meanwhile
             re.match("(a+)+$", "a" * 60 + "b")
         if "hog" in text:
-            used = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-            resource.setrlimit(resource.RLIMIT_DATA, ((used + 500_000) * 1024, resource.RLIM_INFINITY))
+            with open("/proc/self/statm") as file:
+                used = int(file.read().split()[5]) * resource.getpagesize()
+            resource.setrlimit(resource.RLIMIT_DATA, (used + (500 << 20), resource.RLIM_INFINITY))
             try:
                 hoard = [bytearray(64 << 20) for _ in range(10_000)]
             finally:
