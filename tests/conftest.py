@@ -58,30 +58,30 @@ def _suits(folder: Path) -> bool:
 
 spare_time()
 
-#: Files whose tests share the cluster of tests/acceptance/conftest.py. One process runs those of a folder: each more
-#: would start another cluster.
-SHARE_A_CLUSTER = frozenset(
-    f"tests/{name}.py"
-    for name in (
-        *(f"acceptance/{name}" for name in ("test_a_real_job", "test_functions", "test_language_models")),
-        *(f"processes/{name}" for name in ("test_batches", "test_compressed_on_a_cluster", "test_training")),
-    )
-)
+#: Folder -> files of it that one process runs, one after the other. Those of the first two share a cluster, which each
+#: process would start anew; those of the last hold a whole cluster to seconds, which two at once could not keep.
+TOGETHER = {
+    "tests/acceptance": ("test_a_real_job", "test_functions", "test_language_models"),
+    "tests/processes": ("test_batches", "test_compressed_on_a_cluster", "test_training"),
+    "tests/chaos": ("test_backup_restore", "test_chaos", "test_outages"),
+}
 
 
 @pytest.hookimpl(optionalhook=True)
 def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
-    """Each file's tests in one process, and those of files that share a cluster."""
+    """Each file's tests in one process, and those of files that belong together."""
     if config.getvalue("dist") != "loadfile":
         return None
     from xdist.scheduler import LoadFileScheduling
 
-    class ByCluster(LoadFileScheduling):
+    folders = {f"{folder}/{name}.py": folder for folder, names in TOGETHER.items() for name in names}
+
+    class Together(LoadFileScheduling):
         def _split_scope(self, nodeid: str) -> str:
             file = super()._split_scope(nodeid)
-            return str(Path(file).parent) if file in SHARE_A_CLUSTER else file
+            return folders.get(file, file)
 
-    return ByCluster(config, log)
+    return Together(config, log)
 
 
 @pytest.hookimpl(
