@@ -11,6 +11,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.conftest import TOGETHER
+
 ROOT = Path(__file__).parents[2]
 PACKAGES = ("motet", "scheduler", "workers")
 #: Rooms of placing.
@@ -214,3 +216,8 @@ def test_pickle_is_nowhere() -> None:
         f.name for f in files(*PACKAGES) if tops(f) & {"pickle", "dill", "cloudpickle", "marshal", "shelve"}
     ]
     assert users == []
+
+
+def test_tests_that_one_process_runs_together_are_there() -> None:
+    for folder, names in TOGETHER.items():
+        assert set(names) <= {file.stem for file in (ROOT / folder).glob("test_*.py")}
