@@ -38,7 +38,7 @@ from tests.integration.api_house import CLASSIFY, DICE, SPEAKER, TWO, House, fur
 from tests.integration.landing import register
 from tests.integration.test_api_fits import EMBED, EPOCH, FIT, TRAINER, lease_of
 
-REQUESTS = int(os.environ.get("FUZZ_REQUESTS", "2000"))
+REQUESTS = int(os.environ.get("FUZZ_REQUESTS", "4000"))
 pytestmark = pytest.mark.timeout(max(1500, REQUESTS // 10))
 SEED = int(os.environ.get("FUZZ_SEED", "5"))
 #: Requests of a torn body, and connections that begin with no HTTP at all.
