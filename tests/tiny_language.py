@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import asyncio
 import json
-import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -16,6 +15,8 @@ from typing import Any
 
 from fastapi import FastAPI, HTTPException, Request
 from fastapi.responses import JSONResponse, Response
+
+from tests.serving import in_a_thread
 
 CONTEXT = 512
 #: Ends of templates as some models have them: a switch turns thoughts off, or a thought is always begun.
@@ -365,18 +366,10 @@ def serving(folder: Path, **options: Any) -> Iterator[TinyServer]:
     import uvicorn
 
     tiny = TinyServer(folder, **options)
-    server = uvicorn.Server(uvicorn.Config(tiny.app(), host="127.0.0.1", port=0, log_level="error"))
-    thread = threading.Thread(target=server.run, daemon=True)
-    thread.start()
-    while not server.started:
-        assert thread.is_alive()
-        thread.join(0.01)
-    tiny.url = f"http://127.0.0.1:{server.servers[0].sockets[0].getsockname()[1]}/v1"
-    try:
+    config = uvicorn.Config(tiny.app(), host="127.0.0.1", port=0, log_level="error")
+    with in_a_thread(uvicorn.Server(config)) as url:
+        tiny.url = f"{url}/v1"
         yield tiny
-    finally:
-        server.should_exit = True
-        thread.join(10)
 
 
 def _common(a: Sequence[int], b: Sequence[int]) -> int:

@@ -11,11 +11,12 @@ import pytest
 
 from motet import Client
 from motet.local.cluster import Cluster
+from tests.conftest import copy_of
 
 
 @pytest.fixture(scope="session")
-def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
-    data: Path = tmp_path_factory.mktemp("cluster")
+def cluster(with_models: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
+    data = copy_of(with_models, tmp_path_factory.mktemp("cluster"))
     modules = with_functions(tmp_path_factory.mktemp("modules"))
     with pytest.MonkeyPatch.context() as patch:
         patch.syspath_prepend(modules)

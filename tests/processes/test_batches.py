@@ -5,8 +5,6 @@ from __future__ import annotations
 import json
 import os
 import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 
@@ -16,6 +14,7 @@ from openai import OpenAI
 
 from motet.local.cluster import Cluster
 from tests.acceptance.test_a_real_job import workers_of
+from tests.registering import register
 from tests.tiny_language import a_llama
 
 LINES = 20_000
@@ -42,13 +41,9 @@ def models(cluster: Cluster, tmp_path: Path) -> None:
     for seed, name in enumerate(MODELS[1:]):
         folder = tmp_path / name
         folder.mkdir()
-        subprocess.run(
-            [sys.executable, "-m", "workers", "register", str(a_llama(folder, seed)), "--name", name],
-            check=True,
-            capture_output=True,
-            timeout=120,
-            env={**os.environ, "MOTET_URL": cluster.url, "MOTET_TOKEN": cluster.tokens["admin"]},
-        )
+        made = str(a_llama(folder, seed))
+        done = register(cluster.url, cluster.tokens["admin"], made, "--name", name)
+        assert done.returncode == 0, done.stderr
 
 
 @pytest.mark.usefixtures("models")

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -16,6 +13,7 @@ from PIL import Image
 from motet import Classify, Client, Embed, InvalidJob, Labels
 from motet.local.cluster import Cluster
 from tests.nasty_pictures import nasty, saved
+from tests.registering import register
 from tests.tiny_pictures import DIM, a_lite
 
 COLOURS = {"red": (210, 30, 30), "green": (30, 190, 40), "blue": (30, 50, 220)}
@@ -39,9 +37,7 @@ def rows(n: int, first: int = 0) -> list[dict[str, Any]]:
 @pytest.fixture(scope="module")
 def admin(cluster: Cluster, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Client]:
     folder: Path = a_lite(tmp_path_factory.mktemp("lite"))
-    env = {**os.environ, "MOTET_URL": cluster.url, "MOTET_TOKEN": cluster.tokens["admin"]}
-    command = [sys.executable, "-m", "workers", "register", str(folder), "--name", TRUNK]
-    done = subprocess.run(command, env=env, capture_output=True, text=True, check=False)
+    done = register(cluster.url, cluster.tokens["admin"], str(folder), "--name", TRUNK)
     assert done.returncode == 0, done.stderr
     with Client(cluster.url, cluster.tokens["admin"]) as connected:
         yield connected

@@ -11,6 +11,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.conftest import TOGETHER
+
 ROOT = Path(__file__).parents[2]
 PACKAGES = ("motet", "scheduler", "workers")
 #: Rooms of placing.
@@ -220,3 +222,8 @@ def test_pickle_is_nowhere_but_in_the_reader_of_tables_which_knows_the_names_tha
     assert used == {"Unpickler", "UnpicklingError"}, (
         "a subclass with find_class of its own, and never load or loads"
     )
+
+
+def test_tests_that_one_process_runs_together_are_there() -> None:
+    for folder, names in TOGETHER.items():
+        assert set(names) <= {file.stem for file in (ROOT / folder).glob("test_*.py")}

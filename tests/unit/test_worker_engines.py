@@ -66,11 +66,6 @@ MINILM = Manifest(
 )
 
 
-@pytest.fixture(scope="module", autouse=True)
-def _one_thread() -> None:
-    torch.set_num_threads(1)
-
-
 @pytest.fixture(scope="module")
 def engine() -> EncoderEngine:
     return EncoderEngine()
