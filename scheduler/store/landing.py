@@ -195,7 +195,7 @@ _GROW = text("""
 
 _COPY_BLOCK = (
     "COPY block (job_id, number, first_row, n_rows, n_work, bytes, row_order, lengths, payload, bad, bad_fields,"
-    " keys, passes_open, done_number) FROM STDIN (FORMAT BINARY)",
+    " keys, passes_open, done_number, groups) FROM STDIN (FORMAT BINARY)",
     (
         "uuid",
         "int4",
@@ -211,6 +211,7 @@ _COPY_BLOCK = (
         "bytea[]",
         "int2",
         "int4",
+        "bytea",
     ),
 )
 _COPY_BLOCK_PASS = (
@@ -377,7 +378,8 @@ class Arranged:
         )
         passes = zip(*(row[1:2] + row[3:] for row in self.block_passes), strict=True)
         return {
-            **dict(zip(names.split(), block, strict=True)),
+            # Without its groups: what callers bring at one moment is in no order.
+            **dict(zip(names.split(), block[:-1], strict=True)),
             **dict(
                 zip(
                     ["pass_numbers", "states", "todos", "ns", "cursors", "dones", "sizes", "orders"],
@@ -437,6 +439,7 @@ def arrange(
                 list(block.keys) if job.reuse else [],
                 open_passes,
                 None if open_passes else held.blocks_done + landing.blocks_done,
+                block.groups,
             )
         )
         first_row += block.n_rows
