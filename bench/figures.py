@@ -37,6 +37,7 @@ BENCHES = (
         "tax",
         "fusion",
         "llm",
+        "doors",
         "compress",
     ),
     *("slow", "truth", "rivals", "growth", "simulate", "train", "soak"),
