@@ -9,7 +9,7 @@ import asyncio
 import time
 from typing import Any
 
-from vllm.entrypoints.openai import run_batch as program
+from vllm.entrypoints.launchers import run_batch as program
 
 
 def main() -> None:
