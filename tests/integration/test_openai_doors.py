@@ -273,6 +273,18 @@ def test_equal_lines_that_are_not_drawn_run_once(client: OpenAI, speaking: House
     assert ended.request_counts.completed == 9
 
 
+def test_the_end_of_a_batch_is_heard_and_not_looked_for(
+    client: OpenAI, speaking: House, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import scheduler.api.openai.batch_work as work
+
+    monkeypatch.setattr(work, "_LOOK_S", 30.0)
+    with answering(speaking):
+        for number in range(2):
+            # The first one ends the last look that was begun before.
+            until(client, batch(client, [line(number)]), "completed", within_s=10)
+
+
 def test_lines_about_one_text_go_to_one_worker_whatever_their_order_in_the_file(
     client: OpenAI, speaking: House
 ) -> None:

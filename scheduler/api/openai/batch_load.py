@@ -72,6 +72,7 @@ def load(
                 connection, facts, number, digest, blocks, first_row=rows, max_rows=use.settings.max_rows
             )
         parts, rows = parts + 1, rows + len(part)
+    use.batch_jobs.put(job, True)
     with use.database.transaction() as connection:
         landing.close_job(connection, batch.tenant_id, job, parts=parts, rows=rows)
         owned.started(connection)
