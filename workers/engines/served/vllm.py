@@ -216,6 +216,8 @@ def _arguments(folder: Path, port: int, in_format: str) -> list[str]:
         f"--dtype={DTYPES[in_format]}",
         # What the model's makers recommend for drawing is not what was asked for.
         "--generation-config=vllm",
+        # Many rows of bulk work may wait inside: what somebody waits for goes before them.
+        "--scheduling-policy=priority",
         # A line for each request would fill the disk in time.
         "--disable-uvicorn-access-log",
     ]
