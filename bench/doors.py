@@ -25,8 +25,8 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass
+from contextlib import closing, contextmanager
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
@@ -44,6 +44,7 @@ from llm import BUDGET, NEW_TOKENS, PROMPTS, tiny
 from openai import OpenAI
 
 from motet import datasets
+from motet.http import Address, Http
 from motet.local.cluster import Cluster
 from motet.protocol.wire import TaskOrder
 from motet.tasks import Chat
@@ -52,6 +53,7 @@ from workers.engines.causal.causal import CausalEngine
 from workers.engines.served.vllm import DTYPES, VllmEngine
 from workers.registrar import smollm
 from workers.registrar.describe import Described, describe_folder
+from workers.registrar.register import Registry
 from workers.run.device import probe
 
 HERE = Path(__file__).resolve().parent
@@ -150,20 +152,18 @@ def running(bench: Bench, vllm: Path | None = None) -> Iterator[Cluster]:
     if program is not None:
         os.environ["MOTET_VLLM"] = str(program)
     with cluster(cpus=1) as motet:
-        register(motet, bench.folder, "--name", TORCH)
+        register(motet, bench, TORCH, "causal")
         if program is not None:
-            register(motet, bench.folder, "--name", VLLM, "--engine", "vllm", "--try", "none")
+            register(motet, bench, VLLM, "vllm")
         yield motet
 
 
-def register(motet: Cluster, *arguments: object) -> None:
-    environment = {
-        "MOTET_URL": motet.url,
-        "MOTET_TOKEN": motet.tokens["admin"],
-        "MOTET_ADMIN_TOKEN": motet.tokens["admin"],
-    }
-    command = [sys.executable, "-m", "workers", "register", *map(str, arguments)]
-    subprocess.run(command, check=True, env={**os.environ, **environment})
+def register(motet: Cluster, bench: Bench, name: str, engine: str) -> None:
+    """Make the model known under this name. It is not tried: its format is the one in which it is stored."""
+    described = bench.described()
+    manifest = replace(described.manifest, name=name, engine=engine)
+    with closing(Http(Address(motet.url, motet.tokens["admin"]), timeout_s=60.0)) as http:
+        Registry(http, bench.scratch, try_on="none").register([replace(described, manifest=manifest)])
 
 
 def client_of(motet: Cluster) -> OpenAI:
