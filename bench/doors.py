@@ -162,7 +162,7 @@ def register(motet: Cluster, bench: Bench, name: str, engine: str) -> None:
     """Make the model known under this name. It is not tried: its format is the one in which it is stored."""
     described = bench.described()
     manifest = replace(described.manifest, name=name, engine=engine)
-    with closing(Http(Address(motet.url, motet.tokens["admin"]), timeout_s=60.0)) as http:
+    with closing(Http(Address(url=motet.url, token=motet.tokens["admin"]), timeout_s=60.0)) as http:
         Registry(http, bench.scratch, try_on="none").register([replace(described, manifest=manifest)])
 
 
