@@ -95,7 +95,7 @@ def _open(use: Resources, tenant: UUID, raw: bytes, key: str | None) -> Response
         )
     asked = read_submission(Submission, json_body(raw), max_tasks=use.settings.max_tasks)
     status = 201 if asked.said.rows is None else 202
-    with use.database.transaction() as connection:
+    with use.database.reading() as connection:
         before = opening.opened_before(connection, tenant, key, asked.digest) if key else None
         if before is not None:
             return reply(describe(store.job_entry(connection, tenant, before)), status)
@@ -143,7 +143,7 @@ def planned_with(use: Resources, asked: CheckedSubmission[Submission], incoming:
     ``incoming``: rows that came along, which say how long texts are where the submission does not.
     """
     mean_bytes = mean_bytes_of(incoming.part()) if incoming else {}
-    with use.database.transaction() as connection:
+    with use.database.reading() as connection:
         wanted = {ref for task in asked.tasks.values() for ref in task.registered}
         found = find_models(connection, wanted)
         trunks = find_models(connection, {m.manifest.trunk_model for m in found.values()} - {""})

@@ -74,7 +74,7 @@ def look_for(asked: ResultsQuery, after: int) -> Look:
 
     ``after`` 0 is wherever the rows begin now. Raises Gone for another one, behind which rows are gone.
     """
-    with asked.use.database.transaction() as connection:
+    with asked.use.database.reading() as connection:
         job = shown(connection, asked.tenant, asked.job, asked.tasks)
         if 0 < after < job.front(asked.order) and not asked.skip_gone:
             raise _gone(job)
@@ -121,7 +121,7 @@ def read_on(asked: ResultsQuery, look: Look, after: int, budget: float) -> Itera
 def _as_it_ended(asked: ResultsQuery) -> JobRecord | None:
     """The job now; None where it cannot be told, and must be asked for."""
     try:
-        with asked.use.database.transaction() as connection:
+        with asked.use.database.reading() as connection:
             return describe(job_entry(connection, asked.tenant, asked.job))
     except (StoreUnavailable, NotFound):
         return None

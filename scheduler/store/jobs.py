@@ -8,12 +8,13 @@ from datetime import datetime
 from typing import Any
 from uuid import UUID
 
-from sqlalchemy import Connection, Row, text
+from sqlalchemy import Connection, text
 
 from motet.errors import NotFound
 from motet.protocol.columns import Kind
 from motet.protocol.manifest import column_kind_of
 from motet.states import State
+from scheduler.store.database import Asked, together
 from scheduler.store.results import VECTORS
 
 
@@ -128,10 +129,10 @@ _VERSION = text("SELECT version, state FROM job WHERE id = :job AND tenant_id = 
 
 def job_entry(connection: Connection, tenant: UUID, job: UUID) -> JobEntry:
     """One job. Raises NotFound."""
-    row = connection.execute(_ONE, {"tenant": tenant, "job": job}).first()
-    if row is None:
+    found, tasks, passes = together(connection, (_ONE, {"tenant": tenant, "job": job}), *_parts_of([job]))
+    if not found:
         raise NotFound(f"no job {job}")
-    return _entries(connection, [row])[0]
+    return _entries(found, tasks, passes)[0]
 
 
 def job_entries(
@@ -140,9 +141,8 @@ def job_entries(
     """Jobs, newest first; those before ``after``, those in ``state``."""
     at = {"tenant": tenant, "limit": limit, "after": after, "state": state}
     query = _LISTS[after is not None, state is not None]
-    return _entries(
-        connection, connection.execute(query, {k: v for k, v in at.items() if v is not None}).all()
-    )
+    (found,) = together(connection, (query, {k: v for k, v in at.items() if v is not None}))
+    return _entries(found, *together(connection, *_parts_of([row.id for row in found]))) if found else []
 
 
 def job_version(connection: Connection, tenant: UUID, job: UUID) -> tuple[int, str]:
@@ -153,11 +153,15 @@ def job_version(connection: Connection, tenant: UUID, job: UUID) -> tuple[int, s
     return row.version, row.state
 
 
-def _entries(connection: Connection, rows: Sequence[Row[Any]]) -> list[JobEntry]:
-    ids = [row.id for row in rows]
-    tasks: dict[UUID, list[TaskEntry]] = {i: [] for i in ids}
+def _parts_of(jobs: Sequence[UUID]) -> tuple[Asked, Asked]:
+    """The statements that find the tasks and the passes of these jobs."""
+    return (_TASKS_OF, {"jobs": jobs}), (_PASSES_OF, {"jobs": jobs})
+
+
+def _entries(rows: Sequence[Any], found_tasks: Sequence[Any], found_passes: Sequence[Any]) -> list[JobEntry]:
+    tasks: dict[UUID, list[TaskEntry]] = {row.id: [] for row in rows}
     names: dict[tuple[UUID, int], list[str]] = {}
-    for t in connection.execute(_TASKS_OF, {"jobs": ids}) if ids else ():
+    for t in found_tasks:
         tasks[t.job_id].append(
             TaskEntry(
                 name=t.name,
@@ -171,8 +175,8 @@ def _entries(connection: Connection, rows: Sequence[Row[Any]]) -> list[JobEntry]
             )
         )
         names.setdefault((t.job_id, t.pass_number), []).append(t.name)
-    passes: dict[UUID, list[PassEntry]] = {i: [] for i in ids}
-    for p in connection.execute(_PASSES_OF, {"jobs": ids}) if ids else ():
+    passes: dict[UUID, list[PassEntry]] = {row.id: [] for row in rows}
+    for p in found_passes:
         passes[p.job_id].append(
             PassEntry(
                 kind=p.kind,
@@ -185,7 +189,7 @@ def _entries(connection: Connection, rows: Sequence[Row[Any]]) -> list[JobEntry]
         )
     return [
         JobEntry(
-            **{**row._mapping, "state": State(row.state)},
+            **{**row._asdict(), "state": State(row.state)},
             tasks=tuple(tasks[row.id]),
             passes=tuple(passes[row.id]),
         )

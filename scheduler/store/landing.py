@@ -38,15 +38,15 @@ from scheduler.blocks import (
 )
 from scheduler.merge import errors_column
 from scheduler.policy.needs import needs_of
-from scheduler.store.database import JOB, notify
+from scheduler.store.database import JOB, notify, together
 from scheduler.store.endings import succeed
 from scheduler.store.events import tell_matches
 from scheduler.store.leases import more_waits
 from scheduler.store.opening import PRIORITIES
-from scheduler.store.registry import secret_of
+from scheduler.store.registry import SECRET
 from scheduler.store.schema import spelt
 from scheduler.store.sealing import settle, store_column
-from scheduler.store.words import land, tell
+from scheduler.store.words import land, telling
 
 #: Rows of an interactive job at most: more would not be interactive for anyone. Of an open job no more than a few
 #: groups wait for answers at a time (policy/gather.py), so it has no such limit, and none on all rows it ever had.
@@ -113,10 +113,15 @@ _READERS = text("""
 
 def loading(connection: Connection, tenant: UUID, job: UUID) -> LoadingJob:
     """The unchanging facts of a job. Raises NotFound."""
-    found = connection.execute(_LOADING, {"job": job, "tenant": tenant}).first()
-    if found is None:
+    jobs, rows, ((secret,),) = together(
+        connection,
+        (_LOADING, {"job": job, "tenant": tenant}),
+        (_READERS, {"job": job}),
+        (SECRET, {"tenant": tenant}),
+    )
+    if not jobs:
         raise NotFound(f"no job {job}")
-    rows = connection.execute(_READERS, {"job": job}).all()
+    (found,) = jobs
     tasks = {row.name: stored_task(row.spec) for row in rows}
     names, needs, folds = list(tasks), needs_of(tasks), stored_folds(found.folds)
     readers: list[Reader] = []
@@ -145,7 +150,7 @@ def loading(connection: Connection, tenant: UUID, job: UUID) -> LoadingJob:
     return LoadingJob(
         id=found.id,
         tenant=found.tenant_id,
-        secret=secret_of(connection, tenant),
+        secret=bytes(secret),
         fields=tuple(found.fields),
         asked=asked_fields(tasks, folds) if folds else tuple(found.fields),
         folds=folds,
@@ -248,11 +253,16 @@ def land_part(
     """
     n_rows = sum(b.n_rows for b in blocks)
     n_bad = sum(b.n_bad for b in blocks)
-    held = connection.execute(_LOCK, {"job": job.id, "tenant": job.tenant}).first()
-    if held is None:
+    jobs, parts = together(
+        connection,
+        (_LOCK, {"job": job.id, "tenant": job.tenant}),
+        (_PART, {"job": job.id, "number": number}),
+    )
+    if not jobs:
         raise NotFound(f"no job {job.id}")
-    before = connection.execute(_PART, {"job": job.id, "number": number}).first()
-    if before is not None:
+    (held,) = jobs
+    if parts:
+        (before,) = parts
         if not is_digest(job.secret, digest, bytes(before.digest)):
             raise Conflict(f"part {number} is stored with other bytes; open a new job for other rows")
         return Landed(
@@ -265,38 +275,35 @@ def land_part(
     _check_order(job, held, number, first_row)
     _check_limits(connection, job, held, n_rows, max_rows)
     landing = arrange(connection, job, held, blocks)
-    connection.execute(
-        _ADD_PART,
-        {
-            "job": job.id,
-            "number": number,
-            "digest": keyed(job.secret, digest),
-            "n_rows": n_rows,
-            "n_bad": n_bad,
-        },
-    )
+    part = {
+        "job": job.id,
+        "number": number,
+        "digest": keyed(job.secret, digest),
+        "n_rows": n_rows,
+        "n_bad": n_bad,
+    }
     _copy(connection, _COPY_BLOCK, landing.blocks)
     _copy(connection, _COPY_BLOCK_PASS, landing.block_passes)
     _copy(connection, _COPY_BLOCK_COLUMN, landing.block_columns)
     more_waits(connection, landing.waits(job.id))
     cells = landing.cells
-    cells_done = connection.execute(
-        _GROW,
-        {
-            "job": job.id,
-            "rows": n_rows,
-            "blocks": len(blocks),
-            "done": landing.blocks_done,
-            **{name: cells[name] for name in ("ok", "error", "skipped", "reused")},
-        },
-    ).scalar_one()
+    grown = {
+        "job": job.id,
+        "rows": n_rows,
+        "blocks": len(blocks),
+        "done": landing.blocks_done,
+        **{name: cells[name] for name in ("ok", "error", "skipped", "reused")},
+    }
+    # What is told is heard when all of it is committed.
+    _, ((cells_done,),), _ = together(
+        connection, (_ADD_PART, part), (_GROW, grown), telling([land(job.id)], [job.id])
+    )
     if job.notifies:
         # Answers of earlier jobs may be all that its condition reads.
         tell_matches(connection, {(job.id, number) for _, number, *_ in landing.block_columns})
     if landing.depend:
         # Last, since it counts on with what is counted by now.
         settle(connection, {(job.id, number) for number in landing.depend})
-    tell(connection, [land(job.id)], [job.id])
     return Landed(
         part=number,
         rows=n_rows,
@@ -545,9 +552,10 @@ def close_job(
     Raises NotFound; Conflict where parts or rows differ from what is stored, or the job ended before;
     InvalidJob for a job without rows, which goes on loading, and where it is not said how much was sent.
     """
-    held = connection.execute(_LOCK, {"job": job, "tenant": tenant}).first()
-    if held is None:
+    (jobs,) = together(connection, (_LOCK, {"job": job, "tenant": tenant}))
+    if not jobs:
         raise NotFound(f"no job {job}")
+    (held,) = jobs
     if held.state == State.OPEN:
         connection.execute(_CLOSE, {"job": job})
         if held.blocks_done == held.n_blocks:
@@ -575,9 +583,7 @@ def close_job(
         return
     if not held.n_rows:
         raise InvalidJob(Problem("rows", "no row", "at least one row", "send a part, or cancel the job"))
-    closed = connection.execute(_CLOSE, {"job": job}).one()
+    (closed,), _ = together(connection, (_CLOSE, {"job": job}), telling([land(job)], [job]))
     traces.add(job, traces.SUBMIT, closed.created, closed.closed, rows=held.n_rows, parts=held.n_parts)
     if held.blocks_done == held.n_blocks:
         succeed(connection, [job])
-    tell(connection, [land(job)])
-    notify(connection, JOB, str(job))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
 from uuid import UUID
@@ -13,7 +13,8 @@ from sqlalchemy import Connection, insert, text
 from motet.errors import Conflict, Overloaded
 from motet.states import LIVE, State
 from scheduler.blocks import is_digest, keyed
-from scheduler.store.registry import secret_of
+from scheduler.store.database import Asked, together
+from scheduler.store.registry import SECRET
 from scheduler.store.schema import spelt
 from scheduler.store.tables import jobs as tables
 
@@ -86,7 +87,8 @@ class NewJob:
 
 
 _BY_KEY = text("""
-    SELECT id, request_digest, state FROM job WHERE tenant_id = :tenant AND idempotency_key = :key""")
+    SELECT j.id, j.request_digest, t.digest_key FROM job j JOIN tenant t ON t.id = j.tenant_id
+     WHERE j.tenant_id = :tenant AND j.idempotency_key = :key""")
 _UNFINISHED_JOBS = text(f"""
     SELECT count(*) FROM job WHERE tenant_id = :tenant AND state IN {spelt(LIVE)}""")
 _STILL_THERE = text("""
@@ -106,13 +108,23 @@ _ADD_TASK = insert(tables.task)
 
 def opened_before(connection: Connection, tenant: UUID, key: str, request_digest: bytes) -> UUID | None:
     """The job that this Idempotency-Key opened, if any. Raises Conflict where it opened another one."""
-    row = connection.execute(_BY_KEY, {"tenant": tenant, "key": key}).first()
-    if row is None:
+    (found,) = together(connection, _asked_before(tenant, key))
+    return _same_request(found, request_digest)
+
+
+def _asked_before(tenant: UUID, key: str | None) -> Asked:
+    return _BY_KEY, {"tenant": tenant, "key": key}
+
+
+def _same_request(found: Sequence[Any], request_digest: bytes) -> UUID | None:
+    """The job among what `_asked_before` found, if any. Raises Conflict where another body opened it."""
+    if not found:
         return None
-    if not is_digest(secret_of(connection, tenant), request_digest, bytes(row.request_digest)):
-        raise Conflict(f"this Idempotency-Key opened job {row.id}, from another body; use a new key")
-    found: UUID = row.id
-    return found
+    (job,) = found
+    if not is_digest(bytes(job.digest_key), request_digest, bytes(job.request_digest)):
+        raise Conflict(f"this Idempotency-Key opened job {job.id}, from another body; use a new key")
+    opened: UUID = job.id
+    return opened
 
 
 def open_job(connection: Connection, job: NewJob, *, max_active_jobs: int) -> UUID:
@@ -121,14 +133,20 @@ def open_job(connection: Connection, job: NewJob, *, max_active_jobs: int) -> UU
     Raises Overloaded beyond ``max_active_jobs`` of the tenant, Conflict where a model has just been removed
     or the key belongs to another body.
     """
-    if job.idempotency_key is not None:
-        before = opened_before(connection, job.tenant, job.idempotency_key, job.request_digest)
-        if before is not None:
-            return before
-    if connection.execute(_UNFINISHED_JOBS, {"tenant": job.tenant}).scalar_one() >= max_active_jobs:
-        raise Overloaded(f"{max_active_jobs} jobs are unfinished; wait for one, or cancel it", 10.0)
     models = {t.model_id for t in job.tasks} | {p.model_id for p in job.passes}
-    if len(connection.execute(_STILL_THERE, {"ids": sorted(models)}).all()) != len(models):
+    of_tenant = {"tenant": job.tenant}
+    same, ((unfinished,),), there, ((secret,),) = together(
+        connection,
+        _asked_before(job.tenant, job.idempotency_key),
+        (_UNFINISHED_JOBS, of_tenant),
+        (_STILL_THERE, {"ids": sorted(models)}),
+        (SECRET, of_tenant),
+    )
+    if (opened := _same_request(same, job.request_digest)) is not None:
+        return opened
+    if unfinished >= max_active_jobs:
+        raise Overloaded(f"{max_active_jobs} jobs are unfinished; wait for one, or cancel it", 10.0)
+    if len(there) != len(models):
         raise Conflict("a model of this job was removed just now; submit it again")
     made = connection.execute(
         _OPEN,
@@ -143,7 +161,7 @@ def open_job(connection: Connection, job: NewJob, *, max_active_jobs: int) -> UU
             "fields": list(job.fields),
             "n_tasks": len(job.tasks),
             "key": job.idempotency_key,
-            "digest": keyed(secret_of(connection, job.tenant), job.request_digest),
+            "digest": keyed(bytes(secret), job.request_digest),
             "deadline_s": job.deadline_s,
             "retention_days": job.retention_days,
             "keep_s": job.keep_s,

@@ -23,7 +23,8 @@ _FIND_TOKEN = text("""
            coalesce(expires <= clock_timestamp(), false) AS expired
       FROM token WHERE id = :id""")
 _TENANT = text("SELECT id FROM tenant WHERE name = :name")
-_SECRET = text("SELECT digest_key FROM tenant WHERE id = :tenant")
+#: The key of every digest of what a tenant sends.
+SECRET = text("SELECT digest_key FROM tenant WHERE id = :tenant")
 _MAKE_TENANT = text("INSERT INTO tenant (name) VALUES (:name) ON CONFLICT (name) DO NOTHING")
 _ADD_TOKEN = text("""
     INSERT INTO token (id, tenant_id, name, scope, secret_sha256, expires)
@@ -85,7 +86,7 @@ def tenant_named(connection: Connection, name: str) -> UUID:
 
 def secret_of(connection: Connection, tenant: UUID) -> bytes:
     """The key of every digest of what a tenant sends."""
-    return bytes(connection.execute(_SECRET, {"tenant": tenant}).scalar_one())
+    return bytes(connection.execute(SECRET, {"tenant": tenant}).scalar_one())
 
 
 def add_token(

@@ -14,6 +14,7 @@ from motet.errors import NotFound
 from motet.protocol.columns import LAYOUT, CellError, Column
 from motet.states import ENDED
 from scheduler.store.arrays import flat
+from scheduler.store.database import together
 
 RowOrder = Literal["row", "done"]
 
@@ -104,12 +105,12 @@ _NEXT_DONE = text(f"{_READY} b.done_number > CAST(:after AS bigint) ORDER BY b.d
 
 def shown(connection: Connection, tenant: UUID, job: UUID, tasks: Sequence[str] | None = None) -> Shown:
     """The job and the tasks asked for (None: all of them). Raises NotFound, for an unknown task too."""
-    found = connection.execute(_JOB, {"job": job, "tenant": tenant}).first()
-    if found is None:
+    jobs, of_job = together(connection, (_JOB, {"job": job, "tenant": tenant}), (_TASKS, {"job": job}))
+    if not jobs:
         raise NotFound(f"no job {job}")
+    (found,) = jobs
     every = {
-        row.name: ShownTask(row.number, row.name, tuple(row.labels), row.dim, row.dtype)
-        for row in connection.execute(_TASKS, {"job": job})
+        row.name: ShownTask(row.number, row.name, tuple(row.labels), row.dim, row.dtype) for row in of_job
     }
     for name in tasks or ():
         if name not in every:
@@ -152,7 +153,7 @@ def ready_blocks(
             columns=tuple(row.ids),
             bytes=int(row.bytes),
         )
-        for row in connection.execute(query, at)
+        for row in together(connection, (query, at))[0]
     ]
     if order == "done" or job.ended:
         return found
