@@ -61,8 +61,9 @@ DOORS = "/openai/v1"
 #: Prompts about one text.
 K = 4
 CALLERS = 64
-#: Tokens of a block of vLLM's KV cache on a CPU, and of the longest prompt with its answer that it is told of.
-BLOCK, CONTEXT = 128, 2048
+#: Tokens of a block of vLLM's KV cache on a CPU, and of the longest prompt with its answer that it is told of: a cache must
+#: hold more than one such, and a small one a shorter one.
+BLOCK, CONTEXT, SHORT_CONTEXT = 128, 2048, 1024
 #: Names of the model: in motet's torch engine, and with vLLM behind it.
 TORCH, VLLM = smollm.NAME, f"{smollm.NAME}-vllm"
 LIMIT_S = 3600.0
@@ -318,11 +319,11 @@ def shuffled(bench: Bench) -> Figures:
     size = bench.size
     texts = texts_for(bench, size.of(full=200, quick=40, smoke=0), 2200)
     tokens = sum(_tokens(bench, texts.articles[: texts.each]))
-    blocks = max(CONTEXT // BLOCK, tokens // 10 // BLOCK)
+    blocks = max(SHORT_CONTEXT // BLOCK + 1, tokens // 10 // BLOCK)
     say(f"{texts.each} texts of {tokens:,} tokens; a KV cache of {blocks * BLOCK:,} tokens")
-    more = ("--num-gpu-blocks-override", str(blocks))
+    more = ("--num-gpu-blocks-override", str(blocks), "--max-model-len", str(SHORT_CONTEXT))
     program = bench.scratch / "vllm-with-a-small-cache"
-    program.write_text(f'#!/bin/sh\nexec "{bench.vllm}" "$@" {" ".join(more)} --max-model-len={CONTEXT}\n')
+    program.write_text(f'#!/bin/sh\nexec "{bench.vllm}" "$@" {" ".join(more)}\n')
     program.chmod(0o755)
     with running(bench, program) as motet:
         found = beside_run_batch(
