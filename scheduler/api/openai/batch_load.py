@@ -19,7 +19,7 @@ from motet.states import Skip
 from motet.tasks import Task, condition_of
 from scheduler.api.openai.lines import FileSurvey, Find, TokenReaders, line_at, read_again, tasks_of
 from scheduler.api.openai.requests import ASKED, OPTIONS, SERVED, task_of
-from scheduler.api.opening import planned_with
+from scheduler.api.opening import models_of, planned_with
 from scheduler.api.resources import Resources
 from scheduler.api.submissions import CheckedSubmission, new_job
 from scheduler.blocks import IncomingPart, blocks_of
@@ -99,7 +99,13 @@ def _opened(use: Resources, owned: Owned, found: FileSurvey) -> UUID:
     )
     digest = hashlib.sha256(batch.id.encode()).digest()
     asked = CheckedSubmission(said=said, tasks=tasks, digest=digest)
-    made = new_job(uuid.uuid4(), batch.tenant_id, asked, planned_with(use, asked, None), f"openai {batch.id}")
+    made = new_job(
+        uuid.uuid4(),
+        batch.tenant_id,
+        asked,
+        planned_with(asked, None, models_of(use, asked)),
+        f"openai {batch.id}",
+    )
     with use.database.transaction() as connection:
         return opening.open_job(
             connection,

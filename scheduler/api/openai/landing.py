@@ -25,7 +25,7 @@ from scheduler.api.openai.requests import (
     task_of,
     text_of,
 )
-from scheduler.api.opening import planned_with
+from scheduler.api.opening import models_of, planned_with
 from scheduler.api.resources import Resources
 from scheduler.api.result_streams import plain_rows
 from scheduler.api.submissions import CheckedSubmission, new_job
@@ -97,7 +97,7 @@ def _door(use: Resources, tenant: UUID, request: AskedRequest, model: Registered
     digest = hashlib.sha256(f"{endpoint} {ref}".encode()).digest()
     tasks = {ANSWER: task_of(request.endpoint, ref), **request.tasks}
     asked = CheckedSubmission(said=said, tasks=tasks, digest=digest)
-    made = new_job(uuid.uuid4(), tenant, asked, planned_with(use, asked, None), None)
+    made = new_job(uuid.uuid4(), tenant, asked, planned_with(asked, None, models_of(use, asked)), None)
     with use.database.transaction() as connection:
         doors.lock_doors(connection, tenant)
         found = doors.find_door(connection, tenant, endpoint, model.id)
