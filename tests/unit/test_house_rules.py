@@ -26,6 +26,7 @@ PURE = (
             "policy/needs",
             "policy/prompt_order",
             "policy/prompt_cost",
+            "policy/beginnings",
             "answers",
             "readable",
             "policy/carve",
