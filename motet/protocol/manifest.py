@@ -17,8 +17,11 @@ from motet.messages.message import ApiMessage, Limit
 from motet.protocol.columns import Kind
 
 #: What a model can answer, and so which task kinds may use it (see ANSWERS). ``text``: it is a language model.
+#: ``ranking``: it is a cross-encoder, which scores a query with each document.
 #: ``models``: it trains others. ``artefact``: nothing by itself; it is data that a function reads.
-Answer = Literal["label", "labels", "number", "vector", "spans", "json", "text", "models", "artefact"]
+Answer = Literal[
+    "label", "labels", "number", "vector", "spans", "json", "ranking", "text", "models", "artefact"
+]
 
 #: Task kind -> answers that satisfy it.
 ANSWERS: Mapping[str, frozenset[str]] = {
@@ -27,6 +30,7 @@ ANSWERS: Mapping[str, frozenset[str]] = {
     "embed": frozenset({"vector"}),
     "entities": frozenset({"spans"}),
     "function": frozenset({"json"}),
+    "rank": frozenset({"ranking"}),
     "fit": frozenset({"models"}),
     "generate": frozenset({"text"}),
     "chat": frozenset({"text"}),
@@ -49,7 +53,7 @@ def column_kind_of(task_kind: str, answers: Answer) -> Kind:
     if answers == "text":
         return _OF_TEXT[task_kind]
     match answers:
-        case "models" | "artefact":
+        case "models" | "artefact" | "ranking":
             return "json"
         case _:
             return answers
