@@ -1,4 +1,4 @@
-"""A large batch through the death of every process of the cluster, one after the other."""
+"""OpenAI's doors through the death of processes: a large batch, and a stream that is being told."""
 
 from __future__ import annotations
 
@@ -8,13 +8,18 @@ import signal
 import subprocess
 import sys
 import time
-from pathlib import Path
+from contextlib import closing
+from typing import Any, cast
 
 import openai
+import psycopg
 import pytest
 from openai import OpenAI
 
+from motet import Client
 from motet.local.cluster import Cluster
+from motet.local.valkey import Valkey
+from motet.protocol.transport import RedisTransport
 from tests.acceptance.test_a_real_job import workers_of
 from tests.tiny_language import a_llama
 
@@ -37,10 +42,10 @@ def line(number: int) -> dict[str, object]:
     }
 
 
-@pytest.fixture
-def models(cluster: Cluster, tmp_path: Path) -> None:
+@pytest.fixture(scope="module")
+def models(cluster: Cluster, tmp_path_factory: pytest.TempPathFactory) -> None:
     for seed, name in enumerate(MODELS[1:]):
-        folder = tmp_path / name
+        folder = tmp_path_factory.mktemp("models") / name
         folder.mkdir()
         subprocess.run(
             [sys.executable, "-m", "workers", "register", str(a_llama(folder, seed)), "--name", name],
@@ -49,6 +54,63 @@ def models(cluster: Cluster, tmp_path: Path) -> None:
             timeout=120,
             env={**os.environ, "MOTET_URL": cluster.url, "MOTET_TOKEN": cluster.tokens["admin"]},
         )
+
+
+def holders(cluster: Cluster) -> list[int]:
+    """Process ids of workers that hold work."""
+    with Client(cluster.url, cluster.tokens["user"]) as client:
+        busy = {worker.worker for worker in client.workers() if worker.held}
+    valkey = next(one.service for one in cluster._watched if one.service.name == "valkey")
+    transport = RedisTransport(cast("Valkey", valkey).urls.scheduler)
+    with closing(transport):
+        return [beat.pid for name, beat in transport.beats().items() if name in busy]
+
+
+@pytest.mark.usefixtures("models")
+def test_a_stream_whose_worker_is_killed_goes_on_and_nothing_is_told_twice(cluster: Cluster) -> None:
+    asked: dict[str, Any] = {
+        "model": MODELS[1],
+        "messages": [{"role": "user", "content": "Tell me a long story."}],
+        "max_tokens": 400,
+        "temperature": 1.0,
+        "seed": 11,
+        "n": 8,
+        "top_p": 0.9,
+        "presence_penalty": 0.5,
+        "logprobs": True,
+        "top_logprobs": 2,
+    }
+    with OpenAI(base_url=f"{cluster.url}/openai/v1", api_key=cluster.tokens["user"]) as client:
+        whole = client.chat.completions.create(**asked).choices
+        told, ends, killed, likelihoods = [""] * 8, [""] * 8, list[int](), {}
+        with client.chat.completions.create(
+            **asked, stream=True, stream_options={"include_usage": True}
+        ) as stream:
+            for chunk in stream:
+                for choice in chunk.choices:
+                    told[choice.index] += choice.delta.content or ""
+                    ends[choice.index] = choice.finish_reason or ends[choice.index]
+                    if choice.logprobs is not None:
+                        likelihoods[choice.index] = [one.token for one in choice.logprobs.content or ()]
+                # Some of it is told, and most of it is not written yet.
+                if not killed and sum(map(len, told)) > 20:
+                    killed = holders(cluster)
+                    for pid in killed:
+                        os.kill(pid, signal.SIGKILL)
+                usage = chunk.usage
+    assert killed
+    assert told == [choice.message.content for choice in whole]
+    assert likelihoods == {
+        choice.index: [one.token for one in (choice.logprobs and choice.logprobs.content) or ()]
+        for choice in whole
+    }
+    assert all(likelihoods.values())
+    assert set(ends) <= {"stop", "length"}
+    assert usage is not None
+    assert usage.completion_tokens > 0
+    with psycopg.connect(cluster.database_url) as sql:
+        [(lost,)] = sql.execute("SELECT sum(attempts_lost) FROM job WHERE name LIKE 'openai %'").fetchall()
+    assert lost > 0, "it was killed after it had reported"
 
 
 @pytest.mark.usefixtures("models")
