@@ -36,6 +36,7 @@ BENCHES = (
         "live",
         "tax",
         "fusion",
+        "media",
         "llm",
         "compress",
     ),

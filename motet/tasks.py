@@ -22,6 +22,8 @@ UNSURE = "unsure"
 TooLong = Literal["truncate", "error"]
 Numerics = Literal["fast", "exact"]
 First = Literal["auto", "text", "instruction"]
+#: Which of a trunk's features of a picture: its last ones, or those of its stages and the last ones.
+Features = Literal["last", "stages"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -131,6 +133,8 @@ class Embed(Reading):
     kind: ClassVar[str] = "embed"
     dtype: Literal["fp32", "fp16"] = "fp32"
     normalize: bool = True
+    #: Of pictures: ``stages`` puts the features of earlier stages, which know edges and strokes, before the last ones.
+    features: Features = field(default="last", metadata={"later": True})
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -629,6 +633,7 @@ _EXPECTED: Mapping[str, _Expected] = {
     "first": _Expected("auto, text or instruction", "choose one", ("auto", "text", "instruction")),
     "dtype": _Expected("fp32 or fp16", "choose one", ("fp32", "fp16")),
     "normalize": _Expected("true or false", "choose one", kind=bool),
+    "features": _Expected("last or stages", "choose one", ("last", "stages")),
     "scores": _Expected("true or false", "choose one", kind=bool),
     "min_score": _Expected(_SHARE, "say below which score the model should abstain, such as 0.5"),
     "otherwise": _Expected(_LABEL, "say what stands in the cell then, such as unsure"),

@@ -15,6 +15,7 @@ from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
+from motet.media.medium import Medium
 from motet.protocol.envelope import BadMessage, packed_plain, unwrap, wrap
 from motet.protocol.values import (
     COLUMN_TYPES,
@@ -96,6 +97,8 @@ class EncodedBlock:
     bad_fields: BadFields
     #: Reuse key per task of the job; None where its column is not for reuse.
     keys: tuple[bytes | None, ...]
+    #: Keyed digests of the media that its rows refer to, each once, sorted.
+    media: tuple[bytes, ...] = ()
 
     @property
     def n_bad(self) -> int:
@@ -191,7 +194,25 @@ def _encode(
         bad=bad,
         bad_fields=bad_fields,
         keys=tuple(k if k is None else keyed(secret, k) for k in _keys(readers, digests)),
+        media=tuple(
+            sorted({medium_key(secret, one.sha256) for name in typed for one in media_in(columns[name])})
+        ),
     )
+
+
+def media_in(values: Sequence[Value]) -> Iterator[Medium]:
+    """The media among the values of a column."""
+    return (value for value in values if type(value) is Medium)
+
+
+def upload_digest(secret: bytes, key: str) -> bytes:
+    """Under which name an upload claims media: its Idempotency-Key may be a word of the user's own."""
+    return keyed(secret, hashlib.sha256(key.encode()).digest())
+
+
+def medium_key(secret: bytes, sha256: str) -> bytes:
+    """The name under which a tenant's medium of this digest is stored."""
+    return keyed(secret, bytes.fromhex(sha256))
 
 
 def _between(bad: Bad, lo: int, hi: int) -> dict[int, tuple[str, str]]:

@@ -164,7 +164,7 @@ def _assignment(
         elif o.whole is not None:
             # Another task's answer is text.
             if o.typed and not readable.is_answer(o.whole):
-                is_typed = is_typed or readable.is_typed(o.whole)
+                is_typed = is_typed or o.media or readable.is_typed(o.whole)
                 values += readable.values(o.whole, rows)
             texts += readable.texts(o.whole, rows)
         else:
@@ -203,13 +203,15 @@ def _assignment(
 def _order(template: str, tasks: tuple[TaskOrder, ...]) -> _Order:
     is_function = bool(tasks) and all(t.spec["kind"] == "function" for t in tasks)
     inputs = stored_task(tasks[0].spec).valued if tasks else ()
+    reads_media = any(t.manifest.reads != "text" for t in tasks)
     return _Order(
         tasks,
         reads=placeholders(template),
         beside=() if inputs else _placeholders_beside_input(tasks),
         inputs=inputs,
         whole=sole_placeholder(template),
-        typed=is_function,
+        typed=is_function or reads_media,
+        media=reads_media,
         # What a row says of its options may be a temperature.
         drawn=any(
             t.spec.get("temperature", 0) or t.spec.get("options") or t.spec["kind"] == "fit" for t in tasks
@@ -288,8 +290,10 @@ class _Order:
     inputs: tuple[str, ...]
     #: The placeholder that is the whole input; None: it is rendered.
     whole: str | None
-    #: Functions alone, which are given the values of such a field.
+    #: Functions and models that read media, which are given the values of such a field.
     typed: bool
+    #: Only the latter: of every row, since none of their fields is text.
+    media: bool
     #: An answer depends on where its row stands in the job.
     drawn: bool
 

@@ -18,6 +18,8 @@ Examples:
   motet train train.jsonl --name support --labels topic --labels mood=sentiment --test test.jsonl
   motet train mails.csv --name mails --text body --multi tags --number urgency --tune all --epochs 3
   motet train train.jsonl --name support --labels topic --plot curves.svg
+  motet train claims.jsonl --name claims --trunk efficientnet-lite0 --image photo --media-root pictures/ \
+      --labels damage --features stages
 
 Rows may lack labels of some tasks: null, or no such field. In CSV, labels of --multi stand as a|b."""
 )
@@ -39,6 +41,22 @@ Rows may lack labels of some tasks: null, or no such field. In CSV, labels of --
     "--test", metavar="FILE", help="Rows to measure by (default: some rows of FILE are kept for that)."
 )
 @click.option("--text", default="text", show_default=True, metavar="FIELD", help="The field that is read.")
+@click.option(
+    "--image", metavar="FIELD", help="The field that holds a picture, for a trunk that reads those."
+)
+@click.option(
+    "--features",
+    type=click.Choice(["last", "stages"]),
+    default="last",
+    show_default=True,
+    help="Of pictures: the trunk's last features, or those of its earlier stages too, which know strokes and edges.",
+)
+@click.option(
+    "--media-root",
+    metavar="DIR",
+    type=click.Path(exists=True, file_okay=False),
+    help="The folder of the pictures: a path in a row is opened below it only.",
+)
 @click.option(
     "--tune",
     type=click.Choice(["heads", "lora", "all"]),
@@ -76,6 +94,9 @@ def train(
     number: Sequence[str],
     test: str | None,
     text: str,
+    image: str | None,
+    features: Any,
+    media_root: str | None,
     tune: Any,
     epochs: int | None,
     patience: int,
@@ -96,6 +117,7 @@ def train(
     with connect() as client:
         run = client.train(
             name=name, trunk=trunk, tasks=tasks, train=file, test=test, text=text, tune=tune, epochs=epochs,
+            image=image, features=features, media_root=media_root,
             patience=patience, seed=seed, version=version, licence=licence, command=command_line(),
         )  # fmt: skip
         out = console()

@@ -39,7 +39,7 @@ class DemoStage:
     #: Id of the job that it ran, for the commands that are shown at the end.
     job: str = ""
 
-    def plan(self, texts: Sequence[str], tasks: Mapping[str, Task]) -> Plan:
+    def plan(self, texts: Sequence[Any], tasks: Mapping[str, Task]) -> Plan:
         """Plan the demo's job, and draw it."""
         with self.story.phase("planning") as note:
             plan = self.client.plan(texts, tasks)
@@ -47,7 +47,7 @@ class DemoStage:
         self.story.show(plan_picture(plan, width=console().width))
         return plan
 
-    def run(self, texts: Sequence[str], tasks: Mapping[str, Task]) -> tuple[Job, float]:
+    def run(self, texts: Sequence[Any], tasks: Mapping[str, Task]) -> tuple[Job, float]:
         """Run it: the ended job, and its seconds. Raises JobFailed."""
         start = time.monotonic()
         # Without reuse, so that every run of the demo computes; with it, the second one would only look up.

@@ -76,7 +76,8 @@ class Assignment:
     tasks: tuple[TaskOrder, ...]
     #: Rendered input of each row, one text per row.
     texts: tuple[str, ...]
-    #: What the texts stand for, where the whole input is one field that is not text alone, and a function reads it.
+    #: What the texts stand for, where the whole input is one field that is not text alone, and a function reads it; or
+    #: that holds media, and a model reads them.
     values: tuple[Value, ...] = ()
     #: What other templates of the tasks name (fields of the row, answers of other tasks) -> a text per row.
     fields: Mapping[str, tuple[str, ...]] = field(default_factory=dict)

@@ -1,4 +1,4 @@
-"""Labelled rows, read and checked for a training run: their texts, and what is true of each."""
+"""Labelled rows, read and checked for a training run: their texts or pictures, and what is true of each."""
 
 from __future__ import annotations
 
@@ -44,8 +44,8 @@ Learned = Labels | Number
 class Lesson:
     """Labelled rows, read and checked."""
 
-    #: Training rows first.
-    texts: Sequence[str]
+    #: What is read of each row: its text, or what stands for its picture. Training rows first.
+    inputs: Sequence[Any]
     train_rows: int
     targets: tuple[Target, ...]
     #: Sha256 of all of it.
@@ -53,21 +53,28 @@ class Lesson:
 
 
 def read_lesson(
-    train: Source, test: Source | None, tasks: Mapping[str, Learned], *, text: str = "text", seed: int = 0
+    train: Source,
+    test: Source | None,
+    tasks: Mapping[str, Learned],
+    *,
+    text: str = "text",
+    image: str | None = None,
+    seed: int = 0,
 ) -> Lesson:
     """Read labelled rows. Without ``test`` some rows of ``train`` are kept for it, by ``seed``.
 
+    ``text``: the field that is read; or ``image``, a field that holds pictures, in any form that ``Client.submit`` takes.
     Raises InvalidJob that names rows and fields: no text, no such field, a label that no training row has, one label
     only, NaN.
     """
     if not tasks:
         raise InvalidJob.of("tasks", "none", "what to learn", 'give {"topic": Labels("topic")}')
-    found = _Reading(tasks, text)
+    found = _Reading(tasks, image or text, pictures=image is not None)
     found.read("train", train)
-    n = len(found.texts)
+    n = len(found.inputs)
     if test is not None:
         found.read("test", test)
-        order = list(range(len(found.texts)))
+        order = list(range(len(found.inputs)))
     else:
         order = list(range(n))
         random.Random(seed).shuffle(order)
@@ -80,22 +87,31 @@ def read_lesson(
         )
     if found.problems:
         raise InvalidJob(found.problems[:MAX_PROBLEMS])
-    texts = [found.texts[i] for i in order]
+    inputs = [found.inputs[i] for i in order]
     targets = tuple(found.target(name, order, n, held_out=test is not None) for name in tasks)
     if found.problems:
         raise InvalidJob(found.problems[:MAX_PROBLEMS])
-    digest = hashlib.sha256(json.dumps([texts, n], ensure_ascii=False).encode("utf-8", "replace"))
+    told = [one if isinstance(one, str) else _digest_of(one) for one in inputs]
+    digest = hashlib.sha256(json.dumps([told, n], ensure_ascii=False).encode("utf-8", "replace"))
     for target in targets:
         digest.update(json.dumps([target.name, target.kind, target.labels]).encode() + target.truth)
-    return Lesson(texts=texts, train_rows=n, targets=targets, digest=digest.hexdigest())
+    return Lesson(inputs=inputs, train_rows=n, targets=targets, digest=digest.hexdigest())
+
+
+def _digest_of(picture: object) -> str:
+    """Of the pixels or bytes of a picture, so that the record of what was learned from names them."""
+    raw = picture.tobytes() if hasattr(picture, "tobytes") else picture
+    if isinstance(raw, Mapping):
+        raw = raw.get("bytes") or json.dumps(raw, default=str)
+    return hashlib.sha256(raw if isinstance(raw, bytes) else str(raw).encode()).hexdigest()
 
 
 class _Reading:
     """Rows as they are read, and what is wrong with them."""
 
-    def __init__(self, tasks: Mapping[str, Learned], text: str) -> None:
-        self.tasks, self._text = tasks, text
-        self.texts: list[str] = []
+    def __init__(self, tasks: Mapping[str, Learned], field: str, *, pictures: bool) -> None:
+        self.tasks, self._field, self._pictures = tasks, field, pictures
+        self.inputs: list[Any] = []
         self.problems: list[Problem] = []
         #: Task -> what is true of each row: a label, labels, a number; None where it is not known.
         self._truth: dict[str, list[Any]] = {name: [] for name in tasks}
@@ -111,11 +127,9 @@ class _Reading:
                 self._wrong(part, "", "a row that is no mapping", "fields: a text and its labels", index)
                 continue
             has |= row.keys()
-            said = row.get(self._text)
-            if not isinstance(said, str) or not said.strip():
-                got = "an empty text" if isinstance(said, str) else f"no text in {short(self._text)}"
-                self._wrong(part, self._text, got, "a text", index)
-            self.texts.append(said if isinstance(said, str) else "")
+            said = row.get(self._field)
+            self._check_input(part, said, index)
+            self.inputs.append(said if self._pictures or isinstance(said, str) else "")
             self._places.append((part, index))
             for name, learned in self.tasks.items():
                 self._truth[name].append(self._true(part, learned, row, index))
@@ -132,6 +146,13 @@ class _Reading:
                         "name the field that holds them",
                     )
                 )  # fmt: skip
+
+    def _check_input(self, part: str, said: object, index: int) -> None:
+        what = "picture" if self._pictures else "text"
+        if isinstance(said, str) and not said.strip():
+            self._wrong(part, self._field, f"an empty {what}", f"a {what}", index)
+        elif said is None or not (self._pictures or isinstance(said, str)):
+            self._wrong(part, self._field, f"no {what} in {short(self._field)}", f"a {what}", index)
 
     def _true(self, part: str, learned: Learned, row: Mapping[str, Any], index: int) -> Any:
         field = field_of(learned)

@@ -33,6 +33,7 @@ from scheduler.api import (
     fits,
     jobs,
     line,
+    media,
     metrics,
     models,
     opening,
@@ -60,7 +61,7 @@ Every route but `/healthz`, `/readyz` and this description needs `Authorization:
 _NO_NEWS = frozenset({"/healthz", "/readyz", "/metrics", ASK, *(PREFIX + path for path in ONLINE)})
 #: In the order of the API's description.
 _ROUTES = (
-    opening, parts, asks, jobs, planning, activity, explain, results, fits, models, aliases, blobs, tokens, webhooks, cluster, doctor,
+    opening, parts, asks, jobs, planning, activity, explain, results, fits, models, aliases, blobs, media, tokens, webhooks, cluster, doctor,
     metrics,
 )  # fmt: skip
 

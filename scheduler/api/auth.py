@@ -102,6 +102,10 @@ ALLOWED: Mapping[tuple[str, str], frozenset[str]] = {
     ("HEAD", "/v1/blobs/{sha256}"): _BLOBS,
     ("GET", "/v1/blobs/{sha256}"): _BLOBS,
     ("PUT", "/v1/blobs/{sha256}"): _BLOBS,
+    ("POST", "/v1/media/missing"): _SUBMIT,
+    ("PUT", "/v1/media/{sha256}"): _SUBMIT,
+    ("POST", "/v1/media"): _SUBMIT,
+    ("POST", "/v1/media/fetch"): _WORKER,
 }
 
 #: What people open in a browser, which sends no Bearer header by itself: these take HTTP Basic as well. No other

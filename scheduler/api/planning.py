@@ -13,14 +13,14 @@ from starlette.concurrency import run_in_threadpool
 
 from motet.conditions import condition
 from motet.messages.jobs import Plan, PlannedPass, PlanRequest
-from motet.protocol.manifest import Manifest
+from motet.protocol.manifest import PATCH_PIXELS, Manifest
 from motet.protocol.transport import TransportLost
 from motet.protocol.values import Value, plain_text
 from motet.tasks import Prompted, Task, fields_read
 from motet.templates import filled, placeholders, render, value_in
 from scheduler.api.auth import Caller
 from scheduler.api.bodies import json_body, whole_body
-from scheduler.api.opening import SUBMISSION, inline_rows, planned_with
+from scheduler.api.opening import SUBMISSION, inline_rows, models_of, planned_with
 from scheduler.api.resources import Resources, Use
 from scheduler.api.routing import Routes, takes
 from scheduler.api.submissions import read_submission
@@ -51,8 +51,9 @@ async def plan_job(request: Request, use: Use, caller: Caller) -> Plan:
 
 def _dry_run(use: Resources, caller: Caller, raw: bytes) -> Plan:
     asked = read_submission(PlanRequest, json_body(raw), max_tasks=use.settings.max_tasks)
-    incoming = inline_rows(use, asked) if asked.said.rows else None
-    planned = planned_with(use, asked, incoming)
+    found = models_of(use, asked)
+    incoming = inline_rows(use, asked, found) if asked.said.rows else None
+    planned = planned_with(asked, incoming, found)
     part = incoming.part() if incoming else IncomingPart(columns={name: [] for name in asked.fields})
     unread = {name: absent(part.bad, part.bad_fields, fields_read(name, asked.tasks)) for name in asked.tasks}
     rows: dict[int, dict[str, Value]] = {
@@ -110,6 +111,7 @@ def _dry_run(use: Resources, caller: Caller, raw: bytes) -> Plan:
                 computed_tokens=guess.computed_tokens,
                 unfused_tokens=guess.unfused_tokens,
                 tokens_out=guess.tokens_out,
+                pixels=guess.tokens * PATCH_PIXELS if p.model.reads != "text" else 0,
                 seconds=guess.seconds,
                 subtasks=guess.subtasks,
             )
@@ -122,6 +124,7 @@ def _dry_run(use: Resources, caller: Caller, raw: bytes) -> Plan:
         computed_tokens=sum(p.computed_tokens for p in passes),
         unfused_tokens=sum(p.unfused_tokens for p in passes),
         tokens_out=sum(p.tokens_out for p in passes),
+        pixels=sum(p.pixels for p in passes),
         # The passes share the devices, one after the other.
         seconds=_together([p.seconds for p in passes]),
         truncated_rows=round(len(too_long) * sample.rows_factor),

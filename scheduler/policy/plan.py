@@ -27,6 +27,7 @@ from scheduler.policy.carve import MAX_ROWS
 from scheduler.policy.cost import learned_as
 from scheduler.policy.functions import beside_functions, function_problems
 from scheduler.policy.needs import cycle_problem, levels_of, needs_of
+from scheduler.policy.pictures import picture_problems
 from scheduler.policy.prompt_order import ANSWER_BYTES, first_of, rate_key
 
 #: Tokens of a micro-batch that padding is estimated with: what a CPU slot starts from.
@@ -89,6 +90,7 @@ def plan(
         task, artefact = tasks[name], (artefacts or {}).get(name)
         named = getattr(task, "artefact", None) or ""
         problems += function_problems(name, task, model, artefact, _suggest(named, registered))
+    problems += picture_problems(tasks, models)
     problems += _unreadable(tasks, models, needs)
     problems += cycle_problem(names, needs)
     if problems:
@@ -106,7 +108,7 @@ def plan(
         shared_input = (task.shared_input, _called(task))
         own = (task.numerics, needs[number], task.when)
         what = (*_what_is_shared(model, loaded), shared_input, max_tokens, *own)
-        fused.setdefault((*what, _order(task)), []).append(number)
+        fused.setdefault((*what, _order(task, loaded)), []).append(number)
     resolved: dict[tuple[object, ...], list[int]] = {}
     for (*alike, first), numbers in fused.items():
         if first == "auto":
@@ -137,7 +139,7 @@ def _pass(
     """The pass of these tasks, which have all that matters in common with the first of them."""
     task, model = tasks[names[0]], models[names[0]]
     loaded = loaded_model(model, trunks)
-    speaks = isinstance(task, Prompted | Chat)
+    speaks = loaded.answers == "text"
     return PassPlan(
         number=at,
         kind=f"{loaded.engine} {loaded.name}",
@@ -148,7 +150,11 @@ def _pass(
         tasks=tuple(numbers),
         needs=needs[numbers[0]],
         condition=task.when,
-        first="instruction" if first == "instruction" else "text" if isinstance(task, Prompted) else "",
+        first="instruction"
+        if first == "instruction"
+        else "text"
+        if speaks and isinstance(task, Prompted)
+        else "",
         rate_key=rate_key(learned_as("", loaded), [tasks[name] for name in names]) if speaks else "",
     )
 
@@ -164,8 +170,10 @@ def _called(task: Task) -> tuple[object, ...]:
     return ()
 
 
-def _order(task: Task) -> First | Literal["chat", ""]:
+def _order(task: Task, loaded: Manifest) -> First | Literal["chat", ""]:
     """Equal for tasks whose prompts may be written in one order; "auto": whatever is best for all of them."""
+    if loaded.answers != "text":
+        return ""
     if isinstance(task, Prompted):
         return task.first
     return "chat" if isinstance(task, Chat) else ""

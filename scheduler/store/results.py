@@ -81,7 +81,8 @@ _JOB = text(
 )
 #: What the vectors of a task t of a model m are.
 VECTORS = """
-    coalesce(CAST(m.manifest->>'dim' AS int), 0) AS dim, coalesce(t.spec->>'dtype', 'fp32') AS dtype"""
+    coalesce(CAST(m.manifest->>CASE t.spec->>'features' WHEN 'stages' THEN 'stage_dim' ELSE 'dim' END AS int), 0) AS dim,
+    coalesce(t.spec->>'dtype', 'fp32') AS dtype"""
 _TASKS = text(f"""
     SELECT t.number, t.name, t.labels, {VECTORS}
       FROM task t JOIN model m ON m.id = t.model_id WHERE t.job_id = :job ORDER BY t.number""")

@@ -29,7 +29,7 @@ from workers.engines.encoder.encoder import Encoder, EncoderEngine
 from workers.engines.encoder.pairs import Pair, ranking_column
 from workers.engines.encoder.spacy_ner import SpacyNerEngine
 from workers.engines.function import FunctionEngine, written_column
-from workers.engines.trunk import Tokens, _imitated, torch_errors
+from workers.engines.trunk import Tokens, imitated, torch_errors
 from workers.registrar.accuracy import SENTENCES, Trial, compare
 from workers.registrar.describe import describe_folder
 from workers.run.batching import pack
@@ -559,7 +559,7 @@ def test_a_format_that_this_cpu_cannot_compute_is_imitated_and_close_to_fp32() -
     model = torch.nn.Sequential(torch.nn.Linear(64, 64), torch.nn.GELU(), torch.nn.Linear(64, 8))
     given = torch.randn(16, 64)
     exact = model(given)
-    imitated = _imitated(copy.deepcopy(model).bfloat16())(given)
-    assert imitated.dtype == torch.float32
-    assert torch.equal(imitated, imitated.bfloat16().float())
-    assert 0 < float((imitated - exact).abs().max()) < 0.05
+    found = imitated(copy.deepcopy(model).bfloat16())(given)
+    assert found.dtype == torch.float32
+    assert torch.equal(found, found.bfloat16().float())
+    assert 0 < float((found - exact).abs().max()) < 0.05

@@ -44,6 +44,7 @@ from workers.run.beat import Heart, Watchdog
 from workers.run.blobs import BlobCache, HttpBlobs
 from workers.run.device import Device, probe, use_threads
 from workers.run.executor import Executor
+from workers.run.media import HttpMedia, Media
 from workers.run.reporter import Reporter
 from workers.run.sayer import Sayer
 from workers.run.work import Work
@@ -128,6 +129,7 @@ class WorkerApp:
             broken=lambda: exit_now(EXIT_DEVICE),
             spawn=lambda job, interactive: self._pools[interactive].submit(self._vital, job),
             sayer=self._sayer,
+            media=Media(HttpMedia(settings.url, settings.token)),
             pulse=pulse,
         )
         self._heart = Heart(

@@ -398,8 +398,8 @@ def _check(column: Column, task: TaskOrder, rows: int) -> None:
             f"{len(column)} answers of kind {column.kind}; expected {rows} of kind {task.column_kind}"
         )
     if column.kind == "vector" and (column.dim, column.dtype) != (
-        task.manifest.dim,
+        dim := task.manifest.vector_dim(task.spec),
         task.spec.get("dtype", "fp32"),
     ):
-        raise ValueError(f"vectors of {column.dim} {column.dtype}; expected {task.manifest.dim}")
+        raise ValueError(f"vectors of {column.dim} {column.dtype}; expected {dim}")
     column.check()

@@ -91,6 +91,8 @@ class Work:
     finished: threading.Event = field(default_factory=threading.Event)
     #: What its rows were prepared for, and are let in with.
     pass_: Pass | None = None
+    #: Sha256 -> bytes of the media that its rows refer to, from their arrival until the rows are prepared.
+    media: Mapping[str, bytes] = field(default_factory=dict)
     #: What must be in memory for it, its heads aside.
     model: ModelKey = field(init=False)
 
@@ -255,7 +257,7 @@ class Work:
             [(rows, columns[self.asks[task.name]]) for rows, columns in self.answers],
             {**refused, **self.errors},
             frozenset(self.truncated),
-            dim=task.manifest.dim if kind == "vector" else 0,
+            dim=task.manifest.vector_dim(task.spec) if kind == "vector" else 0,
             dtype=task.spec.get("dtype", "fp32") if kind == "vector" else "",
         )
 

@@ -32,7 +32,7 @@ from scheduler.api.openai.lines import (
     read_again,
 )
 from scheduler.api.openai.requests import DOCUMENTS, AskedRequest, task_of
-from scheduler.api.opening import planned_with
+from scheduler.api.opening import models_of, planned_with
 from scheduler.api.resources import Resources
 from scheduler.api.submissions import CheckedSubmission, new_job
 from scheduler.blocks import IncomingPart, blocks_of
@@ -93,7 +93,8 @@ def check_tasks(use: Resources, asked: AskedRequest) -> None:
     if wrong := schema_problems(asked.tasks):
         raise InvalidJob(wrong)
     tasks = {ANSWER: task_of(asked.endpoint, asked.model, pairs=asked.pairs), **asked.tasks}
-    planned_with(use, CheckedSubmission(said=Submission(tasks={}), tasks=tasks, digest=b""), None)
+    together = CheckedSubmission(said=Submission(tasks={}), tasks=tasks, digest=b"")
+    planned_with(together, None, models_of(use, together))
 
 
 def _opened(use: Resources, owned: Owned, found: FileSurvey, made: JobTasks) -> UUID:
@@ -112,7 +113,13 @@ def _opened(use: Resources, owned: Owned, found: FileSurvey, made: JobTasks) -> 
     )
     digest = hashlib.sha256(batch.id.encode()).digest()
     asked = CheckedSubmission(said=said, tasks=made.tasks, digest=digest)
-    job = new_job(uuid.uuid4(), batch.tenant_id, asked, planned_with(use, asked, None), f"openai {batch.id}")
+    job = new_job(
+        uuid.uuid4(),
+        batch.tenant_id,
+        asked,
+        planned_with(asked, None, models_of(use, asked)),
+        f"openai {batch.id}",
+    )
     with use.database.transaction() as connection:
         return opening.open_job(
             connection,

@@ -54,6 +54,12 @@ def check_model(endpoint: str, name: str, model: Manifest) -> None:
             param="model",
             code="model_mismatch",
         )
+    if model.reads != "text":
+        raise DoorError(
+            f"{short(name)} reads pictures; {endpoint} needs a model that reads text",
+            param="model",
+            code="model_mismatch",
+        )
 
 
 def check_dimensions(asked: int | None, model: Manifest) -> None:

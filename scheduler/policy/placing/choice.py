@@ -24,6 +24,9 @@ from scheduler.policy.placing.records import Placement
 #: A sub-task of a language model has rows for this part (1/n) of the decode slots at least. Larger n: more messages
 #: for the same rows. Smaller n: slots stay empty until enough of them are free for another sub-task.
 _SLOTS_PART = 4
+#: Tokens of the pictures of one sub-task at most: of 256 pixels each, so 77 MB while they wait for the device. Larger: a
+#: worker's memory. Smaller: more messages for the same pictures.
+PICTURE_TOKENS = 100_000
 #: A further worker loads a model where that ends its work earlier by this many load times. Larger: jobs end later than
 #: they could. Smaller: workers load for little, and evict what others need.
 JOIN_GAIN = 0.5
@@ -208,6 +211,9 @@ class Choice:
         # Of an upload more is on its way: what has landed is shared out whole, and nothing is kept for an even end.
         remaining_s = 2 * work_s if entry.demand.loading else work_s
         budget_s = size_s(self._subtask_s, remaining_s, devices)
+        if entry.queue.model.reads != "text":
+            most = max(1, PICTURE_TOKENS // max(1, entry.queue.model.max_tokens))
+            budget_s = min(budget_s, price.of(most, entry.bytes * most / max(1, entry.rows)))
         measured = self._predictions.measured(worker, entry)
         return Placement(worker.state, entry.demand, budget_s, price, least, measured)
 

@@ -53,7 +53,7 @@ def _tried(texts: Sequence[str]) -> list[Value]:
     ]
 
 
-def _prepared(tokens: Tokens, spec: Mapping[str, Any], number: int, value: Value) -> Prepared | CellError:
+def _prepared(tokens: Tokens, spec: Mapping[str, Any], number: int, value: object) -> Prepared | CellError:
     assert isinstance(value, dict)
     query = render(spec["query"], {one: text_of(value[one]) for one in placeholders(spec["query"])})
     documents = _documents(value[sole_placeholder(spec["documents"]) or ""])
