@@ -11,7 +11,7 @@ from cachetools import LRUCache
 
 from motet.protocol.values import Value
 from motet.protocol.wire import Assignment, TaskOrder
-from motet.tasks import KINDS
+from motet.tasks import KINDS, stored_task
 from motet.templates import placeholders, render, sole_placeholder
 from scheduler.blocks import decode_block, row_order
 from scheduler.policy.fairness import INTERACTIVE
@@ -202,12 +202,13 @@ def _assignment(
 
 def _order(template: str, tasks: tuple[TaskOrder, ...]) -> _Order:
     is_function = bool(tasks) and all(t.spec["kind"] == "function" for t in tasks)
+    inputs = stored_task(tasks[0].spec).valued if tasks else ()
     reads_media = any(t.manifest.reads != "text" for t in tasks)
     return _Order(
         tasks,
         reads=placeholders(template),
-        beside=_placeholders_beside_input(tasks),
-        inputs=tuple((is_function and tasks[0].spec.get("inputs")) or ()),
+        beside=() if inputs else _placeholders_beside_input(tasks),
+        inputs=inputs,
         whole=sole_placeholder(template),
         typed=is_function or reads_media,
         media=reads_media,
@@ -285,7 +286,7 @@ class _Order:
     #: Placeholders of their input, and of their other templates.
     reads: tuple[str, ...]
     beside: tuple[str, ...]
-    #: What a function is given a dict of; (): it reads the input.
+    #: What the model is given a dict of (``Task.valued``); (): it reads the input.
     inputs: tuple[str, ...]
     #: The placeholder that is the whole input; None: it is rendered.
     whole: str | None

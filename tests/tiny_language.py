@@ -241,6 +241,8 @@ class TinyServer:
             text = choice["message"]["content"]
             pieces = [{"content": text[lo : lo + 3]} for lo in range(0, len(text), 3)]
             events: list[Any] = [{"choices": [{"index": 0, "delta": one}]} for one in pieces]
+            if events and "logprobs" in choice:
+                events[0]["choices"][0]["logprobs"] = choice["logprobs"]
             events.append({"choices": [{"index": 0, "delta": {}, "finish_reason": choice["finish_reason"]}]})
             events = events[: self.breaks_at]
             events.append({"choices": [], "usage": found["usage"]})
@@ -296,6 +298,15 @@ class TinyServer:
                 logp = self.logp(prompt)
                 given = [None] + [float(logp[i, prompt[i + 1]]) for i in range(len(prompt) - 1)]
                 choice["logprobs"] = {"token_logprobs": [*given, *(one["logprob"] for one in told)]}
+            elif "logprobs" in body:
+                # As OpenAI's first wire has it, with the token that ends the answer among them.
+                choice["logprobs"] = {
+                    "tokens": [one["token"] for one in told],
+                    "token_logprobs": [one["logprob"] for one in told],
+                    "top_logprobs": [
+                        {top["token"]: top["logprob"] for top in one["top_logprobs"]} for one in told
+                    ],
+                }
         usage = {
             "prompt_tokens": len(prompt),
             "completion_tokens": len(ids),
@@ -314,12 +325,24 @@ class TinyServer:
         grammar, matcher = self._constraint(body)
         ids: list[int] = []
         told = []
+        likeliest = int(
+            body["top_logprobs"] if "messages" in body and body.get("logprobs") else body.get("logprobs") or 0
+        )
         while len(ids) < most:
             await asyncio.sleep(self.token_s)
             if await request.is_disconnected():
                 self.abandoned += 1
                 return ids, told, "stop"
-            logp = self.logp(prompt + ids)[-1]
+            logp = plain = self.logp(prompt + ids)[-1]
+            counts = torch.bincount(torch.tensor(ids, dtype=torch.long), minlength=len(logp))
+            logp = logp - float(body.get("frequency_penalty") or 0) * counts
+            logp = logp - float(body.get("presence_penalty") or 0) * (counts > 0)
+            if top_k := int(body.get("top_k") or 0):
+                logp = logp.masked_fill(logp < logp.topk(top_k).values[-1], -torch.inf)
+            if "top_p" in body:
+                ordered = logp.softmax(-1).sort(descending=True)
+                before = ordered.values.cumsum(-1) - ordered.values
+                logp = logp.index_fill(0, ordered.indices[before >= body["top_p"]], -torch.inf)
             if matcher is not None:
                 allowed = logp.numpy().copy()
                 forbid_here(allowed[None], [0], grammar.allowed([matcher]))
@@ -328,11 +351,11 @@ class TinyServer:
                 token = int(torch.multinomial((logp / temperature).softmax(-1), 1, generator=dice))
             else:
                 token = int(logp.argmax())
-            best = logp.topk(20)
+            best = plain.topk(likeliest)
             told.append(
                 {
                     "token": self.tokenizer.decode([token]),
-                    "logprob": float(logp[token]),
+                    "logprob": float(plain[token]),
                     "top_logprobs": [
                         {"token": self.tokenizer.decode([int(t)]), "logprob": float(p)}
                         for p, t in zip(best.values, best.indices, strict=True)

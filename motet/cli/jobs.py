@@ -51,6 +51,8 @@ Tasks:
   mood=choose:LLM,labels='glad|sad|angry'   the likeliest of your labels
   gist=generate:LLM,prompt='Sum it up.'     a text
   form=extract:LLM,schema=@form.json        JSON that keeps the schema
+  best=rank:MODEL                           the list {documents} by how well each
+                                            answers {query}, the best first
   answer=chat:LLM                           the next message of {messages}
 MODEL and LLM are NAME (the newest), NAME@VERSION or NAME@ALIAS: see `motet models`.
 
@@ -58,6 +60,7 @@ MODEL and LLM are NAME (the newest), NAME@VERSION or NAME@ALIAS: see `motet mode
 Options behind the model, as NAME=VALUE:
   input='{subject} {body}'   what classify and the like read; {text} otherwise
   about='{subject} {body}'   the same of generate, choose and extract
+  query='{question}' documents='{pages}'       the same of rank
   question= system=          further words for the language model
   max_tokens= stop='a|b' temperature= seed=    what it writes, and how
   thinking=true|false|null                     before that; null: as it likes
@@ -465,7 +468,7 @@ def parse_tasks(specs: Sequence[str]) -> dict[str, dict[str, Any]]:
 
 
 #: Options that are text whatever they look like, and that are lists.
-_TEXTS = frozenset({"about", "input", "messages", "prompt", "question", "system"})
+_TEXTS = frozenset({"about", "documents", "input", "messages", "prompt", "query", "question", "system"})
 _LISTS = frozenset({"inputs", "labels", "stop"})
 #: Options that are JSON, and what of.
 _JSON = {"schema": "a JSON Schema", "params": "an object of keyword arguments"}

@@ -35,6 +35,7 @@ Examples:
   motet models add org/model --name my-model       a hub id, downloaded here, never by a worker
   motet models add ./my-head                       a head that examples/train_heads.py wrote
   motet models add ./my-lora --name formal --trunk my-llm     a LoRA adapter on a registered model
+  motet models add ./my-reranker --name reranker --cross-encoder     what ranks documents
   motet models add model.gguf --name my-llm --allow-gguf      converted here, once, to safetensors
   motet models add org/model --name big --try none   untried: the first worker that loads it will say
   motet models add --builtin                       the models that motet ships
@@ -64,6 +65,11 @@ Where a model is registered already with the same content, nothing is loaded and
 @click.option("--allow-gguf", is_flag=True, help="Read a GGUF file, whose origin you trust.")
 @click.option(
     "--engine", type=click.Choice(["causal", "vllm"]), help="What runs a language model.  [default: causal]"
+)
+@click.option(
+    "--cross-encoder",
+    is_flag=True,
+    help="A classifier with one score that reads a query with a document; sentence-transformers' say so themselves.",
 )
 @click.option("--trunk", metavar="NAME", help="The registered model that a LoRA adapter changes.")
 @click.option(

@@ -17,10 +17,11 @@ from motet.messages.message import ApiMessage, Limit
 from motet.protocol.columns import Kind
 
 #: What a model can answer, and so which task kinds may use it (see ANSWERS). ``text``: it is a language model.
+#: ``ranking``: it is a cross-encoder, which scores a query with each document.
 #: ``models``: it trains others. ``artefact``: nothing by itself; it is data that a function reads. ``match``: how well a
 #: picture and texts fit each other, from a vector of each.
 Answer = Literal[
-    "label", "labels", "number", "vector", "spans", "json", "text", "models", "artefact", "match"
+    "label", "labels", "number", "vector", "spans", "json", "ranking", "text", "models", "artefact", "match"
 ]
 
 #: Task kind -> answers that satisfy it.
@@ -30,6 +31,7 @@ ANSWERS: Mapping[str, frozenset[str]] = {
     "embed": frozenset({"vector", "match"}),
     "entities": frozenset({"spans"}),
     "function": frozenset({"json"}),
+    "rank": frozenset({"ranking"}),
     "fit": frozenset({"models"}),
     "generate": frozenset({"text"}),
     "chat": frozenset({"text"}),
@@ -56,7 +58,7 @@ def column_kind_of(task_kind: str, answers: Answer) -> Kind:
     if answers == "match":
         return _OF_MATCH[task_kind]
     match answers:
-        case "models" | "artefact":
+        case "models" | "artefact" | "ranking":
             return "json"
         case _:
             return answers

@@ -75,7 +75,8 @@ def create_app(settings: Settings) -> FastAPI:
         listening = asyncio.create_task(use.bell.run())
         sweeping = asyncio.create_task(blobs.keep_swept(use))
         counting = asyncio.create_task(use.feeds.meter.keep_told())
-        delivering = asyncio.create_task(Deliverer(use.database, settings).run())
+        deliverer = Deliverer(use.database, settings, heard=app.state.figures.deliveries.saw)
+        delivering = asyncio.create_task(deliverer.run())
         batching = [asyncio.create_task(BatchWorker(use).run()) for _ in range(BATCHES_AT_ONCE)]
         try:
             yield

@@ -130,7 +130,8 @@ async def while_there(request: Request, work: Coroutine[Any, Any, Response]) -> 
 async def _asked(request: Request, use: Resources, caller: Identity, job: str) -> Response:
     feed = await use.feeds.of(caller.tenant, job_id(job))
     # Before its body is read: what is refused costs no memory, and nothing of it is stored.
-    await use.door.admit_ask(interactive=feed.job.interactive)
+    with use.feeds.meter.door(feed.job.id):
+        await use.door.admit_ask(interactive=feed.job.interactive)
     kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
     async with AsyncExitStack() as held:
         body = whole_body(request, use, 2 * MAX_ASK_ROWS * use.settings.max_row_bytes)

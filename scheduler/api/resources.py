@@ -23,6 +23,7 @@ from scheduler.api.bell import Bell
 from scheduler.api.blob_folder import BlobFolder
 from scheduler.api.door import Door
 from scheduler.api.live import Feeds, ReadyWorkers
+from scheduler.api.openai.counted_lines import CountedLines
 from scheduler.api.streaming import Ears
 from scheduler.api.token_counts import TokenCounter
 from scheduler.api.workers_seen import WorkersSeen
@@ -85,6 +86,8 @@ class Resources:
     known_doors: Recent[tuple[UUID, str, int], tuple[UUID, float]] = field(
         default_factory=lambda: Recent(4096)
     )
+    #: Batch -> its lines that were counted here while it ran.
+    counted_lines: Recent[str, CountedLines] = field(default_factory=lambda: Recent(256))
     #: Set where a batch waits for somebody to work on it.
     batch_waits: asyncio.Event = field(default_factory=asyncio.Event)
     #: Jobs of batches that this process let run: their ends are heard.

@@ -20,7 +20,7 @@ from typing import Literal
 
 from motet.errors import InvalidJob, Problem
 from motet.protocol.manifest import ANSWERS, Manifest, column_kind
-from motet.tasks import Chat, Classify, First, Function, Prompted, Reading, Task, fields_of, short
+from motet.tasks import Chat, Classify, First, Function, Prompted, Rank, Reading, Task, fields_of, short
 from motet.templates import render, resolved, uses
 from scheduler.blocks import Reads
 from scheduler.policy.carve import MAX_ROWS
@@ -105,14 +105,7 @@ def plan(
         task, model = tasks[names[number]], models[names[number]]
         loaded = loaded_model(model, trunks)
         max_tokens = tokens_read(task, model, loaded)
-        # Values are no text, whatever template stands for them. Calls with other parameters share nothing, and one that
-        # raises must not be the other's error.
-        called = (
-            (task.inputs is not None, json.dumps(task.params, sort_keys=True))
-            if isinstance(task, Function)
-            else ()
-        )
-        shared_input = (task.shared_input, called)
+        shared_input = (task.shared_input, _called(task))
         own = (task.numerics, needs[number], task.when)
         what = (*_what_is_shared(model, loaded), shared_input, max_tokens, *own)
         fused.setdefault((*what, _order(task, loaded)), []).append(number)
@@ -166,6 +159,17 @@ def _pass(
     )
 
 
+def _called(task: Task) -> tuple[object, ...]:
+    """What else must be alike where the model is given values, which are no text, whatever template stands for them."""
+    match task:
+        case Function():
+            # Calls with other parameters share nothing, and one that raises must not be the other's error.
+            return (task.inputs is not None, json.dumps(task.params, sort_keys=True))
+        case Rank():
+            return (task.query, task.documents, task.max_tokens)
+    return ()
+
+
 def _order(task: Task, loaded: Manifest) -> First | Literal["chat", ""]:
     """Equal for tasks whose prompts may be written in one order; "auto": whatever is best for all of them."""
     if loaded.answers != "text":
@@ -199,7 +203,10 @@ def loaded_model(model: Manifest, trunks: Mapping[str, Manifest]) -> Manifest:
 
 
 def tokens_read(task: Task, model: Manifest, loaded: Manifest) -> int:
-    """Tokens read per row at most: the least of what task, model and trunk allow; 0 where tokens mean nothing."""
+    """Tokens read per row at most: the least of what task, model and trunk allow; 0 where tokens mean nothing, or where a
+    row is read in many pieces."""
+    if isinstance(task, Rank):
+        return 0
     asked = task.max_tokens if isinstance(task, Reading) else None
     return min((n for n in (asked, model.max_tokens, loaded.max_tokens) if n), default=0)
 
@@ -228,7 +235,9 @@ def reads_of(planned: PassPlan, tasks: Mapping[str, Task]) -> Reads:
 
 
 def _uses_beside_input(task: Task) -> list[str]:
-    return [name for template in task.templates[1:] for name in uses(getattr(task, template))]
+    # Of one that is given values, all of them are its input.
+    beside = () if task.valued else task.templates[1:]
+    return [name for template in beside for name in uses(getattr(task, template))]
 
 
 def task_digest(task: Task, model: Manifest, loaded: Manifest) -> bytes:
@@ -348,7 +357,7 @@ def _unreadable(
             f"{meant.name} if a field of that name is meant",
         )
         for name, read_by in zip(names, needs, strict=True)
-        if not (isinstance(task := tasks[name], Function) and task.inputs)
+        if not (task := tasks[name]).valued
         for written in task.placeholders
         for meant in [resolved(written, {names[read] for read in read_by})]
         if not meant.steps and kinds.get(meant.name) in _NO_TEXT and meant.name != name

@@ -76,6 +76,8 @@ MODELS = (TINY, TOPICS, TONES, DICE)
 #: A head for a number and one for spans; whoever asks them registers them.
 STARS = replace(TOPICS, name="stars", answers="number", labels=())
 NAMES = replace(TOPICS, name="names", answers="spans", labels=("PER", "ORG"))
+#: A cross-encoder; whoever asks it registers it.
+RANKER = replace(TINY, name="ranker", engine="classifier", answers="ranking", trunk="", dim=0, pooling="")
 #: A language model; whoever asks it registers it.
 SPEAKER = Manifest(
     name="speaker",
@@ -277,7 +279,9 @@ def _laid(
     return struct.pack(f"<{n + 1}i", *ends), [x for one in laid for x in one]
 
 
-def _value(spec: Mapping[str, Any], row: int) -> dict[str, Any]:
+def _value(spec: Mapping[str, Any], row: int) -> Any:
+    if spec.get("kind") == "rank":
+        return [{"index": 1, "score": 0.75}, {"index": 0, "score": 0.25}]
     # Rows with options of their own count what they consumed.
     counted = {"usage": [7, 2, 3]} if spec.get("options") else {}
     return {"text": f"row {row}", "finish": "stop", **counted} if writes_text(spec) else {"row": row}

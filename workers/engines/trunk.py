@@ -229,6 +229,28 @@ class Tokens:
         ]
         return [self._checked(row) for row in rows] if self._looks else [*rows]
 
+    def pairs(
+        self, query: str, documents: Sequence[str], max_tokens: int
+    ) -> list[tuple[Prepared, NDArray[np.int32]] | CellError]:
+        """The query with each document, and of each token whether it is of the query (0) or the document (1).
+
+        Of a pair with more than ``max_tokens`` the longer text is cut.
+        """
+        most = min(max_tokens or self._most, self._most)
+        longest = most * CHARS_PER_TOKEN
+        asked = [(_opening(query, longest), _opening(text, longest)) for text in documents]
+        found: list[tuple[Prepared, NDArray[np.int32]] | CellError] = []
+        for number, one in enumerate(self._reader(most).encode_batch(asked)):
+            cut = bool(one.overflowing) or any(
+                len(part) < len(whole)
+                for part, whole in zip(asked[number], (query, documents[number]), strict=True)
+            )
+            row = Prepared(number, len(one.ids), cut, np.asarray(one.ids, np.int32))
+            checked = self._checked(row) if self._looks else row
+            kinds = np.asarray(one.type_ids, np.int32)
+            found.append(checked if isinstance(checked, CellError) else (checked, kinds))
+        return found
+
     def _checked(self, row: Prepared) -> Prepared | CellError:
         """The row, or its error where the model has no embedding for one of its ids."""
         largest = int(row.inputs.max(initial=0))

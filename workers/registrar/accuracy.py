@@ -29,6 +29,8 @@ COSINE, AGREEMENT = 0.999, 0.99
 COSINE_SEEN = 0.99
 #: Labels of a language model whose scores in fp32 are closer than this are both right.
 NEAR_TIE = 0.1
+#: Scores of a cross-encoder, from 0 to 1, that are closer than this are equally good.
+NEAR_SCORE = 0.01
 BATCH_TOKENS = 1024
 
 _WHO = ("The council", "My neighbour", "A small company from Leeds", "Our new teacher", "The goalkeeper", "Nobody here",
@@ -117,6 +119,9 @@ def compare(exact: Column, fast: Column, model: Manifest) -> tuple[bool, dict[st
             "cosine_min": round(lowest, 6),
             "cosine_mean": round(float(cosines.mean()), 6),
         }
+    if model.answers == "ranking":
+        share = _same_best(exact, fast)
+        return share >= AGREEMENT, {"agreement": round(share, 4)}
     share = agreement(decisions(fast, model), decisions(exact, model), model)
     return share >= AGREEMENT, {"agreement": round(share, 4)}
 
@@ -162,6 +167,15 @@ def compare_writing(exact: Mapping[str, Column], fast: Mapping[str, Column]) -> 
         "same_label": round(sum(same) / len(pairs), 4),
         "same_first_word": round(sum(begun) / len(pairs), 4),
     }
+
+
+def _same_best(exact: Column, fast: Column) -> float:
+    """Share of rankings with the same document in front, or with one that fp32 itself held for nearly as good."""
+    same = 0
+    for a, b in zip(values(exact), values(fast), strict=True):
+        scores = {one["index"]: one["score"] for one in a}
+        same += a[0]["score"] - scores[b[0]["index"]] <= NEAR_SCORE
+    return same / max(1, len(exact))
 
 
 def _unit(column: Column) -> np.ndarray[Any, np.dtype[np.float64]]:

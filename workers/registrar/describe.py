@@ -41,6 +41,8 @@ SHAPE: Mapping[str, tuple[str, ...]] = {
 #: Ends of the names of weights that are packed to eight bits (workers/engines/packed.py).
 PACKED = (".weight_int8", ".weight_fp8")
 MODULES = frozenset({"Transformer", "Pooling", "Normalize"})
+#: What sentence-transformers writes into the configuration of a cross-encoder, newer and older releases.
+CROSS_ENCODER = frozenset({"sentence_transformers", "sbert_ce_default_activation_function"})
 HEAD_ANSWERS: Mapping[str, Answer] = {"single": "label", "multi": "labels", "number": "number"}
 
 
@@ -143,10 +145,12 @@ def describe_folder(
     source: Mapping[str, str],
     max_tokens: int | None = None,
     engine: str = "",
+    ranks: bool = False,
 ) -> Described:
     """The manifest of a transformers or sentence-transformers folder. Raises SetupError.
 
-    ``engine``: what runs a language model; "" is the engine ``causal``.
+    ``engine``: what runs a language model; "" is the engine ``causal``. ``ranks``: a classifier with one score is a
+    cross-encoder, also where its configuration does not say so.
     """
     if not (folder / "config.json").is_file():
         raise SetupError(f"{folder}: got no config.json; expected a transformers folder; name another one")
@@ -185,9 +189,9 @@ def describe_folder(
     )
     architecture = _architecture(config)
     if of_pictures:
-        manifest = described_image(base, files, config, _classes(config))
+        manifest = described_image(base, files, config, _classes(config, False))
     elif architecture.endswith("ForSequenceClassification"):
-        answers, labels = _classes(config)
+        answers, labels = _classes(config, ranks)
         manifest = replace(base, engine="classifier", answers=answers, labels=labels)
     elif architecture.endswith(LANGUAGE):
         manifest = _language_model(base, config, tensors, engine or "causal")
@@ -411,13 +415,15 @@ def _pooling(folder: Path) -> Literal["mean", "cls"]:
     raise SetupError(f"{folder}: got the pooling {' and '.join(sorted(modes))}; expected mean or cls")
 
 
-def _classes(config: Mapping[str, Any]) -> tuple[Answer, tuple[str, ...]]:
+def _classes(config: Mapping[str, Any], ranks: bool) -> tuple[Answer, tuple[str, ...]]:
     """What a sequence classifier answers, and its labels in the order of its scores."""
     by_id = config.get("id2label") or {"0": "LABEL_0", "1": "LABEL_1"}
     labels = tuple(str(by_id[key]) for key in sorted(by_id, key=int))
     kind = config.get("problem_type")
     if kind == "multi_label_classification":
         return "labels", labels
+    if len(labels) == 1 and (ranks or CROSS_ENCODER & config.keys()):
+        return "ranking", ()
     if kind == "regression" or (kind is None and len(labels) == 1):
         return "number", ()
     return "label", labels

@@ -23,7 +23,7 @@ from motet.protocol.columns import Column
 from motet.protocol.manifest import Manifest
 from motet.protocol.settings import cache_folder
 from motet.protocol.wire import TaskOrder
-from motet.tasks import Choose, Classify, Embed, Entities, Function, Generate, Number, Task
+from motet.tasks import Choose, Classify, Embed, Entities, Function, Generate, Number, Rank, Task
 from workers.engine import CannotLoad
 from workers.engines.proved import (
     ELSEWHERE,
@@ -79,6 +79,7 @@ TRIED: Mapping[str, Callable[[str], Task]] = {
     "vector": Embed,
     "spans": Entities,
     "json": Function,
+    "ranking": Rank,
     "match": Embed,
 }
 #: Pictures that a model which reads pictures is tried on: seconds in each format on a CPU.
@@ -100,6 +101,7 @@ class NewModel:
     efficientnet: str | None
     allow_gguf: bool
     engine: str | None
+    cross_encoder: bool
     trunk: str | None
     artefact: bool
     openai: str | None
@@ -540,7 +542,13 @@ def _describe_source(source: str, options: NewModel, registry: Registry) -> Desc
         source=told,
         max_tokens=options.max_tokens,
         engine=options.engine or "",
+        ranks=options.cross_encoder,
     )
+    if options.cross_encoder and described.manifest.answers != "ranking":
+        raise SetupError(
+            f"--cross-encoder: {options.name} answers {described.manifest.answers}; expected a sequence classifier "
+            "with one score; leave it out"
+        )
     if options.engine and described.manifest.answers != "text":
         raise SetupError(f"--engine: {options.name} is no language model; leave it out")
     return described

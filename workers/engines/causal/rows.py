@@ -241,7 +241,7 @@ def _expect(
             row.failed[a.name] = CellError("schema", "this schema cannot be kept while writing; simplify it")
             return
         thought = (handle.tokens.thought, a.prompt.thinks)
-        writer = Writer.of(a.name, a.spec, a.most, row.asking.index, matcher, *thought)
+        writer = Writer.of(a.name, a.spec, a.most, row.asking.index, matcher, *thought, a.prompt.ids)
         row.begins.setdefault(int(paths[0][-1]), []).append(writer)
         row.adapter_of[a.name] = a.adapter
         return
