@@ -62,6 +62,7 @@ def main() -> None:
     with scratch() as folder:
         small = drawn(folder / "small", count, 640, 427)
         large = drawn(folder / "large", size.of(full=60, quick=20, smoke=4), 1600, 1067)
+        file_bytes = statistics.mean(file.stat().st_size for file in large)
         with (
             cluster(workers, models=("--efficientnet=lite0",)) as running,
             Client(running.url, running.tokens["user"]) as client,
@@ -108,7 +109,7 @@ def main() -> None:
         "image_fusion_gain": round(ratio(fusion, "unfused", "fused"), 3),
         "images_vs_loop": round(ratio(both, "loop", "motet"), 3),
         "bytes_sent_per_image": round(sent.media.bytes_sent_per_image),
-        "bytes_of_file_per_image": round(statistics.mean(file.stat().st_size for file in large)),
+        "bytes_of_file_per_image": round(file_bytes),
     }
     finish("media", keys, arguments, details={"pictures": count, "fusion_seconds": fusion, "seconds": both})
 
