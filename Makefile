@@ -7,13 +7,13 @@ NEW_ENOUGH := import sys; sys.exit(sys.version_info < (3, 11))
 
 BIN := .venv/bin
 INSTALLED := .venv/.motet-installed
-BENCHES := $(patsubst %,bench/%.py,tax fusion media latency interactive live storage memory scale dispatch rivals simulate growth truth slow train compress llm soak ab gpu figures)
+BENCHES := $(patsubst %,bench/%.py,tax fusion media latency interactive live storage memory scale dispatch rivals simulate growth truth slow train compress llm apps soak ab gpu figures)
 
 # motet starts many processes: what one of them compiled, the next ones read, torch first of all.
 unexport PYTHONDONTWRITEBYTECODE
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test test-all test-long check lint format bench figures env compose-test chaos soak fuzz mutants vllm-test clients-test clean
+.PHONY: help install demo test test-all test-long check lint format bench figures env compose-test chaos soak fuzz mutants vllm-test clients-test apps-test clean
 
 # Each file's tests run in one process, one after the other: they share what is slow to start.
 PYTEST := $(BIN)/python -m pytest --maxprocesses=4 --dist=loadfile --no-loadscope-reorder
@@ -72,6 +72,9 @@ compose-test: $(INSTALLED) ## prove docker-compose.yml on a real engine: start, 
 
 chaos: $(INSTALLED) ## attack a whole cluster with a thousand faults, and count what is lost, doubled, stuck or wrong (an hour)
 	$(BIN)/python -m tests.chaos --faults 1000 --jobs 200 --rows 30000 --save bench/results/chaos.json
+
+apps-test: $(INSTALLED) ## run every application on its real data, and hold its scores to their floors (some ten minutes)
+	$(BIN)/python bench/apps.py --quick
 
 soak: $(INSTALLED) ## half an hour of jobs under mild faults: memory, files, keys and tables must stay flat
 	$(BIN)/python bench/soak.py

@@ -40,7 +40,7 @@ BENCHES = (
         "llm",
         "compress",
     ),
-    *("slow", "truth", "rivals", "growth", "simulate", "train", "soak"),
+    *("slow", "truth", "rivals", "growth", "simulate", "train", "apps", "soak"),
 )
 #: What `--smoke` runs: the one that takes least.
 SMOKE = ("growth",)

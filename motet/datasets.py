@@ -374,7 +374,7 @@ def read_vader(path: Path) -> list[RatedText]:
             )
         ]
     except (KeyError, ValueError, tarfile.TarError) as error:
-        raise _unknown_layout(path, error) from None
+        raise unknown_layout(path, error) from None
 
 
 def read_wikipedia_topics(path: Path) -> list[LabelledText]:
@@ -392,7 +392,7 @@ def read_wikipedia_topics(path: Path) -> list[LabelledText]:
             if len(found) == 1:
                 rows.append(LabelledText(text=article["extract"], label=found[0], document=title))
     except (zipfile.BadZipFile, KeyError, ValueError) as error:
-        raise _unknown_layout(path, error) from None
+        raise unknown_layout(path, error) from None
     return rows
 
 
@@ -411,9 +411,9 @@ def read_bbc_news(path: Path) -> list[LabelledText]:
                     document = hashlib.sha256(text.encode()).hexdigest()
                     rows.append(LabelledText(text=text, label=member.parent.name, document=document))
     except zipfile.BadZipFile as error:
-        raise _unknown_layout(path, error) from None
+        raise unknown_layout(path, error) from None
     if not rows:
-        raise _unknown_layout(path, ValueError("no articles in it"))
+        raise unknown_layout(path, ValueError("no articles in it"))
     return rows
 
 
@@ -476,7 +476,7 @@ def _not_downloaded(archive: Archive, cache: Path, reason: str) -> SetupError:
     )
 
 
-def _unknown_layout(path: Path, error: Exception) -> SetupError:
+def unknown_layout(path: Path, error: Exception) -> SetupError:
     reason = str(error).partition("\n")[0]
     return SetupError(
         f"{path} has another layout than expected ({reason}); delete it, and it is fetched again"

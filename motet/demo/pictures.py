@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from motet import datasets
 from motet.cli.show import console, result_table
-from motet.demo.stage import DemoStage, Story, staged, told_of
+from motet.demo.stage import StagedCluster, Story, staged, told_of
 from motet.errors import SetupError
 from motet.job import Job
 from motet.media.sheet import contact_sheet
@@ -112,7 +112,7 @@ def _cut_out(photograph: Image, dice: random.Random) -> bytes:
     return file.getvalue()
 
 
-def _run_job(stage: DemoStage, chosen: Sequence[PictureRow]) -> dict[str, Any]:
+def _run_job(stage: StagedCluster, chosen: Sequence[PictureRow]) -> dict[str, Any]:
     story = stage.story
     source = [row.fields() for row in chosen]
     plan = stage.plan(source, TASKS)

@@ -159,7 +159,7 @@ class MediaReader:
         for name in self._names:
             value = row.get(name)
             # Most values of most rows. A path that is none is refused by the server.
-            if not known and ((kind := type(value)) in _PLAIN or (kind is str and value[:5] != "data:")):
+            if not known and (type(value) in _PLAIN or (type(value) is str and value[:5] != "data:")):
                 continue
             if self._is_medium(name, value, name in row):
                 found.append(name)

@@ -224,7 +224,7 @@ def test_a_path_is_never_opened_without_a_root(tmp_path: Path) -> None:
 
 
 @pytest.fixture
-def claims(tmp_path: Path) -> Iterator[Path]:
+def claims(tmp_path: Path) -> Path:
     """A folder with a picture, and beside it what no path may reach."""
     root = tmp_path / "claims"
     (root / "deep" / "er").mkdir(parents=True)
