@@ -7,7 +7,7 @@ NEW_ENOUGH := import sys; sys.exit(sys.version_info < (3, 11))
 
 BIN := .venv/bin
 INSTALLED := .venv/.motet-installed
-BENCHES := $(patsubst %,bench/%.py,tax fusion media latency interactive live storage memory scale dispatch rivals simulate growth truth slow train compress llm apps soak ab gpu figures)
+BENCHES := $(patsubst %,bench/%.py,tax fusion media latency interactive live storage memory scale dispatch rivals simulate growth truth slow train compress llm doors apps soak ab gpu figures)
 
 # motet starts many processes: what one of them compiled, the next ones read, torch first of all.
 unexport PYTHONDONTWRITEBYTECODE

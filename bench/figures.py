@@ -38,6 +38,7 @@ BENCHES = (
         "fusion",
         "media",
         "llm",
+        "doors",
         "compress",
     ),
     *("slow", "truth", "rivals", "growth", "simulate", "train", "apps", "soak"),

@@ -75,10 +75,14 @@ OVERHEAD_MB = 64
 KV_TOKENS = 16_384
 #: See ``decode_slots``: beyond it a CPU core gains nothing.
 _DECODE_SLOTS: Mapping[str, int] = {"cpu": 32, "cuda": 256}
+#: As many as vLLM's server runs at once on a CPU. With fewer each step reads all weights for a part of them.
+_VLLM_CPU_SLOTS = 128
 
 
-def decode_slots(device_kind: str) -> int:
-    """Answers that a language model writes at once on a device of this kind."""
+def decode_slots(device_kind: str, engine: str = "") -> int:
+    """Answers that a language model writes at once on a device of this kind, by this engine."""
+    if (device_kind, engine) == ("cpu", "vllm"):
+        return _VLLM_CPU_SLOTS
     return _DECODE_SLOTS.get(device_kind, _DECODE_SLOTS["cuda"])
 
 

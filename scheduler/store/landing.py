@@ -213,7 +213,7 @@ _GROW = text("""
 
 _COPY_BLOCK = (
     "COPY block (job_id, number, first_row, n_rows, n_work, bytes, row_order, lengths, payload, bad, bad_fields,"
-    " keys, passes_open, done_number, media) FROM STDIN (FORMAT BINARY)",
+    " keys, passes_open, done_number, media, groups) FROM STDIN (FORMAT BINARY)",
     (
         "uuid",
         "int4",
@@ -230,6 +230,7 @@ _COPY_BLOCK = (
         "int2",
         "int4",
         "int8[]",
+        "bytea",
     ),
 )
 _COPY_BLOCK_PASS = (
@@ -398,7 +399,8 @@ class Arranged:
         )
         passes = zip(*(row[1:2] + row[3:] for row in self.block_passes), strict=True)
         return {
-            **dict(zip(names.split(), block, strict=True)),
+            # Without its groups: what callers bring at one moment is in no order.
+            **dict(zip(names.split(), block[:-1], strict=True)),
             **dict(
                 zip(
                     ["pass_numbers", "states", "todos", "ns", "cursors", "dones", "sizes", "orders"],
@@ -460,6 +462,7 @@ def arrange(
                 open_passes,
                 None if open_passes else held.blocks_done + landing.blocks_done,
                 media[number - held.n_blocks],
+                block.groups,
             )
         )
         first_row += block.n_rows

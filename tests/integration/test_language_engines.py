@@ -747,6 +747,29 @@ def test_a_server_of_our_own_shares_no_prefix_cache_between_tenants(remote: Remo
     assert all(one is not None and len(one) == 64 for one in (a, b))
 
 
+def test_a_server_of_our_own_is_told_what_somebody_waits_for(remote: Remote) -> None:
+    server, choir = remote()
+    pass_ = choir.pass_of({"text": asked()})
+
+    def priority(*, urgent: bool) -> int | None:
+        server.seen.clear()
+        [row] = choir.engine.prepare(pass_, ["Hello"])
+        assert isinstance(row, Prepared)
+        choir.engine.admit(pass_, row, "it", urgent=urgent)
+        while choir.handle.rows:
+            choir.engine.step(choir.handle, 64)
+        [(_, body)] = server.seen
+        found: int | None = body.get("priority")
+        return found
+
+    assert priority(urgent=True) is None
+    choir.handle.secret = "known to nobody"
+    bulk, waited_for = priority(urgent=False), priority(urgent=True)
+    assert bulk is not None
+    assert waited_for is not None
+    assert waited_for < bulk
+
+
 def named_or_none(choir: Choir, task: Choose) -> bool:
     """Whether the random model names a label at all."""
     return all(not isinstance(one, CellError) for one in choir.answers(task, ["Fine", "Awful"]))

@@ -26,7 +26,11 @@ from scheduler.api.openai.batch_work import BatchWorker
 from scheduler.api.openai.requests import SERVED, read_request
 from scheduler.api.resources import Resources
 from scheduler.api.strict_json import loads
+from scheduler.blocks import decode_block, row_order
+from scheduler.policy.carve import carve
+from scheduler.policy.cost import Price
 from scheduler.store import registry
+from scheduler.store.demand import Lengths, frontier
 from tests.integration.api_house import SPEAKER, House
 from tests.integration.api_house import house as house
 
@@ -267,6 +271,45 @@ def test_equal_lines_that_are_not_drawn_run_once(client: OpenAI, speaking: House
     assert speaking.job(ended.x_motet["job"])["rows"] == 1 + 3 + 1  # type: ignore[attr-defined]
     assert ended.request_counts is not None
     assert ended.request_counts.completed == 9
+
+
+def test_the_end_of_a_batch_is_heard_and_not_looked_for(
+    client: OpenAI, speaking: House, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import scheduler.api.openai.batch_work as work
+
+    monkeypatch.setattr(work, "_LOOK_S", 30.0)
+    with answering(speaking):
+        for number in range(2):
+            # The first one ends the last look that was begun before.
+            until(client, batch(client, [line(number)]), "completed", within_s=10)
+
+
+def test_lines_about_one_text_go_to_one_worker_whatever_their_order_in_the_file(
+    client: OpenAI, speaking: House
+) -> None:
+    texts = [f"{n} " + "and so on " * (20 + n) for n in range(12)]
+    lines = [
+        line(4 * n + k, messages=[{"role": "user", "content": f"{text}Prompt {k}."}], temperature=0)
+        for n, text in enumerate(texts)
+        for k in range(4)
+    ]
+    random.Random(3).shuffle(lines)
+    made = until(client, batch(client, lines), "in_progress", "failed")
+    job = made.x_motet["job"]  # type: ignore[attr-defined]
+    with speaking.database.transaction() as connection:
+        waiting = frontier(connection, job, 0, Lengths(), rows=100)
+    [stored] = speaking.sql("SELECT payload, row_order FROM block WHERE job_id = :job", job=job)
+    asked, order = decode_block(stored.payload).values["asked"], row_order(stored.row_order)
+    texts_of = []
+    while (carved := carve(waiting, 0.01, Price(0.0, 0.001, 0.0, 0.0), cap_s=1.0, least=9)) is not None:
+        rows = [order[i] for r in carved.ranges for i in range(r.lo, r.hi)]
+        texts_of.append([str(asked[row]).partition("Prompt")[0] for row in rows])
+    assert [len(one) for one in texts_of] == [8] * 6
+    assert all(len(set(one)) == 2 for one in texts_of)
+    with answering(speaking):
+        ended = until(client, made, "completed", "failed")
+    assert set(lines_of(client, ended.output_file_id)) == {one["custom_id"] for one in lines}
 
 
 #: Lines that are refused, and as what.

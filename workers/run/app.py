@@ -345,7 +345,8 @@ def celery_app(redis_url: str, worker: WorkerApp) -> Celery:
         worker_disable_prefetch=True,
         worker_prefetch_multiplier=1,
         worker_pool="threads",
-        worker_concurrency=THREADS + decode_slots(worker.device_kind),
+        # As many as the engine with the most slots may be sent.
+        worker_concurrency=THREADS + decode_slots(worker.device_kind, "vllm"),
         task_ignore_result=True,
         result_backend=None,
         accept_content=["json"],

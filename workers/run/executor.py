@@ -401,7 +401,8 @@ class Executor:
 
     def _ready(self, work: Work, rows: Sequence[Prepared | CellError]) -> None:
         with self._changed:
-            work.prepared(rows)
+            loaded = self._shelf.loaded.get(work.model)
+            work.prepared(rows, streamed=loaded is not None and not loaded.stream.whole)
             self._wake()
         self._finish_if_done(work)
 

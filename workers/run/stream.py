@@ -28,7 +28,6 @@ from workers.run.batching import (
     Budget,
     Pace,
     limit,
-    longest_first,
     overhead_tokens,
     padded_tokens,
 )
@@ -346,7 +345,7 @@ class Stream:
 
     def _return(self, work: Work, rows: list[Prepared]) -> None:
         if rows:
-            work.rows = longest_first([*rows, *work.rows])
+            work.wait_again(rows)
 
     def _out(self, tickets: Sequence[Hashable]) -> list[WorkRow]:
         self._abort(tickets)

@@ -8,7 +8,7 @@ from __future__ import annotations
 import hashlib
 import json
 import uuid
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -18,11 +18,12 @@ from motet.messages.jobs import Submission
 from motet.states import Skip
 from motet.tasks import Task, condition_of
 from scheduler.api.openai.lines import FileSurvey, Find, TokenReaders, line_at, read_again, tasks_of
-from scheduler.api.openai.requests import ASKED, OPTIONS, task_of
+from scheduler.api.openai.requests import ASKED, OPTIONS, SERVED, task_of
 from scheduler.api.opening import models_of, planned_with
 from scheduler.api.resources import Resources
 from scheduler.api.submissions import CheckedSubmission, new_job
 from scheduler.blocks import IncomingPart, blocks_of
+from scheduler.policy.beginnings import common
 from scheduler.store import landing, opening
 from scheduler.store.batches import Owned
 
@@ -71,6 +72,7 @@ def load(
                 connection, facts, number, digest, blocks, first_row=rows, max_rows=use.settings.max_rows
             )
         parts, rows = parts + 1, rows + len(part)
+    use.batch_jobs.put(job, True)
     with use.database.transaction() as connection:
         landing.close_job(connection, batch.tenant_id, job, parts=parts, rows=rows)
         owned.started(connection)
@@ -121,19 +123,20 @@ def _parts(
     fields: tuple[str, ...],
 ) -> Iterator[tuple[IncomingPart, bytes]]:
     """The rows as parts, each with its digest. The same file gives the same parts."""
+    written = frozenset(number for (endpoint, _), number in found.tasks.items() if SERVED[endpoint] == "text")
     columns: dict[str, list[Any]] = {name: [] for name in fields}
     tasks: list[int] = []
     size = 0
     for task, values in _rows(path, found, find, reads):
         if tasks and (len(tasks) >= _PART_ROWS or size > _PART_BYTES):
-            yield _part(columns, tasks, names)
+            yield _part(columns, tasks, names, written)
             columns, tasks, size = {name: [] for name in fields}, [], 0
         tasks.append(task)
         for name, column in columns.items():
             column.append(values[name])
             size += len(values[name])
     if tasks:
-        yield _part(columns, tasks, names)
+        yield _part(columns, tasks, names, written)
 
 
 def _rows(
@@ -141,7 +144,7 @@ def _rows(
 ) -> Iterator[tuple[int, Mapping[str, str]]]:
     """(task, field -> value) of every row, lines that begin alike side by side."""
     with path.open("rb") as file:
-        for _, place in found.order:
+        for place in found.order:
             line = read_again(line_at(file, place), find, reads)
             asked = line.asked
             task = found.tasks[asked.endpoint, found.models[asked.model]]
@@ -151,12 +154,19 @@ def _rows(
                 places = ""
 
 
-def _part(columns: Mapping[str, list[Any]], tasks: list[int], names: list[str]) -> tuple[IncomingPart, bytes]:
-    bad_fields = {}
+def _part(
+    columns: Mapping[str, list[Any]], tasks: list[int], names: list[str], written: Collection[int]
+) -> tuple[IncomingPart, bytes]:
+    """``written``: the tasks that a language model answers; to others a common beginning is worth nothing."""
+    asked, bad_fields = columns[ASKED], {}
+    alike = [
+        common(asked[row - 1], asked[row]) if row and task in written and tasks[row - 1] == task else 0
+        for row, task in enumerate(tasks)
+    ]
     if len(names) > 1:
         for number, name in enumerate(names):
             others = {row: _OTHERS_ROW for row, task in enumerate(tasks) if task != number}
             if others:
                 bad_fields[condition_of(name)] = others
     digest = hashlib.sha256(json.dumps([tasks, columns], sort_keys=True).encode()).digest()
-    return IncomingPart(columns=columns, bad_fields=bad_fields), digest
+    return IncomingPart(columns=columns, bad_fields=bad_fields, alike=alike), digest

@@ -1,13 +1,15 @@
 """The lines of a batch's file: checked one by one in flat memory, then in the order in which they share most.
 
-A file is read twice: once to check every line, where only digests and places are kept, and once line by line in order.
+A file is read twice: once to check every line, where only digests and places are kept, and once line by line in order. That
+is the order of the texts: of all lines of a model those that begin alike are neighbours, wherever they stand in the file.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Iterator, Mapping
+from array import array
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -21,6 +23,7 @@ from scheduler.api.openai.naming import check_dimensions, check_model, unknown_m
 from scheduler.api.openai.parameters import CHAT, CLASSIFY, COMPLETIONS, EMBEDDINGS, RERANK, RESPONSES
 from scheduler.api.openai.refusals import DoorError
 from scheduler.api.openai.requests import SERVED, AskedRequest, read_request, text_of
+from scheduler.api.openai.sorting import Sorting
 from scheduler.api.strict_json import BrokenJson, loads
 from scheduler.store.registry import Registered
 
@@ -32,8 +35,6 @@ MOST_ERRORS = 100
 _MOST_ID = 512
 #: Equal lines that one row answers: their places stand in that row.
 _MOST_EQUAL = 1000
-#: Characters of what is asked by which lines are brought together that begin alike: coarse to fine.
-_ALIKE = (256, 1024, 4096)
 
 #: Name of a model in a line -> the model, or None.
 Find = Callable[[str], Registered | None]
@@ -62,8 +63,8 @@ class FileSurvey:
     tasks: dict[tuple[str, str], int] = field(default_factory=dict)
     #: Some answers are drawn, and others each time.
     drawn: bool = False
-    #: (where it belongs in the order, its place in the file) of each line that gets rows of its own.
-    order: list[tuple[bytes, int]] = field(default_factory=list)
+    #: Places in the file of the lines that get rows of their own, in the order of what they ask.
+    order: Sequence[int] = field(default_factory=lambda: array("Q"))
     #: Place of such a line -> places of the lines that ask the same.
     equal: dict[int, list[int]] = field(default_factory=dict)
 
@@ -75,7 +76,7 @@ def survey(
     found = FileSurvey()
     seen: set[bytes] = set()
     first_of: dict[bytes, int] = {}
-    with path.open("rb") as file:
+    with path.open("rb") as file, Sorting(path.parent) as order:
         for number, offset, raw in lines_of(file):
             if number % 256 == 0:
                 goes_on()
@@ -99,14 +100,15 @@ def survey(
                         code="duplicate_custom_id",
                     )
                 seen.add(name)
-                _note(found, line, offset, find, first_of)
+                _note(found, line, offset, find, first_of, order)
             except DoorError as error:
                 _told(found, number, error)
                 if len(found.errors) >= MOST_ERRORS:
                     break
+        if not found.errors:
+            found.order = order.places()
     if not found.lines:
         _told(found, None, DoorError("the file has no line", code="empty_file"))
-    found.order.sort()
     return found
 
 
@@ -193,7 +195,14 @@ def check_length(asked: AskedRequest, max_row_bytes: int) -> None:
             )
 
 
-def _note(found: FileSurvey, line: BatchLine, place: int, find: Find, first_of: dict[bytes, int]) -> None:
+def _note(
+    found: FileSurvey,
+    line: BatchLine,
+    place: int,
+    find: Find,
+    first_of: dict[bytes, int],
+    order: Sorting,
+) -> None:
     """Keep of a good line what its rows need to be found and ordered."""
     asked = line.asked
     model = find(asked.model)
@@ -210,9 +219,9 @@ def _note(found: FileSurvey, line: BatchLine, place: int, find: Find, first_of: 
                 equal.append(place)
                 return
             first_of[_digest(rows)] = place
-    text = asked.texts[0]
-    alike = b"".join(_digest(text[:most])[:6] for most in _ALIKE)
-    found.order.append((task.to_bytes(2, "big") + alike, place))
+    # With its options: the same lines in another order of the file have the same order, and so are found answered.
+    text, options = asked.rows()[0]
+    order.add(task.to_bytes(2, "big") + f"{text}\0{options}".encode("utf-8", "surrogatepass"), place)
 
 
 def _digest(text: str) -> bytes:

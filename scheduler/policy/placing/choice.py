@@ -204,7 +204,7 @@ class Choice:
         if entry.queue.model.answers == "text":
             # A row's seconds depend on how many rows are beside it. A sub-task fills a part of the slots, whatever was
             # learned of rows that were alone.
-            part = decode_slots(worker.kind[0]) // _SLOTS_PART
+            part = decode_slots(worker.kind[0], entry.queue.model.engine) // _SLOTS_PART
             least = max(1, min(part, int(entry.rows / (2 * devices))))
         elif entry.demand.priority == INTERACTIVE and WHOLE_ROWS * work_s <= self._subtask_s * entry.rows:
             least = WHOLE_ROWS
@@ -219,8 +219,9 @@ class Choice:
 
     def _lane_is_full(self, worker: WorkerEntry, queue: ModelQueue | None = None) -> bool:
         """``queue``: whose interactive work is to come. A language model writes many answers at once: its lane is wider."""
-        wide = queue is not None and queue.model.answers == "text"
-        most = decode_slots(worker.kind[0]) if wide else _LANE * self._depth
+        most = _LANE * self._depth
+        if queue is not None and queue.model.answers == "text":
+            most = decode_slots(worker.kind[0], queue.model.engine)
         return len(worker.flights) - worker.bulk >= most
 
     def _wake(self, queue: ModelQueue) -> None:

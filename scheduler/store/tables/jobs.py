@@ -202,7 +202,10 @@ class _BlockColumns(TypedColumns):
     """Contiguous rows, stored together: the unit of storage, sealing and reuse.
 
     n_work: Rows that some task can be asked.
-    row_order: uint32 little-endian: offsets of the rows that some task can be asked, longest first.
+    row_order: uint32 little-endian: offsets of the rows that some task can be asked, longest first, those that
+      begin alike side by side.
+    groups: uint32 little-endian: offsets of the rows at which groups begin that no sub-task parts; NULL: there
+      are none.
     lengths: uint32 little-endian: UTF-8 bytes of each field, all rows of the first field, then the next.
     payload: Envelope (motet/protocol/envelope.py): field -> values in row order.
     bad: Offset -> [error, message] of rows that came in broken: error cells of every task.
@@ -234,6 +237,7 @@ class _BlockColumns(TypedColumns):
     due = may(TIME)
     say = must(Text, default="''")
     media = must(ARRAY(BigInteger), default="'{}'")
+    groups = may(LargeBinary)
 
 
 block = table(

@@ -250,7 +250,7 @@ def _cache_prefixes(handle: Causal, row: ActiveRow) -> None:
             # Where there is no memory for it, it is computed again.
             with contextlib.suppress(OutOfMemory), torch_errors():
                 cells = onto(places, handle.device)
-                handle.prefix_cache.put((row.tenant, prefix), handle.pool.read(row.slot, cells))
+                handle.prefix_cache.put(row.tenant, prefix, handle.pool.read(row.slot, cells))
             del row.prefixes[prefix]
     handle.bound_prefix_cache()
 

@@ -98,12 +98,16 @@ class Served:
     #: Of a server of our own: what keeps its prefix cache apart by tenant. "": a server that may not know of this.
     secret: str = ""
 
-    def salt(self, tenant: str) -> dict[str, Any]:
-        """vLLM's field that a request's prefix cache is shared by: nobody learns from the time of an answer what other
-        tenants have asked (its documentation of automatic prefix caching)."""
+    def own(self, tenant: str, *, urgent: bool) -> dict[str, Any]:
+        """vLLM's fields that only a server of our own is told.
+
+        By what a request's prefix cache is shared: nobody learns from the time of an answer what other tenants have asked
+        (its documentation of automatic prefix caching). And who goes first there: what somebody waits for.
+        """
         if not self.secret:
             return {}
-        return {"cache_salt": hmac.new(self.secret.encode(), tenant.encode(), "sha256").hexdigest()}
+        salt = hmac.new(self.secret.encode(), tenant.encode(), "sha256").hexdigest()
+        return {"cache_salt": salt, "priority": 0 if urgent else 1}
 
     @property
     def asked(self) -> int:
@@ -244,6 +248,11 @@ class _Question:
         told = switches(self.task.spec)
         return {"chat_template_kwargs": told} if told else {}
 
+    @property
+    def own(self) -> dict[str, Any]:
+        """What only a server of our own is told."""
+        return self.handle.own(self.tenant, urgent=self.urgent)
+
     async def chat(
         self, messages: Sequence[Mapping[str, str]], *, spare: Collection[str], **options: Any
     ) -> dict[str, Any]:
@@ -255,7 +264,7 @@ class _Question:
             urgent=self.urgent,
             spare=spare,
             **self.template,
-            **self.handle.salt(self.tenant),
+            **self.own,
             **options,
         )
 
@@ -354,7 +363,7 @@ async def _continued(q: _Question) -> tuple[str, str]:
         temperature=float(spec.get("temperature", 0.0)),
         **({"stop": stops} if stops else {}),
         **({"seed": int(spec["seed"])} if "draw" in spec else {}),
-        **q.handle.salt(q.tenant),
+        **q.own,
     )
     whole = str(choice.get("text") or "").replace("\0", "")
     text = _until(whole, stops)
@@ -528,7 +537,7 @@ async def _sums(
             temperature=0.0,
             echo=True,
             logprobs=1,
-            **q.handle.salt(q.tenant),
+            **q.own,
         )
         told = (choice.get("logprobs") or {}).get("token_logprobs") or []
         mine = told[len(prompt) : len(prompt) + len(label)]
