@@ -212,14 +212,6 @@ def test_a_public_name_of_a_type_is_given_once() -> None:
     assert {name: sorted(found) for name, found in homes.items() if len(found) > 1} == {}
 
 
-<<<<<<< HEAD
-def test_tests_that_one_process_runs_together_are_there() -> None:
-    for folder, names in TOGETHER.items():
-        assert set(names) <= {file.stem for file in (ROOT / folder).glob("test_*.py")}
-
-
-=======
->>>>>>> main
 def test_pickle_is_nowhere_but_in_the_reader_of_tables_which_knows_the_names_that_it_loads() -> None:
     users = [f for f in files(*PACKAGES) if tops(f) & {"pickle", "dill", "cloudpickle", "marshal", "shelve"}]
     assert users == [ROOT / "motet/apps/data/frames.py"]
@@ -231,11 +223,8 @@ def test_pickle_is_nowhere_but_in_the_reader_of_tables_which_knows_the_names_tha
     assert used == {"Unpickler", "UnpicklingError"}, (
         "a subclass with find_class of its own, and never load or loads"
     )
-<<<<<<< HEAD
-=======
 
 
 def test_tests_that_one_process_runs_together_are_there() -> None:
     for folder, names in TOGETHER.items():
         assert set(names) <= {file.stem for file in (ROOT / folder).glob("test_*.py")}
->>>>>>> main
