@@ -10,9 +10,10 @@ from typing import Literal
 import torch
 
 from motet.protocol.manifest import Answer, Manifest
+from workers.engines.image.hub import processor_of
 from workers.engines.image.lite import ImageVectors, Lite
 from workers.engines.image.preparing import patches
-from workers.engines.image.seeing import blank, load_trunk, processor_of
+from workers.engines.image.seeing import blank, load_trunk
 from workers.engines.trunk import torch_errors
 
 

@@ -41,7 +41,7 @@ def processor_of(files: Mapping[str, Path]) -> Processed:
     if not any(name in files for name in PROCESSORS):
         raise CannotLoad(f"the model has no {PROCESSORS[0]}, which says how pictures are prepared")
     try:
-        processor = transformers.AutoImageProcessor.from_pretrained(
+        processor = transformers.AutoImageProcessor.from_pretrained(  # type: ignore[no-untyped-call]
             files["config.json"].parent, local_files_only=True, trust_remote_code=False, backend="pil"
         )
     except Exception as error:
@@ -104,7 +104,8 @@ def _run(processor: Any, picture: Image.Image, **options: bool) -> Pixels:
 
 def _scaling(processor: Any) -> tuple[tuple[float, ...], tuple[float, ...]] | None:
     rescale = float(processor.rescale_factor) if getattr(processor, "do_rescale", False) else 1.0
-    mean, std = (0.0,), (1.0,)
+    mean: tuple[float, ...] = (0.0,)
+    std: tuple[float, ...] = (1.0,)
     if getattr(processor, "do_normalize", False):
         mean, std = (
             tuple(map(float, value)) if isinstance(value, Sequence) else (float(value),)
@@ -180,7 +181,7 @@ class TwoTowers:
     def logits(self, pictures: Tensor, texts: Tensor) -> Tensor:
         """(n, texts): how well they fit, as the model was trained to say it. ``pictures``: (n, dim), ``texts`` of unit length."""
         cosines = torch.nn.functional.normalize(pictures, dim=1) @ texts.T
-        logits = cosines * self._model.logit_scale.float().exp()
+        logits: Tensor = cosines * self._model.logit_scale.float().exp()
         return logits + self._model.logit_bias.float() if self.apart else logits
 
 
