@@ -7,16 +7,19 @@ NEW_ENOUGH := import sys; sys.exit(sys.version_info < (3, 11))
 
 BIN := .venv/bin
 INSTALLED := .venv/.motet-installed
-BENCHES := $(patsubst %,bench/%.py,tax fusion latency interactive live storage memory scale dispatch rivals simulate growth truth slow train compress llm soak ab gpu figures)
+BENCHES := $(patsubst %,bench/%.py,tax fusion media latency interactive live storage memory scale dispatch rivals simulate growth truth slow train compress llm doors apps soak ab gpu figures)
 
 # motet starts many processes: what one of them compiled, the next ones read, torch first of all.
 unexport PYTHONDONTWRITEBYTECODE
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test test-all test-long check lint format bench figures env compose-test chaos soak fuzz mutants vllm-test clients-test clean
+.PHONY: help install demo test test-all test-long check lint format bench figures env compose-test chaos soak fuzz mutants vllm-test clients-test apps-test clean
 
 # Each file's tests run in one process, one after the other: they share what is slow to start.
-PYTEST := $(BIN)/python -m pytest --numprocesses=logical --maxprocesses=4 --dist=loadfile --no-loadscope-reorder
+PYTEST := $(BIN)/python -m pytest --maxprocesses=4 --dist=loadfile --no-loadscope-reorder
+# Half of what the tests of make test do is waiting: for a server to stop, a proxy to give up, a token to end. The long
+# suites wait less, and some hold a whole cluster to seconds.
+CORES := $(shell getconf _NPROCESSORS_ONLN)
 # Suites that take long: attacks on a whole cluster, workers killed one by one, random plays, made-up requests, a model of each
 # architecture, both wheels, every benchmark at its smallest.
 LONG := $(wildcard tests/chaos tests/machine tests/fuzz tests/architectures tests/processes tests/wheels tests/bench)
@@ -32,10 +35,10 @@ demo: $(INSTALLED) ## start a whole cluster, run a real job on it, print the mer
 	$(BIN)/motet demo
 
 test: $(INSTALLED) ## run the tests that a change asks for (minutes); those that need a GPU skip themselves without one
-	$(PYTEST) $(SHORT)
+	$(PYTEST) --numprocesses=$$((2 * $(CORES))) $(SHORT)
 
 test-long: $(INSTALLED) ## run the long suites: chaos, killed workers, the state machine, fuzz, architectures, wheels, benchmarks
-	$(PYTEST) $(LONG)
+	$(PYTEST) --numprocesses=$$((1 + $(CORES))) $(LONG)
 
 test-all: test test-long ## run all tests
 
@@ -69,6 +72,9 @@ compose-test: $(INSTALLED) ## prove docker-compose.yml on a real engine: start, 
 
 chaos: $(INSTALLED) ## attack a whole cluster with a thousand faults, and count what is lost, doubled, stuck or wrong (an hour)
 	$(BIN)/python -m tests.chaos --faults 1000 --jobs 200 --rows 30000 --save bench/results/chaos.json
+
+apps-test: $(INSTALLED) ## run every application on its real data, and hold its scores to their floors (some ten minutes)
+	$(BIN)/python bench/apps.py --quick
 
 soak: $(INSTALLED) ## half an hour of jobs under mild faults: memory, files, keys and tables must stay flat
 	$(BIN)/python bench/soak.py

@@ -32,6 +32,8 @@ class Order:
     name: str
     #: motet's body, with a key; else LitServe's.
     keyed: bool
+    #: What a chat in OpenAI's form says beside its message; None: no chat is asked.
+    chat: dict[str, Any] | None = None
 
 
 class Caller(asyncio.Protocol):
@@ -102,11 +104,14 @@ class Callers:
         return self._next - 1
 
     def request(self, n: int) -> bytes:
-        text = self._order.texts[n % len(self._order.texts)]
-        body = json.dumps(
-            {"rows": [text], "key": f"{self._order.name}-{n}"} if self._order.keyed else {"text": text}
-        ).encode()
+        body = json.dumps(self._asked(n)).encode()
         return b"%s%d\r\n\r\n%s" % (self._head, len(body), body)
+
+    def _asked(self, n: int) -> dict[str, Any]:
+        text = self._order.texts[n % len(self._order.texts)]
+        if self._order.chat is not None:
+            return {"messages": [{"role": "user", "content": text}], **self._order.chat}
+        return {"rows": [text], "key": f"{self._order.name}-{n}"} if self._order.keyed else {"text": text}
 
     def answered(self, n: int, status: int, body: bytes, began: float) -> None:
         now = time.perf_counter()

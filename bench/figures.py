@@ -36,10 +36,12 @@ BENCHES = (
         "live",
         "tax",
         "fusion",
+        "media",
         "llm",
+        "doors",
         "compress",
     ),
-    *("slow", "truth", "rivals", "growth", "simulate", "train", "soak"),
+    *("slow", "truth", "rivals", "growth", "simulate", "train", "apps", "soak"),
 )
 #: What `--smoke` runs: the one that takes least.
 SMOKE = ("growth",)

@@ -247,9 +247,15 @@ def peak_rss_mb(pid: int) -> float:
 
 
 @contextmanager
-def cluster(cpus: int = 2, *, gpu: bool = False) -> Iterator[Cluster]:
-    """A whole cluster in a folder of its own, with all its workers there: CPU slots, and the first GPU if asked for."""
-    with cluster_folder() as data, Cluster(data, cpus=cpus, gpus="0" if gpu else "", port=0) as running:
+def cluster(cpus: int = 2, *, gpu: bool = False, models: Sequence[str] = ()) -> Iterator[Cluster]:
+    """A whole cluster in a folder of its own, with all its workers there: CPU slots, and the first GPU if asked for.
+
+    ``models``: as of `Cluster`, beside those that motet ships.
+    """
+    with (
+        cluster_folder() as data,
+        Cluster(data, cpus=cpus, gpus="0" if gpu else "", port=0, models=models) as running,
+    ):
         with Client(running.url, running.tokens["user"]) as client:
             while sum(w.state == "ready" for w in client.workers()) < cpus + gpu:
                 time.sleep(0.2)

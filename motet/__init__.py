@@ -48,6 +48,7 @@ from motet.tasks import (
     Function,
     Generate,
     Number,
+    Rank,
     Task,
 )
 from motet.told import TextDelta
@@ -95,6 +96,7 @@ __all__ = [
     "PlannedPass",
     "Problem",
     "Progress",
+    "Rank",
     "Row",
     "RowStream",
     "SetupError",

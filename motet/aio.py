@@ -7,6 +7,7 @@ async with AsyncClient() as client, client.open(tasks, name="risk") as feed:
 from __future__ import annotations
 
 import asyncio
+import os
 import threading
 from collections.abc import AsyncGenerator, AsyncIterator, Callable
 from concurrent.futures import Future
@@ -16,8 +17,10 @@ from typing import TypeVar
 from motet.client import Client, Folds, Tasks
 from motet.feed import GRACE_S, AskedRow, Feed, late
 from motet.job import Job
+from motet.media.reading import MEDIA_SIZE
 from motet.messages.jobs import Priority
 from motet.results import Row
+from motet.row_stream import RowStream
 from motet.rows import BadRows
 from motet.told import TextDelta
 
@@ -64,7 +67,11 @@ class AsyncFeed:
 
     async def ask(self, row: AskedRow, *, within_s: float = 30.0, key: str | None = None) -> Row:
         """The row's merged answers; raises as ``Feed.ask``."""
-        answer = self.feed.put(row, within_s=within_s, key=key)
+        feed = self.feed
+        if feed.holds_media(row):  # its files are read and sent, which takes a while
+            answer = await _apart(lambda: feed.put(row, within_s=within_s, key=key))
+        else:
+            answer = feed.put(row, within_s=within_s, key=key)
         try:
             async with asyncio.timeout(within_s + GRACE_S):
                 return await asyncio.wrap_future(answer)
@@ -81,7 +88,12 @@ class AsyncFeed:
         drop_late: bool = True,
     ) -> AsyncGenerator[TextDelta, None]:
         """The row's text as it is written, as ``Feed.stream``. Close it, or cancel whoever awaits it, to give the row up."""
-        with self.feed.stream(row, task=task, within_s=within_s, key=key, drop_late=drop_late) as deltas:
+        feed = self.feed
+
+        def begin() -> RowStream:
+            return feed.stream(row, task=task, within_s=within_s, key=key, drop_late=drop_late)
+
+        with await _apart(begin) if feed.holds_media(row) else begin() as deltas:
             while (delta := await _apart(lambda: next(deltas, None))) is not None:
                 yield delta
 
@@ -131,6 +143,8 @@ class AsyncClient:
         retention_days: float | None = None,
         state: Folds | None = None,
         notify_when: str | None = None,
+        media_root: str | os.PathLike[str] | None = None,
+        media_size: int | None = MEDIA_SIZE,
     ) -> AsyncFeed:
         """As ``Client.open``, by ``async with``."""
         return AsyncFeed(
@@ -143,12 +157,23 @@ class AsyncClient:
                 retention_days=retention_days,
                 state=state,
                 notify_when=notify_when,
+                media_root=media_root,
+                media_size=media_size,
             )
         )
 
-    def feed(self, name: str, *, bad_rows: BadRows = "refuse") -> AsyncFeed:
+    def feed(
+        self,
+        name: str,
+        *,
+        bad_rows: BadRows = "refuse",
+        media_root: str | os.PathLike[str] | None = None,
+        media_size: int | None = MEDIA_SIZE,
+    ) -> AsyncFeed:
         """As ``Client.feed``, by ``async with``."""
-        return AsyncFeed(lambda: self.client.feed(name, bad_rows=bad_rows))
+        return AsyncFeed(
+            lambda: self.client.feed(name, bad_rows=bad_rows, media_root=media_root, media_size=media_size)
+        )
 
     async def close(self) -> None:
         """Close the connections. Jobs go on."""

@@ -13,22 +13,20 @@ import math
 import os
 import re
 import secrets
-import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import replace
-from functools import partial
-from itertools import chain
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
-from uuid import UUID
 
-from motet.errors import Conflict, InvalidJob, MotetError, NotFound, Problem
+from motet.errors import Conflict, InvalidJob, NotFound, Problem
 from motet.folds import Fold, parse_folds
 from motet.http import Address, BodyRefused, Http, json_of
 from motet.inputs import all_as_trained, says_nothing
 from motet.job import Job
+from motet.media.reading import MEDIA_SIZE
+from motet.media.row_media import MediaOptions, RowMedia
 from motet.messages.cluster import Worker, WorkerList
 from motet.messages.jobs import JobList, JobRecord, Plan, PlanRequest, Priority, Submission
 from motet.messages.registry import Alias, Promotion
@@ -43,16 +41,17 @@ from motet.messages.webhooks import (
     WebhookRequest,
     WebhookTest,
 )
-from motet.progress import Bar
-from motet.protocol.manifest import Manifest, trainer_name
-from motet.rows import MAX_ROW_BYTES, BadRows, cut, survey
+from motet.protocol.manifest import Manifest
+from motet.rows import BadRows, cut, survey
 from motet.sources import Source
 from motet.states import State
-from motet.tasks import Embed, Fit, Prompted, Task, dialogues_of, fields_of, notify_problems, parse, short
-from motet.training.lesson import Learned, read_lesson
-from motet.training.recipe import Recipe, Tune
+from motet.tasks import Features, Prompted, Task, dialogues_of, fields_of, notify_problems, parse, short
+from motet.training.lesson import Learned
+from motet.training.recipe import Tune
 from motet.training.run import TrainRun
-from motet.upload import send_parts
+from motet.training.starting import Training
+from motet.training.starting import start as start_training
+from motet.upload import open_job, submit_parts
 
 if TYPE_CHECKING:
     from motet.feed import Feed
@@ -64,9 +63,6 @@ Folds = Mapping[str, Fold | Mapping[str, Any]]
 log = logging.getLogger(__name__)
 
 _PAGE = 50
-#: Seconds for the first part beyond which a source is slow. Longer: first results of slow sources come later. Shorter:
-#: small jobs take three requests on a busy machine, and not one.
-_SLOW_S = 1.0
 #: What an id or a model's name looks like.
 _SEGMENT = re.compile(r"[A-Za-z0-9_.@+:-]{1,200}")
 
@@ -110,6 +106,8 @@ class Client:
         progress: bool | None = None,
         key: str | None = None,
         opened: Callable[[Job], object] | None = None,
+        media_root: str | os.PathLike[str] | None = None,
+        media_size: int | None = MEDIA_SIZE,
     ) -> Job:
         """Send the rows and start the job; return it when all of them are sent, while it runs.
 
@@ -128,7 +126,9 @@ class Client:
         what is done by then can be read. ``retention_days`` after its end it is deleted with its results, or
         sooner where the server keeps jobs no longer. Webhooks are told of each row for which ``notify_when`` holds, a
         condition on answers such as ``"risk > 0.4"`` (docs/webhooks.md). ``progress`` forces the bar on or off. Submitting again
-        with the same ``key`` gives the same job, or goes on with its upload where that broke off.
+        with the same ``key`` gives the same job, or goes on with its upload where that broke off. Pictures that models
+        read are opened below ``media_root``, sent once by content, and made smaller to ``media_size`` pixels of their
+        longer side; None sends them as they are (docs/media.md).
 
         While the cluster takes no more rows it waits, and says so on the bar or in the log; where a proxy takes no
         large bodies it sends smaller parts, and logs what to set. Raises InvalidJob,
@@ -136,7 +136,6 @@ class Client:
         client's ``timeout``, Unreachable.
         """
         specs = self._specs(tasks)
-        fields_read = fields_of(specs)
         opening = Submission(
             tasks={task: spec.to_json() for task, spec in specs.items()},
             name=name,
@@ -146,54 +145,23 @@ class Client:
             notify_when=_condition(notify_when, specs),
             **_amounts(deadline_s=deadline_s, retention_days=retention_days),
         )
-        process = os.getpid()
         own_key = key or secrets.token_hex(16)
-        parts = cut(source, fields_read, dialogues=dialogues_of(specs), bad_rows=bad_rows)
-        # Two parts are cut before anything is sent: a small job is one request, and a source that cannot be
-        # read, or is bad from its start, never reaches the server. A slow source is not waited for: its first rows can
-        # be run while it is read.
-        began = time.monotonic()
-        first = next(parts, None)
-        slow = time.monotonic() - began > _SLOW_S
-        if first is None:
-            raise InvalidJob(Problem("rows", "no rows", "at least one row", "check the source"))
-        if any(isinstance(spec, Prompted) for spec in specs.values()):
-            # So that what stands in front of a prompt, text or instruction, can be chosen before the rows are there.
-            opening = replace(opening, mean_bytes=first.mean_bytes())
-        second = None if slow else next(parts, None)
-        bar = Bar("sending", wanted=progress)
-        whole = second is None and not slow and not first.bad and not first.bad_fields and first.is_json
-        tell = partial(_tell, bar)
-        with bar:
-            try:
-                record = self._open(
-                    replace(opening, rows=tuple(first.rows())) if whole else opening, own_key, tell
-                )
-            except BodyRefused:
-                if not whole:
-                    raise
-                # The rows do not fit beside the tasks: they are sent as those of a large job.
-                record = self._open(opening, own_key, tell)
-        job = Job(self._http, record, progress=progress)
-        if record.state == State.LOADING:
-            try:
-                if opened is not None:
-                    opened(job)
-                total = chain([first] if second is None else [first, second], parts)
-                record = send_parts(self._http, record, total, bar, tell)
-            except BaseException as error:
-                # Only a caller who gave the key can come back to go on. The job of a child that was forked by the
-                # source, and leaves through here, is its parent's.
-                if os.getpid() == process and (key is None or isinstance(error, InvalidJob)):
-                    self._abandon(job)
-                raise
-        elif opened is not None:
-            opened(job)
-        return Job(self._http, record, progress=progress)
-
-    def _open(self, opening: Submission, key: str, tell: Callable[[MotetError], object]) -> JobRecord:
-        body = opening.to_json(sparse=True)
-        return JobRecord.of(self._http.post("/v1/jobs", body, key=key, refused=tell))
+        options = MediaOptions(root=media_root, size=media_size)
+        with RowMedia(self._http, specs, options, key=own_key) as media:
+            parts = cut(
+                source, fields_of(specs), dialogues=dialogues_of(specs), bad_rows=bad_rows, media=media.rows
+            )
+            return submit_parts(
+                self._http,
+                opening,
+                parts,
+                media,
+                prompted=any(isinstance(spec, Prompted) for spec in specs.values()),
+                key=own_key,
+                resumable=key is not None,
+                progress=progress,
+                opened=opened,
+            )
 
     def open(
         self,
@@ -206,6 +174,8 @@ class Client:
         retention_days: float | None = None,
         state: Folds | None = None,
         notify_when: str | None = None,
+        media_root: str | os.PathLike[str] | None = None,
+        media_size: int | None = MEDIA_SIZE,
     ) -> Feed:
         """Open a job for rows that come one by one, each answered at once: ``feed.ask({"text": …})`` (docs/live.md).
 
@@ -215,7 +185,8 @@ class Client:
         raises InvalidJob for its caller. Each row and its key are deleted ``keep_days`` after it was answered, or 7; the
         whole job ``retention_days`` after its end. ``state`` gives each row what was folded of the rows of its key before
         it, as fields of these names. Webhooks are told of each row for which ``notify_when`` holds, a condition on
-        answers such as ``"risk > 0.4"`` (docs/webhooks.md). Raises InvalidJob, Unauthorized, Overloaded, Unreachable.
+        answers such as ``"risk > 0.4"`` (docs/webhooks.md). ``media_root`` and ``media_size`` are as of ``submit``. Raises
+        InvalidJob, Unauthorized, Overloaded, Unreachable.
         """
         from motet.feed import Feed
 
@@ -234,15 +205,26 @@ class Client:
             state=_state(state, specs),
             **_amounts(keep_s=_seconds(keep_days), retention_days=retention_days),
         )
-        record = self._open(opening, _key_of(name), lambda refusal: log.warning("waiting: %s", refusal))
+        record = open_job(
+            self._http, opening, _key_of(name), lambda refusal: log.warning("waiting: %s", refusal)
+        )
         if record.state != State.OPEN:
             raise Conflict(
                 f"the job {short(name)} of these tasks is {record.state} and takes no more rows; "
                 "take another name, or remove it first"
             )
-        return Feed(self._http, record, bad_rows=bad_rows)
+        return Feed(
+            self._http, record, bad_rows=bad_rows, media=MediaOptions(root=media_root, size=media_size)
+        )
 
-    def feed(self, name: str, *, bad_rows: BadRows = "refuse") -> Feed:
+    def feed(
+        self,
+        name: str,
+        *,
+        bad_rows: BadRows = "refuse",
+        media_root: str | os.PathLike[str] | None = None,
+        media_size: int | None = MEDIA_SIZE,
+    ) -> Feed:
         """Pick up an open job by its name or id, without its tasks; by its id also one that was closed.
 
         Of several of that name the newest. Raises NotFound.
@@ -257,7 +239,8 @@ class Client:
                 raise NotFound(
                     f"no open job is called {short(name)}; see `motet jobs --state open`"
                 ) from None
-        return Feed(self._http, JobRecord.of(found.record), bad_rows=bad_rows)
+        media = MediaOptions(root=media_root, size=media_size)
+        return Feed(self._http, JobRecord.of(found.record), bad_rows=bad_rows, media=media)
 
     def plan(
         self,
@@ -266,13 +249,20 @@ class Client:
         *,
         priority: Priority = "normal",
         bad_rows: BadRows = "refuse",
+        media_root: str | os.PathLike[str] | None = None,
+        media_size: int | None = MEDIA_SIZE,
     ) -> Plan:
         """What ``submit`` would run, without running it: passes, tokens, seconds, rows that will be cut.
 
-        The whole source is read, so an iterator is used up; only a sample of it is sent. Raises as ``submit``.
+        The whole source is read, so an iterator is used up; only a sample of it is sent, and of pictures no byte. Raises as
+        ``submit``.
         """
         specs = self._specs(tasks)
-        found = survey(source, fields_of(specs), dialogues=dialogues_of(specs), bad_rows=bad_rows)
+        options = MediaOptions(root=media_root, size=media_size)
+        with RowMedia(self._http, specs, options, sends=False) as media:
+            found = survey(
+                source, fields_of(specs), dialogues=dialogues_of(specs), bad_rows=bad_rows, media=media.rows
+            )
         if not found.sample:
             raise InvalidJob(Problem("rows", "no rows", "at least one good row", "check the source"))
         asked = PlanRequest(
@@ -307,6 +297,9 @@ class Client:
         epochs: int | None = None,
         text: str | Sequence[str] = "text",
         numbers: Sequence[str] = (),
+        image: str | None = None,
+        features: Features = "last",
+        media_root: str | os.PathLike[str] | None = None,
         version: str | None = None,
         seed: int = 0,
         progress: bool | None = None,
@@ -324,84 +317,20 @@ class Client:
         ``text`` is the field, or a template, that heads read; several (``("{history}", "{last}")``) are read apart by the
         trunk, and a head reads their vectors side by side. ``numbers`` are fields that it reads beside them, standardised;
         null is their mean, and told apart. Tasks that ask such a head read the same unless they name others.
+        On a trunk that reads pictures only heads learn, from those in the field ``image``, read as ``submit`` reads them;
+        ``features="stages"`` gives them more to tell small or drawn things apart.
         ``more``: further fields of ``motet.training.recipe.Recipe``, such as ``patience``, ``hidden``, ``rate``, ``loss``.
 
         Raises InvalidJob with every problem of the rows, NotFound for the trunk, and as ``submit``.
         """
-        base = self.model(trunk)
-        try:
-            trainer = self.model(f"{trainer_name(base.name)}@{base.version}")
-        except NotFound:
-            raise InvalidJob(
-                Problem(
-                    "trunk",
-                    short(base.ref),
-                    "an encoder that was registered with what trains on it",
-                    "register it again, as it was: motet models add, with --builtin for those that motet ships",
-                )
-            ) from None
-        lesson = read_lesson(train, test, tasks, text=text, numbers=numbers, seed=seed)
-        if version is None:
-            taken = {m.version for m in self.models() if m.name == name or m.name.startswith(f"{name}.")}
-            version = str(1 + max((int(v) for v in taken if v.isdigit()), default=0))
-        try:
-            recipe = Recipe(
-                name=name,
-                version=version,
-                trunk=base.ref,
-                # As long as the name of the job that will be there.
-                job=str(UUID(int=0)),
-                train_rows=lesson.train_rows,
-                test_rows=lesson.rows - lesson.train_rows,
-                targets=lesson.targets,
-                inputs=lesson.inputs,
-                numbers=lesson.numbers,
-                tune=tune,
-                seed=seed,
-                data=lesson.digest,
-                command=command,
-                licence=licence,
-                **dict[str, Any](
-                    () if epochs is None else {"head_epochs" if tune == "heads" else "epochs": epochs}
-                ),
-                **more,
-            )
-            size = len(Recipe.loads(recipe.dumps()).dumps().encode())
-        except (TypeError, ValueError) as error:
-            raise InvalidJob(
-                Problem(
-                    "train", str(error)[:200], "options of a training run", "see motet.training.recipe.Recipe"
-                )
-            ) from None
-        if size > MAX_ROW_BYTES:
-            raise InvalidJob(
-                Problem(
-                    "train",
-                    f"labels{' and numbers' if numbers else ''} of {size:,} bytes, packed",
-                    f"at most {MAX_ROW_BYTES:,}",
-                    "train on fewer rows, or fewer tasks at once",
-                )
-            )
-        embedded = self.submit(
-            lesson.texts,
-            {"vector": Embed(base.ref, normalize=False)},
-            name=f"{name}: vectors",
-            progress=progress,
-        ).wait()
-        if embedded.progress.error:
-            cell = next(iter(embedded.errors()))
-            raise InvalidJob(
-                Problem(
-                    "train",
-                    f"{cell.error}: {cell.message}",
-                    "rows that the trunk reads",
-                    "leave it out",
-                    cell.row // recipe.texts,
-                )
-            )
-        row = replace(recipe, job=embedded.id).dumps()
-        job = self.submit([row], {"fit": Fit(trainer.ref)}, name=name, reuse=False, progress=progress)
-        return TrainRun(job, name, list(tasks))
+        return start_training(
+            self,
+            Training(
+                name=name, trunk=trunk, tasks=tasks, train=train, test=test, tune=tune, epochs=epochs, text=text,
+                numbers=numbers, image=image, features=features, media_root=media_root, version=version, seed=seed,
+                progress=progress, command=command, licence=licence, more=more,
+            ),
+        )  # fmt: skip
 
     def jobs(self, state: str | None = None, limit: int | None = None) -> Iterator[Job]:
         """The jobs of the token's tenant, newest first; all of them, or up to ``limit``."""
@@ -589,13 +518,6 @@ class Client:
                 found[ref] = self.model(ref)
         return all_as_trained(specs, found)
 
-    def _abandon(self, job: Job) -> None:
-        """Remove a job whose rows never came whole. Best effort: an abandoned upload also ends by itself."""
-        try:
-            job.delete()
-        except MotetError:
-            pass
-
 
 def _parsed(tasks: object) -> dict[str, Task]:
     """Check the tasks here as the server would, before any row is read. Raises InvalidJob."""
@@ -646,20 +568,6 @@ def _amounts(**options: object) -> dict[str, Any]:
     if problems:
         raise InvalidJob(problems)
     return given
-
-
-def _tell(bar: Bar, refusal: MotetError) -> None:
-    """Say what is waited for: on the bar, which has room for the reason alone, else in the log.
-
-    That smaller parts are sent is said in the log even beside a bar: somebody should mend it.
-    """
-    if isinstance(refusal, BodyRefused):
-        bar.hide()
-        log.warning("rows are sent in smaller parts, which takes more requests: %s", refusal)
-    elif bar.wanted:
-        bar.show(f"waiting: {str(refusal).partition(';')[0]}")
-    else:
-        log.warning("waiting to send rows: %s", refusal)
 
 
 def _segment(what: str, name: str) -> str:

@@ -48,6 +48,40 @@ class Condition:
 @lru_cache(256)
 def condition(written: str) -> Condition:
     """Understand a condition. Raises BadCondition."""
+    _, tree, braced = _parsed(written)
+    reading = _Reading(braced)
+    is_true = reading.truth(tree.body)
+    if not reading.placeholders:
+        raise BadCondition("a condition that reads no field and no answer")
+    return Condition(tuple(dict.fromkeys(reading.placeholders)), is_true)
+
+
+def with_names(written: str, change: Callable[[str], str]) -> str:
+    """The same condition with what ``change`` makes of each placeholder in it. Raises BadCondition."""
+    plain, tree, braced = _parsed(written)
+    raw, spans = plain.encode(), list[tuple[int, int, str]]()
+
+    def look(node: ast.AST) -> None:
+        if isinstance(node, ast.Attribute | ast.Subscript) or (
+            isinstance(node, ast.Name) and node.id not in _WORDS
+        ):
+            written = ast.unparse(node)
+            # One in braces was set apart by a space on either side.
+            apart = written in braced
+            begin = node.col_offset - (apart and node.col_offset > 0)
+            spans.append((begin, (node.end_col_offset or 0) + apart, braced.get(written, written)))
+            return
+        for inner in ast.iter_child_nodes(node):
+            look(inner)
+
+    look(tree.body)
+    for begin, end, meant in sorted(spans, reverse=True):
+        raw = raw[:begin] + f"{{{change(meant)}}}".encode() + raw[end:]
+    return raw.decode()
+
+
+def _parsed(written: str) -> tuple[str, ast.Expression, Mapping[str, str]]:
+    """The condition with a name for each placeholder in braces, its tree, and what those names mean. Raises BadCondition."""
     if len(written) > MAX_CHARACTERS:
         raise BadCondition(f"more than {MAX_CHARACTERS} characters")
     if "\0" in written or "\n" in written:
@@ -59,17 +93,14 @@ def condition(written: str) -> Condition:
         braced[name] = found[1]
         return f" {name} "
 
+    plain = _outside_texts(written, without_braces).strip()
     try:
-        tree = ast.parse(_outside_texts(written, without_braces).strip(), mode="eval")
+        tree = ast.parse(plain, mode="eval")
     except (SyntaxError, ValueError, RecursionError, MemoryError):
         raise BadCondition("what cannot be read as a condition") from None
     if sum(1 for _ in ast.walk(tree)) > MAX_NODES:
         raise BadCondition(f"more than {MAX_NODES} operators and values")
-    reading = _Reading(braced)
-    is_true = reading.truth(tree.body)
-    if not reading.placeholders:
-        raise BadCondition("a condition that reads no field and no answer")
-    return Condition(tuple(dict.fromkeys(reading.placeholders)), is_true)
+    return plain, tree, braced
 
 
 _TEXTS = re.compile(r"'(?:[^'\\]|\\.)*'|\"(?:[^\"\\]|\\.)*\"")

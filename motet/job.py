@@ -30,6 +30,7 @@ if TYPE_CHECKING:
 
     from motet.evaluation import Evaluation
     from motet.evaluation.further import Costs
+    from motet.media.row_media import MediaFigures
     from motet.messages.explanation import Explanation
     from motet.sources import Source
 
@@ -54,10 +55,13 @@ class Job:
         record: JobRecord,
         *,
         progress: bool | None = None,
+        media: MediaFigures | None = None,
         clock: Callable[[], float] = time.monotonic,
         sleep: Callable[[float], object] = time.sleep,
     ) -> None:
         self._http = http
+        #: Of the upload that this handle comes from: pictures and their bytes; None where there was none.
+        self.media = media
         self._record = record
         self._bar_wanted = progress
         self._clock, self._sleep = clock, sleep

@@ -294,7 +294,7 @@ class Cell:
 
         Classify and Choose: the label; multi-label: a list of (label, score). Number: a float. Embed: a list of
         floats. Entities: a list of Span. Generate and Chat: the text. Extract, and Generate with a schema: the JSON
-        value. Function: what the function returned.
+        value. Function: what the function returned. Rank: a list of {"index", "score"}.
         """
         if not self.ok:
             return None

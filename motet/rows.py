@@ -9,13 +9,14 @@ from __future__ import annotations
 
 import json
 import random
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any, Literal, TypeAlias
 
 from motet.errors import InvalidJob, Problem
+from motet.media.medium import Medium
 from motet.protocol.envelope import pack, packed_plain
 from motet.protocol.values import (
     Doubled,
@@ -109,11 +110,9 @@ class Part:
         """The same rows as mappings, for requests that carry a few rows inline; None where a value is bad."""
         return self._mappings(self.columns)
 
-    def texts(self) -> list[dict[str, str | None]]:
-        """The same rows as templates show them: a text for each value; None where it is bad."""
-        return self._mappings(
-            {n: v if is_text(v) else list(map(plain_text, v)) for n, v in self.columns.items()}
-        )
+    def texts(self) -> list[dict[str, Any]]:
+        """The same rows as templates show them: a text for each value, and None where it is bad; but media as JSON."""
+        return self._mappings({n: v if is_text(v) else list(map(_told, v)) for n, v in self.columns.items()})
 
     def _mappings(self, columns: Mapping[str, Sequence[Any]]) -> list[dict[str, Any]]:
         rows: list[dict[str, Any]] = [
@@ -134,17 +133,36 @@ class Survey:
     rows: int
     text_bytes: int
     #: Rows drawn evenly from the whole, always the same ones for the same source, as their texts; None where a value is
-    #: bad. Rows without a good value are left out.
-    sample: tuple[dict[str, str | None], ...]
+    #: bad; a medium is the object that refers to it. Rows without a good value are left out.
+    sample: tuple[dict[str, Any], ...]
+
+
+def _told(value: Value) -> Any:
+    return value.to_json() if type(value) is Medium else plain_text(value)
+
+
+#: Replaces what stands for media in rows by media, or by faults.
+ReadsMedia: TypeAlias = "Callable[[Rows], Rows]"
+
+
+def _no_media(rows: Rows) -> Rows:
+    return rows
 
 
 def cut(
-    source: Source, fields: Sequence[str], *, dialogues: Collection[str] = (), bad_rows: BadRows = "refuse"
+    source: Source,
+    fields: Sequence[str],
+    *,
+    dialogues: Collection[str] = (),
+    bad_rows: BadRows = "refuse",
+    media: ReadsMedia = _no_media,
 ) -> Iterator[Part]:
     """Read the source once and yield its parts, keeping only ``fields``.
 
     A field of ``dialogues`` holds a list of ``{"role": …, "content": …}``, or the JSON of one: it becomes JSON of
     those two keys. A row that is such a list is taken for the field ``messages``.
+
+    ``media`` reads what stands for pictures in the rows (motet.media.reading).
 
     A row is bad in a field where that holds no value (motet.protocol.values): it is missing, NaN, an int beyond 64
     bits, bytes, an object of another kind, nested too deep, a text with a NUL or a lone surrogate, or makes the row
@@ -160,7 +178,8 @@ def cut(
     problems: list[Problem] = []
     first_bad = 0
     part = _Filling(fields)
-    with closing(_told_with(problems, read(source, partial(_check_names, fields=fields), gaps=True))) as rows:
+    found = media(read(source, partial(_check_names, fields=fields), gaps=True))
+    with closing(_told_with(problems, found)) as rows:
         for index, (row, line) in enumerate(rows):
             values, size, faults = _values(row, fields, dialogues)
             if faults and bad_rows == "refuse":
@@ -213,6 +232,7 @@ def survey(
     *,
     dialogues: Collection[str] = (),
     bad_rows: BadRows = "refuse",
+    media: ReadsMedia = _no_media,
     sample: int = 1000,
 ) -> Survey:
     """Read the whole source and draw an even sample from it. Raises as ``cut`` does.
@@ -220,9 +240,9 @@ def survey(
     An iterator is used up by this: give a list or a path where the rows are to be submitted afterwards.
     """
     dice = random.Random(0)
-    drawn: list[dict[str, str | None]] = []
+    drawn: list[dict[str, Any]] = []
     seen = text_bytes = total = 0
-    for part in cut(source, fields, dialogues=dialogues, bad_rows=bad_rows):
+    for part in cut(source, fields, dialogues=dialogues, bad_rows=bad_rows, media=media):
         total += len(part)
         text_bytes += part.text_bytes
         for row in part.texts():
@@ -258,11 +278,9 @@ def _told_with(problems: Sequence[Problem], rows: Rows) -> Rows:
         raise InvalidJob([*problems[: MAX_PROBLEMS - 1], *broken.problems]) from None
 
 
-def _first_that_fit(
-    rows: Iterable[dict[str, str | None]], budget_bytes: int
-) -> Iterator[dict[str, str | None]]:
+def _first_that_fit(rows: Iterable[dict[str, Any]], budget_bytes: int) -> Iterator[dict[str, Any]]:
     for row in rows:
-        budget_bytes -= sum(len((text or "").encode()) for text in row.values())
+        budget_bytes -= sum(len(str(text or "").encode()) for text in row.values())
         if budget_bytes < 0:
             return
         yield row
@@ -283,6 +301,7 @@ class _Filling:
         self.bad_fields: dict[str, dict[int, tuple[str, str]]] = {}
         self.rows = 0
         self.bytes = 0
+        self._has_media = False
         self._blocks_left = PART_BLOCKS[min(self.number, len(PART_BLOCKS) - 1)]
         self._start_block()
 
@@ -296,15 +315,18 @@ class _Filling:
         """True where a row of ``size`` bytes belongs into the next part; begins the next block where it should."""
         if self.rows < self._last_row and self.bytes + size <= self._last_byte:
             return False
-        if not self._blocks_left or self.bytes + BLOCK_BYTES > PART_BYTES:
+        if not self._blocks_left or self.bytes + BLOCK_BYTES > PART_BYTES or self._has_media:
             return True
         self._start_block()
         return False
 
     def add(self, values: Sequence[Value], size: int, faults: _Faults) -> None:
+        if not self.rows:
+            # Pictures take long to read and to look at: a part of them is one block, so that work begins with the first.
+            self._has_media = any(type(value) is Medium for value in values)
         for name, fault in faults.items():
             marks = self.bad_fields.setdefault(name, {}) if name else self.bad
-            marks[self.rows] = ("bad_row", str(fault))
+            marks[self.rows] = (fault.error, str(fault))
         for column, value in zip(self.columns, values, strict=True):
             column.append(value)
         self.rows += 1

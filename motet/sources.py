@@ -61,16 +61,20 @@ class Fault:
     #: The row's field, or "" where the row as a whole is wrong.
     field: str
     got: str
+    #: "" where what was found says it all.
     expected: str
     remedy: str
+    #: Class of the error that its cells become.
+    error: str = "bad_row"
 
     def at(self, index: int, line: int | None) -> Problem:
         """The same, with its place."""
         got = self.got if line is None else f"{self.got} (line {line})"
-        return Problem(f"rows.{self.field}" if self.field else "rows", got, self.expected, self.remedy, index)
+        expected = self.expected or "a value that tasks can read"
+        return Problem(f"rows.{self.field}" if self.field else "rows", got, expected, self.remedy, index)
 
     def __str__(self) -> str:
-        what = f"got {self.got}; expected {self.expected}"
+        what = f"got {self.got}; expected {self.expected}" if self.expected else self.got
         words = f"{self.field}: {what}" if self.field else what
         # Names of fields are the user's too: the server takes short and clean messages only.
         return "".join(c if c.isprintable() else "\N{REPLACEMENT CHARACTER}" for c in words[:400])

@@ -15,7 +15,7 @@ from typing import Any, ClassVar, Literal
 from motet.conditions import BadCondition, condition
 from motet.errors import InvalidJob, Problem
 from motet.labels import is_listed, labels_flaw
-from motet.templates import NAME, is_placeholder, is_well_formed, placeholders, resolved
+from motet.templates import NAME, is_placeholder, is_well_formed, placeholders, resolved, sole_placeholder
 
 #: What a classifier says that abstains, unless a task names another word.
 UNSURE = "unsure"
@@ -27,6 +27,8 @@ MOST_NUMBERS = 64
 TooLong = Literal["truncate", "error"]
 Numerics = Literal["fast", "exact"]
 First = Literal["auto", "text", "instruction"]
+#: Which of a trunk's features of a picture: its last ones, or those of its stages and the last ones.
+Features = Literal["last", "stages"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -84,6 +86,11 @@ class Task:
     def placeholders(self) -> tuple[str, ...]:
         """What this task's templates name, in order of first use: fields of the row, other tasks, and parts of them."""
         return _named(self)
+
+    @property
+    def valued(self) -> tuple[str, ...]:
+        """What the model is given as a dict of values, each with its type, by these placeholders; (): it reads a text."""
+        return ()
 
     def reads(self, name: str, names: Collection[str]) -> tuple[str, ...]:
         """The fields of the row and the other tasks that a task of this ``name`` reads, where its job has these names."""
@@ -150,6 +157,8 @@ class Embed(Reading):
     kind: ClassVar[str] = "embed"
     dtype: Literal["fp32", "fp16"] = "fp32"
     normalize: bool = True
+    #: Of pictures: ``stages`` puts the features of earlier stages, which know edges and strokes, before the last ones.
+    features: Features = field(default="last", metadata={"later": True})
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -191,6 +200,42 @@ class Function(Reading):
     @property
     def placeholders(self) -> tuple[str, ...]:
         return self.inputs or _named(self)
+
+    @property
+    def valued(self) -> tuple[str, ...]:
+        return self.inputs or ()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Rank(Task):
+    """The documents of a list in the order in which they answer a query: a list of ``{"index", "score"}``, the best first.
+
+    ``index`` counts from 0 in the row's list; ``score`` is from 0 to 1. The model is a cross-encoder, which reads the query
+    with each document; ``max_tokens`` and ``too_long`` are about such a pair.
+    """
+
+    kind: ClassVar[str] = "rank"
+    templates: ClassVar[tuple[str, ...]] = ("query", "documents")
+
+    #: What the documents are held against.
+    query: str = "{query}"
+    #: The field, or the answer of another task, that holds a list of texts, or of objects with a ``text``.
+    documents: str = "{documents}"
+    #: As of Reading.
+    too_long: TooLong = "truncate"
+    max_tokens: int | None = None
+
+    @property
+    def texts(self) -> tuple[str, ...]:
+        return (template_of(self.placeholders),)
+
+    @property
+    def placeholders(self) -> tuple[str, ...]:
+        return tuple(dict.fromkeys((*placeholders(self.query), *placeholders(self.documents))))
+
+    @property
+    def valued(self) -> tuple[str, ...]:
+        return self.placeholders
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -331,7 +376,8 @@ def template_of(inputs: Sequence[str]) -> str:
 
 #: Every kind of task that can cross the wire.
 KINDS: Mapping[str, type[Task]] = {
-    k.kind: k for k in (Classify, Number, Embed, Entities, Function, Fit, Generate, Chat, Choose, Extract)
+    k.kind: k
+    for k in (Classify, Number, Embed, Entities, Function, Rank, Fit, Generate, Chat, Choose, Extract)
 }
 
 
@@ -536,6 +582,11 @@ def is_one_field(value: object) -> bool:
     return isinstance(value, str) and value[:1] + value[-1:] == "{}" and bool(NAME.match(value[1:-1]))
 
 
+def _is_placeholder_alone(value: object) -> bool:
+    written = sole_placeholder(value) if isinstance(value, str) else None
+    return written is not None and is_placeholder(written)
+
+
 def _is_whole(low: int, high: int) -> Callable[[object], bool]:
     return lambda v: isinstance(v, int) and not isinstance(v, bool) and low <= v <= high
 
@@ -582,6 +633,7 @@ _TEMPLATE = "text that names at least one field, such as {text}, or a part of on
 _PROMPT = "text, with {field} where a field of the row or another task's answer belongs"
 _PROMPT_OR_NOTHING = "such text, or nothing"
 _FIELD = "one field in braces, such as {messages}"
+_LIST = "one field or answer in braces that is a list, such as {documents}"
 _TOKENS = "a whole number from 3 to 1,000,000, or null"
 _WRITTEN = "a whole number from 1 to 100,000"
 _STOP = "up to 16 different texts of up to 100 characters"
@@ -605,6 +657,7 @@ _CHECKS: Mapping[str, Callable[[Any], bool]] = {
     _PROMPT: _is_prompt,
     _PROMPT_OR_NOTHING: _is_prompt_or_nothing,
     _FIELD: is_one_field,
+    _LIST: _is_placeholder_alone,
     _TOKENS: _is_whole(3, 1_000_000),
     _WRITTEN: _is_whole(1, 100_000),
     _STOP: _are_texts(0, 16, 100),
@@ -633,6 +686,8 @@ _EXPECTED: Mapping[str, _Expected] = {
     "prompt": _Expected(_PROMPT, _BRACES),
     "question": _Expected(_PROMPT_OR_NOTHING, _BRACES),
     "system": _Expected(_PROMPT_OR_NOTHING, _BRACES),
+    "query": _Expected(_PROMPT, _BRACES),
+    "documents": _Expected(_LIST, "name the field that holds the list of texts"),
     "messages": _Expected(_FIELD, "name the field that holds the list of messages"),
     "max_tokens": _Expected(_TOKENS, "leave it out to use the model's own limit"),
     "too_long": _Expected("truncate or error", "choose one", ("truncate", "error")),
@@ -641,6 +696,7 @@ _EXPECTED: Mapping[str, _Expected] = {
     "first": _Expected("auto, text or instruction", "choose one", ("auto", "text", "instruction")),
     "dtype": _Expected("fp32 or fp16", "choose one", ("fp32", "fp16")),
     "normalize": _Expected("true or false", "choose one", kind=bool),
+    "features": _Expected("last or stages", "choose one", ("last", "stages")),
     "scores": _Expected("true or false", "choose one", kind=bool),
     "min_score": _Expected(_SHARE, "say below which score the model should abstain, such as 0.5"),
     "otherwise": _Expected(_LABEL, "say what stands in the cell then, such as unsure"),

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any, TypeAlias
@@ -19,6 +19,8 @@ from motet.protocol.values import Value, plain_text
 #: What names a field or a task. Dots belong to it: whether ``a.b`` is a name or a part of ``a`` is said by ``resolved``.
 NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_.-]{0,63}\Z")
 _PLACEHOLDER = re.compile(r"\{([^{}]*)\}")
+#: What a template is cut at: doubled braces and placeholders.
+_PARTS = re.compile(r"(\{\{|\}\}|\{[^{}]*\})")
 _REFERENCE = re.compile(
     r"(?P<name>[A-Za-z_][A-Za-z0-9_.-]{0,63})(?P<steps>(?:\[[^\[\]]+\]|\.[A-Za-z_][A-Za-z0-9_-]*)*)\Z"
 )
@@ -167,10 +169,18 @@ def render(template: str, row: Mapping[str, Value]) -> str:
     return "".join([plain_text(row[piece]) if is_name else piece for piece, is_name in _pieces(template)])
 
 
+def with_names(template: str, change: Callable[[str], str]) -> str:
+    """The same template with what ``change`` makes of each placeholder between its braces."""
+    return "".join(
+        f"{{{change(piece[1:-1])}}}" if _PLACEHOLDER.fullmatch(piece) else piece
+        for piece in _PARTS.split(template)
+    )
+
+
 @lru_cache(256)
 def _pieces(template: str) -> tuple[tuple[str, bool], ...]:
     """A template as literal texts and placeholders, in order; True stands beside a placeholder."""
-    parts = re.split(r"(\{\{|\}\}|\{[^{}]*\})", template)
+    parts = _PARTS.split(template)
     return tuple(
         (p[0], False)
         if p in ("{{", "}}")

@@ -8,19 +8,101 @@ the parts and rows that the server has, however they were cut. The server runs w
 
 from __future__ import annotations
 
+import logging
+import os
 import threading
+import time
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor, wait
+from contextlib import suppress
+from dataclasses import replace
+from functools import partial
+from itertools import chain
 
-from motet.errors import MotetError
+from motet.errors import InvalidJob, MotetError, Problem
 from motet.http import BodyRefused, Http, json_of
-from motet.messages.jobs import Closing, JobRecord, PartLanded
+from motet.job import Job
+from motet.media.row_media import RowMedia
+from motet.messages.jobs import Closing, JobRecord, PartLanded, Submission
 from motet.progress import Bar
 from motet.protocol.values import byte_lengths
 from motet.rows import BLOCK_BYTES, BLOCK_ROWS, Part
+from motet.states import State
+
+log = logging.getLogger(__name__)
 
 #: Seconds between two looks at whether a part was refused, while another part is waited for.
 _GLANCE_S = 0.25
+#: Seconds for the first part beyond which a source is slow. Longer: first results of slow sources come later. Shorter:
+#: small jobs take three requests on a busy machine, and not one.
+_SLOW_S = 1.0
+
+
+def submit_parts(
+    http: Http,
+    opening: Submission,
+    parts: Iterator[Part],
+    media: RowMedia,
+    *,
+    prompted: bool,
+    key: str,
+    resumable: bool,
+    progress: bool | None,
+    opened: Callable[[Job], object] | None,
+) -> Job:
+    """Open a job and send all of its parts; what ``Client.submit`` does once it knows what to read.
+
+    ``prompted``: a task of it has a prompt. ``resumable``: its caller knows the key. The others are as there.
+    """
+    process = os.getpid()
+    # Two parts are cut before anything is sent: a small job is one request, and a source that cannot be
+    # read, or is bad from its start, never reaches the server. A slow source is not waited for: its first rows can
+    # be run while it is read.
+    began = time.monotonic()
+    first = next(parts, None)
+    slow = time.monotonic() - began > _SLOW_S
+    if first is None:
+        raise InvalidJob(Problem("rows", "no rows", "at least one row", "check the source"))
+    if prompted:
+        # So that what stands in front of a prompt, text or instruction, can be chosen before the rows are there.
+        opening = replace(opening, mean_bytes=first.mean_bytes())
+    second = None if slow else next(parts, None)
+    bar = Bar("sending", wanted=progress)
+    whole = second is None and not slow and not first.bad and not first.bad_fields and first.is_json
+    tell = partial(_tell, bar)
+    with bar:
+        try:
+            inline = replace(opening, rows=tuple(first.rows())) if whole else opening
+            record = open_job(http, inline, key, tell)
+        except BodyRefused:
+            if not whole:
+                raise
+            # The rows do not fit beside the tasks: they are sent as those of a large job.
+            record = open_job(http, opening, key, tell)
+    job = Job(http, record, progress=progress)
+    if record.state == State.LOADING:
+        try:
+            if opened is not None:
+                opened(job)
+            media.begin()
+            total = chain([first] if second is None else [first, second], parts)
+            record = send_parts(http, record, total, bar, tell, media)
+        except BaseException as error:
+            # Only a caller who gave the key can come back to go on. The job of a child that was forked by the
+            # source, and leaves through here, is its parent's.
+            if os.getpid() == process and (not resumable or isinstance(error, InvalidJob)):
+                # Best effort: an abandoned upload also ends by itself.
+                with suppress(MotetError):
+                    job.delete()
+            raise
+    elif opened is not None:
+        opened(job)
+    return Job(http, record, progress=progress, media=media.figures)
+
+
+def open_job(http: Http, opening: Submission, key: str, tell: Callable[[MotetError], object]) -> JobRecord:
+    """Open a job, or find the one of this key. ``tell`` hears what is waited for."""
+    return JobRecord.of(http.post("/v1/jobs", opening.to_json(sparse=True), key=key, refused=tell))
 
 
 def send_parts(
@@ -29,11 +111,12 @@ def send_parts(
     parts: Iterator[Part],
     bar: Bar,
     tell: Callable[[MotetError], object],
+    media: RowMedia,
 ) -> JobRecord:
     """Send the parts, each while the next is cut and packed; close the job; return its record.
 
     ``job`` is its record: of one that holds rows, these are cut again, not sent again. ``tell`` hears, in the caller's
-    thread, what is waited for, and once that smaller parts are sent.
+    thread, what is waited for, and once that smaller parts are sent. ``media``: of a part's rows those are stored first.
     """
     there = job.rows
     rows = 0
@@ -60,9 +143,10 @@ def send_parts(
                 if rows > there:
                     rest = rows_of(part, max(0, there - part.first_row), len(part))
                     packed = sender.pack(rest)
+                    media.flush(tell)
                     landed()
                     in_flight = thread.submit(sender.send, rest, *packed)
-                bar.show(_so_far(rows, sender.cells_done))
+                bar.show(_so_far(rows, sender.cells_done, str(media)))
             landed()
             sent = Closing(parts=sender.number, rows=rows)
             return JobRecord.of(http.post(f"/v1/jobs/{job.id}/close", sent.to_json()))
@@ -136,9 +220,10 @@ class _Sender:
         self.number, self.cells_done = landed.next_part, landed.cells_done
 
 
-def _so_far(rows: int, cells_done: int) -> str:
-    """Rows read, and what the server has done meanwhile with those that it has."""
-    return f"{rows:,} rows · {cells_done:,} cells done" if cells_done else f"{rows:,} rows"
+def _so_far(rows: int, cells_done: int, media: str) -> str:
+    """Rows read, their media, and what the server has done meanwhile with those that it has."""
+    done = f"{cells_done:,} cells done" if cells_done else ""
+    return " · ".join(filter(None, (f"{rows:,} rows", media, done)))
 
 
 def rows_of(part: Part, lo: int, hi: int) -> Part:
@@ -177,3 +262,17 @@ def _block_ends(part: Part) -> list[int]:
 
 def _within(bad: Mapping[int, tuple[str, str]], lo: int, hi: int) -> dict[int, tuple[str, str]]:
     return {offset - lo: why for offset, why in bad.items() if lo <= offset < hi}
+
+
+def _tell(bar: Bar, refusal: MotetError) -> None:
+    """Say what is waited for: on the bar, which has room for the reason alone, else in the log.
+
+    That smaller parts are sent is said in the log even beside a bar: somebody should mend it.
+    """
+    if isinstance(refusal, BodyRefused):
+        bar.hide()
+        log.warning("rows are sent in smaller parts, which takes more requests: %s", refusal)
+    elif bar.wanted:
+        bar.show(f"waiting: {str(refusal).partition(';')[0]}")
+    else:
+        log.warning("waiting to send rows: %s", refusal)

@@ -15,6 +15,7 @@ from pathlib import Path
 
 from motet.errors import MotetError, SetupError
 from motet.protocol import traces
+from motet.protocol.imports import for_good
 from motet.protocol.logs import configure
 from motet.protocol.settings import Settings
 
@@ -49,17 +50,19 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _api(settings: Settings, _: argparse.Namespace) -> None:
-    from scheduler.api import serve
+    with for_good():
+        from scheduler.api import serve
 
     traces.configure("api", settings.traces)
     serve(settings.need("database_url", "redis_url", "blob_dir"))
 
 
 def _dispatch(settings: Settings, _: argparse.Namespace) -> None:
-    from motet.protocol.transport import RedisTransport
-    from scheduler.dispatcher import Dispatcher, run
-    from scheduler.store.database import Database
-    from scheduler.store.listening import Listener
+    with for_good():
+        from motet.protocol.transport import RedisTransport
+        from scheduler.dispatcher import Dispatcher, run
+        from scheduler.store.database import Database
+        from scheduler.store.listening import Listener
 
     settings.need("database_url", "redis_url")
     database = Database(settings.database_url, pool=2)
@@ -70,9 +73,10 @@ def _dispatch(settings: Settings, _: argparse.Namespace) -> None:
 
 
 def _aggregate(settings: Settings, _: argparse.Namespace) -> None:
-    from motet.protocol.transport import RedisTransport
-    from scheduler.aggregator import Aggregator, run
-    from scheduler.store.database import Database
+    with for_good():
+        from motet.protocol.transport import RedisTransport
+        from scheduler.aggregator import Aggregator, run
+        from scheduler.store.database import Database
 
     settings.need("database_url", "redis_url")
     database = Database(settings.database_url, pool=2)

@@ -15,6 +15,7 @@ from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
+from motet.media.medium import Medium
 from motet.protocol.envelope import BadMessage, packed_plain, unwrap, wrap
 from motet.protocol.values import (
     COLUMN_TYPES,
@@ -25,6 +26,7 @@ from motet.protocol.values import (
     plain_text,
 )
 from motet.protocol.wire import bytes_read
+from scheduler.policy.beginnings import side_by_side
 
 #: Offset of a row -> (error class, message) of cells. A message never holds a user's text.
 Bad = Mapping[int, tuple[str, str]]
@@ -41,6 +43,9 @@ class IncomingPart:
     #: Rows that are none: error cells of every task.
     bad: Bad = field(default_factory=dict)
     bad_fields: BadFields = field(default_factory=dict)
+    #: Of rows in the order of their texts: characters that each has in common with the one before it (policy/beginnings.py).
+    #: (): rows are in no such order.
+    alike: Sequence[int] = ()
 
     def __len__(self) -> int:
         return len(next(iter(self.columns.values())))
@@ -87,8 +92,11 @@ class EncodedBlock:
     n_work: int
     #: UTF-8 bytes of all fields of all rows.
     text_bytes: int
-    #: uint32 little-endian: offsets of the rows that work is done on, longest first, ties by row.
+    #: uint32 little-endian: offsets of the rows that work is done on, longest first, ties by row; rows that begin alike
+    #: side by side.
     row_order: bytes
+    #: uint32 little-endian: offsets of the rows at which groups begin that are never parted; None: nothing is known of any.
+    groups: bytes | None
     #: uint32 little-endian: UTF-8 bytes, all rows of the first field, then the next.
     lengths: bytes
     payload: bytes
@@ -96,6 +104,8 @@ class EncodedBlock:
     bad_fields: BadFields
     #: Reuse key per task of the job; None where its column is not for reuse.
     keys: tuple[bytes | None, ...]
+    #: Keyed digests of the media that its rows refer to, each once, sorted.
+    media: tuple[bytes, ...] = ()
 
     @property
     def n_bad(self) -> int:
@@ -173,10 +183,8 @@ def _encode(
     bad_fields = {name: here for name, of in part.bad_fields.items() if (here := _between(of, lo, hi))}
     absents = {asks: absent(bad, bad_fields, asks) for asks in {reader.asks for reader in readers}}
     sizes = totals[lo:hi]
-    # Stable even in reverse: rows of one length stay in row order.
-    order = sorted(
-        askable(range(hi - lo), list(absents.values()) or [bad]), key=sizes.__getitem__, reverse=True
-    )
+    order, groups = _arranged(part.alike[lo:hi], sizes)
+    order = askable(order, list(absents.values()) or [bad])
     digests: dict[tuple[str, ...], bytes] = {}
     for reader in readers:
         if reader.reusable and reader.asks not in digests:
@@ -186,12 +194,40 @@ def _encode(
         n_work=len(order),
         text_bytes=sum(sizes),
         row_order=uint32_bytes(order),
+        groups=groups,
         lengths=b"".join(packed.values()),
         payload=_encode_columns(columns, typed),
         bad=bad,
         bad_fields=bad_fields,
         keys=tuple(k if k is None else keyed(secret, k) for k in _keys(readers, digests)),
+        media=tuple(
+            sorted({medium_key(secret, one.sha256) for name in typed for one in media_in(columns[name])})
+        ),
     )
+
+
+def _arranged(alike: Sequence[int], sizes: Sequence[int]) -> tuple[list[int], bytes | None]:
+    """All rows of a block in the order of work, and ``EncodedBlock.groups``."""
+    if any(alike):
+        order, begins = side_by_side(alike, sizes)
+        return order, uint32_bytes(begins) if len(begins) < len(order) else None
+    # Stable even in reverse: rows of one length stay in row order.
+    return sorted(range(len(sizes)), key=sizes.__getitem__, reverse=True), None
+
+
+def media_in(values: Sequence[Value]) -> Iterator[Medium]:
+    """The media among the values of a column."""
+    return (value for value in values if type(value) is Medium)
+
+
+def upload_digest(secret: bytes, key: str) -> bytes:
+    """Under which name an upload claims media: its Idempotency-Key may be a word of the user's own."""
+    return keyed(secret, hashlib.sha256(key.encode()).digest())
+
+
+def medium_key(secret: bytes, sha256: str) -> bytes:
+    """The name under which a tenant's medium of this digest is stored."""
+    return keyed(secret, bytes.fromhex(sha256))
 
 
 def _between(bad: Bad, lo: int, hi: int) -> dict[int, tuple[str, str]]:

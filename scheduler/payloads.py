@@ -12,7 +12,7 @@ from cachetools import LRUCache
 
 from motet.protocol.values import Value, plain_text
 from motet.protocol.wire import Assignment, TaskOrder, texts_of
-from motet.tasks import KINDS
+from motet.tasks import KINDS, stored_task
 from motet.templates import placeholders, render, sole_placeholder
 from scheduler.blocks import decode_block, row_order
 from scheduler.policy.fairness import INTERACTIVE
@@ -165,7 +165,7 @@ def _assignment(
         elif o.whole is not None:
             # Another task's answer is text.
             if o.typed and not readable.is_answer(o.whole):
-                is_typed = is_typed or readable.is_typed(o.whole)
+                is_typed = is_typed or o.media or readable.is_typed(o.whole)
                 values += readable.values(o.whole, rows)
             texts += readable.texts(o.whole, rows)
         else:
@@ -206,15 +206,18 @@ def _assignment(
 def _order(template: str, tasks: tuple[TaskOrder, ...]) -> _Order:
     """``template``: of all the texts that these tasks read."""
     is_function = bool(tasks) and all(t.spec["kind"] == "function" for t in tasks)
+    inputs = stored_task(tasks[0].spec).valued if tasks else ()
+    reads_media = any(t.manifest.reads != "text" for t in tasks)
     return _Order(
         tasks,
         template,
         reads=placeholders(template),
-        beside=_placeholders_beside_input(tasks),
+        beside=() if inputs else _placeholders_beside_input(tasks),
         listed=tuple(dict.fromkeys(one for t in tasks if isinstance(one := t.spec.get("labels"), str))),
-        inputs=tuple((is_function and tasks[0].spec.get("inputs")) or ()),
+        inputs=inputs,
         whole=sole_placeholder(template),
-        typed=is_function,
+        typed=is_function or reads_media,
+        media=reads_media,
         # What a row says of its options may be a temperature.
         drawn=any(
             t.spec.get("temperature", 0) or t.spec.get("options") or t.spec["kind"] == "fit" for t in tasks
@@ -303,12 +306,14 @@ class _Order:
     beside: tuple[str, ...]
     #: Templates such as ``{candidates}``, which are one placeholder and list each row's labels: sent as JSON.
     listed: tuple[str, ...]
-    #: What a function is given a dict of; (): it reads the input.
+    #: What the model is given a dict of (``Task.valued``); (): it reads the input.
     inputs: tuple[str, ...]
     #: The placeholder that is the whole input; None: it is rendered.
     whole: str | None
-    #: Functions alone, which are given the values of such a field.
+    #: Functions and models that read media, which are given the values of such a field.
     typed: bool
+    #: Only the latter: of every row, since none of their fields is text.
+    media: bool
     #: An answer depends on where its row stands in the job.
     drawn: bool
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 from uuid import UUID
 
-from scheduler.store import endings, folds, keeping
+from scheduler.store import endings, folds, keeping, media
 from scheduler.store.database import Database
 from scheduler.store.leadership import fence
 
@@ -23,6 +23,7 @@ def sweep(database: Database, epoch: int, retention_days: float) -> bool:
         columns = endings.sweep_columns(connection)
         endings.sweep_events(connection)
         forgotten = folds.sweep(connection)
+        unused = media.sweep_media(connection)
         fronts = keeping.due_fronts(connection)
     left = endings.SLICE_BLOCKS
     for job in due:
@@ -32,7 +33,7 @@ def sweep(database: Database, epoch: int, retention_days: float) -> bool:
         if left <= 0:
             break
     more = [_forget_front(database, epoch, job) for job in fronts]
-    return bool(due or columns or forgotten or any(more) or len(fronts) == keeping.ROUND)
+    return bool(due or columns or forgotten or unused or any(more) or len(fronts) == keeping.ROUND)
 
 
 def _delete_slice(database: Database, epoch: int, job: UUID) -> bool:

@@ -6,18 +6,21 @@ import fcntl
 import itertools
 import os
 import shutil
+import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import psycopg
 import pytest
 import redis
 from sqlalchemy import make_url
 
+from motet.local.cluster import Cluster, registered
 from motet.local.postgres import Postgres
 from motet.local.valkey import Valkey, ValkeyUrls
 from motet.protocol.redis_url import redis_py_url
@@ -33,8 +36,10 @@ ROOM_BYTES = 6 << 30
 def spare_time() -> None:
     """Let this run, and every process that it starts, keep what it compiles and write its files into memory.
 
-    Tests start some two hundred Python processes; each that had to compile torch again would take seconds more.
+    Tests start some two hundred Python processes; each that had to compile torch again would take seconds more. And
+    their matrices are small: shared by threads, each product takes longer, and other tests wait for the cores.
     """
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
     os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
     sys.dont_write_bytecode = False
     if "TMPDIR" not in os.environ and _suits(MEMORY):
@@ -52,6 +57,31 @@ def _suits(folder: Path) -> bool:
 
 
 spare_time()
+
+#: Folder -> files of it that one process runs, one after the other. Those of the first two share a cluster, which each
+#: process would start anew; those of the last hold a whole cluster to seconds, which two at once could not keep.
+TOGETHER = {
+    "tests/acceptance": ("test_a_real_job", "test_apps", "test_functions", "test_language_models"),
+    "tests/processes": ("test_batches", "test_compressed_on_a_cluster", "test_pictures", "test_training"),
+    "tests/chaos": ("test_backup_restore", "test_chaos", "test_outages"),
+}
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
+    """Each file's tests in one process, and those of files that belong together."""
+    if config.getvalue("dist") != "loadfile":
+        return None
+    from xdist.scheduler import LoadFileScheduling
+
+    folders = {f"{folder}/{name}.py": folder for folder, names in TOGETHER.items() for name in names}
+
+    class Together(LoadFileScheduling):
+        def _split_scope(self, nodeid: str) -> str:
+            file = super()._split_scope(nodeid)
+            return folders.get(file, file)
+
+    return Together(config, log)
 
 
 @pytest.hookimpl(
@@ -135,6 +165,30 @@ def redis_url(redis_urls: ValkeyUrls) -> str:
         if keys := list(client.scan_iter(count=1000)):  # its rights do not hold FLUSHALL
             client.unlink(*keys)
     return redis_urls.scheduler
+
+
+@pytest.fixture(scope="session")
+def with_models(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a stopped cluster that knows the shipped models; ``copy_of`` gives each test its own.
+
+    One for all processes of a run: registering them takes a dozen CPU seconds.
+    """
+    own = tmp_path_factory.getbasetemp()
+    shared = own.parent if "PYTEST_XDIST_WORKER" in os.environ else own
+    folder = shared / "with-models"
+    with locked(shared / "with-models.lock", fcntl.LOCK_EX):
+        if not registered(folder).exists():
+            with Cluster(folder, port=0):
+                pass
+    return folder
+
+
+def copy_of(prepared: Path, folder: Path) -> Path:
+    """A copy of a stopped cluster's folder, in ``folder``."""
+    folder.mkdir(exist_ok=True)
+    # Postgres' files belong to its own user where we are root.
+    subprocess.run(["cp", "--archive", f"{prepared}/.", str(folder)], check=True)
+    return folder
 
 
 def _named(url: str, database: str) -> str:

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import asyncio
 import json
-import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -16,6 +15,8 @@ from typing import Any
 
 from fastapi import FastAPI, HTTPException, Request
 from fastapi.responses import JSONResponse, Response
+
+from tests.serving import in_a_thread
 
 CONTEXT = 512
 #: Ends of templates as some models have them: a switch turns thoughts off, or a thought is always begun.
@@ -240,6 +241,8 @@ class TinyServer:
             text = choice["message"]["content"]
             pieces = [{"content": text[lo : lo + 3]} for lo in range(0, len(text), 3)]
             events: list[Any] = [{"choices": [{"index": 0, "delta": one}]} for one in pieces]
+            if events and "logprobs" in choice:
+                events[0]["choices"][0]["logprobs"] = choice["logprobs"]
             events.append({"choices": [{"index": 0, "delta": {}, "finish_reason": choice["finish_reason"]}]})
             events = events[: self.breaks_at]
             events.append({"choices": [], "usage": found["usage"]})
@@ -295,6 +298,15 @@ class TinyServer:
                 logp = self.logp(prompt)
                 given = [None] + [float(logp[i, prompt[i + 1]]) for i in range(len(prompt) - 1)]
                 choice["logprobs"] = {"token_logprobs": [*given, *(one["logprob"] for one in told)]}
+            elif "logprobs" in body:
+                # As OpenAI's first wire has it, with the token that ends the answer among them.
+                choice["logprobs"] = {
+                    "tokens": [one["token"] for one in told],
+                    "token_logprobs": [one["logprob"] for one in told],
+                    "top_logprobs": [
+                        {top["token"]: top["logprob"] for top in one["top_logprobs"]} for one in told
+                    ],
+                }
         usage = {
             "prompt_tokens": len(prompt),
             "completion_tokens": len(ids),
@@ -313,12 +325,24 @@ class TinyServer:
         grammar, matcher = self._constraint(body)
         ids: list[int] = []
         told = []
+        likeliest = int(
+            body["top_logprobs"] if "messages" in body and body.get("logprobs") else body.get("logprobs") or 0
+        )
         while len(ids) < most:
             await asyncio.sleep(self.token_s)
             if await request.is_disconnected():
                 self.abandoned += 1
                 return ids, told, "stop"
-            logp = self.logp(prompt + ids)[-1]
+            logp = plain = self.logp(prompt + ids)[-1]
+            counts = torch.bincount(torch.tensor(ids, dtype=torch.long), minlength=len(logp))
+            logp = logp - float(body.get("frequency_penalty") or 0) * counts
+            logp = logp - float(body.get("presence_penalty") or 0) * (counts > 0)
+            if top_k := int(body.get("top_k") or 0):
+                logp = logp.masked_fill(logp < logp.topk(top_k).values[-1], -torch.inf)
+            if "top_p" in body:
+                ordered = logp.softmax(-1).sort(descending=True)
+                before = ordered.values.cumsum(-1) - ordered.values
+                logp = logp.index_fill(0, ordered.indices[before >= body["top_p"]], -torch.inf)
             if matcher is not None:
                 allowed = logp.numpy().copy()
                 forbid_here(allowed[None], [0], grammar.allowed([matcher]))
@@ -327,11 +351,11 @@ class TinyServer:
                 token = int(torch.multinomial((logp / temperature).softmax(-1), 1, generator=dice))
             else:
                 token = int(logp.argmax())
-            best = logp.topk(20)
+            best = plain.topk(likeliest)
             told.append(
                 {
                     "token": self.tokenizer.decode([token]),
-                    "logprob": float(logp[token]),
+                    "logprob": float(plain[token]),
                     "top_logprobs": [
                         {"token": self.tokenizer.decode([int(t)]), "logprob": float(p)}
                         for p, t in zip(best.values, best.indices, strict=True)
@@ -365,18 +389,10 @@ def serving(folder: Path, **options: Any) -> Iterator[TinyServer]:
     import uvicorn
 
     tiny = TinyServer(folder, **options)
-    server = uvicorn.Server(uvicorn.Config(tiny.app(), host="127.0.0.1", port=0, log_level="error"))
-    thread = threading.Thread(target=server.run, daemon=True)
-    thread.start()
-    while not server.started:
-        assert thread.is_alive()
-        thread.join(0.01)
-    tiny.url = f"http://127.0.0.1:{server.servers[0].sockets[0].getsockname()[1]}/v1"
-    try:
+    config = uvicorn.Config(tiny.app(), host="127.0.0.1", port=0, log_level="error")
+    with in_a_thread(uvicorn.Server(config)) as url:
+        tiny.url = f"{url}/v1"
         yield tiny
-    finally:
-        server.should_exit = True
-        thread.join(10)
 
 
 def _common(a: Sequence[int], b: Sequence[int]) -> int:

@@ -70,8 +70,9 @@ class Pass:
     lease: str = ""
     #: What is written is told step by step (`Delta`).
     deltas: bool = False
-    #: What the texts stand for, where they are more than texts and a function reads them; see ``Assignment``.
-    values: Sequence[Value] = ()
+    #: What the texts stand for, where they are more than texts; see ``Assignment``. Of a medium, while rows are prepared,
+    #: its bytes: a row whose medium could not be had never reaches the engine.
+    values: Sequence[Value | bytes] = ()
 
 
 #: What one task of a row consumed: tokens of its prompt, of them not computed for it, tokens written, device seconds.

@@ -12,6 +12,7 @@ from collections.abc import Sequence
 
 import click
 
+from motet.cli.apps import app
 from motet.cli.cluster import demo, drain, resume, up, worker, workers
 from motet.cli.doctor import doctor
 from motet.cli.evaluate import evaluate
@@ -43,7 +44,7 @@ def command() -> None:
 
 
 for part in (
-    *(up, demo, submit, plan, jobs, watch, explain, top, results, evaluate, cancel, rm),
+    *(up, demo, app, submit, plan, jobs, watch, explain, top, results, evaluate, cancel, rm),
     *(open_, ask, tail, close),
     *(train, models, compress, workers, worker, drain, resume, simulate, token, webhooks, doctor),
 ):

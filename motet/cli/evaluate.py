@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -67,6 +68,16 @@ Examples:
     "--group", metavar="FIELD", help="The field of the labels that holds what rows belong to: drawn together."
 )
 @click.option("--html", metavar="FILE", help="Write a page with confusion matrices and reliability diagrams.")
+@click.option("--worst", metavar="FILE.png", help="Draw the pictures of which labels are surest and wrong.")
+@click.option(
+    "--picture", metavar="FIELD", help="For --worst: the field of the labels that holds a picture's path."
+)
+@click.option(
+    "--media-root",
+    metavar="DIR",
+    type=click.Path(exists=True, file_okay=False),
+    help="For --worst: the folder of the pictures.",
+)
 @as_json
 def evaluate(
     jobs: Sequence[str],
@@ -84,6 +95,9 @@ def evaluate(
     threshold: float | None,
     group: str | None,
     html: str | None,
+    worst: str | None,
+    picture: str | None,
+    media_root: str | None,
     as_json: bool,
 ) -> None:
     """Compare JOB with labels: accuracy, F1, confusion, calibration.
@@ -105,6 +119,8 @@ def evaluate(
         raise click.UsageError(
             "--threshold says where --cost FN=…,FP=… takes a score for positive; give both"
         )
+    if worst is not None and (picture is None or media_root is None or len(jobs) > 1):
+        raise click.UsageError("--worst needs one job, --picture FIELD and --media-root DIR")
     further: dict[str, Any] = {
         "positive": positive,
         "top": [] if top is None else _numbers("--top", top, float),
@@ -129,6 +145,9 @@ def evaluate(
             )
             for job, own in zip(found, wanted, strict=True)
         ]
+        if worst is not None and picture is not None and media_root is not None:
+            told = {task: one.label_field for task, one in evaluations[0].tasks.items()}
+            _draw_worst(found[0], labels, told, Path(worst), picture, media_root, index)
     comparisons = _comparisons(evaluations, compare)
     for evaluation in evaluations:
         for words in evaluation.warnings:
@@ -153,6 +172,18 @@ def evaluate(
         _put_evaluation(out, evaluation, several=len(evaluations) > 1)
     for comparison in comparisons:
         _put_comparison(out, comparison)
+
+
+def _draw_worst(
+    job: Job, labels: str, fields: dict[str, str], out: Path, picture: str, root: str, index: str | None
+) -> None:
+    from motet.evaluation.worst import draw_worst, wrong_answers
+
+    known = {task: field for task, field in fields.items() if task in job.tasks}
+    count = draw_worst(wrong_answers(job, labels, known, picture=picture, index=index), out, root=root)
+    click.echo(
+        f"the {count} worst pictures are in {out}" if count else "no picture got a wrong label", err=True
+    )
 
 
 def _numbers(option: str, text: str, number: type[int] | type[float]) -> list[float]:

@@ -16,6 +16,7 @@ import click
 from motet.cli.jobs import (
     TASKS_HELP,
     bad_rows_option,
+    media_options,
     notify_option,
     parse_tasks,
     priority_option,
@@ -158,8 +159,18 @@ Examples:
     help="Print this task's text as it is written. Ctrl-C gives the row up.",
 )
 @_within
+@media_options
 @as_json
-def ask(job: str, row: str, key: str | None, task: str | None, within_s: float, as_json: bool) -> None:
+def ask(
+    job: str,
+    row: str,
+    key: str | None,
+    task: str | None,
+    within_s: float,
+    media_root: str | None,
+    media_size: int,
+    as_json: bool,
+) -> None:
     """Ask an open JOB one ROW, or many; print the answers.
 
     JOB is a name or an id. ROW is a text, or a JSON object of fields. With - for ROW, each line of the input is one, and its answer a line of JSON, in order and as soon as it is there;
@@ -171,7 +182,10 @@ def ask(job: str, row: str, key: str | None, task: str | None, within_s: float, 
         raise click.UsageError("--key names one row; of many lines each has a key of its own")
     if task is not None and (row == "-" or as_json):
         raise click.UsageError("--stream prints the text of one row; without it come lines and JSON")
-    with connect() as client, client.feed(job) as feed:
+    with (
+        connect() as client,
+        client.feed(job, media_root=media_root, media_size=media_size or None) as feed,
+    ):
         if row == "-":
             if not _ask_lines(feed, sys.stdin, within_s):
                 raise click.ClickException("some lines have no answer; their lines say why")
@@ -241,11 +255,11 @@ def _ask_lines(feed: Feed, lines: Iterable[str], within_s: float) -> bool:
 
 
 def _asked(feed: Feed, line: str, within_s: float) -> Future[Row]:
-    from motet.errors import InvalidJob
+    from motet.errors import MotetError
 
     try:
         return feed.put(_row(line), within_s=within_s)
-    except InvalidJob as error:
+    except MotetError as error:
         return _failed(error)
 
 

@@ -51,6 +51,8 @@ Tasks:
   mood=choose:LLM,labels='glad|sad|angry'   the likeliest of your labels
   gist=generate:LLM,prompt='Sum it up.'     a text
   form=extract:LLM,schema=@form.json        JSON that keeps the schema
+  best=rank:MODEL                           the list {documents} by how well each
+                                            answers {query}, the best first
   answer=chat:LLM                           the next message of {messages}
 MODEL and LLM are NAME (the newest), NAME@VERSION or NAME@ALIAS: see `motet models`.
 
@@ -58,6 +60,7 @@ MODEL and LLM are NAME (the newest), NAME@VERSION or NAME@ALIAS: see `motet mode
 Options behind the model, as NAME=VALUE:
   input='{subject} {body}'   what classify and the like read; {text} otherwise
   about='{subject} {body}'   the same of generate, choose and extract
+  query='{question}' documents='{pages}'       the same of rank
   question= system=          further words for the language model
   max_tokens= stop='a|b' temperature= seed=    what it writes, and how
   thinking=true|false|null                     before that; null: as it likes
@@ -98,6 +101,25 @@ def priority_option(default: str) -> Callable[[Callable[..., None]], Callable[..
     )
 
 
+def media_options(command: Callable[..., None]) -> Callable[..., None]:
+    """--media-root and --media-size."""
+    size = click.option(
+        "--media-size",
+        type=click.IntRange(0),
+        default=512,
+        show_default=True,
+        metavar="PIXELS",
+        help="Pictures whose longer side has more are made smaller before they are sent; 0 sends them as they are.",
+    )
+    root = click.option(
+        "--media-root",
+        type=click.Path(exists=True, file_okay=False),
+        metavar="FOLDER",
+        help="Where paths of pictures are opened. Without it no path of a row is.",
+    )
+    return root(size(command))
+
+
 notify_option = click.option(
     "--notify-when",
     metavar="CONDITION",
@@ -133,6 +155,7 @@ Examples:
     help="Delete it so long after its end, or sooner where the server keeps jobs no longer.",
 )
 @notify_option
+@media_options
 @click.option("--key", help="Submitting again with the same key gives the same job, or resumes its upload.")
 @click.option("--wait", is_flag=True, help="Wait until the job has ended; fail if it fails.")
 @click.option("--out", metavar="FILE", help="Wait, and write the rows to a .parquet, .jsonl or .csv file.")
@@ -147,6 +170,8 @@ def submit(
     deadline: float | None,
     retention_days: float | None,
     notify_when: str | None,
+    media_root: str | None,
+    media_size: int,
     key: str | None,
     wait: bool,
     out: str | None,
@@ -172,6 +197,8 @@ def submit(
             retention_days=retention_days,
             notify_when=notify_when,
             key=key,
+            media_root=media_root,
+            media_size=media_size or None,
         )
         if not as_json:
             click.echo(job.id)
@@ -201,8 +228,17 @@ Example:
 @task_option
 @priority_option("normal")
 @bad_rows_option
+@media_options
 @as_json
-def plan(file: str, tasks: Sequence[str], priority: Any, bad_rows: Any, as_json: bool) -> None:
+def plan(
+    file: str,
+    tasks: Sequence[str],
+    priority: Any,
+    bad_rows: Any,
+    media_root: str | None,
+    media_size: int,
+    as_json: bool,
+) -> None:
     """Show what a job would run, without running it.
 
     Tasks that share a model's weights are answered by one pass, prompts about one text by one prefill; a task that
@@ -210,7 +246,14 @@ def plan(file: str, tasks: Sequence[str], priority: Any, bad_rows: Any, as_json:
     """
     specs = parse_tasks(tasks)
     with connect() as client:
-        planned = client.plan(file, specs, priority=priority, bad_rows=bad_rows)
+        planned = client.plan(
+            file,
+            specs,
+            priority=priority,
+            bad_rows=bad_rows,
+            media_root=media_root,
+            media_size=media_size or None,
+        )
     if as_json:
         put_json(planned.record)
         return
@@ -433,7 +476,7 @@ def _behind(before: str | list[str], text: str) -> list[str]:
 
 
 #: Options that are text whatever they look like, and that are lists.
-_TEXTS = frozenset({"about", "input", "messages", "prompt", "question", "system"})
+_TEXTS = frozenset({"about", "documents", "input", "messages", "prompt", "query", "question", "system"})
 _LISTS = frozenset({"inputs", "labels", "numbers", "stop"})
 #: Options that are JSON, and what of.
 _JSON = {"schema": "a JSON Schema", "params": "an object of keyword arguments"}

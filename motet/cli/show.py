@@ -228,6 +228,7 @@ def plan_line(plan: Plan) -> str:
     line = f"{count(plan.tasks, 'task')} → {count(len(plan.passes), 'pass', 'passes')} over {count(plan.rows, 'row')}"
     line += f", ~{plan.tokens:,} tokens"
     line += f" instead of ~{plan.unfused_tokens:,}" if plan.unfused_tokens > plan.tokens else ""
+    line += f" (of them ~{plan.pixels / 1e6:,.1f} megapixels of pictures)" if plan.pixels else ""
     return line + (f", at most {plan.tokens_out:,} written" if plan.tokens_out else "")
 
 

@@ -19,6 +19,8 @@ Examples:
   motet train mails.csv --name mails --text body --multi tags --number urgency --tune all --epochs 3
   motet train train.jsonl --name support --labels topic --plot curves.svg
   motet train calls.jsonl --name calls --labels intent --text history --text last --numbers age
+  motet train claims.jsonl --name claims --trunk efficientnet-lite0 --image photo --media-root pictures/ \
+      --labels damage --features stages
 
 Rows may lack labels of some tasks: null, or no such field. In CSV, labels of --multi stand as a|b."""
 )
@@ -51,6 +53,22 @@ Rows may lack labels of some tasks: null, or no such field. In CSV, labels of --
     multiple=True,
     metavar="FIELD",
     help="A number that is read beside the texts; again for each.",
+)
+@click.option(
+    "--image", metavar="FIELD", help="The field that holds a picture, for a trunk that reads those."
+)
+@click.option(
+    "--features",
+    type=click.Choice(["last", "stages"]),
+    default="last",
+    show_default=True,
+    help="Of pictures: the trunk's last features, or those of its earlier stages too, which know strokes and edges.",
+)
+@click.option(
+    "--media-root",
+    metavar="DIR",
+    type=click.Path(exists=True, file_okay=False),
+    help="The folder of the pictures: a path in a row is opened below it only.",
 )
 @click.option(
     "--tune",
@@ -90,6 +108,9 @@ def train(
     test: str | None,
     texts: Sequence[str],
     numbers: Sequence[str],
+    image: str | None,
+    features: Any,
+    media_root: str | None,
     tune: Any,
     epochs: int | None,
     patience: int,
@@ -111,6 +132,7 @@ def train(
         run = client.train(
             name=name, trunk=trunk, tasks=tasks, train=file, test=test,
             text=texts if len(texts) > 1 else next(iter(texts), "text"), numbers=numbers, tune=tune, epochs=epochs,
+            image=image, features=features, media_root=media_root,
             patience=patience, seed=seed, version=version, licence=licence, command=command_line(),
         )  # fmt: skip
         out = console()

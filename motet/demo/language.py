@@ -18,7 +18,7 @@ from typing import Any
 
 from motet import datasets
 from motet.cli.show import console, cut, result_table
-from motet.demo.stage import DemoStage, Story, staged, told_of
+from motet.demo.stage import StagedCluster, Story, staged, told_of
 from motet.job import Job
 from motet.messages.jobs import Plan, count
 from motet.results import Row
@@ -77,7 +77,7 @@ def choose(rows: int, cache: Path | None = None) -> list[FeltText]:
     return clear[:rows]
 
 
-def _run_job(stage: DemoStage, texts: Sequence[FeltText]) -> dict[str, Any]:
+def _run_job(stage: StagedCluster, texts: Sequence[FeltText]) -> dict[str, Any]:
     story = stage.story
     source = [t.text for t in texts]
     plan = stage.plan(source, TASKS)

@@ -1,4 +1,4 @@
-"""The cluster of a demo, which is stopped whatever happens, and the story that it prints."""
+"""The cluster of a demo or an application, which is stopped whatever happens, and the story that it prints."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import shlex
 import sys
 import textwrap
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,76 +17,147 @@ from motet.cli.show import console, plan_line, plan_picture, program
 from motet.client import Client
 from motet.job import Job
 from motet.messages.jobs import Plan, count
+from motet.protocol.manifest import Manifest
 from motet.states import LIVE
-from motet.tasks import Task
+from motet.tasks import Classify, Number, Task
+from motet.training.epochs import score_words
+from motet.training.lesson import Learned, read_lesson
+from motet.training.run import TrainRun
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
 
+#: Texts, pictures, or rows of fields.
+SourceRows = Sequence[Any]
 #: Every demo's job is called so.
-NAME = "motet demo"
+DEMO = "motet demo"
 #: Seconds to wait for all workers: the plan estimates with those that are ready.
 _WORKERS_S = 20.0
 
 
 @dataclass(slots=True)
-class DemoStage:
-    """Where a demo plays."""
+class StagedCluster:
+    """Where a demo or an application plays."""
 
     client: Client
+    #: An administrator's, to register what was trained or fitted.
+    admin: Client
     data: Path
     story: Story
+    #: Every job is called so.
+    name: str = DEMO
     #: Id of the job that it ran, for the commands that are shown at the end.
     job: str = ""
 
-    def plan(self, texts: Sequence[str], tasks: Mapping[str, Task]) -> Plan:
-        """Plan the demo's job, and draw it."""
+    def plan(self, rows: SourceRows, tasks: Mapping[str, Task]) -> Plan:
+        """Plan a job, and draw it."""
         with self.story.phase("planning") as note:
-            plan = self.client.plan(texts, tasks)
+            plan = self.client.plan(rows, tasks)
             note(plan_line(plan))
         self.story.show(plan_picture(plan, width=console().width))
         return plan
 
-    def run(self, texts: Sequence[str], tasks: Mapping[str, Task]) -> tuple[Job, float]:
+    def run(self, rows: SourceRows, tasks: Mapping[str, Task], what: str = "the job") -> tuple[Job, float]:
         """Run it: the ended job, and its seconds. Raises JobFailed."""
         start = time.monotonic()
-        # Without reuse, so that every run of the demo computes; with it, the second one would only look up.
-        with self.story.phase("running the job", slow=True) as note:
+        # Without reuse, so that every run computes; with it, the second one would only look up.
+        with self.story.phase(f"running {what}", slow=True) as note:
             progress = False if self.story.quiet else None
-            job = self.client.submit(texts, tasks, name=NAME, reuse=False, progress=progress)
+            job = self.client.submit(rows, tasks, name=self.name, reuse=False, progress=progress)
             _follow(job, self.story)
             seconds = time.monotonic() - start
             note(str(job.progress))
         self.job = job.id
         return job, seconds
 
+    def train(
+        self,
+        name: str,
+        *,
+        trunk: str,
+        tasks: Mapping[str, Learned],
+        train: SourceRows,
+        test: SourceRows,
+        text: str = "text",
+        licence: str = "",
+    ) -> dict[str, Task]:
+        """Learn heads on a frozen trunk and register them; return the tasks that ask them. Raises as ``Client.train``.
+
+        Heads that an earlier run learned from the same rows on the same trunk are taken as they are.
+        """
+        if known := self._learned_before(
+            name, trunk, tasks, read_lesson(train, test, tasks, text=text).digest
+        ):
+            with self.story.phase(f"{name} was trained before") as note:
+                note(
+                    "; ".join(f"{task} {score_words(model.scores['test'])}" for task, model in known.items())
+                )
+            return {task: _asking(model) for task, model in known.items()}
+        with self.story.phase(f"training {name} on {count(len(train), 'row')}", slow=True) as note:
+            progress = False if self.story.quiet else None
+            run = self.client.train(
+                name=name, trunk=trunk, tasks=tasks, train=train, test=test, text=text, licence=licence,
+                progress=progress,
+            )  # fmt: skip
+            _follow(run.job, self.story)
+            told = "; ".join(f"{task} {score_words(s)}" for task, s in run.answer()["scores"].items())
+            note(f"{name}: {told}")
+        return TrainRun(self.admin.job(run.job.id), name, list(tasks)).tasks()
+
+    def _learned_before(
+        self, name: str, trunk: str, tasks: Iterable[str], digest: str
+    ) -> dict[str, Manifest] | None:
+        """The newest head of each task; None unless all of them learned from these rows."""
+        base = self.client.model(trunk).ref
+        newest = {
+            model.name.removeprefix(f"{name}."): model
+            for model in sorted(self.client.models(), key=lambda model: int(model.version) if model.version.isdecimal() else 0)
+            if model.name.startswith(f"{name}.")
+            and (model.source.get("data"), model.source.get("began_with")) == (digest, base)
+        }  # fmt: skip
+        return {task: newest[task] for task in tasks} if set(tasks) <= newest.keys() else None
+
+
+def _asking(model: Manifest) -> Task:
+    return Number(model.ref) if model.answers == "number" else Classify(model.ref)
+
 
 @contextmanager
 def staged(
-    data: Path, story: Story, *, cpus: int, keep: bool, models: Sequence[str] = ()
-) -> Iterator[DemoStage]:
+    data: Path,
+    story: Story,
+    *,
+    cpus: int,
+    keep: bool,
+    models: Sequence[str] = (),
+    name: str = DEMO,
+    settings: Mapping[str, str] | None = None,
+) -> Iterator[StagedCluster]:
     """A cluster of its own with its workers ready, and stopped at the end; with ``keep`` at Ctrl-C.
 
-    ``models``: what is registered beside the models that motet ships; see ``Cluster``.
+    ``models``: what is registered beside the models that motet ships; ``settings``: of its processes; see ``Cluster``.
     """
     from motet.local.cluster import Cluster
 
     with story.phase(f"starting Postgres, Valkey, API, scheduler and {cpus} CPU workers", slow=True) as note:
-        cluster = Cluster(data, cpus=cpus, port=0, models=models)
+        cluster = Cluster(data, cpus=cpus, port=0, models=models, settings=settings)
         cluster.start()
         note(f"ready at {cluster.url}; logs in {data / 'logs'}")
     try:
-        with Client(cluster.url, cluster.tokens["user"]) as client:
-            _cancel_unfinished(client, story)
+        with (
+            Client(cluster.url, cluster.tokens["user"]) as client,
+            Client(cluster.url, cluster.tokens["admin"]) as admin,
+        ):
+            _cancel_unfinished(client, story, name)
             _await_workers(client, cpus, story)
-            stage = DemoStage(client, data, story)
+            stage = StagedCluster(client, admin, data, story, name)
             yield stage
         if keep:
             story.say(f"\nthe cluster runs on at {cluster.url}, until Ctrl-C; in another shell:")
             story.command(f"{_shell(data)} {program()} jobs")
             _until_interrupted()
     finally:
-        with story.phase("ending the demo", slow=True) as note:
+        with story.phase(f"ending {name}", slow=True) as note:
             cluster.stop()
             note("everything is stopped")
     if not keep:
@@ -97,7 +168,7 @@ def staged(
 
 
 def told_of(job: Job, seconds: float) -> dict[str, Any]:
-    """What every demo measures of its job."""
+    """What is measured of every job."""
     return {
         "job": job.id,
         "state": job.state,
@@ -123,13 +194,13 @@ def _follow(job: Job, story: Story) -> None:
     job.wait()
 
 
-def _cancel_unfinished(client: Client, story: Story) -> None:
-    """End what a demo that was killed has left: it would take the workers from this one."""
-    left = [job for state in LIVE for job in client.jobs(state) if job.name == NAME]
+def _cancel_unfinished(client: Client, story: Story, name: str) -> None:
+    """End what one that was killed has left: it would take the workers from this one."""
+    left = [job for state in LIVE for job in client.jobs(state) if job.name == name]
     for job in left:
         job.cancel()
     if left:
-        story.say(f"         cancelled {count(len(left), 'job')} of an earlier demo")
+        story.say(f"         cancelled {count(len(left), 'job')} of an earlier {name.removeprefix('motet ')}")
 
 
 def _await_workers(client: Client, wanted: int, story: Story) -> None:

@@ -15,7 +15,7 @@ from typing import Any
 
 from motet import datasets
 from motet.cli.show import console, result_table
-from motet.demo.stage import DemoStage, Story, staged, told_of
+from motet.demo.stage import StagedCluster, Story, staged, told_of
 from motet.job import Job
 from motet.messages.jobs import Plan
 from motet.tasks import Classify, Embed, Task
@@ -72,7 +72,7 @@ def choose(rows: int, cache: Path | None = None) -> list[Text]:
     return picked
 
 
-def _run_job(stage: DemoStage, texts: Sequence[Text]) -> dict[str, Any]:
+def _run_job(stage: StagedCluster, texts: Sequence[Text]) -> dict[str, Any]:
     story = stage.story
     source = [t.text for t in texts]
     plan = stage.plan(source, TASKS)

@@ -159,8 +159,11 @@ def workers(seen: Sequence[WorkerFacts], protocol: int) -> list[Finding]:
 
 
 def _names(some: Sequence[WorkerFacts]) -> str:
-    shown = [w.worker for w in some[:5]]
-    return ", ".join(shown) + (f" and {len(some) - 5} more" if len(some) > 5 else "")
+    return _few([w.worker for w in some])
+
+
+def _few(names: Sequence[str]) -> str:
+    return ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
 
 
 def models(count: int) -> Finding:
@@ -305,6 +308,27 @@ def backlog(entries: int) -> Finding:
         f"{entries:,} outcomes wait to be merged; nothing more is sent to workers meanwhile",
         "start another aggregator: python -m scheduler aggregate",
     )
+
+
+def webhooks(count: int, failing: Mapping[str, float], behind: int, behind_s: float) -> list[Finding]:
+    """Whether events reach those that wait for them.
+
+    ``failing``: webhooks that fail for long -> seconds. ``behind``: events that are due since ``behind_s`` seconds at most,
+    though their webhooks take others.
+    """
+    found = []
+    if failing:
+        longest = max(failing.values())
+        what = f"{_few(sorted(failing, key=lambda one: -failing[one]))} took nothing for up to {longest / 3600:.1f} h"
+        remedy = "mend the receiver, then `motet webhooks replay ID`; or `motet webhooks remove ID`"
+        found.append(SERVER.warn("webhooks", what, f"`motet webhooks list` says why; {remedy}"))
+    if behind:
+        what = f"{behind:,} events are due for up to {behind_s:.0f} s, and are not delivered"
+        remedy = "an API process delivers them: is one up, and what does its log say? python -m scheduler api"
+        found.append(SERVER.fail("deliveries", what, remedy))
+    if count and not found:
+        found.append(SERVER.ok("webhooks", f"{count} webhooks, none of which fails for long"))
+    return found
 
 
 #: An aggregator asks twice a second; one that commits a very large batch may take this long.

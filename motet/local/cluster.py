@@ -7,7 +7,9 @@ import http.client
 import json
 import logging
 import os
+import re
 import secrets
+import shlex
 import signal
 import sys
 import threading
@@ -106,9 +108,14 @@ class Cluster:
         port: int = 8700,
         flower_port: int | None = None,
         models: Sequence[str] = (),
+        settings: Mapping[str, str] | None = None,
     ) -> None:
-        """``models``: options of `python -m workers register`, each run once beside ``--builtin``."""
+        """``models``: lines of options of `python -m workers register`, each run once beside ``--builtin``.
+
+        ``settings``: variables of its processes, in place of those of the environment.
+        """
         self.data = data.resolve()
+        self._settings = dict(settings or {})
         self._models = ("--builtin", *models)
         self._workers = [*(("--cpus", str(cpus)) if cpus else ()), *(("--gpus", gpus) if gpus else ())]
         self._port = port
@@ -290,7 +297,9 @@ class Cluster:
                 env = {**worker, "MOTET_TOKEN": self.tokens["admin"], "MOTET_CACHE_DIR": cache}
                 what = "the model and its heads" if builtin else f"what {option} names"
                 words = f"registering {what} (once)"
-                self._run_once("register", words, self.command("workers", "register", option), env)
+                self._run_once(
+                    "register", words, self.command("workers", "register", *shlex.split(option)), env
+                )
                 done.touch()
         client = {"url": self.url, "token": self.tokens["user"], "admin_token": self.tokens["admin"]}
         write_private(self.data / "client.json", json.dumps(client))
@@ -378,7 +387,7 @@ class Cluster:
             if name not in foreign and not name.startswith("PG")
         }
         given = {f"MOTET_{name}": value for name, value in settings.items()}
-        return env | given | {MARK: str(self.data), "PYTHONUNBUFFERED": "1"}
+        return env | self._settings | given | {MARK: str(self.data), "PYTHONUNBUFFERED": "1"}
 
     def _log(self, name: str) -> Path:
         return self.data / "logs" / f"{name}.log"
@@ -393,7 +402,8 @@ class Cluster:
 
 def registered(data: Path, option: str = "--builtin") -> Path:
     """The file in a cluster's folder that says that ``register`` has run with this option, by this version."""
-    return data / f"registered-{installed() or 'unknown'}{'' if option == '--builtin' else option[1:]}"
+    named = "" if option == "--builtin" else re.sub(r"[^\w.-]+", "-", option[1:])
+    return data / f"registered-{installed() or 'unknown'}{named}"
 
 
 def _open_port(port: int, option: str) -> int:

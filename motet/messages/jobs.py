@@ -350,6 +350,8 @@ class PlannedPass(JobPass):
     unfused_tokens: int = 0
     #: Tokens that a language model writes at most.
     tokens_out: int = 0
+    #: Pixels of the pictures that it sees, in the size in which its model reads them; 256 of them count for a token.
+    pixels: int = 0
     #: Predicted seconds on the devices that are there now; null where there are none.
     seconds: float | None = None
     #: Predicted number of sub-tasks.
@@ -381,6 +383,8 @@ class Plan(ApiMessage):
     unfused_tokens: int = 0
     #: Tokens that language models write at most.
     tokens_out: int = 0
+    #: Pixels of pictures, as of its passes.
+    pixels: int = 0
     #: Predicted seconds of all passes, one after the other; null where no device is there.
     seconds: float | None = None
     #: Rows longer than a pass reads: cut and marked, or errors, as each task says.

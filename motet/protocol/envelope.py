@@ -16,6 +16,8 @@ from typing import Any
 
 import msgpack
 
+from motet.media.medium import Medium
+
 if sys.version_info >= (3, 14):
     from compression import zstd
 else:
@@ -38,7 +40,7 @@ _PACKED: Mapping[int, int] = {
     zstd.CompressionParameter.checksum_flag: 1,
 }
 #: Extension codes of msgpack for the values that it has no type for; the bytes are their text.
-_DECIMAL, _DATE, _DATETIME, _TIME = 1, 2, 3, 4
+_DECIMAL, _DATE, _DATETIME, _TIME, _MEDIUM = 1, 2, 3, 4, 5
 
 
 class _Compressors(threading.local):
@@ -138,10 +140,12 @@ def _extended(value: object) -> msgpack.ExtType:
             return msgpack.ExtType(_DATE, value.isoformat().encode())
         case time():
             return msgpack.ExtType(_TIME, value.isoformat().encode())
+        case Medium():
+            return msgpack.ExtType(_MEDIUM, value.to_wire().encode())
     raise TypeError(f"no message holds a {type(value).__name__}")
 
 
-def extension(code: int, raw: bytes) -> Decimal | date | time:
+def extension(code: int, raw: bytes) -> Decimal | date | time | Medium:
     """The value of an extension. Raises ValueError that says in words what it is instead."""
     try:
         text = raw.decode("ascii")
@@ -154,10 +158,12 @@ def extension(code: int, raw: bytes) -> Decimal | date | time:
                 return datetime.fromisoformat(text)
             case 4:
                 return time.fromisoformat(text)
+            case 5:
+                return Medium.from_wire(text)
     except (ValueError, InvalidOperation):
         pass
     raise ValueError(
-        "a msgpack extension that is no decimal, date or time"
-        if code in (1, 2, 3, 4)
+        "a msgpack extension that is no decimal, date, time or medium"
+        if code in (1, 2, 3, 4, 5)
         else "a msgpack extension"
     )

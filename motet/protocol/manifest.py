@@ -18,20 +18,25 @@ from motet.messages.message import ApiMessage, Limit
 from motet.protocol.columns import Kind
 
 #: What a model can answer, and so which task kinds may use it (see ANSWERS). ``text``: it is a language model.
-#: ``models``: it trains others. ``artefact``: nothing by itself; it is data that a function reads.
-Answer = Literal["label", "labels", "number", "vector", "spans", "json", "text", "models", "artefact"]
+#: ``ranking``: it is a cross-encoder, which scores a query with each document.
+#: ``models``: it trains others. ``artefact``: nothing by itself; it is data that a function reads. ``match``: how well a
+#: picture and texts fit each other, from a vector of each.
+Answer = Literal[
+    "label", "labels", "number", "vector", "spans", "json", "ranking", "text", "models", "artefact", "match"
+]
 
 #: Task kind -> answers that satisfy it.
 ANSWERS: Mapping[str, frozenset[str]] = {
     "classify": frozenset({"label", "labels"}),
     "number": frozenset({"number"}),
-    "embed": frozenset({"vector"}),
+    "embed": frozenset({"vector", "match"}),
     "entities": frozenset({"spans"}),
     "function": frozenset({"json"}),
+    "rank": frozenset({"ranking"}),
     "fit": frozenset({"models"}),
     "generate": frozenset({"text"}),
     "chat": frozenset({"text"}),
-    "choose": frozenset({"text"}),
+    "choose": frozenset({"text", "match"}),
     "extract": frozenset({"text"}),
 }
 
@@ -39,14 +44,18 @@ ANSWERS: Mapping[str, frozenset[str]] = {
 #: Of generate and chat that is ``{"text": …, "finish": "stop" | "length"}``, unless a schema says otherwise; of choose
 #: with labels that each row brings, which have no codes, ``{"label": …, "score": …}``, with ``scores`` where asked for.
 _OF_TEXT: Mapping[str, Kind] = {"generate": "json", "chat": "json", "choose": "label", "extract": "json"}
+#: The same of a model that answers as match.
+_OF_MATCH: Mapping[str, Kind] = {"choose": "label", "embed": "vector"}
 
 
 def column_kind(task: Mapping[str, Any], answers: Answer) -> Kind:
     """Kind of the column that a task (``Task.to_json``) gets from a model that answers so."""
     if answers == "text":
         return "json" if isinstance(task.get("labels"), str) else _OF_TEXT[str(task.get("kind", ""))]
+    if answers == "match":
+        return _OF_MATCH[str(task.get("kind", ""))]
     match answers:
-        case "models" | "artefact":
+        case "models" | "artefact" | "ranking":
             return "json"
         case _:
             return answers
@@ -55,6 +64,8 @@ def column_kind(task: Mapping[str, Any], answers: Answer) -> Kind:
 #: Names of the variables in which workers may hold the keys of other servers: a manifest can ask for no other secret.
 KEY_ENV = re.compile(r"MOTET_KEY_[A-Z0-9_]{1,60}")
 
+#: Pixels that count for one token: the patch of most vision transformers, 16 x 16.
+PATCH_PIXELS = 256
 #: Bytes of one parameter, by numeric format.
 WIDTHS: Mapping[str, int] = {"fp32": 4, "bf16": 2, "fp16": 2}
 #: Memory of a loaded model beside its weights: code, caches, a small micro-batch.
@@ -63,10 +74,14 @@ OVERHEAD_MB = 64
 KV_TOKENS = 16_384
 #: See ``decode_slots``: beyond it a CPU core gains nothing.
 _DECODE_SLOTS: Mapping[str, int] = {"cpu": 32, "cuda": 256}
+#: As many as vLLM's server runs at once on a CPU. With fewer each step reads all weights for a part of them.
+_VLLM_CPU_SLOTS = 128
 
 
-def decode_slots(device_kind: str) -> int:
-    """Answers that a language model writes at once on a device of this kind."""
+def decode_slots(device_kind: str, engine: str = "") -> int:
+    """Answers that a language model writes at once on a device of this kind, by this engine."""
+    if (device_kind, engine) == ("cpu", "vllm"):
+        return _VLLM_CPU_SLOTS
     return _DECODE_SLOTS.get(device_kind, _DECODE_SLOTS["cuda"])
 
 
@@ -108,6 +123,8 @@ class Manifest(ApiMessage):
     engine: Annotated[str, Limit("the name of an entry point of motet.engines", pattern=NAME)]
     #: What it answers, and so which kinds of task may use it.
     answers: Answer
+    #: What the input of its tasks holds: a text, or one field that is a medium. Of a head as of its trunk.
+    reads: Literal["text", "image"] = "text"
     #: Relative path -> sha256 of every file of this model (a head's own files only).
     files: Annotated[
         Mapping[_Path, Annotated[str, Limit("", pattern=_SHA256)]],
@@ -127,12 +144,15 @@ class Manifest(ApiMessage):
     trunk_model: Annotated[
         str, Limit("name@version of the trunk, or nothing", pattern=f"({NAME}@{VERSION})?")
     ] = ""
-    #: Tokens read at most, special ones included; 0 where tokens mean nothing.
+    #: Tokens read at most, special ones included; 0 where tokens mean nothing. Of a model that reads pictures: what each
+    #: counts for, a token for PATCH_PIXELS of the pixels that it is brought to.
     max_tokens: _Count = 0
     #: Vector length of the trunk's pooled output; 0 where there is none.
     dim: Annotated[int, Limit("a whole number up to 65,536", least=0, most=65_536)] = 0
-    #: How the trunk's output becomes one vector; "" where it does not.
-    pooling: Literal["mean", "cls", ""] = ""
+    #: The same with the features of its stages before it (``Features``), of trunks of pictures; 0 where it has none.
+    stage_dim: Annotated[int, Limit("a whole number up to 65,536", least=0, most=65_536)] = 0
+    #: How the trunk's output becomes one vector; "" where it does not. ``stages``: of a head that reads those features.
+    pooling: Literal["mean", "cls", "stages", ""] = ""
     #: Names of what it can answer, by code.
     labels: Annotated[
         tuple[Annotated[str, Limit("", least=1, most=200)], ...],
@@ -185,6 +205,10 @@ class Manifest(ApiMessage):
         """``name@version``, the way a job records exactly what it used."""
         return f"{self.name}@{self.version}"
 
+    def vector_dim(self, spec: Mapping[str, Any]) -> int:
+        """Length of the vectors that a task of this spec gets from it; 0 where it gives none."""
+        return self.stage_dim if spec.get("features") == "stages" else self.dim
+
     @property
     def digest(self) -> str:
         """Sha256 of all that decides the answers: files, engine, labels, thresholds, pooling, trunk."""
@@ -199,10 +223,12 @@ class Manifest(ApiMessage):
             "thresholds": list(self.thresholds),
             "function": self.source.get("function", ""),
         }
+        if self.reads != "text":
+            decisive["reads"] = self.reads
         if self.keywords:
             decisive["keywords"] = dict(sorted(self.keywords.items()))
         if self.inputs or self.numbers:
-            decisive["reads"] = [list(self.inputs), list(self.numbers)]
+            decisive["several"] = [list(self.inputs), list(self.numbers)]
         if "url" in self.source:
             # Of a model that another server runs, nothing is known but where it is asked for, and by which name.
             decisive["served"] = [self.source["url"], self.source.get("model", "")]

@@ -51,6 +51,8 @@ class Settings:
     max_tasks: int = 64
     max_row_bytes: int = 256 * 1024
     max_part_bytes: int = 32 * 1024 * 1024
+    #: Pictures of one tenant's jobs, in MB; 0: no limit. They lie in Postgres beside the rows: larger fills its disk.
+    max_media_mb: int = 20_000
     max_active_jobs: int = 1000
     #: Requests a second of one token at one API process, ten times as many at once; 0: no limit.
     max_requests_s: float = 200.0
@@ -124,7 +126,12 @@ class Settings:
                 raise SetupError(f"MOTET_{field.name.upper()}: got {value}; expected a finite number")
         if not 0.1 <= self.lane_share <= 0.9:
             raise SetupError(f"MOTET_LANE_SHARE: got {self.lane_share}; expected a share from 0.1 to 0.9")
-        for name, least in (("max_waiting_rows", 1), ("min_free_mb", 0), ("max_requests_s", 0)):
+        for name, least in (
+            ("max_waiting_rows", 1),
+            ("min_free_mb", 0),
+            ("max_requests_s", 0),
+            ("max_media_mb", 0),
+        ):
             if not getattr(self, name) >= least:  # also refuses NaN
                 raise SetupError(
                     f"MOTET_{name.upper()}: got {getattr(self, name)}; expected a number from {least}"

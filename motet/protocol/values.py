@@ -1,7 +1,8 @@
 """Values: what a field of a row may hold, its plain text in a template, and what makes it none. Stdlib only.
 
-A value is null, bool, int (64 bits), float, decimal, date, time, text, or a list or object of these. Client, server and
-worker read it by this module, so that a value has one text wherever a template is filled.
+A value is null, bool, int (64 bits), float, decimal, date, time, text, a list or object of these, or a medium
+(motet.media.medium). Client, server and worker read it by this module, so that a value has one text wherever a template is
+filled.
 """
 
 from __future__ import annotations
@@ -15,8 +16,12 @@ from datetime import date, datetime, time
 from decimal import Decimal
 from typing import Any, TypeAlias
 
+from motet.media.medium import Medium
+
 #: Lists and objects are whole values: ``clean`` has looked at all that is in them.
-Value: TypeAlias = "bool | int | float | Decimal | date | time | str | list[Any] | dict[str, Any] | None"
+Value: TypeAlias = (
+    "bool | int | float | Decimal | date | time | str | list[Any] | dict[str, Any] | Medium | None"
+)
 
 #: What a field may hold, for messages.
 EXPECTED = "text, a number, a date, a time, true, false, null, or a list or object of these"
@@ -37,6 +42,7 @@ _TYPES: Mapping[type, str] = {
     str: "text",
     list: "list",
     dict: "object",
+    Medium: "medium",
 }
 #: Every type that a column may be told to have: values of one type and nulls, nulls alone, or several types.
 COLUMN_TYPES = frozenset({*_TYPES.values(), "null", "mixed"})
@@ -110,6 +116,9 @@ def clean(value: object, depth: int = 0) -> Value:
             raise NoValue("NaN" if math.isnan(value) else "an infinite number", "a number or null")
     elif isinstance(value, datetime | time):
         _iso(value)
+    elif kind is Medium:
+        if depth:
+            raise NoValue("a picture inside a list or an object", "a picture as a field of its own")
     elif isinstance(value, list | dict):
         if depth == MAX_DEPTH:
             raise NoValue(f"a value nested deeper than {MAX_DEPTH}", "a flatter one")
@@ -182,13 +191,15 @@ def kind_of(value: object) -> str:
 def plain_text(value: Value) -> str:
     """The text that stands for a value in a template; ``clean`` has seen it.
 
-    Null is no text at all, numbers are as Python writes them, dates ISO 8601, a list is joined with ", ", and an object
-    is its shortest JSON. Lists and objects inside a list are JSON, and a null there is ``null``.
+    Null is no text at all, numbers are as Python writes them, dates ISO 8601, a list is joined with ", ", an object is
+    its shortest JSON, and a medium a reference to it. Lists and objects inside a list are JSON, and a null there is ``null``.
     """
     if isinstance(value, str):
         return value
     if value is None:
         return ""
+    if isinstance(value, Medium):
+        return value.text
     if isinstance(value, list):
         return ", ".join([one if isinstance(one, str) else _json(one, quoted=False) for one in value])
     return _json(value, quoted=False)

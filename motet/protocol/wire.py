@@ -91,7 +91,8 @@ class Assignment:
     #: Rendered input of each row, one text per row. Where heads read several texts of it, all of these behind each other;
     #: the worker renders each by ``fields``.
     texts: tuple[str, ...]
-    #: What the texts stand for, where the whole input is one field that is not text alone, and a function reads it.
+    #: What the texts stand for, where the whole input is one field that is not text alone, and a function reads it; or
+    #: that holds media, and a model reads them.
     values: tuple[Value, ...] = ()
     #: What other templates of the tasks name (fields of the row, answers of other tasks) -> a text per row. And the
     #: template of labels that each row brings (``{candidates}``, with its braces) -> JSON per row.

@@ -1,4 +1,4 @@
-"""Labelled rows, read and checked for a training run: their texts, and what is true of each."""
+"""Labelled rows, read and checked for a training run: their texts or pictures, and what is true of each."""
 
 from __future__ import annotations
 
@@ -47,19 +47,21 @@ Learned = Labels | Number
 class Lesson:
     """Labelled rows, read and checked."""
 
-    #: Training rows first; of a row that has several texts, one behind the other.
-    texts: Sequence[str]
+    #: What is read of each row: its text, or what stands for its picture; of a row that has several texts, one behind the
+    #: other. Training rows first.
+    inputs: Sequence[Any]
     train_rows: int
     targets: tuple[Target, ...]
+    #: Of the texts, where heads read several of them, or numbers beside: as a recipe's ``inputs``.
+    templates: tuple[str, ...] = ()
     #: As in a recipe.
-    inputs: tuple[str, ...] = ()
     numbers: tuple[Numbers, ...] = ()
     #: Sha256 of all of it.
     digest: str
 
     @property
     def rows(self) -> int:
-        return len(self.texts) // max(1, len(self.inputs))
+        return len(self.inputs) // max(1, len(self.templates))
 
 
 def read_lesson(
@@ -69,17 +71,19 @@ def read_lesson(
     *,
     text: str | Sequence[str] = "text",
     numbers: Sequence[str] = (),
+    image: str | None = None,
     seed: int = 0,
 ) -> Lesson:
     """Read labelled rows. Without ``test`` some rows of ``train`` are kept for it, by ``seed``.
 
-    ``text``: the field that is read, or a template, or several of either. ``numbers``: names of fields, or parts of
-    them, that are numbers, read beside the texts. Raises InvalidJob that names rows and fields: no text, no such field,
-    a label that no training row has, one label only, NaN, what is no number.
+    ``text``: the field that is read, or a template, or several of either; or ``image``, a field that holds pictures, in any
+    form that ``Client.submit`` takes. ``numbers``: names of fields, or parts of them, that are numbers, read beside the
+    texts. Raises InvalidJob that names rows and fields: no text, no such field, a label that no training row has, one
+    label only, NaN, what is no number.
     """
     if not tasks:
         raise InvalidJob.of("tasks", "none", "what to learn", 'give {"topic": Labels("topic")}')
-    found = _Reading(tasks, text, numbers)
+    found = _Reading(tasks, text, numbers, image)
     found.read("train", train)
     n = len(found.rows)
     if test is not None:
@@ -97,40 +101,53 @@ def read_lesson(
         )
     if found.problems:
         raise InvalidJob(found.problems[:MAX_PROBLEMS])
-    texts = [one for i in order for one in found.rows[i]]
+    inputs = [one for i in order for one in found.rows[i]]
     targets = tuple(found.target(name, order, n, held_out=test is not None) for name in tasks)
     beside = tuple(found.number(name, order, n) for name in found.numbers)
     if found.problems:
         raise InvalidJob(found.problems[:MAX_PROBLEMS])
-    digest = hashlib.sha256(json.dumps([texts, n], ensure_ascii=False).encode("utf-8", "replace"))
+    told = [one if isinstance(one, str) else _digest_of(one) for one in inputs]
+    digest = hashlib.sha256(json.dumps([told, n], ensure_ascii=False).encode("utf-8", "replace"))
     for target in targets:
         digest.update(json.dumps([target.name, target.kind, target.labels]).encode() + target.truth)
     for one in beside:
         digest.update(one.name.encode() + one.values)
     return Lesson(
-        texts=texts,
+        inputs=inputs,
         train_rows=n,
         targets=targets,
-        inputs=found.templates if len(found.templates) > 1 or beside else (),
+        templates=found.templates if len(found.templates) > 1 or beside else (),
         numbers=beside,
         digest=digest.hexdigest(),
     )
+
+
+def _digest_of(picture: object) -> str:
+    """Of the pixels or bytes of a picture, so that the record of what was learned from names them."""
+    raw = picture.tobytes() if hasattr(picture, "tobytes") else picture
+    if isinstance(raw, Mapping):
+        raw = raw.get("bytes") or json.dumps(raw, default=str)
+    return hashlib.sha256(raw if isinstance(raw, bytes) else str(raw).encode()).hexdigest()
 
 
 class _Reading:
     """Rows as they are read, and what is wrong with them."""
 
     def __init__(
-        self, tasks: Mapping[str, Learned], text: str | Sequence[str], numbers: Sequence[str]
+        self,
+        tasks: Mapping[str, Learned],
+        text: str | Sequence[str],
+        numbers: Sequence[str],
+        image: str | None,
     ) -> None:
         """Raises InvalidJob for what names no text, and no number."""
-        self.tasks = tasks
-        #: The field of the only text, where it is no template.
-        self._text = text if isinstance(text, str) and "{" not in text else None
-        self.templates = templates_of(text)
+        self.tasks, self._image = tasks, image
+        #: The field of the only text or picture, where it is no template.
+        self._field = image or (text if isinstance(text, str) and "{" not in text else None)
+        self.templates = () if image else templates_of(text)
         self.numbers = names_of(numbers)
-        #: Of each row its texts.
-        self.rows: list[tuple[str, ...]] = []
+        #: Of each row its texts, or its picture.
+        self.rows: list[tuple[Any, ...]] = []
         self._numbers: dict[str, list[float | None]] = {name: [] for name in self.numbers}
         self.problems: list[Problem] = []
         #: Task -> what is true of each row: a label, labels, a number; None where it is not known.
@@ -147,7 +164,7 @@ class _Reading:
                 self._wrong(part, "", "a row that is no mapping", "fields: a text and its labels", index)
                 continue
             has |= row.keys()
-            self.rows.append(self._texts_of(part, row, index))
+            self.rows.append(self._read_of(part, row, index))
             self._places.append((part, index))
             for name, values in self._numbers.items():
                 values.append(self._number_of(part, name, row, index))
@@ -167,13 +184,12 @@ class _Reading:
                     )
                 )  # fmt: skip
 
-    def _texts_of(self, part: str, row: Mapping[str, Any], index: int) -> tuple[str, ...]:
-        if self._text is not None:
-            said = row.get(self._text)
-            if not isinstance(said, str) or not said.strip():
-                got = "an empty text" if isinstance(said, str) else f"no text in {short(self._text)}"
-                self._wrong(part, self._text, got, "a text", index)
-            return (said if isinstance(said, str) else "",)
+    def _read_of(self, part: str, row: Mapping[str, Any], index: int) -> tuple[Any, ...]:
+        """A row's picture or texts."""
+        if self._field is not None:
+            said = row.get(self._field)
+            self._check_input(part, self._field, said, index)
+            return (said if self._image or isinstance(said, str) else "",)
         texts = []
         for template in self.templates:
             values = {}
@@ -183,6 +199,13 @@ class _Reading:
         if not any(text.strip() for text in texts):
             self._wrong(part, "", "no text at all", f"a text in {' or '.join(self.templates)}", index)
         return tuple(texts)
+
+    def _check_input(self, part: str, field: str, said: object, index: int) -> None:
+        what = "picture" if self._image else "text"
+        if isinstance(said, str) and not said.strip():
+            self._wrong(part, field, f"an empty {what}", f"a {what}", index)
+        elif said is None or not (self._image or isinstance(said, str)):
+            self._wrong(part, field, f"no {what} in {short(field)}", f"a {what}", index)
 
     def _number_of(self, part: str, name: str, row: Mapping[str, Any], index: int) -> float | None:
         """A number beside the texts; None where it is null."""

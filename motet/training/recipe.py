@@ -16,6 +16,7 @@ from typing import Any, Literal
 
 from motet.protocol.columns import little_endian, typed
 from motet.protocol.envelope import BadMessage, pack, unpack
+from motet.tasks import Features
 
 HeadKind = Literal["single", "multi", "number"]
 Tune = Literal["heads", "lora", "all"]
@@ -170,6 +171,8 @@ class Recipe:
     batch_rows: int = 32
     #: Tokens read of a row; 0: as many as the trunk reads.
     max_tokens: int = 0
+    #: Of pictures: what heads learn from, as ``motet.tasks.Embed`` names it.
+    features: Features = "last"
     #: Sha256 of texts and labels, and what was typed: the record that stays with the models.
     data: str = ""
     command: str = ""
@@ -209,6 +212,8 @@ class Recipe:
                 raise ValueError(f"no recipe of a training run: {field_} is not from {low} to {high}")
         if recipe.tune not in ("heads", "lora", "all") or recipe.loss not in ("uncertainty", "sum"):
             raise ValueError("no recipe of a training run: tune or loss is none that is known")
+        if recipe.features not in ("last", "stages"):
+            raise ValueError("no recipe of a training run: features are none that are known")
         if not recipe.targets:
             raise ValueError("no recipe of a training run: no targets")
         if recipe.numbers and not recipe.inputs:

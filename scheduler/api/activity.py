@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping
+from dataclasses import fields
 from typing import Annotated, Any
 from uuid import UUID
 
@@ -32,6 +33,7 @@ from motet.states import State
 from scheduler.api import page
 from scheduler.api.auth import Caller
 from scheduler.api.markup import POLICY
+from scheduler.api.queue import queue_of
 from scheduler.api.records import JobPath, describe
 from scheduler.api.refusals import error_of, refusal
 from scheduler.api.resources import Resources, Use, job_id
@@ -140,6 +142,31 @@ def jobs_page(
 )
 def job_page(use: Use, caller: Caller, job: JobPath) -> Response:
     return _page(page.job_page(facts_of(use, caller.tenant, job_id(job), timeline=_DRAWN).to_json()))
+
+
+@routes.get(
+    "/jobs/{job}/queue",
+    summary="The page of a job's newest rows, sorted by an answer, for people",
+    tags=["pages"],
+    response_class=HTMLResponse,
+    responses=_html("Its queue. HTTP Basic does as well: the token's id and its secret.", 404),
+)
+def queue_page(
+    use: Use,
+    caller: Caller,
+    job: JobPath,
+    by: Annotated[
+        str,
+        Query(
+            max_length=200,
+            description="The answer, or part of one, whose largest stands first; none: the newest first.",
+            examples=["urgency.points"],
+        ),
+    ] = "",
+) -> Response:
+    found = queue_of(use, caller.tenant, job_id(job), by)
+    facts = {f.name: getattr(found, f.name) for f in fields(found)}
+    return _page(page.queue_page({**facts, "job": found.job.to_json()}))
 
 
 def refused(error: Exception) -> Response:

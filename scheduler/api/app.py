@@ -33,6 +33,7 @@ from scheduler.api import (
     fits,
     jobs,
     line,
+    media,
     metrics,
     models,
     opening,
@@ -60,7 +61,7 @@ Every route but `/healthz`, `/readyz` and this description needs `Authorization:
 _NO_NEWS = frozenset({"/healthz", "/readyz", "/metrics", ASK, *(PREFIX + path for path in ONLINE)})
 #: In the order of the API's description.
 _ROUTES = (
-    opening, parts, asks, jobs, planning, activity, explain, results, fits, models, aliases, blobs, tokens, webhooks, cluster, doctor,
+    opening, parts, asks, jobs, planning, activity, explain, results, fits, models, aliases, blobs, media, tokens, webhooks, cluster, doctor,
     metrics,
 )  # fmt: skip
 
@@ -74,7 +75,8 @@ def create_app(settings: Settings) -> FastAPI:
         listening = asyncio.create_task(use.bell.run())
         sweeping = asyncio.create_task(blobs.keep_swept(use))
         counting = asyncio.create_task(use.feeds.meter.keep_told())
-        delivering = asyncio.create_task(Deliverer(use.database, settings).run())
+        deliverer = Deliverer(use.database, settings, heard=app.state.figures.deliveries.saw)
+        delivering = asyncio.create_task(deliverer.run())
         batching = [asyncio.create_task(BatchWorker(use).run()) for _ in range(BATCHES_AT_ONCE)]
         try:
             yield

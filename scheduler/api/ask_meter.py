@@ -56,6 +56,16 @@ class AskMeter:
             raise
         self._saw(job, rows, "answered", began)
 
+    @contextmanager
+    def door(self, job: UUID) -> Iterator[None]:
+        """Around the door, which an ask passes before it is read: one that is turned away there was refused."""
+        began = time.monotonic()
+        try:
+            yield
+        except Overloaded:
+            self._saw(job, 0, "refused", began)
+            raise
+
     def _saw(self, job: UUID, rows: int, result: Result, began: float) -> None:
         seconds = time.monotonic() - began
         self.heard(result, seconds)

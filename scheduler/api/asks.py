@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from fastapi import Request, Response
+from starlette.concurrency import run_in_threadpool
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from motet.errors import InvalidJob, Problem
@@ -22,6 +23,7 @@ from motet.protocol.values import byte_lengths
 from scheduler.api.auth import ASK, Caller, Identity, authenticated
 from scheduler.api.bodies import clean_object, json_body, taken, whole_body
 from scheduler.api.live import AskAnswered, AskEvent, LiveFeed
+from scheduler.api.media import with_media
 from scheduler.api.records import JobPath
 from scheduler.api.refusals import EXPECTED, error_of, refusal
 from scheduler.api.resources import Resources, Use, job_id
@@ -29,7 +31,7 @@ from scheduler.api.result_streams import framed, plain_rows
 from scheduler.api.routing import Routes, reply, takes
 from scheduler.api.rows import PART_FIELDS, Incoming, columns_in, foldable, read_rows, unpacked
 from scheduler.api.streaming import EVENTS, AskDelta, AskLanded, AskReset, EventStream, SentEvent, hung_up
-from scheduler.blocks import IncomingPart, keyed
+from scheduler.blocks import IncomingPart, keyed, media_in
 
 routes = Routes(tags=["jobs"])
 
@@ -128,13 +130,19 @@ async def while_there(request: Request, work: Coroutine[Any, Any, Response]) -> 
 async def _asked(request: Request, use: Resources, caller: Identity, job: str) -> Response:
     feed = await use.feeds.of(caller.tenant, job_id(job))
     # Before its body is read: what is refused costs no memory, and nothing of it is stored.
-    await use.door.admit_ask(interactive=feed.job.interactive)
+    with use.feeds.meter.door(feed.job.id):
+        await use.door.admit_ask(interactive=feed.job.interactive)
     kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
     async with AsyncExitStack() as held:
         body = whole_body(request, use, 2 * MAX_ASK_ROWS * use.settings.max_row_bytes)
         raw = await held.enter_async_context(body)
         request.scope[READ] = True
         asked, incoming = (_columns if kind == _FRAMES else _rows)(feed, raw, use.settings.max_row_bytes)
+        if any(True for values in incoming.columns.values() for _ in media_in(values)):
+            mine = feed.job
+            incoming = await run_in_threadpool(
+                with_media, use, mine.tenant, mine.secret, incoming, refuse=False
+            )
         request.scope[DROPS] = asked.drop_late
         accepted = request.headers.get("accept", "")
         if EVENTS in accepted:
@@ -164,13 +172,15 @@ def _rows(feed: LiveFeed, raw: bytes, max_row_bytes: int) -> tuple[AskRequest, I
     # Rows are looked at one by one later: theirs may be bad without the ask being so.
     clean_object({k: v for k, v in body.items() if k != "rows"} if type(body) is dict else body)
     asked = taken(AskRequest, body)
-    return asked, read_rows(asked.rows, feed.job.asked, max_row_bytes, feed.job.dialogues)
+    job = feed.job
+    return asked, read_rows(asked.rows, job.asked, max_row_bytes, job.dialogues, job.media)
 
 
 def _columns(feed: LiveFeed, raw: bytes, max_row_bytes: int) -> tuple[AskRequest, Incoming]:
     """The same in msgpack, with the rows in the form of parts: values keep types that JSON cannot carry."""
     body = unpacked(raw)
-    incoming = columns_in(body, feed.job.asked, max_row_bytes, feed.job.dialogues)
+    job = feed.job
+    incoming = columns_in(body, job.asked, max_row_bytes, job.dialogues, job.media)
     options = {k: v for k, v in body.items() if k not in PART_FIELDS}
     # The rows stand in the columns: the message is asked for their number alone.
     return taken(AskRequest, clean_object(options | {"rows": [""] * len(incoming)})), incoming

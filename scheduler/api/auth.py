@@ -62,6 +62,7 @@ ALLOWED: Mapping[tuple[str, str], frozenset[str]] = {
     ("POST", "/v1/jobs"): _SUBMIT,
     ("GET", "/jobs"): _LOOK,
     ("GET", "/jobs/{job}"): _LOOK,
+    ("GET", "/jobs/{job}/queue"): _LOOK,
     ("GET", "/v1/jobs"): _LOOK,
     ("PUT", "/v1/jobs/{job}/parts/{number}"): _SUBMIT,
     ("POST", "/v1/jobs/{job}/close"): _SUBMIT,
@@ -102,11 +103,15 @@ ALLOWED: Mapping[tuple[str, str], frozenset[str]] = {
     ("HEAD", "/v1/blobs/{sha256}"): _BLOBS,
     ("GET", "/v1/blobs/{sha256}"): _BLOBS,
     ("PUT", "/v1/blobs/{sha256}"): _BLOBS,
+    ("POST", "/v1/media/missing"): _SUBMIT,
+    ("PUT", "/v1/media/{sha256}"): _SUBMIT,
+    ("POST", "/v1/media"): _SUBMIT,
+    ("POST", "/v1/media/fetch"): _WORKER,
 }
 
 #: What people open in a browser, which sends no Bearer header by itself: these take HTTP Basic as well. No other
 #: route does, for a browser repeats Basic unasked, also in a request that another site made up.
-PAGES = frozenset({("GET", "/jobs"), ("GET", "/jobs/{job}")})
+PAGES = frozenset({("GET", "/jobs"), ("GET", "/jobs/{job}"), ("GET", "/jobs/{job}/queue")})
 
 _FORM = re.compile(r"([A-Za-z0-9_-]{1,64})\.([A-Za-z0-9_-]{1,128})")
 #: Compared with where no token has the id, so that a miss takes as long as a wrong secret.

@@ -34,6 +34,8 @@ class Bell:
     def __init__(self, libpq_url: str) -> None:
         self._libpq_url = libpq_url
         self._waiting: dict[UUID, set[asyncio.Event]] = {}
+        #: Told of every job that changes.
+        self.told: Callable[[UUID], object] = lambda _: None
         #: The process is about to end: nobody waits any longer.
         self.stopping = False
 
@@ -66,6 +68,8 @@ class Bell:
 
     def _ring(self, job: UUID | None) -> None:
         """Wake those who wait for a job; None: everybody, for something may have been missed."""
+        if job is not None:
+            self.told(job)
         heard = [self._waiting.get(job, set())] if job is not None else list(self._waiting.values())
         for events in heard:
             for rung in events:

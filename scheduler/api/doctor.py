@@ -27,6 +27,7 @@ from scheduler.api.routing import Routes
 from scheduler.store import registry
 from scheduler.store.database import Database, StoreUnavailable
 from scheduler.store.doctor import leader_seen, postgres_seen
+from scheduler.store.webhooks import webhooks_seen
 
 routes = Routes(tags=["cluster"])
 
@@ -82,7 +83,7 @@ def examine(
 
 
 def _of_postgres(database: Database) -> list[Finding]:
-    """Postgres, and what only a migrated database can tell: leader, outcomes, models."""
+    """Postgres, and what only a migrated database can tell: leader, outcomes, models, webhooks."""
     try:
         with database.transaction() as connection:
             seen = postgres_seen(connection)
@@ -95,6 +96,8 @@ def _of_postgres(database: Database) -> list[Finding]:
             led = leader_seen(connection)
             found.append(cluster.leader(led.leads, led.holder, led.epoch))
             found.append(cluster.models(len(registry.models(connection))))
+            told = webhooks_seen(connection)
+            found += cluster.webhooks(told.webhooks, told.failing, told.behind, told.behind_s)
     except (StoreUnavailable, SQLAlchemyError) as error:
         # Of a driver's error only the kind: its words may hold an address.
         what = f"Postgres does not answer: {error if isinstance(error, StoreUnavailable) else type(error).__name__}"

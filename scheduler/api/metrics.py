@@ -46,6 +46,7 @@ from scheduler.policy.pressure import pressures
 from scheduler.store import metrics as store
 from scheduler.store.database import StoreUnavailable
 from scheduler.store.metrics import MARGIN, JobFigures, StoreFigures
+from scheduler.webhooks.deliverer import Tried
 
 routes = Routes(tags=["cluster"])
 
@@ -95,6 +96,11 @@ FAMILIES: Mapping[str, Family] = {
         "gauge", "Seconds until the leader's lease runs out; 0 where nobody leads"
     ),
     "motet_database_bytes": Family("gauge", "Size of the database"),
+    "motet_webhook_events_pending": Family("gauge", "Events that wait for webhooks"),
+    "motet_webhook_oldest_pending_seconds": Family(
+        "gauge", "Seconds since the oldest event was written that waits for a webhook; 0 where none does"
+    ),
+    "motet_webhooks_failing": Family("gauge", "Webhooks that did not take what they were told last"),
     # -- of Redis
     "motet_outcomes_waiting": Family("gauge", "Outcomes that no aggregator has recorded yet"),
     "motet_outcomes_oldest_seconds": Family(
@@ -134,6 +140,11 @@ FAMILIES: Mapping[str, Family] = {
     "motet_asks_total": Family("counter", "Asks of open jobs that ended here", ("result",)),
     "motet_ask_duration_seconds": Family("histogram", "Seconds from an ask to its answer"),
     "motet_ask_rows_waiting": Family("gauge", "Rows of open jobs that wait here to be stored"),
+    "motet_webhook_deliveries_total": Family(
+        "counter",
+        "Tries to tell a webhook of an event that ended here, and events given up here",
+        ("result",),
+    ),
     "motet_http_requests_total": Family("counter", "Requests answered", ("method", "route", "status")),
     "motet_http_request_duration_seconds": Family(
         "histogram", "Seconds from a request to the end of its answer, waiting included", ("method", "route")
@@ -178,6 +189,21 @@ class Requests:
         method = method if method in _METHODS else "other"
         self._count.labels(method, route, str(status)).inc()
         self._seconds.labels(method, route).observe(seconds)
+
+
+class DeliveryFigures:
+    """Counts the deliveries of one API process."""
+
+    def __init__(self, registry: CollectorRegistry) -> None:
+        name = "motet_webhook_deliveries_total"
+        counted = FAMILIES[name]
+        self._count = CountedSeries(name, counted.words, counted.labels, registry=registry)
+        for result in get_args(Tried):
+            self._count.labels(result)
+
+    def saw(self, result: Tried, count: int) -> None:
+        """So many ended so."""
+        self._count.labels(result).inc(count)
 
 
 class AskFigures:
@@ -265,6 +291,7 @@ class Figures(Collector):
         self.registry = CollectorRegistry()
         self.requests = Requests(self.registry)
         use.feeds.meter.heard = AskFigures(self.registry).saw
+        self.deliveries = DeliveryFigures(self.registry)
         self.registry.register(self)
         ProcessCollector(registry=self.registry)
 
@@ -353,6 +380,9 @@ def _show_store(page: _Page, found: StoreFigures, tally: Tally) -> None:
     page.add("motet_leader_epoch", found.epoch)
     page.add("motet_leader_lease_remaining_seconds", found.leader_left_s)
     page.add("motet_database_bytes", found.database_bytes)
+    page.add("motet_webhook_events_pending", found.pending.events)
+    page.add("motet_webhook_oldest_pending_seconds", found.pending.oldest_s)
+    page.add("motet_webhooks_failing", found.pending.failing)
 
 
 def _cells(jobs: Sequence[JobFigures]) -> dict[str, int]:

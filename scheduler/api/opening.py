@@ -19,11 +19,13 @@ from starlette.concurrency import run_in_threadpool
 
 from motet.errors import InvalidJob, Problem
 from motet.inputs import all_as_trained
+from motet.media.fields import media_fields
 from motet.messages.jobs import JobRecord, Submission
 from motet.protocol import traces
 from motet.tasks import short
 from scheduler.api.auth import Caller
 from scheduler.api.bodies import json_body, whole_body
+from scheduler.api.media import with_media
 from scheduler.api.parts import land
 from scheduler.api.records import describe
 from scheduler.api.resources import Resources, Use
@@ -37,9 +39,10 @@ from scheduler.api.submissions import (
     plan_submission,
     read_submission,
 )
+from scheduler.blocks import media_in
 from scheduler.store import jobs as store
 from scheduler.store import landing, opening
-from scheduler.store.registry import Registered, find_models, model_refs
+from scheduler.store.registry import Registered, find_models, model_refs, secret_of
 
 log = logging.getLogger(__name__)
 routes = Routes(tags=["jobs"])
@@ -104,10 +107,13 @@ def _open(use: Resources, tenant: UUID, raw: bytes, key: str | None) -> Response
         if before is not None:
             return reply(describe(store.job_entry(connection, tenant, before)), status)
     use.door.admit(interactive=asked.said.priority == "interactive")
-    asked, known = with_models(use, asked)
-    incoming = inline_rows(use, asked)
     began = time.time()
-    planned = planned_with(asked, known, incoming)
+    asked, found = with_models(use, asked)
+    incoming = inline_rows(use, asked, found)
+    if incoming is not None and (secret := _secret_for(use, tenant, incoming)):
+        incoming = with_media(use, tenant, secret, incoming, refuse=True)
+        _refuse_bad(asked, incoming)
+    planned = planned_with(asked, incoming, found)
     job = new_job(uuid.uuid4(), tenant, asked, planned, key)
     ready = time.time()
     with use.database.transaction() as connection:
@@ -132,46 +138,58 @@ def _open(use: Resources, tenant: UUID, raw: bytes, key: str | None) -> Response
     return reply(describe(entry), status)
 
 
-def inline_rows(use: Resources, asked: CheckedSubmission[Submission]) -> Incoming | None:
-    """The rows that came along. Raises InvalidJob where they may not be bad, and are."""
-    if asked.said.rows is None:
-        return None
-    incoming = read_rows(asked.said.rows, asked.fields, use.settings.max_row_bytes, asked.dialogues)
-    if asked.said.bad_rows == "refuse":
-        incoming.refuse_bad_rows(0)
-    return incoming
+def _secret_for(use: Resources, tenant: UUID, incoming: Incoming) -> bytes:
+    """The tenant's key of digests, where some row refers to a medium; else nothing."""
+    if not any(True for values in incoming.columns.values() for _ in media_in(values)):
+        return b""
+    with use.database.reading() as connection:
+        return secret_of(connection, tenant)
 
 
-@dataclass(frozen=True, slots=True)
-class KnownModels:
-    """What the registry knows of a submission's models."""
+@dataclass(frozen=True, slots=True, kw_only=True)
+class FoundModels:
+    """What the registry knows of the models that a submission names."""
 
-    #: By the names that tasks give them.
-    found: Mapping[str, Registered]
+    #: By the names that tasks give.
+    models: Mapping[str, Registered]
     trunks: Mapping[str, Registered]
-    #: Versions and aliases to suggest where a task names none of them.
-    refs: Sequence[str]
+    #: All that is registered, where some name is not; else nothing.
+    registered: Sequence[str]
 
 
-def with_models(use: Resources, asked: CheckedSubmission[S]) -> tuple[CheckedSubmission[S], KnownModels]:
-    """A submission with its models found, and its tasks with what their heads were trained to read."""
+def with_models(use: Resources, asked: CheckedSubmission[S]) -> tuple[CheckedSubmission[S], FoundModels]:
+    """A submission with what its heads were trained to read, where tasks say nothing else; and its models."""
     with use.database.reading() as connection:
         wanted = {ref for task in asked.tasks.values() for ref in task.registered}
         found = find_models(connection, wanted)
         trunks = find_models(connection, {m.manifest.trunk_model for m in found.values()} - {""})
-        refs = model_refs(connection) if len(found) < len(wanted) else []
-    manifests = {ref: model.manifest for ref, model in found.items()}
-    tasks = all_as_trained(asked.tasks, manifests)
-    return replace(asked, tasks=tasks), KnownModels(found, trunks, refs)
+        known = model_refs(connection) if len(found) < len(wanted) else []
+    tasks = all_as_trained(asked.tasks, {ref: model.manifest for ref, model in found.items()})
+    return replace(asked, tasks=tasks), FoundModels(models=found, trunks=trunks, registered=known)
+
+
+def inline_rows(use: Resources, asked: CheckedSubmission[Submission], found: FoundModels) -> Incoming | None:
+    """The rows that came along. Raises InvalidJob where they may not be bad, and are."""
+    if asked.said.rows is None:
+        return None
+    by_task = {n: found.models[t.model].manifest for n, t in asked.tasks.items() if t.model in found.models}
+    media = media_fields(asked.tasks, by_task)
+    incoming = read_rows(asked.said.rows, asked.fields, use.settings.max_row_bytes, asked.dialogues, media)
+    _refuse_bad(asked, incoming)
+    return incoming
+
+
+def _refuse_bad(asked: CheckedSubmission[Submission], incoming: Incoming) -> None:
+    if asked.said.bad_rows == "refuse":
+        incoming.refuse_bad_rows(0)
 
 
 def planned_with(
-    asked: CheckedSubmission[Submission], known: KnownModels, incoming: Incoming | None
+    asked: CheckedSubmission[Submission], incoming: Incoming | None, found: FoundModels
 ) -> Planned:
     """A submission with its passes made. Raises InvalidJob.
 
     ``incoming``: rows that came along, which say how long texts are where the submission does not.
     """
-    mean_bytes = mean_bytes_of(incoming.part()) if incoming else {}
-    told = {**mean_bytes, **(asked.said.mean_bytes or {})}
-    return plan_submission(asked.tasks, known.found, known.trunks, known.refs, told)
+    mean_bytes = {**(mean_bytes_of(incoming.part()) if incoming else {}), **(asked.said.mean_bytes or {})}
+    return plan_submission(asked.tasks, found.models, found.trunks, found.registered, mean_bytes)

@@ -1,4 +1,4 @@
-"""The pages of the API for people: the list of jobs, one job, and a refusal. Facts as docs/http.md shows them in, HTML
+"""The pages of the API for people: the list of jobs, one job, its queue, and a refusal. Facts as docs/http.md shows them in, HTML
 out. Pure: this file counts and chooses, the templates say it."""
 
 from __future__ import annotations
@@ -194,6 +194,16 @@ def _time(job: PageFacts) -> str:
         return "–" if job["eta_s"] is None else f"{duration(job['eta_s'])} left"
     end = datetime.fromisoformat(job["finished"])
     return duration((end - datetime.fromisoformat(job["created"])).total_seconds())
+
+
+# -- its rows as a queue
+
+
+def queue_page(facts: PageFacts) -> str:
+    """The page of a job's rows, sorted by an answer."""
+    job = facts["job"]
+    heads = [(task, "") for task in facts["tasks"]]
+    return render("queue.html", **facts, heads=heads, name=_name(job), live=job["state"] not in ENDED)
 
 
 # -- a refusal

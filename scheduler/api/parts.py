@@ -17,6 +17,7 @@ from motet.protocol import traces
 from motet.tasks import short
 from scheduler.api.auth import Caller
 from scheduler.api.bodies import whole_body
+from scheduler.api.media import with_media
 from scheduler.api.records import JobPath
 from scheduler.api.resources import Resources, Use, job_id
 from scheduler.api.routing import Routes, takes_bytes
@@ -70,7 +71,8 @@ def _put_part(use: Resources, facts: LoadingJob, number: int, kind: str, raw: by
                 "name it",
             )
         )
-    incoming = read(raw, facts.fields, use.settings.max_row_bytes, facts.dialogues)
+    incoming = read(raw, facts.fields, use.settings.max_row_bytes, facts.dialogues, facts.media)
+    incoming = with_media(use, facts.tenant, facts.secret, incoming, refuse=True)
     if facts.bad_rows == "refuse" and (incoming.bad or incoming.bad_fields):
         incoming.refuse_bad_rows(_first_row(use, facts, incoming))
     with traces.span(facts.id, "land", part=number), use.database.transaction() as connection:

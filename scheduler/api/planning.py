@@ -13,7 +13,7 @@ from starlette.concurrency import run_in_threadpool
 
 from motet.conditions import condition
 from motet.messages.jobs import Plan, PlannedPass, PlanRequest
-from motet.protocol.manifest import Manifest
+from motet.protocol.manifest import PATCH_PIXELS, Manifest
 from motet.protocol.transport import TransportLost
 from motet.protocol.values import Value, plain_text
 from motet.tasks import Prompted, Task, fields_read
@@ -50,11 +50,11 @@ async def plan_job(request: Request, use: Use, caller: Caller) -> Plan:
 
 
 def _dry_run(use: Resources, caller: Caller, raw: bytes) -> Plan:
-    asked, known = with_models(
+    asked, found = with_models(
         use, read_submission(PlanRequest, json_body(raw), max_tasks=use.settings.max_tasks)
     )
-    incoming = inline_rows(use, asked) if asked.said.rows else None
-    planned = planned_with(asked, known, incoming)
+    incoming = inline_rows(use, asked, found) if asked.said.rows else None
+    planned = planned_with(asked, incoming, found)
     part = incoming.part() if incoming else IncomingPart(columns={name: [] for name in asked.fields})
     unread = {name: absent(part.bad, part.bad_fields, fields_read(name, asked.tasks)) for name in asked.tasks}
     rows: dict[int, dict[str, Value]] = {
@@ -117,6 +117,7 @@ def _dry_run(use: Resources, caller: Caller, raw: bytes) -> Plan:
                 computed_tokens=guess.computed_tokens,
                 unfused_tokens=guess.unfused_tokens,
                 tokens_out=guess.tokens_out,
+                pixels=guess.tokens * PATCH_PIXELS if p.model.reads != "text" else 0,
                 seconds=guess.seconds,
                 subtasks=guess.subtasks,
             )
@@ -129,6 +130,7 @@ def _dry_run(use: Resources, caller: Caller, raw: bytes) -> Plan:
         computed_tokens=sum(p.computed_tokens for p in passes),
         unfused_tokens=sum(p.unfused_tokens for p in passes),
         tokens_out=sum(p.tokens_out for p in passes),
+        pixels=sum(p.pixels for p in passes),
         # The passes share the devices, one after the other.
         seconds=_together([p.seconds for p in passes]),
         truncated_rows=round(len(too_long) * sample.rows_factor),

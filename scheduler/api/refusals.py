@@ -40,12 +40,8 @@ class Forbidden(Unauthorized):
 class TooLarge(InvalidJob):
     """More bytes than one request may bring."""
 
-    def __init__(self, what: str, limit: int) -> None:
-        super().__init__(
-            Problem(
-                what, f"more than {limit:,} bytes", f"at most {limit:,} bytes", "send it in smaller parts"
-            )
-        )
+    def __init__(self, what: str, limit: int, remedy: str = "send it in smaller parts") -> None:
+        super().__init__(Problem(what, f"more than {limit:,} bytes", f"at most {limit:,} bytes", remedy))
 
 
 class Unavailable(MotetError):

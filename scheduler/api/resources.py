@@ -23,6 +23,7 @@ from scheduler.api.bell import Bell
 from scheduler.api.blob_folder import BlobFolder
 from scheduler.api.door import Door
 from scheduler.api.live import Feeds, ReadyWorkers
+from scheduler.api.openai.counted_lines import CountedLines
 from scheduler.api.streaming import Ears
 from scheduler.api.token_counts import TokenCounter
 from scheduler.api.workers_seen import WorkersSeen
@@ -85,14 +86,23 @@ class Resources:
     known_doors: Recent[tuple[UUID, str, int], tuple[UUID, float]] = field(
         default_factory=lambda: Recent(4096)
     )
+    #: Batch -> its lines that were counted here while it ran.
+    counted_lines: Recent[str, CountedLines] = field(default_factory=lambda: Recent(256))
     #: Set where a batch waits for somebody to work on it.
     batch_waits: asyncio.Event = field(default_factory=asyncio.Event)
+    #: Jobs of batches that this process let run: their ends are heard.
+    batch_jobs: Recent[UUID, bool] = field(default_factory=lambda: Recent(1024))
     #: Bytes of bodies that are being read or worked on now.
     bodies_bytes: int = 0
 
     def __post_init__(self) -> None:
         ears = Ears(self.settings.redis_url)
         self.feeds = Feeds(self.database, self.bell, self._ready_workers, ears)
+        self.bell.told = self._batch_changed
+
+    def _batch_changed(self, job: UUID) -> None:
+        if self.batch_jobs.get(job):
+            self.batch_waits.set()
 
     def live_workers(self) -> dict[str, Beat]:
         """Newest beat of every worker that is not known to be silent. Raises TransportLost."""

@@ -3,7 +3,7 @@
 Three forms give the same: columns in msgpack, rows as JSON lines, rows inline. Bad is a (row, field): what stands
 there, and what should, without a word of the text. Only the tasks that read the field get an error for it; a row that is
 none as a whole, such as broken JSON, is bad for all. A field holds a value (motet.protocol.values); where a chat reads
-it, a list of messages, which is stored as JSON.
+it, a list of messages, which is stored as JSON; where a model that reads pictures does, a medium that was sent before.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ import msgpack
 
 from motet.errors import InvalidJob, Problem
 from motet.folds import Fold
+from motet.media.medium import Medium, reference
 from motet.protocol.envelope import extension
 from motet.protocol.values import (
     Doubled,
@@ -131,13 +132,17 @@ def foldable(incoming: Incoming, folds: Mapping[str, Fold]) -> Incoming:
 
 
 def read_columns(
-    raw: bytes, fields: Sequence[str], max_row_bytes: int, dialogues: Collection[str] = ()
+    raw: bytes,
+    fields: Sequence[str],
+    max_row_bytes: int,
+    dialogues: Collection[str] = (),
+    media: Collection[str] = (),
 ) -> Incoming:
     """``{"columns": {field: [value, …]}, "first_row"?: i, "bad"?: …, "bad_fields"?: …}`` in msgpack (docs/http.md).
 
     Raises InvalidJob where the body is not of that form.
     """
-    return columns_in(unpacked(raw), fields, max_row_bytes, dialogues)
+    return columns_in(unpacked(raw), fields, max_row_bytes, dialogues, media)
 
 
 def unpacked(raw: bytes) -> Any:
@@ -167,7 +172,11 @@ def unpacked(raw: bytes) -> Any:
 
 
 def columns_in(
-    body: Any, fields: Sequence[str], max_row_bytes: int, dialogues: Collection[str] = ()
+    body: Any,
+    fields: Sequence[str],
+    max_row_bytes: int,
+    dialogues: Collection[str] = (),
+    media: Collection[str] = (),
 ) -> Incoming:
     """The rows of a body of that form that was unpacked before. Raises InvalidJob."""
     columns = body.get("columns") if isinstance(body, dict) else None
@@ -187,7 +196,7 @@ def columns_in(
         if name not in columns:
             bad_fields[name] = dict.fromkeys(range(n), _missing(name, columns)) | bad_fields[name]
     kept = {name: columns.get(name) or [""] * n for name in fields}
-    return _checked(kept, bad, bad_fields, first_row, max_row_bytes, dialogues)
+    return _checked(kept, bad, bad_fields, first_row, max_row_bytes, dialogues, media)
 
 
 def _extension(code: int, raw: bytes) -> Any:
@@ -198,13 +207,17 @@ def _extension(code: int, raw: bytes) -> Any:
 
 
 def read_lines(
-    raw: bytes, fields: Sequence[str], max_row_bytes: int, dialogues: Collection[str] = ()
+    raw: bytes,
+    fields: Sequence[str],
+    max_row_bytes: int,
+    dialogues: Collection[str] = (),
+    media: Collection[str] = (),
 ) -> Incoming:
     """JSON lines: an object, or a string, which is ``{"text": …}``, per line. Empty lines are no rows.
 
     Raises InvalidJob for no row at all; anything wrong in a line is that row's.
     """
-    return read_rows(_lines(raw, 8 * max_row_bytes), fields, max_row_bytes, dialogues)
+    return read_rows(_lines(raw, 8 * max_row_bytes), fields, max_row_bytes, dialogues, media)
 
 
 def _lines(raw: bytes, max_line_bytes: int) -> Iterator[Any]:
@@ -225,7 +238,11 @@ def _lines(raw: bytes, max_line_bytes: int) -> Iterator[Any]:
 
 
 def read_rows(
-    rows: Iterable[Any], fields: Sequence[str], max_row_bytes: int, dialogues: Collection[str] = ()
+    rows: Iterable[Any],
+    fields: Sequence[str],
+    max_row_bytes: int,
+    dialogues: Collection[str] = (),
+    media: Collection[str] = (),
 ) -> Incoming:
     """Rows that are parsed JSON already. Raises InvalidJob where there is none."""
     columns: dict[str, list[Any]] = {name: [] for name in fields}
@@ -249,7 +266,7 @@ def read_rows(
             column.append(row.get(name))
     if not n:
         raise _malformed("no row")
-    return _checked(columns, bad, bad_fields, None, max_row_bytes, dialogues)
+    return _checked(columns, bad, bad_fields, None, max_row_bytes, dialogues, media)
 
 
 def _no_row(row: Any) -> BadRow | None:
@@ -266,6 +283,7 @@ def _checked(
     first_row: int | None,
     max_row_bytes: int,
     dialogues: Collection[str],
+    media: Collection[str],
 ) -> Incoming:
     """Check every value. Rows of clean text cost one look at each; a column with anything else is searched.
 
@@ -285,6 +303,12 @@ def _checked(
                     except NoDialogue as no:
                         wrong[i] = BadRow(name, str(no), EXPECTED)
                         values[i] = ""
+        if name in media:
+            for i, value in enumerate(values):
+                if type(value) is not Medium and i not in bad and i not in wrong:
+                    values[i], why = _medium(name, value)
+                    if why is not None:
+                        wrong[i] = why
         if not _all_clean(values):
             typed.add(name)
             for i, value in enumerate(values):
@@ -307,6 +331,18 @@ def _checked(
         bad_fields={name: wrong for name, wrong in found.items() if wrong},
         first_row=first_row,
     )
+
+
+def _medium(name: str, value: Any) -> tuple[Value, BadRow | None]:
+    """What a field that holds media was sent as: a medium; or "", and why it is none."""
+    found = reference(value)
+    if found is not None:
+        return found, None
+    return "", BadRow(name, _kind(value), _PICTURE, f"{_SEND}, {_OR_ERROR}")
+
+
+_PICTURE = 'a picture, {"medium": its sha256}: a model that reads pictures reads this field'
+_SEND = "submit files with media_root, or bytes, so that the client sends them"
 
 
 def _refuse_long(
@@ -367,7 +403,14 @@ def _kind(value: object) -> str:
         return value.words
     if isinstance(value, float) and value != value:
         return "NaN"
-    words = {bool: "true or false", int: "a number", float: "a number", list: "a list", bytes: "bytes"}
+    words = {
+        bool: "true or false",
+        int: "a number",
+        float: "a number",
+        list: "a list",
+        bytes: "bytes",
+        str: "text",
+    }
     return words.get(type(value), "an object" if isinstance(value, dict) else "a value that is no text")
 
 

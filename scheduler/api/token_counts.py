@@ -27,10 +27,13 @@ class TokenCounter:
     def lengths(self, model: Manifest, texts: Sequence[str]) -> list[int]:
         """Tokens of each text, special ones included, before any truncation.
 
-        1 each for a model to which tokens mean nothing; from bytes where its tokenizer is not at hand.
+        1 each for a model to which tokens mean nothing, what a picture counts for where it reads those; from bytes where its tokenizer is not at hand.
         """
         if not model.max_tokens:
             return [1] * len(texts)
+        if model.reads != "text":
+            # Each is brought to one size.
+            return [model.max_tokens] * len(texts)
         tokenizer = self._tokenizer(model.files.get("tokenizer.json", ""))
         if tokenizer is None:
             return [2 + round(len(text.encode()) / PRIOR_BYTES_PER_TOKEN) for text in texts]

@@ -179,13 +179,13 @@ def _from_blocks(frontier: Frontier, budget_s: float, cap_s: float, price: Price
             break
         lo = block.cursor
         hi = _furthest(block, left_s, left_bytes, left_rows, price)
-        if block.bounds and hi < block.n:
-            group = _furthest(block, cap_s, left_bytes, left_rows, price, close=1.0)
-            hi = _between_groups(block, hi, bool(ranges), group)
         if not ranges:
             # At least one row, so that a long row is never stuck.
             hi = max(hi, min(lo + least, block.n))
-        elif hi < block.n <= lo + least:
+        if block.bounds and hi < block.n:
+            group = _furthest(block, cap_s, left_bytes, left_rows, price, close=1.0)
+            hi = _between_groups(block, hi, bool(ranges), max(hi, group))
+        if ranges and hi < block.n <= lo + least:
             # It would be parted, and can go whole into the next one.
             break
         if hi <= lo:

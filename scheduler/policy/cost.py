@@ -22,6 +22,9 @@ LoadKey = tuple[str, str]
 
 #: Before anything was learned: English text under a word-piece tokenizer.
 PRIOR_BYTES_PER_TOKEN = 4.0
+#: Bytes of the reference to a picture that stand in its row: of hundreds of tokens, whatever the picture.
+PICTURE_BYTES = 48.0
+_LEAST_RATIO = 0.001
 #: Before anything was learned: 2 operations a parameter and token, at half of what a modest device does. Too low
 #: a guess costs a few short sub-tasks; too high a guess makes the first one long.
 _PRIOR_FLOPS = {"cpu": 1e11, "cuda": 4e13}
@@ -168,7 +171,7 @@ class Rate(NamedTuple):
         weight = 1.0 if n == 0 else _RATIO_WEIGHT
         if text_bytes > 0:
             seen = text_bytes / tokens
-            ratio += weight * ((seen if seen > 0.1 else 0.1) - ratio)
+            ratio += weight * ((seen if seen > _LEAST_RATIO else _LEAST_RATIO) - ratio)
         each += weight * (tokens / (rows if rows > 1.0 else 1.0) - each)
         return Rate(c, p, ratio, each, n + 1)
 
@@ -183,8 +186,15 @@ class Rates:
     #: Seconds that loading a model took.
     loads: dict[LoadKey, float] = field(default_factory=dict)
 
-    def of(self, key: RateKey, *, device_kind: str, parameters: int) -> Rate:
-        """The rate under this key; where it is unknown a prior, with another device's bytes-to-tokens ratio.
+    def of(
+        self,
+        key: RateKey,
+        *,
+        device_kind: str,
+        parameters: int,
+        bytes_per_token: float = PRIOR_BYTES_PER_TOKEN,
+    ) -> Rate:
+        """The rate under this key; where it is unknown a prior, with another device's bytes-to-tokens ratio, or else this.
 
         Of a trunk whose passes are of many shapes another shape's rate is a better guess than its parameters.
         """
@@ -198,7 +208,7 @@ class Rates:
             return best._replace(covariance=_doubt(best.coefficients), observations=0)
         ratios = (rate.bytes_per_token for k, rate in self.learned.items() if k[0].partition(":")[0] == trunk)
         flops = _PRIOR_FLOPS.get(device_kind, _PRIOR_FLOPS["cpu"])
-        return Rate.prior(2 * (parameters or _PRIOR_PARAMETERS) / flops, next(ratios, PRIOR_BYTES_PER_TOKEN))
+        return Rate.prior(2 * (parameters or _PRIOR_PARAMETERS) / flops, next(ratios, bytes_per_token))
 
     def pace(self, worker: str) -> float:
         """How many times slower than its kind a worker is; 1 until something else was seen."""

@@ -21,13 +21,26 @@ from typing import Literal
 from motet.errors import InvalidJob, Problem
 from motet.inputs import input_problems
 from motet.protocol.manifest import ANSWERS, Manifest, column_kind
-from motet.tasks import Chat, Choose, Classify, First, Function, Prompted, Reading, Task, fields_of, short
+from motet.tasks import (
+    Chat,
+    Choose,
+    Classify,
+    First,
+    Function,
+    Prompted,
+    Rank,
+    Reading,
+    Task,
+    fields_of,
+    short,
+)
 from motet.templates import render, resolved, uses
 from scheduler.blocks import Reads
 from scheduler.policy.carve import MAX_ROWS
 from scheduler.policy.cost import learned_as
 from scheduler.policy.functions import beside_functions, function_problems
 from scheduler.policy.needs import cycle_problem, levels_of, needs_of
+from scheduler.policy.pictures import picture_problems
 from scheduler.policy.prompt_order import ANSWER_BYTES, first_of, rate_key
 
 #: Tokens of a micro-batch that padding is estimated with: what a CPU slot starts from.
@@ -95,6 +108,7 @@ def plan(
         named = getattr(task, "artefact", None) or ""
         problems += function_problems(name, task, model, artefact, _suggest(named, registered))
     problems += [p for name, model in models.items() for p in input_problems(name, tasks[name], model)]
+    problems += picture_problems(tasks, models)
     problems += _unreadable(tasks, models, needs)
     problems += cycle_problem(names, needs)
     if problems:
@@ -112,18 +126,10 @@ def plan(
         task, model = tasks[names[number]], models[names[number]]
         loaded = loaded_model(model, trunks)
         max_tokens = tokens_read(task, model, loaded)
-        # Values are no text, whatever template stands for them. Calls with other parameters share nothing, and one that
-        # raises must not be the other's error.
-        called = (
-            (task.inputs is not None, json.dumps(task.params, sort_keys=True))
-            if isinstance(task, Function)
-            else ()
-        )
         own = (task.numerics, needs[number], task.when)
-        what = (*_what_is_shared(model, loaded), called, max_tokens, *own, _order(task))
-        texts = (task.shared_input,) if isinstance(task, Function) else task.texts
-        alike.append((what, texts, number))
-        _join(together.setdefault(what, []), texts)
+        what = (*_what_is_shared(model, loaded), _called(task), max_tokens, *own, _order(task, loaded))
+        alike.append((what, task.texts, number))
+        _join(together.setdefault(what, []), task.texts)
     for what, texts, number in alike:
         read = next(frozenset(found) for found in together[what] if texts[0] in found)
         fused.setdefault((*what[:-1], read, what[-1]), []).append(number)
@@ -158,7 +164,7 @@ def _pass(
     task, model = tasks[names[0]], models[names[0]]
     loaded = loaded_model(model, trunks)
     texts = tuple(dict.fromkeys(text for name in names for text in tasks[name].texts))
-    speaks = isinstance(task, Prompted | Chat)
+    speaks = loaded.answers == "text"
     return PassPlan(
         number=at,
         kind=f"{loaded.engine} {loaded.name}",
@@ -171,7 +177,11 @@ def _pass(
         tasks=tuple(numbers),
         needs=needs[numbers[0]],
         condition=task.when,
-        first="instruction" if first == "instruction" else "text" if isinstance(task, Prompted) else "",
+        first="instruction"
+        if first == "instruction"
+        else "text"
+        if speaks and isinstance(task, Prompted)
+        else "",
         rate_key=rate_key(learned_as("", loaded), [tasks[name] for name in names]) if speaks else "",
     )
 
@@ -182,8 +192,21 @@ def _join(sets: list[set[str]], texts: Sequence[str]) -> None:
     sets[:] = [found for found in sets if found.isdisjoint(texts)] + [set(texts).union(*met)]
 
 
-def _order(task: Task) -> First | Literal["chat", ""]:
+def _called(task: Task) -> tuple[object, ...]:
+    """What else must be alike where the model is given values, which are no text, whatever template stands for them."""
+    match task:
+        case Function():
+            # Calls with other parameters share nothing, and one that raises must not be the other's error.
+            return (task.inputs is not None, json.dumps(task.params, sort_keys=True))
+        case Rank():
+            return (task.query, task.documents, task.max_tokens)
+    return ()
+
+
+def _order(task: Task, loaded: Manifest) -> First | Literal["chat", ""]:
     """Equal for tasks whose prompts may be written in one order; "auto": whatever is best for all of them."""
+    if loaded.answers != "text":
+        return ""
     if isinstance(task, Prompted):
         return task.first
     return "chat" if isinstance(task, Chat) else ""
@@ -213,7 +236,10 @@ def loaded_model(model: Manifest, trunks: Mapping[str, Manifest]) -> Manifest:
 
 
 def tokens_read(task: Task, model: Manifest, loaded: Manifest) -> int:
-    """Tokens read per row at most: the least of what task, model and trunk allow; 0 where tokens mean nothing."""
+    """Tokens read per row at most: the least of what task, model and trunk allow; 0 where tokens mean nothing, or where a
+    row is read in many pieces."""
+    if isinstance(task, Rank):
+        return 0
     asked = task.max_tokens if isinstance(task, Reading) else None
     return min((n for n in (asked, model.max_tokens, loaded.max_tokens) if n), default=0)
 
@@ -242,7 +268,9 @@ def reads_of(planned: PassPlan, tasks: Mapping[str, Task]) -> Reads:
 
 
 def _uses_beside_input(task: Task) -> list[str]:
-    named = [name for template in task.templates[1:] for name in uses(getattr(task, template))]
+    # Of one that is given values, all of them are its input.
+    beside = () if task.valued else task.templates[1:]
+    named = [name for template in beside for name in uses(getattr(task, template))]
     if isinstance(task, Choose) and isinstance(task.labels, str):
         # Each label is scored, and unless the task asks in its own words the question names them too.
         named += uses(task.labels) * (1 if task.question else 2)
@@ -366,7 +394,7 @@ def _unreadable(
             f"{meant.name} if a field of that name is meant",
         )
         for name, read_by in zip(names, needs, strict=True)
-        if not (isinstance(task := tasks[name], Function) and task.inputs)
+        if not (task := tasks[name]).valued
         for written in task.placeholders
         for meant in [resolved(written, {names[read] for read in read_by})]
         if not meant.steps and kinds.get(meant.name) in _NO_TEXT and meant.name != name

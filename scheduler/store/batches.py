@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import secrets
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from typing import Any
@@ -67,15 +67,23 @@ class StoredBatch:
     job_reason: str | None
     rows_ok: int | None
     rows_error: int | None
+    #: Its rows in all, and whether tasks are asked beside its lines: then more than one cell of a row may be answered.
+    rows: int | None
+    beside: bool
 
 
+# Tasks beside a line read no field of what is asked; those that answer lines do.
 _OVER = "('completed', 'failed', 'expired', 'cancelled')"
 _SHOWN = """
     SELECT b.id, b.tenant_id, b.endpoint, b.input_file, b.input_sha256, b."window", b.notes, b.priority,
            b.output_expires_s, b.state, b.job_id, b.models, b.lines, b.completed, b.failed, b.usage, b.errors,
            b.output_file, b.error_file, b.created, b.expires, b.in_progress, b.finalizing, b.cancelling, b.ended,
            b.tries, CAST(extract(epoch FROM b.expires - clock_timestamp()) AS double precision) AS left_s,
-           j.state AS job_state, j.reason AS job_reason, j.cells_ok AS rows_ok, j.cells_error AS rows_error
+           j.state AS job_state, j.reason AS job_reason, j.cells_ok AS rows_ok, j.cells_error AS rows_error,
+           j.n_rows AS rows, (
+               SELECT count(*) FROM task t WHERE t.job_id = j.id AND t.spec->>'messages' IS DISTINCT FROM '{asked}'
+                  AND t.spec->>'about' IS DISTINCT FROM '{asked}' AND t.spec->>'input' IS DISTINCT FROM '{asked}'
+                  AND t.spec->>'query' IS DISTINCT FROM '{asked}') > 0 AS beside
       FROM batch b LEFT JOIN job j ON j.id = b.job_id"""
 _FIND = text(f"{_SHOWN} WHERE b.id = :batch AND b.tenant_id = :tenant")
 _LIST = text(f"{_SHOWN} WHERE b.tenant_id = :tenant ORDER BY b.created DESC, b.id DESC LIMIT :limit")
@@ -298,15 +306,38 @@ _SHOWN_COLUMNS = text("""
      WHERE b.job_id = :job AND b.number = ANY(:numbers) ORDER BY b.number""")
 
 
+_DONE_BLOCKS = text("""
+    SELECT number, first_row FROM block WHERE job_id = :job AND passes_open = 0 AND NOT number = ANY(:known)
+     ORDER BY number LIMIT :n""")
+
+
+def done_blocks(
+    connection: Connection, job: UUID, known: Collection[int], n: int
+) -> list[tuple[int, int, bytes, dict[int, int]]]:
+    """(number, first row, payload, task number -> column id) of some blocks of which all is answered, without ``known``."""
+    at = {"job": job, "known": sorted(known), "n": n}
+    first_rows = {row.number: row.first_row for row in connection.execute(_DONE_BLOCKS, at)}
+    found = _shown_columns(connection, job, list(first_rows))
+    return [(number, first_rows[number], *found[number]) for number in sorted(found)]
+
+
 def answered_blocks(
     connection: Connection, job: UUID, first: int, n: int
 ) -> list[tuple[int, bytes, dict[int, int]]]:
     """(number, payload, task number -> column id) of the next blocks of a job from ``first`` on, whether all of their
     tasks are answered or not."""
     numbers = list(connection.execute(_BLOCKS, {"job": job, "first": first, "n": n}).scalars())
+    found = _shown_columns(connection, job, numbers)
+    return [(number, *found[number]) for number in sorted(found)]
+
+
+def _shown_columns(
+    connection: Connection, job: UUID, numbers: Sequence[int]
+) -> dict[int, tuple[bytes, dict[int, int]]]:
+    """Of these blocks the payload, and the column of each task that is answered there."""
     found: dict[int, tuple[bytes, dict[int, int]]] = {}
     for row in connection.execute(_SHOWN_COLUMNS, {"job": job, "numbers": numbers}):
         _, columns = found.setdefault(row.number, (bytes(row.payload), {}))
         if row.task_number is not None:
             columns[row.task_number] = row.column_id
-    return [(number, *found[number]) for number in sorted(found)]
+    return found

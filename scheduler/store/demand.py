@@ -6,14 +6,15 @@ from array import array
 from collections.abc import Collection, Iterator, Sequence
 from itertools import accumulate
 from math import inf
-from typing import Any
+from typing import Any, NamedTuple
 from uuid import UUID
 
 from cachetools import LRUCache
 from sqlalchemy import Connection, Row, text
 
 from motet.states import CARVED, State
-from scheduler.blocks import Reads, read_in_order
+from scheduler.blocks import Reads, read_in_order, row_order, uint32s
+from scheduler.policy.beginnings import bounds
 from scheduler.policy.carve import Frontier, OpenBlock, Piece, Range
 from scheduler.policy.functions import KEYWORD, artefacts_mb
 from scheduler.policy.placing.records import Demand
@@ -145,24 +146,33 @@ _OPEN_BLOCKS = text("""
        AND (p.cursor > 0 OR b.due IS NULL OR b.due > (SELECT clock_timestamp()))
      ORDER BY p.block_number LIMIT :limit""")
 _LENGTHS = text("""
-    SELECT b.number, coalesce(w.row_order, b.row_order) AS row_order, b.lengths, b.n_rows,
+    SELECT b.number, coalesce(w.row_order, b.row_order) AS row_order, b.lengths, b.n_rows, b.groups,
            p.reads, p.bytes_beside, p.max_tokens
       FROM block b JOIN pass p ON p.job_id = b.job_id AND p.number = :pass
       JOIN block_pass w ON w.job_id = b.job_id AND w.pass_number = p.number AND w.block_number = b.number
      WHERE b.job_id = :job AND b.number = ANY(:blocks)""")
 
 
+class RowsInOrder(NamedTuple):
+    """Of the rows of a block in the order in which a pass carves them: as ``OpenBlock`` has both."""
+
+    cumulative: array[int]
+    bounds: Sequence[int]
+
+
 class Lengths:
-    """Of blocks that are carved on: bytes of the first i rows in order, for every i. Of what may be carved they never change."""
+    """Of blocks that are carved on: what is known of their rows in order. Of what may be carved it never changes."""
 
     def __init__(self) -> None:
-        self._known: LRUCache[tuple[UUID, int, int], array[int]] = LRUCache(_LENGTHS_KEPT, len)
+        self._known: LRUCache[tuple[UUID, int, int], RowsInOrder] = LRUCache(
+            _LENGTHS_KEPT, lambda known: len(known.cumulative) + len(known.bounds)
+        )
 
     def of(
         self, connection: Connection, job: UUID, pass_number: int, blocks: Sequence[int]
-    ) -> dict[int, array[int]]:
-        """``OpenBlock.cumulative`` of these blocks, decoded once; without those of a job that is removed while we read."""
-        found: dict[int, array[int]] = {}
+    ) -> dict[int, RowsInOrder]:
+        """Of these blocks, decoded once; without those of a job that is removed while we read."""
+        found: dict[int, RowsInOrder] = {}
         missing: list[int] = []
         for block in blocks:
             known = self._known.get((job, pass_number, block))
@@ -174,8 +184,9 @@ class Lengths:
             for row in connection.execute(_LENGTHS, {"job": job, "pass": pass_number, "blocks": missing}):
                 reads = Reads(tuple(row.reads), row.bytes_beside, row.max_tokens)
                 sizes = read_in_order(row.row_order, row.lengths, row.n_rows, reads)
-                found[row.number] = self._known[job, pass_number, row.number] = array(
-                    "Q", accumulate(sizes, initial=0)
+                groups = () if row.groups is None else uint32s(row.groups)
+                found[row.number] = self._known[job, pass_number, row.number] = RowsInOrder(
+                    array("Q", accumulate(sizes, initial=0)), bounds(row_order(row.row_order), groups)
                 )
         return found
 
@@ -210,7 +221,9 @@ def frontier(
     return Frontier(
         pieces=pieces,
         blocks=[
-            OpenBlock(row.block_number, row.cursor, row.n, row.todo, known[row.block_number], alone=row.alone)
+            OpenBlock(
+                row.block_number, row.cursor, row.n, row.todo, *known[row.block_number], alone=row.alone
+            )
             for row in opened
             if row.block_number in known
         ],

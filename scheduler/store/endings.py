@@ -16,6 +16,7 @@ from motet.errors import NotFound
 from motet.protocol import traces
 from motet.states import LIVE, State
 from scheduler.store.database import EVENTS, JOB, notify
+from scheduler.store.media import release_media
 from scheduler.store.schema import spelt
 from scheduler.store.words import end, tell
 
@@ -138,11 +139,16 @@ def _must_be_mine(connection: Connection, tenant: UUID, job: UUID) -> None:
 
 #: Blocks deleted in one transaction: some tens of milliseconds of work.
 SLICE_BLOCKS = 128
+#: Media whose references go in one transaction, or one block's: each is some 16 pages of storage. More: the leader, who
+#: sweeps, does nothing else for seconds.
+SLICE_MEDIA = 2_048
 #: Closed sub-tasks deleted in one transaction.
 SLICE_SUBTASKS = 5_000
 _LAST_BLOCKS = text("""
-    SELECT min(number) AS first, count(*) AS n
-      FROM (SELECT number FROM block WHERE job_id = :job ORDER BY number DESC LIMIT :limit) k""")
+    SELECT min(number) FILTER (WHERE before < :media) AS first, count(*) FILTER (WHERE before < :media) AS n,
+           count(*) AS seen
+      FROM (SELECT number, sum(cardinality(media)) OVER (ORDER BY number DESC) - cardinality(media) AS before
+              FROM (SELECT number, media FROM block WHERE job_id = :job ORDER BY number DESC LIMIT :limit) b) k""")
 # In one order, since two jobs may show the same columns.
 _ITS_COLUMNS = text("""
     SELECT id FROM sealed_column
@@ -210,7 +216,7 @@ def _remove_from_sight(connection: Connection, job: UUID) -> None:
 
 
 def delete_slice(connection: Connection, job: UUID) -> bool:
-    """Delete up to SLICE_BLOCKS blocks of an ended job, from its end; True when nothing of it is left.
+    """Delete up to SLICE_BLOCKS blocks, and SLICE_MEDIA references to media, of an ended job, from its end; True when nothing of it is left.
 
     Each slice is whole: the columns of its blocks are released with them, so a crash between two slices leaves
     a smaller job and no column without an owner.
@@ -221,15 +227,17 @@ def delete_slice(connection: Connection, job: UUID) -> bool:
 
 
 def _delete_slice(connection: Connection, job: UUID) -> bool:
-    last = connection.execute(_LAST_BLOCKS, {"job": job, "limit": SLICE_BLOCKS}).one()
+    limits = {"limit": SLICE_BLOCKS, "media": SLICE_MEDIA}
+    last = connection.execute(_LAST_BLOCKS, {"job": job, **limits}).one()
     if last.n:
         at = {"job": job, "first": last.first}
         ids: Sequence[int] = [row.id for row in connection.execute(_ITS_COLUMNS, at)]
         connection.execute(_RELEASE, at)
+        release_media(connection, job, first=last.first)
         for statement in _DELETE_BLOCKS:
             connection.execute(statement, at)
         connection.execute(_DELETE_COLUMNS, {"ids": ids})
-        if last.n == SLICE_BLOCKS:
+        if last.n == SLICE_BLOCKS or last.n < last.seen:
             return False
     if connection.execute(_DELETE_SUBTASKS, {"job": job, "limit": SLICE_SUBTASKS}).rowcount == SLICE_SUBTASKS:
         return False

@@ -65,9 +65,9 @@ _KNOWN = text("""
 _PARTS = f"""
     WITH stored AS (
         INSERT INTO block (job_id, number, first_row, n_rows, n_work, bytes, row_order, lengths, payload, bad,
-                           bad_fields, keys, passes_open, done_number, done_at, say, due)
+                           bad_fields, keys, passes_open, done_number, media, done_at, say, due)
         VALUES (:job, :number, :first_row, :n_rows, :n_work, :text_bytes, :row_order, :lengths, :payload,
-                CAST(:bad AS jsonb), CAST(:bad_fields AS jsonb), :keys, :passes_open, :done_number,
+                CAST(:bad AS jsonb), CAST(:bad_fields AS jsonb), :keys, :passes_open, :done_number, CAST(:media AS bigint[]),
                 CASE WHEN :blocks_done > 0 THEN clock_timestamp() END, :say,
                 clock_timestamp() + make_interval(secs => CAST(:due_s AS double precision)))),
     passes AS (

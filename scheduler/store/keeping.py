@@ -13,6 +13,7 @@ from uuid import UUID
 from sqlalchemy import Connection, text
 
 from motet.states import State
+from scheduler.store.media import release_media
 
 #: Blocks deleted in one transaction. More: the leader does nothing else for longer; fewer: more transactions.
 FRONT_BLOCKS = 32
@@ -103,11 +104,13 @@ def forget_front(connection: Connection, job: UUID) -> Forgotten:
         front.append(block)
     if not front:
         return Forgotten(blocks=0, more=False)
-    gone = {"job": job, "numbers": [block.number for block in front]}
+    numbers = [int(block.number) for block in front]
+    gone = {"job": job, "numbers": numbers}
     counted = connection.execute(_COUNT, gone).one()
     columns = {"columns": counted.columns or []}
     connection.execute(_LOCK_COLUMNS, columns)
     connection.execute(_RELEASE, columns)
+    release_media(connection, job, numbers=numbers)
     for statement in _DELETE:
         connection.execute(statement, gone)
     connection.execute(_DELETE_COLUMNS, columns)

@@ -17,6 +17,7 @@ from sqlalchemy import Connection, Row, text
 
 from motet.errors import Conflict, InvalidJob, NotFound, Overloaded, Problem
 from motet.folds import Fold, asked_fields, stored_folds
+from motet.media.fields import media_fields
 from motet.protocol import traces
 from motet.protocol.columns import CellError, Kind
 from motet.protocol.manifest import Manifest, column_kind
@@ -35,6 +36,7 @@ from scheduler.blocks import (
     row_order,
     task_bits,
     uint32_bytes,
+    upload_digest,
 )
 from scheduler.merge import errors_column
 from scheduler.policy.needs import needs_of
@@ -42,6 +44,7 @@ from scheduler.store.database import JOB, notify, together
 from scheduler.store.endings import succeed
 from scheduler.store.events import tell_matches
 from scheduler.store.leases import more_waits
+from scheduler.store.media import refer_to_media
 from scheduler.store.opening import PRIORITIES
 from scheduler.store.registry import SECRET
 from scheduler.store.schema import spelt
@@ -68,6 +71,8 @@ class LoadingJob:
     folds: Mapping[str, Fold]
     #: Fields among them that hold dialogues.
     dialogues: frozenset[str]
+    #: Fields among them that hold media.
+    media: frozenset[str]
     bad_rows: Literal["refuse", "error"]
     interactive: bool
     reuse: bool
@@ -84,6 +89,8 @@ class LoadingJob:
     reads: tuple[Reads, ...]
     #: Some of its rows are events.
     notifies: bool
+    #: Keyed digest of its Idempotency-Key, under which its upload claims media; None: it has none.
+    upload: bytes | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -100,7 +107,8 @@ class Landed:
 
 
 _LOADING = text(
-    "SELECT id, tenant_id, fields, folds, bad_rows, priority, reuse, notify_when IS NOT NULL AS notifies FROM job"
+    "SELECT id, tenant_id, fields, folds, bad_rows, priority, reuse, notify_when IS NOT NULL AS notifies,"
+    " idempotency_key FROM job"
     " WHERE id = :job AND tenant_id = :tenant"
 )
 _READERS = text("""
@@ -124,13 +132,16 @@ def loading(connection: Connection, tenant: UUID, job: UUID) -> LoadingJob:
     (found,) = jobs
     tasks = {row.name: stored_task(row.spec) for row in rows}
     names, needs, folds = list(tasks), needs_of(tasks), stored_folds(found.folds)
+    secret, named = bytes(secret), found.idempotency_key
     readers: list[Reader] = []
     kinds: list[Kind] = []
     passes: dict[int, list[int]] = {}
     reads: dict[int, Reads] = {}
     conditional: set[int] = set()
+    models: dict[str, Manifest] = {}
     for row in rows:
         model, loaded = Manifest.from_json(row.manifest), Manifest.from_json(row.loaded)
+        models[row.name] = model
         # What is drawn is drawn anew for each job, and for each row of it.
         drawn = getattr(tasks[row.name], "temperature", 0.0) > 0
         readers.append(
@@ -150,11 +161,12 @@ def loading(connection: Connection, tenant: UUID, job: UUID) -> LoadingJob:
     return LoadingJob(
         id=found.id,
         tenant=found.tenant_id,
-        secret=bytes(secret),
+        secret=secret,
         fields=tuple(found.fields),
         asked=asked_fields(tasks, folds) if folds else tuple(found.fields),
         folds=folds,
         dialogues=dialogues_of(tasks),
+        media=media_fields(tasks, models),
         bad_rows=found.bad_rows,
         interactive=found.priority == PRIORITIES["interactive"],
         reuse=found.reuse,
@@ -165,6 +177,7 @@ def loading(connection: Connection, tenant: UUID, job: UUID) -> LoadingJob:
         conditional=frozenset(conditional),
         reads=tuple(reads[number] for number in sorted(passes)),
         notifies=found.notifies,
+        upload=None if named is None else upload_digest(secret, named),
     )
 
 
@@ -200,7 +213,7 @@ _GROW = text("""
 
 _COPY_BLOCK = (
     "COPY block (job_id, number, first_row, n_rows, n_work, bytes, row_order, lengths, payload, bad, bad_fields,"
-    " keys, passes_open, done_number) FROM STDIN (FORMAT BINARY)",
+    " keys, passes_open, done_number, media, groups) FROM STDIN (FORMAT BINARY)",
     (
         "uuid",
         "int4",
@@ -216,6 +229,8 @@ _COPY_BLOCK = (
         "bytea[]",
         "int2",
         "int4",
+        "int8[]",
+        "bytea",
     ),
 )
 _COPY_BLOCK_PASS = (
@@ -380,11 +395,12 @@ class Arranged:
         (block,) = self.blocks
         names = (
             "job number first_row n_rows n_work text_bytes row_order lengths payload bad bad_fields keys passes_open"
-            " done_number"
+            " done_number media"
         )
         passes = zip(*(row[1:2] + row[3:] for row in self.block_passes), strict=True)
         return {
-            **dict(zip(names.split(), block, strict=True)),
+            # Without its groups: what callers bring at one moment is in no order.
+            **dict(zip(names.split(), block[:-1], strict=True)),
             **dict(
                 zip(
                     ["pass_numbers", "states", "todos", "ns", "cursors", "dones", "sizes", "orders"],
@@ -408,6 +424,7 @@ def arrange(
     landing = Arranged([], [], [], Counter(), Counter(), Counter(), [])
     shared: Counter[int] = Counter()
     first_row = held.n_rows
+    media = refer_to_media(connection, job.tenant, [block.media for block in blocks], job.upload)
     for number, block in enumerate(blocks, held.n_blocks):
         todo: dict[int, dict[int, tuple[str, str]]] = {}
         shown = len(landing.block_columns)
@@ -444,6 +461,8 @@ def arrange(
                 list(block.keys) if job.reuse else [],
                 open_passes,
                 None if open_passes else held.blocks_done + landing.blocks_done,
+                media[number - held.n_blocks],
+                block.groups,
             )
         )
         first_row += block.n_rows

@@ -12,6 +12,7 @@ from sqlalchemy import Connection, text
 from motet.states import CARVED, LIVE
 from scheduler.store.rates import speeds
 from scheduler.store.schema import spelt
+from scheduler.store.webhooks import PendingEvents, pending_events
 
 #: A job is looked for among the ended ones for so long after its end: longer than any transaction that ends one.
 MARGIN = timedelta(seconds=60)
@@ -57,6 +58,7 @@ class StoreFigures:
     database_bytes: int
     #: Device name -> tokens per second, as learned of the model that it runs fastest.
     speeds: Mapping[str, float]
+    pending: PendingEvents
 
 
 _NOW = text(f"""
@@ -100,4 +102,5 @@ def figures(connection: Connection, since: datetime | None) -> StoreFigures:
         leader_left_s=float(row.left_s),
         database_bytes=row.database_bytes,
         speeds=speeds(connection),
+        pending=pending_events(connection),
     )

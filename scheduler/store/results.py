@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 from uuid import UUID
 
-from sqlalchemy import Connection, Row, text
+from sqlalchemy import Connection, Row, TextClause, text
 
 from motet.errors import NotFound
 from motet.protocol.columns import LAYOUT, CellError, Column
@@ -81,7 +81,8 @@ _JOB = text(
 )
 #: What the vectors of a task t of a model m are.
 VECTORS = """
-    coalesce(CAST(m.manifest->>'dim' AS int), 0) AS dim, coalesce(t.spec->>'dtype', 'fp32') AS dtype"""
+    coalesce(CAST(m.manifest->>CASE t.spec->>'features' WHEN 'stages' THEN 'stage_dim' ELSE 'dim' END AS int), 0) AS dim,
+    coalesce(t.spec->>'dtype', 'fp32') AS dtype"""
 _TASKS = text(f"""
     SELECT t.number, t.name, t.labels, {VECTORS}
       FROM task t JOIN model m ON m.id = t.model_id WHERE t.job_id = :job ORDER BY t.number""")
@@ -100,6 +101,9 @@ _NEXT_ROWS = text(
 )
 #: An ended job has gaps where blocks were never finished: these are passed over.
 _ALL_ROWS = text(f"{_READY} b.number >= CAST(:after AS bigint) ORDER BY b.number LIMIT :limit")
+#: Blocks that are looked through for the newest rows: more make the page of a job of millions of rows slow.
+_NEWEST_OF = 2000
+_NEWEST = text(f"{_READY} b.number >= CAST(:after AS bigint) ORDER BY b.number DESC LIMIT :limit")
 _NEXT_DONE = text(f"{_READY} b.done_number > CAST(:after AS bigint) ORDER BY b.done_number LIMIT :limit")
 
 
@@ -136,6 +140,25 @@ def ready_blocks(
     By row: from block ``after`` on, without a gap while the job runs. By done: those finished after ``after``.
     """
     after = max(after, job.front(order))
+    query = _NEXT_DONE if order == "done" else _ALL_ROWS if job.ended else _NEXT_ROWS
+    found = _ready(connection, query, job, after, limit)
+    if order == "done" or job.ended:
+        return found
+    return [block for i, block in enumerate(found) if block.number == after + i]
+
+
+def newest_blocks(connection: Connection, job: Shown, rows: int) -> list[ReadyBlock]:
+    """The newest blocks in which all asked tasks are sealed, as many as hold ``rows`` rows, the newest first."""
+    found: list[ReadyBlock] = []
+    after = max(job.front("row"), job.n_blocks - _NEWEST_OF)
+    for block in _ready(connection, _NEWEST, job, after, rows) if job.tasks else ():
+        if sum(one.n_rows for one in found) >= rows:
+            break
+        found.append(block)
+    return found
+
+
+def _ready(connection: Connection, query: TextClause, job: Shown, after: int, limit: int) -> list[ReadyBlock]:
     at = {
         "job": job.id,
         "tasks": [t.number for t in job.tasks],
@@ -143,8 +166,7 @@ def ready_blocks(
         "after": after,
         "limit": limit,
     }
-    query = _NEXT_DONE if order == "done" else _ALL_ROWS if job.ended else _NEXT_ROWS
-    found = [
+    return [
         ReadyBlock(
             number=row.number,
             first_row=row.first_row,
@@ -155,9 +177,6 @@ def ready_blocks(
         )
         for row in together(connection, (query, at))[0]
     ]
-    if order == "done" or job.ended:
-        return found
-    return [block for i, block in enumerate(found) if block.number == after + i]
 
 
 #: What `column_of` reads of a row ``s`` of sealed_column. array_send gives a typed array's bytes, so that no cell becomes

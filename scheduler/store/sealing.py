@@ -71,7 +71,7 @@ def task_shapes(connection: Connection, job: UUID, pass_number: int) -> list[Tas
                 asked_fields(row.name, stored_task(row.spec), row.names),
                 column_kind(row.spec, manifest.answers),
                 row.n_labels,
-                manifest.dim,
+                manifest.vector_dim(row.spec),
                 row.spec.get("dtype", "fp32"),
                 manifest.deterministic and row.steady,
             )

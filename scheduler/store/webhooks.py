@@ -156,6 +156,70 @@ def replay(
     return int(again)
 
 
+# -- how it stands with all of them
+
+#: Seconds for which an event may wait for a webhook that takes others. Longer: nobody delivers, or not fast enough.
+BEHIND_S = 60.0
+#: Seconds for which a webhook may fail before somebody should look.
+FAILING_S = 3600.0
+# What was not handed over yet waits only where there is anybody to hear of it.
+_PENDING = text("""
+    SELECT count(*) AS events,
+           CAST(coalesce(extract(epoch FROM clock_timestamp() - min(since)), 0) AS double precision) AS oldest_s,
+           (SELECT count(*) FROM webhook WHERE failures > 0) AS failing
+      FROM (SELECT happened AS since FROM delivery WHERE state = 'waiting' UNION ALL
+            SELECT created FROM outbox WHERE handed IS NULL AND EXISTS (SELECT 1 FROM webhook)) waiting""")
+_FAILING = text("""
+    SELECT w.id, CAST(extract(epoch FROM clock_timestamp() - min(d.happened)) AS double precision) AS for_s
+      FROM webhook w JOIN delivery d ON d.webhook_id = w.id AND d.state = 'waiting'
+     WHERE w.failures > 0 GROUP BY w.id
+    HAVING min(d.happened) < clock_timestamp() - make_interval(secs => :failing_s) ORDER BY for_s DESC, w.id""")
+_BEHIND = text("""
+    SELECT count(*) AS events,
+           CAST(coalesce(extract(epoch FROM clock_timestamp() - min(since)), 0) AS double precision) AS oldest_s
+      FROM (SELECT d.next_at AS since FROM delivery d JOIN webhook w ON w.id = d.webhook_id
+             WHERE d.state = 'waiting' AND w.failures = 0 UNION ALL
+            SELECT created FROM outbox WHERE handed IS NULL AND EXISTS (SELECT 1 FROM webhook)) waiting
+     WHERE since < clock_timestamp() - make_interval(secs => :behind_s)""")
+_ANY = text("SELECT count(*) FROM webhook")
+
+
+@dataclass(frozen=True, slots=True)
+class PendingEvents:
+    """Events that wait to be delivered."""
+
+    events: int
+    #: Seconds since the oldest of them was written; 0: there is none.
+    oldest_s: float
+    #: Webhooks whose last try failed.
+    failing: int
+
+
+@dataclass(frozen=True, slots=True)
+class WebhooksSeen:
+    """What the doctor looks at."""
+
+    webhooks: int
+    #: Those that fail for FAILING_S or longer, the longest first -> seconds since the oldest event that they did not take.
+    failing: Mapping[str, float]
+    #: Events that are due for BEHIND_S or longer though their webhooks take others, and seconds of the oldest.
+    behind: int
+    behind_s: float
+
+
+def pending_events(connection: Connection) -> PendingEvents:
+    """Of all tenants."""
+    return PendingEvents(*connection.execute(_PENDING).one())
+
+
+def webhooks_seen(connection: Connection) -> WebhooksSeen:
+    """Of all tenants."""
+    failing = {row.id: row.for_s for row in connection.execute(_FAILING, {"failing_s": FAILING_S})}
+    behind = connection.execute(_BEHIND, {"behind_s": BEHIND_S}).one()
+    count = connection.execute(_ANY).scalar_one()
+    return WebhooksSeen(int(count), failing, int(behind.events), float(behind.oldest_s))
+
+
 # -- delivering
 
 _TAKE = text("""
@@ -196,7 +260,7 @@ _FAILED = text("""
            next_at = clock_timestamp() + make_interval(secs => :again_s),
            state = CASE WHEN until <= clock_timestamp() + make_interval(secs => :again_s) THEN 'given_up' ELSE state END,
            ended = CASE WHEN until <= clock_timestamp() + make_interval(secs => :again_s) THEN clock_timestamp() END
-     WHERE webhook_id = :webhook AND event_id = :event AND state = 'waiting'""")
+     WHERE webhook_id = :webhook AND event_id = :event AND state = 'waiting' RETURNING state""")
 _RESTS = text("""
     UPDATE webhook SET failures = failures + 1, rest_until = clock_timestamp() + make_interval(secs => :rest_s)
      WHERE id = :webhook""")
@@ -241,11 +305,12 @@ def delivered(connection: Connection, webhook: str, event: int) -> None:
 
 def not_delivered(
     connection: Connection, webhook: str, event: int, said: str, *, again_s: float, rest_s: float
-) -> None:
-    """It did not: it is tried again, or given up where that would be too late; its webhook rests meanwhile."""
+) -> bool:
+    """It did not: it is tried again, or given up (True) where that would be too late; its webhook rests meanwhile."""
     at = {"webhook": webhook, "event": event, "said": said[:300], "again_s": again_s}
-    connection.execute(_FAILED, at)
+    state = connection.execute(_FAILED, at).scalar()
     connection.execute(_RESTS, {"webhook": webhook, "rest_s": rest_s})
+    return bool(state == "given_up")
 
 
 def give_up(connection: Connection) -> int:

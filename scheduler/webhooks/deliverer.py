@@ -12,7 +12,7 @@ import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
-from typing import TypeVar
+from typing import Literal, TypeVar
 
 import psycopg
 
@@ -28,6 +28,8 @@ from scheduler.webhooks.telling import message, message_id, signed_headers
 log = logging.getLogger(__name__)
 
 T = TypeVar("T")
+#: How a try may end, and what becomes of an event that was tried for too long.
+Tried = Literal["delivered", "failed", "given_up"]
 
 #: Messages under way to one webhook. More: a busy receiver is told sooner of many events. Fewer: it is spared.
 PER_WEBHOOK = 4
@@ -71,10 +73,12 @@ class Deliverer:
         *,
         me: str = "",
         dice: Callable[[], float] = random.random,
+        heard: Callable[[Tried, int], None] = lambda result, count: None,
     ) -> None:
+        """``heard``: told how tries end here, and of how many. From any thread."""
         self._database, self._ca = database, settings.webhook_ca
         self._allowed = allowed_hosts(settings)
-        self._me, self._dice = me or own_name(), dice
+        self._me, self._dice, self._heard = me or own_name(), dice, heard
         self._threads = ThreadPoolExecutor(2, "webhooks")
         self._under_way: dict[tuple[str, int], asyncio.Task[None]] = {}
         self._rung = asyncio.Event()
@@ -127,7 +131,8 @@ class Deliverer:
                 return False, []
             if now >= self._give_up_at:
                 self._give_up_at = now + _GIVE_UP_EVERY_S
-                store.give_up(connection)
+                given_up = store.give_up(connection)
+                self._heard("given_up", given_up)
             more = store.hand_events(connection)
             return more, store.due_deliveries(connection, PER_WEBHOOK)
 
@@ -169,10 +174,15 @@ class Deliverer:
         with self._database.transaction() as connection:
             if not said:
                 store.delivered(connection, due.webhook, due.event)
-                return
-            again_s = again_after_s(due.attempts + 1, self._dice())
-            rest_s = rest_after_s(due.failures + 1)
-            store.not_delivered(connection, due.webhook, due.event, said, again_s=again_s, rest_s=rest_s)
+                given_up = False
+            else:
+                again_s = again_after_s(due.attempts + 1, self._dice())
+                rest_s = rest_after_s(due.failures + 1)
+                given_up = store.not_delivered(
+                    connection, due.webhook, due.event, said, again_s=again_s, rest_s=rest_s
+                )
+        self._heard("failed" if said else "delivered", 1)
+        self._heard("given_up", int(given_up))
 
     async def _listen(self) -> None:
         while True:

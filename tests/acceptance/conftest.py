@@ -11,16 +11,18 @@ import pytest
 
 from motet import Client
 from motet.local.cluster import Cluster
+from tests.conftest import copy_of
 
 
 @pytest.fixture(scope="session")
-def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
-    data: Path = tmp_path_factory.mktemp("cluster")
+def cluster(with_models: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
+    data = copy_of(with_models, tmp_path_factory.mktemp("cluster"))
     modules = with_functions(tmp_path_factory.mktemp("modules"))
     with pytest.MonkeyPatch.context() as patch:
         patch.syspath_prepend(modules)
         patch.setenv("PYTHONPATH", os.pathsep.join(filter(None, (modules, os.environ.get("PYTHONPATH")))))
-        with Cluster(data, cpus=2, port=0) as running:
+        # An application's webhook is received on this machine.
+        with Cluster(data, cpus=2, port=0, settings={"MOTET_WEBHOOK_HOSTS": "127.0.0.1"}) as running:
             yield running
 
 
@@ -33,6 +35,7 @@ def with_functions(folder: Path) -> str:
     (package / "METADATA").write_text("Metadata-Version: 2.1\nName: acceptance-functions\nVersion: 1.0\n")
     (package / "entry_points.txt").write_text(
         "[motet.engines]\ntold = acceptance_functions:told\nrecommend = recommend:recommend\nnames = acceptance_functions:Names\n"
+        "capitals = acceptance_functions:capitals\n"
     )
     return str(folder)
 

@@ -26,6 +26,10 @@ def told(rows: list[dict[str, Any]], *, k: int, note: str = "none", artefact: An
     ]
 
 
+def capitals(texts: list[str]) -> list[str]:
+    return [text.upper() for text in texts]
+
+
 class Names:
     """Spans: each word in capitals."""
 

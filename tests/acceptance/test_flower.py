@@ -18,6 +18,7 @@ import redis
 from motet import Classify, Client, Embed
 from motet.local.cluster import Cluster
 from motet.local.valkey import ValkeyUrls
+from tests.conftest import copy_of
 from tests.integration.stand_in import StandIn
 
 pytest.importorskip("flower")
@@ -57,8 +58,9 @@ class Browser:
 
 
 @pytest.fixture(scope="module")
-def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
-    with Cluster(tmp_path_factory.mktemp("flower"), cpus=2, port=0, flower_port=0) as running:
+def cluster(with_models: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
+    data = copy_of(with_models, tmp_path_factory.mktemp("flower"))
+    with Cluster(data, cpus=2, port=0, flower_port=0) as running:
         yield running
 
 
@@ -118,11 +120,20 @@ def test_every_device_is_there_with_its_queue(cluster: Cluster, browser: Browser
 
 
 def test_a_workers_page_says_what_its_device_is(cluster: Cluster, browser: Browser) -> None:
+    def told() -> dict[str, Any]:
+        return dict(browser.json("/api/workers"))
+
+    # One that has just started beats before it knows its device; Flower looks every other second.
+    until(
+        lambda: (
+            {name: one["stats"]["pool"]["device"] for name, one in told().items()}
+            == {f"motet@{worker.worker}": [worker.device_name] for worker in workers(cluster)}
+        ),
+        "every device",
+    )
     for worker in workers(cluster):
-        until(lambda: browser.json("/api/workers"), "heartbeats read")
-        told = browser.json("/api/workers")[f"motet@{worker.worker}"]
-        assert told["stats"]["pool"]["device"] == [worker.device_name]
-        assert [q["name"] for q in told["active_queues"]] == [f"motet.gpu.{worker.worker}"]
+        queues = told()[f"motet@{worker.worker}"]["active_queues"]
+        assert [q["name"] for q in queues] == [f"motet.gpu.{worker.worker}"]
         page = browser.page(f"/worker/motet@{worker.worker}")
         assert worker.device_name in page
         assert "Utilisation" in page

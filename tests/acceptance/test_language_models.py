@@ -23,6 +23,7 @@ from motet import Choose, Client, Function, Generate, Row, Task, TextDelta
 from motet.local.cluster import Cluster
 from motet.protocol.wire import TaskOrder
 from tests.acceptance.test_a_real_job import rows, until, workers_of
+from tests.registering import register
 from tests.tiny_language import a_llama
 from workers.engine import Pass, Prepared
 from workers.engines.causal.causal import CausalEngine
@@ -50,13 +51,8 @@ def with_reply(most: int = 12) -> dict[str, Task]:
 def folder(tmp_path_factory: pytest.TempPathFactory, cluster: Cluster) -> Path:
     """The model, registered with the cluster."""
     made = a_llama(tmp_path_factory.mktemp("tiny-language"))
-    subprocess.run(
-        [sys.executable, "-m", "workers", "register", str(made), "--name", NAME],
-        check=True,
-        capture_output=True,
-        timeout=120,
-        env={**os.environ, "MOTET_URL": cluster.url, "MOTET_TOKEN": cluster.tokens["admin"]},
-    )
+    done = register(cluster.url, cluster.tokens["admin"], str(made), "--name", NAME)
+    assert done.returncode == 0, done.stderr
     return made
 
 

@@ -7,7 +7,7 @@ registration (tests/processes/test_worker_register.py).
 from __future__ import annotations
 
 import shutil
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -92,15 +92,6 @@ TEXTS = (
     "a film that nobody will remember",
     "prices rose by five percent in March, said the bank, and will rise again in the summer. " * 2,
 )
-
-
-@pytest.fixture(autouse=True, scope="module")
-def one_thread() -> Iterator[None]:
-    """Products of such small matrices take longer on two threads."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 @dataclass

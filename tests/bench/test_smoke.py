@@ -16,6 +16,8 @@ from typing import NamedTuple, NoReturn
 
 import pytest
 
+from tests.conftest import copy_of
+
 ROOT = Path(__file__).parents[2]
 BENCH = ROOT / "bench"
 #: Files that commands import or start. Every other file is a command: a new one is run here.
@@ -54,9 +56,9 @@ class Ran(NamedTuple):
 
 
 @pytest.fixture(scope="module")
-def prepared(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def prepared(with_models: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A stopped cluster that has the models of all benchmarks: each command starts from a copy of it."""
-    folder = tmp_path_factory.mktemp("prepared") / "cluster"
+    folder = copy_of(with_models, tmp_path_factory.mktemp("prepared"))
     code = "import sys; from pathlib import Path; from paced import Paced\nwith Paced(Path(sys.argv[1]), cpus=0) as running: running.register_second()"
     paths = os.pathsep.join((str(BENCH), str(ROOT), os.environ.get("PYTHONPATH", "")))
     subprocess.run(

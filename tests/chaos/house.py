@@ -28,6 +28,7 @@ from motet.protocol.redis_url import redis_py_url
 from motet.protocol.transport import WORKERS, RedisTransport
 from motet.protocol.wire import Beat
 from tests.chaos.oracle import TASKS
+from tests.torchless import hide_torch
 
 #: Runs twice here: any number may.
 TWINS = ("dispatch", "aggregate")
@@ -36,6 +37,9 @@ ROLE = "chaos"
 
 class House(Cluster):
     """A cluster whose workers know the functions of ``engines.py``."""
+
+    #: Python that each of its processes runs first.
+    first = ""
 
     def __init__(self, data: Path, *, workers: int = 2, settings: Mapping[str, str] | None = None) -> None:
         super().__init__(data, cpus=workers, port=0)
@@ -49,7 +53,7 @@ class House(Cluster):
     # -- what is in it
 
     def start(self) -> None:
-        _write_engines(self._engines)
+        _write_engines(self._engines, self.first)
         # The built-in model is not needed, and costs half a minute.
         registered(self.data).touch()
         RIGHTS[ROLE] = "~* &* +@all"
@@ -185,12 +189,11 @@ def marked_or_servers(house: House) -> set[int]:
     return marked(str(house.data)) | set(house.pids.values())
 
 
-def _write_engines(folder: Path) -> None:
+def _write_engines(folder: Path, first: str) -> None:
     package = folder / "chaos_engines-1.0.dist-info"
     package.mkdir(parents=True, exist_ok=True)
     shutil.copyfile(Path(__file__).with_name("engines.py"), folder / "chaos_engines.py")
     (package / "METADATA").write_text("Metadata-Version: 2.1\nName: chaos-engines\nVersion: 1.0\n")
     lines = "".join(f"{task} = chaos_engines:{task}\n" for task in TASKS)
     (package / "entry_points.txt").write_text(f"[motet.engines]\n{lines}")
-    # Nothing here needs the real one, whose import costs each worker seconds.
-    (folder / "transformers.py").write_text("raise ImportError('not in the chaos house')\n")
+    hide_torch(folder, then=first)

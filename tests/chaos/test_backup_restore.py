@@ -21,6 +21,7 @@ from motet.local.cluster import Cluster
 from motet.local.postgres import Postgres, _installations, _release
 from motet.protocol.transport import RedisWorkerTransport
 from motet.protocol.wire import Outcome
+from tests.conftest import copy_of
 
 TASKS = {
     "topic": Classify("news-topics"),
@@ -67,11 +68,14 @@ def run(*command: object) -> None:
 
 
 @pytest.fixture
-def two_folders() -> Iterator[tuple[Path, Path]]:
-    """Not below pytest's folder, which is closed to the user that Postgres runs as."""
+def two_folders(with_models: Path) -> Iterator[tuple[Path, Path]]:
+    """The first is a cluster's that knows the shipped models, the second is not there yet.
+
+    Not below pytest's folder, which is closed to the user that Postgres runs as.
+    """
     root = Path("/tmp") / f"motet-backup-{secrets.token_hex(4)}"
     root.mkdir()
-    yield root / "first", root / "second"
+    yield copy_of(with_models, root / "first"), root / "second"
     shutil.rmtree(root)
 
 

@@ -7,13 +7,14 @@ from __future__ import annotations
 
 import os
 import subprocess
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 from motet.local.cluster import Cluster
+from tests.conftest import copy_of
+from tests.registering import register
 from tests.tiny_language import a_llama
 
 PYTHON = os.environ.get("MOTET_CLIENTS", "")
@@ -32,16 +33,13 @@ pytestmark = pytest.mark.skipif(not PYTHON, reason="MOTET_CLIENTS is not set; ma
 
 
 @pytest.fixture(scope="module")
-def surroundings(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, str]]:
+def surroundings(with_models: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, str]]:
     """A running cluster with the model, as variables of a scenario."""
-    with Cluster(tmp_path_factory.mktemp("cluster"), cpus=1, port=0) as cluster:
+    data = copy_of(with_models, tmp_path_factory.mktemp("cluster"))
+    with Cluster(data, cpus=1, port=0) as cluster:
         made = a_llama(tmp_path_factory.mktemp(NAME))
-        subprocess.run(
-            [sys.executable, "-m", "workers", "register", str(made), "--name", NAME],
-            check=True,
-            timeout=120,
-            env={**os.environ, "MOTET_URL": cluster.url, "MOTET_TOKEN": cluster.tokens["admin"]},
-        )
+        done = register(cluster.url, cluster.tokens["admin"], str(made), "--name", NAME)
+        assert done.returncode == 0, done.stderr
         yield {
             **{name: value for name, value in os.environ.items() if name != "PYTHONPATH"},
             "OPENAI_BASE_URL": f"{cluster.url}/openai/v1",

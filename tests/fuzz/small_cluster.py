@@ -15,6 +15,7 @@ import redis
 from motet.local.cluster import Cluster, registered
 from motet.protocol.manifest import Manifest
 from motet.protocol.redis_url import redis_py_url
+from tests.torchless import hide_torch
 
 Found = TypeVar("Found")
 
@@ -39,8 +40,7 @@ def small_cluster(
     (package / "METADATA").write_text("Metadata-Version: 2.1\nName: plain-functions\nVersion: 1.0\n")
     points = "".join(f"{name} = plain_functions:{name}\n" for name in functions)
     (package / "entry_points.txt").write_text(f"[motet.engines]\n{points}")
-    # Importing the real one costs a worker seconds, and no model needs it here.
-    (modules / "transformers.py").write_text("raise ImportError('not in this test')")
+    hide_torch(modules)
     data = folder / "data"
     data.mkdir()
     # No model of ours is needed.

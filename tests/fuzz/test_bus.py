@@ -1,4 +1,4 @@
-"""Ten thousand garbage entries on every key of Redis while a real job runs: no wrong cell, and work goes on.
+"""Thousands of garbage entries on every key of Redis while a real job runs: no wrong cell, and work goes on.
 
 Real processes throughout. What is thrown is drawn from a seed: FUZZ_SEED repeats a run, FUZZ_ENTRIES sizes it.
 """
@@ -43,7 +43,7 @@ from motet.protocol.transport import (
 from motet.protocol.wire import PROTOCOL, Assignment, Beat, Control, Running
 from tests.fuzz.small_cluster import eventually, redis_of, small_cluster
 
-ENTRIES = int(os.environ.get("FUZZ_ENTRIES", "10000"))
+ENTRIES = int(os.environ.get("FUZZ_ENTRIES", "5000"))
 pytestmark = pytest.mark.timeout(max(900, ENTRIES // 10))
 SEED = int(os.environ.get("FUZZ_SEED", "5"))
 #: Work goes on within so long after the last garbage; three times the promise, for CI is a slow machine.

@@ -31,7 +31,7 @@ from tests.integration.test_protocol import (
 __all__ = ["house"]
 
 #: Twisted outcomes; a tenth of what the bus is given, since each gets an attempt of its own.
-TWISTED = max(1000, int(os.environ.get("FUZZ_ENTRIES", "10000")) // 10)
+TWISTED = max(1000, int(os.environ.get("FUZZ_ENTRIES", "5000")) // 10)
 SEED = int(os.environ.get("FUZZ_SEED", "5"))
 ROWS = 40
 

@@ -17,6 +17,7 @@ from motet.protocol.manifest import Manifest
 from motet.protocol.wire import TaskOrder
 from motet.tasks import Choose, Embed, Extract, Generate, Task
 from tests.tiny_language import a_llama
+from tests.tiny_pictures import a_lite
 from tests.unit import test_trainer as training
 from tests.unit import test_worker_executor as executing
 from tests.unit.test_causal_engine import TEXTS, files_of, told
@@ -27,6 +28,8 @@ from workers.engines.causal.causal import CausalEngine
 from workers.engines.causal.runs import flash
 from workers.engines.encoder.classifier import ClassifierEngine
 from workers.engines.encoder.encoder import EncoderEngine
+from workers.engines.image.image import ImageEngine
+from workers.engines.image.pictures import trial_pictures
 from workers.engines.packed import pack
 from workers.engines.proved import within
 from workers.registrar.accuracy import SENTENCES
@@ -277,3 +280,18 @@ def test_a_language_model_has_what_others_leave_and_gives_it_back(tmp_path: Path
     house.run("m", Embed("m"), *TEXTS)
     assert 16_384 < loaded.stream.handle.room < alone
     assert house.run("lm", task, *TEXTS) == expected
+
+
+def test_pictures_look_on_a_gpu_as_they_do_on_a_cpu(tmp_path: Path) -> None:
+    lite = describe_folder(a_lite(tmp_path), name="tiny", version="1", licence="", source={})
+    engine, pictures = ImageEngine(), trial_pictures(12)
+    task = Embed("tiny", input="{photo}", features="stages")
+    order = TaskOrder(name="look", spec=task.to_json(), manifest=lite.manifest)
+    found = {}
+    for device in ("cpu", GPU):
+        handle = engine.load(lite.manifest, lite.files, device=device, in_format="fp32")
+        pass_ = Pass(handle, (order,), 0, values=pictures)
+        rows = [row for row in engine.prepare(pass_, [""] * len(pictures)) if isinstance(row, Prepared)]
+        found[device] = np.array(list(values(engine.run(pass_, rows)["look"])))
+        engine.unload(handle)
+    np.testing.assert_allclose(found[GPU], found["cpu"], atol=1e-3)

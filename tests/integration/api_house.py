@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import asyncio
 import json
 import struct
-import threading
-import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
@@ -31,6 +28,7 @@ from scheduler.merge import errors_column
 from scheduler.store import endings, registry, sealing
 from scheduler.store.database import JOB, Database, notify
 from scheduler.store.dependence import absents
+from tests.serving import in_a_thread
 
 TRUNK = "a" * 64
 TINY = Manifest(
@@ -78,6 +76,8 @@ MODELS = (TINY, TOPICS, TONES, DICE)
 #: A head for a number and one for spans; whoever asks them registers them.
 STARS = replace(TOPICS, name="stars", answers="number", labels=())
 NAMES = replace(TOPICS, name="names", answers="spans", labels=("PER", "ORG"))
+#: A cross-encoder; whoever asks it registers it.
+RANKER = replace(TINY, name="ranker", engine="classifier", answers="ranking", trunk="", dim=0, pooling="")
 #: A language model; whoever asks it registers it.
 SPEAKER = Manifest(
     name="speaker",
@@ -279,7 +279,9 @@ def _laid(
     return struct.pack(f"<{n + 1}i", *ends), [x for one in laid for x in one]
 
 
-def _value(spec: Mapping[str, Any], row: int) -> dict[str, Any]:
+def _value(spec: Mapping[str, Any], row: int) -> Any:
+    if spec.get("kind") == "rank":
+        return [{"index": 1, "score": 0.75}, {"index": 0, "score": 0.25}]
     # Rows with options of their own count what they consumed.
     counted = {"usage": [7, 2, 3]} if spec.get("options") else {}
     return {"text": f"row {row}", "finish": "stop", **counted} if writes_text(spec) else {"row": row}
@@ -290,23 +292,11 @@ def running(settings: Settings) -> Iterator[str]:
     """A real uvicorn with this API in a thread; its URL."""
     server = api_server(settings)
 
-    async def looks_often() -> None:
-        # uvicorn itself looks ten times a second whether to stop; hundreds of tests would wait for that.
-        while not await server.on_tick(0):
-            await asyncio.sleep(0.01)
-
-    server.main_loop = looks_often  # type: ignore[method-assign]
-    thread = threading.Thread(target=server.run, daemon=True)
-    thread.start()
-    try:
-        while not server.started:
-            assert thread.is_alive(), "the server did not start"
-            time.sleep(0.005)
-        yield f"http://127.0.0.1:{server.servers[0].sockets[0].getsockname()[1]}"
-    finally:
+    def send_home() -> None:
         server.use.bell.stopping = True
-        server.should_exit = True
-        thread.join(20)
+
+    with in_a_thread(server, send_home) as url:
+        yield url
 
 
 @contextmanager

@@ -12,7 +12,6 @@ from typing import Any
 
 import pytest
 
-import motet.client
 import motet.upload
 from motet import Classify, Client, Embed
 from motet.errors import Conflict, InvalidJob, JobFailed, NotFound, Overloaded, Unauthorized
@@ -150,7 +149,7 @@ def test_rows_can_be_read_while_others_of_the_job_are_still_read_and_sent(
 def test_the_first_rows_of_a_slow_source_are_sent_before_its_second_part_is_read(
     house: House, client: Client, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(motet.client, "_SLOW_S", -1.0)
+    monkeypatch.setattr(motet.upload, "_SLOW_S", -1.0)
     opened: list[Job] = []
     seen: list[int] = []
 

@@ -284,7 +284,13 @@ def test_the_client_has_it_too(works: Works, monkeypatch: pytest.MonkeyPatch) ->
 
 def test_another_tenant_sees_nothing(works: Works) -> None:
     job = works.land()
-    for path in (f"/v1/jobs/{job}/activity", f"/jobs/{job}", "/v1/jobs/none/activity", "/jobs/none"):
+    for path in (
+        f"/v1/jobs/{job}/activity",
+        f"/jobs/{job}",
+        f"/jobs/{job}/queue",
+        "/v1/jobs/none/activity",
+        "/jobs/none",
+    ):
         assert works.api.call("GET", path, token="stranger").status_code == 404
     assert str(job) not in works.api.call("GET", "/jobs", token="stranger").text
 
@@ -299,7 +305,7 @@ def basic(token: str) -> httpx.BasicAuth:
 
 def test_a_browser_signs_in_with_the_two_halves_of_a_token(house: House) -> None:
     job = house.submit(["a"])["id"]
-    for path in ("/jobs", f"/jobs/{job}"):
+    for path in ("/jobs", f"/jobs/{job}", f"/jobs/{job}/queue"):
         asked = house.call("GET", path, token=None)
         assert asked.status_code == 401
         assert asked.headers["WWW-Authenticate"].startswith('Basic realm="motet"')
@@ -322,7 +328,11 @@ def test_every_answer_of_a_page_forbids_what_a_page_has_no_use_for(house: House)
     for path, status in (
         ("/jobs", 200),
         (f"/jobs/{job}", 200),
+        (f"/jobs/{job}/queue", 200),
+        (f"/jobs/{job}/queue?by=none", 422),
+        (f"/jobs/{job}/queue?by=%3Cscript%3Ealert(1)", 422),
         ("/jobs/none", 404),
+        ("/jobs/none/queue", 404),
         ("/jobs?state=lost", 422),
         ("/jobs?limit=0", 422),
         ("/jobs?after=%3Cscript%3E", 422),
@@ -368,6 +378,25 @@ def test_a_page_renews_itself_until_the_job_has_ended(works: Works) -> None:
     assert "600 ok" in page
     assert "2.0 × fewer" in page
     assert "http-equiv" not in works.api.call("GET", "/jobs").text
+
+
+def test_the_queue_sorts_the_newest_rows_by_an_answer_and_grows(works: Works) -> None:
+    job = works.land(rows=200)
+    empty = works.api.call("GET", f"/jobs/{job}/queue?by=size.score").text
+    assert "No row is answered yet." in empty
+    works.cluster.finish(job)
+    page = works.api.call("GET", f"/jobs/{job}/queue").text
+    assert "the newest answered rows" in page
+    shown = [int(row) for row in re.findall(r'<th scope="row" class="num">(\d+)</th>', page)]
+    assert shown == list(range(199, 99, -1)), "a hundred of them, the newest first"
+    sorted_page = works.api.call("GET", f"/jobs/{job}/queue?by=size.score").text
+    assert "sorted by size.score, of the newest 200 answered rows" in sorted_page
+    scores = [float(s) for s in re.findall(r'</th>\s*<td class="num">([\d.]+)</td>', sorted_page)]
+    assert len(scores) == 100
+    assert scores == sorted(scores, reverse=True)
+    refused = works.api.call("GET", f"/jobs/{job}/queue?by=text")
+    assert refused.status_code == 422
+    assert "an answer of this job, or a part of one: size, again" in refused.text
 
 
 def test_the_list_is_read_page_by_page_and_by_state(house: House) -> None:

@@ -126,11 +126,11 @@ def test_the_client_waits_says_so_and_goes_on_at_its_block(
                 yield f"text {i}"
 
         began = time.monotonic()
-        with caplog.at_level(logging.WARNING, "motet.client"):
+        with caplog.at_level(logging.WARNING, "motet.upload"):
             job = client.submit(rows(), TASKS, progress=False)
         assert (job.state, job.rows) == ("running", 5000)
         assert time.monotonic() - began > 1.5
-        (told,) = [r.getMessage() for r in caplog.records if r.name == "motet.client"]
+        (told,) = [r.getMessage() for r in caplog.records if r.name == "motet.upload"]
         assert told.startswith("waiting to send rows: 1,000 rows of unfinished jobs wait")
         parts = house.sql("SELECT number FROM part WHERE job_id = :job ORDER BY number", job=job.id)
         assert [n for (n,) in parts] == list(range(5)), "each part once, in order"

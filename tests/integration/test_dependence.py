@@ -17,7 +17,7 @@ from motet.inputs import as_trained
 from motet.protocol.columns import ERROR, CellError, Column
 from motet.protocol.manifest import Manifest
 from motet.protocol.wire import Assignment, Outcome, Spent, texts_of
-from motet.tasks import Choose, Classify, Extract, Function, Generate, Task
+from motet.tasks import Choose, Classify, Extract, Function, Generate, Rank, Task
 from scheduler.policy.prompt_order import ANSWER_BYTES
 from scheduler.store import endings, explain
 from scheduler.store.registry import tenant_named
@@ -555,6 +555,31 @@ def test_a_head_on_several_texts_is_sent_what_each_of_them_names(house: House) -
         assert [t.name for t in a.tasks] == ["third"]
         assert (a.fields, texts_of(a.tasks)) == ({}, ("{b}",))
         assert set(a.texts) <= {f"b{i}" for i in range(5)}
+
+
+def test_a_cross_encoder_gets_its_query_and_its_documents_as_values(house: House) -> None:
+    """Fields of the row, a part of one, and what another task answered; nothing of them goes a second time."""
+    register(house.database, Manifest(name="ranker", version="1", engine="encoder", answers="ranking"))
+    rows: list[dict[str, Any]] = [
+        {"text": f"row {i}", "lang": "de", "pages": [f"a{i}", "b", f"c{i}"]} for i in range(3)
+    ]
+    tasks: dict[str, Task] = {
+        "summary": Generate("llm", prompt="Summarise."),
+        "best": Rank("ranker", query="In {lang}: {summary}", documents="{pages[:2]}"),
+        "top": Rank("ranker", query="{text}", documents="{pages}"),
+    }
+    job = land(house.database, rows, tasks, block_rows=2, gaps={})
+    sent = {a.tasks[0].name: a for a in seen(house, job) if a.tasks[0].name != "summary"}
+    assert all(a.fields == {} and a.max_tokens == 0 for a in sent.values())
+    for given in sent["best"].values:
+        assert isinstance(given, dict)
+        assert given["summary"]["text"].startswith("ROW ")
+        assert (given["lang"], len(given["pages[:2]"])) == ("de", 2)
+    for given in sent["top"].values:
+        assert isinstance(given, dict)
+        number = given["text"].removeprefix("row ")
+        assert given == {"text": f"row {number}", "pages": [f"a{number}", "b", f"c{number}"]}
+    assert check(house, job).state == "succeeded"
 
 
 CONDITIONAL: Mapping[str, Task] = {

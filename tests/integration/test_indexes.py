@@ -235,6 +235,8 @@ def play(house: House, job: UUID, other: UUID) -> None:
         webhooks.give_up(connection)
         webhooks.replay(connection, tenant, "wh_1", since_s=60.0)
         webhooks.webhooks(connection, tenant)
+        webhooks.pending_events(connection)
+        webhooks.webhooks_seen(connection)
     for look in (
         lambda c: activity.activity(c, tenant, job, timeline=20),
         lambda c: explain.standing(c, tenant, job),
@@ -300,6 +302,7 @@ def play_doors(house: House, job: UUID) -> None:
         owned.has_job(connection, job)
         owned.started(connection)
         batches.answered_blocks(connection, job, 0, 4)
+        batches.done_blocks(connection, job, {1}, 4)
         other = batches.take_batch(connection, "me", 60.0)
         assert other is not None
         other.leave(connection, 0.0)

@@ -366,6 +366,68 @@ def test_a_row_may_say_its_own_options_and_is_told_what_it_consumed(choir: Choir
     assert found[0]["usage"][2] <= 3
 
 
+def with_options(choir: Choir, *own: Mapping[str, Any], **more: Any) -> list[Any]:
+    """The answers to one dialogue, by these options."""
+    said = json.dumps([{"role": "user", "content": "The weather"}])
+    task = Chat("tiny", messages="{asked}", options="{options}")
+    return choir.answers(task, [said] * len(own), fields={"options": list(map(json.dumps, own))}, **more)
+
+
+def test_a_row_may_say_how_its_tokens_are_drawn_and_weighed(choir: Choir, server: TinyServer) -> None:
+    drawn = {"max_tokens": 12, "temperature": 1.5, "seed": 3, "draw": 0}
+    plain, first, sure, weighed = with_options(
+        choir,
+        {"max_tokens": 12},
+        {**drawn, "top_k": 1},
+        {**drawn, "top_p": 1e-6},
+        {"max_tokens": 12, "frequency_penalty": 2.0, "presence_penalty": 1.5},
+    )
+    assert plain["text"] == first["text"] == sure["text"] != weighed["text"]
+    prompt, ids = server.prompt([{"role": "user", "content": "The weather"}]), list[int]()
+    while len(ids) < 12 and 2 not in ids:
+        logp = server.logp(prompt + ids)[-1].clone()
+        for token in set(ids):
+            logp[token] -= 2.0 * ids.count(token) + 1.5
+        ids.append(int(logp.argmax()))
+    said = server.tokenizer.decode([one for one in ids if one != 2], skip_special_tokens=True)
+    assert weighed["text"] == said.rstrip("\ufffd").strip()
+
+
+@pytest.mark.parametrize("deltas", [False, True])
+def test_likelihoods_of_tokens_are_told_where_a_row_asks_for_them(
+    choir: Choir, server: TinyServer, deltas: bool
+) -> None:
+    plain, told, alone = with_options(
+        choir,
+        {"max_tokens": 12},
+        {"max_tokens": 12, "logprobs": 3},
+        {"max_tokens": 12, "logprobs": 0, "temperature": 1.0, "seed": 3, "draw": 0},
+        deltas=deltas,
+    )
+    assert (told["text"], told["usage"][2]) == (plain["text"], plain["usage"][2])
+    assert "logprobs" not in plain
+    assert (
+        "".join(token for token, _, _ in told["logprobs"]).strip().startswith(told["text"].rstrip("\ufffd"))
+    )
+    prompt = server.prompt([{"role": "user", "content": "The weather"}])
+    logp = server.logp(prompt)[-1]
+    token, first, likeliest = told["logprobs"][0]
+    assert (token, first) == tuple(likeliest[0]), "the likeliest was taken"
+    assert [one[1] for one in likeliest] == pytest.approx(logp.topk(3).values.tolist(), abs=1e-3)
+    assert all(p <= 0 and tops == [] for _, p, tops in alone["logprobs"])
+    assert len(alone["logprobs"]) >= alone["usage"][2] - 1
+
+
+def test_likelihoods_of_a_text_that_is_gone_on_with(choir: Choir, server: TinyServer) -> None:
+    task = Generate("tiny", about="{asked}", prompt="", raw=True, options="{options}", first="text")
+    (found,) = choir.answers(task, ["Once upon"], fields={"options": ['{"max_tokens": 5, "logprobs": 2}']})
+    assert (
+        "".join(token for token, _, _ in found["logprobs"]).strip().startswith(found["text"].rstrip("\ufffd"))
+    )
+    # Two tokens that are parts of characters are one text there.
+    assert all(one[1] <= 0 and 0 < len(one[2]) <= 2 for one in found["logprobs"])
+
+
 def test_rows_with_prompts_of_their_own_about_one_text_read_it_once(choir: Choir) -> None:
     texts = [
         "The match was delayed by rain, and the crowd went home early. ",
@@ -640,6 +702,40 @@ def test_a_task_that_needs_a_parameter_which_the_server_does_not_take_says_so_af
     assert len(server.chats()) == 1
 
 
+@pytest.mark.parametrize(
+    ("own", "parameter"),
+    [
+        ({"repetition_penalty": 1.5}, "repetition_penalty"),
+        ({"top_p": 0.5}, "top_p"),
+        ({"logprobs": 2}, "logprobs"),
+    ],
+)
+def test_a_row_that_needs_a_sampler_which_the_server_does_not_have_says_so(
+    remote: Remote, own: Mapping[str, Any], parameter: str
+) -> None:
+    _, choir = remote(refusing=refusing(parameter))
+    found, plain = with_options(choir, {"max_tokens": 3, **own}, {"max_tokens": 3})
+    assert isinstance(found, CellError)
+    assert (found.error, found.retriable) == ("refused", False)
+    assert parameter in found.message
+    assert plain["finish"] == "length"
+
+
+def test_a_server_that_tells_no_likelihoods_though_it_was_asked_is_the_row_s_error(remote: Remote) -> None:
+    server, choir = remote(scripted=["Fine."])
+    whole = server._write
+
+    async def forgets(*args: Any) -> Any:
+        found = await whole(*args)
+        found["choices"][0].pop("logprobs", None)
+        return found
+
+    server._write = forgets  # type: ignore[method-assign]
+    (found,) = with_options(choir, {"max_tokens": 3, "logprobs": 1})
+    assert isinstance(found, CellError)
+    assert "does not tell likelihoods" in found.message
+
+
 def test_a_choice_needs_neither_a_temperature_nor_likelihoods(remote: Remote) -> None:
     server, choir = remote({"in_flight": "1"}, tokenises=False)
     no_temperature, no_logprobs = refusing("temperature", value=1.0), refusing("top_logprobs")
@@ -745,6 +841,29 @@ def test_a_server_of_our_own_shares_no_prefix_cache_between_tenants(remote: Remo
     assert a != b
     assert salts("a") == {a}
     assert all(one is not None and len(one) == 64 for one in (a, b))
+
+
+def test_a_server_of_our_own_is_told_what_somebody_waits_for(remote: Remote) -> None:
+    server, choir = remote()
+    pass_ = choir.pass_of({"text": asked()})
+
+    def priority(*, urgent: bool) -> int | None:
+        server.seen.clear()
+        [row] = choir.engine.prepare(pass_, ["Hello"])
+        assert isinstance(row, Prepared)
+        choir.engine.admit(pass_, row, "it", urgent=urgent)
+        while choir.handle.rows:
+            choir.engine.step(choir.handle, 64)
+        [(_, body)] = server.seen
+        found: int | None = body.get("priority")
+        return found
+
+    assert priority(urgent=True) is None
+    choir.handle.secret = "known to nobody"
+    bulk, waited_for = priority(urgent=False), priority(urgent=True)
+    assert bulk is not None
+    assert waited_for is not None
+    assert waited_for < bulk
 
 
 def named_or_none(choir: Choir, task: Choose) -> bool:

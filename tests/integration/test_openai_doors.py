@@ -9,7 +9,8 @@ import socket
 import threading
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,16 +19,23 @@ import openai
 import pytest
 from openai import OpenAI
 
+from motet.errors import Overloaded
+from motet.protocol.columns import CellError
 from motet.states import Skip
 from scheduler.api.auth import SCOPES, SUBMITS
 from scheduler.api.bodies import clean_object
+from scheduler.api.door import Door
 from scheduler.api.openai.app import DOORS, PREFIX
 from scheduler.api.openai.batch_work import BatchWorker
 from scheduler.api.openai.requests import SERVED, read_request
 from scheduler.api.resources import Resources
 from scheduler.api.strict_json import loads
+from scheduler.blocks import decode_block, row_order
+from scheduler.policy.carve import carve
+from scheduler.policy.cost import Price
 from scheduler.store import registry
-from tests.integration.api_house import SPEAKER, House
+from scheduler.store.demand import Lengths, frontier
+from tests.integration.api_house import DICE, RANKER, SPEAKER, House
 from tests.integration.api_house import house as house
 
 CHAT = "/v1/chat/completions"
@@ -269,6 +277,171 @@ def test_equal_lines_that_are_not_drawn_run_once(client: OpenAI, speaking: House
     assert ended.request_counts.completed == 9
 
 
+def test_the_end_of_a_batch_is_heard_and_not_looked_for(
+    client: OpenAI, speaking: House, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import scheduler.api.openai.batch_work as work
+
+    monkeypatch.setattr(work, "_LOOK_S", 30.0)
+    with answering(speaking):
+        for number in range(2):
+            # The first one ends the last look that was begun before.
+            until(client, batch(client, [line(number)]), "completed", within_s=10)
+
+
+def test_lines_about_one_text_go_to_one_worker_whatever_their_order_in_the_file(
+    client: OpenAI, speaking: House
+) -> None:
+    texts = [f"{n} " + "and so on " * (20 + n) for n in range(12)]
+    lines = [
+        line(4 * n + k, messages=[{"role": "user", "content": f"{text}Prompt {k}."}], temperature=0)
+        for n, text in enumerate(texts)
+        for k in range(4)
+    ]
+    random.Random(3).shuffle(lines)
+    made = until(client, batch(client, lines), "in_progress", "failed")
+    job = made.x_motet["job"]  # type: ignore[attr-defined]
+    with speaking.database.transaction() as connection:
+        waiting = frontier(connection, job, 0, Lengths(), rows=100)
+    [stored] = speaking.sql("SELECT payload, row_order FROM block WHERE job_id = :job", job=job)
+    asked, order = decode_block(stored.payload).values["asked"], row_order(stored.row_order)
+    texts_of = []
+    while (carved := carve(waiting, 0.01, Price(0.0, 0.001, 0.0, 0.0), cap_s=1.0, least=9)) is not None:
+        rows = [order[i] for r in carved.ranges for i in range(r.lo, r.hi)]
+        texts_of.append([str(asked[row]).partition("Prompt")[0] for row in rows])
+    assert [len(one) for one in texts_of] == [8] * 6
+    assert all(len(set(one)) == 2 for one in texts_of)
+    with answering(speaking):
+        ended = until(client, made, "completed", "failed")
+    assert set(lines_of(client, ended.output_file_id)) == {one["custom_id"] for one in lines}
+
+
+TOPIC = {"topic": {"kind": "classify", "model": "topics"}}
+LOUD = {
+    "loud": {"kind": "generate", "model": "speaker", "about": "{text}", "prompt": "Shout.", "max_tokens": 5}
+}
+
+
+def test_tasks_in_a_line_are_merged_in_its_answer_and_counted_with_it(
+    client: OpenAI, speaking: House
+) -> None:
+    """Two sets of tasks, lines without any, and equal ones that run once: each line is one, whatever it asks."""
+    lines = [line(n, temperature=0, tasks={**TOPIC, **LOUD}) for n in range(3)]
+    lines += [
+        line(
+            3,
+            temperature=0,
+            tasks=dict(reversed([*TOPIC.items(), *LOUD.items()])),
+            messages=lines[0]["body"]["messages"],
+        )
+    ]
+    lines += [line(4, tasks={"topic": {"kind": "embed", "model": "tiny", "input": "{text}"}})]
+    lines += [line(5), embedding(6)]
+    made = until(client, batch(client, lines), "in_progress", "failed")
+    assert made.status == "in_progress", made.errors
+    job = made.x_motet["job"]  # type: ignore[attr-defined]
+    assert made.request_counts is not None
+    assert (made.request_counts.total, made.request_counts.completed) == (7, 0)
+    with answering(speaking):
+        ended = until(client, made, "completed", "failed")
+    assert ended.request_counts is not None
+    assert (ended.request_counts.completed, ended.request_counts.failed) == (7, 0)
+    found = {name: one["response"]["body"] for name, one in lines_of(client, ended.output_file_id).items()}
+    assert set(found) == {f"id-{n}" for n in range(7)}
+    for number in (0, 1, 2, 3):
+        told = found[f"id-{number}"]["x_motet"]
+        assert set(told["tasks"]) == {"topic", "loud"}
+        assert told["tasks"]["topic"] in ("business", "sport")
+        assert told["tasks"]["loud"]["text"].startswith("row ")
+        assert told["errors"] == {}
+    assert found["id-3"]["x_motet"] == found["id-0"]["x_motet"]
+    assert len(found["id-4"]["x_motet"]["tasks"]["topic"]) == 2
+    assert not {"x_motet"} & (found["id-5"].keys() | found["id-6"].keys())
+    assert ended.usage is not None
+    assert ended.usage.output_tokens == 6 * 3, "of the chats alone, each line's once"
+    names = list(speaking.job(job)["tasks"])
+    assert {"answer", "topic", "loud"} < set(names)
+    assert len(names) == 3 + 2 + 1 + 1
+    assert speaking.job(job)["rows"] == 6
+
+
+def test_a_task_beside_a_line_that_fails_is_told_and_the_line_is_answered(
+    client: OpenAI, speaking: House
+) -> None:
+    made = until(client, batch(client, [line(0, tasks=TOPIC)]), "in_progress")
+    job = made.x_motet["job"]  # type: ignore[attr-defined]
+    with speaking.database.transaction() as connection:
+        from motet.protocol.columns import CellError, Column
+        from scheduler.store import sealing
+
+        broken = Column(
+            kind="label",
+            status=b"\1",
+            arrays={"codes": b"\0\0", "scores": b"\0" * 4},
+            errors={0: CellError("too_long", "x")},
+        )
+        stored = sealing.store_column(connection, speaking.tenants["default"], broken, None)
+        connection.exec_driver_sql(
+            "INSERT INTO block_column SELECT job_id, 0, number, %s FROM task WHERE name = 'topic'", (stored,)
+        )
+        connection.exec_driver_sql("UPDATE job SET cells_error = 1")
+        connection.exec_driver_sql(
+            "UPDATE block_pass SET state = 'sealed', cursor = n, done = n WHERE pass_number ="
+            " (SELECT pass_number FROM task WHERE name = 'topic')"
+        )
+    speaking.answer(job, 0)
+    ended = until(client, made, "completed")
+    (found,) = lines_of(client, ended.output_file_id).values()
+    assert found["response"]["body"]["x_motet"] == {
+        "tasks": {"topic": None},
+        "errors": {"topic": {"error": "too_long", "message": "x"}},
+    }
+
+
+def test_a_function_that_is_given_answers_by_name_stands_in_one_set_alone(
+    client: OpenAI, speaking: House
+) -> None:
+    with speaking.database.transaction() as connection:
+        registry.add_model(connection, replace(DICE, name="fixed", deterministic=True))
+    given = {"said": {"kind": "function", "model": "fixed", "inputs": ["answer.text"]}}
+    failed = until(
+        client, batch(client, [line(0, tasks=TOPIC), line(1, tasks=given)]), "failed", "in_progress"
+    )
+    assert failed.errors is not None
+    assert [(one.code, one.line, one.param) for one in failed.errors.data or ()] == [
+        ("unsupported_value", 2, "tasks")
+    ]
+    taken = until(
+        client, batch(client, [line(0, tasks=given), line(1, tasks=TOPIC)]), "failed", "in_progress"
+    )
+    assert taken.status == "in_progress", taken.errors
+
+
+def test_lines_are_counted_while_they_run_whatever_their_rows(client: OpenAI, speaking: House) -> None:
+    """Of several rows, several for one row, and with tasks beside: exact for the blocks that are done."""
+    same = {"messages": [{"role": "user", "content": "the same"}], "temperature": 0}
+    lines = [
+        *(line(n, **same) for n in range(4)),
+        line(4, n=3),
+        embedding(5, ["a", "b"]),
+        line(6, tasks=TOPIC),
+    ]
+    made = until(client, batch(client, lines), "in_progress")
+    job = made.x_motet["job"]  # type: ignore[attr-defined]
+    blocks = [number for (number,) in speaking.sql("SELECT number FROM block ORDER BY number")]
+    assert blocks == [0]
+    speaking.sql("UPDATE batch SET owned_until = clock_timestamp() + interval '1 h', owner = 'nobody'")
+    speaking.answer(job, 0, failing={1: CellError("engine", "x")})
+    counts = client.batches.retrieve(made.id).request_counts
+    assert counts is not None
+    assert (counts.total, counts.completed, counts.failed) == (7, 6, 1)
+    (listed,) = client.batches.list()
+    assert listed.request_counts == counts
+    speaking.sql("UPDATE batch SET owned_until = clock_timestamp()")
+    ended = until(client, made, "completed")
+    assert ended.request_counts == counts
+
+
 #: Lines that are refused, and as what.
 BAD_LINES: Sequence[tuple[bytes, str]] = (
     (b"{broken", "invalid_json_line"),
@@ -284,12 +457,12 @@ BAD_LINES: Sequence[tuple[bytes, str]] = (
     (json.dumps({**line(1), "body": 3}).encode(), "missing_required_parameter"),
     (json.dumps(line(1, model="nobody")).encode(), "model_not_found"),
     (json.dumps(line(1, model="tiny")).encode(), "model_mismatch"),
-    (json.dumps(line(1, top_p=0.5)).encode(), "unsupported_parameter"),
+    (json.dumps(line(1, logit_bias={"5": 1})).encode(), "unsupported_parameter"),
+    (json.dumps(line(1, top_p=5)).encode(), "invalid_value"),
     (json.dumps(line(1, stream=True)).encode(), "unsupported_parameter"),
-    (
-        json.dumps(line(1, tasks={"vector": {"kind": "embed", "model": "tiny"}})).encode(),
-        "unsupported_parameter",
-    ),
+    (json.dumps(line(1, tasks={"vector": {"kind": "embed", "model": "nobody"}})).encode(), "model_not_found"),
+    (json.dumps(line(1, tasks={"vector": {"kind": "embed", "model": "topics"}})).encode(), "invalid_value"),
+    (json.dumps(line(1, tasks={"x": {"kind": "guess", "model": "topics"}})).encode(), "invalid_value"),
     (json.dumps(line(1, wings=2)).encode(), "unknown_parameter"),
     (json.dumps(line(1, temperature="hot")).encode(), "invalid_value"),
     (json.dumps(line(1, messages=[])).encode(), "invalid_value"),
@@ -544,6 +717,53 @@ def test_documents_are_ranked_and_texts_classified_by_their_vectors(client: Open
     assert ranked["usage"]["prompt_tokens"] > 0
     assert [one["prediction"] for one in sorted_["data"]] == ["b", "b"]
     assert [one["label"] for one in sorted_["data"][0]["predictions"]] == ["a", "b"]
+
+
+def test_documents_are_ranked_by_a_cross_encoder_where_the_model_is_one(
+    client: OpenAI, speaking: House
+) -> None:
+    with speaking.database.transaction() as connection:
+        registry.add_model(connection, RANKER)
+    body = {"model": "ranker", "query": "what", "documents": ["b", {"text": "c"}], "return_documents": True}
+    asked = {"custom_id": "a", "method": "POST", "url": "/v1/rerank", "body": {**body, "top_n": 1}}
+    with answering(speaking):
+        ranked: Any = client.post("/rerank", cast_to=object, body=body)
+        by_vectors: Any = client.post("/rerank", cast_to=object, body={**body, "model": "tiny"})
+        ended = until(client, batch(client, [asked, line(1)], endpoint="/v1/rerank"), "completed", "failed")
+    assert ranked["results"] == [
+        {"index": 1, "relevance_score": 0.75, "document": {"text": "c"}},
+        {"index": 0, "relevance_score": 0.25, "document": {"text": "b"}},
+    ]
+    assert ranked["usage"]["prompt_tokens"] > 0
+    assert {one["relevance_score"] for one in by_vectors["results"]}.isdisjoint({0.75, 0.25})
+    found = lines_of(client, ended.output_file_id)["a"]["response"]["body"]
+    assert [one["index"] for one in found["results"]] == [1]
+    assert "ranker" in {model.id for model in client.models.list()}
+    with pytest.raises(openai.BadRequestError) as refused:
+        client.embeddings.create(model="ranker", input="a")
+    assert refused.value.code == "model_mismatch"
+
+
+def test_an_ask_that_is_refused_at_the_door_is_counted(client: OpenAI, speaking: House) -> None:
+    asked: dict[str, Any] = {"model": "tiny", "input": "a"}
+    with answering(speaking):
+        client.embeddings.create(**asked)
+    ((job,),) = speaking.sql("SELECT id FROM job")
+    busy = Overloaded("too much", retry_after_s=3)
+    for who in (
+        lambda: client.embeddings.create(**asked),
+        lambda: speaking.call("POST", f"/v1/jobs/{job}/ask", json={}),
+    ):
+        with pytest.MonkeyPatch.context() as patch:
+
+            async def full(self: Door, *, interactive: bool) -> None:
+                raise busy
+
+            patch.setattr(Door, "admit_ask", full)
+            with suppress(openai.RateLimitError):
+                who()
+    told = speaking.call("GET", "/metrics", token="read").text
+    assert 'motet_asks_total{result="refused"} 2.0' in told
 
 
 def test_tasks_about_the_last_message_are_answered_beside_it(client: OpenAI, speaking: House) -> None:

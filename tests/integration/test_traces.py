@@ -16,6 +16,7 @@ from motet.local.cluster import Cluster, registered
 from motet.protocol import traces
 from motet.protocol.manifest import Manifest
 from tests.integration.api_house import House, a_house, house
+from tests.torchless import hide_torch
 from tests.trace_receiver import Receiver, receiving
 from tests.unit.test_traces import Kept, kept
 
@@ -45,8 +46,7 @@ def cluster(tmp_path: Path, receiver: Receiver, monkeypatch: pytest.MonkeyPatch)
     (modules / "shouting.py").write_text(ENGINE)
     (package / "METADATA").write_text("Metadata-Version: 2.1\nName: shouting\nVersion: 1.0\n")
     (package / "entry_points.txt").write_text("[motet.engines]\nshout = shouting:shout\n")
-    # Importing the real one costs the worker seconds, and no model needs it here.
-    (modules / "transformers.py").write_text("raise ImportError('not in this test')")
+    hide_torch(modules)
     monkeypatch.setenv("PYTHONPATH", str(modules))
     monkeypatch.setenv("MOTET_TRACES", receiver.url)
     data = tmp_path / "data"

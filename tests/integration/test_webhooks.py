@@ -20,6 +20,7 @@ from motet.cli import main
 from motet.client import Client
 from motet.errors import InvalidJob, NotFound
 from scheduler.store.events import tell_event
+from scheduler.store.webhooks import webhooks_seen
 from scheduler.webhooks import posting
 from scheduler.webhooks.posting import NotTaken, post
 from tests.integration.api_house import CLASSIFY, House, a_house, problems, running
@@ -207,6 +208,21 @@ def test_the_command_line_adds_tests_lists_replays_and_removes(
 # -- at least once
 
 
+def figures(house: House) -> dict[str, float]:
+    """What /metrics says of webhooks, by the rest of its name."""
+    told = house.call("GET", "/metrics", token="read").text.splitlines()
+    lines = [
+        one.removeprefix("motet_webhook").removeprefix("_") for one in told if one.startswith("motet_webhook")
+    ]
+    return {name: float(value) for name, _, value in (one.rpartition(" ") for one in lines)}
+
+
+def findings(house: House) -> dict[str, tuple[str, str]]:
+    """What the doctor says of the server, by name."""
+    told = house.call("GET", "/v1/doctor", token="admin").json()["findings"]
+    return {one["name"]: (one["state"], one["what"]) for one in told if one["area"] == "server"}
+
+
 def test_what_is_not_taken_is_tried_again_given_up_and_replayed(
     house: House, client: Client, receiver: Receiver
 ) -> None:
@@ -222,19 +238,41 @@ def test_what_is_not_taken_is_tried_again_given_up_and_replayed(
     assert 15 < tries(house, 2).after < 25
     (record,) = client.webhooks()
     assert (record.waiting, record.failures, record.last_error) == (1, 2, "status 503")
+    told = figures(house)
+    assert (told["events_pending"], told["s_failing"]) == (1, 1)
+    assert 0 < told["oldest_pending_seconds"] < 60
+    assert told['deliveries_total{result="failed"}'] == 2
+    assert findings(house)["webhooks"][0] == "ok", "it fails for a moment only"
+    house.sql("UPDATE delivery SET happened = happened - interval '2 hours'")
+    assert findings(house)["webhooks"] == ("warn", f"{made.id} took nothing for up to 2.0 h")
     house.sql("UPDATE delivery SET until = clock_timestamp() + interval '1 min'")
     due(house)
     receiver.next()
     settled(house, "given_up")
     (record,) = client.webhooks()
     assert (record.waiting, record.given_up, record.last_error) == (0, 1, "status 503")
+    told = figures(house)
+    assert (told["events_pending"], told["oldest_pending_seconds"]) == (0, 0)
+    assert (told['deliveries_total{result="failed"}'], told['deliveries_total{result="given_up"}']) == (3, 1)
     receiver.answer = 200
     assert client.replay_webhook(made.id) == 1
     again = receiver.next()
     assert (again.headers["webhook-id"], again.body) == (first.headers["webhook-id"], first.body)
     settled(house, "delivered")
+    assert figures(house)['deliveries_total{result="delivered"}'] == 1
+    assert findings(house)["webhooks"] == ("ok", "1 webhooks, none of which fails for long")
+    with house.database.transaction() as connection, connection.begin_nested() as later:
+        # As it would be where no process delivers.
+        connection.exec_driver_sql(
+            "UPDATE delivery SET state = 'waiting', next_at = clock_timestamp() - interval '2 min'"
+        )
+        connection.exec_driver_sql("UPDATE outbox SET handed = NULL, created = created - interval '3 min'")
+        seen = webhooks_seen(connection)
+        later.rollback()
+    assert (seen.webhooks, seen.failing, seen.behind) == (1, {}, 2)
+    assert 180 < seen.behind_s < 240
     assert client.replay_webhook(made.id) == 0, "it was taken"
-    assert client.replay_webhook(made.id, since_s=3600) == 1
+    assert client.replay_webhook(made.id, since_s=3 * 3600) == 1
     assert client.replay_webhook(made.id, event=first.headers["webhook-id"]) == 1
     with pytest.raises(NotFound, match="no event"):
         client.replay_webhook(made.id, event="msg_999_1")

@@ -28,6 +28,7 @@ from motet.protocol.manifest import Manifest
 from motet.protocol.transport import RedisTransport, celery_message, queue_name
 from motet.protocol.wire import Assignment, Beat, Control, Outcome, TaskOrder
 from motet.tasks import Embed, Function
+from tests.torchless import hide_torch
 from workers.run.app import EXIT_STUCK
 
 Found = TypeVar("Found")
@@ -58,8 +59,9 @@ def gated(texts):
         if "spin" in text:  # in C, for ages, and nothing else of Python runs meanwhile
             re.match("(a+)+$", "a" * 60 + "b")
         if "hog" in text:
-            used = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-            resource.setrlimit(resource.RLIMIT_DATA, ((used + 500_000) * 1024, resource.RLIM_INFINITY))
+            with open("/proc/self/statm") as file:
+                used = int(file.read().split()[5]) * resource.getpagesize()
+            resource.setrlimit(resource.RLIMIT_DATA, (used + (500 << 20), resource.RLIM_INFINITY))
             try:
                 hoard = [bytearray(64 << 20) for _ in range(10_000)]
             finally:
@@ -127,6 +129,8 @@ class Stage:
     urls: ValkeyUrls
     blobs: Blobs
     scheduler: RedisTransport
+    #: Hides torch from all its processes; the tests that need it remove this file.
+    torchless: Path
     started: list[subprocess.Popen[bytes]] = field(default_factory=list)
     arrived: dict[tuple[int, int], Outcome] = field(default_factory=dict)
 
@@ -229,19 +233,13 @@ def set_up(folder: Path, urls: ValkeyUrls, blobs: Blobs) -> Iterator[Stage]:
     (package / "entry_points.txt").write_text(
         "[motet.engines]\nupper = test_engines:upper\ngated = test_engines:gated\n"
     )
-    # Importing the real one costs each worker seconds; the tests that need it remove this one.
-    (folder / "transformers.py").write_text("raise ImportError('not in this test')")
     (folder / "log").touch()
-    stage = Stage(folder, urls, blobs, RedisTransport(urls.scheduler))
+    stage = Stage(folder, urls, blobs, RedisTransport(urls.scheduler), torchless=hide_torch(folder))
     yield stage
     for process in stage.started:
-        # A launcher ends its workers before itself; whoever still hangs then is killed.
-        process.terminate()
-        try:
-            process.wait(5)
-        except subprocess.TimeoutExpired:
-            os.killpg(process.pid, signal.SIGKILL)
-            process.wait()
+        # Whoever it has started ends with it; to be asked would take each two seconds.
+        process.kill()
+        process.wait()
     stage.scheduler.close()
 
 
@@ -403,7 +401,7 @@ def test_a_real_encoder_comes_through_http_and_answers(stage: Stage) -> None:
         model=model,
         tasks=(TaskOrder(name="vector", spec=Embed("minilm").to_json(), manifest=model),),
     )
-    (stage.folder / "transformers.py").unlink()
+    stage.torchless.unlink()
     stage.worker("w")
     stage.scheduler.publish_all({"w": [order]})
     outcome = stage.outcome(order)
@@ -623,11 +621,12 @@ def children_of(launcher: int, module: str) -> list[psutil.Process]:
 
 
 def test_where_importing_starts_a_thread_workers_are_programs_of_their_own(stage: Stage) -> None:
-    (stage.folder / "sitecustomize.py").write_text(
-        "import sys, threading\n"
+    starts_a_thread = (
+        "import threading\n"
         "if 'workers.launch.forkserver' in sys.orig_argv:\n"
         "    threading.Thread(target=threading.Event().wait, daemon=True).start()\n"
     )
+    hide_torch(stage.folder, then=starts_a_thread)
     launcher = stage.run("workers", "--cpus", "1", "--name", "h")
     before = stage.beat("h-cpu0")
     assert "fork server cannot be copied" in stage.log

@@ -22,8 +22,8 @@ import pytest
 
 import motet
 from motet.protocol.manifest import Manifest
+from tests import registering
 from tests.tiny_language import a_language_model, a_llama, serving
-from workers.__main__ import main
 from workers.registrar.trying import TrialDevice
 
 
@@ -95,9 +95,15 @@ def api() -> Iterator[Api]:
     server.server_close()
 
 
-def register(
+def register(api: Api, cache: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
+    """In this process."""
+    return registering.register(api.url, "admin.secret", *arguments, MOTET_CACHE_DIR=str(cache))
+
+
+def program(
     api: Api, cache: Path, *arguments: str, path: str = "", python: Sequence[str] = ()
 ) -> subprocess.CompletedProcess[str]:
+    """In a process of its own, as an administrator runs it."""
     env = {
         **os.environ,
         "MOTET_URL": api.url,
@@ -123,7 +129,7 @@ def trunk_folder() -> Path:
 
 
 def test_the_shipped_models_are_registered_once_with_what_was_measured(api: Api, tmp_path: Path) -> None:
-    first = register(api, tmp_path, "--builtin", "--json")
+    first = program(api, tmp_path, "--builtin", "--json")
     assert first.returncode == 0, first.stderr
     models = {m["ref"]: m for m in json.loads(first.stdout)["models"]}
     assert list(models) == [
@@ -158,7 +164,7 @@ def test_the_shipped_models_are_registered_once_with_what_was_measured(api: Api,
     assert len(api.manifest("tone@1").thresholds) == 5
 
     api.calls.clear()
-    again = register(api, tmp_path, "--builtin", "--json", python=("-X", "importtime"))
+    again = program(api, tmp_path, "--builtin", "--json", python=("-X", "importtime"))
     assert [m["state"] for m in json.loads(again.stdout)["models"]] == ["present"] * 6
     assert set(api.calls) == {"GET models"}
     assert " torch" not in again.stderr
@@ -195,13 +201,13 @@ def test_a_function_is_registered_by_its_entry_point(api: Api, tmp_path: Path) -
     package.mkdir()
     (package / "METADATA").write_text("Metadata-Version: 2.1\nName: shouting\nVersion: 2.1\n")
     (package / "entry_points.txt").write_text("[motet.engines]\nshout = shouting:shout\n")
-    done = register(api, tmp_path, "--function", "shout", path=str(tmp_path))
+    done = program(api, tmp_path, "--function", "shout", path=str(tmp_path))
     assert done.returncode == 0, done.stderr
     manifest = api.manifest("shout@1")
     assert (manifest.engine, manifest.answers, dict(manifest.files)) == ("shout", "json", {})
     assert manifest.source == {"function": "shouting:shout shouting 2.1"}
     api.models["shout@prod"] = api.models["shout@1"]
-    taken = register(api, tmp_path, "--function", "shout", "--version", "prod", path=str(tmp_path))
+    taken = program(api, tmp_path, "--function", "shout", "--version", "prod", path=str(tmp_path))
     assert taken.returncode == 2
     assert "shout@prod is an alias, of shout@1; choose another --version" in taken.stderr
     with (tmp_path / "shouting.py").open("a") as module:
@@ -210,10 +216,10 @@ def test_a_function_is_registered_by_its_entry_point(api: Api, tmp_path: Path) -
         )
     with (package / "entry_points.txt").open("a") as points:
         points.write("rank = shouting:rank\n")
-    told = register(api, tmp_path, "--function", "rank", path=str(tmp_path))
+    told = program(api, tmp_path, "--function", "rank", path=str(tmp_path))
     assert api.manifest("rank@1").keywords == {"k": True, "artefact": True, "best": False}
     assert "not tried in fp32: a task must give it k, artefact" in told.stdout
-    unknown = register(api, tmp_path, "--function", "whisper")
+    unknown = program(api, tmp_path, "--function", "whisper")
     assert unknown.returncode == 2
     assert (
         "no engine 'whisper' here; installed are causal, classifier, encoder, openai, spacy-ner, trainer, vllm"
@@ -383,28 +389,26 @@ class Host:
     """This process as a host with so much free memory."""
 
     api: Api
-    capsys: pytest.CaptureFixture[str]
+    cache: Path
     monkeypatch: pytest.MonkeyPatch
 
     def register(self, *arguments: str, free_mb: int) -> tuple[int, str]:
         """The exit code, and what was printed."""
         devices = [TrialDevice(name="cpu", mask="", free_mb=free_mb)]
         self.monkeypatch.setattr("workers.registrar.register.look_around", lambda: devices)
-        code = main(["register", *arguments])
-        printed = self.capsys.readouterr()
-        return code, printed.out + printed.err
+        ran = register(self.api, self.cache, *arguments)
+        return ran.returncode, ran.stdout + ran.stderr
 
 
 @pytest.fixture
-def host(
-    api: Api, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> Host:
-    monkeypatch.setenv("MOTET_URL", api.url)
-    monkeypatch.setenv("MOTET_TOKEN", "admin.secret")
-    monkeypatch.setenv("MOTET_CACHE_DIR", str(tmp_path / "cache"))
-    # As on a CPU that has instructions for it: else bf16 is imitated, and takes as much as fp32.
+def host(api: Api, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Host:
+    return Host(api, tmp_path / "cache", monkeypatch)
+
+
+@pytest.fixture
+def able(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on a CPU that has instructions for bf16: else it is imitated, and takes as much memory as fp32."""
     monkeypatch.setattr("workers.engines.trunk.cpu_computes", lambda in_format: True)
-    return Host(api, capsys, monkeypatch)
 
 
 def in_bf16(folder: Path) -> Path:
@@ -416,6 +420,7 @@ def in_bf16(folder: Path) -> Path:
     return folder
 
 
+@pytest.mark.usefixtures("able")
 def test_a_model_that_fits_nowhere_here_is_registered_untried_and_it_is_said(
     host: Host, tmp_path: Path
 ) -> None:
@@ -442,6 +447,7 @@ def test_a_model_that_fits_nowhere_here_is_registered_untried_and_it_is_said(
     assert host.api.blobs, "its files were sent"
 
 
+@pytest.mark.usefixtures("able")
 def test_what_fits_in_one_format_alone_is_tried_in_that_one(host: Host, tmp_path: Path) -> None:
     folder = in_bf16(a_llama(tmp_path / "tiny"))
     assert host.register(str(folder), "--name", "probe", "--try", "none", free_mb=0)[0] == 0

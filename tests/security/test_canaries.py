@@ -34,6 +34,7 @@ from motet.protocol.transport import OUTCOMES, WORKERS
 from motet.protocol.wire import Beat
 from tests.acceptance.test_flower import Browser, answers, until
 from tests.fuzz.small_cluster import eventually, redis_of, small_cluster
+from tests.pictures import png
 from tests.trace_receiver import PATH, Receiver, receiving
 
 pytest.importorskip("flower")
@@ -51,6 +52,8 @@ TEXTS = {
     "in a row that is no text": "canary-object-2b60aa",
     "in a part that is torn": "canary-torn-c81e47",
     "in an answer": "canary-answer-6f3d95",
+    "in a picture": "canary-pixel-b7714e",
+    "in a picture that is refused": "canary-torn-pixel-20c9da",
 }
 #: Names that a user gives. Their owner sees them again; logs, metrics, queues and Flower do not.
 NAMES = {
@@ -59,6 +62,7 @@ NAMES = {
     "name of a field": "canary_field_7e49c1",
     "idempotency key": "canary-key-d26a58",
     "in a query": "canary-query-f08b34",
+    "path of a picture": "canary-path-6e0d73.png",
 }
 
 ENGINE = f"""
@@ -73,6 +77,9 @@ def secretly(texts):
 
 def answer(text):
     return "{TEXTS["in an answer"]} " + text[::-1]
+
+def sees(pictures):
+    return [len(picture) for picture in pictures]
 
 def singly(text):
     if "raises" in text:
@@ -96,7 +103,9 @@ def cluster(tmp_path_factory: pytest.TempPathFactory, sink: Receiver) -> Iterato
     """With all logs at their most talkative."""
     more = {"MOTET_TRACES": sink.url + PATH, "MOTET_LOG_LEVEL": "DEBUG"}
     folder = tmp_path_factory.mktemp("canaries")
-    with small_cluster(folder, ENGINE, ("secretly", "singly"), cpus=1, flower=True, env=more) as running:
+    with small_cluster(
+        folder, ENGINE, ("secretly", "singly", "sees"), cpus=1, flower=True, env=more
+    ) as running:
         yield running
 
 
@@ -309,9 +318,10 @@ def work(cluster: Cluster) -> None:
     texts = [f"{TEXTS['in a row']} {i}" for i in range(400)]
     angry = [f"raises {TEXTS['in a row that raises']}", f"bytes {TEXTS['in a row that returns no JSON']}"]
     kills = [*texts[:2], f"kills {TEXTS['in a row that kills']}"]
+    picture = png(comment=TEXTS["in a picture"])
     with Client(cluster.url, cluster.tokens["user"]) as client:
 
-        def submit(function: str, rows: list[str], **more: Any) -> Any:
+        def submit(function: str, rows: list[Any], **more: Any) -> Any:
             tasks = {task: Function(function, input=f"{{{field_}}}")}
             return client.submit([{field_: row} for row in rows], tasks, name=name, **more)
 
@@ -322,6 +332,8 @@ def work(cluster: Cluster) -> None:
         job.wait(timeout=120)
         assert job.progress.ok == len(texts)
         assert TEXTS["in an answer"] in str(next(iter(job.results()))[task].value)
+        seen = submit("sees", [{"bytes": picture, "path": NAMES["path of a picture"]}])
+        assert [row[task].value for row in seen.results()] == [len(picture)]
         for function, rows, wrong in (("singly", [*texts[:40], *angry], 2), ("secretly", kills, 1)):
             one = submit(function, rows, reuse=False)
             one.wait(timeout=240)
@@ -372,6 +384,10 @@ def provoke(cluster: Cluster) -> list[Place]:
         torn = b'{"text": "' + TEXTS["in a part that is torn"].encode()
         for kind in ("application/x-ndjson", "application/msgpack"):
             ask("a torn part", "PUT", f"/v1/jobs/{job}/parts/0", content=torn, headers={"Content-Type": kind})
+        broken = TEXTS["in a picture that is refused"].encode()
+        ask("a torn picture", "PUT", f"/v1/media/{'0' * 64}", content=broken)
+        packed = {"Content-Type": "application/msgpack"}
+        ask("torn pictures", "POST", "/v1/media", content=b"\x81\xa5media" + broken, headers=packed)
         ask("a query", "GET", "/v1/jobs", params={"state": "x" * 100 + NAMES["in a query"]})
         ask("another's secret", "GET", "/v1/jobs", headers={"Authorization": f"Bearer x.{TEXTS['in a row']}"})
         line.delete(f"/v1/jobs/{job}")

@@ -192,6 +192,13 @@ def test_nothing_is_placed_that_the_worker_cannot_run(
     waits: list[Demand],
 ) -> None:
     """Also at a process that takes the place of another, whose leases are in flight still."""
+    # A process stays what it is: another device, or other engines, are those of another one.
+    then = {
+        name: replace(first[name], state=beat.state)
+        if name in first and first[name].boot == beat.boot
+        else beat
+        for name, beat in then.items()
+    }
     placer = Placer(Rates(), subtask_s=2.0, ahead_s=0.5, depth=3)
     for one in waits:
         placer.want(one)

@@ -300,6 +300,18 @@ def test_a_group_of_the_next_block_that_does_not_fit_any_more_waits_for_its_own_
     assert cut(frontier, 0.25, cap_s=2.0).ranges == (Range(1, 0, 30, 300),)
 
 
+def test_so_many_rows_at_least_are_whole_groups() -> None:
+    frontier = Frontier(blocks=[block(0, [5000] * 20, bounds=range(0, 20, 3))])
+    counts = []
+    while (carved := carve(frontier, 1.0, KB_A_SECOND, least=8)) is not None:
+        counts.append(carved.rows)
+    assert counts == [6, 6, 8]
+    large = Frontier(blocks=[block(0, [5000] * 20, bounds=(0, 12))])
+    carved = carve(large, 1.0, KB_A_SECOND, least=8)
+    assert carved is not None
+    assert carved.rows == 8, "the cap is full with less: it is cut all the same"
+
+
 def test_small_blocks_that_callers_wait_for_are_cut_whole_or_wait() -> None:
     frontier = Frontier(blocks=[block(0, [500] * 16), block(1, [10] * 3), block(2, [500] * 16)])
     counts = []

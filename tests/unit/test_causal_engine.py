@@ -173,6 +173,30 @@ def test_a_text_is_computed_once_for_all_tasks_and_a_prefix_once_for_all_rows(ho
     assert sum(written for _, _, written, _ in spent) <= len(spent)
 
 
+def test_a_prompt_goes_on_from_what_other_sub_tasks_computed_of_its_beginning(house: House) -> None:
+    """Of a tenant's own alone; and it writes what it would have written."""
+    task = {"a": Generate("tiny", about="{asked}", prompt="", raw=True, options="{options}", first="text")}
+    text, options = TEXTS[2] * 2, json.dumps({"max_tokens": 4})
+
+    def asked(tenant: str, *endings: str) -> tuple[list[str], list[int]]:
+        """What is written behind the text and each of these, and the tokens that were computed for it."""
+        pass_ = house.pass_(task, tenant=tenant, fields={"options": [options] * len(endings)})
+        rows = house.rows(pass_, [text + ending for ending in endings])
+        found = house.ended(pass_, rows)
+        spent = [found[row].spent["a"] for row in range(len(rows))]
+        written = [values(found[row].columns["a"]) for row in range(len(rows))]
+        return [next(iter(one))["text"] for one in written], [told - cached for told, cached, *_ in spent]
+
+    alone, whole = asked("a", "and then")
+    _, first = asked("b", "the cat", "a film")
+    again, rest = asked("b", "and then")
+    assert again == alone
+    assert whole[0] > 40
+    assert first[1] < 8
+    assert rest[0] < 8
+    assert asked("c", "and then") == (alone, whole)
+
+
 @pytest.mark.parametrize(
     "task",
     [

@@ -402,6 +402,13 @@ def test_task_options_are_read_up_to_the_next_name() -> None:
     }
 
 
+def test_a_ranking_names_its_query_and_its_list() -> None:
+    assert parse_tasks(["best=rank:m", "top=rank:m,query=42,documents={pages}"]) == {
+        "best": {"kind": "rank", "model": "m"},
+        "top": {"kind": "rank", "model": "m", "query": "42", "documents": "{pages}"},
+    }
+
+
 def test_whether_a_model_thinks_is_true_false_or_null() -> None:
     asked = parse_tasks([f"{name}=chat:m,thinking={name}" for name in ("true", "false", "null")])
     assert [task["thinking"] for task in asked.values()] == [True, False, None]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +37,7 @@ class FakeCluster:
         gpus: str = "",
         flower_port: int | None = None,
         models: Sequence[str] = (),
+        settings: Mapping[str, str] | None = None,
     ) -> None:
         self.data, self.options, self.models = data, (cpus, gpus, port, flower_port), models
         self.url, self.flower_url = "", ""

@@ -173,7 +173,7 @@ def test_an_upload_that_is_refused_for_a_while_goes_on_at_its_part(
     assert [api.count("PUT", f"/parts/{n}") for n in range(4)] == [1, 4, 1, 1]
     assert api.jobs[job.id].rows == 4000
     assert [(r.name, r.levelno, r.getMessage()) for r in caplog.records if r.name.startswith("motet")] == [
-        ("motet.client", logging.WARNING, "waiting to send rows: as asked")
+        ("motet.upload", logging.WARNING, "waiting to send rows: as asked")
     ], "said once for each part that waits"
 
 

@@ -43,11 +43,6 @@ def tokenizer_file() -> Path:
     return Path(get_model_path()) / "tokenizer.json"
 
 
-@pytest.fixture(scope="module", autouse=True)
-def _one_thread() -> None:
-    torch.set_num_threads(1)
-
-
 @pytest.fixture(scope="module")
 def trunk(tmp_path_factory: pytest.TempPathFactory) -> Described:
     return a_trunk(tmp_path_factory.mktemp("trunk"))

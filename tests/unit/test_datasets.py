@@ -341,3 +341,29 @@ def tar(files: Mapping[str, bytes]) -> bytes:
             member.size = len(content)
             archive.addfile(member, io.BytesIO(content))
     return packed.getvalue()
+
+
+def test_a_wheel_that_is_made_for_another_machine_is_asked_for_by_its_tags() -> None:
+    assert datasets._for_machine("vaderSentiment-2.5.tar.gz") == []
+    assert datasets._for_machine("timm-1.0.31-py3-none-any.whl") == []
+    assert datasets._for_machine(
+        "scikit_image-0.26.0-cp311-cp311-manylinux_2_24_x86_64.manylinux_2_28_x86_64.whl"
+    ) == [
+        "--implementation=cp",
+        "--python-version=311",
+        "--abi=cp311",
+        "--platform=manylinux_2_28_x86_64",
+    ]
+
+
+def test_photographs_are_read_out_of_the_wheel_by_name(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "pictures.whl"
+    with zipfile.ZipFile(path, "w") as wheel:
+        wheel.writestr("skimage/data/coffee.png", b"a picture")
+        wheel.writestr("skimage/data/README.txt", b"none")
+        wheel.writestr("skimage/other.png", b"none")
+    digest = hashlib.sha256(path.read_bytes()).hexdigest()
+    monkeypatch.setattr(datasets, "SCIKIT_IMAGE", datasets.Archive(package="a", version="1", filename=path.name, sha256=digest))  # fmt: skip
+    assert datasets.photographs(tmp_path) == {"coffee": b"a picture"}

@@ -365,6 +365,24 @@ def test_no_leader_no_aggregator_and_a_long_stream_are_named() -> None:
 # -- the whole
 
 
+def test_webhooks_that_fail_for_long_and_events_that_nobody_delivers_are_named() -> None:
+    assert cluster.webhooks(0, {}, 0, 0.0) == []
+    (fine,) = cluster.webhooks(3, {}, 0, 0.0)
+    assert (fine.state, fine.what) == ("ok", "3 webhooks, none of which fails for long")
+    failing = {f"wh_{n}": 3600.0 * n for n in range(1, 8)}
+    mute, behind = cluster.webhooks(9, failing, 1200, 90.0)
+    assert (mute.state, mute.what) == (
+        "warn",
+        "wh_7, wh_6, wh_5, wh_4, wh_3 and 2 more took nothing for up to 7.0 h",
+    )
+    assert "motet webhooks list" in mute.remedy
+    assert (behind.state, behind.what) == (
+        "fail",
+        "1,200 events are due for up to 90 s, and are not delivered",
+    )
+    assert "scheduler api" in behind.remedy
+
+
 def test_settings_that_cannot_be_read_are_a_finding(tmp_path: Path) -> None:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(look, "torch", lambda env: None)

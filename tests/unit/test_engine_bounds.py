@@ -8,6 +8,8 @@ from typing import Any
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 
 from motet.protocol.columns import values
 from motet.tasks import Choose
@@ -16,7 +18,8 @@ from tests.unit.test_worker_engines import tiny_bert
 from workers.engine import Prepared
 from workers.engines.causal import rows
 from workers.engines.causal.causal import CausalEngine
-from workers.engines.causal.rows import prefix_cache
+from workers.engines.causal.prefix_cache import LEAST_CACHED, PrefixCache
+from workers.engines.causal.trees import common_prefix
 from workers.engines.encoder.encoder import EncoderEngine
 from workers.engines.newest import Newest
 from workers.engines.training.trainer import TrainerEngine
@@ -114,18 +117,40 @@ def test_every_engine_gives_the_devices_memory_back(
 
 
 def test_a_prefix_cache_counts_the_tokens_that_it_holds_and_lets_the_least_used_prefix_go_first() -> None:
-    cache = prefix_cache()
-    a, b, c = (("", tuple(range(length))) for length in (3, 5, 7))
+    cache = PrefixCache()
+    a, b, c = (("", tuple(range(n, n + length))) for n, length in ((0, 13), (50, 15), (90, 17)))
     for prefix in (a, b, c, b):
-        cache.put(("t", prefix), [])
-    cache.put(("another", a), [])
-    assert cache.size == 3 + 5 + 7 + 3
-    assert cache.get(("t", a)) == []
-    cache.shrink(11)
-    assert cache.size == 3 + 3
+        cache.put("t", prefix, [])
+    cache.put("another", a, [])
+    assert cache.size == 13 + 15 + 17 + 13
+    assert cache.beginning("t", a) == (13, [])
+    cache.shrink(30)
+    assert cache.size == 13 + 13
     assert ("t", a) in cache
     assert ("another", a) in cache
     cache.shrink(0)
-    assert (len(cache), cache.size) == (1, 3)
+    assert (len(cache), cache.size) == (1, 13)
     cache.clear()
     assert (len(cache), cache.size) == (0, 0)
+
+
+@given(
+    st.lists(st.lists(st.integers(0, 1), min_size=8, max_size=12).map(tuple), min_size=1, max_size=30),
+    st.data(),
+)
+def test_a_prefix_cache_finds_what_has_most_in_common_with_a_prompt(
+    prefixes: list[tuple[int, ...]], data: st.DataObject
+) -> None:
+    """Whatever has gone meanwhile, and of no other tenant or adapter."""
+    cache = PrefixCache()
+    for prefix in prefixes:
+        cache.put("t", ("", prefix), [(torch.tensor(prefix), torch.tensor(prefix))])
+        cache.put("t", ("adapter", (*prefix, 1)), [])
+    cache.shrink(data.draw(st.integers(0, 200)))
+    held = [prefix for prefix in prefixes if ("t", ("", prefix)) in cache]
+    prompt = data.draw(st.lists(st.integers(0, 1), max_size=16).map(tuple))
+    count, found = cache.beginning("t", ("", prompt))
+    best = max((common_prefix(prefix, prompt) for prefix in held), default=0)
+    assert count == (best if best >= LEAST_CACHED else 0)
+    assert [keys.tolist() for keys, _ in found] == ([list(prompt[:count])] if count else [])
+    assert cache.beginning("another", ("", prompt)) == (0, [])

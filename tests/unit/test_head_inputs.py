@@ -28,7 +28,7 @@ from tests.unit.test_plan import MINILM, TRUNKS, head, passes, refused
 from tests.unit.test_trainer import Memory, Stage, sentences
 from workers.engine import Pass, Prepared
 from workers.engines.encoder.encoder import EncoderEngine
-from workers.engines.encoder.row_inputs import standardised
+from workers.engines.heads import standardised
 from workers.run.work import Work
 
 BOTH = head("both", inputs=("{history}", "{last}"), numbers=("age",))
@@ -176,8 +176,8 @@ def test_rows_become_texts_side_by_side_and_numbers() -> None:
         text=("history", "{last}!"),
         numbers=("age",),
     )
-    assert (lesson.train_rows, lesson.rows, lesson.inputs) == (30, 35, ("{history}", "{last}!"))
-    assert lesson.texts[:4] == ["before 0", "now 0!", "before 1", "now 1!"]
+    assert (lesson.train_rows, lesson.rows, lesson.templates) == (30, 35, ("{history}", "{last}!"))
+    assert lesson.inputs[:4] == ["before 0", "now 0!", "before 1", "now 1!"]
     [age] = lesson.numbers
     found = np.frombuffer(age.values, "<f8")
     assert (age.name, found[6], math.isnan(found[7]), found[30]) == ("age", 6.0, True, 0.0)
@@ -186,9 +186,9 @@ def test_rows_become_texts_side_by_side_and_numbers() -> None:
     )
     assert other.digest != lesson.digest
     alone = read_lesson(rows(), None, {"intent": Labels("intent")}, text="{history}")
-    assert (alone.inputs, alone.numbers) == ((), ())
+    assert (alone.templates, alone.numbers) == ((), ())
     beside = read_lesson(rows(), None, {"intent": Labels("intent")}, text="last", numbers=["age"])
-    assert beside.inputs == ("{last}",)
+    assert beside.templates == ("{last}",)
     # What a turn began with may be empty, all of it not.
     read_lesson(rows(history=""), None, {"intent": Labels("intent")}, text=("history", "last"))
 

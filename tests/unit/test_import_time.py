@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
+import gc
 import subprocess
 import sys
 import time
 
 import pytest
+
+from motet.protocol.imports import for_good
 
 HEAVY = (
     "asyncio",
@@ -77,3 +81,16 @@ def test_it_starts_at_once(what: str, command: list[str], limit_s: float) -> Non
         return min(taken)
 
     assert best(command) - best(["-c", "pass"]) < limit_s, what
+
+
+def test_the_search_for_garbage_goes_on_after_an_import_whatever_comes_of_it() -> None:
+    before, meanwhile = gc.get_freeze_count(), True
+    try:
+        with contextlib.suppress(ImportError), for_good():
+            meanwhile = gc.isenabled()
+            raise ImportError("no such module")
+        assert not meanwhile
+        assert gc.isenabled()
+        assert gc.get_freeze_count() > before, "what is there is never searched again"
+    finally:
+        gc.unfreeze()

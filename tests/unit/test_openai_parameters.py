@@ -8,6 +8,8 @@ from typing import Any, get_type_hints
 
 import pytest
 
+from motet.protocol.manifest import Manifest
+from scheduler.api.openai.likelihoods import told_logprobs
 from scheduler.api.openai.parameters import (
     CHAT,
     CLASSIFY,
@@ -18,8 +20,9 @@ from scheduler.api.openai.parameters import (
     RESPONSES,
     check_parameters,
 )
+from scheduler.api.openai.ranking import pair_scores, ranking
 from scheduler.api.openai.refusals import DoorError
-from scheduler.api.openai.requests import SERVED, read_request
+from scheduler.api.openai.requests import ASKED, DOCUMENTS, OPTIONS, SERVED, asked_of, read_request
 
 PAGE = Path(__file__).parents[2] / "docs" / "openai.md"
 
@@ -40,7 +43,13 @@ def declared() -> dict[str, set[str]]:
 
 
 #: What is not OpenAI's, but motet's own or others'.
-OWN = {CHAT: {"tasks"}, RERANK: set(PARAMETERS[RERANK]), CLASSIFY: set(PARAMETERS[CLASSIFY])}
+_SAMPLERS = {"top_k", "repetition_penalty"}
+OWN = {
+    CHAT: {"tasks", *_SAMPLERS},
+    COMPLETIONS: _SAMPLERS,
+    RERANK: set(PARAMETERS[RERANK]),
+    CLASSIFY: set(PARAMETERS[CLASSIFY]),
+}
 
 
 def test_the_table_holds_every_parameter_of_the_sdk_and_no_other() -> None:
@@ -112,13 +121,103 @@ def test_what_a_request_says_becomes_options_of_its_rows() -> None:
         },
         decoded,
     )
-    assert [options for _, options in asked.rows()] == [
+    assert [row[OPTIONS] for row in asked.rows()] == [
         '{"draw":0,"max_tokens":5,"seed":3,"stop":["x"],"temperature":0.5}',
         '{"draw":1,"max_tokens":5,"seed":3,"stop":["x"],"temperature":0.5}',
     ]
     assert not asked.drawn
     assert read_request(CHAT, GOOD[CHAT], decoded).drawn, "their default is a temperature of 1"
     assert not read_request(CHAT, {**GOOD[CHAT], "temperature": 0}, decoded).drawn
+
+
+def options_of(endpoint: str, **body: Any) -> dict[str, Any]:
+    return dict(read_request(endpoint, {**GOOD[endpoint], "max_tokens": 1, **body}, decoded).options or {})
+
+
+def test_samplers_are_options_and_those_that_change_nothing_are_none() -> None:
+    plain = options_of(CHAT)
+    neutral = {
+        "top_p": 1,
+        "top_k": -1,
+        "frequency_penalty": 0,
+        "presence_penalty": 0.0,
+        "repetition_penalty": 1,
+    }
+    assert options_of(CHAT, **neutral, logprobs=False, top_logprobs=0) == plain
+    said = {
+        "top_p": 0.5,
+        "top_k": 5,
+        "frequency_penalty": -1,
+        "presence_penalty": 2,
+        "repetition_penalty": 1.5,
+    }
+    assert options_of(COMPLETIONS, **said) == {**plain, **said}
+    # The likeliest token is among the likeliest ones: only penalties change which one that is.
+    assert options_of(CHAT, **said, temperature=0) == {
+        "max_tokens": 1,
+        "temperature": 0.0,
+        "frequency_penalty": -1.0,
+        "presence_penalty": 2.0,
+        "repetition_penalty": 1.5,
+    }
+    assert options_of(CHAT, logprobs=True) == {**plain, "logprobs": 0}
+    assert options_of(CHAT, logprobs=True, top_logprobs=3) == {**plain, "logprobs": 3}
+    assert options_of(COMPLETIONS, logprobs=0) == {**plain, "logprobs": 0}
+
+
+def test_likelihoods_are_told_in_the_form_of_each_door() -> None:
+    told = [["Gr", -0.5, [["Gr", -0.5], ["Br", -1.5]]], ["\ufffd", -2.0, [["a", -1.0], ["a", -3.0]]]]
+    chat = told_logprobs(CHAT, {"logprobs": told})
+    assert chat == {
+        "content": [
+            {
+                "token": "Gr",
+                "logprob": -0.5,
+                "bytes": [71, 114],
+                "top_logprobs": [
+                    {"token": "Gr", "logprob": -0.5, "bytes": [71, 114]},
+                    {"token": "Br", "logprob": -1.5, "bytes": [66, 114]},
+                ],
+            },
+            {
+                "token": "\ufffd",
+                "logprob": -2.0,
+                "bytes": None,
+                "top_logprobs": [
+                    {"token": "a", "logprob": -1.0, "bytes": [97]},
+                    {"token": "a", "logprob": -3.0, "bytes": [97]},
+                ],
+            },
+        ],
+        "refusal": None,
+    }
+    assert told_logprobs(COMPLETIONS, {"logprobs": told}) == {
+        "tokens": ["Gr", "\ufffd"],
+        "token_logprobs": [-0.5, -2.0],
+        "top_logprobs": [{"Br": -1.5, "Gr": -0.5}, {"a": -1.0}],
+        "text_offset": [0, 2],
+    }
+    assert told_logprobs(CHAT, {"text": "x"}) is None
+
+
+def test_documents_for_a_cross_encoder_are_rows_of_some_each() -> None:
+    documents = [f"document {n}" for n in range(130)] + ["x" * 100_000, "y" * 100_000]
+    body = {"model": "m", "query": "hi", "documents": documents}
+    by_vectors = read_request(RERANK, body, decoded)
+    assert [row[ASKED] for row in by_vectors.rows()] == ["hi", *documents]
+    ranker = Manifest(name="m", version="1", engine="classifier", answers="ranking")
+    asked = asked_of(by_vectors, ranker)
+    rows = asked.rows()
+    assert [len(list(row[DOCUMENTS] or ())) for row in rows] == [64, 64, 3, 1]  # type: ignore[call-overload]
+    assert {row[ASKED] for row in rows} == {"hi"}
+    cells = [[{"index": n, "score": n / 200} for n in range(len(some))] for some in asked.slices()]
+    scores = pair_scores(asked.slices(), cells)
+    assert len(scores) == len(documents)
+    assert [one["index"] for one in ranking(asked.texts, scores, {"top_n": 3, "told": False})] == [
+        63,
+        127,
+        62,
+    ]
 
 
 @pytest.mark.parametrize(
@@ -137,6 +236,20 @@ def test_what_a_request_says_becomes_options_of_its_rows() -> None:
         (CHAT, {"stop": [""]}, "stop"),
         (CHAT, {"temperature": 3}, "temperature"),
         (CHAT, {"top_p": True}, "top_p"),
+        (CHAT, {"top_p": 0}, "top_p"),
+        (CHAT, {"top_p": 1.1}, "top_p"),
+        (RESPONSES, {"top_p": 0}, "top_p"),
+        (CHAT, {"top_k": 2.5}, "top_k"),
+        (CHAT, {"top_k": -2}, "top_k"),
+        (CHAT, {"frequency_penalty": 2.5}, "frequency_penalty"),
+        (CHAT, {"presence_penalty": "much"}, "presence_penalty"),
+        (COMPLETIONS, {"repetition_penalty": 0}, "repetition_penalty"),
+        (CHAT, {"logprobs": 3}, "logprobs"),
+        (CHAT, {"top_logprobs": 3}, "top_logprobs"),
+        (CHAT, {"logprobs": True, "top_logprobs": 21}, "top_logprobs"),
+        (COMPLETIONS, {"logprobs": True}, "logprobs"),
+        (COMPLETIONS, {"logprobs": 21}, "logprobs"),
+        (CHAT, {"tasks": {"topic": {**TOPIC, "input": "{topic}"}}}, "tasks.topic"),
         (COMPLETIONS, {"prompt": [1, "a"]}, "prompt"),
         (CHAT, {"stream": 1}, "stream"),
         (CHAT, {"stream_options": {"include_usage": True}}, "stream_options"),

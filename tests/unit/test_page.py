@@ -14,7 +14,8 @@ from jinja2 import UndefinedError
 from motet.pages import environment, read
 from scheduler.api import markup
 from scheduler.api.charts import Stretch, curve, drawn_bars, minutes, nice, round_step
-from scheduler.api.page import job_page, jobs_page, refused_page
+from scheduler.api.page import job_page, jobs_page, queue_page, refused_page
+from scheduler.api.queue import QueuedRow, _first, _plain
 from scheduler.api.words import compact, duration, percent
 from tests.messages import ACTIVITY, JOB
 
@@ -420,3 +421,49 @@ def test_a_job_that_nobody_has_asked_yet_has_a_page() -> None:
     page["asks"]["minute"] = page["asks"]["spans"][-1]
     read = Reader(job_page(page))
     assert "Half answered in – none in the last minute" in read.text
+
+
+# -- the queue
+
+
+def test_the_queue_tells_each_row_and_nothing_of_it_is_markup() -> None:
+    rows = [
+        QueuedRow(7, 4.0, {"urgency": f"level high {EVIL}", "reply": "Certainly."}),
+        QueuedRow(2, None, {"urgency": "", "reply": "skipped"}),
+    ]
+    queued = {
+        "job": facts(name=f"support {EVIL}")["job"],
+        "by": "urgency.points",
+        "tasks": ["urgency", "reply"],
+    }
+    page = queue_page({**queued, "rows": rows, "looked": 1000})
+    read_ = Reader(page)
+    assert read_.count("script") == 1, "its own, which renews it"
+    for words in (
+        f"support {EVIL}",
+        "sorted by urgency.points, of the newest 1,000 answered rows",
+        "level high",
+        "–",
+    ):
+        assert " ".join(words.split()) in read_.text
+    assert read_.text.index("Certainly.") < read_.text.index("skipped")
+    empty = Reader(queue_page({**queued, "by": "", "rows": [], "looked": 0}))
+    assert "No row is answered yet." in empty.text
+
+
+def test_a_queue_is_sorted_by_numbers_then_texts_then_rows_without_either() -> None:
+    places = ["b", None, 1, True, "a", -2.5, 10]
+    assert sorted(places, key=_first) == [10, 1, True, -2.5, "a", "b", None]
+
+
+def test_an_answer_is_told_in_plain_words() -> None:
+    value = {
+        "level": "high",
+        "points": 4,
+        "because": ["is lost", "today"],
+        "person": False,
+        "more": [],
+        "x": None,
+    }
+    assert _plain(value) == "level high · points 4 · because is lost, today · person no"
+    assert (_plain(0.12345), _plain(None), _plain(["a", {"b": 1}])) == ("0.123", "", "a, b 1")

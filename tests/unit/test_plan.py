@@ -22,6 +22,7 @@ from motet.tasks import (
     Function,
     Generate,
     Number,
+    Rank,
     Task,
     parse,
 )
@@ -177,6 +178,7 @@ def test_a_misspelled_alias_is_answered_with_its_likely_meaning_among_many_versi
         (Entities("minilm"), MINILM),
         (Classify("minilm"), MINILM),
         (Function("topics"), TOPICS),
+        (Rank("topics"), TOPICS),
     ],
 )
 def test_a_task_needs_a_model_that_answers_its_kind(task: Task, model: Manifest) -> None:
@@ -184,6 +186,24 @@ def test_a_task_needs_a_model_that_answers_its_kind(task: Task, model: Manifest)
     assert model.ref in problem.got
     assert model.answers in problem.got
     assert task.kind in problem.remedy
+
+
+def test_rankings_share_a_pass_where_they_ask_the_same_of_the_same_lists() -> None:
+    ranker = alone("ranker", answers="ranking", labels=())
+    same = Rank("ranker", query="{q}", documents="{docs}")
+    planned = passes(
+        a=(same, ranker),
+        b=(replace(same, too_long="error"), ranker),
+        c=(replace(same, query="About {q}"), ranker),
+        d=(replace(same, max_tokens=64), ranker),
+    )
+    assert [one.tasks for one in planned] == [(0, 1), (2,), (3,)]
+    # What is read of a row are all of its documents, however long one of them may be.
+    assert {(one.input, one.max_tokens) for one in planned} == {("{q}{docs}", 0)}
+    assert reads_of(planned[0], {"a": same, "b": same}).times == (1, 1)
+    found = (Entities("names"), alone("names", answers="spans"))
+    (_, then) = passes(who=found, best=(Rank("ranker", query="{text}", documents="{who}"), ranker))
+    assert then.needs == (0,), "an answer that is a list may be ranked"
 
 
 def test_a_multi_label_head_is_classification_too() -> None:

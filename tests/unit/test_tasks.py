@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from motet.errors import InvalidJob
-from motet.tasks import Chat, Choose, Classify, Embed, Extract, Generate, Task, parse
+from motet.tasks import Chat, Choose, Classify, Embed, Extract, Generate, Rank, Task, parse
 from motet.templates import placeholders, render
 
 
@@ -13,6 +13,7 @@ def test_a_task_survives_the_wire() -> None:
     tasks = {
         "topic": Classify("news-topics", scores=True),
         "v": Embed("m", dtype="fp16", input="{title}: {body}"),
+        "best": Rank("r", query="What of {title}?", documents="{pages[:9]}", max_tokens=256),
     }
     assert parse({name: t.to_json() for name, t in tasks.items()}) == tasks
 
@@ -72,6 +73,10 @@ def test_text_of_a_row_is_data_and_never_a_template() -> None:
         ({"a": {"kind": "embed", "model": "m", "numerics": "int8"}}, "tasks.a.numerics", "exact"),
         ({"a": {"kind": "embed", "model": "m", "normalize": 1}}, "tasks.a.normalize", "true or false"),
         ({"a": {"kind": "embed", "model": "m", "modle": 1}}, "tasks.a.modle", "remove"),
+        ({"a": {"kind": "rank", "model": "m", "documents": "{a} {b}"}}, "tasks.a.documents", "list"),
+        ({"a": {"kind": "rank", "model": "m", "documents": "docs"}}, "tasks.a.documents", "list"),
+        ({"a": {"kind": "rank", "model": "m", "query": ""}}, "tasks.a.query", "text"),
+        ({"a": {"kind": "rank", "model": "m", "input": "{text}"}}, "tasks.a.input", "remove"),
         ({"a": {"kind": "chat", "model": "m", "thinking": "off"}}, "tasks.a.thinking", "true, false or null"),
         ({"a": {"kind": "embed", "model": "m", "thinking": True}}, "tasks.a.thinking", "remove"),
     ],

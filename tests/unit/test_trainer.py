@@ -45,15 +45,6 @@ def sentences(n: int) -> list[tuple[str, str, float]]:
     return found
 
 
-@pytest.fixture(scope="module", autouse=True)
-def one_thread() -> Iterator[None]:
-    """As a worker of one core has it: threads that wait for a core that others use take many times as long."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
 @pytest.fixture(scope="module")
 def trunk(tmp_path_factory: pytest.TempPathFactory) -> Described:
     folder = tiny_bert(tmp_path_factory.mktemp("trunk"))

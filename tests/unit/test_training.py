@@ -34,7 +34,7 @@ def problem_of(train: Any, test: Any = None, tasks: dict[str, Learned] | None = 
 
 def test_rows_become_texts_and_targets() -> None:
     lesson = read_lesson(rows(), rows(5), TASKS)
-    assert (lesson.train_rows, len(lesson.texts)) == (40, 45)
+    assert (lesson.train_rows, len(lesson.inputs)) == (40, 45)
     topic, tags, urgency = lesson.targets
     assert (topic.labels, tags.labels, urgency.labels) == (("a", "b"), ("x", "y"), ())
     assert list(topic.places())[:4] == [0, 1, 0, 1]
@@ -53,10 +53,10 @@ def test_rows_may_lack_labels() -> None:
 
 def test_without_test_rows_some_are_kept_for_it_always_the_same() -> None:
     lesson = read_lesson(rows(), None, TASKS)
-    assert (lesson.train_rows, len(lesson.texts)) == (34, 40)
-    assert sorted(lesson.texts) == sorted(row["text"] for row in rows())
+    assert (lesson.train_rows, len(lesson.inputs)) == (34, 40)
+    assert sorted(lesson.inputs) == sorted(row["text"] for row in rows())
     assert read_lesson(rows(), None, TASKS) == lesson
-    assert read_lesson(rows(), None, TASKS, seed=1).texts != lesson.texts
+    assert read_lesson(rows(), None, TASKS, seed=1).inputs != lesson.inputs
 
 
 def test_bars_between_labels_are_read_as_csv_has_them() -> None:

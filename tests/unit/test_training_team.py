@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import signal
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -27,14 +26,6 @@ from workers.engines.training.team import Team
 from workers.registrar.describe import describe_folder
 
 __all__ = ["trunk", "vectors"]
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread() -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 #: Nothing is left out at chance: only then can one device be compared with two.

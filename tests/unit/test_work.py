@@ -36,6 +36,40 @@ def test_squares_are_those_of_the_true_lengths_however_rows_were_batched() -> No
     )
 
 
+def test_rows_with_prompts_of_their_own_keep_the_order_in_which_they_were_carved() -> None:
+    """There those that begin alike are side by side; a step of whole batches wants the longest first, as all others do."""
+    model = Manifest(name="lm", version="1", engine="fake", answers="text")
+    rows = [
+        Prepared(row=i, length=length, truncated=False, inputs=None) for i, length in enumerate((5, 9, 1))
+    ]
+
+    def waiting(task: Generate, *, streamed: bool) -> list[int]:
+        order = Assignment(
+            subtask=1,
+            attempt=1,
+            nonce="n",
+            job="j",
+            tenant="t",
+            pass_kind="fake",
+            model=model,
+            numerics="fast",
+            max_tokens=0,
+            tasks=(TaskOrder(name="it", spec=task.to_json(), manifest=model),),
+            texts=("a", "b", "c"),
+        )
+        work = Work.of(order, "fp32", 1)
+        work.prepared(rows, streamed=streamed)
+        gone = work.rows[:2]
+        del work.rows[:2]
+        work.wait_again(gone)
+        return [row.row for row in work.rows]
+
+    own = Generate("lm", prompt="", about="{asked}", options="{options}")
+    assert waiting(own, streamed=True) == [0, 1, 2]
+    assert waiting(own, streamed=False) == [1, 0, 2]
+    assert waiting(Generate("lm", prompt="Go on."), streamed=True) == [1, 0, 2]
+
+
 def test_tasks_that_differ_in_thinking_ask_different_things() -> None:
     model = Manifest(name="lm", version="1", engine="fake", answers="text")
     asks = {

@@ -21,15 +21,17 @@ from safetensors.torch import save_file
 from motet.protocol.columns import Column, values
 from motet.protocol.manifest import Manifest
 from motet.protocol.wire import TaskOrder
-from motet.tasks import Classify, Embed, Number, Task
+from motet.tasks import Classify, Embed, Number, Rank, Task
 from workers.engine import CannotLoad, DeviceBroken, OutOfMemory, Pass, Prepared, SelfDescribing
 from workers.engines import InstalledEngines
 from workers.engines.encoder.classifier import ClassifierEngine
 from workers.engines.encoder.encoder import Encoder, EncoderEngine
+from workers.engines.encoder.pairs import Pair, ranking_column
 from workers.engines.encoder.spacy_ner import SpacyNerEngine
-from workers.engines.function import FunctionEngine
-from workers.engines.trunk import Tokens, _imitated, torch_errors
-from workers.registrar.accuracy import SENTENCES, compare
+from workers.engines.function import FunctionEngine, written_column
+from workers.engines.trunk import Tokens, imitated, torch_errors
+from workers.registrar.accuracy import SENTENCES, Trial, compare
+from workers.registrar.describe import describe_folder
 from workers.run.batching import pack
 
 TEXTS = (
@@ -64,11 +66,6 @@ MINILM = Manifest(
     pooling="mean",
     parameters=22_713_216,
 )
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _one_thread() -> None:
-    torch.set_num_threads(1)
 
 
 @pytest.fixture(scope="module")
@@ -346,6 +343,96 @@ def test_a_stock_classifier_answers_as_transformers_does(tmp_path: Path, answers
     assert scores == pytest.approx(expected.tolist(), abs=1e-5)
 
 
+@pytest.mark.parametrize("types", [2, 1])
+def test_a_cross_encoder_ranks_documents_as_transformers_does(tmp_path: Path, types: int) -> None:
+    """Of two kinds of texts where the model was taught them, and cut as the longer of both is."""
+    from transformers import AutoModelForSequenceClassification, AutoTokenizer
+
+    folder = tiny_bert(tmp_path, classifier=True, num_labels=1, type_vocab_size=types, initializer_range=0.5)
+    manifest = describe_folder(folder, name="r", version="1", licence="", source={}, ranks=True).manifest
+    assert (manifest.engine, manifest.answers) == ("classifier", "ranking")
+    engine = ClassifierEngine()
+    handle = engine.load(manifest, files_in(folder), device="cpu", in_format="fp32")
+    task = Rank("r", query="About {topic}: {query}", documents="{pages}", max_tokens=48)
+    documents = ["good work", "bad", "so so indeed " * 40, "", "a cat sat on the mat"]
+    rows: list[Any] = [
+        {"topic": "cats", "query": "where?", "pages": documents},
+        {"topic": "cats", "query": "where?", "pages": [{"text": one, "id": 7} for one in documents[::-1]]},
+        {"topic": "x", "query": None, "pages": [3]},
+        {"topic": "x", "query": "y", "pages": "one text"},
+        {"topic": "x", "query": "y", "pages": []},
+        {"topic": "x", "query": "y", "pages": [["nested"]]},
+    ]
+    pass_ = Pass(handle, (an_order("x", task, manifest),), 0, values=rows)
+    prepared = engine.prepare(pass_, [""] * len(rows))
+    assert [row.error for row in prepared if not isinstance(row, Prepared)] == ["bad_row"] * 3
+    good = [row for row in prepared if isinstance(row, Prepared)]
+    assert [row.truncated for row in good] == [True, True, False]
+    first, turned, _ = values(engine.run(pass_, good)["x"])
+    model = AutoModelForSequenceClassification.from_pretrained(folder).eval()
+    tokenizer = AutoTokenizer.from_pretrained(trunk_folder())
+    with torch.inference_mode():
+        logits = [
+            float(model(**pair_of(tokenizer, "About cats: where?", one, types)).logits[0, 0])
+            for one in documents
+        ]
+    assert len(set(logits)) == len(documents)
+    order = sorted(range(len(logits)), key=lambda i: -logits[i])
+    assert [one["index"] for one in first] == order
+    assert [one["score"] for one in first] == pytest.approx(
+        [1 / (1 + np.exp(-logits[i])) for i in order], abs=1e-5
+    )
+    assert [len(documents) - 1 - one["index"] for one in turned] == order
+
+
+def pair_of(tokenizer: Any, query: str, document: str, types: int) -> Any:
+    read = tokenizer([(query, document)], truncation=True, max_length=48, return_tensors="pt")
+    return read if types > 1 else {name: read[name] for name in ("input_ids", "attention_mask")}
+
+
+def test_a_cross_encoder_is_known_by_what_sentence_transformers_writes(tmp_path: Path) -> None:
+    folder = tiny_bert(tmp_path, classifier=True, num_labels=1)
+    config = json.loads((folder / "config.json").read_text())
+
+    def answers(**more: Any) -> str:
+        (folder / "config.json").write_text(json.dumps({**config, **more}))
+        return str(describe_folder(folder, name="r", version="1", licence="", source={}).manifest.answers)
+
+    assert answers() == "number"
+    assert answers(sentence_transformers={"version": "5.0"}) == "ranking"
+    assert answers(sbert_ce_default_activation_function="torch.nn.modules.linear.Identity") == "ranking"
+
+
+def test_a_cross_encoder_is_tried_with_ordinary_sentences(tmp_path: Path) -> None:
+    folder = tiny_bert(tmp_path, classifier=True, num_labels=1, initializer_range=0.5)
+    manifest = describe_folder(folder, name="r", version="1", licence="", source={}, ranks=True).manifest
+    order = an_order("r", Rank("r"), manifest)
+    trial = Trial(ClassifierEngine(), manifest, files_in(folder), [(order, {})], texts=SENTENCES[:6])
+    exact, fast = (trial.answers(one)["r"] for one in ("fp32", "bf16"))
+    assert exact.counts()[0] == 6
+    passed, measured = compare(exact, fast, manifest)
+    assert passed == (measured["agreement"] >= 0.99)
+    turned = written_column([b'[{"index":2,"score":0.9},{"index":0,"score":0.1},{"index":1,"score":0}]'] * 6)
+    clear = written_column([b'[{"index":0,"score":0.9},{"index":1,"score":0.1},{"index":2,"score":0}]'] * 6)
+    assert compare(clear, clear, manifest) == (True, {"agreement": 1.0})
+    assert compare(clear, turned, manifest) == (False, {"agreement": 0.0})
+
+
+def test_scores_that_are_no_numbers_are_their_row_s_error() -> None:
+    pair = Pair(Prepared(0, 3, False, np.zeros(3, np.int32)), np.zeros(3, np.int32))
+    rows = [Prepared(0, 6, False, [pair, pair]), Prepared(1, 3, False, [pair])]
+    seen: list[int] = []
+
+    def score(some: Sequence[Pair]) -> Any:
+        seen.append(len(some))
+        return np.array([np.nan, 1.0, 800.0][: len(some)], np.float32)
+
+    column = ranking_column(rows, score, "cpu")
+    assert {row: error.error for row, error in column.errors.items()} == {0: "not_finite"}
+    assert list(values(column)) == [None, [{"index": 0, "score": 1.0}]]
+    assert seen == [3]
+
+
 def test_a_classifier_without_its_last_layer_is_refused_not_made_up(tmp_path: Path) -> None:
     manifest = Manifest(
         name="c", version="1", engine="classifier", answers="label", max_tokens=64, labels=("a", "b")
@@ -467,7 +554,7 @@ def test_a_format_that_this_cpu_cannot_compute_is_imitated_and_close_to_fp32() -
     model = torch.nn.Sequential(torch.nn.Linear(64, 64), torch.nn.GELU(), torch.nn.Linear(64, 8))
     given = torch.randn(16, 64)
     exact = model(given)
-    imitated = _imitated(copy.deepcopy(model).bfloat16())(given)
-    assert imitated.dtype == torch.float32
-    assert torch.equal(imitated, imitated.bfloat16().float())
-    assert 0 < float((imitated - exact).abs().max()) < 0.05
+    found = imitated(copy.deepcopy(model).bfloat16())(given)
+    assert found.dtype == torch.float32
+    assert torch.equal(found, found.bfloat16().float())
+    assert 0 < float((found - exact).abs().max()) < 0.05

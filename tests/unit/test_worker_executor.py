@@ -14,6 +14,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from motet.errors import MotetError, Unreachable
+from motet.media.medium import Medium
 from motet.protocol.columns import ERROR, OK, STATE_MASK, TRUNCATED, CellError, Column, values
 from motet.protocol.manifest import Manifest
 from motet.protocol.transport import MemoryTransport, MemoryWorkerTransport, TransportLost
@@ -26,6 +28,7 @@ from workers.run.blobs import CannotFetch
 from workers.run.device import Device
 from workers.run.executor import LOAD_S, PREPARE_S, Executor
 from workers.run.lane import WINDOW_S
+from workers.run.media import Media
 from workers.run.reporter import Reporter
 from workers.run.sayer import Sayer
 from workers.run.stream import FIRST_MEASURED_S, FIRST_RUN_S, RUN_S
@@ -125,6 +128,22 @@ class FakeFiles:
 
 
 @dataclass
+class FakeMedia:
+    """Gives two media at a time, of those that it has."""
+
+    stored: dict[str, bytes] = field(default_factory=dict)
+    error: MotetError | None = None
+    #: What was asked for, and under which lease.
+    asked: list[tuple[tuple[str, ...], str]] = field(default_factory=list)
+
+    def some(self, sha256s: Sequence[str], lease: str) -> Mapping[str, bytes]:
+        self.asked.append((tuple(sha256s), lease))
+        if self.error is not None:
+            raise self.error
+        return {s: self.stored[s] for s in [s for s in sha256s if s in self.stored][:2]}
+
+
+@dataclass
 class House:
     """An executor with everything around it, and short words for what tests do."""
 
@@ -143,6 +162,7 @@ class House:
         self.attempts = Attempts()
         self.reporter = Reporter(self.transport, self.attempts)
         self.sayer = Sayer(self.transport, self.clock)
+        self.pictures = FakeMedia()
         #: Tokenising that waits to be done, and whether of interactive rows; None does it at once.
         self.pending: list[tuple[Callable[[], None], bool]] | None = None
         self.executor = Executor(
@@ -159,6 +179,7 @@ class House:
             broken=self._broken,
             spawn=self._spawn,
             sayer=self.sayer,
+            media=Media(self.pictures, clock=self.clock),
             clock=self.clock,
         )
 
@@ -975,3 +996,118 @@ def test_whatever_fails_each_row_has_one_right_answer_or_one_error(data: st.Data
 def test_an_idle_executor_has_nothing_to_do(house: House) -> None:
     assert house.steps() == 0
     assert house.executor.stuck() is None
+
+
+# -- media
+
+
+@dataclass
+class Eyes(FakeEngine):
+    """Answers each picture with its bytes' number."""
+
+    prepared: list[list[str]] = field(default_factory=list)
+
+    def prepare(self, pass_: Pass, texts: Sequence[str]) -> list[Prepared | CellError]:
+        self.prepared.append(list(texts))
+        if any(value == b"panic" for value in pass_.values):
+            raise ValueError("a picture that must not be logged")
+        return [Prepared(row, 1, False, "x" * len(value)) for row, value in enumerate(pass_.values)]
+
+
+def seeing(*pictures: bytes, stored: bool = True) -> tuple[House, list[Medium]]:
+    house = House()
+    house.engine = Eyes(house.clock)
+    media = [Medium.of(data) for data in pictures]
+    if stored:
+        house.pictures.stored = {one.sha256: data for one, data in zip(media, pictures, strict=True)}
+    return house, media
+
+
+def numbers_of(house: House) -> list[Any]:
+    (outcome,) = house.outcomes().values()
+    return list(values(outcome.columns["size"]))
+
+
+def test_an_engine_is_given_the_bytes_of_media_fetched_once_under_the_lease() -> None:
+    house, media = seeing(b"one", b"three", b"sevenup")
+    order = an_order(*(one.text for one in [*media, media[0]]), values=(*media, media[0]))
+    house.submit(order)
+    assert not house.engine.loads, "they are fetched while the model is not even loaded"
+    house.steps()
+    assert numbers_of(house) == [3.0, 5.0, 7.0, 3.0]
+    asked = [set(asked) for asked, _ in house.pictures.asked]
+    assert asked == [{one.sha256 for one in media}, {media[2].sha256}], "two come at a time"
+    assert {lease for _, lease in house.pictures.asked} == {f"{order.subtask}.1.n"}
+    again = an_order(media[0].text, values=(media[0],))
+    house.submit(again)
+    house.steps()
+    assert len(house.pictures.asked) == 2, "it was kept"
+    stranger = an_order(media[0].text, values=(media[0],), tenant="another")
+    house.submit(stranger)
+    assert len(house.pictures.asked) == 3, "for its tenant alone"
+
+
+@pytest.mark.parametrize(
+    "spoil",
+    [
+        lambda p: p.stored.clear(),
+        lambda p: setattr(p, "error", Unreachable("away")),
+        lambda p: p.stored.update(dict.fromkeys(p.stored, b"other bytes")),
+    ],
+)
+def test_rows_whose_medium_cannot_be_had_are_lost_for_now_and_others_are_not(
+    spoil: Callable[[FakeMedia], object],
+) -> None:
+    house, media = seeing(b"one", b"three")
+    house.submit(an_order(media[0].text, values=(media[0],)))
+    house.steps()
+    house.outcomes()
+    house.redis.entries.clear()
+    spoil(house.pictures)
+    order = an_order(*(one.text for one in (*media, media[0])), values=(*media, media[0]))
+    house.submit(order)
+    house.steps()
+    (outcome,) = house.outcomes().values()
+    column = outcome.columns["size"]
+    assert list(values(column))[::2] == [3.0, 3.0]
+    lost = column.errors[1]
+    assert (lost.error, lost.retriable) == ("lost_medium", True)
+    assert isinstance(house.engine, Eyes)
+    assert len(house.engine.prepared[-1]) == 2, "the engine never saw the row"
+
+
+def test_a_picture_that_breaks_the_engine_is_the_one_row_at_fault() -> None:
+    house, media = seeing(b"one", b"panic", b"three")
+    house.submit(an_order(*(one.text for one in media), values=tuple(media)))
+    house.steps()
+    (outcome,) = house.outcomes().values()
+    assert {row: error.error for row, error in outcome.columns["size"].errors.items()} == {1: "engine"}
+    assert [v for i, v in enumerate(values(outcome.columns["size"])) if i != 1] == [3.0, 5.0]
+
+
+def test_a_function_of_several_fields_is_given_bytes_among_its_values() -> None:
+    house, media = seeing(b"one")
+    house.submit(an_order("", values=({"photo": media[0], "age": 3},)))
+    house.engine.prepare = lambda pass_, texts: [  # type: ignore[method-assign]
+        Prepared(row, 1, False, "x" * len(value["photo"]) * value["age"])
+        for row, value in enumerate(pass_.values)
+    ]
+    house.steps()
+    assert numbers_of(house) == [9.0]
+
+
+def test_media_that_are_kept_are_bounded_and_the_oldest_go_first() -> None:
+    source = FakeMedia()
+    pictures = [bytes([n]) * 10 for n in range(5)]
+    media = [Medium.of(data) for data in pictures]
+    source.stored = {one.sha256: data for one, data in zip(media, pictures, strict=True)}
+    kept = Media(source, kept_bytes=30, clock=Clock())
+    for one in media:
+        kept.of(an_order(one.text, values=(one,)), lambda: True)
+    before = len(source.asked)
+    for one in reversed(media[2:]):
+        assert kept.of(an_order(one.text, values=(one,)), lambda: True)
+    assert len(source.asked) == before
+    kept.of(an_order(media[1].text, values=(media[1],)), lambda: True)
+    assert len(source.asked) == before + 1
+    assert kept.of(an_order(media[0].text, values=(media[0],)), lambda: False) == {}, "nobody waits"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import configparser
 import os
 import shutil
 import subprocess
@@ -141,12 +142,21 @@ def test_the_clients_wheel_brings_one_package_and_the_clusters_the_other_three(
         assert expected <= set(names_in(wheel)), "modules, templates, heads and what else lies there"
 
 
-def test_engines_come_with_the_cluster(wheels: dict[str, Path]) -> None:
-    assert not any(name.endswith("entry_points.txt") and b"motet.engines" in _read(wheels["motet"], name)
-                   for name in names_in(wheels["motet"]))  # fmt: skip
-    assert b"[motet.engines]" in _read(
-        wheels["motet_cluster"], "motet_cluster-0.1.0.dist-info/entry_points.txt"
-    )
+def test_engines_come_with_the_cluster_and_the_applications_functions_with_motet(
+    wheels: dict[str, Path],
+) -> None:
+    engines = {name: _entry_points(wheels[name], name) for name in wheels}
+    assert engines["motet_cluster"]
+    assert all(point.startswith("workers.engines.") for point in engines["motet_cluster"].values())
+    assert all(point.startswith("motet.apps.functions.") for point in engines["motet"].values())
+    assert not engines["motet"].keys() & engines["motet_cluster"].keys()
+
+
+def _entry_points(wheel: Path, name: str) -> dict[str, str]:
+    """Those of the group ``motet.engines``, by name."""
+    read = configparser.ConfigParser(delimiters=("=",))
+    read.read_string(_read(wheel, f"{name}-0.1.0.dist-info/entry_points.txt").decode())
+    return dict(read["motet.engines"])
 
 
 def _read(wheel: Path, name: str) -> bytes:

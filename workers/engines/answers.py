@@ -20,10 +20,14 @@ NOT_FINITE = CellError("not_finite", "the model answered NaN or infinity")
 THRESHOLD = 0.5
 
 
-def label_column(logits: Floats, *, every_score: bool) -> Column:
-    """Single-label: softmax over (n, labels); the winner and its score, all scores on request."""
+def label_column(logits: Floats, *, every_score: bool, apart: bool = False) -> Column:
+    """Single-label: softmax over (n, labels); the winner and its score, all scores on request.
+
+    ``apart``: each label's score is a chance of its own, the sigmoid of its logit.
+    """
     bad = ~_finite(logits)
-    scores = _softmax(np.where(bad[:, None], 0, logits))
+    known = np.where(bad[:, None], 0, logits)
+    scores = _sigmoid(known) if apart else _softmax(known)
     codes = scores.argmax(1)
     arrays = {
         "codes": np.where(bad, 0, codes).astype("<i2").tobytes(),
@@ -85,6 +89,13 @@ def vector_column(vectors: Floats, dtype: Literal["fp32", "fp16"]) -> Column:
     bad = ~_finite(cast)
     cast[bad] = 0
     return _column("vector", bad, {"vectors": cast.tobytes()}, dim=vectors.shape[1], dtype=dtype)
+
+
+def vector_answer(task: TaskOrder, pooled: Floats) -> Column:
+    """Pooled vectors (n, dim) as a task asks for them."""
+    if task.spec.get("normalize", True):
+        pooled = pooled / np.maximum(np.linalg.norm(pooled, axis=1, keepdims=True), 1e-12)
+    return vector_column(pooled, task.spec.get("dtype", "fp32"))
 
 
 def _column(

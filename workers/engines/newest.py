@@ -14,9 +14,14 @@ V = TypeVar("V")
 class Newest(Generic[K, V]):
     """The newest values of ``most`` in all: what is read is as new as what was just added. At least one is kept."""
 
-    def __init__(self, most: float = math.inf, size: Callable[[K], int] = lambda _: 1) -> None:
-        """``size``: what a value counts for, by its key."""
-        self._most, self._size = most, size
+    def __init__(
+        self,
+        most: float = math.inf,
+        size: Callable[[K], int] = lambda _: 1,
+        gone: Callable[[K], object] = lambda _: None,
+    ) -> None:
+        """``size``: what a value counts for, by its key. ``gone``: told of each key whose value was let go of."""
+        self._most, self._size, self._gone = most, size, gone
         self._held: OrderedDict[K, V] = OrderedDict()
         #: What all values in it count for.
         self.size = 0
@@ -43,6 +48,7 @@ class Newest(Generic[K, V]):
         while len(self._held) > 1 and self.size > most:
             key, _ = self._held.popitem(last=False)
             self.size -= self._size(key)
+            self._gone(key)
 
     def clear(self) -> None:
         self._held.clear()

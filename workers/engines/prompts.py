@@ -21,6 +21,8 @@ GAP = "\n\n"
 NOTHING = "N/A"
 #: The labels that a row brought, beside the template that lists them.
 OWN_LABELS = "own_labels"
+#: What stands for the logarithm of nothing, which JSON cannot hold: as OpenAI tells it.
+_NEVER = -9999.0
 ROLES = ("system", "user", "assistant")
 BAD_MESSAGES = CellError(
     "bad_messages",
@@ -80,10 +82,19 @@ def row_spec(spec: Mapping[str, Any], fields: Mapping[str, str]) -> Mapping[str,
     return {**spec, **own}
 
 
-def counted(text: str, finish: str, spent: tuple[int, int, int]) -> dict[str, Any]:
+def counted(
+    text: str, finish: str, spent: tuple[int, int, int], likelihoods: Sequence[Any] | None = None
+) -> dict[str, Any]:
     """The answer of a task whose rows have options of their own. ``spent``: tokens of the prompt, of them cached ones,
-    and tokens written."""
-    return {"text": text, "finish": finish, "usage": list(spent)}
+    and tokens written. ``likelihoods``: of each token [its text, its logarithm, the likeliest ones there [[text, logarithm],
+    …]]; None where they are not told."""
+    told = {} if likelihoods is None else {"logprobs": list(likelihoods)}
+    return {"text": text, "finish": finish, "usage": list(spent), **told}
+
+
+def told_logp(logp: float) -> float:
+    """The logarithm of a token's share as answers hold it."""
+    return round(max(logp, _NEVER), 6)
 
 
 def messages_of(spec: Mapping[str, Any], text: str, fields: Mapping[str, str]) -> list[Message]:

@@ -56,7 +56,7 @@ def among_others(loaded: Causal, ids: Sequence[int], most: int) -> float:
         raise CannotLoad(not_in_one_line(loaded.model, error)) from error
     # Logits mean the same whatever is added to all of them.
     return max(
-        _apart(a - a.mean(-1, keepdim=True), b - b.mean(-1, keepdim=True))
+        apart(a - a.mean(-1, keepdim=True), b - b.mean(-1, keepdim=True))
         for a, b in zip(found, plain, strict=True)
     )
 
@@ -82,10 +82,10 @@ def beside_others(
     rows = [row for row in tokens.prepare(some, LONGEST) if isinstance(row, Prepared)]
     together = torch.as_tensor(answers(rows))
     alone = torch.cat([torch.as_tensor(answers([row])) for row in rows])
-    return max(_apart(a, b) for a, b in zip(together[:, None], alone[:, None], strict=True))
+    return max(apart(a, b) for a, b in zip(together[:, None], alone[:, None], strict=True))
 
 
-def _apart(found: torch.Tensor, expected: torch.Tensor) -> float:
+def apart(found: torch.Tensor, expected: torch.Tensor) -> float:
     """The distance of the median vector of (vectors, numbers). A NaN counts as infinitely far.
 
     Not of the farthest one: a router between experts that are equally good goes another way by the last bit.

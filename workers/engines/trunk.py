@@ -30,14 +30,18 @@ CHARS_PER_TOKEN = 16
 LIMITS = 16
 
 
-def folder_of(files: Mapping[str, Path]) -> Path:
+#: What the folder of a model that reads text holds beside its weights.
+NEEDED = ("config.json", "tokenizer.json")
+
+
+def folder_of(files: Mapping[str, Path], needed: Sequence[str] = NEEDED) -> Path:
     """The folder that holds a model's files. Raises CannotLoad where it names code to run, or has no weights."""
-    for needed in ("config.json", "tokenizer.json"):
-        if needed not in files:
-            raise CannotLoad(f"the model has no {needed}")
+    for name in needed:
+        if name not in files:
+            raise CannotLoad(f"the model has no {name}")
     if not any(name.endswith(".safetensors") for name in files):
         raise CannotLoad("the model has no .safetensors weights")
-    for name in ("config.json", "tokenizer_config.json"):
+    for name in ("config.json", "tokenizer_config.json", "preprocessor_config.json", "processor_config.json"):
         if name in files and "auto_map" in json.loads(files[name].read_text("utf-8")):
             raise CannotLoad(f"{name} names code to run (auto_map), which is never done")
     return files["config.json"].parent
@@ -57,19 +61,20 @@ def load_transformer(
     may_miss: tuple[str, ...] = (),
     attention: str | None = None,
     admit: Callable[[Any], None] = lambda _: None,
+    needed: Sequence[str] = NEEDED,
 ) -> Any:
     """``transformers.<auto_class>`` from a folder, in evaluation mode on the device.
 
     ``admit`` sees the configuration before any weight is read, and raises CannotLoad where the model is not wanted.
     Weights may be absent only where their name starts with one of ``may_miss``: others would be random.
-    ``attention``: None is the fastest that its kind has; MPNet and DeBERTa have none of torch's own.
-    Raises CannotLoad, OutOfMemory, DeviceBroken.
+    ``attention``: None is the fastest that its kind has; MPNet and DeBERTa have none of torch's own. ``needed``: files
+    that its folder must hold. Raises CannotLoad, OutOfMemory, DeviceBroken.
     """
     import transformers
 
     transformers.logging.set_verbosity_error()  # type: ignore[no-untyped-call]
     transformers.logging.disable_progress_bar()  # type: ignore[no-untyped-call]
-    folder = folder_of(files)
+    folder = folder_of(files, needed)
     try:
         with torch_errors():
             admit(transformers.AutoConfig.from_pretrained(folder, local_files_only=True))
@@ -94,7 +99,7 @@ def load_transformer(
             if absent:
                 raise CannotLoad(f"the weights lack {', '.join(absent[:3])}")
             model = model.eval().requires_grad_(False).to(device)
-            return model if device != "cpu" or cpu_computes(in_format) else _imitated(model)
+            return model if device != "cpu" or cpu_computes(in_format) else imitated(model)
     except (OutOfMemory, DeviceBroken, CannotLoad):
         raise
     except Exception as error:
@@ -127,7 +132,7 @@ def cpu_computes(in_format: str) -> bool:
     return in_format == "fp32" or bool(getattr(torch.ops.mkldnn, f"_is_mkldnn_{in_format}_supported")())
 
 
-def _imitated(model: Any) -> Any:
+def imitated(model: Any) -> Any:
     """A model in half precision that computes in fp32 and rounds: its weights, and what every layer hands on.
 
     So a format is tried also where it is slow (workers/registrar/accuracy.py); nothing runs in it there.
@@ -223,6 +228,28 @@ class Tokens:
             for row, one in enumerate(read)
         ]
         return [self._checked(row) for row in rows] if self._looks else [*rows]
+
+    def pairs(
+        self, query: str, documents: Sequence[str], max_tokens: int
+    ) -> list[tuple[Prepared, NDArray[np.int32]] | CellError]:
+        """The query with each document, and of each token whether it is of the query (0) or the document (1).
+
+        Of a pair with more than ``max_tokens`` the longer text is cut.
+        """
+        most = min(max_tokens or self._most, self._most)
+        longest = most * CHARS_PER_TOKEN
+        asked = [(_opening(query, longest), _opening(text, longest)) for text in documents]
+        found: list[tuple[Prepared, NDArray[np.int32]] | CellError] = []
+        for number, one in enumerate(self._reader(most).encode_batch(asked)):
+            cut = bool(one.overflowing) or any(
+                len(part) < len(whole)
+                for part, whole in zip(asked[number], (query, documents[number]), strict=True)
+            )
+            row = Prepared(number, len(one.ids), cut, np.asarray(one.ids, np.int32))
+            checked = self._checked(row) if self._looks else row
+            kinds = np.asarray(one.type_ids, np.int32)
+            found.append(checked if isinstance(checked, CellError) else (checked, kinds))
+        return found
 
     def _checked(self, row: Prepared) -> Prepared | CellError:
         """The row, or its error where the model has no embedding for one of its ids."""

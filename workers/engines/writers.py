@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 from motet.protocol.columns import CellError, is_storable_json
 from workers.engine import CannotLoad
 from workers.engines.newest import Newest
+from workers.engines.prompts import told_logp
 from workers.engines.schemas import violation
 from workers.engines.telling import NO_CHARACTER, Teller
 from workers.engines.thoughts import without_thoughts
@@ -68,6 +69,39 @@ class Grammar:
         return bits.view(np.uint32)
 
 
+@dataclass(frozen=True, slots=True)
+class TokenOdds:
+    """How likely a token was that was written: logarithms of the model's own shares, whatever was done to them to choose."""
+
+    logp: float
+    #: The likeliest tokens there, the likeliest first, each with its own.
+    likeliest: tuple[tuple[int, float], ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Weighing:
+    """What is done to logits before a token is chosen, as vLLM does it: repetition, then frequency and presence."""
+
+    #: Logits of tokens of prompt and answer are divided by it where they are positive, else multiplied; 1: they are not.
+    repetition: float
+    #: Taken from the logit of a token for each time it was written, and once where it was written at all.
+    frequency: float
+    presence: float
+    #: Different tokens of the prompt; () where repetition is 1.
+    prompt: tuple[int, ...] = ()
+
+    @classmethod
+    def of(cls, spec: Mapping[str, Any], prompt: Sequence[int]) -> Weighing | None:
+        """None where nothing is done."""
+        repetition, frequency, presence = (
+            float(spec.get(f"{name}_penalty", neutral))
+            for name, neutral in (("repetition", 1), ("frequency", 0), ("presence", 0))
+        )
+        if (repetition, frequency, presence) == (1, 0, 0):
+            return None
+        return cls(repetition, frequency, presence, tuple(sorted(set(prompt))) if repetition != 1 else ())
+
+
 @dataclass(slots=True)
 class Writer:
     """One answer that is being written."""
@@ -93,6 +127,14 @@ class Writer:
     answer_at: int = 0
     #: Tells the answer while it is written; None where nobody asks.
     teller: Teller | None = None
+    weighing: Weighing | None = None
+    #: Tokens are drawn from so many of the likeliest ones (0: all), and of these from the fewest that have this share.
+    top_k: int = 0
+    top_p: float = 1.0
+    #: Likely tokens that are told beside each that was written; None: no likelihoods are told.
+    logprobs: int | None = None
+    #: Of each token of ``ids``, where likelihoods are told.
+    odds: list[TokenOdds] = field(default_factory=list)
     _chance: float | None = None
     #: Places of tokens: those before the second were given to the teller, those from the first on with the newest of them.
     _window: tuple[int, int] = (0, 0)
@@ -107,10 +149,11 @@ class Writer:
         matcher: Any,
         thought: tuple[int, int] | None = None,
         begun: bool = False,
+        prompt: Sequence[int] = (),
     ) -> Writer:
         """``index``: of the row in its job. Equal seed, row and task draw equal tokens, wherever they run.
 
-        ``thought``: the tokens that begin and end a thought. ``begun``: the prompt has begun one.
+        ``thought``: the tokens that begin and end a thought. ``begun``: the prompt has begun one. ``prompt``: its tokens.
         """
         # A row that brings a seed of its own draws the same wherever it stands.
         place = spec.get("draw", index)
@@ -130,17 +173,26 @@ class Writer:
             thought=thought if may_think else None,
             thinks=may_think and begun,
             begun=begun,
+            weighing=Weighing.of(spec, prompt),
+            top_k=int(spec.get("top_k", 0)),
+            top_p=float(spec.get("top_p", 1.0)),
+            logprobs=spec.get("logprobs"),
         )
 
     @property
     def plain(self) -> bool:
         """It takes the likeliest token, whatever that is."""
-        return self.temperature == 0 and (self.matcher is None or self.thinks)
+        return self.temperature == 0 and self.weighing is None and (self.matcher is None or self.thinks)
 
     @property
     def held(self) -> bool:
         """Its schema says which token may come next."""
         return self.matcher is not None and not self.thinks
+
+    @property
+    def narrowed(self) -> bool:
+        """Its tokens are drawn from some of them alone."""
+        return self.top_k > 0 or self.top_p < 1
 
     @property
     def also(self) -> int | None:
@@ -154,8 +206,20 @@ class Writer:
             self._chance = self.dice.random()
         return self._chance
 
-    def take(self, token: int, ends: frozenset[int], words: Callable[[Sequence[int]], str]) -> None:
+    def take(
+        self,
+        token: int,
+        ends: frozenset[int],
+        words: Callable[[Sequence[int]], str],
+        odds: TokenOdds | None = None,
+    ) -> None:
         """Write a token; ``finish`` says whether it was the last one."""
+        self._write(token, ends, words)
+        # One that ends the answer is none of it.
+        if odds is not None and len(self.odds) < len(self.ids):
+            self.odds.append(odds)
+
+    def _write(self, token: int, ends: frozenset[int], words: Callable[[Sequence[int]], str]) -> None:
         self._chance = None
         if self.thought is not None and self._think(token, *self.thought, ends):
             pass
@@ -227,6 +291,28 @@ class Writer:
         # A character that was cut in the middle.
         text = text.rstrip(NO_CHARACTER) if self.finish == "length" else text
         return text.strip()
+
+    def likelihoods(
+        self, words: Callable[[Sequence[int]], str], word: Callable[[int], str]
+    ) -> list[list[Any]] | None:
+        """Of each token of the text as it was written, up to a stop text: its text, logarithm and likeliest ones there.
+
+        ``word``: the text of one token. None where they are not told.
+        """
+        if self.logprobs is None:
+            return None
+        count, text = len(self.ids), words(self.ids)
+        end = min((at for one in self.stop if (at := text.find(one)) >= 0), default=len(text))
+        while end < len(text) and count and len(words(self.ids[: count - 1])) >= end:
+            count -= 1
+        return [
+            [
+                word(token),
+                told_logp(odds.logp),
+                [[word(one), told_logp(logp)] for one, logp in odds.likeliest],
+            ]
+            for token, odds in zip(self.ids[:count], self.odds, strict=False)
+        ]
 
 
 def _kept(text: str, schema: Mapping[str, Any], finish: str) -> bytes | CellError:

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
-import gc
 import json
 import logging
 import os
@@ -23,6 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from motet.local.children import MARK, Child, follow
+from motet.protocol.imports import for_good
 from motet.protocol.logs import configure, event
 
 log = logging.getLogger("workers.launch.forkserver")
@@ -138,13 +138,12 @@ def main(launcher: int, control_fd: int) -> int:
     ``launcher``: its process id. In a worker: its whole life.
     """
     configure("forkserver", "INFO")
-    preload()
+    # What was imported stays for ever: collecting it would only copy its pages into every worker.
+    with for_good():
+        preload()
     if why := uncopyable():
         event(log, "fork server cannot be copied", logging.WARNING, why=why)
         return EXIT_UNSAFE
-    # What was imported stays for ever: collecting it would only copy its pages into every worker.
-    gc.collect()
-    gc.freeze()
     event(log, "fork server ready", pid=os.getpid())
     with socket.socket(fileno=control_fd) as control:
         control.set_inheritable(False)

@@ -388,6 +388,10 @@ def _found(registry: Registry, model: str) -> tuple[Manifest, list[Manifest]]:
             f"{trunk.ref} answers {trunk.answers}; expected an encoder that heads sit on"
             + (f", such as {trunk.trunk_model}" if trunk.trunk_model else "")
         )
+    if trunk.reads != "text":
+        raise SetupError(
+            f"{trunk.ref} reads pictures; expected an encoder of texts: pictures are not compressed yet"
+        )
     heads = registry.heads_on(trunk)
     if several := [head.ref for head in heads if head.inputs]:
         print(f"left out, they read several texts or numbers: {', '.join(several)}", file=sys.stderr)

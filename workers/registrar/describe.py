@@ -17,6 +17,7 @@ from typing import Any, Literal
 from motet.errors import SetupError
 from motet.protocol.manifest import Answer, Manifest, trainer_name, trunk_digest
 from workers.engines.proved import inherited, steady_tokens
+from workers.registrar.describe_image import PROCESSORS, described_image, needed_files, reads_pictures
 
 #: Weights that run code when they are read.
 PICKLES = (".bin", ".pt", ".pth", ".pkl", ".ckpt", ".h5", ".msgpack")
@@ -27,6 +28,7 @@ NO_LIMIT = 1_000_000
 DEFAULT_MAX_TOKENS = 512
 #: Ends of the names of architectures that write.
 LANGUAGE = ("ForCausalLM", "LMHeadModel")
+NEEDED = ("config.json", "tokenizer.json")
 #: What a worker reads beside configuration, tokenizer and weights, where it is there.
 ENCODER_FILES = ("tokenizer_config.json", "special_tokens_map.json")
 LANGUAGE_FILES = (*ENCODER_FILES, "generation_config.json", "chat_template.jinja")
@@ -39,6 +41,8 @@ SHAPE: Mapping[str, tuple[str, ...]] = {
 #: Ends of the names of weights that are packed to eight bits (workers/engines/packed.py).
 PACKED = (".weight_int8", ".weight_fp8")
 MODULES = frozenset({"Transformer", "Pooling", "Normalize"})
+#: What sentence-transformers writes into the configuration of a cross-encoder, newer and older releases.
+CROSS_ENCODER = frozenset({"sentence_transformers", "sbert_ce_default_activation_function"})
 HEAD_ANSWERS: Mapping[str, Answer] = {"single": "label", "multi": "labels", "number": "number"}
 
 
@@ -92,10 +96,12 @@ def sitting_on(trunk: Manifest, files: Mapping[str, Path], **own: Any) -> Descri
     """A head or an adapter on a trunk, of the trunk's shape. ``own``: the fields of the manifest that are not the trunk's."""
     shared: dict[str, Any] = {
         "engine": trunk.engine,
+        "reads": trunk.reads,
         "trunk": trunk.trunk,
         "trunk_model": trunk.ref,
         "max_tokens": trunk.max_tokens,
         "dim": trunk.dim,
+        "stage_dim": trunk.stage_dim,
         "pooling": trunk.pooling,
         "parameters": trunk.parameters,
         "packed_width": trunk.packed_width,
@@ -139,19 +145,29 @@ def describe_folder(
     source: Mapping[str, str],
     max_tokens: int | None = None,
     engine: str = "",
+    ranks: bool = False,
 ) -> Described:
     """The manifest of a transformers or sentence-transformers folder. Raises SetupError.
 
-    ``engine``: what runs a language model; "" is the engine ``causal``.
+    ``engine``: what runs a language model; "" is the engine ``causal``. ``ranks``: a classifier with one score is a
+    cross-encoder, also where its configuration does not say so.
     """
     if not (folder / "config.json").is_file():
         raise SetupError(f"{folder}: got no config.json; expected a transformers folder; name another one")
     config = read_json(folder / "config.json")
-    files = _model_files(
-        folder, LANGUAGE_FILES if _architecture(config).endswith(LANGUAGE) else ENCODER_FILES
-    )
+    of_pictures = reads_pictures(folder, config)
+    if of_pictures:
+        files = _model_files(folder, (*ENCODER_FILES, *PROCESSORS), needed_files(config))
+    else:
+        files = _model_files(
+            folder, LANGUAGE_FILES if _architecture(config).endswith(LANGUAGE) else ENCODER_FILES
+        )
     # Servers of their own, such as vLLM's, take the same positions for all rows.
     limit = _max_tokens(folder, config, steady=engine in ("", "causal"))
+    if max_tokens is not None and of_pictures:
+        raise SetupError(
+            f"--max-tokens: got {max_tokens}; this model reads pictures, all of one size; leave it out"
+        )
     if max_tokens is not None and max_tokens > limit:
         raise SetupError(f"--max-tokens: got {max_tokens}; this model reads at most {limit}")
     hashed = digests(files)
@@ -172,8 +188,10 @@ def describe_folder(
         source=dict(source),
     )
     architecture = _architecture(config)
-    if architecture.endswith("ForSequenceClassification"):
-        answers, labels = _classes(config)
+    if of_pictures:
+        manifest = described_image(base, files, config, _classes(config, False))
+    elif architecture.endswith("ForSequenceClassification"):
+        answers, labels = _classes(config, ranks)
         manifest = replace(base, engine="classifier", answers=answers, labels=labels)
     elif architecture.endswith(LANGUAGE):
         manifest = _language_model(base, config, tensors, engine or "causal")
@@ -196,17 +214,19 @@ TRAINING_COPIES = 5
 
 
 def trainer_of(trunk: Described) -> Described:
-    """What trains on this encoder: the same files, run by another engine."""
+    """What trains on this encoder: the same files, run by another engine. On a trunk of pictures only heads learn."""
     m = trunk.manifest
+    copies = TRAINING_COPIES if m.reads == "text" else 1
     manifest = replace(
         m,
         name=trainer_name(m.name),
         engine="trainer",
         answers="models",
         trunk="",
-        parameters=TRAINING_COPIES * m.parameters,
+        reads="text",  # its rows are recipes
+        parameters=copies * m.parameters,
         deterministic=False,
-        source={**m.source, "trains": m.ref},
+        source={**m.source, "trains": m.ref, **({} if m.reads == "text" else {"reads": m.reads})},
         scores={},
     )
     return Described(manifest=inherited(manifest, m), files=trunk.files)
@@ -319,14 +339,14 @@ def _kv_width(config: Mapping[str, Any]) -> int:
     return 2 * int(shape["layers"]) * int(key_heads) * int(head)
 
 
-def _model_files(folder: Path, beside: tuple[str, ...]) -> dict[str, Path]:
+def _model_files(folder: Path, beside: tuple[str, ...], needed: Sequence[str] = NEEDED) -> dict[str, Path]:
     """What a worker needs to load it: configuration, tokenizer, weights. Nothing else of the folder is taken."""
-    if not (folder / "tokenizer.json").is_file():
+    if "tokenizer.json" in needed and not (folder / "tokenizer.json").is_file():
         raise SetupError(
             f"{folder}: got no tokenizer.json; expected a fast tokenizer; "
             "make one with AutoTokenizer.from_pretrained(folder).save_pretrained(folder)"
         )
-    names = ["config.json", "tokenizer.json"]
+    names = list(needed)
     names += [name for name in beside if (folder / name).is_file()]
     index = folder / "model.safetensors.index.json"
     if index.is_file():
@@ -395,13 +415,15 @@ def _pooling(folder: Path) -> Literal["mean", "cls"]:
     raise SetupError(f"{folder}: got the pooling {' and '.join(sorted(modes))}; expected mean or cls")
 
 
-def _classes(config: Mapping[str, Any]) -> tuple[Answer, tuple[str, ...]]:
+def _classes(config: Mapping[str, Any], ranks: bool) -> tuple[Answer, tuple[str, ...]]:
     """What a sequence classifier answers, and its labels in the order of its scores."""
     by_id = config.get("id2label") or {"0": "LABEL_0", "1": "LABEL_1"}
     labels = tuple(str(by_id[key]) for key in sorted(by_id, key=int))
     kind = config.get("problem_type")
     if kind == "multi_label_classification":
         return "labels", labels
+    if len(labels) == 1 and (ranks or CROSS_ENCODER & config.keys()):
+        return "ranking", ()
     if kind == "regression" or (kind is None and len(labels) == 1):
         return "number", ()
     return "label", labels

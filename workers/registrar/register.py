@@ -23,7 +23,7 @@ from motet.protocol.columns import Column
 from motet.protocol.manifest import Manifest
 from motet.protocol.settings import cache_folder
 from motet.protocol.wire import TaskOrder
-from motet.tasks import Choose, Classify, Embed, Entities, Function, Generate, Number, Task
+from motet.tasks import Choose, Classify, Embed, Entities, Function, Generate, Number, Rank, Task
 from workers.engine import CannotLoad
 from workers.engines.proved import (
     ELSEWHERE,
@@ -45,6 +45,7 @@ from workers.registrar.accuracy import (
     WRITTEN_TOKENS,
     Trial,
     compare,
+    compare_seeing,
     compare_writing,
 )
 from workers.registrar.adapters import Adapter, read_adapter
@@ -78,7 +79,11 @@ TRIED: Mapping[str, Callable[[str], Task]] = {
     "vector": Embed,
     "spans": Entities,
     "json": Function,
+    "ranking": Rank,
+    "match": Embed,
 }
+#: Pictures that a model which reads pictures is tried on: seconds in each format on a CPU.
+TRIED_PICTURES = 100
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -93,8 +98,10 @@ class NewModel:
     function: str | None
     builtin: bool
     smollm2: bool
+    efficientnet: str | None
     allow_gguf: bool
     engine: str | None
+    cross_encoder: bool
     trunk: str | None
     artefact: bool
     openai: str | None
@@ -140,7 +147,7 @@ class Registry:
         for model in models:
             self._near[model.manifest.ref] = model
             asked.append(model)
-            if model.manifest.engine == "encoder" and not model.manifest.trunk_model:
+            if model.manifest.engine in ("encoder", "image") and not model.manifest.trunk_model:
                 asked.append(trainer_of(model))
         known = {model.manifest.ref: self._known(model.manifest) for model in asked}
         new = [model for model in asked if known[model.manifest.ref] is None]
@@ -223,14 +230,28 @@ class Registry:
         if new and proving and "fp32" not in plan.formats:
             _check_unproved(new, plan)
         writes = trunk.answers == "text"
-        texts = SENTENCES if not writes else FEW if trunk.parameters else VERY_FEW
+        texts: Sequence[str] = SENTENCES if not writes else FEW if trunk.parameters else VERY_FEW
+        pictures: Sequence[bytes] = ()
+        if trunk.reads != "text":
+            from workers.engines.image.pictures import trial_pictures
+
+            pictures = trial_pictures(TRIED_PICTURES)
+            texts = ("",) * len(pictures)
         asked = {model.manifest.ref: _try_out(model.manifest) for model in models}
         outcomes: dict[str, _Outcome] = {}
         if plan.device is not None:
             tasks = [(task, model.files) for model in models for task in asked[model.manifest.ref]]
             model_tried = on_trial(trunk) if proving else trunk
             device = plan.device.torch_name
-            trial = Trial(engine, model_tried, self.files_of(ref).files, tasks, device=device, texts=texts)
+            trial = Trial(
+                engine,
+                model_tried,
+                self.files_of(ref).files,
+                tasks,
+                device=device,
+                texts=texts,
+                pictures=pictures,
+            )
             outcomes = _outcomes(trial, plan, proving)
         for model in models:
             manifest = model.manifest
@@ -245,8 +266,9 @@ class Registry:
                     if writes:
                         passed, numbers = compare_writing(_by_kind(mine, exact), _by_kind(mine, answers))
                     else:
-                        passed, numbers = compare(exact[manifest.ref], answers[manifest.ref], manifest)
-                    measured[in_format] = {**numbers, "sentences": len(texts)}
+                        agree = compare_seeing if pictures else compare
+                        passed, numbers = agree(exact[manifest.ref], answers[manifest.ref], manifest)
+                    measured[in_format] = {**numbers, "pictures" if pictures else "sentences": len(texts)}
                 apart = outcomes[in_format].apart if in_format in outcomes else 0.0
                 allowed += [in_format] if passed and within(apart, in_format) else []
             if proving and outcomes and manifest.ref == ref:
@@ -336,7 +358,7 @@ def _outcomes(trial: Trial, plan: TrialPlan, proving: Provable | None) -> dict[s
         raise
     except Exception as error:
         raise SetupError(
-            f"{trial.model.ref}: running ordinary sentences failed: {type(error).__name__}{_untried(trial.model)}"
+            f"{trial.model.ref}: running {_ordinary(trial.model)}s failed: {type(error).__name__}{_untried(trial.model)}"
         ) from error
 
 
@@ -353,8 +375,12 @@ def _check_answered(manifest: Manifest, answers: Column) -> None:
     if not answers.counts()[0]:
         why = next(iter(answers.errors.values()))
         raise SetupError(
-            f"{manifest.ref}: every ordinary sentence failed: {why.error}, {why.message}{_untried(manifest)}"
+            f"{manifest.ref}: every {_ordinary(manifest)} failed: {why.error}, {why.message}{_untried(manifest)}"
         )
+
+
+def _ordinary(manifest: Manifest) -> str:
+    return "ordinary sentence" if manifest.reads == "text" else "ordinary picture"
 
 
 def _untried(manifest: Manifest) -> str:
@@ -370,6 +396,9 @@ def _check_unproved(model: Described, plan: TrialPlan) -> None:
     """Raise SetupError, CannotLoad where a model may not run unless its rows were seen to stay apart in fp32."""
     from workers.engines.trunk import read_config
 
+    if model.manifest.reads != "text":
+        # Pictures are of one size, so none is filled up beside a longer one.
+        return
     manifest, kind = model.manifest, str(read_json(model.files["config.json"]).get("model_type"))
     if not is_listed(manifest, kind):
         remedy = f", or {ELSEWHERE}" if manifest.answers == "text" else ""
@@ -384,7 +413,10 @@ def _check_unproved(model: Described, plan: TrialPlan) -> None:
 def _try_out(manifest: Manifest) -> list[TaskOrder]:
     """Tasks that ask the model for what it answers: one named by the model, or two of a language model."""
     if manifest.answers != "text":
-        asked: Mapping[str, Task] = {manifest.ref: TRIED[manifest.answers](manifest.ref)}
+        task = TRIED[manifest.answers](manifest.ref)
+        if isinstance(task, Classify) and manifest.reads != "text":
+            task = replace(task, scores=True)
+        asked: Mapping[str, Task] = {manifest.ref: task}
     else:
         asked = {
             f"{manifest.ref} choose": Choose(manifest.ref, labels=LABELS, scores=True),
@@ -429,6 +461,8 @@ def _asked(options: NewModel, registry: Registry) -> Iterator[Described]:
             licence=options.licence or smollm.LICENCE,
             source={"package": f"{smollm.WHEEL.package}=={smollm.WHEEL.version}"},
         )
+    if options.efficientnet:
+        yield from _efficientnet(options, registry)
     if options.openai:
         from workers.registrar.served import describe_served
 
@@ -444,6 +478,25 @@ def _asked(options: NewModel, registry: Registry) -> Iterator[Described]:
         )
     if options.source:
         yield _describe_source(options.source, options, registry)
+
+
+def _efficientnet(options: NewModel, registry: Registry) -> Iterator[Described]:
+    """A trunk out of a package, and its classifier of ImageNet as a head on it."""
+    from workers.registrar.efficientnet import LICENCE, LITES, folders
+
+    lite = LITES[str(options.efficientnet)]
+    trunk, head = folders(lite)
+    described = describe_folder(
+        trunk,
+        name=options.name or lite.name,
+        version=options.version or "1",
+        licence=options.licence or LICENCE,
+        source={"package": f"{lite.wheel.package}=={lite.wheel.version}"},
+    )
+    yield described
+    found = read_head(head)
+    assert found is not None
+    yield found.on(described.manifest, licence=options.licence)
 
 
 def _describe_artefact(source: str, options: NewModel) -> Described:
@@ -489,7 +542,13 @@ def _describe_source(source: str, options: NewModel, registry: Registry) -> Desc
         source=told,
         max_tokens=options.max_tokens,
         engine=options.engine or "",
+        ranks=options.cross_encoder,
     )
+    if options.cross_encoder and described.manifest.answers != "ranking":
+        raise SetupError(
+            f"--cross-encoder: {options.name} answers {described.manifest.answers}; expected a sequence classifier "
+            "with one score; leave it out"
+        )
     if options.engine and described.manifest.answers != "text":
         raise SetupError(f"--engine: {options.name} is no language model; leave it out")
     return described

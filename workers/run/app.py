@@ -44,6 +44,7 @@ from workers.run.beat import Heart, Watchdog
 from workers.run.blobs import BlobCache, HttpBlobs
 from workers.run.device import Device, probe, use_threads
 from workers.run.executor import Executor
+from workers.run.media import HttpMedia, Media
 from workers.run.reporter import Reporter
 from workers.run.sayer import Sayer
 from workers.run.work import Work
@@ -128,6 +129,7 @@ class WorkerApp:
             broken=lambda: exit_now(EXIT_DEVICE),
             spawn=lambda job, interactive: self._pools[interactive].submit(self._vital, job),
             sayer=self._sayer,
+            media=Media(HttpMedia(settings.url, settings.token)),
             pulse=pulse,
         )
         self._heart = Heart(
@@ -343,7 +345,8 @@ def celery_app(redis_url: str, worker: WorkerApp) -> Celery:
         worker_disable_prefetch=True,
         worker_prefetch_multiplier=1,
         worker_pool="threads",
-        worker_concurrency=THREADS + decode_slots(worker.device_kind),
+        # As many as the engine with the most slots may be sent.
+        worker_concurrency=THREADS + decode_slots(worker.device_kind, "vllm"),
         task_ignore_result=True,
         result_backend=None,
         accept_content=["json"],

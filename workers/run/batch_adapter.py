@@ -157,7 +157,7 @@ def run_to_the_end(engine: Engine | BatchEngine, pass_: Pass, rows: Sequence[Pre
             len(rows),
             [([i], found[ticket][task.name]) for i, ticket in enumerate(tickets)],
             {},
-            dim=task.manifest.dim if task.column_kind == "vector" else 0,
+            dim=task.manifest.vector_dim(task.spec) if task.column_kind == "vector" else 0,
         )
         for task in pass_.tasks
     }

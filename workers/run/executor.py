@@ -27,6 +27,7 @@ from workers.run.attempts import Attempts, Key
 from workers.run.device import Device
 from workers.run.evidence import Evidence
 from workers.run.lane import Lane
+from workers.run.media import Media
 from workers.run.preparing import Preparing
 from workers.run.reporter import Reporter
 from workers.run.sayer import Sayer
@@ -74,15 +75,16 @@ class Executor:
         broken: Callable[[], None],
         spawn: Callable[[Callable[[], None], bool], object],
         sayer: Sayer,
+        media: Media,
         pulse: Callable[[int], None] = lambda silence_s: None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         """``budget_mb``: memory of one GPU that models may hold. ``lane_share``: of the device, see lane.py. ``broken``: ends the process, for a device that is lost.
         ``spawn``: runs a function away from the device's thread; True: not behind those that came with False.
-        ``sayer``: tells text as it is written. ``pulse``: tells the launcher how many seconds this process may be silent from now."""
+        ``sayer``: tells text as it is written. ``media``: fetches pictures. ``pulse``: tells the launcher how many seconds this process may be silent from now."""
         self._worker, self._boot, self._device = worker, boot, device
         self._engines, self._files, self._attempts, self._reporter = engines, files, attempts, reporter
-        self._broken, self._sayer, self._pulse, self._clock = broken, sayer, pulse, clock
+        self._broken, self._sayer, self._media, self._pulse, self._clock = broken, sayer, media, pulse, clock
 
         #: Guards the attempts and the shelf; notified when there may be something to do.
         self._changed = threading.Condition()
@@ -104,7 +106,7 @@ class Executor:
     # -- from any thread
 
     def submit(self, order: Assignment) -> Work:
-        """Take an attempt on. Fetches its models' files first; ``Work.finished`` is set when all is done."""
+        """Take an attempt on. Fetches its models' files and its rows' media first; ``Work.finished`` is set when all is done."""
         work = Work.of(order, format_for(order, self._device.formats), next(self._arrivals))
         with self._changed:
             self._works[order.key] = work
@@ -116,6 +118,7 @@ class Executor:
             self._engines.find(model.engine)
             for model in self._shelf.missing(work):
                 self._files.fetch(model)
+            work.media = self._media.of(order, lambda: self._holds(work))
         except Exception as error:  # noqa: BLE001 - whatever it is, the attempt must not stay held without an end
             self._fail(work, *why_not(model, error))
             return work
@@ -398,7 +401,8 @@ class Executor:
 
     def _ready(self, work: Work, rows: Sequence[Prepared | CellError]) -> None:
         with self._changed:
-            work.prepared(rows)
+            loaded = self._shelf.loaded.get(work.model)
+            work.prepared(rows, streamed=loaded is not None and not loaded.stream.whole)
             self._wake()
         self._finish_if_done(work)
 

@@ -14,6 +14,7 @@ from typing import Any
 from motet.protocol.columns import CellError
 from motet.protocol.logs import event
 from workers.engine import DeviceBroken, Engine, OutOfMemory, Pass, Prepared
+from workers.run.media import given
 from workers.run.stream import Stream
 from workers.run.work import ModelKey, Work
 
@@ -90,7 +91,10 @@ class Preparing:
         with self._changed:
             stream = self._stream_for(work)
         if stream is not None:
-            self._ready(work, self._prepared(work, stream))
+            rows = self._prepared(work, stream)
+            # An engine has taken what it needs of them.
+            work.media = {}
+            self._ready(work, rows)
 
     def _prepared(self, work: Work, stream: Stream) -> Sequence[Prepared | CellError]:
         order = work.order
@@ -106,17 +110,32 @@ class Preparing:
             deltas=bool(order.say),
             values=order.values,
         )
+        values = given(order.values, work.media)
+        lost = {i: value for i, value in enumerate(values) if isinstance(value, CellError)}
+        if not lost:
+            return self._asked(stream.engine, replace(pass_, values=values), order.texts)
+        kept = [i for i in range(len(order.texts)) if i not in lost]
+        rows = self._asked(
+            stream.engine, _of_rows(replace(pass_, values=values), kept), [order.texts[i] for i in kept]
+        )
+        moved = {i: _moved(row, i) for i, row in zip(kept, rows, strict=True)}
+        return [lost[i] if i in lost else moved[i] for i in range(len(order.texts))]
+
+    def _asked(self, engine: Engine, pass_: Pass, texts: Sequence[str]) -> Sequence[Prepared | CellError]:
+        """The rows as the engine prepares them, together or else one by one."""
+        if not texts:
+            return []
         try:
-            return _together(stream.engine, pass_, order.texts)
+            return _together(engine, pass_, texts)
         except DeviceBroken:
             self._broken()
         except Exception as error:  # noqa: BLE001 - a stranger's engine, or a tokenizer's panic
             event(log, "preparing failed", logging.WARNING, error=type(error).__name__)
             try:
-                return [_alone(stream.engine, pass_, row, text) for row, text in enumerate(order.texts)]
+                return [_alone(engine, pass_, row, text) for row, text in enumerate(texts)]
             except DeviceBroken:
                 self._broken()
-        return [NO_DEVICE] * len(order.texts)
+        return [NO_DEVICE] * len(texts)
 
 
 def _together(engine: Engine, pass_: Pass, texts: Sequence[str]) -> Sequence[Prepared | CellError]:
@@ -141,18 +160,26 @@ def _in_place(row: Any, place: int) -> bool:
 
 
 def _alone(engine: Engine, pass_: Pass, row: int, text: str) -> Prepared | CellError:
-    mine = replace(
-        pass_,
-        fields={name: column[row : row + 1] for name, column in pass_.fields.items()},
-        indices=pass_.indices[row : row + 1],
-        values=pass_.values[row : row + 1],
-    )
     try:
-        (prepared,) = _together(engine, mine, [text])
+        (prepared,) = _together(engine, _of_rows(pass_, [row]), [text])
     except DeviceBroken:
         raise
     except OutOfMemory:
         return NO_MEMORY
     except Exception as error:  # noqa: BLE001 - this row is the one at fault
         return CellError("engine", type(error).__name__)
-    return replace(prepared, row=row) if isinstance(prepared, Prepared) else prepared
+    return _moved(prepared, row)
+
+
+def _of_rows(pass_: Pass, rows: Sequence[int]) -> Pass:
+    """The pass with what these rows bring along, in this order."""
+    return replace(
+        pass_,
+        fields={name: [column[i] for i in rows] for name, column in pass_.fields.items()},
+        indices=[pass_.indices[i] for i in rows] if pass_.indices else (),
+        values=[pass_.values[i] for i in rows] if pass_.values else (),
+    )
+
+
+def _moved(row: Prepared | CellError, place: int) -> Prepared | CellError:
+    return replace(row, row=place) if isinstance(row, Prepared) else row

@@ -28,7 +28,6 @@ from workers.run.batching import (
     Budget,
     Pace,
     limit,
-    longest_first,
     overhead_tokens,
     padded_tokens,
 )
@@ -346,7 +345,7 @@ class Stream:
 
     def _return(self, work: Work, rows: list[Prepared]) -> None:
         if rows:
-            work.rows = longest_first([*rows, *work.rows])
+            work.wait_again(rows)
 
     def _out(self, tickets: Sequence[Hashable]) -> list[WorkRow]:
         self._abort(tickets)
@@ -398,8 +397,8 @@ def _check(column: Column, task: TaskOrder, rows: int) -> None:
             f"{len(column)} answers of kind {column.kind}; expected {rows} of kind {task.column_kind}"
         )
     if column.kind == "vector" and (column.dim, column.dtype) != (
-        task.manifest.dim,
+        dim := task.manifest.vector_dim(task.spec),
         task.spec.get("dtype", "fp32"),
     ):
-        raise ValueError(f"vectors of {column.dim} {column.dtype}; expected {task.manifest.dim}")
+        raise ValueError(f"vectors of {column.dim} {column.dtype}; expected {dim}")
     column.check()

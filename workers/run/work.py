@@ -77,8 +77,10 @@ class Work:
     #: Arrival, as a number that rises.
     arrived: int
     stage: Stage = Stage.WAITING
-    #: Rows that wait for the device, longest first.
+    #: Rows that wait for the device: longest first, or as they came.
     rows: list[Prepared] = field(default_factory=list)
+    #: Its rows bring prompts of their own, and come with those side by side that begin alike: they stay so.
+    in_order: bool = False
     #: Rows that have neither an answer nor an error yet.
     unanswered: int = 0
     answers: list[tuple[Sequence[int], Mapping[str, Column]]] = field(default_factory=list)
@@ -91,6 +93,8 @@ class Work:
     finished: threading.Event = field(default_factory=threading.Event)
     #: What its rows were prepared for, and are let in with.
     pass_: Pass | None = None
+    #: Sha256 -> bytes of the media that its rows refer to, from their arrival until the rows are prepared.
+    media: Mapping[str, bytes] = field(default_factory=dict)
     #: What must be in memory for it, its heads aside.
     model: ModelKey = field(init=False)
 
@@ -154,8 +158,11 @@ class Work:
         size = sum(len(texts[row]) for row in rows) / max(1, sum(map(len, texts)))
         return self.order.predicted_s * max(len(rows) / len(texts), size)
 
-    def prepared(self, rows: Sequence[Prepared | CellError]) -> None:
-        """Take the tokenised rows. Rows that no task wants any more never reach the device."""
+    def prepared(self, rows: Sequence[Prepared | CellError], *, streamed: bool = False) -> None:
+        """Take the tokenised rows. Rows that no task wants any more never reach the device.
+
+        ``streamed``: they will go in one by one, so that none has to be as long as its neighbours.
+        """
         ready = []
         for position, row in enumerate(rows):
             if isinstance(row, CellError):
@@ -167,8 +174,14 @@ class Work:
                 self.lose(row.row, _too_long(self.order.tasks[0]))
                 continue
             ready.append(row)
-        self.rows = longest_first(ready)
+        self.in_order = streamed and len(self.tasks) == 1 and bool(self.tasks[0].spec.get("options"))
+        self.wait_again(ready)
         self.stage = Stage.READY
+
+    def wait_again(self, rows: Sequence[Prepared]) -> None:
+        """Rows that are to go in before those that wait, as far as their order goes."""
+        waiting = [*rows, *self.rows]
+        self.rows = waiting if self.in_order else longest_first(waiting)
 
     def lose(self, row: int, error: CellError) -> None:
         """A row that will have no answer."""
@@ -266,7 +279,7 @@ class Work:
             [(rows, columns[self.asks[task.name]]) for rows, columns in self.answers],
             {**refused, **self.errors},
             frozenset(self.truncated),
-            dim=task.manifest.dim if kind == "vector" else 0,
+            dim=task.manifest.vector_dim(task.spec) if kind == "vector" else 0,
             dtype=task.spec.get("dtype", "fp32") if kind == "vector" else "",
         )
 

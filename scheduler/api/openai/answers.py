@@ -12,10 +12,13 @@ from typing import Any
 from motet.protocol.columns import STATE_MASK, CellError, Column, values
 from motet.states import Skip
 from scheduler.api.openai import responses
+from scheduler.api.openai.likelihoods import told_logprobs
 from scheduler.api.openai.parameters import CHAT, CLASSIFY, EMBEDDINGS, RERANK, RESPONSES
-from scheduler.api.openai.ranking import classification, ranking
+from scheduler.api.openai.ranking import classification, cosines, pair_scores, ranking
 from scheduler.api.openai.refusals import DoorError
 from scheduler.api.openai.requests import AskedRequest
+from scheduler.api.result_streams import plain_rows
+from scheduler.store.results import ShownTask
 
 #: Errors of cells that the request is to blame for, with OpenAI's word where they have one.
 _TOO_MANY_TOKENS = "context_length_exceeded"
@@ -71,7 +74,9 @@ def body_of(
         if isinstance(cell, DoorError):
             raise cell
     if asked.options is None:
-        used = UsedTokens(prompt=sum(prompt_tokens))
+        # A cross-encoder reads the query with each document.
+        again = prompt_tokens[0] * (len(prompt_tokens) - 2) if asked.pairs and prompt_tokens else 0
+        used = UsedTokens(prompt=sum(prompt_tokens) + again)
         return _body_of_vectors(asked, cells, used, name), used
     used = used_by(asked, cells)
     if asked.endpoint == RESPONSES:
@@ -87,6 +92,14 @@ def body_of(
         "usage": chat_usage(used),
         "system_fingerprint": None,
     }, used
+
+
+def told_beside(tasks: Sequence[ShownTask], columns: Sequence[Column]) -> dict[str, Any]:
+    """What the tasks beside a chat answered, from the columns of its one row: beside the body of the chat."""
+    if not tasks:
+        return {}
+    [row] = plain_rows(tasks, columns, 0, {})
+    return {"x_motet": {"tasks": {task.name: row[task.name] for task in tasks}, "errors": row["errors"]}}
 
 
 def used_by(asked: AskedRequest, cells: Sequence[Any]) -> UsedTokens:
@@ -114,7 +127,8 @@ def _body_of_vectors(
 ) -> dict[str, Any]:
     usage = {"prompt_tokens": used.prompt, "total_tokens": used.prompt}
     if asked.endpoint == RERANK:
-        results = ranking(asked.texts, cells, asked.about)
+        scores = pair_scores(asked.slices(), cells) if asked.pairs else cosines(cells)
+        results = ranking(asked.texts, scores, asked.about)
         return {"id": f"rerank-{name}", "model": asked.model, "results": results, "usage": usage}
     if asked.endpoint == CLASSIFY:
         return {
@@ -142,7 +156,8 @@ def _choice(endpoint: str, number: int, cell: Mapping[str, Any]) -> dict[str, An
         if endpoint == CHAT
         else {"text": cell["text"]}
     )
-    return {"index": number, **said, "logprobs": None, "finish_reason": cell["finish"]}
+    logprobs = told_logprobs(endpoint, cell)
+    return {"index": number, **said, "logprobs": logprobs, "finish_reason": cell["finish"]}
 
 
 def _vector(cell: Any, *, in_base64: bool) -> Any:

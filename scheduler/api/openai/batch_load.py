@@ -8,26 +8,39 @@ from __future__ import annotations
 import hashlib
 import json
 import uuid
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 from uuid import UUID
 
+from motet.errors import InvalidJob
 from motet.messages.jobs import Submission
+from motet.protocol.values import Value, byte_lengths
 from motet.states import Skip
-from motet.tasks import Task, condition_of
-from scheduler.api.openai.lines import FileSurvey, Find, TokenReaders, line_at, read_again, tasks_of
-from scheduler.api.openai.requests import ASKED, OPTIONS, task_of
+from motet.tasks import condition_of
+from scheduler.api.answer_schemas import schema_problems
+from scheduler.api.openai.beside import ANSWER
+from scheduler.api.openai.counted_lines import LineNote
+from scheduler.api.openai.lines import (
+    FileSurvey,
+    Find,
+    JobTasks,
+    LineKind,
+    TokenReaders,
+    job_tasks,
+    line_at,
+    read_again,
+)
+from scheduler.api.openai.requests import ASKED, DOCUMENTS, SERVED, AskedRequest, task_of
 from scheduler.api.opening import planned_with, with_models
 from scheduler.api.resources import Resources
 from scheduler.api.submissions import CheckedSubmission, new_job
 from scheduler.blocks import IncomingPart, blocks_of
+from scheduler.policy.beginnings import common
 from scheduler.store import landing, opening
 from scheduler.store.batches import Owned
 
-#: Field of a row that no task reads: on the first row of a request [its task, [places of the lines that ask it]] as JSON,
-#: "" on its others.
+#: Field of a row that no task reads: on the first row of a request `LineNote` as JSON, "" on its others.
 LINE = "line"
 #: Rows and bytes of a part: what this process holds at a time.
 _PART_ROWS, _PART_BYTES = 4096, 8 * 1024 * 1024
@@ -51,13 +64,13 @@ def load(
     Raises Overloaded where no rows are taken now, Conflict where the job has ended meanwhile, NotMine.
     """
     batch = owned.batch
-    names = list(tasks_of(found.models, found.tasks).values())
-    job = _opened(use, owned, found)
+    made = job_tasks(found)
+    job = _opened(use, owned, found, made)
     with use.database.transaction() as connection:
         owned.has_job(connection, job)
         facts = landing.loading(connection, batch.tenant_id, job)
     parts = rows = 0
-    for number, (part, digest) in enumerate(_parts(path, found, find, reads, names, facts.fields)):
+    for number, (part, digest) in enumerate(_parts(path, found, find, reads, made, facts.fields)):
         goes_on()
         blocks = blocks_of(
             part,
@@ -71,20 +84,26 @@ def load(
                 connection, facts, number, digest, blocks, first_row=rows, max_rows=use.settings.max_rows
             )
         parts, rows = parts + 1, rows + len(part)
+    use.batch_jobs.put(job, True)
     with use.database.transaction() as connection:
         landing.close_job(connection, batch.tenant_id, job, parts=parts, rows=rows)
         owned.started(connection)
 
 
-def _opened(use: Resources, owned: Owned, found: FileSurvey) -> UUID:
+def check_tasks(use: Resources, asked: AskedRequest) -> None:
+    """Raises InvalidJob where a chat and the tasks beside it cannot be asked together, Overloaded."""
+    if wrong := schema_problems(asked.tasks):
+        raise InvalidJob(wrong)
+    tasks = {ANSWER: task_of(asked.endpoint, asked.model, pairs=asked.pairs), **asked.tasks}
+    together = CheckedSubmission(said=Submission(tasks={}), tasks=tasks, digest=b"")
+    together, models = with_models(use, together)
+    planned_with(together, None, models)
+
+
+def _opened(use: Resources, owned: Owned, found: FileSurvey, made: JobTasks) -> UUID:
     """The batch's job, made now or by whoever worked on the batch before."""
     batch = owned.batch
     use.door.admit(interactive=False)
-    several = len(found.tasks) > 1
-    tasks: dict[str, Task] = {
-        name: task_of(endpoint, ref, conditional=several)
-        for (endpoint, ref), name in tasks_of(found.models, found.tasks).items()
-    }
     said = Submission(
         tasks={},
         name=batch.id,
@@ -96,18 +115,14 @@ def _opened(use: Resources, owned: Owned, found: FileSurvey) -> UUID:
         retention_days=_KEPT_DAYS,
     )
     digest = hashlib.sha256(batch.id.encode()).digest()
-    asked = CheckedSubmission(said=said, tasks=tasks, digest=digest)
-    made = new_job(
-        uuid.uuid4(),
-        batch.tenant_id,
-        asked,
-        planned_with(*with_models(use, asked), None),
-        f"openai {batch.id}",
-    )
+    asked = CheckedSubmission(said=said, tasks=made.tasks, digest=digest)
+    asked, models = with_models(use, asked)
+    planned = planned_with(asked, None, models)
+    job = new_job(uuid.uuid4(), batch.tenant_id, asked, planned, f"openai {batch.id}")
     with use.database.transaction() as connection:
         return opening.open_job(
             connection,
-            replace(made, fields=(*made.fields, LINE)),
+            replace(job, fields=(*job.fields, LINE)),
             max_active_jobs=use.settings.max_active_jobs,
         )
 
@@ -117,46 +132,63 @@ def _parts(
     found: FileSurvey,
     find: Find,
     reads: TokenReaders,
-    names: list[str],
+    made: JobTasks,
     fields: tuple[str, ...],
 ) -> Iterator[tuple[IncomingPart, bytes]]:
     """The rows as parts, each with its digest. The same file gives the same parts."""
-    columns: dict[str, list[Any]] = {name: [] for name in fields}
-    tasks: list[int] = []
+    columns: dict[str, list[Value]] = {name: [] for name in fields}
+    kinds: list[LineKind] = []
     size = 0
-    for task, values in _rows(path, found, find, reads):
-        if tasks and (len(tasks) >= _PART_ROWS or size > _PART_BYTES):
-            yield _part(columns, tasks, names)
-            columns, tasks, size = {name: [] for name in fields}, [], 0
-        tasks.append(task)
+    for kind, values in _rows(path, found, find, reads, made):
+        if kinds and (len(kinds) >= _PART_ROWS or size > _PART_BYTES):
+            yield _part(columns, kinds, made)
+            columns, kinds, size = {name: [] for name in fields}, [], 0
+        kinds.append(kind)
         for name, column in columns.items():
-            column.append(values[name])
-            size += len(values[name])
-    if tasks:
-        yield _part(columns, tasks, names)
+            # Nothing of a task that is not this row's.
+            value = values.get(name, [] if name == DOCUMENTS else "")
+            column.append(value)
+            size += sum(byte_lengths([value]))
+    if kinds:
+        yield _part(columns, kinds, made)
 
 
 def _rows(
-    path: Path, found: FileSurvey, find: Find, reads: TokenReaders
-) -> Iterator[tuple[int, Mapping[str, str]]]:
-    """(task, field -> value) of every row, lines that begin alike side by side."""
+    path: Path, found: FileSurvey, find: Find, reads: TokenReaders, made: JobTasks
+) -> Iterator[tuple[LineKind, Mapping[str, Value]]]:
+    """(kind of its line, field -> value) of every row, lines that begin alike side by side."""
     with path.open("rb") as file:
-        for _, place in found.order:
+        for place in found.order:
             line = read_again(line_at(file, place), find, reads)
             asked = line.asked
-            task = found.tasks[asked.endpoint, found.models[asked.model]]
-            places = json.dumps([task, [place, *found.equal.get(place, ())]], separators=(",", ":"))
-            for text, options in asked.rows():
-                yield task, {ASKED: text, OPTIONS: options, LINE: places}
-                places = ""
+            kind = found.kind_of(asked)
+            rows = asked.rows()
+            numbers = made.numbers[kind]
+            note = LineNote(numbers[0], (place, *found.equal.get(place, ())), len(numbers) - 1, len(rows))
+            told = json.dumps(note, separators=(",", ":"))
+            for row in rows:
+                yield kind, {**row, LINE: told}
+                told = ""
 
 
-def _part(columns: Mapping[str, list[Any]], tasks: list[int], names: list[str]) -> tuple[IncomingPart, bytes]:
+def _part(
+    columns: Mapping[str, list[Value]], kinds: Sequence[LineKind], made: JobTasks
+) -> tuple[IncomingPart, bytes]:
+    names, asked = list(made.tasks), columns[ASKED]
     bad_fields = {}
-    if len(names) > 1:
-        for number, name in enumerate(names):
-            others = {row: _OTHERS_ROW for row, task in enumerate(tasks) if task != number}
+    # To what no language model writes a common beginning is worth nothing.
+    written = {kind for kind in made.numbers if "text" in SERVED[kind.endpoint]}
+    alike = [
+        common(str(asked[row - 1]), str(asked[row]))
+        if row and kind in written and kinds[row - 1] == kind
+        else 0
+        for row, kind in enumerate(kinds)
+    ]
+    if len(made.numbers) > 1:
+        for kind, numbers in made.numbers.items():
+            others = {row: _OTHERS_ROW for row, its in enumerate(kinds) if its != kind}
             if others:
-                bad_fields[condition_of(name)] = others
+                bad_fields.update(dict.fromkeys((condition_of(names[number]) for number in numbers), others))
+    tasks = [made.numbers[kind][0] for kind in kinds]
     digest = hashlib.sha256(json.dumps([tasks, columns], sort_keys=True).encode()).digest()
-    return IncomingPart(columns=columns, bad_fields=bad_fields), digest
+    return IncomingPart(columns=columns, bad_fields=bad_fields, alike=alike), digest

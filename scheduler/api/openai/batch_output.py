@@ -7,24 +7,25 @@ import json
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, BinaryIO
 from uuid import UUID
 
 from sqlalchemy import Connection
 
+from motet.protocol.columns import Column, cut
 from scheduler.api.blob_folder import NewBlob
-from scheduler.api.openai.answers import UsedTokens, batch_usage, body_of, cells_of
+from scheduler.api.openai.answers import UsedTokens, batch_usage, body_of, cells_of, told_beside
 from scheduler.api.openai.batch_load import LINE
+from scheduler.api.openai.counted_lines import LineNote
 from scheduler.api.openai.lines import Find, TokenReaders, line_at, lines_of, read_again
 from scheduler.api.openai.refusals import DoorError
-from scheduler.api.openai.requests import ASKED
 from scheduler.api.resources import Resources
 from scheduler.blocks import decode_block
 from scheduler.store import blobs, files
 from scheduler.store.batches import Owned, answered_blocks
-from scheduler.store.results import read_columns
+from scheduler.store.results import ShownTask, read_columns, shown
 from scheduler.store.tables.doors import BatchState
 
 #: Blocks read at once.
@@ -66,10 +67,15 @@ class _Files:
 class _Request:
     """The rows of one request, as they are met."""
 
-    places: Sequence[int]
+    note: LineNote
     #: Values or DoorErrors; None: not done.
     cells: list[Any] = field(default_factory=list)
-    texts: list[str] = field(default_factory=list)
+    #: Of the tasks beside it, a column of its one row each; None: not done.
+    beside: list[Column | None] = field(default_factory=list)
+
+    @property
+    def done(self) -> bool:
+        return len(self.cells) == self.note.rows and None not in (*self.cells, *self.beside)
 
 
 def write_files(
@@ -88,8 +94,10 @@ def write_files(
         made = _Files(stack.enter_context(use.blobs.new()), stack.enter_context(use.blobs.new()))
         with path.open("rb") as lines:
             if batch.job_id is not None and batch.job_state is not None:
+                with use.database.transaction() as connection:
+                    tasks = shown(connection, batch.tenant_id, batch.job_id).tasks
                 for request in _requests(use, batch.job_id, goes_on):
-                    _write(use, owned, made, lines, request, find, reads, state)
+                    _write(use, owned, made, lines, request, tasks, find, reads, state)
             _write_rest(made, lines, batch.id, state, goes_on)
         for blob in (made.output, made.errors):
             if blob.size:
@@ -112,15 +120,15 @@ def write_files(
 def _requests(use: Resources, job: UUID, goes_on: Callable[[], None]) -> Iterator[_Request]:
     """Every request whose rows landed, with what became of them."""
     request: _Request | None = None
-    task = at = 0
+    at = 0
     while True:
         goes_on()
         with use.database.transaction() as connection:
             found = answered_blocks(connection, job, at, _BLOCKS)
-            columns = read_columns(connection, [one for _, _, shown in found for one in shown.values()])
+            columns = read_columns(connection, [one for _, _, of_block in found for one in of_block.values()])
         if not found:
             break
-        for number, payload, shown in found:
+        for number, payload, of_block in found:
             at = number + 1
             values = decode_block(payload).values
             cells: dict[int, list[Any]] = {}
@@ -128,14 +136,16 @@ def _requests(use: Resources, job: UUID, goes_on: Callable[[], None]) -> Iterato
                 if said:
                     if request is not None:
                         yield request
-                    task, places = json.loads(str(said))
-                    request = _Request(places)
+                    request = _Request(LineNote(*json.loads(str(said))))
                 assert request is not None, "the first row of a job begins a request"
+                task = request.note.task
                 if task not in cells:
-                    column = columns.get(shown.get(task, -1))
+                    column = columns.get(of_block.get(task, -1))
                     cells[task] = [None] * len(values[LINE]) if column is None else cells_of(column)
                 request.cells.append(cells[task][row])
-                request.texts.append(str(values[ASKED][row]))
+                for number in range(task + 1, task + 1 + request.note.beside):
+                    column = columns.get(of_block.get(number, -1))
+                    request.beside.append(None if column is None else cut(column, row, row + 1))
     if request is not None:
         yield request
 
@@ -146,12 +156,13 @@ def _write(
     made: _Files,
     lines: BinaryIO,
     request: _Request,
+    tasks: Sequence[ShownTask],
     find: Find,
     reads: TokenReaders,
     state: BatchState,
 ) -> None:
     """The lines that a request answers. Its rows may not all have landed: then none of it was done."""
-    for place in request.places:
+    for place in request.note.places:
         raw, name = line_at(lines, place), _name(owned.batch.id, place)
         made.done.add(place)
         try:
@@ -159,21 +170,27 @@ def _write(
         except DoorError as error:  # its model was removed meanwhile
             made.put(_line(name, _custom_id(raw), error.status, {"error": error.body()}), ok=False)
             continue
-        whole = len(request.cells) == len(line.asked.texts) * line.asked.choices
-        if not whole or any(cell is None for cell in request.cells):
+        if not request.done:
             made.put(_not_done(name, line.custom_id, state), ok=False)
             continue
         model = find(line.asked.model)
         lengths: Sequence[int] = ()
         if line.asked.options is None and model is not None:
             most = model.manifest.max_tokens
-            lengths = [min(n, most or n) for n in use.counter.lengths(model.manifest, request.texts)]
+            lengths = [min(n, most or n) for n in use.counter.lengths(model.manifest, line.asked.texts)]
         try:
             body, used = body_of(line.asked, request.cells, lengths, name=name, created=int(time.time()))
         except DoorError as error:
             made.put(_line(name, line.custom_id, error.status, {"error": error.body()}), ok=False)
         else:
             made.used += used
+            body |= told_beside(
+                [
+                    replace(tasks[number], name=old)
+                    for number, old in enumerate(sorted(line.asked.tasks), request.note.task + 1)
+                ],
+                [column for column in request.beside if column is not None],
+            )
             made.put(_line(name, line.custom_id, 200, body), ok=True)
 
 

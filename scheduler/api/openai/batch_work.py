@@ -11,12 +11,13 @@ import logging
 import secrets
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from motet.errors import Conflict, InvalidJob, Overloaded
 from motet.protocol.transport import TransportLost
-from scheduler.api.openai.batch_load import load
+from scheduler.api.openai.batch_load import check_tasks, load
 from scheduler.api.openai.batch_output import write_files
 from scheduler.api.openai.lines import Find, TokenReaders, survey
 from scheduler.api.openai.naming import decoder
@@ -127,13 +128,20 @@ class BatchWorker:
     def _load(
         self, owned: Owned, path: Path, find: Find, reads: TokenReaders, goes_on: Callable[[], None]
     ) -> None:
-        found = survey(path, find, reads, max_row_bytes=self._use.settings.max_row_bytes, goes_on=goes_on)
+        found = survey(
+            path,
+            find,
+            reads,
+            max_row_bytes=self._use.settings.max_row_bytes,
+            goes_on=goes_on,
+            check_tasks=partial(check_tasks, self._use),
+        )
         most = self._use.settings.max_tasks
-        if len(found.tasks) > most and not found.errors:
+        if found.tasks > most and not found.errors:
             found.errors.append(
                 {
                     "code": "too_many_models",
-                    "message": f"{len(found.tasks)} models and endpoints; expected at most {most}",
+                    "message": f"{found.tasks} models, endpoints and tasks beside chats; expected at most {most}",
                     "param": "model",
                     "line": None,
                 }

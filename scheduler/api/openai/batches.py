@@ -18,12 +18,13 @@ from motet.errors import NotFound
 from motet.tasks import short
 from scheduler.api.auth import Identity
 from scheduler.api.bodies import SMALL_BYTES, clean_object, json_body, whole_body
+from scheduler.api.openai.batch_counts import counted
 from scheduler.api.openai.files import a_list, expiry, found_file, listing
 from scheduler.api.openai.refusals import DoorError
 from scheduler.api.openai.requests import SERVED
 from scheduler.api.resources import Resources
 from scheduler.store import batches as store
-from scheduler.store.batches import OVER, NewBatch, StoredBatch
+from scheduler.store.batches import NewBatch, StoredBatch
 
 _WINDOW = re.compile(r"([1-9][0-9]{0,4})([hm])")
 #: A window is at most 30 days: as long as files are kept.
@@ -46,7 +47,7 @@ async def create_batch(request: Request, use: Resources, caller: Identity) -> Re
     sent_before = request.headers.get(_SENT_AGAIN, "0") != "0"
     made = await run_in_threadpool(_create, use, caller.tenant, body, key, sent_before)
     use.batch_waits.set()
-    return JSONResponse(described_batch(made))
+    return JSONResponse(described_batch(made, (0, 0)))
 
 
 def _create(
@@ -144,44 +145,47 @@ def _output_expires_s(told: Any) -> float | None:
 
 async def list_batches(request: Request, use: Resources, caller: Identity) -> Response:
     limit, after = listing(request.query_params, 20, 100)
-    found = await run_in_threadpool(_listed, use, caller.tenant, after, limit + 1)
-    return JSONResponse(a_list([described_batch(b) for b in found[:limit]], more=len(found) > limit))
+    described, more = await run_in_threadpool(_listed, use, caller.tenant, after, limit)
+    return JSONResponse(a_list(described, more=more))
 
 
-def _listed(use: Resources, tenant: UUID, after: str | None, limit: int) -> list[StoredBatch]:
+def _listed(use: Resources, tenant: UUID, after: str | None, limit: int) -> tuple[list[dict[str, Any]], bool]:
     with use.database.transaction() as connection:
-        found = list(store.list_batches(connection, tenant, after=after, limit=limit))
+        found = list(store.list_batches(connection, tenant, after=after, limit=limit + 1))
         if after is not None and not found:
             store.find_batch(connection, tenant, after)
-        return found
+    return [_described(use, batch) for batch in found[:limit]], len(found) > limit
 
 
 async def show_batch(request: Request, use: Resources, caller: Identity, batch: str) -> Response:
-    return JSONResponse(described_batch(await run_in_threadpool(_found, use, caller.tenant, batch)))
+    return JSONResponse(await run_in_threadpool(_found, use, caller.tenant, batch))
 
 
-def _found(use: Resources, tenant: UUID, batch: str) -> StoredBatch:
+def _found(use: Resources, tenant: UUID, batch: str) -> dict[str, Any]:
     with use.database.transaction() as connection:
-        return store.find_batch(connection, tenant, batch)
+        found = store.find_batch(connection, tenant, batch)
+    return _described(use, found)
 
 
 async def cancel_batch(request: Request, use: Resources, caller: Identity, batch: str) -> Response:
     cancelled = await run_in_threadpool(_cancel, use, caller.tenant, batch)
     use.batch_waits.set()
-    return JSONResponse(described_batch(cancelled))
+    return JSONResponse(cancelled)
 
 
-def _cancel(use: Resources, tenant: UUID, batch: str) -> StoredBatch:
+def _cancel(use: Resources, tenant: UUID, batch: str) -> dict[str, Any]:
     with use.database.transaction() as connection:
-        return store.cancel_batch(connection, tenant, batch)
+        cancelled = store.cancel_batch(connection, tenant, batch)
+    return _described(use, cancelled)
 
 
-def described_batch(batch: StoredBatch) -> dict[str, Any]:
-    """A batch as their clients read it."""
-    over = batch.state in OVER
-    # Rows, not lines, while it runs: never more than there are, and exact once it has ended.
-    completed = batch.completed if over else min(batch.rows_ok or 0, batch.lines)
-    failed = batch.failed if over else min(batch.rows_error or 0, batch.lines - completed)
+def _described(use: Resources, batch: StoredBatch) -> dict[str, Any]:
+    return described_batch(batch, counted(use, batch))
+
+
+def described_batch(batch: StoredBatch, counts: tuple[int, int]) -> dict[str, Any]:
+    """A batch as their clients read it. ``counts``: lines that are answered, and that failed."""
+    completed, failed = counts
     models = sorted(batch.models or ())
     return {
         "id": batch.id,

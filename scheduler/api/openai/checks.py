@@ -42,6 +42,24 @@ def whole_number(body: Mapping[str, Any], name: str, least: int, most: int) -> i
     return value
 
 
+def number(
+    body: Mapping[str, Any], name: str, least: float, most: float, *, above: bool = False
+) -> float | None:
+    """``above``: the least is not reached."""
+    value = body.get(name)
+    if value is None:
+        return None
+    if (
+        isinstance(value, bool)
+        or not isinstance(value, int | float)
+        or not least <= value <= most
+        or (above and value == least)
+    ):
+        expected = f"above {least:g}, up to {most:g}" if above else f"from {least:g} to {most:g}"
+        raise wrong(name, value, f"a number {expected}")
+    return float(value)
+
+
 def one_of(body: Mapping[str, Any], name: str, words: Sequence[str]) -> str:
     """The word that is said; the first one where none is."""
     value = body.get(name)

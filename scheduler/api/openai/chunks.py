@@ -6,6 +6,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Protocol
 
 from scheduler.api.openai.answers import batch_usage, chat_usage, used_by
+from scheduler.api.openai.likelihoods import told_logprobs
 from scheduler.api.openai.parameters import CHAT, RESPONSES
 from scheduler.api.openai.refusals import DoorError
 from scheduler.api.openai.requests import AskedRequest
@@ -94,7 +95,8 @@ class _Chunks:
         yield self._chunk(choice, {"content": text}, None)
 
     def finish(self, choice: int, cell: Mapping[str, Any]) -> Iterator[SentEvent]:
-        yield self._chunk(choice, {}, cell["finish"])
+        # All of them at the end: what a worker says while it writes is text alone.
+        yield self._chunk(choice, {}, cell["finish"], told_logprobs(self._asked.endpoint, cell))
 
     def end(self, cells: Sequence[Mapping[str, Any]], beside: Mapping[str, Any]) -> Iterator[SentEvent]:
         if self._asked.usage_told or beside:
@@ -105,9 +107,15 @@ class _Chunks:
     def fail(self, error: DoorError) -> Iterator[SentEvent]:
         yield "", {"error": error.body()}
 
-    def _chunk(self, choice: int, delta: Mapping[str, Any], finish: str | None) -> SentEvent:
+    def _chunk(
+        self,
+        choice: int,
+        delta: Mapping[str, Any],
+        finish: str | None,
+        logprobs: Mapping[str, Any] | None = None,
+    ) -> SentEvent:
         said = {"delta": delta} if self._chat else {"text": delta.get("content", "")}
-        one = {"index": choice, **said, "logprobs": None, "finish_reason": finish}
+        one = {"index": choice, **said, "logprobs": logprobs, "finish_reason": finish}
         return "", {**self._head, "choices": [one], **self._usage}
 
 

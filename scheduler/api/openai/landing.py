@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import time
 import uuid
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from typing import Any, TypeVar
 from uuid import UUID
 
@@ -14,20 +13,14 @@ from starlette.concurrency import run_in_threadpool
 
 from motet.errors import Conflict, NotFound
 from motet.messages.jobs import Submission
+from motet.protocol.values import Value, byte_lengths
 from scheduler.api.live import AskAnswered, LiveFeed
+from scheduler.api.openai.answers import told_beside
+from scheduler.api.openai.beside import ANSWER, key_of
 from scheduler.api.openai.parameters import CHAT, CLASSIFY, EMBEDDINGS, RERANK, RESPONSES
-from scheduler.api.openai.requests import (
-    ANSWER,
-    ASKED,
-    OPTIONS,
-    TEXT,
-    AskedRequest,
-    task_of,
-    text_of,
-)
+from scheduler.api.openai.requests import AskedRequest, task_of
 from scheduler.api.opening import planned_with, with_models
 from scheduler.api.resources import Resources
-from scheduler.api.result_streams import plain_rows
 from scheduler.api.submissions import CheckedSubmission, new_job
 from scheduler.blocks import IncomingPart
 from scheduler.store import doors, opening
@@ -49,11 +42,9 @@ _NOTED_S = 300.0
 
 def _door_name(asked: AskedRequest) -> str:
     """What requests have in common that one door answers, beside tenant and model."""
-    endpoint = _SAME_DOOR.get(asked.endpoint, asked.endpoint)
-    if not asked.tasks:
-        return endpoint
-    tasks = json.dumps({name: task.to_json() for name, task in asked.tasks.items()}, sort_keys=True)
-    return f"{endpoint} {hashlib.sha256(tasks.encode()).hexdigest()}"
+    endpoint = asked.endpoint if asked.pairs else _SAME_DOOR.get(asked.endpoint, asked.endpoint)
+    tasks = key_of(asked.tasks)
+    return f"{endpoint} {hashlib.sha256(tasks.encode()).hexdigest()}" if tasks else endpoint
 
 
 async def _feed_of(use: Resources, tenant: UUID, asked: AskedRequest, model: Registered) -> LiveFeed:
@@ -95,9 +86,10 @@ def _door(use: Resources, tenant: UUID, request: AskedRequest, model: Registered
         open=True,
     )
     digest = hashlib.sha256(f"{endpoint} {ref}".encode()).digest()
-    tasks = {ANSWER: task_of(request.endpoint, ref), **request.tasks}
+    tasks = {ANSWER: task_of(request.endpoint, ref, pairs=request.pairs), **request.tasks}
     asked = CheckedSubmission(said=said, tasks=tasks, digest=digest)
-    made = new_job(uuid.uuid4(), tenant, asked, planned_with(*with_models(use, asked), None), None)
+    asked, models = with_models(use, asked)
+    made = new_job(uuid.uuid4(), tenant, asked, planned_with(asked, None, models), None)
     with use.database.transaction() as connection:
         doors.lock_doors(connection, tenant)
         found = doors.find_door(connection, tenant, endpoint, model.id)
@@ -110,24 +102,14 @@ def _door(use: Resources, tenant: UUID, request: AskedRequest, model: Registered
 
 def beside(asked: AskedRequest, feed: LiveFeed, answer: AskAnswered) -> dict[str, Any]:
     """What the tasks beside a chat answered."""
-    if not asked.tasks:
-        return {}
     tasks = [task for task in feed.tasks if task.name in asked.tasks]
-    columns = [answer.columns[task.number] for task in tasks]
-    [row] = plain_rows(tasks, columns, answer.first_row, answer.given)
-    return {"x_motet": {"tasks": {task.name: row[task.name] for task in tasks}, "errors": row["errors"]}}
+    return told_beside(tasks, [answer.columns[task.number] for task in tasks])
 
 
-def part_of(asked: AskedRequest, rows: Sequence[tuple[str, str]]) -> tuple[IncomingPart, int]:
+def part_of(rows: Sequence[Mapping[str, Value]]) -> tuple[IncomingPart, int]:
     """Rows of a request as they land, and their UTF-8 bytes."""
-    columns: dict[str, list[str]] = {ASKED: [text for text, _ in rows]}
-    if asked.options is not None:
-        columns[OPTIONS] = [options for _, options in rows]
-    if any(TEXT in task.reads(name, asked.tasks) for name, task in asked.tasks.items()):
-        columns[TEXT] = [text_of(text) for text, _ in rows]
-    return IncomingPart(columns=columns), sum(
-        len(text.encode()) for values in columns.values() for text in values
-    )
+    columns = {name: [row[name] for row in rows] for name in rows[0]}
+    return IncomingPart(columns=columns), sum(sum(byte_lengths(values)) for values in columns.values())
 
 
 async def through_door(
@@ -143,7 +125,8 @@ async def through_door(
     """
     for last in (False, True):
         feed = await _feed_of(use, tenant, asked, model)
-        await use.door.admit_ask(interactive=feed.job.interactive)
+        with use.feeds.meter.door(feed.job.id):
+            await use.door.admit_ask(interactive=feed.job.interactive)
         try:
             return await ask(feed)
         except (Conflict, NotFound):

@@ -1,26 +1,30 @@
 """The lines of a batch's file: checked one by one in flat memory, then in the order in which they share most.
 
-A file is read twice: once to check every line, where only digests and places are kept, and once line by line in order.
+A file is read twice: once to check every line, where only digests and places are kept, and once line by line in order. That
+is the order of the texts: of all lines of a model those that begin alike are neighbours, wherever they stand in the file.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field
+from array import array
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, BinaryIO
 
 from motet.errors import InvalidJob
-from motet.protocol.values import text_flaw
-from motet.tasks import short
+from motet.protocol.values import byte_lengths, text_flaw
+from motet.tasks import Task, short
 from scheduler.api.bodies import clean_object
+from scheduler.api.openai.beside import ANSWER, is_given_names, key_of, renamed, with_versions
 from scheduler.api.openai.checks import Decoded
 from scheduler.api.openai.naming import check_dimensions, check_model, unknown_model
 from scheduler.api.openai.parameters import CHAT, CLASSIFY, COMPLETIONS, EMBEDDINGS, RERANK, RESPONSES
-from scheduler.api.openai.refusals import DoorError
-from scheduler.api.openai.requests import SERVED, AskedRequest, read_request, text_of
+from scheduler.api.openai.refusals import DoorError, as_door_error
+from scheduler.api.openai.requests import SERVED, AskedRequest, asked_of, read_request, task_of
+from scheduler.api.openai.sorting import Sorting
 from scheduler.api.strict_json import BrokenJson, loads
 from scheduler.store.registry import Registered
 
@@ -32,13 +36,27 @@ MOST_ERRORS = 100
 _MOST_ID = 512
 #: Equal lines that one row answers: their places stand in that row.
 _MOST_EQUAL = 1000
-#: Characters of what is asked by which lines are brought together that begin alike: coarse to fine.
-_ALIKE = (256, 1024, 4096)
+
+#: Characters of a task's name that are kept where it gets a number.
+_CALL = 48
 
 #: Name of a model in a line -> the model, or None.
 Find = Callable[[str], Registered | None]
 #: A model -> what reads its token ids.
 TokenReaders = Callable[[Registered | None], Decoded]
+
+
+@dataclass(frozen=True, slots=True)
+class LineKind:
+    """What lines have in common that one task of the job answers."""
+
+    endpoint: str
+    #: name@version
+    model: str
+    #: By a cross-encoder.
+    pairs: bool
+    #: ``key_of`` the tasks beside it.
+    beside: str
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,24 +76,53 @@ class FileSurvey:
     errors: list[dict[str, Any]] = field(default_factory=list)
     #: Names of models -> name@version.
     models: dict[str, str] = field(default_factory=dict)
-    #: (endpoint, name@version), in the order in which lines name them: the tasks.
-    tasks: dict[tuple[str, str], int] = field(default_factory=dict)
+    #: What lines have in common that one task answers, in their order, with the tasks beside it.
+    kinds: dict[LineKind, Mapping[str, Task]] = field(default_factory=dict)
     #: Some answers are drawn, and others each time.
     drawn: bool = False
-    #: (where it belongs in the order, its place in the file) of each line that gets rows of its own.
-    order: list[tuple[bytes, int]] = field(default_factory=list)
+    #: Places in the file of the lines that get rows of their own, in the order of what they ask.
+    order: Sequence[int] = field(default_factory=lambda: array("Q"))
     #: Place of such a line -> places of the lines that ask the same.
     equal: dict[int, list[int]] = field(default_factory=dict)
 
+    def noting(self, find: Find) -> Find:
+        """Finds the same models, and notes which versions the names meant."""
+
+        def noted(name: str) -> Registered | None:
+            model = find(name)
+            if model is not None:
+                self.models.setdefault(name, model.manifest.ref)
+            return model
+
+        return noted
+
+    def kind_of(self, asked: AskedRequest) -> LineKind:
+        return LineKind(asked.endpoint, self.models[asked.model], asked.pairs, key_of(asked.tasks))
+
+    @property
+    def tasks(self) -> int:
+        """Tasks of the job."""
+        return sum(1 + len(beside) for beside in self.kinds.values())
+
 
 def survey(
-    path: Path, find: Find, reads: TokenReaders, *, max_row_bytes: int, goes_on: Callable[[], None]
+    path: Path,
+    find: Find,
+    reads: TokenReaders,
+    *,
+    max_row_bytes: int,
+    goes_on: Callable[[], None],
+    check_tasks: Callable[[AskedRequest], None] = lambda asked: None,
 ) -> FileSurvey:
-    """Look at every line. ``goes_on`` is called now and then, and may raise."""
+    """Look at every line. ``goes_on`` is called now and then, and may raise.
+
+    ``check_tasks``: raises InvalidJob where a chat and the tasks beside it cannot be asked together.
+    """
     found = FileSurvey()
+    find = found.noting(find)
     seen: set[bytes] = set()
     first_of: dict[bytes, int] = {}
-    with path.open("rb") as file:
+    with path.open("rb") as file, Sorting(path.parent) as order:
         for number, offset, raw in lines_of(file):
             if number % 256 == 0:
                 goes_on()
@@ -99,14 +146,15 @@ def survey(
                         code="duplicate_custom_id",
                     )
                 seen.add(name)
-                _note(found, line, offset, find, first_of)
+                _note(found, line, offset, first_of, order, check_tasks)
             except DoorError as error:
                 _told(found, number, error)
                 if len(found.errors) >= MOST_ERRORS:
                     break
+        if not found.errors:
+            found.order = order.places()
     if not found.lines:
         _told(found, None, DoorError("the file has no line", code="empty_file"))
-    found.order.sort()
     return found
 
 
@@ -134,12 +182,13 @@ def line_at(file: BinaryIO, place: int) -> bytes:
 
 
 def read_again(raw: bytes, find: Find, reads: TokenReaders) -> BatchLine:
-    """A line that was checked before. Raises DoorError where its model was removed meanwhile."""
+    """A line that was checked before. Raises DoorError where a model of it was removed meanwhile."""
     said = json.loads(raw.removeprefix(b"\xef\xbb\xbf"))
     model = find(said["body"]["model"])
     if model is None:
         raise unknown_model(said["body"]["model"])
-    return BatchLine(said["custom_id"], read_request(said["url"], said["body"], reads(model)))
+    asked = asked_of(read_request(said["url"], said["body"], reads(model)), model.manifest)
+    return BatchLine(said["custom_id"], replace(asked, tasks=_with_versions(asked.tasks, find)))
 
 
 def read_line(raw: bytes, find: Find, reads: TokenReaders, max_row_bytes: int) -> BatchLine:
@@ -169,37 +218,57 @@ def read_line(raw: bytes, find: Find, reads: TokenReaders, max_row_bytes: int) -
     name = body.get("model")
     model = find(name) if isinstance(name, str) and name else None
     asked = read_request(url, body, reads(model))
-    for option, used in (("stream", asked.stream), ("tasks", bool(asked.tasks))):
-        if used:
-            raise DoorError(
-                f"{option} is not served in a batch: leave it out", param=option, code="unsupported_parameter"
-            )
+    if asked.stream:
+        raise DoorError(
+            "stream is not served in a batch: leave it out", param="stream", code="unsupported_parameter"
+        )
     if model is None:
         raise unknown_model(asked.model)
     check_model(url, asked.model, model.manifest)
     check_dimensions(asked.dimensions, model.manifest)
+    asked = replace(asked_of(asked, model.manifest), tasks=_with_versions(asked.tasks, find))
     check_length(asked, max_row_bytes)
     return BatchLine(custom_id, asked)
 
 
+def _with_versions(tasks: Mapping[str, Task], find: Find) -> Mapping[str, Task]:
+    """The tasks with the versions of their models. Raises DoorError where there is no such model."""
+    if not tasks:
+        return tasks
+    refs = {}
+    for name, task in tasks.items():
+        for ref in task.registered:
+            if len(ref) > 200 or (found := find(ref)) is None:
+                raise unknown_model(ref, f"tasks.{name}.model")
+            refs[ref] = found.manifest.ref
+    return with_versions(tasks, refs)
+
+
 def check_length(asked: AskedRequest, max_row_bytes: int) -> None:
     """Raises DoorError where a text is longer than a row may be."""
-    for text, options in asked.rows()[:: asked.choices]:
-        # Tasks beside a chat read its last message as a text of its own.
-        read = (text, options, text_of(text) if asked.tasks else "")
-        if (size := sum(len(one.encode()) for one in read)) > max_row_bytes:
+    for row in asked.rows()[:: asked.choices]:
+        if (size := sum(byte_lengths(list(row.values())))) > max_row_bytes:
             raise DoorError(
                 f"{size:,} bytes are asked; expected at most {max_row_bytes:,} a text", code="too_long"
             )
 
 
-def _note(found: FileSurvey, line: BatchLine, place: int, find: Find, first_of: dict[bytes, int]) -> None:
-    """Keep of a good line what its rows need to be found and ordered."""
+def _note(
+    found: FileSurvey,
+    line: BatchLine,
+    place: int,
+    first_of: dict[bytes, int],
+    order: Sorting,
+    check_tasks: Callable[[AskedRequest], None],
+) -> None:
+    """Keep of a good line what its rows need to be found and ordered. Raises DoorError for tasks that cannot be asked."""
     asked = line.asked
-    model = find(asked.model)
-    assert model is not None
-    ref = found.models.setdefault(asked.model, model.manifest.ref)
-    task = found.tasks.setdefault((asked.endpoint, ref), len(found.tasks))
+    kind = found.kind_of(asked)
+    if kind not in found.kinds:
+        if asked.tasks:
+            _check_set(found, asked, check_tasks)
+        found.kinds[kind] = asked.tasks
+    task = list(found.kinds).index(kind)
     found.drawn = found.drawn or asked.drawn
     if not asked.drawn:
         rows = json.dumps([task, asked.rows(), asked.dimensions, asked.base64, asked.choices, asked.about])
@@ -210,9 +279,24 @@ def _note(found: FileSurvey, line: BatchLine, place: int, find: Find, first_of: 
                 equal.append(place)
                 return
             first_of[_digest(rows)] = place
-    text = asked.texts[0]
-    alike = b"".join(_digest(text[:most])[:6] for most in _ALIKE)
-    found.order.append((task.to_bytes(2, "big") + alike, place))
+    # With its options: the same lines in another order of the file have the same order, and so are found answered.
+    told = "\0".join(str(value) for value in asked.rows()[0].values())
+    order.add(task.to_bytes(2, "big") + told.encode("utf-8", "surrogatepass"), place)
+
+
+def _check_set(found: FileSurvey, asked: AskedRequest, check_tasks: Callable[[AskedRequest], None]) -> None:
+    """Raises DoorError where a new set of tasks cannot be asked beside its chat, or beside the other sets of the file."""
+    if any(found.kinds.values()) and is_given_names(asked.tasks):
+        raise DoorError(
+            "a function is given other tasks' answers by their names, and these are another set's in this file; put lines "
+            "with other tasks into a file of their own",
+            param="tasks",
+            code="unsupported_value",
+        )
+    try:
+        check_tasks(asked)
+    except InvalidJob as error:
+        raise as_door_error(error) from None
 
 
 def _digest(text: str) -> bytes:
@@ -230,14 +314,51 @@ def _told(found: FileSurvey, number: int | None, error: DoorError) -> None:
     )
 
 
-def tasks_of(models: Mapping[str, str], tasks: Mapping[tuple[str, str], int]) -> dict[tuple[str, str], str]:
-    """(endpoint, name@version) -> the name of its task in the job."""
-    short_name = {
-        CHAT: "chat",
-        COMPLETIONS: "completion",
-        RESPONSES: "response",
-        EMBEDDINGS: "embedding",
-        RERANK: "ranking",
-        CLASSIFY: "classification",
-    }
-    return {(endpoint, ref): f"{short_name[endpoint]}-{number}" for (endpoint, ref), number in tasks.items()}
+#: What a task is called by the endpoint of its lines.
+_CALLED = {
+    CHAT: "chat",
+    COMPLETIONS: "completion",
+    RESPONSES: "response",
+    EMBEDDINGS: "embedding",
+    RERANK: "ranking",
+    CLASSIFY: "classification",
+}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class JobTasks:
+    """The tasks of a batch's job."""
+
+    #: In the job's order.
+    tasks: Mapping[str, Task]
+    #: Of each kind of line the numbers of its tasks: the one that answers, and those beside it by name.
+    numbers: Mapping[LineKind, Sequence[int]]
+
+
+def job_tasks(found: FileSurvey) -> JobTasks:
+    """The tasks that the lines of a file need. The first set of tasks beside a chat keeps its names."""
+    several = len(found.kinds) > 1
+    tasks: dict[str, Task] = {}
+    numbers: dict[LineKind, Sequence[int]] = {}
+    kept = {ANSWER, *next(filter(None, found.kinds.values()), ())}
+    for kind, beside in found.kinds.items():
+        first = len(tasks)
+        numbers[kind] = range(first, first + 1 + len(beside))
+        olds = [ANSWER, *sorted(beside)]
+        keeps = bool(beside) and kept == set(olds) and not kept & tasks.keys()
+        called = [_CALLED[kind.endpoint], *sorted(beside)]
+        names = {
+            old: old if keeps else _free(f"{new[:_CALL]}-{number}", {*tasks, *kept})
+            for old, new, number in zip(olds, called, numbers[kind], strict=True)
+        }
+        answering = task_of(kind.endpoint, kind.model, pairs=kind.pairs)
+        for old in olds:
+            task = answering if old == ANSWER else renamed(old, beside[old], names)
+            tasks[names[old]] = replace(task, conditional=several)
+    return JobTasks(tasks=tasks, numbers=numbers)
+
+
+def _free(name: str, taken: Collection[str]) -> str:
+    while name in taken:
+        name += "_"
+    return name

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from starlette.concurrency import run_in_threadpool
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 
-from motet.protocol.manifest import Manifest
+from motet.protocol.manifest import Answer, Manifest
 from motet.tasks import short
 from scheduler.api.auth import Identity
 from scheduler.api.openai.checks import Decoded
@@ -18,6 +18,12 @@ from scheduler.api.openai.requests import SERVED
 from scheduler.api.resources import Resources
 from scheduler.store.aliases import aliases
 from scheduler.store.registry import Registered, find_models, models
+
+_WANTED: Mapping[Answer, str] = {
+    "text": "language model",
+    "vector": "model that answers with vectors",
+    "ranking": "cross-encoder",
+}
 
 
 def find_model(use: Resources, endpoint: str, name: str) -> Registered:
@@ -30,10 +36,10 @@ def find_model(use: Resources, endpoint: str, name: str) -> Registered:
     return found
 
 
-def unknown_model(name: str) -> DoorError:
+def unknown_model(name: str, param: str = "model") -> DoorError:
     return DoorError(
         f"there is no model {short(name)}; GET /models lists those that are registered",
-        param="model",
+        param=param,
         code="model_not_found",
         status=404,
     )
@@ -41,10 +47,16 @@ def unknown_model(name: str) -> DoorError:
 
 def check_model(endpoint: str, name: str, model: Manifest) -> None:
     """Raises DoorError where a model cannot answer at an endpoint."""
-    if model.answers != SERVED[endpoint]:
-        wanted = "language model" if SERVED[endpoint] == "text" else "model that answers with vectors"
+    if model.answers not in SERVED[endpoint]:
+        wanted = " or a ".join(_WANTED[one] for one in sorted(SERVED[endpoint], reverse=True))
         raise DoorError(
             f"{short(name)} answers {model.answers}; {endpoint} needs a {wanted}",
+            param="model",
+            code="model_mismatch",
+        )
+    if model.reads != "text":
+        raise DoorError(
+            f"{short(name)} reads pictures; {endpoint} needs a model that reads text",
             param="model",
             code="model_mismatch",
         )
@@ -93,7 +105,7 @@ async def show_model(request: Request, use: Resources, caller: Identity, model: 
 def _models(use: Resources) -> list[dict[str, Any]]:
     """What may be named in a request: each model by its name, by its versions and by its aliases."""
     with use.database.transaction() as connection:
-        known = [r.manifest for r in models(connection) if r.manifest.answers in SERVED.values()]
+        known = [r.manifest for r in models(connection) if r.manifest.answers in _WANTED]
         named = aliases(connection)
     names = dict.fromkeys(m.name for m in known)
     names |= dict.fromkeys(m.ref for m in known)

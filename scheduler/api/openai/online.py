@@ -16,18 +16,20 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 
 from motet.errors import InvalidJob
-from motet.tasks import Function, Task
+from motet.protocol.values import Value
+from motet.tasks import Task
 from scheduler.api.answer_schemas import schema_problems
 from scheduler.api.asks import DROPS, READ, while_there
 from scheduler.api.auth import Identity
 from scheduler.api.bodies import clean_object, json_body, whole_body
 from scheduler.api.live import AskAnswered, LiveFeed
 from scheduler.api.openai.answers import body_of, cells_of
+from scheduler.api.openai.beside import with_versions
 from scheduler.api.openai.landing import WITHIN_S, beside, part_of, through_door
 from scheduler.api.openai.lines import check_length
 from scheduler.api.openai.naming import check_dimensions, decoder, find_model
 from scheduler.api.openai.parameters import CHAT, CLASSIFY, COMPLETIONS, EMBEDDINGS, RERANK, RESPONSES
-from scheduler.api.openai.requests import AskedRequest, read_request
+from scheduler.api.openai.requests import AskedRequest, asked_of, read_request
 from scheduler.api.openai.streams import streamed
 from scheduler.api.resources import Resources
 from scheduler.blocks import keyed
@@ -82,7 +84,7 @@ def _read(use: Resources, endpoint: str, raw: bytes) -> tuple[AskedRequest, Regi
     assert model is not None, "a request without a model is refused"
     check_dimensions(asked.dimensions, model.manifest)
     check_length(asked, use.settings.max_row_bytes)
-    return replace(asked, tasks=_resolved(use, asked.tasks)), model
+    return replace(asked_of(asked, model.manifest), tasks=_resolved(use, asked.tasks)), model
 
 
 def _resolved(use: Resources, tasks: Mapping[str, Task]) -> dict[str, Task]:
@@ -94,15 +96,8 @@ def _resolved(use: Resources, tasks: Mapping[str, Task]) -> dict[str, Task]:
         raise InvalidJob(wrong)
     with use.database.transaction() as connection:
         found = find_models(connection, {ref for task in tasks.values() for ref in task.registered})
-    refs = {name: model.manifest.ref for name, model in found.items()}
-    resolved: dict[str, Task] = {}
-    for name, task in tasks.items():
-        # One that is not there is told of when the door is made.
-        fixed = replace(task, model=refs.get(task.model, task.model))
-        if isinstance(fixed, Function) and fixed.artefact:
-            fixed = replace(fixed, artefact=refs.get(fixed.artefact, fixed.artefact))
-        resolved[name] = fixed
-    return resolved
+    # One that is not there is told of when the door is made.
+    return with_versions(tasks, {name: model.manifest.ref for name, model in found.items()})
 
 
 async def _answered(use: Resources, tenant: UUID, asked: AskedRequest, model: Registered) -> Response:
@@ -110,11 +105,11 @@ async def _answered(use: Resources, tenant: UUID, asked: AskedRequest, model: Re
     groups = [rows[at : at + _ASK_ROWS] for at in range(0, len(rows), _ASK_ROWS)]
     asks = [asyncio.ensure_future(_ask(use, tenant, asked, model, group)) for group in groups]
     try:
-        asked_of = await asyncio.gather(*asks)
+        gathered = await asyncio.gather(*asks)
     finally:
         for ask in asks:
             ask.cancel()
-    feed, answers = asked_of[0][0], [answer for _, answer in asked_of]
+    feed, answers = gathered[0][0], [answer for _, answer in gathered]
     cells = [cell for answer in answers for cell in cells_of(answer.columns[0])]
     lengths: Sequence[int] = ()
     if asked.options is None:
@@ -128,9 +123,9 @@ async def _answered(use: Resources, tenant: UUID, asked: AskedRequest, model: Re
 
 
 async def _ask(
-    use: Resources, tenant: UUID, asked: AskedRequest, model: Registered, rows: Sequence[tuple[str, str]]
+    use: Resources, tenant: UUID, asked: AskedRequest, model: Registered, rows: Sequence[Mapping[str, Value]]
 ) -> tuple[LiveFeed, AskAnswered]:
-    part, size = part_of(asked, rows)
+    part, size = part_of(rows)
 
     async def ask(feed: LiveFeed) -> tuple[LiveFeed, AskAnswered]:
         key = keyed(feed.job.secret, secrets.token_bytes(32))

@@ -43,7 +43,6 @@ def _refused(why: str, *harmless: Any) -> Parameter:
 
 _NO_TOOLS = "tools are not served: ask without them, or for JSON with response_format"
 _NO_MEMORY = "send the whole dialogue each time"
-_NO_SAMPLERS = "the engines draw by temperature alone"
 
 _WRITING: Mapping[str, Parameter] = {
     "model": _served("the name of a registered model"),
@@ -54,13 +53,16 @@ _WRITING: Mapping[str, Parameter] = {
     "n": _served("up to 16 choices, drawn apart; their prompt is counted once"),
     "stream": _served("up to 16 answers, as they are written"),
     "stream_options": _served("include_usage"),
-    "top_p": _refused(_NO_SAMPLERS, 1),
-    "frequency_penalty": _refused(_NO_SAMPLERS, 0),
-    "presence_penalty": _refused(_NO_SAMPLERS, 0),
-    "logit_bias": _refused(_NO_SAMPLERS, {}),
+    "top_p": _served("above 0, up to 1: tokens are drawn from the fewest that have this share"),
+    "frequency_penalty": _served("-2 to 2, less likely for each time that a token was written"),
+    "presence_penalty": _served("-2 to 2, less likely where a token was written at all"),
+    "top_k": _served("vLLM's: tokens are drawn from so many of the likeliest; 0 or -1: from all"),
+    "repetition_penalty": _served(
+        "vLLM's: above 0, up to 10; above 1 what stands in prompt or answer is less likely"
+    ),
+    "logit_bias": _refused("token ids differ from model to model: ask in words", {}),
     "user": _ignored("the token says who asks"),
 }
-_NO_LOGPROBS = "the engines do not tell likelihoods of tokens"
 
 PARAMETERS: Mapping[str, Mapping[str, Parameter]] = {
     CHAT: {
@@ -69,8 +71,10 @@ PARAMETERS: Mapping[str, Mapping[str, Parameter]] = {
         "max_completion_tokens": _served("the same as max_tokens"),
         "response_format": _served("text, json_object, json_schema"),
         "tasks": _served("motet's own: up to 16 tasks about the last message"),
-        "logprobs": _refused(_NO_LOGPROBS, False),
-        "top_logprobs": _refused(_NO_LOGPROBS, 0),
+        "logprobs": _served(
+            "true: of each token how likely it was to the model, before anything changed that"
+        ),
+        "top_logprobs": _served("0 to 20 likeliest tokens beside each, with logprobs"),
         "tools": _refused(_NO_TOOLS, []),
         "tool_choice": _refused(_NO_TOOLS, "none", "auto"),
         "parallel_tool_calls": _ignored("there are no tools"),
@@ -96,7 +100,7 @@ PARAMETERS: Mapping[str, Mapping[str, Parameter]] = {
         **_WRITING,
         "best_of": _refused("ask for n choices and take one", 1),
         "echo": _refused("put the prompt in front yourself", False),
-        "logprobs": _refused(_NO_LOGPROBS, 0),
+        "logprobs": _served("0 to 20: how likely each token was, and so many of the likeliest beside it"),
         "suffix": _refused("models here continue, they do not fill in", ""),
     },
     RESPONSES: {
@@ -124,8 +128,8 @@ PARAMETERS: Mapping[str, Mapping[str, Parameter]] = {
         "image": _refused("answers are text"),
         "reasoning": _refused("how long a model thinks is its own affair"),
         "moderation": _refused("nothing is moderated"),
-        "top_logprobs": _refused(_NO_LOGPROBS, 0),
-        "top_p": _refused(_NO_SAMPLERS, 1),
+        "top_logprobs": _refused("ask a chat for them", 0),
+        "top_p": _served("as in chats"),
         "truncation": _refused("what does not fit is an error", "disabled"),
         "metadata": _ignored(),
         "service_tier": _ignored(),
@@ -145,7 +149,7 @@ PARAMETERS: Mapping[str, Mapping[str, Parameter]] = {
     RERANK: {
         "query": _served("a text"),
         "documents": _served("up to 1,000 texts, or objects with a text"),
-        "model": _served("the name of a registered model that answers with vectors"),
+        "model": _served("the name of a registered model that answers with vectors, or of a cross-encoder"),
         "top_n": _served("how many are told, the most alike first; all where nothing is said"),
         "return_documents": _served("each result repeats its document"),
         "user": _ignored("the token says who asks"),

@@ -1,6 +1,7 @@
 """Texts by how alike they are: ``/rerank`` and ``/classify``, in the form of Cohere and Jina. Pure.
 
-Both compare vectors of one model. Their rows are those of embeddings, what the others are compared with first.
+Both compare vectors of one model: their rows are those of embeddings, what the others are compared with first. A ranking
+by a cross-encoder has rows of a query and some of the documents.
 """
 
 from __future__ import annotations
@@ -40,12 +41,24 @@ def labelled(body: Mapping[str, Any], decoded: Decoded) -> tuple[tuple[str, ...]
     return (*labels, *asked), {"labels": len(labels)}
 
 
-def ranking(
-    asked: Sequence[str], vectors: Sequence[Sequence[float]], about: Mapping[str, Any]
-) -> list[dict[str, Any]]:
-    """The documents with how alike they are to the query, the most alike first."""
+def cosines(vectors: Sequence[Sequence[float]]) -> list[float]:
+    """How alike the first one is to each of the others."""
     query, *others = map(_unit, vectors)
-    found = sorted(((_dot(query, one), -i) for i, one in enumerate(others)), reverse=True)
+    return [_dot(query, one) for one in others]
+
+
+def pair_scores(slices: Sequence[Sequence[str]], cells: Sequence[Sequence[Mapping[str, Any]]]) -> list[float]:
+    """The score of each document, from the rankings of its slices."""
+    scores: list[float] = []
+    for some, cell in zip(slices, cells, strict=True):
+        of_slice = {one["index"]: one["score"] for one in cell}
+        scores += [of_slice[number] for number in range(len(some))]
+    return scores
+
+
+def ranking(asked: Sequence[str], scores: Sequence[float], about: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """The documents with their scores, the best first. ``asked``: the query and the documents."""
+    found = sorted(((score, -i) for i, score in enumerate(scores)), reverse=True)
     results: list[dict[str, Any]] = []
     for score, at in found[: about["top_n"]]:
         said = {"document": {"text": asked[1 - at]}} if about["told"] else {}

@@ -7,12 +7,23 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
-from motet.errors import InvalidJob
-from motet.tasks import Chat, Embed, Generate, Task, parse, short
-from scheduler.api.openai.checks import Decoded, asked_schema, flag, one_of, texts, whole_number, wrong
+from motet.protocol.manifest import Answer, Manifest
+from motet.protocol.values import Value
+from motet.tasks import Chat, Embed, Generate, Rank, Task, short
+from scheduler.api.openai.beside import TEXT, asked_tasks
+from scheduler.api.openai.checks import (
+    Decoded,
+    asked_schema,
+    flag,
+    number,
+    one_of,
+    texts,
+    whole_number,
+    wrong,
+)
 from scheduler.api.openai.parameters import (
     CHAT,
     CLASSIFY,
@@ -25,14 +36,29 @@ from scheduler.api.openai.parameters import (
 from scheduler.api.openai.ranking import labelled, ranked
 from scheduler.api.openai.refusals import DoorError
 
-#: Field of a row that a task reads: a dialogue as JSON, a prompt or a text. The other: its options as JSON.
-ASKED, OPTIONS = "asked", "options"
-_OF_ROW, _OPTIONS_OF_ROW = f"{{{ASKED}}}", f"{{{OPTIONS}}}"
+#: Fields of a row: what is asked (a dialogue as JSON, a prompt, a text, a query), its options as JSON, and the documents
+#: that a query is held against.
+ASKED, OPTIONS, DOCUMENTS = "asked", "options", "documents"
+_OF_ROW, _OPTIONS_OF_ROW, _DOCUMENTS_OF_ROW = f"{{{ASKED}}}", f"{{{OPTIONS}}}", f"{{{DOCUMENTS}}}"
+#: Documents of one row for a cross-encoder, and their UTF-8 bytes. More: a row holds a device for longer, and others wait;
+#: fewer: more rows for one request.
+_ROW_DOCUMENTS, _ROW_BYTES = 64, 128 * 1024
 #: Tokens written where a request says nothing: as many as most answers need. More: each answer holds more memory while
 #: it is written; fewer: more answers end with ``length``.
 DEFAULT_TOKENS = 1024
 _MOST_TOKENS = 1 << 20
 _MOST_CHOICES = 16
+#: Tokens told beside each: as many as OpenAI and vLLM tell.
+_MOST_LIKELIEST = 20
+_MOST_REPETITION = 10.0
+#: What samples as if nothing were said.
+_NEUTRAL = {
+    "top_p": 1.0,
+    "top_k": 0,
+    "frequency_penalty": 0.0,
+    "presence_penalty": 0.0,
+    "repetition_penalty": 1.0,
+}
 _MOST_PROMPTS = 128
 #: Answers that one stream tells: each is a row of its own.
 MOST_STREAMED = 16
@@ -40,11 +66,7 @@ _STREAM_OPTIONS = ("include_usage", "include_obfuscation")
 #: What says how many tokens are written at most, the newest word first.
 _LENGTHS = ("max_completion_tokens", "max_output_tokens", "max_tokens")
 #: What a response repeats of its request.
-_REPEATED = ("instructions", "max_output_tokens", "temperature", "text")
-#: Name of the task that answers, and the field that tasks beside it read.
-ANSWER, TEXT = "answer", "text"
-_MOST_TASKS = 16
-_NOT_A_TASK = frozenset({ANSWER, TEXT, ASKED, OPTIONS})
+_REPEATED = ("instructions", "max_output_tokens", "temperature", "text", "top_p")
 _MOST_INPUTS = 2048
 _MOST_STOPS = 4
 _STOP_CHARACTERS = 200
@@ -58,7 +80,7 @@ _TEXTS = ("text", "input_text", "output_text")
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class AskedRequest:
-    """A checked request: its rows are ``texts`` x ``choices``."""
+    """A checked request: its rows are ``texts`` x ``choices``, or slices of its documents."""
 
     endpoint: str
     model: str
@@ -71,6 +93,8 @@ class AskedRequest:
     base64: bool = False
     #: Length of vectors that is asked for; None: the model's.
     dimensions: int | None = None
+    #: A cross-encoder reads the first text, the query, with each of the others.
+    pairs: bool = False
     #: Told as it is written; with what it consumed at the end.
     stream: bool = False
     usage_told: bool = False
@@ -85,20 +109,44 @@ class AskedRequest:
         options = self.options or {}
         return options.get("temperature", 0) > 0 and "seed" not in options
 
-    def rows(self) -> list[tuple[str, str]]:
-        """(what is asked, its options as JSON) of each row, choices of a text side by side."""
-        return [(text, self._options(number)) for text in self.texts for number in range(self.choices)]
+    def rows(self) -> list[dict[str, Value]]:
+        """What each row holds, by field; choices of a text side by side."""
+        if self.pairs:
+            query = self.texts[0]
+            return [{ASKED: query, DOCUMENTS: list(some)} for some in self.slices()]
+        if self.options is None:
+            return [{ASKED: text} for text in self.texts]
+        read = any(TEXT in task.reads(name, self.tasks) for name, task in self.tasks.items())
+        beside: dict[str, Value] = {TEXT: text_of(self.texts[0])} if read else {}
+        return [
+            {ASKED: text, OPTIONS: self._options(number), **beside}
+            for text in self.texts
+            for number in range(self.choices)
+        ]
+
+    def slices(self) -> list[tuple[str, ...]]:
+        """The documents of each row: what one device reads in a moment."""
+        found: list[list[str]] = []
+        size = 0
+        for document in self.texts[1:]:
+            size += len(document.encode())
+            if not found or len(found[-1]) >= _ROW_DOCUMENTS or size > _ROW_BYTES:
+                found.append([])
+                size = len(document.encode())
+            found[-1].append(document)
+        return [tuple(one) for one in found]
 
     def _options(self, choice: int) -> str:
-        if self.options is None:
-            return "{}"
+        assert self.options is not None
         # With a seed that and the number of the choice decide a draw; without, the row's place in its job does.
         own = {"draw": choice} if "seed" in self.options else {}
         return json.dumps({**self.options, **own}, ensure_ascii=False, sort_keys=True, separators=(",", ":"))
 
 
-def task_of(endpoint: str, model: str, *, conditional: bool = False) -> Task:
-    """The task that answers requests to an endpoint. ``model``: ``name@version``."""
+def task_of(endpoint: str, model: str, *, pairs: bool = False, conditional: bool = False) -> Task:
+    """The task that answers requests to an endpoint. ``model``: ``name@version``. ``pairs``: it is a cross-encoder."""
+    if pairs:
+        return Rank(model=model, query=_OF_ROW, documents=_DOCUMENTS_OF_ROW, conditional=conditional)
     if endpoint in (CHAT, RESPONSES):
         return Chat(model=model, messages=_OF_ROW, options=_OPTIONS_OF_ROW, conditional=conditional)
     if endpoint == COMPLETIONS:
@@ -114,15 +162,20 @@ def task_of(endpoint: str, model: str, *, conditional: bool = False) -> Task:
     return Embed(model=model, input=_OF_ROW, too_long="error", conditional=conditional)
 
 
-#: Endpoint -> what its models answer.
-SERVED: Mapping[str, str] = {
-    CHAT: "text",
-    COMPLETIONS: "text",
-    RESPONSES: "text",
-    EMBEDDINGS: "vector",
-    RERANK: "vector",
-    CLASSIFY: "vector",
+#: Endpoint -> what its models may answer.
+SERVED: Mapping[str, frozenset[Answer]] = {
+    CHAT: frozenset({"text"}),
+    COMPLETIONS: frozenset({"text"}),
+    RESPONSES: frozenset({"text"}),
+    EMBEDDINGS: frozenset({"vector"}),
+    RERANK: frozenset({"vector", "ranking"}),
+    CLASSIFY: frozenset({"vector"}),
 }
+
+
+def asked_of(asked: AskedRequest, model: Manifest) -> AskedRequest:
+    """The request as this model answers it."""
+    return replace(asked, pairs=True) if model.answers == "ranking" else asked
 
 
 def read_request(endpoint: str, body: Mapping[str, Any], decoded: Decoded) -> AskedRequest:
@@ -158,7 +211,7 @@ def read_request(endpoint: str, body: Mapping[str, Any], decoded: Decoded) -> As
         choices=(endpoint != RESPONSES and whole_number(body, "n", 1, _MOST_CHOICES)) or 1,
         stream=stream,
         usage_told=usage_told,
-        tasks=_tasks(body) if endpoint == CHAT else {},
+        tasks=asked_tasks(body, {ASKED, OPTIONS}) if endpoint == CHAT else {},
         about={name: body.get(name) for name in _REPEATED} if endpoint == RESPONSES else {},
     )
     if request.tasks and request.choices > 1:
@@ -182,26 +235,6 @@ def _streamed(endpoint: str, body: Mapping[str, Any]) -> tuple[bool, bool]:
         raise wrong("stream_options", told, f"an object of {', '.join(_STREAM_OPTIONS)}, with stream=true")
     usage_told, _ = (flag(told, name, "stream_options.") for name in _STREAM_OPTIONS)
     return stream, usage_told
-
-
-def _tasks(body: Mapping[str, Any]) -> dict[str, Task]:
-    """Tasks that are asked beside the chat. Raises DoorError that names the option."""
-    if body.get("tasks") is None:
-        return {}
-    try:
-        tasks = parse(body["tasks"])
-    except InvalidJob as error:
-        [first, *_] = error.problems
-        raise DoorError(str(error), param=first.field, code="invalid_value") from None
-    if len(tasks) > _MOST_TASKS or tasks.keys() & _NOT_A_TASK:
-        named = ", ".join(sorted(_NOT_A_TASK))
-        raise wrong("tasks", body["tasks"], f"up to {_MOST_TASKS} tasks, none of them named {named}")
-    known = {ANSWER, TEXT, *tasks}
-    for name, task in tasks.items():
-        if task.kind == "fit" or set(task.reads(name, tasks)) - known:
-            expected = f"a task about {{{TEXT}}} (the last message), {{{ANSWER}}} or another task's answer"
-            raise wrong(f"tasks.{name}", body["tasks"][name], expected)
-    return tasks
 
 
 def text_of(dialogue: str) -> str:
@@ -239,14 +272,13 @@ def _format(body: Mapping[str, Any]) -> Any:
 
 
 def _options(endpoint: str, body: Mapping[str, Any]) -> dict[str, Any]:
-    temperature = body.get("temperature")
+    temperature = number(body, "temperature", 0, 2)
     if temperature is None:
         temperature = 1.0
-    if isinstance(temperature, bool) or not isinstance(temperature, int | float) or not 0 <= temperature <= 2:
-        raise wrong("temperature", temperature, "a number from 0 to 2")
     said = (whole_number(body, name, 1, _MOST_TOKENS) for name in _LENGTHS)
     most = next((one for one in list(said) if one is not None), None)
-    options: dict[str, Any] = {"max_tokens": most or DEFAULT_TOKENS, "temperature": float(temperature)}
+    options: dict[str, Any] = {"max_tokens": most or DEFAULT_TOKENS, "temperature": temperature}
+    options |= _sampling(body, drawn=temperature > 0)
     seed = whole_number(body, "seed", -(1 << 63), (1 << 63) - 1)
     if seed is not None and temperature > 0:
         options["seed"] = seed
@@ -256,7 +288,34 @@ def _options(endpoint: str, body: Mapping[str, Any]) -> dict[str, Any]:
     where = "text.format" if endpoint == RESPONSES else "response_format"
     if (schema := asked_schema(form, where)) is not None:
         options["schema"] = schema
+    if endpoint != RESPONSES and (likeliest := _likeliest(endpoint, body)) is not None:
+        options["logprobs"] = likeliest
     return options
+
+
+def _sampling(body: Mapping[str, Any], *, drawn: bool) -> dict[str, Any]:
+    """How tokens are weighed and drawn, where that is said. What changes nothing is left out: so equal requests are equal."""
+    top_k = whole_number(body, "top_k", -1, _MOST_TOKENS)
+    narrowed = {"top_p": number(body, "top_p", 0, 1, above=True), "top_k": None if top_k == -1 else top_k}
+    weighed = {
+        "frequency_penalty": number(body, "frequency_penalty", -2, 2),
+        "presence_penalty": number(body, "presence_penalty", -2, 2),
+        "repetition_penalty": number(body, "repetition_penalty", 0, _MOST_REPETITION, above=True),
+    }
+    said = {**(narrowed if drawn else {}), **weighed}
+    return {name: value for name, value in said.items() if value not in (None, _NEUTRAL[name])}
+
+
+def _likeliest(endpoint: str, body: Mapping[str, Any]) -> int | None:
+    """Of how many tokens likelihoods are told beside each that is written; None: of none at all."""
+    if endpoint == COMPLETIONS:
+        return whole_number(body, "logprobs", 0, _MOST_LIKELIEST)
+    told, likeliest = flag(body, "logprobs"), whole_number(body, "top_logprobs", 0, _MOST_LIKELIEST)
+    if likeliest and not told:
+        raise DoorError(
+            "top_logprobs: expected logprobs=true beside it", param="top_logprobs", code="invalid_value"
+        )
+    return likeliest or 0 if told else None
 
 
 def _stops(stop: Any) -> list[str]:

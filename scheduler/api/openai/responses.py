@@ -62,7 +62,7 @@ class ResponseEvents:
 def _head(asked: AskedRequest, name: str, created: int) -> dict[str, Any]:
     """What is known before anything is written."""
     about = asked.about
-    temperature = about.get("temperature")
+    temperature, top_p = about.get("temperature"), about.get("top_p")
     return {
         "id": f"resp_{name}",
         "object": "response",
@@ -79,7 +79,7 @@ def _head(asked: AskedRequest, name: str, created: int) -> dict[str, Any]:
         "text": about.get("text") or {"format": {"type": "text"}},
         "tool_choice": "auto",
         "tools": [],
-        "top_p": 1.0,
+        "top_p": 1.0 if top_p is None else top_p,
         "truncation": "disabled",
     }
 

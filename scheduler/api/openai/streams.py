@@ -14,10 +14,11 @@ from starlette.responses import Response
 
 from scheduler.api.live import AskAnswered, AskEvent, LiveFeed
 from scheduler.api.openai.answers import cells_of
+from scheduler.api.openai.beside import ANSWER
 from scheduler.api.openai.chunks import SentText, wire_of
 from scheduler.api.openai.landing import WITHIN_S, beside, part_of, through_door
 from scheduler.api.openai.refusals import DoorError, as_door_error
-from scheduler.api.openai.requests import ANSWER, AskedRequest
+from scheduler.api.openai.requests import AskedRequest
 from scheduler.api.refusals import EXPECTED
 from scheduler.api.resources import Resources
 from scheduler.api.streaming import AskDelta, AskReset, EventStream, SentEvent
@@ -47,7 +48,7 @@ async def _metered(use: Resources, feed: LiveFeed, asked: AskedRequest) -> Async
     rows = asked.rows()
     streams = []
     for row in rows:
-        part, size = part_of(asked, [row])
+        part, size = part_of([row])
         key = keyed(feed.job.secret, secrets.token_bytes(32))
         streams.append(feed.stream(part, size, key, key, within_s=WITHIN_S, drop_late=True))
     with use.feeds.meter.ask(feed.job.id, len(rows)):

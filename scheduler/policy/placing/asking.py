@@ -90,4 +90,4 @@ def unfilled(worker: WorkerEntry) -> ModelQueue | None:
     if queue is None or queue.model.answers != "text" or queue.waiting == 0 or worker.bulk >= _FILLERS:
         return None
     rows = sum(flight.rows for flight in worker.flights if flight.of.queue is queue)
-    return queue if rows < _SLOTS_FILLED * decode_slots(worker.kind[0]) else None
+    return queue if rows < _SLOTS_FILLED * decode_slots(worker.kind[0], queue.model.engine) else None

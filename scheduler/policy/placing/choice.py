@@ -23,6 +23,9 @@ from scheduler.policy.placing.records import Placement
 #: A sub-task of a language model has rows for this part (1/n) of the decode slots at least. Larger n: more messages
 #: for the same rows. Smaller n: slots stay empty until enough of them are free for another sub-task.
 _SLOTS_PART = 4
+#: Tokens of the pictures of one sub-task at most: of 256 pixels each, so 77 MB while they wait for the device. Larger: a
+#: worker's memory. Smaller: more messages for the same pictures.
+PICTURE_TOKENS = 100_000
 #: A further worker loads a model where that ends its work earlier by this many load times. Larger: jobs end later than
 #: they could. Smaller: workers load for little, and evict what others need.
 JOIN_GAIN = 0.5
@@ -200,20 +203,24 @@ class Choice:
         if entry.queue.model.answers == "text":
             # A row's seconds depend on how many rows are beside it. A sub-task fills a part of the slots, whatever was
             # learned of rows that were alone.
-            part = decode_slots(worker.kind[0]) // _SLOTS_PART
+            part = decode_slots(worker.kind[0], entry.queue.model.engine) // _SLOTS_PART
             least = max(1, min(part, int(entry.rows / (2 * devices))))
         elif entry.demand.priority == INTERACTIVE and WHOLE_ROWS * work_s <= self._subtask_s * entry.rows:
             least = WHOLE_ROWS
         # Of an upload more is on its way: what has landed is shared out whole, and nothing is kept for an even end.
         remaining_s = 2 * work_s if entry.demand.loading else work_s
         budget_s = size_s(self._subtask_s, remaining_s, devices)
+        if entry.queue.model.reads != "text":
+            most = max(1, PICTURE_TOKENS // max(1, entry.queue.model.max_tokens))
+            budget_s = min(budget_s, price.of(most, entry.bytes * most / max(1, entry.rows)))
         measured = self._predictions.measured(worker, entry)
         return Placement(worker.state, entry.demand, budget_s, price, least, measured)
 
     def _lane_is_full(self, worker: WorkerEntry, queue: ModelQueue | None = None) -> bool:
         """``queue``: whose interactive work is to come. A language model writes many answers at once: its lane is wider."""
-        wide = queue is not None and queue.model.answers == "text"
-        most = decode_slots(worker.kind[0]) if wide else _LANE * self._depth
+        most = _LANE * self._depth
+        if queue is not None and queue.model.answers == "text":
+            most = decode_slots(worker.kind[0], queue.model.engine)
         return len(worker.flights) - worker.bulk >= most
 
     def _wake(self, queue: ModelQueue) -> None:

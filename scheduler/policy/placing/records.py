@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 from motet.messages.explanation import Why
 from motet.protocol.manifest import Manifest
-from scheduler.policy.cost import Price, Rate, Rates, learned_as
+from scheduler.policy.cost import PICTURE_BYTES, PRIOR_BYTES_PER_TOKEN, Price, Rate, Rates, learned_as
 
 #: (job, pass number).
 PassId = tuple[str, int]
@@ -58,7 +58,9 @@ class Demand:
     def rate(self, rates: Rates, kind: DeviceKind) -> Rate:
         """What is known of its speed on a kind of device."""
         key = (self.learned_as, kind[1], self.numerics)
-        return rates.of(key, device_kind=kind[0], parameters=self.model.parameters)
+        model = self.model
+        each = PRIOR_BYTES_PER_TOKEN if model.reads == "text" else PICTURE_BYTES / max(1, model.max_tokens)
+        return rates.of(key, device_kind=kind[0], parameters=model.parameters, bytes_per_token=each)
 
     def load_s(self, rates: Rates, kind: DeviceKind) -> float:
         """Seconds that loading its model takes on a kind of device."""

@@ -49,6 +49,7 @@ class _TenantColumns(TypedColumns):
     row_quota: Rows in unfinished jobs at most; NULL: no limit.
     digest_key: Secret: keys every digest of what the tenant sent (parts, requests, reuse), so that a short
       text cannot be guessed from one.
+    media_bytes: Sum of the bytes of its media.
     """
 
     id = key(Uuid, default="gen_random_uuid()")
@@ -57,6 +58,7 @@ class _TenantColumns(TypedColumns):
     row_quota = may(BigInteger)
     created = must(TIME, default=NOW)
     digest_key = must(LargeBinary, default=_SECRET, check="octet_length(digest_key) = 32")
+    media_bytes = must(BigInteger, default="0")
 
 
 tenant = table("tenant", _TenantColumns)

@@ -202,7 +202,10 @@ class _BlockColumns(TypedColumns):
     """Contiguous rows, stored together: the unit of storage, sealing and reuse.
 
     n_work: Rows that some task can be asked.
-    row_order: uint32 little-endian: offsets of the rows that some task can be asked, longest first.
+    row_order: uint32 little-endian: offsets of the rows that some task can be asked, longest first, those that
+      begin alike side by side.
+    groups: uint32 little-endian: offsets of the rows at which groups begin that no sub-task parts; NULL: there
+      are none.
     lengths: uint32 little-endian: UTF-8 bytes of each field, all rows of the first field, then the next.
     payload: Envelope (motet/protocol/envelope.py): field -> values in row order.
     bad: Offset -> [error, message] of rows that came in broken: error cells of every task.
@@ -213,6 +216,7 @@ class _BlockColumns(TypedColumns):
     done_at: When all of it was answered by work, or landed answered in an open job: its age counts from there.
     due: What no worker has begun by then is skipped: its callers are gone. NULL: they wait for ever.
     say: The API process whose callers read along as text is written; empty: nobody does.
+    media: Ids of the media that its rows refer to, each once.
     """
 
     job_id = key(Uuid, ForeignKey("job.id", ondelete="CASCADE"))
@@ -232,6 +236,8 @@ class _BlockColumns(TypedColumns):
     done_at = may(TIME)
     due = may(TIME)
     say = must(Text, default="''")
+    media = must(ARRAY(BigInteger), default="'{}'")
+    groups = may(LargeBinary)
 
 
 block = table(
@@ -239,6 +245,39 @@ block = table(
     _BlockColumns,
     index("block_due", "due", where="due IS NOT NULL AND done_number IS NULL"),
     index("block_done", "job_id", "done_number", unique=True, where="done_number IS NOT NULL"),
+)
+
+
+class _MediumColumns(TypedColumns):
+    """Pictures that rows of a tenant refer to, each stored once by content.
+
+    key: Keyed digest of its bytes: nobody can try which picture it is.
+    media_type: By its first bytes, such as image/jpeg.
+    width: Pixels, as its head tells; NULL: not known.
+    payload: Envelope (motet/protocol/envelope.py): its bytes as they came.
+    refs: Blocks that refer to it; removed at 0, unless an upload counts on it.
+    claimed: When an upload last sent it or asked for it whose rows may still come; NULL: no such upload is known.
+    claimed_by: Keyed digest of the Idempotency-Key of that upload; NULL: several, or it told none.
+    """
+
+    id = identity()
+    tenant_id = must(Uuid, ForeignKey("tenant.id", ondelete="CASCADE"))
+    key = must(LargeBinary)
+    media_type = must(Text)
+    bytes = must(Integer, check="bytes > 0")
+    width = may(Integer)
+    height = may(Integer)
+    payload = must(LargeBinary, external=True)
+    refs = must(Integer, default="0")
+    claimed = may(TIME, default=NOW)
+    claimed_by = may(LargeBinary)
+
+
+medium = table(
+    "medium",
+    _MediumColumns,
+    UniqueConstraint("tenant_id", "key"),
+    index("medium_unused", "claimed", where="refs <= 0"),
 )
 
 

@@ -24,6 +24,8 @@ from workers.engines.trunk import check_ids
 _MARK = re.compile("\ue000(\\d+)\ue001")
 #: Fixed parts whose ids are kept, and frames: more are tokenised again. A task brings a few of each.
 _KEPT = 4096
+#: Tokens whose text is kept: those that likelihoods are told of, most of which come again.
+_WORDS_KEPT = 1 << 16
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,6 +82,9 @@ class ChatTokens:
             raise CannotLoad(f"the tokenizer cannot be read: {type(error).__name__}") from error
         #: The ids of what is the same for every row of a task, and what the template puts around parts.
         self._fixed = lru_cache(_KEPT)(self._ids)
+        #: The text of one token behind others.
+        self.word = lru_cache(_WORDS_KEPT)(self._word)
+        self._before = self._ids("a")
         self._frame = lru_cache(_KEPT)(self._filled)
 
     def texts(self, texts: Sequence[str]) -> list[list[int]]:
@@ -137,6 +142,11 @@ class ChatTokens:
     def in_bytes(self, token: int) -> bool:
         """A token that is a single byte, as "<0xE4>": what it says depends on those that come behind it."""
         return str(self._control.id_to_token(token)).startswith("<0x")
+
+    def _word(self, token: int) -> str:
+        # Some tokenizers leave out the space before a token that is the first one.
+        said = self.words([*self._before, token])[len(self.words(self._before)) :]
+        return (said or str(self._control.id_to_token(token))).replace("\0", "")
 
     def _ids(self, text: str) -> list[int]:
         ids: list[int] = self._data.encode(text, add_special_tokens=False).ids

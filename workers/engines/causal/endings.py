@@ -50,7 +50,8 @@ def _column(
         return choice_column(scores, a.spec)
     if a.spec.get("options") and a.name not in row.failed:
         writer = written[a.name]
-        return json_column([counted(writer.text(handle.tokens.words), writer.finish, spent)])
+        told = writer.likelihoods(handle.tokens.words, handle.tokens.word)
+        return json_column([counted(writer.text(handle.tokens.words), writer.finish, spent, told)])
     return written_column([row.failed.get(a.name) or written[a.name].answer(handle.tokens.words)])
 
 

@@ -10,6 +10,8 @@ from motet.protocol.columns import CellError
 from motet.protocol.wire import TaskOrder
 from workers.engine import Pass, Prepared
 from workers.engines.causal.chat_tokens import ChatTokens, Prompt
+from workers.engines.causal.prefix_cache import PrefixKey
+from workers.engines.causal.trees import common_prefix
 from workers.engines.prompts import NOTHING, OWN_LABELS, BadLabels, labels_of, messages_of, row_spec
 from workers.engines.thoughts import switches
 
@@ -25,8 +27,6 @@ STILL_ALIKE = 0.75
 
 #: What a label prior depends on: the adapter, the prompt without any text, the labels.
 PriorKey = tuple[str, tuple[int, ...], tuple[tuple[int, ...], ...]]
-#: A fixed prefix of prompts: the adapter that computes it, and its tokens.
-PrefixKey = tuple[str, tuple[int, ...]]
 
 
 @dataclass(frozen=True, slots=True)
@@ -129,20 +129,12 @@ def _group(order: Sequence[int], told: Mapping[int, list[int]], at: int) -> tupl
     """(tokens in common, end) of the rows from ``at`` on that begin alike."""
     common, end = 0, at + 1
     while end < len(order):
-        alike = _common(told[order[end - 1]], told[order[end]])
+        alike = common_prefix(told[order[end - 1]], told[order[end]])
         if alike < max(LEAST_SHARED, common * STILL_ALIKE):
             break
         common = min(common, alike) if common else alike
         end += 1
     return common, end
-
-
-def _common(a: Sequence[int], b: Sequence[int]) -> int:
-    """Leading tokens that both have."""
-    for i, (x, y) in enumerate(zip(a, b, strict=False)):
-        if x != y:
-            return i
-    return min(len(a), len(b))
 
 
 def _asked(

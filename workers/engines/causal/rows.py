@@ -20,7 +20,8 @@ from workers.engine import OutOfMemory
 from workers.engines.causal import kv
 from workers.engines.causal.chat_tokens import ChatTokens
 from workers.engines.causal.lora import Adapters
-from workers.engines.causal.row_prompts import PrefixKey, PriorKey, RowPrompts, TaskPrompt
+from workers.engines.causal.prefix_cache import LEAST_CACHED, PrefixCache, PrefixKey
+from workers.engines.causal.row_prompts import PriorKey, RowPrompts, TaskPrompt
 from workers.engines.causal.runs import Varlen
 from workers.engines.causal.trees import Bools, Ints, Tree, tree
 from workers.engines.newest import Newest
@@ -33,24 +34,13 @@ AHEAD = 1 / 8
 #: Labels whose priors are kept for one model. Those pushed out are computed again. Rows that bring labels of their own
 #: push out those of others; each label takes some hundred bytes.
 PRIORS = 1 << 16
-#: Tokens of the shortest prefix that is cached: a shorter one is computed faster than it is copied.
-LEAST_CACHED = 8
 #: Tokens of the prefix cache, as a share of the tokens in flight, which it takes beside them. More holds more prefixes,
 #: and leaves fewer rows room.
 CACHE_SHARE = 1 / 8
 
-#: Of each layer, keys and values of a prefix's tokens.
-KeysValues = list[tuple[torch.Tensor, torch.Tensor]]
-#: What all rows of a task begin with, for one tenant each. It counts tokens.
-PrefixCache = Newest[tuple[str, PrefixKey], KeysValues]
-
 
 def label_priors() -> Newest[tuple[str, PriorKey], tuple[float, ...]]:
     return Newest(PRIORS, size=lambda key: len(key[1][2]))
-
-
-def prefix_cache() -> PrefixCache:
-    return Newest(size=lambda key: len(key[1][1]))
 
 
 @dataclass(slots=True)
@@ -146,7 +136,8 @@ class Causal:
     #: Tokens in flight at most: what its slots may have room for.
     room: int
     rows: dict[Hashable, ActiveRow] = field(default_factory=dict)
-    prefix_cache: PrefixCache = field(default_factory=prefix_cache)
+    #: What all rows of a task, or some rows of a sub-task, begin with.
+    prefix_cache: PrefixCache = field(default_factory=PrefixCache)
     #: (tenant, what it depends on) -> a label prior: how likely the labels are without any text.
     priors: Newest[tuple[str, PriorKey], tuple[float, ...]] = field(default_factory=label_priors)
     grammar: Grammar | None = None
@@ -206,14 +197,16 @@ def active_row(
     if slot is None:
         return None
     known = np.zeros(len(grown), bool)
-    prefixes = {}
-    for prefix, number in fixed.items():
-        places = grown.paths[number]
-        if (cached := handle.prefix_cache.get((tenant, prefix))) is not None:
-            handle.pool.write(slot, onto(places, handle.device), cached)
-            known[places] = True
-        else:
-            prefixes[prefix] = places
+    for a, kind, first, length in ends:
+        if kind == "text":
+            places = grown.paths[first][:length]
+            count, cached = handle.prefix_cache.beginning(tenant, (a.adapter, tuple(a.prompt.ids)))
+            if not known[places[:count]].all():
+                handle.pool.write(slot, onto(places[:count], handle.device), cached)
+                known[places[:count]] = True
+    prefixes = {
+        prefix: places for prefix, number in fixed.items() if not known[places := grown.paths[number]].all()
+    }
     made = ActiveRow(
         ticket=ticket,
         tenant=tenant,
@@ -259,7 +252,7 @@ def _expect(
             row.failed[a.name] = CellError("schema", "this schema cannot be kept while writing; simplify it")
             return
         thought = (handle.tokens.thought, a.prompt.thinks)
-        writer = Writer.of(a.name, a.spec, a.most, row.asking.index, matcher, *thought)
+        writer = Writer.of(a.name, a.spec, a.most, row.asking.index, matcher, *thought, a.prompt.ids)
         row.begins.setdefault(int(paths[0][-1]), []).append(writer)
         row.adapter_of[a.name] = a.adapter
         return

@@ -19,7 +19,10 @@ from workers.engines.causal.rows import ActiveRow, Causal, LabelScore, sized
 from workers.engines.causal.runs import CacheRun, Runs, pieces
 from workers.engines.causal.trees import Bools, Ints
 from workers.engines.trunk import onto, settle, torch_errors
-from workers.engines.writers import Writer
+from workers.engines.writers import TokenOdds, Writer
+
+#: An answer, its next token, and how likely that is where it is told.
+NextToken = tuple[Writer, int, TokenOdds | None]
 
 #: Logits of a step, in numbers of 32 bits: a row with a thousand labels wants them behind as many tokens, which go over
 #: several steps. Higher: more memory beside the model; lower: more, smaller steps.
@@ -197,7 +200,7 @@ def _decode(handle: Causal, planned: StepTokens) -> kv.DecodeTokens:
 
 def tell(
     handle: Causal, planned: StepTokens, logits: torch.Tensor
-) -> tuple[list[tuple[Writer, int]], list[tuple[LabelScore, float]]]:
+) -> tuple[list[NextToken], list[tuple[LabelScore, float]]]:
     """The next token of each answer that goes on or begins, and what is to be added to labels' scores."""
     number_of = {at: number for number, (_, at) in enumerate(planned.wanted)}
     writing = [(number_of[at], row.decoding[key][0]) for row, key, at in planned.decode]
@@ -214,23 +217,25 @@ def tell(
     if not writing and not scored:
         settle(handle.device)
         return [], []
-    tokens, logps = outcome(logits, writing, scored, handle.grammar)
-    return [(w, token) for (_, w), token in zip(writing, tokens, strict=True)], list(
-        zip(scores, logps, strict=True)
-    )
+    tokens, logps, odds = outcome(logits, writing, scored, handle.grammar)
+    written = [
+        (writer, token, odds.get(number))
+        for number, ((_, writer), token) in enumerate(zip(writing, tokens, strict=True))
+    ]
+    return written, list(zip(scores, logps, strict=True))
 
 
 def take(
     handle: Causal,
     planned: StepTokens,
-    written: Sequence[tuple[Writer, int]],
+    written: Sequence[NextToken],
     scored: Sequence[tuple[LabelScore, float]],
 ) -> None:
     """Write the next token of each answer, begin those whose prompt has been read, and add up labels' scores."""
     for score, logp in scored:
         score.logp += logp
-    for writer, token in written:
-        writer.take(token, handle.tokens.ends, handle.tokens.words)
+    for writer, token, odds in written:
+        writer.take(token, handle.tokens.ends, handle.tokens.words, odds)
     for row, key, at in planned.decode:
         writer, seen, position = row.decoding[key]
         seen[planned.cells[at]] = True
@@ -272,7 +277,7 @@ def _cache_prefixes(handle: Causal, row: ActiveRow) -> None:
             # Where there is no memory for it, it is computed again.
             with contextlib.suppress(OutOfMemory), torch_errors():
                 cells = onto(places, handle.device)
-                handle.prefix_cache.put((row.tenant, prefix), handle.pool.read(row.slot, cells))
+                handle.prefix_cache.put(row.tenant, prefix, handle.pool.read(row.slot, cells))
             del row.prefixes[prefix]
     handle.bound_prefix_cache()
 

@@ -92,10 +92,17 @@ def tree(sequences: Sequence[Sequence[int]], kinds: Sequence[object] = ()) -> Tr
 
 def common_prefix(a: Sequence[int], b: Sequence[int]) -> int:
     """How many leading tokens are the same."""
-    n = min(len(a), len(b))
-    if a[:n] == b[:n]:
-        return n
-    return next(i for i in range(n) if a[i] != b[i])
+    lo, hi = 0, min(len(a), len(b))
+    if a[:hi] == b[:hi]:
+        return hi
+    # Halves are compared at once; what is left is short.
+    while hi - lo > 16:
+        middle = (lo + hi) // 2
+        if a[lo:middle] == b[lo:middle]:
+            lo = middle
+        else:
+            hi = middle
+    return next(i for i in range(lo, hi) if a[i] != b[i])
 
 
 def _insert(run: _Run, sequence: Sequence[int]) -> None:

@@ -3,10 +3,9 @@
 A row may bring several texts: each is one forward, and a head on several of them reads their vectors side by side, and
 the numbers beside them (row_inputs.py).
 
-Takes sentence-transformers and transformers folders. A head is a linear layer on the un-normalised pooled vector
-(``head.safetensors``: ``weight`` (labels, dim), ``bias`` (labels)), or on a hidden layer of it (``hidden.weight``
-(units, dim), ``hidden.bias`` (units), GELU; then ``weight`` is (labels, units)); ``Embed`` asks for the vector
-itself. Pooling and heads are computed in fp32 whatever format the trunk runs in.
+Takes sentence-transformers and transformers folders. A head sits on the un-normalised pooled vector
+(workers/engines/heads.py); ``Embed`` asks for the vector itself. Pooling and heads are computed in fp32 whatever format
+the trunk runs in.
 """
 
 from __future__ import annotations
@@ -18,25 +17,21 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch.nn.functional import gelu
 
 from motet.protocol.columns import CellError, Column
 from motet.protocol.manifest import Manifest
 from motet.protocol.wire import TaskOrder
 from workers.engine import PLACES, CannotLoad, Pass, Prepared
-from workers.engines.answers import Floats, logits_column, vector_column
+from workers.engines.answers import logits_column, vector_answer
 from workers.engines.encoder.row_inputs import (
-    NUMBERS_CENTER,
-    NUMBERS_SCALE,
     RowInputs,
-    features_of,
     flaw_of,
     numbers_of,
     prepare_several,
     reads_more,
-    standardised,
     with_marks,
 )
+from workers.engines.heads import FUSED, Fused, Head, read_head, standardised
 from workers.engines.newest import Newest
 from workers.engines.proof import beside_others
 from workers.engines.trunk import (
@@ -47,9 +42,6 @@ from workers.engines.trunk import (
     pool,
     torch_errors,
 )
-
-#: Sets of heads whose weights are kept beside each other: each takes as much memory as its heads.
-FUSED = 64
 
 
 @dataclass(slots=True)
@@ -64,46 +56,6 @@ class Encoder:
     heads: dict[str, Head] = field(default_factory=dict)
     #: Digests of a pass' heads -> all of them as one.
     fused: Newest[tuple[str, ...], Fused] = field(default_factory=lambda: Newest(FUSED))
-
-
-@dataclass(frozen=True, slots=True)
-class Head:
-    """(outputs, dim or units) and (outputs,); with a hidden layer also (units, dim) and (units,)."""
-
-    weight: torch.Tensor
-    bias: torch.Tensor
-    hidden: tuple[torch.Tensor, torch.Tensor] | None = None
-    #: Of each number that it reads, what to subtract and then to multiply by, on the CPU; None: it reads none.
-    numbers: tuple[torch.Tensor, torch.Tensor] | None = None
-
-    def to(self, device: str) -> Head:
-        hidden = None if self.hidden is None else (self.hidden[0].to(device), self.hidden[1].to(device))
-        return Head(self.weight.to(device), self.bias.to(device), hidden, self.numbers)
-
-    def __call__(self, features: torch.Tensor) -> torch.Tensor:
-        """(n, outputs), alone."""
-        if self.hidden is not None:
-            features = gelu(torch.addmm(self.hidden[1], features, self.hidden[0].T))
-        return torch.addmm(self.bias, features, self.weight.T)
-
-
-class Fused:
-    """Several heads: one product for the linear ones and all hidden layers, and one more for each hidden layer."""
-
-    def __init__(self, heads: Sequence[Head]) -> None:
-        firsts = [head.hidden or (head.weight, head.bias) for head in heads]
-        self._heads = heads
-        self._widths = [len(bias) for _, bias in firsts]
-        self._weight = torch.cat([weight for weight, _ in firsts]).T.contiguous()
-        self._bias = torch.cat([bias for _, bias in firsts])
-
-    def __call__(self, pooled: torch.Tensor) -> list[torch.Tensor]:
-        """(n, outputs) of each head."""
-        firsts = torch.split(torch.addmm(self._bias, pooled, self._weight), self._widths, dim=1)
-        return [
-            first if head.hidden is None else torch.addmm(head.bias, gelu(first), head.weight.T)
-            for head, first in zip(self._heads, firsts, strict=True)
-        ]
 
 
 class EncoderEngine:
@@ -129,7 +81,7 @@ class EncoderEngine:
     def attach(self, handle: Encoder, task: TaskOrder, files: Mapping[str, Path]) -> None:
         if not task.manifest.trunk_model or task.manifest.digest in handle.heads:
             return
-        head = _read_head(task.manifest, files, handle.manifest.dim)
+        head = read_head(task.manifest, files, handle.manifest.dim)
         with torch_errors():
             handle.heads[task.manifest.digest] = head.to(handle.device)
 
@@ -158,7 +110,7 @@ class EncoderEngine:
             columns[task.name] = logits_column(task, answers[:, lo:hi])
             lo = hi
         for task in vectors:
-            columns[task.name] = _vector_column(task, answers[:, lo:])
+            columns[task.name] = vector_answer(task, answers[:, lo:])
         return columns
 
     def _run_several(self, pass_: Pass, batch: Sequence[Prepared]) -> Mapping[str, Column]:
@@ -187,7 +139,7 @@ class EncoderEngine:
         for task, part in zip(pass_.tasks, parts, strict=True):
             mine = answers[:, lo : lo + part.shape[1]]
             lo += part.shape[1]
-            made = logits_column(task, mine) if task.manifest.trunk_model else _vector_column(task, mine)
+            made = logits_column(task, mine) if task.manifest.trunk_model else vector_answer(task, mine)
             columns[task.name] = with_marks(made, rows, task)
         return columns
 
@@ -223,50 +175,3 @@ class EncoderEngine:
             known = Fused([handle.heads[digest] for digest in key])
             handle.fused.put(key, known)
         return known
-
-
-def _vector_column(task: TaskOrder, pooled: Floats) -> Column:
-    if task.spec.get("normalize", True):
-        pooled = pooled / np.maximum(np.linalg.norm(pooled, axis=1, keepdims=True), 1e-12)
-    return vector_column(pooled, task.spec.get("dtype", "fp32"))
-
-
-def _read_head(manifest: Manifest, files: Mapping[str, Path], dim: int) -> Head:
-    """A head in fp32, checked against its manifest. Raises CannotLoad."""
-    from safetensors.torch import load_file
-
-    try:
-        # Numbers are as exact as rows hold them: of large ones fp32 would keep less than their deviation.
-        found = {
-            name: tensor.double() if name in (NUMBERS_CENTER, NUMBERS_SCALE) else tensor.float()
-            for name, tensor in load_file(files["head.safetensors"]).items()
-        }
-        hidden = (found["hidden.weight"], found["hidden.bias"]) if "hidden.weight" in found else None
-        beside = (found[NUMBERS_CENTER], found[NUMBERS_SCALE]) if manifest.numbers else None
-        head = Head(found["weight"], found["bias"], hidden, beside)
-    except Exception as error:
-        raise CannotLoad(
-            f"head {manifest.ref}: head.safetensors cannot be read: {type(error).__name__}"
-        ) from error
-    outputs = 1 if manifest.answers == "number" else len(manifest.labels)
-    n = len(manifest.numbers)
-    if beside is not None and any(tuple(tensor.shape) != (n,) for tensor in beside):
-        raise CannotLoad(f"head {manifest.ref}: it knows other numbers than the {n} of its manifest")
-    dim = features_of(dim, max(1, len(manifest.inputs)), n)
-    if hidden is not None:
-        units = len(hidden[1]) if hidden[1].ndim == 1 else -1
-        _check_shape(manifest, "hidden layer", *hidden, (units, dim))
-        dim = units
-    _check_shape(manifest, "weight", head.weight, head.bias, (outputs, dim))
-    if not all(torch.isfinite(tensor).all() for tensor in found.values()):
-        raise CannotLoad(f"head {manifest.ref}: its weights hold NaN or infinity")
-    return head
-
-
-def _check_shape(
-    manifest: Manifest, name: str, weight: torch.Tensor, bias: torch.Tensor, shape: tuple[int, int]
-) -> None:
-    if tuple(weight.shape) != shape or tuple(bias.shape) != shape[:1]:
-        raise CannotLoad(
-            f"head {manifest.ref}: {name} {tuple(weight.shape)}, bias {tuple(bias.shape)}; expected {shape}"
-        )

@@ -18,9 +18,6 @@ from motet.templates import placeholders, render
 from workers.engine import PLACES, Pass, Prepared
 from workers.engines.trunk import Tokens
 
-#: Tensors in the file of a head that reads numbers: of each number, what to subtract and then to multiply by.
-NUMBERS_CENTER, NUMBERS_SCALE = "numbers.center", "numbers.scale"
-
 
 @dataclass(frozen=True, slots=True)
 class RowInputs:
@@ -76,21 +73,6 @@ def numbers_of(rows: Sequence[RowInputs], task: str, width: int) -> torch.Tensor
     unread = (float("nan"),) * width
     said = [row.numbers[task] for row in rows]
     return torch.tensor([unread if isinstance(of, CellError) else of for of in said], dtype=torch.float64)
-
-
-def standardised(numbers: torch.Tensor, center: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
-    """Features of numbers (n, numbers), fp32: each as deviations from its mean, and whether it is missing, side by side.
-
-    A missing number is its mean.
-    """
-    missing = numbers.isnan()
-    z = ((numbers.double() - center.double()) * scale.double()).masked_fill(missing, 0.0)
-    return torch.cat([z, missing.double()], 1).float()
-
-
-def features_of(dim: int, texts: int, numbers: int) -> int:
-    """Features of a head on so many texts and numbers."""
-    return dim * texts + 2 * numbers
 
 
 def flaw_of(row: RowInputs, task: TaskOrder) -> CellError | None:

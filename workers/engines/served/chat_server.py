@@ -84,6 +84,7 @@ class ChatPieces:
 
     def __init__(self, told: Callable[[str], None]) -> None:
         self._told, self._finish, self._usage = told, "", None
+        self._likelihoods: list[Any] | None = None
         self.came, self.text = False, ""
 
     def hear(self, line: str) -> None:
@@ -97,6 +98,8 @@ class ChatPieces:
                 if text := (choice.get("delta") or {}).get("content") or "":
                     self.text += text
                     self._told(text)
+                if (likelihoods := (choice.get("logprobs") or {}).get("content")) is not None:
+                    self._likelihoods = [*(self._likelihoods or ()), *likelihoods]
         except (ValueError, AttributeError, TypeError):
             return
 
@@ -104,7 +107,9 @@ class ChatPieces:
         """The answer as one that comes at once; None where it has no end."""
         if not self._finish:
             return None
-        choice = {"message": {"content": self.text}, "finish_reason": self._finish}
+        choice: dict[str, Any] = {"message": {"content": self.text}, "finish_reason": self._finish}
+        if self._likelihoods is not None:
+            choice["logprobs"] = {"content": self._likelihoods}
         return {"choices": [choice], "usage": self._usage}
 
 

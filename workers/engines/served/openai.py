@@ -55,6 +55,7 @@ from workers.engines.served.chat_server import (
     RequestRefused,
     Spending,
 )
+from workers.engines.served.likelihoods import told_likelihoods
 from workers.engines.served.refusals import ANSWER_LENGTH, CONTEXT_LENGTH
 from workers.engines.telling import Teller
 from workers.engines.thoughts import switches, without_thoughts
@@ -76,6 +77,8 @@ THOUGHT_TOKENS = (4096, 1024, 256)
 PRIORS = 1024
 #: UTF-8 bytes of a token, for predictions.
 BYTES_PER_TOKEN = 4
+#: What a row may say of how tokens are drawn; the last two are vLLM's own.
+SAMPLING = ("top_p", "frequency_penalty", "presence_penalty", "top_k", "repetition_penalty")
 #: Log-likelihood of a label that is not even among the likeliest tokens, below the last of those.
 UNSEEN = -2.0
 
@@ -88,6 +91,16 @@ class RowRequest:
     fields: Mapping[str, str]
     #: Of the row in its job.
     index: int
+
+
+@dataclass(frozen=True, slots=True)
+class ServedAnswer:
+    """What a server's model wrote."""
+
+    text: str
+    finish: str
+    #: As ``counted`` takes them; None where they are not asked for.
+    likelihoods: Sequence[Any] | None = None
 
 
 @dataclass(slots=True)
@@ -107,12 +120,16 @@ class Served:
     #: Of a server of our own: what keeps its prefix cache apart by tenant. "": a server that may not know of this.
     secret: str = ""
 
-    def salt(self, tenant: str) -> dict[str, Any]:
-        """vLLM's field that a request's prefix cache is shared by: nobody learns from the time of an answer what other
-        tenants have asked (its documentation of automatic prefix caching)."""
+    def own(self, tenant: str, *, urgent: bool) -> dict[str, Any]:
+        """vLLM's fields that only a server of our own is told.
+
+        By what a request's prefix cache is shared: nobody learns from the time of an answer what other tenants have asked
+        (its documentation of automatic prefix caching). And who goes first there: what somebody waits for.
+        """
         if not self.secret:
             return {}
-        return {"cache_salt": hmac.new(self.secret.encode(), tenant.encode(), "sha256").hexdigest()}
+        salt = hmac.new(self.secret.encode(), tenant.encode(), "sha256").hexdigest()
+        return {"cache_salt": salt, "priority": 0 if urgent else 1}
 
     @property
     def asked(self) -> int:
@@ -255,6 +272,11 @@ class _Question:
         told = switches(self.task.spec)
         return {"chat_template_kwargs": told} if told else {}
 
+    @property
+    def own(self) -> dict[str, Any]:
+        """What only a server of our own is told."""
+        return self.handle.own(self.tenant, urgent=self.urgent)
+
     async def chat(
         self, messages: Sequence[Mapping[str, str]], *, spare: Collection[str], **options: Any
     ) -> dict[str, Any]:
@@ -266,7 +288,7 @@ class _Question:
             urgent=self.urgent,
             spare=spare,
             **self.template,
-            **self.handle.salt(self.tenant),
+            **self.own,
             **options,
         )
 
@@ -340,29 +362,30 @@ async def _answer(q: _Question, share: float) -> Column:
     if q.task.spec.get("schema") is not None:
         return json_column([await _by_schema(q, share)])
     teller = Teller(q.task.spec.get("stop") or ())
-    text, finish = await _written(q, q.messages(share), told=_told_by(q, teller))
+    said = await _written(q, q.messages(share), told=_told_by(q, teller))
     if q.tell is not None:
-        q.tell(teller.rest(text.strip()))
-    return json_column([{"text": text.strip(), "finish": finish}])
+        q.tell(teller.rest(said.text.strip()))
+    return json_column([{"text": said.text.strip(), "finish": said.finish}])
 
 
 async def _counted(q: _Question, share: float) -> dict[str, Any]:
     """The answer of a row with options of its own."""
     schema = q.task.spec.get("schema")
     if q.task.spec.get("raw"):
-        text, finish = await _continued(q)
+        said = await _continued(q)
     elif schema is not None:
-        text, finish = await _constrained(q, q.messages(share), schema)
+        said = await _constrained(q, q.messages(share), schema)
     else:
         teller = Teller(q.task.spec.get("stop") or ())
-        text, finish = await _written(q, q.messages(share), told=_told_by(q, teller))
+        said = await _written(q, q.messages(share), told=_told_by(q, teller))
         if q.tell is not None:
-            q.tell(teller.rest(text.strip()))
+            q.tell(teller.rest(said.text.strip()))
     spent = q.spending
-    return counted(text.strip(), finish, (spent.tokens_in, spent.cached, spent.tokens_out))
+    used = (spent.tokens_in, spent.cached, spent.tokens_out)
+    return counted(said.text.strip(), said.finish, used, said.likelihoods)
 
 
-async def _continued(q: _Question) -> tuple[str, str]:
+async def _continued(q: _Question) -> ServedAnswer:
     """How the model goes on with the text as it stands."""
     spec = q.task.spec
     stops = list(spec.get("stop") or ())
@@ -374,12 +397,12 @@ async def _continued(q: _Question) -> tuple[str, str]:
         temperature=float(spec.get("temperature", 0.0)),
         **({"stop": stops} if stops else {}),
         **({"seed": int(spec["seed"])} if "draw" in spec else {}),
-        **q.handle.salt(q.tenant),
+        **({} if (told := spec.get("logprobs")) is None else {"logprobs": int(told)}),
+        **_sampling(spec),
+        **q.own,
     )
     whole = str(choice.get("text") or "").replace("\0", "")
-    text = _until(whole, stops)
-    cut_short = choice.get("finish_reason") == "length" and text == whole
-    return text, "length" if cut_short else "stop"
+    return _answered(spec, choice, whole, stops)
 
 
 def _told_by(q: _Question, teller: Teller) -> Callable[[str], None] | None:
@@ -389,7 +412,7 @@ def _told_by(q: _Question, teller: Teller) -> Callable[[str], None] | None:
     return lambda text: tell(teller.more(text))
 
 
-async def _written(q: _Question, messages: Sequence[Mapping[str, str]], **options: Any) -> tuple[str, str]:
+async def _written(q: _Question, messages: Sequence[Mapping[str, str]], **options: Any) -> ServedAnswer:
     """What the model writes, and how it ended: with less room than asked for where server or context has no more."""
     spec = q.task.spec
     wanted = int(spec["max_tokens"])
@@ -406,6 +429,9 @@ async def _written(q: _Question, messages: Sequence[Mapping[str, str]], **option
         options["seed"] = int.from_bytes(hashlib.sha256(said.encode()).digest()[:4], "big") >> 1
         if seed == 0:
             spare.add("seed")
+    options |= _sampling(spec)
+    if (likeliest := spec.get("logprobs")) is not None:
+        options |= {"logprobs": True, "top_logprobs": int(likeliest)}
     for most in sorted({max(1, int(wanted * part)) for part in LESS}, reverse=True):
         try:
             choice = await q.chat(messages, max_tokens=most, spare=spare, **options)
@@ -416,10 +442,23 @@ async def _written(q: _Question, messages: Sequence[Mapping[str, str]], **option
             whole = _text(choice)
             if spec.get("thinking") is not None and spec.get("schema") is None:
                 whole = without_thoughts(whole)
-            text = _until(whole, spec.get("stop") or ())
-            cut_short = choice.get("finish_reason") == "length" and text == whole
-            return text, "length" if cut_short else "stop"
+            return _answered(spec, choice, whole, spec.get("stop") or ())
     raise AssertionError("one token is the least")
+
+
+def _sampling(spec: Mapping[str, Any]) -> dict[str, Any]:
+    """What a row says of how tokens are drawn, beside temperature and seed, by the names that vLLM gives it."""
+    return {name: spec[name] for name in SAMPLING if name in spec}
+
+
+def _answered(
+    spec: Mapping[str, Any], choice: Mapping[str, Any], whole: str, stops: Sequence[str]
+) -> ServedAnswer:
+    """The answer up to the first stop text."""
+    text = _until(whole, stops)
+    cut_short = choice.get("finish_reason") == "length" and text == whole
+    likelihoods = None if spec.get("logprobs") is None else told_likelihoods(choice, len(text))
+    return ServedAnswer(text, "length" if cut_short else "stop", likelihoods)
 
 
 def _text(choice: Mapping[str, Any]) -> str:
@@ -446,15 +485,15 @@ async def _by_schema(q: _Question, share: float) -> Any:
     messages = q.messages(share)
     broken = ""
     for _ in range(1 + MENDING):
-        text, finish = await _constrained(q, messages, schema)
-        if finish == "length":
+        said = await _constrained(q, messages, schema)
+        if said.finish == "length":
             return CellError("schema", "max_tokens were written before the value was whole; allow more")
-        value, broken = _checked(text, schema)
+        value, broken = _checked(said.text, schema)
         if not broken:
             return value
         messages = [
             *messages,
-            {"role": "assistant", "content": text},
+            {"role": "assistant", "content": said.text},
             {"role": "user", "content": f"This is not right: {broken}. Answer again, with the JSON alone."},
         ]
     return CellError("schema", broken)
@@ -462,7 +501,7 @@ async def _by_schema(q: _Question, share: float) -> Any:
 
 async def _constrained(
     q: _Question, messages: Sequence[Mapping[str, str]], schema: Mapping[str, Any]
-) -> tuple[str, str]:
+) -> ServedAnswer:
     """An answer that the server holds to the schema; where it cannot, the schema is part of what it is told."""
     if q.server.constrains:
         try:
@@ -548,7 +587,7 @@ async def _sums(
             temperature=0.0,
             echo=True,
             logprobs=1,
-            **q.handle.salt(q.tenant),
+            **q.own,
         )
         told = (choice.get("logprobs") or {}).get("token_logprobs") or []
         mine = told[len(prompt) : len(prompt) + len(label)]

@@ -158,7 +158,9 @@ class VllmEngine(OpenAIEngine):
             if isinstance(error, SetupError):
                 raise CannotLoad(str(error)) from None
             raise
-        served = connect(f"http://127.0.0.1:{port}/v1", "motet", key=key, in_flight=decode_slots(kind))
+        served = connect(
+            f"http://127.0.0.1:{port}/v1", "motet", key=key, in_flight=decode_slots(kind, "vllm")
+        )
         secret = secrets.token_urlsafe(32)
         return Vllm(served.server, served.loop, served.thread, secret=secret, child=child, folder=folder)
 
@@ -214,6 +216,10 @@ def _arguments(folder: Path, port: int, in_format: str) -> list[str]:
         f"--dtype={DTYPES[in_format]}",
         # What the model's makers recommend for drawing is not what was asked for.
         "--generation-config=vllm",
+        # Many rows of bulk work may wait inside: what somebody waits for goes before them.
+        "--scheduling-policy=priority",
+        # A line for each request would fill the disk in time.
+        "--disable-uvicorn-access-log",
     ]
 
 

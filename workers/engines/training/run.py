@@ -113,8 +113,9 @@ class Trunk:
     """The loaded trunk. A run learns on a copy of it."""
 
     manifest: Manifest
+    #: None of a trunk that reads pictures, and so its tokenizer: only heads learn on its vectors.
     model: Any = field(repr=False)
-    tokens: Tokens
+    tokens: Tokens | None
     pooling: str
     device: str
     #: Matrix products in bf16, while weights and their changes stay fp32.
@@ -218,11 +219,12 @@ class Run:
         vectors: list[Tensor] = []
         read = partial(self.journal.block, texts=texts)
         while (rows := (yield from self.call(partial(read, len(vectors))))) is not None:
-            if len(rows.vectors) and rows.vectors.shape[1] != self.trunk.manifest.dim:
+            dim = self.trunk.manifest.vector_dim({"features": self.recipe.features})
+            if len(rows.vectors) and rows.vectors.shape[1] != dim:
                 first = sum(map(len, vectors))
                 raise Hopeless(
                     f"rows from {first} on of job {self.recipe.job} have vectors of {rows.vectors.shape[1]} numbers; "
-                    f"the trunk's have {self.trunk.manifest.dim}"
+                    f"the trunk's have {dim}"
                 )
             found += rows.texts
             vectors.append(torch.from_numpy(rows.vectors))
@@ -323,7 +325,8 @@ class Tuning:
 
     def __init__(self, run: Run, heads: Heads, texts: Sequence[str]) -> None:
         self._run, self._recipe, self._trunk = run, run.recipe, run.trunk
-        self._texts = texts
+        assert run.trunk.tokens is not None, "a trunk without a tokenizer does not learn"
+        self._texts, self._tokens = texts, run.trunk.tokens
         model = copy.deepcopy(run.trunk.model).train()
         let_learn(model, run.recipe)
         self._model, self._heads = model, heads.to(run.trunk.device).train()
@@ -332,7 +335,7 @@ class Tuning:
             model,
             self._heads,
             pooling=run.trunk.pooling,
-            pad=run.trunk.tokens.pad,
+            pad=self._tokens.pad,
             device=run.trunk.device,
             fast=run.trunk.fast,
         )
@@ -344,7 +347,7 @@ class Tuning:
         run, recipe = self._run, self._recipe
         for lo in range(0, len(self._texts), TOKENISED):
             self._prepared += _readable(
-                self._trunk.tokens.prepare(self._texts[lo : lo + TOKENISED], recipe.max_tokens),
+                self._tokens.prepare(self._texts[lo : lo + TOKENISED], recipe.max_tokens),
                 lo,
                 recipe.texts,
             )

@@ -33,6 +33,7 @@ from workers.registrar.describe import (
     encoder_digest,
     sitting_on,
 )
+from workers.registrar.describe_image import image_digest
 from workers.run.device import other_devices
 
 #: How often a run begins again after its journal was out of reach, the pause before, and the seconds that an API which
@@ -76,8 +77,13 @@ class TrainerEngine:
         return model.memory_mb("fp32")
 
     def load(self, model: Manifest, files: Mapping[str, Path], *, device: str, in_format: str) -> Trainer:
-        trunk, tokens = load_reader(
-            "AutoModel", model, files, device=device, in_format="fp32", may_miss=("pooler.",)
+        # On a trunk of pictures heads learn alone, from vectors that are there: nothing of it is needed.
+        trunk, tokens = (
+            (None, None)
+            if of_pictures(model)
+            else load_reader(
+                "AutoModel", model, files, device=device, in_format="fp32", may_miss=("pooler.",)
+            )
         )
         beside = {
             name: path.read_bytes() for name, path in files.items() if not name.endswith(".safetensors")
@@ -108,6 +114,12 @@ class TrainerEngine:
                 continue
             if recipe.tune != "heads" and pass_.handle.trunk.manifest.packed_width:
                 words = "weights of eight bits cannot learn; tune heads alone, or the model that it was compressed from"
+                rows.append(CellError("bad_recipe", words))
+                continue
+            if recipe.tune != "heads" and of_pictures(pass_.handle.trunk.manifest):
+                words = (
+                    "a trunk that reads pictures cannot learn here; tune heads alone, with features=stages"
+                )
                 rows.append(CellError("bad_recipe", words))
                 continue
             length = (recipe.train_rows + recipe.test_rows) * recipe.texts
@@ -141,7 +153,8 @@ class TrainerEngine:
 
     def unload(self, handle: Trainer) -> None:
         self.abort(handle, [handle.run.ticket] if handle.run else [])
-        handle.trunk.model.to("meta")
+        if handle.trunk.model is not None:
+            handle.trunk.model.to("meta")
         free_cache(handle.trunk.device)
 
 
@@ -272,6 +285,7 @@ def _head(
         version=recipe.version,
         answers=HEAD_ANSWERS[target.kind],
         max_tokens=min(recipe.max_tokens or trunk.max_tokens, trunk.max_tokens),
+        pooling="stages" if recipe.features == "stages" else trunk.pooling,
         labels=target.labels,
         inputs=recipe.inputs,
         numbers=tuple(one.name for one in recipe.numbers),
@@ -285,15 +299,20 @@ def _head(
 def _trained_by(trainer: Manifest, trunk: str) -> Manifest:
     """The trunk that a trainer trains, as it is registered."""
     name, _, version = trunk.partition("@")
+    own = replace(trainer, name=name, version=version, answers="vector")
+    if of_pictures(trainer):
+        return replace(own, engine="image", reads="image", trunk=image_digest(trainer.files))
     return replace(
-        trainer,
-        name=name,
-        version=version,
+        own,
         engine="encoder",
-        answers="vector",
         trunk=encoder_digest(trainer.files),
         parameters=trainer.parameters // TRAINING_COPIES,
     )
+
+
+def of_pictures(trainer: Manifest) -> bool:
+    """Whether it trains on a trunk that reads pictures."""
+    return trainer.source.get("reads") == "image"
 
 
 def _open(lease: str, row: int, job: str) -> HttpJournal:

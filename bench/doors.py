@@ -1,0 +1,468 @@
+"""OpenAI's doors beside vLLM on the same cores: one batch file in both, text as it is written, and 64 callers.
+
+The model is SmolLM2-135M in the format in which workers run it here (bf16 where the processor has it, else fp32). A batch
+asks four prompts about each text, 16 tokens each; every round has texts of its own, since motet answers lines that it knows
+from what is stored. Its clock runs from the upload to the last byte of the output file; that of `vllm run-batch` from when
+its model is loaded. Sides take turns. Without vLLM (`make vllm-test` installs it; or MOTET_VLLM names its program) the
+figures beside it are null.
+
+batch_vs_run_batch         rows a second of motet with its torch engine / of `vllm run-batch`
+batch_vllm_vs_run_batch    the same of motet with vLLM behind it; prefix caching on in both, lines of a text side by side
+batch_vllm_shuffled        the same with shuffled lines, and a KV cache in both that holds a tenth of all texts (kv_tokens)
+stream_first_token_ms      milliseconds from a chat with stream=True to its first text / beyond those of the bare engine,
+                           which takes in the same row; one caller, median
+chat_rps_64                chats a second of 64 callers who each ask again at once, 16 tokens each, with vLLM behind motet /
+                           of vLLM's own server
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from contextlib import closing, contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlsplit
+from uuid import uuid4
+
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+import torch
+from callers import Order, to_json
+from family import own_children
+from harness import Size, cluster, finish, in_turn, options, ratio, renew, say, scratch, table
+from llm import BUDGET, NEW_TOKENS, PROMPTS, tiny
+from openai import OpenAI
+
+from motet import datasets
+from motet.http import Address, Http
+from motet.local.cluster import Cluster
+from motet.protocol.wire import TaskOrder
+from motet.tasks import Chat
+from workers.engine import Pass, Prepared
+from workers.engines.causal.causal import CausalEngine
+from workers.engines.served.vllm import DTYPES, VllmEngine
+from workers.registrar import smollm
+from workers.registrar.describe import Described, describe_folder
+from workers.registrar.register import Registry
+from workers.run.device import probe
+
+HERE = Path(__file__).resolve().parent
+DOORS = "/openai/v1"
+#: Prompts about one text.
+K = 4
+CALLERS = 64
+#: Tokens of a block of vLLM's KV cache on a CPU, and of the longest prompt with its answer that it is told of: a cache must
+#: hold more than one such, and a small one a shorter one.
+BLOCK, CONTEXT, SHORT_CONTEXT = 128, 2048, 1024
+#: Names of the model: in motet's torch engine, and with vLLM behind it.
+TORCH, VLLM = smollm.NAME, f"{smollm.NAME}-vllm"
+LIMIT_S = 3600.0
+PARTS = ("batch", "vllm", "shuffled", "stream", "chat")
+
+
+@dataclass(frozen=True)
+class Bench:
+    """The model, and where vLLM is."""
+
+    folder: Path
+    size: Size
+    in_format: str
+    #: Its program; None: not installed, or a smoke run, for which it starts too slowly.
+    vllm: Path | None
+    scratch: Path
+
+    def described(self) -> Described:
+        return describe_folder(self.folder, name=TORCH, version="1", licence=smollm.LICENCE, source={})
+
+
+def main() -> None:
+    parser = options(__doc__)
+    parser.add_argument(
+        "--only",
+        help=f"names of parts, with commas: {', '.join(PARTS)}; they replace those of the last full run",
+    )
+    arguments = parser.parse_args()
+    wanted = tuple((arguments.only or ",".join(PARTS)).split(","))
+    if unknown := set(wanted) - set(PARTS):
+        parser.error(f"--only: got {', '.join(sorted(unknown))}; expected some of {', '.join(PARTS)}")
+    size: Size = arguments.size
+    vllm = _vllm() if size is not Size.SMOKE else None
+    full = size is Size.FULL and not arguments.save
+    if full and vllm is None:
+        parser.error(
+            "got a run that would be kept without vLLM; install it (make vllm-test), or name --save FILE"
+        )
+    with own_children(), scratch() as folder:
+        model = tiny(folder / "tiny") if size is Size.SMOKE else smollm.folder()
+        in_format = "bf16" if "bf16" in probe("cpu").formats and size is not Size.SMOKE else "fp32"
+        keys, details = measured(
+            Bench(model, size, in_format, vllm, folder), wanted, renewed=bool(arguments.only) and full
+        )
+    finish("doors", keys, arguments, whole=not arguments.only, details=details)
+
+
+def _vllm() -> Path | None:
+    found = Path(os.environ.get("MOTET_VLLM") or HERE / ".venv-vllm" / "bin" / "vllm")
+    if found.exists():
+        return found
+    say(f"vLLM is not installed: {found} is not there; make vllm-test installs it")
+    return None
+
+
+Figures = tuple[dict[str, Any], dict[str, Any]]
+
+
+def measured(bench: Bench, wanted: Collection[str], *, renewed: bool) -> Figures:
+    """The figures of these parts, and their details. ``renewed``: each replaces that of the last full run."""
+    keys: dict[str, Any] = {}
+    details: dict[str, Any] = {"format": bench.in_format}
+
+    def take(name: str, part: Callable[[], Figures]) -> None:
+        if name in wanted:
+            say(f"\n{name}")
+            found, more = part()
+            keys.update(found)
+            details[name] = more
+            if renewed:
+                renew("doors", name, found, more)
+
+    if set(wanted) - {"shuffled"}:
+        with running(bench) as motet:
+            take("stream", lambda: streams(bench, motet))
+            take("batch", lambda: batches(bench, motet))
+            take("vllm", lambda: vllm_batches(bench, motet))
+            take("chat", lambda: chats(bench, motet))
+    take("shuffled", lambda: shuffled(bench))
+    return keys, details
+
+
+@contextmanager
+def running(bench: Bench, vllm: Path | None = None) -> Iterator[Cluster]:
+    """A cluster of one worker that knows the model, in its own engine and behind vLLM. ``vllm``: another program."""
+    program = vllm or bench.vllm
+    if program is not None:
+        os.environ["MOTET_VLLM"] = str(program)
+    with cluster(cpus=1) as motet:
+        register(motet, bench, TORCH, "causal")
+        if program is not None:
+            register(motet, bench, VLLM, "vllm")
+        yield motet
+
+
+def register(motet: Cluster, bench: Bench, name: str, engine: str) -> None:
+    """Make the model known under this name. It is not tried: its format is the one in which it is stored."""
+    described = bench.described()
+    manifest = replace(described.manifest, name=name, engine=engine)
+    with closing(Http(Address(url=motet.url, token=motet.tokens["admin"]), timeout_s=60.0)) as http:
+        Registry(http, bench.scratch, try_on="none").register([replace(described, manifest=manifest)])
+
+
+def client_of(motet: Cluster) -> OpenAI:
+    return OpenAI(base_url=motet.url + DOORS, api_key=motet.tokens["user"], max_retries=0, timeout=LIMIT_S)
+
+
+# -- batches
+
+
+@dataclass(frozen=True)
+class Texts:
+    """Articles for rounds, each with texts of its own."""
+
+    articles: Sequence[str]
+    each: int
+    characters: int
+
+    def lines(self, number: int, model: str) -> list[bytes]:
+        """The lines of a round: those about one text side by side."""
+        chosen = self.articles[number * self.each : (number + 1) * self.each]
+        assert len(chosen) == self.each, "there are no more articles"
+        return [
+            json.dumps(
+                {
+                    "custom_id": f"{number}-{n}-{k}",
+                    "method": "POST",
+                    "url": "/v1/chat/completions",
+                    "body": {
+                        "model": model,
+                        "messages": [{"role": "user", "content": f"{text}\n\n{prompt}"}],
+                        "temperature": 0,
+                        "max_tokens": NEW_TOKENS,
+                    },
+                }
+            ).encode()
+            for n, text in enumerate(chosen)
+            for k, prompt in enumerate(PROMPTS[:K])
+        ]
+
+
+def texts_for(bench: Bench, each: int, characters: int) -> Texts:
+    """Texts of so many characters, of one article or several."""
+    found: list[str] = []
+    text = ""
+    for article in datasets.bbc_news():
+        text += article.text + "\n"
+        if len(text) >= characters:
+            found.append(text[:characters])
+            text = ""
+    random.Random(7).shuffle(found)
+    return Texts(found, each, characters)
+
+
+def through_motet(motet: Cluster, lines: Sequence[bytes]) -> float:
+    """Rows a second of a batch through the doors, to its last answer in hand."""
+    with client_of(motet) as client:
+        began = time.perf_counter()
+        file = client.files.create(file=("lines.jsonl", b"\n".join(lines)), purpose="batch")
+        batch = client.batches.create(
+            input_file_id=file.id, endpoint="/v1/chat/completions", completion_window="24h"
+        )
+        while batch.status in ("validating", "in_progress", "finalizing"):
+            time.sleep(0.05)
+            batch = client.batches.retrieve(batch.id)
+        assert batch.status == "completed", batch
+        assert batch.output_file_id is not None, "no line was answered"
+        answers = client.files.content(batch.output_file_id).text.splitlines()
+        took = time.perf_counter() - began
+    assert len(answers) == len(lines), f"{len(answers)} of {len(lines)} lines were answered"
+    return len(lines) / took
+
+
+def run_batch(bench: Bench, lines: Sequence[bytes], *more: str) -> float:
+    """Rows a second of `vllm run-batch` once its model is loaded, to its last answer in its file."""
+    assert bench.vllm is not None
+    folder = bench.scratch / uuid4().hex
+    folder.mkdir()
+    (folder / "in.jsonl").write_bytes(b"\n".join(lines) + b"\n")
+    command = [
+        str(bench.vllm.with_name("python")),
+        str(HERE / "rival" / "run_batch.py"),
+        *("-i", str(folder / "in.jsonl"), "-o", str(folder / "out.jsonl")),
+        *("--model", str(bench.folder), "--served-model-name", VLLM),
+        *("--dtype", DTYPES[bench.in_format], "--max-model-len", str(CONTEXT)),
+        *("--enable-prefix-caching", "--generation-config", "vllm"),
+        *more,
+    ]
+    environment = {
+        name: value for name, value in os.environ.items() if not name.startswith(("OMP_", "PYTHON", "MOTET_"))
+    }
+    environment |= {"VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_NO_USAGE_STATS": "1", "DO_NOT_TRACK": "1"}
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
+    assert done.returncode == 0, done.stderr[-3000:]
+    took = float(done.stdout.splitlines()[-1])
+    answers = [json.loads(line) for line in (folder / "out.jsonl").read_text("utf-8").splitlines()]
+    good = [one for one in answers if one["response"]["status_code"] == 200]
+    assert len(good) == len(lines), f"{len(good)} of {len(lines)} lines were answered"
+    return len(lines) / took
+
+
+def warm_up(motet: Cluster, texts: Texts, model: str) -> None:
+    """Load the model, and run a few lines of a text that no round has."""
+    through_motet(motet, Texts(texts.articles[::-1], 1, texts.characters).lines(0, model))
+
+
+def beside_run_batch(
+    bench: Bench, motet: Cluster, model: str, texts: Texts, rounds: int, *more: str, shuffle: bool = False
+) -> dict[str, list[float]]:
+    """Rows a second of both sides, the same lines in a round; of motet alone without vLLM."""
+    warm_up(motet, texts, model)
+    played = {"motet": 0, "run-batch": 0}
+
+    def lines(side: str, name: str) -> list[bytes]:
+        found = texts.lines(played[side], name)
+        if shuffle:
+            random.Random(played[side]).shuffle(found)
+        played[side] += 1
+        return found
+
+    sides = {"motet": lambda: through_motet(motet, lines("motet", model))}
+    if bench.vllm is not None:
+        sides["run-batch"] = lambda: run_batch(bench, lines("run-batch", VLLM), *more)
+    return in_turn(sides, rounds)
+
+
+def over_run_batch(found: Mapping[str, Sequence[float]]) -> float | None:
+    return round(ratio(found, "motet", "run-batch"), 3) if "run-batch" in found else None
+
+
+def batches(bench: Bench, motet: Cluster) -> Figures:
+    """motet's torch engine."""
+    size = bench.size
+    texts = texts_for(bench, size.of(full=100, quick=16, smoke=3), size.of(full=2200, quick=2200, smoke=100))
+    found = beside_run_batch(bench, motet, TORCH, texts, size.of(full=3, quick=1, smoke=1))
+    return {"batch_vs_run_batch": over_run_batch(found)}, _told(texts, found)
+
+
+def vllm_batches(bench: Bench, motet: Cluster) -> Figures:
+    """vLLM behind motet, and by itself."""
+    if bench.vllm is None:
+        return {"batch_vllm_vs_run_batch": None}, {}
+    size = bench.size
+    texts = texts_for(bench, size.of(full=200, quick=48, smoke=0), 2200)
+    found = beside_run_batch(bench, motet, VLLM, texts, size.of(full=3, quick=1, smoke=1))
+    return {"batch_vllm_vs_run_batch": over_run_batch(found)}, _told(texts, found)
+
+
+def shuffled(bench: Bench) -> Figures:
+    """The same with a KV cache for a tenth of all texts, which are in no order."""
+    if bench.vllm is None:
+        return {"batch_vllm_shuffled": None, "kv_tokens": None}, {}
+    size = bench.size
+    texts = texts_for(bench, size.of(full=200, quick=40, smoke=0), 2200)
+    tokens = sum(_tokens(bench, texts.articles[: texts.each]))
+    blocks = max(SHORT_CONTEXT // BLOCK + 1, tokens // 10 // BLOCK)
+    say(f"{texts.each} texts of {tokens:,} tokens; a KV cache of {blocks * BLOCK:,} tokens")
+    more = ("--num-gpu-blocks-override", str(blocks), "--max-model-len", str(SHORT_CONTEXT))
+    program = bench.scratch / "vllm-with-a-small-cache"
+    program.write_text(f'#!/bin/sh\nexec "{bench.vllm}" "$@" {" ".join(more)}\n')
+    program.chmod(0o755)
+    with running(bench, program) as motet:
+        found = beside_run_batch(
+            bench, motet, VLLM, texts, size.of(full=3, quick=1, smoke=1), *more, shuffle=True
+        )
+    keys = {"batch_vllm_shuffled": over_run_batch(found), "kv_tokens": blocks * BLOCK}
+    return keys, {**_told(texts, found), "text_tokens": tokens}
+
+
+def _tokens(bench: Bench, texts: Sequence[str]) -> list[int]:
+    from tokenizers import Tokenizer
+
+    tokenizer = Tokenizer.from_file(str(bench.folder / "tokenizer.json"))
+    return [len(one.ids) for one in tokenizer.encode_batch(list(texts), add_special_tokens=False)]
+
+
+def _told(texts: Texts, found: Mapping[str, Sequence[float]]) -> dict[str, Any]:
+    return {"rows_per_s": found, "rows": K * texts.each, "characters": texts.characters}
+
+
+# -- requests that wait
+
+
+def streams(bench: Bench, motet: Cluster) -> Figures:
+    """The first text of a chat that is told as it is written: through the doors, and by the engine in this process."""
+    asks = bench.size.of(full=20, quick=8, smoke=1)
+    texts = [one.text for one in random.Random(5).sample(datasets.vader(), asks + 1)]
+    torch.set_num_threads(len(os.sched_getaffinity(0)))
+    bare = Bare(bench)
+    firsts: dict[str, list[float]] = {"bare engine": [], "motet": []}
+    with client_of(motet) as client:
+
+        def read(text: str) -> float:
+            began, first_s = time.perf_counter(), 0.0
+            with client.chat.completions.create(
+                model=TORCH, messages=_chat(text), max_tokens=48, temperature=0, stream=True
+            ) as chunks:
+                for chunk in chunks:
+                    if not first_s and chunk.choices and chunk.choices[0].delta.content:
+                        first_s = time.perf_counter() - began
+            return first_s
+
+        # It opens a door, and loads the model where nobody asked before.
+        read(texts[-1])
+        bare.first_s(texts[-1])
+        for text in texts[:asks]:
+            firsts["bare engine"].append(bare.first_s(text))
+            firsts["motet"].append(read(text))
+    bare.close()
+    torch.set_num_threads(1)
+    medians = {side: 1000 * statistics.median(seconds) for side, seconds in firsts.items()}
+    table("first text, ms", ("", "median"), [(side, f"{ms:.1f}") for side, ms in medians.items()])
+    return {"stream_first_token_ms": round(medians["motet"] - medians["bare engine"], 1)}, {"first_s": firsts}
+
+
+def _chat(text: str) -> list[Any]:
+    return [{"role": "user", "content": f"{text}\n\nWrite a long reply."}]
+
+
+class Bare:
+    """motet's engine in this process, with nothing around it."""
+
+    def __init__(self, bench: Bench) -> None:
+        described = bench.described()
+        self._engine = CausalEngine()
+        self._handle = self._engine.load(
+            described.manifest, described.files, device="cpu", in_format=bench.in_format
+        )
+        spec = Chat(TORCH, max_tokens=48).to_json()
+        order = TaskOrder(name="reply", spec=spec, manifest=described.manifest)
+        self._pass = Pass(self._handle, (order,), 0, deltas=True)
+
+    def first_s(self, text: str) -> float:
+        """Seconds until the first text of an answer."""
+        engine, handle = self._engine, self._handle
+        handle.prefix_cache.clear()
+        began = time.perf_counter()
+        [row] = engine.prepare(self._pass, [json.dumps(_chat(text))])
+        assert isinstance(row, Prepared)
+        engine.admit(self._pass, row, 0, urgent=True)
+        while handle.rows and not engine.step(handle, BUDGET).deltas:
+            pass
+        first_s = time.perf_counter() - began
+        while handle.rows:
+            engine.step(handle, BUDGET)
+        return first_s
+
+    def close(self) -> None:
+        self._engine.unload(self._handle)
+
+
+def chats(bench: Bench, motet: Cluster) -> Figures:
+    """64 callers of motet with vLLM behind it, and of a vLLM server with the same options."""
+    if bench.vllm is None:
+        # So that the doors are asked all the same.
+        say(
+            f"  {asked_by(motet.url + DOORS, motet.tokens['user'], TORCH, bench.size):.1f} chats a second of motet alone"
+        )
+        return {"chat_rps_64": None}, {}
+    described = bench.described()
+    engine = VllmEngine()
+    handle = engine.load(described.manifest, described.files, device="cpu", in_format=bench.in_format)
+    try:
+        sides = {
+            "motet": lambda: asked_by(motet.url + DOORS, motet.tokens["user"], VLLM, bench.size),
+            "vLLM": lambda: asked_by(handle.server.url, handle.server.key, "motet", bench.size),
+        }
+        for side in sides.values():
+            side()
+        found = in_turn(sides, bench.size.of(full=5, quick=1, smoke=1))
+    finally:
+        engine.unload(handle)
+    return {"chat_rps_64": round(ratio(found, "motet", "vLLM"), 3)}, {"chats_per_s": found}
+
+
+def asked_by(url: str, key: str, model: str, size: Size) -> float:
+    """Chats a second of callers who each ask again at once."""
+    seconds = size.of(full=20.0, quick=8.0, smoke=0.5)
+    dice = random.Random()
+    words = " ".join(one.text for one in datasets.bbc_news()[:200]).split()
+    starts = (dice.randrange(len(words) - 16) for _ in range(4096))
+    at = urlsplit(url)
+    order = Order(
+        port=at.port or 80, path=f"{at.path}/chat/completions", token=key, seconds=seconds, name=uuid4().hex[:8],
+        callers=size.of(full=CALLERS, quick=CALLERS, smoke=2), keyed=False,
+        texts=[" ".join(words[start : start + 12]) for start in starts], chat={"model": model, "max_tokens": NEW_TOKENS, "temperature": 0},
+    )  # fmt: skip
+    done = subprocess.run(
+        [sys.executable, str(HERE / "callers.py")],
+        input=to_json(order),
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    seen = json.loads(done.stdout)["seen"]
+    refused = [body for _, status, body, _, _ in seen if status != 200]
+    assert not refused, f"{len(refused)} of {len(seen)} chats were refused: {refused[0][:500]}"
+    return sum(in_time for *_, in_time in seen) / seconds
+
+
+if __name__ == "__main__":
+    main()

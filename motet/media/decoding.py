@@ -1,0 +1,197 @@
+"""A stranger's bytes as one upright picture in RGB, or the reason why not: for the client that shrinks and for workers.
+
+Needs Pillow, imported when the first picture is decoded. The order is that of growing cost: the length of the bytes, the
+file's head (format, width and height), then the pixels. What a large picture takes is bounded: a JPEG is decoded no larger
+than it is wanted, any other is brought to RGB and made smaller strip by strip, one such picture of a process at a time.
+"""
+
+from __future__ import annotations
+
+import io
+import threading
+from collections.abc import Callable
+from contextlib import nullcontext
+from typing import TYPE_CHECKING, Any
+
+from motet.errors import SetupError
+from motet.media.medium import MAX_MEDIUM_BYTES
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+#: Kinds of files that are read. Pillow knows more: one starts another program (EPS), others are no pictures of today.
+FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "AVIF")
+#: Width times height. A larger picture would take more than 4 bytes a pixel while it is decoded: 50 million are 200 MB.
+MAX_PIXELS = 50_000_000
+#: Formats whose decoders hold the whole picture three to four times.
+MAX_PIXELS_OF = {"WEBP": 16_000_000, "AVIF": 16_000_000}
+#: The longer side may be so many times the shorter one. Resizing to a square would leave nothing of a thinner picture.
+MAX_RATIO = 100
+#: Above so many pixels only one picture of the process is decoded at a time.
+LARGE = 4_000_000
+#: Rows of pixels that are brought to RGB at once.
+STRIP = 256
+
+BAD_IMAGE, TOO_LARGE = "bad_image", "too_large"
+SMALLER = "make it smaller"
+READ = "JPEG, PNG, WebP, GIF, BMP, TIFF and AVIF are read"
+#: What is no picture of a kind that is read, by a mark within its first bytes -> what it is, and what to do.
+KNOWN = (
+    (b"ftyphei", "a HEIC picture, as telephones store them; save it as JPEG"),
+    (b"ftypmif1", "a HEIF picture, as telephones store them; save it as JPEG"),
+    (b"<svg", "an SVG drawing; save it as PNG in the size that is wanted"),
+    (b"%!PS", "a PostScript page; save it as PNG"),
+    (b"%PDF", "a PDF; save its pages as PNG"),
+    (b"<html", "a page of HTML, such as a server's message in place of a picture"),
+    (b"<!DOCTYPE", "a page of HTML, such as a server's message in place of a picture"),
+)
+
+_one_at_a_time = threading.Lock()
+
+
+class BadMedium(ValueError):
+    """A medium that cannot be read. ``code``: ``bad_image`` or ``too_large``; the words name no address, path or content."""
+
+    def __init__(self, code: str, words: str) -> None:
+        self.code = code
+        super().__init__(words)
+
+
+def decode(data: bytes, side: int | None = None) -> Image:
+    """The picture in RGB: upright, the first frame, on white where it is transparent.
+
+    ``side``: the shorter side is needed with at least so many pixels; what is larger may come smaller, never below
+    that. None: in its own size. Raises BadMedium, and SetupError where Pillow is missing.
+    """
+    pillow = _pillow()
+    if not data:
+        raise BadMedium(BAD_IMAGE, "the picture is empty: it has no bytes")
+    if len(data) > MAX_MEDIUM_BYTES:
+        raise BadMedium(
+            TOO_LARGE, f"the picture's file has {len(data):,} bytes; at most {MAX_MEDIUM_BYTES:,} are read"
+        )
+    try:
+        return _decode(pillow, data, side)
+    except BadMedium:
+        raise
+    except pillow.UnidentifiedImageError:  # its own words hold a memory address
+        raise BadMedium(BAD_IMAGE, _unknown(data)) from None
+    except (pillow.DecompressionBombError, pillow.DecompressionBombWarning):
+        words = f"the picture has more than {MAX_PIXELS:,} pixels; {SMALLER}"
+        raise BadMedium(TOO_LARGE, words) from None
+    except MemoryError:
+        raise BadMedium(TOO_LARGE, f"the picture needs more memory than there is; {SMALLER}") from None
+    except Exception:  # noqa: BLE001 - a stranger's bytes: Pillow raises OSError, SyntaxError, struct.error and others
+        raise BadMedium(
+            BAD_IMAGE, "the picture is damaged or cut off: it cannot be read to its end"
+        ) from None
+
+
+def _pillow() -> Any:
+    try:
+        from PIL import Image
+    except ImportError:
+        raise SetupError(
+            "pictures are read with Pillow, which is not installed: pip install pillow"
+        ) from None
+    return Image
+
+
+def _unknown(data: bytes) -> str:
+    head = data[:512].lower()
+    for mark, words in KNOWN:
+        if mark.lower() in head:
+            return f"this is {words}; {READ}"
+    return f"this is no picture of a kind that is read; {READ}"
+
+
+def _decode(pillow: Any, data: bytes, side: int | None) -> Image:
+    with pillow.open(io.BytesIO(data), formats=FORMATS) as image:
+        width, height = image.size
+        _check_size(width, height, MAX_PIXELS_OF.get(image.format, MAX_PIXELS))
+        if side:
+            image.draft("RGB", (side, side))  # only of JPEG; afterwards `size` is that of the decoded picture
+        if "progressive" not in image.info:  # such a JPEG is held whole while it is decoded
+            width, height = image.size
+        with _one_at_a_time if width * height > LARGE else nullcontext():
+            image.load()
+            turn = _turn(image)
+            picture: Image = _turned(pillow, _smaller(pillow, image, side, _to_rgb(pillow, image)), turn)
+    picture.info = {}  # where and with what it was taken is nobody's business behind here
+    return picture
+
+
+def _check_size(width: int, height: int, most: int) -> None:
+    if width * height > most:
+        raise BadMedium(
+            TOO_LARGE,
+            f"the picture has {width:,} x {height:,} pixels; at most {most:,} are read; {SMALLER}",
+        )
+    if max(width, height) > MAX_RATIO * min(width, height):
+        raise BadMedium(
+            TOO_LARGE,
+            f"the picture has {width:,} x {height:,} pixels; one side may be at most {MAX_RATIO} times the other: cut it",
+        )
+
+
+def _turn(image: Any) -> int:
+    """EXIF's orientation, 1 to 8: how the camera was held. What is unreadable is upright."""
+    try:
+        return int(image.getexif().get(0x0112, 1))
+    except Exception:  # noqa: BLE001 - a broken EXIF block does not spoil the picture, and has many kinds of errors
+        return 1
+
+
+def _to_rgb(pillow: Any, image: Any) -> Callable[[Any], Any]:
+    """How a part of this picture is brought to RGB. Raises BadMedium for pixels that are none of a picture."""
+    if image.mode.startswith("I;16"):
+        return lambda part: _top_bytes(pillow, part).convert("RGB")
+    if image.mode in ("I", "F"):
+        raise BadMedium(
+            BAD_IMAGE, "its pixels have 32 bits each, as measurements have; save it with 8 or 16 bits"
+        )
+    if image.mode not in ("1", "L", "LA", "P", "PA", "RGB", "RGBA", "RGBa", "RGBX", "CMYK", "YCbCr"):
+        raise BadMedium(BAD_IMAGE, "its colours are of a kind that is not read; save it as RGB")
+    if image.has_transparency_data:
+        return lambda part: _on_white(pillow, part)
+    return lambda part: part.convert("RGB")
+
+
+def _top_bytes(pillow: Any, part: Any) -> Any:
+    """The upper half of grey values of 16 bits. Pillow's own conversion cuts at 255: nearly all is white."""
+    return pillow.frombytes("L", part.size, part.tobytes()[0 if part.mode == "I;16B" else 1 :: 2])
+
+
+def _on_white(pillow: Any, part: Any) -> Any:
+    part = part.convert("RGBA")
+    white = pillow.new("RGB", part.size, "white")
+    white.paste(part, mask=part.getchannel("A"))
+    return white
+
+
+def _smaller(pillow: Any, image: Any, side: int | None, to_rgb: Callable[[Any], Any]) -> Any:
+    """The picture in RGB, by the largest whole factor that leaves twice ``side``: that much blurs nothing later on."""
+    width, height = image.size
+    factor = max(1, min(width, height) // (2 * side)) if side else 1
+    if factor == 1:
+        return to_rgb(image)
+    out = pillow.new("RGB", (-(-width // factor), -(-height // factor)))
+    step = max(1, STRIP // factor)
+    for top in range(0, out.height, step):
+        box = (0, top * factor, width, min(height, (top + step) * factor))
+        out.paste(to_rgb(image.crop(box)).reduce(factor), (0, top))
+    return out
+
+
+def _turned(pillow: Any, image: Any, turn: int) -> Any:
+    ways = pillow.Transpose
+    way = {
+        2: ways.FLIP_LEFT_RIGHT,
+        3: ways.ROTATE_180,
+        4: ways.FLIP_TOP_BOTTOM,
+        5: ways.TRANSPOSE,
+        6: ways.ROTATE_270,
+        7: ways.TRANSVERSE,
+        8: ways.ROTATE_90,
+    }.get(turn)
+    return image if way is None else image.transpose(way)
