@@ -62,7 +62,7 @@ spare_time()
 #: process would start anew; those of the last hold a whole cluster to seconds, which two at once could not keep.
 TOGETHER = {
     "tests/acceptance": ("test_a_real_job", "test_apps", "test_functions", "test_language_models"),
-    "tests/processes": ("test_batches", "test_compressed_on_a_cluster", "test_pictures", "test_training"),
+    "tests/processes": ("test_compressed_on_a_cluster", "test_doors", "test_pictures", "test_training"),
     "tests/chaos": ("test_backup_restore", "test_chaos", "test_outages"),
 }
 

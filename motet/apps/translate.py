@@ -38,7 +38,9 @@ def run(stage: StagedCluster, asked: RunOptions) -> AppOutcome:
     return translate(stage, asked, translations.sentences())
 
 
-def translate(stage: StagedCluster, asked: RunOptions, pairs: Sequence[translations.Pair]) -> AppOutcome:
+def translate(
+    stage: StagedCluster, asked: RunOptions, pairs: Sequence[translations.SentencePair]
+) -> AppOutcome:
     """Translate the sentences, and set what comes out beside what people said."""
     most = _QUICK if asked.quick else _ASKED
     rows = [{"text": one.english, "ask": at < most} for at, one in enumerate(pairs)]
@@ -96,7 +98,7 @@ def _likeness(right: Sequence[str], said: Sequence[str]) -> Estimate:
     return scores.mean([scores.chrf(a, b) for a, b in zip(right, said, strict=True)])
 
 
-def _table(rows: Sequence[Row], pairs: Sequence[translations.Pair]) -> Table:
+def _table(rows: Sequence[Row], pairs: Sequence[translations.SentencePair]) -> Table:
     return table(
         ("English", "Portuguese", "by people", "and back"),
         (

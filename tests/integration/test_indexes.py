@@ -73,6 +73,9 @@ INSERT INTO fold SELECT id, sha256(i::text::bytea), 'x', clock_timestamp() + mak
   FROM job, generate_series(1, 10) i;
 INSERT INTO cells SELECT job_id, pass_number, block_number, 0, 0, 1, 'x' FROM block_pass;
 INSERT INTO spent SELECT job_id, block_number, pass_number, 1, 0, 1, 1 FROM block_pass;
+INSERT INTO medium (tenant_id, key, media_type, bytes, payload, refs, claimed)
+  SELECT t.id, sha256(i::text::bytea), 'image/png', 1, 'x', 1, NULL FROM generate_series(1, 15000) i, tenant t
+   WHERE t.name = 'default';
 INSERT INTO file (id, tenant_id, purpose, filename, bytes, sha256, expires)
   SELECT 'file-' || i, t.id, 'batch', 'f', 1, md5(i::text), clock_timestamp() + make_interval(hours => i)
     FROM generate_series(1, 3000) i, tenant t WHERE t.name = 'default';
@@ -109,6 +112,7 @@ SMALL = {
 OF_FEW = {
     "batch_unfinished",
     "job_unfinished",
+    "medium_unused",
     "sealed_column_unshown",
     "subtask_open",
     "outbox_new",

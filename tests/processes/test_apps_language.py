@@ -12,7 +12,7 @@ import pytest
 from motet.apps import digest, queue, support, translate
 from motet.apps.application import RunOptions
 from motet.apps.data.customers import CustomerSets, Dialogue, Felt, Question
-from motet.apps.data.translations import Pair
+from motet.apps.data.translations import SentencePair
 from motet.datasets import LabelledText
 from motet.demo.stage import StagedCluster
 from motet.tasks import Classify
@@ -128,7 +128,7 @@ def test_translate_sets_a_model_beside_people_and_an_asked_one(
     assert isinstance(capitals, SelfDescribing)
     for name in ("translate-en-pt", "translate-pt-en"):
         stage.admin._http.post("/v1/models", capitals.describe(name, "1").to_json())
-    pairs = [Pair(english=f"row {at} of all", portuguese=f"ROW {at} DE TUDO") for at in range(5)]
+    pairs = [SentencePair(english=f"row {at} of all", portuguese=f"ROW {at} DE TUDO") for at in range(5)]
     outcome = translate.translate(stage, asked, pairs)
     everywhere, some, _ = outcome.scores
     english = everywhere.baselines["the English text itself"].value or 0

@@ -222,8 +222,9 @@ def test_a_function_is_registered_by_its_entry_point(api: Api, tmp_path: Path) -
     unknown = program(api, tmp_path, "--function", "whisper")
     assert unknown.returncode == 2
     assert (
-        "no engine 'whisper' here; installed are causal, classifier, encoder, openai, spacy-ner, trainer, vllm"
-        in unknown.stderr
+        "no engine 'whisper' here; installed are card-rule, causal, classifier, credit-risk, encoder, film-picks,"
+        " hpo-find, hpo-rank, image, image-classifier, news-watch, openai, spacy-ner, support-urgency, trainer,"
+        " translate-en-pt, translate-pt-en, vllm" in unknown.stderr
     )
 
 

@@ -293,7 +293,7 @@ def test_sentences_with_a_translation_are_read_from_a_catalogue(tmp_path: Path) 
         made.writestr("django/conf/locale/pt_BR/LC_MESSAGES/django.po", CATALOGUE)
         made.writestr("django/conf/locale/fr/LC_MESSAGES/django.po", CATALOGUE)
     assert translations.read(wheel) == [
-        translations.Pair(
+        translations.SentencePair(
             english="Enter a valid email address.", portuguese="Informe um endereço de email válido."
         )
     ]

@@ -479,7 +479,9 @@ def test_engines_are_found_by_name_and_said_to_be_missing() -> None:
     assert engines.find("encoder") is engines.find("encoder")
     assert isinstance(engines.find("spacy-ner"), SelfDescribing)
     assert not isinstance(engines.find("encoder"), SelfDescribing)
-    with pytest.raises(CannotLoad, match="no engine 'nope' here; installed are causal, classifier, encoder"):
+    with pytest.raises(
+        CannotLoad, match="no engine 'nope' here; installed are card-rule, causal, classifier"
+    ):
         engines.find("nope")
 
 

@@ -23,19 +23,19 @@ _QUOTED = re.compile(r'^(msgid|msgstr)?\s*(".*")$')
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Pair:
+class SentencePair:
     """A sentence, and how people said it in Portuguese."""
 
     english: str
     portuguese: str
 
 
-def sentences() -> list[Pair]:
+def sentences() -> list[SentencePair]:
     """Some 200 of them, always in the same order. Raises SetupError."""
     return read(fetch(DJANGO))
 
 
-def read(path: Path) -> list[Pair]:
+def read(path: Path) -> list[SentencePair]:
     """The sentences of a wheel of Django. Raises SetupError where it has another layout."""
     found: dict[str, str] = {}
     try:
@@ -46,7 +46,7 @@ def read(path: Path) -> list[Pair]:
     except (zipfile.BadZipFile, SyntaxError, ValueError) as error:
         raise SetupError(f"{path} has another layout than expected ({error}); delete it") from None
     pairs = [
-        Pair(english=english, portuguese=portuguese)
+        SentencePair(english=english, portuguese=portuguese)
         for english, portuguese in found.items()
         if len(english.split()) >= _LEAST_WORDS
         and portuguese
