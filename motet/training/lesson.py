@@ -12,10 +12,11 @@ from typing import Any
 
 from motet.errors import InvalidJob, Problem
 from motet.inputs import number_in
+from motet.options import MOST_NUMBERS, MOST_TEXTS, is_template
 from motet.protocol.values import NoValue, clean, plain_text
 from motet.rows import MAX_PROBLEMS, records
 from motet.sources import Source
-from motet.tasks import MOST_NUMBERS, MOST_TEXTS, Number, is_template, short
+from motet.tasks import Number, short
 from motet.templates import filled, is_placeholder, part_of, placeholders, resolved
 from motet.training.recipe import Numbers, Target
 

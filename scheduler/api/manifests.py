@@ -8,8 +8,9 @@ from typing import Any
 
 from motet.errors import InvalidJob, Problem
 from motet.http import is_address
+from motet.options import is_template
 from motet.protocol.manifest import ARTEFACT_SUFFIXES, KEY_ENV, SUFFIXES, Manifest
-from motet.tasks import is_template, short
+from motet.tasks import short
 from motet.templates import is_placeholder
 from scheduler.api.bodies import taken
 
@@ -53,6 +54,8 @@ def _disagreements(m: Manifest) -> list[Problem]:
         wrong += _served_elsewhere(m.source)
     if (m.inputs or m.numbers) and not m.trunk_model:
         wrong.append(("inputs", "texts or numbers", "nothing, for only a head reads several"))
+    if (m.inputs or m.numbers) and m.reads != "text":
+        wrong.append(("inputs", "texts or numbers", "nothing, for a head on pictures reads one picture"))
     if m.numbers and not m.inputs:
         wrong.append(("inputs", "none", "the template of the text beside its numbers"))
     wrong += [("inputs", short(one), "templates such as {text}") for one in m.inputs if not is_template(one)]

@@ -122,6 +122,13 @@ class TrainerEngine:
                 )
                 rows.append(CellError("bad_recipe", words))
                 continue
+            if recipe.inputs and of_pictures(pass_.handle.trunk.manifest):
+                rows.append(
+                    CellError(
+                        "bad_recipe", "a head on pictures reads one picture; leave texts and numbers out"
+                    )
+                )
+                continue
             length = (recipe.train_rows + recipe.test_rows) * recipe.texts
             rows.append(Prepared(row, length, False, TrainingOrder(recipe, pass_.lease, pass_.indices[row])))
         return rows
