@@ -45,9 +45,9 @@ COLUMN = Column(
 #: answers all the same: whoever adds one here raises PROTOCOL, unless no engine reads it.
 PROTOCOL_OF_OPTIONS = 3
 OPTIONS = {
-    "about", "artefact", "calibrate", "conditional", "dtype", "first", "input", "inputs", "labels", "max_tokens",
-    "messages", "min_score", "model", "normalize", "numbers", "numerics", "options", "otherwise", "params", "prompt",
-    "question", "raw", "schema", "scores", "seed", "stop", "system", "temperature", "thinking", "too_long", "when",
+    "about", "artefact", "calibrate", "conditional", "documents", "dtype", "features", "first", "input", "inputs",
+    "labels", "max_tokens", "messages", "min_score", "model", "normalize", "numbers", "numerics", "options", "otherwise",
+    "params", "prompt", "query", "question", "raw", "schema", "scores", "seed", "stop", "system", "temperature", "thinking", "too_long", "when",
 }  # fmt: skip
 MESSAGES = [
     Assignment(
