@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from math import ceil, floor, log10
 from pathlib import Path
 from typing import Any
 
@@ -177,6 +178,9 @@ class _Scale:
         return round(self._from + share * (self._to - self._from), 1)
 
     def levels(self) -> list[tuple[str, float]]:
-        """Five values with their places."""
-        values = [self._low + (self._high - self._low) * i / 4 for i in range(5)]
-        return [(f"{value:.3g}", self.of(value)) for value in values]
+        """Round values with their places, two to six of them."""
+        rough = (self._high - self._low) / 5
+        power = 10.0 ** floor(log10(rough))
+        step = next(power * m for m in (1, 2, 5, 10) if power * m >= rough)
+        steps = range(ceil(self._low / step - 1e-9), floor(self._high / step + 1e-9) + 1)
+        return [(f"{n * step:.3g}", self.of(n * step)) for n in steps]

@@ -36,7 +36,7 @@ Examples:
 def app(
     name: str | None, quick: bool, live: bool, cpus: int | None, data: Path, keep: bool, as_json: bool
 ) -> None:
-    """Run an application: a real job on real data that ends in a score.
+    """Run an application on real data, to its score.
 
     It fetches its data, trains what it needs, runs its job on a cluster of its own, prints its table and its scores
     beside honest baselines, draws its picture, and stops. Without NAME they are listed; all runs every one. Files of

@@ -34,7 +34,7 @@ def admin(cluster: Cluster) -> Iterator[Client]:
         yield connected
 
 
-def tasks(artefact: str | None = "films", **params: Any) -> dict[str, Any]:
+def tasks(artefact: str | None = "ranked", **params: Any) -> dict[str, Any]:
     return {
         "vector": Embed("all-MiniLM-L6-v2"),
         "who": Entities("names"),
@@ -52,10 +52,10 @@ def fitted(folder: Path, *titles: str) -> Path:
 def test_a_function_is_given_values_parameters_and_an_artefact_that_may_be_refitted(
     client: Client, admin: Client, tmp_path: Path
 ) -> None:
-    first = admin.add_artefact(fitted(tmp_path, "Alien", "Brazil", "Clue"), "films")
-    assert (first.ref, first.answers) == ("films@1", "artefact")
-    assert admin.add_artefact(tmp_path, "films").ref == "films@1", "the same content is the same version"
-    admin.promote("films@1", "prod")
+    first = admin.add_artefact(fitted(tmp_path, "Alien", "Brazil", "Clue"), "ranked")
+    assert (first.ref, first.answers) == ("ranked@1", "artefact")
+    assert admin.add_artefact(tmp_path, "ranked").ref == "ranked@1", "the same content is the same version"
+    admin.promote("ranked@1", "prod")
 
     job = client.submit(ROWS, tasks(note='it\'s "so"'), progress=False)
     ada, nobody = [row["told"].value for row in job.results()]
@@ -72,12 +72,12 @@ def test_a_function_is_given_values_parameters_and_an_artefact_that_may_be_refit
     assert ada["arguments"] == [2, 'it\'s "so"']
     assert ada["titles"] == ["Alien", "Brazil"]
     spec = job.tasks["told"]
-    assert (spec["model_ref"], spec["artefact_ref"], spec["column"]["kind"]) == ("told@1", "films@1", "json")
+    assert (spec["model_ref"], spec["artefact_ref"], spec["column"]["kind"]) == ("told@1", "ranked@1", "json")
 
     # Reused under any name of the same content; never after it was refitted.
-    again = client.submit(ROWS, tasks("films@prod", note='it\'s "so"'), progress=False).wait()
+    again = client.submit(ROWS, tasks("ranked@prod", note='it\'s "so"'), progress=False).wait()
     assert again.progress.reused == 8
-    assert admin.add_artefact(fitted(tmp_path, "Dune", "Eraserhead"), "films").ref == "films@2"
+    assert admin.add_artefact(fitted(tmp_path, "Dune", "Eraserhead"), "ranked").ref == "ranked@2"
     refitted = client.submit(ROWS, tasks(note='it\'s "so"'), progress=False)
     assert [row["told"].value["titles"] for row in refitted.results()] == [["Dune", "Eraserhead"]] * 2
     assert refitted.progress.reused == 6
