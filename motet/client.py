@@ -14,6 +14,7 @@ import os
 import re
 import secrets
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from types import TracebackType
@@ -22,6 +23,7 @@ from typing import TYPE_CHECKING, Any
 from motet.errors import Conflict, InvalidJob, NotFound, Problem
 from motet.folds import Fold, parse_folds
 from motet.http import Address, BodyRefused, Http, json_of
+from motet.inputs import all_as_trained, says_nothing
 from motet.job import Job
 from motet.media.reading import MEDIA_SIZE
 from motet.media.row_media import MediaOptions, RowMedia
@@ -133,7 +135,7 @@ class Client:
         Unauthorized, Conflict (the key belongs to another job), Overloaded where that lasts longer than the
         client's ``timeout``, Unreachable.
         """
-        specs = _specs(tasks)
+        specs = self._specs(tasks)
         opening = Submission(
             tasks={task: spec.to_json() for task, spec in specs.items()},
             name=name,
@@ -192,7 +194,7 @@ class Client:
             raise InvalidJob(
                 Problem("name", "no name", "a name to find the job by", "give one, such as risk")
             )
-        specs = _specs(tasks)
+        specs = self._specs(tasks)
         opening = Submission(
             tasks={task: spec.to_json() for task, spec in specs.items()},
             name=name,
@@ -255,7 +257,7 @@ class Client:
         The whole source is read, so an iterator is used up; only a sample of it is sent, and of pictures no byte. Raises as
         ``submit``.
         """
-        specs = _specs(tasks)
+        specs = self._specs(tasks)
         options = MediaOptions(root=media_root, size=media_size)
         with RowMedia(self._http, specs, options, sends=False) as media:
             found = survey(
@@ -293,7 +295,8 @@ class Client:
         test: Source | None = None,
         tune: Tune = "heads",
         epochs: int | None = None,
-        text: str = "text",
+        text: str | Sequence[str] = "text",
+        numbers: Sequence[str] = (),
         image: str | None = None,
         features: Features = "last",
         media_root: str | os.PathLike[str] | None = None,
@@ -311,6 +314,9 @@ class Client:
         once, split over all devices and found again when the same rows come back; then the heads learn in seconds
         (``tune="heads"``), and with ``"lora"`` or ``"all"`` the trunk learns after them, on one device. Out comes a head
         ``<name>.<task>`` for each task, and with the latter two a trunk ``<name>``; ``version`` counts up by default.
+        ``text`` is the field, or a template, that heads read; several (``("{history}", "{last}")``) are read apart by the
+        trunk, and a head reads their vectors side by side. ``numbers`` are fields that it reads beside them, standardised;
+        null is their mean, and told apart. Tasks that ask such a head read the same unless they name others.
         On a trunk that reads pictures only heads learn, from those in the field ``image``, read as ``submit`` reads them;
         ``features="stages"`` gives them more to tell small or drawn things apart.
         ``more``: further fields of ``motet.training.recipe.Recipe``, such as ``patience``, ``hidden``, ``rate``, ``loss``.
@@ -321,8 +327,8 @@ class Client:
             self,
             Training(
                 name=name, trunk=trunk, tasks=tasks, train=train, test=test, tune=tune, epochs=epochs, text=text,
-                image=image, features=features, media_root=media_root, version=version, seed=seed, progress=progress,
-                command=command, licence=licence, more=more,
+                numbers=numbers, image=image, features=features, media_root=media_root, version=version, seed=seed,
+                progress=progress, command=command, licence=licence, more=more,
             ),
         )  # fmt: skip
 
@@ -496,8 +502,24 @@ class Client:
 
     # -- inside
 
+    def _specs(self, tasks: object) -> dict[str, Task]:
+        """The tasks, checked as the server would, with what their heads were trained to read. Raises InvalidJob."""
+        specs = _parsed(tasks)
+        # A head that motet trained is NAME.TASK; no other can know what it reads.
+        wanted = {
+            task.model
+            for task in specs.values()
+            if says_nothing(task) and "." in task.model.partition("@")[0]
+        }
+        found: dict[str, Manifest] = {}
+        for ref in wanted:
+            # What is not there the server refuses, beside all other problems.
+            with suppress(NotFound):
+                found[ref] = self.model(ref)
+        return all_as_trained(specs, found)
 
-def _specs(tasks: object) -> dict[str, Task]:
+
+def _parsed(tasks: object) -> dict[str, Task]:
     """Check the tasks here as the server would, before any row is read. Raises InvalidJob."""
     if isinstance(tasks, Mapping):
         tasks = {name: spec.to_json() if isinstance(spec, Task) else spec for name, spec in tasks.items()}

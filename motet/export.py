@@ -137,7 +137,7 @@ def column_names(columns: Mapping[str, Cell] | Mapping[str, Answers]) -> dict[st
     for task, column in columns.items():
         answers = column if isinstance(column, Answers) else column.answers
         extra = []
-        if answers.column.kind in ("label", "labels"):
+        if answers.kind in ("label", "labels"):
             extra = ["_score", "_scores"] if answers.every else ["_score"]
         elif answers.written:
             extra = ["_finish"]
@@ -240,6 +240,8 @@ def _arrow_arrays(answers: Answers) -> list[Any]:
         codes = flat(pa.int16(), "codes", length, valid)
         return pa.DictionaryArray.from_arrays(codes, pa.array(list(answers.labels), pa.string()))
 
+    if answers.chosen:
+        return _chosen_arrays(answers)
     match column.kind:
         case "label":
             arrays = [labels_of(n, validity), flat(pa.float32(), "scores", n, validity)]
@@ -283,6 +285,20 @@ def _arrow_arrays(answers: Answers) -> list[Any]:
         every = typed("f", column.arrays.get("all") or bytes(4 * n * width))
         scores = [pa.array(every[k::width], pa.float32()) for k in range(width)]
         arrays.append(pa.StructArray.from_arrays(scores, list(answers.labels), mask=pa.compute.invert(ok)))
+    return arrays
+
+
+def _chosen_arrays(answers: Answers) -> list[Any]:
+    """Labels that each row brought: texts, their scores, and where asked for a map of label to score."""
+    pa = _arrow()
+    found = [answers.decoded(offset) for offset in range(len(answers.column))]
+    arrays = [
+        pa.array([None if one is None else one[0] for one in found], pa.string()),
+        pa.array([None if one is None else one[1] for one in found], pa.float32()),
+    ]
+    if answers.every:
+        every = [None if one is None else list(one[2].items()) for one in found]
+        arrays.append(pa.array(every, pa.map_(pa.string(), pa.float32())))
     return arrays
 
 

@@ -12,7 +12,8 @@ from dataclasses import MISSING, dataclass, field, fields
 from typing import Any, ClassVar
 
 from motet.errors import InvalidJob, Problem
-from motet.tasks import Task, fields_of, is_one_field, is_template, short
+from motet.options import is_one_field, is_template
+from motet.tasks import Task, fields_of, short
 from motet.templates import placeholders, resolved
 
 #: Half-lives without a row after which an exponentially weighted mean begins anew: what came before weighs 2^-32.

@@ -13,7 +13,18 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from motet.errors import SetupError
-from motet.protocol.columns import LAYOUT, OK, STATE_MASK, STATES, TRUNCATED, CellError, Column, sized, values
+from motet.protocol.columns import (
+    LAYOUT,
+    OK,
+    STATE_MASK,
+    STATES,
+    TRUNCATED,
+    CellError,
+    Column,
+    Kind,
+    sized,
+    values,
+)
 from motet.protocol.envelope import BadMessage, unpack
 from motet.protocol.values import Value
 
@@ -44,10 +55,16 @@ class Span(NamedTuple):
 class Answers:
     """A column with its labels: one task's answers in a block, decoded once and only if asked for."""
 
-    __slots__ = ("_decoded", "column", "every", "labels", "written")
+    __slots__ = ("_decoded", "chosen", "column", "every", "labels", "written")
 
     def __init__(
-        self, column: Column, labels: Sequence[str] = (), *, every: bool = False, written: bool = False
+        self,
+        column: Column,
+        labels: Sequence[str] = (),
+        *,
+        every: bool = False,
+        written: bool = False,
+        chosen: bool = False,
     ) -> None:
         self.column = column
         self.labels = labels
@@ -55,25 +72,46 @@ class Answers:
         self.every = every
         #: The values are texts of a language model, each with how it ended.
         self.written = written
+        #: The values are labels that each row brought: ``{"label": …, "score": …}``, and ``scores``.
+        self.chosen = chosen
         self._decoded: list[Any] | None = None
 
     @classmethod
     def to(cls, spec: Mapping[str, Any], column: Column) -> Answers:
         """The answers to the task with this spec, as a job's record tells it."""
+        chosen = spec.get("kind") == "choose" and column.kind == "json"
         return cls(
-            column, spec.get("labels") or (), every=bool(spec.get("scores")), written=writes_text(spec)
+            column,
+            () if chosen else spec.get("labels") or (),
+            every=bool(spec.get("scores")),
+            written=writes_text(spec),
+            chosen=chosen,
         )
+
+    @property
+    def kind(self) -> Kind:
+        """What the answers look like to a reader: labels that rows brought are labels, though their column is JSON."""
+        return "label" if self.chosen else self.column.kind
 
     def decoded(self, offset: int) -> Any:
         """The plain value at a row, in the form of ``motet.protocol.columns.values``; None where it is not ok."""
         if self._decoded is None:
-            self._decoded = list(values(self.column, self.labels))
+            plain = values(self.column, self.labels)
+            self._decoded = list(map(_pair, plain) if self.chosen else plain)
         return self._decoded[offset]
 
     def vector_bytes(self, offset: int) -> memoryview:
         """The bytes of one vector, not copied."""
         size = self.column.dim * _ELEMENT[self.column.dtype][1]
         return memoryview(self.column.arrays["vectors"])[offset * size : (offset + 1) * size]
+
+
+def _pair(chosen: Mapping[str, Any] | None) -> Any:
+    """A label that its row brought, in the form of any other label."""
+    if chosen is None:
+        return None
+    pair = (chosen["label"], chosen["score"])
+    return pair if chosen.get("scores") is None else (*pair, chosen["scores"])
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -227,7 +265,7 @@ class Cell:
 
         A text is JSON as well: a cell whose ``finish`` is not None holds one.
         """
-        return self.answers.column.kind
+        return self.answers.kind
 
     @property
     def status(self) -> str:
@@ -260,7 +298,7 @@ class Cell:
         """
         if not self.ok:
             return None
-        match self.answers.column.kind:
+        match self.answers.kind:
             case "vector":
                 return self.vector
             case "label":
@@ -280,7 +318,7 @@ class Cell:
     @property
     def label(self) -> str | None:
         """The winning label; of several the surest; None where there is none."""
-        match self.answers.column.kind:
+        match self.answers.kind:
             case "label" if self.ok:
                 return str(self._plain[0])
             case "labels" if self.ok and self._pairs:
@@ -298,7 +336,7 @@ class Cell:
     @property
     def score(self) -> float | None:
         """How sure the winning label is, 0 to 1; None where the answer has no score."""
-        match self.answers.column.kind:
+        match self.answers.kind:
             case "label" if self.ok:
                 return float(self._plain[1])
             case "labels" if self.ok and self._pairs:
@@ -309,7 +347,7 @@ class Cell:
     @property
     def scores(self) -> dict[str, float] | None:
         """Every label's score where the task asked for them (``scores=True``), else None."""
-        if not self.ok or not self.answers.column.arrays.get("all"):
+        if not self.ok or not (self.answers.chosen or self.answers.column.arrays.get("all")):
             return None
         plain = self._plain[-1]
         return plain if isinstance(plain, dict) else None
@@ -353,7 +391,7 @@ class Cell:
         if self.error is not None:
             why = self.error.error
             return f"<{self.status}>" if why == self.status else f"<{self.status}: {why}>"
-        match self.answers.column.kind:
+        match self.answers.kind:
             case "label":
                 return str(self._plain[0])
             case "labels":

@@ -6,15 +6,15 @@ is the one place where a stranger's task is checked for form; whether its model 
 
 from __future__ import annotations
 
-import json
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import MISSING, dataclass, field, fields
-from keyword import iskeyword
 from typing import Any, ClassVar, Literal
 
-from motet.conditions import BadCondition, condition
+from motet.conditions import condition
 from motet.errors import InvalidJob, Problem
-from motet.templates import NAME, is_placeholder, is_well_formed, placeholders, resolved, sole_placeholder
+from motet.labels import labels_flaw
+from motet.options import EXPECTED, HEADS_INPUT, NEW_TOKENS, Expected, condition_flaw
+from motet.templates import NAME, placeholders, resolved
 
 #: What a classifier says that abstains, unless a task names another word.
 UNSURE = "unsure"
@@ -69,12 +69,18 @@ class Task:
     @property
     def shared_input(self) -> str:
         """The template that tasks of one pass have in common: what is read once for all of them."""
-        return str(getattr(self, self.templates[0]))
+        return "".join(self.texts)
+
+    @property
+    def texts(self) -> tuple[str, ...]:
+        """The templates of the texts that it reads apart: one, unless it asks a head on several."""
+        read = getattr(self, self.templates[0])
+        return read if isinstance(read, tuple) else (read,)
 
     @property
     def placeholders(self) -> tuple[str, ...]:
         """What this task's templates name, in order of first use: fields of the row, other tasks, and parts of them."""
-        return tuple(dict.fromkeys(n for t in self.templates for n in placeholders(getattr(self, t))))
+        return _named(self)
 
     @property
     def valued(self) -> tuple[str, ...]:
@@ -92,8 +98,8 @@ class Task:
 class Reading(Task):
     """A task of a model that reads a text and answers at once: encoders, classifiers, functions."""
 
-    #: What the model reads.
-    input: str = "{text}"
+    #: What the model reads. Of a head on several texts a template for each, in the order in which it was trained.
+    input: str | tuple[str, ...] = "{text}"
     #: A row with more tokens than the model (or ``max_tokens``) reads is cut and marked, or its cell is an error.
     too_long: TooLong = "truncate"
     #: Tokens read per row, special ones included; None means as many as the model was made for.
@@ -101,7 +107,20 @@ class Reading(Task):
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Classify(Reading):
+class Headed(Reading):
+    """A task that a head may answer. One that was trained on several texts, or on numbers beside them, knows the names
+    that it was trained on: they are read unless the task gives others."""
+
+    #: Names of fields or answers that are numbers, or parts of them, without braces, for a head that reads numbers.
+    numbers: tuple[str, ...] | None = field(default=None, metadata={"later": True})
+
+    @property
+    def placeholders(self) -> tuple[str, ...]:
+        return tuple(dict.fromkeys((*_named(self), *(self.numbers or ()))))
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Classify(Headed):
     """A label with its score; a list of (label, score) where the model is multi-label."""
 
     kind: ClassVar[str] = "classify"
@@ -120,7 +139,7 @@ class Classify(Reading):
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Number(Reading):
+class Number(Headed):
     """A float, from a model with a number head."""
 
     kind: ClassVar[str] = "number"
@@ -170,12 +189,12 @@ class Function(Reading):
         return (self.model, self.artefact) if self.artefact else (self.model,)
 
     @property
-    def shared_input(self) -> str:
-        return template_of(self.inputs) if self.inputs else self.input
+    def texts(self) -> tuple[str, ...]:
+        return (template_of(self.inputs),) if self.inputs else (str(self.input),)
 
     @property
     def placeholders(self) -> tuple[str, ...]:
-        return self.inputs or placeholders(self.input)
+        return self.inputs or _named(self)
 
     @property
     def valued(self) -> tuple[str, ...]:
@@ -202,8 +221,12 @@ class Rank(Task):
     max_tokens: int | None = None
 
     @property
-    def shared_input(self) -> str:
-        return template_of(self.placeholders)
+    def texts(self) -> tuple[str, ...]:
+        return (template_of(self.placeholders),)
+
+    @property
+    def placeholders(self) -> tuple[str, ...]:
+        return tuple(dict.fromkeys((*placeholders(self.query), *placeholders(self.documents))))
 
     @property
     def valued(self) -> tuple[str, ...]:
@@ -297,7 +320,9 @@ class Choose(Prompted):
     kind: ClassVar[str] = "choose"
     templates: ClassVar[tuple[str, ...]] = ("about", "question", "system")
 
-    labels: tuple[str, ...]
+    #: Two labels or more, up to MOST_LABELS, the same for every row; or the field, or the part of another task's answer,
+    #: that lists each row's own: ``"{candidates}"``.
+    labels: tuple[str, ...] | str
     #: The instruction; "" asks which of the labels fits.
     question: str = ""
     calibrate: bool = True
@@ -305,6 +330,16 @@ class Choose(Prompted):
     scores: bool = False
     #: False: the model's template is told that no thought comes before the label. None leaves it as it is.
     thinking: bool | None = False
+
+    @property
+    def fixed_labels(self) -> tuple[str, ...]:
+        """The labels that every row has; () where each row brings its own."""
+        return () if isinstance(self.labels, str) else self.labels
+
+    @property
+    def placeholders(self) -> tuple[str, ...]:
+        listed = placeholders(self.labels) if isinstance(self.labels, str) else ()
+        return tuple(dict.fromkeys((*_named(self), *listed)))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -323,10 +358,19 @@ class Extract(Prompted):
     thinking: bool | None = False
 
 
+def _named(task: Task) -> tuple[str, ...]:
+    """What a task's templates name, in order of first use."""
+    beside = [getattr(task, option) for option in task.templates[1:]]
+    return tuple(dict.fromkeys(n for t in (*task.texts, *beside) for n in placeholders(t)))
+
+
 def template_of(inputs: Sequence[str]) -> str:
     """The template that stands for a function's ``inputs``: it names what they name."""
     return "".join(f"{{{one}}}" for one in inputs)
 
+
+#: Kinds of tasks in which ``max_tokens`` counts what is written, not what is read.
+_WRITES = (Generate, Chat, Extract)
 
 #: Every kind of task that can cross the wire.
 KINDS: Mapping[str, type[Task]] = {
@@ -437,12 +481,14 @@ def _parse_one(where: str, spec: object) -> Task:
     for key, f in known.items():
         if key not in spec:
             if f.default is MISSING:
-                needed = _EXPECTED[key]
+                needed = EXPECTED[key]
                 problems.append(Problem(f"{where}.{key}", "nothing", needed.words, needed.remedy))
             continue
-        expected = _NEW_TOKENS if key == "max_tokens" and issubclass(cls, _WRITES) else _EXPECTED[key]
-        if key == "when" and spec[key] is not None and (flaw := _flaw_of(spec[key])):
+        expected = _expected(cls, key)
+        if key == "when" and spec[key] is not None and (flaw := condition_flaw(spec[key])):
             problems.append(Problem(f"{where}.when", flaw, expected.words, expected.remedy))
+        elif key == "labels" and isinstance(spec[key], list) and (flaw := labels_flaw(spec[key], least=2)):
+            problems.append(Problem(f"{where}.labels", flaw, expected.words, expected.remedy))
         elif expected.check(spec[key]) or (spec[key] is None and f.default is None):
             values[key] = tuple(spec[key]) if isinstance(spec[key], list) else spec[key]
         else:
@@ -452,25 +498,20 @@ def _parse_one(where: str, spec: object) -> Task:
     return cls(**values)
 
 
-def _flaw_of(written: object) -> str:
-    """What is wrong with a condition, in words; "" where nothing is."""
-    if not isinstance(written, str):
-        return short(written)
-    try:
-        condition(written)
-    except BadCondition as bad:
-        return str(bad)
-    return ""
+def _expected(kind: type[Task], option: str) -> Expected:
+    if option == "max_tokens" and issubclass(kind, _WRITES):
+        return NEW_TOKENS
+    return HEADS_INPUT if option == "input" and issubclass(kind, Headed) else EXPECTED[option]
 
 
 def notify_problems(written: object, tasks: Mapping[str, Task]) -> list[Problem]:
     """What is wrong with the condition that says which rows of a job with these tasks are events; None: with none."""
     if written is None:
         return []
-    expected, remedy = f"a condition on answers of {', '.join(tasks)}", _EXPECTED["when"].remedy
+    expected, remedy = f"a condition on answers of {', '.join(tasks)}", EXPECTED["when"].remedy
     if any(task.kind == "fit" for task in tasks.values()):
         return [Problem("notify_when", "a training run", "tasks that answer rows", "leave it out")]
-    if flaw := _flaw_of(written):
+    if flaw := condition_flaw(written):
         return [Problem("notify_when", flaw, expected, remedy)]
     others = {resolved(one, tasks).name for one in condition(str(written)).placeholders} - tasks.keys()
     return [
@@ -484,167 +525,3 @@ def short(value: object, limit: int = 40) -> str:
     text = value if isinstance(value, str) else repr(value)
     text = text.encode("utf-8", "backslashreplace").decode("utf-8")
     return text if len(text) <= limit else text[: limit - 1] + "…"
-
-
-@dataclass(frozen=True, slots=True)
-class _Expected:
-    words: str
-    remedy: str
-    allowed: tuple[object, ...] = ()
-    kind: type | None = None
-
-    def check(self, value: object) -> bool:
-        if self.kind is bool:
-            return isinstance(value, bool) or (value is None and None in self.allowed)
-        if self.allowed:
-            return value in self.allowed
-        return _CHECKS[self.words](value)
-
-
-def _clean_text(value: object) -> bool:
-    if not isinstance(value, str) or not value or len(value) > 20_000 or "\0" in value:
-        return False
-    try:
-        value.encode("utf-8")
-    except UnicodeEncodeError:
-        return False
-    return True
-
-
-def is_template(value: object) -> bool:
-    return _is_prompt(value) and bool(placeholders(str(value)))
-
-
-def _is_prompt(value: object) -> bool:
-    """A template that need not name a field."""
-    return isinstance(value, str) and _clean_text(value) and is_well_formed(value)
-
-
-def _is_prompt_or_nothing(value: object) -> bool:
-    return value == "" or _is_prompt(value)
-
-
-def is_one_field(value: object) -> bool:
-    return isinstance(value, str) and value[:1] + value[-1:] == "{}" and bool(NAME.match(value[1:-1]))
-
-
-def _is_placeholder_alone(value: object) -> bool:
-    written = sole_placeholder(value) if isinstance(value, str) else None
-    return written is not None and is_placeholder(written)
-
-
-def _is_whole(low: int, high: int) -> Callable[[object], bool]:
-    return lambda v: isinstance(v, int) and not isinstance(v, bool) and low <= v <= high
-
-
-def _is_temperature(value: object) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and 0 <= value <= 10
-
-
-def _are_texts(least: int, most: int, length: int) -> Callable[[object], bool]:
-    """So many different texts, each of at most ``length`` characters."""
-
-    def check(value: object) -> bool:
-        if not isinstance(value, list | tuple) or not least <= len(value) <= most:
-            return False
-        return all(_clean_text(v) and len(v) <= length for v in value) and len(set(value)) == len(value)
-
-    return check
-
-
-def _is_schema(value: object) -> bool:
-    """An object that could be a JSON Schema. Whether it is one, and one that can be kept, the API asks."""
-    try:
-        return isinstance(value, dict) and len(json.dumps(value, allow_nan=False)) <= 20_000
-    except (ValueError, TypeError, RecursionError):
-        return False
-
-
-def _are_params(value: object) -> bool:
-    """An object of keyword arguments. Whether the function takes them, the API asks."""
-    return (
-        _is_schema(value)
-        and isinstance(value, dict)
-        and all(
-            isinstance(name, str) and name.isidentifier() and not iskeyword(name) and name != "artefact"
-            for name in value
-        )
-    )
-
-
-_MODEL = "the name of a registered model"
-_ARTEFACT = "the name of a registered artefact"
-_PARAMS = "an object of the function's keyword arguments, of up to 20,000 characters of JSON; artefact is none of them"
-_TEMPLATE = "text that names at least one field, such as {text}, or a part of one, such as {messages[-1]}"
-_PROMPT = "text, with {field} where a field of the row or another task's answer belongs"
-_PROMPT_OR_NOTHING = "such text, or nothing"
-_FIELD = "one field in braces, such as {messages}"
-_LIST = "one field or answer in braces that is a list, such as {documents}"
-_TOKENS = "a whole number from 3 to 1,000,000, or null"
-_WRITTEN = "a whole number from 1 to 100,000"
-_STOP = "up to 16 different texts of up to 100 characters"
-_INPUTS = "1 to 64 different names of fields or tasks, or parts of them such as event.kind"
-_LABELS = "2 to 100 different texts of up to 200 characters"
-_TEMPERATURE = "a number from 0 to 10"
-_CONDITION = "a condition on fields and answers, such as alert != 'none' and risk > 0.4"
-_SHARE = "a number above 0, at most 1"
-_LABEL = "a text of up to 200 characters"
-_SEED = "a whole number from 0 to 2^63 - 1"
-_SCHEMA = "a JSON Schema of up to 20,000 characters"
-_CHECKS: Mapping[str, Callable[[Any], bool]] = {
-    _MODEL: lambda v: _clean_text(v) and len(str(v)) <= 200,
-    _ARTEFACT: lambda v: _clean_text(v) and len(str(v)) <= 200,
-    _PARAMS: _are_params,
-    _TEMPLATE: is_template,
-    _PROMPT: _is_prompt,
-    _PROMPT_OR_NOTHING: _is_prompt_or_nothing,
-    _FIELD: is_one_field,
-    _LIST: _is_placeholder_alone,
-    _TOKENS: _is_whole(3, 1_000_000),
-    _WRITTEN: _is_whole(1, 100_000),
-    _STOP: _are_texts(0, 16, 100),
-    _INPUTS: lambda v: _are_texts(1, 64, 200)(v) and all(is_placeholder(one) for one in v),
-    _LABELS: _are_texts(2, 100, 200),
-    _TEMPERATURE: _is_temperature,
-    _CONDITION: lambda v: not _flaw_of(v),
-    _SHARE: lambda v: isinstance(v, int | float) and not isinstance(v, bool) and 0 < v <= 1,
-    _LABEL: lambda v: _clean_text(v) and len(v) <= 200,
-    _SEED: _is_whole(0, 2**63 - 1),
-    _SCHEMA: _is_schema,
-}
-_BRACES = "write {field} where the row's field belongs, {{ and }} for braces"
-_EXPECTED: Mapping[str, _Expected] = {
-    "model": _Expected(_MODEL, "see `motet models`"),
-    "input": _Expected(_TEMPLATE, _BRACES),
-    "inputs": _Expected(_INPUTS, "list them without braces: mood, event.kind, messages[-1]"),
-    "params": _Expected(_PARAMS, 'name them as the function does, such as {"k": 10}'),
-    "artefact": _Expected(_ARTEFACT, "see `motet models`"),
-    "about": _Expected(_TEMPLATE, _BRACES),
-    "prompt": _Expected(_PROMPT, _BRACES),
-    "question": _Expected(_PROMPT_OR_NOTHING, _BRACES),
-    "system": _Expected(_PROMPT_OR_NOTHING, _BRACES),
-    "query": _Expected(_PROMPT, _BRACES),
-    "documents": _Expected(_LIST, "name the field that holds the list of texts"),
-    "messages": _Expected(_FIELD, "name the field that holds the list of messages"),
-    "max_tokens": _Expected(_TOKENS, "leave it out to use the model's own limit"),
-    "too_long": _Expected("truncate or error", "choose one", ("truncate", "error")),
-    "when": _Expected(_CONDITION, "compare with == != < <= > >= in, and join with and, or, not"),
-    "numerics": _Expected("fast or exact", "choose one", ("fast", "exact")),
-    "first": _Expected("auto, text or instruction", "choose one", ("auto", "text", "instruction")),
-    "dtype": _Expected("fp32 or fp16", "choose one", ("fp32", "fp16")),
-    "normalize": _Expected("true or false", "choose one", kind=bool),
-    "features": _Expected("last or stages", "choose one", ("last", "stages")),
-    "scores": _Expected("true or false", "choose one", kind=bool),
-    "min_score": _Expected(_SHARE, "say below which score the model should abstain, such as 0.5"),
-    "otherwise": _Expected(_LABEL, "say what stands in the cell then, such as unsure"),
-    "calibrate": _Expected("true or false", "choose one", kind=bool),
-    "labels": _Expected(_LABELS, "list the labels to choose from"),
-    "stop": _Expected(_STOP, "list the texts before which writing ends"),
-    "temperature": _Expected(_TEMPERATURE, "0 takes the likeliest token always"),
-    "seed": _Expected(_SEED, "choose a number"),
-    "schema": _Expected(_SCHEMA, "see json-schema.org"),
-    "thinking": _Expected("true, false or null", "null leaves it to the model", (None,), kind=bool),
-}
-#: Kinds of tasks in which ``max_tokens`` counts what is written, not what is read.
-_WRITES = (Generate, Chat, Extract)
-_NEW_TOKENS = _Expected(_WRITTEN, "say how many tokens may be written at most")

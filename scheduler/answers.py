@@ -20,11 +20,18 @@ _WRITTEN = frozenset({"generate", "chat"})
 
 def as_texts(column: Column, spec: Mapping[str, Any], labels: Sequence[str]) -> list[str]:
     """The answer of each row as text; "" where there is none. ``spec``: of the task whose column this is."""
-    written = spec.get("kind") in _WRITTEN and spec.get("schema") is None
-    return ["" if value is None else _text(column.kind, value, written) for value in values(column, labels)]
+    of = _told_key(spec)
+    return ["" if value is None else _text(column.kind, value, of) for value in values(column, labels)]
 
 
-def _text(kind: str, value: Any, written: bool) -> str:
+def _told_key(spec: Mapping[str, Any]) -> str:
+    """What a JSON value of the task says in short stands under this key; "": it is all of it."""
+    if spec.get("kind") == "choose":
+        return "label"
+    return "text" if spec.get("kind") in _WRITTEN and spec.get("schema") is None else ""
+
+
+def _text(kind: str, value: Any, of: str) -> str:
     match kind:
         case "label":
             return str(value[0])
@@ -34,8 +41,8 @@ def _text(kind: str, value: Any, written: bool) -> str:
             return ", ".join(str(label) for label, _ in pairs)
         case "number":
             return repr(value)
-    if written and isinstance(value, dict) and "text" in value:
-        value = value["text"]
+    if of and isinstance(value, dict) and of in value:
+        value = value[of]
     if isinstance(value, str):
         return value
     return json.dumps(value, ensure_ascii=False, separators=(",", ":"))
@@ -82,8 +89,8 @@ def told(value: Any, kind: str, spec: Mapping[str, Any]) -> Any:
             return value["label"]
         case "labels" if value is not None:
             return [one["label"] for one in value]
-    written = spec.get("kind") in _WRITTEN and spec.get("schema") is None
-    return value["text"] if written and isinstance(value, dict) and "text" in value else value
+    of = _told_key(spec)
+    return value[of] if of and isinstance(value, dict) and of in value else value
 
 
 def part_text(kind: str, value: Any, steps: tuple[Selector, ...]) -> str:

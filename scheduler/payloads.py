@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from operator import attrgetter
@@ -9,8 +10,8 @@ from typing import TypeVar
 
 from cachetools import LRUCache
 
-from motet.protocol.values import Value
-from motet.protocol.wire import Assignment, TaskOrder
+from motet.protocol.values import Value, plain_text
+from motet.protocol.wire import Assignment, TaskOrder, texts_of
 from motet.tasks import KINDS, stored_task
 from motet.templates import placeholders, render, sole_placeholder
 from scheduler.blocks import decode_block, row_order
@@ -142,7 +143,7 @@ def _assignment(
     # Two processes cannot both be told; the answers are whole without it.
     say = says.pop() if len(says) == 1 and stored.model.answers == "text" else ""
     texts: list[str] = []
-    fields: dict[str, list[str]] = {written: [] for written in o.beside}
+    fields: dict[str, list[str]] = {written: [] for written in (*o.beside, *o.listed)}
     indices: list[int] = []
     values: list[Value] = []
     is_typed = bool(o.inputs)
@@ -170,11 +171,13 @@ def _assignment(
         else:
             read = {written: readable.texts(written, rows) for written in o.reads}
             texts += (
-                render(stored.input, {written: column[i] for written, column in read.items()})
+                render(o.template, {written: column[i] for written, column in read.items()})
                 for i in range(len(rows))
             )
-        for written, of_rows in fields.items():
-            of_rows += readable.texts(written, rows)
+        for written in o.beside:
+            fields[written] += readable.texts(written, rows)
+        for listed in o.listed:
+            fields[listed] += map(_as_json, readable.compared(listed[1:-1], rows))
         if o.drawn or say:
             indices += (block.first_row + i for i in rows)
     return Assignment(
@@ -201,13 +204,16 @@ def _assignment(
 
 
 def _order(template: str, tasks: tuple[TaskOrder, ...]) -> _Order:
+    """``template``: of all the texts that these tasks read."""
     is_function = bool(tasks) and all(t.spec["kind"] == "function" for t in tasks)
     inputs = stored_task(tasks[0].spec).valued if tasks else ()
     reads_media = any(t.manifest.reads != "text" for t in tasks)
     return _Order(
         tasks,
+        template,
         reads=placeholders(template),
         beside=() if inputs else _placeholders_beside_input(tasks),
+        listed=tuple(dict.fromkeys(one for t in tasks if isinstance(one := t.spec.get("labels"), str))),
         inputs=inputs,
         whole=sole_placeholder(template),
         typed=is_function or reads_media,
@@ -220,15 +226,25 @@ def _order(template: str, tasks: tuple[TaskOrder, ...]) -> _Order:
 
 
 def _placeholders_beside_input(tasks: Sequence[TaskOrder]) -> tuple[str, ...]:
-    """What the tasks' other templates name, in order of first use: the worker renders these, since they differ by task."""
-    return tuple(
-        dict.fromkeys(
-            written
-            for order in tasks
-            for template in KINDS[order.spec["kind"]].templates[1:]
-            for written in placeholders(order.spec.get(template, ""))
-        )
+    """What the tasks' other templates name, in order of first use: the worker renders these, since they differ by task.
+
+    So it is with several texts, and with the numbers that heads read.
+    """
+    of_options = (
+        written
+        for order in tasks
+        for template in KINDS[order.spec["kind"]].templates[1:]
+        for written in placeholders(order.spec.get(template, ""))
     )
+    texts = texts_of(tasks)
+    of_texts = (written for text in texts if len(texts) > 1 for written in placeholders(text))
+    of_heads = (written for order in tasks for written in order.spec.get("numbers") or ())
+    return tuple(dict.fromkeys((*of_options, *of_texts, *of_heads)))
+
+
+def _as_json(value: Value) -> str:
+    """A row's labels, or whatever stands in their place: the worker says what is wrong with it."""
+    return json.dumps(value, ensure_ascii=False, default=plain_text)
 
 
 def _read_pass(stored: payload_rows.StoredPass) -> _Pass:
@@ -283,9 +299,13 @@ class _Order:
     """Some tasks of a pass, and what their rows are sent as."""
 
     tasks: tuple[TaskOrder, ...]
+    #: Their input; of heads that read several texts all of these.
+    template: str
     #: Placeholders of their input, and of their other templates.
     reads: tuple[str, ...]
     beside: tuple[str, ...]
+    #: Templates such as ``{candidates}``, which are one placeholder and list each row's labels: sent as JSON.
+    listed: tuple[str, ...]
     #: What the model is given a dict of (``Task.valued``); (): it reads the input.
     inputs: tuple[str, ...]
     #: The placeholder that is the whole input; None: it is rendered.
@@ -316,7 +336,6 @@ class _Pass:
         """What a sub-task with these tasks is made of."""
         known = self._orders.get(todo)
         if known is None:
-            known = self._orders[todo] = _order(
-                self.stored.input, tuple(order for number, order in self.tasks if todo >> number & 1)
-            )
+            tasks = tuple(order for number, order in self.tasks if todo >> number & 1)
+            known = self._orders[todo] = _order("".join(texts_of(tasks)) or self.stored.input, tasks)
         return known

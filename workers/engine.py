@@ -31,6 +31,11 @@ class CannotLoad(Exception):
     """The model cannot be loaded here, and never will be: the message says why, without a user's text."""
 
 
+#: In the spec of a task of a pass whose trunk reads several texts of a row: the places of those that this task reads,
+#: among all of them (``motet.protocol.wire.texts_of``). The executor sets it.
+PLACES = "places"
+
+
 @dataclass(frozen=True, slots=True)
 class Prepared:
     """One row made ready by the engine: tokenised once, with its true length."""

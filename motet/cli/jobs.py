@@ -463,13 +463,21 @@ def parse_tasks(specs: Sequence[str]) -> dict[str, dict[str, Any]]:
         parsed[name] = {"kind": kind, "model": model}
         for option in options:
             key, _, value = option.partition("=")
-            parsed[name][key] = _value(name, key, value)
+            read = _value(name, key, value)
+            # Said again, it is the next text of a head on several.
+            parsed[name][key] = (
+                _behind(parsed[name][key], read) if key == "input" and key in parsed[name] else read
+            )
     return parsed
+
+
+def _behind(before: str | list[str], text: str) -> list[str]:
+    return [*([before] if isinstance(before, str) else before), text]
 
 
 #: Options that are text whatever they look like, and that are lists.
 _TEXTS = frozenset({"about", "documents", "input", "messages", "prompt", "query", "question", "system"})
-_LISTS = frozenset({"inputs", "labels", "stop"})
+_LISTS = frozenset({"inputs", "labels", "numbers", "stop"})
 #: Options that are JSON, and what of.
 _JSON = {"schema": "a JSON Schema", "params": "an object of keyword arguments"}
 
@@ -480,6 +488,10 @@ def _value(task: str, option: str, text: str) -> Any:
     if text.startswith("@") and option in (*_TEXTS, *_LISTS, *_JSON):
         text = _read(where, text[1:], lines=option in _LISTS)
     if option in _TEXTS:
+        return text
+    from motet.labels import is_listed
+
+    if option == "labels" and is_listed(text):
         return text
     if option in _LISTS:
         return text.split("|")

@@ -18,6 +18,7 @@ Examples:
   motet train train.jsonl --name support --labels topic --labels mood=sentiment --test test.jsonl
   motet train mails.csv --name mails --text body --multi tags --number urgency --tune all --epochs 3
   motet train train.jsonl --name support --labels topic --plot curves.svg
+  motet train calls.jsonl --name calls --labels intent --text history --text last --numbers age
   motet train claims.jsonl --name claims --trunk efficientnet-lite0 --image photo --media-root pictures/ \
       --labels damage --features stages
 
@@ -40,7 +41,19 @@ Rows may lack labels of some tasks: null, or no such field. In CSV, labels of --
 @click.option(
     "--test", metavar="FILE", help="Rows to measure by (default: some rows of FILE are kept for that)."
 )
-@click.option("--text", default="text", show_default=True, metavar="FIELD", help="The field that is read.")
+@click.option(
+    "--text",
+    "texts",
+    multiple=True,
+    metavar="FIELD",
+    help="The field that is read (default: text), or a template such as '{messages[-1]}'; again for each further text.",
+)
+@click.option(
+    "--numbers",
+    multiple=True,
+    metavar="FIELD",
+    help="A number that is read beside the texts; again for each.",
+)
 @click.option(
     "--image", metavar="FIELD", help="The field that holds a picture, for a trunk that reads those."
 )
@@ -93,7 +106,8 @@ def train(
     multi: Sequence[str],
     number: Sequence[str],
     test: str | None,
-    text: str,
+    texts: Sequence[str],
+    numbers: Sequence[str],
     image: str | None,
     features: Any,
     media_root: str | None,
@@ -116,7 +130,8 @@ def train(
     tasks = _tasks(single, multi, number, balance)
     with connect() as client:
         run = client.train(
-            name=name, trunk=trunk, tasks=tasks, train=file, test=test, text=text, tune=tune, epochs=epochs,
+            name=name, trunk=trunk, tasks=tasks, train=file, test=test,
+            text=texts if len(texts) > 1 else next(iter(texts), "text"), numbers=numbers, tune=tune, epochs=epochs,
             image=image, features=features, media_root=media_root,
             patience=patience, seed=seed, version=version, licence=licence, command=command_line(),
         )  # fmt: skip

@@ -191,7 +191,7 @@ class _Column:
                 "name the task alone; --positive LABEL asks for a label's score",
             )
         self._known: tuple[str, ...] = (
-            tuple(spec.get("labels") or ()) if self._kind in ("label", "labels", "spans") else ()
+            tuple(answers.labels) if self._kind in ("label", "labels", "spans") else ()
         )
         self._positive = self._positive_of(labels, field, asked.positive)
         #: For labels with a positive one: its score in each row.
@@ -320,7 +320,7 @@ class _Column:
 
 
 def _kind(task: str, answers: Answers) -> AnswerKind:
-    match answers.column.kind:
+    match answers.kind:
         case "json":
             return "text" if answers.written else "json"
         case "vector":

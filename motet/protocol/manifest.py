@@ -11,6 +11,7 @@ import json
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
+from math import ceil
 from typing import Annotated, Any, Literal
 
 from motet.messages.message import ApiMessage, Limit
@@ -40,23 +41,19 @@ ANSWERS: Mapping[str, frozenset[str]] = {
 }
 
 #: Task kind -> kind of its column, where the model answers as text: labels that the task brings, or JSON values.
-#: Of generate and chat that is ``{"text": …, "finish": "stop" | "length"}``, unless a schema says otherwise.
+#: Of generate and chat that is ``{"text": …, "finish": "stop" | "length"}``, unless a schema says otherwise; of choose
+#: with labels that each row brings, which have no codes, ``{"label": …, "score": …}``, with ``scores`` where asked for.
 _OF_TEXT: Mapping[str, Kind] = {"generate": "json", "chat": "json", "choose": "label", "extract": "json"}
 #: The same of a model that answers as match.
 _OF_MATCH: Mapping[str, Kind] = {"choose": "label", "embed": "vector"}
 
 
-def column_kind(task_kind: str, model: Manifest) -> Kind:
-    """Kind of the column that a task of this kind gets from this model."""
-    return column_kind_of(task_kind, model.answers)
-
-
-def column_kind_of(task_kind: str, answers: Answer) -> Kind:
-    """Kind of the column that a task of this kind gets from a model that answers so."""
+def column_kind(task: Mapping[str, Any], answers: Answer) -> Kind:
+    """Kind of the column that a task (``Task.to_json``) gets from a model that answers so."""
     if answers == "text":
-        return _OF_TEXT[task_kind]
+        return "json" if isinstance(task.get("labels"), str) else _OF_TEXT[str(task.get("kind", ""))]
     if answers == "match":
-        return _OF_MATCH[task_kind]
+        return _OF_MATCH[str(task.get("kind", ""))]
     match answers:
         case "models" | "artefact" | "ranking":
             return "json"
@@ -96,6 +93,8 @@ _SHA256 = r"[0-9a-f]{64}"
 SUFFIXES = (".safetensors", ".json", ".txt", ".model", ".jinja")
 #: What an artefact is made of.
 ARTEFACT_SUFFIXES = (".json", ".safetensors", ".parquet")
+#: Bytes in memory of a byte of such a file, about: numbers and texts of JSON become objects, Parquet is compressed.
+_ARTEFACT_WIDTHS: Mapping[str, int] = {".json": 4, ".safetensors": 1, ".parquet": 3}
 #: An artefact's ``engine``, which is none: the function that reads it runs it.
 ARTEFACT = "artefact"
 _MOST_FILES = 1000
@@ -161,6 +160,17 @@ class Manifest(ApiMessage):
     ] = ()
     #: Multi-label heads: a label is given when its score reaches its threshold.
     thresholds: Annotated[tuple[float, ...], Limit("a list of numbers", most=_MOST_LABELS)] = ()
+    #: Heads on several texts, or on numbers beside one: the template of each text, in the order of the head's features.
+    #: (): it reads one text, whichever the task names.
+    inputs: Annotated[
+        tuple[Annotated[str, Limit("", least=1, most=2000)], ...],
+        Limit("a list of up to 8 templates", most=8),
+    ] = ()
+    #: The names of the numbers that a head reads beside its texts, without braces, in the order of its features.
+    numbers: Annotated[
+        tuple[Annotated[str, Limit("", least=1, most=200)], ...],
+        Limit("a list of up to 64 different names", most=64, unique=True),
+    ] = ()
     #: Parameters of the trunk (or whole model), for predictions of memory and cost.
     parameters: _Count = 0
     #: Bytes that each of them takes in memory in any format (1: packed to eight bits); 0: as many as the format's.
@@ -217,6 +227,8 @@ class Manifest(ApiMessage):
             decisive["reads"] = self.reads
         if self.keywords:
             decisive["keywords"] = dict(sorted(self.keywords.items()))
+        if self.inputs or self.numbers:
+            decisive["several"] = [list(self.inputs), list(self.numbers)]
         if "url" in self.source:
             # Of a model that another server runs, nothing is known but where it is asked for, and by which name.
             decisive["served"] = [self.source["url"], self.source.get("model", "")]
@@ -237,7 +249,12 @@ class Manifest(ApiMessage):
         return self.parameters * (self.packed_width or WIDTHS[in_format]) if self.parameters else self.bytes
 
     def memory_mb(self, in_format: str = "fp32") -> int:
-        """Predicted memory of its weights in a numeric format, and of what comes with them."""
+        """Predicted memory of its weights in a numeric format, and of what comes with them; of an artefact that of its data."""
+        if self.answers == "artefact":
+            read = sum(
+                _ARTEFACT_WIDTHS[f".{name.rpartition('.')[2]}"] * size for name, size in self.sizes.items()
+            )
+            return ceil(read / (1 << 20))
         kept = self.kv_width * KV_TOKENS * WIDTHS[in_format]
         return int((1.1 * self.weights_bytes(in_format) + kept) / (1 << 20)) + OVERHEAD_MB
 
@@ -245,7 +262,7 @@ class Manifest(ApiMessage):
     def from_json(cls, spec: Mapping[str, Any]) -> Manifest:
         """Build from JSON written by ``to_json``; unknown keys are ignored, so that old readers read new files."""
         values = {k: v for k, v in spec.items() if k in _FIELDS}
-        for key in ("labels", "thresholds", "formats"):
+        for key in ("labels", "thresholds", "formats", "inputs", "numbers"):
             values[key] = tuple(values.get(key, ()))
         return cls(**values)
 

@@ -22,7 +22,7 @@ from motet.protocol.values import Value, plain_text
 #: Major of the protocol: a worker of another major gets no work. It grows when a message changes its meaning, or
 #: loses or gains a field that a reader cannot do without. Anything else is a minor change and needs no number:
 #: a reader passes over fields that it does not know, and takes the default of those that are not there.
-PROTOCOL = 2
+PROTOCOL = 3
 #: The header in which a worker names the lease that it works under: ``<subtask>.<attempt>.<nonce>``.
 LEASE_HEADER = "Motet-Lease"
 
@@ -53,7 +53,21 @@ class TaskOrder:
 
     @property
     def column_kind(self) -> Kind:
-        return column_kind(str(self.spec.get("kind", "")), self.manifest)
+        return column_kind(self.spec, self.manifest.answers)
+
+
+def texts_of(tasks: Iterable[TaskOrder]) -> tuple[str, ...]:
+    """The templates of the texts that a trunk reads apart for these tasks, in order of first use.
+
+    (): their input is no text, or it is read otherwise, as by functions and language models.
+    """
+    found: dict[str, None] = {}
+    for task in tasks:
+        if task.spec["kind"] == "function":
+            return ()
+        read = task.spec.get("input", ())
+        found |= dict.fromkeys([read] if isinstance(read, str) else read)
+    return tuple(found)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -74,12 +88,14 @@ class Assignment:
     #: Tokens read per row, special ones included; 0: the model's own limit.
     max_tokens: int
     tasks: tuple[TaskOrder, ...]
-    #: Rendered input of each row, one text per row.
+    #: Rendered input of each row, one text per row. Where heads read several texts of it, all of these behind each other;
+    #: the worker renders each by ``fields``.
     texts: tuple[str, ...]
     #: What the texts stand for, where the whole input is one field that is not text alone, and a function reads it; or
     #: that holds media, and a model reads them.
     values: tuple[Value, ...] = ()
-    #: What other templates of the tasks name (fields of the row, answers of other tasks) -> a text per row.
+    #: What other templates of the tasks name (fields of the row, answers of other tasks) -> a text per row. And the
+    #: template of labels that each row brings (``{candidates}``, with its braces) -> JSON per row.
     fields: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     #: Index in the job of each row; only where a task draws its answers, or its text is told as it is written.
     indices: tuple[int, ...] = ()

@@ -11,10 +11,14 @@ from dataclasses import KW_ONLY, dataclass
 from typing import Any
 
 from motet.errors import InvalidJob, Problem
+from motet.inputs import number_in
+from motet.options import MOST_NUMBERS, MOST_TEXTS, is_template
+from motet.protocol.values import NoValue, clean, plain_text
 from motet.rows import MAX_PROBLEMS, records
 from motet.sources import Source
 from motet.tasks import Number, short
-from motet.training.recipe import Target
+from motet.templates import filled, is_placeholder, part_of, placeholders, resolved
+from motet.training.recipe import Numbers, Target
 
 #: Share of the rows that is kept for the test where no test rows are given.
 TEST_SHARE = 0.15
@@ -44,12 +48,21 @@ Learned = Labels | Number
 class Lesson:
     """Labelled rows, read and checked."""
 
-    #: What is read of each row: its text, or what stands for its picture. Training rows first.
+    #: What is read of each row: its text, or what stands for its picture; of a row that has several texts, one behind the
+    #: other. Training rows first.
     inputs: Sequence[Any]
     train_rows: int
     targets: tuple[Target, ...]
+    #: Of the texts, where heads read several of them, or numbers beside: as a recipe's ``inputs``.
+    templates: tuple[str, ...] = ()
+    #: As in a recipe.
+    numbers: tuple[Numbers, ...] = ()
     #: Sha256 of all of it.
     digest: str
+
+    @property
+    def rows(self) -> int:
+        return len(self.inputs) // max(1, len(self.templates))
 
 
 def read_lesson(
@@ -57,24 +70,26 @@ def read_lesson(
     test: Source | None,
     tasks: Mapping[str, Learned],
     *,
-    text: str = "text",
+    text: str | Sequence[str] = "text",
+    numbers: Sequence[str] = (),
     image: str | None = None,
     seed: int = 0,
 ) -> Lesson:
     """Read labelled rows. Without ``test`` some rows of ``train`` are kept for it, by ``seed``.
 
-    ``text``: the field that is read; or ``image``, a field that holds pictures, in any form that ``Client.submit`` takes.
-    Raises InvalidJob that names rows and fields: no text, no such field, a label that no training row has, one label
-    only, NaN.
+    ``text``: the field that is read, or a template, or several of either; or ``image``, a field that holds pictures, in any
+    form that ``Client.submit`` takes. ``numbers``: names of fields, or parts of them, that are numbers, read beside the
+    texts. Raises InvalidJob that names rows and fields: no text, no such field, a label that no training row has, one
+    label only, NaN, what is no number.
     """
     if not tasks:
         raise InvalidJob.of("tasks", "none", "what to learn", 'give {"topic": Labels("topic")}')
-    found = _Reading(tasks, image or text, pictures=image is not None)
+    found = _Reading(tasks, text, numbers, image)
     found.read("train", train)
-    n = len(found.inputs)
+    n = len(found.rows)
     if test is not None:
         found.read("test", test)
-        order = list(range(len(found.inputs)))
+        order = list(range(len(found.rows)))
     else:
         order = list(range(n))
         random.Random(seed).shuffle(order)
@@ -87,15 +102,25 @@ def read_lesson(
         )
     if found.problems:
         raise InvalidJob(found.problems[:MAX_PROBLEMS])
-    inputs = [found.inputs[i] for i in order]
+    inputs = [one for i in order for one in found.rows[i]]
     targets = tuple(found.target(name, order, n, held_out=test is not None) for name in tasks)
+    beside = tuple(found.number(name, order, n) for name in found.numbers)
     if found.problems:
         raise InvalidJob(found.problems[:MAX_PROBLEMS])
     told = [one if isinstance(one, str) else _digest_of(one) for one in inputs]
     digest = hashlib.sha256(json.dumps([told, n], ensure_ascii=False).encode("utf-8", "replace"))
     for target in targets:
         digest.update(json.dumps([target.name, target.kind, target.labels]).encode() + target.truth)
-    return Lesson(inputs=inputs, train_rows=n, targets=targets, digest=digest.hexdigest())
+    for one in beside:
+        digest.update(one.name.encode() + one.values)
+    return Lesson(
+        inputs=inputs,
+        train_rows=n,
+        targets=targets,
+        templates=found.templates if len(found.templates) > 1 or beside else (),
+        numbers=beside,
+        digest=digest.hexdigest(),
+    )
 
 
 def _digest_of(picture: object) -> str:
@@ -109,9 +134,22 @@ def _digest_of(picture: object) -> str:
 class _Reading:
     """Rows as they are read, and what is wrong with them."""
 
-    def __init__(self, tasks: Mapping[str, Learned], field: str, *, pictures: bool) -> None:
-        self.tasks, self._field, self._pictures = tasks, field, pictures
-        self.inputs: list[Any] = []
+    def __init__(
+        self,
+        tasks: Mapping[str, Learned],
+        text: str | Sequence[str],
+        numbers: Sequence[str],
+        image: str | None,
+    ) -> None:
+        """Raises InvalidJob for what names no text, and no number."""
+        self.tasks, self._image = tasks, image
+        #: The field of the only text or picture, where it is no template.
+        self._field = image or (text if isinstance(text, str) and "{" not in text else None)
+        self.templates = () if image else templates_of(text)
+        self.numbers = names_of(numbers)
+        #: Of each row its texts, or its picture.
+        self.rows: list[tuple[Any, ...]] = []
+        self._numbers: dict[str, list[float | None]] = {name: [] for name in self.numbers}
         self.problems: list[Problem] = []
         #: Task -> what is true of each row: a label, labels, a number; None where it is not known.
         self._truth: dict[str, list[Any]] = {name: [] for name in tasks}
@@ -127,10 +165,10 @@ class _Reading:
                 self._wrong(part, "", "a row that is no mapping", "fields: a text and its labels", index)
                 continue
             has |= row.keys()
-            said = row.get(self._field)
-            self._check_input(part, said, index)
-            self.inputs.append(said if self._pictures or isinstance(said, str) else "")
+            self.rows.append(self._read_of(part, row, index))
             self._places.append((part, index))
+            for name, values in self._numbers.items():
+                values.append(self._number_of(part, name, row, index))
             for name, learned in self.tasks.items():
                 self._truth[name].append(self._true(part, learned, row, index))
         if not self._places or self._places[-1][0] != part:
@@ -147,12 +185,48 @@ class _Reading:
                     )
                 )  # fmt: skip
 
-    def _check_input(self, part: str, said: object, index: int) -> None:
-        what = "picture" if self._pictures else "text"
+    def _read_of(self, part: str, row: Mapping[str, Any], index: int) -> tuple[Any, ...]:
+        """A row's picture or texts."""
+        if self._field is not None:
+            said = row.get(self._field)
+            self._check_input(part, self._field, said, index)
+            return (said if self._image or isinstance(said, str) else "",)
+        texts = []
+        for template in self.templates:
+            values = {}
+            for name in dict.fromkeys(resolved(one, ()).name for one in placeholders(template)):
+                values[name] = self._value(part, name, row, index)
+            texts.append(filled(template, values))
+        if not any(text.strip() for text in texts):
+            self._wrong(part, "", "no text at all", f"a text in {' or '.join(self.templates)}", index)
+        return tuple(texts)
+
+    def _check_input(self, part: str, field: str, said: object, index: int) -> None:
+        what = "picture" if self._image else "text"
         if isinstance(said, str) and not said.strip():
-            self._wrong(part, self._field, f"an empty {what}", f"a {what}", index)
-        elif said is None or not (self._pictures or isinstance(said, str)):
-            self._wrong(part, self._field, f"no {what} in {short(self._field)}", f"a {what}", index)
+            self._wrong(part, field, f"an empty {what}", f"a {what}", index)
+        elif said is None or not (self._image or isinstance(said, str)):
+            self._wrong(part, field, f"no {what} in {short(field)}", f"a {what}", index)
+
+    def _number_of(self, part: str, name: str, row: Mapping[str, Any], index: int) -> float | None:
+        """A number beside the texts; None where it is null."""
+        meant = resolved(name, ())
+        value = self._value(part, meant.name, row, index)
+        try:
+            return number_in(plain_text(part_of(value, meant.steps)))
+        except ValueError:
+            self._wrong(part, name, "no number", "a number, or null where it is not known", index)
+            return None
+
+    def _value(self, part: str, name: str, row: Mapping[str, Any], index: int) -> Any:
+        if name not in row:
+            self._wrong(part, name, "no such field", "a value, or null", index)
+            return None
+        try:
+            return clean(row[name])
+        except NoValue as no:
+            self._wrong(part, name, no.got, no.expected, index)
+            return None
 
     def _true(self, part: str, learned: Learned, row: Mapping[str, Any], index: int) -> Any:
         field = field_of(learned)
@@ -233,6 +307,14 @@ class _Reading:
         known_truth = [one if one is None or one in known else None for one in truth]
         return Target.single(name, labels, known_truth, balance=learned.balance)
 
+    def number(self, name: str, order: Sequence[int], train_rows: int) -> Numbers:
+        """A number beside the texts, of the rows in this order. Notes as a problem that no training row has it."""
+        values = [self._numbers[name][i] for i in order]
+        if all(one is None for one in values[:train_rows]):
+            told = "a number in some training rows"
+            self.problems.append(Problem(f"train.{name}", "null in all of them", told, "leave it out"))
+        return Numbers.of(name, values)
+
     def _too_few(self, name: str, learned: Learned, got: str, expected: str) -> None:
         self.problems.append(
             Problem(
@@ -242,6 +324,32 @@ class _Reading:
                 "add rows of another kind",
             )
         )
+
+
+def templates_of(text: str | Sequence[str]) -> tuple[str, ...]:
+    """The templates of the texts: a name without braces is a field. Raises InvalidJob."""
+    given = (text,) if isinstance(text, str) else tuple(text)
+    templates = tuple(f"{{{one}}}" if isinstance(one, str) and "{" not in one else one for one in given)
+    remedy = 'name a field, such as "body", or write templates, such as ("{history}", "{messages[-1]}")'
+    if not 1 <= len(templates) <= MOST_TEXTS:
+        raise InvalidJob.of("text", f"{len(templates)} texts", f"1 to {MOST_TEXTS}", remedy)
+    for one, template in zip(given, templates, strict=True):
+        if not is_template(template):
+            raise InvalidJob.of("text", short(one), "a field, or a template", remedy)
+    return templates
+
+
+def names_of(numbers: Sequence[str]) -> tuple[str, ...]:
+    """The names of the numbers. Raises InvalidJob."""
+    given = (numbers,) if isinstance(numbers, str) else tuple(numbers)
+    if len(given) > MOST_NUMBERS or len(set(given)) < len(given):
+        got = f"{len(given)} names"
+        raise InvalidJob.of("numbers", got, f"up to {MOST_NUMBERS} different ones", "leave some out")
+    for one in given:
+        if not isinstance(one, str) or not is_placeholder(one):
+            remedy = "write it without braces, such as age or customer[income]"
+            raise InvalidJob.of("numbers", short(one), "the name of a field, or of a part of one", remedy)
+    return given
 
 
 def field_of(learned: Learned) -> str:

@@ -100,6 +100,32 @@ class Target:
         return cls(name=name, kind="number", truth=packed)
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Numbers:
+    """A number that heads read beside the texts: its name, and its value in each row."""
+
+    #: As templates name it, without braces.
+    name: str
+    #: Little-endian float64, NaN where it is missing. Training rows first, then test rows.
+    values: bytes
+
+    @classmethod
+    def of(cls, name: str, values: Sequence[float | None]) -> Numbers:
+        packed = little_endian(array("d", (float("nan") if one is None else one for one in values)))
+        return cls(name=name, values=packed)
+
+    def to_json(self) -> dict[str, Any]:
+        return {"name": self.name, "values": base64.b64encode(pack(self.values)).decode()}
+
+    @classmethod
+    def from_json(cls, spec: Mapping[str, Any], rows: int) -> Numbers:
+        """Raises ValueError where it is none for so many rows."""
+        raw = unpack(base64.b64decode(spec["values"], validate=True))
+        if not isinstance(raw, bytes) or len(raw) != 8 * rows:
+            raise ValueError("numbers")
+        return cls(name=str(spec["name"]), values=raw)
+
+
 #: Struct code of a truth.
 _CODES: Mapping[str, str] = {"single": "h", "multi": "B", "number": "f"}
 
@@ -119,6 +145,11 @@ class Recipe:
     train_rows: int
     test_rows: int
     targets: tuple[Target, ...]
+    #: The templates of the texts that a head reads, which are so many rows of that job for each row, one behind the
+    #: other; (): one text, whichever a task names.
+    inputs: tuple[str, ...] = ()
+    #: The numbers that a head reads beside them.
+    numbers: tuple[Numbers, ...] = ()
     #: What learns: heads alone, the trunk by low-rank changes as well (Hu et al., 2021), or all of it.
     tune: Tune = "heads"
     #: Epochs of the heads on the frozen trunk, then those in which the trunk learns too.
@@ -148,8 +179,14 @@ class Recipe:
     licence: str = ""
 
     def to_json(self) -> dict[str, Any]:
-        plain = {f.name: getattr(self, f.name) for f in fields(self) if f.name != "targets"}
-        return {**plain, "targets": [target.to_json() for target in self.targets]}
+        plain = {f.name: getattr(self, f.name) for f in fields(self) if f.name not in _OF_ROWS}
+        told = {name: [one.to_json() for one in getattr(self, name)] for name in _OF_ROWS}
+        return {**plain, **told}
+
+    @property
+    def texts(self) -> int:
+        """Texts of a row."""
+        return max(1, len(self.inputs))
 
     def dumps(self) -> str:
         return json.dumps(self.to_json(), separators=(",", ":"), ensure_ascii=False)
@@ -159,9 +196,14 @@ class Recipe:
         """Raises ValueError where it is none; the message names the field."""
         try:
             spec = json.loads(text)
-            known = {f.name: spec[f.name] for f in fields(cls) if f.name in spec and f.name != "targets"}
+            known = {f.name: spec[f.name] for f in fields(cls) if f.name in spec and f.name not in _OF_ROWS}
+            known["inputs"] = tuple(map(str, spec.get("inputs", ())))
             rows = int(spec["train_rows"]) + int(spec["test_rows"])
-            recipe = cls(**known, targets=tuple(Target.from_json(t, rows) for t in spec["targets"]))
+            recipe = cls(
+                **known,
+                targets=tuple(Target.from_json(t, rows) for t in spec["targets"]),
+                numbers=tuple(Numbers.from_json(n, rows) for n in spec.get("numbers", ())),
+            )
         except (KeyError, TypeError, ValueError, AttributeError, BadMessage) as error:
             raise ValueError(f"no recipe of a training run: {type(error).__name__} {error}"[:200]) from None
         for field_, (low, high) in _BOUNDS.items():
@@ -174,9 +216,13 @@ class Recipe:
             raise ValueError("no recipe of a training run: features are none that are known")
         if not recipe.targets:
             raise ValueError("no recipe of a training run: no targets")
+        if recipe.numbers and not recipe.inputs:
+            raise ValueError("no recipe of a training run: numbers beside no text")
         return recipe
 
 
+#: Fields of a recipe that hold something of every row.
+_OF_ROWS = ("targets", "numbers")
 _BOUNDS: Mapping[str, tuple[float, float]] = {
     "train_rows": (2, 2**31),
     "test_rows": (0, 2**31),

@@ -18,6 +18,7 @@ from typing import Any
 
 from motet.errors import JobFailed, SetupError, Unauthorized
 from motet.http import Address, Http
+from motet.inputs import as_trained
 from motet.job import Job
 from motet.messages.training import FitList
 from motet.protocol.manifest import Manifest
@@ -148,7 +149,8 @@ class TrainRun:
         for model in self.models:
             task = model.name.removeprefix(f"{self.name}.")
             if model.trunk_model:
-                found[task] = Number(model.ref) if model.answers == "number" else Classify(model.ref)
+                asked = Number(model.ref) if model.answers == "number" else Classify(model.ref)
+                found[task] = as_trained(asked, model)
         return found
 
     def plot(self) -> str:

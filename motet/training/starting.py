@@ -44,7 +44,8 @@ class Training:
     test: Source | None
     tune: Tune
     epochs: int | None
-    text: str
+    text: str | Sequence[str]
+    numbers: Sequence[str]
     image: str | None
     features: Features
     media_root: str | os.PathLike[str] | None
@@ -62,7 +63,15 @@ def start(client: Submits, asked: Training) -> TrainRun:
     base, trainer = _models(client, asked)
     pictures = base.reads != "text"
     image = asked.image or _PICTURE if pictures else None
-    lesson = read_lesson(asked.train, asked.test, asked.tasks, text=asked.text, image=image, seed=asked.seed)
+    lesson = read_lesson(
+        asked.train,
+        asked.test,
+        asked.tasks,
+        text=asked.text,
+        numbers=asked.numbers,
+        image=image,
+        seed=asked.seed,
+    )
     recipe = _recipe(asked, base, lesson, asked.version or _next_version(client, asked.name))
     rows: Sequence[Any] = [{_PICTURE: one} for one in lesson.inputs] if pictures else lesson.inputs
     embed = Embed(base.ref, normalize=False)
@@ -76,7 +85,11 @@ def start(client: Submits, asked: Training) -> TrainRun:
     if embedded.progress.error:
         cell = next(iter(embedded.errors()))
         raise InvalidJob.of(
-            "train", f"{cell.error}: {cell.message}", "rows that the trunk reads", "leave it out", cell.row
+            "train",
+            f"{cell.error}: {cell.message}",
+            "rows that the trunk reads",
+            "leave it out",
+            cell.row // recipe.texts,
         )
     row = replace(recipe, job=embedded.id).dumps()
     job = client.submit(
@@ -116,6 +129,15 @@ def _models(client: Submits, asked: Training) -> tuple[Manifest, Manifest]:
                 'leave it out; features="stages" gives heads more to learn from',
             )
         )
+    if base.reads != "text" and (asked.numbers or not isinstance(asked.text, str)):
+        wrong.append(
+            Problem(
+                "numbers" if asked.numbers else "text",
+                f"{'numbers' if asked.numbers else 'several texts'} for {base.ref}, which reads pictures",
+                "one picture, in the field that image names",
+                "leave them out",
+            )
+        )
     if asked.features == "stages" and not base.stage_dim:
         wrong.append(
             Problem(
@@ -148,8 +170,10 @@ def _recipe(asked: Training, base: Manifest, lesson: Lesson, version: str) -> Re
             # As long as the name of the job that will be there.
             job=str(UUID(int=0)),
             train_rows=lesson.train_rows,
-            test_rows=len(lesson.inputs) - lesson.train_rows,
+            test_rows=lesson.rows - lesson.train_rows,
             targets=lesson.targets,
+            inputs=lesson.templates,
+            numbers=lesson.numbers,
             tune=asked.tune,
             features=asked.features,
             seed=asked.seed,
@@ -167,7 +191,7 @@ def _recipe(asked: Training, base: Manifest, lesson: Lesson, version: str) -> Re
     if size > MAX_ROW_BYTES:
         raise InvalidJob.of(
             "train",
-            f"labels of {size:,} bytes, packed",
+            f"labels{' and numbers' if asked.numbers else ''} of {size:,} bytes, packed",
             f"at most {MAX_ROW_BYTES:,}",
             "train on fewer rows, or fewer tasks at once",
         )

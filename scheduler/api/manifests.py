@@ -8,7 +8,10 @@ from typing import Any
 
 from motet.errors import InvalidJob, Problem
 from motet.http import is_address
+from motet.options import is_template
 from motet.protocol.manifest import ARTEFACT_SUFFIXES, KEY_ENV, SUFFIXES, Manifest
+from motet.tasks import short
+from motet.templates import is_placeholder
 from scheduler.api.bodies import taken
 
 #: What GET adds to a manifest: a manifest that was fetched may be sent back.
@@ -49,6 +52,14 @@ def _disagreements(m: Manifest) -> list[Problem]:
     ]
     if "url" in m.source:
         wrong += _served_elsewhere(m.source)
+    if (m.inputs or m.numbers) and not m.trunk_model:
+        wrong.append(("inputs", "texts or numbers", "nothing, for only a head reads several"))
+    if (m.inputs or m.numbers) and m.reads != "text":
+        wrong.append(("inputs", "texts or numbers", "nothing, for a head on pictures reads one picture"))
+    if m.numbers and not m.inputs:
+        wrong.append(("inputs", "none", "the template of the text beside its numbers"))
+    wrong += [("inputs", short(one), "templates such as {text}") for one in m.inputs if not is_template(one)]
+    wrong += [("numbers", short(one), "names of fields") for one in m.numbers if not is_placeholder(one)]
     if m.trunk_model and not m.trunk:
         wrong.append(("trunk", "nothing", f"the digest of {m.trunk_model}"))
     return [Problem(field, got, expected, "mend the manifest") for field, got, expected in wrong]

@@ -10,14 +10,15 @@ import re
 import time
 import uuid
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from typing import Annotated
+from dataclasses import dataclass, replace
+from typing import Annotated, TypeVar
 from uuid import UUID
 
 from fastapi import Header, Request, Response
 from starlette.concurrency import run_in_threadpool
 
 from motet.errors import InvalidJob, Problem
+from motet.inputs import all_as_trained
 from motet.media.fields import media_fields
 from motet.messages.jobs import JobRecord, Submission
 from motet.protocol import traces
@@ -45,6 +46,7 @@ from scheduler.store.registry import Registered, find_models, model_refs, secret
 
 log = logging.getLogger(__name__)
 routes = Routes(tags=["jobs"])
+S = TypeVar("S", bound=Submission, covariant=True)
 
 _KEY = re.compile(r"[\x20-\x7e\xa0-\xff]{1,200}")
 #: A submission for the API's description.
@@ -106,7 +108,7 @@ def _open(use: Resources, tenant: UUID, raw: bytes, key: str | None) -> Response
             return reply(describe(store.job_entry(connection, tenant, before)), status)
     use.door.admit(interactive=asked.said.priority == "interactive")
     began = time.time()
-    found = models_of(use, asked)
+    asked, found = with_models(use, asked)
     incoming = inline_rows(use, asked, found)
     if incoming is not None and (secret := _secret_for(use, tenant, incoming)):
         incoming = with_media(use, tenant, secret, incoming, refuse=True)
@@ -155,14 +157,15 @@ class FoundModels:
     registered: Sequence[str]
 
 
-def models_of(use: Resources, asked: CheckedSubmission[Submission]) -> FoundModels:
-    """Look the models of a submission up."""
+def with_models(use: Resources, asked: CheckedSubmission[S]) -> tuple[CheckedSubmission[S], FoundModels]:
+    """A submission with what its heads were trained to read, where tasks say nothing else; and its models."""
     with use.database.reading() as connection:
         wanted = {ref for task in asked.tasks.values() for ref in task.registered}
         found = find_models(connection, wanted)
         trunks = find_models(connection, {m.manifest.trunk_model for m in found.values()} - {""})
         known = model_refs(connection) if len(found) < len(wanted) else []
-    return FoundModels(models=found, trunks=trunks, registered=known)
+    tasks = all_as_trained(asked.tasks, {ref: model.manifest for ref, model in found.items()})
+    return replace(asked, tasks=tasks), FoundModels(models=found, trunks=trunks, registered=known)
 
 
 def inline_rows(use: Resources, asked: CheckedSubmission[Submission], found: FoundModels) -> Incoming | None:

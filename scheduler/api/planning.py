@@ -20,7 +20,7 @@ from motet.tasks import Prompted, Task, fields_read
 from motet.templates import filled, placeholders, render, value_in
 from scheduler.api.auth import Caller
 from scheduler.api.bodies import json_body, whole_body
-from scheduler.api.opening import SUBMISSION, inline_rows, models_of, planned_with
+from scheduler.api.opening import SUBMISSION, inline_rows, planned_with, with_models
 from scheduler.api.resources import Resources, Use
 from scheduler.api.routing import Routes, takes
 from scheduler.api.submissions import read_submission
@@ -50,8 +50,9 @@ async def plan_job(request: Request, use: Use, caller: Caller) -> Plan:
 
 
 def _dry_run(use: Resources, caller: Caller, raw: bytes) -> Plan:
-    asked = read_submission(PlanRequest, json_body(raw), max_tasks=use.settings.max_tasks)
-    found = models_of(use, asked)
+    asked, found = with_models(
+        use, read_submission(PlanRequest, json_body(raw), max_tasks=use.settings.max_tasks)
+    )
     incoming = inline_rows(use, asked, found) if asked.said.rows else None
     planned = planned_with(asked, incoming, found)
     part = incoming.part() if incoming else IncomingPart(columns={name: [] for name in asked.fields})
@@ -77,7 +78,9 @@ def _dry_run(use: Resources, caller: Caller, raw: bytes) -> Plan:
         unknown: dict[str, Value] = {names[number]: "" for number in p.needs}
         here = askable(list(rows), [unread[names[number]] for number in p.tasks])
         seen, share = _asked_of(use, caller.tenant, p, [{**rows[i], **unknown} for i in here])
-        lengths = use.counter.lengths(p.model, [filled(p.input, row, unknown) for row in seen])
+        lengths, *others = [
+            use.counter.lengths(p.model, [filled(text, row, unknown) for row in seen]) for text in p.texts
+        ]
         demand = planned.demand(p)
         timing: dict[str, Any] = {
             "seconds_per_token": [
@@ -94,9 +97,12 @@ def _dry_run(use: Resources, caller: Caller, raw: bytes) -> Plan:
             guess = estimate_prompts(p, lengths, prompts, of_it, **timing)
         else:
             too_long.update(
-                i for i, n in zip(here, lengths, strict=True) if p.max_tokens and n > p.max_tokens
+                i
+                for text in (lengths, *others)
+                for i, n in zip(here, text, strict=False)
+                if p.max_tokens and n > p.max_tokens
             )
-            guess = estimate(p, lengths, of_it, **timing)
+            guess = estimate(p, lengths, of_it, **timing, others=others)
         passes.append(
             PlannedPass(
                 kind=p.kind,

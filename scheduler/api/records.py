@@ -88,7 +88,8 @@ def _described(task: TaskEntry) -> dict[str, Any]:
         **task.spec,
         "model_ref": task.model_ref,
         **artefact,
-        "labels": list(task.labels),
+        # Rows that bring their own labels: the field that lists them.
+        "labels": list(task.labels) or task.spec.get("labels", []),
         "column": column,
     }
 

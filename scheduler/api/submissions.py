@@ -34,7 +34,7 @@ from scheduler.api.answer_schemas import schema_problems
 from scheduler.api.bodies import clean_object, misfits_of
 from scheduler.blocks import IncomingPart, absent
 from scheduler.policy.fairness import NORMAL
-from scheduler.policy.functions import beside_functions
+from scheduler.policy.functions import artefacts_mb, beside_functions
 from scheduler.policy.placing.records import Demand
 from scheduler.policy.plan import PassPlan, in_order, loaded_model, plan, reads_of, task_digest
 from scheduler.store.opening import PRIORITIES, NewJob, NewPass, NewTask
@@ -172,6 +172,7 @@ class Planned:
             age=0,
             model_ids=frozenset((self.loaded_id(planned), *(models[number].id for number in planned.tasks))),
             model=planned.model,
+            beside_mb=artefacts_mb(models[number].manifest for number in planned.tasks),
             numerics=planned.numerics,
             rate_key=planned.rate_key,
             rows_waiting=0,
@@ -219,7 +220,7 @@ def _manifests(registered: Mapping[str, Registered]) -> dict[str, Manifest]:
 def _labels(task: Task, model: Manifest) -> tuple[str, ...]:
     """What the codes of the task's cells mean."""
     if isinstance(task, Choose):
-        return task.labels
+        return task.fixed_labels
     return task.labels_of(model.labels) if isinstance(task, Classify) else model.labels
 
 

@@ -141,7 +141,7 @@ def _pass(case: Case, p: PassStanding) -> PassExplained:
                 words=words,
                 workers=len(found),
                 names=tuple(w.name for w in found[:NAMES]),
-                need_mb=min(need_mb(w, demand.model, demand.numerics) for w in found)
+                need_mb=demand.beside_mb + min(need_mb(w, demand.model, demand.numerics) for w in found)
                 if why == "too_small"
                 else None,
                 have_mb=max(room_mb(w, demand.model.engine) for w in found) if why == "too_small" else None,

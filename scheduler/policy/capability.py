@@ -68,7 +68,7 @@ def why_not(worker: WorkerState, demand: Demand) -> Why | None:
     if worker.barred == "incompatible" or (worker.barred == "starting" and not worker.engines):
         # It has not said yet, or not in our words, what it can do.
         return worker.barred
-    lack = cannot_hold(worker, demand.model, demand.numerics)
+    lack = cannot_hold(worker, demand.model, demand.numerics, demand.beside_mb)
     return lack or ("refused" if refuses(worker, demand) else worker.barred)
 
 
@@ -77,11 +77,20 @@ def refuses(worker: WorkerState, demand: Demand) -> bool:
     return not worker.refused.isdisjoint(demand.model_ids)
 
 
-def cannot_hold(worker: WorkerState, model: Manifest, numerics: str) -> Why | None:
-    """Why a worker can never load a model, however free it is; None where nothing is known against it."""
+def lacks_room_beside(worker: WorkerState, demand: Demand) -> bool:
+    """Whether a worker that can hold the pass' model has no room for the artefacts beside it."""
+    return (
+        bool(demand.beside_mb)
+        and cannot_hold(worker, demand.model, demand.numerics, demand.beside_mb) == "too_small"
+    )
+
+
+def cannot_hold(worker: WorkerState, model: Manifest, numerics: str, beside_mb: int = 0) -> Why | None:
+    """Why a worker can never load a model, with ``beside_mb`` of artefacts, however free it is; None where nothing is
+    known against it."""
     if model.engine not in worker.engines:
         return "no_engine"
-    too_small = 0 < room_mb(worker, model.engine) < need_mb(worker, model, numerics)
+    too_small = 0 < room_mb(worker, model.engine) < need_mb(worker, model, numerics) + beside_mb
     return "too_small" if too_small else None
 
 

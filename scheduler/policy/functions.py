@@ -6,7 +6,7 @@ answered by the artefact beside it. So workers fetch its files as a head's, and 
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import replace
 
 from motet.errors import Problem
@@ -27,6 +27,12 @@ def beside_functions(
         for name, model in models.items()
     }
     return answering, functions
+
+
+def artefacts_mb(beside: Iterable[Manifest]) -> int:
+    """Memory of those of these that are artefacts, each once, in MB."""
+    found = {one.digest: one.memory_mb() for one in beside if one.answers == "artefact"}
+    return sum(found.values())
 
 
 def function_problems(

@@ -61,6 +61,13 @@ def _choosing(where: str, task: Choose, model: Manifest) -> Iterator[Problem]:
             f"nothing: {model.ref} is told nothing beside labels",
             "leave it out",
         )
+    if isinstance(task.labels, str):
+        yield Problem(
+            f"{where}.labels",
+            short(task.labels),
+            f"a list of labels, the same ones for every row: {model.ref} reads the words of labels once, and not each row's",
+            "list them, or choose with a language model, which takes a row's own",
+        )
     if placeholders(task.question):
         yield Problem(
             f"{where}.question",
@@ -81,10 +88,19 @@ def _on_a_text(name: str, task: Task, model: Manifest, media: frozenset[str]) ->
             "leave it out",
         )
     for read in (one for one in task.placeholders if one in media):
-        template = next(t for t in task.templates if read in placeholders(getattr(task, t)))
         yield Problem(
-            f"tasks.{name}.{template}",
+            f"tasks.{name}.{_option_of(task, read)}",
             f"{{{read}}}, which holds pictures for another task",
             f"a field that holds text, since {model.ref} sees no pictures",
             f"take {{{read}}} out, or choose a model that reads pictures",
         )
+
+
+def _option_of(task: Task, read: str) -> str:
+    """The option in which a task names this."""
+    if isinstance(task, Choose) and task.labels == f"{{{read}}}":
+        return "labels"
+    if any(read in placeholders(text) for text in task.texts):
+        return task.templates[0]
+    beside = (option for option in task.templates[1:] if read in placeholders(getattr(task, option)))
+    return next(beside, "numbers")

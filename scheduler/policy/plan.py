@@ -19,8 +19,21 @@ from operator import or_
 from typing import Literal
 
 from motet.errors import InvalidJob, Problem
+from motet.inputs import input_problems
 from motet.protocol.manifest import ANSWERS, Manifest, column_kind
-from motet.tasks import Chat, Classify, First, Function, Prompted, Rank, Reading, Task, fields_of, short
+from motet.tasks import (
+    Chat,
+    Choose,
+    Classify,
+    First,
+    Function,
+    Prompted,
+    Rank,
+    Reading,
+    Task,
+    fields_of,
+    short,
+)
 from motet.templates import render, resolved, uses
 from scheduler.blocks import Reads
 from scheduler.policy.carve import MAX_ROWS
@@ -46,7 +59,7 @@ class PassPlan:
     numerics: Literal["fast", "exact"]
     #: Tokens read per row, special ones included; 0 where tokens mean nothing. Of a language model: its context.
     max_tokens: int
-    #: The template that all its tasks read.
+    #: The template that all its tasks read; of several texts all of their templates, one behind the other.
     input: str
     #: Numbers of its tasks in the job, ascending.
     tasks: tuple[int, ...]
@@ -58,6 +71,10 @@ class PassPlan:
     first: Literal["text", "instruction", ""] = ""
     #: The name under which this pass' speed is learned, where that is not its trunk's; "": it is.
     rate_key: str = ""
+    #: The templates of the texts that its trunk reads apart, each once for all tasks.
+    texts: tuple[str, ...] = ()
+    #: Of each of its tasks the texts that it reads, by their places; (): all of them.
+    reads: tuple[tuple[int, ...], ...] = ()
 
     @property
     def prompts(self) -> bool:
@@ -90,6 +107,7 @@ def plan(
         task, artefact = tasks[name], (artefacts or {}).get(name)
         named = getattr(task, "artefact", None) or ""
         problems += function_problems(name, task, model, artefact, _suggest(named, registered))
+    problems += [p for name, model in models.items() for p in input_problems(name, tasks[name], model)]
     problems += picture_problems(tasks, models)
     problems += _unreadable(tasks, models, needs)
     problems += cycle_problem(names, needs)
@@ -101,21 +119,27 @@ def plan(
     # In order of level and first task, since a group begins with its first task.
     order = sorted(range(len(names)), key=lambda number: (levels[number], number))
     fused: dict[tuple[object, ...], list[int]] = {}
+    #: What tasks have in common beside what they read -> the texts that heads read together, in sets without a common one.
+    together: dict[tuple[object, ...], list[set[str]]] = {}
+    alike: list[tuple[tuple[object, ...], tuple[str, ...], int]] = []
     for number in order:
         task, model = tasks[names[number]], models[names[number]]
         loaded = loaded_model(model, trunks)
         max_tokens = tokens_read(task, model, loaded)
-        shared_input = (task.shared_input, _called(task))
         own = (task.numerics, needs[number], task.when)
-        what = (*_what_is_shared(model, loaded), shared_input, max_tokens, *own)
-        fused.setdefault((*what, _order(task, loaded)), []).append(number)
+        what = (*_what_is_shared(model, loaded), _called(task), max_tokens, *own, _order(task, loaded))
+        alike.append((what, task.texts, number))
+        _join(together.setdefault(what, []), task.texts)
+    for what, texts, number in alike:
+        read = next(frozenset(found) for found in together[what] if texts[0] in found)
+        fused.setdefault((*what[:-1], read, what[-1]), []).append(number)
     resolved: dict[tuple[object, ...], list[int]] = {}
-    for (*alike, first), numbers in fused.items():
+    for (*common, first), numbers in fused.items():
         if first == "auto":
             asked = [t for number in numbers if isinstance(t := tasks[names[number]], Prompted)]
             answers = frozenset(names[number] for number in needs[numbers[0]])
             first = first_of(asked, mean_bytes or {}, answers)
-        resolved.setdefault((*alike, first), []).extend(numbers)
+        resolved.setdefault((*common, first), []).extend(numbers)
     groups = sorted(
         ((levels[numbers[0]], sorted(numbers), first) for (*_, first), numbers in resolved.items()),
         key=lambda group: group[:2],
@@ -139,6 +163,7 @@ def _pass(
     """The pass of these tasks, which have all that matters in common with the first of them."""
     task, model = tasks[names[0]], models[names[0]]
     loaded = loaded_model(model, trunks)
+    texts = tuple(dict.fromkeys(text for name in names for text in tasks[name].texts))
     speaks = loaded.answers == "text"
     return PassPlan(
         number=at,
@@ -146,7 +171,9 @@ def _pass(
         model=loaded,
         numerics=task.numerics,
         max_tokens=tokens_read(task, model, loaded),
-        input=task.shared_input,
+        input="".join(texts),
+        texts=texts,
+        reads=tuple(tuple(map(texts.index, tasks[name].texts)) for name in names) if len(texts) > 1 else (),
         tasks=tuple(numbers),
         needs=needs[numbers[0]],
         condition=task.when,
@@ -157,6 +184,12 @@ def _pass(
         else "",
         rate_key=rate_key(learned_as("", loaded), [tasks[name] for name in names]) if speaks else "",
     )
+
+
+def _join(sets: list[set[str]], texts: Sequence[str]) -> None:
+    """Note that these texts are read together: sets that have one of them become one."""
+    met = [found for found in sets if not found.isdisjoint(texts)]
+    sets[:] = [found for found in sets if found.isdisjoint(texts)] + [set(texts).union(*met)]
 
 
 def _called(task: Task) -> tuple[object, ...]:
@@ -237,7 +270,11 @@ def reads_of(planned: PassPlan, tasks: Mapping[str, Task]) -> Reads:
 def _uses_beside_input(task: Task) -> list[str]:
     # Of one that is given values, all of them are its input.
     beside = () if task.valued else task.templates[1:]
-    return [name for template in beside for name in uses(getattr(task, template))]
+    named = [name for template in beside for name in uses(getattr(task, template))]
+    if isinstance(task, Choose) and isinstance(task.labels, str):
+        # Each label is scored, and unless the task asks in its own words the question names them too.
+        named += uses(task.labels) * (1 if task.question else 2)
+    return named
 
 
 def task_digest(task: Task, model: Manifest, loaded: Manifest) -> bytes:
@@ -344,7 +381,7 @@ def _unreadable(
     """Answers that some template names and that cannot be read as text."""
     names = list(tasks)
     kinds = {
-        name: column_kind(tasks[name].kind, model)
+        name: column_kind(tasks[name].to_json(), model.answers)
         for name, model in models.items()
         if model.answers in ANSWERS[tasks[name].kind]
     }
@@ -423,22 +460,27 @@ def estimate(
     seconds_per_token: Sequence[float],
     prior_s: float,
     subtask_s: float,
+    others: Sequence[Sequence[int]] = (),
 ) -> PassEstimate:
     """What a pass will cost, from the true token count of each sampled row.
 
-    ``seconds_per_token``: one number for each live device. ``prior_s``: seconds per token to cut sub-tasks by
-    where no device is there. All of it is an estimate: carve decides later, by what is measured then.
+    ``others``: token counts of its further texts, where its trunk reads several of a row. ``seconds_per_token``: one
+    number for each live device. ``prior_s``: seconds per token to cut sub-tasks by where no device is there. All of it is
+    an estimate: carve decides later, by what is measured then.
     """
     limit = planned.max_tokens
-    read = [min(n, limit) for n in lengths] if limit else list(lengths)
-    truncated = sum(1 for n in lengths if limit and n > limit)
+    texts = [[min(n, limit) for n in text] if limit else list(text) for text in (lengths, *others)]
+    read = [n for text in texts for n in text]
+    truncated = sum(1 for row in zip(lengths, *others, strict=True) if limit and max(row) > limit)
     factor = sample.bytes_factor
     tokens = round(sum(read) * factor)
+    # Of a task that reads some of the texts only these.
+    alone = round(sum(sum(texts[place]) for places in planned.reads for place in places) * factor)
     seconds, subtasks = passing_time(tokens, sample, seconds_per_token, prior_s, subtask_s)
     return PassEstimate(
         tokens=tokens,
         computed_tokens=round(padded_tokens(read) * factor),
-        unfused_tokens=tokens * len(planned.tasks),
+        unfused_tokens=alone if planned.reads else tokens * len(planned.tasks),
         truncated_rows=round(truncated * sample.rows_factor),
         seconds=seconds,
         subtasks=subtasks,

@@ -44,7 +44,7 @@ def first_of(
 def instruction(task: Prompted) -> str:
     """The template of what is asked about the text."""
     if isinstance(task, Choose):
-        return task.question or " ".join(task.labels)
+        return task.question or (task.labels if isinstance(task.labels, str) else " ".join(task.labels))
     return task.prompt if isinstance(task, Generate | Extract) else ""
 
 
@@ -75,7 +75,8 @@ def rate_key(trunk: str, tasks: Sequence[Task]) -> str:
             task.kind,
             _power_of_two(getattr(task, "max_tokens", 0)),
             _power_of_two(len(instruction(task).encode())) if isinstance(task, Prompted) else 0,
-            len(task.labels) if isinstance(task, Choose) else 0,
+            # Where rows bring their own labels nobody knows how many before.
+            len(task.fixed_labels) if isinstance(task, Choose) else 0,
             # Thoughts are most of what is written; a task without them keeps the name that it had.
             *(["thinks"] if task.thinking and not isinstance(task, Choose) else []),
         )

@@ -16,6 +16,7 @@ from motet.states import CARVED, State
 from scheduler.blocks import Reads, read_in_order, row_order, uint32s
 from scheduler.policy.beginnings import bounds
 from scheduler.policy.carve import Frontier, OpenBlock, Piece, Range
+from scheduler.policy.functions import KEYWORD, artefacts_mb
 from scheduler.policy.placing.records import Demand
 from scheduler.store.database import together
 from scheduler.store.manifests import Manifests
@@ -100,6 +101,12 @@ def _demands(
 ) -> list[Demand]:
     rows = [row for row in found if row.n_rows > 0]
     models = manifests.of(connection, {(row.model, row.model_created) for row in rows})
+
+    def beside_mb(row: Row[Any]) -> int:
+        if KEYWORD not in models[row.model, row.model_created].keywords:
+            return 0
+        return artefacts_mb(manifests.beside(connection, {*row.model_ids} - {row.model}))
+
     return [
         Demand(
             job=str(row.job_id),
@@ -111,6 +118,7 @@ def _demands(
             model_ids=frozenset(row.model_ids),
             numerics=row.numerics,
             model=models[row.model, row.model_created],
+            beside_mb=beside_mb(row),
             rate_key=row.rate_key,
             dependent=row.dependent,
             loading=row.loading,

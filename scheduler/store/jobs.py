@@ -12,7 +12,7 @@ from sqlalchemy import Connection, text
 
 from motet.errors import NotFound
 from motet.protocol.columns import Kind
-from motet.protocol.manifest import column_kind_of
+from motet.protocol.manifest import column_kind
 from motet.states import State
 from scheduler.store.database import Asked, together
 from scheduler.store.results import VECTORS
@@ -169,7 +169,7 @@ def _entries(rows: Sequence[Any], found_tasks: Sequence[Any], found_passes: Sequ
                 model_ref=t.loaded_ref if t.answers == "artefact" else t.ref,
                 artefact_ref=t.ref if t.answers == "artefact" else "",
                 labels=tuple(t.labels),
-                kind=column_kind_of(t.kind, t.answers),
+                kind=column_kind(t.spec, t.answers),
                 dim=t.dim,
                 dtype=t.dtype,
             )

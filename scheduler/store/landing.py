@@ -153,7 +153,7 @@ def loading(connection: Connection, tenant: UUID, job: UUID) -> LoadingJob:
                 condition=condition_of(row.name) if tasks[row.name].conditional else "",
             )
         )
-        kinds.append(column_kind(row.kind, model))
+        kinds.append(column_kind(row.spec, model.answers))
         passes.setdefault(row.pass_number, []).append(row.number)
         reads[row.pass_number] = Reads(tuple(row.reads), row.bytes_beside, row.max_tokens)
         if row.condition is not None:

@@ -16,6 +16,9 @@ ModelId = tuple[int, datetime]
 _MANIFESTS = text("SELECT id, created, manifest FROM model WHERE id = ANY(:ids)")
 
 
+_BY_ID = text("SELECT manifest FROM model WHERE id = ANY(:ids)")
+
+
 class Manifests:
     """Those that were asked for lately. Threads of the API may share one."""
 
@@ -35,3 +38,7 @@ class Manifests:
                 self._known.clear()
             self._known.update(found)
         return found
+
+    def beside(self, connection: Connection, ids: Collection[int]) -> list[Manifest]:
+        """The manifests of these models, read anew: of artefacts beside functions, which few passes have."""
+        return [Manifest.from_json(row.manifest) for row in connection.execute(_BY_ID, {"ids": list(ids)})]

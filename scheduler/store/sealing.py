@@ -69,7 +69,7 @@ def task_shapes(connection: Connection, job: UUID, pass_number: int) -> list[Tas
                 row.number,
                 row.name,
                 asked_fields(row.name, stored_task(row.spec), row.names),
-                column_kind(row.kind, manifest),
+                column_kind(row.spec, manifest.answers),
                 row.n_labels,
                 manifest.vector_dim(row.spec),
                 row.spec.get("dtype", "fp32"),

@@ -183,7 +183,7 @@ class House:
             bad = absents(one, {number: shape.reads for number, shape in shapes.items()})
             for task in tasks:
                 absent = {i: CellError(*why) for i, why in bad[task.number].items()} | dict(failing or {})
-                kind = column_kind(task.kind, Manifest.from_json(task.manifest))
+                kind = column_kind(task.spec, Manifest.from_json(task.manifest).answers)
                 column = answers_of(kind, one.n_rows, absent, task.spec, len(task.labels))
                 key = one.keys[task.number] if task.number < len(one.keys) else None
                 stored = sealing.store_column(connection, tenant, column, key)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import struct
 from collections.abc import Callable, Mapping
 from dataclasses import replace
@@ -12,10 +13,11 @@ from uuid import UUID
 import pytest
 
 from motet.errors import Problem
+from motet.inputs import as_trained
 from motet.protocol.columns import ERROR, CellError, Column
 from motet.protocol.manifest import Manifest
-from motet.protocol.wire import Assignment, Outcome, Spent
-from motet.tasks import Choose, Classify, Function, Generate, Rank, Task
+from motet.protocol.wire import Assignment, Outcome, Spent, texts_of
+from motet.tasks import Choose, Classify, Extract, Function, Generate, Rank, Task
 from scheduler.policy.prompt_order import ANSWER_BYTES
 from scheduler.store import endings, explain
 from scheduler.store.registry import tenant_named
@@ -483,6 +485,76 @@ def test_parts_of_answers_and_of_fields_come_as_text_and_functions_get_values(ho
         assert g["summary.text"].startswith("ROW ")
         assert g["summary.gone"] is None
     assert check(house, job).state == "succeeded"
+
+
+def choose_the_last(a: Assignment, outcome: Outcome) -> Outcome:
+    """Of a row's own labels the last one; an error where they are none."""
+    columns = dict(speak(a, outcome).columns)
+    for order in a.tasks:
+        if order.spec["kind"] == "choose":
+            lists = map(json.loads, a.fields[order.spec["labels"]])
+            columns[order.name] = of_json(*(json.dumps({"label": one[-1], "score": 0.5}) for one in lists))
+    return replace(outcome, columns=columns, spent=speak(a, outcome).spent)
+
+
+def test_labels_of_a_row_come_as_a_list_and_what_was_chosen_is_read_like_any_label(house: House) -> None:
+    rows: list[dict[str, Any]] = [
+        {"text": f"row {i}", "hits": [f"hit {i}", "x" * (1 + i % 2)]} for i in range(6)
+    ]
+    tasks: dict[str, Task] = {
+        "pick": Choose("llm", labels="{hits}"),
+        "why": Generate("llm", prompt="Why {pick}, so {pick.score}?"),
+        "twice": Generate("llm", prompt="Again.", when="pick == 'xx'"),
+        "of": Choose("llm", labels="{data.names}", about="{text} {pick}"),
+        "data": Extract("llm", schema={"type": "object"}),
+    }
+
+    def answer(a: Assignment, outcome: Outcome) -> Outcome:
+        said = choose_the_last(a, outcome)
+        data = {"data": of_json(*['{"names": ["a", "b"]}'] * len(a.texts))}
+        return replace(said, columns={**said.columns, **(data if "data" in said.columns else {})})
+
+    job = land(house.database, rows, tasks, block_rows=4)
+    sent = seen(house, job, answer)
+    why = [a for a in sent if a.tasks[0].name == "why"]
+    assert sorted(word for a in why for word in a.fields["pick"]) == ["x"] * 3 + ["xx"] * 3
+    assert all(set(a.fields["pick.score"]) == {"0.5"} for a in why)
+    assert sum(len(a.texts) for a in sent if a.tasks[0].name == "twice") == 3
+    of = [a.fields["{data.names}"] for a in sent if a.tasks[0].name == "of"]
+    assert {one for lists in of for one in lists} == {'["a", "b"]'}
+    assert check(house, job).state == "succeeded"
+
+
+def test_a_head_on_several_texts_is_sent_what_each_of_them_names(house: House) -> None:
+    pair = replace(HEAD, name="pair", inputs=("{a}|", "{b}"), numbers=("n", "size.score"))
+    near = replace(pair, name="near", numbers=("n",))
+    register(house.database, pair, near)
+    rows: list[dict[str, Any]] = [{"a": f"a {i}", "b": f"b{i}", "n": i or None} for i in range(5)]
+    size = Classify("length", input="{b}")
+    both = as_trained(Classify("pair"), pair)
+
+    def sent_of(tasks: dict[str, Task]) -> list[Assignment]:
+        job = land(house.database, rows, tasks, block_rows=3)
+        sent = seen(house, job, lambda _, outcome: outcome)
+        assert check(house, job).state == "succeeded"
+        return [a for a in sent if a.tasks[0].name != "size"]
+
+    for a in sent_of({"size": size, "both": both}):
+        assert texts_of(a.tasks) == ("{a}|", "{b}")
+        assert set(a.fields) == {"a", "b", "n", "size.score"}
+        assert [f"{x}|{y}" for x, y in zip(a.fields["a"], a.fields["b"], strict=True)] == list(a.texts)
+        assert set(a.fields["n"]) <= {"", "1", "2", "3", "4"}
+        assert list(map(float, a.fields["size.score"])) == [0.5] * len(a.texts)
+    # Fused with what reads one of the texts, of which the answers are there already: it brings both all the same.
+    near_task = as_trained(Classify("near"), near)
+    for a in sent_of({"other": size, "near": near_task}):
+        assert [t.name for t in a.tasks] == ["near"]
+        assert (set(a.fields), texts_of(a.tasks)) == ({"a", "b", "n"}, ("{a}|", "{b}"))
+    # And the other way round: the text that is read alone comes alone.
+    for a in sent_of({"near": near_task, "third": replace(size, scores=True)}):
+        assert [t.name for t in a.tasks] == ["third"]
+        assert (a.fields, texts_of(a.tasks)) == ({}, ("{b}",))
+        assert set(a.texts) <= {f"b{i}" for i in range(5)}
 
 
 def test_a_cross_encoder_gets_its_query_and_its_documents_as_values(house: House) -> None:

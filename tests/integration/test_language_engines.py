@@ -22,7 +22,8 @@ from workers.engine import CannotLoad, Ended, Engine, Pass, Prepared
 from workers.engines import InstalledEngines
 from workers.engines.causal.causal import CausalEngine
 from workers.engines.served import chat_server, openai
-from workers.engines.served.openai import OpenAIEngine, beginnings, named
+from workers.engines.served.naming import beginnings, named
+from workers.engines.served.openai import OpenAIEngine
 from workers.registrar.describe import describe_folder
 from workers.run.batch_adapter import run_to_the_end
 

@@ -34,12 +34,12 @@ SEED = int(os.environ.get("MACHINE_SEED", "0"))
 MOST_TRANSACTIONS = 15
 #: Rule -> how often it comes in a burst, and the largest of each number that it is called with.
 RULES: dict[str, tuple[int, tuple[int, ...]]] = {
-    "submit": (4, (11, 4, 6, 20, 6)),
-    "upload": (3, (5, 4, 6, 12)),
+    "submit": (4, (11, 4, 8, 20, 6)),
+    "upload": (3, (5, 4, 8, 12)),
     "part": (8, (1, 3, 5, 12, 3, 7)),
     "part_again": (2, (1, 3, 5)),
     "close_late": (3, (1, 3, 7)),
-    "open": (2, (6,)),
+    "open": (2, (8,)),
     "ask": (10, (1, 3, 5, 20)),
     "ask_again": (5, (1, 20, 2)),
     "ask_drop": (5, (1, 3, 5)),
@@ -145,7 +145,7 @@ class Machine(RuleBasedStateMachine):
             raise
 
     @initialize(
-        numbers=st.tuples(*(st.integers(0, most) for most in RULES["submit"][1])), tasks=st.integers(0, 13)
+        numbers=st.tuples(*(st.integers(0, most) for most in RULES["submit"][1])), tasks=st.integers(0, 17)
     )
     def first(self, numbers: tuple[int, ...], tasks: int) -> None:
         """Something to do: of every two plays one has an open job too."""

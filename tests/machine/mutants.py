@@ -25,6 +25,7 @@ from scheduler.dispatcher import Dispatcher
 from scheduler.policy import lifecycle
 from scheduler.policy.carve import Range
 from scheduler.policy.lifecycle import Return
+from scheduler.readable import Readable
 from scheduler.store import dependence, endings, leadership, leases, outcomes, payload_rows, words
 from scheduler.store.database import Database
 from scheduler.store.listening import Listener
@@ -262,6 +263,28 @@ def releases_before_all_is_sealed(patch: Patch) -> None:
     patch.setattr(dependence, "_FREE", text(careless))
 
 
+def holds_conditions_before_all_is_sealed(patch: Patch) -> None:
+    careful = str(dependence._FREE)
+    careless = careful.replace("WHERE NOT EXISTS", "WHERE p.condition IS NOT NULL OR NOT EXISTS", 1)
+    patch.setattr(dependence, "_FREE", text(careless))
+    compared, upstream = Readable.compared, dependence.upstream_answers
+
+    def of_what_is_sealed(connection: Connection, places: Sequence[Any]) -> Any:
+        found = upstream(connection, places)
+        return {place: found.get(place, (None, [])) for place in places}
+
+    def of_what_is_there(self: Readable, written: str, rows: Sequence[int]) -> list[Any]:
+        there = self.name_of(written) in {**self.fields, **self.answers}
+        return compared(self, written, rows) if there else [None] * len(rows)
+
+    patch.setattr(dependence, "upstream_answers", of_what_is_sealed)
+    patch.setattr(Readable, "compared", of_what_is_there)
+
+
+def runs_rows_whose_condition_does_not_hold(patch: Patch) -> None:
+    patch.setattr(dependence, "_hold_conditions", lambda connection, asked, found: None)
+
+
 def forgets_to_count_what_it_skips(patch: Patch) -> None:
     patch.setattr(
         dependence, "_COUNT_SKIPPED", text("UPDATE job SET version = version WHERE id = :job AND :n < 0")
@@ -435,6 +458,18 @@ MUTANTS: Collection[Mutant] = (
         releases_before_all_is_sealed,
         (("submit", (8, 4, 5, 20, 5)), _TICK, *_all("work"), _AGGREGATE),
         5,
+    ),
+    Mutant(
+        "condition read before its upstream is sealed",
+        holds_conditions_before_all_is_sealed,
+        (("submit", (0, 4, 8, 20, 5)), _TICK, *_all("take"), ("finish", (0, 0, 0)), _AGGREGATE),
+        23,
+    ),
+    Mutant(
+        "runs rows whose condition does not hold",
+        runs_rows_whose_condition_does_not_hold,
+        (("submit", (8, 4, 7, 20, 5)),),
+        23,
     ),
     Mutant(
         "forgets to count what it skips", forgets_to_count_what_it_skips, (("submit", (8, 4, 4, 3, 5)),), 2

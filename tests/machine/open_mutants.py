@@ -348,7 +348,7 @@ OPEN_MUTANTS: Collection[Mutant] = (
         (_OPEN, _ASK, _ROUND, _ROUND, *_MONTH),
         19,
     ),
-    Mutant("folds a key again", folds_a_key_again, (_FOLDING, _ASK, ("ask_again", (0, 0, 0))), 20),
+    Mutant("state folded twice", folds_a_key_again, (_FOLDING, _ASK, ("ask_again", (0, 0, 0))), 20),
     Mutant(
         "folds outside the lock",
         folds_outside_the_lock,

@@ -1,4 +1,4 @@
-"""The nine invariants of reliability.md 4 and 9 and those of open jobs (13 to 17, 19 to 22) and uploads (18), as far as they can be seen at any moment, over all of Postgres at once.
+"""The nine invariants of reliability.md 4 and 9 and those of open jobs (13 to 17, 19 to 22), uploads (18) and conditions (23), as far as they can be seen at any moment, over all of Postgres at once.
 
 Invariant 6 (no write under an old epoch) is checked inside each transaction of a dispatcher: see ``stage.Tap``.
 """
@@ -21,8 +21,8 @@ from scheduler.blocks import decode_block, row_order
 from scheduler.merge import array_of
 from scheduler.policy.lifecycle import MAX_DEATHS_ALONE, MAX_DEATHS_UNSEEN, MAX_TRIES
 from tests.machine.callers import amount_of, who_of
-from tests.machine.stage import Broken
-from tests.machine.world import NEEDS, Job, World, label_for, row_of
+from tests.machine.stage import HEAD, Broken
+from tests.machine.world import HELD, HELD_BY, NEEDS, Job, World, label_for, row_of
 
 _ALL = text("""
     SELECT json_build_object(
@@ -54,6 +54,8 @@ _ALL = text("""
 Place = tuple[str, int, int]
 #: Why cells have no answer that nobody waited for.
 DROPPED = ("late", "abandoned")
+#: Why cells are skipped of rows that were taken out of their pass.
+TAKEN_OUT = ("upstream", "condition")
 
 
 @dataclass
@@ -182,7 +184,7 @@ def _gone_by_right(world: World, seen: Seen, job: Job, j: dict[str, Any]) -> Non
         for row in rows:
             for task in job.tasks:
                 answer = job.cells.pop((row, task))
-                skipped = answer in ("upstream", *DROPPED)
+                skipped = answer in (*TAKEN_OUT, *DROPPED)
                 job.past["ok" if isinstance(answer, int) else "skipped" if skipped else "error"] += 1
     world.callers.forget_blocks(job.id, gone)
     past = tuple(j[f"past_{kind}"] for kind in ("ok", "error", "skipped"))
@@ -371,7 +373,7 @@ def _counters(job: Job, j: dict[str, Any], mine: dict[tuple[int, str], list[Any]
     twice = [at for at, answers in mine.items() if len(answers) > 1]
     _must(not twice, f"1: more than one result of {twice}")
     ok = sum(isinstance(answers[0], int) for answers in mine.values())
-    shown = sum(answers[0] in ("upstream", *DROPPED) for answers in mine.values())
+    shown = sum(answers[0] in (*TAKEN_OUT, *DROPPED) for answers in mine.values())
     error = len(mine) - ok - shown
     if j["state"] in CARVED:
         # A row that came in broken is an error from the first, and shown with its block.
@@ -400,9 +402,17 @@ def _right(world: World, job: Job, mine: dict[tuple[int, str], list[Any]]) -> No
         elif isinstance(answer, int):
             right = label_for(task, words)
             _must(answer == right, f"7: row {row} of {task} is {right}, not {answer}")
+            if task in HELD_BY:
+                _must(_held(mine, row, task), f"23: row {row} of {task} ran, and its condition does not hold")
+        elif answer == "condition":
+            _must(
+                _held(mine, row, task) is False,
+                f"23: row {row} of {task} is skipped, and its condition holds",
+            )
         elif answer == "upstream":
-            read = mine.get((row, NEEDS[task]), [None])[0]
-            _must(isinstance(read, str), f"7: row {row} of {task} is skipped, and {NEEDS[task]} is {read}")
+            needed = NEEDS.get(task) or HELD_BY[task]
+            read = mine.get((row, needed), [None])[0]
+            _must(isinstance(read, str), f"7: row {row} of {task} is skipped, and {needed} is {read}")
         elif answer in DROPPED:
             continue
         elif answer == "poison":
@@ -415,6 +425,12 @@ def _right(world: World, job: Job, mine: dict[tuple[int, str], list[Any]]) -> No
         else:
             failures = job.failures[_own(job, row)]
             _must(failures >= MAX_TRIES, f"9: row {row} is {answer} after {failures} failures")
+
+
+def _held(mine: dict[tuple[int, str], list[Any]], row: int, task: str) -> bool | None:
+    """Whether the condition of a task holds for a row; None where what it reads has no answer."""
+    read = mine.get((row, HELD_BY[task]), [None])[0]
+    return HEAD.labels[read] == HELD if isinstance(read, int) else None
 
 
 def _frozen(job: Job, j: dict[str, Any], mine: dict[tuple[int, str], list[Any]]) -> None:

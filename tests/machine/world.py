@@ -48,6 +48,9 @@ _TASKS = {
     # These wait, and the last one twice. Each text begins with its row still.
     "then": Classify("length", input="{text}/{size}"),
     "last": Classify("length", input="{text}+{then}"),
+    # It runs on the rows that are short by another, and the last one reads it.
+    "some": Classify("length", input="{text}:{text}", when="size == 'short'"),
+    "after": Classify("length", input="{text}-{some}"),
 }
 _CHOICES = (
     ("size",),
@@ -57,6 +60,8 @@ _CHOICES = (
     ("size", "then"),
     ("size", "then", "last"),
     ("then", "other", "size", "again"),
+    ("size", "some", "after"),
+    ("other", "size", "some"),
 )
 #: What some open jobs fold of their rows, whoever reads it.
 FOLDS = {
@@ -66,8 +71,13 @@ FOLDS = {
 }
 #: Numbers of tasks with which a job is opened so.
 _FOLDED = (2, 4, 6)
-#: Task -> the one whose answer it reads.
-NEEDS = {"then": "size", "last": "then"}
+#: Task -> the one whose answer it reads, and what stands between the row's text and that in its own.
+NEEDS = {"then": "size", "last": "then", "after": "some"}
+_BETWEEN = {"then": "/", "last": "+", "after": "-"}
+#: Task -> the one whose answer its condition reads.
+HELD_BY = {"some": "size"}
+#: The answer to which it holds.
+HELD = "short"
 #: What befalls a dispatcher at a transaction of its step; "lost" befalls a call to Redis, "swallowed"
 #: the answer to one that was carried out.
 DISPATCHER_FAULTS = ("crash after", "crash before", "away after", "away before", "freeze", "lost")
@@ -90,11 +100,12 @@ def label_of(words: str) -> int:
 
 
 def label_for(task: str, words: str) -> int:
-    """The right answer of a task about a row's text."""
+    """The right answer of a task about a row's text, where it has one."""
+    if task in HELD_BY:
+        return label_of(f"{words}:{words}")
     if task not in NEEDS:
         return label_of(words)
-    read = HEAD.labels[label_for(NEEDS[task], words)]
-    return label_of(f"{words}{'/' if task == 'then' else '+'}{read}")
+    return label_of(f"{words}{_BETWEEN[task]}{HEAD.labels[label_for(NEEDS[task], words)]}")
 
 
 def row_of(words: str) -> int:

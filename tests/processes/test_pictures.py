@@ -88,6 +88,15 @@ def test_what_does_not_go_with_pictures_is_refused_with_words(admin: Client) -> 
         admin.train(
             name="x", trunk=TRUNK, tasks={"c": Labels("colour")}, train=rows(30), image="photo", tune="all"
         )
+    with pytest.raises(InvalidJob, match=r"numbers.*one picture"):
+        admin.train(
+            name="x",
+            trunk=TRUNK,
+            tasks={"c": Labels("colour")},
+            train=rows(30),
+            image="photo",
+            numbers=["age"],
+        )
 
 
 def test_a_plan_tells_pixels_beside_tokens(admin: Client) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import signal
@@ -13,7 +14,7 @@ from typing import Any
 
 import pytest
 
-from motet import Client, InvalidJob, JobFailed, Labels, Number
+from motet import Classify, Client, Embed, InvalidJob, JobFailed, Labels, Number
 from motet.local.cluster import Cluster
 from motet.training.lesson import Learned
 from motet.training.run import TrainRun
@@ -149,3 +150,42 @@ def test_the_command_line_trains_and_tells(cluster: Cluster, tmp_path: Path) -> 
     assert "heads   5 of 5  loss" in ran.stdout
     assert "registered typed.topic@1, typed.mood@1" in ran.stdout
     assert (tmp_path / "curves.svg").read_text().startswith("<svg")
+
+
+def test_heads_on_two_texts_and_a_number_are_asked_as_they_were_trained(admin: Client) -> None:
+    every = [
+        {"thing": thing, "how": f"{how}{when}", "years": i % 7 or None, "topic": topic, "glad": str(much > 0)}
+        for i, (when, (how, much), (topic, things)) in enumerate(
+            itertools.product(WHEN, HOW.items(), THINGS.items())
+        )
+        for thing in things
+    ]
+    held = every[1::5]
+    run = admin.train(
+        name="pair", trunk="all-MiniLM-L6-v2", tasks={"topic": Labels("topic"), "glad": Labels("glad")},
+        train=[row for i, row in enumerate(every) if i % 5 != 1], test=held,
+        text=("{thing}", "it {how}."), numbers=("years",), epochs=12,
+    )  # fmt: skip
+    scores = run.answer()["scores"]
+    assert min(scores[task]["accuracy"] for task in ("topic", "glad")) > 0.9
+    assert run.tasks()["topic"] == Classify(
+        "pair.topic@1", input=("{thing}", "it {how}."), numbers=("years",)
+    )
+    # The client asks what such a head reads, and both heads share one pass with what reads one of the texts.
+    tasks = {
+        "topic": Classify("pair.topic"),
+        "glad": Classify("pair.glad"),
+        "vector": Embed("all-MiniLM-L6-v2", input="{thing}"),
+    }
+    [planned] = admin.plan(held, tasks).passes
+    assert planned.tasks == ("topic", "glad", "vector")
+    job = admin.submit(held, tasks).wait()
+    found = job.evaluate(held, ["topic", "glad"])
+    for task in ("topic", "glad"):
+        assert found.tasks[task].accuracy == pytest.approx(scores[task]["accuracy"], abs=0.02)
+    again = admin.submit(held, {"glad": tasks["glad"]}).wait()
+    assert again.progress.reused == len(held), "the same texts and numbers are not computed again"
+    old = admin.submit([{**row, "years": "old"} for row in held[:3]], {"glad": tasks["glad"]}).wait()
+    assert {error.error for error in old.errors()} == {"bad_number"}
+    with pytest.raises(InvalidJob, match=r"tasks\.glad\.input: got 1 text for pair\.glad@1, which reads 2"):
+        admin.submit(held, {"glad": Classify("pair.glad", input="{thing} {how}")})

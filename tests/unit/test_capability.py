@@ -20,6 +20,7 @@ from scheduler.facts import Facts
 from scheduler.policy.capability import LASTING, why_not, workers
 from scheduler.policy.cost import Rates
 from scheduler.policy.fairness import BULK, INTERACTIVE, NORMAL
+from scheduler.policy.functions import artefacts_mb
 from scheduler.policy.lifecycle import Hopes
 from scheduler.policy.liveness import GRACE_S
 from scheduler.policy.place import Placer
@@ -65,7 +66,7 @@ beats = st.fixed_dictionaries(
             worker=st.just(name),
             boot=st.sampled_from(["1", "2"]),
             seq=st.just(1),
-            protocol=st.sampled_from([PROTOCOL, PROTOCOL, PROTOCOL, PROTOCOL + 1]),
+            protocol=st.sampled_from([PROTOCOL, PROTOCOL, PROTOCOL, PROTOCOL - 1, PROTOCOL + 1]),
             state=st.sampled_from(["ready", "ready", "ready", "draining", "starting"]),
             device_kind=st.sampled_from(["cpu", "cuda"]),
             engines=st.sampled_from(ENGINES),
@@ -90,19 +91,21 @@ refusals = st.lists(
 names = st.sets(st.sampled_from(NAMES), max_size=1).map(frozenset)
 demands = st.lists(
     st.builds(
-        lambda i, model, head, priority, numerics: demand(
+        lambda i, model, head, priority, numerics, beside_mb: demand(
             JOBS[i],
             model,
             pass_number=i,
             model_ids=frozenset({model, head}),
             priority=priority,
             numerics=numerics,
+            beside_mb=beside_mb,
         ),
         st.integers(0, len(JOBS) - 1),
         st.integers(0, len(MODELS) - 1),
         st.sampled_from(HEADS),
         st.sampled_from([NORMAL, BULK, INTERACTIVE]),
         st.sampled_from(["fast", "exact"]),
+        st.sampled_from([0, 0, 1500]),
     ),
     min_size=1,
     max_size=4,
@@ -142,6 +145,32 @@ def worker(**more: Any) -> WorkerState:
 )
 def test_each_reason_in_its_order(more: dict[str, Any], expected: Why | None) -> None:
     assert why_not(worker(**more), demand(JOBS[0], 0, model_ids=frozenset({0, 7}))) == expected
+
+
+def test_the_artefacts_of_a_function_are_part_of_what_its_pass_needs() -> None:
+    data = {"a.json": 100 << 20, "b.safetensors": 100 << 20, "c.parquet": 100 << 20}
+    artefact = Manifest(name="films", version="1", engine="artefact", answers="artefact", sizes=data)
+    assert artefact.memory_mb() == 800
+    again = replace(artefact, version="2")
+    assert artefacts_mb([artefact, again, MODELS[0]]) == 800, "equal content is read once"
+    room = worker(memory_mb=MODELS[0].memory_mb("fp32") + 800)
+    assert why_not(room, demand(JOBS[0], 0, beside_mb=800)) is None
+    assert why_not(room, demand(JOBS[0], 0, beside_mb=801)) == "too_small"
+
+
+@pytest.mark.parametrize("protocol", [1, 2])
+def test_a_worker_of_an_older_protocol_is_given_nothing_whatever_the_pass_asks(protocol: int) -> None:
+    """It would pass over parameters, artefacts, a least score, a row's labels or a second text, and answer all the same."""
+    beat = Beat(worker="old", boot="1", seq=1, protocol=protocol, device_kind="cpu", engines=("encoder",))
+    placer = Placer(Rates(), subtask_s=2.0, ahead_s=0.5, depth=3)
+    placer.want(demand(JOBS[0], 0))
+    [old] = workers({"old": beat}, (), 1.0)
+    assert why_not(old, demand(JOBS[0], 0)) == "incompatible"
+    [mine] = workers({"new": replace(beat, worker="new", protocol=PROTOCOL)}, (), 1.0)
+    assert why_not(mine, demand(JOBS[0], 0)) is None
+    placer.worker(mine, 0.0)
+    placer.tend(0.0)
+    assert next(iter(placer.place(0.0))).worker.name == "new"
 
 
 def test_a_format_that_the_device_is_fast_at_halves_what_a_model_needs_where_the_pass_may_run_in_it() -> None:

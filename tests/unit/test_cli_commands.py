@@ -476,7 +476,7 @@ def test_an_option_that_cannot_be_read_is_told_before_anything_is_sent(
     ("task", "words"),
     [
         ("a=generate:m", "tasks.a.prompt: got nothing"),
-        ("a=choose:m,labels=one", "2 to 100 different texts"),
+        ("a=choose:m,labels=one", "got a list of one label; expected 2 to 1,000 different texts"),
         ("a=extract:m", "tasks.a.schema: got nothing"),
         ("a=generate:m,prompt=x,temperature=warm", "a number from 0 to 10"),
     ],

@@ -46,7 +46,7 @@ def test_label_priors_are_bounded_and_a_row_inside_keeps_the_one_that_it_began_w
     llama: Path,  # noqa: F811
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(rows, "PRIORS", 2)
+    monkeypatch.setattr(rows, "PRIORS", 4)  # labels: of two tasks with two
     house = House(llama)
     first = house.pass_({"a": Choose("tiny", labels=("good", "bad"), scores=True)})
     [row] = house.rows(first, ["It rained all day, and nobody came."])
@@ -59,7 +59,7 @@ def test_label_priors_are_bounded_and_a_row_inside_keeps_the_one_that_it_began_w
     house.ended(first, [row])
     assert house.engine.admit(first, row, "kept", urgent=False)
     for i in range(5):
-        house.handle.priors.put(("t", ("", (i,), ())), (0.0,))
+        house.handle.priors.put(("t", ("", (i,), ((1,), (2,), (3,)))), (0.0,) * 3)
     step = house.engine.step(house.handle, 1024)
     while not step.ended:
         step = house.engine.step(house.handle, 1024)

@@ -240,6 +240,30 @@ def test_a_worker_reads_an_artefact_once_and_keeps_a_few_that_nobody_uses() -> N
     assert len(engine.handle) <= ARTEFACTS_KEPT + 1
 
 
+def test_the_memory_of_artefacts_counts_on_a_worker_and_others_make_room_for_it() -> None:
+    engine = Counting()
+    house = House(engines=SimpleNamespace(find=lambda name: engine))
+    room = house.executor._shelf._budget_mb
+
+    def order(version: int, mb: int) -> Any:
+        artefact = replace(films(str(version), f"{version:064}"), sizes={"films.safetensors": mb << 20})
+        asked = {"size": Function("rank", artefact=artefact.ref)}
+        return an_order("a", model=RANK, tasks=asked, heads={"size": artefact})
+
+    for version in range(ARTEFACTS_KEPT + 3):
+        house.submit(order(version, 10))
+        house.steps()
+    [loaded] = house.executor._shelf.loaded.values()
+    assert loaded.memory_mb == (ARTEFACTS_KEPT + 1) * 10
+    large = order(99, room + 1)
+    house.submit(large)
+    house.steps()
+    outcome = house.outcomes()[large.key]
+    assert outcome.error is not None
+    assert outcome.error[1].startswith(f"films@99: needs {room + 1} MB, models may hold {room} MB here")
+    assert outcome.refused == large.tasks[0].manifest.digest
+
+
 def test_the_command_line_says_the_same() -> None:
     written = (
         'picks=function:rank,inputs=history|messages[-1],params={"k": 20, "q": [1, 2]},artefact=films@prod'

@@ -4,17 +4,20 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import pytest
 
 from motet.conditions import condition, with_names
 from motet.protocol.columns import ERROR, OK, SKIPPED, Column
-from motet.tasks import Chat, Classify, Function, Generate, Rank, Task
-from scheduler.api.openai.beside import is_given_names, key_of, renamed
+from motet.protocol.manifest import Manifest
+from motet.tasks import Chat, Choose, Classify, Function, Generate, Rank, Task
+from scheduler.api.openai.beside import is_given_names, key_of, renamed, with_versions
 from scheduler.api.openai.counted_lines import CountedLines, LineNote
 from scheduler.api.openai.lines import FileSurvey, LineKind, job_tasks
 from scheduler.api.openai.parameters import CHAT, EMBEDDINGS
+from scheduler.api.openai.refusals import DoorError
 
 NAMES = {"answer": "chat-0", "topic": "topic-1", "a.b": "a.b-2"}
 
@@ -90,6 +93,26 @@ def test_the_first_set_of_tasks_keeps_its_names_and_others_get_numbers() -> None
     assert (topic.model, topic.when) == ("topics@2", "{chat-4.finish} == 'stop'")
     alone = FileSurvey(kinds={kind(CHAT, "m@1", {}): {}})
     assert [(name, task.conditional) for name, task in job_tasks(alone).tasks.items()] == [("chat-0", False)]
+
+
+def test_heads_on_several_texts_and_labels_of_a_row_are_asked_by_the_new_names() -> None:
+    head = Manifest(
+        name="both", version="2", engine="encoder", answers="label", trunk_model="m@1", trunk="a" * 64,
+        inputs=("{text}", "{answer.text}"), numbers=("topic.score",),
+    )  # fmt: skip
+    tasks = {"topic": Classify("t@1"), "both": Classify("both")}
+    told = with_versions(tasks, {"both": head})
+    assert told == {
+        "topic": tasks["topic"],
+        "both": Classify("both@2", input=head.inputs, numbers=head.numbers),
+    }
+    both = renamed("both", told["both"], NAMES)
+    assert both.placeholders == ("text", "chat-0.text", "topic-1.score")
+    pick = renamed("pick", Choose("m@1", labels="{answer.names}"), NAMES)
+    assert pick.placeholders == ("text", "chat-0.names")
+    assert renamed("pick", Choose("m@1", labels=("a", "{answer}")), NAMES).placeholders == ("text",)
+    with pytest.raises(DoorError, match="a task about"):
+        with_versions(tasks, {"both": replace(head, inputs=("{history}", "{text}"))})
 
 
 def test_a_function_that_is_given_answers_by_name_is_known() -> None:

@@ -102,14 +102,28 @@ def test_a_model_of_texts_does_not_read_what_another_task_sees() -> None:
     assert "sees no pictures" in words
 
 
+def test_a_picture_is_no_text_or_number_of_a_head_and_no_list_of_labels() -> None:
+    both = head("both", TEXTS, inputs=("{note}", "{more}"), numbers=("age",))
+    words = refused(
+        look=(Embed("lite0", input="{photo}"), LITE),
+        text=(Classify("both", input=("{note}", "{photo}"), numbers=("age",)), both),
+        number=(Classify("both", input=("{note}", "{more}"), numbers=("photo",)), both),
+        pick=(Choose("llm", labels="{photo}"), LANGUAGE),
+        seen=(Classify("imagenet", input="{photo}", numbers=("age",)), IMAGENET),
+    )
+    for where in ("text.input", "number.numbers", "pick.labels", "seen.numbers"):
+        assert f"tasks.{where}" in words
+
+
 def test_options_that_mean_nothing_for_pictures_are_refused() -> None:
     words = refused(
         a=(Embed("lite0", input="{photo}", max_tokens=64), LITE),
         b=(Embed("clip", input="{photo}", features="stages"), CLIP),
         c=(Embed("minilm", input="{note}", features="stages"), TEXTS),
         d=(Choose("clip", about="{photo}", labels=("a", "b"), system="Be brief.", question="{note}"), CLIP),
+        e=(Choose("clip", about="{photo}", labels="{words}"), CLIP),
     )
-    for where in ("a.max_tokens", "b.features", "c.features", "d.system", "d.question"):
+    for where in ("a.max_tokens", "b.features", "c.features", "d.system", "d.question", "e.labels"):
         assert f"tasks.{where}" in words
 
 

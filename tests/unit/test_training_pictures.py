@@ -95,6 +95,9 @@ def test_a_trunk_of_pictures_does_not_learn_itself(trunk: Described) -> None:
     [row] = stage.engine.prepare(stage.pass_, [recipe(tune="lora").dumps()])
     assert isinstance(row, CellError)
     assert "tune heads" in row.message
+    [row] = stage.engine.prepare(stage.pass_, [recipe(inputs=("{a}", "{b}")).dumps()])
+    assert isinstance(row, CellError)
+    assert "one picture" in row.message
 
 
 def test_vectors_of_the_other_features_are_refused_in_words(trunk: Described) -> None:

@@ -64,7 +64,7 @@ def test_two_devices_take_the_steps_of_one(tmp_path: Path, monkeypatch: pytest.M
         for _ in range(2)
     )
     for learner in (alone, leader):
-        learner.rows += rows
+        learner.texts += rows
         for group in learner.adam.param_groups:
             group["eps"] = 1.0  # else a step is as long for a gradient that is nothing but rounding
     team = Team(leader, ["cpu"])

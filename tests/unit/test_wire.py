@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import struct
 import tracemalloc
+from dataclasses import fields
 
 import pytest
 from hypothesis import given
@@ -21,6 +22,7 @@ from motet.protocol.envelope import (
 )
 from motet.protocol.manifest import Manifest
 from motet.protocol.wire import (
+    PROTOCOL,
     Assignment,
     Beat,
     Control,
@@ -30,6 +32,7 @@ from motet.protocol.wire import (
     Usage,
     bytes_read,
 )
+from motet.tasks import KINDS
 
 MODEL = Manifest(name="m", version="1", engine="encoder", answers="label", labels=("a", "b"), trunk="t")
 COLUMN = Column(
@@ -38,6 +41,14 @@ COLUMN = Column(
     arrays={"codes": struct.pack("<3h", 1, 0, 0), "scores": struct.pack("<3f", 0.5, 0, 0.25)},
     errors={1: CellError("too_long", "600 tokens")},
 )
+#: What tasks can say to a worker, as of this protocol. An older worker passes over an option that it does not know, and
+#: answers all the same: whoever adds one here raises PROTOCOL, unless no engine reads it.
+PROTOCOL_OF_OPTIONS = 3
+OPTIONS = {
+    "about", "artefact", "calibrate", "conditional", "documents", "dtype", "features", "first", "input", "inputs",
+    "labels", "max_tokens", "messages", "min_score", "model", "normalize", "numbers", "numerics", "options", "otherwise",
+    "params", "prompt", "query", "question", "raw", "schema", "scores", "seed", "stop", "system", "temperature", "thinking", "too_long", "when",
+}  # fmt: skip
 MESSAGES = [
     Assignment(
         subtask=1,
@@ -172,3 +183,8 @@ def test_what_would_fill_the_memory_is_refused_before_it_is_unfolded() -> None:
     assert unfolded_bytes(bomb) == len(bomb), "it will not be"
     assert unfolded_bytes(pack(bytes(5_000_000))) > 5_000_000
     assert unfolded_bytes(b"garbage") == 7
+
+
+def test_an_option_that_an_older_worker_would_pass_over_is_a_new_protocol() -> None:
+    assert {f.name for kind in KINDS.values() for f in fields(kind)} == OPTIONS
+    assert PROTOCOL == PROTOCOL_OF_OPTIONS

@@ -2,7 +2,8 @@
 
 A head is a linear layer on the un-normalised pooled vector (``head.safetensors``: ``weight`` (labels, dim), ``bias``
 (labels)), or on a hidden layer of it (``hidden.weight`` (units, dim), ``hidden.bias`` (units), GELU; then ``weight`` is
-(labels, units)). They are computed in fp32 whatever format their trunk runs in.
+(labels, units)). They are computed in fp32 whatever format their trunk runs in. A head on several texts reads their
+vectors side by side, and numbers beside them as ``standardised`` makes them features.
 """
 
 from __future__ import annotations
@@ -19,6 +20,8 @@ from workers.engine import CannotLoad
 
 #: Sets of heads whose weights are kept beside each other: each takes as much memory as its heads.
 FUSED = 64
+#: Tensors in the file of a head that reads numbers: of each number, what to subtract and then to multiply by.
+NUMBERS_CENTER, NUMBERS_SCALE = "numbers.center", "numbers.scale"
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,10 +31,18 @@ class Head:
     weight: torch.Tensor
     bias: torch.Tensor
     hidden: tuple[torch.Tensor, torch.Tensor] | None = None
+    #: Of each number that it reads, what to subtract and then to multiply by, on the CPU; None: it reads none.
+    numbers: tuple[torch.Tensor, torch.Tensor] | None = None
 
     def to(self, device: str) -> Head:
         hidden = None if self.hidden is None else (self.hidden[0].to(device), self.hidden[1].to(device))
-        return Head(self.weight.to(device), self.bias.to(device), hidden)
+        return Head(self.weight.to(device), self.bias.to(device), hidden, self.numbers)
+
+    def __call__(self, features: torch.Tensor) -> torch.Tensor:
+        """(n, outputs), alone."""
+        if self.hidden is not None:
+            features = gelu(torch.addmm(self.hidden[1], features, self.hidden[0].T))
+        return torch.addmm(self.bias, features, self.weight.T)
 
 
 class Fused:
@@ -54,18 +65,27 @@ class Fused:
 
 
 def read_head(manifest: Manifest, files: Mapping[str, Path], dim: int) -> Head:
-    """A head in fp32, checked against its manifest. Raises CannotLoad."""
+    """A head in fp32, checked against its manifest. ``dim``: of one text's vector. Raises CannotLoad."""
     from safetensors.torch import load_file
 
     try:
-        found = {name: tensor.float() for name, tensor in load_file(files["head.safetensors"]).items()}
+        # Numbers are as exact as rows hold them: of large ones fp32 would keep less than their deviation.
+        found = {
+            name: tensor.double() if name in (NUMBERS_CENTER, NUMBERS_SCALE) else tensor.float()
+            for name, tensor in load_file(files["head.safetensors"]).items()
+        }
         hidden = (found["hidden.weight"], found["hidden.bias"]) if "hidden.weight" in found else None
-        head = Head(found["weight"], found["bias"], hidden)
+        beside = (found[NUMBERS_CENTER], found[NUMBERS_SCALE]) if manifest.numbers else None
+        head = Head(found["weight"], found["bias"], hidden, beside)
     except Exception as error:
         raise CannotLoad(
             f"head {manifest.ref}: head.safetensors cannot be read: {type(error).__name__}"
         ) from error
     outputs = 1 if manifest.answers == "number" else len(manifest.labels)
+    n = len(manifest.numbers)
+    if beside is not None and any(tuple(tensor.shape) != (n,) for tensor in beside):
+        raise CannotLoad(f"head {manifest.ref}: it knows other numbers than the {n} of its manifest")
+    dim = features_of(dim, max(1, len(manifest.inputs)), n)
     if hidden is not None:
         units = len(hidden[1]) if hidden[1].ndim == 1 else -1
         _check_shape(manifest, "hidden layer", *hidden, (units, dim))
@@ -83,3 +103,18 @@ def _check_shape(
         raise CannotLoad(
             f"head {manifest.ref}: {name} {tuple(weight.shape)}, bias {tuple(bias.shape)}; expected {shape}"
         )
+
+
+def standardised(numbers: torch.Tensor, center: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
+    """Features of numbers (n, numbers), fp32: each as deviations from its mean, and whether it is missing, side by side.
+
+    A missing number is its mean.
+    """
+    missing = numbers.isnan()
+    z = ((numbers.double() - center.double()) * scale.double()).masked_fill(missing, 0.0)
+    return torch.cat([z, missing.double()], 1).float()
+
+
+def features_of(dim: int, texts: int, numbers: int) -> int:
+    """Features of a head on so many texts and numbers."""
+    return dim * texts + 2 * numbers

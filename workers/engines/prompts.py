@@ -8,9 +8,10 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
+from motet.labels import LABEL_CHARACTERS, MOST_LABELS, labels_flaw
 from motet.protocol.columns import CellError
 from motet.templates import placeholders, render
 
@@ -18,6 +19,8 @@ from motet.templates import placeholders, render
 GAP = "\n\n"
 #: What stands for the text where a label's likelihood without any text is asked for.
 NOTHING = "N/A"
+#: The labels that a row brought, beside the template that lists them.
+OWN_LABELS = "own_labels"
 #: What stands for the logarithm of nothing, which JSON cannot hold: as OpenAI tells it.
 _NEVER = -9999.0
 ROLES = ("system", "user", "assistant")
@@ -53,8 +56,25 @@ class BadMessages(Exception):
     """A row's dialogue cannot be read."""
 
 
+class BadLabels(Exception):
+    """A row's own labels are none to choose from."""
+
+    def __init__(self, listed: str, flaw: str) -> None:
+        self.cell = CellError(
+            "bad_labels",
+            f"{listed} is {flaw}; expected a list of 1 to {MOST_LABELS:,} different texts of up to "
+            f"{LABEL_CHARACTERS} characters; mend the row",
+        )
+        super().__init__(self.cell.message)
+
+
 def row_spec(spec: Mapping[str, Any], fields: Mapping[str, str]) -> Mapping[str, Any]:
-    """A task's spec with what the row says of its options for itself."""
+    """A task's spec with what the row says of its options for itself, and its own labels. Raises BadLabels."""
+    if isinstance(listed := spec.get("labels"), str):
+        labels = json.loads(fields[listed])
+        if flaw := labels_flaw(labels):
+            raise BadLabels(listed, flaw)
+        return {**spec, OWN_LABELS: labels}
     template = spec.get("options")
     if not template:
         return spec
@@ -88,6 +108,8 @@ def messages_of(spec: Mapping[str, Any], text: str, fields: Mapping[str, str]) -
         turns = dialogue(text)
         return [*(said if turns[0].role != "system" else ()), *turns]
     about, instruction = (TextRun(text, False),), _parts(instruction_of(spec), fields)
+    if spec.get(OWN_LABELS) and not spec.get("question"):
+        instruction = tuple(replace(part, fixed=False) for part in instruction)
     gap = (TextRun(GAP, True),)
     if not instruction:
         order: tuple[TextRun, ...] = about
@@ -98,12 +120,17 @@ def messages_of(spec: Mapping[str, Any], text: str, fields: Mapping[str, str]) -
     return [*said, Message("user", order)]
 
 
+def labels_of(spec: Mapping[str, Any]) -> list[str]:
+    """The labels to choose from: the row's own, or those of every row."""
+    return list(spec.get(OWN_LABELS) or spec["labels"])
+
+
 def instruction_of(spec: Mapping[str, Any]) -> str:
     """The template of what a task asks: its own words, or those that its kind brings along."""
     if spec["kind"] != "choose":
         return str(spec.get("prompt", ""))
-    labels = list(spec["labels"])
-    words = f"{', '.join(labels[:-1])} or {labels[-1]}"
+    labels = labels_of(spec)
+    words = f"{', '.join(labels[:-1])} or {labels[-1]}" if len(labels) > 1 else labels[0]
     asked = f"Which of these fits best: {words}? Answer with one of them."
     # Labels are no templates: their braces are theirs.
     return str(spec.get("question") or asked.replace("{", "{{").replace("}", "}}"))

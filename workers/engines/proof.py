@@ -156,7 +156,7 @@ def _in_one_line(
 
 def _inside(slot: int, ids: Sequence[int]) -> ActiveRow:
     """A row inside the engine, of which the logits behind every token are wanted."""
-    every = LabelScore("", False, dict.fromkeys(range(len(ids)), 0))
+    every = LabelScore("", False)
     return ActiveRow(
         ticket=slot,
         tenant="",
@@ -169,6 +169,7 @@ def _inside(slot: int, ids: Sequence[int]) -> ActiveRow:
         prefixes={},
         begins={},
         scores=[every],
+        wanted={place: [(every, 0)] for place in range(len(ids))},
         read={},
         computed={},
         cell=0,

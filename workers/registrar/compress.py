@@ -392,7 +392,10 @@ def _found(registry: Registry, model: str) -> tuple[Manifest, list[Manifest]]:
         raise SetupError(
             f"{trunk.ref} reads pictures; expected an encoder of texts: pictures are not compressed yet"
         )
-    return trunk, registry.heads_on(trunk)
+    heads = registry.heads_on(trunk)
+    if several := [head.ref for head in heads if head.inputs]:
+        print(f"left out, they read several texts or numbers: {', '.join(several)}", file=sys.stderr)
+    return trunk, [head for head in heads if not head.inputs]
 
 
 def _labelled(

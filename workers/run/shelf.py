@@ -77,6 +77,8 @@ class Loaded:
     heads: set[str]
     #: Of these the artefacts, in the order in which they were attached.
     artefacts: list[str] = field(default_factory=list)
+    #: What each of these takes, in MB: it is part of ``memory_mb``.
+    artefacts_mb: dict[str, int] = field(default_factory=dict)
     #: The rows inside wait for another machine: their turn comes again then.
     look_at: float = float("-inf")
     #: When a step brought nothing first, of those since the last that did; None: the newest step brought something.
@@ -171,14 +173,26 @@ class Shelf:
         if model.trunk != work.order.model.trunk:
             raise CannotLoad("it sits on another trunk")
         task = next(t for t in work.heads if t.manifest.digest == model.digest)
+        artefact_mb = model.memory_mb() if model.answers == "artefact" else 0
+        if artefact_mb and not self._make_room(artefact_mb, beside=work.model):
+            return False
         with self._files.folder(model) as files:
             loaded.stream.engine.attach(loaded.stream.handle, task, files)
         loaded.heads.add(model.digest)
         if model.answers == "artefact":
-            self._put_away_artefacts(loaded, but=model.digest)
+            self._put_away_artefacts(loaded, but=model.digest, its_mb=artefact_mb)
         return True
 
-    def _put_away_artefacts(self, loaded: Loaded, but: str) -> None:
+    def _make_room(self, need_mb: int, beside: ModelKey | None = None) -> bool:
+        """Evict what must go for so much more memory, but for the model that it is ``beside``. False: there is none
+        before others are free."""
+        with self._lock:
+            chosen = self._evictions(need_mb, beside)
+            gone = [self.loaded.pop(victim) for victim in chosen or ()]
+        self._unload(gone)
+        return chosen is not None and self._share_out(need_mb)
+
+    def _put_away_artefacts(self, loaded: Loaded, but: str, its_mb: int) -> None:
         """Keep a few of those that nobody uses, the last ones attached. Engines hold rows only inside a step."""
         loaded.artefacts = [one for one in loaded.artefacts if one != but]
         with self._lock:
@@ -186,6 +200,8 @@ class Shelf:
             gone = [one for one in loaded.artefacts if one not in used][:-ARTEFACTS_KEPT]
             loaded.artefacts = [one for one in loaded.artefacts if one not in gone] + [but]
             loaded.heads.difference_update(gone)
+            loaded.memory_mb += its_mb - sum(loaded.artefacts_mb.pop(one, 0) for one in gone)
+            loaded.artefacts_mb[but] = its_mb
         for digest in gone:
             if isinstance(loaded.stream.engine, Detaching):
                 loaded.stream.engine.detach(loaded.stream.handle, digest)
@@ -216,11 +232,7 @@ class Shelf:
     def _load(self, key: ModelKey, model: Manifest) -> bool:
         found = self._engines.find(model.engine)
         need_mb = self._need_mb(found, model, key[1])
-        with self._lock:
-            chosen = self._evictions(need_mb)
-            gone = [self.loaded.pop(victim) for victim in chosen or ()]
-        self._unload(gone)
-        if chosen is None or not self._share_out(need_mb):
+        if not self._make_room(need_mb):
             return False
         began = self._clock()
         engine = found if isinstance(found, Engine) else BatchAdapter(found)
@@ -262,9 +274,10 @@ class Shelf:
         whole_mb = max(0, int(engine.memory_mb(model, in_format)))
         return ceil(whole_mb / self._device.gpus) if spreads(engine) else whole_mb
 
-    def _evictions(self, need_mb: int) -> list[ModelKey] | None:
+    def _evictions(self, need_mb: int, beside: ModelKey | None = None) -> list[ModelKey] | None:
         residents = [Resident(key, m.memory_mb, m.used) for key, m in self.loaded.items()]
-        return evictions(residents, need_mb, self._budget_mb, self._in_use())
+        in_use = self._in_use() if beside is None else {beside, *self._in_use()}
+        return evictions(residents, need_mb, self._budget_mb, in_use)
 
 
 def why_not(model: Manifest, error: Exception) -> tuple[str, str, str]:

@@ -11,10 +11,10 @@ from dataclasses import dataclass, field, replace
 from enum import Enum
 from typing import Any
 
-from motet.protocol.columns import CellError, Column, little_endian
+from motet.protocol.columns import TRUNCATED, CellError, Column, little_endian
 from motet.protocol.manifest import Manifest
-from motet.protocol.wire import Assignment, Outcome, Spent, TaskOrder, Usage, bytes_read
-from workers.engine import Consumed, Pass, Prepared
+from motet.protocol.wire import Assignment, Outcome, Spent, TaskOrder, Usage, bytes_read, texts_of
+from workers.engine import PLACES, Consumed, Pass, Prepared
 from workers.run.assemble import assemble
 from workers.run.batching import longest_first
 
@@ -104,8 +104,9 @@ class Work:
     @classmethod
     def of(cls, order: Assignment, in_format: str, arrived: int) -> Work:
         """A fresh attempt that will run in ``in_format``."""
-        asks = {task.name: ask_of(task) for task in order.tasks}
-        tasks = {asks[task.name]: replace(task, name=asks[task.name]) for task in order.tasks}
+        placed = [_placed(task, texts_of(order.tasks)) for task in order.tasks]
+        asks = {task.name: ask_of(task) for task in placed}
+        tasks = {asks[task.name]: replace(task, name=asks[task.name]) for task in placed}
         key = PassKey(order.model.digest, in_format, order.max_tokens, tuple(sorted(tasks)))
         return cls(
             order=order,
@@ -259,8 +260,18 @@ class Work:
             **what,
         )
 
+    def _cut(self, task: TaskOrder) -> set[int]:
+        """Rows that were cut for this task. Of those that hold several texts the engine says so itself."""
+        said = {
+            rows[i]
+            for rows, columns in self.answers
+            for i, status in enumerate(columns[self.asks[task.name]].status)
+            if status & TRUNCATED
+        }
+        return self.truncated | said
+
     def _column(self, task: TaskOrder) -> Column:
-        refused = dict.fromkeys(self.truncated, _too_long(task)) if _refuses(task) else {}
+        refused = dict.fromkeys(self._cut(task), _too_long(task)) if _refuses(task) else {}
         kind = task.column_kind
         return assemble(
             kind,
@@ -271,6 +282,15 @@ class Work:
             dim=task.manifest.vector_dim(task.spec) if kind == "vector" else 0,
             dtype=task.spec.get("dtype", "fp32") if kind == "vector" else "",
         )
+
+
+def _placed(task: TaskOrder, texts: Sequence[str]) -> TaskOrder:
+    """The task, with the places of its texts among those of its pass where the trunk reads several."""
+    if len(texts) < 2:
+        return task
+    read = task.spec["input"]
+    places = [texts.index(text) for text in ([read] if isinstance(read, str) else read)]
+    return replace(task, spec={**task.spec, PLACES: places})
 
 
 def ask_of(task: TaskOrder) -> str:

@@ -32,7 +32,7 @@ from scheduler.api.openai.lines import (
     read_again,
 )
 from scheduler.api.openai.requests import ASKED, DOCUMENTS, SERVED, AskedRequest, task_of
-from scheduler.api.opening import models_of, planned_with
+from scheduler.api.opening import planned_with, with_models
 from scheduler.api.resources import Resources
 from scheduler.api.submissions import CheckedSubmission, new_job
 from scheduler.blocks import IncomingPart, blocks_of
@@ -96,7 +96,8 @@ def check_tasks(use: Resources, asked: AskedRequest) -> None:
         raise InvalidJob(wrong)
     tasks = {ANSWER: task_of(asked.endpoint, asked.model, pairs=asked.pairs), **asked.tasks}
     together = CheckedSubmission(said=Submission(tasks={}), tasks=tasks, digest=b"")
-    planned_with(together, None, models_of(use, together))
+    together, models = with_models(use, together)
+    planned_with(together, None, models)
 
 
 def _opened(use: Resources, owned: Owned, found: FileSurvey, made: JobTasks) -> UUID:
@@ -115,13 +116,9 @@ def _opened(use: Resources, owned: Owned, found: FileSurvey, made: JobTasks) -> 
     )
     digest = hashlib.sha256(batch.id.encode()).digest()
     asked = CheckedSubmission(said=said, tasks=made.tasks, digest=digest)
-    job = new_job(
-        uuid.uuid4(),
-        batch.tenant_id,
-        asked,
-        planned_with(asked, None, models_of(use, asked)),
-        f"openai {batch.id}",
-    )
+    asked, models = with_models(use, asked)
+    planned = planned_with(asked, None, models)
+    job = new_job(uuid.uuid4(), batch.tenant_id, asked, planned, f"openai {batch.id}")
     with use.database.transaction() as connection:
         return opening.open_job(
             connection,

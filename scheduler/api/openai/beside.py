@@ -9,7 +9,9 @@ from typing import Any
 
 from motet import conditions, templates
 from motet.errors import InvalidJob
-from motet.tasks import Function, Task, parse
+from motet.inputs import all_as_trained
+from motet.protocol.manifest import Manifest
+from motet.tasks import Choose, Function, Headed, Task, parse
 from motet.templates import resolved
 from scheduler.api.openai.checks import wrong
 from scheduler.api.openai.refusals import DoorError
@@ -35,13 +37,18 @@ def asked_tasks(body: Mapping[str, Any], taken: Collection[str]) -> dict[str, Ta
     if len(tasks) > _MOST_TASKS or tasks.keys() & taken:
         named = ", ".join(sorted(taken))
         raise wrong("tasks", body["tasks"], f"up to {_MOST_TASKS} tasks, none of them named {named}")
+    _check_reads(tasks, body["tasks"])
+    return tasks
+
+
+def _check_reads(tasks: Mapping[str, Task], written: Mapping[str, Any]) -> None:
+    """Raises DoorError for a task that reads what is not there."""
     for name, task in tasks.items():
         # A task's own name means a field.
         known = {ANSWER, TEXT, *tasks} - {name}
         if task.kind == "fit" or set(task.reads(name, {ANSWER, *tasks})) - known:
             expected = f"a task about {{{TEXT}}} (the last message), {{{ANSWER}}} or another task's answer"
-            raise wrong(f"tasks.{name}", body["tasks"][name], expected)
-    return tasks
+            raise wrong(f"tasks.{name}", written[name], expected)
 
 
 def key_of(tasks: Mapping[str, Task]) -> str:
@@ -50,14 +57,19 @@ def key_of(tasks: Mapping[str, Task]) -> str:
     return json.dumps(told, sort_keys=True) if told else ""
 
 
-def with_versions(tasks: Mapping[str, Task], refs: Mapping[str, str]) -> dict[str, Task]:
-    """The tasks with ``name@version`` for each model that they name; those that are not in ``refs`` stay as they are."""
+def with_versions(tasks: Mapping[str, Task], models: Mapping[str, Manifest]) -> dict[str, Task]:
+    """The tasks with ``name@version`` for each model that they name, and with what their heads were trained to read.
+
+    Those that are not in ``models`` stay as they are. Raises DoorError for a head that was trained on what is not there.
+    """
     fixed: dict[str, Task] = {}
-    for name, task in tasks.items():
-        task = replace(task, model=refs.get(task.model, task.model))
-        if isinstance(task, Function) and task.artefact:
-            task = replace(task, artefact=refs.get(task.artefact, task.artefact))
+    for name, task in all_as_trained(tasks, models).items():
+        if task.model in models:
+            task = replace(task, model=models[task.model].ref)
+        if isinstance(task, Function) and task.artefact and task.artefact in models:
+            task = replace(task, artefact=models[task.artefact].ref)
         fixed[name] = task
+    _check_reads(fixed, {name: task.to_json() for name, task in fixed.items()})
     return fixed
 
 
@@ -84,9 +96,18 @@ def renamed(name: str, task: Task, names: Mapping[str, str]) -> Task:
 
 def _texts_of(task: Task, change: Callable[[str], str]) -> dict[str, Any]:
     """What of a task names fields and answers, each changed."""
-    changed: dict[str, Any] = {
-        option: templates.with_names(getattr(task, option), change) for option in task.templates
-    }
+    changed: dict[str, Any] = {}
+    for option in task.templates:
+        told = getattr(task, option)
+        changed[option] = (
+            tuple(templates.with_names(one, change) for one in told)
+            if isinstance(told, tuple)
+            else templates.with_names(told, change)
+        )
+    if isinstance(task, Headed) and task.numbers:
+        changed["numbers"] = tuple(map(change, task.numbers))
+    if isinstance(task, Choose) and isinstance(task.labels, str):
+        changed["labels"] = templates.with_names(task.labels, change)
     if isinstance(task, Function) and task.inputs:
         changed["inputs"] = tuple(map(change, task.inputs))
     if task.when:

@@ -19,7 +19,7 @@ from scheduler.api.openai.answers import told_beside
 from scheduler.api.openai.beside import ANSWER, key_of
 from scheduler.api.openai.parameters import CHAT, CLASSIFY, EMBEDDINGS, RERANK, RESPONSES
 from scheduler.api.openai.requests import AskedRequest, task_of
-from scheduler.api.opening import models_of, planned_with
+from scheduler.api.opening import planned_with, with_models
 from scheduler.api.resources import Resources
 from scheduler.api.submissions import CheckedSubmission, new_job
 from scheduler.blocks import IncomingPart
@@ -88,7 +88,8 @@ def _door(use: Resources, tenant: UUID, request: AskedRequest, model: Registered
     digest = hashlib.sha256(f"{endpoint} {ref}".encode()).digest()
     tasks = {ANSWER: task_of(request.endpoint, ref, pairs=request.pairs), **request.tasks}
     asked = CheckedSubmission(said=said, tasks=tasks, digest=digest)
-    made = new_job(uuid.uuid4(), tenant, asked, planned_with(asked, None, models_of(use, asked)), None)
+    asked, models = with_models(use, asked)
+    made = new_job(uuid.uuid4(), tenant, asked, planned_with(asked, None, models), None)
     with use.database.transaction() as connection:
         doors.lock_doors(connection, tenant)
         found = doors.find_door(connection, tenant, endpoint, model.id)

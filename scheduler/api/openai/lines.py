@@ -235,13 +235,13 @@ def _with_versions(tasks: Mapping[str, Task], find: Find) -> Mapping[str, Task]:
     """The tasks with the versions of their models. Raises DoorError where there is no such model."""
     if not tasks:
         return tasks
-    refs = {}
+    models = {}
     for name, task in tasks.items():
         for ref in task.registered:
             if len(ref) > 200 or (found := find(ref)) is None:
                 raise unknown_model(ref, f"tasks.{name}.model")
-            refs[ref] = found.manifest.ref
-    return with_versions(tasks, refs)
+            models[ref] = found.manifest
+    return with_versions(tasks, models)
 
 
 def check_length(asked: AskedRequest, max_row_bytes: int) -> None:

@@ -97,7 +97,7 @@ def _resolved(use: Resources, tasks: Mapping[str, Task]) -> dict[str, Task]:
     with use.database.transaction() as connection:
         found = find_models(connection, {ref for task in tasks.values() for ref in task.registered})
     # One that is not there is told of when the door is made.
-    return with_versions(tasks, {name: model.manifest.ref for name, model in found.items()})
+    return with_versions(tasks, {name: model.manifest for name, model in found.items()})
 
 
 async def _answered(use: Resources, tenant: UUID, asked: AskedRequest, model: Registered) -> Response:

@@ -12,7 +12,6 @@ from itertools import islice
 from math import ceil, inf
 
 from motet.protocol.manifest import decode_slots
-from scheduler.policy.capability import refuses
 from scheduler.policy.carve import MAX_BYTES, MAX_ROWS, MIN_S, WHOLE_ROWS, size_s
 from scheduler.policy.fairness import INTERACTIVE
 from scheduler.policy.placing.asking import ALL, Asks, unfilled
@@ -134,7 +133,7 @@ class Choice:
         return min(able, key=self.rank, default=None)
 
     def _suits(self, worker: WorkerEntry, entry: QueuedPass) -> bool:
-        return not refuses(worker.state, entry.demand) and not self.waits_for_more(worker, entry)
+        return self._ledger.can_run(worker, entry) and not self.waits_for_more(worker, entry)
 
     def waits_for_more(self, worker: WorkerEntry, entry: QueuedPass) -> bool:
         """Whether a pass of an upload leaves a worker with work alone: what has landed makes no whole sub-task yet."""

@@ -11,7 +11,7 @@ from itertools import count
 from math import inf
 
 from motet.protocol.residency import NeverFits, Resident, evictions
-from scheduler.policy.capability import cannot_hold, on_first_mb, refuses
+from scheduler.policy.capability import cannot_hold, lacks_room_beside, on_first_mb, refuses
 from scheduler.policy.fairness import CLASS_WEIGHTS, INTERACTIVE, Account, FairQueue, begun
 from scheduler.policy.placing.asking import Asks
 from scheduler.policy.placing.entries import (
@@ -145,7 +145,10 @@ class Ledger:
 
     def can_run(self, worker: WorkerEntry, entry: QueuedPass) -> bool:
         """Whether the worker can ever run the pass: its model fits, and nothing that it needs was refused."""
-        return self.fits(worker, entry.queue) and not refuses(worker.state, entry.demand)
+        state, demand = worker.state, entry.demand
+        return self.fits(worker, entry.queue) and not (
+            refuses(state, demand) or lacks_room_beside(state, demand)
+        )
 
     def victims(self, worker: WorkerEntry, queue: ModelQueue) -> Sequence[str]:
         """The models that the worker will evict for a queue's, by the rule that it follows itself."""

@@ -30,6 +30,8 @@ class Demand:
     #: Ids of all models that the pass needs: the one that is loaded, and its heads.
     model_ids: frozenset[int]
     model: Manifest
+    #: Memory of the artefacts that its functions read, in MB.
+    beside_mb: int = 0
     numerics: str = "fast"
     #: Name under which its speed is learned; "": that of its model's trunk.
     rate_key: str = ""

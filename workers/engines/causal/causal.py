@@ -89,6 +89,7 @@ class CausalEngine:
             tokens=ChatTokens(files, embedding_rows(loaded)),
             adapters=Adapters(loaded, device),
             pool=kv.Pool([(heads, width, width)] * config.num_hidden_layers, loaded.dtype, device),
+            vocabulary=int(loaded.get_input_embeddings().weight.shape[0]),
             groups=queries // heads,
             windows=_windows(config),
             decode_slots=decode_slots(device.partition(":")[0]),

@@ -8,9 +8,9 @@ import numpy as np
 
 from motet.protocol.columns import Column
 from workers.engine import Ended
-from workers.engines.answers import label_column
 from workers.engines.causal.row_prompts import TaskPrompt
 from workers.engines.causal.rows import ActiveRow, Causal
+from workers.engines.choice import choice_column
 from workers.engines.function import json_column, written_column
 from workers.engines.prompts import counted
 from workers.engines.writers import Writer
@@ -47,7 +47,7 @@ def _column(
         found = [s.logp for s in row.scores if s.task == a.name and not s.empty]
         prior = row.priors.get(a.name)
         scores = np.array(found, np.float32) - (np.array(prior, np.float32) if prior else 0)
-        return label_column(scores[None], every_score=bool(a.spec.get("scores")))
+        return choice_column(scores, a.spec)
     if a.spec.get("options") and a.name not in row.failed:
         writer = written[a.name]
         told = writer.likelihoods(handle.tokens.words, handle.tokens.word)

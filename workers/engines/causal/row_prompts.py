@@ -12,7 +12,7 @@ from workers.engine import Pass, Prepared
 from workers.engines.causal.chat_tokens import ChatTokens, Prompt
 from workers.engines.causal.prefix_cache import PrefixKey
 from workers.engines.causal.trees import common_prefix
-from workers.engines.prompts import NOTHING, messages_of, row_spec
+from workers.engines.prompts import NOTHING, OWN_LABELS, BadLabels, labels_of, messages_of, row_spec
 from workers.engines.thoughts import switches
 
 #: Room that is left for an answer where a text is cut to fit.
@@ -43,6 +43,8 @@ class TaskPrompt:
     most: int = 0
     #: Digest of the adapter that answers it; "" for the model itself.
     adapter: str = ""
+    #: Why it cannot be asked, where the row's other tasks can.
+    refused: CellError | None = None
 
     @property
     def own_tokens(self) -> int:
@@ -81,6 +83,8 @@ def prepared(
 ) -> Prepared | CellError:
     """A row, its text cut to fit into ``context`` tokens; or why it cannot be asked. Raises BadMessages."""
     asked = [_asked(tokens, task, text, ids, fields) for task in pass_.tasks]
+    if len(asked) == 1 and asked[0].refused is not None:
+        return asked[0].refused
     # A text is cut where some prompt about it does not fit; for all of them, since they share it.
     over = max(_over(a, context) for a in asked)
     truncated = over > 0
@@ -136,8 +140,14 @@ def _group(order: Sequence[int], told: Mapping[int, list[int]], at: int) -> tupl
 def _asked(
     tokens: ChatTokens, task: TaskOrder, text: str, ids: list[int], fields: Mapping[str, str]
 ) -> TaskPrompt:
-    spec = row_spec(task.spec, fields)
     adapter = task.manifest.digest if task.manifest.trunk_model else ""
+    try:
+        spec = row_spec(task.spec, fields)
+    except BadLabels as bad:
+        # The text alone: the row's other tasks read it too.
+        bare = {**task.spec, OWN_LABELS: [NOTHING]}
+        alone = tokens.prompt(messages_of(bare, text, fields), {text: ids}, switches(bare))
+        return TaskPrompt(task.name, bare, alone, adapter=adapter, refused=bad.cell)
     told = switches(spec)
     prompt = (
         tokens.raw(ids)
@@ -150,7 +160,7 @@ def _asked(
     if spec.get("calibrate", True):
         nothing = dict.fromkeys(fields, NOTHING)
         empty = tokens.prompt(messages_of(spec, NOTHING, nothing), {}, told)
-    labels = tuple(map(tokens.label, spec["labels"]))
+    labels = tuple(map(tokens.label, labels_of(spec)))
     return TaskPrompt(task.name, spec, prompt, labels, empty, adapter=adapter)
 
 
@@ -163,7 +173,7 @@ def _over(a: TaskPrompt, context: int, answer: int = 0) -> int:
 def _bounded(a: TaskPrompt, context: int) -> TaskPrompt:
     """With no more tokens to write than the context has room for."""
     room = context - len(a.prompt.ids)
-    return a if a.labels or a.most <= room else replace(a, most=room)
+    return a if a.labels or a.refused or a.most <= room else replace(a, most=room)
 
 
 def _own_tokens(asked: Sequence[TaskPrompt]) -> int:

@@ -31,11 +31,16 @@ from workers.engines.writers import Grammar, Writer
 
 #: Rows are let in beyond the decode slots by this share of them, so that none is ever free.
 AHEAD = 1 / 8
-#: Label priors kept for one model. Those pushed out are computed again; each is a few numbers.
-PRIORS = 1024
+#: Labels whose priors are kept for one model. Those pushed out are computed again. Rows that bring labels of their own
+#: push out those of others; each label takes some hundred bytes.
+PRIORS = 1 << 16
 #: Tokens of the prefix cache, as a share of the tokens in flight, which it takes beside them. More holds more prefixes,
 #: and leaves fewer rows room.
 CACHE_SHARE = 1 / 8
+
+
+def label_priors() -> Newest[tuple[str, PriorKey], tuple[float, ...]]:
+    return Newest(PRIORS, size=lambda key: len(key[1][2]))
 
 
 @dataclass(slots=True)
@@ -45,8 +50,6 @@ class LabelScore:
     task: str
     #: Of the prompt without any text: it goes into a label prior.
     empty: bool
-    #: Place in the tree -> the label's token that comes behind it.
-    wanted: dict[int, int]
     logp: float = 0.0
 
 
@@ -69,6 +72,8 @@ class ActiveRow:
     #: Place of a prompt's last token -> the answers whose first token comes behind it.
     begins: dict[int, list[Writer]]
     scores: list[LabelScore]
+    #: Place of the tree -> the labels whose next token comes behind it, each with that token.
+    wanted: dict[int, list[tuple[LabelScore, int]]]
     #: Of each task, tokens of its prompts, and those of them that are computed for it.
     read: dict[str, int]
     computed: dict[str, int]
@@ -96,7 +101,7 @@ class ActiveRow:
     @property
     def behind(self) -> set[int]:
         """Places of the tree that something is wanted behind."""
-        return {place for score in self.scores for place in score.wanted} | self.begins.keys()
+        return self.wanted.keys() | self.begins.keys()
 
     @property
     def answers(self) -> int:
@@ -118,6 +123,8 @@ class Causal:
     tokens: ChatTokens
     adapters: Adapters
     pool: kv.Pool
+    #: Tokens that it gives logits for.
+    vocabulary: int
     #: Query heads that share a key head.
     groups: int
     #: Of each layer the tokens that its sliding window holds; None: it attends to all tokens before.
@@ -132,7 +139,7 @@ class Causal:
     #: What all rows of a task, or some rows of a sub-task, begin with.
     prefix_cache: PrefixCache = field(default_factory=PrefixCache)
     #: (tenant, what it depends on) -> a label prior: how likely the labels are without any text.
-    priors: Newest[tuple[str, PriorKey], tuple[float, ...]] = field(default_factory=lambda: Newest(PRIORS))
+    priors: Newest[tuple[str, PriorKey], tuple[float, ...]] = field(default_factory=label_priors)
     grammar: Grammar | None = None
 
     @property
@@ -212,6 +219,7 @@ def active_row(
         prefixes=prefixes,
         begins={},
         scores=[],
+        wanted={},
         read={a.name: 0 for a in asking.tasks},
         computed={a.name: 0 for a in asking.tasks},
         cell=len(grown),
@@ -233,6 +241,9 @@ def _expect(
     handle: Causal, row: ActiveRow, a: TaskPrompt, empty: bool, paths: Sequence[Ints], length: int
 ) -> None:
     """Note what is wanted behind the tokens of a prompt: the first token of an answer, or the likelihoods of labels."""
+    if a.refused is not None:
+        row.failed[a.name] = a.refused
+        return
     if not a.labels:
         schema = a.spec.get("schema")
         try:
@@ -246,8 +257,10 @@ def _expect(
         row.adapter_of[a.name] = a.adapter
         return
     for path, label in zip(paths, a.labels, strict=True):
-        wanted = {int(place): token for place, token in zip(path[length - 1 :], label, strict=True)}
-        row.scores.append(LabelScore(a.name, empty, wanted))
+        score = LabelScore(a.name, empty)
+        row.scores.append(score)
+        for place, token in zip(path[length - 1 :].tolist(), label, strict=True):
+            row.wanted.setdefault(place, []).append((score, token))
 
 
 def _slot(handle: Causal, cells: int, spare: int) -> int | None:
@@ -290,8 +303,7 @@ def lay_out(handle: Causal, slots: int, cells: int) -> None:
 
 def _grammar(handle: Causal) -> Grammar:
     if handle.grammar is None:
-        vocabulary = int(handle.model.get_input_embeddings().weight.shape[0])
-        handle.grammar = Grammar(handle.tokens.json, vocabulary, sorted(handle.tokens.ends))
+        handle.grammar = Grammar(handle.tokens.json, handle.vocabulary, sorted(handle.tokens.ends))
     return handle.grammar
 
 

@@ -16,13 +16,22 @@ from workers.engine import Delta, OutOfMemory
 from workers.engines.causal import kv
 from workers.engines.causal.choosing import outcome
 from workers.engines.causal.rows import ActiveRow, Causal, LabelScore, sized
-from workers.engines.causal.runs import Runs, pieces
+from workers.engines.causal.runs import CacheRun, Runs, pieces
 from workers.engines.causal.trees import Bools, Ints
 from workers.engines.trunk import onto, settle, torch_errors
 from workers.engines.writers import TokenOdds, Writer
 
 #: An answer, its next token, and how likely that is where it is told.
 NextToken = tuple[Writer, int, TokenOdds | None]
+
+#: Logits of a step, in numbers of 32 bits: a row with a thousand labels wants them behind as many tokens, which go over
+#: several steps. Higher: more memory beside the model; lower: more, smaller steps.
+LOGITS = {"cpu": 1 << 25, "cuda": 1 << 28}
+
+
+#: A row whose pieces together see more than so many times its cells attends through masks: a thousand labels would have
+#: a kernel for pieces gather the prompt before them a thousand times.
+GATHERED = 32
 
 
 @dataclass(slots=True)
@@ -62,9 +71,13 @@ def plan_step(handle: Causal, budget: int) -> StepTokens:
             planned.add([writer.ids[-1]], [position], row.slot, [cell])
             planned.adapters.append(row.adapter_of[writer.name])
     left = max(budget - planned.tokens, 1)
+    behind = max(1, LOGITS[torch.device(handle.device).type] // handle.vocabulary - planned.tokens)
     waiting = sorted((r for r in handle.rows.values() if len(r.todo)), key=lambda r: not r.urgent)
     for row in waiting:
         places = row.todo[:left]
+        if row.wanted:
+            places = _few_wanted(row, places, behind)
+            behind -= len(row.behind.intersection(places.tolist()))
         left -= len(places)
         lo = planned.tokens
         planned.add(
@@ -75,7 +88,7 @@ def plan_step(handle: Causal, budget: int) -> StepTokens:
         )
         planned.adapters += [row.adapters[place] for place in places.tolist()]
         planned.prefill.append((row, places, lo))
-        if left <= 0:
+        if left <= 0 or behind <= 0:
             break
     planned.shares = [(row, 1) for row, _, _ in planned.decode] + [
         (row, len(places)) for row, places, _ in planned.prefill
@@ -83,18 +96,27 @@ def plan_step(handle: Causal, budget: int) -> StepTokens:
     return planned
 
 
+def _few_wanted(row: ActiveRow, places: Ints, most: int) -> Ints:
+    """Of these places the first ones, so that something is wanted behind ``most`` of them at most; one at least."""
+    if len(places) <= most:
+        return places
+    wanted = np.isin(places, np.fromiter(row.behind, np.int64))
+    return places[: max(1, int(np.searchsorted(wanted.cumsum(), most, side="right")))]
+
+
 def forward(handle: Causal, planned: StepTokens) -> torch.Tensor:
     """Run the tokens. (wanted, vocabulary) logits in fp32, of the tokens that something comes behind."""
     device = handle.device
     line = onto(np.array([planned.ids, planned.positions, planned.slots, planned.cells], np.int64), device)
-    runs, prefills = None, []
-    if handle.varlen is None:
-        prefills = [
-            span for row, places, lo in planned.prefill for span in _prefills(handle, row, places, lo)
-        ]
-    elif planned.prefill:
-        parts = [p for row, places, lo in planned.prefill for p in pieces(row.tree, places, lo, row.slot)]
-        runs = Runs.of(parts, handle.pool.cells, device, handle.varlen)
+    prefills: list[kv.PrefillSpan] = []
+    parts: list[CacheRun] = []
+    for row, places, lo in planned.prefill:
+        mine = pieces(row.tree, places, lo, row.slot) if handle.varlen is not None else []
+        if mine and sum(len(part.path) for part in mine) <= GATHERED * len(row.tree):
+            parts += mine
+        else:
+            prefills += _prefills(handle, row, places, lo)
+    runs = Runs.of(parts, handle.pool.cells, device, handle.varlen) if parts and handle.varlen else None
     layout = kv.StepLayout(
         pool=handle.pool,
         slots=line[2],
@@ -188,9 +210,9 @@ def tell(
         for at, place in enumerate(places.tolist(), lo):
             if (number := number_of.get(at)) is None:
                 continue
-            here = [score for score in row.scores if place in score.wanted]
-            scores += here
-            scored += [(number, score.wanted[place]) for score in here]
+            here = row.wanted.get(place, ())
+            scores += [score for score, _ in here]
+            scored += [(number, token) for _, token in here]
             writing += [(number, writer) for writer in row.begins.get(place, ())]
     if not writing and not scored:
         settle(handle.device)

@@ -22,7 +22,8 @@ class _Run:
     """A run of tokens that all sequences below it have in common."""
 
     tokens: Sequence[int]
-    children: list[_Run]
+    #: By their first token.
+    children: dict[int, _Run]
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,7 +55,7 @@ def tree(sequences: Sequence[Sequence[int]], kinds: Sequence[object] = ()) -> Tr
     ``kinds``: what computes each of them; sequences of different kinds have nothing in common.
     """
     roots: dict[object, _Run] = {}
-    of = [roots.setdefault(kind, _Run((), [])) for kind in kinds or [None] * len(sequences)]
+    of = [roots.setdefault(kind, _Run((), {})) for kind in kinds or [None] * len(sequences)]
     for root, sequence in zip(of, sequences, strict=True):
         _insert(root, sequence)
     tokens: list[int] = []
@@ -70,11 +71,11 @@ def tree(sequences: Sequence[Sequence[int]], kinds: Sequence[object] = ()) -> Tr
         tokens.extend(run.tokens)
         positions.extend(range(depth, depth + len(run.tokens)))
         runs.extend([number] * len(run.tokens))
-        for child in run.children:
+        for child in run.children.values():
             flatten(child, number, depth + len(run.tokens))
 
     for root in roots.values():
-        for child in root.children:
+        for child in root.children.values():
             flatten(child, -1, 0)
     above = np.eye(len(parents), dtype=bool)
     for number, parent in enumerate(parents):
@@ -107,21 +108,21 @@ def common_prefix(a: Sequence[int], b: Sequence[int]) -> int:
 def _insert(run: _Run, sequence: Sequence[int]) -> None:
     at = 0
     while at < len(sequence):
-        child = next((c for c in run.children if c.tokens[0] == sequence[at]), None)
+        child = run.children.get(sequence[at])
         if child is None:
-            run.children.append(_Run(sequence[at:], []))
+            run.children[sequence[at]] = _Run(sequence[at:], {})
             return
         common = common_prefix(child.tokens, sequence[at:])
         if common < len(child.tokens):
             rest = _Run(child.tokens[common:], child.children)
-            child.tokens, child.children = child.tokens[:common], [rest]
+            child.tokens, child.children = child.tokens[:common], {rest.tokens[0]: rest}
         run, at = child, at + common
 
 
 def _path(run: _Run, sequence: Sequence[int], first: dict[int, int]) -> Ints:
     places: list[int] = []
     while len(places) < len(sequence):
-        run = next(c for c in run.children if c.tokens[0] == sequence[len(places)])
+        run = run.children[sequence[len(places)]]
         start = first[id(run)]
         places.extend(range(start, start + len(run.tokens)))
     return np.array(places, np.int64)

@@ -1,5 +1,8 @@
 """An encoder and any number of heads in one pass: one forward, one pooled vector, one product with all heads.
 
+A row may bring several texts: each is one forward, and a head on several of them reads their vectors side by side, and
+the numbers beside them (row_inputs.py).
+
 Takes sentence-transformers and transformers folders. A head sits on the un-normalised pooled vector
 (workers/engines/heads.py); ``Embed`` asks for the vector itself. Pooling and heads are computed in fp32 whatever format
 the trunk runs in.
@@ -18,9 +21,17 @@ import torch
 from motet.protocol.columns import CellError, Column
 from motet.protocol.manifest import Manifest
 from motet.protocol.wire import TaskOrder
-from workers.engine import CannotLoad, Pass, Prepared
+from workers.engine import PLACES, CannotLoad, Pass, Prepared
 from workers.engines.answers import logits_column, vector_answer
-from workers.engines.heads import FUSED, Fused, Head, read_head
+from workers.engines.encoder.row_inputs import (
+    RowInputs,
+    flaw_of,
+    numbers_of,
+    prepare_several,
+    reads_more,
+    with_marks,
+)
+from workers.engines.heads import FUSED, Fused, Head, read_head, standardised
 from workers.engines.newest import Newest
 from workers.engines.proof import beside_others
 from workers.engines.trunk import (
@@ -76,9 +87,13 @@ class EncoderEngine:
 
     def prepare(self, pass_: Pass, texts: Sequence[str]) -> list[Prepared | CellError]:
         tokens: Tokens = pass_.handle.tokens
+        if reads_more(pass_):
+            return prepare_several(tokens, pass_, texts)
         return tokens.prepare(texts, pass_.max_tokens)
 
     def run(self, pass_: Pass, batch: Sequence[Prepared]) -> Mapping[str, Column]:
+        if isinstance(batch[0].inputs, RowInputs):
+            return self._run_several(pass_, batch)
         handle: Encoder = pass_.handle
         heads = [t for t in pass_.tasks if t.manifest.trunk_model]
         vectors = [t for t in pass_.tasks if not t.manifest.trunk_model]
@@ -97,6 +112,45 @@ class EncoderEngine:
         for task in vectors:
             columns[task.name] = vector_answer(task, answers[:, lo:])
         return columns
+
+    def _run_several(self, pass_: Pass, batch: Sequence[Prepared]) -> Mapping[str, Column]:
+        """Of rows that bring several texts, or numbers beside one."""
+        handle: Encoder = pass_.handle
+        rows: list[RowInputs] = [row.inputs for row in batch]
+        vectors = [self._vectors(handle, texts) for texts in zip(*(row.texts for row in rows), strict=True)]
+        parts = []
+        with torch_errors(), torch.inference_mode():
+            for task in pass_.tasks:
+                read = [vectors[place] for place in task.spec.get(PLACES, (0,))]
+                if not task.manifest.trunk_model:
+                    parts.append(read[0])
+                    continue
+                head = handle.heads[task.manifest.digest]
+                if head.numbers is not None:
+                    said = numbers_of(rows, task.name, len(head.numbers[0]))
+                    read.append(standardised(said, *head.numbers).to(handle.device))
+                features = torch.cat(read, 1)
+                # What cannot be read is no number in any output, and its cell an error.
+                features[[i for i, row in enumerate(rows) if flaw_of(row, task)]] = torch.nan
+                parts.append(head(features))
+            answers = torch.cat(parts, 1).cpu().numpy()
+        columns = {}
+        lo = 0
+        for task, part in zip(pass_.tasks, parts, strict=True):
+            mine = answers[:, lo : lo + part.shape[1]]
+            lo += part.shape[1]
+            made = logits_column(task, mine) if task.manifest.trunk_model else vector_answer(task, mine)
+            columns[task.name] = with_marks(made, rows, task)
+        return columns
+
+    def _vectors(self, handle: Encoder, texts: Sequence[Prepared | CellError]) -> torch.Tensor:
+        """(n, dim) fp32 of one text of each row, NaN where it cannot be read."""
+        good = [i for i, text in enumerate(texts) if isinstance(text, Prepared)]
+        found = torch.full((len(texts), handle.manifest.dim), torch.nan, device=handle.device)
+        if good:
+            pooled = self._pooled(handle, [text for text in texts if isinstance(text, Prepared)])
+            found[torch.tensor(good, device=handle.device)] = pooled
+        return found
 
     def unload(self, handle: Encoder) -> None:
         handle.model = None

@@ -27,16 +27,25 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from motet.protocol.columns import OK, STATE_MASK, TRUNCATED, CellError, Column
 from motet.protocol.manifest import KEY_ENV, Manifest
 from motet.protocol.wire import TaskOrder
 from workers.engine import CannotLoad, Delta, Ended, Pass, Prepared, Step
-from workers.engines.answers import label_column
+from workers.engines.choice import choice_column
 from workers.engines.function import json_column
 from workers.engines.newest import Newest
-from workers.engines.prompts import BAD_MESSAGES, NOTHING, BadMessages, counted, messages_of, plain, row_spec
+from workers.engines.prompts import (
+    BAD_MESSAGES,
+    NOTHING,
+    OWN_LABELS,
+    BadLabels,
+    BadMessages,
+    counted,
+    labels_of,
+    messages_of,
+    plain,
+    row_spec,
+)
 from workers.engines.schemas import violation
 from workers.engines.served.chat_server import (
     ANSWER_S,
@@ -47,6 +56,7 @@ from workers.engines.served.chat_server import (
     Spending,
 )
 from workers.engines.served.likelihoods import told_likelihoods
+from workers.engines.served.naming import beginnings, named
 from workers.engines.served.refusals import ANSWER_LENGTH, CONTEXT_LENGTH
 from workers.engines.telling import Teller
 from workers.engines.thoughts import switches, without_thoughts
@@ -106,8 +116,8 @@ class Served:
     ended: queue.SimpleQueue[tuple[Future[None], Ended]] = field(default_factory=queue.SimpleQueue)
     #: What was written of rows that are told step by step.
     deltas: queue.SimpleQueue[tuple[Future[None], Delta]] = field(default_factory=queue.SimpleQueue)
-    #: Tenant, task -> how likely its labels are without any text.
-    priors: Newest[tuple[str, str], tuple[float, ...]] = field(default_factory=lambda: Newest(PRIORS))
+    #: Tenant, task, the labels where they are a row's own -> how likely they are without any text.
+    priors: Newest[tuple[str, ...], tuple[float, ...]] = field(default_factory=lambda: Newest(PRIORS))
     #: Of a server of our own: what keeps its prefix cache apart by tenant. "": a server that may not know of this.
     secret: str = ""
 
@@ -240,6 +250,8 @@ class _Question:
     spending: Spending
     #: Takes what was written since the last time; None where nobody asks.
     tell: Callable[[str], None] | None = None
+    #: Why it cannot be asked.
+    refused: CellError | None = None
 
     @property
     def server(self) -> ChatServer:
@@ -297,11 +309,18 @@ async def _row(
             return None
         return lambda text: handle.deltas.put((place, Delta(ticket, task.name, text))) if text else None
 
-    # With what the row says of its options for itself.
-    asked = [replace(task, spec=row_spec(task.spec, row.inputs.fields)) for task in pass_.tasks]
-    questions = [
-        _Question(handle, task, row.inputs, urgent, pass_.tenant, Spending(), tells(task)) for task in asked
-    ]
+    def question(task: TaskOrder) -> _Question:
+        """With what the row says of its options for itself, and its labels."""
+        refused = None
+        try:
+            task = replace(task, spec=row_spec(task.spec, row.inputs.fields))
+        except BadLabels as bad:
+            refused = bad.cell
+        return _Question(
+            handle, task, row.inputs, urgent, pass_.tenant, Spending(), tells(task), refused=refused
+        )
+
+    questions = [question(task) for task in pass_.tasks]
     # Begun in this order, and so sent one after the other.
     columns = await asyncio.gather(*map(_column, questions))
     spent = {}
@@ -314,6 +333,8 @@ async def _row(
 
 async def _column(q: _Question) -> Column:
     """The task's column of one row. Whatever goes wrong is its error."""
+    if q.refused is not None:
+        return _failed(q, q.refused)
     shares = (
         1.0,
         *(CUTS if q.task.spec.get("too_long") == "truncate" and q.task.spec["kind"] != "chat" else ()),
@@ -336,7 +357,7 @@ async def _column(q: _Question) -> Column:
 async def _answer(q: _Question, share: float) -> Column:
     if q.task.spec["kind"] == "choose":
         scores = await _label_scores(q, share)
-        return label_column(np.array([scores], np.float32), every_score=bool(q.task.spec.get("scores")))
+        return choice_column(scores, q.task.spec)
     if q.task.spec.get("options"):
         return json_column([await _counted(q, share)])
     if q.task.spec.get("schema") is not None:
@@ -536,13 +557,13 @@ async def _label_scores(q: _Question, share: float) -> list[float]:
 
 async def _likelihoods(q: _Question, share: float) -> list[float]:
     """Of every label as the whole answer, against its likelihood without any text."""
-    texts = list(map(str, q.task.spec["labels"]))
+    texts = labels_of(q.task.spec)
     labels = [
         await q.server.tokens(urgent=q.urgent, prompt=label, add_special_tokens=False) for label in texts
     ]
     found = await _sums(q, q.messages(share), labels)
     if q.task.spec.get("calibrate", True):
-        known, key = q.handle.priors, (q.tenant, q.task.name)
+        known, key = q.handle.priors, (q.tenant, q.task.name, *(q.task.spec.get(OWN_LABELS) or ()))
         if (prior := known.get(key)) is None:
             prior = tuple(await _sums(q, q.empty(), labels))
             known.put(key, prior)
@@ -582,7 +603,7 @@ async def _sums(
 
 async def _first_tokens(q: _Question, share: float) -> list[float]:
     """By what the answer begins with."""
-    labels = list(map(str, q.task.spec["labels"]))
+    labels = labels_of(q.task.spec)
     longest = max(len(label.encode("utf-8", "replace")) for label in labels)
     choice = await _named_label(q, share, 4 + longest // 2)
     text = _text(choice)
@@ -643,38 +664,6 @@ def _likeliest(choice: Mapping[str, Any]) -> list[tuple[str, float]]:
     content = (choice.get("logprobs") or {}).get("content") or [{}]
     found = content[0].get("top_logprobs") or []
     return [(str(one["token"]), math.exp(min(0.0, float(one["logprob"])))) for one in found]
-
-
-def named(text: str, labels: Sequence[str]) -> int | None:
-    """Which label an answer names: the one it is, or begins with, or the only one in it; None where that is unclear."""
-    plain_text = text.strip().strip("\"'`*.").casefold()
-    folded = [label.casefold() for label in labels]
-    if plain_text in folded:
-        return folded.index(plain_text)
-    for found in (
-        [i for i, label in enumerate(folded) if re.match(rf"{re.escape(label)}(?!\w)", plain_text)],
-        [i for i, label in enumerate(folded) if re.search(rf"(?<!\w){re.escape(label)}(?!\w)", plain_text)],
-    ):
-        if found:
-            longest = max(found, key=lambda i: len(folded[i]))
-            # One that begins or holds the others is meant; two that stand apart are not clear.
-            return longest if all(folded[i] in folded[longest] for i in found) else None
-    return None
-
-
-def beginnings(
-    tokens: Sequence[tuple[str, float]], labels: Sequence[str], written: int | None
-) -> list[float]:
-    """Each label's share of the first token: what begins several is the written one's, or all of theirs alike."""
-    shares = [0.0] * len(labels)
-    for token, share in tokens:
-        begin = token.replace("\u0120", " ").replace("\u2581", " ").strip().casefold()
-        mine = [i for i, label in enumerate(labels) if begin and label.strip().casefold().startswith(begin)]
-        if written in mine:
-            mine = [written] if written is not None else mine
-        for i in mine:
-            shares[i] += share / len(mine)
-    return shares
 
 
 # -- columns of one row

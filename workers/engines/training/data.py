@@ -36,6 +36,12 @@ class Truth:
         return ~torch.isnan(values if self.target.kind == "number" else values[:, 0])
 
 
+def numbers_of(recipe: Recipe) -> torch.Tensor:
+    """(rows, numbers) fp64 of the numbers that heads read, NaN where they are missing."""
+    columns = [np.frombuffer(one.values, "<f8").astype(np.float64) for one in recipe.numbers]
+    return torch.from_numpy(np.stack(columns, 1)) if columns else torch.empty(0, 0, dtype=torch.float64)
+
+
 @dataclass(frozen=True, slots=True)
 class Parts:
     """Row numbers of training, validation and test."""

@@ -15,16 +15,19 @@ from torch.nn import functional as f
 from motet.evaluation import measures
 from motet.evaluation.measures import LabelCounts
 from motet.training.recipe import Recipe
-from workers.engines.training.data import Truth
+from workers.engines.heads import NUMBERS_CENTER, NUMBERS_SCALE, standardised
+from workers.engines.training.data import Truth, numbers_of
 
 #: A feature that moves less than this never moved: divided by almost nothing, its noise would become answers.
 _STILL = 1e-3
+#: A deviation of a number beside the texts that is this share of its mean is rounding.
+_ROUNDING = 1e-12
 #: Share of features, and of hidden units, left out at chance while heads learn.
 _DROP_IN, _DROP_HIDDEN = 0.1, 0.3
 
 
 class Heads(nn.Module):
-    """All tasks' outputs side by side, from pooled vectors (n, dim)."""
+    """All tasks' outputs side by side, from features (n, dim): a row's pooled vectors, and its numbers behind them."""
 
     center: Tensor
     scale: Tensor
@@ -33,9 +36,18 @@ class Heads(nn.Module):
     stretch: Tensor
 
     def __init__(self, recipe: Recipe, truths: Sequence[Truth], features: Tensor, train: Tensor) -> None:
-        """``features``: (rows, dim) of all rows; what is standard is learned from the rows of ``train``."""
+        """``features``: (rows, dim) of all rows, without numbers, which are the recipe's; what is standard is learned from
+        the rows of ``train``."""
         super().__init__()
         self.truths = truths
+        self.beside: Tensor | None
+        self.numbers: tuple[Tensor, Tensor] | None = None
+        self.register_buffer("beside", None, persistent=False)
+        if recipe.numbers:
+            said = numbers_of(recipe)
+            self.numbers = standard_numbers(said[train])
+            self.beside = standardised(said, *self.numbers)
+        features = self.with_numbers(features, torch.arange(len(features)))
         center, scale = standard(features[train])
         self.register_buffer("center", center)
         self.register_buffer("scale", scale)
@@ -67,6 +79,10 @@ class Heads(nn.Module):
         if self.hidden is not None:
             x = f.dropout(f.gelu(self.hidden(x)), _DROP_HIDDEN, self.training)
         return self.out(x)  # type: ignore[no-any-return]
+
+    def with_numbers(self, vectors: Tensor, rows: Tensor) -> Tensor:
+        """Features of these rows, of which these are the vectors."""
+        return vectors if self.beside is None else torch.cat([vectors, self.beside[rows]], 1)
 
     def split(self, answers: Tensor) -> list[Tensor]:
         return list(torch.split(answers, [t.target.width for t in self.truths], dim=1))
@@ -117,6 +133,8 @@ class Heads(nn.Module):
         else:
             first = folded(self.hidden.weight.float(), self.hidden.bias.float(), self.center, self.scale)
             tensors = {"weight": weight, "bias": bias, "hidden.weight": first[0], "hidden.bias": first[1]}
+        if self.numbers is not None:
+            tensors |= dict(zip((NUMBERS_CENTER, NUMBERS_SCALE), self.numbers, strict=True))
         return {name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()}
 
 
@@ -126,6 +144,14 @@ def standard(features: Tensor) -> tuple[Tensor, Tensor]:
     center = features.mean(0)
     spread = features.std(0) if len(features) > 1 else torch.zeros_like(center)
     return center, torch.where(spread > _STILL, 1 / spread, 0.0)
+
+
+def standard_numbers(numbers: Tensor) -> tuple[Tensor, Tensor]:
+    """The same of numbers (rows, numbers) in fp64, of those that are there."""
+    center = numbers.nanmean(0).nan_to_num()
+    spread = (numbers - center).square().nanmean(0).sqrt().nan_to_num()
+    # Of a number that never moved nothing is learned; what is left of it is rounding.
+    return center, torch.where(spread > _ROUNDING * center.abs(), 1 / spread, 0.0)
 
 
 def folded(weight: Tensor, bias: Tensor, center: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:

@@ -31,6 +31,10 @@ class Hopeless(Exception):
     """The run cannot succeed, however often it is tried. The message is for its owner."""
 
 
+#: Token ids (n, longest) and their mask.
+Padded = tuple[Tensor, Tensor | None]
+
+
 class Both(nn.Module):
     """A trunk and its heads."""
 
@@ -44,9 +48,14 @@ class Both(nn.Module):
             hidden = self.trunk(input_ids=ids, attention_mask=mask).last_hidden_state
         return pool(hidden, mask, self.pooling)
 
-    def forward(self, ids: Tensor, mask: Tensor | None, rows: Tensor, fast: bool) -> Tensor:
+    def features(self, texts: Sequence[Padded], rows: Tensor, *, fast: bool) -> Tensor:
+        """(n, features) fp32 of these rows, each of whose texts is padded by itself."""
+        vectors = [self.pooled(ids, mask, fast=fast) for ids, mask in texts]
+        return self.heads.with_numbers(vectors[0] if len(vectors) == 1 else torch.cat(vectors, 1), rows)
+
+    def forward(self, texts: Sequence[Padded], rows: Tensor, fast: bool) -> Tensor:
         """The loss of these rows."""
-        loss, _ = self.heads.loss(self.heads(self.pooled(ids, mask, fast=fast)), rows)
+        loss, _ = self.heads.loss(self.heads(self.features(texts, rows, fast=fast)), rows)
         # Whatever labels these rows lack, all that learns has a gradient: other devices wait for it.
         return loss + 0 * self.heads.noise.sum()
 
@@ -68,7 +77,8 @@ class Learner:
         """``fast``: matrix products in bf16, while weights and their changes stay fp32."""
         self.recipe, self.pad, self.device, self.fast = recipe, pad, device, fast
         self.both = Both(trunk, heads, pooling)
-        self.rows: list[Prepared] = []
+        #: Every text; of a row that has several, one behind the other.
+        self.texts: list[Prepared] = []
         rate = recipe.rate or RATES[recipe.tune]
         learning = [p for p in trunk.parameters() if p.requires_grad]
         self.adam = torch.optim.AdamW(
@@ -83,9 +93,14 @@ class Learner:
         self._among: Any = None
         self._rank, self._devices = 0, 1
 
-    def pooled(self, batch: Sequence[Prepared], *, fast: bool) -> Tensor:
-        """(n, dim) fp32."""
-        return self.both.pooled(*padded(batch, self.pad, self.device), fast=fast)
+    def features(self, rows: Tensor, *, fast: bool) -> Tensor:
+        """(n, features) fp32."""
+        return self.both.features(self._padded(rows), rows, fast=fast)
+
+    def length(self, row: int) -> int:
+        """Tokens of a row's texts."""
+        n = self.recipe.texts
+        return sum(text.length for text in self.texts[row * n : (row + 1) * n])
 
     def join(self, rank: int, devices: int) -> None:
         """From now on take every ``devices``-th row of each batch, and step with the others of the process group."""
@@ -113,7 +128,8 @@ class Learner:
             return 0.0
         # A device without a row takes part all the same: the others wait for its gradients.
         share = rows[self._rank :: self._devices]
-        loss: Tensor = (self._among or self.both)(*self._texts(share if len(share) else rows[:1]), self.fast)
+        mine = share if len(share) else rows[:1]
+        loss: Tensor = (self._among or self.both)(self._padded(mine), mine, self.fast)
         # The mean over devices is the mean over rows.
         loss = loss * (len(share) * self._devices / len(rows)) if self._devices > 1 else loss
         self.adam.zero_grad()
@@ -122,8 +138,12 @@ class Learner:
         self.adam.step()
         return finite(loss, self.recipe.tune, epoch)
 
-    def _texts(self, rows: Tensor) -> tuple[Tensor, Tensor | None, Tensor]:
-        return *padded([self.rows[row] for row in rows.tolist()], self.pad, self.device), rows
+    def _padded(self, rows: Tensor) -> list[Padded]:
+        n = self.recipe.texts
+        return [
+            padded([self.texts[row * n + place] for row in rows.tolist()], self.pad, self.device)
+            for place in range(n)
+        ]
 
 
 def let_learn(trunk: Any, recipe: Recipe) -> None:

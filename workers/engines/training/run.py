@@ -164,7 +164,7 @@ class Run:
         yield from self._learn_heads(heads, vectors)
         told_on = self.parts.test if len(self.parts.test) else self.parts.validation
         with torch.no_grad():
-            frozen = scores(heads, heads(vectors[told_on]), told_on)
+            frozen = scores(heads, heads(heads.with_numbers(vectors[told_on], told_on)), told_on)
         if not learns:
             self.trained = self._made(heads, None, self.trunk.manifest.formats, frozen, frozen)
             return
@@ -230,13 +230,14 @@ class Run:
             vectors.append(torch.from_numpy(rows.vectors))
             yield 1
         every = torch.cat(vectors) if vectors else torch.empty(0, 0)
-        wanted = self.recipe.train_rows + self.recipe.test_rows
+        wanted = (self.recipe.train_rows + self.recipe.test_rows) * self.recipe.texts
         if len(every) != wanted or (texts and len(found) != wanted):
             raise Hopeless(f"job {self.recipe.job} has {len(every):,} rows, and the recipe is for {wanted:,}")
         if not torch.isfinite(every).all():
             row = int((~torch.isfinite(every).all(1)).nonzero()[0])
             raise Hopeless(f"row {row} of job {self.recipe.job} has no vector; leave the row out")
-        return found, every
+        # A head reads the vectors of a row's texts side by side.
+        return found, every.reshape(-1, self.recipe.texts * every.shape[1])
 
     # -- heads on the frozen trunk
 
@@ -254,7 +255,7 @@ class Run:
                 _rate(
                     adam, HEAD_RATE * (1 - ((epoch - 1) + at * HEAD_BATCH / len(order)) / recipe.head_epochs)
                 )
-                loss, _ = heads.loss(heads(vectors[rows]), rows)
+                loss, _ = heads.loss(heads(heads.with_numbers(vectors[rows], rows)), rows)
                 if loss.requires_grad:
                     adam.zero_grad()
                     torch.autograd.backward(loss)
@@ -265,8 +266,8 @@ class Run:
             heads.eval()
             with torch.no_grad():
                 told = {
-                    "validation": scores(heads, heads(vectors[held_out]), held_out),
-                    "test": scores(heads, heads(vectors[parts.test]), parts.test),
+                    part: scores(heads, heads(heads.with_numbers(vectors[rows], rows)), rows)
+                    for part, rows in (("validation", held_out), ("test", parts.test))
                 }
             self.tell(
                 f"heads {epoch:04}",
@@ -338,15 +339,17 @@ class Tuning:
             device=run.trunk.device,
             fast=run.trunk.fast,
         )
-        self._rows = self._learner.rows
+        self._prepared = self._learner.texts
         self._best = Best(run.recipe.patience)
         self._stored = -math.inf
 
     def go(self) -> Steps:
         run, recipe = self._run, self._recipe
         for lo in range(0, len(self._texts), TOKENISED):
-            self._rows += _renumbered(
-                self._tokens.prepare(self._texts[lo : lo + TOKENISED], recipe.max_tokens), lo
+            self._prepared += _readable(
+                self._tokens.prepare(self._texts[lo : lo + TOKENISED], recipe.max_tokens),
+                lo,
+                recipe.texts,
             )
             yield 1
         first_epoch, first_step, lost, seen = 1, 0, 0.0, 0
@@ -386,7 +389,7 @@ class Tuning:
                 rows = batches[step]
                 lost, seen = lost + learn(rows, epoch, step, len(batches)) * len(rows), seen + len(rows)
                 yield from self._store(epoch, step + 1, lost, seen)
-                yield sum(self._rows[row].length for row in rows.tolist())
+                yield sum(map(self._learner.length, rows.tolist()))
             told = {
                 "validation": (yield from self.scored(held_out, fast=self._trunk.fast)),
                 "test": (yield from self.scored(parts.test, fast=self._trunk.fast)),
@@ -417,19 +420,21 @@ class Tuning:
     def scored(self, rows: Tensor, *, fast: bool) -> Generator[int, None, dict[str, dict[str, float]]]:
         """What the present weights are worth on these rows."""
         answers = torch.empty(len(rows), sum(t.target.width for t in self._run.truths))
-        order = sorted(range(len(rows)), key=lambda i: self._rows[int(rows[i])].length)
+        length = self._learner.length
+        order = sorted(range(len(rows)), key=lambda i: length(int(rows[i])))
         self._model.eval()
         self._heads.eval()
         lo = 0
         while lo < len(order):
             hi = lo + 1
-            while hi < len(order) and (hi + 1 - lo) * self._rows[int(rows[order[hi]])].length <= READ_TOKENS:
+            while hi < len(order) and (hi + 1 - lo) * length(int(rows[order[hi]])) <= READ_TOKENS:
                 hi += 1
-            batch = [self._rows[int(rows[i])] for i in order[lo:hi]]
+            batch = rows[order[lo:hi]]
             with torch.inference_mode():
-                answers[order[lo:hi]] = self._heads(self._learner.pooled(batch, fast=fast)).float().cpu()
+                features = self._learner.features(batch, fast=fast)
+                answers[order[lo:hi]] = self._heads(features).float().cpu()
             lo = hi
-            yield sum(row.length for row in batch)
+            yield sum(map(length, batch.tolist()))
         self._model.train()
         self._heads.train()
         return scores(self._heads, answers, rows)
@@ -440,7 +445,7 @@ class Tuning:
         train, size = self._run.parts.train, self._recipe.batch_rows
         batches: list[Tensor] = []
         for some in torch.split(train[torch.randperm(len(train), generator=dice)], POOL * size):
-            lengths = torch.tensor([self._rows[row].length for row in some.tolist()])
+            lengths = torch.tensor(list(map(self._learner.length, some.tolist())))
             batches += torch.split(some[lengths.argsort(stable=True)], size)
         return [batches[i] for i in torch.randperm(len(batches), generator=dice).tolist()]
 
@@ -505,11 +510,12 @@ def _learning(modules: Sequence[torch.nn.Module]) -> Iterator[tuple[str, Tensor]
                 yield f"{number}.{name}", parameter
 
 
-def _renumbered(rows: Sequence[Prepared | CellError], first: int) -> Iterator[Prepared]:
-    for offset, row in enumerate(rows):
-        if isinstance(row, CellError):
-            raise Hopeless(f"row {first + offset}: {row.message}")
-        yield row
+def _readable(texts: Sequence[Prepared | CellError], first: int, of_row: int) -> Iterator[Prepared]:
+    """``of_row``: texts of each row."""
+    for offset, text in enumerate(texts):
+        if isinstance(text, CellError):
+            raise Hopeless(f"row {(first + offset) // of_row}: {text.message}")
+        yield text
 
 
 def _rate(adam: torch.optim.Optimizer, rate: float) -> None:

@@ -118,8 +118,10 @@ class Team:
         config: Any = mine.both.trunk.config
         tensors = {f"both.{name}": tensor for name, tensor in mine.both.state_dict().items()}
         tensors |= adam_tensors(mine.adam)
-        tensors["ids"] = torch.tensor([token for row in mine.rows for token in row.inputs], dtype=torch.int64)
-        tensors["lengths"] = torch.tensor([row.length for row in mine.rows])
+        tensors["ids"] = torch.tensor(
+            [token for text in mine.texts for token in text.inputs], dtype=torch.int64
+        )
+        tensors["lengths"] = torch.tensor([text.length for text in mine.texts])
         facts = {
             "recipe": mine.recipe.dumps(),
             "config": config.to_json_string(use_diff=False),
@@ -229,7 +231,7 @@ def _like(state: RunState) -> Learner:
         dtype=torch.float32,
     )
     let_learn(trunk, recipe)
-    blank = torch.zeros(recipe.train_rows + recipe.test_rows, trunk.config.hidden_size)
+    blank = torch.zeros(recipe.train_rows + recipe.test_rows, recipe.texts * trunk.config.hidden_size)
     heads = Heads(recipe, [Truth.of(target) for target in recipe.targets], blank, Parts.of(recipe).train)
     learner = Learner(
         recipe,
@@ -252,8 +254,8 @@ def _like(state: RunState) -> Learner:
             ],
         }
     )
-    rows = torch.split(tensors["ids"], tensors["lengths"].tolist())
-    learner.rows += [Prepared(i, len(ids), False, ids.numpy()) for i, ids in enumerate(rows)]
+    texts = torch.split(tensors["ids"], tensors["lengths"].tolist())
+    learner.texts += [Prepared(i, len(ids), False, ids.numpy()) for i, ids in enumerate(texts)]
     return learner
 
 

@@ -122,7 +122,14 @@ class TrainerEngine:
                 )
                 rows.append(CellError("bad_recipe", words))
                 continue
-            length = recipe.train_rows + recipe.test_rows
+            if recipe.inputs and of_pictures(pass_.handle.trunk.manifest):
+                rows.append(
+                    CellError(
+                        "bad_recipe", "a head on pictures reads one picture; leave texts and numbers out"
+                    )
+                )
+                continue
+            length = (recipe.train_rows + recipe.test_rows) * recipe.texts
             rows.append(Prepared(row, length, False, TrainingOrder(recipe, pass_.lease, pass_.indices[row])))
         return rows
 
@@ -287,6 +294,8 @@ def _head(
         max_tokens=min(recipe.max_tokens or trunk.max_tokens, trunk.max_tokens),
         pooling="stages" if recipe.features == "stages" else trunk.pooling,
         labels=target.labels,
+        inputs=recipe.inputs,
+        numbers=tuple(one.name for one in recipe.numbers),
         formats=trunk.formats,
         licence=recipe.licence,
         source=dict(about),
