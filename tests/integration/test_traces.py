@@ -104,7 +104,9 @@ def test_the_spans_of_a_job_form_one_tree_from_submit_to_seal(cluster: Cluster, 
     services = {(span.name, service) for service, span in receiver.spans()}
     assert {service for name, service in services if name == "execute"} == {"motet-worker"}
     assert {service for name, service in services if name == "send"} == {"motet-dispatch"}
-    assert sum(of(span, "rows") for span in spans if span.name == "execute") == len(rows)
+    # By sub-task: one that lags on a busy machine is run twice.
+    executed = {of(span, "subtask"): of(span, "rows") for span in spans if span.name == "execute"}
+    assert sum(executed.values()) == len(rows)
     assert sum(of(span, "subtasks") for span in spans if span.name == "record") == names["send"]
     assert of(root, "cells_ok") == len(rows)
     assert all(span.end_time_unix_nano >= span.start_time_unix_nano > 0 for span in spans)
