@@ -36,21 +36,6 @@ class _Family:
         return self.last - self.first + 1
 
 
-def common(a: str, b: str) -> int:
-    """Characters with which both begin."""
-    lo, hi = 0, min(len(a), len(b))
-    if a[:hi] == b[:hi]:
-        return hi
-    # Halves are compared at once; what is left is short.
-    while hi - lo > 16:
-        middle = (lo + hi) // 2
-        if a[lo:middle] == b[lo:middle]:
-            lo = middle
-        else:
-            hi = middle
-    return next(i for i in range(lo, hi) if a[i] != b[i])
-
-
 def side_by_side(alike: Sequence[int], sizes: Sequence[int]) -> tuple[list[int], list[int]]:
     """(the rows in the order in which they are to be worked on, the rows at which groups begin that are not parted).
 

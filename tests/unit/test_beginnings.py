@@ -12,10 +12,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from motet.protocol.beginnings import common_prefix
 from scheduler.api.openai.lines import FileSurvey, line_at, read_again, survey
 from scheduler.api.openai.sorting import Sorting
 from scheduler.blocks import IncomingPart, Reader, blocks_of, decode_block, row_order, uint32s
-from scheduler.policy.beginnings import LEAST_ALIKE, MOST_TOGETHER, bounds, common, side_by_side
+from scheduler.policy.beginnings import LEAST_ALIKE, MOST_TOGETHER, bounds, side_by_side
 from scheduler.store.registry import Registered
 from tests.integration.api_house import SPEAKER
 
@@ -30,7 +31,7 @@ TEXTS = st.lists(
 
 
 def alike_of(texts: Sequence[str]) -> list[int]:
-    return [0, *itertools.starmap(common, itertools.pairwise(texts))]
+    return [0, *itertools.starmap(common_prefix, itertools.pairwise(texts))]
 
 
 # -- rows
@@ -39,7 +40,7 @@ def alike_of(texts: Sequence[str]) -> list[int]:
 @given(st.text("ab", max_size=60), st.text("ab", max_size=60), st.text("ab", max_size=200))
 def test_what_two_texts_have_in_common_is_counted_to_the_character(a: str, b: str, beginning: str) -> None:
     a, b = beginning + a, beginning + b
-    counted = common(a, b)
+    counted = common_prefix(a, b)
     assert a[:counted] == b[:counted]
     assert counted == min(len(a), len(b)) or a[counted] != b[counted]
 
@@ -65,8 +66,8 @@ def families(texts: Sequence[str]) -> list[range]:
     """Those of the outermost kind, found the plain way."""
     found = []
     for first, last in itertools.combinations(range(len(texts)), 2):
-        alike = common(texts[first], texts[last])
-        around = [common(texts[first], text) for text in (*texts[:first], *texts[last + 1 :])]
+        alike = common_prefix(texts[first], texts[last])
+        around = [common_prefix(texts[first], text) for text in (*texts[:first], *texts[last + 1 :])]
         if alike >= LEAST_ALIKE and all(one == 0 for one in around):
             found.append(range(first, last + 1))
     return found
@@ -116,7 +117,8 @@ def test_a_block_keeps_each_row_and_its_groups(texts: list[str], rows: int) -> N
         groups = [] if block.groups is None else list(uint32s(block.groups))
         for lo, hi in itertools.pairwise([*bounds(order, groups), len(order)]):
             assert all(
-                common(str(told[order[lo]]), str(told[row])) >= LEAST_ALIKE for row in order[lo + 1 : hi]
+                common_prefix(str(told[order[lo]]), str(told[row])) >= LEAST_ALIKE
+                for row in order[lo + 1 : hi]
             )
     assert found == texts
 

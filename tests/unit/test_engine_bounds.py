@@ -11,6 +11,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from motet.protocol.beginnings import common_prefix
 from motet.protocol.columns import values
 from motet.tasks import Choose
 from tests.unit.test_causal_engine import House, files_of, llama  # noqa: F401 - a fixture
@@ -19,7 +20,6 @@ from workers.engine import Prepared
 from workers.engines.causal import rows
 from workers.engines.causal.causal import CausalEngine
 from workers.engines.causal.prefix_cache import LEAST_CACHED, PrefixCache
-from workers.engines.causal.trees import common_prefix
 from workers.engines.encoder.encoder import EncoderEngine
 from workers.engines.newest import Newest
 from workers.engines.training.trainer import TrainerEngine

@@ -15,6 +15,7 @@ from uuid import UUID
 
 from motet.errors import InvalidJob
 from motet.messages.jobs import Submission
+from motet.protocol.beginnings import common_prefix
 from motet.protocol.values import Value, byte_lengths
 from motet.states import Skip
 from motet.tasks import condition_of
@@ -36,7 +37,6 @@ from scheduler.api.opening import planned_with, with_models
 from scheduler.api.resources import Resources
 from scheduler.api.submissions import CheckedSubmission, new_job
 from scheduler.blocks import IncomingPart, blocks_of
-from scheduler.policy.beginnings import common
 from scheduler.store import landing, opening
 from scheduler.store.batches import Owned
 
@@ -179,7 +179,7 @@ def _part(
     # To what no language model writes a common beginning is worth nothing.
     written = {kind for kind in made.numbers if "text" in SERVED[kind.endpoint]}
     alike = [
-        common(str(asked[row - 1]), str(asked[row]))
+        common_prefix(str(asked[row - 1]), str(asked[row]))
         if row and kind in written and kinds[row - 1] == kind
         else 0
         for row, kind in enumerate(kinds)

@@ -10,7 +10,7 @@ from bisect import bisect_left, insort
 
 import torch
 
-from workers.engines.causal.trees import common_prefix
+from motet.protocol.beginnings import common_prefix
 from workers.engines.newest import Newest
 
 #: A prefix: the adapter that computes it, and its tokens.

@@ -6,12 +6,12 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+from motet.protocol.beginnings import common_prefix
 from motet.protocol.columns import CellError
 from motet.protocol.wire import TaskOrder
 from workers.engine import Pass, Prepared
 from workers.engines.causal.chat_tokens import ChatTokens, Prompt
 from workers.engines.causal.prefix_cache import PrefixKey
-from workers.engines.causal.trees import common_prefix
 from workers.engines.prompts import NOTHING, OWN_LABELS, BadLabels, labels_of, messages_of, row_spec
 from workers.engines.thoughts import switches
 

@@ -13,6 +13,8 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
+from motet.protocol.beginnings import common_prefix
+
 Ints = NDArray[np.int64]
 Bools = NDArray[np.bool_]
 
@@ -88,21 +90,6 @@ def tree(sequences: Sequence[Sequence[int]], kinds: Sequence[object] = ()) -> Tr
         above=above,
         paths=tuple(_path(root, sequence, first) for root, sequence in zip(of, sequences, strict=True)),
     )
-
-
-def common_prefix(a: Sequence[int], b: Sequence[int]) -> int:
-    """How many leading tokens are the same."""
-    lo, hi = 0, min(len(a), len(b))
-    if a[:hi] == b[:hi]:
-        return hi
-    # Halves are compared at once; what is left is short.
-    while hi - lo > 16:
-        middle = (lo + hi) // 2
-        if a[lo:middle] == b[lo:middle]:
-            lo = middle
-        else:
-            hi = middle
-    return next(i for i in range(lo, hi) if a[i] != b[i])
 
 
 def _insert(run: _Run, sequence: Sequence[int]) -> None:
