@@ -78,6 +78,8 @@ class FileSurvey:
     models: dict[str, str] = field(default_factory=dict)
     #: What lines have in common that one task answers, in their order, with the tasks beside it.
     kinds: dict[LineKind, Mapping[str, Task]] = field(default_factory=dict)
+    #: The place of each among them.
+    numbers: dict[LineKind, int] = field(default_factory=dict)
     #: Some answers are drawn, and others each time.
     drawn: bool = False
     #: Places in the file of the lines that get rows of their own, in the order of what they ask.
@@ -268,7 +270,7 @@ def _note(
         if asked.tasks:
             _check_set(found, asked, check_tasks)
         found.kinds[kind] = asked.tasks
-    task = list(found.kinds).index(kind)
+    task = found.numbers.setdefault(kind, len(found.numbers))
     found.drawn = found.drawn or asked.drawn
     if not asked.drawn:
         rows = json.dumps([task, asked.rows(), asked.dimensions, asked.base64, asked.choices, asked.about])
