@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 from uuid import UUID
 
@@ -55,7 +55,7 @@ def queue_of(use: Resources, tenant: UUID, job: UUID, by: str) -> Queue:
         # Vectors say nothing in words.
         names = [task.name for task in every.tasks if not task.dim]
         meant = _meant(by, names)
-        of = shown(connection, tenant, job, names)
+        of = replace(every, tasks=tuple(task for task in every.tasks if task.name in names))
         blocks = newest_blocks(connection, of, LOOKED)
         columns = read_columns(connection, sorted({c for block in blocks for c in block.columns}))
         record = describe(job_entry(connection, tenant, job))
