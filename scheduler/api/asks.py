@@ -31,7 +31,7 @@ from scheduler.api.result_streams import framed, plain_rows
 from scheduler.api.routing import Routes, reply, takes
 from scheduler.api.rows import PART_FIELDS, Incoming, columns_in, foldable, read_rows, unpacked
 from scheduler.api.streaming import EVENTS, AskDelta, AskLanded, AskReset, EventStream, SentEvent, hung_up
-from scheduler.blocks import IncomingPart, keyed, media_in
+from scheduler.blocks import IncomingPart, keyed
 
 routes = Routes(tags=["jobs"])
 
@@ -138,7 +138,7 @@ async def _asked(request: Request, use: Resources, caller: Identity, job: str) -
         raw = await held.enter_async_context(body)
         request.scope[READ] = True
         asked, incoming = (_columns if kind == _FRAMES else _rows)(feed, raw, use.settings.max_row_bytes)
-        if any(True for values in incoming.columns.values() for _ in media_in(values)):
+        if incoming.has_media:
             mine = feed.job
             incoming = await run_in_threadpool(
                 with_media, use, mine.tenant, mine.secret, incoming, refuse=False

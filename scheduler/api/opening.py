@@ -39,7 +39,6 @@ from scheduler.api.submissions import (
     plan_submission,
     read_submission,
 )
-from scheduler.blocks import media_in
 from scheduler.store import jobs as store
 from scheduler.store import landing, opening
 from scheduler.store.registry import Registered, find_models, model_refs, secret_of
@@ -110,7 +109,9 @@ def _open(use: Resources, tenant: UUID, raw: bytes, key: str | None) -> Response
     began = time.time()
     asked, found = with_models(use, asked)
     incoming = inline_rows(use, asked, found)
-    if incoming is not None and (secret := _secret_for(use, tenant, incoming)):
+    if incoming is not None and incoming.has_media:
+        with use.database.reading() as connection:
+            secret = secret_of(connection, tenant)
         incoming = with_media(use, tenant, secret, incoming, refuse=True)
         _refuse_bad(asked, incoming)
     planned = planned_with(asked, incoming, found)
@@ -136,14 +137,6 @@ def _open(use: Resources, tenant: UUID, raw: bytes, key: str | None) -> Response
         },
     )
     return reply(describe(entry), status)
-
-
-def _secret_for(use: Resources, tenant: UUID, incoming: Incoming) -> bytes:
-    """The tenant's key of digests, where some row refers to a medium; else nothing."""
-    if not any(True for values in incoming.columns.values() for _ in media_in(values)):
-        return b""
-    with use.database.reading() as connection:
-        return secret_of(connection, tenant)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -31,7 +31,7 @@ from motet.protocol.values import (
 from motet.tasks import short
 from scheduler.api.dialogues import EXPECTED, NoDialogue, dialogue_text
 from scheduler.api.strict_json import BrokenJson, loads
-from scheduler.blocks import IncomingPart
+from scheduler.blocks import IncomingPart, media_in
 from scheduler.policy.folds import misfits
 
 #: Rows of one part at most: a guard for memory, far above any real part.
@@ -87,6 +87,11 @@ class Incoming:
 
     def __len__(self) -> int:
         return len(next(iter(self.columns.values())))
+
+    @property
+    def has_media(self) -> bool:
+        """Some row refers to a medium."""
+        return any(True for values in self.columns.values() for _ in media_in(values))
 
     def part(self) -> IncomingPart:
         """What is stored: what is bad keeps its place, without text."""
