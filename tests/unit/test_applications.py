@@ -33,7 +33,7 @@ from workers.engines.function import json_column
 __all__ = ["cluster"]
 
 #: Public data laid beside the project, where it is (its README says from where).
-SHARED = Path(os.environ.get("MOTET_DATA", "/work/shared/data"))
+SHARED = Path(os.environ.get("MOTET_DATA") or Path(__file__).parents[3] / "shared/data")
 EVIL = "<script>&\"'"
 
 
