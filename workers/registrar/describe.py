@@ -16,8 +16,14 @@ from typing import Any, Literal
 
 from motet.errors import SetupError
 from motet.protocol.manifest import Answer, Manifest, trainer_name, trunk_digest
+from workers.engines.image.files import PROCESSORS
 from workers.engines.proved import inherited, steady_tokens
-from workers.registrar.describe_image import PROCESSORS, described_image, needed_files, reads_pictures
+from workers.registrar.describe_image import (
+    architecture_of,
+    described_image,
+    needed_files,
+    reads_pictures,
+)
 
 #: Weights that run code when they are read.
 PICKLES = (".bin", ".pt", ".pth", ".pkl", ".ckpt", ".h5", ".msgpack")
@@ -160,7 +166,7 @@ def describe_folder(
         files = _model_files(folder, (*ENCODER_FILES, *PROCESSORS), needed_files(config))
     else:
         files = _model_files(
-            folder, LANGUAGE_FILES if _architecture(config).endswith(LANGUAGE) else ENCODER_FILES
+            folder, LANGUAGE_FILES if architecture_of(config).endswith(LANGUAGE) else ENCODER_FILES
         )
     # Servers of their own, such as vLLM's, take the same positions for all rows.
     limit = _max_tokens(folder, config, steady=engine in ("", "causal"))
@@ -187,7 +193,7 @@ def describe_folder(
         licence=licence or _licence(folder),
         source=dict(source),
     )
-    architecture = _architecture(config)
+    architecture = architecture_of(config)
     if of_pictures:
         manifest = described_image(base, files, config, _classes(config, False))
     elif architecture.endswith("ForSequenceClassification"):
@@ -291,10 +297,6 @@ def digests(files: Mapping[str, Path]) -> dict[str, str]:
 
 def sizes(files: Mapping[str, Path]) -> dict[str, int]:
     return {name: path.stat().st_size for name, path in files.items()}
-
-
-def _architecture(config: Mapping[str, Any]) -> str:
-    return str((config.get("architectures") or [""])[0])
 
 
 def _language_model(

@@ -11,22 +11,21 @@ from typing import Any
 from motet.errors import SetupError
 from motet.protocol.manifest import Answer, Manifest, trunk_digest
 from workers.engine import CannotLoad
+from workers.engines.image.files import MODEL_TYPE, PROCESSORS
 
-#: Files that say how pictures are prepared; a folder has one of them.
-PROCESSORS = ("preprocessor_config.json", "processor_config.json")
 #: End of the names of architectures that are whole classifiers of pictures.
 CLASSIFIER = "ForImageClassification"
-#: What EfficientNet-Lite is called where motet has converted it; how its pictures are prepared stands beside that.
-LITE = "efficientnet_lite"
 
 
 def reads_pictures(folder: Path, config: Mapping[str, Any]) -> bool:
     """Whether the model of this folder reads pictures and nothing beside them, but the words of labels."""
-    if config.get("model_type") == LITE or _architecture(config).endswith(CLASSIFIER):
+    if config.get("model_type") == MODEL_TYPE or architecture_of(config).endswith(CLASSIFIER):
         return True
     prepares = any((folder / name).is_file() for name in PROCESSORS)
     # A vision-language model has both, too; it writes.
-    writes = _architecture(config).endswith(("ForConditionalGeneration", "ForImageTextToText", "ForCausalLM"))
+    writes = architecture_of(config).endswith(
+        ("ForConditionalGeneration", "ForImageTextToText", "ForCausalLM")
+    )
     return prepares and not writes and (has_towers(config) or "text_config" not in config)
 
 
@@ -52,7 +51,7 @@ def described_image(
 
     base = replace(base, reads="image", engine="image", dim=0, pooling="")
     try:
-        if _architecture(config).endswith(CLASSIFIER):
+        if architecture_of(config).endswith(CLASSIFIER):
             return replace(
                 base,
                 engine="image-classifier",
@@ -92,5 +91,6 @@ def unique(labels: Sequence[str]) -> tuple[str, ...]:
     return tuple(label if often[label] == 1 else f"{label} ({code})" for code, label in enumerate(labels))
 
 
-def _architecture(config: Mapping[str, Any]) -> str:
+def architecture_of(config: Mapping[str, Any]) -> str:
+    """The first architecture that a configuration names; "" for none."""
     return str((config.get("architectures") or [""])[0])

@@ -13,7 +13,8 @@ import torch
 from torch import Tensor
 
 from motet.errors import SetupError
-from workers.engines.image.lite import MODEL_TYPE, Lite
+from workers.engines.image.files import MODEL_TYPE
+from workers.engines.image.lite import Lite
 
 #: What BatchNorm adds to a variance in all of these models.
 EPSILON = 1e-3

@@ -16,14 +16,13 @@ from torch import Tensor
 
 from motet.protocol.manifest import Manifest
 from workers.engine import CannotLoad
+from workers.engines.image.files import PROCESSORS
 from workers.engines.image.lite import ImageVectors
 from workers.engines.image.preparing import Pixels
 from workers.engines.trunk import load_transformer
 
 #: What a folder must hold beside its weights.
 NEEDED = ("config.json",)
-#: Files that say how pictures are prepared; a model has one of them.
-PROCESSORS = ("preprocessor_config.json", "processor_config.json")
 #: Pictures that a processor is tried on: wide, high, small.
 TRIED = ((300, 200), (200, 340), (20, 30))
 #: How far our numbers may be from the processor's own: rounding in fp32.

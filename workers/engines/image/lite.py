@@ -13,8 +13,6 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as f
 
-#: ``model_type`` in the configuration of a converted model.
-MODEL_TYPE = "efficientnet_lite"
 #: Strides of the seven stages. A stage begins where the width of the blocks changes.
 STRIDES = (1, 2, 2, 2, 1, 2, 1)
 #: Stages whose last block gives features: not the first, of raw edges, nor the last, which the pooled output follows.

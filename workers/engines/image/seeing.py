@@ -13,8 +13,9 @@ from torch import Tensor
 
 from motet.protocol.manifest import Manifest
 from workers.engine import CannotLoad, DeviceBroken, OutOfMemory, Prepared
+from workers.engines.image.files import MODEL_TYPE
 from workers.engines.image.hub import TwoTowers, load_hub, processor_of, wrapped
-from workers.engines.image.lite import MODEL_TYPE, ImageVectors, Lite
+from workers.engines.image.lite import ImageVectors, Lite
 from workers.engines.image.preparing import MiddleSquare, Preparation, chunks
 from workers.engines.trunk import DTYPES, cpu_computes, imitated, onto, torch_errors
 
