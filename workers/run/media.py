@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, Protocol
 
 import msgpack
+from cachetools import LRUCache
 
 from motet.errors import MotetError
 from motet.http import Address, Http
@@ -36,9 +37,6 @@ AT_ONCE = 256
 PATIENCE_S = 20.0
 
 LOST = CellError("lost_medium", "the picture could not be fetched", retriable=True)
-
-#: (tenant, sha256) -> bytes.
-_Kept = dict[tuple[str, str], bytes]
 
 
 class MediaSource(Protocol):
@@ -79,11 +77,10 @@ class Media:
         kept_bytes: int = KEPT_BYTES,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        self._source, self._limit, self._clock = source, kept_bytes, clock
+        self._source, self._clock = source, clock
         self._lock = threading.Lock()
-        #: Least recently used first.
-        self._kept: _Kept = {}
-        self._bytes = 0
+        #: (tenant, sha256) -> bytes.
+        self._kept: LRUCache[tuple[str, str], bytes] = LRUCache(kept_bytes, len)
 
     def of(self, order: Assignment, wanted: Callable[[], bool]) -> Mapping[str, bytes]:
         """Sha256 -> bytes of the media that its rows refer to, as far as they could be had. Raises nothing.
@@ -122,23 +119,15 @@ class Media:
         return found
 
     def _known(self, tenant: str, digests: Sequence[str]) -> dict[str, bytes]:
-        found = {}
         with self._lock:
-            for sha256 in digests:
-                if (data := self._kept.pop((tenant, sha256), None)) is not None:
-                    found[sha256] = self._kept[tenant, sha256] = data
-        return found
+            held = {sha256: self._kept.get((tenant, sha256)) for sha256 in digests}
+        return {sha256: data for sha256, data in held.items() if data is not None}
 
     def _keep(self, tenant: str, new: Mapping[str, bytes]) -> None:
         with self._lock:
             for sha256, data in new.items():
-                before = self._kept.pop((tenant, sha256), b"")
-                self._kept[tenant, sha256] = data
-                self._bytes += len(data) - len(before)
-            for key in list(self._kept):
-                if self._bytes <= self._limit:
-                    break
-                self._bytes -= len(self._kept.pop(key))
+                if len(data) <= self._kept.maxsize:
+                    self._kept[tenant, sha256] = data
 
 
 def given(values: Sequence[Value], media: Mapping[str, bytes]) -> list[Any]:
