@@ -104,7 +104,8 @@ class Work:
     @classmethod
     def of(cls, order: Assignment, in_format: str, arrived: int) -> Work:
         """A fresh attempt that will run in ``in_format``."""
-        placed = [_placed(task, texts_of(order.tasks)) for task in order.tasks]
+        texts = texts_of(order.tasks)
+        placed = [_placed(task, texts) for task in order.tasks]
         asks = {task.name: ask_of(task) for task in placed}
         tasks = {asks[task.name]: replace(task, name=asks[task.name]) for task in placed}
         key = PassKey(order.model.digest, in_format, order.max_tokens, tuple(sorted(tasks)))
