@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import os
 import signal
 from pathlib import Path
 
 import click
 
+from motet.cli.cluster import default_cpus
 from motet.cli.handed import need
 from motet.cli.show import as_json, put_json, put_table
 
@@ -55,7 +55,8 @@ def app(
 
     # One that is told to end stops its cluster, as on Ctrl-C.
     signal.signal(signal.SIGTERM, signal.default_int_handler)
-    cpus = cpus or min(2, os.cpu_count() or 1)
-    told = play(name, data=data, cpus=cpus, quick=quick, keep=keep, live=live, quiet=as_json)
+    told = play(
+        name, data=data, cpus=cpus or default_cpus(), quick=quick, keep=keep, live=live, quiet=as_json
+    )
     if as_json:
         put_json(told)

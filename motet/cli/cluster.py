@@ -23,7 +23,8 @@ if TYPE_CHECKING:
 _GLANCE_S = 0.5
 
 
-def _default_cpus() -> int:
+def default_cpus() -> int:
+    """Workers on CPU slots where nobody says how many."""
     return min(2, os.cpu_count() or 1)
 
 
@@ -70,7 +71,7 @@ def up(cpus: int | None, gpus: str, port: int, data: Path | None, flower: int | 
     from motet.local.cluster import Cluster
 
     if cpus is None:
-        cpus = 0 if gpus else _default_cpus()
+        cpus = 0 if gpus else default_cpus()
     if cpus == 0 and not gpus:
         raise click.UsageError("a cluster without a worker runs nothing: give --cpus or --gpus")
     logging.basicConfig(format="%(message)s")
@@ -148,7 +149,7 @@ def demo(
     rows = rows or (40 if llm else 200 if media else 3000)
     # A demo that is told to end stops its cluster, as on Ctrl-C.
     signal.signal(signal.SIGTERM, signal.default_int_handler)
-    measured = run(data=data, rows=rows, cpus=cpus or _default_cpus(), keep=keep, quiet=as_json)
+    measured = run(data=data, rows=rows, cpus=cpus or default_cpus(), keep=keep, quiet=as_json)
     if as_json:
         put_json(measured)
 
