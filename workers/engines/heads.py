@@ -16,7 +16,9 @@ import torch
 from torch.nn.functional import gelu
 
 from motet.protocol.manifest import Manifest
+from motet.protocol.wire import TaskOrder
 from workers.engine import CannotLoad
+from workers.engines.newest import Newest
 
 #: Sets of heads whose weights are kept beside each other: each takes as much memory as its heads.
 FUSED = 64
@@ -62,6 +64,17 @@ class Fused:
             first if head.hidden is None else torch.addmm(head.bias, gelu(first), head.weight.T)
             for head, first in zip(self._heads, firsts, strict=True)
         ]
+
+
+def fused(
+    tasks: Sequence[TaskOrder], heads: Mapping[str, Head], known: Newest[tuple[str, ...], Fused]
+) -> Fused:
+    """The heads of these tasks as one. ``heads``: by the digest of their manifest; ``known``: sets that were fused before."""
+    key = tuple(task.manifest.digest for task in tasks)
+    if (found := known.get(key)) is None:
+        found = Fused([heads[digest] for digest in key])
+        known.put(key, found)
+    return found
 
 
 def read_head(manifest: Manifest, files: Mapping[str, Path], dim: int) -> Head:

@@ -31,7 +31,7 @@ from workers.engines.encoder.row_inputs import (
     reads_more,
     with_marks,
 )
-from workers.engines.heads import FUSED, Fused, Head, read_head, standardised
+from workers.engines.heads import FUSED, Fused, Head, fused, read_head, standardised
 from workers.engines.newest import Newest
 from workers.engines.proof import beside_others
 from workers.engines.trunk import (
@@ -100,7 +100,7 @@ class EncoderEngine:
         pooled = self._pooled(handle, batch)
         with torch_errors(), torch.inference_mode():
             # One way back from the device for everything.
-            parts = self._fused(handle, heads)(pooled) if heads else []
+            parts = fused(heads, handle.heads, handle.fused)(pooled) if heads else []
             parts += [pooled] if vectors else []
             answers = torch.cat(parts, 1).cpu().numpy()
         columns = {}
@@ -168,10 +168,3 @@ class EncoderEngine:
             ids, mask = padded(batch, handle.tokens.pad, handle.device)
             hidden = handle.model(input_ids=ids, attention_mask=mask).last_hidden_state
             return pool(hidden, mask, handle.manifest.pooling)
-
-    def _fused(self, handle: Encoder, heads: Sequence[TaskOrder]) -> Fused:
-        key = tuple(task.manifest.digest for task in heads)
-        if (known := handle.fused.get(key)) is None:
-            known = Fused([handle.heads[digest] for digest in key])
-            handle.fused.put(key, known)
-        return known

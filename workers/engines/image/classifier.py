@@ -14,9 +14,8 @@ from motet.protocol.manifest import Manifest
 from motet.protocol.wire import TaskOrder
 from workers.engine import CannotLoad, Pass, Prepared
 from workers.engines.answers import logits_column
-from workers.engines.image.pictures import trial_pictures
 from workers.engines.image.preparing import prepared
-from workers.engines.image.seeing import Sight, blank, load_classifier
+from workers.engines.image.seeing import Sight, blank, load_classifier, trial_rows
 from workers.engines.proof import apart
 from workers.engines.trunk import free_cache, torch_errors
 
@@ -63,11 +62,7 @@ class ImageClassifierEngine:
 
     def among_others(self, handle: WholeClassifier, texts: Sequence[str]) -> float:
         """``Provable``: of the scores before any softmax, for pictures, whatever the texts."""
-        rows = [
-            row
-            for row in prepared(handle.sight.preparation, trial_pictures(4), "cpu")
-            if isinstance(row, Prepared)
-        ]
+        rows = trial_rows(handle.sight.preparation)
         alone = torch.cat([self._logits(handle, [row]) for row in rows])
         return max(
             apart(a, b) for a, b in zip(self._logits(handle, rows)[:, None], alone[:, None], strict=True)

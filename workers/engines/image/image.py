@@ -20,11 +20,10 @@ from motet.protocol.wire import TaskOrder
 from motet.tasks import Features
 from workers.engine import CannotLoad, Pass, Prepared
 from workers.engines.answers import Floats, label_column, logits_column, vector_answer
-from workers.engines.heads import FUSED, Fused, Head, read_head
+from workers.engines.heads import FUSED, Fused, Head, fused, read_head
 from workers.engines.image.lite import ImageVectors
-from workers.engines.image.pictures import trial_pictures
 from workers.engines.image.preparing import prepared
-from workers.engines.image.seeing import Sight, blank, joined, load_trunk, two_towers
+from workers.engines.image.seeing import Sight, blank, joined, load_trunk, trial_rows, two_towers
 from workers.engines.newest import Newest
 from workers.engines.proof import apart
 from workers.engines.trunk import free_cache, torch_errors
@@ -108,11 +107,7 @@ class ImageEngine:
 
     def among_others(self, handle: ImageTrunk, texts: Sequence[str]) -> float:
         """``Provable``: of the vectors of pictures, whatever the texts."""
-        rows = [
-            row
-            for row in prepared(handle.sight.preparation, trial_pictures(4), "cpu")
-            if isinstance(row, Prepared)
-        ]
+        rows = trial_rows(handle.sight.preparation)
         together = self._seen(handle, rows, stages=False).last
         alone = torch.cat([self._seen(handle, [row], stages=False).last for row in rows])
         return max(apart(a, b) for a, b in zip(together[:, None], alone[:, None], strict=True))
@@ -126,20 +121,14 @@ class ImageEngine:
     ) -> list[tuple[TaskOrder, Tensor]]:
         """(n, outputs) of each task that reads these vectors."""
         heads = [task for task in tasks if task.manifest.trunk_model]
-        answers = list(zip(heads, self._fused(handle, heads)(vectors), strict=True)) if heads else []
+        made = fused(heads, handle.heads, handle.fused)(vectors) if heads else []
+        answers = list(zip(heads, made, strict=True))
         for task in tasks:
             if task.spec["kind"] == "choose":
                 answers.append((task, self._fitting(handle, task, vectors)))
             elif not task.manifest.trunk_model:
                 answers.append((task, vectors))
         return answers
-
-    def _fused(self, handle: ImageTrunk, heads: Sequence[TaskOrder]) -> Fused:
-        key = tuple(task.manifest.digest for task in heads)
-        if (known := handle.fused.get(key)) is None:
-            known = Fused([handle.heads[digest] for digest in key])
-            handle.fused.put(key, known)
-        return known
 
     def _fitting(self, handle: ImageTrunk, task: TaskOrder, vectors: Tensor) -> Tensor:
         towers = two_towers(handle.sight)

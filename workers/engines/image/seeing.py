@@ -16,7 +16,8 @@ from workers.engine import CannotLoad, DeviceBroken, OutOfMemory, Prepared
 from workers.engines.image.files import MODEL_TYPE
 from workers.engines.image.hub import TwoTowers, load_hub, processor_of, wrapped
 from workers.engines.image.lite import ImageVectors, Lite
-from workers.engines.image.preparing import MiddleSquare, Preparation, chunks
+from workers.engines.image.pictures import trial_pictures
+from workers.engines.image.preparing import MiddleSquare, Preparation, chunks, prepared
 from workers.engines.trunk import DTYPES, cpu_computes, imitated, onto, torch_errors
 
 #: Pixels that go through a model at once on a CPU: 8 pictures of 224 x 224. Of more, activations exceed 32 MiB, glibc maps
@@ -61,6 +62,12 @@ def blank(preparation: Preparation) -> Prepared:
 
     pixels = preparation(Image.new("RGB", (256, 256), "grey"))
     return Prepared(0, 1, False, pixels)
+
+
+def trial_rows(preparation: Preparation) -> list[Prepared]:
+    """A few pictures that models are tried on, ready to be seen."""
+    rows = prepared(preparation, trial_pictures(4), "cpu")
+    return [row for row in rows if isinstance(row, Prepared)]
 
 
 def load_trunk(model: Manifest, files: Mapping[str, Path], *, device: str, in_format: str) -> Sight:
