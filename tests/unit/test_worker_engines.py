@@ -473,7 +473,12 @@ def test_a_function_that_does_not_answer_every_text_is_an_error(answer: Any) -> 
         by_function(lambda texts: answer, "a", "b")
 
 
-def test_engines_are_found_by_name_and_said_to_be_missing() -> None:
+def test_engines_are_found_by_name_and_said_to_be_missing(
+    monkeypatch: pytest.MonkeyPatch, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    # Clusters of other tests in this process bring functions of their own.
+    made = tmp_path_factory.getbasetemp()
+    monkeypatch.setattr(sys, "path", [folder for folder in sys.path if made not in Path(folder).parents])
     engines = InstalledEngines()
     assert {"encoder", "classifier", "spacy-ner"} <= set(engines.names())
     assert engines.find("encoder") is engines.find("encoder")
