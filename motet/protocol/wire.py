@@ -10,6 +10,7 @@ import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
+from operator import attrgetter, itemgetter
 from typing import Any, Literal
 
 import msgpack
@@ -436,11 +437,25 @@ class Beat:
         )
 
     @classmethod
-    def decode(cls, raw: bytes) -> Beat:
-        """Raises BadMessage. Fields of a newer minor are passed over, those that an older one lacks are their defaults."""
+    def decode(cls, raw: bytes, before: Beat | None = None) -> Beat:
+        """Raises BadMessage. Fields of a newer minor are passed over, those that an older one lacks are their defaults.
+
+        ``before``: an earlier beat, which is returned itself where this one is new in nothing but what is `FOR_PEOPLE`.
+        """
         with _believing():
-            wire = msgpack.unpackb(raw)
-            return cls(**{name: _BEAT_FIELDS[name](wire[name]) for name in cls.__slots__ if name in wire})
+            wire = msgpack.unpackb(raw, use_list=False)
+            if before is None:
+                return cls(**{name: _BEAT_FIELDS[name](wire[name]) for name in cls.__slots__ if name in wire})
+            if wire.keys() >= _ACTED_ON and _acted_on_in(wire) == acted_on(before):
+                return before
+            # What is as it was is the object of before: reading and checking it again would be most of the work.
+            return cls(
+                **{
+                    name: old if (value := wire[name]) == (old := getattr(before, name)) else read(value)
+                    for name, read in _BEAT_FIELDS.items()
+                    if name in wire
+                }
+            )
 
 
 def _words(value: Any) -> tuple[str, ...]:
@@ -490,6 +505,16 @@ _BEAT_FIELDS: Mapping[str, Callable[[Any], Any]] = {
     "left": _keys,
     "rows_done": int,
 }
+
+
+#: Fields of a beat by which the leader decides nothing. They are new in every beat of a worker that works.
+FOR_PEOPLE = frozenset(
+    {"seq", "version", "host", "pid", "memory_used_mb", "utilisation", "backlog_s", "rows_done"}
+)
+_ACTED_ON = dict.fromkeys(name for name in Beat.__slots__ if name not in FOR_PEOPLE).keys()
+#: The values of all other fields.
+acted_on = attrgetter(*_ACTED_ON)
+_acted_on_in = itemgetter(*_ACTED_ON)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
