@@ -65,7 +65,7 @@ class KnownBeat:
 def read_beat(worker: str, raw: bytes, known: KnownBeat | None) -> KnownBeat | None:
     """A worker's beat; None where it cannot be read, or is another worker's. ``known``: the one before it.
 
-    Where nothing is new but what is `FOR_PEOPLE` it is ``known``, brought up to date, with the same `Beat`.
+    Where nothing is new but what is `FOR_PEOPLE` the `Beat` is that of before.
     """
     if known is not None and known.has_another_number(raw):
         known.raw, known._whole = raw, None

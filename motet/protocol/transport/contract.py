@@ -34,8 +34,8 @@ class Lag:
 class Heard:
     """What workers said last."""
 
-    #: Newest beat of every worker; where nothing is new but what is `FOR_PEOPLE`, the object of the look before, with
-    #: the figures of then.
+    #: Newest beat of every worker, with figures that are `FOR_PEOPLE` perhaps of an earlier one; where nothing else is
+    #: new, the object of the look before.
     beats: dict[str, Beat]
     #: Workers whose beat is another one than when this transport looked last.
     renewed: frozenset[str]
