@@ -396,12 +396,7 @@ class Beat:
     worker: str
     #: Random per process start.
     boot: str
-    seq: int
     protocol: int = PROTOCOL
-    #: Of the installed package, for people.
-    version: str = ""
-    host: str = ""
-    pid: int = 0
     #: ``starting`` says that the process before it is gone; it takes no work yet.
     state: Literal["starting", "ready", "draining"] = "ready"
     #: ``cuda`` or ``cpu``; the name people know, such as "NVIDIA H200".
@@ -409,25 +404,33 @@ class Beat:
     device_name: str = ""
     #: Of a group of GPUs the memory of all of them.
     memory_mb: int = 0
-    memory_used_mb: int = 0
     #: GPUs of the group; 1 of a single device. An engine uses the first one alone, unless it is among ``spreads``.
     gpus: int = 1
     #: Engines that lay a model out over all GPUs of the group, an equal part on each.
     spreads: tuple[str, ...] = ()
-    #: Busy share of the device in the last second, 0 to 1.
-    utilisation: float = 0.0
     #: Formats this device is fast at, beside fp32.
     formats: tuple[str, ...] = ()
     #: Entry points of ``motet.engines`` that are installed here.
     engines: tuple[str, ...] = ()
     #: Digests of the models in memory now.
     resident: tuple[str, ...] = ()
-    #: Seconds of predicted work held here and not yet done.
-    backlog_s: float = 0.0
     #: Attempts held: taken from the queue, outcome not yet on the stream.
     held: tuple[tuple[int, int], ...] = ()
     #: Attempts that came here and cannot run, since their payload is missing or unreadable; said for 30 s.
     left: tuple[tuple[int, int], ...] = ()
+
+    # The rest is `FOR_PEOPLE`, but that another number is a sign of life. It is written last: what is before it is mostly
+    # what it was.
+    seq: int
+    #: Of the installed package.
+    version: str = ""
+    host: str = ""
+    pid: int = 0
+    memory_used_mb: int = 0
+    #: Busy share of the device in the last second, 0 to 1.
+    utilisation: float = 0.0
+    #: Seconds of predicted work held here and not yet done.
+    backlog_s: float = 0.0
     #: Rows done since boot.
     rows_done: int = 0
 
@@ -513,10 +516,8 @@ _BEAT_FIELDS: Mapping[str, Callable[[Any], Any]] = {
 
 
 #: Fields of a beat by which the leader decides nothing. They are new in every beat of a worker that works.
-FOR_PEOPLE = frozenset(
-    {"seq", "version", "host", "pid", "memory_used_mb", "utilisation", "backlog_s", "rows_done"}
-)
-_ACTED_ON = dict.fromkeys(name for name in Beat.__slots__ if name not in FOR_PEOPLE).keys()
+FOR_PEOPLE = Beat.__slots__[Beat.__slots__.index("seq") :]
+_ACTED_ON = dict.fromkeys(Beat.__slots__[: -len(FOR_PEOPLE)]).keys()
 #: The values of all other fields.
 acted_on = attrgetter(*_ACTED_ON)
 _IS = [name for name in _ACTED_ON if name not in ("held", "left")]

@@ -1,7 +1,7 @@
 """Beats as they come, of all workers: a look costs what is new in them.
 
-Most workers have beaten once since the look but one before. A worker without work says nothing new but the number of its
-beat, which is seen by comparing bytes; one that works says new figures for people, of which the leader makes no `Beat`.
+Most beats are new in their number and in figures for people alone, which are written last. That is seen by comparing the
+bytes before these, and of such a beat no `Beat` is made.
 """
 
 from __future__ import annotations
@@ -14,22 +14,11 @@ from operator import ne
 import msgpack
 
 from motet.protocol.envelope import BadMessage
-from motet.protocol.wire import Beat
+from motet.protocol.wire import FOR_PEOPLE, Beat
 
-_SEQ = msgpack.packb("seq")
-#: First byte of a whole number in msgpack -> the bytes that it takes; 0: something else begins so.
-_INT_BYTES = [1] * 0x80 + [0] * 0x60 + [1] * 0x20
-for _first, _bytes in (
-    (0xCC, 2),
-    (0xCD, 3),
-    (0xCE, 5),
-    (0xCF, 9),
-    (0xD0, 2),
-    (0xD1, 3),
-    (0xD2, 5),
-    (0xD3, 9),
-):
-    _INT_BYTES[_first] = _bytes
+#: In front of the key of the first field that is for people, and of the values of all of them, they are a map.
+_FIRST, _HEAD = msgpack.packb(FOR_PEOPLE[0]), bytes((0x80 | len(FOR_PEOPLE),))
+_FIELDS = dict.fromkeys(FOR_PEOPLE).keys()
 
 
 @dataclass(slots=True)
@@ -39,9 +28,8 @@ class KnownBeat:
     raw: bytes
     #: As it was read last. What is `FOR_PEOPLE` in it may be of an earlier beat.
     beat: Beat
-    #: What stands before and behind the value of ``seq``.
+    #: Its bytes before those of what is for people.
     before: bytes
-    behind: bytes
     #: With what is for people as of now; None: nobody has asked for it yet.
     _whole: Beat | None = None
 
@@ -54,12 +42,18 @@ class KnownBeat:
                 self._whole = self.beat
         return self._whole
 
-    def has_another_number(self, raw: bytes) -> bool:
-        """Whether these bytes are the same beat but for ``seq``, a whole number."""
-        at, n = len(self.before), len(raw) - len(self.before) - len(self.behind)
-        return (
-            n > 0 and raw.startswith(self.before) and raw.endswith(self.behind) and _INT_BYTES[raw[at]] == n
-        )
+    def becomes(self, raw: bytes) -> bool:
+        """Be this beat from now on, if it is new in nothing but what is for people."""
+        if not raw.startswith(self.before):
+            return False
+        try:
+            told = msgpack.unpackb(_HEAD + raw[len(self.before) :])
+        except (ValueError, msgpack.UnpackException):
+            return False
+        if told.keys() != _FIELDS or type(told["seq"]) is not int:
+            return False
+        self.raw, self._whole = raw, None
+        return True
 
 
 def read_beat(worker: str, raw: bytes, known: KnownBeat | None) -> KnownBeat | None:
@@ -67,17 +61,13 @@ def read_beat(worker: str, raw: bytes, known: KnownBeat | None) -> KnownBeat | N
 
     Where nothing is new but what is `FOR_PEOPLE` the `Beat` is that of before.
     """
-    if known is not None and known.has_another_number(raw):
-        known.raw, known._whole = raw, None
+    if known is not None and known.becomes(raw):
         return known
     try:
         beat = Beat.decode(raw, known.beat if known is not None else None)
     except BadMessage:
         return None
-    if beat.worker != worker:
-        return None
-    at = raw.find(_SEQ) + len(_SEQ)
-    return KnownBeat(raw, beat, raw[:at], raw[at + _INT_BYTES[raw[at]] :])
+    return KnownBeat(raw, beat, raw[: raw.find(_FIRST)]) if beat.worker == worker else None
 
 
 class NewestBeats:
