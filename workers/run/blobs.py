@@ -48,7 +48,7 @@ class BlobSource(Protocol):
     """Where files come from."""
 
     def chunks(self, sha256: str) -> Iterator[bytes]:
-        """The file's bytes. Raises CannotFetch, also between chunks; Refused where asking again is no use."""
+        """The file's bytes. Raises CannotFetch, also between chunks; FileRefused where asking again is no use."""
         ...
 
 
