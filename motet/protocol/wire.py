@@ -113,6 +113,11 @@ class Assignment:
     def key(self) -> tuple[int, int]:
         return (self.subtask, self.attempt)
 
+    @property
+    def lease(self) -> str:
+        """What LEASE_HEADER says of it."""
+        return f"{self.subtask}.{self.attempt}.{self.nonce}"
+
     def encode(self) -> bytes:
         # One map, packed in two halves: the one that is alike in all sub-tasks of a pass is packed once.
         own = packed_plain(
