@@ -256,7 +256,7 @@ def survey(
     return Survey(rows=total, text_bytes=text_bytes, sample=tuple(_first_that_fit(drawn, 8 * BLOCK_BYTES)))
 
 
-def records(source: Source) -> Iterator[tuple[Any, int | None]]:
+def whole_rows(source: Source) -> Iterator[tuple[Any, int | None]]:
     """Every row of the source as it stands there, with all its fields, and its line in a text file.
 
     Raises InvalidJob for a row that cannot be read, and where rows may be missing; SetupError where a package is.
