@@ -20,7 +20,7 @@ from typing import Any, TypeAlias
 
 from motet import forks
 from motet.errors import Gone, InvalidJob, JobFailed, Late, MotetError, Overloaded, Problem
-from motet.folds import asked_fields, stored_folds
+from motet.folds import sent_fields, stored_folds
 from motet.http import MAX_WAIT_S, BodyRefused, Http, error_told
 from motet.job import Job
 from motet.media.row_media import MediaOptions, RowMedia
@@ -106,7 +106,7 @@ class Feed:
         self.job = Job(http, record)
         self._http, self._bad_rows, self._clock = http, bad_rows, clock
         tasks = {name: stored_task(spec) for name, spec in record.tasks.items()}
-        self._fields = asked_fields(tasks, stored_folds(record.folds))
+        self._fields = sent_fields(tasks, stored_folds(record.folds))
         self._dialogues = dialogues_of(tasks)
         self._media_options, self._media = media, RowMedia(http, tasks, media, apart=False)
         self._most_bytes = _REQUEST_BYTES

@@ -150,7 +150,7 @@ def duration_s(duration: str) -> float | None:
 # -- fields ----------------------------------------------------------------------------------------
 
 
-def asked_fields(tasks: Mapping[str, Task], folds: Mapping[str, Fold]) -> tuple[str, ...]:
+def sent_fields(tasks: Mapping[str, Task], folds: Mapping[str, Fold]) -> tuple[str, ...]:
     """Fields that a caller sends: those that tasks read and no fold gives, then those that folds read."""
     of_tasks = [name for name in fields_of(tasks) if name not in folds]
     return tuple(dict.fromkeys([*of_tasks, *(read for fold in folds.values() for read in fold.reads)]))
@@ -158,7 +158,7 @@ def asked_fields(tasks: Mapping[str, Task], folds: Mapping[str, Fold]) -> tuple[
 
 def stored_fields(tasks: Mapping[str, Task], folds: Mapping[str, Fold]) -> tuple[str, ...]:
     """Fields that are stored of a row: first those that tasks read, by whose places passes are priced."""
-    return tuple(dict.fromkeys([*fields_of(tasks), *asked_fields(tasks, folds), *folds]))
+    return tuple(dict.fromkeys([*fields_of(tasks), *sent_fields(tasks, folds), *folds]))
 
 
 # -- reading ---------------------------------------------------------------------------------------

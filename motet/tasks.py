@@ -402,7 +402,7 @@ def condition_of(name: str) -> str:
     return f"?{name}"
 
 
-def asked_fields(name: str, task: Task, names: Collection[str]) -> tuple[str, ...]:
+def deciding_fields(name: str, task: Task, names: Collection[str]) -> tuple[str, ...]:
     """The fields of a row that decide whether a task is asked it: its condition, and those that it reads."""
     read = row_fields(name, task, names)
     return (condition_of(name), *read) if task.conditional else read

@@ -16,7 +16,7 @@ from psycopg.types.json import Jsonb
 from sqlalchemy import Connection, Row, text
 
 from motet.errors import Conflict, InvalidJob, NotFound, Overloaded, Problem
-from motet.folds import Fold, asked_fields, stored_folds
+from motet.folds import Fold, sent_fields, stored_folds
 from motet.media.fields import media_fields
 from motet.protocol import traces
 from motet.protocol.columns import CellError, Kind
@@ -163,7 +163,7 @@ def loading(connection: Connection, tenant: UUID, job: UUID) -> LoadingJob:
         tenant=found.tenant_id,
         secret=secret,
         fields=tuple(found.fields),
-        asked=asked_fields(tasks, folds) if folds else tuple(found.fields),
+        asked=sent_fields(tasks, folds) if folds else tuple(found.fields),
         folds=folds,
         dialogues=dialogues_of(tasks),
         media=media_fields(tasks, models),
