@@ -29,7 +29,7 @@ from motet.protocol.envelope import BadMessage
 from motet.protocol.values import text_flaw
 from motet.results import CURSORS_A_BLOCK, Block, Row, frames_in
 from motet.row_stream import RowStream
-from motet.rows import BadRows, CheckedRow, check_row, part_of
+from motet.rows import BadRows, CheckedRow, as_part, check_row
 from motet.states import ENDED, ENDED_EARLY
 from motet.tasks import dialogues_of, short, stored_task
 
@@ -178,7 +178,7 @@ class Feed:
         if task is not None and task not in specs:
             raise InvalidJob(Problem("task", short(task), f"one of {', '.join(specs)}", "name another task"))
         told = {"key": secrets.token_hex(16) if key is None else key, "drop_late": drop_late}
-        part = part_of([checked], self._fields)
+        part = as_part([checked], self._fields)
         return RowStream(
             self._http,
             f"/v1/jobs/{self.job.id}/ask",
@@ -368,7 +368,7 @@ class Feed:
         within_s = min(_MOST_S, max(ask.until for ask in asks) - self._clock())
         squeeze = not self._http.stays_here
         told = {"keys": [ask.key for ask in asks], "within_s": within_s}
-        part = part_of([ask.row for ask in asks], self._fields)
+        part = as_part([ask.row for ask in asks], self._fields)
         try:
             self._http.request(
                 "POST",

@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from motet.errors import InvalidJob
-from motet.folds import Count, Ewm, Fold, Last, Max, Mean, Sum, sent_fields, parse_folds, stored_fields
+from motet.folds import Count, Ewm, Fold, Last, Max, Mean, Sum, parse_folds, sent_fields, stored_fields
 from motet.protocol.envelope import unwrap, wrap
 from motet.protocol.values import Value
 from motet.tasks import Function, Generate
