@@ -11,7 +11,7 @@ from dataclasses import KW_ONLY, dataclass
 from typing import Any
 
 from motet.errors import InvalidJob, Problem
-from motet.inputs import number_in
+from motet.head_inputs import number_in
 from motet.options import MOST_NUMBERS, MOST_TEXTS, is_template
 from motet.protocol.values import NoValue, clean, plain_text
 from motet.rows import MAX_PROBLEMS, whole_rows

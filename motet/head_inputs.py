@@ -33,7 +33,7 @@ def number_in(text: str) -> float | None:
     return number
 
 
-def says_nothing(task: Task) -> bool:
+def leaves_input_to_head(task: Task) -> bool:
     """Whether the head that answers it may say what it reads."""
     return isinstance(task, Headed) and (task.input == UNSAID or task.numbers is None)
 
