@@ -14,6 +14,7 @@ import click
 
 from motet.cli.handed import HandedCommand, need
 from motet.cli.show import PositiveNumber, as_json, connect, put_json, put_table
+from motet.words import count
 
 if TYPE_CHECKING:
     from motet.client import Client
@@ -260,7 +261,6 @@ def resume(name: str, as_json: bool) -> None:
 def _wait_until_drained(client: Client, names: Sequence[str], timeout_s: float | None) -> list[Worker]:
     """The workers once none of them holds anything. Raises TimeoutError; Ctrl-C leaves them draining."""
     from motet.errors import Conflict
-    from motet.messages.jobs import count
     from motet.progress import Bar
 
     give_up = None if timeout_s is None else time.monotonic() + timeout_s

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from motet.messages.message import ApiMessage
+from motet.words import count
 
 if TYPE_CHECKING:
     from rich.console import Console, Group
@@ -223,8 +224,6 @@ def plan_table(plan: Plan, *, numbered: bool = False) -> Table:
 
 def plan_line(plan: Plan) -> str:
     """The plan in a line: ``4 tasks → 1 pass over 3,000 rows, ~84,000 tokens instead of ~336,000``."""
-    from motet.messages.jobs import count
-
     line = f"{count(plan.tasks, 'task')} → {count(len(plan.passes), 'pass', 'passes')} over {count(plan.rows, 'row')}"
     line += f", ~{plan.tokens:,} tokens"
     line += f" instead of ~{plan.unfused_tokens:,}" if plan.unfused_tokens > plan.tokens else ""

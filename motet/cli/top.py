@@ -28,6 +28,7 @@ from motet.cli.watch import (
 from motet.messages.jobs import JobRecord
 from motet.progress import Progress, clock
 from motet.states import State
+from motet.words import count
 
 if TYPE_CHECKING:
     from rich.console import Console, Group, RenderableType
@@ -113,8 +114,6 @@ def frame(seen: ClusterView, *, width: int, height: int = 1000, note: str = "") 
 
 
 def _head(seen: ClusterView) -> RenderableType:
-    from motet.messages.jobs import count
-
     ready = [w for w in seen.workers if w.state == "ready"]
     words = [f"{len(ready):,} of {count(len(seen.workers), 'device')} ready"]
     if ready:
@@ -199,8 +198,6 @@ def _job(job: JobRecord, seen: ClusterView, width: int) -> tuple[Any, ...]:
 
 def _places(job: str, workers: Sequence[Worker]) -> str:
     """Where a job runs now, with its sub-tasks there; a long list becomes a number."""
-    from motet.messages.jobs import count
-
     held = [(w.worker, sum(r.subtasks for r in w.running if r.job == job)) for w in workers]
     places = [(worker, n) for worker, n in held if n]
     if len(places) > 3:
@@ -209,8 +206,6 @@ def _places(job: str, workers: Sequence[Worker]) -> str:
 
 
 def _more(hidden: int, noun: str) -> list[RenderableType]:
-    from motet.messages.jobs import count
-
     return [text(f"and {count(hidden, noun)} more", "dim")] if hidden > 0 else []
 
 

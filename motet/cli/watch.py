@@ -13,6 +13,7 @@ import click
 from motet.cli.show import as_json, connect, console, cut, find_job, program
 from motet.progress import Progress, clock, instant
 from motet.states import ENDED, ENDED_EARLY, State
+from motet.words import count
 
 if TYPE_CHECKING:
     from rich.console import Console, Group, RenderableType
@@ -280,8 +281,6 @@ def _errors(errors: Sequence[ErrorCount], width: int) -> Table:
 
 
 def _more(hidden: int, noun: str, nouns: str = "") -> list[Text]:
-    from motet.messages.jobs import count
-
     return [text(f"and {count(hidden, noun, nouns)} more", "dim")] if hidden > 0 else []
 
 
