@@ -19,7 +19,7 @@ from types import TracebackType
 from typing import Any, TypeAlias
 
 from motet import forks
-from motet.errors import Gone, InvalidJob, JobFailed, Late, MotetError, Overloaded, Problem
+from motet.errors import Gone, InvalidJob, Late, MotetError, Overloaded, Problem
 from motet.folds import sent_fields, stored_folds
 from motet.http import MAX_WAIT_S, BodyRefused, Http, error_told
 from motet.job import Job
@@ -30,7 +30,7 @@ from motet.protocol.values import text_flaw
 from motet.results import CURSORS_A_BLOCK, Block, Row, frames_in
 from motet.row_stream import RowStream
 from motet.rows import BadRows, CheckedRow, as_part, check_row
-from motet.states import ENDED, ENDED_EARLY
+from motet.states import ENDED
 from motet.tasks import dialogues_of, short, stored_task
 
 #: Requests under way at most. Fewer: rows wait for the answers of others; more: each request carries fewer rows.
@@ -233,9 +233,7 @@ class Feed:
             block_after = int(end["next"])
             if end["complete"] or (end["state"] in ENDED and not frames):
                 break
-        self.job.refresh()
-        if end["state"] in ENDED_EARLY:
-            raise JobFailed(self.job.id, f"{end['state']}: {self.job.reason or 'no reason was given'}")
+        self.job.refresh().check()
 
     # -- the job
 

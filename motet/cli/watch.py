@@ -12,7 +12,7 @@ import click
 
 from motet.cli.show import as_json, connect, console, cut, find_job, program
 from motet.progress import Progress, clock, instant
-from motet.states import ENDED, ENDED_EARLY, State
+from motet.states import ENDED, State
 from motet.words import count
 
 if TYPE_CHECKING:
@@ -84,16 +84,7 @@ def watch(job: str, as_json: bool) -> None:
                 _follow(found, screen)
             else:
                 _report(found, screen)
-        check(found)
-
-
-def check(job: Job) -> None:
-    """Raises JobFailed where the job failed or was cancelled."""
-    from motet.errors import JobFailed
-
-    record = job.record
-    if record["state"] in ENDED_EARLY:
-        raise JobFailed(job.id, f"{record['state']}: {record['reason'] or 'no reason was given'}")
+        found.check()
 
 
 # -- what is drawn ---------------------------------------------------------------------------------
