@@ -12,8 +12,9 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from motet.cli.handed import HandedCommand, need
 from motet.cli.show import PositiveNumber, as_json, connect, put_json, put_table
+from motet.cli.worker_commands import WorkerCommand
+from motet.distributions import need
 from motet.words import count
 
 if TYPE_CHECKING:
@@ -156,7 +157,7 @@ def demo(
 
 
 @click.command(
-    cls=HandedCommand,
+    cls=WorkerCommand,
     epilog="""\b
 Examples:
   motet worker --gpus all
