@@ -111,7 +111,7 @@ class Feed:
         self._media_options, self._media = media, RowMedia(http, tasks, media, apart=False)
         self._most_bytes = _REQUEST_BYTES
         self.leave_to_parent()
-        forks.mind(self)
+        forks.forget_after_fork(self)
 
     def leave_to_parent(self) -> None:
         """Forget rows and threads of the process that this one was forked from: their answers come there."""
@@ -277,7 +277,7 @@ class Feed:
             _gave_up(ask)
 
     def __reduce__(self) -> tuple[Callable[..., Feed], tuple[Http, JobRecord, BadRows, MediaOptions]]:
-        return _again, (self._http, JobRecord.of(self.job.record), self._bad_rows, self._media_options)
+        return _unpickled, (self._http, JobRecord.of(self.job.record), self._bad_rows, self._media_options)
 
     def __repr__(self) -> str:
         return f"<Feed {self.job.name!r} {self.job.id}>"
@@ -461,6 +461,6 @@ def _gave_up(ask: _Ask) -> None:
         )
 
 
-def _again(http: Http, record: JobRecord, bad_rows: BadRows, media: MediaOptions) -> Feed:
+def _unpickled(http: Http, record: JobRecord, bad_rows: BadRows, media: MediaOptions) -> Feed:
     """A feed of the same job, in the process that unpickles one."""
     return Feed(http, record, bad_rows=bad_rows, media=media)

@@ -144,7 +144,7 @@ class Assignment:
     def decode(cls, raw: bytes) -> Assignment:
         """Raises BadMessage."""
         wire = unwrap(raw)
-        with _believing():
+        with _as_bad_message():
             _same_version(wire)
             return cls(
                 subtask=int(wire["subtask"]),
@@ -327,7 +327,7 @@ class Outcome:
     def decode(cls, raw: bytes) -> Outcome:
         """Raises BadMessage."""
         wire = unwrap(raw)
-        with _believing():
+        with _as_bad_message():
             _same_version(wire)
             if wire["verdict"] not in ("done", "failed"):
                 raise ValueError(f"verdict {wire['verdict']!r}")
@@ -377,7 +377,7 @@ class Said:
     def decode(cls, raw: bytes) -> Said:
         """Raises BadMessage."""
         wire = unwrap(raw)
-        with _believing():
+        with _as_bad_message():
             _, job, row, task, subtask, attempt, begins, text = wire
             _same_version({"v": wire[0]})
             return cls(
@@ -443,7 +443,7 @@ class Beat:
     @classmethod
     def decode(cls, raw: bytes) -> Beat:
         """Raises BadMessage. Fields of a newer minor are passed over, those that an older one lacks are their defaults."""
-        with _believing():
+        with _as_bad_message():
             wire = msgpack.unpackb(raw)
             return cls(**{name: _BEAT_FIELDS[name](wire[name]) for name in cls.__slots__ if name in wire})
 
@@ -514,7 +514,7 @@ class Control:
     @classmethod
     def decode(cls, raw: bytes) -> Control:
         """Raises BadMessage."""
-        with _believing():
+        with _as_bad_message():
             wire = msgpack.unpackb(raw)
             return cls(
                 epoch=int(wire["epoch"]),
@@ -538,7 +538,7 @@ class Running:
     @classmethod
     def decode(cls, raw: bytes) -> Running:
         """Raises BadMessage."""
-        with _believing():
+        with _as_bad_message():
             wire = msgpack.unpackb(raw)
             return cls(
                 boot=str(wire["boot"]),
@@ -547,7 +547,7 @@ class Running:
 
 
 @contextmanager
-def _believing() -> Iterator[None]:
+def _as_bad_message() -> Iterator[None]:
     """Turn whatever a malformed message provokes into BadMessage."""
     try:
         yield
