@@ -53,11 +53,10 @@ class Task:
 
         An option that came later is left out where it says nothing: digests from before it stay what they are.
         """
-        told = {f.name: getattr(self, f.name) for f in fields(self)}
         values = {
-            f.name: told[f.name]
+            f.name: value
             for f in fields(self)
-            if told[f.name] != f.default or not f.metadata.get("later")
+            if (value := getattr(self, f.name)) != f.default or not f.metadata.get("later")
         }
         return {"kind": self.kind, **{k: list(v) if isinstance(v, tuple) else v for k, v in values.items()}}
 
