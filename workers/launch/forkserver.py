@@ -167,7 +167,7 @@ def preload() -> None:
     import celery.worker.consumer  # noqa: F401
 
     import workers.run.app
-    import workers.run.mailbox  # noqa: F401
+    import workers.run.celery_transport  # noqa: F401
     from workers.engines import InstalledEngines
 
     InstalledEngines().preload()

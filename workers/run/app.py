@@ -370,9 +370,9 @@ def serve(app: Celery, worker: WorkerApp) -> None:
     """Take messages until SIGTERM, then until all that was taken is done."""
     from celery import bootsteps, signals
 
-    from workers.run import mailbox
+    from workers.run import celery_transport
 
-    mailbox.install()
+    celery_transport.install()
 
     class Tap(bootsteps.StartStopStep):  # type: ignore[misc]
         """Lets the queue be left alone without cancelling its consumer, which would throw back what it reads."""
