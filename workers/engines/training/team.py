@@ -28,10 +28,10 @@ from motet.local.children import MARK, follow
 from motet.training.recipe import Recipe
 from workers import scratch
 from workers.engine import DeviceBroken, Prepared
-from workers.engines.training.data import Parts, Truth
 from workers.engines.training.heads import Heads
 from workers.engines.training.learner import Hopeless, Learner, adam_state, adam_tensors, let_learn
 from workers.engines.training.state import RunState
+from workers.engines.training.truth import Parts, Truth
 
 #: How long a device waits for the gradients of another before it gives up.
 PATIENCE = timedelta(minutes=2)
