@@ -29,7 +29,8 @@ from motet.protocol.manifest import KV_TOKENS, WIDTHS, Manifest, decode_slots
 from motet.protocol.settings import Settings
 from workers import scratch
 from workers.engine import CannotLoad, DeviceBroken, OutOfMemory, Step
-from workers.engines.served.openai import OpenAIEngine, Served, connect
+from workers.engines.served.openai import OpenAIEngine, connect
+from workers.engines.served.question import Served
 
 DTYPES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
 #: It compiles and warms up while it starts; large weights are read for minutes.
