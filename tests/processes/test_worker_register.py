@@ -24,7 +24,7 @@ import motet
 from motet.protocol.manifest import Manifest
 from tests import registering
 from tests.tiny_language import a_language_model, a_llama, serving
-from workers.registrar.trying import TrialDevice
+from workers.registrar.trial_plan import TrialDevice
 
 
 @dataclass

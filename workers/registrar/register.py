@@ -58,7 +58,7 @@ from workers.registrar.describe import (
     stored_format,
     trainer_of,
 )
-from workers.registrar.trying import (
+from workers.registrar.trial_plan import (
     AUTO,
     HALVES,
     TrialDevice,
