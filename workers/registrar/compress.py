@@ -33,7 +33,8 @@ from workers.engines.proved import inherited
 from workers.registrar.accuracy import Trial, compare
 from workers.registrar.describe import Described, describe_folder, digests, sizes
 from workers.registrar.labelled import Label, Labelled, agreement, decisions, of_shipped, read_labelled, score
-from workers.registrar.register import TRIED, Registry, prepare_environment
+from workers.registrar.registry import TRIAL_TASKS, Registry
+from workers.registrar.trial_plan import prepare_environment
 from workers.run.batch_adapter import run_to_the_end
 from workers.run.batching import pack
 
@@ -500,7 +501,7 @@ def _with_scores(small: Bundle, report: Report, form: Form) -> list[Described]:
 
 
 def _asked(head: Manifest) -> TaskOrder:
-    return TaskOrder(name=head.name, spec=TRIED[head.answers](head.ref).to_json(), manifest=head)
+    return TaskOrder(name=head.name, spec=TRIAL_TASKS[head.answers](head.ref).to_json(), manifest=head)
 
 
 def _vector(trunk: Manifest) -> TaskOrder:
