@@ -21,6 +21,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
+from motet.artefacts import digests, sizes
 from motet.errors import SetupError
 from motet.http import Address, Http
 from motet.protocol.columns import Column
@@ -31,7 +32,7 @@ from motet.tasks import Embed
 from workers.engine import BatchEngine, CannotLoad, Engine, OutOfMemory, Pass, Prepared
 from workers.engines.proved import inherited
 from workers.registrar.accuracy import Trial, compare
-from workers.registrar.describe import Described, describe_folder, digests, sizes
+from workers.registrar.describe import Described, describe_folder
 from workers.registrar.labelled import Label, Labelled, agreement, decisions, of_shipped, read_labelled, score
 from workers.registrar.registry import TRIAL_TASKS, Registry
 from workers.registrar.trial_plan import prepare_environment
