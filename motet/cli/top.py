@@ -213,7 +213,9 @@ def _more(hidden: int, noun: str) -> list[RenderableType]:
 
 
 def look(client: Client, before: ClusterView | None = None) -> ClusterView:
-    """Ask the API; ``before``: what it told before, which says how fast open jobs grow. Raises Unreachable, Overloaded, Unauthorized."""
+    """Ask the API; ``before``: what it told before, which says how fast open jobs grow. Raises Unreachable,
+    Overloaded, Unauthorized.
+    """
     under_way = [
         JobRecord.of(job.record)
         for state in (State.OPEN, State.RUNNING, State.LOADING)

@@ -141,7 +141,8 @@ def because(task: str, error: str, message: str) -> CellError:
 def release(connection: Connection, blocks: Collection[tuple[UUID, int]]) -> list[Emptied]:
     """Let passes be carved that wait in these blocks for nothing any more, without the rows that lack what they need.
 
-    Those rows are counted as skipped cells, in this transaction, and the dispatcher is told. Returns the passes that thereby have nothing to do.
+    Those rows are counted as skipped cells, in this transaction, and the dispatcher is told. Returns the passes that
+    thereby have nothing to do.
     """
     if not blocks:
         return []

@@ -1,7 +1,8 @@
 """Rows land part by part in a job that is loading, until it is closed. They may be carved from then on.
 
-Landing, leasing and recording lock the job's row, so each sees the others whole. Lock order: the job's row first, then shared columns by id, then blocks and passes. What may arrive twice (a part, a
-close) is answered as it was the first time.
+Landing, leasing and recording lock the job's row, so each sees the others whole. Lock order: the job's row first, then
+shared columns by id, then blocks and passes. What may arrive twice (a part, a close) is answered as it was the first
+time.
 """
 
 from __future__ import annotations

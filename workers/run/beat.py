@@ -50,7 +50,9 @@ class Heart:
         consume: Callable[[bool], None],
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        """``spreads``: those of the engines that use all GPUs of a group for one model. ``consume``: starts or stops taking messages from the queue."""
+        """``spreads``: those of the engines that use all GPUs of a group for one model. ``consume``: starts or stops
+        taking messages from the queue.
+        """
         self._worker, self._boot, self._device = worker, boot, device
         self._engines, self._spreads = engines, spreads
         self._transport, self._attempts, self._executor = transport, attempts, executor
