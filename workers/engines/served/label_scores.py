@@ -11,7 +11,7 @@ from typing import Any
 from motet.protocol.columns import CellError
 from workers.engines.prompts import OWN_LABELS, labels_of
 from workers.engines.served.chat_server import RequestRefused
-from workers.engines.served.question import Question
+from workers.engines.served.question import ServedQuestion
 from workers.engines.served.refusals import ANSWER_LENGTH, CONTEXT_LENGTH
 from workers.engines.served.writing import text_of
 from workers.engines.thoughts import without_thoughts
@@ -22,7 +22,7 @@ THOUGHT_TOKENS = (4096, 1024, 256)
 UNSEEN = -2.0
 
 
-async def label_scores(q: Question, share: float) -> list[float]:
+async def label_scores(q: ServedQuestion, share: float) -> list[float]:
     """A logarithm for each label; only their differences mean something."""
     if q.server.scores is not False:
         try:
@@ -36,7 +36,7 @@ async def label_scores(q: Question, share: float) -> list[float]:
     return await _first_tokens(q, share)
 
 
-async def _likelihoods(q: Question, share: float) -> list[float]:
+async def _likelihoods(q: ServedQuestion, share: float) -> list[float]:
     """Of every label as the whole answer, against its likelihood without any text."""
     texts = labels_of(q.task.spec)
     labels = [
@@ -54,7 +54,7 @@ async def _likelihoods(q: Question, share: float) -> list[float]:
 
 
 async def _sums(
-    q: Question, messages: Sequence[Mapping[str, str]], labels: Sequence[Sequence[int]]
+    q: ServedQuestion, messages: Sequence[Mapping[str, str]], labels: Sequence[Sequence[int]]
 ) -> list[float]:
     prompt = await q.server.tokens(
         urgent=q.urgent, messages=list(messages), add_generation_prompt=True, **q.template
@@ -82,7 +82,7 @@ async def _sums(
     return list(await asyncio.gather(*map(one, labels)))
 
 
-async def _first_tokens(q: Question, share: float) -> list[float]:
+async def _first_tokens(q: ServedQuestion, share: float) -> list[float]:
     """By what the answer begins with."""
     labels = labels_of(q.task.spec)
     longest = max(len(label.encode("utf-8", "replace")) for label in labels)
@@ -102,7 +102,7 @@ async def _first_tokens(q: Question, share: float) -> list[float]:
     return [math.log(share) if share else least + UNSEEN for share in shares]
 
 
-async def _named_label(q: Question, share: float, most: int) -> dict[str, Any]:
+async def _named_label(q: ServedQuestion, share: float, most: int) -> dict[str, Any]:
     """What the model writes where it shall name a label: with room for thoughts before, where it needs that."""
     known = q.server.thoughts
     choice = await _labelled(q, share, most) if not known else None
@@ -123,7 +123,7 @@ async def _named_label(q: Question, share: float, most: int) -> dict[str, Any]:
     return choice or await _labelled(q, share, most)
 
 
-async def _labelled(q: Question, share: float, most: int) -> dict[str, Any]:
+async def _labelled(q: ServedQuestion, share: float, most: int) -> dict[str, Any]:
     return await q.chat(
         q.messages(share),
         # The first token's likelihoods are those without a temperature, and a server may have one of its own.

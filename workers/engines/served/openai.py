@@ -37,7 +37,7 @@ from workers.engines.served.chat_server import (
     Spending,
 )
 from workers.engines.served.label_scores import label_scores
-from workers.engines.served.question import Question, RowRequest, Served
+from workers.engines.served.question import ServedQuestion, RowRequest, Served
 from workers.engines.served.refusals import CONTEXT_LENGTH
 from workers.engines.served.writing import MENDING, written_value
 from workers.run.assemble import assemble
@@ -168,14 +168,14 @@ async def _row(
             return None
         return lambda text: handle.deltas.put((place, Delta(ticket, task.name, text))) if text else None
 
-    def question(task: TaskOrder) -> Question:
+    def question(task: TaskOrder) -> ServedQuestion:
         """With what the row says of its options for itself, and its labels."""
         refused = None
         try:
             task = replace(task, spec=row_spec(task.spec, row.inputs.fields))
         except BadLabels as bad:
             refused = bad.cell
-        return Question(
+        return ServedQuestion(
             handle, task, row.inputs, urgent, pass_.tenant, Spending(), tells(task), refused=refused
         )
 
@@ -190,7 +190,7 @@ async def _row(
     handle.ended.put((place, ended))
 
 
-async def _column(q: Question) -> Column:
+async def _column(q: ServedQuestion) -> Column:
     """The task's column of one row. Whatever goes wrong is its error."""
     if q.refused is not None:
         return _failed(q, q.refused)
@@ -213,7 +213,7 @@ async def _column(q: Question) -> Column:
     raise AssertionError("the last share returns")
 
 
-async def _answer(q: Question, share: float) -> Column:
+async def _answer(q: ServedQuestion, share: float) -> Column:
     if q.task.spec["kind"] == "choose":
         return choice_column(await label_scores(q, share), q.task.spec)
     return json_column([await written_value(q, share)])
@@ -222,7 +222,7 @@ async def _answer(q: Question, share: float) -> Column:
 # -- columns of one row
 
 
-def _failed(q: Question, cell: CellError) -> Column:
+def _failed(q: ServedQuestion, cell: CellError) -> Column:
     return assemble(q.task.column_kind, 1, [], {0: cell})
 
 

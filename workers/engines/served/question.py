@@ -67,7 +67,7 @@ class Served:
 
 
 @dataclass(frozen=True, slots=True)
-class Question:
+class ServedQuestion:
     """One task for one row."""
 
     handle: Served

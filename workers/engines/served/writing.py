@@ -15,7 +15,7 @@ from workers.engines.prompts import counted
 from workers.engines.schemas import violation
 from workers.engines.served.chat_server import RequestRefused
 from workers.engines.served.likelihoods import told_likelihoods
-from workers.engines.served.question import Question
+from workers.engines.served.question import ServedQuestion
 from workers.engines.served.refusals import ANSWER_LENGTH, CONTEXT_LENGTH
 from workers.engines.telling import Teller
 from workers.engines.thoughts import without_thoughts
@@ -40,7 +40,7 @@ class ServedAnswer:
     likelihoods: Sequence[Any] | None = None
 
 
-async def written_value(q: Question, share: float) -> Any:
+async def written_value(q: ServedQuestion, share: float) -> Any:
     """The answer to a question that writes, about this share of the text: a JSON value, or why there is none."""
     if q.task.spec.get("options"):
         return await _counted(q, share)
@@ -50,7 +50,7 @@ async def written_value(q: Question, share: float) -> Any:
     return {"text": said.text.strip(), "finish": said.finish}
 
 
-async def _counted(q: Question, share: float) -> dict[str, Any]:
+async def _counted(q: ServedQuestion, share: float) -> dict[str, Any]:
     """The answer of a row with options of its own."""
     schema = q.task.spec.get("schema")
     if q.task.spec.get("raw"):
@@ -64,7 +64,7 @@ async def _counted(q: Question, share: float) -> dict[str, Any]:
     return counted(said.text.strip(), said.finish, used, said.likelihoods)
 
 
-async def _told(q: Question, share: float) -> ServedAnswer:
+async def _told(q: ServedQuestion, share: float) -> ServedAnswer:
     """A text, told while it is written where somebody listens."""
     teller = Teller(q.task.spec.get("stop") or ())
     said = await _written(q, q.messages(share), told=_told_by(q, teller))
@@ -73,7 +73,7 @@ async def _told(q: Question, share: float) -> ServedAnswer:
     return said
 
 
-async def _continued(q: Question) -> ServedAnswer:
+async def _continued(q: ServedQuestion) -> ServedAnswer:
     """How the model goes on with the text as it stands."""
     spec = q.task.spec
     stops = list(spec.get("stop") or ())
@@ -93,14 +93,14 @@ async def _continued(q: Question) -> ServedAnswer:
     return _answered(spec, choice, whole, stops)
 
 
-def _told_by(q: Question, teller: Teller) -> Callable[[str], None] | None:
+def _told_by(q: ServedQuestion, teller: Teller) -> Callable[[str], None] | None:
     """What takes an answer's text while it is written; None where all of it may turn out to be a thought."""
     if (tell := q.tell) is None or q.task.spec.get("thinking") is not None:
         return None
     return lambda text: tell(teller.more(text))
 
 
-async def _written(q: Question, messages: Sequence[Mapping[str, str]], **options: Any) -> ServedAnswer:
+async def _written(q: ServedQuestion, messages: Sequence[Mapping[str, str]], **options: Any) -> ServedAnswer:
     """What the model writes, and how it ended: with less room than asked for where server or context has no more."""
     spec = q.task.spec
     wanted = int(spec["max_tokens"])
@@ -159,7 +159,7 @@ def _until(text: str, stops: Sequence[str]) -> str:
 # -- schemas
 
 
-async def _by_schema(q: Question, share: float) -> Any:
+async def _by_schema(q: ServedQuestion, share: float) -> Any:
     """A value that keeps the schema, or why there is none."""
     schema = q.task.spec["schema"]
     messages = q.messages(share)
@@ -180,7 +180,7 @@ async def _by_schema(q: Question, share: float) -> Any:
 
 
 async def _constrained(
-    q: Question, messages: Sequence[Mapping[str, str]], schema: Mapping[str, Any]
+    q: ServedQuestion, messages: Sequence[Mapping[str, str]], schema: Mapping[str, Any]
 ) -> ServedAnswer:
     """An answer that the server holds to the schema; where it cannot, the schema is part of what it is told."""
     if q.server.constrains:
