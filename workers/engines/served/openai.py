@@ -37,7 +37,7 @@ from workers.engines.served.chat_server import (
     Spending,
 )
 from workers.engines.served.label_scores import label_scores
-from workers.engines.served.question import ServedQuestion, RowRequest, Served
+from workers.engines.served.question import RowRequest, Served, ServedQuestion
 from workers.engines.served.refusals import CONTEXT_LENGTH
 from workers.engines.served.writing import MENDING, written_value
 from workers.run.assemble import assemble
