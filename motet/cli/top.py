@@ -12,19 +12,9 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from motet.cli.drawing import bar, live_table, meter, number, plain, seconds, state, text
 from motet.cli.show import as_json, console, put_json
-from motet.cli.watch import (
-    REDRAW_S,
-    bar,
-    meter,
-    near,
-    number,
-    plain,
-    seconds,
-    state,
-    table,
-    text,
-)
+from motet.cli.watch import REDRAW_S, near
 from motet.messages.jobs import JobRecord
 from motet.progress import Progress, clock
 from motet.states import State
@@ -130,7 +120,7 @@ def _devices(workers: Sequence[Worker], shown: int, width: int) -> RenderableTyp
         return text("no workers; start some with: motet worker --gpus all", "yellow")
     # Devices that are not ready first, then the busy ones.
     first = sorted(workers, key=lambda w: (w.state == "ready", -w.utilisation, -w.held, w.worker))[:shown]
-    return table(
+    return live_table(
         (
             "!device",
             "hardware",
@@ -173,7 +163,7 @@ def _memory(worker: Worker) -> Any:
 def _jobs(seen: ClusterView, shown: int, width: int) -> RenderableType:
     if not seen.jobs:
         return text("no job is under way", "dim")
-    return table(
+    return live_table(
         ("!job", "name", "!state", "#rows", "!done", "#rows/s", "#left", "runs on"),
         [_job(job, seen, width) for job in seen.jobs[:shown]],
         drop=("#rows", "#rows/s", "runs on", "name"),
