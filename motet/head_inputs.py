@@ -64,7 +64,11 @@ def input_problems(name: str, task: Task, model: Manifest) -> list[Problem]:
         return []
     problems = []
     texts, numbers = max(1, len(model.inputs)), len(model.numbers)
-    remedy = f"leave it out to read {_told(model)}" if model.inputs or model.numbers else "give one template"
+    remedy = (
+        f"leave it out to read {_inputs_in_words(model)}"
+        if model.inputs or model.numbers
+        else "give one template"
+    )
     if len(task.texts) != texts:
         got = f"{count(len(task.texts), 'text')} for {model.ref}, which reads {count(texts, 'text')}"
         problems.append(Problem(f"tasks.{name}.input", got, count(texts, "template"), remedy))
@@ -77,5 +81,5 @@ def input_problems(name: str, task: Task, model: Manifest) -> list[Problem]:
     return problems
 
 
-def _told(model: Manifest) -> str:
+def _inputs_in_words(model: Manifest) -> str:
     return " and ".join((*model.inputs, *model.numbers))

@@ -279,11 +279,11 @@ def look(job: Job) -> JobActivity | None:
     """The job's activity, or None from a server that is too old to tell."""
     from motet.messages.activity import JobActivity
 
-    told = _told(job)
+    told = _activity_told(job)
     return None if told is None else JobActivity.of(told)
 
 
-def _told(job: Job) -> Mapping[str, Any] | None:
+def _activity_told(job: Job) -> Mapping[str, Any] | None:
     from motet.errors import NotFound
 
     try:
@@ -341,7 +341,7 @@ def _stream(job: Job) -> None:
 
     said = ""
     for progress in job.watch():
-        facts = _told(job)
+        facts = _activity_told(job)
         told = dataclasses.asdict(Progress.of(JobRecord.of(facts["job"])) if facts else progress)
         if facts:
             told |= {name: facts[name] for name in ("passes", "devices", "errors")}

@@ -376,7 +376,7 @@ def server(env: Mapping[str, str]) -> list[Finding]:
     ready = _get(f"{address.url}/readyz")
     if ready is None or ready.status_code != 200:
         remedy = "start what is missing; the areas below say which"
-        found.append(cluster.SERVER.fail("ready", _said(ready), remedy))
+        found.append(cluster.SERVER.fail("ready", _message_of(ready), remedy))
     else:
         found.append(cluster.SERVER.ok("ready", "Postgres, Redis and a leader are there"))
     return [*found, *_own_findings(address)]
@@ -393,7 +393,7 @@ def _own_findings(address: Address) -> list[Finding]:
         )
         return [cluster.SERVER.fail("token", "the server refuses it", remedy)]
     if answer is None or answer.status_code != 200:
-        what = f"the server cannot look at itself: {_said(answer)}"
+        what = f"the server cannot look at itself: {_message_of(answer)}"
         remedy = "see its log; then motet doctor again"
         return [cluster.SERVER.fail("own checks", what, remedy)]
     try:
@@ -411,7 +411,7 @@ def _own_findings(address: Address) -> list[Finding]:
     return [token, version, *theirs]
 
 
-def _said(answer: httpx.Response | None) -> str:
+def _message_of(answer: httpx.Response | None) -> str:
     if answer is None:
         return "no answer"
     try:

@@ -257,7 +257,7 @@ def compress(
     manifest = inherited(replace(described.manifest, pooling=was.pooling), was)
     trunk = replace(described, manifest=manifest)
     if not form.layers:
-        return Bundle(trunk=trunk, heads=tuple(_moved(head, trunk, form, version) for head in bundle.heads))
+        return Bundle(trunk=trunk, heads=tuple(_head_on(head, trunk, form, version) for head in bundle.heads))
     if learn is None:
         raise SetupError("--fit is missing; expected labelled rows from which heads can learn anew")
     return Bundle(trunk=trunk, heads=_fitted(bundle.heads, trunk, form, version, learn, folder))
@@ -442,7 +442,7 @@ def _pair(task: str) -> tuple[str, str]:
     return head, name
 
 
-def _moved(head: Described, trunk: Described, form: Form, version: str, **more: Any) -> Described:
+def _head_on(head: Described, trunk: Described, form: Form, version: str, **more: Any) -> Described:
     """A head on the smaller trunk, as a model of its own."""
     was, on = head.manifest, trunk.manifest
     files = {"head.safetensors": more.pop("file", head.files["head.safetensors"])}
@@ -479,7 +479,7 @@ def _fitted(
         was = head.manifest
         out = folder / f"{was.name}.safetensors"
         thresholds = fit_head(vectors, learn.truth[was.name], was.answers, was.labels, out)
-        found.append(_moved(head, trunk, form, version, file=out, thresholds=thresholds))
+        found.append(_head_on(head, trunk, form, version, file=out, thresholds=thresholds))
     return tuple(found)
 
 

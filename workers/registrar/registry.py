@@ -105,7 +105,9 @@ class Registry:
             tried[trainer.ref] = inherited(replace(trainer, formats=trunk.formats), trunk)
         for model in new:
             self._send(tried[model.manifest.ref], model.files)
-        return [_told(known[ref] or tried[ref], "present" if known[ref] else "registered") for ref in known]
+        return [
+            _as_printed(known[ref] or tried[ref], "present" if known[ref] else "registered") for ref in known
+        ]
 
     def find(self, name: str) -> Manifest | None:
         """The newest version of a model, or the one of ``name@version`` or ``name@alias``; None where there is none."""
@@ -384,7 +386,7 @@ def _linked(cache: Path, manifest: Manifest, files: Mapping[str, Path]) -> dict[
     return linked
 
 
-def _told(manifest: Manifest, state: str) -> dict[str, Any]:
+def _as_printed(manifest: Manifest, state: str) -> dict[str, Any]:
     return {
         "ref": manifest.ref,
         "state": state,

@@ -81,7 +81,7 @@ class Team:
         try:
             return self._learner.learn(rows, epoch, step, steps)
         except RuntimeError as error:
-            if isinstance(error, torch.OutOfMemoryError) or all(map(_lives, self._members)):
+            if isinstance(error, torch.OutOfMemoryError) or all(map(_still_runs, self._members)):
                 raise
             raise DeviceBroken("a device of the group was lost") from None
 
@@ -172,7 +172,7 @@ def _lost_is_broken() -> Iterator[None]:
         raise DeviceBroken("a process of the device group has ended") from None
 
 
-def _lives(member: subprocess.Popen[bytes]) -> bool:
+def _still_runs(member: subprocess.Popen[bytes]) -> bool:
     """Whether it still runs a little later: its end shows on the line to it before it does here."""
     with contextlib.suppress(subprocess.TimeoutExpired):
         member.wait(1.0)
