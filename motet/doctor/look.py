@@ -132,7 +132,7 @@ def _filesystem(path: Path) -> str:
     return kind
 
 
-def ports(env: Mapping[str, str], settings: Settings) -> list[Finding]:
+def ports(settings: Settings) -> list[Finding]:
     """The ports that `motet up` would take, or the API of this host would."""
     found = []
     for name, number, option in (
@@ -452,7 +452,7 @@ def everything(env: Mapping[str, str]) -> list[Finding]:
     found = machine(env, settings)
     from_server = server(env)
     if not any(f.name == "reach" and f.state == "ok" for f in from_server):
-        found += ports(env, settings)
+        found += ports(settings)
     found += from_server
     if settings.redis_url:
         role: Role = "scheduler" if settings.database_url else "worker"

@@ -162,7 +162,7 @@ def _nobody(case: Case, p: PassExplained) -> str:
     return f"It waits for a worker that can run {p.model}: there are only {why}."
 
 
-def notes(case: Case, told: Explanation, stuck: Sequence[PassExplained]) -> Iterator[str]:
+def notes(case: Case, told: Explanation) -> Iterator[str]:
     """What else is worth knowing."""
     if told.eta is not None and not told.eta.measured:
         yield "When it is done is a guess: nothing was measured yet of its models on these devices."

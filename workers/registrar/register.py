@@ -98,7 +98,7 @@ def _asked(options: NewModel, registry: Registry) -> Iterator[Described]:
             source={"package": f"{smollm.WHEEL.package}=={smollm.WHEEL.version}"},
         )
     if options.efficientnet:
-        yield from _efficientnet(options, registry)
+        yield from _efficientnet(options)
     if options.openai:
         from workers.registrar.served import describe_served
 
@@ -116,7 +116,7 @@ def _asked(options: NewModel, registry: Registry) -> Iterator[Described]:
         yield _describe_source(options.source, options, registry)
 
 
-def _efficientnet(options: NewModel, registry: Registry) -> Iterator[Described]:
+def _efficientnet(options: NewModel) -> Iterator[Described]:
     """A trunk out of a package, and its classifier of ImageNet as a head on it."""
     from workers.registrar.efficientnet import LICENCE, LITES, folders
 
