@@ -27,6 +27,7 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 from motet.errors import InvalidJob, Problem, SetupError
 from motet.protocol.values import EXPECTED, Doubled
 from motet.tasks import short
+from motet.words import visible
 
 if TYPE_CHECKING:
     from _typeshed import WriteableBuffer
@@ -77,7 +78,7 @@ class Fault:
         what = f"got {self.got}; expected {self.expected}" if self.expected else self.got
         words = f"{self.field}: {what}" if self.field else what
         # Names of fields are the user's too: the server takes short and clean messages only.
-        return "".join(c if c.isprintable() else "\N{REPLACEMENT CHARACTER}" for c in words[:400])
+        return visible(words[:400])
 
 
 def read(source: Source, choose: ChooseColumns, *, gaps: bool = False) -> Rows:

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 from motet.cli.show import cut
 from motet.states import State
+from motet.words import visible
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -105,7 +106,7 @@ def seconds(value: float | None) -> str:
 
 def plain(words: str, limit: int) -> str:
     """Somebody's words in one line, cut at ``limit``; control characters made visible."""
-    return "".join(c if c.isprintable() else "\N{REPLACEMENT CHARACTER}" for c in cut(words, max(2, limit)))
+    return visible(cut(words, max(2, limit)))
 
 
 def text(words: str, style: str = "") -> Text:

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from motet.messages.message import ApiMessage
-from motet.words import count
+from motet.words import count, visible
 
 if TYPE_CHECKING:
     from rich.console import Console, Group
@@ -168,7 +168,7 @@ def table(columns: Sequence[str], rows: Iterable[Sequence[object]]) -> Table:
             overflow="ellipsis",
         )
     for row in rows:
-        built.add_row(*(_visible(cell) for cell in row))
+        built.add_row(*(visible(str(cell)) for cell in row))
     return built
 
 
@@ -279,10 +279,6 @@ def cut(text: str, limit: int) -> str:
     """The text in one line, its end replaced by … where it is longer than ``limit``."""
     text = " ".join(text[: 4 * limit].split())
     return text if len(text) <= limit else text[: limit - 1] + "…"
-
-
-def _visible(cell: object) -> str:
-    return "".join(c if c.isprintable() else "\N{REPLACEMENT CHARACTER}" for c in str(cell))
 
 
 def _plain(value: object) -> Any:

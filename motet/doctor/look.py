@@ -27,6 +27,7 @@ from motet.errors import MotetError, SetupError, Unreachable
 from motet.http import Address, home, look_at
 from motet.local.places import socket_parents, why_taken, writable
 from motet.protocol.settings import Settings, cache_folder
+from motet.words import visible
 
 if TYPE_CHECKING:
     import httpx
@@ -418,7 +419,7 @@ def _message_of(answer: httpx.Response | None) -> str:
         said = str(answer.json()["error"]["message"])[:300]
     except (ValueError, TypeError, KeyError):
         return f"it answers {answer.status_code}"
-    return "".join(c if c.isprintable() else "\N{REPLACEMENT CHARACTER}" for c in said)
+    return visible(said)
 
 
 def version_here() -> str:
