@@ -27,6 +27,11 @@ PROTOCOL = 3
 LEASE_HEADER = "Motet-Lease"
 
 
+def marks_between(marks: Mapping[int, tuple[str, str]], lo: int, hi: int) -> dict[int, tuple[str, str]]:
+    """Those of the rows from ``lo`` on and before ``hi``, counted from ``lo``."""
+    return {offset - lo: why for offset, why in marks.items() if lo <= offset < hi}
+
+
 def by_reason(marks: Mapping[int, tuple[str, str]]) -> list[list[Any]]:
     """Offset -> (class, message) as it travels and is stored: ``[[class, message, [offset, …]], …]``, each reason once."""
     offsets: dict[tuple[str, str], list[int]] = {}
