@@ -167,9 +167,6 @@ def not_stored(field: str, count: int, row: int | None = None) -> InvalidJob:
 
 _OF_BLOCKS = text("""
     SELECT u.id, count(*) AS n FROM block b, unnest(b.media) u (id)
-     WHERE b.job_id = :job AND b.number >= :first GROUP BY u.id""")
-_OF_NUMBERS = text("""
-    SELECT u.id, count(*) AS n FROM block b, unnest(b.media) u (id)
      WHERE b.job_id = :job AND b.number = ANY(:numbers) GROUP BY u.id""")
 _LOCK = text("SELECT id FROM medium WHERE id = ANY(:ids) ORDER BY key FOR NO KEY UPDATE")
 _RELEASE = text("""
@@ -180,17 +177,12 @@ _DELETE = text(f"""
     DELETE FROM medium WHERE id = ANY(:ids) AND refs <= 0 AND {_UNCLAIMED} RETURNING tenant_id, bytes""")
 
 
-def release_media(
-    connection: Connection, job: UUID, *, first: int | None = None, numbers: Sequence[int] = ()
-) -> None:
-    """Blocks are about to go, those from ``first`` on or those of these numbers: so do media that no other refers to.
+def release_media(connection: Connection, job: UUID, blocks: Sequence[int]) -> None:
+    """Blocks of these numbers are about to go: so do media that no other block refers to.
 
     What an upload counts on stays until its rows are here, or for UNUSED_S.
     """
-    if first is None:
-        rows = connection.execute(_OF_NUMBERS, {"job": job, "numbers": list(numbers)}).all()
-    else:
-        rows = connection.execute(_OF_BLOCKS, {"job": job, "first": first}).all()
+    rows = connection.execute(_OF_BLOCKS, {"job": job, "numbers": list(blocks)}).all()
     if not rows:
         return
     at = {"ids": [row.id for row in rows], "counts": [row.n for row in rows]}
