@@ -192,6 +192,7 @@ def plan_table(plan: Plan, *, numbered: bool = False) -> Table:
     estimated = any(p.seconds is not None for p in plan.passes)
     partly = any(p.share < 1 for p in plan.passes)
     writes = any(p.tokens_out for p in plan.passes)
+    sees = any(p.pixels for p in plan.passes)
     return table(
         (
             *(["#pass"] if numbered else []),
@@ -199,6 +200,7 @@ def plan_table(plan: Plan, *, numbered: bool = False) -> Table:
             "!model",
             *([] if numbered else ["tasks"]),
             *(["#of the rows"] if partly else []),
+            *(["#megapixels"] if sees else []),
             "#tokens",
             "#instead of",
             *(["#written ≤"] if writes else []),
@@ -212,6 +214,7 @@ def plan_table(plan: Plan, *, numbered: bool = False) -> Table:
                 p.model,
                 *([] if numbered else [", ".join(p.tasks)]),
                 *([f"~{p.share:.0%}"] if partly else []),
+                *([f"~{p.pixels / 1e6:,.1f}" if p.pixels else "–"] if sees else []),
                 f"~{p.tokens:,}",
                 f"~{p.unfused_tokens:,}",
                 *([f"{p.tokens_out:,}"] if writes else []),

@@ -6,6 +6,7 @@ from collections.abc import Iterator, Sequence
 
 from motet.messages.explanation import Beside, Cannot, Eta, Explanation, PassExplained, Share, Why
 from motet.progress import clock, instant
+from motet.protocol.manifest import PATCH_PIXELS
 from motet.states import CARVED, State
 from motet.words import count
 from scheduler.ask_times import quantile_s
@@ -178,6 +179,7 @@ def notes(case: Case, told: Explanation) -> Iterator[str]:
             continue
         for c in p.cannot:
             yield f"{_named(c)} cannot run {p.model}: {_told_why(c)}."
+    yield from _picture_notes(case)
     for p in told.passes:
         if p.rows.blocked:
             wait = "waits" if p.rows.blocked == 1 else "wait"
@@ -196,6 +198,16 @@ def notes(case: Case, told: Explanation) -> Iterator[str]:
             None: "comes nearer",
         }[told.deadline.kept]
         yield f"Its deadline in {left} {kept}."
+
+
+def _picture_notes(case: Case) -> Iterator[str]:
+    for demand in (p.demand for p in case.waits if p.demand.model.reads != "text"):
+        pictures = demand.rows_waiting
+        tokens = pictures * demand.model.max_tokens
+        yield (
+            f"{_n(pictures, 'picture')} {'waits' if pictures == 1 else 'wait'} for {demand.model.ref}:"
+            f" {tokens * PATCH_PIXELS / 1e6:,.1f} megapixels as it sees them, which count for {tokens:,} tokens."
+        )
 
 
 def _open_notes(case: Case) -> Iterator[str]:
