@@ -205,7 +205,7 @@ def _picture_notes(case: Case) -> Iterator[str]:
         pictures = demand.rows_waiting
         tokens = pictures * demand.model.max_tokens
         yield (
-            f"{_n(pictures, 'picture')} {'waits' if pictures == 1 else 'wait'} for {demand.model.ref}:"
+            f"{count(pictures, 'picture')} {'waits' if pictures == 1 else 'wait'} for {demand.model.ref}:"
             f" {tokens * PATCH_PIXELS / 1e6:,.1f} megapixels as it sees them, which count for {tokens:,} tokens."
         )
 
