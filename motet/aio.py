@@ -73,7 +73,7 @@ class AsyncFeed:
         else:
             answer = feed.put(row, within_s=within_s, key=key)
         try:
-            async with asyncio.timeout(within_s + GRACE_S):
+            async with asyncio.timeout(float(within_s) + GRACE_S):
                 return await asyncio.wrap_future(answer)
         except TimeoutError:
             raise late(stored=not answer.cancelled()) from None

@@ -197,7 +197,7 @@ def _follow(job: Job, story: Story) -> None:
 
 def _cancel_unfinished(client: Client, story: Story, name: str) -> None:
     """End what one that was killed has left: it would take the workers from this one."""
-    left = [job for state in LIVE for job in client.jobs(state) if job.name == name]
+    left = [job for state in LIVE for job in client.jobs(state) if f"{job.name} ".startswith(f"{name} ")]
     for job in left:
         job.cancel()
     if left:

@@ -665,6 +665,7 @@ def test_a_page_of_many_labels_draws_the_rarest_as_one(tmp_path: Path) -> None:
         (("a", "--task", "topic="), "expected NAME or NAME=FIELD"),
         (("a", "--task", "t", "--task", "t=x"), "given twice"),
         (("a", "--html", "/nowhere/at/all.html"), "no such folder"),
+        (("a", "--worst", "/nowhere/at/all.png"), "no such folder"),
     ],
 )
 def test_evaluate_refuses_what_was_written_wrongly(
