@@ -128,7 +128,7 @@ def test_callers_who_come_together_have_their_job_read_once() -> None:
         nothing: Any = None
         feeds, read = Feeds(nothing, Bell("postgresql://nowhere"), ReadyWorkers), list[uuid.UUID]()
 
-        def facts(_: uuid.UUID, job: uuid.UUID) -> Any:
+        def facts(tenant: uuid.UUID, job: uuid.UUID) -> Any:
             read.append(job)
             return SimpleNamespace(id=job, kinds=("label",)), ()
 
