@@ -11,7 +11,7 @@ from motet.errors import InvalidJob
 from motet.messages.jobs import JobRecord
 from motet.protocol.columns import Column
 from motet.tasks import short
-from motet.templates import Reference, is_placeholder, part_of, resolved
+from motet.templates import Reference, Selector, is_placeholder, part_of, resolved
 from scheduler.answers import as_values, told
 from scheduler.api.records import describe
 from scheduler.api.resources import Resources
@@ -92,14 +92,23 @@ def _rows(
     meant: Reference | None,
 ) -> list[QueuedRow]:
     values = {task.name: as_values(column, task.labels) for task, column in tasks}
+    kinds = {task.name: column.kind for task, column in tasks}
     found = []
     for at in range(n):
-        place = part_of(values[meant.name][at], meant.steps) if meant and meant.name in values else None
+        place = None
+        if meant is not None and meant.name in values:
+            place = _place(values[meant.name][at], meant.steps, kinds[meant.name], specs[meant.name])
         answers = {
             task.name: _words(column, at, values[task.name][at], specs[task.name]) for task, column in tasks
         }
         found.append(QueuedRow(first + at, place, answers))
     return found
+
+
+def _place(value: Any, steps: tuple[Selector, ...], kind: str, spec: Mapping[str, Any]) -> Any:
+    """What a row is sorted by: a number or a text, which of a label is its name; None where it has neither."""
+    found = part_of(value, steps) if steps else told(value, kind, spec)
+    return found if isinstance(found, bool | int | float | str) else None
 
 
 def _words(column: Column, at: int, value: Any, spec: Mapping[str, Any]) -> str:
