@@ -200,11 +200,11 @@ def decoding_peaks_mb(folder: Path, size: Size) -> dict[str, int]:
     # The largest of all, and the largest of those that all threads decode at once.
     largest, beside = size.of(full=(MAX_PIXELS, LARGE), quick=(MAX_PIXELS, LARGE), smoke=(90_000, 10_000))
     peaks = {}
-    for kind, (how, mode, options) in list(KINDS.items())[: size.of(full=None, quick=None, smoke=2)]:
+    for kind, (how, mode, saved) in list(KINDS.items())[: size.of(full=None, quick=None, smoke=2)]:
         files = []
         for pixels in (min(largest, MAX_PIXELS_OF.get(how, largest)), beside):
             files.append(folder / f"{pixels}.{how}")
-            files[-1].write_bytes(encoded(how, mode, pixels, options))
+            files[-1].write_bytes(encoded(how, mode, pixels, saved))
         code = [sys.executable, __file__, "--decode", *map(str, files)]
         peaks[kind] = int(subprocess.run(code, check=True, stdout=subprocess.PIPE, text=True).stdout)
     return peaks

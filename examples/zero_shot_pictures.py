@@ -16,7 +16,15 @@ import numpy as np
 
 from motet import Classify, Client, Embed, datasets
 
-LABELS = ("a cat", "a cup of coffee", "a rocket", "a photographer", "a motorcycle", "a brick wall", "a birthday cake")
+LABELS = (
+    "a cat",
+    "a cup of coffee",
+    "a rocket",
+    "a photographer",
+    "a motorcycle",
+    "a brick wall",
+    "a birthday cake",
+)
 #: Classes that are mixed. More bring in those that the model does not mean; fewer leave out what it cannot tell apart.
 CLASSES = 10
 
@@ -29,7 +37,9 @@ def read() -> dict[str, bytes]:
     if len(sys.argv) > 1:
         return {Path(path).name: Path(path).read_bytes() for path in sys.argv[1:]}
     known = datasets.photographs()
-    return {name: known[name] for name in ("chelsea", "coffee", "rocket", "camera", "motorcycle_left", "brick")}
+    return {
+        name: known[name] for name in ("chelsea", "coffee", "rocket", "camera", "motorcycle_left", "brick")
+    }
 
 
 pictures = read()

@@ -65,7 +65,12 @@ class RowMedia:
         self._sender = MediaSender(http, apart=apart, key=key) if sends else None
         keep = None if self._sender is None else self._sender.add
         self._reader = MediaReader(
-            fields_of(specs), self._fields, root=options.root, size=options.size, thumbs=options.thumbs, keep=keep
+            fields_of(specs),
+            self._fields,
+            root=options.root,
+            size=options.size,
+            thumbs=options.thumbs,
+            keep=keep,
         )
 
     def __enter__(self) -> RowMedia:

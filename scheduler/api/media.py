@@ -104,7 +104,10 @@ async def put_medium(
     "/v1/media",
     summary="Send several pictures at once",
     status_code=201,
-    openapi_extra=takes_bytes('Msgpack of `{"media": [bytes, …], "thumbs": [a small JPEG or nil, …]}`, 32 MB in all.', msgpack="binary"),
+    openapi_extra=takes_bytes(
+        'Msgpack of `{"media": [bytes, …], "thumbs": [a small JPEG or nil, …]}`, 32 MB in all.',
+        msgpack="binary",
+    ),
 )
 async def post_media(
     request: Request, use: Use, caller: Caller, idempotency_key: UploadKey = None

@@ -433,7 +433,7 @@ def test_rows_with_pictures_go_in_small_parts_first_and_in_parts_of_few_large_on
 ) -> None:
     def parts(data: bytes, rows: int) -> list[int]:
         reader = MediaReader(FIELDS, tuple, keep=lambda *_: None)
-        return [len(part) for part in cut([{"photo": data}] * rows, FIELDS, media=reader.rows)]
+        return [len(part) for part in cut([{"photo": data, "note": ""}] * rows, FIELDS, media=reader.rows)]
 
     small = png()
     assert parts(small, 1000) == [32, 64, 128, 256, 256, 256, 8]
