@@ -200,11 +200,11 @@ def decoding_peaks_mb(folder: Path, size: Size) -> dict[str, int]:
     # The largest of all, and the largest of those that all threads decode at once.
     largest, beside = size.of(full=(MAX_PIXELS, LARGE), quick=(MAX_PIXELS, LARGE), smoke=(90_000, 10_000))
     peaks = {}
-    for kind, (how, mode, saved) in list(KINDS.items())[: size.of(full=None, quick=None, smoke=2)]:
+    for kind, (how, mode, settings) in list(KINDS.items())[: size.of(full=None, quick=None, smoke=2)]:
         files = []
         for pixels in (min(largest, MAX_PIXELS_OF.get(how, largest)), beside):
             files.append(folder / f"{pixels}.{how}")
-            files[-1].write_bytes(encoded(how, mode, pixels, saved))
+            files[-1].write_bytes(encoded(how, mode, pixels, settings))
         code = [sys.executable, __file__, "--decode", *map(str, files)]
         peaks[kind] = int(subprocess.run(code, check=True, stdout=subprocess.PIPE, text=True).stdout)
     return peaks
@@ -222,14 +222,14 @@ def decode_all(largest: Path, beside: Path) -> None:
     print(round(peak_rss_mb(os.getpid()) - before))
 
 
-def encoded(how: str, mode: str, pixels: int, options: Mapping[str, Any]) -> bytes:
+def encoded(how: str, mode: str, pixels: int, settings: Mapping[str, Any]) -> bytes:
     """A square picture of just as many pixels."""
     side = int(pixels**0.5)
     file = io.BytesIO()
     tile = Image.fromarray(np.random.default_rng(0).integers(0, 256, (64, 64), np.uint8))
     picture = Image.new(mode, (side, side))
     picture.paste(tile.convert(mode) if mode != "I;16" else 9_000, None if mode == "I;16" else (0, 0))
-    picture.save(file, how, **options)
+    picture.save(file, how, **settings)
     return file.getvalue()
 
 

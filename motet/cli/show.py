@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from motet.messages.message import ApiMessage
+from motet.words import count, visible
 
 if TYPE_CHECKING:
     from rich.console import Console, Group
@@ -167,7 +168,7 @@ def table(columns: Sequence[str], rows: Iterable[Sequence[object]]) -> Table:
             overflow="ellipsis",
         )
     for row in rows:
-        built.add_row(*(_visible(cell) for cell in row))
+        built.add_row(*(visible(str(cell)) for cell in row))
     return built
 
 
@@ -226,8 +227,6 @@ def plan_table(plan: Plan, *, numbered: bool = False) -> Table:
 
 def plan_line(plan: Plan) -> str:
     """The plan in a line: ``4 tasks → 1 pass over 3,000 rows, ~84,000 tokens instead of ~336,000``."""
-    from motet.messages.jobs import count
-
     line = f"{count(plan.tasks, 'task')} → {count(len(plan.passes), 'pass', 'passes')} over {count(plan.rows, 'row')}"
     line += f", ~{plan.tokens:,} tokens"
     line += f" instead of ~{plan.unfused_tokens:,}" if plan.unfused_tokens > plan.tokens else ""
@@ -283,10 +282,6 @@ def cut(text: str, limit: int) -> str:
     """The text in one line, its end replaced by … where it is longer than ``limit``."""
     text = " ".join(text[: 4 * limit].split())
     return text if len(text) <= limit else text[: limit - 1] + "…"
-
-
-def _visible(cell: object) -> str:
-    return "".join(c if c.isprintable() else "\N{REPLACEMENT CHARACTER}" for c in str(cell))
 
 
 def _plain(value: object) -> Any:

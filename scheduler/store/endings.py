@@ -215,10 +215,10 @@ def _remove_from_sight(connection: Connection, job: UUID) -> None:
 
 
 def delete_slice(connection: Connection, job: UUID) -> bool:
-    """Delete up to SLICE_BLOCKS blocks, and SLICE_MEDIA references to media, of an ended job, from its end; True when nothing of it is left.
+    """Delete up to SLICE_BLOCKS blocks, and SLICE_MEDIA references to media, of an ended job, from its end.
 
-    Each slice is whole: the columns of its blocks are released with them, so a crash between two slices leaves
-    a smaller job and no column without an owner.
+    True when nothing of it is left. Each slice is whole: the columns of its blocks are released with them, so a crash
+    between two slices leaves a smaller job and no column without an owner.
     """
     if connection.execute(_LOCK, {"job": job}).first() is None:
         return True
