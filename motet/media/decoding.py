@@ -2,15 +2,16 @@
 
 Needs Pillow, imported when the first picture is decoded. The order is that of growing cost: the length of the bytes, the
 file's head (format, width and height), then the pixels. What a large picture takes is bounded: a JPEG is decoded no larger
-than it is wanted, any other is brought to RGB and made smaller strip by strip, one such picture of a process at a time.
+than it is wanted, any other is brought to RGB and made smaller strip by strip, and the threads of a process share the room of
+one picture of the largest size.
 """
 
 from __future__ import annotations
 
 import io
 import threading
-from collections.abc import Callable
-from contextlib import nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 from motet.errors import SetupError
@@ -27,8 +28,6 @@ MAX_PIXELS = 50_000_000
 MAX_PIXELS_OF = {"WEBP": 16_000_000, "AVIF": 16_000_000}
 #: The longer side may be so many times the shorter one. Resizing to a square would leave nothing of a thinner picture.
 MAX_RATIO = 100
-#: Above so many pixels only one picture of the process is decoded at a time.
-LARGE = 4_000_000
 #: Rows of pixels that are brought to RGB at once.
 STRIP = 256
 
@@ -46,7 +45,30 @@ KNOWN = (
     (b"<!DOCTYPE", "a page of HTML, such as a server's message in place of a picture"),
 )
 
-_one_at_a_time = threading.Lock()
+
+class _Room:
+    """Pixels that the threads of a process decode at the same time: as many as one picture may have."""
+
+    def __init__(self, pixels: int) -> None:
+        self._free = pixels
+        self._changed, self._turn = threading.Condition(), threading.Lock()
+
+    @contextmanager
+    def taken(self, pixels: int) -> Iterator[None]:
+        """Wait for room for so many, and hold it. At most as many as there are in all."""
+        # Whoever waits is the next: small pictures overtake no large one.
+        with self._turn, self._changed:
+            self._changed.wait_for(lambda: self._free >= pixels)
+            self._free -= pixels
+        try:
+            yield
+        finally:
+            with self._changed:
+                self._free += pixels
+                self._changed.notify_all()
+
+
+_room = _Room(MAX_PIXELS)
 
 
 class BadMedium(ValueError):
@@ -108,12 +130,14 @@ def _unknown(data: bytes) -> str:
 def _decode(pillow: Any, data: bytes, side: int | None) -> Image:
     with pillow.open(io.BytesIO(data), formats=FORMATS) as image:
         width, height = image.size
-        _check_size(width, height, MAX_PIXELS_OF.get(image.format, MAX_PIXELS))
+        most = MAX_PIXELS_OF.get(image.format, MAX_PIXELS)
+        _check_size(width, height, most)
         if side:
             image.draft("RGB", (side, side))  # only of JPEG; afterwards `size` is that of the decoded picture
         if "progressive" not in image.info:  # such a JPEG is held whole while it is decoded
             width, height = image.size
-        with _one_at_a_time if width * height > LARGE else nullcontext():
+        # Of what is held several times fewer pixels are read, and each takes as much more room.
+        with _room.taken(width * height * MAX_PIXELS // most):
             image.load()
             turn = _turn(image)
             picture: Image = _turned(pillow, _smaller(pillow, image, side, _to_rgb(pillow, image)), turn)

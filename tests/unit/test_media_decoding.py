@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import re
+import threading
 
 import numpy as np
 import pytest
 from PIL import Image
 
-from motet.media.decoding import LARGE, BadMedium, decode
+from motet.media.decoding import BadMedium, _Room, decode
 from motet.media.medium import MAX_MEDIUM_BYTES
 from tests.nasty_pictures import BLUE, HEIGHT, RED, WIDTH, halves, mutated, nasty, outcome, png, saved
 
@@ -60,7 +61,6 @@ def test_a_file_that_is_too_long_is_refused_before_it_is_looked_at() -> None:
 @pytest.mark.parametrize("kind", ["JPEG", "PNG"])
 def test_a_large_picture_comes_smaller_and_never_below_the_side_that_is_wanted(kind: str) -> None:
     large = saved(halves(2400, 1800), kind)
-    assert LARGE < 2400 * 1800
 
     picture = decode(large, side=224)
 
@@ -68,6 +68,26 @@ def test_a_large_picture_comes_smaller_and_never_below_the_side_that_is_wanted(k
     assert picture.width * 3 == pytest.approx(picture.height * 4, rel=0.01)
     assert near(picture, (picture.width // 4, 10), RED)
     assert near(picture, (3 * picture.width // 4, picture.height - 1), BLUE)
+
+
+def test_threads_share_the_room_of_one_picture_and_none_overtakes_a_large_one() -> None:
+    room, held, order = _Room(10), threading.Event(), []
+
+    def take(pixels: int) -> None:
+        with room.taken(pixels):
+            order.append(pixels)
+
+    with room.taken(4):
+        large, small = (threading.Thread(target=take, args=(pixels,)) for pixels in (10, 1))
+        large.start()
+        while not room._turn.locked():
+            held.wait(0.001)
+        small.start()
+        small.join(0.05)
+        assert order == [], "a small one would have room, and waits behind the large one"
+    large.join()
+    small.join()
+    assert order == [10, 1]
 
 
 def test_a_large_picture_with_hidden_pixels_is_on_white_in_every_strip() -> None:
