@@ -37,7 +37,7 @@ from harness import Size, cluster, finish, in_turn, options, peak_rss_mb, ratio,
 from PIL import Image
 
 from motet import Classify, Client, Embed
-from motet.media.decoding import LARGE, MAX_PIXELS, MAX_PIXELS_OF, decode
+from motet.media.decoding import MAX_PIXELS, MAX_PIXELS_OF, decode
 from motet.tasks import Task
 
 PHOTO = "{photo}"
@@ -53,8 +53,8 @@ FOUR: Mapping[str, Task] = {
 DRAWN = 40
 #: Digits of that comment.
 NOTE = 18
-#: Threads that decode: as many as a worker with a GPU has.
-THREADS = 8
+#: Threads that decode: as many as a worker with a GPU has. And pixels of the pictures beside the largest ones.
+THREADS, BESIDE = 8, 4_000_000
 #: What is decoded: its format, the mode of its pixels, and how it is written.
 KINDS: Mapping[str, tuple[str, str, Mapping[str, Any]]] = {
     "PNG, transparent": ("PNG", "RGBA", {"compress_level": 1}),
@@ -197,8 +197,8 @@ def drawn(folder: Path, count: int, width: int, height: int) -> list[Path]:
 
 def decoding_peaks_mb(folder: Path, size: Size) -> dict[str, int]:
     """Format -> MB that a process takes more while it decodes the largest pictures of it, each in a process of its own."""
-    # The largest of all, and the largest of those that all threads decode at once.
-    largest, beside = size.of(full=(MAX_PIXELS, LARGE), quick=(MAX_PIXELS, LARGE), smoke=(90_000, 10_000))
+    # The largest that are read, and many that several threads may decode at once.
+    largest, beside = size.of(full=(MAX_PIXELS, BESIDE), quick=(MAX_PIXELS, BESIDE), smoke=(90_000, 10_000))
     peaks = {}
     for kind, (how, mode, settings) in list(KINDS.items())[: size.of(full=None, quick=None, smoke=2)]:
         files = []
@@ -228,7 +228,8 @@ def encoded(how: str, mode: str, pixels: int, settings: Mapping[str, Any]) -> by
     file = io.BytesIO()
     tile = Image.fromarray(np.random.default_rng(0).integers(0, 256, (64, 64), np.uint8))
     picture = Image.new(mode, (side, side))
-    picture.paste(tile.convert(mode) if mode != "I;16" else 9_000, None if mode == "I;16" else (0, 0))
+    if mode != "I;16":
+        picture.paste(tile.convert(mode), (0, 0))
     picture.save(file, how, **settings)
     return file.getvalue()
 
