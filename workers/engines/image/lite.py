@@ -41,8 +41,11 @@ def _is_packed(device: str, dtype: torch.dtype) -> bool:
     Else torch orders the weights anew for each batch, walks over every activation once more for ReLU6, and computes those
     of 1 x 1 on one thread by its slowest way: a picture takes a quarter longer.
     """
-    found = hasattr(torch.ops.mkldnn, "_convolution_pointwise")
-    return found and device == "cpu" and dtype in (torch.float32, torch.bfloat16) and mkldnn.is_available()
+    if device != "cpu" or dtype not in (torch.float32, torch.bfloat16):
+        return False
+    # Its makers gave it no types.
+    is_there: bool = mkldnn.is_available()  # type: ignore[no-untyped-call]
+    return is_there and hasattr(torch.ops.mkldnn, "_convolution_pointwise")
 
 
 class SameConv(nn.Conv2d):
