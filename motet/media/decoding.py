@@ -141,6 +141,8 @@ def _decode(pillow: Any, data: bytes, side: int | None) -> Image:
             image.load()
             turn = _turn(image)
             picture: Image = _turned(pillow, _smaller(pillow, image, side, _to_rgb(pillow, image)), turn)
+            # Its pixels go before the room that they had is another picture's.
+            image.close()
     picture.info = {}  # where and with what it was taken is nobody's business behind here
     return picture
 
