@@ -28,6 +28,8 @@ MAX_PIXELS = 50_000_000
 MAX_PIXELS_OF = {"WEBP": 16_000_000, "AVIF": 16_000_000}
 #: The longer side may be so many times the shorter one. Resizing to a square would leave nothing of a thinner picture.
 MAX_RATIO = 100
+#: Bytes of a block of pixels: above 32 MiB, the most that glibc takes from a heap.
+_BLOCK_BYTES = 48 << 20
 #: Rows of pixels that are brought to RGB at once.
 STRIP = 256
 
@@ -116,6 +118,8 @@ def _pillow() -> Any:
         raise SetupError(
             "pictures are read with Pillow, which is not installed: pip install pillow"
         ) from None
+    # Blocks of this size glibc maps apart, and gives back at once. Smaller ones each thread's heap would keep.
+    Image.core.set_block_size(_BLOCK_BYTES)
     return Image
 
 
