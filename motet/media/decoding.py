@@ -119,7 +119,7 @@ def _pillow() -> Any:
             "pictures are read with Pillow, which is not installed: pip install pillow"
         ) from None
     # Blocks of this size glibc maps apart, and gives back at once. Smaller ones each thread's heap would keep.
-    Image.core.set_block_size(_BLOCK_BYTES)
+    Image.core.set_block_size(_BLOCK_BYTES)  # type: ignore[attr-defined]
     return Image
 
 
