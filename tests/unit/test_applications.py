@@ -377,7 +377,10 @@ def test_applications_are_listed_and_bad_options_are_named(capsys: pytest.Captur
 
 
 def test_what_an_application_needs_is_said_before_anything_starts(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], cluster: type[FakeCluster]
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    cluster: type[FakeCluster],
+    tmp_path: Path,
 ) -> None:
     lacking = Application(run=twin, needs={"no_such_module_at_all": "no-such-package"})
     monkeypatch.setattr(playing, "find", lambda name: lacking)
@@ -386,6 +389,11 @@ def test_what_an_application_needs_is_said_before_anything_starts(
         "translate needs packages that are not installed here; pip install no-such-package"
         in capsys.readouterr().err
     )
+    away = data_file(b"x", make=lambda download: Path("/no/such/file").read_bytes())
+    monkeypatch.setattr(playing, "find", lambda name: Application(run=twin, data=(away,)))
+    monkeypatch.setattr("motet.apps.data.files.cache_dir", lambda: tmp_path)
+    assert run("app", "translate") == 1
+    assert "put d.jsonl into a folder and name that in MOTET_DATA" in capsys.readouterr().err
     assert cluster.made == []
 
 
