@@ -92,7 +92,13 @@ def digest(stage: StagedCluster, asked: RunOptions, articles: Sequence[LabelledT
             draw(
                 asked.folder / "digest.svg",
                 "motet app digest",
-                [Bars(f"{len(PROMPTS)} prompts about {len(rows)} articles: device-seconds", bars)],
+                [
+                    Bars(
+                        f"{len(PROMPTS)} prompts about {len(rows)} articles: device-seconds",
+                        bars,
+                        rivals=True,
+                    )
+                ],
             ),
         ),
     )

@@ -33,6 +33,8 @@ class Bars:
 
     title: str
     bars: Mapping[str, Estimate]
+    #: The first one is what was made, in colour; the others stand beside it for comparison, in grey.
+    rivals: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -103,7 +105,7 @@ def _bars(panel: Bars) -> dict[str, Any]:
     bars = [
         {
             "name": name,
-            "colour": at % COLOURS,
+            "colour": COLOURS - 1 if panel.rivals and at else at % COLOURS,
             "y": _TOP + 30 * at,
             "from": x.of(0.0),
             "to": x.of(one.value or 0.0),

@@ -98,9 +98,8 @@ def converse(stage: StagedCluster, tasks: Mapping[str, Task]) -> None:
                 continue
             messages.append({"role": "user", "content": line})
             try:
-                with feed.stream(
-                    {"messages": messages, "draft": True}, task="reply", within_s=_WITHIN_S
-                ) as said:
+                asked = {"messages": messages, "draft_from": 0}
+                with feed.stream(asked, task="reply", within_s=_WITHIN_S) as said:
                     story.write("draft: ")
                     for delta in said:
                         story.write(delta.text)

@@ -23,14 +23,14 @@ def intent_score(
     learned, truth = [one.intent for one in train], [one.intent for one in test]
     texts, asked = ([[one.history(t) for t in templates] for one in part] for part in (train, test))
     return Score(
-        name="intent, of 7 turns and the last one",
+        name="intent, of the last 7, 3 and 1 turns",
         figure="accuracy",
         rows=len(test),
         estimate=measured["intent"].figures["accuracy"],
         baselines={
             "of 7 turns alone": measured["intent_of_history"].figures["accuracy"],
             "of the last turn alone": measured["intent_of_last"].figures["accuracy"],
-            "words of both": scores.accuracy(truth, scores.words_alone(texts, learned, asked)),
+            "words of all three": scores.accuracy(truth, scores.words_alone(texts, learned, asked)),
             "always the commonest": scores.accuracy(truth, [scores.commonest(learned)] * len(truth)),
         },
         floor=0.70,

@@ -84,7 +84,7 @@ def translate(
             draw(
                 asked.folder / "translate.svg",
                 "motet app translate",
-                [Bars(f"English into Portuguese: chrF of {some.rows} sentences", bars)],
+                [Bars(f"English into Portuguese: chrF of {some.rows} sentences", bars, rivals=True)],
             ),
         ),
     )
