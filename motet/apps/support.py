@@ -27,6 +27,8 @@ from motet.training.lesson import Labels
 
 TRUNK, WRITER = "all-MiniLM-L6-v2", "smollm2-135m"
 HISTORY, RECENT, LAST = "{messages[-7:]}", "{messages[-3:]}", "{messages[-1].content}"
+#: What the head for the intent reads of a dialogue.
+READ = (HISTORY, RECENT, LAST)
 #: A language model drafts replies to customers who are at least so urgent: it takes a second for each on a CPU.
 DRAFTED = "urgency.points >= draft_from"
 TASKS: Mapping[str, Task] = {
@@ -61,12 +63,9 @@ def run(stage: StagedCluster, asked: RunOptions) -> AppOutcome:
 def answer(stage: StagedCluster, asked: RunOptions, said: CustomerSets) -> AppOutcome:
     """Learn what customers want, ask everything of the test dialogues, and measure."""
     train, test = said.dialogues
-    intent = _learned(stage, "support", train, test, (HISTORY, RECENT, LAST))
-    rivals = {
-        "intent_of_history": _learned(stage, "support-history", train, test, (HISTORY,)),
-        "intent_of_last": _learned(stage, "support-last", train, test, (LAST,)),
-    }
-    tasks = {"intent": intent, **TASKS, **_who(stage), **rivals}
+    intent = _learned(stage, "support", train, test, READ)
+    intent_last = _learned(stage, "support-last", train, test, (LAST,))
+    tasks = {"intent": intent, **TASKS, **_who(stage), "intent_last": intent_last}
 
     draft_from = _QUICK if asked.quick else _THOROUGH
     rows = [{"messages": list(one.messages), "draft_from": draft_from} for one in test]
@@ -75,9 +74,9 @@ def answer(stage: StagedCluster, asked: RunOptions, said: CustomerSets) -> AppOu
     sorted_rows = queue.by_urgency(job.results())
     stage.story.show(queue.as_table(sorted_rows))
 
-    truth = [dict.fromkeys(("intent", *rivals), one.intent) for one in test]
-    measured = job.evaluate(truth, {one: one for one in ("intent", *rivals)})
-    by_intent = intent_score(train, test, (HISTORY, RECENT, LAST), measured)
+    truth = [{"intent": one.intent, "intent_last": one.intent} for one in test]
+    measured = job.evaluate(truth, {"intent": "intent", "intent_last": "intent_last"})
+    by_intent = intent_score(train, test, READ, measured["intent"], measured["intent_last"])
     by_question, by_mood = question_score(stage, TRUNK, said), mood_score(stage, said.felt)
     return AppOutcome(
         scores=(by_intent, by_question, by_mood),
@@ -144,7 +143,7 @@ def live(stage: StagedCluster, asked: RunOptions) -> None:
     """Answer typed turns, each a row of an open job, until there are no more."""
     train, test = customers.dialogues()
     tasks = {
-        "intent": _learned(stage, "support", train, test, (HISTORY, RECENT, LAST)),
+        "intent": _learned(stage, "support", train, test, READ),
         **TASKS,
         **_who(stage),
     }

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 
 from motet.apps import scores
 from motet.apps.application import Score
@@ -17,19 +17,19 @@ def intent_score(
     train: Sequence[Dialogue],
     test: Sequence[Dialogue],
     templates: Sequence[str],
-    measured: Mapping[str, TaskEvaluation],
+    of_all: TaskEvaluation,
+    of_last: TaskEvaluation,
 ) -> Score:
-    """What the customer wants now, by a head that reads what the templates render, beside heads that read one of them."""
+    """What the customer wants now, by a head that reads what each of the templates renders."""
     learned, truth = [one.intent for one in train], [one.intent for one in test]
     texts, asked = ([[one.history(t) for t in templates] for one in part] for part in (train, test))
     return Score(
         name="intent, of the last 7, 3 and 1 turns",
         figure="accuracy",
         rows=len(test),
-        estimate=measured["intent"].figures["accuracy"],
+        estimate=of_all.figures["accuracy"],
         baselines={
-            "of 7 turns alone": measured["intent_of_history"].figures["accuracy"],
-            "of the last turn alone": measured["intent_of_last"].figures["accuracy"],
+            "of the last turn alone": of_last.figures["accuracy"],
             "words of all three": scores.accuracy(truth, scores.words_alone(texts, learned, asked)),
             "always the commonest": scores.accuracy(truth, [scores.commonest(learned)] * len(truth)),
         },

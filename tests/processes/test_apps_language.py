@@ -80,9 +80,7 @@ def test_support_sorts_customers_by_urgency_and_measures_what_history_tells(
     assert outcome.measured["drafts"] == sum(one >= 3 for one in points), "for the urgent ones alone"
     assert (asked.folder / "support.svg").exists()
     train, test = said.dialogues
-    again = support._learned(
-        prepared, "support", train, test, (support.HISTORY, support.RECENT, support.LAST)
-    )
+    again = support._learned(prepared, "support", train, test, support.READ)
     assert again.model == "support.intent@1", "learned from the same rows, so not learned again"
 
 

@@ -168,7 +168,11 @@ def test_chrf_is_that_of_its_paper() -> None:
 def test_a_picture_holds_every_panel_and_no_markup_of_a_label(tmp_path: Path) -> None:
     panels: list[Panel] = [
         Lines(f"lines {EVIL}", {f"a {EVIL}": [(0, 1), (1, 3)], "b": [(0, 2)], "none": []}, x="k", y="share"),
-        Bars("bars", {f"c {EVIL}": Estimate(0.5, 0.4, 0.6), "d": Estimate(0.25), "none": Estimate(None)}),
+        Bars(
+            "bars",
+            {f"c {EVIL}": Estimate(0.5, 0.4, 0.6), "d": Estimate(0.25), "none": Estimate(None)},
+            rivals=True,
+        ),
         Matrix("matrix", [f"e {EVIL}", "f"], [[3, 1], [0, 2]]),
     ]
     path = draw(tmp_path / "p.svg", f"title {EVIL}", panels)
@@ -179,6 +183,8 @@ def test_a_picture_holds_every_panel_and_no_markup_of_a_label(tmp_path: Path) ->
         assert expected in words
     assert sum(path.getAttribute("class") == "interval" for path in drawn.getElementsByTagName("path")) == 1
     assert "nan" not in path.read_text().lower()
+    filled = [rect.getAttribute("style") for rect in drawn.getElementsByTagName("rect")][:2]
+    assert filled == ["fill:var(--p0)", "fill:var(--p7)"], "a rival is grey"
 
 
 # -- data
