@@ -158,7 +158,7 @@ def _asked(
             reason=one["reason"],
             # Whoever waits for an answer may be told a moment before it was noted.
             answer_s=answered.get(at, time.time()) - sent[at],
-            hook_s=receipt and receipt.came_s - sent[at],
+            hook_s=receipt.came_s - sent[at] if receipt else None,
             delivery_s=receipt.came_s - receipt.written_s if receipt else 0.0,
         )
         for at, (payment, receipt, one) in enumerate(zip(payments, receipts, judged, strict=True))

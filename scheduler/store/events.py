@@ -74,7 +74,7 @@ def tell_matches(connection: Connection, blocks: Collection[tuple[UUID, int]]) -
     driver: Any = connection.connection.driver_connection
     with driver.cursor(binary=True) as cursor:
         for job, number, *fields in cursor.execute(_ANSWERED, (list(jobs), list(numbers))):
-            whole[job, number].append(_Answered(*fields[:7], column_of(fields[7:])))
+            whole[job, number].append(_Answered(*(*fields[:7], column_of(fields[7:]))))
     found: dict[UUID, list[dict[str, Any]]] = defaultdict(list)
     first: dict[UUID, _Answered] = {}
     for (job, _), of_block in whole.items():
