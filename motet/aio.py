@@ -22,7 +22,7 @@ from motet.messages.jobs import Priority
 from motet.results import Row
 from motet.row_stream import RowStream
 from motet.rows import BadRows
-from motet.told import TextDelta
+from motet.text_deltas import TextDelta
 
 T = TypeVar("T")
 

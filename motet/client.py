@@ -22,8 +22,8 @@ from typing import TYPE_CHECKING, Any
 
 from motet.errors import Conflict, InvalidJob, NotFound, Problem
 from motet.folds import Fold, parse_folds
+from motet.head_inputs import all_as_trained, leaves_input_to_head
 from motet.http import Address, BodyRefused, Http, json_of
-from motet.inputs import all_as_trained, says_nothing
 from motet.job import Job
 from motet.media.reading import MEDIA_SIZE
 from motet.media.row_media import MediaOptions, RowMedia
@@ -506,7 +506,7 @@ class Client:
         wanted = {
             task.model
             for task in specs.values()
-            if says_nothing(task) and "." in task.model.partition("@")[0]
+            if leaves_input_to_head(task) and "." in task.model.partition("@")[0]
         }
         found: dict[str, Manifest] = {}
         for ref in wanted:

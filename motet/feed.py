@@ -19,8 +19,8 @@ from types import TracebackType
 from typing import Any, TypeAlias
 
 from motet import forks
-from motet.errors import Gone, InvalidJob, JobFailed, Late, MotetError, Overloaded, Problem
-from motet.folds import asked_fields, stored_folds
+from motet.errors import Gone, InvalidJob, Late, MotetError, Overloaded, Problem
+from motet.folds import sent_fields, stored_folds
 from motet.http import MAX_WAIT_S, BodyRefused, Http, error_told
 from motet.job import Job
 from motet.media.row_media import MediaOptions, RowMedia
@@ -29,8 +29,8 @@ from motet.protocol.envelope import BadMessage
 from motet.protocol.values import text_flaw
 from motet.results import CURSORS_A_BLOCK, Block, Row, frames_in
 from motet.row_stream import RowStream
-from motet.rows import BadRows, CheckedRow, check_row, part_of
-from motet.states import ENDED, ENDED_EARLY
+from motet.rows import BadRows, CheckedRow, as_part, check_row
+from motet.states import ENDED
 from motet.tasks import dialogues_of, short, stored_task
 
 #: Requests under way at most. Fewer: rows wait for the answers of others; more: each request carries fewer rows.
@@ -106,12 +106,12 @@ class Feed:
         self.job = Job(http, record)
         self._http, self._bad_rows, self._clock = http, bad_rows, clock
         tasks = {name: stored_task(spec) for name, spec in record.tasks.items()}
-        self._fields = asked_fields(tasks, stored_folds(record.folds))
+        self._fields = sent_fields(tasks, stored_folds(record.folds))
         self._dialogues = dialogues_of(tasks)
         self._media_options, self._media = media, RowMedia(http, tasks, media, apart=False)
         self._most_bytes = _REQUEST_BYTES
         self.leave_to_parent()
-        forks.mind(self)
+        forks.forget_after_fork(self)
 
     def leave_to_parent(self) -> None:
         """Forget rows and threads of the process that this one was forked from: their answers come there."""
@@ -178,7 +178,7 @@ class Feed:
         if task is not None and task not in specs:
             raise InvalidJob(Problem("task", short(task), f"one of {', '.join(specs)}", "name another task"))
         told = {"key": secrets.token_hex(16) if key is None else key, "drop_late": drop_late}
-        part = part_of([checked], self._fields)
+        part = as_part([checked], self._fields)
         return RowStream(
             self._http,
             f"/v1/jobs/{self.job.id}/ask",
@@ -233,9 +233,7 @@ class Feed:
             block_after = int(end["next"])
             if end["complete"] or (end["state"] in ENDED and not frames):
                 break
-        self.job.refresh()
-        if end["state"] in ENDED_EARLY:
-            raise JobFailed(self.job.id, f"{end['state']}: {self.job.reason or 'no reason was given'}")
+        self.job.refresh().check()
 
     # -- the job
 
@@ -279,7 +277,7 @@ class Feed:
             _gave_up(ask)
 
     def __reduce__(self) -> tuple[Callable[..., Feed], tuple[Http, JobRecord, BadRows, MediaOptions]]:
-        return _again, (self._http, JobRecord.of(self.job.record), self._bad_rows, self._media_options)
+        return _unpickled, (self._http, JobRecord.of(self.job.record), self._bad_rows, self._media_options)
 
     def __repr__(self) -> str:
         return f"<Feed {self.job.name!r} {self.job.id}>"
@@ -368,7 +366,7 @@ class Feed:
         within_s = min(_MOST_S, max(ask.until for ask in asks) - self._clock())
         squeeze = not self._http.stays_here
         told = {"keys": [ask.key for ask in asks], "within_s": within_s}
-        part = part_of([ask.row for ask in asks], self._fields)
+        part = as_part([ask.row for ask in asks], self._fields)
         try:
             self._http.request(
                 "POST",
@@ -463,6 +461,6 @@ def _gave_up(ask: _Ask) -> None:
         )
 
 
-def _again(http: Http, record: JobRecord, bad_rows: BadRows, media: MediaOptions) -> Feed:
+def _unpickled(http: Http, record: JobRecord, bad_rows: BadRows, media: MediaOptions) -> Feed:
     """A feed of the same job, in the process that unpickles one."""
     return Feed(http, record, bad_rows=bad_rows, media=media)

@@ -173,8 +173,9 @@ def ask(
 ) -> None:
     """Ask an open JOB one ROW, or many; print the answers.
 
-    JOB is a name or an id. ROW is a text, or a JSON object of fields. With - for ROW, each line of the input is one, and its answer a line of JSON, in order and as soon as it is there;
-    a line that is refused is answered by {"error": …}, and the command fails at the end.
+    JOB is a name or an id. ROW is a text, or a JSON object of fields. With - for ROW, each line of the input is one,
+    and its answer a line of JSON, in order and as soon as it is there; a line that is refused is answered by
+    {"error": …}, and the command fails at the end.
     """
     from motet.export import json_row
 

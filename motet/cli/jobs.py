@@ -26,6 +26,7 @@ from motet.cli.show import (
     result_table,
 )
 from motet.states import LIVE, REACHED, State
+from motet.words import count
 
 if TYPE_CHECKING:
     from motet.job import Job
@@ -421,8 +422,6 @@ def _ended_before(job: Job, age_s: float | None) -> bool:
 
 def _ask_to_remove(found: Sequence[Job], selected: bool) -> None:
     """Say what will be gone, and ask. Raises Abort; UsageError where nobody is there to answer."""
-    from motet.messages.jobs import count
-
     if not sys.stdin.isatty():
         if selected:
             raise click.UsageError(f"this removes {count(len(found), 'job')}; say --yes to do it in a script")

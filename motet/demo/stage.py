@@ -16,13 +16,14 @@ from typing import TYPE_CHECKING, Any
 from motet.cli.show import console, plan_line, plan_picture, program
 from motet.client import Client
 from motet.job import Job
-from motet.messages.jobs import Plan, count
+from motet.messages.jobs import Plan
 from motet.protocol.manifest import Manifest
 from motet.states import LIVE
 from motet.tasks import Classify, Number, Task
 from motet.training.epochs import score_words
 from motet.training.lesson import Learned, read_lesson
 from motet.training.run import TrainRun
+from motet.words import count
 
 if TYPE_CHECKING:
     from rich.console import RenderableType

@@ -12,7 +12,7 @@ from motet.errors import InvalidJob
 from motet.media.folder import MediaFolder, RefusedPath
 from motet.media.sheet import contact_sheet
 from motet.results import Row
-from motet.rows import records
+from motet.rows import whole_rows
 from motet.sources import Source
 from motet.tasks import short
 
@@ -44,11 +44,11 @@ def wrong_answers(
 ) -> list[WrongAnswer]:
     """Wrong labels, the surest first. ``fields``: task -> field of its true label; ``picture``: field of the picture.
 
-    Tasks that answer no single label, and rows without a true one, are passed over. Raises what `records` raises.
+    Tasks that answer no single label, and rows without a true one, are passed over. Raises what `whole_rows` raises.
     """
     truth = {
         row.get(index, place) if index else place: row
-        for place, (row, _) in enumerate(records(labels))
+        for place, (row, _) in enumerate(whole_rows(labels))
         if isinstance(row, Mapping)
     }
     found = []

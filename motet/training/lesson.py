@@ -11,10 +11,10 @@ from dataclasses import KW_ONLY, dataclass
 from typing import Any
 
 from motet.errors import InvalidJob, Problem
-from motet.inputs import number_in
+from motet.head_inputs import number_in
 from motet.options import MOST_NUMBERS, MOST_TEXTS, is_template
 from motet.protocol.values import NoValue, clean, plain_text
-from motet.rows import MAX_PROBLEMS, records
+from motet.rows import MAX_PROBLEMS, whole_rows
 from motet.sources import Source
 from motet.tasks import Number, short
 from motet.templates import filled, is_placeholder, part_of, placeholders, resolved
@@ -158,7 +158,7 @@ class _Reading:
 
     def read(self, part: str, source: Source) -> None:
         has: set[str] = set()
-        for index, (row, _) in enumerate(records(source)):
+        for index, (row, _) in enumerate(whole_rows(source)):
             if len(self.problems) >= MAX_PROBLEMS:
                 return
             if not isinstance(row, Mapping):

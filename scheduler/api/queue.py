@@ -96,14 +96,13 @@ def _rows(
     for at in range(n):
         place = part_of(values[meant.name][at], meant.steps) if meant and meant.name in values else None
         answers = {
-            task.name: _words(task, column, at, values[task.name][at], specs[task.name])
-            for task, column in tasks
+            task.name: _words(column, at, values[task.name][at], specs[task.name]) for task, column in tasks
         }
         found.append(QueuedRow(first + at, place, answers))
     return found
 
 
-def _words(task: ShownTask, column: Column, at: int, value: Any, spec: Mapping[str, Any]) -> str:
+def _words(column: Column, at: int, value: Any, spec: Mapping[str, Any]) -> str:
     if value is None and (error := column.errors.get(at)):
         return error.error
     if column.kind == "spans" and value is not None:
