@@ -19,7 +19,7 @@ from motet.apps.application import Application, AppOutcome, RunOptions, Score
 from motet.apps.data import customers
 from motet.apps.data.customers import CustomerSets, Dialogue
 from motet.apps.pictures import Bars, draw, matrix_of
-from motet.apps.support_scores import intent_score, mood_score, question_score
+from motet.apps.support_scores import intent_scores, mood_score, question_score
 from motet.demo.stage import StagedCluster, told_of
 from motet.evaluation import TaskEvaluation
 from motet.tasks import Choose, Classify, Entities, Function, Generate, Task
@@ -71,15 +71,16 @@ def answer(stage: StagedCluster, asked: RunOptions, said: CustomerSets) -> AppOu
     rows = [{"messages": list(one.messages), "draft_from": draft_from} for one in test]
     stage.plan(rows, tasks)
     job, seconds = stage.run(rows, tasks)
-    sorted_rows = queue.by_urgency(job.results())
+    answers = list(job.results())
+    sorted_rows = queue.by_urgency(answers)
     stage.story.show(queue.as_table(sorted_rows))
 
     truth = [{"intent": one.intent, "intent_last": one.intent} for one in test]
     measured = job.evaluate(truth, {"intent": "intent", "intent_last": "intent_last"})
-    by_intent = intent_score(train, test, READ, measured["intent"], measured["intent_last"])
-    by_question, by_mood = question_score(stage, TRUNK, said), mood_score(stage, said.felt)
+    by_intent = intent_scores(train, test, READ, answers, measured["intent"], measured["intent_last"])
+    found = (*by_intent, question_score(stage, TRUNK, said), mood_score(stage, said.felt))
     return AppOutcome(
-        scores=(by_intent, by_question, by_mood),
+        scores=found,
         unmeasured={
             "urgency": "nobody has said how urgent these are; it is a rule, and says what spoke for it",
             "replies": "a model of 135 million parameters writes drafts for a person to mend, no more",
@@ -90,7 +91,7 @@ def answer(stage: StagedCluster, asked: RunOptions, said: CustomerSets) -> AppOu
             **queue.counted(sorted_rows),
         },
         files=(
-            _picture(asked, measured["intent"], (by_intent, by_question, by_mood)),
+            _picture(asked, measured["intent"], by_intent[0]),
             queue.written(asked.folder / "queue.jsonl", sorted_rows),
         ),
     )
@@ -123,17 +124,13 @@ def _who(stage: StagedCluster) -> dict[str, Task]:
     return {"who": Entities("spacy-entities", input=LAST)}
 
 
-def _picture(asked: RunOptions, intent: TaskEvaluation, measured: Sequence[Score]) -> Path:
-    bars = {
-        name: one
-        for score in measured[:1]
-        for name, one in {score.name: score.estimate, **score.baselines}.items()
-    }
+def _picture(asked: RunOptions, intent: TaskEvaluation, score: Score) -> Path:
+    bars = {score.name: score.estimate, **score.baselines}
     return draw(
         asked.folder / "support.svg",
         "motet app support",
         [
-            Bars(f"Which intent: accuracy on {measured[0].rows} dialogues", bars, rivals=True),
+            Bars(f"Which intent: accuracy on {score.rows} dialogues", bars, rivals=True),
             *(matrix_of(intent, _LABELS)),
         ],
     )

@@ -23,6 +23,7 @@ from motet.tasks import Classify, Number, Task
 from motet.training.epochs import score_words
 from motet.training.lesson import Learned, read_lesson
 from motet.training.run import TrainRun
+from motet.training.starting import VECTORS
 from motet.words import count
 
 if TYPE_CHECKING:
@@ -196,8 +197,9 @@ def _follow(job: Job, story: Story) -> None:
 
 
 def _cancel_unfinished(client: Client, story: Story, name: str) -> None:
-    """End what one that was killed has left: it would take the workers from this one."""
-    left = [job for state in LIVE for job in client.jobs(state) if job.name == name]
+    """End what one that was killed has left, its training too: it would take the workers from this one."""
+    live = [job for state in LIVE for job in client.jobs(state)]
+    left = [job for job in live if job.name == name or job.name.endswith(VECTORS)]
     for job in left:
         job.cancel()
     if left:

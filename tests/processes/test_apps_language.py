@@ -67,9 +67,11 @@ def test_support_sorts_customers_by_urgency_and_measures_what_history_tells(
 ) -> None:
     monkeypatch.setattr(support, "HAS_SPACY", False)
     outcome = support.answer(prepared, asked, said)
-    history, banking, mood = outcome.scores
+    history, above, banking, mood = outcome.scores
     assert (history.estimate.value or 0) > 0.9
     assert (history.baselines["of the last turn alone"].value or 0) < (history.estimate.value or 0)
+    words = history.baselines["words of all three"].value or 0
+    assert above.estimate.value == pytest.approx((history.estimate.value or 0) - words, abs=1e-6)
     assert (banking.estimate.value or 0) > 0.8
     assert (mood.estimate.value or 0) > 0.6
     queued = [json.loads(line) for line in (asked.folder / "queue.jsonl").read_text().splitlines()]
