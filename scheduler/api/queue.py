@@ -52,13 +52,13 @@ def queue_of(use: Resources, tenant: UUID, job: UUID, by: str) -> Queue:
     """Raises NotFound, and InvalidJob where ``by`` names no answer."""
     with use.database.transaction() as connection:
         every = shown(connection, tenant, job)
-        # Vectors say nothing in words.
-        names = [task.name for task in every.tasks if not task.dim]
+        record = describe(job_entry(connection, tenant, job))
+        # Vectors say nothing in words. By its kind, for a head has the dimension of its trunk.
+        names = [task.name for task in every.tasks if record.tasks[task.name]["kind"] != "embed"]
         meant = _meant(by, names)
         of = replace(every, tasks=tuple(task for task in every.tasks if task.name in names))
         blocks = newest_blocks(connection, of, LOOKED)
         columns = read_columns(connection, sorted({c for block in blocks for c in block.columns}))
-        record = describe(job_entry(connection, tenant, job))
     rows: list[QueuedRow] = []
     for block in blocks:
         # A block that was removed meanwhile has none.
