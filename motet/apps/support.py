@@ -37,7 +37,8 @@ TASKS: Mapping[str, Task] = {
     "reply": Generate(
         WRITER,
         about=HISTORY,
-        prompt="The customer wants {intent} and sounds {mood}. Write the assistant's next reply, in one sentence.",
+        prompt="You work in customer service. Write what you say next to this {mood} customer, in one short and friendly "
+        "sentence. It is about {intent}.",
         max_tokens=40,
         when=DRAFTED,
     ),
