@@ -376,17 +376,20 @@ class Said:
     begins: int
     text: str
 
-    def encode(self) -> bytes:
-        return wrap([PROTOCOL, self.job, self.row, self.task, *self.attempt, self.begins, self.text])
 
-    @classmethod
-    def decode(cls, raw: bytes) -> Said:
-        """Raises BadMessage."""
-        wire = unwrap(raw)
-        with _as_bad_message():
-            _, job, row, task, subtask, attempt, begins, text = wire
-            _same_version({"v": wire[0]})
-            return cls(
+def encode_said(words: Iterable[Said]) -> bytes:
+    """What is said at one moment to one process of the API."""
+    return wrap([PROTOCOL, [[s.job, s.row, s.task, *s.attempt, s.begins, s.text] for s in words]])
+
+
+def decode_said(raw: bytes) -> list[Said]:
+    """Raises BadMessage."""
+    wire = unwrap(raw)
+    with _as_bad_message():
+        version, words = wire
+        _same_version({"v": version})
+        return [
+            Said(
                 job=str(job),
                 row=_count(row, most=1 << 63),
                 task=str(task),
@@ -394,6 +397,8 @@ class Said:
                 begins=_count(begins),
                 text=str(text),
             )
+            for job, row, task, subtask, attempt, begins, text in words
+        ]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

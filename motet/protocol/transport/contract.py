@@ -152,7 +152,7 @@ class WorkerTransport(Protocol):
         ...
 
     def say(self, words: Sequence[tuple[str, bytes]]) -> None:
-        """Tell API processes, by name, encoded `Said`. Whoever does not listen now never hears it; nothing is kept."""
+        """Tell API processes, by name, what `encode_said` made. Whoever does not listen now never hears it; nothing is kept."""
         ...
 
     def fetch(self, subtask: int, attempt: int) -> bytes | None:
