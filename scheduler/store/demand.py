@@ -105,7 +105,7 @@ def _demands(
     def beside_mb(row: Row[Any]) -> int:
         if KEYWORD not in models[row.model, row.model_created].keywords:
             return 0
-        return artefacts_mb(manifests.beside(connection, {*row.model_ids} - {row.model}))
+        return artefacts_mb(manifests.of_pass(connection, row.job_id, row.number, row.model_ids))
 
     return [
         Demand(
