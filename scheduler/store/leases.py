@@ -19,7 +19,7 @@ from sqlalchemy import Connection, text
 from motet.states import CARVED
 from scheduler.policy.carve import Carved, Range
 from scheduler.policy.lifecycle import Return
-from scheduler.store.database import Database, together
+from scheduler.store.database import Asked, Database, together
 from scheduler.store.leadership import fence, fenced, must_lead
 from scheduler.store.places import PLACES, at_places
 from scheduler.store.schema import spelt
@@ -123,8 +123,8 @@ def due(connection: Connection, within_s: float) -> dict[LeaseKey, bool]:
 
 
 _FATES = text("""
-    SELECT k.subtask, k.attempt, l.subtask_id IS NOT NULL AS leased, coalesce(s.state, ''), coalesce(s.worker, ''),
-           coalesce(s.busy_s, 0)
+    SELECT k.subtask, k.attempt, l.subtask_id IS NOT NULL AS leased, coalesce(s.state, '') AS state,
+           coalesce(s.worker, '') AS worker, coalesce(s.busy_s, 0) AS busy_s
       FROM unnest(CAST(:subtasks AS bigint[]), CAST(:attempts AS smallint[])) k (subtask, attempt)
       LEFT JOIN subtask s ON s.id = k.subtask
       LEFT JOIN lease l ON l.subtask_id = k.subtask AND l.attempt = k.attempt""")
@@ -143,9 +143,20 @@ class Fate(NamedTuple):
 
 def fates(connection: Connection, keys: Collection[LeaseKey]) -> dict[LeaseKey, Fate]:
     """What became of each of these leases."""
-    at = {"subtasks": [subtask for subtask, _ in keys], "attempts": [attempt for _, attempt in keys]}
-    found = connection.execute(_FATES, at).all()
-    return {(subtask, attempt): Fate(*fate) for subtask, attempt, *fate in found}
+    return fates_in(together(connection, asked_fates(keys))[0])
+
+
+def asked_fates(keys: Collection[LeaseKey]) -> Asked:
+    """The statement of ``fates``."""
+    return _FATES, {
+        "subtasks": [subtask for subtask, _ in keys],
+        "attempts": [attempt for _, attempt in keys],
+    }
+
+
+def fates_in(rows: Iterable[Sequence[Any]]) -> dict[LeaseKey, Fate]:
+    """What ``asked_fates`` has found."""
+    return {(subtask, attempt): Fate(*fate) for subtask, attempt, *fate in rows}
 
 
 _RUNS = text("""
