@@ -179,7 +179,7 @@ _REFUSED = (
 )
 
 
-def authenticate(
+async def authenticate(
     request: Request,
     use: Use,
     credentials: Annotated[HTTPAuthorizationCredentials | None, Security(_BEARER)] = None,
@@ -191,10 +191,11 @@ def authenticate(
     Why a token is not good is never told: it would help to guess.
     """
     path = getattr(request.scope.get("route"), "path", "")
-    return _allowed(request, use, credentials, path, ALLOWED.get((request.method, path), frozenset()), 1.0)
+    scopes = ALLOWED.get((request.method, path), frozenset())
+    return await _proved(request, use, credentials, path, scopes, 1.0)
 
 
-def _allowed(
+async def _proved(
     request: Request,
     use: Resources,
     credentials: HTTPAuthorizationCredentials | None,
@@ -202,12 +203,32 @@ def _allowed(
     scopes: frozenset[str],
     cost: float,
 ) -> Identity | None:
+    """``_allowed``, in a thread only where Postgres must be asked: a hand-over costs more than all the rest of it."""
+    shown = _shown(request, credentials)
+    known = use.known_tokens.get(shown.id) if shown else None
+    if scopes is _OPEN or shown is None or (known is not None and _fresh(known, time.monotonic())):
+        return _allowed(request, use, shown, path, scopes, cost)
+    return await run_in_threadpool(_allowed, request, use, shown, path, scopes, cost)
+
+
+def _shown(request: Request, credentials: HTTPAuthorizationCredentials | None) -> NewToken | None:
+    """The token that a request shows."""
+    if credentials is None and is_page(request):
+        return basic_token(request.headers.get("Authorization", ""))
+    return split_token(credentials.credentials) if credentials else None
+
+
+def _allowed(
+    request: Request,
+    use: Resources,
+    shown: NewToken | None,
+    path: str,
+    scopes: frozenset[str],
+    cost: float,
+) -> Identity | None:
     """``authenticate`` for a route that these scopes may use. ``cost``: what it takes of a token's requests."""
     if scopes is _OPEN:
         return None
-    shown = split_token(credentials.credentials) if credentials else None
-    if credentials is None and is_page(request):
-        shown = basic_token(request.headers.get("Authorization", ""))
     if shown is None:
         raise Unauthorized(_REFUSED)
     stored = _find(use, path, shown.id)
@@ -248,7 +269,7 @@ def _fresh(known: tuple[StoredToken, float], now: float) -> bool:
 async def authenticated(
     request: Request, use: Resources, scopes: frozenset[str] | None = None, cost: float = 1.0
 ) -> Identity:
-    """`authenticate` of a route that FastAPI does not call: in a thread only where Postgres must be asked.
+    """`authenticate` of a route that FastAPI does not call.
 
     ``scopes``: of a route that stands in a table of its own (scheduler/api/openai/app.py).
     """
@@ -261,11 +282,7 @@ async def authenticated(
         if scheme.lower() == "bearer"
         else None
     )
-    shown = split_token(credentials.credentials) if credentials else None
-    known = use.known_tokens.get(shown.id) if shown else None
-    if shown is None or (known is not None and _fresh(known, time.monotonic())):
-        return _identity(_allowed(request, use, credentials, path, scopes, cost))
-    return _identity(await run_in_threadpool(_allowed, request, use, credentials, path, scopes, cost))
+    return await _identity(await _proved(request, use, credentials, path, scopes, cost))
 
 
 def is_page(request: Request) -> bool:
@@ -273,7 +290,8 @@ def is_page(request: Request) -> bool:
     return (request.method, getattr(request.scope.get("route"), "path", "")) in PAGES
 
 
-def _identity(identity: Annotated[Identity | None, Depends(authenticate)]) -> Identity:
+# Not a thread's work either: FastAPI would hand over to one.
+async def _identity(identity: Annotated[Identity | None, Depends(authenticate)]) -> Identity:
     if identity is None:
         raise Unauthorized(_REFUSED)
     return identity
