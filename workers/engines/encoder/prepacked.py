@@ -39,6 +39,9 @@ class PrepackedEncoder:
         mean nothing; None: nowhere."""
         shown = self._embeddings(input_ids=ids)
         n, longest, dim = shown.shape
+        if not longest:
+            # Rows without a token, which some tokenizers make of an empty text.
+            return shown
         if mask is None:
             places = _Places(n, longest)
             return self._through(shown.view(-1, dim), places).view(n, longest, dim)
