@@ -37,22 +37,16 @@ class PrepackedEncoder:
     def __call__(self, ids: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
         """Token vectors (n, longest, dim) of token ids (n, longest). ``mask``: 0 where there is padding, whose vectors
         mean nothing; None: nowhere."""
-        shown = self._embeddings(input_ids=ids)
+        shown: torch.Tensor = self._embeddings(input_ids=ids)
         n, longest, dim = shown.shape
         if not longest:
             # Rows without a token, which some tokenizers make of an empty text.
             return shown
-        if mask is None:
-            places = _Places(n, longest)
-            return self._through(shown.view(-1, dim), places).view(n, longest, dim)
-        real = mask.view(-1).nonzero().squeeze(1)
-        # Padding repeats the token before it.
-        padded = mask.view(-1).cumsum(0).sub_(1).clamp_(min=0)
-        unseen = torch.zeros(n, 1, 1, longest, dtype=shown.dtype)
-        unseen.masked_fill_(mask.view(n, 1, 1, longest) == 0, float("-inf"))
-        places = _Places(n, longest, real, padded, unseen)
-        tokens = self._through(shown.view(-1, dim)[real], places)
-        return tokens[padded].view(n, longest, dim)
+        places = _Places.of(n, longest, mask, shown.dtype)
+        tokens = shown.view(-1, dim)
+        if places.real is None or places.padded is None:
+            return self._through(tokens, places).view(n, longest, dim)
+        return self._through(tokens[places.real], places)[places.padded].view(n, longest, dim)
 
     def _through(self, tokens: torch.Tensor, places: _Places) -> torch.Tensor:
         for layer in self._layers:
@@ -68,7 +62,7 @@ def can_prepack(model: Any) -> bool:
         and config.hidden_act == "gelu"
         and not config.is_decoder
         and config._attn_implementation == "sdpa"
-        and torch.backends.mkldnn.is_available()
+        and torch.backends.mkldnn.is_available()  # type: ignore[no-untyped-call]
         # Weights of eight bits are layers of another type.
         and all(type(one) is nn.Linear for layer in model.encoder.layer for one in _linears(layer))
     )
@@ -80,11 +74,37 @@ class _Places:
 
     rows: int
     longest: int
-    #: Place of each token, and token of each place; None: there is no padding.
+    #: Place of each token, and token of each place; None: they are the same.
     real: torch.Tensor | None = None
     padded: torch.Tensor | None = None
-    #: (rows, 1, 1, longest): what is added to the scores of attention.
+    #: (rows, 1, 1, longest): what is added to the scores of attention; None: nothing.
     unseen: torch.Tensor | None = None
+
+    @classmethod
+    def of(cls, rows: int, longest: int, mask: torch.Tensor | None, dtype: torch.dtype) -> _Places:
+        """The real tokens, the first of them so often again that their number is one of `_rounded`."""
+        if mask is None:
+            count = rows * longest
+            if _rounded(count) == count:
+                return cls(rows, longest)
+            places = torch.arange(count)
+            return cls(rows, longest, _filled(places), places)
+        real = mask.view(-1).nonzero().squeeze(1)
+        # Padding repeats the token before it.
+        padded = mask.view(-1).cumsum(0).sub_(1).clamp_(min=0)
+        unseen = torch.zeros(rows, 1, 1, longest, dtype=dtype)
+        unseen.masked_fill_(mask.view(rows, 1, 1, longest) == 0, float("-inf"))
+        return cls(rows, longest, _filled(real), padded, unseen)
+
+
+def _rounded(count: int) -> int:
+    """The next number of tokens that products are made for: each takes its kernels a millisecond when it comes first."""
+    step = 4 if count <= 64 else 16
+    return -(-count // step) * step
+
+
+def _filled(places: torch.Tensor) -> torch.Tensor:
+    return torch.cat([places, places.new_zeros(_rounded(len(places)) - len(places))])
 
 
 class _Linear:
