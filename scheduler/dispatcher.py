@@ -216,9 +216,9 @@ class Dispatcher:
             jobs |= {job for job, at in self._later.items() if at <= now}
             if keys or jobs:
                 with self.database.reading() as connection:
-                    fates, *wanted = ends_and_demand(connection, keys, now, jobs, self._manifests)
+                    fates, waits, more_at = ends_and_demand(connection, keys, now, jobs, self._manifests)
                 self._take_ends(fates, now)
-                self._want(jobs, *wanted)
+                self._want(jobs, waits, more_at)
             self._stale |= words.done_of - jobs
         self._words = SILENCE
         self._touched.clear()
