@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -18,12 +19,15 @@ __all__ = ["house"]
 
 @contextmanager
 def round_trips(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
-    """What Postgres is asked meanwhile, a text for all that is asked at once; COMMIT included."""
+    """What Postgres is asked meanwhile by this thread, a text for all that is asked at once; COMMIT included."""
     asked: list[str] = []
     pipelines: list[object] = []
+    me = threading.get_ident()
     execute, command = psycopg.Cursor.execute, psycopg.Connection._exec_command
 
     def note(connection: psycopg.Connection[Any], query: str) -> None:
+        if threading.get_ident() != me:
+            return
         pipeline = connection._pipeline
         if query.startswith("BEGIN") or (pipeline is not None and any(pipeline is one for one in pipelines)):
             asked[-1] += "; " + query
