@@ -22,7 +22,7 @@ from motet.messages.jobs import Priority
 from motet.results import Row
 from motet.row_stream import RowStream
 from motet.rows import BadRows
-from motet.told import TextDelta
+from motet.text_deltas import TextDelta
 
 T = TypeVar("T")
 
@@ -73,7 +73,7 @@ class AsyncFeed:
         else:
             answer = feed.put(row, within_s=within_s, key=key)
         try:
-            async with asyncio.timeout(within_s + GRACE_S):
+            async with asyncio.timeout(float(within_s) + GRACE_S):
                 return await asyncio.wrap_future(answer)
         except TimeoutError:
             raise late(stored=not answer.cancelled()) from None

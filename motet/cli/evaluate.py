@@ -111,8 +111,9 @@ def evaluate(
     """
     if len(jobs) > 2:
         raise click.UsageError("name one job, or two to put side by side")
-    if html is not None and not os.path.isdir(os.path.dirname(html) or "."):
-        raise click.UsageError(f"--html {html!r}: no such folder {os.path.dirname(html)!r}")
+    for option, path in (("--html", html), ("--worst", worst)):
+        if path is not None and not os.path.isdir(os.path.dirname(path) or "."):
+            raise click.UsageError(f"{option} {path!r}: no such folder {os.path.dirname(path)!r}")
     if costs is not None and cost is not None:
         raise click.UsageError("give --costs FILE.json or --cost FN=…,FP=…, not both")
     if threshold is not None and cost is None:

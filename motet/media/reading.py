@@ -177,7 +177,8 @@ class MediaReader:
         return self._fields is not None and name in self._fields
 
     def _read_row(self, row: Mapping[str, Any], names: Sequence[str]) -> dict[str, Any]:
-        read = {name: row[name] for name in self._names if name in row}
+        # All of it: folds of an open job read fields that no task reads.
+        read = dict(row)
         kept: list[tuple[Medium, bytes, int]] = []
         total = 0
         for name in names:

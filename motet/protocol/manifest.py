@@ -93,6 +93,8 @@ _SHA256 = r"[0-9a-f]{64}"
 SUFFIXES = (".safetensors", ".json", ".txt", ".model", ".jinja")
 #: What an artefact is made of.
 ARTEFACT_SUFFIXES = (".json", ".safetensors", ".parquet")
+#: What either may hold: nothing that runs when it is read.
+FILE_SUFFIXES = tuple(dict.fromkeys(SUFFIXES + ARTEFACT_SUFFIXES))
 #: Bytes in memory of a byte of such a file, about: numbers and texts of JSON become objects, Parquet is compressed.
 _ARTEFACT_WIDTHS: Mapping[str, int] = {".json": 4, ".safetensors": 1, ".parquet": 3}
 #: An artefact's ``engine``, which is none: the function that reads it runs it.
@@ -105,7 +107,7 @@ _Path = Annotated[
     Limit(
         "",
         pattern=r"(?:(?!\.+/)[A-Za-z0-9_.-]{1,100}/){0,4}(?=[^/]{1,100}\Z)[A-Za-z0-9_.-]+"
-        rf"(?:{'|'.join(map(re.escape, dict.fromkeys(SUFFIXES + ARTEFACT_SUFFIXES)))})",
+        rf"(?:{'|'.join(map(re.escape, FILE_SUFFIXES))})",
     ),
 ]
 _Count = Annotated[int, Limit("a whole number", least=0, most=2**53 - 1)]

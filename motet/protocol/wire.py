@@ -27,6 +27,11 @@ PROTOCOL = 3
 LEASE_HEADER = "Motet-Lease"
 
 
+def marks_between(marks: Mapping[int, tuple[str, str]], lo: int, hi: int) -> dict[int, tuple[str, str]]:
+    """Those of the rows from ``lo`` on and before ``hi``, counted from ``lo``."""
+    return {offset - lo: why for offset, why in marks.items() if lo <= offset < hi}
+
+
 def by_reason(marks: Mapping[int, tuple[str, str]]) -> list[list[Any]]:
     """Offset -> (class, message) as it travels and is stored: ``[[class, message, [offset, …]], …]``, each reason once."""
     offsets: dict[tuple[str, str], list[int]] = {}
@@ -113,6 +118,11 @@ class Assignment:
     def key(self) -> tuple[int, int]:
         return (self.subtask, self.attempt)
 
+    @property
+    def lease(self) -> str:
+        """What LEASE_HEADER says of it."""
+        return f"{self.subtask}.{self.attempt}.{self.nonce}"
+
     def encode(self) -> bytes:
         # One map, packed in two halves: the one that is alike in all sub-tasks of a pass is packed once.
         own = packed_plain(
@@ -139,7 +149,7 @@ class Assignment:
     def decode(cls, raw: bytes) -> Assignment:
         """Raises BadMessage."""
         wire = unwrap(raw)
-        with _believing():
+        with _as_bad_message():
             _same_version(wire)
             model, tasks = _ordered(wire["model"], wire["tasks"])
             return cls(
@@ -345,7 +355,7 @@ class Outcome:
     def decode(cls, raw: bytes) -> Outcome:
         """Raises BadMessage."""
         wire = unwrap(raw)
-        with _believing():
+        with _as_bad_message():
             _same_version(wire)
             if wire["verdict"] not in ("done", "failed"):
                 raise ValueError(f"verdict {wire['verdict']!r}")
@@ -395,7 +405,7 @@ class Said:
     def decode(cls, raw: bytes) -> Said:
         """Raises BadMessage."""
         wire = unwrap(raw)
-        with _believing():
+        with _as_bad_message():
             _, job, row, task, subtask, attempt, begins, text = wire
             _same_version({"v": wire[0]})
             return cls(
@@ -461,7 +471,7 @@ class Beat:
     @classmethod
     def decode(cls, raw: bytes) -> Beat:
         """Raises BadMessage. Fields of a newer minor are passed over, those that an older one lacks are their defaults."""
-        with _believing():
+        with _as_bad_message():
             wire = msgpack.unpackb(raw)
             return cls(**{name: _BEAT_FIELDS[name](wire[name]) for name in cls.__slots__ if name in wire})
 
@@ -532,7 +542,7 @@ class Control:
     @classmethod
     def decode(cls, raw: bytes) -> Control:
         """Raises BadMessage."""
-        with _believing():
+        with _as_bad_message():
             wire = msgpack.unpackb(raw)
             return cls(
                 epoch=int(wire["epoch"]),
@@ -556,7 +566,7 @@ class Running:
     @classmethod
     def decode(cls, raw: bytes) -> Running:
         """Raises BadMessage."""
-        with _believing():
+        with _as_bad_message():
             wire = msgpack.unpackb(raw)
             return cls(
                 boot=str(wire["boot"]),
@@ -565,7 +575,7 @@ class Running:
 
 
 @contextmanager
-def _believing() -> Iterator[None]:
+def _as_bad_message() -> Iterator[None]:
     """Turn whatever a malformed message provokes into BadMessage."""
     try:
         yield

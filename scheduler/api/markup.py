@@ -14,6 +14,7 @@ from markupsafe import Markup
 
 from motet.pages import environment, read, style
 from motet.states import ENDED
+from motet.words import count
 from scheduler.api import charts, words
 
 #: Renews the page of a running job.
@@ -31,7 +32,7 @@ _TEMPLATES.filters.update(
 _TEMPLATES.globals.update(
     ENDED=ENDED,
     script=Markup(SCRIPT),
-    count=words.count,
+    count=count,
     boxes=charts.boxes,
     colour=charts.colour,
 )

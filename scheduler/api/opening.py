@@ -18,7 +18,7 @@ from fastapi import Header, Request, Response
 from starlette.concurrency import run_in_threadpool
 
 from motet.errors import InvalidJob, MotetError, Problem
-from motet.inputs import all_as_trained
+from motet.head_inputs import all_as_trained
 from motet.media.fields import media_fields
 from motet.messages.jobs import JobRecord, Submission
 from motet.protocol import traces

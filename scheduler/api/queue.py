@@ -52,13 +52,13 @@ def queue_of(use: Resources, tenant: UUID, job: UUID, by: str) -> Queue:
     """Raises NotFound, and InvalidJob where ``by`` names no answer."""
     with use.database.transaction() as connection:
         every = shown(connection, tenant, job)
-        # Vectors say nothing in words.
-        names = [task.name for task in every.tasks if not task.dim]
+        record = describe(job_entry(connection, tenant, job))
+        # Vectors say nothing in words. A head has the dimension of its trunk's, and answers with none.
+        names = [t.name for t in every.tasks if record.tasks[t.name]["column"]["kind"] != "vector"]
         meant = _meant(by, names)
         of = replace(every, tasks=tuple(task for task in every.tasks if task.name in names))
         blocks = newest_blocks(connection, of, LOOKED)
         columns = read_columns(connection, sorted({c for block in blocks for c in block.columns}))
-        record = describe(job_entry(connection, tenant, job))
     rows: list[QueuedRow] = []
     for block in blocks:
         # A block that was removed meanwhile has none.
@@ -96,14 +96,13 @@ def _rows(
     for at in range(n):
         place = part_of(values[meant.name][at], meant.steps) if meant and meant.name in values else None
         answers = {
-            task.name: _words(task, column, at, values[task.name][at], specs[task.name])
-            for task, column in tasks
+            task.name: _words(column, at, values[task.name][at], specs[task.name]) for task, column in tasks
         }
         found.append(QueuedRow(first + at, place, answers))
     return found
 
 
-def _words(task: ShownTask, column: Column, at: int, value: Any, spec: Mapping[str, Any]) -> str:
+def _words(column: Column, at: int, value: Any, spec: Mapping[str, Any]) -> str:
     if value is None and (error := column.errors.get(at)):
         return error.error
     if column.kind == "spans" and value is not None:
@@ -133,5 +132,6 @@ def _plain(value: Any) -> str:
 def _first(place: Any) -> tuple[int, float, str]:
     """The largest number first, then texts by letter, then rows without either."""
     if isinstance(place, bool | int | float):
-        return (0, -float(place), "")
+        # Not as a float: an int of JSON may be larger than any.
+        return (0, -place, "")
     return (1, 0.0, place) if isinstance(place, str) else (2, 0.0, "")

@@ -16,7 +16,7 @@ from fastapi import Query, Request, Response
 from starlette.concurrency import run_in_threadpool
 from starlette.responses import StreamingResponse
 
-from motet.errors import Gone, NotFound
+from motet.errors import Gone, InvalidJob, NotFound
 from motet.messages.jobs import FailedCell, FailedCells, JobRecord
 from motet.protocol.columns import sized
 from motet.states import State
@@ -85,10 +85,18 @@ class Look:
 def look_for(asked: ResultsQuery, after: int) -> Look:
     """The job, then what is ready. In that order: an ended job gets no more blocks.
 
-    ``after`` 0 is wherever the rows begin now. Raises Gone for another one, behind which rows are gone.
+    ``after`` 0 is wherever the rows begin now. Raises Gone for another one, behind which rows are gone; InvalidJob for
+    one that no answer of this job has told: it would pass over rows that are still to come.
     """
     with asked.use.database.reading() as connection:
         job, blocks = shown_and_ready(connection, asked.tenant, asked.job, asked.tasks, asked.order, after)
+    if after > job.n_blocks:
+        raise InvalidJob.of(
+            "after",
+            f"{after:,}",
+            f"at most {job.n_blocks:,}, the blocks of job {job.id} so far",
+            "go on with `next` of an answer of this job, or the cursor of one of its rows",
+        )
     if 0 < after < job.front(asked.order) and not asked.skip_gone:
         raise _gone(job)
     return Look(job, blocks, last=job.ended and len(blocks) < BLOCKS)

@@ -161,8 +161,7 @@ SLICE_MEDIA = 2_048
 #: Closed sub-tasks deleted in one transaction.
 SLICE_SUBTASKS = 5_000
 _LAST_BLOCKS = text("""
-    SELECT min(number) FILTER (WHERE before < :media) AS first, count(*) FILTER (WHERE before < :media) AS n,
-           count(*) AS seen
+    SELECT coalesce(array_agg(number) FILTER (WHERE before < :media), '{}') AS numbers, count(*) AS seen
       FROM (SELECT number, sum(cardinality(media)) OVER (ORDER BY number DESC) - cardinality(media) AS before
               FROM (SELECT number, media FROM block WHERE job_id = :job ORDER BY number DESC LIMIT :limit) b) k""")
 # In one order, since two jobs may show the same columns.
@@ -232,10 +231,10 @@ def _remove_from_sight(connection: Connection, job: UUID) -> None:
 
 
 def delete_slice(connection: Connection, job: UUID) -> bool:
-    """Delete up to SLICE_BLOCKS blocks, and SLICE_MEDIA references to media, of an ended job, from its end; True when nothing of it is left.
+    """Delete up to SLICE_BLOCKS blocks, and SLICE_MEDIA references to media, of an ended job, from its end.
 
-    Each slice is whole: the columns of its blocks are released with them, so a crash between two slices leaves
-    a smaller job and no column without an owner.
+    True when nothing of it is left. Each slice is whole: the columns of its blocks are released with them, so a crash
+    between two slices leaves a smaller job and no column without an owner.
     """
     if connection.execute(_LOCK, {"job": job}).first() is None:
         return True
@@ -245,15 +244,16 @@ def delete_slice(connection: Connection, job: UUID) -> bool:
 def _delete_slice(connection: Connection, job: UUID) -> bool:
     limits = {"limit": SLICE_BLOCKS, "media": SLICE_MEDIA}
     last = connection.execute(_LAST_BLOCKS, {"job": job, **limits}).one()
-    if last.n:
-        at = {"job": job, "first": last.first}
+    if last.numbers:
+        at = {"job": job, "first": min(last.numbers)}
         ids: Sequence[int] = [row.id for row in connection.execute(_ITS_COLUMNS, at)]
         connection.execute(_RELEASE, at)
-        release_media(connection, job, first=last.first)
+        release_media(connection, job, last.numbers)
         for statement in _DELETE_BLOCKS:
             connection.execute(statement, at)
         connection.execute(_DELETE_COLUMNS, {"ids": ids})
-        if last.n == SLICE_BLOCKS or last.n < last.seen:
+        n = len(last.numbers)
+        if n == SLICE_BLOCKS or n < last.seen:
             return False
     if connection.execute(_DELETE_SUBTASKS, {"job": job, "limit": SLICE_SUBTASKS}).rowcount == SLICE_SUBTASKS:
         return False

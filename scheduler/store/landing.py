@@ -1,7 +1,8 @@
 """Rows land part by part in a job that is loading, until it is closed. They may be carved from then on.
 
-Landing, leasing and recording lock the job's row, so each sees the others whole. Lock order: the job's row first, then shared columns by id, then blocks and passes. What may arrive twice (a part, a
-close) is answered as it was the first time.
+Landing, leasing and recording lock the job's row, so each sees the others whole. Lock order: the job's row first, then
+shared columns by id, then blocks and passes. What may arrive twice (a part, a close) is answered as it was the first
+time.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from psycopg.types.json import Jsonb
 from sqlalchemy import Connection, Row, text
 
 from motet.errors import Conflict, InvalidJob, NotFound, Overloaded, Problem
-from motet.folds import Fold, asked_fields, stored_folds
+from motet.folds import Fold, sent_fields, stored_folds
 from motet.media.fields import media_fields
 from motet.protocol import traces
 from motet.protocol.columns import CellError, Kind
@@ -163,7 +164,7 @@ def loading(connection: Connection, tenant: UUID, job: UUID) -> LoadingJob:
         tenant=found.tenant_id,
         secret=secret,
         fields=tuple(found.fields),
-        asked=asked_fields(tasks, folds) if folds else tuple(found.fields),
+        asked=sent_fields(tasks, folds) if folds else tuple(found.fields),
         folds=folds,
         dialogues=dialogues_of(tasks),
         media=media_fields(tasks, models),
@@ -327,7 +328,7 @@ def land_part(
         store: list[Asked] = [(_STORE_BLOCK, {**landing.of_one_block(), **at})]
     else:
         store = []
-        _copy(connection, _COPY_BLOCK, landing.blocks)
+        _copy(connection, _COPY_BLOCK, [tuple(block.values()) for block in landing.blocks])
         _copy(connection, _COPY_BLOCK_PASS, landing.block_passes)
         _copy(connection, _COPY_BLOCK_COLUMN, landing.block_columns)
         more_waits(connection, landing.waits(job.id))
@@ -414,7 +415,8 @@ def check_quota(connection: Connection, tenant: UUID, quota: int | None, n_rows:
 class Arranged:
     """Rows for every table that a part touches, and what they add up to."""
 
-    blocks: list[tuple[Any, ...]]
+    #: By the names of their columns, in the order of ``_COPY_BLOCK``; but ``job`` and ``text_bytes``.
+    blocks: list[dict[str, Any]]
     block_passes: list[tuple[Any, ...]]
     block_columns: list[tuple[Any, ...]]
     rows_waiting: Counter[int]
@@ -431,13 +433,9 @@ class Arranged:
     def of_one_block(self) -> dict[str, Any]:
         """All of it as parameters by name, for a statement that stores one block."""
         (block,) = self.blocks
-        names = (
-            "job number first_row n_rows n_work text_bytes row_order lengths payload bad bad_fields keys passes_open"
-            " done_number media groups"
-        )
         passes = zip(*(row[1:2] + row[3:] for row in self.block_passes), strict=True)
         return {
-            **dict(zip(names.split(), block, strict=True)),
+            **block,
             **dict(
                 zip(
                     ["pass_numbers", "states", "todos", "ns", "cursors", "dones", "sizes", "orders"],
@@ -447,7 +445,7 @@ class Arranged:
             ),
             "tasks": [row[2] for row in self.block_columns],
             "columns": [row[3] for row in self.block_columns],
-            **waiting(self.waits(block[0])),
+            **waiting(self.waits(block["job"])),
             "blocks_done": self.blocks_done,
             "errors": self.cells["error"],
             "skipped": self.cells["skipped"],
@@ -484,24 +482,24 @@ def arrange(
         if open_passes and (is_there or any(not job.needs[p] for p in job.conditional)):
             landing.depend.append(number)
         landing.blocks.append(
-            (
-                job.id,
-                number,
-                first_row,
-                block.n_rows,
-                block.n_work,
-                block.text_bytes,
-                block.row_order,
-                block.lengths,
-                block.payload,
-                Jsonb({str(offset): list(why) for offset, why in block.bad.items()}),
-                Jsonb({name: by_reason(bad) for name, bad in block.bad_fields.items()}),
-                list(block.keys) if job.reuse else [],
-                open_passes,
-                None if open_passes else held.blocks_done + landing.blocks_done,
-                media[number - held.n_blocks],
-                block.groups,
-            )
+            {
+                "job": job.id,
+                "number": number,
+                "first_row": first_row,
+                "n_rows": block.n_rows,
+                "n_work": block.n_work,
+                "text_bytes": block.text_bytes,
+                "row_order": block.row_order,
+                "lengths": block.lengths,
+                "payload": block.payload,
+                "bad": Jsonb({str(offset): list(why) for offset, why in block.bad.items()}),
+                "bad_fields": Jsonb({name: by_reason(bad) for name, bad in block.bad_fields.items()}),
+                "keys": list(block.keys) if job.reuse else [],
+                "passes_open": open_passes,
+                "done_number": None if open_passes else held.blocks_done + landing.blocks_done,
+                "media": media[number - held.n_blocks],
+                "groups": block.groups,
+            }
         )
         first_row += block.n_rows
     if shared:

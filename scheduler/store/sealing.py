@@ -22,7 +22,7 @@ from motet.protocol.columns import LAYOUT, CellError, Column, Kind
 from motet.protocol.envelope import unwrap, wrap
 from motet.protocol.manifest import Manifest, column_kind
 from motet.states import Skip, State
-from motet.tasks import asked_fields, stored_task
+from motet.tasks import deciding_fields, stored_task
 from scheduler.blocks import askable, row_order
 from scheduler.merge import AnswersPart, Positions, array_of, mark_returned, merge
 from scheduler.store.arrays import Elements
@@ -68,7 +68,7 @@ def task_shapes(connection: Connection, job: UUID, pass_number: int) -> list[Tas
             TaskShape(
                 row.number,
                 row.name,
-                asked_fields(row.name, stored_task(row.spec), row.names),
+                deciding_fields(row.name, stored_task(row.spec), row.names),
                 column_kind(row.spec, manifest.answers),
                 row.n_labels,
                 manifest.vector_dim(row.spec),

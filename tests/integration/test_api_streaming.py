@@ -23,7 +23,7 @@ from motet.protocol.transport import RedisWorkerTransport
 from motet.protocol.transport.connection import RedisConnection
 from motet.protocol.wire import Said
 from motet.row_stream import read_events
-from motet.told import TextDelta
+from motet.text_deltas import TextDelta
 from scheduler.store import dropping
 from tests.integration.api_house import SPEAKER, House, a_house
 from tests.integration.landing import register

@@ -148,6 +148,7 @@ def asked(file: Path, raw: bytes) -> tuple[FileSurvey, list[str]]:
         lambda name: Registered(1, SPEAKER),
         lambda _: lambda ids: "",
         max_row_bytes=1 << 18,
+        max_tasks=1,
         goes_on=lambda: None,
     )
     assert not found.errors

@@ -17,6 +17,7 @@ from hypothesis import strategies as st
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
+from motet.artefacts import digests, sizes
 from motet.errors import SetupError
 from motet.protocol.columns import CellError, values
 from motet.protocol.manifest import Manifest
@@ -30,7 +31,7 @@ from workers.engines.training.trainer import TrainerEngine
 from workers.engines.trunk import load_transformer
 from workers.registrar.accuracy import SENTENCES, Trial
 from workers.registrar.compress import Bundle, Form, _vector, compress, measure
-from workers.registrar.describe import Described, describe_folder, digests, sizes, trainer_of
+from workers.registrar.describe import Described, describe_folder, trainer_of
 from workers.registrar.labelled import agreement, gathered, read_labelled, score
 
 LAYERS, WIDTH = 3, 32

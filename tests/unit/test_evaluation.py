@@ -116,8 +116,8 @@ def test_numbers_that_are_near_are_counted_by_the_spread_of_the_truth() -> None:
 def test_training_and_evaluation_say_the_same_of_the_same_answers() -> None:
     torch = pytest.importorskip("torch")
     from motet.training.recipe import Target
-    from workers.engines.training.data import Truth
     from workers.engines.training.heads import _score
+    from workers.engines.training.truth import Truth
 
     labels = ("a", "b", "c")
     one = Truth.of(Target.single("one", labels, [labels["abc".index(t)] for t in "abbab"]))
@@ -665,6 +665,7 @@ def test_a_page_of_many_labels_draws_the_rarest_as_one(tmp_path: Path) -> None:
         (("a", "--task", "topic="), "expected NAME or NAME=FIELD"),
         (("a", "--task", "t", "--task", "t=x"), "given twice"),
         (("a", "--html", "/nowhere/at/all.html"), "no such folder"),
+        (("a", "--worst", "/nowhere/at/all.png"), "no such folder"),
     ],
 )
 def test_evaluate_refuses_what_was_written_wrongly(

@@ -220,6 +220,14 @@ def test_a_path_is_never_opened_without_a_root(tmp_path: Path) -> None:
     assert "a path, and no media_root" in again.bad_fields["photo"][0][1]
 
 
+def test_a_row_with_a_picture_keeps_the_fields_that_no_task_reads() -> None:
+    """Folds of an open job read them."""
+    reader = MediaReader(FIELDS, lambda: ("photo",))
+    row = reader.row({"photo": png(), "note": "n", "customer_id": 7})
+    assert row["customer_id"] == 7
+    assert isinstance(row["photo"], Medium)
+
+
 # -- paths
 
 
@@ -302,6 +310,7 @@ def test_paths_and_links_that_stay_inside_are_read(claims: Path, path: str) -> N
         (".", "a folder"),
         ("", "an empty path"),
         ("a.png\0.jpg", "NUL"),
+        ("a\ud800.png", "a lone surrogate"),
         ("x/" * 3000, "more than 4,096 characters"),
         ("deep/../" * 200 + "a.png", "without end"),
         ("empty.png", "an empty file"),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -15,9 +16,12 @@ from motet.protocol.manifest import Manifest
 from motet.tasks import Chat, Choose, Classify, Function, Generate, Rank, Task
 from scheduler.api.openai.beside import is_given_names, key_of, renamed, with_versions
 from scheduler.api.openai.counted_lines import CountedLines, LineNote
-from scheduler.api.openai.lines import FileSurvey, LineKind, job_tasks
+from scheduler.api.openai.lines import FileSurvey, LineKind, job_tasks, survey
 from scheduler.api.openai.parameters import CHAT, EMBEDDINGS
 from scheduler.api.openai.refusals import DoorError
+from scheduler.api.openai.requests import AskedRequest
+from scheduler.store.registry import Registered
+from tests.integration.api_house import SPEAKER
 
 NAMES = {"answer": "chat-0", "topic": "topic-1", "a.b": "a.b-2"}
 
@@ -120,6 +124,37 @@ def test_a_function_that_is_given_answers_by_name_is_known() -> None:
     assert not is_given_names(plain)
     assert is_given_names({**plain, "h": Function("h", inputs=("answer.text",))})
     assert not is_given_names({"r": Rank("r", query="{text}", documents="{answer}")})
+
+
+def test_a_file_of_many_sets_of_tasks_is_refused_before_they_are_checked(tmp_path: Path) -> None:
+    """A check plans a job and asks the registry: a file may have 200,000 lines, each with a set of its own."""
+    lines = [
+        {
+            "custom_id": str(n),
+            "method": "POST",
+            "url": CHAT,
+            "body": {
+                "model": "speaker",
+                "messages": [{"role": "user", "content": "?"}],
+                "tasks": {"pick": Choose("speaker", labels=("a", str(n))).to_json()},
+            },
+        }
+        for n in range(50)
+    ]
+    (tmp_path / "lines").write_text("\n".join(map(json.dumps, lines)))
+    checked: list[AskedRequest] = []
+    found = survey(
+        tmp_path / "lines",
+        lambda name: Registered(1, SPEAKER),
+        lambda _: lambda ids: "",
+        max_row_bytes=1 << 18,
+        max_tasks=7,
+        goes_on=lambda: None,
+        check_tasks=checked.append,
+    )
+    assert [(one["code"], one["line"]) for one in found.errors] == [("too_many_models", 4)]
+    assert "more than 7 tasks" in found.errors[0]["message"]
+    assert len(checked) == 3
 
 
 def note(rows: int, *places: int, task: int = 0, beside: int = 0) -> str:

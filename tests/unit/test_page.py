@@ -454,6 +454,7 @@ def test_the_queue_tells_each_row_and_nothing_of_it_is_markup() -> None:
 def test_a_queue_is_sorted_by_numbers_then_texts_then_rows_without_either() -> None:
     places = ["b", None, 1, True, "a", -2.5, 10]
     assert sorted(places, key=_first) == [10, 1, True, -2.5, "a", "b", None]
+    assert sorted([2.5, 10**400, -(10**400)], key=_first) == [10**400, 2.5, -(10**400)]
 
 
 def test_an_answer_is_told_in_plain_words() -> None:

@@ -11,7 +11,7 @@ import pytest
 
 from motet.protocol.transport import MemoryTransport, TransportLost
 from motet.protocol.wire import Assignment, Said
-from motet.told import TextDelta, ToldText
+from motet.text_deltas import TextDelta, ToldText
 from scheduler.api import streaming
 from scheduler.api.streaming import AskDelta, AskReset, EventStream, ReadAlong, SentEvent
 from tests.unit.test_worker_executor import Clock, an_order

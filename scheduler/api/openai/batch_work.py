@@ -133,24 +133,15 @@ class BatchWorker:
             find,
             reads,
             max_row_bytes=self._use.settings.max_row_bytes,
+            max_tasks=self._use.settings.max_tasks,
             goes_on=goes_on,
             check_tasks=partial(check_tasks, self._use),
         )
-        most = self._use.settings.max_tasks
-        if found.tasks > most and not found.errors:
-            found.errors.append(
-                {
-                    "code": "too_many_models",
-                    "message": f"{found.tasks} models, endpoints and tasks beside chats; expected at most {most}",
-                    "param": "model",
-                    "line": None,
-                }
-            )
         with self._use.database.transaction() as connection:
             if found.errors:
                 owned.end(connection, "failed", errors=found.errors)
                 return
-            owned.checked(connection, found.lines, found.models)
+            owned.checked(connection, found.lines, found.models, beside=any(found.kinds.values()))
         try:
             load(self._use, owned, path, found, find, reads, goes_on)
         except Conflict as conflict:

@@ -36,6 +36,8 @@ MOST_ERRORS = 100
 _MOST_ID = 512
 #: Equal lines that one row answers: their places stand in that row.
 _MOST_EQUAL = 1000
+#: Code of a file whose lines need more tasks than a job may have: no line behind that one is looked at.
+_TOO_MANY_TASKS = "too_many_models"
 
 #: Characters of a task's name that are kept where it gets a number.
 _CALL = 48
@@ -113,12 +115,13 @@ def survey(
     reads: TokenReaders,
     *,
     max_row_bytes: int,
+    max_tasks: int,
     goes_on: Callable[[], None],
     check_tasks: Callable[[AskedRequest], None] = lambda asked: None,
 ) -> FileSurvey:
     """Look at every line. ``goes_on`` is called now and then, and may raise.
 
-    ``check_tasks``: raises InvalidJob where a chat and the tasks beside it cannot be asked together.
+    ``max_tasks``: of one job. ``check_tasks``: raises InvalidJob where a chat and the tasks beside it cannot be asked together.
     """
     found = FileSurvey()
     find = found.noting(find)
@@ -148,10 +151,10 @@ def survey(
                         code="duplicate_custom_id",
                     )
                 seen.add(name)
-                _note(found, line, offset, first_of, order, check_tasks)
+                _note(found, line, offset, first_of, order, max_tasks, check_tasks)
             except DoorError as error:
                 _told(found, number, error)
-                if len(found.errors) >= MOST_ERRORS:
+                if len(found.errors) >= MOST_ERRORS or error.code == _TOO_MANY_TASKS:
                     break
         if not found.errors:
             found.order = order.places()
@@ -261,12 +264,20 @@ def _note(
     place: int,
     first_of: dict[bytes, int],
     order: Sorting,
+    max_tasks: int,
     check_tasks: Callable[[AskedRequest], None],
 ) -> None:
     """Keep of a good line what its rows need to be found and ordered. Raises DoorError for tasks that cannot be asked."""
     asked = line.asked
     kind = found.kind_of(asked)
     if kind not in found.kinds:
+        if found.tasks + 1 + len(asked.tasks) > max_tasks:
+            raise DoorError(
+                f"with this line the file needs more than {max_tasks} tasks: one for each model and endpoint, and one for "
+                "each distinct task beside chats; split the file",
+                param="model",
+                code=_TOO_MANY_TASKS,
+            )
         if asked.tasks:
             _check_set(found, asked, check_tasks)
         found.kinds[kind] = asked.tasks

@@ -63,8 +63,10 @@ class MiddleSquare:
         scale = self.short / min(picture.size)
         width, height = (max(self.short, round(n * scale)) for n in picture.size)
         left, top = (width - self.cut) // 2, (height - self.cut) // 2
-        small = picture.resize((width, height), Image.Resampling.BICUBIC)
-        return np.asarray(small.crop((left, top, left + self.cut, top + self.cut)))
+        # Only what is read of it, where it lies in the picture.
+        across, down = picture.width / width, picture.height / height
+        box = (left * across, top * down, (left + self.cut) * across, (top + self.cut) * down)
+        return np.asarray(picture.resize((self.cut, self.cut), Image.Resampling.BICUBIC, box))
 
 
 def patches(pixels: int) -> int:
