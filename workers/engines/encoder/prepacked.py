@@ -2,7 +2,7 @@
 
 Torch lays the weight of a linear layer out for its kernels at each call, which takes longer than a row's own product. Here
 that is done once, at load; queries, keys and values are one product; GELU and the residual sums are done where a product
-ends; and padding is seen by attention alone. In this file a row's tokens lie behind those of the row before.
+ends; and padding is seen by attention alone (docs/decisions/0020). In this file a row's tokens lie behind those of the row before.
 """
 
 from __future__ import annotations
@@ -63,6 +63,7 @@ def can_prepack(model: Any) -> bool:
         and not config.is_decoder
         and config._attn_implementation == "sdpa"
         and torch.backends.mkldnn.is_available()  # type: ignore[no-untyped-call]
+        and hasattr(torch.ops.mkldnn, "_linear_pointwise")
         # Weights of eight bits are layers of another type.
         and all(type(one) is nn.Linear for layer in model.encoder.layer for one in _linears(layer))
     )
