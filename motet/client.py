@@ -118,6 +118,7 @@ class Client:
         opened: Callable[[Job], object] | None = None,
         media_root: str | os.PathLike[str] | None = None,
         media_size: int | None = MEDIA_SIZE,
+        media_thumbs: bool = False,
     ) -> Job:
         """Send the rows and start the job; return it when all of them are sent, while it runs.
 
@@ -138,7 +139,8 @@ class Client:
         condition on answers such as ``"risk > 0.4"`` (docs/webhooks.md). ``progress`` forces the bar on or off. Submitting again
         with the same ``key`` gives the same job, or goes on with its upload where that broke off. Pictures that models
         read are opened below ``media_root``, sent once by content, and made smaller to ``media_size`` pixels of their
-        longer side; None sends them as they are (docs/media.md).
+        longer side; None sends them as they are. ``media_thumbs`` sends each in small as well, for the page of the job's
+        rows (docs/media.md).
 
         While the cluster takes no more rows it waits, and says so on the bar or in the log; where a proxy takes no
         large bodies it sends smaller parts, and logs what to set. Raises InvalidJob,
@@ -158,7 +160,7 @@ class Client:
         if key:
             _check_text("key", key, "a key to submit by again", "give one, such as tickets-2026-12")
         own_key = _key_of(key) if key else secrets.token_hex(16)
-        options = MediaOptions(root=media_root, size=media_size)
+        options = MediaOptions(root=media_root, size=media_size, thumbs=media_thumbs)
         with RowMedia(self._http, specs, options, key=own_key) as media:
             parts = cut(
                 source, fields_of(specs), dialogues=dialogues_of(specs), bad_rows=bad_rows, media=media.rows
@@ -188,6 +190,7 @@ class Client:
         notify_when: str | None = None,
         media_root: str | os.PathLike[str] | None = None,
         media_size: int | None = MEDIA_SIZE,
+        media_thumbs: bool = False,
     ) -> Feed:
         """Open a job for rows that come one by one, each answered at once: ``feed.ask({"text": …})`` (docs/live.md).
 
@@ -197,7 +200,7 @@ class Client:
         raises InvalidJob for its caller. Each row and its key are deleted ``keep_days`` after it was answered, or 7; the
         whole job ``retention_days`` after its end. ``state`` gives each row what was folded of the rows of its key before
         it, as fields of these names. Webhooks are told of each row for which ``notify_when`` holds, a condition on
-        answers such as ``"risk > 0.4"`` (docs/webhooks.md). ``media_root`` and ``media_size`` are as of ``submit``. Raises
+        answers such as ``"risk > 0.4"`` (docs/webhooks.md). ``media_root``, ``media_size`` and ``media_thumbs`` are as of ``submit``. Raises
         InvalidJob, Unauthorized, Overloaded, Unreachable.
         """
         from motet.feed import Feed
@@ -228,9 +231,8 @@ class Client:
                 f"the job {short(name)} of these tasks is {record.state} and takes no more rows; "
                 "take another name, or remove it first"
             )
-        return Feed(
-            self._http, record, bad_rows=bad_rows, media=MediaOptions(root=media_root, size=media_size)
-        )
+        media = MediaOptions(root=media_root, size=media_size, thumbs=media_thumbs)
+        return Feed(self._http, record, bad_rows=bad_rows, media=media)
 
     def feed(
         self,
@@ -239,6 +241,7 @@ class Client:
         bad_rows: BadRows = "refuse",
         media_root: str | os.PathLike[str] | None = None,
         media_size: int | None = MEDIA_SIZE,
+        media_thumbs: bool = False,
     ) -> Feed:
         """Pick up an open job by its name or id, without its tasks; by its id also one that was closed.
 
@@ -254,7 +257,7 @@ class Client:
                 raise NotFound(
                     f"no open job is called {short(name)}; see `motet jobs --state open`"
                 ) from None
-        media = MediaOptions(root=media_root, size=media_size)
+        media = MediaOptions(root=media_root, size=media_size, thumbs=media_thumbs)
         return Feed(self._http, JobRecord.of(found.record), bad_rows=bad_rows, media=media)
 
     def plan(

@@ -22,6 +22,7 @@ from motet.cli.jobs import (
     parse_tasks,
     priority_option,
     task_option,
+    thumbs_option,
 )
 from motet.cli.show import PositiveNumber, as_json, connect, console, program, put_json, result_table
 
@@ -161,6 +162,7 @@ Examples:
 )
 @_within
 @media_options
+@thumbs_option
 @as_json
 def ask(
     job: str,
@@ -170,6 +172,7 @@ def ask(
     within_s: float,
     media_root: str | None,
     media_size: int,
+    media_thumbs: bool,
     as_json: bool,
 ) -> None:
     """Ask an open JOB one ROW, or many; print the answers.
@@ -186,7 +189,9 @@ def ask(
         raise click.UsageError("--stream prints the text of one row; without it come lines and JSON")
     with (
         connect() as client,
-        client.feed(job, media_root=media_root, media_size=media_size or None) as feed,
+        client.feed(
+            job, media_root=media_root, media_size=media_size or None, media_thumbs=media_thumbs
+        ) as feed,
     ):
         if row == "-":
             if not _ask_lines(feed, _lines(sys.stdin), within_s):

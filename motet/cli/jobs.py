@@ -125,6 +125,9 @@ def media_options(command: Callable[..., None]) -> Callable[..., None]:
     return root(size(command))
 
 
+thumbs_option = click.option(
+    "--media-thumbs", is_flag=True, help="Send pictures in small as well, for the page of the job's rows."
+)
 notify_option = click.option(
     "--notify-when",
     metavar="CONDITION",
@@ -161,6 +164,7 @@ Examples:
 )
 @notify_option
 @media_options
+@thumbs_option
 @click.option("--key", help="Submitting again with the same key gives the same job, or resumes its upload.")
 @click.option("--wait", is_flag=True, help="Wait until the job has ended; fail if it fails.")
 @click.option("--out", metavar="FILE", help="Wait, and write the rows to a .parquet, .jsonl or .csv file.")
@@ -177,6 +181,7 @@ def submit(
     notify_when: str | None,
     media_root: str | None,
     media_size: int,
+    media_thumbs: bool,
     key: str | None,
     wait: bool,
     out: str | None,
@@ -204,6 +209,7 @@ def submit(
             key=key,
             media_root=media_root,
             media_size=media_size or None,
+            media_thumbs=media_thumbs,
         )
         if not as_json:
             click.echo(job.id)

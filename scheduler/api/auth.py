@@ -14,12 +14,12 @@ import secrets
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Annotated, get_args
 from uuid import UUID
 
 from fastapi import Depends, Request, Security
 from fastapi.security import HTTPAuthorizationCredentials, HTTPBearer
-from starlette.concurrency import run_in_threadpool
 
 from motet.errors import Overloaded, Unauthorized
 from motet.messages.tokens import Scope
@@ -191,26 +191,33 @@ def authenticate(
     Why a token is not good is never told: it would help to guess.
     """
     path = getattr(request.scope.get("route"), "path", "")
-    return _allowed(request, use, credentials, path, ALLOWED.get((request.method, path), frozenset()), 1.0)
-
-
-def _allowed(
-    request: Request,
-    use: Resources,
-    credentials: HTTPAuthorizationCredentials | None,
-    path: str,
-    scopes: frozenset[str],
-    cost: float,
-) -> Identity | None:
-    """``authenticate`` for a route that these scopes may use. ``cost``: what it takes of a token's requests."""
+    scopes = ALLOWED.get((request.method, path), frozenset())
     if scopes is _OPEN:
         return None
+    shown = _shown(request, credentials)
+    return _allowed(request, use, path, scopes, 1.0, shown, _find(use, path, shown.id))
+
+
+def _shown(request: Request, credentials: HTTPAuthorizationCredentials | None) -> NewToken:
+    """The token that a request shows. Raises Unauthorized where it shows none."""
     shown = split_token(credentials.credentials) if credentials else None
     if credentials is None and is_page(request):
         shown = basic_token(request.headers.get("Authorization", ""))
     if shown is None:
         raise Unauthorized(_REFUSED)
-    stored = _find(use, path, shown.id)
+    return shown
+
+
+def _allowed(
+    request: Request,
+    use: Resources,
+    path: str,
+    scopes: frozenset[str],
+    cost: float,
+    shown: NewToken,
+    stored: StoredToken | None,
+) -> Identity:
+    """Who asks, on a route that these scopes may use. ``cost``: what it takes of a token's requests."""
     proved = hmac.compare_digest(shown.digest, stored.secret_sha256 if stored else _NOBODY)
     if stored is None or not proved or stored.revoked or stored.expired:
         raise Unauthorized(_REFUSED)
@@ -248,7 +255,8 @@ def _fresh(known: tuple[StoredToken, float], now: float) -> bool:
 async def authenticated(
     request: Request, use: Resources, scopes: frozenset[str] | None = None, cost: float = 1.0
 ) -> Identity:
-    """`authenticate` of a route that FastAPI does not call: in a thread only where Postgres must be asked.
+    """`authenticate` of a route that FastAPI does not call, and that is open to nobody: Postgres is asked in a thread, once
+    for all requests that come with one token meanwhile.
 
     ``scopes``: of a route that stands in a table of its own (scheduler/api/openai/app.py).
     """
@@ -261,11 +269,12 @@ async def authenticated(
         if scheme.lower() == "bearer"
         else None
     )
-    shown = split_token(credentials.credentials) if credentials else None
-    known = use.known_tokens.get(shown.id) if shown else None
-    if shown is None or (known is not None and _fresh(known, time.monotonic())):
-        return _identity(_allowed(request, use, credentials, path, scopes, cost))
-    return _identity(await run_in_threadpool(_allowed, request, use, credentials, path, scopes, cost))
+    shown = _shown(request, credentials)
+    known = use.known_tokens.get(shown.id)
+    if known is not None and _fresh(known, time.monotonic()):
+        return _allowed(request, use, path, scopes, cost, shown, known[0])
+    stored = await use.token_looks.at(shown.id, partial(_find, use, path, shown.id))
+    return _allowed(request, use, path, scopes, cost, shown, stored)
 
 
 def is_page(request: Request) -> bool:

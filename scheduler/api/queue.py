@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -15,7 +16,10 @@ from motet.templates import Reference, Selector, is_placeholder, part_of, resolv
 from scheduler.answers import as_values, told
 from scheduler.api.records import describe
 from scheduler.api.resources import Resources
+from scheduler.blocks import decode_block, media_in, medium_key
+from scheduler.store import media
 from scheduler.store.jobs import job_entry
+from scheduler.store.registry import secret_of
 from scheduler.store.results import ShownTask, newest_blocks, read_columns, shown
 
 #: Newest rows that are sorted: more take longer than the page's two seconds. And of these, those that it shows.
@@ -33,6 +37,8 @@ class QueuedRow:
     place: Any
     #: Task -> its answer in words, or why there is none.
     answers: Mapping[str, str]
+    #: Its pictures in small, each a JPEG in base64, where its sender made any.
+    thumbs: Sequence[str] = ()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -67,7 +73,27 @@ def queue_of(use: Resources, tenant: UUID, job: UUID, by: str) -> Queue:
     rows = rows[:LOOKED]
     if meant is not None:
         rows.sort(key=lambda row: _first(row.place))
-    return Queue(job=record, by=by, tasks=[t.name for t in of.tasks], rows=rows[:SHOWN], looked=len(rows))
+    looked, rows = len(rows), rows[:SHOWN]
+    small = _in_small(use, tenant, job, [row.index for row in rows])
+    rows = [replace(row, thumbs=small.get(row.index, ())) for row in rows]
+    return Queue(job=record, by=by, tasks=[t.name for t in of.tasks], rows=rows, looked=looked)
+
+
+def _in_small(use: Resources, tenant: UUID, job: UUID, rows: Sequence[int]) -> dict[int, list[str]]:
+    """Row -> its pictures in small, of the rows that have any."""
+    wanted = set(rows)
+    keys: dict[int, list[bytes]] = {}
+    with use.database.transaction() as connection:
+        blocks = media.blocks_with_media(connection, job, rows)
+        secret = secret_of(connection, tenant) if blocks else b""
+        for first_row, payload in blocks:
+            columns = decode_block(payload).values
+            for at, values in enumerate(zip(*columns.values(), strict=True), first_row):
+                if at in wanted:
+                    keys[at] = [medium_key(secret, one.sha256) for one in media_in(values)]
+        found = media.thumbs(connection, tenant, {key for of_row in keys.values() for key in of_row})
+    small = {key: base64.b64encode(data).decode() for key, data in found.items()}
+    return {row: told for row, of_row in keys.items() if (told := [small[k] for k in of_row if k in small])}
 
 
 def _meant(by: str, names: Sequence[str]) -> Reference | None:

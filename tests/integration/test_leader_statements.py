@@ -8,7 +8,9 @@ from typing import Any
 
 import psycopg
 import pytest
+from sqlalchemy import text
 
+from scheduler.store import leases
 from scheduler.store.words import Words
 from tests.integration.landing import land
 from tests.integration.test_protocol import TASKS, House, house
@@ -65,3 +67,23 @@ def test_a_one_row_job_costs_the_leader_eight_round_trips(
     with round_trips(monkeypatch) as sent:
         house.dispatcher.step(house.now, Words(done=frozenset({a.subtask}), done_of=frozenset({job})))
     assert len(sent) == 1, "\n".join(sent)
+
+
+def test_leases_are_extended_beside_one_that_is_about_to_be_deleted(house: House) -> None:
+    """An aggregator deletes leases in its own order: to wait for one while holding another could be a deadlock."""
+    house.tick()
+    for name in ("one", "another"):
+        land(house.database, [name], TASKS)
+    house.tick()
+    with house.database.reading() as connection:
+        keys = leases.held_keys(connection, 0, 10)
+    assert len(keys) == 2
+    house.expire_leases()
+    epoch = house.dispatcher.epoch
+    assert epoch is not None
+    with house.database.transaction() as aggregator:
+        aggregator.execute(text("DELETE FROM lease WHERE subtask_id = :id"), {"id": keys[0][0]})
+        leases.extend(house.database, epoch, keys, 8.0)
+    with house.database.reading() as connection:
+        assert [h.key for h in leases.held(connection)] == keys[1:]
+        assert leases.due(connection, 4.0) == {}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import re
+from dataclasses import replace
 from html.parser import HTMLParser
 from itertools import pairwise
 from typing import Any
@@ -447,6 +448,9 @@ def test_the_queue_tells_each_row_and_nothing_of_it_is_markup() -> None:
     ):
         assert " ".join(words.split()) in read_.text
     assert read_.text.index("Certainly.") < read_.text.index("skipped")
+    assert "<img" not in page
+    shown = queue_page({**queued, "rows": [replace(rows[0], thumbs=["QUJD"]), rows[1]], "looked": 1000})
+    assert shown.count('<img class="thumb" alt="" src="data:image/jpeg;base64,QUJD">') == 1
     empty = Reader(queue_page({**queued, "by": "", "rows": [], "looked": 0}))
     assert "No row is answered yet." in empty.text
 
