@@ -140,9 +140,11 @@ def to_json(order: Order) -> str:
 
 def main() -> None:
     order = Order(**json.load(sys.stdin))
+    began = time.perf_counter()
     seen = uvloop.run(ask(order))
+    took_s = time.perf_counter() - began
     used = os.times()
-    json.dump({"seen": seen, "cpu_s": used.user + used.system}, sys.stdout)
+    json.dump({"seen": seen, "took_s": took_s, "cpu_s": used.user + used.system}, sys.stdout)
 
 
 if __name__ == "__main__":

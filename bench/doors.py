@@ -6,8 +6,8 @@ from what is stored. Its clock runs from the upload to the last byte of the outp
 its model is loaded. Sides take turns. Without vLLM (`make vllm-test` installs it; or MOTET_VLLM names its program) the
 figures beside it are null.
 
-batch_vs_run_batch         rows a second of motet with its torch engine / of `vllm run-batch`
-batch_vllm_vs_run_batch    the same of motet with vLLM behind it; prefix caching on in both, lines of a text side by side
+batch_vs_run_batch         rows a second of motet with its torch engine / of `vllm run-batch`, lines of a text side by side
+batch_vllm_vs_run_batch    the same of motet with vLLM behind it, beside the same run of `vllm run-batch`; prefix caching on in both
 batch_vllm_shuffled        the same with shuffled lines, and a KV cache in both that holds a tenth of all texts (kv_tokens)
 stream_first_token_ms      milliseconds from a chat with stream=True to its first text / beyond those of the bare engine,
                            which takes in the same row; one caller, median
@@ -52,9 +52,8 @@ from workers.engine import Pass, Prepared
 from workers.engines.causal.causal import CausalEngine
 from workers.engines.served.vllm import DTYPES, VllmEngine
 from workers.registrar import smollm
-from workers.registrar.describe import Described, describe_folder
+from workers.registrar.describe import Described, describe_folder, stored_format
 from workers.registrar.register import Registry
-from workers.run.device import probe
 
 HERE = Path(__file__).resolve().parent
 DOORS = "/openai/v1"
@@ -66,8 +65,13 @@ CALLERS = 64
 BLOCK, CONTEXT, SHORT_CONTEXT = 128, 2048, 1024
 #: Names of the model: in motet's torch engine, and with vLLM behind it.
 TORCH, VLLM = smollm.NAME, f"{smollm.NAME}-vllm"
+#: The side of vLLM's own batch program.
+RUN_BATCH = "vllm run-batch"
 LIMIT_S = 3600.0
-PARTS = ("batch", "vllm", "shuffled", "stream", "chat")
+#: How often a batch is looked at, in seconds: an answer costs some 5 ms of the cores that compute. Longer at the end: the
+#: end of a short batch is seen late.
+LOOK_S, LOOK_AT_END_S, NEAR_END = 1.0, 0.1, 0.9
+PARTS = ("batch", "shuffled", "stream", "chat")
 
 
 @dataclass(frozen=True)
@@ -76,7 +80,6 @@ class Bench:
 
     folder: Path
     size: Size
-    in_format: str
     #: Its program; None: not installed, or a smoke run, for which it starts too slowly.
     vllm: Path | None
     scratch: Path
@@ -104,9 +107,8 @@ def main() -> None:
         )
     with own_children(), scratch() as folder:
         model = tiny(folder / "tiny") if size is Size.SMOKE else smollm.folder()
-        in_format = "bf16" if "bf16" in probe("cpu").formats and size is not Size.SMOKE else "fp32"
         keys, details = measured(
-            Bench(model, size, in_format, vllm, folder), wanted, renewed=bool(arguments.only) and full
+            Bench(model, size, vllm, folder), wanted, renewed=bool(arguments.only) and full
         )
     finish("doors", keys, arguments, whole=not arguments.only, details=details)
 
@@ -125,12 +127,14 @@ Figures = tuple[dict[str, Any], dict[str, Any]]
 def measured(bench: Bench, wanted: Collection[str], *, renewed: bool) -> Figures:
     """The figures of these parts, and their details. ``renewed``: each replaces that of the last full run."""
     keys: dict[str, Any] = {}
-    details: dict[str, Any] = {"format": bench.in_format}
+    details: dict[str, Any] = {}
 
     def take(name: str, part: Callable[[], Figures]) -> None:
         if name in wanted:
             say(f"\n{name}")
+            began = time.monotonic()
             found, more = part()
+            say(f"  {name} took {time.monotonic() - began:.0f} s")
             keys.update(found)
             details[name] = more
             if renewed:
@@ -140,7 +144,6 @@ def measured(bench: Bench, wanted: Collection[str], *, renewed: bool) -> Figures
         with running(bench) as motet:
             take("stream", lambda: streams(bench, motet))
             take("batch", lambda: batches(bench, motet))
-            take("vllm", lambda: vllm_batches(bench, motet))
             take("chat", lambda: chats(bench, motet))
     take("shuffled", lambda: shuffled(bench))
     return keys, details
@@ -157,6 +160,17 @@ def running(bench: Bench, vllm: Path | None = None) -> Iterator[Cluster]:
         if program is not None:
             register(motet, bench, VLLM, "vllm")
         yield motet
+
+
+def format_in(motet: Cluster, bench: Bench) -> str:
+    """The numeric format in which its worker runs the model: the one in which it is stored, or fp32.
+
+    The worker has measured whether that is fast here. A measurement of ours might say something else.
+    """
+    log = (motet.data / "logs" / "workers.log").read_text("utf-8").splitlines()
+    told = next(json.loads(line) for line in log if line.startswith("{") and '"event": "device"' in line)
+    stored = stored_format(bench.described().files)
+    return stored if stored in told["formats"] else "fp32"
 
 
 def register(motet: Cluster, bench: Bench, name: str, engine: str) -> None:
@@ -227,7 +241,8 @@ def through_motet(motet: Cluster, lines: Sequence[bytes]) -> float:
             input_file_id=file.id, endpoint="/v1/chat/completions", completion_window="24h"
         )
         while batch.status in ("validating", "in_progress", "finalizing"):
-            time.sleep(0.05)
+            done = batch.request_counts.completed if batch.request_counts else 0
+            time.sleep(LOOK_S if done < NEAR_END * len(lines) else LOOK_AT_END_S)
             batch = client.batches.retrieve(batch.id)
         assert batch.status == "completed", batch
         assert batch.output_file_id is not None, "no line was answered"
@@ -237,7 +252,7 @@ def through_motet(motet: Cluster, lines: Sequence[bytes]) -> float:
     return len(lines) / took
 
 
-def run_batch(bench: Bench, lines: Sequence[bytes], *more: str) -> float:
+def run_batch(bench: Bench, in_format: str, lines: Sequence[bytes], *more: str) -> float:
     """Rows a second of `vllm run-batch` once its model is loaded, to its last answer in its file."""
     assert bench.vllm is not None
     folder = bench.scratch / uuid4().hex
@@ -248,7 +263,7 @@ def run_batch(bench: Bench, lines: Sequence[bytes], *more: str) -> float:
         str(HERE / "rival" / "run_batch.py"),
         *("-i", str(folder / "in.jsonl"), "-o", str(folder / "out.jsonl")),
         *("--model", str(bench.folder), "--served-model-name", VLLM),
-        *("--dtype", DTYPES[bench.in_format], "--max-model-len", str(CONTEXT)),
+        *("--dtype", DTYPES[in_format], "--max-model-len", str(CONTEXT)),
         *("--enable-prefix-caching", "--generation-config", "vllm"),
         *more,
     ]
@@ -271,11 +286,21 @@ def warm_up(motet: Cluster, texts: Texts, model: str) -> None:
 
 
 def beside_run_batch(
-    bench: Bench, motet: Cluster, model: str, texts: Texts, rounds: int, *more: str, shuffle: bool = False
+    bench: Bench,
+    motet: Cluster,
+    models: Mapping[str, str],
+    texts: Texts,
+    rounds: int,
+    *more: str,
+    shuffle: bool = False,
 ) -> dict[str, list[float]]:
-    """Rows a second of both sides, the same lines in a round; of motet alone without vLLM."""
-    warm_up(motet, texts, model)
-    played = {"motet": 0, "run-batch": 0}
+    """Rows a second of motet by each of its models, and of `vllm run-batch`, the same texts in a round.
+
+    ``models``: side -> the name of its model. ``more``: options of `vllm run-batch`. Without vLLM motet is alone.
+    """
+    for model in models.values():
+        warm_up(motet, texts, model)
+    played = dict.fromkeys((*models, RUN_BATCH), 0)
 
     def lines(side: str, name: str) -> list[bytes]:
         found = texts.lines(played[side], name)
@@ -284,32 +309,31 @@ def beside_run_batch(
         played[side] += 1
         return found
 
-    sides = {"motet": lambda: through_motet(motet, lines("motet", model))}
+    def side_of(side: str, model: str) -> Callable[[], float]:
+        return lambda: through_motet(motet, lines(side, model))
+
+    sides = {side: side_of(side, model) for side, model in models.items()}
     if bench.vllm is not None:
-        sides["run-batch"] = lambda: run_batch(bench, lines("run-batch", VLLM), *more)
+        in_format = format_in(motet, bench)
+        sides[RUN_BATCH] = lambda: run_batch(bench, in_format, lines(RUN_BATCH, VLLM), *more)
     return in_turn(sides, rounds)
 
 
-def over_run_batch(found: Mapping[str, Sequence[float]]) -> float | None:
-    return round(ratio(found, "motet", "run-batch"), 3) if "run-batch" in found else None
+def over_run_batch(found: Mapping[str, Sequence[float]], side: str) -> float | None:
+    return round(ratio(found, side, RUN_BATCH), 3) if {side, RUN_BATCH} <= found.keys() else None
 
 
 def batches(bench: Bench, motet: Cluster) -> Figures:
-    """motet's torch engine."""
+    """motet's torch engine, and vLLM behind motet."""
     size = bench.size
-    texts = texts_for(bench, size.of(full=100, quick=16, smoke=3), size.of(full=2200, quick=2200, smoke=100))
-    found = beside_run_batch(bench, motet, TORCH, texts, size.of(full=3, quick=1, smoke=1))
-    return {"batch_vs_run_batch": over_run_batch(found)}, _told(texts, found)
-
-
-def vllm_batches(bench: Bench, motet: Cluster) -> Figures:
-    """vLLM behind motet, and by itself."""
-    if bench.vllm is None:
-        return {"batch_vllm_vs_run_batch": None}, {}
-    size = bench.size
-    texts = texts_for(bench, size.of(full=200, quick=48, smoke=0), 2200)
-    found = beside_run_batch(bench, motet, VLLM, texts, size.of(full=3, quick=1, smoke=1))
-    return {"batch_vllm_vs_run_batch": over_run_batch(found)}, _told(texts, found)
+    texts = texts_for(bench, size.of(full=80, quick=16, smoke=3), size.of(full=2200, quick=2200, smoke=100))
+    models = {"motet": TORCH, **({"motet with vLLM": VLLM} if bench.vllm is not None else {})}
+    found = beside_run_batch(bench, motet, models, texts, size.of(full=3, quick=1, smoke=1))
+    keys = {
+        "batch_vs_run_batch": over_run_batch(found, "motet"),
+        "batch_vllm_vs_run_batch": over_run_batch(found, "motet with vLLM"),
+    }
+    return keys, _told(bench, motet, texts, found)
 
 
 def shuffled(bench: Bench) -> Figures:
@@ -317,7 +341,7 @@ def shuffled(bench: Bench) -> Figures:
     if bench.vllm is None:
         return {"batch_vllm_shuffled": None, "kv_tokens": None}, {}
     size = bench.size
-    texts = texts_for(bench, size.of(full=200, quick=40, smoke=0), 2200)
+    texts = texts_for(bench, size.of(full=60, quick=40, smoke=0), 2200)
     tokens = sum(_tokens(bench, texts.articles[: texts.each]))
     blocks = max(SHORT_CONTEXT // BLOCK + 1, tokens // 10 // BLOCK)
     say(f"{texts.each} texts of {tokens:,} tokens; a KV cache of {blocks * BLOCK:,} tokens")
@@ -326,11 +350,15 @@ def shuffled(bench: Bench) -> Figures:
     program.write_text(f'#!/bin/sh\nexec "{bench.vllm}" "$@" {" ".join(more)}\n')
     program.chmod(0o755)
     with running(bench, program) as motet:
-        found = beside_run_batch(
-            bench, motet, VLLM, texts, size.of(full=3, quick=1, smoke=1), *more, shuffle=True
-        )
-    keys = {"batch_vllm_shuffled": over_run_batch(found), "kv_tokens": blocks * BLOCK}
-    return keys, {**_told(texts, found), "text_tokens": tokens}
+        models = {"motet with vLLM": VLLM}
+        rounds = size.of(full=3, quick=1, smoke=1)
+        found = beside_run_batch(bench, motet, models, texts, rounds, *more, shuffle=True)
+        details = {**_told(bench, motet, texts, found), "text_tokens": tokens}
+    keys = {
+        "batch_vllm_shuffled": over_run_batch(found, "motet with vLLM"),
+        "kv_tokens": blocks * BLOCK,
+    }
+    return keys, details
 
 
 def _tokens(bench: Bench, texts: Sequence[str]) -> list[int]:
@@ -340,8 +368,9 @@ def _tokens(bench: Bench, texts: Sequence[str]) -> list[int]:
     return [len(one.ids) for one in tokenizer.encode_batch(list(texts), add_special_tokens=False)]
 
 
-def _told(texts: Texts, found: Mapping[str, Sequence[float]]) -> dict[str, Any]:
-    return {"rows_per_s": found, "rows": K * texts.each, "characters": texts.characters}
+def _told(bench: Bench, motet: Cluster, texts: Texts, found: Mapping[str, Sequence[float]]) -> dict[str, Any]:
+    told = {"rows_per_s": found, "rows": K * texts.each, "characters": texts.characters}
+    return {**told, "format": format_in(motet, bench)}
 
 
 # -- requests that wait
@@ -352,7 +381,7 @@ def streams(bench: Bench, motet: Cluster) -> Figures:
     asks = bench.size.of(full=20, quick=8, smoke=1)
     texts = [one.text for one in random.Random(5).sample(datasets.vader(), asks + 1)]
     torch.set_num_threads(len(os.sched_getaffinity(0)))
-    bare = Bare(bench)
+    bare = Bare(bench, format_in(motet, bench))
     firsts: dict[str, list[float]] = {"bare engine": [], "motet": []}
     with client_of(motet) as client:
 
@@ -386,11 +415,11 @@ def _chat(text: str) -> list[Any]:
 class Bare:
     """motet's engine in this process, with nothing around it."""
 
-    def __init__(self, bench: Bench) -> None:
+    def __init__(self, bench: Bench, in_format: str) -> None:
         described = bench.described()
         self._engine = CausalEngine()
         self._handle = self._engine.load(
-            described.manifest, described.files, device="cpu", in_format=bench.in_format
+            described.manifest, described.files, device="cpu", in_format=in_format
         )
         spec = Chat(TORCH, max_tokens=48).to_json()
         order = TaskOrder(name="reply", spec=spec, manifest=described.manifest)
@@ -425,7 +454,7 @@ def chats(bench: Bench, motet: Cluster) -> Figures:
         return {"chat_rps_64": None}, {}
     described = bench.described()
     engine = VllmEngine()
-    handle = engine.load(described.manifest, described.files, device="cpu", in_format=bench.in_format)
+    handle = engine.load(described.manifest, described.files, device="cpu", in_format=format_in(motet, bench))
     try:
         sides = {
             "motet": lambda: asked_by(motet.url + DOORS, motet.tokens["user"], VLLM, bench.size),
@@ -433,14 +462,17 @@ def chats(bench: Bench, motet: Cluster) -> Figures:
         }
         for side in sides.values():
             side()
-        found = in_turn(sides, bench.size.of(full=5, quick=1, smoke=1))
+        found = in_turn(sides, bench.size.of(full=3, quick=1, smoke=1))
     finally:
         engine.unload(handle)
     return {"chat_rps_64": round(ratio(found, "motet", "vLLM"), 3)}, {"chats_per_s": found}
 
 
 def asked_by(url: str, key: str, model: str, size: Size) -> float:
-    """Chats a second of callers who each ask again at once."""
+    """Chats a second of callers who each ask again at once, until the last of them is answered.
+
+    All answers count: callers of vLLM's own server are answered in waves of 64, of which a round would have one more or less.
+    """
     seconds = size.of(full=20.0, quick=8.0, smoke=0.5)
     dice = random.Random()
     words = " ".join(one.text for one in datasets.bbc_news()[:200]).split()
@@ -458,10 +490,11 @@ def asked_by(url: str, key: str, model: str, size: Size) -> float:
         text=True,
         check=True,
     )
-    seen = json.loads(done.stdout)["seen"]
+    told = json.loads(done.stdout)
+    seen = told["seen"]
     refused = [body for _, status, body, _, _ in seen if status != 200]
     assert not refused, f"{len(refused)} of {len(seen)} chats were refused: {refused[0][:500]}"
-    return sum(in_time for *_, in_time in seen) / seconds
+    return float(len(seen) / told["took_s"])
 
 
 if __name__ == "__main__":

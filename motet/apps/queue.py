@@ -86,8 +86,8 @@ def written(path: Path, rows: Sequence[Row]) -> Path:
 def converse(stage: StagedCluster, tasks: Mapping[str, Task]) -> None:
     """Answer each typed turn as a row of an open job, and tell where its queue is; an empty line begins with another customer."""
     story, messages = stage.story, list[dict[str, str]]()
-    # A name that was used stands for that job, which an earlier conversation has closed.
-    with stage.client.open(tasks, name=f"{stage.name}, live {secrets.token_hex(4)}") as feed:
+    # A name of its own: that of a conversation which was closed is taken.
+    with stage.client.open(tasks, name=f"{stage.name} {secrets.token_hex(4)}") as feed:
         stage.job = feed.job.id
         story.say(f"\nthe queue, live: {stage.client.url}/jobs/{feed.job.id}/queue?by=urgency.points")
         story.say(

@@ -199,7 +199,7 @@ def _follow(job: Job, story: Story) -> None:
 def _cancel_unfinished(client: Client, story: Story, name: str) -> None:
     """End what one that was killed has left, its training too: it would take the workers from this one."""
     live = [job for state in LIVE for job in client.jobs(state)]
-    left = [job for job in live if job.name.startswith(name) or job.name.endswith(VECTORS)]
+    left = [job for job in live if f"{job.name} ".startswith(f"{name} ") or job.name.endswith(VECTORS)]
     for job in left:
         job.cancel()
     if left:

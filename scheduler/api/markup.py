@@ -54,6 +54,8 @@ POLICY = "; ".join(
         f"style-src {_digest(style())}",
         f"script-src {_digest(SCRIPT)}",
         "connect-src 'self'",
+        # Pictures in small stand in the page itself, like all else.
+        "img-src data:",
         "base-uri 'none'",
         "form-action 'none'",
         "frame-ancestors 'none'",

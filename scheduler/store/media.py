@@ -38,6 +38,8 @@ class NewMedium:
     height: int | None
     #: Envelope of its bytes.
     payload: builtins.bytes
+    #: It in small, a JPEG, where its sender made one.
+    thumb: builtins.bytes | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -57,14 +59,14 @@ _CLAIMED = """claimed = clock_timestamp(),
 # All payloads are one value: as an array of them they would travel as text, twice as long.
 _ADD = text(f"""
     WITH stored AS (
-        INSERT INTO medium (tenant_id, claimed_by, key, media_type, bytes, width, height, payload)
-        SELECT :tenant, CAST(:by AS bytea), k.key, k.media_type, k.bytes, k.width, k.height,
+        INSERT INTO medium (tenant_id, claimed_by, key, media_type, bytes, width, height, thumb, payload)
+        SELECT :tenant, CAST(:by AS bytea), k.key, k.media_type, k.bytes, k.width, k.height, k.thumb,
                substr(CAST(:payloads AS bytea), k.first, k.length)
           FROM (SELECT * FROM unnest(CAST(:keys AS bytea[]), CAST(:types AS text[]), CAST(:sizes AS int[]), CAST(:widths AS int[]),
-                                     CAST(:heights AS int[]), CAST(:firsts AS int[]), CAST(:lengths AS int[]))
-                       n (key, media_type, bytes, width, height, first, length)
+                                     CAST(:heights AS int[]), CAST(:thumbs AS bytea[]), CAST(:firsts AS int[]), CAST(:lengths AS int[]))
+                       n (key, media_type, bytes, width, height, thumb, first, length)
                  ORDER BY n.key) k
-        ON CONFLICT (tenant_id, key) DO UPDATE SET {_CLAIMED}
+        ON CONFLICT (tenant_id, key) DO UPDATE SET thumb = coalesce(EXCLUDED.thumb, medium.thumb), {_CLAIMED}
         RETURNING bytes, xmax = 0 AS is_new)
     SELECT coalesce(sum(bytes) FILTER (WHERE is_new), 0) FROM stored""")
 _COUNT = text("""
@@ -85,6 +87,7 @@ def add_media(
         "sizes": [one.bytes for one in each],
         "widths": [one.width for one in each],
         "heights": [one.height for one in each],
+        "thumbs": [one.thumb for one in each],
         "lengths": [len(one.payload) for one in each],
         "firsts": list(accumulate((len(one.payload) for one in each[:-1]), initial=1)),
         "payloads": b"".join([one.payload for one in each]),
@@ -129,6 +132,28 @@ def known_media(connection: Connection, tenant: UUID, keys: Collection[bytes]) -
         )
         for row in found
     }
+
+
+_BLOCKS = text("""
+    SELECT first_row, payload FROM block b
+     WHERE job_id = :job AND cardinality(media) > 0
+       AND EXISTS (SELECT FROM unnest(CAST(:rows AS bigint[])) r WHERE r >= first_row AND r < first_row + n_rows)""")
+
+
+def blocks_with_media(connection: Connection, job: UUID, rows: Sequence[int]) -> list[tuple[int, bytes]]:
+    """First row and payload of the blocks of these rows, where they refer to media."""
+    (found,) = together(connection, (_BLOCKS, {"job": job, "rows": list(rows)}))
+    return [(row.first_row, bytes(row.payload)) for row in found]
+
+
+_THUMBS = text("""
+    SELECT key, thumb FROM medium WHERE tenant_id = :tenant AND key = ANY(:keys) AND thumb IS NOT NULL""")
+
+
+def thumbs(connection: Connection, tenant: UUID, keys: Collection[bytes]) -> dict[bytes, bytes]:
+    """Those of these media in small of which somebody sent that."""
+    (found,) = together(connection, (_THUMBS, {"tenant": tenant, "keys": sorted(keys)}))
+    return {bytes(row.key): bytes(row.thumb) for row in found}
 
 
 _HOLD = text("""

@@ -86,7 +86,10 @@ def test_the_lengths_of_a_job_have_the_mean_that_was_told(rows: int, tokens: flo
         ({"lengths": [1, float("inf")]}, "lengths: got [1, Infinity]; expected tokens of rows"),
         ({"deadlin_s": 3}, "deadlin_s: no such field; expected at_s, deadline_s"),
         ({"model": "other"}, 'model: got "other"; expected the name of a model told before'),
-        ({"model": {"name": "x"}}, "line 1, model: expected parameters (a number), or tokens_s and on"),
+        (
+            {"model": {"name": "x"}},
+            "line 1, model: expected parameters (a number), or tokens_s (of pictures pixels_s) and on",
+        ),
         ({"model": {"name": "x", "tokens_s": 5}}, "model, on: got nothing; expected text"),
         ({"model": {**ENCODER, "on": "Z80"}}, 'model, on: got "Z80"; expected one of H200'),
         ({"model": {**ENCODER, "size": 1}}, "model, size: no such field"),
