@@ -112,9 +112,6 @@ def test_support_answers_typed_turns_live_and_serves_their_queue(
     assert page.index("level high") < page.index("level low")
     assert "My card was stolen, it is urgent!" in page
     assert all(f">{task}</th>" in page for task in ("intent", "mood", "urgency", "reply"))
-    monkeypatch.setattr(sys, "stdin", StringIO("Hello again.\n"))
-    queue.converse(prepared, tasks)
-    assert prepared.job != job.id, "an earlier conversation is over"
 
 
 def test_digest_reads_each_article_once_for_all_prompts(stage: StagedCluster, asked: RunOptions) -> None:
