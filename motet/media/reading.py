@@ -281,8 +281,9 @@ def _done(waiting: deque[tuple[Future[Any] | Any, int | None]]) -> tuple[Any, in
 
 
 def _is_pil(value: Any) -> bool:
-    pillow = sys.modules.get("PIL.Image")
-    return pillow is not None and isinstance(value, pillow.Image)
+    # Another thread may be importing it: who has such an image has all of it.
+    kind = getattr(sys.modules.get("PIL.Image"), "Image", None)
+    return kind is not None and isinstance(value, kind)
 
 
 def _is_pixels(value: Any) -> bool:
