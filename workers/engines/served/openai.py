@@ -15,13 +15,14 @@ import asyncio
 import contextlib
 import hashlib
 import hmac
+import itertools
 import json
 import math
 import os
 import queue
 import re
 import threading
-from collections.abc import Callable, Collection, Hashable, Mapping, Sequence
+from collections.abc import Callable, Collection, Hashable, Iterator, Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -120,17 +121,20 @@ class Served:
     priors: Newest[tuple[str, ...], tuple[float, ...]] = field(default_factory=lambda: Newest(PRIORS))
     #: Of a server of our own: what keeps its prefix cache apart by tenant. "": a server that may not know of this.
     secret: str = ""
+    #: Numbers the rows in the order in which they were handed in.
+    turns: Iterator[int] = field(default_factory=lambda: itertools.count(1))
 
-    def own(self, tenant: str, *, urgent: bool) -> dict[str, Any]:
+    def own(self, tenant: str, turn: int) -> dict[str, Any]:
         """vLLM's fields that only a server of our own is told.
 
         By what a request's prefix cache is shared: nobody learns from the time of an answer what other tenants have asked
-        (its documentation of automatic prefix caching). And who goes first there: what somebody waits for.
+        (its documentation of automatic prefix caching). And who goes first there. Many connections bring requests in
+        another order than that in which rows share a prefix, and a small cache has forgotten it by then.
         """
         if not self.secret:
             return {}
         salt = hmac.new(self.secret.encode(), tenant.encode(), "sha256").hexdigest()
-        return {"cache_salt": salt, "priority": 0 if urgent else 1}
+        return {"cache_salt": salt, "priority": turn}
 
     @property
     def asked(self) -> int:
@@ -172,7 +176,7 @@ class OpenAIEngine:
         # The row must know its own future before it can end.
         known: Future[Future[None]] = Future()
         future = asyncio.run_coroutine_threadsafe(
-            _row(handle, pass_, row, ticket, urgent, known), handle.loop
+            _row(handle, pass_, row, ticket, urgent, next(handle.turns), known), handle.loop
         )
         known.set_result(future)
         handle.rows[ticket] = (len(pass_.tasks), future)
@@ -246,6 +250,8 @@ class _Question:
     task: TaskOrder
     asking: RowRequest
     urgent: bool
+    #: The row's number among those that were handed in.
+    turn: int
     tenant: str
     spending: Spending
     #: Takes what was written since the last time; None where nobody asks.
@@ -276,7 +282,8 @@ class _Question:
     @property
     def own(self) -> dict[str, Any]:
         """What only a server of our own is told."""
-        return self.handle.own(self.tenant, urgent=self.urgent)
+        # What somebody waits for goes before all bulk work.
+        return self.handle.own(self.tenant, 0 if self.urgent else self.turn)
 
     async def chat(
         self, messages: Sequence[Mapping[str, str]], *, spare: Collection[str], **options: Any
@@ -300,6 +307,7 @@ async def _row(
     row: Prepared,
     ticket: Hashable,
     urgent: bool,
+    turn: int,
     known: Future[Future[None]],
 ) -> None:
     place = await asyncio.wrap_future(known)
@@ -317,7 +325,7 @@ async def _row(
         except BadLabels as bad:
             refused = bad.cell
         return _Question(
-            handle, task, row.inputs, urgent, pass_.tenant, Spending(), tells(task), refused=refused
+            handle, task, row.inputs, urgent, turn, pass_.tenant, Spending(), tells(task), refused=refused
         )
 
     questions = [question(task) for task in pass_.tasks]
