@@ -342,7 +342,7 @@ def shuffled(bench: Bench) -> Figures:
     if bench.vllm is None:
         return {"batch_vllm_shuffled": None, "kv_tokens": None}, {}
     size = bench.size
-    texts = texts_for(bench, size.of(full=32, quick=24, smoke=0), 2200)
+    texts = texts_for(bench, size.of(full=24, quick=16, smoke=0), 2200)
     tokens = sum(_tokens(bench, texts.articles[: texts.each]))
     blocks = max(SHORT_CONTEXT // BLOCK + 1, tokens // 10 // BLOCK)
     say(f"{texts.each} texts of {tokens:,} tokens; a KV cache of {blocks * BLOCK:,} tokens")
