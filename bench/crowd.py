@@ -4,8 +4,9 @@
 
 Each beats once a second, takes every message from its queue, and holds it until it is told to answer. Orders come line
 by line on stdin: ``answer 300`` answers the 300 oldest attempts, ``free 100`` all that the 100 workers with the oldest
-ones hold; the line ``answered 300`` says that so many outcomes are on the stream. A slice of a tenth of a second beats for a tenth of the workers, so that a look at any moment finds
-some of the beats new.
+ones hold, of which beats tell when ``tell`` is ordered; the line ``answered 300`` says that so many outcomes are on the
+stream. A slice of a tenth of a second beats for a tenth of the workers, so that a look at any moment finds some of the
+beats new. Beats of workers that hold something tell of new figures each time, as those of a worker at work.
 """
 
 from __future__ import annotations
@@ -48,6 +49,8 @@ class Crowd:
         #: Attempt -> the worker that holds it, oldest first.
         self.held: OrderedDict[tuple[int, int], str] = OrderedDict()
         self.of_worker: dict[str, set[tuple[int, int]]] = {name: set() for name in self.names}
+        #: What was answered and no beat tells of yet, by worker.
+        self.untold: dict[str, set[tuple[int, int]]] = {}
 
     def beat(self, slice_: int) -> None:
         """A slice of the workers takes what waits for it, and beats."""
@@ -72,6 +75,7 @@ class Crowd:
         pipe.execute()
 
     def _beat(self, name: str) -> bytes:
+        held = tuple(self.of_worker[name])
         return Beat(
             worker=name,
             boot="crowd",
@@ -82,20 +86,34 @@ class Crowd:
             device_name=DEVICE,
             memory_mb=16_000,
             engines=ENGINES,
-            held=tuple(self.of_worker[name]),
+            held=held,
+            utilisation=0.9 + self.seq % 10 / 100 if held else 0.0,
+            backlog_s=len(held) * 2.0 - self.seq % 20 / 10 if held else 0.0,
+            rows_done=6 * self.seq if held else 0,
         ).encode()
 
     def answer(self, count: int) -> int:
         """Put the outcomes of the oldest attempts on the stream. How many."""
-        return self._answer([self.held.popitem(last=False) for _ in range(min(count, len(self.held)))])
+        oldest = [self.held.popitem(last=False) for _ in range(min(count, len(self.held)))]
+        for key, name in oldest:
+            self.of_worker[name].discard(key)
+        return self._answer(oldest)
 
     def free(self, count: int) -> int:
-        """Answer all that the workers with the oldest attempts hold. How many attempts."""
-        names = islice(dict.fromkeys(self.held.values()), count)
-        keys = [(key, name) for name in names for key in self.of_worker[name]]
+        """Answer all that the workers with the oldest attempts hold; beats tell of it later. How many attempts."""
+        self.untold = {
+            name: self.of_worker[name].copy() for name in islice(dict.fromkeys(self.held.values()), count)
+        }
+        keys = [(key, name) for name, held in self.untold.items() for key in held]
         for key, _ in keys:
             del self.held[key]
         return self._answer(keys)
+
+    def tell(self) -> int:
+        """From now on beats tell of what `free` has answered. How many attempts."""
+        for name, keys in self.untold.items():
+            self.of_worker[name] -= keys
+        return sum(map(len, self.untold.values()))
 
     def _answer(self, oldest: list[tuple[tuple[int, int], str]]) -> int:
         pipe = self.redis.pipeline(transaction=False)
@@ -103,7 +121,6 @@ class Crowd:
             pipe.get(payload_key(name, *key))
         payloads = pipe.execute()
         for (key, name), payload in zip(oldest, payloads, strict=True):
-            self.of_worker[name].discard(key)
             outcome = answer(Assignment.decode(payload), name, ROW_S).encode()
             pipe.xadd(OUTCOMES, {"s": key[0], "a": key[1], "m": outcome})
             pipe.delete(payload_key(name, *key))
@@ -128,8 +145,14 @@ def main() -> None:
             order = sys.stdin.readline().split()
             if not order:
                 return
-            did = crowd.free if order[0] == "free" else crowd.answer
-            print("answered", did(int(order[1])), flush=True)
+            match order:
+                case ["free", count]:
+                    did = crowd.free(int(count))
+                case ["tell"]:
+                    did = crowd.tell()
+                case _:
+                    did = crowd.answer(int(order[1]))
+            print("answered", did, flush=True)
             continue
         crowd.beat(slice_)
         # A slice that takes longer than its time is not made up for: then beats are rarer.

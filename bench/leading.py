@@ -7,12 +7,13 @@ own aggregator. The dispatcher is the live class, stepped in this process with t
 from __future__ import annotations
 
 import os
+import select
 import signal
 import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from math import inf
@@ -28,10 +29,12 @@ from motet.protocol.redis_url import redis_py_url
 from motet.protocol.settings import Settings
 from motet.protocol.transport import OUTCOMES, WORKERS, RedisTransport, queue_name
 from motet.protocol.transport.keys import beat_key, control_key
+from scheduler.audit import Differences
 from scheduler.dispatcher import Dispatcher, look_for_circles_rarely
 from scheduler.policy.cost import Workload
 from scheduler.store.listening import Listener
 from scheduler.store.rates import Timed, learn
+from scheduler.store.words import SILENCE
 
 #: Sub-tasks at a worker, as the dispatcher's own default has it.
 DEPTH = 3
@@ -62,7 +65,7 @@ class Leading:
     filling: list[Lap]
     #: The step that deals with the most of a hundredth of all leases that was answered.
     changed: list[Lap]
-    #: From the leader's first look at a tenth of all workers without work until they have some: beat steps included.
+    #: From when the leader is told that a tenth of all workers have no work until they have some: beat steps included.
     refilling: list[Lap]
     #: Stage -> microseconds of it for each sub-task of these steps: wall clock, and CPU of the leader's process.
     stages: dict[str, tuple[float, float]]
@@ -110,6 +113,23 @@ class Led:
         sent = self.dispatcher.step(time.monotonic(), words)
         return Lap(seconds=time.perf_counter() - began, cpu_s=time.thread_time() - cpu_s, sent=sent)
 
+    @contextmanager
+    def deaf(self) -> Iterator[None]:
+        """Meanwhile `beat` keeps beats and leases as fresh as they always are, and what transactions say is kept for the
+        first lap afterwards. The audit rests: it would call a difference what was said and not heard."""
+        audit = self.dispatcher._audit
+        go_on, audit.go_on = audit.go_on, lambda *_: Differences()  # type: ignore[method-assign]
+        try:
+            yield
+        finally:
+            audit.go_on = go_on  # type: ignore[method-assign]
+
+    def beat(self) -> None:
+        """A beat step without words, which is part of no lap."""
+        time.sleep(max(0.0, self._step_at + BEAT_STEP_S - time.monotonic()))
+        self._step_at = time.monotonic()
+        self.dispatcher.step(self._step_at, SILENCE)
+
     def until_leading(self) -> None:
         """The stopped dispatcher's lease runs out first; ten thousand workers are taken in within a few steps."""
         deadline = time.monotonic() + 30
@@ -126,18 +146,27 @@ class Led:
 
 
 class Stages:
-    """What the stages of a dispatcher's steps take from now on: each is a method that is called through a watch."""
+    """What the stages of a dispatcher's steps take while it is counted: each is a method that is called through a watch,
+    and what another stage takes inside of it counts there alone. Together they are all of a step."""
 
     def __init__(self, dispatcher: Dispatcher) -> None:
         self._taken: dict[str, list[float]] = {}
+        self._inside: list[list[float]] = []
+        self._counts = False
         for stage, owner, method in (
-            ("hear, rescue, learn of workers", dispatcher, "_look"),
-            ("  of it: hear", dispatcher.transport, "hear"),
+            ("all else", dispatcher, "step"),
+            ("hear", dispatcher.transport, "hear"),
+            ("flags, speeds, what is due", dispatcher, "_read_flags"),
+            ("extend, rescue", dispatcher, "_rescue"),
+            ("learn of workers, tend", dispatcher, "_look"),
             ("take in what ended", dispatcher, "_catch_up"),
             ("place and carve", dispatcher, "_decide"),
             ("lease", dispatcher, "_lease"),
             ("render", dispatcher._payloads, "assignments"),
             ("pack and publish", dispatcher.transport, "publish_all"),
+            ("take over", dispatcher, "_take_over"),
+            ("tell workers", dispatcher._controls, "tell"),
+            ("chores, audit", dispatcher, "_look_after"),
         ):
             self._watch(stage, owner, method)
 
@@ -146,14 +175,29 @@ class Stages:
         taken = self._taken[stage] = [0.0, 0.0]
 
         def watched(*arguments: object) -> object:
+            inside = [0.0, 0.0]
+            self._inside.append(inside)
             cpu_s, began = time.thread_time(), time.perf_counter()
             try:
                 return act(*arguments)
             finally:
-                taken[0] += time.perf_counter() - began
-                taken[1] += time.thread_time() - cpu_s
+                spent = (time.perf_counter() - began, time.thread_time() - cpu_s)
+                self._inside.pop()
+                for i in (0, 1):
+                    taken[i] += self._counts * (spent[i] - inside[i])
+                    if self._inside:
+                        self._inside[-1][i] += spent[i]
 
         setattr(owner, method, watched)
+
+    @contextmanager
+    def counting(self) -> Iterator[None]:
+        """Meanwhile it is counted."""
+        self._counts = True
+        try:
+            yield
+        finally:
+            self._counts = False
 
     def each(self, subtasks: int) -> dict[str, tuple[float, float]]:
         """Microseconds of each stage for one of so many sub-tasks."""
@@ -190,30 +234,39 @@ def crowd_of(stage: Stage, count: int) -> Iterator[subprocess.Popen[str]]:
         valkey.close()
 
 
-def _order(crowd: subprocess.Popen[str], order: str) -> None:
-    """Have the crowd do something, and wait until it has."""
+def _order(crowd: subprocess.Popen[str], order: str, meanwhile: Callable[[], object] | None = None) -> None:
+    """Have the crowd do something, and wait until it has; ``meanwhile`` is done again and again until then."""
     assert crowd.stdin is not None
     assert crowd.stdout is not None
     crowd.stdin.write(f"{order}\n")
     crowd.stdin.flush()
+    while meanwhile is not None and not select.select([crowd.stdout], [], [], 0.0)[0]:
+        meanwhile()
     crowd.stdout.readline()
 
 
-def freed(stage: Stage, crowd: subprocess.Popen[str], count: int, led: Led) -> list[Lap]:
+def freed(stage: Stage, crowd: subprocess.Popen[str], count: int, led: Led, stages: Stages) -> list[Lap]:
     """All that so many workers hold is answered and recorded. The steps, as one follows the other in `run`, from then on
-    until a beat step finds nobody to give work to."""
-    _order(crowd, f"free {count}")
+    until a step finds nobody to give work to.
+
+    The leader has done its beat steps until then. It used to stand still for the seconds in which the aggregator records
+    alone, and to be charged with what had piled up in them: all beats new at once, and thousands of leases near their end.
+    A leader stands still only when it has failed.
+    """
     valkey = redis.Redis.from_url(redis_py_url(stage.redis.scheduler))
-    deadline = time.monotonic() + 60
-    while valkey.xlen(OUTCOMES):
-        assert time.monotonic() < deadline, "the aggregator records nothing"
-        time.sleep(0.02)
-    valkey.close()
-    # A beat that tells of it comes within a second.
-    time.sleep(1.1)
-    laps = [led.lap()]
-    while laps[-1].sent:
-        laps.append(led.lap())
+    with led.deaf():
+        _order(crowd, f"free {count}", led.beat)
+        deadline = time.monotonic() + 60
+        while valkey.xlen(OUTCOMES):
+            assert time.monotonic() < deadline, "the aggregator records nothing"
+            led.beat()
+        valkey.close()
+    _order(crowd, "tell")
+    with stages.counting():
+        # It begins with a beat step, so that even a few sub-tasks pay for one.
+        laps = [led.lap(beats=True)]
+        while laps[-1].sent:
+            laps.append(led.lap())
     return laps
 
 
@@ -284,7 +337,7 @@ def leading(stage: Stage, count: int, *, looks: int, patience_s: float) -> Leadi
                 changed.append(max(laps, key=lambda lap: lap.sent))
             stages = Stages(led.dispatcher)
             for _ in range(REFILLS):
-                refilling += freed(stage, crowd, max(1, count // 10), led)
+                refilling += freed(stage, crowd, max(1, count // 10), led, stages)
             job.cancel()
             for _ in range(3):
                 led.lap(beats=True)

@@ -10,6 +10,8 @@ images_vs_loop        seconds of a hand loop / seconds of a cluster over the sam
                       they are, and its answers are read
 bytes_sent_per_image  bytes that the client sends of a picture of 1,600 x 1,067 by default (512 pixels of the longer side);
                       bytes_of_file_per_image: those of its file
+decoding_peak_mb      memory that a process needs more while eight threads decode the largest pictures that are read, of each
+                      format, for a model that reads 224 pixels: the pixels that they bring included
 
 Pictures are drawn, each once: no two files are alike, so nothing is sent or computed once for several rows.
 """
@@ -24,16 +26,18 @@ import subprocess
 import sys
 import time
 from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 import numpy as np
-from harness import cluster, finish, in_turn, options, ratio, scratch, table, timed
+from harness import Size, cluster, finish, in_turn, options, peak_rss_mb, ratio, scratch, table, timed
 from PIL import Image
 
 from motet import Classify, Client, Embed
+from motet.media.decoding import LARGE, MAX_PIXELS, MAX_PIXELS_OF, decode
 from motet.tasks import Task
 
 PHOTO = "{photo}"
@@ -49,6 +53,20 @@ FOUR: Mapping[str, Task] = {
 DRAWN = 40
 #: Digits of that comment.
 NOTE = 18
+#: Threads that decode: as many as a worker with a GPU has.
+THREADS = 8
+#: What is decoded: its format, the mode of its pixels, and how it is written.
+KINDS: Mapping[str, tuple[str, str, Mapping[str, Any]]] = {
+    "PNG, transparent": ("PNG", "RGBA", {"compress_level": 1}),
+    "JPEG": ("JPEG", "RGB", {}),
+    "JPEG, progressive": ("JPEG", "RGB", {"progressive": True}),
+    "JPEG, CMYK": ("JPEG", "CMYK", {}),
+    "PNG, 16 bits": ("PNG", "I;16", {"compress_level": 1}),
+    "GIF": ("GIF", "P", {}),
+    "TIFF": ("TIFF", "RGB", {"compression": "tiff_lzw"}),
+    "WebP": ("WEBP", "RGBA", {"method": 0}),
+    "AVIF": ("AVIF", "RGBA", {"speed": 10}),
+}
 #: Pictures that go through the loop's model at once.
 BATCH = 8
 
@@ -97,6 +115,7 @@ def main() -> None:
             )
             sent.wait()
             assert sent.media is not None
+        peaks = decoding_peaks_mb(folder, size)
     table(
         f"{count:,} pictures, classes of ImageNet",
         ("", "median s", "pictures/s"),
@@ -110,8 +129,20 @@ def main() -> None:
         "images_vs_loop": round(ratio(both, "loop", "motet"), 3),
         "bytes_sent_per_image": round(sent.media.bytes_sent_per_image),
         "bytes_of_file_per_image": round(file_bytes),
+        "decoding_peak_mb": max(peaks.values()),
     }
-    finish("media", keys, arguments, details={"pictures": count, "fusion_seconds": fusion, "seconds": both})
+    table(
+        f"memory of a process while {THREADS} threads decode the largest pictures",
+        ("", "MB more"),
+        [(kind, f"{mb}") for kind, mb in peaks.items()],
+    )
+    details = {
+        "pictures": count,
+        "fusion_seconds": fusion,
+        "seconds": both,
+        "decoding_mb": peaks,
+    }
+    finish("media", keys, arguments, details=details)
 
 
 def rows(files: Sequence[Path]) -> list[dict[str, str]]:
@@ -164,6 +195,44 @@ def drawn(folder: Path, count: int, width: int, height: int) -> list[Path]:
     return files
 
 
+def decoding_peaks_mb(folder: Path, size: Size) -> dict[str, int]:
+    """Format -> MB that a process takes more while it decodes the largest pictures of it, each in a process of its own."""
+    # The largest of all, and the largest of those that all threads decode at once.
+    largest, beside = size.of(full=(MAX_PIXELS, LARGE), quick=(MAX_PIXELS, LARGE), smoke=(90_000, 10_000))
+    peaks = {}
+    for kind, (how, mode, settings) in list(KINDS.items())[: size.of(full=None, quick=None, smoke=2)]:
+        files = []
+        for pixels in (min(largest, MAX_PIXELS_OF.get(how, largest)), beside):
+            files.append(folder / f"{pixels}.{how}")
+            files[-1].write_bytes(encoded(how, mode, pixels, settings))
+        code = [sys.executable, __file__, "--decode", *map(str, files)]
+        peaks[kind] = int(subprocess.run(code, check=True, stdout=subprocess.PIPE, text=True).stdout)
+    return peaks
+
+
+def decode_all(largest: Path, beside: Path) -> None:
+    """One process that decodes, and prints the MB that it takes more."""
+    files = [largest.read_bytes()] * 2 + [beside.read_bytes()] * 2 * THREADS
+    decode(encoded("JPEG", "RGB", 10_000, {}), 256)
+    Path("/proc/self/clear_refs").write_text("5")
+    before = peak_rss_mb(os.getpid())
+    with ThreadPoolExecutor(THREADS) as threads:
+        pictures = list(threads.map(lambda file: decode(file, 256), files))
+    assert len(pictures) == len(files)
+    print(round(peak_rss_mb(os.getpid()) - before))
+
+
+def encoded(how: str, mode: str, pixels: int, settings: Mapping[str, Any]) -> bytes:
+    """A square picture of just as many pixels."""
+    side = int(pixels**0.5)
+    file = io.BytesIO()
+    tile = Image.fromarray(np.random.default_rng(0).integers(0, 256, (64, 64), np.uint8))
+    picture = Image.new(mode, (side, side))
+    picture.paste(tile.convert(mode) if mode != "I;16" else 9_000, None if mode == "I;16" else (0, 0))
+    picture.save(file, how, **settings)
+    return file.getvalue()
+
+
 def loop(files: Sequence[Path], folder: Path, processes: int) -> float:
     """Seconds of the hand loop over these files, from the first file read to the last line written."""
     shares = [files[lo::processes] for lo in range(processes)]
@@ -204,9 +273,9 @@ def loop_over(listed: Path, out: Path) -> None:
         scale = 256 / min(image.size)
         width, height = (round(n * scale) for n in image.size)
         left, top = (width - 224) // 2, (height - 224) // 2
-        return np.asarray(
-            image.resize((width, height), Image.Resampling.BICUBIC).crop((left, top, left + 224, top + 224))
-        )
+        across, down = image.width / width, image.height / height
+        box = (left * across, top * down, (left + 224) * across, (top + 224) * down)
+        return np.asarray(image.resize((224, 224), Image.Resampling.BICUBIC, box))
 
     def answer(batch: Sequence[Path]) -> list[tuple[str, float]]:
         pixels = torch.from_numpy(np.stack([picture(file) for file in batch])).permute(0, 3, 1, 2)
@@ -231,5 +300,7 @@ def loop_over(listed: Path, out: Path) -> None:
 if __name__ == "__main__":
     if sys.argv[1:2] == ["--loop-over"]:
         loop_over(Path(sys.argv[2]), Path(sys.argv[3]))
+    elif sys.argv[1:2] == ["--decode"]:
+        decode_all(Path(sys.argv[2]), Path(sys.argv[3]))
     else:
         main()

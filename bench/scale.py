@@ -12,8 +12,9 @@ bytes per row, redis bytes per row under way, dispatcher_step_ms by workers, nex
 With ``--workers N`` the leader alone is measured, with 100 workers up to N (bench/leading.py): idle; while all of them
 are filled with three sub-tasks each; and full, while a hundredth of the leases has changed, and while all that a tenth of
 the workers held has been answered. Last line, JSON: idle_step_ms and full_step_ms (medians of beat steps, wall clock),
-subtasks_s (taken in as ended, placed, leased, packed and published anew a second of all steps from the first look at that
-tenth until it has work, while all else is live), dispatcher_mb (largest resident set of this process, the client included), longest_step_s, and
+subtasks_s (taken in as ended, placed, leased, packed and published anew a second of all steps from the word that they ended
+until that tenth has work, while all else is live; the aggregator has recorded them before, and the leader's beat steps
+went on meanwhile: else that second would pay for several ones of beats and leases), dispatcher_mb (largest resident set of this process, the client included), longest_step_s, and
 step_slope_idle and step_slope_full (log-log slopes over the numbers of workers).
 
 With ``--texts N`` a cluster of two real CPU workers answers the demo's four tasks for N of its texts, three times each: as
@@ -103,7 +104,13 @@ def tell_stages(found: Leading) -> None:
     table(
         f"a sub-task at {found.workers:,} workers",
         ("stage", "us", "CPU us"),
-        [(stage, f"{wall:.1f}", f"{cpu:.1f}") for stage, (wall, cpu) in found.stages.items()],
+        [
+            (stage, f"{wall:.1f}", f"{cpu:.1f}")
+            for stage, (wall, cpu) in [
+                *found.stages.items(),
+                ("all", tuple(map(sum, zip(*found.stages.values(), strict=True)))),
+            ]
+        ],
     )
 
 

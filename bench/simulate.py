@@ -130,7 +130,7 @@ VARIANTS: Mapping[str, Variant] = {
 }
 
 
-def _unmoved(account: fairness.Account, seconds: float) -> fairness.Turn:
+def _unmoved(account: fairness.Account, seconds: float) -> fairness.StartTags:
     """Nobody's turn passes: the oldest goes first."""
     return ()
 

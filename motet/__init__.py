@@ -51,7 +51,7 @@ from motet.tasks import (
     Rank,
     Task,
 )
-from motet.told import TextDelta
+from motet.text_deltas import TextDelta
 from motet.training.epochs import Epoch
 from motet.training.lesson import Labels
 from motet.training.run import TrainRun

@@ -22,7 +22,7 @@ from motet.messages.jobs import Priority
 from motet.results import Row
 from motet.row_stream import RowStream
 from motet.rows import BadRows
-from motet.told import TextDelta
+from motet.text_deltas import TextDelta
 
 T = TypeVar("T")
 
@@ -73,7 +73,7 @@ class AsyncFeed:
         else:
             answer = feed.put(row, within_s=within_s, key=key)
         try:
-            async with asyncio.timeout(within_s + GRACE_S):
+            async with asyncio.timeout(float(within_s) + GRACE_S):
                 return await asyncio.wrap_future(answer)
         except TimeoutError:
             raise late(stored=not answer.cancelled()) from None
@@ -145,6 +145,7 @@ class AsyncClient:
         notify_when: str | None = None,
         media_root: str | os.PathLike[str] | None = None,
         media_size: int | None = MEDIA_SIZE,
+        media_thumbs: bool = False,
     ) -> AsyncFeed:
         """As ``Client.open``, by ``async with``."""
         return AsyncFeed(
@@ -159,6 +160,7 @@ class AsyncClient:
                 notify_when=notify_when,
                 media_root=media_root,
                 media_size=media_size,
+                media_thumbs=media_thumbs,
             )
         )
 
@@ -169,10 +171,17 @@ class AsyncClient:
         bad_rows: BadRows = "refuse",
         media_root: str | os.PathLike[str] | None = None,
         media_size: int | None = MEDIA_SIZE,
+        media_thumbs: bool = False,
     ) -> AsyncFeed:
         """As ``Client.feed``, by ``async with``."""
         return AsyncFeed(
-            lambda: self.client.feed(name, bad_rows=bad_rows, media_root=media_root, media_size=media_size)
+            lambda: self.client.feed(
+                name,
+                bad_rows=bad_rows,
+                media_root=media_root,
+                media_size=media_size,
+                media_thumbs=media_thumbs,
+            )
         )
 
     async def close(self) -> None:

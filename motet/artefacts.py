@@ -39,10 +39,24 @@ def describe_artefact(files: Mapping[str, Path], *, name: str, version: str, lic
         version=version,
         engine=ARTEFACT,
         answers="artefact",
-        files={file: _sha256(path) for file, path in files.items()},
-        sizes={file: path.stat().st_size for file, path in files.items()},
+        files=digests(files),
+        sizes=sizes(files),
         licence=licence,
     )
+
+
+def digests(files: Mapping[str, Path]) -> dict[str, str]:
+    """Sha256 of each file, by its relative path."""
+    found = {}
+    for name, path in files.items():
+        with path.open("rb") as file:
+            found[name] = hashlib.file_digest(file, "sha256").hexdigest()
+    return found
+
+
+def sizes(files: Mapping[str, Path]) -> dict[str, int]:
+    """Bytes of each file, by its relative path."""
+    return {name: path.stat().st_size for name, path in files.items()}
 
 
 def send_file(http: Http, sha256: str, path: Path) -> None:
@@ -78,11 +92,6 @@ def _next(newest: Manifest) -> str:
     if not newest.version.isdecimal():
         raise SetupError(f"{newest.ref} has no number for a version; name the version of the next one")
     return str(int(newest.version) + 1)
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 _SUFFIXES = ", ".join(ARTEFACT_SUFFIXES)

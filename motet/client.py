@@ -22,13 +22,22 @@ from typing import TYPE_CHECKING, Any
 
 from motet.errors import Conflict, InvalidJob, NotFound, Problem
 from motet.folds import Fold, parse_folds
+from motet.head_inputs import all_as_trained, leaves_input_to_head
 from motet.http import Address, BodyRefused, Http, json_of
-from motet.inputs import all_as_trained, says_nothing
 from motet.job import Job
 from motet.media.reading import MEDIA_SIZE
 from motet.media.row_media import MediaOptions, RowMedia
 from motet.messages.cluster import Worker, WorkerList
-from motet.messages.jobs import JobList, JobRecord, Plan, PlanRequest, Priority, Submission
+from motet.messages.jobs import (
+    MAX_RETENTION_DAYS,
+    MIN_KEEP_S,
+    JobList,
+    JobRecord,
+    Plan,
+    PlanRequest,
+    Priority,
+    Submission,
+)
 from motet.messages.registry import Alias, Promotion
 from motet.messages.tokens import Scope, Token, TokenRequest
 from motet.messages.webhooks import (
@@ -42,6 +51,7 @@ from motet.messages.webhooks import (
     WebhookTest,
 )
 from motet.protocol.manifest import Manifest
+from motet.protocol.values import kind_of, text_flaw
 from motet.rows import BadRows, cut, survey
 from motet.sources import Source
 from motet.states import State
@@ -108,6 +118,7 @@ class Client:
         opened: Callable[[Job], object] | None = None,
         media_root: str | os.PathLike[str] | None = None,
         media_size: int | None = MEDIA_SIZE,
+        media_thumbs: bool = False,
     ) -> Job:
         """Send the rows and start the job; return it when all of them are sent, while it runs.
 
@@ -128,7 +139,8 @@ class Client:
         condition on answers such as ``"risk > 0.4"`` (docs/webhooks.md). ``progress`` forces the bar on or off. Submitting again
         with the same ``key`` gives the same job, or goes on with its upload where that broke off. Pictures that models
         read are opened below ``media_root``, sent once by content, and made smaller to ``media_size`` pixels of their
-        longer side; None sends them as they are (docs/media.md).
+        longer side; None sends them as they are. ``media_thumbs`` sends each in small as well, for the page of the job's
+        rows (docs/media.md).
 
         While the cluster takes no more rows it waits, and says so on the bar or in the log; where a proxy takes no
         large bodies it sends smaller parts, and logs what to set. Raises InvalidJob,
@@ -145,8 +157,10 @@ class Client:
             notify_when=_condition(notify_when, specs),
             **_amounts(deadline_s=deadline_s, retention_days=retention_days),
         )
-        own_key = key or secrets.token_hex(16)
-        options = MediaOptions(root=media_root, size=media_size)
+        if key:
+            _check_text("key", key, "a key to submit by again", "give one, such as tickets-2026-12")
+        own_key = _key_of(key) if key else secrets.token_hex(16)
+        options = MediaOptions(root=media_root, size=media_size, thumbs=media_thumbs)
         with RowMedia(self._http, specs, options, key=own_key) as media:
             parts = cut(
                 source, fields_of(specs), dialogues=dialogues_of(specs), bad_rows=bad_rows, media=media.rows
@@ -176,6 +190,7 @@ class Client:
         notify_when: str | None = None,
         media_root: str | os.PathLike[str] | None = None,
         media_size: int | None = MEDIA_SIZE,
+        media_thumbs: bool = False,
     ) -> Feed:
         """Open a job for rows that come one by one, each answered at once: ``feed.ask({"text": …})`` (docs/live.md).
 
@@ -185,15 +200,12 @@ class Client:
         raises InvalidJob for its caller. Each row and its key are deleted ``keep_days`` after it was answered, or 7; the
         whole job ``retention_days`` after its end. ``state`` gives each row what was folded of the rows of its key before
         it, as fields of these names. Webhooks are told of each row for which ``notify_when`` holds, a condition on
-        answers such as ``"risk > 0.4"`` (docs/webhooks.md). ``media_root`` and ``media_size`` are as of ``submit``. Raises
+        answers such as ``"risk > 0.4"`` (docs/webhooks.md). ``media_root``, ``media_size`` and ``media_thumbs`` are as of ``submit``. Raises
         InvalidJob, Unauthorized, Overloaded, Unreachable.
         """
         from motet.feed import Feed
 
-        if not name:
-            raise InvalidJob(
-                Problem("name", "no name", "a name to find the job by", "give one, such as risk")
-            )
+        _check_text("name", name, "a name to find the job by", "give one, such as risk")
         specs = self._specs(tasks)
         opening = Submission(
             tasks={task: spec.to_json() for task, spec in specs.items()},
@@ -203,19 +215,24 @@ class Client:
             open=True,
             notify_when=_condition(notify_when, specs),
             state=_state(state, specs),
-            **_amounts(keep_s=_seconds(keep_days), retention_days=retention_days),
+            **_amounts(keep_s=_kept_s(keep_days), retention_days=retention_days),
         )
-        record = open_job(
-            self._http, opening, _key_of(name), lambda refusal: log.warning("waiting: %s", refusal)
-        )
+        try:
+            record = open_job(
+                self._http, opening, _key_of(name), lambda refusal: log.warning("waiting: %s", refusal)
+            )
+        except Conflict:
+            raise Conflict(
+                f"there is a job {short(name)} with other tasks or options; take another name, or pick that one "
+                "up by its name alone (client.feed, `motet ask`)"
+            ) from None
         if record.state != State.OPEN:
             raise Conflict(
                 f"the job {short(name)} of these tasks is {record.state} and takes no more rows; "
                 "take another name, or remove it first"
             )
-        return Feed(
-            self._http, record, bad_rows=bad_rows, media=MediaOptions(root=media_root, size=media_size)
-        )
+        media = MediaOptions(root=media_root, size=media_size, thumbs=media_thumbs)
+        return Feed(self._http, record, bad_rows=bad_rows, media=media)
 
     def feed(
         self,
@@ -224,6 +241,7 @@ class Client:
         bad_rows: BadRows = "refuse",
         media_root: str | os.PathLike[str] | None = None,
         media_size: int | None = MEDIA_SIZE,
+        media_thumbs: bool = False,
     ) -> Feed:
         """Pick up an open job by its name or id, without its tasks; by its id also one that was closed.
 
@@ -239,7 +257,7 @@ class Client:
                 raise NotFound(
                     f"no open job is called {short(name)}; see `motet jobs --state open`"
                 ) from None
-        media = MediaOptions(root=media_root, size=media_size)
+        media = MediaOptions(root=media_root, size=media_size, thumbs=media_thumbs)
         return Feed(self._http, JobRecord.of(found.record), bad_rows=bad_rows, media=media)
 
     def plan(
@@ -509,7 +527,7 @@ class Client:
         wanted = {
             task.model
             for task in specs.values()
-            if says_nothing(task) and "." in task.model.partition("@")[0]
+            if leaves_input_to_head(task) and "." in task.model.partition("@")[0]
         }
         found: dict[str, Manifest] = {}
         for ref in wanted:
@@ -545,16 +563,33 @@ def _state(state: object, tasks: Mapping[str, Task]) -> dict[str, Any] | None:
     return {name: fold.to_json() for name, fold in parse_folds(state, tasks).items()}
 
 
+def _check_text(field: str, value: object, expected: str, remedy: str) -> None:
+    """Raises InvalidJob for what is no text, for an empty one, and for one that cannot be stored."""
+    flaw = (
+        (text_flaw(value) or ("" if value else f"no {field}")) if isinstance(value, str) else kind_of(value)
+    )
+    if flaw:
+        raise InvalidJob(Problem(field, flaw, expected, remedy))
+
+
 def _key_of(name: str) -> str:
-    """The Idempotency-Key under which an open job of this name is opened: the name, where a header can hold it."""
+    """The Idempotency-Key of a job of this name, or of a caller's own key: that, where a header can hold it."""
     if name.isascii() and name.isprintable() and len(name) <= 200:
         return name
     return f"sha256:{hashlib.sha256(name.encode()).hexdigest()}"
 
 
-def _seconds(days: float | None) -> float | None:
-    """Days in seconds; what is no number is left for others to refuse."""
-    return days * 86_400 if isinstance(days, int | float) and not isinstance(days, bool) else days
+def _kept_s(keep_days: float | None) -> float | None:
+    """Seconds for which an open job keeps a row. Raises InvalidJob, by the name under which a caller gave it."""
+    if keep_days is None:
+        return None
+    _amounts(keep_days=keep_days)
+    seconds = keep_days * 86_400
+    if not MIN_KEEP_S <= seconds <= MAX_RETENTION_DAYS * 86_400:
+        least = f"{MIN_KEEP_S / 86_400:.4f} (a minute)"
+        what = f"days, {least} to {MAX_RETENTION_DAYS:,}"
+        raise InvalidJob(Problem("keep_days", short(keep_days), what, "leave it out for 7"))
+    return seconds
 
 
 def _amounts(**options: object) -> dict[str, Any]:
@@ -572,7 +607,7 @@ def _amounts(**options: object) -> dict[str, Any]:
 
 def _segment(what: str, name: str) -> str:
     """An id as one segment of a path. Raises NotFound for what cannot be one, before it asks for another path."""
-    if not _SEGMENT.fullmatch(name) or name.strip(".") == "":
+    if not isinstance(name, str) or not _SEGMENT.fullmatch(name) or name.strip(".") == "":
         raise NotFound(f"no {what} {short(name)!r}")
     return name
 

@@ -86,6 +86,7 @@ def _parsed(written: str) -> tuple[str, ast.Expression, Mapping[str, str]]:
         raise BadCondition(f"more than {MAX_CHARACTERS} characters")
     if "\0" in written or "\n" in written:
         raise BadCondition("a NUL character or a line break")
+    _check_texts(written)
     braced: dict[str, str] = {}
 
     def without_braces(found: re.Match[str]) -> str:
@@ -104,6 +105,16 @@ def _parsed(written: str) -> tuple[str, ast.Expression, Mapping[str, str]]:
 
 
 _TEXTS = re.compile(r"'(?:[^'\\]|\\.)*'|\"(?:[^\"\\]|\\.)*\"")
+
+
+def _check_texts(written: str) -> None:
+    """Raises BadCondition for what Python reads, and means otherwise than it looks."""
+    bare = _TEXTS.sub("''", written)
+    if "#" in bare:
+        raise BadCondition("a # outside of quotes")
+    # 'it''s' of SQL would be the text its.
+    if re.search(r"''\s*''", bare):
+        raise BadCondition("two texts side by side; a quote within a text is written \\'")
 
 
 def _outside_texts(written: str, change: Callable[[re.Match[str]], str]) -> str:
@@ -137,6 +148,8 @@ class _Reading:
                 values = [self.value(one) for one in (left, *others)]
                 compared = [_comparison(op) for op in ops]
                 return lambda row: _chain(compared, [value(row) for value in values])
+        if isinstance(node, ast.List | ast.Tuple):
+            raise BadCondition(f"{_short(node)}, a list that is compared with nothing")
         value = self.value(node)
         # A value alone is true as its JSON would be in most languages: not null, false, 0, "" or empty.
         return lambda row: bool(value(row))
@@ -160,16 +173,18 @@ class _Reading:
 
     def _placeholder(self, node: ast.expr) -> str:
         written = ast.unparse(node)
-        for name, meant in self._braced.items():
-            if written == name:
-                written = meant
-        if not is_placeholder(written):
-            raise BadCondition(f"{_short(node)}, which names no field, answer or part of one")
-        return written
+        meant = self._braced.get(written, written)
+        if not is_placeholder(meant):
+            told = f"{{{_cut(meant)}}}" if written in self._braced else _cut(written)
+            raise BadCondition(f"{told}, which names no field, answer or part of one")
+        return meant
 
 
 def _short(node: ast.expr) -> str:
-    written = ast.unparse(node)
+    return _cut(ast.unparse(node))
+
+
+def _cut(written: str) -> str:
     return written if len(written) <= 40 else f"{written[:39]}…"
 
 

@@ -8,6 +8,7 @@ kept over retries, so that repeating is harmless; a bad row is refused alone. do
 
 from __future__ import annotations
 
+import math
 import secrets
 import threading
 import time
@@ -15,22 +16,23 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field
+from numbers import Integral, Real
 from types import TracebackType
 from typing import Any, TypeAlias
 
 from motet import forks
-from motet.errors import Gone, InvalidJob, JobFailed, Late, MotetError, Overloaded, Problem
-from motet.folds import asked_fields, stored_folds
+from motet.errors import Gone, InvalidJob, Late, MotetError, Overloaded, Problem
+from motet.folds import sent_fields, stored_folds
 from motet.http import MAX_WAIT_S, BodyRefused, Http, error_told
 from motet.job import Job
 from motet.media.row_media import MediaOptions, RowMedia
 from motet.messages.jobs import MAX_ASK_ROWS, JobRecord
 from motet.protocol.envelope import BadMessage
-from motet.protocol.values import text_flaw
+from motet.protocol.values import kind_of, text_flaw
 from motet.results import CURSORS_A_BLOCK, Block, Row, frames_in
 from motet.row_stream import RowStream
-from motet.rows import BadRows, CheckedRow, check_row, part_of
-from motet.states import ENDED, ENDED_EARLY
+from motet.rows import BadRows, CheckedRow, as_part, check_row
+from motet.states import ENDED
 from motet.tasks import dialogues_of, short, stored_task
 
 #: Requests under way at most. Fewer: rows wait for the answers of others; more: each request carries fewer rows.
@@ -43,6 +45,9 @@ _REQUEST_BYTES = 768 * 1024
 GRACE_S = 1.0
 #: The longest time that a caller may give, in seconds, and the longest key, in characters: the server's limits.
 _MOST_S, _MOST_KEY = 3600.0, 200
+
+#: Blocks of a job are counted in 31 bits.
+_MOST_CURSOR = 2**31 * CURSORS_A_BLOCK
 
 #: What a row may be: a text, a mapping of field to value, or a list of messages where a Chat reads one.
 AskedRow: TypeAlias = "str | Mapping[str, Any] | Sequence[Any]"
@@ -106,12 +111,12 @@ class Feed:
         self.job = Job(http, record)
         self._http, self._bad_rows, self._clock = http, bad_rows, clock
         tasks = {name: stored_task(spec) for name, spec in record.tasks.items()}
-        self._fields = asked_fields(tasks, stored_folds(record.folds))
+        self._fields = sent_fields(tasks, stored_folds(record.folds))
         self._dialogues = dialogues_of(tasks)
         self._media_options, self._media = media, RowMedia(http, tasks, media, apart=False)
         self._most_bytes = _REQUEST_BYTES
         self.leave_to_parent()
-        forks.mind(self)
+        forks.forget_after_fork(self)
 
     def leave_to_parent(self) -> None:
         """Forget rows and threads of the process that this one was forked from: their answers come there."""
@@ -131,6 +136,7 @@ class Feed:
         from now, Conflict where the key stands for another row or the job takes none, NotFound where it was removed,
         Overloaded and Unreachable where that lasts as long.
         """
+        within_s = _seconds(within_s)
         answer = self.put(row, within_s=within_s, key=key)
         try:
             return answer.result(within_s + GRACE_S)
@@ -148,7 +154,8 @@ class Feed:
         Unauthorized and Unreachable. A future that is cancelled before its row was sent takes it back.
         """
         checked = self._checked(row)
-        _check_options(within_s, key)
+        within_s = _seconds(within_s)
+        _check_key(key)
         ask = _Ask(checked, secrets.token_hex(16) if key is None else key, self._clock() + within_s, Future())
         with self._changed:
             if self._stop.is_set():
@@ -173,12 +180,13 @@ class Feed:
         second; with ``drop_late=False`` the row goes on. Raises what ``ask`` raises.
         """
         checked = self._checked(row)
-        _check_options(within_s, key)
+        within_s = _seconds(within_s)
+        _check_key(key)
         specs = self.job.specs(None)
         if task is not None and task not in specs:
             raise InvalidJob(Problem("task", short(task), f"one of {', '.join(specs)}", "name another task"))
         told = {"key": secrets.token_hex(16) if key is None else key, "drop_late": drop_late}
-        part = part_of([checked], self._fields)
+        part = as_part([checked], self._fields)
         return RowStream(
             self._http,
             f"/v1/jobs/{self.job.id}/ask",
@@ -206,15 +214,16 @@ class Feed:
 
         ``after`` is the ``cursor`` of the last row that was seen: none comes twice, none is left out. Raises JobFailed
         behind the last row of a job that failed or was cancelled. A job keeps answered rows for ``keep_days``: raises
-        Gone where rows behind ``after`` were deleted, and with ``skip_gone`` goes on with those that are kept.
+        Gone where rows behind ``after`` were deleted, and with ``skip_gone`` goes on with those that are kept;
+        InvalidJob for a cursor that is none of this job.
         """
         for rows in self.groups(after, skip_gone=skip_gone):
             yield from rows
 
     def groups(self, after: int = 0, *, skip_gone: bool = False) -> Iterator[Sequence[Row]]:
         """As ``rows``, the rows that were done together at a time."""
+        block_after, seen = _read_cursor(after)
         specs = self.job.specs(None)
-        block_after, seen = divmod(after, CURSORS_A_BLOCK)
         while True:
             frames, end = self.job.frames(None, "done", block_after, MAX_WAIT_S, skip_gone=skip_gone)
             for frame in frames:
@@ -226,6 +235,8 @@ class Feed:
                             f"job {self.job.id}: rows behind {after} are gone", int(end.get("first_row", 0))
                         )
                     seen = 0
+                if seen > len(block):
+                    raise _no_cursor(after)
                 rows = list(block)[seen:]
                 seen = 0
                 if rows:
@@ -233,9 +244,7 @@ class Feed:
             block_after = int(end["next"])
             if end["complete"] or (end["state"] in ENDED and not frames):
                 break
-        self.job.refresh()
-        if end["state"] in ENDED_EARLY:
-            raise JobFailed(self.job.id, f"{end['state']}: {self.job.reason or 'no reason was given'}")
+        self.job.refresh().check()
 
     # -- the job
 
@@ -279,7 +288,7 @@ class Feed:
             _gave_up(ask)
 
     def __reduce__(self) -> tuple[Callable[..., Feed], tuple[Http, JobRecord, BadRows, MediaOptions]]:
-        return _again, (self._http, JobRecord.of(self.job.record), self._bad_rows, self._media_options)
+        return _unpickled, (self._http, JobRecord.of(self.job.record), self._bad_rows, self._media_options)
 
     def __repr__(self) -> str:
         return f"<Feed {self.job.name!r} {self.job.id}>"
@@ -368,7 +377,7 @@ class Feed:
         within_s = min(_MOST_S, max(ask.until for ask in asks) - self._clock())
         squeeze = not self._http.stays_here
         told = {"keys": [ask.key for ask in asks], "within_s": within_s}
-        part = part_of([ask.row for ask in asks], self._fields)
+        part = as_part([ask.row for ask in asks], self._fields)
         try:
             self._http.request(
                 "POST",
@@ -432,14 +441,39 @@ class Feed:
             self._waiting.extendleft(reversed(asks))
 
 
-def _check_options(within_s: float, key: str | None) -> None:
-    if not 0 < within_s <= _MOST_S:
+def _seconds(within_s: object) -> float:
+    """The time that a caller gives. Raises InvalidJob for one that is none."""
+    # A number of numpy is one, and cannot be sent as it is.
+    seconds = float(within_s) if not isinstance(within_s, bool) and isinstance(within_s, Real) else math.nan
+    if not 0 < seconds <= _MOST_S:
         what = f"seconds, more than 0 and at most {_MOST_S:,.0f}"
         raise InvalidJob(Problem("within_s", short(within_s), what, "give it more time"))
-    if key is not None and (not 1 <= len(key) <= _MOST_KEY or text_flaw(key)):
+    return seconds
+
+
+def _check_key(key: object) -> None:
+    if key is None:
+        return
+    if not isinstance(key, str):
+        raise InvalidJob(Problem("key", kind_of(key), "text", "write it as text, such as str(key)"))
+    if not 1 <= len(key) <= _MOST_KEY or text_flaw(key):
         got = text_flaw(key) or f"{len(key):,} characters"
         what = f"text of 1 to {_MOST_KEY} characters"
         raise InvalidJob(Problem("key", got, what, "take a digest of it"))
+
+
+def _read_cursor(after: object) -> tuple[int, int]:
+    """Finished blocks of which all rows were seen, and rows of the next one. Raises InvalidJob."""
+    # An int of numpy, out of a table of rows, is one.
+    cursor = int(after) if not isinstance(after, bool) and isinstance(after, Integral) else -1
+    if not 0 <= cursor < _MOST_CURSOR:
+        raise _no_cursor(after)
+    return divmod(cursor, CURSORS_A_BLOCK)
+
+
+def _no_cursor(after: object) -> InvalidJob:
+    told = "the cursor of a row of this job, or 0"
+    return InvalidJob(Problem("after", short(after), told, "leave it out to begin at the first row"))
 
 
 def late(*, stored: bool) -> Late:
@@ -463,6 +497,6 @@ def _gave_up(ask: _Ask) -> None:
         )
 
 
-def _again(http: Http, record: JobRecord, bad_rows: BadRows, media: MediaOptions) -> Feed:
+def _unpickled(http: Http, record: JobRecord, bad_rows: BadRows, media: MediaOptions) -> Feed:
     """A feed of the same job, in the process that unpickles one."""
     return Feed(http, record, bad_rows=bad_rows, media=media)

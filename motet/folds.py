@@ -14,7 +14,7 @@ from typing import Any, ClassVar
 from motet.errors import InvalidJob, Problem
 from motet.options import is_one_field, is_template
 from motet.tasks import Task, fields_of, short
-from motet.templates import placeholders, resolved
+from motet.templates import NAME, placeholders, resolved
 
 #: Half-lives without a row after which an exponentially weighted mean begins anew: what came before weighs 2^-32.
 HALF_LIVES = 32
@@ -24,7 +24,6 @@ MAX_FOLDS = 32
 _LEAST_S, _MOST_S = 1.0, 3660 * 86_400.0
 _DURATION = re.compile(r"([0-9]{1,9}(?:\.[0-9]{1,9})?)([smhdw])")
 _UNITS = {"s": 1.0, "m": 60.0, "h": 3600.0, "d": 86_400.0, "w": 7 * 86_400.0}
-_NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_.-]{0,63}\Z")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -50,10 +49,8 @@ class Fold:
     @property
     def reads(self) -> tuple[str, ...]:
         """Fields of the row that it reads, in order of first use."""
-        told = (getattr(self, name, "") for name in ("key", "value", "at"))
-        return tuple(
-            dict.fromkeys(resolved(one, ()).name for template in told for one in placeholders(template))
-        )
+        templates = (getattr(self, option, "") for option in ("key", "value", "at"))
+        return tuple(dict.fromkeys(resolved(one, ()).name for t in templates for one in placeholders(t)))
 
     @property
     def keeps_s(self) -> float | None:
@@ -150,7 +147,7 @@ def duration_s(duration: str) -> float | None:
 # -- fields ----------------------------------------------------------------------------------------
 
 
-def asked_fields(tasks: Mapping[str, Task], folds: Mapping[str, Fold]) -> tuple[str, ...]:
+def sent_fields(tasks: Mapping[str, Task], folds: Mapping[str, Fold]) -> tuple[str, ...]:
     """Fields that a caller sends: those that tasks read and no fold gives, then those that folds read."""
     of_tasks = [name for name in fields_of(tasks) if name not in folds]
     return tuple(dict.fromkeys([*of_tasks, *(read for fold in folds.values() for read in fold.reads)]))
@@ -158,7 +155,7 @@ def asked_fields(tasks: Mapping[str, Task], folds: Mapping[str, Fold]) -> tuple[
 
 def stored_fields(tasks: Mapping[str, Task], folds: Mapping[str, Fold]) -> tuple[str, ...]:
     """Fields that are stored of a row: first those that tasks read, by whose places passes are priced."""
-    return tuple(dict.fromkeys([*fields_of(tasks), *asked_fields(tasks, folds), *folds]))
+    return tuple(dict.fromkeys([*fields_of(tasks), *sent_fields(tasks, folds), *folds]))
 
 
 # -- reading ---------------------------------------------------------------------------------------
@@ -190,14 +187,14 @@ def parse_folds(state: object, tasks: Mapping[str, Task]) -> dict[str, Fold]:
     problems: list[Problem] = []
     parsed: dict[str, Fold] = {}
     for name, spec in state.items():
-        if not isinstance(name, str) or not _NAME.match(name):
-            what = "a name of letters, digits, _ . -, up to 64"
-            problems.append(Problem("state", short(name), what, "rename it"))
+        if not isinstance(name, str) or not NAME.match(name):
+            expected = "a name of letters, digits, _ . -, up to 64"
+            problems.append(Problem("state", short(name), expected, "rename it"))
             continue
         where = f"state.{name}"
         if name in tasks:
-            told = "the name of a task as well"
-            problems.append(Problem(where, told, "a name of its own", "rename one of the two"))
+            got = "the name of a task as well"
+            problems.append(Problem(where, got, "a name of its own", "rename one of the two"))
         try:
             parsed[name] = _parse_fold(where, spec)
         except InvalidJob as error:
@@ -214,8 +211,8 @@ def parse_folds(state: object, tasks: Mapping[str, Task]) -> dict[str, Fold]:
         if read in state
     ]
     if "state" in tasks:
-        told = "a task named state, which is what results call the folds"
-        problems.append(Problem("tasks.state", told, "another name", "rename this task"))
+        got = "a task named state, which is what results call the folds"
+        problems.append(Problem("tasks.state", got, "another name", "rename this task"))
     if problems:
         raise InvalidJob(problems)
     return parsed

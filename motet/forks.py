@@ -18,7 +18,7 @@ class OfOneProcess(Protocol):
 _HERE: weakref.WeakSet[OfOneProcess] = weakref.WeakSet()
 
 
-def mind(thing: OfOneProcess) -> None:
+def forget_after_fork(thing: OfOneProcess) -> None:
     """Have this thing leave to the parent what is the parent's, in each child that is forked from now on."""
     _HERE.add(thing)
 

@@ -167,10 +167,10 @@ class Http:
         #: Opened by the first request: httpx takes a tenth of a second to import.
         self._line: httpx.Client | None = None
         self._connecting = threading.Lock()
-        forks.mind(self)
+        forks.forget_after_fork(self)
 
     def __reduce__(self) -> tuple[Callable[..., Http], tuple[Address, float, Mapping[str, str]]]:
-        return _again, (self.address, self.timeout_s, self.headers)
+        return _unpickled, (self.address, self.timeout_s, self.headers)
 
     def _connect(self) -> httpx.Client:
         import httpx
@@ -420,7 +420,7 @@ def _silence(error: Exception) -> str:
     return "no connection" if isinstance(error, httpx.ConnectError) else "the connection was lost"
 
 
-def _again(address: Address, timeout_s: float, headers: Mapping[str, str]) -> Http:
+def _unpickled(address: Address, timeout_s: float, headers: Mapping[str, str]) -> Http:
     """A line to the same API, in the process that unpickles one."""
     return Http(address, timeout_s=timeout_s, headers=headers)
 

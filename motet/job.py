@@ -169,8 +169,14 @@ class Job:
             for progress in self.watch(timeout):
                 bar.track(progress)
         if check:
-            self._check()
+            self.check()
         return self
+
+    def check(self) -> None:
+        """Raises JobFailed where it is known here that the job failed or was cancelled."""
+        if self._record.state in ENDED_EARLY:
+            reason = self._record.reason or "no reason was given"
+            raise JobFailed(self.id, f"{self._record.state}: {reason}")
 
     # -- what it found
 
@@ -230,7 +236,7 @@ class Job:
                 "read them again, and if they stay away, look into the server's log"
             )
         if check:
-            self._check()
+            self.check()
 
     def frames(
         self, tasks: str | None, order: Order, after: int, wait_s: float, *, skip_gone: bool = False
@@ -436,11 +442,6 @@ class Job:
     @property
     def _ended(self) -> bool:
         return self._record.state in ENDED
-
-    def _check(self) -> None:
-        if self._record.state in ENDED_EARLY:
-            reason = self._record.reason or "no reason was given"
-            raise JobFailed(self.id, f"{self._record.state}: {reason}")
 
     def _next_version(self, wait_s: float) -> None:
         """Wait until the job differs from what is known here, but never ask again within a glance."""

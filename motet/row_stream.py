@@ -16,7 +16,7 @@ from motet.errors import Late, MotetError, Overloaded, Unreachable
 from motet.http import Http, error_told
 from motet.protocol.envelope import unpack
 from motet.results import Block, Cell, Row
-from motet.told import TextDelta, ToldText
+from motet.text_deltas import TextDelta, ToldText
 
 if TYPE_CHECKING:
     import httpx

@@ -41,11 +41,15 @@ BLOCK_BYTES = 1024 * 1024
 PART_BLOCKS = (1, 1, 1, 1, 2, 4, 8, 16)
 #: UTF-8 bytes that a part holds at most, where a block is not larger: what both sides keep in memory.
 PART_BYTES = 4 * 1024 * 1024
+#: Rows with pictures in the first parts, then in every further one, and bytes of these pictures: a part is sent when its
+#: pictures are stored, so workers wait for the first one whole. Fewer: more requests and blocks for the same rows.
+PART_PICTURE_ROWS = (32, 64, 128, 256)
+PART_PICTURE_BYTES = 32 * 1024 * 1024
 #: UTF-8 bytes of the fields that are read from one row.
 MAX_ROW_BYTES = 256 * 1024
-#: A refused submission lists this many problems …
+#: Problems that the refusal of a submission lists at most.
 MAX_PROBLEMS = 20
-#: … looking for them in this many rows beyond the first, so that a refusal comes soon in a long source.
+#: Rows behind the first bad one in which others are looked for: so a refusal comes soon in a long source.
 _LOOK_ON_ROWS = 65_536
 
 BadRows = Literal["refuse", "error"]
@@ -112,7 +116,9 @@ class Part:
 
     def texts(self) -> list[dict[str, Any]]:
         """The same rows as templates show them: a text for each value, and None where it is bad; but media as JSON."""
-        return self._mappings({n: v if is_text(v) else list(map(_told, v)) for n, v in self.columns.items()})
+        return self._mappings(
+            {n: v if is_text(v) else list(map(_as_shown, v)) for n, v in self.columns.items()}
+        )
 
     def _mappings(self, columns: Mapping[str, Sequence[Any]]) -> list[dict[str, Any]]:
         rows: list[dict[str, Any]] = [
@@ -137,7 +143,7 @@ class Survey:
     sample: tuple[dict[str, Any], ...]
 
 
-def _told(value: Value) -> Any:
+def _as_shown(value: Value) -> Any:
     return value.to_json() if type(value) is Medium else plain_text(value)
 
 
@@ -179,7 +185,7 @@ def cut(
     first_bad = 0
     part = _Filling(fields)
     found = media(read(source, partial(_check_names, fields=fields), gaps=True))
-    with closing(_told_with(problems, found)) as rows:
+    with closing(_with_faults_before(problems, found)) as rows:
         for index, (row, line) in enumerate(rows):
             values, size, faults = _values(row, fields, dialogues)
             if faults and bad_rows == "refuse":
@@ -218,7 +224,7 @@ def check_row(
     return CheckedRow(values=values, size=size, faults=faults)
 
 
-def part_of(rows: Iterable[CheckedRow], fields: Sequence[str]) -> Part:
+def as_part(rows: Iterable[CheckedRow], fields: Sequence[str]) -> Part:
     """Rows that were checked one by one, as one part."""
     part = _Filling(fields)
     for row in rows:
@@ -256,7 +262,7 @@ def survey(
     return Survey(rows=total, text_bytes=text_bytes, sample=tuple(_first_that_fit(drawn, 8 * BLOCK_BYTES)))
 
 
-def records(source: Source) -> Iterator[tuple[Any, int | None]]:
+def whole_rows(source: Source) -> Iterator[tuple[Any, int | None]]:
     """Every row of the source as it stands there, with all its fields, and its line in a text file.
 
     Raises InvalidJob for a row that cannot be read, and where rows may be missing; SetupError where a package is.
@@ -270,7 +276,7 @@ def records(source: Source) -> Iterator[tuple[Any, int | None]]:
             yield row, line
 
 
-def _told_with(problems: Sequence[Problem], rows: Rows) -> Rows:
+def _with_faults_before(problems: Sequence[Problem], rows: Rows) -> Rows:
     """The rows; where they break off, what was found before is told as well."""
     try:
         yield from rows
@@ -301,7 +307,8 @@ class _Filling:
         self.bad_fields: dict[str, dict[int, tuple[str, str]]] = {}
         self.rows = 0
         self.bytes = 0
-        self._has_media = False
+        #: Of the pictures that its rows refer to.
+        self._media_bytes = 0
         self._blocks_left = PART_BLOCKS[min(self.number, len(PART_BLOCKS) - 1)]
         self._start_block()
 
@@ -313,22 +320,26 @@ class _Filling:
 
     def is_full(self, size: int) -> bool:
         """True where a row of ``size`` bytes belongs into the next part; begins the next block where it should."""
+        if self._media_bytes and (
+            self.rows >= PART_PICTURE_ROWS[min(self.number, len(PART_PICTURE_ROWS) - 1)]
+            or self._media_bytes >= PART_PICTURE_BYTES
+        ):
+            return True
         if self.rows < self._last_row and self.bytes + size <= self._last_byte:
             return False
-        if not self._blocks_left or self.bytes + BLOCK_BYTES > PART_BYTES or self._has_media:
+        if not self._blocks_left or self.bytes + BLOCK_BYTES > PART_BYTES:
             return True
         self._start_block()
         return False
 
     def add(self, values: Sequence[Value], size: int, faults: _Faults) -> None:
-        if not self.rows:
-            # Pictures take long to read and to look at: a part of them is one block, so that work begins with the first.
-            self._has_media = any(type(value) is Medium for value in values)
         for name, fault in faults.items():
             marks = self.bad_fields.setdefault(name, {}) if name else self.bad
             marks[self.rows] = (fault.error, str(fault))
         for column, value in zip(self.columns, values, strict=True):
             column.append(value)
+            if type(value) is Medium:
+                self._media_bytes += value.bytes
         self.rows += 1
         self.bytes += size
 
@@ -353,7 +364,7 @@ _ROLES = ("system", "user", "assistant")
 
 #: What is wrong with the fields of a row; "" stands for the row as a whole.
 _Faults: TypeAlias = "Mapping[str, Fault]"
-_NONE: _Faults = {}
+_NO_FAULTS: _Faults = {}
 
 
 def _values(
@@ -397,7 +408,7 @@ def _values(
     if size > MAX_ROW_BYTES:
         faults = faults or {}
         size = _leave_out_the_longest(fields, values, size, faults)
-    return values, size, faults or _NONE
+    return values, size, faults or _NO_FAULTS
 
 
 def _leave_out_the_longest(

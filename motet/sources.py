@@ -25,8 +25,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 from motet.errors import InvalidJob, Problem, SetupError
-from motet.protocol.values import EXPECTED, Doubled
+from motet.protocol.values import EXPECTED, json_object
 from motet.tasks import short
+from motet.words import visible
 
 if TYPE_CHECKING:
     from _typeshed import WriteableBuffer
@@ -77,7 +78,7 @@ class Fault:
         what = f"got {self.got}; expected {self.expected}" if self.expected else self.got
         words = f"{self.field}: {what}" if self.field else what
         # Names of fields are the user's too: the server takes short and clean messages only.
-        return "".join(c if c.isprintable() else "\N{REPLACEMENT CHARACTER}" for c in words[:400])
+        return visible(words[:400])
 
 
 def read(source: Source, choose: ChooseColumns, *, gaps: bool = False) -> Rows:
@@ -228,14 +229,9 @@ def _text(line: bytes | Fault) -> str | Fault:
 # -- JSON lines
 
 
-def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    whole = dict(pairs)
-    return whole if len(whole) == len(pairs) else Doubled(pairs)
-
-
-parse_json = json.JSONDecoder(object_pairs_hook=_object).decode
+parse_json = json.JSONDecoder(object_pairs_hook=json_object).decode
 # Python refuses to turn thousands of digits into a number, for that takes long; as a float they are infinite.
-_parse_long_numbers = json.JSONDecoder(object_pairs_hook=_object, parse_int=float).decode
+_parse_long_numbers = json.JSONDecoder(object_pairs_hook=json_object, parse_int=float).decode
 
 
 def _read_jsonl(file: _Bytes) -> Rows:

@@ -53,11 +53,10 @@ class Task:
 
         An option that came later is left out where it says nothing: digests from before it stay what they are.
         """
-        told = {f.name: getattr(self, f.name) for f in fields(self)}
         values = {
-            f.name: told[f.name]
+            f.name: value
             for f in fields(self)
-            if told[f.name] != f.default or not f.metadata.get("later")
+            if (value := getattr(self, f.name)) != f.default or not f.metadata.get("later")
         }
         return {"kind": self.kind, **{k: list(v) if isinstance(v, tuple) else v for k, v in values.items()}}
 
@@ -402,7 +401,7 @@ def condition_of(name: str) -> str:
     return f"?{name}"
 
 
-def asked_fields(name: str, task: Task, names: Collection[str]) -> tuple[str, ...]:
+def deciding_fields(name: str, task: Task, names: Collection[str]) -> tuple[str, ...]:
     """The fields of a row that decide whether a task is asked it: its condition, and those that it reads."""
     read = row_fields(name, task, names)
     return (condition_of(name), *read) if task.conditional else read

@@ -12,7 +12,7 @@ import logging
 import os
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import suppress
 from dataclasses import replace
@@ -26,6 +26,7 @@ from motet.media.row_media import RowMedia
 from motet.messages.jobs import Closing, JobRecord, PartLanded, Submission
 from motet.progress import Bar
 from motet.protocol.values import byte_lengths
+from motet.protocol.wire import marks_between
 from motet.rows import BLOCK_BYTES, BLOCK_ROWS, Part
 from motet.states import State
 
@@ -235,8 +236,10 @@ def rows_of(part: Part, lo: int, hi: int) -> Part:
         number=part.number,
         first_row=part.first_row + lo,
         columns=columns,
-        bad=_within(part.bad, lo, hi),
-        bad_fields={name: here for name, bad in part.bad_fields.items() if (here := _within(bad, lo, hi))},
+        bad=marks_between(part.bad, lo, hi),
+        bad_fields={
+            name: here for name, bad in part.bad_fields.items() if (here := marks_between(bad, lo, hi))
+        },
         text_bytes=sum(sum(byte_lengths(values)) for values in columns.values()),
     )
 
@@ -258,10 +261,6 @@ def _block_ends(part: Part) -> list[int]:
             first, held = offset, 0
         held += size
     return [*ends, len(part)]
-
-
-def _within(bad: Mapping[int, tuple[str, str]], lo: int, hi: int) -> dict[int, tuple[str, str]]:
-    return {offset - lo: why for offset, why in bad.items() if lo <= offset < hi}
 
 
 def _tell(bar: Bar, refusal: MotetError) -> None:

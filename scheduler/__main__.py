@@ -15,7 +15,7 @@ from pathlib import Path
 
 from motet.errors import MotetError, SetupError
 from motet.protocol import traces
-from motet.protocol.imports import for_good
+from motet.protocol.imports import importing_for_good
 from motet.protocol.logs import configure
 from motet.protocol.settings import Settings
 
@@ -50,7 +50,7 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _api(settings: Settings, _: argparse.Namespace) -> None:
-    with for_good():
+    with importing_for_good():
         from scheduler.api import serve
 
     traces.configure("api", settings.traces)
@@ -58,7 +58,7 @@ def _api(settings: Settings, _: argparse.Namespace) -> None:
 
 
 def _dispatch(settings: Settings, _: argparse.Namespace) -> None:
-    with for_good():
+    with importing_for_good():
         from motet.protocol.transport import RedisTransport
         from scheduler.dispatcher import Dispatcher, run
         from scheduler.store.database import Database
@@ -73,7 +73,7 @@ def _dispatch(settings: Settings, _: argparse.Namespace) -> None:
 
 
 def _aggregate(settings: Settings, _: argparse.Namespace) -> None:
-    with for_good():
+    with importing_for_good():
         from motet.protocol.transport import RedisTransport
         from scheduler.aggregator import Aggregator, run
         from scheduler.store.database import Database

@@ -88,21 +88,21 @@ class Audit:
         return certain
 
     def _look_at_leases(self, connection: Connection, after: int) -> Differences:
-        stored = leases.held(connection, after, _LEASES)
+        stored = leases.held_keys(connection, after, _LEASES)
+        last: int | None = None
         if len(stored) == _LEASES:
             # The last sub-task may have a second lease that is not among these.
-            last: int | None = stored[-1].subtask - 1
-            stored = [h for h in stored if h.subtask <= stored[-1].subtask - 1]
-        else:
-            last = None
+            last = stored[-1][0] - 1
+            stored = [key for key in stored if key[0] <= last]
         self._lease = last
         if last is None:
             self._job = _FIRST_JOB
-        keys = {h.key for h in stored}
+        keys = set(stored)
+        unknown = keys - self.book.keys()
         begins = bisect_left(self._keys, (after + 1, 0))
         ends = len(self._keys) if last is None else bisect_left(self._keys, (last + 1, 0))
         return Differences(
-            unknown=tuple(h for h in stored if h.key not in self.book),
+            unknown=tuple(leases.held(connection, unknown)) if unknown else (),
             ended=tuple(key for key in self._keys[begins:ends] if key not in keys and key in self.book),
         )
 

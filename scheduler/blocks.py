@@ -25,7 +25,7 @@ from motet.protocol.values import (
     is_text,
     plain_text,
 )
-from motet.protocol.wire import bytes_read
+from motet.protocol.wire import bytes_read, marks_between
 from scheduler.policy.beginnings import side_by_side
 
 #: Offset of a row -> (error class, message) of cells. A message never holds a user's text.
@@ -179,8 +179,8 @@ def _encode(
 ) -> EncodedBlock:
     columns = {name: list(values[lo:hi]) for name, values in part.columns.items()}
     packed = {name: uint32_bytes(lengths[name][lo:hi]) for name in columns}
-    bad = _between(part.bad, lo, hi)
-    bad_fields = {name: here for name, of in part.bad_fields.items() if (here := _between(of, lo, hi))}
+    bad = marks_between(part.bad, lo, hi)
+    bad_fields = {name: here for name, of in part.bad_fields.items() if (here := marks_between(of, lo, hi))}
     absents = {asks: absent(bad, bad_fields, asks) for asks in {reader.asks for reader in readers}}
     sizes = totals[lo:hi]
     order, groups = _arranged(part.alike[lo:hi], sizes)
@@ -228,10 +228,6 @@ def upload_digest(secret: bytes, key: str) -> bytes:
 def medium_key(secret: bytes, sha256: str) -> bytes:
     """The name under which a tenant's medium of this digest is stored."""
     return keyed(secret, bytes.fromhex(sha256))
-
-
-def _between(bad: Bad, lo: int, hi: int) -> dict[int, tuple[str, str]]:
-    return {i - lo: why for i, why in bad.items() if lo <= i < hi}
 
 
 def _keys(readers: Sequence[Reader], digests: Mapping[tuple[str, ...], bytes]) -> tuple[bytes | None, ...]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Collection, Mapping
 from collections.abc import Set as AbstractSet
+from itertools import takewhile
 
 from motet.protocol.transport import SchedulerTransport
 from motet.protocol.wire import PROTOCOL, Beat, Control
@@ -13,6 +14,9 @@ from scheduler.store.leases import LeaseKey
 
 log = logging.getLogger(__name__)
 
+#: Seconds in which a worker's beats stop naming an attempt that it has ended itself. Longer: one that did not notice is told
+#: to drop it later. Shorter: workers are told what they know.
+_ENDING_S = 3.0
 #: Workers that are told something in one beat step at most: ten thousand at once would make it too long.
 _MOST = 2_000
 
@@ -27,12 +31,18 @@ class Controls:
         self.due: set[str] = set()
         #: Attempts taken back from a worker, until when it is told so: their messages may still lie in its queue.
         self._recalled: dict[str, dict[LeaseKey, float]] = {}
+        #: Attempts that their worker has ended itself, and until when a beat may name them still, oldest first.
+        self._ended: dict[LeaseKey, tuple[str, float]] = {}
         #: (worker, boot) of those whose protocol was told to the log.
         self._strangers: set[tuple[str, str]] = set()
 
     def recalled(self, worker: str, key: LeaseKey, until: float) -> None:
         """An attempt was taken back from a worker's queue."""
         self._recalled.setdefault(worker, {})[key] = until
+
+    def ended(self, worker: str, key: LeaseKey, now: float) -> None:
+        """The outcome of an attempt was recorded that a worker has reported."""
+        self._ended[key] = (worker, now + _ENDING_S)
 
     def lost(self, workers: Collection[str]) -> None:
         """Redis was emptied: what was told to these workers is gone."""
@@ -54,15 +64,22 @@ class Controls:
             for name, keys in self._recalled.items()
             if (kept := {key: until for key, until in keys.items() if until > now})
         }
+        for key in [key for key, _ in takewhile(lambda ended: ended[1][1] <= now, self._ended.items())]:
+            self.due.add(self._ended.pop(key)[0])
         names = sorted(self.due)
         some = [name for name in names[:_MOST] if name in live]
         queues = self._transport.queued_at([name for name in some if live[name].state == "draining"])
         words: dict[str, Control] = {}
+        nothing = {drain: Control(epoch=epoch, drain=drain) for drain in (False, True)}
         for name in some:
             # What was taken back from the queue of a worker that drains still lies there: it must not run it when it works again.
             lying = (key for key in queues.get(name, ()) if key not in leased)
-            drop = tuple(sorted({*drops(live[name], leased), *lying, *self._recalled.get(name, ())}))
-            words[name] = Control(epoch=epoch, drop=drop, drain=name in drained)
+            unknown = (key for key in drops(live[name], leased) if key not in self._ended)
+            drop = {*unknown, *lying, *self._recalled.get(name, ())}
+            drain = name in drained
+            words[name] = (
+                Control(epoch=epoch, drop=tuple(sorted(drop)), drain=drain) if drop else nothing[drain]
+            )
         deaf = {name for name, word in words.items() if not attuned(live[name], word.drain)}
         self._transport.control(
             {name: word for name, word in words.items() if name in deaf or self._told.get(name) != word}

@@ -4,20 +4,26 @@ from __future__ import annotations
 
 from collections.abc import Collection, Container, Mapping
 from operator import attrgetter
+from typing import NamedTuple
 
 from motet.protocol.transport import Heard, SchedulerTransport
-from motet.protocol.wire import Beat
+from motet.protocol.wire import Beat, acted_on
 from scheduler.policy.liveness import Watch
 from scheduler.store.leases import Held, LeaseKey
 
-#: What of a beat the leader acts on. All else is for people, and is new in every beat of a worker that works.
-_says = attrgetter(
-    *("boot", "state", "protocol", "held", "left", "engines", "device_kind", "device_name"),
-    *("memory_mb", "gpus", "spreads", "formats", "resident"),
-)
-
 #: What of a beat decides which models a worker can ever run.
 _can_run = attrgetter("engines", "device_kind", "device_name", "memory_mb", "gpus", "spreads", "formats")
+#: What a beat says of a worker, whatever it holds.
+_is = attrgetter("boot", "state", "protocol", "resident")
+
+
+class Changed(NamedTuple):
+    """Workers of which something is new."""
+
+    #: That came, went, or say something new.
+    workers: set[str]
+    #: Those of them of which more is new than which attempts they hold.
+    themselves: set[str]
 
 
 class Crew:
@@ -28,15 +34,19 @@ class Crew:
         #: Newest beat of every live worker.
         self.live: dict[str, Beat] = {}
 
-    def hear(self, heard: Heard, now: float) -> set[str]:
-        """Take in the newest beats. Workers that came, went, or say something new."""
+    def hear(self, heard: Heard, now: float) -> Changed:
+        """Take in the newest beats."""
         before, self.live = self.live, self._watch.see(heard.beats, now, heard.renewed)
-        changed = set() if before.keys() == self.live.keys() else before.keys() ^ self.live.keys()
-        for name, new in self.live.items():
-            old = before.get(name)
-            if old is not new and old is not None and _says(old) != _says(new):
-                changed.add(name)
-        return changed
+        themselves = set() if before.keys() == self.live.keys() else before.keys() ^ self.live.keys()
+        changed = set(themselves)
+        for name in heard.renewed:
+            old, new = before.get(name), self.live.get(name)
+            if old is new or old is None or new is None or acted_on(old) == acted_on(new):
+                continue
+            changed.add(name)
+            if _is(old) != _is(new) or _can_run(old) != _can_run(new):
+                themselves.add(name)
+        return Changed(changed, themselves)
 
 
 def one_of_each_kind(beats: Mapping[str, Beat], too: Collection[str]) -> dict[str, Beat]:

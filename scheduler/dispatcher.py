@@ -48,7 +48,7 @@ from scheduler.pulse import pulse
 from scheduler.speeds import Speeds
 from scheduler.store import drains, dropping, leases
 from scheduler.store.database import Database, StoreUnavailable
-from scheduler.store.demand import Lengths, all_jobs_waiting, demand_of, frontier
+from scheduler.store.demand import Lengths, all_jobs_waiting, demand_of, ends_and_demand, frontier
 from scheduler.store.endings import end_job, overdue
 from scheduler.store.leadership import NotLeading, fence, lead, record_transport, resign
 from scheduler.store.leases import Cut, Fate, Held, Leased, LeaseKey
@@ -216,10 +216,9 @@ class Dispatcher:
             jobs |= {job for job, at in self._later.items() if at <= now}
             if keys or jobs:
                 with self.database.reading() as connection:
-                    fates = leases.fates(connection, keys) if keys else {}
-                    wanted = demand_of(connection, now, jobs, self._manifests) if jobs else ([], {})
+                    fates, waits, more_at = ends_and_demand(connection, keys, now, jobs, self._manifests)
                 self._take_ends(fates, now)
-                self._want(jobs, *wanted)
+                self._want(jobs, waits, more_at)
             self._stale |= words.done_of - jobs
         self._words = SILENCE
         self._touched.clear()
@@ -264,7 +263,9 @@ class Dispatcher:
                 if fate.state == "lost" and (held := self._book.get(key)) is not None:
                     # Given up by whoever waited: its worker may hold it though it has not said so yet.
                     self._controls.recalled(held.worker, key, now + self.settings.lease_s)
-                mine = fate.state == "done" and flight is not None and flight.worker.name == fate.worker
+                mine = fate.state == "done" and flight is not None and flight.at.name == fate.worker
+                if mine:
+                    self._controls.ended(fate.worker, key, now)
                 if mine or (fate.state == "done" and flight is None):
                     self._speeds.ended(flight)
                 self._let_go(key, now, fate.busy_s if mine else None)
@@ -295,9 +296,9 @@ class Dispatcher:
         """Hear all workers; rescue what is lost; tell the policy who may be given work."""
         changed = self._crew.hear(self.transport.hear(), now)
         # Whatever fails from here on, these are looked at again.
-        self._doubtful |= changed
-        self._to_learn |= changed
-        self._controls.due |= changed
+        self._doubtful |= changed.workers
+        self._to_learn |= changed.themselves
+        self._controls.due |= changed.workers
         self._beat_at = now + BEAT_STEP_S
         self._read_flags(now)
         if self._flags.late:
@@ -305,7 +306,7 @@ class Dispatcher:
         self._touched |= self._stale
         self._catch_up(now)
         self._rescue(epoch, now)
-        self._controls.note_strangers(self._crew.live, changed)
+        self._controls.note_strangers(self._crew.live, changed.themselves)
         self._learn_of_workers(now)
         self._open_share = throttle(self.transport.outcome_backlog(), self.transport.memory_share())
         if now >= self._tend_at:
@@ -325,10 +326,8 @@ class Dispatcher:
         self._to_learn |= {r.worker for r in set(before.refusals) ^ set(flags.refusals)}
 
     def _rescue(self, epoch: int, now: float) -> None:
-        """Extend the leases of attempts that are seen alive; close those that are gone, and return their rows.
-
-        Looked at are leases that end soon, and those of workers of which something is new.
-        """
+        """Of leases that end soon, and of workers of which something is new: extend those of attempts that are seen alive;
+        close those that are gone, and return their rows."""
         book, live, due = self._book, self._crew.live, self._flags.due
         wiped = self._was_emptied(epoch, now)
         asked: Container[LeaseKey] = book if wiped else due.keys() | self._never_sent

@@ -25,10 +25,10 @@ class Speeds:
         if flight is None:
             self._touched = None
         elif self._touched is not None:
-            demand, device = flight.demand, flight.worker.device_name
-            self._touched.rates.add((demand.learned_as, device, demand.numerics))
-            self._touched.loads.add((demand.model.digest, device))
-            self._touched.workers.add(flight.worker.name)
+            queue, worker = flight.of.queue, flight.at
+            self._touched.rates.add(queue.rate_key(worker.kind, flight.demand.rate_key))
+            self._touched.loads.add((queue.digest, worker.kind[1]))
+            self._touched.workers.add(worker.name)
 
     def read(self, connection: Connection, known: Rates) -> Rates:
         """What is known now."""

@@ -13,6 +13,7 @@ import numpy as np
 from PIL import Image
 
 from motet.media.decoding import BadMedium, decode
+from tests.pictures import chunk
 
 #: What a picture of ours shows in its left and in its right half.
 RED, BLUE = (200, 30, 20), (20, 40, 210)
@@ -47,10 +48,6 @@ def saved(picture: Image.Image, kind: str, **options: object) -> bytes:
 
 def png(width: int, height: int, depth: int, colour: int, rows: bytes, before: bytes = b"") -> bytes:
     """A PNG chunk by chunk, as Pillow would not write it. ``rows``: not compressed yet, each begun by its filter."""
-
-    def chunk(kind: bytes, body: bytes) -> bytes:
-        return struct.pack(">I", len(body)) + kind + body + struct.pack(">I", zlib.crc32(kind + body))
-
     head = struct.pack(">IIBBBBB", width, height, depth, colour, 0, 0, 0)
     return (
         b"\x89PNG\r\n\x1a\n"

@@ -12,13 +12,14 @@ def png(width: int = 8, height: int = 8, seed: int = 0, comment: str = "") -> by
         b"\0" + bytes((x * 31 + y * 17 + seed * 101) & 255 for x in range(width)) for y in range(height)
     )
     parts = [
-        _chunk(b"IHDR", struct.pack(">IIBBBBB", width, height, 8, 0, 0, 0, 0)),
-        _chunk(b"tEXt", b"Comment\0" + comment.encode()) if comment else b"",
-        _chunk(b"IDAT", zlib.compress(rows)),
-        _chunk(b"IEND", b""),
+        chunk(b"IHDR", struct.pack(">IIBBBBB", width, height, 8, 0, 0, 0, 0)),
+        chunk(b"tEXt", b"Comment\0" + comment.encode()) if comment else b"",
+        chunk(b"IDAT", zlib.compress(rows)),
+        chunk(b"IEND", b""),
     ]
     return b"\x89PNG\r\n\x1a\n" + b"".join(parts)
 
 
-def _chunk(kind: bytes, data: bytes) -> bytes:
+def chunk(kind: bytes, data: bytes) -> bytes:
+    """A chunk of a PNG, with its length and check."""
     return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))

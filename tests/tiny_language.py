@@ -319,7 +319,7 @@ class TinyServer:
     ) -> tuple[list[int], list[dict[str, Any]], str]:
         import torch
 
-        from workers.engines.causal.choosing import forbid_here
+        from workers.engines.causal.sampling import forbid_here
 
         dice = torch.Generator().manual_seed(int(body.get("seed") or 0))
         grammar, matcher = self._constraint(body)

@@ -1,6 +1,6 @@
 """`python -m workers`: the launcher of this host's workers, and what an administrator runs with their engines.
 
-Options are declared by the same commands of `motet` (motet/cli/handed.py); ``health`` is a container's own.
+Options are declared by the same commands of `motet` (motet/cli/worker_commands.py); ``health`` is a container's own.
 """
 
 from __future__ import annotations

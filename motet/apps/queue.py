@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import secrets
 import sys
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
@@ -84,7 +85,8 @@ def written(path: Path, rows: Sequence[Row]) -> Path:
 def converse(stage: StagedCluster, tasks: Mapping[str, Task]) -> None:
     """Answer each typed turn as a row of an open job, and tell where its queue is; an empty line begins with another customer."""
     story, messages = stage.story, list[dict[str, str]]()
-    with stage.client.open(tasks, name=stage.name) as feed:
+    # A name of its own: that of a conversation which was closed is taken.
+    with stage.client.open(tasks, name=f"{stage.name} {secrets.token_hex(4)}") as feed:
         stage.job = feed.job.id
         story.say(f"\nthe queue, live: {stage.client.url}/jobs/{feed.job.id}/queue?by=urgency.points")
         story.say(

@@ -8,8 +8,8 @@ from pathlib import Path
 import click
 
 from motet.cli.cluster import default_cpus
-from motet.cli.handed import need
 from motet.cli.show import as_json, put_json, put_table
+from motet.distributions import need
 
 
 @click.command(

@@ -12,8 +12,10 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from motet.cli.handed import HandedCommand, need
 from motet.cli.show import PositiveNumber, as_json, connect, put_json, put_table
+from motet.cli.worker_commands import WorkerCommand
+from motet.distributions import need
+from motet.words import count
 
 if TYPE_CHECKING:
     from motet.client import Client
@@ -155,7 +157,7 @@ def demo(
 
 
 @click.command(
-    cls=HandedCommand,
+    cls=WorkerCommand,
     epilog="""\b
 Examples:
   motet worker --gpus all
@@ -260,7 +262,6 @@ def resume(name: str, as_json: bool) -> None:
 def _wait_until_drained(client: Client, names: Sequence[str], timeout_s: float | None) -> list[Worker]:
     """The workers once none of them holds anything. Raises TimeoutError; Ctrl-C leaves them draining."""
     from motet.errors import Conflict
-    from motet.messages.jobs import count
     from motet.progress import Bar
 
     give_up = None if timeout_s is None else time.monotonic() + timeout_s

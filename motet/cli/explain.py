@@ -6,8 +6,8 @@ from typing import TYPE_CHECKING
 
 import click
 
+from motet.cli.drawing import plain, seconds
 from motet.cli.show import as_json, connect, console, find_job, put_json, table
-from motet.cli.watch import plain, seconds
 
 if TYPE_CHECKING:
     from motet.messages.explanation import Beside, Cannot, Explanation, PassExplained

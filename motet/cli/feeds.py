@@ -8,8 +8,9 @@ import sys
 import threading
 from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import Future
+from io import TextIOWrapper
 from queue import Queue
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TextIO
 
 import click
 
@@ -21,6 +22,7 @@ from motet.cli.jobs import (
     parse_tasks,
     priority_option,
     task_option,
+    thumbs_option,
 )
 from motet.cli.show import PositiveNumber, as_json, connect, console, program, put_json, result_table
 
@@ -160,6 +162,7 @@ Examples:
 )
 @_within
 @media_options
+@thumbs_option
 @as_json
 def ask(
     job: str,
@@ -169,12 +172,14 @@ def ask(
     within_s: float,
     media_root: str | None,
     media_size: int,
+    media_thumbs: bool,
     as_json: bool,
 ) -> None:
     """Ask an open JOB one ROW, or many; print the answers.
 
-    JOB is a name or an id. ROW is a text, or a JSON object of fields. With - for ROW, each line of the input is one, and its answer a line of JSON, in order and as soon as it is there;
-    a line that is refused is answered by {"error": …}, and the command fails at the end.
+    JOB is a name or an id. ROW is a text, or a JSON object of fields. With - for ROW, each line of the input is one,
+    and its answer a line of JSON, in order and as soon as it is there; a line that is refused is answered by
+    {"error": …}, and the command fails at the end.
     """
     from motet.export import json_row
 
@@ -184,10 +189,12 @@ def ask(
         raise click.UsageError("--stream prints the text of one row; without it come lines and JSON")
     with (
         connect() as client,
-        client.feed(job, media_root=media_root, media_size=media_size or None) as feed,
+        client.feed(
+            job, media_root=media_root, media_size=media_size or None, media_thumbs=media_thumbs
+        ) as feed,
     ):
         if row == "-":
-            if not _ask_lines(feed, sys.stdin, within_s):
+            if not _ask_lines(feed, _lines(sys.stdin), within_s):
                 raise click.ClickException("some lines have no answer; their lines say why")
             return
         if task is not None:
@@ -224,6 +231,13 @@ def _row(line: str) -> AskedRow:
         if isinstance(found, dict):
             return found
     return line
+
+
+def _lines(file: TextIO) -> TextIO:
+    """The file, of whose lines those that are no UTF-8 hold lone surrogates: each is refused alone, where it is checked."""
+    if isinstance(file, TextIOWrapper):
+        file.reconfigure(encoding="utf-8", errors="surrogateescape")
+    return file
 
 
 def _ask_lines(feed: Feed, lines: Iterable[str], within_s: float) -> bool:

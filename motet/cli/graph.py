@@ -9,6 +9,8 @@ import textwrap
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING
 
+from motet.words import count
+
 if TYPE_CHECKING:
     from rich.text import Text
 
@@ -41,8 +43,6 @@ def worth_drawing(passes: Sequence[PlannedPass]) -> bool:
 
 def shared(planned: PlannedPass) -> str:
     """What the pass reads once for several answers, and what that saves; "" for nothing."""
-    from motet.messages.jobs import count
-
     percent = int(100 * planned.saved)
     if percent < 1:
         return ""

@@ -26,6 +26,7 @@ from motet.cli.show import (
     result_table,
 )
 from motet.states import LIVE, REACHED, State
+from motet.words import count
 
 if TYPE_CHECKING:
     from motet.job import Job
@@ -61,11 +62,15 @@ Options behind the model, as NAME=VALUE:
   input='{subject} {body}'   what classify and the like read; {text} otherwise
   about='{subject} {body}'   the same of generate, choose and extract
   query='{question}' documents='{pages}'       the same of rank
+  min_score=0.5 otherwise=unsure               of classify: what it says when no label is sure
+  inputs='mood|age' params='{"k": 9}' artefact=NAME     what a function is given
   question= system=          further words for the language model
   max_tokens= stop='a|b' temperature= seed=    what it writes, and how
   thinking=true|false|null                     before that; null: as it likes
+  when="mood == 'angry'"     of every kind: on which rows it runs
 A text that begins with @ is read from that file: prompt=@reply.txt.
 A prompt may name another task, as {mood}: it waits for that answer.
+docs/tasks.md tells of every option.
 
 """
 
@@ -120,6 +125,9 @@ def media_options(command: Callable[..., None]) -> Callable[..., None]:
     return root(size(command))
 
 
+thumbs_option = click.option(
+    "--media-thumbs", is_flag=True, help="Send pictures in small as well, for the page of the job's rows."
+)
 notify_option = click.option(
     "--notify-when",
     metavar="CONDITION",
@@ -156,6 +164,7 @@ Examples:
 )
 @notify_option
 @media_options
+@thumbs_option
 @click.option("--key", help="Submitting again with the same key gives the same job, or resumes its upload.")
 @click.option("--wait", is_flag=True, help="Wait until the job has ended; fail if it fails.")
 @click.option("--out", metavar="FILE", help="Wait, and write the rows to a .parquet, .jsonl or .csv file.")
@@ -172,6 +181,7 @@ def submit(
     notify_when: str | None,
     media_root: str | None,
     media_size: int,
+    media_thumbs: bool,
     key: str | None,
     wait: bool,
     out: str | None,
@@ -199,6 +209,7 @@ def submit(
             key=key,
             media_root=media_root,
             media_size=media_size or None,
+            media_thumbs=media_thumbs,
         )
         if not as_json:
             click.echo(job.id)
@@ -421,8 +432,6 @@ def _ended_before(job: Job, age_s: float | None) -> bool:
 
 def _ask_to_remove(found: Sequence[Job], selected: bool) -> None:
     """Say what will be gone, and ask. Raises Abort; UsageError where nobody is there to answer."""
-    from motet.messages.jobs import count
-
     if not sys.stdin.isatty():
         if selected:
             raise click.UsageError(f"this removes {count(len(found), 'job')}; say --yes to do it in a script")
@@ -475,9 +484,14 @@ def _behind(before: str | list[str], text: str) -> list[str]:
     return [*([before] if isinstance(before, str) else before), text]
 
 
-#: Options that are text whatever they look like, and that are lists.
-_TEXTS = frozenset({"about", "documents", "input", "messages", "prompt", "query", "question", "system"})
+#: Options that are text whatever they look like, and may stand in a file; that are words of one kind; and lists.
+_TEXTS = frozenset(
+    {"about", "documents", "input", "messages", "prompt", "query", "question", "system", "when"}
+)
+_WORDS = frozenset({"artefact", "otherwise"})
 _LISTS = frozenset({"inputs", "labels", "numbers", "stop"})
+#: Options that are numbers with a fraction.
+_FRACTIONS = frozenset({"min_score", "temperature"})
 #: Options that are JSON, and what of.
 _JSON = {"schema": "a JSON Schema", "params": "an object of keyword arguments"}
 
@@ -487,7 +501,7 @@ def _value(task: str, option: str, text: str) -> Any:
     where = f"--task {task!r}: {option}"
     if text.startswith("@") and option in (*_TEXTS, *_LISTS, *_JSON):
         text = _read(where, text[1:], lines=option in _LISTS)
-    if option in _TEXTS:
+    if option in _TEXTS or option in _WORDS:
         return text
     from motet.labels import is_listed
 
@@ -506,7 +520,7 @@ def _value(task: str, option: str, text: str) -> Any:
         return json.loads(text)
     if re.fullmatch(r"[0-9]{1,18}", text):
         return int(text)
-    if option == "temperature" and re.fullmatch(r"[0-9]{1,3}\.[0-9]{1,9}", text):
+    if option in _FRACTIONS and re.fullmatch(r"[0-9]{0,3}\.[0-9]{1,9}", text):
         return float(text)
     return text
 

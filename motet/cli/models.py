@@ -1,4 +1,4 @@
-"""The commands that make models: add and compress. What they do is the workers' (motet/cli/handed.py)."""
+"""The commands that make models: add and compress. What they do is the workers' (motet/cli/worker_commands.py)."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ from typing import Any
 
 import click
 
-from motet.cli.handed import HandedCommand
 from motet.cli.show import Points, as_json
+from motet.cli.worker_commands import WorkerCommand
 
 #: Points that a task may lose, unless told otherwise.
 TOLERATED_POINTS = 1.0
@@ -25,7 +25,7 @@ def _device(context: click.Context, option: click.Parameter, value: str) -> str:
 
 @click.command(
     "add",
-    cls=HandedCommand,
+    cls=WorkerCommand,
     work="register",
     admin=True,
     epilog="""\b
@@ -131,7 +131,7 @@ def add_model(**options: Any) -> None:
 
 
 @click.command(
-    cls=HandedCommand,
+    cls=WorkerCommand,
     work="compress",
     admin=True,
     epilog="""\b

@@ -88,7 +88,7 @@ def show_model(name: str, as_json: bool) -> None:
     if as_json:
         put_json({**record, "aliases": named[model.ref]})
         return
-    record["aliases"] = [_told(one) for one in named[model.ref]]
+    record["aliases"] = [_in_words(one) for one in named[model.ref]]
     out = console()
     for key, value in record.items():
         if value:
@@ -192,10 +192,10 @@ def _put_alias(made: Alias, as_json: bool) -> None:
     if as_json:
         put_json(made)
     else:
-        click.echo(_told(made))
+        click.echo(_in_words(made))
 
 
-def _told(alias: Alias) -> str:
+def _in_words(alias: Alias) -> str:
     before = f"before: {alias.before}" if alias.before else "nothing before"
     return f"{alias.alias} → {alias.ref} ({before})"
 

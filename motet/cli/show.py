@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from motet.messages.message import ApiMessage
+from motet.words import count, visible
 
 if TYPE_CHECKING:
     from rich.console import Console, Group
@@ -167,7 +168,7 @@ def table(columns: Sequence[str], rows: Iterable[Sequence[object]]) -> Table:
             overflow="ellipsis",
         )
     for row in rows:
-        built.add_row(*(_visible(cell) for cell in row))
+        built.add_row(*(visible(str(cell)) for cell in row))
     return built
 
 
@@ -191,6 +192,7 @@ def plan_table(plan: Plan, *, numbered: bool = False) -> Table:
     estimated = any(p.seconds is not None for p in plan.passes)
     partly = any(p.share < 1 for p in plan.passes)
     writes = any(p.tokens_out for p in plan.passes)
+    sees = any(p.pixels for p in plan.passes)
     return table(
         (
             *(["#pass"] if numbered else []),
@@ -198,6 +200,7 @@ def plan_table(plan: Plan, *, numbered: bool = False) -> Table:
             "!model",
             *([] if numbered else ["tasks"]),
             *(["#of the rows"] if partly else []),
+            *(["#megapixels"] if sees else []),
             "#tokens",
             "#instead of",
             *(["#written ≤"] if writes else []),
@@ -211,6 +214,7 @@ def plan_table(plan: Plan, *, numbered: bool = False) -> Table:
                 p.model,
                 *([] if numbered else [", ".join(p.tasks)]),
                 *([f"~{p.share:.0%}"] if partly else []),
+                *([f"~{p.pixels / 1e6:,.1f}" if p.pixels else "–"] if sees else []),
                 f"~{p.tokens:,}",
                 f"~{p.unfused_tokens:,}",
                 *([f"{p.tokens_out:,}"] if writes else []),
@@ -223,8 +227,6 @@ def plan_table(plan: Plan, *, numbered: bool = False) -> Table:
 
 def plan_line(plan: Plan) -> str:
     """The plan in a line: ``4 tasks → 1 pass over 3,000 rows, ~84,000 tokens instead of ~336,000``."""
-    from motet.messages.jobs import count
-
     line = f"{count(plan.tasks, 'task')} → {count(len(plan.passes), 'pass', 'passes')} over {count(plan.rows, 'row')}"
     line += f", ~{plan.tokens:,} tokens"
     line += f" instead of ~{plan.unfused_tokens:,}" if plan.unfused_tokens > plan.tokens else ""
@@ -280,10 +282,6 @@ def cut(text: str, limit: int) -> str:
     """The text in one line, its end replaced by … where it is longer than ``limit``."""
     text = " ".join(text[: 4 * limit].split())
     return text if len(text) <= limit else text[: limit - 1] + "…"
-
-
-def _visible(cell: object) -> str:
-    return "".join(c if c.isprintable() else "\N{REPLACEMENT CHARACTER}" for c in str(cell))
 
 
 def _plain(value: object) -> Any:

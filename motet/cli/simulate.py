@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from motet.cli.handed import need
 from motet.cli.show import as_json, connect, find_job, put_json, put_table
+from motet.distributions import need
 from motet.progress import clock
 
 if TYPE_CHECKING:

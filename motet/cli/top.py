@@ -12,22 +12,13 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from motet.cli.drawing import bar, live_table, meter, number, plain, seconds, state, text
 from motet.cli.show import as_json, console, put_json
-from motet.cli.watch import (
-    REDRAW_S,
-    bar,
-    meter,
-    near,
-    number,
-    plain,
-    seconds,
-    state,
-    table,
-    text,
-)
+from motet.cli.watch import REDRAW_S, near
 from motet.messages.jobs import JobRecord
 from motet.progress import Progress, clock
 from motet.states import State
+from motet.words import count
 
 if TYPE_CHECKING:
     from rich.console import Console, Group, RenderableType
@@ -113,8 +104,6 @@ def frame(seen: ClusterView, *, width: int, height: int = 1000, note: str = "") 
 
 
 def _head(seen: ClusterView) -> RenderableType:
-    from motet.messages.jobs import count
-
     ready = [w for w in seen.workers if w.state == "ready"]
     words = [f"{len(ready):,} of {count(len(seen.workers), 'device')} ready"]
     if ready:
@@ -131,7 +120,7 @@ def _devices(workers: Sequence[Worker], shown: int, width: int) -> RenderableTyp
         return text("no workers; start some with: motet worker --gpus all", "yellow")
     # Devices that are not ready first, then the busy ones.
     first = sorted(workers, key=lambda w: (w.state == "ready", -w.utilisation, -w.held, w.worker))[:shown]
-    return table(
+    return live_table(
         (
             "!device",
             "hardware",
@@ -174,7 +163,7 @@ def _memory(worker: Worker) -> Any:
 def _jobs(seen: ClusterView, shown: int, width: int) -> RenderableType:
     if not seen.jobs:
         return text("no job is under way", "dim")
-    return table(
+    return live_table(
         ("!job", "name", "!state", "#rows", "!done", "#rows/s", "#left", "runs on"),
         [_job(job, seen, width) for job in seen.jobs[:shown]],
         drop=("#rows", "#rows/s", "runs on", "name"),
@@ -199,8 +188,6 @@ def _job(job: JobRecord, seen: ClusterView, width: int) -> tuple[Any, ...]:
 
 def _places(job: str, workers: Sequence[Worker]) -> str:
     """Where a job runs now, with its sub-tasks there; a long list becomes a number."""
-    from motet.messages.jobs import count
-
     held = [(w.worker, sum(r.subtasks for r in w.running if r.job == job)) for w in workers]
     places = [(worker, n) for worker, n in held if n]
     if len(places) > 3:
@@ -209,8 +196,6 @@ def _places(job: str, workers: Sequence[Worker]) -> str:
 
 
 def _more(hidden: int, noun: str) -> list[RenderableType]:
-    from motet.messages.jobs import count
-
     return [text(f"and {count(hidden, noun)} more", "dim")] if hidden > 0 else []
 
 
@@ -218,7 +203,9 @@ def _more(hidden: int, noun: str) -> list[RenderableType]:
 
 
 def look(client: Client, before: ClusterView | None = None) -> ClusterView:
-    """Ask the API; ``before``: what it told before, which says how fast open jobs grow. Raises Unreachable, Overloaded, Unauthorized."""
+    """Ask the API; ``before``: what it told before, which says how fast open jobs grow. Raises Unreachable,
+    Overloaded, Unauthorized.
+    """
     under_way = [
         JobRecord.of(job.record)
         for state in (State.OPEN, State.RUNNING, State.LOADING)

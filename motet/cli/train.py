@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from typing import Any
 
@@ -128,6 +129,8 @@ def train(
     its loss and what the heads are worth on rows that they did not learn from. Ctrl-C leaves it running.
     """
     tasks = _tasks(single, multi, number, balance)
+    if plot is not None and not os.path.isdir(os.path.dirname(plot) or "."):
+        raise click.UsageError(f"--plot {plot!r}: no such folder {os.path.dirname(plot)!r}")
     with connect() as client:
         run = client.train(
             name=name, trunk=trunk, tasks=tasks, train=file, test=test,
@@ -149,10 +152,10 @@ def train(
 
 def _finish(run: TrainRun, *, register: bool, plot: str | None, as_json: bool) -> None:
     answer = run.answer()
+    refs = run.register() if register else [model.ref for model in run.models]
     if plot is not None:
         with open(plot, "w", encoding="utf-8") as file:
             file.write(run.plot())
-    refs = run.register() if register else [model.ref for model in run.models]
     if as_json:
         put_json({"job": run.job.id, "models": refs, **{k: v for k, v in answer.items() if k != "models"}})
         return

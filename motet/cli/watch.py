@@ -10,9 +10,11 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from motet.cli.show import as_json, connect, console, cut, find_job, program
+from motet.cli.drawing import bar, live_table, meter, number, plain, seconds, state, state_style, text
+from motet.cli.show import as_json, connect, console, find_job, program
 from motet.progress import Progress, clock, instant
-from motet.states import ENDED, ENDED_EARLY, State
+from motet.states import ENDED, State
+from motet.words import count
 
 if TYPE_CHECKING:
     from rich.console import Console, Group, RenderableType
@@ -37,18 +39,6 @@ REDRAW_S, LINE_S = 1.0, 10.0
 PATIENCE_S = 5.0
 #: Lines of devices and of errors on a screen that has room; the rest is counted.
 _DEVICES, _ERRORS = 64, 6
-#: Words are cut down to this before a column is left out.
-_WORDS = 14
-
-_STATES = {
-    "ready": "green",
-    State.OPEN: "cyan",
-    State.RUNNING: "cyan",
-    State.SUCCEEDED: "green",
-    State.LOADING: "yellow",
-    "draining": "yellow",
-}
-_STATES |= {"drained": "yellow", "starting": "yellow", State.CANCELLED: "yellow"}
 
 
 @click.command(
@@ -83,16 +73,7 @@ def watch(job: str, as_json: bool) -> None:
                 _follow(found, screen)
             else:
                 _report(found, screen)
-        check(found)
-
-
-def check(job: Job) -> None:
-    """Raises JobFailed where the job failed or was cancelled."""
-    from motet.errors import JobFailed
-
-    record = job.record
-    if record["state"] in ENDED_EARLY:
-        raise JobFailed(job.id, f"{record['state']}: {record['reason'] or 'no reason was given'}")
+        found.check()
 
 
 # -- what is drawn ---------------------------------------------------------------------------------
@@ -202,7 +183,7 @@ def _passes(passes: Sequence[PassUnderWay], job: JobRecord, width: int) -> Table
     """A line per pass: what it answers, which answers it waits for, and how far it is."""
     narrow = width < 90
     needs = {p.tasks: p.needs for p in job.passes}
-    return table(
+    return live_table(
         ("pass", "answers", "!", "#rows", "#blocks", "#running", "#tokens"),
         [
             (
@@ -236,7 +217,7 @@ def _share(rows: RowsUnderWay) -> float:
 def _devices(devices: Sequence[DeviceUnderWay], shown: int, width: int, *, ended: bool) -> Table:
     """A line per device: its rate and share of busy time in this job; how busy it is now, and its backlog."""
     now = () if ended else ("!now", "#backlog")
-    return table(
+    return live_table(
         ("!device", "hardware", "state", "#sub-tasks", "#rows", "#tokens/s", "#busy", *now),
         [
             (
@@ -262,7 +243,7 @@ def _now(utilisation: float | None) -> Text | str:
 
 
 def _errors(errors: Sequence[ErrorCount], width: int) -> Table:
-    return table(
+    return live_table(
         ("!errors", "task", "#cells", "#first row", "message"),
         [
             (
@@ -280,101 +261,7 @@ def _errors(errors: Sequence[ErrorCount], width: int) -> Table:
 
 
 def _more(hidden: int, noun: str, nouns: str = "") -> list[Text]:
-    from motet.messages.jobs import count
-
     return [text(f"and {count(hidden, noun, nouns)} more", "dim")] if hidden > 0 else []
-
-
-# -- what `motet top` draws with as well -----------------------------------------------------------
-
-
-def table(
-    columns: Sequence[str], rows: Sequence[Sequence[Text | str]], *, drop: Sequence[str], width: int
-) -> Table:
-    """A table no wider than ``width``: columns of ``drop`` go in its order, then the widest words are cut.
-
-    A column whose name begins with ``#`` holds numbers, one with ``!`` what is not cut.
-    """
-    from rich.table import Table
-
-    def natural(column: int) -> int:
-        return max([len(columns[column].lstrip("#!")), *(len(row[column]) for row in rows)])
-
-    def least(column: int) -> int:
-        return natural(column) if columns[column][:1] in ("#", "!") else min(natural(column), _WORDS)
-
-    kept = list(range(len(columns)))
-    for name in drop:
-        if sum(least(i) + 2 for i in kept) - 2 <= width:
-            break
-        if name in columns:
-            kept.remove(columns.index(name))
-    widths = {i: natural(i) for i in kept}
-    over = sum(widths.values()) + 2 * (len(kept) - 1) - width
-    for _ in range(over):
-        widest = max(kept, key=lambda i: (widths[i] > least(i), widths[i]))
-        widths[widest] -= 1
-    built = Table(box=None, pad_edge=False, header_style="dim", padding=(0, 1))
-    for i, wide in widths.items():
-        name = columns[i]
-        built.add_column(
-            name.lstrip("#!"),
-            justify="right" if name.startswith("#") else "left",
-            no_wrap=True,
-            overflow="ellipsis",
-            width=max(1, wide),
-        )
-    for row in rows:
-        built.add_row(*(text(cell) if isinstance(cell, str) else cell for cell in (row[i] for i in kept)))
-    return built
-
-
-def bar(share: float, cells: int, *, done: bool = False) -> Text:
-    """A bar of so many characters."""
-    full = min(cells, int(cells * max(0.0, share) + 1e-9))
-    return (
-        text("")
-        .append("━" * full, style="green" if done else "cyan")
-        .append("─" * (cells - full), style="dim")
-    )
-
-
-def meter(share: float, cells: int = 6) -> Text:
-    """A short bar with its percentage."""
-    return bar(round(share, 2), cells).append(f" {min(share, 9.99):4.0%}")
-
-
-def state(word: str) -> Text:
-    """A state in its colour."""
-    return text(word, state_style(word))
-
-
-def state_style(word: str) -> str:
-    return _STATES.get(word, "red")
-
-
-def number(value: float) -> str:
-    """``950``, ``12.3 k``, ``4.5 M``: three digits are enough for what changes all the time."""
-    for limit, unit in ((1e9, " G"), (1e6, " M"), (1e4, " k")):
-        if value >= limit:
-            return f"{value / (1e3 if limit == 1e4 else limit):,.1f}{unit}"
-    return f"{value:,.0f}" if value >= 10 or value == int(value) else f"{value:.1f}"
-
-
-def seconds(value: float | None) -> str:
-    return "–" if value is None else f"{value:.1f} s"
-
-
-def plain(words: str, limit: int) -> str:
-    """Somebody's words in one line, cut at ``limit``; control characters made visible."""
-    return "".join(c if c.isprintable() else "\N{REPLACEMENT CHARACTER}" for c in cut(words, max(2, limit)))
-
-
-def text(words: str, style: str = "") -> Text:
-    """Words that are taken as they are: no markup in them counts."""
-    from rich.text import Text
-
-    return Text(words, style=style, no_wrap=True, overflow="ellipsis")
 
 
 # -- following ------------------------------------------------------------------------------------
@@ -392,11 +279,11 @@ def look(job: Job) -> JobActivity | None:
     """The job's activity, or None from a server that is too old to tell."""
     from motet.messages.activity import JobActivity
 
-    told = _told(job)
+    told = _activity_told(job)
     return None if told is None else JobActivity.of(told)
 
 
-def _told(job: Job) -> Mapping[str, Any] | None:
+def _activity_told(job: Job) -> Mapping[str, Any] | None:
     from motet.errors import NotFound
 
     try:
@@ -454,7 +341,7 @@ def _stream(job: Job) -> None:
 
     said = ""
     for progress in job.watch():
-        facts = _told(job)
+        facts = _activity_told(job)
         told = dataclasses.asdict(Progress.of(JobRecord.of(facts["job"])) if facts else progress)
         if facts:
             told |= {name: facts[name] for name in ("passes", "devices", "errors")}

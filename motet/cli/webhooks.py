@@ -9,7 +9,7 @@ import click
 
 from motet.cli.jobs import duration
 from motet.cli.show import as_json, connect, find_job, put_json, put_table
-from motet.messages.jobs import count
+from motet.words import count
 
 
 @click.group(

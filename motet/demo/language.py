@@ -20,9 +20,10 @@ from motet import datasets
 from motet.cli.show import console, cut, result_table
 from motet.demo.stage import StagedCluster, Story, staged, told_of
 from motet.job import Job
-from motet.messages.jobs import Plan, count
+from motet.messages.jobs import Plan
 from motet.results import Row
 from motet.tasks import Choose, Generate, Task
+from motet.words import count
 
 MODEL, _REGISTER = "smollm2-135m", "--smollm2"
 LABELS = ("negative", "positive")

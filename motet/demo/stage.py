@@ -16,13 +16,14 @@ from typing import TYPE_CHECKING, Any
 from motet.cli.show import console, plan_line, plan_picture, program
 from motet.client import Client
 from motet.job import Job
-from motet.messages.jobs import Plan, count
+from motet.messages.jobs import Plan
 from motet.protocol.manifest import Manifest
 from motet.states import LIVE
 from motet.tasks import Classify, Number, Task
 from motet.training.epochs import score_words
 from motet.training.lesson import Learned, read_lesson
 from motet.training.run import TrainRun
+from motet.words import count
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
@@ -196,7 +197,7 @@ def _follow(job: Job, story: Story) -> None:
 
 def _cancel_unfinished(client: Client, story: Story, name: str) -> None:
     """End what one that was killed has left: it would take the workers from this one."""
-    left = [job for state in LIVE for job in client.jobs(state) if job.name == name]
+    left = [job for state in LIVE for job in client.jobs(state) if f"{job.name} ".startswith(f"{name} ")]
     for job in left:
         job.cancel()
     if left:

@@ -27,6 +27,7 @@ from motet.errors import MotetError, SetupError, Unreachable
 from motet.http import Address, home, look_at
 from motet.local.places import socket_parents, why_taken, writable
 from motet.protocol.settings import Settings, cache_folder
+from motet.words import visible
 
 if TYPE_CHECKING:
     import httpx
@@ -132,7 +133,7 @@ def _filesystem(path: Path) -> str:
     return kind
 
 
-def ports(env: Mapping[str, str], settings: Settings) -> list[Finding]:
+def ports(settings: Settings) -> list[Finding]:
     """The ports that `motet up` would take, or the API of this host would."""
     found = []
     for name, number, option in (
@@ -376,7 +377,7 @@ def server(env: Mapping[str, str]) -> list[Finding]:
     ready = _get(f"{address.url}/readyz")
     if ready is None or ready.status_code != 200:
         remedy = "start what is missing; the areas below say which"
-        found.append(cluster.SERVER.fail("ready", _said(ready), remedy))
+        found.append(cluster.SERVER.fail("ready", _message_of(ready), remedy))
     else:
         found.append(cluster.SERVER.ok("ready", "Postgres, Redis and a leader are there"))
     return [*found, *_own_findings(address)]
@@ -393,7 +394,7 @@ def _own_findings(address: Address) -> list[Finding]:
         )
         return [cluster.SERVER.fail("token", "the server refuses it", remedy)]
     if answer is None or answer.status_code != 200:
-        what = f"the server cannot look at itself: {_said(answer)}"
+        what = f"the server cannot look at itself: {_message_of(answer)}"
         remedy = "see its log; then motet doctor again"
         return [cluster.SERVER.fail("own checks", what, remedy)]
     try:
@@ -411,14 +412,14 @@ def _own_findings(address: Address) -> list[Finding]:
     return [token, version, *theirs]
 
 
-def _said(answer: httpx.Response | None) -> str:
+def _message_of(answer: httpx.Response | None) -> str:
     if answer is None:
         return "no answer"
     try:
         said = str(answer.json()["error"]["message"])[:300]
     except (ValueError, TypeError, KeyError):
         return f"it answers {answer.status_code}"
-    return "".join(c if c.isprintable() else "\N{REPLACEMENT CHARACTER}" for c in said)
+    return visible(said)
 
 
 def version_here() -> str:
@@ -452,7 +453,7 @@ def everything(env: Mapping[str, str]) -> list[Finding]:
     found = machine(env, settings)
     from_server = server(env)
     if not any(f.name == "reach" and f.state == "ok" for f in from_server):
-        found += ports(env, settings)
+        found += ports(settings)
     found += from_server
     if settings.redis_url:
         role: Role = "scheduler" if settings.database_url else "worker"

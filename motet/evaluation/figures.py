@@ -32,6 +32,7 @@ from motet.evaluation.measures import (
     set_figures,
 )
 from motet.evaluation.words import difference_words, figure_name, figure_words, interval_words
+from motet.words import count
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -98,7 +99,7 @@ class TaskEvaluation:
             (self.unread, "without a label in the answer"),
             (self.unlabelled, "left out, without a true label"),
         )
-        rows = f"{self.rows:,} {'row' if self.rows == 1 else 'rows'}"
+        rows = count(self.rows, "row")
         if self.groups:
             rows += f" in {self.groups:,} groups"
         if self.positive is not None:

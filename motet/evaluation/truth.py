@@ -14,7 +14,7 @@ from typing import Any
 
 from motet.errors import InvalidJob, Problem
 from motet.evaluation.answered import AnswerKind
-from motet.rows import MAX_PROBLEMS, records
+from motet.rows import MAX_PROBLEMS, whole_rows
 from motet.sources import Source
 from motet.tasks import short
 
@@ -44,7 +44,7 @@ class TrueLabels:
     def read(self, source: Source) -> None:
         """Read all of it. Raises InvalidJob for a row that is none, and for an index that is."""
         taken: set[int] = set()
-        for number, (row, line) in enumerate(records(source)):
+        for number, (row, line) in enumerate(whole_rows(source)):
             if not isinstance(row, Mapping):
                 if len(self._fields) != 1 or self._index is not None or self._group is not None:
                     got = f"a value of type {short(type(row).__name__)}"

@@ -9,10 +9,11 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from motet.errors import InvalidJob
+from motet.evaluation.measures import folded
+from motet.evaluation.truth import TAKE, TrueLabels
 from motet.media.folder import MediaFolder, RefusedPath
 from motet.media.sheet import contact_sheet
 from motet.results import Row
-from motet.rows import records
 from motet.sources import Source
 from motet.tasks import short
 
@@ -44,23 +45,25 @@ def wrong_answers(
 ) -> list[WrongAnswer]:
     """Wrong labels, the surest first. ``fields``: task -> field of its true label; ``picture``: field of the picture.
 
-    Tasks that answer no single label, and rows without a true one, are passed over. Raises what `records` raises.
+    Tasks that answer no single label, and rows without a true one, are passed over. Labels and ``index`` are read as an
+    evaluation reads them. Raises InvalidJob for those that it refuses.
     """
-    truth = {
-        row.get(index, place) if index else place: row
-        for place, (row, _) in enumerate(records(labels))
-        if isinstance(row, Mapping)
-    }
+    table = TrueLabels({**fields, "": picture}, index)
+    table.read(labels)
+    pictures = dict(zip(table.rows, table.values[picture], strict=True))
+    truth: dict[str, dict[int, str]] = {}
     found = []
     for answered in job.results(list(fields)):
-        row = truth.get(answered.index)
-        for task, field in fields.items() if row is not None else ():
-            cell, true = answered[task], row.get(field) if row else None
-            if cell.ok and cell.kind == "label" and true is not None and str(cell) != str(true):
-                told = row.get(picture) if row else None
-                found.append(
-                    WrongAnswer(task, answered.index, str(cell), float(cell.score or 0), str(true), told)
-                )
+        row = answered.index
+        for task, field in fields.items():
+            cell = answered[task]
+            if not cell.ok or cell.kind != "label":
+                continue
+            if task not in truth:
+                truth[task] = table.truth(field, TAKE["label"])
+            said, true = str(cell), truth[task].get(row)
+            if true is not None and folded(said) != folded(true):
+                found.append(WrongAnswer(task, row, said, float(cell.score or 0), true, pictures[row]))
     return sorted(found, key=lambda one: -one.score)
 
 

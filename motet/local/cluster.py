@@ -332,14 +332,14 @@ class Cluster:
         finally:
             child.stop(1)
         if child.exit_code != 0:
-            raise SetupError(_obituary(child))
+            raise SetupError(_how_it_ended(child))
 
     def _await_ready(self, port: int) -> None:
         deadline = time.monotonic() + READY_S
         while True:
             for one in self._watched:
                 if isinstance(one.service, Child) and not one.service.alive:
-                    raise SetupError(_obituary(one.service))
+                    raise SetupError(_how_it_ended(one.service))
             if _answers(port, "/readyz"):
                 return
             if time.monotonic() > deadline:
@@ -427,5 +427,5 @@ def _answers(port: int, path: str) -> bool:
         connection.close()
 
 
-def _obituary(child: Child) -> str:
+def _how_it_ended(child: Child) -> str:
     return f"{child.name} ended with exit code {child.exit_code}; the end of {child.log}:\n{child.tail()}"

@@ -132,6 +132,10 @@ class MediaFolder:
             raise RefusedPath("a path with a NUL character" if path else "an empty path", _INSIDE)
         if len(path) > 4096:
             raise RefusedPath("a path of more than 4,096 characters", _INSIDE)
+        try:
+            os.fsencode(path)
+        except UnicodeEncodeError:
+            raise RefusedPath("a path with a lone surrogate", _INSIDE) from None
         parts = [part for part in path.split("/") if part not in ("", ".")]
         if path.startswith("/"):
             for root in (self._named, self._real):

@@ -31,6 +31,8 @@ MEDIA_TYPES = (
 )
 #: Bytes of one medium, and of all media of a row. Larger: one row fills a worker's memory.
 MAX_MEDIUM_BYTES = 32_000_000
+#: Bytes, and pixels of the longer side, of a medium in small.
+THUMB_BYTES, THUMB_SIDE = 8_192, 96
 #: Markers of a JPEG that hold its size: frames of all codings, the tables DHT, JPG and DAC among them aside.
 _FRAMES = frozenset(range(0xC0, 0xD0)) - {0xC4, 0xC8, 0xCC}
 #: Segments of a JPEG looked through for its size.

@@ -23,7 +23,15 @@ from typing import Any, TypeAlias
 from motet.errors import InvalidJob, Problem, SetupError
 from motet.media.decoding import BAD_IMAGE, TOO_LARGE, BadMedium, decode
 from motet.media.folder import MediaFolder, RefusedPath
-from motet.media.medium import MAX_MEDIUM_BYTES, UNKNOWN_TYPE, Medium, measured, reference
+from motet.media.medium import (
+    MAX_MEDIUM_BYTES,
+    THUMB_BYTES,
+    THUMB_SIDE,
+    UNKNOWN_TYPE,
+    Medium,
+    measured,
+    reference,
+)
 from motet.protocol.values import Doubled, kind_of
 from motet.sources import OR_ERROR, Fault, Rows
 from motet.tasks import short
@@ -35,6 +43,8 @@ MEDIA_SIZE = 512
 _AS_THEY_ARE = frozenset({"image/jpeg", "image/png", "image/webp", "image/gif"})
 #: Quality of a JPEG that was made smaller.
 _QUALITY = 90
+#: The same of one in small: some 3 kB.
+_THUMB_QUALITY = 70
 #: Rows whose pictures are read at the same time: as many as there are threads, and as many again that wait.
 _THREADS = min(4, os.cpu_count() or 1)
 _AHEAD = 4 * _THREADS
@@ -46,8 +56,8 @@ _PLAIN = frozenset({int, float, bool, type(None)})
 _ADDRESS = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*://|//")
 _DATA_URL = re.compile(r"data:([^,;]*)((?:;[^,;]*)*),", re.ASCII)
 
-#: Gets a medium and its bytes, for sending.
-Keep: TypeAlias = "Callable[[Medium, bytes], object]"
+#: Gets a medium and its bytes, for sending, and it in small where that is wanted.
+Keep: TypeAlias = "Callable[[Medium, bytes, bytes | None], object]"
 
 
 @dataclass(slots=True)
@@ -73,10 +83,12 @@ class MediaReader:
         *,
         root: str | os.PathLike[str] | None = None,
         size: int | None = MEDIA_SIZE,
+        thumbs: bool = False,
         keep: Keep | None = None,
     ) -> None:
         """``names``: fields that tasks read; ``fields``: those of them that must hold media, asked for once and only
-        where it matters. ``size``: pixels of the longer side at most; None: pictures are sent as they are. ``keep``:
+        where it matters. ``size``: pixels of the longer side at most; None: pictures are sent as they are. ``thumbs``: each is
+        sent in small as well, for pages. ``keep``:
         None where nothing will be sent: then pictures are looked at, not made smaller.
 
         Raises InvalidJob for a root that is no folder, and for a size that is none.
@@ -93,6 +105,7 @@ class MediaReader:
                 )
             )
         self._names, self._ask_fields, self._size, self._keep = names, fields, size, keep
+        self._thumbs = thumbs
         self._root = None if root is None else MediaFolder(root)
         self._fields: Collection[str] | None = None
         self._lock = threading.Lock()
@@ -177,7 +190,8 @@ class MediaReader:
         return self._fields is not None and name in self._fields
 
     def _read_row(self, row: Mapping[str, Any], names: Sequence[str]) -> dict[str, Any]:
-        read = {name: row[name] for name in self._names if name in row}
+        # All of it: folds of an open job read fields that no task reads.
+        read = dict(row)
         kept: list[tuple[Medium, bytes, int]] = []
         total = 0
         for name in names:
@@ -208,7 +222,7 @@ class MediaReader:
             self.read.bytes += medium.bytes
             self.read.shrunk += medium.bytes != found_bytes
         if self._keep is not None:
-            self._keep(medium, data)
+            self._keep(medium, data, _in_small(data) if self._thumbs else None)
 
     def _medium(self, value: Any) -> tuple[Medium, bytes, int]:
         """The value's medium, its bytes as they are sent, and how many were found. Raises BadMedium, RefusedPath."""
@@ -267,8 +281,9 @@ def _done(waiting: deque[tuple[Future[Any] | Any, int | None]]) -> tuple[Any, in
 
 
 def _is_pil(value: Any) -> bool:
-    pillow = sys.modules.get("PIL.Image")
-    return pillow is not None and isinstance(value, pillow.Image)
+    # Another thread may be importing it: who has such an image has all of it.
+    kind = getattr(sys.modules.get("PIL.Image"), "Image", None)
+    return kind is not None and isinstance(value, kind)
 
 
 def _is_pixels(value: Any) -> bool:
@@ -301,6 +316,17 @@ def _fitting(data: bytes, size: int | None) -> bytes:
         return _encoded(image, "JPEG", quality=_QUALITY)
     # Small enough in pixels, and of a format that few read: nothing of it is lost.
     return _encoded(image, "PNG", compress_level=1)
+
+
+def _in_small(data: bytes) -> bytes | None:
+    """The picture for a page; None where it cannot be read, which its cells will say."""
+    try:
+        image = decode(data, THUMB_SIDE)
+    except BadMedium:
+        return None
+    image.thumbnail((THUMB_SIDE, THUMB_SIDE))
+    found = _encoded(image, "JPEG", quality=_THUMB_QUALITY)
+    return found if len(found) <= THUMB_BYTES else None
 
 
 def _encoded(image: Any, how: str, **options: Any) -> bytes:

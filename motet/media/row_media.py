@@ -21,10 +21,11 @@ from motet.tasks import Task, fields_of
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class MediaOptions:
-    """How the media of rows are read: ``media_root`` and ``media_size`` of ``Client.submit``."""
+    """How the media of rows are read: ``media_root``, ``media_size`` and ``media_thumbs`` of ``Client.submit``."""
 
     root: str | os.PathLike[str] | None = None
     size: int | None = MEDIA_SIZE
+    thumbs: bool = False
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -64,7 +65,12 @@ class RowMedia:
         self._sender = MediaSender(http, apart=apart, key=key) if sends else None
         keep = None if self._sender is None else self._sender.add
         self._reader = MediaReader(
-            fields_of(specs), self._fields, root=options.root, size=options.size, keep=keep
+            fields_of(specs),
+            self._fields,
+            root=options.root,
+            size=options.size,
+            thumbs=options.thumbs,
+            keep=keep,
         )
 
     def __enter__(self) -> RowMedia:

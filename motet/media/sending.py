@@ -7,9 +7,10 @@ from __future__ import annotations
 
 import json
 import threading
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
+from typing import TypeAlias
 
 import msgpack
 
@@ -26,6 +27,10 @@ HELD_BYTES = 64 << 20
 _KNOWN = 100_000
 #: Seconds between two looks at what is waited for.
 _GLANCE_S = 0.25
+
+
+#: Sha256 -> a medium's bytes, and it in small where that is sent.
+_Batch: TypeAlias = "dict[str, tuple[bytes, bytes | None]]"
 
 
 @dataclass(slots=True)
@@ -49,7 +54,7 @@ class MediaSender:
         self._headers = {} if key is None else {"Idempotency-Key": key}
         self._stop = threading.Event()
         self._lock = threading.Lock()
-        self._waiting: dict[str, bytes] = {}
+        self._waiting: _Batch = {}
         self._bytes = 0
         self._most_waiting = HELD_BYTES
         self._under_way: list[Future[None]] = []
@@ -59,12 +64,12 @@ class MediaSender:
         self.news: list[MotetError] = []
         self.sent = MediaSent()
 
-    def add(self, medium: Medium, data: bytes) -> None:
-        """Take one on. Waits while too many are under way. Raises what kept others from being sent."""
+    def add(self, medium: Medium, data: bytes, thumb: bytes | None = None) -> None:
+        """Take one on, and it in small. Waits while too many are under way. Raises what kept others from being sent."""
         with self._lock:
             if medium.sha256 in self._known or medium.sha256 in self._waiting:
                 return
-            self._waiting[medium.sha256] = data
+            self._waiting[medium.sha256] = data, thumb
             self._bytes += len(data)
             if self._bytes < self._most_waiting or self._thread is None:
                 return
@@ -99,16 +104,16 @@ class MediaSender:
         if self._thread is not None:
             self._thread.shutdown(wait=False, cancel_futures=True)
 
-    def _take(self) -> dict[str, bytes]:
+    def _take(self) -> _Batch:
         with self._lock:
             batch, self._waiting, self._bytes = self._waiting, {}, 0
         return batch
 
-    def _go(self, batch: dict[str, bytes]) -> None:
+    def _go(self, batch: _Batch) -> None:
         if batch and self._thread is not None:
             self._under_way.append(self._thread.submit(self._send_all, batch))
 
-    def _send_all(self, batch: dict[str, bytes]) -> None:
+    def _send_all(self, batch: _Batch) -> None:
         while batch:
             digests = list(batch)[:REQUEST_MEDIA]
             some = {sha256: batch.pop(sha256) for sha256 in digests}
@@ -127,17 +132,18 @@ class MediaSender:
         known = set(digests)
         return [sha256 for sha256 in MissingMedia.of(answer).missing if sha256 in known]
 
-    def _send(self, media: Mapping[str, bytes]) -> None:
+    def _send(self, media: _Batch) -> None:
         """In requests of some of them each, and of fewer where a proxy takes no large bodies."""
         left = list(media.values())
         while left:
             n = size = 0
-            while n < len(left) and (not n or size + len(left[n]) <= self._most_bytes):
-                size += len(left[n])
+            while n < len(left) and (not n or size + len(left[n][0]) <= self._most_bytes):
+                size += len(left[n][0])
                 n += 1
             try:
-                body = msgpack.packb({"media": left[:n]})
-                self._request("/v1/media", body, "application/msgpack")
+                whole, small = zip(*left[:n], strict=True)
+                told = {"media": whole, "thumbs": small} if any(small) else {"media": whole}
+                self._request("/v1/media", msgpack.packb(told), "application/msgpack")
             except BodyRefused as refusal:
                 if n == 1:
                     raise

@@ -8,6 +8,7 @@ from typing import Annotated, Any, Literal
 
 from motet.messages.message import ApiMessage, Limit
 from motet.states import State
+from motet.words import count
 
 Priority = Literal["interactive", "normal", "bulk"]
 
@@ -416,8 +417,3 @@ class Plan(ApiMessage):
         if self.truncated_rows:
             lines.append(f"  ~{self.truncated_rows:,} rows are longer than a model reads")
         return "\n".join(lines)
-
-
-def count(number: int, noun: str, nouns: str = "") -> str:
-    """A number with its noun: ``1 pass``, ``4 tasks``."""
-    return f"{number:,} {noun if number == 1 else nouns or noun + 's'}"

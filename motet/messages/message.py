@@ -31,7 +31,7 @@ class ApiMessage:
         """Read it from an answer. Fields of a newer server are passed over; those that an older one does not know, and
         nulls where null means nothing, have their default. Raises KeyError for a missing field that has none."""
         values = {}
-        for f in _plan(cls):
+        for f in _codecs(cls):
             if (value := record.get(f.key)) is not None:
                 values[f.name] = f.read(value) if f.read else value
             elif f.needed or (f.nullable and f.key in record):
@@ -54,7 +54,7 @@ class ApiMessage:
         """As a JSON object; ``sparse``: without the fields that are None."""
         return {
             f.key: value if f.write is None or value is None else f.write(value)
-            for f in _plan(type(self))
+            for f in _codecs(type(self))
             if (value := getattr(self, f.name)) is not None or not sparse
         }
 
@@ -176,12 +176,12 @@ def expected(kind: Any) -> str:
 def misfits(message: type[ApiMessage], body: Mapping[str, Any]) -> list[str]:
     """The fields of a JSON object, by name, that are missing or do not fit the message."""
     return [
-        f.key for f in _plan(message) if (f.needed or f.key in body) and not fits(body.get(f.key), f.kind)
+        f.key for f in _codecs(message) if (f.needed or f.key in body) and not fits(body.get(f.key), f.kind)
     ]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class FieldPlan:
+class FieldCodec:
     """How one field of a message is read, written and checked; made once for each class."""
 
     name: str
@@ -196,10 +196,10 @@ class FieldPlan:
     write: Callable[[Any], Any] | None
 
 
-def _planned(message: type[ApiMessage]) -> tuple[FieldPlan, ...]:
+def _made_codecs(message: type[ApiMessage]) -> tuple[FieldCodec, ...]:
     full, bare = (get_type_hints(message, include_extras=extras) for extras in (True, False))
     return tuple(
-        FieldPlan(
+        FieldCodec(
             name=f.name,
             key=json_name(f.name),
             kind=full[f.name],
@@ -214,7 +214,7 @@ def _planned(message: type[ApiMessage]) -> tuple[FieldPlan, ...]:
 
 def expectations(message: type[ApiMessage]) -> Mapping[str, str]:
     """Each field's name in JSON -> what may stand there, in words."""
-    return {f.key: expected(f.kind) for f in _plan(message)}
+    return {f.key: expected(f.kind) for f in _codecs(message)}
 
 
 def _reader(kind: Any) -> Callable[[Any], Any] | None:
@@ -250,4 +250,4 @@ def _writer(kind: Any) -> Callable[[Any], Any] | None:
             return str if isinstance(origin, type) and issubclass(origin, StrEnum) else None
 
 
-_plan: Callable[[Any], tuple[FieldPlan, ...]] = cache(_planned)
+_codecs: Callable[[Any], tuple[FieldCodec, ...]] = cache(_made_codecs)

@@ -8,7 +8,7 @@ from contextlib import contextmanager
 
 
 @contextmanager
-def for_good() -> Iterator[None]:
+def importing_for_good() -> Iterator[None]:
     """Import without looking for garbage: there is hardly any, and the search takes a fifth of the time.
 
     Whatever exists at the end is never searched again, not even when the process ends. So that belongs at the

@@ -93,6 +93,8 @@ _SHA256 = r"[0-9a-f]{64}"
 SUFFIXES = (".safetensors", ".json", ".txt", ".model", ".jinja")
 #: What an artefact is made of.
 ARTEFACT_SUFFIXES = (".json", ".safetensors", ".parquet")
+#: What either may hold: nothing that runs when it is read.
+FILE_SUFFIXES = tuple(dict.fromkeys(SUFFIXES + ARTEFACT_SUFFIXES))
 #: Bytes in memory of a byte of such a file, about: numbers and texts of JSON become objects, Parquet is compressed.
 _ARTEFACT_WIDTHS: Mapping[str, int] = {".json": 4, ".safetensors": 1, ".parquet": 3}
 #: An artefact's ``engine``, which is none: the function that reads it runs it.
@@ -105,14 +107,20 @@ _Path = Annotated[
     Limit(
         "",
         pattern=r"(?:(?!\.+/)[A-Za-z0-9_.-]{1,100}/){0,4}(?=[^/]{1,100}\Z)[A-Za-z0-9_.-]+"
-        rf"(?:{'|'.join(map(re.escape, dict.fromkeys(SUFFIXES + ARTEFACT_SUFFIXES)))})",
+        rf"(?:{'|'.join(map(re.escape, FILE_SUFFIXES))})",
     ),
 ]
 _Count = Annotated[int, Limit("a whole number", least=0, most=2**53 - 1)]
 
 
+class _Remembers:
+    """Has room for a digest that was computed once: it is asked for at each step of a worker, and takes a hash of JSON."""
+
+    __slots__ = ("_digest",)
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Manifest(ApiMessage):
+class Manifest(_Remembers, ApiMessage):
     """One model of one version. ``engine`` names an entry point of the group ``motet.engines``."""
 
     #: Name of the model.
@@ -212,6 +220,13 @@ class Manifest(ApiMessage):
     @property
     def digest(self) -> str:
         """Sha256 of all that decides the answers: files, engine, labels, thresholds, pooling, trunk."""
+        known: str | None = getattr(self, "_digest", None)
+        if known is None:
+            known = self._computed_digest()
+            object.__setattr__(self, "_digest", known)
+        return known
+
+    def _computed_digest(self) -> str:
         decisive: dict[str, Any] = {
             "engine": self.engine,
             "answers": self.answers,

@@ -96,7 +96,7 @@ def add(
 ) -> None:
     """A span that began at ``start`` and ends at ``end``, or now. Floats are Unix seconds."""
     if _sender is not None:
-        _tell(job, name, _ns(start), time.time_ns() if end is None else _ns(end), attributes)
+        _record(job, name, _ns(start), time.time_ns() if end is None else _ns(end), attributes)
 
 
 def together() -> AbstractContextManager[None]:
@@ -117,7 +117,7 @@ def _timed(job: UUID | str, name: str, attributes: Mapping[str, Attribute]) -> I
         error = type(raised).__name__
         raise
     finally:
-        _tell(job, name, start_ns, time.time_ns(), attributes, error)
+        _record(job, name, start_ns, time.time_ns(), attributes, error)
 
 
 @contextmanager
@@ -130,10 +130,10 @@ def _hold() -> Iterator[None]:
     finally:
         _held.spans = before
     for one in spans:
-        _tell(one.job, one.name, one.start_ns, one.end_ns, one.attributes, one.error)
+        _record(one.job, one.name, one.start_ns, one.end_ns, one.attributes, one.error)
 
 
-def _tell(
+def _record(
     job: UUID | str,
     name: str,
     start_ns: int,

@@ -78,6 +78,12 @@ class Doubled(dict[str, Any]):
         self.doubled = frozenset(key for key, n in Counter(key for key, _ in pairs).items() if n > 1)
 
 
+def json_object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """What a reader of JSON makes of the pairs of an object."""
+    whole = dict(pairs)
+    return whole if len(whole) == len(pairs) else Doubled(pairs)
+
+
 def text_flaw(text: str) -> str | None:
     """What keeps a text from being stored, in words, or None."""
     if "\0" in text:

@@ -10,6 +10,7 @@ import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
+from operator import attrgetter, itemgetter
 from typing import Any, Literal
 
 import msgpack
@@ -25,6 +26,11 @@ from motet.protocol.values import Value, plain_text
 PROTOCOL = 3
 #: The header in which a worker names the lease that it works under: ``<subtask>.<attempt>.<nonce>``.
 LEASE_HEADER = "Motet-Lease"
+
+
+def marks_between(marks: Mapping[int, tuple[str, str]], lo: int, hi: int) -> dict[int, tuple[str, str]]:
+    """Those of the rows from ``lo`` on and before ``hi``, counted from ``lo``."""
+    return {offset - lo: why for offset, why in marks.items() if lo <= offset < hi}
 
 
 def by_reason(marks: Mapping[int, tuple[str, str]]) -> list[list[Any]]:
@@ -113,6 +119,11 @@ class Assignment:
     def key(self) -> tuple[int, int]:
         return (self.subtask, self.attempt)
 
+    @property
+    def lease(self) -> str:
+        """What LEASE_HEADER says of it."""
+        return f"{self.subtask}.{self.attempt}.{self.nonce}"
+
     def encode(self) -> bytes:
         # One map, packed in two halves: the one that is alike in all sub-tasks of a pass is packed once.
         own = packed_plain(
@@ -139,8 +150,9 @@ class Assignment:
     def decode(cls, raw: bytes) -> Assignment:
         """Raises BadMessage."""
         wire = unwrap(raw)
-        with _believing():
+        with _as_bad_message():
             _same_version(wire)
+            model, tasks = _ordered(wire["model"], wire["tasks"])
             return cls(
                 subtask=int(wire["subtask"]),
                 attempt=int(wire["attempt"]),
@@ -148,13 +160,10 @@ class Assignment:
                 job=str(wire["job"]),
                 tenant=str(wire["tenant"]),
                 pass_kind=str(wire["pass_kind"]),
-                model=Manifest.from_json(wire["model"]),
+                model=model,
                 numerics=wire["numerics"],
                 max_tokens=int(wire["max_tokens"]),
-                tasks=tuple(
-                    TaskOrder(name=t["name"], spec=t["spec"], manifest=Manifest.from_json(t["manifest"]))
-                    for t in wire["tasks"]
-                ),
+                tasks=tasks,
                 texts=tuple(map(plain_text, wire["values"])) if wire.get("values") else tuple(wire["texts"]),
                 values=tuple(wire.get("values", ())),
                 fields={str(name): tuple(texts) for name, texts in wire.get("fields", {}).items()},
@@ -165,6 +174,31 @@ class Assignment:
                 predicted_s=float(wire.get("predicted_s", 0.0)),
                 measured=bool(wire.get("measured", False)),
             )
+
+
+#: Models and tasks that were read lately, by their names: of the next sub-task of their pass they are the same objects.
+_ORDERS_READ = 64
+_read: dict[tuple[str, ...], tuple[Any, Any, Manifest, tuple[TaskOrder, ...]]] = {}
+
+
+def _ordered(model: Any, tasks: Any) -> tuple[Manifest, tuple[TaskOrder, ...]]:
+    """What a sub-task runs, of its wire form."""
+    names = (str(model["name"]), *(str(t["name"]) for t in tasks))
+    known = _read.get(names)
+    if known is not None and known[0] == model and known[1] == tasks:
+        return known[2:]
+    if len(_read) >= _ORDERS_READ:
+        _read.clear()
+    *_, read, ordered = _read[names] = (
+        model,
+        tasks,
+        Manifest.from_json(model),
+        tuple(
+            TaskOrder(name=t["name"], spec=t["spec"], manifest=Manifest.from_json(t["manifest"]))
+            for t in tasks
+        ),
+    )
+    return read, ordered
 
 
 #: What is alike in all sub-tasks of a pass, packed, with that which it was made of: by the identity of its parts, since
@@ -322,7 +356,7 @@ class Outcome:
     def decode(cls, raw: bytes) -> Outcome:
         """Raises BadMessage."""
         wire = unwrap(raw)
-        with _believing():
+        with _as_bad_message():
             _same_version(wire)
             if wire["verdict"] not in ("done", "failed"):
                 raise ValueError(f"verdict {wire['verdict']!r}")
@@ -365,17 +399,20 @@ class Said:
     begins: int
     text: str
 
-    def encode(self) -> bytes:
-        return wrap([PROTOCOL, self.job, self.row, self.task, *self.attempt, self.begins, self.text])
 
-    @classmethod
-    def decode(cls, raw: bytes) -> Said:
-        """Raises BadMessage."""
-        wire = unwrap(raw)
-        with _believing():
-            _, job, row, task, subtask, attempt, begins, text = wire
-            _same_version({"v": wire[0]})
-            return cls(
+def encode_said(words: Iterable[Said]) -> bytes:
+    """What is said at one moment to one process of the API."""
+    return wrap([PROTOCOL, [[s.job, s.row, s.task, *s.attempt, s.begins, s.text] for s in words]])
+
+
+def decode_said(raw: bytes) -> list[Said]:
+    """Raises BadMessage."""
+    wire = unwrap(raw)
+    with _as_bad_message():
+        version, words = wire
+        _same_version({"v": version})
+        return [
+            Said(
                 job=str(job),
                 row=_count(row, most=1 << 63),
                 task=str(task),
@@ -383,6 +420,8 @@ class Said:
                 begins=_count(begins),
                 text=str(text),
             )
+            for job, row, task, subtask, attempt, begins, text in words
+        ]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -395,12 +434,7 @@ class Beat:
     worker: str
     #: Random per process start.
     boot: str
-    seq: int
     protocol: int = PROTOCOL
-    #: Of the installed package, for people.
-    version: str = ""
-    host: str = ""
-    pid: int = 0
     #: ``starting`` says that the process before it is gone; it takes no work yet.
     state: Literal["starting", "ready", "draining"] = "ready"
     #: ``cuda`` or ``cpu``; the name people know, such as "NVIDIA H200".
@@ -408,25 +442,33 @@ class Beat:
     device_name: str = ""
     #: Of a group of GPUs the memory of all of them.
     memory_mb: int = 0
-    memory_used_mb: int = 0
     #: GPUs of the group; 1 of a single device. An engine uses the first one alone, unless it is among ``spreads``.
     gpus: int = 1
     #: Engines that lay a model out over all GPUs of the group, an equal part on each.
     spreads: tuple[str, ...] = ()
-    #: Busy share of the device in the last second, 0 to 1.
-    utilisation: float = 0.0
     #: Formats this device is fast at, beside fp32.
     formats: tuple[str, ...] = ()
     #: Entry points of ``motet.engines`` that are installed here.
     engines: tuple[str, ...] = ()
     #: Digests of the models in memory now.
     resident: tuple[str, ...] = ()
-    #: Seconds of predicted work held here and not yet done.
-    backlog_s: float = 0.0
     #: Attempts held: taken from the queue, outcome not yet on the stream.
     held: tuple[tuple[int, int], ...] = ()
     #: Attempts that came here and cannot run, since their payload is missing or unreadable; said for 30 s.
     left: tuple[tuple[int, int], ...] = ()
+
+    # The rest is `FOR_PEOPLE`, but that another number is a sign of life. It is written last: what is before it is mostly
+    # what it was.
+    seq: int
+    #: Of the installed package.
+    version: str = ""
+    host: str = ""
+    pid: int = 0
+    memory_used_mb: int = 0
+    #: Busy share of the device in the last second, 0 to 1.
+    utilisation: float = 0.0
+    #: Seconds of predicted work held here and not yet done.
+    backlog_s: float = 0.0
     #: Rows done since boot.
     rows_done: int = 0
 
@@ -436,11 +478,30 @@ class Beat:
         )
 
     @classmethod
-    def decode(cls, raw: bytes) -> Beat:
-        """Raises BadMessage. Fields of a newer minor are passed over, those that an older one lacks are their defaults."""
-        with _believing():
-            wire = msgpack.unpackb(raw)
-            return cls(**{name: _BEAT_FIELDS[name](wire[name]) for name in cls.__slots__ if name in wire})
+    def decode(cls, raw: bytes, before: Beat | None = None) -> Beat:
+        """Raises BadMessage. Fields of a newer minor are passed over, those that an older one lacks are their defaults.
+
+        ``before``: an earlier beat of the worker, which is returned itself where this one is new in nothing but what is
+        `FOR_PEOPLE`. Where attempts alone are new too, what is for people is that of before as well.
+        """
+        with _as_bad_message():
+            wire = msgpack.unpackb(raw, use_list=False)
+            if before is None or not wire.keys() >= _ACTED_ON or _is_in(wire) != _is(before):
+                return cls(**{name: _BEAT_FIELDS[name](wire[name]) for name in cls.__slots__ if name in wire})
+            held, left = wire["held"], wire["left"]
+            if (held, left) == (before.held, before.left):
+                return before
+            return before._holding(_keys(held), _keys(left))
+
+    def _holding(self, held: tuple[tuple[int, int], ...], left: tuple[tuple[int, int], ...]) -> Beat:
+        """The same with other attempts: of ten thousand workers thousands say so in a second, and `replace` takes twice as
+        long."""
+        beat = object.__new__(Beat)
+        for name in Beat.__slots__:
+            object.__setattr__(beat, name, getattr(self, name))
+        object.__setattr__(beat, "held", held)
+        object.__setattr__(beat, "left", left)
+        return beat
 
 
 def _words(value: Any) -> tuple[str, ...]:
@@ -492,6 +553,15 @@ _BEAT_FIELDS: Mapping[str, Callable[[Any], Any]] = {
 }
 
 
+#: Fields of a beat by which the leader decides nothing. They are new in every beat of a worker that works.
+FOR_PEOPLE = Beat.__slots__[Beat.__slots__.index("seq") :]
+_ACTED_ON = dict.fromkeys(Beat.__slots__[: -len(FOR_PEOPLE)]).keys()
+#: The values of all other fields.
+acted_on = attrgetter(*_ACTED_ON)
+_IS = [name for name in _ACTED_ON if name not in ("held", "left")]
+_is, _is_in = attrgetter(*_IS), itemgetter(*_IS)
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Control:
     """What the leader tells a worker, read at each beat. Only the newest counts."""
@@ -509,7 +579,7 @@ class Control:
     @classmethod
     def decode(cls, raw: bytes) -> Control:
         """Raises BadMessage."""
-        with _believing():
+        with _as_bad_message():
             wire = msgpack.unpackb(raw)
             return cls(
                 epoch=int(wire["epoch"]),
@@ -533,7 +603,7 @@ class Running:
     @classmethod
     def decode(cls, raw: bytes) -> Running:
         """Raises BadMessage."""
-        with _believing():
+        with _as_bad_message():
             wire = msgpack.unpackb(raw)
             return cls(
                 boot=str(wire["boot"]),
@@ -542,7 +612,7 @@ class Running:
 
 
 @contextmanager
-def _believing() -> Iterator[None]:
+def _as_bad_message() -> Iterator[None]:
     """Turn whatever a malformed message provokes into BadMessage."""
     try:
         yield

@@ -11,10 +11,10 @@ from dataclasses import KW_ONLY, dataclass
 from typing import Any
 
 from motet.errors import InvalidJob, Problem
-from motet.inputs import number_in
+from motet.head_inputs import number_in
 from motet.options import MOST_NUMBERS, MOST_TEXTS, is_template
 from motet.protocol.values import NoValue, clean, plain_text
-from motet.rows import MAX_PROBLEMS, records
+from motet.rows import MAX_PROBLEMS, whole_rows
 from motet.sources import Source
 from motet.tasks import Number, short
 from motet.templates import filled, is_placeholder, part_of, placeholders, resolved
@@ -24,6 +24,8 @@ from motet.training.recipe import Numbers, Target
 TEST_SHARE = 0.15
 #: Fewer rows teach nothing that could be measured.
 _LEAST_ROWS = 20
+#: Different labels of a task, as many as a model may have; and the size of a number, which a recipe holds in 32 bits.
+_MOST_LABELS, _MOST_NUMBER = 32_000, 3.4e38
 
 
 @dataclass(frozen=True, slots=True)
@@ -158,7 +160,7 @@ class _Reading:
 
     def read(self, part: str, source: Source) -> None:
         has: set[str] = set()
-        for index, (row, _) in enumerate(records(source)):
+        for index, (row, _) in enumerate(whole_rows(source)):
             if len(self.problems) >= MAX_PROBLEMS:
                 return
             if not isinstance(row, Mapping):
@@ -238,13 +240,11 @@ class _Reading:
             return self._wrong(part, field, got, "a finite number, or null where it is not known", index)
         if isinstance(learned, Number):
             try:
-                return (
-                    float(value)
-                    if not isinstance(value, bool)
-                    else self._no_number(part, field, value, index)
-                )
+                number = math.nan if isinstance(value, bool) else float(value)
             except (TypeError, ValueError, OverflowError):
-                return self._no_number(part, field, value, index)
+                number = math.nan
+            # NaN also of text: a table holds "nan" where a number is not known.
+            return number if abs(number) <= _MOST_NUMBER else self._no_number(part, field, value, index)
         if not learned.multi:
             return self._label(part, field, value, index)
         if isinstance(value, str):
@@ -290,6 +290,13 @@ class _Reading:
                 name, learned, got, "at least two different labels" if not learned.multi else "labels"
             )
             labels = labels or ["none"]
+        if len(labels) > _MOST_LABELS:
+            got, most = f"{len(labels):,} different labels", f"at most {_MOST_LABELS:,}"
+            told = Problem(
+                f"train.{learned.field}", got, most, "name the field that holds labels, not texts or ids"
+            )
+            self.problems.append(told)
+            return Target.multi(name, [], [])
         known = set(labels)
         for place, given in enumerate(said[train_rows:], train_rows):
             for label in given:

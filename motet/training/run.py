@@ -17,8 +17,8 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 from motet.errors import JobFailed, SetupError, Unauthorized
+from motet.head_inputs import as_trained
 from motet.http import Address, Http
-from motet.inputs import as_trained
 from motet.job import Job
 from motet.messages.training import FitList
 from motet.protocol.manifest import Manifest

@@ -10,6 +10,7 @@ from uuid import UUID
 
 from motet.errors import InvalidJob, NotFound, Problem
 from motet.job import Job
+from motet.messages.message import expectations, misfits
 from motet.protocol.manifest import Manifest, trainer_name
 from motet.rows import MAX_ROW_BYTES
 from motet.sources import Source
@@ -61,6 +62,8 @@ class Training:
 def start(client: Submits, asked: Training) -> TrainRun:
     """Read, embed, and let learn. Raises what ``Client.train`` raises."""
     base, trainer = _models(client, asked)
+    version = asked.version or _next_version(client, asked.name)
+    _check_names(asked, version)
     pictures = base.reads != "text"
     image = asked.image or _PICTURE if pictures else None
     lesson = read_lesson(
@@ -72,7 +75,7 @@ def start(client: Submits, asked: Training) -> TrainRun:
         image=image,
         seed=asked.seed,
     )
-    recipe = _recipe(asked, base, lesson, asked.version or _next_version(client, asked.name))
+    recipe = _recipe(asked, base, lesson, version)
     rows: Sequence[Any] = [{_PICTURE: one} for one in lesson.inputs] if pictures else lesson.inputs
     embed = Embed(base.ref, normalize=False)
     embedded = client.submit(
@@ -150,6 +153,19 @@ def _models(client: Submits, asked: Training) -> tuple[Manifest, Manifest]:
     if wrong:
         raise InvalidJob(wrong)
     return base, trainer
+
+
+def _check_names(asked: Training, version: str) -> None:
+    """Raises InvalidJob for names under which the models could not be registered once they are learned."""
+    wanted = expectations(Manifest)
+    problems: dict[tuple[str, str], Problem] = {}
+    for task in asked.tasks:
+        told = {"name": f"{asked.name}.{task}", "version": version, "licence": asked.licence}
+        for option in told.keys() & misfits(Manifest, told):
+            got = short(told[option])
+            problems[option, got] = Problem(option, got, wanted[option], "name it otherwise")
+    if problems:
+        raise InvalidJob([*problems.values()])
 
 
 def _next_version(client: Submits, name: str) -> str:

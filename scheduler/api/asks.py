@@ -150,6 +150,10 @@ async def _asked(request: Request, use: Resources, caller: Identity, job: str) -
         frames = _FRAMES in accepted
         if asked.keys is None:
             return _reply(feed, [await _answer(use, feed, incoming, asked.key, asked)], frames=frames)
+        if asked.key is not None:
+            raise InvalidJob(
+                Problem("key", "a key beside keys", "one of the two", "leave key out: each row has its own")
+            )
         if len(asked.keys) != len(asked.rows):
             raise InvalidJob(
                 Problem(

@@ -14,6 +14,7 @@ import secrets
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Annotated, get_args
 from uuid import UUID
 
@@ -179,7 +180,7 @@ _REFUSED = (
 )
 
 
-def authenticate(
+async def authenticate(
     request: Request,
     use: Use,
     credentials: Annotated[HTTPAuthorizationCredentials | None, Security(_BEARER)] = None,
@@ -191,26 +192,52 @@ def authenticate(
     Why a token is not good is never told: it would help to guess.
     """
     path = getattr(request.scope.get("route"), "path", "")
-    return _allowed(request, use, credentials, path, ALLOWED.get((request.method, path), frozenset()), 1.0)
+    scopes = ALLOWED.get((request.method, path), frozenset())
+    if scopes is _OPEN:
+        return None
+    return await _proved(request, use, credentials, path, scopes, 1.0)
 
 
-def _allowed(
+async def _proved(
     request: Request,
     use: Resources,
     credentials: HTTPAuthorizationCredentials | None,
     path: str,
     scopes: frozenset[str],
     cost: float,
-) -> Identity | None:
-    """``authenticate`` for a route that these scopes may use. ``cost``: what it takes of a token's requests."""
-    if scopes is _OPEN:
-        return None
+) -> Identity:
+    """Who asks, on a route that these scopes may use: Postgres is asked in a thread, once for all requests that come with
+    one token meanwhile, and seldom, for a hand-over costs more than all the rest of it."""
+    shown = _shown(request, credentials)
+    known = use.known_tokens.get(shown.id)
+    if known is not None and _fresh(known, time.monotonic()):
+        return _allowed(request, use, path, scopes, cost, shown, known[0])
+    look = partial(_find, use, path, shown.id)
+    # The figures go on where another look ends without Postgres.
+    stored = await (run_in_threadpool(look) if path == FIGURES else use.token_looks.at(shown.id, look))
+    return _allowed(request, use, path, scopes, cost, shown, stored)
+
+
+def _shown(request: Request, credentials: HTTPAuthorizationCredentials | None) -> NewToken:
+    """The token that a request shows. Raises Unauthorized where it shows none."""
     shown = split_token(credentials.credentials) if credentials else None
     if credentials is None and is_page(request):
         shown = basic_token(request.headers.get("Authorization", ""))
     if shown is None:
         raise Unauthorized(_REFUSED)
-    stored = _find(use, path, shown.id)
+    return shown
+
+
+def _allowed(
+    request: Request,
+    use: Resources,
+    path: str,
+    scopes: frozenset[str],
+    cost: float,
+    shown: NewToken,
+    stored: StoredToken | None,
+) -> Identity:
+    """Who asks, on a route that these scopes may use. ``cost``: what it takes of a token's requests."""
     proved = hmac.compare_digest(shown.digest, stored.secret_sha256 if stored else _NOBODY)
     if stored is None or not proved or stored.revoked or stored.expired:
         raise Unauthorized(_REFUSED)
@@ -248,7 +275,7 @@ def _fresh(known: tuple[StoredToken, float], now: float) -> bool:
 async def authenticated(
     request: Request, use: Resources, scopes: frozenset[str] | None = None, cost: float = 1.0
 ) -> Identity:
-    """`authenticate` of a route that FastAPI does not call: in a thread only where Postgres must be asked.
+    """`authenticate` of a route that FastAPI does not call, and that is open to nobody.
 
     ``scopes``: of a route that stands in a table of its own (scheduler/api/openai/app.py).
     """
@@ -261,11 +288,7 @@ async def authenticated(
         if scheme.lower() == "bearer"
         else None
     )
-    shown = split_token(credentials.credentials) if credentials else None
-    known = use.known_tokens.get(shown.id) if shown else None
-    if shown is None or (known is not None and _fresh(known, time.monotonic())):
-        return _identity(_allowed(request, use, credentials, path, scopes, cost))
-    return _identity(await run_in_threadpool(_allowed, request, use, credentials, path, scopes, cost))
+    return await _proved(request, use, credentials, path, scopes, cost)
 
 
 def is_page(request: Request) -> bool:
@@ -273,7 +296,8 @@ def is_page(request: Request) -> bool:
     return (request.method, getattr(request.scope.get("route"), "path", "")) in PAGES
 
 
-def _identity(identity: Annotated[Identity | None, Depends(authenticate)]) -> Identity:
+# Not a thread's work either: FastAPI would hand over to one.
+async def _identity(identity: Annotated[Identity | None, Depends(authenticate)]) -> Identity:
     if identity is None:
         raise Unauthorized(_REFUSED)
     return identity

@@ -11,7 +11,8 @@ from typing import Any
 
 from motet.pages import COLOURS
 from motet.progress import instant
-from scheduler.api.words import compact, count, duration, number
+from motet.words import count
+from scheduler.api.words import compact, duration, number
 
 #: Bars of one device that lie above each other: it rarely has more than three sub-tasks at a time.
 _ROWS = 4

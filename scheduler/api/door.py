@@ -9,12 +9,11 @@ from collections.abc import Callable
 from contextlib import suppress
 from threading import Lock
 
-from starlette.concurrency import run_in_threadpool
-
 from motet.errors import Overloaded
 from motet.messages.cluster import Reason
 from motet.protocol.settings import Settings
 from motet.protocol.transport import Lag, SchedulerTransport, TransportLost
+from scheduler.api.looks import Looks
 from scheduler.policy.pressure import OUTCOMES, PressureFacts, overloads
 from scheduler.store.database import Database, StoreUnavailable
 from scheduler.store.pressure import data_folder, unfinished_rows
@@ -39,6 +38,8 @@ class Door:
     ) -> None:
         self._database, self._transport, self._settings, self._clock = database, transport, settings, clock
         self._looking = Lock()
+        #: Those that asks wait for.
+        self._looks = Looks[None, PressureFacts]()
         self._facts: PressureFacts | None = None
         self._look_again_at = 0.0
         self._refused_for: list[Reason] = []
@@ -52,9 +53,10 @@ class Door:
 
         While Postgres is away nothing is refused here: the landing waits for it as long as the caller does.
         """
-        if self._facts is None or self._clock() >= self._look_again_at:
+        known, looks = self._facts, self._looks
+        if known is None or (self._clock() >= self._look_again_at and not looks.under_way(None)):
             with suppress(StoreUnavailable):
-                await run_in_threadpool(self.look)
+                await looks.at(None, self.look)
         if self._facts is not None:
             _judge(self._facts, interactive=interactive)
 

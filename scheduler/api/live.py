@@ -23,6 +23,7 @@ from motet.protocol.wire import Said
 from motet.states import ENDED
 from scheduler.api.ask_meter import AskMeter
 from scheduler.api.bell import Bell
+from scheduler.api.looks import Looks
 from scheduler.api.refusals import Unavailable
 from scheduler.api.streaming import AskDelta, AskLanded, AskReset, Ears, ReadAlong
 from scheduler.blocks import IncomingPart
@@ -500,6 +501,8 @@ class Feeds:
         self._database, self._bell, self._count_workers = database, bell, count_workers
         self._ears = ears or Ears("")
         self._feeds: dict[tuple[UUID, UUID], LiveFeed] = {}
+        #: Jobs that are read now.
+        self._looks = Looks[tuple[UUID, UUID], tuple[LoadingJob, Sequence[ShownTask]]]()
         self.meter = AskMeter(database, self.waiting)
         # One lands while another reads; more would only wait for the job's lock.
         self._threads = ThreadPoolExecutor(2, "asks")
@@ -511,11 +514,11 @@ class Feeds:
         """The tenant's job. Raises NotFound, StoreUnavailable."""
         found = self._feeds.get((tenant, job))
         if found is None:
-            facts, tasks = await asyncio.get_running_loop().run_in_executor(
-                self._threads, partial(self._facts, tenant, job)
-            )
-            found = self._feeds.setdefault((tenant, job), self._new(facts, tasks))
-            self._forget_idle()
+            facts, tasks = await self._looks.at((tenant, job), partial(self._facts, tenant, job))
+            found = self._feeds.get((tenant, job))
+            if found is None:
+                found = self._feeds[tenant, job] = self._new(facts, tasks)
+                self._forget_idle()
         self._count()
         return found
 

@@ -14,6 +14,7 @@ from markupsafe import Markup
 
 from motet.pages import environment, read, style
 from motet.states import ENDED
+from motet.words import count
 from scheduler.api import charts, words
 
 #: Renews the page of a running job.
@@ -31,7 +32,7 @@ _TEMPLATES.filters.update(
 _TEMPLATES.globals.update(
     ENDED=ENDED,
     script=Markup(SCRIPT),
-    count=words.count,
+    count=count,
     boxes=charts.boxes,
     colour=charts.colour,
 )
@@ -53,6 +54,8 @@ POLICY = "; ".join(
         f"style-src {_digest(style())}",
         f"script-src {_digest(SCRIPT)}",
         "connect-src 'self'",
+        # Pictures in small stand in the page itself, like all else.
+        "img-src data:",
         "base-uri 'none'",
         "form-action 'none'",
         "frame-ancestors 'none'",

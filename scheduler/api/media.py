@@ -17,7 +17,7 @@ from fastapi import Header, Path, Request, Response
 from starlette.concurrency import run_in_threadpool
 
 from motet.errors import InvalidJob, NotFound, Problem
-from motet.media.medium import MAX_MEDIUM_BYTES, SHA256, Medium
+from motet.media.medium import MAX_MEDIUM_BYTES, SHA256, THUMB_BYTES, THUMB_SIDE, Medium, measured
 from motet.messages.media import MAX_DIGESTS, MediaQuery, MediaStored, MediumRecord, MissingMedia
 from motet.protocol.envelope import unwrap, wrap
 from motet.protocol.wire import LEASE_HEADER
@@ -94,7 +94,7 @@ async def put_medium(
                 raise InvalidJob(
                     Problem("body", "bytes of another digest", "those of the address", "send it again")
                 )
-            [stored] = await run_in_threadpool(_stored, use, caller.tenant, [raw], idempotency_key)
+            [stored] = await run_in_threadpool(_stored, use, caller.tenant, [raw], [None], idempotency_key)
             return stored
     except TooLarge:
         raise TooLarge("body", MAX_MEDIUM_BYTES, "make the picture smaller") from None
@@ -104,7 +104,10 @@ async def put_medium(
     "/v1/media",
     summary="Send several pictures at once",
     status_code=201,
-    openapi_extra=takes_bytes('Msgpack of `{"media": [bytes, …]}`, 32 MB in all.', msgpack="binary"),
+    openapi_extra=takes_bytes(
+        'Msgpack of `{"media": [bytes, …], "thumbs": [a small JPEG or nil, …]}`, 32 MB in all.',
+        msgpack="binary",
+    ),
 )
 async def post_media(
     request: Request, use: Use, caller: Caller, idempotency_key: UploadKey = None
@@ -119,7 +122,7 @@ def _unpacked(use: Resources, tenant: UUID, raw: bytes, key: str | None) -> list
     told = unpacked(raw)
     media = told.get("media") if isinstance(told, dict) else None
     good = isinstance(media, list) and all(isinstance(one, bytes) for one in media)
-    if not good or not 0 < len(media or ()) <= MAX_DIGESTS:
+    if media is None or not good or not 0 < len(media) <= MAX_DIGESTS:
         raise InvalidJob(
             Problem(
                 "media",
@@ -128,10 +131,33 @@ def _unpacked(use: Resources, tenant: UUID, raw: bytes, key: str | None) -> list
                 'send msgpack of {"media": [bytes, …]}',
             )
         )
-    return _stored(use, tenant, media or [], key)
+    thumbs = told.get("thumbs")
+    if thumbs is None:
+        thumbs = [None] * len(media)
+    elif not isinstance(thumbs, list) or len(thumbs) != len(media) or not all(map(_is_thumb, thumbs)):
+        raise InvalidJob(
+            Problem(
+                "thumbs",
+                "another form",
+                f"for each picture a JPEG of at most {THUMB_SIDE} pixels a side and {THUMB_BYTES:,} bytes, or nil",
+                "leave it out, or make them smaller",
+            )
+        )
+    return _stored(use, tenant, media, thumbs, key)
 
 
-def _stored(use: Resources, tenant: UUID, media: Sequence[bytes], key: str | None) -> list[MediumRecord]:
+def _is_thumb(value: object) -> bool:
+    if value is None:
+        return True
+    if not isinstance(value, bytes) or len(value) > THUMB_BYTES:
+        return False
+    kind, size = measured(value)
+    return kind == "image/jpeg" and size is not None and max(size) <= THUMB_SIDE
+
+
+def _stored(
+    use: Resources, tenant: UUID, media: Sequence[bytes], thumbs: Sequence[bytes | None], key: str | None
+) -> list[MediumRecord]:
     """Store these. Raises InvalidJob for one that is empty, TooLarge, Overloaded beyond the tenant's quota."""
     for data in media:
         if not data:
@@ -153,8 +179,9 @@ def _stored(use: Resources, tenant: UUID, media: Sequence[bytes], key: str | Non
                     width=one.width,
                     height=one.height,
                     payload=envelope,
+                    thumb=thumb,
                 )
-                for one, envelope in zip(found, envelopes, strict=True)
+                for one, envelope, thumb in zip(found, envelopes, thumbs, strict=True)
             ],
             use.settings.max_media_mb * 1_000_000,
             None if key is None else upload_digest(secret, key),

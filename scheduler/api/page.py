@@ -10,9 +10,10 @@ from urllib.parse import urlencode
 
 from motet.progress import instant
 from motet.states import ENDED, GROWING, REACHED, State
+from motet.words import count
 from scheduler.api.charts import curve, lanes, minutes
 from scheduler.api.markup import render
-from scheduler.api.words import compact, count, duration, moment, number, percent
+from scheduler.api.words import compact, duration, moment, number, percent
 
 PageFacts = Mapping[str, Any]
 #: (what it is called, what it is, a remark).

@@ -23,6 +23,7 @@ from scheduler.api.bell import Bell
 from scheduler.api.blob_folder import BlobFolder
 from scheduler.api.door import Door
 from scheduler.api.live import Feeds, ReadyWorkers
+from scheduler.api.looks import Looks
 from scheduler.api.openai.counted_lines import CountedLines
 from scheduler.api.streaming import Ears
 from scheduler.api.token_counts import TokenCounter
@@ -79,6 +80,8 @@ class Resources:
     loading: Recent[tuple[UUID, UUID], LoadingJob] = field(default_factory=lambda: Recent(1024))
     #: Tokens that were shown lately, and when they were read.
     known_tokens: Recent[str, tuple[StoredToken, float]] = field(default_factory=lambda: Recent(1024))
+    #: Tokens that are looked up now, by id.
+    token_looks: Looks[str, StoredToken | None] = field(default_factory=Looks)
     manifests: Manifests = field(default_factory=Manifests)
     #: Open jobs that are asked here.
     feeds: Feeds = field(init=False)
@@ -146,8 +149,8 @@ class Resources:
             self.transport.close()
 
 
-def resources(request: Request) -> Resources:
-    """The process' resources, as a dependency."""
+async def resources(request: Request) -> Resources:
+    """The process' resources, as a dependency; a coroutine, since FastAPI hands plain functions over to a thread."""
     return cast(Resources, request.app.state.resources)
 
 

@@ -29,6 +29,7 @@ from motet.protocol.values import (
     text_flaw,
 )
 from motet.tasks import short
+from motet.words import visible
 from scheduler.api.dialogues import EXPECTED, NoDialogue, dialogue_text
 from scheduler.api.strict_json import BrokenJson, loads
 from scheduler.blocks import IncomingPart, media_in
@@ -397,7 +398,7 @@ def _missing(name: str, row: Mapping[Any, Any]) -> BadRow:
 
 def _shown(key: object) -> str:
     """A stranger's name of a field, as it may stand in a message that is stored: short, and printable."""
-    return "".join(c if c.isprintable() else "\N{REPLACEMENT CHARACTER}" for c in short(key))
+    return visible(short(key))
 
 
 def _kind(value: object) -> str:

@@ -23,7 +23,7 @@ import json
 import secrets
 import threading
 from collections import deque
-from collections.abc import AsyncGenerator, Iterator, Mapping
+from collections.abc import AsyncGenerator, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from typing import Any, TypeAlias
@@ -113,9 +113,9 @@ class Ears:
             return
         loop = asyncio.get_running_loop()
 
-        def heard(said: Said) -> None:
+        def heard(words: Sequence[Said]) -> None:
             with suppress(RuntimeError):  # the loop is closed: the process ends
-                loop.call_soon_threadsafe(self._hand_out, said)
+                loop.call_soon_threadsafe(self._hand_out, words)
 
         self._thread = threading.Thread(target=listener.run, args=(heard,), name="says", daemon=True)
         self._thread.start()
@@ -141,13 +141,14 @@ class Ears:
         if self._listener is not None:
             self._listener.close()
 
-    def _hand_out(self, said: Said) -> None:
-        readers = self._readers.get((said.job, said.row))
-        if readers is None:
-            self._early.append(said)
-            return
-        for words in readers:
-            words.put_nowait(said)
+    def _hand_out(self, words: Sequence[Said]) -> None:
+        for said in words:
+            readers = self._readers.get((said.job, said.row))
+            if readers is None:
+                self._early.append(said)
+                continue
+            for reader in readers:
+                reader.put_nowait(said)
 
 
 #: An event's name, "" for one without, and its data: JSON, or a word that is none.

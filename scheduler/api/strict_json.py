@@ -10,7 +10,7 @@ import json
 from collections.abc import Iterator
 from typing import Any
 
-from motet.protocol.values import MAX_DEPTH, Doubled, Mark, text_flaw
+from motet.protocol.values import MAX_DEPTH, Doubled, Mark, json_object, text_flaw
 
 #: Objects and arrays in one text at most: empty ones cost three bytes to send and sixty to hold.
 _MAX_CONTAINERS = 1_000_000
@@ -75,11 +75,6 @@ def _words(one: Any, depth: int) -> str | None:
     return None
 
 
-def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    whole = dict(pairs)
-    return whole if len(whole) == len(pairs) else Doubled(pairs)
-
-
 def _whole_number(digits: str) -> int | Mark:
     # Long digits are never turned into a number: that takes quadratic time.
     number = int(digits) if len(digits) <= 20 else _MAX_INT
@@ -92,7 +87,7 @@ def _number(digits: str) -> float | Mark:
 
 
 _DECODER = json.JSONDecoder(
-    object_pairs_hook=_object,
+    object_pairs_hook=json_object,
     parse_constant=lambda word: Mark("NaN" if word == "NaN" else "an infinite number"),
     parse_int=_whole_number,
     parse_float=_number,

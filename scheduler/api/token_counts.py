@@ -27,7 +27,8 @@ class TokenCounter:
     def lengths(self, model: Manifest, texts: Sequence[str]) -> list[int]:
         """Tokens of each text, special ones included, before any truncation.
 
-        1 each for a model to which tokens mean nothing, what a picture counts for where it reads those; from bytes where its tokenizer is not at hand.
+        1 each for a model to which tokens mean nothing, what a picture counts for where it reads those; from bytes
+        where its tokenizer is not at hand.
         """
         if not model.max_tokens:
             return [1] * len(texts)

@@ -39,11 +39,6 @@ def percent(share: float) -> str:
     return f"{min(99, round(share * 100)) if share < 1 else 100} %"
 
 
-def count(value: int, noun: str, nouns: str = "") -> str:
-    """``1 row``, ``3,000 rows``."""
-    return f"{value:,} {noun if value == 1 else nouns or noun + 's'}"
-
-
 def moment(iso: str | None) -> str:
     """``2026-11-23 18:33:00 UTC`` of an RFC 3339 time."""
     return f"{iso[:10]} {iso[11:19]} UTC" if iso else "–"

@@ -76,7 +76,7 @@ def explain(case: Case) -> Explanation:
         deadline=_due(case, eta),
         eta=eta,
     )
-    return replace(told, says=says(case, told, stuck), notes=tuple(notes(case, told, stuck)))
+    return replace(told, says=says(case, told, stuck), notes=tuple(notes(case, told)))
 
 
 def _ended(case: Case) -> Explanation:

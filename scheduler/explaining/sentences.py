@@ -6,7 +6,9 @@ from collections.abc import Iterator, Sequence
 
 from motet.messages.explanation import Beside, Cannot, Eta, Explanation, PassExplained, Share, Why
 from motet.progress import clock, instant
+from motet.protocol.manifest import PATCH_PIXELS
 from motet.states import CARVED, State
+from motet.words import count
 from scheduler.ask_times import quantile_s
 from scheduler.explaining.case import Case
 from scheduler.policy.capability import room_mb
@@ -57,7 +59,7 @@ def says(case: Case, told: Explanation, stuck: Sequence[PassExplained]) -> str:
     """The answer in one sentence."""
     done = _done_in(told.eta)
     if told.state == State.LOADING and not any(_to_come(p) for p in told.passes):
-        rows = _n(case.standing.job.n_rows, "row")
+        rows = count(case.standing.job.n_rows, "row")
         return f"It waits for its upload: {rows} have arrived so far, and all of them are answered."
     if case.beats is None:
         return "It waits for Redis, which does not answer: nothing is sent, and no worker can be heard."
@@ -78,7 +80,7 @@ def says(case: Case, told: Explanation, stuck: Sequence[PassExplained]) -> str:
     if told.retries:
         tries = f"try {told.retries.tries + 1} of {MAX_TRIES}"
         return (
-            f"It waits to try {_n(told.retries.rows, 'row')} again, in {_time(told.retries.until_s)}"
+            f"It waits to try {count(told.retries.rows, 'row')} again, in {_time(told.retries.until_s)}"
             f" ({tries}); {done}."
         )
     if told.state == State.OPEN:
@@ -96,8 +98,12 @@ def _under_way(told: Explanation, share: Share, done: str) -> str:
         first = min(loads, key=lambda one: one.left_s)
         model = next(p.model for p in told.passes if first in p.loading)
         return f"It waits for {first.worker} to load {model}, about {_time(first.left_s)} more; {done}."
-    of = f"{share.subtasks:,} of {_n(share.all, 'sub-task')} under way" if share.all > share.subtasks else ""
-    return f"It runs on {_n(share.workers, 'worker')}{f' ({of})' if of else ''}; {done}."
+    of = (
+        f"{share.subtasks:,} of {count(share.all, 'sub-task')} under way"
+        if share.all > share.subtasks
+        else ""
+    )
+    return f"It runs on {count(share.workers, 'worker')}{f' ({of})' if of else ''}; {done}."
 
 
 def _waits(case: Case, told: Explanation, done: str) -> str:
@@ -108,7 +114,7 @@ def _waits(case: Case, told: Explanation, done: str) -> str:
     if ahead:
         reasons.append(f"behind {ahead}")
     elif told.share and told.share.all and not interactive:
-        reasons.append(f"behind {_n(told.share.all, 'sub-task')} under way")
+        reasons.append(f"behind {count(told.share.all, 'sub-task')} under way")
     to_load = [p for p in told.passes if p.rows.waiting and not p.resident]
     if to_load:
         p = to_load[0]
@@ -133,7 +139,7 @@ def _ahead(beside: Sequence[Beside]) -> str:
     if own:
         words.append(f"your own job {names[0]}" if own == 1 else f"{own:,} jobs of yours")
     if others:
-        words.append(f"{_n(others, 'job')} of {'other tenants' if others > 1 else 'another tenant'}")
+        words.append(f"{count(others, 'job')} of {'other tenants' if others > 1 else 'another tenant'}")
     return f"{' and '.join(words)} ({_time(seconds)} of work for one device)" if words else ""
 
 
@@ -147,17 +153,17 @@ def _nobody(case: Case, p: PassExplained) -> str:
         need, have = too_small[0].need_mb, too_small[0].have_mb
         return (
             f"It waits for a worker with more memory: {p.model} needs {need:,} MB,"
-            f" and the largest of {_n(all_of_them, 'worker')} has {have:,} MB for models."
+            f" and the largest of {count(all_of_them, 'worker')} has {have:,} MB for models."
         )
     why = "; ".join(
-        f"{REASONS[why].format(_n(n, 'worker'))}"
+        f"{REASONS[why].format(count(n, 'worker'))}"
         for why in REASONS
         if (n := sum(c.workers for c in p.cannot if c.why == why))
     )
     return f"It waits for a worker that can run {p.model}: there are only {why}."
 
 
-def notes(case: Case, told: Explanation, stuck: Sequence[PassExplained]) -> Iterator[str]:
+def notes(case: Case, told: Explanation) -> Iterator[str]:
     """What else is worth knowing."""
     if told.eta is not None and not told.eta.measured:
         yield "When it is done is a guess: nothing was measured yet of its models on these devices."
@@ -173,12 +179,13 @@ def notes(case: Case, told: Explanation, stuck: Sequence[PassExplained]) -> Iter
             continue
         for c in p.cannot:
             yield f"{_named(c)} cannot run {p.model}: {_told_why(c)}."
+    yield from _picture_notes(case)
     for p in told.passes:
         if p.rows.blocked:
             wait = "waits" if p.rows.blocked == 1 else "wait"
-            yield f"{_n(p.rows.blocked, 'row')} of {', '.join(p.tasks)} {wait} for {', '.join(p.needs)}."
+            yield f"{count(p.rows.blocked, 'row')} of {', '.join(p.tasks)} {wait} for {', '.join(p.needs)}."
     if told.share and told.share.subtasks and told.retries:
-        yield f"{_n(told.retries.rows, 'row')} came back and are tried again in {_time(told.retries.until_s)}."
+        yield f"{count(told.retries.rows, 'row')} came back and are tried again in {_time(told.retries.until_s)}."
     yield from error_note(told.errors)
     if told.throttle is not None and 0 < told.throttle < 1:
         yield f"The dispatcher sends at {told.throttle:.0%} of its usual rate, while outcomes or Redis catch up."
@@ -193,6 +200,16 @@ def notes(case: Case, told: Explanation, stuck: Sequence[PassExplained]) -> Iter
         yield f"Its deadline in {left} {kept}."
 
 
+def _picture_notes(case: Case) -> Iterator[str]:
+    for demand in (p.demand for p in case.waits if p.demand.model.reads != "text"):
+        pictures = demand.rows_waiting
+        tokens = pictures * demand.model.max_tokens
+        yield (
+            f"{count(pictures, 'picture')} {'waits' if pictures == 1 else 'wait'} for {demand.model.ref}:"
+            f" {tokens * PATCH_PIXELS / 1e6:,.1f} megapixels as it sees them, which count for {tokens:,} tokens."
+        )
+
+
 def _open_notes(case: Case) -> Iterator[str]:
     job, asks = case.standing.job, case.standing.asks
     if asks is not None:
@@ -201,7 +218,7 @@ def _open_notes(case: Case) -> Iterator[str]:
             told = ["In the last minute none of its asks was answered"]
         else:
             told = [
-                f"In the last minute {_n(asks.answered, 'ask')} of it {'was' if asks.answered == 1 else 'were'} answered,"
+                f"In the last minute {count(asks.answered, 'ask')} of it {'was' if asks.answered == 1 else 'were'} answered,"
                 f" half of them in {instant(p50_s)} and 99 % in {instant(p99_s)}"
             ]
         if asks.late:
@@ -209,7 +226,9 @@ def _open_notes(case: Case) -> Iterator[str]:
         if asks.refused:
             told.append(f"{asks.refused:,} were refused, since too many waited")
         if asks.waiting:
-            told.append(f"{_n(asks.waiting, 'row')} {'waits' if asks.waiting == 1 else 'wait'} to be stored")
+            told.append(
+                f"{count(asks.waiting, 'row')} {'waits' if asks.waiting == 1 else 'wait'} to be stored"
+            )
         yield f"{'; '.join(told)}."
     if job.first_row:
         yield f"Its rows before {job.first_row:,} were deleted, having been kept long enough."
@@ -217,7 +236,7 @@ def _open_notes(case: Case) -> Iterator[str]:
 
 def error_note(errors: int) -> Iterator[str]:
     if errors:
-        yield f"{_n(errors, 'cell')} of it {'is an error' if errors == 1 else 'are errors'}."
+        yield f"{count(errors, 'cell')} of it {'is an error' if errors == 1 else 'are errors'}."
 
 
 def _beside_notes(told: Explanation) -> Iterator[str]:
@@ -226,10 +245,10 @@ def _beside_notes(told: Explanation) -> Iterator[str]:
         if b.own_jobs:
             names = ", ".join(r.name or r.job for r in b.own[:3])
             more = f" and {b.own_jobs - 3:,} more" if b.own_jobs > 3 else ""
-            parts.append(f"{_n(b.own_jobs, 'job')} of yours ({names}{more}; {_time(b.own_s)} of work)")
+            parts.append(f"{count(b.own_jobs, 'job')} of yours ({names}{more}; {_time(b.own_s)} of work)")
         if b.other_jobs:
-            of = _n(b.other_tenants, "other tenant")
-            parts.append(f"{_n(b.other_jobs, 'job')} of {of} ({_time(b.other_s)} of work)")
+            of = count(b.other_tenants, "other tenant")
+            parts.append(f"{count(b.other_jobs, 'job')} of {of} ({_time(b.other_s)} of work)")
         yield f"Beside it in class {b.priority}: {' and '.join(parts)}."
 
 
@@ -265,10 +284,6 @@ def _range(eta: Eta | None) -> str:
         return ""
     p50, p90 = _time(eta.p50_s), _time(eta.p90_s)
     return f"about {p50}" if p50 == p90 else f"{p50} to {p90} (p50 to p90)"
-
-
-def _n(number: int, noun: str) -> str:
-    return f"{number:,} {noun}{'' if number == 1 else 's'}"
 
 
 def _time(seconds: float) -> str:

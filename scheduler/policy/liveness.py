@@ -39,10 +39,11 @@ class Watch:
             before, self._newest = self._newest, {name: (b.boot, b.seq) for name, b in beats.items()}
             renewed = [name for name, mark in self._newest.items() if before.get(name) != mark]
         changed = self._changed
-        for name in (*renewed, *(beats.keys() - changed.keys())):
-            changed[name] = now
-        for name in changed.keys() - beats.keys():
-            del changed[name]
+        changed.update(dict.fromkeys(renewed, now))
+        if changed.keys() != beats.keys():
+            changed.update(dict.fromkeys(beats.keys() - changed.keys(), now))
+            for name in changed.keys() - beats.keys():
+                del changed[name]
         # Mostly nobody is late, and then nobody is looked at one by one.
         if now - min(changed.values(), default=now) < self.dead_s:
             return dict(beats)

@@ -19,7 +19,7 @@ from operator import or_
 from typing import Literal
 
 from motet.errors import InvalidJob, Problem
-from motet.inputs import input_problems
+from motet.head_inputs import input_problems
 from motet.protocol.manifest import ANSWERS, Manifest, column_kind
 from motet.tasks import (
     Chat,

@@ -47,7 +47,6 @@ class Attempt:
     id: int
     subtask: Subtask
     device: str
-    sent_s: float
     #: Its lease has ended: no outcome of it is wanted.
     dropped: bool = False
     #: An outcome of it was heard.
@@ -239,7 +238,7 @@ class Simulation:
 
     def _resume(self, begun: Begun, now: float) -> None:
         """What was under way at the beginning goes on."""
-        attempt = Attempt(next(self._attempt_ids), self.policy.begun(begun, now), begun.device, now)
+        attempt = Attempt(next(self._attempt_ids), self.policy.begun(begun, now), begun.device)
         attempt.subtask.attempts.append(attempt)
         self.policy.sent(attempt)
         machine = self._machines[begun.device]
@@ -362,7 +361,7 @@ class Simulation:
             self._at(due, "wake", None)
 
     def _send(self, subtask: Subtask, device: str, now: float) -> None:
-        attempt = Attempt(next(self._attempt_ids), subtask, device, now)
+        attempt = Attempt(next(self._attempt_ids), subtask, device)
         self.outcome.attempts += 1
         self.outcome.cloned += bool(subtask.attempts)
         if not subtask.attempts:

@@ -15,7 +15,7 @@ from statistics import NormalDist
 from typing import Any
 
 from motet.errors import SetupError
-from motet.protocol.manifest import Manifest
+from motet.protocol.manifest import PATCH_PIXELS, Manifest
 from scheduler.policy.cost import Rate, Rates, Workload
 from scheduler.policy.fairness import BULK, INTERACTIVE, NORMAL
 from scheduler.simulation.cluster import Model, SimulatedJob
@@ -26,6 +26,8 @@ PRIORITIES = {"interactive": INTERACTIVE, "normal": NORMAL, "bulk": BULK}
 LENGTHS = 64
 #: Learned from this often, the few sub-tasks of a job say all that they can.
 _ROUNDS = 4
+#: Fields of a model of which one says how fast it was.
+_MEASURED = {"tokens_s", "pixels_s"}
 #: Fewer sub-tasks do not tell how the lengths of rows are spread.
 _ENOUGH = 8
 
@@ -67,7 +69,7 @@ def read_models(text: str, source: str) -> dict[str, Mapping[str, Any]]:
 def read_trace(lines: Iterable[str], source: str, models: Mapping[str, Mapping[str, Any]]) -> Trace:
     """The trace that these lines of JSON are. ``models``: as a file of models has them. Raises SetupError."""
     known = {name: _Fields(spec, f"{source}, model {name}").model(name) for name, spec in models.items()}
-    guessed = [name for name, spec in models.items() if "tokens_s" not in spec]
+    guessed = [name for name, spec in models.items() if not _MEASURED & spec.keys()]
     jobs: dict[str, SimulatedJob] = {}
     took_s: dict[str, float] = {}
     for number, line in enumerate(lines, 1):
@@ -84,7 +86,7 @@ def read_trace(lines: Iterable[str], source: str, models: Mapping[str, Mapping[s
                 raise SetupError(
                     f"{where}, model: {name!r} costs something else above; name it again by its name"
                 )
-            guessed += [name] if "tokens_s" not in inline and name not in guessed else []
+            guessed += [name] if not _MEASURED & inline.keys() and name not in guessed else []
         elif isinstance(inline, str) and inline in known:
             name = inline
         else:
@@ -141,7 +143,11 @@ class _Fields:
         rows = self.number("rows", None, above=0.0)
         if rows != int(rows):
             self._refuse("rows", rows, "a whole number")
-        tokens, spread = self.number("tokens", 64.0, above=0.0), self.number("spread", 0.7)
+        pixels = self.number("pixels", 0.0)
+        if pixels and {"tokens", "spread", "lengths"} & self.left.keys():
+            self._refuse("pixels", pixels, "tokens, or else pixels: a model brings all pictures to one size")
+        tokens = pixels / PATCH_PIXELS or self.number("tokens", 64.0, above=0.0)
+        spread = self.number("spread", 0.0 if pixels else 0.7)
         return SimulatedJob(
             name=self.text("name", name),
             model=model,
@@ -160,9 +166,11 @@ class _Fields:
         """What a model costs: as measured on a kind of device, or guessed from its size."""
         self.known.add("name")
         parameters = self.number("parameters", 0.0)
-        tokens_s = self.number("tokens_s", 0.0)
+        tokens_s = self.number("tokens_s", 0.0) or self.number("pixels_s", 0.0) / PATCH_PIXELS
         if not (parameters or tokens_s):
-            raise SetupError(f"{self.where}: expected parameters (a number), or tokens_s and on, as measured")
+            raise SetupError(
+                f"{self.where}: expected parameters (a number), or tokens_s (of pictures pixels_s) and on, as measured"
+            )
         on = self.text("on", "") if not tokens_s else self.text("on")
         if on and on not in KINDS:
             self._refuse("on", on, f"one of {', '.join(KINDS)}, where it was measured")
@@ -270,13 +278,18 @@ def record(activities: Sequence[Mapping[str, Any]], parameters: Mapping[str, int
             name = job["name"] or job["id"]
             model = job["passes"][p["number"]]["model"]
             size = {"parameters": parameters[model]} if parameters.get(model) else {}
+            mean = sum(s["tokens"] for s in subtasks) / sum(s["rows"] for s in subtasks)
+            sees = job["passes"][p["number"]].get("kind", "").startswith("image")
             found.append(
                 {
                     "name": f"{name} pass {p['number'] + 1}" if len(activity["passes"]) > 1 else name,
-                    "model": {**_measured(model, activity, subtasks), **size},
+                    "model": {**_measured(model, activity, subtasks, sees), **size},
                     "rows": sum(s["rows"] for s in subtasks),
-                    "tokens": _figures(sum(s["tokens"] for s in subtasks) / sum(s["rows"] for s in subtasks)),
-                    **lengths_of(subtasks),
+                    **(
+                        {"pixels": round(mean * PATCH_PIXELS)}
+                        if sees
+                        else {"tokens": _figures(mean), **lengths_of(subtasks)}
+                    ),
                     "priority": job["priority"],
                     "at_s": round(at_s, 3),
                     "took_s": round(ended_s - first - at_s, 3),
@@ -331,9 +344,12 @@ def lengths_of(subtasks: Sequence[Mapping[str, Any]]) -> dict[str, list[float]]:
 
 
 def _measured(
-    model: str, activity: Mapping[str, Any], subtasks: Sequence[Mapping[str, Any]]
+    model: str, activity: Mapping[str, Any], subtasks: Sequence[Mapping[str, Any]], sees: bool
 ) -> dict[str, Any]:
-    """What a model cost, learned as the dispatcher learns it, on the kind of device that did most of the work."""
+    """What a model cost, learned as the dispatcher learns it, on the kind of device that did most of the work.
+
+    ``sees``: it reads pictures.
+    """
     names = {d["worker"]: d["device_name"] for d in activity["devices"]}
     tokens: dict[str, float] = {}
     for s in subtasks:
@@ -348,9 +364,10 @@ def _measured(
         )
     rate = rate_of([s for s in subtasks if names.get(s["worker"], "") == most])
     start, row, token, square = rate.coefficients
+    speed = 1 / max(token, 1e-12)
     return {
         "name": model,
-        "tokens_s": _figures(1 / max(token, 1e-12)),
+        **({"pixels_s": _figures(PATCH_PIXELS * speed)} if sees else {"tokens_s": _figures(speed)}),
         "row_s": _figures(row),
         "square_s": _figures(square),
         "start_s": _figures(start),

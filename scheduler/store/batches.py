@@ -46,6 +46,8 @@ class StoredBatch:
     job_id: UUID | None
     #: Names of models in its lines -> name@version; None before the lines were checked.
     models: Mapping[str, str] | None
+    #: Tasks are asked beside its lines: then more than one cell of a row may be answered.
+    beside: bool
     lines: int
     completed: int
     failed: int
@@ -67,23 +69,17 @@ class StoredBatch:
     job_reason: str | None
     rows_ok: int | None
     rows_error: int | None
-    #: Its rows in all, and whether tasks are asked beside its lines: then more than one cell of a row may be answered.
+    #: Its rows in all.
     rows: int | None
-    beside: bool
 
 
-# Tasks beside a line read no field of what is asked; those that answer lines do.
-_OVER = "('completed', 'failed', 'expired', 'cancelled')"
 _SHOWN = """
     SELECT b.id, b.tenant_id, b.endpoint, b.input_file, b.input_sha256, b."window", b.notes, b.priority,
-           b.output_expires_s, b.state, b.job_id, b.models, b.lines, b.completed, b.failed, b.usage, b.errors,
+           b.output_expires_s, b.state, b.job_id, b.models, b.beside, b.lines, b.completed, b.failed, b.usage, b.errors,
            b.output_file, b.error_file, b.created, b.expires, b.in_progress, b.finalizing, b.cancelling, b.ended,
            b.tries, CAST(extract(epoch FROM b.expires - clock_timestamp()) AS double precision) AS left_s,
            j.state AS job_state, j.reason AS job_reason, j.cells_ok AS rows_ok, j.cells_error AS rows_error,
-           j.n_rows AS rows, (
-               SELECT count(*) FROM task t WHERE t.job_id = j.id AND t.spec->>'messages' IS DISTINCT FROM '{asked}'
-                  AND t.spec->>'about' IS DISTINCT FROM '{asked}' AND t.spec->>'input' IS DISTINCT FROM '{asked}'
-                  AND t.spec->>'query' IS DISTINCT FROM '{asked}') > 0 AS beside
+           j.n_rows AS rows
       FROM batch b LEFT JOIN job j ON j.id = b.job_id"""
 _FIND = text(f"{_SHOWN} WHERE b.id = :batch AND b.tenant_id = :tenant")
 _LIST = text(f"{_SHOWN} WHERE b.tenant_id = :tenant ORDER BY b.created DESC, b.id DESC LIMIT :limit")
@@ -208,7 +204,8 @@ _LEAVE = text("""
     UPDATE batch SET owner = '', owned_until = clock_timestamp() + make_interval(secs => :for_s), tries = 0
      WHERE id = :batch AND owner = :owner AND owned_until > '-infinity'""")
 _MINE = "WHERE id = :batch AND owner = :owner AND state = :seen AND owned_until > '-infinity'"
-_CHECKED = text(f"UPDATE batch SET lines = :lines, models = CAST(:models AS jsonb), tries = 0 {_MINE}")
+_CHECKED = text(f"""
+    UPDATE batch SET lines = :lines, models = CAST(:models AS jsonb), beside = :beside, tries = 0 {_MINE}""")
 _HAS_JOB = text(f"UPDATE batch SET job_id = :job {_MINE}")
 _STARTED = text(f"""
     UPDATE batch SET state = 'in_progress', in_progress = clock_timestamp(), owned_until = '-infinity', tries = 0
@@ -247,9 +244,9 @@ class Owned:
         """Let anybody take it again, in so many seconds."""
         connection.execute(_LEAVE, {"batch": self.batch.id, "owner": self.owner, "for_s": for_s})
 
-    def checked(self, connection: Connection, lines: int, models: Mapping[str, str]) -> None:
+    def checked(self, connection: Connection, lines: int, models: Mapping[str, str], *, beside: bool) -> None:
         """Its lines are good, and name these models. Raises NotMine."""
-        self._move(connection, _CHECKED, lines=lines, models=json.dumps(models))
+        self._move(connection, _CHECKED, lines=lines, models=json.dumps(models), beside=beside)
 
     def has_job(self, connection: Connection, job: UUID) -> None:
         """Raises NotMine."""

@@ -20,7 +20,7 @@ from motet.conditions import condition
 from motet.protocol.columns import CellError
 from motet.protocol.wire import by_offset
 from motet.states import Skip
-from motet.tasks import asked_fields, stored_task
+from motet.tasks import deciding_fields, stored_task
 from scheduler.blocks import Reads, absent, decode_block, read_in_order, row_order, uint32_bytes
 from scheduler.readable import Readable
 from scheduler.store.database import together
@@ -141,7 +141,8 @@ def because(task: str, error: str, message: str) -> CellError:
 def release(connection: Connection, blocks: Collection[tuple[UUID, int]]) -> list[Emptied]:
     """Let passes be carved that wait in these blocks for nothing any more, without the rows that lack what they need.
 
-    Those rows are counted as skipped cells, in this transaction, and the dispatcher is told. Returns the passes that thereby have nothing to do.
+    Those rows are counted as skipped cells, in this transaction, and the dispatcher is told. Returns the passes that
+    thereby have nothing to do.
     """
     if not blocks:
         return []
@@ -185,7 +186,7 @@ def _reads_of(connection: Connection, row: Row[Any]) -> dict[int, tuple[str, ...
     """The fields that decide whether each task can be asked a row which is to be computed in this place."""
     tasks = connection.execute(_READS, {"job": row.job_id, "pass": row.pass_number})
     return {
-        t.number: asked_fields(t.name, stored_task(t.spec), t.names)
+        t.number: deciding_fields(t.name, stored_task(t.spec), t.names)
         for t in tasks
         if row.todo >> t.number & 1
     }

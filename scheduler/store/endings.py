@@ -10,12 +10,12 @@ from dataclasses import dataclass
 from typing import Any
 from uuid import UUID
 
-from sqlalchemy import Connection, Row, TextClause, text
+from sqlalchemy import Connection, TextClause, text
 
 from motet.errors import NotFound
 from motet.protocol import traces
 from motet.states import LIVE, State
-from scheduler.store.database import EVENTS, JOB, notify
+from scheduler.store.database import EVENTS, JOB, Asked, notify, together
 from scheduler.store.media import release_media
 from scheduler.store.schema import spelt
 from scheduler.store.words import end, tell
@@ -25,7 +25,10 @@ _COUNTS = ("n_rows", "n_tasks", "cells_ok", "cells_error", "cells_skipped")
 
 
 def _ending(update: str) -> TextClause:
-    """An UPDATE that ends jobs, which writes the event of each end as well: no job ends without it, or twice."""
+    """An UPDATE that ends jobs, which writes the event of each end as well: no job ends without it, or twice.
+
+    Whoever delivers events is woken for a tenant that has webhooks: of others it finds them when it looks by itself.
+    """
     told = ", ".join(f"'{name}', {name}" for name in _COUNTS)
     return text(f"""
     WITH ended AS ({update} RETURNING id, tenant_id, state, created, finished, notify_when, rows_matched, {", ".join(_COUNTS)}),
@@ -33,7 +36,10 @@ def _ending(update: str) -> TextClause:
              SELECT tenant_id, 'job_ended', id, jsonb_build_object('state', state, {told}) ||
                     CASE WHEN notify_when IS NULL THEN '{{}}' ELSE jsonb_build_object('rows_matched', rows_matched) END
                FROM ended)
-    SELECT id, state, created, finished, {", ".join(_COUNTS)}, pg_notify('{EVENTS}', '') FROM ended""")
+    SELECT id, state, created, finished, {", ".join(_COUNTS)},
+           CASE WHEN EXISTS (SELECT FROM webhook w WHERE w.tenant_id = ended.tenant_id)
+                THEN pg_notify('{EVENTS}', '') END
+      FROM ended""")
 
 
 _LOCK = text("SELECT id FROM job WHERE id = :job FOR UPDATE")
@@ -85,11 +91,21 @@ _SUCCEED = _ending(f"""
 
 def succeed(connection: Connection, jobs: Collection[UUID]) -> None:
     """Let those of these jobs succeed, whose locks the caller holds, that run and have every cell."""
-    for ended in connection.execute(_SUCCEED, {"jobs": sorted(jobs)}):
+    succeeded(together(connection, succeeding(jobs))[0])
+
+
+def succeeding(jobs: Collection[UUID]) -> Asked:
+    """The statement of ``succeed``, for a transaction that has others to execute with it; ``succeeded`` with its rows."""
+    return _SUCCEED, {"jobs": sorted(jobs)}
+
+
+def succeeded(rows: Sequence[Any]) -> None:
+    """What follows ``succeeding``."""
+    for ended in rows:
         _trace(ended)
 
 
-def _trace(ended: Row[Any]) -> None:
+def _trace(ended: Any) -> None:
     """The span that all others of a job hang from, once its end is committed."""
     counts = {name: getattr(ended, name) for name in _COUNTS}
     traces.add(ended.id, traces.JOB, ended.created, ended.finished, state=ended.state, **counts)
@@ -145,8 +161,7 @@ SLICE_MEDIA = 2_048
 #: Closed sub-tasks deleted in one transaction.
 SLICE_SUBTASKS = 5_000
 _LAST_BLOCKS = text("""
-    SELECT min(number) FILTER (WHERE before < :media) AS first, count(*) FILTER (WHERE before < :media) AS n,
-           count(*) AS seen
+    SELECT coalesce(array_agg(number) FILTER (WHERE before < :media), '{}') AS numbers, count(*) AS seen
       FROM (SELECT number, sum(cardinality(media)) OVER (ORDER BY number DESC) - cardinality(media) AS before
               FROM (SELECT number, media FROM block WHERE job_id = :job ORDER BY number DESC LIMIT :limit) b) k""")
 # In one order, since two jobs may show the same columns.
@@ -216,10 +231,10 @@ def _remove_from_sight(connection: Connection, job: UUID) -> None:
 
 
 def delete_slice(connection: Connection, job: UUID) -> bool:
-    """Delete up to SLICE_BLOCKS blocks, and SLICE_MEDIA references to media, of an ended job, from its end; True when nothing of it is left.
+    """Delete up to SLICE_BLOCKS blocks, and SLICE_MEDIA references to media, of an ended job, from its end.
 
-    Each slice is whole: the columns of its blocks are released with them, so a crash between two slices leaves
-    a smaller job and no column without an owner.
+    True when nothing of it is left. Each slice is whole: the columns of its blocks are released with them, so a crash
+    between two slices leaves a smaller job and no column without an owner.
     """
     if connection.execute(_LOCK, {"job": job}).first() is None:
         return True
@@ -229,15 +244,16 @@ def delete_slice(connection: Connection, job: UUID) -> bool:
 def _delete_slice(connection: Connection, job: UUID) -> bool:
     limits = {"limit": SLICE_BLOCKS, "media": SLICE_MEDIA}
     last = connection.execute(_LAST_BLOCKS, {"job": job, **limits}).one()
-    if last.n:
-        at = {"job": job, "first": last.first}
+    if last.numbers:
+        at = {"job": job, "first": min(last.numbers)}
         ids: Sequence[int] = [row.id for row in connection.execute(_ITS_COLUMNS, at)]
         connection.execute(_RELEASE, at)
-        release_media(connection, job, first=last.first)
+        release_media(connection, job, last.numbers)
         for statement in _DELETE_BLOCKS:
             connection.execute(statement, at)
         connection.execute(_DELETE_COLUMNS, {"ids": ids})
-        if last.n == SLICE_BLOCKS or last.n < last.seen:
+        n = len(last.numbers)
+        if n == SLICE_BLOCKS or n < last.seen:
             return False
     if connection.execute(_DELETE_SUBTASKS, {"job": job, "limit": SLICE_SUBTASKS}).rowcount == SLICE_SUBTASKS:
         return False

@@ -110,7 +110,7 @@ def forget_front(connection: Connection, job: UUID) -> Forgotten:
     columns = {"columns": counted.columns or []}
     connection.execute(_LOCK_COLUMNS, columns)
     connection.execute(_RELEASE, columns)
-    release_media(connection, job, numbers=numbers)
+    release_media(connection, job, numbers)
     for statement in _DELETE:
         connection.execute(statement, gone)
     connection.execute(_DELETE_COLUMNS, columns)

@@ -1,7 +1,8 @@
 """Rows land part by part in a job that is loading, until it is closed. They may be carved from then on.
 
-Landing, leasing and recording lock the job's row, so each sees the others whole. Lock order: the job's row first, then shared columns by id, then blocks and passes. What may arrive twice (a part, a
-close) is answered as it was the first time.
+Landing, leasing and recording lock the job's row, so each sees the others whole. Lock order: the job's row first, then
+shared columns by id, then blocks and passes. What may arrive twice (a part, a close) is answered as it was the first
+time.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from psycopg.types.json import Jsonb
 from sqlalchemy import Connection, Row, text
 
 from motet.errors import Conflict, InvalidJob, NotFound, Overloaded, Problem
-from motet.folds import Fold, asked_fields, stored_folds
+from motet.folds import Fold, sent_fields, stored_folds
 from motet.media.fields import media_fields
 from motet.protocol import traces
 from motet.protocol.columns import CellError, Kind
@@ -40,10 +41,10 @@ from scheduler.blocks import (
 )
 from scheduler.merge import errors_column
 from scheduler.policy.needs import needs_of
-from scheduler.store.database import JOB, notify, together
+from scheduler.store.database import JOB, Asked, notify, together
 from scheduler.store.endings import succeed
 from scheduler.store.events import tell_matches
-from scheduler.store.leases import more_waits
+from scheduler.store.leases import MORE_WAITS, more_waits, waiting
 from scheduler.store.media import refer_to_media
 from scheduler.store.opening import PRIORITIES
 from scheduler.store.registry import SECRET
@@ -163,7 +164,7 @@ def loading(connection: Connection, tenant: UUID, job: UUID) -> LoadingJob:
         tenant=found.tenant_id,
         secret=secret,
         fields=tuple(found.fields),
-        asked=asked_fields(tasks, folds) if folds else tuple(found.fields),
+        asked=sent_fields(tasks, folds) if folds else tuple(found.fields),
         folds=folds,
         dialogues=dialogues_of(tasks),
         media=media_fields(tasks, models),
@@ -211,6 +212,27 @@ _GROW = text("""
      WHERE id = :job
  RETURNING cells_ok + cells_error + cells_skipped AS cells_done""")
 
+# One block, its passes, its columns that are shown already, and what waits of it.
+STORE_BLOCK = f"""
+    WITH stored AS (
+        INSERT INTO block (job_id, number, first_row, n_rows, n_work, bytes, row_order, lengths, payload, bad,
+                           bad_fields, keys, passes_open, done_number, media, groups, done_at, say, due)
+        VALUES (:job, :number, :first_row, :n_rows, :n_work, :text_bytes, :row_order, :lengths, :payload,
+                CAST(:bad AS jsonb), CAST(:bad_fields AS jsonb), :keys, :passes_open, :done_number, CAST(:media AS bigint[]),
+                :groups, CASE WHEN :blocks_done > 0 THEN clock_timestamp() END, :say,
+                clock_timestamp() + make_interval(secs => CAST(:due_s AS double precision)))),
+    passes AS (
+        INSERT INTO block_pass (job_id, pass_number, block_number, state, todo, n, cursor, done, bytes, row_order)
+        SELECT :job, k.pass, :number, k.state, k.todo, k.n, k.cursor, k.done, k.bytes, k.row_order
+          FROM unnest(CAST(:pass_numbers AS smallint[]), CAST(:states AS text[]), CAST(:todos AS bigint[]),
+                      CAST(:ns AS int[]), CAST(:cursors AS int[]), CAST(:dones AS int[]), CAST(:sizes AS bigint[]),
+                      CAST(:orders AS bytea[])) k (pass, state, todo, n, cursor, done, bytes, row_order)),
+    columns AS (
+        INSERT INTO block_column (job_id, block_number, task_number, column_id)
+        SELECT :job, :number, k.task, k.column_id
+          FROM unnest(CAST(:tasks AS smallint[]), CAST(:columns AS bigint[])) k (task, column_id)),
+    waits AS ({MORE_WAITS})"""
+_STORE_BLOCK = text(f"{STORE_BLOCK} SELECT")
 _COPY_BLOCK = (
     "COPY block (job_id, number, first_row, n_rows, n_work, bytes, row_order, lengths, payload, bad, bad_fields,"
     " keys, passes_open, done_number, media, groups) FROM STDIN (FORMAT BINARY)",
@@ -253,8 +275,10 @@ def land_part(
     *,
     first_row: int | None,
     max_rows: int,
+    closes: bool = False,
 ) -> Landed:
     """Store one part: its blocks, what waits of them, and what is answered already. One transaction, the caller's.
+    ``closes``: no part follows, and the job is closed with it.
 
     A (block, task) whose reuse key names a stored column of the tenant shows that column and is not run again: also one
     that an earlier part of the same job has had sealed by now. A pass
@@ -287,6 +311,8 @@ def land_part(
             cells_done=held.cells_done,
         )
     _check_order(job, held, number, first_row)
+    if closes and not held.n_rows + n_rows:
+        raise _no_rows()
     _check_limits(connection, job, held, n_rows, max_rows)
     landing = arrange(connection, job, held, blocks)
     part = {
@@ -296,10 +322,16 @@ def land_part(
         "n_rows": n_rows,
         "n_bad": n_bad,
     }
-    _copy(connection, _COPY_BLOCK, landing.blocks)
-    _copy(connection, _COPY_BLOCK_PASS, landing.block_passes)
-    _copy(connection, _COPY_BLOCK_COLUMN, landing.block_columns)
-    more_waits(connection, landing.waits(job.id))
+    if len(blocks) == 1:
+        # An upload's blocks have no age of their own.
+        at = {"say": "", "due_s": None, "blocks_done": 0}
+        store: list[Asked] = [(_STORE_BLOCK, {**landing.of_one_block(), **at})]
+    else:
+        store = []
+        _copy(connection, _COPY_BLOCK, [tuple(block.values()) for block in landing.blocks])
+        _copy(connection, _COPY_BLOCK_PASS, landing.block_passes)
+        _copy(connection, _COPY_BLOCK_COLUMN, landing.block_columns)
+        more_waits(connection, landing.waits(job.id))
     cells = landing.cells
     grown = {
         "job": job.id,
@@ -309,15 +341,22 @@ def land_part(
         **{name: cells[name] for name in ("ok", "error", "skipped", "reused")},
     }
     # What is told is heard when all of it is committed.
-    _, ((cells_done,),), _ = together(
-        connection, (_ADD_PART, part), (_GROW, grown), telling([land(job.id)], [job.id])
+    close: list[Asked] = [(_CLOSE, {"job": job.id})] if closes else []
+    done = together(
+        connection, *store, (_ADD_PART, part), (_GROW, grown), *close, telling([land(job.id)], [job.id])
     )
+    ((cells_done,),) = done[len(store) + 1]
     if job.notifies:
         # Answers of earlier jobs may be all that its condition reads.
         tell_matches(connection, {(job.id, number) for _, number, *_ in landing.block_columns})
     if landing.depend:
         # Last, since it counts on with what is counted by now.
         settle(connection, {(job.id, number) for number in landing.depend})
+    if closes:
+        (closed,) = done[-2]
+        _trace_submit(job.id, closed)
+        if closed.answered or landing.depend:
+            succeed(connection, [job.id])
     return Landed(
         part=number,
         rows=n_rows,
@@ -376,7 +415,8 @@ def check_quota(connection: Connection, tenant: UUID, quota: int | None, n_rows:
 class Arranged:
     """Rows for every table that a part touches, and what they add up to."""
 
-    blocks: list[tuple[Any, ...]]
+    #: By the names of their columns, in the order of ``_COPY_BLOCK``; but ``job`` and ``text_bytes``.
+    blocks: list[dict[str, Any]]
     block_passes: list[tuple[Any, ...]]
     block_columns: list[tuple[Any, ...]]
     rows_waiting: Counter[int]
@@ -393,14 +433,9 @@ class Arranged:
     def of_one_block(self) -> dict[str, Any]:
         """All of it as parameters by name, for a statement that stores one block."""
         (block,) = self.blocks
-        names = (
-            "job number first_row n_rows n_work text_bytes row_order lengths payload bad bad_fields keys passes_open"
-            " done_number media"
-        )
         passes = zip(*(row[1:2] + row[3:] for row in self.block_passes), strict=True)
         return {
-            # Without its groups: what callers bring at one moment is in no order.
-            **dict(zip(names.split(), block[:-1], strict=True)),
+            **block,
             **dict(
                 zip(
                     ["pass_numbers", "states", "todos", "ns", "cursors", "dones", "sizes", "orders"],
@@ -410,6 +445,7 @@ class Arranged:
             ),
             "tasks": [row[2] for row in self.block_columns],
             "columns": [row[3] for row in self.block_columns],
+            **waiting(self.waits(block["job"])),
             "blocks_done": self.blocks_done,
             "errors": self.cells["error"],
             "skipped": self.cells["skipped"],
@@ -446,24 +482,24 @@ def arrange(
         if open_passes and (is_there or any(not job.needs[p] for p in job.conditional)):
             landing.depend.append(number)
         landing.blocks.append(
-            (
-                job.id,
-                number,
-                first_row,
-                block.n_rows,
-                block.n_work,
-                block.text_bytes,
-                block.row_order,
-                block.lengths,
-                block.payload,
-                Jsonb({str(offset): list(why) for offset, why in block.bad.items()}),
-                Jsonb({name: by_reason(bad) for name, bad in block.bad_fields.items()}),
-                list(block.keys) if job.reuse else [],
-                open_passes,
-                None if open_passes else held.blocks_done + landing.blocks_done,
-                media[number - held.n_blocks],
-                block.groups,
-            )
+            {
+                "job": job.id,
+                "number": number,
+                "first_row": first_row,
+                "n_rows": block.n_rows,
+                "n_work": block.n_work,
+                "text_bytes": block.text_bytes,
+                "row_order": block.row_order,
+                "lengths": block.lengths,
+                "payload": block.payload,
+                "bad": Jsonb({str(offset): list(why) for offset, why in block.bad.items()}),
+                "bad_fields": Jsonb({name: by_reason(bad) for name, bad in block.bad_fields.items()}),
+                "keys": list(block.keys) if job.reuse else [],
+                "passes_open": open_passes,
+                "done_number": None if open_passes else held.blocks_done + landing.blocks_done,
+                "media": media[number - held.n_blocks],
+                "groups": block.groups,
+            }
         )
         first_row += block.n_rows
     if shared:
@@ -555,7 +591,7 @@ def _copy(connection: Connection, table: tuple[str, Sequence[str]], rows: Sequen
 _CLOSE = text(f"""
     UPDATE job SET state = '{State.RUNNING}', closed = clock_timestamp(), touched = clock_timestamp(),
            version = version + 1
-     WHERE id = :job RETURNING created, closed""")
+     WHERE id = :job RETURNING created, closed, n_rows, n_parts, blocks_done = n_blocks AS answered""")
 
 
 def close_job(
@@ -598,8 +634,17 @@ def close_job(
     if held.state != State.LOADING:
         return
     if not held.n_rows:
-        raise InvalidJob(Problem("rows", "no row", "at least one row", "send a part, or cancel the job"))
+        raise _no_rows()
     (closed,), _ = together(connection, (_CLOSE, {"job": job}), telling([land(job)], [job]))
-    traces.add(job, traces.SUBMIT, closed.created, closed.closed, rows=held.n_rows, parts=held.n_parts)
-    if held.blocks_done == held.n_blocks:
+    _trace_submit(job, closed)
+    if closed.answered:
         succeed(connection, [job])
+
+
+def _no_rows() -> InvalidJob:
+    return InvalidJob(Problem("rows", "no row", "at least one row", "send a part, or cancel the job"))
+
+
+def _trace_submit(job: UUID, closed: Any) -> None:
+    """``closed``: what `_CLOSE` returned."""
+    traces.add(job, traces.SUBMIT, closed.created, closed.closed, rows=closed.n_rows, parts=closed.n_parts)

@@ -14,12 +14,14 @@ from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 from uuid import UUID
 
+import numpy as np
 from sqlalchemy import Connection, text
 
 from motet.states import CARVED
 from scheduler.policy.carve import Carved, Range
 from scheduler.policy.lifecycle import Return
-from scheduler.store.database import Database, together
+from scheduler.store.arrays import Elements
+from scheduler.store.database import Asked, Database, together
 from scheduler.store.leadership import fence, fenced, must_lead
 from scheduler.store.places import PLACES, at_places
 from scheduler.store.schema import spelt
@@ -69,15 +71,28 @@ class Leased:
     measured: bool = False
 
 
-_HELD = text("""
+#: Attempts as a table, which `_attempts` fills.
+_ATTEMPTS = "unnest(CAST(:subtasks AS bigint[]), CAST(:attempts AS smallint[])) k (subtask, attempt)"
+
+
+def _attempts(keys: Collection[LeaseKey]) -> dict[str, Elements]:
+    # As text these arrays take the leader longer than all else that it does for a lease which it extends.
+    both = np.array([*keys], np.int64).reshape(-1, 2)
+    return {"subtasks": Elements("q", both[:, 0]), "attempts": Elements("h", both[:, 1])}
+
+
+_HELD = """
     SELECT l.subtask_id, l.attempt, s.job_id, s.pass_number, s.n_rows, s.bytes, l.worker, l.boot, l.predicted_s,
            s.exclusive, l.clone, date_part('epoch', clock_timestamp() - l.leased) AS age_s
-      FROM lease l JOIN subtask s ON s.id = l.subtask_id WHERE l.subtask_id > :after
-     ORDER BY l.subtask_id, l.attempt LIMIT :limit""")
+      FROM lease l JOIN subtask s ON s.id = l.subtask_id"""
+_ALL_HELD = text(f"{_HELD} ORDER BY l.subtask_id, l.attempt")
+_HELD_OF = text(f"""{_HELD} JOIN {_ATTEMPTS} ON l.subtask_id = k.subtask AND l.attempt = k.attempt
+     ORDER BY l.subtask_id, l.attempt""")
 
 
-def held(connection: Connection, after: int = 0, limit: int | None = None) -> list[Held]:
-    """Live leases of sub-tasks with ids beyond ``after``, by id; all, or so many."""
+def held(connection: Connection, keys: Collection[LeaseKey] | None = None) -> list[Held]:
+    """Live leases by id: all, or those of these attempts."""
+    asked = (_ALL_HELD,) if keys is None else (_HELD_OF, _attempts(keys))
     # Fetched all at once, and unpacked: one by one and by name takes four times as long, and there are thousands of rows.
     return [
         Held(
@@ -107,7 +122,19 @@ def held(connection: Connection, after: int = 0, limit: int | None = None) -> li
             exclusive,
             clone,
             age_s,
-        ) in connection.execute(_HELD, {"after": after, "limit": limit}).all()
+        ) in connection.execute(*asked).all()
+    ]
+
+
+_KEYS = text("""
+    SELECT subtask_id, attempt FROM lease WHERE subtask_id > :after ORDER BY subtask_id, attempt LIMIT :limit""")
+
+
+def held_keys(connection: Connection, after: int, limit: int) -> list[LeaseKey]:
+    """Attempts with a live lease, of sub-tasks with ids beyond ``after``: so many, by id."""
+    return [
+        (subtask, attempt)
+        for subtask, attempt in connection.execute(_KEYS, {"after": after, "limit": limit}).all()
     ]
 
 
@@ -122,10 +149,10 @@ def due(connection: Connection, within_s: float) -> dict[LeaseKey, bool]:
     return {(subtask, attempt): expired for subtask, attempt, expired in found}
 
 
-_FATES = text("""
-    SELECT k.subtask, k.attempt, l.subtask_id IS NOT NULL AS leased, coalesce(s.state, ''), coalesce(s.worker, ''),
-           coalesce(s.busy_s, 0)
-      FROM unnest(CAST(:subtasks AS bigint[]), CAST(:attempts AS smallint[])) k (subtask, attempt)
+_FATES = text(f"""
+    SELECT k.subtask, k.attempt, l.subtask_id IS NOT NULL AS leased, coalesce(s.state, '') AS state,
+           coalesce(s.worker, '') AS worker, coalesce(s.busy_s, 0) AS busy_s
+      FROM {_ATTEMPTS}
       LEFT JOIN subtask s ON s.id = k.subtask
       LEFT JOIN lease l ON l.subtask_id = k.subtask AND l.attempt = k.attempt""")
 
@@ -143,9 +170,17 @@ class Fate(NamedTuple):
 
 def fates(connection: Connection, keys: Collection[LeaseKey]) -> dict[LeaseKey, Fate]:
     """What became of each of these leases."""
-    at = {"subtasks": [subtask for subtask, _ in keys], "attempts": [attempt for _, attempt in keys]}
-    found = connection.execute(_FATES, at).all()
-    return {(subtask, attempt): Fate(*fate) for subtask, attempt, *fate in found}
+    return fates_in(together(connection, asked_fates(keys))[0])
+
+
+def asked_fates(keys: Collection[LeaseKey]) -> Asked:
+    """The statement of ``fates``."""
+    return _FATES, _attempts(keys)
+
+
+def fates_in(rows: Iterable[Sequence[Any]]) -> dict[LeaseKey, Fate]:
+    """What ``asked_fates`` has found."""
+    return {(subtask, attempt): Fate(*fate) for subtask, attempt, *fate in rows}
 
 
 _RUNS = text("""
@@ -177,10 +212,13 @@ def runs_by_worker(connection: Connection, tenant: UUID) -> dict[str, list[HeldS
     return found
 
 
-_EXTEND = text("""
+# A lease that is locked is about to be deleted with its outcome recorded. To wait for that could be a deadlock.
+_EXTEND = text(f"""
     UPDATE lease SET until = clock_timestamp() + make_interval(secs => :lease_s)
-      FROM unnest(CAST(:subtasks AS bigint[]), CAST(:attempts AS smallint[])) k (subtask_id, attempt)
-     WHERE lease.subtask_id = k.subtask_id AND lease.attempt = k.attempt""")
+      FROM (SELECT l.subtask_id, l.attempt
+              FROM {_ATTEMPTS} JOIN lease l ON l.subtask_id = k.subtask AND l.attempt = k.attempt
+               FOR NO KEY UPDATE OF l SKIP LOCKED) free
+     WHERE lease.subtask_id = free.subtask_id AND lease.attempt = free.attempt""")
 _EXTEND_ALL = text(
     "UPDATE lease SET until = greatest(until, clock_timestamp() + make_interval(secs => :lease_s))"
 )
@@ -190,9 +228,7 @@ def extend(database: Database, epoch: int, keys: Sequence[LeaseKey], lease_s: fl
     """Keep these leases alive."""
     with database.transaction() as connection:
         fence(connection, epoch)
-        connection.execute(
-            _EXTEND, {"subtasks": [s for s, _ in keys], "attempts": [a for _, a in keys], "lease_s": lease_s}
-        )
+        connection.execute(_EXTEND, {**_attempts(keys), "lease_s": lease_s})
 
 
 def extend_all(database: Database, epoch: int, lease_s: float) -> None:

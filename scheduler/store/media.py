@@ -11,12 +11,14 @@ import builtins
 from collections import Counter
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 from typing import Any
 from uuid import UUID
 
 from sqlalchemy import Connection, text
 
 from motet.errors import InvalidJob, Overloaded, Problem
+from scheduler.store.database import together
 
 #: Seconds for which a medium that no block refers to is kept for an upload that claimed it. Shorter: a slow upload loses
 #: pictures before their rows land; longer: those of an upload that broke off stay.
@@ -36,6 +38,8 @@ class NewMedium:
     height: int | None
     #: Envelope of its bytes.
     payload: builtins.bytes
+    #: It in small, a JPEG, where its sender made one.
+    thumb: builtins.bytes | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -52,14 +56,17 @@ class StoredMedium:
 _CLAIMED = """claimed = clock_timestamp(),
     claimed_by = CASE WHEN medium.claimed IS NULL OR medium.claimed_by = CAST(:by AS bytea) THEN CAST(:by AS bytea) END"""
 # Not DO NOTHING: what is there already counts as sent just now, so that no sweep takes it before its rows are here.
+# All payloads are one value: as an array of them they would travel as text, twice as long.
 _ADD = text(f"""
     WITH stored AS (
-        INSERT INTO medium (tenant_id, claimed_by, key, media_type, bytes, width, height, payload)
-        SELECT :tenant, CAST(:by AS bytea), k.* FROM unnest(CAST(:keys AS bytea[]), CAST(:types AS text[]), CAST(:sizes AS int[]),
-                                        CAST(:widths AS int[]), CAST(:heights AS int[]), CAST(:payloads AS bytea[]))
-               k (key, media_type, bytes, width, height, payload)
-         ORDER BY k.key
-        ON CONFLICT (tenant_id, key) DO UPDATE SET {_CLAIMED}
+        INSERT INTO medium (tenant_id, claimed_by, key, media_type, bytes, width, height, thumb, payload)
+        SELECT :tenant, CAST(:by AS bytea), k.key, k.media_type, k.bytes, k.width, k.height, k.thumb,
+               substr(CAST(:payloads AS bytea), k.first, k.length)
+          FROM (SELECT * FROM unnest(CAST(:keys AS bytea[]), CAST(:types AS text[]), CAST(:sizes AS int[]), CAST(:widths AS int[]),
+                                     CAST(:heights AS int[]), CAST(:thumbs AS bytea[]), CAST(:firsts AS int[]), CAST(:lengths AS int[]))
+                       n (key, media_type, bytes, width, height, thumb, first, length)
+                 ORDER BY n.key) k
+        ON CONFLICT (tenant_id, key) DO UPDATE SET thumb = coalesce(EXCLUDED.thumb, medium.thumb), {_CLAIMED}
         RETURNING bytes, xmax = 0 AS is_new)
     SELECT coalesce(sum(bytes) FILTER (WHERE is_new), 0) FROM stored""")
 _COUNT = text("""
@@ -80,7 +87,10 @@ def add_media(
         "sizes": [one.bytes for one in each],
         "widths": [one.width for one in each],
         "heights": [one.height for one in each],
-        "payloads": [one.payload for one in each],
+        "thumbs": [one.thumb for one in each],
+        "lengths": [len(one.payload) for one in each],
+        "firsts": list(accumulate((len(one.payload) for one in each[:-1]), initial=1)),
+        "payloads": b"".join([one.payload for one in each]),
     }
     more = int(connection.execute(_ADD, {"tenant": tenant, "by": by, **columns}).scalar_one())
     if not more:
@@ -124,6 +134,28 @@ def known_media(connection: Connection, tenant: UUID, keys: Collection[bytes]) -
     }
 
 
+_BLOCKS = text("""
+    SELECT first_row, payload FROM block b
+     WHERE job_id = :job AND cardinality(media) > 0
+       AND EXISTS (SELECT FROM unnest(CAST(:rows AS bigint[])) r WHERE r >= first_row AND r < first_row + n_rows)""")
+
+
+def blocks_with_media(connection: Connection, job: UUID, rows: Sequence[int]) -> list[tuple[int, bytes]]:
+    """First row and payload of the blocks of these rows, where they refer to media."""
+    (found,) = together(connection, (_BLOCKS, {"job": job, "rows": list(rows)}))
+    return [(row.first_row, bytes(row.payload)) for row in found]
+
+
+_THUMBS = text("""
+    SELECT key, thumb FROM medium WHERE tenant_id = :tenant AND key = ANY(:keys) AND thumb IS NOT NULL""")
+
+
+def thumbs(connection: Connection, tenant: UUID, keys: Collection[bytes]) -> dict[bytes, bytes]:
+    """Those of these media in small of which somebody sent that."""
+    (found,) = together(connection, (_THUMBS, {"tenant": tenant, "keys": sorted(keys)}))
+    return {bytes(row.key): bytes(row.thumb) for row in found}
+
+
 _HOLD = text("""
     SELECT id, key FROM medium WHERE tenant_id = :tenant AND key = ANY(:keys) ORDER BY key FOR NO KEY UPDATE""")
 _REFER = text("""
@@ -160,9 +192,6 @@ def not_stored(field: str, count: int, row: int | None = None) -> InvalidJob:
 
 _OF_BLOCKS = text("""
     SELECT u.id, count(*) AS n FROM block b, unnest(b.media) u (id)
-     WHERE b.job_id = :job AND b.number >= :first GROUP BY u.id""")
-_OF_NUMBERS = text("""
-    SELECT u.id, count(*) AS n FROM block b, unnest(b.media) u (id)
      WHERE b.job_id = :job AND b.number = ANY(:numbers) GROUP BY u.id""")
 _LOCK = text("SELECT id FROM medium WHERE id = ANY(:ids) ORDER BY key FOR NO KEY UPDATE")
 _RELEASE = text("""
@@ -173,17 +202,12 @@ _DELETE = text(f"""
     DELETE FROM medium WHERE id = ANY(:ids) AND refs <= 0 AND {_UNCLAIMED} RETURNING tenant_id, bytes""")
 
 
-def release_media(
-    connection: Connection, job: UUID, *, first: int | None = None, numbers: Sequence[int] = ()
-) -> None:
-    """Blocks are about to go, those from ``first`` on or those of these numbers: so do media that no other refers to.
+def release_media(connection: Connection, job: UUID, blocks: Sequence[int]) -> None:
+    """Blocks of these numbers are about to go: so do media that no other block refers to.
 
     What an upload counts on stays until its rows are here, or for UNUSED_S.
     """
-    if first is None:
-        rows = connection.execute(_OF_NUMBERS, {"job": job, "numbers": list(numbers)}).all()
-    else:
-        rows = connection.execute(_OF_BLOCKS, {"job": job, "first": first}).all()
+    rows = connection.execute(_OF_BLOCKS, {"job": job, "numbers": list(blocks)}).all()
     if not rows:
         return
     at = {"ids": [row.id for row in rows], "counts": [row.n for row in rows]}
@@ -260,5 +284,6 @@ def leased_media(
             if ids and left < 0:
                 break
             ids.append(number)
-    payloads = connection.execute(_PAYLOADS, {"ids": ids}).all() if ids else []
+    # In binary: as text each byte would be two letters on its way.
+    payloads = together(connection, (_PAYLOADS, {"ids": ids}))[0] if ids else []
     return {bytes(row.key): bytes(row.payload) for row in payloads}, set(keys) - found.keys()

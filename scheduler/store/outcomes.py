@@ -82,7 +82,8 @@ _REFUSE = text("""
     INSERT INTO refusal (model_id, worker, boot, why)
     SELECT id, :worker, :boot, :why FROM model WHERE digest = :digest ORDER BY id
     ON CONFLICT (model_id, worker) DO UPDATE SET boot = excluded.boot, why = excluded.why, at = clock_timestamp()""")
-# What is counted in a job, which is named twice: the planner knows the length of a list, and not of a set in JSON; and how large what was read turned out to be, in one statement with the sub-tasks that say so.
+# What is counted in a job, which is named twice: the planner knows the length of a list, and not of a set in JSON; and
+# how large what was read turned out to be, in one statement with the sub-tasks that say so.
 _COUNTED = """
     UPDATE job SET cells_ok = cells_ok + c.ok, cells_error = cells_error + c.error, version = version + 1,
            tokens = job.tokens + c.tokens, computed_tokens = computed_tokens + c.computed,

@@ -102,6 +102,22 @@ def test_an_artefact_is_read_once_in_a_worker_and_stays_while_a_job_uses_it(
         client.submit(ROWS, tasks("kept"), progress=False)
 
 
+def test_a_model_that_callers_ask_is_soon_held_by_a_worker_that_answers_none_of_them(
+    client: Client, admin: Client
+) -> None:
+    """One worker answers a lone caller. The other one is ready before they are many."""
+    engine = InstalledEngines().find("capitals")
+    assert isinstance(engine, SelfDescribing)
+    admin._http.post("/v1/models", engine.describe("reserved", "1").to_json())
+    with client.open({"text": Function("reserved", input="{text}")}, name="reserved") as feed:
+        asked = 0
+        while not all(any("reserved" in model for model in w.resident) for w in client.workers()):
+            assert feed.ask({"text": f"row {asked}"})["text"].value == f"ROW {asked}"
+            asked += 1
+            assert asked < 2000, "only one worker has loaded it"
+    feed.close().wait(timeout=60)
+
+
 def test_what_a_function_does_not_take_is_refused_with_what_it_takes(client: Client, admin: Client) -> None:
     with pytest.raises(InvalidJob) as refused:
         client.submit(ROWS, tasks(None, q=1), progress=False)

@@ -32,7 +32,7 @@ ENDED = {
 }
 
 
-#: All keys that motet has in Redis (motet/protocol/transport.py), but for queues, which are there only while they hold messages.
+#: All keys that motet has in Redis (motet/protocol/transport), but for queues, which are there only while they hold messages.
 KEYS = re.compile(
     rb"motet:(outcomes|dead|workers|canary|w:WORKER:(beat|control|running|in:\d+:\d+))|motet\.gpu\.WORKER"
     rb"|_kombu\.binding(_permanent)?\.(motet\.gpu\.WORKER|celeryev)".replace(b"WORKER", rb"[a-z0-9-]{1,80}")

@@ -17,6 +17,7 @@ import msgpack
 import pytest
 from sqlalchemy import text
 
+from motet.client import Client
 from motet.protocol.columns import CellError, Column, Kind
 from motet.protocol.envelope import zstd
 from motet.protocol.manifest import Manifest, column_kind
@@ -336,6 +337,13 @@ def furnish(house: House) -> None:
 def house(database_url: str, tmp_path: Path) -> Iterator[House]:
     with a_house(database_url, tmp_path) as house:
         yield house
+
+
+@pytest.fixture
+def client(house: House) -> Iterator[Client]:
+    """The first tenant's user."""
+    with Client(house.url, house.tokens["user"], timeout=20) as client:
+        yield client
 
 
 def problems(answer: httpx.Response, status: int = 422) -> list[dict[str, Any]]:

@@ -43,6 +43,8 @@ HEAD = Manifest(
     trunk="t",
     trunk_model="trunk@1",
     max_tokens=256,
+    # Of its trunk, as every registered head has it.
+    dim=4,
     labels=("short", "middle", "long"),
 )
 

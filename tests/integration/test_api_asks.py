@@ -171,6 +171,7 @@ def test_a_bad_row_refuses_its_ask_alone(house: House, feed: str) -> None:
         ({"rows": ["x"], "key": ""}, "key"),
         ({"rows": ["x", "y"], "keys": ["k"]}, "keys"),
         ({"rows": ["x", "y"], "keys": ["k", "k"]}, "keys"),
+        ({"rows": ["x"], "keys": ["k"], "key": "j"}, "key"),
         ({"rows": ["x"], "unheard": 1}, "unheard"),
     ],
 )

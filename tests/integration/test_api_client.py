@@ -17,18 +17,12 @@ from motet import Classify, Client, Embed
 from motet.errors import Conflict, InvalidJob, JobFailed, NotFound, Overloaded, Unauthorized
 from motet.job import Job
 from motet.protocol.columns import CellError
-from tests.integration.api_house import House, a_house, house
+from tests.integration.api_house import House, a_house, client, house
 
-__all__ = ["house"]
+__all__ = ["client", "house"]
 
 TASKS = {"topic": Classify("topics"), "vector": Embed("tiny")}
 TEXTS = [f"text {i}" for i in range(2500)]
-
-
-@pytest.fixture
-def client(house: House) -> Iterator[Client]:
-    with Client(house.url, house.tokens["user"], timeout=20) as client:
-        yield client
 
 
 def test_a_long_source_goes_in_by_parts_and_its_rows_come_back(house: House, client: Client) -> None:

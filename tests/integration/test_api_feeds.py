@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from datetime import date
 from decimal import Decimal
@@ -18,16 +17,11 @@ from motet.protocol.envelope import packed_plain
 from motet.results import read_frames
 from scheduler.blocks import decode_block
 from tests.integration.api_house import House, problems
+from tests.integration.api_house import client as client
 from tests.integration.api_house import house as house
 from tests.integration.test_api_asks import answering
 
 TASKS = {"topic": Classify("topics"), "vector": Embed("tiny")}
-
-
-@pytest.fixture
-def client(house: House) -> Iterator[Client]:
-    with Client(house.url, house.tokens["user"], timeout=20) as client:
-        yield client
 
 
 @pytest.fixture
@@ -66,7 +60,7 @@ def test_errors_come_as_types(house: House, client: Client, feed: Feed) -> None:
     assert late.value.stored
     with answering(house, feed.job.id, after=1):
         assert feed.ask("nobody answers this", key="late").index == late.value.row == 1
-    with pytest.raises(Conflict, match="Idempotency-Key"):
+    with pytest.raises(Conflict, match="a job risk with other tasks"):
         client.open({"topic": TASKS["topic"]}, name="risk")
     feed.job.cancel()
     with pytest.raises(Conflict, match="cancelled"):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
 from datetime import UTC, datetime
 from decimal import Decimal
 from typing import Any
@@ -18,6 +17,7 @@ from scheduler.policy.carve import Carved, Range
 from scheduler.store.leases import Leased
 from scheduler.store.manifests import Manifests
 from tests.integration.api_house import House, problems
+from tests.integration.api_house import client as client
 from tests.integration.api_house import house as house
 from tests.integration.test_api_asks import answering, ask
 
@@ -27,12 +27,6 @@ STATE = {
     "spent": Sum("{amount}", key="{who}", window="1d", at="{time}"),
     "last": Last("{city}", key="{who}"),
 }
-
-
-@pytest.fixture
-def client(house: House) -> Iterator[Client]:
-    with Client(house.url, house.tokens["user"], timeout=20) as client:
-        yield client
 
 
 @pytest.fixture

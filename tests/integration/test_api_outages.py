@@ -17,6 +17,7 @@ import pytest
 from sqlalchemy import make_url
 
 from motet.errors import SetupError
+from motet.local.places import free_port
 from motet.messages.cluster import ClusterPressure
 from motet.messages.jobs import FailedCells, JobList, JobRecord, PartLanded, Plan
 from motet.messages.refusals import ErrorRecord
@@ -182,7 +183,7 @@ def test_the_process_serves_and_ends_when_it_is_told_to(
     tokens = bootstrap(database_url, tmp_path / "tokens.json")
     with Database(database_url, pool=1).transaction():
         pass
-    port = _free_port()
+    port = free_port()
     env = {
         "MOTET_DATABASE_URL": database_url,
         "MOTET_REDIS_URL": redis_url,
@@ -218,11 +219,3 @@ def test_the_process_serves_and_ends_when_it_is_told_to(
     for line in said.splitlines():
         assert json.loads(line)["process"] == "api"
     assert all(token.partition(".")[2] not in said for token in tokens.values())
-
-
-def _free_port() -> int:
-    import socket
-
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])

@@ -394,6 +394,10 @@ def test_the_queue_sorts_the_newest_rows_by_an_answer_and_grows(works: Works) ->
     scores = [float(s) for s in re.findall(r'</th>\s*<td class="num">([\d.]+)</td>', sorted_page)]
     assert len(scores) == 100
     assert scores == sorted(scores, reverse=True)
+    by_label = works.api.call("GET", f"/jobs/{job}/queue?by=size").text
+    names = re.findall(r'</th>\s*<td class="num">(\w+)</td>', by_label)
+    assert len(names) == 100
+    assert names == sorted(names), "of a label its name"
     refused = works.api.call("GET", f"/jobs/{job}/queue?by=text")
     assert refused.status_code == 422
     assert "an answer of this job, or a part of one: size, again" in refused.text

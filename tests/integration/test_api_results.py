@@ -115,6 +115,11 @@ def test_row_order_waits_for_the_next_block_and_done_order_does_not(house: House
     assert (numbers(blocks), end["next"], end["complete"]) == ([0, 1], 3, True)
     blocks, end = house.results(job, after=3)
     assert (numbers(blocks), end["complete"]) == ([], True)
+    for order in ("row", "done"):
+        # As of another job: rows to come would be passed over.
+        refused = house.call("GET", f"/v1/jobs/{job}/results", params={"order": order, "after": 4})
+        assert refused.status_code == 422
+        assert refused.json()["error"]["problems"][0]["got"] == "4"
 
 
 def test_a_block_is_sent_once_the_asked_tasks_are_sealed_in_it(house: House) -> None:

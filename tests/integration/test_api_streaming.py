@@ -21,9 +21,9 @@ from motet.cli.feeds import ask as command
 from motet.local.valkey import ValkeyUrls
 from motet.protocol.transport import RedisWorkerTransport
 from motet.protocol.transport.connection import RedisConnection
-from motet.protocol.wire import Said
+from motet.protocol.wire import Said, encode_said
 from motet.row_stream import read_events
-from motet.told import TextDelta
+from motet.text_deltas import TextDelta
 from scheduler.store import dropping
 from tests.integration.api_house import SPEAKER, House, a_house
 from tests.integration.landing import register
@@ -68,7 +68,7 @@ class Speaker:
             "SELECT say FROM block WHERE job_id = :job AND first_row = :row", job=self._job, row=self._row
         )
         said = Said(job=self._job, row=self._row, task=task, attempt=attempt, begins=begins, text=text)
-        self._transport.say([(api, said.encode())])
+        self._transport.say([(api, encode_said([said]))])
 
 
 @contextmanager

@@ -112,7 +112,7 @@ def test_every_export_has_the_schema_of_a_job_in_which_all_is_well(
 
 def table(job: Job, folder: Path) -> tuple[Any, Any]:
     """The job as a table in memory, and as one that was written and read; without what it raises as cancelled."""
-    job._check = lambda: None  # type: ignore[method-assign]
+    job.check = lambda: None  # type: ignore[method-assign]
     job.to_parquet(folder / f"{job.id}.parquet")
     return job.to_arrow(), parquet.read_table(folder / f"{job.id}.parquet")
 

@@ -13,7 +13,7 @@ from uuid import UUID
 import pytest
 
 from motet.errors import Problem
-from motet.inputs import as_trained
+from motet.head_inputs import as_trained
 from motet.protocol.columns import ERROR, CellError, Column
 from motet.protocol.manifest import Manifest
 from motet.protocol.wire import Assignment, Outcome, Spent, texts_of

@@ -302,7 +302,7 @@ def play_doors(house: House, job: UUID) -> None:
         owned = batches.take_batch(connection, "me", 60.0)
         assert owned is not None
         owned.keep(connection, 60.0)
-        owned.checked(connection, 1, {})
+        owned.checked(connection, 1, {}, beside=False)
         owned.has_job(connection, job)
         owned.started(connection)
         batches.answered_blocks(connection, job, 0, 4)

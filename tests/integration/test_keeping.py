@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator
 from typing import Any
 from uuid import UUID
 
@@ -14,17 +13,12 @@ from motet import Classify, Client, Embed, Gone
 from motet.protocol.columns import CellError
 from scheduler.store import endings, keeping
 from tests.integration.api_house import TWO, House, problems
+from tests.integration.api_house import client as client
 from tests.integration.api_house import house as house
 from tests.integration.test_api_asks import answering, ask
 
 TASKS = {"topic": Classify("topics"), "vector": Embed("tiny")}
 _TABLES = ("block", "block_pass", "block_column", "ask", "subtask")
-
-
-@pytest.fixture
-def client(house: House) -> Iterator[Client]:
-    with Client(house.url, house.tokens["user"], timeout=20) as client:
-        yield client
 
 
 def opened(house: House, rows: int = 6) -> str:

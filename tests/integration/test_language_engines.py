@@ -21,8 +21,8 @@ from tests.tiny_language import CONTEXT, SWITCHED, TinyServer, a_llama, serving
 from workers.engine import CannotLoad, Ended, Engine, Pass, Prepared
 from workers.engines import InstalledEngines
 from workers.engines.causal.causal import CausalEngine
-from workers.engines.served import chat_server, openai
-from workers.engines.served.naming import beginnings, named
+from workers.engines.served import chat_server, question
+from workers.engines.served.label_scores import label_in, label_shares
 from workers.engines.served.openai import OpenAIEngine
 from workers.registrar.describe import describe_folder
 from workers.run.batch_adapter import run_to_the_end
@@ -798,7 +798,7 @@ def test_a_server_that_tells_no_likelihood_of_labels_is_asked_for_the_first_toke
 def test_a_label_prior_is_kept_for_one_tenant_and_not_for_ever(
     remote: Remote, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(openai, "PRIORS", 3)
+    monkeypatch.setattr(question, "PRIORS", 3)
     server, choir = remote()
     task = Choose("tiny", labels=LABELS)
 
@@ -887,14 +887,14 @@ def named_or_none(choir: Choir, task: Choose) -> bool:
     ],
 )
 def test_a_label_is_read_from_what_was_written_only_where_that_is_clear(text: str, found: int | None) -> None:
-    assert named(text, ("good", "very good", "bad")) == found
+    assert label_in(text, ("good", "very good", "bad")) == found
 
 
 def test_a_first_token_counts_for_the_labels_that_begin_with_it() -> None:
     labels = ("sports", "sports news", "politics")
     tokens = [("Ġsports", 0.6), ("▁pol", 0.2), ("s", 0.1), ("x", 0.05), ("", 0.05)]
-    assert beginnings(tokens, labels, 0) == pytest.approx([0.7, 0.0, 0.2])
-    assert beginnings(tokens, labels, None) == pytest.approx([0.35, 0.35, 0.2])
+    assert label_shares(tokens, labels, 0) == pytest.approx([0.7, 0.0, 0.2])
+    assert label_shares(tokens, labels, None) == pytest.approx([0.35, 0.35, 0.2])
 
 
 @pytest.fixture(scope="module")

@@ -14,10 +14,10 @@ from uuid import UUID
 import msgpack
 import pytest
 
-from motet import Classify, Client, Embed, InvalidJob, Overloaded
+from motet import Classify, Client, Embed, InvalidJob, Job, Overloaded
 from motet.errors import Unauthorized
 from motet.media import sending
-from motet.media.medium import MAX_MEDIUM_BYTES, Medium
+from motet.media.medium import MAX_MEDIUM_BYTES, THUMB_SIDE, Medium, measured
 from motet.protocol.envelope import unwrap
 from motet.protocol.manifest import Manifest
 from motet.protocol.wire import Assignment
@@ -119,6 +119,27 @@ def test_rows_and_pictures_land_each_once_and_go_with_the_last_job(
     assert [refs for refs, _ in kept(house)] == [1] * 6
     again.delete()
     assert kept(house) == []
+
+
+def test_the_page_of_rows_shows_pictures_in_small_where_the_client_made_them(
+    house: House, client: Client, claims: Path
+) -> None:
+    def queue(job: Job) -> str:
+        house.answer(job.id, 0)
+        page = house.call("GET", f"/jobs/{job.id}/queue")
+        assert page.status_code == 200, page.text
+        return page.text
+
+    plain = client.submit(claims / "claims.jsonl", TASKS, media_root=claims)
+    assert "<img" not in queue(plain)
+    plain.delete()
+    shown = client.submit(claims / "claims.jsonl", TASKS, media_root=claims, media_thumbs=True)
+    assert queue(shown).count("<img") == 10
+    ((thumb,),) = house.sql("SELECT thumb FROM medium LIMIT 1")
+    kind, size = measured(bytes(thumb))
+    assert kind == "image/jpeg"
+    assert size is not None
+    assert max(size) <= THUMB_SIDE
 
 
 def test_retention_takes_pictures_with_their_job(house: House, client: Client) -> None:
@@ -289,6 +310,9 @@ def test_bad_uploads_are_refused_by_name(house: House) -> None:
     refused("PUT", f"/v1/media/{sha256}", 403, "may not", content=data, token="read")
     for body in ({"media": []}, {"media": ["text"]}, {"media": {}}, [], {"x": 1}):
         refused("POST", "/v1/media", 422, "media", content=msgpack.packb(body), headers=packed)
+    for thumbs in ("x", [], [data], [b"\xff\xd8" + b"0" * 9000], [None, None]):
+        body = msgpack.packb({"media": [data], "thumbs": thumbs})
+        refused("POST", "/v1/media", 422, "thumbs", content=body, headers=packed)
     refused("POST", "/v1/media", 422, "msgpack", content=b"\xc1", headers=packed)
     refused("POST", "/v1/media/missing", 422, "media", json={"media": ["x"]})
     refused("POST", "/v1/media/missing", 422, "media", json={"media": []})

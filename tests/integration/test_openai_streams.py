@@ -14,7 +14,7 @@ from openai import AsyncOpenAI, OpenAI
 
 from motet.local.valkey import ValkeyUrls
 from motet.protocol.transport import RedisWorkerTransport
-from motet.protocol.wire import Said
+from motet.protocol.wire import Said, encode_said
 from scheduler.api.openai.app import PREFIX
 from tests.integration.api_house import SPEAKER, House, a_house
 from tests.integration.landing import register
@@ -45,7 +45,7 @@ def says(house: House, redis_urls: ValkeyUrls) -> Iterator[Callable[..., None]]:
     def say(text: str, begins: int = 0, *, row: int = 0, attempt: tuple[int, int] = (7, 1)) -> None:
         [(job, api)] = landed(house, row)
         said = Said(job=str(job), row=row, task="answer", attempt=attempt, begins=begins, text=text)
-        transport.say([(api, said.encode())])
+        transport.say([(api, encode_said([said]))])
 
     yield say
     transport.close()

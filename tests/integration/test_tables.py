@@ -1,4 +1,4 @@
-"""The schema stands once: a migrated database is what scheduler/store/tables.py says, down to comments and indexes."""
+"""The schema stands once: a migrated database is what scheduler/store/tables says, down to comments and indexes."""
 
 from __future__ import annotations
 

@@ -6,7 +6,6 @@ import hashlib
 import hmac
 import json
 import struct
-from collections.abc import Iterator
 from datetime import date
 from decimal import Decimal
 from pathlib import Path
@@ -22,9 +21,9 @@ from motet.errors import Conflict
 from motet.protocol.envelope import pack
 from scheduler.blocks import IncomingPart, decode_block, fields_digest, reuse_key
 from scheduler.migrate import downgrade, upgrade
-from tests.integration.api_house import CLASSIFY, House, a_house, house
+from tests.integration.api_house import CLASSIFY, House, a_house, client, house
 
-__all__ = ["house"]
+__all__ = ["client", "house"]
 
 ROWS: list[dict[str, Any]] = [
     {"age": 41, "price": Decimal("1.50"), "on": date(2026, 11, 30), "tags": ["a", 1]},
@@ -35,12 +34,6 @@ TASKS = {
     "kind": Classify("topics", input="{age} {price} {on} {tags}"),
     "roll": Function("dice", input="{age}"),
 }
-
-
-@pytest.fixture
-def client(house: House) -> Iterator[Client]:
-    with Client(house.url, house.tokens["user"], timeout=20) as client:
-        yield client
 
 
 def stored(house: House, job: str) -> dict[str, list[Any]]:

@@ -93,6 +93,8 @@ def test_support_answers_typed_turns_live_and_serves_their_queue(
     tasks = {**support.TASKS, "intent": Classify("news-topics", input=support.HISTORY)}
     monkeypatch.setattr(sys, "stdin", StringIO("My card was stolen, it is urgent!\nAnd now?\n\nHello.\n"))
     monkeypatch.setattr(prepared, "name", "live twin")
+    # As an earlier conversation left it: its name was taken, and the next one came to nothing.
+    prepared.client.open({"topic": Classify("news-topics")}, name="live twin").close()
     prepared.story.quiet = False
     try:
         queue.converse(prepared, tasks)

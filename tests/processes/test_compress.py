@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from motet.artefacts import digests
 from motet.protocol.manifest import Manifest
 from motet.protocol.wire import TaskOrder
 from motet.tasks import Classify
@@ -17,7 +18,6 @@ from tests.processes.test_worker_register import Api, api, trunk_folder
 from workers.__main__ import main
 from workers.engines.encoder.encoder import EncoderEngine
 from workers.registrar.accuracy import SENTENCES, Trial
-from workers.registrar.describe import digests
 
 __all__ = ["api"]
 

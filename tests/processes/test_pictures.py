@@ -11,6 +11,7 @@ import pytest
 from PIL import Image
 
 from motet import Classify, Client, Embed, InvalidJob, Labels
+from motet.cli.show import plan_line, plan_table
 from motet.local.cluster import Cluster
 from tests.nasty_pictures import nasty, saved
 from tests.registering import register
@@ -104,4 +105,5 @@ def test_a_plan_tells_pixels_beside_tokens(admin: Client) -> None:
         rows(6), {"look": Embed(TRUNK, input="{photo}"), "topic": Classify("news-topics", input="{note}")}
     )
     assert plan.pixels == 6 * 32 * 32
-    assert "megapixels" in str(plan) or plan.tokens > 0
+    assert plan_line(plan).endswith("(of them ~0.0 megapixels of pictures)")
+    assert "megapixels" in [column.header for column in plan_table(plan).columns]

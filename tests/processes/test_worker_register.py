@@ -24,7 +24,7 @@ import motet
 from motet.protocol.manifest import Manifest
 from tests import registering
 from tests.tiny_language import a_language_model, a_llama, serving
-from workers.registrar.trying import TrialDevice
+from workers.registrar.trial_plan import TrialDevice
 
 
 @dataclass
@@ -396,7 +396,7 @@ class Host:
     def register(self, *arguments: str, free_mb: int) -> tuple[int, str]:
         """The exit code, and what was printed."""
         devices = [TrialDevice(name="cpu", mask="", free_mb=free_mb)]
-        self.monkeypatch.setattr("workers.registrar.register.look_around", lambda: devices)
+        self.monkeypatch.setattr("workers.registrar.registry.look_around", lambda: devices)
         ran = register(self.api, self.cache, *arguments)
         return ran.returncode, ran.stdout + ran.stderr
 

@@ -192,6 +192,10 @@ class FakeApi:
                 return 201, {**made, "ref": ref}
             case "DELETE", ["models", _]:
                 return _error(409, "news-topics@1 is used by a running job; cancel it first")
+            case "POST", ["media", "missing"]:
+                return 200, {"missing": json.loads(body)["media"]}
+            case "POST", ["media"]:
+                return 201, {"media": []}
             case "GET", ["workers"]:
                 return 200, {"workers": [WORKER] * self.workers}
             case "GET", ["tokens"]:
@@ -493,6 +497,9 @@ def column(task: str, first: int, n: int, bad: dict[int, Any], spec: dict[str, A
         "codes": array("h", [(first + i) % (len(spec["labels"]) or 2) for i in range(n)]).tobytes(),
         "scores": array("f", [0.75] * n).tobytes(),
     }
+    if spec.get("scores"):
+        every = len(spec["labels"]) or 2
+        arrays["all"] = array("f", [1 / every] * every * n).tobytes()
     return Column(kind="label", status=status, arrays=arrays, errors=errors)
 
 

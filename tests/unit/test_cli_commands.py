@@ -18,6 +18,7 @@ import pytest
 from motet.cli import command, main
 from motet.cli.jobs import parse_tasks
 from motet.cli.show import connect, fitted, program, result_table
+from motet.tasks import parse
 from tests.unit.fake_api import ADMIN, TOKEN, FakeApi, serving
 
 
@@ -400,6 +401,19 @@ def test_task_options_are_read_up_to_the_next_name() -> None:
         "a": {"kind": "classify", "model": "m", "input": "{x}, {y}", "scores": True, "max_tokens": 64},
         "b": {"kind": "embed", "model": "m@2"},
     }
+
+
+def test_scores_are_numbers_and_words_stay_words() -> None:
+    """What a user types for them was refused as text, and as a number."""
+    read = parse_tasks(
+        ["a=classify:m,min_score=0.5,otherwise=7", "b=function:f,artefact=2024,when=true == a", "c=chat:m,temperature=.5"]
+    )  # fmt: skip
+    assert read == {
+        "a": {"kind": "classify", "model": "m", "min_score": 0.5, "otherwise": "7"},
+        "b": {"kind": "function", "model": "f", "artefact": "2024", "when": "true == a"},
+        "c": {"kind": "chat", "model": "m", "temperature": 0.5},
+    }
+    assert parse(read).keys() == {"a", "b", "c"}
 
 
 def test_a_ranking_names_its_query_and_its_list() -> None:

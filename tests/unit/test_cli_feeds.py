@@ -83,6 +83,21 @@ def test_lines_are_answered_in_order_and_a_refused_one_alone(
     assert "no such field" in told[50]["error"]
 
 
+def test_a_line_that_is_no_utf8_is_refused_alone(
+    api: FakeApi, motet: Shell, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It ended the command, and all lines behind it had no answer."""
+    opened(motet)
+    monkeypatch.setattr(
+        "sys.stdin", io.TextIOWrapper(io.BytesIO(b"caf\xe9\nna\xc3\xafve\n"), encoding="utf-8")
+    )
+    ran = motet("ask", "risk", "-")
+    first, second = (json.loads(line) for line in ran.out.splitlines())
+    assert "UTF-8" in first["error"]
+    assert second["row"] == 0
+    assert [columns["text"] for columns in api.jobs["job-1"].columns] == [["naïve"]]
+
+
 def test_a_line_is_answered_before_the_next_one_is_there(api: FakeApi, motet: Shell, tmp_path: Path) -> None:
     opened(motet)
     env = {**os.environ, "MOTET_URL": api.url, "MOTET_TOKEN": TOKEN}

@@ -11,7 +11,8 @@ from typing import Any
 import pytest
 from rich.console import Console
 
-from motet.cli.watch import bar, number, picture
+from motet.cli.drawing import bar, number
+from motet.cli.watch import picture
 from motet.messages.activity import JobActivity
 from tests.unit.fake_api import FakeApi
 from tests.unit.test_cli_commands import TOPIC, Shell, api, motet, tickets

@@ -29,6 +29,7 @@ EXAMPLES = ROOT / "examples"
         ("open_job", "both times: True"),
         ("language_model", "Ben is content (0.75)"),
         ("train", "2 tasks in one pass"),
+        ("zero_shot_pictures", "motorcycle_left"),
     ],
 )
 def test_an_example_runs(name: str, words: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -36,6 +37,9 @@ def test_an_example_runs(name: str, words: str, tmp_path: Path, monkeypatch: pyt
         pytest.importorskip("pandas")
     if name == "train" and not (datasets.cache_dir() / datasets.VADER.filename).is_file():
         pytest.skip("its texts are not on this machine; `make demo` fetches them")
+    if name == "zero_shot_pictures" and not (datasets.cache_dir() / datasets.SCIKIT_IMAGE.filename).is_file():
+        pytest.skip("its pictures are not on this machine; `motet demo --media` fetches them")
+    monkeypatch.setitem(LABELS, "object", ["tabby", "espresso", "missile"])
     monkeypatch.setitem(LABELS, "sentiment", ["negative", "positive"])
     with serving() as api:
         (tmp_path / "client.json").write_text(json.dumps({"url": api.url, "token": TOKEN}))

@@ -236,6 +236,19 @@ def test_an_upload_that_broke_off_is_picked_up_by_its_key(api: FakeApi) -> None:
     assert job.wait().rows == 4000
 
 
+@pytest.mark.parametrize("key", ["ключ", "a\nb", "k" * 500])
+def test_a_key_may_be_any_text(client: Client, key: str) -> None:
+    """No header holds it as it is."""
+    first = client.submit(["a"], TOPIC, key=key)
+    assert client.submit(["a"], TOPIC, key=key).id == first.id
+
+
+@pytest.mark.parametrize("key", [7, b"k", "a\ud800"])
+def test_a_key_that_is_no_text_is_refused(client: Client, key: Any) -> None:
+    with pytest.raises(InvalidJob, match="key: got a"):
+        client.submit(["a"], TOPIC, key=key)
+
+
 def test_the_same_key_gives_the_same_job_and_another_job_is_a_conflict(api: FakeApi, client: Client) -> None:
     first = client.submit(lines(3000), TOPIC, key="k")
     assert client.submit(lines(3000), TOPIC, key="k").id == first.id

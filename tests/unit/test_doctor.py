@@ -150,10 +150,10 @@ def test_a_port_of_another_program_is_named() -> None:
         holder.bind(("127.0.0.1", 0))
         holder.listen()
         taken = holder.getsockname()[1]
-        api = one(look.ports({}, Settings(api_port=taken)), "API")
+        api = one(look.ports(Settings(api_port=taken)), "API")
         assert (api.state, api.what) == ("fail", f"another program has port {taken}")
         assert "--port 0" in api.remedy
-    assert one(look.ports({}, Settings(api_port=taken)), "API").state == "ok"
+    assert one(look.ports(Settings(api_port=taken)), "API").state == "ok"
 
 
 def test_a_port_that_is_ours_is_fine() -> None:

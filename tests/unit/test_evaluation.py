@@ -116,8 +116,8 @@ def test_numbers_that_are_near_are_counted_by_the_spread_of_the_truth() -> None:
 def test_training_and_evaluation_say_the_same_of_the_same_answers() -> None:
     torch = pytest.importorskip("torch")
     from motet.training.recipe import Target
-    from workers.engines.training.data import Truth
     from workers.engines.training.heads import _score
+    from workers.engines.training.truth import Truth
 
     labels = ("a", "b", "c")
     one = Truth.of(Target.single("one", labels, [labels["abc".index(t)] for t in "abbab"]))
@@ -665,6 +665,7 @@ def test_a_page_of_many_labels_draws_the_rarest_as_one(tmp_path: Path) -> None:
         (("a", "--task", "topic="), "expected NAME or NAME=FIELD"),
         (("a", "--task", "t", "--task", "t=x"), "given twice"),
         (("a", "--html", "/nowhere/at/all.html"), "no such folder"),
+        (("a", "--worst", "/nowhere/at/all.png"), "no such folder"),
     ],
 )
 def test_evaluate_refuses_what_was_written_wrongly(
@@ -673,6 +674,18 @@ def test_evaluate_refuses_what_was_written_wrongly(
     ran = motet("evaluate", *arguments, "--labels", labels)
     assert ran.code == 2
     assert words in ran.err
+
+
+def test_figures_are_told_also_where_a_picture_is_missing(
+    api: FakeApi, motet: Shell, client: Client, tmp_path: Path
+) -> None:
+    path = tmp_path / "labels.jsonl"
+    path.write_text('{"topic": "tech", "photo": "gone.jpg"}\n' * 12)
+    worst = ("--worst", str(tmp_path / "worst.png"), "--picture", "photo", "--media-root", str(tmp_path))
+    ran = motet("evaluate", job_of(client, api).id, "--labels", str(path), *worst)
+    assert ran.code == 1
+    assert "there is no file" in ran.err
+    assert "accuracy" in ran.out
 
 
 def test_evaluate_names_the_row_that_is_wrong(

@@ -149,6 +149,15 @@ def told(
     return found
 
 
+def test_what_waits_of_pictures_is_told_in_pixels_beside_tokens() -> None:
+    eyes = replace(TINY, name="eyes", engine="image", reads="image", max_tokens=196)
+    [note] = [one for one in told(beat(), mine=demand(model=eyes)).notes if "picture" in one]
+    assert note == (
+        "1,000 pictures wait for eyes@1: 50.2 megapixels as it sees them, which count for 196,000 tokens."
+    )
+    assert not any("picture" in one for one in told(beat()).notes)
+
+
 def test_rows_that_wait_for_answers_are_told_and_counted_in_when_it_is_done() -> None:
     alone = told(beat(holds=True))
     waits = told(

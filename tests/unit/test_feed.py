@@ -17,6 +17,7 @@ from decimal import Decimal
 from pathlib import Path
 from typing import Any
 
+import numpy
 import pytest
 
 from motet import (
@@ -87,7 +88,7 @@ def test_leaving_leaves_the_job_open_and_its_name_finds_it_again(api: FakeApi, c
         assert again.ask("b").index == 1
     assert client.feed("risk").job.id == client.feed(first.job.id).job.id == first.job.id
     assert client.feed("risk").ask("c").index == 2
-    with pytest.raises(Conflict):
+    with pytest.raises(Conflict, match="a job risk with other tasks"):
         client.open({"topic": TASKS["topic"]}, name="risk")
     with pytest.raises(NotFound, match="no open job is called fraud"):
         client.feed("fraud")
@@ -107,6 +108,45 @@ def test_closing_ends_it_and_what_is_closed_is_not_opened_again(client: Client, 
         feed.ask("b")
     with pytest.raises(Conflict, match="take another name"):
         client.open(TASKS, name="risk")
+
+
+def test_a_number_of_numpy_is_a_time(feed: Feed) -> None:
+    assert feed.ask("a", within_s=numpy.float32(5)).index == 0
+    assert feed.ask("b", within_s=numpy.int64(5)).index == 1
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"within_s": "3"}, "within_s: got 3; expected seconds"),
+        ({"within_s": None}, "within_s: got None; expected seconds"),
+        ({"within_s": True}, "within_s: got True; expected seconds"),
+        ({"within_s": float("nan")}, "within_s: got nan; expected seconds"),
+        ({"key": 4711}, "key: got a value of type int; expected text"),
+        ({"key": b"k"}, "key: got a value of type bytes; expected text"),
+    ],
+)
+def test_options_of_an_ask_that_are_none_are_named(feed: Feed, options: dict[str, Any], words: str) -> None:
+    for ask in (feed.ask, feed.put, feed.stream):
+        with pytest.raises(InvalidJob, match=words):
+            ask("a row", **options)
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"name": 7}, "name: got a value of type int"),
+        ({"name": "a\ud800"}, "name: got a lone surrogate"),
+        ({"name": "a", "keep_days": "7"}, "keep_days: got 7; expected a finite number"),
+        ({"name": "a", "keep_days": float("nan")}, "keep_days: got nan"),
+        ({"name": "a", "keep_days": 0.0001}, "keep_days: got 0.0001; expected days, 0.0007"),
+    ],
+)
+def test_options_of_an_open_job_are_named_as_they_were_given(
+    client: Client, options: dict[str, Any], words: str
+) -> None:
+    with pytest.raises(InvalidJob, match=words):
+        client.open(TASKS, **options)
 
 
 # -- sharing requests
@@ -353,6 +393,15 @@ def test_following_a_cancelled_job_ends_with_its_failure(feed: Feed) -> None:
     assert next(rows).index == 0
     with pytest.raises(JobFailed, match="cancelled"):
         next(rows)
+
+
+@pytest.mark.parametrize("after", [-1, "17", None, True, 1.5, 2**31 * 10_000, 3])
+def test_a_cursor_that_is_none_is_refused(feed: Feed, after: Any) -> None:
+    """The last one lies within a block of one row, whose row it would pass over."""
+    feed.ask("a")
+    feed.close()
+    with pytest.raises(InvalidJob, match="after"):
+        list(feed.rows(after))
 
 
 # -- processes

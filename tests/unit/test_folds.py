@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from motet.errors import InvalidJob
-from motet.folds import Count, Ewm, Fold, Last, Max, Mean, Sum, asked_fields, parse_folds, stored_fields
+from motet.folds import Count, Ewm, Fold, Last, Max, Mean, Sum, parse_folds, sent_fields, stored_fields
 from motet.protocol.envelope import unwrap, wrap
 from motet.protocol.values import Value
 from motet.tasks import Function, Generate
@@ -288,7 +288,7 @@ def test_callers_send_what_tasks_and_folds_read_and_no_state() -> None:
         },
         TASKS,
     )
-    assert asked_fields(TASKS, folds) == ("text", "who", "t", "x")
+    assert sent_fields(TASKS, folds) == ("text", "who", "t", "x")
     assert stored_fields(TASKS, folds) == ("n_week", "text", "who", "t", "x", "spent")
 
 

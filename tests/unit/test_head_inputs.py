@@ -15,7 +15,7 @@ import torch
 
 from motet import Classify, Embed, InvalidJob, Labels, Number
 from motet.cli.jobs import parse_tasks
-from motet.inputs import as_trained, number_in
+from motet.head_inputs import as_trained, number_in
 from motet.protocol.columns import STATE_MASK, TRUNCATED, Column, values
 from motet.protocol.manifest import Manifest
 from motet.protocol.wire import Assignment, TaskOrder

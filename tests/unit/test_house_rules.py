@@ -228,3 +228,17 @@ def test_pickle_is_nowhere_but_in_the_reader_of_tables_which_knows_the_names_tha
 def test_tests_that_one_process_runs_together_are_there() -> None:
     for folder, names in TOGETHER.items():
         assert set(names) <= {file.stem for file in (ROOT / folder).glob("test_*.py")}
+
+
+def test_files_that_texts_name_are_there() -> None:
+    named = re.compile(
+        rf"(?<![\w/.-])(?:{'|'.join(PACKAGES)}|tests|docs|bench|examples)/[a-z0-9_/.-]+\.(?:py|md)\b"
+    )
+    texts = [ROOT / "README.md", *files(*PACKAGES, "tests"), *(ROOT / "docs").rglob("*.md")]
+    broken = {
+        (str(text.relative_to(ROOT)), name)
+        for text in texts
+        for name in named.findall(text.read_text("utf-8"))
+        if not (ROOT / name).exists()
+    }
+    assert broken == set()

@@ -19,10 +19,12 @@ from tests.nasty_pictures import halves, nasty, saved
 from tests.tiny_pictures import DIM, LABELS, SIDE, STAGE_DIM, a_lite, lite_weights
 from workers.engine import CannotLoad, Pass, Prepared
 from workers.engines.image import converting, seeing
+from workers.engines.image import lite as lite_module
 from workers.engines.image.classifier import ImageClassifierEngine
 from workers.engines.image.image import ImageEngine, ImageTrunk
 from workers.engines.image.lite import Lite
 from workers.engines.image.pictures import trial_pictures
+from workers.engines.image.seeing import trial_rows
 from workers.registrar.accuracy import compare_seeing
 from workers.registrar.describe import Described, describe_folder, sitting_on
 from workers.registrar.efficientnet import class_names
@@ -201,6 +203,20 @@ def test_bf16_answers_nearly_as_fp32_does(lite: Described, loaded: ImageTrunk) -
     passed, measured = compare_seeing(exact, fast, lite.manifest)
     assert passed, measured
     assert vectors(exact).tolist() != vectors(fast).tolist()
+
+
+def test_packed_convolutions_answer_as_torchs_own_do(
+    loaded: ImageTrunk, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rows = trial_rows(loaded.sight.preparation)
+    engine = ImageEngine()
+    packed = engine._seen(loaded, rows, stages=True)
+    monkeypatch.setattr(lite_module, "_is_packed", lambda *_: False)
+    plain = engine._seen(loaded, rows, stages=True)
+    assert torch.allclose(packed.last, plain.last, atol=1e-4)
+    assert packed.stages is not None
+    assert plain.stages is not None
+    assert torch.allclose(packed.stages, plain.stages, atol=1e-4)
 
 
 def test_batch_normalisation_is_folded_into_the_convolution_before_it(tmp_path: Path) -> None:

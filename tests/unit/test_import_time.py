@@ -10,7 +10,7 @@ import time
 
 import pytest
 
-from motet.protocol.imports import for_good
+from motet.protocol.imports import importing_for_good
 
 HEAVY = (
     "asyncio",
@@ -86,7 +86,7 @@ def test_it_starts_at_once(what: str, command: list[str], limit_s: float) -> Non
 def test_the_search_for_garbage_goes_on_after_an_import_whatever_comes_of_it() -> None:
     before, meanwhile = gc.get_freeze_count(), True
     try:
-        with contextlib.suppress(ImportError), for_good():
+        with contextlib.suppress(ImportError), importing_for_good():
             meanwhile = gc.isenabled()
             raise ImportError("no such module")
         assert not meanwhile

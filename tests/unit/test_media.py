@@ -23,7 +23,14 @@ from PIL import Image
 from motet.errors import InvalidJob
 from motet.media.fields import media_fields
 from motet.media.folder import MediaFolder, RefusedPath
-from motet.media.medium import MAX_MEDIUM_BYTES, UNKNOWN_TYPE, Medium, measured, reference
+from motet.media.medium import (
+    MAX_MEDIUM_BYTES,
+    THUMB_BYTES,
+    UNKNOWN_TYPE,
+    Medium,
+    measured,
+    reference,
+)
 from motet.media.reading import MediaReader
 from motet.protocol.envelope import BadMessage, pack, unpack
 from motet.protocol.manifest import Manifest
@@ -51,9 +58,13 @@ PHOTO = Image.new("RGB", (1200, 800), (200, 30, 30))
 class Kept(dict[str, bytes]):
     """What would be sent."""
 
-    def keep(self, medium: Medium, data: bytes) -> None:
+    def __init__(self) -> None:
+        self.thumbs: list[bytes | None] = []
+
+    def keep(self, medium: Medium, data: bytes, thumb: bytes | None) -> None:
         assert Medium.of(data) == medium
         self[medium.sha256] = data
+        self.thumbs.append(thumb)
 
 
 def read(
@@ -220,6 +231,14 @@ def test_a_path_is_never_opened_without_a_root(tmp_path: Path) -> None:
     assert "a path, and no media_root" in again.bad_fields["photo"][0][1]
 
 
+def test_a_row_with_a_picture_keeps_the_fields_that_no_task_reads() -> None:
+    """Folds of an open job read them."""
+    reader = MediaReader(FIELDS, lambda: ("photo",))
+    row = reader.row({"photo": png(), "note": "n", "customer_id": 7})
+    assert row["customer_id"] == 7
+    assert isinstance(row["photo"], Medium)
+
+
 # -- paths
 
 
@@ -302,6 +321,7 @@ def test_paths_and_links_that_stay_inside_are_read(claims: Path, path: str) -> N
         (".", "a folder"),
         ("", "an empty path"),
         ("a.png\0.jpg", "NUL"),
+        ("a\ud800.png", "a lone surrogate"),
         ("x/" * 3000, "more than 4,096 characters"),
         ("deep/../" * 200 + "a.png", "without end"),
         ("empty.png", "an empty file"),
@@ -382,6 +402,16 @@ def test_a_large_picture_is_made_smaller_once_and_a_small_one_is_sent_as_it_is()
     assert measured(one(turned))[1] == (341, 512), "upright"
 
 
+def test_a_picture_is_sent_in_small_only_where_that_is_wanted_and_can_be_read() -> None:
+    rows = [{"photo": PHOTO}, {"photo": b"\xff\xd8\xff no picture"}]
+    assert read(rows)[1].thumbs == [None]
+    thumbs = read(rows, thumbs=True, size=None)[1].thumbs
+    assert len(thumbs) == 2
+    [small] = filter(None, thumbs)
+    assert measured(small) == ("image/jpeg", (96, 64))
+    assert len(small) <= THUMB_BYTES
+
+
 @pytest.mark.parametrize("size", [0, 15, 20_000, True, "512", 2.5])
 def test_a_size_that_is_none_is_refused_by_name(size: Any) -> None:
     with pytest.raises(InvalidJob, match="media_size"):
@@ -399,12 +429,25 @@ def test_a_row_holds_no_more_than_its_share_of_bytes() -> None:
 def test_rows_come_in_order_however_long_their_pictures_take() -> None:
     rows = [
         {"photo": PHOTO if n % 7 == 0 else png(seed=n) if n % 3 else "text", "note": str(n)}
-        for n in range(60)
+        for n in range(32)
     ]
     part, _kept = read(iter(rows), fields=("photo",))
-    assert part.columns["note"] == [str(n) for n in range(60)]
+    assert part.columns["note"] == [str(n) for n in range(32)]
     assert isinstance(part.columns["photo"][0], Medium)
     assert part.columns["photo"][0] == part.columns["photo"][7], "equal pictures are one"
+
+
+def test_rows_with_pictures_go_in_small_parts_first_and_in_parts_of_few_large_ones(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def parts(data: bytes, rows: int) -> list[int]:
+        reader = MediaReader(FIELDS, tuple, keep=lambda *_: None)
+        return [len(part) for part in cut([{"photo": data, "note": ""}] * rows, FIELDS, media=reader.rows)]
+
+    small = png()
+    assert parts(small, 1000) == [32, 64, 128, 256, 256, 256, 8]
+    monkeypatch.setattr("motet.rows.PART_PICTURE_BYTES", 10 * len(small))
+    assert parts(small, 25) == [10, 10, 5]
 
 
 def test_bad_pictures_are_listed_with_their_rows_and_what_breaks_the_source_behind_them() -> None:

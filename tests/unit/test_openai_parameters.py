@@ -200,6 +200,13 @@ def test_likelihoods_are_told_in_the_form_of_each_door() -> None:
     assert told_logprobs(CHAT, {"text": "x"}) is None
 
 
+def test_a_part_that_is_no_text_is_refused_by_its_type() -> None:
+    parts = [{"type": "text", "text": "What is this?"}, {"type": "image_url", "image_url": {"url": "data:x"}}]
+    with pytest.raises(DoorError, match=r"^messages\[0\]\.content\[1\]: image_url is not served") as refused:
+        read_request(CHAT, {"model": "m", "messages": [{"role": "user", "content": parts}]}, decoded)
+    assert refused.value.code == "unsupported_value"
+
+
 def test_documents_for_a_cross_encoder_are_rows_of_some_each() -> None:
     documents = [f"document {n}" for n in range(130)] + ["x" * 100_000, "y" * 100_000]
     body = {"model": "m", "query": "hi", "documents": documents}
@@ -225,7 +232,12 @@ def test_documents_for_a_cross_encoder_are_rows_of_some_each() -> None:
     [
         (CHAT, {"messages": "hi"}, "messages"),
         (CHAT, {"messages": [{"role": "tool", "content": "x"}]}, "messages[0].role"),
-        (CHAT, {"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}, "messages[0].content"),
+        (
+            CHAT,
+            {"messages": [{"role": "user", "content": [{"type": "image_url"}]}]},
+            "messages[0].content[0]",
+        ),
+        (CHAT, {"messages": [{"role": "user", "content": [{"type": "text"}]}]}, "messages[0].content[0]"),
         (CHAT, {"messages": [{"role": "user"}]}, "messages[0].content"),
         (CHAT, {"messages": [{"role": "assistant", "content": "x"}]}, "messages"),
         (CHAT, {"messages": [{"role": "user", "content": "x", "tool_calls": [1]}]}, "messages[0].tool_calls"),
@@ -259,7 +271,11 @@ def test_documents_for_a_cross_encoder_are_rows_of_some_each() -> None:
         (CHAT, {"tasks": {"topic": {**TOPIC, "input": "{other}"}}}, "tasks.topic"),
         (CHAT, {"tasks": {"topic": {"kind": "classify"}}}, "tasks.topic.model"),
         (CHAT, {"tasks": {"topic": TOPIC}, "n": 2}, "n"),
-        (RESPONSES, {"input": [{"role": "user", "content": [{"type": "input_image"}]}]}, "input[0].content"),
+        (
+            RESPONSES,
+            {"input": [{"role": "user", "content": [{"type": "input_image"}]}]},
+            "input[0].content[0]",
+        ),
         (RESPONSES, {"instructions": 3}, "instructions"),
         (RESPONSES, {"text": {"format": {"type": "grammar"}}}, "text.format"),
         (RESPONSES, {"text": {"format": {"type": "json_schema", "schema": 3}}}, "text.format.schema"),

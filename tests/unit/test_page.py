@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import re
+from dataclasses import replace
 from html.parser import HTMLParser
 from itertools import pairwise
 from typing import Any
@@ -447,6 +448,9 @@ def test_the_queue_tells_each_row_and_nothing_of_it_is_markup() -> None:
     ):
         assert " ".join(words.split()) in read_.text
     assert read_.text.index("Certainly.") < read_.text.index("skipped")
+    assert "<img" not in page
+    shown = queue_page({**queued, "rows": [replace(rows[0], thumbs=["QUJD"]), rows[1]], "looked": 1000})
+    assert shown.count('<img class="thumb" alt="" src="data:image/jpeg;base64,QUJD">') == 1
     empty = Reader(queue_page({**queued, "by": "", "rows": [], "looked": 0}))
     assert "No row is answered yet." in empty.text
 
@@ -454,6 +458,7 @@ def test_the_queue_tells_each_row_and_nothing_of_it_is_markup() -> None:
 def test_a_queue_is_sorted_by_numbers_then_texts_then_rows_without_either() -> None:
     places = ["b", None, 1, True, "a", -2.5, 10]
     assert sorted(places, key=_first) == [10, 1, True, -2.5, "a", "b", None]
+    assert sorted([2.5, 10**400, -(10**400)], key=_first) == [10**400, 2.5, -(10**400)]
 
 
 def test_an_answer_is_told_in_plain_words() -> None:

@@ -951,6 +951,59 @@ def test_interactive_work_has_its_model_loaded_beside_busy_workers_and_idle_ones
     assert names(cluster.want(demand("i", 1, priority=INTERACTIVE, model=B)).place()) == ["a"]
 
 
+def asked(*idle: WorkerState, sub_tasks: int = 20, model: Manifest = A) -> Cluster:
+    """Callers were answered by ``a``, which holds the model, and the newest of them wait for it; others are idle."""
+    cluster = Cluster().join(worker("a", model), *idle)
+    for _ in range(sub_tasks):
+        for sent in cluster.want(demand("calls", 1, model=model, priority=INTERACTIVE)).place():
+            cluster.done(sent)
+    assert names(cluster.want(demand("calls", 1, model=model, priority=INTERACTIVE)).place()) == ["a"]
+    return cluster
+
+
+def test_a_model_that_callers_ask_is_loaded_by_one_more_worker_before_they_are_too_many_for_the_first() -> (
+    None
+):
+    cluster = asked(worker("b"), worker("c"))
+    (word,) = cluster.take_over()
+    assert isinstance(word, Clone)
+    assert (word.worker.name, word.flight.worker.name) == ("b", "a")
+    assert cluster.take_over() == [], "one is the reserve"
+    cluster.done(cluster.queues["b"][0])
+    cluster.done(cluster.queues["a"][0])
+    # Their callers become more: both hosts answer, and none of them waits for a load.
+    for job in ("i", "i2"):
+        [sent] = cluster.want(demand(job, 1, priority=INTERACTIVE)).place()
+        assert sent.load_s == 0
+    assert {flight.at.name for flight in cluster.policy.ledger.queues[A.digest, "fast"].flights.values()} == {
+        *"ab"
+    }
+    assert [word.worker.name for word in cluster.take_over() if isinstance(word, Clone)] == ["c"]
+
+
+def test_a_reserve_costs_nobody_a_model_and_no_work_a_worker() -> None:
+    full = worker("full", B, memory_mb=1500)
+    cluster = asked(full)
+    cluster.want(demand("of-b", model=B, rows=0))
+    cluster.policy.want(demand("of-b", 1, model=B))
+    cluster.policy.unwanted(("of-b", 0))
+    assert cluster.take_over() == []
+    cluster = asked(worker("unable", engines=("function",)), worker("refused", refused=frozenset({1})))
+    assert cluster.take_over() == []
+    cluster = asked().want(demand("bulk", 10**6, model=B)).join(worker("busy", B))
+    cluster.place()
+    assert cluster.take_over() == []
+
+
+def test_a_model_that_few_have_asked_and_one_that_writes_have_no_reserve() -> None:
+    assert asked(worker("b"), sub_tasks=3).take_over() == []
+    writer = model("writer", answers="text")
+    assert asked(worker("b"), model=writer).take_over() == []
+    suspected = asked(worker("b"))
+    suspected.flight(suspected.sent[-1]).harmless = False
+    assert suspected.take_over() == []
+
+
 # -- suspects
 
 

@@ -19,7 +19,7 @@ from motet import export
 from motet.protocol.columns import ERROR, OK, SKIPPED, TRUNCATED, CellError, Column
 from motet.protocol.envelope import BadMessage, pack
 from motet.results import Block, Row, Span, read_frames
-from motet.rows import records
+from motet.rows import whole_rows
 
 LABELS = ("sport", "tech")
 ERRORS = {2: CellError("too_long", "600 tokens; the model reads 256")}
@@ -481,7 +481,7 @@ def test_an_answer_of_several_lines_is_one_field_of_a_csv(tmp_path: Path, text: 
     ends = [0, *accumulate(map(len, said))]
     column = Column(kind="json", status=bytes(3), arrays={"offsets": ints(*ends), "bytes": b"".join(said)})
     export.to_csv([block({"made": column})], tmp_path / "a.csv")
-    assert [row["made"] for row, _ in records(tmp_path / "a.csv")] == ["first", text, "last"]
+    assert [row["made"] for row, _ in whole_rows(tmp_path / "a.csv")] == ["first", text, "last"]
 
 
 @pytest.mark.parametrize("text", ["=1+1", "+1", "-1", "@a", "\t=1", "\r=1"])

@@ -479,15 +479,15 @@ def test_a_survey_leaves_bad_rows_out_of_its_sample_but_counts_them() -> None:
     assert [row["text"] for row in found.sample] == ["a", "b"]
 
 
-def test_records_are_rows_as_they_stand_in_their_source(tmp_path: Path) -> None:
+def test_whole_rows_are_rows_as_they_stand_in_their_source(tmp_path: Path) -> None:
     path = tmp_path / "labels.csv"
     path.write_text("text,topic\na,sport\nb,\n")
     rows = [{"text": "a", "topic": "sport"}, {"text": "b", "topic": ""}]
-    assert list(rows_module.records(path)) == [(rows[0], 2), (rows[1], 3)]
+    assert list(rows_module.whole_rows(path)) == [(rows[0], 2), (rows[1], 3)]
     frame = pytest.importorskip("pandas").DataFrame(rows)
-    assert [row for row, _ in rows_module.records(frame)] == rows
-    assert [row for row, _ in rows_module.records([rows[0], "b", 3])] == [rows[0], "b", 3]
+    assert [row for row, _ in rows_module.whole_rows(frame)] == rows
+    assert [row for row, _ in rows_module.whole_rows([rows[0], "b", 3])] == [rows[0], "b", 3]
     assert texts(frame["text"]) == [["a"], ["b"]]
     path.with_suffix(".jsonl").write_text('{"topic": "sport"}\n{"topic"\n')
     with pytest.raises(InvalidJob, match=r"^row 1, rows: got broken JSON.* \(line 2\)"):
-        list(rows_module.records(path.with_suffix(".jsonl")))
+        list(rows_module.whole_rows(path.with_suffix(".jsonl")))

@@ -10,12 +10,12 @@ from typing import Any
 import pytest
 
 from motet.protocol.transport import MemoryTransport, TransportLost
-from motet.protocol.wire import Assignment, Said
-from motet.told import TextDelta, ToldText
+from motet.protocol.wire import Assignment, Said, decode_said
+from motet.text_deltas import TextDelta, ToldText
 from scheduler.api import streaming
 from scheduler.api.streaming import AskDelta, AskReset, EventStream, ReadAlong, SentEvent
 from tests.unit.test_worker_executor import Clock, an_order
-from workers.run.sayer import SAY_S, Sayer
+from workers.run.sayer import SAY_MOST_S, SAY_S, Sayer
 from workers.run.stream import WrittenText
 from workers.run.work import Work
 
@@ -35,7 +35,7 @@ class House:
 
     def heard(self) -> list[tuple[int, int, str]]:
         """Row of the job, characters before it, text; of what was said since the last look."""
-        said = [Said.decode(raw) for raw in self.redis.said.pop("api", [])]
+        said = [one for raw in self.redis.said.pop("api", []) for one in decode_said(raw)]
         assert all(s.attempt == self.order.key and s.job == self.order.job for s in said)
         return [(s.row, s.begins, s.text) for s in said]
 
@@ -55,6 +55,30 @@ def test_the_first_words_are_told_at_once_and_then_so_often() -> None:
     house.clock.now += SAY_S
     house.sayer.step()
     assert house.heard() == [(40, 1, "bc")]
+
+
+def test_what_many_answers_have_to_tell_is_one_message_and_comes_more_seldom_the_more_they_are() -> None:
+    house = House()
+    house.order = replace(house.order, indices=tuple(range(16)))
+    house.work = Work.of(house.order, "fp32", 0)
+    for row in range(16):
+        house.writes("a", row=row)
+    assert house.sayer.step() is None
+    assert [len(decode_said(raw)) for raw in house.redis.said["api"]] == [16]
+    assert [row for row, _, _ in house.heard()] == list(range(16))
+    house.clock.now += SAY_S
+    for row in range(16):
+        house.writes("b", row=row, ticket=0)
+    assert house.sayer.step() == pytest.approx(SAY_MOST_S - SAY_S)
+    assert house.heard() == []
+    # The first words of another row come at once, and those of the others keep their time.
+    house.writes("z", row=3, ticket=1)
+    assert house.sayer.step() == pytest.approx(SAY_MOST_S - SAY_S)
+    assert house.heard() == [(3, 0, "z")]
+    house.clock.now += SAY_MOST_S - SAY_S
+    assert house.sayer.step() is None
+    assert len(house.redis.said["api"]) == 1
+    assert house.heard() == [(row, 1, "b") for row in range(16) if row != 3]
 
 
 def test_a_row_that_goes_in_again_is_told_from_its_beginning() -> None:

@@ -17,7 +17,7 @@ from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
 
 from motet.errors import InvalidJob
-from motet.rows import cut, records
+from motet.rows import cut, whole_rows
 
 Table = list[list[str]]
 
@@ -337,7 +337,7 @@ def test_a_file_that_changes_its_length_while_it_is_read_is_refused(
     # Not packed smaller, so that the file is longer than what is read at once.
     content = gzip.compress(whole.encode(), compresslevel=0) if suffix.endswith(".gz") else whole.encode()
     path = write(f"a{suffix}", content)
-    rows = records(path)
+    rows = whole_rows(path)
     assert len(list(islice(rows, 10))) == 10
     with path.open("r+b") as file:
         if change == "grows":
@@ -356,7 +356,7 @@ def test_a_table_that_grows_while_it_is_read_is_refused(write: Write) -> None:
     path = write("a.parquet", b"")
     table = arrow.table({"text": [f"row {i} {'x' * 90}" for i in range(50_000)]})
     parquet.write_table(table, path, row_group_size=1000, use_dictionary=False, compression="none")
-    rows = records(path)
+    rows = whole_rows(path)
     next(rows)
     with path.open("ab") as file:
         file.write(b"more")
@@ -400,7 +400,7 @@ def test_a_value_that_python_cannot_hold_is_bad_by_itself() -> None:
     assert rows_of(arrow.table({"text": broken}), ["text"], bad_rows="error") == [["good"], None, ["fine"]]
     assert "bytes that are not UTF-8" in refusal(arrow.table({"text": broken}), ["text"])
     late = arrow.array([0, 2**62], arrow.timestamp("s"))
-    found = list(records(arrow.table({"at": late, "n": [1, 2]})))
+    found = list(whole_rows(arrow.table({"at": late, "n": [1, 2]})))
     assert [row["n"] for row, _ in found] == [1, 2]
 
 
@@ -415,9 +415,9 @@ def test_a_column_that_stands_twice_is_refused_where_it_is_read(write: Write) ->
     for source in sources:
         assert "2 columns of that name" in refusal(source, ["text"], bad_rows="error")
         with pytest.raises(InvalidJob, match="2 columns named text"):
-            list(records(source))
+            list(whole_rows(source))
     # Excel names no column behind the last one, and often writes several of them.
-    assert list(records(write("b.csv", "text,,\na,,\n"))) == [({"text": "a"}, 2)]
+    assert list(whole_rows(write("b.csv", "text,,\na,,\n"))) == [({"text": "a"}, 2)]
 
 
 # -- encodings and line ends
@@ -478,7 +478,7 @@ def test_labels_with_a_key_twice_are_refused(write: Write) -> None:
     with pytest.raises(
         InvalidJob, match=r"^row 1, rows: got an object in which a key stands twice \(line 2\)"
     ):
-        list(records(write("a.jsonl", '{"topic": "a"}\n{"topic": "a", "topic": "b"}\n')))
+        list(whole_rows(write("a.jsonl", '{"topic": "a"}\n{"topic": "a", "topic": "b"}\n')))
 
 
 @FILES
@@ -487,7 +487,7 @@ def test_what_json_writes_is_read_back(rows: list[dict[str, str]]) -> None:
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "a.jsonl"
         path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-        assert [row for row, _ in records(path)] == rows
+        assert [row for row, _ in whole_rows(path)] == rows
 
 
 def test_a_message_with_a_key_twice_is_none(write: Write) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from workers.engines.served.openai import _checked
+from workers.engines.served.writing import _checked
 from workers.engines.thoughts import begins_thought, switches, without_thoughts
 
 

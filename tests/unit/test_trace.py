@@ -47,6 +47,15 @@ def test_a_measured_model_takes_on_its_kind_what_was_measured_there() -> None:
     assert trace.guessed == ()
 
 
+def test_pictures_are_told_in_pixels_and_are_all_of_one_size() -> None:
+    eyes = {"name": "eyes", "pixels_s": 256 * 5000, "on": "L4", "load_s": 2, "memory_gb": 1}
+    trace = a_trace(a_line(model=eyes, pixels=224 * 224))
+    assert trace.jobs[0].tokens == 196
+    assert len({round(length) for length in trace.jobs[0].recorded}) == 1
+    assert trace.guessed == ()
+    assert trace.models["eyes"].token_s == a_trace(a_line()).models["encoder"].token_s
+
+
 def test_a_deadline_counts_from_when_the_job_comes() -> None:
     trace = a_trace(a_line(at_s=20, deadline_s=60))
     assert trace.jobs[0].deadline_s == 80
@@ -71,12 +80,16 @@ def test_the_lengths_of_a_job_have_the_mean_that_was_told(rows: int, tokens: flo
         ({"rows": None}, "jobs.jsonl, line 1, rows: got nothing; expected a number"),
         ({"priority": "soon"}, 'priority: got "soon"; expected one of interactive, normal, bulk'),
         ({"tokens": "64"}, 'tokens: got "64"; expected a number above 0'),
+        ({"pixels": 50176, "tokens": 64}, "pixels: got 50176"),
         ({"weight": -1}, "weight: got -1; expected a number above 0"),
         ({"lengths": []}, "lengths: got []; expected tokens of rows"),
         ({"lengths": [1, float("inf")]}, "lengths: got [1, Infinity]; expected tokens of rows"),
         ({"deadlin_s": 3}, "deadlin_s: no such field; expected at_s, deadline_s"),
         ({"model": "other"}, 'model: got "other"; expected the name of a model told before'),
-        ({"model": {"name": "x"}}, "line 1, model: expected parameters (a number), or tokens_s and on"),
+        (
+            {"model": {"name": "x"}},
+            "line 1, model: expected parameters (a number), or tokens_s (of pictures pixels_s) and on",
+        ),
         ({"model": {"name": "x", "tokens_s": 5}}, "model, on: got nothing; expected text"),
         ({"model": {**ENCODER, "on": "Z80"}}, 'model, on: got "Z80"; expected one of H200'),
         ({"model": {**ENCODER, "size": 1}}, "model, size: no such field"),
@@ -181,6 +194,14 @@ def test_what_was_recorded_costs_the_same_again() -> None:
     assert (job.name, job.rows, job.priority) == ("tickets", 16 * 32, 2)
     assert sum(job.lengths()) / 4 == pytest.approx(sum(s["tokens"] for s in subtasks), rel=0.02)
     assert trace.took_s["tickets"] == pytest.approx(max(s["end_s"] for s in subtasks) - 1.0)
+
+
+def test_what_was_recorded_of_pictures_is_told_in_pixels() -> None:
+    seen = [a_subtask(i, tokens=32 * 196, busy_s=1.0) for i in range(16)]
+    (line,) = record([an_activity(*seen, passes=[{"model": "eyes@1", "kind": "image eyes"}])], {})
+    assert (line["pixels"], "tokens" in line, "lengths" in line) == (224 * 224, False, False)
+    assert line["model"]["pixels_s"] == pytest.approx(32 * 224 * 224, rel=0.3)
+    assert read_trace([json.dumps(line)], "recorded", {}).jobs[0].tokens == 196
 
 
 def test_jobs_of_one_name_and_model_stay_apart_and_share_it() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import fields
 from typing import Any
 
 import pytest
@@ -11,6 +12,7 @@ from motet import InvalidJob, Labels, Number
 from motet.training.curves import draw
 from motet.training.epochs import Epoch
 from motet.training.lesson import Learned, read_lesson
+from motet.training.starting import Training, _check_names
 
 TASKS: dict[str, Learned] = {
     "topic": Labels("topic"),
@@ -79,6 +81,9 @@ def test_bars_between_labels_are_read_as_csv_has_them() -> None:
         ({"hours": math.inf}, "row 7, train.hours: got infinity"),
         ({"hours": "soon"}, "row 7, train.hours: got 'soon'; expected a number"),
         ({"hours": True}, "row 7, train.hours: got 'True'"),
+        ({"hours": "nan"}, "row 7, train.hours: got 'nan'; expected a number"),
+        ({"hours": "-inf"}, "row 7, train.hours: got '-inf'; expected a number"),
+        ({"hours": 1e39}, "row 7, train.hours: got '1e+39'; expected a number"),
     ],
 )
 def test_a_bad_row_is_named(change: dict[str, Any], words: str) -> None:
@@ -105,6 +110,13 @@ def test_one_label_only_teaches_nothing() -> None:
     assert "train.topic: got the label 'a' only" in problem_of(rows(topic="a"))
     assert "train.topic: got no label at all" in problem_of(rows(topic=None))
     assert "train.hours: got one number only" in problem_of(rows(hours=1.0))
+
+
+def test_a_field_of_ids_is_no_field_of_labels() -> None:
+    """More labels than a recipe can count ended in an overflow."""
+    many = [{"text": "a", "id": f"{n}"} for n in range(40_000)]
+    told = problem_of(many, many[:20], {"id": Labels("id")})
+    assert "train.id: got 40,000 different labels; expected at most 32,000" in told
 
 
 def test_a_label_of_a_test_row_that_no_training_row_has_is_named() -> None:
@@ -144,3 +156,24 @@ def test_curves_are_drawn_of_any_epochs() -> None:
     assert draw([], title="nothing yet")
     assert "MAE 1" in str(epochs[0])
     assert "50.0%" in str(epochs[0])
+
+
+@pytest.mark.parametrize(
+    ("changed", "words"),
+    [
+        ({"name": "a b/c"}, "name: got a b/c.topic; expected letters, digits, _ . -, up to 100"),
+        ({"name": "n" * 100}, "name: got nnnn"),
+        ({"version": "1 beta"}, "version: got 1 beta; expected letters, digits"),
+        ({"licence": "x" * 2001}, "licence: got xxx"),
+        ({"tasks": {"my topic": Labels("topic")}}, "name: got support.my topic; expected letters"),
+    ],
+)
+def test_names_that_no_model_may_have_are_refused_before_it_learns(
+    changed: dict[str, Any], words: str
+) -> None:
+    """It learned, and what came out could not be registered."""
+    asked: dict[str, Any] = {field.name: None for field in fields(Training) if field.name != "more"}
+    asked |= {"name": "support", "tasks": {"topic": Labels("topic")}, "licence": "MIT"}
+    _check_names(Training(**asked), "1")
+    with pytest.raises(InvalidJob, match=words):
+        _check_names(Training(**asked | changed), changed.get("version", "1"))

@@ -19,10 +19,10 @@ from workers.engines.encoder.encoder import EncoderEngine
 from workers.engines.training import heads as heads_module
 from workers.engines.training import run as training
 from workers.engines.training import team as team_module
-from workers.engines.training.data import Parts, Truth
 from workers.engines.training.heads import Heads
 from workers.engines.training.learner import Learner
 from workers.engines.training.team import Team
+from workers.engines.training.truth import Parts, Truth
 from workers.registrar.describe import describe_folder
 
 __all__ = ["trunk", "vectors"]

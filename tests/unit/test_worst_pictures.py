@@ -59,6 +59,14 @@ def test_rows_are_found_by_their_index_where_labels_name_one() -> None:
     assert (one.row, one.picture) == (5, "a.jpg")
 
 
+def test_labels_of_a_table_are_read_as_the_evaluation_reads_them(tmp_path: Path) -> None:
+    """Its indices are text, case and spaces tell no label apart, and an empty cell is no label."""
+    path = tmp_path / "labels.csv"
+    path.write_text("at,object,photo\n5,Cat,a.jpg\n1,CAT ,b.jpg\n2,,c.jpg\n")
+    [one] = wrong_answers(JOB, str(path), {"object": "object"}, picture="photo", index="at")
+    assert (one.row, one.picture) == (5, "a.jpg")
+
+
 def test_they_are_drawn_on_one_sheet_from_below_the_folder_alone(tmp_path: Path) -> None:
     for i in range(6):
         (tmp_path / f"{i}.jpg").write_bytes(saved(halves(), "JPEG"))

@@ -51,14 +51,14 @@ class _Packed(nn.Module):
     @property
     def weight(self) -> torch.Tensor:
         """The whole matrix, widened. Some architectures read it from outside."""
-        return self._wide(self.stored, self.weight_scale)
+        return self._widened(self.stored, self.weight_scale)
 
     @property
     def stored(self) -> torch.Tensor:
         found: torch.Tensor = self._buffers[f"weight_{self.kind}"]  # type: ignore[assignment]
         return found
 
-    def _wide(self, stored: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
+    def _widened(self, stored: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
         if self.kind == "fp8":
             # Kept as bytes, because a module that is cast to a format would cast fp8 as well.
             stored = stored.view(torch.float8_e4m3fn).to(scale.dtype)
@@ -77,7 +77,7 @@ class PackedLinear(_Packed):
 
 class PackedEmbedding(_Packed):
     def forward(self, ids: torch.Tensor) -> torch.Tensor:
-        return self._wide(self.stored[ids], self.weight_scale[ids])
+        return self._widened(self.stored[ids], self.weight_scale[ids])
 
 
 def pack_model(model: nn.Module, kind: str) -> None:

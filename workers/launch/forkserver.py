@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from motet.local.children import MARK, Child, follow
-from motet.protocol.imports import for_good
+from motet.protocol.imports import importing_for_good
 from motet.protocol.logs import configure, event
 
 log = logging.getLogger("workers.launch.forkserver")
@@ -139,7 +139,7 @@ def main(launcher: int, control_fd: int) -> int:
     """
     configure("forkserver", "INFO")
     # What was imported stays for ever: collecting it would only copy its pages into every worker.
-    with for_good():
+    with importing_for_good():
         preload()
     if why := uncopyable():
         event(log, "fork server cannot be copied", logging.WARNING, why=why)
@@ -167,7 +167,7 @@ def preload() -> None:
     import celery.worker.consumer  # noqa: F401
 
     import workers.run.app
-    import workers.run.mailbox  # noqa: F401
+    import workers.run.celery_transport  # noqa: F401
     from workers.engines import InstalledEngines
 
     InstalledEngines().preload()

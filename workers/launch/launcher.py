@@ -206,7 +206,7 @@ class Launcher:
             for silence_s in charge.process.listen():
                 self._pulses.hear(charge.slot.worker, now, silence_s)
             if charge.due is None and not charge.process.alive:
-                self._mourn(charge, now)
+                self._note_death(charge, now)
         silent = self._pulses.silent(now)
         for charge in self._charges:
             if charge.slot.worker in silent:
@@ -225,7 +225,7 @@ class Launcher:
         self._pulses.hear(charge.slot.worker, now, STARTING_SILENCE_S)
         event(log, "worker started", worker=charge.slot.worker, pid=charge.process.pid, mask=charge.slot.mask)
 
-    def _mourn(self, charge: _Charge, now: float) -> None:
+    def _note_death(self, charge: _Charge, now: float) -> None:
         lived_s = now - charge.started
         delay_s = restart_delay_s(lived_s, charge.quick_deaths)
         charge.quick_deaths = charge.quick_deaths + 1 if lived_s < QUICK_S else 0

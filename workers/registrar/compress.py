@@ -21,6 +21,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
+from motet.artefacts import digests, sizes
 from motet.errors import SetupError
 from motet.http import Address, Http
 from motet.protocol.columns import Column
@@ -31,9 +32,10 @@ from motet.tasks import Embed
 from workers.engine import BatchEngine, CannotLoad, Engine, OutOfMemory, Pass, Prepared
 from workers.engines.proved import inherited
 from workers.registrar.accuracy import Trial, compare
-from workers.registrar.describe import Described, describe_folder, digests, sizes
+from workers.registrar.describe import Described, describe_folder
 from workers.registrar.labelled import Label, Labelled, agreement, decisions, of_shipped, read_labelled, score
-from workers.registrar.register import TRIED, Registry, prepare_environment
+from workers.registrar.registry import TRIAL_TASKS, Registry
+from workers.registrar.trial_plan import prepare_environment
 from workers.run.batch_adapter import run_to_the_end
 from workers.run.batching import pack
 
@@ -255,7 +257,7 @@ def compress(
     manifest = inherited(replace(described.manifest, pooling=was.pooling), was)
     trunk = replace(described, manifest=manifest)
     if not form.layers:
-        return Bundle(trunk=trunk, heads=tuple(_moved(head, trunk, form, version) for head in bundle.heads))
+        return Bundle(trunk=trunk, heads=tuple(_head_on(head, trunk, form, version) for head in bundle.heads))
     if learn is None:
         raise SetupError("--fit is missing; expected labelled rows from which heads can learn anew")
     return Bundle(trunk=trunk, heads=_fitted(bundle.heads, trunk, form, version, learn, folder))
@@ -266,7 +268,6 @@ def measure(
 ) -> Report:
     """Both on the held-out rows: what they score, what they take. Raises CannotLoad."""
     from workers.engines import InstalledEngines
-    from workers.engines.packed import resident_bytes
     from workers.run.device import fast_formats, use_threads
 
     engine = InstalledEngines().find(was.trunk.manifest.engine)
@@ -293,7 +294,7 @@ def measure(
                 form=side,
                 in_format=in_format,
                 file_mb=_weights_mb(bundle.trunk.manifest),
-                memory_mb=resident_bytes(passes[side].handle.model) / 1e6,
+                memory_mb=passes[side].handle.bytes / 1e6,
                 scores={name: score(said[name], held.truth[name], head) for name, head in heads.items()},
                 kept={
                     name: agreement(
@@ -440,7 +441,7 @@ def _pair(task: str) -> tuple[str, str]:
     return head, name
 
 
-def _moved(head: Described, trunk: Described, form: Form, version: str, **more: Any) -> Described:
+def _head_on(head: Described, trunk: Described, form: Form, version: str, **more: Any) -> Described:
     """A head on the smaller trunk, as a model of its own."""
     was, on = head.manifest, trunk.manifest
     files = {"head.safetensors": more.pop("file", head.files["head.safetensors"])}
@@ -477,7 +478,7 @@ def _fitted(
         was = head.manifest
         out = folder / f"{was.name}.safetensors"
         thresholds = fit_head(vectors, learn.truth[was.name], was.answers, was.labels, out)
-        found.append(_moved(head, trunk, form, version, file=out, thresholds=thresholds))
+        found.append(_head_on(head, trunk, form, version, file=out, thresholds=thresholds))
     return tuple(found)
 
 
@@ -500,7 +501,7 @@ def _with_scores(small: Bundle, report: Report, form: Form) -> list[Described]:
 
 
 def _asked(head: Manifest) -> TaskOrder:
-    return TaskOrder(name=head.name, spec=TRIED[head.answers](head.ref).to_json(), manifest=head)
+    return TaskOrder(name=head.name, spec=TRIAL_TASKS[head.answers](head.ref).to_json(), manifest=head)
 
 
 def _vector(trunk: Manifest) -> TaskOrder:

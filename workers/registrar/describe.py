@@ -14,6 +14,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
+from motet.artefacts import digests, sizes
 from motet.errors import SetupError
 from motet.protocol.manifest import Answer, Manifest, trainer_name, trunk_digest
 from workers.engines.image.files import PROCESSORS
@@ -284,19 +285,6 @@ def _tensors(path: Path) -> dict[str, tuple[str, int]]:
         raise SetupError(
             f"{path}: it is missing or no whole safetensors file ({type(error).__name__}); fetch it again"
         ) from None
-
-
-def digests(files: Mapping[str, Path]) -> dict[str, str]:
-    """Sha256 of each file, by its relative path."""
-    found = {}
-    for name, path in files.items():
-        with path.open("rb") as file:
-            found[name] = hashlib.file_digest(file, "sha256").hexdigest()
-    return found
-
-
-def sizes(files: Mapping[str, Path]) -> dict[str, int]:
-    return {name: path.stat().st_size for name, path in files.items()}
 
 
 def _language_model(

@@ -19,7 +19,7 @@ from motet.errors import SetupError
 from motet.evaluation.measures import accuracy, near_share, r_squared, set_accuracy
 from motet.protocol.columns import Column, values
 from motet.protocol.manifest import Manifest
-from motet.rows import records
+from motet.rows import whole_rows
 
 #: A label, a set of labels, or a number.
 Label = str | frozenset[str] | float
@@ -64,7 +64,7 @@ def read_labelled(path: Path, fields: Mapping[str, str], heads: Sequence[Manifes
     Raises SetupError or InvalidJob that name the row, counted from 0, and never a text.
     """
     found: dict[str, dict[str, Label]] = {head.name: {} for head in heads}
-    for number, (row, _) in enumerate(records(path)):
+    for number, (row, _) in enumerate(whole_rows(path)):
         where = f"{path}, row {number}"
         if not isinstance(row, dict) or not isinstance(row.get(text), str):
             raise SetupError(f"{where}: got no text in {text!r}; expected one; name its field with --text")

@@ -127,7 +127,7 @@ class WorkerApp:
             budget_mb=int(settings.memory_share * device.memory_mb) // device.gpus,
             lane_share=settings.lane_share,
             broken=lambda: exit_now(EXIT_DEVICE),
-            spawn=lambda job, interactive: self._pools[interactive].submit(self._vital, job),
+            spawn=lambda job, interactive: self._pools[interactive].submit(self._must_run, job),
             sayer=self._sayer,
             media=Media(HttpMedia(settings.url, settings.token)),
             pulse=pulse,
@@ -298,11 +298,11 @@ class WorkerApp:
         self.attempts.leave(key)
 
     def _thread(self, name: str, target: Callable[[], None]) -> None:
-        thread = threading.Thread(target=self._vital, args=(target,), name=name, daemon=True)
+        thread = threading.Thread(target=self._must_run, args=(target,), name=name, daemon=True)
         thread.start()
         self._threads.append(thread)
 
-    def _vital(self, job: Callable[[], None]) -> None:
+    def _must_run(self, job: Callable[[], None]) -> None:
         """Run what the worker cannot live without: if it fails, a fresh process is better than half of one."""
         try:
             job()
@@ -370,9 +370,9 @@ def serve(app: Celery, worker: WorkerApp) -> None:
     """Take messages until SIGTERM, then until all that was taken is done."""
     from celery import bootsteps, signals
 
-    from workers.run import mailbox
+    from workers.run import celery_transport
 
-    mailbox.install()
+    celery_transport.install()
 
     class Tap(bootsteps.StartStopStep):  # type: ignore[misc]
         """Lets the queue be left alone without cancelling its consumer, which would throw back what it reads."""

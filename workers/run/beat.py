@@ -50,7 +50,9 @@ class Heart:
         consume: Callable[[bool], None],
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        """``spreads``: those of the engines that use all GPUs of a group for one model. ``consume``: starts or stops taking messages from the queue."""
+        """``spreads``: those of the engines that use all GPUs of a group for one model. ``consume``: starts or stops
+        taking messages from the queue.
+        """
         self._worker, self._boot, self._device = worker, boot, device
         self._engines, self._spreads = engines, spreads
         self._transport, self._attempts, self._executor = transport, attempts, executor
@@ -130,7 +132,7 @@ class Heart:
 
     def obey(self, control: Control) -> None:
         """Do what a control word says, unless its leader has been replaced. Twice is harmless."""
-        if control.epoch < self._epoch and not self._stands(control.epoch):
+        if control.epoch < self._epoch and not self._has_stood(control.epoch):
             return
         self._epoch, self._older = control.epoch, None
         self._executor.drop(self._attempts.drop(control.drop))
@@ -139,7 +141,7 @@ class Heart:
             event(log, "told to drain" if control.drain else "told to work again", epoch=control.epoch)
             self._consume(not control.drain)
 
-    def _stands(self, epoch: int) -> bool:
+    def _has_stood(self, epoch: int) -> bool:
         """Whether the word of an older epoch has stood for so long that no replaced leader can have said it."""
         if self._older is None or self._older[0] != epoch:
             self._older = (epoch, self._clock())

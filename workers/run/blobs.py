@@ -23,13 +23,11 @@ from typing import IO, Protocol
 from motet.errors import MotetError, NotFound
 from motet.http import Address, Http
 from motet.protocol.logs import event
-from motet.protocol.manifest import Manifest
+from motet.protocol.manifest import FILE_SUFFIXES, Manifest
 from workers.engine import CannotLoad
 
 log = logging.getLogger(__name__)
 
-#: What a model folder may hold: weights as safetensors, and text. Nothing that runs when it is read.
-ALLOWED = frozenset({".safetensors", ".json", ".txt", ".model", ".jinja", ".parquet"})
 CHUNK = 1 << 20
 TRIES = 5
 #: Folders older than this were left behind by a process that died.
@@ -48,7 +46,7 @@ class BlobSource(Protocol):
     """Where files come from."""
 
     def chunks(self, sha256: str) -> Iterator[bytes]:
-        """The file's bytes. Raises CannotFetch, also between chunks; Refused where asking again is no use."""
+        """The file's bytes. Raises CannotFetch, also between chunks; FileRefused where asking again is no use."""
         ...
 
 
@@ -197,9 +195,15 @@ class BlobCache:
 def check_name(name: str) -> str:
     """Return a relative path that may be part of a model folder. Raises CannotLoad for any other."""
     path = PurePosixPath(name)
-    if path.is_absolute() or ".." in path.parts or "\\" in name or "\0" in name or path.suffix not in ALLOWED:
+    if (
+        path.is_absolute()
+        or ".." in path.parts
+        or "\\" in name
+        or "\0" in name
+        or path.suffix not in FILE_SUFFIXES
+    ):
         raise CannotLoad(
-            f"file {path.name!r} is refused; a model folder holds only {', '.join(sorted(ALLOWED))} inside itself"
+            f"file {path.name!r} is refused; a model folder holds only {', '.join(sorted(FILE_SUFFIXES))} inside itself"
         )
     return str(path)
 

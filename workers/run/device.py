@@ -134,8 +134,8 @@ def other_devices(torch_name: str) -> tuple[str, ...]:
 def fast_formats(torch_name: str, rounds: int = ROUNDS) -> tuple[str, ...]:
     """The formats in which a typical matrix product is at least FAST times as fast as in fp32: about 50 ms of work.
 
-    That is fp16 on GPUs without bf16. A CPU without instructions for bf16 takes a hundred times as long for it, and every start of a worker would wait for
-    that: a format that is behind on a sliver of the work is not tried on all of it.
+    That is fp16 on GPUs without bf16. A CPU without instructions for bf16 takes a hundred times as long for it, and every
+    start of a worker would wait for that: a format that is behind on a sliver of the work is not tried on all of it.
     """
     import torch
 

@@ -79,9 +79,11 @@ class Executor:
         pulse: Callable[[int], None] = lambda silence_s: None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        """``budget_mb``: memory of one GPU that models may hold. ``lane_share``: of the device, see lane.py. ``broken``: ends the process, for a device that is lost.
-        ``spawn``: runs a function away from the device's thread; True: not behind those that came with False.
-        ``sayer``: tells text as it is written. ``media``: fetches pictures. ``pulse``: tells the launcher how many seconds this process may be silent from now."""
+        """``budget_mb``: memory of one GPU that models may hold. ``lane_share``: of the device, see lane.py.
+        ``broken``: ends the process, for a device that is lost. ``spawn``: runs a function away from the device's
+        thread; True: not behind those that came with False. ``sayer``: tells text as it is written. ``media``:
+        fetches pictures. ``pulse``: tells the launcher how many seconds this process may be silent from now.
+        """
         self._worker, self._boot, self._device = worker, boot, device
         self._engines, self._files, self._attempts, self._reporter = engines, files, attempts, reporter
         self._broken, self._sayer, self._media, self._pulse, self._clock = broken, sayer, media, pulse, clock

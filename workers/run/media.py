@@ -93,7 +93,7 @@ class Media:
         began = self._clock()
         found = self._known(order.tenant, digests)
         left = [sha256 for sha256 in digests if sha256 not in found]
-        fetched, lease = len(left), f"{order.subtask}.{order.attempt}.{order.nonce}"
+        fetched, lease = len(left), order.lease
         while left and wanted():
             asked = left[:AT_ONCE]
             try:

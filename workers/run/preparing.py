@@ -98,7 +98,6 @@ class Preparing:
 
     def _prepared(self, work: Work, stream: Stream) -> Sequence[Prepared | CellError]:
         order = work.order
-        lease = f"{order.subtask}.{order.attempt}.{order.nonce}"
         work.pass_ = pass_ = Pass(
             stream.handle,
             work.tasks,
@@ -106,7 +105,7 @@ class Preparing:
             order.fields,
             order.indices,
             order.tenant,
-            lease,
+            order.lease,
             deltas=bool(order.say),
             values=order.values,
         )

@@ -11,14 +11,15 @@ from collections.abc import Callable, Hashable, Iterable
 from dataclasses import dataclass, field
 
 from motet.protocol.transport import TransportLost, WorkerTransport
-from motet.protocol.wire import Assignment, Said
+from motet.protocol.wire import Assignment, Said, encode_said
 from workers.run.stream import WrittenText
 
 #: An answer is told at most so often, in seconds. Longer: readers see jumps. Shorter: more messages for each answer.
 SAY_S = 0.05
-#: Answers told in one round trip. More: a lost connection costs the words of more answers.
-_AT_ONCE = 256
-
+#: The same for each of the answers that are written at once, up to ``SAY_MOST_S``: an event for each token of 16 of them
+#: took API, callers and worker a twentieth of the machine from the model. Longer: their readers see jumps. Shorter: what
+#: they read is written more slowly.
+SAY_EACH_S, SAY_MOST_S = 0.02, 0.3
 
 #: Sub-task, attempt, position in it, task.
 _Answer = tuple[int, int, int, str]
@@ -36,8 +37,8 @@ class _Telling:
     #: Characters that were told, or dropped.
     told: int = 0
     waiting: list[str] = field(default_factory=list)
-    #: When it was told last.
-    at: float = float("-inf")
+    #: Nothing of it was told yet.
+    new: bool = True
 
 
 class Sayer:
@@ -48,6 +49,8 @@ class Sayer:
         self._changed = threading.Condition()
         self._answers: dict[_Answer, _Telling] = {}
         self._stopped = False
+        #: When all that waited was told last.
+        self._told_at = float("-inf")
 
     def write(self, texts: Iterable[WrittenText]) -> None:
         """What a step wrote."""
@@ -84,36 +87,41 @@ class Sayer:
             self._changed.notify()
 
     def step(self) -> float | None:
-        """Tell what is due. Seconds until more is; None: nothing waits."""
+        """Tell what is due: an answer's first words at once, what follows all answers together. Seconds until more is
+        due; None: nothing waits."""
         now = self._clock()
-        words: list[tuple[str, bytes]] = []
-        soonest: float | None = None
+        said: dict[str, list[Said]] = {}
         with self._changed:
-            for telling in self._answers.values():
-                if not telling.waiting:
-                    continue
-                left_s = telling.at + SAY_S - now
-                if left_s <= 0 and len(words) < _AT_ONCE:
-                    words.append((telling.order.say, self._said(telling, now)))
-                else:
-                    soonest = max(0.0, left_s) if soonest is None else min(soonest, max(0.0, left_s))
-        if words:
+            left_s = self._told_at + self._pause_s() - now
+            if left_s <= 0:
+                self._told_at = now
+            waiting = [telling for telling in self._answers.values() if telling.waiting]
+            due = [telling for telling in waiting if left_s <= 0 or telling.new]
+            for telling in due:
+                said.setdefault(telling.order.say, []).append(_said(telling))
+            waits = len(due) < len(waiting)
+        if said:
             try:
-                self._transport.say(words)
+                self._transport.say([(api, encode_said(words)) for api, words in said.items()])
             except TransportLost:
                 pass  # whoever reads along misses a part of it, and has all of it at the end
-        return soonest
+        return max(0.0, left_s) if waits else None
 
-    def _said(self, telling: _Telling, now: float) -> bytes:
-        text = "".join(telling.waiting)
-        order, begins = telling.order, telling.told
-        telling.told, telling.at = begins + len(text), now
-        telling.waiting.clear()
-        return Said(
-            job=order.job,
-            row=order.indices[telling.row],
-            task=telling.task,
-            attempt=order.key,
-            begins=begins,
-            text=text,
-        ).encode()
+    def _pause_s(self) -> float:
+        return min(max(SAY_S, SAY_EACH_S * len(self._answers)), SAY_MOST_S)
+
+
+def _said(telling: _Telling) -> Said:
+    """What is told of an answer now."""
+    text = "".join(telling.waiting)
+    order, begins = telling.order, telling.told
+    telling.told, telling.new = begins + len(text), False
+    telling.waiting.clear()
+    return Said(
+        job=order.job,
+        row=order.indices[telling.row],
+        task=telling.task,
+        attempt=order.key,
+        begins=begins,
+        text=text,
+    )

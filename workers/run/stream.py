@@ -219,7 +219,7 @@ class Stream:
         """Put out the rows for which nobody waits any more. Raises DeviceBroken, Unsound."""
         gone = [ticket for ticket, (work, _) in self._inside.items() if not held(work)]
         if gone:
-            self._out(gone)
+            self._take_out(gone)
         for group in self.suspects:
             group.rows = [one for one in group.rows if held(one[0])]
         self.suspects = [group for group in self.suspects if group.rows]
@@ -261,7 +261,7 @@ class Stream:
         except OutOfMemory:
             return self._too_large(tokens)
         except Exception as error:  # noqa: BLE001 - a stranger's engine: the row at fault is found by halves
-            return StepResult(lost=self._failed(self._out(list(self._inside)), error))
+            return StepResult(lost=self._failed(self._take_out(list(self._inside)), error))
         self._most = self._most.observed(before, before, 1.0)
         return progress
 
@@ -336,18 +336,20 @@ class Stream:
         else:
             # It was this row, and not how much ran with it: what fitted before will fit again.
             self.pace.budget, self._most, self._roomy = budget, most, None
-            return StepResult(lost=[(work, row, NO_MEMORY) for work, row in self._out(list(self._inside))])
+            return StepResult(
+                lost=[(work, row, NO_MEMORY) for work, row in self._take_out(list(self._inside))]
+            )
         return StepResult()
 
     def _wait_again(self, tickets: Sequence[Hashable]) -> None:
-        for work, held in _by_work(self._out(tickets)):
+        for work, held in _by_work(self._take_out(tickets)):
             self._return(work, [row for _, row in held])
 
     def _return(self, work: Work, rows: list[Prepared]) -> None:
         if rows:
             work.wait_again(rows)
 
-    def _out(self, tickets: Sequence[Hashable]) -> list[WorkRow]:
+    def _take_out(self, tickets: Sequence[Hashable]) -> list[WorkRow]:
         self._abort(tickets)
         return [self._inside.pop(ticket) for ticket in tickets]
 

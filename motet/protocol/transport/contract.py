@@ -34,7 +34,8 @@ class Lag:
 class Heard:
     """What workers said last."""
 
-    #: Newest beat of every worker; where only its ``seq`` is new, the object of the look before, with the ``seq`` of then.
+    #: Newest beat of every worker, with figures that are `FOR_PEOPLE` perhaps of an earlier one; where nothing else is
+    #: new, the object of the look before.
     beats: dict[str, Beat]
     #: Workers whose beat is another one than when this transport looked last.
     renewed: frozenset[str]
@@ -56,7 +57,7 @@ class SchedulerTransport(Protocol):
         ...
 
     def beats(self) -> dict[str, Beat]:
-        """Newest beat of every worker that has one, each with its own ``seq``."""
+        """Newest beat of every worker that has one, each with its own ``seq`` and figures for people."""
         ...
 
     def publish_all(self, by_worker: Mapping[str, Sequence[Assignment]]) -> None:
@@ -151,7 +152,7 @@ class WorkerTransport(Protocol):
         ...
 
     def say(self, words: Sequence[tuple[str, bytes]]) -> None:
-        """Tell API processes, by name, encoded `Said`. Whoever does not listen now never hears it; nothing is kept."""
+        """Tell API processes, by name, what `encode_said` made. Whoever does not listen now never hears it; nothing is kept."""
         ...
 
     def fetch(self, subtask: int, attempt: int) -> bytes | None:

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 from motet.protocol.envelope import BadMessage
 from motet.protocol.transport.connection import RedisConnection
 from motet.protocol.transport.contract import TransportLost
 from motet.protocol.transport.keys import say_channel
-from motet.protocol.wire import Said
+from motet.protocol.wire import Said, decode_said
 
 #: Seconds between two looks at ``stopped``.
 _LOOK_S = 0.5
@@ -27,8 +27,8 @@ class SayListener:
         self.listening = threading.Event()
         self.stopped = threading.Event()
 
-    def run(self, heard: Callable[[Said], None]) -> None:
-        """Call ``heard``, from this thread, with all that is said, until ``stopped``."""
+    def run(self, heard: Callable[[Sequence[Said]], None]) -> None:
+        """Call ``heard``, from this thread, with all that a worker says at a time, until ``stopped``."""
         while not self.stopped.is_set():
             try:
                 self._listen(heard)
@@ -41,7 +41,7 @@ class SayListener:
         """Stop soon; any thread."""
         self.stopped.set()
 
-    def _listen(self, heard: Callable[[Said], None]) -> None:
+    def _listen(self, heard: Callable[[Sequence[Said]], None]) -> None:
         channel = self._redis.client.pubsub()  # type: ignore[no-untyped-call]
         try:
             self._redis.call(lambda _: channel.subscribe(self._channel))
@@ -53,7 +53,7 @@ class SayListener:
                     self.listening.set()
                 elif word["type"] == "message":
                     try:
-                        said = Said.decode(word["data"])
+                        said = decode_said(word["data"])
                     except BadMessage:
                         continue
                     heard(said)

@@ -37,7 +37,7 @@ class RedisReader:
         """Newest beat and length of the queue of every worker that beats. Raises TransportLost."""
 
         def ask(r: redis.Redis) -> tuple[list[str], list[Any]]:
-            names, _ = members(r)
+            names, _ = by_name(r.smembers(WORKERS))
             pipe = r.pipeline(transaction=False)
             for name in names:
                 pipe.get(beat_key(name))
@@ -50,11 +50,10 @@ class RedisReader:
         return {name: Seen(beat, int(queued[name])) for name, beat in found.items()}
 
 
-def members(r: redis.Redis) -> tuple[list[str], list[bytes]]:
-    """The workers that ever beat, by name; and members of the set that are no name in UTF-8."""
-    raw: Any = r.smembers(WORKERS)
+def by_name(members: Any) -> tuple[list[str], list[bytes]]:
+    """The workers that ever beat, by name; and members of their set that are no name in UTF-8."""
     names, nameless = [], []
-    for member in raw:
+    for member in members:
         try:
             names.append(member.decode())
         except UnicodeDecodeError:

@@ -11,7 +11,7 @@ from math import inf
 from typing import TYPE_CHECKING, Any
 
 from motet.protocol.envelope import BadMessage
-from motet.protocol.transport.beats import KnownBeat, read_beat
+from motet.protocol.transport.beats import NewestBeats
 from motet.protocol.transport.connection import RedisConnection, as_command
 from motet.protocol.transport.contract import DEAD_KEPT, Entry, Heard, Lag, TransportLost
 from motet.protocol.transport.keys import (
@@ -30,7 +30,7 @@ from motet.protocol.transport.keys import (
     worker_key,
 )
 from motet.protocol.transport.message import attempt_of, celery_message
-from motet.protocol.transport.reader import members
+from motet.protocol.transport.reader import by_name
 from motet.protocol.wire import Assignment, Beat, Control, Running
 
 if TYPE_CHECKING:
@@ -54,6 +54,8 @@ _FORGOTTEN_S = 86_400
 #: Bytes of encoded payloads in one pipeline; more is memory held at once, less is more round trips.
 _SENT_AT_ONCE = 8 * 1024 * 1024
 
+_MEMBERS = as_command(b"SMEMBERS", WORKERS.encode())
+
 #: (sub-task, attempt) of an entry on the stream; None where it does not say.
 AttemptKey = tuple[int, int] | None
 
@@ -70,10 +72,11 @@ class RedisTransport:
         self._claimed_at = -inf
         #: Entry of the stream -> its attempt, for entries that were read once.
         self._named: dict[bytes, AttemptKey] = {}
-        #: Worker -> its newest beat.
-        self._beats: dict[str, KnownBeat] = {}
-        #: All workers at the last look, and what asks Redis for their beats.
-        self._question: tuple[list[str], bytes] = ([], b"")
+        self._newest = NewestBeats()
+        #: All workers as Redis told them last, the same by name, and what asks for their beats.
+        self._members: Any = []
+        self._names: list[str] = []
+        self._question: list[bytes] = []
 
     def close(self) -> None:
         self._redis.close()
@@ -95,44 +98,33 @@ class RedisTransport:
         return str(self._redis.call(ask))
 
     def beats(self) -> dict[str, Beat]:
-        known, _ = self._hear()
-        return {name: beat.whole() for name, beat in known.items()}
+        self._hear()
+        return self._newest.whole()
 
     def hear(self) -> Heard:
-        known, renewed = self._hear()
-        return Heard({name: beat.beat for name, beat in known.items()}, renewed)
+        renewed = self._hear()
+        return Heard(dict(self._newest.beats), renewed)
 
-    def _hear(self) -> tuple[dict[str, KnownBeat], frozenset[str]]:
-        def ask(r: redis.Redis) -> tuple[list[str], list[bytes | None]]:
-            names, nameless = members(r)
+    def _hear(self) -> frozenset[str]:
+        members, *raw = self._asked(_MEMBERS, *self._question)
+        if members != self._members:
+            names, nameless = by_name(members)
             if nameless:
-                r.srem(WORKERS, *nameless)
-            known, question = self._question
-            if names != known:
-                question = as_command(b"MGET", *(beat_key(name).encode() for name in names))
-                self._question = (names, question)
-            [raw] = self._redis.exchange([question]) if names else [[]]
-            if isinstance(raw, Exception):
-                raise raw
-            return names, raw
-
-        names, raw = self._redis.call(ask)
-        before, found = self._beats, dict[str, KnownBeat]()
-        renewed: list[str] = []
-        silent: list[str] = []
-        for name, body in zip(names, raw, strict=True):
-            known = before.get(name)
-            if known is not None and known.raw == body:
-                found[name] = known
-            elif body is None:
-                silent.append(name)
-            elif (read := read_beat(name, body, known)) is not None:
-                found[name] = read
-                renewed.append(name)
-        self._beats = found
-        if silent:
+                self._redis.call(lambda r: r.srem(WORKERS, *nameless))
+            question = [as_command(b"MGET", *(beat_key(name).encode() for name in names))] if names else []
+            raw = self._asked(*question)
+            self._members, self._names, self._question = members, names, question
+        renewed = self._newest.take_in(self._names, raw[0] if raw else [])
+        if silent := self._newest.silent():
             self._forget(silent[:_FORGOTTEN_AT_ONCE])
-        return found, frozenset(renewed)
+        return renewed
+
+    def _asked(self, *commands: bytes) -> list[Any]:
+        """What Redis answers to each of these. Raises TransportLost, also where it refuses one."""
+        answers = self._redis.exchange(commands) if commands else []
+        if refused := [a for a in answers if isinstance(a, Exception)]:
+            raise TransportLost(type(refused[0]).__name__) from refused[0]
+        return answers
 
     def publish_all(self, by_worker: Mapping[str, Sequence[Assignment]]) -> None:
         ttl_s = str(self._payload_ttl_s).encode()
@@ -177,14 +169,12 @@ class RedisTransport:
         }
 
     def control(self, controls: Mapping[str, Control]) -> None:
-        def send(r: redis.Redis) -> None:
-            pipe = r.pipeline(transaction=False)
-            for worker, control in controls.items():
-                pipe.set(control_key(worker), control.encode(), ex=60)
-            pipe.execute()
-
-        if controls:
-            self._redis.call(send)
+        self._asked(
+            *(
+                as_command(b"SET", control_key(worker).encode(), control.encode(), b"EX", b"60")
+                for worker, control in controls.items()
+            )
+        )
 
     def running(self, worker: str) -> Running | None:
         return self.running_at([worker])[worker]

@@ -141,7 +141,7 @@ class BatchWorker:
             if found.errors:
                 owned.end(connection, "failed", errors=found.errors)
                 return
-            owned.checked(connection, found.lines, found.models)
+            owned.checked(connection, found.lines, found.models, beside=any(found.kinds.values()))
         try:
             load(self._use, owned, path, found, find, reads, goes_on)
         except Conflict as conflict:

@@ -9,7 +9,7 @@ from typing import Any
 
 from motet import conditions, templates
 from motet.errors import InvalidJob
-from motet.inputs import all_as_trained
+from motet.head_inputs import all_as_trained
 from motet.protocol.manifest import Manifest
 from motet.tasks import Choose, Function, Headed, Task, parse
 from motet.templates import resolved

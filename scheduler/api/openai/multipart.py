@@ -9,6 +9,7 @@ from python_multipart.exceptions import FormParserError
 from python_multipart.multipart import MultipartParser, parse_options_header
 from starlette.requests import Request
 
+from motet.words import visible
 from scheduler.api.bodies import chunks
 from scheduler.api.openai.refusals import DoorError
 
@@ -132,4 +133,4 @@ class _Events:
 def _shown(name: str) -> str:
     """A file's name, as it may be stored and shown: its last part, printable and short."""
     last = name.replace("\\", "/").rpartition("/")[2]
-    return "".join(c if c.isprintable() else "\N{REPLACEMENT CHARACTER}" for c in last)[:200] or "file"
+    return visible(last)[:200] or "file"

@@ -76,6 +76,8 @@ _ROLES = {"system": "system", "developer": "system", "user": "user", "assistant"
 _MESSAGE = frozenset({"role", "content", "name", "refusal", "annotations", "id", "status"})
 #: Types of the parts of a message that are text.
 _TEXTS = ("text", "input_text", "output_text")
+#: Types of parts that other servers take.
+_NO_TEXTS = ("image_url", "input_image", "input_audio", "file", "input_file", "refusal", "video_url")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -360,13 +362,21 @@ def _message(where: str, message: Any) -> dict[str, str]:
 def _content(where: str, content: Any) -> str:
     """The text of a message: a string, or parts of type text, one behind the other."""
     if isinstance(content, list) and content:
-        parts = [
-            part.get("text") if isinstance(part, Mapping) and part.get("type") in _TEXTS else None
-            for part in content
-        ]
-        if all(isinstance(part, str) for part in parts):
-            return "".join(str(part) for part in parts)
-        raise DoorError(f"{where} holds a part that is no text", param=where, code="unsupported_value")
+        return "".join(_part(f"{where}[{number}]", part) for number, part in enumerate(content))
     if not isinstance(content, str):
         raise wrong(where, content, "a text, or a list of parts of type text")
     return content
+
+
+def _part(where: str, part: Any) -> str:
+    kind = part.get("type") if isinstance(part, Mapping) else None
+    if kind in _NO_TEXTS:
+        raise DoorError(
+            f"{where}: {kind} is not served: parts of a message are of type text",
+            param=where,
+            code="unsupported_value",
+        )
+    text = part["text"] if kind in _TEXTS and "text" in part else None
+    if not isinstance(text, str):
+        raise wrong(where, part, "a part of type text, with its text")
+    return text

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from math import inf
 
 from motet.protocol.manifest import Manifest
-from scheduler.policy.cost import RateKey
+from scheduler.policy.cost import RateKey, learned_as
 from scheduler.policy.fairness import Account, FairQueue, StartTags
 from scheduler.policy.placing.records import Demand, DeviceKind, PassId, WorkerState
 
@@ -122,11 +122,18 @@ class ModelQueue:
     #: What its finished sub-tasks took, by kind: outcomes, bytes, device-seconds.
     took: dict[DeviceKind, tuple[int, float, float]] = field(default_factory=dict)
     #: Cache: keys of its rates, by kind and the name under which a pass' speed is learned.
-    rate_keys: dict[tuple[DeviceKind, str], RateKey] = field(default_factory=dict)
+    _rate_keys: dict[tuple[DeviceKind, str], RateKey] = field(default_factory=dict)
 
     @property
     def key(self) -> tuple[str, str]:
         return (self.digest, self.numerics)
+
+    def rate_key(self, kind: DeviceKind, name: str) -> RateKey:
+        """Under which the speed of a pass on a kind of device is kept; ``name``: its own, "": that of the model's trunk."""
+        key = self._rate_keys.get((kind, name))
+        if key is None:
+            key = self._rate_keys[kind, name] = (learned_as(name, self.model), kind[1], self.numerics)
+        return key
 
     def first(self, class_: int) -> QueuedPass | None:
         """The fairest of its passes of a class."""

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from itertools import islice
 from math import inf
 
-from scheduler.policy.cost import Price, Rate, Rates, learned_as
+from scheduler.policy.cost import Price, Rate, Rates
 from scheduler.policy.placing.entries import ModelQueue, QueuedPass, WorkerEntry
 from scheduler.policy.placing.records import DeviceKind
 
@@ -40,9 +40,7 @@ class Predictions:
 
     def rate(self, queue: ModelQueue, kind: DeviceKind, name: str) -> Rate:
         """``name``: under which a pass' speed is learned; "": that of its model's trunk."""
-        key = queue.rate_keys.get((kind, name))
-        if key is None:
-            key = queue.rate_keys[kind, name] = (learned_as(name, queue.model), kind[1], queue.numerics)
+        key = queue.rate_key(kind, name)
         known = self.rates.learned.get(key)
         if known is None:
             known = self.rates.of(key, device_kind=kind[0], parameters=queue.model.parameters)

@@ -53,6 +53,9 @@ _OVERDUE = 1.3
 _CLONE_GAIN = 1.5
 #: Share of all device-seconds that clones may take. Larger: more work is done twice. Smaller: stragglers hold jobs up.
 _CLONE_SHARE = 0.02
+#: Sub-tasks of a model that must have ended before it gets a reserve. Larger: callers of a new job wait for a load that
+#: could have been done. Smaller: models that few ask are loaded twice.
+_ASKED = 8
 #: A deadline is near when the remaining work takes this share of the remaining time, on all workers that serve it.
 #: Larger: deadlines are missed. Smaller: passes with a deadline push others aside without need.
 _HURRY = 0.7
@@ -216,20 +219,53 @@ class Rebalancing:
     # -- near the end of a pass
 
     def late(self, now: float) -> list[Recall | Clone]:
-        """What idle workers should take over of that which waits or lags elsewhere. O(leases in flight there)."""
+        """What idle workers should take over of that which waits or lags elsewhere, and clones that make one of them the
+        reserve of a model. O(leases in flight there)."""
         found: list[Recall | Clone] = []
         if not any(self._asks.idle.get(ALL, {}).values()):
             return found
         clones_s = _CLONE_SHARE * self._ledger.spent_s + self._subtask_s - self._ledger.cloned_s
         for queue in list(self._ledger.queues.values()):
-            if queue.rows == 0 and queue.flights:
-                for word in self._late(queue, now):
-                    if isinstance(word, Clone):
-                        if word.seconds > clones_s:
-                            continue
-                        clones_s -= word.seconds
-                    found.append(word)
+            if not queue.flights:
+                continue
+            words = list[Recall | Clone](self._reserve(queue))
+            if not words and queue.rows == 0:
+                words += self._late(queue, now)
+            for word in words:
+                if isinstance(word, Clone):
+                    if word.seconds > clones_s:
+                        continue
+                    clones_s -= word.seconds
+                found.append(word)
         return found
+
+    def _reserve(self, queue: ModelQueue) -> Iterator[Clone]:
+        """A clone by which an idle worker comes to hold a model that callers ask, as a reserve: one worker more than serve
+        them now. When they become more, nobody waits for a load. Nothing is evicted for it.
+
+        The first lease answers, as a rule, while the second one loads. A language model has none: its load takes long,
+        it writes many answers at once, and who reads along would be told of a second attempt.
+        """
+        if INTERACTIVE not in queue.classes or queue.model.answers in ("text", "models"):
+            return
+        if sum(n for n, *_ in queue.took.values()) < _ASKED:
+            return
+        newest = list(islice(reversed(queue.flights.values()), SAMPLE))
+        asked = [flight for flight in newest if flight.demand.priority == INTERACTIVE]
+        if len(queue.hosts) > len({flight.at.number for flight in asked}):
+            return
+        clonable = (f for f in asked if f.harmless and not f.exclusive and not f.cloned)
+        if (flight := next(clonable, None)) is None:
+            return
+        ledger = self._ledger
+        for kind in self._asks.idle.get(ALL, {}).values():
+            for worker in islice(kind.values(), SAMPLE):
+                cold = not worker.flights and queue.digest not in worker.resident
+                if cold and ledger.can_run(worker, flight.of) and not ledger.victims(worker, queue):
+                    seconds = self._predictions.price(worker, flight.of).of(flight.rows, flight.bytes)
+                    measured = self._predictions.measured(worker, flight.of)
+                    yield Clone(flight, worker.state, seconds, measured)
+                    return
 
     def _late(self, queue: ModelQueue, now: float) -> Iterator[Recall | Clone]:
         price = self._predictions.price

@@ -6,6 +6,7 @@ from typing import Literal, get_args
 
 from sqlalchemy import (
     BigInteger,
+    Boolean,
     CheckConstraint,
     Double,
     ForeignKey,
@@ -64,6 +65,7 @@ class _BatchColumns(TypedColumns):
     output_expires_s: Seconds for which its files are kept; NULL: as long as all others.
     job_id: The job that runs it; NULL before its lines were checked.
     models: Names of models in its lines -> name@version: fixed once the lines were checked.
+    beside: Tasks are asked beside its lines, so that a row may have several cells; known once the lines were checked.
     lines: Requests in the file, once they were counted.
     completed: Lines with an answer; final once it has ended.
     failed: Lines without; final once it has ended.
@@ -88,6 +90,7 @@ class _BatchColumns(TypedColumns):
     state = must(Text, default="'validating'", check=_BATCH_STATES)
     job_id = may(Uuid, ForeignKey("job.id", ondelete="SET NULL"))
     models = may(JSONB)
+    beside = must(Boolean, default="false")
     lines = must(Integer, default="0")
     completed = must(Integer, default="0")
     failed = must(Integer, default="0")

@@ -258,6 +258,7 @@ class _MediumColumns(TypedColumns):
     refs: Blocks that refer to it; removed at 0, unless an upload counts on it.
     claimed: When an upload last sent it or asked for it whose rows may still come; NULL: no such upload is known.
     claimed_by: Keyed digest of the Idempotency-Key of that upload; NULL: several, or it told none.
+    thumb: A JPEG of it in small, for pages, as its sender made it; NULL: nobody sent one.
     """
 
     id = identity()
@@ -271,6 +272,7 @@ class _MediumColumns(TypedColumns):
     refs = must(Integer, default="0")
     claimed = may(TIME, default=NOW)
     claimed_by = may(LargeBinary)
+    thumb = may(LargeBinary, external=True)
 
 
 medium = table(

@@ -79,27 +79,27 @@ class CausalEngine:
             admit=lambda config: check_language(model, config),
         )
         config = loaded.config.get_text_config()
-        heads = int(getattr(config, "num_key_value_heads", None) or config.num_attention_heads)
+        key_heads = int(getattr(config, "num_key_value_heads", None) or config.num_attention_heads)
         width = int(getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads)
-        queries = config.num_attention_heads
+        heads = config.num_attention_heads
         handle = Causal(
             manifest=model,
             device=device,
             model=loaded,
             tokens=ChatTokens(files, embedding_rows(loaded)),
             adapters=Adapters(loaded, device),
-            pool=kv.Pool([(heads, width, width)] * config.num_hidden_layers, loaded.dtype, device),
+            pool=kv.Pool([(key_heads, width, width)] * config.num_hidden_layers, loaded.dtype, device),
             vocabulary=int(loaded.get_input_embeddings().weight.shape[0]),
-            groups=queries // heads,
+            groups=heads // key_heads,
             windows=_windows(config),
             decode_slots=decode_slots(device.partition(":")[0]),
-            varlen=flash(device, loaded.dtype, queries, heads, width, width),
+            varlen=flash(device, loaded.dtype, heads, key_heads, width, width),
             room=KV_TOKENS,
         )
         try:
             try:
                 self._warm_up(handle)
-            except kv.NotAtOnce:
+            except kv.UnsupportedByKernel:
                 handle.varlen = None
                 handle.rows.clear()
                 self._warm_up(handle)
@@ -202,8 +202,8 @@ class CausalEngine:
         with torch_errors(), torch.inference_mode():
             planned = steps.plan_step(handle, tokens)
             logits = steps.forward(handle, planned)
-            told = steps.tell(handle, planned, logits)
-            steps.take(handle, planned, *told)
+            found = steps.next_tokens(handle, planned, logits)
+            steps.take(handle, planned, *found)
         took = time.perf_counter() - began
         for row, count in planned.shares:
             row.seconds += took * count / planned.tokens

@@ -169,7 +169,7 @@ class DecodeTokens:
     targets: torch.Tensor
 
 
-class NotAtOnce(Exception):
+class UnsupportedByKernel(Exception):
     """This model's attention does something that the kernel of `Runs` does not."""
 
 
@@ -225,7 +225,7 @@ def attend(
 
     if (runs := layout.runs) is not None:
         if s_aux is not None or softcap is not None:
-            raise NotAtOnce
+            raise UnsupportedByKernel
         answer[runs.tokens] = runs.attend(query[0].transpose(0, 1), keys, values, scaling, window)
     for b in layout.prefills:
         mask = b.seen if window is None or b.near is None else b.near

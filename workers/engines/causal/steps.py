@@ -14,9 +14,9 @@ import torch
 
 from workers.engine import Delta, OutOfMemory
 from workers.engines.causal import kv
-from workers.engines.causal.choosing import outcome
 from workers.engines.causal.rows import ActiveRow, Causal, LabelScore, sized
 from workers.engines.causal.runs import CacheRun, Runs, pieces
+from workers.engines.causal.sampling import sample
 from workers.engines.causal.trees import Bools, Ints
 from workers.engines.trunk import onto, settle, torch_errors
 from workers.engines.writers import TokenOdds, Writer
@@ -198,7 +198,7 @@ def _decode(handle: Causal, planned: StepTokens) -> kv.DecodeTokens:
     )
 
 
-def tell(
+def next_tokens(
     handle: Causal, planned: StepTokens, logits: torch.Tensor
 ) -> tuple[list[NextToken], list[tuple[LabelScore, float]]]:
     """The next token of each answer that goes on or begins, and what is to be added to labels' scores."""
@@ -217,7 +217,7 @@ def tell(
     if not writing and not scored:
         settle(handle.device)
         return [], []
-    tokens, logps, odds = outcome(logits, writing, scored, handle.grammar)
+    tokens, logps, odds = sample(logits, writing, scored, handle.grammar)
     written = [
         (writer, token, odds.get(number))
         for number, ((_, writer), token) in enumerate(zip(writing, tokens, strict=True))

@@ -20,8 +20,8 @@ from motet.protocol.manifest import Answer
 from motet.training.recipe import Recipe, Target
 from workers.engine import CannotLoad
 from workers.engines.packed import LARGEST, pack_model, packed_kind
-from workers.engines.training.data import Truth
 from workers.engines.training.heads import Heads, even_thresholds
+from workers.engines.training.truth import Truth
 from workers.engines.trunk import load_transformer
 from workers.registrar.describe import SHAPE, read_json
 

@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from motet.inputs import number_in
+from motet.head_inputs import number_in
 from motet.protocol.columns import ERROR, OK, TRUNCATED, CellError, Column
 from motet.protocol.wire import TaskOrder
 from motet.templates import placeholders, render

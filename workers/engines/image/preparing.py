@@ -63,8 +63,10 @@ class MiddleSquare:
         scale = self.short / min(picture.size)
         width, height = (max(self.short, round(n * scale)) for n in picture.size)
         left, top = (width - self.cut) // 2, (height - self.cut) // 2
-        small = picture.resize((width, height), Image.Resampling.BICUBIC)
-        return np.asarray(small.crop((left, top, left + self.cut, top + self.cut)))
+        # Only what is read of it, where it lies in the picture.
+        across, down = picture.width / width, picture.height / height
+        box = (left * across, top * down, (left + self.cut) * across, (top + self.cut) * down)
+        return np.asarray(picture.resize((self.cut, self.cut), Image.Resampling.BICUBIC, box))
 
 
 def patches(pixels: int) -> int:
@@ -96,8 +98,12 @@ def _threads() -> ThreadPoolExecutor:
 
 
 def chunks(batch: Sequence[Prepared], most_pixels: int) -> Iterator[Pixels]:
-    """The pictures of a batch (n, height, width, 3), so many at a time that they have at most ``most_pixels`` together."""
+    """The pictures of a batch (n, height, width, 3), so many at a time that they have at most ``most_pixels`` together.
+
+    As many each time: of eight and two, the two would cost more each.
+    """
     each = batch[0].inputs.shape[0] * batch[0].inputs.shape[1]
-    count = max(1, most_pixels // each)
-    for lo in range(0, len(batch), count):
-        yield np.stack([row.inputs for row in batch[lo : lo + count]])
+    times = -(-len(batch) // max(1, most_pixels // each))
+    for part in range(times):
+        lo, hi = (len(batch) * at // times for at in (part, part + 1))
+        yield np.stack([row.inputs for row in batch[lo:hi]])

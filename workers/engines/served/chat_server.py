@@ -197,7 +197,7 @@ class ChatServer:
         told: Callable[[str], None] | None = None,
         **options: Any,
     ) -> dict[str, Any]:
-        """The first choice of a chat completion. Raises Refused. ``told``: takes its text while it is written.
+        """The first choice of a chat completion. Raises RequestRefused. ``told``: takes its text while it is written.
 
         ``spare``: options without which the task's promise still holds. They are left out where the server does not
         take them. That is remembered once a request without them was answered: until then it is a guess.
@@ -249,13 +249,13 @@ class ChatServer:
     async def complete(
         self, prompt: Sequence[int] | str, spending: Spending, *, urgent: bool, **options: Any
     ) -> dict[str, Any]:
-        """The first choice of a completion of these tokens, or of this text. Raises Refused."""
+        """The first choice of a completion of these tokens, or of this text. Raises RequestRefused."""
         asked = prompt if isinstance(prompt, str) else list(prompt)
         body = {"model": self.model, "prompt": asked, **options}
         return _first(await self.post("/completions", body, spending, urgent=urgent))
 
     async def tokens(self, *, urgent: bool, **what: Any) -> list[int]:
-        """Ids of a chat or a text, as vLLM tells them. Raises Refused; where the server cannot, with status 404."""
+        """Ids of a chat or a text, as vLLM tells them. Raises RequestRefused: with status 404 where it cannot tell."""
         body = {"model": self.model, **what}
         found = await self.post("/tokenize", body, Spending(), urgent=urgent, root=True)
         ids = found.get("tokens")
@@ -273,7 +273,7 @@ class ChatServer:
         root: bool = False,
         told: Callable[[str], None] | None = None,
     ) -> dict[str, Any]:
-        """The answer's JSON. Raises Refused: with the row's error, or, after some tries, with a retriable one.
+        """The answer's JSON. Raises RequestRefused: with the row's error, or, after some tries, with a retriable one.
 
         ``told``: takes the text of an answer that comes in pieces. Once it has some of it, nothing is tried again.
         """

@@ -12,7 +12,6 @@ import os
 import secrets
 import shutil
 import signal
-import socket
 import sys
 import tempfile
 import time
@@ -25,11 +24,13 @@ import httpx
 
 from motet.errors import SetupError
 from motet.local.children import Child
+from motet.local.places import free_port
 from motet.protocol.manifest import KV_TOKENS, WIDTHS, Manifest, decode_slots
 from motet.protocol.settings import Settings
 from workers import scratch
 from workers.engine import CannotLoad, DeviceBroken, OutOfMemory, Step
-from workers.engines.served.openai import OpenAIEngine, Served, connect
+from workers.engines.served.openai import OpenAIEngine, connect
+from workers.engines.served.question import Served
 
 DTYPES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
 #: It compiles and warms up while it starts; large weights are read for minutes.
@@ -141,7 +142,7 @@ class VllmEngine(OpenAIEngine):
             arguments, more = _on_cpu(model, in_format)
         else:
             arguments, more = self._on_gpus(model, in_format, gpus), {}
-        port, key = _free_port(), secrets.token_urlsafe(24)
+        port, key = free_port(), secrets.token_urlsafe(24)
         folder = scratch.folder("vllm")
         child = Child(
             f"vllm {model.ref}",
@@ -255,12 +256,6 @@ def _end(child: Child) -> None:
     if child.pid is not None:
         with contextlib.suppress(ProcessLookupError):
             os.killpg(child.pid, signal.SIGKILL)
-
-
-def _free_port() -> int:
-    with socket.socket() as door:
-        door.bind(("127.0.0.1", 0))
-        return int(door.getsockname()[1])
 
 
 def _await(child: Child, url: str, ref: str) -> None:

@@ -16,7 +16,7 @@ from motet.evaluation import measures
 from motet.evaluation.measures import LabelCounts
 from motet.training.recipe import Recipe
 from workers.engines.heads import NUMBERS_CENTER, NUMBERS_SCALE, standardised
-from workers.engines.training.data import Truth, numbers_of
+from workers.engines.training.truth import Truth, numbers_of
 
 #: A feature that moves less than this never moved: divided by almost nothing, its noise would become answers.
 _STILL = 1e-3

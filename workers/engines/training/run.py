@@ -26,7 +26,6 @@ from motet.protocol.columns import CellError
 from motet.protocol.manifest import Manifest
 from motet.training.recipe import Recipe
 from workers.engine import Prepared
-from workers.engines.training.data import Parts, Truth
 from workers.engines.training.heads import Heads, mean_score, scores
 from workers.engines.training.learner import (
     Hopeless,
@@ -40,6 +39,7 @@ from workers.engines.training.learner import (
 from workers.engines.training.lora import merge
 from workers.engines.training.state import RunState
 from workers.engines.training.team import Team
+from workers.engines.training.truth import Parts, Truth
 from workers.engines.trunk import Tokens
 
 #: Rows of a batch of heads, and their learning rate and decay (Adam, decoupled).

@@ -28,10 +28,10 @@ from motet.local.children import MARK, follow
 from motet.training.recipe import Recipe
 from workers import scratch
 from workers.engine import DeviceBroken, Prepared
-from workers.engines.training.data import Parts, Truth
 from workers.engines.training.heads import Heads
 from workers.engines.training.learner import Hopeless, Learner, adam_state, adam_tensors, let_learn
 from workers.engines.training.state import RunState
+from workers.engines.training.truth import Parts, Truth
 
 #: How long a device waits for the gradients of another before it gives up.
 PATIENCE = timedelta(minutes=2)
@@ -81,7 +81,7 @@ class Team:
         try:
             return self._learner.learn(rows, epoch, step, steps)
         except RuntimeError as error:
-            if isinstance(error, torch.OutOfMemoryError) or all(map(_lives, self._members)):
+            if isinstance(error, torch.OutOfMemoryError) or all(map(_still_runs, self._members)):
                 raise
             raise DeviceBroken("a device of the group was lost") from None
 
@@ -172,7 +172,7 @@ def _lost_is_broken() -> Iterator[None]:
         raise DeviceBroken("a process of the device group has ended") from None
 
 
-def _lives(member: subprocess.Popen[bytes]) -> bool:
+def _still_runs(member: subprocess.Popen[bytes]) -> bool:
     """Whether it still runs a little later: its end shows on the line to it before it does here."""
     with contextlib.suppress(subprocess.TimeoutExpired):
         member.wait(1.0)

@@ -40,7 +40,7 @@ from workers.run.device import other_devices
 #: is away takes to be known as such (motet/http.py).
 _TRIES, _PAUSE_S, _AWAY_S = 60, 2.0, 35.0
 
-Open = Callable[[str, int, str], Journal]
+OpenJournal = Callable[[str, int, str], Journal]
 
 
 @dataclass
@@ -68,7 +68,7 @@ class TrainerEngine:
 
     longest_wait_s = _TRIES * (_PAUSE_S + _AWAY_S)
 
-    def __init__(self, open_journal: Open | None = None) -> None:
+    def __init__(self, open_journal: OpenJournal | None = None) -> None:
         """``open_journal``: (lease, row, job) -> where a run reads and reports; the API, unless a test says otherwise."""
         self._open = open_journal or _open
 
@@ -168,7 +168,9 @@ class TrainerEngine:
 class TrainingRow:
     """One recipe inside: its run, begun again where the journal was out of reach, and its answer in the end."""
 
-    def __init__(self, pass_: Pass, order: TrainingOrder, ticket: Hashable, open_journal: Open) -> None:
+    def __init__(
+        self, pass_: Pass, order: TrainingOrder, ticket: Hashable, open_journal: OpenJournal
+    ) -> None:
         self.ticket = ticket
         self.answer: dict[str, Any] | CellError | None = None
         self._pass, self._order, self._open = pass_, order, open_journal

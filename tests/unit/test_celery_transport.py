@@ -14,7 +14,7 @@ from motet.protocol.manifest import Manifest
 from motet.protocol.transport import celery_message
 from motet.protocol.wire import Assignment, TaskOrder
 from motet.tasks import Function
-from workers.run.mailbox import HEADERS, PROPERTIES, as_celery_may_see
+from workers.run.celery_transport import HEADERS, PROPERTIES, as_celery_may_see
 
 
 def write() -> str:

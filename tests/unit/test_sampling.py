@@ -11,8 +11,8 @@ import pytest
 import torch
 
 from tests.tiny_language import a_tokenizer
-from workers.engines.causal import choosing
-from workers.engines.causal.choosing import forbid_here, outcome, unset
+from workers.engines.causal import sampling
+from workers.engines.causal.sampling import forbid_here, sample, unset
 from workers.engines.writers import Grammar, TokenOdds, Writer
 
 SCHEMA = {"type": "object", "properties": {"a": {"type": "boolean"}}, "required": ["a"]}
@@ -47,7 +47,7 @@ def grammar(tmp_path_factory: pytest.TempPathFactory) -> Grammar:
 def test_every_answer_gets_the_token_that_it_would_get_alone(
     grammar: Grammar, monkeypatch: pytest.MonkeyPatch, at_once: int
 ) -> None:
-    monkeypatch.setitem(choosing.AT_ONCE, "cpu", 403 * at_once)
+    monkeypatch.setitem(sampling.AT_ONCE, "cpu", 403 * at_once)
     torch.manual_seed(0)
     logits = torch.randn(9, 403) * 3
     kinds = [(None, 0.0), (grammar, 0.0), (None, 0.7), (grammar, 1.3)]
@@ -57,7 +57,7 @@ def test_every_answer_gets_the_token_that_it_would_get_alone(
         for i in (0, 1, 2)
     ]
     before = logits.clone()
-    tokens, _, _ = outcome(logits, writing, [], grammar)
+    tokens, _, _ = sample(logits, writing, [], grammar)
     assert torch.equal(logits, before)
     assert tokens == [plainly(logits[place].numpy(), writer, grammar) for place, writer in writing]
     drawn = [t for (_, w), t in zip(writing, tokens, strict=True) if w.temperature and w.matcher is None]
@@ -68,10 +68,10 @@ def test_labels_tokens_are_as_likely_as_their_logits_say() -> None:
     torch.manual_seed(0)
     logits = torch.randn(6, 50)
     scored = [(4, 3), (4, 7), (1, 0), (5, 49)]
-    tokens, found, _ = outcome(logits, [(0, a_writer())], scored, None)
+    tokens, found, _ = sample(logits, [(0, a_writer())], scored, None)
     assert tokens == [int(logits[0].argmax())]
     assert found == pytest.approx([float(logits.log_softmax(-1)[at]) for at in scored], abs=1e-5)
-    assert outcome(logits, [], [], None) == ([], [], {})
+    assert sample(logits, [], [], None) == ([], [], {})
 
 
 def a_sampler(
@@ -83,7 +83,7 @@ def a_sampler(
 
 
 def chosen(logits: torch.Tensor, *writers: Writer) -> list[int]:
-    return outcome(logits, [(0, writer) for writer in writers], [], None)[0]
+    return sample(logits, [(0, writer) for writer in writers], [], None)[0]
 
 
 def test_tokens_are_drawn_from_the_likeliest_alone_and_as_often_as_they_are_likely() -> None:
@@ -132,7 +132,7 @@ def test_penalties_are_those_of_transformers_and_of_openai() -> None:
     for spec, expected in zip(specs, (weighed, lessened, both), strict=True):
         writer = a_sampler(prompt=prompt, written=written, **spec)
         found = logits.clone()
-        choosing._weigh(found, [writer], "cpu")
+        sampling._weigh(found, [writer], "cpu")
         assert torch.allclose(found, expected, atol=1e-6)
         assert chosen(logits, writer) == [int(expected.argmax())]
     # In the first token of an answer there is nothing yet that was written.
@@ -144,11 +144,11 @@ def test_likelihoods_are_the_models_own_and_change_no_token(grammar: Grammar) ->
     logits = torch.randn(4, 403) * 3
     expected = logits.log_softmax(-1)
     plain = [a_writer(), a_writer(grammar), a_writer(temperature=0.7), a_sampler(top_p=0.3, temperature=2.0)]
-    before, _, nothing = outcome(logits, list(enumerate(plain)), [], grammar)
+    before, _, nothing = sample(logits, list(enumerate(plain)), [], grammar)
     assert nothing == {}
     for number, most in ((0, 3), (1, 0), (3, 5)):
         plain[number].logprobs = most
-    tokens, scored, odds = outcome(logits, list(enumerate(plain)), [(2, 7)], grammar)
+    tokens, scored, odds = sample(logits, list(enumerate(plain)), [(2, 7)], grammar)
     assert tokens == before
     assert scored == pytest.approx([float(expected[2, 7])], abs=1e-4)
     assert sorted(odds) == [0, 1, 3]
@@ -186,12 +186,12 @@ def test_a_thought_may_begin_where_a_schema_would_not_let_it(grammar: Grammar) -
     assert writer.also == 5
     logits = torch.zeros(1, 400)
     logits[0, 5] = 9.0
-    assert outcome(logits, [(0, writer)], [], grammar)[0] == [5]
+    assert sample(logits, [(0, writer)], [], grammar)[0] == [5]
     writer.take(5, frozenset({2}), lambda ids: "")
     # Within the thought nothing is forbidden, and behind it the schema holds.
-    assert outcome(logits, [(0, writer)], [], grammar)[0] == [5]
+    assert sample(logits, [(0, writer)], [], grammar)[0] == [5]
     writer.take(6, frozenset({2}), lambda ids: "")
-    assert outcome(logits, [(0, writer)], [], grammar)[0] != [5]
+    assert sample(logits, [(0, writer)], [], grammar)[0] != [5]
 
 
 @pytest.mark.parametrize("width", [1, 31, 32, 33, 64, 80])

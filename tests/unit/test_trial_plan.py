@@ -9,7 +9,7 @@ from dataclasses import replace
 import pytest
 
 from motet.errors import SetupError
-from workers.registrar.trying import TrialDevice, TrialPlan, halves, look_around, plan_trial, shown
+from workers.registrar.trial_plan import TrialDevice, TrialPlan, halves, look_around, plan_trial, shown
 
 #: A model of 70 billion parameters, in MB.
 LARGE: Mapping[str, int] = {"fp32": 286_720, "bf16": 143_360}

@@ -13,6 +13,7 @@ from dataclasses import replace
 from motet.errors import Problem
 from motet.protocol.manifest import Manifest
 from motet.tasks import Headed, Reading, Task
+from motet.words import count
 
 #: What a task says that says nothing of what it reads.
 UNSAID = Reading.__dataclass_fields__["input"].default
@@ -33,7 +34,7 @@ def number_in(text: str) -> float | None:
     return number
 
 
-def says_nothing(task: Task) -> bool:
+def leaves_input_to_head(task: Task) -> bool:
     """Whether the head that answers it may say what it reads."""
     return isinstance(task, Headed) and (task.input == UNSAID or task.numbers is None)
 
@@ -63,22 +64,22 @@ def input_problems(name: str, task: Task, model: Manifest) -> list[Problem]:
         return []
     problems = []
     texts, numbers = max(1, len(model.inputs)), len(model.numbers)
-    remedy = f"leave it out to read {_told(model)}" if model.inputs or model.numbers else "give one template"
+    remedy = (
+        f"leave it out to read {_inputs_in_words(model)}"
+        if model.inputs or model.numbers
+        else "give one template"
+    )
     if len(task.texts) != texts:
-        got = f"{_count(len(task.texts), 'text')} for {model.ref}, which reads {_count(texts, 'text')}"
-        problems.append(Problem(f"tasks.{name}.input", got, _count(texts, "template"), remedy))
+        got = f"{count(len(task.texts), 'text')} for {model.ref}, which reads {count(texts, 'text')}"
+        problems.append(Problem(f"tasks.{name}.input", got, count(texts, "template"), remedy))
     if len(task.numbers or ()) != numbers:
-        given = _count(len(task.numbers or ()), "number")
-        got = f"{given} for {model.ref}, which reads {_count(numbers, 'number') if numbers else 'none'}"
-        expected = _count(numbers, "name") if numbers else "nothing"
+        given = count(len(task.numbers or ()), "number")
+        got = f"{given} for {model.ref}, which reads {count(numbers, 'number') if numbers else 'none'}"
+        expected = count(numbers, "name") if numbers else "nothing"
         remedy = remedy if numbers else "leave it out, or train a head on numbers"
         problems.append(Problem(f"tasks.{name}.numbers", got, expected, remedy))
     return problems
 
 
-def _told(model: Manifest) -> str:
+def _inputs_in_words(model: Manifest) -> str:
     return " and ".join((*model.inputs, *model.numbers))
-
-
-def _count(n: int, what: str) -> str:
-    return f"{n} {what}" if n == 1 else f"{n} {what}s"

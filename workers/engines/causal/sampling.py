@@ -19,7 +19,7 @@ from workers.engines.writers import Grammar, TokenOdds, Writer
 AT_ONCE = {"cpu": 1 << 16, "cuda": 1 << 23}
 
 
-def outcome(
+def sample(
     logits: torch.Tensor,
     writing: Sequence[tuple[int, Writer]],
     scored: Sequence[tuple[int, int]],

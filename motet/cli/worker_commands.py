@@ -10,16 +10,17 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Callable, Mapping, Sequence
-from importlib.util import find_spec
 from typing import Any, NoReturn
 
 import click
+
+from motet.distributions import need
 
 #: What each command does with its options, by name: the context's object in `python -m workers`.
 Works = Mapping[str, Callable[..., int]]
 
 
-class HandedCommand(click.Command):
+class WorkerCommand(click.Command):
     """A command whose callback checks the options, and whose work is done by `python -m workers`."""
 
     def __init__(self, *args: Any, work: str = "", admin: bool = False, **attributes: Any) -> None:
@@ -57,16 +58,3 @@ def _execute_workers(arguments: Sequence[str], *, admin: bool) -> NoReturn:
         pass
     # Not from the current folder, which may hold another package of that name.
     os.execve(sys.executable, [sys.executable, "-P", "-m", "workers", *arguments], env)
-
-
-def need(extra: str, *packages: str) -> None:
-    """Raise SetupError unless the cluster's distribution and these packages are installed here."""
-    from motet.distributions import CLUSTER, installed
-    from motet.errors import SetupError
-
-    missing = [] if installed(CLUSTER) else [CLUSTER]
-    missing += [name for name in packages if find_spec(name) is None]
-    if missing:
-        raise SetupError(
-            f"this needs {' and '.join(missing)}, not installed here; pip install 'motet[{extra}]'"
-        )
