@@ -42,7 +42,7 @@ def _is_packed(device: str, dtype: torch.dtype) -> bool:
     of 1 x 1 on one thread by its slowest way: a picture takes a quarter longer.
     """
     found = hasattr(torch.ops.mkldnn, "_convolution_pointwise")
-    return found and device == "cpu" and dtype in (torch.float32, torch.bfloat16) and mkldnn.is_available()
+    return found and device == "cpu" and dtype in (torch.float32, torch.bfloat16) and mkldnn.is_available()  # type: ignore[no-untyped-call]
 
 
 class SameConv(nn.Conv2d):
