@@ -27,6 +27,7 @@ import time
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
@@ -326,9 +327,9 @@ def over_run_batch(found: Mapping[str, Sequence[float]], side: str) -> float | N
 def batches(bench: Bench, motet: Cluster) -> Figures:
     """motet's torch engine, and vLLM behind motet."""
     size = bench.size
-    texts = texts_for(bench, size.of(full=80, quick=16, smoke=3), size.of(full=2200, quick=2200, smoke=100))
+    texts = texts_for(bench, size.of(full=48, quick=16, smoke=3), size.of(full=2200, quick=2200, smoke=100))
     models = {"motet": TORCH, **({"motet with vLLM": VLLM} if bench.vllm is not None else {})}
-    found = beside_run_batch(bench, motet, models, texts, size.of(full=3, quick=1, smoke=1))
+    found = beside_run_batch(bench, motet, models, texts, size.of(full=2, quick=1, smoke=1))
     keys = {
         "batch_vs_run_batch": over_run_batch(found, "motet"),
         "batch_vllm_vs_run_batch": over_run_batch(found, "motet with vLLM"),
@@ -341,7 +342,7 @@ def shuffled(bench: Bench) -> Figures:
     if bench.vllm is None:
         return {"batch_vllm_shuffled": None, "kv_tokens": None}, {}
     size = bench.size
-    texts = texts_for(bench, size.of(full=60, quick=40, smoke=0), 2200)
+    texts = texts_for(bench, size.of(full=24, quick=16, smoke=0), 2200)
     tokens = sum(_tokens(bench, texts.articles[: texts.each]))
     blocks = max(SHORT_CONTEXT // BLOCK + 1, tokens // 10 // BLOCK)
     say(f"{texts.each} texts of {tokens:,} tokens; a KV cache of {blocks * BLOCK:,} tokens")
@@ -351,7 +352,7 @@ def shuffled(bench: Bench) -> Figures:
     program.chmod(0o755)
     with running(bench, program) as motet:
         models = {"motet with vLLM": VLLM}
-        rounds = size.of(full=3, quick=1, smoke=1)
+        rounds = size.of(full=2, quick=1, smoke=1)
         found = beside_run_batch(bench, motet, models, texts, rounds, *more, shuffle=True)
         details = {**_told(bench, motet, texts, found), "text_tokens": tokens}
     keys = {
@@ -378,7 +379,7 @@ def _told(bench: Bench, motet: Cluster, texts: Texts, found: Mapping[str, Sequen
 
 def streams(bench: Bench, motet: Cluster) -> Figures:
     """The first text of a chat that is told as it is written: through the doors, and by the engine in this process."""
-    asks = bench.size.of(full=20, quick=8, smoke=1)
+    asks = bench.size.of(full=12, quick=8, smoke=1)
     texts = [one.text for one in random.Random(5).sample(datasets.vader(), asks + 1)]
     torch.set_num_threads(len(os.sched_getaffinity(0)))
     bare = Bare(bench, format_in(motet, bench))
@@ -449,31 +450,33 @@ def chats(bench: Bench, motet: Cluster) -> Figures:
     if bench.vllm is None:
         # So that the doors are asked all the same.
         say(
-            f"  {asked_by(motet.url + DOORS, motet.tokens['user'], TORCH, bench.size):.1f} chats a second of motet alone"
+            f"  {asked_by(motet.url + DOORS, motet.tokens['user'], TORCH, bench.size, 0.5):.1f} chats a second of motet alone"
         )
         return {"chat_rps_64": None}, {}
     described = bench.described()
     engine = VllmEngine()
     handle = engine.load(described.manifest, described.files, device="cpu", in_format=format_in(motet, bench))
     try:
-        sides = {
-            "motet": lambda: asked_by(motet.url + DOORS, motet.tokens["user"], VLLM, bench.size),
-            "vLLM": lambda: asked_by(handle.server.url, handle.server.key, "motet", bench.size),
+        seconds = bench.size.of(full=30.0, quick=8.0, smoke=0.5)
+        asked: dict[str, Callable[[float], float]] = {
+            "motet": partial(asked_by, motet.url + DOORS, motet.tokens["user"], VLLM, bench.size),
+            "vLLM": partial(asked_by, handle.server.url, handle.server.key, "motet", bench.size),
         }
-        for side in sides.values():
-            side()
-        found = in_turn(sides, bench.size.of(full=3, quick=1, smoke=1))
+        # A door is opened, and each server reads its first prompts.
+        for warmed in asked.values():
+            warmed(2.0)
+        sides = {side: partial(ask, seconds) for side, ask in asked.items()}
+        found = in_turn(sides, bench.size.of(full=2, quick=1, smoke=1))
     finally:
         engine.unload(handle)
     return {"chat_rps_64": round(ratio(found, "motet", "vLLM"), 3)}, {"chats_per_s": found}
 
 
-def asked_by(url: str, key: str, model: str, size: Size) -> float:
-    """Chats a second of callers who each ask again at once, until the last of them is answered.
+def asked_by(url: str, key: str, model: str, size: Size, seconds: float) -> float:
+    """Chats a second of callers who each ask again at once for so long, until the last of them is answered.
 
     All answers count: callers of vLLM's own server are answered in waves of 64, of which a round would have one more or less.
     """
-    seconds = size.of(full=20.0, quick=8.0, smoke=0.5)
     dice = random.Random()
     words = " ".join(one.text for one in datasets.bbc_news()[:200]).split()
     starts = (dice.randrange(len(words) - 16) for _ in range(4096))

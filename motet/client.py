@@ -287,10 +287,7 @@ class Client:
             tasks={task: spec.to_json() for task, spec in specs.items()},
             priority=priority,
             bad_rows=bad_rows,
-            # A bad value is left out: null would be one.
-            rows=tuple(
-                {name: text for name, text in row.items() if text is not None} for row in found.sample
-            ),
+            rows=found.sample,
             total_rows=found.rows,
             total_bytes=found.text_bytes,
         )

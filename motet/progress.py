@@ -91,7 +91,7 @@ class Progress:
         if self.skipped:
             words.append(f"{self.skipped:,} skipped")
         if self.rate:
-            words.append(f"{self.rate:,.0f} rows/s")
+            words.append(f"{self.rate:,.0f} rows/s" if self.rate >= 10 else f"{self.rate:.2g} rows/s")
         if self.eta is not None and self.state not in ENDED:
             words.append(f"{clock(self.eta)} left")
         return " · ".join(words)

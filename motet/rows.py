@@ -25,6 +25,7 @@ from motet.protocol.values import (
     byte_lengths,
     clean,
     is_text,
+    json_value,
     kind_of,
     plain_text,
 )
@@ -114,11 +115,17 @@ class Part:
         """The same rows as mappings, for requests that carry a few rows inline; None where a value is bad."""
         return self._mappings(self.columns)
 
-    def texts(self) -> list[dict[str, Any]]:
-        """The same rows as templates show them: a text for each value, and None where it is bad; but media as JSON."""
-        return self._mappings(
-            {n: v if is_text(v) else list(map(_as_shown, v)) for n, v in self.columns.items()}
+    def in_json(self) -> list[dict[str, Any]]:
+        """The same rows as JSON can say them, without what is bad. Decimals, dates and times are their texts."""
+        rows = self._mappings(
+            {n: v if is_text(v) else list(map(_in_json, v)) for n, v in self.columns.items()}
         )
+        for offset in self.bad:
+            rows[offset].clear()
+        for name, bad in self.bad_fields.items():
+            for offset in bad:
+                rows[offset].pop(name, None)
+        return rows
 
     def _mappings(self, columns: Mapping[str, Sequence[Any]]) -> list[dict[str, Any]]:
         rows: list[dict[str, Any]] = [
@@ -138,13 +145,18 @@ class Survey:
 
     rows: int
     text_bytes: int
-    #: Rows drawn evenly from the whole, always the same ones for the same source, as their texts; None where a value is
-    #: bad; a medium is the object that refers to it. Rows without a good value are left out.
+    #: Rows drawn evenly from the whole, always the same ones for the same source, as ``Part.in_json``: without what is
+    #: bad. Rows without a good value are left out.
     sample: tuple[dict[str, Any], ...]
 
 
-def _as_shown(value: Value) -> Any:
-    return value.to_json() if type(value) is Medium else plain_text(value)
+def _in_json(value: Value) -> Any:
+    """The value, or its text where JSON has no such type. A medium is the object that refers to it."""
+    if isinstance(value, list):
+        return list(map(_in_json, value))
+    if isinstance(value, dict):
+        return {name: _in_json(one) for name, one in value.items()}
+    return value.to_json() if type(value) is Medium else json_value(value)
 
 
 #: Replaces what stands for media in rows by media, or by faults.
@@ -251,8 +263,8 @@ def survey(
     for part in cut(source, fields, dialogues=dialogues, bad_rows=bad_rows, media=media):
         total += len(part)
         text_bytes += part.text_bytes
-        for row in part.texts():
-            if all(text is None for text in row.values()):
+        for row in part.in_json():
+            if not row:
                 continue
             seen += 1
             if len(drawn) < sample:
@@ -286,7 +298,7 @@ def _with_faults_before(problems: Sequence[Problem], rows: Rows) -> Rows:
 
 def _first_that_fit(rows: Iterable[dict[str, Any]], budget_bytes: int) -> Iterator[dict[str, Any]]:
     for row in rows:
-        budget_bytes -= sum(len(str(text or "").encode()) for text in row.values())
+        budget_bytes -= sum(len(str(value).encode()) for value in row.values())
         if budget_bytes < 0:
             return
         yield row

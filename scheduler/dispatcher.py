@@ -48,7 +48,7 @@ from scheduler.pulse import pulse
 from scheduler.speeds import Speeds
 from scheduler.store import drains, dropping, leases
 from scheduler.store.database import Database, StoreUnavailable
-from scheduler.store.demand import Lengths, all_jobs_waiting, demand_of, frontier
+from scheduler.store.demand import Lengths, all_jobs_waiting, demand_of, ends_and_demand, frontier
 from scheduler.store.endings import end_job, overdue
 from scheduler.store.leadership import NotLeading, fence, lead, record_transport, resign
 from scheduler.store.leases import Cut, Fate, Held, Leased, LeaseKey
@@ -216,10 +216,9 @@ class Dispatcher:
             jobs |= {job for job, at in self._later.items() if at <= now}
             if keys or jobs:
                 with self.database.reading() as connection:
-                    fates = leases.fates(connection, keys) if keys else {}
-                    wanted = demand_of(connection, now, jobs, self._manifests) if jobs else ([], {})
+                    fates, waits, more_at = ends_and_demand(connection, keys, now, jobs, self._manifests)
                 self._take_ends(fates, now)
-                self._want(jobs, *wanted)
+                self._want(jobs, waits, more_at)
             self._stale |= words.done_of - jobs
         self._words = SILENCE
         self._touched.clear()

@@ -7,6 +7,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from motet.apps.data.files import DataFile
+from motet.datasets import Archive
 from motet.demo.stage import StagedCluster
 from motet.evaluation.intervals import Estimate
 
@@ -80,6 +82,8 @@ class Application:
     settings: Mapping[str, str] = field(default_factory=dict)
     #: Modules without which it cannot run -> the packages that bring them.
     needs: Mapping[str, str] = field(default_factory=dict)
+    #: What it reads that is fetched once, so that what is missing is said before anything starts.
+    data: tuple[Archive | DataFile, ...] = ()
     #: Plays on after ``run`` until it is told to stop; None where there is nothing live.
     live: Callable[[StagedCluster, RunOptions], None] | None = None
 

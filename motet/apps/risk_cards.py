@@ -57,6 +57,8 @@ class Judged:
     #: Seconds from the payment to its answer, and to the receipt of its message; None where there is none.
     answer_s: float
     hook_s: float | None = None
+    #: Those of them that the message took: from its event, which is written where the answer is kept, to the receipt.
+    delivery_s: float = 0.0
 
     @property
     def alert(self) -> bool:
@@ -76,13 +78,17 @@ class CardsWatched:
     load_1m: float = 0.0
 
     def to_json(self) -> dict[str, Any]:
-        hooks = [one.hook_s for one in self.live if one.hook_s is not None]
+        told = [(one.hook_s, one.delivery_s) for one in self.live if one.hook_s is not None]
+        hooks, deliveries = [hook_s for hook_s, _ in told], [delivery_s for _, delivery_s in told]
+        events = [hook_s - delivery_s for hook_s, delivery_s in told]
         return {
             "payments": len(self.live),
             "rate_s": RATE,
             "alerts": len(hooks),
             "payment_to_hook_p50_ms": quantile_ms(hooks, 0.5),
             "payment_to_hook_p95_ms": quantile_ms(hooks, 0.95),
+            "payment_to_event_p95_ms": quantile_ms(events, 0.95),
+            "event_to_hook_p95_ms": quantile_ms(deliveries, 0.95),
             "payment_to_answer_p95_ms": quantile_ms([one.answer_s for one in self.live], 0.95),
             "bulk_rows_beside": self.bulk_rows,
             "load_1m": round(self.load_1m, 2),
@@ -131,11 +137,11 @@ def _asked(
     sent: list[float] = []
     answered: dict[int, float] = {}
     asked: list[Future[Row]] = []
-    began = time.monotonic()
+    began = time.time()
     for at, payment in enumerate(payments):
         if rate is not None:
-            time.sleep(max(0.0, began + at / rate - time.monotonic()))
-        sent.append(time.monotonic())
+            time.sleep(max(0.0, began + at / rate - time.time()))
+        sent.append(time.time())
         future = feed.put(payment.row(), within_s=WITHIN_S if rate else HISTORY_S)
         future.add_done_callback(partial(_note, answered, at))
         asked.append(future)
@@ -144,21 +150,23 @@ def _asked(
     judged = [row["judged"].value for row in rows]
     alerts = {row.index for row, one in zip(rows, judged, strict=True) if one["score"] > 0.5}
     hook.wait_for(alerts, WITHIN_S)
+    receipts = [hook.rows.get(row.index) for row in rows]
     return [
         Judged(
             payment=payment,
             score=one["score"],
             reason=one["reason"],
             # Whoever waits for an answer may be told a moment before it was noted.
-            answer_s=answered.get(at, time.monotonic()) - sent[at],
-            hook_s=hook.rows[row.index] - sent[at] if row.index in hook.rows else None,
+            answer_s=answered.get(at, time.time()) - sent[at],
+            hook_s=receipt.came_s - sent[at] if receipt else None,
+            delivery_s=receipt.came_s - receipt.written_s if receipt else 0.0,
         )
-        for at, (payment, row, one) in enumerate(zip(payments, rows, judged, strict=True))
+        for at, (payment, receipt, one) in enumerate(zip(payments, receipts, judged, strict=True))
     ]
 
 
 def _note(answered: dict[int, float], at: int, _: Future[Row]) -> None:
-    answered[at] = time.monotonic()
+    answered[at] = time.time()
 
 
 def _await_begun(job: Job) -> None:
@@ -178,8 +186,9 @@ def show(story: Story, watched: CardsWatched) -> None:
         f"alerts: {_share(watched.live):.1%} of the last {len(watched.live):,} payments, "
         f"{_share(watched.before):.1%} of the {len(watched.before):,} before them (simulated)\n"
         f"payment to webhook: p95 {told['payment_to_hook_p95_ms']} ms, p50 {told['payment_to_hook_p50_ms']} ms of "
-        f"{told['alerts']} alerts; payment to answer: p95 {told['payment_to_answer_p95_ms']} ms; at {RATE:g} payments a second "
-        f"beside a bulk job that did {watched.bulk_rows:,} rows meanwhile (load {watched.load_1m:.1f})"
+        f"{told['alerts']} alerts (to its event p95 {told['payment_to_event_p95_ms']} ms, from there "
+        f"{told['event_to_hook_p95_ms']} ms); payment to answer: p95 {told['payment_to_answer_p95_ms']} ms; at {RATE:g} "
+        f"payments a second beside a bulk job that did {watched.bulk_rows:,} rows meanwhile (load {watched.load_1m:.1f})"
     )
 
 

@@ -10,6 +10,7 @@ from typing import Any
 
 from motet.apps import SENTENCES, find
 from motet.apps.application import AppOutcome, RunOptions, Score
+from motet.apps.data.files import fetched
 from motet.cli.show import table
 from motet.demo.stage import Story, staged
 from motet.errors import SetupError
@@ -37,13 +38,19 @@ def play(
     names = tuple(SENTENCES) if name == ALL else (name,)
     applications = {one: find(one) for one in names}
     if live and (name == ALL or applications[name].live is None):
-        raise SetupError(f"--live: {name} has nothing live; leave it out")
+        has = ", ".join(one for one in SENTENCES if find(one).live)
+        raise SetupError(
+            f"--live: {name} has nothing live; leave it out" + (f", or run {has}" if has else "")
+        )
     missing = {p for one in applications.values() for m, p in one.needs.items() if find_spec(m) is None}
     if missing:
         raise SetupError(
             f"{name} needs packages that are not installed here; pip install {' '.join(sorted(missing))}"
         )
     story = Story(quiet)
+    if data_files := list(dict.fromkeys(file for one in applications.values() for file in one.data)):
+        with story.phase("looking for the data, or fetching it") as note:
+            note(f"{sum(fetched(file).stat().st_size for file in data_files) >> 20:,} MB")
     registers = dict.fromkeys(line for one in applications.values() for line in one.registers)
     settings = {key: value for one in applications.values() for key, value in one.settings.items()}
     told: dict[str, Any] = {}

@@ -12,6 +12,8 @@ from motet.evaluation import Estimate, bootstrap, macro_f1, wilson
 from motet.evaluation.intervals import percentiles
 from motet.evaluation.measures import Float64s
 
+_WORD = re.compile(r"\w+")
+
 
 def share(right: Sequence[bool]) -> Estimate:
     """The share of rows that are right, with Wilson's interval."""
@@ -59,17 +61,21 @@ def commonest(train: Sequence[str]) -> str:
     return Counter(train).most_common(1)[0][0]
 
 
-def words_alone(train: Sequence[str], labels: Sequence[str], test: Sequence[str]) -> list[str]:
-    """The labels of ``test`` by words alone: TF-IDF, and the nearest mean of a label by cosine (Rocchio, 1971)."""
-    split = re.compile(r"\w+").findall
-    taught = [Counter(split(text.lower())) for text in train]
+def words_alone(
+    train: Sequence[str | Sequence[str]], labels: Sequence[str], test: Sequence[str | Sequence[str]]
+) -> list[str]:
+    """The labels of ``test`` by words alone: TF-IDF, and the nearest mean of a label by cosine (Rocchio, 1971).
+
+    A row is a text, or several: then a word of one is another word than the same one of another.
+    """
+    taught = [_words(row) for row in train]
     places = {word: at for at, word in enumerate(sorted({word for text in taught for word in text}))}
     seen_in = np.ones(len(places))
     for text in taught:
         seen_in[[places[word] for word in text]] += 1
     rarity = np.log((1 + len(train)) / seen_in) + 1
 
-    def vectors(texts: Sequence[Counter[str]]) -> Float64s:
+    def vectors(texts: Sequence[Counter[tuple[int, str]]]) -> Float64s:
         found = np.zeros((len(texts), len(places)))
         for line, text in zip(found, texts, strict=True):
             for word, times in text.items():
@@ -83,8 +89,13 @@ def words_alone(train: Sequence[str], labels: Sequence[str], test: Sequence[str]
     learned, given = vectors(taught), np.array(labels)
     means = np.stack([learned[given == kind].mean(0) for kind in kinds])
     means /= np.maximum(np.linalg.norm(means, axis=1, keepdims=True), 1e-12)
-    nearest = (vectors([Counter(split(text.lower())) for text in test]) @ means.T).argmax(1)
+    nearest = (vectors([_words(row) for row in test]) @ means.T).argmax(1)
     return [kinds[at] for at in nearest]
+
+
+def _words(row: str | Sequence[str]) -> Counter[tuple[int, str]]:
+    texts = (row,) if isinstance(row, str) else row
+    return Counter((at, word) for at, text in enumerate(texts) for word in _WORD.findall(text.lower()))
 
 
 def chrf(right: str, said: str, *, most: int = 6, beta: float = 2.0) -> float:

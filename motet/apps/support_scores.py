@@ -9,32 +9,46 @@ from motet.apps.application import Score
 from motet.apps.data.customers import CustomerSets, Dialogue, Felt
 from motet.demo.stage import StagedCluster
 from motet.evaluation import TaskEvaluation
+from motet.results import Row
 from motet.tasks import Classify
 from motet.training.lesson import Labels
 
 
-def intent_score(
+def intent_scores(
     train: Sequence[Dialogue],
     test: Sequence[Dialogue],
-    template: str,
-    of_history: TaskEvaluation,
+    templates: Sequence[str],
+    answers: Sequence[Row],
+    of_all: TaskEvaluation,
     of_last: TaskEvaluation,
-) -> Score:
-    """What the customer wants now, by a head that reads what ``template`` renders."""
+) -> tuple[Score, Score]:
+    """What the customer wants now, by a head that reads what each of the templates renders; and how far it is above words."""
     learned, truth = [one.intent for one in train], [one.intent for one in test]
-    texts, asked = ([one.history(template) for one in part] for part in (train, test))
-    return Score(
-        name="intent, of the last 7 turns",
+    texts, asked = ([[one.history(t) for t in templates] for one in part] for part in (train, test))
+    by_words = scores.words_alone(texts, learned, asked)
+    gains = [
+        (str(row["intent"]) == right) - (word == right)
+        for row, right, word in zip(answers, truth, by_words, strict=True)
+    ]
+    score = Score(
+        name="intent, of the last 7, 3 and 1 turns",
         figure="accuracy",
         rows=len(test),
-        estimate=of_history.figures["accuracy"],
+        estimate=of_all.figures["accuracy"],
         baselines={
             "of the last turn alone": of_last.figures["accuracy"],
-            "words of 7 turns alone": scores.accuracy(truth, scores.words_alone(texts, learned, asked)),
+            "words of all three": scores.accuracy(truth, by_words),
             "always the commonest": scores.accuracy(truth, [scores.commonest(learned)] * len(truth)),
         },
         floor=0.70,
     )
+    above = Score(
+        name="  … above words of all three",
+        figure="accuracy points",
+        rows=len(test),
+        estimate=scores.mean(gains),
+    )
+    return score, above
 
 
 def question_score(stage: StagedCluster, trunk: str, said: CustomerSets) -> Score:

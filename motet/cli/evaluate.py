@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from rich.console import Console
 
     from motet.evaluation import Comparison, Evaluation, TaskEvaluation
+    from motet.evaluation.worst import WrongAnswer
     from motet.job import Job
 
 #: Labels of one task that a terminal shows; --json and --html have all.
@@ -146,9 +147,9 @@ def evaluate(
             )
             for job, own in zip(found, wanted, strict=True)
         ]
-        if worst is not None and picture is not None and media_root is not None:
-            told = {task: one.label_field for task, one in evaluations[0].tasks.items()}
-            _draw_worst(found[0], labels, told, Path(worst), picture, media_root, index)
+        wrong = (
+            _wrong_answers(found[0], labels, evaluations[0], picture, index) if worst and picture else None
+        )
     comparisons = _comparisons(evaluations, compare)
     for evaluation in evaluations:
         for words in evaluation.warnings:
@@ -167,21 +168,30 @@ def evaluate(
                 "comparisons": [comparison.to_dict() for comparison in comparisons],
             }
         )
-        return
-    out = console()
-    for evaluation in evaluations:
-        _put_evaluation(out, evaluation, several=len(evaluations) > 1)
-    for comparison in comparisons:
-        _put_comparison(out, comparison)
+    else:
+        out = console()
+        for evaluation in evaluations:
+            _put_evaluation(out, evaluation, several=len(evaluations) > 1)
+        for comparison in comparisons:
+            _put_comparison(out, comparison)
+    # Behind the figures, which are told whatever becomes of the pictures.
+    if wrong is not None and worst and media_root:
+        _draw_worst(wrong, Path(worst), media_root)
 
 
-def _draw_worst(
-    job: Job, labels: str, fields: dict[str, str], out: Path, picture: str, root: str, index: str | None
-) -> None:
-    from motet.evaluation.worst import draw_worst, wrong_answers
+def _wrong_answers(
+    job: Job, labels: str, evaluation: Evaluation, picture: str, index: str | None
+) -> list[WrongAnswer]:
+    from motet.evaluation.worst import wrong_answers
 
-    known = {task: field for task, field in fields.items() if task in job.tasks}
-    count = draw_worst(wrong_answers(job, labels, known, picture=picture, index=index), out, root=root)
+    fields = {task: one.label_field for task, one in evaluation.tasks.items() if task in job.tasks}
+    return wrong_answers(job, labels, fields, picture=picture, index=index)
+
+
+def _draw_worst(wrong: list[WrongAnswer], out: Path, root: str) -> None:
+    from motet.evaluation.worst import draw_worst
+
+    count = draw_worst(wrong, out, root=root)
     click.echo(
         f"the {count} worst pictures are in {out}" if count else "no picture got a wrong label", err=True
     )

@@ -23,6 +23,7 @@ from motet.tasks import Classify, Number, Task
 from motet.training.epochs import score_words
 from motet.training.lesson import Learned, read_lesson
 from motet.training.run import TrainRun
+from motet.training.starting import VECTORS
 from motet.words import count
 
 if TYPE_CHECKING:
@@ -79,7 +80,7 @@ class StagedCluster:
         tasks: Mapping[str, Learned],
         train: SourceRows,
         test: SourceRows,
-        text: str = "text",
+        text: str | Sequence[str] = "text",
         licence: str = "",
     ) -> dict[str, Task]:
         """Learn heads on a frozen trunk and register them; return the tasks that ask them. Raises as ``Client.train``.
@@ -196,8 +197,9 @@ def _follow(job: Job, story: Story) -> None:
 
 
 def _cancel_unfinished(client: Client, story: Story, name: str) -> None:
-    """End what one that was killed has left: it would take the workers from this one."""
-    left = [job for state in LIVE for job in client.jobs(state) if f"{job.name} ".startswith(f"{name} ")]
+    """End what one that was killed has left, its training too: it would take the workers from this one."""
+    live = [job for state in LIVE for job in client.jobs(state)]
+    left = [job for job in live if f"{job.name} ".startswith(f"{name} ") or job.name.endswith(VECTORS)]
     for job in left:
         job.cancel()
     if left:
@@ -227,6 +229,11 @@ class Story:
         width = console().width
         for line in lines.split("\n"):
             print(_folded(line, width), flush=True)
+
+    def write(self, text: str) -> None:
+        """Print text as it comes; the line goes on."""
+        if not self.quiet:
+            print(text, end="", flush=True)
 
     def command(self, line: str) -> None:
         """Print a command, whole, so that it can be pasted."""

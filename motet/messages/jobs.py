@@ -200,11 +200,11 @@ class BlockCounts(ApiMessage):
 class JobUsage(ApiMessage):
     """What a job has consumed so far."""
 
-    #: Tokens read, after truncation.
+    #: Tokens read, after truncation; of language models those of every prompt.
     tokens: int = 0
-    #: The same with padding, as devices compute them.
+    #: Those that devices computed: with padding, without what was computed already.
     computed_tokens: int = 0
-    #: Tokens of prompts that were computed already for another task or row.
+    #: Those of prompts that were computed already for another task or row.
     tokens_cached: int = 0
     #: Tokens that language models wrote.
     tokens_out: int = 0

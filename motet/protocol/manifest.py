@@ -113,8 +113,14 @@ _Path = Annotated[
 _Count = Annotated[int, Limit("a whole number", least=0, most=2**53 - 1)]
 
 
+class _Remembers:
+    """Has room for a digest that was computed once: it is asked for at each step of a worker, and takes a hash of JSON."""
+
+    __slots__ = ("_digest",)
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Manifest(ApiMessage):
+class Manifest(_Remembers, ApiMessage):
     """One model of one version. ``engine`` names an entry point of the group ``motet.engines``."""
 
     #: Name of the model.
@@ -214,6 +220,13 @@ class Manifest(ApiMessage):
     @property
     def digest(self) -> str:
         """Sha256 of all that decides the answers: files, engine, labels, thresholds, pooling, trunk."""
+        known: str | None = getattr(self, "_digest", None)
+        if known is None:
+            known = self._computed_digest()
+            object.__setattr__(self, "_digest", known)
+        return known
+
+    def _computed_digest(self) -> str:
         decisive: dict[str, Any] = {
             "engine": self.engine,
             "answers": self.answers,

@@ -152,6 +152,7 @@ class Assignment:
         wire = unwrap(raw)
         with _as_bad_message():
             _same_version(wire)
+            model, tasks = _ordered(wire["model"], wire["tasks"])
             return cls(
                 subtask=int(wire["subtask"]),
                 attempt=int(wire["attempt"]),
@@ -159,13 +160,10 @@ class Assignment:
                 job=str(wire["job"]),
                 tenant=str(wire["tenant"]),
                 pass_kind=str(wire["pass_kind"]),
-                model=Manifest.from_json(wire["model"]),
+                model=model,
                 numerics=wire["numerics"],
                 max_tokens=int(wire["max_tokens"]),
-                tasks=tuple(
-                    TaskOrder(name=t["name"], spec=t["spec"], manifest=Manifest.from_json(t["manifest"]))
-                    for t in wire["tasks"]
-                ),
+                tasks=tasks,
                 texts=tuple(map(plain_text, wire["values"])) if wire.get("values") else tuple(wire["texts"]),
                 values=tuple(wire.get("values", ())),
                 fields={str(name): tuple(texts) for name, texts in wire.get("fields", {}).items()},
@@ -176,6 +174,31 @@ class Assignment:
                 predicted_s=float(wire.get("predicted_s", 0.0)),
                 measured=bool(wire.get("measured", False)),
             )
+
+
+#: Models and tasks that were read lately, by their names: of the next sub-task of their pass they are the same objects.
+_ORDERS_READ = 64
+_read: dict[tuple[str, ...], tuple[Any, Any, Manifest, tuple[TaskOrder, ...]]] = {}
+
+
+def _ordered(model: Any, tasks: Any) -> tuple[Manifest, tuple[TaskOrder, ...]]:
+    """What a sub-task runs, of its wire form."""
+    names = (str(model["name"]), *(str(t["name"]) for t in tasks))
+    known = _read.get(names)
+    if known is not None and known[0] == model and known[1] == tasks:
+        return known[2:]
+    if len(_read) >= _ORDERS_READ:
+        _read.clear()
+    *_, read, ordered = _read[names] = (
+        model,
+        tasks,
+        Manifest.from_json(model),
+        tuple(
+            TaskOrder(name=t["name"], spec=t["spec"], manifest=Manifest.from_json(t["manifest"]))
+            for t in tasks
+        ),
+    )
+    return read, ordered
 
 
 #: What is alike in all sub-tasks of a pass, packed, with that which it was made of: by the identity of its parts, since

@@ -19,6 +19,8 @@ from motet.training.lesson import Learned, Lesson, read_lesson
 from motet.training.recipe import Recipe, Tune
 from motet.training.run import TrainRun
 
+#: Ends the name of the job in which a run's rows are embedded.
+VECTORS = ": vectors"
 #: The field under which pictures are sent to be embedded.
 _PICTURE = "image"
 
@@ -81,7 +83,7 @@ def start(client: Submits, asked: Training) -> TrainRun:
     embedded = client.submit(
         rows,
         {"vector": replace(embed, input=f"{{{_PICTURE}}}", features=asked.features) if pictures else embed},
-        name=f"{asked.name}: vectors",
+        name=f"{asked.name}{VECTORS}",
         progress=asked.progress,
         **({"media_root": asked.media_root} if pictures else {}),
     ).wait()

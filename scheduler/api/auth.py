@@ -20,6 +20,7 @@ from uuid import UUID
 
 from fastapi import Depends, Request, Security
 from fastapi.security import HTTPAuthorizationCredentials, HTTPBearer
+from starlette.concurrency import run_in_threadpool
 
 from motet.errors import Overloaded, Unauthorized
 from motet.messages.tokens import Scope
@@ -179,7 +180,7 @@ _REFUSED = (
 )
 
 
-def authenticate(
+async def authenticate(
     request: Request,
     use: Use,
     credentials: Annotated[HTTPAuthorizationCredentials | None, Security(_BEARER)] = None,
@@ -194,8 +195,27 @@ def authenticate(
     scopes = ALLOWED.get((request.method, path), frozenset())
     if scopes is _OPEN:
         return None
+    return await _proved(request, use, credentials, path, scopes, 1.0)
+
+
+async def _proved(
+    request: Request,
+    use: Resources,
+    credentials: HTTPAuthorizationCredentials | None,
+    path: str,
+    scopes: frozenset[str],
+    cost: float,
+) -> Identity:
+    """Who asks, on a route that these scopes may use: Postgres is asked in a thread, once for all requests that come with
+    one token meanwhile, and seldom, for a hand-over costs more than all the rest of it."""
     shown = _shown(request, credentials)
-    return _allowed(request, use, path, scopes, 1.0, shown, _find(use, path, shown.id))
+    known = use.known_tokens.get(shown.id)
+    if known is not None and _fresh(known, time.monotonic()):
+        return _allowed(request, use, path, scopes, cost, shown, known[0])
+    look = partial(_find, use, path, shown.id)
+    # The figures go on where another look ends without Postgres.
+    stored = await (run_in_threadpool(look) if path == FIGURES else use.token_looks.at(shown.id, look))
+    return _allowed(request, use, path, scopes, cost, shown, stored)
 
 
 def _shown(request: Request, credentials: HTTPAuthorizationCredentials | None) -> NewToken:
@@ -255,8 +275,7 @@ def _fresh(known: tuple[StoredToken, float], now: float) -> bool:
 async def authenticated(
     request: Request, use: Resources, scopes: frozenset[str] | None = None, cost: float = 1.0
 ) -> Identity:
-    """`authenticate` of a route that FastAPI does not call, and that is open to nobody: Postgres is asked in a thread, once
-    for all requests that come with one token meanwhile.
+    """`authenticate` of a route that FastAPI does not call, and that is open to nobody.
 
     ``scopes``: of a route that stands in a table of its own (scheduler/api/openai/app.py).
     """
@@ -269,12 +288,7 @@ async def authenticated(
         if scheme.lower() == "bearer"
         else None
     )
-    shown = _shown(request, credentials)
-    known = use.known_tokens.get(shown.id)
-    if known is not None and _fresh(known, time.monotonic()):
-        return _allowed(request, use, path, scopes, cost, shown, known[0])
-    stored = await use.token_looks.at(shown.id, partial(_find, use, path, shown.id))
-    return _allowed(request, use, path, scopes, cost, shown, stored)
+    return await _proved(request, use, credentials, path, scopes, cost)
 
 
 def is_page(request: Request) -> bool:
@@ -282,7 +296,8 @@ def is_page(request: Request) -> bool:
     return (request.method, getattr(request.scope.get("route"), "path", "")) in PAGES
 
 
-def _identity(identity: Annotated[Identity | None, Depends(authenticate)]) -> Identity:
+# Not a thread's work either: FastAPI would hand over to one.
+async def _identity(identity: Annotated[Identity | None, Depends(authenticate)]) -> Identity:
     if identity is None:
         raise Unauthorized(_REFUSED)
     return identity

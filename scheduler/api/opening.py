@@ -17,7 +17,7 @@ from uuid import UUID
 from fastapi import Header, Request, Response
 from starlette.concurrency import run_in_threadpool
 
-from motet.errors import InvalidJob, Problem
+from motet.errors import InvalidJob, MotetError, Problem
 from motet.head_inputs import all_as_trained
 from motet.media.fields import media_fields
 from motet.messages.jobs import JobRecord, Submission
@@ -41,7 +41,8 @@ from scheduler.api.submissions import (
 )
 from scheduler.store import jobs as store
 from scheduler.store import landing, opening
-from scheduler.store.registry import Registered, find_models, model_refs, secret_of
+from scheduler.store.opening import NewJob
+from scheduler.store.registry import Registered, find_with_trunks, model_refs, secret_of
 
 log = logging.getLogger(__name__)
 routes = Routes(tags=["jobs"])
@@ -101,28 +102,22 @@ def _open(use: Resources, tenant: UUID, raw: bytes, key: str | None) -> Response
         )
     asked = read_submission(Submission, json_body(raw), max_tasks=use.settings.max_tasks)
     status = 201 if asked.said.rows is None else 202
-    with use.database.reading() as connection:
-        before = opening.opened_before(connection, tenant, key, asked.digest) if key else None
-        if before is not None:
-            return reply(describe(store.job_entry(connection, tenant, before)), status)
-    use.door.admit(interactive=asked.said.priority == "interactive")
     began = time.time()
-    asked, found = with_models(use, asked)
-    incoming = inline_rows(use, asked, found)
-    if incoming is not None and incoming.has_media:
+    try:
+        job, incoming = _made(use, tenant, asked, key)
+    except MotetError:
+        # Whatever is wrong with it by now: what was answered before is answered in the same way.
         with use.database.reading() as connection:
-            secret = secret_of(connection, tenant)
-        incoming = with_media(use, tenant, secret, incoming, refuse=True)
-        _refuse_bad(asked, incoming)
-    planned = planned_with(asked, incoming, found)
-    job = new_job(uuid.uuid4(), tenant, asked, planned, key)
+            before = opening.opened_before(connection, tenant, key, asked.digest) if key else None
+            if before is None:
+                raise
+            return reply(describe(store.job_entry(connection, tenant, before)), status)
     ready = time.time()
     with use.database.transaction() as connection:
         opened = opening.open_job(connection, job, max_active_jobs=use.settings.max_active_jobs)
         if opened == job.id and incoming is not None:
             facts = landing.loading(connection, tenant, opened)
-            landed = land(use, connection, facts, 0, asked.digest, incoming)
-            landing.close_job(connection, tenant, opened, parts=1, rows=landed.rows)
+            land(use, connection, facts, 0, asked.digest, incoming, closes=True)
         entry = store.job_entry(connection, tenant, opened)
     if opened == job.id:
         traces.add(opened, "plan", began, ready, tasks=entry.n_tasks, passes=len(entry.passes))
@@ -137,6 +132,22 @@ def _open(use: Resources, tenant: UUID, raw: bytes, key: str | None) -> Response
         },
     )
     return reply(describe(entry), status)
+
+
+def _made(
+    use: Resources, tenant: UUID, asked: CheckedSubmission[Submission], key: str | None
+) -> tuple[NewJob, Incoming | None]:
+    """The job that a submission asks for, not opened yet, and the rows that came along."""
+    use.door.admit(interactive=asked.said.priority == "interactive")
+    asked, found = with_models(use, asked)
+    incoming = inline_rows(use, asked, found)
+    if incoming is not None and incoming.has_media:
+        with use.database.reading() as connection:
+            secret = secret_of(connection, tenant)
+        incoming = with_media(use, tenant, secret, incoming, refuse=True)
+        _refuse_bad(asked, incoming)
+    planned = planned_with(asked, incoming, found)
+    return new_job(uuid.uuid4(), tenant, asked, planned, key), incoming
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -154,8 +165,7 @@ def with_models(use: Resources, asked: CheckedSubmission[S]) -> tuple[CheckedSub
     """A submission with what its heads were trained to read, where tasks say nothing else; and its models."""
     with use.database.reading() as connection:
         wanted = {ref for task in asked.tasks.values() for ref in task.registered}
-        found = find_models(connection, wanted)
-        trunks = find_models(connection, {m.manifest.trunk_model for m in found.values()} - {""})
+        found, trunks = find_with_trunks(connection, wanted)
         known = model_refs(connection) if len(found) < len(wanted) else []
     tasks = all_as_trained(asked.tasks, {ref: model.manifest for ref, model in found.items()})
     return replace(asked, tasks=tasks), FoundModels(models=found, trunks=trunks, registered=known)

@@ -108,9 +108,16 @@ def _first_row(use: Resources, facts: LoadingJob, incoming: Incoming) -> int:
 
 
 def land(
-    use: Resources, connection: Connection, facts: LoadingJob, number: int, digest: bytes, incoming: Incoming
+    use: Resources,
+    connection: Connection,
+    facts: LoadingJob,
+    number: int,
+    digest: bytes,
+    incoming: Incoming,
+    *,
+    closes: bool = False,
 ) -> landing.Landed:
-    """Store rows as a part of a job that is loading."""
+    """Store rows as a part of a job that is loading. ``closes``: no part follows."""
     blocks = blocks_of(
         incoming.part(),
         facts.readers,
@@ -126,4 +133,5 @@ def land(
         blocks,
         first_row=incoming.first_row,
         max_rows=use.settings.max_rows,
+        closes=closes,
     )

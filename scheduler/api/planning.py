@@ -17,7 +17,7 @@ from motet.protocol.manifest import PATCH_PIXELS, Manifest
 from motet.protocol.transport import TransportLost
 from motet.protocol.values import Value, plain_text
 from motet.tasks import Prompted, Task, fields_read
-from motet.templates import filled, placeholders, render, value_in
+from motet.templates import filled, placeholders, render, resolved, value_in
 from scheduler.api.auth import Caller
 from scheduler.api.bodies import json_body, whole_body
 from scheduler.api.opening import SUBMISSION, inline_rows, planned_with, with_models
@@ -77,7 +77,7 @@ def _dry_run(use: Resources, caller: Caller, raw: bytes) -> Plan:
         # Of answers that are not there yet nothing is counted.
         unknown: dict[str, Value] = {names[number]: "" for number in p.needs}
         here = askable(list(rows), [unread[names[number]] for number in p.tasks])
-        seen, share = _asked_of(use, caller.tenant, p, [{**rows[i], **unknown} for i in here])
+        seen, share = _asked_of(use, caller.tenant, p, names, [{**rows[i], **unknown} for i in here])
         lengths, *others = [
             use.counter.lengths(p.model, [filled(text, row, unknown) for row in seen]) for text in p.texts
         ]
@@ -139,13 +139,13 @@ def _dry_run(use: Resources, caller: Caller, raw: bytes) -> Plan:
 
 
 def _asked_of(
-    use: Resources, tenant: UUID, p: PassPlan, rows: list[dict[str, Value]]
+    use: Resources, tenant: UUID, p: PassPlan, tasks: Collection[str], rows: list[dict[str, Value]]
 ) -> tuple[list[dict[str, Value]], float]:
     """Those of these rows that a pass runs on, or as many as these may be; and their share of all."""
     if p.condition is None or not rows:
         return rows, 1.0
-    if not p.needs:
-        held = condition(p.condition)
+    held = condition(p.condition)
+    if not any(resolved(one, tasks).name in tasks for one in held.placeholders):
         kept = [row for row in rows if held.holds({one: value_in(one, row) for one in held.placeholders})]
         return kept, len(kept) / len(rows)
     with use.database.transaction() as connection:

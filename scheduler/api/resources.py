@@ -149,8 +149,8 @@ class Resources:
             self.transport.close()
 
 
-def resources(request: Request) -> Resources:
-    """The process' resources, as a dependency."""
+async def resources(request: Request) -> Resources:
+    """The process' resources, as a dependency; a coroutine, since FastAPI hands plain functions over to a thread."""
     return cast(Resources, request.app.state.resources)
 
 

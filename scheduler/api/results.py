@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import chain
 from typing import Annotated, Literal
 from uuid import UUID
@@ -28,7 +28,16 @@ from scheduler.api.routing import Routes, gives_bytes
 from scheduler.store import folds
 from scheduler.store.database import StoreUnavailable
 from scheduler.store.jobs import job_entry
-from scheduler.store.results import ReadyBlock, RowOrder, Shown, read_columns, ready_blocks, shown, unanswered
+from scheduler.store.results import (
+    BLOCKS,
+    ReadyBlock,
+    RowOrder,
+    Shown,
+    read_columns,
+    shown,
+    shown_and_ready,
+    unanswered,
+)
 
 routes = Routes(tags=["results"])
 
@@ -36,6 +45,8 @@ routes = Routes(tags=["results"])
 ANSWER_BYTES = 8 * 1024 * 1024
 #: Columns read from Postgres at once, about.
 _BATCH_BYTES = 1024 * 1024
+#: The last columns of a job are sent as one piece, in one go of a thread, where they have so many bytes at most.
+_SMALL_BYTES = 64 * 1024
 
 _LINES = "application/x-ndjson"
 _FRAMES = "application/msgpack"
@@ -61,6 +72,8 @@ class Look:
 
     job: Shown
     blocks: Sequence[ReadyBlock]
+    #: No block follows these: an ended job gets no more.
+    last: bool = False
 
     def complete(self, after: int) -> bool:
         """Whether every block before ``after`` was sent and none will follow."""
@@ -76,17 +89,17 @@ def look_for(asked: ResultsQuery, after: int) -> Look:
     one that no answer of this job has told: it would pass over rows that are still to come.
     """
     with asked.use.database.reading() as connection:
-        job = shown(connection, asked.tenant, asked.job, asked.tasks)
-        if after > job.n_blocks:
-            raise InvalidJob.of(
-                "after",
-                f"{after:,}",
-                f"at most {job.n_blocks:,}, the blocks of job {job.id} so far",
-                "go on with `next` of an answer of this job, or the cursor of one of its rows",
-            )
-        if 0 < after < job.front(asked.order) and not asked.skip_gone:
-            raise _gone(job)
-        return Look(job, ready_blocks(connection, job, asked.order, after))
+        job, blocks = shown_and_ready(connection, asked.tenant, asked.job, asked.tasks, asked.order, after)
+    if after > job.n_blocks:
+        raise InvalidJob.of(
+            "after",
+            f"{after:,}",
+            f"at most {job.n_blocks:,}, the blocks of job {job.id} so far",
+            "go on with `next` of an answer of this job, or the cursor of one of its rows",
+        )
+    if 0 < after < job.front(asked.order) and not asked.skip_gone:
+        raise _gone(job)
+    return Look(job, blocks, last=job.ended and len(blocks) < BLOCKS)
 
 
 def _gone(job: Shown) -> Gone:
@@ -105,7 +118,7 @@ def read_on(asked: ResultsQuery, look: Look, after: int, budget: float) -> Itera
     while look.blocks and budget > 0:
         batch = _fitting(look.blocks, min(_BATCH_BYTES, budget))
         budget -= sum(b.bytes for b in batch)
-        with asked.use.database.transaction() as connection:
+        with asked.use.database.reading() as connection:
             columns = read_columns(connection, sorted({c for b in batch for c in b.columns}))
             given = folds.given(connection, asked.job, look.job.folds, [b.number for b in batch])
         if any(c not in columns for b in batch for c in b.columns):
@@ -120,7 +133,7 @@ def read_on(asked: ResultsQuery, look: Look, after: int, budget: float) -> Itera
             yield Merged(look.job, block, shown_columns, given.get(block.number, {}))
             after = block.cursor(asked.order)
         rest = look.blocks[len(batch) :]
-        look = Look(look.job, rest) if rest else look_for(asked, after)
+        look = replace(look, blocks=rest) if rest or look.last else look_for(asked, after)
     complete = look.complete(after)
     after = max(after, look.job.front(asked.order))
     yield End(after, look.job.state, complete, look.job.first_row, _as_it_ended(asked) if complete else None)
@@ -186,10 +199,12 @@ async def show_results(
     lines = _LINES in request.headers.get("accept", "")
     pieces = read_on(asked, look, after, math.inf if lines else ANSWER_BYTES)
     stream = line_stream(pieces, order) if lines else frame_stream(pieces, order)
-    # The first piece before the status: a database that is away now is a 503, not a torn stream.
-    first = await run_in_threadpool(next, stream)
     # Lines have no place for it.
     begins = {"Motet-First-Row": str(look.job.first_row)} if look.job.first_row else None
+    if not lines and look.last and sum(block.bytes for block in look.blocks) <= _SMALL_BYTES:
+        return Response(await run_in_threadpool(b"".join, stream), media_type=_FRAMES, headers=begins)
+    # The first piece before the status: a database that is away now is a 503, not a torn stream.
+    first = await run_in_threadpool(next, stream)
     return StreamingResponse(chain((first,), stream), media_type=_LINES if lines else _FRAMES, headers=begins)
 
 

@@ -73,5 +73,6 @@ def estimate_prompts(
         truncated_rows=round(too_long * sample.rows_factor),
         seconds=seconds,
         subtasks=subtasks,
-        tokens_out=written * sample.total_rows,
+        # A condition may leave rows out.
+        tokens_out=round(written * len(rows) * sample.rows_factor),
     )

@@ -57,6 +57,8 @@ class Database:
             pool_size=pool,
             max_overflow=pool,
             pool_timeout=5,
+            # The one that was used last: few of them are in use, and Postgres has their plans and tables at hand.
+            pool_use_lifo=True,
             # An autobegin transaction only ever inside `transaction`.
             isolation_level="READ COMMITTED",
             connect_args={

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 from uuid import UUID
 
 from cachetools import LRUCache
-from sqlalchemy import Connection, Row, text
+from sqlalchemy import Connection, text
 
 from motet.states import CARVED, State
 from scheduler.blocks import Reads, read_in_order, row_order, uint32s
@@ -19,6 +19,7 @@ from scheduler.policy.carve import Frontier, OpenBlock, Piece, Range
 from scheduler.policy.functions import KEYWORD, artefacts_mb
 from scheduler.policy.placing.records import Demand
 from scheduler.store.database import together
+from scheduler.store.leases import Fate, LeaseKey, asked_fates, fates_in
 from scheduler.store.manifests import Manifests
 from scheduler.store.schema import spelt
 
@@ -26,6 +27,8 @@ from scheduler.store.schema import spelt
 _JOBS_AT_ONCE = 1_000
 #: Lengths of rows kept between steps, eight bytes each: those of the blocks that are carved on.
 _LENGTHS_KEPT = 2_000_000
+#: Rows of a block whose lengths are read with its place: a few hundred bytes, which are mostly known where it is larger.
+_SMALL_ROWS = 64
 
 _DEMAND = f"""
     WITH waiting AS ({{}})
@@ -75,7 +78,25 @@ def demand_of(
     connection: Connection, now: float, jobs: Collection[UUID], manifests: Manifests
 ) -> tuple[list[Demand], dict[UUID, float]]:
     """``demand`` of these jobs, of all their passes; and, for jobs with rows that are put off, when more of them may be carved."""
-    rows = connection.execute(_OF_JOBS, {"jobs": list(jobs)}).all()
+    (rows,) = together(connection, (_OF_JOBS, {"jobs": list(jobs)}))
+    return _with_later(connection, rows, now, manifests)
+
+
+def ends_and_demand(
+    connection: Connection,
+    keys: Collection[LeaseKey],
+    now: float,
+    jobs: Collection[UUID],
+    manifests: Manifests,
+) -> tuple[dict[LeaseKey, Fate], list[Demand], dict[UUID, float]]:
+    """What became of these leases, and ``demand_of`` these jobs, in one round trip."""
+    ended, rows = together(connection, asked_fates(keys), (_OF_JOBS, {"jobs": list(jobs)}))
+    return fates_in(ended), *_with_later(connection, rows, now, manifests)
+
+
+def _with_later(
+    connection: Connection, rows: Sequence[Any], now: float, manifests: Manifests
+) -> tuple[list[Demand], dict[UUID, float]]:
     more_at: dict[UUID, float] = {}
     for row in rows:
         if row.more_in_s is not None:
@@ -96,16 +117,14 @@ def all_jobs_waiting(connection: Connection) -> Iterator[list[UUID]]:
         page = jobs_waiting(connection, page[-1], _JOBS_AT_ONCE) if len(page) == _JOBS_AT_ONCE else []
 
 
-def _demands(
-    connection: Connection, found: Sequence[Row[Any]], now: float, manifests: Manifests
-) -> list[Demand]:
+def _demands(connection: Connection, found: Sequence[Any], now: float, manifests: Manifests) -> list[Demand]:
     rows = [row for row in found if row.n_rows > 0]
     models = manifests.of(connection, {(row.model, row.model_created) for row in rows})
 
-    def beside_mb(row: Row[Any]) -> int:
+    def beside_mb(row: Any) -> int:
         if KEYWORD not in models[row.model, row.model_created].keywords:
             return 0
-        return artefacts_mb(manifests.beside(connection, {*row.model_ids} - {row.model}))
+        return artefacts_mb(manifests.of_pass(connection, row.job_id, row.number, row.model_ids))
 
     return [
         Demand(
@@ -138,10 +157,15 @@ _PIECES = text("""
       JOIN block b ON b.job_id = p.job_id AND b.number = p.block_number
      WHERE p.job_id = :job AND p.pass_number = :pass AND p.not_before <= clock_timestamp()
      ORDER BY p.block_number, p.lo LIMIT :limit""")
-# What is late is not begun: the leader drops it in its next beat step (dropping.py).
-_OPEN_BLOCKS = text("""
-    SELECT p.block_number, p.cursor, p.n, p.todo, b.due IS NOT NULL OR b.say <> '' AS alone
+# What is late is not begun: the leader drops it in its next beat step (dropping.py). Small blocks bring along what
+# `_LENGTHS` tells of others, which is another round trip.
+_OPEN_BLOCKS = text(f"""
+    SELECT p.block_number AS number, p.cursor, p.n, p.todo, b.due IS NOT NULL OR b.say <> '' AS alone,
+           b.n_rows, b.groups, s.reads, s.bytes_beside, s.max_tokens,
+           CASE WHEN b.n_rows <= {_SMALL_ROWS} THEN coalesce(p.row_order, b.row_order) END AS row_order,
+           CASE WHEN b.n_rows <= {_SMALL_ROWS} THEN b.lengths END AS lengths
       FROM block_pass p JOIN block b ON b.job_id = p.job_id AND b.number = p.block_number
+      JOIN pass s ON s.job_id = p.job_id AND s.number = p.pass_number
      WHERE p.job_id = :job AND p.pass_number = :pass AND p.state = 'ready' AND p.cursor < p.n
        AND (p.cursor > 0 OR b.due IS NULL OR b.due > (SELECT clock_timestamp()))
      ORDER BY p.block_number LIMIT :limit""")
@@ -169,26 +193,32 @@ class Lengths:
         )
 
     def of(
-        self, connection: Connection, job: UUID, pass_number: int, blocks: Sequence[int]
+        self, connection: Connection, job: UUID, pass_number: int, blocks: Sequence[Any]
     ) -> dict[int, RowsInOrder]:
-        """Of these blocks, decoded once; without those of a job that is removed while we read."""
+        """Of these blocks, as `_OPEN_BLOCKS` tells them, decoded once; without those of a job that is removed while we read."""
         found: dict[int, RowsInOrder] = {}
         missing: list[int] = []
         for block in blocks:
-            known = self._known.get((job, pass_number, block))
+            known = self._known.get((job, pass_number, block.number))
+            if known is None and block.lengths is not None:
+                known = self._decoded(job, pass_number, block)
             if known is None:
-                missing.append(block)
+                missing.append(block.number)
             else:
-                found[block] = known
+                found[block.number] = known
         if missing:
             for row in connection.execute(_LENGTHS, {"job": job, "pass": pass_number, "blocks": missing}):
-                reads = Reads(tuple(row.reads), row.bytes_beside, row.max_tokens)
-                sizes = read_in_order(row.row_order, row.lengths, row.n_rows, reads)
-                groups = () if row.groups is None else uint32s(row.groups)
-                found[row.number] = self._known[job, pass_number, row.number] = RowsInOrder(
-                    array("Q", accumulate(sizes, initial=0)), bounds(row_order(row.row_order), groups)
-                )
+                found[row.number] = self._decoded(job, pass_number, row)
         return found
+
+    def _decoded(self, job: UUID, pass_number: int, block: Any) -> RowsInOrder:
+        reads = Reads(tuple(block.reads), block.bytes_beside, block.max_tokens)
+        sizes = read_in_order(block.row_order, block.lengths, block.n_rows, reads)
+        groups = () if block.groups is None else uint32s(block.groups)
+        known = self._known[job, pass_number, block.number] = RowsInOrder(
+            array("Q", accumulate(sizes, initial=0)), bounds(row_order(block.row_order), groups)
+        )
+        return known
 
 
 def frontier(
@@ -217,14 +247,12 @@ def frontier(
         wanted -= row.n - row.cursor
         if wanted <= 0:
             break
-    known = lengths.of(connection, job_id, pass_number, [row.block_number for row in opened])
+    known = lengths.of(connection, job_id, pass_number, opened)
     return Frontier(
         pieces=pieces,
         blocks=[
-            OpenBlock(
-                row.block_number, row.cursor, row.n, row.todo, *known[row.block_number], alone=row.alone
-            )
+            OpenBlock(row.number, row.cursor, row.n, row.todo, *known[row.number], alone=row.alone)
             for row in opened
-            if row.block_number in known
+            if row.number in known
         ],
     )

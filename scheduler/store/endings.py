@@ -10,12 +10,12 @@ from dataclasses import dataclass
 from typing import Any
 from uuid import UUID
 
-from sqlalchemy import Connection, Row, TextClause, text
+from sqlalchemy import Connection, TextClause, text
 
 from motet.errors import NotFound
 from motet.protocol import traces
 from motet.states import LIVE, State
-from scheduler.store.database import EVENTS, JOB, notify
+from scheduler.store.database import EVENTS, JOB, Asked, notify, together
 from scheduler.store.media import release_media
 from scheduler.store.schema import spelt
 from scheduler.store.words import end, tell
@@ -25,7 +25,10 @@ _COUNTS = ("n_rows", "n_tasks", "cells_ok", "cells_error", "cells_skipped")
 
 
 def _ending(update: str) -> TextClause:
-    """An UPDATE that ends jobs, which writes the event of each end as well: no job ends without it, or twice."""
+    """An UPDATE that ends jobs, which writes the event of each end as well: no job ends without it, or twice.
+
+    Whoever delivers events is woken for a tenant that has webhooks: of others it finds them when it looks by itself.
+    """
     told = ", ".join(f"'{name}', {name}" for name in _COUNTS)
     return text(f"""
     WITH ended AS ({update} RETURNING id, tenant_id, state, created, finished, notify_when, rows_matched, {", ".join(_COUNTS)}),
@@ -33,7 +36,10 @@ def _ending(update: str) -> TextClause:
              SELECT tenant_id, 'job_ended', id, jsonb_build_object('state', state, {told}) ||
                     CASE WHEN notify_when IS NULL THEN '{{}}' ELSE jsonb_build_object('rows_matched', rows_matched) END
                FROM ended)
-    SELECT id, state, created, finished, {", ".join(_COUNTS)}, pg_notify('{EVENTS}', '') FROM ended""")
+    SELECT id, state, created, finished, {", ".join(_COUNTS)},
+           CASE WHEN EXISTS (SELECT FROM webhook w WHERE w.tenant_id = ended.tenant_id)
+                THEN pg_notify('{EVENTS}', '') END
+      FROM ended""")
 
 
 _LOCK = text("SELECT id FROM job WHERE id = :job FOR UPDATE")
@@ -85,11 +91,21 @@ _SUCCEED = _ending(f"""
 
 def succeed(connection: Connection, jobs: Collection[UUID]) -> None:
     """Let those of these jobs succeed, whose locks the caller holds, that run and have every cell."""
-    for ended in connection.execute(_SUCCEED, {"jobs": sorted(jobs)}):
+    succeeded(together(connection, succeeding(jobs))[0])
+
+
+def succeeding(jobs: Collection[UUID]) -> Asked:
+    """The statement of ``succeed``, for a transaction that has others to execute with it; ``succeeded`` with its rows."""
+    return _SUCCEED, {"jobs": sorted(jobs)}
+
+
+def succeeded(rows: Sequence[Any]) -> None:
+    """What follows ``succeeding``."""
+    for ended in rows:
         _trace(ended)
 
 
-def _trace(ended: Row[Any]) -> None:
+def _trace(ended: Any) -> None:
     """The span that all others of a job hang from, once its end is committed."""
     counts = {name: getattr(ended, name) for name in _COUNTS}
     traces.add(ended.id, traces.JOB, ended.created, ended.finished, state=ended.state, **counts)

@@ -9,16 +9,17 @@ import json
 import math
 from collections import defaultdict
 from collections.abc import Collection, Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 from uuid import UUID
 
-from sqlalchemy import Connection, Row, text
+from sqlalchemy import Connection, text
 
 from motet.conditions import condition
+from motet.protocol.columns import Column
 from motet.states import Skip
 from scheduler.readable import Readable, UpstreamAnswer
-from scheduler.store.database import EVENTS
-from scheduler.store.results import read_columns
+from scheduler.store.database import EVENTS, Asked, together
+from scheduler.store.results import COLUMN_FIELDS, column_of
 
 #: Rows of one job that are events; those beyond are counted alone. More: a condition that holds for most rows fills the
 #: outbox with what nobody can read. Fewer: alerts of long-lived open jobs fall silent sooner.
@@ -26,15 +27,19 @@ MOST_ROWS = 100_000
 #: Answers that an event may tell: a label, labels, a number. All others hold texts.
 _TOLD = frozenset({"label", "labels", "number"})
 
-# Of blocks of jobs that have a condition: each of them once for each task that it reads.
-_ASKED = text("""
+# Of blocks that have every answer that their job's condition reads: each of them once for each such task, with its column.
+# One round trip: whoever waits for these rows waits for it too.
+_ANSWERED = f"""
     SELECT b.job_id, b.number, b.first_row, j.tenant_id, j.notify_when, j.rows_matched, t.name, t.spec, t.labels,
-           c.column_id
-      FROM unnest(CAST(:jobs AS uuid[]), CAST(:blocks AS int[])) k (job, block)
+           {COLUMN_FIELDS}
+      FROM unnest(CAST(%s AS uuid[]), CAST(%s AS int[])) k (job, block)
       JOIN job j ON j.id = k.job JOIN block b ON b.job_id = k.job AND b.number = k.block
      CROSS JOIN LATERAL unnest(j.notify_needs) n (task) JOIN task t ON t.job_id = k.job AND t.number = n.task
-      LEFT JOIN block_column c ON c.job_id = k.job AND c.block_number = k.block AND c.task_number = n.task
-     ORDER BY b.job_id, b.number, n.task""")
+      JOIN block_column c ON c.job_id = k.job AND c.block_number = k.block AND c.task_number = n.task
+      JOIN sealed_column s ON s.id = c.column_id
+     WHERE (SELECT count(*) FROM block_column a WHERE a.job_id = k.job AND a.block_number = k.block
+               AND a.task_number = ANY(j.notify_needs)) = cardinality(j.notify_needs)
+     ORDER BY b.job_id, b.number, n.task"""
 _MATCHED = text("UPDATE job SET rows_matched = rows_matched + :n WHERE id = :job")
 _TELL = text(f"""
     WITH told AS (
@@ -47,8 +52,13 @@ def tell_event(
     connection: Connection, tenant: UUID, kind: str, job: UUID | None, *bodies: Mapping[str, Any]
 ) -> None:
     """Write events of one kind about a job: with this transaction they are told, or never were."""
+    connection.execute(*_telling(tenant, kind, job, bodies))
+
+
+def _telling(tenant: UUID, kind: str, job: UUID | None, bodies: Sequence[Mapping[str, Any]]) -> Asked:
+    """The statement of ``tell_event``."""
     written = [json.dumps(body, allow_nan=False) for body in bodies]
-    connection.execute(_TELL, {"tenant": tenant, "kind": kind, "job": job, "bodies": written})
+    return _TELL, {"tenant": tenant, "kind": kind, "job": job, "bodies": written}
 
 
 def tell_matches(connection: Connection, blocks: Collection[tuple[UUID, int]]) -> None:
@@ -60,23 +70,37 @@ def tell_matches(connection: Connection, blocks: Collection[tuple[UUID, int]]) -
     if not blocks:
         return
     jobs, numbers = zip(*sorted(blocks), strict=True)
-    asked: dict[tuple[UUID, int], list[Row[Any]]] = defaultdict(list)
-    for row in connection.execute(_ASKED, {"jobs": list(jobs), "blocks": list(numbers)}):
-        asked[row.job_id, row.number].append(row)
-    whole = {at: rows for at, rows in asked.items() if all(row.column_id is not None for row in rows)}
-    columns = read_columns(connection, sorted({row.column_id for rows in whole.values() for row in rows}))
+    whole: dict[tuple[UUID, int], list[_Answered]] = defaultdict(list)
+    driver: Any = connection.connection.driver_connection
+    with driver.cursor(binary=True) as cursor:
+        for job, number, *fields in cursor.execute(_ANSWERED, (list(jobs), list(numbers))):
+            whole[job, number].append(_Answered(*(*fields[:7], column_of(fields[7:]))))
     found: dict[UUID, list[dict[str, Any]]] = defaultdict(list)
-    first: dict[UUID, Row[Any]] = {}
-    for (job, _), rows in whole.items():
-        first.setdefault(job, rows[0])
-        answers = [UpstreamAnswer(r.name, r.spec, tuple(r.labels), columns[r.column_id]) for r in rows]
-        found[job] += _matches(rows[0].notify_when, rows[0].first_row, answers)
+    first: dict[UUID, _Answered] = {}
+    for (job, _), of_block in whole.items():
+        first.setdefault(job, of_block[0])
+        answers = [UpstreamAnswer(one.task, one.spec, tuple(one.labels), one.column) for one in of_block]
+        found[job] += _matches(of_block[0].notify_when, of_block[0].first_row, answers)
     for job, bodies in sorted(found.items()):
         if bodies:
-            connection.execute(_MATCHED, {"job": job, "n": len(bodies)})
-            told = bodies[: max(0, MOST_ROWS - first[job].rows_matched)]
-            if told:
-                tell_event(connection, first[job].tenant_id, "row_matched", job, *told)
+            asked: list[Asked] = [(_MATCHED, {"job": job, "n": len(bodies)})]
+            if told := bodies[: max(0, MOST_ROWS - first[job].rows_matched)]:
+                asked.append(_telling(first[job].tenant, "row_matched", job, told))
+            together(connection, *asked)
+
+
+class _Answered(NamedTuple):
+    """What a task that a condition reads answered in a block."""
+
+    first_row: int
+    tenant: UUID
+    notify_when: str
+    #: Of the job, so far.
+    rows_matched: int
+    task: str
+    spec: Mapping[str, Any]
+    labels: Sequence[str]
+    column: Column
 
 
 def _matches(written: str, first_row: int, answers: Sequence[UpstreamAnswer]) -> list[dict[str, Any]]:

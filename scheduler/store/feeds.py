@@ -19,8 +19,7 @@ from motet.states import State
 from scheduler.blocks import EncodedBlock, IncomingPart, blocks_of
 from scheduler.store import folds, words
 from scheduler.store.database import JOB, WORK, together
-from scheduler.store.landing import LoadingJob, arrange, check_quota
-from scheduler.store.leases import MORE_WAITS, waiting
+from scheduler.store.landing import STORE_BLOCK, LoadingJob, arrange, check_quota
 from scheduler.store.results import COLUMN_FIELDS, column_of
 from scheduler.store.sealing import settle
 
@@ -62,30 +61,12 @@ _KNOWN = text("""
       FROM ask a JOIN block b ON b.job_id = a.job_id AND b.number = a.block_number
      WHERE a.job_id = :job AND a.key = ANY(:keys)""")
 # The block, its passes, the asks, what waits, and the job's counts: one round trip.
-_PARTS = f"""
-    WITH stored AS (
-        INSERT INTO block (job_id, number, first_row, n_rows, n_work, bytes, row_order, lengths, payload, bad,
-                           bad_fields, keys, passes_open, done_number, media, done_at, say, due)
-        VALUES (:job, :number, :first_row, :n_rows, :n_work, :text_bytes, :row_order, :lengths, :payload,
-                CAST(:bad AS jsonb), CAST(:bad_fields AS jsonb), :keys, :passes_open, :done_number, CAST(:media AS bigint[]),
-                CASE WHEN :blocks_done > 0 THEN clock_timestamp() END, :say,
-                clock_timestamp() + make_interval(secs => CAST(:due_s AS double precision)))),
-    passes AS (
-        INSERT INTO block_pass (job_id, pass_number, block_number, state, todo, n, cursor, done, bytes, row_order)
-        SELECT :job, k.pass, :number, k.state, k.todo, k.n, k.cursor, k.done, k.bytes, k.row_order
-          FROM unnest(CAST(:pass_numbers AS smallint[]), CAST(:states AS text[]), CAST(:todos AS bigint[]),
-                      CAST(:ns AS int[]), CAST(:cursors AS int[]), CAST(:dones AS int[]), CAST(:sizes AS bigint[]),
-                      CAST(:orders AS bytea[])) k (pass, state, todo, n, cursor, done, bytes, row_order)),
-    columns AS (
-        INSERT INTO block_column (job_id, block_number, task_number, column_id)
-        SELECT :job, :number, k.task, k.column_id
-          FROM unnest(CAST(:tasks AS smallint[]), CAST(:columns AS bigint[])) k (task, column_id)),
+_PARTS = f"""{STORE_BLOCK},
     asks AS (
         INSERT INTO ask (job_id, key, digest, block_number, lo, n_rows)
         SELECT :job, k.key, k.digest, :number, k.lo, k.n_rows
           FROM unnest(CAST(:ask_keys AS bytea[]), CAST(:digests AS bytea[]), CAST(:los AS int[]),
-                      CAST(:ask_rows AS int[])) k (key, digest, lo, n_rows)),
-    waits AS ({MORE_WAITS})"""
+                      CAST(:ask_rows AS int[])) k (key, digest, lo, n_rows))"""
 _GROW = f"""
     UPDATE job SET n_rows = n_rows + :n_rows, n_blocks = n_blocks + 1, blocks_done = blocks_done + :blocks_done,
            cells_error = cells_error + :errors, cells_skipped = cells_skipped + :skipped, version = version + 1, touched = clock_timestamp()
@@ -160,9 +141,10 @@ def land_asks(
         )
         lo += ask.n_rows
     assert lo == block.n_rows, "the asks are not the rows of the block"
-    of_block, waits = arranged.of_one_block(), waiting(arranged.waits(job.id))
+    # What callers bring at one moment is in no order: without its groups.
+    of_block = arranged.of_one_block() | {"groups": None}
     told = {"say": say, "due_s": due_s, "word": words.land(job.id)}
-    together(connection, (store, {**of_block, **_of_asks(landed), **waits, **written, **told}))
+    together(connection, (store, {**of_block, **_of_asks(landed), **written, **told}))
     if arranged.depend:
         # Last, since it counts on with what is counted by now.
         settle(connection, {(job.id, number) for number in arranged.depend})

@@ -41,10 +41,10 @@ from scheduler.blocks import (
 )
 from scheduler.merge import errors_column
 from scheduler.policy.needs import needs_of
-from scheduler.store.database import JOB, notify, together
+from scheduler.store.database import JOB, Asked, notify, together
 from scheduler.store.endings import succeed
 from scheduler.store.events import tell_matches
-from scheduler.store.leases import more_waits
+from scheduler.store.leases import MORE_WAITS, more_waits, waiting
 from scheduler.store.media import refer_to_media
 from scheduler.store.opening import PRIORITIES
 from scheduler.store.registry import SECRET
@@ -212,6 +212,27 @@ _GROW = text("""
      WHERE id = :job
  RETURNING cells_ok + cells_error + cells_skipped AS cells_done""")
 
+# One block, its passes, its columns that are shown already, and what waits of it.
+STORE_BLOCK = f"""
+    WITH stored AS (
+        INSERT INTO block (job_id, number, first_row, n_rows, n_work, bytes, row_order, lengths, payload, bad,
+                           bad_fields, keys, passes_open, done_number, media, groups, done_at, say, due)
+        VALUES (:job, :number, :first_row, :n_rows, :n_work, :text_bytes, :row_order, :lengths, :payload,
+                CAST(:bad AS jsonb), CAST(:bad_fields AS jsonb), :keys, :passes_open, :done_number, CAST(:media AS bigint[]),
+                :groups, CASE WHEN :blocks_done > 0 THEN clock_timestamp() END, :say,
+                clock_timestamp() + make_interval(secs => CAST(:due_s AS double precision)))),
+    passes AS (
+        INSERT INTO block_pass (job_id, pass_number, block_number, state, todo, n, cursor, done, bytes, row_order)
+        SELECT :job, k.pass, :number, k.state, k.todo, k.n, k.cursor, k.done, k.bytes, k.row_order
+          FROM unnest(CAST(:pass_numbers AS smallint[]), CAST(:states AS text[]), CAST(:todos AS bigint[]),
+                      CAST(:ns AS int[]), CAST(:cursors AS int[]), CAST(:dones AS int[]), CAST(:sizes AS bigint[]),
+                      CAST(:orders AS bytea[])) k (pass, state, todo, n, cursor, done, bytes, row_order)),
+    columns AS (
+        INSERT INTO block_column (job_id, block_number, task_number, column_id)
+        SELECT :job, :number, k.task, k.column_id
+          FROM unnest(CAST(:tasks AS smallint[]), CAST(:columns AS bigint[])) k (task, column_id)),
+    waits AS ({MORE_WAITS})"""
+_STORE_BLOCK = text(f"{STORE_BLOCK} SELECT")
 _COPY_BLOCK = (
     "COPY block (job_id, number, first_row, n_rows, n_work, bytes, row_order, lengths, payload, bad, bad_fields,"
     " keys, passes_open, done_number, media, groups) FROM STDIN (FORMAT BINARY)",
@@ -254,8 +275,10 @@ def land_part(
     *,
     first_row: int | None,
     max_rows: int,
+    closes: bool = False,
 ) -> Landed:
     """Store one part: its blocks, what waits of them, and what is answered already. One transaction, the caller's.
+    ``closes``: no part follows, and the job is closed with it.
 
     A (block, task) whose reuse key names a stored column of the tenant shows that column and is not run again: also one
     that an earlier part of the same job has had sealed by now. A pass
@@ -288,6 +311,8 @@ def land_part(
             cells_done=held.cells_done,
         )
     _check_order(job, held, number, first_row)
+    if closes and not held.n_rows + n_rows:
+        raise _no_rows()
     _check_limits(connection, job, held, n_rows, max_rows)
     landing = arrange(connection, job, held, blocks)
     part = {
@@ -297,10 +322,16 @@ def land_part(
         "n_rows": n_rows,
         "n_bad": n_bad,
     }
-    _copy(connection, _COPY_BLOCK, [tuple(block.values()) for block in landing.blocks])
-    _copy(connection, _COPY_BLOCK_PASS, landing.block_passes)
-    _copy(connection, _COPY_BLOCK_COLUMN, landing.block_columns)
-    more_waits(connection, landing.waits(job.id))
+    if len(blocks) == 1:
+        # An upload's blocks have no age of their own.
+        at = {"say": "", "due_s": None, "blocks_done": 0}
+        store: list[Asked] = [(_STORE_BLOCK, {**landing.of_one_block(), **at})]
+    else:
+        store = []
+        _copy(connection, _COPY_BLOCK, [tuple(block.values()) for block in landing.blocks])
+        _copy(connection, _COPY_BLOCK_PASS, landing.block_passes)
+        _copy(connection, _COPY_BLOCK_COLUMN, landing.block_columns)
+        more_waits(connection, landing.waits(job.id))
     cells = landing.cells
     grown = {
         "job": job.id,
@@ -310,15 +341,22 @@ def land_part(
         **{name: cells[name] for name in ("ok", "error", "skipped", "reused")},
     }
     # What is told is heard when all of it is committed.
-    _, ((cells_done,),), _ = together(
-        connection, (_ADD_PART, part), (_GROW, grown), telling([land(job.id)], [job.id])
+    close: list[Asked] = [(_CLOSE, {"job": job.id})] if closes else []
+    done = together(
+        connection, *store, (_ADD_PART, part), (_GROW, grown), *close, telling([land(job.id)], [job.id])
     )
+    ((cells_done,),) = done[len(store) + 1]
     if job.notifies:
         # Answers of earlier jobs may be all that its condition reads.
         tell_matches(connection, {(job.id, number) for _, number, *_ in landing.block_columns})
     if landing.depend:
         # Last, since it counts on with what is counted by now.
         settle(connection, {(job.id, number) for number in landing.depend})
+    if closes:
+        (closed,) = done[-2]
+        _trace_submit(job.id, closed)
+        if closed.answered or landing.depend:
+            succeed(connection, [job.id])
     return Landed(
         part=number,
         rows=n_rows,
@@ -397,8 +435,7 @@ class Arranged:
         (block,) = self.blocks
         passes = zip(*(row[1:2] + row[3:] for row in self.block_passes), strict=True)
         return {
-            # Without its groups: what callers bring at one moment is in no order.
-            **{name: value for name, value in block.items() if name != "groups"},
+            **block,
             **dict(
                 zip(
                     ["pass_numbers", "states", "todos", "ns", "cursors", "dones", "sizes", "orders"],
@@ -408,6 +445,7 @@ class Arranged:
             ),
             "tasks": [row[2] for row in self.block_columns],
             "columns": [row[3] for row in self.block_columns],
+            **waiting(self.waits(block["job"])),
             "blocks_done": self.blocks_done,
             "errors": self.cells["error"],
             "skipped": self.cells["skipped"],
@@ -553,7 +591,7 @@ def _copy(connection: Connection, table: tuple[str, Sequence[str]], rows: Sequen
 _CLOSE = text(f"""
     UPDATE job SET state = '{State.RUNNING}', closed = clock_timestamp(), touched = clock_timestamp(),
            version = version + 1
-     WHERE id = :job RETURNING created, closed""")
+     WHERE id = :job RETURNING created, closed, n_rows, n_parts, blocks_done = n_blocks AS answered""")
 
 
 def close_job(
@@ -596,8 +634,17 @@ def close_job(
     if held.state != State.LOADING:
         return
     if not held.n_rows:
-        raise InvalidJob(Problem("rows", "no row", "at least one row", "send a part, or cancel the job"))
+        raise _no_rows()
     (closed,), _ = together(connection, (_CLOSE, {"job": job}), telling([land(job)], [job]))
-    traces.add(job, traces.SUBMIT, closed.created, closed.closed, rows=held.n_rows, parts=held.n_parts)
-    if held.blocks_done == held.n_blocks:
+    _trace_submit(job, closed)
+    if closed.answered:
         succeed(connection, [job])
+
+
+def _no_rows() -> InvalidJob:
+    return InvalidJob(Problem("rows", "no row", "at least one row", "send a part, or cancel the job"))
+
+
+def _trace_submit(job: UUID, closed: Any) -> None:
+    """``closed``: what `_CLOSE` returned."""
+    traces.add(job, traces.SUBMIT, closed.created, closed.closed, rows=closed.n_rows, parts=closed.n_parts)

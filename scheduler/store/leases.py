@@ -21,7 +21,7 @@ from motet.states import CARVED
 from scheduler.policy.carve import Carved, Range
 from scheduler.policy.lifecycle import Return
 from scheduler.store.arrays import Elements
-from scheduler.store.database import Database, together
+from scheduler.store.database import Asked, Database, together
 from scheduler.store.leadership import fence, fenced, must_lead
 from scheduler.store.places import PLACES, at_places
 from scheduler.store.schema import spelt
@@ -150,8 +150,8 @@ def due(connection: Connection, within_s: float) -> dict[LeaseKey, bool]:
 
 
 _FATES = text(f"""
-    SELECT k.subtask, k.attempt, l.subtask_id IS NOT NULL AS leased, coalesce(s.state, ''), coalesce(s.worker, ''),
-           coalesce(s.busy_s, 0)
+    SELECT k.subtask, k.attempt, l.subtask_id IS NOT NULL AS leased, coalesce(s.state, '') AS state,
+           coalesce(s.worker, '') AS worker, coalesce(s.busy_s, 0) AS busy_s
       FROM {_ATTEMPTS}
       LEFT JOIN subtask s ON s.id = k.subtask
       LEFT JOIN lease l ON l.subtask_id = k.subtask AND l.attempt = k.attempt""")
@@ -170,8 +170,17 @@ class Fate(NamedTuple):
 
 def fates(connection: Connection, keys: Collection[LeaseKey]) -> dict[LeaseKey, Fate]:
     """What became of each of these leases."""
-    found = connection.execute(_FATES, _attempts(keys)).all()
-    return {(subtask, attempt): Fate(*fate) for subtask, attempt, *fate in found}
+    return fates_in(together(connection, asked_fates(keys))[0])
+
+
+def asked_fates(keys: Collection[LeaseKey]) -> Asked:
+    """The statement of ``fates``."""
+    return _FATES, _attempts(keys)
+
+
+def fates_in(rows: Iterable[Sequence[Any]]) -> dict[LeaseKey, Fate]:
+    """What ``asked_fates`` has found."""
+    return {(subtask, attempt): Fate(*fate) for subtask, attempt, *fate in rows}
 
 
 _RUNS = text("""

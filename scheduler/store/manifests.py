@@ -4,7 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Collection
 from datetime import datetime
+from threading import Lock
+from uuid import UUID
 
+from cachetools import LRUCache
 from sqlalchemy import Connection, text
 
 from motet.protocol.manifest import Manifest
@@ -14,8 +17,6 @@ _KEPT = 1000
 #: A model never changes; after a restore of an older dump its id may name another, born at another time.
 ModelId = tuple[int, datetime]
 _MANIFESTS = text("SELECT id, created, manifest FROM model WHERE id = ANY(:ids)")
-
-
 _BY_ID = text("SELECT manifest FROM model WHERE id = ANY(:ids)")
 
 
@@ -24,6 +25,8 @@ class Manifests:
 
     def __init__(self) -> None:
         self._known: dict[ModelId, Manifest] = {}
+        self._of_passes: LRUCache[tuple[UUID, int], list[Manifest]] = LRUCache(_KEPT)
+        self._lock = Lock()
 
     def of(self, connection: Connection, wanted: Collection[ModelId]) -> dict[ModelId, Manifest]:
         """The manifests of these models, but for those that were removed.
@@ -39,6 +42,16 @@ class Manifests:
             self._known.update(found)
         return found
 
-    def beside(self, connection: Connection, ids: Collection[int]) -> list[Manifest]:
-        """The manifests of these models, read anew: of artefacts beside functions, which few passes have."""
-        return [Manifest.from_json(row.manifest) for row in connection.execute(_BY_ID, {"ids": list(ids)})]
+    def of_pass(
+        self, connection: Connection, job: UUID, pass_number: int, ids: Collection[int]
+    ) -> list[Manifest]:
+        """The manifests of the models of a pass, whose ``ids`` these are: of a pass that was asked for lately they are
+        not read again. A job's models never change, and no other job has its id, also after a restore."""
+        with self._lock:
+            known = self._of_passes.get((job, pass_number))
+        if known is None:
+            rows = connection.execute(_BY_ID, {"ids": list(ids)})
+            known = [Manifest.from_json(row.manifest) for row in rows]
+            with self._lock:
+                self._of_passes[job, pass_number] = known
+        return known

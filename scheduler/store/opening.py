@@ -8,7 +8,7 @@ from typing import Any, Literal
 from uuid import UUID
 
 from psycopg.types.json import Jsonb
-from sqlalchemy import Connection, insert, text
+from sqlalchemy import Connection, text
 
 from motet.errors import Conflict, Overloaded
 from motet.states import LIVE, State
@@ -16,7 +16,6 @@ from scheduler.blocks import is_digest, keyed
 from scheduler.store.database import Asked, together
 from scheduler.store.registry import SECRET
 from scheduler.store.schema import spelt
-from scheduler.store.tables import jobs as tables
 
 PRIORITIES: Mapping[str, int] = {"interactive": 0, "normal": 1, "bulk": 2}
 
@@ -102,8 +101,21 @@ _OPEN = text("""
             :keep_s, CAST(:folds AS jsonb), :state, CASE WHEN :open THEN clock_timestamp() END,
             :notify_when, :notify_needs)
     ON CONFLICT (tenant_id, idempotency_key) DO NOTHING RETURNING id""")
-_ADD_PASS = insert(tables.pass_)
-_ADD_TASK = insert(tables.task)
+# Nothing where the same request, sent twice at once, opened another job.
+_ADD_PASSES = text("""
+    INSERT INTO pass (job_id, number, kind, model_id, numerics, max_tokens, input, needs, rate_key, reads, bytes_beside,
+                      condition)
+    SELECT j.id, p.* FROM job j, jsonb_to_recordset(CAST(:passes AS jsonb)) AS p (
+           number smallint, kind text, model_id bigint, numerics text, max_tokens int, input text, needs smallint[],
+           rate_key text, reads int[], bytes_beside int, condition text)
+     WHERE j.id = :job""")
+_ADD_TASKS = text("""
+    INSERT INTO task (job_id, number, name, pass_number, model_id, kind, spec, labels, digest)
+    SELECT j.id, t.number, t.name, t.pass_number, t.model_id, t.kind, t.spec, t.labels, decode(t.digest, 'hex')
+      FROM job j, jsonb_to_recordset(CAST(:tasks AS jsonb)) AS t (
+           number smallint, name text, pass_number smallint, model_id bigint, kind text, spec jsonb, labels text[],
+           digest text)
+     WHERE j.id = :job""")
 
 
 def opened_before(connection: Connection, tenant: UUID, key: str, request_digest: bytes) -> UUID | None:
@@ -148,45 +160,42 @@ def open_job(connection: Connection, job: NewJob, *, max_active_jobs: int) -> UU
         raise Overloaded(f"{max_active_jobs} jobs are unfinished; wait for one, or cancel it", 10.0)
     if len(there) != len(models):
         raise Conflict("a model of this job was removed just now; submit it again")
-    made = connection.execute(
-        _OPEN,
-        {
-            "id": job.id,
-            "tenant": job.tenant,
-            "name": job.name,
-            "kind": "train" if any(t.kind == "fit" for t in job.tasks) else "infer",
-            "priority": job.priority,
-            "reuse": job.reuse,
-            "bad_rows": job.bad_rows,
-            "fields": list(job.fields),
-            "n_tasks": len(job.tasks),
-            "key": job.idempotency_key,
-            "digest": keyed(bytes(secret), job.request_digest),
-            "deadline_s": job.deadline_s,
-            "retention_days": job.retention_days,
-            "keep_s": job.keep_s,
-            "folds": None if job.folds is None else Jsonb(job.folds),
-            "state": State.OPEN if job.open else State.LOADING,
-            "open": job.open,
-            "notify_when": job.notify_when,
-            "notify_needs": list(job.notify_needs),
-        },
-    ).first()
-    if made is None:
+    passes = [{"number": number, **asdict(p)} for number, p in enumerate(job.passes)]
+    tasks = [{"number": number, **asdict(t), "digest": t.digest.hex()} for number, t in enumerate(job.tasks)]
+    made, _, _ = together(
+        connection,
+        (
+            _OPEN,
+            {
+                "id": job.id,
+                "tenant": job.tenant,
+                "name": job.name,
+                "kind": "train" if any(t.kind == "fit" for t in job.tasks) else "infer",
+                "priority": job.priority,
+                "reuse": job.reuse,
+                "bad_rows": job.bad_rows,
+                "fields": list(job.fields),
+                "n_tasks": len(job.tasks),
+                "key": job.idempotency_key,
+                "digest": keyed(bytes(secret), job.request_digest),
+                "deadline_s": job.deadline_s,
+                "retention_days": job.retention_days,
+                "keep_s": job.keep_s,
+                "folds": None if job.folds is None else Jsonb(job.folds),
+                "state": State.OPEN if job.open else State.LOADING,
+                "open": job.open,
+                "notify_when": job.notify_when,
+                "notify_needs": list(job.notify_needs),
+            },
+        ),
+        (_ADD_PASSES, {"job": job.id, "passes": Jsonb(passes)}),
+        (_ADD_TASKS, {"job": job.id, "tasks": Jsonb(tasks)}),
+    )
+    if not made:
         # The same request, sent twice at once: the other one has committed by now.
         assert job.idempotency_key is not None
         before = opened_before(connection, job.tenant, job.idempotency_key, job.request_digest)
         if before is None:
             raise Conflict("the same request is under way; send it again")
         return before
-    passes = [
-        {"job_id": job.id, "number": number, **asdict(p), "needs": list(p.needs), "reads": list(p.reads)}
-        for number, p in enumerate(job.passes)
-    ]
-    connection.execute(_ADD_PASS, passes)
-    tasks = [
-        {"job_id": job.id, "number": number, **asdict(t), "labels": list(t.labels)}
-        for number, t in enumerate(job.tasks)
-    ]
-    connection.execute(_ADD_TASK, tasks)
     return job.id

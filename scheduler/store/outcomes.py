@@ -224,6 +224,7 @@ def _take_in(
     asked = asked_for(shapes, subtask.todo)
     answers: list[BlockAnswers] = []
     returns: list[Return] = []
+    used: dict[tuple[int, int], Amount] = {}
     error = outcome.error or ("failed", "the attempt failed")
     verdict = outcome.verdict
     if verdict == "done":
@@ -251,7 +252,9 @@ def _take_in(
         done.accepted += 1
         learned.see(row, outcome.usage)
     u = outcome.usage
-    total.update(tokens=u.tokens, computed=u.computed_tokens, subtasks=1)
+    # A sub-task of prompts is packed and priced by its rows' own texts; what was read is all of each prompt.
+    read = sum(amount.tokens_in for amount in used.values()) if used else u.tokens
+    total.update(tokens=read, computed=u.computed_tokens, subtasks=1)
     total["busy_us"] += int(u.busy_s * 1e6)
     return answers, returns, verdict
 

@@ -14,6 +14,7 @@ from motet.errors import Conflict
 from motet.protocol.manifest import Manifest
 from motet.states import LIVE
 from scheduler.store.aliases import alias_of, find_alias, lock_names
+from scheduler.store.database import together
 from scheduler.store.schema import spelt
 
 # -- tenants and tokens ----------------------------------------------------------------------------
@@ -154,14 +155,22 @@ def has_live_lease(connection: Connection, subtask: int, attempt: int, nonce: st
 #: A model that finished jobs used cannot go, for their answers name it: its row stays, marked and unseen.
 _SEEN = "NOT manifest ? 'removed'"
 # ``name@version`` is that model, ``name@alias`` the one it means now; a bare name is the newest of it.
-_FIND_MODELS = text(f"""
+_FIND = f"""
     SELECT DISTINCT ON (asked.ref) asked.ref, m.id, m.manifest
       FROM (SELECT ref, split_part(ref, '@', 1) AS name, strpos(ref, '@') = 0 AS bare,
                    substr(ref, strpos(ref, '@') + 1) AS which
               FROM unnest(CAST(:refs AS text[])) ref) asked
       LEFT JOIN alias a ON a.name = asked.name AND a.alias = asked.which AND NOT asked.bare
       JOIN model m ON m.name = asked.name AND (asked.bare OR m.version = asked.which OR m.id = a.model_id)
-     WHERE {_SEEN} ORDER BY asked.ref, m.id DESC""")
+     WHERE {_SEEN} ORDER BY asked.ref, m.id DESC"""
+_FIND_MODELS = text(_FIND)
+_FIND_WITH_TRUNKS = text(f"""
+    WITH found AS ({_FIND}),
+    trunk AS (SELECT DISTINCT manifest->>'trunk_model' AS ref FROM found WHERE manifest->>'trunk_model' <> '')
+    SELECT ref, id, manifest, false AS below FROM found UNION ALL
+    SELECT t.ref, m.id, m.manifest, true
+      FROM trunk t JOIN model m ON m.name = split_part(t.ref, '@', 1) AND m.version = split_part(t.ref, '@', 2)
+     WHERE {_SEEN}""")
 _ALL_MODELS = text(f"SELECT id, manifest FROM model WHERE {_SEEN} ORDER BY name, id")
 _REFS = text(f"""
     (SELECT name || '@' || version FROM model WHERE {_SEEN} ORDER BY name, id LIMIT 10000)
@@ -198,6 +207,17 @@ def find_models(connection: Connection, refs: Iterable[str]) -> dict[str, Regist
     """
     rows = connection.execute(_FIND_MODELS, {"refs": sorted(set(refs))})
     return {row.ref: Registered(row.id, Manifest.from_json(row.manifest)) for row in rows}
+
+
+def find_with_trunks(
+    connection: Connection, refs: Iterable[str]
+) -> tuple[dict[str, Registered], dict[str, Registered]]:
+    """``find_models``, and by ``name@version`` the trunks that these sit on, as far as they are registered."""
+    (rows,) = together(connection, (_FIND_WITH_TRUNKS, {"refs": sorted(set(refs))}))
+    found, trunks = dict[str, Registered](), dict[str, Registered]()
+    for row in rows:
+        (trunks if row.below else found)[row.ref] = Registered(row.id, Manifest.from_json(row.manifest))
+    return found, trunks
 
 
 def models(connection: Connection) -> list[Registered]:

@@ -5,18 +5,24 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from threading import Lock
 from typing import Any, Literal
 from uuid import UUID
 
+from cachetools import LRUCache
 from sqlalchemy import Connection, Row, TextClause, text
 
 from motet.errors import NotFound
 from motet.protocol.columns import LAYOUT, CellError, Column
-from motet.states import ENDED
+from motet.states import ENDED, State
 from scheduler.store.arrays import flat
-from scheduler.store.database import together
+from scheduler.store.database import Asked, together
 
 RowOrder = Literal["row", "done"]
+#: Blocks that are looked for at once at most.
+BLOCKS = 64
+#: Labels of tasks that are kept. More: memory; fewer: tasks of jobs that are read from time and again are read anew.
+_LABELS_KEPT = 50_000
 
 
 @dataclass(frozen=True, slots=True)
@@ -107,15 +113,41 @@ _NEWEST = text(f"{_READY} b.number >= CAST(:after AS bigint) ORDER BY b.number D
 _NEXT_DONE = text(f"{_READY} b.done_number > CAST(:after AS bigint) ORDER BY b.done_number LIMIT :limit")
 
 
+#: Job -> its tasks by name, which never change.
+_tasks: LRUCache[UUID, Mapping[str, ShownTask]] = LRUCache(
+    _LABELS_KEPT, lambda tasks: sum(1 + len(task.labels) for task in tasks.values())
+)
+_lock = Lock()
+
+
+def _tasks_known(job: UUID) -> Mapping[str, ShownTask] | None:
+    with _lock:
+        return _tasks.get(job)
+
+
 def shown(connection: Connection, tenant: UUID, job: UUID, tasks: Sequence[str] | None = None) -> Shown:
     """The job and the tasks asked for (None: all of them). Raises NotFound, for an unknown task too."""
-    jobs, of_job = together(connection, (_JOB, {"job": job, "tenant": tenant}), (_TASKS, {"job": job}))
-    if not jobs:
-        raise NotFound(f"no job {job}")
-    (found,) = jobs
+    the_job: Asked = (_JOB, {"job": job, "tenant": tenant})
+    if (every := _tasks_known(job)) is not None:
+        (jobs,) = together(connection, the_job)
+        return _shown(job, jobs, every, tasks)
+    jobs, of_job = together(connection, the_job, (_TASKS, {"job": job}))
     every = {
         row.name: ShownTask(row.number, row.name, tuple(row.labels), row.dim, row.dtype) for row in of_job
     }
+    if jobs:
+        with _lock:
+            if _tasks.getsizeof(every) <= _tasks.maxsize:
+                _tasks[job] = every
+    return _shown(job, jobs, every, tasks)
+
+
+def _shown(
+    job: UUID, jobs: Sequence[Any], every: Mapping[str, ShownTask], tasks: Sequence[str] | None
+) -> Shown:
+    if not jobs:
+        raise NotFound(f"no job {job}")
+    (found,) = jobs
     for name in tasks or ():
         if name not in every:
             raise NotFound(f"job {job} has no task of this name; it has {', '.join(every)}")
@@ -132,8 +164,28 @@ def shown(connection: Connection, tenant: UUID, job: UUID, tasks: Sequence[str] 
     )
 
 
+def shown_and_ready(
+    connection: Connection, tenant: UUID, job: UUID, tasks: Sequence[str] | None, order: RowOrder, after: int
+) -> tuple[Shown, list[ReadyBlock]]:
+    """``shown``, and then its ``ready_blocks``; mostly in one round trip. Raises NotFound."""
+    if (every := _tasks_known(job)) is None:
+        found = shown(connection, tenant, job, tasks)
+        return found, ready_blocks(connection, found, order, after)
+    numbers = sorted(task.number for task in every.values() if tasks is None or task.name in tasks)
+    query = _NEXT_DONE if order == "done" else _NEXT_ROWS
+    jobs, rows = together(
+        connection, (_JOB, {"job": job, "tenant": tenant}), (query, _at(job, numbers, after, BLOCKS))
+    )
+    found = _shown(job, jobs, every, tasks)
+    # Where its front has moved, or where blocks may be missing, other blocks are the next.
+    if after < found.front(order) or (order == "row" and found.ended and found.state != State.SUCCEEDED):
+        return found, ready_blocks(connection, found, order, after)
+    blocks = _as_blocks(rows)
+    return found, blocks if order == "done" else _without_gap(blocks, after)
+
+
 def ready_blocks(
-    connection: Connection, job: Shown, order: RowOrder, after: int, limit: int = 64
+    connection: Connection, job: Shown, order: RowOrder, after: int, limit: int = BLOCKS
 ) -> list[ReadyBlock]:
     """The next blocks in which all asked tasks are sealed, in the order asked for; none that stand before its front.
 
@@ -142,9 +194,12 @@ def ready_blocks(
     after = max(after, job.front(order))
     query = _NEXT_DONE if order == "done" else _ALL_ROWS if job.ended else _NEXT_ROWS
     found = _ready(connection, query, job, after, limit)
-    if order == "done" or job.ended:
-        return found
-    return [block for i, block in enumerate(found) if block.number == after + i]
+    return found if order == "done" or job.ended else _without_gap(found, after)
+
+
+def _without_gap(blocks: Sequence[ReadyBlock], after: int) -> list[ReadyBlock]:
+    """The first of these, as long as each follows the one before."""
+    return [block for i, block in enumerate(blocks) if block.number == after + i]
 
 
 def newest_blocks(connection: Connection, job: Shown, rows: int) -> list[ReadyBlock]:
@@ -159,13 +214,16 @@ def newest_blocks(connection: Connection, job: Shown, rows: int) -> list[ReadyBl
 
 
 def _ready(connection: Connection, query: TextClause, job: Shown, after: int, limit: int) -> list[ReadyBlock]:
-    at = {
-        "job": job.id,
-        "tasks": [t.number for t in job.tasks],
-        "n": len(job.tasks),
-        "after": after,
-        "limit": limit,
-    }
+    at = _at(job.id, [t.number for t in job.tasks], after, limit)
+    return _as_blocks(together(connection, (query, at))[0])
+
+
+def _at(job: UUID, tasks: Sequence[int], after: int, limit: int) -> dict[str, Any]:
+    """The parameters of a statement that begins with ``_READY``."""
+    return {"job": job, "tasks": tasks, "n": len(tasks), "after": after, "limit": limit}
+
+
+def _as_blocks(rows: Sequence[Any]) -> list[ReadyBlock]:
     return [
         ReadyBlock(
             number=row.number,
@@ -175,7 +233,7 @@ def _ready(connection: Connection, query: TextClause, job: Shown, after: int, li
             columns=tuple(row.ids),
             bytes=int(row.bytes),
         )
-        for row in together(connection, (query, at))[0]
+        for row in rows
     ]
 
 

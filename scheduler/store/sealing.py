@@ -28,7 +28,7 @@ from scheduler.merge import AnswersPart, Positions, array_of, mark_returned, mer
 from scheduler.store.arrays import Elements
 from scheduler.store.database import Asked, together
 from scheduler.store.dependence import absents, left_out, release, skips
-from scheduler.store.endings import succeed
+from scheduler.store.endings import succeed, succeeded, succeeding
 from scheduler.store.events import tell_matches
 from scheduler.store.places import PLACES, Place, at_places
 
@@ -224,10 +224,9 @@ def append(
         return 0
     begun = [(p.job_id, p.pass_number, p.block_number) for p in counted if p.full and p.begun]
     blocks = _by_place(read)
-    sealed = _seal(connection, asked, by_place, begun, blocks, [row.id for row in ids], [*store, *last])
-    if running := {job for job, _, number in asked if blocks[job, number].state == State.RUNNING}:
-        succeed(connection, running)
-    return sealed
+    running = {job for job, _, number in asked if blocks[job, number].state == State.RUNNING}
+    ids = [row.id for row in ids]
+    return _seal(connection, asked, by_place, begun, blocks, ids, [*store, *last], may_succeed=running)
 
 
 def settle(connection: Connection, blocks: Collection[tuple[UUID, int]]) -> int:
@@ -259,12 +258,15 @@ def _seal(
     blocks: Mapping[tuple[UUID, int], Any],
     ids: Sequence[int],
     beside: Sequence[Asked] = (),
+    *,
+    may_succeed: Collection[UUID] = (),
 ) -> int:
     """Merge all answers of these full places into one column per task; ``last`` were never stored on their own,
     others were in the places that are ``begun``.
 
     ``blocks``: those of these places; ``ids``: fresh ones, enough for all columns; ``beside``: statements that share the
-    last round trip. Then whatever waited for these columns is released. The number of columns sealed.
+    last round trip. Then whatever waited for these columns is released, and those jobs succeed that ``may_succeed`` and
+    have every cell. The number of columns sealed.
     """
     places = list(asked)
     pieces: dict[Place, list[_Piece]] = {
@@ -302,14 +304,22 @@ def _seal(
             **_passes_left(blocks, Counter((job, block) for job, _, block in places)),
         },
     )
-    together(connection, *store, sealed, *beside)
     notifying = {
         (job, number)
         for (job, _, number), shapes in asked.items()
         if (block := blocks[job, number]).notifies and {s.number for s in shapes} & set(block.notify_needs)
     }
+    # The end of a job tells what was counted of it: after that.
+    more = bool(depend or notifying)
+    ends = [succeeding(may_succeed)] if may_succeed and not more else []
+    done = together(connection, *store, sealed, *beside, *ends)
+    if ends:
+        succeeded(done[-1])
     tell_matches(connection, notifying)
-    return len(columns) + settle(connection, {(job, block) for job, _, block in depend})
+    below = settle(connection, {(job, block) for job, _, block in depend})
+    if may_succeed and more:
+        succeed(connection, may_succeed)
+    return len(columns) + below
 
 
 def _merged(

@@ -15,7 +15,7 @@ from uuid import UUID
 from sqlalchemy import Connection, text
 
 from motet.errors import Conflict, NotFound
-from scheduler.store.database import EVENTS, notify
+from scheduler.store.database import EVENTS, notify, together
 
 #: Webhooks of one tenant. More: each event is handed to more addresses, and one tenant takes the time of all.
 MOST_WEBHOOKS = 50
@@ -237,7 +237,7 @@ _HAND = text("""
         FROM new n JOIN webhook w ON w.tenant_id = n.tenant_id AND n.kind = ANY(w.kinds)
          AND (w.job_id IS NULL OR w.job_id = n.job_id) AND w.created <= n.created
       ON CONFLICT DO NOTHING)
-    UPDATE outbox SET handed = clock_timestamp() FROM new WHERE outbox.id = new.id""")
+    UPDATE outbox SET handed = clock_timestamp() FROM new WHERE outbox.id = new.id RETURNING outbox.id""")
 # Of each webhook that does not rest the next few; one alone of a webhook that failed last.
 _DUE = text("""
     SELECT w.id AS webhook, w.url, w.secret, w.failures, o.id AS event, o.kind, o.job_id AS job, o.body, o.created, d.attempts,
@@ -285,16 +285,15 @@ def stop_delivering(connection: Connection, me: str) -> None:
     connection.execute(_RESIGN, {"me": me})
 
 
-def hand_events(connection: Connection) -> bool:
-    """Find the webhooks that new events go to. True where there may be more of them."""
-    at = {"limit": _HANDED_AT_ONCE, "given_up_s": GIVEN_UP_S}
-    return bool(connection.execute(_HAND, at).rowcount == _HANDED_AT_ONCE)
-
-
-def due_deliveries(connection: Connection, per_webhook: int) -> list[DueDelivery]:
-    """What is to be sent now, up to so many of each webhook, the oldest event first."""
-    found = connection.execute(_DUE, {"most": per_webhook})
-    return [DueDelivery(**{**row._mapping, "secret": bytes(row.secret)}) for row in found]
+def next_deliveries(connection: Connection, per_webhook: int) -> tuple[bool, list[DueDelivery]]:
+    """Hand new events to their webhooks, and find what is to be sent now, up to so many of each webhook, the oldest event
+    first. True where there may be more new events."""
+    handed, due = together(
+        connection,
+        (_HAND, {"limit": _HANDED_AT_ONCE, "given_up_s": GIVEN_UP_S}),
+        (_DUE, {"most": per_webhook}),
+    )
+    return len(handed) == _HANDED_AT_ONCE, [DueDelivery(**row._asdict()) for row in due]
 
 
 def delivered(connection: Connection, webhook: str, event: int) -> None:

@@ -123,7 +123,7 @@ class Deliverer:
         now = time.monotonic()
         with self._database.transaction() as connection:
             if not self._leads or now >= self._renew_at:
-                holder = store.deliverer(connection)
+                holder = self._me if self._leads else store.deliverer(connection)
                 gone = holder if holder != self._me and is_gone(holder) else None
                 self._leads = store.may_deliver(connection, self._me, _LEASE_S, gone)
                 self._renew_at = now + _RENEW_S
@@ -133,8 +133,7 @@ class Deliverer:
                 self._give_up_at = now + _GIVE_UP_EVERY_S
                 given_up = store.give_up(connection)
                 self._heard("given_up", given_up)
-            more = store.hand_events(connection)
-            return more, store.due_deliveries(connection, PER_WEBHOOK)
+            return store.next_deliveries(connection, PER_WEBHOOK)
 
     async def _deliver(self, due: DueDelivery) -> None:
         """One try, and its record. Where that is not written, it is tried again: twice is better than never."""

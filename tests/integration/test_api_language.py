@@ -142,6 +142,14 @@ def test_a_plan_tells_on_which_share_of_the_rows_a_condition_lets_a_pass_run(hou
     everywhere = house.call("POST", "/v1/plan", json=asked).json()
     every = {p["tasks"][0]: p["tokens"] for p in everywhere["passes"]}
     assert shares["old"][1] == pytest.approx(every["old"] / 4, rel=0.05)
+    # A condition on a field alone is held against the sample, whichever answers the prompt waits for.
+    asked["tasks"]["old"] |= {"prompt": "Greet a reader of {topic}.", "when": "age >= 30"}
+    [old] = [
+        p
+        for p in house.call("POST", "/v1/plan", json=asked).json()["passes"]
+        if p["tasks"] == ["old"] and p["needs"] == ["topic"]
+    ]
+    assert (old["share"], old["tokens_out"]) == (0.25, 32 * 100)
 
 
 def test_a_plan_of_tasks_that_wait_needs_no_answers(house: House) -> None:  # noqa: F811

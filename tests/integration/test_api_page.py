@@ -12,6 +12,7 @@ from uuid import UUID
 
 import httpx
 import pytest
+from sqlalchemy import text
 
 from motet import job as handles
 from motet.client import Client
@@ -382,6 +383,9 @@ def test_a_page_renews_itself_until_the_job_has_ended(works: Works) -> None:
 
 def test_the_queue_sorts_the_newest_rows_by_an_answer_and_grows(works: Works) -> None:
     job = works.land(rows=200)
+    with works.cluster.database.transaction() as connection:
+        # As the heads have that are registered: their trunk's. Their answers are no vectors for that.
+        connection.execute(text("UPDATE model SET manifest = jsonb_set(manifest, '{dim}', '4')"))
     empty = works.api.call("GET", f"/jobs/{job}/queue?by=size.score").text
     assert "No row is answered yet." in empty
     works.cluster.finish(job)

@@ -633,7 +633,7 @@ def test_tokens_are_counted_with_the_cells_and_their_sums_agree(house: House) ->
         job=job,
     )
     j = house.job(job)
-    assert (total.cached, total.out) == (j.tokens_cached, j.tokens_out)
+    assert (total.tokens_in, total.cached, total.out) == (j.tokens, j.tokens_cached, j.tokens_out)
     assert total.out == sum(sum(range(len(a.texts))) * len(a.tasks) for a in sent)
     assert total.s == pytest.approx(0.25 * 3 * 50)
     places = house.sql("SELECT count(*) AS n FROM spent WHERE job_id = :job", job=job)[0].n

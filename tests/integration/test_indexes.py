@@ -232,8 +232,7 @@ def play(house: House, job: UUID, other: UUID) -> None:
         endings.sweep_events(connection)
         folds.sweep(connection)
         webhooks.may_deliver(connection, "me", 5.0, None)
-        webhooks.hand_events(connection)
-        webhooks.due_deliveries(connection, 4)
+        webhooks.next_deliveries(connection, 4)
         webhooks.delivered(connection, "wh_1", 1)
         webhooks.not_delivered(connection, "wh_1", 1, "no", again_s=5.0, rest_s=5.0)
         webhooks.give_up(connection)
@@ -302,7 +301,7 @@ def play_doors(house: House, job: UUID) -> None:
         owned = batches.take_batch(connection, "me", 60.0)
         assert owned is not None
         owned.keep(connection, 60.0)
-        owned.checked(connection, 1, {})
+        owned.checked(connection, 1, {}, beside=False)
         owned.has_job(connection, job)
         owned.started(connection)
         batches.answered_blocks(connection, job, 0, 4)

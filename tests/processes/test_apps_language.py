@@ -67,20 +67,22 @@ def test_support_sorts_customers_by_urgency_and_measures_what_history_tells(
 ) -> None:
     monkeypatch.setattr(support, "HAS_SPACY", False)
     outcome = support.answer(prepared, asked, said)
-    history, banking, mood = outcome.scores
+    history, above, banking, mood = outcome.scores
     assert (history.estimate.value or 0) > 0.9
     assert (history.baselines["of the last turn alone"].value or 0) < (history.estimate.value or 0)
+    words = history.baselines["words of all three"].value or 0
+    assert above.estimate.value == pytest.approx((history.estimate.value or 0) - words, abs=1e-6)
     assert (banking.estimate.value or 0) > 0.8
     assert (mood.estimate.value or 0) > 0.6
-    assert outcome.measured["drafts"] == 1, "one of twenty-four"
     queued = [json.loads(line) for line in (asked.folder / "queue.jsonl").read_text().splitlines()]
     points = [line["urgency"]["points"] for line in queued]
     assert len(points) == 12
     assert points == sorted(points, reverse=True)
     assert points[0] >= 6 > points[-1]
+    assert outcome.measured["drafts"] == sum(one >= 2 for one in points), "for the urgent ones alone"
     assert (asked.folder / "support.svg").exists()
     train, test = said.dialogues
-    again = support._learned(prepared, "support", train, test, support.HISTORY)
+    again = support._learned(prepared, "support", train, test, support.READ)
     assert again.model == "support.intent@1", "learned from the same rows, so not learned again"
 
 
@@ -109,6 +111,7 @@ def test_support_answers_typed_turns_live_and_serves_their_queue(
     page = prepared.client._http.request("GET", f"/jobs/{job.id}/queue", params={"by": "urgency.points"}).text
     assert page.index("level high") < page.index("level low")
     assert "My card was stolen, it is urgent!" in page
+    assert all(f">{task}</th>" in page for task in ("intent", "mood", "urgency", "reply"))
 
 
 def test_digest_reads_each_article_once_for_all_prompts(stage: StagedCluster, asked: RunOptions) -> None:

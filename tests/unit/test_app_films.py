@@ -14,7 +14,7 @@ import pandas as pd
 import pytest
 
 from motet.apps.data import frames, movielens
-from motet.apps.data.movielens import Film, trial
+from motet.apps.data.movielens import Film, as_said, trial
 from motet.apps.functions.films import WAYS, fit, pick, read
 from motet.errors import SetupError
 
@@ -81,6 +81,16 @@ def test_the_last_liked_film_is_hidden_among_films_that_the_viewer_has_not_seen(
     assert untested.hidden is None
     assert known.liked_once() == {1, 2, 11, 12}, "without the hidden one"
     assert trial(FILMS, [rated]).viewers[0].among == tested.among, "the same each time"
+
+
+def test_a_title_is_shown_as_one_says_it() -> None:
+    listed = ("Remains of the Day, The", "Bug's Life, A", "Postman, The (Postino, Il)", "Hello, Anna")
+    assert [*map(as_said, listed)] == [
+        "The Remains of the Day",
+        "A Bug's Life",
+        "The Postman (Postino, Il)",
+        "Hello, Anna",
+    ]
 
 
 def as_published(frame: pd.DataFrame) -> bytes:

@@ -113,7 +113,14 @@ def test_payments_are_the_same_for_a_seed_and_in_order() -> None:
 def judged(count: int, *, hook_s: float | None = 0.1) -> list[Judged]:
     payment = payments(cards=2, days=2)[0]
     return [
-        Judged(payment=payment, score=0.9 if hook_s else 0.1, reason="", answer_s=0.01 * at, hook_s=hook_s)
+        Judged(
+            payment=payment,
+            score=0.9 if hook_s else 0.1,
+            reason="",
+            answer_s=0.01 * at,
+            hook_s=hook_s,
+            delivery_s=0.03,
+        )
         for at in range(count)
     ]
 
@@ -128,6 +135,7 @@ def test_the_desk_tells_quantiles_and_alerts_by_day() -> None:
         100,
         7,
     )
+    assert (told["payment_to_event_p95_ms"], told["event_to_hook_p95_ms"]) == (70, 30)
     watched = CardsWatched(before=judged(1, hook_s=None), live=judged(3), bulk_rows=7)
     assert alerts_a_day(watched)["alerts"] == [(0, 75.0)]
 
@@ -145,7 +153,8 @@ def post(url: str, headers: dict[str, str], body: bytes) -> int:
 
 
 def test_the_receiver_takes_what_motet_signed_and_nothing_else() -> None:
-    body = json.dumps({"type": "row.matched", "data": {"row": 7}}).encode()
+    event = {"type": "row.matched", "timestamp": "2026-12-01T02:40:11.512094Z", "data": {"row": 7}}
+    body = json.dumps(event).encode()
     with receiving() as hook:
         hook.secret = "whsec_c2VjcmV0"
         headers = signed(hook.secret, body)
@@ -155,6 +164,7 @@ def test_the_receiver_takes_what_motet_signed_and_nothing_else() -> None:
         assert post(hook.url, headers, body) == 204
         assert hook.wait_for({7}, 5) == set()
         first = hook.rows[7]
+        assert first.written_s == 1796092811.512094
         assert post(hook.url, headers, body) == 204, "told again"
         assert hook.rows == {7: first}
 

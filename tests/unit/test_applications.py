@@ -168,7 +168,11 @@ def test_chrf_is_that_of_its_paper() -> None:
 def test_a_picture_holds_every_panel_and_no_markup_of_a_label(tmp_path: Path) -> None:
     panels: list[Panel] = [
         Lines(f"lines {EVIL}", {f"a {EVIL}": [(0, 1), (1, 3)], "b": [(0, 2)], "none": []}, x="k", y="share"),
-        Bars("bars", {f"c {EVIL}": Estimate(0.5, 0.4, 0.6), "d": Estimate(0.25), "none": Estimate(None)}),
+        Bars(
+            "bars",
+            {f"c {EVIL}": Estimate(0.5, 0.4, 0.6), "d": Estimate(0.25), "none": Estimate(None)},
+            rivals=True,
+        ),
         Matrix("matrix", [f"e {EVIL}", "f"], [[3, 1], [0, 2]]),
     ]
     path = draw(tmp_path / "p.svg", f"title {EVIL}", panels)
@@ -179,6 +183,8 @@ def test_a_picture_holds_every_panel_and_no_markup_of_a_label(tmp_path: Path) ->
         assert expected in words
     assert sum(path.getAttribute("class") == "interval" for path in drawn.getElementsByTagName("path")) == 1
     assert "nan" not in path.read_text().lower()
+    filled = [rect.getAttribute("style") for rect in drawn.getElementsByTagName("rect")][:2]
+    assert filled == ["fill:var(--p0)", "fill:var(--p7)"], "a rival is grey"
 
 
 # -- data
@@ -377,7 +383,10 @@ def test_applications_are_listed_and_bad_options_are_named(capsys: pytest.Captur
 
 
 def test_what_an_application_needs_is_said_before_anything_starts(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], cluster: type[FakeCluster]
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    cluster: type[FakeCluster],
+    tmp_path: Path,
 ) -> None:
     lacking = Application(run=twin, needs={"no_such_module_at_all": "no-such-package"})
     monkeypatch.setattr(playing, "find", lambda name: lacking)
@@ -386,6 +395,11 @@ def test_what_an_application_needs_is_said_before_anything_starts(
         "translate needs packages that are not installed here; pip install no-such-package"
         in capsys.readouterr().err
     )
+    away = data_file(b"x", make=lambda download: Path("/no/such/file").read_bytes())
+    monkeypatch.setattr(playing, "find", lambda name: Application(run=twin, data=(away,)))
+    monkeypatch.setattr("motet.apps.data.files.cache_dir", lambda: tmp_path)
+    assert run("app", "translate") == 1
+    assert "put d.jsonl into a folder and name that in MOTET_DATA" in capsys.readouterr().err
     assert cluster.made == []
 
 

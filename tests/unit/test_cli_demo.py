@@ -166,14 +166,19 @@ def test_a_demo_cancels_what_a_killed_one_has_left_and_nothing_else(
     def leave_jobs(api: FakeApi) -> None:
         api.eager = False
         with Client(api.url, TOKEN) as client:
-            for name in ("motet demo", "another"):
+            for name in ("motet demo", "another", "a training: vectors"):
                 client.submit(["a"], demo.TASKS, name=name)
         api.eager = True
 
     cluster.prepare.append(leave_jobs)
     assert run("demo", "--rows", "50", "--data", str(tmp_path)) == 0
-    assert [job.state for job in cluster.made[0].api.jobs.values()] == ["cancelled", "running", "succeeded"]
-    assert "cancelled 1 job of an earlier demo" in capsys.readouterr().out
+    assert [job.state for job in cluster.made[0].api.jobs.values()] == [
+        "cancelled",
+        "running",
+        "cancelled",
+        "succeeded",
+    ]
+    assert "cancelled 2 jobs of an earlier demo" in capsys.readouterr().out
 
 
 def test_up_says_where_it_is_when_it_is_ready(

@@ -26,7 +26,7 @@ from motet.training.recipe import Recipe, Target
 from workers.engine import CannotLoad, Pass
 from workers.engines.encoder.compression import fit_head, write_trunk
 from workers.engines.encoder.encoder import EncoderEngine
-from workers.engines.packed import LARGEST, pack, packed_kind, resident_bytes
+from workers.engines.packed import LARGEST, pack, packed_kind
 from workers.engines.training.trainer import TrainerEngine
 from workers.engines.trunk import load_transformer
 from workers.registrar.accuracy import SENTENCES, Trial
@@ -151,11 +151,10 @@ def test_a_packed_trunk_answers_nearly_as_its_original_in_a_quarter_of_the_memor
     small = smaller(trunk, tmp_path / "small", weights=kind)
     assert cosines(vectors(trunk), vectors(small, in_format)).min() > least
     engine = EncoderEngine()
-    models = [
-        engine.load(m.manifest, m.files, device="cpu", in_format=f).model
+    wide, narrow, same = (
+        engine.load(m.manifest, m.files, device="cpu", in_format=f).bytes
         for m, f in ((trunk, "fp32"), (small, "fp32"), (small, in_format))
-    ]
-    wide, narrow, same = map(resident_bytes, models)
+    )
     assert narrow < 0.3 * wide
     assert same <= narrow
     assert small.manifest.bytes - sizes_of(small, ".json") < 0.3 * (

@@ -676,6 +676,18 @@ def test_evaluate_refuses_what_was_written_wrongly(
     assert words in ran.err
 
 
+def test_figures_are_told_also_where_a_picture_is_missing(
+    api: FakeApi, motet: Shell, client: Client, tmp_path: Path
+) -> None:
+    path = tmp_path / "labels.jsonl"
+    path.write_text('{"topic": "tech", "photo": "gone.jpg"}\n' * 12)
+    worst = ("--worst", str(tmp_path / "worst.png"), "--picture", "photo", "--media-root", str(tmp_path))
+    ran = motet("evaluate", job_of(client, api).id, "--labels", str(path), *worst)
+    assert ran.code == 1
+    assert "there is no file" in ran.err
+    assert "accuracy" in ran.out
+
+
 def test_evaluate_names_the_row_that_is_wrong(
     api: FakeApi, motet: Shell, client: Client, tmp_path: Path
 ) -> None:

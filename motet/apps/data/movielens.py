@@ -7,6 +7,7 @@ somebody liked is hidden, and looked for among films that they have not seen.
 from __future__ import annotations
 
 import random
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -39,6 +40,11 @@ class Film:
             "year": "" if self.year is None else f"({self.year})",
             "genres": self.genres.replace("|", ", "),
         }
+
+
+def as_said(title: str) -> str:
+    """``Remains of the Day, The`` as one says it."""
+    return re.sub(r"^(.*), (The|An|A)\b", r"\2 \1", title)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

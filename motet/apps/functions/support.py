@@ -50,8 +50,8 @@ def urgency(row: Mapping[str, Any]) -> dict[str, Any]:
         "level": "high" if points >= _HIGH else "normal" if points >= _NORMAL else "low",
         "points": points,
         "because": [why for why, _ in spoke] + (["the intent is not clear"] if unsure else []),
-        "said": last[:_TOLD],
         "person": unsure or any(why == "asks for a person" for why, _ in spoke),
+        "said": last[:_TOLD],
     }
 
 

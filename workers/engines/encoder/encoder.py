@@ -10,8 +10,9 @@ the trunk runs in.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,7 @@ from motet.protocol.manifest import Manifest
 from motet.protocol.wire import TaskOrder
 from workers.engine import PLACES, CannotLoad, Pass, Prepared
 from workers.engines.answers import logits_column, vector_answer
+from workers.engines.encoder.prepacked import PrepackedEncoder, can_prepack
 from workers.engines.encoder.row_inputs import (
     RowInputs,
     flaw_of,
@@ -33,9 +35,11 @@ from workers.engines.encoder.row_inputs import (
 )
 from workers.engines.heads import FUSED, Fused, Head, fused, read_head, standardised
 from workers.engines.newest import Newest
+from workers.engines.packed import resident_bytes
 from workers.engines.proof import beside_others
 from workers.engines.trunk import (
     Tokens,
+    cpu_computes,
     free_cache,
     load_reader,
     padded,
@@ -52,6 +56,10 @@ class Encoder:
     device: str
     model: Any
     tokens: Tokens
+    #: Token ids and mask -> token vectors, as ``PrepackedEncoder`` has it.
+    hidden: Callable[[torch.Tensor, torch.Tensor | None], torch.Tensor]
+    #: Bytes of its weights and buffers.
+    bytes: int
     #: Manifest digest -> head, fp32 on the device.
     heads: dict[str, Head] = field(default_factory=dict)
     #: Digests of a pass' heads -> all of them as one.
@@ -74,7 +82,10 @@ class EncoderEngine:
         width = getattr(trunk.config, "hidden_size", 0)
         if width != model.dim:
             raise CannotLoad(f"its vectors have {width} numbers; the manifest says {model.dim}")
-        handle = Encoder(model, device, trunk, tokens)
+        held = resident_bytes(trunk)
+        prepacks = device == "cpu" and cpu_computes(in_format) and can_prepack(trunk)
+        hidden = PrepackedEncoder(trunk) if prepacks else partial(_last_hidden, trunk)
+        handle = Encoder(model, device, trunk, tokens, hidden, held)
         self._pooled(handle, [Prepared(0, 1, False, np.zeros(1, np.int32))])  # warm up
         return handle
 
@@ -153,7 +164,7 @@ class EncoderEngine:
         return found
 
     def unload(self, handle: Encoder) -> None:
-        handle.model = None
+        handle.model, handle.hidden = None, _gone
         handle.heads.clear()
         handle.fused.clear()
         free_cache(handle.device)
@@ -166,5 +177,13 @@ class EncoderEngine:
         """One forward pass: (n, dim) fp32 on the device."""
         with torch_errors(), torch.inference_mode():
             ids, mask = padded(batch, handle.tokens.pad, handle.device)
-            hidden = handle.model(input_ids=ids, attention_mask=mask).last_hidden_state
-            return pool(hidden, mask, handle.manifest.pooling)
+            return pool(handle.hidden(ids, mask), mask, handle.manifest.pooling)
+
+
+def _last_hidden(model: Any, ids: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
+    found: torch.Tensor = model(input_ids=ids, attention_mask=mask).last_hidden_state
+    return found
+
+
+def _gone(ids: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
+    raise AssertionError("the model was unloaded")

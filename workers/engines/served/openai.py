@@ -87,7 +87,7 @@ class OpenAIEngine:
         # The row must know its own future before it can end.
         known: Future[Future[None]] = Future()
         future = asyncio.run_coroutine_threadsafe(
-            _row(handle, pass_, row, ticket, urgent, known), handle.loop
+            _row(handle, pass_, row, ticket, urgent, next(handle.turns), known), handle.loop
         )
         known.set_result(future)
         handle.rows[ticket] = (len(pass_.tasks), future)
@@ -159,6 +159,7 @@ async def _row(
     row: Prepared,
     ticket: Hashable,
     urgent: bool,
+    turn: int,
     known: Future[Future[None]],
 ) -> None:
     place = await asyncio.wrap_future(known)
@@ -176,7 +177,7 @@ async def _row(
         except BadLabels as bad:
             refused = bad.cell
         return ServedQuestion(
-            handle, task, row.inputs, urgent, pass_.tenant, Spending(), tells(task), refused=refused
+            handle, task, row.inputs, urgent, turn, pass_.tenant, Spending(), tells(task), refused=refused
         )
 
     questions = [question(task) for task in pass_.tasks]

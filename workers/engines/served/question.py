@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import hmac
+import itertools
 import queue
 import threading
-from collections.abc import Callable, Collection, Hashable, Mapping, Sequence
+from collections.abc import Callable, Collection, Hashable, Iterator, Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field
 from typing import Any
@@ -49,17 +50,20 @@ class Served:
     priors: Newest[tuple[str, ...], tuple[float, ...]] = field(default_factory=lambda: Newest(PRIORS))
     #: Of a server of our own: what keeps its prefix cache apart by tenant. "": a server that may not know of this.
     secret: str = ""
+    #: Numbers the rows in the order in which they were handed in.
+    turns: Iterator[int] = field(default_factory=lambda: itertools.count(1))
 
-    def own(self, tenant: str, *, urgent: bool) -> dict[str, Any]:
+    def own(self, tenant: str, turn: int) -> dict[str, Any]:
         """vLLM's fields that only a server of our own is told.
 
         By what a request's prefix cache is shared: nobody learns from the time of an answer what other tenants have asked
-        (its documentation of automatic prefix caching). And who goes first there: what somebody waits for.
+        (its documentation of automatic prefix caching). And who goes first there. Many connections bring requests in
+        another order than that in which rows share a prefix, and a small cache has forgotten it by then.
         """
         if not self.secret:
             return {}
         salt = hmac.new(self.secret.encode(), tenant.encode(), "sha256").hexdigest()
-        return {"cache_salt": salt, "priority": 0 if urgent else 1}
+        return {"cache_salt": salt, "priority": turn}
 
     @property
     def asked(self) -> int:
@@ -74,6 +78,8 @@ class ServedQuestion:
     task: TaskOrder
     asking: RowRequest
     urgent: bool
+    #: The row's number among those that were handed in.
+    turn: int
     tenant: str
     spending: Spending
     #: Takes what was written since the last time; None where nobody asks.
@@ -104,7 +110,8 @@ class ServedQuestion:
     @property
     def own(self) -> dict[str, Any]:
         """What only a server of our own is told."""
-        return self.handle.own(self.tenant, urgent=self.urgent)
+        # What somebody waits for goes before all bulk work.
+        return self.handle.own(self.tenant, 0 if self.urgent else self.turn)
 
     async def chat(
         self, messages: Sequence[Mapping[str, str]], *, spare: Collection[str], **options: Any
