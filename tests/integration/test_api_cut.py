@@ -70,6 +70,8 @@ def breaking(house: House, job: str, fault: Fault, monkeypatch: pytest.MonkeyPat
         return read_columns(*args)
 
     monkeypatch.setattr(route, "_BATCH_BYTES", 1)
+    # As a large answer is sent, block by block.
+    monkeypatch.setattr(route, "_SMALL_BYTES", 0)
     monkeypatch.setattr(route, "read_columns", read)
     yield reads
     _postgres(house, allow="true")

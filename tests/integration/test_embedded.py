@@ -453,6 +453,8 @@ def test_a_cluster_starts_everything_and_gives_each_process_what_it_needs(data: 
             "admin_token": "token of admin",
         }
         assert stat.S_IMODE(client.stat().st_mode) == 0o600
+        # The API may answer before the others have begun.
+        until(lambda: starts(data, "scheduler-dispatch") and starts(data, "workers---cpus"))
         [dispatch], [worker] = starts(data, "scheduler-dispatch"), starts(data, "workers---cpus")
         assert query(dispatch["MOTET_DATABASE_URL"], "SELECT 1") == [(1,)]
         assert redis.Redis.from_url(redis_py_url(dispatch["MOTET_REDIS_URL"])).info("server")

@@ -23,6 +23,7 @@ from workers.engines.training.heads import Heads
 from workers.engines.training.learner import Learner
 from workers.engines.training.team import Team
 from workers.engines.training.truth import Parts, Truth
+from workers.engines.trunk import load_transformer
 from workers.registrar.describe import describe_folder
 
 __all__ = ["trunk", "vectors"]
@@ -52,7 +53,11 @@ def test_two_devices_take_the_steps_of_one(tmp_path: Path, monkeypatch: pytest.M
     rows = [r for r in engine.prepare(Pass(handle, (), 0), texts) if isinstance(r, Prepared)]
     asked = recipe(tune="all", rate=1e-2)
     features = torch.randn(len(ROWS), 16, generator=torch.Generator().manual_seed(0))
-    trunk = handle.model.train().requires_grad_(True)
+    trunk = (
+        load_transformer("AutoModel", described.files, device="cpu", in_format="fp32")
+        .train()
+        .requires_grad_(True)
+    )
     trunk.pooler.requires_grad_(False)
     heads = Heads(
         asked, [Truth.of(target) for target in asked.targets], features, Parts.of(asked).train
