@@ -211,10 +211,13 @@ def decoding_peaks_mb(folder: Path, size: Size) -> dict[str, int]:
 
 
 def decode_all(largest: Path, beside: Path) -> None:
-    """One process that decodes, and prints the MB that it takes more."""
+    """One process that decodes as a worker with a GPU does, and prints the MB that it takes more."""
+    from workers.engines.image.preparing import give_back_large_blocks
+
     files = [largest.read_bytes()] * 2 + [beside.read_bytes()] * 2 * THREADS
     decode(encoded("JPEG", "RGB", 10_000, {}), 256)
     Path("/proc/self/clear_refs").write_text("5")
+    give_back_large_blocks()
     before = peak_rss_mb(os.getpid())
     with ThreadPoolExecutor(THREADS) as threads:
         pictures = list(threads.map(lambda file: decode(file, 256), files))

@@ -9,9 +9,10 @@ one picture of the largest size.
 from __future__ import annotations
 
 import io
+import re
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import TYPE_CHECKING, Any
 
 from motet.errors import SetupError
@@ -24,12 +25,15 @@ if TYPE_CHECKING:
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "AVIF")
 #: Width times height. A larger picture would take more than 4 bytes a pixel while it is decoded: 50 million are 200 MB.
 MAX_PIXELS = 50_000_000
-#: Formats whose decoders hold the whole picture three to four times.
+#: Formats whose decoders hold the whole picture three to four times, from when the file is opened: fewer pixels of them are
+#: read, and each takes as much more of the threads' room.
 MAX_PIXELS_OF = {"WEBP": 16_000_000, "AVIF": 16_000_000}
 #: The longer side may be so many times the shorter one. Resizing to a square would leave nothing of a thinner picture.
 MAX_RATIO = 100
 #: Bytes of a block of pixels: above 32 MiB, the most that glibc takes from a heap.
 _BLOCK_BYTES = 48 << 20
+#: Bytes of an AVIF file within which its boxes of sizes are looked for.
+_AVIF_HEAD = 64 * 1024
 #: Rows of pixels that are brought to RGB at once.
 STRIP = 256
 
@@ -132,23 +136,49 @@ def _unknown(data: bytes) -> str:
 
 
 def _decode(pillow: Any, data: bytes, side: int | None) -> Image:
-    with pillow.open(io.BytesIO(data), formats=FORMATS) as image:
+    with ExitStack() as room:
+        if said := pixels_at_open(data):
+            format_, pixels = said
+            room.enter_context(_room.taken(min(MAX_PIXELS, pixels * MAX_PIXELS // MAX_PIXELS_OF[format_])))
+        # Closed before the room that its pixels had is another picture's.
+        image = room.enter_context(pillow.open(io.BytesIO(data), formats=FORMATS))
         width, height = image.size
-        most = MAX_PIXELS_OF.get(image.format, MAX_PIXELS)
-        _check_size(width, height, most)
+        _check_size(width, height, MAX_PIXELS_OF.get(image.format, MAX_PIXELS))
         if side:
             image.draft("RGB", (side, side))  # only of JPEG; afterwards `size` is that of the decoded picture
         if "progressive" not in image.info:  # such a JPEG is held whole while it is decoded
             width, height = image.size
-        # Of what is held several times fewer pixels are read, and each takes as much more room.
-        with _room.taken(width * height * MAX_PIXELS // most):
-            image.load()
-            turn = _turn(image)
-            picture: Image = _turned(pillow, _smaller(pillow, image, side, _to_rgb(pillow, image)), turn)
-            # Its pixels go before the room that they had is another picture's.
-            image.close()
+        if not said:
+            room.enter_context(_room.taken(width * height))
+        image.load()
+        turn = _turn(image)
+        picture: Image = _turned(pillow, _smaller(pillow, image, side, _to_rgb(pillow, image)), turn)
+        image.close()
     picture.info = {}  # where and with what it was taken is nobody's business behind here
     return picture
+
+
+def pixels_at_open(data: bytes) -> tuple[str, int] | None:
+    """Format and pixels of a file whose decoder takes its memory when it is opened, by the file's own head; None: it is of
+    another format. As many as are read at most where the head does not say."""
+    if data[:4] == b"RIFF" and data[8:12] == b"WEBP":
+        match data[12:16]:
+            case b"VP8X":
+                width, height = (1 + int.from_bytes(data[at : at + 3], "little") for at in (24, 27))
+            case b"VP8L":
+                bits = int.from_bytes(data[21:25], "little")
+                width, height = 1 + (bits & 0x3FFF), 1 + (bits >> 14 & 0x3FFF)
+            case _:
+                width, height = (int.from_bytes(data[at : at + 2], "little") & 0x3FFF for at in (26, 28))
+        return "WEBP", width * height or MAX_PIXELS_OF["WEBP"]
+    if data[4:8] == b"ftyp":
+        # A box for each picture in the file, and for each of its parts: four letters, four bytes of flags, the two sides.
+        found = [
+            int.from_bytes(data[at + 8 : at + 12], "big") * int.from_bytes(data[at + 12 : at + 16], "big")
+            for at in (box.start() for box in re.finditer(b"ispe", data[:_AVIF_HEAD]))
+        ]
+        return "AVIF", max(found, default=0) or MAX_PIXELS_OF["AVIF"]
+    return None
 
 
 def _check_size(width: int, height: int, most: int) -> None:

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import re
 import threading
+from typing import Any
 
 import numpy as np
 import pytest
 from PIL import Image
 
-from motet.media.decoding import BadMedium, _Room, decode
+from motet.media.decoding import MAX_PIXELS_OF, BadMedium, _Room, decode, pixels_at_open
 from motet.media.medium import MAX_MEDIUM_BYTES
 from tests.nasty_pictures import BLUE, HEIGHT, RED, WIDTH, halves, mutated, nasty, outcome, png, saved
 
@@ -88,6 +89,29 @@ def test_threads_share_the_room_of_one_picture_and_none_overtakes_a_large_one() 
     large.join()
     small.join()
     assert order == [10, 1]
+
+
+@pytest.mark.parametrize(
+    ("kind", "mode", "how"),
+    [
+        ("WEBP", "RGB", {}),
+        ("WEBP", "RGB", {"lossless": True}),
+        ("WEBP", "RGBA", {}),
+        ("WEBP", "RGB", {"save_all": True, "append_images": [Image.new("RGB", (70, 30), "red")]}),
+        ("AVIF", "RGB", {}),
+        ("AVIF", "RGBA", {}),
+    ],
+)
+def test_what_opening_a_file_takes_is_known_from_its_head(kind: str, mode: str, how: dict[str, Any]) -> None:
+    """Their decoders take all their memory at once, which threads that wait for room would hold already."""
+    data = saved(Image.new(mode, (70, 30), "blue"), kind, **how)
+    assert pixels_at_open(data) == (kind, 70 * 30)
+
+
+def test_a_head_that_says_no_size_counts_as_the_largest() -> None:
+    assert pixels_at_open(b"RIFF....WEBPVP8 ") == ("WEBP", MAX_PIXELS_OF["WEBP"])
+    assert pixels_at_open(b"\0\0\0\x1cftypavif") == ("AVIF", MAX_PIXELS_OF["AVIF"])
+    assert pixels_at_open(saved(Image.new("RGB", (3, 3)), "PNG")) is None
 
 
 def test_a_large_picture_with_hidden_pixels_is_on_white_in_every_strip() -> None:
