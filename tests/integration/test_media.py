@@ -331,7 +331,7 @@ def test_a_tenant_has_a_quota_of_bytes(database_url: str, tmp_path: Path) -> Non
         put(house, over, token="stranger")
         put(house, png() + b"\0" * 600_000)
         with (
-            Client(house.url, house.tokens["user"], timeout=0.1) as client,
+            Client(house.url, house.tokens["user"], timeout=2) as client,
             pytest.raises(Overloaded, match="quota"),
         ):
             client.submit([{"photo": over, "note": ""}], TASKS)
