@@ -45,7 +45,7 @@ BENCHES = (
 )
 #: What `--smoke` runs: the one that takes least.
 SMOKE = ("growth",)
-PAGES = ("README.md", "docs/scale.md")
+PAGES = ("README.md", "docs/live.md", "docs/scale.md")
 #: Which benchmarks have succeeded so far, of a call that has not run all of them yet.
 DONE = BENCH / ".figures.json"
 

@@ -59,6 +59,10 @@ ROWS = (
     Row("chats a second of 64 callers with vLLM behind the doors ÷ vLLM's own server", "doors", ("chat_rps_64",), "{chat_rps_64:.2f} ×"),
     Row("training heads for five epochs: the frozen trunk run in each ÷ once", "train", ("frozen_gain",), "{frozen_gain:.1f} ×"),
     Row("{compressed_in} of an encoder compressed to `{compressed_by}` ÷ of the whole in bf16; a head loses at most {compressed_loss:.1f} points", "compress", ("compressed_gain", "compressed_in", "compressed_by", "compressed_loss"), "{compressed_gain:.1f} ×"),
+    Row("requests a second of 32 callers, each answer stored ÷ LitServe's, which keeps nothing", "live", ("of_litserve_32",), "{of_litserve_32:.2f} ×"),
+    Row("of 128 callers", "live", ("of_litserve_128",), "{of_litserve_128:.2f} ×"),
+    Row("four tasks on a picture unfused ÷ fused", "media", ("image_fusion_gain",), "{image_fusion_gain:.1f} ×"),
+    Row("{pictures:,} pictures through a cluster ÷ the best loop by hand, decoding and storing included", "media", ("images_vs_loop", "details.pictures"), "{images_vs_loop:.2f} ×"),
     Row("one row, submit to result, beside the model", "latency", ("one_row_overhead_ms",), "{one_row_overhead_ms:.0f} ms"),
     Row("CPU of all processes but the model's, a sub-task of two seconds", "dispatch", ("cpu_ms_per_subtask", "share_of_subtask"), "{cpu_ms_per_subtask:.1f} ms ({share_of_subtask:.2%})"),
     Row("sub-tasks that one dispatcher leases and sends, 64 a step", "dispatch", ("live_path_per_s.64",), "{at_64:,} a second"),
@@ -211,6 +215,32 @@ def shipped(_: Results, heads: Heads) -> str:
         for name, head in heads.items()
     ]  # fmt: skip
     return table(("head", "kind", "trained on", "test score"), rows)
+
+
+# -- docs/live.md
+
+
+def live(results: Results, _: Heads) -> str:
+    kept = results["live"]
+    details = kept["details"]
+    rows = []
+    for callers, rates in details["rates"].items():
+        own, lit = (statistics.median(rates[side]) for side in ("motet", "litserve"))
+        rows.append(
+            (
+                f"{int(callers):,}",
+                f"{own:.0f}",
+                f"{kept[f'p50_ms_{callers}']:.0f} / {kept[f'p99_ms_{callers}']:.0f}",
+                f"{statistics.median(details['cpu_ms']['motet'][callers]):.1f}",
+                f"{lit:.0f}",
+                f"{statistics.median(details['cpu_ms']['litserve'][callers]):.1f}",
+                f"{own / lit:.2f}",
+            )
+        )
+    head = (
+        "callers", "motet, requests/s", "p50 / p99, ms", "CPU ms", "LitServe, requests/s", "CPU ms", "motet ÷ LitServe",
+    )  # fmt: skip
+    return f"{table(head, rows)}\n\n{measured_on(results, ('live',))}"
 
 
 # -- docs/scale.md
@@ -398,6 +428,7 @@ FIGURES: Mapping[str, tuple[tuple[str, ...], Callable[[Results, Heads], str]]] =
     "dispatcher": (("scale_workers",), dispatcher),
     "decisions": (("dispatch", "growth"), decisions),
     "full-first": (("scale", "scale_workers"), full_first),
+    "live": (("live",), live),
 }
 
 
