@@ -7,14 +7,12 @@ from operator import attrgetter
 from typing import NamedTuple
 
 from motet.protocol.transport import Heard, SchedulerTransport
-from motet.protocol.wire import Beat, acted_on
+from motet.protocol.wire import Beat, acted_on, of_itself
 from scheduler.policy.liveness import Watch
 from scheduler.store.leases import Held, LeaseKey
 
 #: What of a beat decides which models a worker can ever run.
 _can_run = attrgetter("engines", "device_kind", "device_name", "memory_mb", "gpus", "spreads", "formats")
-#: What a beat says of a worker, whatever it holds.
-_is = attrgetter("boot", "state", "protocol", "resident")
 
 
 class Changed(NamedTuple):
@@ -44,7 +42,7 @@ class Crew:
             if old is new or old is None or new is None or acted_on(old) == acted_on(new):
                 continue
             changed.add(name)
-            if _is(old) != _is(new) or _can_run(old) != _can_run(new):
+            if of_itself(old) != of_itself(new):
                 themselves.add(name)
         return Changed(changed, themselves)
 

@@ -486,7 +486,7 @@ class Beat:
         """
         with _as_bad_message():
             wire = msgpack.unpackb(raw, use_list=False)
-            if before is None or not wire.keys() >= _ACTED_ON or _is_in(wire) != _is(before):
+            if before is None or not wire.keys() >= _ACTED_ON or _of_itself_in(wire) != of_itself(before):
                 return cls(**{name: _BEAT_FIELDS[name](wire[name]) for name in cls.__slots__ if name in wire})
             held, left = wire["held"], wire["left"]
             if (held, left) == (before.held, before.left):
@@ -558,8 +558,10 @@ FOR_PEOPLE = Beat.__slots__[Beat.__slots__.index("seq") :]
 _ACTED_ON = dict.fromkeys(Beat.__slots__[: -len(FOR_PEOPLE)]).keys()
 #: The values of all other fields.
 acted_on = attrgetter(*_ACTED_ON)
-_IS = [name for name in _ACTED_ON if name not in ("held", "left")]
-_is, _is_in = attrgetter(*_IS), itemgetter(*_IS)
+_OF_ITSELF = [name for name in _ACTED_ON if name not in ("held", "left")]
+#: Of these the values of fields that tell of the worker, whatever it holds.
+of_itself = attrgetter(*_OF_ITSELF)
+_of_itself_in = itemgetter(*_OF_ITSELF)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
