@@ -221,7 +221,10 @@ class Client:
             record = open_job(
                 self._http, opening, _key_of(name), lambda refusal: log.warning("waiting: %s", refusal)
             )
-        except Conflict:
+        except Conflict as refused:
+            # Others say what to do by themselves: a model that was removed, the same request under way.
+            if "Idempotency-Key" not in str(refused):
+                raise
             raise Conflict(
                 f"there is a job {short(name)} with other tasks or options; take another name, or pick that one "
                 "up by its name alone (client.feed, `motet ask`)"

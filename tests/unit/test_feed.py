@@ -78,6 +78,13 @@ def test_a_row_is_asked_and_answered(api: FakeApi, feed: Feed) -> None:
     assert api.jobs["job-1"].columns[0] == {"text": ["hello"]}
 
 
+def test_a_conflict_of_another_kind_is_told_in_its_own_words(api: FakeApi, client: Client) -> None:
+    api.fail_once("POST", "/v1/jobs", 409)
+    with pytest.raises(Conflict) as refused:
+        client.open(TASKS, name="risk")
+    assert "other tasks or options" not in str(refused.value)
+
+
 def test_leaving_leaves_the_job_open_and_its_name_finds_it_again(api: FakeApi, client: Client) -> None:
     with client.open(TASKS, name="risk") as first:
         first.ask("a")
