@@ -52,8 +52,8 @@ class Line:
     def __init__(self, client: redis.Redis) -> None:
         connection: Any = client.connection_pool.get_connection()
         connection.connect()
-        # Kept, for its socket closes with it.
-        self._connection, self._socket = connection, connection._sock
+        # Kept, for the socket closes with them.
+        self._kept, self._socket = (client, connection), connection._sock
         self._socket.settimeout(60.0)
         self._reader = hiredis.Reader()
 
