@@ -12,6 +12,7 @@ import signal
 import statistics
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -43,6 +44,8 @@ DEPTH = 3
 ROWS = 12
 #: Times that a tenth of all workers is given new work at once: enough to tell how many sub-tasks that are a second.
 REFILLS = 3
+#: Stages of what is done beside the step: no part of its wall clock.
+BESIDE = "beside: "
 #: Seconds between two looks at beats: the beat step's.
 BEAT_STEP_S = 0.25
 
@@ -85,6 +88,12 @@ class Leading:
     @property
     def longest_s(self) -> float:
         return max(lap.seconds for lap in (*self.idle, *self.filling, *self.changed, *self.refilling))
+
+    @property
+    def step_us(self) -> tuple[float, float]:
+        """Of whole steps for each sub-task, as in ``stages``: all of these but what is done beside."""
+        stages = [both for stage, both in self.stages.items() if not stage.startswith(BESIDE)]
+        return sum(wall for wall, _ in stages), sum(cpu for _, cpu in stages)
 
     @property
     def subtasks_s(self) -> float:
@@ -147,11 +156,12 @@ class Led:
 
 class Stages:
     """What the stages of a dispatcher's steps take while it is counted: each is a method that is called through a watch,
-    and what another stage takes inside of it counts there alone. Together they are all of a step."""
+    and what another stage takes inside of it counts there alone. Together they are all of a step, but for what the leader
+    does beside it."""
 
     def __init__(self, dispatcher: Dispatcher) -> None:
         self._taken: dict[str, list[float]] = {}
-        self._inside: list[list[float]] = []
+        self._thread = threading.local()
         self._counts = False
         for stage, owner, method in (
             ("all else", dispatcher, "step"),
@@ -164,6 +174,7 @@ class Stages:
             ("lease", dispatcher, "_lease"),
             ("render", dispatcher._payloads, "assignments"),
             ("pack and publish", dispatcher.transport, "publish_all"),
+            ("wait for what is beside", dispatcher._beside, "end"),
             ("take over", dispatcher, "_take_over"),
             ("tell workers", dispatcher._controls, "tell"),
             ("chores, audit", dispatcher, "_look_after"),
@@ -172,21 +183,28 @@ class Stages:
 
     def _watch(self, stage: str, owner: object, method: str) -> None:
         act = getattr(owner, method)
-        taken = self._taken[stage] = [0.0, 0.0]
+        self._taken[stage] = [0.0, 0.0]
+        stepping = threading.current_thread()
 
         def watched(*arguments: object) -> object:
+            taken = self._taken[stage]
+            if threading.current_thread() is not stepping:
+                taken = self._taken.setdefault(f"{BESIDE}{stage}", [0.0, 0.0])
+            if not hasattr(self._thread, "inside"):
+                self._thread.inside = []
+            around: list[list[float]] = self._thread.inside
             inside = [0.0, 0.0]
-            self._inside.append(inside)
+            around.append(inside)
             cpu_s, began = time.thread_time(), time.perf_counter()
             try:
                 return act(*arguments)
             finally:
                 spent = (time.perf_counter() - began, time.thread_time() - cpu_s)
-                self._inside.pop()
+                around.pop()
                 for i in (0, 1):
                     taken[i] += self._counts * (spent[i] - inside[i])
-                    if self._inside:
-                        self._inside[-1][i] += spent[i]
+                    if around:
+                        around[-1][i] += spent[i]
 
         setattr(owner, method, watched)
 

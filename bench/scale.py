@@ -40,7 +40,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).parent))
 
 from harness import cluster, cluster_folder, finish, options, say, table, texts
-from leading import ROWS, Lap, Leading, know_the_speed, leading
+from leading import BESIDE, ROWS, Lap, Leading, know_the_speed, leading
 from stage import Run, Stage, drive
 from uploading import Wait, median, wait_for
 
@@ -107,8 +107,9 @@ def tell_stages(found: Leading) -> None:
         [
             (stage, f"{wall:.1f}", f"{cpu:.1f}")
             for stage, (wall, cpu) in [
-                *found.stages.items(),
-                ("all", tuple(map(sum, zip(*found.stages.values(), strict=True)))),
+                *((stage, both) for stage, both in found.stages.items() if not stage.startswith(BESIDE)),
+                ("all", found.step_us),
+                *((stage, both) for stage, both in found.stages.items() if stage.startswith(BESIDE)),
             ]
         ],
     )

@@ -28,6 +28,7 @@ from motet.protocol.transport import SchedulerTransport, TransportLost
 from motet.protocol.wire import Beat
 from motet.states import State
 from scheduler.audit import Audit, Differences
+from scheduler.beside import Beside
 from scheduler.controls import Controls
 from scheduler.crew import Crew, another_boot, draining, left_behind, one_of_each_kind, seen_alive
 from scheduler.facts import Flags, read_flags, under_way
@@ -71,6 +72,8 @@ _SWEEP_S = 30.0
 #: Sub-tasks sent in one step at most. More: a step lasts longer, and the next beat step begins later. Fewer: the
 #: statements of a step are shared by fewer.
 MOST_PER_STEP = 256
+#: Leases that are extended beside the step, at least. Fewer are extended within it: handing them over takes longer.
+_MANY_LEASES = 100
 #: Sub-tasks whose payloads are built before they are sent. More: more texts are in memory at once.
 _BUILT_AT_ONCE = 64
 #: Workers that the policy learns of in one beat step at most: ten thousand that come at once would make it too long.
@@ -99,6 +102,8 @@ class Dispatcher:
         self._manifests, self._lengths = Manifests(), Lengths()
         self._payloads = Payloads(self.database, self._manifests)
         self._flight_numbers = count()
+        #: Extends many leases, and sends a full step's sub-tasks. Nothing is under way while a beat step looks and judges.
+        self._beside = Beside()
         self._renew_at = self._chores_at = self._sweep_at = 0.0
         #: When leases of live workers that did not survive an emptied Redis are given up; None: it was not emptied.
         self._hear_again_at: float | None = None
@@ -154,9 +159,11 @@ class Dispatcher:
     def _step(self, epoch: int, now: float) -> int:
         beats = now >= self._beat_at or self._words.everything or self._words.drains
         if beats:
+            self._beside.end()
             self._look(epoch, now)
         sent = self._quick_step(epoch, now)
         if beats:
+            self._beside.end()
             sent += self._take_over(epoch, now)
             self._controls.tell(epoch, self._crew.live, self._book.keys(), self._flags.drained, now)
             self._look_after(epoch, now)
@@ -174,7 +181,8 @@ class Dispatcher:
         return max(_BREATH_S, due - now)
 
     def stop(self) -> None:
-        """Hand the lead over at once."""
+        """Hand the lead over, once all that is leased is sent."""
+        self._beside.end()
         if self.epoch is not None:
             resign(self.database, self.me, self.epoch)
             self.epoch = None
@@ -341,7 +349,11 @@ class Dispatcher:
         seen -= in_vain
         late = [key for key in due if key in seen]
         if late:
-            leases.extend(self.database, epoch, late, self.settings.lease_s)
+            extending = (self.database, epoch, late, self.settings.lease_s)
+            if len(late) < _MANY_LEASES:
+                leases.extend(*extending)
+            else:
+                self._beside.begin(leases.extend, *extending)
         gone = [
             h
             for key, h in candidates.items()
@@ -496,11 +508,15 @@ class Dispatcher:
         return int(MOST_PER_STEP * self._open_share)
 
     def _send(self, epoch: int, decided: Sequence[tuple[Cut, Flight]]) -> int:
-        if not decided:
-            return 0
         # Rows before messages: a crash in between leaves a lease to rescue, never a message without a row.
-        leased = self._lease(epoch, decided)
-        self._publish(leased)
+        leased = self._lease(epoch, decided) if decided else ()
+        if len(leased) < MOST_PER_STEP:
+            # Those of the step before go first.
+            self._beside.end()
+            self._publish(leased)
+        else:
+            # Another step follows at once, and waits for Postgres most of the time.
+            self._beside.begin(self._publish, leased)
         return len(leased)
 
     def _lease(self, epoch: int, decided: Sequence[tuple[Cut, Flight]]) -> Sequence[Leased]:
@@ -695,5 +711,5 @@ def run(dispatcher: Dispatcher, wake: Listener, stopping: threading.Event) -> No
     wake.close()
     try:
         dispatcher.stop()
-    except StoreUnavailable:
+    except (StoreUnavailable, TransportLost):
         log.warning("could not resign: the lease will run out by itself")

@@ -227,8 +227,8 @@ _EXTEND_ALL = text(
 def extend(database: Database, epoch: int, keys: Sequence[LeaseKey], lease_s: float) -> None:
     """Keep these leases alive."""
     with database.transaction() as connection:
-        fence(connection, epoch)
-        connection.execute(_EXTEND, {**_attempts(keys), "lease_s": lease_s})
+        leads, _ = together(connection, fenced(epoch), (_EXTEND, {**_attempts(keys), "lease_s": lease_s}))
+        must_lead(leads)
 
 
 def extend_all(database: Database, epoch: int, lease_s: float) -> None:

@@ -1,0 +1,28 @@
+"""What the leader does beside its step: one thing at a time, on a thread of its own, while the step waits for Postgres."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import ParamSpec
+
+P = ParamSpec("P")
+
+
+class Beside:
+    """Does what it is given. Its errors are those of whoever waits for it."""
+
+    def __init__(self) -> None:
+        self._thread = ThreadPoolExecutor(1, "beside")
+        self._under_way: Future[object] | None = None
+
+    def begin(self, act: Callable[P, object], *args: P.args, **kwargs: P.kwargs) -> None:
+        """Do this from now on, once that which is under way has ended. Raises as `end` does; then nothing is begun."""
+        self.end()
+        self._under_way = self._thread.submit(act, *args, **kwargs)
+
+    def end(self) -> None:
+        """Wait for what is under way. Raises what it raised, once."""
+        under_way, self._under_way = self._under_way, None
+        if under_way is not None:
+            under_way.result()
