@@ -31,7 +31,8 @@ from motet.protocol.settings import Settings
 from motet.protocol.transport import OUTCOMES, WORKERS, RedisTransport, queue_name
 from motet.protocol.transport.keys import beat_key, control_key
 from scheduler.audit import Differences
-from scheduler.dispatcher import Dispatcher, look_for_circles_rarely
+from scheduler.dispatcher import Dispatcher
+from scheduler.leading import prepare_interpreter
 from scheduler.policy.cost import Workload
 from scheduler.store.listening import Listener
 from scheduler.store.rates import Timed, learn
@@ -110,7 +111,7 @@ class Led:
         self.listener = Listener(self.database)
         self.dispatcher = Dispatcher(self.database, transport, Settings(leader_lease_s=600))
         self._step_at = 0.0
-        look_for_circles_rarely()
+        prepare_interpreter()
 
     def lap(self, *, beats: bool = False) -> Lap:
         """One step; ``beats``: not before it has to look at the beats again."""
@@ -166,7 +167,8 @@ class Stages:
         for stage, owner, method in (
             ("all else", dispatcher, "step"),
             ("hear", dispatcher.transport, "hear"),
-            ("flags, speeds, what is due", dispatcher, "_read_flags"),
+            ("flags, what is due", dispatcher, "_ask_flags"),
+            ("heed flags, speeds", dispatcher, "_heed"),
             ("extend, rescue", dispatcher, "_rescue"),
             ("learn of workers, tend", dispatcher, "_look"),
             ("take in what ended", dispatcher, "_catch_up"),

@@ -60,7 +60,8 @@ def _api(settings: Settings, _: argparse.Namespace) -> None:
 def _dispatch(settings: Settings, _: argparse.Namespace) -> None:
     with importing_for_good():
         from motet.protocol.transport import RedisTransport
-        from scheduler.dispatcher import Dispatcher, run
+        from scheduler.dispatcher import Dispatcher
+        from scheduler.leading import run
         from scheduler.store.database import Database
         from scheduler.store.listening import Listener
 

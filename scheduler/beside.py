@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
-from typing import ParamSpec
+from typing import ParamSpec, TypeVar
 
 P = ParamSpec("P")
+T = TypeVar("T")
 
 
 class Beside:
@@ -16,10 +17,20 @@ class Beside:
         self._thread = ThreadPoolExecutor(1, "beside")
         self._under_way: Future[object] | None = None
 
-    def begin(self, act: Callable[P, object], *args: P.args, **kwargs: P.kwargs) -> None:
-        """Do this from now on, once that which is under way has ended. Raises as `end` does; then nothing is begun."""
+    def begin(self, act: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> Callable[[], T]:
+        """Do this from now on, once that which is under way has ended. Raises as `end` does; then nothing is begun.
+
+        What is returned waits for it, raises what it raised, and returns what it returned.
+        """
         self.end()
-        self._under_way = self._thread.submit(act, *args, **kwargs)
+        future = self._thread.submit(act, *args, **kwargs)
+        self._under_way = future
+
+        def outcome() -> T:
+            self.end()
+            return future.result()
+
+        return outcome
 
     def end(self) -> None:
         """Wait for what is under way. Raises what it raised, once."""

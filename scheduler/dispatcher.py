@@ -11,9 +11,7 @@ where words were missed, and, slice by slice, by the audit (scheduler/audit.py).
 
 from __future__ import annotations
 
-import gc
 import logging
-import threading
 import time
 from collections.abc import Collection, Container, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -24,7 +22,7 @@ from uuid import UUID
 
 from motet.protocol import traces
 from motet.protocol.settings import Settings
-from motet.protocol.transport import SchedulerTransport, TransportLost
+from motet.protocol.transport import SchedulerTransport
 from motet.protocol.wire import Beat
 from motet.states import State
 from scheduler.audit import Audit, Differences
@@ -45,15 +43,13 @@ from scheduler.policy.placing.entries import Flight
 from scheduler.policy.placing.rebalancing import TEND_S, Clone, Recall
 from scheduler.policy.placing.records import Demand, Placement
 from scheduler.policy.pressure import throttle
-from scheduler.pulse import pulse
 from scheduler.speeds import Speeds
 from scheduler.store import drains, dropping, leases
 from scheduler.store.database import Database, StoreUnavailable
 from scheduler.store.demand import Lengths, all_jobs_waiting, demand_of, ends_and_demand, frontier
 from scheduler.store.endings import end_job, overdue
-from scheduler.store.leadership import NotLeading, fence, lead, record_transport, resign
+from scheduler.store.leadership import fence, lead, record_transport, resign
 from scheduler.store.leases import Cut, Fate, Held, Leased, LeaseKey
-from scheduler.store.listening import Listener
 from scheduler.store.manifests import Manifests
 from scheduler.store.outcomes import record_given_up
 from scheduler.store.words import EVERYTHING, SILENCE, Words
@@ -72,8 +68,9 @@ _SWEEP_S = 30.0
 #: Sub-tasks sent in one step at most. More: a step lasts longer, and the next beat step begins later. Fewer: the
 #: statements of a step are shared by fewer.
 MOST_PER_STEP = 256
-#: Leases that are extended beside the step, at least. Fewer are extended within it: handing them over takes longer.
-_MANY_LEASES = 100
+#: Leases that are extended beside the step, and workers that are heard while Postgres is asked, at least. Fewer take less
+#: time than handing them to a thread does.
+_MANY_LEASES, _MANY_WORKERS = 100, 1_000
 #: Sub-tasks whose payloads are built before they are sent. More: more texts are in memory at once.
 _BUILT_AT_ONCE = 64
 #: Workers that the policy learns of in one beat step at most: ten thousand that come at once would make it too long.
@@ -302,13 +299,16 @@ class Dispatcher:
 
     def _look(self, epoch: int, now: float) -> None:
         """Hear all workers; rescue what is lost; tell the policy who may be given work."""
+        flags = self._ask_flags
+        if len(self._crew.live) >= _MANY_WORKERS:
+            flags = self._beside.begin(flags)
         changed = self._crew.hear(self.transport.hear(), now)
         # Whatever fails from here on, these are looked at again.
         self._doubtful |= changed.workers
         self._to_learn |= changed.themselves
         self._controls.due |= changed.workers
         self._beat_at = now + BEAT_STEP_S
-        self._read_flags(now)
+        self._heed(flags(), now)
         if self._flags.late:
             dropping.expire(self.database, epoch, self._flags.late)
         self._touched |= self._stale
@@ -321,13 +321,16 @@ class Dispatcher:
             self._tend_at = now + TEND_S
             self._placer.tend(now)
 
-    def _read_flags(self, now: float) -> None:
+    def _ask_flags(self) -> Flags:
         """What operators, aggregators and the clock of the database say of workers and leases."""
-        before = self._flags
         with self.database.reading() as connection:
-            self._flags = flags = read_flags(connection, self.settings.lease_s / 2)
-            if now >= self._learned_at:
-                self._learned_at = now + _LEARN_S
+            return read_flags(connection, self.settings.lease_s / 2)
+
+    def _heed(self, flags: Flags, now: float) -> None:
+        before, self._flags = self._flags, flags
+        if now >= self._learned_at:
+            self._learned_at = now + _LEARN_S
+            with self.database.reading() as connection:
                 self._placer.rates = self._speeds.read(connection, self._placer.rates)
         self._to_learn |= before.drained ^ flags.drained
         self._controls.due |= before.drained ^ flags.drained
@@ -673,43 +676,3 @@ def _rows_wanted(p: Placement, subtasks: int) -> int:
     """Rows that this many sub-tasks like the one placed would take."""
     row_s = max(1e-9, p.price.of(1, p.demand.bytes_waiting / max(1, p.demand.rows_waiting)) - p.price.start_s)
     return subtasks * min(MAX_ROWS, 1 + int(p.budget_s / row_s))
-
-
-def look_for_circles_rarely() -> None:
-    """Of a hundred thousand leases and beats that live for seconds nothing is garbage in circles, and looking through all
-    of them takes a third of a second."""
-    gc.freeze()
-    gc.set_threshold(5_000, 20, 200)
-
-
-def run(dispatcher: Dispatcher, wake: Listener, stopping: threading.Event) -> None:
-    """Step until ``stopping``. Trouble with Postgres or Redis is waited out."""
-    tick_s = dispatcher.settings.tick_s
-    beat = pulse(dispatcher.settings.pulse)
-    words = EVERYTHING
-    look_for_circles_rarely()
-    while not stopping.is_set():
-        beat()
-        try:
-            sent = dispatcher.step(time.monotonic(), words)
-            words = SILENCE
-            if dispatcher.epoch is None:
-                # What the leader is told is not for us, and nobody keeps it: to lead begins by reading everything.
-                wake.close()
-                stopping.wait(tick_s)
-                continue
-            if sent >= MOST_PER_STEP:
-                words = wake.wait(0.0)  # there may be room for more
-                continue
-        except NotLeading:
-            dispatcher.epoch = None
-            continue
-        except (StoreUnavailable, TransportLost) as trouble:
-            log.warning("waiting for a service", extra={"trouble": f"{type(trouble).__name__}: {trouble}"})
-            stopping.wait(tick_s)
-        words = wake.wait(dispatcher.rest_s(time.monotonic()))
-    wake.close()
-    try:
-        dispatcher.stop()
-    except (StoreUnavailable, TransportLost):
-        log.warning("could not resign: the lease will run out by itself")

@@ -22,9 +22,10 @@ __all__ = ["house"]
 
 @pytest.fixture(autouse=True)
 def steps_are_soon_full(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Of two sub-tasks; one lease is many."""
+    """Of two sub-tasks; one lease is many, and so is one worker."""
     monkeypatch.setattr(scheduler.dispatcher, "MOST_PER_STEP", 2)
     monkeypatch.setattr(scheduler.dispatcher, "_MANY_LEASES", 1)
+    monkeypatch.setattr(scheduler.dispatcher, "_MANY_WORKERS", 1)
 
 
 def names_of_threads(monkeypatch: pytest.MonkeyPatch, owner: Any, method: str) -> set[str]:
