@@ -167,8 +167,7 @@ class Stages:
         for stage, owner, method in (
             ("all else", dispatcher, "step"),
             ("hear", dispatcher.transport, "hear"),
-            ("flags, what is due", dispatcher, "_ask_flags"),
-            ("heed flags, speeds", dispatcher, "_heed"),
+            ("flags, speeds, what is due", dispatcher, "_read_flags"),
             ("extend, rescue", dispatcher, "_rescue"),
             ("learn of workers, tend", dispatcher, "_look"),
             ("take in what ended", dispatcher, "_catch_up"),

@@ -13,9 +13,10 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Collection, Container, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Container, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from itertools import count, islice
 from typing import cast
 from uuid import UUID
@@ -299,7 +300,7 @@ class Dispatcher:
 
     def _look(self, epoch: int, now: float) -> None:
         """Hear all workers; rescue what is lost; tell the policy who may be given work."""
-        flags = self._ask_flags
+        flags: Callable[[], Flags] = partial(self._read_flags, now)
         if len(self._crew.live) >= _MANY_WORKERS:
             flags = self._beside.begin(flags)
         changed = self._crew.hear(self.transport.hear(), now)
@@ -308,7 +309,7 @@ class Dispatcher:
         self._to_learn |= changed.themselves
         self._controls.due |= changed.workers
         self._beat_at = now + BEAT_STEP_S
-        self._heed(flags(), now)
+        self._heed(flags())
         if self._flags.late:
             dropping.expire(self.database, epoch, self._flags.late)
         self._touched |= self._stale
@@ -321,17 +322,19 @@ class Dispatcher:
             self._tend_at = now + TEND_S
             self._placer.tend(now)
 
-    def _ask_flags(self) -> Flags:
-        """What operators, aggregators and the clock of the database say of workers and leases."""
-        with self.database.reading() as connection:
-            return read_flags(connection, self.settings.lease_s / 2)
+    def _read_flags(self, now: float) -> Flags:
+        """What operators, aggregators and the clock of the database say of workers and leases. Speeds are learned too.
 
-    def _heed(self, flags: Flags, now: float) -> None:
-        before, self._flags = self._flags, flags
-        if now >= self._learned_at:
-            self._learned_at = now + _LEARN_S
-            with self.database.reading() as connection:
+        It may be done beside the step while workers are heard, so it touches nothing that hearing does."""
+        with self.database.reading() as connection:
+            flags = read_flags(connection, self.settings.lease_s / 2)
+            if now >= self._learned_at:
+                self._learned_at = now + _LEARN_S
                 self._placer.rates = self._speeds.read(connection, self._placer.rates)
+        return flags
+
+    def _heed(self, flags: Flags) -> None:
+        before, self._flags = self._flags, flags
         self._to_learn |= before.drained ^ flags.drained
         self._controls.due |= before.drained ^ flags.drained
         self._to_learn |= {r.worker for r in set(before.refusals) ^ set(flags.refusals)}
