@@ -32,8 +32,9 @@ from motet.protocol.transport import OUTCOMES, WORKERS, RedisTransport, queue_na
 from motet.protocol.transport.keys import beat_key, control_key
 from scheduler.audit import Differences
 from scheduler.dispatcher import Dispatcher
-from scheduler.leading import prepare_interpreter
+from scheduler.leading import look_for_circles_rarely
 from scheduler.policy.cost import Workload
+from scheduler.publishing import Publisher
 from scheduler.store.listening import Listener
 from scheduler.store.rates import Timed, learn
 from scheduler.store.words import SILENCE
@@ -109,9 +110,17 @@ class Led:
         self._stack = stage.database()
         self.database = self._stack.__enter__()
         self.listener = Listener(self.database)
-        self.dispatcher = Dispatcher(self.database, transport, Settings(leader_lease_s=600))
+        publisher = Publisher(
+            {
+                "MOTET_DATABASE_URL": self.database.engine.url.render_as_string(hide_password=False),
+                "MOTET_REDIS_URL": stage.redis.scheduler,
+            }
+        )
+        self.dispatcher = Dispatcher(
+            self.database, transport, Settings(leader_lease_s=600), publisher=publisher
+        )
         self._step_at = 0.0
-        prepare_interpreter()
+        look_for_circles_rarely()
 
     def lap(self, *, beats: bool = False) -> Lap:
         """One step; ``beats``: not before it has to look at the beats again."""
@@ -175,7 +184,8 @@ class Stages:
             ("lease", dispatcher, "_lease"),
             ("render", dispatcher._payloads, "assignments"),
             ("pack and publish", dispatcher.transport, "publish_all"),
-            ("wait for what is beside", dispatcher._beside, "end"),
+            ("wait for what is beside", dispatcher, "_end_beside"),
+            ("wait for the publisher", dispatcher, "_end_publishing"),
             ("take over", dispatcher, "_take_over"),
             ("tell workers", dispatcher._controls, "tell"),
             ("chores, audit", dispatcher, "_look_after"),

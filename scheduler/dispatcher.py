@@ -12,7 +12,6 @@ where words were missed, and, slice by slice, by the audit (scheduler/audit.py).
 from __future__ import annotations
 
 import logging
-import time
 from collections.abc import Callable, Collection, Container, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -21,7 +20,6 @@ from itertools import count, islice
 from typing import cast
 from uuid import UUID
 
-from motet.protocol import traces
 from motet.protocol.settings import Settings
 from motet.protocol.transport import SchedulerTransport
 from motet.protocol.wire import Beat
@@ -44,6 +42,7 @@ from scheduler.policy.placing.entries import Flight
 from scheduler.policy.placing.rebalancing import TEND_S, Clone, Recall
 from scheduler.policy.placing.records import Demand, Placement
 from scheduler.policy.pressure import throttle
+from scheduler.publishing import Publisher, publish
 from scheduler.speeds import Speeds
 from scheduler.store import drains, dropping, leases
 from scheduler.store.database import Database, StoreUnavailable
@@ -69,11 +68,9 @@ _SWEEP_S = 30.0
 #: Sub-tasks sent in one step at most. More: a step lasts longer, and the next beat step begins later. Fewer: the
 #: statements of a step are shared by fewer.
 MOST_PER_STEP = 256
-#: Leases that are extended beside the step, and workers that are heard while Postgres is asked, at least. Fewer take less
-#: time than handing them to a thread does.
+#: Leases that are extended beside the step, and workers that are heard while Postgres is asked, or for which a process of
+#: its own publishes, at least. For fewer the handing over takes longer than it saves.
 _MANY_LEASES, _MANY_WORKERS = 100, 1_000
-#: Sub-tasks whose payloads are built before they are sent. More: more texts are in memory at once.
-_BUILT_AT_ONCE = 64
 #: Workers that the policy learns of in one beat step at most: ten thousand that come at once would make it too long.
 _WORKERS_PER_STEP = 2_000
 #: What outcomes have taught is read so often.
@@ -95,12 +92,15 @@ class Dispatcher:
     epoch: int | None = None
     #: What audits of this process have found.
     differences: int = 0
+    #: Sends the sub-tasks of full steps; None: the step does so itself.
+    publisher: Publisher | None = None
 
     def __post_init__(self) -> None:
         self._manifests, self._lengths = Manifests(), Lengths()
         self._payloads = Payloads(self.database, self._manifests)
         self._flight_numbers = count()
-        #: Extends many leases, and sends a full step's sub-tasks. Nothing is under way while a beat step looks and judges.
+        #: Extends many leases, and asks for flags. As with the publisher nothing is under way when a beat step begins, and
+        #: when it judges who is to take over.
         self._beside = Beside()
         self._renew_at = self._chores_at = self._sweep_at = 0.0
         #: When leases of live workers that did not survive an emptied Redis are given up; None: it was not emptied.
@@ -157,11 +157,11 @@ class Dispatcher:
     def _step(self, epoch: int, now: float) -> int:
         beats = now >= self._beat_at or self._words.everything or self._words.drains
         if beats:
-            self._beside.end()
+            self._end_beside()
             self._look(epoch, now)
         sent = self._quick_step(epoch, now)
         if beats:
-            self._beside.end()
+            self._end_beside()
             sent += self._take_over(epoch, now)
             self._controls.tell(epoch, self._crew.live, self._book.keys(), self._flags.drained, now)
             self._look_after(epoch, now)
@@ -180,7 +180,9 @@ class Dispatcher:
 
     def stop(self) -> None:
         """Hand the lead over, once all that is leased is sent."""
-        self._beside.end()
+        self._end_beside()
+        if self.publisher is not None:
+            self.publisher.close()
         if self.epoch is not None:
             resign(self.database, self.me, self.epoch)
             self.epoch = None
@@ -309,6 +311,8 @@ class Dispatcher:
         self._to_learn |= changed.themselves
         self._controls.due |= changed.workers
         self._beat_at = now + BEAT_STEP_S
+        if self.publisher is not None and len(self._crew.live) >= _MANY_WORKERS:
+            self.publisher.want(now)
         self._heed(flags())
         if self._flags.late:
             dropping.expire(self.database, epoch, self._flags.late)
@@ -516,13 +520,12 @@ class Dispatcher:
     def _send(self, epoch: int, decided: Sequence[tuple[Cut, Flight]]) -> int:
         # Rows before messages: a crash in between leaves a lease to rescue, never a message without a row.
         leased = self._lease(epoch, decided) if decided else ()
-        if len(leased) < MOST_PER_STEP:
-            # Those of the step before go first.
-            self._beside.end()
+        # Those of the step before go first.
+        self._end_publishing()
+        # Behind a full step another one follows at once, and need not wait.
+        full = len(leased) >= MOST_PER_STEP
+        if not (full and self.publisher is not None and self.publisher.begin(leased)):
             self._publish(leased)
-        else:
-            # Another step follows at once, and waits for Postgres most of the time.
-            self._beside.begin(self._publish, leased)
         return len(leased)
 
     def _lease(self, epoch: int, decided: Sequence[tuple[Cut, Flight]]) -> Sequence[Leased]:
@@ -537,11 +540,16 @@ class Dispatcher:
         return leased
 
     def _publish(self, leased: Sequence[Leased]) -> None:
-        for some in (leased[i : i + _BUILT_AT_ONCE] for i in range(0, len(leased), _BUILT_AT_ONCE)):
-            began = time.time()
-            self.transport.publish_all(self._payloads.assignments(some))
-            for item in some:
-                _trace_sent(item, began)
+        publish(self.transport, self._payloads, leased)
+
+    def _end_beside(self) -> None:
+        """Wait for what is done beside the step. Raises what it met."""
+        self._beside.end()
+        self._end_publishing()
+
+    def _end_publishing(self) -> None:
+        if self.publisher is not None:
+            self._publish(self.publisher.end())
 
     # -- take over, control and chores: the beat step's other half ------------------------------
 
@@ -644,21 +652,6 @@ class Dispatcher:
             drains.forget_the_gone(
                 connection, [name for name in sorted(flags.drained | refusing) if name in live]
             )
-
-
-def _trace_sent(item: Leased, began: float) -> None:
-    traces.add(
-        item.job,
-        traces.SEND,
-        began,
-        subtask=item.subtask,
-        attempt=item.attempt,
-        pass_number=item.pass_number,
-        worker=item.worker,
-        rows=item.carved.rows,
-        bytes=item.carved.bytes,
-        predicted_s=item.predicted_s,
-    )
 
 
 def _cut(p: Placement, carved: Carved, seconds: float) -> Cut:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import gc
 import logging
-import sys
 import threading
 import time
 
@@ -18,18 +17,12 @@ from scheduler.store.words import EVERYTHING, SILENCE
 
 log = logging.getLogger(__name__)
 
-#: Seconds after which one thread lets another one have the interpreter. Longer: steps wait for what is packed beside them,
-#: and that for them. Shorter: more is spent on changing between them.
-_SWITCH_S = 0.0002
 
-
-def prepare_interpreter() -> None:
+def look_for_circles_rarely() -> None:
     """Of a hundred thousand leases and beats that live for seconds nothing is garbage in circles, and looking through all
-    of them takes a third of a second. And the step gets its answers from Postgres while a thread beside it packs payloads,
-    which would keep it waiting for 5 ms each time."""
+    of them takes a third of a second."""
     gc.freeze()
     gc.set_threshold(5_000, 20, 200)
-    sys.setswitchinterval(_SWITCH_S)
 
 
 def run(dispatcher: Dispatcher, wake: Listener, stopping: threading.Event) -> None:
@@ -37,7 +30,7 @@ def run(dispatcher: Dispatcher, wake: Listener, stopping: threading.Event) -> No
     tick_s = dispatcher.settings.tick_s
     beat = pulse(dispatcher.settings.pulse)
     words = EVERYTHING
-    prepare_interpreter()
+    look_for_circles_rarely()
     while not stopping.is_set():
         beat()
         try:
