@@ -25,7 +25,7 @@ from motet.protocol.transport import SchedulerTransport
 from motet.protocol.wire import Beat
 from motet.states import State
 from scheduler.audit import Audit, Differences
-from scheduler.beside import Beside
+from scheduler.side_thread import SideThread
 from scheduler.controls import Controls
 from scheduler.crew import Crew, another_boot, draining, left_behind, one_of_each_kind, seen_alive
 from scheduler.facts import Flags, read_flags, under_way
@@ -101,7 +101,7 @@ class Dispatcher:
         self._flight_numbers = count()
         #: Extends many leases, and asks for flags. As with the publisher nothing is under way when a beat step begins, and
         #: when it judges who is to take over.
-        self._beside = Beside()
+        self._beside = SideThread()
         self._renew_at = self._chores_at = self._sweep_at = 0.0
         #: When leases of live workers that did not survive an emptied Redis are given up; None: it was not emptied.
         self._hear_again_at: float | None = None

@@ -10,7 +10,7 @@ P = ParamSpec("P")
 T = TypeVar("T")
 
 
-class Beside:
+class SideThread:
     """Does what it is given. Its errors are those of whoever waits for it."""
 
     def __init__(self) -> None:
