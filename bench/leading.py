@@ -184,7 +184,7 @@ class Stages:
             ("lease", dispatcher, "_lease"),
             ("render", dispatcher._payloads, "assignments"),
             ("pack and publish", dispatcher.transport, "publish_all"),
-            ("wait for what is beside", dispatcher, "_end_beside"),
+            ("wait for what is beside", dispatcher._beside, "end"),
             ("wait for the publisher", dispatcher, "_end_publishing"),
             ("take over", dispatcher, "_take_over"),
             ("tell workers", dispatcher._controls, "tell"),

@@ -25,7 +25,6 @@ from motet.protocol.transport import SchedulerTransport
 from motet.protocol.wire import Beat
 from motet.states import State
 from scheduler.audit import Audit, Differences
-from scheduler.side_thread import SideThread
 from scheduler.controls import Controls
 from scheduler.crew import Crew, another_boot, draining, left_behind, one_of_each_kind, seen_alive
 from scheduler.facts import Flags, read_flags, under_way
@@ -43,6 +42,7 @@ from scheduler.policy.placing.rebalancing import TEND_S, Clone, Recall
 from scheduler.policy.placing.records import Demand, Placement
 from scheduler.policy.pressure import throttle
 from scheduler.publishing import Publisher, publish
+from scheduler.side_thread import SideThread
 from scheduler.speeds import Speeds
 from scheduler.store import drains, dropping, leases
 from scheduler.store.database import Database, StoreUnavailable
@@ -99,8 +99,7 @@ class Dispatcher:
         self._manifests, self._lengths = Manifests(), Lengths()
         self._payloads = Payloads(self.database, self._manifests)
         self._flight_numbers = count()
-        #: Extends many leases, and asks for flags. As with the publisher nothing is under way when a beat step begins, and
-        #: when it judges who is to take over.
+        #: Extends many leases, and asks for flags, within a step.
         self._beside = SideThread()
         self._renew_at = self._chores_at = self._sweep_at = 0.0
         #: When leases of live workers that did not survive an emptied Redis are given up; None: it was not emptied.
@@ -157,11 +156,11 @@ class Dispatcher:
     def _step(self, epoch: int, now: float) -> int:
         beats = now >= self._beat_at or self._words.everything or self._words.drains
         if beats:
-            self._end_beside()
+            self._beside.end()
             self._look(epoch, now)
         sent = self._quick_step(epoch, now)
         if beats:
-            self._end_beside()
+            self._beside.end()
             sent += self._take_over(epoch, now)
             self._controls.tell(epoch, self._crew.live, self._book.keys(), self._flags.drained, now)
             self._look_after(epoch, now)
@@ -180,7 +179,8 @@ class Dispatcher:
 
     def stop(self) -> None:
         """Hand the lead over, once all that is leased is sent."""
-        self._end_beside()
+        self._beside.end()
+        self._end_publishing()
         if self.publisher is not None:
             self.publisher.close()
         if self.epoch is not None:
@@ -348,6 +348,9 @@ class Dispatcher:
         close those that are gone, and return their rows."""
         book, live, due = self._book, self._crew.live, self._flags.due
         wiped = self._was_emptied(epoch, now)
+        if wiped:
+            # Whatever no queue holds is given up.
+            self._end_publishing()
         asked: Container[LeaseKey] = book if wiped else due.keys() | self._never_sent
         candidates: dict[LeaseKey, Held] = {}
         for name in book.workers() if wiped else self._doubtful:
@@ -542,12 +545,8 @@ class Dispatcher:
     def _publish(self, leased: Sequence[Leased]) -> None:
         publish(self.transport, self._payloads, leased)
 
-    def _end_beside(self) -> None:
-        """Wait for what is done beside the step. Raises what it met."""
-        self._beside.end()
-        self._end_publishing()
-
     def _end_publishing(self) -> None:
+        """Wait until all that is leased is sent. Raises what the publisher met."""
         if self.publisher is not None:
             self._publish(self.publisher.end())
 
@@ -556,6 +555,9 @@ class Dispatcher:
     def _take_over(self, epoch: int, now: float) -> int:
         """Near the end of a pass: give idle workers what waits elsewhere, or a second lease of what lags. How many."""
         words = self._placer.late(now)
+        if words:
+            # What is taken back must not come into a queue afterwards.
+            self._end_publishing()
         keys = (cast("LeaseKey", w.flight.key) for w in words if isinstance(w, Recall))
         back = [h for key in keys if (h := self._book.get(key)) is not None]
         if back:

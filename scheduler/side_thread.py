@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
-from typing import ParamSpec, TypeVar
+from typing import Any, ParamSpec, TypeVar
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -15,7 +15,7 @@ class SideThread:
 
     def __init__(self) -> None:
         self._thread = ThreadPoolExecutor(1, "beside")
-        self._under_way: Future[object] | None = None
+        self._under_way: Future[Any] | None = None
 
     def begin(self, act: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> Callable[[], T]:
         """Do this from now on, once that which is under way has ended. Raises as `end` does; then nothing is begun.

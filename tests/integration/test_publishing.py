@@ -7,8 +7,7 @@ import signal
 import socket
 import threading
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import suppress
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -23,7 +22,7 @@ from motet.protocol.transport import MemoryTransport, RedisTransport, RedisWorke
 from motet.protocol.wire import Assignment, Beat
 from scheduler.dispatcher import Dispatcher
 from scheduler.policy.carve import Carved, Range
-from scheduler.publishing import Publisher, serve
+from scheduler.publishing import Publisher, serve, tell
 from scheduler.store import leases
 from scheduler.store.database import Database
 from scheduler.store.leases import Leased, LeaseKey
@@ -135,16 +134,23 @@ def led(database_url: str, redis_url: str, redis_urls: ValkeyUrls) -> Iterator[L
     database.close()
 
 
-def test_a_full_step_is_sent_before_the_next_beat_step_looks(
+def test_full_steps_are_sent_when_the_next_one_is_judged_by_queues_and_when_the_leader_stops(
     led: Led, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     led.begin()
-    led.begin()
-    seen: list[bool] = []
-    hear = led.transport.hear
-    monkeypatch.setattr(led.transport, "hear", lambda: (seen.append(led.all_is_sent()), hear())[1])
+    monkeypatch.setattr(led.dispatcher, "_was_emptied", lambda epoch, now: True)
+    sent: list[bool] = []
+    queued_at = led.transport.queued_at
+
+    def noted(workers: Collection[str]) -> Any:
+        sent.append(not led.publisher._under_way)
+        return queued_at(workers)
+
+    monkeypatch.setattr(led.transport, "queued_at", noted)
     led.look()
-    assert seen == [True]
+    assert sent[0], "of an emptied Redis nothing is judged that is still on its way"
+    led.begin()
+    led.begin()
     pid = led.pid()
     led.dispatcher.stop()
     assert led.all_is_sent()
@@ -152,16 +158,12 @@ def test_a_full_step_is_sent_before_the_next_beat_step_looks(
         os.kill(pid, 0)
 
 
-@pytest.mark.parametrize("fault", ["killed", "frozen"])
 def test_what_a_publisher_was_given_when_it_died_is_sent_by_the_leader(
-    led: Led, monkeypatch: pytest.MonkeyPatch, fault: str
+    led: Led, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    assert led.publisher._line is not None
-    led.publisher._line.settimeout(0.3)
     os.kill(led.pid(), signal.SIGSTOP)
     led.begin()
-    if fault == "killed":
-        os.kill(led.pid(), signal.SIGKILL)
+    os.kill(led.pid(), signal.SIGKILL)
     assert led.dispatcher.step(led.now, SILENCE) == 2, "without it the step sends by itself"
     assert led.all_is_sent()
     assert led.publisher._process is None
@@ -181,35 +183,51 @@ class Noted:
         return {}
 
 
+ONE = Leased(
+    subtask=7, attempt=2, nonce="n", worker="w", job="j", pass_number=1, predicted_s=0.5, measured=True,
+    carved=Carved(ranges=(Range(3, 0, 5, 40), Range(4, 2, 4, 8)), todo=5, exclusive=True),
+)  # fmt: skip
+
+
+class Away(MemoryTransport):
+    """Redis does not answer, from when it is told."""
+
+    away = False
+
+    def publish_all(self, by_worker: Mapping[str, Sequence[Assignment]]) -> None:
+        if self.away:
+            raise TransportLost("the connection broke")
+        super().publish_all(by_worker)
+
+
 def test_trouble_of_the_publisher_is_the_leaders() -> None:
-    ranges = (Range(3, 0, 5, 40), Range(4, 2, 4, 8))
-    one = Leased(
-        subtask=7, attempt=2, nonce="n", worker="w", job="j", pass_number=1, predicted_s=0.5, measured=True,
-        carved=Carved(ranges=ranges, todo=5, exclusive=True),
-    )  # fmt: skip
-    transport, payloads = MemoryTransport(), Noted()
-    publisher = Publisher()
+    transport, payloads, publisher = Away(), Noted(), Publisher()
     publisher._line, theirs = socket.socketpair()
     server = threading.Thread(target=serve, args=(theirs, transport, payloads))
     server.start()
-    try:
-        while not publisher._is_ready():
-            time.sleep(0.001)
-        assert publisher.begin([one])
-        assert publisher.end() == ()
-        assert payloads.asked == [one]
-
-        def lost(_: object) -> None:
-            raise TransportLost("the connection broke")
-
-        transport.publish_all = lost  # type: ignore[method-assign]
-        assert publisher.begin([one])
-        with pytest.raises(TransportLost):
-            publisher.end()
-        assert publisher.end() == (), "it is told once"
-    finally:
-        publisher.close()
-        server.join(10)
-        with suppress(OSError):
-            theirs.close()
+    while not publisher._is_ready():
+        time.sleep(0.001)
+    assert publisher.begin([ONE])
+    assert publisher.end() == ()
+    assert payloads.asked == [ONE]
+    transport.away = True
+    assert publisher.begin([ONE])
+    with pytest.raises(TransportLost):
+        publisher.end()
+    assert publisher.end() == (), "it is told once"
+    publisher.close()
+    server.join(10)
     assert not server.is_alive(), "it ends with its line"
+    theirs.close()
+
+
+def test_a_publisher_that_stands_still_is_not_waited_for() -> None:
+    publisher = Publisher()
+    publisher._line, theirs = socket.socketpair()
+    publisher._line.settimeout(0.05)
+    with theirs:
+        assert not publisher.begin([ONE]), "it has not said that it is ready"
+        tell(theirs, "")
+        assert publisher.begin([ONE])
+        assert publisher.end() == [ONE], "nobody knows whether it was sent"
+        assert not publisher.begin([ONE])
