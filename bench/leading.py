@@ -116,6 +116,7 @@ class Led:
                 "MOTET_REDIS_URL": stage.redis.scheduler,
             }
         )
+        self.publisher = publisher
         self.dispatcher = Dispatcher(
             self.database, transport, Settings(leader_lease_s=600), publisher=publisher
         )
@@ -157,6 +158,11 @@ class Led:
             self.lap(beats=True)
         for _ in range(8):
             self.lap(beats=True)
+
+    def peak_mb(self) -> float:
+        """Largest resident set of this process and the publisher's together."""
+        publisher = self.publisher.pid
+        return peak_rss_mb(os.getpid()) + (peak_rss_mb(publisher) if publisher is not None else 0.0)
 
     def close(self) -> None:
         self.dispatcher.stop()
@@ -367,6 +373,7 @@ def leading(stage: Stage, count: int, *, looks: int, patience_s: float) -> Leadi
             stages = Stages(led.dispatcher)
             for _ in range(REFILLS):
                 refilling += freed(stage, crowd, max(1, count // 10), led, stages)
+            dispatcher_mb = led.peak_mb()
             job.cancel()
             for _ in range(3):
                 led.lap(beats=True)
@@ -382,7 +389,7 @@ def leading(stage: Stage, count: int, *, looks: int, patience_s: float) -> Leadi
         refilling=refilling,
         stages=stages.each(sum(lap.sent for lap in refilling)),
         leases=leases,
-        dispatcher_mb=peak_rss_mb(os.getpid()),
+        dispatcher_mb=dispatcher_mb,
         valkey_bytes=valkey_bytes,
     )
 

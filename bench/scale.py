@@ -14,7 +14,7 @@ are filled with three sub-tasks each; and full, while a hundredth of the leases 
 the workers held has been answered. Last line, JSON: idle_step_ms and full_step_ms (medians of beat steps, wall clock),
 subtasks_s (taken in as ended, placed, leased, packed and published anew a second of all steps from the word that they ended
 until that tenth has work, while all else is live; the aggregator has recorded them before, and the leader's beat steps
-went on meanwhile: else that second would pay for several ones of beats and leases), dispatcher_mb (largest resident set of this process, the client included), longest_step_s, and
+went on meanwhile: else that second would pay for several ones of beats and leases), dispatcher_mb (largest resident sets of this process, the client included, and of the one that publishes), longest_step_s, and
 step_slope_idle and step_slope_full (log-log slopes over the numbers of workers).
 
 With ``--texts N`` a cluster of two real CPU workers answers the demo's four tasks for N of its texts, three times each: as

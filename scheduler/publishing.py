@@ -90,6 +90,11 @@ class Publisher:
                     env={**os.environ, **self._settings},
                 )
 
+    @property
+    def pid(self) -> int | None:
+        """Of the process; None: there is none."""
+        return None if self._process is None else self._process.pid
+
     def begin(self, leased: Sequence[Leased]) -> bool:
         """Have these sent. False: the process is not there, or not ready. Nothing else may be under way."""
         if not self._is_ready():
