@@ -425,22 +425,20 @@ def _open(connection: Connection, taken: _Taken, lease_s: float) -> list[Leased]
     for cut, (n_rows, size) in zip(taken.cuts, sizes, strict=True):
         rows[cut.job, cut.pass_number] += n_rows
         bytes_[cut.job, cut.pass_number] += size
-    ids = connection.execute(
-        _OPEN,
-        {
-            # Summed up here, for Postgres takes the cuts for a hundred passes, and reads all of them.
-            "of_jobs": [UUID(job) for job, _ in passes],
-            "of_passes": [number for _, number in passes],
-            "of_rows": [rows[pass_] for pass_ in passes],
-            "of_bytes": [bytes_[pass_] for pass_ in passes],
-            **opened,
-            **at_places(taken.cursors),
-            "cursors": list(taken.cursors.values()),
-            "eaten": taken.pieces,
-            "leftovers": json.dumps(leftovers),
-            "lease_s": lease_s,
-        },
-    ).scalars()
+    asked = {
+        # Summed up here, for Postgres takes the cuts for a hundred passes, and reads all of them.
+        "of_jobs": [UUID(job) for job, _ in passes],
+        "of_passes": [number for _, number in passes],
+        "of_rows": [rows[pass_] for pass_ in passes],
+        "of_bytes": [bytes_[pass_] for pass_ in passes],
+        **opened,
+        **at_places(taken.cursors),
+        "cursors": list(taken.cursors.values()),
+        "eaten": taken.pieces,
+        "leftovers": json.dumps(leftovers),
+        "lease_s": lease_s,
+    }
+    (ids,) = together(connection, (_OPEN, asked))
     return [
         Leased(
             subtask=subtask,
@@ -453,7 +451,7 @@ def _open(connection: Connection, taken: _Taken, lease_s: float) -> list[Leased]
             predicted_s=cut.predicted_s,
             measured=cut.measured,
         )
-        for subtask, nonce, cut in zip(ids, nonces, taken.cuts, strict=True)
+        for (subtask,), nonce, cut in zip(ids, nonces, taken.cuts, strict=True)
     ]
 
 
