@@ -66,9 +66,9 @@ DOORS = "/openai/v1"
 #: Prompts about one text.
 K = 4
 CALLERS = 64
-#: Tokens of a block of vLLM's KV cache on a CPU, and of the longest prompt with its answer that it is told of: a cache must
-#: hold more than one such, and a small one a shorter one.
-BLOCK, CONTEXT, SHORT_CONTEXT = 128, 2048, 1024
+#: Tokens of a block of vLLM's KV cache on a CPU, and of the longest prompt with its answer that it is told of where that
+#: cache is small: it must hold more than one such.
+BLOCK, SHORT_CONTEXT = 128, 1024
 #: Names of the model: in motet's torch engine, and with vLLM behind it.
 TORCH, VLLM = smollm.NAME, f"{smollm.NAME}-vllm"
 #: The side of vLLM's own batch program.
@@ -278,7 +278,8 @@ def run_batch(bench: Bench, in_format: str, *more: str) -> Iterator[Callable[[Se
         str(HERE / "rival" / "run_batch.py"),
         *("-i", str(asked), "-o", str(written)),
         *("--model", str(bench.folder), "--served-model-name", VLLM),
-        *("--dtype", DTYPES[in_format], "--max-model-len", str(CONTEXT)),
+        # Its context is then the model's own, as motet gives it.
+        *("--dtype", DTYPES[in_format]),
         *("--enable-prefix-caching", "--generation-config", "vllm"),
         *more,
     ]
