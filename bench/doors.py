@@ -6,7 +6,7 @@ from what is stored. Its clock runs from the upload to the last byte of the outp
 model is loaded, from reading the file to the last answer in its own. All have answered a few lines before. Sides take
 turns. Without vLLM (`make vllm-test` installs it; or MOTET_VLLM names its program) the figures beside it are null.
 
-A full run takes 25 minutes on two cores, a third of which vLLM starts. Its file is written after each part, and the names
+A full run takes about 25 minutes on two cores, a third of which vLLM starts. Its file is written after each part, and the names
 in its `details` are those of the parts that it holds. A round of a batch has 144 lines: what motet does before the first
 and after the last is then half a hundredth of it. Two rounds tell the ratio in file order to a fiftieth; that of shuffled
 lines is above 3, and one round tells whether it is 1.5.

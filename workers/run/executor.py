@@ -413,7 +413,7 @@ class Executor:
             work.prepared(rows, streamed=loaded is not None and not loaded.stream.whole)
             if loaded is not None:
                 # It may let these in now.
-                loaded.look_at = self._clock()
+                loaded.look_at = float("-inf")
             self._wake()
         self._finish_if_done(work)
 
