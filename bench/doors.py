@@ -2,9 +2,14 @@
 
 The model is SmolLM2-135M in the format in which workers run it here (bf16 where the processor has it, else fp32). A batch
 asks four prompts about each text, 16 tokens each; every round has texts of its own, since motet answers lines that it knows
-from what is stored. Its clock runs from the upload to the last byte of the output file; that of `vllm run-batch` from when
-its model is loaded. Sides take turns. Without vLLM (`make vllm-test` installs it; or MOTET_VLLM names its program) the
-figures beside it are null.
+from what is stored. Its clock runs from the upload to the last byte of the output file; that of `vllm run-batch`, whose
+model is loaded, from reading the file to the last answer in its own. All have answered a few lines before. Sides take
+turns. Without vLLM (`make vllm-test` installs it; or MOTET_VLLM names its program) the figures beside it are null.
+
+A full run takes about 25 minutes on two cores, a third of which vLLM starts. Its file is written after each part, and the names
+in its `details` are those of the parts that it holds. A round of a batch has 144 lines: what motet does before the first
+and after the last is then half a hundredth of it. Two rounds tell the ratio in file order to a fiftieth; that of shuffled
+lines is above 3, and one round tells whether it is 1.5.
 
 batch_vs_run_batch         rows a second of motet with its torch engine / of `vllm run-batch`, lines of a text side by side
 batch_vllm_vs_run_batch    the same of motet with vLLM behind it, beside the same run of `vllm run-batch`; prefix caching on in both
@@ -25,7 +30,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from contextlib import closing, contextmanager
+from contextlib import ExitStack, closing, contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -40,7 +45,7 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 import torch
 from callers import Order, to_json
 from family import own_children
-from harness import Size, cluster, finish, in_turn, options, ratio, renew, say, scratch, table
+from harness import Size, cluster, finish, in_turn, keep, options, ratio, renew, say, scratch, table
 from llm import BUDGET, NEW_TOKENS, PROMPTS, tiny
 from openai import OpenAI
 
@@ -61,9 +66,9 @@ DOORS = "/openai/v1"
 #: Prompts about one text.
 K = 4
 CALLERS = 64
-#: Tokens of a block of vLLM's KV cache on a CPU, and of the longest prompt with its answer that it is told of: a cache must
-#: hold more than one such, and a small one a shorter one.
-BLOCK, CONTEXT, SHORT_CONTEXT = 128, 2048, 1024
+#: Tokens of a block of vLLM's KV cache on a CPU, and of the longest prompt with its answer that it is told of where that
+#: cache is small: it must hold more than one such.
+BLOCK, SHORT_CONTEXT = 128, 1024
 #: Names of the model: in motet's torch engine, and with vLLM behind it.
 TORCH, VLLM = smollm.NAME, f"{smollm.NAME}-vllm"
 #: The side of vLLM's own batch program.
@@ -106,11 +111,18 @@ def main() -> None:
         parser.error(
             "got a run that would be kept without vLLM; install it (make vllm-test), or name --save FILE"
         )
+
+    def kept(keys: dict[str, Any], details: dict[str, Any]) -> None:
+        """Keep what was measured so far; a part that is run again replaces that of the last full run."""
+        if arguments.only and full:
+            part = [*details][-1]
+            renew("doors", part, keys, details[part])
+        else:
+            keep("doors", keys, arguments, whole=not arguments.only, details=details)
+
     with own_children(), scratch() as folder:
         model = tiny(folder / "tiny") if size is Size.SMOKE else smollm.folder()
-        keys, details = measured(
-            Bench(model, size, vllm, folder), wanted, renewed=bool(arguments.only) and full
-        )
+        keys, details = measured(Bench(model, size, vllm, folder), wanted, kept)
     finish("doors", keys, arguments, whole=not arguments.only, details=details)
 
 
@@ -125,8 +137,10 @@ def _vllm() -> Path | None:
 Figures = tuple[dict[str, Any], dict[str, Any]]
 
 
-def measured(bench: Bench, wanted: Collection[str], *, renewed: bool) -> Figures:
-    """The figures of these parts, and their details. ``renewed``: each replaces that of the last full run."""
+def measured(
+    bench: Bench, wanted: Collection[str], kept: Callable[[dict[str, Any], dict[str, Any]], None]
+) -> Figures:
+    """The figures of these parts, and their details. ``kept`` is given all of them after each part."""
     keys: dict[str, Any] = {}
     details: dict[str, Any] = {}
 
@@ -138,8 +152,7 @@ def measured(bench: Bench, wanted: Collection[str], *, renewed: bool) -> Figures
             say(f"  {name} took {time.monotonic() - began:.0f} s")
             keys.update(found)
             details[name] = more
-            if renewed:
-                renew("doors", name, found, more)
+            kept(keys, details)
 
     if set(wanted) - {"shuffled"}:
         with running(bench) as motet:
@@ -253,18 +266,20 @@ def through_motet(motet: Cluster, lines: Sequence[bytes]) -> float:
     return len(lines) / took
 
 
-def run_batch(bench: Bench, in_format: str, lines: Sequence[bytes], *more: str) -> float:
-    """Rows a second of `vllm run-batch` once its model is loaded, to its last answer in its file."""
+@contextmanager
+def run_batch(bench: Bench, in_format: str, *more: str) -> Iterator[Callable[[Sequence[bytes]], float]]:
+    """`vllm run-batch` with its model loaded: rows a second of a batch, to its last answer in its file."""
     assert bench.vllm is not None
     folder = bench.scratch / uuid4().hex
     folder.mkdir()
-    (folder / "in.jsonl").write_bytes(b"\n".join(lines) + b"\n")
+    asked, written, log = folder / "in.jsonl", folder / "out.jsonl", folder / "log"
     command = [
         str(bench.vllm.with_name("python")),
         str(HERE / "rival" / "run_batch.py"),
-        *("-i", str(folder / "in.jsonl"), "-o", str(folder / "out.jsonl")),
+        *("-i", str(asked), "-o", str(written)),
         *("--model", str(bench.folder), "--served-model-name", VLLM),
-        *("--dtype", DTYPES[in_format], "--max-model-len", str(CONTEXT)),
+        # Its context is then the model's own, as motet gives it.
+        *("--dtype", DTYPES[in_format]),
         *("--enable-prefix-caching", "--generation-config", "vllm"),
         *more,
     ]
@@ -272,18 +287,42 @@ def run_batch(bench: Bench, in_format: str, lines: Sequence[bytes], *more: str) 
         name: value for name, value in os.environ.items() if not name.startswith(("OMP_", "PYTHON", "MOTET_"))
     }
     environment |= {"VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_NO_USAGE_STATS": "1", "DO_NOT_TRACK": "1"}
-    done = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
-    assert done.returncode == 0, done.stderr[-3000:]
-    took = float(done.stdout.splitlines()[-1])
-    answers = [json.loads(line) for line in (folder / "out.jsonl").read_text("utf-8").splitlines()]
-    good = [one for one in answers if one["response"]["status_code"] == 200]
-    assert len(good) == len(lines), f"{len(good)} of {len(lines)} lines were answered"
-    return len(lines) / took
+    with (
+        log.open("w") as errors,
+        subprocess.Popen(
+            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=errors, text=True, env=environment
+        ) as process,
+    ):
+        assert process.stdin is not None
+        assert process.stdout is not None
+        said, ears = process.stdin, process.stdout
+
+        def heard() -> str:
+            line = ears.readline()
+            assert line, log.read_text("utf-8", "replace")[-3000:]
+            return line.strip()
+
+        def rows_per_s(lines: Sequence[bytes]) -> float:
+            asked.write_bytes(b"\n".join(lines) + b"\n")
+            said.write(json.dumps([str(asked), str(written)]) + "\n")
+            said.flush()
+            took = float(heard())
+            answers = [json.loads(line) for line in written.read_text("utf-8").splitlines()]
+            good = [one for one in answers if one["response"]["status_code"] == 200]
+            assert len(good) == len(lines), f"{len(good)} of {len(lines)} lines were answered"
+            return len(lines) / took
+
+        try:
+            assert heard() == "ready"
+            yield rows_per_s
+        finally:
+            # It ends when it has no more to do.
+            said.close()
 
 
-def warm_up(motet: Cluster, texts: Texts, model: str) -> None:
-    """Load the model, and run a few lines of a text that no round has."""
-    through_motet(motet, Texts(texts.articles[::-1], 1, texts.characters).lines(0, model))
+def warming(texts: Texts, model: str) -> list[bytes]:
+    """A few lines, of a text that no round has."""
+    return Texts(texts.articles[::-1], 1, texts.characters).lines(0, model)
 
 
 def beside_run_batch(
@@ -300,7 +339,8 @@ def beside_run_batch(
     ``models``: side -> the name of its model. ``more``: options of `vllm run-batch`. Without vLLM motet is alone.
     """
     for model in models.values():
-        warm_up(motet, texts, model)
+        # It loads the model.
+        through_motet(motet, warming(texts, model))
     played = dict.fromkeys((*models, RUN_BATCH), 0)
 
     def lines(side: str, name: str) -> list[bytes]:
@@ -314,10 +354,12 @@ def beside_run_batch(
         return lambda: through_motet(motet, lines(side, model))
 
     sides = {side: side_of(side, model) for side, model in models.items()}
-    if bench.vllm is not None:
-        in_format = format_in(motet, bench)
-        sides[RUN_BATCH] = lambda: run_batch(bench, in_format, lines(RUN_BATCH, VLLM), *more)
-    return in_turn(sides, rounds)
+    with ExitStack() as stack:
+        if bench.vllm is not None:
+            rival = stack.enter_context(run_batch(bench, format_in(motet, bench), *more))
+            rival(warming(texts, VLLM))
+            sides[RUN_BATCH] = lambda: rival(lines(RUN_BATCH, VLLM))
+        return in_turn(sides, rounds)
 
 
 def over_run_batch(found: Mapping[str, Sequence[float]], side: str) -> float | None:
@@ -327,7 +369,7 @@ def over_run_batch(found: Mapping[str, Sequence[float]], side: str) -> float | N
 def batches(bench: Bench, motet: Cluster) -> Figures:
     """motet's torch engine, and vLLM behind motet."""
     size = bench.size
-    texts = texts_for(bench, size.of(full=48, quick=16, smoke=3), size.of(full=2200, quick=2200, smoke=100))
+    texts = texts_for(bench, size.of(full=36, quick=16, smoke=3), size.of(full=2200, quick=2200, smoke=100))
     models = {"motet": TORCH, **({"motet with vLLM": VLLM} if bench.vllm is not None else {})}
     found = beside_run_batch(bench, motet, models, texts, size.of(full=2, quick=1, smoke=1))
     keys = {
@@ -352,8 +394,7 @@ def shuffled(bench: Bench) -> Figures:
     program.chmod(0o755)
     with running(bench, program) as motet:
         models = {"motet with vLLM": VLLM}
-        rounds = size.of(full=2, quick=1, smoke=1)
-        found = beside_run_batch(bench, motet, models, texts, rounds, *more, shuffle=True)
+        found = beside_run_batch(bench, motet, models, texts, 1, *more, shuffle=True)
         details = {**_told(bench, motet, texts, found), "text_tokens": tokens}
     keys = {
         "batch_vllm_shuffled": over_run_batch(found, "motet with vLLM"),
@@ -457,7 +498,7 @@ def chats(bench: Bench, motet: Cluster) -> Figures:
     engine = VllmEngine()
     handle = engine.load(described.manifest, described.files, device="cpu", in_format=format_in(motet, bench))
     try:
-        seconds = bench.size.of(full=30.0, quick=8.0, smoke=0.5)
+        seconds = bench.size.of(full=20.0, quick=8.0, smoke=0.5)
         asked: dict[str, Callable[[float], float]] = {
             "motet": partial(asked_by, motet.url + DOORS, motet.tokens["user"], VLLM, bench.size),
             "vLLM": partial(asked_by, handle.server.url, handle.server.key, "motet", bench.size),

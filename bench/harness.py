@@ -176,10 +176,15 @@ def keep(
 
 
 def renew(name: str, part: str, keys: Mapping[str, Any], details: Mapping[str, Any]) -> None:
-    """Put a part that was run again, whole and by itself, into what the newest full run left, and say so there."""
-    kept = json.loads(results_file(name).read_text("utf-8")) | keys
+    """Put a part that was run again, whole and by itself, into what the newest full run left, and say so there.
+
+    Where there was none, the file holds this part alone.
+    """
+    file = results_file(name)
+    none = {"bench": name, "details": {}, "hardware": hardware()}
+    kept = (json.loads(file.read_text("utf-8")) if file.exists() else none) | keys
     kept["details"][part] = {**details, "run_again": hardware()}
-    _write(results_file(name), kept)
+    _write(file, kept)
 
 
 def results_file(name: str) -> Path:

@@ -781,6 +781,45 @@ def test_silence_counts_from_the_last_progress_and_not_where_the_rows_were_dropp
     assert house.executor.stuck() is None
 
 
+class Silent(Idle):
+    """Counts its steps; rows in it wait for a server."""
+
+    steps = 0
+
+    def step(self, handle: Any, tokens: int) -> Step:
+        self.steps += 1
+        return super().step(handle, tokens)
+
+
+def looks_in_a_second(house: FaultyHouse, order: Assignment) -> int:
+    house.engine = engine = Silent(house.clock)
+    house.submit(order)
+    for _ in range(1000):
+        house.step()
+        house.clock.now += 0.001
+    return engine.steps
+
+
+def test_rows_inside_that_wait_for_a_server_are_looked_at_often_only_where_somebody_waits_for_them() -> None:
+    bulk, urgent = FaultyHouse(), FaultyHouse()
+    assert looks_in_a_second(bulk, asks("idle")) <= 12
+    assert looks_in_a_second(urgent, asks("idle", interactive=True)) >= 50
+    # The server works on them all the time.
+    assert bulk.executor.busy_s() == pytest.approx(1.0, abs=0.2)
+
+
+@pytest.mark.parametrize("interactive", [False, True])
+def test_work_that_comes_while_rows_inside_wait_for_a_server_is_let_in_at_once(interactive: bool) -> None:
+    house = FaultyHouse()
+    house.engine = engine = Silent(house.clock)
+    house.submit(asks("idle"))
+    while house.step():
+        pass
+    house.submit(asks("more", interactive=interactive))
+    house.step()
+    assert sorted(one[0] for rows in engine.each.values() for one in rows.values()) == ["idle", "more"]
+
+
 # -- memory comes back
 
 

@@ -218,6 +218,17 @@ def test_on_a_cpu_the_context_fits_into_its_cache(
     assert "--gpu-memory-utilization" not in called.options
 
 
+def test_vllm_counts_its_threads_by_itself_and_knows_no_secret(
+    start: Start, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "MOTET_TOKEN"):
+        monkeypatch.setenv(name, "2")
+    monkeypatch.setenv("OMP_WAIT_POLICY", "PASSIVE")
+    env = start(SMALL, None).env
+    assert not {"OMP_NUM_THREADS", "MKL_NUM_THREADS", "MOTET_TOKEN"} & env.keys()
+    assert env["OMP_WAIT_POLICY"] == "PASSIVE"
+
+
 def test_it_may_take_longer_to_start_than_other_engines() -> None:
     from workers.engines.served.vllm import START_S
     from workers.run.executor import LOAD_S

@@ -70,6 +70,23 @@ def test_a_model_is_fetched_once_and_laid_out_under_its_own_names(tmp_path: Path
     assert len(shelf.asked) == 2
 
 
+def test_a_model_that_is_loaded_again_lies_in_the_same_place_and_beside_another_load_in_its_own(
+    tmp_path: Path,
+) -> None:
+    shelf = Shelf(b"x")
+    cache = BlobCache(tmp_path, shelf, limit_mb=1)
+    model = a_model(config__json=b"x")
+    with cache.folder(model) as files:
+        first = files["config.json"]
+        with BlobCache(tmp_path, shelf, limit_mb=1).folder(model) as beside:
+            assert beside["config.json"] != first
+            assert beside["config.json"].read_bytes() == b"x"
+        assert first.read_bytes() == b"x"
+    with cache.folder(model) as files:
+        assert files["config.json"] == first
+    assert not list((tmp_path / "folders").iterdir())
+
+
 def test_files_in_folders_keep_their_relative_paths(tmp_path: Path) -> None:
     model = Manifest(
         name="m", version="1", engine="e", answers="vector", files={"1_Pooling/config.json": digest(b"x")}

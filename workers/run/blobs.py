@@ -2,7 +2,7 @@
 
 <cache>/blobs/<sha256>         a file, named by what it holds; least recently used ones go first
 <cache>/partial/<sha256>       a download under way, and the lock of whoever is at it
-<cache>/folders/<random>/      a model's files under their own names, while it is being loaded
+<cache>/folders/<digest>-<n>/  a model's files under their own names, while it is being loaded
 """
 
 from __future__ import annotations
@@ -10,10 +10,10 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import hashlib
+import itertools
 import logging
 import os
 import shutil
-import tempfile
 import time
 from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
@@ -91,12 +91,29 @@ class BlobCache:
         if not model.files:
             yield {}
             return
-        with tempfile.TemporaryDirectory(dir=self._folders, ignore_cleanup_errors=True) as root:
-            files = {name: Path(root, check_name(name)) for name in model.files}
+        with self._own_folder(model) as root:
+            files = {name: root / check_name(name) for name in model.files}
             for name, path in files.items():
                 path.parent.mkdir(parents=True, exist_ok=True)
                 self._place(model.files[name], path)
             yield files
+
+    @contextmanager
+    def _own_folder(self, model: Manifest) -> Iterator[Path]:
+        """An empty folder that no other process has, removed at the end. The same model mostly gets the same name.
+
+        vLLM keeps what it compiles under the path of the model: under a name that is never used again, every load would
+        compile anew.
+        """
+        for number in itertools.count():
+            root = self._folders / f"{model.digest[:32]}-{number}"
+            with contextlib.suppress(FileExistsError):
+                root.mkdir(mode=0o700)
+                break
+        try:
+            yield root
+        finally:
+            shutil.rmtree(root, ignore_errors=True)
 
     def ensure(self, sha256: str) -> Path:
         """The file with this content, downloaded where it is missing. Raises CannotFetch."""

@@ -130,6 +130,11 @@ class Stream:
         return bool(self._inside or self.suspects)
 
     @property
+    def waited_for(self) -> bool:
+        """Somebody waits for a row that is inside."""
+        return any(work.interactive for work, _ in self._inside.values())
+
+    @property
     def alone(self) -> bool:
         """A suspect of killing its process is inside."""
         return any(work.exclusive for work, _ in self._inside.values())
@@ -217,9 +222,10 @@ class Stream:
 
     def forget(self, held: Callable[[Work], bool]) -> None:
         """Put out the rows for which nobody waits any more. Raises DeviceBroken, Unsound."""
-        gone = [ticket for ticket, (work, _) in self._inside.items() if not held(work)]
-        if gone:
-            self._take_out(gone)
+        # Asked for each work, not for each of its rows: this is done at every turn.
+        left = {work for work in {work for work, _ in self._inside.values()} if not held(work)}
+        if left:
+            self._take_out([ticket for ticket, (work, _) in self._inside.items() if work in left])
         for group in self.suspects:
             group.rows = [one for one in group.rows if held(one[0])]
         self.suspects = [group for group in self.suspects if group.rows]
