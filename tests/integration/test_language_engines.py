@@ -211,7 +211,9 @@ def test_several_tasks_read_a_text_once(choir: Choir) -> None:
     (alone,) = choir.answers(tasks["two"], [text])
     assert answer(row.columns["two"], tasks["two"]) == alone
     # A server may get them in either order.
-    tokens_in, cached, tokens_out, seconds = max((row.spent[name] for name in ("one", "two")), key=itemgetter(1))
+    tokens_in, cached, tokens_out, seconds = max(
+        (row.spent[name] for name in ("one", "two")), key=itemgetter(1)
+    )
     assert 0 < cached < tokens_in
     assert 0 < tokens_out <= 12
     assert seconds > 0
