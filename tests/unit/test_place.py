@@ -882,6 +882,23 @@ def test_a_busy_host_answers_interactive_work_before_an_idle_worker_that_must_lo
     assert names(cluster.want(demand("i", 1, priority=INTERACTIVE)).place()) == ["a"]
 
 
+def test_interactive_work_waits_for_no_model_that_is_loaded_for_others_where_another_worker_holds_its_own() -> None:
+    cluster = Cluster().join(worker("a", A)).want(demand("other", model=B))
+    assert names(cluster.place(1)) == ["a"]
+    cluster.now = 1.0
+    cluster.join(worker("b", A)).want(demand("bulk"))
+    cluster.place()
+    assert names(cluster.want(demand("i", 1, priority=INTERACTIVE)).place()) == ["b"]
+
+
+def test_interactive_work_goes_around_a_worker_that_hangs() -> None:
+    cluster = Cluster().join(worker("a", A), worker("b", A))
+    assert names(cluster.want(demand("i", 1, priority=INTERACTIVE)).place()) == ["a"]
+    cluster.now = 2.0
+    for i in range(2, 5):
+        assert names(cluster.want(demand(f"i{i}", 1, priority=INTERACTIVE)).place()) == ["b"], i
+
+
 def test_interactive_work_does_not_queue_behind_other_interactive_work_while_another_lane_is_free() -> None:
     cluster = Cluster(ahead_s=9.0).join(worker("a", A)).want(demand("bulk", 10**6))
     cluster.place()
