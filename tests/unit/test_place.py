@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
 from motet.protocol.manifest import Manifest
+from scheduler.policy.carve import Frontier, OpenBlock, carve
 from scheduler.policy.cost import Rate, Rates
 from scheduler.policy.fairness import BULK, INTERACTIVE, NORMAL, Account
 from scheduler.policy.place import Placer
@@ -880,6 +881,19 @@ def test_a_busy_host_answers_interactive_work_before_an_idle_worker_that_must_lo
     cluster.join(worker("b"))
     assert cluster.place() == []
     assert names(cluster.want(demand("i", 1, priority=INTERACTIVE)).place()) == ["a"]
+
+
+def test_rows_that_callers_wait_for_together_are_shared_out_among_the_hosts_of_their_model() -> None:
+    each_bytes = 7
+    calls = demand("i", 32, priority=INTERACTIVE, bytes_waiting=32 * each_bytes)
+    cumulative = range(0, 17 * each_bytes, each_bytes)
+    for hosts, rows in (("a", 32), ("ab", 16)):
+        cluster = Cluster().join(*(worker(name, A) for name in hosts)).want(calls)
+        placed = next(cluster.policy.place(0.0))
+        blocks = [OpenBlock(number, 0, 16, 1, cumulative) for number in range(2)]
+        carved = carve(Frontier(blocks=blocks), placed.budget_s, placed.price, least=placed.least)
+        assert carved is not None
+        assert carved.rows == rows, hosts
 
 
 def test_interactive_work_waits_for_no_model_that_is_loaded_for_others_where_another_worker_holds_its_own() -> None:

@@ -39,6 +39,9 @@ SAMPLE = 16
 _LANE = 2
 #: Seconds until a worker comes to interactive work where it is busy with other work: one micro-batch.
 _BUSY_S = 0.05
+#: Rows that callers wait for are shared out among the workers that hold their model, where they take more seconds than this.
+#: Larger: callers wait for the rows of others while another worker is idle. Smaller: more messages for the same rows.
+_TOGETHER_S = 0.1
 #: Interactive work hangs that has taken this many times what was predicted, and so many seconds beside. Larger: callers are
 #: sent to a worker that hangs for longer. Smaller: chance decides who answers.
 _HANGS, _HANGS_S = 3.0, 0.25
@@ -202,17 +205,19 @@ class Choice:
         price = self._predictions.price(worker, entry)
         work_s = price.of(entry.rows, entry.bytes)
         devices = self._predictions.devices(entry.queue, worker, now) / entry.queue.waiting
-        least = 1
+        least, interactive = 1, entry.demand.priority == INTERACTIVE
         if entry.queue.model.answers == "text":
             # A row's seconds depend on how many rows are beside it. A sub-task fills a part of the slots, whatever was
             # learned of rows that were alone.
             part = decode_slots(worker.kind[0], entry.queue.model.engine) // _SLOTS_PART
             least = max(1, min(part, int(entry.rows / (2 * devices))))
-        elif entry.demand.priority == INTERACTIVE and WHOLE_ROWS * work_s <= self._subtask_s * entry.rows:
+        elif interactive and WHOLE_ROWS * work_s <= self._subtask_s * entry.rows:
             least = WHOLE_ROWS
         # Of an upload more is on its way: what has landed is shared out whole, and nothing is kept for an even end.
         remaining_s = 2 * work_s if entry.demand.loading else work_s
         budget_s = size_s(self._subtask_s, remaining_s, devices)
+        if interactive and entry.queue.model.answers != "text":
+            budget_s = min(budget_s, max(_TOGETHER_S, work_s / max(1, len(entry.queue.hosts))))
         if entry.queue.model.reads != "text":
             most = max(1, PICTURE_TOKENS // max(1, entry.queue.model.max_tokens))
             budget_s = min(budget_s, price.of(most, entry.bytes * most / max(1, entry.rows)))
