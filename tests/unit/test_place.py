@@ -896,7 +896,9 @@ def test_rows_that_callers_wait_for_together_are_shared_out_among_the_hosts_of_t
         assert carved.rows == rows, hosts
 
 
-def test_interactive_work_waits_for_no_model_that_is_loaded_for_others_where_another_worker_holds_its_own() -> None:
+def test_interactive_work_waits_for_no_model_that_is_loaded_for_others_where_another_worker_holds_its_own() -> (
+    None
+):
     cluster = Cluster().join(worker("a", A)).want(demand("other", model=B))
     assert names(cluster.place(1)) == ["a"]
     cluster.now = 1.0
