@@ -883,17 +883,29 @@ def test_a_busy_host_answers_interactive_work_before_an_idle_worker_that_must_lo
     assert names(cluster.want(demand("i", 1, priority=INTERACTIVE)).place()) == ["a"]
 
 
-def test_rows_that_callers_wait_for_together_are_shared_out_among_the_hosts_of_their_model() -> None:
-    each_bytes = 7
-    calls = demand("i", 32, priority=INTERACTIVE, bytes_waiting=32 * each_bytes)
-    cumulative = range(0, 17 * each_bytes, each_bytes)
-    for hosts, rows in (("a", 32), ("ab", 16)):
-        cluster = Cluster().join(*(worker(name, A) for name in hosts)).want(calls)
-        placed = next(cluster.policy.place(0.0))
-        blocks = [OpenBlock(number, 0, 16, 1, cumulative) for number in range(2)]
-        carved = carve(Frontier(blocks=blocks), placed.budget_s, placed.price, least=placed.least)
-        assert carved is not None
-        assert carved.rows == rows, hosts
+@pytest.mark.parametrize(
+    ("hosts", "before", "rows"),
+    [
+        pytest.param("a", 0, 32, id="alone"),
+        pytest.param("ab", 0, 16, id="idle"),
+        pytest.param("ab", 1, 16, id="done-soon"),
+        pytest.param("ab", 20, 32, id="busy"),
+    ],
+)
+def test_rows_that_callers_wait_for_together_are_shared_out_among_hosts_that_come_to_them_soon(
+    hosts: str, before: int, rows: int
+) -> None:
+    # A row of 7 bytes takes 7 ms.
+    each = 7
+    cluster = Cluster().join(*(worker(name, A) for name in hosts))
+    if before:
+        cluster.want(demand("i0", before, priority=INTERACTIVE, bytes_waiting=before * each)).place()
+    cluster.want(demand("i", 32, priority=INTERACTIVE, bytes_waiting=32 * each))
+    placed = next(cluster.policy.place(0.0))
+    blocks = [OpenBlock(number, 0, 16, 1, range(0, 17 * each, each)) for number in range(2)]
+    carved = carve(Frontier(blocks=blocks), placed.budget_s, placed.price, least=placed.least)
+    assert carved is not None
+    assert carved.rows == rows
 
 
 def test_interactive_work_waits_for_no_model_that_is_loaded_for_others_where_another_worker_holds_its_own() -> (

@@ -39,8 +39,8 @@ SAMPLE = 16
 _LANE = 2
 #: Seconds until a worker comes to interactive work where it is busy with other work: one micro-batch.
 _BUSY_S = 0.05
-#: Rows that callers wait for are shared out among the workers that hold their model, where they take more seconds than this.
-#: Larger: callers wait for the rows of others while another worker is idle. Smaller: more messages for the same rows.
+#: Rows that callers wait for are shared out among the workers that hold their model and come to them soon, where they take
+#: more seconds than this. Larger: callers wait for the rows of others while another worker is idle. Smaller: more messages.
 _TOGETHER_S = 0.1
 #: Interactive work hangs that has taken this many times what was predicted, and so many seconds beside. Larger: callers are
 #: sent to a worker that hangs for longer. Smaller: chance decides who answers.
@@ -217,7 +217,9 @@ class Choice:
         remaining_s = 2 * work_s if entry.demand.loading else work_s
         budget_s = size_s(self._subtask_s, remaining_s, devices)
         if interactive and entry.queue.model.answers != "text":
-            budget_s = min(budget_s, max(_TOGETHER_S, work_s / max(1, len(entry.queue.hosts))))
+            hosts = islice(entry.queue.hosts.values(), SAMPLE)
+            soon = sum(_comes_in_s(host, now) <= work_s / 2 for host in hosts)
+            budget_s = min(budget_s, max(_TOGETHER_S, work_s / max(1, soon)))
         if entry.queue.model.reads != "text":
             most = max(1, PICTURE_TOKENS // max(1, entry.queue.model.max_tokens))
             budget_s = min(budget_s, price.of(most, entry.bytes * most / max(1, entry.rows)))
