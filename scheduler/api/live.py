@@ -47,9 +47,9 @@ _AGAIN_S = 0.25
 GROUP_ROWS, GROUP_BYTES = 16, 256 * 1024
 #: Groups under way for each worker, and in all: less, and workers wait for the next group; more, and groups stay small.
 _EACH, _LEAST, _MOST = 2, 2, 64
-#: Seconds for which an ask waits for company while others are under way. Longer: callers wait although a worker may be
-#: idle. Shorter: the first of those who ask again together lands alone, and a transaction serves one row.
-_PATIENCE_S = 0.005
+#: Seconds for which an ask waits for company at most, while others are under way. Longer: callers wait although a worker
+#: may be idle. Shorter: the first of those who ask again together land alone, and a transaction serves few rows.
+_PATIENCE_S = 0.02
 #: Where text is written a group is one ask, and a worker writes many at once: as many more than it can as this.
 #: Less: places of a language model stay empty between two asks; more: rows wait where no refusal is free.
 _AHEAD = 1.25

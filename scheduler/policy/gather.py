@@ -4,6 +4,7 @@ An *ask* is one caller's rows; a *group* is the asks that land as one block in o
 (RFC 896) decides when: a group lands at once where none is under way, soon while fewer than ``width`` are, else when
 one of them is answered. A lone caller never waits for company, and groups grow as far as the cluster is behind. Soon,
 and not at once, since those who were answered together ask again together: the first of them is not to land alone.
+They are complete when a group has its share of all rows that wait or are under way: nobody waits beyond that.
 
 Rows wait here and not in Postgres, since here a refusal is free: nothing was stored that must be undone.
 """
@@ -80,7 +81,7 @@ class Gatherer(Generic[C]):
     max_bytes: int
     #: A group is one ask: where a pass writes text, callers do not wait for each other's answers.
     alone: bool = False
-    #: Seconds for which an ask waits for company while others are under way.
+    #: Seconds for which an ask waits for company at most, while others are under way.
     patience_s: float = 0.0
     #: Seconds from landing to answer per row, smoothed.
     row_s: float = FIRST_ROW_S
@@ -90,6 +91,8 @@ class Gatherer(Generic[C]):
     #: Nobody in the queue gives up before.
     _soonest: float = inf
     _under_way: set[Group[C]] = field(default_factory=set)
+    #: Rows that waited or were under way when the last group landed.
+    _were_here: int = 0
 
     @property
     def waiting_rows(self) -> int:
@@ -135,6 +138,7 @@ class Gatherer(Generic[C]):
         """The group to land now, or None: nobody waits, enough is under way, or company may come."""
         if not self._queue or len(self._under_way) >= self.width or self.patient_until() > now:
             return None
+        self._were_here = self._here()
         asks, rows, size = list[Waiting[C]](), 0, 0
         while self._queue and not (asks and self.alone):
             ask = next(iter(self._queue))
@@ -152,9 +156,17 @@ class Gatherer(Generic[C]):
 
     def patient_until(self) -> float:
         """Until when those that wait, wait for company; -inf: they do not."""
-        if not self._queue or not self._under_way or self.alone or self._rows >= self.max_rows:
+        if not self._queue or not self._under_way or self.alone or self._rows >= self._enough():
             return -inf
         return next(iter(self._queue)).since + self.patience_s
+
+    def _enough(self) -> int:
+        """Rows with which a group need not wait for more: one group's share of all that are here, or were when the last
+        group landed, since who was answered asks again."""
+        return min(self.max_rows, ceil(max(self._here(), self._were_here) / self.width))
+
+    def _here(self) -> int:
+        return self._rows + sum(group.rows for group in self._under_way)
 
     def answered(self, group: Group[C], now: float) -> None:
         """Its cells are sealed, and the next group may land. Twice is harmless."""

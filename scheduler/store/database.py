@@ -65,7 +65,8 @@ class Database:
                 "connect_timeout": 3,
                 "application_name": "motet",
                 # Whoever freezes inside a transaction, the leader above all, must not hold its locks for ever.
-                "options": "-c idle_in_transaction_session_timeout=5s -c lock_timeout=3s -c statement_timeout=30s",
+                "options": "-c idle_in_transaction_session_timeout=5s -c lock_timeout=3s -c statement_timeout=30s"
+                " -c plan_cache_mode=force_generic_plan",
                 "keepalives_idle": 10,
                 "tcp_user_timeout": 15_000,
             },

@@ -46,14 +46,36 @@ def test_while_enough_is_under_way_callers_gather_and_land_together_at_the_next_
 
 
 def test_those_who_ask_again_together_land_together() -> None:
-    g = gatherer(patience_s=0.005)
-    g.add(ask("alone"), 0.0)
-    assert callers(g.next(0.0)) == ["alone"]
-    for i, name in enumerate("abc"):
-        g.add(ask(name), 1.0 + i / 1000)
-        assert g.next(1.0 + i / 1000) is None
-    assert g.patient_until() == 1.005
-    assert callers(g.next(1.005)) == ["a", "b", "c"]
+    g = gatherer(width=3, patience_s=0.02)
+    g.add(ask("long"), 0.0)
+    assert callers(g.next(0.0)) == ["long"]
+    for name in "abcdef":
+        g.add(ask(name), 0.0)
+    group = g.next(0.0)
+    assert callers(group) == list("abcdef")
+    g.answered(group, 1.0)  # type: ignore[arg-type]
+    g.add(ask("a"), 1.0)
+    g.add(ask("b"), 1.001)
+    assert g.next(1.001) is None
+    assert g.patient_until() == 1.02
+    g.add(ask("c"), 1.002)
+    # Seven were here, so three are one group's share: the others are answered in another one.
+    assert callers(g.next(1.002)) == ["a", "b", "c"]
+
+
+def test_nobody_waits_longer_for_those_who_do_not_come_again() -> None:
+    g = gatherer(width=3, patience_s=0.02)
+    g.add(ask("long"), 0.0)
+    g.next(0.0)
+    for name in "abcdef":
+        g.add(ask(name), 0.0)
+    g.answered(g.next(0.0), 1.0)  # type: ignore[arg-type]
+    g.add(ask("a"), 1.0)
+    assert g.next(1.019) is None
+    assert callers(g.next(1.02)) == ["a"]
+    # Two are here: neither waits for those who went.
+    g.add(ask("b"), 1.03)
+    assert callers(g.next(1.03)) == ["b"]
 
 
 def test_nobody_waits_for_company_behind_a_full_group() -> None:
