@@ -12,6 +12,7 @@ import signal
 import statistics
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -30,8 +31,10 @@ from motet.protocol.settings import Settings
 from motet.protocol.transport import OUTCOMES, WORKERS, RedisTransport, queue_name
 from motet.protocol.transport.keys import beat_key, control_key
 from scheduler.audit import Differences
-from scheduler.dispatcher import Dispatcher, look_for_circles_rarely
+from scheduler.dispatcher import Dispatcher
+from scheduler.leading import look_for_circles_rarely
 from scheduler.policy.cost import Workload
+from scheduler.publishing import Publisher
 from scheduler.store.listening import Listener
 from scheduler.store.rates import Timed, learn
 from scheduler.store.words import SILENCE
@@ -43,6 +46,8 @@ DEPTH = 3
 ROWS = 12
 #: Times that a tenth of all workers is given new work at once: enough to tell how many sub-tasks that are a second.
 REFILLS = 3
+#: Stages of what is done beside the step: no part of its wall clock.
+BESIDE = "beside: "
 #: Seconds between two looks at beats: the beat step's.
 BEAT_STEP_S = 0.25
 
@@ -87,6 +92,12 @@ class Leading:
         return max(lap.seconds for lap in (*self.idle, *self.filling, *self.changed, *self.refilling))
 
     @property
+    def step_us(self) -> tuple[float, float]:
+        """Of whole steps for each sub-task, as in ``stages``: all of these but what is done beside."""
+        stages = [both for stage, both in self.stages.items() if not stage.startswith(BESIDE)]
+        return sum(wall for wall, _ in stages), sum(cpu for _, cpu in stages)
+
+    @property
     def subtasks_s(self) -> float:
         """Taken in as ended, placed, leased, packed and published again a second, while all leases but these are live."""
         return sum(lap.sent for lap in self.refilling) / max(1e-9, sum(lap.seconds for lap in self.refilling))
@@ -99,7 +110,16 @@ class Led:
         self._stack = stage.database()
         self.database = self._stack.__enter__()
         self.listener = Listener(self.database)
-        self.dispatcher = Dispatcher(self.database, transport, Settings(leader_lease_s=600))
+        publisher = Publisher(
+            {
+                "MOTET_DATABASE_URL": self.database.engine.url.render_as_string(hide_password=False),
+                "MOTET_REDIS_URL": stage.redis.scheduler,
+            }
+        )
+        self.publisher = publisher
+        self.dispatcher = Dispatcher(
+            self.database, transport, Settings(leader_lease_s=600), publisher=publisher
+        )
         self._step_at = 0.0
         look_for_circles_rarely()
 
@@ -139,6 +159,11 @@ class Led:
         for _ in range(8):
             self.lap(beats=True)
 
+    def peak_mb(self) -> float:
+        """Largest resident set of this process and the publisher's together."""
+        publisher = self.publisher.pid
+        return peak_rss_mb(os.getpid()) + (peak_rss_mb(publisher) if publisher is not None else 0.0)
+
     def close(self) -> None:
         self.dispatcher.stop()
         self.listener.close()
@@ -147,11 +172,12 @@ class Led:
 
 class Stages:
     """What the stages of a dispatcher's steps take while it is counted: each is a method that is called through a watch,
-    and what another stage takes inside of it counts there alone. Together they are all of a step."""
+    and what another stage takes inside of it counts there alone. Together they are all of a step, but for what the leader
+    does beside it."""
 
     def __init__(self, dispatcher: Dispatcher) -> None:
         self._taken: dict[str, list[float]] = {}
-        self._inside: list[list[float]] = []
+        self._thread = threading.local()
         self._counts = False
         for stage, owner, method in (
             ("all else", dispatcher, "step"),
@@ -164,6 +190,8 @@ class Stages:
             ("lease", dispatcher, "_lease"),
             ("render", dispatcher._payloads, "assignments"),
             ("pack and publish", dispatcher.transport, "publish_all"),
+            ("wait for what is beside", dispatcher._beside, "end"),
+            ("wait for the publisher", dispatcher, "_end_publishing"),
             ("take over", dispatcher, "_take_over"),
             ("tell workers", dispatcher._controls, "tell"),
             ("chores, audit", dispatcher, "_look_after"),
@@ -172,21 +200,28 @@ class Stages:
 
     def _watch(self, stage: str, owner: object, method: str) -> None:
         act = getattr(owner, method)
-        taken = self._taken[stage] = [0.0, 0.0]
+        self._taken[stage] = [0.0, 0.0]
+        stepping = threading.current_thread()
 
         def watched(*arguments: object) -> object:
+            taken = self._taken[stage]
+            if threading.current_thread() is not stepping:
+                taken = self._taken.setdefault(f"{BESIDE}{stage}", [0.0, 0.0])
+            if not hasattr(self._thread, "inside"):
+                self._thread.inside = []
+            around: list[list[float]] = self._thread.inside
             inside = [0.0, 0.0]
-            self._inside.append(inside)
+            around.append(inside)
             cpu_s, began = time.thread_time(), time.perf_counter()
             try:
                 return act(*arguments)
             finally:
                 spent = (time.perf_counter() - began, time.thread_time() - cpu_s)
-                self._inside.pop()
+                around.pop()
                 for i in (0, 1):
                     taken[i] += self._counts * (spent[i] - inside[i])
-                    if self._inside:
-                        self._inside[-1][i] += spent[i]
+                    if around:
+                        around[-1][i] += spent[i]
 
         setattr(owner, method, watched)
 
@@ -338,6 +373,7 @@ def leading(stage: Stage, count: int, *, looks: int, patience_s: float) -> Leadi
             stages = Stages(led.dispatcher)
             for _ in range(REFILLS):
                 refilling += freed(stage, crowd, max(1, count // 10), led, stages)
+            dispatcher_mb = led.peak_mb()
             job.cancel()
             for _ in range(3):
                 led.lap(beats=True)
@@ -353,7 +389,7 @@ def leading(stage: Stage, count: int, *, looks: int, patience_s: float) -> Leadi
         refilling=refilling,
         stages=stages.each(sum(lap.sent for lap in refilling)),
         leases=leases,
-        dispatcher_mb=peak_rss_mb(os.getpid()),
+        dispatcher_mb=dispatcher_mb,
         valkey_bytes=valkey_bytes,
     )
 

@@ -14,7 +14,7 @@ are filled with three sub-tasks each; and full, while a hundredth of the leases 
 the workers held has been answered. Last line, JSON: idle_step_ms and full_step_ms (medians of beat steps, wall clock),
 subtasks_s (taken in as ended, placed, leased, packed and published anew a second of all steps from the word that they ended
 until that tenth has work, while all else is live; the aggregator has recorded them before, and the leader's beat steps
-went on meanwhile: else that second would pay for several ones of beats and leases), dispatcher_mb (largest resident set of this process, the client included), longest_step_s, and
+went on meanwhile: else that second would pay for several ones of beats and leases), dispatcher_mb (largest resident sets of this process, the client included, and of the one that publishes), longest_step_s, and
 step_slope_idle and step_slope_full (log-log slopes over the numbers of workers).
 
 With ``--texts N`` a cluster of two real CPU workers answers the demo's four tasks for N of its texts, three times each: as
@@ -40,7 +40,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).parent))
 
 from harness import cluster, cluster_folder, finish, options, say, table, texts
-from leading import ROWS, Lap, Leading, know_the_speed, leading
+from leading import BESIDE, ROWS, Lap, Leading, know_the_speed, leading
 from stage import Run, Stage, drive
 from uploading import Wait, median, wait_for
 
@@ -107,8 +107,9 @@ def tell_stages(found: Leading) -> None:
         [
             (stage, f"{wall:.1f}", f"{cpu:.1f}")
             for stage, (wall, cpu) in [
-                *found.stages.items(),
-                ("all", tuple(map(sum, zip(*found.stages.values(), strict=True)))),
+                *((stage, both) for stage, both in found.stages.items() if not stage.startswith(BESIDE)),
+                ("all", found.step_us),
+                *((stage, both) for stage, both in found.stages.items() if stage.startswith(BESIDE)),
             ]
         ],
     )

@@ -1,5 +1,6 @@
 """``python -m scheduler api | dispatch | aggregate | migrate | bootstrap``: one process each.
 
+The leader starts ``python -m scheduler publish`` itself where there are very many workers.
 ``python -m scheduler health api | dispatch | aggregate`` asks from beside one whether it does its work, and
 ``python -m scheduler simulate`` tries jobs on a cluster that is only numbers.
 """
@@ -9,6 +10,7 @@ from __future__ import annotations
 import argparse
 import logging
 import signal
+import socket
 import sys
 import threading
 from pathlib import Path
@@ -60,7 +62,9 @@ def _api(settings: Settings, _: argparse.Namespace) -> None:
 def _dispatch(settings: Settings, _: argparse.Namespace) -> None:
     with importing_for_good():
         from motet.protocol.transport import RedisTransport
-        from scheduler.dispatcher import Dispatcher, run
+        from scheduler.dispatcher import Dispatcher
+        from scheduler.leading import run
+        from scheduler.publishing import Publisher
         from scheduler.store.database import Database
         from scheduler.store.listening import Listener
 
@@ -68,7 +72,26 @@ def _dispatch(settings: Settings, _: argparse.Namespace) -> None:
     database = Database(settings.database_url, pool=2)
     transport = RedisTransport(settings.redis_url, payload_ttl_s=settings.payload_ttl_s)
     traces.configure("dispatch", settings.traces)
-    run(Dispatcher(database, transport, settings), Listener(database), _stopping())
+    dispatcher = Dispatcher(database, transport, settings, publisher=Publisher())
+    run(dispatcher, Listener(database), _stopping())
+    database.close()
+
+
+def _publish(settings: Settings, _: argparse.Namespace) -> None:
+    with importing_for_good():
+        from motet.protocol.transport import RedisTransport
+        from scheduler.payloads import Payloads
+        from scheduler.publishing import serve
+        from scheduler.store.database import Database
+        from scheduler.store.manifests import Manifests
+
+    # It ends with the leader, which may have orders for it until then.
+    _stopping()
+    settings.need("database_url", "redis_url")
+    database = Database(settings.database_url, pool=1)
+    transport = RedisTransport(settings.redis_url, payload_ttl_s=settings.payload_ttl_s)
+    traces.configure("dispatch", settings.traces)
+    serve(socket.socket(fileno=sys.stdin.fileno()), transport, Payloads(database, Manifests()))
     database.close()
 
 
@@ -119,6 +142,7 @@ PROCESSES = {
     "api": _api,
     "dispatch": _dispatch,
     "aggregate": _aggregate,
+    "publish": _publish,
     "migrate": _migrate,
     "bootstrap": _bootstrap,
     "health": _health,

@@ -11,20 +11,17 @@ where words were missed, and, slice by slice, by the audit (scheduler/audit.py).
 
 from __future__ import annotations
 
-import gc
 import logging
-import threading
-import time
-from collections.abc import Collection, Container, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Container, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from itertools import count, islice
 from typing import cast
 from uuid import UUID
 
-from motet.protocol import traces
 from motet.protocol.settings import Settings
-from motet.protocol.transport import SchedulerTransport, TransportLost
+from motet.protocol.transport import SchedulerTransport
 from motet.protocol.wire import Beat
 from motet.states import State
 from scheduler.audit import Audit, Differences
@@ -44,15 +41,15 @@ from scheduler.policy.placing.entries import Flight
 from scheduler.policy.placing.rebalancing import TEND_S, Clone, Recall
 from scheduler.policy.placing.records import Demand, Placement
 from scheduler.policy.pressure import throttle
-from scheduler.pulse import pulse
+from scheduler.publishing import Publisher, publish
+from scheduler.side_thread import SideThread
 from scheduler.speeds import Speeds
 from scheduler.store import drains, dropping, leases
 from scheduler.store.database import Database, StoreUnavailable
 from scheduler.store.demand import Lengths, all_jobs_waiting, demand_of, ends_and_demand, frontier
 from scheduler.store.endings import end_job, overdue
-from scheduler.store.leadership import NotLeading, fence, lead, record_transport, resign
+from scheduler.store.leadership import fence, lead, record_transport, resign
 from scheduler.store.leases import Cut, Fate, Held, Leased, LeaseKey
-from scheduler.store.listening import Listener
 from scheduler.store.manifests import Manifests
 from scheduler.store.outcomes import record_given_up
 from scheduler.store.words import EVERYTHING, SILENCE, Words
@@ -71,8 +68,9 @@ _SWEEP_S = 30.0
 #: Sub-tasks sent in one step at most. More: a step lasts longer, and the next beat step begins later. Fewer: the
 #: statements of a step are shared by fewer.
 MOST_PER_STEP = 256
-#: Sub-tasks whose payloads are built before they are sent. More: more texts are in memory at once.
-_BUILT_AT_ONCE = 64
+#: Leases that are extended beside the step, and workers that are heard while Postgres is asked, or for which a process of
+#: its own publishes, at least. For fewer the handing over takes longer than it saves.
+_MANY_LEASES, _MANY_WORKERS = 100, 1_000
 #: Workers that the policy learns of in one beat step at most: ten thousand that come at once would make it too long.
 _WORKERS_PER_STEP = 2_000
 #: What outcomes have taught is read so often.
@@ -94,11 +92,15 @@ class Dispatcher:
     epoch: int | None = None
     #: What audits of this process have found.
     differences: int = 0
+    #: Sends the sub-tasks of full steps; None: the step does so itself.
+    publisher: Publisher | None = None
 
     def __post_init__(self) -> None:
         self._manifests, self._lengths = Manifests(), Lengths()
         self._payloads = Payloads(self.database, self._manifests)
         self._flight_numbers = count()
+        #: Extends many leases, and asks for flags, within a step.
+        self._beside = SideThread()
         self._renew_at = self._chores_at = self._sweep_at = 0.0
         #: When leases of live workers that did not survive an emptied Redis are given up; None: it was not emptied.
         self._hear_again_at: float | None = None
@@ -154,9 +156,11 @@ class Dispatcher:
     def _step(self, epoch: int, now: float) -> int:
         beats = now >= self._beat_at or self._words.everything or self._words.drains
         if beats:
+            self._beside.end()
             self._look(epoch, now)
         sent = self._quick_step(epoch, now)
         if beats:
+            self._beside.end()
             sent += self._take_over(epoch, now)
             self._controls.tell(epoch, self._crew.live, self._book.keys(), self._flags.drained, now)
             self._look_after(epoch, now)
@@ -174,7 +178,11 @@ class Dispatcher:
         return max(_BREATH_S, due - now)
 
     def stop(self) -> None:
-        """Hand the lead over at once."""
+        """Hand the lead over, once all that is leased is sent."""
+        self._beside.end()
+        self._end_publishing()
+        if self.publisher is not None:
+            self.publisher.close()
         if self.epoch is not None:
             resign(self.database, self.me, self.epoch)
             self.epoch = None
@@ -295,13 +303,18 @@ class Dispatcher:
 
     def _look(self, epoch: int, now: float) -> None:
         """Hear all workers; rescue what is lost; tell the policy who may be given work."""
+        flags: Callable[[], Flags] = partial(self._read_flags, now)
+        if len(self._crew.live) >= _MANY_WORKERS:
+            flags = self._beside.begin(flags)
         changed = self._crew.hear(self.transport.hear(), now)
         # Whatever fails from here on, these are looked at again.
         self._doubtful |= changed.workers
         self._to_learn |= changed.themselves
         self._controls.due |= changed.workers
         self._beat_at = now + BEAT_STEP_S
-        self._read_flags(now)
+        if self.publisher is not None and len(self._crew.live) >= _MANY_WORKERS:
+            self.publisher.want(now)
+        self._heed(flags())
         if self._flags.late:
             dropping.expire(self.database, epoch, self._flags.late)
         self._touched |= self._stale
@@ -314,14 +327,19 @@ class Dispatcher:
             self._tend_at = now + TEND_S
             self._placer.tend(now)
 
-    def _read_flags(self, now: float) -> None:
-        """What operators, aggregators and the clock of the database say of workers and leases."""
-        before = self._flags
+    def _read_flags(self, now: float) -> Flags:
+        """What operators, aggregators and the clock of the database say of workers and leases. Speeds are learned too.
+
+        It may be done beside the step while workers are heard, so it touches nothing that hearing does."""
         with self.database.reading() as connection:
-            self._flags = flags = read_flags(connection, self.settings.lease_s / 2)
+            flags = read_flags(connection, self.settings.lease_s / 2)
             if now >= self._learned_at:
                 self._learned_at = now + _LEARN_S
                 self._placer.rates = self._speeds.read(connection, self._placer.rates)
+        return flags
+
+    def _heed(self, flags: Flags) -> None:
+        before, self._flags = self._flags, flags
         self._to_learn |= before.drained ^ flags.drained
         self._controls.due |= before.drained ^ flags.drained
         self._to_learn |= {r.worker for r in set(before.refusals) ^ set(flags.refusals)}
@@ -331,6 +349,9 @@ class Dispatcher:
         close those that are gone, and return their rows."""
         book, live, due = self._book, self._crew.live, self._flags.due
         wiped = self._was_emptied(epoch, now)
+        if wiped:
+            # Whatever no queue holds is given up.
+            self._end_publishing()
         asked: Container[LeaseKey] = book if wiped else due.keys() | self._never_sent
         candidates: dict[LeaseKey, Held] = {}
         for name in book.workers() if wiped else self._doubtful:
@@ -342,7 +363,11 @@ class Dispatcher:
         seen -= in_vain
         late = [key for key in due if key in seen]
         if late:
-            leases.extend(self.database, epoch, late, self.settings.lease_s)
+            extending = (self.database, epoch, late, self.settings.lease_s)
+            if len(late) < _MANY_LEASES:
+                leases.extend(*extending)
+            else:
+                self._beside.begin(leases.extend, *extending)
         gone = [
             h
             for key, h in candidates.items()
@@ -497,11 +522,14 @@ class Dispatcher:
         return int(MOST_PER_STEP * self._open_share)
 
     def _send(self, epoch: int, decided: Sequence[tuple[Cut, Flight]]) -> int:
-        if not decided:
-            return 0
         # Rows before messages: a crash in between leaves a lease to rescue, never a message without a row.
-        leased = self._lease(epoch, decided)
-        self._publish(leased)
+        leased = self._lease(epoch, decided) if decided else ()
+        # Those of the step before go first.
+        self._end_publishing()
+        # Behind a full step another one follows at once, and need not wait.
+        full = len(leased) >= MOST_PER_STEP
+        if not (full and self.publisher is not None and self.publisher.begin(leased)):
+            self._publish(leased)
         return len(leased)
 
     def _lease(self, epoch: int, decided: Sequence[tuple[Cut, Flight]]) -> Sequence[Leased]:
@@ -516,17 +544,21 @@ class Dispatcher:
         return leased
 
     def _publish(self, leased: Sequence[Leased]) -> None:
-        for some in (leased[i : i + _BUILT_AT_ONCE] for i in range(0, len(leased), _BUILT_AT_ONCE)):
-            began = time.time()
-            self.transport.publish_all(self._payloads.assignments(some))
-            for item in some:
-                _trace_sent(item, began)
+        publish(self.transport, self._payloads, leased)
+
+    def _end_publishing(self) -> None:
+        """Wait until all that is leased is sent. Raises what the publisher met."""
+        if self.publisher is not None:
+            self._publish(self.publisher.end())
 
     # -- take over, control and chores: the beat step's other half ------------------------------
 
     def _take_over(self, epoch: int, now: float) -> int:
         """Near the end of a pass: give idle workers what waits elsewhere, or a second lease of what lags. How many."""
         words = self._placer.late(now)
+        if words:
+            # What is taken back must not come into a queue afterwards.
+            self._end_publishing()
         keys = (cast("LeaseKey", w.flight.key) for w in words if isinstance(w, Recall))
         back = [h for key in keys if (h := self._book.get(key)) is not None]
         if back:
@@ -625,21 +657,6 @@ class Dispatcher:
             )
 
 
-def _trace_sent(item: Leased, began: float) -> None:
-    traces.add(
-        item.job,
-        traces.SEND,
-        began,
-        subtask=item.subtask,
-        attempt=item.attempt,
-        pass_number=item.pass_number,
-        worker=item.worker,
-        rows=item.carved.rows,
-        bytes=item.carved.bytes,
-        predicted_s=item.predicted_s,
-    )
-
-
 def _cut(p: Placement, carved: Carved, seconds: float) -> Cut:
     return Cut(
         job=p.demand.job,
@@ -658,43 +675,3 @@ def _rows_wanted(p: Placement, subtasks: int) -> int:
     """Rows that this many sub-tasks like the one placed would take."""
     row_s = max(1e-9, p.price.of(1, p.demand.bytes_waiting / max(1, p.demand.rows_waiting)) - p.price.start_s)
     return subtasks * min(MAX_ROWS, 1 + int(p.budget_s / row_s))
-
-
-def look_for_circles_rarely() -> None:
-    """Of a hundred thousand leases and beats that live for seconds nothing is garbage in circles, and looking through all
-    of them takes a third of a second."""
-    gc.freeze()
-    gc.set_threshold(5_000, 20, 200)
-
-
-def run(dispatcher: Dispatcher, wake: Listener, stopping: threading.Event) -> None:
-    """Step until ``stopping``. Trouble with Postgres or Redis is waited out."""
-    tick_s = dispatcher.settings.tick_s
-    beat = pulse(dispatcher.settings.pulse)
-    words = EVERYTHING
-    look_for_circles_rarely()
-    while not stopping.is_set():
-        beat()
-        try:
-            sent = dispatcher.step(time.monotonic(), words)
-            words = SILENCE
-            if dispatcher.epoch is None:
-                # What the leader is told is not for us, and nobody keeps it: to lead begins by reading everything.
-                wake.close()
-                stopping.wait(tick_s)
-                continue
-            if sent >= MOST_PER_STEP:
-                words = wake.wait(0.0)  # there may be room for more
-                continue
-        except NotLeading:
-            dispatcher.epoch = None
-            continue
-        except (StoreUnavailable, TransportLost) as trouble:
-            log.warning("waiting for a service", extra={"trouble": f"{type(trouble).__name__}: {trouble}"})
-            stopping.wait(tick_s)
-        words = wake.wait(dispatcher.rest_s(time.monotonic()))
-    wake.close()
-    try:
-        dispatcher.stop()
-    except StoreUnavailable:
-        log.warning("could not resign: the lease will run out by itself")

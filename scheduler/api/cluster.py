@@ -26,9 +26,9 @@ from scheduler.policy.liveness import speaks
 from scheduler.policy.pressure import PressureFacts, overloads, pressures, throttle
 from scheduler.store import drains
 from scheduler.store.database import StoreUnavailable
-from scheduler.store.leases import runs_by_worker
 from scheduler.store.rates import speeds
 from scheduler.store.registry import Registered, has_leader, models
+from scheduler.store.runs import runs_by_worker
 
 log = logging.getLogger(__name__)
 routes = Routes(tags=["cluster"])

@@ -11,6 +11,7 @@ import secrets
 from collections import Counter, defaultdict
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import accumulate
 from typing import Any, NamedTuple
 from uuid import UUID
 
@@ -183,35 +184,6 @@ def fates_in(rows: Iterable[Sequence[Any]]) -> dict[LeaseKey, Fate]:
     return {(subtask, attempt): Fate(*fate) for subtask, attempt, *fate in rows}
 
 
-_RUNS = text("""
-    SELECT l.worker, CASE WHEN j.tenant_id = :tenant THEN s.job_id END AS job,
-           CASE WHEN j.tenant_id = :tenant THEN p.kind ELSE '' END AS pass_kind,
-           count(*) AS subtasks, sum(s.n_rows) AS n_rows
-      FROM lease l JOIN subtask s ON s.id = l.subtask_id JOIN job j ON j.id = s.job_id
-      JOIN pass p ON p.job_id = s.job_id AND p.number = s.pass_number
-     GROUP BY 1, 2, 3 ORDER BY 1, min(l.leased)""")
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class HeldSubtasks:
-    """Sub-tasks of one job and pass kind that a worker holds leases of."""
-
-    #: None for jobs of other tenants, which are counted and not named.
-    job: UUID | None
-    pass_kind: str
-    subtasks: int
-    rows: int
-
-
-def runs_by_worker(connection: Connection, tenant: UUID) -> dict[str, list[HeldSubtasks]]:
-    """Who runs what now, by live leases: worker -> the tenant's jobs, oldest lease first, and all others."""
-    found: dict[str, list[HeldSubtasks]] = {}
-    for row in connection.execute(_RUNS, {"tenant": tenant}):
-        run = HeldSubtasks(job=row.job, pass_kind=row.pass_kind, subtasks=row.subtasks, rows=int(row.n_rows))
-        found.setdefault(row.worker, []).append(run)
-    return found
-
-
 # A lease that is locked is about to be deleted with its outcome recorded. To wait for that could be a deadlock.
 _EXTEND = text(f"""
     UPDATE lease SET until = clock_timestamp() + make_interval(secs => :lease_s)
@@ -227,8 +199,8 @@ _EXTEND_ALL = text(
 def extend(database: Database, epoch: int, keys: Sequence[LeaseKey], lease_s: float) -> None:
     """Keep these leases alive."""
     with database.transaction() as connection:
-        fence(connection, epoch)
-        connection.execute(_EXTEND, {**_attempts(keys), "lease_s": lease_s})
+        leads, _ = together(connection, fenced(epoch), (_EXTEND, {**_attempts(keys), "lease_s": lease_s}))
+        must_lead(leads)
 
 
 def extend_all(database: Database, epoch: int, lease_s: float) -> None:
@@ -251,10 +223,25 @@ _STILL_PIECES = text("SELECT id, job_id, pass_number FROM piece WHERE id = ANY(:
 _OPEN = text(f"""
     WITH k AS MATERIALIZED (
       SELECT nextval(pg_get_serial_sequence('subtask', 'id')) AS id, c.*
-        FROM (SELECT * FROM jsonb_to_recordset(CAST(:cuts AS jsonb)) AS c (
-                place int, job uuid, pass smallint, blocks int[], los int[], his int[], sizes bigint[], todo bigint,
-                n_rows int, bytes bigint, tries smallint, deaths smallint, exclusive boolean,
-                worker text, boot text, nonce text, device text, device_kind text, predicted_s real) ORDER BY place) c),
+        FROM (SELECT c.*, j.job, j.pass, d.device, d.device_kind,
+                     (CAST(:of_blocks AS int[]))[c.first : c.last] AS blocks,
+                     (CAST(:of_los AS int[]))[c.first : c.last] AS los, (CAST(:of_his AS int[]))[c.first : c.last] AS his,
+                     (CAST(:of_sizes AS bigint[]))[c.first : c.last] AS sizes
+                FROM ROWS FROM (
+                       unnest(CAST(:nth_pass AS int[])), unnest(CAST(:nth_device AS int[])),
+                       unnest(CAST(:firsts AS int[])), unnest(CAST(:lasts AS int[])), unnest(CAST(:todo AS bigint[])),
+                       unnest(CAST(:n_rows AS int[])), unnest(CAST(:bytes AS bigint[])), unnest(CAST(:tries AS smallint[])),
+                       unnest(CAST(:deaths AS smallint[])), unnest(CAST(:exclusive AS smallint[])),
+                       unnest(CAST(:predicted_s AS real[])), json_array_elements_text(CAST(:workers AS json)),
+                       json_array_elements_text(CAST(:boots AS json)), json_array_elements_text(CAST(:nonces AS json)))
+                     WITH ORDINALITY c (nth_pass, nth_device, first, last, todo, n_rows, bytes, tries, deaths, exclusive,
+                                        predicted_s, worker, boot, nonce, place)
+                JOIN ROWS FROM (unnest(CAST(:of_jobs AS uuid[])), unnest(CAST(:of_passes AS smallint[])))
+                     WITH ORDINALITY j (job, pass, nth) ON j.nth = c.nth_pass
+                JOIN ROWS FROM (json_array_elements_text(CAST(:devices AS json)),
+                                json_array_elements_text(CAST(:device_kinds AS json)))
+                     WITH ORDINALITY d (device, device_kind, nth) ON d.nth = c.nth_device
+               ORDER BY place) c),
     advanced AS (
       UPDATE block_pass b SET cursor = k.cursor
         FROM ROWS FROM ({PLACES}, unnest(CAST(:cursors AS int[]))) k (job, pass, block, cursor)
@@ -272,12 +259,28 @@ _OPEN = text(f"""
     opened AS (
       INSERT INTO subtask (id, job_id, pass_number, blocks, los, his, sizes, todo, n_rows, bytes, tries, deaths, exclusive,
                            attempts) OVERRIDING SYSTEM VALUE
-      SELECT id, job, pass, blocks, los, his, sizes, todo, n_rows, bytes, tries, deaths, exclusive, 1 FROM k),
+      SELECT id, job, pass, blocks, los, his, sizes, todo, n_rows, bytes, tries, deaths, exclusive = 1, 1 FROM k),
     leased AS (
       INSERT INTO lease (subtask_id, attempt, worker, boot, nonce, device, device_kind, predicted_s, until)
       SELECT id, 1, worker, boot, nonce, device, device_kind, predicted_s,
              clock_timestamp() + make_interval(secs => :lease_s) FROM k)
     SELECT id FROM k ORDER BY place""")
+
+
+#: Columns of the cuts of `_OPEN`, and of their ranges, with their struct codes.
+_NUMBERS = {
+    "nth_pass": "i",
+    "nth_device": "i",
+    "firsts": "i",
+    "lasts": "i",
+    "todo": "q",
+    "n_rows": "i",
+    "bytes": "q",
+    "tries": "h",
+    "deaths": "h",
+    "exclusive": "h",
+}
+_OF_RANGES = {"of_blocks": "i", "of_los": "i", "of_his": "i", "of_sizes": "q"}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -371,30 +374,40 @@ def _open(connection: Connection, taken: _Taken, lease_s: float) -> list[Leased]
     random = secrets.token_hex(16 * len(taken.cuts))
     nonces = [random[i : i + 32] for i in range(0, len(random), 32)]
     sizes = [(cut.carved.rows, cut.carved.bytes) for cut in taken.cuts]
-    opened = [
-        {
-            "place": place,
-            "job": cut.job,
-            "pass": cut.pass_number,
-            "blocks": [r.block for r in cut.carved.ranges],
-            "los": [r.lo for r in cut.carved.ranges],
-            "his": [r.hi for r in cut.carved.ranges],
-            "sizes": [r.bytes for r in cut.carved.ranges],
-            "todo": cut.carved.todo,
-            "n_rows": n_rows,
-            "bytes": size,
-            "tries": cut.carved.tries,
-            "deaths": cut.carved.deaths,
-            "exclusive": cut.carved.exclusive,
-            "worker": cut.worker,
-            "boot": cut.boot,
-            "nonce": nonce,
-            "device": cut.device,
-            "device_kind": cut.device_kind,
-            "predicted_s": cut.predicted_s,
-        }
-        for place, (cut, nonce, (n_rows, size)) in enumerate(zip(taken.cuts, nonces, sizes, strict=True))
-    ]
+    ranges = [r for cut in taken.cuts for r in cut.carved.ranges]
+    lasts = [*accumulate(len(cut.carved.ranges) for cut in taken.cuts)]
+    passes: dict[tuple[str, int], int] = {}
+    devices: dict[tuple[str, str], int] = {}
+    # Numbers as arrays, texts as JSON: as one JSON of everything Postgres takes twice as long for them.
+    numbers = np.array(
+        [
+            (
+                passes.setdefault((cut.job, cut.pass_number), len(passes) + 1),
+                devices.setdefault((cut.device, cut.device_kind), len(devices) + 1),
+                last - len(cut.carved.ranges) + 1,
+                last,
+                cut.carved.todo,
+                n_rows,
+                size,
+                cut.carved.tries,
+                cut.carved.deaths,
+                cut.carved.exclusive,
+            )
+            for cut, last, (n_rows, size) in zip(taken.cuts, lasts, sizes, strict=True)
+        ],
+        np.int64,
+    )
+    of_ranges = np.array([(r.block, r.lo, r.hi, r.bytes) for r in ranges], np.int64)
+    opened = {
+        **{name: Elements(code, numbers[:, i]) for i, (name, code) in enumerate(_NUMBERS.items())},
+        **{name: Elements(code, of_ranges[:, i]) for i, (name, code) in enumerate(_OF_RANGES.items())},
+        "predicted_s": Elements("f", np.array([cut.predicted_s for cut in taken.cuts])),
+        "workers": json.dumps([cut.worker for cut in taken.cuts]),
+        "boots": json.dumps([cut.boot for cut in taken.cuts]),
+        "nonces": json.dumps(nonces),
+        "devices": json.dumps([device for device, _ in devices]),
+        "device_kinds": json.dumps([kind for _, kind in devices]),
+    }
     leftovers = [
         {
             "job": cut.job,
@@ -412,22 +425,20 @@ def _open(connection: Connection, taken: _Taken, lease_s: float) -> list[Leased]
     for cut, (n_rows, size) in zip(taken.cuts, sizes, strict=True):
         rows[cut.job, cut.pass_number] += n_rows
         bytes_[cut.job, cut.pass_number] += size
-    ids = connection.execute(
-        _OPEN,
-        {
-            # Summed up here, for Postgres takes the cuts for a hundred passes, and reads all of them.
-            "of_jobs": [UUID(job) for job, _ in rows],
-            "of_passes": [number for _, number in rows],
-            "of_rows": list(rows.values()),
-            "of_bytes": list(bytes_.values()),
-            **at_places(taken.cursors),
-            "cursors": list(taken.cursors.values()),
-            "eaten": taken.pieces,
-            "leftovers": json.dumps(leftovers),
-            "cuts": json.dumps(opened),
-            "lease_s": lease_s,
-        },
-    ).scalars()
+    asked = {
+        # Summed up here, for Postgres takes the cuts for a hundred passes, and reads all of them.
+        "of_jobs": [UUID(job) for job, _ in passes],
+        "of_passes": [number for _, number in passes],
+        "of_rows": [rows[pass_] for pass_ in passes],
+        "of_bytes": [bytes_[pass_] for pass_ in passes],
+        **opened,
+        **at_places(taken.cursors),
+        "cursors": list(taken.cursors.values()),
+        "eaten": taken.pieces,
+        "leftovers": json.dumps(leftovers),
+        "lease_s": lease_s,
+    }
+    (ids,) = together(connection, (_OPEN, asked))
     return [
         Leased(
             subtask=subtask,
@@ -440,7 +451,7 @@ def _open(connection: Connection, taken: _Taken, lease_s: float) -> list[Leased]
             predicted_s=cut.predicted_s,
             measured=cut.measured,
         )
-        for subtask, nonce, cut in zip(ids, nonces, taken.cuts, strict=True)
+        for (subtask,), nonce, cut in zip(ids, nonces, taken.cuts, strict=True)
     ]
 
 

@@ -8,6 +8,7 @@ from collections import defaultdict
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
+from operator import itemgetter
 from pathlib import Path
 from typing import Any
 
@@ -209,7 +210,8 @@ def test_several_tasks_read_a_text_once(choir: Choir) -> None:
     assert set(row.columns) == set(row.spent) == set(tasks)
     (alone,) = choir.answers(tasks["two"], [text])
     assert answer(row.columns["two"], tasks["two"]) == alone
-    tokens_in, cached, tokens_out, seconds = row.spent["two"]
+    # A server may get them in either order.
+    tokens_in, cached, tokens_out, seconds = max((row.spent[name] for name in ("one", "two")), key=itemgetter(1))
     assert 0 < cached < tokens_in
     assert 0 < tokens_out <= 12
     assert seconds > 0

@@ -313,7 +313,7 @@ def rescues_in_a_quick_step(patch: Patch) -> None:
     quick = Dispatcher._quick_step
 
     def hasty(self: Dispatcher, epoch: int, now: float) -> int:
-        self._read_flags(now)
+        self._heed(self._read_flags(now))
         self._rescue(epoch, now)
         return quick(self, epoch, now)
 
