@@ -10,7 +10,7 @@ from __future__ import annotations
 import logging
 from bisect import bisect_left
 from collections.abc import Collection
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from uuid import UUID
 
 from sqlalchemy import Connection
@@ -69,6 +69,13 @@ class Audit:
     def begun(self, now: float) -> None:
         """All was read at this moment."""
         self._begins_at, self._doubts = now + AUDIT_S, Differences()
+
+    def heard(self, jobs: Collection[UUID]) -> None:
+        """What waits of these jobs was read at this moment. What differed before was on its way; of a job whose rows keep
+        coming another moment may differ just so."""
+        if self._doubts.waiting:
+            kept = tuple(one for one in self._doubts.waiting if UUID(one[0][0]) not in jobs)
+            self._doubts = replace(self._doubts, waiting=kept)
 
     def go_on(self, connection: Connection, now: float) -> Differences:
         """Look at the next slice, if it is time; what is certain by now of the slice before."""

@@ -287,6 +287,7 @@ class Dispatcher:
 
     def _want(self, jobs: Collection[UUID], demands: Sequence[Demand], more_at: Mapping[UUID, float]) -> None:
         """What waits now of these jobs."""
+        self._audit.heard(jobs)
         waiting = {demand.id for demand in demands}
         for demand in demands:
             self._placer.want(demand)

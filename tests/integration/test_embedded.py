@@ -224,6 +224,8 @@ def test_postgres_is_reached_only_through_a_private_folder_that_goes_when_it_sto
         ("log_parameter_max_length_on_error", "0"),
         ("log_error_verbosity", "terse"),
         ("server_encoding", "UTF8"),
+        # All who commit wait while a new file of it is written.
+        ("wal_segment_size", "4MB"),
     ],
 )
 def test_postgres_holds_what_motet_promises(postgres_url: str, setting: str, value: str):

@@ -9,6 +9,7 @@ import time
 import urllib.error
 import urllib.request
 import zipfile
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,7 @@ from motet.apps.functions import cards
 from motet.apps.functions.credit import assess, fit
 from motet.apps.functions.news import watch
 from motet.apps.hooks import HookReceiver, is_proved, receiving
-from motet.apps.risk_cards import CardsWatched, Judged, alerts_a_day, quantile_ms
+from motet.apps.risk_cards import CardsWatched, Judged, alerts_a_day, quantile_ms, stalls
 from motet.apps.risk_scores import (
     against_threshold,
     auc,
@@ -136,6 +137,12 @@ def test_the_desk_tells_quantiles_and_alerts_by_day() -> None:
         7,
     )
     assert (told["payment_to_event_p95_ms"], told["event_to_hook_p95_ms"]) == (70, 30)
+    assert told["stalls"] == []
+    late = [replace(one, answer_s=answer_s) for one in judged(1) for answer_s in (2.0, 1.9, 0.1, 1.0)]
+    assert stalls(late) == [
+        {"from_s": 0.0, "payments": 2, "longest_ms": 2000.0},
+        {"from_s": 0.3, "payments": 1, "longest_ms": 1000.0},
+    ]
     watched = CardsWatched(before=judged(1, hook_s=None), live=judged(3), bulk_rows=7)
     assert alerts_a_day(watched)["alerts"] == [(0, 75.0)]
 

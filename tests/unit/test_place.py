@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
 from motet.protocol.manifest import Manifest
+from scheduler.policy.carve import Frontier, OpenBlock, carve
 from scheduler.policy.cost import Rate, Rates
 from scheduler.policy.fairness import BULK, INTERACTIVE, NORMAL, Account
 from scheduler.policy.place import Placer
@@ -880,6 +881,50 @@ def test_a_busy_host_answers_interactive_work_before_an_idle_worker_that_must_lo
     cluster.join(worker("b"))
     assert cluster.place() == []
     assert names(cluster.want(demand("i", 1, priority=INTERACTIVE)).place()) == ["a"]
+
+
+@pytest.mark.parametrize(
+    ("hosts", "before", "rows"),
+    [
+        pytest.param("a", 0, 32, id="alone"),
+        pytest.param("ab", 0, 16, id="idle"),
+        pytest.param("ab", 1, 16, id="done-soon"),
+        pytest.param("ab", 20, 32, id="busy"),
+    ],
+)
+def test_rows_that_callers_wait_for_together_are_shared_out_among_hosts_that_come_to_them_soon(
+    hosts: str, before: int, rows: int
+) -> None:
+    # A row of 7 bytes takes 7 ms.
+    each = 7
+    cluster = Cluster().join(*(worker(name, A) for name in hosts))
+    if before:
+        cluster.want(demand("i0", before, priority=INTERACTIVE, bytes_waiting=before * each)).place()
+    cluster.want(demand("i", 32, priority=INTERACTIVE, bytes_waiting=32 * each))
+    placed = next(cluster.policy.place(0.0))
+    blocks = [OpenBlock(number, 0, 16, 1, range(0, 17 * each, each)) for number in range(2)]
+    carved = carve(Frontier(blocks=blocks), placed.budget_s, placed.price, least=placed.least)
+    assert carved is not None
+    assert carved.rows == rows
+
+
+def test_interactive_work_waits_for_no_model_that_is_loaded_for_others_where_another_worker_holds_its_own() -> (
+    None
+):
+    cluster = Cluster().join(worker("a", A)).want(demand("other", model=B))
+    assert names(cluster.place(1)) == ["a"]
+    cluster.now = 1.0
+    cluster.join(worker("b", A)).want(demand("bulk"))
+    cluster.place()
+    assert names(cluster.want(demand("i", 1, priority=INTERACTIVE)).place()) == ["b"]
+
+
+def test_interactive_work_goes_around_a_worker_that_hangs() -> None:
+    cluster = Cluster().join(worker("a", A), worker("b", A))
+    assert names(cluster.want(demand("i", 1, priority=INTERACTIVE)).place()) == ["a"]
+    cluster.now = 2.0
+    for i in range(2, 5):
+        assert names(cluster.want(demand(f"i{i}", 1, priority=INTERACTIVE)).place()) == ["b"], i
 
 
 def test_interactive_work_does_not_queue_behind_other_interactive_work_while_another_lane_is_free() -> None:

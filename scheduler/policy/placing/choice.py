@@ -39,6 +39,12 @@ SAMPLE = 16
 _LANE = 2
 #: Seconds until a worker comes to interactive work where it is busy with other work: one micro-batch.
 _BUSY_S = 0.05
+#: Rows that callers wait for are shared out among the workers that hold their model and come to them soon, where they take
+#: more seconds than this. Larger: callers wait for the rows of others while another worker is idle. Smaller: more messages.
+_TOGETHER_S = 0.1
+#: Interactive work hangs that has taken this many times what was predicted, and so many seconds beside. Larger: callers are
+#: sent to a worker that hangs for longer. Smaller: chance decides who answers.
+_HANGS, _HANGS_S = 3.0, 0.25
 
 
 class Choice:
@@ -199,17 +205,21 @@ class Choice:
         price = self._predictions.price(worker, entry)
         work_s = price.of(entry.rows, entry.bytes)
         devices = self._predictions.devices(entry.queue, worker, now) / entry.queue.waiting
-        least = 1
+        least, interactive = 1, entry.demand.priority == INTERACTIVE
         if entry.queue.model.answers == "text":
             # A row's seconds depend on how many rows are beside it. A sub-task fills a part of the slots, whatever was
             # learned of rows that were alone.
             part = decode_slots(worker.kind[0], entry.queue.model.engine) // _SLOTS_PART
             least = max(1, min(part, int(entry.rows / (2 * devices))))
-        elif entry.demand.priority == INTERACTIVE and WHOLE_ROWS * work_s <= self._subtask_s * entry.rows:
+        elif interactive and WHOLE_ROWS * work_s <= self._subtask_s * entry.rows:
             least = WHOLE_ROWS
         # Of an upload more is on its way: what has landed is shared out whole, and nothing is kept for an even end.
         remaining_s = 2 * work_s if entry.demand.loading else work_s
         budget_s = size_s(self._subtask_s, remaining_s, devices)
+        if interactive and entry.queue.model.answers != "text":
+            hosts = islice(entry.queue.hosts.values(), SAMPLE)
+            soon = sum(_comes_in_s(host, now) <= work_s / 2 for host in hosts)
+            budget_s = min(budget_s, max(_TOGETHER_S, work_s / max(1, soon)))
         if entry.queue.model.reads != "text":
             most = max(1, PICTURE_TOKENS // max(1, entry.queue.model.max_tokens))
             budget_s = min(budget_s, price.of(most, entry.bytes * most / max(1, entry.rows)))
@@ -242,12 +252,12 @@ class Choice:
     def _express(self, queue: ModelQueue, now: float) -> Iterator[Placement]:
         """Interactive work waits for no worker to ask: it goes at once to the one that can begin soonest."""
         while (entry := queue.first(INTERACTIVE)) is not None:
-            worker = self._soonest(queue, entry)
+            worker = self._soonest(queue, entry, now)
             if worker is None:
                 return
             yield self._placement(worker, entry, now)
 
-    def _soonest(self, queue: ModelQueue, entry: QueuedPass) -> WorkerEntry | None:
+    def _soonest(self, queue: ModelQueue, entry: QueuedPass, now: float) -> WorkerEntry | None:
         """The worker where a row is answered first: a few hosts of the model, then a few others, are looked at."""
         hosts = list(islice(queue.hosts.values(), SAMPLE))
         idle = [
@@ -256,8 +266,8 @@ class Choice:
             for kind in self._asks.idle.get(held, {}).values()
             for worker in islice(kind.values(), 2)
         ]
-        best = self._quickest((*idle, *hosts), queue, entry) or self._quickest(
-            islice(self._ledger.workers.values(), 4 * SAMPLE), queue, entry
+        best = self._quickest((*idle, *hosts), queue, entry, now) or self._quickest(
+            islice(self._ledger.workers.values(), 4 * SAMPLE), queue, entry, now
         )
         if best is not None and best.name in queue.hosts:
             # To the end, so that the sample is another one next time.
@@ -265,7 +275,7 @@ class Choice:
         return best
 
     def _quickest(
-        self, workers: Iterable[WorkerEntry], queue: ModelQueue, entry: QueuedPass
+        self, workers: Iterable[WorkerEntry], queue: ModelQueue, entry: QueuedPass, now: float
     ) -> WorkerEntry | None:
         best, best_s = None, inf
         for worker in workers:
@@ -275,11 +285,30 @@ class Choice:
                 or not self._ledger.can_run(worker, entry)
             ):
                 continue
-            lane = [f for f in worker.flights if f.demand.priority == INTERACTIVE]
-            wait_s = sum(f.seconds for f in lane) + (_BUSY_S if len(worker.flights) > len(lane) else 0.0)
+            wait_s = _comes_in_s(worker, now)
             if queue.digest not in worker.resident:
                 wait_s += self._predictions.load_s(queue, worker.kind) + self.reload_s(worker, queue)
             wait_s += self._predictions.price(worker, entry).of(entry.rows, entry.bytes)
             if wait_s < best_s:
                 best, best_s = worker, wait_s
         return best
+
+
+def _comes_in_s(worker: WorkerEntry, now: float) -> float:
+    """Seconds until a worker comes to more interactive work."""
+    if not worker.flights:
+        return 0.0
+    lane = [f for f in worker.flights if f.demand.priority == INTERACTIVE]
+    first = worker.flights[0]
+    # While it loads a model nobody is answered, whomever it loads that for.
+    loading_s = max(0.0, first.began + first.load_s - now)
+    for flight in lane:
+        loading_s = max(loading_s, flight.opened + flight.load_s - now)
+    wait_s = sum(f.seconds for f in lane) + (_BUSY_S if worker.bulk else 0.0)
+    # How long a text becomes nobody knows before.
+    if lane and lane[0].of.queue.model.answers != "text":
+        taken_s = now - lane[0].opened - lane[0].load_s
+        if taken_s > _HANGS * wait_s + _HANGS_S:
+            # Nothing is known but that what hangs for long hangs on.
+            wait_s += taken_s
+    return loading_s + wait_s
