@@ -294,7 +294,8 @@ def bulk_beside(
         time.sleep(seconds)
         second = stands()
         motet.round(32, seconds, asked)
-        third = used()
+        # What is used is told when a sub-task ends, and those of bulk last for seconds.
+        third = stands()
         if bulk.state != "running":
             say("  the bulk job ended before the callers did: bulk_beside tells nothing")
         bulk.cancel()

@@ -65,6 +65,7 @@ class Database:
                 "connect_timeout": 3,
                 "application_name": "motet",
                 # Whoever freezes inside a transaction, the leader above all, must not hold its locks for ever.
+                # And statements are planned once for all parameters: they take arrays, for which Postgres would else plan anew.
                 "options": "-c idle_in_transaction_session_timeout=5s -c lock_timeout=3s -c statement_timeout=30s"
                 " -c plan_cache_mode=force_generic_plan",
                 "keepalives_idle": 10,

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from uuid import UUID
+
 import pytest
 from sqlalchemy import text
 
@@ -42,3 +44,18 @@ def test_in_a_burst_nobody_asks_whether_the_connection_lives(
     assert [backend(database) for _ in range(3)] == [first] * 3
     assert asked == []
     database.close()
+
+
+def test_a_statement_with_arrays_is_planned_for_all_parameters_at_once(database_url: str) -> None:
+    database = Database(database_url, pool=1)
+    jobs = text("SELECT id FROM job WHERE id = ANY(CAST(:ids AS uuid[]))")
+    with database.transaction() as connection:
+        for n in range(12):
+            connection.execute(jobs, {"ids": [UUID(int=i) for i in range(n)]})
+        planned = connection.execute(
+            text("SELECT generic_plans, custom_plans FROM pg_prepared_statements WHERE statement LIKE :it"),
+            {"it": "SELECT id FROM job WHERE id = ANY%"},
+        ).all()
+    database.close()
+    assert planned
+    assert all(generic > 0 and custom == 0 for generic, custom in planned)
