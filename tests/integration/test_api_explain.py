@@ -21,7 +21,7 @@ from motet.messages.explanation import Explanation
 from motet.protocol.redis_url import redis_py_url
 from motet.protocol.transport import RedisTransport, RedisWorkerTransport, queue_name
 from motet.protocol.wire import Assignment, Beat, Outcome, Usage
-from scheduler import aggregator, dispatcher
+from scheduler import aggregator, leading
 from scheduler.aggregator import Aggregator
 from scheduler.dispatcher import Dispatcher
 from scheduler.store.database import Database
@@ -274,7 +274,7 @@ def a_cluster(works: Works) -> Iterator[None]:
     threads = [
         threading.Thread(target=target, args=arguments)
         for target, *arguments in (
-            (dispatcher.run, leader, Listener(own), stopping),
+            (leading.run, leader, Listener(own), stopping),
             (aggregator.run, merger, stopping),
             *((one.beat, stopping) for one in crew),
             *((one.work, stopping) for one in crew),
