@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
-from functools import lru_cache
+from functools import lru_cache, partial
 from math import inf
 from typing import Any
 
@@ -165,12 +165,23 @@ def together(connection: Connection, *asked: Asked) -> list[list[Any]]:
     for watch in connection.dispatch.before_cursor_execute:
         for statement, parameters in spelled:
             watch(connection, None, statement, parameters, None, False)
-    with driver.pipeline():
+    with driver.pipeline() as line:
+        line._exit_gen = partial(_end, line)
         cursors = [
             driver.cursor(binary=True, row_factory=namedtuple_row).execute(statement, parameters)
             for statement, parameters in spelled
         ]
     return [cursor.fetchall() if cursor.description else [] for cursor in cursors]
+
+
+def _end(line: Any) -> Iterator[Any]:
+    """The end of a pipeline as in psycopg, but with nothing behind the Sync: where a Flush follows it, as psycopg's does,
+    Postgres no longer counts how long the transaction is idle, and a leader that froze would keep its locks for ever."""
+    try:
+        line._enqueue_sync()
+        yield from line._communicate_gen()
+    finally:
+        yield from line._fetch_gen(flush=False)
 
 
 @lru_cache(256)

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import time
 from uuid import UUID
 
 import pytest
 from sqlalchemy import text
 
 from scheduler.store import database as module
-from scheduler.store.database import Database
+from scheduler.store.database import Database, StoreUnavailable, together
 
 
 def backend(database: Database) -> int:
@@ -59,3 +60,18 @@ def test_a_statement_with_arrays_is_planned_for_all_parameters_at_once(database_
     database.close()
     assert planned
     assert all(generic > 0 and custom == 0 for generic, custom in planned)
+
+
+def test_who_freezes_after_a_pipeline_does_not_keep_its_locks(database_url: str) -> None:
+    database = Database(database_url, pool=1)
+    brief = text("SELECT set_config('idle_in_transaction_session_timeout', '200ms', true)")
+
+    def freeze() -> None:
+        with database.transaction() as connection:
+            together(connection, (brief, {}), (text("SELECT 1"), {}))
+            time.sleep(1.0)
+            connection.execute(text("SELECT 1"))
+
+    with pytest.raises(StoreUnavailable):
+        freeze()
+    database.close()
