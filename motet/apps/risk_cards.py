@@ -14,6 +14,7 @@ from concurrent.futures import Future, wait
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
+from itertools import groupby
 from typing import Any
 
 from motet.apps.data.cards import DAY, Payment
@@ -224,15 +225,11 @@ def stalls(live: Sequence[Judged]) -> list[dict[str, float]]:
     """Payments in a row that each took STALLED_S or more: the second of the clock at which the first of them came, how many
     they are, and the most that one of them took."""
     found: list[dict[str, float]] = []
-    before = False
-    for at, one in enumerate(live):
-        late = one.answer_s >= STALLED_S
-        if late and not before:
-            found.append({"from_s": at / RATE, "payments": 0, "longest_ms": 0.0})
-        if late:
-            found[-1]["payments"] += 1
-            found[-1]["longest_ms"] = max(found[-1]["longest_ms"], round(1000 * one.answer_s, 1))
-        before = late
+    for stalled, run in groupby(enumerate(live), key=lambda one: one[1].answer_s >= STALLED_S):
+        (first, _), *_ = some = list(run)
+        if stalled:
+            longest_ms = round(1000 * max(one.answer_s for _, one in some), 1)
+            found.append({"from_s": first / RATE, "payments": len(some), "longest_ms": longest_ms})
     return found
 
 
