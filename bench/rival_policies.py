@@ -64,7 +64,7 @@ class Rival:
         self.waiting += _cut(job, rows, self.scenario.models[job.model], self._ids)
 
     def begun(self, begun: Begun, now: float) -> Subtask:
-        raise NotImplementedError("rivals are compared from the beginning")
+        raise ValueError("got a sub-task that is under way; rivals are compared from the beginning")
 
     def ended(self, attempt: Attempt, now: float, busy_s: float | None, load_s: float) -> None:
         self.under_way[attempt.device] -= 1
