@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
-from functools import lru_cache, partial
+from functools import lru_cache
 from math import inf
 from typing import Any
 
@@ -165,8 +165,7 @@ def together(connection: Connection, *asked: Asked) -> list[list[Any]]:
     for watch in connection.dispatch.before_cursor_execute:
         for statement, parameters in spelled:
             watch(connection, None, statement, parameters, None, False)
-    with driver.pipeline() as line:
-        line._exit_gen = partial(_end, line)
+    with driver.pipeline():
         cursors = [
             driver.cursor(binary=True, row_factory=namedtuple_row).execute(statement, parameters)
             for statement, parameters in spelled
@@ -182,6 +181,10 @@ def _end(line: Any) -> Iterator[Any]:
         yield from line._communicate_gen()
     finally:
         yield from line._fetch_gen(flush=False)
+
+
+# For all of them: a statement with a list of parameters is a pipeline too.
+psycopg.Pipeline._exit_gen = _end  # type: ignore[assignment, method-assign]
 
 
 @lru_cache(256)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-import time
+import select
+from typing import Any
 from uuid import UUID
 
 import pytest
@@ -62,14 +63,21 @@ def test_a_statement_with_arrays_is_planned_for_all_parameters_at_once(database_
     assert all(generic > 0 and custom == 0 for generic, custom in planned)
 
 
-def test_who_freezes_after_a_pipeline_does_not_keep_its_locks(database_url: str) -> None:
+@pytest.mark.parametrize("listed", [False, True])
+def test_who_freezes_after_a_pipeline_does_not_keep_its_locks(database_url: str, listed: bool) -> None:
     database = Database(database_url, pool=1)
     brief = text("SELECT set_config('idle_in_transaction_session_timeout', '200ms', true)")
 
     def freeze() -> None:
         with database.transaction() as connection:
-            together(connection, (brief, {}), (text("SELECT 1"), {}))
-            time.sleep(1.0)
+            if listed:
+                connection.execute(brief)
+                connection.execute(text("UPDATE job SET version = :n WHERE false"), [{"n": 1}, {"n": 2}])
+            else:
+                together(connection, (brief, {}), (text("SELECT 1"), {}))
+            # Until Postgres says that it is over.
+            driver: Any = connection.connection.driver_connection
+            assert select.select([driver], [], [], 10.0)[0]
             connection.execute(text("SELECT 1"))
 
     with pytest.raises(StoreUnavailable):
